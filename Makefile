@@ -1,0 +1,45 @@
+# `make demo` and `make test` need nothing but make and Python: they set up .venv themselves, once.
+PYTHON ?= python3
+PY     := .venv/bin/python
+STAMP  := .venv/.installed
+PIP    := $(PY) -m pip install --disable-pip-version-check --quiet
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check format bench clean
+
+help:            ## this list
+	@grep -hE '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/' | expand -t 18
+
+demo: $(STAMP)   ## run a small trained MoE with a quarter of its experts in memory, and check its tokens
+	$(PY) -m foreroute.cli.main demo
+
+test: $(STAMP)   ## all tests (ARGS="-k name -x" for some)
+	$(PY) -m pytest $(ARGS)
+
+check: $(STAMP)  ## format, lint, types, and who may import whom
+	$(PY) -m ruff format --check .
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+	.venv/bin/lint-imports
+
+format: $(STAMP) ## rewrite the sources as `check` wants them
+	$(PY) -m ruff check --fix-only .
+	$(PY) -m ruff format .
+
+bench: $(STAMP)  ## our own micro-benchmarks; beside other engines: benchmarks/peers.py
+	$(PY) -m benchmarks.residency
+	$(PY) -m benchmarks.disk
+
+clean:           ## remove what tools made; keeps .venv and the results of benchmarks
+	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamp is written last, so that an install that broke off is done again.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
+	  "Development needs Python 3.11 or newer, this is %d.%d. Try: make PYTHON=python3.12 ..." % sys.version_info[:2])'
+	@echo "Setting up .venv (once, some minutes) ..."
+	@test -x $(PY) || $(PYTHON) -m venv .venv
+	$(PIP) -c constraints.txt torch==2.13.0
+	$(PIP) -c constraints.txt -e '.[dev]'
+	@touch $@

@@ -1,0 +1,179 @@
+"""How one expert's tensors are put together from stored bytes, worked out without touching a byte.
+
+transformers describes the way from a checkpoint to its fused tensors as operations on real tensors. Here the same
+operations act on *where bytes come from*: an `Assembled` tensor is a set of pieces, each a strided view of a stored
+tensor with its place in the result. All tensors carry a leading expert dimension of extent 1, so that the dimensions
+in the operations mean what they mean in transformers.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from foreroute.checkpoint.index import ITEMSIZE, TensorEntry
+from foreroute.errors import CorruptCheckpointError, UnsupportedModelError
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """One step from stored tensors to a fused one: the kind (transformers' class name) and its settings."""
+
+    kind: str
+    dim: int = 0
+    other_dim: int = 0
+    inverse: bool = False
+    check_dims: bool = False
+    chunk_index: int = 0
+    num_chunks: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A strided view of a stored tensor (`src_*` in bytes) and where its items land (`start`, `step` in items)."""
+
+    entry: TensorEntry
+    src_offset: int
+    src_strides: tuple[int, ...]
+    extents: tuple[int, ...]
+    start: tuple[int, ...]
+    step: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Assembled:
+    """A tensor of `shape` (leading expert dimension of extent 1) described by its pieces."""
+
+    shape: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+
+
+def whole(entry: TensorEntry, expert: int | None = None) -> Assembled:
+    """The stored tensor as one piece: all of it (a tensor per expert), or row `expert` of a fused one."""
+    shape = entry.shape if expert is None else entry.shape[1:]
+    strides, stride = [], ITEMSIZE[entry.dtype]
+    for extent in reversed(shape):
+        strides.append(stride)
+        stride *= extent
+    src_offset = entry.offset + (0 if expert is None else expert * stride)
+    extents = (1, *shape)
+    origin = (0,) * len(extents)
+    piece = Piece(entry, src_offset, (stride, *reversed(strides)), extents, origin, (1,) * len(extents))
+    return Assembled(extents, (piece,))
+
+
+def assemble(inputs: Sequence[Assembled], operations: Sequence[Operation], target_shape: Sequence[int]) -> Assembled:
+    """Apply `operations` to one expert's `inputs` (one per source pattern) and check the result's shape.
+
+    Args:
+        target_shape: the expert's shape in the model, without the expert dimension.
+    Raises:
+        UnsupportedModelError: an operation that is not known here, named.
+        CorruptCheckpointError: the result has another shape than the model's tensor.
+    """
+    tensors = list(inputs)
+    expected = (1, *target_shape)
+    for operation in operations:
+        tensors = _apply(operation, tensors, expected)
+    if len(tensors) != 1 or tensors[0].shape != expected:
+        name = inputs[0].pieces[0].entry.name
+        shapes = " and ".join(str(list(tensor.shape[1:])) for tensor in tensors)
+        raise CorruptCheckpointError(
+            f"{name}: an expert's stored shape is {shapes}, the config says {list(target_shape)}. "
+            "config.json and the weights are of different models."
+        )
+    return tensors[0]
+
+
+def _apply(operation: Operation, tensors: list[Assembled], expected: tuple[int, ...]) -> list[Assembled]:
+    if operation.kind == "MergeModulelist":
+        return tensors  # the inputs already carry the expert dimension that it adds
+    if operation.dim == 0 and operation.kind in ("Concatenate", "Interleave", "Chunk", "Transpose"):
+        raise UnsupportedModelError(f"The checkpoint's experts need {operation.kind} across experts, which is not known.")
+    if operation.kind == "Concatenate":
+        return [_concatenate(tensors, operation.dim)]
+    if operation.kind == "Transpose":
+        if operation.check_dims and tensors[0].shape == expected:
+            return tensors
+        return [_transpose(tensor, operation.dim, operation.other_dim) for tensor in tensors]
+    if operation.kind == "Interleave":
+        return [_interleave(tensor, operation.dim, operation.inverse) for tensor in tensors]
+    if operation.kind == "Chunk":
+        return [_chunk(tensor, operation.dim, operation.chunk_index, operation.num_chunks) for tensor in tensors]
+    raise UnsupportedModelError(
+        f"The checkpoint's experts need transformers' {operation.kind} operation, which foreroute does not know. "
+        "Please report the model."
+    )
+
+
+def _at(values: tuple[int, ...], dim: int, value: int) -> tuple[int, ...]:
+    return (*values[:dim], value, *values[dim + 1 :])
+
+
+def _concatenate(tensors: Sequence[Assembled], dim: int) -> Assembled:
+    pieces: list[Piece] = []
+    offset = 0
+    for tensor in tensors:
+        pieces.extend(replace(piece, start=_at(piece.start, dim, piece.start[dim] + offset)) for piece in tensor.pieces)
+        offset += tensor.shape[dim]
+    return Assembled(_at(tensors[0].shape, dim, offset), tuple(pieces))
+
+
+def _transpose(tensor: Assembled, dim: int, other_dim: int) -> Assembled:
+    def swapped(values: tuple[int, ...]) -> tuple[int, ...]:
+        return _at(_at(values, dim, values[other_dim]), other_dim, values[dim])
+
+    pieces = tuple(
+        Piece(p.entry, p.src_offset, swapped(p.src_strides), swapped(p.extents), swapped(p.start), swapped(p.step))
+        for p in tensor.pieces
+    )
+    return Assembled(swapped(tensor.shape), pieces)
+
+
+def _interleave(tensor: Assembled, dim: int, inverse: bool) -> Assembled:
+    """Items 0 1 2 3 .. along `dim` become 0 2 .. 1 3 .. (or back, when `inverse`)."""
+    extent = tensor.shape[dim]
+    half = extent // 2
+    pieces: list[Piece] = []
+    for piece in tensor.pieces:
+        if piece.extents[dim] != extent or piece.step[dim] != 1 or extent % 2:
+            raise UnsupportedModelError("The checkpoint's experts interleave a tensor made of parts: not known.")
+        stride = piece.src_strides[dim]
+        for which in (0, 1):
+            if inverse:
+                moved = replace(piece, src_offset=piece.src_offset + which * half * stride)
+                start, step, src_stride = which, 2, stride
+            else:
+                moved = replace(piece, src_offset=piece.src_offset + which * stride)
+                start, step, src_stride = which * half, 1, 2 * stride
+            pieces.append(
+                replace(
+                    moved,
+                    src_strides=_at(moved.src_strides, dim, src_stride),
+                    extents=_at(moved.extents, dim, half),
+                    start=_at(moved.start, dim, start),
+                    step=_at(moved.step, dim, step),
+                )
+            )
+    return Assembled(tensor.shape, tuple(pieces))
+
+
+def _chunk(tensor: Assembled, dim: int, index: int, num_chunks: int) -> Assembled:
+    extent = tensor.shape[dim]
+    chunk = -(-extent // num_chunks)
+    low, high = index * chunk, min(extent, (index + 1) * chunk)
+    pieces: list[Piece] = []
+    for piece in tensor.pieces:
+        if piece.step[dim] != 1:
+            raise UnsupportedModelError("The checkpoint's experts chunk an interleaved tensor: not known.")
+        first = max(low, piece.start[dim])
+        last = min(high, piece.start[dim] + piece.extents[dim])
+        if first < last:
+            skipped = first - piece.start[dim]
+            pieces.append(
+                replace(
+                    piece,
+                    src_offset=piece.src_offset + skipped * piece.src_strides[dim],
+                    extents=_at(piece.extents, dim, last - first),
+                    start=_at(piece.start, dim, first - low),
+                )
+            )
+    return Assembled(_at(tensor.shape, dim, high - low), tuple(pieces))

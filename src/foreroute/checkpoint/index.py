@@ -1,0 +1,181 @@
+"""Where every tensor of a safetensors checkpoint lies, learnt from the headers alone.
+
+No tensor is read: a header says name, dtype, shape and byte range, and everything that can be wrong with a folder
+(absent shards, truncated files, overlapping ranges, pickles in place of safetensors) is found here, before any work.
+"""
+
+import json
+import math
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import xxhash
+
+from foreroute.errors import CheckpointError, CorruptCheckpointError, UnsupportedModelError
+
+# Bytes per item of the dtypes that safetensors can hold and that an expert may be stored in.
+ITEMSIZE: Mapping[str, int] = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
+    "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1, "U16": 2, "U32": 4, "U64": 8,
+}  # fmt: skip
+_MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
+_FINGERPRINT_SAMPLES = 64
+_FINGERPRINT_SAMPLE_BYTES = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """One stored tensor: `nbytes` bytes of `path` from `offset` (absolute, in bytes), row-major, of `dtype`."""
+
+    name: str
+    path: str
+    offset: int
+    nbytes: int
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class CheckpointIndex:
+    """Every tensor of a checkpoint folder by name, and the files that hold them."""
+
+    folder: Path
+    tensors: Mapping[str, TensorEntry]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(entry.nbytes for entry in self.tensors.values())
+
+    def fingerprint(self) -> str:
+        """A short hash that tells this checkpoint from others, also from a fine-tune of the same shape.
+
+        Covers every tensor's name, dtype and shape, and 4 KiB from the middle of 64 tensors spread over the names.
+        Cost: 64 small reads.
+        """
+        digest = xxhash.xxh3_128()
+        names = sorted(self.tensors)
+        for name in names:
+            entry = self.tensors[name]
+            digest.update(f"{name}|{entry.dtype}|{entry.shape}\n".encode())
+        step = max(1, len(names) // _FINGERPRINT_SAMPLES)
+        for name in names[::step]:
+            entry = self.tensors[name]
+            with open(entry.path, "rb") as file:
+                file.seek(entry.offset + entry.nbytes // 2)
+                digest.update(file.read(min(_FINGERPRINT_SAMPLE_BYTES, entry.nbytes - entry.nbytes // 2)))
+        return digest.hexdigest()
+
+
+def read_index(folder: str | Path) -> CheckpointIndex:
+    """Read the headers of every safetensors file that the checkpoint in `folder` names.
+
+    Args:
+        folder: a local folder with `model.safetensors`, or `model.safetensors.index.json` and its shards.
+    Raises:
+        CheckpointError: not a folder, or a folder without weights.
+        UnsupportedModelError: the weights are pickles.
+        CorruptCheckpointError: a shard is absent, truncated, malformed, or does not hold what the index names.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is not a folder. Give the folder that holds config.json and *.safetensors.")
+    index_file = folder / "model.safetensors.index.json"
+    single_file = folder / "model.safetensors"
+    if index_file.is_file():
+        return CheckpointIndex(folder, _read_sharded(folder, index_file))
+    if single_file.is_file():
+        return CheckpointIndex(folder, {entry.name: entry for entry in read_header(single_file)})
+    pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in folder.glob(pattern))
+    if pickles:
+        raise UnsupportedModelError(
+            f"{folder} holds pickled weights ({pickles[0]}); foreroute reads safetensors only, because loading a pickle "
+            "runs code. Convert it: load it once with transformers and save_pretrained() it."
+        )
+    loose = sorted(path.name for path in folder.glob("*.safetensors"))
+    hint = f" It has {loose[0]}, but no model.safetensors.index.json that names it." if loose else ""
+    raise CheckpointError(f"{folder} has no model.safetensors and no model.safetensors.index.json.{hint}")
+
+
+def _read_sharded(folder: Path, index_file: Path) -> dict[str, TensorEntry]:
+    try:
+        weight_map = json.loads(index_file.read_text())["weight_map"]
+        shard_names = sorted(set(weight_map.values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CorruptCheckpointError(f"{index_file} is not a safetensors index ({error!r}). Download it again.") from None
+    missing = [name for name in shard_names if not (folder / name).is_file()]
+    if missing:
+        raise CorruptCheckpointError(
+            f"{folder}: {len(missing)} of {len(shard_names)} shards are missing, first {missing[0]}. Download them."
+        )
+    stored: dict[str, TensorEntry] = {}
+    for shard_name in shard_names:
+        for entry in read_header(folder / shard_name):
+            if weight_map.get(entry.name) == shard_name:
+                stored[entry.name] = entry
+    absent = sorted(set(weight_map) - set(stored))
+    if absent:
+        raise CorruptCheckpointError(
+            f"{index_file} names {absent[0]} in {weight_map[absent[0]]}, which does not hold it "
+            f"({len(absent)} such tensors). The index and the shards are of different downloads."
+        )
+    return stored
+
+
+def read_header(path: str | Path) -> list[TensorEntry]:
+    """The tensors of one safetensors file, in file order.
+
+    Raises:
+        CorruptCheckpointError: the file is truncated, its header is malformed, ranges overlap, or a range does not
+            have the length that dtype and shape say.
+    """
+    path = Path(path)
+    file_nbytes = path.stat().st_size
+    with open(path, "rb") as file:
+        prefix = file.read(8)
+        if len(prefix) < 8:
+            raise CorruptCheckpointError(f"{path} has {file_nbytes} bytes: too short for a safetensors file.")
+        (header_nbytes,) = struct.unpack("<Q", prefix)
+        if header_nbytes > min(_MAX_HEADER_BYTES, file_nbytes - 8):
+            raise CorruptCheckpointError(
+                f"{path} says its header has {header_nbytes} bytes, the file has {file_nbytes}: truncated, or not a "
+                "safetensors file. Download it again."
+            )
+        raw_header = file.read(header_nbytes)
+    try:
+        header = json.loads(raw_header)
+        entries = sorted(_entries(path, header, 8 + header_nbytes), key=lambda entry: entry.offset)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CorruptCheckpointError(f"{path} has a malformed header ({error!r}). Download it again.") from None
+    _check_ranges(path, entries, 8 + header_nbytes, file_nbytes)
+    return entries
+
+
+def _entries(path: Path, header: dict[str, dict], data_start: int) -> Iterator[TensorEntry]:
+    for name, info in header.items():
+        if name == "__metadata__":
+            continue
+        begin, end = info["data_offsets"]
+        shape = tuple(int(extent) for extent in info["shape"])
+        yield TensorEntry(name, str(path), data_start + begin, end - begin, info["dtype"], shape)
+
+
+def _check_ranges(path: Path, entries: list[TensorEntry], data_start: int, file_nbytes: int) -> None:
+    previous_end, previous_name = data_start, "the header"
+    for entry in entries:
+        itemsize = ITEMSIZE.get(entry.dtype)
+        if itemsize is not None and entry.nbytes != math.prod(entry.shape) * itemsize:
+            raise CorruptCheckpointError(
+                f"{path}: {entry.name} is {entry.dtype} {list(entry.shape)} but has {entry.nbytes} bytes "
+                f"in place of {math.prod(entry.shape) * itemsize}."
+            )
+        if entry.offset < previous_end:
+            raise CorruptCheckpointError(f"{path}: {entry.name} overlaps {previous_name}. Download it again.")
+        previous_end, previous_name = entry.offset + entry.nbytes, entry.name
+    if previous_end > file_nbytes:
+        raise CorruptCheckpointError(
+            f"{path} is truncated: {previous_name} ends at byte {previous_end}, the file at {file_nbytes}. "
+            "Download it again."
+        )

@@ -1,0 +1,276 @@
+"""What one expert is made of, where its parts lie in a slot, and which bytes of the checkpoint fill them.
+
+The names and operations come from transformers (model/skeleton.py asks for them); this file only does the arithmetic.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from foreroute.checkpoint.assembly import Assembled, Operation, Piece, assemble, whole
+from foreroute.checkpoint.index import ITEMSIZE, CheckpointIndex, TensorEntry
+from foreroute.errors import CorruptCheckpointError, UnsupportedModelError
+from foreroute.types import Copy, ExpertId, ExpertReads, Read
+
+# Alignment of a part inside a slot: matrix kernels give other bits off 16 bytes, and 64 is a cache line.
+PART_ALIGNMENT = 64
+# O_DIRECT wants file offsets, lengths and addresses in units of a page.
+PAGE = 4096
+# Two ranges this near in a file are read together: one request costs more than the bytes between them.
+_COALESCE_GAP_BYTES = 4096
+_FLOAT_DTYPES = ("F32", "F16", "BF16")
+
+
+def round_up(value: int, multiple: int) -> int:
+    """The least multiple of `multiple` that is not below `value`."""
+    return -(-value // multiple) * multiple
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One tensor of an expert inside a slot: `nbytes` bytes from `offset`, row-major `shape` of `dtype`."""
+
+    name: str
+    offset: int
+    nbytes: int
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertLayout:
+    """The parts of one expert and the bytes of a slot that holds them (whole pages)."""
+
+    parts: tuple[Part, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the expert's tensors have: what one load must move."""
+        return sum(part.nbytes for part in self.parts)
+
+    @property
+    def record_bytes(self) -> int:
+        """Bytes from the first part to the end of the last one, gaps included: a packed record's payload."""
+        last = self.parts[-1]
+        return last.offset + last.nbytes
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes that a slot takes: the record, rounded up to pages."""
+        return round_up(self.record_bytes, PAGE)
+
+
+@dataclass(frozen=True, slots=True)
+class PartSource:
+    """Where one part of every expert of a layer comes from.
+
+    part: the parameter's name inside the experts module ("gate_up_proj").
+    shape: one expert's shape in the model.
+    groups: per source pattern, the stored tensors' names: one per expert in expert order, or a single fused one.
+    operations: what transformers does to them, in order.
+    """
+
+    part: str
+    shape: tuple[int, ...]
+    groups: tuple[tuple[str, ...], ...]
+    operations: tuple[Operation, ...] = ()
+
+
+@dataclass(frozen=True)
+class LayerExperts:
+    """All experts of one MoE layer: how many, their layout, and their sources."""
+
+    name: str
+    num_experts: int
+    layout: ExpertLayout
+    sources: tuple[PartSource, ...]
+
+
+def layer_experts(name: str, num_experts: int, sources: Sequence[PartSource], index: CheckpointIndex) -> LayerExperts:
+    """Check one layer's sources against the stored tensors and lay its experts out.
+
+    Every stored tensor of the layer is checked for presence, dtype and shape; no byte of them is read.
+
+    Raises:
+        CorruptCheckpointError: a tensor is absent, or has another shape or dtype than its peers or the model.
+        UnsupportedModelError: the stored dtype, or an operation on the way to the model's tensors, is not known.
+    """
+    parts: list[Part] = []
+    offset = 0
+    for source in sources:
+        dtype = _check_source(name, num_experts, source, index)
+        nbytes = math.prod(source.shape) * ITEMSIZE[dtype]
+        parts.append(Part(source.part, offset, nbytes, source.shape, dtype))
+        offset = round_up(offset + nbytes, PART_ALIGNMENT)
+        _assembled(source, 0, index)
+    return LayerExperts(name, num_experts, ExpertLayout(tuple(parts)), tuple(sources))
+
+
+def _check_source(layer_name: str, num_experts: int, source: PartSource, index: CheckpointIndex) -> str:
+    dtypes = set()
+    for group in source.groups:
+        absent = [name for name in group if name not in index.tensors]
+        if not group or absent:
+            raise CorruptCheckpointError(f"{layer_name}.{source.part}: {(absent or ['its tensors'])[0]} is not stored.")
+        first = index.tensors[group[0]]
+        if len(group) == 1 and len(first.shape) == len(source.shape) + 1:
+            stored_experts = first.shape[0]
+        else:
+            stored_experts = len(group)
+            _check_alike([index.tensors[name] for name in group])
+        if stored_experts != num_experts:
+            raise CorruptCheckpointError(
+                f"{layer_name}.{source.part}: the checkpoint stores {stored_experts} experts, "
+                f"config.json says {num_experts}."
+            )
+        dtypes.update(index.tensors[name].dtype for name in group)
+    if len(dtypes) != 1:
+        raise CorruptCheckpointError(f"{layer_name}.{source.part} is stored in several dtypes: {sorted(dtypes)}.")
+    (dtype,) = dtypes
+    if dtype not in _FLOAT_DTYPES:
+        raise UnsupportedModelError(
+            f"{layer_name}.{source.part} is stored as {dtype}; foreroute reads experts in {', '.join(_FLOAT_DTYPES)}."
+        )
+    return dtype
+
+
+def _check_alike(entries: Sequence[TensorEntry]) -> None:
+    first = entries[0]
+    for entry in entries:
+        if entry.shape != first.shape or entry.dtype != first.dtype:
+            raise CorruptCheckpointError(
+                f"{entry.name} is {entry.dtype} {list(entry.shape)}, "
+                f"but {first.name} is {first.dtype} {list(first.shape)}."
+            )
+
+
+def _assembled(source: PartSource, expert: int, index: CheckpointIndex) -> Assembled:
+    inputs = []
+    for group in source.groups:
+        first = index.tensors[group[0]]
+        is_fused = len(group) == 1 and len(first.shape) == len(source.shape) + 1
+        inputs.append(whole(first, expert) if is_fused else whole(index.tensors[group[expert]]))
+    return assemble(inputs, source.operations, source.shape)
+
+
+@dataclass
+class ExpertTable:
+    """Every expert of a model by its flat key (`layer * num_experts + expert`), with the reads that fill a slot."""
+
+    layers: tuple[LayerExperts, ...]
+    index: CheckpointIndex
+    _reads: dict[int, ExpertReads] = field(default_factory=dict, repr=False)
+
+    @property
+    def num_experts(self) -> int:
+        """Experts of the widest layer: the stride of the flat keys."""
+        return max(layer.num_experts for layer in self.layers)
+
+    @property
+    def num_keys(self) -> int:
+        """How many flat keys there are, those of narrower layers' absent experts included."""
+        return self.num_experts * len(self.layers)
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of a slot that holds any expert of the model."""
+        return max(layer.layout.slot_bytes for layer in self.layers)
+
+    @property
+    def total_slots(self) -> int:
+        """Experts in all: this many slots hold the whole model."""
+        return sum(layer.num_experts for layer in self.layers)
+
+    @property
+    def expert_nbytes(self) -> int:
+        """Stored bytes of all experts."""
+        return sum(layer.num_experts * layer.layout.nbytes for layer in self.layers)
+
+    def reordered(self, names: Sequence[str]) -> "ExpertTable":
+        """The same experts with the layers in the order of `names`."""
+        by_name = {layer.name: layer for layer in self.layers}
+        return ExpertTable(tuple(by_name[name] for name in names), self.index)
+
+    def expert_id(self, key: int) -> ExpertId:
+        """The (layer, expert) pair of a flat key."""
+        return ExpertId(*divmod(key, self.num_experts))
+
+    def label(self, key: int) -> str:
+        """A name for messages: the expert, its MoE layer and that layer's module."""
+        layer, expert = self.expert_id(key)
+        return f"expert {expert} of MoE layer {layer} ({self.layers[layer].name})"
+
+    def reads(self, key: int) -> ExpertReads:
+        """What to read and where it goes, to fill a slot with expert `key`; worked out once per expert."""
+        reads = self._reads.get(key)
+        if reads is None:
+            layer, expert = self.expert_id(key)
+            reads = self._reads[key] = expert_reads(self.layers[layer], expert, self.index)
+        return reads
+
+
+def expert_reads(layer: LayerExperts, expert: int, index: CheckpointIndex) -> ExpertReads:
+    """The reads for one expert: adjacent ranges joined, in file order."""
+    moves: list[tuple[str, int, int, Copy]] = []
+    for source, part in zip(layer.sources, layer.layout.parts, strict=True):
+        strides = _row_major_strides(part)
+        for piece in _assembled(source, expert, index).pieces:
+            for src_offset, copy in _copies(piece, part, strides):
+                moves.append((piece.entry.path, src_offset, copy.nbytes, copy))
+    moves.sort(key=lambda move: move[:3])
+    reads: list[Read] = []
+    pending: list[tuple[str, int, int, Copy]] = []
+    for move in moves:
+        if pending and (move[0] != pending[0][0] or move[1] - _end(pending) > _COALESCE_GAP_BYTES):
+            reads.append(_joined(pending))
+            pending = []
+        pending.append(move)
+    reads.append(_joined(pending))
+    return tuple(reads)
+
+
+def _end(moves: Sequence[tuple[str, int, int, Copy]]) -> int:
+    return max(src_offset + nbytes for _, src_offset, nbytes, _ in moves)
+
+
+def _joined(moves: Sequence[tuple[str, int, int, Copy]]) -> Read:
+    start = moves[0][1]
+    copies = tuple(
+        Copy(offset - start, c.dst_offset, c.rows, c.cols, c.itemsize, c.dst_row_stride, c.dst_col_stride)
+        for _, offset, _, c in moves
+    )
+    return Read(moves[0][0], start, _end(moves) - start, copies)
+
+
+def _row_major_strides(part: Part) -> tuple[int, ...]:
+    strides, stride = [], ITEMSIZE[part.dtype]
+    for extent in reversed(part.shape):
+        strides.append(stride)
+        stride *= extent
+    return (stride, *reversed(strides))
+
+
+def _copies(piece: Piece, part: Part, dst_strides: Sequence[int]) -> list[tuple[int, Copy]]:
+    """The piece as (file offset, copy) pairs: one when its source is contiguous, else one per source row."""
+    itemsize = ITEMSIZE[part.dtype]
+    dst_offset = part.offset + sum(start * stride for start, stride in zip(piece.start, dst_strides, strict=True))
+    steps = [step * stride for step, stride in zip(piece.step, dst_strides, strict=True)]
+    # Walk in the source's own order, so that its bytes are read as they lie; the expert dimension (first) is 1.
+    axes = sorted(range(1, len(piece.extents)), key=lambda axis: -piece.src_strides[axis])
+    if len(axes) > 2:
+        raise UnsupportedModelError(f"{piece.entry.name}: an expert's tensor has more than two dimensions.")
+    col_axis = axes[-1]
+    rows, cols = (piece.extents[axes[0]] if len(axes) == 2 else 1), piece.extents[col_axis]
+    src_row_stride = piece.src_strides[axes[0]] if len(axes) == 2 else cols * itemsize
+    dst_row_stride = steps[axes[0]] if len(axes) == 2 else cols * itemsize
+    if piece.src_strides[col_axis] != itemsize:
+        raise UnsupportedModelError(f"{piece.entry.name}: an expert's tensor takes single columns: not known.")
+    if src_row_stride == cols * itemsize:
+        return [(piece.src_offset, Copy(0, dst_offset, rows, cols, itemsize, dst_row_stride, steps[col_axis]))]
+    return [
+        (
+            piece.src_offset + row * src_row_stride,
+            Copy(0, dst_offset + row * dst_row_stride, 1, cols, itemsize, cols * itemsize, steps[col_axis]),
+        )
+        for row in range(rows)
+    ]

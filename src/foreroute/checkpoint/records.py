@@ -1,0 +1,289 @@
+"""The packed store: one file, one page-aligned record per expert, each with a checksum.
+
+    magic (8 bytes) | header bytes (u64) | header checksum (u64) | header (JSON) | 0..
+    page-aligned: checksum table, one xxh3-64 per record (u64; 0 = not written yet)
+    page-aligned: records, `record_stride` bytes each, in key order: the slot's own bytes, so that a read needs no copy
+
+It is written under another name, synced, and renamed when it is whole: a store that has its final name is complete.
+A half-written one is taken up where it stopped.
+"""
+
+import dataclasses
+import json
+import os
+import struct
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+
+import xxhash
+
+from foreroute.checkpoint.layouts import PAGE, ExpertTable, round_up
+from foreroute.errors import StoreError
+from foreroute.types import Copy, ExpertReads, Read
+
+STORE_NAME = "experts.foreroute"
+_PARTIAL_SUFFIX = ".partial"
+_MAGIC = b"FOREROUT"
+_PREAMBLE = struct.Struct("<8sQQ")
+_VERSION = 1
+_MOST_HEADER_BYTES = 64 * 2**20
+# The table follows the data to disk in steps: what it names has been synced before.
+_SYNC_EVERY_BYTES = 256 * 2**20
+
+
+def _header(table: ExpertTable) -> bytes:
+    described = {
+        "version": _VERSION,
+        "codec": "stored",
+        "fingerprint": table.index.fingerprint(),
+        "record_stride": table.slot_bytes,
+        "layers": [
+            {
+                "name": layer.name,
+                "num_experts": layer.num_experts,
+                "parts": [dataclasses.asdict(part) for part in layer.layout.parts],
+            }
+            for layer in table.layers
+        ],
+    }
+    return json.dumps(described, sort_keys=True).encode()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Geometry:
+    """Where things lie in a store whose header has so many bytes."""
+
+    table_start: int
+    data_start: int
+    record_stride: int
+
+    @classmethod
+    def of(cls, header_nbytes: int, num_records: int, record_stride: int) -> "_Geometry":
+        table_start = round_up(_PREAMBLE.size + header_nbytes, PAGE)
+        return cls(table_start, round_up(table_start + 8 * num_records, PAGE), record_stride)
+
+    def offset(self, record: int) -> int:
+        return self.data_start + record * self.record_stride
+
+
+class PackedStore:
+    """A complete store that belongs to the model at hand; hands out reads in place of the checkpoint's own.
+
+    Args:
+        path: the store's file. table: the experts of the model it must belong to.
+    Raises:
+        StoreError: not a store, damaged header, another model's, another version's, or half written.
+    """
+
+    def __init__(self, path: Path, table: ExpertTable) -> None:
+        self.path = path
+        self._layers = table.layers
+        self._first_record = _first_records(table)
+        header = _header(table)
+        with open(path, "rb") as file:
+            stored = _read_header(path, file.read(_PREAMBLE.size), file.read)
+            _check_same_model(path, stored, header)
+            self._geometry = _Geometry.of(len(header), table.total_slots, table.slot_bytes)
+            file.seek(self._geometry.table_start)
+            raw_table = file.read(8 * table.total_slots)
+        expected_nbytes = self._geometry.offset(table.total_slots)
+        if path.stat().st_size != expected_nbytes or len(raw_table) != 8 * table.total_slots:
+            raise StoreError(
+                f"{path} has {path.stat().st_size} bytes in place of {expected_nbytes}: half written or truncated. "
+                "Remove it and run `foreroute pack` again."
+            )
+        self._checksums = struct.unpack(f"<{table.total_slots}Q", raw_table)
+        unwritten = self._checksums.count(0)
+        if unwritten:
+            raise StoreError(
+                f"{path} is half written: {unwritten} of {table.total_slots} records are missing. "
+                "Remove it and run `foreroute pack` again."
+            )
+
+    def reads_of(self, table: ExpertTable) -> Callable[[int], ExpertReads]:
+        """A function from the flat keys of `table` to the one read that fills a slot.
+
+        Args:
+            table: the model's experts; its layers may be in another order than those of the store.
+        """
+        position = {layer.name: at for at, layer in enumerate(self._layers)}
+
+        def reads(key: int) -> ExpertReads:
+            layer, expert = table.expert_id(key)
+            stored_layer = position[table.layers[layer].name]
+            record = self._first_record[stored_layer] + expert
+            nbytes = self._layers[stored_layer].layout.record_bytes
+            whole = Copy(0, 0, 1, nbytes, 1, nbytes, 1)
+            return (Read(str(self.path), self._geometry.offset(record), nbytes, (whole,), self._checksums[record]),)
+
+        return reads
+
+
+def open_store(folder: Path, asked: str, table: ExpertTable) -> PackedStore | None:
+    """The packed store to read from: the one beside the checkpoint ("auto"), none ("no"), or the one at a path.
+
+    Raises:
+        StoreError: a store that was named is absent, or the store found cannot be used. It is never passed over
+            silently: say "no" to read the safetensors.
+    """
+    if asked == "no":
+        return None
+    path = folder / STORE_NAME if asked == "auto" else Path(asked)
+    if path.is_dir():
+        path = path / STORE_NAME
+    if not path.is_file():
+        if asked == "auto":
+            return None
+        raise StoreError(f"{path} is not there. Make it with `foreroute pack {folder} --out {asked}`.")
+    return PackedStore(path, table)
+
+
+class StoreWriter:
+    """Writes a store record by record under a partial name; `finish` makes it a store.
+
+    A partial file of the same model is continued: `next_record` is the first that is still missing.
+
+    Args:
+        path: the final name. table: the experts to be stored, in their order.
+        resume: False starts anew.
+    Raises:
+        StoreError: there is no room on the disk (checked and reserved first), or it cannot be written.
+    """
+
+    def __init__(self, path: Path, table: ExpertTable, *, resume: bool = True) -> None:
+        self.path = path
+        self.partial_path = path.with_name(path.name + _PARTIAL_SUFFIX)
+        self._header = _header(table)
+        self._num_records = table.total_slots
+        self._geometry = _Geometry.of(len(self._header), self._num_records, table.slot_bytes)
+        self._checksums = [0] * self._num_records
+        self._unsynced_bytes = 0
+        self.next_record = 0
+        self.nbytes = self._geometry.offset(self._num_records)
+        can_resume = resume and self._load_partial()
+        try:
+            self._fd = os.open(self.partial_path, os.O_RDWR | os.O_CREAT | (0 if can_resume else os.O_TRUNC), 0o644)
+        except OSError as error:
+            raise StoreError(f"{self.partial_path} cannot be written: {error.strerror}. Choose another --out.") from error
+        if not can_resume:
+            self._guarded(self._begin)
+
+    def write(self, record: int, payload: memoryview, nbytes: int) -> None:
+        """Write record number `record`: the slot's bytes (a whole stride), of which `nbytes` are checksummed."""
+        assert len(payload) == self._geometry.record_stride
+        checksum = xxhash.xxh3_64_intdigest(payload[:nbytes]) or 1
+        self._guarded(lambda: _write_all(self._fd, payload, self._geometry.offset(record)))
+        self._checksums[record] = checksum
+        self._unsynced_bytes += len(payload)
+        if self._unsynced_bytes >= _SYNC_EVERY_BYTES:
+            self._guarded(self._sync)
+
+    def finish(self) -> None:
+        """Sync everything and give the store its name."""
+        assert 0 not in self._checksums, "every record is written before the store is finished"
+        self._guarded(self._sync)
+        self._guarded(lambda: os.fsync(self._fd))
+        os.close(self._fd)
+        self._fd = -1
+        os.replace(self.partial_path, self.path)
+        folder_fd = os.open(self.path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder_fd)
+        finally:
+            os.close(folder_fd)
+
+    def discard(self) -> None:
+        """Remove the partial file."""
+        self.close()
+        self.partial_path.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Leave the partial file as it is, with what was written noted in its table."""
+        if self._fd >= 0:
+            self._guarded(self._sync)
+            os.close(self._fd)
+            self._fd = -1
+
+    def __enter__(self) -> "StoreWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def _begin(self) -> None:
+        # Reserved at once: a disk that is too full says so now, not after an hour.
+        os.posix_fallocate(self._fd, 0, self.nbytes)
+        preamble = _PREAMBLE.pack(_MAGIC, len(self._header), xxhash.xxh3_64_intdigest(self._header))
+        _write_all(self._fd, memoryview(preamble + self._header), 0)
+
+    def _sync(self) -> None:
+        os.fdatasync(self._fd)
+        table = struct.pack(f"<{self._num_records}Q", *self._checksums)
+        _write_all(self._fd, memoryview(table), self._geometry.table_start)
+        self._unsynced_bytes = 0
+
+    def _load_partial(self) -> bool:
+        try:
+            with open(self.partial_path, "rb") as file:
+                stored = _read_header(self.partial_path, file.read(_PREAMBLE.size), file.read)
+                file.seek(self._geometry.table_start)
+                raw = file.read(8 * self._num_records)
+        except (FileNotFoundError, StoreError):
+            return False
+        if stored != self._header or len(raw) != 8 * self._num_records:
+            return False
+        self._checksums = list(struct.unpack(f"<{self._num_records}Q", raw))
+        self.next_record = next((i for i, value in enumerate(self._checksums) if value == 0), self._num_records)
+        return True
+
+    def _guarded(self, act: Callable[[], None]) -> None:
+        try:
+            act()
+        except OSError as error:
+            os.close(self._fd)
+            self._fd = -1
+            self.partial_path.unlink(missing_ok=True)
+            raise StoreError(
+                f"{self.path} cannot be written: {error.strerror}. It needs {self.nbytes / 1e9:.2f} GB; "
+                "nothing was left behind. Make room or choose another --out."
+            ) from error
+
+
+def _first_records(table: ExpertTable) -> Sequence[int]:
+    firsts, total = [], 0
+    for layer in table.layers:
+        firsts.append(total)
+        total += layer.num_experts
+    return firsts
+
+
+def _write_all(fd: int, payload: memoryview, offset: int) -> None:
+    while payload:
+        written = os.pwrite(fd, payload, offset)
+        payload, offset = payload[written:], offset + written
+
+
+def _read_header(path: Path, preamble: bytes, read: Callable[[int], bytes]) -> bytes:
+    if len(preamble) != _PREAMBLE.size or preamble[:8] != _MAGIC:
+        raise StoreError(f"{path} is not a packed store. Remove it, or make it with `foreroute pack`.")
+    _, header_nbytes, checksum = _PREAMBLE.unpack(preamble)
+    header = read(header_nbytes) if header_nbytes <= _MOST_HEADER_BYTES else b""
+    if len(header) != header_nbytes or xxhash.xxh3_64_intdigest(header) != checksum:
+        raise StoreError(f"{path} has a damaged header. Remove it and run `foreroute pack` again.")
+    return header
+
+
+def _check_same_model(path: Path, stored: bytes, expected: bytes) -> None:
+    if stored == expected:
+        return
+    theirs, ours = json.loads(stored), json.loads(expected)
+    if theirs.get("version") != ours["version"]:
+        reason = f"it has version {theirs.get('version')}, this foreroute reads {ours['version']}"
+    elif theirs.get("fingerprint") != ours["fingerprint"]:
+        reason = "it was packed from other weights"
+    else:
+        reason = "its experts are laid out differently"
+    raise StoreError(
+        f"{path} does not belong to this model: {reason}. Run `foreroute pack` again, or load with packed=no."
+    )

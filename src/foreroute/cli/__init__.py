@@ -1,0 +1,1 @@
+"""What can be asked from the command line? One command per question; environment variables are read here alone."""

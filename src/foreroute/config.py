@@ -1,0 +1,86 @@
+"""What was asked for (EngineConfig) and what was decided (Plan). Both frozen; unknown names fail by construction.
+
+Command-line flags are made from the fields of EngineConfig: a field is declared here, once, with its help.
+"""
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from foreroute.errors import ForerouteError
+
+
+def _option(default: Any, help_text: str, choices: tuple[str, ...] = ()) -> Any:
+    return field(default=default, metadata={"help": help_text, "choices": choices})
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How experts are kept, moved and guessed. Every default is the fast and exact choice.
+
+    The switches exist so that what each part is worth can be measured: cache off is on-demand loading, prefetch none
+    is a cache alone, and so on up the ladder.
+    """
+
+    memory: int | str | None = _option(
+        None, 'memory for experts: "8GiB", bytes, or "25%%" of the expert bytes; chosen from free RAM when left out'
+    )
+    eviction: str = _option("lfu", "which expert gives way when the pool is full", ("lfu", "lru"))
+    prefetch: str = _option("lookahead", "who guesses the next layer's experts", ("lookahead", "none"))
+    prefetch_width: int | None = _option(None, "experts guessed per token and layer; the model's top-k when left out")
+    cache: bool = _option(True, "keep experts across tokens; off loads each one whenever it is needed")
+    hits_first: bool = _option(True, "compute the experts that are there while the others arrive")
+    reader_threads: int = _option(1, "threads that read experts; one nearly saturates a disk")
+    direct_io: bool = _option(True, "read with O_DIRECT where the file system allows it")
+    packed: str = _option("auto", 'the packed store: "auto" uses the one beside the checkpoint, "no" ignores it, or a path')
+
+    def __post_init__(self) -> None:
+        for option in fields(self):
+            choices = option.metadata["choices"]
+            if choices and getattr(self, option.name) not in choices:
+                raise ForerouteError(
+                    f"{option.name}={getattr(self, option.name)!r} is not known. Choose one of {', '.join(choices)}."
+                )
+        if self.prefetch_width is not None and self.prefetch_width < 1:
+            raise ForerouteError(f"prefetch_width is {self.prefetch_width}; it must be at least 1. prefetch=none is off.")
+        if not 1 <= self.reader_threads <= 16:
+            raise ForerouteError(f"reader_threads is {self.reader_threads}; choose 1 to 16 (1 or 2 are enough).")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `load` decided, all sizes in bytes.
+
+    num_slots slots of slot_bytes hold experts; total_slots would hold them all; token_demand_slots is what one token
+    uses. staging_slots of the pool are open to guesses. source says where experts are read from.
+    """
+
+    folder: str
+    model_type: str
+    num_layers: int
+    num_experts: int
+    top_k: tuple[int, ...]
+    expert_bytes: int
+    total_expert_bytes: int
+    dense_bytes: int
+    memory_bytes: int
+    memory_was_chosen: bool
+    slot_bytes: int
+    num_slots: int
+    total_slots: int
+    token_demand_slots: int
+    staging_slots: int
+    source: str
+    stored_dtype: str
+    compute_dtype: str
+    predictor: str
+    math: str
+
+    @property
+    def token_demand_bytes(self) -> int:
+        """Stored bytes of the distinct experts that one token uses."""
+        return self.token_demand_slots * self.expert_bytes
+
+    @property
+    def resident_share(self) -> float:
+        """Share of the experts that the pool holds, 0 to 1."""
+        return self.num_slots / self.total_slots

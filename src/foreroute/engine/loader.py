@@ -1,0 +1,227 @@
+"""The composition root: from a path and a budget to a transformers model whose experts come and go.
+
+Everything that can be wrong is found before the first expert is read, in this order: the folder, its headers, the
+model, the budget, the dense weights.
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from foreroute.checkpoint.index import CheckpointIndex, read_index
+from foreroute.checkpoint.layouts import ExpertTable
+from foreroute.checkpoint.locate import locate
+from foreroute.checkpoint.records import PackedStore, open_store
+from foreroute.config import EngineConfig, Plan
+from foreroute.engine.memory import SlotViews
+from foreroute.engine.offloaded import ForerouteHandle, make_offloaded
+from foreroute.engine.prefill import ExpertStream
+from foreroute.engine.runtime import ExpertMathFn, Predictor, Runtime
+from foreroute.engine.verify_math import describe_math, prove_math, run_family_forward
+from foreroute.errors import BudgetError, ForerouteError
+from foreroute.model.blocks import MoeLayer, probe
+from foreroute.model.skeleton import Outline, load_skeleton, offloaded_modules, outline
+from foreroute.predict.lookahead import NextRouter, RouterLookahead
+from foreroute.residency.budget import format_memory, parse_memory, plan_slots
+from foreroute.residency.eviction import Eviction, Lfu, Lru
+from foreroute.residency.slots import Residency
+from foreroute.transfer.disk import DiskTransfer
+from foreroute.transfer.memory import allocate_slots
+
+# Left free when the budget is chosen here: activations, KV cache, Python itself, and other programs.
+_CHOSEN_RESERVE_BYTES = 2 * 2**30
+
+
+def load(
+    path_or_hub_id: str | Path,
+    memory: int | str | None = None,
+    dtype: str | torch.dtype = "auto",
+    *,
+    config: EngineConfig | None = None,
+    revision: str | None = None,
+    **model_kwargs: Any,
+) -> Any:
+    """Load a Mixture-of-Experts model whose experts stay on disk and visit memory as they are needed.
+
+    Args:
+        path_or_hub_id: folder of a Hugging Face checkpoint (safetensors), or `org/name`.
+        memory: budget for experts: bytes, "8GiB", or "25%" of the expert bytes; chosen from free RAM when None.
+        dtype: compute dtype; "auto" is the checkpoint's. Experts are kept as stored and converted when computed.
+        config: the other switches; `memory` above wins over its own.
+        model_kwargs: passed on to transformers (attn_implementation, ...).
+    Returns:
+        An ordinary transformers model, ready for `generate`, with `model.foreroute` (plan, stats, close) added.
+    Raises:
+        ForerouteError: see errors.py; each names what is wrong and what to do.
+    """
+    asked = config or EngineConfig()
+    folder = locate(path_or_hub_id, revision=revision)
+    index = read_index(folder)
+    sketch = outline(folder, index)
+    asked_memory = memory if memory is not None else asked.memory
+    budget = choose_memory(asked_memory, sketch.table, index)
+    store = open_store(folder, asked.packed, sketch.table)
+    model = load_skeleton(folder, sketch, _torch_dtype(dtype), **model_kwargs)
+    layers = probe(model, offloaded_modules(model))
+    table = sketch.table.reordered([layer.name for layer in layers])
+    slots = plan_slots(budget, table.slot_bytes, table.total_slots, [layer.top_k for layer in layers])
+    staging_slots = slots.staging_slots if asked.prefetch != "none" else 0
+    math = _prove_math(layers, table, model.dtype)
+    runtime = _build_runtime(asked, layers, table, store, slots.num_slots, staging_slots, math, model.dtype)
+    plan = Plan(
+        folder=str(folder),
+        model_type=sketch.config.model_type,
+        num_layers=len(layers),
+        num_experts=table.num_experts,
+        top_k=tuple(layer.top_k for layer in layers),
+        expert_bytes=max(layer.layout.nbytes for layer in table.layers),
+        total_expert_bytes=table.expert_nbytes,
+        dense_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
+        memory_bytes=budget,
+        memory_was_chosen=asked_memory is None,
+        slot_bytes=table.slot_bytes,
+        num_slots=slots.num_slots,
+        total_slots=table.total_slots,
+        token_demand_slots=slots.token_demand_slots,
+        staging_slots=staging_slots,
+        source="safetensors" if store is None else "packed",
+        stored_dtype=table.layers[0].layout.parts[0].dtype,
+        compute_dtype=str(model.dtype).removeprefix("torch."),
+        predictor=asked.prefetch,
+        math="own" if all(entry is not None for entry in math) else "family",
+    )
+    for layer in layers:
+        layer.experts.engine_forward = _computing(runtime, layer.index)
+    return make_offloaded(model, ForerouteHandle(plan, runtime, [layer.experts for layer in layers]))
+
+
+def choose_memory(asked: int | str | None, table: ExpertTable, index: CheckpointIndex) -> int:
+    """The budget in bytes: what was asked for, or what free RAM leaves beside the dense weights and a reserve.
+
+    Raises:
+        BudgetError: not a size, or more than the machine has.
+    """
+    total_ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    whole = table.total_slots * table.slot_bytes
+    if asked is not None:
+        budget = parse_memory(asked, table.expert_nbytes)
+        if budget > total_ram and budget > whole:
+            raise BudgetError(
+                f"--memory {asked} is more than this machine's RAM ({format_memory(total_ram)}), and more than all "
+                f"experts need ({format_memory(whole)})."
+            )
+        if min(budget, whole) > total_ram:
+            raise BudgetError(
+                f"--memory {asked} is more than this machine's RAM ({format_memory(total_ram)}). "
+                "Leave --memory out to have it chosen."
+            )
+        return budget
+    dense_bytes = index.nbytes - table.expert_nbytes
+    return min(whole, max(0, _available_ram() - dense_bytes - _CHOSEN_RESERVE_BYTES))
+
+
+def _available_ram() -> int:
+    with open("/proc/meminfo") as file:
+        for line in file:
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    raise BudgetError("This system does not say how much RAM is free. Give --memory.")
+
+
+def _torch_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
+    if isinstance(dtype, torch.dtype) or dtype == "auto":
+        return dtype
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype not in known:
+        raise ForerouteError(f"dtype {dtype!r} is not known. Choose auto, {', '.join(known)}.")
+    return known[dtype]
+
+
+def _prove_math(layers: list[MoeLayer], table: ExpertTable, dtype: torch.dtype) -> list[ExpertMathFn | None]:
+    """Per layer our maths where it is bit-equal to the family's; one proof per kind of layer."""
+    proven: dict[Any, bool] = {}
+    math: list[ExpertMathFn | None] = []
+    for layer, described in zip(layers, table.layers, strict=True):
+        kind = (type(layer.experts), described.layout)
+        if kind not in proven:
+            proven[kind] = prove_math(layer.experts, described.layout, dtype)
+        math.append(describe_math(layer.experts) if proven[kind] else None)
+    return math
+
+
+def _build_runtime(
+    asked: EngineConfig,
+    layers: list[MoeLayer],
+    table: ExpertTable,
+    store: PackedStore | None,
+    num_slots: int,
+    staging_slots: int,
+    math: list[ExpertMathFn | None],
+    dtype: torch.dtype,
+) -> Runtime:
+    residency = Residency(
+        num_slots,
+        table.num_keys,
+        eviction=Lru() if asked.eviction == "lru" else Lfu(),
+        staging_slots=staging_slots,
+        keys_per_layer=table.num_experts,
+    )
+    memory, slots = allocate_slots(num_slots, table.slot_bytes)
+    transfer = DiskTransfer(
+        table.reads if store is None else store.reads_of(table),
+        slots.__getitem__,
+        num_threads=asked.reader_threads,
+        direct=asked.direct_io,
+        label=table.label,
+    )
+    return Runtime(
+        table,
+        residency,
+        transfer,
+        SlotViews(memory, table.slot_bytes, [layer.layout for layer in table.layers], dtype),
+        math,
+        [_lending_forward(layer, table.num_experts) for layer in layers],
+        _predictor(asked, layers),
+        hits_first=asked.hits_first,
+        keep_across_tokens=asked.cache,
+    )
+
+
+def _predictor(asked: EngineConfig, layers: list[MoeLayer]) -> Predictor | None:
+    if asked.prefetch == "none":
+        return None
+    following: list[NextRouter | None] = []
+    for layer, after in zip(layers, layers[1:], strict=False):
+        router = after.router
+        can_guess = router is not None and not router.takes_more_than_hidden
+        if router is None or not can_guess or layer.router is None or not layer.router.reads_experts_input:
+            following.append(None)
+            continue
+        scale = None
+        if layer.norm_weight is not None and after.norm_weight is not None:
+            scale = after.norm_weight / layer.norm_weight
+        width = after.experts.num_offloaded
+        following.append(NextRouter(router.module.forward, router.ids_at, router.logits_at, width, scale))
+    return RouterLookahead(following, asked.prefetch_width)
+
+
+def _computing(runtime: Runtime, layer: int) -> Callable[..., torch.Tensor]:
+    def forward(hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        return runtime.compute(layer, hidden, ids, weights)
+
+    return forward
+
+
+def _lending_forward(layer: MoeLayer, num_experts: int) -> Callable[..., torch.Tensor]:
+    """The family's own forward over a stream of experts, for layers whose maths is not proven."""
+    base = layer.index * num_experts
+
+    def forward(
+        stream: ExpertStream, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        return run_family_forward(layer.experts, lambda expert: stream.parts(base + expert), hidden, ids, weights)
+
+    return forward

@@ -1,0 +1,99 @@
+"""What becomes of a transformers model when its experts are handed to the engine: what it may still do, and what not."""
+
+import weakref
+from typing import Any
+
+import torch
+from torch import nn
+
+from foreroute.config import Plan
+from foreroute.engine.runtime import Runtime
+from foreroute.engine.stats import EngineStats
+from foreroute.errors import PromptError, RefusedError
+from foreroute.model.experts import OffloadedExperts
+
+
+class ForerouteHandle:
+    """`model.foreroute`: the plan, the counts, and the way to let go.
+
+    Attributes:
+        plan: what `load` decided.
+        runtime: the engine, for those who look inside.
+    """
+
+    def __init__(self, plan: Plan, runtime: Runtime, experts: list[OffloadedExperts]) -> None:
+        self.plan = plan
+        self.runtime = runtime
+        self._experts = experts
+
+    def stats(self) -> EngineStats:
+        """A copy of all counts since the model was loaded; `.minus(earlier)` gives those of a span."""
+        return self.runtime.snapshot()
+
+    def close(self) -> None:
+        """Stop the readers and free the pool. The model's experts cannot be computed afterwards."""
+        for module in self._experts:
+            module.engine_forward = None
+        self.runtime.close()
+
+
+def _refuse(what: str, why: str) -> Any:
+    def refused(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        raise RefusedError(f"{what} is not possible on a model with offloaded experts: {why}")
+
+    refused.__name__ = what
+    return refused
+
+
+_NOT_ALL_HERE = "the expert weights are not in it. Use the original checkpoint, or load it with transformers."
+_AS_LOADED = "experts are kept as stored. Choose the dtype when loading: foreroute.load(..., dtype=...)."
+
+
+class OffloadedModel:
+    """Mixin in front of a transformers model class. Defines what would otherwise be silently wrong."""
+
+    foreroute: ForerouteHandle
+
+    save_pretrained = _refuse("save_pretrained", _NOT_ALL_HERE)
+    push_to_hub = _refuse("push_to_hub", _NOT_ALL_HERE)
+    compile = _refuse("compile", "its experts come and go between kernels.")
+    half = _refuse("half", _AS_LOADED)
+    float = _refuse("float", _AS_LOADED)
+    double = _refuse("double", _AS_LOADED)
+    bfloat16 = _refuse("bfloat16", _AS_LOADED)
+    cuda = _refuse("cuda", "it was loaded for the CPU.")
+    __deepcopy__ = _refuse("deepcopy", "two models cannot share one pool. Load it again.")
+    __reduce_ex__ = _refuse("pickling", "its experts are on disk. Load it again where it is needed.")
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """Accepted when nothing changes (the device and dtype it has); refused otherwise."""
+        device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
+        own: Any = self
+        if device is not None and device.type != own.device.type:
+            raise RefusedError(f"The model was loaded for {own.device}; its experts cannot follow it to {device}.")
+        if dtype is not None and dtype != own.dtype:
+            raise RefusedError(f"The model computes in {own.dtype}; {_AS_LOADED}")
+        return self
+
+
+def make_offloaded(model: nn.Module, handle: ForerouteHandle) -> nn.Module:
+    """Turn the model, in place, into an `OffloadedModel` of the same class name, with `foreroute` attached."""
+    cls = type(model)
+    # The same name and module: transformers' pipelines and lm-eval tell models by their class name.
+    model.__class__ = type(cls.__name__, (OffloadedModel, cls), {"__module__": cls.__module__})
+    object.__setattr__(model, "foreroute", handle)
+    handle_ref = weakref.ref(handle.runtime)
+
+    def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tokens = kwargs.get("input_ids", args[0] if args else None)
+        if tokens is None:
+            tokens = kwargs.get("inputs_embeds")
+        runtime = handle_ref()
+        if runtime is not None and tokens is not None:
+            if 0 in tokens.shape[:2]:
+                raise PromptError("The prompt is empty: there is no token to start from.")
+            runtime.begin_step(tokens.shape[0], tokens.shape[1])
+
+    model.register_forward_pre_hook(begin, with_kwargs=True)
+    weakref.finalize(model, handle.runtime.close)
+    return model

@@ -1,0 +1,165 @@
+"""Many tokens at once: the experts that a chunk needs pass by in ascending order, each read once.
+
+What the pool holds is used where it is. What it lacks goes to slots that are free, and then through a small ring of
+borrowed ones, so that a long prompt does not push out the experts that decoding lives on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from foreroute.residency.slots import FREE, READY
+
+if TYPE_CHECKING:
+    from foreroute.engine.runtime import Runtime
+    from foreroute.engine.stats import PhaseStats
+
+# Reads kept in flight ahead of the maths: more hide no more, they only take slots.
+_RING_SLOTS = 4
+
+
+def group_by_expert(
+    ids: torch.Tensor, keys: Sequence[int], base: int
+) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """For each of `keys`, ascending: the tokens routed to it and their positions in the top-k.
+
+    Sorted by position and then token, as transformers' eager experts order them: the order of rows in a product can
+    change its bits.
+    """
+    num_tokens = ids.shape[0]
+    flat = ids.t().reshape(-1)
+    order = torch.argsort(flat, stable=True)
+    sorted_ids = flat[order]
+    wanted = torch.tensor([key - base for key in keys])
+    starts = torch.searchsorted(sorted_ids, wanted).tolist()
+    ends = torch.searchsorted(sorted_ids, wanted, right=True).tolist()
+    for key, start, end in zip(keys, starts, ends, strict=True):
+        rows = order[start:end]
+        yield key, rows % num_tokens, rows // num_tokens
+
+
+class ExpertStream:
+    """The experts `keys` (ascending) of one layer, one after the other; call `parts` in that order, then `close`.
+
+    At most one expert is lent at a time: asking for the next one gives the previous one back.
+    """
+
+    def __init__(
+        self, runtime: Runtime, layer: int, keys: Sequence[int], phase: PhaseStats, clock: Callable[[], float]
+    ) -> None:
+        self._runtime = runtime
+        self._residency = runtime.residency
+        self._layer = layer
+        self._phase = phase
+        self._clock = clock
+        self._leased: set[int] = set()
+        self._loading: set[int] = set()  # into the pool
+        self._ring_loading: dict[int, int] = {}
+        self._ring_ready: dict[int, int] = {}
+        self._ring_free: list[int] = []
+        self._ring: list[int] = []
+        self._current = -1
+        self._expert_bytes = runtime.table.layers[layer].layout.nbytes
+        self._queue = self._admit(keys)
+        self._top_up()
+
+    def _admit(self, keys: Sequence[int]) -> list[int]:
+        """Lease what is there, load into free slots what fits, borrow a ring for the rest; returns the rest."""
+        residency = self._residency
+        most = residency.num_slots - _RING_SLOTS
+        present = [key for key in keys if residency.state(key) == READY][: max(0, most)]
+        hits, late, misses = residency.demand(present)
+        assert not late and not misses
+        self._leased.update(hits)
+        held = set(hits)
+        rest = [key for key in keys if key not in held]
+        self._phase.hits += len(hits)
+        self._phase.misses += len(rest)
+        if len(rest) > residency.num_free:
+            self._ring = residency.borrow(min(_RING_SLOTS, len(rest)))
+            self._ring_free = list(self._ring)
+            assert self._ring, f"no slot to stream through: {residency!r}"
+        kept = [key for key in rest if residency.state(key) == FREE][: residency.num_free]
+        _, _, loads = residency.demand(kept)
+        self._loading.update(key for key, _ in loads)
+        for key, slot in loads:
+            self._start(key, slot)
+        return [key for key in rest if key not in self._loading]
+
+    def parts(self, key: int) -> tuple[torch.Tensor, ...]:
+        """Expert `key`'s tensors; blocks until its bytes are there.
+
+        Raises:
+            ReadError, ChecksumError: they could not be read.
+        """
+        if key != self._current:
+            self._give_back_current()
+            self._current = key
+            self._top_up()
+        slot = self._ring_ready.get(key, -1)
+        while slot < 0 and key not in self._leased:
+            self._await_one()
+            self._top_up()
+            slot = self._ring_ready.get(key, -1)
+        return self._runtime.views.parts(self._layer, slot if slot >= 0 else self._residency.slot_of(key))
+
+    def close(self) -> None:
+        """Give every slot back, after the reads into them have ended; safe after an error."""
+        self._give_back_current()
+        while self._ring_loading:
+            for completion in self._runtime.transfer.wait():
+                self._book(completion.key, completion.error)
+        self._residency.give_back(self._ring)
+        self._residency.release(list(self._leased))
+        self._leased.clear()
+        self._ring = []
+
+    def _give_back_current(self) -> None:
+        key, self._current = self._current, -1
+        slot = self._ring_ready.pop(key, -1)
+        if slot >= 0:
+            self._ring_free.append(slot)
+        elif key in self._leased:
+            self._leased.remove(key)
+            self._residency.release([key])
+
+    def _top_up(self) -> None:
+        """Start the next reads for which the ring has room."""
+        while self._queue and self._ring_free:
+            key = self._queue.pop(0)
+            slot = self._ring_free.pop()
+            self._ring_loading[key] = slot
+            self._start(key, slot)
+
+    def _start(self, key: int, slot: int) -> None:
+        self._runtime.transfer.demand(key, slot)
+        self._phase.demand_loads += 1
+        self._phase.demand_bytes += self._expert_bytes
+
+    def _await_one(self) -> None:
+        started = self._clock()
+        completions = self._runtime.transfer.wait()
+        self._phase.stall_s += self._clock() - started
+        failure: Exception | None = None
+        for completion in completions:
+            failure = self._book(completion.key, completion.error) or failure
+        if failure is not None:
+            raise failure
+
+    def _book(self, key: int, error: Exception | None) -> Exception | None:
+        if key in self._ring_loading:
+            slot = self._ring_loading.pop(key)
+            if error is None:
+                self._ring_ready[key] = slot
+            return error
+        self._loading.discard(key)
+        if error is not None:
+            self._residency.fail(key)
+            return error
+        self._residency.loaded(key)
+        self._residency.lease(key)
+        self._leased.add(key)
+        return None

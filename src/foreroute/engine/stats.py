@@ -1,0 +1,62 @@
+"""What a run did, counted while it runs: experts found and fetched, bytes moved, time waited."""
+
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+
+@dataclass(slots=True)
+class PhaseStats:
+    """Counts of one phase (prefill or decode).
+
+    steps: forward passes. tokens: positions computed, padding included.
+    hits / late / misses: demanded experts that were there / still on their way / absent.
+    demand_loads: experts read because a router asked. prefetch_loads: experts read on a guess.
+    stall_s: seconds in which compute waited for bytes.
+    """
+
+    steps: int = 0
+    tokens: int = 0
+    hits: int = 0
+    late: int = 0
+    misses: int = 0
+    demand_loads: int = 0
+    demand_bytes: int = 0
+    prefetch_loads: int = 0
+    prefetch_bytes: int = 0
+    prefetch_cancelled: int = 0
+    stall_s: float = 0.0
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of demanded experts that were there, 0 to 1; late ones are not hits."""
+        demanded = self.hits + self.late + self.misses
+        return self.hits / demanded if demanded else 0.0
+
+
+@dataclass(slots=True)
+class EngineStats:
+    """Both phases, and the pool's own counts since the last reset."""
+
+    prefill: PhaseStats = field(default_factory=PhaseStats)
+    decode: PhaseStats = field(default_factory=PhaseStats)
+    evictions: int = 0
+    prefetch_used: int = 0
+    prefetch_wasted: int = 0
+    read_bytes: int = 0
+    read_s: float = 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain numbers, for --json."""
+        return asdict(self)
+
+    def minus(self, earlier: "EngineStats") -> "EngineStats":
+        """The counts between `earlier` and now."""
+        return EngineStats(
+            _difference(self.prefill, earlier.prefill),
+            _difference(self.decode, earlier.decode),
+            *(getattr(self, f.name) - getattr(earlier, f.name) for f in fields(self)[2:]),
+        )
+
+
+def _difference(now: PhaseStats, earlier: PhaseStats) -> PhaseStats:
+    return PhaseStats(*(getattr(now, f.name) - getattr(earlier, f.name) for f in fields(now)))

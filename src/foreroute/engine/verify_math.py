@@ -1,0 +1,90 @@
+"""Is our maths the family's maths? Compared bit for bit at load, on random numbers of the real shapes.
+
+Families differ in small ways: a linear with bias or a product and a sum, the order of gating. What is not equal is not
+used: such a layer runs the family's own forward over streamed experts, which is right by construction, and slower.
+"""
+
+import math as scalar_math
+from collections.abc import Callable, Sequence
+
+import torch
+
+from foreroute.checkpoint.layouts import ExpertLayout
+from foreroute.kernels.cpu import ExpertMath
+from foreroute.model.experts import OffloadedExperts, family_forward
+
+_ROWS = (1, 3)
+
+
+class _Lent:
+    """Stands where the family's forward looks for a fused parameter; indexing it lends one expert's tensor."""
+
+    def __init__(self, lend: Callable[[int], torch.Tensor]) -> None:
+        self._lend = lend
+
+    def __getitem__(self, expert: torch.Tensor | int) -> torch.Tensor:
+        return self._lend(int(expert))
+
+
+def run_family_forward(
+    module: OffloadedExperts,
+    parts_of: Callable[[int], Sequence[torch.Tensor]],
+    hidden: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+) -> torch.Tensor:
+    """The family's own eager forward with experts lent one at a time.
+
+    Args:
+        parts_of: expert index -> its parts in layout order; asked for experts in ascending order.
+    """
+    for at, parameter in enumerate(module.expert_parameters):
+        # In the instance's own table: nn.Module looks there first, and would refuse it as a parameter.
+        module.__dict__[parameter.name] = _Lent(lambda expert, at=at: parts_of(expert)[at])
+    try:
+        return family_forward(module)(module, hidden, ids, weights)
+    finally:
+        for parameter in module.expert_parameters:
+            del module.__dict__[parameter.name]
+
+
+def describe_math(module: OffloadedExperts) -> ExpertMath | None:
+    """The family's maths by the flags that transformers' decorator left on the module; None when they do not tell."""
+    at = {parameter.name: position for position, parameter in enumerate(module.expert_parameters)}
+    has_gate = getattr(module, "has_gate", True)
+    up_name = "gate_up_proj" if has_gate else "up_proj"
+    known = {up_name, "down_proj", f"{up_name}_bias", "down_proj_bias"}
+    if up_name not in at or "down_proj" not in at or not set(at) <= known or getattr(module, "has_post_expert_norm", 0):
+        return None
+    gate = module._apply_gate if has_gate else module.act_fn
+    return ExpertMath(
+        gate,
+        at[up_name],
+        at["down_proj"],
+        at.get(f"{up_name}_bias", -1),
+        at.get("down_proj_bias", -1),
+        bool(getattr(module, "is_transposed", False)),
+    )
+
+
+def prove_math(module: OffloadedExperts, layout: ExpertLayout, compute_dtype: torch.dtype) -> bool:
+    """True when our maths for this experts module gives the bits of the family's own forward."""
+    math = describe_math(module)
+    if math is None:
+        return False
+    generator = torch.Generator().manual_seed(0)
+    parts = []
+    for part in layout.parts:
+        scale = 1 / scalar_math.sqrt(part.shape[-1])
+        parts.append((torch.randn(part.shape, generator=generator) * scale).to(compute_dtype))
+    hidden_size = parts[math.down_at].shape[-1 if math.is_transposed else 0]
+    with torch.no_grad():
+        for num_rows in _ROWS:
+            hidden = torch.randn(num_rows, hidden_size, generator=generator).to(compute_dtype)
+            ids = torch.zeros(num_rows, 1, dtype=torch.int64)
+            weights = torch.rand(num_rows, 1, generator=generator).to(compute_dtype)
+            theirs = run_family_forward(module, lambda _: parts, hidden, ids, weights)
+            ours = torch.zeros_like(hidden) + (math(hidden, parts) * weights).to(hidden.dtype)
+            if not torch.equal(theirs, ours):
+                return False
+    return True

@@ -1,0 +1,55 @@
+"""Every error that foreroute raises on purpose, and what each one means.
+
+    ForerouteError
+    ├── CheckpointError          the folder cannot be run as it is
+    │   ├── UnsupportedModelError    it is a model, but not one of ours (dense, off the seam, pickled)
+    │   └── CorruptCheckpointError   bytes are missing, overlap, or have the wrong dtype or shape
+    ├── StoreError               a packed store cannot be used or written
+    │   └── ChecksumError            a record's bytes are not the bytes that were packed
+    ├── BudgetError              the memory asked for cannot work; says what would
+    ├── ReadError                the disk failed while experts were being read
+    ├── PromptError              the prompt cannot be run (empty, longer than the context)
+    └── RefusedError             an operation that an offloaded model cannot do
+
+A message names what is wrong and what to do about it. Our own bugs are assertions, never these.
+"""
+
+
+class ForerouteError(Exception):
+    """Base of every error raised on purpose; `except ForerouteError` catches them all."""
+
+
+class CheckpointError(ForerouteError):
+    """The checkpoint cannot be run as it is."""
+
+
+class UnsupportedModelError(CheckpointError):
+    """A valid model, but not one that foreroute can run; the message says why."""
+
+
+class CorruptCheckpointError(CheckpointError):
+    """Bytes of the checkpoint are missing, overlap, or have the wrong dtype or shape."""
+
+
+class StoreError(ForerouteError):
+    """A packed store cannot be used with this model, or cannot be written."""
+
+
+class ChecksumError(StoreError):
+    """A packed record's bytes differ from those that were packed; the message names the expert."""
+
+
+class BudgetError(ForerouteError):
+    """The memory budget cannot work; the message says which one would."""
+
+
+class ReadError(ForerouteError):
+    """Reading an expert failed; the message names file, offset and expert."""
+
+
+class PromptError(ForerouteError):
+    """The prompt cannot be run."""
+
+
+class RefusedError(ForerouteError, RuntimeError):
+    """The operation is not defined for a model whose experts are offloaded."""

@@ -1,0 +1,1 @@
+"""Where does foreroute meet transformers? The seam: a model without experts, its routers and expert modules."""

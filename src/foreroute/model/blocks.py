@@ -1,0 +1,168 @@
+"""The probe: one tiny forward that finds every MoE block's router, outputs and inputs, never by name.
+
+The experts' own call is the fixed point: it receives the expert ids. Whatever module returned that very tensor is the
+router; where its other outputs lie is read off the same call. What cannot be found is left out, and costs prediction
+only: the engine starts at the experts' call in any case.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from foreroute.errors import UnsupportedModelError
+from foreroute.model.experts import OffloadedExperts
+
+# Odd, so that no other extent of the shapes below is mistaken for the number of tokens.
+_PROBE_TOKENS = 5
+
+
+@dataclass(frozen=True)
+class Router:
+    """A block's router and where its outputs lie.
+
+    ids_at, weights_at, logits_at: positions in the tuple that the router returns; logits_at is -1 when there are none.
+    takes_more_than_hidden: the block passes it further arguments, so that it cannot be run ahead on its own.
+    reads_experts_input: its input is the tensor that the experts get.
+    """
+
+    name: str
+    module: nn.Module
+    ids_at: int
+    weights_at: int
+    logits_at: int
+    takes_more_than_hidden: bool
+    reads_experts_input: bool
+
+
+@dataclass(frozen=True)
+class MoeLayer:
+    """One MoE layer as the probe saw it, in the order in which the model calls them.
+
+    top_k: experts per token in a real routing, whatever the config says.
+    router: None when the block routes in itself.
+    norm_weight: [hidden] scale of the norm whose output the router reads, when that norm is a plain RMS norm.
+    """
+
+    index: int
+    name: str
+    experts: OffloadedExperts
+    top_k: int
+    router: Router | None
+    norm_weight: torch.Tensor | None
+
+
+@dataclass
+class _Calls:
+    """What ran since the last experts call: modules with their inputs and outputs, in order."""
+
+    records: list[tuple[str, nn.Module, tuple[Any, ...], dict[str, Any], Any]] = field(default_factory=list)
+
+
+def probe(model: nn.Module, offloaded: dict[str, OffloadedExperts]) -> list[MoeLayer]:
+    """Run a few tokens through the model without experts and describe its MoE layers.
+
+    Args:
+        model: the loaded skeleton; its experts return zeros while the probe runs.
+        offloaded: its experts modules by name.
+    Returns:
+        The layers in call order, which is the order of MoE layers from here on.
+    Raises:
+        UnsupportedModelError: some experts are never called by a plain forward.
+    """
+    calls = _Calls()
+    layers: list[MoeLayer] = []
+
+    def on_experts(name: str, module: OffloadedExperts) -> Callable[..., torch.Tensor]:
+        def forward(hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+            layers.append(_describe(len(layers), name, module, calls, hidden, ids, weights))
+            calls.records.clear()
+            return torch.zeros_like(hidden)
+
+        return forward
+
+    def on_module(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            calls.records.append((name, module, args, kwargs, output))
+
+        return hook
+
+    handles = [m.register_forward_hook(on_module(name), with_kwargs=True) for name, m in model.named_modules()]
+    try:
+        for name, module in offloaded.items():
+            module.engine_forward = on_experts(name, module)
+        with torch.no_grad():
+            model(input_ids=torch.arange(1, _PROBE_TOKENS + 1).unsqueeze(0), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module in offloaded.values():
+            module.engine_forward = None
+    silent = sorted(set(offloaded) - {layer.name for layer in layers})
+    if silent:
+        raise UnsupportedModelError(f"{silent[0]} is not called by a forward over text: its experts cannot be offloaded.")
+    return layers
+
+
+def _describe(
+    index: int,
+    name: str,
+    module: OffloadedExperts,
+    calls: _Calls,
+    hidden: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+) -> MoeLayer:
+    router = _find_router(calls, module, hidden, ids, weights)
+    norm_weight = None
+    if router is not None:
+        inputs = next(args for n, _, args, _, _ in calls.records if n == router.name)
+        norm_weight = _find_norm_weight(calls, inputs[0] if inputs else hidden)
+    return MoeLayer(index, name, module, int(ids.shape[-1]), router, norm_weight)
+
+
+def _same(left: Any, right: torch.Tensor) -> bool:
+    return isinstance(left, torch.Tensor) and left.data_ptr() == right.data_ptr() and left.dtype == right.dtype
+
+
+def _find_router(
+    calls: _Calls, experts: OffloadedExperts, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+) -> Router | None:
+    for name, module, args, kwargs, output in reversed(calls.records):
+        if not isinstance(output, tuple):
+            continue
+        at = {_role(value, experts, ids, weights): position for position, value in enumerate(output)}
+        if "ids" not in at:
+            continue
+        if "weights" not in at:
+            return None
+        more = len(args) != 1 or bool(kwargs)
+        return Router(name, module, at["ids"], at["weights"], at.get("logits", -1), more, _same((*args, None)[0], hidden))
+    return None
+
+
+def _role(value: Any, experts: OffloadedExperts, ids: torch.Tensor, weights: torch.Tensor) -> str:
+    if not isinstance(value, torch.Tensor):
+        return "other"
+    if value.dtype == torch.int64 and value.shape == ids.shape and torch.equal(value, ids):
+        return "ids"
+    if value.is_floating_point() and value.shape == weights.shape and torch.equal(value, weights):
+        return "weights"
+    if value.is_floating_point() and value.ndim == 2 and value.shape[-1] >= experts.num_offloaded:
+        return "logits"
+    return "other"
+
+
+def _find_norm_weight(calls: _Calls, router_input: torch.Tensor) -> torch.Tensor | None:
+    """The weight of the norm that made the router's input, if it is a plain RMS norm: x = r / rms(r) * weight."""
+    for _, module, args, _, output in reversed(calls.records):
+        weight = getattr(module, "weight", None)
+        if not _same(output, router_input) or not isinstance(weight, torch.Tensor) or weight.ndim != 1 or not args:
+            continue
+        residual = args[0].float()
+        scaled = residual * torch.rsqrt(residual.pow(2).mean(-1, keepdim=True) + 1e-6) * weight.float()
+        is_rms = torch.allclose(scaled, output.float(), rtol=2e-2, atol=1e-3)
+        return weight.detach() if is_rms and bool((weight != 0).all()) else None
+    return None

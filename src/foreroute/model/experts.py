@@ -1,0 +1,87 @@
+"""The class that takes the place of a family's experts: the same module without its weights.
+
+It keeps whatever the family's constructor sets (config, activation, gating, flags, norms) and drops the expert
+parameters, which never exist in memory. Its forward is handed over to the engine, which knows where the bytes are.
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from foreroute.errors import RefusedError
+
+_SEAM_MODULE = "transformers.integrations.moe"
+
+# Called with (hidden [tokens, hidden], expert ids [tokens, k] int64, weights [tokens, k]); returns [tokens, hidden].
+ExpertsForward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertParameter:
+    """A parameter that the experts module would have had: its name and one expert's shape."""
+
+    name: str
+    shape: tuple[int, ...]
+
+
+def is_experts_class(cls: type) -> bool:
+    """True for a class whose forward was decorated with transformers' `use_experts_implementation`."""
+    forward = getattr(cls, "forward", None)
+    own = getattr(forward, "__globals__", {}).get("__name__") == _SEAM_MODULE
+    return own and hasattr(forward, "__wrapped__")
+
+
+def family_forward(module: nn.Module) -> Callable[..., torch.Tensor]:
+    """The family's own eager forward, under the decorator and under our replacement; takes `module` first."""
+    for cls in type(module).__mro__:
+        if not issubclass(cls, OffloadedExperts) and is_experts_class(cls):
+            return cls.forward.__wrapped__
+    raise AssertionError(f"{type(module).__name__} is not an experts module")
+
+
+class OffloadedExperts(nn.Module):
+    """Mixin in front of a family's experts class. Built by `offloaded_class`, never directly.
+
+    Attributes:
+        expert_parameters: what the family would have allocated, in its order.
+        num_offloaded: how many experts the module has.
+    """
+
+    expert_parameters: tuple[ExpertParameter, ...]
+    num_offloaded: int
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        with torch.device("meta"):
+            super().__init__(config, *args, **kwargs)
+        # nn.Module's own tables are used: attributes of families' classes may shadow names.
+        fused = {name: p for name, p in self._parameters.items() if p is not None and p.ndim >= 2}
+        self.num_offloaded = int(next(iter(fused.values())).shape[0])
+        self.expert_parameters = tuple(
+            ExpertParameter(name, tuple(p.shape[1:])) for name, p in fused.items() if p.shape[0] == self.num_offloaded
+        )
+        for parameter in self.expert_parameters:
+            del self._parameters[parameter.name]
+        # transformers would otherwise initialise "missing" weights through the family's own initialiser.
+        self._is_hf_initialized = not self._parameters and not self._buffers
+        parameters = list(inspect.signature(family_forward(self)).parameters)
+        self._call_names = tuple(parameters[1:4])
+        self.engine_forward: ExpertsForward | None = None
+
+    def forward(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
+        """Compute the routed experts' weighted sum through the engine that `load` attached."""
+        if torch.compiler.is_compiling():
+            raise RefusedError("A model with offloaded experts cannot be compiled; call it without torch.compile.")
+        if kwargs:
+            args = (*args, *(kwargs[name] for name in self._call_names[len(args) :]))
+        if self.engine_forward is None:
+            raise RefusedError("This model's experts have been closed; load the model again.")
+        return self.engine_forward(*args)
+
+
+def offloaded_class(experts_class: type[nn.Module]) -> type[OffloadedExperts]:
+    """A subclass of `experts_class` that allocates no expert; same name and module, so that nothing else notices."""
+    return type(experts_class.__name__, (OffloadedExperts, experts_class), {"__module__": experts_class.__module__})

@@ -1,0 +1,260 @@
+"""A transformers model without its experts, and the map from its experts to the checkpoint's bytes.
+
+While `from_pretrained` runs, each experts class is replaced in its own modeling module by a subclass that allocates
+nothing; afterwards, also after a failure, the module is as it was. transformers loads all that is left as it always
+does. Names are translated by transformers' own renaming functions, so that a family needs no table here.
+"""
+
+import contextlib
+import json
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from foreroute.checkpoint.assembly import Operation
+from foreroute.checkpoint.index import CheckpointIndex
+from foreroute.checkpoint.layouts import ExpertTable, LayerExperts, PartSource, layer_experts
+from foreroute.errors import CheckpointError, CorruptCheckpointError, UnsupportedModelError
+from foreroute.model.experts import ExpertParameter, OffloadedExperts, is_experts_class, offloaded_class
+
+# The swap replaces a name in a module that every thread sees: one load at a time.
+_SWAP_LOCK = threading.RLock()
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What is known of a model before any weight is read.
+
+    config: transformers' config.
+    experts: names of the experts modules, in module order.
+    table: where every expert's bytes are; layers in the order of `experts`.
+    expert_targets: the fused parameters that must not be loaded, by full name.
+    """
+
+    config: Any
+    experts: tuple[str, ...]
+    table: ExpertTable
+    expert_targets: frozenset[str]
+    experts_classes: frozenset[type[nn.Module]]
+
+
+def read_config(folder: Path) -> Any:
+    """transformers' config of the checkpoint in `folder`; no remote code is run.
+
+    Raises:
+        CheckpointError: no config.json, or one that is not JSON.
+        UnsupportedModelError: a model type that the installed transformers does not have.
+    """
+    from transformers import AutoConfig
+
+    config_file = folder / "config.json"
+    if not config_file.is_file():
+        raise CheckpointError(f"{folder} has no config.json. Give the folder of a Hugging Face checkpoint.")
+    try:
+        model_type = json.loads(config_file.read_text()).get("model_type")
+    except (ValueError, AttributeError) as error:
+        raise CheckpointError(f"{config_file} is not a JSON object ({error}).") from None
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (ValueError, KeyError) as error:
+        raise UnsupportedModelError(
+            f"{config_file}: the installed transformers cannot read model type {model_type!r}: {error}"
+        ) from error
+
+
+def outline(folder: Path, index: CheckpointIndex) -> Outline:
+    """Build the model on the meta device, find its experts and map them to stored bytes.
+
+    Raises:
+        UnsupportedModelError: the model is dense, its experts are off the seam, or it is no causal language model.
+        CorruptCheckpointError: expert tensors are absent, or of another shape than the config says.
+    """
+    config = read_config(folder)
+    meta_model = _meta_model(config)
+    modules = {name: module for name, module in meta_model.named_modules() if is_experts_class(type(module))}
+    if not modules:
+        raise UnsupportedModelError(_why_no_experts(folder, config, meta_model))
+    sources = _map_sources(meta_model, modules, index)
+    layers: list[LayerExperts] = []
+    targets: set[str] = set()
+    for name, module in modules.items():
+        parameters = _expert_parameters(module)
+        layer_sources = [sources.get(f"{name}.{p.name}") or _absent(name, p) for p in parameters]
+        targets.update(f"{name}.{p.name}" for p in parameters)
+        layers.append(layer_experts(name, _num_experts(module), layer_sources, index))
+    classes = frozenset(type(module) for module in modules.values())
+    return Outline(config, tuple(modules), ExpertTable(tuple(layers), index), frozenset(targets), classes)
+
+
+def load_skeleton(folder: Path, sketch: Outline, dtype: torch.dtype | str, **kwargs: Any) -> nn.Module:
+    """Load everything but the experts with transformers' `from_pretrained`.
+
+    Args:
+        dtype: compute dtype of the dense weights, or "auto" for the checkpoint's.
+        kwargs: passed on to `from_pretrained` (attn_implementation, ...).
+    Raises:
+        CorruptCheckpointError: keys are missing, unexpected or of another shape; ours excepted.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with swapped_experts(sketch.experts_classes), _quiet_loading():
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=sketch.config,
+            dtype=dtype,
+            experts_implementation="eager",
+            use_safetensors=True,
+            output_loading_info=True,
+            **kwargs,
+        )
+    _check_loading_info(folder, info, sketch.expert_targets)
+    return model.eval()
+
+
+@contextlib.contextmanager
+def swapped_experts(classes: frozenset[type[nn.Module]]) -> Iterator[None]:
+    """While inside, each class's modeling module holds the class without weights under the same name."""
+    with _SWAP_LOCK:
+        replaced: list[tuple[Any, str, type[nn.Module]]] = []
+        try:
+            for cls in classes:
+                module = sys.modules[cls.__module__]
+                for attribute in [name for name, value in vars(module).items() if value is cls]:
+                    replaced.append((module, attribute, cls))
+                    setattr(module, attribute, offloaded_class(cls))
+            yield
+        finally:
+            for module, attribute, cls in replaced:
+                setattr(module, attribute, cls)
+
+
+@contextlib.contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """Silence transformers' load report and progress bar: the loading info is checked here, and more strictly."""
+    from transformers.utils import logging as transformers_logging
+
+    previous_level, had_bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(previous_level)
+        if had_bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _meta_model(config: Any) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+    except ValueError as error:
+        raise UnsupportedModelError(
+            f"{type(config).__name__} is no causal language model in transformers: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def _why_no_experts(folder: Path, config: Any, model: nn.Module) -> str:
+    has_experts = any("expert" in name for name, _ in model.named_modules())
+    if has_experts:
+        return (
+            f"{folder}: the experts of {config.model_type} do not go through transformers' shared experts interface "
+            "(use_experts_implementation), the seam that foreroute works on. Run it with transformers itself."
+        )
+    return (
+        f"{folder} is a dense model ({config.model_type}): it has no experts to offload. "
+        "Run it with transformers itself; foreroute is for Mixture-of-Experts models."
+    )
+
+
+def _num_experts(module: nn.Module) -> int:
+    return int(next(p for p in module._parameters.values() if p is not None and p.ndim >= 2).shape[0])
+
+
+def _expert_parameters(module: nn.Module) -> tuple[ExpertParameter, ...]:
+    num_experts = _num_experts(module)
+    return tuple(
+        ExpertParameter(name, tuple(p.shape[1:]))
+        for name, p in module._parameters.items()
+        if p is not None and p.ndim >= 2 and p.shape[0] == num_experts
+    )
+
+
+def _map_sources(
+    meta_model: nn.Module, modules: dict[str, nn.Module], index: CheckpointIndex
+) -> dict[str, PartSource]:
+    """For every expert parameter, by full name: the stored tensors that make it, as transformers would collect them."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+    transforms = get_model_conversion_mapping(meta_model)
+    renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    state, prefix = meta_model.state_dict(), meta_model.base_model_prefix
+    shapes = {f"{name}.{p.name}": (p.name, p.shape) for name, m in modules.items() for p in _expert_parameters(m)}
+    groups: dict[str, dict[str | None, list[str]]] = {}
+    for stored_name in sorted(index.tensors, key=dot_natural_key):
+        target, pattern = rename_source_key(stored_name, renamings, converters, prefix, state)
+        if target not in state and stored_name in state:
+            target, pattern = rename_source_key(stored_name, [], [], prefix, state)
+        if target in shapes:
+            groups.setdefault(target, {}).setdefault(pattern, []).append(stored_name)
+    sources: dict[str, PartSource] = {}
+    for target, by_source in groups.items():
+        part, shape = shapes[target]
+        converter = by_pattern.get(next(iter(by_source)))
+        if converter is None:
+            ordered, operations = list(by_source.values()), ()
+        else:
+            ordered = [by_source.get(pattern, []) for pattern in converter.source_patterns]
+            operations = tuple(_operation(op, converter) for op in converter.operations)
+        sources[target] = PartSource(part, shape, tuple(tuple(names) for names in ordered), operations)
+    return sources
+
+
+def _operation(op: Any, converter: Any) -> Operation:
+    kind = type(op).__name__
+    if len(converter.target_patterns) != 1:
+        raise UnsupportedModelError(
+            f"The checkpoint's experts are split over several parameters by transformers' {kind}: not known. "
+            "Please report the model."
+        )
+    if kind == "Transpose":
+        return Operation(kind, op.dim0, op.dim1, check_dims=getattr(op, "check_dims", False))
+    return Operation(kind, getattr(op, "dim", 0), inverse=getattr(op, "inverse", False))
+
+
+def _absent(module_name: str, parameter: ExpertParameter) -> PartSource:
+    raise CorruptCheckpointError(
+        f"The checkpoint stores nothing for {module_name}.{parameter.name}. A shard is missing, or the experts are "
+        "stored in a format that foreroute does not read."
+    )
+
+
+def _check_loading_info(folder: Path, info: dict[str, Any], expert_targets: frozenset[str]) -> None:
+    missing = sorted(info["missing_keys"])
+    unexpected = sorted(set(info["unexpected_keys"]) - expert_targets)
+    mismatched = sorted(info["mismatched_keys"])
+    if missing:
+        raise CorruptCheckpointError(f"{folder} lacks {missing[0]} ({len(missing)} missing tensors).")
+    if mismatched:
+        raise CorruptCheckpointError(f"{folder}: {mismatched[0]} has another shape than config.json says.")
+    if unexpected:
+        raise CorruptCheckpointError(
+            f"{folder} holds {unexpected[0]}, which the model has no place for ({len(unexpected)} such tensors). "
+            "config.json and the weights are of different models."
+        )
+
+
+def offloaded_modules(model: nn.Module) -> dict[str, OffloadedExperts]:
+    """The experts modules of a loaded skeleton by name, in module order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, OffloadedExperts)}

@@ -1,0 +1,1 @@
+"""What is waited for? The rules of each policy, on plain lists: exact, tolerance, speculative, paper."""

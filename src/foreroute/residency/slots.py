@@ -1,0 +1,406 @@
+"""Which expert is in which slot: one global pool over all expert keys.
+
+A slot is in one of five states. The table is the whole truth; an event that a state does not list raises.
+
+    state     LOAD      LOADED  LEASE   RELEASE  EVICT  CANCEL  FAIL   BORROW    RETURN
+    FREE      LOADING   .       .       .        .      .       .      BORROWED  .
+    LOADING   .         READY   .       .        .      FREE    FREE   .         .
+    READY     .         .       LEASED  .        FREE   .       .      .         .
+    LEASED    .         .       .       READY    .      .       .      .         .
+    BORROWED  .         .       .       .        .      .       .      .         FREE
+
+LOADING: a reader may be writing to it. READY: the bytes are there and may be given up. LEASED: they are being computed
+with. BORROWED: it holds no expert; prefill uses it as a ring. A LOADING, READY or LEASED slot holds one key, and
+its state is kept with that key; an absent key's state is FREE.
+
+A key is *staged* from `prefetch` until its first demand. Staged keys never take more than `staging_slots` slots, so
+wrong guesses cannot push out the experts that are known to be hot; they are given up among themselves, oldest first.
+Only the decode thread calls any of this; readers move bytes and never look here.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple, NoReturn
+
+from foreroute.residency.eviction import Eviction
+
+FREE, LOADING, READY, LEASED, BORROWED = range(5)
+LOAD, LOADED, LEASE, RELEASE, EVICT, CANCEL, FAIL, BORROW, RETURN = range(9)
+STATE_NAMES = ("free", "loading", "ready", "leased", "borrowed")
+EVENT_NAMES = ("load", "loaded", "lease", "release", "evict", "cancel", "fail", "borrow", "return")
+
+_NO = -1
+# TABLE[state][event] is the next state.
+TABLE = (
+    (LOADING, _NO, _NO, _NO, _NO, _NO, _NO, BORROWED, _NO),
+    (_NO, READY, _NO, _NO, _NO, FREE, FREE, _NO, _NO),
+    (_NO, _NO, LEASED, _NO, FREE, _NO, _NO, _NO, _NO),
+    (_NO, _NO, _NO, READY, _NO, _NO, _NO, _NO, _NO),
+    (_NO, _NO, _NO, _NO, _NO, _NO, _NO, _NO, FREE),
+)
+# The hot path's columns and cells of it.
+_AFTER_LOADED = tuple(row[LOADED] for row in TABLE)
+_AFTER_LEASE = tuple(row[LEASE] for row in TABLE)
+_AFTER_RELEASE = tuple(row[RELEASE] for row in TABLE)
+_FREE_LOAD, _READY_LEASE, _READY_EVICT = TABLE[FREE][LOAD], TABLE[READY][LEASE], TABLE[READY][EVICT]
+
+# A picture of more slots than this is not a picture.
+_MAX_SLOTS_IN_REPR = 32
+
+
+class IllegalEvent(AssertionError):
+    """A slot was sent an event that its state does not list: our bug, never the user's."""
+
+
+class NoVictim(AssertionError):
+    """More slots were demanded than can be given up; the caller has to leave room. Nothing has been changed."""
+
+
+class Demand(NamedTuple):
+    """What became of the keys that were demanded.
+
+    hits: keys that were READY and are LEASED now.
+    late: (key, slot) that were LOADING already; to be waited for, then `loaded` and `lease`.
+    misses: (key, slot) that the caller has to load now, then `loaded` and `lease`.
+    """
+
+    hits: list[int]
+    late: list[tuple[int, int]]
+    misses: list[tuple[int, int]]
+
+
+class Residency:
+    """The pool: num_slots slots shared by keys 0..num_keys-1.
+
+    Args:
+        num_slots: slots in the pool.
+        num_keys: expert keys; more than there are experts when layers differ in width.
+        eviction: the order of giving up; reset here, owned by the pool from now on.
+        staging_slots: the most slots that prefetched, not yet demanded keys may take; 0 turns prefetch off.
+        keys_per_layer: width of a layer in keys, for `resident_per_layer`; None counts all keys as one layer.
+
+    Attributes (read only):
+        evictions: keys given up so far, staged ones included.
+        prefetch_used: prefetched keys that were demanded while staged, loaded already or not.
+        prefetch_wasted: prefetched keys that were loaded, and given up before any demand.
+        resident_per_layer: per layer, keys that have a slot, loaded or on their way.
+
+    Cost: benchmarks/residency.py measures it, per layer from demand to release.
+    """
+
+    def __init__(
+        self,
+        num_slots: int,
+        num_keys: int,
+        *,
+        eviction: Eviction,
+        staging_slots: int,
+        keys_per_layer: int | None = None,
+    ) -> None:
+        assert num_slots > 0, "a pool needs a slot"
+        assert 0 <= staging_slots <= num_slots, f"{staging_slots} staging slots of {num_slots}"
+        self.num_slots = num_slots
+        self.num_keys = num_keys
+        self.staging_slots = staging_slots
+        self.evictions = 0
+        self.prefetch_used = 0
+        self.prefetch_wasted = 0
+        self._eviction = eviction
+        eviction.reset(num_keys)
+        self._state = [FREE] * num_keys
+        self._slot_of = [-1] * num_keys
+        self._free = list(range(num_slots - 1, -1, -1))
+        self._borrowed: set[int] = set()
+        self._num_ready = 0
+        self._staged_loading: set[int] = set()
+        self._staged_ready: dict[int, None] = {}  # oldest first
+        self._keys_per_layer = keys_per_layer or max(num_keys, 1)
+        self.resident_per_layer = [0] * -(-num_keys // self._keys_per_layer)
+
+    # The decode step, in the order in which it happens.
+
+    def demand(self, keys: Sequence[int]) -> Demand:
+        """Lease what is there, and find slots for what is not; all keys are touched, hits before any is inserted.
+
+        A miss gets a FREE slot, else that of the coldest READY key that is not staged, else that of the oldest staged
+        READY key; never that of a key of this demand.
+
+        Args:
+            keys: distinct, none of them LEASED.
+        Raises:
+            NoVictim: fewer slots can be had than there are misses; nothing has been changed.
+            IllegalEvent: a key is LEASED; nothing has been changed.
+        """
+        assert len(set(keys)) == len(keys), f"keys are demanded twice: {keys}"
+        state, slot_of = self._state, self._slot_of
+        hits: list[int] = []
+        late: list[tuple[int, int]] = []
+        absent: list[int] = []
+        for key in keys:
+            now = state[key]
+            if now == READY:
+                hits.append(key)
+            elif now == FREE:
+                absent.append(key)
+            elif now == LOADING:
+                late.append((key, slot_of[key]))
+            else:
+                self._refuse(key, LEASE)
+        if len(absent) > len(self._free) + self._num_ready - len(hits):
+            raise NoVictim(f"{len(absent)} slots are demanded of {self!r}")
+        self._eviction.touch(keys)
+        for key in hits:
+            state[key] = _READY_LEASE
+        self._num_ready -= len(hits)
+        if self._staged_loading or self._staged_ready:
+            self._unstage(hits, late)
+        return Demand(hits, late, self._load(absent, self._slots_for_demand(len(absent))) if absent else [])
+
+    def prefetch(self, keys: Sequence[int]) -> list[tuple[int, int]]:
+        """Find slots for those of the guessed keys that have none, and stage them.
+
+        While fewer than `staging_slots` are staged, a key gets a FREE slot, else that of the coldest READY key that is
+        not staged; else it takes the place of the oldest staged READY key. A guessed key is never given up for another
+        guess, and one that is staged already counts as young again.
+
+        Args:
+            keys: distinct, best first.
+        Returns:
+            (key, slot) that the caller has to load, best first; fewer than asked for when there is no room.
+        """
+        state, staged_ready = self._state, self._staged_ready
+        absent: list[int] = []
+        kept: list[int] = []
+        num_renewed = 0
+        for key in keys:
+            now = state[key]
+            if now == FREE:
+                absent.append(key)
+            elif key in staged_ready:
+                del staged_ready[key]
+                staged_ready[key] = None
+                num_renewed += 1
+            elif now == READY:
+                kept.append(key)
+        if not absent:
+            return []
+        room = self.staging_slots - len(self._staged_loading) - len(staged_ready)
+        slots = self._take(min(room, len(absent)), kept)
+        for _ in range(min(len(staged_ready) - num_renewed, len(absent) - len(slots))):
+            slots.append(self._give_up_staged())
+        loads = self._load(absent, slots)
+        self._staged_loading.update([key for key, _ in loads])
+        return loads
+
+    def loaded(self, key: int) -> None:
+        """The key's bytes are in its slot: LOADING -> READY."""
+        after = _AFTER_LOADED[self._state[key]]
+        if after < 0:
+            self._refuse(key, LOADED)
+        self._state[key] = after
+        self._num_ready += 1
+        if key in self._staged_loading:
+            self._staged_loading.remove(key)
+            self._staged_ready[key] = None
+        else:
+            self._eviction.add((key,))
+
+    def lease(self, key: int) -> None:
+        """The key is computed with from now on: READY -> LEASED. Counts as a demand when the key is staged."""
+        after = _AFTER_LEASE[self._state[key]]
+        if after < 0:
+            self._refuse(key, LEASE)
+        self._state[key] = after
+        self._num_ready -= 1
+        if key in self._staged_ready:
+            self._eviction.touch((key,))
+            self._unstage((key,), ())
+
+    def release(self, keys: Sequence[int]) -> None:
+        """The keys are no longer computed with: LEASED -> READY."""
+        state = self._state
+        for key in keys:
+            after = _AFTER_RELEASE[state[key]]
+            if after < 0:
+                self._refuse(key, RELEASE)
+            state[key] = after
+            self._num_ready += 1
+        self._eviction.add(keys)
+
+    def cancel(self, key: int) -> None:
+        """The key's load was withdrawn before it started: LOADING -> FREE."""
+        self._drop_loading(key, CANCEL)
+
+    def fail(self, key: int) -> None:
+        """The key's load failed: LOADING -> FREE."""
+        self._drop_loading(key, FAIL)
+
+    def tick(self) -> None:
+        """One decode step has passed: frequencies decay."""
+        self._eviction.tick()
+
+    def drop(self, keys: Sequence[int]) -> None:
+        """Give the keys up at once, whatever their frequency: READY -> FREE. Counts as an eviction."""
+        for key in keys:
+            if self._staged_ready.pop(key, self) is None:
+                self.prefetch_wasted += 1
+            self._free.append(self._evict(key))
+
+    # Prefill's ring.
+
+    def borrow(self, num_slots: int) -> list[int]:
+        """Take up to so many slots out of the pool: FREE ones, then staged READY ones, then the coldest READY ones."""
+        num_slots = min(num_slots, len(self._free) + self._num_ready)
+        slots = self._take_free(num_slots)
+        while len(slots) < num_slots and self._staged_ready:
+            slots.append(self._give_up_staged())
+        slots += self._give_up_coldest(num_slots - len(slots))
+        self._borrowed.update(slots)
+        return slots
+
+    def give_back(self, slots: Sequence[int]) -> None:
+        """Return borrowed slots to the pool, FREE."""
+        for slot in slots:
+            if slot not in self._borrowed:
+                raise IllegalEvent(f"return of slot {slot}, which is not borrowed: {self!r}")
+            self._borrowed.remove(slot)
+            self._free.append(slot)
+
+    # Questions.
+
+    def state(self, key: int) -> int:
+        """FREE when the key is absent, else LOADING, READY or LEASED."""
+        return self._state[key]
+
+    def slot_of(self, key: int) -> int:
+        """The key's slot, -1 when it is absent."""
+        return self._slot_of[key]
+
+    def contains_ready(self, key: int) -> bool:
+        """True when the key's bytes are there, READY or LEASED."""
+        return self._state[key] in (READY, LEASED)
+
+    @property
+    def num_free(self) -> int:
+        """Slots that hold nothing."""
+        return len(self._free)
+
+    @property
+    def num_resident(self) -> int:
+        """Keys that have a slot, loaded or on their way."""
+        return self.num_slots - len(self._free) - len(self._borrowed)
+
+    @property
+    def num_staged(self) -> int:
+        """Keys that were prefetched and not demanded yet, LOADING or READY."""
+        return len(self._staged_loading) + len(self._staged_ready)
+
+    def __repr__(self) -> str:
+        pictures = ["free"] * self.num_slots
+        for slot in self._borrowed:
+            pictures[slot] = "borrowed"
+        for key, slot in enumerate(self._slot_of):
+            if slot >= 0:
+                pictures[slot] = self._picture(key)
+        if self.num_slots > _MAX_SLOTS_IN_REPR:
+            states = [picture.split()[-1] for picture in pictures]
+            pictures = [f"{states.count(name)} {name}" for name in STATE_NAMES if name in states]
+        return f"Residency({', '.join(pictures)}; {self.num_staged}/{self.staging_slots} staged)"
+
+    def _picture(self, key: int) -> str:
+        staged = "staged " if key in self._staged_loading or key in self._staged_ready else ""
+        return f"{key} {staged}{STATE_NAMES[self._state[key]]}"
+
+    # How slots change hands.
+
+    def _refuse(self, key: int, event: int) -> NoReturn:
+        raise IllegalEvent(f"{EVENT_NAMES[event]} of key {key}, which is {STATE_NAMES[self._state[key]]}: {self!r}")
+
+    def _load(self, keys: Iterable[int], slots: Iterable[int]) -> list[tuple[int, int]]:
+        """These FREE slots get the first of these absent keys to load: the pairs."""
+        state, slot_of = self._state, self._slot_of
+        per_layer, keys_per_layer = self.resident_per_layer, self._keys_per_layer
+        # Fewer slots than keys is the case of a guess without room.
+        pairs = list(zip(keys, slots))  # noqa: B905
+        for key, slot in pairs:
+            state[key] = _FREE_LOAD
+            slot_of[key] = slot
+            per_layer[key // keys_per_layer] += 1
+        return pairs
+
+    def _drop_loading(self, key: int, event: int) -> None:
+        after = TABLE[self._state[key]][event]
+        if after < 0:
+            self._refuse(key, event)
+        self._staged_loading.discard(key)
+        self._free.append(self._vacate(key, after))
+
+    def _vacate(self, key: int, after: int) -> int:
+        """The key leaves its slot, which is returned and is not in the list of free ones yet."""
+        slot = self._slot_of[key]
+        self._state[key] = after
+        self._slot_of[key] = -1
+        self.resident_per_layer[key // self._keys_per_layer] -= 1
+        return slot
+
+    def _take_free(self, num_slots: int) -> list[int]:
+        free = self._free
+        return [free.pop() for _ in range(min(num_slots, len(free)))]
+
+    def _take(self, num_slots: int, kept: Sequence[int] = ()) -> list[int]:
+        """Up to so many slots: FREE ones, then those of the coldest keys."""
+        if not self._free:
+            return self._give_up_coldest(num_slots, kept)
+        slots = self._take_free(num_slots)
+        return slots + self._give_up_coldest(num_slots - len(slots), kept)
+
+    def _slots_for_demand(self, num_slots: int) -> list[int]:
+        slots = self._take(num_slots)
+        while len(slots) < num_slots:
+            slots.append(self._give_up_staged())
+        return slots
+
+    def _give_up_coldest(self, num_slots: int, kept: Sequence[int] = ()) -> list[int]:
+        """Evict up to so many of the coldest READY keys that are neither staged nor in `kept`; their slots.
+
+        Candidates that are LEASED drop out of the order here, and enter it again at their release.
+        """
+        state, slot_of, pop = self._state, self._slot_of, self._eviction.pop
+        per_layer, keys_per_layer = self.resident_per_layer, self._keys_per_layer
+        slots: list[int] = []
+        passed_over: list[int] = []
+        while len(slots) < num_slots and (key := pop()) >= 0:
+            if state[key] != READY:
+                continue
+            if key in kept:
+                passed_over.append(key)
+                continue
+            # As _vacate does, without a call per key: this is where a miss spends its time.
+            state[key] = _READY_EVICT
+            slots.append(slot_of[key])
+            slot_of[key] = -1
+            per_layer[key // keys_per_layer] -= 1
+        self._num_ready -= len(slots)
+        self.evictions += len(slots)
+        if passed_over:
+            self._eviction.add(passed_over)
+        return slots
+
+    def _give_up_staged(self) -> int:
+        """Evict the oldest staged READY key; its slot. There must be one."""
+        key = next(iter(self._staged_ready))
+        del self._staged_ready[key]
+        self._num_ready -= 1
+        self.prefetch_wasted += 1
+        self.evictions += 1
+        return self._vacate(key, _READY_EVICT)
+
+    def _unstage(self, ready: Sequence[int], loading: Sequence[tuple[int, int]]) -> None:
+        """Those of the keys that are staged have been demanded: they were worth their prefetch."""
+        staged_ready, staged_loading = self._staged_ready, self._staged_loading
+        num_staged = len(staged_ready) + len(staged_loading)
+        for key in ready:
+            if key in staged_ready:
+                del staged_ready[key]
+        for key, _ in loading:
+            staged_loading.discard(key)
+        self.prefetch_used += num_staged - len(staged_ready) - len(staged_loading)

@@ -1,0 +1,12 @@
+"""Who moves experts: the order of requests, and the threads that read files into slots.
+
+numpy copies, threads read; torch is not imported here.
+"""
+
+from foreroute.transfer.base import Completion, Transfer
+from foreroute.transfer.disk import DiskTransfer
+from foreroute.transfer.fake import FakeTransfer
+from foreroute.transfer.memory import allocate_slots
+from foreroute.transfer.queue import TransferQueue
+
+__all__ = ["Completion", "DiskTransfer", "FakeTransfer", "Transfer", "TransferQueue", "allocate_slots"]

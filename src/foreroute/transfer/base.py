@@ -1,0 +1,64 @@
+"""What every mover of experts offers to the engine, and how it reports."""
+
+from typing import NamedTuple, Protocol
+
+
+class Completion(NamedTuple):
+    """One request that is over.
+
+    key, slot: the expert and where it went.
+    error: why the slot does not hold the expert, None when it does.
+    nbytes: the expert's stored bytes, 0 after an error.
+    """
+
+    key: int
+    slot: int
+    error: Exception | None
+    nbytes: int
+
+
+class Transfer(Protocol):
+    """Fills slots with experts, in the background. All methods are called by one thread, the decode thread.
+
+    A request is *in flight* from `demand` or `prefetch` until its completion has been handed out, or until a `cancel`
+    that returned True. A key is requested again only after that.
+
+    Attributes:
+        bytes_read: bytes read so far, padding to the block size included.
+        reads: contiguous ranges read so far.
+        busy_s: seconds spent in reading alone, summed over threads.
+    """
+
+    @property
+    def bytes_read(self) -> int: ...
+
+    @property
+    def reads(self) -> int: ...
+
+    @property
+    def busy_s(self) -> float: ...
+
+    @property
+    def num_in_flight(self) -> int:
+        """Requests whose completion has not been handed out yet."""
+
+    def demand(self, key: int, slot: int) -> None:
+        """Fill the slot with the key; somebody waits for it. Served before every prefetch. Does not block."""
+
+    def prefetch(self, key: int, slot: int) -> None:
+        """Fill the slot with the key when no demand is queued. Does not block."""
+
+    def promote(self, key: int) -> None:
+        """A prefetch that has not started becomes a demand, the last of them; nothing happens to any other key."""
+
+    def cancel(self, key: int) -> bool:
+        """Withdraw a request. True when it had not started and is gone; else it goes on and completes."""
+
+    def completed(self) -> list[Completion]:
+        """Hand out what is over, in the order of completion. Does not block."""
+
+    def wait(self) -> list[Completion]:
+        """Block until something is over, then hand out all that is. Something has to be in flight."""
+
+    def close(self) -> None:
+        """Drop what has not started, finish what has, stop. A second call does nothing."""

@@ -1,0 +1,48 @@
+"""Bytes from a bounce buffer to their places in a slot, by numpy.
+
+Never by torch: its first operation in a thread starts a second OpenMP team, which takes the cores from the decode
+thread. numpy lets go of the interpreter lock while it copies; assigning to a memoryview would hold it.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from foreroute.types import Copy
+
+Bytes = npt.NDArray[np.uint8]
+
+_WHOLE_ITEM: dict[int, np.dtype[Any]] = {nbytes: np.dtype(f"u{nbytes}") for nbytes in (1, 2, 4, 8)}
+
+
+def apply_copies(copies: Iterable[Copy], source: Bytes, slot: memoryview) -> None:
+    """Move each copy's bytes.
+
+    Args:
+        copies: within both buffers.
+        source: the bytes of one read, from its first on.
+        slot: the slot's bytes, writable.
+    """
+    destination = np.frombuffer(slot, dtype=np.uint8)
+    for copy in copies:
+        end = copy.src_offset + copy.nbytes
+        assert end <= len(source), f"{copy} ends beyond the {len(source)} bytes that were read"
+        part = source[copy.src_offset : end]
+        if copy.is_flat:
+            np.copyto(destination[copy.dst_offset : copy.dst_offset + copy.nbytes], part)
+        else:
+            _copy_strided(copy, part, slot)
+
+
+def _copy_strided(copy: Copy, part: Bytes, slot: memoryview) -> None:
+    shape: tuple[int, ...] = (copy.rows, copy.cols)
+    strides: tuple[int, ...] = (copy.dst_row_stride, copy.dst_col_stride)
+    dtype = _WHOLE_ITEM.get(copy.itemsize)
+    if dtype is None:
+        dtype = _WHOLE_ITEM[1]
+        shape, strides = (*shape, copy.itemsize), (*strides, 1)
+    # numpy checks the extent of the destination against the slot.
+    destination = np.ndarray(shape, dtype, buffer=slot, offset=copy.dst_offset, strides=strides)
+    np.copyto(destination, np.ndarray(shape, dtype, buffer=part))

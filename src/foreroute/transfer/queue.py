@@ -1,0 +1,65 @@
+"""Which request is served next. Decisions only: no thread, no lock, no file."""
+
+from collections import OrderedDict
+
+
+class TransferQueue:
+    """Demands first, first in first out; then prefetches, first in first out.
+
+    A request is queued, then running, then finished and forgotten.
+    """
+
+    def __init__(self) -> None:
+        self._demands: OrderedDict[int, int] = OrderedDict()
+        self._prefetches: OrderedDict[int, int] = OrderedDict()
+        self._running: set[int] = set()
+
+    def __len__(self) -> int:
+        """Requests that have not started."""
+        return len(self._demands) + len(self._prefetches)
+
+    def demand(self, key: int, slot: int) -> None:
+        """Queue behind the other demands."""
+        self._refuse_known(key)
+        self._demands[key] = slot
+
+    def prefetch(self, key: int, slot: int) -> None:
+        """Queue behind the other prefetches."""
+        self._refuse_known(key)
+        self._prefetches[key] = slot
+
+    def promote(self, key: int) -> bool:
+        """A queued prefetch goes behind the demands. False for any other key."""
+        slot = self._prefetches.pop(key, None)
+        if slot is None:
+            return False
+        self._demands[key] = slot
+        return True
+
+    def cancel(self, key: int) -> bool:
+        """Take a queued request out. False when it is running or unknown."""
+        return self._demands.pop(key, None) is not None or self._prefetches.pop(key, None) is not None
+
+    def next(self) -> tuple[int, int] | None:
+        """Start the next request: its (key, slot), None when nothing is queued."""
+        queue = self._demands or self._prefetches
+        if not queue:
+            return None
+        key, slot = queue.popitem(last=False)
+        self._running.add(key)
+        return key, slot
+
+    def finished(self, key: int) -> None:
+        """A running request is over; its key may be queued again."""
+        self._running.remove(key)
+
+    def clear(self) -> int:
+        """Drop all that has not started; how many those were."""
+        dropped = len(self)
+        self._demands.clear()
+        self._prefetches.clear()
+        return dropped
+
+    def _refuse_known(self, key: int) -> None:
+        known = key in self._demands or key in self._prefetches or key in self._running
+        assert not known, f"key {key} was requested while a request for it is in flight"
