@@ -19,9 +19,10 @@ from foreroute.config import EngineConfig, Plan
 from foreroute.engine.memory import SlotViews
 from foreroute.engine.offloaded import ForerouteHandle, make_offloaded
 from foreroute.engine.prefill import ExpertStream
-from foreroute.engine.runtime import ExpertMathFn, Predictor, Runtime
-from foreroute.engine.verify_math import describe_math, prove_math, run_family_forward
+from foreroute.engine.runtime import FamilyForward, Predictor, Runtime
+from foreroute.engine.proof import describe_math, prove_math, run_family_forward
 from foreroute.errors import BudgetError, ForerouteError
+from foreroute.kernels.cpu import ExpertMath, OneToken
 from foreroute.model.blocks import MoeLayer, probe
 from foreroute.model.skeleton import Outline, load_skeleton, offloaded_modules, outline
 from foreroute.predict.lookahead import NextRouter, RouterLookahead
@@ -140,10 +141,10 @@ def _torch_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
     return known[dtype]
 
 
-def _prove_math(layers: list[MoeLayer], table: ExpertTable, dtype: torch.dtype) -> list[ExpertMathFn | None]:
+def _prove_math(layers: list[MoeLayer], table: ExpertTable, dtype: torch.dtype) -> list[ExpertMath | None]:
     """Per layer our maths where it is bit-equal to the family's; one proof per kind of layer."""
     proven: dict[Any, bool] = {}
-    math: list[ExpertMathFn | None] = []
+    math: list[ExpertMath | None] = []
     for layer, described in zip(layers, table.layers, strict=True):
         kind = (type(layer.experts), described.layout)
         if kind not in proven:
@@ -159,7 +160,7 @@ def _build_runtime(
     store: PackedStore | None,
     num_slots: int,
     staging_slots: int,
-    math: list[ExpertMathFn | None],
+    math: list[ExpertMath | None],
     dtype: torch.dtype,
 ) -> Runtime:
     residency = Residency(
@@ -181,13 +182,30 @@ def _build_runtime(
         table,
         residency,
         transfer,
-        SlotViews(memory, table.slot_bytes, [layer.layout for layer in table.layers], dtype),
+        SlotViews(memory, table.slot_bytes, [layer.layout for layer in table.layers], math, dtype),
         math,
         [_lending_forward(layer, table.num_experts) for layer in layers],
+        _workspaces(layers, table, math, dtype),
         _predictor(asked, layers),
         hits_first=asked.hits_first,
         keep_across_tokens=asked.cache,
     )
+
+
+def _workspaces(
+    layers: list[MoeLayer], table: ExpertTable, math: list[ExpertMath | None], dtype: torch.dtype
+) -> list[OneToken | None]:
+    shared: dict[tuple[int, int, int], OneToken] = {}
+    workspaces: list[OneToken | None] = []
+    for layer, described, entry in zip(layers, table.layers, math, strict=True):
+        if entry is None:
+            workspaces.append(None)
+            continue
+        shape = (layer.top_k, *entry.widths([part.shape for part in described.layout.parts]))
+        if shape not in shared:
+            shared[shape] = OneToken(*shape, dtype)
+        workspaces.append(shared[shape])
+    return workspaces
 
 
 def _predictor(asked: EngineConfig, layers: list[MoeLayer]) -> Predictor | None:
@@ -215,13 +233,13 @@ def _computing(runtime: Runtime, layer: int) -> Callable[..., torch.Tensor]:
     return forward
 
 
-def _lending_forward(layer: MoeLayer, num_experts: int) -> Callable[..., torch.Tensor]:
+def _lending_forward(layer: MoeLayer, num_experts: int) -> FamilyForward:
     """The family's own forward over a stream of experts, for layers whose maths is not proven."""
     base = layer.index * num_experts
 
     def forward(
         stream: ExpertStream, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
-        return run_family_forward(layer.experts, lambda expert: stream.parts(base + expert), hidden, ids, weights)
+        return run_family_forward(layer.experts, lambda expert: stream.operands(base + expert), hidden, ids, weights)
 
     return forward

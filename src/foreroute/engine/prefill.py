@@ -42,7 +42,7 @@ def group_by_expert(
 
 
 class ExpertStream:
-    """The experts `keys` (ascending) of one layer, one after the other; call `parts` in that order, then `close`.
+    """The experts `keys` (ascending) of one layer, one after the other; call `operands` in that order, then `close`.
 
     At most one expert is lent at a time: asking for the next one gives the previous one back.
     """
@@ -89,8 +89,8 @@ class ExpertStream:
             self._start(key, slot)
         return [key for key in rest if key not in self._loading]
 
-    def parts(self, key: int) -> tuple[torch.Tensor, ...]:
-        """Expert `key`'s tensors; blocks until its bytes are there.
+    def operands(self, key: int) -> tuple[torch.Tensor, ...]:
+        """Expert `key`'s tensors as the maths wants them; blocks until its bytes are there.
 
         Raises:
             ReadError, ChecksumError: they could not be read.
@@ -104,7 +104,7 @@ class ExpertStream:
             self._await_one()
             self._top_up()
             slot = self._ring_ready.get(key, -1)
-        return self._runtime.views.parts(self._layer, slot if slot >= 0 else self._residency.slot_of(key))
+        return self._runtime.views.operands(self._layer, slot if slot >= 0 else self._residency.slot_of(key))
 
     def close(self) -> None:
         """Give every slot back, after the reads into them have ended; safe after an error."""

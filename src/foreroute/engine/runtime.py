@@ -7,21 +7,19 @@ outputs up in ascending expert id, which is the order of transformers' eager exp
 
 import copy
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Protocol
 
 import torch
 
 from foreroute.checkpoint.layouts import ExpertTable
+from foreroute.engine.decode import DecodeStep, RowsStep, TokenStep
 from foreroute.engine.memory import SlotViews
 from foreroute.engine.prefill import ExpertStream, group_by_expert
 from foreroute.engine.stats import EngineStats, PhaseStats
-from foreroute.kernels.cpu import Parts
+from foreroute.kernels.cpu import ExpertMath, OneToken
 from foreroute.residency.slots import LEASED, READY, Residency
 from foreroute.transfer.base import Completion, Transfer
-
-# [rows, hidden] and an expert's parts -> [rows, hidden], before the gate weight.
-ExpertMathFn = Callable[[torch.Tensor, Parts], torch.Tensor]
 
 
 class Predictor(Protocol):
@@ -35,13 +33,17 @@ class Predictor(Protocol):
         ...
 
 
+# The family's own forward over a stream of experts: (stream, hidden, ids, weights) -> [tokens, hidden].
+FamilyForward = Callable[[ExpertStream, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
 class Runtime:
     """The engine of one loaded model: holds the parts and runs the step. Built by loader.py.
 
     Args:
-        layer_widths: experts per MoE layer.
-        family_forwards: per layer, the family's own forward over an ExpertStream where `math` could not be proven
-            equal to it, else None.
+        math: per MoE layer, None where ours could not be proven equal to the family's.
+        family_forwards: per MoE layer, what runs in that case.
+        workspaces: per MoE layer, shared by layers of one shape; None where math is.
         keep_across_tokens: False gives every expert up after its layer (on-demand loading).
     """
 
@@ -51,8 +53,9 @@ class Runtime:
         residency: Residency,
         transfer: Transfer,
         views: SlotViews,
-        math: Sequence[ExpertMathFn | None],
-        family_forwards: Sequence[Callable[..., torch.Tensor] | None],
+        math: Sequence[ExpertMath | None],
+        family_forwards: Sequence[FamilyForward],
+        workspaces: Sequence[OneToken | None],
         predictor: Predictor | None,
         *,
         hits_first: bool = True,
@@ -67,6 +70,7 @@ class Runtime:
         self._phase: PhaseStats = self.stats.decode
         self._math = math
         self._family_forwards = family_forwards
+        self._workspaces = workspaces
         self._predictor = predictor
         self._hits_first = hits_first
         self._keep_across_tokens = keep_across_tokens
@@ -74,9 +78,10 @@ class Runtime:
         self._num_experts = table.num_experts
         self._widths = [layer.num_experts for layer in table.layers]
         self._expert_bytes = [layer.layout.nbytes for layer in table.layers]
+        # Guesses for a layer that were queued and that its router has not confirmed or contradicted yet.
         self._guessed: list[list[int]] = [[] for _ in table.layers]
         self._is_prefill = False
-        # A demand of a whole step must fit beside the guesses that are on their way.
+        # A step's whole demand must fit beside the guesses that are on their way.
         self._most_leased = residency.num_slots - residency.staging_slots
 
     def begin_step(self, num_rows: int, num_positions: int) -> None:
@@ -91,23 +96,27 @@ class Runtime:
         """The routed experts' weighted sum for MoE layer `layer`.
 
         Args:
-            hidden: [tokens, hidden]; ids: [tokens, k] int64, those >= the number of experts are ignored;
-            weights: [tokens, k].
+            hidden: [tokens, hidden]. weights: [tokens, k].
+            ids: [tokens, k] int64; those that are no expert of the layer are ignored.
         Returns:
             [tokens, hidden], in `hidden`'s dtype.
         Raises:
             ReadError, ChecksumError: an expert could not be read; the pool is consistent and the model usable.
         """
         width, base = self._widths[layer], layer * self._num_experts
-        # The one read-back of the layer.
-        routed = ids.tolist()
-        keys = sorted({base + expert for row in routed for expert in row if expert < width})
-        self._settle(self.transfer.completed() if self.transfer.num_in_flight else ())
-        self._drop_contradicted(layer, keys)
+        # The one read-back of the layer. What is no expert becomes -1, which no key is.
+        routed = [[base + expert if expert < width else -1 for expert in row] for row in ids.tolist()]
+        keys = sorted(routed[0] if len(routed) == 1 else {key for row in routed for key in row})
+        if keys[0] < 0:
+            keys = [key for key in keys if key >= 0]
+        if self.transfer.num_in_flight:
+            self._settle(self.transfer.completed())
+            self._drop_contradicted(layer, keys)
         math = self._math[layer]
         if math is None or self._is_prefill or len(keys) > self._most_leased:
             return self._compute_streamed(layer, keys, hidden, ids, weights)
-        return self._compute_leased(layer, keys, routed, hidden, weights, math)
+        step = self._decode_step(layer, math, routed, hidden, weights)
+        return self._compute_leased(layer, keys, step, hidden)
 
     def close(self) -> None:
         """Stop the readers; the model's experts can no longer be computed."""
@@ -121,42 +130,43 @@ class Runtime:
         stats.read_bytes, stats.read_s = self.transfer.bytes_read, self.transfer.busy_s
         return copy.deepcopy(stats)
 
-    # Decode: everything of the step is leased at once.
+    # Decode: everything that the step needs is leased at once.
 
-    def _compute_leased(
+    def _decode_step(
         self,
         layer: int,
-        keys: list[int],
+        math: ExpertMath,
         routed: list[list[int]],
         hidden: torch.Tensor,
         weights: torch.Tensor,
-        math: ExpertMathFn,
-    ) -> torch.Tensor:
-        residency, phase = self.residency, self._phase
+    ) -> DecodeStep:
+        operands, slot_of = self.views.operands, self.residency.slot_of
+
+        def operands_of(key: int) -> tuple[torch.Tensor, ...]:
+            return operands(layer, slot_of(key))
+
+        workspace = self._workspaces[layer]
+        if len(routed) == 1 and workspace is not None:
+            return TokenStep(workspace, math, operands_of, hidden, routed[0], weights)
+        return RowsStep(math, operands_of, hidden, routed, weights)
+
+    def _compute_leased(self, layer: int, keys: list[int], step: DecodeStep, hidden: torch.Tensor) -> torch.Tensor:
+        residency = self.residency
         hits, late, misses = residency.demand(keys)
-        phase.hits += len(hits)
-        phase.late += len(late)
-        phase.misses += len(misses)
-        leased = hits
         try:
-            self._demand(layer, late, misses)
+            self._phase.hits += len(hits)
+            waited: set[int] = set()
+            if late or misses:
+                waited = self._demand(layer, late, misses)
             # Demand first: a guess must never delay a needed copy.
             self._prefetch_next(layer, hidden)
-            rows_of = _rows_by_key(routed, layer * self._num_experts)
-            parts, slot_of = self.views.parts, residency.slot_of
-            outputs: dict[int, torch.Tensor] = {}
-            waited = {key for key, _ in late} | {key for key, _ in misses}
             if not self._hits_first:
-                leased = leased + self._wait_for(waited)
-                waited = set()
-            for key in leased:
-                outputs[key] = _weighted(math, hidden, weights, rows_of[key], parts(layer, slot_of(key)))
+                hits += self._wait_for(waited)
+            if hits:
+                step.run(hits)
             while waited:
-                arrived = self._wait_for_some(waited)
-                leased = leased + arrived
-                for key in arrived:
-                    outputs[key] = _weighted(math, hidden, weights, rows_of[key], parts(layer, slot_of(key)))
-            return _summed(hidden, keys, outputs, rows_of)
+                step.run(self._wait_for_some(waited))
+            return step.total()
         finally:
             # By state, not by what was noted: an interrupt may come between a lease and its note.
             leased = [key for key in keys if residency.state(key) == LEASED]
@@ -164,13 +174,17 @@ class Runtime:
             if not self._keep_across_tokens:
                 residency.drop(leased)
 
-    def _demand(self, layer: int, late: list[tuple[int, int]], misses: list[tuple[int, int]]) -> None:
+    def _demand(self, layer: int, late: list[tuple[int, int]], misses: list[tuple[int, int]]) -> set[int]:
         for key, _ in late:
             self.transfer.promote(key)
         for key, slot in misses:
             self.transfer.demand(key, slot)
-        self._phase.demand_loads += len(misses)
-        self._phase.demand_bytes += len(misses) * self._expert_bytes[layer]
+        phase = self._phase
+        phase.late += len(late)
+        phase.misses += len(misses)
+        phase.demand_loads += len(misses)
+        phase.demand_bytes += len(misses) * self._expert_bytes[layer]
+        return {key for key, _ in late} | {key for key, _ in misses}
 
     def _prefetch_next(self, layer: int, hidden: torch.Tensor) -> None:
         following = layer + 1
@@ -187,12 +201,9 @@ class Runtime:
         self._phase.prefetch_loads += len(loads)
         self._phase.prefetch_bytes += len(loads) * self._expert_bytes[following]
 
-    def _drop_contradicted(self, layer: int, keys: Sequence[int]) -> None:
+    def _drop_contradicted(self, layer: int, wanted: Collection[int]) -> None:
         """Queued guesses for this layer that its router did not confirm are taken back."""
         guessed = self._guessed[layer]
-        if not guessed:
-            return
-        wanted = set(keys)
         for key in guessed:
             if key not in wanted and self.transfer.cancel(key):
                 self.residency.cancel(key)
@@ -202,19 +213,18 @@ class Runtime:
         guessed.clear()
 
     def _wait_for(self, waited: set[int]) -> list[int]:
-        remaining, arrived = set(waited), list[int]()
-        while remaining:
-            arrived.extend(self._wait_for_some(remaining))
+        arrived: list[int] = []
+        while waited:
+            arrived.extend(self._wait_for_some(waited))
         return arrived
 
     def _wait_for_some(self, waited: set[int]) -> list[int]:
-        """Block until at least one of `waited` is there; lease and remove those that are."""
+        """Block until at least one of `waited` is there; lease those that are, and take them out of `waited`."""
         started = self._clock()
+        ready: list[int] = []
         try:
-            while True:
+            while not ready:
                 ready = self._settle(self.transfer.wait(), waited)
-                if ready:
-                    break
         finally:
             self._phase.stall_s += self._clock() - started
         for key in ready:
@@ -222,7 +232,7 @@ class Runtime:
             waited.discard(key)
         return ready
 
-    def _settle(self, completions: Sequence[Completion], waited: set[int] | frozenset[int] = frozenset()) -> list[int]:
+    def _settle(self, completions: Sequence[Completion], waited: Collection[int] = ()) -> list[int]:
         """Book what the readers finished; returns those of `waited` that arrived.
 
         A failed guess is forgotten: if its expert is needed it is demanded again, and fails there if it must.
@@ -247,72 +257,27 @@ class Runtime:
     def _compute_streamed(
         self, layer: int, keys: list[int], hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
-        family_forward, math = self._family_forwards[layer], self._math[layer]
         if not keys:
             return torch.zeros_like(hidden)
         self._quiesce()
+        math = self._math[layer]
         stream = ExpertStream(self, layer, keys, self._phase, self._clock)
         try:
             if math is None:
-                assert family_forward is not None
-                return family_forward(stream, hidden, ids, weights)
-            out = torch.zeros_like(hidden)
-            base = layer * self._num_experts
-            for key, tokens, positions in group_by_expert(ids, keys, base):
-                rows = math(hidden[tokens], stream.parts(key))
-                rows = rows * weights[tokens, positions, None]
-                out.index_add_(0, tokens, rows.to(out.dtype))
-            return out
+                return self._family_forwards[layer](stream, hidden, ids, weights)
+            total = torch.zeros_like(hidden)
+            for key, tokens, positions in group_by_expert(ids, keys, layer * self._num_experts):
+                rows = math(hidden[tokens], stream.operands(key)) * weights[tokens, positions, None]
+                total.index_add_(0, tokens, rows.to(total.dtype))
+            return total
         finally:
             stream.close()
             if not self._keep_across_tokens:
                 self.residency.drop([key for key in keys if self.residency.state(key) == READY])
 
     def _quiesce(self) -> None:
-        """Take back the guesses that have not started and let those that have land: prefill wants the slots."""
-        for guessed in self._guessed:
-            for key in guessed:
-                if self.transfer.cancel(key):
-                    self.residency.cancel(key)
-                    self._phase.prefetch_cancelled += 1
-            guessed.clear()
+        """Take back the guesses that have not started and let the others land: prefill wants the slots."""
+        for layer in range(len(self._guessed)):
+            self._drop_contradicted(layer, ())
         while self.transfer.num_in_flight:
             self._settle(self.transfer.wait())
-
-
-# (token, position in top-k) pairs, sorted by position and then token, as transformers' eager experts order them.
-_Rows = dict[int, list[tuple[int, int]]]
-
-
-def _rows_by_key(routed: list[list[int]], base: int) -> _Rows:
-    rows: _Rows = {}
-    for position in range(len(routed[0])):
-        for token, row in enumerate(routed):
-            rows.setdefault(base + row[position], []).append((token, position))
-    return rows
-
-
-def _weighted(
-    math: ExpertMathFn,
-    hidden: torch.Tensor,
-    weights: torch.Tensor,
-    rows: list[tuple[int, int]],
-    parts: Parts,
-) -> torch.Tensor:
-    if len(hidden) == 1:
-        position = rows[0][1]
-        return (math(hidden, parts) * weights[:, position : position + 1]).to(hidden.dtype)
-    tokens = torch.tensor([token for token, _ in rows])
-    positions = torch.tensor([position for _, position in rows])
-    return (math(hidden[tokens], parts) * weights[tokens, positions, None]).to(hidden.dtype)
-
-
-def _summed(hidden: torch.Tensor, keys: list[int], outputs: dict[int, torch.Tensor], rows: _Rows) -> torch.Tensor:
-    out = torch.zeros_like(hidden)
-    if len(hidden) == 1:
-        for key in keys:
-            out.add_(outputs[key])
-        return out
-    for key in keys:
-        out.index_add_(0, torch.tensor([token for token, _ in rows[key]]), outputs[key])
-    return out

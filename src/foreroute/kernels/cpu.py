@@ -1,18 +1,17 @@
-"""The maths of one expert on the CPU, bit for bit what transformers' eager experts do.
+"""The maths of experts on the CPU, bit for bit what transformers' eager experts do.
 
-A family is described by the flags that transformers' decorator sets and by its own gating function. Two orders of
-operations exist in the wild (a linear with bias, or a product and then a sum); which one a family follows is not
-guessed but found out at load, by comparing bits with the family's own forward (engine/verify_math.py).
+A family is described by the flags that transformers' decorator sets and by its own gating function. Families differ in
+small ways all the same, so that what is written here is not trusted but proven at load, by comparing bits with the
+family's own forward (engine/verify_math.py).
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch.nn import functional as F  # noqa: N812 - torch's own convention
 
-# One expert's tensors in the layout's order, already in the compute dtype.
-Parts = Sequence[torch.Tensor]
+# One expert's tensors in the layout's order, in the compute dtype, weights as [in, out] (see ExpertMath.operands).
+Operands = Sequence[torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -21,7 +20,7 @@ class ExpertMath:
 
     gate: [rows, gate_up] -> [rows, intermediate]; the family's own activation and gating.
     up_at, down_at, up_bias_at, down_bias_at: positions of the tensors among an expert's parts; -1 where absent.
-    is_transposed: weights are [in, out] in place of [out, in].
+    is_transposed: weights are stored as [in, out] in place of [out, in].
     """
 
     gate: Callable[[torch.Tensor], torch.Tensor]
@@ -31,12 +30,91 @@ class ExpertMath:
     down_bias_at: int = -1
     is_transposed: bool = False
 
-    def __call__(self, rows: torch.Tensor, parts: Parts) -> torch.Tensor:
-        """The expert's output [rows, hidden] for `rows` [rows, hidden], before its gate weight."""
-        inner = self.gate(self._project(rows, parts, self.up_at, self.up_bias_at))
-        return self._project(inner, parts, self.down_at, self.down_bias_at)
+    def operands(self, parts: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """An expert's parts as the products want them: weights as [in, out] views, biases as they are. No copy."""
+        if self.is_transposed:
+            return tuple(parts)
+        weights = (self.up_at, self.down_at)
+        return tuple(part.t() if at in weights else part for at, part in enumerate(parts))
 
-    def _project(self, rows: torch.Tensor, parts: Parts, weight_at: int, bias_at: int) -> torch.Tensor:
-        weight = parts[weight_at]
-        product = rows @ weight if self.is_transposed else F.linear(rows, weight)
-        return product if bias_at < 0 else product + parts[bias_at]
+    @property
+    def operand_kind(self) -> tuple[int, int, bool]:
+        """Two maths of one kind share their operands' views."""
+        return (self.up_at, self.down_at, self.is_transposed)
+
+    def widths(self, shapes: Sequence[Sequence[int]]) -> tuple[int, int]:
+        """Columns of the first and of the second product, for parts of these shapes."""
+        out_dim = 1 if self.is_transposed else 0
+        return shapes[self.up_at][out_dim], shapes[self.down_at][out_dim]
+
+    def __call__(self, rows: torch.Tensor, operands: Operands) -> torch.Tensor:
+        """The expert's output [rows, hidden] for `rows` [rows, hidden], before its gate weight."""
+        inner = torch.mm(rows, operands[self.up_at])
+        if self.up_bias_at >= 0:
+            inner = inner + operands[self.up_bias_at]
+        out = torch.mm(self.gate(inner), operands[self.down_at])
+        return out if self.down_bias_at < 0 else out + operands[self.down_bias_at]
+
+
+class OneToken:
+    """One token through several experts, which come in any order and are summed in ascending order.
+
+    What a token's step costs beside reading the weights is calls: products write into rows of one buffer, so that the
+    gating, the gate weights and the sum are one call each for all experts. Not for two threads at once.
+
+    Args:
+        max_experts: the most experts of a token.
+        up_width, hidden_width: columns of the first and of the second product.
+    """
+
+    def __init__(self, max_experts: int, up_width: int, hidden_width: int, dtype: torch.dtype) -> None:
+        self._up = torch.empty(max_experts, up_width, dtype=dtype)
+        self._out = torch.empty(max_experts, hidden_width, dtype=dtype)
+        self._up_rows = self._up.split(1)
+        self._out_rows = self._out.split(1)
+        self._one_row = torch.zeros(max_experts, dtype=torch.int64)
+        self._keys: list[int] = []
+
+    def begin(self) -> None:
+        """A new token's step."""
+        self._keys.clear()
+
+    def run(
+        self, math: ExpertMath, hidden: torch.Tensor, keys: Sequence[int], operands: Sequence[Operands]
+    ) -> None:
+        """Compute the experts `keys` for `hidden` [1, hidden]."""
+        mm = torch.mm
+        first = len(self._keys)
+        last = first + len(keys)
+        self._keys.extend(keys)
+        up_at, down_at = math.up_at, math.down_at
+        for row, expert in zip(self._up_rows[first:last], operands, strict=True):
+            mm(hidden, expert[up_at], out=row)
+        if math.up_bias_at >= 0:
+            for row, expert in zip(self._up_rows[first:last], operands, strict=True):
+                row.add_(expert[math.up_bias_at])
+        inner = math.gate(self._up[first:last])
+        for row, inner_row, expert in zip(self._out_rows[first:last], inner.split(1), operands, strict=True):
+            mm(inner_row, expert[down_at], out=row)
+        if math.down_bias_at >= 0:
+            for row, expert in zip(self._out_rows[first:last], operands, strict=True):
+                row.add_(expert[math.down_bias_at])
+
+    def total(self, weights: torch.Tensor, routed: Sequence[int]) -> torch.Tensor:
+        """The weighted sum [1, hidden] over the experts that were run, in ascending order of their keys.
+
+        Args:
+            weights: [1, k] gate weights. routed: the key that each of them belongs to.
+        """
+        keys = self._keys
+        num_run = len(keys)
+        out = self._out[:num_run]
+        if any(keys[at] > keys[at + 1] for at in range(num_run - 1)):
+            order = sorted(range(num_run), key=keys.__getitem__)
+            keys = [keys[at] for at in order]
+            out = out.index_select(0, torch.tensor(order))
+        columns = torch.tensor([routed.index(key) for key in keys])
+        weighted = out * weights.view(-1).index_select(0, columns).unsqueeze(1)
+        # As eager does: rounded to the activation dtype after each expert, in ascending order, from zero.
+        total = torch.zeros_like(self._out_rows[0])
+        return total.index_add_(0, self._one_row[:num_run], weighted.to(total.dtype))

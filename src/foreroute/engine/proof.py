@@ -10,10 +10,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 from foreroute.checkpoint.layouts import ExpertLayout
-from foreroute.kernels.cpu import ExpertMath
+from foreroute.kernels.cpu import ExpertMath, OneToken
 from foreroute.model.experts import OffloadedExperts, family_forward
-
-_ROWS = (1, 3)
 
 
 class _Lent:
@@ -68,7 +66,11 @@ def describe_math(module: OffloadedExperts) -> ExpertMath | None:
 
 
 def prove_math(module: OffloadedExperts, layout: ExpertLayout, compute_dtype: torch.dtype) -> bool:
-    """True when our maths for this experts module gives the bits of the family's own forward."""
+    """True when our maths for this experts module gives the bits of the family's own forward.
+
+    Three tokens through one expert, and one token through three: the two ways that the engine computes. Random
+    numbers of the real shapes; one expert's tensors serve for all.
+    """
     math = describe_math(module)
     if math is None:
         return False
@@ -77,14 +79,23 @@ def prove_math(module: OffloadedExperts, layout: ExpertLayout, compute_dtype: to
     for part in layout.parts:
         scale = 1 / scalar_math.sqrt(part.shape[-1])
         parts.append((torch.randn(part.shape, generator=generator) * scale).to(compute_dtype))
-    hidden_size = parts[math.down_at].shape[-1 if math.is_transposed else 0]
+    operands = math.operands(parts)
+    up_width, hidden_width = math.widths([part.shape for part in layout.parts])
+    num_experts = min(3, module.num_offloaded)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(compute_dtype)
+
+    def theirs(hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        return run_family_forward(module, lambda _: parts, hidden, ids, weights)
+
     with torch.no_grad():
-        for num_rows in _ROWS:
-            hidden = torch.randn(num_rows, hidden_size, generator=generator).to(compute_dtype)
-            ids = torch.zeros(num_rows, 1, dtype=torch.int64)
-            weights = torch.rand(num_rows, 1, generator=generator).to(compute_dtype)
-            theirs = run_family_forward(module, lambda _: parts, hidden, ids, weights)
-            ours = torch.zeros_like(hidden) + (math(hidden, parts) * weights).to(hidden.dtype)
-            if not torch.equal(theirs, ours):
-                return False
-    return True
+        rows, row_weights = random(3, hidden_width), random(3, 1)
+        out = (math(rows, operands) * row_weights).to(compute_dtype)
+        if not torch.equal(theirs(rows, torch.zeros(3, 1, dtype=torch.int64), row_weights), torch.zeros_like(out) + out):
+            return False
+        token, weights = random(1, hidden_width), random(1, num_experts)
+        routed = list(range(num_experts))
+        workspace = OneToken(num_experts, up_width, hidden_width, compute_dtype)
+        workspace.run(math, token, routed, [operands] * num_experts)
+        return torch.equal(theirs(token, torch.tensor([routed]), weights), workspace.total(weights, routed))

@@ -1,0 +1,113 @@
+"""How figures look: on a terminal, and as JSON. Whatever is no answer goes to standard error."""
+
+import contextlib
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TextIO
+
+from foreroute.config import Plan
+from foreroute.residency.budget import format_memory
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from foreroute.engine.generate import GenerationReport
+
+# (name, value, remark); a row of None is a gap.
+Row = tuple[str, str, str] | None
+
+# Control characters, except newline and tab: what a model writes must not steer the terminal.
+_UNPRINTABLE = {code: "\ufffd" for code in (*range(0x20), 0x7F, *range(0x80, 0xA0)) if chr(code) not in "\n\t"}
+
+
+def stderr_console() -> "Console":
+    """Where figures, progress and advice are shown."""
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False)
+
+
+@contextlib.contextmanager
+def busy(what: str, is_quiet: bool) -> Iterator[None]:
+    """While inside, a terminal shows that something is going on; elsewhere, or when quiet, nothing is shown."""
+    if is_quiet or not sys.stderr.isatty():
+        yield
+        return
+    with stderr_console().status(f"{what} ..."):
+        yield
+
+
+def writer(out: TextIO) -> Callable[[str], None]:
+    """A function that writes pieces of text at once; to a terminal without control characters."""
+    is_terminal = out.isatty()
+
+    def write(piece: str) -> None:
+        out.write(piece.translate(_UNPRINTABLE) if is_terminal else piece)
+        out.flush()
+
+    return write
+
+
+def print_json(**entries: Any) -> None:
+    """One JSON object on standard output; dataclasses become objects."""
+    plain = {name: dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value for name, value in entries.items()}
+    print(json.dumps(plain, ensure_ascii=False), flush=True)
+
+
+def print_rows(console: "Console", rows: Sequence[Row]) -> None:
+    """A table of three columns without a frame: name, value, remark."""
+    from rich.table import Table
+
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0), pad_edge=False)
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column(style="dim")
+    for row in rows:
+        table.add_row(*(row or ("",)))
+    console.print(table)
+
+
+def print_report(report: "GenerationReport", plan: Plan) -> None:
+    """The figures of one answer, on standard error."""
+    console = stderr_console()
+    console.print()
+    print_rows(console, report_rows(report, plan))
+
+
+def report_rows(report: "GenerationReport", plan: Plan) -> list[Row]:
+    """The figures of one answer as rows; what was not measured (too few tokens) shows a dash."""
+    f = report.figures()
+    ends = {"stop": "the model ended", "length": "the limit was reached", "interrupted": "stopped by Ctrl-C"}
+    return [
+        ("tokens", f"{f['prompt_tokens']} + {f['new_tokens']}", f"prompt + new; {ends.get(report.finish_reason, 'stopped')}"),
+        ("TTFT", number(f["ttft_s"], "s"), f"prefill {number(f['prefill_tokens_per_s'], 'tokens/s')}"),
+        ("TPOT", number(f["tpot_ms"], "ms"), number(f["tokens_per_s"], "tokens/s")),
+        ("hits", _count(f["hits"], f["hit_rate"]), f"late {_count(f['late_hits'], f['late_hit_rate'])}, "
+         f"misses {_count(f['misses'], f['miss_rate'])}"),
+        ("read", number(f["demand_mb_per_token"], "MB/token"), f"demanded, + {number(f['speculative_mb_per_token'])} "
+         f"on a guess ({number(f['speculative_used_mb_per_token'])} used, "
+         f"{number(f['speculative_wasted_mb_per_token'])} wasted)"),
+        ("stall", number(f["stall_ms_per_token"], "ms/token"), "waiting for the disk"),
+        ("evictions", f"{f['evictions']}", f"{plan.num_slots} of {plan.total_slots} experts fit {format_memory(plan.memory_bytes)}"),
+        ("prefetches", f"{f['prefetch_used']} used", f"of {f['prefetch_loads']} experts fetched on a guess"),
+        ("peak RSS", format_memory(report.peak_rss_bytes), ""),
+    ]  # fmt: skip
+
+
+def number(value: float | int | None, unit: str = "") -> str:
+    """Three significant digits, or as many as there are before the point; a dash where there is no value."""
+    if value is None:
+        return "–"
+    digits = 0 if abs(value) >= 99.95 else 1 if abs(value) >= 9.995 else 2
+    return f"{value:,.{digits}f} {unit}".rstrip()
+
+
+def percent(share: float | int | None) -> str:
+    """A share of 0 to 1 as per cent."""
+    return number(None if share is None else share * 100, "%")
+
+
+def _count(count: float | int | None, share: float | int | None) -> str:
+    return f"{count:,}" + ("" if share is None else f" ({percent(share)})")

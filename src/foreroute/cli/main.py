@@ -1,0 +1,73 @@
+"""The command `foreroute`: parses, dispatches, and turns errors and Ctrl-C into a line and an exit code."""
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+import foreroute
+from foreroute.cli import demo, generate, pack, plan
+from foreroute.errors import ForerouteError
+
+COMMANDS = (generate, plan, pack, demo)
+EXIT_ERROR = 2
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
+
+_DESCRIPTION = """\
+Runs Mixture-of-Experts models whose experts do not fit the memory: they stay on
+disk, those in use are kept in a pool of the size that you set, and the ones that
+the next layer will want are fetched before it asks. MODEL is the folder of a
+Hugging Face checkpoint (safetensors), or a hub id."""
+
+_EPILOG = """\
+Start with these:
+  foreroute demo                                        see it work, and prove it
+  foreroute plan MODEL --memory 8GiB                    what would fit, how fast
+  foreroute generate MODEL "Once upon a time"           text, and what it took
+
+`foreroute COMMAND --help` explains a command, its flags and its figures.
+Exit codes: 0 done; 1 the demo's tokens differ; 2 an error, said in one line;
+130 stopped by Ctrl-C."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands. Cheap: neither torch nor transformers is imported."""
+    parser = argparse.ArgumentParser(
+        prog="foreroute",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"foreroute {foreroute.__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        command.add_parser(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code; argparse's own errors exit with 2."""
+    args = build_parser().parse_args(argv)
+    try:
+        code: int = args.run(args)
+        # Here, so that a reader who has left is noticed here.
+        sys.stdout.flush()
+    except ForerouteError as error:
+        if args.debug:
+            traceback.print_exc()
+        print(f"foreroute: error: {error}", file=sys.stderr)
+        return EXIT_ERROR
+    except KeyboardInterrupt:
+        print("\nforeroute: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # Python flushes stdout once more when it exits: into nothing.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

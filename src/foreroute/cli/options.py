@@ -1,0 +1,149 @@
+"""Flags: those of the engine, made from the fields of EngineConfig, and those that several commands share."""
+
+import argparse
+import math
+import os
+import sys
+import types
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from foreroute.config import EngineConfig
+from foreroute.errors import PromptError
+
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
+_METAVARS = {int: "N", str: "TEXT"}
+
+
+def add_engine_options(parser: argparse.ArgumentParser, **defaults: Any) -> None:
+    """A flag for every field of EngineConfig, with its help, choices and default; `engine_config` reads them back.
+
+    Args:
+        defaults: other defaults for some fields, by name.
+    """
+    group = parser.add_argument_group("engine")
+    hints = get_type_hints(EngineConfig)
+    for field in fields(EngineConfig):
+        default = defaults.get(field.name, field.default)
+        kind = _scalar(hints[field.name])
+        shown = "" if default is None or kind is bool else f" (default: {str(default).replace('%', '%%')})"
+        settings: dict[str, Any] = {"default": default, "help": field.metadata["help"] + shown}
+        if kind is bool:
+            settings["action"] = argparse.BooleanOptionalAction
+        elif field.metadata["choices"]:
+            settings["choices"] = field.metadata["choices"]
+        else:
+            settings.update(type=kind, metavar=_METAVARS[kind])
+        group.add_argument(_flag(field.name), **settings)
+
+
+def engine_config(args: argparse.Namespace) -> EngineConfig:
+    """The EngineConfig that the flags of `add_engine_options` ask for."""
+    return EngineConfig(**{field.name: getattr(args, field.name) for field in fields(EngineConfig)})
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """How the model is computed: --dtype and --threads."""
+    group = parser.add_argument_group("model")
+    group.add_argument("--dtype", choices=_DTYPES, default="auto", help="compute dtype (default: auto, as stored)")
+    group.add_argument("--threads", type=at_least(1), metavar="N", help="torch threads (default: torch's own choice)")
+
+
+def add_common_options(parser: argparse.ArgumentParser) -> None:
+    """What every command has."""
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout, for programs")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks and the warnings of libraries")
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """An argparse type: an int that is not below `least`."""
+
+    def integer(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{value} is below {least}")
+        return value
+
+    return integer
+
+
+def between(low: float, high: float = math.inf, *, open_below: bool = False) -> Callable[[str], float]:
+    """An argparse type: a float in [low, high], or in (low, high]."""
+
+    def number(text: str) -> float:
+        value = float(text)
+        if not low <= value <= high or (open_below and value == low):
+            span = (f"above {low:g}" if open_below else f"at least {low:g}") + (f", at most {high:g}" if high < math.inf else "")
+            raise argparse.ArgumentTypeError(f"{text} must be {span}")
+        return value
+
+    return number
+
+
+def read_prompt(prompt: str | None, file: Path | None) -> str:
+    """The prompt from the command line, a file, or standard input ("-", or nothing given and input piped).
+
+    One newline at the end of a file or of standard input is dropped: editors and `echo` put it there.
+
+    Raises:
+        PromptError: none is given, two are, or it is not UTF-8 text.
+    """
+    if prompt is not None and file is not None:
+        raise PromptError("There is a PROMPT and a --file. Give one of them.")
+    if file is not None:
+        try:
+            return _as_text(file.read_bytes(), str(file))
+        except OSError as error:
+            raise PromptError(f"{file} cannot be read: {error.strerror}.") from error
+    if prompt == "-" or (prompt is None and not sys.stdin.isatty()):
+        return _as_text(sys.stdin.buffer.read(), "Standard input")
+    if prompt is None:
+        raise PromptError('There is no prompt. Write it after the model, give --file, or pipe it in ("-").')
+    return prompt
+
+
+def _as_text(raw: bytes, source: str) -> str:
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise PromptError(f"{source} is not UTF-8 text (byte {error.start}).") from None
+    if not text.strip():
+        raise PromptError(f"{source} is empty: there is no prompt in it.")
+    return text.removesuffix("\n").removesuffix("\r")
+
+
+def quiet_libraries(args: argparse.Namespace) -> None:
+    """Silence the warnings and bars of libraries, unless --debug. Call it before transformers is imported."""
+    if args.debug:
+        return
+    import warnings
+
+    # By environment, as transformers reads it when it is imported; what the user has set stays.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    warnings.filterwarnings("ignore")
+
+
+def apply_threads(args: argparse.Namespace) -> None:
+    """Give torch the number of threads that --threads asks for."""
+    if args.threads is not None:
+        import torch
+
+        torch.set_num_threads(args.threads)
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _scalar(hint: Any) -> type:
+    """The type that a flag's text is turned into: bool, int or str; text where a field takes both."""
+    members = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    kinds = [member for member in members if member is not type(None)]
+    if str in kinds:
+        return str
+    (kind,) = kinds
+    assert kind in (bool, int), f"EngineConfig has a field of type {hint}, for which there is no flag yet"
+    return kind

@@ -1,0 +1,95 @@
+"""The maths of one decode step: experts computed as they arrive, outputs added up in ascending expert id."""
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+
+from foreroute.kernels.cpu import ExpertMath, OneToken, Operands
+
+# An expert's key -> its operands, while it is leased.
+OperandsOf = Callable[[int], Operands]
+
+
+class DecodeStep(Protocol):
+    """One MoE layer's experts for one step: `run` in any order and any grouping, then `total` once."""
+
+    def run(self, keys: Sequence[int]) -> None:
+        """Compute these experts for the tokens routed to them."""
+        ...
+
+    def total(self) -> torch.Tensor:
+        """The weighted sum [tokens, hidden], accumulated in ascending key, as transformers' eager experts do."""
+        ...
+
+
+class TokenStep:
+    """One token: everything but the products is one call for all experts together."""
+
+    def __init__(
+        self,
+        workspace: OneToken,
+        math: ExpertMath,
+        operands_of: OperandsOf,
+        hidden: torch.Tensor,
+        routed: Sequence[int],
+        weights: torch.Tensor,
+    ) -> None:
+        self._workspace = workspace
+        self._math = math
+        self._operands_of = operands_of
+        self._hidden = hidden
+        self._routed = routed
+        self._weights = weights
+        workspace.begin()
+
+    def run(self, keys: Sequence[int]) -> None:
+        """Compute these experts for the token."""
+        self._workspace.run(self._math, self._hidden, keys, [self._operands_of(key) for key in keys])
+
+    def total(self) -> torch.Tensor:
+        """The weighted sum [1, hidden]."""
+        return self._workspace.total(self._weights, self._routed)
+
+
+class RowsStep:
+    """Several tokens: each expert takes the rows routed to it.
+
+    Rows are ordered by position in the top-k and then by token, as eager experts order them: the order of rows in a
+    product can change its bits.
+    """
+
+    def __init__(
+        self,
+        math: ExpertMath,
+        operands_of: OperandsOf,
+        hidden: torch.Tensor,
+        routed: Sequence[Sequence[int]],
+        weights: torch.Tensor,
+    ) -> None:
+        self._math = math
+        self._operands_of = operands_of
+        self._hidden = hidden
+        self._weights = weights
+        self._outputs: dict[int, torch.Tensor] = {}
+        rows: dict[int, tuple[list[int], list[int]]] = {}
+        for position in range(len(routed[0])):
+            for token, row in enumerate(routed):
+                tokens, positions = rows.setdefault(row[position], ([], []))
+                tokens.append(token)
+                positions.append(position)
+        self._rows = {key: (torch.tensor(tokens), torch.tensor(at)) for key, (tokens, at) in rows.items()}
+
+    def run(self, keys: Sequence[int]) -> None:
+        """Compute these experts for their rows."""
+        for key in keys:
+            tokens, positions = self._rows[key]
+            out = self._math(self._hidden[tokens], self._operands_of(key))
+            self._outputs[key] = (out * self._weights[tokens, positions, None]).to(self._hidden.dtype)
+
+    def total(self) -> torch.Tensor:
+        """The weighted sum [tokens, hidden]."""
+        total = torch.zeros_like(self._hidden)
+        for key in sorted(self._outputs):
+            total.index_add_(0, self._rows[key][0], self._outputs[key])
+        return total
