@@ -139,6 +139,11 @@ def open_store(folder: Path, asked: str, table: ExpertTable) -> PackedStore | No
     return PackedStore(path, table)
 
 
+def partial_path(path: Path) -> Path:
+    """Where a store that will be `path` is while it is being written."""
+    return path.with_name(path.name + _PARTIAL_SUFFIX)
+
+
 class StoreWriter:
     """Writes a store record by record under a partial name; `finish` makes it a store.
 
@@ -153,7 +158,7 @@ class StoreWriter:
 
     def __init__(self, path: Path, table: ExpertTable, *, resume: bool = True) -> None:
         self.path = path
-        self.partial_path = path.with_name(path.name + _PARTIAL_SUFFIX)
+        self.partial_path = partial_path(path)
         self._header = _header(table)
         self._num_records = table.total_slots
         self._geometry = _Geometry.of(len(self._header), self._num_records, table.slot_bytes)

@@ -69,6 +69,28 @@ def print_rows(console: "Console", rows: Sequence[Row]) -> None:
     console.print(table)
 
 
+def print_grid(console: "Console", head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table with a head and without a frame; numbers to the right."""
+    from rich.table import Table
+
+    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0), pad_edge=False)
+    for position, title in enumerate(head):
+        table.add_column(title, no_wrap=True, justify="left" if position == 0 else "right")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def print_list(console: "Console", items: Sequence[str], style: str = "") -> None:
+    """Sentences with a bullet each, wrapped under themselves."""
+    from rich.table import Table
+
+    table = Table.grid(padding=(0, 1))
+    for item in items:
+        table.add_row(" -", item, style=style)
+    console.print(table, markup=False)
+
+
 def print_report(report: "GenerationReport", plan: Plan) -> None:
     """The figures of one answer, on standard error."""
     console = stderr_console()
@@ -96,12 +118,23 @@ def report_rows(report: "GenerationReport", plan: Plan) -> list[Row]:
     ]  # fmt: skip
 
 
+def dtype_name(stored: str) -> str:
+    """A safetensors dtype under torch's name."""
+    return {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}.get(stored, stored)
+
+
 def number(value: float | int | None, unit: str = "") -> str:
     """Three significant digits, or as many as there are before the point; a dash where there is no value."""
     if value is None:
         return "–"
     digits = 0 if abs(value) >= 99.95 else 1 if abs(value) >= 9.995 else 2
     return f"{value:,.{digits}f} {unit}".rstrip()
+
+
+def span(low: float, high: float, unit: str) -> str:
+    """A range, or one number where both ends read the same."""
+    ends = number(low), number(high)
+    return f"{ends[0]} {unit}" if ends[0] == ends[1] else f"{ends[0]} to {ends[1]} {unit}"
 
 
 def percent(share: float | int | None) -> str:

@@ -44,10 +44,12 @@ def engine_config(args: argparse.Namespace) -> EngineConfig:
     return EngineConfig(**{field.name: getattr(args, field.name) for field in fields(EngineConfig)})
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """How the model is computed: --dtype and --threads."""
+def add_model_options(parser: argparse.ArgumentParser, dtype: str = "auto") -> None:
+    """How the model is computed: --dtype (with its default) and --threads."""
     group = parser.add_argument_group("model")
-    group.add_argument("--dtype", choices=_DTYPES, default="auto", help="compute dtype (default: auto, as stored)")
+    group.add_argument(
+        "--dtype", choices=_DTYPES, default=dtype, help=f"compute dtype; auto is the stored one (default: {dtype})"
+    )
     group.add_argument("--threads", type=at_least(1), metavar="N", help="torch threads (default: torch's own choice)")
 
 

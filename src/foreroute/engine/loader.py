@@ -108,7 +108,7 @@ def choose_memory(asked: int | str | None, table: ExpertTable, index: Checkpoint
     total_ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     whole = table.total_slots * table.slot_bytes
     if asked is not None:
-        budget = parse_memory(asked, table.expert_nbytes)
+        budget = parse_memory(asked, whole)
         if budget > total_ram and budget > whole:
             raise BudgetError(
                 f"--memory {asked} is more than this machine's RAM ({format_memory(total_ram)}), and more than all "

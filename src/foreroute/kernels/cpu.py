@@ -72,7 +72,6 @@ class OneToken:
         self._out = torch.empty(max_experts, hidden_width, dtype=dtype)
         self._up_rows = self._up.split(1)
         self._out_rows = self._out.split(1)
-        self._one_row = torch.zeros(max_experts, dtype=torch.int64)
         self._keys: list[int] = []
 
     def begin(self) -> None:
@@ -115,6 +114,9 @@ class OneToken:
             out = out.index_select(0, torch.tensor(order))
         columns = torch.tensor([routed.index(key) for key in keys])
         weighted = out * weights.view(-1).index_select(0, columns).unsqueeze(1)
-        # As eager does: rounded to the activation dtype after each expert, in ascending order, from zero.
+        # As eager does: from zero, rounded to the activation dtype after each expert, in ascending order. One index_add_
+        # for all rows would keep bf16 sums in fp32 in between, and give other bits.
         total = torch.zeros_like(self._out_rows[0])
-        return total.index_add_(0, self._one_row[:num_run], weighted.to(total.dtype))
+        for row in weighted.to(total.dtype).split(1):
+            total.add_(row)
+        return total

@@ -5,7 +5,8 @@ Pure Python: no torch, no threads, no clock.
 
 from foreroute.residency.budget import SlotPlan, format_memory, parse_memory, plan_slots
 from foreroute.residency.eviction import Eviction, Lfu, Lru
-from foreroute.residency.slots import Demand, IllegalEvent, NoVictim, Residency
+from foreroute.residency.slots import Demand, Residency
+from foreroute.residency.states import IllegalEvent, NoVictim
 
 __all__ = [
     "Demand",

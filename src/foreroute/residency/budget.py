@@ -34,7 +34,7 @@ def parse_memory(memory: str | int, total_expert_bytes: int) -> int:
     Raises:
         BudgetError: it is none of these, not above zero, or above 100 %.
     """
-    if isinstance(memory, bool) or not isinstance(memory, str | int):
+    if not isinstance(memory, str | int):
         raise BudgetError(f"{memory!r} is not an amount of memory. {_ACCEPTED}")
     form = _FORM.fullmatch(str(memory).strip())
     unit = form["unit"].lower() or "b" if form else ""

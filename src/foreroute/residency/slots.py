@@ -1,17 +1,4 @@
-"""Which expert is in which slot: one global pool over all expert keys.
-
-A slot is in one of five states. The table is the whole truth; an event that a state does not list raises.
-
-    state     LOAD      LOADED  LEASE   RELEASE  EVICT  CANCEL  FAIL   BORROW    RETURN
-    FREE      LOADING   .       .       .        .      .       .      BORROWED  .
-    LOADING   .         READY   .       .        .      FREE    FREE   .         .
-    READY     .         .       LEASED  .        FREE   .       .      .         .
-    LEASED    .         .       .       READY    .      .       .      .         .
-    BORROWED  .         .       .       .        .      .       .      .         FREE
-
-LOADING: a reader may be writing to it. READY: the bytes are there and may be given up. LEASED: they are being computed
-with. BORROWED: it holds no expert; prefill uses it as a ring. A LOADING, READY or LEASED slot holds one key, and
-its state is kept with that key; an absent key's state is FREE.
+"""Which expert is in which slot: one global pool over all expert keys. What may happen to a slot: states.py.
 
 A key is *staged* from `prefetch` until its first demand. Staged keys never take more than `staging_slots` slots, so
 wrong guesses cannot push out the experts that are known to be hot; they are given up among themselves, oldest first.
@@ -22,21 +9,28 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple, NoReturn
 
 from foreroute.residency.eviction import Eviction
-
-FREE, LOADING, READY, LEASED, BORROWED = range(5)
-LOAD, LOADED, LEASE, RELEASE, EVICT, CANCEL, FAIL, BORROW, RETURN = range(9)
-STATE_NAMES = ("free", "loading", "ready", "leased", "borrowed")
-EVENT_NAMES = ("load", "loaded", "lease", "release", "evict", "cancel", "fail", "borrow", "return")
-
-_NO = -1
-# TABLE[state][event] is the next state.
-TABLE = (
-    (LOADING, _NO, _NO, _NO, _NO, _NO, _NO, BORROWED, _NO),
-    (_NO, READY, _NO, _NO, _NO, FREE, FREE, _NO, _NO),
-    (_NO, _NO, LEASED, _NO, FREE, _NO, _NO, _NO, _NO),
-    (_NO, _NO, _NO, READY, _NO, _NO, _NO, _NO, _NO),
-    (_NO, _NO, _NO, _NO, _NO, _NO, _NO, _NO, FREE),
+from foreroute.residency.states import (
+    CANCEL,
+    EVENT_NAMES,
+    EVICT,
+    FAIL,
+    FREE,
+    LEASE,
+    LEASED,
+    LOAD,
+    LOADED,
+    LOADING,
+    READY,
+    RELEASE,
+    STATE_NAMES,
+    TABLE,
+    IllegalEvent,
+    NoVictim,
 )
+
+# The states of a key are half of the pool's interface.
+__all__ = ["FREE", "LEASED", "LOADING", "READY", "Demand", "IllegalEvent", "NoVictim", "Residency"]
+
 # The hot path's columns and cells of it.
 _AFTER_LOADED = tuple(row[LOADED] for row in TABLE)
 _AFTER_LEASE = tuple(row[LEASE] for row in TABLE)
@@ -45,14 +39,6 @@ _FREE_LOAD, _READY_LEASE, _READY_EVICT = TABLE[FREE][LOAD], TABLE[READY][LEASE],
 
 # A picture of more slots than this is not a picture.
 _MAX_SLOTS_IN_REPR = 32
-
-
-class IllegalEvent(AssertionError):
-    """A slot was sent an event that its state does not list: our bug, never the user's."""
-
-
-class NoVictim(AssertionError):
-    """More slots were demanded than can be given up; the caller has to leave room. Nothing has been changed."""
 
 
 class Demand(NamedTuple):
@@ -241,8 +227,6 @@ class Residency:
     def drop(self, keys: Sequence[int]) -> None:
         """Give the keys up at once, whatever their frequency: READY -> FREE. Counts as an eviction."""
         for key in keys:
-            if self._staged_ready.pop(key, self) is None:
-                self.prefetch_wasted += 1
             self._free.append(self._evict(key))
 
     # Prefill's ring.
@@ -362,19 +346,20 @@ class Residency:
     def _give_up_coldest(self, num_slots: int, kept: Sequence[int] = ()) -> list[int]:
         """Evict up to so many of the coldest READY keys that are neither staged nor in `kept`; their slots.
 
-        Candidates that are LEASED drop out of the order here, and enter it again at their release.
+        Candidates that are LEASED drop out of the order here, and enter it again at their release. So do those that
+        were dropped and are back by a new load or guess; they enter it again when they are loaded or demanded.
         """
-        state, slot_of, pop = self._state, self._slot_of, self._eviction.pop
+        state, slot_of, staged_ready, pop = self._state, self._slot_of, self._staged_ready, self._eviction.pop
         per_layer, keys_per_layer = self.resident_per_layer, self._keys_per_layer
         slots: list[int] = []
         passed_over: list[int] = []
         while len(slots) < num_slots and (key := pop()) >= 0:
-            if state[key] != READY:
+            if state[key] != READY or key in staged_ready:
                 continue
             if key in kept:
                 passed_over.append(key)
                 continue
-            # As _vacate does, without a call per key: this is where a miss spends its time.
+            # As _evict does, without a call per key: this is where a miss spends its time.
             state[key] = _READY_EVICT
             slots.append(slot_of[key])
             slot_of[key] = -1
@@ -385,14 +370,21 @@ class Residency:
             self._eviction.add(passed_over)
         return slots
 
+    def _evict(self, key: int) -> int:
+        """One READY key goes, staged or not; its slot."""
+        after = TABLE[self._state[key]][EVICT]
+        if after < 0:
+            self._refuse(key, EVICT)
+        if key in self._staged_ready:
+            del self._staged_ready[key]
+            self.prefetch_wasted += 1
+        self._num_ready -= 1
+        self.evictions += 1
+        return self._vacate(key, after)
+
     def _give_up_staged(self) -> int:
         """Evict the oldest staged READY key; its slot. There must be one."""
-        key = next(iter(self._staged_ready))
-        del self._staged_ready[key]
-        self._num_ready -= 1
-        self.prefetch_wasted += 1
-        self.evictions += 1
-        return self._vacate(key, _READY_EVICT)
+        return self._evict(next(iter(self._staged_ready)))
 
     def _unstage(self, ready: Sequence[int], loading: Sequence[tuple[int, int]]) -> None:
         """Those of the keys that are staged have been demanded: they were worth their prefetch."""

@@ -1,6 +1,6 @@
 """The pool and both evictions written as plainly as possible: dictionaries, `min`, one key at a time."""
 
-from foreroute.residency.slots import FREE, LEASED, LOADING, READY
+from foreroute.residency.states import FREE, LEASED, LOADING, READY
 
 
 class NaiveScores:
@@ -56,7 +56,7 @@ class NaivePool:
         return self.slot.pop(key)
 
     def insert(self, key, slot, victim):
-        """The pool says that the key went to the slot; the model says whose slot that has to be, None for a free one."""
+        """The pool says which slot the key got; the model says whose that has to be, None for a free one."""
         if victim is None:
             self.free.remove(slot)
         else:
@@ -91,10 +91,6 @@ class NaivePool:
     def prefetch(self, keys, loads):
         """Returns how many loads there have to be."""
         absent = [key for key in keys if self.state[key] == FREE]
-        if not absent:
-            # Guessed again or not, nothing competes for the slots.
-            self.renew(keys)
-            return 0
         self.renew(keys)
         for done, key in enumerate(absent):
             old = [other for other in self.staged_ready() if other not in keys]
@@ -137,7 +133,11 @@ class NaivePool:
         for key in keys:
             self.state[key] = READY
 
-    def drop(self, key):
+    def evict_now(self, keys):
+        for key in keys:
+            self.free.add(self.evict(key))
+
+    def drop_loading(self, key):
         self.state[key] = FREE
         self.free.add(self.slot.pop(key))
         if key in self.staged:

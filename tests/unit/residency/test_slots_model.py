@@ -3,10 +3,10 @@
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from foreroute.residency import IllegalEvent, Lfu, Lru, NoVictim, Residency
-from foreroute.residency.slots import FREE, LEASED, LOADING, READY
+from foreroute.residency.states import FREE, LEASED, LOADING, READY
 from tests.unit.residency.naive import NaivePool
 
 NUM_KEYS, KEYS_PER_LAYER = 14, 5
@@ -15,8 +15,6 @@ any_index = st.integers(0, 10**6)
 
 
 class PoolMachine(RuleBasedStateMachine):
-    loading = Bundle("loading")
-
     @initialize(num_slots=st.integers(1, 9), staging=st.integers(0, 5), decay=st.sampled_from([None, 0.97, 0.5, 1.0]))
     def start(self, num_slots, staging, decay):
         staging = min(staging, num_slots)
@@ -87,11 +85,17 @@ class PoolMachine(RuleBasedStateMachine):
         self.naive.release(keys)
 
     @rule(index=any_index, how=st.sampled_from(["cancel", "fail"]))
-    def drop(self, index, how):
+    def drop_loading(self, index, how):
         key = self.pick(index, LOADING)
         if key is not None:
             getattr(self.pool, how)(key)
-            self.naive.drop(key)
+            self.naive.drop_loading(key)
+
+    @rule(keys=some_keys)
+    def drop(self, keys):
+        keys = [key for key in keys if self.naive.state[key] == READY]
+        self.pool.drop(keys)
+        self.naive.evict_now(keys)
 
     @rule()
     def tick(self):
@@ -122,11 +126,14 @@ class PoolMachine(RuleBasedStateMachine):
             assert repr(self.pool) == before
 
     @rule(key=st.integers(0, NUM_KEYS - 1), slot=st.integers(0, 8))
-    def illegal_return(self, key, slot):
+    def illegal_event_of_many(self, key, slot):
         before = repr(self.pool)
         if self.naive.state[key] != LEASED:
             with pytest.raises(IllegalEvent, match="release"):
                 self.pool.release([key])
+        if self.naive.state[key] != READY:
+            with pytest.raises(IllegalEvent, match="evict"):
+                self.pool.drop([key])
         if slot not in self.naive.borrowed:
             with pytest.raises(IllegalEvent, match="not borrowed"):
                 self.pool.give_back([slot])
@@ -147,6 +154,7 @@ class PoolMachine(RuleBasedStateMachine):
         )
         assert pool.num_staged == len(naive.staged) <= pool.staging_slots
         assert pool.num_resident == len(naive.slot)
+        assert pool.num_free == len(naive.free)
         for layer, count in enumerate(pool.resident_per_layer):
             assert count == sum(key // KEYS_PER_LAYER == layer for key in naive.slot)
 
