@@ -1,6 +1,6 @@
 """foreroute runs Mixture-of-Experts models whose experts do not fit the fast memory.
 
-    model = foreroute.load("path/or/hub-id", memory="8GiB")   # an ordinary transformers model, experts offloaded
+model = foreroute.load("path/or/hub-id", memory="8GiB")   # an ordinary transformers model, experts offloaded
 """
 
 from typing import TYPE_CHECKING, Any

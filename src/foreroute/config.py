@@ -31,7 +31,9 @@ class EngineConfig:
     hits_first: bool = _option(True, "compute the experts that are there while the others arrive")
     reader_threads: int = _option(1, "threads that read experts; one nearly saturates a disk")
     direct_io: bool = _option(True, "read with O_DIRECT where the file system allows it")
-    packed: str = _option("auto", 'the packed store: "auto" uses the one beside the checkpoint, "no" ignores it, or a path')
+    packed: str = _option(
+        "auto", 'the packed store: "auto" uses the one beside the checkpoint, "no" ignores it, or a path'
+    )
 
     def __post_init__(self) -> None:
         for option in fields(self):
@@ -41,7 +43,9 @@ class EngineConfig:
                     f"{option.name}={getattr(self, option.name)!r} is not known. Choose one of {', '.join(choices)}."
                 )
         if self.prefetch_width is not None and self.prefetch_width < 1:
-            raise ForerouteError(f"prefetch_width is {self.prefetch_width}; it must be at least 1. prefetch=none is off.")
+            raise ForerouteError(
+                f"prefetch_width is {self.prefetch_width}; it must be at least 1. prefetch=none is off."
+            )
         if not 1 <= self.reader_threads <= 16:
             raise ForerouteError(f"reader_threads is {self.reader_threads}; choose 1 to 16 (1 or 2 are enough).")
 

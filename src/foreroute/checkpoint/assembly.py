@@ -87,7 +87,9 @@ def _apply(operation: Operation, tensors: list[Assembled], expected: tuple[int, 
     if operation.kind == "MergeModulelist":
         return tensors  # the inputs already carry the expert dimension that it adds
     if operation.dim == 0 and operation.kind in ("Concatenate", "Interleave", "Chunk", "Transpose"):
-        raise UnsupportedModelError(f"The checkpoint's experts need {operation.kind} across experts, which is not known.")
+        raise UnsupportedModelError(
+            f"The checkpoint's experts need {operation.kind} across experts, which is not known."
+        )
     if operation.kind == "Concatenate":
         return [_concatenate(tensors, operation.dim)]
     if operation.kind == "Transpose":

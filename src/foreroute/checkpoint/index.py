@@ -10,6 +10,7 @@ import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import xxhash
 
@@ -104,7 +105,9 @@ def _read_sharded(folder: Path, index_file: Path) -> dict[str, TensorEntry]:
         weight_map = json.loads(index_file.read_text())["weight_map"]
         shard_names = sorted(set(weight_map.values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CorruptCheckpointError(f"{index_file} is not a safetensors index ({error!r}). Download it again.") from None
+        raise CorruptCheckpointError(
+            f"{index_file} is not a safetensors index ({error!r}). Download it again."
+        ) from None
     missing = [name for name in shard_names if not (folder / name).is_file()]
     if missing:
         raise CorruptCheckpointError(
@@ -153,7 +156,7 @@ def read_header(path: str | Path) -> list[TensorEntry]:
     return entries
 
 
-def _entries(path: Path, header: dict[str, dict], data_start: int) -> Iterator[TensorEntry]:
+def _entries(path: Path, header: dict[str, Any], data_start: int) -> Iterator[TensorEntry]:
     for name, info in header.items():
         if name == "__metadata__":
             continue

@@ -107,7 +107,7 @@ def layer_experts(name: str, num_experts: int, sources: Sequence[PartSource], in
 
 
 def _check_source(layer_name: str, num_experts: int, source: PartSource, index: CheckpointIndex) -> str:
-    dtypes = set()
+    dtypes: set[str] = set()
     for group in source.groups:
         absent = [name for name in group if name not in index.tensors]
         if not group or absent:

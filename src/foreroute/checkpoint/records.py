@@ -170,7 +170,9 @@ class StoreWriter:
         try:
             self._fd = os.open(self.partial_path, os.O_RDWR | os.O_CREAT | (0 if can_resume else os.O_TRUNC), 0o644)
         except OSError as error:
-            raise StoreError(f"{self.partial_path} cannot be written: {error.strerror}. Choose another --out.") from error
+            raise StoreError(
+                f"{self.partial_path} cannot be written: {error.strerror}. Choose another --out."
+            ) from error
         if not can_resume:
             self._guarded(self._begin)
 

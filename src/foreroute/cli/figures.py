@@ -29,6 +29,13 @@ def stderr_console() -> "Console":
     return Console(stderr=True, highlight=False)
 
 
+def stdout_console(*, is_quiet: bool = False) -> "Console":
+    """Where an answer is shown that is no JSON."""
+    from rich.console import Console
+
+    return Console(highlight=False, quiet=is_quiet)
+
+
 @contextlib.contextmanager
 def busy(what: str, is_quiet: bool) -> Iterator[None]:
     """While inside, a terminal shows that something is going on; elsewhere, or when quiet, nothing is shown."""
@@ -39,11 +46,13 @@ def busy(what: str, is_quiet: bool) -> Iterator[None]:
         yield
 
 
-def writer(out: TextIO) -> Callable[[str], None]:
-    """A function that writes pieces of text at once; to a terminal without control characters."""
+def writer(out: TextIO, *, is_quiet: bool = False) -> Callable[[str], None]:
+    """A function that writes pieces of text at once; to a terminal without control characters; quiet, nothing."""
     is_terminal = out.isatty()
 
     def write(piece: str) -> None:
+        if is_quiet:
+            return
         out.write(piece.translate(_UNPRINTABLE) if is_terminal else piece)
         out.flush()
 
@@ -52,7 +61,9 @@ def writer(out: TextIO) -> Callable[[str], None]:
 
 def print_json(**entries: Any) -> None:
     """One JSON object on standard output; dataclasses become objects."""
-    plain = {name: dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value for name, value in entries.items()}
+    plain = {
+        name: dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value for name, value in entries.items()
+    }
     print(json.dumps(plain, ensure_ascii=False), flush=True)
 
 

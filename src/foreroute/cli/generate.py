@@ -62,7 +62,9 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--do-sample", action=argparse.BooleanOptionalAction, help="draw tokens; --no-do-sample takes the likeliest"
     )
-    group.add_argument("--temperature", type=options.between(0), metavar="X", help="higher is wilder; 0 does not sample")
+    group.add_argument(
+        "--temperature", type=options.between(0), metavar="X", help="higher is wilder; 0 does not sample"
+    )
     group.add_argument("--top-k", type=options.at_least(1), metavar="N", help="draw from the N likeliest")
     share = options.between(0, 1, open_below=True)
     group.add_argument("--top-p", type=share, metavar="X", help="draw from the likeliest that make up this probability")
@@ -119,7 +121,7 @@ def run(args: argparse.Namespace) -> int:
             model,
             tokenizer,
             prompt_ids,
-            on_text=(lambda piece: None) if args.json else figures.writer(sys.stdout),
+            on_text=figures.writer(sys.stdout, is_quiet=args.json),
             max_new_tokens=args.max_new_tokens,
             **sampled,
         )

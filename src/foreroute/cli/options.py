@@ -77,7 +77,9 @@ def between(low: float, high: float = math.inf, *, open_below: bool = False) -> 
     def number(text: str) -> float:
         value = float(text)
         if not low <= value <= high or (open_below and value == low):
-            span = (f"above {low:g}" if open_below else f"at least {low:g}") + (f", at most {high:g}" if high < math.inf else "")
+            span = (f"above {low:g}" if open_below else f"at least {low:g}") + (
+                f", at most {high:g}" if high < math.inf else ""
+            )
             raise argparse.ArgumentTypeError(f"{text} must be {span}")
         return value
 

@@ -4,6 +4,7 @@ Everything that can be wrong is found before the first expert is read, in this o
 model, the budget, the dense weights.
 """
 
+import itertools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -19,15 +20,15 @@ from foreroute.config import EngineConfig, Plan
 from foreroute.engine.memory import SlotViews
 from foreroute.engine.offloaded import ForerouteHandle, make_offloaded
 from foreroute.engine.prefill import ExpertStream
-from foreroute.engine.runtime import FamilyForward, Predictor, Runtime
 from foreroute.engine.proof import describe_math, prove_math, run_family_forward
+from foreroute.engine.runtime import FamilyForward, Predictor, Runtime
 from foreroute.errors import BudgetError, ForerouteError
 from foreroute.kernels.cpu import ExpertMath, OneToken
 from foreroute.model.blocks import MoeLayer, probe
-from foreroute.model.skeleton import Outline, load_skeleton, offloaded_modules, outline
+from foreroute.model.skeleton import load_skeleton, offloaded_modules, outline
 from foreroute.predict.lookahead import NextRouter, RouterLookahead
 from foreroute.residency.budget import format_memory, parse_memory, plan_slots
-from foreroute.residency.eviction import Eviction, Lfu, Lru
+from foreroute.residency.eviction import Lfu, Lru
 from foreroute.residency.slots import Residency
 from foreroute.transfer.disk import DiskTransfer
 from foreroute.transfer.memory import allocate_slots
@@ -65,7 +66,7 @@ def load(
     asked_memory = memory if memory is not None else asked.memory
     budget = choose_memory(asked_memory, sketch.table, index)
     store = open_store(folder, asked.packed, sketch.table)
-    model = load_skeleton(folder, sketch, _torch_dtype(dtype), **model_kwargs)
+    model: Any = load_skeleton(folder, sketch, _torch_dtype(dtype), **model_kwargs)
     layers = probe(model, offloaded_modules(model))
     table = sketch.table.reordered([layer.name for layer in layers])
     slots = plan_slots(budget, table.slot_bytes, table.total_slots, [layer.top_k for layer in layers])
@@ -212,7 +213,7 @@ def _predictor(asked: EngineConfig, layers: list[MoeLayer]) -> Predictor | None:
     if asked.prefetch == "none":
         return None
     following: list[NextRouter | None] = []
-    for layer, after in zip(layers, layers[1:], strict=False):
+    for layer, after in itertools.pairwise(layers):
         router = after.router
         can_guess = router is not None and not router.takes_more_than_hidden
         if router is None or not can_guess or layer.router is None or not layer.router.reads_experts_input:
@@ -237,9 +238,7 @@ def _lending_forward(layer: MoeLayer, num_experts: int) -> FamilyForward:
     """The family's own forward over a stream of experts, for layers whose maths is not proven."""
     base = layer.index * num_experts
 
-    def forward(
-        stream: ExpertStream, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
-    ) -> torch.Tensor:
+    def forward(stream: ExpertStream, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         return run_family_forward(layer.experts, lambda expert: stream.operands(base + expert), hidden, ids, weights)
 
     return forward

@@ -1,4 +1,4 @@
-"""What becomes of a transformers model when its experts are handed to the engine: what it may still do, and what not."""
+"""What becomes of a transformers model whose experts belong to the engine: what it may still do, and what not."""
 
 import weakref
 from typing import Any
@@ -67,7 +67,8 @@ class OffloadedModel:
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
         """Accepted when nothing changes (the device and dtype it has); refused otherwise."""
-        device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
+        parsed: Any = torch._C._nn._parse_to(*args, **kwargs)
+        device, dtype = parsed[:2]
         own: Any = self
         if device is not None and device.type != own.device.type:
             raise RefusedError(f"The model was loaded for {own.device}; its experts cannot follow it to {device}.")

@@ -72,7 +72,8 @@ class ExpertStream:
         most = residency.num_slots - _RING_SLOTS
         present = [key for key in keys if residency.state(key) == READY][: max(0, most)]
         hits, late, misses = residency.demand(present)
-        assert not late and not misses
+        assert not late, "readers are idle when a stream starts"
+        assert not misses, "what is READY is leased"
         self._leased.update(hits)
         held = set(hits)
         rest = [key for key in keys if key not in held]

@@ -6,6 +6,7 @@ used: such a layer runs the family's own forward over streamed experts, which is
 
 import math as scalar_math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -17,11 +18,12 @@ from foreroute.model.experts import OffloadedExperts, family_forward
 class _Lent:
     """Stands where the family's forward looks for a fused parameter; indexing it lends one expert's tensor."""
 
-    def __init__(self, lend: Callable[[int], torch.Tensor]) -> None:
-        self._lend = lend
+    def __init__(self, parts_of: Callable[[int], Sequence[torch.Tensor]], part_at: int) -> None:
+        self._parts_of = parts_of
+        self._part_at = part_at
 
     def __getitem__(self, expert: torch.Tensor | int) -> torch.Tensor:
-        return self._lend(int(expert))
+        return self._parts_of(int(expert))[self._part_at]
 
 
 def run_family_forward(
@@ -38,7 +40,7 @@ def run_family_forward(
     """
     for at, parameter in enumerate(module.expert_parameters):
         # In the instance's own table: nn.Module looks there first, and would refuse it as a parameter.
-        module.__dict__[parameter.name] = _Lent(lambda expert, at=at: parts_of(expert)[at])
+        module.__dict__[parameter.name] = _Lent(parts_of, at)
     try:
         return family_forward(module)(module, hidden, ids, weights)
     finally:
@@ -49,19 +51,22 @@ def run_family_forward(
 def describe_math(module: OffloadedExperts) -> ExpertMath | None:
     """The family's maths by the flags that transformers' decorator left on the module; None when they do not tell."""
     at = {parameter.name: position for position, parameter in enumerate(module.expert_parameters)}
-    has_gate = getattr(module, "has_gate", True)
+    flags: Any = module  # set by transformers' decorator
+    has_gate = bool(flags.has_gate)
     up_name = "gate_up_proj" if has_gate else "up_proj"
     known = {up_name, "down_proj", f"{up_name}_bias", "down_proj_bias"}
-    if up_name not in at or "down_proj" not in at or not set(at) <= known or getattr(module, "has_post_expert_norm", 0):
+    # has_post_expert_norm is newer than transformers 5.17.
+    has_norm = bool(getattr(flags, "has_post_expert_norm", False))
+    if up_name not in at or "down_proj" not in at or not set(at) <= known or has_norm:
         return None
-    gate = module._apply_gate if has_gate else module.act_fn
+    gate: Callable[[torch.Tensor], torch.Tensor] = flags._apply_gate if has_gate else flags.act_fn
     return ExpertMath(
         gate,
         at[up_name],
         at["down_proj"],
         at.get(f"{up_name}_bias", -1),
         at.get("down_proj_bias", -1),
-        bool(getattr(module, "is_transposed", False)),
+        bool(flags.is_transposed),
     )
 
 
@@ -92,7 +97,9 @@ def prove_math(module: OffloadedExperts, layout: ExpertLayout, compute_dtype: to
     with torch.no_grad():
         rows, row_weights = random(3, hidden_width), random(3, 1)
         out = (math(rows, operands) * row_weights).to(compute_dtype)
-        if not torch.equal(theirs(rows, torch.zeros(3, 1, dtype=torch.int64), row_weights), torch.zeros_like(out) + out):
+        if not torch.equal(
+            theirs(rows, torch.zeros(3, 1, dtype=torch.int64), row_weights), torch.zeros_like(out) + out
+        ):
             return False
         token, weights = random(1, hidden_width), random(1, num_experts)
         routed = list(range(num_experts))

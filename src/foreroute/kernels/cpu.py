@@ -78,9 +78,7 @@ class OneToken:
         """A new token's step."""
         self._keys.clear()
 
-    def run(
-        self, math: ExpertMath, hidden: torch.Tensor, keys: Sequence[int], operands: Sequence[Operands]
-    ) -> None:
+    def run(self, math: ExpertMath, hidden: torch.Tensor, keys: Sequence[int], operands: Sequence[Operands]) -> None:
         """Compute the experts `keys` for `hidden` [1, hidden]."""
         mm = torch.mm
         first = len(self._keys)
@@ -114,8 +112,8 @@ class OneToken:
             out = out.index_select(0, torch.tensor(order))
         columns = torch.tensor([routed.index(key) for key in keys])
         weighted = out * weights.view(-1).index_select(0, columns).unsqueeze(1)
-        # As eager does: from zero, rounded to the activation dtype after each expert, in ascending order. One index_add_
-        # for all rows would keep bf16 sums in fp32 in between, and give other bits.
+        # As eager does: from zero, rounded to the activation dtype after each expert, in ascending order. One
+        # index_add_ for all rows would keep bf16 sums in fp32 in between, and give other bits.
         total = torch.zeros_like(self._out_rows[0])
         for row in weighted.to(total.dtype).split(1):
             total.add_(row)

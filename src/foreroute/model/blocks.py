@@ -102,7 +102,9 @@ def probe(model: nn.Module, offloaded: dict[str, OffloadedExperts]) -> list[MoeL
             module.engine_forward = None
     silent = sorted(set(offloaded) - {layer.name for layer in layers})
     if silent:
-        raise UnsupportedModelError(f"{silent[0]} is not called by a forward over text: its experts cannot be offloaded.")
+        raise UnsupportedModelError(
+            f"{silent[0]} is not called by a forward over text: its experts cannot be offloaded."
+        )
     return layers
 
 
@@ -139,7 +141,9 @@ def _find_router(
         if "weights" not in at:
             return None
         more = len(args) != 1 or bool(kwargs)
-        return Router(name, module, at["ids"], at["weights"], at.get("logits", -1), more, _same((*args, None)[0], hidden))
+        return Router(
+            name, module, at["ids"], at["weights"], at.get("logits", -1), more, _same((*args, None)[0], hidden)
+        )
     return None
 
 

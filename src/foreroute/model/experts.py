@@ -39,7 +39,8 @@ def family_forward(module: nn.Module) -> Callable[..., torch.Tensor]:
     """The family's own eager forward, under the decorator and under our replacement; takes `module` first."""
     for cls in type(module).__mro__:
         if not issubclass(cls, OffloadedExperts) and is_experts_class(cls):
-            return cls.forward.__wrapped__
+            wrapped: Callable[..., torch.Tensor] = vars(cls)["forward"].__wrapped__
+            return wrapped
     raise AssertionError(f"{type(module).__name__} is not an experts module")
 
 

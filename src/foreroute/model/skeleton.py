@@ -188,9 +188,7 @@ def _expert_parameters(module: nn.Module) -> tuple[ExpertParameter, ...]:
     )
 
 
-def _map_sources(
-    meta_model: nn.Module, modules: dict[str, nn.Module], index: CheckpointIndex
-) -> dict[str, PartSource]:
+def _map_sources(meta_model: nn.Module, modules: dict[str, nn.Module], index: CheckpointIndex) -> dict[str, PartSource]:
     """For every expert parameter, by full name: the stored tensors that make it, as transformers would collect them."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
@@ -213,11 +211,11 @@ def _map_sources(
         part, shape = shapes[target]
         converter = by_pattern.get(next(iter(by_source)))
         if converter is None:
-            ordered, operations = list(by_source.values()), ()
+            ordered, steps = list(by_source.values()), []
         else:
             ordered = [by_source.get(pattern, []) for pattern in converter.source_patterns]
-            operations = tuple(_operation(op, converter) for op in converter.operations)
-        sources[target] = PartSource(part, shape, tuple(tuple(names) for names in ordered), operations)
+            steps = [_operation(op, converter) for op in converter.operations]
+        sources[target] = PartSource(part, shape, tuple(tuple(names) for names in ordered), tuple(steps))
     return sources
 
 

@@ -1,0 +1,263 @@
+"""`foreroute plan`: what fits where, how fast it may be, and what would change that."""
+
+import argparse
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from foreroute.cli import figures, options
+from foreroute.cli.forecast import ASSUMPTIONS, Case, forecast
+from foreroute.config import EngineConfig, Plan
+from foreroute.residency.budget import format_memory
+
+if TYPE_CHECKING:
+    from foreroute.bench.bandwidth import Bandwidth
+
+_EPILOG = """\
+examples:
+  foreroute plan MODEL                    the memory is chosen from the free RAM
+  foreroute plan MODEL --memory 8GiB
+  foreroute plan MODEL --memory 25% --json
+
+the figures:
+  slots          places in memory that hold one expert each
+  one token      the experts that one token uses, over all layers. A memory that
+                 holds few tokens' demand finds few experts again
+  guesses        the most slots that hold experts fetched on a guess
+  disk           measured for one second on this model's own experts, in random
+                 order, read as the engine reads them
+  compute        measured: one token with its experts in memory
+  long prompt    prefill uses nearly every expert: this long it reads, once
+  TPOT           time per output token: a forecast from disk, compute and the miss
+                 rates of another model, no measurement. From reads that hide
+                 behind compute entirely to reads that do not hide at all
+The model is loaded for this, without its experts: no text is generated."""
+
+# A pool below this many tokens' demand is said to be small.
+_SMALL_POOL_DEMANDS = 2.0
+
+
+@dataclass(frozen=True)
+class Findings:
+    """Everything that is shown. chosen_memory_bytes: what would be chosen were --memory left out."""
+
+    plan: Plan
+    eviction: str
+    reads_per_expert: int
+    kv_bytes_per_token: int | None
+    chosen_memory_bytes: int
+    bandwidth: "Bandwidth"
+    compute_ms: float
+    cases: tuple[Case, ...]
+
+
+def add_parser(commands: Any) -> None:
+    """Add `plan` to the commands."""
+    parser = commands.add_parser(
+        "plan",
+        help="what fits, how fast it may be, what to change",
+        description="Say what fits the memory, measure the disk and the CPU, and forecast the time per token.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument("model", metavar="MODEL", help="folder of a checkpoint, or a hub id")
+    options.add_common_options(parser)
+    options.add_model_options(parser)
+    options.add_engine_options(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command; returns its exit code."""
+    config = options.engine_config(args)
+    options.quiet_libraries(args)
+    with figures.busy("Loading the model and measuring", args.json):
+        found = find(args, config)
+    hints = advice(found, args.model)
+    if args.json:
+        figures.print_json(**as_json(found), advice=hints, assumptions=ASSUMPTIONS)
+    else:
+        show(found, hints)
+    return 0
+
+
+def find(args: argparse.Namespace, config: EngineConfig) -> Findings:
+    """Load the model without its experts, and measure."""
+    import foreroute
+    from foreroute.bench.bandwidth import measure_bandwidth
+    from foreroute.checkpoint.index import read_index
+    from foreroute.checkpoint.locate import locate
+    from foreroute.checkpoint.records import open_store
+    from foreroute.cli import probes
+    from foreroute.engine.loader import choose_memory
+    from foreroute.model.skeleton import outline
+
+    options.apply_threads(args)
+    folder = locate(args.model)
+    index = read_index(folder)
+    # Before the dense weights are in RAM, as `load` sees it.
+    chosen = choose_memory(None, outline(folder, index).table, index)
+    model = foreroute.load(folder, dtype=args.dtype, config=config)
+    try:
+        plan, table = model.foreroute.plan, model.foreroute.runtime.table
+        compute_ms, kv_bytes = probes.compute_ms(model), probes.kv_bytes_per_token(model)
+    finally:
+        model.foreroute.close()
+    store = open_store(folder, config.packed, table)
+    reads_of = table.reads if store is None else store.reads_of(table)
+    keys = [
+        layer * table.num_experts + expert
+        for layer, described in enumerate(table.layers)
+        for expert in range(described.num_experts)
+    ]
+    bandwidth = measure_bandwidth(
+        reads_of,
+        keys,
+        table.slot_bytes,
+        num_threads=config.reader_threads,
+        direct=config.direct_io,
+        label=table.label,
+    )
+    cases = forecast(
+        plan.resident_share if config.cache else 0.0,
+        plan.token_demand_slots,
+        plan.expert_bytes,
+        bandwidth.bytes_per_s,
+        compute_ms,
+        config.eviction,
+    )
+    reads_per_expert = len(reads_of(keys[0]))
+    return Findings(plan, config.eviction, reads_per_expert, kv_bytes, chosen, bandwidth, compute_ms, cases)
+
+
+def advice(found: Findings, model: str) -> list[str]:
+    """What would change the forecast, the most worthwhile first; empty when nothing would."""
+    plan, hints = found.plan, list[str]()
+    whole = plan.total_slots * plan.slot_bytes
+    demand = plan.token_demand_slots * plan.slot_bytes
+    chosen = format_memory(found.chosen_memory_bytes)
+    if plan.memory_bytes > found.chosen_memory_bytes and not plan.memory_was_chosen:
+        hints.append(
+            f"This memory, the dense weights and 2 GiB for the rest exceed the free RAM: the system may swap. "
+            f"--memory {_flag(found.chosen_memory_bytes)} would not, nor does leaving it out."
+            if found.chosen_memory_bytes >= demand
+            else f"There is too little free RAM beside the dense weights (room for {chosen}): close other programs."
+        )
+    if plan.num_slots < _SMALL_POOL_DEMANDS * plan.token_demand_slots:
+        hints.append(
+            f"The memory holds only {plan.num_slots / plan.token_demand_slots:.1f} tokens' demand: expect few hits. "
+            f"--memory {_flag(2 * demand)} holds two."
+        )
+    if plan.num_slots < plan.total_slots:
+        fits = whole <= found.chosen_memory_bytes
+        hints.append(
+            f"--memory {_flag(whole)} would hold every expert"
+            + (": nothing is read twice." if fits else f"; the free RAM has room for {chosen}.")
+        )
+    if plan.source == "safetensors" and plan.num_slots < plan.total_slots:
+        now = "one read and a copy" if found.reads_per_expert == 1 else f"{found.reads_per_expert} reads and copies"
+        hints.append(
+            f"foreroute pack {model}: an expert becomes one aligned read without a copy (now {now}). "
+            f"It takes {format_memory(whole, round_up=True)} of disk."
+        )
+    if not found.bandwidth.is_direct:
+        hints.append(
+            "Experts are read through the page cache, not with O_DIRECT: the disk's figure above may be that of RAM. "
+            "A file system that allows O_DIRECT (ext4, xfs) keeps the RAM for the experts."
+        )
+    if plan.math == "family":
+        hints.append(
+            "In this dtype the family's own experts code runs, one expert at a time, and nothing is prefetched. "
+            "Another --dtype may be faster."
+        )
+    return hints
+
+
+def _flag(num_bytes: int) -> str:
+    """Bytes as a value for --memory that needs no quotes and is not too small."""
+    return format_memory(num_bytes, round_up=True).replace(" ", "")
+
+
+def as_json(found: Findings) -> dict[str, Any]:
+    """What `--json` prints, units in the names."""
+    plan = found.plan
+    return {
+        "plan": {
+            **asdict(plan),
+            "resident_share": plan.resident_share,
+            "token_demand_bytes": plan.token_demand_bytes,
+            "reads_per_expert": found.reads_per_expert,
+            "kv_bytes_per_1k_tokens": None if found.kv_bytes_per_token is None else found.kv_bytes_per_token * 1000,
+            "chosen_memory_bytes": found.chosen_memory_bytes,
+        },
+        "measured": {"disk": asdict(found.bandwidth), "compute_ms": found.compute_ms},
+        "forecast": {case.name: asdict(case) for case in found.cases},
+    }
+
+
+def show(found: Findings, hints: list[str]) -> None:
+    """Print it on standard output: it is the answer."""
+    console = figures.stdout_console()
+    figures.print_rows(console, [*_model_rows(found), None, *_memory_rows(found), None, *_speed_rows(found)])
+    console.print()
+    figures.print_grid(console, ("forecast", "TPOT", "misses per token", "read per token"), _forecast_rows(found))
+    console.print("\nIt assumes:", style="dim")
+    figures.print_list(console, ASSUMPTIONS, style="dim")
+    console.print("\nWhat would change it:" if hints else "\nNothing is left to change: every expert is in memory.")
+    figures.print_list(console, hints)
+
+
+def _model_rows(found: Findings) -> list[figures.Row]:
+    plan = found.plan
+    top_k = "/".join(str(k) for k in sorted(set(plan.top_k)))
+    is_converted = figures.dtype_name(plan.stored_dtype) != plan.compute_dtype
+    cache = "none" if found.kv_bytes_per_token is None else format_memory(found.kv_bytes_per_token * 1000)
+    return [
+        ("model", plan.model_type, f"{plan.num_layers} MoE layers x {plan.num_experts} experts, top-{top_k}"),
+        ("one expert", format_memory(plan.expert_bytes), f"{plan.stored_dtype}, computed in {plan.compute_dtype}"
+         + (" (converted at every use)" if is_converted else "")),
+        ("all experts", format_memory(plan.total_expert_bytes), f"on disk, {_source(plan)}"),
+        ("dense weights", format_memory(plan.dense_bytes), "always in RAM, beside --memory"),
+        ("KV cache", cache, "per 1,000 tokens, beside --memory"),
+    ]  # fmt: skip
+
+
+def _memory_rows(found: Findings) -> list[figures.Row]:
+    plan = found.plan
+    demands = plan.num_slots / plan.token_demand_slots
+    chosen = ", chosen from the free RAM" if plan.memory_was_chosen else ""
+    return [
+        ("--memory", format_memory(plan.memory_bytes),
+         f"{plan.num_slots} slots, {figures.percent(plan.resident_share)} of the experts{chosen}"),
+        ("one token", format_memory(plan.token_demand_bytes),
+         f"{plan.token_demand_slots} experts: the memory holds {demands:.1f} tokens' demand"),
+        ("guesses", f"{plan.staging_slots} slots", f"at most; predictor: {plan.predictor}"),
+    ]  # fmt: skip
+
+
+def _speed_rows(found: Findings) -> list[figures.Row]:
+    plan, disk = found.plan, found.bandwidth
+    way = "O_DIRECT" if disk.is_direct else "through the page cache"
+    absent_bytes = (1 - plan.resident_share) * plan.total_expert_bytes
+    return [
+        ("disk", f"{disk.bytes_per_s / 1e6:,.0f} MB/s",
+         f"measured: {disk.num_experts:,} random experts in {disk.elapsed_s:.1f} s, {way}"),
+        ("compute", figures.number(found.compute_ms, "ms"), "measured: one token, its experts in memory"),
+        ("long prompt", figures.number(absent_bytes / disk.bytes_per_s, "s"), "of reading: it uses every expert once"),
+    ]  # fmt: skip
+
+
+def _forecast_rows(found: Findings) -> list[tuple[str, ...]]:
+    names = {"best": "best: Belady", "likely": f"likely: {found.eviction.upper()}", "worst": "worst: no hits"}
+    return [
+        (
+            names[case.name],
+            figures.span(case.tpot_ms_low, case.tpot_ms_high, "ms"),
+            f"{figures.number(case.misses_per_token)} ({figures.percent(case.miss_rate)})",
+            figures.number(case.read_mb_per_token, "MB"),
+        )
+        for case in found.cases
+    ]
+
+
+def _source(plan: Plan) -> str:
+    return "packed store" if plan.source == "packed" else "safetensors"
