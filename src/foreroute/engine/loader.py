@@ -187,7 +187,8 @@ def _build_runtime(
         math,
         [_lending_forward(layer, table.num_experts) for layer in layers],
         _workspaces(layers, table, math, dtype),
-        _predictor(asked, layers),
+        _predictor(asked, layers, dtype),
+        free_slots=slots.clear,
         hits_first=asked.hits_first,
         keep_across_tokens=asked.cache,
     )
@@ -209,7 +210,7 @@ def _workspaces(
     return workspaces
 
 
-def _predictor(asked: EngineConfig, layers: list[MoeLayer]) -> Predictor | None:
+def _predictor(asked: EngineConfig, layers: list[MoeLayer], dtype: torch.dtype) -> Predictor | None:
     if asked.prefetch == "none":
         return None
     following: list[NextRouter | None] = []
@@ -221,7 +222,8 @@ def _predictor(asked: EngineConfig, layers: list[MoeLayer]) -> Predictor | None:
             continue
         scale = None
         if layer.norm_weight is not None and after.norm_weight is not None:
-            scale = after.norm_weight / layer.norm_weight
+            # Norms may be kept in fp32 where the router is not.
+            scale = (after.norm_weight / layer.norm_weight).to(dtype)
         width = after.experts.num_offloaded
         following.append(NextRouter(router.module.forward, router.ids_at, router.logits_at, width, scale))
     return RouterLookahead(following, asked.prefetch_width)

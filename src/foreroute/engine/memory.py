@@ -29,7 +29,7 @@ class SlotViews:
         math: Sequence[ExpertMath | None],
         compute_dtype: torch.dtype,
     ) -> None:
-        self._memory = memory
+        self._memory: mmap.mmap | None = memory
         self._slot_bytes = slot_bytes
         self._layouts = list(layouts)
         self._math = list(math)
@@ -53,7 +53,14 @@ class SlotViews:
             return views
         return tuple(view.to(self._compute_dtype) for view in views)
 
+    def clear(self) -> None:
+        """Forget all views, so that the pool's memory can go back to the system."""
+        for views in self._views:
+            views.clear()
+        self._memory = None
+
     def _make(self, layer: int, slot: int) -> tuple[torch.Tensor, ...]:
+        assert self._memory is not None, "the pool has been closed"
         start = slot * self._slot_bytes
         parts = [
             torch.frombuffer(

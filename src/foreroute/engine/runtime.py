@@ -44,6 +44,7 @@ class Runtime:
         math: per MoE layer, None where ours could not be proven equal to the family's.
         family_forwards: per MoE layer, what runs in that case.
         workspaces: per MoE layer, shared by layers of one shape; None where math is.
+        free_slots: lets go of the pool's memory, after the readers have stopped.
         keep_across_tokens: False gives every expert up after its layer (on-demand loading).
     """
 
@@ -58,6 +59,7 @@ class Runtime:
         workspaces: Sequence[OneToken | None],
         predictor: Predictor | None,
         *,
+        free_slots: Callable[[], None] = lambda: None,
         hits_first: bool = True,
         keep_across_tokens: bool = True,
         clock: Callable[[], float] = time.perf_counter,
@@ -72,6 +74,7 @@ class Runtime:
         self._family_forwards = family_forwards
         self._workspaces = workspaces
         self._predictor = predictor
+        self._free_slots = free_slots
         self._hits_first = hits_first
         self._keep_across_tokens = keep_across_tokens
         self._clock = clock
@@ -109,6 +112,8 @@ class Runtime:
         keys = sorted(routed[0] if len(routed) == 1 else {key for row in routed for key in row})
         if keys[0] < 0:
             keys = [key for key in keys if key >= 0]
+        if not keys:
+            return torch.zeros_like(hidden)
         if self.transfer.num_in_flight:
             self._settle(self.transfer.completed())
             self._drop_contradicted(layer, keys)
@@ -119,8 +124,10 @@ class Runtime:
         return self._compute_leased(layer, keys, step, hidden)
 
     def close(self) -> None:
-        """Stop the readers; the model's experts can no longer be computed."""
+        """Stop the readers and let go of the pool; the model's experts can no longer be computed."""
         self.transfer.close()
+        self.views.clear()
+        self._free_slots()
 
     def snapshot(self) -> EngineStats:
         """A copy of all counts since the model was loaded."""
@@ -257,8 +264,6 @@ class Runtime:
     def _compute_streamed(
         self, layer: int, keys: list[int], hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
-        if not keys:
-            return torch.zeros_like(hidden)
         self._quiesce()
         math = self._math[layer]
         stream = ExpertStream(self, layer, keys, self._phase, self._clock)
