@@ -14,7 +14,7 @@ import random
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from time import perf_counter, process_time
 
@@ -71,7 +71,7 @@ def unpacked_reads(path: str) -> Callable[[int], ExpertReads]:
 
 
 class Disk:
-    """The contenders; each reads the same number of experts in a new random order and returns GB/s."""
+    """The contenders; each run reads so many experts in a new random order and returns GB/s."""
 
     def __init__(self, path: str, reads_per_run: int) -> None:
         self.path = path
@@ -82,36 +82,44 @@ class Disk:
         for slot in self._slots:
             slot[:] = bytes(EXPERT_BYTES)
 
-    def bare(self, num_threads: int) -> float:
+    @contextmanager
+    def bare(self, name: str, num_threads: int) -> Iterator[Callable[[], float]]:
         """One preadv per expert, nothing else; each thread its share."""
-        order = self._order()
         fd = os.open(self.path, os.O_RDONLY | os.O_DIRECT)
 
-        def read(part: int) -> None:
-            for turn in range(part, len(order), num_threads):
+        def read(order: list[int], first: int) -> None:
+            for turn in range(first, len(order), num_threads):
                 got = os.preadv(fd, [self._slots[turn % AT_ONCE]], order[turn] * EXPERT_BYTES)
                 assert got == EXPERT_BYTES
 
-        with self._timed(f"bare_{num_threads}") as rate:
-            threads = [threading.Thread(target=read, args=(part,)) for part in range(num_threads)]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-        os.close(fd)
-        return rate[0]
+        def run() -> float:
+            order = self._order()
+            threads = [threading.Thread(target=read, args=(order, first)) for first in range(num_threads)]
+            with self._timed(name) as rate:
+                for thread in threads:
+                    thread.start()
+                for thread in threads:
+                    thread.join()
+            return rate[0]
 
-    def ours(self, name: str, reads_of: Callable[[int], ExpertReads], num_threads: int) -> float:
-        """Demands through a DiskTransfer, at most AT_ONCE in flight."""
-        order = self._order()
-        free = list(range(AT_ONCE))
+        yield run
+        os.close(fd)
+
+    @contextmanager
+    def ours(
+        self, name: str, num_threads: int, reads_of: Callable[[int], ExpertReads]
+    ) -> Iterator[Callable[[], float]]:
+        """Demands through a DiskTransfer that stays open, at most AT_ONCE in flight."""
         with closing(DiskTransfer(reads_of, self._slots.__getitem__, num_threads=num_threads)) as transfer:
-            # The file is opened, and the bounce buffer touched, once per model, not once per run.
-            self._demand_all(transfer, list(range(num_threads * 2)), free)
-            with self._timed(f"{name}_{num_threads}") as rate:
-                self._demand_all(transfer, order, free)
-            assert not transfer.buffered_paths, "this file system refuses O_DIRECT: nothing to measure here"
-        return rate[0]
+
+            def run() -> float:
+                order = self._order()
+                with self._timed(name) as rate:
+                    self._demand_all(transfer, order, list(range(AT_ONCE)))
+                return rate[0]
+
+            yield run
+            assert not transfer.buffered_paths, "this file system refuses O_DIRECT: nothing was measured"
 
     def _demand_all(self, transfer: DiskTransfer, order: list[int], free: list[int]) -> None:
         waiting = list(order)
@@ -135,6 +143,22 @@ class Disk:
         self.cpu_ms.setdefault(name, []).append((process_time() - began_cpu_s) / self.reads_per_run * 1e3)
 
 
+def compare(disk: Disk, num_threads: int, checksums: list[int], repeats: int) -> dict[str, list[float]]:
+    """GB/s of the bare loop and ours with so many reads at once, in turns."""
+    ours = {
+        "packed": packed_reads(disk.path, checksums),
+        "packed_unchecked": packed_reads(disk.path, None),
+        "unpacked": unpacked_reads(disk.path),
+    }
+    with ExitStack() as stack:
+        bare = f"bare_{num_threads}"
+        contenders = {bare: stack.enter_context(disk.bare(bare, num_threads))}
+        for kind, reads_of in ours.items():
+            name = f"{kind}_{num_threads}"
+            contenders[name] = stack.enter_context(disk.ours(name, num_threads, reads_of))
+        return interleave(contenders, repeats)
+
+
 def main() -> None:
     """Measure, print, keep."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
@@ -142,33 +166,23 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer repeats; for trying out, not for the record")
     asked = parser.parse_args()
     with expert_file(asked.folder) as (path, checksums):
-        disk = Disk(path, reads_per_run=40 if asked.quick else 100)
-        contenders: dict[str, Callable[[], float]] = {}
-        for threads in (1, 2):
-            contenders[f"bare_{threads}"] = lambda threads=threads: disk.bare(threads)
-            for name, reads_of in (
-                ("packed", packed_reads(path, checksums)),
-                ("packed_unchecked", packed_reads(path, None)),
-                ("unpacked", unpacked_reads(path)),
-            ):
-                contenders[f"{name}_{threads}"] = lambda name=name, reads_of=reads_of, threads=threads: disk.ours(
-                    name, reads_of, threads
-                )
-        gb_per_s = interleave(contenders, repeats=4 if asked.quick else 12)
+        disk = Disk(path, reads_per_run=40)
+        by_threads = {threads: compare(disk, threads, checksums, 6 if asked.quick else 30) for threads in (1, 2)}
     result: dict[str, dict[str, object]] = {}
-    for name, rates in gb_per_s.items():
-        kind, threads = name.rsplit("_", 1)
-        of_bare = [rate / bare for rate, bare in zip(rates, gb_per_s[f"bare_{threads}"], strict=True)]
-        result[name] = {
-            "gb_per_s": summary(rates),
-            "of_bare": summary(of_bare),
-            "cpu_ms_per_expert": summary(disk.cpu_ms[name])["median"],
-        }
-        if kind in WANTED:
-            result[name]["wanted_of_bare"] = WANTED[kind]
-        print(name, rounded(result[name]), flush=True)
+    for threads, gb_per_s in by_threads.items():
+        for name, rates in gb_per_s.items():
+            of_bare = [rate / bare for rate, bare in zip(rates, gb_per_s[f"bare_{threads}"], strict=True)]
+            result[name] = {
+                "gb_per_s": summary(rates),
+                "of_bare": summary(of_bare),
+                "cpu_ms_per_expert": summary(disk.cpu_ms[name])["median"],
+            }
+            if (kind := name.rsplit("_", 1)[0]) in WANTED:
+                result[name]["wanted_of_bare"] = WANTED[kind]
+            print(name, rounded(result[name]), flush=True)
     shape = {"expert_bytes": EXPERT_BYTES, "num_experts": NUM_EXPERTS, "at_once": AT_ONCE}
-    record("disk", rounded({"shape": shape, "cases": result}), rounded({"gb_per_s": gb_per_s}), keep=not asked.quick)
+    raw = {"gb_per_s": {name: rates for gb_per_s in by_threads.values() for name, rates in gb_per_s.items()}}
+    record("disk", rounded({"shape": shape, "cases": result}), rounded(raw), keep=not asked.quick)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,9 @@ class EngineConfig:
     )
     eviction: str = _option("lfu", "which expert gives way when the pool is full", ("lfu", "lru"))
     prefetch: str = _option("lookahead", "who guesses the next layer's experts", ("lookahead", "none"))
+    predictor: str = _option(
+        "auto", 'fitted predictors (see fit): "auto" uses those beside the checkpoint, "no" the lookahead, or a path'
+    )
     prefetch_width: int | None = _option(None, "experts guessed per token and layer; the model's top-k when left out")
     cache: bool = _option(True, "keep experts across tokens; off loads each one whenever it is needed")
     hits_first: bool = _option(True, "compute the experts that are there while the others arrive")

@@ -6,6 +6,7 @@
     │   └── CorruptCheckpointError   bytes are missing, overlap, or have the wrong dtype or shape
     ├── StoreError               a packed store cannot be used or written
     │   └── ChecksumError            a record's bytes are not the bytes that were packed
+    ├── PredictorError           fitted predictors cannot be used with this model, made or written
     ├── BudgetError              the memory asked for cannot work; says what would
     ├── ReadError                the disk failed while experts were being read
     ├── PromptError              the prompt cannot be run (empty, longer than the context)
@@ -37,6 +38,10 @@ class StoreError(ForerouteError):
 
 class ChecksumError(StoreError):
     """A packed record's bytes differ from those that were packed; the message names the expert."""
+
+
+class PredictorError(ForerouteError):
+    """A file of fitted predictors is damaged or belongs to another model, or a text does not do for fitting one."""
 
 
 class BudgetError(ForerouteError):

@@ -74,6 +74,7 @@ def measure_bandwidth(
                 nbytes += completion.nbytes
                 arrivals_s.append(time.perf_counter())
             now_s = time.perf_counter()
+        is_direct = not transfer.buffered_paths
     finally:
         transfer.close()
         slots.clear()
@@ -86,5 +87,5 @@ def measure_bandwidth(
         num_experts=len(arrivals_s),
         num_reads=transfer.reads,
         elapsed_s=elapsed_s,
-        is_direct=not transfer.buffered_paths,
+        is_direct=is_direct,
     )

@@ -92,8 +92,8 @@ def read_index(folder: str | Path) -> CheckpointIndex:
     pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in folder.glob(pattern))
     if pickles:
         raise UnsupportedModelError(
-            f"{folder} holds pickled weights ({pickles[0]}); foreroute reads safetensors only, because loading a pickle "
-            "runs code. Convert it: load it once with transformers and save_pretrained() it."
+            f"{folder} holds pickled weights ({pickles[0]}); foreroute reads safetensors only, as a pickle runs code. "
+            "Convert it: load it once with transformers and save_pretrained() it."
         )
     loose = sorted(path.name for path in folder.glob("*.safetensors"))
     hint = f" It has {loose[0]}, but no model.safetensors.index.json that names it." if loose else ""
@@ -102,8 +102,10 @@ def read_index(folder: str | Path) -> CheckpointIndex:
 
 def _read_sharded(folder: Path, index_file: Path) -> dict[str, TensorEntry]:
     try:
-        weight_map = json.loads(index_file.read_text())["weight_map"]
+        weight_map: dict[str, str] = json.loads(index_file.read_text())["weight_map"]
         shard_names = sorted(set(weight_map.values()))
+        if not all(isinstance(name, str) for name in shard_names):
+            raise TypeError("file names that are no text")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CorruptCheckpointError(
             f"{index_file} is not a safetensors index ({error!r}). Download it again."
@@ -176,9 +178,19 @@ def _check_ranges(path: Path, entries: list[TensorEntry], data_start: int, file_
             )
         if entry.offset < previous_end:
             raise CorruptCheckpointError(f"{path}: {entry.name} overlaps {previous_name}. Download it again.")
+        if entry.offset > previous_end:
+            raise CorruptCheckpointError(
+                f"{path}: no tensor has the {entry.offset - previous_end} bytes between {previous_name} and "
+                f"{entry.name}, which safetensors does not allow. Download it again."
+            )
         previous_end, previous_name = entry.offset + entry.nbytes, entry.name
     if previous_end > file_nbytes:
         raise CorruptCheckpointError(
             f"{path} is truncated: {previous_name} ends at byte {previous_end}, the file at {file_nbytes}. "
+            "Download it again."
+        )
+    if previous_end < file_nbytes:
+        raise CorruptCheckpointError(
+            f"{path} goes on for {file_nbytes - previous_end} bytes after {previous_name}, its last tensor. "
             "Download it again."
         )

@@ -124,13 +124,15 @@ def _check_source(layer_name: str, num_experts: int, source: PartSource, index: 
                 f"config.json says {num_experts}."
             )
         dtypes.update(index.tensors[name].dtype for name in group)
+    unread = sorted(dtypes - set(_FLOAT_DTYPES))
+    if unread:
+        raise UnsupportedModelError(
+            f"{layer_name}.{source.part} is stored as {unread[0]}; foreroute reads experts in "
+            f"{', '.join(_FLOAT_DTYPES)}. Take a checkpoint that is not quantised."
+        )
     if len(dtypes) != 1:
         raise CorruptCheckpointError(f"{layer_name}.{source.part} is stored in several dtypes: {sorted(dtypes)}.")
     (dtype,) = dtypes
-    if dtype not in _FLOAT_DTYPES:
-        raise UnsupportedModelError(
-            f"{layer_name}.{source.part} is stored as {dtype}; foreroute reads experts in {', '.join(_FLOAT_DTYPES)}."
-        )
     return dtype
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import foreroute
+from foreroute.checkpoint.locate import locate
 from foreroute.cli import figures, options
 from foreroute.config import Plan
 from foreroute.errors import CheckpointError
@@ -23,20 +24,20 @@ _PROMPT = "The old man looked at the sea and said"
 _EPILOG = """\
 examples:
   foreroute demo
-  foreroute demo --memory 50% --no-cache          another setting, the same tokens
-  foreroute demo --model FOLDER --memory 8GiB     your model; it must fit the RAM once
+  foreroute demo --memory 50% --eviction lru    another setting, the same tokens
+  foreroute demo --model FOLDER --memory 8GiB   your model; it must fit the RAM
 
 It generates with most experts on disk, then loads the same model with plain
 transformers, every expert in memory (experts_implementation="eager"), generates
 again and compares the tokens one by one. Greedy, the same dtype and threads.
 
 the figures:
-  evictions      experts that gave way to others: above 0, or the memory was not small
-  prefetches     experts fetched on a guess and needed then: above 0, or nothing
-                 was foreseen
-  same tokens    the comparison; "no" names the first token that differs
+  evictions    experts that gave way to others: 0 means the memory was not small
+  prefetches   experts fetched on a guess and then needed: 0 means that nothing
+               was foreseen
+  same tokens  the comparison; "no" names the first token that differs
 Exit code 1 when tokens differ, or when nothing was evicted or foreseen although
-memory and flags called for it: then the comparison would prove nothing."""
+memory and flags called for it: the comparison would then prove nothing."""
 
 
 def add_parser(commands: Any) -> None:
@@ -44,7 +45,8 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "demo",
         help="see it work, and prove it",
-        description="Run the small model that ships with a quarter of its experts in memory, and check its tokens.",
+        usage="foreroute demo [PROMPT] [flags]",
+        description="Run the model that ships with a quarter of its experts in memory; check it.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -80,18 +82,19 @@ def find_model() -> Path:
 def run(args: argparse.Namespace) -> int:
     """Run the command; returns its exit code."""
     config = options.engine_config(args)
-    folder = find_model() if args.model is None else Path(args.model)
+    folder = find_model() if args.model is None else locate(args.model)
     options.quiet_libraries(args)
     console = figures.stdout_console(is_quiet=args.json)
     with figures.busy("Loading the model", args.json):
-        from foreroute.engine.generate import encode_prompt, generate, load_tokenizer
+        from foreroute.engine.generate import generate
+        from foreroute.engine.text import encode_prompt, load_tokenizer
 
         options.apply_threads(args)
+        tokenizer = load_tokenizer(folder)
+        prompt_ids = encode_prompt(tokenizer, args.prompt, chat=False)
         model = foreroute.load(folder, dtype=args.dtype, config=config)
     plan = model.foreroute.plan
     try:
-        tokenizer = load_tokenizer(plan.folder)
-        prompt_ids = encode_prompt(tokenizer, args.prompt, chat=False)
         console.print(_introduction(plan) + "\n")
         write = figures.writer(sys.stdout, is_quiet=args.json)
         write(args.prompt)
@@ -156,7 +159,10 @@ def compare(ours: Sequence[int], expected: Sequence[int], tokenizer: Any) -> str
     if at < 0:
         return f"no: {len(ours)} tokens in place of {len(expected)}"
     ours_text, expected_text = (repr(tokenizer.decode([ids[at]])) for ids in (ours, expected))
-    return f"no: token {at + 1} of {len(expected)} is {ours_text} ({ours[at]}) in place of {expected_text} ({expected[at]})"
+    return (
+        f"no: token {at + 1} of {len(expected)} is {ours_text} ({ours[at]}) "
+        f"in place of {expected_text} ({expected[at]})"
+    )
 
 
 def _introduction(plan: Plan) -> str:
@@ -173,9 +179,11 @@ def _account(report: "GenerationReport") -> list[figures.Row]:
     demanded = decode.hits + decode.late + decode.misses
     return [
         ("new tokens", f"{len(report.token_ids)}", figures.number(report.figures()["tokens_per_s"], "tokens/s")),
-        ("experts asked for", f"{demanded:,}", f"{decode.hits:,} in memory, {decode.late:,} on their way, {decode.misses:,} absent"),
+        ("experts asked for", f"{demanded:,}",
+         f"{decode.hits:,} in memory, {decode.late:,} on their way, {decode.misses:,} absent"),
         ("evictions", f"{report.stats.evictions:,}", "experts that gave way to others"),
-        ("prefetches used", f"{report.stats.prefetch_used:,}", f"of {decode.prefetch_loads:,} experts fetched before the router asked"),
+        ("prefetches used", f"{report.stats.prefetch_used:,}",
+         f"of {decode.prefetch_loads:,} experts fetched before the router asked"),
     ]  # fmt: skip
 
 

@@ -61,10 +61,7 @@ def writer(out: TextIO, *, is_quiet: bool = False) -> Callable[[str], None]:
 
 def print_json(**entries: Any) -> None:
     """One JSON object on standard output; dataclasses become objects."""
-    plain = {
-        name: dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value for name, value in entries.items()
-    }
-    print(json.dumps(plain, ensure_ascii=False), flush=True)
+    print(json.dumps(entries, ensure_ascii=False, default=dataclasses.asdict), flush=True)
 
 
 def print_rows(console: "Console", rows: Sequence[Row]) -> None:
@@ -114,17 +111,19 @@ def report_rows(report: "GenerationReport", plan: Plan) -> list[Row]:
     f = report.figures()
     ends = {"stop": "the model ended", "length": "the limit was reached", "interrupted": "stopped by Ctrl-C"}
     return [
-        ("tokens", f"{f['prompt_tokens']} + {f['new_tokens']}", f"prompt + new; {ends.get(report.finish_reason, 'stopped')}"),
+        ("tokens", f"{f['prompt_tokens']} + {f['new_tokens']}",
+         f"prompt + new; {ends.get(report.finish_reason, 'stopped')}"),
         ("TTFT", number(f["ttft_s"], "s"), f"prefill {number(f['prefill_tokens_per_s'], 'tokens/s')}"),
         ("TPOT", number(f["tpot_ms"], "ms"), number(f["tokens_per_s"], "tokens/s")),
         ("hits", _count(f["hits"], f["hit_rate"]), f"late {_count(f['late_hits'], f['late_hit_rate'])}, "
          f"misses {_count(f['misses'], f['miss_rate'])}"),
         ("read", number(f["demand_mb_per_token"], "MB/token"), f"demanded, + {number(f['speculative_mb_per_token'])} "
-         f"on a guess ({number(f['speculative_used_mb_per_token'])} used, "
+         f"guessed ({number(f['speculative_used_mb_per_token'])} used, "
          f"{number(f['speculative_wasted_mb_per_token'])} wasted)"),
         ("stall", number(f["stall_ms_per_token"], "ms/token"), "waiting for the disk"),
-        ("evictions", f"{f['evictions']}", f"{plan.num_slots} of {plan.total_slots} experts fit {format_memory(plan.memory_bytes)}"),
-        ("prefetches", f"{f['prefetch_used']} used", f"of {f['prefetch_loads']} experts fetched on a guess"),
+        ("evictions", f"{f['evictions']:,}",
+         f"{plan.num_slots} of {plan.total_slots} experts fit {format_memory(plan.memory_bytes)}"),
+        ("prefetches", f"{f['prefetch_used']:,} used", f"of {f['prefetch_loads']:,} experts fetched on a guess"),
         ("peak RSS", format_memory(report.peak_rss_bytes), ""),
     ]  # fmt: skip
 

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from foreroute.checkpoint.locate import locate
 from foreroute.cli import figures, options
 from foreroute.errors import PromptError
 
@@ -15,17 +16,19 @@ examples:
   git diff | foreroute generate MODEL - --system "Review this change." --json
 
 the figures (on standard error, after the text):
-  TTFT           time to first token: from the start until the first token is there
-  TPOT           time per output token after the first: (last - first) / (n - 1)
-  hits           experts that were in memory when a token needed them
-  late           experts that were on their way; the token waited for the rest
-  misses         experts that had to be fetched while the token waited
-  read           MB per token: demanded, and fetched on a guess. A guess is used when
-                 its expert is needed later, wasted when it is given up before
-  stall          ms per token in which nothing was computed, waiting for the disk
-  evictions      experts that gave way to others
-  peak RSS       the most memory this process had, loading included
-Text goes to standard output alone. Ctrl-C ends the answer and shows the figures."""
+  TTFT         time to first token, from the start of the prompt's prefill
+  TPOT         time per output token after that: (last - first) / (n - 1)
+  hits         experts that were in memory when a token (after the first)
+               needed them
+  late         experts that were on their way; the token waited for the rest
+  misses       experts that had to be fetched while the token waited
+  read         MB per token: demanded, and fetched on a guess. A guess is used
+               when its expert is needed, wasted when it is given up before
+  stall        ms per token in which nothing was computed, waiting for the disk
+  evictions    experts that gave way to others
+  peak RSS     the most memory this process had, loading included
+Only the text goes to standard output. Ctrl-C ends the answer, and shows the
+figures too."""
 
 
 def add_parser(commands: Any) -> None:
@@ -33,7 +36,8 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "generate",
         help="text from a prompt, as it comes",
-        description="Generate text from a prompt. Text streams to standard output, figures follow on standard error.",
+        usage="foreroute generate MODEL [PROMPT] [flags]",
+        description="Continue or answer a prompt: the text as it comes, then the figures.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -100,21 +104,23 @@ def sampling(args: argparse.Namespace) -> dict[str, Any]:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; returns its exit code."""
-    # All that can be wrong with the flags is said before seconds of imports.
+    # What is wrong with the flags or the path is said before seconds of imports.
     prompt, config, sampled = options.read_prompt(args.prompt, args.file), options.engine_config(args), sampling(args)
+    folder = locate(args.model)
     options.quiet_libraries(args)
     is_quiet = args.quiet or args.json
     with figures.busy("Loading the model", is_quiet):
         import torch
 
         import foreroute
-        from foreroute.engine.generate import encode_prompt, generate, load_tokenizer
+        from foreroute.engine.generate import generate
+        from foreroute.engine.text import encode_prompt, load_tokenizer
 
         options.apply_threads(args)
-        model = foreroute.load(args.model, dtype=args.dtype, config=config)
-    try:
-        tokenizer = load_tokenizer(model.foreroute.plan.folder)
+        tokenizer = load_tokenizer(folder)
         prompt_ids = encode_prompt(tokenizer, prompt, chat=args.chat, system=args.system)
+        model = foreroute.load(folder, dtype=args.dtype, config=config)
+    try:
         if args.seed is not None:
             torch.manual_seed(args.seed)
         report = generate(

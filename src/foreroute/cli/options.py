@@ -14,7 +14,6 @@ from foreroute.config import EngineConfig
 from foreroute.errors import PromptError
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
-_METAVARS = {int: "N", str: "TEXT"}
 
 
 def add_engine_options(parser: argparse.ArgumentParser, **defaults: Any) -> None:
@@ -28,14 +27,13 @@ def add_engine_options(parser: argparse.ArgumentParser, **defaults: Any) -> None
     for field in fields(EngineConfig):
         default = defaults.get(field.name, field.default)
         kind = _scalar(hints[field.name])
-        shown = "" if default is None or kind is bool else f" (default: {str(default).replace('%', '%%')})"
-        settings: dict[str, Any] = {"default": default, "help": field.metadata["help"] + shown}
+        settings: dict[str, Any] = {"default": default, "help": field.metadata["help"] + _shown(default)}
         if kind is bool:
             settings["action"] = argparse.BooleanOptionalAction
         elif field.metadata["choices"]:
             settings["choices"] = field.metadata["choices"]
         else:
-            settings.update(type=kind, metavar=_METAVARS[kind])
+            settings.update(type=kind, metavar="N" if kind is int else field.name.upper())
         group.add_argument(_flag(field.name), **settings)
 
 
@@ -136,6 +134,13 @@ def apply_threads(args: argparse.Namespace) -> None:
         import torch
 
         torch.set_num_threads(args.threads)
+
+
+def _shown(default: Any) -> str:
+    if default is None:
+        return ""
+    text = {True: "on", False: "off"}[default] if isinstance(default, bool) else str(default).replace("%", "%%")
+    return f" (default: {text})"
 
 
 def _flag(name: str) -> str:

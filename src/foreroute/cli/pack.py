@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from foreroute.checkpoint.locate import locate
 from foreroute.cli import figures, options
 from foreroute.errors import StoreError
 from foreroute.residency.budget import format_memory
@@ -14,12 +15,15 @@ if TYPE_CHECKING:
 
 _EPILOG = """\
 examples:
-  foreroute pack MODEL                       beside the checkpoint: found by itself
-  foreroute pack MODEL --out /fast/disk      then: generate MODEL --packed /fast/disk
+  foreroute pack MODEL                    beside the checkpoint: found by itself
+  foreroute pack MODEL --out /fast/disk   use: generate ... --packed /fast/disk
 
-The checkpoint stays as it is, and stays needed: tokenizer, config and dense weights
-are read from it. The store takes the room of all experts once more; that is checked
-first. It gets its name when it is whole, and every record carries a checksum.
+In a checkpoint an expert is several tensors, which lie where no aligned read
+can begin. In the store it is one read, straight to where it is computed.
+The checkpoint stays as it is, and stays needed: tokenizer, config and dense
+weights are read from it. The store takes the room of all experts once more;
+that is checked first. It gets its name when it is whole, and every record
+carries a checksum.
 A run that crashed is continued. Ctrl-C removes what was written, unless
 --keep-partial: then the next `pack` goes on there."""
 
@@ -29,7 +33,8 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "pack",
         help="make later runs faster: one read per expert",
-        description="Write a packed store: one page-aligned record per expert, in place of its scattered tensors.",
+        usage="foreroute pack MODEL [flags]",
+        description="Write a packed store: one page-aligned record per expert.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -46,14 +51,13 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; returns its exit code."""
+    folder = locate(args.model)
     options.quiet_libraries(args)
     with figures.busy("Reading the checkpoint's headers", args.json):
         from foreroute.checkpoint.index import read_index
-        from foreroute.checkpoint.locate import locate
         from foreroute.checkpoint.records import STORE_NAME
         from foreroute.model.skeleton import outline
 
-        folder = locate(args.model)
         table = outline(folder, read_index(folder)).table
     path = folder / STORE_NAME if args.out is None else args.out.expanduser()
     if path.is_dir():

@@ -2,8 +2,10 @@
 
 import argparse
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from foreroute.checkpoint.locate import locate
 from foreroute.cli import figures, options
 from foreroute.cli.forecast import ASSUMPTIONS, Case, forecast
 from foreroute.config import EngineConfig, Plan
@@ -19,17 +21,17 @@ examples:
   foreroute plan MODEL --memory 25% --json
 
 the figures:
-  slots          places in memory that hold one expert each
-  one token      the experts that one token uses, over all layers. A memory that
-                 holds few tokens' demand finds few experts again
-  guesses        the most slots that hold experts fetched on a guess
-  disk           measured for one second on this model's own experts, in random
-                 order, read as the engine reads them
-  compute        measured: one token with its experts in memory
-  long prompt    prefill uses nearly every expert: this long it reads, once
-  TPOT           time per output token: a forecast from disk, compute and the miss
-                 rates of another model, no measurement. From reads that hide
-                 behind compute entirely to reads that do not hide at all
+  slots        places in memory that hold one expert each
+  one token    the experts that one token uses, over all layers. A memory that
+               holds few tokens' demand finds few experts again
+  guesses      the most slots that hold experts fetched on a guess
+  disk         measured for one second on this model's own experts, in random
+               order, read as the engine reads them
+  compute      measured: one token with its experts in memory
+  long prompt  prefill uses nearly every expert: this long it reads, once
+  TPOT         time per output token: forecast, not measured, from disk, compute
+               and the miss rates of another model. From reads that hide
+               behind compute entirely to reads that do not hide at all
 The model is loaded for this, without its experts: no text is generated."""
 
 # A pool below this many tokens' demand is said to be small.
@@ -55,7 +57,8 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "plan",
         help="what fits, how fast it may be, what to change",
-        description="Say what fits the memory, measure the disk and the CPU, and forecast the time per token.",
+        usage="foreroute plan MODEL [flags]",
+        description="Say what fits, measure disk and CPU, forecast the time per token.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -68,10 +71,10 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; returns its exit code."""
-    config = options.engine_config(args)
+    config, folder = options.engine_config(args), locate(args.model)
     options.quiet_libraries(args)
     with figures.busy("Loading the model and measuring", args.json):
-        found = find(args, config)
+        found = find(folder, args, config)
     hints = advice(found, args.model)
     if args.json:
         figures.print_json(**as_json(found), advice=hints, assumptions=ASSUMPTIONS)
@@ -80,19 +83,17 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def find(args: argparse.Namespace, config: EngineConfig) -> Findings:
+def find(folder: Path, args: argparse.Namespace, config: EngineConfig) -> Findings:
     """Load the model without its experts, and measure."""
     import foreroute
     from foreroute.bench.bandwidth import measure_bandwidth
     from foreroute.checkpoint.index import read_index
-    from foreroute.checkpoint.locate import locate
     from foreroute.checkpoint.records import open_store
     from foreroute.cli import probes
     from foreroute.engine.loader import choose_memory
     from foreroute.model.skeleton import outline
 
     options.apply_threads(args)
-    folder = locate(args.model)
     index = read_index(folder)
     # Before the dense weights are in RAM, as `load` sees it.
     chosen = choose_memory(None, outline(folder, index).table, index)

@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
@@ -18,9 +17,8 @@ from transformers.generation.stopping_criteria import StoppingCriteria, Stopping
 from transformers.generation.streamers import BaseStreamer
 
 from foreroute.engine.stats import EngineStats
-from foreroute.errors import CheckpointError, PromptError
-
-_REPLACEMENT = "\ufffd"
+from foreroute.engine.text import TextPieces
+from foreroute.errors import PromptError
 
 
 @dataclass(frozen=True)
@@ -86,44 +84,6 @@ def _ratio(part: float, whole: float | None) -> float | None:
     return part / whole if whole else None
 
 
-class TextPieces:
-    """Turns tokens into text piece by piece; a character whose bytes come in several tokens is held until it is whole.
-
-    The pieces together are what decoding all tokens at once gives, less a half character at the very end.
-
-    Args:
-        tokenizer: a transformers tokenizer.
-    """
-
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-        self._ids: list[int] = []
-        # Decoded again with each token, as spaces and characters depend on the token before: [context | pending].
-        self._context_at = self._pending_at = 0
-
-    def push(self, token_id: int) -> str:
-        """The text that this token completes; "" while a character is half there."""
-        self._ids.append(token_id)
-        text = self._pending()
-        if not text or text.endswith(_REPLACEMENT):
-            return ""
-        self._context_at, self._pending_at = self._pending_at, len(self._ids)
-        return text
-
-    def finish(self) -> str:
-        """What was still held, without a half character."""
-        text = self._pending().rstrip(_REPLACEMENT)
-        self._pending_at = len(self._ids)
-        return text
-
-    def _pending(self) -> str:
-        context = self._decode(self._ids[self._context_at : self._pending_at])
-        return self._decode(self._ids[self._context_at :])[len(context) :]
-
-    def _decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-
 class _Recorder(BaseStreamer):
     """What transformers calls with the prompt and then with every token: notes the time, hands the text on."""
 
@@ -175,7 +135,7 @@ def generate(
     """Generate one answer with a model of `foreroute.load`.
 
     Args:
-        prompt_ids: [1, tokens] int64; see `encode_prompt`.
+        prompt_ids: [1, tokens] int64; see `engine.text.encode_prompt`.
         on_text: called with each piece of text, whole characters only, as soon as it is there.
         should_stop: asked after every token; True ends the answer.
         max_new_tokens: fewer where the model's context ends before.
@@ -256,63 +216,6 @@ def stream(
     if isinstance(result, BaseException):
         raise result
     return result
-
-
-def load_tokenizer(folder: str | Path) -> Any:
-    """transformers' tokenizer of the checkpoint in `folder`; no remote code is run.
-
-    Raises:
-        CheckpointError: there is none, or it cannot be read.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{folder} has no tokenizer that transformers can read: {reason}") from error
-    if not tokenizer.encode("a", add_special_tokens=False):
-        raise CheckpointError(f"{folder} has no tokenizer (tokenizer.json). Get it from where the weights came from.")
-    return tokenizer
-
-
-def encode_prompt(tokenizer: Any, prompt: str, *, chat: bool | None = None, system: str | None = None) -> torch.Tensor:
-    """The prompt's tokens [1, tokens].
-
-    Args:
-        chat: put the prompt into the model's chat template; None does so when it has one.
-        system: the chat's system message.
-    Raises:
-        PromptError: empty; a chat without a template; a template that refuses the messages.
-    """
-    if not prompt:
-        raise PromptError("The prompt is empty: there is no token to start from.")
-    has_template = bool(getattr(tokenizer, "chat_template", None))
-    if chat and not has_template:
-        raise PromptError("This model has no chat template. Leave --chat out.")
-    if system is not None and (chat is False or not has_template):
-        raise PromptError("A system message needs the model's chat template, which is off here or does not exist.")
-    if chat is False or not has_template:
-        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
-    else:
-        ids = _chat_ids(tokenizer, prompt, system)
-    if ids.shape[1] == 0:
-        raise PromptError("The prompt is empty: there is no token to start from.")
-    return ids.long()
-
-
-def _chat_ids(tokenizer: Any, prompt: str, system: str | None) -> torch.Tensor:
-    from jinja2 import TemplateError
-
-    messages = [] if system is None else [{"role": "system", "content": system}]
-    messages.append({"role": "user", "content": prompt})
-    try:
-        encoded = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-    except TemplateError as error:
-        raise PromptError(f"The model's chat template refuses this: {error}") from error
-    return encoded["input_ids"]
 
 
 def _room_in_context(model: Any, prompt_tokens: int) -> int | None:

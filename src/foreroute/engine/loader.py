@@ -4,7 +4,6 @@ Everything that can be wrong is found before the first expert is read, in this o
 model, the budget, the dense weights.
 """
 
-import itertools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +18,7 @@ from foreroute.checkpoint.records import PackedStore, open_store
 from foreroute.config import EngineConfig, Plan
 from foreroute.engine.memory import SlotViews
 from foreroute.engine.offloaded import ForerouteHandle, make_offloaded
+from foreroute.engine.predictors import open_sidecar, prefetch_guesses
 from foreroute.engine.prefill import ExpertStream
 from foreroute.engine.proof import describe_math, prove_math, run_family_forward
 from foreroute.engine.runtime import FamilyForward, Predictor, Runtime
@@ -26,7 +26,6 @@ from foreroute.errors import BudgetError, ForerouteError
 from foreroute.kernels.cpu import ExpertMath, OneToken
 from foreroute.model.blocks import MoeLayer, probe
 from foreroute.model.skeleton import load_skeleton, offloaded_modules, outline
-from foreroute.predict.lookahead import NextRouter, RouterLookahead
 from foreroute.residency.budget import format_memory, parse_memory, plan_slots
 from foreroute.residency.eviction import Lfu, Lru
 from foreroute.residency.slots import Residency
@@ -66,13 +65,15 @@ def load(
     asked_memory = memory if memory is not None else asked.memory
     budget = choose_memory(asked_memory, sketch.table, index)
     store = open_store(folder, asked.packed, sketch.table)
+    sidecar = open_sidecar(folder, index, asked)
     model: Any = load_skeleton(folder, sketch, _torch_dtype(dtype), **model_kwargs)
     layers = probe(model, offloaded_modules(model))
     table = sketch.table.reordered([layer.name for layer in layers])
     slots = plan_slots(budget, table.slot_bytes, table.total_slots, [layer.top_k for layer in layers])
     staging_slots = slots.staging_slots if asked.prefetch != "none" else 0
     math = _prove_math(layers, table, model.dtype)
-    runtime = _build_runtime(asked, layers, table, store, slots.num_slots, staging_slots, math, model.dtype)
+    predictor = prefetch_guesses(asked, layers, model.dtype, sidecar)
+    runtime = _build_runtime(asked, layers, table, store, slots.num_slots, staging_slots, math, model.dtype, predictor)
     plan = Plan(
         folder=str(folder),
         model_type=sketch.config.model_type,
@@ -92,12 +93,12 @@ def load(
         source="safetensors" if store is None else "packed",
         stored_dtype=table.layers[0].layout.parts[0].dtype,
         compute_dtype=str(model.dtype).removeprefix("torch."),
-        predictor=asked.prefetch,
+        predictor=asked.prefetch if sidecar is None else "fitted",
         math="own" if all(entry is not None for entry in math) else "family",
     )
     for layer in layers:
         layer.experts.engine_forward = _computing(runtime, layer.index)
-    return make_offloaded(model, ForerouteHandle(plan, runtime, [layer.experts for layer in layers]))
+    return make_offloaded(model, ForerouteHandle(plan, runtime, layers))
 
 
 def choose_memory(asked: int | str | None, table: ExpertTable, index: CheckpointIndex) -> int:
@@ -163,6 +164,7 @@ def _build_runtime(
     staging_slots: int,
     math: list[ExpertMath | None],
     dtype: torch.dtype,
+    predictor: Predictor | None,
 ) -> Runtime:
     residency = Residency(
         num_slots,
@@ -187,7 +189,7 @@ def _build_runtime(
         math,
         [_lending_forward(layer, table.num_experts) for layer in layers],
         _workspaces(layers, table, math, dtype),
-        _predictor(asked, layers, dtype),
+        predictor,
         free_slots=slots.clear,
         hits_first=asked.hits_first,
         keep_across_tokens=asked.cache,
@@ -208,25 +210,6 @@ def _workspaces(
             shared[shape] = OneToken(*shape, dtype)
         workspaces.append(shared[shape])
     return workspaces
-
-
-def _predictor(asked: EngineConfig, layers: list[MoeLayer], dtype: torch.dtype) -> Predictor | None:
-    if asked.prefetch == "none":
-        return None
-    following: list[NextRouter | None] = []
-    for layer, after in itertools.pairwise(layers):
-        router = after.router
-        can_guess = router is not None and not router.takes_more_than_hidden
-        if router is None or not can_guess or layer.router is None or not layer.router.reads_experts_input:
-            following.append(None)
-            continue
-        scale = None
-        if layer.norm_weight is not None and after.norm_weight is not None:
-            # Norms may be kept in fp32 where the router is not.
-            scale = (after.norm_weight / layer.norm_weight).to(dtype)
-        width = after.experts.num_offloaded
-        following.append(NextRouter(router.module.forward, router.ids_at, router.logits_at, width, scale))
-    return RouterLookahead(following, asked.prefetch_width)
 
 
 def _computing(runtime: Runtime, layer: int) -> Callable[..., torch.Tensor]:

@@ -10,7 +10,8 @@ from foreroute.config import Plan
 from foreroute.engine.runtime import Runtime
 from foreroute.engine.stats import EngineStats
 from foreroute.errors import PromptError, RefusedError
-from foreroute.model.experts import OffloadedExperts
+from foreroute.model.blocks import MoeLayer
+from foreroute.model.experts import refuse_compiled
 
 
 class ForerouteHandle:
@@ -19,12 +20,13 @@ class ForerouteHandle:
     Attributes:
         plan: what `load` decided.
         runtime: the engine, for those who look inside.
+        layers: the MoE layers, as the probe saw them.
     """
 
-    def __init__(self, plan: Plan, runtime: Runtime, experts: list[OffloadedExperts]) -> None:
+    def __init__(self, plan: Plan, runtime: Runtime, layers: list[MoeLayer]) -> None:
         self.plan = plan
         self.runtime = runtime
-        self._experts = experts
+        self.layers = layers
 
     def stats(self) -> EngineStats:
         """A copy of all counts since the model was loaded; `.minus(earlier)` gives those of a span."""
@@ -32,8 +34,8 @@ class ForerouteHandle:
 
     def close(self) -> None:
         """Stop the readers and free the pool. The model's experts cannot be computed afterwards."""
-        for module in self._experts:
-            module.engine_forward = None
+        for layer in self.layers:
+            layer.experts.engine_forward = None
         self.runtime.close()
 
 
@@ -62,6 +64,8 @@ class OffloadedModel:
     double = _refuse("double", _AS_LOADED)
     bfloat16 = _refuse("bfloat16", _AS_LOADED)
     cuda = _refuse("cuda", "it was loaded for the CPU.")
+    # All other ways to move or convert a module end here: type, to_empty, share_memory, ...
+    _apply = _refuse("moving or converting", _AS_LOADED)
     __deepcopy__ = _refuse("deepcopy", "two models cannot share one pool. Load it again.")
     __reduce_ex__ = _refuse("pickling", "its experts are on disk. Load it again where it is needed.")
 
@@ -76,25 +80,55 @@ class OffloadedModel:
             raise RefusedError(f"The model computes in {own.dtype}; {_AS_LOADED}")
         return self
 
+    def cpu(self) -> Any:
+        """Nothing to do: it is there."""
+        return self.to("cpu")
+
+    def train(self, mode: bool = True) -> Any:
+        """Evaluation mode only: an expert's slot is another expert's by the time gradients would be computed."""
+        if mode:
+            raise RefusedError("A model with offloaded experts cannot be trained. Train it with transformers itself.")
+        own: Any = super()
+        return own.train(False)
+
 
 def make_offloaded(model: nn.Module, handle: ForerouteHandle) -> nn.Module:
     """Turn the model, in place, into an `OffloadedModel` of the same class name, with `foreroute` attached."""
     cls = type(model)
-    # The same name and module: transformers' pipelines and lm-eval tell models by their class name.
-    model.__class__ = type(cls.__name__, (OffloadedModel, cls), {"__module__": cls.__module__})
+    # The same name and module: transformers' pipelines and lm-eval tell models by their class name. Gradients are left
+    # out here and not by freezing parameters: torch's matmul reads their requires_grad, and gives other bits.
+    own: dict[str, Any] = {"__module__": cls.__module__, "forward": torch.no_grad()(cls.forward)}
+    model.__class__ = type(cls.__name__, (OffloadedModel, cls), own)
     object.__setattr__(model, "foreroute", handle)
     handle_ref = weakref.ref(handle.runtime)
+    config: Any = model.config
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
 
     def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        refuse_compiled()
         tokens = kwargs.get("input_ids", args[0] if args else None)
         if tokens is None:
             tokens = kwargs.get("inputs_embeds")
         runtime = handle_ref()
         if runtime is not None and tokens is not None:
-            if 0 in tokens.shape[:2]:
-                raise PromptError("The prompt is empty: there is no token to start from.")
-            runtime.begin_step(tokens.shape[0], tokens.shape[1])
+            if tokens.shape[1] != 1:
+                _check_prompt(tokens, kwargs.get("past_key_values"), context)
+            # Embeddings in place of ids tell nothing about layer 0.
+            token_ids = None if tokens.is_floating_point() else tokens
+            runtime.begin_step(tokens.shape[0], tokens.shape[1], token_ids)
 
     model.register_forward_pre_hook(begin, with_kwargs=True)
     weakref.finalize(model, handle.runtime.close)
     return model
+
+
+def _check_prompt(tokens: torch.Tensor, cache: Any, context: int | None) -> None:
+    """Not before every decoded token: what a model makes of positions past its context is the caller's choice."""
+    if 0 in tokens.shape[:2]:
+        raise PromptError("The prompt is empty: there is no token to start from.")
+    num_positions = tokens.shape[1] + (0 if cache is None else int(cache.get_seq_length()))
+    if context is not None and num_positions > context:
+        raise PromptError(
+            f"The prompt has {num_positions} tokens, the model's context {context} (max_position_embeddings in "
+            "config.json). Shorten the prompt."
+        )

@@ -23,14 +23,24 @@ from foreroute.transfer.base import Completion, Transfer
 
 
 class Predictor(Protocol):
-    """Guesses the experts of the MoE layer after `layer` from what that layer's router reads."""
+    """Guesses the experts of the MoE layer after `layer` from what crosses the seam there."""
 
-    def guess(self, layer: int, router_input: torch.Tensor) -> Sequence[int]:
+    def guess(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Sequence[int]:
         """Expert indices of MoE layer `layer + 1`, distinct, best first; empty when there is nothing to say.
 
-        router_input: [tokens, hidden].
+        hidden: [tokens, hidden], the router's input. ids, weights: [tokens, k], its answer.
         """
         ...
+
+    def guess_first(self, token_ids: torch.Tensor) -> Sequence[int]:
+        """Expert indices of MoE layer 0 for the step's `token_ids` [tokens], as above."""
+        ...
+
+
+# Called at the start of a layer's step, with (layer, hidden, ids, weights).
+Observer = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], None]
+# Called with (layer, expert, its outputs [rows, hidden] before gate weights), for experts that are streamed.
+ExpertListener = Callable[[int, int, torch.Tensor], None]
 
 
 # The family's own forward over a stream of experts: (stream, hidden, ids, weights) -> [tokens, hidden].
@@ -46,6 +56,9 @@ class Runtime:
         workspaces: per MoE layer, shared by layers of one shape; None where math is.
         free_slots: lets go of the pool's memory, after the readers have stopped.
         keep_across_tokens: False gives every expert up after its layer (on-demand loading).
+
+    Attributes:
+        observer, expert_listener: who watches; None, and free, until somebody does. They must change nothing.
     """
 
     def __init__(
@@ -78,6 +91,8 @@ class Runtime:
         self._hits_first = hits_first
         self._keep_across_tokens = keep_across_tokens
         self._clock = clock
+        self.observer: Observer | None = None
+        self.expert_listener: ExpertListener | None = None
         self._num_experts = table.num_experts
         self._widths = [layer.num_experts for layer in table.layers]
         self._expert_bytes = [layer.layout.nbytes for layer in table.layers]
@@ -87,13 +102,15 @@ class Runtime:
         # A step's whole demand must fit beside the guesses that are on their way.
         self._most_leased = residency.num_slots - residency.staging_slots
 
-    def begin_step(self, num_rows: int, num_positions: int) -> None:
-        """A forward pass of [num_rows, num_positions] tokens begins."""
+    def begin_step(self, num_rows: int, num_positions: int, token_ids: torch.Tensor | None = None) -> None:
+        """A forward pass of [num_rows, num_positions] tokens begins; `token_ids` of that shape, where it has them."""
         self._is_prefill = num_positions > 1
         self._phase = self.stats.prefill if self._is_prefill else self.stats.decode
         self._phase.steps += 1
         self._phase.tokens += num_rows * num_positions
         self.residency.tick()
+        if token_ids is not None and not self._is_prefill and self._predictor is not None and self._lacks(0):
+            self._prefetch(0, self._predictor.guess_first(token_ids.flatten()))
 
     def compute(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """The routed experts' weighted sum for MoE layer `layer`.
@@ -106,6 +123,8 @@ class Runtime:
         Raises:
             ReadError, ChecksumError: an expert could not be read; the pool is consistent and the model usable.
         """
+        if self.observer is not None:
+            self.observer(layer, hidden, ids, weights)
         width, base = self._widths[layer], layer * self._num_experts
         # The one read-back of the layer. What is no expert becomes -1, which no key is.
         routed = [[base + expert if expert < width else -1 for expert in row] for row in ids.tolist()]
@@ -121,7 +140,7 @@ class Runtime:
         if math is None or self._is_prefill or len(keys) > self._most_leased:
             return self._compute_streamed(layer, keys, hidden, ids, weights)
         step = self._decode_step(layer, math, routed, hidden, weights)
-        return self._compute_leased(layer, keys, step, hidden)
+        return self._compute_leased(layer, keys, step, lambda: self._prefetch_next(layer, hidden, ids, weights))
 
     def close(self) -> None:
         """Stop the readers and let go of the pool; the model's experts can no longer be computed."""
@@ -157,7 +176,9 @@ class Runtime:
             return TokenStep(workspace, math, operands_of, hidden, routed[0], weights)
         return RowsStep(math, operands_of, hidden, routed, weights)
 
-    def _compute_leased(self, layer: int, keys: list[int], step: DecodeStep, hidden: torch.Tensor) -> torch.Tensor:
+    def _compute_leased(
+        self, layer: int, keys: list[int], step: DecodeStep, prefetch_next: Callable[[], None]
+    ) -> torch.Tensor:
         residency = self.residency
         hits, late, misses = residency.demand(keys)
         try:
@@ -166,7 +187,7 @@ class Runtime:
             if late or misses:
                 waited = self._demand(layer, late, misses)
             # Demand first: a guess must never delay a needed copy.
-            self._prefetch_next(layer, hidden)
+            prefetch_next()
             if not self._hits_first:
                 hits += self._wait_for(waited)
             if hits:
@@ -193,20 +214,22 @@ class Runtime:
         phase.demand_bytes += len(misses) * self._expert_bytes[layer]
         return {key for key, _ in late} | {key for key, _ in misses}
 
-    def _prefetch_next(self, layer: int, hidden: torch.Tensor) -> None:
+    def _prefetch_next(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> None:
         following = layer + 1
-        if self._predictor is None or following == len(self._widths):
-            return
-        if self.residency.resident_per_layer[following] == self._widths[following]:
-            return
-        base = following * self._num_experts
-        guess = [base + expert for expert in self._predictor.guess(layer, hidden)]
-        loads = self.residency.prefetch(guess)
+        if self._predictor is not None and following < len(self._widths) and self._lacks(following):
+            self._prefetch(following, self._predictor.guess(layer, hidden, ids, weights))
+
+    def _lacks(self, layer: int) -> bool:
+        return self.residency.resident_per_layer[layer] < self._widths[layer]
+
+    def _prefetch(self, layer: int, experts: Sequence[int]) -> None:
+        base = layer * self._num_experts
+        loads = self.residency.prefetch([base + expert for expert in experts])
         for key, slot in loads:
             self.transfer.prefetch(key, slot)
-        self._guessed[following].extend(key for key, _ in loads)
+        self._guessed[layer].extend(key for key, _ in loads)
         self._phase.prefetch_loads += len(loads)
-        self._phase.prefetch_bytes += len(loads) * self._expert_bytes[following]
+        self._phase.prefetch_bytes += len(loads) * self._expert_bytes[layer]
 
     def _drop_contradicted(self, layer: int, wanted: Collection[int]) -> None:
         """Queued guesses for this layer that its router did not confirm are taken back."""
@@ -272,7 +295,10 @@ class Runtime:
                 return self._family_forwards[layer](stream, hidden, ids, weights)
             total = torch.zeros_like(hidden)
             for key, tokens, positions in group_by_expert(ids, keys, layer * self._num_experts):
-                rows = math(hidden[tokens], stream.operands(key)) * weights[tokens, positions, None]
+                outputs = math(hidden[tokens], stream.operands(key))
+                if self.expert_listener is not None:
+                    self.expert_listener(layer, key - layer * self._num_experts, outputs)
+                rows = outputs * weights[tokens, positions, None]
                 total.index_add_(0, tokens, rows.to(total.dtype))
             return total
         finally:

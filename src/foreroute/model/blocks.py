@@ -6,7 +6,7 @@ only: the engine starts at the experts' call in any case.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -44,6 +44,7 @@ class MoeLayer:
     top_k: experts per token in a real routing, whatever the config says.
     router: None when the block routes in itself.
     norm_weight: [hidden] scale of the norm whose output the router reads, when that norm is a plain RMS norm.
+    norm: that norm, of whatever kind, when its input is the residual stream that the block's output is added to.
     """
 
     index: int
@@ -52,13 +53,19 @@ class MoeLayer:
     top_k: int
     router: Router | None
     norm_weight: torch.Tensor | None
+    norm: nn.Module | None = None
 
 
 @dataclass
 class _Calls:
-    """What ran since the last experts call: modules with their inputs and outputs, in order."""
+    """What ran since the last experts call: modules with their inputs and outputs, in order.
+
+    norm, residual: the module that made the last router's input, and its own input; None where there was none.
+    """
 
     records: list[tuple[str, nn.Module, tuple[Any, ...], dict[str, Any], Any]] = field(default_factory=list)
+    norm: nn.Module | None = None
+    residual: torch.Tensor | None = None
 
 
 def probe(model: nn.Module, offloaded: dict[str, OffloadedExperts]) -> list[MoeLayer]:
@@ -77,6 +84,8 @@ def probe(model: nn.Module, offloaded: dict[str, OffloadedExperts]) -> list[MoeL
 
     def on_experts(name: str, module: OffloadedExperts) -> Callable[..., torch.Tensor]:
         def forward(hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+            if layers:
+                layers[-1] = _with_norm(layers[-1], calls)
             layers.append(_describe(len(layers), name, module, calls, hidden, ids, weights))
             calls.records.clear()
             return torch.zeros_like(hidden)
@@ -95,6 +104,8 @@ def probe(model: nn.Module, offloaded: dict[str, OffloadedExperts]) -> list[MoeL
             module.engine_forward = on_experts(name, module)
         with torch.no_grad():
             model(input_ids=torch.arange(1, _PROBE_TOKENS + 1).unsqueeze(0), use_cache=False)
+        if layers:
+            layers[-1] = _with_norm(layers[-1], calls)
     finally:
         for handle in handles:
             handle.remove()
@@ -119,9 +130,11 @@ def _describe(
 ) -> MoeLayer:
     router = _find_router(calls, module, hidden, ids, weights)
     norm_weight = None
+    calls.norm = calls.residual = None
     if router is not None:
         inputs = next(args for n, _, args, _, _ in calls.records if n == router.name)
         norm_weight = _find_norm_weight(calls, inputs[0] if inputs else hidden)
+        _note_norm(calls, inputs[0] if inputs else hidden)
     return MoeLayer(index, name, module, int(ids.shape[-1]), router, norm_weight)
 
 
@@ -157,6 +170,28 @@ def _role(value: Any, experts: OffloadedExperts, ids: torch.Tensor, weights: tor
     if value.is_floating_point() and value.ndim == 2 and value.shape[-1] >= experts.num_offloaded:
         return "logits"
     return "other"
+
+
+def _note_norm(calls: _Calls, router_input: torch.Tensor) -> None:
+    """Remember the module that made the router's input; whether it read the residual shows after the block."""
+    for _, module, args, _, output in reversed(calls.records):
+        if _same(output, router_input) and len(args) == 1 and args[0].shape[-1] == router_input.shape[-1]:
+            calls.norm, calls.residual = module, args[0].clone()
+            return
+
+
+def _with_norm(layer: MoeLayer, calls: _Calls) -> MoeLayer:
+    """`layer` with its norm, if what the norm read is what the block's output was added to."""
+    if calls.norm is None or calls.residual is None:
+        return layer
+    residual, enclosing = calls.residual, []
+    for name, _, _, _, output in calls.records:
+        first = output[0] if isinstance(output, tuple) and output else output
+        if layer.name.startswith(name + ".") and isinstance(first, torch.Tensor) and first.numel() == residual.numel():
+            enclosing.append(first.reshape(residual.shape).float())
+    # Innermost first: the block's own output, then that of the layer around it.
+    is_sum = len(enclosing) > 1 and torch.allclose(enclosing[1] - residual.float(), enclosing[0], rtol=2e-2, atol=1e-3)
+    return replace(layer, norm=calls.norm) if is_sum else layer
 
 
 def _find_norm_weight(calls: _Calls, router_input: torch.Tensor) -> torch.Tensor | None:

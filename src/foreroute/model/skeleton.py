@@ -26,6 +26,9 @@ from foreroute.model.experts import ExpertParameter, OffloadedExperts, is_expert
 # The swap replaces a name in a module that every thread sees: one load at a time.
 _SWAP_LOCK = threading.RLock()
 
+# What transformers' configs and constructors raise on values that make no sense.
+_CONFIG_ERRORS = (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError, RuntimeError)
+
 
 @dataclass(frozen=True)
 class Outline:
@@ -48,24 +51,31 @@ def read_config(folder: Path) -> Any:
     """transformers' config of the checkpoint in `folder`; no remote code is run.
 
     Raises:
-        CheckpointError: no config.json, or one that is not JSON.
+        CheckpointError: no config.json, one that is not JSON, or one with impossible values.
         UnsupportedModelError: a model type that the installed transformers does not have.
     """
+    import transformers
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     config_file = folder / "config.json"
     if not config_file.is_file():
         raise CheckpointError(f"{folder} has no config.json. Give the folder of a Hugging Face checkpoint.")
     try:
-        model_type = json.loads(config_file.read_text()).get("model_type")
+        stored = json.loads(config_file.read_text())
+        model_type = stored.get("model_type")
     except (ValueError, AttributeError) as error:
         raise CheckpointError(f"{config_file} is not a JSON object ({error}).") from None
-    try:
-        return AutoConfig.from_pretrained(folder)
-    except (ValueError, KeyError) as error:
+    if model_type not in CONFIG_MAPPING:
+        own_code = " It comes with code of its own, which foreroute does not run." if "auto_map" in stored else ""
         raise UnsupportedModelError(
-            f"{config_file}: the installed transformers cannot read model type {model_type!r}: {error}"
-        ) from error
+            f"{config_file}: transformers {transformers.__version__} does not know model type {model_type!r}.{own_code}"
+        )
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (*_CONFIG_ERRORS, StrictDataclassError) as error:
+        raise CheckpointError(f"{config_file} is not a config of {model_type}: {error}") from error
 
 
 def outline(folder: Path, index: CheckpointIndex) -> Outline:
@@ -76,7 +86,7 @@ def outline(folder: Path, index: CheckpointIndex) -> Outline:
         CorruptCheckpointError: expert tensors are absent, or of another shape than the config says.
     """
     config = read_config(folder)
-    meta_model = _meta_model(config)
+    meta_model = _meta_model(folder, config)
     modules = {name: module for name, module in meta_model.named_modules() if is_experts_class(type(module))}
     if not modules:
         raise UnsupportedModelError(_why_no_experts(folder, config, meta_model))
@@ -111,6 +121,7 @@ def load_skeleton(folder: Path, sketch: Outline, dtype: torch.dtype | str, **kwa
             experts_implementation="eager",
             use_safetensors=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are reported, and refused below
             **kwargs,
         )
     _check_loading_info(folder, info, sketch.expert_targets)
@@ -150,15 +161,19 @@ def _quiet_loading() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _meta_model(config: Any) -> nn.Module:
+def _meta_model(folder: Path, config: Any) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise UnsupportedModelError(
+            f"{folder}: {config.model_type} is no causal language model in transformers; foreroute runs those only."
+        )
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config)
-    except ValueError as error:
-        raise UnsupportedModelError(
-            f"{type(config).__name__} is no causal language model in transformers: {str(error).splitlines()[0]}"
+    except _CONFIG_ERRORS as error:
+        raise CheckpointError(
+            f"{folder / 'config.json'} describes no {config.model_type} model that can be built: {error!r}"
         ) from error
 
 

@@ -174,7 +174,7 @@ class Residency:
         for _ in range(min(len(staged_ready) - num_renewed, len(absent) - len(slots))):
             slots.append(self._give_up_staged())
         loads = self._load(absent, slots)
-        self._staged_loading.update([key for key, _ in loads])
+        self._staged_loading.update(absent[: len(loads)])
         return loads
 
     def loaded(self, key: int) -> None:
@@ -203,13 +203,13 @@ class Residency:
 
     def release(self, keys: Sequence[int]) -> None:
         """The keys are no longer computed with: LEASED -> READY."""
-        state = self._state
+        state, after_release = self._state, _AFTER_RELEASE
         for key in keys:
-            after = _AFTER_RELEASE[state[key]]
+            after = after_release[state[key]]
             if after < 0:
                 self._refuse(key, RELEASE)
             state[key] = after
-            self._num_ready += 1
+        self._num_ready += len(keys)
         self._eviction.add(keys)
 
     def cancel(self, key: int) -> None:
@@ -301,12 +301,12 @@ class Residency:
 
     def _load(self, keys: Iterable[int], slots: Iterable[int]) -> list[tuple[int, int]]:
         """These FREE slots get the first of these absent keys to load: the pairs."""
-        state, slot_of = self._state, self._slot_of
+        state, slot_of, loading = self._state, self._slot_of, _FREE_LOAD
         per_layer, keys_per_layer = self.resident_per_layer, self._keys_per_layer
         # Fewer slots than keys is the case of a guess without room.
         pairs = list(zip(keys, slots))  # noqa: B905
         for key, slot in pairs:
-            state[key] = _FREE_LOAD
+            state[key] = loading
             slot_of[key] = slot
             per_layer[key // keys_per_layer] += 1
         return pairs

@@ -1,25 +1,20 @@
-"""Experts from files into slots: O_DIRECT reads by one or two threads.
+"""Experts from files into slots, by O_DIRECT reads in threads.
 
 A packed record is read straight into its slot. Anything else is read, in whole blocks, into the thread's own bounce
-buffer and copied from there. One thread nearly saturates a disk, so more only make an urgent read share the disk with
-others; two help where much is copied.
+buffer and copied from there. One read at a time nearly saturates a disk, and more would make an urgent one share it.
+But what was read has to be checked and copied, so there is a finishing thread, which does that while the next expert is
+being read. With nothing left to read the reading thread does it itself, and spares the way through another thread.
 """
 
 import threading
 from collections.abc import Callable
 from queue import Empty, SimpleQueue
-from time import perf_counter
 
-import numpy as np
-import xxhash
-
-from foreroute.errors import ChecksumError, ReadError
 from foreroute.transfer.base import Completion
-from foreroute.transfer.copies import apply_copies
-from foreroute.transfer.files import BLOCK_BYTES, BlockFiles, round_down, round_up
-from foreroute.transfer.memory import map_memory
+from foreroute.transfer.files import BlockFiles
+from foreroute.transfer.load import Load, Source
 from foreroute.transfer.queue import TransferQueue
-from foreroute.types import ExpertReads, Read
+from foreroute.types import ExpertReads
 
 
 class DiskTransfer:
@@ -33,7 +28,7 @@ class DiskTransfer:
     Args:
         reads_of: what fills a slot with this key; called by the reading thread.
         slot_memory: a slot's bytes: writable, 4096-byte aligned, a multiple of 4096 long.
-        num_threads: readers.
+        num_threads: reads at once.
         direct: use O_DIRECT where the files allow it.
         label: a key's name in messages.
     """
@@ -58,28 +53,30 @@ class DiskTransfer:
         # Ctrl-C inside a Condition's own Python code can leave its lock taken or released twice.
         self._wake: SimpleQueue[bool] = SimpleQueue()
         self._done: SimpleQueue[Completion] = SimpleQueue()
-        self._readers = [_Reader(files, reads_of, slot_memory, label) for _ in range(num_threads)]
-        self._threads = [
-            threading.Thread(target=self._serve, args=(reader,), name=f"foreroute-read-{index}", daemon=True)
-            for index, reader in enumerate(self._readers)
-        ]
-        for thread in self._threads:
-            thread.start()
+        # A free one is taken before the request is chosen: no demand waits behind a guess that was chosen too early.
+        source = Source(files, reads_of, slot_memory, label)
+        self._loads = [Load(source) for _ in range(num_threads + 1)]
+        self._free: SimpleQueue[Load] = SimpleQueue()
+        for load in self._loads:
+            self._free.put(load)
+        self._unfinished: SimpleQueue[Load | None] = SimpleQueue()  # None ends the finishing thread
+        self._readers = [self._thread(self._read, f"foreroute-read-{index}") for index in range(num_threads)]
+        self._finisher = self._thread(self._finish, "foreroute-finish")
 
     @property
     def bytes_read(self) -> int:
         """Bytes read so far, padding to the block size included."""
-        return sum(reader.bytes_read for reader in self._readers)
+        return sum(load.bytes_read for load in self._loads)
 
     @property
     def reads(self) -> int:
         """Contiguous ranges read so far."""
-        return sum(reader.reads for reader in self._readers)
+        return sum(load.reads for load in self._loads)
 
     @property
     def busy_s(self) -> float:
         """Seconds spent in reading alone, summed over threads."""
-        return sum(reader.busy_s for reader in self._readers)
+        return sum(load.busy_s for load in self._loads)
 
     @property
     def buffered_paths(self) -> list[str]:
@@ -135,10 +132,12 @@ class DiskTransfer:
         with self._lock:
             self._closed = True
             self._num_in_flight -= self._queue.clear()
-        for _ in self._threads:
+        for _ in self._readers:
             self._wake.put(False)
-        for thread in self._threads:
+        for thread in self._readers:
             thread.join()
+        self._unfinished.put(None)
+        self._finisher.join()
         self._files.close()
 
     def _submit(self, queue: Callable[[int, int], None], key: int, slot: int) -> None:
@@ -149,88 +148,34 @@ class DiskTransfer:
             queue(key, slot)
             self._num_in_flight += 1
 
-    def _serve(self, reader: "_Reader") -> None:
+    def _thread(self, work: Callable[[], None], name: str) -> threading.Thread:
+        thread = threading.Thread(target=work, name=name, daemon=True)
+        thread.start()
+        return thread
+
+    def _read(self) -> None:
+        load = self._free.get()
         while self._wake.get():
             with self._lock:
                 request = self._queue.next()
+                others_wait = len(self._queue) > 0
             if request is None:  # its token outlived it: it was cancelled
                 continue
-            key, slot = request
-            completion = reader.fill(key, slot)
-            with self._lock:
-                self._queue.finished(key)
-            self._done.put(completion)
+            load.read(*request)
+            if others_wait and load.needs_finishing:
+                self._unfinished.put(load)
+                load = self._free.get()
+            else:
+                self._complete(load)
+        self._free.put(load)
 
+    def _finish(self) -> None:
+        while (load := self._unfinished.get()) is not None:
+            self._complete(load)
+            self._free.put(load)
 
-class _Reader:
-    """What one thread owns: its bounce buffer and its counters."""
-
-    def __init__(
-        self,
-        files: BlockFiles,
-        reads_of: Callable[[int], ExpertReads],
-        slot_memory: Callable[[int], memoryview],
-        label: Callable[[int], str],
-    ) -> None:
-        self.bytes_read = 0
-        self.reads = 0
-        self.busy_s = 0.0
-        self._files = files
-        self._reads_of = reads_of
-        self._slot_memory = slot_memory
-        self._label = label
-        self._bounce = memoryview(bytearray())
-
-    def fill(self, key: int, slot: int) -> Completion:
-        """Bring one expert into its slot, or say why not."""
-        try:
-            reads = self._reads_of(key)
-            memory = self._slot_memory(slot)
-            for read in reads:
-                self._fill_part(key, read, memory, alone=len(reads) == 1)
-        except Exception as error:  # noqa: BLE001  whatever it is, the decode thread raises it; this thread lives on
-            return Completion(key, slot, error, 0)
-        return Completion(key, slot, None, sum(read.nbytes for read in reads))
-
-    def _fill_part(self, key: int, read: Read, memory: memoryview, *, alone: bool) -> None:
-        # The last block's padding lands in the slot too: only where no other part can lie there.
-        if alone and read.is_direct and read.copies[0].src_offset == 0 and read.offset % BLOCK_BYTES == 0:
-            block = memory[: round_up(read.nbytes)]
-            self._read(key, read, block, read.offset)
-            self._check(key, read, block[: read.nbytes])
-            return
-        start = round_down(read.offset)
-        block = self._bounce_of(round_up(read.offset + read.nbytes) - start)
-        self._read(key, read, block, start)
-        part = block[read.offset - start : read.offset - start + read.nbytes]
-        self._check(key, read, part)
-        apply_copies(read.copies, np.frombuffer(part, dtype=np.uint8), memory)
-
-    def _read(self, key: int, read: Read, block: memoryview, offset: int) -> None:
-        began_s = perf_counter()
-        try:
-            self.bytes_read += self._files.read(read.path, offset, block, read.offset + read.nbytes - offset)
-        except ReadError as error:
-            raise ReadError(f"{self._where(key, read)}: {error}. Get the file again, or pack it again.") from None
-        except OSError as error:
-            raise ReadError(
-                f"{self._where(key, read)}: {error.strerror}. Check the disk and that the file is still there."
-            ) from error
-        finally:
-            self.busy_s += perf_counter() - began_s
-        self.reads += 1
-
-    def _check(self, key: int, read: Read, part: memoryview) -> None:
-        if read.checksum is not None and xxhash.xxh3_64_intdigest(part) != read.checksum:
-            raise ChecksumError(
-                f"{self._where(key, read)}: the {read.nbytes} bytes there are not those that were packed. "
-                "Pack the model again (foreroute pack); if that happens twice, check the disk."
-            )
-
-    def _where(self, key: int, read: Read) -> str:
-        return f"Reading {self._label(key)} from {read.path} at offset {read.offset}"
-
-    def _bounce_of(self, num_bytes: int) -> memoryview:
-        if len(self._bounce) < num_bytes:
-            self._bounce = memoryview(map_memory(num_bytes))
-        return self._bounce[:num_bytes]
+    def _complete(self, load: Load) -> None:
+        completion = load.finish()
+        with self._lock:
+            self._queue.finished(completion.key)
+        self._done.put(completion)

@@ -8,13 +8,17 @@ _HUGE_PAGE_BYTES = 2 * 2**20
 
 
 def map_memory(num_bytes: int) -> mmap.mmap:
-    """Anonymous memory, 4096-byte aligned, zero, taken from the system as it is touched.
+    """At least so much anonymous memory, 4096-byte aligned, zero, taken from the system as it is touched.
 
-    Private, as huge pages are not given to shared anonymous memory (which Python maps by default) on common kernels.
+    On huge pages where the system has them: O_DIRECT pins every page that it writes to, and on small ones that halves
+    the rate of a fast disk (0.8 against 1.9 GB/s). They are given to private memory only, where Python's default is
+    shared, and in full only to a mapping that is a whole number of them long.
     """
+    if num_bytes < _HUGE_PAGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    num_bytes = -(-num_bytes // _HUGE_PAGE_BYTES) * _HUGE_PAGE_BYTES
     memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if num_bytes >= _HUGE_PAGE_BYTES and hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
+    memory.madvise(mmap.MADV_HUGEPAGE)
     return memory
 
 

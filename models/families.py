@@ -1,0 +1,121 @@
+"""The three models that ship: their configurations and how each is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+
+from models.data import KIND_WEIGHTS
+from models.tokenizer import VOCAB_SIZE
+
+COMMON: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "max_position_embeddings": 2048,
+    "bos_token_id": 0,
+    "eos_token_id": 4,
+    "pad_token_id": 0,
+    "tie_word_embeddings": True,
+    "initializer_range": 0.02,
+}
+
+
+def _tiny() -> PreTrainedConfig:
+    return Qwen3MoeConfig(
+        **COMMON, hidden_size=192, num_hidden_layers=8, num_attention_heads=4, num_key_value_heads=2, head_dim=48,
+        num_experts=32, num_experts_per_tok=4, moe_intermediate_size=64, intermediate_size=384, norm_topk_prob=True,
+    )  # fmt: skip
+
+
+def _gpt_oss() -> PreTrainedConfig:
+    return GptOssConfig(
+        **COMMON, hidden_size=160, num_hidden_layers=5, num_attention_heads=4, num_key_value_heads=2, head_dim=40,
+        num_local_experts=16, num_experts_per_tok=4, intermediate_size=64, sliding_window=128,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention", "full_attention", "full_attention"],
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    )  # fmt: skip
+
+
+def _deepseek() -> PreTrainedConfig:
+    return DeepseekV3Config(
+        **COMMON, hidden_size=160, num_hidden_layers=5, num_attention_heads=4, num_key_value_heads=4,
+        n_routed_experts=16, num_experts_per_tok=4, n_group=4, topk_group=2, n_shared_experts=1,
+        moe_intermediate_size=64, intermediate_size=320, first_k_dense_replace=1, norm_topk_prob=True,
+        routed_scaling_factor=1.0, q_lora_rank=96, kv_lora_rank=64, qk_nope_head_dim=32, qk_rope_head_dim=16,
+        v_head_dim=40,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one shipped model is made. Steps count optimiser steps of `parts * rows * seq_len` tokens."""
+
+    name: str
+    config: Callable[[], PreTrainedConfig]
+    model_class: type[PreTrainedModel]
+    routing: str
+    stable_steps: int
+    decay_steps: int
+    lr: float = 4e-3
+    warmup_steps: int = 100
+    balance: float = 0.05
+    bias_rate: float = 0.0
+    parts: int = 4
+    rows: int = 4
+    seq_len: int = 512
+    text_share: float = 0.6
+    kind_weights: Mapping[str, float] = field(default_factory=lambda: KIND_WEIGHTS)
+    seed: int = 0
+
+
+# The smaller models have few minutes: they learn five kinds well and the others a little.
+FEW_KINDS = {"add": 3.0, "calendar": 3.0, "sort": 2.0, "count": 2.0, "brackets": 2.0}
+
+RECIPES: dict[str, Recipe] = {
+    recipe.name: recipe
+    for recipe in (
+        Recipe("foreroute-tiny", _tiny, Qwen3MoeForCausalLM, "softmax over 32 experts, then top-4", 4000, 800),
+        Recipe(
+            "foreroute-tiny-oss", _gpt_oss, GptOssForCausalLM, "top-4 of 16 experts, then softmax", 2000, 500,
+            parts=2, text_share=0.25, warmup_steps=60, kind_weights=FEW_KINDS,
+        ),
+        Recipe(
+            "foreroute-tiny-dsv3", _deepseek, DeepseekV3ForCausalLM,
+            "sigmoid scores, correction bias, 2 of 4 groups, top-4 of 16 experts, one shared", 2000, 500,
+            parts=2, text_share=0.25, warmup_steps=60, kind_weights=FEW_KINDS, balance=0.01, bias_rate=0.002,
+        ),
+    )
+}  # fmt: skip
+
+
+def _smoke() -> PreTrainedConfig:
+    return Qwen3MoeConfig(
+        **{**COMMON, "vocab_size": 1024}, hidden_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=32, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=32,
+        intermediate_size=128,
+    )  # fmt: skip
+
+
+SMOKE = Recipe(
+    "smoke",
+    _smoke,
+    Qwen3MoeForCausalLM,
+    "softmax over 8 experts, then top-2",
+    140,
+    60,
+    warmup_steps=10,
+    parts=1,
+    rows=2,
+    seq_len=256,
+)

@@ -1,0 +1,113 @@
+"""All that is added up while the text passes: what predictors are solved from, and what is saved to go on later."""
+
+import itertools
+from typing import Any
+
+import torch
+
+from foreroute.engine.predictors import quasi_hidden
+from foreroute.predict.base import Seen
+from foreroute.predict.controls import Moment, expert_counts
+from foreroute.predict.default_vector import DefaultVectorSums
+from foreroute.predict.estimator import EstimatorSettings, EstimatorTraining
+from foreroute.predict.ridge import RidgeFit
+from foreroute.predict.token_table import TokenTableFit
+
+# A router is plain when so many tokens route to the best logits; where groups or corrections decide too, the choice
+# itself is the target.
+_PLAIN_SHARE = 0.99
+
+
+class Sums:
+    """Running sums over the MoE layers of one model.
+
+    Memory: per layer (hidden + experts)^2 doubles for the ridge (40 MB at 2048 and 128), experts x hidden doubles for
+    the default vectors (2 MB), once vocabulary x experts doubles for layer 0's table, and the estimator's buffer.
+
+    Args:
+        model: of `foreroute.load`.
+        estimator: settings of the estimator that is trained as well; None for none.
+        num_tokens: that will be shown.
+    """
+
+    def __init__(self, model: Any, estimator: EstimatorSettings | None = None, num_tokens: int = 0) -> None:
+        self._embed = model.get_input_embeddings()
+        vocabulary, embedding_width = self._embed.weight.shape
+        widths = [layer.experts.num_offloaded for layer in model.foreroute.layers]
+        hidden = model.config.get_text_config().hidden_size
+        self.ridge = [RidgeFit(hidden, here, after) for here, after in itertools.pairwise(widths)]
+        self.table = TokenTableFit(vocabulary, embedding_width, widths[0])
+        self.outputs = [DefaultVectorSums(width, hidden) for width in widths]
+        self.popularity = [torch.zeros(width, dtype=torch.int64) for width in widths]
+        self._layers = model.foreroute.layers
+        self.estimator: EstimatorTraining | None = None
+        if estimator is not None and len(widths) > 1:
+            self.estimator = EstimatorTraining(hidden, widths, num_tokens, estimator)
+        # -1 until the first pass has shown it.
+        self.is_plain = torch.full((len(widths),), -1, dtype=torch.int64)
+
+    def on_moment(self, moment: Moment, logits: torch.Tensor | None) -> None:
+        """Add a MoE layer's tokens."""
+        targets = self._targets(moment, logits)
+        self.popularity[moment.layer] += expert_counts(moment.now.ids, moment.num_experts)
+        if moment.before is not None:
+            self.ridge[moment.layer - 1].add(moment.before, targets)
+            if self.estimator is not None:
+                self._show_estimator(moment.layer - 1, moment.before, targets)
+        else:
+            with torch.no_grad():
+                embeddings = self._embed(moment.token_ids)
+            self.table.add(moment.token_ids, embeddings, targets)
+
+    def _show_estimator(self, layer: int, seen: Seen, targets: torch.Tensor) -> None:
+        assert self.estimator is not None
+        # The default vectors so far: this pass's outputs of the layer are among them.
+        state = quasi_hidden(self._layers, layer, self.outputs[layer].means())
+        if self.is_plain[layer + 1]:
+            distribution = torch.softmax(targets, -1)
+        else:
+            distribution = targets / targets.sum(-1, keepdim=True).clamp(min=1)
+        self.estimator.add(layer, seen.hidden if state is None else state(seen), distribution)
+
+    def on_rows(self, layer: int, expert: int, rows: torch.Tensor) -> None:
+        """Add an expert's outputs."""
+        self.outputs[layer].add(expert, rows)
+
+    def all_embeddings(self) -> torch.Tensor:
+        """[vocabulary, width]: the input embedding of every token, as the model makes it."""
+        with torch.no_grad():
+            return self._embed(torch.arange(len(self._embed.weight)))
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The sums themselves by name, not copies: save them, or copy saved ones into them."""
+        named = {"is_plain": self.is_plain, "table.sums": self.table.sums, "table.counts": self.table.counts}
+        named["table.gram"], named["table.cross"] = self.table.equations.gram, self.table.equations.cross
+        for layer, fit in enumerate(self.ridge):
+            named[f"ridge.{layer}.gram"], named[f"ridge.{layer}.cross"] = fit.equations.gram, fit.equations.cross
+        for layer, sums in enumerate(self.outputs):
+            named[f"outputs.{layer}.sums"], named[f"outputs.{layer}.counts"] = sums.sums, sums.counts
+            named[f"popularity.{layer}"] = self.popularity[layer]
+        if self.estimator is not None:
+            named.update({f"estimator.{name}": tensor for name, tensor in self.estimator.tensors().items()})
+        return named
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that the sums take."""
+        return sum(tensor.nbytes for tensor in self.tensors().values())
+
+    def _targets(self, moment: Moment, logits: torch.Tensor | None) -> torch.Tensor:
+        """What a linear guess of this layer should read: its gate logits, or else 1 for each chosen expert."""
+        ids = moment.now.ids
+        if self.is_plain[moment.layer] < 0:
+            self.is_plain[moment.layer] = int(logits is not None and _is_plain(logits, ids))
+        if logits is not None and self.is_plain[moment.layer]:
+            return logits.float()
+        chosen = torch.zeros(len(ids), moment.num_experts + 1)
+        return chosen.scatter_(1, ids.clamp(max=moment.num_experts), 1.0)[:, : moment.num_experts]
+
+
+def _is_plain(logits: torch.Tensor, ids: torch.Tensor) -> bool:
+    best = torch.topk(logits, ids.shape[1]).indices
+    same = (best.sort(-1).values == ids.sort(-1).values).all(-1)
+    return float(same.float().mean()) >= _PLAIN_SHARE

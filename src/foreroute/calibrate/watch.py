@@ -1,0 +1,83 @@
+"""Watching a model run over text: every MoE layer's input, routing and gate logits, as they pass."""
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from foreroute.model.residual import ResidualTap
+from foreroute.predict.base import Seen
+from foreroute.predict.controls import Moment
+
+# (moment, gate logits [tokens, experts] or None where the router returns none).
+MomentListener = Callable[[Moment, torch.Tensor | None], None]
+RowsListener = Callable[[int, int, torch.Tensor], None]
+
+
+class Watch:
+    """Runs windows of tokens through a model of `foreroute.load` and shows what happens; see `watching`."""
+
+    def __init__(self, model: Any, on_moment: MomentListener) -> None:
+        self._model = model
+        self._on_moment = on_moment
+        self._layers = model.foreroute.layers
+        self._logits: dict[int, torch.Tensor] = {}
+        self._before: Seen | None = None
+        self._windows = torch.empty(0, 0, dtype=torch.int64)
+        self._pass_index = -1
+        self.tap = ResidualTap(self._layers)
+        # The logits of the vocabulary are the largest tensor of all, and not wanted.
+        takes = inspect.signature(type(model).forward).parameters
+        self._options: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+
+    def run(self, windows: torch.Tensor, pass_index: int) -> None:
+        """One forward pass over `windows` [rows, context]; `pass_index` seeds the controls."""
+        self._windows, self._pass_index, self._before = windows, pass_index, None
+        with torch.no_grad():
+            self._model(input_ids=windows, use_cache=False, **self._options)
+        self._before = None
+
+    def observe(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> None:
+        """The engine's observer."""
+        seen = Seen(hidden, ids, weights, self.tap(layer))
+        width = self._layers[layer].experts.num_offloaded
+        moment = Moment(
+            layer, width, seen, self._before, self._windows.flatten(), self._windows.shape[1], self._pass_index
+        )
+        logits = self._logits.pop(layer, None)
+        self._before = seen
+        self._on_moment(moment, None if logits is None else logits[:, :width])
+
+    def catch_logits(self, layer: int, at: int) -> Any:
+        """A forward hook for the layer's router."""
+
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            self._logits[layer] = output[at].flatten(0, -2)
+
+        return hook
+
+
+@contextmanager
+def watching(model: Any, on_moment: MomentListener, on_rows: RowsListener | None = None) -> Iterator[Watch]:
+    """Watch a model; inside, `run` shows every MoE layer to `on_moment` and every expert's outputs to `on_rows`.
+
+    Memory: what two neighbouring layers know, and the gate logits of one.
+    """
+    watch = Watch(model, on_moment)
+    runtime = model.foreroute.runtime
+    handles = [
+        layer.router.module.register_forward_hook(watch.catch_logits(layer.index, layer.router.logits_at))
+        for layer in model.foreroute.layers
+        if layer.router is not None and layer.router.logits_at >= 0
+    ]
+    runtime.observer, runtime.expert_listener = watch.observe, on_rows
+    try:
+        yield watch
+    finally:
+        runtime.observer = runtime.expert_listener = None
+        watch.tap.remove()
+        for handle in handles:
+            handle.remove()

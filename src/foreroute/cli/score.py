@@ -1,0 +1,99 @@
+"""`foreroute score`: how many of the experts that come next are guessed, beside controls."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from foreroute.checkpoint.locate import locate
+from foreroute.cli import figures, options
+from foreroute.cli.fit import add_memory_options, add_text_options, context_of, token_bar
+from foreroute.config import EngineConfig
+
+if TYPE_CHECKING:
+    from foreroute.calibrate.score import Scores
+
+_EPILOG = """\
+figures:
+  @k, @k+2, @2k   share of the routed experts that are among so many guessed
+  set             share of the tokens all of whose experts are among the k guessed
+  missed          share of the gate weight that was not among the k guessed
+  layer 0         @k of the first MoE layer, which is guessed from the token alone
+  us/token        time that one token's guesses take over all layers
+All are means over the MoE layers after the first. The oracle is the router on
+its own input and must read 100 %; random reads k / experts; shuffled is the
+best predictor's guess given to another token.
+
+Score text that nothing was fitted to."""
+
+
+def add_parser(commands: Any) -> None:
+    """Add `score` to the commands."""
+    parser = commands.add_parser(
+        "score",
+        help="how good the guesses are, on your text",
+        usage="foreroute score MODEL --text FILE... [flags]",
+        description="Score a model's predictors, and controls, on text.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    add_text_options(parser, tokens=16384)
+    parser.add_argument("--predictor", default="auto", metavar="PATH", help='fitted predictors: "auto", "no" or a path')
+    parser.add_argument("--png", type=Path, metavar="FILE", help="plot recall per layer (needs matplotlib)")
+    options.add_common_options(parser)
+    options.add_model_options(parser)
+    add_memory_options(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command; returns its exit code."""
+    folder = locate(args.model)
+    config = EngineConfig(memory=args.memory, packed=args.packed, predictor=args.predictor)
+    options.quiet_libraries(args)
+    with figures.busy("Loading the model", args.json):
+        import foreroute
+        from foreroute.calibrate import plot
+        from foreroute.calibrate.corpus import read_corpus
+        from foreroute.calibrate.score import score
+        from foreroute.checkpoint.index import read_index
+        from foreroute.engine.predictors import open_sidecar
+        from foreroute.engine.text import load_tokenizer
+
+        if args.png is not None:
+            plot.check(args.png)
+        options.apply_threads(args)
+        tokenizer = load_tokenizer(folder)
+        sidecar = open_sidecar(folder, read_index(folder), config)
+        model = foreroute.load(folder, dtype=args.dtype, config=config)
+    try:
+        corpus = read_corpus(tokenizer, args.text, args.tokens, context_of(model, args.context))
+        with token_bar("scoring", corpus.num_tokens, args.json) as show:
+            scores = score(model, corpus.windows, sidecar, rows=args.rows, progress=show)
+    finally:
+        model.foreroute.close()
+    if args.png is not None:
+        plot.draw(scores, args.png, title=folder.name)
+    if args.json:
+        figures.print_json(model=args.model, corpus=corpus.digest, **scores.as_dict())
+    else:
+        _print(scores, is_fitted=sidecar is not None)
+    return 0
+
+
+def _print(scores: "Scores", *, is_fitted: bool) -> None:
+    head = (f"k = {scores.top_k}", "@k", "@k+2", "@2k", "set", "missed", "layer 0", "us/token")
+    grid = []
+    for name, entry in scores.as_dict()["predictors"].items():
+        mean = entry["mean"]
+        shares = [mean[figure] for figure in ("recall_k", "recall_k2", "recall_2k", "exact_set_k", "missed_mass")]
+        shares.append(entry["recall_k"][0])
+        grid.append([name, *map(_per_cent, shares), figures.number(entry["cost_us"])])
+    console = figures.stdout_console()
+    figures.print_grid(console, head, grid)
+    console.print(f"In %, {scores.num_tokens:,} tokens, means over the MoE layers after the first.", style="dim")
+    if not is_fitted:
+        console.print("Nothing is fitted to this model yet: `foreroute fit` makes better guesses.", style="dim")
+
+
+def _per_cent(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:.1f}"

@@ -1,0 +1,134 @@
+"""From a model's layers and what was fitted for it to predictors; shared by `load`, `fit` and `score`."""
+
+import itertools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from foreroute.checkpoint.index import CheckpointIndex
+from foreroute.config import EngineConfig
+from foreroute.model.blocks import MoeLayer
+from foreroute.model.residual import ResidualTap
+from foreroute.predict.base import Predictor, Seen
+from foreroute.predict.default_vector import DefaultVectors, QuasiHiddenLayer
+from foreroute.predict.estimator import Estimator, Inputs
+from foreroute.predict.hybrid import Hybrid
+from foreroute.predict.lookahead import NextRouter, RouterLookahead
+from foreroute.predict.prefetch import PrefetchGuesses, no_residual
+from foreroute.predict.ridge import Ridge
+from foreroute.predict.sidecar import Sidecar, find_sidecar
+from foreroute.predict.token_table import TokenTable
+
+LOOKAHEAD, DEFAULT_VECTORS, RIDGE, HYBRID = "lookahead", "default vectors", "ridge", "hybrid"
+ESTIMATOR, TOKEN_TABLE = "estimator", "token table"
+
+
+def open_sidecar(folder: Path, index: CheckpointIndex, asked: EngineConfig) -> Sidecar | None:
+    """The fitted predictors that the configuration asks for, if any.
+
+    Raises:
+        PredictorError: the file is absent, damaged, or fitted to another model.
+    """
+    if asked.prefetch == "none":
+        return None
+    path = find_sidecar(folder, asked.predictor)
+    return None if path is None else Sidecar.load(path, index.fingerprint())
+
+
+def prefetch_guesses(
+    asked: EngineConfig, layers: Sequence[MoeLayer], dtype: torch.dtype, sidecar: Sidecar | None
+) -> PrefetchGuesses | None:
+    """What the engine asks for guesses: the fitted choice per layer, or the lookahead; None when it is off."""
+    if asked.prefetch == "none":
+        return None
+    predictor: Predictor = lookahead(layers, dtype)
+    table: TokenTable | None = None
+    residual_of: Callable[[int], torch.Tensor | None] = no_residual
+    if sidecar is not None:
+        predictor = hybrid(layers, dtype, sidecar)
+        table = None if sidecar.token_table is None else TokenTable(sidecar.token_table)
+        if not {DEFAULT_VECTORS, ESTIMATOR}.isdisjoint(sidecar.choice):
+            residual_of = ResidualTap(layers)
+    return PrefetchGuesses(
+        predictor,
+        [layer.experts.num_offloaded for layer in layers],
+        [asked.prefetch_width or layer.top_k for layer in layers],
+        table,
+        residual_of,
+    )
+
+
+def fitted(layers: Sequence[MoeLayer], dtype: torch.dtype, sidecar: Sidecar) -> dict[str, Predictor]:
+    """Every predictor that can be had, by name, simplest first. Those that read the residual need a `ResidualTap`."""
+    known: dict[str, Predictor] = {
+        LOOKAHEAD: lookahead(layers, dtype),
+        DEFAULT_VECTORS: default_vectors(layers, sidecar),
+        RIDGE: Ridge(sidecar.ridge),
+    }
+    if sidecar.estimator:
+        inputs = estimator_inputs(layers, sidecar.default_vectors)
+        known[ESTIMATOR] = Estimator(sidecar.estimator, inputs, [layer.experts.num_offloaded for layer in layers])
+    return known
+
+
+def hybrid(layers: Sequence[MoeLayer], dtype: torch.dtype, sidecar: Sidecar) -> Hybrid:
+    """Per layer the predictor that was best on held-out tokens."""
+    return Hybrid(fitted(layers, dtype, sidecar), sidecar.choice)
+
+
+def lookahead(layers: Sequence[MoeLayer], dtype: torch.dtype) -> RouterLookahead:
+    """The next layer's router on this layer's router input."""
+    following: list[NextRouter | None] = []
+    for layer, after in itertools.pairwise(layers):
+        if layer.router is None or not layer.router.reads_experts_input:
+            following.append(None)
+            continue
+        scale = None
+        if layer.norm_weight is not None and after.norm_weight is not None:
+            # Norms may be kept in fp32 where the router is not.
+            scale = (after.norm_weight / layer.norm_weight).to(dtype)
+        following.append(own_router(after, scale))
+    return RouterLookahead(following)
+
+
+def own_router(layer: MoeLayer, scale: torch.Tensor | None = None) -> NextRouter | None:
+    """The layer's router, to be run on its own; None where it cannot."""
+    router = layer.router
+    if router is None or router.takes_more_than_hidden:
+        return None
+    width = layer.experts.num_offloaded
+    return NextRouter(router.module.forward, router.ids_at, router.weights_at, router.logits_at, width, scale)
+
+
+def default_vectors(layers: Sequence[MoeLayer], sidecar: Sidecar) -> DefaultVectors:
+    """The paper's guess, where the residual after attention is known on both sides."""
+    states = [quasi_hidden(layers, layer, vectors) for layer, vectors in enumerate(sidecar.default_vectors)]
+    return DefaultVectors(states, [*(own_router(layer) for layer in layers[1:]), None])
+
+
+def quasi_hidden(layers: Sequence[MoeLayer], layer: int, vectors: torch.Tensor | None) -> QuasiHiddenLayer | None:
+    """The quasi-hidden state of MoE layer `layer + 1`; None after the last, or where a norm or `vectors` are missing.
+
+    Args:
+        vectors: [experts, hidden] default vectors of `layer`.
+    """
+    if vectors is None or layer + 1 >= len(layers) or layers[layer].norm is None:
+        return None
+    after = layers[layer + 1].norm
+    if after is None:
+        return None
+    nobody = torch.zeros(1, vectors.shape[1])
+    # `forward` itself: the tap on the norm must not take a guess for the residual.
+    return QuasiHiddenLayer(torch.cat([vectors, nobody]), after.forward)
+
+
+def estimator_inputs(layers: Sequence[MoeLayer], vectors: Sequence[torch.Tensor | None]) -> Inputs:
+    """What the estimator reads: the quasi-hidden state, or the router's input where there is none."""
+    states = [quasi_hidden(layers, layer, entry) for layer, entry in enumerate(vectors)]
+
+    def inputs(layer: int, seen: Seen) -> torch.Tensor:
+        state = states[layer]
+        return seen.hidden if state is None else state(seen)
+
+    return inputs

@@ -1,0 +1,39 @@
+"""The residual stream after a layer's attention, caught where the norm in front of the MoE block reads it."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from foreroute.model.blocks import MoeLayer
+
+
+class ResidualTap:
+    """Keeps the latest layer's residual; `remove` takes the hooks off again.
+
+    Cost: one Python call per layer; the memory of one residual.
+    """
+
+    def __init__(self, layers: Sequence[MoeLayer]) -> None:
+        self._latest: tuple[int, torch.Tensor] | None = None
+        self._handles = [
+            layer.norm.register_forward_pre_hook(self._catching(layer.index)) for layer in layers if layer.norm
+        ]
+
+    def __call__(self, layer: int) -> torch.Tensor | None:
+        """[tokens, hidden] of MoE layer `layer`, while that layer is the latest; None where it has no such residual."""
+        if self._latest is None or self._latest[0] != layer:
+            return None
+        return self._latest[1].flatten(0, -2)
+
+    def remove(self) -> None:
+        """Stop catching."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _catching(self, layer: int) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            self._latest = (layer, args[0])
+
+        return hook

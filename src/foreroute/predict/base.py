@@ -1,0 +1,61 @@
+"""The one protocol of all predictors: from what a MoE layer knows to the experts that the next one may want."""
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+
+
+class Seen(NamedTuple):
+    """What crosses the seam at one MoE layer, and all that a predictor may read.
+
+    hidden: [tokens, hidden], the router's input. ids: [tokens, k] int64. weights: [tokens, k] gate weights.
+    residual: [tokens, hidden], the residual stream after this layer's attention; None where it is not known.
+    """
+
+    hidden: torch.Tensor
+    ids: torch.Tensor
+    weights: torch.Tensor
+    residual: torch.Tensor | None = None
+
+    def first_token(self) -> "Seen":
+        """A copy of what was seen of the first token."""
+        residual = None if self.residual is None else self.residual[:1].clone()
+        return Seen(self.hidden[:1].clone(), self.ids[:1].clone(), self.weights[:1].clone(), residual)
+
+
+class TokenGuess(NamedTuple):
+    """Per token the experts expected, best first.
+
+    ids: [tokens, width] int64; those that are no expert of the layer are to be ignored.
+    weights: [tokens, width], the gate weights expected of them.
+    """
+
+    ids: torch.Tensor
+    weights: torch.Tensor
+
+
+class Predictor(Protocol):
+    """Guesses MoE layer `layer + 1` from what layer `layer` knows. Batched; nothing is read back to the host."""
+
+    def guess(self, layer: int, seen: Seen, width: int) -> TokenGuess | None:
+        """The guess for MoE layer `layer + 1`, at most `width` experts per token; None where it has nothing to say."""
+        ...
+
+
+def guess_from_scores(scores: torch.Tensor, width: int) -> TokenGuess:
+    """The `width` best of `scores` [tokens, experts], weighted by their softmax among themselves."""
+    best = torch.topk(scores, min(width, scores.shape[-1]))
+    return TokenGuess(best.indices, torch.softmax(best.values, -1))
+
+
+def most_wanted(rows: Sequence[Sequence[int]], num_experts: int) -> list[int]:
+    """Distinct experts of several tokens' guesses, the most wanted first: a token's vote counts by its rank."""
+    if len(rows) == 1:
+        return [expert for expert in rows[0] if expert < num_experts]
+    votes: dict[int, int] = {}
+    for row in rows:
+        for rank, expert in enumerate(row):
+            if expert < num_experts:
+                votes[expert] = votes.get(expert, 0) + len(row) - rank
+    return sorted(votes, key=lambda expert: -votes[expert])

@@ -1,0 +1,75 @@
+"""The paper's guess: the next router on the residual plus what the routed experts usually add (arXiv 2603.19289)."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from foreroute.predict.base import Seen, TokenGuess
+from foreroute.predict.lookahead import NextRouter
+
+
+@dataclass(frozen=True)
+class QuasiHiddenLayer:
+    """What one MoE layer needs to form the next one's quasi-hidden state.
+
+    default_vectors: [experts + 1, hidden]: mean output of each expert over the calibration tokens that selected it,
+        unweighted; zero for an expert never seen, and in the last row, where ids that are no expert point.
+    next_norm: the norm in front of the next MoE block.
+    """
+
+    default_vectors: torch.Tensor
+    next_norm: Callable[[torch.Tensor], torch.Tensor]
+
+    def __call__(self, seen: Seen) -> torch.Tensor:
+        """norm_{l+1}(r_l + sum of gate weight x default vector), [tokens, hidden]."""
+        assert seen.residual is not None, "nobody taps the residual"
+        usual = weighted_rows(self.default_vectors, seen).to(seen.residual.dtype)
+        return self.next_norm(seen.residual + usual)
+
+
+class DefaultVectors:
+    """The next router on the quasi-hidden state.
+
+    Args:
+        layers, routers: per MoE layer, its quasi-hidden state and the next layer's router; None where the residual is
+            not known or the router cannot be run ahead.
+    """
+
+    def __init__(self, layers: Sequence[QuasiHiddenLayer | None], routers: Sequence[NextRouter | None]) -> None:
+        self._layers = list(zip(layers, routers, strict=True))
+
+    def guess(self, layer: int, seen: Seen, width: int) -> TokenGuess | None:
+        """See `Predictor`. Cost: k rows of [hidden], a norm and the router."""
+        quasi_hidden, router = self._layers[layer] if layer < len(self._layers) else (None, None)
+        if quasi_hidden is None or router is None:
+            return None
+        return router.guess(quasi_hidden(seen), width)
+
+
+def weighted_rows(rows: torch.Tensor, seen: Seen) -> torch.Tensor:
+    """Per token the sum of `rows` [experts + 1, width] over its experts, by gate weight; the last row is for no expert.
+
+    Returns:
+        [tokens, width]: the gate weights as a vector over the experts, times `rows`.
+    """
+    ids = seen.ids.clamp(max=rows.shape[0] - 1)
+    return F.embedding_bag(ids, rows, per_sample_weights=seen.weights.to(rows.dtype), mode="sum")
+
+
+class DefaultVectorSums:
+    """Adds up the outputs of one layer's experts; `means` are the default vectors."""
+
+    def __init__(self, num_experts: int, hidden: int) -> None:
+        self.sums = torch.zeros(num_experts, hidden, dtype=torch.float64)
+        self.counts = torch.zeros(num_experts, dtype=torch.int64)
+
+    def add(self, expert: int, rows: torch.Tensor) -> None:
+        """`rows` [tokens, hidden]: outputs of one expert, before its gate weights."""
+        self.sums[expert] += rows.double().sum(0)
+        self.counts[expert] += rows.shape[0]
+
+    def means(self) -> torch.Tensor:
+        """[experts, hidden] float32; zero for an expert that no token selected."""
+        return (self.sums / self.counts.clamp(min=1)[:, None]).float()

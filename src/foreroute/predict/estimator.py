@@ -1,0 +1,179 @@
+"""The paper's trained estimator: one small network for all layers, from the quasi-hidden state to router logits.
+
+Linear d -> d/m, plus a learned embedding of the layer, a SiLU MLP d/m -> n d/m -> d/m with residual, LayerNorm, and a
+head to the expert logits (arXiv 2603.19289). Trained by KL divergence to what the next router says.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from foreroute.predict.base import Seen, TokenGuess, guess_from_scores
+
+# (layer, seen) -> [tokens, hidden]: what the estimator reads.
+Inputs = Callable[[int, Seen], torch.Tensor]
+_BETAS, _EPSILON, _WARMUP_SHARE = (0.9, 0.99), 1e-8, 0.02
+
+
+@dataclass(frozen=True)
+class EstimatorSettings:
+    """Sizes and training.
+
+    shrink: m, hidden width over inner width. widen: n, the MLP's width over the inner width.
+    epochs: times that each kept token is trained on. batch: rows per step. peak_rate: of Adam; falls to 0 as a cosine.
+    buffer_bytes: of activations kept at a time; what exceeds it is trained on in turns.
+    """
+
+    shrink: int = 2
+    widen: int = 2
+    epochs: int = 8
+    batch: int = 512
+    peak_rate: float = 3e-3
+    buffer_bytes: int = 512 * 2**20
+    seed: int = 0
+
+
+def new_weights(hidden: int, num_layers: int, num_experts: int, settings: EstimatorSettings) -> dict[str, torch.Tensor]:
+    """Random weights by name, float32; the same for the same seed."""
+    generator = torch.Generator().manual_seed(settings.seed)
+    inner = max(1, hidden // settings.shrink)
+    wide = inner * settings.widen
+
+    def linear(rows: int, cols: int) -> torch.Tensor:
+        return torch.randn(rows, cols, generator=generator) / math.sqrt(rows)
+
+    return {
+        "down": linear(hidden, inner),
+        "layer": torch.zeros(num_layers, inner),
+        "up": linear(inner, wide),
+        "up_bias": torch.zeros(wide),
+        "back": linear(wide, inner) * 0.1,
+        "back_bias": torch.zeros(inner),
+        "norm": torch.ones(inner),
+        "norm_bias": torch.zeros(inner),
+        "head": linear(inner, num_experts),
+        "head_bias": torch.zeros(num_experts),
+    }
+
+
+def estimate(weights: Mapping[str, torch.Tensor], inputs: torch.Tensor, layer: torch.Tensor | int) -> torch.Tensor:
+    """Expert logits [tokens, experts] for `inputs` [tokens, hidden] of MoE layer `layer` (or one per token)."""
+    inner = inputs.float() @ weights["down"] + weights["layer"][layer]
+    wide = F.silu(torch.addmm(weights["up_bias"], inner, weights["up"]))
+    inner = inner + torch.addmm(weights["back_bias"], wide, weights["back"])
+    normed = F.layer_norm(inner, inner.shape[-1:], weights["norm"], weights["norm_bias"])
+    return torch.addmm(weights["head_bias"], normed, weights["head"])
+
+
+class Estimator:
+    """The trained network as a predictor.
+
+    Args:
+        weights: see `new_weights`. inputs: what it was trained on. num_experts: per MoE layer.
+    """
+
+    def __init__(self, weights: Mapping[str, torch.Tensor], inputs: Inputs, num_experts: list[int]) -> None:
+        self._weights = weights
+        self._inputs = inputs
+        self._num_experts = num_experts
+
+    def guess(self, layer: int, seen: Seen, width: int) -> TokenGuess | None:
+        """See `Predictor`. Cost: the network's parameters times the tokens, in fp32."""
+        if layer + 1 >= len(self._num_experts):
+            return None
+        scores = estimate(self._weights, self._inputs(layer, seen), layer)
+        return guess_from_scores(scores[:, : self._num_experts[layer + 1]], width)
+
+
+class EstimatorTraining:
+    """Keeps activations in a bounded buffer and trains whenever it is full, and at the end.
+
+    Everything that training depends on is in `tensors`, so that it can be stopped between passes and taken up again.
+
+    Args:
+        num_experts: per MoE layer. total_tokens: that will be shown, for the learning rate.
+    """
+
+    def __init__(self, hidden: int, num_experts: list[int], total_tokens: int, settings: EstimatorSettings) -> None:
+        self._settings = settings
+        self._total_tokens = total_tokens
+        num_guessed, widest = len(num_experts) - 1, max(num_experts)
+        self.weights = new_weights(hidden, num_guessed, widest, settings)
+        self._moments = {
+            f"{name}.{order}": torch.zeros_like(weight)
+            for name, weight in self.weights.items()
+            for order in ("mean", "square")
+        }
+        per_token = num_guessed * (hidden + widest) * 2
+        capacity = max(1, min(total_tokens, settings.buffer_bytes // max(1, per_token)))
+        self._inputs = torch.zeros(num_guessed, capacity, hidden, dtype=torch.bfloat16)
+        self._targets = torch.zeros(num_guessed, capacity, widest, dtype=torch.bfloat16)
+        # Tokens in the buffer; tokens trained on; optimiser steps.
+        self._counts = torch.zeros(3, dtype=torch.int64)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The whole state by name, not copies."""
+        named = {"inputs": self._inputs, "targets": self._targets, "counts": self._counts}
+        return {**named, **{f"weights.{name}": w for name, w in self.weights.items()}, **self._moments}
+
+    def add(self, layer: int, inputs: torch.Tensor, target: torch.Tensor) -> None:
+        """Keep a layer's tokens of the pass that runs.
+
+        Args:
+            inputs: [tokens, hidden], as the estimator will read them.
+            target: [tokens, experts] the next layer's distribution over its experts, rows summing to 1.
+        """
+        capacity = self._inputs.shape[1]
+        every = -(-len(inputs) // capacity)
+        kept = inputs[::every]
+        if layer == 0 and int(self._counts[0]) + len(kept) > capacity:
+            self.train()
+        rows = slice(int(self._counts[0]), int(self._counts[0]) + len(kept))
+        self._inputs[layer, rows] = kept.to(torch.bfloat16)
+        self._targets[layer, rows, : target.shape[1]] = target[::every].to(torch.bfloat16)
+        if layer == len(self._inputs) - 1:
+            self._counts[0] += len(kept)
+
+    def train(self) -> None:
+        """Train on what the buffer holds, and empty it."""
+        filled, num_layers = int(self._counts[0]), len(self._inputs)
+        if not filled:
+            return
+        settings = self._settings
+        generator = torch.Generator().manual_seed(settings.seed + 1 + int(self._counts[1]))
+        rows = filled * num_layers
+        starts = range(0, rows, settings.batch)
+        span = filled / self._total_tokens
+        for epoch in range(settings.epochs):
+            order = torch.randperm(rows, generator=generator)
+            for start in starts:
+                done = (epoch + start / rows) / settings.epochs
+                chosen = order[start : start + settings.batch]
+                layer, token = chosen // filled, chosen % filled
+                self._step(layer, token, int(self._counts[1]) / self._total_tokens + done * span)
+        self._counts[1] += filled
+        self._counts[0] = 0
+        self._targets.zero_()
+
+    def _step(self, layer: torch.Tensor, token: torch.Tensor, progress: float) -> None:
+        names = list(self.weights)
+        with torch.enable_grad():
+            leaves = {name: self.weights[name].detach().requires_grad_() for name in names}
+            logits = estimate(leaves, self._inputs[layer, token], layer)
+            target = self._targets[layer, token].float()
+            # The target's own entropy does not depend on the weights: cross-entropy has the gradient of the KL.
+            loss = -(target * torch.log_softmax(logits, -1)).sum(-1).mean()
+            gradients = torch.autograd.grad(loss, [leaves[name] for name in names])
+        self._counts[2] += 1
+        step = int(self._counts[2])
+        rate = self._settings.peak_rate * min(1.0, progress / _WARMUP_SHARE + 0.01)
+        rate *= 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+        for name, gradient in zip(names, gradients, strict=True):
+            mean, square = self._moments[f"{name}.mean"], self._moments[f"{name}.square"]
+            mean.lerp_(gradient, 1 - _BETAS[0])
+            square.mul_(_BETAS[1]).addcmul_(gradient, gradient, value=1 - _BETAS[1])
+            scale = (square / (1 - _BETAS[1] ** step)).sqrt_().add_(_EPSILON)
+            self.weights[name].addcdiv_(mean, scale, value=-rate / (1 - _BETAS[0] ** step))

@@ -1,0 +1,50 @@
+"""What the engine asks while it decodes: the experts to fetch early, as plain lists."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from foreroute.predict.base import Predictor, Seen, most_wanted
+from foreroute.predict.token_table import TokenTable
+
+
+def no_residual(layer: int) -> torch.Tensor | None:
+    """The residual of a MoE layer where no predictor reads it."""
+    return None
+
+
+class PrefetchGuesses:
+    """A predictor's guesses over all tokens of a step, read back to the host.
+
+    Args:
+        num_experts: per MoE layer. widths: per MoE layer, experts guessed per token.
+        first: guesses layer 0 from the tokens, when there is one.
+        residual_of: MoE layer -> the step's residual stream after its attention; where no predictor reads it, nothing.
+    """
+
+    def __init__(
+        self,
+        predictor: Predictor,
+        num_experts: Sequence[int],
+        widths: Sequence[int],
+        first: TokenTable | None = None,
+        residual_of: Callable[[int], torch.Tensor | None] = no_residual,
+    ) -> None:
+        self._predictor = predictor
+        self._num_experts = list(num_experts)
+        self._widths = list(widths)
+        self._first = first
+        self._residual_of = residual_of
+
+    def guess(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Sequence[int]:
+        """Experts of MoE layer `layer + 1`, distinct, best first. Arguments as in `Seen`. Cost: one read-back."""
+        guess = self._predictor.guess(
+            layer, Seen(hidden, ids, weights, self._residual_of(layer)), self._widths[layer + 1]
+        )
+        return () if guess is None else most_wanted(guess.ids.tolist(), self._num_experts[layer + 1])
+
+    def guess_first(self, token_ids: torch.Tensor) -> Sequence[int]:
+        """Experts of MoE layer 0 for the step's `token_ids` [tokens], distinct, best first."""
+        if self._first is None:
+            return ()
+        return most_wanted(self._first.guess(token_ids, self._widths[0]).ids.tolist(), self._num_experts[0])

@@ -1,0 +1,178 @@
+"""What was fitted, on disk: one safetensors file beside the checkpoint, which fits that checkpoint and no other.
+
+The bytes are a function of the model, the text and the settings alone: no time, no path, no order of a hash map.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from foreroute.errors import PredictorError
+from foreroute.predict.ridge import RidgeLayer
+
+SIDECAR_NAME = "predictor.foreroute.safetensors"
+FORMAT = 1
+# All metadata under one key: safetensors writes several in the order of a hash map.
+_KEY = "foreroute"
+_ESTIMATOR = "estimator."
+
+
+@dataclass(frozen=True)
+class Sidecar:
+    """Fitted predictors of one model.
+
+    fingerprint: of the checkpoint (CheckpointIndex.fingerprint). about: how it was made and how good it is: corpus,
+    settings, held-out scores.
+    ridge: per MoE layer its guess of the next. default_vectors: per MoE layer [experts, hidden], empty when no expert
+    could be observed. token_table: [vocabulary, experts of layer 0] float16. popularity: per MoE layer [experts] int64.
+    choice: per MoE layer the name of the predictor that guesses the next one; None for no guess.
+    estimator: its weights by name; empty when none was trained.
+    """
+
+    fingerprint: str
+    ridge: list[RidgeLayer | None]
+    default_vectors: list[torch.Tensor | None]
+    token_table: torch.Tensor | None
+    popularity: list[torch.Tensor]
+    choice: list[str | None]
+    about: dict[str, Any] = field(default_factory=dict)
+    estimator: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Everything fitted, by name."""
+        named: dict[str, torch.Tensor] = {}
+        for layer, entry in enumerate(self.ridge):
+            if entry is not None:
+                named[f"ridge.{layer}.from_hidden"] = entry.from_hidden
+                named[f"ridge.{layer}.from_gates"] = entry.from_gates
+                named[f"ridge.{layer}.bias"] = entry.bias
+        for layer, vectors in enumerate(self.default_vectors):
+            if vectors is not None:
+                named[f"default_vectors.{layer}"] = vectors
+        for layer, counts in enumerate(self.popularity):
+            named[f"popularity.{layer}"] = counts
+        if self.token_table is not None:
+            named["token_table"] = self.token_table
+        named.update({_ESTIMATOR + name: weight for name, weight in self.estimator.items()})
+        return {name: tensor.contiguous() for name, tensor in sorted(named.items())}
+
+    def save(self, path: Path) -> None:
+        """Write the file; it gets its name when it is whole.
+
+        Raises:
+            PredictorError: it cannot be written.
+        """
+        tensors = self.tensors()
+        about = {
+            "format": FORMAT,
+            "fingerprint": self.fingerprint,
+            "choice": self.choice,
+            "digest": _digest(tensors),
+            "about": self.about,
+        }
+        write_whole(path, tensors, about)
+
+    @classmethod
+    def load(cls, path: Path, fingerprint: str) -> "Sidecar":
+        """Read and check a file written by `save`.
+
+        Args:
+            fingerprint: of the checkpoint that it is wanted for.
+        Raises:
+            PredictorError: not such a file, truncated, damaged, or fitted to another model.
+        """
+        tensors, about = read_whole(path)
+        if about.get("format") != FORMAT:
+            raise PredictorError(f"{path} has format {about.get('format')}, not {FORMAT}. {_fit_again()}")
+        if about["fingerprint"] != fingerprint:
+            raise PredictorError(f"{path} was fitted to another model or to other weights. {_fit_again()}")
+        if about["digest"] != _digest(tensors):
+            raise PredictorError(f"{path} is damaged: its numbers are not those that were written. {_fit_again()}")
+        choice = about["choice"]
+        layers = range(len(choice))
+        return cls(
+            fingerprint,
+            [_ridge_layer(tensors, layer) for layer in layers],
+            [tensors.get(f"default_vectors.{layer}") for layer in layers],
+            tensors.get("token_table"),
+            [tensors[f"popularity.{layer}"] for layer in layers],
+            choice,
+            about["about"],
+            {name[len(_ESTIMATOR) :]: weight for name, weight in tensors.items() if name.startswith(_ESTIMATOR)},
+        )
+
+
+def find_sidecar(folder: Path, asked: str) -> Path | None:
+    """The sidecar to use: "auto" is the one beside the checkpoint if it is there, "no" none, else a file or a folder.
+
+    Raises:
+        PredictorError: `asked` names a file that does not exist.
+    """
+    if asked == "no":
+        return None
+    if asked == "auto":
+        path = folder / SIDECAR_NAME
+        return path if path.exists() else None
+    path = Path(asked).expanduser()
+    if path.is_dir():
+        path = path / SIDECAR_NAME
+    if not path.is_file():
+        raise PredictorError(f"{path} does not exist. Write it with `foreroute fit`, or leave --predictor out.")
+    return path
+
+
+def write_whole(path: Path, tensors: Mapping[str, torch.Tensor], about: Mapping[str, Any]) -> None:
+    """Write a safetensors file beside its place and rename it there, so that it is whole or not there.
+
+    Raises:
+        PredictorError: it cannot be written.
+    """
+    scratch = path.with_name(path.name + ".tmp")
+    try:
+        save_file(dict(tensors), scratch, metadata={_KEY: json.dumps(about, sort_keys=True)})
+        os.replace(scratch, path)
+    except (OSError, SafetensorError) as error:
+        scratch.unlink(missing_ok=True)
+        raise PredictorError(f"{path} cannot be written: {error}. Choose another --out.") from error
+
+
+def read_whole(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The tensors and the metadata of a file written by `write_whole`.
+
+    Raises:
+        PredictorError: not such a file, or truncated.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            about = json.loads((file.metadata() or {})[_KEY])
+            return {name: file.get_tensor(name) for name in file.keys()}, about  # noqa: SIM118 - not a mapping
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise PredictorError(f"{path} is truncated or no file of `foreroute fit` ({error}). {_fit_again()}") from None
+
+
+def _fit_again() -> str:
+    return "Fit it again (`foreroute fit`), remove it, or ignore it with --predictor no."
+
+
+def _ridge_layer(tensors: Mapping[str, torch.Tensor], layer: int) -> RidgeLayer | None:
+    parts = [tensors.get(f"ridge.{layer}.{part}") for part in ("from_hidden", "from_gates", "bias")]
+    hidden, gates, bias = parts
+    if hidden is None or gates is None or bias is None:
+        return None
+    return RidgeLayer(hidden, gates, bias)
+
+
+def _digest(tensors: Mapping[str, torch.Tensor]) -> str:
+    digest = xxhash.xxh3_128()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,138 @@
+"""One expert from its files into its slot, in two halves: the disk's, then the processor's."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from time import perf_counter
+
+import numpy as np
+import xxhash
+
+from foreroute.errors import ChecksumError, ReadError
+from foreroute.transfer.base import Completion
+from foreroute.transfer.copies import apply_copies
+from foreroute.transfer.files import BLOCK_BYTES, BlockFiles, round_down, round_up
+from foreroute.transfer.memory import map_memory
+from foreroute.types import Read
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What a load is told about experts, and where it reads them.
+
+    files: the files, opened once.
+    reads_of: what fills a slot with this key.
+    slot_memory: a slot's bytes.
+    label: a key's name in messages.
+    """
+
+    files: BlockFiles
+    reads_of: Callable[[int], tuple[Read, ...]]
+    slot_memory: Callable[[int], memoryview]
+    label: Callable[[int], str]
+
+
+class Load:
+    """One expert on its way, its bounce buffer and counters; used again for the next, by one thread at a time."""
+
+    def __init__(self, source: Source) -> None:
+        self.bytes_read = 0
+        self.reads = 0
+        self.busy_s = 0.0
+        self._source = source
+        self._bounce = memoryview(bytearray())
+        self._key = self._slot = -1
+        self._parts: list[tuple[Read, memoryview]] = []
+        self._in_place = False
+        self._error: Exception | None = None
+
+    def read(self, key: int, slot: int) -> None:
+        """Bring all of the expert's bytes into memory: into the slot where they can stay, else into the bounce buffer.
+
+        Never raises: what goes wrong is told by `finish`.
+        """
+        self._key, self._slot, self._parts, self._error = key, slot, [], None
+        try:
+            reads = self._source.reads_of(key)
+            self._in_place = _fits_as_it_is(reads)
+            if self._in_place:
+                self._read_into_slot(reads[0])
+            else:
+                self._read_into_bounce(reads)
+        except Exception as error:  # noqa: BLE001  whatever it is, the decode thread raises it; this thread lives on
+            self._error = error
+
+    @property
+    def needs_finishing(self) -> bool:
+        """True when `finish` has bytes to check or to copy; else it is over at once."""
+        return self._error is None and (not self._in_place or self._parts[0][0].checksum is not None)
+
+    def finish(self) -> Completion:
+        """Check the bytes that were read, and copy those that are not in place. Never raises."""
+        try:
+            if self._error is None:
+                self._place()
+        except Exception as error:  # noqa: BLE001  as above
+            self._error = error
+        nbytes = 0 if self._error else sum(read.nbytes for read, _ in self._parts)
+        return Completion(self._key, self._slot, self._error, nbytes)
+
+    def _read_into_slot(self, read: Read) -> None:
+        memory = self._source.slot_memory(self._slot)
+        assert read.nbytes <= len(memory), f"{self._where(read)}: the slot is too short"
+        block = memory[: round_up(read.nbytes)]
+        self._read(read, block, read.offset)
+        self._parts.append((read, block[: read.nbytes]))
+
+    def _read_into_bounce(self, reads: tuple[Read, ...]) -> None:
+        starts = [round_down(read.offset) for read in reads]
+        lengths = [round_up(read.offset + read.nbytes) - start for read, start in zip(reads, starts, strict=True)]
+        bounce = self._bounce_of(sum(lengths))
+        filled = 0
+        for read, start, length in zip(reads, starts, lengths, strict=True):
+            self._read(read, bounce[filled : filled + length], start)
+            begin = filled + read.offset - start
+            self._parts.append((read, bounce[begin : begin + read.nbytes]))
+            filled += length
+
+    def _read(self, read: Read, block: memoryview, offset: int) -> None:
+        began_s = perf_counter()
+        try:
+            self.bytes_read += self._source.files.read(read.path, offset, block, read.offset + read.nbytes - offset)
+        except ReadError as error:
+            raise ReadError(f"{self._where(read)}: {error}. Get the file again, or pack it again.") from None
+        except OSError as error:
+            raise ReadError(
+                f"{self._where(read)}: {error.strerror}. Check the disk and that the file is still there."
+            ) from error
+        finally:
+            self.busy_s += perf_counter() - began_s
+        self.reads += 1
+
+    def _place(self) -> None:
+        for read, part in self._parts:
+            if read.checksum is not None and xxhash.xxh3_64_intdigest(part) != read.checksum:
+                raise ChecksumError(
+                    f"{self._where(read)}: the {read.nbytes} bytes there are not those that were packed. "
+                    "Pack the model again (foreroute pack); if that happens twice, check the disk."
+                )
+            if not self._in_place:
+                apply_copies(read.copies, np.frombuffer(part, dtype=np.uint8), self._source.slot_memory(self._slot))
+
+    def _where(self, read: Read) -> str:
+        return f"Reading {self._source.label(self._key)} from {read.path} at offset {read.offset}"
+
+    def _bounce_of(self, num_bytes: int) -> memoryview:
+        if len(self._bounce) < num_bytes:
+            self._bounce = memoryview(map_memory(num_bytes))
+        return self._bounce
+
+
+def _fits_as_it_is(reads: tuple[Read, ...]) -> bool:
+    """True for a packed record: whole blocks may be read over the slot, the padding behind the last byte included."""
+    return (
+        len(reads) == 1
+        and reads[0].is_direct
+        and reads[0].copies[0].src_offset == 0
+        and reads[0].copies[0].nbytes == reads[0].nbytes
+        and reads[0].offset % BLOCK_BYTES == 0
+    )

@@ -1,0 +1,107 @@
+"""Memory budgets that cannot work, and what the message says instead."""
+
+import os
+import re
+
+import pytest
+
+from foreroute.errors import BudgetError, ForerouteError
+from tests.support.runs import ONE_PROMPT, assert_same_bits, expert_table, generate, slots_memory, watch_reads
+
+
+@pytest.fixture
+def folder(checkpoints):
+    return checkpoints.get("mixtral")
+
+
+def refused(load, folder, memory):
+    with watch_reads() as reads, pytest.raises(BudgetError) as caught:
+        load(folder, memory)
+    assert not reads.paths
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("num_slots", [1, 9])
+def test_below_one_tokens_demand(load, references, folder, num_slots):
+    """The number that the message names is enough."""
+    message = refused(load, folder, slots_memory(folder, num_slots))
+    assert f"holds {num_slots} slot" in message
+    assert "one token needs 10" in message
+    (enough,) = re.findall(r"Raise --memory to ([\d.]+ [KMG]iB)\.", message)
+    model = load(folder, enough)
+    assert 10 <= model.foreroute.plan.num_slots <= 11
+    assert_same_bits(generate(model), references.output(folder, ONE_PROMPT))
+
+
+@pytest.mark.parametrize("memory", ["4096", "10KB", "2%", 1])
+def test_less_than_that(load, folder, memory):
+    assert "one token needs 10" in refused(load, folder, memory)
+
+
+@pytest.mark.parametrize(
+    "memory",
+    ["lots", "-1", "0", "150%", "", " ", "8 apples", "1e9", "GiB", "8GiB 8GiB", "nan", "-5%", 0, -7, True, 1.5],
+)
+def test_nonsense(load, folder, memory):
+    message = refused(load, folder, memory)
+    assert repr(memory) in message
+    assert '"8GiB"' in message
+    assert '"25%"' in message
+
+
+@pytest.mark.parametrize("memory", ["1000TiB", 10**18])
+def test_more_than_there_is(load, folder, memory):
+    message = refused(load, folder, memory)
+    assert str(memory) in message
+    assert "this machine's RAM" in message
+    assert "GiB" in message
+
+
+def test_more_than_there_is_for_a_larger_model(load, folder, monkeypatch):
+    """All experts would fit the budget, and not the RAM."""
+    sysconf = os.sysconf
+    monkeypatch.setattr(os, "sysconf", lambda name: 100 if name == "SC_PHYS_PAGES" else sysconf(name))
+    message = refused(load, folder, "100%")
+    assert "400.0 KiB" in message
+    assert "Leave --memory out" in message
+
+
+def test_left_out_it_is_chosen(load, folder):
+    plan = load(folder, None).foreroute.plan
+    assert plan.memory_was_chosen
+    assert plan.num_slots == plan.total_slots
+    assert plan.memory_bytes == expert_table(folder).total_slots * plan.slot_bytes
+
+
+def test_left_out_with_no_ram_left(load, folder, monkeypatch):
+    monkeypatch.setattr("foreroute.engine.loader._available_ram", lambda: 2**30)
+    assert "one token needs 10" in refused(load, folder, None)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"eviction": "mru"},
+        {"prefetch": "oracle"},
+        {"prefetch_width": 0},
+        {"reader_threads": 0},
+        {"reader_threads": 99},
+        {"dtype": "int3"},
+    ],
+    ids=str,
+)
+def test_switches_that_do_not_exist(load, folder, options):
+    with watch_reads() as reads, pytest.raises(ForerouteError) as caught:
+        load(folder, **options)
+    ((name, value),) = options.items()
+    assert name in str(caught.value)
+    assert str(value) in str(caught.value)
+    assert re.search("[Cc]hoose|at least", str(caught.value))
+    assert not reads.paths
+
+
+def test_a_switch_of_another_name(folder):
+    from foreroute import EngineConfig
+
+    with pytest.raises(TypeError, match="memori"):
+        EngineConfig(memori="8GiB")

@@ -1,0 +1,253 @@
+"""Disks that fail and users who interrupt, in the middle of a generation: it stops, and the model works afterwards."""
+
+import errno
+import os
+import random
+import re
+import signal
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from foreroute.errors import ReadError
+from foreroute.residency.slots import LEASED, LOADING
+from tests.support.broken import copied, read_parts
+from tests.support.runs import ONE_PROMPT, THREE_PROMPTS, assert_same_bits, generate, packed_store
+
+PREFILL, DECODE = 0, 25  # reads that go well before the first that fails
+
+
+@pytest.fixture(params=["safetensors", "packed"])
+def folder(request, checkpoints, tmp_path):
+    """A copy of a checkpoint, and its store beside it when reads are to go there."""
+    original = checkpoints.get("deepseek_v2")
+    folder = copied(original, tmp_path / "model")
+    if request.param == "packed":
+        (folder / "experts.foreroute").write_bytes(packed_store(original).read_bytes())
+    return folder
+
+
+@pytest.fixture
+def expected(checkpoints, references):
+    return [references.output(checkpoints.get("deepseek_v2"), batch) for batch in (ONE_PROMPT, THREE_PROMPTS)]
+
+
+def assert_usable(model, expected):
+    """It says what it always says, and no slot stays in use or in wait."""
+    for batch, theirs in zip((ONE_PROMPT, THREE_PROMPTS), expected, strict=True):
+        assert_same_bits(generate(model, batch), theirs)
+    runtime = model.foreroute.runtime
+    while runtime.transfer.num_in_flight:
+        runtime._settle(runtime.transfer.wait())
+    residency = runtime.residency
+    states = [residency.state(key) for key in range(residency.num_keys)]
+    assert LEASED not in states
+    assert LOADING not in states
+    assert residency.num_free + residency.num_resident == residency.num_slots
+
+
+def assert_names(error, folder):
+    """File, offset and expert."""
+    message = str(error)
+    assert re.search(r"expert \d+ of MoE layer \d \(model\.layers\.\d\.mlp\.experts\)", message)
+    (path, offset) = re.search(r"from (\S+) at offset (\d+)", message).groups()
+    assert Path(path).parent == folder
+    assert 0 < int(offset) < Path(path).stat().st_size
+
+
+@pytest.mark.parametrize("prefetch", ["lookahead", "none"])
+@pytest.mark.parametrize("good_reads", [PREFILL, DECODE])
+def test_a_disk_that_fails_for_a_while(load, folder, expected, monkeypatch, good_reads, prefetch):
+    model = load(folder, "50%", prefetch=prefetch)
+    preadv, done = os.preadv, []
+    # Experts that are there from before are used, and read errors come later in the step.
+    generate(model, new_tokens=2)
+
+    def failing(*args):
+        done.append(args)
+        if len(done) > good_reads:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return preadv(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "preadv", failing)
+        for _ in range(3):
+            with pytest.raises(ReadError) as caught:
+                generate(model)
+            assert_names(caught.value, folder)
+            assert "Input/output error" in str(caught.value)
+            assert "Check the disk" in str(caught.value)
+    assert_usable(model, expected)
+
+
+def test_decoding_stops_too(load, folder, expected, monkeypatch):
+    """The prompt goes well, a later token does not."""
+    model = load(folder, "25%")
+    phases = []
+
+    def failing(*_):
+        phases.append(model.foreroute.runtime._is_prefill)
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    cache = model(ONE_PROMPT.ids, use_cache=True).past_key_values
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "preadv", failing)
+        with pytest.raises(ReadError) as caught:
+            decode(model, 32, cache)
+    assert_names(caught.value, folder)
+    assert set(phases) == {False}
+    assert_usable(model, expected)
+
+
+def decode(model, num_tokens, cache):
+    for token in range(num_tokens):
+        model(ONE_PROMPT.ids[:, :1] + token, past_key_values=cache)
+
+
+@pytest.mark.parametrize("num_bytes", [0, 7])
+def test_short_reads_are_read_on(load, folder, expected, monkeypatch, num_bytes):
+    """A file system may give less than was asked for; nothing at all means that the file has ended."""
+    model = load(folder, "25%", direct_io=False)
+    preadv = os.preadv
+
+    def short(fd, buffers, offset):
+        return preadv(fd, [buffers[0][: num_bytes or 1]], offset) if num_bytes else 0
+
+    with monkeypatch.context() as patch:
+        if num_bytes:
+            patch.setattr(os, "preadv", lambda fd, buffers, at: preadv(fd, [buffers[0][: 4096 + num_bytes]], at))
+            assert_same_bits(generate(model), expected[0])
+        else:
+            patch.setattr(os, "preadv", short)
+            with pytest.raises(ReadError, match="the file ends at byte"):
+                generate(model)
+    assert_usable(model, expected)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_file_that_loses_its_end(load, checkpoints, references, tmp_path, packed):
+    original = checkpoints.get("qwen3_moe", sharded=True)
+    folder = copied(original, tmp_path / "model")
+    store = folder / "experts.foreroute"
+    if packed:
+        store.write_bytes(packed_store(original).read_bytes())
+    model = load(folder, "25%")
+    # A shard of experts alone: transformers leaves dense weights mapped, and a mapped file must not shrink.
+    is_of_experts = {
+        path: all(".experts." in name for name in read_parts(path)[0] if name != "__metadata__")
+        for path in folder.glob("model-*.safetensors")
+    }
+    file = store if packed else next(path for path, alone in sorted(is_of_experts.items()) if alone)
+    whole = file.read_bytes()
+    os.truncate(file, len(whole) // 4)
+    with pytest.raises(ReadError) as caught:
+        generate(model, THREE_PROMPTS)
+    assert re.search(r"the file ends at byte \d+, \d+ bytes too early", str(caught.value))
+    assert str(file) in str(caught.value)
+    assert "Get the file again" in str(caught.value)
+    with open(file, "r+b") as opened:
+        opened.write(whole)
+    assert_usable(model, [references.output(original, batch) for batch in (ONE_PROMPT, THREE_PROMPTS)])
+
+
+class TestInterrupts:
+    """Ctrl-C wherever it comes."""
+
+    @pytest.fixture
+    def model(self, checkpoints, load):
+        return load(checkpoints.get("deepseek_v2"), "25%")
+
+    @pytest.mark.parametrize("after", [0, 1, 7, 40])
+    def test_while_waiting(self, model, expected, monkeypatch, after):
+        transfer = model.foreroute.runtime.transfer
+        wait, calls = transfer.wait, []
+
+        def interrupted():
+            calls.append(1)
+            if len(calls) == after + 1:
+                raise KeyboardInterrupt
+            return wait()
+
+        monkeypatch.setattr(transfer, "wait", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            generate(model)
+        assert_usable(model, expected)
+
+    @pytest.mark.parametrize("after", [0, 1, 7, 40])
+    @pytest.mark.parametrize("where", ["operands", "guess", "submit"])
+    def test_while_computing(self, model, expected, monkeypatch, where, after):
+        runtime = model.foreroute.runtime
+        target, name = {
+            "operands": (runtime.views, "operands"),
+            "guess": (runtime._predictor, "guess"),
+            "submit": (runtime.transfer, "demand"),
+        }[where]
+        original, calls = getattr(target, name), []
+
+        def interrupted(*args):
+            calls.append(1)
+            if len(calls) == after + 1:
+                raise KeyboardInterrupt
+            return original(*args)
+
+        monkeypatch.setattr(target, name, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            generate(model)
+        assert_usable(model, expected)
+
+    def test_by_a_signal_at_any_time(self, model, expected):
+        """As Ctrl-C does it: at whatever bytecode the interpreter happens to be."""
+
+        def interrupt(signum, frame):
+            raise KeyboardInterrupt
+
+        before = signal.signal(signal.SIGUSR1, interrupt)
+        chance, hits = random.Random(0), 0
+        try:
+            for _ in range(40):
+                timer = threading.Timer(chance.uniform(0.001, 0.15), os.kill, (os.getpid(), signal.SIGUSR1))
+                try:
+                    timer.start()
+                    generate(model, THREE_PROMPTS, 6)
+                    timer.join()
+                except KeyboardInterrupt:
+                    hits += 1
+                finally:
+                    timer.join()
+        finally:
+            signal.signal(signal.SIGUSR1, before)
+        assert hits > 10
+        assert_usable(model, expected)
+
+    @pytest.mark.parametrize("batch", [ONE_PROMPT, THREE_PROMPTS], ids=["one", "three"])
+    def test_at_any_line(self, model, expected, batch):
+        """Every line of the engine and of what it calls, one after the other."""
+        for line in range(0, 4000, 37):
+            generate(model, batch, 2)
+            interrupt_at_line(line, lambda: generate(model, batch, 2))
+        assert_usable(model, expected)
+
+
+def interrupt_at_line(number, act):
+    """Run `act` and raise KeyboardInterrupt at the so-and-so-many-th line of foreroute's own code, if it gets there."""
+    seen = 0
+
+    def trace(frame, event, argument):
+        nonlocal seen
+        if "/foreroute/" not in frame.f_code.co_filename:
+            return None
+        if event == "line":
+            seen += 1
+            if seen == number:
+                raise KeyboardInterrupt
+        return trace
+
+    sys.settrace(trace)
+    try:
+        act()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sys.settrace(None)

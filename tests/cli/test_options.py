@@ -1,0 +1,132 @@
+"""Flags: one per field of EngineConfig, prompts from wherever they come, and sampling under transformers' names."""
+
+import argparse
+import io
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from foreroute.cli import generate, options
+from foreroute.cli.main import COMMANDS, build_parser
+from foreroute.config import EngineConfig
+from foreroute.errors import ForerouteError, PromptError
+
+# For every field: the flags, and what they ask for. A new field fails the test below until it stands here.
+ASKED = {
+    "memory": (["--memory", "8GiB"], "8GiB"),
+    "eviction": (["--eviction", "lru"], "lru"),
+    "prefetch": (["--prefetch", "none"], "none"),
+    "predictor": (["--predictor", "no"], "no"),
+    "prefetch_width": (["--prefetch-width", "6"], 6),
+    "cache": (["--no-cache"], False),
+    "hits_first": (["--no-hits-first"], False),
+    "reader_threads": (["--reader-threads", "2"], 2),
+    "direct_io": (["--no-direct-io"], False),
+    "packed": (["--packed", "no"], "no"),
+}
+
+
+def parsed(*flags: str) -> argparse.Namespace:
+    return build_parser().parse_args(["generate", "MODEL", "prompt", *flags])
+
+
+def test_without_flags_the_defaults_of_the_config_hold() -> None:
+    assert options.engine_config(parsed()) == EngineConfig()
+
+
+@pytest.mark.parametrize("field", fields(EngineConfig), ids=lambda field: field.name)
+def test_every_field_has_its_flag(field) -> None:
+    flags, value = ASKED[field.name]
+    config = options.engine_config(parsed(*flags))
+    assert getattr(config, field.name) == value != getattr(EngineConfig(), field.name)
+
+
+def test_a_value_that_the_config_refuses_is_our_error() -> None:
+    with pytest.raises(ForerouteError, match="reader_threads is 99"):
+        options.engine_config(parsed("--reader-threads", "99"))
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--unknown"], ["--eviction", "fifo"], ["--top-p", "1.5"], ["--top-p", "0"], ["--temperature", "-1"],
+     ["--max-new-tokens", "0"], ["--top-k", "x"], ["--threads", "0"]],
+    ids=" ".join,
+)  # fmt: skip
+def test_a_wrong_flag_is_named_by_argparse(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parsed(*flags)
+    assert ended.value.code == 2
+    assert flags[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.__name__.split(".")[-1])
+def test_help_fits_a_terminal_and_teaches(command, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    name = command.__name__.split(".")[-1]
+    with pytest.raises(SystemExit):
+        build_parser().parse_args([name, "--help"])
+    text = capsys.readouterr().out
+    assert "example" in text
+    assert f"foreroute {name}" in text
+    assert max(map(len, text.splitlines())) <= 80
+    assert "%%" not in text
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ([], {}),
+        (["--temperature", "0.7"], {"temperature": 0.7, "do_sample": True}),
+        (["--top-k", "5", "--seed", "3"], {"top_k": 5, "do_sample": True}),
+        (["--temperature", "0"], {"do_sample": False}),
+        (["--no-do-sample"], {"do_sample": False}),
+        (["--do-sample"], {"do_sample": True}),
+        (["--repetition-penalty", "1.2"], {"repetition_penalty": 1.2}),
+    ],
+)
+def test_sampling_says_only_what_was_asked(flags: list[str], told: dict) -> None:
+    assert generate.sampling(parsed(*flags)) == told
+
+
+@pytest.mark.parametrize("flags", [["--top-p", "0.9", "--no-do-sample"], ["--temperature", "0", "--do-sample"]])
+def test_sampling_that_contradicts_itself_is_refused(flags: list[str]) -> None:
+    with pytest.raises(PromptError, match="leave out"):
+        generate.sampling(parsed(*flags))
+
+
+class Piped(io.TextIOWrapper):
+    """Standard input that is not a terminal."""
+
+    def __init__(self, raw: bytes) -> None:
+        super().__init__(io.BytesIO(raw))
+
+
+def test_a_prompt_comes_from_the_line_a_file_or_a_pipe(tmp_path: Path, monkeypatch) -> None:
+    file = tmp_path / "prompt.txt"
+    file.write_bytes("naïve\n\n".encode())
+    assert options.read_prompt("as it is\n", None) == "as it is\n"
+    assert options.read_prompt(None, file) == "naïve\n"
+    monkeypatch.setattr(sys, "stdin", Piped(b"piped\r\n"))
+    assert options.read_prompt(None, None) == "piped"
+    monkeypatch.setattr(sys, "stdin", Piped(b"dash"))
+    assert options.read_prompt("-", None) == "dash"
+
+
+def test_a_prompt_that_cannot_be_is_refused(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "stdin", Piped(b"\n"))
+    with pytest.raises(PromptError, match="empty"):
+        options.read_prompt(None, None)
+    monkeypatch.setattr(sys, "stdin", Piped(b"caf\xe9"))
+    with pytest.raises(PromptError, match=r"UTF-8 text \(byte 3\)"):
+        options.read_prompt("-", None)
+    with pytest.raises(PromptError, match="cannot be read"):
+        options.read_prompt(None, tmp_path / "absent")
+    with pytest.raises(PromptError, match="one of them"):
+        options.read_prompt("text", tmp_path)
+    terminal = Piped(b"")
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stdin", terminal)
+    with pytest.raises(PromptError, match="no prompt"):
+        options.read_prompt(None, None)

@@ -1,0 +1,91 @@
+"""`foreroute pack` in this process: where the store goes, when nothing is to be done, and what is never overwritten."""
+
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+from foreroute.checkpoint.records import STORE_NAME, partial_path
+from tests.cli.harness import NUM_EXPERTS, NUM_LAYERS
+
+SIZE = f"{NUM_LAYERS * NUM_EXPERTS} experts"
+
+
+def test_a_store_beside_the_checkpoint_is_found_by_itself(run, copied: Path) -> None:
+    ran = run("pack", copied)
+    assert ran.code == 0, ran.err
+    assert f"Wrote {copied / STORE_NAME}: {SIZE}" in ran.out
+    assert "used by itself" in ran.out
+    assert "packing" in ran.err
+    packed = run("generate", copied, "hello", "--json", "--memory", "25%", "--max-new-tokens", "5", "--threads", "1")
+    plain = run("generate", copied, "hello", "--json", "--memory", "25%", "--max-new-tokens", "5", "--threads", "1",
+                "--packed", "no")  # fmt: skip
+    assert [ran.json["plan"]["source"] for ran in (packed, plain)] == ["packed", "safetensors"]
+    assert packed.json["token_ids"] == plain.json["token_ids"]
+
+
+def test_a_complete_store_is_left_alone(run, copied: Path) -> None:
+    run("pack", copied)
+    before = (copied / STORE_NAME).stat().st_mtime_ns
+    ran = run("pack", copied)
+    assert ran.code == 0
+    assert "nothing to do" in ran.out
+    assert (copied / STORE_NAME).stat().st_mtime_ns == before
+    forced = run("pack", copied, "--force", "--json")
+    assert (copied / STORE_NAME).stat().st_mtime_ns > before
+    assert forced.json == {
+        "path": str(copied / STORE_NAME),
+        "store_bytes": (copied / STORE_NAME).stat().st_size,
+        "experts": NUM_LAYERS * NUM_EXPERTS,
+        "was_there": False,
+        "found_automatically": True,
+    }
+    assert forced.err == ""
+
+
+def test_a_store_elsewhere_is_named_for_later(run, copied: Path, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    ran = run("pack", copied, "--out", elsewhere)
+    assert ran.code == 0
+    assert f"Use it with --packed {elsewhere / STORE_NAME}" in ran.out
+    assert not (copied / STORE_NAME).exists()
+
+
+def test_what_is_no_store_of_this_model_is_not_overwritten(run, copied: Path) -> None:
+    (copied / STORE_NAME).write_text("somebody's notes")
+    ran = run("pack", copied)
+    assert ran.code == 2
+    assert "--force packs over it" in ran.err
+    assert (copied / STORE_NAME).read_text() == "somebody's notes"
+    assert run("pack", copied, "--force").code == 0
+    assert run("pack", copied).code == 0
+
+
+def test_a_full_disk_is_noticed_before_a_byte_is_written(run, copied: Path, monkeypatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1_000_000))
+    ran = run("pack", copied)
+    assert ran.code == 2
+    assert "needs 3.0 MiB" in ran.err
+    assert "976.6 KiB free" in ran.err
+    assert not partial_path(copied / STORE_NAME).exists()
+
+
+def test_a_folder_that_is_not_there_is_named(run, copied: Path, tmp_path: Path) -> None:
+    ran = run("pack", copied, "--out", tmp_path / "absent" / "store")
+    assert ran.code == 2
+    assert "absent" in ran.err
+    assert "--out" in ran.err
+
+
+def test_ctrl_c_before_packing_has_begun_leaves_nothing(run, copied: Path, monkeypatch) -> None:
+    from foreroute.engine import packing
+
+    def interrupted(table, path: Path, **options) -> int:
+        partial_path(path).touch()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(packing, "pack", interrupted)
+    assert run("pack", copied).code == 130
+    assert not partial_path(copied / STORE_NAME).exists()
+    assert run("pack", copied, "--keep-partial").code == 130
+    assert partial_path(copied / STORE_NAME).exists()

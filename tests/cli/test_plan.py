@@ -1,0 +1,132 @@
+"""`foreroute plan`: the forecast's arithmetic, what is measured, what is advised, and how it is shown."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from foreroute.bench.bandwidth import measure_bandwidth
+from foreroute.cli import plan as plan_command
+from foreroute.cli.forecast import forecast
+from foreroute.errors import ReadError
+from foreroute.types import Copy, Read
+from tests.cli.harness import NUM_EXPERTS, NUM_LAYERS, TOP_K
+
+EXPERT_BYTES = 3 * 64 * 64 * 4
+
+
+@pytest.fixture(scope="module")
+def found(tiny: Path) -> plan_command.Findings:
+    """What `plan` finds out with room for a quarter of the experts."""
+    from foreroute.cli import options
+    from foreroute.cli.main import build_parser
+
+    args = build_parser().parse_args(["plan", str(tiny), "--memory", "25%"])
+    return plan_command.find(tiny, args, options.engine_config(args))
+
+
+def test_a_forecast_is_misses_times_bytes_and_compute() -> None:
+    best, likely, worst = forecast(0.25, 100, 10**6, 10**9, compute_ms=20.0)
+    assert likely.miss_rate == pytest.approx(0.548)  # LFU with a quarter resident
+    assert likely.misses_per_token == pytest.approx(54.8)
+    assert likely.read_mb_per_token == pytest.approx(54.8)
+    assert (likely.tpot_ms_low, likely.tpot_ms_high) == (pytest.approx(54.8), pytest.approx(74.8))
+    assert (best.tpot_ms_low, best.tpot_ms_high) == (pytest.approx(32.9), pytest.approx(52.9))
+    assert (worst.tpot_ms_low, worst.tpot_ms_high) == (100.0, 120.0)
+
+
+def test_a_forecast_between_the_measured_shares_is_on_the_line() -> None:
+    _, at_three_eighths, _ = forecast(0.375, 1, 1, 1, 0.0)
+    assert at_three_eighths.miss_rate == pytest.approx((0.548 + 0.273) / 2)
+    assert forecast(0.25, 1, 1, 1, 0.0, "lru")[1].miss_rate == pytest.approx(0.612)
+
+
+def test_everything_resident_reads_nothing() -> None:
+    for case in forecast(1.0, 100, 10**6, 10**9, 20.0):
+        assert (case.read_mb_per_token, case.tpot_ms_low, case.tpot_ms_high) == (0.0, 20.0, 20.0)
+
+
+def test_nothing_kept_is_always_missing() -> None:
+    assert {case.miss_rate for case in forecast(0.0, 8, 1, 1, 1.0)} == {1.0}
+
+
+def test_bandwidth_counts_what_was_read(tmp_path: Path) -> None:
+    path = tmp_path / "experts"
+    path.write_bytes(bytes(8 * 8192))
+
+    def reads_of(key: int) -> tuple[Read, ...]:
+        return (Read(str(path), key * 8192, 8000, (Copy(0, 0, 1, 8000, 1, 8000, 1),)),)
+
+    measured = measure_bandwidth(reads_of, range(8), 8192, seconds=0.05, num_threads=2)
+    assert measured.num_experts == measured.num_reads > 8
+    assert measured.bytes_per_s == pytest.approx(measured.num_experts * 8000 / measured.elapsed_s)
+    assert measured.expert_ms > 0
+    assert measured.is_direct
+    buffered = measure_bandwidth(reads_of, [3], 8192, seconds=0.01, direct=False)
+    assert not buffered.is_direct
+    path.write_bytes(b"")
+    with pytest.raises(ReadError):
+        measure_bandwidth(reads_of, range(8), 8192, seconds=0.05)
+
+
+def test_what_is_found_is_what_the_model_has(found) -> None:
+    assert found.plan.num_slots == NUM_LAYERS * NUM_EXPERTS // 4
+    assert found.plan.token_demand_bytes == NUM_LAYERS * TOP_K * EXPERT_BYTES
+    assert found.kv_bytes_per_token == 2 * NUM_LAYERS * 2 * 16 * 4  # keys and values, 2 heads of 16, float32
+    assert found.bandwidth.num_experts > 0
+    assert found.compute_ms > 0
+    assert [case.name for case in found.cases] == ["best", "likely", "worst"]
+
+
+def test_advice_names_the_memory_that_holds_everything_and_the_pack(found) -> None:
+    text = "\n".join(plan_command.advice(found, "MODEL"))
+    assert "--memory 3.0MiB would hold every expert" in text
+    assert "foreroute pack MODEL" in text
+    assert "swap" not in text
+
+
+def test_advice_for_other_machines(found) -> None:
+    demand = found.plan.token_demand_slots
+    small = replace(found, plan=replace(found.plan, num_slots=demand + demand // 2))
+    assert "holds only 1.5 tokens' demand: expect few hits. --memory 768.0KiB holds two." in "\n".join(
+        plan_command.advice(small, "MODEL")
+    )
+    poor = replace(found, chosen_memory_bytes=500_000)
+    assert "may swap" in plan_command.advice(poor, "MODEL")[0]
+    assert "has room for" in plan_command.advice(poor, "MODEL")[1]
+    cached = replace(found, bandwidth=replace(found.bandwidth, is_direct=False))
+    assert any("page cache" in hint for hint in plan_command.advice(cached, "MODEL"))
+    whole = replace(found, plan=replace(found.plan, num_slots=found.plan.total_slots))
+    assert plan_command.advice(whole, "MODEL") == []
+
+
+def test_the_plan_fits_a_terminal(run, tiny: Path, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    ran = run("plan", tiny, "--memory", "25%", "--threads", "1")
+    assert (ran.code, ran.err) == (0, "")
+    lines = [line.rstrip() for line in ran.out.splitlines()]
+    assert max(map(len, lines)) <= 80
+    for said in ("4 MoE layers x 16 experts, top-2", "16 slots, 25.0 % of the experts", "2.0 tokens' demand",
+                 "O_DIRECT", "best: Belady", "likely: LFU", "worst: no hits", "What would change it:"):  # fmt: skip
+        assert said in ran.out
+    # A row that wraps would start with blanks.
+    assert not any(line.startswith("    ") for line in lines[: lines.index("It assumes:")])
+
+
+def test_plan_as_json(run, tiny: Path) -> None:
+    ran = run("plan", tiny, "--threads", "1", "--json")
+    assert (ran.code, ran.err) == (0, "")
+    plan = ran.json
+    assert set(plan) == {"plan", "measured", "forecast", "advice", "assumptions"}
+    assert plan["plan"]["memory_was_chosen"]
+    assert plan["plan"]["resident_share"] == 1.0
+    assert plan["plan"]["kv_bytes_per_1k_tokens"] == 1_024_000
+    assert plan["measured"]["disk"]["bytes_per_s"] > 0
+    assert plan["forecast"]["likely"]["tpot_ms_low"] == plan["measured"]["compute_ms"]
+    assert plan["advice"] == []
+
+
+def test_too_little_memory_says_what_would_do(run, tiny: Path) -> None:
+    ran = run("plan", tiny, "--memory", "1%")
+    assert ran.code == 2
+    assert "Raise --memory to 384.0 KiB" in ran.err

@@ -1,0 +1,65 @@
+"""Ways to spoil a copy of a checkpoint: what a broken download, a wrong config or a full disk leave behind."""
+
+import json
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+Header = dict[str, Any]
+
+
+def copied(folder: Path, to: Path) -> Path:
+    """A copy that may be spoilt."""
+    shutil.copytree(folder, to)
+    return to
+
+
+def read_parts(file: Path) -> tuple[Header, bytes]:
+    """A safetensors file's header and its tensors' bytes."""
+    raw = file.read_bytes()
+    (header_nbytes,) = struct.unpack("<Q", raw[:8])
+    return json.loads(raw[8 : 8 + header_nbytes]), raw[8 + header_nbytes :]
+
+
+def write_parts(file: Path, header: Header, payload: bytes) -> None:
+    """The opposite of `read_parts`."""
+    encoded = json.dumps(header).encode()
+    file.write_bytes(struct.pack("<Q", len(encoded)) + encoded + payload)
+
+
+def change_header(file: Path, change: Callable[[Header], Any]) -> None:
+    """Apply `change` to the header of a safetensors file, in place; the tensors' bytes stay."""
+    header, payload = read_parts(file)
+    change(header)
+    write_parts(file, header, payload)
+
+
+def closed_up(header: Header, payload: bytes) -> tuple[Header, bytes]:
+    """The same tensors without the gaps that shrunken or removed ones left: safetensors allows none."""
+    moved, pieces, end = {}, list[bytes](), 0
+    names = sorted((name for name in header if name != "__metadata__"), key=lambda name: header[name]["data_offsets"])
+    for name in names:
+        begin, stop = header[name]["data_offsets"]
+        pieces.append(payload[begin:stop])
+        moved[name] = {**header[name], "data_offsets": [end, end + stop - begin]}
+        end += stop - begin
+    return moved, b"".join(pieces)
+
+
+def without(file: Path, name: str) -> None:
+    """Remove one tensor from a safetensors file."""
+    header, payload = read_parts(file)
+    del header[name]
+    write_parts(file, *closed_up(header, payload))
+
+
+def flip_byte(file: Path, offset: int) -> None:
+    """Turn over all bits of one byte; a negative offset counts from the end."""
+    with open(file, "r+b") as opened:
+        opened.seek(offset, 0 if offset >= 0 else 2)
+        at = opened.tell()
+        (value,) = opened.read(1)
+        opened.seek(at)
+        opened.write(bytes([value ^ 0xFF]))
