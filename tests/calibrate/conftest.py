@@ -11,10 +11,13 @@ from foreroute.calibrate.corpus import Corpus, read_corpus
 from foreroute.calibrate.fit import FitSettings, fit
 from foreroute.checkpoint.index import read_index
 from foreroute.engine.text import load_tokenizer
+from foreroute.predict.estimator import EstimatorSettings
 from foreroute.predict.sidecar import Sidecar
 
 CONTEXT = 32
-SETTINGS = FitSettings(rows=3, held_out_every=4)
+# A buffer for 200 of 960 tokens: the estimator is trained in turns, between passes.
+ESTIMATOR = EstimatorSettings(epochs=1, batch=128, buffer_bytes=200 * 2 * (64 + 16) * 2)
+SETTINGS = FitSettings(rows=3, held_out_every=4, estimator=ESTIMATOR)
 
 
 @pytest.fixture(scope="session")

@@ -108,7 +108,7 @@ class ExpertStream:
         return self._runtime.views.operands(self._layer, slot if slot >= 0 else self._residency.slot_of(key))
 
     def close(self) -> None:
-        """Give every slot back, after the reads into them have ended; safe after an error."""
+        """Give every slot back, after the reads into them have ended."""
         self._give_back_current()
         while self._ring_loading:
             for completion in self._runtime.transfer.wait():

@@ -18,7 +18,7 @@ from foreroute.engine.memory import SlotViews
 from foreroute.engine.prefill import ExpertStream, group_by_expert
 from foreroute.engine.stats import EngineStats, PhaseStats
 from foreroute.kernels.cpu import ExpertMath, OneToken
-from foreroute.residency.slots import LEASED, READY, Residency
+from foreroute.residency.slots import READY, Residency
 from foreroute.transfer.base import Completion, Transfer
 
 
@@ -99,6 +99,8 @@ class Runtime:
         # Guesses for a layer that were queued and that its router has not confirmed or contradicted yet.
         self._guessed: list[list[int]] = [[] for _ in table.layers]
         self._is_prefill = False
+        # Still True where a step begins: the one before was cut off, by an error or by Ctrl-C, between any two lines.
+        self._is_mid_step = False
         # A step's whole demand must fit beside the guesses that are on their way.
         self._most_leased = residency.num_slots - residency.staging_slots
 
@@ -108,9 +110,13 @@ class Runtime:
         self._phase = self.stats.prefill if self._is_prefill else self.stats.decode
         self._phase.steps += 1
         self._phase.tokens += num_rows * num_positions
+        if self._is_mid_step:
+            self._start_over()
+        self._is_mid_step = True
         self.residency.tick()
         if token_ids is not None and not self._is_prefill and self._predictor is not None and self._lacks(0):
             self._prefetch(0, self._predictor.guess_first(token_ids.flatten()))
+        self._is_mid_step = False
 
     def compute(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """The routed experts' weighted sum for MoE layer `layer`.
@@ -121,8 +127,16 @@ class Runtime:
         Returns:
             [tokens, hidden], in `hidden`'s dtype.
         Raises:
-            ReadError, ChecksumError: an expert could not be read; the pool is consistent and the model usable.
+            ReadError, ChecksumError: an expert could not be read; the model is usable, its pool starts over.
         """
+        if self._is_mid_step:
+            self._start_over()
+        self._is_mid_step = True
+        total = self._compute(layer, hidden, ids, weights)
+        self._is_mid_step = False
+        return total
+
+    def _compute(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         if self.observer is not None:
             self.observer(layer, hidden, ids, weights)
         width, base = self._widths[layer], layer * self._num_experts
@@ -181,26 +195,23 @@ class Runtime:
     ) -> torch.Tensor:
         residency = self.residency
         hits, late, misses = residency.demand(keys)
-        try:
-            self._phase.hits += len(hits)
-            waited: set[int] = set()
-            if late or misses:
-                waited = self._demand(layer, late, misses)
-            # Demand first: a guess must never delay a needed copy.
-            prefetch_next()
-            if not self._hits_first:
-                hits += self._wait_for(waited)
-            if hits:
-                step.run(hits)
-            while waited:
-                step.run(self._wait_for_some(waited))
-            return step.total()
-        finally:
-            # By state, not by what was noted: an interrupt may come between a lease and its note.
-            leased = [key for key in keys if residency.state(key) == LEASED]
-            residency.release(leased)
-            if not self._keep_across_tokens:
-                residency.drop(leased)
+        self._phase.hits += len(hits)
+        waited: set[int] = set()
+        if late or misses:
+            waited = self._demand(layer, late, misses)
+        # Demand first: a guess must never delay a needed copy.
+        prefetch_next()
+        if not self._hits_first:
+            hits += self._wait_for(waited)
+        if hits:
+            step.run(hits)
+        while waited:
+            step.run(self._wait_for_some(waited))
+        total = step.total()
+        residency.release(keys)
+        if not self._keep_across_tokens:
+            residency.drop(keys)
+        return total
 
     def _demand(self, layer: int, late: list[tuple[int, int]], misses: list[tuple[int, int]]) -> set[int]:
         for key, _ in late:
@@ -290,9 +301,9 @@ class Runtime:
         self._quiesce()
         math = self._math[layer]
         stream = ExpertStream(self, layer, keys, self._phase, self._clock)
-        try:
-            if math is None:
-                return self._family_forwards[layer](stream, hidden, ids, weights)
+        if math is None:
+            total = self._family_forwards[layer](stream, hidden, ids, weights)
+        else:
             total = torch.zeros_like(hidden)
             for key, tokens, positions in group_by_expert(ids, keys, layer * self._num_experts):
                 outputs = math(hidden[tokens], stream.operands(key))
@@ -300,11 +311,17 @@ class Runtime:
                     self.expert_listener(layer, key - layer * self._num_experts, outputs)
                 rows = outputs * weights[tokens, positions, None]
                 total.index_add_(0, tokens, rows.to(total.dtype))
-            return total
-        finally:
-            stream.close()
-            if not self._keep_across_tokens:
-                self.residency.drop([key for key in keys if self.residency.state(key) == READY])
+        stream.close()
+        if not self._keep_across_tokens:
+            self.residency.drop([key for key in keys if self.residency.state(key) == READY])
+        return total
+
+    def _start_over(self) -> None:
+        """Forget what a broken-off step left behind. Simple, and right wherever it broke off; the pool is empty then."""
+        self.transfer.reset()
+        self.residency.clear()
+        for guessed in self._guessed:
+            guessed.clear()
 
     def _quiesce(self) -> None:
         """Take back the guesses that have not started and let the others land: prefill wants the slots."""

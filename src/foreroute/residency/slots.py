@@ -91,16 +91,20 @@ class Residency:
         self.prefetch_used = 0
         self.prefetch_wasted = 0
         self._eviction = eviction
-        eviction.reset(num_keys)
-        self._state = [FREE] * num_keys
-        self._slot_of = [-1] * num_keys
-        self._free = list(range(num_slots - 1, -1, -1))
+        self._keys_per_layer = keys_per_layer or max(num_keys, 1)
+        self.clear()
+
+    def clear(self) -> None:
+        """Every slot is FREE and nothing is remembered but the counts. Right also when some call was cut off midway."""
+        self._eviction.reset(self.num_keys)
+        self._state = [FREE] * self.num_keys
+        self._slot_of = [-1] * self.num_keys
+        self._free = list(range(self.num_slots - 1, -1, -1))
         self._borrowed: set[int] = set()
         self._num_ready = 0
         self._staged_loading: set[int] = set()
         self._staged_ready: dict[int, None] = {}  # oldest first
-        self._keys_per_layer = keys_per_layer or max(num_keys, 1)
-        self.resident_per_layer = [0] * -(-num_keys // self._keys_per_layer)
+        self.resident_per_layer = [0] * -(-self.num_keys // self._keys_per_layer)
 
     # The decode step, in the order in which it happens.
 

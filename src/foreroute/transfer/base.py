@@ -60,5 +60,11 @@ class Transfer(Protocol):
     def wait(self) -> list[Completion]:
         """Block until something is over, then hand out all that is. Something has to be in flight."""
 
+    def reset(self) -> None:
+        """Withdraw what has not started, wait for what has, and forget all that is over: nothing is in flight then.
+
+        Right also when an interrupt has left a call half done.
+        """
+
     def close(self) -> None:
         """Drop what has not started, finish what has, stop. A second call does nothing."""

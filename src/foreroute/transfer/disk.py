@@ -6,6 +6,7 @@ But what was read has to be checked and copied, so there is a finishing thread, 
 being read. With nothing left to read the reading thread does it itself, and spares the way through another thread.
 """
 
+import contextlib
 import threading
 from collections.abc import Callable
 from queue import Empty, SimpleQueue
@@ -125,6 +126,16 @@ class DiskTransfer:
         self._num_in_flight -= 1
         return [first, *self.completed()]
 
+    def reset(self) -> None:
+        """Withdraw what has not started, wait for what has, and forget all that is over."""
+        with self._lock:
+            self._queue.clear()
+        while self._is_running():
+            with contextlib.suppress(Empty):
+                self._done.get(timeout=0.01)
+        self.completed()
+        self._num_in_flight = 0
+
     def close(self) -> None:
         """Drop what has not started, finish what has, join the threads, close the files."""
         if self._closed:
@@ -147,6 +158,10 @@ class DiskTransfer:
             self._wake.put(True)
             queue(key, slot)
             self._num_in_flight += 1
+
+    def _is_running(self) -> bool:
+        with self._lock:
+            return self._queue.num_running > 0
 
     def _thread(self, work: Callable[[], None], name: str) -> threading.Thread:
         thread = threading.Thread(target=work, name=name, daemon=True)
@@ -178,4 +193,5 @@ class DiskTransfer:
         completion = load.finish()
         with self._lock:
             self._queue.finished(completion.key)
-        self._done.put(completion)
+            # Inside the lock: `reset` relies on it that what does not run any more has been put.
+            self._done.put(completion)

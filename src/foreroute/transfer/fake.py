@@ -15,7 +15,7 @@ class FakeTransfer:
 
     Attributes:
         calls: what was asked for, in order: ("demand", key, slot), ("prefetch", key, slot), ("promote", key),
-            ("cancel", key).
+            ("cancel", key), ("reset",).
         closed: True after `close`.
     """
 
@@ -76,6 +76,16 @@ class FakeTransfer:
             self.finish(self._running[0] if self._running else self.begin())
         assert self._done, f"the test has finished none of {sorted(self._slots)}"
         return self.completed()
+
+    def reset(self) -> None:
+        """Forget everything; copies that were begun count as finished."""
+        self.calls.append(("reset",))
+        for key in self._running:
+            self._queue.finished(key)
+        self._queue.clear()
+        self._slots.clear()
+        self._running.clear()
+        self._done.clear()
 
     def close(self) -> None:
         """Drop all requests that were not begun."""

@@ -18,6 +18,11 @@ class TransferQueue:
         """Requests that have not started."""
         return len(self._demands) + len(self._prefetches)
 
+    @property
+    def num_running(self) -> int:
+        """Requests that have started and not finished."""
+        return len(self._running)
+
     def demand(self, key: int, slot: int) -> None:
         """Queue behind the other demands."""
         self._refuse_known(key)

@@ -1,0 +1,85 @@
+"""`foreroute fit` and `foreroute score` in this process."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from foreroute.cli.main import main
+from foreroute.predict.sidecar import SIDECAR_NAME
+
+FIGURES = {"recall_k", "recall_k2", "recall_2k", "missed_mass"}
+
+
+@pytest.fixture
+def copied(folder: Path, tmp_path: Path) -> Path:
+    """The checkpoint in a folder in which a test may write."""
+    copy = tmp_path / "copied"
+    copy.mkdir()
+    for file in folder.iterdir():
+        os.link(file, copy / file.name)
+    return copy
+
+
+@pytest.fixture
+def run(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    def run_command(*args: object) -> tuple[int, str, str]:
+        code = main([*map(str, args), "--context", "32", "--rows", "4", "--threads", "1"])
+        return (code, *capfd.readouterr())
+
+    return run_command
+
+
+def test_fit_then_score(run, copied: Path, text: Path) -> None:
+    code, out, err = run("score", copied, "--text", text, "--tokens", 256, "--json")
+    assert code == 0, err
+    assert next(iter(json.loads(out)["predictors"])) == "lookahead"
+    assert "ridge" not in json.loads(out)["predictors"]
+
+    code, out, err = run("fit", copied, "--text", text, "--tokens", 1024, "--json")
+    assert code == 0, err
+    fitted = json.loads(out)
+    assert fitted["found_automatically"]
+    assert fitted["tokens"] == {"fitted": 896, "held_out": 128}
+    assert (copied / SIDECAR_NAME).stat().st_size == fitted["nbytes"]
+
+    code, out, err = run("score", copied, "--text", text, "--tokens", 256, "--json", "--png", copied / "plot.png")
+    assert code == 0, err
+    scores = json.loads(out)
+    assert scores["k"] == 3
+    for name, entry in scores["predictors"].items():
+        assert entry.keys() >= FIGURES, name
+        assert all(len(entry[figure]) == 3 for figure in FIGURES)
+        assert entry["mean"].keys() >= FIGURES
+    assert (copied / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+    code, out, _ = run("score", copied, "--text", text, "--tokens", 256)
+    assert code == 0
+    assert "hybrid" in out
+    assert "oracle" in out
+
+
+def test_a_fit_that_is_there_is_not_replaced_unasked(run, copied: Path, text: Path) -> None:
+    (copied / SIDECAR_NAME).write_text("somebody's notes")
+    code, _, err = run("fit", copied, "--text", text, "--tokens", 256)
+    assert code == 2
+    assert "--force" in err
+    assert (copied / SIDECAR_NAME).read_text() == "somebody's notes"
+    code, _, err = run("score", copied, "--text", text, "--tokens", 256)
+    assert code == 2
+    assert "--predictor no" in err
+    assert run("fit", copied, "--text", text, "--tokens", 256, "--force", "--estimator")[0] == 0
+    code, out, _ = run("score", copied, "--text", text, "--tokens", 256)
+    assert code == 0
+    assert "estimator" in out
+
+
+def test_what_is_missing_is_named(run, copied: Path, tmp_path: Path) -> None:
+    code, _, err = run("fit", copied, "--text", tmp_path / "absent.txt")
+    assert code == 2
+    assert "absent.txt cannot be read" in err
+    code, _, err = run("fit", copied, "--text", tmp_path / "absent.txt", "--out", tmp_path / "no" / "where")
+    assert code == 2
+    assert "--out" in err
