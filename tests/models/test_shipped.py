@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from models import tasks
 from models.evaluate import answer
-from models.families import RECIPES
 
 MODELS = Path(__file__).resolve().parents[2] / "models"
 MAX_BYTES = {"foreroute-tiny": 32 * 2**20, "foreroute-tiny-oss": 16 * 2**20, "foreroute-tiny-dsv3": 16 * 2**20}
@@ -20,7 +19,13 @@ MILLION_PARAMETERS = {"foreroute-tiny": (10, 16), "foreroute-tiny-oss": (3, 6), 
 FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
          "README.md", "curves.png", "figures.json", "history.json")  # fmt: skip
 
-shipped = pytest.mark.parametrize("name", sorted(RECIPES))
+# The recipes of the two smaller families are not trained yet; a folder that appears is named here.
+SHIPPED = ("foreroute-tiny",)
+shipped = pytest.mark.parametrize("name", SHIPPED)
+
+
+def test_every_exported_folder_is_named_here() -> None:
+    assert {path.parent.name for path in MODELS.glob("*/config.json")} == set(SHIPPED)
 
 
 def figures(name: str) -> dict[str, Any]:

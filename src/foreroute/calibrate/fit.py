@@ -25,12 +25,15 @@ class FitSettings:
 
     rows: windows per forward pass. held_out_every: of so many windows one is held out. penalty: of the ridge, relative
     to each feature's variance. estimator: also train the paper's estimator, so; None for not.
+    before_attention: also fit each layer's guess from before its own attention; `score` shows it, the engine does not
+    use it.
     """
 
     rows: int = 8
     held_out_every: int = 8
     penalty: float = 1e-3
     estimator: EstimatorSettings | None = None
+    before_attention: bool = False
 
 
 def partial_path(path: Path) -> Path:
@@ -71,7 +74,7 @@ def fit(
         "settings": asdict(settings),
         "threads": torch.get_num_threads(),
     }
-    sums = Sums(model, settings.estimator, train.numel())
+    sums = Sums(model, settings.estimator, num_tokens=train.numel(), before_attention=settings.before_attention)
     keeper = _Keeper(partial_path(path), sums, {**about, "fingerprint": fingerprint}, save_every_s, clock)
     num_resumed = keeper.resume() if resume else 0
     with watching(model, sums.on_moment, sums.on_rows) as watch:
@@ -86,7 +89,9 @@ def fit(
     scorer = _scored(
         model, sidecar, held_out, settings.rows, lambda done, _: progress(train.numel() + done, corpus.num_tokens)
     )
-    missed = {name: tally.as_dict()["missed_mass"] for name, tally in scorer.tallies.items()}
+    # Guesses that come at another time are no alternatives.
+    of_next = [name for name in scorer.tallies if name not in (known.TOKEN_TABLE, known.ENTRY)]
+    missed = {name: scorer.tallies[name].as_dict()["missed_mass"] for name in of_next}
     sidecar = replace(
         sidecar,
         # A layer's guess is of the layer after it.
@@ -113,6 +118,7 @@ def _solved(model: Any, sums: Sums, fingerprint: str, settings: FitSettings) -> 
         token_table=sums.table.solve(sums.all_embeddings(), settings.penalty),
         popularity=sums.popularity,
         choice=[None] * len(sums.outputs),
+        entry=[entry.solve(settings.penalty) for entry in sums.entry],
         estimator={} if sums.estimator is None else sums.estimator.weights,
     )
 

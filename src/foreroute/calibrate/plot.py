@@ -2,8 +2,10 @@
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 from foreroute.calibrate.score import Scores
+from foreroute.engine.predictors import HYBRID
 from foreroute.errors import ForerouteError
 
 _CONTROLS = ("oracle", "shuffled", "previous token", "popularity", "random")
@@ -21,6 +23,13 @@ def check(path: Path) -> None:
         raise ForerouteError(f"{path.parent} is not a folder. Choose another --png.")
 
 
+def _style(name: str) -> dict[str, Any]:
+    if name in _CONTROLS:
+        return {"linestyle": ":", "linewidth": 1.0}
+    # It lies on the line of whichever predictor it chose: that one must show through.
+    return {"linestyle": "--", "linewidth": 1.5, "color": "black"} if name == HYBRID else {"linewidth": 2.5}
+
+
 def draw(scores: Scores, path: Path, title: str) -> None:
     """Write the picture (the suffix of `path` chooses the format).
 
@@ -33,8 +42,7 @@ def draw(scores: Scores, path: Path, title: str) -> None:
     axes = figure.add_subplot()
     for name, entry in scores.as_dict()["predictors"].items():
         points = [(layer, 100 * value) for layer, value in enumerate(entry["recall_k"]) if value is not None]
-        style = {"linestyle": ":", "linewidth": 1.0} if name in _CONTROLS else {"linewidth": 2.0}
-        axes.plot(*zip(*points, strict=True), marker=".", label=name, **style)
+        axes.plot(*zip(*points, strict=True), marker=".", label=name, **_style(name))
     axes.set(xlabel="MoE layer that is guessed", ylabel=f"recall of the top-{scores.top_k} (%)", title=title)
     axes.set_ylim(0, 102)
     axes.grid(alpha=0.3)

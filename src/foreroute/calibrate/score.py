@@ -16,6 +16,7 @@ from foreroute.predict.controls import (
     Moment,
     Popularity,
     first_only,
+    of_entry,
     of_predictor,
     oracle,
     previous_token,
@@ -132,6 +133,8 @@ def guessers_of(candidates: Mapping[str, Predictor], sidecar: Sidecar | None) ->
         guessers[known.TOKEN_TABLE] = first_only(table)
         if known.HYBRID in candidates:
             guessers[known.HYBRID] = of_predictor(candidates[known.HYBRID], table)
+    if sidecar is not None and any(layer is not None for layer in sidecar.entry):
+        guessers[known.ENTRY] = of_entry(sidecar.entry)
     return guessers
 
 

@@ -25,6 +25,7 @@ class Watch:
         self._on_moment = on_moment
         self._layers = model.foreroute.layers
         self._logits: dict[int, torch.Tensor] = {}
+        self._entries: dict[int, torch.Tensor] = {}
         self._before: Seen | None = None
         self._windows = torch.empty(0, 0, dtype=torch.int64)
         self._pass_index = -1
@@ -45,7 +46,14 @@ class Watch:
         seen = Seen(hidden, ids, weights, self.tap(layer))
         width = self._layers[layer].experts.num_offloaded
         moment = Moment(
-            layer, width, seen, self._before, self._windows.flatten(), self._windows.shape[1], self._pass_index
+            layer,
+            width,
+            seen,
+            self._before,
+            self._windows.flatten(),
+            self._windows.shape[1],
+            self._pass_index,
+            self._entries.pop(layer, None),
         )
         logits = self._logits.pop(layer, None)
         self._before = seen
@@ -56,6 +64,14 @@ class Watch:
 
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             self._logits[layer] = output[at].flatten(0, -2)
+
+        return hook
+
+    def catch_entry(self, layer: int) -> Any:
+        """A forward pre-hook for the module around the layer."""
+
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            self._entries[layer] = args[0].flatten(0, -2)
 
         return hook
 
@@ -72,6 +88,11 @@ def watching(model: Any, on_moment: MomentListener, on_rows: RowsListener | None
         layer.router.module.register_forward_hook(watch.catch_logits(layer.index, layer.router.logits_at))
         for layer in model.foreroute.layers
         if layer.router is not None and layer.router.logits_at >= 0
+    ]
+    handles += [
+        layer.around.register_forward_pre_hook(watch.catch_entry(layer.index))
+        for layer in model.foreroute.layers
+        if layer.around is not None
     ]
     runtime.observer, runtime.expert_listener = watch.observe, on_rows
     try:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from foreroute.engine.generate import GenerationReport
 
 MODEL_NAME = "foreroute-tiny"
-_PROMPT = "The old man looked at the sea and said"
+_PROMPT = "Mon 3 Jul + 6 days"
 
 _EPILOG = """\
 examples:
@@ -91,13 +91,15 @@ def run(args: argparse.Namespace) -> int:
 
         options.apply_threads(args)
         tokenizer = load_tokenizer(folder)
-        prompt_ids = encode_prompt(tokenizer, args.prompt, chat=False)
+        # The model that ships answers questions; another one continues the text.
+        is_chat = args.model is None
+        prompt_ids = encode_prompt(tokenizer, args.prompt, chat=is_chat)
         model = foreroute.load(folder, dtype=args.dtype, config=config)
     plan = model.foreroute.plan
     try:
-        console.print(_introduction(plan) + "\n")
+        console.print(_introduction(plan) + (" It is asked:\n" if is_chat else " It continues this text:\n"))
         write = figures.writer(sys.stdout, is_quiet=args.json)
-        write(args.prompt)
+        write(args.prompt + ("\n" if is_chat else ""))
         report = generate(
             model, tokenizer, prompt_ids, on_text=write, max_new_tokens=args.max_new_tokens, do_sample=False
         )
@@ -170,7 +172,7 @@ def _introduction(plan: Plan) -> str:
     return (
         f"{Path(plan.folder).name} has {plan.total_slots} experts in {plan.num_layers} layers; a token uses {top_k} in "
         f"each. They take {format_memory(plan.total_expert_bytes)} and lie on disk. There is memory for "
-        f"{plan.num_slots} of them, {format_memory(plan.memory_bytes)}. It continues this text:"
+        f"{plan.num_slots} of them, {format_memory(plan.memory_bytes)}."
     )
 
 

@@ -21,7 +21,7 @@ from foreroute.predict.sidecar import Sidecar, find_sidecar
 from foreroute.predict.token_table import TokenTable
 
 LOOKAHEAD, DEFAULT_VECTORS, RIDGE, HYBRID = "lookahead", "default vectors", "ridge", "hybrid"
-ESTIMATOR, TOKEN_TABLE = "estimator", "token table"
+ESTIMATOR, TOKEN_TABLE, ENTRY = "estimator", "token table", "before attention"
 
 
 def open_sidecar(folder: Path, index: CheckpointIndex, asked: EngineConfig) -> Sidecar | None:
@@ -97,8 +97,15 @@ def own_router(layer: MoeLayer, scale: torch.Tensor | None = None) -> NextRouter
     router = layer.router
     if router is None or router.takes_more_than_hidden:
         return None
-    width = layer.experts.num_offloaded
-    return NextRouter(router.module.forward, router.ids_at, router.weights_at, router.logits_at, width, scale)
+    return NextRouter(
+        router.module.forward,
+        router.ids_at,
+        router.weights_at,
+        router.logits_at,
+        layer.experts.num_offloaded,
+        scale,
+        router.is_sorted,
+    )
 
 
 def default_vectors(layers: Sequence[MoeLayer], sidecar: Sidecar) -> DefaultVectors:

@@ -317,7 +317,7 @@ class Runtime:
         return total
 
     def _start_over(self) -> None:
-        """Forget what a broken-off step left behind. Simple, and right wherever it broke off; the pool is empty then."""
+        """Forget what a broken-off step left behind: right wherever it broke off. The pool is empty then."""
         self.transfer.reset()
         self.residency.clear()
         for guessed in self._guessed:

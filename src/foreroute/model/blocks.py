@@ -26,6 +26,7 @@ class Router:
     ids_at, weights_at, logits_at: positions in the tuple that the router returns; logits_at is -1 when there are none.
     takes_more_than_hidden: the block passes it further arguments, so that it cannot be run ahead on its own.
     reads_experts_input: its input is the tensor that the experts get.
+    is_sorted: its choice came best first.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Router:
     logits_at: int
     takes_more_than_hidden: bool
     reads_experts_input: bool
+    is_sorted: bool
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class MoeLayer:
     router: None when the block routes in itself.
     norm_weight: [hidden] scale of the norm whose output the router reads, when that norm is a plain RMS norm.
     norm: that norm, of whatever kind, when its input is the residual stream that the block's output is added to.
+    around: in that case the module of the whole layer, whose first argument is the residual stream before attention.
     """
 
     index: int
@@ -54,6 +57,7 @@ class MoeLayer:
     router: Router | None
     norm_weight: torch.Tensor | None
     norm: nn.Module | None = None
+    around: nn.Module | None = None
 
 
 @dataclass
@@ -155,7 +159,14 @@ def _find_router(
             return None
         more = len(args) != 1 or bool(kwargs)
         return Router(
-            name, module, at["ids"], at["weights"], at.get("logits", -1), more, _same((*args, None)[0], hidden)
+            name,
+            module,
+            at["ids"],
+            at["weights"],
+            at.get("logits", -1),
+            takes_more_than_hidden=more,
+            reads_experts_input=_same((*args, None)[0], hidden),
+            is_sorted=bool((weights.diff(dim=-1) <= 0).all()),
         )
     return None
 
@@ -185,13 +196,18 @@ def _with_norm(layer: MoeLayer, calls: _Calls) -> MoeLayer:
     if calls.norm is None or calls.residual is None:
         return layer
     residual, enclosing = calls.residual, []
-    for name, _, _, _, output in calls.records:
+    for name, module, args, _, output in calls.records:
         first = output[0] if isinstance(output, tuple) and output else output
         if layer.name.startswith(name + ".") and isinstance(first, torch.Tensor) and first.numel() == residual.numel():
-            enclosing.append(first.reshape(residual.shape).float())
+            enclosing.append((first.reshape(residual.shape).float(), module, args))
+    if len(enclosing) < 2:
+        return layer
     # Innermost first: the block's own output, then that of the layer around it.
-    is_sum = len(enclosing) > 1 and torch.allclose(enclosing[1] - residual.float(), enclosing[0], rtol=2e-2, atol=1e-3)
-    return replace(layer, norm=calls.norm) if is_sum else layer
+    (of_block, _, _), (of_layer, around, args) = enclosing[:2]
+    if not torch.allclose(of_layer - residual.float(), of_block, rtol=2e-2, atol=1e-3):
+        return layer
+    reads_stream = bool(args) and isinstance(args[0], torch.Tensor) and args[0].shape == residual.shape
+    return replace(layer, norm=calls.norm, around=around if reads_stream else None)
 
 
 def _find_norm_weight(calls: _Calls, router_input: torch.Tensor) -> torch.Tensor | None:

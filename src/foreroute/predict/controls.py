@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 from foreroute.predict.base import Predictor, Seen, TokenGuess
+from foreroute.predict.entry import EntryLayer
 from foreroute.predict.lookahead import NextRouter
 from foreroute.predict.token_table import TokenTable
 
@@ -20,6 +21,7 @@ class Moment(NamedTuple):
     layer: the layer that is guessed. num_experts: its experts. now: what it saw and chose: the truth.
     before: what the MoE layer before it saw; None for layer 0. token_ids: [tokens]. context: positions per row; tokens
     are rows of the batch, one after the other. pass_index: counts forward passes.
+    entry: [tokens, hidden], the residual stream before this layer's attention; None where it is not known.
     """
 
     layer: int
@@ -29,6 +31,7 @@ class Moment(NamedTuple):
     token_ids: torch.Tensor
     context: int
     pass_index: int
+    entry: torch.Tensor | None = None
 
 
 # A guess for a moment: (moment, width) -> at most `width` experts per token, None where there is nothing to say.
@@ -51,6 +54,16 @@ def first_only(table: TokenTable) -> Guesser:
 
     def guess(moment: Moment, width: int) -> TokenGuess | None:
         return table.guess(moment.token_ids, width) if moment.layer == 0 else None
+
+    return guess
+
+
+def of_entry(layers: Sequence[EntryLayer | None]) -> Guesser:
+    """The guess from before the layer's own attention."""
+
+    def guess(moment: Moment, width: int) -> TokenGuess | None:
+        layer = layers[moment.layer]
+        return None if layer is None or moment.entry is None else layer.guess(moment.entry, width)
 
     return guess
 

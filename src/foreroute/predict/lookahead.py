@@ -17,6 +17,7 @@ class NextRouter:
         logits [tokens, >= E], or -1.
     scale: [hidden] by which the previous layer's router input is multiplied to become what this layer's norm would
         have made of the same residual: this norm's weight over that one's. None where the norms are not known.
+    is_sorted: the router's choice comes best first.
     """
 
     route: Callable[[torch.Tensor], tuple[torch.Tensor, ...]]
@@ -25,6 +26,7 @@ class NextRouter:
     logits_at: int
     num_experts: int
     scale: torch.Tensor | None
+    is_sorted: bool = False
 
     def guess(self, router_input: torch.Tensor, width: int) -> TokenGuess:
         """The router's own choice on `router_input` [tokens, hidden], cut to `width` or lengthened by the next best.
@@ -33,10 +35,13 @@ class NextRouter:
         top-k is ranked by plain logits, and gets no weight.
         """
         outputs = self.route(router_input)
-        # Some routers leave their choice unsorted.
-        weights, order = outputs[self.weights_at].sort(-1, descending=True)
-        ids = outputs[self.ids_at].gather(-1, order)
+        ids, weights = outputs[self.ids_at], outputs[self.weights_at]
+        if not self.is_sorted:
+            weights, order = weights.sort(-1, descending=True)
+            ids = ids.gather(-1, order)
         top_k = ids.shape[-1]
+        if width == top_k:
+            return TokenGuess(ids, weights)
         width = min(width, self.num_experts)
         if width <= top_k or self.logits_at < 0:
             return TokenGuess(ids[:, :width], weights[:, :width])

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from foreroute.errors import PredictorError
+from foreroute.predict.entry import EntryLayer
 from foreroute.predict.ridge import RidgeLayer
 
 SIDECAR_NAME = "predictor.foreroute.safetensors"
@@ -35,6 +36,7 @@ class Sidecar:
     could be observed. token_table: [vocabulary, experts of layer 0] float16. popularity: per MoE layer [experts] int64.
     choice: per MoE layer the name of the predictor that guesses the next one; None for no guess.
     estimator: its weights by name; empty when none was trained.
+    entry: per MoE layer its guess from before its own attention; None where that is not known.
     """
 
     fingerprint: str
@@ -45,6 +47,7 @@ class Sidecar:
     choice: list[str | None]
     about: dict[str, Any] = field(default_factory=dict)
     estimator: dict[str, torch.Tensor] = field(default_factory=dict)
+    entry: list[EntryLayer | None] = field(default_factory=list)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Everything fitted, by name."""
@@ -61,6 +64,9 @@ class Sidecar:
             named[f"popularity.{layer}"] = counts
         if self.token_table is not None:
             named["token_table"] = self.token_table
+        for layer, guess in enumerate(self.entry):
+            if guess is not None:
+                named[f"entry.{layer}.weights"], named[f"entry.{layer}.bias"] = guess.weights, guess.bias
         named.update({_ESTIMATOR + name: weight for name, weight in self.estimator.items()})
         return {name: tensor.contiguous() for name, tensor in sorted(named.items())}
 
@@ -107,6 +113,7 @@ class Sidecar:
             choice,
             about["about"],
             {name[len(_ESTIMATOR) :]: weight for name, weight in tensors.items() if name.startswith(_ESTIMATOR)},
+            [_entry_layer(tensors, layer) for layer in layers],
         )
 
 
@@ -137,7 +144,11 @@ def write_whole(path: Path, tensors: Mapping[str, torch.Tensor], about: Mapping[
     """
     scratch = path.with_name(path.name + ".tmp")
     try:
+        scratch.write_bytes(b"")
+        mode = scratch.stat().st_mode
         save_file(dict(tensors), scratch, metadata={_KEY: json.dumps(about, sort_keys=True)})
+        # As any file of this user, where safetensors would leave it to its owner alone.
+        os.chmod(scratch, mode)
         os.replace(scratch, path)
     except (OSError, SafetensorError) as error:
         scratch.unlink(missing_ok=True)
@@ -168,6 +179,11 @@ def _ridge_layer(tensors: Mapping[str, torch.Tensor], layer: int) -> RidgeLayer 
     if hidden is None or gates is None or bias is None:
         return None
     return RidgeLayer(hidden, gates, bias)
+
+
+def _entry_layer(tensors: Mapping[str, torch.Tensor], layer: int) -> EntryLayer | None:
+    weights, bias = tensors.get(f"entry.{layer}.weights"), tensors.get(f"entry.{layer}.bias")
+    return None if weights is None or bias is None else EntryLayer(weights, bias)
 
 
 def _digest(tensors: Mapping[str, torch.Tensor]) -> str:

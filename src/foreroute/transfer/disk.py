@@ -8,7 +8,7 @@ being read. With nothing left to read the reading thread does it itself, and spa
 
 import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from queue import Empty, SimpleQueue
 
 from foreroute.transfer.base import Completion
@@ -16,6 +16,8 @@ from foreroute.transfer.files import BlockFiles
 from foreroute.transfer.load import Load, Source
 from foreroute.transfer.queue import TransferQueue
 from foreroute.types import ExpertReads
+
+_LOCK_PATIENCE_S = 2.0
 
 
 class DiskTransfer:
@@ -128,7 +130,7 @@ class DiskTransfer:
 
     def reset(self) -> None:
         """Withdraw what has not started, wait for what has, and forget all that is over."""
-        with self._lock:
+        with self._regained_lock():
             self._queue.clear()
         while self._is_running():
             with contextlib.suppress(Empty):
@@ -140,13 +142,16 @@ class DiskTransfer:
         """Drop what has not started, finish what has, join the threads, close the files."""
         if self._closed:
             return
-        with self._lock:
+        with self._regained_lock():
             self._closed = True
             self._num_in_flight -= self._queue.clear()
         for _ in self._readers:
             self._wake.put(False)
         for thread in self._readers:
-            thread.join()
+            while thread.is_alive():
+                thread.join(_LOCK_PATIENCE_S)
+                with self._regained_lock():
+                    pass
         self._unfinished.put(None)
         self._finisher.join()
         self._files.close()
@@ -159,8 +164,20 @@ class DiskTransfer:
             queue(key, slot)
             self._num_in_flight += 1
 
+    @contextlib.contextmanager
+    def _regained_lock(self) -> Iterator[None]:
+        """The lock, also when an interrupt struck the decode thread between taking it and letting go of it.
+
+        The other threads hold it for microseconds and never during I/O, so what is held for seconds has lost its owner.
+        """
+        self._lock.acquire(timeout=_LOCK_PATIENCE_S)
+        try:
+            yield
+        finally:
+            self._lock.release()
+
     def _is_running(self) -> bool:
-        with self._lock:
+        with self._regained_lock():
             return self._queue.num_running > 0
 
     def _thread(self, work: Callable[[], None], name: str) -> threading.Thread:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from foreroute.errors import PredictorError
+from foreroute.predict.entry import EntryLayer
 from foreroute.predict.ridge import RidgeLayer
 from foreroute.predict.sidecar import SIDECAR_NAME, Sidecar, find_sidecar
 
@@ -22,6 +23,8 @@ def sidecar() -> Sidecar:
         popularity=[torch.arange(5), torch.arange(3)],
         choice=["ridge", None],
         about={"tokens": {"fitted": 3}, "b": [1.5, None], "a": 1},
+        estimator={"head": torch.randn(4, 3, generator=generator)},
+        entry=[None, EntryLayer(torch.randn(4, 3, generator=generator), torch.randn(3, generator=generator))],
     )
 
 
