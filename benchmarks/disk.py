@@ -4,11 +4,13 @@
 
 A file of 4.2 GB holds 448 experts of 9.4 MB (bf16, 30B-A3B's shape), taken once as packed (aligned records with
 checksums), once as plain safetensors lie (three unaligned parts in a row). Both are read in random order by O_DIRECT;
-the bare loop is one `preadv` per expert into the same kind of memory, with as many threads. All contenders take turns
-within one run. Wanted, by the median of the ratios within a round: packed 0.9 of the bare loop, unpacked 0.8.
+the bare loop is one `preadv` per expert into the same kind of memory, with as many threads; once more on small pages
+it shows what huge pages are worth. All contenders take turns within one run. Wanted, by the median of the ratios within
+a round: packed 0.9 of the bare loop, unpacked 0.8.
 """
 
 import argparse
+import mmap
 import os
 import random
 import tempfile
@@ -78,18 +80,23 @@ class Disk:
         self.reads_per_run = reads_per_run
         self.cpu_ms: dict[str, list[float]] = {}
         self._rng = random.Random(1)
-        self._memory, self._slots = allocate_slots(AT_ONCE, EXPERT_BYTES)
-        for slot in self._slots:
+        self._slots = allocate_slots(AT_ONCE, EXPERT_BYTES)[1]
+        small = mmap.mmap(-1, AT_ONCE * EXPERT_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        small.madvise(mmap.MADV_NOHUGEPAGE)
+        whole = memoryview(small)
+        self._slots_of_small_pages = [whole[slot * EXPERT_BYTES :][:EXPERT_BYTES] for slot in range(AT_ONCE)]
+        for slot in self._slots + self._slots_of_small_pages:
             slot[:] = bytes(EXPERT_BYTES)
 
     @contextmanager
-    def bare(self, name: str, num_threads: int) -> Iterator[Callable[[], float]]:
+    def bare(self, name: str, num_threads: int, *, small_pages: bool = False) -> Iterator[Callable[[], float]]:
         """One preadv per expert, nothing else; each thread its share."""
         fd = os.open(self.path, os.O_RDONLY | os.O_DIRECT)
+        slots = self._slots_of_small_pages if small_pages else self._slots
 
         def read(order: list[int], first: int) -> None:
             for turn in range(first, len(order), num_threads):
-                got = os.preadv(fd, [self._slots[turn % AT_ONCE]], order[turn] * EXPERT_BYTES)
+                got = os.preadv(fd, [slots[turn % AT_ONCE]], order[turn] * EXPERT_BYTES)
                 assert got == EXPERT_BYTES
 
         def run() -> float:
@@ -152,7 +159,11 @@ def compare(disk: Disk, num_threads: int, checksums: list[int], repeats: int) ->
     }
     with ExitStack() as stack:
         bare = f"bare_{num_threads}"
-        contenders = {bare: stack.enter_context(disk.bare(bare, num_threads))}
+        small_pages = f"bare_on_small_pages_{num_threads}"
+        contenders = {
+            bare: stack.enter_context(disk.bare(bare, num_threads)),
+            small_pages: stack.enter_context(disk.bare(small_pages, num_threads, small_pages=True)),
+        }
         for kind, reads_of in ours.items():
             name = f"{kind}_{num_threads}"
             contenders[name] = stack.enter_context(disk.ours(name, num_threads, reads_of))

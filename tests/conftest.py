@@ -1,6 +1,7 @@
 """What all tests share: tiny checkpoints and transformers' own models of them, made once per session."""
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,10 @@ if TYPE_CHECKING:
 
 # Nothing here may reach for the network; read by huggingface_hub when it is imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+# A shell starts what runs in its background with Ctrl-C ignored, and children inherit it; the tests send it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -169,7 +169,8 @@ def _meta_model(folder: Path, config: Any) -> nn.Module:
             f"{folder}: {config.model_type} is no causal language model in transformers; foreroute runs those only."
         )
     try:
-        with torch.device("meta"):
+        # Another thread's load may have classes swapped: a model built meanwhile would have no experts to find.
+        with _SWAP_LOCK, torch.device("meta"):
             return AutoModelForCausalLM.from_config(config)
     except _CONFIG_ERRORS as error:
         raise CheckpointError(

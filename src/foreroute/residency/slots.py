@@ -63,13 +63,11 @@ class Residency:
         eviction: the order of giving up; reset here, owned by the pool from now on.
         staging_slots: the most slots that prefetched, not yet demanded keys may take; 0 turns prefetch off.
         keys_per_layer: width of a layer in keys, for `resident_per_layer`; None counts all keys as one layer.
-
     Attributes (read only):
-        evictions: keys given up so far, staged ones included.
+        evictions: keys given up so far, staged ones too.
         prefetch_used: prefetched keys that were demanded while staged, loaded already or not.
         prefetch_wasted: prefetched keys that were loaded, and given up before any demand.
-        resident_per_layer: per layer, keys that have a slot, loaded or on their way.
-
+        resident_per_layer: keys that have a slot, loaded or on their way.
     Cost: benchmarks/residency.py measures it, per layer from demand to release.
     """
 

@@ -67,3 +67,9 @@ def test_most_wanted_counts_votes_by_rank_and_drops_what_is_no_expert() -> None:
     assert most_wanted([[3, 9, 1]], num_experts=5) == [3, 1]
     # 0: 3 votes; 1: 2 + 2; 2: 1 + 3.
     assert most_wanted([[0, 1, 2], [2, 1, 9]], num_experts=5) in ([1, 2, 0], [2, 1, 0])
+
+
+def test_what_comes_sorted_is_taken_as_it_comes() -> None:
+    sorted_router = NextRouter(grouped, 1, 0, 2, EXPERTS, scale=None, is_sorted=True)
+    assert sorted_router.guess(SEEN.hidden, 2).ids.tolist() == [[4, 1], [1, 0]]
+    assert sorted_router.guess(SEEN.hidden, 3).ids.tolist() == [[4, 1, 2], [1, 0, 5]]
