@@ -11,8 +11,8 @@ def map_memory(num_bytes: int) -> mmap.mmap:
     """At least so much anonymous memory, 4096-byte aligned, zero, taken from the system as it is touched.
 
     On huge pages where the system has them: O_DIRECT pins every page that it writes to, and on small ones that halves
-    the rate of a fast disk (1.1 against 2.3 GB/s, benchmarks/disk.py). They are given to private memory only, where Python's default is
-    shared, and in full only to a mapping that is a whole number of them long.
+    the rate of a fast disk (1.1 against 2.3 GB/s, benchmarks/disk.py). They are given to private memory only, where
+    Python's default is shared, and in full only to a mapping that is a whole number of them long.
     """
     if num_bytes < _HUGE_PAGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
         return mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
