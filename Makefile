@@ -4,17 +4,27 @@ PY     := .venv/bin/python
 STAMP  := .venv/.installed
 PIP    := $(PY) -m pip install --disable-pip-version-check --quiet
 
+# The oldest transformers that pyproject.toml allows, in an environment of its own.
+OLDEST    := 5.17.0
+OLD_VENV  := .venv-5.17
+OLD_PY    := $(OLD_VENV)/bin/python
+OLD_STAMP := $(OLD_VENV)/.installed
+OLD_PIP   := $(OLD_PY) -m pip install --disable-pip-version-check --quiet -c $(OLD_VENV)/constraints.txt
+
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format bench clean
+.PHONY: help demo test test-oldest check format bench clean
 
 help:            ## this list
-	@grep -hE '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/' | expand -t 18
+	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 20
 
 demo: $(STAMP)   ## run a small trained MoE with a quarter of its experts in memory, and check its tokens
 	$(PY) -m foreroute.cli.main demo
 
 test: $(STAMP)   ## all tests (ARGS="-k name -x" for some)
 	$(PY) -m pytest $(ARGS)
+
+test-oldest: $(OLD_STAMP) ## the same with the oldest transformers that is meant to work
+	$(OLD_PY) -m pytest -p no:cacheprovider $(ARGS)
 
 check: $(STAMP)  ## format, lint, types, and who may import whom
 	$(PY) -m ruff format --check .
@@ -42,4 +52,13 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -x $(PY) || $(PYTHON) -m venv .venv
 	$(PIP) -c constraints.txt torch==2.13.0
 	$(PIP) -c constraints.txt -e '.[dev]'
+	@touch $@
+
+# All else as pinned, but for what transformers itself pins to older versions.
+$(OLD_STAMP): pyproject.toml constraints.txt
+	@echo "Setting up $(OLD_VENV) (once, some minutes) ..."
+	@test -x $(OLD_PY) || $(PYTHON) -m venv $(OLD_VENV)
+	@grep -vE '^(transformers|huggingface_hub)==' constraints.txt > $(OLD_VENV)/constraints.txt
+	$(OLD_PIP) torch==2.13.0
+	$(OLD_PIP) transformers==$(OLDEST) -e '.[dev]'
 	@touch $@
