@@ -311,8 +311,17 @@ def test_g15_the_familys_own_forward(checkpoints, references, load, family, monk
 
 
 @pytest.mark.parametrize("width", [1, 8])
-def test_g16_width_of_guesses(checkpoints, references, load, width):
+def test_g16_width_of_guesses(checkpoints, references, load, width, monkeypatch):
     folder = checkpoints.get("qwen3_moe")
     model = load(folder, "50%", prefetch_width=width)
+    residency, widths = model.foreroute.runtime.residency, []
+    prefetch = residency.prefetch
+
+    def noting(keys):
+        widths.append(len(keys))
+        return prefetch(keys)
+
+    monkeypatch.setattr(residency, "prefetch", noting)
     assert_same(model, folder, references, ONE_PROMPT)
+    assert set(widths) == {width}
     assert model.foreroute.stats().prefetch_used > 0
