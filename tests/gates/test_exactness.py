@@ -323,5 +323,5 @@ def test_g16_width_of_guesses(checkpoints, references, load, width, monkeypatch)
 
     monkeypatch.setattr(residency, "prefetch", noting)
     assert_same(model, folder, references, ONE_PROMPT)
-    assert set(widths) == {width}
+    assert set(widths) - {0} == {width}
     assert model.foreroute.stats().prefetch_used > 0

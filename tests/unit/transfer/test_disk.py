@@ -127,6 +127,15 @@ def test_padding_of_one_part_never_covers_another(disk, tmp_path, order):
     assert slots[0][150:] == bytes([GUARD]) * (SLOT_BYTES - 150)
 
 
+def test_bytes_that_no_copy_names_stay_out_of_the_slot(disk, tmp_path):
+    path, content = write_file(tmp_path / "a", 4096)
+    transfer, slots = disk({0: (Read(path, 0, 200, (flat(100),)),)})
+    transfer.demand(0, 0)
+    assert transfer.wait()[0].error is None
+    assert slots[0][:100] == content[:100]
+    assert slots[0][100:] == bytes([GUARD]) * (SLOT_BYTES - 100)
+
+
 def test_a_record_at_the_unpadded_end_of_a_file_is_read(disk, tmp_path):
     path, content = write_file(tmp_path / "a", 4096 + 10)
     transfer, slots = disk({0: (whole(path, 4096, 10),), 1: (whole(path, 4000, 106),)})
