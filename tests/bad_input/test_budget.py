@@ -6,6 +6,8 @@ import re
 import pytest
 
 from foreroute.errors import BudgetError, ForerouteError
+from tests.support.checkpoints import save_hollow
+from tests.support.families import FAMILIES
 from tests.support.runs import ONE_PROMPT, assert_same_bits, expert_table, generate, slots_memory, watch_reads
 
 
@@ -31,6 +33,16 @@ def test_below_one_tokens_demand(load, references, folder, num_slots):
     model = load(folder, enough)
     assert 10 <= model.foreroute.plan.num_slots <= 11
     assert_same_bits(generate(model), references.output(folder, ONE_PROMPT))
+
+
+def test_the_number_that_is_enough_is_rounded_up(load, tmp_path):
+    config = FAMILIES["qwen3_moe"]()
+    config.hidden_size = config.moe_intermediate_size = 200
+    folder = save_hollow(config, tmp_path / "model")
+    assert slots_memory(folder, 9) == 2_174_976  # 2.07 MiB: 2.1 is enough, 2.0 is not
+    assert "Raise --memory to 2.1 MiB." in refused(load, folder, "1MiB")
+    assert load(folder, "2.1 MiB").foreroute.plan.num_slots == 9
+    refused(load, folder, "2.0 MiB")
 
 
 @pytest.mark.parametrize("memory", ["4096", "10KB", "2%", 1])

@@ -249,6 +249,15 @@ class TestTheExperts:
         write_parts(folder / "model.safetensors", *closed_up(header, payload))
         refused(folder, CorruptCheckpointError, re.escape(EXPERT), "F16", "F32")
 
+    def test_gate_and_up_of_different_dtypes(self, refused, folder):
+        header, payload = read_parts(folder / "model.safetensors")
+        for name, info in header.items():
+            if "experts" in name and "up_proj" in name:
+                begin, end = info["data_offsets"]
+                info.update(dtype="F16", data_offsets=[begin, begin + (end - begin) // 2])
+        write_parts(folder / "model.safetensors", *closed_up(header, payload))
+        refused(folder, CorruptCheckpointError, r"gate_up_proj is stored in several dtypes: \['F16', 'F32'\]")
+
     def test_one_expert_of_another_shape(self, refused, folder):
         change_header(folder / "model.safetensors", lambda header: header[EXPERT].update(shape=[64, 32]))
         refused(folder, CorruptCheckpointError, re.escape(EXPERT), r"\[64, 32\]", r"\[32, 64\]")

@@ -286,10 +286,10 @@ def test_g13_shards(checkpoints, references, load, family):
     assert len(reads.names) > 2
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize(("family", "attention"), [("qwen3_moe", "eager"), ("qwen3_moe", "sdpa"), ("gpt_oss", "eager")])
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
-def test_g14_attention_and_cache(checkpoints, references, load, attention, cache):
-    folder = checkpoints.get("gpt_oss" if attention == "eager" else "qwen3_moe")
+def test_g14_attention_and_cache(checkpoints, references, load, family, attention, cache):
+    folder = checkpoints.get(family)
     model = load(folder, "25%", attn_implementation=attention)
     reference = references.model(folder, attn_implementation=attention)
     assert model.config._attn_implementation == attention

@@ -181,7 +181,7 @@ def stepwise(model, ids):
         yield int(ids)
 
 
-def test_g29_two_threads_of_compute(load, references, tmp_path):
+def test_g29_two_threads_of_compute(load, references, tmp_path, monkeypatch):
     """Products large enough that torch divides them: the same team gives the same bits."""
     from tests.support.checkpoints import random_model, save_checkpoint
     from tests.support.families import FAMILIES
@@ -193,8 +193,17 @@ def test_g29_two_threads_of_compute(load, references, tmp_path):
     torch.set_num_threads(2)
     try:
         model = load(folder, "80%")
+        views, teams = model.foreroute.runtime.views, set()
+        operands = views.operands
+
+        def noting(layer, slot):
+            teams.add(torch.get_num_threads())
+            return operands(layer, slot)
+
+        monkeypatch.setattr(views, "operands", noting)
         ours, theirs = (generate(which, batch, 2) for which in (model, references.model(folder)))
     finally:
         torch.set_num_threads(1)
     assert_same_bits(ours, theirs)
+    assert teams == {2}
     assert evictions_of(model) > 0

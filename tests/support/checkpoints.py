@@ -29,7 +29,7 @@ def random_model(config: Any, seed: int) -> Any:
             if tensor.ndim == 1 and "bias" not in name and "sinks" not in name:
                 tensor.copy_(1 + 0.1 * noise)  # norms
             else:
-                tensor.copy_(noise * (0.5 if "embed" in name else 0.1))
+                tensor.copy_(noise * (0.5 if "embed" in name else 0.2 if ".experts." in name else 0.1))
     return model.eval()
 
 
