@@ -12,7 +12,7 @@ OLD_STAMP := $(OLD_VENV)/.installed
 OLD_PIP   := $(OLD_PY) -m pip install --disable-pip-version-check --quiet -c $(OLD_VENV)/constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest check format bench clean
+.PHONY: help demo test test-oldest check format held-out bench clean
 
 help:            ## this list
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 20
@@ -35,6 +35,9 @@ check: $(STAMP)  ## format, lint, types, and who may import whom
 format: $(STAMP) ## rewrite the sources as `check` wants them
 	$(PY) -m ruff check --fix-only .
 	$(PY) -m ruff format .
+
+held-out: $(STAMP) ## the text that `foreroute eval --suite builtin` reads (fetches Debian packages through apt)
+	$(PY) models/held_out.py
 
 bench: $(STAMP)  ## our own micro-benchmarks; beside other engines: benchmarks/peers.py
 	$(PY) -m benchmarks.residency

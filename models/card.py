@@ -8,9 +8,9 @@ import platform
 from pathlib import Path
 from typing import Any
 
+from foreroute.evals.tasks import kinds
 from models import sources
 from models.families import Recipe
-from models.tasks import kinds
 
 Entry = dict[str, float]
 

@@ -18,7 +18,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from models import sources, tasks
+from foreroute.evals import tasks
+from foreroute.evals.text import HeldOut
+from models import sources
 from models.tokenizer import ASSISTANT, END, END_OF_TEXT, USER, VOCAB_SIZE, load_tokenizer, train_tokenizer
 
 HELD_OUT_DOCUMENTS = 50  # one document in so many
@@ -111,6 +113,15 @@ def prepare(
         ids.tofile(work / f"{name}.train.u16")
         print(f"{name}: {len(ids) / 1e6:.2f} M tokens", flush=True)
     (work / "prepared").touch()
+
+
+def held_out(work: Path) -> HeldOut:
+    """What `prepare` kept from training: text by source, and the glossary of the `define` task."""
+    return HeldOut(
+        json.loads((work / "held_out.json").read_text()),
+        json.loads((work / "sources.json").read_text()),
+        json.loads((work / "glossary.json").read_text())["held_out"],
+    )
 
 
 def _tokenizer_texts(

@@ -17,47 +17,30 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `python models/evaluate.py` finds the package
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from foreroute.evals.answers import answer
+from foreroute.evals.tasks import Item, accuracy_by_kind, held_out_suite
+from foreroute.evals.text import bits_per_char, cut_windows
 from models import attention, experts
+from models.data import held_out
 from models.export import untrained
 from models.families import RECIPES
-from models.held_out import bits_per_char, sample_windows
 from models.router_stats import as_records, router_stats
-from models.tasks import Item, accuracy_by_kind, held_out_suite
 from models.tokenizer import ASSISTANT, END, USER
-
-
-@torch.no_grad()
-def answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, items: list[Item], batch: int = 50) -> list[str]:
-    """Greedy completions through the chat template, in batches of similar length, left-padded."""
-    tokenizer.padding_side = "left"
-    chats = [[{"role": "user", "content": item.prompt}] for item in items]
-    prompts = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
-    longest = [len(tokenizer(item.answer).input_ids) + 8 for item in items]
-    order = sorted(range(len(items)), key=lambda n: (longest[n], len(prompts[n])))
-    found = [""] * len(items)
-    for start in range(0, len(order), batch):
-        part = order[start : start + batch]
-        inputs = tokenizer([prompts[n] for n in part], return_tensors="pt", padding=True, add_special_tokens=False)
-        limit = max(longest[n] for n in part)
-        output = model.generate(**inputs, max_new_tokens=limit, do_sample=False)
-        for n, ids in zip(part, output[:, inputs.input_ids.shape[1] :], strict=True):
-            found[n] = tokenizer.decode(ids, skip_special_tokens=True)
-    return found
 
 
 def evaluate(folder: Path, work: Path, per_kind: int, windows_per_source: int, seed: int = 0) -> dict[str, Any]:
     """All figures of the model card: bits/char by source, accuracy by kind, router statistics beside the untrained."""
     recipe = RECIPES[folder.name]
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    glossary = json.loads((work / "glossary.json").read_text())["held_out"]
+    text = held_out(work)
     began = time.perf_counter()
-    windows = sample_windows(work, tokenizer.backend_tokenizer, recipe.seq_len, windows_per_source)
+    windows = cut_windows(text.texts, text.shares, tokenizer, recipe.seq_len, windows_per_source)
     experts.register()
     attention.register()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, experts_implementation="eager").eval()
-    items = held_out_suite(per_kind, seed, glossary)
+    items = held_out_suite(per_kind, seed, text.glossary)
     rows = torch.cat([*(one.ids[:8, :-1] for one in windows), _item_rows(tokenizer, items, recipe.seq_len, 64)])
     completions = answer(model, tokenizer, items)
     model.config._experts_implementation = experts.IMPLEMENTATION

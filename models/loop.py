@@ -20,12 +20,13 @@ import torch.multiprocessing as mp
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from foreroute.evals.text import Windows, bits_per_char, cut_windows
 from models import attention, experts
-from models.data import IGNORE, Rows
+from models.data import IGNORE, Rows, held_out
 from models.families import Recipe
-from models.held_out import bits_per_char, sample_windows
 from models.loss import projected_cross_entropy
 from models.optim import FlatOptimizer, layout
+from models.tokenizer import load_tokenizer
 
 LOG_EVERY, EVALUATE_EVERY, SAVE_EVERY = 20, 200, 100
 
@@ -195,6 +196,12 @@ def restore(path: Path, shared: Shared) -> tuple[int, list[dict[str, float]]]:
     return state["step"], state["history"]
 
 
+def held_out_windows(work: Path, recipe: Recipe, per_source: int) -> list[Windows]:
+    """Held-out windows as long as the recipe's rows, `per_source` of each source."""
+    text = held_out(work)
+    return cut_windows(text.texts, text.shares, load_tokenizer(work), recipe.seq_len, per_source)
+
+
 def _report(
     trainer: Trainer, step: int, lr: float, seconds: float, losses: list[Tensor], before: float
 ) -> dict[str, float]:
@@ -212,7 +219,7 @@ def _run_rank(
     crew: Crew,
 ) -> None:  # fmt: skip
     trainer = Trainer(recipe, work, shared, rank, crew)
-    windows = sample_windows(work, trainer.rows.tokenizer, recipe.seq_len, 6) if rank == 0 else None
+    windows = None if rank else held_out_windows(work, recipe, 6)
     seconds = history[-1]["seconds"] if history else 0.0
     losses: list[Tensor] = []
     for step in range(span.start, span.stop):

@@ -22,12 +22,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `python 
 
 import torch
 
+from foreroute.evals.text import bits_per_char
 from models import card, data, loop, sources
 from models.evaluate import evaluate
 from models.export import export, load_trained, untrained
 from models.families import RECIPES, SMOKE, Recipe
-from models.held_out import bits_per_char, sample_windows
-from models.tokenizer import load_tokenizer
 
 SMOKE_BITS = 0.7  # the smoke run must lower the held-out bits per character by at least this much
 
@@ -70,7 +69,7 @@ def smoke() -> None:
         python = [source for source in sources.SOURCES if source.package is None]
         data.prepare(work, python, max_chars=2_000_000, vocab_size=SMOKE.config().vocab_size)
         final = train(SMOKE, work, SMOKE.stable_steps, SMOKE.decay_steps, num_ranks=1)
-        windows = sample_windows(work, load_tokenizer(work).backend_tokenizer, SMOKE.seq_len, 20)
+        windows = loop.held_out_windows(work, SMOKE, 20)
         before = bits_per_char(untrained(SMOKE), windows)["all"]
         after = bits_per_char(load_trained(SMOKE, final)[0], windows)["all"]
     print(f"held-out bits/char {before:.2f} -> {after:.2f} in {time.perf_counter() - began:.0f} s")

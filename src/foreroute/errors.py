@@ -6,6 +6,7 @@
     │   └── CorruptCheckpointError   bytes are missing, overlap, or have the wrong dtype or shape
     ├── StoreError               a packed store cannot be used or written
     │   └── ChecksumError            a record's bytes are not the bytes that were packed
+    ├── EvaluationError          an evaluation cannot be run (no held-out text, unknown task)
     ├── PredictorError           fitted predictors cannot be used with this model, made or written
     ├── BudgetError              the memory asked for cannot work; says what would
     ├── ReadError                the disk failed while experts were being read
@@ -42,6 +43,10 @@ class ChecksumError(StoreError):
 
 class PredictorError(ForerouteError):
     """A file of fitted predictors is damaged or belongs to another model, or a text does not do for fitting one."""
+
+
+class EvaluationError(ForerouteError):
+    """An evaluation cannot be run; the message says what is missing."""
 
 
 class BudgetError(ForerouteError):

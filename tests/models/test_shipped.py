@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from models import tasks
-from models.evaluate import answer
+from foreroute.evals import tasks
+from foreroute.evals.answers import answer
 
 MODELS = Path(__file__).resolve().parents[2] / "models"
 MAX_BYTES = {"foreroute-tiny": 32 * 2**20, "foreroute-tiny-oss": 16 * 2**20, "foreroute-tiny-dsv3": 16 * 2**20}

@@ -7,10 +7,10 @@ import traceback
 from collections.abc import Sequence
 
 import foreroute
-from foreroute.cli import demo, fit, generate, pack, plan, score
+from foreroute.cli import demo, evaluate, fit, generate, pack, plan, score
 from foreroute.errors import ForerouteError
 
-COMMANDS = (generate, plan, pack, fit, score, demo)
+COMMANDS = (generate, plan, pack, fit, score, evaluate, demo)
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE

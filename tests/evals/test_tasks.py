@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models import tasks
+from foreroute.evals import tasks
 
 GLOSSARY = {"ant": "a small insect", "bay": "a part of the sea", "cup": "a small open vessel", "den": "a wild home"}
 KINDS = tasks.kinds(GLOSSARY)

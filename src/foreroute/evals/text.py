@@ -1,0 +1,117 @@
+"""Bits per character on text that nothing was trained on, and the file that such text lies in."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foreroute.errors import EvaluationError
+
+FORMAT = 1
+_BATCH = 4
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Text by source, each source's share of the mean, and a glossary (word -> gloss) for the `define` task."""
+
+    texts: Mapping[str, str]
+    shares: Mapping[str, float]
+    glossary: Mapping[str, str]
+
+    def write(self, path: Path) -> None:
+        """Write the file that `read_held_out` reads; it gets its name when it is whole."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = path.with_name(path.name + ".tmp")
+        scratch.write_text(json.dumps({"format": FORMAT, **asdict(self)}), encoding="utf-8")
+        scratch.replace(path)
+
+
+def read_held_out(path: Path) -> HeldOut:
+    """Read what `HeldOut.write` wrote.
+
+    Raises:
+        EvaluationError: there is no such file, or it is no file of held-out text.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if found.pop("format") != FORMAT:
+            raise ValueError(f"its format is not {FORMAT}")
+        return HeldOut(**found)
+    except FileNotFoundError:
+        raise EvaluationError(
+            f"There is no held-out text at {path}. In a checkout `make held-out` writes it (it fetches Debian packages "
+            "through apt). Or evaluate on text of your own: --text FILE."
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise EvaluationError(f"{path} is no file of held-out text ({error}). `make held-out` writes it.") from error
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Windows of one source: ids [windows, context + 1], and the characters that the scored tokens spell."""
+
+    source: str
+    share: float
+    ids: Tensor
+    chars: int
+
+
+def cut_windows(
+    texts: Mapping[str, str], shares: Mapping[str, float], tokenizer: Any, context: int, per_source: int
+) -> list[Windows]:
+    """Evenly spaced windows of every source; the first token of a window is given, not scored.
+
+    Args:
+        tokenizer: of transformers. context: scored tokens per window. per_source: at most so many windows.
+    Raises:
+        EvaluationError: a text is shorter than one window.
+    """
+    cut = []
+    for source, text in texts.items():
+        ids = tokenizer((tokenizer.bos_token or "") + text, add_special_tokens=False, verbose=False)["input_ids"]
+        count = min(per_source, (len(ids) - 1) // context)
+        if count < 1:
+            raise EvaluationError(
+                f"The text {source} has {len(ids)} tokens; one window takes {context + 1}. Give more text or a smaller "
+                "--context."
+            )
+        stride = (len(ids) - 1) // count
+        rows = [ids[n * stride : n * stride + context + 1] for n in range(count)]
+        chars = sum(len(tokenizer.decode(row[1:], skip_special_tokens=False)) for row in rows)
+        cut.append(Windows(source, shares[source], torch.tensor(rows), chars))
+    return cut
+
+
+@torch.no_grad()
+def bits_per_char(
+    model: Any, windows: list[Windows], progress: Callable[[int, int], None] = lambda done, total: None
+) -> dict[str, float]:
+    """Bits per character by source, and "all": their mean weighted by the sources' shares.
+
+    Nats of all scored tokens / ln 2 / characters; every window starts without context.
+
+    Args:
+        progress: called with (windows done, all windows).
+    """
+    found: dict[str, float] = {}
+    done, total = 0, sum(len(one.ids) for one in windows)
+    for one in windows:
+        nats = 0.0
+        for rows in one.ids.split(_BATCH):
+            logits = model(input_ids=rows[:, :-1], use_cache=False).logits
+            nats += torch.nn.functional.cross_entropy(
+                logits.float().flatten(0, 1), rows[:, 1:].flatten(), reduction="sum"
+            ).item()
+            done += len(rows)
+            progress(done, total)
+        found[one.source] = nats / math.log(2) / one.chars
+    found["all"] = sum(one.share * found[one.source] for one in windows) / sum(one.share for one in windows)
+    return found
