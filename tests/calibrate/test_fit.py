@@ -10,11 +10,13 @@ import pytest
 import torch
 
 from foreroute.calibrate.corpus import Corpus
-from foreroute.calibrate.fit import partial_path
+from foreroute.calibrate.fit import fit, partial_path
+from foreroute.calibrate.on_policy import StandIns
 from foreroute.calibrate.score import score
-from foreroute.calibrate.watch import Watch
+from foreroute.calibrate.watch import Watch, watching
 from foreroute.checkpoint.index import read_index
 from foreroute.errors import PredictorError
+from foreroute.predict.base import TokenGuess
 from foreroute.predict.sidecar import SIDECAR_NAME, Sidecar
 from tests.calibrate.conftest import CONTEXT, SETTINGS
 from tests.support.runs import assert_same_bits, generate
@@ -156,3 +158,85 @@ def test_nobody_watches_after_a_fit(folder: Path, sidecar: Path, corpus: Corpus,
     assert runtime.observer is None
     assert runtime.expert_listener is None
     assert [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()] == hooks
+
+
+def test_a_second_round_on_a_policys_states_is_resumed_and_ends_with_the_same_bytes(
+    folder: Path, fit_to: Any, load: Any, corpus: Corpus, tmp_path: Path
+) -> None:
+    settings = replace(SETTINGS, on_policy=True)
+    fit_to(folder, tmp_path / "exact")
+    fit_to(folder, tmp_path / "twice", settings=settings)
+    fingerprint = read_index(folder).fingerprint()
+    exact, twice = (Sidecar.load(tmp_path / name, fingerprint) for name in ("exact", "twice"))
+    assert (exact.about["states"], twice.about["states"]) == ("exact", "speculative")
+    # Layer 0 is exact in both; what follows saw stand-ins.
+    assert exact.ridge[0] is not None
+    assert twice.ridge[0] is not None
+    torch.testing.assert_close(exact.ridge[0].from_hidden, twice.ridge[0].from_hidden)
+    assert exact.ridge[1] is not None
+    assert twice.ridge[1] is not None
+    assert not torch.equal(exact.ridge[1].from_hidden, twice.ridge[1].from_hidden)
+
+    seen = list[int]()
+
+    def kill(done: int, total: int) -> None:
+        seen.append(done)
+        if done > corpus.num_tokens + 2 * SETTINGS.rows * CONTEXT:
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        fit_to(folder, tmp_path / "resumed", settings=settings, progress=kill, save_every_s=0)
+    seen.clear()
+    fit_to(folder, tmp_path / "resumed", settings=settings, progress=lambda done, total: seen.append(done))
+    assert seen[0] > corpus.num_tokens
+    assert (tmp_path / "resumed").read_bytes() == (tmp_path / "twice").read_bytes()
+    assert {path.name for path in tmp_path.iterdir()} == {"exact", "twice", "resumed"}
+
+
+def test_stand_ins_replace_what_was_not_guessed_and_nothing_else(folder: Path, fit_to: Any, load: Any) -> None:
+    model = load(folder, "50%", predictor="no")
+    layers = model.foreroute.layers
+    windows = torch.arange(24).view(1, 24)
+    logits = model(input_ids=windows, use_cache=False).logits
+
+    class Knows:
+        """Guesses what it is told to."""
+
+        def __init__(self, width: int) -> None:
+            self.width = width
+
+        def guess(self, layer: int, seen: Any, width: int) -> TokenGuess:
+            ids = torch.arange(self.width).expand(len(seen.ids), -1)
+            return TokenGuess(ids, ids.float())
+
+    vectors = [torch.ones(layer.experts.num_offloaded, model.config.hidden_size) for layer in layers]
+    moments: list[Any] = []
+    for width in (16, 0):
+        with watching(model, lambda moment, _: moments.append(moment), None, StandIns(Knows(width), vectors)):
+            seen = model(input_ids=windows, use_cache=False).logits
+        assert torch.equal(seen, logits) == (width == 16)
+    assert torch.equal(model(input_ids=windows, use_cache=False).logits, logits)
+    # Nothing guessed: all of a layer but the first is default vectors, weights summing to the gate mass.
+    exact, without = moments[: len(layers)], moments[len(layers) :]
+    assert torch.equal(exact[1].now.hidden, without[1].now.hidden)
+    assert not torch.equal(exact[2].now.hidden, without[2].now.hidden)
+    assert (without[1].now.weights > 0).all()
+
+
+def test_states_that_are_not_finite_are_named(folder: Path, fit_to: Any, load: Any, corpus: Corpus) -> None:
+    model = load(folder, "50%", predictor="no")
+    model.get_input_embeddings().weight.data[:] = float("nan")
+    with pytest.raises(PredictorError, match="MoE layer 0 .* not finite"):
+        fit(model, "any", corpus, folder / "never-written", settings=SETTINGS)
+    assert not (folder / "never-written").exists()
+
+
+def test_predictors_of_another_layout_are_refused(folder: Path, sidecar: Path, load: Any, tmp_path: Path) -> None:
+    whole = Sidecar.load(sidecar, read_index(folder).fingerprint())
+    replace(whole, popularity=[counts[:-1] for counts in whole.popularity]).save(tmp_path / "narrow")
+    with pytest.raises(PredictorError, match="Fit again"):
+        load(folder, predictor=str(tmp_path / "narrow"))
+    narrow = [None if one is None else replace(one, from_hidden=one.from_hidden[:-1]) for one in whole.ridge]
+    replace(whole, ridge=narrow).save(tmp_path / "thin")
+    with pytest.raises(PredictorError, match="hidden width of"):
+        load(folder, predictor=str(tmp_path / "thin"))

@@ -3,12 +3,14 @@
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from foreroute.calibrate.corpus import Corpus
+from foreroute.calibrate.on_policy import StandIns
 from foreroute.calibrate.score import Progress, Scorer, guessers_of, run_passes
 from foreroute.calibrate.sums import Sums
 from foreroute.calibrate.watch import watching
@@ -27,6 +29,8 @@ class FitSettings:
     to each feature's variance. estimator: also train the paper's estimator, so; None for not.
     before_attention: also fit each layer's guess from before its own attention; `score` shows it, the engine does not
     use it.
+    on_policy: fit a second time, on the states of a run that never waits: experts that the first fit did not guess are
+    stood in for by their default vectors.
     """
 
     rows: int = 8
@@ -34,6 +38,12 @@ class FitSettings:
     penalty: float = 1e-3
     estimator: EstimatorSettings | None = None
     before_attention: bool = False
+    on_policy: bool = False
+
+
+def exact_path(path: Path) -> Path:
+    """Where a fit in two rounds keeps the result of its first."""
+    return path.with_name(path.name + ".exact")
 
 
 def partial_path(path: Path) -> Path:
@@ -67,44 +77,91 @@ def fit(
     Cost: a prefill of the text, and rows x features^2 multiply-adds per layer. Memory: see `Sums`.
     """
     settings = settings or FitSettings()
-    train, held_out = corpus.split(settings.held_out_every)
     about = {
         "corpus": corpus.digest,
         "context": corpus.windows.shape[1],
         "settings": asdict(settings),
         "threads": torch.get_num_threads(),
     }
+    num_rounds = 2 if settings.on_policy else 1
+    total = num_rounds * corpus.num_tokens
+    first_path = exact_path(path)
+
+    def round_of(number: int, stand_ins: StandIns | None) -> Sidecar:
+        keeper_of = partial(
+            _Keeper, partial_path(path), about={**about, "fingerprint": fingerprint, "round": number},
+            save_every_s=save_every_s, clock=clock, resume=resume,
+        )  # fmt: skip
+        done_before = number * corpus.num_tokens
+        return _round(
+            model, fingerprint, corpus, settings, keeper_of, about, stand_ins,
+            lambda done: progress(done_before + done, total),
+        )  # fmt: skip
+
+    if not settings.on_policy:
+        sidecar = round_of(0, None)
+    else:
+        exact = _first_round(first_path, fingerprint, about) if resume else None
+        if exact is None:
+            exact = round_of(0, None)
+            exact.save(first_path)
+            partial_path(path).unlink(missing_ok=True)
+        policy = StandIns(known.hybrid(model.foreroute.layers, model.dtype, exact), exact.default_vectors)
+        sidecar = round_of(1, policy)
+    sidecar.save(path)
+    partial_path(path).unlink(missing_ok=True)
+    first_path.unlink(missing_ok=True)
+    return sidecar
+
+
+def _first_round(path: Path, fingerprint: str, about: dict[str, Any]) -> Sidecar | None:
+    """What the exact round of the same fit left, when it was stopped in its second."""
+    try:
+        saved = Sidecar.load(path, fingerprint)
+    except PredictorError:
+        return None
+    return saved if all(saved.about.get(name) == value for name, value in about.items()) else None
+
+
+def _round(
+    model: Any,
+    fingerprint: str,
+    corpus: Corpus,
+    settings: FitSettings,
+    keeper_of: Callable[[Sums], "_Keeper"],
+    about: dict[str, Any],
+    stand_ins: StandIns | None,
+    progress: Callable[[int], None],
+) -> Sidecar:
+    """Sums over most windows, a solution, and a choice on the held-out ones: on exact states, or on a policy's."""
+    train, held_out = corpus.split(settings.held_out_every)
     sums = Sums(model, settings.estimator, num_tokens=train.numel(), before_attention=settings.before_attention)
-    keeper = _Keeper(partial_path(path), sums, {**about, "fingerprint": fingerprint}, save_every_s, clock)
-    num_resumed = keeper.resume() if resume else 0
-    with watching(model, sums.on_moment, sums.on_rows) as watch:
+    keeper = keeper_of(sums)
+    num_resumed = keeper.num_passes
+    with watching(model, sums.on_moment, sums.on_rows, stand_ins) as watch:
 
         def run(windows: torch.Tensor, index: int) -> None:
             if index >= num_resumed:
                 watch.run(windows, index)
                 keeper.after_pass(index + 1)
 
-        run_passes(run, train, settings.rows, lambda done, _: progress(done, corpus.num_tokens))
+        run_passes(run, train, settings.rows, lambda done, _: progress(done))
     sidecar = _solved(model, sums, fingerprint, settings)
-    scorer = _scored(
-        model, sidecar, held_out, settings.rows, lambda done, _: progress(train.numel() + done, corpus.num_tokens)
-    )
+    scorer = _scored(model, sidecar, held_out, settings.rows, stand_ins, lambda done, _: progress(train.numel() + done))
     # Guesses that come at another time are no alternatives.
     of_next = [name for name in scorer.tallies if name not in (known.TOKEN_TABLE, known.ENTRY)]
     missed = {name: scorer.tallies[name].as_dict()["missed_mass"] for name in of_next}
-    sidecar = replace(
+    return replace(
         sidecar,
         # A layer's guess is of the layer after it.
         choice=[*choose({name: layers[1:] for name, layers in missed.items()}), None],
         about={
             **about,
+            "states": "exact" if stand_ins is None else "speculative",
             "tokens": {"fitted": train.numel(), "held_out": held_out.numel()},
             "held_out": {name: tally.as_dict() for name, tally in scorer.tallies.items()},
         },
     )
-    sidecar.save(path)
-    partial_path(path).unlink(missing_ok=True)
-    return sidecar
 
 
 def _solved(model: Any, sums: Sums, fingerprint: str, settings: FitSettings) -> Sidecar:
@@ -123,11 +180,13 @@ def _solved(model: Any, sums: Sums, fingerprint: str, settings: FitSettings) -> 
     )
 
 
-def _scored(model: Any, sidecar: Sidecar, held_out: torch.Tensor, rows: int, progress: Progress) -> Scorer:
+def _scored(
+    model: Any, sidecar: Sidecar, held_out: torch.Tensor, rows: int, stand_ins: StandIns | None, progress: Progress
+) -> Scorer:
     """Every predictor of the sidecar on the held-out windows."""
     candidates = known.fitted(model.foreroute.layers, model.dtype, sidecar)
     scorer = Scorer(guessers_of(candidates, sidecar), len(sidecar.choice))
-    with watching(model, scorer.on_moment) as watch:
+    with watching(model, scorer.on_moment, stand_ins=stand_ins) as watch:
         run_passes(watch.run, held_out, rows, progress)
     return scorer
 
@@ -136,7 +195,13 @@ class _Keeper:
     """Saves the sums from time to time, and finds them again."""
 
     def __init__(
-        self, path: Path, sums: Sums, about: dict[str, Any], save_every_s: float, clock: Callable[[], float]
+        self,
+        path: Path,
+        sums: Sums,
+        about: dict[str, Any],
+        save_every_s: float,
+        clock: Callable[[], float],
+        resume: bool,
     ) -> None:
         self._path = path
         self._sums = sums
@@ -144,9 +209,10 @@ class _Keeper:
         self._save_every_s = save_every_s
         self._clock = clock
         self._saved_at = clock()
+        # Passes that saved sums of the same model, text, settings and round hold.
+        self.num_passes = self._resume() if resume else 0
 
-    def resume(self) -> int:
-        """Take over saved sums of the same model, text and settings; returns the passes that they hold."""
+    def _resume(self) -> int:
         if not self._path.exists():
             return 0
         try:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from foreroute.engine.predictors import quasi_hidden
+from foreroute.errors import PredictorError
 from foreroute.predict.base import Seen
 from foreroute.predict.controls import Moment, expert_counts
 from foreroute.predict.default_vector import DefaultVectorSums
@@ -58,8 +59,17 @@ class Sums:
         self.is_plain = torch.full((len(widths),), -1, dtype=torch.int64)
 
     def on_moment(self, moment: Moment, logits: torch.Tensor | None) -> None:
-        """Add a MoE layer's tokens."""
+        """Add a MoE layer's tokens.
+
+        Raises:
+            PredictorError: the model's states are not finite.
+        """
         targets = self._targets(moment, logits)
+        if not (torch.isfinite(targets).all() and torch.isfinite(moment.now.hidden).all()):
+            raise PredictorError(
+                f"MoE layer {moment.layer} computed numbers that are not finite on this text: nothing can be fitted to "
+                "them. Try --dtype float32, and check the checkpoint."
+            )
         self.popularity[moment.layer] += expert_counts(moment.now.ids, moment.num_experts)
         if self.entry and moment.entry is not None:
             self.entry[moment.layer].add(moment.entry, targets)

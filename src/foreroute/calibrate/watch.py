@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from foreroute.calibrate.on_policy import StandIns
 from foreroute.model.residual import ResidualTap
 from foreroute.predict.base import Seen
 from foreroute.predict.controls import Moment
@@ -15,6 +16,8 @@ from foreroute.predict.controls import Moment
 # (moment, gate logits [tokens, experts] or None where the router returns none).
 MomentListener = Callable[[Moment, torch.Tensor | None], None]
 RowsListener = Callable[[int, int, torch.Tensor], None]
+# (hidden [tokens, hidden], ids [tokens, k], weights [tokens, k]) -> [tokens, hidden].
+Computing = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class Watch:
@@ -59,6 +62,20 @@ class Watch:
         self._before = seen
         self._on_moment(moment, None if logits is None else logits[:, :width])
 
+    def without_missing(self, layer: int, compute: Computing, stand_ins: StandIns) -> Computing:
+        """The layer's experts under a policy that waits for nothing; it is observed with the true routing."""
+
+        def forward(hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+            before = self._before
+            self.observe(layer, hidden, ids, weights)
+            missing = stand_ins.missing(layer, before, ids)
+            if missing is None:
+                return compute(hidden, ids, weights)
+            total = compute(hidden, ids, weights.masked_fill(missing, 0))
+            return total + stand_ins.sum_of(layer, Seen(hidden, ids, weights * missing))
+
+        return forward
+
     def catch_logits(self, layer: int, at: int) -> Any:
         """A forward hook for the layer's router."""
 
@@ -77,8 +94,12 @@ class Watch:
 
 
 @contextmanager
-def watching(model: Any, on_moment: MomentListener, on_rows: RowsListener | None = None) -> Iterator[Watch]:
+def watching(
+    model: Any, on_moment: MomentListener, on_rows: RowsListener | None = None, stand_ins: StandIns | None = None
+) -> Iterator[Watch]:
     """Watch a model; inside, `run` shows every MoE layer to `on_moment` and every expert's outputs to `on_rows`.
+
+    With `stand_ins` the model runs as under a policy that does not wait; what is shown are the states it then has.
 
     Memory: what two neighbouring layers know, and the gate logits of one.
     """
@@ -94,11 +115,19 @@ def watching(model: Any, on_moment: MomentListener, on_rows: RowsListener | None
         for layer in model.foreroute.layers
         if layer.around is not None
     ]
-    runtime.observer, runtime.expert_listener = watch.observe, on_rows
+    runtime.expert_listener = on_rows
+    exact = [layer.experts.engine_forward for layer in model.foreroute.layers]
+    if stand_ins is None:
+        runtime.observer = watch.observe
+    else:
+        for layer in model.foreroute.layers:
+            layer.experts.engine_forward = watch.without_missing(layer.index, exact[layer.index], stand_ins)
     try:
         yield watch
     finally:
         runtime.observer = runtime.expert_listener = None
+        for layer, forward in zip(model.foreroute.layers, exact, strict=True):
+            layer.experts.engine_forward = forward
         watch.tap.remove()
         for handle in handles:
             handle.remove()

@@ -49,6 +49,11 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--before-attention", action="store_true", help="also fit each layer's guess from its own input, for `score`"
     )
+    parser.add_argument(
+        "--on-policy",
+        action="store_true",
+        help="fit twice, the second time on the states of a run that waits for no expert; for approximate policies",
+    )
     parser.add_argument("--estimator", action="store_true", help="also train the paper's estimator, a small network")
     _add_estimator(parser)
     options.add_common_options(parser)
@@ -157,7 +162,12 @@ def _fit(args: argparse.Namespace, model: Any, fingerprint: str, corpus: Any, pa
             fingerprint,
             corpus,
             path,
-            settings=FitSettings(rows=args.rows, estimator=estimator, before_attention=args.before_attention),
+            settings=FitSettings(
+                rows=args.rows,
+                estimator=estimator,
+                before_attention=args.before_attention,
+                on_policy=args.on_policy,
+            ),
             progress=show,
             resume=args.resume,
         )
@@ -176,7 +186,7 @@ def token_bar(what: str, total: int, is_quiet: bool) -> Iterator[Callable[[int, 
     )
     with progress.Progress(*columns, console=figures.stderr_console(), disable=is_quiet) as bar:
         task = bar.add_task(what, total=total)
-        yield lambda done, _: bar.update(task, completed=done)
+        yield lambda done, of: bar.update(task, completed=done, total=of)
 
 
 def _tell(args: argparse.Namespace, sidecar: "Sidecar", path: Path, *, is_beside: bool) -> None:

@@ -18,7 +18,7 @@ from foreroute.checkpoint.records import PackedStore, open_store
 from foreroute.config import EngineConfig, Plan
 from foreroute.engine.memory import SlotViews
 from foreroute.engine.offloaded import ForerouteHandle, make_offloaded
-from foreroute.engine.predictors import open_sidecar, prefetch_guesses
+from foreroute.engine.predictors import check_layout, open_sidecar, prefetch_guesses
 from foreroute.engine.prefill import ExpertStream
 from foreroute.engine.proof import describe_math, prove_math, run_family_forward
 from foreroute.engine.runtime import FamilyForward, Predictor, Runtime
@@ -68,6 +68,7 @@ def load(
     sidecar = open_sidecar(folder, index, asked)
     model: Any = load_skeleton(folder, sketch, _torch_dtype(dtype), **model_kwargs)
     layers = probe(model, offloaded_modules(model))
+    check_layout(sidecar, layers, model.config.get_text_config().hidden_size)
     table = sketch.table.reordered([layer.name for layer in layers])
     slots = plan_slots(budget, table.slot_bytes, table.total_slots, [layer.top_k for layer in layers])
     staging_slots = slots.staging_slots if asked.prefetch != "none" else 0

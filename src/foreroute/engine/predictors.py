@@ -8,6 +8,7 @@ import torch
 
 from foreroute.checkpoint.index import CheckpointIndex
 from foreroute.config import EngineConfig
+from foreroute.errors import PredictorError
 from foreroute.model.blocks import MoeLayer
 from foreroute.model.residual import ResidualTap
 from foreroute.predict.base import Predictor, Seen
@@ -34,6 +35,27 @@ def open_sidecar(folder: Path, index: CheckpointIndex, asked: EngineConfig) -> S
         return None
     path = find_sidecar(folder, asked.predictor)
     return None if path is None else Sidecar.load(path, index.fingerprint())
+
+
+def check_layout(sidecar: Sidecar | None, layers: Sequence[MoeLayer], hidden: int) -> None:
+    """See that what was fitted has the shapes of the model as this transformers builds it.
+
+    Args:
+        hidden: width of the router's input.
+    Raises:
+        PredictorError: it has others.
+    """
+    if sidecar is None:
+        return
+    fitted_to = [len(counts) for counts in sidecar.popularity]
+    here = [layer.experts.num_offloaded for layer in layers]
+    widths = {entry.from_hidden.shape[0] for entry in sidecar.ridge if entry is not None}
+    if fitted_to != here or not widths <= {hidden}:
+        raise PredictorError(
+            f"The fitted predictors are of {len(fitted_to)} MoE layers with {sorted(set(fitted_to))} experts and a "
+            f"hidden width of {sorted(widths)}; as this transformers builds the model it has {len(here)} with "
+            f"{sorted(set(here))} and {hidden}. Fit again (`foreroute fit --force`), or ignore them: --predictor no."
+        )
 
 
 def prefetch_guesses(
