@@ -29,6 +29,13 @@ class EngineConfig:
     predictor: str = _option(
         "auto", 'fitted predictors (see fit): "auto" uses those beside the checkpoint, "no" the lookahead, or a path'
     )
+    prefetch_prefill: bool = _option(
+        True, "guess in prefill too: the next layer's first reads overlap this one's maths"
+    )
+    learn: bool = _option(
+        True,
+        "without fitted predictors: learn better guesses while running, in the time that compute waits for experts",
+    )
     prefetch_width: int | None = _option(None, "experts guessed per token and layer; the model's top-k when left out")
     cache: bool = _option(True, "keep experts across tokens; off loads each one whenever it is needed")
     hits_first: bool = _option(True, "compute the experts that are there while the others arrive")

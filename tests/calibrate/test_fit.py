@@ -226,7 +226,7 @@ def test_stand_ins_replace_what_was_not_guessed_and_nothing_else(folder: Path, f
 def test_states_that_are_not_finite_are_named(folder: Path, fit_to: Any, load: Any, corpus: Corpus) -> None:
     model = load(folder, "50%", predictor="no")
     model.get_input_embeddings().weight.data[:] = float("nan")
-    with pytest.raises(PredictorError, match="MoE layer 0 .* not finite"):
+    with pytest.raises(PredictorError, match=r"MoE layer 0 .* not finite"):
         fit(model, "any", corpus, folder / "never-written", settings=SETTINGS)
     assert not (folder / "never-written").exists()
 

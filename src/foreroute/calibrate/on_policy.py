@@ -40,7 +40,7 @@ class StandIns:
         return None if guess is None else ~(ids[:, :, None] == guess.ids[:, None, :]).any(-1)
 
     def sum_of(self, layer: int, seen: Seen) -> torch.Tensor:
-        """[tokens, hidden]: the default vectors of `seen`'s experts by gate weight, in the dtype of its hidden states."""
+        """[tokens, hidden]: the default vectors of `seen`'s experts by gate weight, in its hidden states' dtype."""
         rows = self._rows[layer]
         assert rows is not None, "nothing stands in for this layer"
         return weighted_rows(rows, seen).to(seen.hidden.dtype)

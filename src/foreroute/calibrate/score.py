@@ -49,10 +49,31 @@ class Scores:
         return {
             "k": self.top_k,
             "tokens": self.num_tokens,
+            "gap_closed": gap_closed(self),
             "predictors": {
                 name: {**tally.as_dict(), "cost_us": self.cost_us.get(name)} for name, tally in self.tallies.items()
             },
         }
+
+
+# What the gap to the late ceiling is measured in.
+GAP_FIGURES = ("recall_k", "recall_k2", "missed_mass")
+
+
+def gap_closed(scores: Scores) -> dict[str, float] | None:
+    """How much of the way from the paper's default-vector guess to the late ceiling the hybrid goes, by figure.
+
+    The late ceiling is a linear guess from the state after the MoE block, which the guess from before the next
+    layer's attention reads: no guess made from the layer before can know more. 1 is all of the way.
+
+    Returns:
+        One share per figure of GAP_FIGURES, of means over layers >= 1; None where one of the three was not scored.
+    """
+    names = (known.DEFAULT_VECTORS, known.HYBRID, known.ENTRY)
+    if any(name not in scores.tallies for name in names):
+        return None
+    start, reached, ceiling = (scores.tallies[name].as_dict()["mean"] for name in names)
+    return {name: (reached[name] - start[name]) / (ceiling[name] - start[name]) for name in GAP_FIGURES}
 
 
 class Scorer:

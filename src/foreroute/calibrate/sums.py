@@ -12,12 +12,8 @@ from foreroute.predict.controls import Moment, expert_counts
 from foreroute.predict.default_vector import DefaultVectorSums
 from foreroute.predict.entry import EntryFit
 from foreroute.predict.estimator import EstimatorSettings, EstimatorTraining
-from foreroute.predict.ridge import RidgeFit
+from foreroute.predict.ridge import RidgeFit, chosen_experts, is_plain
 from foreroute.predict.token_table import TokenTableFit
-
-# A router is plain when so many tokens route to the best logits; where groups or corrections decide too, the choice
-# itself is the target.
-_PLAIN_SHARE = 0.99
 
 
 class Sums:
@@ -125,14 +121,7 @@ class Sums:
         """What a linear guess of this layer should read: its gate logits, or else 1 for each chosen expert."""
         ids = moment.now.ids
         if self.is_plain[moment.layer] < 0:
-            self.is_plain[moment.layer] = int(logits is not None and _is_plain(logits, ids))
+            self.is_plain[moment.layer] = int(logits is not None and is_plain(logits, ids))
         if logits is not None and self.is_plain[moment.layer]:
             return logits.float()
-        chosen = torch.zeros(len(ids), moment.num_experts + 1)
-        return chosen.scatter_(1, ids.clamp(max=moment.num_experts), 1.0)[:, : moment.num_experts]
-
-
-def _is_plain(logits: torch.Tensor, ids: torch.Tensor) -> bool:
-    best = torch.topk(logits, ids.shape[1]).indices
-    same = (best.sort(-1).values == ids.sort(-1).values).all(-1)
-    return float(same.float().mean()) >= _PLAIN_SHARE
+        return chosen_experts(ids, moment.num_experts)

@@ -117,7 +117,7 @@ def context_of(model: Any, asked: int | None) -> int:
 def run(args: argparse.Namespace) -> int:
     """Run the command; returns its exit code."""
     folder = locate(args.model)
-    config = EngineConfig(memory=args.memory, packed=args.packed, predictor="no")
+    config = EngineConfig(memory=args.memory, packed=args.packed, predictor="no", learn=False)
     options.quiet_libraries(args)
     with figures.busy("Loading the model", args.json):
         import foreroute

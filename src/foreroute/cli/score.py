@@ -12,6 +12,8 @@ from foreroute.config import EngineConfig
 if TYPE_CHECKING:
     from foreroute.calibrate.score import Scores
 
+_GAP_NAMES = {"recall_k": "@k", "recall_k2": "@k+2", "missed_mass": "missed"}
+
 _EPILOG = """\
 example:
   foreroute score MODEL --text held-out.txt --png recall.png
@@ -24,7 +26,9 @@ the figures:
   us/token       time that one token's guesses take over all layers
 All are means over the MoE layers after the first. The oracle is the router on
 its own input and must read 100 %; random reads k / experts; shuffled is the
-best predictor's guess given to another token.
+best predictor's guess given to another token. "before attention" (fit
+--before-attention) comes when the layer begins: half the time to fetch, and the
+late ceiling of all that guess from the layer before.
 
 Score text that nothing was fitted to."""
 
@@ -51,7 +55,7 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the command; returns its exit code."""
     folder = locate(args.model)
-    config = EngineConfig(memory=args.memory, packed=args.packed, predictor=args.predictor)
+    config = EngineConfig(memory=args.memory, packed=args.packed, predictor=args.predictor, learn=False)
     options.quiet_libraries(args)
     with figures.busy("Loading the model", args.json):
         import foreroute
@@ -84,6 +88,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _print(scores: "Scores", *, is_fitted: bool) -> None:
+    from foreroute.calibrate.score import gap_closed
+
     head = (f"k = {scores.top_k}", "@k", "@k+2", "@2k", "set", "missed", "layer 0", "us/token")
     grid = []
     for name, entry in scores.as_dict()["predictors"].items():
@@ -94,6 +100,10 @@ def _print(scores: "Scores", *, is_fitted: bool) -> None:
     console = figures.stdout_console()
     figures.print_grid(console, head, grid)
     console.print(f"In %, {scores.num_tokens:,} tokens, means over the MoE layers after the first.", style="dim")
+    gap = gap_closed(scores)
+    if gap is not None:
+        shares = ", ".join(f"{100 * gap[name]:.0f} % in {text}" for name, text in _GAP_NAMES.items())
+        console.print(f"Of the way from default vectors to the late ceiling (before attention): {shares}.", style="dim")
     if not is_fitted:
         console.print("Nothing is fitted to this model yet: `foreroute fit` makes better guesses.", style="dim")
 

@@ -16,9 +16,10 @@ from foreroute.checkpoint.layouts import ExpertTable
 from foreroute.checkpoint.locate import locate
 from foreroute.checkpoint.records import PackedStore, open_store
 from foreroute.config import EngineConfig, Plan
+from foreroute.engine.learner import Learner
 from foreroute.engine.memory import SlotViews
 from foreroute.engine.offloaded import ForerouteHandle, make_offloaded
-from foreroute.engine.predictors import check_layout, open_sidecar, prefetch_guesses
+from foreroute.engine.predictors import check_layout, lookahead, open_sidecar, prefetch_guesses
 from foreroute.engine.prefill import ExpertStream
 from foreroute.engine.proof import describe_math, prove_math, run_family_forward
 from foreroute.engine.runtime import FamilyForward, Predictor, Runtime
@@ -34,6 +35,8 @@ from foreroute.transfer.memory import allocate_slots
 
 # Left free when the budget is chosen here: activations, KV cache, Python itself, and other programs.
 _CHOSEN_RESERVE_BYTES = 2 * 2**30
+# What learning guesses while serving may take beside the budget.
+_LEARNING_SHARE, _LEAST_LEARNING_BYTES, _MOST_LEARNING_BYTES = 8, 16 * 2**20, 256 * 2**20
 
 
 def load(
@@ -73,8 +76,10 @@ def load(
     slots = plan_slots(budget, table.slot_bytes, table.total_slots, [layer.top_k for layer in layers])
     staging_slots = slots.staging_slots if asked.prefetch != "none" else 0
     math = _prove_math(layers, table, model.dtype)
-    predictor = prefetch_guesses(asked, layers, model.dtype, sidecar)
+    learner = _make_learner(asked, layers, model, budget) if sidecar is None and staging_slots else None
+    predictor = prefetch_guesses(asked, layers, model.dtype, sidecar, learner)
     runtime = _build_runtime(asked, layers, table, store, slots.num_slots, staging_slots, math, model.dtype, predictor)
+    runtime.learner = learner
     plan = Plan(
         folder=str(folder),
         model_type=sketch.config.model_type,
@@ -133,6 +138,16 @@ def _available_ram() -> int:
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) * 1024
     raise BudgetError("This system does not say how much RAM is free. Give --memory.")
+
+
+def _make_learner(asked: EngineConfig, layers: list[MoeLayer], model: Any, budget: int) -> Learner | None:
+    """Learning beside the budget: bounded by a share of it, and off where not even a layer fits that."""
+    if not asked.learn or asked.prefetch == "none":
+        return None
+    max_bytes = min(_MOST_LEARNING_BYTES, max(_LEAST_LEARNING_BYTES, budget // _LEARNING_SHARE))
+    hidden = model.config.get_text_config().hidden_size
+    learner = Learner(layers, hidden, model.dtype, lookahead(layers, model.dtype), max_bytes)
+    return learner if learner.is_learning else None
 
 
 def _torch_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
@@ -194,6 +209,7 @@ def _build_runtime(
         free_slots=slots.clear,
         hits_first=asked.hits_first,
         keep_across_tokens=asked.cache,
+        prefetch_prefill=asked.prefetch_prefill,
     )
 
 

@@ -59,12 +59,20 @@ def check_layout(sidecar: Sidecar | None, layers: Sequence[MoeLayer], hidden: in
 
 
 def prefetch_guesses(
-    asked: EngineConfig, layers: Sequence[MoeLayer], dtype: torch.dtype, sidecar: Sidecar | None
+    asked: EngineConfig,
+    layers: Sequence[MoeLayer],
+    dtype: torch.dtype,
+    sidecar: Sidecar | None,
+    learner: Predictor | None = None,
 ) -> PrefetchGuesses | None:
-    """What the engine asks for guesses: the fitted choice per layer, or the lookahead; None when it is off."""
+    """What the engine asks for guesses; None when it is off.
+
+    Args:
+        sidecar: its choice per layer; without one, `learner`, or else the lookahead.
+    """
     if asked.prefetch == "none":
         return None
-    predictor: Predictor = lookahead(layers, dtype)
+    predictor: Predictor = learner or lookahead(layers, dtype)
     table: TokenTable | None = None
     residual_of: Callable[[int], torch.Tensor | None] = no_residual
     if sidecar is not None:

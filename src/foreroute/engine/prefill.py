@@ -142,7 +142,7 @@ class ExpertStream:
 
     def _await_one(self) -> None:
         started = self._clock()
-        completions = self._runtime.transfer.wait()
+        completions = self._runtime.await_completions()
         self._phase.stall_s += self._clock() - started
         failure: Exception | None = None
         for completion in completions:

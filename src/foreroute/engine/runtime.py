@@ -37,6 +37,22 @@ class Predictor(Protocol):
         ...
 
 
+class Learner(Protocol):
+    """Improves guesses with what passes by, in time that would be lost."""
+
+    def see(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> None:
+        """A layer's routing is known."""
+        ...
+
+    def work(self) -> bool:
+        """Do a little; False when there is nothing to do."""
+        ...
+
+    def close(self) -> None:
+        """No more of it."""
+        ...
+
+
 # Called at the start of a layer's step, with (layer, hidden, ids, weights).
 Observer = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], None]
 # Called with (layer, expert, its outputs [rows, hidden] before gate weights), for experts that are streamed.
@@ -55,10 +71,12 @@ class Runtime:
         family_forwards: per MoE layer, what runs in that case.
         workspaces: per MoE layer, shared by layers of one shape; None where math is.
         free_slots: lets go of the pool's memory, after the readers have stopped.
+        prefetch_prefill: guesses fetch in prefill too.
         keep_across_tokens: False gives every expert up after its layer (on-demand loading).
 
     Attributes:
         observer, expert_listener: who watches; None, and free, until somebody does. They must change nothing.
+        learner: learns better guesses in the time that compute waits; None where there is nothing to learn.
     """
 
     def __init__(
@@ -75,6 +93,7 @@ class Runtime:
         free_slots: Callable[[], None] = lambda: None,
         hits_first: bool = True,
         keep_across_tokens: bool = True,
+        prefetch_prefill: bool = True,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.table = table
@@ -90,9 +109,11 @@ class Runtime:
         self._free_slots = free_slots
         self._hits_first = hits_first
         self._keep_across_tokens = keep_across_tokens
+        self._prefetch_prefill = prefetch_prefill
         self._clock = clock
         self.observer: Observer | None = None
         self.expert_listener: ExpertListener | None = None
+        self.learner: Learner | None = None
         self._num_experts = table.num_experts
         self._widths = [layer.num_experts for layer in table.layers]
         self._expert_bytes = [layer.layout.nbytes for layer in table.layers]
@@ -139,6 +160,8 @@ class Runtime:
     def _compute(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         if self.observer is not None:
             self.observer(layer, hidden, ids, weights)
+        if self.learner is not None:
+            self.learner.see(layer, hidden, ids, weights)
         width, base = self._widths[layer], layer * self._num_experts
         # The one read-back of the layer. What is no expert becomes -1, which no key is.
         routed = [[base + expert if expert < width else -1 for expert in row] for row in ids.tolist()]
@@ -158,6 +181,8 @@ class Runtime:
 
     def close(self) -> None:
         """Stop the readers and let go of the pool; the model's experts can no longer be computed."""
+        if self.learner is not None:
+            self.learner.close()
         self.transfer.close()
         self.views.clear()
         self._free_slots()
@@ -265,13 +290,24 @@ class Runtime:
         ready: list[int] = []
         try:
             while not ready:
-                ready = self._settle(self.transfer.wait(), waited)
+                ready = self._settle(self.await_completions(), waited)
         finally:
             self._phase.stall_s += self._clock() - started
         for key in ready:
             self.residency.lease(key)
             waited.discard(key)
         return ready
+
+    def await_completions(self) -> Sequence[Completion]:
+        """Block until a reader has finished something; meanwhile the learner works, a little at a time."""
+        if self.learner is not None:
+            while True:
+                done = self.transfer.completed()
+                if done:
+                    return done
+                if not self.learner.work():
+                    break
+        return self.transfer.wait()
 
     def _settle(self, completions: Sequence[Completion], waited: Collection[int] = ()) -> list[int]:
         """Book what the readers finished; returns those of `waited` that arrived.
@@ -301,6 +337,9 @@ class Runtime:
         self._quiesce()
         math = self._math[layer]
         stream = ExpertStream(self, layer, keys, self._phase, self._clock)
+        if self._is_prefill and self._prefetch_prefill:
+            # Queued behind what this layer reads; the first reads of the next one then start before it is there.
+            self._prefetch_next(layer, hidden, ids, weights)
         if math is None:
             total = self._family_forwards[layer](stream, hidden, ids, weights)
         else:

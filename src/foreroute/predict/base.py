@@ -1,6 +1,5 @@
 """The one protocol of all predictors: from what a MoE layer knows to the experts that the next one may want."""
 
-from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -49,13 +48,18 @@ def guess_from_scores(scores: torch.Tensor, width: int) -> TokenGuess:
     return TokenGuess(best.indices, torch.softmax(best.values, -1))
 
 
-def most_wanted(rows: Sequence[Sequence[int]], num_experts: int) -> list[int]:
-    """Distinct experts of several tokens' guesses, the most wanted first: a token's vote counts by its rank."""
-    if len(rows) == 1:
-        return [expert for expert in rows[0] if expert < num_experts]
-    votes: dict[int, int] = {}
-    for row in rows:
-        for rank, expert in enumerate(row):
-            if expert < num_experts:
-                votes[expert] = votes.get(expert, 0) + len(row) - rank
-    return sorted(votes, key=lambda expert: -votes[expert])
+def most_wanted(ids: torch.Tensor, num_experts: int) -> list[int]:
+    """Distinct experts of several tokens' guesses, the most wanted first: a token's vote counts by its rank.
+
+    Args:
+        ids: [tokens, width], best first; those that are no expert are left out.
+    Cost: one read-back.
+    """
+    if len(ids) == 1:
+        return [expert for expert in ids[0].tolist() if expert < num_experts]
+    width = ids.shape[1]
+    rank_votes = torch.arange(width, 0, -1).expand(len(ids), -1)
+    votes = torch.zeros(num_experts + 1, dtype=torch.int64)
+    votes.scatter_add_(0, ids.clamp(max=num_experts).flatten(), rank_votes.flatten())
+    ordered = votes[:num_experts].sort(descending=True, stable=True)
+    return ordered.indices[: int((ordered.values > 0).sum())].tolist()

@@ -41,10 +41,10 @@ class PrefetchGuesses:
         guess = self._predictor.guess(
             layer, Seen(hidden, ids, weights, self._residual_of(layer)), self._widths[layer + 1]
         )
-        return () if guess is None else most_wanted(guess.ids.tolist(), self._num_experts[layer + 1])
+        return () if guess is None else most_wanted(guess.ids, self._num_experts[layer + 1])
 
     def guess_first(self, token_ids: torch.Tensor) -> Sequence[int]:
         """Experts of MoE layer 0 for the step's `token_ids` [tokens], distinct, best first."""
         if self._first is None:
             return ()
-        return most_wanted(self._first.guess(token_ids, self._widths[0]).ids.tolist(), self._num_experts[0])
+        return most_wanted(self._first.guess(token_ids, self._widths[0]).ids, self._num_experts[0])

@@ -15,19 +15,23 @@ from foreroute.predict.default_vector import weighted_rows
 # Rows turned to float64 at a time: bounds the temporaries to a few tens of MB for a hidden width of 2048.
 _BLOCK_ROWS = 1024
 # A variance of less than this share of a feature's mean square is rounding: the feature was constant.
-_VARIANCE_FLOOR = 1e-12
+_VARIANCE_FLOOR = {torch.float64: 1e-12, torch.float32: 1e-5}
+# A router is plain when so many tokens route to the best logits.
+_PLAIN_SHARE = 0.99
 
 
 class NormalEquations:
-    """X^T X and X^T Y of a linear regression with a bias, added up in float64 as rows pass.
+    """X^T X and X^T Y of a linear regression with a bias, added up as rows pass.
 
-    Memory: (features + 1) x (features + 1 + outputs) doubles; 40 MB for a hidden width of 2048 and 128 experts.
+    Args:
+        dtype: float64, or float32 where memory and time count more than the last digits.
+    Memory: (features + 1) x (features + 1 + outputs) numbers; 40 MB for a hidden width of 2048 and 128 experts.
     """
 
-    def __init__(self, num_features: int, num_outputs: int) -> None:
+    def __init__(self, num_features: int, num_outputs: int, dtype: torch.dtype = torch.float64) -> None:
         # The last feature is the constant 1: it carries the sums and the number of rows.
-        self.gram = torch.zeros(num_features + 1, num_features + 1, dtype=torch.float64)
-        self.cross = torch.zeros(num_features + 1, num_outputs, dtype=torch.float64)
+        self.gram = torch.zeros(num_features + 1, num_features + 1, dtype=dtype)
+        self.cross = torch.zeros(num_features + 1, num_outputs, dtype=dtype)
 
     @property
     def num_rows(self) -> int:
@@ -44,6 +48,17 @@ class NormalEquations:
             self.gram.addmm_(rows.t(), rows)
             self.cross.addmm_(rows.t(), y.double())
 
+    def add_part(self, rows: torch.Tensor, targets: torch.Tensor, part: slice) -> None:
+        """Add the rows' share of some features alone: all parts of the same rows together are one `add`.
+
+        Args:
+            rows: [rows, features + 1] in the dtype of the sums, the last column 1. targets: [rows, outputs], likewise.
+            part: of the features, the constant included.
+        """
+        turned = rows[:, part].t()
+        self.gram[part].addmm_(turned, rows)
+        self.cross[part].addmm_(turned, targets)
+
     def solve(self, penalty: float) -> tuple[torch.Tensor, torch.Tensor]:
         """The ridge solution: weights [features, outputs] and bias [outputs], float64. The bias is not penalised.
 
@@ -51,13 +66,14 @@ class NormalEquations:
             penalty: relative to each feature's own variance, so that the scale of a feature does not matter.
         """
         assert self.num_rows > 0, "no row was added"
-        count = self.gram[-1, -1]
-        mean_x, mean_y = self.gram[-1, :-1] / count, self.cross[-1] / count
-        covariance = self.gram[:-1, :-1] / count - torch.outer(mean_x, mean_x)
-        joint = self.cross[:-1] / count - torch.outer(mean_x, mean_y)
+        gram, cross = self.gram.double(), self.cross.double()
+        count = gram[-1, -1]
+        mean_x, mean_y = gram[-1, :-1] / count, cross[-1] / count
+        covariance = gram[:-1, :-1] / count - torch.outer(mean_x, mean_x)
+        joint = cross[:-1] / count - torch.outer(mean_x, mean_y)
         variance = covariance.diagonal().clamp(min=0)
         # Standardised: features that were constant get no weight, the others a unit diagonal.
-        varies = variance > _VARIANCE_FLOOR * self.gram.diagonal()[:-1] / count
+        varies = variance > _VARIANCE_FLOOR[self.gram.dtype] * gram.diagonal()[:-1] / count
         scale = torch.where(varies, variance, 1.0).rsqrt() * varies
         system = covariance * scale[:, None] * scale
         system.diagonal().fill_(1.0 + penalty)
@@ -107,6 +123,22 @@ def gate_vector(seen: Seen, num_experts: int) -> torch.Tensor:
     return dense[:, :num_experts]
 
 
+def chosen_experts(ids: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """[tokens, experts] float32: 1 for each of `ids` [tokens, k], 0 elsewhere; ids that are no expert left out."""
+    chosen = torch.zeros(len(ids), num_experts + 1)
+    return chosen.scatter_(1, ids.clamp(max=num_experts), 1.0)[:, :num_experts]
+
+
+def is_plain(logits: torch.Tensor, ids: torch.Tensor) -> bool:
+    """Whether a router's choice `ids` [tokens, k] is that of its best `logits` [tokens, experts], as good as always.
+
+    Where groups or corrections decide too, the choice itself is what a guess must be fitted to.
+    """
+    best = torch.topk(logits, ids.shape[1]).indices
+    same = (best.sort(-1).values == ids.sort(-1).values).all(-1)
+    return float(same.float().mean()) >= _PLAIN_SHARE
+
+
 class RidgeFit:
     """Collects one layer's normal equations; `solve` gives its guess of the next layer.
 
@@ -126,6 +158,11 @@ class RidgeFit:
 
     def solve(self, penalty: float) -> RidgeLayer:
         """The layer's guess; see `NormalEquations.solve`."""
-        weights, bias = self.equations.solve(penalty)
-        gates = torch.cat([weights[self._hidden :], torch.zeros(1, weights.shape[1], dtype=torch.float64)])
-        return RidgeLayer(weights[: self._hidden].float().contiguous(), gates.float(), bias.float())
+        return layer_of(self.equations, self._hidden, penalty)
+
+
+def layer_of(equations: NormalEquations, hidden: int, penalty: float) -> RidgeLayer:
+    """The solution as a layer's guess; the first `hidden` features are the router's input, the others gate weights."""
+    weights, bias = equations.solve(penalty)
+    gates = torch.cat([weights[hidden:], torch.zeros(1, weights.shape[1], dtype=torch.float64)])
+    return RidgeLayer(weights[:hidden].float().contiguous(), gates.float(), bias.float())

@@ -1,0 +1,106 @@
+"""Learning while running: the same tokens, guesses as good as a fit's, within bounds, and off when it is done."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+from foreroute.engine.learner import Learner, _groups, learning_bytes
+from foreroute.engine.predictors import lookahead
+from foreroute.predict.base import Seen
+from tests.support.runs import assert_same_bits, generate
+
+ENOUGH = 1500
+
+
+def learner_of(model: Any, max_bytes: int = 2**26) -> Learner:
+    layers, hidden = model.foreroute.layers, model.config.hidden_size
+    return Learner(layers, hidden, model.dtype, lookahead(layers, model.dtype), max_bytes, ENOUGH)
+
+
+def show(model: Any, learner: Learner, passes: int) -> None:
+    """Tokens pass, and after each pass there is time to work."""
+    model.foreroute.runtime.observer = learner.see
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(passes):
+        model(input_ids=torch.randint(5, 250, (4, 64), generator=generator), use_cache=False)
+        while learner.work():
+            pass
+        if learner._thread is not None:
+            learner._thread.join()
+    model.foreroute.runtime.observer = None
+
+
+def recall(model: Any, predictor: Any) -> list[float]:
+    """Per layer, of tokens not shown."""
+    seen: list[Seen] = []
+    model.foreroute.runtime.observer = lambda layer, *now: seen.append(Seen(*now))
+    model(input_ids=torch.arange(256).view(4, 64).flip(1) % 250, use_cache=False)
+    model.foreroute.runtime.observer = None
+    found = []
+    for layer in range(len(seen) - 1):
+        guess = predictor.guess(layer, seen[layer], seen[layer + 1].ids.shape[1])
+        found.append((guess.ids[:, :, None] == seen[layer + 1].ids[:, None, :]).any(1).float().mean().item())
+    return found
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
+def test_what_is_learnt_is_kept_where_it_is_better(family: str, checkpoints: Any, load: Any) -> None:
+    model = load(checkpoints.get(family), "50%", learn=False)
+    assert model.foreroute.runtime.learner is None
+    learner = learner_of(model)
+    before = recall(model, learner)
+    show(model, learner, passes=12)
+    assert not learner.is_learning
+    assert 0 < learner.num_learnt <= len(model.foreroute.layers) - 1
+    after = recall(model, learner)
+    assert sum(after) > sum(before) + 0.02
+    # A layer that kept the lookahead guesses as before.
+    for layer, ridge in enumerate(learner._ridge[:-1]):
+        assert (after[layer] == before[layer]) == (ridge is None)
+
+
+def test_it_listens_only_while_it_learns(checkpoints: Any, load: Any) -> None:
+    model = load(checkpoints.get("qwen3_moe"), "50%", learn=False)
+    hooks = sum(len(module._forward_hooks) for module in model.modules())
+    learner = learner_of(model)
+    assert sum(len(module._forward_hooks) for module in model.modules()) > hooks
+    show(model, learner, passes=12)
+    assert sum(len(module._forward_hooks) for module in model.modules()) == hooks
+    assert not learner.work()
+
+
+def test_layers_are_learnt_in_groups_that_fit(checkpoints: Any, load: Any) -> None:
+    assert _groups([10, 10, 10, 5], max_bytes=20) == [[0, 1], [2, 3]]
+    assert _groups([10, 30], max_bytes=20) == []
+    model = load(checkpoints.get("qwen3_moe"), "50%", learn=False)
+    needed = learning_bytes(model.foreroute.layers, model.config.hidden_size)
+    alone = learner_of(model, max_bytes=max(needed))
+    assert list(alone._group) == [0]
+    show(model, alone, passes=24)
+    assert not alone.is_learning
+    assert not learner_of(model, max_bytes=max(needed) - 1).is_learning
+    # What it says it takes is what it allocates.
+    (rows,) = learner_of(model, max_bytes=max(needed))._group.values()
+    tensors = [rows.equations.gram, rows.equations.cross]
+    tensors += [tensor for block in (rows._buffer, rows._aside) for tensor in dataclasses.astuple(block)]
+    assert sum(tensor.nbytes for tensor in tensors) == pytest.approx(needed[0], rel=0.02)
+
+
+def test_the_engine_learns_while_it_waits_and_its_tokens_stay(checkpoints: Any, load: Any, references: Any) -> None:
+    folder = checkpoints.get("qwen3_moe")
+    model = load(folder, "25%")
+    learner = model.foreroute.runtime.learner
+    assert learner is not None
+    learner._enough_tokens = 200
+    rows = dict(learner._group)
+    for _ in range(12):
+        output = generate(model)
+        assert_same_bits(output, references.output(folder))
+        if learner._thread is not None:
+            learner._thread.join()
+    assert max(one.num_added for one in rows.values()) >= 200
+    assert any(one.is_solved for one in rows.values())
+    model.foreroute.close()
+    assert learner._thread is None
