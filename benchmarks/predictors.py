@@ -27,7 +27,7 @@ from foreroute.engine.text import load_tokenizer
 from foreroute.evals.text import read_held_out
 from foreroute.predict.estimator import EstimatorSettings
 from models.export import untrained
-from models.families import RECIPES
+from models.families import recipe_of
 
 SHOWN = ("recall_k", "recall_k2", "recall_2k", "missed_mass")
 
@@ -59,9 +59,9 @@ def measure(folder: Path, files: tuple[list[Path], list[Path]], tokens: int, scr
     return scores, sidecar.choice
 
 
-def twin_of(recipe_name: str, trained: Path, folder: Path) -> Path:
+def twin_of(trained: Path, folder: Path) -> Path:
     """The model before training, with the trained one's tokenizer, as a checkpoint."""
-    model = untrained(RECIPES[recipe_name])
+    model = untrained(recipe_of(trained.name))
     model.config._experts_implementation = model.config._attn_implementation = None
     model.save_pretrained(folder)
     for file in ("tokenizer.json", "tokenizer_config.json"):
@@ -114,10 +114,9 @@ def main() -> None:
         scratch = Path(name)
         files = halves(asked.held_out, scratch)
         for folder in asked.models:
-            recipe_name = folder.name.split("-seed")[0]
             scores, choice = measure(folder, files, asked.tokens, scratch / "fit")
             plot.draw(scores, _harness.RESULTS / f"recall-{folder.name}.png", folder.name)
-            twin, twin_choice = measure(twin_of(recipe_name, folder, scratch / f"{folder.name}-twin"), files,
+            twin, twin_choice = measure(twin_of(folder, scratch / f"{folder.name}-twin"), files,
                                         asked.tokens, scratch / "fit")  # fmt: skip
             found[folder.name] = {"trained": summary(scores, choice), "untrained": summary(twin, twin_choice)}
             show(folder.name, found[folder.name]["trained"])

@@ -25,14 +25,14 @@ from foreroute.evals.text import bits_per_char, cut_windows
 from models import attention, experts
 from models.data import held_out
 from models.export import untrained
-from models.families import RECIPES
+from models.families import recipe_of
 from models.router_stats import as_records, router_stats
 from models.tokenizer import ASSISTANT, END, USER
 
 
 def evaluate(folder: Path, work: Path, per_kind: int, windows_per_source: int, seed: int = 0) -> dict[str, Any]:
     """All figures of the model card: bits/char by source, accuracy by kind, router statistics beside the untrained."""
-    recipe = RECIPES[folder.name]
+    recipe = recipe_of(folder.name)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     text = held_out(work)
     began = time.perf_counter()

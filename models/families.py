@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from transformers import (
@@ -85,7 +85,7 @@ FEW_KINDS = {"add": 3.0, "calendar": 3.0, "sort": 2.0, "count": 2.0, "brackets":
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
-        Recipe("foreroute-tiny", _tiny, Qwen3MoeForCausalLM, "softmax over 32 experts, then top-4", 4000, 800),
+        Recipe("foreroute-tiny", _tiny, Qwen3MoeForCausalLM, "softmax over 32 experts, then top-4", 3500, 700),
         Recipe(
             "foreroute-tiny-oss", _gpt_oss, GptOssForCausalLM, "top-4 of 16 experts, then softmax", 2000, 500,
             parts=2, text_share=0.25, warmup_steps=60, kind_weights=FEW_KINDS,
@@ -97,6 +97,12 @@ RECIPES: dict[str, Recipe] = {
         ),
     )
 }  # fmt: skip
+
+
+def recipe_of(name: str) -> Recipe:
+    """The recipe of a folder: NAME, or NAME-seedN for the same with another seed."""
+    base, _, seed = name.partition("-seed")
+    return replace(RECIPES[base], name=name, seed=int(seed)) if seed else RECIPES[base]
 
 
 def _smoke() -> PreTrainedConfig:

@@ -26,7 +26,7 @@ from foreroute.evals.text import bits_per_char
 from models import card, data, loop, sources
 from models.evaluate import evaluate
 from models.export import export, load_trained, untrained
-from models.families import RECIPES, SMOKE, Recipe
+from models.families import RECIPES, SMOKE, Recipe, recipe_of
 
 SMOKE_BITS = 0.7  # the smoke run must lower the held-out bits per character by at least this much
 
@@ -87,6 +87,7 @@ def main() -> None:
     parser.add_argument("--prepare-only", action="store_true", help="regenerate data and held-out splits, no training")
     parser.add_argument("--stable-steps", type=int, help="cut the stable phase here instead of where the recipe says")
     parser.add_argument("--decay-steps", type=int)
+    parser.add_argument("--seed", type=int, help="another seed: the model is then called NAME-seedN")
     parser.add_argument("--processes", type=int, default=2, help="training processes, one core each")
     parser.add_argument("--per-kind", type=int, default=100, help="held-out items per kind in the evaluation")
     parser.add_argument("--windows", type=int, default=28, help="held-out windows per source in the evaluation")
@@ -97,7 +98,7 @@ def main() -> None:
         return
     if options.model is None:
         parser.error("name a model or give --smoke")
-    recipe = RECIPES[options.model]
+    recipe = recipe_of(options.model if options.seed is None else f"{options.model}-seed{options.seed}")
     data.prepare(options.work)
     if options.prepare_only:
         return

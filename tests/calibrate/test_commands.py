@@ -61,6 +61,21 @@ def test_fit_then_score(run, copied: Path, text: Path) -> None:
     assert "oracle" in out
 
 
+def test_timeliness_counts_every_demanded_expert_once(run, copied: Path, text: Path) -> None:
+    asked = ("score", copied, "--text", text, "--tokens", 256, "--memory", "50%", "--decode", 128)
+    code, out, err = run(*asked, "--json")
+    assert code == 0, err
+    timely = json.loads(out)["timeliness"]
+    assert timely["tokens"] == 2 * 63
+    demanded = timely["resident"] + timely["in_time"] + timely["late"] + timely["missed"]
+    assert demanded == timely["tokens"] * 3 * 3
+    assert 0 < timely["in_time"] + timely["late"] <= timely["fetched"]
+    assert timely["missed"] > 0
+    code, out, err = run(*asked)
+    assert code == 0, err
+    assert "demanded without a guess" in out
+
+
 def test_a_fit_that_is_there_is_not_replaced_unasked(run, copied: Path, text: Path) -> None:
     (copied / SIDECAR_NAME).write_text("somebody's notes")
     code, _, err = run("fit", copied, "--text", text, "--tokens", 256)

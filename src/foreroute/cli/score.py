@@ -10,13 +10,19 @@ from foreroute.cli.fit import add_memory_options, add_text_options, context_of, 
 from foreroute.config import EngineConfig
 
 if TYPE_CHECKING:
-    from foreroute.calibrate.score import Scores
+    import torch
 
+    from foreroute.calibrate.score import Scores
+    from foreroute.calibrate.timeliness import Timeliness
+
+# Tokens that one beginning is continued by.
+_DECODE_TOKENS = 64
 _GAP_NAMES = {"recall_k": "@k", "recall_k2": "@k+2", "missed_mass": "missed"}
 
 _EPILOG = """\
-example:
+examples:
   foreroute score MODEL --text held-out.txt --png recall.png
+  foreroute score MODEL --text held-out.txt --memory 25% --decode 256
 
 the figures:
   @k, @k+2, @2k  share of the routed experts that are among so many guessed
@@ -46,6 +52,13 @@ def add_parser(commands: Any) -> None:
     parser.set_defaults(run=run)
     add_text_options(parser, tokens=16384)
     parser.add_argument("--predictor", default="auto", metavar="PATH", help='fitted predictors: "auto", "no" or a path')
+    parser.add_argument(
+        "--decode",
+        type=options.at_least(0),
+        default=0,
+        metavar="N",
+        help="also continue the text by N tokens, at --memory, and count the guesses that came in time (default: 0)",
+    )
     parser.add_argument("--png", type=Path, metavar="FILE", help="plot recall per layer (needs matplotlib)")
     options.add_common_options(parser)
     options.add_model_options(parser)
@@ -55,7 +68,9 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the command; returns its exit code."""
     folder = locate(args.model)
-    config = EngineConfig(memory=args.memory, packed=args.packed, predictor=args.predictor, learn=False)
+    config = EngineConfig(
+        memory=args.memory, packed=args.packed, predictor=args.predictor, learn=False, prefetch_prefill=False
+    )
     options.quiet_libraries(args)
     with figures.busy("Loading the model", args.json):
         import foreroute
@@ -76,15 +91,41 @@ def run(args: argparse.Namespace) -> int:
         corpus = read_corpus(tokenizer, args.text, args.tokens, context_of(model, args.context))
         with token_bar("scoring", corpus.num_tokens, args.json) as show:
             scores = score(model, corpus.windows, sidecar, rows=args.rows, progress=show)
+        timely = _decode(model, corpus.windows, args.decode, args.json) if args.decode else None
     finally:
         model.foreroute.close()
     if args.png is not None:
         plot.draw(scores, args.png, title=folder.name)
     if args.json:
-        figures.print_json(model=args.model, corpus=corpus.digest, **scores.as_dict())
+        figures.print_json(model=args.model, corpus=corpus.digest, timeliness=timely, **scores.as_dict())
     else:
         _print(scores, is_fitted=sidecar is not None)
+        if timely is not None:
+            _print_timeliness(timely)
     return 0
+
+
+def _decode(model: Any, windows: "torch.Tensor", num_tokens: int, is_quiet: bool) -> "Timeliness":
+    """Continue some windows' beginnings, `num_tokens` in all."""
+    from foreroute.calibrate.timeliness import timeliness
+
+    prompts = windows[: max(1, num_tokens // _DECODE_TOKENS), : windows.shape[1] // 2]
+    with token_bar("decoding", num_tokens, is_quiet) as show:
+        return timeliness(model, prompts, max(2, num_tokens // len(prompts)), show)
+
+
+def _print_timeliness(timely: "Timeliness") -> None:
+    demanded = timely.resident + timely.in_time + timely.late + timely.missed
+    rows: list[figures.Row] = [
+        ("decoded", f"{timely.tokens:,}", f"tokens; {demanded:,} experts demanded, {timely.resident:,} still resident"),
+        ("in time", f"{timely.in_time:,}", f"of {timely.fetched:,} experts fetched on a guess"),
+        ("late", f"{timely.late:,}", "guessed, and still on their way when they were demanded"),
+        ("wasted", f"{timely.wasted:,}", "guessed, and given up before anybody asked"),
+        ("missed", f"{timely.missed:,}", "demanded without a guess"),
+    ]
+    console = figures.stdout_console()
+    console.print()
+    figures.print_rows(console, rows)
 
 
 def _print(scores: "Scores", *, is_fitted: bool) -> None:
@@ -102,8 +143,8 @@ def _print(scores: "Scores", *, is_fitted: bool) -> None:
     console.print(f"In %, {scores.num_tokens:,} tokens, means over the MoE layers after the first.", style="dim")
     gap = gap_closed(scores)
     if gap is not None:
-        shares = ", ".join(f"{100 * gap[name]:.0f} % in {text}" for name, text in _GAP_NAMES.items())
-        console.print(f"Of the way from default vectors to the late ceiling (before attention): {shares}.", style="dim")
+        parts = ", ".join(f"{100 * gap[name]:.0f} % in {text}" for name, text in _GAP_NAMES.items())
+        console.print(f"Of the way from default vectors to the late ceiling (before attention): {parts}.", style="dim")
     if not is_fitted:
         console.print("Nothing is fitted to this model yet: `foreroute fit` makes better guesses.", style="dim")
 
