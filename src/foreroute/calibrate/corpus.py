@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import xxhash
 
+from foreroute.engine.text import read_text
 from foreroute.errors import PredictorError
 
 # Only so much text is tokenised: a token is rarely longer than this on the average.
@@ -43,7 +44,7 @@ def read_corpus(tokenizer: Any, files: Sequence[Path], num_tokens: int | None, c
     Raises:
         PredictorError: a file cannot be read, is not UTF-8, or there is less than two windows of text.
     """
-    texts = [_read(path) for path in files]
+    texts = [read_text(path, PredictorError) for path in files]
     most = None if num_tokens is None else max(2, num_tokens // context)
     pieces = _thinned(texts, most, context)
     windows: list[list[int]] = []
@@ -59,15 +60,6 @@ def read_corpus(tokenizer: Any, files: Sequence[Path], num_tokens: int | None, c
         windows = [windows[at * len(windows) // most] for at in range(most)]
     ids_of_all = torch.tensor(windows)
     return Corpus(ids_of_all, xxhash.xxh3_128(ids_of_all.numpy().tobytes()).hexdigest())
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.expanduser().read_text(encoding="utf-8")
-    except OSError as error:
-        raise PredictorError(f"{path} cannot be read: {error.strerror}.") from error
-    except UnicodeDecodeError as error:
-        raise PredictorError(f"{path} is not UTF-8 text (byte {error.start}).") from None
 
 
 def _thinned(texts: Sequence[str], most: int | None, context: int) -> list[str]:

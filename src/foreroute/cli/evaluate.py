@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
     options.quiet_libraries(args)
     with figures.busy("Loading the model", args.json):
         import foreroute
-        from foreroute.engine.text import load_tokenizer
+        from foreroute.engine.text import load_tokenizer, read_text
         from foreroute.evals.builtin import SuiteSettings, check_kinds, run_suite, run_text
         from foreroute.evals.text import read_held_out
 
@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
         held_out = None if args.text else read_held_out(args.held_out or default_held_out())
         if held_out is not None:
             check_kinds(held_out, args.kinds)
-        texts = [(path.name, _read(path)) for path in args.text or ()]
+        texts = [(path.name, read_text(path, EvaluationError)) for path in args.text or ()]
         tokenizer = load_tokenizer(folder)
         model = foreroute.load(folder, dtype=args.dtype, config=config)
     settings = SuiteSettings(
@@ -114,15 +114,6 @@ def run(args: argparse.Namespace) -> int:
     else:
         _print(found)
     return 0
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.expanduser().read_text(encoding="utf-8")
-    except OSError as error:
-        raise EvaluationError(f"{path} cannot be read: {error.strerror}.") from error
-    except UnicodeDecodeError as error:
-        raise EvaluationError(f"{path} is not UTF-8 text (byte {error.start}).") from None
 
 
 @contextlib.contextmanager

@@ -153,17 +153,21 @@ class Learner:
 
     def _solve(self, layer: int, rows: "_LayerRows") -> None:
         """In a thread: the layer's ridge, and whether it is better than what it would replace."""
-        with torch.no_grad():
-            ridge = layer_of(rows.equations, self._hidden, _PENALTY)
-            seen, chosen = rows.aside()
-            width = chosen.shape[1]
-            learnt = Ridge([ridge]).guess(0, seen, width)
-            known = self._first.guess(layer, seen, width)
+        try:
+            with torch.no_grad():
+                ridge = layer_of(rows.equations, self._hidden, _PENALTY)
+                seen, chosen = rows.aside()
+                learnt = Ridge([ridge]).guess(0, seen, chosen.shape[1])
+                known = self._first.guess(layer, seen, chosen.shape[1])
             if learnt is not None and (known is None or _found(learnt, chosen) > _found(known, chosen)):
                 self._ridge[layer] = ridge
                 self._predictor = Ridge(self._ridge)
                 self.num_learnt += 1
-        self._thread = None
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+            # States that are not finite, or all alike: the layer keeps the guess that it has.
+            pass
+        finally:
+            self._thread = None
 
     def _next_group(self) -> None:
         self._stop_listening()

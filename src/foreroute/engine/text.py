@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from foreroute.errors import CheckpointError, PromptError
+from foreroute.errors import CheckpointError, ForerouteError, PromptError
 
 _REPLACEMENT = "\ufffd"
 
@@ -26,6 +26,20 @@ def load_tokenizer(folder: str | Path) -> Any:
     if not tokenizer.encode("a", add_special_tokens=False):
         raise CheckpointError(f"{folder} has no tokenizer (tokenizer.json). Get it from where the weights came from.")
     return tokenizer
+
+
+def read_text(path: Path, error: type[ForerouteError]) -> str:
+    """A file's text.
+
+    Raises:
+        error: it cannot be read, or is not UTF-8.
+    """
+    try:
+        return path.expanduser().read_text(encoding="utf-8")
+    except OSError as failure:
+        raise error(f"{path} cannot be read: {failure.strerror}.") from failure
+    except UnicodeDecodeError as failure:
+        raise error(f"{path} is not UTF-8 text (byte {failure.start}).") from None
 
 
 def encode_prompt(tokenizer: Any, prompt: str, *, chat: bool | None = None, system: str | None = None) -> torch.Tensor:
