@@ -89,7 +89,7 @@ class _Rung:
             "demand_mb": stats.decode.demand_bytes / steps / 1e6,
             "prefetch_mb": stats.decode.prefetch_bytes / steps / 1e6,
             "stall_ms": 1e3 * stats.decode.stall_s / steps,
-            "prefetch_used": stats.prefetch_used / steps,
+            "prefetch_used": stats.decode.prefetch_used / steps,
             "evictions": stats.evictions / steps,
         }
 

@@ -19,6 +19,8 @@ ASKED = {
     "eviction": (["--eviction", "lru"], "lru"),
     "prefetch": (["--prefetch", "none"], "none"),
     "predictor": (["--predictor", "no"], "no"),
+    "prefetch_prefill": (["--no-prefetch-prefill"], False),
+    "learn": (["--no-learn"], False),
     "prefetch_width": (["--prefetch-width", "6"], 6),
     "cache": (["--no-cache"], False),
     "hits_first": (["--no-hits-first"], False),
@@ -64,7 +66,7 @@ def test_a_wrong_flag_is_named_by_argparse(flags: list[str], capsys: pytest.Capt
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.__name__.split(".")[-1])
 def test_help_fits_a_terminal_and_teaches(command, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    name = command.__name__.split(".")[-1]
+    name = command.__name__.split(".")[-1].replace("evaluate", "eval")
     with pytest.raises(SystemExit):
         build_parser().parse_args([name, "--help"])
     text = capsys.readouterr().out

@@ -313,7 +313,8 @@ def test_g15_the_familys_own_forward(checkpoints, references, load, family, monk
 @pytest.mark.parametrize("width", [1, 8])
 def test_g16_width_of_guesses(checkpoints, references, load, width, monkeypatch):
     folder = checkpoints.get("qwen3_moe")
-    model = load(folder, "50%", prefetch_width=width)
+    # A prompt's guesses are of as many experts as its tokens want.
+    model = load(folder, "50%", prefetch_width=width, prefetch_prefill=False)
     residency, widths = model.foreroute.runtime.residency, []
     prefetch = residency.prefetch
 
@@ -325,3 +326,16 @@ def test_g16_width_of_guesses(checkpoints, references, load, width, monkeypatch)
     assert_same(model, folder, references, ONE_PROMPT)
     assert set(widths) - {0} == {width}
     assert model.foreroute.stats().prefetch_used > 0
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("is_on", [True, False])
+def test_g17_guesses_in_prefill(checkpoints, references, load, family, is_on):
+    folder = checkpoints.get(family)
+    model = load(folder, "50%", prefetch_prefill=is_on)
+    for batch in (ONE_PROMPT, THREE_PROMPTS):
+        assert_same(model, folder, references, batch)
+    prefill = model.foreroute.stats().prefill
+    assert (prefill.prefetch_loads > 0) == is_on
+    # What a guess fetched is a hit when its layer comes.
+    assert prefill.hits > 0

@@ -50,16 +50,15 @@ def timeliness(
             disable_compile=True,
         )
         progress(number * new_tokens, len(prompts) * new_tokens)
-    stats = model.foreroute.stats().minus(before)
-    decode = stats.decode
+    decode = model.foreroute.stats().minus(before).decode
     # Within a decode step whatever is demanded arrives: an expert that is found on its way was guessed.
-    in_time = stats.prefetch_used - decode.late
+    in_time = decode.prefetch_used - decode.late
     return Timeliness(
         tokens=decode.tokens,
         fetched=decode.prefetch_loads,
         in_time=in_time,
         late=decode.late,
-        wasted=stats.prefetch_wasted,
+        wasted=decode.prefetch_wasted,
         missed=decode.misses,
         resident=decode.hits - in_time,
     )

@@ -184,7 +184,7 @@ def _account(report: "GenerationReport") -> list[figures.Row]:
         ("experts asked for", f"{demanded:,}",
          f"{decode.hits:,} in memory, {decode.late:,} on their way, {decode.misses:,} absent"),
         ("evictions", f"{report.stats.evictions:,}", "experts that gave way to others"),
-        ("prefetches used", f"{report.stats.prefetch_used:,}",
+        ("prefetches used", f"{report.stats.decode.prefetch_used:,}",
          f"of {decode.prefetch_loads:,} experts fetched before the router asked"),
     ]  # fmt: skip
 
@@ -194,7 +194,7 @@ def _inert_features(report: "GenerationReport", plan: Plan) -> list[str]:
     complaints = []
     if plan.num_slots < plan.total_slots and not report.stats.evictions:
         complaints.append("But no expert was evicted: this run proves little. Take less --memory or more tokens.")
-    if plan.staging_slots and not report.stats.prefetch_used:
+    if plan.staging_slots and not report.stats.decode.prefetch_used:
         remedy = "Take more tokens." if plan.math == "own" else "Take --dtype float32."
         complaints.append(f"But no guess was used: this run proves little. {remedy}")
     return complaints

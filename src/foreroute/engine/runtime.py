@@ -120,6 +120,8 @@ class Runtime:
         # Guesses for a layer that were queued and that its router has not confirmed or contradicted yet.
         self._guessed: list[list[int]] = [[] for _ in table.layers]
         self._is_prefill = False
+        # Used and wasted guesses, as the pool had counted them when they were last booked to a phase.
+        self._booked = (0, 0)
         # Still True where a step begins: the one before was cut off, by an error or by Ctrl-C, between any two lines.
         self._is_mid_step = False
         # A step's whole demand must fit beside the guesses that are on their way.
@@ -127,6 +129,7 @@ class Runtime:
 
     def begin_step(self, num_rows: int, num_positions: int, token_ids: torch.Tensor | None = None) -> None:
         """A forward pass of [num_rows, num_positions] tokens begins; `token_ids` of that shape, where it has them."""
+        self._book_guesses()
         self._is_prefill = num_positions > 1
         self._phase = self.stats.prefill if self._is_prefill else self.stats.decode
         self._phase.steps += 1
@@ -191,7 +194,7 @@ class Runtime:
         """A copy of all counts since the model was loaded."""
         stats, residency = self.stats, self.residency
         stats.evictions = residency.evictions
-        stats.prefetch_used, stats.prefetch_wasted = residency.prefetch_used, residency.prefetch_wasted
+        self._book_guesses()
         stats.read_bytes, stats.read_s = self.transfer.bytes_read, self.transfer.busy_s
         return copy.deepcopy(stats)
 
@@ -254,6 +257,13 @@ class Runtime:
         following = layer + 1
         if self._predictor is not None and following < len(self._widths) and self._lacks(following):
             self._prefetch(following, self._predictor.guess(layer, hidden, ids, weights))
+
+    def _book_guesses(self) -> None:
+        """What became of guesses since the last call goes to the phase that runs."""
+        used, wasted = self.residency.prefetch_used, self.residency.prefetch_wasted
+        self._phase.prefetch_used += used - self._booked[0]
+        self._phase.prefetch_wasted += wasted - self._booked[1]
+        self._booked = (used, wasted)
 
     def _lacks(self, layer: int) -> bool:
         return self.residency.resident_per_layer[layer] < self._widths[layer]

@@ -9,6 +9,7 @@ class PhaseStats:
     """Counts of one phase (prefill or decode).
 
     steps: forward passes. tokens: positions computed, padding included.
+    prefetch_used / prefetch_wasted: guessed experts that this phase demanded / gave up before anybody did.
     hits / late / misses: demanded experts that were there / still on their way / absent.
     demand_loads: experts read because a router asked. prefetch_loads: experts read on a guess.
     stall_s: seconds in which compute waited for bytes.
@@ -24,6 +25,8 @@ class PhaseStats:
     prefetch_loads: int = 0
     prefetch_bytes: int = 0
     prefetch_cancelled: int = 0
+    prefetch_used: int = 0
+    prefetch_wasted: int = 0
     stall_s: float = 0.0
 
     @property
@@ -40,10 +43,18 @@ class EngineStats:
     prefill: PhaseStats = field(default_factory=PhaseStats)
     decode: PhaseStats = field(default_factory=PhaseStats)
     evictions: int = 0
-    prefetch_used: int = 0
-    prefetch_wasted: int = 0
     read_bytes: int = 0
     read_s: float = 0.0
+
+    @property
+    def prefetch_used(self) -> int:
+        """Guessed experts that were demanded, in both phases."""
+        return self.prefill.prefetch_used + self.decode.prefetch_used
+
+    @property
+    def prefetch_wasted(self) -> int:
+        """Guessed experts that were given up before any demand, in both phases."""
+        return self.prefill.prefetch_wasted + self.decode.prefetch_wasted
 
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers, for --json."""
