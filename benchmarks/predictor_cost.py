@@ -44,6 +44,10 @@ class Clocked:
         """The predictor's own, timed."""
         return self._timed(self._predictor.guess_first, token_ids)
 
+    def see_first(self, *seen: Any) -> Any:
+        """The predictor's own, timed."""
+        return self._timed(self._predictor.see_first, *seen)
+
     def _timed(self, ask: Any, *seen: Any) -> Any:
         started = time.perf_counter()
         guess = ask(*seen)

@@ -25,7 +25,6 @@ from foreroute.predict.controls import (
 )
 from foreroute.predict.scoring import Tally, widths_of
 from foreroute.predict.sidecar import Sidecar
-from foreroute.predict.token_table import TokenTable
 
 Progress = Callable[[int, int], None]
 _COST_REPEATS = 30
@@ -150,7 +149,7 @@ def guessers_of(candidates: Mapping[str, Predictor], sidecar: Sidecar | None) ->
     """Guessers by name; the token table, a guesser of its own, guesses layer 0 for the hybrid too, as in the engine."""
     guessers = {name: of_predictor(predictor) for name, predictor in candidates.items()}
     if sidecar is not None and sidecar.token_table is not None:
-        table = TokenTable(sidecar.token_table)
+        table = sidecar.token_table
         guessers[known.TOKEN_TABLE] = first_only(table)
         if known.HYBRID in candidates:
             guessers[known.HYBRID] = of_predictor(candidates[known.HYBRID], table)

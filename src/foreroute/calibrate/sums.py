@@ -8,7 +8,7 @@ import torch
 from foreroute.engine.predictors import quasi_hidden
 from foreroute.errors import PredictorError
 from foreroute.predict.base import Seen
-from foreroute.predict.controls import Moment, expert_counts
+from foreroute.predict.controls import Moment, context_of, expert_counts
 from foreroute.predict.default_vector import DefaultVectorSums
 from foreroute.predict.entry import EntryFit
 from foreroute.predict.estimator import EstimatorSettings, EstimatorTraining
@@ -43,7 +43,7 @@ class Sums:
         widths = [layer.experts.num_offloaded for layer in model.foreroute.layers]
         hidden = model.config.get_text_config().hidden_size
         self.ridge = [RidgeFit(hidden, here, after) for here, after in itertools.pairwise(widths)]
-        self.table = TokenTableFit(vocabulary, embedding_width, widths[0])
+        self.table = TokenTableFit(vocabulary, embedding_width, hidden, widths[0])
         self.outputs = [DefaultVectorSums(width, hidden) for width in widths]
         self.entry = [EntryFit(hidden, width) for width in widths] if before_attention else []
         self.popularity = [torch.zeros(width, dtype=torch.int64) for width in widths]
@@ -76,7 +76,7 @@ class Sums:
         else:
             with torch.no_grad():
                 embeddings = self._embed(moment.token_ids)
-            self.table.add(moment.token_ids, embeddings, targets)
+            self.table.add(moment.token_ids, embeddings, context_of(moment), targets)
 
     def _show_estimator(self, layer: int, seen: Seen, targets: torch.Tensor) -> None:
         assert self.estimator is not None

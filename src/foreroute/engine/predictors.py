@@ -77,7 +77,7 @@ def prefetch_guesses(
     residual_of: Callable[[int], torch.Tensor | None] = no_residual
     if sidecar is not None:
         predictor = hybrid(layers, dtype, sidecar)
-        table = None if sidecar.token_table is None else TokenTable(sidecar.token_table)
+        table = sidecar.token_table
         if not {DEFAULT_VECTORS, ESTIMATOR}.isdisjoint(sidecar.choice):
             residual_of = ResidualTap(layers)
     return PrefetchGuesses(

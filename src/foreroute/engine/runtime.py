@@ -36,6 +36,10 @@ class Predictor(Protocol):
         """Expert indices of MoE layer 0 for the step's `token_ids` [tokens], as above."""
         ...
 
+    def see_first(self, hidden: torch.Tensor, num_rows: int) -> None:
+        """The router input of MoE layer 0, [rows x positions, hidden], of every step."""
+        ...
+
 
 class Learner(Protocol):
     """Improves guesses with what passes by, in time that would be lost."""
@@ -120,6 +124,7 @@ class Runtime:
         # Guesses for a layer that were queued and that its router has not confirmed or contradicted yet.
         self._guessed: list[list[int]] = [[] for _ in table.layers]
         self._is_prefill = False
+        self._num_rows = 1
         # Used and wasted guesses, as the pool had counted them when they were last booked to a phase.
         self._booked = (0, 0)
         # Still True where a step begins: the one before was cut off, by an error or by Ctrl-C, between any two lines.
@@ -130,6 +135,7 @@ class Runtime:
     def begin_step(self, num_rows: int, num_positions: int, token_ids: torch.Tensor | None = None) -> None:
         """A forward pass of [num_rows, num_positions] tokens begins; `token_ids` of that shape, where it has them."""
         self._book_guesses()
+        self._num_rows = num_rows
         self._is_prefill = num_positions > 1
         self._phase = self.stats.prefill if self._is_prefill else self.stats.decode
         self._phase.steps += 1
@@ -165,6 +171,8 @@ class Runtime:
             self.observer(layer, hidden, ids, weights)
         if self.learner is not None:
             self.learner.see(layer, hidden, ids, weights)
+        if layer == 0 and self._predictor is not None:
+            self._predictor.see_first(hidden, self._num_rows)
         width, base = self._widths[layer], layer * self._num_experts
         # The one read-back of the layer. What is no expert becomes -1, which no key is.
         routed = [[base + expert if expert < width else -1 for expert in row] for row in ids.tolist()]

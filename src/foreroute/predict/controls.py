@@ -12,7 +12,7 @@ import torch
 from foreroute.predict.base import Predictor, Seen, TokenGuess
 from foreroute.predict.entry import EntryLayer
 from foreroute.predict.lookahead import NextRouter
-from foreroute.predict.token_table import TokenTable
+from foreroute.predict.token_table import TokenTable, context_before
 
 
 class Moment(NamedTuple):
@@ -43,7 +43,7 @@ def of_predictor(predictor: Predictor, first: TokenTable | None = None) -> Guess
 
     def guess(moment: Moment, width: int) -> TokenGuess | None:
         if moment.before is None:
-            return None if first is None else first.guess(moment.token_ids, width)
+            return None if first is None else _first_guess(first, moment, width)
         return predictor.guess(moment.layer - 1, moment.before, width)
 
     return guess
@@ -53,9 +53,19 @@ def first_only(table: TokenTable) -> Guesser:
     """The token table alone: layer 0, and no other."""
 
     def guess(moment: Moment, width: int) -> TokenGuess | None:
-        return table.guess(moment.token_ids, width) if moment.layer == 0 else None
+        return _first_guess(table, moment, width) if moment.layer == 0 else None
 
     return guess
+
+
+def _first_guess(table: TokenTable, moment: Moment, width: int) -> TokenGuess:
+    return table.guess(moment.token_ids, context_of(moment), width)
+
+
+def context_of(moment: Moment) -> torch.Tensor:
+    """[tokens, hidden]: the context of each token at layer 0, by what its router read at the tokens before."""
+    hidden = moment.now.hidden
+    return context_before(hidden.view(-1, moment.context, hidden.shape[-1])).flatten(0, 1)
 
 
 def of_entry(layers: Sequence[EntryLayer | None]) -> Guesser:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from foreroute.predict.base import Predictor, Seen, most_wanted
-from foreroute.predict.token_table import TokenTable
+from foreroute.predict.token_table import RunningContext, TokenTable
 
 
 def no_residual(layer: int) -> torch.Tensor | None:
@@ -34,6 +34,7 @@ class PrefetchGuesses:
         self._num_experts = list(num_experts)
         self._widths = list(widths)
         self._first = first
+        self._context = RunningContext()
         self._residual_of = residual_of
 
     def guess(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Sequence[int]:
@@ -47,4 +48,10 @@ class PrefetchGuesses:
         """Experts of MoE layer 0 for the step's `token_ids` [tokens], distinct, best first."""
         if self._first is None:
             return ()
-        return most_wanted(self._first.guess(token_ids, self._widths[0]).ids, self._num_experts[0])
+        context = self._context.of_rows(len(token_ids))
+        return most_wanted(self._first.guess(token_ids, context, self._widths[0]).ids, self._num_experts[0])
+
+    def see_first(self, hidden: torch.Tensor, num_rows: int) -> None:
+        """Layer 0's router input of a step, [rows x positions, hidden]: what the next guess of it leans on."""
+        if self._first is not None:
+            self._context.see(hidden, num_rows)

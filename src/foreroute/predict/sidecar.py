@@ -18,12 +18,14 @@ from safetensors.torch import save_file
 from foreroute.errors import PredictorError
 from foreroute.predict.entry import EntryLayer
 from foreroute.predict.ridge import RidgeLayer
+from foreroute.predict.token_table import TokenTable
 
 SIDECAR_NAME = "predictor.foreroute.safetensors"
-FORMAT = 1
+FORMAT = 2
 # All metadata under one key: safetensors writes several in the order of a hash map.
 _KEY = "foreroute"
 _ESTIMATOR = "estimator."
+_TABLE = "token_table."
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Sidecar:
     fingerprint: of the checkpoint (CheckpointIndex.fingerprint). about: how it was made and how good it is: corpus,
     settings, held-out scores.
     ridge: per MoE layer its guess of the next. default_vectors: per MoE layer [experts, hidden], empty when no expert
-    could be observed. token_table: [vocabulary, experts of layer 0] float16. popularity: per MoE layer [experts] int64.
+    could be observed. token_table: guesses layer 0. popularity: per MoE layer [experts] int64.
     choice: per MoE layer the name of the predictor that guesses the next one; None for no guess.
     estimator: its weights by name; empty when none was trained.
     entry: per MoE layer its guess from before its own attention; None where that is not known.
@@ -42,7 +44,7 @@ class Sidecar:
     fingerprint: str
     ridge: list[RidgeLayer | None]
     default_vectors: list[torch.Tensor | None]
-    token_table: torch.Tensor | None
+    token_table: TokenTable | None
     popularity: list[torch.Tensor]
     choice: list[str | None]
     about: dict[str, Any] = field(default_factory=dict)
@@ -63,7 +65,7 @@ class Sidecar:
         for layer, counts in enumerate(self.popularity):
             named[f"popularity.{layer}"] = counts
         if self.token_table is not None:
-            named["token_table"] = self.token_table
+            named.update({_TABLE + name: tensor for name, tensor in vars(self.token_table).items()})
         for layer, guess in enumerate(self.entry):
             if guess is not None:
                 named[f"entry.{layer}.weights"], named[f"entry.{layer}.bias"] = guess.weights, guess.bias
@@ -108,7 +110,7 @@ class Sidecar:
             fingerprint,
             [_ridge_layer(tensors, layer) for layer in layers],
             [tensors.get(f"default_vectors.{layer}") for layer in layers],
-            tensors.get("token_table"),
+            _token_table(tensors),
             [tensors[f"popularity.{layer}"] for layer in layers],
             choice,
             about["about"],
@@ -184,6 +186,11 @@ def _ridge_layer(tensors: Mapping[str, torch.Tensor], layer: int) -> RidgeLayer 
 def _entry_layer(tensors: Mapping[str, torch.Tensor], layer: int) -> EntryLayer | None:
     weights, bias = tensors.get(f"entry.{layer}.weights"), tensors.get(f"entry.{layer}.bias")
     return None if weights is None or bias is None else EntryLayer(weights, bias)
+
+
+def _token_table(tensors: Mapping[str, torch.Tensor]) -> TokenTable | None:
+    parts = {name[len(_TABLE) :]: tensor for name, tensor in tensors.items() if name.startswith(_TABLE)}
+    return TokenTable(**parts) if parts else None
 
 
 def _digest(tensors: Mapping[str, torch.Tensor]) -> str:

@@ -10,6 +10,7 @@ from foreroute.errors import PredictorError
 from foreroute.predict.entry import EntryLayer
 from foreroute.predict.ridge import RidgeLayer
 from foreroute.predict.sidecar import SIDECAR_NAME, Sidecar, find_sidecar
+from foreroute.predict.token_table import TokenTable
 
 
 def sidecar() -> Sidecar:
@@ -19,7 +20,11 @@ def sidecar() -> Sidecar:
         "the fingerprint",
         ridge=[layer, None],
         default_vectors=[torch.randn(5, 4, generator=generator), None],
-        token_table=torch.randn(7, 5, generator=generator).half(),
+        token_table=TokenTable(
+            torch.randn(7, 5, generator=generator).half(),
+            torch.randn(4, 5, generator=generator),
+            torch.randn(4, generator=generator),
+        ),
         popularity=[torch.arange(5), torch.arange(3)],
         choice=["ridge", None],
         about={"tokens": {"fitted": 3}, "b": [1.5, None], "a": 1},
