@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from models import attention, experts, loop, optim
-from models.families import RECIPES, SMOKE, Recipe
+from models.families import RECIPES, SMOKE, Recipe, recipe_of
+from models.train import SMOKE_BITS
 
 
 def gradients(recipe: Recipe, fast: bool) -> tuple[float, dict[str, torch.Tensor]]:
@@ -117,3 +122,22 @@ def test_a_checkpoint_restores_what_was_saved(tmp_path: Path) -> None:
     assert torch.equal(again.first, shared.first)
     assert torch.equal(again.weights, shared.params.bfloat16())
     assert [path.name for path in tmp_path.iterdir()] == ["one.pt"]
+
+
+def test_another_seed_is_the_same_recipe_under_another_name() -> None:
+    first, other = RECIPES["foreroute-tiny-oss"], recipe_of("foreroute-tiny-oss-seed1")
+    assert (other.name, other.seed) == ("foreroute-tiny-oss-seed1", 1)
+    assert replace(other, name=first.name, seed=first.seed) == first == recipe_of(first.name)
+    weights = [next(loop.build(recipe).parameters()) for recipe in (first, other)]
+    assert not torch.equal(*weights)
+
+
+def test_the_smoke_run_learns() -> None:
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "models/train.py", "--smoke"], cwd=root, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    told = re.search(r"held-out bits/char ([\d.]+) -> ([\d.]+)", done.stdout)
+    assert told is not None
+    assert float(told[1]) - float(told[2]) >= SMOKE_BITS
