@@ -8,7 +8,7 @@ import torch
 
 from foreroute.engine.learner import Learner, _groups, learning_bytes
 from foreroute.engine.predictors import lookahead
-from foreroute.predict.base import Seen
+from foreroute.predict.base import Seen, TokenGuess
 from tests.support.runs import assert_same_bits, generate
 
 ENOUGH = 1500
@@ -59,6 +59,24 @@ def test_what_is_learnt_is_kept_where_it_is_better(family: str, checkpoints: Any
     # A layer that kept the lookahead guesses as before.
     for layer, ridge in enumerate(learner._ridge[:-1]):
         assert (after[layer] == before[layer]) == (ridge is None)
+
+
+def test_what_is_not_better_is_not_taken(checkpoints: Any, load: Any) -> None:
+    model = load(checkpoints.get("qwen3_moe"), "50%", learn=False)
+
+    class NamesAll:
+        """Finds every expert; no fit is better."""
+
+        def guess(self, layer: int, seen: Seen, width: int) -> TokenGuess:
+            ids = torch.arange(model.foreroute.layers[layer + 1].experts.num_offloaded).expand(len(seen.ids), -1)
+            return TokenGuess(ids, ids.float())
+
+    layers = model.foreroute.layers
+    learner = Learner(layers, model.config.hidden_size, model.dtype, NamesAll(), 2**26, ENOUGH)
+    show(model, learner, passes=12)
+    assert not learner.is_learning
+    assert learner.num_learnt == 0
+    assert learner._ridge == [None] * len(layers)
 
 
 def test_it_listens_only_while_it_learns(checkpoints: Any, load: Any) -> None:
