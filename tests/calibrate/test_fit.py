@@ -16,7 +16,7 @@ from foreroute.calibrate.score import score
 from foreroute.calibrate.watch import Watch, watching
 from foreroute.checkpoint.index import read_index
 from foreroute.errors import PredictorError
-from foreroute.predict.base import TokenGuess
+from foreroute.predict.base import Seen, TokenGuess
 from foreroute.predict.sidecar import SIDECAR_NAME, Sidecar
 from tests.calibrate.conftest import CONTEXT, SETTINGS
 from tests.support.runs import assert_same_bits, generate
@@ -221,6 +221,33 @@ def test_stand_ins_replace_what_was_not_guessed_and_nothing_else(folder: Path, f
     assert torch.equal(exact[1].now.hidden, without[1].now.hidden)
     assert not torch.equal(exact[2].now.hidden, without[2].now.hidden)
     assert (without[1].now.weights > 0).all()
+
+
+def test_what_is_there_is_computed_and_the_rest_is_stood_in_for(folder: Path, load: Any) -> None:
+    model = load(folder, "50%", predictor="no")
+    watch = Watch(model, lambda moment, _: None)
+    hidden, width = torch.randn(5, model.config.hidden_size), model.foreroute.layers[1].experts.num_offloaded
+    ids = torch.tensor([[0, 1, 9], [2, 8, 3], [4, 5, 6], [9, 10, 11], [0, 7, 15]])
+    weights = torch.rand(5, 3)
+
+    class KnowsTheFirstEight:
+        def guess(self, layer: int, seen: Seen, width: int) -> TokenGuess:
+            return TokenGuess(torch.arange(8).expand(5, -1), torch.ones(5, 8))
+
+    def compute(hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        return 100 * weights.sum(-1, keepdim=True).expand_as(hidden)
+
+    vectors = [torch.ones(width, hidden.shape[1])] * len(model.foreroute.layers)
+    forward = watch.without_missing(1, compute, StandIns(KnowsTheFirstEight(), vectors))
+    watch._windows = torch.zeros(1, 5, dtype=torch.int64)
+    watch._before = Seen(hidden, ids, weights)
+    there = (weights * (ids < 8)).sum(-1, keepdim=True)
+    expected = 100 * there + (weights.sum(-1, keepdim=True) - there)
+    torch.testing.assert_close(forward(hidden, ids, weights), expected.expand_as(hidden))
+    # Layer 0 has no guess, and waits.
+    watch._before = None
+    torch.testing.assert_close(forward(hidden, ids, weights), compute(hidden, ids, weights))
+    watch.tap.remove()
 
 
 def test_states_that_are_not_finite_are_named(folder: Path, fit_to: Any, load: Any, corpus: Corpus) -> None:
