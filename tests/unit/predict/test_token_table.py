@@ -29,6 +29,9 @@ def test_tokens_and_contexts_are_told_apart() -> None:
     guess = table.guess(asked, far, 2)
     assert guess.ids.tolist() == (by_token[asked] + far @ from_context).topk(2).indices.tolist()
     assert table.guess(asked, None, 2).ids.tolist() == usual[asked].topk(2).indices.tolist()
+    # A usual context is the mean one.
+    mean = table.mean_context.expand(3, -1)
+    torch.testing.assert_close(table.guess(asked, mean, 5).weights, table.guess(asked, None, 5).weights)
 
 
 def test_a_context_is_of_the_tokens_before_and_of_the_recent_ones_most() -> None:
