@@ -214,5 +214,7 @@ def _tell(args: argparse.Namespace, sidecar: "Sidecar", path: Path, *, is_beside
             rows.append((name, figures.percent(value), f"recall of the top-k, held out; chosen in {uses} layers"))
     first = about["held_out"].get("token table")
     if first is not None:
-        rows.append(("token table", figures.percent(first["recall_k"][0]), "recall in layer 0, from the token alone"))
+        rows.append(
+            ("token table", figures.percent(first["recall_k"][0]), "recall in layer 0, from the token in its context")
+        )
     figures.print_rows(console, rows)
