@@ -337,5 +337,6 @@ def test_g17_guesses_in_prefill(checkpoints, references, load, family, is_on):
         assert_same(model, folder, references, batch)
     prefill = model.foreroute.stats().prefill
     assert (prefill.prefetch_loads > 0) == is_on
+    assert (prefill.prefetch_used > 0) == is_on
     # What a guess fetched is a hit when its layer comes.
     assert prefill.hits > 0

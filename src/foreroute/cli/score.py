@@ -28,7 +28,7 @@ the figures:
   @k, @k+2, @2k  share of the routed experts that are among so many guessed
   set            share of tokens all of whose experts are among the k guessed
   missed         share of the gate weight that was not among the k guessed
-  layer 0        @k of the first MoE layer, guessed from the token and its context
+  layer 0        @k of the first MoE layer, guessed from token and context
   us/token       time that one token's guesses take over all layers
 All are means over the MoE layers after the first. The oracle is the router on
 its own input and must read 100 %; random reads k / experts; shuffled is the
