@@ -158,10 +158,10 @@ class Learner:
                 ridge = layer_of(rows.equations, self._hidden, _PENALTY)
                 seen, chosen = rows.aside()
                 learnt = Ridge([ridge]).guess(0, seen, chosen.shape[1])
-                known = self._first.guess(layer, seen, chosen.shape[1])
+                known = self._first.guess(layer, seen._replace(hidden=seen.hidden.to(self._dtype)), chosen.shape[1])
             if learnt is not None and (known is None or _found(learnt, chosen) > _found(known, chosen)):
+                self._predictor = Ridge([*self._ridge[:layer], ridge, *self._ridge[layer + 1 :]])
                 self._ridge[layer] = ridge
-                self._predictor = Ridge(self._ridge)
                 self.num_learnt += 1
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             # States that are not finite, or all alike: the layer keeps the guess that it has.

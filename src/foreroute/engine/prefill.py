@@ -156,6 +156,13 @@ class ExpertStream:
             if error is None:
                 self._ring_ready[key] = slot
             return error
+        if key not in self._loading:
+            # A guess for the next layer: nobody here asked for it, and a failed one is no error.
+            if error is None:
+                self._residency.loaded(key)
+            else:
+                self._residency.fail(key)
+            return None
         self._loading.discard(key)
         if error is not None:
             self._residency.fail(key)

@@ -15,6 +15,8 @@ from foreroute.predict.ridge import NormalEquations
 _PRIOR_COUNT = 1.0
 # What a token counts in the context, beside the one after it.
 _DECAY = 0.8
+# Older ones count less than a millionth.
+_MOST_POSITIONS = 64
 
 
 def context_before(hidden: torch.Tensor) -> torch.Tensor:
@@ -39,7 +41,11 @@ class RunningContext:
         """Layer 0's router input of a step, [rows x positions, width]; several positions are the start of a text."""
         rows = hidden.detach().view(num_rows, -1, hidden.shape[-1]).float()
         if rows.shape[1] > 1 or self._rows is None or len(self._rows) != num_rows:
-            self._rows = torch.zeros_like(rows[:, 0]) if rows.shape[1] == 1 else context_before(rows)[:, -1]
+            self._rows = (
+                torch.zeros_like(rows[:, 0])
+                if rows.shape[1] == 1
+                else context_before(rows[:, -_MOST_POSITIONS:])[:, -1]
+            )
         self._rows = torch.lerp(rows[:, -1], self._rows, _DECAY)
 
     def of_rows(self, num_rows: int) -> torch.Tensor | None:
