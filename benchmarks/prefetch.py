@@ -50,7 +50,8 @@ def config_of(kind: str, eviction: str, sidecar: Path) -> EngineConfig:
     if kind == "none":
         return EngineConfig(prefetch="none", eviction=eviction)
     predictor = str(sidecar) if kind == "fitted" else "no"
-    return EngineConfig(predictor=predictor, eviction=eviction, learn=False)
+    # Decode alone is counted: what a guess in prefill brings in would be bytes that nobody sees.
+    return EngineConfig(predictor=predictor, eviction=eviction, learn=False, prefetch_prefill=False)
 
 
 def decode(model: Any, prompts: torch.Tensor, new_tokens: int) -> tuple[dict[str, float], list[list[int]]]:
@@ -89,6 +90,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=65536, help="to fit to")
     parser.add_argument("--held-out", type=Path, default=default_held_out())
     asked = parser.parse_args()
+    if asked.prompts < 2:
+        parser.error("--prompts must be at least 2: the first one warms up")
     found: dict[str, Any] = {}
     different: list[str] = []
     with tempfile.TemporaryDirectory() as name:
@@ -105,8 +108,10 @@ def main() -> None:
                 different += [f"{memory} {eviction} {kind}" for kind in KINDS if tokens[kind] != tokens["none"]]
                 base = runs["none"]
                 for entry in runs.values():
-                    entry["misses_less_share"] = 1 - entry["misses"] / base["misses"]
-                    entry["more_bytes_share"] = (entry["demand_mb"] + entry["guessed_mb"]) / base["demand_mb"] - 1
+                    entry["misses_less_share"] = 1 - entry["misses"] / base["misses"] if base["misses"] else 0.0
+                    entry["more_bytes_share"] = (
+                        (entry["demand_mb"] + entry["guessed_mb"]) / base["demand_mb"] - 1 if base["demand_mb"] else 0.0
+                    )
                     print(memory, eviction, {key: round(value, 3) for key, value in entry.items()}, flush=True)
                 found[f"{memory} {eviction}"] = runs
     result = {"model": asked.model.name, "same_tokens": not different, "runs": found}

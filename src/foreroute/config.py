@@ -30,7 +30,7 @@ class EngineConfig:
         "auto", 'fitted predictors (see fit): "auto" uses those beside the checkpoint, "no" the lookahead, or a path'
     )
     prefetch_prefill: bool = _option(
-        True, "guess in prefill too: the next layer's first reads overlap this one's maths"
+        False, "guess in prefill too: reads of the next layer overlap this one's maths (not measured to pay yet)"
     )
     learn: bool = _option(
         True,

@@ -257,3 +257,29 @@ def run_to_line(number, act):
     finally:
         sys.settrace(None)
     return seen
+
+
+def test_a_guess_that_fails_in_prefill_is_no_error(load, folder, expected, monkeypatch):
+    model = load(folder, "50%", prefetch_prefill=True)
+    transfer = model.foreroute.runtime.transfer
+    guessed, failed = set(), []
+    prefetch, wait, completed = transfer.prefetch, transfer.wait, transfer.completed
+
+    def noting(key, slot):
+        guessed.add(key)
+        prefetch(key, slot)
+
+    def spoilt(completions):
+        failed.extend(one.key for one in completions if one.key in guessed)
+        spoilt = [one._replace(error=ReadError("a guess")) if one.key in guessed else one for one in completions]
+        guessed.difference_update(one.key for one in completions)
+        return spoilt
+
+    monkeypatch.setattr(transfer, "prefetch", noting)
+    monkeypatch.setattr(transfer, "completed", lambda: spoilt(completed()))
+    monkeypatch.setattr(transfer, "wait", lambda: spoilt(wait()))
+    # A late guess in decode is waited for, and its failure is one: prefill alone.
+    generate(model, THREE_PROMPTS, 1)
+    assert failed
+    monkeypatch.undo()
+    assert_usable(model, expected)

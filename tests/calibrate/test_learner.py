@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from foreroute.engine.learner import Learner, _groups, learning_bytes
+from foreroute.engine.learner import Learner, _groups, learning_bytes, solving_bytes
 from foreroute.engine.predictors import lookahead
 from foreroute.predict.base import Seen, TokenGuess
 from tests.support.runs import assert_same_bits, generate
@@ -45,9 +45,10 @@ def recall(model: Any, predictor: Any) -> list[float]:
     return found
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
-def test_what_is_learnt_is_kept_where_it_is_better(family: str, checkpoints: Any, load: Any) -> None:
-    model = load(checkpoints.get(family), "50%", learn=False)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "gpt_oss"])
+def test_what_is_learnt_is_kept_where_it_is_better(family: str, dtype: str, checkpoints: Any, load: Any) -> None:
+    model = load(checkpoints.get(family), "50%", dtype=dtype, learn=False)
     assert model.foreroute.runtime.learner is None
     learner = learner_of(model)
     before = recall(model, learner)
@@ -89,18 +90,40 @@ def test_it_listens_only_while_it_learns(checkpoints: Any, load: Any) -> None:
     assert not learner.work()
 
 
+def test_rows_that_were_cut_off_midway_are_forgotten(checkpoints: Any, load: Any) -> None:
+    model = load(checkpoints.get("qwen3_moe"), "50%", learn=False)
+    rows = next(iter(learner_of(model)._group.values()))
+    layers = model.foreroute.layers
+    seen = Seen(
+        torch.randn(200, model.config.hidden_size), torch.randint(0, 16, (200, layers[0].top_k)),
+        torch.rand(200, layers[0].top_k),
+    )  # fmt: skip
+    rows._num_aside = 256
+    rows.keep(seen, torch.rand(200, 16))
+    parts = rows.add_buffered()
+    next(parts)
+    with pytest.raises(KeyboardInterrupt):
+        parts.throw(KeyboardInterrupt)
+    assert rows.num_added == 0
+    assert not rows.equations.gram.any()
+    for _ in rows.add_buffered():
+        pass
+    assert rows.num_added == rows.equations.num_rows == 200
+
+
 def test_layers_are_learnt_in_groups_that_fit(checkpoints: Any, load: Any) -> None:
     assert _groups([10, 10, 10, 5], max_bytes=20) == [[0, 1], [2, 3]]
     assert _groups([10, 30], max_bytes=20) == []
     model = load(checkpoints.get("qwen3_moe"), "50%", learn=False)
     needed = learning_bytes(model.foreroute.layers, model.config.hidden_size)
-    alone = learner_of(model, max_bytes=max(needed))
+    solving = solving_bytes(model.foreroute.layers, model.config.hidden_size)
+    alone = learner_of(model, max_bytes=max(needed) + solving)
     assert list(alone._group) == [0]
     show(model, alone, passes=24)
     assert not alone.is_learning
-    assert not learner_of(model, max_bytes=max(needed) - 1).is_learning
+    assert not learner_of(model, max_bytes=max(needed) + solving - 1).is_learning
     # What it says it takes is what it allocates.
-    (rows,) = learner_of(model, max_bytes=max(needed))._group.values()
+    (rows,) = learner_of(model, max_bytes=max(needed) + solving)._group.values()
     tensors = [rows.equations.gram, rows.equations.cross]
     tensors += [tensor for block in (rows._buffer, rows._aside) for tensor in dataclasses.astuple(block)]
     assert sum(tensor.nbytes for tensor in tensors) == pytest.approx(needed[0], rel=0.02)

@@ -19,7 +19,7 @@ ASKED = {
     "eviction": (["--eviction", "lru"], "lru"),
     "prefetch": (["--prefetch", "none"], "none"),
     "predictor": (["--predictor", "no"], "no"),
-    "prefetch_prefill": (["--no-prefetch-prefill"], False),
+    "prefetch_prefill": (["--prefetch-prefill"], True),
     "learn": (["--no-learn"], False),
     "prefetch_width": (["--prefetch-width", "6"], 6),
     "cache": (["--no-cache"], False),

@@ -21,5 +21,10 @@ def test_the_wheel_carries_the_demos_model(tmp_path: Path) -> None:
     )
     found = Path(done.stdout.strip())
     assert found == tmp_path / "installed" / "foreroute" / "models" / "foreroute-tiny"
+    # These alone: nothing that a fit or a pack has left beside them.
+    assert {path.name for path in found.iterdir()} == {
+        "README.md", "config.json", "curves.png", "generation_config.json", "model.safetensors", "tokenizer.json",
+        "tokenizer_config.json",
+    }  # fmt: skip
     for file in ("model.safetensors", "config.json", "tokenizer.json"):
         assert (found / file).read_bytes() == (ROOT / "models" / "foreroute-tiny" / file).read_bytes()

@@ -59,6 +59,16 @@ def test_text_of_ones_own(run, tmp_path: Path) -> None:
     assert "right" not in out
 
 
+def test_two_files_of_one_name_are_two(run, tmp_path: Path) -> None:
+    paths = [tmp_path / name / "book.txt" for name in ("a", "b")]
+    for number, path in enumerate(paths):
+        path.parent.mkdir()
+        path.write_text((ROOT / "README.md").read_text()[1000 * number : 1000 * number + 600])
+    code, out, err = run(demo.find_model(), "--text", *paths, "--windows", 1, "--context", 32, "--json")
+    assert code == 0, err
+    assert json.loads(out)["bits_per_char"].keys() == {*map(str, paths), "all"}
+
+
 def test_what_cannot_be_evaluated_is_named_before_work(run, held_out: Path, tmp_path: Path) -> None:
     code, _, err = run(demo.find_model(), "--suite", "builtin", "--held-out", tmp_path / "no.json")
     assert code == 2
@@ -69,6 +79,10 @@ def test_what_cannot_be_evaluated_is_named_before_work(run, held_out: Path, tmp_
     code, _, err = run(demo.find_model(), "--text", tmp_path / "absent.txt")
     assert code == 2
     assert "absent.txt cannot be read" in err
+    for flags in (("--kinds", "add"), ("--per-kind", 3), ("--windows", 0)):
+        code, _, err = run(demo.find_model(), "--text", ROOT / "README.md", *flags)
+        assert code == 2
+        assert flags[0] in err
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\xff")
     code, _, err = run(demo.find_model(), "--text", tmp_path / "bytes.txt")
     assert code == 2

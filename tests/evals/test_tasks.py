@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from foreroute.errors import EvaluationError
 from foreroute.evals import tasks
 
 GLOSSARY = {"ant": "a small insect", "bay": "a part of the sea", "cup": "a small open vessel", "den": "a wild home"}
@@ -120,6 +121,16 @@ def test_training_and_held_out_items_share_nothing(kind: str) -> None:
 def test_the_suite_is_the_same_every_time_and_differs_by_seed() -> None:
     assert tasks.held_out_suite(5) == tasks.held_out_suite(5)
     assert tasks.held_out_suite(5) != tasks.held_out_suite(5, seed=1)
+
+
+def test_asked_kinds_alone_are_drawn_and_more_than_there_are_is_refused() -> None:
+    whole = tasks.held_out_suite(5, glossary=GLOSSARY)
+    assert tasks.held_out_suite(5, glossary=GLOSSARY, only=("sort", "define")) == [
+        item for item in whole if item.kind in ("sort", "define")
+    ]
+    with pytest.raises(EvaluationError, match="no 3000 different held-out items of calendar"):
+        tasks.held_out_suite(3000, only=("calendar",))
+    assert "define" not in tasks.kinds({"ant": "a small insect"})
 
 
 def test_one_wrong_token_spoils_the_answer() -> None:

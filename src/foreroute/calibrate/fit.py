@@ -82,6 +82,7 @@ def fit(
         "context": corpus.windows.shape[1],
         "settings": asdict(settings),
         "threads": torch.get_num_threads(),
+        "dtype": str(model.dtype),
     }
     num_rounds = 2 if settings.on_policy else 1
     total = num_rounds * corpus.num_tokens
@@ -110,7 +111,8 @@ def fit(
         sidecar = round_of(1, policy)
     sidecar.save(path)
     partial_path(path).unlink(missing_ok=True)
-    first_path.unlink(missing_ok=True)
+    if settings.on_policy:
+        first_path.unlink(missing_ok=True)
     return sidecar
 
 

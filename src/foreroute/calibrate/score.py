@@ -59,20 +59,26 @@ class Scores:
 GAP_FIGURES = ("recall_k", "recall_k2", "missed_mass")
 
 
-def gap_closed(scores: Scores) -> dict[str, float] | None:
+def gap_closed(scores: Scores) -> dict[str, float | None] | None:
     """How much of the way from the paper's default-vector guess to the late ceiling the hybrid goes, by figure.
 
     The late ceiling is a linear guess from the state after the MoE block, which the guess from before the next
-    layer's attention reads: no guess made from the layer before can know more. 1 is all of the way.
+    layer's attention reads. 1 is all of the way; a guess that is not linear may go further.
 
     Returns:
-        One share per figure of GAP_FIGURES, of means over layers >= 1; None where one of the three was not scored.
+        One share per figure of GAP_FIGURES, of means over layers >= 1; None for a figure in which the ceiling is no
+        better than the start, and in place of all where one of the three was not scored.
     """
     names = (known.DEFAULT_VECTORS, known.HYBRID, known.ENTRY)
     if any(name not in scores.tallies for name in names):
         return None
     start, reached, ceiling = (scores.tallies[name].as_dict()["mean"] for name in names)
-    return {name: (reached[name] - start[name]) / (ceiling[name] - start[name]) for name in GAP_FIGURES}
+    shares: dict[str, float | None] = {}
+    for name in GAP_FIGURES:
+        gap = ceiling[name] - start[name]
+        is_better = gap < 0 if name == "missed_mass" else gap > 0
+        shares[name] = (reached[name] - start[name]) / gap if is_better else None
+    return shares
 
 
 class Scorer:

@@ -52,7 +52,7 @@ def add_parser(commands: Any) -> None:
         "--kinds", nargs="+", default=(), metavar="KIND", help="ask these kinds of tasks only (default: all)"
     )
     parser.add_argument(
-        "--per-kind", type=options.at_least(0), default=100, metavar="N", help="items per kind (default: 100; 0: none)"
+        "--per-kind", type=options.at_least(0), metavar="N", help="items per kind (default: 100; 0: none)"
     )
     parser.add_argument(
         "--windows", type=options.at_least(0), default=28, metavar="N",
@@ -81,6 +81,10 @@ def default_held_out() -> Path:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; returns its exit code."""
+    if args.text and (args.kinds or args.held_out or args.per_kind is not None):
+        raise EvaluationError("--kinds, --per-kind and --held-out belong to --suite; there is --text here.")
+    if args.text and not args.windows:
+        raise EvaluationError("--windows 0 leaves nothing to read of --text. Give at least 1.")
     config = options.engine_config(args)
     folder = locate(args.model)
     options.quiet_libraries(args)
@@ -94,11 +98,16 @@ def run(args: argparse.Namespace) -> int:
         held_out = None if args.text else read_held_out(args.held_out or default_held_out())
         if held_out is not None:
             check_kinds(held_out, args.kinds)
-        texts = [(path.name, read_text(path, EvaluationError)) for path in args.text or ()]
+        texts = [(_name(path), read_text(path, EvaluationError)) for path in args.text or ()]
         tokenizer = load_tokenizer(folder)
         model = foreroute.load(folder, dtype=args.dtype, config=config)
     settings = SuiteSettings(
-        args.per_kind, tuple(args.kinds), args.windows, context_of(model, args.context), args.batch, args.seed
+        100 if args.per_kind is None else args.per_kind,
+        tuple(args.kinds),
+        args.windows,
+        context_of(model, args.context),
+        args.batch,
+        args.seed,
     )
     try:
         with _bars(args.json) as show:
@@ -114,6 +123,11 @@ def run(args: argparse.Namespace) -> int:
     else:
         _print(found)
     return 0
+
+
+def _name(path: Path) -> str:
+    """What the figures call a file: its path, which two files of one name do not share; "all" is the mean."""
+    return "./all" if str(path) == "all" else str(path)
 
 
 @contextlib.contextmanager

@@ -110,8 +110,11 @@ def _decode(model: Any, windows: "torch.Tensor", num_tokens: int, is_quiet: bool
     from foreroute.calibrate.timeliness import timeliness
 
     prompts = windows[: max(1, num_tokens // _DECODE_TOKENS), : windows.shape[1] // 2]
-    with token_bar("decoding", num_tokens, is_quiet) as show:
-        return timeliness(model, prompts, max(2, num_tokens // len(prompts)), show)
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or windows.shape[1]
+    # At least two: the first token is prefill's. Never past the model's context; what was decoded is shown.
+    each = max(2, min(num_tokens // len(prompts), context - prompts.shape[1]))
+    with token_bar("decoding", each * len(prompts), is_quiet) as show:
+        return timeliness(model, prompts, each, show)
 
 
 def _print_timeliness(timely: "Timeliness") -> None:
@@ -143,7 +146,7 @@ def _print(scores: "Scores", *, is_fitted: bool) -> None:
     console.print(f"In %, {scores.num_tokens:,} tokens, means over the MoE layers after the first.", style="dim")
     gap = gap_closed(scores)
     if gap is not None:
-        parts = ", ".join(f"{100 * gap[name]:.0f} % in {text}" for name, text in _GAP_NAMES.items())
+        parts = ", ".join(f"{_per_cent(gap[name])} % in {text}" for name, text in _GAP_NAMES.items())
         console.print(f"Of the way from default vectors to the late ceiling (before attention): {parts}.", style="dim")
     if not is_fitted:
         console.print("Nothing is fitted to this model yet: `foreroute fit` makes better guesses.", style="dim")

@@ -3,7 +3,7 @@
 Where nothing was fitted, the lookahead guesses at once. Meanwhile rows of what each layer saw, and what the next
 router said, go to a small buffer; a wait for an expert is used to add some of them to the layer's normal equations.
 A layer that has enough is solved in a thread, and replaces the lookahead if it guesses better on rows kept aside.
-Memory is bounded: layers are learnt in groups, one group after the other.
+Memory is bounded, but for the ridges themselves: layers are learnt in groups, one group after the other.
 """
 
 import itertools
@@ -34,12 +34,15 @@ _ROWS_ASIDE = 256
 # Rows and features that are added in one go: some 2 ms at a hidden width of 2048, which a read of such an expert hides.
 _PART_ROWS, _PART_FEATURES = 128, 256
 _PENALTY = 1e-3
-_FLOAT_BYTES = 4
+_FLOAT_BYTES, _DOUBLE_BYTES = 4, 8
 _PROBED_STATES = 256
 
 
 def learning_bytes(layers: Sequence[MoeLayer], hidden: int) -> list[int]:
-    """Memory that learning each layer's guess of the next one takes: sums, buffer, and rows kept aside."""
+    """Memory that learning each layer's guess of the next one takes: sums, buffer, and rows kept aside.
+
+    One layer at a time is solved, which takes `solving_bytes` more.
+    """
     needed = []
     for layer, after in itertools.pairwise(layers):
         features, outputs = hidden + layer.experts.num_offloaded + 1, after.experts.num_offloaded
@@ -47,12 +50,17 @@ def learning_bytes(layers: Sequence[MoeLayer], hidden: int) -> list[int]:
     return needed
 
 
+def solving_bytes(layers: Sequence[MoeLayer], hidden: int) -> int:
+    """Memory that solving the widest layer takes, while it lasts."""
+    return max(2 * (hidden + layer.experts.num_offloaded + 1) ** 2 * _DOUBLE_BYTES for layer in layers)
+
+
 class Learner:
     """Learns, and guesses: a `Predictor` that is the lookahead until a layer's ridge is there.
 
     Args:
         first: guesses until then.
-        max_bytes: that sums and buffers may take; less than one layer's need turns learning off.
+        max_bytes: that sums, buffers and solving may take; less than one layer's need turns learning off.
         enough_tokens: rows per layer before it is solved.
 
     Attributes:
@@ -75,7 +83,7 @@ class Learner:
         self._enough_tokens = enough_tokens
         self._ridge: list[RidgeLayer | None] = [None] * len(layers)
         self._predictor = Ridge(self._ridge)
-        self._groups = _groups(learning_bytes(layers, hidden), max_bytes)
+        self._groups = _groups(learning_bytes(layers, hidden), max_bytes - solving_bytes(layers, hidden))
         self._group: dict[int, _LayerRows] = {}
         self._logits: dict[int, torch.Tensor] = {}
         self._handles: list[Any] = []
@@ -163,8 +171,8 @@ class Learner:
                 self._predictor = Ridge([*self._ridge[:layer], ridge, *self._ridge[layer + 1 :]])
                 self._ridge[layer] = ridge
                 self.num_learnt += 1
-        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-            # States that are not finite, or all alike: the layer keeps the guess that it has.
+        except ValueError:
+            # States that are not finite: the layer keeps the guess that it has.
             pass
         finally:
             self._thread = None
@@ -172,6 +180,7 @@ class Learner:
     def _next_group(self) -> None:
         self._stop_listening()
         group = self._groups.pop(0) if self._groups else []
+        self._group = {}  # before the next one takes its memory
         self._group = {layer: _LayerRows(self._hidden, self._layers[layer], self._layers[layer + 1]) for layer in group}
         for layer in group:
             router = self._layers[layer + 1].router
@@ -261,12 +270,19 @@ class _LayerRows:
         num_rows = self.num_buffered
         rows, targets = self._buffer.rows[:num_rows], self._buffer.targets[:num_rows]
         num_features = rows.shape[1]
-        for start in range(0, num_rows, _PART_ROWS):
-            some = slice(start, min(start + _PART_ROWS, num_rows))
-            for first in range(0, num_features, _PART_FEATURES):
-                part = slice(first, min(first + _PART_FEATURES, num_features))
-                self.equations.add_part(rows[some], targets[some], part)
-                yield None
+        try:
+            for start in range(0, num_rows, _PART_ROWS):
+                some = slice(start, min(start + _PART_ROWS, num_rows))
+                for first in range(0, num_features, _PART_FEATURES):
+                    part = slice(first, min(first + _PART_FEATURES, num_features))
+                    self.equations.add_part(rows[some], targets[some], part)
+                    yield None
+        except BaseException:
+            # Cut off midway: sums of which only some parts have these rows are worth nothing.
+            self.equations.gram.zero_()
+            self.equations.cross.zero_()
+            self.num_added = 0
+            raise
         self.num_added += num_rows
         # Rows that came meanwhile went behind these.
         late = self.num_buffered - num_rows

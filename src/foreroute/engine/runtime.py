@@ -18,7 +18,7 @@ from foreroute.engine.memory import SlotViews
 from foreroute.engine.prefill import ExpertStream, group_by_expert
 from foreroute.engine.stats import EngineStats, PhaseStats
 from foreroute.kernels.cpu import ExpertMath, OneToken
-from foreroute.residency.slots import READY, Residency
+from foreroute.residency.slots import LOADING, READY, Residency
 from foreroute.transfer.base import Completion, Transfer
 
 
@@ -97,7 +97,7 @@ class Runtime:
         free_slots: Callable[[], None] = lambda: None,
         hits_first: bool = True,
         keep_across_tokens: bool = True,
-        prefetch_prefill: bool = True,
+        prefetch_prefill: bool = False,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.table = table
@@ -352,11 +352,18 @@ class Runtime:
     def _compute_streamed(
         self, layer: int, keys: list[int], hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
+        num_late = sum(self.residency.state(key) == LOADING for key in keys)
         self._quiesce()
         math = self._math[layer]
+        hits_before = self._phase.hits
         stream = ExpertStream(self, layer, keys, self._phase, self._clock)
+        # The stream found them there: they were waited for.
+        num_late = min(num_late, self._phase.hits - hits_before)
+        self._phase.hits -= num_late
+        self._phase.late += num_late
         if self._is_prefill and self._prefetch_prefill:
-            # Queued behind what this layer reads; the first reads of the next one then start before it is there.
+            # Behind this layer's reads that are queued already: a guess runs where the reader would have a pause, and
+            # delays those that the ring asks for later by at most itself.
             self._prefetch_next(layer, hidden, ids, weights)
         if math is None:
             total = self._family_forwards[layer](stream, hidden, ids, weights)
@@ -384,5 +391,7 @@ class Runtime:
         """Take back the guesses that have not started and let the others land: prefill wants the slots."""
         for layer in range(len(self._guessed)):
             self._drop_contradicted(layer, ())
+        started = self._clock()
         while self.transfer.num_in_flight:
-            self._settle(self.transfer.wait())
+            self._settle(self.await_completions())
+        self._phase.stall_s += self._clock() - started

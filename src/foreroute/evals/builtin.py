@@ -66,10 +66,7 @@ def run_suite(
     if settings.windows:
         windows = cut_windows(held_out.texts, held_out.shares, tokenizer, settings.context, settings.windows)
     if settings.per_kind:
-        names = settings.only or tuple(known)
-        items = [
-            item for item in held_out_suite(settings.per_kind, settings.seed, held_out.glossary) if item.kind in names
-        ]
+        items = held_out_suite(settings.per_kind, settings.seed, held_out.glossary, settings.only)
         completions = answer(
             model, tokenizer, items, settings.batch, lambda done, total: progress("answering", done, total)
         )

@@ -15,7 +15,12 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from foreroute.errors import EvaluationError
+
 HELD_OUT_PARTS = 8
+# Draws in a row that bring nothing new, after which there is nothing new.
+_MOST_FRUITLESS = 20_000
+_SHOWN_ENTRIES = 4
 
 
 @dataclass(frozen=True)
@@ -230,7 +235,7 @@ def make_define(glossary: Mapping[str, str]) -> Callable[[random.Random], Item]:
     entries = sorted(glossary.items())
 
     def define(rng: random.Random) -> Item:
-        shown = rng.sample(entries, 4)
+        shown = rng.sample(entries, _SHOWN_ENTRIES)
         word, gloss = rng.choice(shown)
         table = "\n".join(f"{name}: {text}" for name, text in shown)
         return Item("define", f"{table}\nDefine:\n{word}", f"{word}: {gloss}", word)
@@ -255,9 +260,9 @@ MAKERS: tuple[Kind, ...] = (
 
 
 def kinds(glossary: Mapping[str, str] | None = None) -> dict[str, Kind]:
-    """All kinds by name; `define` only where a glossary (of the right split) is given."""
+    """All kinds by name; `define` only where a glossary (of the right split) with enough entries is given."""
     found = {kind.name: kind for kind in MAKERS}
-    if glossary:
+    if glossary and len(glossary) >= _SHOWN_ENTRIES:
         found["define"] = Kind("define", make_define(glossary), False, "find a word among four entries")
     return found
 
@@ -270,14 +275,31 @@ def draw(kind: Kind, rng: random.Random, held_out: bool) -> Item:
             return item
 
 
-def held_out_suite(per_kind: int, seed: int = 0, glossary: Mapping[str, str] | None = None) -> list[Item]:
-    """The evaluation items: `per_kind` different held-out items of every kind, the same for the same seed."""
+def held_out_suite(
+    per_kind: int, seed: int = 0, glossary: Mapping[str, str] | None = None, only: Sequence[str] = ()
+) -> list[Item]:
+    """The evaluation items: `per_kind` different held-out items of every kind, the same for the same seed.
+
+    Args:
+        only: these kinds; all when empty.
+    Raises:
+        EvaluationError: there are not so many different ones of a kind.
+    """
     suite: list[Item] = []
     for name, kind in kinds(glossary).items():
+        if only and name not in only:
+            continue
         rng = random.Random(f"{seed}/{name}")
         chosen: dict[str, Item] = {}
+        fruitless = 0
         while len(chosen) < per_kind:
             item = draw(kind, rng, held_out=True)
+            fruitless = fruitless + 1 if item.prompt in chosen else 0
+            if fruitless > _MOST_FRUITLESS:
+                raise EvaluationError(
+                    f"There are no {per_kind} different held-out items of {name}, only some {len(chosen)}. "
+                    "Ask for fewer."
+                )
             chosen.setdefault(item.prompt, item)
         suite.extend(chosen.values())
     return suite

@@ -15,7 +15,10 @@ from torch import Tensor
 from foreroute.errors import EvaluationError
 
 FORMAT = 1
-_BATCH = 4
+# Windows per forward pass: at most so many, and fewer where a large vocabulary makes their logits large.
+_MOST_ROWS, _LOGIT_BYTES = 4, 64 * 2**20
+# Positions whose logits are turned to float32 at a time.
+_SLICE = 128
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,11 @@ def read_held_out(path: Path) -> HeldOut:
         found = json.loads(path.read_text(encoding="utf-8"))
         if found.pop("format") != FORMAT:
             raise ValueError(f"its format is not {FORMAT}")
-        return HeldOut(**found)
+        held_out = HeldOut(**found)
+        if not (held_out.texts and held_out.texts.keys() == held_out.shares.keys() and sum(held_out.shares.values())):
+            raise ValueError("its texts and their shares do not go together")
+        held_out.glossary.items()
+        return held_out
     except FileNotFoundError:
         raise EvaluationError(
             f"There is no held-out text at {path}. In a checkout `make held-out` writes it (it fetches Debian packages "
@@ -102,16 +109,19 @@ def bits_per_char(
         progress: called with (windows done, all windows).
     """
     found: dict[str, float] = {}
-    done, total = 0, sum(len(one.ids) for one in windows)
+    done, total, num_rows = 0, sum(len(one.ids) for one in windows), 1
     for one in windows:
-        nats = 0.0
-        for rows in one.ids.split(_BATCH):
-            logits = model(input_ids=rows[:, :-1], use_cache=False).logits
-            nats += torch.nn.functional.cross_entropy(
-                logits.float().flatten(0, 1), rows[:, 1:].flatten(), reduction="sum"
-            ).item()
+        nats, start = 0.0, 0
+        while start < len(one.ids):
+            rows = one.ids[start : start + num_rows]
+            logits = model(input_ids=rows[:, :-1], use_cache=False).logits.flatten(0, 1)
+            for some, labels in zip(logits.split(_SLICE), rows[:, 1:].flatten().split(_SLICE), strict=True):
+                nats += torch.nn.functional.cross_entropy(some.float(), labels, reduction="sum").item()
+            start += len(rows)
             done += len(rows)
             progress(done, total)
+            # The first pass, of one window, has shown how large the vocabulary is.
+            num_rows = max(1, min(_MOST_ROWS, _LOGIT_BYTES // (4 * logits.shape[-1] * rows.shape[1])))
         found[one.source] = nats / math.log(2) / one.chars
     found["all"] = sum(one.share * found[one.source] for one in windows) / sum(one.share for one in windows)
     return found

@@ -64,20 +64,26 @@ class NormalEquations:
 
         Args:
             penalty: relative to each feature's own variance, so that the scale of a feature does not matter.
+        Raises:
+            ValueError: the sums are not finite.
+        Memory: two float64 copies of the features' square.
         """
         assert self.num_rows > 0, "no row was added"
-        gram, cross = self.gram.double(), self.cross.double()
-        count = gram[-1, -1]
-        mean_x, mean_y = gram[-1, :-1] / count, cross[-1] / count
-        covariance = gram[:-1, :-1] / count - torch.outer(mean_x, mean_x)
+        sums, cross = self.gram[-1].double(), self.cross.double()
+        count = sums[-1]
+        mean_x, mean_y = sums[:-1] / count, cross[-1] / count
+        # The one copy; it becomes the system in place.
+        covariance = self.gram[:-1, :-1].to(torch.float64, copy=True).div_(count).addr_(mean_x, mean_x, alpha=-1)
         joint = cross[:-1] / count - torch.outer(mean_x, mean_y)
-        variance = covariance.diagonal().clamp(min=0)
+        variance = covariance.diagonal().clamp(min=0)  # a copy
         # Standardised: features that were constant get no weight, the others a unit diagonal.
-        varies = variance > _VARIANCE_FLOOR[self.gram.dtype] * gram.diagonal()[:-1] / count
+        varies = variance > _VARIANCE_FLOOR[self.gram.dtype] * self.gram.diagonal()[:-1].double() / count
         scale = torch.where(varies, variance, 1.0).rsqrt() * varies
-        system = covariance * scale[:, None] * scale
+        system = covariance.mul_(scale[:, None]).mul_(scale)
         system.diagonal().fill_(1.0 + penalty)
-        factor = torch.linalg.cholesky(system)
+        factor, failed_at = torch.linalg.cholesky_ex(system)
+        if int(failed_at):
+            raise ValueError("the sums are not finite, or not those of any rows")
         weights = torch.cholesky_solve(joint * scale[:, None], factor) * scale[:, None]
         return weights, mean_y - mean_x @ weights
 

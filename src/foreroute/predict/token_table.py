@@ -38,7 +38,13 @@ class RunningContext:
         self._rows: torch.Tensor | None = None
 
     def see(self, hidden: torch.Tensor, num_rows: int) -> None:
-        """Layer 0's router input of a step, [rows x positions, width]; several positions are the start of a text."""
+        """Layer 0's router input of a step, [rows x positions, width]; several positions are the start of a text.
+
+        What is no whole number of positions for each row is of some other call, and is not known.
+        """
+        if len(hidden) % num_rows:
+            self._rows = None
+            return
         rows = hidden.detach().view(num_rows, -1, hidden.shape[-1]).float()
         if rows.shape[1] > 1 or self._rows is None or len(self._rows) != num_rows:
             self._rows = (
@@ -57,8 +63,10 @@ class RunningContext:
 class TokenTable:
     """Scores of MoE layer 0's experts.
 
-    scores: [vocabulary, experts], any float dtype, by token in a usual context. from_context: [width, experts] float32,
-    what a context adds to them as it differs from mean_context [width].
+    scores: [vocabulary, experts], any float dtype, by token, in the contexts in which it was seen.
+    from_context: [width, experts] float32, what a context adds to them as it differs from mean_context [width], that
+    of all tokens. A token whose own contexts are unlike others' is shifted by that difference twice: sums of contexts
+    by token would mend it, and take vocabulary x width numbers.
     """
 
     scores: torch.Tensor
