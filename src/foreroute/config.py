@@ -30,7 +30,8 @@ class EngineConfig:
         "auto", 'fitted predictors (see fit): "auto" uses those beside the checkpoint, "no" the lookahead, or a path'
     )
     prefetch_prefill: bool = _option(
-        False, "guess in prefill too: reads of the next layer overlap this one's maths (not measured to pay yet)"
+        False,
+        "guess in prefill too: reads of the next layer overlap this one's maths (pays for long prompts, not for short)",
     )
     learn: bool = _option(
         True,
