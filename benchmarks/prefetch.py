@@ -51,7 +51,7 @@ def config_of(kind: str, eviction: str, sidecar: Path) -> EngineConfig:
         return EngineConfig(prefetch="none", eviction=eviction)
     predictor = str(sidecar) if kind == "fitted" else "no"
     # Decode alone is counted: what a guess in prefill brings in would be bytes that nobody sees.
-    return EngineConfig(predictor=predictor, eviction=eviction, learn=False, prefetch_prefill=False)
+    return EngineConfig(predictor=predictor, eviction=eviction, learn=False, prefetch_prefill="off")
 
 
 def decode(model: Any, prompts: torch.Tensor, new_tokens: int) -> tuple[dict[str, float], list[list[int]]]:

@@ -28,6 +28,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, nargs="+", default=[32, 128, 512])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--predictor", default="no")
+    parser.add_argument("--auto", action="store_true", help="guesses where the engine would choose them, not always")
     asked = parser.parse_args()
     models = {
         name: foreroute.load(
@@ -35,7 +36,7 @@ def main() -> None:
             asked.memory,
             config=EngineConfig(prefetch_prefill=on, predictor=asked.predictor, learn=False),
         )
-        for name, on in (("without", False), ("with", True))
+        for name, on in (("without", "off"), ("with", "auto" if asked.auto else "on"))
     }
     generator = torch.Generator().manual_seed(0)
     found, raw, is_same = {}, {}, True

@@ -29,9 +29,11 @@ class EngineConfig:
     predictor: str = _option(
         "auto", 'fitted predictors (see fit): "auto" uses those beside the checkpoint, "no" the lookahead, or a path'
     )
-    prefetch_prefill: bool = _option(
-        False,
-        "guess in prefill too: reads of the next layer overlap this one's maths (pays for long prompts, not for short)",
+    prefetch_prefill: str = _option(
+        "auto",
+        "guess in prefill too, so that reads of the next layer overlap this one's maths: auto for long prompts only, "
+        "where it pays",
+        ("auto", "on", "off"),
     )
     learn: bool = _option(
         True,

@@ -260,7 +260,7 @@ def run_to_line(number, act):
 
 
 def test_a_guess_that_fails_in_prefill_is_no_error(load, folder, expected, monkeypatch):
-    model = load(folder, "50%", prefetch_prefill=True)
+    model = load(folder, "50%", prefetch_prefill="on")
     transfer = model.foreroute.runtime.transfer
     guessed, failed = set(), []
     prefetch, wait, completed = transfer.prefetch, transfer.wait, transfer.completed

@@ -110,7 +110,7 @@ def test_default_vectors_in_the_engine_read_the_residual(
     chosen = Sidecar.load(sidecar, read_index(folder).fingerprint())
     path = tmp_path / "default-vectors"
     replace(chosen, choice=["default vectors"] * (len(chosen.choice) - 1) + [None]).save(path)
-    model = load(folder, "50%", predictor=str(path), prefetch_prefill=False)
+    model = load(folder, "50%", predictor=str(path), prefetch_prefill="off")
     guesses: list[int] = []
     predictor = model.foreroute.runtime._predictor
     guess = predictor.guess

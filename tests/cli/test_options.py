@@ -19,7 +19,7 @@ ASKED = {
     "eviction": (["--eviction", "lru"], "lru"),
     "prefetch": (["--prefetch", "none"], "none"),
     "predictor": (["--predictor", "no"], "no"),
-    "prefetch_prefill": (["--prefetch-prefill"], True),
+    "prefetch_prefill": (["--prefetch-prefill", "on"], "on"),
     "learn": (["--no-learn"], False),
     "prefetch_width": (["--prefetch-width", "6"], 6),
     "cache": (["--no-cache"], False),

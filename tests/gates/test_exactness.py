@@ -314,7 +314,7 @@ def test_g15_the_familys_own_forward(checkpoints, references, load, family, monk
 def test_g16_width_of_guesses(checkpoints, references, load, width, monkeypatch):
     folder = checkpoints.get("qwen3_moe")
     # A prompt's guesses are of as many experts as its tokens want.
-    model = load(folder, "50%", prefetch_width=width, prefetch_prefill=False)
+    model = load(folder, "50%", prefetch_width=width, prefetch_prefill="off")
     residency, widths = model.foreroute.runtime.residency, []
     prefetch = residency.prefetch
 
@@ -329,14 +329,23 @@ def test_g16_width_of_guesses(checkpoints, references, load, width, monkeypatch)
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
-@pytest.mark.parametrize("is_on", [True, False])
-def test_g17_guesses_in_prefill(checkpoints, references, load, family, is_on):
+@pytest.mark.parametrize("when", ["on", "auto", "off"])
+def test_g17_guesses_in_prefill(checkpoints, references, load, family, when):
     folder = checkpoints.get(family)
-    model = load(folder, "50%", prefetch_prefill=is_on)
+    model = load(folder, "50%", prefetch_prefill=when)
     for batch in (ONE_PROMPT, THREE_PROMPTS):
         assert_same(model, folder, references, batch)
     prefill = model.foreroute.stats().prefill
-    assert (prefill.prefetch_loads > 0) == is_on
-    assert (prefill.prefetch_used > 0) == is_on
+    # These prompts are too short for "auto".
+    assert (prefill.prefetch_loads > 0) == (when == "on")
+    assert (prefill.prefetch_used > 0) == (when == "on")
     # What a guess fetched is a hit when its layer comes.
     assert prefill.hits > 0
+    if when == "auto":
+        layer = model.foreroute.layers[0]
+        enough = 24 * layer.experts.num_offloaded // layer.top_k
+        for length, is_long in ((enough - 1, False), (enough, True)):
+            before = model.foreroute.stats().prefill.prefetch_loads
+            with torch.no_grad():
+                model(torch.arange(length)[None] % 200 + 5, use_cache=False)
+            assert (model.foreroute.stats().prefill.prefetch_loads > before) == is_long

@@ -187,7 +187,9 @@ def _scored(
 ) -> Scorer:
     """Every predictor of the sidecar on the held-out windows."""
     candidates = known.fitted(model.foreroute.layers, model.dtype, sidecar)
-    scorer = Scorer(guessers_of(candidates, sidecar), len(sidecar.choice))
+    scorer = Scorer(
+        guessers_of(candidates, sidecar, known.selections(model.foreroute.layers, model.dtype)), len(sidecar.choice)
+    )
     with watching(model, scorer.on_moment, stand_ins=stand_ins) as watch:
         run_passes(watch.run, held_out, rows, progress)
     return scorer

@@ -1,7 +1,7 @@
 """How good is each predictor of a model on a text, beside the controls, and what does a guess cost?"""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -10,7 +10,7 @@ import torch
 
 from foreroute.calibrate.watch import watching
 from foreroute.engine import predictors as known
-from foreroute.predict.base import Predictor, Seen
+from foreroute.predict.base import Predictor, Seen, Select
 from foreroute.predict.controls import (
     Guesser,
     Moment,
@@ -118,7 +118,7 @@ def score(
         else sidecar.popularity
     )
     candidates = candidates_of(model, sidecar)
-    guessers = guessers_of(candidates, sidecar)
+    guessers = guessers_of(candidates, sidecar, known.selections(layers, model.dtype))
     # The one that the engine would use.
     main = guessers[list(candidates)[-1]]
     guessers |= {
@@ -151,16 +151,17 @@ def candidates_of(model: Any, sidecar: Sidecar | None) -> dict[str, Predictor]:
     return {**known.fitted(layers, dtype, sidecar), known.HYBRID: known.hybrid(layers, dtype, sidecar)}
 
 
-def guessers_of(candidates: Mapping[str, Predictor], sidecar: Sidecar | None) -> dict[str, Guesser]:
+def guessers_of(
+    candidates: Mapping[str, Predictor], sidecar: Sidecar | None, selections: Sequence[Select]
+) -> dict[str, Guesser]:
     """Guessers by name; the token table, a guesser of its own, guesses layer 0 for the hybrid too, as in the engine."""
     guessers = {name: of_predictor(predictor) for name, predictor in candidates.items()}
     if sidecar is not None and sidecar.token_table is not None:
-        table = sidecar.token_table
-        guessers[known.TOKEN_TABLE] = first_only(table)
+        first = guessers[known.TOKEN_TABLE] = first_only(sidecar.token_table, selections[0])
         if known.HYBRID in candidates:
-            guessers[known.HYBRID] = of_predictor(candidates[known.HYBRID], table)
+            guessers[known.HYBRID] = of_predictor(candidates[known.HYBRID], first)
     if sidecar is not None and any(layer is not None for layer in sidecar.entry):
-        guessers[known.ENTRY] = of_entry(sidecar.entry)
+        guessers[known.ENTRY] = of_entry(sidecar.entry, selections)
     return guessers
 
 

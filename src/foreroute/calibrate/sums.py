@@ -5,14 +5,15 @@ from typing import Any
 
 import torch
 
-from foreroute.engine.predictors import quasi_hidden
+from foreroute.engine.predictors import quasi_hidden, selections
 from foreroute.errors import PredictorError
 from foreroute.predict.base import Seen
 from foreroute.predict.controls import Moment, context_of, expert_counts
 from foreroute.predict.default_vector import DefaultVectorSums
 from foreroute.predict.entry import EntryFit
 from foreroute.predict.estimator import EstimatorSettings, EstimatorTraining
-from foreroute.predict.ridge import RidgeFit, chosen_experts, is_plain
+from foreroute.predict.ridge import RidgeFit
+from foreroute.predict.selection import chosen_experts
 from foreroute.predict.token_table import TokenTableFit
 
 
@@ -51,8 +52,7 @@ class Sums:
         self.estimator: EstimatorTraining | None = None
         if estimator is not None and len(widths) > 1:
             self.estimator = EstimatorTraining(hidden, widths, num_tokens, estimator)
-        # -1 until the first pass has shown it.
-        self.is_plain = torch.full((len(widths),), -1, dtype=torch.int64)
+        self._selections = selections(self._layers, model.dtype)
 
     def on_moment(self, moment: Moment, logits: torch.Tensor | None) -> None:
         """Add a MoE layer's tokens.
@@ -60,7 +60,7 @@ class Sums:
         Raises:
             PredictorError: the model's states are not finite.
         """
-        targets = self._targets(moment, logits)
+        targets = self._selections[moment.layer].targets(logits, moment.now.ids, moment.num_experts)
         if not (torch.isfinite(targets).all() and torch.isfinite(moment.now.hidden).all()):
             raise PredictorError(
                 f"MoE layer {moment.layer} computed numbers that are not finite on this text: nothing can be fitted to "
@@ -72,20 +72,23 @@ class Sums:
         if moment.before is not None:
             self.ridge[moment.layer - 1].add(moment.before, targets)
             if self.estimator is not None:
-                self._show_estimator(moment.layer - 1, moment.before, targets)
+                self._show_estimator(moment.layer - 1, moment.before, targets, moment.now.ids)
         else:
             with torch.no_grad():
                 embeddings = self._embed(moment.token_ids)
             self.table.add(moment.token_ids, embeddings, context_of(moment), targets)
 
-    def _show_estimator(self, layer: int, seen: Seen, targets: torch.Tensor) -> None:
+    def _show_estimator(self, layer: int, seen: Seen, targets: torch.Tensor, ids: torch.Tensor) -> None:
         assert self.estimator is not None
         # The default vectors so far: this pass's outputs of the layer are among them.
         state = quasi_hidden(self._layers, layer, self.outputs[layer].means())
-        if self.is_plain[layer + 1]:
+        following = self._selections[layer + 1]
+        if following.reads_logits and following.rule is None:
             distribution = torch.softmax(targets, -1)
         else:
-            distribution = targets / targets.sum(-1, keepdim=True).clamp(min=1)
+            # Its softmax is free of a constant, which corrections are not: it learns the choice itself.
+            distribution = chosen_experts(ids, targets.shape[-1])
+            distribution = distribution / distribution.sum(-1, keepdim=True).clamp(min=1)
         self.estimator.add(layer, seen.hidden if state is None else state(seen), distribution)
 
     def on_rows(self, layer: int, expert: int, rows: torch.Tensor) -> None:
@@ -99,7 +102,7 @@ class Sums:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The sums themselves by name, not copies: save them, or copy saved ones into them."""
-        named = {"is_plain": self.is_plain, "table.sums": self.table.sums, "table.counts": self.table.counts}
+        named = {"table.sums": self.table.sums, "table.counts": self.table.counts}
         named["table.gram"], named["table.cross"] = self.table.equations.gram, self.table.equations.cross
         for layer, fit in enumerate(self.ridge):
             named[f"ridge.{layer}.gram"], named[f"ridge.{layer}.cross"] = fit.equations.gram, fit.equations.cross
@@ -116,12 +119,3 @@ class Sums:
     def nbytes(self) -> int:
         """Memory that the sums take."""
         return sum(tensor.nbytes for tensor in self.tensors().values())
-
-    def _targets(self, moment: Moment, logits: torch.Tensor | None) -> torch.Tensor:
-        """What a linear guess of this layer should read: its gate logits, or else 1 for each chosen expert."""
-        ids = moment.now.ids
-        if self.is_plain[moment.layer] < 0:
-            self.is_plain[moment.layer] = int(logits is not None and is_plain(logits, ids))
-        if logits is not None and self.is_plain[moment.layer]:
-            return logits.float()
-        return chosen_experts(ids, moment.num_experts)

@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the command; returns its exit code."""
     folder = locate(args.model)
     config = EngineConfig(
-        memory=args.memory, packed=args.packed, predictor=args.predictor, learn=False, prefetch_prefill=False
+        memory=args.memory, packed=args.packed, predictor=args.predictor, learn=False, prefetch_prefill="off"
     )
     options.quiet_libraries(args)
     with figures.busy("Loading the model", args.json):

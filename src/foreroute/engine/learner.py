@@ -15,16 +15,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from foreroute.engine.predictors import own_router
+from foreroute.engine.predictors import selections
 from foreroute.model.blocks import MoeLayer
 from foreroute.predict.base import Predictor, Seen, TokenGuess
 from foreroute.predict.ridge import (
     NormalEquations,
     Ridge,
     RidgeLayer,
-    chosen_experts,
     gate_vector,
-    is_plain,
     layer_of,
 )
 
@@ -35,7 +33,6 @@ _ROWS_ASIDE = 256
 _PART_ROWS, _PART_FEATURES = 128, 256
 _PENALTY = 1e-3
 _FLOAT_BYTES, _DOUBLE_BYTES = 4, 8
-_PROBED_STATES = 256
 
 
 def learning_bytes(layers: Sequence[MoeLayer], hidden: int) -> list[int]:
@@ -82,7 +79,8 @@ class Learner:
         self._first = first
         self._enough_tokens = enough_tokens
         self._ridge: list[RidgeLayer | None] = [None] * len(layers)
-        self._predictor = Ridge(self._ridge)
+        self._selections = selections(layers, dtype)
+        self._predictor = Ridge(self._ridge, self._selections[1:])
         self._groups = _groups(learning_bytes(layers, hidden), max_bytes - solving_bytes(layers, hidden))
         self._group: dict[int, _LayerRows] = {}
         self._logits: dict[int, torch.Tensor] = {}
@@ -110,7 +108,9 @@ class Learner:
         if rows is not None and self._before is not None and self._before[0] == layer - 1:
             seen = self._before[1]
             if len(seen.hidden) == len(hidden) and rows.wants_more:
-                rows.keep(seen, self._targets(layer, ids))
+                logits = self._logits.pop(layer, None)
+                width = self._layers[layer].experts.num_offloaded
+                rows.keep(seen, self._selections[layer].targets(logits, ids, width))
         self._before = (layer, Seen(hidden, ids, weights)) if layer in self._group else None
 
     def work(self) -> bool:
@@ -140,35 +140,18 @@ class Learner:
         if thread is not None:
             thread.join()
 
-    def _targets(self, layer: int, ids: torch.Tensor) -> torch.Tensor:
-        """What the guess should read: the layer's gate logits, or 1 for each chosen expert where it has none."""
-        width = self._layers[layer].experts.num_offloaded
-        logits = self._logits.pop(layer, None)
-        if logits is not None and len(logits) == len(ids):
-            return logits[:, :width].float()
-        return chosen_experts(ids, width)
-
-    def _is_plain(self, layer: int) -> bool:
-        """Whether the layer's logits say what it chooses: its router is asked about random states."""
-        router = own_router(self._layers[layer])
-        if router is None or router.logits_at < 0:
-            return False
-        generator = torch.Generator().manual_seed(0)
-        states = torch.randn(_PROBED_STATES, self._hidden, generator=generator).to(self._dtype)
-        with torch.no_grad():
-            outputs = router.route(states)
-        return is_plain(outputs[router.logits_at][:, : router.num_experts], outputs[router.ids_at])
-
     def _solve(self, layer: int, rows: "_LayerRows") -> None:
         """In a thread: the layer's ridge, and whether it is better than what it would replace."""
         try:
             with torch.no_grad():
                 ridge = layer_of(rows.equations, self._hidden, _PENALTY)
-                seen, chosen = rows.aside()
-                learnt = Ridge([ridge]).guess(0, seen, chosen.shape[1])
-                known = self._first.guess(layer, seen._replace(hidden=seen.hidden.to(self._dtype)), chosen.shape[1])
-            if learnt is not None and (known is None or _found(learnt, chosen) > _found(known, chosen)):
-                self._predictor = Ridge([*self._ridge[:layer], ridge, *self._ridge[layer + 1 :]])
+                seen, targets = rows.aside()
+                select, top_k = self._selections[layer + 1], self._layers[layer + 1].top_k
+                chosen = select(targets, top_k).ids
+                learnt = select(ridge.scores(seen), top_k)
+                known = self._first.guess(layer, seen._replace(hidden=seen.hidden.to(self._dtype)), top_k)
+            if known is None or _found(learnt, chosen) > _found(known, chosen):
+                self._predictor = Ridge([*self._ridge[:layer], ridge, *self._ridge[layer + 1 :]], self._selections[1:])
                 self._ridge[layer] = ridge
                 self.num_learnt += 1
         except ValueError:
@@ -184,7 +167,7 @@ class Learner:
         self._group = {layer: _LayerRows(self._hidden, self._layers[layer], self._layers[layer + 1]) for layer in group}
         for layer in group:
             router = self._layers[layer + 1].router
-            if router is not None and self._is_plain(layer + 1):
+            if router is not None and self._selections[layer + 1].reads_logits:
                 self._handles.append(router.module.register_forward_hook(self._catching(layer + 1, router.logits_at)))
 
     def _catching(self, layer: int, at: int) -> Any:
@@ -232,7 +215,6 @@ class _LayerRows:
 
     def __init__(self, hidden: int, layer: MoeLayer, after: MoeLayer) -> None:
         self._num_experts = layer.experts.num_offloaded
-        self._top_k = after.top_k
         self._hidden = hidden
         features, outputs = hidden + self._num_experts, after.experts.num_offloaded
         self.equations = NormalEquations(features, outputs, torch.float32)
@@ -291,8 +273,8 @@ class _LayerRows:
         self.num_buffered = late
 
     def aside(self) -> tuple[Seen, torch.Tensor]:
-        """The rows kept aside as what was seen, and the top-k of what the next router said of them."""
+        """The rows kept aside as what was seen, and what the next router said of them."""
         rows = self._aside.rows[: self._num_aside]
         ids = torch.arange(self._num_experts).expand(len(rows), -1)
         seen = Seen(rows[:, : self._hidden], ids, rows[:, self._hidden : -1])
-        return seen, self._aside.targets[: self._num_aside].topk(self._top_k).indices
+        return seen, self._aside.targets[: self._num_aside]

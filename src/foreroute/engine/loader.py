@@ -6,6 +6,7 @@ model, the budget, the dense weights.
 
 import os
 from collections.abc import Callable
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,12 @@ from foreroute.transfer.memory import allocate_slots
 _CHOSEN_RESERVE_BYTES = 2 * 2**30
 # What learning guesses while serving may take beside the budget.
 _LEARNING_SHARE, _LEAST_LEARNING_BYTES, _MOST_LEARNING_BYTES = 8, 16 * 2**20, 256 * 2**20
+# Routed slots per expert from which guesses pay in prefill: nearly every expert is used then, so few are wrong.
+# Measured on two models: they lose up to 16, and win from 32 (benchmarks/prefill.py).
+_PREFILL_GUESSES_FROM = {"on": 0.0, "auto": 24.0, "off": inf}
+# Kernels that oneDNN keeps compiled, one for each shape. Prompts give an expert another number of rows each time: its
+# own 1024 come to 400 MB in bf16, for 4 % of a prompt's time. Decoding has some dozens of shapes.
+_KERNELS_KEPT = "128"
 
 
 def load(
@@ -61,6 +68,8 @@ def load(
     Raises:
         ForerouteError: see errors.py; each names what is wrong and what to do.
     """
+    # Read by oneDNN at its first product; what the user has set stays.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", _KERNELS_KEPT)
     asked = config or EngineConfig()
     folder = locate(path_or_hub_id, revision=revision)
     index = read_index(folder)
@@ -209,7 +218,7 @@ def _build_runtime(
         free_slots=slots.clear,
         hits_first=asked.hits_first,
         keep_across_tokens=asked.cache,
-        prefetch_prefill=asked.prefetch_prefill,
+        prefill_guesses_from=_PREFILL_GUESSES_FROM[asked.prefetch_prefill],
     )
 
 

@@ -11,13 +11,14 @@ from foreroute.config import EngineConfig
 from foreroute.errors import PredictorError
 from foreroute.model.blocks import MoeLayer
 from foreroute.model.residual import ResidualTap
-from foreroute.predict.base import Predictor, Seen
+from foreroute.predict.base import Predictor, Seen, Select, guess_from_scores
 from foreroute.predict.default_vector import DefaultVectors, QuasiHiddenLayer
 from foreroute.predict.estimator import Estimator, Inputs
 from foreroute.predict.hybrid import Hybrid
 from foreroute.predict.lookahead import NextRouter, RouterLookahead
 from foreroute.predict.prefetch import PrefetchGuesses, no_residual
 from foreroute.predict.ridge import Ridge
+from foreroute.predict.selection import Selection, selection_of
 from foreroute.predict.sidecar import Sidecar, find_sidecar
 from foreroute.predict.token_table import TokenTable
 
@@ -74,10 +75,11 @@ def prefetch_guesses(
         return None
     predictor: Predictor = learner or lookahead(layers, dtype)
     table: TokenTable | None = None
+    select: Select = guess_from_scores
     residual_of: Callable[[int], torch.Tensor | None] = no_residual
     if sidecar is not None:
         predictor = hybrid(layers, dtype, sidecar)
-        table = sidecar.token_table
+        table, select = sidecar.token_table, selections(layers[:1], dtype)[0]
         if not {DEFAULT_VECTORS, ESTIMATOR}.isdisjoint(sidecar.choice):
             residual_of = ResidualTap(layers)
     return PrefetchGuesses(
@@ -86,6 +88,7 @@ def prefetch_guesses(
         [asked.prefetch_width or layer.top_k for layer in layers],
         table,
         residual_of,
+        select,
     )
 
 
@@ -94,7 +97,7 @@ def fitted(layers: Sequence[MoeLayer], dtype: torch.dtype, sidecar: Sidecar) -> 
     known: dict[str, Predictor] = {
         LOOKAHEAD: lookahead(layers, dtype),
         DEFAULT_VECTORS: default_vectors(layers, sidecar),
-        RIDGE: Ridge(sidecar.ridge),
+        RIDGE: Ridge(sidecar.ridge, selections(layers, dtype)[1:]),
     }
     if sidecar.estimator:
         inputs = estimator_inputs(layers, sidecar.default_vectors)
@@ -136,6 +139,11 @@ def own_router(layer: MoeLayer, scale: torch.Tensor | None = None) -> NextRouter
         scale,
         router.is_sorted,
     )
+
+
+def selections(layers: Sequence[MoeLayer], dtype: torch.dtype) -> list[Selection]:
+    """Per MoE layer how a linear guess of it is fitted and read."""
+    return [selection_of(own_router(layer), layer.router.input_width if layer.router else 0, dtype) for layer in layers]
 
 
 def default_vectors(layers: Sequence[MoeLayer], sidecar: Sidecar) -> DefaultVectors:

@@ -8,6 +8,7 @@ outputs up in ascending expert id, which is the order of transformers' eager exp
 import copy
 import time
 from collections.abc import Callable, Collection, Sequence
+from math import inf
 from typing import Protocol
 
 import torch
@@ -75,7 +76,7 @@ class Runtime:
         family_forwards: per MoE layer, what runs in that case.
         workspaces: per MoE layer, shared by layers of one shape; None where math is.
         free_slots: lets go of the pool's memory, after the readers have stopped.
-        prefetch_prefill: guesses fetch in prefill too.
+        prefill_guesses_from: routed slots per expert of a layer from which guesses fetch in prefill too: 0 always.
         keep_across_tokens: False gives every expert up after its layer (on-demand loading).
 
     Attributes:
@@ -97,7 +98,7 @@ class Runtime:
         free_slots: Callable[[], None] = lambda: None,
         hits_first: bool = True,
         keep_across_tokens: bool = True,
-        prefetch_prefill: bool = False,
+        prefill_guesses_from: float = inf,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.table = table
@@ -113,7 +114,7 @@ class Runtime:
         self._free_slots = free_slots
         self._hits_first = hits_first
         self._keep_across_tokens = keep_across_tokens
-        self._prefetch_prefill = prefetch_prefill
+        self._prefill_guesses_from = prefill_guesses_from
         self._clock = clock
         self.observer: Observer | None = None
         self.expert_listener: ExpertListener | None = None
@@ -361,7 +362,7 @@ class Runtime:
         num_late = min(num_late, self._phase.hits - hits_before)
         self._phase.hits -= num_late
         self._phase.late += num_late
-        if self._is_prefill and self._prefetch_prefill:
+        if self._is_prefill and ids.numel() >= self._prefill_guesses_from * self._widths[layer]:
             # Behind this layer's reads that are queued already: a guess runs where the reader would have a pause, and
             # delays those that the ring asks for later by at most itself.
             self._prefetch_next(layer, hidden, ids, weights)

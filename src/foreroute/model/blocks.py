@@ -25,7 +25,7 @@ class Router:
 
     ids_at, weights_at, logits_at: positions in the tuple that the router returns; logits_at is -1 when there are none.
     takes_more_than_hidden: the block passes it further arguments, so that it cannot be run ahead on its own.
-    reads_experts_input: its input is the tensor that the experts get.
+    input_width: of its input. reads_experts_input: that is the tensor that the experts get.
     is_sorted: its choice came best first.
     """
 
@@ -35,6 +35,7 @@ class Router:
     weights_at: int
     logits_at: int
     takes_more_than_hidden: bool
+    input_width: int
     reads_experts_input: bool
     is_sorted: bool
 
@@ -165,6 +166,7 @@ def _find_router(
             at["weights"],
             at.get("logits", -1),
             takes_more_than_hidden=more,
+            input_width=int(args[0].shape[-1]) if args else hidden.shape[-1],
             reads_experts_input=_same((*args, None)[0], hidden),
             is_sorted=bool((weights.diff(dim=-1) <= 0).all()),
         )

@@ -1,5 +1,6 @@
 """The one protocol of all predictors: from what a MoE layer knows to the experts that the next one may want."""
 
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
@@ -32,6 +33,10 @@ class TokenGuess(NamedTuple):
 
     ids: torch.Tensor
     weights: torch.Tensor
+
+
+# (scores [tokens, experts], higher is likelier; width) -> the guess that they are.
+Select = Callable[[torch.Tensor, int], TokenGuess]
 
 
 class Predictor(Protocol):

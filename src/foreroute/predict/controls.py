@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from foreroute.predict.base import Predictor, Seen, TokenGuess
+from foreroute.predict.base import Predictor, Seen, Select, TokenGuess
 from foreroute.predict.entry import EntryLayer
 from foreroute.predict.lookahead import NextRouter
 from foreroute.predict.token_table import TokenTable, context_before
@@ -38,28 +38,24 @@ class Moment(NamedTuple):
 Guesser = Callable[[Moment, int], TokenGuess | None]
 
 
-def of_predictor(predictor: Predictor, first: TokenTable | None = None) -> Guesser:
+def of_predictor(predictor: Predictor, first: Guesser | None = None) -> Guesser:
     """A predictor as a guesser; `first` guesses layer 0."""
 
     def guess(moment: Moment, width: int) -> TokenGuess | None:
         if moment.before is None:
-            return None if first is None else _first_guess(first, moment, width)
+            return None if first is None else first(moment, width)
         return predictor.guess(moment.layer - 1, moment.before, width)
 
     return guess
 
 
-def first_only(table: TokenTable) -> Guesser:
+def first_only(table: TokenTable, select: Select) -> Guesser:
     """The token table alone: layer 0, and no other."""
 
     def guess(moment: Moment, width: int) -> TokenGuess | None:
-        return _first_guess(table, moment, width) if moment.layer == 0 else None
+        return table.guess(moment.token_ids, context_of(moment), width, select) if moment.layer == 0 else None
 
     return guess
-
-
-def _first_guess(table: TokenTable, moment: Moment, width: int) -> TokenGuess:
-    return table.guess(moment.token_ids, context_of(moment), width)
 
 
 def context_of(moment: Moment) -> torch.Tensor:
@@ -68,12 +64,14 @@ def context_of(moment: Moment) -> torch.Tensor:
     return context_before(hidden.view(-1, moment.context, hidden.shape[-1])).flatten(0, 1)
 
 
-def of_entry(layers: Sequence[EntryLayer | None]) -> Guesser:
+def of_entry(layers: Sequence[EntryLayer | None], selects: Sequence[Select]) -> Guesser:
     """The guess from before the layer's own attention."""
 
     def guess(moment: Moment, width: int) -> TokenGuess | None:
         layer = layers[moment.layer]
-        return None if layer is None or moment.entry is None else layer.guess(moment.entry, width)
+        if layer is None or moment.entry is None:
+            return None
+        return layer.guess(moment.entry, width, selects[moment.layer])
 
     return guess
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from foreroute.predict.base import TokenGuess, guess_from_scores
+from foreroute.predict.base import Select, TokenGuess, guess_from_scores
 from foreroute.predict.ridge import NormalEquations
 
 _EPSILON = 1e-6
@@ -26,12 +26,12 @@ class EntryLayer:
     weights: torch.Tensor
     bias: torch.Tensor
 
-    def guess(self, entry: torch.Tensor, width: int) -> TokenGuess:
+    def guess(self, entry: torch.Tensor, width: int, select: Select = guess_from_scores) -> TokenGuess:
         """At most `width` experts per token, for the residual stream `entry` [tokens, hidden] before the attention.
 
         Cost: one [tokens, hidden] x [hidden, experts] product in fp32.
         """
-        return guess_from_scores(torch.addmm(self.bias, normalised(entry), self.weights), width)
+        return select(torch.addmm(self.bias, normalised(entry), self.weights), width)
 
 
 class EntryFit:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from foreroute.predict.base import Predictor, Seen, most_wanted
+from foreroute.predict.base import Predictor, Seen, Select, guess_from_scores, most_wanted
 from foreroute.predict.token_table import RunningContext, TokenTable
 
 
@@ -18,7 +18,7 @@ class PrefetchGuesses:
 
     Args:
         num_experts: per MoE layer. widths: per MoE layer, experts guessed per token.
-        first: guesses layer 0 from the tokens, when there is one.
+        first: guesses layer 0 from the tokens, when there is one; select: reads its scores.
         residual_of: MoE layer -> the step's residual stream after its attention; where no predictor reads it, nothing.
     """
 
@@ -29,11 +29,13 @@ class PrefetchGuesses:
         widths: Sequence[int],
         first: TokenTable | None = None,
         residual_of: Callable[[int], torch.Tensor | None] = no_residual,
+        select: Select = guess_from_scores,
     ) -> None:
         self._predictor = predictor
         self._num_experts = list(num_experts)
         self._widths = list(widths)
         self._first = first
+        self._select = select
         self._context = RunningContext()
         self._residual_of = residual_of
 
@@ -49,7 +51,8 @@ class PrefetchGuesses:
         if self._first is None:
             return ()
         context = self._context.of_rows(len(token_ids))
-        return most_wanted(self._first.guess(token_ids, context, self._widths[0]).ids, self._num_experts[0])
+        guess = self._first.guess(token_ids, context, self._widths[0], self._select)
+        return most_wanted(guess.ids, self._num_experts[0])
 
     def see_first(self, hidden: torch.Tensor, num_rows: int) -> None:
         """Layer 0's router input of a step, [rows x positions, hidden]: what the next guess of it leans on."""

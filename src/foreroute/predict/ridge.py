@@ -9,15 +9,13 @@ from dataclasses import dataclass
 
 import torch
 
-from foreroute.predict.base import Seen, TokenGuess, guess_from_scores
+from foreroute.predict.base import Seen, Select, TokenGuess, guess_from_scores
 from foreroute.predict.default_vector import weighted_rows
 
 # Rows turned to float64 at a time: bounds the temporaries to a few tens of MB for a hidden width of 2048.
 _BLOCK_ROWS = 1024
 # A variance of less than this share of a feature's mean square is rounding: the feature was constant.
 _VARIANCE_FLOOR = {torch.float64: 1e-12, torch.float32: 1e-5}
-# A router is plain when so many tokens route to the best logits.
-_PLAIN_SHARE = 0.99
 
 
 class NormalEquations:
@@ -111,15 +109,17 @@ class Ridge:
 
     Args:
         layers: per MoE layer; None where none was fitted.
+        selects: per MoE layer, how its scores of the next one are read; by the best scores when left out.
     """
 
-    def __init__(self, layers: Sequence[RidgeLayer | None]) -> None:
+    def __init__(self, layers: Sequence[RidgeLayer | None], selects: Sequence[Select] | None = None) -> None:
         self._layers = list(layers)
+        self._selects = selects or [guess_from_scores] * len(self._layers)
 
     def guess(self, layer: int, seen: Seen, width: int) -> TokenGuess | None:
         """See `Predictor`. Cost: one [tokens, hidden] x [hidden, experts] product in fp32."""
         entry = self._layers[layer] if layer < len(self._layers) else None
-        return None if entry is None else guess_from_scores(entry.scores(seen), width)
+        return None if entry is None else self._selects[layer](entry.scores(seen), width)
 
 
 def gate_vector(seen: Seen, num_experts: int) -> torch.Tensor:
@@ -127,22 +127,6 @@ def gate_vector(seen: Seen, num_experts: int) -> torch.Tensor:
     dense = torch.zeros(seen.ids.shape[0], num_experts + 1)
     dense.scatter_add_(1, seen.ids.clamp(max=num_experts), seen.weights.float())
     return dense[:, :num_experts]
-
-
-def chosen_experts(ids: torch.Tensor, num_experts: int) -> torch.Tensor:
-    """[tokens, experts] float32: 1 for each of `ids` [tokens, k], 0 elsewhere; ids that are no expert left out."""
-    chosen = torch.zeros(len(ids), num_experts + 1)
-    return chosen.scatter_(1, ids.clamp(max=num_experts), 1.0)[:, :num_experts]
-
-
-def is_plain(logits: torch.Tensor, ids: torch.Tensor) -> bool:
-    """Whether a router's choice `ids` [tokens, k] is that of its best `logits` [tokens, experts], as good as always.
-
-    Where groups or corrections decide too, the choice itself is what a guess must be fitted to.
-    """
-    best = torch.topk(logits, ids.shape[1]).indices
-    same = (best.sort(-1).values == ids.sort(-1).values).all(-1)
-    return float(same.float().mean()) >= _PLAIN_SHARE
 
 
 class RidgeFit:

@@ -21,7 +21,7 @@ from foreroute.predict.ridge import RidgeLayer
 from foreroute.predict.token_table import TokenTable
 
 SIDECAR_NAME = "predictor.foreroute.safetensors"
-FORMAT = 2
+FORMAT = 3
 # All metadata under one key: safetensors writes several in the order of a hash map.
 _KEY = "foreroute"
 _ESTIMATOR = "estimator."

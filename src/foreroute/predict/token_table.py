@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from foreroute.predict.base import TokenGuess, guess_from_scores
+from foreroute.predict.base import Select, TokenGuess, guess_from_scores
 from foreroute.predict.ridge import NormalEquations
 
 # A token seen so often is believed as much as what its embedding says.
@@ -73,7 +73,9 @@ class TokenTable:
     from_context: torch.Tensor
     mean_context: torch.Tensor
 
-    def guess(self, token_ids: torch.Tensor, context: torch.Tensor | None, width: int) -> TokenGuess:
+    def guess(
+        self, token_ids: torch.Tensor, context: torch.Tensor | None, width: int, select: Select = guess_from_scores
+    ) -> TokenGuess:
         """The guess for `token_ids` [tokens] in their `context` [tokens, width], or in a usual one.
 
         Cost: one row per token, and one [tokens, width] x [width, experts] product in fp32.
@@ -81,7 +83,7 @@ class TokenTable:
         scores = self.scores[token_ids].float()
         if context is not None:
             scores = torch.addmm(scores, context - self.mean_context, self.from_context)
-        return guess_from_scores(scores, width)
+        return select(scores, width)
 
 
 class TokenTableFit:
