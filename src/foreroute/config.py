@@ -39,6 +39,15 @@ class EngineConfig:
         True,
         "without fitted predictors: learn better guesses while running, in the time that compute waits for experts",
     )
+    policy: str = _option(
+        "exact",
+        "what decoding waits for: exact (everything), tolerance:TAU (stand-ins for at most that gate mass), "
+        "speculative (nothing, past the first layer), paper (the guess in place of the router); see docs/policies.md",
+    )
+    deterministic: bool = _option(
+        False,
+        "decide by logical time what is there, so that a policy's output can be repeated; for evaluations, slower",
+    )
     prefetch_width: int | None = _option(None, "experts guessed per token and layer; the model's top-k when left out")
     cache: bool = _option(True, "keep experts across tokens; off loads each one whenever it is needed")
     hits_first: bool = _option(True, "compute the experts that are there while the others arrive")

@@ -45,6 +45,10 @@ class PredictorError(ForerouteError):
     """A file of fitted predictors is damaged or belongs to another model, or a text does not do for fitting one."""
 
 
+class PolicyError(ForerouteError):
+    """A policy is not known, or cannot be had with this model; the message says what it lacks."""
+
+
 class EvaluationError(ForerouteError):
     """An evaluation cannot be run; the message says what is missing."""
 

@@ -12,10 +12,14 @@ OperandsOf = Callable[[int], Operands]
 
 
 class DecodeStep(Protocol):
-    """One MoE layer's experts for one step: `run` in any order and any grouping, then `total` once."""
+    """One MoE layer's experts for one step: `run` or `stand_in` in any order and any grouping, then `total` once."""
 
     def run(self, keys: Sequence[int]) -> None:
         """Compute these experts for the tokens routed to them."""
+        ...
+
+    def stand_in(self, keys: Sequence[int], vectors: torch.Tensor) -> None:
+        """Take `vectors` [keys, hidden] for the outputs of these experts, for every token routed to them."""
         ...
 
     def total(self) -> torch.Tensor:
@@ -46,6 +50,10 @@ class TokenStep:
     def run(self, keys: Sequence[int]) -> None:
         """Compute these experts for the token."""
         self._workspace.run(self._math, self._hidden, keys, [self._operands_of(key) for key in keys])
+
+    def stand_in(self, keys: Sequence[int], vectors: torch.Tensor) -> None:
+        """Take `vectors` [keys, hidden] for the outputs of these experts."""
+        self._workspace.put(keys, vectors)
 
     def total(self) -> torch.Tensor:
         """The weighted sum [1, hidden]."""
@@ -83,9 +91,17 @@ class RowsStep:
     def run(self, keys: Sequence[int]) -> None:
         """Compute these experts for their rows."""
         for key in keys:
-            tokens, positions = self._rows[key]
-            out = self._math(self._hidden[tokens], self._operands_of(key))
-            self._outputs[key] = (out * self._weights[tokens, positions, None]).to(self._hidden.dtype)
+            tokens, _ = self._rows[key]
+            self._keep(key, self._math(self._hidden[tokens], self._operands_of(key)))
+
+    def stand_in(self, keys: Sequence[int], vectors: torch.Tensor) -> None:
+        """Take `vectors` [keys, hidden] for the outputs of these experts, for every token routed to them."""
+        for key, vector in zip(keys, vectors, strict=True):
+            self._keep(key, vector)
+
+    def _keep(self, key: int, out: torch.Tensor) -> None:
+        tokens, positions = self._rows[key]
+        self._outputs[key] = (out * self._weights[tokens, positions, None]).to(self._hidden.dtype)
 
     def total(self) -> torch.Tensor:
         """The weighted sum [tokens, hidden]."""

@@ -50,7 +50,7 @@ class GenerationReport:
         Guessed bytes are used (demanded later), wasted (given up first), or, for the rest, still there undecided.
         """
         decode, prefill, mb = self.stats.decode, self.stats.prefill, self.expert_bytes / 1e6
-        demanded = decode.hits + decode.late + decode.misses
+        demanded = decode.hits + decode.late + decode.misses + decode.stood_in
         return {
             "prompt_tokens": self.prompt_tokens,
             "new_tokens": len(self.token_ids),
@@ -66,6 +66,10 @@ class GenerationReport:
             "hit_rate": _ratio(decode.hits, demanded),
             "late_hit_rate": _ratio(decode.late, demanded),
             "miss_rate": _ratio(decode.misses, demanded),
+            "stood_in": decode.stood_in,
+            "stood_in_rate": _ratio(decode.stood_in, demanded),
+            "stalled_layer_rate": _ratio(decode.stalled_layers, decode.layers),
+            "fill_mb_per_token": _ratio(decode.fill_bytes / 1e6, decode.tokens),
             "demand_mb_per_token": _ratio(decode.demand_bytes / 1e6, decode.tokens),
             "speculative_mb_per_token": _ratio(decode.prefetch_bytes / 1e6, decode.tokens),
             "speculative_used_mb_per_token": _ratio(decode.prefetch_used * mb, decode.tokens),

@@ -17,10 +17,11 @@ from foreroute.checkpoint.layouts import ExpertTable
 from foreroute.checkpoint.locate import locate
 from foreroute.checkpoint.records import PackedStore, open_store
 from foreroute.config import EngineConfig, Plan
+from foreroute.engine.approximation import Approximation
 from foreroute.engine.learner import Learner
 from foreroute.engine.memory import SlotViews
 from foreroute.engine.offloaded import ForerouteHandle, make_offloaded
-from foreroute.engine.predictors import check_layout, lookahead, open_sidecar, prefetch_guesses
+from foreroute.engine.predictors import approximation, check_layout, lookahead, open_sidecar, prefetch_guesses
 from foreroute.engine.prefill import ExpertStream
 from foreroute.engine.proof import describe_math, prove_math, run_family_forward
 from foreroute.engine.runtime import FamilyForward, Predictor, Runtime
@@ -28,10 +29,13 @@ from foreroute.errors import BudgetError, ForerouteError
 from foreroute.kernels.cpu import ExpertMath, OneToken
 from foreroute.model.blocks import MoeLayer, probe
 from foreroute.model.skeleton import load_skeleton, offloaded_modules, outline
+from foreroute.policy import Policy
 from foreroute.residency.budget import format_memory, parse_memory, plan_slots
 from foreroute.residency.eviction import Lfu, Lru
 from foreroute.residency.slots import Residency
+from foreroute.transfer.base import Transfer
 from foreroute.transfer.disk import DiskTransfer
+from foreroute.transfer.logical import LogicalTransfer
 from foreroute.transfer.memory import allocate_slots
 
 # Left free when the budget is chosen here: activations, KV cache, Python itself, and other programs.
@@ -71,6 +75,7 @@ def load(
     # Read by oneDNN at its first product; what the user has set stays.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", _KERNELS_KEPT)
     asked = config or EngineConfig()
+    policy = Policy.parse(asked.policy)
     folder = locate(path_or_hub_id, revision=revision)
     index = read_index(folder)
     sketch = outline(folder, index)
@@ -83,11 +88,15 @@ def load(
     check_layout(sidecar, layers, model.config.get_text_config().hidden_size)
     table = sketch.table.reordered([layer.name for layer in layers])
     slots = plan_slots(budget, table.slot_bytes, table.total_slots, [layer.top_k for layer in layers])
-    staging_slots = slots.staging_slots if asked.prefetch != "none" else 0
+    staging_slots = slots.staging_slots if asked.prefetch != "none" or policy.stands_in else 0
     math = _prove_math(layers, table, model.dtype)
+    policies = approximation(layers, model.dtype, sidecar, asked, own_math=all(entry is not None for entry in math))
+    policies.set([policy])
     learner = _make_learner(asked, layers, model, budget) if sidecar is None and staging_slots else None
     predictor = prefetch_guesses(asked, layers, model.dtype, sidecar, learner)
-    runtime = _build_runtime(asked, layers, table, store, slots.num_slots, staging_slots, math, model.dtype, predictor)
+    runtime = _build_runtime(
+        asked, layers, table, store, slots.num_slots, staging_slots, math, model.dtype, predictor, policies
+    )
     runtime.learner = learner
     plan = Plan(
         folder=str(folder),
@@ -151,7 +160,7 @@ def _available_ram() -> int:
 
 def _make_learner(asked: EngineConfig, layers: list[MoeLayer], model: Any, budget: int) -> Learner | None:
     """Learning beside the budget: bounded by a share of it, and off where not even a layer fits that."""
-    if not asked.learn or asked.prefetch == "none":
+    if not asked.learn or asked.prefetch == "none" or asked.deterministic:
         return None
     max_bytes = min(_MOST_LEARNING_BYTES, max(_LEAST_LEARNING_BYTES, budget // _LEARNING_SHARE))
     hidden = model.config.get_text_config().hidden_size
@@ -190,22 +199,26 @@ def _build_runtime(
     math: list[ExpertMath | None],
     dtype: torch.dtype,
     predictor: Predictor | None,
+    policies: Approximation,
 ) -> Runtime:
     residency = Residency(
         num_slots,
         table.num_keys,
         eviction=Lru() if asked.eviction == "lru" else Lfu(),
         staging_slots=staging_slots,
+        # With a slot for every expert nothing is ever in the way.
+        filling_slots=num_slots if num_slots == table.total_slots else staging_slots,
         keys_per_layer=table.num_experts,
     )
     memory, slots = allocate_slots(num_slots, table.slot_bytes)
-    transfer = DiskTransfer(
+    disk = DiskTransfer(
         table.reads if store is None else store.reads_of(table),
         slots.__getitem__,
         num_threads=asked.reader_threads,
         direct=asked.direct_io,
         label=table.label,
     )
+    transfer: Transfer = LogicalTransfer(disk) if asked.deterministic else disk
     return Runtime(
         table,
         residency,
@@ -218,7 +231,8 @@ def _build_runtime(
         free_slots=slots.clear,
         hits_first=asked.hits_first,
         keep_across_tokens=asked.cache,
-        prefill_guesses_from=_PREFILL_GUESSES_FROM[asked.prefetch_prefill],
+        prefill_guesses_from=inf if asked.deterministic else _PREFILL_GUESSES_FROM[asked.prefetch_prefill],
+        approximation=policies,
     )
 
 

@@ -12,6 +12,7 @@ from foreroute.engine.stats import EngineStats
 from foreroute.errors import PromptError, RefusedError
 from foreroute.model.blocks import MoeLayer
 from foreroute.model.experts import refuse_compiled
+from foreroute.policy import Policy
 
 
 class ForerouteHandle:
@@ -27,10 +28,35 @@ class ForerouteHandle:
         self.plan = plan
         self.runtime = runtime
         self.layers = layers
+        assert runtime.approximation is not None, "the loader gives every model its policies"
+        self._approximation = runtime.approximation
 
     def stats(self) -> EngineStats:
         """A copy of all counts since the model was loaded; `.minus(earlier)` gives those of a span."""
         return self.runtime.snapshot()
+
+    @property
+    def policies(self) -> tuple[Policy, ...]:
+        """What decoding waits for: one policy for every row, or one per row."""
+        return self._approximation.policies
+
+    def set_policy(self, *policies: str | Policy) -> None:
+        """Decode under these policies from the next step on: one for every row, or one per row of the batch.
+
+        Prompts are always exact.
+
+        Raises:
+            PolicyError: not known, or not to be had with this model; nothing has been changed.
+        """
+        self._approximation.set([Policy.parse(one) if isinstance(one, str) else one for one in policies])
+
+    def check_policy(self, policy: Policy) -> None:
+        """Whether the policy can be had with this model.
+
+        Raises:
+            PolicyError: it cannot; the message says why.
+        """
+        self._approximation.check(policy)
 
     def close(self) -> None:
         """Stop the readers and free the pool. The model's experts cannot be computed afterwards."""

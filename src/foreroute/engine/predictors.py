@@ -8,9 +8,11 @@ import torch
 
 from foreroute.checkpoint.index import CheckpointIndex
 from foreroute.config import EngineConfig
+from foreroute.engine.approximation import Approximation
 from foreroute.errors import PredictorError
 from foreroute.model.blocks import MoeLayer
 from foreroute.model.residual import ResidualTap
+from foreroute.policy.rules import PAPER, SPECULATIVE, TOLERANCE
 from foreroute.predict.base import Predictor, Seen, Select, guess_from_scores
 from foreroute.predict.default_vector import DefaultVectors, QuasiHiddenLayer
 from foreroute.predict.estimator import Estimator, Inputs
@@ -90,6 +92,39 @@ def prefetch_guesses(
         residual_of,
         select,
     )
+
+
+def approximation(
+    layers: Sequence[MoeLayer], dtype: torch.dtype, sidecar: Sidecar | None, asked: EngineConfig, *, own_math: bool
+) -> Approximation:
+    """What policies other than exact need of the model, and why some cannot be had.
+
+    Args:
+        own_math: all experts are computed one by one here, so that some of them can be left out.
+    """
+    nothing: list[torch.Tensor | None] = [None] * len(layers)
+    if sidecar is None:
+        reason = "it needs default vectors, and none are fitted. Run `foreroute fit MODEL --text FILES...` first."
+        return Approximation(nothing, None, lambda: no_residual, dict.fromkeys((TOLERANCE, SPECULATIVE, PAPER), reason))
+    why_not: dict[str, str] = {}
+    vectors = [None if rows is None else rows.to(dtype) for rows in sidecar.default_vectors]
+    if asked.prefetch != "none":
+        # A layer that nobody guesses waits: little would be there.
+        vectors = [rows if choice else None for rows, choice in zip(vectors, [None, *sidecar.choice], strict=False)]
+    if not own_math or all(rows is None for rows in vectors[1:]):
+        reason = "this model's experts are computed by its family's own code, all at once. Use exact."
+        why_not |= dict.fromkeys((TOLERANCE, SPECULATIVE), reason)
+    elif asked.prefetch == "none" and not asked.cache:
+        reason = "with cache off and prefetch none nothing would ever be there. Turn one of them on."
+        why_not |= dict.fromkeys((TOLERANCE, SPECULATIVE), reason)
+    guesses = default_vectors(layers, sidecar)
+    blind = [layer for layer in range(len(layers) - 1) if not guesses.can_guess(layer)]
+    if blind:
+        why_not[PAPER] = (
+            "it needs the residual stream after attention, default vectors, and a router that runs on its own; after "
+            f"MoE layer {blind[0]} of this model ({type(layers[0].experts).__name__}) one is missing. Use speculative."
+        )
+    return Approximation(vectors, guesses, lambda: ResidualTap(layers), why_not)
 
 
 def fitted(layers: Sequence[MoeLayer], dtype: torch.dtype, sidecar: Sidecar) -> dict[str, Predictor]:

@@ -14,11 +14,13 @@ from typing import Protocol
 import torch
 
 from foreroute.checkpoint.layouts import ExpertTable
+from foreroute.engine.approximation import Approximation
 from foreroute.engine.decode import DecodeStep, RowsStep, TokenStep
 from foreroute.engine.memory import SlotViews
 from foreroute.engine.prefill import ExpertStream, group_by_expert
 from foreroute.engine.stats import EngineStats, PhaseStats
 from foreroute.kernels.cpu import ExpertMath, OneToken
+from foreroute.predict.base import most_wanted
 from foreroute.residency.slots import LOADING, READY, Residency
 from foreroute.transfer.base import Completion, Transfer
 
@@ -78,9 +80,11 @@ class Runtime:
         free_slots: lets go of the pool's memory, after the readers have stopped.
         prefill_guesses_from: routed slots per expert of a layer from which guesses fetch in prefill too: 0 always.
         keep_across_tokens: False gives every expert up after its layer (on-demand loading).
+        approximation: the policies other than exact; None where there is exact alone.
 
     Attributes:
         observer, expert_listener: who watches; None, and free, until somebody does. They must change nothing.
+        is_prefill: the forward pass has several positions per row.
         learner: learns better guesses in the time that compute waits; None where there is nothing to learn.
     """
 
@@ -99,6 +103,7 @@ class Runtime:
         hits_first: bool = True,
         keep_across_tokens: bool = True,
         prefill_guesses_from: float = inf,
+        approximation: Approximation | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.table = table
@@ -115,6 +120,7 @@ class Runtime:
         self._hits_first = hits_first
         self._keep_across_tokens = keep_across_tokens
         self._prefill_guesses_from = prefill_guesses_from
+        self.approximation = approximation
         self._clock = clock
         self.observer: Observer | None = None
         self.expert_listener: ExpertListener | None = None
@@ -124,7 +130,7 @@ class Runtime:
         self._expert_bytes = [layer.layout.nbytes for layer in table.layers]
         # Guesses for a layer that were queued and that its router has not confirmed or contradicted yet.
         self._guessed: list[list[int]] = [[] for _ in table.layers]
-        self._is_prefill = False
+        self.is_prefill = False
         self._num_rows = 1
         # Used and wasted guesses, as the pool had counted them when they were last booked to a phase.
         self._booked = (0, 0)
@@ -137,15 +143,19 @@ class Runtime:
         """A forward pass of [num_rows, num_positions] tokens begins; `token_ids` of that shape, where it has them."""
         self._book_guesses()
         self._num_rows = num_rows
-        self._is_prefill = num_positions > 1
-        self._phase = self.stats.prefill if self._is_prefill else self.stats.decode
+        self.is_prefill = num_positions > 1
+        self._phase = self.stats.prefill if self.is_prefill else self.stats.decode
         self._phase.steps += 1
         self._phase.tokens += num_rows * num_positions
         if self._is_mid_step:
             self._start_over()
         self._is_mid_step = True
         self.residency.tick()
-        if token_ids is not None and not self._is_prefill and self._predictor is not None and self._lacks(0):
+        if self.transfer.num_in_flight:
+            self._settle(self.transfer.completed())
+        if not self._keep_across_tokens:
+            self.residency.drop(self.residency.ready_keys())
+        if token_ids is not None and not self.is_prefill and self._predictor is not None and self._lacks(0):
             self._prefetch(0, self._predictor.guess_first(token_ids.flatten()))
         self._is_mid_step = False
 
@@ -168,12 +178,12 @@ class Runtime:
         return total
 
     def _compute(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        if self.observer is not None:
-            self.observer(layer, hidden, ids, weights)
-        if self.learner is not None:
-            self.learner.see(layer, hidden, ids, weights)
-        if layer == 0 and self._predictor is not None:
-            self._predictor.see_first(hidden, self._num_rows)
+        self._show(layer, hidden, ids, weights)
+        approximation = self.approximation
+        if self.is_prefill or approximation is None or approximation.is_exact:
+            approximation = None
+        else:
+            ids, weights = approximation.route(layer, ids, weights)
         width, base = self._widths[layer], layer * self._num_experts
         # The one read-back of the layer. What is no expert becomes -1, which no key is.
         routed = [[base + expert if expert < width else -1 for expert in row] for row in ids.tolist()]
@@ -184,12 +194,25 @@ class Runtime:
             return torch.zeros_like(hidden)
         if self.transfer.num_in_flight:
             self._settle(self.transfer.completed())
-            self._drop_contradicted(layer, keys)
+        self._drop_contradicted(layer, keys)
         math = self._math[layer]
-        if math is None or self._is_prefill or len(keys) > self._most_leased:
+        if math is None or self.is_prefill or len(keys) > self._most_leased:
             return self._compute_streamed(layer, keys, hidden, ids, weights)
         step = self._decode_step(layer, math, routed, hidden, weights)
-        return self._compute_leased(layer, keys, step, lambda: self._prefetch_next(layer, hidden, ids, weights))
+        seen = (hidden, ids, weights)
+        if approximation is None:
+            return self._compute_leased(layer, keys, step, lambda: self._prefetch_next(layer, *seen))
+        absent = approximation.not_waited_for(layer, keys, routed, weights, self.residency.contains_ready)
+        return self._compute_approximately(layer, keys, absent, step, approximation, seen)
+
+    def _show(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> None:
+        """To all who watch, what the layer's router chose."""
+        if self.observer is not None:
+            self.observer(layer, hidden, ids, weights)
+        if self.learner is not None:
+            self.learner.see(layer, hidden, ids, weights)
+        if layer == 0 and self._predictor is not None:
+            self._predictor.see_first(hidden, self._num_rows)
 
     def close(self) -> None:
         """Stop the readers and let go of the pool; the model's experts can no longer be computed."""
@@ -233,8 +256,10 @@ class Runtime:
         residency = self.residency
         hits, late, misses = residency.demand(keys)
         self._phase.hits += len(hits)
+        self._phase.layers += 1
         waited: set[int] = set()
         if late or misses:
+            self._phase.stalled_layers += 1
             waited = self._demand(layer, late, misses)
         # Demand first: a guess must never delay a needed copy.
         prefetch_next()
@@ -249,6 +274,32 @@ class Runtime:
         if not self._keep_across_tokens:
             residency.drop(keys)
         return total
+
+    def _compute_approximately(
+        self,
+        layer: int,
+        keys: list[int],
+        absent: list[int],
+        step: DecodeStep,
+        approximation: Approximation,
+        seen: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    ) -> torch.Tensor:
+        """As `_compute_leased`, but that default vectors stand in for the experts `absent`, which are read later."""
+        if absent:
+            base = layer * self._num_experts
+            step.stand_in(absent, approximation.vectors(layer, [key - base for key in absent]))
+            keys = [key for key in keys if key not in absent]
+
+        def prefetch_next() -> None:
+            route = approximation.see(layer, *seen)
+            if route is None:
+                self._prefetch_next(layer, *seen)
+            elif self._lacks(layer + 1):
+                self._prefetch(layer + 1, most_wanted(route.ids, self._widths[layer + 1]))
+            if absent:
+                self._fill(layer, absent)
+
+        return self._compute_leased(layer, keys, step, prefetch_next)
 
     def _demand(self, layer: int, late: list[tuple[int, int]], misses: list[tuple[int, int]]) -> set[int]:
         for key, _ in late:
@@ -266,6 +317,16 @@ class Runtime:
         following = layer + 1
         if self._predictor is not None and following < len(self._widths) and self._lacks(following):
             self._prefetch(following, self._predictor.guess(layer, hidden, ids, weights))
+
+    def _fill(self, layer: int, keys: Sequence[int]) -> None:
+        """What was stood in for is read all the same, when there is time: else it would never be there."""
+        loads = self.residency.fill(keys) if self._keep_across_tokens else []
+        for key, slot in loads:
+            self.transfer.fill(key, slot)
+        phase = self._phase
+        phase.stood_in += len(keys)
+        phase.fill_loads += len(loads)
+        phase.fill_bytes += len(loads) * self._expert_bytes[layer]
 
     def _book_guesses(self) -> None:
         """What became of guesses since the last call goes to the phase that runs."""
@@ -362,7 +423,7 @@ class Runtime:
         num_late = min(num_late, self._phase.hits - hits_before)
         self._phase.hits -= num_late
         self._phase.late += num_late
-        if self._is_prefill and ids.numel() >= self._prefill_guesses_from * self._widths[layer]:
+        if self.is_prefill and ids.numel() >= self._prefill_guesses_from * self._widths[layer]:
             # Behind this layer's reads that are queued already: a guess runs where the reader would have a pause, and
             # delays those that the ring asks for later by at most itself.
             self._prefetch_next(layer, hidden, ids, weights)

@@ -12,6 +12,9 @@ class PhaseStats:
     prefetch_used / prefetch_wasted: guessed experts that this phase demanded / gave up before anybody did.
     hits / late / misses: demanded experts that were there / still on their way / absent.
     demand_loads: experts read because a router asked. prefetch_loads: experts read on a guess.
+    layers / stalled_layers: MoE layers computed / those that waited for an expert. Decode alone.
+    stood_in: demanded experts for which default vectors stood in; not among hits, late and misses.
+    fill_loads: those of them that were read afterwards.
     stall_s: seconds in which compute waited for bytes.
     """
 
@@ -27,12 +30,17 @@ class PhaseStats:
     prefetch_cancelled: int = 0
     prefetch_used: int = 0
     prefetch_wasted: int = 0
+    layers: int = 0
+    stalled_layers: int = 0
+    stood_in: int = 0
+    fill_loads: int = 0
+    fill_bytes: int = 0
     stall_s: float = 0.0
 
     @property
     def hit_rate(self) -> float:
         """Share of demanded experts that were there, 0 to 1; late ones are not hits."""
-        demanded = self.hits + self.late + self.misses
+        demanded = self.hits + self.late + self.misses + self.stood_in
         return self.hits / demanded if demanded else 0.0
 
 

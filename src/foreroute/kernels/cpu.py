@@ -97,8 +97,14 @@ class OneToken:
             for row, expert in zip(self._out_rows[first:last], operands, strict=True):
                 row.add_(expert[math.down_bias_at])
 
+    def put(self, keys: Sequence[int], rows: torch.Tensor) -> None:
+        """Take `rows` [keys, hidden] for the outputs of these experts, before their gate weights."""
+        first = len(self._keys)
+        self._keys.extend(keys)
+        self._out[first : first + len(keys)] = rows
+
     def total(self, weights: torch.Tensor, routed: Sequence[int]) -> torch.Tensor:
-        """The weighted sum [1, hidden] over the experts that were run, in ascending order of their keys.
+        """The weighted sum [1, hidden] over the experts that were run or put, in ascending order of their keys.
 
         Args:
             weights: [1, k] gate weights. routed: the key that each of them belongs to.

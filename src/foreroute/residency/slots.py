@@ -62,6 +62,8 @@ class Residency:
         num_keys: expert keys; more than there are experts when layers differ in width.
         eviction: the order of giving up; reset here, owned by the pool from now on.
         staging_slots: the most slots that prefetched, not yet demanded keys may take; 0 turns prefetch off.
+        filling_slots: the most slots that may be loading while nobody waits for them, staged ones included; as many as
+            staging_slots when left out.
         keys_per_layer: width of a layer in keys, for `resident_per_layer`; None counts all keys as one layer.
     Attributes (read only):
         evictions: keys given up so far, staged ones too.
@@ -78,6 +80,7 @@ class Residency:
         *,
         eviction: Eviction,
         staging_slots: int,
+        filling_slots: int | None = None,
         keys_per_layer: int | None = None,
     ) -> None:
         assert num_slots > 0, "a pool needs a slot"
@@ -85,6 +88,7 @@ class Residency:
         self.num_slots = num_slots
         self.num_keys = num_keys
         self.staging_slots = staging_slots
+        self.filling_slots = staging_slots if filling_slots is None else filling_slots
         self.evictions = 0
         self.prefetch_used = 0
         self.prefetch_wasted = 0
@@ -102,6 +106,7 @@ class Residency:
         self._num_ready = 0
         self._staged_loading: set[int] = set()
         self._staged_ready: dict[int, None] = {}  # oldest first
+        self._filling: set[int] = set()
         self.resident_per_layer = [0] * -(-self.num_keys // self._keys_per_layer)
 
     # The decode step, in the order in which it happens.
@@ -171,12 +176,33 @@ class Residency:
                 kept.append(key)
         if not absent:
             return []
-        room = self.staging_slots - len(self._staged_loading) - len(staged_ready)
+        room = self.staging_slots - len(self._staged_loading) - len(staged_ready) - len(self._filling)
         slots = self._take(min(room, len(absent)), kept)
         for _ in range(min(len(staged_ready) - num_renewed, len(absent) - len(slots))):
             slots.append(self._give_up_staged())
         loads = self._load(absent, slots)
         self._staged_loading.update(absent[: len(loads)])
+        return loads
+
+    def fill(self, keys: Sequence[int]) -> list[tuple[int, int]]:
+        """Keys that were demanded, were not there, and were not waited for: they are touched, and get slots to load.
+
+        They enter the pool as demanded ones do. A key gets a FREE slot, else that of the coldest READY key that is not
+        staged. One that is LOADING is no guess any more.
+
+        Args:
+            keys: distinct, FREE or LOADING.
+        Returns:
+            (key, slot) that the caller has to load; fewer than are absent where there is no room.
+        """
+        state = self._state
+        assert all(state[key] in (FREE, LOADING) for key in keys), f"some of {keys} are there: {self!r}"
+        self._eviction.touch(keys)
+        self._unstage((), [(key, self._slot_of[key]) for key in keys if state[key] == LOADING])
+        absent = [key for key in keys if state[key] == FREE]
+        room = self.filling_slots - len(self._filling) - len(self._staged_loading)
+        loads = self._load(absent, self._take(min(room, len(absent)))) if absent and room > 0 else []
+        self._filling.update(key for key, _ in loads)
         return loads
 
     def loaded(self, key: int) -> None:
@@ -190,6 +216,7 @@ class Residency:
             self._staged_loading.remove(key)
             self._staged_ready[key] = None
         else:
+            self._filling.discard(key)
             self._eviction.add((key,))
 
     def lease(self, key: int) -> None:
@@ -265,6 +292,10 @@ class Residency:
         """True when the key's bytes are there, READY or LEASED."""
         return self._state[key] in (READY, LEASED)
 
+    def ready_keys(self) -> list[int]:
+        """Keys whose bytes are there and that nobody computes with. Cost: a look at every key."""
+        return [key for key, state in enumerate(self._state) if state == READY]
+
     @property
     def num_free(self) -> int:
         """Slots that hold nothing."""
@@ -318,6 +349,7 @@ class Residency:
         if after < 0:
             self._refuse(key, event)
         self._staged_loading.discard(key)
+        self._filling.discard(key)
         self._free.append(self._vacate(key, after))
 
     def _vacate(self, key: int, after: int) -> int:

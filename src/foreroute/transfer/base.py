@@ -20,8 +20,8 @@ class Completion(NamedTuple):
 class Transfer(Protocol):
     """Fills slots with experts, in the background. All methods are called by one thread, the decode thread.
 
-    A request is *in flight* from `demand` or `prefetch` until its completion has been handed out, or until a `cancel`
-    that returned True. A key is requested again only after that.
+    A request is *in flight* from `demand`, `prefetch` or `fill` until its completion has been handed out, or until a
+    `cancel` that returned True. A key is requested again only after that.
 
     Attributes:
         bytes_read: bytes read so far, padding to the block size included.
@@ -48,8 +48,11 @@ class Transfer(Protocol):
     def prefetch(self, key: int, slot: int) -> None:
         """Fill the slot with the key when no demand is queued. Does not block."""
 
+    def fill(self, key: int, slot: int) -> None:
+        """Fill the slot with the key when there is time: nobody needs it now. Does not block."""
+
     def promote(self, key: int) -> None:
-        """A prefetch that has not started becomes a demand, the last of them; nothing happens to any other key."""
+        """A prefetch or fill that has not started becomes the last of the demands; nothing happens to other keys."""
 
     def cancel(self, key: int) -> bool:
         """Withdraw a request. True when it had not started and is gone; else it goes on and completes."""

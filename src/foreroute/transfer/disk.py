@@ -99,8 +99,12 @@ class DiskTransfer:
         """Fill the slot with the key when no demand is queued."""
         self._submit(self._queue.prefetch, key, slot)
 
+    def fill(self, key: int, slot: int) -> None:
+        """Fill the slot with the key when there is time."""
+        self._submit(self._queue.fill, key, slot)
+
     def promote(self, key: int) -> None:
-        """A prefetch that has not started becomes a demand."""
+        """A prefetch or fill that has not started becomes a demand."""
         with self._lock:
             self._queue.promote(key)
 

@@ -2,21 +2,27 @@
 
 from collections import OrderedDict
 
+# Prefetches in a row that a fill lets pass.
+_MOST_PASSED = 3
+
 
 class TransferQueue:
-    """Demands first, first in first out; then prefetches, first in first out.
+    """Demands first, first in first out; then prefetches, then fills, likewise.
 
-    A request is queued, then running, then finished and forgotten.
+    Nobody waits for a fill, so that it gives way; that it may not give way for ever, every fourth request that is no
+    demand is a fill, if there is one. A request is queued, then running, then finished and forgotten.
     """
 
     def __init__(self) -> None:
         self._demands: OrderedDict[int, int] = OrderedDict()
         self._prefetches: OrderedDict[int, int] = OrderedDict()
+        self._fills: OrderedDict[int, int] = OrderedDict()
+        self._num_passed = 0
         self._running: set[int] = set()
 
     def __len__(self) -> int:
         """Requests that have not started."""
-        return len(self._demands) + len(self._prefetches)
+        return len(self._demands) + len(self._prefetches) + len(self._fills)
 
     @property
     def num_running(self) -> int:
@@ -33,9 +39,16 @@ class TransferQueue:
         self._refuse_known(key)
         self._prefetches[key] = slot
 
+    def fill(self, key: int, slot: int) -> None:
+        """Queue behind the other fills."""
+        self._refuse_known(key)
+        self._fills[key] = slot
+
     def promote(self, key: int) -> bool:
-        """A queued prefetch goes behind the demands. False for any other key."""
+        """A queued prefetch or fill goes behind the demands. False for any other key."""
         slot = self._prefetches.pop(key, None)
+        if slot is None:
+            slot = self._fills.pop(key, None)
         if slot is None:
             return False
         self._demands[key] = slot
@@ -43,11 +56,11 @@ class TransferQueue:
 
     def cancel(self, key: int) -> bool:
         """Take a queued request out. False when it is running or unknown."""
-        return self._demands.pop(key, None) is not None or self._prefetches.pop(key, None) is not None
+        return any(queue.pop(key, None) is not None for queue in (self._demands, self._prefetches, self._fills))
 
     def next(self) -> tuple[int, int] | None:
         """Start the next request: its (key, slot), None when nothing is queued."""
-        queue = self._demands or self._prefetches
+        queue = self._demands or self._next_unawaited()
         if not queue:
             return None
         key, slot = queue.popitem(last=False)
@@ -63,8 +76,16 @@ class TransferQueue:
         dropped = len(self)
         self._demands.clear()
         self._prefetches.clear()
+        self._fills.clear()
         return dropped
 
+    def _next_unawaited(self) -> OrderedDict[int, int]:
+        if not self._fills or (self._prefetches and self._num_passed < _MOST_PASSED):
+            self._num_passed += bool(self._fills)
+            return self._prefetches
+        self._num_passed = 0
+        return self._fills
+
     def _refuse_known(self, key: int) -> None:
-        known = key in self._demands or key in self._prefetches or key in self._running
+        known = key in self._demands or key in self._prefetches or key in self._fills or key in self._running
         assert not known, f"key {key} was requested while a request for it is in flight"

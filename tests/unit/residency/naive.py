@@ -33,6 +33,7 @@ class NaivePool:
         self.scores = NaiveScores(num_keys, decay)
         self.state = dict.fromkeys(range(num_keys), FREE)
         self.slot = {}
+        self.filling = set()
         self.staged = []  # READY ones in the order in which they became so or were guessed again
         self.free = set(range(num_slots))
         self.borrowed = set()
@@ -95,7 +96,7 @@ class NaivePool:
         for done, key in enumerate(absent):
             old = [other for other in self.staged_ready() if other not in keys]
             cold = self.scores.coldest([other for other in self.hot() if other not in keys])
-            may_grow = len(self.staged) < self.staging_slots
+            may_grow = len(self.staged) + len(self.filling) < self.staging_slots
             if may_grow and self.free:
                 victim = None
             elif may_grow and cold is not None:
@@ -111,6 +112,25 @@ class NaivePool:
             self.staged.append(key)
         return len(absent)
 
+    def fill(self, keys, loads):
+        """Returns how many loads there have to be."""
+        self.scores.touch(keys)
+        for key in keys:
+            self.unstage(key)
+        absent = [key for key in keys if self.state[key] == FREE]
+        for done, key in enumerate(absent):
+            staged_loading = [other for other in self.staged if self.state[other] == LOADING]
+            victim = None if self.free else self.scores.coldest(self.hot())
+            is_full = len(self.filling) + len(staged_loading) >= self.staging_slots
+            if is_full or (not self.free and victim is None):
+                return done
+            if done == len(loads):
+                return done + 1
+            assert loads[done][0] == key
+            self.insert(key, loads[done][1], victim)
+            self.filling.add(key)
+        return len(absent)
+
     def renew(self, keys):
         for key in keys:
             if key in self.staged_ready():
@@ -119,6 +139,7 @@ class NaivePool:
 
     def loaded(self, key):
         self.state[key] = READY
+        self.filling.discard(key)
         if key in self.staged:
             self.staged.remove(key)
             self.staged.append(key)
@@ -139,6 +160,7 @@ class NaivePool:
 
     def drop_loading(self, key):
         self.state[key] = FREE
+        self.filling.discard(key)
         self.free.add(self.slot.pop(key))
         if key in self.staged:
             self.staged.remove(key)

@@ -52,6 +52,12 @@ class PoolMachine(RuleBasedStateMachine):
         loads = self.pool.prefetch(keys)
         assert self.naive.prefetch(keys, loads) == len(loads)
 
+    @rule(keys=some_keys)
+    def fill(self, keys):
+        keys = [key for key in keys if self.naive.state[key] in (FREE, LOADING)]
+        loads = self.pool.fill(keys)
+        assert self.naive.fill(keys, loads) == len(loads)
+
     @rule(index=any_index)
     def loaded(self, index):
         key = self.pick(index, LOADING)

@@ -1,0 +1,134 @@
+"""The policies of a loaded model as its step asks for them: who waits, what stands in, whose route is replaced."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from foreroute.errors import PolicyError
+from foreroute.policy import Policy, waited_for
+from foreroute.predict.base import Predictor, Seen, TokenGuess
+
+
+class Approximation:
+    """Everything that a policy other than exact needs, and the policies that hold now.
+
+    Args:
+        vectors: per MoE layer [experts, hidden] default vectors in the compute dtype; None where nothing may stand in.
+        paper: guesses the next layer's route for `paper`; None where it cannot.
+        make_tap: begins to catch the residual stream, which `paper` alone reads: MoE layer -> that after its attention.
+        why_not: why a policy cannot be had, by its name; empty when all can.
+    """
+
+    def __init__(
+        self,
+        vectors: Sequence[torch.Tensor | None],
+        paper: Predictor | None,
+        make_tap: Callable[[], Callable[[int], torch.Tensor | None]],
+        why_not: dict[str, str],
+    ) -> None:
+        self._vectors = list(vectors)
+        self._paper = paper
+        self._make_tap = make_tap
+        self._residual_of: Callable[[int], torch.Tensor | None] | None = None
+        self._why_not = why_not
+        self._guess: tuple[int, TokenGuess] | None = None
+        self.policies: tuple[Policy, ...] = (Policy(),)
+
+    def set(self, policies: Sequence[Policy]) -> None:
+        """From the next step on: one policy for every row, or one per row of the batch.
+
+        Raises:
+            PolicyError: one of them cannot be had with this model; nothing has been changed.
+        """
+        if not policies:
+            raise PolicyError("No policy is given. Give one, or one per row of the batch.")
+        for policy in policies:
+            self.check(policy)
+        if self._residual_of is None and any(policy.replaces_route for policy in policies):
+            self._residual_of = self._make_tap()
+        self.policies = tuple(policies)
+        self._guess = None
+
+    def check(self, policy: Policy) -> None:
+        """Whether the policy can be had with this model.
+
+        Raises:
+            PolicyError: it cannot; the message says why.
+        """
+        if policy.name in self._why_not:
+            raise PolicyError(f"Policy {policy}: {self._why_not[policy.name]}")
+
+    @property
+    def is_exact(self) -> bool:
+        """Nothing to do: all wait for everything."""
+        return all(not (policy.stands_in or policy.replaces_route) for policy in self.policies)
+
+    def of_rows(self, num_rows: int) -> Sequence[Policy]:
+        """One per token of a decode step.
+
+        Raises:
+            PolicyError: there is another number of rows than of policies.
+        """
+        if len(self.policies) == 1:
+            return self.policies * num_rows
+        if len(self.policies) != num_rows:
+            raise PolicyError(
+                f"{len(self.policies)} policies were set, and the batch has {num_rows} rows. Set one for all, or one "
+                "for each."
+            )
+        return self.policies
+
+    def not_waited_for(
+        self,
+        layer: int,
+        keys: Sequence[int],
+        routed: Sequence[Sequence[int]],
+        weights: torch.Tensor,
+        is_there: Callable[[int], bool],
+    ) -> list[int]:
+        """Those of the step's `keys` that default vectors stand in for, in their order. See `waited_for`.
+
+        Layer 0, and a layer without default vectors, waits. Cost: a read-back of the gate weights if a key is missing.
+        """
+        policies = self.of_rows(len(routed))
+        if layer == 0 or self._vectors[layer] is None or not any(policy.stands_in for policy in policies):
+            return []
+        missing = [key for key in keys if not is_there(key)]
+        if not missing:
+            return []
+        waited = waited_for(policies, routed, weights.tolist(), is_there)
+        return [key for key in missing if key not in waited]
+
+    def vectors(self, layer: int, experts: Sequence[int]) -> torch.Tensor:
+        """[experts, hidden]: what stands in for these experts of the layer, before their gate weights."""
+        vectors = self._vectors[layer]
+        assert vectors is not None, "nothing stands in for this layer"
+        return vectors[list(experts)]
+
+    def route(self, layer: int, ids: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The route to execute: rows under `paper` take the guess made one layer before; layer 0 its router's.
+
+        Args and returns:
+            ids, weights: [tokens, k].
+        """
+        made, self._guess = self._guess, None
+        if made is None or made[0] != layer or len(made[1].ids) != len(ids):
+            return ids, weights
+        guess = made[1]
+        replaced = torch.tensor([policy.replaces_route for policy in self.of_rows(len(ids))])[:, None]
+        return torch.where(replaced, guess.ids, ids), torch.where(replaced, guess.weights.to(weights.dtype), weights)
+
+    def see(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> TokenGuess | None:
+        """What the layer executes of a decode step; under `paper` its guess is the next layer's route.
+
+        Returns:
+            That guess, if it was made.
+        """
+        if self._paper is None or self._residual_of is None:
+            return None
+        if not any(policy.replaces_route for policy in self.policies):
+            return None
+        guess = self._paper.guess(layer, Seen(hidden, ids, weights, self._residual_of(layer)), ids.shape[1])
+        if guess is not None:
+            self._guess = (layer + 1, guess)
+        return guess

@@ -1,0 +1,179 @@
+"""A model under a policy with no cache: at each layer what was guessed for it is there, and nothing else.
+
+What is there depends on the token alone, so that many tokens go through at once: whole texts, and batches of answers.
+The rules are those of policy/, on tensors; a test holds the two equal.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from foreroute.engine import predictors as known
+from foreroute.errors import PolicyError
+from foreroute.model.residual import ResidualTap
+from foreroute.policy import Policy
+from foreroute.policy.rules import SPECULATIVE
+from foreroute.predict.base import Seen, TokenGuess
+from foreroute.predict.default_vector import weighted_rows
+from foreroute.predict.sidecar import Sidecar
+from foreroute.predict.token_table import RunningContext, context_before
+
+Computing = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@dataclass
+class Tally:
+    """What tokens under a policy cost: tokens, layers passed by them, and experts fetched, missed and waited for.
+
+    missed, waited: past layer 0, which waits for all it lacks. first_waited: those of layer 0. stalled: token-layers
+    that waited for at least one expert, layer 0 included.
+    """
+
+    tokens: int = 0
+    layers: int = 0
+    fetched: int = 0
+    missed: int = 0
+    waited: int = 0
+    first_waited: int = 0
+    stalled: int = 0
+
+
+def stood_in_rows(policy: Policy, weights: torch.Tensor, missing: torch.Tensor) -> torch.Tensor:
+    """[tokens, k] bool: the misses that default vectors stand in for; `policy.stood_in` for many tokens at once.
+
+    Args:
+        weights: [tokens, k] gate weights. missing: [tokens, k] bool.
+    """
+    if policy.name == SPECULATIVE:
+        return missing
+    if not policy.stands_in:
+        return torch.zeros_like(missing)
+    masses = weights.double()
+    order = masses.masked_fill(~missing, torch.inf).argsort(dim=-1, stable=True)
+    summed = masses.gather(-1, order).cumsum(-1)
+    fits = summed <= policy.tau * masses.sum(-1, keepdim=True)
+    return torch.zeros_like(missing).scatter(-1, order, fits) & missing
+
+
+class FetchedOnly:
+    """Replaces the experts of a loaded model by those that a policy would have had; see `fetched_only`."""
+
+    def __init__(self, model: Any, sidecar: Sidecar, policy: Policy, *, in_prompts: bool) -> None:
+        layers, dtype = model.foreroute.layers, model.dtype
+        self._runtime = model.foreroute.runtime
+        self._policy = policy
+        self._in_prompts = in_prompts
+        self._widths = [layer.experts.num_offloaded for layer in layers]
+        self._predictor = known.hybrid(layers, dtype, sidecar)
+        self._paper = known.default_vectors(layers, sidecar)
+        self._table, self._select = sidecar.token_table, known.selections(layers[:1], dtype)[0]
+        self._rows = [
+            None if vectors is None else torch.cat([vectors, torch.zeros(1, vectors.shape[1])])
+            for vectors in sidecar.default_vectors
+        ]
+        self._before: Seen | None = None
+        self._context = RunningContext()
+        self._token_ids = torch.empty(0, 0, dtype=torch.int64)
+        self.tap = ResidualTap(layers)
+        self.tally = Tally()
+
+    def begin(self, token_ids: torch.Tensor) -> None:
+        """A forward pass of `token_ids` [rows, positions] begins."""
+        self._token_ids, self._before = token_ids, None
+
+    def of_layer(self, layer: int, compute: Computing) -> Computing:
+        """The experts of a layer, given those that compute them all."""
+
+        def forward(hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+            if layer == 0:
+                self._count_first(hidden, ids)
+            elif not (self._runtime.is_prefill and not self._in_prompts):
+                guess = self._guess(layer - 1, ids.shape[1])
+                if guess is not None:
+                    return self._approximate(layer, compute, Seen(hidden, ids, weights), guess)
+            self._before = Seen(hidden, ids, weights, self.tap(layer))
+            return compute(hidden, ids, weights)
+
+        return forward
+
+    def _guess(self, layer: int, width: int) -> TokenGuess | None:
+        assert self._before is not None, "layer 0 comes first"
+        predictor = self._paper if self._policy.replaces_route else self._predictor
+        return predictor.guess(layer, self._before, width)
+
+    def _approximate(self, layer: int, compute: Computing, seen: Seen, guess: TokenGuess) -> torch.Tensor:
+        hidden, ids, weights, _ = seen
+        tally, num_guessed = self.tally, int((guess.ids < self._widths[layer]).sum())
+        tally.layers += len(ids)
+        tally.fetched += num_guessed
+        if self._policy.replaces_route:
+            ids, weights = guess.ids, guess.weights.to(weights.dtype)
+            self._before = Seen(hidden, ids, weights, self.tap(layer))
+            return compute(hidden, ids, weights)
+        self._before = Seen(hidden, ids, weights, self.tap(layer))
+        missing = ~(ids[:, :, None] == guess.ids[:, None, :]).any(-1) & (ids < self._widths[layer])
+        rows = self._rows[layer]
+        dropped = torch.zeros_like(missing) if rows is None else stood_in_rows(self._policy, weights, missing)
+        waited = missing & ~dropped
+        tally.missed += int(missing.sum())
+        tally.waited += int(waited.sum())
+        tally.stalled += int(waited.any(-1).sum())
+        if rows is None or not bool(dropped.any()):
+            return compute(hidden, ids, weights)
+        total = compute(hidden, ids, weights.masked_fill(dropped, 0))
+        return total + weighted_rows(rows, Seen(hidden, ids, weights * dropped)).to(total.dtype)
+
+    def _count_first(self, hidden: torch.Tensor, ids: torch.Tensor) -> None:
+        """Layer 0 waits for what its table did not guess. In prompts, which are exact, nothing is counted."""
+        rows, positions = self._token_ids.shape
+        if not self._runtime.is_prefill or self._in_prompts:
+            found = torch.zeros_like(ids, dtype=torch.bool)
+            if self._table is not None:
+                context = (
+                    context_before(hidden.view(rows, positions, -1)).flatten(0, 1)
+                    if positions > 1
+                    else self._context.of_rows(rows)
+                )
+                guess = self._table.guess(self._token_ids.flatten(), context, ids.shape[1], self._select)
+                found = (ids[:, :, None] == guess.ids[:, None, :]).any(-1)
+                self.tally.fetched += guess.ids.numel()
+            self.tally.tokens += len(ids)
+            self.tally.layers += len(ids)
+            self.tally.first_waited += int((~found).sum())
+            self.tally.stalled += int((~found).any(-1).sum())
+        self._context.see(hidden, rows)
+
+
+@contextmanager
+def fetched_only(model: Any, sidecar: Sidecar, policy: Policy, *, in_prompts: bool) -> Iterator[Tally]:
+    """While inside, the model computes under `policy` with no cache, and the tally counts what it would have cost.
+
+    Args:
+        model: of `foreroute.load`, best with all experts in memory, decoding exactly.
+        in_prompts: also where several positions pass at once, for texts in place of answers.
+    Raises:
+        PolicyError: the policy cannot be had with this model.
+    """
+    only = FetchedOnly(model, sidecar, policy, in_prompts=in_prompts)
+    handle = model.foreroute
+    handle.check_policy(policy)
+    if len(handle.policies) != 1 or handle.policies[0] != Policy():
+        raise PolicyError(f"The model decodes under {', '.join(map(str, handle.policies))}; set it to exact first.")
+
+    def begin(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        only.begin(kwargs["input_ids"] if "input_ids" in kwargs else args[0])
+
+    hook = model.register_forward_pre_hook(begin, with_kwargs=True)
+    exact = [layer.experts.engine_forward for layer in handle.layers]
+    for layer, compute in zip(handle.layers, exact, strict=True):
+        layer.experts.engine_forward = only.of_layer(layer.index, compute)
+    try:
+        yield only.tally
+    finally:
+        hook.remove()
+        only.tap.remove()
+        for layer, compute in zip(handle.layers, exact, strict=True):
+            layer.experts.engine_forward = compute

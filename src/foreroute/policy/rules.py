@@ -1,0 +1,108 @@
+"""What is waited for? Every policy's rule on plain lists; other implementations are held equal to these by tests.
+
+A token's *misses* are the experts that its router chose and that are not there when that is known. A miss is either
+waited for, or its default vector, the expert's mean output, stands in for it. The router always decides, but under
+`paper`, where the guess made one layer earlier takes the router's place (arXiv 2603.19289).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from foreroute.errors import PolicyError
+
+EXACT, TOLERANCE, SPECULATIVE, PAPER = "exact", "tolerance", "speculative", "paper"
+NAMES = (EXACT, TOLERANCE, SPECULATIVE, PAPER)
+
+
+@dataclass(frozen=True)
+class Policy:
+    """One way to treat misses; `str()` gives what `parse` reads.
+
+    name: of NAMES. tau: of `tolerance`, the gate mass that may be stood in for, as a share of the token's; else 0.
+    """
+
+    name: str = EXACT
+    tau: float = 0.0
+
+    @classmethod
+    def parse(cls, text: str) -> "Policy":
+        """`exact`, `tolerance:0.1`, `speculative` or `paper`.
+
+        Raises:
+            PolicyError: anything else, or a tau outside [0, 1].
+        """
+        name, colon, rest = text.partition(":")
+        if name not in NAMES or (name == TOLERANCE) != bool(colon):
+            raise PolicyError(
+                f"Policy {text!r} is not known. Choose exact, tolerance:TAU (as tolerance:0.1), speculative or paper."
+            )
+        if not colon:
+            return cls(name)
+        try:
+            tau = float(rest)
+        except ValueError:
+            raise PolicyError(f"Policy {text!r}: {rest!r} is no number. Write it as tolerance:0.1.") from None
+        if not 0.0 <= tau <= 1.0:
+            raise PolicyError(f"Policy {text!r}: tau is a share of the gate mass, from 0 to 1.")
+        return cls(name, tau)
+
+    def __str__(self) -> str:
+        return f"{self.name}:{self.tau:g}" if self.name == TOLERANCE else self.name
+
+    @property
+    def stands_in(self) -> bool:
+        """Some misses are not waited for."""
+        return self.name in (TOLERANCE, SPECULATIVE)
+
+    @property
+    def replaces_route(self) -> bool:
+        """The guess is executed in place of the router's choice."""
+        return self.name == PAPER
+
+
+def stood_in(policy: Policy, weights: Sequence[float], misses: Sequence[int]) -> list[int]:
+    """Which of a token's misses its policy does not wait for.
+
+    Greedy: the smallest first, while their gate mass is at most tau of the token's; the first of equals first.
+
+    Args:
+        weights: the token's gate weights, by position. misses: positions that are not there.
+    Returns:
+        Positions, smallest weight first.
+    """
+    if policy.name == SPECULATIVE:
+        return sorted(misses, key=lambda at: (weights[at], at))
+    if policy.name != TOLERANCE:
+        return []
+    allowed = policy.tau * sum(weights)
+    dropped: list[int] = []
+    mass = 0.0
+    for at in sorted(misses, key=lambda at: (weights[at], at)):
+        mass += weights[at]
+        if mass > allowed:
+            break
+        dropped.append(at)
+    return dropped
+
+
+def waited_for(
+    policies: Sequence[Policy],
+    routed: Sequence[Sequence[int]],
+    weights: Sequence[Sequence[float]],
+    is_there: Callable[[int], bool],
+) -> set[int]:
+    """The experts that a step waits for. Those neither there nor waited for are stood in for, in every token.
+
+    What one token waits for is there for all of them: a miss is stood in for only where no token's policy waits.
+
+    Args:
+        policies: one per token. routed: the keys that each token's router chose; negative ones are no expert.
+        weights: their gate weights. is_there: a key -> its bytes are there.
+    """
+    waited: set[int] = set()
+    for policy, keys, row in zip(policies, routed, weights, strict=True):
+        misses = [at for at, key in enumerate(keys) if key >= 0 and not is_there(key)]
+        masses = [weight if key >= 0 else 0.0 for key, weight in zip(keys, row, strict=True)]
+        dropped = stood_in(policy, masses, misses)
+        waited.update(keys[at] for at in misses if at not in dropped)
+    return waited
