@@ -54,7 +54,7 @@ def stood_in_rows(policy: Policy, weights: torch.Tensor, missing: torch.Tensor) 
     masses = weights.double()
     order = masses.masked_fill(~missing, torch.inf).argsort(dim=-1, stable=True)
     summed = masses.gather(-1, order).cumsum(-1)
-    fits = summed <= policy.tau * masses.sum(-1, keepdim=True)
+    fits = summed <= policy.tau * masses.cumsum(-1)[:, -1:]
     return torch.zeros_like(missing).scatter(-1, order, fits) & missing
 
 

@@ -74,9 +74,12 @@ def stood_in(policy: Policy, weights: Sequence[float], misses: Sequence[int]) ->
         return sorted(misses, key=lambda at: (weights[at], at))
     if policy.name != TOLERANCE:
         return []
-    allowed = policy.tau * sum(weights)
+    # Added one by one, as tensors do: newer Pythons' sum() is more exact than that.
+    total = mass = 0.0
+    for weight in weights:
+        total += weight
+    allowed = policy.tau * total
     dropped: list[int] = []
-    mass = 0.0
     for at in sorted(misses, key=lambda at: (weights[at], at)):
         mass += weights[at]
         if mass > allowed:

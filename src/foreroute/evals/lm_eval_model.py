@@ -1,0 +1,166 @@
+"""lm-eval's model type `foreroute`: its own transformers model, given one whose experts are offloaded.
+
+    lm_eval --model foreroute --model_args pretrained=MODEL,memory=25%,dtype=float32 --tasks arc_easy --batch_size 8
+
+How that command line finds it: lm_eval.py. Importing this module needs the extra `eval`.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from foreroute.checkpoint.locate import locate
+from foreroute.config import EngineConfig
+from foreroute.engine.loader import load
+from foreroute.engine.text import load_tokenizer
+from foreroute.errors import EvaluationError
+from foreroute.evals.lm_eval import NAME
+
+try:
+    from lm_eval import simple_evaluate
+    from lm_eval.api.registry import register_model
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+except ImportError as error:
+    raise EvaluationError(f"{error}. Install lm-eval: pip install 'foreroute[eval]'") from error
+
+# Of lm-eval's own model_args those that mean something for a model that is loaded.
+_HARNESS_OPTIONS = (
+    "batch_size", "max_batch_size", "max_length", "add_bos_token", "prefix_token_id", "truncation", "logits_cache",
+    "softmax_dtype", "think_end_token", "enable_thinking", "chat_template_args",
+)  # fmt: skip
+# lm-eval names a GPU when nobody named a device.
+_DEVICES = (None, "cpu", "cuda:0")
+_SWITCHES = {"true": True, "on": True, "yes": True, "false": False, "off": False, "no": False}
+
+
+@register_model(NAME)
+class ForerouteLM(HFLM):
+    """A checkpoint under lm-eval, experts offloaded: likelihoods and generation as the `hf` type gives them.
+
+    Args:
+        pretrained: folder of a checkpoint, or a hub id. revision: of the hub id.
+        dtype: compute dtype; "auto" is the stored one.
+        tokenizer: folder of another tokenizer.
+        device: experts are computed on the CPU; another device is refused, lm-eval's own default overlooked.
+        options: fields of EngineConfig, as text or values, and those model_args of `hf` that are listed above.
+    Raises:
+        ForerouteError: an argument that is not known or has no such value, or the model cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        pretrained: str,
+        *,
+        dtype: str = "auto",
+        revision: str | None = None,
+        tokenizer: str | None = None,
+        device: str | None = None,
+        **options: Any,
+    ) -> None:
+        if device not in _DEVICES:
+            raise EvaluationError(f"foreroute computes on the CPU, not on {device}. Leave --device out.")
+        harness = {name: options.pop(name) for name in _HARNESS_OPTIONS if name in options}
+        config = engine_config(options)
+        folder = locate(pretrained, revision=revision)
+        model = load(folder, dtype=dtype, config=config)
+        super().__init__(pretrained=model, tokenizer=load_tokenizer(tokenizer or folder), **harness)
+        # What lm-eval's reports call the model.
+        self.pretrained, self.revision = str(pretrained), revision
+
+
+def engine_config(options: Mapping[str, Any]) -> EngineConfig:
+    """The EngineConfig that model_args ask for, as text ("25%", "off", "4") or as values.
+
+    Raises:
+        ForerouteError: an unknown name, or a value that its field does not take.
+    """
+    hints = get_type_hints(EngineConfig)
+    unknown = [name for name in options if name not in hints]
+    if unknown:
+        known = ("pretrained", "revision", "dtype", "tokenizer", *hints, *_HARNESS_OPTIONS)
+        raise EvaluationError(
+            f"The model type foreroute has no argument {unknown[0]}. Its model_args: {', '.join(known)}."
+        )
+    return EngineConfig(**{name: _value(name, given, hints[name]) for name, given in options.items()})
+
+
+def _value(name: str, given: Any, hint: Any) -> Any:
+    """`given` as a value of a field of this type."""
+    kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    text = str(given)
+    if type(None) in kinds and text.lower() == "none":
+        return None
+    if bool in kinds:
+        if text.lower() in _SWITCHES:
+            return _SWITCHES[text.lower()]
+        raise EvaluationError(f"{name}={given} is neither true nor false.")
+    if type(given) in kinds:
+        return given
+    # A bool or None in place of text is what YAML and lm-eval make of no, true and none.
+    if str in kinds and not isinstance(given, bool) and given is not None:
+        return text
+    for kind in (int, float):
+        try:
+            if kind in kinds and not isinstance(given, bool):
+                return kind(text)
+        except ValueError:
+            continue
+    wanted = " or ".join(kind.__name__ for kind in kinds if kind is not type(None))
+    raise EvaluationError(f"{name}={given} is not possible; it takes: {wanted}.")
+
+
+@dataclass(frozen=True)
+class LmEvalScores:
+    """primary: of each task and group, its first metric. metrics: of each, all of them, under lm-eval's names.
+
+    A name is metric,filter ("acc,none", "exact_match,strict-match"); standard errors are "acc_stderr,none".
+    """
+
+    primary: dict[str, float]
+    metrics: dict[str, dict[str, float]]
+
+
+def run_lm_eval(
+    model: Any,
+    tokenizer: Any,
+    tasks: Sequence[str],
+    include_path: Path | None = None,
+    limit: int | None = None,
+    batch: int = 1,
+) -> LmEvalScores:
+    """Run lm-eval's tasks on a model that is loaded.
+
+    Args:
+        model: from `foreroute.load`. tokenizer: of transformers.
+        tasks: names of tasks and groups, as `lm_eval ls tasks` lists them.
+        include_path: folder with more tasks (YAML).
+        limit: first documents of each task; all when None. batch: requests computed together.
+    Raises:
+        EvaluationError: an unknown task, or its data cannot be had.
+    """
+    manager = TaskManager(include_path=None if include_path is None else str(include_path))
+    unknown = [name for name in tasks if name not in manager.all_tasks]
+    if unknown or not tasks:
+        what = f"lm-eval has no task called {unknown[0]}." if unknown else "No task is named."
+        raise EvaluationError(f"{what} `lm_eval ls tasks` lists them.")
+    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch)
+    try:
+        found = simple_evaluate(wrapped, tasks=list(tasks), limit=limit, task_manager=manager, log_samples=False)
+    except OSError as error:
+        raise EvaluationError(f"The data of {', '.join(tasks)} cannot be had: {error}") from error
+    metrics = {
+        task: {name: float(value) for name, value in row.items() if isinstance(value, (int, float)) and "," in name}
+        for task, row in found["results"].items()
+    }
+    # A group that averages nothing has no metric of its own.
+    primary = {
+        task: next(value for name, value in row.items() if "_stderr," not in name)
+        for task, row in metrics.items()
+        if row
+    }
+    return LmEvalScores(primary, metrics)

@@ -1,0 +1,225 @@
+"""What a policy costs and what it saves: on texts, beside exact decoding of the same tokens, and on tasks."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from foreroute.errors import EvaluationError
+from foreroute.evals.fetched_only import Tally, fetched_only
+from foreroute.policy import Policy
+from foreroute.predict.sidecar import Sidecar
+
+# Called with (forward passes done, all of them).
+Progress = Callable[[int, int], None]
+_ROWS, _LOGIT_BYTES = 8, 128 * 2**20
+
+
+@dataclass
+class Difference:
+    """How far the next-token distributions of a policy are from exact decoding's, summed over scored tokens.
+
+    nats: of the policy's own cross-entropy. exact_nats: of exact decoding's. kl: from exact to the policy, in nats.
+    """
+
+    tokens: int = 0
+    nats: float = 0.0
+    exact_nats: float = 0.0
+    kl: float = 0.0
+    agreed: int = 0
+    moved_by_tenth: int = 0
+    moved_by_one: int = 0
+    chars: int = 0
+
+    def add(self, logits: torch.Tensor, exact: torch.Tensor, labels: torch.Tensor) -> None:
+        """Compare logits [tokens, vocabulary] of the same tokens; `labels` [tokens] are what came next."""
+        ours, theirs = torch.log_softmax(logits.float(), -1), torch.log_softmax(exact.float(), -1)
+        at = labels[:, None]
+        delta = (theirs.gather(1, at) - ours.gather(1, at)).flatten().double()
+        self.tokens += len(labels)
+        self.nats -= float(ours.gather(1, at).double().sum())
+        self.exact_nats -= float(theirs.gather(1, at).double().sum())
+        self.kl += float((theirs.exp() * (theirs - ours)).double().sum())
+        self.agreed += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
+        self.moved_by_tenth += int((delta.abs() > 0.1).sum())
+        self.moved_by_one += int((delta.abs() > 1.0).sum())
+
+    def figures(self) -> dict[str, float]:
+        """Means over the tokens; `delta_nats` is the policy's loss, positive where it is worse."""
+        tokens = self.tokens
+        return {
+            "delta_nats": (self.nats - self.exact_nats) / tokens,
+            "kl": self.kl / tokens,
+            "agreement": self.agreed / tokens,
+            "moved_by_0.1": self.moved_by_tenth / tokens,
+            "moved_by_1": self.moved_by_one / tokens,
+            "bits_per_char": self.nats / math.log(2) / self.chars if self.chars else math.nan,
+        }
+
+
+@dataclass
+class Cost:
+    """What a policy moved and waited for, over tokens. Counts of experts, but for bytes and seconds.
+
+    layers, stalled: MoE layers passed, and those that waited. missed, waited: experts that were not there, and those
+    of them that were waited for, past layer 0 (which waits for all it lacks) where that is known.
+    """
+
+    tokens: int = 0
+    layers: int = 0
+    stalled: int = 0
+    missed: int = 0
+    waited: int = 0
+    bytes_moved: int = 0
+    seconds: float | None = None
+
+    @classmethod
+    def of_tally(cls, tally: Tally, expert_bytes: int) -> Cost:
+        """With no cache: guesses are fetched, and what is waited for."""
+        moved = tally.fetched + tally.waited + tally.first_waited
+        return cls(tally.tokens, tally.layers, tally.stalled, tally.missed, tally.waited, moved * expert_bytes)
+
+    @classmethod
+    def of_stats(cls, stats: Any, seconds: float | None) -> Cost:
+        """Of a `PhaseStats` of decoding."""
+        moved = stats.demand_bytes + stats.prefetch_bytes + stats.fill_bytes
+        waited = stats.late + stats.misses
+        missed = waited + stats.stood_in
+        return cls(stats.tokens, stats.layers, stats.stalled_layers, missed, waited, moved, seconds)
+
+    def figures(self) -> dict[str, float | None]:
+        """Per token, or shares from 0 to 1; `tpot_ms` is None where time was not measured."""
+        return {
+            "bytes_per_token": self.bytes_moved / self.tokens if self.tokens else 0.0,
+            "stalled_layers": self.stalled / self.layers if self.layers else 0.0,
+            "waited_misses": self.waited / self.missed if self.missed else 0.0,
+            "waited_per_token": self.waited / self.tokens if self.tokens else 0.0,
+            "tpot_ms": None if self.seconds is None or not self.tokens else 1e3 * self.seconds / self.tokens,
+        }
+
+
+@dataclass
+class Texts:
+    """Windows [windows, context + 1] of token ids, and what the exact model said of them, kept in a file.
+
+    given: positions at the start of a window that are a prompt: exact, and not scored.
+    """
+
+    ids: torch.Tensor
+    given: int
+    chars: int
+    _exact: Any = field(default=None, repr=False)
+
+    @property
+    def scored(self) -> int:
+        """Tokens scored."""
+        return len(self.ids) * (self.ids.shape[1] - 1 - self.given)
+
+    def keep_exact(self, folder: Path, vocabulary: int) -> None:
+        """Make room for the exact logits, [scored, vocabulary] float32, in a file that goes when the process does.
+
+        Raises:
+            EvaluationError: the disk is too small.
+        """
+        nbytes = 4 * self.scored * vocabulary
+        try:
+            file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  the array owns it
+            self._exact = np.memmap(file, np.float32, "w+", shape=(self.scored, vocabulary))
+        except OSError as error:
+            raise EvaluationError(
+                f"The exact logits of {self.scored} tokens take {nbytes / 1e9:.1f} GB in {folder}: {error.strerror}. "
+                "Ask for fewer --windows."
+            ) from error
+
+    def exact(self, start: int, count: int) -> np.ndarray:
+        """[count, vocabulary] of the scored tokens from `start` on, to be read or written."""
+        part: np.ndarray = self._exact[start : start + count]
+        return part
+
+
+def windows_with_chars(tokenizer: Any, ids: torch.Tensor, given: int) -> Texts:
+    """Windows whose first `given` tokens are a prompt."""
+    chars = sum(len(tokenizer.decode(row[given + 1 :], skip_special_tokens=False)) for row in ids)
+    return Texts(ids, given, chars)
+
+
+@torch.no_grad()
+def price_fetched_only(
+    model: Any, sidecar: Sidecar, policy: Policy, ids: torch.Tensor, chars: int, progress: Progress
+) -> tuple[Difference, Cost]:
+    """A policy with no cache, on windows [windows, context + 1]; every position decodes under it.
+
+    Args:
+        model: with all experts in memory; it computes the windows exactly too, as what is compared with.
+    """
+    difference = Difference(chars=chars)
+    rows = max(1, min(_ROWS, _LOGIT_BYTES // (4 * model.config.get_text_config().vocab_size * ids.shape[1])))
+    totals = Tally()
+    for start in range(0, len(ids), rows):
+        part = ids[start : start + rows]
+        labels = part[:, 1:].flatten()
+        exact = model(input_ids=part[:, :-1], use_cache=False).logits.flatten(0, 1)
+        with fetched_only(model, sidecar, policy, in_prompts=True) as tally:
+            logits = model(input_ids=part[:, :-1], use_cache=False).logits.flatten(0, 1)
+        difference.add(logits, exact, labels)
+        for name, value in vars(tally).items():
+            setattr(totals, name, getattr(totals, name) + value)
+        progress(min(start + rows, len(ids)), len(ids))
+    return difference, Cost.of_tally(totals, model.foreroute.plan.expert_bytes)
+
+
+@torch.no_grad()
+def price_decoding(
+    model: Any, policy: Policy, texts: Texts, progress: Progress, *, is_reference: bool = False
+) -> tuple[Difference, Cost]:
+    """A policy with the model's own cache of experts: windows are decoded token by token, as they were written.
+
+    Args:
+        is_reference: these are the exact logits that others are compared with: keep them.
+    """
+    difference = Difference(chars=texts.chars)
+    model.foreroute.set_policy(policy)
+    spent, costs = 0.0, []
+    try:
+        for number, row in enumerate(texts.ids):
+            prompt, rest = row[: texts.given], row[texts.given : -1]
+            cache = model(input_ids=prompt[None], use_cache=True, logits_to_keep=1).past_key_values
+            before = model.foreroute.stats()
+            started = time.perf_counter()
+            said = []
+            for token in rest:
+                output = model(input_ids=token[None, None], past_key_values=cache, use_cache=True)
+                said.append(output.logits[0, -1:])
+            spent += time.perf_counter() - started
+            costs.append(model.foreroute.stats().minus(before).decode)
+            logits = torch.cat(said).float()
+            kept = texts.exact(number * len(rest), len(rest))
+            if is_reference:
+                kept[:] = logits.numpy()
+            difference.add(logits, torch.from_numpy(np.array(kept)), row[texts.given + 1 :])
+            progress(number + 1, len(texts.ids))
+    finally:
+        model.foreroute.set_policy(Policy())
+    total = costs[0]
+    for cost in costs[1:]:
+        for name in cost.__slots__:
+            setattr(total, name, getattr(total, name) + getattr(cost, name))
+    return difference, Cost.of_stats(total, spent)
+
+
+def pareto(rows: Sequence[dict[str, Any]], cost: str, loss: str) -> list[int]:
+    """Indices of the rows that no other beats in both `cost` and `loss` (lower is better), cheapest first."""
+    best, front = math.inf, []
+    for at in sorted(range(len(rows)), key=lambda n: (rows[n][cost], rows[n][loss])):
+        if rows[at][loss] < best:
+            best = rows[at][loss]
+            front.append(at)
+    return front
