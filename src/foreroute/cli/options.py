@@ -5,7 +5,7 @@ import math
 import os
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -16,15 +16,18 @@ from foreroute.errors import PromptError
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-def add_engine_options(parser: argparse.ArgumentParser, **defaults: Any) -> None:
+def add_engine_options(parser: argparse.ArgumentParser, without: Sequence[str] = (), **defaults: Any) -> None:
     """A flag for every field of EngineConfig, with its help, choices and default; `engine_config` reads them back.
 
     Args:
+        without: fields that the command has flags of its own for.
         defaults: other defaults for some fields, by name.
     """
     group = parser.add_argument_group("engine")
     hints = get_type_hints(EngineConfig)
     for field in fields(EngineConfig):
+        if field.name in without:
+            continue
         default = defaults.get(field.name, field.default)
         kind = _scalar(hints[field.name])
         settings: dict[str, Any] = {"default": default, "help": field.metadata["help"] + _shown(default)}
@@ -38,8 +41,9 @@ def add_engine_options(parser: argparse.ArgumentParser, **defaults: Any) -> None
 
 
 def engine_config(args: argparse.Namespace) -> EngineConfig:
-    """The EngineConfig that the flags of `add_engine_options` ask for."""
-    return EngineConfig(**{field.name: getattr(args, field.name) for field in fields(EngineConfig)})
+    """The EngineConfig that the flags of `add_engine_options` ask for; fields without a flag keep their defaults."""
+    given = vars(args)
+    return EngineConfig(**{field.name: given[field.name] for field in fields(EngineConfig) if field.name in given})
 
 
 def add_model_options(parser: argparse.ArgumentParser, dtype: str = "auto") -> None:

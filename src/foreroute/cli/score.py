@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
         sidecar = open_sidecar(folder, read_index(folder), config)
         model = foreroute.load(folder, dtype=args.dtype, config=config)
     try:
-        corpus = read_corpus(tokenizer, args.text, args.tokens, context_of(model, args.context))
+        corpus = read_corpus(tokenizer, args.text, args.tokens, context_of(model.config, args.context))
         with token_bar("scoring", corpus.num_tokens, args.json) as show:
             scores = score(model, corpus.windows, sidecar, rows=args.rows, progress=show)
         timely = _decode(model, corpus.windows, args.decode, args.json) if args.decode else None

@@ -7,6 +7,7 @@ import torch
 from foreroute.errors import PolicyError
 from foreroute.policy import Policy, waited_for
 from foreroute.predict.base import Predictor, Seen, TokenGuess
+from foreroute.predict.prefetch import PrefetchGuesses
 
 
 class Approximation:
@@ -17,6 +18,7 @@ class Approximation:
         paper: guesses the next layer's route for `paper`; None where it cannot.
         make_tap: begins to catch the residual stream, which `paper` alone reads: MoE layer -> that after its attention.
         why_not: why a policy cannot be had, by its name; empty when all can.
+        guesses: what is fetched early; it is told when some misses are not waited for.
     """
 
     def __init__(
@@ -25,12 +27,14 @@ class Approximation:
         paper: Predictor | None,
         make_tap: Callable[[], Callable[[int], torch.Tensor | None]],
         why_not: dict[str, str],
+        guesses: PrefetchGuesses | None,
     ) -> None:
         self._vectors = list(vectors)
         self._paper = paper
         self._make_tap = make_tap
         self._residual_of: Callable[[int], torch.Tensor | None] | None = None
         self._why_not = why_not
+        self._guesses = guesses
         self._guess: tuple[int, TokenGuess] | None = None
         self.policies: tuple[Policy, ...] = (Policy(),)
 
@@ -48,6 +52,8 @@ class Approximation:
             self._residual_of = self._make_tap()
         self.policies = tuple(policies)
         self._guess = None
+        if self._guesses is not None:
+            self._guesses.without_waiting = any(policy.stands_in for policy in policies)
 
     def check(self, policy: Policy) -> None:
         """Whether the policy can be had with this model.

@@ -21,10 +21,11 @@ from foreroute.engine.approximation import Approximation
 from foreroute.engine.learner import Learner
 from foreroute.engine.memory import SlotViews
 from foreroute.engine.offloaded import ForerouteHandle, make_offloaded
+from foreroute.engine.parts import FamilyForward, Predictor
 from foreroute.engine.predictors import approximation, check_layout, lookahead, open_sidecar, prefetch_guesses
 from foreroute.engine.prefill import ExpertStream
 from foreroute.engine.proof import describe_math, prove_math, run_family_forward
-from foreroute.engine.runtime import FamilyForward, Predictor, Runtime
+from foreroute.engine.runtime import Runtime
 from foreroute.errors import BudgetError, ForerouteError
 from foreroute.kernels.cpu import ExpertMath, OneToken
 from foreroute.model.blocks import MoeLayer, probe
@@ -90,10 +91,12 @@ def load(
     slots = plan_slots(budget, table.slot_bytes, table.total_slots, [layer.top_k for layer in layers])
     staging_slots = slots.staging_slots if asked.prefetch != "none" or policy.stands_in else 0
     math = _prove_math(layers, table, model.dtype)
-    policies = approximation(layers, model.dtype, sidecar, asked, own_math=all(entry is not None for entry in math))
-    policies.set([policy])
     learner = _make_learner(asked, layers, model, budget) if sidecar is None and staging_slots else None
     predictor = prefetch_guesses(asked, layers, model.dtype, sidecar, learner)
+    policies = approximation(
+        layers, model.dtype, sidecar, asked, predictor, own_math=all(entry is not None for entry in math)
+    )
+    policies.set([policy])
     runtime = _build_runtime(
         asked, layers, table, store, slots.num_slots, staging_slots, math, model.dtype, predictor, policies
     )

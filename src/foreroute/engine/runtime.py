@@ -9,65 +9,21 @@ import copy
 import time
 from collections.abc import Callable, Collection, Sequence
 from math import inf
-from typing import Protocol
 
 import torch
 
 from foreroute.checkpoint.layouts import ExpertTable
+from foreroute.engine.ahead import ReadsAhead
 from foreroute.engine.approximation import Approximation
 from foreroute.engine.decode import DecodeStep, RowsStep, TokenStep
 from foreroute.engine.memory import SlotViews
+from foreroute.engine.parts import ExpertListener, FamilyForward, Learner, Observer, Predictor
 from foreroute.engine.prefill import ExpertStream, group_by_expert
 from foreroute.engine.stats import EngineStats, PhaseStats
 from foreroute.kernels.cpu import ExpertMath, OneToken
 from foreroute.predict.base import most_wanted
 from foreroute.residency.slots import LOADING, READY, Residency
 from foreroute.transfer.base import Completion, Transfer
-
-
-class Predictor(Protocol):
-    """Guesses the experts of the MoE layer after `layer` from what crosses the seam there."""
-
-    def guess(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Sequence[int]:
-        """Expert indices of MoE layer `layer + 1`, distinct, best first; empty when there is nothing to say.
-
-        hidden: [tokens, hidden], the router's input. ids, weights: [tokens, k], its answer.
-        """
-        ...
-
-    def guess_first(self, token_ids: torch.Tensor) -> Sequence[int]:
-        """Expert indices of MoE layer 0 for the step's `token_ids` [tokens], as above."""
-        ...
-
-    def see_first(self, hidden: torch.Tensor, num_rows: int) -> None:
-        """The router input of MoE layer 0, [rows x positions, hidden], of every step."""
-        ...
-
-
-class Learner(Protocol):
-    """Improves guesses with what passes by, in time that would be lost."""
-
-    def see(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> None:
-        """A layer's routing is known."""
-        ...
-
-    def work(self) -> bool:
-        """Do a little; False when there is nothing to do."""
-        ...
-
-    def close(self) -> None:
-        """No more of it."""
-        ...
-
-
-# Called at the start of a layer's step, with (layer, hidden, ids, weights).
-Observer = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], None]
-# Called with (layer, expert, its outputs [rows, hidden] before gate weights), for experts that are streamed.
-ExpertListener = Callable[[int, int, torch.Tensor], None]
-
-
-# The family's own forward over a stream of experts: (stream, hidden, ids, weights) -> [tokens, hidden].
-FamilyForward = Callable[[ExpertStream, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class Runtime:
@@ -128,20 +84,17 @@ class Runtime:
         self._num_experts = table.num_experts
         self._widths = [layer.num_experts for layer in table.layers]
         self._expert_bytes = [layer.layout.nbytes for layer in table.layers]
-        # Guesses for a layer that were queued and that its router has not confirmed or contradicted yet.
-        self._guessed: list[list[int]] = [[] for _ in table.layers]
         self.is_prefill = False
         self._num_rows = 1
-        # Used and wasted guesses, as the pool had counted them when they were last booked to a phase.
-        self._booked = (0, 0)
         # Still True where a step begins: the one before was cut off, by an error or by Ctrl-C, between any two lines.
         self._is_mid_step = False
         # A step's whole demand must fit beside the guesses that are on their way.
         self._most_leased = residency.num_slots - residency.staging_slots
+        self._ahead = ReadsAhead(self)
 
     def begin_step(self, num_rows: int, num_positions: int, token_ids: torch.Tensor | None = None) -> None:
         """A forward pass of [num_rows, num_positions] tokens begins; `token_ids` of that shape, where it has them."""
-        self._book_guesses()
+        self._ahead.book(self._phase)
         self._num_rows = num_rows
         self.is_prefill = num_positions > 1
         self._phase = self.stats.prefill if self.is_prefill else self.stats.decode
@@ -155,8 +108,8 @@ class Runtime:
             self._settle(self.transfer.completed())
         if not self._keep_across_tokens:
             self.residency.drop(self.residency.ready_keys())
-        if token_ids is not None and not self.is_prefill and self._predictor is not None and self._lacks(0):
-            self._prefetch(0, self._predictor.guess_first(token_ids.flatten()))
+        if token_ids is not None and not self.is_prefill and self._predictor is not None and self._ahead.lacks(0):
+            self._ahead.prefetch(0, self._predictor.guess_first(token_ids.flatten()), self._phase)
         self._is_mid_step = False
 
     def compute(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -194,7 +147,7 @@ class Runtime:
             return torch.zeros_like(hidden)
         if self.transfer.num_in_flight:
             self._settle(self.transfer.completed())
-        self._drop_contradicted(layer, keys)
+        self._ahead.drop_contradicted(layer, keys, self._phase)
         math = self._math[layer]
         if math is None or self.is_prefill or len(keys) > self._most_leased:
             return self._compute_streamed(layer, keys, hidden, ids, weights)
@@ -226,7 +179,7 @@ class Runtime:
         """A copy of all counts since the model was loaded."""
         stats, residency = self.stats, self.residency
         stats.evictions = residency.evictions
-        self._book_guesses()
+        self._ahead.book(self._phase)
         stats.read_bytes, stats.read_s = self.transfer.bytes_read, self.transfer.busy_s
         return copy.deepcopy(stats)
 
@@ -294,10 +247,11 @@ class Runtime:
             route = approximation.see(layer, *seen)
             if route is None:
                 self._prefetch_next(layer, *seen)
-            elif self._lacks(layer + 1):
-                self._prefetch(layer + 1, most_wanted(route.ids, self._widths[layer + 1]))
-            if absent:
-                self._fill(layer, absent)
+            elif self._ahead.lacks(layer + 1):
+                self._ahead.prefetch(layer + 1, most_wanted(route.ids, self._widths[layer + 1]), self._phase)
+            self._phase.stood_in += len(absent)
+            if absent and self._keep_across_tokens:
+                self._ahead.fill(layer, absent, self._phase)
 
         return self._compute_leased(layer, keys, step, prefetch_next)
 
@@ -315,48 +269,8 @@ class Runtime:
 
     def _prefetch_next(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> None:
         following = layer + 1
-        if self._predictor is not None and following < len(self._widths) and self._lacks(following):
-            self._prefetch(following, self._predictor.guess(layer, hidden, ids, weights))
-
-    def _fill(self, layer: int, keys: Sequence[int]) -> None:
-        """What was stood in for is read all the same, when there is time: else it would never be there."""
-        loads = self.residency.fill(keys) if self._keep_across_tokens else []
-        for key, slot in loads:
-            self.transfer.fill(key, slot)
-        phase = self._phase
-        phase.stood_in += len(keys)
-        phase.fill_loads += len(loads)
-        phase.fill_bytes += len(loads) * self._expert_bytes[layer]
-
-    def _book_guesses(self) -> None:
-        """What became of guesses since the last call goes to the phase that runs."""
-        used, wasted = self.residency.prefetch_used, self.residency.prefetch_wasted
-        self._phase.prefetch_used += used - self._booked[0]
-        self._phase.prefetch_wasted += wasted - self._booked[1]
-        self._booked = (used, wasted)
-
-    def _lacks(self, layer: int) -> bool:
-        return self.residency.resident_per_layer[layer] < self._widths[layer]
-
-    def _prefetch(self, layer: int, experts: Sequence[int]) -> None:
-        base = layer * self._num_experts
-        loads = self.residency.prefetch([base + expert for expert in experts])
-        for key, slot in loads:
-            self.transfer.prefetch(key, slot)
-        self._guessed[layer].extend(key for key, _ in loads)
-        self._phase.prefetch_loads += len(loads)
-        self._phase.prefetch_bytes += len(loads) * self._expert_bytes[layer]
-
-    def _drop_contradicted(self, layer: int, wanted: Collection[int]) -> None:
-        """Queued guesses for this layer that its router did not confirm are taken back."""
-        guessed = self._guessed[layer]
-        for key in guessed:
-            if key not in wanted and self.transfer.cancel(key):
-                self.residency.cancel(key)
-                self._phase.prefetch_cancelled += 1
-                self._phase.prefetch_loads -= 1
-                self._phase.prefetch_bytes -= self._expert_bytes[layer]
-        guessed.clear()
+        if self._predictor is not None and following < len(self._widths) and self._ahead.lacks(following):
+            self._ahead.prefetch(following, self._predictor.guess(layer, hidden, ids, weights), self._phase)
 
     def _wait_for(self, waited: set[int]) -> list[int]:
         arrived: list[int] = []
@@ -446,13 +360,11 @@ class Runtime:
         """Forget what a broken-off step left behind: right wherever it broke off. The pool is empty then."""
         self.transfer.reset()
         self.residency.clear()
-        for guessed in self._guessed:
-            guessed.clear()
+        self._ahead.forget()
 
     def _quiesce(self) -> None:
         """Take back the guesses that have not started and let the others land: prefill wants the slots."""
-        for layer in range(len(self._guessed)):
-            self._drop_contradicted(layer, ())
+        self._ahead.drop_all(self._phase)
         started = self._clock()
         while self.transfer.num_in_flight:
             self._settle(self.await_completions())

@@ -7,6 +7,9 @@ import torch
 from foreroute.predict.base import Predictor, Seen, Select, guess_from_scores, most_wanted
 from foreroute.predict.token_table import RunningContext, TokenTable
 
+# Of a token's guessed gate mass: what weighs less is not fetched where it need not be waited for.
+_LEAST_WEIGHT = 0.05
+
 
 def no_residual(layer: int) -> torch.Tensor | None:
     """The residual of a MoE layer where no predictor reads it."""
@@ -20,6 +23,11 @@ class PrefetchGuesses:
         num_experts: per MoE layer. widths: per MoE layer, experts guessed per token.
         first: guesses layer 0 from the tokens, when there is one; select: reads its scores.
         residual_of: MoE layer -> the step's residual stream after its attention; where no predictor reads it, nothing.
+        widths_without_waiting: those that hold while `without_waiting` is True; `widths` when left out.
+
+    Attributes:
+        without_waiting: some misses will not be waited for. What is likely is then worth more than the router's
+            top-k: a guess of little weight is left out, as little is lost without it.
     """
 
     def __init__(
@@ -30,10 +38,13 @@ class PrefetchGuesses:
         first: TokenTable | None = None,
         residual_of: Callable[[int], torch.Tensor | None] = no_residual,
         select: Select = guess_from_scores,
+        widths_without_waiting: Sequence[int] | None = None,
     ) -> None:
         self._predictor = predictor
         self._num_experts = list(num_experts)
         self._widths = list(widths)
+        self._widths_without_waiting = list(widths_without_waiting or widths)
+        self.without_waiting = False
         self._first = first
         self._select = select
         self._context = RunningContext()
@@ -41,17 +52,24 @@ class PrefetchGuesses:
 
     def guess(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Sequence[int]:
         """Experts of MoE layer `layer + 1`, distinct, best first. Arguments as in `Seen`. Cost: one read-back."""
-        guess = self._predictor.guess(
-            layer, Seen(hidden, ids, weights, self._residual_of(layer)), self._widths[layer + 1]
-        )
-        return () if guess is None else most_wanted(guess.ids, self._num_experts[layer + 1])
+        widths = self._widths_without_waiting if self.without_waiting else self._widths
+        guess = self._predictor.guess(layer, Seen(hidden, ids, weights, self._residual_of(layer)), widths[layer + 1])
+        if guess is None:
+            return ()
+        num_experts, likely = self._num_experts[layer + 1], guess.ids
+        if self.without_waiting:
+            likely = likely.masked_fill(
+                guess.weights < _LEAST_WEIGHT * guess.weights.sum(-1, keepdim=True), num_experts
+            )
+        return most_wanted(likely, num_experts)
 
     def guess_first(self, token_ids: torch.Tensor) -> Sequence[int]:
         """Experts of MoE layer 0 for the step's `token_ids` [tokens], distinct, best first."""
         if self._first is None:
             return ()
         context = self._context.of_rows(len(token_ids))
-        guess = self._first.guess(token_ids, context, self._widths[0], self._select)
+        widths = self._widths_without_waiting if self.without_waiting else self._widths
+        guess = self._first.guess(token_ids, context, widths[0], self._select)
         return most_wanted(guess.ids, self._num_experts[0])
 
     def see_first(self, hidden: torch.Tensor, num_rows: int) -> None:

@@ -6,52 +6,37 @@ Only the decode thread calls any of this; readers move bytes and never look here
 """
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple, NoReturn
+from typing import NoReturn
 
 from foreroute.residency.eviction import Eviction
+from foreroute.residency.picture import picture_of
 from foreroute.residency.states import (
+    AFTER_LEASE,
+    AFTER_LOADED,
+    AFTER_RELEASE,
     CANCEL,
     EVENT_NAMES,
     EVICT,
     FAIL,
     FREE,
+    FREE_LOAD,
     LEASE,
     LEASED,
-    LOAD,
     LOADED,
     LOADING,
     READY,
+    READY_EVICT,
+    READY_LEASE,
     RELEASE,
     STATE_NAMES,
     TABLE,
+    Demand,
     IllegalEvent,
     NoVictim,
-)
+)  # fmt: skip
 
 # The states of a key are half of the pool's interface.
 __all__ = ["FREE", "LEASED", "LOADING", "READY", "Demand", "IllegalEvent", "NoVictim", "Residency"]
-
-# The hot path's columns and cells of it.
-_AFTER_LOADED = tuple(row[LOADED] for row in TABLE)
-_AFTER_LEASE = tuple(row[LEASE] for row in TABLE)
-_AFTER_RELEASE = tuple(row[RELEASE] for row in TABLE)
-_FREE_LOAD, _READY_LEASE, _READY_EVICT = TABLE[FREE][LOAD], TABLE[READY][LEASE], TABLE[READY][EVICT]
-
-# A picture of more slots than this is not a picture.
-_MAX_SLOTS_IN_REPR = 32
-
-
-class Demand(NamedTuple):
-    """What became of the keys that were demanded.
-
-    hits: keys that were READY and are LEASED now.
-    late: (key, slot) that were LOADING already; to be waited for, then `loaded` and `lease`.
-    misses: (key, slot) that the caller has to load now, then `loaded` and `lease`.
-    """
-
-    hits: list[int]
-    late: list[tuple[int, int]]
-    misses: list[tuple[int, int]]
 
 
 class Residency:
@@ -142,7 +127,7 @@ class Residency:
             raise NoVictim(f"{len(absent)} slots are demanded of {self!r}")
         self._eviction.touch(keys)
         for key in hits:
-            state[key] = _READY_LEASE
+            state[key] = READY_LEASE
         self._num_ready -= len(hits)
         if self._staged_loading or self._staged_ready:
             self._unstage(hits, late)
@@ -207,7 +192,7 @@ class Residency:
 
     def loaded(self, key: int) -> None:
         """The key's bytes are in its slot: LOADING -> READY."""
-        after = _AFTER_LOADED[self._state[key]]
+        after = AFTER_LOADED[self._state[key]]
         if after < 0:
             self._refuse(key, LOADED)
         self._state[key] = after
@@ -221,7 +206,7 @@ class Residency:
 
     def lease(self, key: int) -> None:
         """The key is computed with from now on: READY -> LEASED. Counts as a demand when the key is staged."""
-        after = _AFTER_LEASE[self._state[key]]
+        after = AFTER_LEASE[self._state[key]]
         if after < 0:
             self._refuse(key, LEASE)
         self._state[key] = after
@@ -232,7 +217,7 @@ class Residency:
 
     def release(self, keys: Sequence[int]) -> None:
         """The keys are no longer computed with: LEASED -> READY."""
-        state, after_release = self._state, _AFTER_RELEASE
+        state, after_release = self._state, AFTER_RELEASE
         for key in keys:
             after = after_release[state[key]]
             if after < 0:
@@ -312,20 +297,9 @@ class Residency:
         return len(self._staged_loading) + len(self._staged_ready)
 
     def __repr__(self) -> str:
-        pictures = ["free"] * self.num_slots
-        for slot in self._borrowed:
-            pictures[slot] = "borrowed"
-        for key, slot in enumerate(self._slot_of):
-            if slot >= 0:
-                pictures[slot] = self._picture(key)
-        if self.num_slots > _MAX_SLOTS_IN_REPR:
-            states = [picture.split()[-1] for picture in pictures]
-            pictures = [f"{states.count(name)} {name}" for name in STATE_NAMES if name in states]
-        return f"Residency({', '.join(pictures)}; {self.num_staged}/{self.staging_slots} staged)"
-
-    def _picture(self, key: int) -> str:
-        staged = "staged " if key in self._staged_loading or key in self._staged_ready else ""
-        return f"{key} {staged}{STATE_NAMES[self._state[key]]}"
+        staged = self._staged_loading.union(self._staged_ready)
+        picture = picture_of(self.num_slots, self._borrowed, self._slot_of, self._state, staged)
+        return f"Residency({picture}; {self.num_staged}/{self.staging_slots} staged)"
 
     # How slots change hands.
 
@@ -334,7 +308,7 @@ class Residency:
 
     def _load(self, keys: Iterable[int], slots: Iterable[int]) -> list[tuple[int, int]]:
         """These FREE slots get the first of these absent keys to load: the pairs."""
-        state, slot_of, loading = self._state, self._slot_of, _FREE_LOAD
+        state, slot_of, loading = self._state, self._slot_of, FREE_LOAD
         per_layer, keys_per_layer = self.resident_per_layer, self._keys_per_layer
         # Fewer slots than keys is the case of a guess without room.
         pairs = list(zip(keys, slots))  # noqa: B905
@@ -394,7 +368,7 @@ class Residency:
                 passed_over.append(key)
                 continue
             # As _evict does, without a call per key: this is where a miss spends its time.
-            state[key] = _READY_EVICT
+            state[key] = READY_EVICT
             slots.append(slot_of[key])
             slot_of[key] = -1
             per_layer[key // keys_per_layer] -= 1

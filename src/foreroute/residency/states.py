@@ -12,6 +12,8 @@ with. BORROWED: it holds no expert; prefill uses it as a ring. A LOADING, READY 
 its state is kept with that key; an absent key's state is FREE.
 """
 
+from typing import NamedTuple
+
 FREE, LOADING, READY, LEASED, BORROWED = range(5)
 LOAD, LOADED, LEASE, RELEASE, EVICT, CANCEL, FAIL, BORROW, RETURN = range(9)
 STATE_NAMES = ("free", "loading", "ready", "leased", "borrowed")
@@ -28,9 +30,29 @@ TABLE = (
 )
 
 
+# The hot path's columns and cells of it.
+AFTER_LOADED = tuple(row[LOADED] for row in TABLE)
+AFTER_LEASE = tuple(row[LEASE] for row in TABLE)
+AFTER_RELEASE = tuple(row[RELEASE] for row in TABLE)
+FREE_LOAD, READY_LEASE, READY_EVICT = TABLE[FREE][LOAD], TABLE[READY][LEASE], TABLE[READY][EVICT]
+
+
 class IllegalEvent(AssertionError):
     """A slot was sent an event that its state does not list: our bug, never the user's."""
 
 
 class NoVictim(AssertionError):
     """More slots were demanded than can be given up; the caller has to leave room. Nothing has been changed."""
+
+
+class Demand(NamedTuple):
+    """What became of the keys that were demanded.
+
+    hits: keys that were READY and are LEASED now.
+    late: (key, slot) that were LOADING already; to be waited for, then `loaded` and `lease`.
+    misses: (key, slot) that the caller has to load now, then `loaded` and `lease`.
+    """
+
+    hits: list[int]
+    late: list[tuple[int, int]]
+    misses: list[tuple[int, int]]

@@ -1,0 +1,145 @@
+"""`foreroute eval --policies`: what each policy costs in accuracy, and what it saves in bytes and in waiting."""
+
+import argparse
+import dataclasses
+import json
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from foreroute.cli import figures
+from foreroute.config import EngineConfig
+from foreroute.errors import EvaluationError
+
+if TYPE_CHECKING:
+    from foreroute.evals.builtin import Progress, SuiteSettings
+    from foreroute.evals.policies import Material, OtherTasks
+    from foreroute.evals.text import HeldOut
+
+_HEAD = ("policy", "memory", "delta nats", "agree", "bits/char", "MB/token", "stalled", "waited", "TPOT", "tasks")
+_NOTES = """\
+delta nats: loss per token beside exact decoding; agree: same likeliest token; stalled: MoE layers that waited; waited:
+misses that were waited for; tasks: mean accuracy."""
+
+
+def run(
+    args: argparse.Namespace,
+    folder: Path,
+    config: EngineConfig,
+    tokenizer: Any,
+    material: "Material",
+    about: Mapping[str, Any],
+    show: "Progress",
+) -> int:
+    """Compute all rows, or those that an earlier run did not, and show them; returns the exit code."""
+    import torch
+
+    import foreroute
+    from foreroute.checkpoint.index import read_index
+    from foreroute.engine.predictors import open_sidecar
+    from foreroute.evals import plot
+    from foreroute.evals.policies import Finished, Rows, run_policies
+    from foreroute.policy import Policy
+
+    memories = tuple(args.memory or ("25%",))
+    rows = Rows(tuple(map(Policy.parse, args.policies)), memories, args.deterministic)
+    if args.png is not None:
+        plot.check(args.png)
+    index = read_index(folder)
+    sidecar = open_sidecar(folder, index, config)
+    everything = {
+        **about, "model": index.fingerprint(), "config": dataclasses.asdict(config), "dtype": args.dtype,
+        "threads": torch.get_num_threads(), "sidecar": None if sidecar is None else sidecar.about,
+    }  # fmt: skip
+    finished = Finished(args.cache / "eval", everything)
+    wanted = {f"{policy} at {memory}" for policy, memory in rows.pairs()}
+    if done := len(wanted & finished.rows.keys()):
+        figures.stderr_console().print(f"Going on after {done} of {len(wanted)} rows.", style="dim")
+
+    def load(memory: str) -> Any:
+        return foreroute.load(folder, memory, args.dtype, config=config)
+
+    with tempfile.TemporaryDirectory(prefix="foreroute-eval-") as scratch:
+        made = run_policies(load, tokenizer, sidecar, rows, material, finished, Path(scratch), show)
+    if args.png is not None:
+        plot.draw(made, args.png, f"{folder.name}: what each policy costs")
+    if args.json:
+        print(json.dumps(made, ensure_ascii=False), flush=True)
+    else:
+        _print(made)
+    finished.forget()
+    return 0
+
+
+def material_of(
+    tokenizer: Any,
+    texts: Mapping[str, str],
+    shares: Mapping[str, float],
+    held_out: "HeldOut | None",
+    settings: "SuiteSettings",
+    others: "OtherTasks | None",
+) -> "Material":
+    """Windows of the texts, and the suite's items where there is a suite.
+
+    Raises:
+        EvaluationError: too little text, or nothing to evaluate on.
+    """
+    import torch
+
+    from foreroute.evals.policies import Material
+    from foreroute.evals.tasks import held_out_suite
+    from foreroute.evals.text import cut_windows
+
+    windows = torch.empty(0, settings.context + 1, dtype=torch.int64)
+    if texts and settings.windows:
+        cut = cut_windows(texts, shares, tokenizer, settings.context, settings.windows)
+        windows = torch.cat([one.ids for one in cut])
+    items = []
+    if held_out is not None and settings.per_kind:
+        items = held_out_suite(settings.per_kind, settings.seed, held_out.glossary, settings.only)
+    if not len(windows) and not items and others is None:
+        raise EvaluationError("There is nothing to evaluate on: no text, no items. Raise --windows or --per-kind.")
+    return Material(windows, tuple(items), settings.batch, others)
+
+
+def _print(rows: list[dict[str, Any]]) -> None:
+    from foreroute.evals.policies import mean_accuracy
+
+    def cell(row: Mapping[str, Any], name: str, form: Callable[[float], str]) -> str:
+        value = row.get(name)
+        return "–" if value is None else form(value)
+
+    console = figures.stdout_console()
+    grid = [
+        [
+            _name(row), row["memory"], cell(row, "delta_nats", "{:+.5f}".format), cell(row, "agreement", _share),
+            cell(row, "bits_per_char", "{:.3f}".format), cell(row, "bytes_per_token", lambda n: f"{n / 1e6:.2f}"),
+            cell(row, "stalled_layers", _share), cell(row, "waited_misses", _share),
+            cell(row, "tpot_ms", lambda ms: f"{ms:.1f} ms"), figures.percent(mean_accuracy(row)),
+        ]
+        for row in rows
+    ]  # fmt: skip
+    figures.print_grid(console, _HEAD, grid)
+    tasks = sorted({task for row in rows for task in row["accuracy"]})
+    if tasks:
+        console.print()
+        heads = ("policy", "memory", *tasks)
+        figures.print_grid(
+            console, heads, [[_name(row), row["memory"], *(_task(row, task) for task in tasks)] for row in rows]
+        )
+    console.print()
+    console.print(_NOTES, style="dim")
+
+
+def _name(row: Mapping[str, Any]) -> str:
+    return f"{row['policy']} {row['tau']:g}" if row["policy"] == "tolerance" else str(row["policy"])
+
+
+def _task(row: Mapping[str, Any], task: str) -> str:
+    share = row["accuracy"].get(task)
+    return "–" if share is None else f"{100 * share:.0f}"
+
+
+def _share(value: float) -> str:
+    return f"{100 * value:.1f} %"

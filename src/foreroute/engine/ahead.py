@@ -1,0 +1,85 @@
+"""Reads that nobody waits for: guesses of what the next layer will want, and fills with what was stood in for."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from foreroute.engine.runtime import Runtime
+    from foreroute.engine.stats import PhaseStats
+
+
+class ReadsAhead:
+    """Queues such reads, takes back guesses that a router contradicted, and books what became of them."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+        self._num_experts = runtime.table.num_experts
+        self._widths = [layer.num_experts for layer in runtime.table.layers]
+        self._expert_bytes = [layer.layout.nbytes for layer in runtime.table.layers]
+        # Guesses for a layer that were queued and that its router has not confirmed or contradicted yet.
+        self._guessed: list[list[int]] = [[] for _ in self._widths]
+        # Used and wasted guesses, as the pool had counted them when they were last booked to a phase.
+        self._booked = (0, 0)
+        # Experts that were stood in for once since they were last filled.
+        self._stood_in: set[int] = set()
+
+    def lacks(self, layer: int) -> bool:
+        """Some expert of the layer is neither there nor on its way."""
+        return self._runtime.residency.resident_per_layer[layer] < self._widths[layer]
+
+    def prefetch(self, layer: int, experts: Sequence[int], phase: PhaseStats) -> None:
+        """Queue those of the guessed experts, best first, that are not there."""
+        base = layer * self._num_experts
+        loads = self._runtime.residency.prefetch([base + expert for expert in experts])
+        for key, slot in loads:
+            self._runtime.transfer.prefetch(key, slot)
+        self._guessed[layer].extend(key for key, _ in loads)
+        phase.prefetch_loads += len(loads)
+        phase.prefetch_bytes += len(loads) * self._expert_bytes[layer]
+
+    def fill(self, layer: int, keys: Sequence[int], phase: PhaseStats) -> None:
+        """Read what was stood in for all the same, when there is time: else it might never be there.
+
+        Its second time, not its first: that halves these reads, and costs little, as guesses bring most that recur.
+        """
+        again = [key for key in keys if key in self._stood_in]
+        self._stood_in.symmetric_difference_update(keys)
+        if not again:
+            return
+        loads = self._runtime.residency.fill(again)
+        for key, slot in loads:
+            self._runtime.transfer.fill(key, slot)
+        phase.fill_loads += len(loads)
+        phase.fill_bytes += len(loads) * self._expert_bytes[layer]
+
+    def drop_contradicted(self, layer: int, wanted: Collection[int], phase: PhaseStats) -> None:
+        """Queued guesses for this layer that its router did not confirm are taken back."""
+        guessed = self._guessed[layer]
+        for key in guessed:
+            if key not in wanted and self._runtime.transfer.cancel(key):
+                self._runtime.residency.cancel(key)
+                phase.prefetch_cancelled += 1
+                phase.prefetch_loads -= 1
+                phase.prefetch_bytes -= self._expert_bytes[layer]
+        guessed.clear()
+
+    def drop_all(self, phase: PhaseStats) -> None:
+        """Queued guesses for every layer are taken back."""
+        for layer in range(len(self._guessed)):
+            self.drop_contradicted(layer, (), phase)
+
+    def book(self, phase: PhaseStats) -> None:
+        """What became of guesses since the last call goes to the phase that runs."""
+        residency = self._runtime.residency
+        used, wasted = residency.prefetch_used, residency.prefetch_wasted
+        phase.prefetch_used += used - self._booked[0]
+        phase.prefetch_wasted += wasted - self._booked[1]
+        self._booked = (used, wasted)
+
+    def forget(self) -> None:
+        """All guesses are gone, with the pool that they were for."""
+        for guessed in self._guessed:
+            guessed.clear()
+        self._stood_in.clear()

@@ -1,0 +1,254 @@
+"""Every policy at every budget: one row of figures each, of texts and of tasks, resumable row by row."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from foreroute.errors import EvaluationError
+from foreroute.evals.answers import answer, wilson
+from foreroute.evals.builtin import Progress
+from foreroute.evals.fetched_only import fetched_only
+from foreroute.evals.pricing import Cost, Difference, Texts, price_decoding, price_fetched_only, windows_with_chars
+from foreroute.evals.tasks import Item, accuracy_by_kind
+from foreroute.policy import Policy
+from foreroute.predict.sidecar import Sidecar
+
+# The budget that is none: at each layer what was guessed for it is there, and nothing else.
+NO_CACHE = "none"
+_PROMPT_SHARE = 8
+
+# Tasks of another harness: (model, whether it decodes under the policy in prompts too) -> accuracy by task.
+OtherTasks = Callable[[Any], Mapping[str, float]]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What is asked: every policy at every memory, in this order.
+
+    memories: budgets as `load` takes them, or NO_CACHE.
+    deterministic: by logical time; then no time is given.
+    """
+
+    policies: tuple[Policy, ...]
+    memories: tuple[str, ...]
+    deterministic: bool
+
+    def pairs(self) -> list[tuple[Policy, str]]:
+        """(policy, memory) of every row."""
+        return [(policy, memory) for memory in self.memories for policy in self.policies]
+
+
+@dataclass(frozen=True)
+class Material:
+    """What is read and answered: windows [windows, context + 1] of text, and items with one right answer each."""
+
+    windows: torch.Tensor
+    items: tuple[Item, ...]
+    batch: int
+    others: OtherTasks | None = None
+
+    @property
+    def given(self) -> int:
+        """Tokens at the start of a window that are a prompt when it is decoded."""
+        return max(1, (self.windows.shape[1] - 1) // _PROMPT_SHARE)
+
+
+class Finished:
+    """Rows that are done, kept in a file until all are, so that a run that was stopped goes on.
+
+    Args:
+        path: of the file. about: all that decides the figures; rows of anything else are not taken.
+    """
+
+    def __init__(self, path: Path, about: Mapping[str, Any]) -> None:
+        self._digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()
+        self._path = path.with_name(f"{path.name}-{self._digest[:16]}.json")
+        self.rows: dict[str, dict[str, Any]] = {}
+        try:
+            saved = json.loads(self._path.read_text())
+            if saved["of"] == self._digest:
+                self.rows = saved["rows"]
+        except (OSError, ValueError, KeyError, TypeError):
+            # Nothing, or a file cut short: its rows are computed again.
+            self.rows = {}
+
+    def add(self, name: str, row: dict[str, Any]) -> None:
+        """Keep a row; the file gets its name when it is whole."""
+        self.rows[name] = row
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = self._path.with_name(self._path.name + ".tmp")
+        scratch.write_text(json.dumps({"of": self._digest, "rows": self.rows}))
+        scratch.replace(self._path)
+
+    def forget(self) -> None:
+        """All are done and shown."""
+        self._path.unlink(missing_ok=True)
+
+
+def run_policies(
+    load: Callable[[str], Any],
+    tokenizer: Any,
+    sidecar: Sidecar | None,
+    rows: Rows,
+    material: Material,
+    finished: Finished,
+    scratch: Path,
+    progress: Progress = lambda what, done, total: None,
+) -> list[dict[str, Any]]:
+    """Every row, in the order of `rows.pairs()`.
+
+    Args:
+        load: a memory ("100%", "8GiB") -> a fresh model, exact, with the predictors and switches that are evaluated.
+        sidecar: its fitted predictors; rows without cache need them.
+        scratch: folder for the exact logits, while it lasts.
+    Raises:
+        PolicyError, EvaluationError: a row cannot be had; before any is computed.
+    """
+    _check(load, sidecar, rows)
+    texts: Texts | None = None
+    if len(material.windows):
+        texts = windows_with_chars(tokenizer, material.windows, material.given)
+    made: list[dict[str, Any]] = []
+    has_reference = False
+    for policy, memory in rows.pairs():
+        name = f"{policy} at {memory}"
+        if name not in finished.rows:
+            runner = _Row(load, tokenizer, sidecar, policy, memory, material, rows.deterministic, name, progress)
+            if memory == NO_CACHE:
+                finished.add(name, runner.without_cache())
+            else:
+                if texts is not None and not has_reference:
+                    _keep_reference(load(memory), texts, scratch, progress)
+                    has_reference = True
+                finished.add(name, runner.with_cache(texts))
+        made.append(finished.rows[name])
+    return made
+
+
+def _check(load: Callable[[str], Any], sidecar: Sidecar | None, rows: Rows) -> None:
+    """That every row can be had, on a model loaded for it."""
+    if NO_CACHE in rows.memories and sidecar is None:
+        raise EvaluationError(
+            f"--memory {NO_CACHE} shows what guesses alone bring: it needs fitted predictors. Run `foreroute fit`."
+        )
+    memories = ["100%" if memory == NO_CACHE else memory for memory in rows.memories]
+    for memory in dict.fromkeys(memories):
+        model = load(memory)
+        try:
+            for policy in rows.policies:
+                model.foreroute.check_policy(policy)
+        finally:
+            model.foreroute.close()
+
+
+def _keep_reference(model: Any, texts: Texts, scratch: Path, progress: Progress) -> None:
+    """The exact logits that all rows with a cache are compared with."""
+    try:
+        texts.keep_exact(scratch, model.config.get_text_config().vocab_size)
+        price_decoding(model, Policy(), texts, _named(progress, "decoding exactly"), is_reference=True)
+    finally:
+        model.foreroute.close()
+
+
+@dataclass
+class _Row:
+    """One row at work."""
+
+    load: Callable[[str], Any]
+    tokenizer: Any
+    sidecar: Sidecar | None
+    policy: Policy
+    memory: str
+    material: Material
+    deterministic: bool
+    name: str
+    progress: Progress
+
+    def without_cache(self) -> dict[str, Any]:
+        """With what was guessed for a layer, and nothing else."""
+        assert self.sidecar is not None, "checked before"
+        model, found = self.load("100%"), self._head()
+        try:
+            ids = self.material.windows
+            if len(ids):
+                difference, cost = price_fetched_only(
+                    model, self.sidecar, self.policy, ids, _chars(self.tokenizer, ids), self._named("text")
+                )
+                found |= _figures(difference, cost, timed=False)
+            with fetched_only(model, self.sidecar, self.policy, in_prompts=False) as tally:
+                found |= self._answers(model, self.material.batch)
+            if not len(ids) and tally.tokens:
+                found |= Cost.of_tally(tally, model.foreroute.plan.expert_bytes).figures()
+            if self.material.others is not None:
+                with fetched_only(model, self.sidecar, self.policy, in_prompts=True):
+                    found["accuracy"] |= self.material.others(model)
+        finally:
+            model.foreroute.close()
+        return found
+
+    def with_cache(self, texts: Texts | None) -> dict[str, Any]:
+        """Decoding with a pool of the budget, one token at a time."""
+        model, found = self.load(self.memory), self._head()
+        try:
+            if texts is not None:
+                difference, cost = price_decoding(model, self.policy, texts, self._named("text"))
+                found |= _figures(difference, cost, timed=not self.deterministic)
+            model.foreroute.set_policy(self.policy)
+            before = model.foreroute.stats()
+            # One by one: a batch would share its experts, and be another case.
+            found |= self._answers(model, 1)
+            if texts is None:
+                found |= Cost.of_stats(model.foreroute.stats().minus(before).decode, None).figures()
+            if self.material.others is not None:
+                found["accuracy"] |= self.material.others(model)
+        finally:
+            model.foreroute.close()
+        return found
+
+    def _head(self) -> dict[str, Any]:
+        return {"policy": self.policy.name, "tau": self.policy.tau, "memory": self.memory}
+
+    def _named(self, what: str) -> Callable[[int, int], None]:
+        return _named(self.progress, f"{self.name}: {what}")
+
+    def _answers(self, model: Any, batch: int) -> dict[str, Any]:
+        items = self.material.items
+        if not items:
+            return {"accuracy": {}, "interval": {}}
+        completions = answer(model, self.tokenizer, items, batch, self._named("tasks"))
+        shares = accuracy_by_kind(items, completions)
+        asked = {kind: sum(item.kind == kind for item in items) for kind in shares}
+        right = {kind: round(share * asked[kind]) for kind, share in shares.items()}
+        return {
+            "accuracy": shares,
+            "interval": {kind: wilson(right[kind], asked[kind]) for kind in shares},
+            "answers": hashlib.sha256("\0".join(completions).encode()).hexdigest()[:16],
+        }
+
+
+def _figures(difference: Difference, cost: Cost, *, timed: bool) -> dict[str, Any]:
+    found = {**difference.figures(), **cost.figures(), "scored_tokens": difference.tokens}
+    if not timed:
+        found["tpot_ms"] = None
+    return found
+
+
+def _named(progress: Progress, what: str) -> Callable[[int, int], None]:
+    return lambda done, total: progress(what, done, total)
+
+
+def _chars(tokenizer: Any, ids: torch.Tensor) -> int:
+    return sum(len(tokenizer.decode(row[1:], skip_special_tokens=False)) for row in ids)
+
+
+def mean_accuracy(row: Mapping[str, Any], kinds: Sequence[str] = ()) -> float | None:
+    """The mean over the row's tasks, or over those of `kinds`; None where there are none."""
+    shares = [share for kind, share in row["accuracy"].items() if not kinds or kind in kinds]
+    return sum(shares) / len(shares) if shares else None

@@ -1,0 +1,28 @@
+"""A pool as a person reads it: in assertions, errors and debuggers."""
+
+from collections.abc import Collection, Sequence
+
+from foreroute.residency.states import STATE_NAMES
+
+# A picture of more slots than this is not a picture.
+_MOST_SLOTS = 32
+
+
+def picture_of(
+    num_slots: int, borrowed: Collection[int], slot_of: Sequence[int], state: Sequence[int], staged: Collection[int]
+) -> str:
+    """What every slot holds; for a large pool, how many slots are in which state.
+
+    Args:
+        borrowed: slots. slot_of, state: by key; -1 for a key without a slot. staged: keys.
+    """
+    pictures = ["free"] * num_slots
+    for slot in borrowed:
+        pictures[slot] = "borrowed"
+    for key, slot in enumerate(slot_of):
+        if slot >= 0:
+            pictures[slot] = f"{key} {'staged ' if key in staged else ''}{STATE_NAMES[state[key]]}"
+    if num_slots > _MOST_SLOTS:
+        states = [picture.split()[-1] for picture in pictures]
+        pictures = [f"{states.count(name)} {name}" for name in STATE_NAMES if name in states]
+    return ", ".join(pictures)

@@ -1,0 +1,230 @@
+"""What each policy promises, on the engine itself: exact stays exact, nothing waits that must not, nobody starves."""
+
+import random
+import time
+from typing import Any
+
+import pytest
+import torch
+
+from foreroute.errors import PolicyError
+from foreroute.evals.fetched_only import fetched_only
+from foreroute.policy import Policy
+from foreroute.transfer.load import Load
+from tests.policies.conftest import FAMILIES
+from tests.support.runs import ONE_PROMPT, Output, assert_same_bits, generate, make_batch
+
+LONG = make_batch(14, seed=9)
+
+
+def same_bits(ours: Output, theirs: Output) -> bool:
+    return len(ours.logits) == len(theirs.logits) and all(
+        torch.equal(left, right) for left, right in zip(ours.logits, theirs.logits, strict=True)
+    )
+
+
+@pytest.fixture
+def load_fitted(load: Any, checkpoints: Any, sidecars: Any) -> Any:
+    def loading(family: str, memory: str = "25%", **options: Any) -> Any:
+        return load(checkpoints.get(family), memory, predictor=str(sidecars(family)), **options)
+
+    return loading
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+class TestEveryFamily:
+    def test_exact_after_an_approximate_policy(self, family, load_fitted, references, checkpoints):
+        model = load_fitted(family, policy="speculative", deterministic=True)
+        exact = references.output(checkpoints.get(family), ONE_PROMPT)
+        approximate = generate(model)
+        assert model.foreroute.stats().decode.stood_in > 0
+        assert not same_bits(approximate, exact), "stand-ins changed nothing: the test shows nothing"
+        for policy in ("exact", "tolerance:0"):
+            before = model.foreroute.stats().decode.stood_in
+            model.foreroute.set_policy(policy)
+            assert_same_bits(generate(model), exact)
+            assert model.foreroute.stats().decode.stood_in == before
+
+    def test_tolerance_of_all_is_speculative(self, family, load_fitted):
+        outputs = []
+        for policy in ("tolerance:1", "speculative"):
+            model = load_fitted(family, policy=policy, deterministic=True)
+            outputs.append(generate(model))
+            assert model.foreroute.stats().decode.stood_in > 0
+        assert_same_bits(*outputs)
+
+    def test_it_waits_in_layer_0_alone(self, family, load_fitted, monkeypatch):
+        model = load_fitted(family, policy="speculative", deterministic=True)
+        runtime, demanded = model.foreroute.runtime, list[int]()
+        generate(model, new_tokens=1)
+        inner = runtime.transfer.demand
+        monkeypatch.setattr(runtime.transfer, "demand", lambda key, slot: (demanded.append(key), inner(key, slot)))
+        promote = runtime.transfer.promote
+        monkeypatch.setattr(runtime.transfer, "promote", lambda key: (demanded.append(key), promote(key)))
+        cache = model(ONE_PROMPT.ids, use_cache=True).past_key_values
+        demanded.clear()
+        for token in range(20, 40):
+            model(torch.tensor([[token]]), past_key_values=cache, use_cache=True)
+        assert demanded, "layer 0 never waited: the test shows nothing"
+        assert {key // runtime.table.num_experts for key in demanded} == {0}
+        decode = model.foreroute.stats().decode
+        assert 0 < decode.stalled_layers <= decode.layers // len(model.foreroute.layers)
+
+    @pytest.mark.parametrize("policy", ["speculative", "tolerance:0.4", "paper"])
+    def test_two_runs_by_logical_time_are_equal(self, family, policy, load_fitted, monkeypatch):
+        """However long each read takes."""
+        read, runs = Load.read, []
+        for seed in (0, 1):
+            delays = random.Random(seed)
+
+            def slow(self: Load, key: int, slot: int, delays: random.Random = delays) -> None:
+                time.sleep(delays.random() * 0.002)
+                read(self, key, slot)
+
+            monkeypatch.setattr(Load, "read", slow)
+            model = load_fitted(family, policy=policy, deterministic=True)
+            output = generate(model, LONG)
+            stats = model.foreroute.stats().as_dict()
+            for phase in ("prefill", "decode"):
+                stats[phase].pop("stall_s")
+            stats.pop("read_s")
+            runs.append((output, stats))
+        assert_same_bits(runs[0][0], runs[1][0])
+        assert runs[0][1] == runs[1][1]
+        assert runs[0][1]["evictions"] > 0
+
+    @pytest.mark.parametrize("policy", ["exact", "speculative", "tolerance:0.3", "paper"])
+    def test_without_a_cache_it_is_what_the_evaluation_says(self, family, policy, load_fitted, fitted):
+        """Token by token on the engine, and all at once on tensors."""
+        ids = torch.randint(5, 240, (1, 24), generator=torch.Generator().manual_seed(7))
+        given, asked = 6, Policy.parse(policy)
+        whole = load_fitted(family, "100%", dtype="float32")
+        with fetched_only(whole, fitted(family), asked, in_prompts=False) as tally:
+            expected = decoded(whole, ids, given)
+        model = load_fitted(
+            family, "50%", dtype="float32", cache=False, deterministic=True, prefetch_width=whole_k(whole)
+        )
+        model.foreroute.set_policy(asked)
+        model.foreroute.runtime._predictor.without_waiting = False  # widths and weights as there
+        found = decoded(model, ids, given)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        decode = model.foreroute.stats().decode
+        if asked.stands_in:
+            assert decode.stood_in == tally.missed - tally.waited > 0
+        if not asked.replaces_route:
+            assert decode.misses + decode.late == tally.waited + tally.first_waited > 0
+
+    def test_what_is_stood_in_for_comes_in_the_end(self, family, load_fitted):
+        """With nobody guessing, fills alone bring experts of later layers."""
+        model = load_fitted(family, "50%", policy="speculative", prefetch="none", deterministic=True)
+        generate(model, new_tokens=40)
+        first = model.foreroute.stats()
+        assert first.decode.fill_loads > 0
+        generate(model, new_tokens=40)
+        second = model.foreroute.stats().minus(first).decode
+        assert second.stood_in < first.decode.stood_in
+        per_layer = model.foreroute.runtime.residency.resident_per_layer
+        assert all(per_layer), f"a layer was starved: {per_layer}"
+
+    def test_with_all_experts_there_every_policy_but_paper_is_exact(self, family, load_fitted, references, checkpoints):
+        model = load_fitted(family, "100%", policy="speculative")
+        generate(model)
+        generate(model)  # the first may have filled the pool
+        model(torch.arange(5, 245).view(2, 120), use_cache=False)
+        assert sum(model.foreroute.runtime.residency.resident_per_layer) == model.foreroute.plan.total_slots
+        assert_same_bits(generate(model), references.output(checkpoints.get(family), ONE_PROMPT))
+
+
+def decoded(model: Any, ids: torch.Tensor, given: int) -> torch.Tensor:
+    """Logits [tokens, vocabulary] of the tokens behind the first `given`, decoded one by one."""
+    with torch.no_grad():
+        cache = model(input_ids=ids[:, :given], use_cache=True).past_key_values
+        said = [
+            model(input_ids=ids[:, at : at + 1], past_key_values=cache, use_cache=True).logits[0, -1]
+            for at in range(given, ids.shape[1])
+        ]
+    return torch.stack(said)
+
+
+def whole_k(model: Any) -> int:
+    return int(model.foreroute.layers[0].top_k)
+
+
+def test_each_row_has_its_policy(load_fitted):
+    """Rows wait for themselves; what one of them waits for, the others have too."""
+    two = make_batch(9, 9, seed=3)
+    alone = load_fitted("qwen3_moe", deterministic=True)
+    exact = generate(alone, two)
+    model = load_fitted("qwen3_moe", deterministic=True)
+    model.foreroute.set_policy("exact", "speculative")
+    mixed = generate(model, two)
+    assert model.foreroute.stats().decode.stood_in > 0
+    assert mixed.tokens[0].tolist() == exact.tokens[0].tolist()
+    for ours, theirs in zip(mixed.logits, exact.logits, strict=True):
+        torch.testing.assert_close(ours[0], theirs[0], rtol=1e-4, atol=1e-5)
+    with pytest.raises(PolicyError, match="2 policies were set, and the batch has 1 rows"):
+        generate(model)
+    model.foreroute.set_policy("exact")
+    assert_same_bits(generate(model, two), exact)
+
+
+def test_prompts_are_exact(load_fitted, references, checkpoints):
+    model = load_fitted("qwen3_moe", policy="speculative")
+    first = generate(model, new_tokens=1)
+    theirs = references.output(checkpoints.get("qwen3_moe"), ONE_PROMPT)
+    assert torch.equal(first.logits[0], theirs.logits[0])
+    assert model.foreroute.stats().prefill.stood_in == 0
+
+
+def test_paper_executes_the_guess(load_fitted):
+    """Its keys past layer 0 are what the default vectors guessed, whatever the router says."""
+    model = load_fitted("qwen3_moe", "100%", policy="paper")
+    runtime = model.foreroute.runtime
+    approximation, routed, executed = runtime.approximation, [], []
+    runtime.observer = lambda layer, hidden, ids, weights: routed.append((layer, ids.tolist()))
+    see = approximation.see
+
+    def seeing(layer: int, hidden: Any, ids: Any, weights: Any) -> Any:
+        executed.append((layer, ids.tolist()))
+        return see(layer, hidden, ids, weights)
+
+    approximation.see = seeing
+    cache = model(ONE_PROMPT.ids, use_cache=True).past_key_values
+    routed.clear()
+    for token in range(20, 30):
+        model(torch.tensor([[token]]), past_key_values=cache, use_cache=True)
+    assert [layer for layer, _ in executed] == [layer for layer, _ in routed]
+    differs = [
+        sorted(ours[1][0]) != sorted(theirs[1][0]) for ours, theirs in zip(executed, routed, strict=True) if ours[0] > 0
+    ]
+    assert any(differs)
+    assert all(ours == theirs for ours, theirs in zip(executed, routed, strict=True) if ours[0] == 0)
+
+
+@pytest.mark.parametrize("policy", ["tolerance:0.1", "speculative", "paper"])
+def test_a_policy_without_default_vectors_is_refused(policy, load, checkpoints):
+    with pytest.raises(PolicyError, match=r"default vectors.*foreroute fit"):
+        load(checkpoints.get("qwen3_moe"), policy=policy)
+    model = load(checkpoints.get("qwen3_moe"))
+    with pytest.raises(PolicyError, match="foreroute fit"):
+        model.foreroute.set_policy(policy)
+    assert model.foreroute.policies == (Policy(),)
+
+
+def test_a_policy_that_can_show_nothing_is_refused(load_fitted):
+    with pytest.raises(PolicyError, match="nothing would ever be there"):
+        load_fitted("qwen3_moe", policy="speculative", cache=False, prefetch="none")
+
+
+def test_a_wrong_policy_is_named_before_anything_is_loaded(load, tmp_path):
+    with pytest.raises(PolicyError, match="from 0 to 1"):
+        load(tmp_path / "no model here", policy="tolerance:2")
+
+
+def test_paper_needs_the_residual_stream(load_fitted, monkeypatch):
+    from foreroute.predict.default_vector import DefaultVectors
+
+    monkeypatch.setattr(DefaultVectors, "can_guess", lambda self, layer: layer != 1)
+    with pytest.raises(PolicyError, match="after MoE layer 1 of this model"):
+        load_fitted("qwen3_moe", policy="paper")
+    load_fitted("qwen3_moe", policy="speculative")
