@@ -56,7 +56,7 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "eval",
         help="how good the output is: tasks and held-out text; what policies cost",
-        usage="foreroute eval MODEL (--suite builtin | --text FILE... | --lm-eval TASK... | --human-eval) [flags]",
+        usage="foreroute eval MODEL (--suite builtin | --text FILE... | --lm-eval TASK...) [flags]",
         description="Measure a model's answers and its grasp of text, experts offloaded; price the policies.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -47,8 +47,7 @@ class Residency:
         num_keys: expert keys; more than there are experts when layers differ in width.
         eviction: the order of giving up; reset here, owned by the pool from now on.
         staging_slots: the most slots that prefetched, not yet demanded keys may take; 0 turns prefetch off.
-        filling_slots: the most slots that may be loading while nobody waits for them, staged ones included; as many as
-            staging_slots when left out.
+        filling_slots: the most that may be loading while nobody waits, staged ones included; staging_slots by default.
         keys_per_layer: width of a layer in keys, for `resident_per_layer`; None counts all keys as one layer.
     Attributes (read only):
         evictions: keys given up so far, staged ones too.
@@ -170,18 +169,12 @@ class Residency:
         return loads
 
     def fill(self, keys: Sequence[int]) -> list[tuple[int, int]]:
-        """Keys that were demanded, were not there, and were not waited for: they are touched, and get slots to load.
+        """Keys (distinct, FREE or LOADING) that were demanded and are not waited for: they are touched, and get slots.
 
-        They enter the pool as demanded ones do. A key gets a FREE slot, else that of the coldest READY key that is not
-        staged. One that is LOADING is no guess any more.
-
-        Args:
-            keys: distinct, FREE or LOADING.
-        Returns:
-            (key, slot) that the caller has to load; fewer than are absent where there is no room.
+        A key gets a FREE slot, else that of the coldest READY key that is not staged, and enters the pool as demanded
+        ones do. One that is LOADING is no guess any more. Returns as `prefetch`.
         """
         state = self._state
-        assert all(state[key] in (FREE, LOADING) for key in keys), f"some of {keys} are there: {self!r}"
         self._eviction.touch(keys)
         self._unstage((), [(key, self._slot_of[key]) for key in keys if state[key] == LOADING])
         absent = [key for key in keys if state[key] == FREE]
