@@ -109,6 +109,10 @@ def print_report(report: "GenerationReport", plan: Plan) -> None:
 def report_rows(report: "GenerationReport", plan: Plan) -> list[Row]:
     """The figures of one answer as rows; what was not measured (too few tokens) shows a dash."""
     f = report.figures()
+    policy: list[Row] = []
+    if f["stood_in"]:
+        share = number(f["fill_mb_per_token"], "MB/token")
+        policy = [("stood in for", _count(f["stood_in"], f["stood_in_rate"]), f"not waited for; {share} read later")]
     ends = {"stop": "the model ended", "length": "the limit was reached", "interrupted": "stopped by Ctrl-C"}
     return [
         ("tokens", f"{f['prompt_tokens']} + {f['new_tokens']}",
@@ -117,10 +121,12 @@ def report_rows(report: "GenerationReport", plan: Plan) -> list[Row]:
         ("TPOT", number(f["tpot_ms"], "ms"), number(f["tokens_per_s"], "tokens/s")),
         ("hits", _count(f["hits"], f["hit_rate"]), f"late {_count(f['late_hits'], f['late_hit_rate'])}, "
          f"misses {_count(f['misses'], f['miss_rate'])}"),
+        *policy,
         ("read", number(f["demand_mb_per_token"], "MB/token"), f"demanded, + {number(f['speculative_mb_per_token'])} "
          f"guessed ({number(f['speculative_used_mb_per_token'])} used, "
          f"{number(f['speculative_wasted_mb_per_token'])} wasted)"),
-        ("stall", number(f["stall_ms_per_token"], "ms/token"), "waiting for the disk"),
+        ("stall", number(f["stall_ms_per_token"], "ms/token"),
+         f"waiting for the disk, in {percent(f['stalled_layer_rate'])} of the MoE layers"),
         ("evictions", f"{f['evictions']:,}",
          f"{plan.num_slots} of {plan.total_slots} experts fit {format_memory(plan.memory_bytes)}"),
         ("prefetches", f"{f['prefetch_used']:,} used", f"of {f['prefetch_loads']:,} experts fetched on a guess"),

@@ -40,6 +40,31 @@ def test_a_promoted_prefetch_goes_behind_the_demands():
     assert served(queue) == [4, 3, 5, 1, 2]
 
 
+def test_fills_give_way_but_not_for_ever():
+    queue = TransferQueue()
+    for key in (1, 2):
+        queue.fill(key, key)
+    for key in (11, 12, 13, 14, 15, 16, 17):
+        queue.prefetch(key, key)
+    queue.demand(21, 21)
+    assert len(queue) == 10
+    assert served(queue) == [21, 11, 12, 13, 1, 14, 15, 16, 2, 17]
+
+
+def test_a_fill_can_be_promoted_and_cancelled():
+    queue = TransferQueue()
+    for key in (1, 2, 3):
+        queue.fill(key, key)
+    queue.demand(4, 4)
+    assert queue.promote(3)
+    assert queue.cancel(1)
+    assert not queue.cancel(1)
+    assert served(queue) == [4, 3, 2]
+    queue.fill(5, 5)
+    assert queue.clear() == 1
+    assert queue.next() is None
+
+
 def test_promoting_anything_else_changes_nothing():
     queue = TransferQueue()
     queue.prefetch(1, 1)
