@@ -10,8 +10,10 @@ import torch
 from foreroute.calibrate.corpus import Corpus
 from foreroute.calibrate.fit import FitSettings, fit
 from foreroute.checkpoint.index import read_index
+from foreroute.predict.estimator import EstimatorSettings
 from foreroute.predict.sidecar import Sidecar
 
+SETTINGS = FitSettings(rows=4, estimator=EstimatorSettings(epochs=1, batch=64))
 FAMILIES = ("qwen3_moe", "gpt_oss", "deepseek_v3")
 
 
@@ -27,7 +29,7 @@ def sidecars(checkpoints: Any, tmp_path_factory: pytest.TempPathFactory) -> Call
         if not path.exists():
             model = foreroute.load(checkpoint, "100%", config=foreroute.EngineConfig(predictor="no", learn=False))
             ids = torch.randint(5, 240, (24, 32), generator=torch.Generator().manual_seed(2))
-            fit(model, read_index(checkpoint).fingerprint(), Corpus(ids, "random"), path, settings=FitSettings(rows=4))
+            fit(model, read_index(checkpoint).fingerprint(), Corpus(ids, "random"), path, settings=SETTINGS)
             model.foreroute.close()
         return path
 
