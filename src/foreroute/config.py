@@ -54,7 +54,9 @@ class EngineConfig:
     reader_threads: int = _option(1, "threads that read experts; one nearly saturates a disk")
     direct_io: bool = _option(True, "read with O_DIRECT where the file system allows it")
     packed: str = _option(
-        "auto", 'the packed store: "auto" uses the one beside the checkpoint, "no" ignores it, or a path'
+        "auto",
+        'the packed store: "auto" uses the one beside the checkpoint, "no" ignores it; "int8" or "int4" uses a '
+        "quantised one there; or a path",
     )
 
     def __post_init__(self) -> None:

@@ -181,20 +181,25 @@ def test_paper_executes_the_guess(load_fitted):
     """Its keys past layer 0 are what the default vectors guessed, whatever the router says."""
     model = load_fitted("qwen3_moe", "100%", policy="paper")
     runtime = model.foreroute.runtime
-    approximation, routed, executed = runtime.approximation, [], []
+    approximation, routed, executed, guessed = runtime.approximation, [], [], []
     runtime.observer = lambda layer, hidden, ids, weights: routed.append((layer, ids.tolist()))
     see = approximation.see
 
     def seeing(layer: int, hidden: Any, ids: Any, weights: Any) -> Any:
         executed.append((layer, ids.tolist()))
-        return see(layer, hidden, ids, weights)
+        guess = see(layer, hidden, ids, weights)
+        guessed.append(None if guess is None else guess.ids.tolist())
+        return guess
 
     approximation.see = seeing
     cache = model(ONE_PROMPT.ids, use_cache=True).past_key_values
     routed.clear()
+    assert not executed, "a prompt is exact"
     for token in range(20, 30):
         model(torch.tensor([[token]]), past_key_values=cache, use_cache=True)
     assert [layer for layer, _ in executed] == [layer for layer, _ in routed]
+    # And it is the guess that was made one layer before.
+    assert all(ids == guessed[at - 1] for at, (layer, ids) in enumerate(executed) if layer > 0)
     differs = [
         sorted(ours[1][0]) != sorted(theirs[1][0]) for ours, theirs in zip(executed, routed, strict=True) if ours[0] > 0
     ]
@@ -223,9 +228,9 @@ def test_a_wrong_policy_is_named_before_anything_is_loaded(load, tmp_path):
 
 
 def test_paper_needs_the_residual_stream(load_fitted, monkeypatch):
-    from foreroute.predict.default_vector import DefaultVectors
+    from foreroute.engine import predictors
 
-    monkeypatch.setattr(DefaultVectors, "can_guess", lambda self, layer: layer != 1)
+    monkeypatch.setattr(predictors, "_has_paper_guess", lambda layers, layer, sidecar: layer != 1)
     with pytest.raises(PolicyError, match="after MoE layer 1 of this model"):
         load_fitted("qwen3_moe", policy="paper")
     load_fitted("qwen3_moe", policy="speculative")

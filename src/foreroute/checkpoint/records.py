@@ -15,10 +15,12 @@ import struct
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import xxhash
 
-from foreroute.checkpoint.layouts import PAGE, ExpertTable, round_up
+from foreroute.checkpoint.codecs import CODECS, STORED
+from foreroute.checkpoint.layouts import PAGE, ExpertLayout, ExpertTable, LayerExperts, Part, round_up
 from foreroute.errors import StoreError
 from foreroute.types import Copy, ExpertReads, Read
 
@@ -32,10 +34,11 @@ _MOST_HEADER_BYTES = 64 * 2**20
 _SYNC_EVERY_BYTES = 256 * 2**20
 
 
-def _header(table: ExpertTable) -> bytes:
+def _header(table: ExpertTable, codec: str, order: str) -> bytes:
     described = {
         "version": _VERSION,
-        "codec": "stored",
+        "codec": codec,
+        **({"order": order} if order else {}),
         "fingerprint": table.index.fingerprint(),
         "record_stride": table.slot_bytes,
         "layers": [
@@ -71,19 +74,27 @@ class PackedStore:
     """A complete store that belongs to the model at hand; hands out reads in place of the checkpoint's own.
 
     Args:
-        path: the store's file. table: the experts of the model it must belong to.
+        path: the store's file. table: the experts of the model it must belong to, as the checkpoint stores them.
+    Attributes:
+        codec: how the experts are stored: a name of codecs.py. table: the experts as they lie here.
+        order: what tells the order of numbers that kernels of this machine want from that of another's; "" for none.
     Raises:
         StoreError: not a store, damaged header, another model's, another version's, or half written.
     """
 
     def __init__(self, path: Path, table: ExpertTable) -> None:
         self.path = path
-        self._layers = table.layers
-        self._first_record = _first_records(table)
-        header = _header(table)
         with open(path, "rb") as file:
             stored = _read_header(path, file.read(_PREAMBLE.size), file.read)
+            described = json.loads(stored)
+            self.codec, self.order = described.get("codec", STORED), described.get("order", "")
+            if self.codec != STORED:
+                table = _table_in(described, table)
+            header = _header(table, self.codec, self.order)
             _check_same_model(path, stored, header)
+            self.table = table
+            self._layers = table.layers
+            self._first_record = _first_records(table)
             self._geometry = _Geometry.of(len(header), table.total_slots, table.slot_bytes)
             file.seek(self._geometry.table_start)
             raw_table = file.read(8 * table.total_slots)
@@ -123,20 +134,29 @@ class PackedStore:
 def open_store(folder: Path, asked: str, table: ExpertTable) -> PackedStore | None:
     """The packed store to read from: the one beside the checkpoint ("auto"), none ("no"), or the one at a path.
 
+    A quantised one, which changes the output, is never found by itself: its codec ("int4") or its path asks for it.
+
     Raises:
         StoreError: a store that was named is absent, or the store found cannot be used. It is never passed over
             silently: say "no" to read the safetensors.
     """
     if asked == "no":
         return None
-    path = folder / STORE_NAME if asked == "auto" else Path(asked)
+    path = folder / store_name(asked) if asked in CODECS else folder / STORE_NAME if asked == "auto" else Path(asked)
     if path.is_dir():
         path = path / STORE_NAME
     if not path.is_file():
         if asked == "auto":
             return None
-        raise StoreError(f"{path} is not there. Make it with `foreroute pack {folder} --out {asked}`.")
+        how = f"--quant {asked}" if asked in CODECS else f"--out {asked}"
+        raise StoreError(f"{path} is not there. Make it with `foreroute pack {folder} {how}`.")
     return PackedStore(path, table)
+
+
+def store_name(codec: str) -> str:
+    """The file's name beside the checkpoint."""
+    stem, suffix = STORE_NAME.split(".")
+    return STORE_NAME if codec == STORED else f"{stem}.{codec}.{suffix}"
 
 
 def partial_path(path: Path) -> Path:
@@ -151,15 +171,17 @@ class StoreWriter:
 
     Args:
         path: the final name. table: the experts to be stored, in their order.
-        resume: False starts anew.
+        codec, order: see PackedStore. resume: False starts anew.
     Raises:
         StoreError: there is no room on the disk (checked and reserved first), or it cannot be written.
     """
 
-    def __init__(self, path: Path, table: ExpertTable, *, resume: bool = True) -> None:
+    def __init__(
+        self, path: Path, table: ExpertTable, *, codec: str = STORED, order: str = "", resume: bool = True
+    ) -> None:
         self.path = path
         self.partial_path = partial_path(path)
-        self._header = _header(table)
+        self._header = _header(table, codec, order)
         self._num_records = table.total_slots
         self._geometry = _Geometry.of(len(self._header), self._num_records, table.slot_bytes)
         self._checksums = [0] * self._num_records
@@ -255,6 +277,23 @@ class StoreWriter:
                 f"{self.path} cannot be written: {error.strerror}. It needs {self.nbytes / 1e9:.2f} GB; "
                 "nothing was left behind. Make room or choose another --out."
             ) from error
+
+
+def _table_in(described: dict[str, Any], table: ExpertTable) -> ExpertTable:
+    """The experts of `table` with the layouts that a store's header describes."""
+    names = {layer.name: layer for layer in table.layers}
+    layers = tuple(
+        LayerExperts(
+            layer["name"], layer["num_experts"],
+            ExpertLayout(tuple(Part(**{**part, "shape": tuple(part["shape"])}) for part in layer["parts"])), (),
+        )
+        for layer in described["layers"]
+    )  # fmt: skip
+    if [(layer.name, layer.num_experts) for layer in layers] != [
+        (name, layer.num_experts) for name, layer in names.items()
+    ]:
+        return table  # and the headers will differ
+    return ExpertTable(layers, table.index)
 
 
 def _first_records(table: ExpertTable) -> Sequence[int]:

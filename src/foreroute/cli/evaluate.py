@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import hashlib
 import os
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -14,6 +15,7 @@ from foreroute.cli import evaluate_policies, figures, options
 from foreroute.cli.fit import context_of
 from foreroute.config import EngineConfig
 from foreroute.errors import EvaluationError
+from foreroute.policy import Policy
 
 if TYPE_CHECKING:
     from foreroute.evals.builtin import Progress, SuiteSettings
@@ -159,8 +161,10 @@ def run(args: argparse.Namespace) -> int:
             if held_out is not None:
                 texts, shares = dict(held_out.texts), dict(held_out.shares)
             of_model = None if others is None else partial(_ask_others, others, tokenizer, show)
-            material = evaluate_policies.material_of(tokenizer, texts, shares, held_out, settings, of_model)
-            about = {"texts": texts, "settings": dataclasses.asdict(settings), "others": _harness_of(args)}
+            material = evaluate_policies.material_of(
+                tokenizer, texts, shares, held_out, settings, of_model, others_in_prompts=bool(args.lm_eval)
+            )
+            about = {"settings": dataclasses.asdict(settings), "others": _harness_of(args)}
             args.cache = cache_folder()
             return evaluate_policies.run(args, folder, config, tokenizer, material, about, show)
         found = _plain(args, folder, config, tokenizer, held_out, texts, settings, others, show)
@@ -183,8 +187,22 @@ def _refuse_misfits(args: argparse.Namespace) -> None:
         raise EvaluationError("--windows 0 leaves nothing to read of --text. Give at least 1.")
     if not args.policies and (args.png is not None or len(args.memory or ()) > 1 or "none" in (args.memory or ())):
         raise EvaluationError('--png, several values of --memory, and "none", belong to --policies.')
-    if args.policies and args.policy != "exact":
-        raise EvaluationError("Give --policies or --policy, not both.")
+    if args.policy != "exact":
+        raise EvaluationError(
+            "Texts and likelihoods are prompts, which are exact under every --policy. Ask for "
+            f"--policies {args.policy}, which decodes token by token."
+        )
+    for policy in args.policies or ():
+        Policy.parse(policy)
+    if args.lm_eval and any(memory != "none" for memory in args.memory or ()) and args.policies:
+        raise EvaluationError(
+            "lm-eval's likelihoods are prompts, which are exact with any cache. Give --memory none: there every "
+            "position is under the policy."
+        )
+    if not args.lm_eval and args.include_path is not None:
+        raise EvaluationError("--include-path belongs to --lm-eval, which is not given.")
+    if not args.lm_eval and args.human_eval is None and args.limit is not None:
+        raise EvaluationError("--limit belongs to --lm-eval and --human-eval. Of the suite, --per-kind is.")
     if args.human_eval is not None and not args.allow_code_execution:
         raise EvaluationError(
             "HumanEval runs code that the model wrote, on this machine and as this user (in a sandbox). Allow it: "
@@ -192,30 +210,38 @@ def _refuse_misfits(args: argparse.Namespace) -> None:
         )
 
 
-def _harness_of(args: argparse.Namespace) -> dict[str, str]:
-    return {name: str(getattr(args, name)) for name in ("lm_eval", "human_eval", "include_path", "limit")}
+def _harness_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What decides the figures of another harness: its tasks by name, and what is in files of one's own."""
+    found: dict[str, Any] = {name: str(getattr(args, name)) for name in ("lm_eval", "human_eval", "limit")}
+    files = sorted(args.include_path.rglob("*")) if args.include_path is not None else []
+    files += [args.human_eval] if args.human_eval not in (None, Path()) else []
+    found["files"] = {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files if path.is_file()}
+    return found
 
 
 def _other_tasks(args: argparse.Namespace) -> "OtherTasks | None":
     """What --lm-eval or --human-eval asks of a model: accuracy by task."""
     if args.lm_eval:
-        from foreroute.evals.lm_eval_model import run_lm_eval
+        from foreroute.evals.lm_eval_model import check_tasks, run_lm_eval
 
+        check_tasks(args.lm_eval, args.include_path)
         return lambda model, tokenizer, show: (
             run_lm_eval(model, tokenizer, args.lm_eval, args.include_path, args.limit).primary
         )
     if args.human_eval is None:
         return None
     from foreroute.evals.human_eval import read_problems, run_human_eval
+    from foreroute.evals.sandbox import isolation_gap
 
     problems = read_problems(None if args.human_eval == Path() else args.human_eval)[: args.limit]
     if not problems:
         raise EvaluationError("There is no problem of HumanEval in the file.")
 
+    if gap := isolation_gap():
+        figures.stderr_console().print(gap, style="yellow")
+
     def human_eval(model: Any, tokenizer: Any, show: "Progress") -> dict[str, float]:
         found = run_human_eval(model, tokenizer, problems, allow_code_execution=True, progress=show)
-        if found["isolation_gap"]:
-            figures.stderr_console().print(found["isolation_gap"], style="yellow")
         return {"human_eval": found["pass@1"]}
 
     return human_eval

@@ -34,6 +34,7 @@ def run(
 ) -> int:
     """Compute all rows, or those that an earlier run did not, and show them; returns the exit code."""
     import torch
+    import transformers
 
     import foreroute
     from foreroute.checkpoint.index import read_index
@@ -42,15 +43,22 @@ def run(
     from foreroute.evals.policies import Finished, Rows, run_policies
     from foreroute.policy import Policy
 
-    memories = tuple(args.memory or ("25%",))
+    memories = tuple(args.memory or (("none",) if args.lm_eval else ("25%",)))
     rows = Rows(tuple(map(Policy.parse, args.policies)), memories, args.deterministic)
     if args.png is not None:
         plot.check(args.png)
+        if not len(material.windows) and Policy() not in rows.policies:
+            raise EvaluationError("--png draws what is lost beside exact: add exact to --policies, or text.")
+    # Without guesses, what a policy needs is read and kept only where one is asked for.
+    standing = next((str(policy) for policy in rows.policies if policy.stands_in), config.policy)
+    config = dataclasses.replace(config, policy=standing if config.prefetch == "none" else config.policy)
     index = read_index(folder)
     sidecar = open_sidecar(folder, index, config)
     everything = {
         **about, "model": index.fingerprint(), "config": dataclasses.asdict(config), "dtype": args.dtype,
         "threads": torch.get_num_threads(), "sidecar": None if sidecar is None else sidecar.about,
+        "material": material.digest(), "chat": getattr(tokenizer, "chat_template", None),
+        "versions": [torch.__version__, transformers.__version__, foreroute.__version__],
     }  # fmt: skip
     finished = Finished(args.cache / "eval", everything)
     wanted = {f"{policy} at {memory}" for policy, memory in rows.pairs()}
@@ -58,16 +66,18 @@ def run(
         figures.stderr_console().print(f"Going on after {done} of {len(wanted)} rows.", style="dim")
 
     def load(memory: str) -> Any:
-        return foreroute.load(folder, memory, args.dtype, config=config)
+        model = foreroute.load(folder, memory, args.dtype, config=config)
+        model.foreroute.set_policy("exact")
+        return model
 
     with tempfile.TemporaryDirectory(prefix="foreroute-eval-") as scratch:
         made = run_policies(load, tokenizer, sidecar, rows, material, finished, Path(scratch), show)
-    if args.png is not None:
-        plot.draw(made, args.png, f"{folder.name}: what each policy costs")
     if args.json:
         print(json.dumps(made, ensure_ascii=False), flush=True)
     else:
         _print(made)
+    if args.png is not None:
+        plot.draw(made, args.png, f"{folder.name}: what each policy costs")
     finished.forget()
     return 0
 
@@ -79,6 +89,8 @@ def material_of(
     held_out: "HeldOut | None",
     settings: "SuiteSettings",
     others: "OtherTasks | None",
+    *,
+    others_in_prompts: bool,
 ) -> "Material":
     """Windows of the texts, and the suite's items where there is a suite.
 
@@ -100,7 +112,7 @@ def material_of(
         items = held_out_suite(settings.per_kind, settings.seed, held_out.glossary, settings.only)
     if not len(windows) and not items and others is None:
         raise EvaluationError("There is nothing to evaluate on: no text, no items. Raise --windows or --per-kind.")
-    return Material(windows, tuple(items), settings.batch, others)
+    return Material(windows, tuple(items), settings.batch, others, others_in_prompts)
 
 
 def _print(rows: list[dict[str, Any]]) -> None:
@@ -129,7 +141,7 @@ def _print(rows: list[dict[str, Any]]) -> None:
             console, heads, [[_name(row), row["memory"], *(_task(row, task) for task in tasks)] for row in rows]
         )
     console.print()
-    console.print(_NOTES, style="dim")
+    console.print(_NOTES, style="dim", soft_wrap=True)
 
 
 def _name(row: Mapping[str, Any]) -> str:

@@ -96,14 +96,15 @@ def find(folder: Path, args: argparse.Namespace, config: EngineConfig) -> Findin
     options.apply_threads(args)
     index = read_index(folder)
     # Before the dense weights are in RAM, as `load` sees it.
-    chosen = choose_memory(None, outline(folder, index).table, index)
+    source = outline(folder, index).table
+    store = open_store(folder, config.packed, source)
+    chosen = choose_memory(None, source if store is None else store.table, index.nbytes - source.expert_nbytes)
     model = foreroute.load(folder, dtype=args.dtype, config=config)
     try:
         plan, table = model.foreroute.plan, model.foreroute.runtime.table
         compute_ms, kv_bytes = probes.compute_ms(model), probes.kv_bytes_per_token(model)
     finally:
         model.foreroute.close()
-    store = open_store(folder, config.packed, table)
     reads_of = table.reads if store is None else store.reads_of(table)
     keys = [
         layer * table.num_experts + expert

@@ -22,7 +22,7 @@ class ReadsAhead:
         self._guessed: list[list[int]] = [[] for _ in self._widths]
         # Used and wasted guesses, as the pool had counted them when they were last booked to a phase.
         self._booked = (0, 0)
-        # Experts that were stood in for once since they were last filled.
+        # Experts that were stood in for, and not filled since.
         self._stood_in: set[int] = set()
 
     def lacks(self, layer: int) -> bool:
@@ -45,10 +45,12 @@ class ReadsAhead:
         Its second time, not its first: that halves these reads, and costs little, as guesses bring most that recur.
         """
         again = [key for key in keys if key in self._stood_in]
-        self._stood_in.symmetric_difference_update(keys)
+        self._stood_in.update(keys)
         if not again:
             return
+        # Those for which there is no room now keep their turn.
         loads = self._runtime.residency.fill(again)
+        self._stood_in.difference_update(key for key, _ in loads)
         for key, slot in loads:
             self._runtime.transfer.fill(key, slot)
         phase.fill_loads += len(loads)
@@ -66,9 +68,15 @@ class ReadsAhead:
         guessed.clear()
 
     def drop_all(self, phase: PhaseStats) -> None:
-        """Queued guesses for every layer are taken back."""
+        """Everything that is queued, and that nobody waits for, is taken back."""
         for layer in range(len(self._guessed)):
             self.drop_contradicted(layer, (), phase)
+        for key in list(self._runtime.residency.filling):
+            if self._runtime.transfer.cancel(key):
+                self._runtime.residency.cancel(key)
+                self._stood_in.add(key)
+                phase.fill_loads -= 1
+                phase.fill_bytes -= self._expert_bytes[self._runtime.table.expert_id(key).layer]
 
     def book(self, phase: PhaseStats) -> None:
         """What became of guesses since the last call goes to the phase that runs."""

@@ -1,6 +1,7 @@
 """The policies of a loaded model as its step asks for them: who waits, what stands in, whose route is replaced."""
 
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 
@@ -10,29 +11,42 @@ from foreroute.predict.base import Predictor, Seen, TokenGuess
 from foreroute.predict.prefetch import PrefetchGuesses
 
 
+class Tap(Protocol):
+    """Catches the residual stream of the step at hand."""
+
+    def __call__(self, layer: int) -> torch.Tensor | None:
+        """[tokens, hidden] of MoE layer `layer` after its attention, while that is the latest."""
+        ...
+
+    def remove(self) -> None:
+        """Stop catching."""
+        ...
+
+
 class Approximation:
     """Everything that a policy other than exact needs, and the policies that hold now.
 
     Args:
-        vectors: per MoE layer [experts, hidden] default vectors in the compute dtype; None where nothing may stand in.
-        paper: guesses the next layer's route for `paper`; None where it cannot.
-        make_tap: begins to catch the residual stream, which `paper` alone reads: MoE layer -> that after its attention.
+        make_vectors: per MoE layer [experts, hidden] default vectors in the compute dtype; None where nothing may stand
+            in. Called when a policy first needs them: exact decoding takes no memory for them.
+        make_paper: what guesses the next layer's route for `paper`; likewise.
+        make_tap: begins to catch the residual stream, which `paper` alone reads.
         why_not: why a policy cannot be had, by its name; empty when all can.
         guesses: what is fetched early; it is told when some misses are not waited for.
     """
 
     def __init__(
         self,
-        vectors: Sequence[torch.Tensor | None],
-        paper: Predictor | None,
-        make_tap: Callable[[], Callable[[int], torch.Tensor | None]],
+        make_vectors: Callable[[], Sequence[torch.Tensor | None]],
+        make_paper: Callable[[], Predictor],
+        make_tap: Callable[[], Tap],
         why_not: dict[str, str],
         guesses: PrefetchGuesses | None,
     ) -> None:
-        self._vectors = list(vectors)
-        self._paper = paper
-        self._make_tap = make_tap
-        self._residual_of: Callable[[int], torch.Tensor | None] | None = None
+        self._make_vectors, self._make_paper, self._make_tap = make_vectors, make_paper, make_tap
+        self._vectors: list[torch.Tensor | None] = []
+        self._paper: Predictor | None = None
+        self._tap: Tap | None = None
         self._why_not = why_not
         self._guesses = guesses
         self._guess: tuple[int, TokenGuess] | None = None
@@ -48,10 +62,16 @@ class Approximation:
             raise PolicyError("No policy is given. Give one, or one per row of the batch.")
         for policy in policies:
             self.check(policy)
-        if self._residual_of is None and any(policy.replaces_route for policy in policies):
-            self._residual_of = self._make_tap()
         self.policies = tuple(policies)
         self._guess = None
+        if not self._vectors and any(policy.stands_in for policy in policies):
+            self._vectors = list(self._make_vectors())
+        if any(policy.replaces_route for policy in policies):
+            self._paper = self._paper or self._make_paper()
+            self._tap = self._tap or self._make_tap()
+        elif self._tap is not None:
+            self._tap.remove()
+            self._tap = None
         if self._guesses is not None:
             self._guesses.without_waiting = any(policy.stands_in for policy in policies)
 
@@ -97,7 +117,7 @@ class Approximation:
         Layer 0, and a layer without default vectors, waits. Cost: a read-back of the gate weights if a key is missing.
         """
         policies = self.of_rows(len(routed))
-        if layer == 0 or self._vectors[layer] is None or not any(policy.stands_in for policy in policies):
+        if layer == 0 or not any(policy.stands_in for policy in policies) or self._vectors[layer] is None:
             return []
         missing = [key for key in keys if not is_there(key)]
         if not missing:
@@ -130,11 +150,9 @@ class Approximation:
         Returns:
             That guess, if it was made.
         """
-        if self._paper is None or self._residual_of is None:
+        if self._paper is None or self._tap is None:
             return None
-        if not any(policy.replaces_route for policy in self.policies):
-            return None
-        guess = self._paper.guess(layer, Seen(hidden, ids, weights, self._residual_of(layer)), ids.shape[1])
+        guess = self._paper.guess(layer, Seen(hidden, ids, weights, self._tap(layer)), ids.shape[1])
         if guess is not None:
             self._guess = (layer + 1, guess)
         return guess

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from foreroute.checkpoint.index import CheckpointIndex, read_index
+from foreroute.checkpoint.codecs import CODECS, STORED
+from foreroute.checkpoint.index import read_index
 from foreroute.checkpoint.layouts import ExpertTable
 from foreroute.checkpoint.locate import locate
 from foreroute.checkpoint.records import PackedStore, open_store
@@ -25,6 +26,7 @@ from foreroute.engine.parts import FamilyForward, Predictor
 from foreroute.engine.predictors import approximation, check_layout, lookahead, open_sidecar, prefetch_guesses
 from foreroute.engine.prefill import ExpertStream
 from foreroute.engine.proof import describe_math, prove_math, run_family_forward
+from foreroute.engine.quantising import math_of
 from foreroute.engine.runtime import Runtime
 from foreroute.errors import BudgetError, ForerouteError
 from foreroute.kernels.cpu import ExpertMath, OneToken
@@ -43,6 +45,8 @@ from foreroute.transfer.memory import allocate_slots
 _CHOSEN_RESERVE_BYTES = 2 * 2**30
 # What learning guesses while serving may take beside the budget.
 _LEARNING_SHARE, _LEAST_LEARNING_BYTES, _MOST_LEARNING_BYTES = 8, 16 * 2**20, 256 * 2**20
+# Of the pool, what experts may take that are read though nobody waits for them; and never more than a layer's top-k.
+_FILLING_SHARE = 8
 # Routed slots per expert from which guesses pay in prefill: nearly every expert is used then, so few are wrong.
 # Measured on two models: they lose up to 16, and win from 32 (benchmarks/prefill.py).
 _PREFILL_GUESSES_FROM = {"on": 0.0, "auto": 24.0, "off": inf}
@@ -81,16 +85,18 @@ def load(
     index = read_index(folder)
     sketch = outline(folder, index)
     asked_memory = memory if memory is not None else asked.memory
-    budget = choose_memory(asked_memory, sketch.table, index)
     store = open_store(folder, asked.packed, sketch.table)
+    kept = sketch.table if store is None else store.table
+    budget = choose_memory(asked_memory, kept, index.nbytes - sketch.table.expert_nbytes)
     sidecar = open_sidecar(folder, index, asked)
     model: Any = load_skeleton(folder, sketch, _torch_dtype(dtype), **model_kwargs)
     layers = probe(model, offloaded_modules(model))
     check_layout(sidecar, layers, model.config.get_text_config().hidden_size)
-    table = sketch.table.reordered([layer.name for layer in layers])
+    source = sketch.table.reordered([layer.name for layer in layers])
+    table = kept.reordered([layer.name for layer in layers])
     slots = plan_slots(budget, table.slot_bytes, table.total_slots, [layer.top_k for layer in layers])
     staging_slots = slots.staging_slots if asked.prefetch != "none" or policy.stands_in else 0
-    math = _prove_math(layers, table, model.dtype)
+    math = _math(layers, source, store, model.dtype)
     learner = _make_learner(asked, layers, model, budget) if sidecar is None and staging_slots else None
     predictor = prefetch_guesses(asked, layers, model.dtype, sidecar, learner)
     policies = approximation(
@@ -118,7 +124,7 @@ def load(
         token_demand_slots=slots.token_demand_slots,
         staging_slots=staging_slots,
         source="safetensors" if store is None else "packed",
-        stored_dtype=table.layers[0].layout.parts[0].dtype,
+        stored_dtype=source.layers[0].layout.parts[0].dtype if store is None or store.codec == STORED else store.codec,
         compute_dtype=str(model.dtype).removeprefix("torch."),
         predictor=asked.prefetch if sidecar is None else "fitted",
         math="own" if all(entry is not None for entry in math) else "family",
@@ -128,9 +134,11 @@ def load(
     return make_offloaded(model, ForerouteHandle(plan, runtime, layers))
 
 
-def choose_memory(asked: int | str | None, table: ExpertTable, index: CheckpointIndex) -> int:
+def choose_memory(asked: int | str | None, table: ExpertTable, dense_bytes: int) -> int:
     """The budget in bytes: what was asked for, or what free RAM leaves beside the dense weights and a reserve.
 
+    Args:
+        table: the experts as they are kept. dense_bytes: of the other weights.
     Raises:
         BudgetError: not a size, or more than the machine has.
     """
@@ -149,7 +157,6 @@ def choose_memory(asked: int | str | None, table: ExpertTable, index: Checkpoint
                 "Leave --memory out to have it chosen."
             )
         return budget
-    dense_bytes = index.nbytes - table.expert_nbytes
     return min(whole, max(0, _available_ram() - dense_bytes - _CHOSEN_RESERVE_BYTES))
 
 
@@ -178,6 +185,16 @@ def _torch_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
     if dtype not in known:
         raise ForerouteError(f"dtype {dtype!r} is not known. Choose auto, {', '.join(known)}.")
     return known[dtype]
+
+
+def _math(
+    layers: list[MoeLayer], source: ExpertTable, store: PackedStore | None, dtype: torch.dtype
+) -> list[ExpertMath | None]:
+    """Per layer how experts are computed: as the family does, bit for bit, or over quantised parts."""
+    if store is None or store.codec == STORED:
+        return _prove_math(layers, source, dtype)
+    described = [describe_math(layer.experts) for layer in layers]
+    return [*math_of(CODECS[store.codec], store.order, described, source, dtype)]
 
 
 def _prove_math(layers: list[MoeLayer], table: ExpertTable, dtype: torch.dtype) -> list[ExpertMath | None]:
@@ -209,8 +226,7 @@ def _build_runtime(
         table.num_keys,
         eviction=Lru() if asked.eviction == "lru" else Lfu(),
         staging_slots=staging_slots,
-        # With a slot for every expert nothing is ever in the way.
-        filling_slots=num_slots if num_slots == table.total_slots else staging_slots,
+        filling_slots=min(max(layer.top_k for layer in layers), num_slots // _FILLING_SHARE),
         keys_per_layer=table.num_experts,
     )
     memory, slots = allocate_slots(num_slots, table.slot_bytes)

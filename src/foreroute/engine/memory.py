@@ -8,7 +8,9 @@ import torch
 from foreroute.checkpoint.layouts import ExpertLayout
 from foreroute.kernels.cpu import ExpertMath
 
-TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+TORCH_DTYPES = {
+    "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I8": torch.int8, "U8": torch.uint8,
+}  # fmt: skip
 
 
 class SlotViews:
@@ -41,7 +43,9 @@ class SlotViews:
         ]
         self._compute_dtype = compute_dtype
         self._is_stored_so = [
-            all(TORCH_DTYPES[part.dtype] == compute_dtype for part in layout.parts) for layout in layouts
+            (entry is not None and entry.takes_stored)
+            or all(TORCH_DTYPES[part.dtype] == compute_dtype for part in layout.parts)
+            for layout, entry in zip(layouts, math, strict=True)
         ]
 
     def operands(self, layer: int, slot: int) -> tuple[torch.Tensor, ...]:

@@ -137,11 +137,13 @@ def make_offloaded(model: nn.Module, handle: ForerouteHandle) -> nn.Module:
             tokens = kwargs.get("inputs_embeds")
         runtime = handle_ref()
         if runtime is not None and tokens is not None:
+            cache = kwargs.get("past_key_values")
             if tokens.shape[1] != 1:
-                _check_prompt(tokens, kwargs.get("past_key_values"), context)
+                _check_prompt(tokens, cache, context)
             # Embeddings in place of ids tell nothing about layer 0.
             token_ids = None if tokens.is_floating_point() else tokens
-            runtime.begin_step(tokens.shape[0], tokens.shape[1], token_ids)
+            is_start = cache is None or int(cache.get_seq_length()) == 0
+            runtime.begin_step(tokens.shape[0], tokens.shape[1], token_ids, is_start=is_start)
 
     model.register_forward_pre_hook(begin, with_kwargs=True)
     weakref.finalize(model, handle.runtime.close)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from foreroute.checkpoint.layouts import ExpertTable
 from foreroute.checkpoint.records import StoreWriter
+from foreroute.engine.quantising import Quantiser
 from foreroute.transfer.disk import DiskTransfer
 from foreroute.transfer.memory import allocate_slots
 
@@ -15,8 +16,16 @@ _RING_SLOTS = 4
 Progress = Callable[[int, int], None]
 
 
-def pack(table: ExpertTable, path: Path, *, progress: Progress, resume: bool = True, keep_partial: bool = False) -> int:
-    """Write the store at `path` and return its size in bytes.
+def pack(
+    table: ExpertTable,
+    path: Path,
+    *,
+    progress: Progress,
+    resume: bool = True,
+    keep_partial: bool = False,
+    quantiser: Quantiser | None = None,
+) -> int:
+    """Write the store at `path` and return its size in bytes; quantised, where there is a quantiser of `table`.
 
     A partial file left by a crash is continued; an interrupt removes it unless `keep_partial`.
 
@@ -29,11 +38,14 @@ def pack(table: ExpertTable, path: Path, *, progress: Progress, resume: bool = T
         for layer, described in enumerate(table.layers)
         for expert in range(described.num_experts)
     ]
-    writer = StoreWriter(path, table, resume=resume)
+    if quantiser is None:
+        writer = StoreWriter(path, table, resume=resume)
+    else:
+        writer = StoreWriter(path, quantiser.table, codec=quantiser.codec.name, order=quantiser.order, resume=resume)
     memory, slots = allocate_slots(_RING_SLOTS, table.slot_bytes)
     transfer = DiskTransfer(table.reads, slots.__getitem__, label=table.label)
     try:
-        _copy_all(table, keys, writer, transfer, slots, progress)
+        _copy_all(table, keys, writer, transfer, slots, progress, quantiser)
         transfer.close()
         writer.finish()
     except KeyboardInterrupt:
@@ -58,6 +70,7 @@ def _copy_all(
     transfer: DiskTransfer,
     slots: list[memoryview],
     progress: Progress,
+    quantiser: Quantiser | None,
 ) -> None:
     done = requested = writer.next_record
     progress(done, len(keys))
@@ -73,8 +86,12 @@ def _copy_all(
                     raise completion.error
                 arrived[completion.key] = completion.slot
         slot = arrived.pop(keys[done])
-        layer = keys[done] // table.num_experts
-        writer.write(done, slots[slot], table.layers[layer].layout.record_bytes)
+        layer, expert = table.expert_id(keys[done])
+        if quantiser is None:
+            writer.write(done, slots[slot], table.layers[layer].layout.record_bytes)
+        else:
+            payload = quantiser.encode(layer, expert, slots[slot])
+            writer.write(done, payload, quantiser.table.layers[layer].layout.record_bytes)
         free.append(slot)
         done += 1
         progress(done, len(keys))

@@ -92,11 +92,21 @@ class Runtime:
         self._most_leased = residency.num_slots - residency.staging_slots
         self._ahead = ReadsAhead(self)
 
-    def begin_step(self, num_rows: int, num_positions: int, token_ids: torch.Tensor | None = None) -> None:
-        """A forward pass of [num_rows, num_positions] tokens begins; `token_ids` of that shape, where it has them."""
+    def begin_step(
+        self, num_rows: int, num_positions: int, token_ids: torch.Tensor | None = None, *, is_start: bool = False
+    ) -> None:
+        """A forward pass of [num_rows, num_positions] tokens begins; `token_ids` of that shape, where it has them.
+
+        Args:
+            is_start: nothing was computed before it: a prompt, of a single token too.
+        Raises:
+            PolicyError: policies were set for another number of rows.
+        """
+        if self.approximation is not None:
+            self.approximation.of_rows(num_rows)
         self._ahead.book(self._phase)
         self._num_rows = num_rows
-        self.is_prefill = num_positions > 1
+        self.is_prefill = is_start or num_positions > 1
         self._phase = self.stats.prefill if self.is_prefill else self.stats.decode
         self._phase.steps += 1
         self._phase.tokens += num_rows * num_positions
@@ -149,7 +159,9 @@ class Runtime:
             self._settle(self.transfer.completed())
         self._ahead.drop_contradicted(layer, keys, self._phase)
         math = self._math[layer]
-        if math is None or self.is_prefill or len(keys) > self._most_leased:
+        if math is None or self.is_prefill or len(keys) > self._most_leased - len(self.residency.filling):
+            if approximation is not None:
+                approximation.see(layer, hidden, ids, weights)
             return self._compute_streamed(layer, keys, hidden, ids, weights)
         step = self._decode_step(layer, math, routed, hidden, weights)
         seen = (hidden, ids, weights)
@@ -213,6 +225,7 @@ class Runtime:
         waited: set[int] = set()
         if late or misses:
             self._phase.stalled_layers += 1
+            self._phase.first_waited += len(late) + len(misses) if layer == 0 else 0
             waited = self._demand(layer, late, misses)
         # Demand first: a guess must never delay a needed copy.
         prefetch_next()
@@ -331,12 +344,17 @@ class Runtime:
         num_late = sum(self.residency.state(key) == LOADING for key in keys)
         self._quiesce()
         math = self._math[layer]
-        hits_before = self._phase.hits
+        hits_before, misses_before = self._phase.hits, self._phase.misses
         stream = ExpertStream(self, layer, keys, self._phase, self._clock)
         # The stream found them there: they were waited for.
         num_late = min(num_late, self._phase.hits - hits_before)
         self._phase.hits -= num_late
         self._phase.late += num_late
+        if not self.is_prefill:
+            num_waited = num_late + self._phase.misses - misses_before
+            self._phase.layers += 1
+            self._phase.stalled_layers += num_waited > 0
+            self._phase.first_waited += num_waited if layer == 0 else 0
         if self.is_prefill and ids.numel() >= self._prefill_guesses_from * self._widths[layer]:
             # Behind this layer's reads that are queued already: a guess runs where the reader would have a pause, and
             # delays those that the ring asks for later by at most itself.

@@ -101,6 +101,10 @@ class _TransferFront(_Front):
         self._watch.told[slot] = key
         self._behind.prefetch(key, slot)
 
+    def fill(self, key: int, slot: int) -> None:
+        self._watch.told[slot] = key
+        self._behind.fill(key, slot)
+
 
 class _PoolFront(_Front):
     def slot_of(self, key: int) -> int:

@@ -13,6 +13,7 @@ class PhaseStats:
     hits / late / misses: demanded experts that were there / still on their way / absent.
     demand_loads: experts read because a router asked. prefetch_loads: experts read on a guess.
     layers / stalled_layers: MoE layers computed / those that waited for an expert. Decode alone.
+    first_waited: of the late ones and misses, those of layer 0. Decode alone.
     stood_in: demanded experts for which default vectors stood in; not among hits, late and misses.
     fill_loads: those of them that were read afterwards.
     stall_s: seconds in which compute waited for bytes.
@@ -32,6 +33,7 @@ class PhaseStats:
     prefetch_wasted: int = 0
     layers: int = 0
     stalled_layers: int = 0
+    first_waited: int = 0
     stood_in: int = 0
     fill_loads: int = 0
     fill_bytes: int = 0

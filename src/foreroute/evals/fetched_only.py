@@ -94,6 +94,7 @@ class FetchedOnly:
                 guess = self._guess(layer - 1, ids.shape[1])
                 if guess is not None:
                     return self._approximate(layer, compute, Seen(hidden, ids, weights), guess)
+                self._count_unguessed(layer, ids)
             self._before = Seen(hidden, ids, weights, self.tap(layer))
             return compute(hidden, ids, weights)
 
@@ -116,7 +117,10 @@ class FetchedOnly:
         self._before = Seen(hidden, ids, weights, self.tap(layer))
         missing = ~(ids[:, :, None] == guess.ids[:, None, :]).any(-1) & (ids < self._widths[layer])
         rows = self._rows[layer]
-        dropped = torch.zeros_like(missing) if rows is None else stood_in_rows(self._policy, weights, missing)
+        dropped = torch.zeros_like(missing)
+        if rows is not None:
+            # What is no expert has no mass.
+            dropped = stood_in_rows(self._policy, weights * (ids < self._widths[layer]), missing)
         waited = missing & ~dropped
         tally.missed += int(missing.sum())
         tally.waited += int(waited.sum())
@@ -125,6 +129,14 @@ class FetchedOnly:
             return compute(hidden, ids, weights)
         total = compute(hidden, ids, weights.masked_fill(dropped, 0))
         return total + weighted_rows(rows, Seen(hidden, ids, weights * dropped)).to(total.dtype)
+
+    def _count_unguessed(self, layer: int, ids: torch.Tensor) -> None:
+        """A layer that nobody guesses waits for all its experts."""
+        num_experts = int((ids < self._widths[layer]).sum())
+        self.tally.layers += len(ids)
+        self.tally.missed += num_experts
+        self.tally.waited += num_experts
+        self.tally.stalled += len(ids)
 
     def _count_first(self, hidden: torch.Tensor, ids: torch.Tensor) -> None:
         """Layer 0 waits for what its table did not guess. In prompts, which are exact, nothing is counted."""
@@ -157,11 +169,12 @@ def fetched_only(model: Any, sidecar: Sidecar, policy: Policy, *, in_prompts: bo
     Raises:
         PolicyError: the policy cannot be had with this model.
     """
-    only = FetchedOnly(model, sidecar, policy, in_prompts=in_prompts)
     handle = model.foreroute
     handle.check_policy(policy)
     if len(handle.policies) != 1 or handle.policies[0] != Policy():
         raise PolicyError(f"The model decodes under {', '.join(map(str, handle.policies))}; set it to exact first.")
+
+    only = FetchedOnly(model, sidecar, policy, in_prompts=in_prompts)
 
     def begin(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         only.begin(kwargs["input_ids"] if "input_ids" in kwargs else args[0])

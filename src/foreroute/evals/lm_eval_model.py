@@ -7,6 +7,7 @@ How that command line finds it: lm_eval.py. Importing this module needs the extr
 
 from __future__ import annotations
 
+import logging
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -67,6 +68,10 @@ class ForerouteLM(HFLM):
         harness = {name: options.pop(name) for name in _HARNESS_OPTIONS if name in options}
         config = engine_config(options)
         folder = locate(pretrained, revision=revision)
+        if config.policy != "exact":
+            logging.getLogger(__name__).warning(
+                "policy=%s shows in what is generated; likelihoods are computed as a prompt is, exactly.", config.policy
+            )
         model = load(folder, dtype=dtype, config=config)
         super().__init__(pretrained=model, tokenizer=load_tokenizer(tokenizer or folder), **harness)
         # What lm-eval's reports call the model.
@@ -102,7 +107,9 @@ def _value(name: str, given: Any, hint: Any) -> Any:
     if type(given) in kinds:
         return given
     # A bool or None in place of text is what YAML and lm-eval make of no, true and none.
-    if str in kinds and not isinstance(given, bool) and given is not None:
+    if str in kinds and given is None:
+        return "none"
+    if str in kinds and not isinstance(given, bool):
         return text
     for kind in (int, float):
         try:
@@ -125,6 +132,22 @@ class LmEvalScores:
     metrics: dict[str, dict[str, float]]
 
 
+def check_tasks(tasks: Sequence[str], include_path: Path | None) -> TaskManager:
+    """lm-eval's tasks, the named ones among them.
+
+    Raises:
+        EvaluationError: one of them is not, or there is no such folder.
+    """
+    if include_path is not None and not include_path.is_dir():
+        raise EvaluationError(f"--include-path {include_path} is not a folder.")
+    manager = TaskManager(include_path=None if include_path is None else str(include_path))
+    unknown = [name for name in tasks if name not in manager.all_tasks]
+    if unknown or not tasks:
+        what = f"lm-eval has no task called {unknown[0]}." if unknown else "No task is named."
+        raise EvaluationError(f"{what} `lm_eval ls tasks` lists them.")
+    return manager
+
+
 def run_lm_eval(
     model: Any,
     tokenizer: Any,
@@ -143,11 +166,7 @@ def run_lm_eval(
     Raises:
         EvaluationError: an unknown task, or its data cannot be had.
     """
-    manager = TaskManager(include_path=None if include_path is None else str(include_path))
-    unknown = [name for name in tasks if name not in manager.all_tasks]
-    if unknown or not tasks:
-        what = f"lm-eval has no task called {unknown[0]}." if unknown else "No task is named."
-        raise EvaluationError(f"{what} `lm_eval ls tasks` lists them.")
+    manager = check_tasks(tasks, include_path)
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch)
     try:
         found = simple_evaluate(wrapped, tasks=list(tasks), limit=limit, task_manager=manager, log_samples=False)

@@ -24,7 +24,7 @@ from foreroute.predict.sidecar import Sidecar
 NO_CACHE = "none"
 _PROMPT_SHARE = 8
 
-# Tasks of another harness: (model, whether it decodes under the policy in prompts too) -> accuracy by task.
+# Tasks of another harness: model -> accuracy by task.
 OtherTasks = Callable[[Any], Mapping[str, float]]
 
 
@@ -47,12 +47,23 @@ class Rows:
 
 @dataclass(frozen=True)
 class Material:
-    """What is read and answered: windows [windows, context + 1] of text, and items with one right answer each."""
+    """What is read and answered: windows [windows, context + 1] of text, and items with one right answer each.
+
+    batch: items answered together where there is no cache. others: tasks of another harness; others_in_prompts: their
+    prompts are under the policy too, as those of likelihoods must be to show it; without a cache only.
+    """
 
     windows: torch.Tensor
     items: tuple[Item, ...]
     batch: int
     others: OtherTasks | None = None
+    others_in_prompts: bool = False
+
+    def digest(self) -> str:
+        """Tells these windows and items from all others."""
+        whole = hashlib.sha256(self.windows.numpy().tobytes())
+        whole.update(json.dumps([[item.kind, item.prompt, item.answer] for item in self.items]).encode())
+        return whole.hexdigest()
 
     @property
     def given(self) -> int:
@@ -182,13 +193,13 @@ class _Row:
                     model, self.sidecar, self.policy, ids, _chars(self.tokenizer, ids), self._named("text")
                 )
                 found |= _figures(difference, cost, timed=False)
-            with fetched_only(model, self.sidecar, self.policy, in_prompts=False) as tally:
+            in_prompts = self.material.others is not None and self.material.others_in_prompts
+            with fetched_only(model, self.sidecar, self.policy, in_prompts=in_prompts) as tally:
                 found |= self._answers(model, self.material.batch)
-            if not len(ids) and tally.tokens:
-                found |= Cost.of_tally(tally, model.foreroute.plan.expert_bytes).figures()
-            if self.material.others is not None:
-                with fetched_only(model, self.sidecar, self.policy, in_prompts=True):
+                if self.material.others is not None:
                     found["accuracy"] |= self.material.others(model)
+            if not len(ids):
+                found |= Cost.of_tally(tally, model.foreroute.plan.expert_bytes).figures()
         finally:
             model.foreroute.close()
         return found
@@ -204,10 +215,10 @@ class _Row:
             before = model.foreroute.stats()
             # One by one: a batch would share its experts, and be another case.
             found |= self._answers(model, 1)
-            if texts is None:
-                found |= Cost.of_stats(model.foreroute.stats().minus(before).decode, None).figures()
             if self.material.others is not None:
                 found["accuracy"] |= self.material.others(model)
+            if texts is None:
+                found |= Cost.of_stats(model.foreroute.stats().minus(before).decode, None).figures()
         finally:
             model.foreroute.close()
         return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -69,8 +70,8 @@ class Difference:
 class Cost:
     """What a policy moved and waited for, over tokens. Counts of experts, but for bytes and seconds.
 
-    layers, stalled: MoE layers passed, and those that waited. missed, waited: experts that were not there, and those
-    of them that were waited for, past layer 0 (which waits for all it lacks) where that is known.
+    layers, stalled: MoE layers passed, and those that waited, layer 0 among them. missed, waited: experts that were
+    not there, and those of them that were waited for, past layer 0, which waits for all it lacks.
     """
 
     tokens: int = 0
@@ -91,7 +92,7 @@ class Cost:
     def of_stats(cls, stats: Any, seconds: float | None) -> Cost:
         """Of a `PhaseStats` of decoding."""
         moved = stats.demand_bytes + stats.prefetch_bytes + stats.fill_bytes
-        waited = stats.late + stats.misses
+        waited = stats.late + stats.misses - stats.first_waited
         missed = waited + stats.stood_in
         return cls(stats.tokens, stats.layers, stats.stalled_layers, missed, waited, moved, seconds)
 
@@ -132,6 +133,8 @@ class Texts:
         nbytes = 4 * self.scored * vocabulary
         try:
             file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  the array owns it
+            # Reserved at once: a page that has no room when it is written kills the process.
+            os.posix_fallocate(file.fileno(), 0, nbytes)
             self._exact = np.memmap(file, np.float32, "w+", shape=(self.scored, vocabulary))
         except OSError as error:
             raise EvaluationError(
@@ -191,7 +194,7 @@ def price_decoding(
     try:
         for number, row in enumerate(texts.ids):
             prompt, rest = row[: texts.given], row[texts.given : -1]
-            cache = model(input_ids=prompt[None], use_cache=True, logits_to_keep=1).past_key_values
+            cache = model(input_ids=prompt[None], use_cache=True).past_key_values
             before = model.foreroute.stats()
             started = time.perf_counter()
             said = []

@@ -47,13 +47,30 @@ class ExpertMath:
         out_dim = 1 if self.is_transposed else 0
         return shapes[self.up_at][out_dim], shapes[self.down_at][out_dim]
 
+    @property
+    def takes_stored(self) -> bool:
+        """The operands are what is stored, in whatever dtypes; else they are wanted in the compute dtype."""
+        return False
+
+    def multiply(self, rows: torch.Tensor, operands: Operands, part_at: int) -> torch.Tensor:
+        """`rows` [n, in] times the expert's matrix that is part `part_at`."""
+        return torch.mm(rows, operands[part_at])
+
+    def multiply_into(self, out: torch.Tensor, rows: torch.Tensor, operands: Operands, part_at: int) -> None:
+        """The same, written to `out`."""
+        torch.mm(rows, operands[part_at], out=out)
+
+    def bias(self, operands: Operands, part_at: int) -> torch.Tensor:
+        """The expert's bias that is part `part_at`."""
+        return operands[part_at]
+
     def __call__(self, rows: torch.Tensor, operands: Operands) -> torch.Tensor:
         """The expert's output [rows, hidden] for `rows` [rows, hidden], before its gate weight."""
-        inner = torch.mm(rows, operands[self.up_at])
+        inner = self.multiply(rows, operands, self.up_at)
         if self.up_bias_at >= 0:
-            inner = inner + operands[self.up_bias_at]
-        out = torch.mm(self.gate(inner), operands[self.down_at])
-        return out if self.down_bias_at < 0 else out + operands[self.down_bias_at]
+            inner = inner + self.bias(operands, self.up_bias_at)
+        out = self.multiply(self.gate(inner), operands, self.down_at)
+        return out if self.down_bias_at < 0 else out + self.bias(operands, self.down_bias_at)
 
 
 class OneToken:
@@ -80,22 +97,22 @@ class OneToken:
 
     def run(self, math: ExpertMath, hidden: torch.Tensor, keys: Sequence[int], operands: Sequence[Operands]) -> None:
         """Compute the experts `keys` for `hidden` [1, hidden]."""
-        mm = torch.mm
+        multiply_into = math.multiply_into
         first = len(self._keys)
         last = first + len(keys)
         self._keys.extend(keys)
         up_at, down_at = math.up_at, math.down_at
         for row, expert in zip(self._up_rows[first:last], operands, strict=True):
-            mm(hidden, expert[up_at], out=row)
+            multiply_into(row, hidden, expert, up_at)
         if math.up_bias_at >= 0:
             for row, expert in zip(self._up_rows[first:last], operands, strict=True):
-                row.add_(expert[math.up_bias_at])
+                row.add_(math.bias(expert, math.up_bias_at))
         inner = math.gate(self._up[first:last])
         for row, inner_row, expert in zip(self._out_rows[first:last], inner.split(1), operands, strict=True):
-            mm(inner_row, expert[down_at], out=row)
+            multiply_into(row, inner_row, expert, down_at)
         if math.down_bias_at >= 0:
             for row, expert in zip(self._out_rows[first:last], operands, strict=True):
-                row.add_(expert[math.down_bias_at])
+                row.add_(math.bias(expert, math.down_bias_at))
 
     def put(self, keys: Sequence[int], rows: torch.Tensor) -> None:
         """Take `rows` [keys, hidden] for the outputs of these experts, before their gate weights."""

@@ -38,6 +38,7 @@ class Outline:
     experts: names of the experts modules, in module order.
     table: where every expert's bytes are; layers in the order of `experts`.
     expert_targets: the fused parameters that must not be loaded, by full name.
+    is_transposed: per layer, matrices are stored as [in, out].
     """
 
     config: Any
@@ -45,6 +46,7 @@ class Outline:
     table: ExpertTable
     expert_targets: frozenset[str]
     experts_classes: frozenset[type[nn.Module]]
+    is_transposed: tuple[bool, ...]
 
 
 def read_config(folder: Path) -> Any:
@@ -99,7 +101,10 @@ def outline(folder: Path, index: CheckpointIndex) -> Outline:
         targets.update(f"{name}.{p.name}" for p in parameters)
         layers.append(layer_experts(name, _num_experts(module), layer_sources, index))
     classes = frozenset(type(module) for module in modules.values())
-    return Outline(config, tuple(modules), ExpertTable(tuple(layers), index), frozenset(targets), classes)
+    # Set by transformers' decorator.
+    transposed = tuple(bool(getattr(module, "is_transposed", False)) for module in modules.values())
+    table = ExpertTable(tuple(layers), index)
+    return Outline(config, tuple(modules), table, frozenset(targets), classes, transposed)
 
 
 def load_skeleton(folder: Path, sketch: Outline, dtype: torch.dtype | str, **kwargs: Any) -> nn.Module:

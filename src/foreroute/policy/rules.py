@@ -24,6 +24,14 @@ class Policy:
     name: str = EXACT
     tau: float = 0.0
 
+    def __post_init__(self) -> None:
+        if self.name not in NAMES or (self.tau and self.name != TOLERANCE):
+            raise PolicyError(
+                f"Policy {self.name!r} with tau {self.tau:g} is not known. Choose one of {', '.join(NAMES)}."
+            )
+        if not 0.0 <= self.tau <= 1.0:
+            raise PolicyError(f"Policy {self}: tau is a share of the gate mass, from 0 to 1.")
+
     @classmethod
     def parse(cls, text: str) -> "Policy":
         """`exact`, `tolerance:0.1`, `speculative` or `paper`.
@@ -42,12 +50,13 @@ class Policy:
             tau = float(rest)
         except ValueError:
             raise PolicyError(f"Policy {text!r}: {rest!r} is no number. Write it as tolerance:0.1.") from None
-        if not 0.0 <= tau <= 1.0:
-            raise PolicyError(f"Policy {text!r}: tau is a share of the gate mass, from 0 to 1.")
         return cls(name, tau)
 
     def __str__(self) -> str:
-        return f"{self.name}:{self.tau:g}" if self.name == TOLERANCE else self.name
+        if self.name != TOLERANCE:
+            return self.name
+        short = f"{self.tau:g}"
+        return f"{self.name}:{short if float(short) == self.tau else self.tau!r}"
 
     @property
     def stands_in(self) -> bool:

@@ -40,10 +40,6 @@ class DefaultVectors:
     def __init__(self, layers: Sequence[QuasiHiddenLayer | None], routers: Sequence[NextRouter | None]) -> None:
         self._layers = list(zip(layers, routers, strict=True))
 
-    def can_guess(self, layer: int) -> bool:
-        """Whether `guess` has something to say from that layer."""
-        return layer < len(self._layers) and None not in self._layers[layer]
-
     def guess(self, layer: int, seen: Seen, width: int) -> TokenGuess | None:
         """See `Predictor`. Cost: k rows of [hidden], a norm and the router."""
         quasi_hidden, router = self._layers[layer] if layer < len(self._layers) else (None, None)

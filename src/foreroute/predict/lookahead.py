@@ -32,7 +32,7 @@ class NextRouter:
         """The router's own choice on `router_input` [tokens, hidden], cut to `width` or lengthened by the next best.
 
         The router's own selection rule decides first, groups and corrections included; only what lies beyond its
-        top-k is ranked by plain logits, and gets no weight.
+        top-k is ranked by plain logits, and weighs what their softmax gives it.
         """
         outputs = self.route(router_input)
         ids, weights = outputs[self.ids_at], outputs[self.weights_at]
@@ -49,7 +49,9 @@ class NextRouter:
         ranked = torch.topk(logits, min(width + top_k, self.num_experts)).indices
         is_chosen = (ranked[:, :, None] == ids[:, None, :]).any(-1)
         others = ranked.gather(-1, is_chosen.int().argsort(dim=-1, stable=True))[:, : width - top_k]
-        return TokenGuess(torch.cat([ids, others], -1), torch.cat([weights, torch.zeros_like(others)], -1))
+        both = torch.cat([ids, others], -1)
+        shares = torch.softmax(logits.gather(-1, both).float(), -1)[:, top_k:]
+        return TokenGuess(both, torch.cat([weights, (shares * weights.sum(-1, keepdim=True)).to(weights.dtype)], -1))
 
 
 class RouterLookahead:

@@ -5,7 +5,7 @@ wrong guesses cannot push out the experts that are known to be hot; they are giv
 Only the decode thread calls any of this; readers move bytes and never look here.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from typing import NoReturn
 
 from foreroute.residency.eviction import Eviction
@@ -47,7 +47,7 @@ class Residency:
         num_keys: expert keys; more than there are experts when layers differ in width.
         eviction: the order of giving up; reset here, owned by the pool from now on.
         staging_slots: the most slots that prefetched, not yet demanded keys may take; 0 turns prefetch off.
-        filling_slots: the most that may be loading while nobody waits, staged ones included; staging_slots by default.
+        filling_slots: the most slots that `fill` may have loading at a time; 0 turns fills off.
         keys_per_layer: width of a layer in keys, for `resident_per_layer`; None counts all keys as one layer.
     Attributes (read only):
         evictions: keys given up so far, staged ones too.
@@ -64,7 +64,7 @@ class Residency:
         *,
         eviction: Eviction,
         staging_slots: int,
-        filling_slots: int | None = None,
+        filling_slots: int = 0,
         keys_per_layer: int | None = None,
     ) -> None:
         assert num_slots > 0, "a pool needs a slot"
@@ -72,7 +72,7 @@ class Residency:
         self.num_slots = num_slots
         self.num_keys = num_keys
         self.staging_slots = staging_slots
-        self.filling_slots = staging_slots if filling_slots is None else filling_slots
+        self.filling_slots = filling_slots
         self.evictions = 0
         self.prefetch_used = 0
         self.prefetch_wasted = 0
@@ -160,7 +160,7 @@ class Residency:
                 kept.append(key)
         if not absent:
             return []
-        room = self.staging_slots - len(self._staged_loading) - len(staged_ready) - len(self._filling)
+        room = self.staging_slots - len(self._staged_loading) - len(staged_ready)
         slots = self._take(min(room, len(absent)), kept)
         for _ in range(min(len(staged_ready) - num_renewed, len(absent) - len(slots))):
             slots.append(self._give_up_staged())
@@ -178,7 +178,7 @@ class Residency:
         self._eviction.touch(keys)
         self._unstage((), [(key, self._slot_of[key]) for key in keys if state[key] == LOADING])
         absent = [key for key in keys if state[key] == FREE]
-        room = self.filling_slots - len(self._filling) - len(self._staged_loading)
+        room = self.filling_slots - len(self._filling)
         loads = self._load(absent, self._take(min(room, len(absent)))) if absent and room > 0 else []
         self._filling.update(key for key, _ in loads)
         return loads
@@ -273,6 +273,11 @@ class Residency:
     def ready_keys(self) -> list[int]:
         """Keys whose bytes are there and that nobody computes with. Cost: a look at every key."""
         return [key for key, state in enumerate(self._state) if state == READY]
+
+    @property
+    def filling(self) -> Set[int]:
+        """Keys that are being filled: LOADING, and nobody waits for them."""
+        return self._filling
 
     @property
     def num_free(self) -> int:

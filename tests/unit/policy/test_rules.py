@@ -82,6 +82,16 @@ def test_a_step_waits_for_what_one_of_its_tokens_waits_for():
     assert waited_for([SPECULATIVE, EXACT, SPECULATIVE], routed, weights, there) == {2, 3}
 
 
+@pytest.mark.parametrize(("name", "tau"), [("fast", 0.0), ("tolerance", 7.0), ("exact", 0.1)])
+def test_a_policy_made_by_hand_is_checked_too(name, tau):
+    with pytest.raises(PolicyError):
+        Policy(name, tau)
+
+
+def test_two_policies_never_share_a_name():
+    assert str(tolerance(0.1234567)) != str(tolerance(0.1234568))
+
+
 def test_what_is_no_expert_has_no_mass():
     assert waited_for([tolerance(0.5)], [[4, -1]], [[0.4, 0.6]], lambda key: False) == {4}
 

@@ -28,8 +28,9 @@ class NaiveScores:
 class NaivePool:
     """What `Residency` promises, with no thought of speed. Says which slots are free, not which of them is taken."""
 
-    def __init__(self, num_slots, num_keys, staging_slots, decay):
+    def __init__(self, num_slots, num_keys, staging_slots, filling_slots, decay):
         self.num_slots, self.num_keys, self.staging_slots = num_slots, num_keys, staging_slots
+        self.filling_slots = filling_slots
         self.scores = NaiveScores(num_keys, decay)
         self.state = dict.fromkeys(range(num_keys), FREE)
         self.slot = {}
@@ -96,7 +97,7 @@ class NaivePool:
         for done, key in enumerate(absent):
             old = [other for other in self.staged_ready() if other not in keys]
             cold = self.scores.coldest([other for other in self.hot() if other not in keys])
-            may_grow = len(self.staged) + len(self.filling) < self.staging_slots
+            may_grow = len(self.staged) < self.staging_slots
             if may_grow and self.free:
                 victim = None
             elif may_grow and cold is not None:
@@ -119,9 +120,8 @@ class NaivePool:
             self.unstage(key)
         absent = [key for key in keys if self.state[key] == FREE]
         for done, key in enumerate(absent):
-            staged_loading = [other for other in self.staged if self.state[other] == LOADING]
             victim = None if self.free else self.scores.coldest(self.hot())
-            is_full = len(self.filling) + len(staged_loading) >= self.staging_slots
+            is_full = len(self.filling) >= self.filling_slots
             if is_full or (not self.free and victim is None):
                 return done
             if done == len(loads):

@@ -15,17 +15,21 @@ any_index = st.integers(0, 10**6)
 
 
 class PoolMachine(RuleBasedStateMachine):
-    @initialize(num_slots=st.integers(1, 9), staging=st.integers(0, 5), decay=st.sampled_from([None, 0.97, 0.5, 1.0]))
-    def start(self, num_slots, staging, decay):
+    @initialize(
+        num_slots=st.integers(1, 9), staging=st.integers(0, 5), filling=st.integers(0, 3),
+        decay=st.sampled_from([None, 0.97, 0.5, 1.0]),
+    )  # fmt: skip
+    def start(self, num_slots, staging, filling, decay):
         staging = min(staging, num_slots)
         self.pool = Residency(
             num_slots,
             NUM_KEYS,
             eviction=Lru() if decay is None else Lfu(decay),
             staging_slots=staging,
+            filling_slots=filling,
             keys_per_layer=KEYS_PER_LAYER,
         )
-        self.naive = NaivePool(num_slots, NUM_KEYS, staging, decay)
+        self.naive = NaivePool(num_slots, NUM_KEYS, staging, filling, decay)
 
     def pick(self, index, *states):
         keys = self.naive.in_state(*states)
@@ -159,6 +163,8 @@ class PoolMachine(RuleBasedStateMachine):
             naive.wasted,
         )
         assert pool.num_staged == len(naive.staged) <= pool.staging_slots
+        assert pool.filling == naive.filling
+        assert len(pool.filling) <= pool.filling_slots
         assert pool.num_resident == len(naive.slot)
         assert pool.num_free == len(naive.free)
         for layer, count in enumerate(pool.resident_per_layer):
