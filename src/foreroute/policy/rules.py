@@ -56,7 +56,7 @@ class Policy:
         if self.name != TOLERANCE:
             return self.name
         short = f"{self.tau:g}"
-        return f"{self.name}:{short if float(short) == self.tau else self.tau!r}"
+        return f"{self.name}:{short if float(short) == self.tau else repr(self.tau)}"
 
     @property
     def stands_in(self) -> bool:

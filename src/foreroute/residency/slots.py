@@ -5,7 +5,7 @@ wrong guesses cannot push out the experts that are known to be hot; they are giv
 Only the decode thread calls any of this; readers move bytes and never look here.
 """
 
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Iterable, Sequence
 from typing import NoReturn
 
 from foreroute.residency.eviction import Eviction
@@ -54,6 +54,7 @@ class Residency:
         prefetch_used: prefetched keys that were demanded while staged, loaded already or not.
         prefetch_wasted: prefetched keys that were loaded, and given up before any demand.
         resident_per_layer: keys that have a slot, loaded or on their way.
+        filling: keys that `fill` has loading.
     Cost: benchmarks/residency.py measures it, per layer from demand to release.
     """
 
@@ -90,7 +91,7 @@ class Residency:
         self._num_ready = 0
         self._staged_loading: set[int] = set()
         self._staged_ready: dict[int, None] = {}  # oldest first
-        self._filling: set[int] = set()
+        self.filling: set[int] = set()
         self.resident_per_layer = [0] * -(-self.num_keys // self._keys_per_layer)
 
     # The decode step, in the order in which it happens.
@@ -178,9 +179,9 @@ class Residency:
         self._eviction.touch(keys)
         self._unstage((), [(key, self._slot_of[key]) for key in keys if state[key] == LOADING])
         absent = [key for key in keys if state[key] == FREE]
-        room = self.filling_slots - len(self._filling)
+        room = self.filling_slots - len(self.filling)
         loads = self._load(absent, self._take(min(room, len(absent)))) if absent and room > 0 else []
-        self._filling.update(key for key, _ in loads)
+        self.filling.update(key for key, _ in loads)
         return loads
 
     def loaded(self, key: int) -> None:
@@ -194,7 +195,7 @@ class Residency:
             self._staged_loading.remove(key)
             self._staged_ready[key] = None
         else:
-            self._filling.discard(key)
+            self.filling.discard(key)
             self._eviction.add((key,))
 
     def lease(self, key: int) -> None:
@@ -275,11 +276,6 @@ class Residency:
         return [key for key, state in enumerate(self._state) if state == READY]
 
     @property
-    def filling(self) -> Set[int]:
-        """Keys that are being filled: LOADING, and nobody waits for them."""
-        return self._filling
-
-    @property
     def num_free(self) -> int:
         """Slots that hold nothing."""
         return len(self._free)
@@ -321,7 +317,7 @@ class Residency:
         if after < 0:
             self._refuse(key, event)
         self._staged_loading.discard(key)
-        self._filling.discard(key)
+        self.filling.discard(key)
         self._free.append(self._vacate(key, after))
 
     def _vacate(self, key: int, after: int) -> int:
