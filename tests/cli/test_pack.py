@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
-from foreroute.checkpoint.records import STORE_NAME, partial_path
+from foreroute.checkpoint.records import STORE_NAME, partial_path, store_name
 from tests.cli.harness import NUM_EXPERTS, NUM_LAYERS
 
 SIZE = f"{NUM_LAYERS * NUM_EXPERTS} experts"
@@ -36,8 +36,10 @@ def test_a_complete_store_is_left_alone(run, copied: Path) -> None:
         "path": str(copied / STORE_NAME),
         "store_bytes": (copied / STORE_NAME).stat().st_size,
         "experts": NUM_LAYERS * NUM_EXPERTS,
+        "codec": "stored",
         "was_there": False,
         "found_automatically": True,
+        "layer_errors": None,
     }
     assert forced.err == ""
 
@@ -89,3 +91,34 @@ def test_ctrl_c_before_packing_has_begun_leaves_nothing(run, copied: Path, monke
     assert not partial_path(copied / STORE_NAME).exists()
     assert run("pack", copied, "--keep-partial").code == 130
     assert partial_path(copied / STORE_NAME).exists()
+
+
+def test_quantised_experts_are_used_when_they_are_asked_for(run, copied: Path) -> None:
+    ran = run("pack", copied, "--quant", "int8")
+    assert ran.code == 0, ran.err
+    assert f"Wrote {copied / store_name('int8')}: {SIZE}" in ran.out
+    assert "--packed int8" in ran.out
+    assert "Error of a layer's products" in ran.out
+    short = ("--json", "--memory", "25%", "--max-new-tokens", "3", "--threads", "1")
+    asked = run("generate", copied, "hello", *short, "--packed", "int8", "--dtype", "bfloat16")
+    assert asked.code == 0, asked.err
+    assert (asked.json["plan"]["source"], asked.json["plan"]["stored_dtype"]) == ("packed", "int8")
+    assert run("generate", copied, "hello", *short).json["plan"]["source"] == "safetensors"
+    found = run("plan", copied, "--memory", "50%", "--packed", "int8", "--dtype", "bfloat16", "--json")
+    assert found.code == 0, found.err
+    assert "nothing to do" in run("pack", copied, "--quant", "int8").out
+    again = run("pack", copied, "--quant", "int8", "--force", "--json")
+    assert again.json["codec"] == "int8"
+    assert not again.json["found_automatically"]
+    assert len(again.json["layer_errors"]) == NUM_LAYERS
+    assert all(0 < error < 0.02 for error in again.json["layer_errors"])
+
+
+def test_another_codec_is_not_overwritten(run, copied: Path, tmp_path: Path) -> None:
+    out = tmp_path / "store"
+    assert run("pack", copied, "--quant", "int8", "--out", out).code == 0
+    ran = run("pack", copied, "--out", out)
+    assert ran.code == 2
+    assert "holds int8 experts, not stored" in ran.err
+    assert run("pack", copied, "--quant", "int4", "--out", out, "--force").code == 0
+    assert run("generate", copied, "hello", "--packed", out, "--dtype", "float32").code == 2

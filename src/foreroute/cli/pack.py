@@ -82,9 +82,10 @@ def run(args: argparse.Namespace) -> int:
     if not is_there:
         _check_room(path, table if quantiser is None else quantiser.table)
         _pack(args, table, path, quantiser)
-    _tell(args, table, path, is_there=is_there, is_beside=path == folder / name)
-    if quantiser is not None and not is_there and not args.json:
-        _tell_errors(quantiser)
+    measured = quantiser if quantiser is not None and not is_there and quantiser.is_measured else None
+    _tell(args, table, path, measured, is_there=is_there, is_beside=path == folder / name)
+    if measured is not None and not args.json:
+        _tell_errors(measured)
     return 0
 
 
@@ -172,7 +173,15 @@ def _pack(args: argparse.Namespace, table: "ExpertTable", path: Path, quantiser:
             raise
 
 
-def _tell(args: argparse.Namespace, table: "ExpertTable", path: Path, *, is_there: bool, is_beside: bool) -> None:
+def _tell(
+    args: argparse.Namespace,
+    table: "ExpertTable",
+    path: Path,
+    quantiser: "Quantiser | None",
+    *,
+    is_there: bool,
+    is_beside: bool,
+) -> None:
     nbytes = path.stat().st_size
     if args.json:
         figures.print_json(
@@ -181,7 +190,8 @@ def _tell(args: argparse.Namespace, table: "ExpertTable", path: Path, *, is_ther
             experts=table.total_slots,
             codec=args.quant or STORED,
             was_there=is_there,
-            found_automatically=is_beside,
+            found_automatically=is_beside and args.quant is None,
+            layer_errors=None if quantiser is None else [error.relative for error in quantiser.errors],
         )
         return
     size = f"{table.total_slots} experts, {format_memory(nbytes)}"

@@ -46,6 +46,11 @@ class Quantiser:
         self.errors = [LayerError() for _ in self.table.layers]
         self._payload = bytearray(self.table.slot_bytes)
 
+    @property
+    def is_measured(self) -> bool:
+        """Every layer's error is known; not after a pack that went on in the middle of a layer or behind it."""
+        return all(error.whole for error in self.errors)
+
     def encode(self, layer: int, expert: int, slot: memoryview) -> memoryview:
         """The record of the expert whose own bytes are in `slot`; good until the next call."""
         self._payload[:] = bytes(len(self._payload))
