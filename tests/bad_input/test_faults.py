@@ -88,7 +88,7 @@ def test_decoding_stops_too(load, folder, expected, monkeypatch):
     phases = []
 
     def failing(*_):
-        phases.append(model.foreroute.runtime._is_prefill)
+        phases.append(model.foreroute.runtime.is_prefill)
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     cache = model(ONE_PROMPT.ids, use_cache=True).past_key_values

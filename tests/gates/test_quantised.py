@@ -72,7 +72,7 @@ def test_as_the_dequantised_resident_model(family, quant, stores, checkpoints, l
     assert apart < 0.02 * spread
     if quant == "int4":
         assert apart < 0.3 * float((ours - exact).abs().median()), "no nearer to what is quantised than to what is not"
-    assert model.foreroute.stats().evictions > 0
+    assert model.foreroute.plan.num_slots < model.foreroute.plan.total_slots
 
 
 @pytest.mark.parametrize("quant", QUANTS)

@@ -87,7 +87,9 @@ class TestEveryFamily:
             stats = model.foreroute.stats().as_dict()
             for phase in ("prefill", "decode"):
                 stats[phase].pop("stall_s")
+            # The last guesses may still be on their way.
             stats.pop("read_s")
+            stats.pop("read_bytes")
             runs.append((output, stats))
         assert_same_bits(runs[0][0], runs[1][0])
         assert runs[0][1] == runs[1][1]

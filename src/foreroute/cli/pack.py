@@ -27,7 +27,7 @@ The checkpoint stays as it is, and stays needed: tokenizer, config and dense
 weights are read from it. The store takes the room of all experts once more;
 that is checked first. It gets its name when it is whole, and every record
 carries a checksum.
---quant int8 (a scale per row) or int4 (groups of 32; int4-g128 of 128) makes the
+--quant int8 (a scale per row) or int4 (groups of 32; int4-g128: 128) makes the
 store 2 or 3.5 times smaller, and every read as much faster. The output changes,
 so that it is used only where it is asked for. The error printed is that of a
 layer's products, as a share of them; `foreroute eval` says what it does to the
