@@ -12,6 +12,7 @@ from foreroute.evals.pricing import pareto
 __all__ = ["check", "draw"]
 
 _COSTS = (("bytes_per_token", 1e-6, "MB moved per token"), ("stalled_layers", 100.0, "MoE layers that waited (%)"))
+_LINEAR_NATS = 0.002
 _MARKERS = "os^Dv<>P"
 
 
@@ -30,6 +31,10 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
         for panel, (cost, scale, cost_label) in zip(line, _COSTS, strict=True):
             _panel(panel, rows, values, cost, scale)
             panel.set(xlabel=cost_label, ylabel=label)
+            if "nats" in label:
+                # A baseline may lose a hundred times what the others do.
+                panel.set_yscale("symlog", linthresh=_LINEAR_NATS)
+                panel.set_ylim(min(0.0, *values) - _LINEAR_NATS / 4, 2 * max(_LINEAR_NATS, *values))
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False)
     figure.suptitle(title)
