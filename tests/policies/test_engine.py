@@ -171,6 +171,68 @@ def test_each_row_has_its_policy(load_fitted):
     assert_same_bits(generate(model, two), exact)
 
 
+def test_batches_find_slots_while_guesses_and_fills_are_on_their_way(load_fitted, monkeypatch):
+    """Reads that take their time, two readers, rows that want much: a demand has room all the same."""
+    read, delays = Load.read, random.Random(0)
+
+    def slow(self: Load, key: int, slot: int) -> None:
+        time.sleep(delays.random() * 0.003)
+        read(self, key, slot)
+
+    monkeypatch.setattr(Load, "read", slow)
+    model = load_fitted("qwen3_moe", "40%", policy="speculative", reader_threads=2)
+    for rows in (2, 3, 5):
+        generate(model, make_batch(*[9] * rows, seed=rows), new_tokens=12)
+    decode = model.foreroute.stats().decode
+    assert decode.fill_loads > 0
+    assert decode.prefetch_loads > 0
+
+
+def test_a_wrong_number_of_rows_is_said_before_the_step(load_fitted):
+    model = load_fitted("qwen3_moe", "50%")
+    generate(model)
+    resident = list(model.foreroute.runtime.residency.resident_per_layer)
+    model.foreroute.set_policy("exact", "speculative")
+    with pytest.raises(PolicyError, match="the batch has 1 rows"):
+        generate(model)
+    model.foreroute.set_policy("exact")
+    assert model.foreroute.runtime.residency.resident_per_layer == resident
+
+
+def test_a_prompt_of_one_token_is_a_prompt(load_fitted):
+    model = load_fitted("qwen3_moe", policy="speculative")
+    model(torch.tensor([[9]]), use_cache=False)
+    stats = model.foreroute.stats()
+    assert (stats.prefill.tokens, stats.decode.tokens, stats.decode.stood_in) == (1, 0, 0)
+
+
+def test_paper_holds_where_a_layer_is_streamed(load_fitted, monkeypatch):
+    """Rows that want more than the pool holds."""
+    model = load_fitted("qwen3_moe", "25%", policy="paper", prefetch="none")
+    runtime = model.foreroute.runtime
+    monkeypatch.setattr(runtime, "_most_leased", 0)
+    streamed, made = [], []
+    see, inner = runtime.approximation.see, runtime._compute_streamed
+
+    def seeing(*seen):
+        made.append(see(*seen))
+        return made[-1]
+
+    def streaming(layer, keys, hidden, ids, weights):
+        streamed.append(None if runtime.is_prefill else ids.tolist())
+        return inner(layer, keys, hidden, ids, weights)
+
+    monkeypatch.setattr(runtime.approximation, "see", seeing)
+    monkeypatch.setattr(runtime, "_compute_streamed", streaming)
+    cache = model(ONE_PROMPT.ids, use_cache=True).past_key_values
+    streamed.clear()
+    model(torch.tensor([[20]]), past_key_values=cache, use_cache=True)
+    assert len(made) == len(streamed) == len(model.foreroute.layers)
+    assert streamed[1:] == [guess.ids.tolist() for guess in made[:-1]]
+    decode = model.foreroute.stats().decode
+    assert decode.layers == len(streamed)
+
+
 def test_prompts_are_exact(load_fitted, references, checkpoints):
     model = load_fitted("qwen3_moe", policy="speculative")
     first = generate(model, new_tokens=1)

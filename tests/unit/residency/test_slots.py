@@ -267,3 +267,48 @@ def test_a_large_pool_is_summed_up():
     pool.prefetch([11])
     pool.borrow(5)
     assert repr(pool) == "Residency(92 free, 1 loading, 2 ready, 5 borrowed; 1/4 staged)"
+
+
+def filling_pool(num_slots=12, staging_slots=4, filling_slots=2):
+    return Residency(num_slots, 40, eviction=Lru(), staging_slots=staging_slots, filling_slots=filling_slots)
+
+
+def test_fills_and_guesses_keep_to_their_own_slots_so_that_a_demand_finds_room():
+    pool = filling_pool()
+    for key, _ in pool.prefetch([1, 2, 3, 4]):
+        pool.loaded(key)
+    assert [key for key, _ in pool.fill([11, 12, 13, 14])] == [11, 12]
+    assert [key for key, _ in pool.prefetch([5, 6, 7, 8])] == [5, 6, 7, 8]
+    # Four guesses and two fills are on their way: the other six can be had.
+    assert len(pool.demand([31, 32, 33, 34, 35, 36]).misses) == 6
+    assert pool.filling == {11, 12}
+
+
+def test_a_fill_enters_as_a_demanded_key_does():
+    pool = filling_pool(num_slots=3, staging_slots=1)
+    fill(pool, [1])
+    fill(pool, [2])
+    fill(pool, [3])
+    assert [key for key, _ in pool.fill([9])] == [9]
+    assert pool.state(1) == FREE, "the coldest gave way"
+    pool.loaded(9)
+    assert pool.filling == set()
+    assert pool.demand([9]).hits == [9]
+    assert pool.prefetch_used == pool.prefetch_wasted == 0
+
+
+def test_a_late_guess_that_is_stood_in_for_is_no_guess_any_more():
+    pool = filling_pool()
+    pool.prefetch([5])
+    assert pool.fill([5]) == []
+    assert (pool.num_staged, pool.prefetch_used) == (0, 1)
+    pool.loaded(5)
+    assert pool.demand([5]).hits == [5]
+
+
+def test_a_fill_that_is_demanded_meanwhile_is_late():
+    pool = filling_pool()
+    ((key, slot),) = pool.fill([9])
+    assert pool.demand([9]).late == [(9, slot)]
+    pool.cancel(key)
+    assert pool.filling == set()
