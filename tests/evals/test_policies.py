@@ -89,7 +89,10 @@ def test_the_rows(run, held_out: Path, tmp_path: Path) -> None:
     assert exact["bytes_per_token"] > tolerant["bytes_per_token"] > speculative["bytes_per_token"]
     assert speculative["waited_misses"] == 0 < tolerant["waited_misses"] < 1
     assert 0 < tolerant["kl"] < speculative["kl"] < paper["kl"]
+    # With a cache likewise, and fewer bytes.
+    assert 0 < rows[5]["kl"] < rows[6]["kl"] < rows[7]["kl"]
     assert rows[6]["bytes_per_token"] < speculative["bytes_per_token"]
+    assert rows[4]["stalled_layers"] > rows[6]["stalled_layers"] > 0 == rows[6]["waited_misses"]
     assert (tmp_path / "prices.png").read_bytes().startswith(b"\x89PNG")
 
 
