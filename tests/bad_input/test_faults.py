@@ -40,7 +40,7 @@ def assert_usable(model, expected):
         assert_same_bits(generate(model, batch), theirs)
     runtime = model.foreroute.runtime
     while runtime.transfer.num_in_flight:
-        runtime._settle(runtime.transfer.wait())
+        runtime.settle(runtime.transfer.wait())
     residency = runtime.residency
     states = [residency.state(key) for key in range(residency.num_keys)]
     assert LEASED not in states

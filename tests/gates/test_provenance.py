@@ -110,7 +110,7 @@ def test_g41_the_engines_slots(checkpoints, references, load, family):
     generate(model)
     runtime, resident = model.foreroute.runtime, dict(references.model(folder).named_parameters())
     while runtime.transfer.num_in_flight:
-        runtime._settle(runtime.transfer.wait())
+        runtime.settle(runtime.transfer.wait())
     ready = [key for key in range(runtime.residency.num_keys) if runtime.residency.state(key) == READY]
     assert len(ready) > runtime.residency.num_slots // 2
     for key in ready:

@@ -19,9 +19,10 @@ from foreroute.engine.decode import DecodeStep, RowsStep, TokenStep
 from foreroute.engine.memory import SlotViews
 from foreroute.engine.parts import ExpertListener, FamilyForward, Learner, Observer, Predictor
 from foreroute.engine.prefill import ExpertStream, group_by_expert
+from foreroute.engine.standing_in import StandingIn
 from foreroute.engine.stats import EngineStats, PhaseStats
 from foreroute.kernels.cpu import ExpertMath, OneToken
-from foreroute.predict.base import most_wanted
+from foreroute.predict.base import Seen
 from foreroute.residency.slots import LOADING, READY, Residency
 from foreroute.transfer.base import Completion, Transfer
 
@@ -40,7 +41,8 @@ class Runtime:
 
     Attributes:
         observer, expert_listener: who watches; None, and free, until somebody does. They must change nothing.
-        is_prefill: the forward pass has several positions per row.
+        is_prefill: the forward pass has several positions per row, or is the first of its text.
+        phase: the counts of prefill or decode, whichever runs. ahead: the reads that nobody waits for.
         learner: learns better guesses in the time that compute waits; None where there is nothing to learn.
     """
 
@@ -67,14 +69,14 @@ class Runtime:
         self.transfer = transfer
         self.views = views
         self.stats = EngineStats()
-        self._phase: PhaseStats = self.stats.decode
+        self.phase: PhaseStats = self.stats.decode
         self._math = math
         self._family_forwards = family_forwards
         self._workspaces = workspaces
         self._predictor = predictor
         self._free_slots = free_slots
         self._hits_first = hits_first
-        self._keep_across_tokens = keep_across_tokens
+        self.keeps_across_tokens = keep_across_tokens
         self._prefill_guesses_from = prefill_guesses_from
         self.approximation = approximation
         self._clock = clock
@@ -90,7 +92,7 @@ class Runtime:
         self._is_mid_step = False
         # A step's whole demand must fit beside the guesses that are on their way.
         self._most_leased = residency.num_slots - residency.staging_slots
-        self._ahead = ReadsAhead(self)
+        self.ahead = ReadsAhead(self)
 
     def begin_step(
         self, num_rows: int, num_positions: int, token_ids: torch.Tensor | None = None, *, is_start: bool = False
@@ -104,22 +106,22 @@ class Runtime:
         """
         if self.approximation is not None:
             self.approximation.of_rows(num_rows)
-        self._ahead.book(self._phase)
+        self.ahead.book(self.phase)
         self._num_rows = num_rows
         self.is_prefill = is_start or num_positions > 1
-        self._phase = self.stats.prefill if self.is_prefill else self.stats.decode
-        self._phase.steps += 1
-        self._phase.tokens += num_rows * num_positions
+        self.phase = self.stats.prefill if self.is_prefill else self.stats.decode
+        self.phase.steps += 1
+        self.phase.tokens += num_rows * num_positions
         if self._is_mid_step:
             self._start_over()
         self._is_mid_step = True
         self.residency.tick()
         if self.transfer.num_in_flight:
-            self._settle(self.transfer.completed())
-        if not self._keep_across_tokens:
+            self.settle(self.transfer.completed())
+        if not self.keeps_across_tokens:
             self.residency.drop(self.residency.ready_keys())
-        if token_ids is not None and not self.is_prefill and self._predictor is not None and self._ahead.lacks(0):
-            self._ahead.prefetch(0, self._predictor.guess_first(token_ids.flatten()), self._phase)
+        if token_ids is not None and not self.is_prefill and self._predictor is not None and self.ahead.lacks(0):
+            self.ahead.prefetch(0, self._predictor.guess_first(token_ids.flatten()), self.phase)
         self._is_mid_step = False
 
     def compute(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -156,8 +158,8 @@ class Runtime:
         if not keys:
             return torch.zeros_like(hidden)
         if self.transfer.num_in_flight:
-            self._settle(self.transfer.completed())
-        self._ahead.drop_contradicted(layer, keys, self._phase)
+            self.settle(self.transfer.completed())
+        self.ahead.drop_contradicted(layer, keys, self.phase)
         math = self._math[layer]
         if math is None or self.is_prefill or len(keys) > self._most_leased - len(self.residency.filling):
             if approximation is not None:
@@ -166,9 +168,11 @@ class Runtime:
         step = self._decode_step(layer, math, routed, hidden, weights)
         seen = (hidden, ids, weights)
         if approximation is None:
-            return self._compute_leased(layer, keys, step, lambda: self._prefetch_next(layer, *seen))
+            return self._compute_leased(layer, keys, step, lambda: self.prefetch_next(layer, *seen))
         absent = approximation.not_waited_for(layer, keys, routed, weights, self.residency.contains_ready)
-        return self._compute_approximately(layer, keys, absent, step, approximation, seen)
+        around = StandingIn(self, layer, absent, step, approximation, Seen(*seen))
+        needed = [key for key in keys if key not in absent] if absent else keys
+        return self._compute_leased(layer, needed, step, around.prefetch_next, around.at_last if absent else None)
 
     def _show(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> None:
         """To all who watch, what the layer's router chose."""
@@ -191,7 +195,7 @@ class Runtime:
         """A copy of all counts since the model was loaded."""
         stats, residency = self.stats, self.residency
         stats.evictions = residency.evictions
-        self._ahead.book(self._phase)
+        self.ahead.book(self.phase)
         stats.read_bytes, stats.read_s = self.transfer.bytes_read, self.transfer.busy_s
         return copy.deepcopy(stats)
 
@@ -216,16 +220,22 @@ class Runtime:
         return RowsStep(math, operands_of, hidden, routed, weights)
 
     def _compute_leased(
-        self, layer: int, keys: list[int], step: DecodeStep, prefetch_next: Callable[[], None]
+        self,
+        layer: int,
+        keys: list[int],
+        step: DecodeStep,
+        prefetch_next: Callable[[], None],
+        at_last: Callable[[], list[int]] | None = None,
     ) -> torch.Tensor:
+        """Lease `keys`, and compute them as they arrive; `at_last` adds others to the step, and says what it leased."""
         residency = self.residency
         hits, late, misses = residency.demand(keys)
-        self._phase.hits += len(hits)
-        self._phase.layers += 1
+        self.phase.hits += len(hits)
+        self.phase.layers += 1
         waited: set[int] = set()
         if late or misses:
-            self._phase.stalled_layers += 1
-            self._phase.first_waited += len(late) + len(misses) if layer == 0 else 0
+            self.phase.stalled_layers += 1
+            self.phase.first_waited += len(late) + len(misses) if layer == 0 else 0
             waited = self._demand(layer, late, misses)
         # Demand first: a guess must never delay a needed copy.
         prefetch_next()
@@ -235,55 +245,30 @@ class Runtime:
             step.run(hits)
         while waited:
             step.run(self._wait_for_some(waited))
+        if at_last is not None:
+            keys = keys + at_last()
         total = step.total()
         residency.release(keys)
-        if not self._keep_across_tokens:
+        if not self.keeps_across_tokens:
             residency.drop(keys)
         return total
-
-    def _compute_approximately(
-        self,
-        layer: int,
-        keys: list[int],
-        absent: list[int],
-        step: DecodeStep,
-        approximation: Approximation,
-        seen: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    ) -> torch.Tensor:
-        """As `_compute_leased`, but that default vectors stand in for the experts `absent`, which are read later."""
-        if absent:
-            base = layer * self._num_experts
-            step.stand_in(absent, approximation.vectors(layer, [key - base for key in absent]))
-            keys = [key for key in keys if key not in absent]
-
-        def prefetch_next() -> None:
-            route = approximation.see(layer, *seen)
-            if route is None:
-                self._prefetch_next(layer, *seen)
-            elif self._ahead.lacks(layer + 1):
-                self._ahead.prefetch(layer + 1, most_wanted(route.ids, self._widths[layer + 1]), self._phase)
-            self._phase.stood_in += len(absent)
-            if absent and self._keep_across_tokens:
-                self._ahead.fill(layer, absent, self._phase)
-
-        return self._compute_leased(layer, keys, step, prefetch_next)
 
     def _demand(self, layer: int, late: list[tuple[int, int]], misses: list[tuple[int, int]]) -> set[int]:
         for key, _ in late:
             self.transfer.promote(key)
         for key, slot in misses:
             self.transfer.demand(key, slot)
-        phase = self._phase
+        phase = self.phase
         phase.late += len(late)
         phase.misses += len(misses)
         phase.demand_loads += len(misses)
         phase.demand_bytes += len(misses) * self._expert_bytes[layer]
         return {key for key, _ in late} | {key for key, _ in misses}
 
-    def _prefetch_next(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> None:
+    def prefetch_next(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> None:
         following = layer + 1
-        if self._predictor is not None and following < len(self._widths) and self._ahead.lacks(following):
-            self._ahead.prefetch(following, self._predictor.guess(layer, hidden, ids, weights), self._phase)
+        if self._predictor is not None and following < len(self._widths) and self.ahead.lacks(following):
+            self.ahead.prefetch(following, self._predictor.guess(layer, hidden, ids, weights), self.phase)
 
     def _wait_for(self, waited: set[int]) -> list[int]:
         arrived: list[int] = []
@@ -297,9 +282,9 @@ class Runtime:
         ready: list[int] = []
         try:
             while not ready:
-                ready = self._settle(self.await_completions(), waited)
+                ready = self.settle(self.await_completions(), waited)
         finally:
-            self._phase.stall_s += self._clock() - started
+            self.phase.stall_s += self._clock() - started
         for key in ready:
             self.residency.lease(key)
             waited.discard(key)
@@ -316,7 +301,7 @@ class Runtime:
                     break
         return self.transfer.wait()
 
-    def _settle(self, completions: Sequence[Completion], waited: Collection[int] = ()) -> list[int]:
+    def settle(self, completions: Sequence[Completion], waited: Collection[int] = ()) -> list[int]:
         """Book what the readers finished; returns those of `waited` that arrived.
 
         A failed guess is forgotten: if its expert is needed it is demanded again, and fails there if it must.
@@ -344,21 +329,21 @@ class Runtime:
         num_late = sum(self.residency.state(key) == LOADING for key in keys)
         self._quiesce()
         math = self._math[layer]
-        hits_before, misses_before = self._phase.hits, self._phase.misses
-        stream = ExpertStream(self, layer, keys, self._phase, self._clock)
+        hits_before, misses_before = self.phase.hits, self.phase.misses
+        stream = ExpertStream(self, layer, keys, self.phase, self._clock)
         # The stream found them there: they were waited for.
-        num_late = min(num_late, self._phase.hits - hits_before)
-        self._phase.hits -= num_late
-        self._phase.late += num_late
+        num_late = min(num_late, self.phase.hits - hits_before)
+        self.phase.hits -= num_late
+        self.phase.late += num_late
         if not self.is_prefill:
-            num_waited = num_late + self._phase.misses - misses_before
-            self._phase.layers += 1
-            self._phase.stalled_layers += num_waited > 0
-            self._phase.first_waited += num_waited if layer == 0 else 0
+            num_waited = num_late + self.phase.misses - misses_before
+            self.phase.layers += 1
+            self.phase.stalled_layers += num_waited > 0
+            self.phase.first_waited += num_waited if layer == 0 else 0
         if self.is_prefill and ids.numel() >= self._prefill_guesses_from * self._widths[layer]:
             # Behind this layer's reads that are queued already: a guess runs where the reader would have a pause, and
             # delays those that the ring asks for later by at most itself.
-            self._prefetch_next(layer, hidden, ids, weights)
+            self.prefetch_next(layer, hidden, ids, weights)
         if math is None:
             total = self._family_forwards[layer](stream, hidden, ids, weights)
         else:
@@ -370,7 +355,7 @@ class Runtime:
                 rows = outputs * weights[tokens, positions, None]
                 total.index_add_(0, tokens, rows.to(total.dtype))
         stream.close()
-        if not self._keep_across_tokens:
+        if not self.keeps_across_tokens:
             self.residency.drop([key for key in keys if self.residency.state(key) == READY])
         return total
 
@@ -378,12 +363,12 @@ class Runtime:
         """Forget what a broken-off step left behind: right wherever it broke off. The pool is empty then."""
         self.transfer.reset()
         self.residency.clear()
-        self._ahead.forget()
+        self.ahead.forget()
 
     def _quiesce(self) -> None:
         """Take back the guesses that have not started and let the others land: prefill wants the slots."""
-        self._ahead.drop_all(self._phase)
+        self.ahead.drop_all(self.phase)
         started = self._clock()
         while self.transfer.num_in_flight:
-            self._settle(self.await_completions())
-        self._phase.stall_s += self._clock() - started
+            self.settle(self.await_completions())
+        self.phase.stall_s += self._clock() - started
