@@ -142,7 +142,8 @@ def test_text_alone_and_time(run) -> None:
     assert row["scored_tokens"] == 28
     code, out, err = run("--text", ROOT / "README.md", "--windows", 1, "--context", 32, "--policies", "exact")
     assert code == 0, err
-    assert "delta nats" in out
+    assert "stall %" in out
+    assert max(map(len, out.splitlines())) <= 80
     assert "25%" in out
 
 

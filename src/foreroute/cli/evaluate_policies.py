@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from foreroute.evals.policies import Material, OtherTasks
     from foreroute.evals.text import HeldOut
 
-_HEAD = ("policy", "memory", "delta nats", "agree", "bits/char", "MB/token", "stalled", "waited", "TPOT", "tasks")
 _NOTES = """\
-delta nats: loss per token beside exact decoding; agree: same likeliest token; stalled: MoE layers that waited; waited:
-misses that were waited for; tasks: mean accuracy."""
+nats: loss per token beside exact decoding. same: likeliest token is exact's.
+MB: moved per token. stall: MoE layers that waited. wait: misses past layer 0
+that were waited for. ms: TPOT, by the clock only. tasks: mean accuracy."""
 
 
 def run(
@@ -118,30 +118,32 @@ def material_of(
 def _print(rows: list[dict[str, Any]]) -> None:
     from foreroute.evals.policies import mean_accuracy
 
-    def cell(row: Mapping[str, Any], name: str, form: Callable[[float], str]) -> str:
+    def cell(row: Mapping[str, Any], name: str, form: str, scale: float = 1.0) -> str:
         value = row.get(name)
-        return "–" if value is None else form(value)
+        return "–" if value is None else form.format(value * scale)
 
+    columns: list[tuple[str, Callable[[Mapping[str, Any]], str]]] = [
+        ("memory", lambda row: row["memory"]),
+        ("nats", lambda row: cell(row, "delta_nats", "{:+.5f}")),
+        ("same %", lambda row: cell(row, "agreement", "{:.1f}", 100)),
+        ("MB", lambda row: cell(row, "bytes_per_token", "{:.2f}", 1e-6)),
+        ("stall %", lambda row: cell(row, "stalled_layers", "{:.1f}", 100)),
+        ("wait %", lambda row: cell(row, "waited_misses", "{:.1f}", 100)),
+        ("ms", lambda row: cell(row, "tpot_ms", "{:.1f}")),
+        ("tasks %", lambda row: cell({"mean": mean_accuracy(row)}, "mean", "{:.1f}", 100)),
+    ]
+    shown = [(head, of) for head, of in columns if any(of(row) != "–" for row in rows)]
     console = figures.stdout_console()
-    grid = [
-        [
-            _name(row), row["memory"], cell(row, "delta_nats", "{:+.5f}".format), cell(row, "agreement", _share),
-            cell(row, "bits_per_char", "{:.3f}".format), cell(row, "bytes_per_token", lambda n: f"{n / 1e6:.2f}"),
-            cell(row, "stalled_layers", _share), cell(row, "waited_misses", _share),
-            cell(row, "tpot_ms", lambda ms: f"{ms:.1f} ms"), figures.percent(mean_accuracy(row)),
-        ]
-        for row in rows
-    ]  # fmt: skip
-    figures.print_grid(console, _HEAD, grid)
+    numbered = list(enumerate(rows, 1))
+    grid = [[f"{number} {_name(row)}", *(of(row) for _, of in shown)] for number, row in numbered]
+    figures.print_grid(console, ("  policy", *(head for head, _ in shown)), grid)
     tasks = sorted({task for row in rows for task in row["accuracy"]})
     if tasks:
         console.print()
-        heads = ("policy", "memory", *tasks)
-        figures.print_grid(
-            console, heads, [[_name(row), row["memory"], *(_task(row, task) for task in tasks)] for row in rows]
-        )
+        heads = ("right, %", *(str(number) for number, _ in numbered))
+        figures.print_grid(console, heads, [[task, *(_task(row, task) for row in rows)] for task in tasks])
     console.print()
-    console.print(_NOTES, style="dim", soft_wrap=True)
+    console.print(_NOTES, style="dim")
 
 
 def _name(row: Mapping[str, Any]) -> str:
@@ -151,7 +153,3 @@ def _name(row: Mapping[str, Any]) -> str:
 def _task(row: Mapping[str, Any], task: str) -> str:
     share = row["accuracy"].get(task)
     return "–" if share is None else f"{100 * share:.0f}"
-
-
-def _share(value: float) -> str:
-    return f"{100 * value:.1f} %"
