@@ -170,3 +170,46 @@ def test_without_lm_eval_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch
     monkeypatch.delitem(sys.modules, "foreroute.evals.lm_eval_model", raising=False)
     with pytest.raises(EvaluationError, match="pip install 'foreroute\\[eval\\]'"):
         importlib.import_module("foreroute.evals.lm_eval_model")
+
+
+def test_eval_asks_lm_eval_under_every_policy(
+    tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Without a cache every position is under the policy; with one, likelihoods would be exact, and that is refused."""
+    import torch
+
+    import foreroute
+    from foreroute.calibrate.corpus import Corpus
+    from foreroute.calibrate.fit import FitSettings, fit
+    from foreroute.checkpoint.index import read_index
+    from foreroute.cli.main import main
+    from foreroute.engine.text import load_tokenizer
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+    folder, sidecar = demo.find_model(), tmp_path / "tiny.safetensors"
+    model = foreroute.load(folder, "100%", config=foreroute.EngineConfig(predictor="no", learn=False))
+    ids = load_tokenizer(folder)(Path(__file__).read_text(), add_special_tokens=False)["input_ids"]
+    windows = torch.tensor(ids[: len(ids) // 64 * 64]).view(-1, 64)
+    fit(model, read_index(folder).fingerprint(), Corpus(windows, "this"), sidecar, settings=FitSettings())
+    model.foreroute.close()
+    asked = [
+        "eval",
+        str(folder),
+        "--lm-eval",
+        *TASKS,
+        "--include-path",
+        str(tasks),
+        "--predictor",
+        str(sidecar),
+        "--json",
+    ]
+    assert main([*asked, "--policies", "exact", "paper", "--memory", "none"]) == 0
+    exact, paper = json.loads(capfd.readouterr().out.splitlines()[-1])
+    assert exact["accuracy"].keys() == paper["accuracy"].keys() == set(TASKS)
+    assert exact["accuracy"]["local_sums"] == pytest.approx(2 / 3), "the third sum's answer is wrong on purpose"
+    assert 0 < paper["stalled_layers"] < exact["stalled_layers"]
+    assert paper["bytes_per_token"] > 0
+    assert main([*asked, "--policies", "exact", "--memory", "25%"]) == 2
+    assert "--memory none" in capfd.readouterr().err
+    assert main(asked) == 0
+    assert json.loads(capfd.readouterr().out.splitlines()[-1])["tasks"] == exact["accuracy"]
