@@ -32,7 +32,7 @@ class Step:
         self.stood_in += keys
 
 
-def at_last(step: Step, ended: list[int], failed: tuple[int, ...] = ()) -> tuple[list[int], Any]:
+def at_last(step: Any, ended: list[int], failed: tuple[int, ...] = ()) -> tuple[list[int], Any]:
     """LATE and LATER are on their way, GONE is not; those that `ended` have ended when the layer is nearly done."""
     pool = Residency(12, 24, eviction=Lru(), staging_slots=4, filling_slots=2, keys_per_layer=8)
     transfer = FakeTransfer()
@@ -57,7 +57,7 @@ def at_last(step: Step, ended: list[int], failed: tuple[int, ...] = ()) -> tuple
         vectors=lambda layer, experts: torch.tensor(experts, dtype=torch.float32)[:, None]
     )
     seen = Seen(torch.zeros(1, 4), torch.zeros(1, 2).long(), torch.zeros(1, 2))
-    around = StandingIn(runtime, 1, [LATE, LATER, GONE], step, approximation, seen)  # type: ignore[arg-type]
+    around = StandingIn(runtime, 1, [LATE, LATER, GONE], step, approximation, seen)
     step_finish = getattr(step, "finishes", None)
     if step_finish is not None:
         step._then = lambda: transfer.finish(step_finish) if step_finish in transfer.in_flight else None

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from foreroute.predict.base import Predictor, Seen
-from foreroute.predict.default_vector import weighted_rows
+from foreroute.predict.default_vector import weighted_rows, with_no_expert
 
 
 class StandIns:
@@ -22,11 +22,7 @@ class StandIns:
 
     def __init__(self, predictor: Predictor, default_vectors: Sequence[torch.Tensor | None]) -> None:
         self._predictor = predictor
-        # One row more, for ids that are no expert.
-        self._rows = [
-            None if vectors is None else torch.cat([vectors, torch.zeros(1, vectors.shape[1])])
-            for vectors in default_vectors
-        ]
+        self._rows = [None if vectors is None else with_no_expert(vectors) for vectors in default_vectors]
 
     def missing(self, layer: int, before: Seen | None, ids: torch.Tensor) -> torch.Tensor | None:
         """[tokens, k] bool: which of the routed `ids` are not there; None where nothing is missing.

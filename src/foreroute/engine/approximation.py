@@ -33,6 +33,9 @@ class Approximation:
         make_tap: begins to catch the residual stream, which `paper` alone reads.
         why_not: why a policy cannot be had, by its name; empty when all can.
         guesses: what is fetched early; it is told when some misses are not waited for.
+
+    Attributes:
+        policies: that hold now. is_exact: they all wait for everything; asked in every layer.
     """
 
     def __init__(
@@ -51,6 +54,7 @@ class Approximation:
         self._guesses = guesses
         self._guess: tuple[int, TokenGuess] | None = None
         self.policies: tuple[Policy, ...] = (Policy(),)
+        self.is_exact = True
 
     def set(self, policies: Sequence[Policy]) -> None:
         """From the next step on: one policy for every row, or one per row of the batch.
@@ -62,18 +66,21 @@ class Approximation:
             raise PolicyError("No policy is given. Give one, or one per row of the batch.")
         for policy in policies:
             self.check(policy)
+        stands_in = any(policy.stands_in for policy in policies)
+        replaces_route = any(policy.replaces_route for policy in policies)
         self.policies = tuple(policies)
+        self.is_exact = not (stands_in or replaces_route)
         self._guess = None
-        if not self._vectors and any(policy.stands_in for policy in policies):
+        if not self._vectors and stands_in:
             self._vectors = list(self._make_vectors())
-        if any(policy.replaces_route for policy in policies):
+        if replaces_route:
             self._paper = self._paper or self._make_paper()
             self._tap = self._tap or self._make_tap()
         elif self._tap is not None:
             self._tap.remove()
             self._tap = None
         if self._guesses is not None:
-            self._guesses.without_waiting = any(policy.stands_in for policy in policies)
+            self._guesses.without_waiting = stands_in
 
     def check(self, policy: Policy) -> None:
         """Whether the policy can be had with this model.
@@ -83,11 +90,6 @@ class Approximation:
         """
         if policy.name in self._why_not:
             raise PolicyError(f"Policy {policy}: {self._why_not[policy.name]}")
-
-    @property
-    def is_exact(self) -> bool:
-        """Nothing to do: all wait for everything."""
-        return all(not (policy.stands_in or policy.replaces_route) for policy in self.policies)
 
     def of_rows(self, num_rows: int) -> Sequence[Policy]:
         """One per token of a decode step.

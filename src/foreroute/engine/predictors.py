@@ -14,7 +14,7 @@ from foreroute.model.blocks import MoeLayer
 from foreroute.model.residual import ResidualTap
 from foreroute.policy.rules import EXACT, PAPER, SPECULATIVE, TOLERANCE
 from foreroute.predict.base import Predictor, Seen, Select, guess_from_scores
-from foreroute.predict.default_vector import DefaultVectors, QuasiHiddenLayer
+from foreroute.predict.default_vector import DefaultVectors, QuasiHiddenLayer, with_no_expert
 from foreroute.predict.estimator import Estimator, Inputs
 from foreroute.predict.hybrid import Hybrid
 from foreroute.predict.lookahead import NextRouter, RouterLookahead
@@ -243,9 +243,8 @@ def quasi_hidden(layers: Sequence[MoeLayer], layer: int, vectors: torch.Tensor |
     after = layers[layer + 1].norm
     if after is None:
         return None
-    nobody = torch.zeros(1, vectors.shape[1])
     # `forward` itself: the tap on the norm must not take a guess for the residual.
-    return QuasiHiddenLayer(torch.cat([vectors, nobody]), after.forward)
+    return QuasiHiddenLayer(with_no_expert(vectors), after.forward)
 
 
 def estimator_inputs(layers: Sequence[MoeLayer], vectors: Sequence[torch.Tensor | None]) -> Inputs:

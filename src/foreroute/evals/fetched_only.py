@@ -17,7 +17,7 @@ from foreroute.model.residual import ResidualTap
 from foreroute.policy import Policy
 from foreroute.policy.rules import SPECULATIVE
 from foreroute.predict.base import Seen, TokenGuess
-from foreroute.predict.default_vector import weighted_rows
+from foreroute.predict.default_vector import weighted_rows, with_no_expert
 from foreroute.predict.sidecar import Sidecar
 from foreroute.predict.token_table import RunningContext, context_before
 
@@ -70,10 +70,7 @@ class FetchedOnly:
         self._predictor = known.hybrid(layers, dtype, sidecar)
         self._paper = known.default_vectors(layers, sidecar)
         self._table, self._select = sidecar.token_table, known.selections(layers[:1], dtype)[0]
-        self._rows = [
-            None if vectors is None else torch.cat([vectors, torch.zeros(1, vectors.shape[1])])
-            for vectors in sidecar.default_vectors
-        ]
+        self._rows = [None if vectors is None else with_no_expert(vectors) for vectors in sidecar.default_vectors]
         self._before: Seen | None = None
         self._context = RunningContext()
         self._token_ids = torch.empty(0, 0, dtype=torch.int64)

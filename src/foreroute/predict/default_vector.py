@@ -48,6 +48,11 @@ class DefaultVectors:
         return router.guess(quasi_hidden(seen), width)
 
 
+def with_no_expert(vectors: torch.Tensor) -> torch.Tensor:
+    """Default vectors [experts, width] with one row more, zero, where ids that are no expert point."""
+    return torch.cat([vectors, torch.zeros(1, vectors.shape[1])])
+
+
 def weighted_rows(rows: torch.Tensor, seen: Seen) -> torch.Tensor:
     """Per token the sum of `rows` [experts + 1, width] over its experts, by gate weight; the last row is for no expert.
 
