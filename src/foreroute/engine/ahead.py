@@ -24,6 +24,8 @@ class ReadsAhead:
         self._booked = (0, 0)
         # Experts that were stood in for, and not filled since.
         self._stood_in: set[int] = set()
+        # Of those that are being filled, the ones that were queued here for it: the others were guesses that came late.
+        self._queued_fills: set[int] = set()
 
     def lacks(self, layer: int) -> bool:
         """Some expert of the layer is neither there nor on its way."""
@@ -51,8 +53,10 @@ class ReadsAhead:
         # Those for which there is no room now keep their turn.
         loads = self._runtime.residency.fill(again)
         self._stood_in.difference_update(key for key, _ in loads)
+        self._queued_fills = {key for key in self._queued_fills if key in self._runtime.residency.filling}
         for key, slot in loads:
             self._runtime.transfer.fill(key, slot)
+            self._queued_fills.add(key)
         phase.fill_loads += len(loads)
         phase.fill_bytes += len(loads) * self._expert_bytes[layer]
 
@@ -75,8 +79,13 @@ class ReadsAhead:
             if self._runtime.transfer.cancel(key):
                 self._runtime.residency.cancel(key)
                 self._stood_in.add(key)
-                phase.fill_loads -= 1
-                phase.fill_bytes -= self._expert_bytes[self._runtime.table.expert_id(key).layer]
+                nbytes = self._expert_bytes[self._runtime.table.expert_id(key).layer]
+                if key in self._queued_fills:
+                    phase.fill_loads -= 1
+                    phase.fill_bytes -= nbytes
+                else:
+                    phase.prefetch_loads -= 1
+                    phase.prefetch_bytes -= nbytes
 
     def book(self, phase: PhaseStats) -> None:
         """What became of guesses since the last call goes to the phase that runs."""

@@ -173,14 +173,14 @@ class Residency:
         """Keys (distinct, FREE or LOADING) that were demanded and are not waited for: they are touched, and get slots.
 
         A key gets a FREE slot, else that of the coldest READY key that is not staged, and enters the pool as demanded
-        ones do. One that is LOADING is no guess any more. Returns as `prefetch`.
+        ones do. So does a guess that is LOADING, within the same `filling_slots`. Returns as `prefetch`.
         """
-        state = self._state
         self._eviction.touch(keys)
-        self._unstage((), [(key, self._slot_of[key]) for key in keys if state[key] == LOADING])
-        absent = [key for key in keys if state[key] == FREE]
-        room = self.filling_slots - len(self.filling)
-        loads = self._load(absent, self._take(min(room, len(absent)))) if absent and room > 0 else []
+        late = [key for key in keys if key in self._staged_loading][: self.filling_slots - len(self.filling)]
+        self._unstage((), [(key, self._slot_of[key]) for key in late])
+        self.filling.update(late)
+        absent = [key for key in keys if self._state[key] == FREE]
+        loads = self._load(absent, self._take(min(self.filling_slots - len(self.filling), len(absent))))
         self.filling.update(key for key, _ in loads)
         return loads
 

@@ -117,7 +117,9 @@ class NaivePool:
         """Returns how many loads there have to be."""
         self.scores.touch(keys)
         for key in keys:
-            self.unstage(key)
+            if self.state[key] == LOADING and key in self.staged and len(self.filling) < self.filling_slots:
+                self.unstage(key)
+                self.filling.add(key)
         absent = [key for key in keys if self.state[key] == FREE]
         for done, key in enumerate(absent):
             victim = None if self.free else self.scores.coldest(self.hot())

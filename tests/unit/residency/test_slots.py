@@ -4,7 +4,7 @@ import pytest
 
 from foreroute.residency import Demand, IllegalEvent, Lfu, Lru, NoVictim, Residency
 from foreroute.residency import states as states_module
-from foreroute.residency.states import EVENT_NAMES, FREE, LEASED, READY, STATE_NAMES, TABLE
+from foreroute.residency.states import EVENT_NAMES, FREE, LEASED, LOADING, READY, STATE_NAMES, TABLE
 
 
 def make_pool(num_slots=4, staging_slots=2, num_keys=20, eviction=None):
@@ -304,6 +304,17 @@ def test_a_late_guess_that_is_stood_in_for_is_no_guess_any_more():
     assert (pool.num_staged, pool.prefetch_used) == (0, 1)
     pool.loaded(5)
     assert pool.demand([5]).hits == [5]
+
+
+def test_late_guesses_that_are_stood_in_for_never_fill_the_pool():
+    """Round after round nobody waits for what is on its way; a demand finds its room all the same."""
+    pool = filling_pool()
+    for first in (0, 4, 8, 12):
+        guessed = list(range(first, first + 4))
+        pool.prefetch(guessed)
+        pool.fill([key for key in guessed if pool.state(key) == LOADING])
+        assert sum(pool.state(key) == LOADING for key in range(40)) <= 4 + 2
+    assert len(pool.demand([31, 32, 33, 34, 35, 36]).misses) == 6
 
 
 def test_a_fill_that_is_demanded_meanwhile_is_late():
