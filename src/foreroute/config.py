@@ -53,6 +53,10 @@ class EngineConfig:
     hits_first: bool = _option(True, "compute the experts that are there while the others arrive")
     reader_threads: int = _option(1, "threads that read experts; one nearly saturates a disk")
     direct_io: bool = _option(True, "read with O_DIRECT where the file system allows it")
+    trace: str | None = _option(
+        None,
+        "write what happens to a file: .jsonl for foreroute replay, .json for Perfetto; see docs/trace.md",
+    )
     packed: str = _option(
         "auto",
         'the packed store: "auto" uses the one beside the checkpoint, "no" ignores it; "int8" or "int4" uses a '

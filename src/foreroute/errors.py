@@ -10,6 +10,7 @@
     ├── PredictorError           fitted predictors cannot be used with this model, made or written
     ├── BudgetError              the memory asked for cannot work; says what would
     ├── ReadError                the disk failed while experts were being read
+    ├── TraceError               a trace cannot be written, or read for a report
     ├── PromptError              the prompt cannot be run (empty, longer than the context)
     └── RefusedError             an operation that an offloaded model cannot do
 
@@ -59,6 +60,10 @@ class BudgetError(ForerouteError):
 
 class ReadError(ForerouteError):
     """Reading an expert failed; the message names file, offset and expert."""
+
+
+class TraceError(ForerouteError):
+    """A trace cannot be written, or the file is no trace that a report can be made of."""
 
 
 class PromptError(ForerouteError):

@@ -28,6 +28,7 @@ ASKED = {
     "direct_io": (["--no-direct-io"], False),
     "packed": (["--packed", "no"], "no"),
     "policy": (["--policy", "tolerance:0.1"], "tolerance:0.1"),
+    "trace": (["--trace", "run.jsonl"], "run.jsonl"),
     "deterministic": (["--deterministic"], True),
 }
 

@@ -13,7 +13,7 @@ def made(filling_slots: int = 2) -> tuple[ReadsAhead, Any, PhaseStats]:
     layers = [SimpleNamespace(num_experts=8, layout=SimpleNamespace(nbytes=100))] * 3
     table = SimpleNamespace(num_experts=8, layers=layers, expert_id=lambda key: SimpleNamespace(layer=key // 8))
     pool = Residency(12, 24, eviction=Lru(), staging_slots=4, filling_slots=filling_slots, keys_per_layer=8)
-    runtime: Any = SimpleNamespace(table=table, residency=pool, transfer=FakeTransfer())
+    runtime: Any = SimpleNamespace(table=table, residency=pool, transfer=FakeTransfer(), tracing=None)
     return ReadsAhead(runtime), runtime, PhaseStats()
 
 

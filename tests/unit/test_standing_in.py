@@ -38,7 +38,7 @@ def at_last(step: Any, ended: list[int], failed: tuple[int, ...] = ()) -> tuple[
     transfer = FakeTransfer()
     runtime: Any = SimpleNamespace(
         table=SimpleNamespace(num_experts=8), residency=pool, transfer=transfer, phase=PhaseStats(),
-        keeps_across_tokens=True, filled=[],
+        keeps_across_tokens=True, filled=[], tracing=None,
     )  # fmt: skip
 
     def settle(completions: Any) -> None:

@@ -33,6 +33,8 @@ class ReadsAhead:
 
     def prefetch(self, layer: int, experts: Sequence[int], phase: PhaseStats) -> None:
         """Queue those of the guessed experts, best first, that are not there."""
+        if self._runtime.tracing is not None:
+            self._runtime.tracing.guess(layer, experts)
         base = layer * self._num_experts
         loads = self._runtime.residency.prefetch([base + expert for expert in experts])
         for key, slot in loads:

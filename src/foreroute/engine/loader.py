@@ -5,6 +5,7 @@ model, the budget, the dense weights.
 """
 
 import os
+import time
 from collections.abc import Callable
 from math import inf
 from pathlib import Path
@@ -28,6 +29,7 @@ from foreroute.engine.prefill import ExpertStream
 from foreroute.engine.proof import describe_math, prove_math, run_family_forward
 from foreroute.engine.quantising import math_of
 from foreroute.engine.runtime import Runtime
+from foreroute.engine.tracing import StepTrace, header_of
 from foreroute.errors import BudgetError, ForerouteError
 from foreroute.kernels.cpu import ExpertMath, OneToken
 from foreroute.model.blocks import MoeLayer, probe
@@ -36,10 +38,12 @@ from foreroute.policy import Policy
 from foreroute.residency.budget import format_memory, parse_memory, plan_slots
 from foreroute.residency.eviction import Lfu, Lru
 from foreroute.residency.slots import Residency
+from foreroute.trace import Trace, open_trace
 from foreroute.transfer.base import Transfer
 from foreroute.transfer.disk import DiskTransfer
 from foreroute.transfer.logical import LogicalTransfer
 from foreroute.transfer.memory import allocate_slots
+from foreroute.transfer.traced import TracedTransfer
 
 # Left free when the budget is chosen here: activations, KV cache, Python itself, and other programs.
 _CHOSEN_RESERVE_BYTES = 2 * 2**30
@@ -81,6 +85,7 @@ def load(
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", _KERNELS_KEPT)
     asked = config or EngineConfig()
     policy = Policy.parse(asked.policy)
+    trace = None if asked.trace is None else open_trace(asked.trace)
     folder = locate(path_or_hub_id, revision=revision)
     index = read_index(folder)
     sketch = outline(folder, index)
@@ -104,7 +109,7 @@ def load(
     )
     policies.set([policy])
     runtime = _build_runtime(
-        asked, layers, table, store, slots.num_slots, staging_slots, math, model.dtype, predictor, policies
+        asked, layers, table, store, slots.num_slots, staging_slots, math, model.dtype, predictor, policies, trace
     )
     runtime.learner = learner
     plan = Plan(
@@ -129,6 +134,9 @@ def load(
         predictor=asked.prefetch if sidecar is None else "fitted",
         math="own" if all(entry is not None for entry in math) else "family",
     )
+    if trace is not None:
+        trace.begin(**header_of(plan, asked, table, index.fingerprint()))
+        runtime.tracing = StepTrace(trace, table.num_experts)
     for layer in layers:
         layer.experts.engine_forward = _computing(runtime, layer.index)
     return make_offloaded(model, ForerouteHandle(plan, runtime, layers))
@@ -220,6 +228,7 @@ def _build_runtime(
     dtype: torch.dtype,
     predictor: Predictor | None,
     policies: Approximation,
+    trace: Trace | None,
 ) -> Runtime:
     residency = Residency(
         num_slots,
@@ -238,6 +247,8 @@ def _build_runtime(
         label=table.label,
     )
     transfer: Transfer = LogicalTransfer(disk) if asked.deterministic else disk
+    if trace is not None:
+        transfer = TracedTransfer(transfer, trace, table.expert_id, time.perf_counter)
     return Runtime(
         table,
         residency,

@@ -45,6 +45,9 @@ class ExpertStream:
     """The experts `keys` (ascending) of one layer, one after the other; call `operands` in that order, then `close`.
 
     At most one expert is lent at a time: asking for the next one gives the previous one back.
+
+    Attributes:
+        found, missed: those of the keys that were there, and that were not.
     """
 
     def __init__(
@@ -63,6 +66,8 @@ class ExpertStream:
         self._ring: list[int] = []
         self._current = -1
         self._expert_bytes = runtime.table.layers[layer].layout.nbytes
+        self.found: list[int] = []
+        self.missed: list[int] = []
         self._queue = self._admit(keys)
         self._top_up()
 
@@ -77,6 +82,7 @@ class ExpertStream:
         self._leased.update(hits)
         held = set(hits)
         rest = [key for key in keys if key not in held]
+        self.found, self.missed = hits, rest
         self._phase.hits += len(hits)
         self._phase.misses += len(rest)
         if len(rest) > residency.num_free:
@@ -143,7 +149,7 @@ class ExpertStream:
     def _await_one(self) -> None:
         started = self._clock()
         completions = self._runtime.await_completions()
-        self._phase.stall_s += self._clock() - started
+        self._runtime.stalled_since(started)
         failure: Exception | None = None
         for completion in completions:
             failure = self._book(completion.key, completion.error) or failure

@@ -21,6 +21,7 @@ from foreroute.engine.parts import ExpertListener, FamilyForward, Learner, Obser
 from foreroute.engine.prefill import ExpertStream, group_by_expert
 from foreroute.engine.standing_in import StandingIn
 from foreroute.engine.stats import EngineStats, PhaseStats
+from foreroute.engine.tracing import StepTrace
 from foreroute.kernels.cpu import ExpertMath, OneToken
 from foreroute.predict.base import Seen
 from foreroute.residency.slots import LOADING, READY, Residency
@@ -44,6 +45,7 @@ class Runtime:
         is_prefill: the forward pass has several positions per row, or is the first of its text.
         phase: the counts of prefill or decode, whichever runs. ahead: the reads that nobody waits for.
         learner: learns better guesses in the time that compute waits; None where there is nothing to learn.
+        tracing: is told what happens; None where no trace is written.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class Runtime:
         self.observer: Observer | None = None
         self.expert_listener: ExpertListener | None = None
         self.learner: Learner | None = None
+        self.tracing: StepTrace | None = None
         self._num_experts = table.num_experts
         self._widths = [layer.num_experts for layer in table.layers]
         self._expert_bytes = [layer.layout.nbytes for layer in table.layers]
@@ -112,6 +115,8 @@ class Runtime:
         self.phase = self.stats.prefill if self.is_prefill else self.stats.decode
         self.phase.steps += 1
         self.phase.tokens += num_rows * num_positions
+        if self.tracing is not None:
+            self.tracing.step("prefill" if self.is_prefill else "decode", num_rows, num_positions, is_start)
         if self._is_mid_step:
             self._start_over()
         self._is_mid_step = True
@@ -138,7 +143,11 @@ class Runtime:
         if self._is_mid_step:
             self._start_over()
         self._is_mid_step = True
+        if self.tracing is not None:
+            self.tracing.begin_layer(layer, ids, weights, self.is_prefill, self._widths[layer])
         total = self._compute(layer, hidden, ids, weights)
+        if self.tracing is not None:
+            self.tracing.end_layer()
         self._is_mid_step = False
         return total
 
@@ -188,6 +197,9 @@ class Runtime:
         if self.learner is not None:
             self.learner.close()
         self.transfer.close()
+        if self.tracing is not None:
+            self.tracing.end(self.snapshot())
+            self.tracing = None
         self.views.clear()
         self._free_slots()
 
@@ -230,6 +242,8 @@ class Runtime:
         """Lease `keys`, and compute them as they arrive; `at_last` adds others to the step, and says what it leased."""
         residency = self.residency
         hits, late, misses = residency.demand(keys)
+        if self.tracing is not None:
+            self.tracing.found(hits, [key for key, _ in late], [key for key, _ in misses])
         self.phase.hits += len(hits)
         self.phase.layers += 1
         waited: set[int] = set()
@@ -284,11 +298,18 @@ class Runtime:
             while not ready:
                 ready = self.settle(self.await_completions(), waited)
         finally:
-            self.phase.stall_s += self._clock() - started
+            self.stalled_since(started)
         for key in ready:
             self.residency.lease(key)
             waited.discard(key)
         return ready
+
+    def stalled_since(self, started_s: float) -> None:
+        """Compute has waited for bytes from then, by the clock, until now."""
+        ended_s = self._clock()
+        self.phase.stall_s += ended_s - started_s
+        if self.tracing is not None:
+            self.tracing.stall(started_s, ended_s)
 
     def await_completions(self) -> Sequence[Completion]:
         """Block until a reader has finished something; meanwhile the learner works, a little at a time."""
@@ -326,17 +347,18 @@ class Runtime:
     def _compute_streamed(
         self, layer: int, keys: list[int], hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
-        num_late = sum(self.residency.state(key) == LOADING for key in keys)
+        on_their_way = {key for key in keys if self.residency.state(key) == LOADING}
         self._quiesce()
         math = self._math[layer]
-        hits_before, misses_before = self.phase.hits, self.phase.misses
         stream = ExpertStream(self, layer, keys, self.phase, self._clock)
-        # The stream found them there: they were waited for.
-        num_late = min(num_late, self.phase.hits - hits_before)
-        self.phase.hits -= num_late
-        self.phase.late += num_late
+        # What was waited for before the stream began is late, though it found it there.
+        late = [key for key in stream.found if key in on_their_way]
+        self.phase.hits -= len(late)
+        self.phase.late += len(late)
+        if self.tracing is not None:
+            self.tracing.found([key for key in stream.found if key not in on_their_way], late, stream.missed)
         if not self.is_prefill:
-            num_waited = num_late + self.phase.misses - misses_before
+            num_waited = len(late) + len(stream.missed)
             self.phase.layers += 1
             self.phase.stalled_layers += num_waited > 0
             self.phase.first_waited += num_waited if layer == 0 else 0
@@ -369,6 +391,8 @@ class Runtime:
         """Take back the guesses that have not started and let the others land: prefill wants the slots."""
         self.ahead.drop_all(self.phase)
         started = self._clock()
+        if not self.transfer.num_in_flight:
+            return
         while self.transfer.num_in_flight:
             self.settle(self.await_completions())
-        self.phase.stall_s += self._clock() - started
+        self.stalled_since(started)

@@ -58,6 +58,8 @@ class StandingIn:
             runtime, base = self._runtime, self._layer * self._runtime.table.num_experts
             self._step.stand_in(missing, self._approximation.vectors(self._layer, [key - base for key in missing]))
             runtime.phase.stood_in += len(missing)
+            if runtime.tracing is not None:
+                runtime.tracing.stood_in += missing
             if runtime.keeps_across_tokens:
                 runtime.ahead.fill(self._layer, missing, runtime.phase)
         return arrived
@@ -76,4 +78,6 @@ class StandingIn:
                 residency.lease(key)
             self._step.run(there)
             runtime.phase.hits += len(there)
+            if runtime.tracing is not None:
+                runtime.tracing.hits += there
             arrived += there

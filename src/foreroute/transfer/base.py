@@ -9,12 +9,15 @@ class Completion(NamedTuple):
     key, slot: the expert and where it went.
     error: why the slot does not hold the expert, None when it does.
     nbytes: the expert's stored bytes, 0 after an error.
+    begun_s, ended_s: when it was read, by time.perf_counter; 0 where nobody looked.
     """
 
     key: int
     slot: int
     error: Exception | None
     nbytes: int
+    begun_s: float = 0.0
+    ended_s: float = 0.0
 
 
 class Transfer(Protocol):

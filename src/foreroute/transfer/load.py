@@ -38,6 +38,7 @@ class Load:
         self.bytes_read = 0
         self.reads = 0
         self.busy_s = 0.0
+        self._begun_s = 0.0
         self._source = source
         self._bounce = memoryview(bytearray())
         self._key = self._slot = -1
@@ -51,6 +52,7 @@ class Load:
         Never raises: what goes wrong is told by `finish`.
         """
         self._key, self._slot, self._parts, self._error = key, slot, [], None
+        self._begun_s = perf_counter()
         try:
             reads = self._source.reads_of(key)
             self._in_place = _fits_as_it_is(reads)
@@ -74,7 +76,7 @@ class Load:
         except Exception as error:  # noqa: BLE001  as above
             self._error = error
         nbytes = 0 if self._error else sum(read.nbytes for read, _ in self._parts)
-        return Completion(self._key, self._slot, self._error, nbytes)
+        return Completion(self._key, self._slot, self._error, nbytes, self._begun_s, perf_counter())
 
     def _read_into_slot(self, read: Read) -> None:
         memory = self._source.slot_memory(self._slot)

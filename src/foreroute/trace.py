@@ -1,0 +1,182 @@
+"""What happens, written down while it happens: `--trace FILE`. The events and their fields: docs/trace.md.
+
+Nothing here is touched when nobody asked for a trace. FILE.jsonl is one event a line, which `foreroute replay` reads;
+FILE.json is a Chrome trace, for Perfetto.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Protocol, TextIO
+
+from foreroute.errors import TraceError
+
+VERSION = 1
+_JSON_LINES, _CHROME = ".jsonl", ".json"
+# What a file of either kind begins with: such a one may be written over.
+_FIRST_BYTES = (b'{"event":"header"', b'[{"name":"foreroute"')
+
+
+class Sink(Protocol):
+    """Where events go."""
+
+    def begin(self) -> None:
+        """The first event follows."""
+        ...
+
+    def write(self, event: dict[str, Any]) -> None:
+        """One event, as in docs/trace.md."""
+        ...
+
+    def close(self) -> None:
+        """There are no more."""
+        ...
+
+
+class Trace:
+    """The events of one loaded model, with the seconds since it began.
+
+    Args:
+        clock: seconds, monotonic; the one that the engine times itself by.
+    """
+
+    def __init__(self, sink: Sink, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._sink = sink
+        self._clock = clock
+        self._began_s = clock()
+
+    def now(self) -> float:
+        """Seconds since the trace began."""
+        return self.at(self._clock())
+
+    def at(self, clock_s: float) -> float:
+        """The same for a reading of the clock."""
+        return round(clock_s - self._began_s, 6)
+
+    def begin(self, **fields: Any) -> None:
+        """Write the header; what the file held before is gone now, and not earlier."""
+        self._sink.begin()
+        self._began_s = self._clock()
+        self.emit("header", **fields)
+
+    def emit(self, event: str, **fields: Any) -> None:
+        """Write one event."""
+        self._sink.write({"event": event, **fields})
+
+    def close(self) -> None:
+        """There are no more events."""
+        self._sink.close()
+
+
+def open_trace(path: str | Path) -> Trace:
+    """A trace that is written to `path`: .jsonl for `foreroute replay`, .json for Perfetto. An older trace is replaced.
+
+    Raises:
+        TraceError: another ending, a file that is no trace, or one that cannot be written.
+    """
+    path = Path(path)
+    if path.suffix not in (_JSON_LINES, _CHROME):
+        raise TraceError(f"--trace {path}: end the name in .jsonl (for foreroute replay) or in .json (for Perfetto).")
+    try:
+        if path.exists() and path.stat().st_size:
+            with path.open("rb") as file:
+                if not file.read(64).startswith(_FIRST_BYTES):
+                    raise TraceError(f"--trace {path}: that file is there, and is no trace. Choose another name.")
+        file = path.open("a", encoding="utf-8")
+    except OSError as error:
+        raise TraceError(f"--trace {path} cannot be written: {os.strerror(error.errno or 0)}.") from error
+    return Trace(JsonLines(file) if path.suffix == _JSON_LINES else ChromeTrace(file))
+
+
+def as_line(event: dict[str, Any]) -> str:
+    """An event as it stands in a file."""
+    return json.dumps(event, separators=(",", ":"), ensure_ascii=False)
+
+
+class JsonLines:
+    """One event a line."""
+
+    def __init__(self, file: TextIO) -> None:
+        self._file = file
+
+    def begin(self) -> None:
+        """See `Sink`."""
+        self._file.truncate(0)
+
+    def write(self, event: dict[str, Any]) -> None:
+        """See `Sink`."""
+        self._file.write(as_line(event) + "\n")
+
+    def close(self) -> None:
+        """See `Sink`."""
+        self._file.close()
+
+
+class ChromeTrace:
+    """The same as a JSON array of Chrome's trace events."""
+
+    def __init__(self, file: TextIO) -> None:
+        self._file = file
+        self._separator = "["
+
+    def begin(self) -> None:
+        """See `Sink`."""
+        self._file.truncate(0)
+
+    def write(self, event: dict[str, Any]) -> None:
+        """See `Sink`."""
+        for converted in chrome_events(event):
+            self._file.write(self._separator + as_line(converted))
+            self._separator = ",\n"
+
+    def close(self) -> None:
+        """See `Sink`."""
+        if not self._file.closed:
+            self._file.write("]\n")
+            self._file.close()
+
+
+# Rows of the picture, from the top.
+_STEPS, _LAYERS, _STALLS, _READS, _POOL = range(1, 6)
+_ROWS = {
+    _STEPS: "steps", _LAYERS: "experts' layers", _STALLS: "stalls: compute waits", _READS: "reads", _POOL: "pool",
+}  # fmt: skip
+
+
+def chrome_events(event: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """One event of docs/trace.md as Chrome's: spans for layers, stalls and reads, marks for the rest."""
+    kind = event["event"]
+    if kind == "header":
+        yield {"name": "foreroute", "ph": "i", "s": "g", "ts": 0, "pid": 1, "tid": _STEPS, "args": event}
+        yield {"name": "process_name", "ph": "M", "pid": 1, "args": {"name": f"foreroute: {event.get('model', '')}"}}
+        for row, name in _ROWS.items():
+            yield {"name": "thread_name", "ph": "M", "pid": 1, "tid": row, "args": {"name": name}}
+            yield {"name": "thread_sort_index", "ph": "M", "pid": 1, "tid": row, "args": {"sort_index": row}}
+    elif kind == "step":
+        yield _mark(event, f"{event['phase']} {event['positions']}", _STEPS)
+    elif kind == "layer":
+        yield _span(event, f"layer {event['layer']}", _LAYERS, event["t"], event["end"])
+    elif kind == "stall":
+        yield _span(event, f"wait in layer {event['layer']}", _STALLS, event["t"], event["end"])
+    elif kind == "load":
+        name = f"{event['why']}: layer {event['layer']} expert {event['expert']}"
+        yield _span(event, name, _READS, event["begun"], event["t"])
+    elif kind in ("guess", "cancel", "evict"):
+        yield _mark(event, f"{kind} layer {event['layer']} {event.get('expert', '')}".rstrip(), _POOL)
+    elif kind == "governor":
+        yield {"name": "prefetch width", "ph": "C", "ts": _us(event["t"]), "pid": 1, "args": {"width": event["width"]}}
+
+
+def _us(seconds: float) -> float:
+    return round(seconds * 1e6, 1)
+
+
+def _span(event: dict[str, Any], name: str, row: int, begun: float, ended: float) -> dict[str, Any]:
+    duration = _us(max(ended - begun, 0.0))
+    return {"name": name, "ph": "X", "ts": _us(begun), "dur": duration, "pid": 1, "tid": row, "args": event}
+
+
+def _mark(event: dict[str, Any], name: str, row: int) -> dict[str, Any]:
+    return {"name": name, "ph": "i", "s": "t", "ts": _us(event["t"]), "pid": 1, "tid": row, "args": event}

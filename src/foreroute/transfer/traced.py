@@ -1,0 +1,119 @@
+"""A transfer that writes down what it moves, when, why, and what had to go for it."""
+
+from collections.abc import Callable
+
+from foreroute.trace import Trace
+from foreroute.transfer.base import Completion, Transfer
+from foreroute.types import ExpertId
+
+DEMAND, PREFETCH, FILL = "demand", "prefetch", "fill"
+
+
+class TracedTransfer:
+    """A `Transfer` around another one: loads, cancelled loads and evictions go to the trace.
+
+    Args:
+        expert_id: of a key.
+        clock: the trace's.
+    """
+
+    def __init__(
+        self, inner: Transfer, trace: Trace, expert_id: Callable[[int], ExpertId], clock: Callable[[], float]
+    ) -> None:
+        self._inner = inner
+        self._trace = trace
+        self._expert_id = expert_id
+        self._clock = clock
+        self._asked: dict[int, tuple[str, int, float]] = {}  # key -> why, slot, when
+        self._holds: dict[int, int] = {}  # slot -> the key that was loaded into it last
+        self._slot_of: dict[int, int] = {}
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes read so far, padding to the block size included."""
+        return self._inner.bytes_read
+
+    @property
+    def reads(self) -> int:
+        """Contiguous ranges read so far."""
+        return self._inner.reads
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds spent in reading alone."""
+        return self._inner.busy_s
+
+    @property
+    def num_in_flight(self) -> int:
+        """Requests whose completion has not been handed out yet."""
+        return self._inner.num_in_flight
+
+    def demand(self, key: int, slot: int) -> None:
+        """Fill the slot with the key, before every prefetch."""
+        self._ask(DEMAND, key, slot)
+        self._inner.demand(key, slot)
+
+    def prefetch(self, key: int, slot: int) -> None:
+        """Fill the slot with the key when no demand is queued."""
+        self._ask(PREFETCH, key, slot)
+        self._inner.prefetch(key, slot)
+
+    def fill(self, key: int, slot: int) -> None:
+        """Fill the slot with the key when there is time."""
+        self._ask(FILL, key, slot)
+        self._inner.fill(key, slot)
+
+    def promote(self, key: int) -> None:
+        """A prefetch or fill becomes a demand; why it was read stays what it was."""
+        self._inner.promote(key)
+
+    def cancel(self, key: int) -> bool:
+        """Withdraw a request that has not started."""
+        is_gone = self._inner.cancel(key)
+        if is_gone:
+            self._asked.pop(key, None)
+            self._trace.emit("cancel", t=self._trace.now(), **self._expert_id(key)._asdict())
+        return is_gone
+
+    def completed(self) -> list[Completion]:
+        """Hand out what is over."""
+        return self._seen(self._inner.completed())
+
+    def wait(self) -> list[Completion]:
+        """Block until something is over, then hand out all that is."""
+        return self._seen(self._inner.wait())
+
+    def reset(self) -> None:
+        """Withdraw what has not started, wait for what has, and forget all that is over."""
+        self._inner.reset()
+        self._asked.clear()
+        self._holds.clear()
+        self._slot_of.clear()
+
+    def close(self) -> None:
+        """Drop what has not started, finish what has, stop."""
+        self._inner.close()
+
+    def _ask(self, why: str, key: int, slot: int) -> None:
+        now = self._clock()
+        before = self._holds.pop(slot, None)
+        if before is not None and self._slot_of.get(before) == slot:
+            del self._slot_of[before]
+            self._trace.emit("evict", t=self._trace.at(now), **self._expert_id(before)._asdict())
+        self._asked[key] = (why, slot, now)
+
+    def _seen(self, over: list[Completion]) -> list[Completion]:
+        for one in over:
+            why, slot, asked_s = self._asked.pop(one.key, (DEMAND, one.slot, one.begun_s))
+            at = self._trace.at
+            fields = {
+                "slot": slot, "why": why, "asked": at(asked_s), "begun": at(one.begun_s), "t": at(one.ended_s),
+                "bytes": one.nbytes,
+            }  # fmt: skip
+            if one.error is not None:
+                fields["error"] = str(one.error)
+            else:
+                self._holds[slot] = one.key
+                self._slot_of[one.key] = slot
+            self._trace.emit("load", **self._expert_id(one.key)._asdict(), **fields)
+        return over
