@@ -39,7 +39,8 @@ format: $(STAMP) ## rewrite the sources as `check` wants them
 held-out: $(STAMP) ## the text that `foreroute eval --suite builtin` reads (fetches Debian packages through apt)
 	$(PY) models/held_out.py
 
-bench: $(STAMP)  ## our own micro-benchmarks; beside other engines: benchmarks/peers.py
+bench: $(STAMP)  ## speed on the small model, then micro-benchmarks; beside other engines: benchmarks/peers.py
+	$(PY) -m foreroute.cli.main bench models/foreroute-tiny --quick
 	$(PY) -m benchmarks.residency
 	$(PY) -m benchmarks.disk
 

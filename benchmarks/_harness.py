@@ -6,57 +6,16 @@ goes to benchmarks/results/<date>-<name>.json.
 
 import datetime
 import json
-import os
-import platform
-import statistics
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from foreroute.bench.repeats import interleave, machine, summary
+
+__all__ = ["RESULTS", "interleave", "machine", "record", "rounded", "summary"]
+
 RESULTS = Path(__file__).parent / "results"
-
-
-def interleave(contenders: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
-    """Run the contenders in turn, forwards and backwards (A-B-B-A), so that a drift of the machine hits all alike.
-
-    Args:
-        contenders: each runs once per call and returns its own figure.
-        repeats: figures wanted per contender; one more, unreported, warms up.
-    """
-    figures: dict[str, list[float]] = {name: [] for name in contenders}
-    for run in contenders.values():
-        run()
-    order = list(contenders)
-    for repeat in range(repeats):
-        for name in order if repeat % 2 == 0 else reversed(order):
-            figures[name].append(contenders[name]())
-    return figures
-
-
-def summary(figures: Sequence[float]) -> dict[str, float]:
-    """Median and spread (quartiles and extremes) of repeats."""
-    low, _, high = statistics.quantiles(figures, n=4, method="inclusive") if len(figures) > 1 else [figures[0]] * 3
-    return {
-        "median": statistics.median(figures),
-        "p25": low,
-        "p75": high,
-        "min": min(figures),
-        "max": max(figures),
-        "repeats": len(figures),
-    }
-
-
-def machine() -> dict[str, Any]:
-    """What the figures depend on, without the host's name or paths."""
-    return {
-        "cpu": _cpu_name(),
-        "cpus": os.cpu_count(),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        "kernel": platform.release().split("-")[0],
-        "python": platform.python_version(),
-        "load_1_minute": round(os.getloadavg()[0], 1),  # more than the benchmark's own threads: there are neighbours
-    }
 
 
 def record(name: str, result: Mapping[str, Any], raw: Mapping[str, Any] | None = None, *, keep: bool = True) -> None:
@@ -92,14 +51,6 @@ def rounded(value: Any, digits: int = 3) -> Any:
     if isinstance(value, list):
         return [rounded(part, digits) for part in value]
     return value
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def _commit() -> str | None:

@@ -6,6 +6,11 @@ By default 8 layers x 64 experts, 4.8 GB of experts in bf16, 5.2 GB in all: too 
 for every peer. Weights are random and seeded by their name: the same options give the same bytes. They measure
 mechanics (reads, copies, overheads) and say nothing about the hit rate of a trained model.
 
+Random attention adds nearly the same to every token, until in deep layers all are alike: with 16 layers of 128 experts,
+200 tokens of a text never route to half the experts of the last layers, and the model is smaller than it looks. With
+--attention-gain 0.6 the tokens stay apart, and LRU misses about as often as on a trained model: .66 of the routes with
+memory for 25 % of the experts and .33 with 50 % (trained: .61 and .33).
+
 Memory stays at one tensor; shards go to OUT.partial, which is renamed at the end; a run that broke off goes on there.
 """
 
@@ -59,12 +64,17 @@ def num_bytes(shape: Shape) -> int:
     return count
 
 
-def random_weight(name: str, shape: Shape, seed: int) -> torch.Tensor:
-    """The bf16 tensor of that name: ones for norms, else normal with a spread that keeps activations near 1."""
+def random_weight(name: str, shape: Shape, seed: int, attention_gain: float = 1.0) -> torch.Tensor:
+    """The bf16 tensor of that name: ones for norms, else normal with a spread that keeps activations near 1.
+
+    attention_gain scales what attention adds to a token.
+    """
     if len(shape) == 1:
         return torch.ones(shape, dtype=torch.bfloat16)
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode(), seed))  # torch keeps 32 bits of a seed
     spread = 1.0 if name.startswith("model.embed") else shape[-1] ** -0.5
+    if name.endswith("self_attn.o_proj.weight"):
+        spread *= attention_gain
     return torch.randn(shape, generator=generator).mul_(spread).to(torch.bfloat16)
 
 
@@ -81,7 +91,7 @@ def split_into_shards(tensors: list[tuple[str, Shape]]) -> list[list[tuple[str, 
     return shards
 
 
-def write_shard(path: Path, tensors: list[tuple[str, Shape]], seed: int) -> None:
+def write_shard(path: Path, tensors: list[tuple[str, Shape]], seed: int, attention_gain: float) -> None:
     """Write one safetensors file, tensor by tensor; it gets its name only when it is whole."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -95,7 +105,7 @@ def write_shard(path: Path, tensors: list[tuple[str, Shape]], seed: int) -> None
         file.write(struct.pack("<Q", len(encoded)))
         file.write(encoded)
         for name, shape in tensors:
-            random_weight(name, shape, seed).view(torch.int16).numpy().tofile(file)
+            random_weight(name, shape, seed, attention_gain).view(torch.int16).numpy().tofile(file)
         file.flush()
         os.fsync(file.fileno())
     unfinished.rename(path)
@@ -182,7 +192,7 @@ def write_checkpoint(args: argparse.Namespace) -> Path:
     for number, shard in enumerate(shards, start=1):
         path = partial / f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         if not path.exists():
-            write_shard(path, shard, args.seed)
+            write_shard(path, shard, args.seed, args.attention_gain)
         weight_map.update((name, path.name) for name, _ in shard)
         print(f"\r{number}/{len(shards)} shards of {total_bytes / 1e9:.2f} GB", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
@@ -209,6 +219,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--kv-heads", type=int, default=4)
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--vocab", type=int, default=4096)
+    parser.add_argument("--attention-gain", type=float, default=1.0, help="see above; less keeps tokens apart")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--force", action="store_true", help="replace --out if it exists")
     return parser.parse_args(argv)

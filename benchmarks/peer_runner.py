@@ -28,7 +28,8 @@ class Job:
     feed: the tokens that follow, whatever the engine would have chosen; empty for greedy decoding.
     new_tokens: tokens to make; the first of them ends the TTFT.
     scratch: an empty folder on the same disk, for engines that write the weights in a form of their own.
-    options: fields of foreroute's EngineConfig, for what each of its parts is worth; accelerate's resident_layers.
+    options: fields of foreroute's EngineConfig, for what each of its parts is worth; accelerate's resident_layers;
+        llama.cpp's mmap and repack.
     """
 
     engine: str
@@ -204,12 +205,30 @@ def generate(model: Any, job: Job, meter: Meter) -> dict[str, Any]:
 
 # ---------------------------------------------------------------------------------------------------------- llama.cpp
 def run_llama_cpp(job: Job, meter: Meter) -> dict[str, Any]:
-    """llama.cpp with its weights mapped from the file, which is its default."""
+    """llama.cpp with its weights mapped from the file, which is its default.
+
+    Its other default, to rewrite what it can for this CPU, is off unless option repack says so: rewritten weights are a
+    copy in memory of its own, which a model larger than the memory does not have.
+    """
+    import llama_cpp
     import numpy as np
     from llama_cpp import Llama, llama_print_system_info
 
+    defaults = llama_cpp.llama_cpp.llama_model_default_params
+
+    def with_repack_said() -> Any:
+        params = defaults()
+        params.use_extra_bufts = bool(job.options.get("repack", False))
+        return params
+
+    llama_cpp.llama_cpp.llama_model_default_params = with_repack_said  # Llama() has no argument for it
     model = Llama(
-        job.model, n_ctx=512, n_threads=job.threads, n_threads_batch=job.threads, use_mmap=True, verbose=False
+        job.model,
+        n_ctx=512,
+        n_threads=job.threads,
+        n_threads_batch=job.threads,
+        use_mmap=job.options.get("mmap", True),
+        verbose=False,
     )
     os.sync()
     meter.mark()

@@ -9,6 +9,12 @@ holds nothing of the model. Engines take turns, forwards and backwards (A-B-B-A)
 the engines with every weight in memory: the ceiling. The disk's own rate is measured in the same run. What a part of
 foreroute is worth is seen by naming it without: --limited foreroute,foreroute:prefetch=none,foreroute:cache=False.
 
+An engine's options follow its name: foreroute's are the fields of EngineConfig (packed=build/synth.int4.foreroute),
+llama.cpp's are the file (gguf=PATH in place of --gguf), mmap=False, and repack=True, which lets it rewrite weights for
+this CPU in memory of its own. read_ahead_kib=128 sets the disk's read-ahead while that engine runs, and needs root: a
+mapped file is read in pieces of about that size, so it decides how many bytes llama.cpp reads. Quantised experts, with
+memory for a share of them, are compared by same_bits.py, which uses what is here.
+
 Greedy decoding by default. With --feed text every engine is fed the same tokens of an English text, so that each routes
 the same way, and the choices that each would have made can be compared.
 """
@@ -22,6 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -94,30 +101,64 @@ def model_facts(model: Path) -> dict[str, int]:
 
 
 def options_of(engine: str) -> dict[str, Any]:
-    """The options in a name such as foreroute:prefetch=none:hits_first=False."""
+    """The options in a name such as foreroute:prefetch=none:hits_first=False; paths become absolute."""
     options: dict[str, Any] = {}
     for pair in engine.split(":")[1:]:
         name, _, text = pair.partition("=")
-        options[name] = {"True": True, "False": False}.get(text, int(text) if text.isdigit() else text)
+        is_file = name in ("packed", "gguf") and Path(text).is_file()
+        value: Any = str(Path(text).resolve()) if is_file else int(text) if text.isdigit() else text
+        options[name] = {"True": True, "False": False}.get(text, value)
     return options
+
+
+def read_ahead_file(path: Path) -> Path:
+    """Where the kernel keeps the read-ahead of the disk that holds `path`, in KiB."""
+    device = path.stat().st_dev
+    block = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}").resolve()
+    queue = block if (block / "queue").exists() else block.parent  # a partition has its disk's
+    return queue / "queue" / "read_ahead_kb"
+
+
+@contextlib.contextmanager
+def read_ahead(path: Path, kib: int | None) -> Iterator[None]:
+    """Set the read-ahead of the disk that holds `path` for what runs inside, then put it back. None: leave it.
+
+    Raises:
+        OSError: only root may.
+    """
+    if kib is None:
+        yield
+        return
+    setting = read_ahead_file(path)
+    before = setting.read_text()
+    setting.write_text(str(kib))
+    try:
+        yield
+    finally:
+        setting.write_text(before)
 
 
 def run_engine(engine: str, limited: bool, args: argparse.Namespace) -> Run:
     """One run of one engine in its own process; a failure is a result that says what failed."""
     text = tokens_of_text(args.model, args.prompt_tokens + args.new_tokens)
     facts: Run = {"engine": engine, "limited": limited}
+    name, options = engine.split(":")[0], options_of(engine)
+    model = Path(options.pop("gguf", args.gguf)) if name == "llama.cpp" else args.model
+    kib = options.pop("read_ahead_kib", None)
     if args.cold:
-        drop_from_page_cache([*args.model.glob("*.safetensors"), *([args.gguf] if args.gguf else [])])
+        files = [*args.model.glob("*.safetensors"), model, Path(options.get("packed", "no"))]
+        drop_from_page_cache([path for path in files if path.is_file()])
     try:
         with (
+            read_ahead(model, kib),
             tempfile.TemporaryDirectory(prefix="scratch-", dir=args.scratch) as scratch,
             Ballast(int(args.left * 2**30)) if limited else contextlib.nullcontext(),
         ):
             facts["available_bytes"] = available_bytes()
             job = {
-                "engine": engine.split(":")[0],
-                "options": options_of(engine),
-                "model": str(args.gguf if engine == "llama.cpp" else args.model),
+                "engine": name,
+                "options": options,
+                "model": str(model),
                 "memory": int(args.memory * 2**30) if limited else None,
                 "prompt": text[: args.prompt_tokens],
                 "feed": text[args.prompt_tokens :] if args.feed == "text" else [],
@@ -167,6 +208,8 @@ def summarize(runs: list[Run], reference: list[int] | None) -> Run:
         "available_bytes",
         "read_bytes_per_token",
         "disk_bytes_per_token",
+        "cpu_s_per_token",
+        "major_faults_per_token",
         "peak_rss_bytes",
         "own_bytes",
     ):
@@ -277,7 +320,8 @@ def main() -> None:
     args = parse_args()
     wanted = [(name, True) for name in args.limited.split(",") if name]
     wanted += [(name, False) for name in args.unlimited.split(",") if name]
-    wanted = [(name, limited) for name, limited in wanted if name != "llama.cpp" or args.gguf]
+    has_file = args.gguf or "gguf=" in args.limited + args.unlimited
+    wanted = [(name, limited) for name, limited in wanted if name.split(":")[0] != "llama.cpp" or has_file]
     rate = direct_read_rate(min(args.model.glob("*.safetensors")))
     runs: list[Run] = []
     for _ in range(args.rounds):

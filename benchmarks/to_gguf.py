@@ -1,24 +1,40 @@
 """Write the GGUF file of a Qwen3-MoE checkpoint (architecture qwen3moe), so that llama.cpp runs the same weights.
 
     python -m benchmarks.to_gguf build/synth build/synth-f16.gguf
+    python -m benchmarks.to_gguf build/synth128 build/synth128-q4_0.gguf --experts q4_0
 
 F16 by default, which llama.cpp's CPU code multiplies on any x86; the bytes per expert are the same. BF16 weights of
-ordinary size are exact in F16. One layer's experts of one kind are in memory at a time. The tokenizer goes with it.
+ordinary size are exact in F16. --experts q8_0 or q4_0 quantises the experts alone, by the gguf package's own code: the
+dense weights stay 16 bits wide, as foreroute keeps them, so that both engines have the same bits everywhere. (Q8_0 is
+8.5 bits per weight, Q4_0 is 4.5; foreroute's int8 is 8.0 and its int4, of groups of 32 with a zero point, is 5.0.)
+
+One expert's tensor is in memory at a time. The tokenizer goes with it.
 """
 
 import argparse
 import json
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import gguf
 import numpy as np
 import torch
+from gguf.quants import quantize
 from safetensors import safe_open
 
-FILE_TYPES = {"f16": gguf.LlamaFileType.MOSTLY_F16, "bf16": gguf.LlamaFileType.MOSTLY_BF16}
-TORCH_TYPES = {"f16": torch.float16, "bf16": torch.bfloat16}
-QUANTIZATION = {"f16": gguf.GGMLQuantizationType.F16, "bf16": gguf.GGMLQuantizationType.BF16}
+Kind = gguf.GGMLQuantizationType
+DENSE = {"f16": Kind.F16, "bf16": Kind.BF16}
+EXPERTS = {**DENSE, "q8_0": Kind.Q8_0, "q4_0": Kind.Q4_0}
+FILE_TYPES = {
+    Kind.F16: gguf.LlamaFileType.MOSTLY_F16,
+    Kind.BF16: gguf.LlamaFileType.MOSTLY_BF16,
+    Kind.Q8_0: gguf.LlamaFileType.MOSTLY_Q8_0,
+    Kind.Q4_0: gguf.LlamaFileType.MOSTLY_Q4_0,
+}
 
 # One tensor of the GGUF file: its name, and the checkpoint's tensors that are stacked to make it.
 Part = tuple[str, list[str]]
@@ -56,7 +72,7 @@ def num_experts(config: dict[str, Any]) -> int:
     return int(config.get("num_experts") or config["num_local_experts"])
 
 
-def add_settings(writer: gguf.GGUFWriter, config: dict[str, Any], dtype: str) -> None:
+def add_settings(writer: gguf.GGUFWriter, config: dict[str, Any], experts: Kind) -> None:
     """The model's settings as llama.cpp names them."""
     writer.add_name("synthetic qwen3moe")
     writer.add_block_count(config["num_hidden_layers"])
@@ -74,7 +90,7 @@ def add_settings(writer: gguf.GGUFWriter, config: dict[str, Any], dtype: str) ->
     writer.add_expert_used_count(config["num_experts_per_tok"])
     writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
     writer.add_vocab_size(config["vocab_size"])
-    writer.add_file_type(FILE_TYPES[dtype])
+    writer.add_file_type(FILE_TYPES[experts])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 
 
@@ -105,73 +121,120 @@ def add_tokenizer(writer: gguf.GGUFWriter, folder: Path, vocab_size: int) -> Non
 
 
 class Checkpoint:
-    """Tensors of a sharded safetensors folder by name; a file is mapped while one of its tensors is read."""
+    """Tensors of a sharded safetensors folder by name; the file of the last one asked for stays mapped."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         index = json.loads((folder / "model.safetensors.index.json").read_text())
         self.file_of: dict[str, str] = index["weight_map"]
+        self._opened: tuple[str, Any] = ("", None)
 
     def shape(self, name: str) -> list[int]:
         """Shape by the header alone."""
-        with safe_open(self.folder / self.file_of[name], framework="pt") as file:
-            return list(file.get_slice(name).get_shape())
+        return list(self._file_with(name).get_slice(name).get_shape())
 
-    def read(self, names: list[str]) -> torch.Tensor:
-        """One tensor, or several of one shape stacked along a new first axis; in one pass per file."""
-        by_file: dict[str, list[str]] = {}
-        for name in names:
-            by_file.setdefault(self.file_of[name], []).append(name)
-        found: dict[str, torch.Tensor] = {}
-        for file_name, wanted in by_file.items():
-            with safe_open(self.folder / file_name, framework="pt") as file:
-                found.update((name, file.get_tensor(name)) for name in wanted)
-        return found[names[0]] if len(names) == 1 else torch.stack([found[name] for name in names])
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor, as stored."""
+        tensor: torch.Tensor = self._file_with(name).get_tensor(name)
+        return tensor
 
-
-def stored(tensor: torch.Tensor, dtype: str) -> np.ndarray:
-    """The bytes that go to the file: vectors and routers in fp32 as llama.cpp wants them, matrices in `dtype`."""
-    kept = tensor.to(TORCH_TYPES[dtype])
-    if dtype == "bf16":
-        return kept.view(torch.uint8).numpy()
-    if not torch.isfinite(kept).all():
-        raise ValueError("A weight is too large for F16; use --dtype bf16.")
-    return kept.numpy()
+    def _file_with(self, name: str) -> Any:
+        file_name = self.file_of[name]
+        if self._opened[0] != file_name:
+            self._opened = (file_name, safe_open(self.folder / file_name, framework="pt"))
+        return self._opened[1]
 
 
-def convert(folder: Path, out: Path, dtype: str = "f16") -> None:
-    """Write `out`; it gets its name only when it is whole.
+def kind_of(target: str, dimensions: int, dense: Kind, experts: Kind) -> Kind:
+    """How a tensor is stored: vectors and routers in fp32 as llama.cpp wants them, experts and the others as asked."""
+    if dimensions == 1 or "ffn_gate_inp" in target:
+        return Kind.F32
+    return experts if "_exps." in target else dense
+
+
+def encode(tensor: torch.Tensor, kind: Kind) -> np.ndarray:
+    """The tensor as the file has it.
 
     Raises:
-        ValueError: another architecture, or a weight that F16 cannot hold.
+        ValueError: a weight that F16 cannot hold.
+    """
+    if kind == Kind.BF16:
+        return tensor.to(torch.bfloat16).view(torch.uint8).numpy()
+    if kind == Kind.F16:
+        kept = tensor.to(torch.float16)
+        if not torch.isfinite(kept).all():
+            raise ValueError("A weight is too large for F16; use --dtype bf16.")
+        return kept.numpy()
+    return quantize(tensor.float().numpy(), kind)  # F32: as it is
+
+
+def stored_bytes(shape: list[int], kind: Kind) -> int:
+    """Bytes of a tensor in the file.
+
+    Raises:
+        ValueError: rows that are no whole number of blocks.
+    """
+    block_weights, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    if shape[-1] % block_weights:
+        raise ValueError(f"{kind.name} takes rows of {block_weights} weights or a multiple of it, not of {shape[-1]}.")
+    return int(np.prod(shape)) // block_weights * block_bytes
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """What GGUFWriter asks of a tensor (its length, and to be written), one piece in memory at a time."""
+
+    nbytes: int
+    pieces: Iterator[np.ndarray]
+
+    def tofile(self, file: BinaryIO) -> None:
+        """Write the pieces one after the other."""
+        written = 0
+        for piece in self.pieces:
+            piece.tofile(file)
+            written += piece.nbytes
+        assert written == self.nbytes
+
+
+def convert(folder: Path, out: Path, dtype: str = "f16", experts: str | None = None) -> None:
+    """Write `out`; it gets its name only when it is whole.
+
+    Args:
+        dtype: of the dense weights, a key of DENSE.
+        experts: of the experts, a key of EXPERTS; None: as the dense weights.
+    Raises:
+        ValueError: another architecture, a weight that F16 cannot hold, rows that a quantisation cannot divide, or too
+            little room on the disk.
     """
     config = json.loads((folder / "config.json").read_text())
     if config["model_type"] != "qwen3_moe":
         raise ValueError(f"{folder} is {config['model_type']}; only qwen3_moe is written here.")
+    dense_kind, expert_kind = DENSE[dtype], EXPERTS[experts or dtype]
     checkpoint = Checkpoint(folder)
     unfinished = out.with_suffix(".unfinished")
     writer = gguf.GGUFWriter(unfinished, "qwen3moe")
-    add_settings(writer, config, dtype)
+    add_settings(writer, config, expert_kind)
     add_tokenizer(writer, folder, config["vocab_size"])
-    plan = parts(config)
-    for target, names in plan:
+    plan = []
+    for target, names in parts(config):
         shape = checkpoint.shape(names[0])
+        kind = kind_of(target, len(shape), dense_kind, expert_kind)
         if len(names) > 1:
             shape = [len(names), *shape]
-        in_fp32 = len(shape) == 1 or "ffn_gate_inp" in target
-        numpy_type: np.dtype[Any] = np.dtype(np.float32 if in_fp32 else np.float16)
-        raw_type = None if in_fp32 else QUANTIZATION[dtype]
-        if raw_type == gguf.GGMLQuantizationType.BF16:  # announced in bytes: numpy has no bf16
-            shape, numpy_type = [*shape[:-1], shape[-1] * 2], np.dtype(np.uint8)
-        nbytes = int(np.prod(shape)) * numpy_type.itemsize
-        writer.add_tensor_info(target, shape, numpy_type, nbytes, raw_dtype=raw_type)
+        nbytes = stored_bytes(shape, kind)
+        writer.add_tensor_info(target, shape, np.dtype(np.float32), nbytes, raw_dtype=kind)  # raw_dtype is what counts
+        plan.append((names, kind, nbytes))
+    needed = sum(nbytes for _, _, nbytes in plan)
+    if shutil.disk_usage(out.parent).free < needed * 1.02:
+        raise ValueError(f"{out.name} takes {needed / 1e9:.1f} GB, more than is free there. Choose another place.")
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for target, names in plan:
-        tensor = checkpoint.read(names)
-        in_fp32 = tensor.dim() == 1 or "ffn_gate_inp" in target
-        writer.write_tensor_data(tensor.float().numpy() if in_fp32 else stored(tensor, dtype))
+    for number, (names, kind, nbytes) in enumerate(plan, start=1):
+        pieces = (encode(checkpoint.read(name), kind) for name in names)
+        writer.write_tensor_data(Streamed(nbytes, pieces))  # type: ignore[arg-type]
+        print(f"\r{number}/{len(plan)} tensors of {needed / 1e9:.2f} GB", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
     writer.close()
     unfinished.rename(out)
 
@@ -181,10 +244,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--dtype", choices=sorted(FILE_TYPES), default="f16")
+    parser.add_argument("--dtype", choices=sorted(DENSE), default="f16")
+    parser.add_argument("--experts", choices=sorted(EXPERTS), help="of the experts alone; as --dtype when left out")
     args = parser.parse_args()
-    convert(args.checkpoint, args.out, args.dtype)
-    print(json.dumps({"file": str(args.out), "bytes": args.out.stat().st_size, "dtype": args.dtype}))
+    try:
+        convert(args.checkpoint, args.out, args.dtype, args.experts)
+    except ValueError as error:
+        sys.exit(str(error))
+    facts = {"bytes": args.out.stat().st_size, "dtype": args.dtype, "experts": args.experts or args.dtype}
+    print(json.dumps({"file": str(args.out), **facts}))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,12 @@ class EngineConfig:
     memory: int | str | None = _option(
         None, 'memory for experts: "8GiB", bytes, or "25%%" of the expert bytes; chosen from free RAM when left out'
     )
-    eviction: str = _option("lfu", "which expert gives way when the pool is full", ("lfu", "lru"))
+    eviction: str = _option(
+        "lfu",
+        "which expert gives way when the pool is full: the least used, the longest unused, or the least wanted by the "
+        "layers' turns",
+        ("lfu", "lru", "turns"),
+    )
     prefetch: str = _option("lookahead", "who guesses the next layer's experts", ("lookahead", "none"))
     predictor: str = _option(
         "auto", 'fitted predictors (see fit): "auto" uses those beside the checkpoint, "no" the lookahead, or a path'
@@ -34,6 +39,11 @@ class EngineConfig:
         "guess in prefill too, so that reads of the next layer overlap this one's maths: auto for long prompts only, "
         "where it pays",
         ("auto", "on", "off"),
+    )
+    prefill_chunk: int = _option(
+        2048,
+        "prompt tokens computed at once, in generate and whatever answers: fewer take less memory, more read each "
+        "expert less often (once per chunk)",
     )
     learn: bool = _option(
         True,
@@ -49,6 +59,9 @@ class EngineConfig:
         "decide by logical time what is there, so that a policy's output can be repeated; for evaluations, slower",
     )
     prefetch_width: int | None = _option(None, "experts guessed per token and layer; the model's top-k when left out")
+    governor: bool = _option(
+        True, "widen, narrow or switch off guesses by what they are measured to gain; off guesses at full width always"
+    )
     cache: bool = _option(True, "keep experts across tokens; off loads each one whenever it is needed")
     hits_first: bool = _option(True, "compute the experts that are there while the others arrive")
     reader_threads: int = _option(1, "threads that read experts; one nearly saturates a disk")
@@ -59,7 +72,7 @@ class EngineConfig:
     )
     packed: str = _option(
         "auto",
-        'the packed store: "auto" uses the one beside the checkpoint, "no" ignores it; "int8" or "int4" uses a '
+        'the packed store: "auto" uses the one beside the checkpoint, "no" ignores it; "int8", "int4", "mixed" uses a '
         "quantised one there; or a path",
     )
 
@@ -73,6 +86,10 @@ class EngineConfig:
         if self.prefetch_width is not None and self.prefetch_width < 1:
             raise ForerouteError(
                 f"prefetch_width is {self.prefetch_width}; it must be at least 1. prefetch=none is off."
+            )
+        if self.prefill_chunk < 8:
+            raise ForerouteError(
+                f"prefill_chunk is {self.prefill_chunk}; choose 8 tokens or more (512 to 8192 are usual)."
             )
         if not 1 <= self.reader_threads <= 16:
             raise ForerouteError(f"reader_threads is {self.reader_threads}; choose 1 to 16 (1 or 2 are enough).")
@@ -106,6 +123,7 @@ class Plan:
     compute_dtype: str
     predictor: str
     math: str
+    prefill_chunk: int
 
     @property
     def token_demand_bytes(self) -> int:

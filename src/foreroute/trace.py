@@ -81,8 +81,8 @@ def open_trace(path: str | Path) -> Trace:
         raise TraceError(f"--trace {path}: end the name in .jsonl (for foreroute replay) or in .json (for Perfetto).")
     try:
         if path.exists() and path.stat().st_size:
-            with path.open("rb") as file:
-                if not file.read(64).startswith(_FIRST_BYTES):
+            with path.open("rb") as older:
+                if not older.read(64).startswith(_FIRST_BYTES):
                     raise TraceError(f"--trace {path}: that file is there, and is no trace. Choose another name.")
         file = path.open("a", encoding="utf-8")
     except OSError as error:
@@ -166,7 +166,7 @@ def chrome_events(event: dict[str, Any]) -> Iterator[dict[str, Any]]:
     elif kind in ("guess", "cancel", "evict"):
         yield _mark(event, f"{kind} layer {event['layer']} {event.get('expert', '')}".rstrip(), _POOL)
     elif kind == "governor":
-        yield {"name": "prefetch width", "ph": "C", "ts": _us(event["t"]), "pid": 1, "args": {"width": event["width"]}}
+        yield {"name": "guessed share", "ph": "C", "ts": _us(event["t"]), "pid": 1, "args": {"share": event["share"]}}
 
 
 def _us(seconds: float) -> float:

@@ -181,7 +181,7 @@ class TestInterrupts:
         runtime = model.foreroute.runtime
         target, name = {
             "operands": (runtime.views, "operands"),
-            "guess": (runtime._predictor, "guess"),
+            "guess": (runtime.predictor, "guess"),
             "submit": (runtime.transfer, "demand"),
         }[where]
         original, calls = getattr(target, name), []

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks import make_synthetic
@@ -65,3 +66,13 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert digest(write(tmp_path / "synth")) == digest(whole)
     assert again
     assert not set(again) & set(written)
+
+
+def test_the_attention_gain_scales_what_attention_adds_and_nothing_else(tmp_path: Path) -> None:
+    plain, gentle = write(tmp_path / "plain"), write(tmp_path / "gentle", "--attention-gain", "0.5")
+    (first,), (second,) = (
+        [load_file(path) for path in sorted(folder.glob("*.safetensors"))] for folder in (plain, gentle)
+    )
+    for name, weight in first.items():
+        scale = 0.5 if name.endswith("self_attn.o_proj.weight") else 1
+        assert torch.equal(second[name], weight * scale), name

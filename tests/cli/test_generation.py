@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import foreroute
 from foreroute.engine.generate import GenerationReport, generate, stream
+from foreroute.engine.prompt_cache import PromptCache
 from foreroute.engine.text import TextPieces, encode_prompt, load_tokenizer
 from foreroute.errors import CheckpointError, PromptError
 from tests.cli.harness import CONTEXT, make_tokenizer
@@ -76,8 +77,9 @@ def test_the_report_agrees_with_transformers_and_with_the_engine(model: Any, tok
     assert list(report.token_ids) == expected.tolist()
     assert "".join(pieces) == report.text
     assert report.text == tokenizer.decode(expected, skip_special_tokens=True).rstrip("\ufffd")
-    assert (report.prompt_tokens, report.finish_reason) == (5, "length")
+    assert (report.prompt_tokens, report.finish_reason, report.loop) == (5, "length", "lean")
     figures = report.figures()
+    assert (figures["prompt_tokens_reused"], figures["prompt_cache_bytes"]) == (0, 0)
     # Every token after the first asks each of 4 layers for 2 experts.
     assert figures["hits"] + figures["late_hits"] + figures["misses"] == 11 * 4 * 2
     assert figures["hit_rate"] + figures["late_hit_rate"] + figures["miss_rate"] == pytest.approx(1)
@@ -106,6 +108,43 @@ def test_the_models_own_end_is_a_stop(model: Any, tokenizer: Any, prompt_ids, mo
     report = generate(model, tokenizer, prompt_ids, max_new_tokens=8, do_sample=False)
     assert report.finish_reason == "stop"
     assert report.token_ids == ids[: ids.index(ids[5]) + 1]
+    monkeypatch.undo()
+    asked = generate(model, tokenizer, prompt_ids, max_new_tokens=8, do_sample=False, eos_token_id=ids[5])
+    assert (asked.finish_reason, asked.token_ids) == ("stop", report.token_ids)
+
+
+# Understood by the lean loop, and not.
+BOTH_LOOPS = [({}, "lean"), ({"cache_implementation": "dynamic"}, "generate")]
+
+
+@pytest.mark.parametrize(("options", "loop"), BOTH_LOOPS, ids=["lean", "generate"])
+def test_it_stops_when_it_is_told_to(model: Any, tokenizer: Any, prompt_ids, options, loop) -> None:
+    pieces: list[str] = []
+    report = generate(
+        model,
+        tokenizer,
+        prompt_ids,
+        on_text=pieces.append,
+        should_stop=lambda: len(pieces) >= 3,
+        max_new_tokens=40,
+        do_sample=False,
+        **options,
+    )
+    assert (report.finish_reason, report.loop) == ("stopped", loop)
+    assert 3 <= len(report.token_ids) < 40
+    assert report.stats.decode.steps == len(report.token_ids) - 1
+
+
+def test_the_rate_of_a_prompt_is_that_of_what_was_computed(model: Any, tokenizer: Any) -> None:
+    kept, ids = PromptCache(), torch.arange(40)[None]
+    for reused, ticks in ((0, iter([0.0, 2.0, 3.0])), (38, iter([0.0, 0.5, 3.0]))):
+        report = generate(
+            model, tokenizer, ids, max_new_tokens=1, do_sample=False, reuse=kept, clock=lambda ticks=ticks: next(ticks)
+        )
+        figures = report.figures()
+        assert figures["prompt_tokens_reused"] == reused
+        assert figures["prefill_tokens_per_s"] == (40 - reused) / figures["ttft_s"]
+        assert figures["prompt_cache_bytes"] == kept.nbytes > 0
 
 
 def test_ctrl_c_keeps_what_there_is_and_the_model(model: Any, tokenizer: Any, prompt_ids) -> None:

@@ -19,7 +19,15 @@ from foreroute.model.skeleton import outline
 from tests.support.runs import ONE_PROMPT, THREE_PROMPTS, assert_same_bits, generate
 
 FAMILIES = ("qwen3_moe", "gpt_oss", "deepseek_v3")
-QUANTS = ("int8", "int4")
+QUANTS = ("int8", "int4", "mixed")
+# In each layer of a mixed store these have 8 bits.
+OFTEN = frozenset({0, 3, 4})
+
+
+def quantiser_of(checkpoint: Path, quant: str) -> Quantiser:
+    sketch = outline(checkpoint, read_index(checkpoint))
+    often = [OFTEN] * len(sketch.table.layers) if quant == "mixed" else []
+    return Quantiser(sketch.table, CODECS[quant], sketch.is_transposed, often=often)
 
 
 @pytest.fixture(scope="session")
@@ -29,9 +37,8 @@ def stores(checkpoints: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     def path_of(family: str, quant: str) -> Path:
         path, checkpoint = folder / f"{family}.{quant}", checkpoints.get(family, "bf16")
         if not path.exists():
-            sketch = outline(checkpoint, read_index(checkpoint))
-            quantiser = Quantiser(sketch.table, CODECS[quant], sketch.is_transposed)
-            pack(sketch.table, path, progress=lambda done, total: None, quantiser=quantiser)
+            quantiser = quantiser_of(checkpoint, quant)
+            pack(quantiser.source, path, progress=lambda done, total: None, quantiser=quantiser)
             assert all(0 < error.relative < 0.1 for error in quantiser.errors)
         return path
 
@@ -42,12 +49,12 @@ def dequantised(folder: Path, quant: str) -> Any:
     """transformers' resident model with every expert matrix quantised and turned back."""
     from transformers import AutoModelForCausalLM
 
-    codec = CODECS[quant]
     model = AutoModelForCausalLM.from_pretrained(folder, experts_implementation="eager", dtype="auto").eval()
     for name, parameter in model.named_parameters():
         if ".experts." in name and parameter.ndim == 3:
             module = model.get_submodule(name.rpartition(".")[0])
-            for expert in parameter.data:
+            for at, expert in enumerate(parameter.data):
+                codec = CODECS["int8"] if quant == "mixed" and at in OFTEN else CODECS[quant]
                 rows = expert.t() if module.is_transposed else expert
                 back = decode(Matrix(*encode(rows.contiguous(), codec.bits, codec.group), codec.bits, codec.group))
                 expert.copy_(back if module.is_transposed else back.t())
@@ -62,7 +69,10 @@ def test_as_the_dequantised_resident_model(family, quant, stores, checkpoints, l
     plain = load(folder, "100%", packed="no")
     model = load(folder, "25%", packed=str(stores(family, quant)))
     assert model.foreroute.plan.stored_dtype == quant
-    assert model.foreroute.plan.expert_bytes < plain.foreroute.plan.expert_bytes / (1.8 if quant == "int8" else 3)
+    assert (
+        model.foreroute.plan.expert_bytes
+        < plain.foreroute.plan.expert_bytes / {"int8": 1.8, "mixed": 2, "int4": 3}[quant]
+    )
     ids = torch.randint(5, 240, (1, 40), generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
         theirs, ours, exact = (one(ids, use_cache=False).logits.float() for one in (resident, model, plain))
@@ -70,7 +80,7 @@ def test_as_the_dequantised_resident_model(family, quant, stores, checkpoints, l
     # The median: rounding turns some random router's near ties, and moves those tokens far.
     apart = float((ours - theirs).abs().median())
     assert apart < 0.02 * spread
-    if quant == "int4":
+    if quant != "int8":
         assert apart < 0.3 * float((ours - exact).abs().median()), "no nearer to what is quantised than to what is not"
     assert model.foreroute.plan.num_slots < model.foreroute.plan.total_slots
 
@@ -165,3 +175,73 @@ def test_a_shape_that_the_codec_cannot_take_is_named(checkpoints):
     sketch = outline(folder, read_index(folder))
     with pytest.raises(StoreError, match=r"int4-g128 cannot take .*gate_up_proj.*groups of 128"):
         Quantiser(sketch.table, CODECS["int4-g128"], sketch.is_transposed)
+
+
+def test_each_expert_of_a_mixed_store_lies_as_its_codec_says(checkpoints, stores):
+    """Its bytes are those of a store of that codec, behind the byte that names the bits; it takes no more pages."""
+    folder = checkpoints.get("gpt_oss", "bf16")
+    table = outline(folder, read_index(folder)).table
+    opened = {quant: PackedStore(stores("gpt_oss", quant), table) for quant in QUANTS}
+    reads = {quant: store.reads_of(table) for quant, store in opened.items()}
+
+    def record(quant: str, key: int) -> bytes:
+        (read,) = reads[quant](key)
+        return opened[quant].path.read_bytes()[read.offset :][: read.nbytes]
+
+    for key in (0, 1, 3, table.num_experts, table.num_experts + 2):
+        layer, expert = table.expert_id(key)
+        alone = "int8" if expert in OFTEN else "int4"
+        own, same = record("mixed", key), record(alone, key)
+        assert own[0] == CODECS[alone].bits
+        tagged = opened["mixed"].table.layers[layer].layout_of(expert).parts[1:]
+        for part, theirs in zip(tagged, opened[alone].table.layers[layer].layout.parts, strict=True):
+            assert (part.name, part.shape, part.dtype) == (theirs.name, theirs.shape, theirs.dtype)
+            assert own[part.offset :][: part.nbytes] == same[theirs.offset :][: theirs.nbytes]
+    sizes = [stores("qwen3_moe", quant).stat().st_size for quant in ("int4", "mixed", "int8")]
+    assert sizes == sorted(set(sizes))
+
+
+@pytest.mark.parametrize("prefetch", ["none", "lookahead"])
+def test_what_a_mixed_store_reads_is_counted_to_the_byte(checkpoints, stores, load, prefetch):
+    """Experts differ in size: the figures say what was moved, not a mean."""
+    folder = checkpoints.get("qwen3_moe", "bf16")
+    model = load(folder, "25%", packed=str(stores("qwen3_moe", "mixed")), prefetch=prefetch)
+    runtime, moved = model.foreroute.runtime, {"demand": 0, "prefetch": 0}
+    sizes = [layer.layout_of(at).nbytes for layer in runtime.table.layers for at in range(layer.num_experts)]
+    assert len(set(sizes)) == 2
+    demand, guess, cancel = runtime.transfer.demand, runtime.transfer.prefetch, runtime.transfer.cancel
+
+    def noting(kind: str, start: Any, sign: int = 1) -> Any:
+        def noted(key: int, *slot: int) -> Any:
+            done = start(key, *slot)
+            moved[kind] += sign * sizes[key] if sign > 0 or done else 0
+            return done
+
+        return noted
+
+    runtime.transfer.demand = noting("demand", demand)
+    runtime.transfer.prefetch = noting("prefetch", guess)
+    runtime.transfer.cancel = noting("prefetch", cancel, -1)
+    generate(model, ONE_PROMPT)
+    phases = (model.foreroute.stats().prefill, model.foreroute.stats().decode)
+    assert sum(phase.demand_bytes for phase in phases) == moved["demand"]
+    assert sum(phase.prefetch_bytes for phase in phases) == moved["prefetch"]
+    assert phases[1].demand_bytes > 0
+    assert (moved["prefetch"] > 0) == (prefetch == "lookahead")
+
+
+def test_biases_stay_as_they_are(checkpoints, stores):
+    """gpt-oss: what is stored in bf16 lies in the quantised store byte for byte."""
+    from safetensors.torch import load_file
+
+    folder = checkpoints.get("gpt_oss", "bf16")
+    table = outline(folder, read_index(folder)).table
+    theirs = load_file(folder / "model.safetensors")
+    store = PackedStore(stores("gpt_oss", "int4"), table)
+    (read,) = store.reads_of(table)(table.num_experts + 5)
+    record = store.path.read_bytes()[read.offset :][: read.nbytes]
+    biases = [part for part in store.table.layers[1].layout.parts if part.name.endswith("_bias")]
+    assert len(biases) == 2
+    for part in biases:
+        found = torch.frombuffer(bytearray(record), dtype=torch.bfloat16, count=part.shape[0], offset=part.offset)
+        assert torch.equal(found, theirs[f"{table.layers[1].name}.{part.name}"][5])

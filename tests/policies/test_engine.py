@@ -107,7 +107,7 @@ class TestEveryFamily:
             family, "50%", dtype="float32", cache=False, deterministic=True, prefetch_width=whole_k(whole)
         )
         model.foreroute.set_policy(asked)
-        model.foreroute.runtime._predictor.without_waiting = False  # widths and weights as there
+        model.foreroute.runtime.predictor.without_waiting = False  # widths and weights as there
         found = decoded(model, ids, given)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
         decode = model.foreroute.stats().decode

@@ -2,12 +2,22 @@
 
 import pytest
 import torch
+import xxhash
 
 from foreroute.checkpoint.codecs import CODECS, STORED
-from foreroute.kernels.cpu import ExpertMath, OneToken
-from foreroute.kernels.quant import Matrix, decode, encode, order_of, product, quantised
+from foreroute.kernels.cpu import ExpertMath
+from foreroute.kernels.quant import (
+    Matrix,
+    QuantisedMath,
+    QuantisedToken,
+    decode,
+    encode,
+    order_of,
+    product,
+    quantised,
+)
 
-QUANTISED = [codec for codec in CODECS.values() if codec.name != STORED]
+QUANTISED = [codec for codec in CODECS.values() if codec.name != STORED and not codec.often]
 ROWS, COLS = 48, 256
 
 
@@ -30,10 +40,11 @@ class TestEveryCodec:
         else:
             grouped = whole.view(ROWS, -1, codec.group)
             most = ((grouped.amax(-1) - grouped.amin(-1)) / 15).repeat_interleave(codec.group, 1)
-        # Half a step, and what bfloat16 loses of scale, zero and result.
-        assert ((back - whole).abs() <= 0.52 * most + 0.01 * whole.abs() + 2e-3).all()
+        # Half a step, and what bfloat16 loses of scale, zero and result; a whole one at the ends of a fitted range.
+        far = 0.52 if codec.bits == 8 else 1.0
+        assert ((back - whole).abs() <= far * most + 0.01 * whole.abs() + 2e-3).all()
         relative = float((back - whole).norm() / whole.norm())
-        assert relative < {"int8": 0.01, "int4": 0.09, "int4-g128": 0.12}[codec.name]
+        assert relative < {"int8": 0.01, "int4": 0.075, "int4-g128": 0.1}[codec.name]
         assert relative > 1e-4, "nothing was quantised"
 
     def test_the_kernel_multiplies_with_what_decode_gives(self, codec):
@@ -89,13 +100,87 @@ class TestEveryCodec:
         )
         out = math(token, math.operands(stored))
         torch.testing.assert_close(out.float(), expected, rtol=0.03, atol=0.03)
-        workspace = OneToken(2, inner, hidden, torch.bfloat16)
-        workspace.begin()
-        workspace.run(math, token, [3, 5], [stored, stored])
-        total = workspace.total(torch.tensor([[0.25, 0.75]]).bfloat16(), [5, 3])
-        torch.testing.assert_close(total.float(), expected, rtol=0.03, atol=0.03)
+        assert_sum_keeps_places(math, token, stored, expected)
+
+
+def assert_sum_keeps_places(
+    math: QuantisedMath, token: torch.Tensor, stored: list[torch.Tensor], expected: torch.Tensor
+):
+    """Experts 3, 5 and 9 in every order of arrival, 9 stood in for, 7 neither run nor put."""
+    weights, other = torch.tensor([[0.5, 0.25, 0.125, 0.75]]).bfloat16(), torch.full_like(token, 8.0)
+    doubled = [part * 2 if at == len(stored) - 1 else part for at, part in enumerate(stored)]  # its last bias
+    totals = []
+    for arrivals in ([[3, 5]], [[5, 3]], [[5], [3]]):
+        workspace = QuantisedToken(4)
+        workspace.begin([5, 9, 7, 3])
+        for keys in arrivals:
+            workspace.run(math, token, keys, [doubled if key == 5 else stored for key in keys])
+        workspace.put([9], other)
+        totals.append(workspace.total(weights))
+    assert all(torch.equal(total, totals[0]) for total in totals)
+    bias = stored[-1].float()
+    wanted = 0.5 * (expected + bias) + 0.25 * other.float() + 0.75 * expected
+    torch.testing.assert_close(totals[0].float(), wanted, rtol=0.03, atol=0.05)
+
+
+@pytest.mark.parametrize("group", [32, 128])
+def test_a_fitted_range_has_less_error_than_the_whole_one(group):
+    """In every group, but for what bfloat16 rounds; heavy tails, as weights have, and offsets."""
+    whole = torch.distributions.StudentT(4.0).sample((ROWS, 512)) * 0.05 + torch.linspace(-1, 1, ROWS)[:, None]
+
+    def error(num_fits: int) -> torch.Tensor:
+        found = decode(Matrix(*encode(whole, 4, group, num_fits), 4, group)).t().float()
+        return (found - whole).view(ROWS, -1, group).square().sum(-1)
+
+    plain, fitted = error(0), error(2)
+    assert fitted.sum() < 0.95 * plain.sum()
+    assert (fitted <= 1.1 * plain + 1e-4 * whole.square().amax()).all()
+
+
+def test_one_step_for_a_whole_group_leaves_its_scale():
+    """Steps without a spread tell no scale; a division by none must not either."""
+    whole = torch.full((16, 64), -0.75)
+    whole[:, 40] = -0.7501
+    back = decode(Matrix(*encode(whole, 4, 32), 4, 32)).t().float()
+    torch.testing.assert_close(back, whole, atol=4e-3, rtol=0)
+
+
+def test_mixed_operands_are_told_apart_by_what_they_are():
+    """One token through experts of 8 and 4 bits, and many rows: as each of them by itself."""
+    int8, int4 = CODECS["int8"], CODECS["int4"]
+    inner = hidden = 64
+    family = ExpertMath(torch.relu, 0, 1)
+    math = quantised(family, [2, 2], 4, 32, is_mixed=True)
+    tag = torch.zeros(1, dtype=torch.uint8)
+    experts, expected = [], []
+    rows = torch.randn(150, hidden, generator=torch.Generator().manual_seed(5)).bfloat16()
+    for seed, codec in enumerate((int8, int4)):
+        stored = [
+            *encode(weights(inner, hidden, seed), codec.bits, codec.group),
+            *encode(weights(hidden, inner, seed + 7), codec.bits, codec.group),
+        ]
+        assert math.widths([tuple(part.shape) for part in (tag, *stored)]) == (inner, hidden)
+        experts.append(math.operands([tag, *stored]))
+        alone = quantised(family, [2, 2], codec.bits, codec.group)
+        expected.append(alone(rows, stored))
+    for operands, out in zip(experts, expected, strict=True):
+        assert torch.equal(math(rows, operands), out)
+    workspace = QuantisedToken(2)
+    workspace.begin([4, 9])
+    workspace.run(math, rows[:1], [9, 4], [experts[1], experts[0]])
+    total = workspace.total(torch.tensor([[0.25, 0.75]]).bfloat16())
+    one = 0.25 * expected[0][:1].float() + 0.75 * expected[1][:1].float()
+    torch.testing.assert_close(total.float(), one, rtol=0.03, atol=0.03)
 
 
 def test_an_order_of_numbers_has_a_name_where_there_are_several():
     assert order_of(8, 0) == ""
     assert order_of(4, 32) == order_of(4, 32) != ""
+
+
+def test_the_name_of_an_order_stays_whatever_encode_chooses():
+    """Else a better choice of scales would refuse every store that was packed before."""
+    known = torch.arange(64 * 128, dtype=torch.float32).view(64, 128).sin()
+    nearest, _ = encode(known, 4, 32, num_fits=0)
+    assert order_of(4, 32) == xxhash.xxh3_64_hexdigest(nearest.numpy().tobytes())
+    assert not torch.equal(nearest, encode(known, 4, 32)[0]), "the fit chose the same, and this test shows nothing"

@@ -2,11 +2,12 @@
 
     int8        one scale per output row
     int4        groups of 32 columns of a row, each with a scale and a zero point; int4-g128: groups of 128
+    mixed       int8 for the experts used most, int4 for the others; each says in its first byte which it is
 
 A quantised matrix is stored as [out, in] whatever the family stores, as the kernels want it. Biases stay as they are.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from foreroute.checkpoint.index import ITEMSIZE
@@ -15,61 +16,122 @@ from foreroute.errors import StoreError
 
 STORED = "stored"
 SCALES = ".scales"
+# The part of a mixed store's experts that says how many bits its weights have.
+BITS = "bits"
 # What the kernels take the scales in, and what they compute in.
 SCALE_DTYPE = "BF16"
-# The int4 kernel takes rows in blocks of so many.
-_INT4_ROWS = 16
+# The int4 kernel takes rows in blocks of so many; the int8 kernel columns, and reads past the end of a row of others.
+_INT4_ROWS, _INT8_COLUMNS = 16, 16
 
 
 @dataclass(frozen=True)
 class Codec:
-    """bits per weight, 16 for as they are. group: columns that share a scale; 0 for a whole row."""
+    """bits per weight, 16 for as they are. group: columns that share a scale; 0 for a whole row.
+
+    often: the codec of the experts used most, where they have one of their own.
+    """
 
     name: str
     bits: int
     group: int = 0
+    often: str = ""
 
 
 CODECS = {
     codec.name: codec
-    for codec in (Codec(STORED, 16), Codec("int8", 8), Codec("int4", 4, 32), Codec("int4-g128", 4, 128))
-}
+    for codec in (
+        Codec(STORED, 16), Codec("int8", 8), Codec("int4", 4, 32), Codec("int4-g128", 4, 128),
+        Codec("mixed", 4, 32, often="int8"),
+    )
+}  # fmt: skip
 
 
-def encoded_table(table: ExpertTable, codec: Codec, is_transposed: Sequence[bool]) -> ExpertTable:
+def encoded_table(
+    table: ExpertTable, codec: Codec, is_transposed: Sequence[bool], often: Sequence[Collection[int]] = ()
+) -> ExpertTable:
     """The same experts as they lie in a store of this codec. It has no sources: the store is what is read.
 
     Args:
         is_transposed: per layer, whether the family stores its matrices as [in, out].
+        often: per layer the experts used most; for a codec that stores them otherwise.
     Raises:
-        StoreError: a matrix whose shape the codec cannot take; named.
+        StoreError: a matrix whose shape the codec cannot take; named, with the codecs that can.
     """
+    check_shapes(table, codec, is_transposed)
     layers = []
-    for layer, transposed in zip(table.layers, is_transposed, strict=True):
-        parts: list[Part] = []
-        offset = 0
-        for part in layer.layout.parts:
-            for name, shape, dtype in _encoded(layer.name, part, codec, transposed=transposed):
-                nbytes = ITEMSIZE[dtype]
-                for extent in shape:
-                    nbytes *= extent
-                parts.append(Part(name, offset, nbytes, shape, dtype))
-                offset = round_up(offset + nbytes, PART_ALIGNMENT)
-        layers.append(LayerExperts(layer.name, layer.num_experts, ExpertLayout(tuple(parts)), ()))
+    for at, (layer, transposed) in enumerate(zip(table.layers, is_transposed, strict=True)):
+        layout = _layout(layer, codec, transposed=transposed, is_tagged=bool(codec.often))
+        other, others = None, frozenset[int]()
+        if codec.often:
+            other = _layout(layer, CODECS[codec.often], transposed=transposed, is_tagged=True)
+            others = frozenset(often[at])
+        layers.append(LayerExperts(layer.name, layer.num_experts, layout, (), other, others))
     return ExpertTable(tuple(layers), table.index)
 
 
-def _encoded(layer: str, part: Part, codec: Codec, *, transposed: bool) -> list[tuple[str, tuple[int, ...], str]]:
+def _layout(layer: LayerExperts, codec: Codec, *, transposed: bool, is_tagged: bool) -> ExpertLayout:
+    described: list[tuple[str, tuple[int, ...], str]] = [(BITS, (1,), "U8")] if is_tagged else []
+    for part in layer.layout.parts:
+        described += _encoded(part, codec, transposed=transposed)
+    parts: list[Part] = []
+    offset = 0
+    for name, shape, dtype in described:
+        nbytes = ITEMSIZE[dtype]
+        for extent in shape:
+            nbytes *= extent
+        parts.append(Part(name, offset, nbytes, shape, dtype))
+        offset = round_up(offset + nbytes, PART_ALIGNMENT)
+    return ExpertLayout(tuple(parts))
+
+
+def _encoded(part: Part, codec: Codec, *, transposed: bool) -> list[tuple[str, tuple[int, ...], str]]:
     """(name, shape, dtype) of what a part becomes."""
     if len(part.shape) == 1:
         return [(part.name, part.shape, SCALE_DTYPE)]
-    rows, cols = reversed(part.shape) if transposed else part.shape
+    rows, cols = _rows_and_cols(part, transposed)
     if codec.bits == 8:
         return [(part.name, (rows, cols), "I8"), (part.name + SCALES, (rows,), SCALE_DTYPE)]
-    if cols % codec.group or rows % _INT4_ROWS:
-        raise StoreError(
-            f"{codec.name} cannot take {layer}.{part.name}: its {rows} x {cols} numbers are no whole groups of "
-            f"{codec.group} columns and {_INT4_ROWS} rows. Take int8, or another group size."
-        )
     groups = (cols // codec.group, rows, 2)
     return [(part.name, (rows, cols // 2), "U8"), (part.name + SCALES, groups, SCALE_DTYPE)]
+
+
+def _rows_and_cols(part: Part, transposed: bool) -> tuple[int, int]:
+    rows, cols = reversed(part.shape) if transposed else part.shape
+    return rows, cols
+
+
+def check_shapes(table: ExpertTable, codec: Codec, is_transposed: Sequence[bool]) -> None:
+    """See that the codec's kernels can take every matrix of these experts, as the checkpoint stores them.
+
+    Raises:
+        StoreError: one they cannot; named, with the codecs that can.
+    """
+    matrices = [
+        (layer.name, part.name, _rows_and_cols(part, transposed))
+        for layer, transposed in zip(table.layers, is_transposed, strict=True)
+        for part in layer.layout.parts
+        if len(part.shape) > 1
+    ]
+    for layer_name, part_name, (rows, cols) in matrices:
+        wanted = _not_met(codec, rows, cols)
+        if wanted:
+            shapes = [shape for _, _, shape in matrices]
+            others = [
+                other.name
+                for other in CODECS.values()
+                if other.name != STORED and not other.often and not any(_not_met(other, *shape) for shape in shapes)
+            ]
+            instead = f"--quant {' or '.join(others)} can" if others else "No codec here can: pack without --quant"
+            raise StoreError(
+                f"{codec.name} cannot take {layer_name}.{part_name}, which has {rows} rows and {cols} columns: "
+                f"{wanted}. {instead}."
+            )
+
+
+def _not_met(codec: Codec, rows: int, cols: int) -> str:
+    """What the codec's kernels ask of a matrix [rows, cols] that it has not; "" where it has all."""
+    if codec.bits == 8:
+        return f"columns must be whole blocks of {_INT8_COLUMNS}" if cols % _INT8_COLUMNS else ""
+    if codec.bits == 4 and (cols % codec.group or rows % _INT4_ROWS):
+        return f"columns must be whole groups of {codec.group}, and rows whole blocks of {_INT4_ROWS}"
+    return ""

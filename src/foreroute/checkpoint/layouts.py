@@ -78,12 +78,36 @@ class PartSource:
 
 @dataclass(frozen=True)
 class LayerExperts:
-    """All experts of one MoE layer: how many, their layout, and their sources."""
+    """All experts of one MoE layer: how many, their layout, and their sources.
+
+    others: experts that have the layout `other` in place of `layout`; for stores of mixed bits.
+    """
 
     name: str
     num_experts: int
     layout: ExpertLayout
     sources: tuple[PartSource, ...]
+    other: ExpertLayout | None = None
+    others: frozenset[int] = frozenset()
+
+    def layout_of(self, expert: int) -> ExpertLayout:
+        """How this expert lies in a slot."""
+        return self.other if self.other is not None and expert in self.others else self.layout
+
+    @property
+    def nbytes(self) -> int:
+        """Stored bytes of all its experts."""
+        return sum(self.layout_of(expert).nbytes for expert in range(self.num_experts))
+
+    @property
+    def expert_nbytes(self) -> int:
+        """Stored bytes of an expert; the mean, where they differ."""
+        return self.nbytes // self.num_experts
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of a slot that holds any expert of the layer."""
+        return max(layout.slot_bytes for layout in (self.layout, self.other) if layout is not None)
 
 
 def layer_experts(name: str, num_experts: int, sources: Sequence[PartSource], index: CheckpointIndex) -> LayerExperts:
@@ -176,7 +200,16 @@ class ExpertTable:
     @property
     def slot_bytes(self) -> int:
         """Bytes of a slot that holds any expert of the model."""
-        return max(layer.layout.slot_bytes for layer in self.layers)
+        return max(layer.slot_bytes for layer in self.layers)
+
+    @property
+    def key_nbytes(self) -> list[int]:
+        """Stored bytes of each expert, by flat key; 0 for narrower layers' absent experts."""
+        found = [0] * self.num_keys
+        for at, layer in enumerate(self.layers):
+            for expert in range(layer.num_experts):
+                found[at * self.num_experts + expert] = layer.layout_of(expert).nbytes
+        return found
 
     @property
     def total_slots(self) -> int:
@@ -186,7 +219,7 @@ class ExpertTable:
     @property
     def expert_nbytes(self) -> int:
         """Stored bytes of all experts."""
-        return sum(layer.num_experts * layer.layout.nbytes for layer in self.layers)
+        return sum(layer.nbytes for layer in self.layers)
 
     def reordered(self, names: Sequence[str]) -> "ExpertTable":
         """The same experts with the layers in the order of `names`."""

@@ -2,17 +2,20 @@
 
     magic (8 bytes) | header bytes (u64) | header checksum (u64) | header (JSON) | 0..
     page-aligned: checksum table, one xxh3-64 per record (u64; 0 = not written yet)
-    page-aligned: records, `record_stride` bytes each, in key order: the slot's own bytes, so that a read needs no copy
+    page-aligned: records, `record_stride` bytes each, in key order: the slot's own bytes, so that a read needs no copy;
+        where experts of a layer differ in size (mixed bits) each takes its own pages and no more
 
 It is written under another name, synced, and renamed when it is whole: a store that has its final name is complete.
 A half-written one is taken up where it stopped.
 """
 
 import dataclasses
+import fcntl
+import itertools
 import json
 import os
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -34,11 +37,12 @@ _MOST_HEADER_BYTES = 64 * 2**20
 _SYNC_EVERY_BYTES = 256 * 2**20
 
 
-def _header(table: ExpertTable, codec: str, order: str) -> bytes:
+def _header(table: ExpertTable, codec: str, order: str, choice: Mapping[str, Any] | None) -> bytes:
     described = {
         "version": _VERSION,
         "codec": codec,
         **({"order": order} if order else {}),
+        **({"choice": choice} if choice else {}),
         "fingerprint": table.index.fingerprint(),
         "record_stride": table.slot_bytes,
         "layers": [
@@ -46,6 +50,7 @@ def _header(table: ExpertTable, codec: str, order: str) -> bytes:
                 "name": layer.name,
                 "num_experts": layer.num_experts,
                 "parts": [dataclasses.asdict(part) for part in layer.layout.parts],
+                **_described_others(layer),
             }
             for layer in table.layers
         ],
@@ -53,21 +58,35 @@ def _header(table: ExpertTable, codec: str, order: str) -> bytes:
     return json.dumps(described, sort_keys=True).encode()
 
 
+def _described_others(layer: LayerExperts) -> dict[str, Any]:
+    if layer.other is None:
+        return {}
+    parts = [dataclasses.asdict(part) for part in layer.other.parts]
+    return {"other_parts": parts, "others": sorted(layer.others)}
+
+
+def record_strides(table: ExpertTable) -> list[int]:
+    """Bytes that each record takes in a store of these experts, in record order."""
+    if all(layer.other is None for layer in table.layers):
+        return [table.slot_bytes] * table.total_slots
+    return [layer.layout_of(expert).slot_bytes for layer in table.layers for expert in range(layer.num_experts)]
+
+
 @dataclasses.dataclass(frozen=True)
 class _Geometry:
-    """Where things lie in a store whose header has so many bytes."""
+    """Where things lie in a store whose header has so many bytes. offsets: of each record, and of the store's end."""
 
     table_start: int
-    data_start: int
-    record_stride: int
+    offsets: Sequence[int]
 
     @classmethod
-    def of(cls, header_nbytes: int, num_records: int, record_stride: int) -> "_Geometry":
+    def of(cls, header_nbytes: int, table: ExpertTable) -> "_Geometry":
         table_start = round_up(_PREAMBLE.size + header_nbytes, PAGE)
-        return cls(table_start, round_up(table_start + 8 * num_records, PAGE), record_stride)
+        data_start = round_up(table_start + 8 * table.total_slots, PAGE)
+        return cls(table_start, list(itertools.accumulate(record_strides(table), initial=data_start)))
 
     def offset(self, record: int) -> int:
-        return self.data_start + record * self.record_stride
+        return self.offsets[record]
 
 
 class PackedStore:
@@ -78,6 +97,7 @@ class PackedStore:
     Attributes:
         codec: how the experts are stored: a name of codecs.py. table: the experts as they lie here.
         order: what tells the order of numbers that kernels of this machine want from that of another's; "" for none.
+        choice: how the experts were chosen that have more bits; empty where all have the same.
     Raises:
         StoreError: not a store, damaged header, another model's, another version's, or half written.
     """
@@ -88,14 +108,15 @@ class PackedStore:
             stored = _read_header(path, file.read(_PREAMBLE.size), file.read)
             described = json.loads(stored)
             self.codec, self.order = described.get("codec", STORED), described.get("order", "")
+            self.choice: dict[str, Any] = described.get("choice", {})
             if self.codec != STORED:
                 table = _table_in(described, table)
-            header = _header(table, self.codec, self.order)
+            header = _header(table, self.codec, self.order, self.choice)
             _check_same_model(path, stored, header)
             self.table = table
             self._layers = table.layers
             self._first_record = _first_records(table)
-            self._geometry = _Geometry.of(len(header), table.total_slots, table.slot_bytes)
+            self._geometry = _Geometry.of(len(header), table)
             file.seek(self._geometry.table_start)
             raw_table = file.read(8 * table.total_slots)
         expected_nbytes = self._geometry.offset(table.total_slots)
@@ -124,7 +145,7 @@ class PackedStore:
             layer, expert = table.expert_id(key)
             stored_layer = position[table.layers[layer].name]
             record = self._first_record[stored_layer] + expert
-            nbytes = self._layers[stored_layer].layout.record_bytes
+            nbytes = self._layers[stored_layer].layout_of(expert).record_bytes
             whole = Copy(0, 0, 1, nbytes, 1, nbytes, 1)
             return (Read(str(self.path), self._geometry.offset(record), nbytes, (whole,), self._checksums[record]),)
 
@@ -149,7 +170,8 @@ def open_store(folder: Path, asked: str, table: ExpertTable) -> PackedStore | No
         if asked == "auto":
             return None
         how = f"--quant {asked}" if asked in CODECS else f"--out {asked}"
-        raise StoreError(f"{path} is not there. Make it with `foreroute pack {folder} {how}`.")
+        begun = " That goes on with the one that was begun." if partial_path(path).is_file() else ""
+        raise StoreError(f"{path} is not there. Make it with `foreroute pack {folder} {how}`.{begun}")
     return PackedStore(path, table)
 
 
@@ -171,36 +193,45 @@ class StoreWriter:
 
     Args:
         path: the final name. table: the experts to be stored, in their order.
-        codec, order: see PackedStore. resume: False starts anew.
+        codec, order, choice: see PackedStore. resume: False starts anew.
     Raises:
-        StoreError: there is no room on the disk (checked and reserved first), or it cannot be written.
+        StoreError: there is no room on the disk (checked and reserved first), or it cannot be written, or another
+            process is writing it.
     """
 
     def __init__(
-        self, path: Path, table: ExpertTable, *, codec: str = STORED, order: str = "", resume: bool = True
+        self,
+        path: Path,
+        table: ExpertTable,
+        *,
+        codec: str = STORED,
+        order: str = "",
+        choice: Mapping[str, Any] | None = None,
+        resume: bool = True,
     ) -> None:
         self.path = path
         self.partial_path = partial_path(path)
-        self._header = _header(table, codec, order)
+        self._header = _header(table, codec, order, choice)
         self._num_records = table.total_slots
-        self._geometry = _Geometry.of(len(self._header), self._num_records, table.slot_bytes)
+        self._geometry = _Geometry.of(len(self._header), table)
         self._checksums = [0] * self._num_records
         self._unsynced_bytes = 0
         self.next_record = 0
         self.nbytes = self._geometry.offset(self._num_records)
-        can_resume = resume and self._load_partial()
         try:
-            self._fd = os.open(self.partial_path, os.O_RDWR | os.O_CREAT | (0 if can_resume else os.O_TRUNC), 0o644)
+            self._fd = os.open(self.partial_path, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
             raise StoreError(
                 f"{self.partial_path} cannot be written: {error.strerror}. Choose another --out."
             ) from error
-        if not can_resume:
+        self._lock()
+        if not (resume and self._load_partial()):
             self._guarded(self._begin)
 
     def write(self, record: int, payload: memoryview, nbytes: int) -> None:
-        """Write record number `record`: the slot's bytes (a whole stride), of which `nbytes` are checksummed."""
-        assert len(payload) == self._geometry.record_stride
+        """Write record number `record`: the slot's bytes (a stride or more), of which `nbytes` are checksummed."""
+        payload = payload[: self._geometry.offset(record + 1) - self._geometry.offset(record)]
+        assert len(payload) >= nbytes
         checksum = xxhash.xxh3_64_intdigest(payload[:nbytes]) or 1
         self._guarded(lambda: _write_all(self._fd, payload, self._geometry.offset(record)))
         self._checksums[record] = checksum
@@ -240,7 +271,19 @@ class StoreWriter:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
 
+    def _lock(self) -> None:
+        # Held until the file is closed: by this process alone, and gone with it however it ends.
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(self._fd)
+            self._fd = -1
+            raise StoreError(
+                f"{self.partial_path} is being written by another `foreroute pack`. Wait for it, or give another --out."
+            ) from error
+
     def _begin(self) -> None:
+        os.ftruncate(self._fd, 0)
         # Reserved at once: a disk that is too full says so now, not after an hour.
         os.posix_fallocate(self._fd, 0, self.nbytes)
         preamble = _PREAMBLE.pack(_MAGIC, len(self._header), xxhash.xxh3_64_intdigest(self._header))
@@ -284,8 +327,8 @@ def _table_in(described: dict[str, Any], table: ExpertTable) -> ExpertTable:
     names = {layer.name: layer for layer in table.layers}
     layers = tuple(
         LayerExperts(
-            layer["name"], layer["num_experts"],
-            ExpertLayout(tuple(Part(**{**part, "shape": tuple(part["shape"])}) for part in layer["parts"])), (),
+            layer["name"], layer["num_experts"], _layout_in(layer["parts"]), (),
+            _layout_in(layer["other_parts"]) if "other_parts" in layer else None, frozenset(layer.get("others", ())),
         )
         for layer in described["layers"]
     )  # fmt: skip
@@ -294,6 +337,26 @@ def _table_in(described: dict[str, Any], table: ExpertTable) -> ExpertTable:
     ]:
         return table  # and the headers will differ
     return ExpertTable(layers, table.index)
+
+
+def _layout_in(parts: Sequence[dict[str, Any]]) -> ExpertLayout:
+    return ExpertLayout(tuple(Part(**{**part, "shape": tuple(part["shape"])}) for part in parts))
+
+
+def stored_choice(path: Path, table: ExpertTable) -> tuple[dict[str, Any], list[frozenset[int]]] | None:
+    """How the experts with more bits were chosen in a store of this model, whole or partial, and which they are.
+
+    Returns:
+        The choice, and per layer of `table` the experts; None where there is no such store.
+    """
+    try:
+        with open(path, "rb") as file:
+            described = json.loads(_read_header(path, file.read(_PREAMBLE.size), file.read))
+    except (FileNotFoundError, StoreError):
+        return None
+    if described.get("fingerprint") != table.index.fingerprint() or "choice" not in described:
+        return None
+    return described["choice"], [layer.others for layer in _table_in(described, table).layers]
 
 
 def _first_records(table: ExpertTable) -> Sequence[int]:

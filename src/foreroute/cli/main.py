@@ -7,10 +7,10 @@ import traceback
 from collections.abc import Sequence
 
 import foreroute
-from foreroute.cli import demo, evaluate, fit, generate, pack, plan, score, verify
+from foreroute.cli import bench, demo, evaluate, fit, generate, pack, plan, replay, score, verify
 from foreroute.errors import ForerouteError
 
-COMMANDS = (generate, plan, pack, fit, score, evaluate, verify, demo)
+COMMANDS = (generate, plan, pack, fit, score, evaluate, verify, bench, replay, demo)
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
@@ -28,7 +28,7 @@ Start with these:
   foreroute generate MODEL "Once upon a time"           text, and what it took
 
 `foreroute COMMAND --help` explains a command, its flags and its figures.
-Exit codes: 0 done; 1 verify found a difference, or the demo's tokens differ;
+Exit codes: 0 done; 1 verify, bench or demo found a difference;
 2 an error, said in one line; 130 stopped by Ctrl-C."""
 
 

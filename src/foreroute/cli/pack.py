@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from foreroute.checkpoint.codecs import CODECS, STORED
 from foreroute.checkpoint.locate import locate
-from foreroute.cli import figures, options
+from foreroute.cli import figures, options, pack_quantised
 from foreroute.errors import StoreError
 from foreroute.residency.budget import format_memory
 
 if TYPE_CHECKING:
     from foreroute.checkpoint.layouts import ExpertTable
+    from foreroute.checkpoint.records import PackedStore
     from foreroute.engine.quantising import Quantiser
 
 _EPILOG = """\
@@ -20,6 +21,8 @@ examples:
   foreroute pack MODEL                    beside the checkpoint: found by itself
   foreroute pack MODEL --out /fast/disk   use: generate ... --packed /fast/disk
   foreroute pack MODEL --quant int4       use: generate ... --packed int4
+  foreroute pack MODEL --quant int4 --text book.txt   and what it costs
+  foreroute pack MODEL --quant mixed --int8-share 25%
 
 In a checkpoint an expert is several tensors, which lie where no aligned read
 can begin. In the store it is one read, straight to where it is computed.
@@ -28,12 +31,16 @@ weights are read from it. The store takes the room of all experts once more;
 that is checked first. It gets its name when it is whole, and every record
 carries a checksum.
 --quant int8 (a scale per row) or int4 (groups of 32; int4-g128: 128) makes the
-store 2 or 3.5 times smaller, and every read as much faster. The output changes,
+store 2 or 3.2 times smaller, and every read as much faster. The output changes,
 so that it is used only where it is asked for. The error printed is that of a
-layer's products, as a share of them; `foreroute eval` says what it does to the
-output. Computed in bfloat16, on the kind of CPU that packed it.
-A run that crashed is continued. Ctrl-C removes what was written, unless
---keep-partial: then the next `pack` goes on there."""
+layer's products, as a share of them; with --text, perplexity and bits per
+character on that text say what it does to the output, beside the model as
+stored. Computed in bfloat16, on the kind of CPU that packed it.
+--quant mixed has the experts used most in int8, the others in int4. A fit knows
+which they are (`foreroute fit`), or they are counted on --text. Slots of memory
+are as large as int8's; what is read is smaller.
+A run that crashed or was killed is continued. Ctrl-C removes what was written,
+unless --keep-partial: then the next `pack` goes on there."""
 
 
 def add_parser(commands: Any) -> None:
@@ -57,35 +64,49 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--keep-partial", action="store_true", help="on Ctrl-C, keep what was written")
     parser.add_argument("--force", action="store_true", help="pack again, even where a store is there")
+    pack_quantised.add_options(parser)
     options.add_common_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; returns its exit code."""
+    pack_quantised.refuse_misfits(args)
     folder = locate(args.model)
     options.quiet_libraries(args)
     with figures.busy("Reading the checkpoint's headers", args.json):
+        from foreroute.checkpoint.codecs import check_shapes
         from foreroute.checkpoint.index import read_index
-        from foreroute.checkpoint.records import store_name
-        from foreroute.engine.quantising import Quantiser
+        from foreroute.checkpoint.records import PackedStore, store_name
         from foreroute.model.skeleton import outline
 
         sketch = outline(folder, read_index(folder))
-        quantiser = None
-        if args.quant is not None:
-            quantiser = Quantiser(sketch.table, CODECS[args.quant], sketch.is_transposed)
+        check_shapes(sketch.table, CODECS[args.quant or STORED], sketch.is_transposed)
+        quality = pack_quantised.quality_of(args, folder, sketch)
     table, name = sketch.table, store_name(args.quant or STORED)
     path = folder / name if args.out is None else args.out.expanduser()
     if path.is_dir():
         path = path / name
-    is_there = not args.force and _is_ours(path, table, args.quant or STORED)
+    is_there = not args.force and _is_ours(args, path, table)
+    quantiser = None
     if not is_there:
-        _check_room(path, table if quantiser is None else quantiser.table)
+        if args.quant is None:
+            _check_room(path, table)
+        else:
+            quantiser = pack_quantised.make_quantiser(
+                args, sketch, path, quality, lambda stored: _check_room(path, stored)
+            )
         _pack(args, table, path, quantiser)
-    measured = quantiser if quantiser is not None and not is_there and quantiser.is_measured else None
-    _tell(args, table, path, measured, is_there=is_there, is_beside=path == folder / name)
-    if measured is not None and not args.json:
-        _tell_errors(measured)
+    measured = quantiser if quantiser is not None and quantiser.is_measured else None
+    store = PackedStore(path, table)
+    if not args.json:
+        _tell(args, store, is_there=is_there, is_beside=path == folder / name)
+        if measured is not None:
+            _tell_errors(measured)
+    found = quality.price(path)
+    if args.json:
+        _tell_json(args, store, measured, found, is_there=is_there, is_beside=path == folder / name)
+    elif found is not None:
+        pack_quantised.tell_quality(found, args.quant)
     return 0
 
 
@@ -96,11 +117,12 @@ def _tell_errors(quantiser: "Quantiser") -> None:
     mean = sum(errors) / len(errors)
     console.print(
         f"Error of a layer's products, as a share of them: {100 * mean:.2f} % on the average, "
-        f"{100 * errors[worst]:.2f} % in MoE layer {worst} ({quantiser.measured} experts of each layer)."
+        f"{100 * errors[worst]:.2f} % in MoE layer {worst} ({quantiser.measured} experts of each layer"
+        f"{' and codec' if quantiser.codec.often else ''})."
     )
 
 
-def _is_ours(path: Path, table: "ExpertTable", codec: str) -> bool:
+def _is_ours(args: argparse.Namespace, path: Path, table: "ExpertTable") -> bool:
     """Is there a complete store of this very model, and codec?
 
     Raises:
@@ -111,19 +133,20 @@ def _is_ours(path: Path, table: "ExpertTable", codec: str) -> bool:
     if not path.exists():
         return False
     try:
-        found = PackedStore(path, table).codec
-        if found != codec:
-            raise StoreError(f"{path} holds {found} experts, not {codec}.")
+        found, codec = PackedStore(path, table), args.quant or STORED
+        if found.codec != codec:
+            raise StoreError(f"{path} holds {found.codec} experts, not {codec}.")
     except StoreError as error:
         raise StoreError(f"{error} --force packs over it.") from error
+    pack_quantised.check_choice(found.choice, args, path)
     return True
 
 
 def _check_room(path: Path, table: "ExpertTable") -> None:
     """Raises StoreError when the disk has no room for the store; the room of a partial file counts as free."""
-    from foreroute.checkpoint.records import partial_path
+    from foreroute.checkpoint.records import partial_path, record_strides
 
-    needed = table.total_slots * table.slot_bytes
+    needed = sum(record_strides(table))
     try:
         free = shutil.disk_usage(path.parent).free
     except OSError as error:
@@ -173,33 +196,39 @@ def _pack(args: argparse.Namespace, table: "ExpertTable", path: Path, quantiser:
             raise
 
 
-def _tell(
-    args: argparse.Namespace,
-    table: "ExpertTable",
-    path: Path,
-    quantiser: "Quantiser | None",
-    *,
-    is_there: bool,
-    is_beside: bool,
-) -> None:
-    nbytes = path.stat().st_size
-    if args.json:
-        figures.print_json(
-            path=str(path),
-            store_bytes=nbytes,
-            experts=table.total_slots,
-            codec=args.quant or STORED,
-            was_there=is_there,
-            found_automatically=is_beside and args.quant is None,
-            layer_errors=None if quantiser is None else [error.relative for error in quantiser.errors],
-        )
-        return
-    size = f"{table.total_slots} experts, {format_memory(nbytes)}"
+def _tell(args: argparse.Namespace, store: "PackedStore", *, is_there: bool, is_beside: bool) -> None:
+    path = store.path
+    size = f"{store.table.total_slots} experts, {format_memory(path.stat().st_size)}"
     if is_there:
         print(f"{path} is complete and belongs to this model ({size}): nothing to do. --force packs it again.")
     else:
         print(f"Wrote {path}: {size}.")
+    if store.choice:
+        pack_quantised.tell_choice(store.choice, [len(layer.others) for layer in store.table.layers])
     if args.quant is not None:
         print(f"Use it with --packed {args.quant if is_beside else path}")
         return
     print("It is used by itself, as it lies beside the checkpoint." if is_beside else f"Use it with --packed {path}")
+
+
+def _tell_json(
+    args: argparse.Namespace,
+    store: "PackedStore",
+    quantiser: "Quantiser | None",
+    quality: "dict[str, Any] | None",
+    *,
+    is_there: bool,
+    is_beside: bool,
+) -> None:
+    more_bits = {layer.name: sorted(layer.others) for layer in store.table.layers}
+    figures.print_json(
+        path=str(store.path),
+        store_bytes=store.path.stat().st_size,
+        experts=store.table.total_slots,
+        codec=store.codec,
+        was_there=is_there,
+        found_automatically=is_beside and args.quant is None,
+        layer_errors=None if quantiser is None else [error.relative for error in quantiser.errors],
+        choice={**store.choice, "int8": more_bits} if store.choice else None,
+        quality=quality,
+    )

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import time
+from collections.abc import Callable, Collection, Sequence
+from math import ceil
 from typing import TYPE_CHECKING
+
+import torch
+
+from foreroute.policy import Governor
 
 if TYPE_CHECKING:
     from foreroute.engine.runtime import Runtime
@@ -13,11 +19,16 @@ if TYPE_CHECKING:
 class ReadsAhead:
     """Queues such reads, takes back guesses that a router contradicted, and books what became of them."""
 
-    def __init__(self, runtime: Runtime) -> None:
+    def __init__(
+        self, runtime: Runtime, governor: Governor | None = None, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
         self._runtime = runtime
+        self.governor = governor
+        self._clock = clock
+        self._step_began_s = self._stalled_before_s = 0.0
         self._num_experts = runtime.table.num_experts
         self._widths = [layer.num_experts for layer in runtime.table.layers]
-        self._expert_bytes = [layer.layout.nbytes for layer in runtime.table.layers]
+        self._key_nbytes = runtime.key_nbytes
         # Guesses for a layer that were queued and that its router has not confirmed or contradicted yet.
         self._guessed: list[list[int]] = [[] for _ in self._widths]
         # Used and wasted guesses, as the pool had counted them when they were last booked to a phase.
@@ -31,8 +42,45 @@ class ReadsAhead:
         """Some expert of the layer is neither there nor on its way."""
         return self._runtime.residency.resident_per_layer[layer] < self._widths[layer]
 
+    def begin_step(self, token_ids: torch.Tensor | None) -> None:
+        """A decode step of `token_ids` [rows, 1] begins: its first layer is guessed. None: a prompt, or no ids."""
+        runtime = self._runtime
+        if self.governor is not None:
+            if runtime.is_prefill:
+                self.governor.pause()
+            self._step_began_s, self._stalled_before_s = self._clock(), runtime.phase.stall_s
+        if token_ids is not None and runtime.predictor is not None and self.share and self.lacks(0):
+            self.prefetch(0, runtime.predictor.guess_first(token_ids.flatten()), runtime.phase)
+
+    def guess_next(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> None:
+        """The layer after `layer` is guessed from what its router saw and said. Arguments as of `Predictor`."""
+        predictor, following = self._runtime.predictor, layer + 1
+        if predictor is not None and following < len(self._widths) and self.share and self.lacks(following):
+            self.prefetch(following, predictor.guess(layer, hidden, ids, weights), self._runtime.phase)
+
+    def end_step(self) -> None:
+        """The last layer has been computed: what the step took is the governor's measure."""
+        governor, runtime = self.governor, self._runtime
+        if governor is None or not self._is_governed or runtime.residency.num_free > runtime.residency.staging_slots:
+            # While the pool fills, steps take less time each time, whoever guesses.
+            return
+        waited_s = runtime.phase.stall_s - self._stalled_before_s
+        if governor.step(self._clock() - self._step_began_s, waited_s) and runtime.tracing is not None:
+            runtime.tracing.governor(governor.share, "trial" if governor.is_trying else governor.why)
+
+    @property
+    def share(self) -> float:
+        """Of the full width, what is guessed now: the governor's choice where guesses only fetch early, else all."""
+        return self.governor.share if self.governor is not None and self._is_governed else 1.0
+
+    @property
+    def _is_governed(self) -> bool:
+        runtime = self._runtime
+        return not runtime.is_prefill and (runtime.approximation is None or runtime.approximation.is_exact)
+
     def prefetch(self, layer: int, experts: Sequence[int], phase: PhaseStats) -> None:
         """Queue those of the guessed experts, best first, that are not there."""
+        experts = experts[: ceil(len(experts) * self.share)]
         if self._runtime.tracing is not None:
             self._runtime.tracing.guess(layer, experts)
         base = layer * self._num_experts
@@ -41,7 +89,7 @@ class ReadsAhead:
             self._runtime.transfer.prefetch(key, slot)
         self._guessed[layer].extend(key for key, _ in loads)
         phase.prefetch_loads += len(loads)
-        phase.prefetch_bytes += len(loads) * self._expert_bytes[layer]
+        phase.prefetch_bytes += sum(self._key_nbytes[key] for key, _ in loads)
 
     def fill(self, layer: int, keys: Sequence[int], phase: PhaseStats) -> None:
         """Read what was stood in for all the same, when there is time: else it might never be there.
@@ -60,7 +108,7 @@ class ReadsAhead:
             self._runtime.transfer.fill(key, slot)
             self._queued_fills.add(key)
         phase.fill_loads += len(loads)
-        phase.fill_bytes += len(loads) * self._expert_bytes[layer]
+        phase.fill_bytes += sum(self._key_nbytes[key] for key, _ in loads)
 
     def drop_contradicted(self, layer: int, wanted: Collection[int], phase: PhaseStats) -> None:
         """Queued guesses for this layer that its router did not confirm are taken back."""
@@ -70,7 +118,7 @@ class ReadsAhead:
                 self._runtime.residency.cancel(key)
                 phase.prefetch_cancelled += 1
                 phase.prefetch_loads -= 1
-                phase.prefetch_bytes -= self._expert_bytes[layer]
+                phase.prefetch_bytes -= self._key_nbytes[key]
         guessed.clear()
 
     def drop_all(self, phase: PhaseStats) -> None:
@@ -81,7 +129,7 @@ class ReadsAhead:
             if self._runtime.transfer.cancel(key):
                 self._runtime.residency.cancel(key)
                 self._stood_in.add(key)
-                nbytes = self._expert_bytes[self._runtime.table.expert_id(key).layer]
+                nbytes = self._key_nbytes[key]
                 if key in self._queued_fills:
                     phase.fill_loads -= 1
                     phase.fill_bytes -= nbytes

@@ -1,14 +1,34 @@
 """The maths of one decode step: experts computed as they arrive, outputs added up in ascending expert id."""
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
-from foreroute.kernels.cpu import ExpertMath, OneToken, Operands
+from foreroute.kernels.cpu import ExpertMath, Operands
 
 # An expert's key -> its operands, while it is leased.
 OperandsOf = Callable[[int], Operands]
+
+
+class Workspace(Protocol):
+    """One token through several experts, which come in any order: kernels/cpu.py, and kernels/quant.py."""
+
+    def begin(self, routed: Sequence[int]) -> None:
+        """A new token's step, with the key at each place of its top-k."""
+        ...
+
+    def run(self, math: Any, hidden: torch.Tensor, keys: Sequence[int], operands: Sequence[Operands]) -> None:
+        """Compute the experts `keys` for `hidden` [1, hidden]."""
+        ...
+
+    def put(self, keys: Sequence[int], rows: torch.Tensor) -> None:
+        """Take `rows` [keys, hidden] for the outputs of these experts, before their gate weights."""
+        ...
+
+    def total(self, weights: torch.Tensor) -> torch.Tensor:
+        """The weighted sum [1, hidden], for gate weights [1, k]."""
+        ...
 
 
 class DecodeStep(Protocol):
@@ -32,7 +52,7 @@ class TokenStep:
 
     def __init__(
         self,
-        workspace: OneToken,
+        workspace: Workspace,
         math: ExpertMath,
         operands_of: OperandsOf,
         hidden: torch.Tensor,
@@ -43,9 +63,8 @@ class TokenStep:
         self._math = math
         self._operands_of = operands_of
         self._hidden = hidden
-        self._routed = routed
         self._weights = weights
-        workspace.begin()
+        workspace.begin(routed)
 
     def run(self, keys: Sequence[int]) -> None:
         """Compute these experts for the token."""
@@ -57,7 +76,7 @@ class TokenStep:
 
     def total(self) -> torch.Tensor:
         """The weighted sum [1, hidden]."""
-        return self._workspace.total(self._weights, self._routed)
+        return self._workspace.total(self._weights)
 
 
 class RowsStep:

@@ -1,7 +1,8 @@
 """Timed generation of one answer: text as it comes, and afterwards the figures.
 
 `generate` calls back with each piece and runs in the caller's thread, so that Ctrl-C stops it at once; `stream` gives
-the pieces to iterate over and runs in a thread of its own. Decoding itself is transformers' generate().
+the pieces to iterate over and runs in a thread of its own. transformers' generate() prepares and checks everything; the
+loop itself is ours (lean_loop.py) where that does the same, and transformers' own elsewhere. The report says which.
 """
 
 import resource
@@ -13,9 +14,12 @@ from queue import SimpleQueue
 from typing import Any
 
 import torch
+from transformers.cache_utils import DynamicCache
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from foreroute.engine.lean_loop import LeanLoop, is_ordinary, serves
+from foreroute.engine.prompt_cache import PromptCache, can_be_continued, new_cache
 from foreroute.engine.stats import EngineStats
 from foreroute.engine.text import TextPieces
 from foreroute.errors import PromptError
@@ -30,6 +34,8 @@ class GenerationReport:
     ttft_s: from the start of generate() to the first token. tpot_s: (last - first) / (n - 1). None: too few tokens.
     stats: the engine's counts of this answer alone. expert_bytes: stored bytes of one expert.
     peak_rss_bytes: of the process so far, loading included.
+    loop: "lean", or "generate" where transformers' own loop ran, which reuses nothing.
+    prompt_tokens_reused: of the prompt, those that were not computed again. prompt_cache_bytes: kept afterwards.
     """
 
     text: str
@@ -42,6 +48,9 @@ class GenerationReport:
     stats: EngineStats
     expert_bytes: int
     peak_rss_bytes: int
+    loop: str
+    prompt_tokens_reused: int
+    prompt_cache_bytes: int
 
     def figures(self) -> dict[str, float | int | None]:
         """Every figure by a name with its unit; rates are 0 to 1, and None stands where nothing was measured.
@@ -53,12 +62,14 @@ class GenerationReport:
         demanded = decode.hits + decode.late + decode.misses + decode.stood_in
         return {
             "prompt_tokens": self.prompt_tokens,
+            "prompt_tokens_reused": self.prompt_tokens_reused,
+            "prompt_cache_bytes": self.prompt_cache_bytes,
             "new_tokens": len(self.token_ids),
             "total_s": self.total_s,
             "ttft_s": self.ttft_s,
             "tpot_ms": None if self.tpot_s is None else self.tpot_s * 1e3,
             "tokens_per_s": _ratio(1, self.tpot_s),
-            "prefill_tokens_per_s": _ratio(self.prompt_tokens, self.ttft_s),
+            "prefill_tokens_per_s": _ratio(self.prompt_tokens - self.prompt_tokens_reused, self.ttft_s),
             "prefill_read_mb": prefill.demand_bytes / 1e6,
             "hits": decode.hits,
             "late_hits": decode.late,
@@ -105,9 +116,13 @@ class _Recorder(BaseStreamer):
         if self._prompt_is_next:
             self._prompt_is_next = False
             return
+        self.add(int(value))
+
+    def add(self, token_id: int) -> None:
+        """A new token has been chosen."""
         self.times_s.append(self._clock())
-        self.ids.append(int(value))
-        self._write(self._pieces.push(self.ids[-1]))
+        self.ids.append(token_id)
+        self._write(self._pieces.push(token_id))
 
     def end(self) -> None:
         self._write(self._pieces.finish())
@@ -134,6 +149,8 @@ def generate(
     on_text: Callable[[str], None] = lambda piece: None,
     should_stop: Callable[[], bool] | None = None,
     max_new_tokens: int = 128,
+    reuse: PromptCache | None = None,
+    prefill_chunk: int | None = None,
     clock: Callable[[], float] = time.perf_counter,
     **options: Any,
 ) -> GenerationReport:
@@ -144,6 +161,9 @@ def generate(
         on_text: called with each piece of text, whole characters only, as soon as it is there.
         should_stop: asked after every token; True ends the answer.
         max_new_tokens: fewer where the model's context ends before.
+        reuse: what earlier prompts left; the beginning that this one shares with them is not computed again, and what
+            this one computes is left there. Bits are those of the same tokens computed in the same pieces.
+        prefill_chunk: most prompt tokens computed at once; the model's own (EngineConfig) when None.
         options: transformers' own (do_sample, temperature, top_p, top_k, repetition_penalty, ...).
     Returns:
         The report. Ctrl-C ends the answer too, at once: finish_reason is then "interrupted", the model stays usable.
@@ -153,38 +173,108 @@ def generate(
     """
     room = _room_in_context(model, prompt_ids.shape[1])
     recorder = _Recorder(tokenizer, on_text, clock)
-    criteria = StoppingCriteriaList([] if should_stop is None else [_StopWhen(should_stop)])
     before = model.foreroute.stats()
     started_s = clock()
+    answer = _Answer(model, prompt_ids, options, reuse, prefill_chunk or model.foreroute.plan.prefill_chunk)
     is_interrupted = False
     try:
-        model.generate(
-            prompt_ids,
-            attention_mask=torch.ones_like(prompt_ids),
-            max_new_tokens=max_new_tokens if room is None else min(max_new_tokens, room),
-            num_beams=1,
-            streamer=recorder,
-            stopping_criteria=criteria,
-            disable_compile=True,
-            **options,
-        )
+        answer.run(recorder, should_stop, max_new_tokens if room is None else min(max_new_tokens, room))
     except KeyboardInterrupt:
         is_interrupted = True
+    finally:
+        answer.keep(recorder.ids)
     ended_s = clock()
     # Ctrl-C may fall between the two.
     times_s = recorder.times_s[: len(recorder.ids)]
+    reason = "interrupted" if is_interrupted else _finish_reason(model, recorder.ids, should_stop, options)
     return GenerationReport(
         text="".join(recorder.written),
         token_ids=tuple(recorder.ids),
         prompt_tokens=prompt_ids.shape[1],
-        finish_reason="interrupted" if is_interrupted else _finish_reason(model, recorder.ids, should_stop),
+        finish_reason=reason,
         ttft_s=times_s[0] - started_s if times_s else None,
         tpot_s=(times_s[-1] - times_s[0]) / (len(times_s) - 1) if len(times_s) > 1 else None,
         total_s=ended_s - started_s,
         stats=model.foreroute.stats().minus(before),
         expert_bytes=model.foreroute.plan.expert_bytes,
         peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        loop="generate" if answer.loop is None else "lean",
+        prompt_tokens_reused=answer.num_reused,
+        prompt_cache_bytes=0 if reuse is None else reuse.nbytes,
     )
+
+
+class _Answer:
+    """Which loop runs, over which cache, in which chunks; and what of it is kept.
+
+    Attributes:
+        loop: the lean one, from when it runs; None where transformers' own does.
+        num_reused: prompt tokens that need not be computed.
+    """
+
+    def __init__(
+        self, model: Any, prompt_ids: torch.Tensor, options: dict[str, Any], reuse: PromptCache | None, chunk: int
+    ) -> None:
+        self._model = model
+        self._prompt_ids = prompt_ids
+        self._options = options
+        self._reuse = reuse
+        self.loop: LeanLoop | None = None
+        self.num_reused = 0
+        cache = new_cache(model)
+        self._is_lean = serves(model, cache, options)
+        self._can_continue = cache is not None and is_ordinary(model) and can_be_continued(model, cache)
+        self._chunk = chunk if self._can_continue else None
+        self._cache: DynamicCache | None = cache if self._is_lean else None
+        # A stand-in leaves its mark on what is computed after it: such an answer is not the exact prompt of the next.
+        self._is_exact = _is_exact(model)
+
+    def run(self, recorder: _Recorder, should_stop: Callable[[], bool] | None, max_new_tokens: int) -> None:
+        """Generate; tokens go to the recorder."""
+        told: dict[str, Any] = {
+            "attention_mask": torch.ones_like(self._prompt_ids),
+            "max_new_tokens": max_new_tokens,
+            "num_beams": 1,
+            "disable_compile": True,
+            **self._options,
+        }
+        if not self._is_lean:
+            if should_stop is not None:
+                told["stopping_criteria"] = StoppingCriteriaList(
+                    [*told.get("stopping_criteria", ()), _StopWhen(should_stop)]
+                )
+            if self._chunk is not None and self._prompt_ids.shape[1] > self._chunk:
+                told.setdefault("prefill_chunk_size", _without_a_single_one(self._prompt_ids.shape[1], self._chunk))
+            self._model.generate(self._prompt_ids, streamer=recorder, **told)
+            return
+        if self._reuse is not None and self._can_continue:
+            # A last token alone would be decoded, not prefilled, and so not be exact under every policy.
+            at_most = self._prompt_ids.shape[1] - 2
+            cache, self.num_reused = self._reuse.take(self._model, self._prompt_ids[0].tolist(), at_most)
+            self._cache = cache or self._cache
+        self.loop = LeanLoop(recorder.add, should_stop, self._chunk)
+        self._model.generate(self._prompt_ids, past_key_values=self._cache, custom_generate=self.loop, **told)
+        recorder.end()
+
+    def keep(self, new_ids: list[int]) -> None:
+        """Leave what was computed for the next prompt: after an error or Ctrl-C, what is certain of it."""
+        if self._reuse is None or self.loop is None or self._cache is None or not self._can_continue:
+            return
+        ids = self._prompt_ids[0].tolist()
+        if self._is_exact and _is_exact(self._model):
+            ids += new_ids
+        self._reuse.keep(self._model, ids[: self.loop.num_computed], self._cache)
+
+
+def _is_exact(model: Any) -> bool:
+    return not any(policy.stands_in or policy.replaces_route for policy in model.foreroute.policies)
+
+
+def _without_a_single_one(num_tokens: int, chunk: int) -> int:
+    """At most `chunk`, and such that no single token is left over, which would be taken for a decoded one."""
+    while num_tokens % chunk == 1 and chunk > 2:
+        chunk -= 1
+    return chunk
 
 
 def stream(
@@ -233,8 +323,8 @@ def _room_in_context(model: Any, prompt_tokens: int) -> int | None:
     return int(context) - prompt_tokens
 
 
-def _finish_reason(model: Any, ids: list[int], should_stop: Callable[[], bool] | None) -> str:
-    eos = model.generation_config.eos_token_id
+def _finish_reason(model: Any, ids: list[int], should_stop: Callable[[], bool] | None, options: dict[str, Any]) -> str:
+    eos = options.get("eos_token_id", model.generation_config.eos_token_id)
     ends = eos if isinstance(eos, list) else [eos]
     if ids and ids[-1] in ends:
         return "stop"

@@ -20,6 +20,7 @@ from foreroute.checkpoint.locate import locate
 from foreroute.checkpoint.records import PackedStore, open_store
 from foreroute.config import EngineConfig, Plan
 from foreroute.engine.approximation import Approximation
+from foreroute.engine.decode import Workspace
 from foreroute.engine.learner import Learner
 from foreroute.engine.memory import SlotViews
 from foreroute.engine.offloaded import ForerouteHandle, make_offloaded
@@ -32,11 +33,12 @@ from foreroute.engine.runtime import Runtime
 from foreroute.engine.tracing import StepTrace, header_of
 from foreroute.errors import BudgetError, ForerouteError
 from foreroute.kernels.cpu import ExpertMath, OneToken
+from foreroute.kernels.quant import QuantisedMath, QuantisedToken
 from foreroute.model.blocks import MoeLayer, probe
 from foreroute.model.skeleton import load_skeleton, offloaded_modules, outline
-from foreroute.policy import Policy
+from foreroute.policy import Governor, Policy
 from foreroute.residency.budget import format_memory, parse_memory, plan_slots
-from foreroute.residency.eviction import Lfu, Lru
+from foreroute.residency.eviction import eviction_of
 from foreroute.residency.slots import Residency
 from foreroute.trace import Trace, open_trace
 from foreroute.transfer.base import Transfer
@@ -118,7 +120,7 @@ def load(
         num_layers=len(layers),
         num_experts=table.num_experts,
         top_k=tuple(layer.top_k for layer in layers),
-        expert_bytes=max(layer.layout.nbytes for layer in table.layers),
+        expert_bytes=max(layer.expert_nbytes for layer in table.layers),
         total_expert_bytes=table.expert_nbytes,
         dense_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
         memory_bytes=budget,
@@ -133,6 +135,7 @@ def load(
         compute_dtype=str(model.dtype).removeprefix("torch."),
         predictor=asked.prefetch if sidecar is None else "fitted",
         math="own" if all(entry is not None for entry in math) else "family",
+        prefill_chunk=asked.prefill_chunk,
     )
     if trace is not None:
         trace.begin(**header_of(plan, asked, table, index.fingerprint()))
@@ -233,7 +236,7 @@ def _build_runtime(
     residency = Residency(
         num_slots,
         table.num_keys,
-        eviction=Lru() if asked.eviction == "lru" else Lfu(),
+        eviction=eviction_of(asked.eviction, table.num_experts),
         staging_slots=staging_slots,
         filling_slots=min(max(layer.top_k for layer in layers), num_slots // _FILLING_SHARE),
         keys_per_layer=table.num_experts,
@@ -253,7 +256,14 @@ def _build_runtime(
         table,
         residency,
         transfer,
-        SlotViews(memory, table.slot_bytes, [layer.layout for layer in table.layers], math, dtype),
+        SlotViews(
+            memory,
+            table.slot_bytes,
+            [layer.layout for layer in table.layers],
+            math,
+            dtype,
+            [layer.other for layer in table.layers],
+        ),
         math,
         [_lending_forward(layer, table.num_experts) for layer in layers],
         _workspaces(layers, table, math, dtype),
@@ -263,21 +273,32 @@ def _build_runtime(
         keep_across_tokens=asked.cache,
         prefill_guesses_from=inf if asked.deterministic else _PREFILL_GUESSES_FROM[asked.prefetch_prefill],
         approximation=policies,
+        governor=Governor() if _is_governed(asked) and predictor is not None else None,
     )
+
+
+def _is_governed(asked: EngineConfig) -> bool:
+    """Where guesses only fetch early, and nobody has said how many they shall be, what they gain decides.
+
+    Under other policies guesses decide what is there, and so the output: they are not for the clock to switch.
+    """
+    is_exact = not Policy.parse(asked.policy).stands_in and not Policy.parse(asked.policy).replaces_route
+    return asked.governor and asked.prefetch_width is None and is_exact and not asked.deterministic
 
 
 def _workspaces(
     layers: list[MoeLayer], table: ExpertTable, math: list[ExpertMath | None], dtype: torch.dtype
-) -> list[OneToken | None]:
-    shared: dict[tuple[int, int, int], OneToken] = {}
-    workspaces: list[OneToken | None] = []
+) -> list[Workspace | None]:
+    shared: dict[tuple[int, int, int], Workspace] = {}
+    workspaces: list[Workspace | None] = []
     for layer, described, entry in zip(layers, table.layers, math, strict=True):
         if entry is None:
             workspaces.append(None)
             continue
         shape = (layer.top_k, *entry.widths([part.shape for part in described.layout.parts]))
         if shape not in shared:
-            shared[shape] = OneToken(*shape, dtype)
+            is_quantised = isinstance(entry, QuantisedMath)
+            shared[shape] = QuantisedToken(layer.top_k) if is_quantised else OneToken(*shape, dtype)
         workspaces.append(shared[shape])
     return workspaces
 

@@ -13,12 +13,17 @@ TORCH_DTYPES = {
 }  # fmt: skip
 
 
+# What the first byte of an expert of the other layout says, in a store of mixed bits.
+MANY_BITS = 8
+
+
 class SlotViews:
     """The parts of whatever expert a slot holds, as tensors over the slot's own bytes.
 
     Args:
         memory: the pool, num_slots * slot_bytes long, 4096-byte aligned; kept alive by the views.
-        layouts: one per MoE layer.
+        layouts: one per MoE layer. others: one per MoE layer, of those of its experts that have another; None for none.
+            Where there is one, an expert's first byte tells which of the two it has.
         math: one per MoE layer; says how it wants its operands. None takes the parts as they lie.
         compute_dtype: parts stored in another dtype are converted when asked for, each time.
     """
@@ -30,16 +35,18 @@ class SlotViews:
         layouts: Sequence[ExpertLayout],
         math: Sequence[ExpertMath | None],
         compute_dtype: torch.dtype,
+        others: Sequence[ExpertLayout | None] = (),
     ) -> None:
         self._memory: mmap.mmap | None = memory
         self._slot_bytes = slot_bytes
         self._layouts = list(layouts)
+        self._others = list(others) or [None] * len(layouts)
         self._math = list(math)
-        # Slot -> views, shared by layers whose experts look alike.
+        # Slot -> views, shared by layers whose experts look alike; ~slot for the other layout.
         tables: dict[object, dict[int, tuple[torch.Tensor, ...]]] = {}
         self._views = [
-            tables.setdefault((layout, None if entry is None else entry.operand_kind), {})
-            for layout, entry in zip(layouts, math, strict=True)
+            tables.setdefault((layout, other, None if entry is None else entry.operand_kind), {})
+            for layout, other, entry in zip(layouts, self._others, math, strict=True)
         ]
         self._compute_dtype = compute_dtype
         self._is_stored_so = [
@@ -50,9 +57,10 @@ class SlotViews:
 
     def operands(self, layer: int, slot: int) -> tuple[torch.Tensor, ...]:
         """What the maths of MoE layer `layer` reads of the expert in `slot`, in the compute dtype."""
-        views = self._views[layer].get(slot)
+        at = slot if self._others[layer] is None or not self._is_other(slot) else ~slot
+        views = self._views[layer].get(at)
         if views is None:
-            views = self._views[layer][slot] = self._make(layer, slot)
+            views = self._views[layer][at] = self._make(layer, at)
         if self._is_stored_so[layer]:
             return views
         return tuple(view.to(self._compute_dtype) for view in views)
@@ -63,9 +71,15 @@ class SlotViews:
             views.clear()
         self._memory = None
 
-    def _make(self, layer: int, slot: int) -> tuple[torch.Tensor, ...]:
+    def _is_other(self, slot: int) -> bool:
         assert self._memory is not None, "the pool has been closed"
-        start = slot * self._slot_bytes
+        return self._memory[slot * self._slot_bytes] == MANY_BITS
+
+    def _make(self, layer: int, at: int) -> tuple[torch.Tensor, ...]:
+        assert self._memory is not None, "the pool has been closed"
+        layout = self._layouts[layer] if at >= 0 else self._others[layer]
+        assert layout is not None, "experts of the layer have one layout"
+        start = (at if at >= 0 else ~at) * self._slot_bytes
         parts = [
             torch.frombuffer(
                 self._memory,
@@ -73,7 +87,7 @@ class SlotViews:
                 count=part.nbytes // TORCH_DTYPES[part.dtype].itemsize,
                 offset=start + part.offset,
             ).view(part.shape)
-            for part in self._layouts[layer].parts
+            for part in layout.parts
         ]
         math = self._math[layer]
         return tuple(parts) if math is None else math.operands(parts)

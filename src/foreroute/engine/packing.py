@@ -41,7 +41,14 @@ def pack(
     if quantiser is None:
         writer = StoreWriter(path, table, resume=resume)
     else:
-        writer = StoreWriter(path, quantiser.table, codec=quantiser.codec.name, order=quantiser.order, resume=resume)
+        writer = StoreWriter(
+            path,
+            quantiser.table,
+            codec=quantiser.codec.name,
+            order=quantiser.order,
+            choice=quantiser.choice,
+            resume=resume,
+        )
     memory, slots = allocate_slots(_RING_SLOTS, table.slot_bytes)
     transfer = DiskTransfer(table.reads, slots.__getitem__, label=table.label)
     try:
@@ -91,7 +98,7 @@ def _copy_all(
             writer.write(done, slots[slot], table.layers[layer].layout.record_bytes)
         else:
             payload = quantiser.encode(layer, expert, slots[slot])
-            writer.write(done, payload, quantiser.table.layers[layer].layout.record_bytes)
+            writer.write(done, payload, quantiser.table.layers[layer].layout_of(expert).record_bytes)
         free.append(slot)
         done += 1
         progress(done, len(keys))

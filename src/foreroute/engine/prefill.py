@@ -65,7 +65,7 @@ class ExpertStream:
         self._ring_free: list[int] = []
         self._ring: list[int] = []
         self._current = -1
-        self._expert_bytes = runtime.table.layers[layer].layout.nbytes
+        self._key_nbytes = runtime.key_nbytes
         self.found: list[int] = []
         self.missed: list[int] = []
         self._queue = self._admit(keys)
@@ -144,7 +144,7 @@ class ExpertStream:
     def _start(self, key: int, slot: int) -> None:
         self._runtime.transfer.demand(key, slot)
         self._phase.demand_loads += 1
-        self._phase.demand_bytes += self._expert_bytes
+        self._phase.demand_bytes += self._key_nbytes[key]
 
     def _await_one(self) -> None:
         started = self._clock()

@@ -104,5 +104,6 @@ def prove_math(module: OffloadedExperts, layout: ExpertLayout, compute_dtype: to
         token, weights = random(1, hidden_width), random(1, num_experts)
         routed = list(range(num_experts))
         workspace = OneToken(num_experts, up_width, hidden_width, compute_dtype)
+        workspace.begin(routed)
         workspace.run(math, token, routed, [operands] * num_experts)
-        return torch.equal(theirs(token, torch.tensor([routed]), weights), workspace.total(weights, routed))
+        return torch.equal(theirs(token, torch.tensor([routed]), weights), workspace.total(weights))

@@ -15,14 +15,15 @@ import torch
 from foreroute.checkpoint.layouts import ExpertTable
 from foreroute.engine.ahead import ReadsAhead
 from foreroute.engine.approximation import Approximation
-from foreroute.engine.decode import DecodeStep, RowsStep, TokenStep
+from foreroute.engine.decode import DecodeStep, RowsStep, TokenStep, Workspace
 from foreroute.engine.memory import SlotViews
 from foreroute.engine.parts import ExpertListener, FamilyForward, Learner, Observer, Predictor
 from foreroute.engine.prefill import ExpertStream, group_by_expert
 from foreroute.engine.standing_in import StandingIn
 from foreroute.engine.stats import EngineStats, PhaseStats
 from foreroute.engine.tracing import StepTrace
-from foreroute.kernels.cpu import ExpertMath, OneToken
+from foreroute.kernels.cpu import ExpertMath
+from foreroute.policy import Governor
 from foreroute.predict.base import Seen
 from foreroute.residency.slots import LOADING, READY, Residency
 from foreroute.transfer.base import Completion, Transfer
@@ -39,10 +40,12 @@ class Runtime:
         prefill_guesses_from: routed slots per expert of a layer from which guesses fetch in prefill too: 0 always.
         keep_across_tokens: False gives every expert up after its layer (on-demand loading).
         approximation: the policies other than exact; None where there is exact alone.
+        governor: decides how much is guessed in decode; None always guesses all.
 
     Attributes:
         observer, expert_listener: who watches; None, and free, until somebody does. They must change nothing.
         is_prefill: the forward pass has several positions per row, or is the first of its text.
+        key_nbytes: stored bytes of each expert, by its key.
         phase: the counts of prefill or decode, whichever runs. ahead: the reads that nobody waits for.
         learner: learns better guesses in the time that compute waits; None where there is nothing to learn.
         tracing: is told what happens; None where no trace is written.
@@ -56,7 +59,7 @@ class Runtime:
         views: SlotViews,
         math: Sequence[ExpertMath | None],
         family_forwards: Sequence[FamilyForward],
-        workspaces: Sequence[OneToken | None],
+        workspaces: Sequence[Workspace | None],
         predictor: Predictor | None,
         *,
         free_slots: Callable[[], None] = lambda: None,
@@ -64,6 +67,7 @@ class Runtime:
         keep_across_tokens: bool = True,
         prefill_guesses_from: float = inf,
         approximation: Approximation | None = None,
+        governor: Governor | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.table = table
@@ -75,7 +79,7 @@ class Runtime:
         self._math = math
         self._family_forwards = family_forwards
         self._workspaces = workspaces
-        self._predictor = predictor
+        self.predictor = predictor
         self._free_slots = free_slots
         self._hits_first = hits_first
         self.keeps_across_tokens = keep_across_tokens
@@ -88,14 +92,15 @@ class Runtime:
         self.tracing: StepTrace | None = None
         self._num_experts = table.num_experts
         self._widths = [layer.num_experts for layer in table.layers]
-        self._expert_bytes = [layer.layout.nbytes for layer in table.layers]
+        self._last_layer = len(self._widths) - 1
+        self.key_nbytes = table.key_nbytes
         self.is_prefill = False
         self._num_rows = 1
         # Still True where a step begins: the one before was cut off, by an error or by Ctrl-C, between any two lines.
         self._is_mid_step = False
         # A step's whole demand must fit beside the guesses that are on their way.
         self._most_leased = residency.num_slots - residency.staging_slots
-        self.ahead = ReadsAhead(self)
+        self.ahead = ReadsAhead(self, governor, clock)
 
     def begin_step(
         self, num_rows: int, num_positions: int, token_ids: torch.Tensor | None = None, *, is_start: bool = False
@@ -125,8 +130,7 @@ class Runtime:
             self.settle(self.transfer.completed())
         if not self.keeps_across_tokens:
             self.residency.drop(self.residency.ready_keys())
-        if token_ids is not None and not self.is_prefill and self._predictor is not None and self.ahead.lacks(0):
-            self.ahead.prefetch(0, self._predictor.guess_first(token_ids.flatten()), self.phase)
+        self.ahead.begin_step(None if self.is_prefill else token_ids)
         self._is_mid_step = False
 
     def compute(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -148,6 +152,8 @@ class Runtime:
         total = self._compute(layer, hidden, ids, weights)
         if self.tracing is not None:
             self.tracing.end_layer()
+        if layer == self._last_layer:
+            self.ahead.end_step()
         self._is_mid_step = False
         return total
 
@@ -177,7 +183,7 @@ class Runtime:
         step = self._decode_step(layer, math, routed, hidden, weights)
         seen = (hidden, ids, weights)
         if approximation is None:
-            return self._compute_leased(layer, keys, step, lambda: self.prefetch_next(layer, *seen))
+            return self._compute_leased(layer, keys, step, lambda: self.ahead.guess_next(layer, *seen))
         absent = approximation.not_waited_for(layer, keys, routed, weights, self.residency.contains_ready)
         around = StandingIn(self, layer, absent, step, approximation, Seen(*seen))
         needed = [key for key in keys if key not in absent] if absent else keys
@@ -187,10 +193,10 @@ class Runtime:
         """To all who watch, what the layer's router chose."""
         if self.observer is not None:
             self.observer(layer, hidden, ids, weights)
-        if self.learner is not None:
+        if self.learner is not None and self.ahead.share:
             self.learner.see(layer, hidden, ids, weights)
-        if layer == 0 and self._predictor is not None:
-            self._predictor.see_first(hidden, self._num_rows)
+        if layer == 0 and self.predictor is not None:
+            self.predictor.see_first(hidden, self._num_rows)
 
     def close(self) -> None:
         """Stop the readers and let go of the pool; the model's experts can no longer be computed."""
@@ -276,13 +282,8 @@ class Runtime:
         phase.late += len(late)
         phase.misses += len(misses)
         phase.demand_loads += len(misses)
-        phase.demand_bytes += len(misses) * self._expert_bytes[layer]
+        phase.demand_bytes += sum(self.key_nbytes[key] for key, _ in misses)
         return {key for key, _ in late} | {key for key, _ in misses}
-
-    def prefetch_next(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> None:
-        following = layer + 1
-        if self._predictor is not None and following < len(self._widths) and self.ahead.lacks(following):
-            self.ahead.prefetch(following, self._predictor.guess(layer, hidden, ids, weights), self.phase)
 
     def _wait_for(self, waited: set[int]) -> list[int]:
         arrived: list[int] = []
@@ -313,7 +314,7 @@ class Runtime:
 
     def await_completions(self) -> Sequence[Completion]:
         """Block until a reader has finished something; meanwhile the learner works, a little at a time."""
-        if self.learner is not None:
+        if self.learner is not None and self.ahead.share:
             while True:
                 done = self.transfer.completed()
                 if done:
@@ -365,7 +366,7 @@ class Runtime:
         if self.is_prefill and ids.numel() >= self._prefill_guesses_from * self._widths[layer]:
             # Behind this layer's reads that are queued already: a guess runs where the reader would have a pause, and
             # delays those that the ring asks for later by at most itself.
-            self.prefetch_next(layer, hidden, ids, weights)
+            self.ahead.guess_next(layer, hidden, ids, weights)
         if math is None:
             total = self._family_forwards[layer](stream, hidden, ids, weights)
         else:

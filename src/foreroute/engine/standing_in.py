@@ -42,7 +42,7 @@ class StandingIn:
         runtime, following = self._runtime, self._layer + 1
         route = self._approximation.see(self._layer, *self._seen[:3])
         if route is None:
-            runtime.prefetch_next(self._layer, *self._seen[:3])
+            runtime.ahead.guess_next(self._layer, *self._seen[:3])
         elif runtime.ahead.lacks(following):
             num_experts = runtime.table.layers[following].num_experts
             runtime.ahead.prefetch(following, most_wanted(route.ids, num_experts), runtime.phase)

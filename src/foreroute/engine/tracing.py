@@ -22,7 +22,7 @@ def header_of(plan: Plan, asked: EngineConfig, table: ExpertTable, fingerprint: 
         "fingerprint": fingerprint,
         "experts_per_layer": [layer.num_experts for layer in table.layers],
         "top_k": list(plan.top_k),
-        "expert_bytes": [layer.layout.nbytes for layer in table.layers],
+        "expert_bytes": [layer.expert_nbytes for layer in table.layers],
         "num_slots": plan.num_slots,
         "slot_bytes": plan.slot_bytes,
         "staging_slots": plan.staging_slots,
@@ -89,9 +89,9 @@ class StepTrace:
         """These experts of `layer` are expected, best first."""
         self._trace.emit("guess", t=self._trace.now(), layer=layer, experts=list(experts))
 
-    def governor(self, width: int, why: str) -> None:
-        """From now on so many experts are guessed."""
-        self._trace.emit("governor", t=self._trace.now(), width=width, why=why)
+    def governor(self, share: float, why: str) -> None:
+        """From now on so much of the full width is guessed."""
+        self._trace.emit("governor", t=self._trace.now(), share=share, why=why)
 
     def end(self, stats: EngineStats) -> None:
         """The last line."""

@@ -90,10 +90,12 @@ class OneToken:
         self._up_rows = self._up.split(1)
         self._out_rows = self._out.split(1)
         self._keys: list[int] = []
+        self._routed: Sequence[int] = ()
 
-    def begin(self) -> None:
-        """A new token's step."""
+    def begin(self, routed: Sequence[int]) -> None:
+        """A new token's step, with the key at each place of its top-k."""
         self._keys.clear()
+        self._routed = routed
 
     def run(self, math: ExpertMath, hidden: torch.Tensor, keys: Sequence[int], operands: Sequence[Operands]) -> None:
         """Compute the experts `keys` for `hidden` [1, hidden]."""
@@ -120,12 +122,13 @@ class OneToken:
         self._keys.extend(keys)
         self._out[first : first + len(keys)] = rows
 
-    def total(self, weights: torch.Tensor, routed: Sequence[int]) -> torch.Tensor:
+    def total(self, weights: torch.Tensor) -> torch.Tensor:
         """The weighted sum [1, hidden] over the experts that were run or put, in ascending order of their keys.
 
         Args:
-            weights: [1, k] gate weights. routed: the key that each of them belongs to.
+            weights: [1, k] gate weights.
         """
+        routed = self._routed
         keys = self._keys
         num_run = len(keys)
         out = self._out[:num_run]

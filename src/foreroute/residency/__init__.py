@@ -4,7 +4,7 @@ Pure Python: no torch, no threads, no clock.
 """
 
 from foreroute.residency.budget import SlotPlan, format_memory, parse_memory, plan_slots
-from foreroute.residency.eviction import Eviction, Lfu, Lru
+from foreroute.residency.eviction import Eviction, Lfu, Lru, Turns, eviction_of
 from foreroute.residency.slots import Demand, Residency
 from foreroute.residency.states import IllegalEvent, NoVictim
 
@@ -17,6 +17,8 @@ __all__ = [
     "NoVictim",
     "Residency",
     "SlotPlan",
+    "Turns",
+    "eviction_of",
     "format_memory",
     "parse_memory",
     "plan_slots",

@@ -1,0 +1,94 @@
+"""What this process and this machine have of memory: resident bytes, their peak, and how fast bytes are copied."""
+
+import ctypes
+import gc
+import time
+from pathlib import Path
+
+import torch
+
+# Larger than any cache, so that memory itself is measured.
+_COPY_BYTES = 256 * 2**20
+_COPIES = 5
+
+
+def available_ram() -> int | None:
+    """Bytes that processes could get now without swapping; None where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def memory_bytes_per_s() -> float:
+    """Bytes per second that memory reads and writes in a large copy, by torch's threads; the best of some."""
+    source = torch.ones(_COPY_BYTES // 4)
+    target = torch.zeros_like(source)
+    best_s = float("inf")
+    for _ in range(_COPIES):
+        started_s = time.perf_counter()
+        target.copy_(source)
+        best_s = min(best_s, time.perf_counter() - started_s)
+    return 2 * _COPY_BYTES / best_s
+
+
+def give_back_freed_memory() -> None:
+    """Collect garbage, and let the C library return what is free: else the next model's memory would not show."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+class PeakRss:
+    """The most memory that one of several models in this process takes: as if it were alone here.
+
+    Inside `with`, what the process grows by is the model's own. `peak_bytes` adds the most of it to what the process
+    had before any model was there (`base_bytes`). None where the system does not tell (/proc/self/clear_refs).
+    """
+
+    def __init__(self, base_bytes: int | None) -> None:
+        self._base_bytes = base_bytes
+        self._own_bytes = 0
+        self._own_peak_bytes = 0
+        self._before_bytes: int | None = None
+
+    @property
+    def peak_bytes(self) -> int | None:
+        """Bytes, so far."""
+        return None if self._base_bytes is None else self._base_bytes + self._own_peak_bytes
+
+    def __enter__(self) -> "PeakRss":
+        self._before_bytes = _status_bytes("VmRSS") if _reset_peak() else None
+        if self._before_bytes is None:
+            self._base_bytes = None
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        peak_bytes, now_bytes = _status_bytes("VmHWM"), _status_bytes("VmRSS")
+        if self._before_bytes is None or peak_bytes is None or now_bytes is None:
+            return
+        self._own_peak_bytes = max(self._own_peak_bytes, self._own_bytes + peak_bytes - self._before_bytes)
+        self._own_bytes += now_bytes - self._before_bytes
+
+
+def rss_bytes() -> int | None:
+    """Resident bytes of this process now; None where the system does not say."""
+    return _status_bytes("VmRSS")
+
+
+def _status_bytes(name: str) -> int | None:
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), None)
+
+
+def _reset_peak() -> bool:
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,65 @@
+"""Repeats that can be believed: contenders in turn, medians with their spread, and what machine it was."""
+
+import os
+import platform
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+_T = TypeVar("_T")
+
+
+def turns(contenders: Sequence[_T], repeats: int) -> Iterator[tuple[int, _T]]:
+    """(repeat, contender), every repeat in the opposite order of the one before (A-B-B-A): drift hits all alike."""
+    for repeat in range(repeats):
+        for contender in contenders if repeat % 2 == 0 else reversed(contenders):
+            yield repeat, contender
+
+
+def interleave(contenders: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
+    """Run the contenders in `turns`.
+
+    Args:
+        contenders: each runs once per call and returns its own figure.
+        repeats: figures wanted per contender; one more, unreported, warms up.
+    """
+    figures: dict[str, list[float]] = {name: [] for name in contenders}
+    for run in contenders.values():
+        run()
+    for _, name in turns(list(contenders), repeats):
+        figures[name].append(contenders[name]())
+    return figures
+
+
+def summary(figures: Sequence[float]) -> dict[str, float]:
+    """Median and spread (quartiles and extremes) of repeats."""
+    low, _, high = statistics.quantiles(figures, n=4, method="inclusive") if len(figures) > 1 else [figures[0]] * 3
+    return {
+        "median": statistics.median(figures),
+        "p25": low,
+        "p75": high,
+        "min": min(figures),
+        "max": max(figures),
+        "repeats": len(figures),
+    }
+
+
+def machine() -> dict[str, Any]:
+    """What the figures depend on, without the host's name or paths."""
+    return {
+        "cpu": _cpu_name(),
+        "cpus": os.cpu_count(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "kernel": platform.release().split("-")[0],
+        "python": platform.python_version(),
+        "load_1_minute": round(os.getloadavg()[0], 1),  # more than the benchmark's own threads: there are neighbours
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -1,0 +1,109 @@
+"""One timed run: a prompt and the tokens after it, fed from a text, and what the engine did meanwhile."""
+
+import inspect
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from foreroute.engine.lean_loop import split_prompt
+from foreroute.engine.stats import PhaseStats
+
+
+@dataclass(frozen=True)
+class Case:
+    """One test: `batch` rows of `prompt_tokens`, then `new_tokens` of each; 0 new tokens is a prompt alone."""
+
+    batch: int
+    prompt_tokens: int
+    new_tokens: int
+
+    @property
+    def num_decode_passes(self) -> int:
+        """Forward passes after the prompt's: the first new token is the prompt's own."""
+        return max(0, self.new_tokens - 1)
+
+    @property
+    def tests(self) -> tuple[str, ...]:
+        """Names of what is measured, as llama-bench has them: pp is the prompt, tg the tokens after it."""
+        prompt = f"pp{self.prompt_tokens}"
+        return (prompt, f"tg{self.new_tokens}") if self.new_tokens else (prompt,)
+
+
+@dataclass(frozen=True)
+class Timed:
+    """What one run took.
+
+    ttft_s: from the start to the first token of every row. tpot_s: (last - first) / (n - 1); None without new tokens.
+    choices: [passes][rows], the likeliest token at each step: they tell whether two runs computed the same.
+    prefill, decode: the engine's counts.
+    """
+
+    ttft_s: float
+    tpot_s: float | None
+    choices: list[list[int]]
+    prefill: PhaseStats
+    decode: PhaseStats
+
+
+@torch.no_grad()
+def run_once(model: Any, window: torch.Tensor, case: Case, clock: Callable[[], float] = time.perf_counter) -> Timed:
+    """Prefill the prompt, in the chunks in which the engine does it, then feed the text's own next tokens one by one.
+
+    The text is fed and not the model's choice, so that the routes are those of text and every contender has the same.
+
+    Args:
+        window: [rows, prompt_tokens + new_tokens] token ids.
+    """
+    takes = inspect.signature(type(model).forward).parameters
+    # As generate() does it: logits of a whole prompt can be larger than the model.
+    options: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+    before = model.foreroute.stats()
+    started_s = clock()
+    cache = None
+    for chunk in split_prompt(window[:, : case.prompt_tokens], model.foreroute.plan.prefill_chunk):
+        output = model(input_ids=chunk, past_key_values=cache, use_cache=True, **options)
+        cache = output.past_key_values
+    chosen = [output.logits[:, -1].argmax(-1)]
+    first_s = last_s = clock()
+    for at in range(case.prompt_tokens, case.prompt_tokens + case.num_decode_passes):
+        token = window[:, at : at + 1]
+        output = model(input_ids=token, past_key_values=cache, use_cache=True, **options)
+        cache = output.past_key_values
+        chosen.append(output.logits[:, -1].argmax(-1))
+        last_s = clock()
+    stats = model.foreroute.stats().minus(before)
+    return Timed(
+        ttft_s=first_s - started_s,
+        tpot_s=(last_s - first_s) / case.num_decode_passes if case.new_tokens else None,
+        choices=[tokens.tolist() for tokens in chosen],
+        prefill=stats.prefill,
+        decode=stats.decode,
+    )
+
+
+@torch.no_grad()
+def fill_pool(model: Any, tokens: torch.Tensor) -> None:
+    """Load every expert once, in the order of the layers, as far as the pool has room.
+
+    Args:
+        tokens: [1, n] token ids of any text, from which each layer's input gets its shape.
+    """
+    runtime, inputs = model.foreroute.runtime, {}
+
+    def note(layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> None:
+        inputs[layer] = (hidden[:1].clone(), ids[:1, :1].clone(), weights[:1, :1].clone())
+
+    runtime.observer = note
+    try:
+        model(input_ids=tokens, use_cache=False)
+    finally:
+        runtime.observer = None
+    for layer, (hidden, ids, weights) in inputs.items():
+        num_experts = runtime.table.layers[layer].num_experts
+        every = torch.arange(num_experts, dtype=ids.dtype)[:, None]
+        runtime.compute(
+            layer, hidden.expand(num_experts, -1).contiguous(), every, weights.expand(num_experts, -1).contiguous()
+        )

@@ -1,0 +1,55 @@
+"""The rungs of the ladder: each one has one thing more than the one below it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from foreroute.config import EngineConfig
+
+ON_DEMAND, CACHE, HITS_FIRST, PREFETCH = "on-demand", "cache", "hits-first", "prefetch"
+ORACLE, BELADY, RESIDENT = "oracle", "belady", "resident"
+
+
+@dataclass(frozen=True)
+class Rung:
+    """name: as in flags and --json. label: as in tables. meaning: one line of help. is_measured: else arithmetic."""
+
+    name: str
+    label: str
+    meaning: str
+    is_measured: bool = True
+
+
+LADDER = (
+    Rung(ON_DEMAND, "on-demand", "every expert is read when a token needs it, and not kept"),
+    Rung(CACHE, "+ cache", "experts stay until others need their place"),
+    Rung(HITS_FIRST, "+ hits first", "those that are there are computed while others arrive"),
+    Rung(PREFETCH, "+ prefetch", "the next layer's are guessed and read ahead: foreroute as it is"),
+    Rung(ORACLE, "oracle prefetch", "the next layer's are known and read ahead, always"),
+    Rung(BELADY, "Belady bound", "arithmetic: nothing reads less, nor faster than the disk", is_measured=False),
+    Rung(RESIDENT, "fully resident", "every expert in memory from the start"),
+)
+RUNG_NAMES = tuple(rung.name for rung in LADDER)
+
+
+def rungs_named(names: Sequence[str]) -> tuple[Rung, ...]:
+    """Those rungs, from the lowest up, whatever the order of `names`."""
+    return tuple(rung for rung in LADDER if rung.name in names)
+
+
+def plain_config(asked: EngineConfig) -> EngineConfig:
+    """The same engine, and nothing is guessed."""
+    return replace(asked, prefetch="none", learn=False, predictor="no")
+
+
+def config_of(rung: Rung, asked: EngineConfig) -> EngineConfig:
+    """The engine's switches on a rung; all others as asked."""
+    if rung.name == PREFETCH:
+        return asked
+    if rung.name == ORACLE:
+        # Its guesses come from elsewhere: nothing fitted is read, nothing learnt, and none of them is left out.
+        return replace(asked, learn=False, predictor="no", governor=False)
+    without = plain_config(asked)
+    if rung.name in (HITS_FIRST, RESIDENT):
+        return without
+    without = replace(without, hits_first=False)
+    return replace(without, cache=False) if rung.name == ON_DEMAND else without

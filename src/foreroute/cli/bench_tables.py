@@ -1,0 +1,169 @@
+"""How the figures of `foreroute bench` look in a terminal."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from foreroute.cli import figures
+from foreroute.residency.budget import format_memory
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_NONE = "–"
+# Together within 80 columns.
+_TOKEN_HEAD = ("", "t/s", "±", "x", "TPOT", "hit", "late", "MB", "guess", "waste", "stall", "RSS")
+_PROMPT_HEAD = ("", "t/s", "±", "x", "TTFT", "MB", "guess", "stall", "RSS")
+
+
+def show(found: Mapping[str, Any]) -> None:
+    """Print the answer on standard output; where tokens differ, that alone.
+
+    Args:
+        found: as of `bench.results.as_json`.
+    """
+    from foreroute.bench.results import PROMPT, TOKENS
+
+    console = figures.stdout_console()
+    difference = found["difference"]
+    if difference is not None:
+        console.print("The rungs do not choose the same tokens, so no time is worth reading.", style="bold red")
+        console.print(_where(difference), markup=False)
+        return
+    _print_head(console, found)
+    for kind, head, row in ((TOKENS, _TOKEN_HEAD, _token_row), (PROMPT, _PROMPT_HEAD, _prompt_row)):
+        rows = _rows(found["budgets"], kind, row, len(head))
+        if rows:
+            console.print()
+            _print_grid(console, head, rows)
+    console.print()
+    _print_ceilings(console, found)
+    remarks = list(found["remarks"])
+    if not found["budgets"]:
+        remarks.append("Stopped by Ctrl-C before a rung had been measured.")
+    elif found["interrupted"]:
+        remarks.append("Stopped by Ctrl-C: this is what had been measured.")
+    if found["budgets"] and not found["interleaved"]:
+        remarks.append(
+            "The rungs do not fit the free RAM together: they ran one after another, not in turn. Compare with care."
+        )
+    if found["text"] == "random ids":
+        remarks.append("The model has no tokenizer: it read random tokens, which are routed like no text.")
+    if remarks:
+        console.print()
+        figures.print_list(console, remarks)
+
+
+def _print_head(console: "Console", found: Mapping[str, Any]) -> None:
+    experts = found["experts"]
+    stored = {"safetensors": "in the checkpoint", "packed": "in a packed store"}[experts["source"]]
+    figures.print_rows(
+        console,
+        [
+            ("model", f"{found['model']} ({found['model_type']})", f"computed in {found['compute_dtype']}"),
+            ("experts", f"{experts['layers']} x {experts['per_layer']}, top-{experts['top_k']}",
+             f"{format_memory(experts['all_bytes'])} as {figures.dtype_name(experts['stored_dtype'])} {stored}; "
+             f"{format_memory(experts['token_demand_bytes'])} of them per token"),
+        ],
+    )  # fmt: skip
+    if found["budgets"]:
+        repeats = found["repeats"]
+        turns = f"median of {repeats}" + (" in turn" if found["interleaved"] else "")
+        console.print(f"{turns}; all rungs chose the same tokens; text: {found['text']}", style="dim", markup=False)
+
+
+def _rows(budgets: Sequence[Mapping[str, Any]], kind: str, row: Any, width: int) -> list[list[str]]:
+    """A line per budget, batch and test, and one per rung below it."""
+    rows: list[list[str]] = []
+    for budget in budgets:
+        for test in budget["tests"]:
+            if test["kind"] != kind:
+                continue
+            where = f"{test['test']}  {budget['memory']}" + (
+                f"  batch {budget['batch']}" if budget["batch"] > 1 else ""
+            )
+            rows.append([where, *[""] * (width - 1)])
+            peaks = budget["peak_rss_bytes"]
+            rows += [row(name, entry, peaks.get(name)) for name, entry in test["rungs"].items()]
+    return rows
+
+
+def _token_row(name: str, entry: Mapping[str, Any], peak_bytes: int | None) -> list[str]:
+    return [
+        _label(name), *_speed(entry), figures.number(entry["tpot_ms"]["median"]),
+        _percent(entry.get("hit_rate")), _percent(entry.get("late_rate")),
+        _megabytes(entry.get("demand_mb_per_token")), _megabytes(entry.get("speculative_mb_per_token")),
+        _megabytes(entry.get("speculative_wasted_mb_per_token")), figures.number(entry.get("stall_ms_per_step")),
+        _peak(peak_bytes),
+    ]  # fmt: skip
+
+
+def _prompt_row(name: str, entry: Mapping[str, Any], peak_bytes: int | None) -> list[str]:
+    return [
+        _label(name), *_speed(entry), figures.number(entry["ttft_ms"]["median"]), _megabytes(entry.get("read_mb")),
+        _megabytes(entry.get("speculative_mb")), figures.number(entry.get("stall_ms")), _peak(peak_bytes),
+    ]  # fmt: skip
+
+
+def _label(name: str) -> str:
+    from foreroute.bench.rungs import LADDER
+
+    return "  " + next(rung.label for rung in LADDER if rung.name == name)
+
+
+def _speed(entry: Mapping[str, Any]) -> tuple[str, str, str]:
+    speed = entry["tokens_per_s"]
+    spread = figures.number((speed["p75"] - speed["p25"]) / 2) if speed["repeats"] > 1 else _NONE
+    worth = entry["times_below"]
+    return figures.number(speed["median"]), spread, _NONE if worth is None else f"{worth:.2f}"
+
+
+def _percent(share: float | None) -> str:
+    return _NONE if share is None else f"{100 * share:.0f}"
+
+
+def _megabytes(value: float | None) -> str:
+    return _NONE if value is None else "0" if value == 0 else figures.number(value)
+
+
+def _peak(num_bytes: int | None) -> str:
+    return _NONE if num_bytes is None else f"{figures.number(num_bytes / 2**30)}G"
+
+
+def _print_grid(console: "Console", head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """As figures.print_grid, closer together and with the lines that name a block in bold; what is all dashes goes."""
+    from rich.table import Table
+
+    kept = [at for at in range(len(head)) if at == 0 or any(row[at] not in ("", _NONE, "0") for row in rows)]
+    table = Table(box=None, header_style="bold", padding=(0, 1, 0, 0), pad_edge=False)
+    for at in kept:
+        table.add_column(head[at], no_wrap=True, justify="left" if at == 0 else "right")
+    for row in rows:
+        table.add_row(*(row[at] for at in kept), style=None if row[0].startswith(" ") else "bold")
+    console.print(table)
+
+
+def _print_ceilings(console: "Console", found: Mapping[str, Any]) -> None:
+    measured = found["ceilings"]
+    rows: list[figures.Row] = []
+    disk = measured["disk_bytes_per_s"]
+    if disk is not None:
+        how = "O_DIRECT" if measured["disk_is_direct"] else "through the page cache: perhaps RAM's speed, not a disk's"
+        span = figures.span(disk["min"] / 1e9, disk["max"] / 1e9, "GB/s")
+        rows.append(("disk", f"{figures.number(disk['median'] / 1e9)} GB/s",
+                     f"{span} while this ran, {how}; one token's experts take "
+                     f"{figures.number(measured['token_from_disk_ms'])} ms"))  # fmt: skip
+    if measured["memory_bytes_per_s"] is not None:
+        rows.append(("memory", f"{figures.number(measured['memory_bytes_per_s'] / 1e9)} GB/s",
+                     f"read and written in a copy; one token's experts take "
+                     f"{figures.number(measured['token_from_memory_ms'])} ms"))  # fmt: skip
+    figures.print_rows(console, rows)
+
+
+def _where(difference: Mapping[str, Any]) -> str:
+    case = difference["case"]
+    run = "the run that warms up" if difference["repeat"] == 0 else f"repeat {difference['repeat']}"
+    return (
+        f"First difference: {difference['one']} against {difference['other']}, prompt of {case['prompt_tokens']} "
+        f"tokens, batch {case['batch']}, {run}: row {difference['row']}, new token {difference['new_token']}. "
+        "`foreroute verify MODEL` says where it begins."
+    )

@@ -1,0 +1,99 @@
+"""What quantising costs: a text's perplexity under a quantised store beside that of the model as stored."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from foreroute.config import EngineConfig
+from foreroute.engine.loader import load
+from foreroute.evals.text import Windows, bits_per_char
+from foreroute.predict.controls import expert_counts
+
+# Called with (windows done, all windows).
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What one model made of the text.
+
+    nats: of all scored tokens. counts: by MoE layer, how often each expert was used; empty unless asked for.
+    bits_per_char: by source.
+    """
+
+    nats: float
+    num_tokens: int
+    num_chars: int
+    bits_per_char: dict[str, float]
+    counts: dict[str, list[int]] = field(default_factory=dict)
+
+    @property
+    def perplexity(self) -> float:
+        """Of a token."""
+        return math.exp(self.nats / self.num_tokens)
+
+    @property
+    def bits(self) -> float:
+        """Bits per character of all the text together."""
+        return self.nats / math.log(2) / self.num_chars
+
+    def figures(self) -> dict[str, Any]:
+        """For JSON."""
+        return {"perplexity": self.perplexity, "bits_per_char": self.bits, "by_file": self.bits_per_char}
+
+
+def read(
+    folder: Path,
+    packed: str,
+    windows: list[Windows],
+    memory: str | None,
+    progress: Progress,
+    *,
+    counts_uses: bool = False,
+) -> Reading:
+    """Load the model in bfloat16, which quantised experts are computed in, and read the windows with it.
+
+    Args:
+        packed: as EngineConfig has it. memory: for experts; chosen when None.
+        progress: called with (windows done, all windows).
+        counts_uses: count how often each expert is used.
+    Raises:
+        ForerouteError: the model or the store cannot be loaded.
+    """
+    config = EngineConfig(packed=packed, prefetch="none", predictor="no", learn=False)
+    model: Any = load(folder, memory, dtype="bfloat16", config=config)
+    try:
+        handle = model.foreroute
+        counts = [torch.zeros(layer.num_experts, dtype=torch.int64) for layer in handle.runtime.table.layers]
+
+        def count(layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> None:
+            counts[layer] += expert_counts(ids, len(counts[layer]))
+
+        handle.runtime.observer = count if counts_uses else None
+        by_source = bits_per_char(model, windows, progress)
+        names = [layer.name for layer in handle.runtime.table.layers]
+    finally:
+        model.foreroute.close()
+    nats = sum(by_source[one.source] * one.chars for one in windows) * math.log(2)
+    num_tokens = sum(one.ids[:, 1:].numel() for one in windows)
+    uses = {name: row.tolist() for name, row in zip(names, counts, strict=True)} if counts_uses else {}
+    del by_source["all"]
+    return Reading(nats, num_tokens, sum(one.chars for one in windows), by_source, uses)
+
+
+def compared(stored: Reading, packed: Reading) -> dict[str, Any]:
+    """Both readings and what lies between them, as shares: .02 is two per cent worse."""
+    return {
+        "tokens": stored.num_tokens,
+        "chars": stored.num_chars,
+        "stored": stored.figures(),
+        "packed": packed.figures(),
+        "perplexity_delta": packed.perplexity / stored.perplexity - 1,
+        "bits_per_char_delta": packed.bits / stored.bits - 1,
+    }

@@ -1,0 +1,190 @@
+"""How many experts are guessed, decided by what guesses are measured to gain. Pure: told times, it reads no clock.
+
+Guesses can lose: where experts are small, a guess costs more than the read that it hides, and where the disk is busy
+all the time, a wrong one delays a read that somebody waits for. So the governor tries. It decodes some steps with
+guesses at full width, some at half, some without, in an order that runs there and back, so that a drift (a cache that
+warms up, another program) touches all alike, and stays with what was quickest. It tries again after a while, ever more
+rarely while the answer stays the same, and at once when steps take another time than they did.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+FULL, HALF, OFF = 1.0, 0.5, 0.0
+SHARES = (FULL, HALF, OFF)
+
+# Steps of a trial that count, after one that does not: it has the reads of the trial before.
+_BLOCK_STEPS = 7
+# Trials of each share before a decision, at most: two, and more while several are near each other.
+_MOST_TRIALS = 6
+# A share is left for another one that is so much quicker; of those nearer to each other the one that reads less stays.
+_CLEARLY = 0.97
+# A difference is no chance from so many standard errors on.
+_CHANCE = 2.5
+# Steps that a decision holds at first, and at most: it doubles each time it is confirmed.
+_FIRST_HOLD, _LAST_HOLD = 128, 2048
+# Steps over which a change is noticed, and how large it must be.
+_WATCHED_STEPS, _CHANGED = 48, 1.3
+# Waiting less than this share of a step leaves nothing to gain.
+_NOTHING_WAITED = 0.02
+
+
+@dataclass
+class _Tried:
+    """What steps took at one share, in seconds."""
+
+    steps: list[float] = field(default_factory=list)
+    trials: int = 0
+
+    @property
+    def mean(self) -> float:
+        return _typical(self.steps)
+
+    @property
+    def error(self) -> float:
+        """Of the mean: what it would vary by if it were measured again."""
+        kept = _usual(self.steps)
+        mean = sum(kept) / len(kept)
+        return (sum((one - mean) ** 2 for one in kept) / (len(kept) - 1) / len(kept)) ** 0.5
+
+
+class Governor:
+    """Call `step` after each decode step; read `share` before the next.
+
+    Args:
+        shares: of the guess's full width, to choose from, widest first.
+
+    Attributes:
+        share: of the full width that is guessed now; 0 is off.
+        changes: times that a decision changed it; trials not counted.
+        why: the last decision in words.
+    """
+
+    def __init__(self, shares: Sequence[float] = SHARES) -> None:
+        assert shares, "there is nothing to choose from"
+        self._shares = tuple(shares)
+        self.share = self._shares[0]
+        self.changes = 0
+        self.why = "not tried yet"
+        self._chosen = self._shares[0]
+        self._hold = _FIRST_HOLD
+        self._left = 0
+        self._settled_s = 0.0
+        self._recent: list[float] = []
+        self._plan: list[float] = []
+        self._tried: dict[float, _Tried] = {}
+        self._block: list[float] = []
+        self._waited_s = 0.0
+        self._is_first = True
+        self._begin_trials(self._shares)
+
+    @property
+    def is_trying(self) -> bool:
+        """Trials are under way."""
+        return bool(self._plan)
+
+    def step(self, seconds: float, waited_s: float) -> bool:
+        """A decode step took `seconds`, of which it waited `waited_s` for experts; True when `share` has changed."""
+        before = self.share
+        if self._plan:
+            self._try(seconds, waited_s)
+        else:
+            self._watch(seconds)
+        return self.share != before
+
+    def pause(self) -> None:
+        """The next step follows no decode step: a prompt came between. The trial at hand begins again."""
+        self._begin_block()
+
+    def _begin_block(self) -> None:
+        self._block, self._waited_s, self._is_first = [], 0.0, True
+
+    def _begin_trials(self, shares: Sequence[float]) -> None:
+        self._tried = {share: _Tried() for share in shares}
+        self._plan = [*shares, *reversed(shares)]
+        self._begin_block()
+        self.share = self._plan[0]
+
+    def _try(self, seconds: float, waited_s: float) -> None:
+        if self._is_first:
+            self._is_first = False
+            return
+        self._block.append(seconds)
+        self._waited_s += waited_s
+        if len(self._block) < _BLOCK_STEPS:
+            return
+        self._tried[self.share].steps += self._block
+        self._tried[self.share].trials += 1
+        waits_little = self._waited_s < _NOTHING_WAITED * sum(self._block)
+        self._begin_block()
+        del self._plan[0]
+        if self.share == OFF and waits_little and self._is_quickest(OFF):
+            self._settle(OFF, "without guesses nothing waits")
+        elif self._plan:
+            self.share = self._plan[0]
+        else:
+            self._decide()
+
+    def _is_quickest(self, share: float) -> bool:
+        """Of those that have been tried so far."""
+        return all(self._tried[share].mean <= tried.mean for tried in self._tried.values() if tried.steps)
+
+    def _decide(self) -> None:
+        quickest = min(self._tried.values(), key=lambda tried: tried.mean)
+        open_still = [share for share, tried in self._tried.items() if not _is_slower(tried, quickest)]
+        if len(open_still) > 1 and quickest.trials < _MOST_TRIALS:
+            self._plan = [*open_still, *reversed(open_still)]
+            self.share = self._plan[0]
+            return
+        # Among those that are near the quickest the narrowest reads least.
+        near = [share for share in open_still if self._tried[share].mean * _CLEARLY <= quickest.mean]
+        # A choice is left for a clearly better one alone.
+        chosen = self._chosen if self._settled_s and self._chosen in near else min(near)
+        told = ", ".join(
+            f"{_name(share)} {1e3 * tried.mean:.2f}" for share, tried in sorted(self._tried.items(), reverse=True)
+        )
+        self._settle(chosen, f"ms a step: {told}")
+
+    def _settle(self, share: float, why: str) -> None:
+        self._hold = min(2 * self._hold, _LAST_HOLD) if share == self._chosen and self._settled_s else _FIRST_HOLD
+        self.changes += share != self._chosen
+        self._chosen = self.share = share
+        self.why = why
+        self._settled_s = self._tried[share].mean
+        self._left, self._recent, self._plan = self._hold, [], []
+
+    def _watch(self, seconds: float) -> None:
+        self._left -= 1
+        self._recent.append(seconds)
+        if self._left <= 0:
+            # The one beside it decides whether it still is the best; all, when it is not.
+            self._begin_trials(self._neighbours())
+        elif len(self._recent) >= _WATCHED_STEPS:
+            recent, self._recent = _typical(self._recent), []
+            if not 1 / _CHANGED < recent / self._settled_s < _CHANGED:
+                self._hold = _FIRST_HOLD
+                self._begin_trials(self._shares)
+
+    def _neighbours(self) -> list[float]:
+        at = self._shares.index(self._chosen)
+        return list(self._shares[max(0, at - 1) : at + 2])
+
+
+def _usual(seconds: Sequence[float]) -> list[float]:
+    """Without the slowest seventh: one slow step says more of the machine than of the guesses."""
+    return sorted(seconds)[: len(seconds) - len(seconds) // _BLOCK_STEPS]
+
+
+def _typical(seconds: Sequence[float]) -> float:
+    kept = _usual(seconds)
+    return sum(kept) / len(kept)
+
+
+def _is_slower(tried: _Tried, quickest: _Tried) -> bool:
+    """By more than a little, and by more than chance."""
+    apart = tried.mean - quickest.mean
+    return apart > (1 - _CLEARLY) * quickest.mean and apart > _CHANCE * (tried.error**2 + quickest.error**2) ** 0.5
+
+
+def _name(share: float) -> str:
+    return "off" if share == OFF else f"{share:.0%} width"

@@ -1,0 +1,38 @@
+"""A .jsonl trace turned into a Chrome trace, for https://ui.perfetto.dev."""
+
+import json
+from pathlib import Path
+
+from foreroute.errors import TraceError
+from foreroute.trace import open_trace
+
+
+def check_chrome(path: Path, source: Path) -> None:
+    """Say before any work that the file cannot be written.
+
+    Raises:
+        TraceError: it does not end in .json, or is the trace itself.
+    """
+    if path.suffix != ".json" or path.absolute() == source.absolute():
+        raise TraceError(f"--chrome {path}: choose another name, one that ends in .json.")
+
+
+def write_chrome(source: Path, path: Path) -> None:
+    """Convert; `source` has been read as a trace already, a half last line is left out.
+
+    Raises:
+        TraceError: `path` holds something else than a trace, or cannot be written.
+    """
+    trace = open_trace(path)
+    try:
+        with source.open(encoding="utf-8") as lines:
+            fields = json.loads(next(lines))
+            fields.pop("event")
+            trace.begin(**fields)
+            for line in lines:
+                if line.endswith("\n"):
+                    event = json.loads(line)
+                    trace.emit(event.pop("event"), **event)
+        trace.close()
+    except OSError as error:
+        raise TraceError(f"{path} cannot be written: {error.strerror}.") from error

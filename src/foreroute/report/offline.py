@@ -1,0 +1,159 @@
+"""Evictions replayed on a route, at any number of slots: the engine's own, and those that need the future.
+
+Demand alone is replayed: nobody guesses, so every miss is a load. The pool starts empty, and what the warm-up steps
+load is not counted. What the engine offers is replayed by the engine's own code, in its own pool.
+"""
+
+import random
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from foreroute.report.route import Route
+from foreroute.residency.belady import belady_misses
+from foreroute.residency.eviction import Eviction, eviction_of
+from foreroute.residency.slots import Residency
+
+BELADY = "belady"
+STATIC = "static"
+RANDOM = "random"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Demanded experts of the counted steps that were there, and that were not; bytes of the latter; their tokens."""
+
+    hits: int
+    misses: int
+    miss_bytes: int
+    tokens: int
+
+    @property
+    def hit_rate(self) -> float:
+        """0 to 1."""
+        return self.hits / max(self.hits + self.misses, 1)
+
+    @property
+    def misses_per_token(self) -> float:
+        """Experts loaded per token."""
+        return self.misses / self.tokens
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Stored bytes loaded per token."""
+        return self.miss_bytes / self.tokens
+
+
+class RandomEviction:
+    """Any candidate, each as likely as another: what remembering nothing gives. O(1)."""
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+        self.reset(0)
+
+    def reset(self, num_keys: int) -> None:
+        """See `Eviction`."""
+        self._random = random.Random(self._seed)
+        self._candidates: list[int] = []
+        self._listed = bytearray(num_keys)
+
+    def touch(self, keys: Iterable[int]) -> None:
+        """See `Eviction`."""
+
+    def add(self, keys: Iterable[int]) -> None:
+        """See `Eviction`."""
+        for key in keys:
+            if not self._listed[key]:
+                self._listed[key] = 1
+                self._candidates.append(key)
+
+    def pop(self) -> int:
+        """See `Eviction`."""
+        if not self._candidates:
+            return -1
+        at = self._random.randrange(len(self._candidates))
+        self._candidates[at], self._candidates[-1] = self._candidates[-1], self._candidates[at]
+        key = self._candidates.pop()
+        self._listed[key] = 0
+        return key
+
+    def tick(self) -> None:
+        """See `Eviction`."""
+
+
+def replay_eviction(route: Route, num_slots: int, eviction: Eviction) -> Outcome:
+    """The engine's pool, under that eviction, on demand alone."""
+    pool = Residency(num_slots, route.num_keys, eviction=eviction, staging_slots=0, keys_per_layer=route.keys_per_layer)
+    hits = 0
+    missed: Counter[int] = Counter()
+    for number, step in enumerate(route.steps):
+        pool.tick()
+        is_counted = number >= route.warm_up
+        for layer, keys in enumerate(step):
+            demand = pool.demand(keys)
+            for key, _ in demand.misses:
+                pool.loaded(key)
+                pool.lease(key)
+            pool.release(keys)
+            if is_counted:
+                hits += len(demand.hits)
+                missed[layer] += len(demand.misses)
+    return _outcome(route, hits, missed)
+
+
+def replay_belady(route: Route, num_slots: int) -> Outcome:
+    """The fewest misses that any eviction can have: it gives up what is needed again last, or never.
+
+    Counted steps after a warm-up begin with the experts that serve them best, as if the warm-up had loaded those: a
+    bound for every eviction, whatever it did there. Fewest misses are fewest bytes where all experts are of one length.
+    """
+    groups = [keys for step in route.steps[route.warm_up :] for keys in step]
+    there: list[int] = []
+    if route.warm_up:
+        first_use = {key: at for at in range(len(groups) - 1, -1, -1) for key in groups[at]}
+        there = sorted(first_use, key=lambda key: (first_use[key], key))[:num_slots]
+    missed = Counter(key // route.keys_per_layer for keys in belady_misses(groups, num_slots, there) for key in keys)
+    return _outcome(route, sum(map(len, groups)) - missed.total(), missed)
+
+
+def replay_static(route: Route, num_slots: int) -> Outcome:
+    """The experts used most in the counted steps stay; all others are loaded at each use and forgotten.
+
+    The choice is made with hindsight: no fixed choice does better, which makes it a bound for placements made once.
+    Where not all experts fit, as many slots as a layer demands at once are kept free for the others to pass through.
+    """
+    steps = route.steps[route.warm_up :]
+    uses = Counter(key for step in steps for keys in step for key in keys)
+    num_pinned = num_slots if num_slots >= route.num_experts else num_slots - route.most_at_once
+    pinned = set(sorted(uses, key=lambda key: (-uses[key], key))[:num_pinned])
+    # Without a warm-up the pinned ones too had to be loaded, once.
+    there = set(pinned) if route.warm_up else set()
+    hits = 0
+    missed: Counter[int] = Counter()
+    for step in steps:
+        for layer, keys in enumerate(step):
+            found = there.intersection(keys)
+            hits += len(found)
+            missed[layer] += len(keys) - len(found)
+            there.update(pinned.intersection(keys))
+    return _outcome(route, hits, missed)
+
+
+def replays(seed: int) -> dict[str, Callable[[Route, int], Outcome]]:
+    """Every policy by its name, the bound last."""
+
+    def engine(name: str) -> Callable[[Route, int], Outcome]:
+        return lambda route, num_slots: replay_eviction(route, num_slots, eviction_of(name, route.keys_per_layer))
+
+    return {
+        **{name: engine(name) for name in ("lru", "lfu", "turns")},
+        RANDOM: lambda route, num_slots: replay_eviction(route, num_slots, RandomEviction(seed)),
+        STATIC: replay_static,
+        BELADY: replay_belady,
+    }
+
+
+def _outcome(route: Route, hits: int, missed: Counter[int]) -> Outcome:
+    """missed: per layer."""
+    miss_bytes = sum(count * route.expert_bytes[layer] for layer, count in missed.items())
+    return Outcome(hits, missed.total(), miss_bytes, route.counted_tokens)

@@ -1,0 +1,162 @@
+"""A recorded run, and what other evictions would have done at other budgets: all that tables, plots and pages show."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from foreroute.report.events import Recording
+from foreroute.report.guesses import Fates, LayerUse, fates_of, layers_of, recall_of
+from foreroute.report.offline import BELADY, Outcome, replays
+from foreroute.report.route import Route, pool_of, route_of, smallest_pool
+from foreroute.report.timing import Recorded, Timing, recorded_of, timing_of
+
+DEFAULT_SHARES = ("12.5%", "25%", "37.5%", "50%", "75%", "100%")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """One pool, and every policy's outcome in it. is_recorded: the recorded run had this one."""
+
+    num_slots: int
+    pool_bytes: int
+    share: float
+    is_recorded: bool
+    outcomes: dict[str, Outcome]
+
+    def over_belady(self, bytes_per_token: float) -> float | None:
+        """Bytes as a multiple of those of the bound; None where the bound reads nothing."""
+        bound = self.outcomes[BELADY].bytes_per_token
+        return bytes_per_token / bound if bound else None
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that is shown. left_out: default budgets below one token's demand, as they were written."""
+
+    recording: Recording
+    route: Route
+    budgets: tuple[Budget, ...]
+    left_out: tuple[str, ...]
+    timing: Timing
+    recorded: Recorded
+    layers: tuple[LayerUse, ...]
+    fates: Fates
+
+    @property
+    def recorded_budget(self) -> Budget:
+        """The one that the recorded run had."""
+        return next(budget for budget in self.budgets if budget.is_recorded)
+
+    @property
+    def recall(self) -> float | None:
+        """Mean over the guessed layers."""
+        return recall_of(list(self.layers))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain numbers, for --json."""
+        header, timing = self.recording.header, self.timing
+        return {
+            "trace": self.recording.path,
+            "model": header.model,
+            "header": asdict(header),
+            "is_whole": self.recording.is_whole,
+            "decode_steps": len(self.recording.decode_steps),
+            "warm_up_steps": self.route.warm_up,
+            "counted_tokens": self.route.counted_tokens,
+            "broken_steps": self.recording.num_broken,
+            "token_demand": sum(header.top_k),
+            "smallest_pool_slots": smallest_pool(self.route),
+            "timing": {
+                "tpot_ms": timing.step_ms,
+                "stall_ms": timing.stall_ms,
+                "compute_ms": timing.compute_ms,
+                "bandwidth_bytes_per_s": timing.bytes_per_s,
+                "bandwidth_is_given": timing.is_bandwidth_given,
+            },
+            "recorded": {
+                **asdict(self.recorded),
+                "bytes_per_token": self.recorded.bytes_per_token,
+                "over_belady": self.recorded_budget.over_belady(self.recorded.bytes_per_token),
+            },
+            "budgets": [self._budget_dict(budget) for budget in self.budgets],
+            "left_out": list(self.left_out),
+            "guesses": {"recall": self.recall, **asdict(self.fates), "per_layer": [asdict(one) for one in self.layers]},
+        }
+
+    def _budget_dict(self, budget: Budget) -> dict[str, Any]:
+        policies = {}
+        for name, outcome in budget.outcomes.items():
+            low, high = self.timing.tpot_ms(outcome) or (None, None)
+            policies[name] = {
+                "hit_rate": outcome.hit_rate,
+                "misses_per_token": outcome.misses_per_token,
+                "bytes_per_token": outcome.bytes_per_token,
+                "over_belady": budget.over_belady(outcome.bytes_per_token),
+                "tpot_ms_full_overlap": low,
+                "tpot_ms_no_overlap": high,
+            }
+        return {
+            "num_slots": budget.num_slots,
+            "pool_bytes": budget.pool_bytes,
+            "share": budget.share,
+            "is_recorded": budget.is_recorded,
+            "policies": policies,
+        }
+
+
+def make_report(
+    recording: Recording,
+    *,
+    memories: Sequence[str] = (),
+    warm_up: int | None = None,
+    bytes_per_s: float | None = None,
+    seed: int = 0,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Report:
+    """Replay a recording.
+
+    Args:
+        memories: budgets, as `--memory` takes them; a curve of shares when empty. The recorded one is always added.
+        warm_up: decode steps that are not counted; a fifth of them when left out.
+        bytes_per_s: reading speed; the recorded run's when left out.
+        progress: called with (replays done, all replays).
+    Raises:
+        TraceError: nothing to replay. BudgetError: a budget that cannot work.
+    """
+    route = route_of(recording, warm_up)
+    asked = [(memory, pool_of(route, memory)) for memory in memories]
+    left_out: list[str] = []
+    for memory in () if memories else DEFAULT_SHARES:
+        slots = route.num_experts * float(memory.rstrip("%")) / 100
+        if slots < smallest_pool(route):
+            left_out.append(memory)
+        else:
+            asked.append((memory, pool_of(route, memory)))
+    sizes = sorted({slots.num_slots for _, slots in asked} | {recording.header.num_slots})
+    policies = replays(seed)
+    budgets = []
+    for done, num_slots in enumerate(sizes):
+        outcomes = {}
+        for at, (name, policy) in enumerate(policies.items()):
+            progress(done * len(policies) + at, len(sizes) * len(policies))
+            outcomes[name] = policy(route, num_slots)
+        budgets.append(
+            Budget(
+                num_slots,
+                num_slots * route.slot_bytes,
+                num_slots / route.num_experts,
+                num_slots == recording.header.num_slots,
+                outcomes,
+            )
+        )
+    progress(len(sizes) * len(policies), len(sizes) * len(policies))
+    return Report(
+        recording,
+        route,
+        tuple(budgets),
+        tuple(left_out),
+        timing_of(recording, route.warm_up, bytes_per_s),
+        recorded_of(recording, route.warm_up),
+        tuple(layers_of(recording)),
+        fates_of(recording),
+    )

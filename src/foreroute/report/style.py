@@ -1,0 +1,58 @@
+"""Colours, names and files of the pictures: told apart by everyone, dark on light."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from foreroute.errors import ForerouteError
+
+# Okabe and Ito's palette, for all kinds of colour vision.
+BLUE, SKY, GREEN, ORANGE, RED, PURPLE = "#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7"
+INK, GREY, PALE = "#222222", "#8A8A8A", "#E4E4E4"
+
+# policy -> colour, marker, what it is in plain words
+POLICIES = {
+    "lru": (SKY, "o", "LRU: the longest unused goes"),
+    "lfu": (BLUE, "s", "LFU: the least used goes, older uses count less"),
+    "turns": (PURPLE, "v", "turns: LFU that knows the layers' order"),
+    "random": (GREY, "x", "random: any of them goes"),
+    "static": (ORANGE, "^", "static: the most used stay, chosen with hindsight"),
+    "belady": (GREEN, "D", "Belady: knows the future, nothing reads less"),
+}
+
+
+def check_matplotlib() -> None:
+    """Raises ForerouteError where there is no matplotlib."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ForerouteError("Plots need matplotlib: pip install matplotlib, or leave --out out.")
+
+
+def new_figure(width: float, height: float) -> Any:
+    """A figure of so many inches."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained", facecolor="white")
+
+
+def save(figure: Any, path: Path) -> None:
+    """Write a picture.
+
+    Raises:
+        ForerouteError: it cannot be written.
+    """
+    try:
+        figure.savefig(path, dpi=150)
+    except OSError as error:
+        raise ForerouteError(f"{path} cannot be written: {error.strerror}.") from error
+
+
+def tidy(axes: Any) -> None:
+    """No frame but the two axes, a faint grid."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    axes.set_axisbelow(True)
+
+
+def speed(bytes_per_s: float) -> str:
+    """A reading speed in words."""
+    return f"{bytes_per_s / 1e9:.2f} GB/s" if bytes_per_s >= 1e9 else f"{bytes_per_s / 1e6:.0f} MB/s"
