@@ -46,7 +46,7 @@ def test_json_is_one_object_with_units_in_its_names(run, tiny: Path, tokenizer) 
     assert (ran.code, ran.err) == (0, "")
     ids, text = resident_text(tiny, tokenizer, tokenizer.encode("hello"), 20)
     answer = ran.json
-    assert set(answer) == {"model", "text", "finish_reason", "token_ids", "figures", "plan"}
+    assert set(answer) == {"model", "text", "finish_reason", "loop", "guess_why", "token_ids", "figures", "plan"}
     assert (answer["text"], answer["token_ids"], answer["finish_reason"]) == (text, ids, "length")
     found = answer["figures"]
     assert (found["prompt_tokens"], found["new_tokens"]) == (5, 20)

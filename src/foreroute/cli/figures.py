@@ -130,8 +130,18 @@ def report_rows(report: "GenerationReport", plan: Plan) -> list[Row]:
         ("evictions", f"{f['evictions']:,}",
          f"{plan.num_slots} of {plan.total_slots} experts fit {format_memory(plan.memory_bytes)}"),
         ("prefetches", f"{f['prefetch_used']:,} used", f"of {f['prefetch_loads']:,} experts fetched on a guess"),
+        *_governor_rows(report),
         ("peak RSS", format_memory(report.peak_rss_bytes), ""),
     ]  # fmt: skip
+
+
+def _governor_rows(report: "GenerationReport") -> list[Row]:
+    """How much is guessed now, where the governor decides it."""
+    if report.guess_share is None:
+        return []
+    now = {0.0: "off", 1.0: "full"}.get(report.guess_share, f"{report.guess_share:.0%}")
+    off = report.stats.decode.unguessed_steps
+    return [("guesses", now, f"off in {off} of {report.stats.decode.steps} steps: what was quickest, tried in turns")]
 
 
 def dtype_name(stored: str) -> str:

@@ -26,6 +26,8 @@ the figures (on standard error, after the text):
                when its expert is needed, wasted when it is given up before
   stall        ms per token in which nothing was computed, waiting for the disk
   evictions    experts that gave way to others
+  guesses      how many are fetched now: the governor tries full width, half
+               and none, and keeps the quickest (--no-governor: full always)
   peak RSS     the most memory this process had, loading included
 Only the text goes to standard output. Ctrl-C ends the answer, and shows the
 figures too."""
@@ -138,6 +140,8 @@ def run(args: argparse.Namespace) -> int:
             model=args.model,
             text=report.text,
             finish_reason=report.finish_reason,
+            loop=report.loop,
+            guess_why=report.guess_why,
             token_ids=report.token_ids,
             figures=report.figures(),
             plan=model.foreroute.plan,

@@ -49,6 +49,7 @@ class ReadsAhead:
             if runtime.is_prefill:
                 self.governor.pause()
             self._step_began_s, self._stalled_before_s = self._clock(), runtime.phase.stall_s
+            runtime.phase.unguessed_steps += not self.share
         if token_ids is not None and runtime.predictor is not None and self.share and self.lacks(0):
             self.prefetch(0, runtime.predictor.guess_first(token_ids.flatten()), runtime.phase)
 

@@ -35,6 +35,8 @@ class GenerationReport:
     stats: the engine's counts of this answer alone. expert_bytes: stored bytes of one expert.
     peak_rss_bytes: of the process so far, loading included.
     loop: "lean", or "generate" where transformers' own loop ran, which reuses nothing.
+    guess_share: of the full width of guesses, the governor's choice at the end (0: off), and guess_why its reason; None
+        and "" where no governor decides.
     prompt_tokens_reused: of the prompt, those that were not computed again. prompt_cache_bytes: kept afterwards.
     """
 
@@ -51,6 +53,8 @@ class GenerationReport:
     loop: str
     prompt_tokens_reused: int
     prompt_cache_bytes: int
+    guess_share: float | None
+    guess_why: str
 
     def figures(self) -> dict[str, float | int | None]:
         """Every figure by a name with its unit; rates are 0 to 1, and None stands where nothing was measured.
@@ -92,6 +96,8 @@ class GenerationReport:
             "prefetch_loads": decode.prefetch_loads,
             "prefetch_used": decode.prefetch_used,
             "prefetch_wasted": decode.prefetch_wasted,
+            "guess_share": self.guess_share,
+            "unguessed_steps": decode.unguessed_steps,
             "peak_rss_bytes": self.peak_rss_bytes,
         }
 
@@ -186,6 +192,7 @@ def generate(
     ended_s = clock()
     # Ctrl-C may fall between the two.
     times_s = recorder.times_s[: len(recorder.ids)]
+    governor = model.foreroute.governor
     reason = "interrupted" if is_interrupted else _finish_reason(model, recorder.ids, should_stop, options)
     return GenerationReport(
         text="".join(recorder.written),
@@ -201,6 +208,8 @@ def generate(
         loop="generate" if answer.loop is None else "lean",
         prompt_tokens_reused=answer.num_reused,
         prompt_cache_bytes=0 if reuse is None else reuse.nbytes,
+        guess_share=None if governor is None else governor.share,
+        guess_why="" if governor is None else governor.why,
     )
 
 

@@ -12,7 +12,7 @@ from foreroute.engine.stats import EngineStats
 from foreroute.errors import PromptError, RefusedError
 from foreroute.model.blocks import MoeLayer
 from foreroute.model.experts import refuse_compiled
-from foreroute.policy import Policy
+from foreroute.policy import Governor, Policy
 
 
 class ForerouteHandle:
@@ -34,6 +34,11 @@ class ForerouteHandle:
     def stats(self) -> EngineStats:
         """A copy of all counts since the model was loaded; `.minus(earlier)` gives those of a span."""
         return self.runtime.snapshot()
+
+    @property
+    def governor(self) -> Governor | None:
+        """What decides how much is guessed; None where nobody does (see EngineConfig.governor)."""
+        return self.runtime.ahead.governor
 
     @property
     def policies(self) -> tuple[Policy, ...]:

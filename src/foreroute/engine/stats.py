@@ -16,6 +16,7 @@ class PhaseStats:
     first_waited: of the late ones and misses, those of layer 0. Decode alone.
     stood_in: demanded experts for which default vectors stood in; not among hits, late and misses.
     fill_loads: those of them that were read afterwards.
+    unguessed_steps: decode steps in which the governor had switched guesses off.
     stall_s: seconds in which compute waited for bytes.
     """
 
@@ -37,6 +38,7 @@ class PhaseStats:
     stood_in: int = 0
     fill_loads: int = 0
     fill_bytes: int = 0
+    unguessed_steps: int = 0
     stall_s: float = 0.0
 
     @property
