@@ -31,6 +31,7 @@ from transformers import DynamicCache
 
 import foreroute
 from benchmarks import _harness
+from benchmarks.moe_path import fill
 from foreroute import EngineConfig
 from foreroute.bench.bandwidth import measure_bandwidth
 from foreroute.checkpoint.index import read_index
@@ -190,6 +191,8 @@ class Bench:
         asked = self.asked
         replay = Replay(*self.trace, self.num_layers, is_oracle="oracle" in name)
         rung = Rung(asked, memory, RUNGS[name], replay)
+        if name == RESIDENT:
+            fill(rung.model)
         cache = DynamicCache()
         rung.run(cache, asked.warm_up)
         before = self.bandwidth()

@@ -1,6 +1,6 @@
 """foreroute beside llama.cpp at the same bits, and beside accelerate, on a model larger than the memory that is left.
 
-Once, 52 GB of disk (what is made last, Q8_0, can be made when the accelerate cell is done):
+Once, 53 GB of disk, and 20 more while accelerate runs, which writes all experts once more (make Q8_0 after that):
 
     python -m benchmarks.make_synthetic --layers 16 --experts 128 --attention-gain 0.6 --out build/synth128
     foreroute pack build/synth128 --quant int4 --out build/synth128.int4.foreroute
@@ -18,7 +18,8 @@ than 3 GiB; every engine of the cell has the same. What of the allowance llama.c
 Each run is a process of its own, cold, fed the same text, so that each routes alike; a round is A-B-B-A.
 
 llama.cpp maps its file, and how much a page fault reads is the disk's read-ahead. It is set to what suits llama.cpp
-best (READ_AHEAD_KIB; 32 to 256 were tried), which needs root; once, in the first round, it stays as it is.
+best (READ_AHEAD_KIB; 32 to 256 were tried), which needs root; once, in the first round, it stays as it is. accelerate
+maps all experts and has the memory as page cache: with whole layers resident it ran out of memory while it loaded.
 
 A cell's raw runs are kept as results/<date>-same-bits-CELL.json after every round; the table, results/same-bits.md, is
 made of the newest of each cell, so that a cell can be run again by itself (--cells int4-25). --lock FILE holds that
@@ -74,7 +75,7 @@ def all_cells(model: Path, read_ahead_kib: int | None = None) -> list[Cell]:
         kib = read_ahead_kib or READ_AHEAD_KIB[codec]
         engines = (f"{OURS}:packed={base}.{codec}.foreroute", f"{llama}:read_ahead_kib={kib}")
         cells += [Cell(f"{codec}-{percent}", codec, percent / 100, engines, (llama,)) for percent in (25, 50)]
-    engines = (f"{OURS}:packed=no", f"{OURS}:packed={base}.int4.foreroute", "accelerate")
+    engines = (f"{OURS}:packed=no", f"{OURS}:packed={base}.int4.foreroute", "accelerate:resident_layers=0")
     return [*cells, Cell("accelerate-25", "bf16", 0.25, engines)]
 
 
@@ -158,7 +159,8 @@ def keep(
         "direct_read_bytes_per_s": median([rate for rate in rates if rate] or [0]),
         "rows": summaries(runs),
     }
-    record(f"same-bits-{cell.name}", rounded(result), raw={"runs": rounded(runs, 5)}, keep=not args.trial)
+    raw = [{**run, "engine": short(run["engine"])} for run in runs]  # no folder of this machine is kept
+    record(f"same-bits-{cell.name}", rounded(result), raw={"runs": rounded(raw, 5)}, keep=not args.trial)
 
 
 def short(engine: str) -> str:

@@ -118,3 +118,16 @@ def test_the_lock_is_let_go_between_turns(tmp_path: Path) -> None:
             free.append(is_free())
         free.append(is_free())
     assert free == [False, False, False, True] * 2
+
+
+def test_what_is_kept_names_no_folder(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[str] = []
+    monkeypatch.setattr(same_bits, "record", lambda name, result, raw, keep: kept.append(json.dumps([result, raw])))
+    monkeypatch.setattr(same_bits.peers, "read_ahead_file", lambda path: model / "config.json")
+    (model / "config.json").write_text("128")
+    monkeypatch.setattr(same_bits.peers, "model_facts", lambda folder: {})
+    args = argparse.Namespace(model=model, allowance=1, new_tokens=1, prompt_tokens=1, threads=1, trial=False)
+    same_bits.keep(same_bits.Cell("c", "int4", 0.5, ()), 1.0, 3.0, [1e9], runs_of(0.1, 0.2), args)
+    assert "b.gguf" in kept[0]
+    assert "/a/" not in kept[0]
+    assert str(model.parent) not in kept[0]

@@ -1,9 +1,11 @@
 """Repeats that can be believed: contenders in turn, medians with their spread, and what machine it was."""
 
+import datetime
 import os
 import platform
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -55,6 +57,12 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "load_1_minute": round(os.getloadavg()[0], 1),  # more than the benchmark's own threads: there are neighbours
     }
+
+
+def software() -> dict[str, str]:
+    """Versions of what computes, and the day."""
+    today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+    return {"date": today, **{name: metadata.version(name) for name in ("foreroute", "torch", "transformers")}}
 
 
 def _cpu_name() -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from foreroute.bench.asked import Settled
 from foreroute.bench.bounds import decode_bytes, prefill_bytes
-from foreroute.bench.repeats import machine, summary
+from foreroute.bench.repeats import machine, software, summary
 from foreroute.bench.run import Case
 from foreroute.bench.rungs import BELADY, LADDER, RESIDENT
 from foreroute.bench.session import Run, Seen
@@ -29,6 +29,7 @@ def as_json(settled: Settled, seen: Seen, source: str) -> dict[str, Any]:
         "model": settled.folder.name,
         "model_type": plan.model_type,
         "machine": machine(),
+        "software": software(),
         "experts": {
             "layers": plan.num_layers, "per_layer": plan.num_experts, "top_k": max(plan.top_k),
             "expert_bytes": plan.expert_bytes, "all_bytes": settled.whole_bytes, "stored_dtype": plan.stored_dtype,

@@ -178,7 +178,7 @@ class QuantisedToken:
         up = torch.cat([kernel(hidden, expert[up_at], group, expert[up_at + 1]) for expert in operands])
         if math.up_bias_at >= 0:
             up += torch.stack([math.bias(expert, math.up_bias_at) for expert in operands])
-        inner = math.gate(up).split(1)
+        inner = math.gate(up).chunk(len(operands))
         out = [
             kernel(row, expert[down_at], group, expert[down_at + 1])
             for row, expert in zip(inner, operands, strict=True)
