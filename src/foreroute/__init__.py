@@ -3,6 +3,8 @@
 model = foreroute.load("path/or/hub-id", memory="8GiB")   # an ordinary transformers model, experts offloaded
 """
 
+import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 from foreroute.config import EngineConfig, Plan
@@ -10,6 +12,12 @@ from foreroute.errors import ForerouteError
 
 if TYPE_CHECKING:
     from foreroute.engine.loader import load
+
+# OpenMP's idle threads spin, by default, on the core that the thread which reads experts is waiting for: a token took
+# half as long again (docs/LOG.md, 2026-11-25). A short spin keeps products close together quick. Its library reads
+# this when torch is first imported, so that later it would say nothing; what the user has set stays.
+if "torch" not in sys.modules and "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 __version__ = "0.1.0"
 __all__ = ["EngineConfig", "ForerouteError", "Plan", "__version__", "load"]
