@@ -10,10 +10,12 @@ import argparse
 import resource
 import time
 
+import foreroute  # before torch, which then spins less (foreroute/__init__.py)
+
+# isort: split
 import torch
 import transformers.models.auto.modeling_auto  # noqa: F401 - so that ready_s is loading, not importing
 
-import foreroute
 from benchmarks import _harness
 from foreroute import EngineConfig
 from foreroute.engine.loader import load

@@ -15,10 +15,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import foreroute  # before torch, which then spins less (foreroute/__init__.py)
+
+# isort: split
 import torch
 from transformers import DynamicCache
 
-import foreroute
 from benchmarks import _harness
 from foreroute import EngineConfig
 

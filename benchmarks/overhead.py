@@ -16,11 +16,13 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import foreroute  # before torch, which then spins less (foreroute/__init__.py)
+
+# isort: split
 import torch
 from transformers import AutoModelForCausalLM
 from transformers.generation.streamers import BaseStreamer
 
-import foreroute
 from benchmarks import _harness
 
 IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")

@@ -149,9 +149,10 @@ def offload_map(num_layers: int, num_resident: int) -> dict[str, str]:
 
 def run_foreroute(job: Job, meter: Meter) -> dict[str, Any]:
     """foreroute itself: the experts in slots of `memory` bytes, the others on disk; its own counts with the result."""
-    import torch
+    import foreroute  # before torch, which then spins less (foreroute/__init__.py)
 
-    import foreroute
+    # isort: split
+    import torch
 
     torch.set_num_threads(job.threads)
     memory = "100%" if job.memory is None else job.memory

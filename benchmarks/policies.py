@@ -15,9 +15,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import foreroute  # before torch, which then spins less (foreroute/__init__.py)
+
+# isort: split
 import torch
 
-import foreroute
 from benchmarks import _harness
 from benchmarks.predictors import halves
 from foreroute import EngineConfig

@@ -15,9 +15,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import foreroute  # before torch, which then spins less (foreroute/__init__.py)
+
+# isort: split
 import torch
 
-import foreroute
 from benchmarks import _harness
 from benchmarks.overhead import decode
 from foreroute import EngineConfig

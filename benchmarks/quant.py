@@ -13,9 +13,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import foreroute  # before torch, which then spins less (foreroute/__init__.py)
+
+# isort: split
 import torch
 
-import foreroute
 from benchmarks import _harness
 from foreroute import EngineConfig
 from foreroute.checkpoint.codecs import CODECS, STORED

@@ -26,10 +26,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import foreroute  # before torch, which then spins less (foreroute/__init__.py)
+
+# isort: split
 import torch
 from transformers import DynamicCache
 
-import foreroute
 from benchmarks import _harness
 from benchmarks.moe_path import fill
 from foreroute import EngineConfig
