@@ -18,7 +18,7 @@ def made(filling_slots: int = 2) -> tuple[ReadsAhead, Any, PhaseStats]:
     table = SimpleNamespace(num_experts=8, layers=layers, expert_id=lambda key: SimpleNamespace(layer=key // 8))
     pool = Residency(12, 24, eviction=Lru(), staging_slots=4, filling_slots=filling_slots, keys_per_layer=8)
     runtime: Any = SimpleNamespace(
-        table=table, residency=pool, transfer=FakeTransfer(), tracing=None, key_nbytes=[100] * 24
+        table=table, residency=pool, transfer=FakeTransfer(), tracing=None, learner=None, key_nbytes=[100] * 24
     )
     return ReadsAhead(runtime), runtime, PhaseStats()
 
@@ -136,6 +136,19 @@ def test_the_governor_is_told_what_a_step_took_and_waited_once_the_pool_is_full(
     runtime.phase.stall_s += 0.25
     reads.end_step()
     assert told == [(1.0, 0.25)]
+
+
+def test_learning_stops_and_goes_on_with_the_guesses() -> None:
+    reads, runtime, governor = governed(1.0)
+    heard: list[str] = []
+    runtime.learner = SimpleNamespace(pause=lambda: heard.append("pause"), resume=lambda: heard.append("resume"))
+    runtime.residency.demand(list(range(12)))
+    for share in (1.0, 0.0, 0.0, 0.5):
+        before, governor.share = governor.share, share
+        governor.step = lambda seconds, waited_s, has_changed=share != before: has_changed
+        reads.begin_step(None)
+        reads.end_step()
+    assert heard == ["pause", "resume"]
 
 
 def test_a_prompt_restarts_a_trial() -> None:

@@ -66,7 +66,12 @@ class ReadsAhead:
             # While the pool fills, steps take less time each time, whoever guesses.
             return
         waited_s = runtime.phase.stall_s - self._stalled_before_s
-        if governor.step(self._clock() - self._step_began_s, waited_s) and runtime.tracing is not None:
+        if not governor.step(self._clock() - self._step_began_s, waited_s):
+            return
+        if runtime.learner is not None:
+            # What learning costs belongs to the guesses that it is for.
+            (runtime.learner.resume if governor.share else runtime.learner.pause)()
+        if runtime.tracing is not None:
             runtime.tracing.governor(governor.share, "trial" if governor.is_trying else governor.why)
 
     @property

@@ -85,6 +85,7 @@ class Learner:
         self._group: dict[int, _LayerRows] = {}
         self._logits: dict[int, torch.Tensor] = {}
         self._handles: list[Any] = []
+        self._is_paused = False
         self._before: tuple[int, Seen] | None = None
         self._todo: Iterator[None] = iter(())
         self._thread: threading.Thread | None = None
@@ -165,7 +166,22 @@ class Learner:
         group = self._groups.pop(0) if self._groups else []
         self._group = {}  # before the next one takes its memory
         self._group = {layer: _LayerRows(self._hidden, self._layers[layer], self._layers[layer + 1]) for layer in group}
-        for layer in group:
+        if not self._is_paused:
+            self._listen()
+
+    def pause(self) -> None:
+        """Nobody wants guesses now: nothing is seen, and no router is listened to, until `resume`."""
+        self._is_paused, self._before = True, None
+        self._stop_listening()
+
+    def resume(self) -> None:
+        """Guesses are wanted again."""
+        if self._is_paused:
+            self._is_paused = False
+            self._listen()
+
+    def _listen(self) -> None:
+        for layer in self._group:
             router = self._layers[layer + 1].router
             if router is not None and self._selections[layer + 1].reads_logits:
                 self._handles.append(router.module.register_forward_hook(self._catching(layer + 1, router.logits_at)))

@@ -56,6 +56,8 @@ _FILLING_SHARE = 8
 # Routed slots per expert from which guesses pay in prefill: nearly every expert is used then, so few are wrong.
 # Measured on two models: they lose up to 16, and win from 32 (benchmarks/prefill.py).
 _PREFILL_GUESSES_FROM = {"on": 0.0, "auto": 24.0, "off": inf}
+# Experts of this size take a millisecond to read: guesses were measured to pay. At 74 KB they lost (docs/LOG.md).
+_LARGE_EXPERT_BYTES, _TRUSTED_STEPS = 2**20, 128
 # Kernels that oneDNN keeps compiled, one for each shape. Prompts give an expert another number of rows each time: its
 # own 1024 come to 400 MB in bf16, for 4 % of a prompt's time. Decoding has some dozens of shapes.
 _KERNELS_KEPT = "128"
@@ -273,17 +275,20 @@ def _build_runtime(
         keep_across_tokens=asked.cache,
         prefill_guesses_from=inf if asked.deterministic else _PREFILL_GUESSES_FROM[asked.prefetch_prefill],
         approximation=policies,
-        governor=Governor() if _is_governed(asked) and predictor is not None else None,
+        governor=_governor(asked, table) if predictor is not None else None,
     )
 
 
-def _is_governed(asked: EngineConfig) -> bool:
+def _governor(asked: EngineConfig, table: ExpertTable) -> Governor | None:
     """Where guesses only fetch early, and nobody has said how many they shall be, what they gain decides.
 
     Under other policies guesses decide what is there, and so the output: they are not for the clock to switch.
     """
     is_exact = not Policy.parse(asked.policy).stands_in and not Policy.parse(asked.policy).replaces_route
-    return asked.governor and asked.prefetch_width is None and is_exact and not asked.deterministic
+    if not asked.governor or asked.prefetch_width is not None or not is_exact or asked.deterministic:
+        return None
+    is_large = max(layer.layout.nbytes for layer in table.layers) >= _LARGE_EXPERT_BYTES
+    return Governor(trusted_steps=_TRUSTED_STEPS if is_large else 0)
 
 
 def _workspaces(

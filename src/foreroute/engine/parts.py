@@ -38,6 +38,14 @@ class Learner(Protocol):
         """Do a little; False when there is nothing to do."""
         ...
 
+    def pause(self) -> None:
+        """Guesses are switched off: learn nothing until `resume`."""
+        ...
+
+    def resume(self) -> None:
+        """Guesses are wanted again; nothing happens where they were not switched off."""
+        ...
+
     def close(self) -> None:
         """No more of it."""
         ...

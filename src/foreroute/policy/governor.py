@@ -53,6 +53,8 @@ class Governor:
 
     Args:
         shares: of the guess's full width, to choose from, widest first.
+        trusted_steps: so many steps at full width come before the first trial: where guesses are known to pay, a short
+            answer need not be spent on finding out.
 
     Attributes:
         share: of the full width that is guessed now; 0 is off.
@@ -60,7 +62,7 @@ class Governor:
         why: the last decision in words.
     """
 
-    def __init__(self, shares: Sequence[float] = SHARES) -> None:
+    def __init__(self, shares: Sequence[float] = SHARES, trusted_steps: int = 0) -> None:
         assert shares, "there is nothing to choose from"
         self._shares = tuple(shares)
         self.share = self._shares[0]
@@ -76,7 +78,9 @@ class Governor:
         self._block: list[float] = []
         self._waited_s = 0.0
         self._is_first = True
-        self._begin_trials(self._shares)
+        self._left = trusted_steps
+        if not trusted_steps:
+            self._begin_trials(self._shares)
 
     @property
     def is_trying(self) -> bool:
@@ -157,11 +161,11 @@ class Governor:
         self._left -= 1
         self._recent.append(seconds)
         if self._left <= 0:
-            # The one beside it decides whether it still is the best; all, when it is not.
-            self._begin_trials(self._neighbours())
+            # The one beside it decides whether it still is the best; all, where nothing was tried yet.
+            self._begin_trials(self._neighbours() if self._settled_s else self._shares)
         elif len(self._recent) >= _WATCHED_STEPS:
             recent, self._recent = _typical(self._recent), []
-            if not 1 / _CHANGED < recent / self._settled_s < _CHANGED:
+            if self._settled_s and not 1 / _CHANGED < recent / self._settled_s < _CHANGED:
                 self._hold = _FIRST_HOLD
                 self._begin_trials(self._shares)
 

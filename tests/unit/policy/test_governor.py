@@ -114,3 +114,11 @@ def test_a_prompt_in_between_restarts_the_trial_at_hand() -> None:
     assert governor.share == FULL
     assert governor.is_trying
     assert governor.changes == 0
+
+
+def test_trusted_guesses_are_not_tried_in_a_short_answer_but_in_a_long_one() -> None:
+    governor = Governor(trusted_steps=100)
+    shares, _ = run(governor, lambda share, step: {FULL: 1.2, HALF: 1.1, OFF: 1.0}[share], 100)
+    assert set(shares) == {FULL}
+    run(governor, lambda share, step: {FULL: 1.2, HALF: 1.1, OFF: 1.0}[share], 150)
+    assert governor.share == OFF
