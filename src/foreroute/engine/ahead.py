@@ -156,3 +156,4 @@ class ReadsAhead:
         for guessed in self._guessed:
             guessed.clear()
         self._stood_in.clear()
+        self._queued_fills.clear()

@@ -166,7 +166,7 @@ class Runtime:
             ids, weights = approximation.route(layer, ids, weights)
         width, base = self._widths[layer], layer * self._num_experts
         # The one read-back of the layer. What is no expert becomes -1, which no key is.
-        routed = [[base + expert if expert < width else -1 for expert in row] for row in ids.tolist()]
+        routed = [[base + expert if 0 <= expert < width else -1 for expert in row] for row in ids.tolist()]
         keys = sorted(routed[0] if len(routed) == 1 else {key for row in routed for key in row})
         if keys[0] < 0:
             keys = [key for key in keys if key >= 0]
@@ -203,11 +203,13 @@ class Runtime:
         if self.learner is not None:
             self.learner.close()
         self.transfer.close()
-        if self.tracing is not None:
-            self.tracing.end(self.snapshot())
-            self.tracing = None
-        self.views.clear()
-        self._free_slots()
+        tracing, self.tracing = self.tracing, None
+        try:
+            if tracing is not None:
+                tracing.end(self.snapshot())
+        finally:
+            self.views.clear()
+            self._free_slots()
 
     def snapshot(self) -> EngineStats:
         """A copy of all counts since the model was loaded."""

@@ -62,10 +62,11 @@ class StepTrace:
         self.hits, self.late, self.misses, self.stood_in = [], [], [], []
         self._open = {"t": self._trace.now(), "layer": layer}
         if is_prefill:
-            counts = torch.bincount(ids.flatten()[ids.flatten() < width], minlength=width).tolist()
+            flat = ids.flatten()
+            counts = torch.bincount(flat[(flat >= 0) & (flat < width)], minlength=width).tolist()
             self._open["counts"] = [[expert, count] for expert, count in enumerate(counts) if count]
         else:
-            self._open["ids"] = [[expert if expert < width else -1 for expert in row] for row in ids.tolist()]
+            self._open["ids"] = [[expert if 0 <= expert < width else -1 for expert in row] for row in ids.tolist()]
             self._open["weights"] = [[round(weight, _WEIGHT_DIGITS) for weight in row] for row in weights.tolist()]
 
     def found(self, hits: Sequence[int], late: Sequence[int], misses: Sequence[int]) -> None:

@@ -97,8 +97,8 @@ class Governor:
         return self.share != before
 
     def pause(self) -> None:
-        """The next step follows no decode step: a prompt came between. The trial at hand begins again."""
-        self._begin_block()
+        """The next step follows no decode step: a prompt came between. That step does not count, those before it do."""
+        self._is_first = True
 
     def _begin_block(self) -> None:
         self._block, self._waited_s, self._is_first = [], 0.0, True
