@@ -46,6 +46,7 @@ class Trace:
         self._sink = sink
         self._clock = clock
         self._began_s = clock()
+        self._failure: OSError | None = None
 
     def now(self) -> float:
         """Seconds since the trace began."""
@@ -62,12 +63,26 @@ class Trace:
         self.emit("header", **fields)
 
     def emit(self, event: str, **fields: Any) -> None:
-        """Write one event."""
-        self._sink.write({"event": event, **fields})
+        """Write one event; nothing after a first one that could not be written, as `close` tells."""
+        if self._failure is None:
+            try:
+                self._sink.write({"event": event, **fields})
+            except OSError as error:
+                self._failure = error
 
     def close(self) -> None:
-        """There are no more events."""
-        self._sink.close()
+        """There are no more events.
+
+        Raises:
+            TraceError: not all of them could be written; the file is cut off.
+        """
+        try:
+            self._sink.close()
+        except OSError as error:
+            self._failure = self._failure or error
+        if self._failure is not None:
+            why = os.strerror(self._failure.errno or 0)
+            raise TraceError(f"The trace is cut off: {why}. The run itself is not touched by it.") from self._failure
 
 
 def open_trace(path: str | Path) -> Trace:

@@ -1,5 +1,6 @@
 """What a trace says of a run is what the engine counted of it, and tracing changes nothing."""
 
+import errno
 import json
 from collections import Counter
 from pathlib import Path
@@ -129,3 +130,20 @@ def test_an_older_trace_stays_until_there_is_a_new_one(checkpoints: Any, tmp_pat
     assert path.read_text() == before
     traced(checkpoints.get("qwen3_moe"), path)
     assert path.read_text().count('"event":"header"') == 1
+
+
+def test_a_full_disk_ends_the_trace_and_not_the_run(checkpoints: Any, tmp_path: Path, run: Any) -> None:
+    path = tmp_path / "run.jsonl"
+    model = foreroute.load(
+        checkpoints.get("qwen3_moe"), "25%", "float32", config=EngineConfig(trace=str(path), learn=False)
+    )
+
+    def full(event: dict[str, Any]) -> None:
+        raise OSError(errno.ENOSPC, "no room")
+
+    model.foreroute.runtime.tracing._trace._sink.write = full
+    assert_same_bits(generate(model), run[0])
+    with pytest.raises(TraceError, match="No space left"):
+        model.foreroute.close()
+    assert model.foreroute.runtime.views._memory is None
+    model.foreroute.close()

@@ -90,9 +90,8 @@ class Runtime:
         self.expert_listener: ExpertListener | None = None
         self.learner: Learner | None = None
         self.tracing: StepTrace | None = None
-        self._num_experts = table.num_experts
+        self._num_experts, self._last_layer = table.num_experts, len(table.layers) - 1
         self._widths = [layer.num_experts for layer in table.layers]
-        self._last_layer = len(self._widths) - 1
         self.key_nbytes = table.key_nbytes
         self.is_prefill = False
         self._num_rows = 1
@@ -213,8 +212,8 @@ class Runtime:
 
     def snapshot(self) -> EngineStats:
         """A copy of all counts since the model was loaded."""
-        stats, residency = self.stats, self.residency
-        stats.evictions = residency.evictions
+        stats = self.stats
+        stats.evictions = self.residency.evictions
         self.ahead.book(self.phase)
         stats.read_bytes, stats.read_s = self.transfer.bytes_read, self.transfer.busy_s
         return copy.deepcopy(stats)
@@ -393,9 +392,9 @@ class Runtime:
     def _quiesce(self) -> None:
         """Take back the guesses that have not started and let the others land: prefill wants the slots."""
         self.ahead.drop_all(self.phase)
-        started = self._clock()
         if not self.transfer.num_in_flight:
             return
+        started = self._clock()
         while self.transfer.num_in_flight:
             self.settle(self.await_completions())
         self.stalled_since(started)
