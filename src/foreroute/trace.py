@@ -4,6 +4,7 @@ Nothing here is touched when nobody asked for a trace. FILE.jsonl is one event a
 FILE.json is a Chrome trace, for Perfetto.
 """
 
+import fcntl
 import json
 import os
 import time
@@ -100,6 +101,9 @@ def open_trace(path: str | Path) -> Trace:
                 if not older.read(64).startswith(_FIRST_BYTES):
                     raise TraceError(f"--trace {path}: that file is there, and is no trace. Choose another name.")
         file = path.open("a", encoding="utf-8")
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise TraceError(f"--trace {path}: another model is writing it. Choose another name.") from None
     except OSError as error:
         raise TraceError(f"--trace {path} cannot be written: {os.strerror(error.errno or 0)}.") from error
     return Trace(JsonLines(file) if path.suffix == _JSON_LINES else ChromeTrace(file))

@@ -162,3 +162,9 @@ def test_traces_that_cannot_be_replayed(tmp_path: Path) -> None:
         route_of(whole, 4)
     assert route_of(whole).warm_up == 0
     assert route_of(whole, 3).counted_tokens == 1
+
+
+def test_steps_that_passed_through_the_pool_are_refused(tmp_path: Path) -> None:
+    recording = read_recording(routed(tmp_path / "run.jsonl", [[[0, 1, 2, 3], [0, 1]]] * 10, num_slots=3))
+    with pytest.raises(TraceError, match="wanted 4 experts at once, more than the 3 slots"):
+        make_report(recording)

@@ -103,7 +103,7 @@ def prefetched(runtime: Any) -> list[int]:
 @pytest.mark.parametrize(("share", "keys"), [(1.0, [9, 10, 11, 12]), (0.5, [9, 10]), (0.0, [])])
 def test_the_governor_decides_how_much_of_a_guess_is_fetched(share: float, keys: list[int]) -> None:
     reads, runtime, _ = governed(share)
-    reads.begin_step(None)
+    reads.begin_step(1, None)
     reads.guess_next(0, None, None, None)
     assert prefetched(runtime) == keys
     assert runtime.predictor.asked == (share > 0), "a guess that is not fetched is not made"
@@ -115,7 +115,7 @@ def test_prompts_and_other_policies_are_not_governed(case: dict[str, bool]) -> N
     reads, runtime, governor = governed(0.0, **case)
     told: list[float] = []
     governor.step = lambda seconds, waited_s: told.append(seconds) or False
-    reads.begin_step(None)
+    reads.begin_step(1, None)
     reads.guess_next(0, None, None, None)
     reads.end_step()
     assert prefetched(runtime) == [9, 10, 11, 12]
@@ -127,12 +127,12 @@ def test_the_governor_is_told_what_a_step_took_and_waited_once_the_pool_is_full(
     reads, runtime, governor = governed(1.0)
     told: list[tuple[float, float]] = []
     governor.step = lambda seconds, waited_s: told.append((seconds, waited_s)) or False
-    reads.begin_step(None)
+    reads.begin_step(1, None)
     reads.end_step()
     assert told == [], "while the pool fills, steps get quicker whoever guesses"
     runtime.residency.demand(list(range(12)))
     runtime.phase.stall_s = 3.0
-    reads.begin_step(None)
+    reads.begin_step(1, None)
     runtime.phase.stall_s += 0.25
     reads.end_step()
     assert told == [(1.0, 0.25)]
@@ -142,18 +142,36 @@ def test_learning_stops_and_goes_on_with_the_guesses() -> None:
     reads, runtime, governor = governed(1.0)
     heard: list[str] = []
     runtime.learner = SimpleNamespace(pause=lambda: heard.append("pause"), resume=lambda: heard.append("resume"))
-    runtime.residency.demand(list(range(12)))
-    for share in (1.0, 0.0, 0.0, 0.5):
-        before, governor.share = governor.share, share
-        governor.step = lambda seconds, waited_s, has_changed=share != before: has_changed
-        reads.begin_step(None)
-        reads.end_step()
-    assert heard == ["pause", "resume"]
+    for share in (0.0, 0.5):
+        governor.share = share
+        reads.begin_step(1, None)
+    governor.share = 0.0
+    runtime.approximation.is_exact = False  # other policies live by their guesses, whatever the governor had chosen
+    reads.begin_step(1, None)
+    assert heard == ["pause", "resume", "resume"]
+
+
+def test_steps_of_other_batches_are_another_governors() -> None:
+    reads, _, governor = governed(0.0)
+    shares = []
+    for rows in (1, 4, 1):
+        reads.begin_step(rows, None)
+        shares.append(reads.share)
+    assert shares == [0.0, 1.0, 0.0]
+    assert reads.governor is governor
+
+
+def test_nothing_is_guessed_where_no_guess_can_be_brought() -> None:
+    reads, runtime, _ = governed(1.0)
+    runtime.residency.staging_slots = 0
+    reads.begin_step(1, None)
+    reads.guess_next(0, None, None, None)
+    assert runtime.predictor.asked == 0
 
 
 def test_a_prompt_restarts_a_trial() -> None:
     reads, _, governor = governed(1.0, is_prefill=True)
     paused: list[bool] = []
     governor.pause = lambda: paused.append(True)
-    reads.begin_step(None)
+    reads.begin_step(1, None)
     assert paused == [True]

@@ -147,3 +147,42 @@ def test_a_full_disk_ends_the_trace_and_not_the_run(checkpoints: Any, tmp_path: 
         model.foreroute.close()
     assert model.foreroute.runtime.views._memory is None
     model.foreroute.close()
+
+
+def test_two_models_do_not_write_one_trace(checkpoints: Any, tmp_path: Path) -> None:
+    path = tmp_path / "run.jsonl"
+    first = open_trace(path)
+    with pytest.raises(TraceError, match="another model is writing it"):
+        open_trace(path)
+    first.close()
+    open_trace(path).close()
+
+
+def test_a_step_that_breaks_off_empties_the_pool_in_the_trace_too(
+    checkpoints: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "run.jsonl"
+    asked = EngineConfig(trace=str(path), learn=False)
+    model = foreroute.load(checkpoints.get("qwen3_moe"), "25%", "float32", config=asked)
+    runtime, calls = model.foreroute.runtime, []
+
+    def interrupted(*args: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 40:
+            raise KeyboardInterrupt
+        return operands(*args)
+
+    operands = runtime.views.operands
+    monkeypatch.setattr(runtime.views, "operands", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        generate(model)
+    generate(model)
+    model.foreroute.close()
+    resident: set[tuple[int, int]] = set()
+    for event in events_of(path):
+        expert = (event.get("layer"), event.get("expert"))
+        if event["event"] == "load":
+            assert expert not in resident, "it was there, and is read again"
+            resident.add(expert)
+        elif event["event"] == "evict":
+            resident.remove(expert)

@@ -35,5 +35,5 @@ def decode_bytes(routes: Routes, num_slots: int, expert_bytes: Sequence[int]) ->
     keys = {key: number for number, key in enumerate(dict.fromkeys(key for step in demands for key in step))}
     missed = belady_misses([[keys[key] for key in step] for step in demands], num_slots)
     loads = [expert_bytes[step % layers_per_pass] for step, some in enumerate(missed) for _ in some]
-    # The first ones fill an empty pool: with the best content to begin with, they are there already.
-    return sum(loads[num_slots:])
+    # Some fill an empty pool: with the best content to begin with, they are there already, and the largest are best.
+    return sum(sorted(loads)[: max(0, len(loads) - num_slots)])

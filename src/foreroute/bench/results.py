@@ -176,6 +176,8 @@ def _bound(
     read_ms = 1e3 * step_bytes / max(one.bytes_per_s for one in seen.disk)
     compute_ms = _compute_ms(rungs, step_tokens, kind)
     step_ms = max(read_ms, compute_ms)
+    if step_ms == 0:
+        return None
     figures: Figures = {
         "tokens_per_s": summary([1e3 * step_tokens / step_ms]),
         "ttft_ms" if kind == PROMPT else "tpot_ms": summary([step_ms]),

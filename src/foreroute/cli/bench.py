@@ -1,7 +1,7 @@
 """`foreroute bench`: how fast is this model here, what is each part of the engine worth, and how far is the bound?"""
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -202,7 +202,8 @@ def run_bar(total: int, is_quiet: bool) -> Iterator["Progress"]:
     )
     with progress.Progress(*columns, console=figures.stderr_console(), disable=is_quiet, transient=True) as bar:
         task = bar.add_task("Measuring disk and memory", total=total)
-        show: Callable[[str, int, int], None] = lambda what, done, of: bar.update(  # noqa: E731
-            task, description=what, completed=done, total=of
-        )
+
+        def show(what: str, done: int, of: int) -> None:
+            bar.update(task, description=what, completed=done, total=of)
+
         yield show

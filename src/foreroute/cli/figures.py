@@ -46,6 +46,22 @@ def busy(what: str, is_quiet: bool) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def counting_bar(what: str, total: int, unit: str, is_quiet: bool) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on standard error; call what it gives with (done, total)."""
+    from rich import progress
+
+    columns = (
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.TextColumn("{task.completed:,.0f} of {task.total:,.0f} " + unit),
+        progress.TimeRemainingColumn(),
+    )
+    with progress.Progress(*columns, console=stderr_console(), disable=is_quiet) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda done, of: bar.update(task, completed=done, total=of)
+
+
 def writer(out: TextIO, *, is_quiet: bool = False) -> Callable[[str], None]:
     """A function that writes pieces of text at once; to a terminal without control characters; quiet, nothing."""
     is_terminal = out.isatty()
@@ -140,8 +156,8 @@ def _governor_rows(report: "GenerationReport") -> list[Row]:
     if report.guess_share is None:
         return []
     now = {0.0: "off", 1.0: "full"}.get(report.guess_share, f"{report.guess_share:.0%}")
-    off = report.stats.decode.unguessed_steps
-    return [("guesses", now, f"off in {off} of {report.stats.decode.steps} steps: what was quickest, tried in turns")]
+    off, steps = report.stats.decode.unguessed_steps, report.stats.decode.steps
+    return [("guesses", "trying" if report.guess_why == "trying" else now, f"off in {off} of {steps} steps")]
 
 
 def dtype_name(stored: str) -> str:

@@ -1,8 +1,6 @@
 """`foreroute fit`: learn from any text which experts come next, and write it beside the checkpoint."""
 
 import argparse
-import contextlib
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -156,7 +154,7 @@ def _fit(args: argparse.Namespace, model: Any, fingerprint: str, corpus: Any, pa
     estimator = None
     if args.estimator:
         estimator = EstimatorSettings(args.estimator_shrink, args.estimator_widen, args.estimator_epochs)
-    with token_bar("fitting", corpus.num_tokens, args.json) as show:
+    with figures.counting_bar("fitting", corpus.num_tokens, "tokens", args.json) as show:
         return fit(
             model,
             fingerprint,
@@ -171,22 +169,6 @@ def _fit(args: argparse.Namespace, model: Any, fingerprint: str, corpus: Any, pa
             progress=show,
             resume=args.resume,
         )
-
-
-@contextlib.contextmanager
-def token_bar(what: str, total: int, is_quiet: bool) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar of tokens on standard error; call what it gives with (done, total)."""
-    from rich import progress
-
-    columns = (
-        progress.TextColumn("{task.description}"),
-        progress.BarColumn(),
-        progress.TextColumn("{task.completed:,.0f} of {task.total:,.0f} tokens"),
-        progress.TimeRemainingColumn(),
-    )
-    with progress.Progress(*columns, console=figures.stderr_console(), disable=is_quiet) as bar:
-        task = bar.add_task(what, total=total)
-        yield lambda done, of: bar.update(task, completed=done, total=of)
 
 
 def _tell(args: argparse.Namespace, sidecar: "Sidecar", path: Path, *, is_beside: bool) -> None:

@@ -1,8 +1,7 @@
 """What `foreroute pack --quant` asks beside packing: a codec's cost on a text, and which experts get more bits."""
 
 import argparse
-import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -92,7 +91,7 @@ class Quality:
         from foreroute.evals.quantised import read
 
         options.apply_threads(self.args)
-        with _window_bar(what, sum(len(one.ids) for one in self.windows), self.args.json) as show:
+        with figures.counting_bar(what, sum(len(one.ids) for one in self.windows), "windows", self.args.json) as show:
             return read(self.folder, packed, self.windows, self.args.memory, show, counts_uses=counts_uses)
 
 
@@ -203,19 +202,3 @@ def tell_quality(found: Mapping[str, Any], codec: str) -> None:
         ["difference", f"{100 * found['perplexity_delta']:+.2f} %", f"{100 * found['bits_per_char_delta']:+.2f} %"]
     )
     figures.print_grid(console, (f"{found['tokens']:,} tokens", "perplexity", "bits/char"), rows)
-
-
-@contextlib.contextmanager
-def _window_bar(what: str, total: int, is_quiet: bool) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar of windows on standard error; call what it gives with (done, total)."""
-    from rich import progress
-
-    columns = (
-        progress.TextColumn("{task.description}"),
-        progress.BarColumn(),
-        progress.TextColumn("{task.completed:,.0f} of {task.total:,.0f} windows"),
-        progress.TimeRemainingColumn(),
-    )
-    with progress.Progress(*columns, console=figures.stderr_console(), disable=is_quiet) as bar:
-        task = bar.add_task(what, total=total)
-        yield lambda done, of: bar.update(task, completed=done, total=of)

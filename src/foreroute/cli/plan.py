@@ -66,7 +66,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("model", metavar="MODEL", help="folder of a checkpoint, or a hub id")
     options.add_common_options(parser)
     options.add_model_options(parser)
-    options.add_engine_options(parser)
+    options.add_engine_options(parser, without=("trace",))
 
 
 def run(args: argparse.Namespace) -> int:

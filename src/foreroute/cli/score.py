@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from foreroute.checkpoint.locate import locate
 from foreroute.cli import figures, options
-from foreroute.cli.fit import add_memory_options, add_text_options, context_of, token_bar
+from foreroute.cli.fit import add_memory_options, add_text_options, context_of
 from foreroute.config import EngineConfig
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
         model = foreroute.load(folder, dtype=args.dtype, config=config)
     try:
         corpus = read_corpus(tokenizer, args.text, args.tokens, context_of(model.config, args.context))
-        with token_bar("scoring", corpus.num_tokens, args.json) as show:
+        with figures.counting_bar("scoring", corpus.num_tokens, "tokens", args.json) as show:
             scores = score(model, corpus.windows, sidecar, rows=args.rows, progress=show)
         timely = _decode(model, corpus.windows, args.decode, args.json) if args.decode else None
     finally:
@@ -113,7 +113,7 @@ def _decode(model: Any, windows: "torch.Tensor", num_tokens: int, is_quiet: bool
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or windows.shape[1]
     # At least two: the first token is prefill's. Never past the model's context; what was decoded is shown.
     each = max(2, min(num_tokens // len(prompts), context - prompts.shape[1]))
-    with token_bar("decoding", each * len(prompts), is_quiet) as show:
+    with figures.counting_bar("decoding", each * len(prompts), "tokens", is_quiet) as show:
         return timeliness(model, prompts, each, show)
 
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from foreroute.checkpoint.locate import locate
 from foreroute.cli import figures, options
-from foreroute.cli.fit import token_bar
 from foreroute.config import EngineConfig, Plan
 from foreroute.errors import BudgetError, ForerouteError, PromptError
 from foreroute.residency.budget import format_memory
@@ -87,7 +86,7 @@ def add_parser(commands: Any) -> None:
     )
     options.add_common_options(parser)
     options.add_model_options(parser)
-    options.add_engine_options(parser, memory=DEFAULT_MEMORY)
+    options.add_engine_options(parser, without=("trace",), memory=DEFAULT_MEMORY)
 
 
 @dataclass(frozen=True)
@@ -160,12 +159,12 @@ def _verify(args: argparse.Namespace, config: EngineConfig, folder: Path, texts:
         kind = choose_reference(args.reference, index, sketch, args.dtype)
         memory = settle_memory(folder, args.dtype, config)
     what = "the resident model" if kind == RESIDENT else "on-demand loading"
-    with token_bar(what, sum(exercise.num_steps for exercise in exercises), args.json) as show:
+    with figures.counting_bar(what, sum(exercise.num_steps for exercise in exercises), "tokens", args.json) as show:
         reference = record_reference(kind, folder, sketch, args.dtype, memory, exercises, show)
     with figures.busy("Loading the model", args.json):
         model = foreroute.load(folder, memory, args.dtype, config=config)
     try:
-        with token_bar("from disk", reference.num_steps, args.json) as show:
+        with figures.counting_bar("from disk", reference.num_steps, "tokens", args.json) as show:
             verdict = verify(model, exercises, reference, show)
         return _Outcome(reference, verdict, model.foreroute.plan, model.foreroute.stats())
     finally:

@@ -23,7 +23,9 @@ class ReadsAhead:
         self, runtime: Runtime, governor: Governor | None = None, clock: Callable[[], float] = time.perf_counter
     ) -> None:
         self._runtime = runtime
+        # One for each number of rows: steps of other batches take other times.
         self.governor = governor
+        self._governors: dict[int, Governor] = {}
         self._clock = clock
         self._step_began_s = self._stalled_before_s = 0.0
         self._num_experts = runtime.table.num_experts
@@ -39,17 +41,24 @@ class ReadsAhead:
         self._queued_fills: set[int] = set()
 
     def lacks(self, layer: int) -> bool:
-        """Some expert of the layer is neither there nor on its way."""
-        return self._runtime.residency.resident_per_layer[layer] < self._widths[layer]
+        """Some expert of the layer is neither there nor on its way, and a guess could bring it."""
+        residency = self._runtime.residency
+        return residency.staging_slots > 0 and residency.resident_per_layer[layer] < self._widths[layer]
 
-    def begin_step(self, token_ids: torch.Tensor | None) -> None:
-        """A decode step of `token_ids` [rows, 1] begins: its first layer is guessed. None: a prompt, or no ids."""
+    def begin_step(self, num_rows: int, token_ids: torch.Tensor | None) -> None:
+        """A step of so many rows begins; its `token_ids` [rows, 1] guess the first layer. None: a prompt, or no ids."""
         runtime = self._runtime
         if self.governor is not None:
+            if num_rows not in self._governors:
+                self._governors[num_rows] = self.governor.fresh() if self._governors else self.governor
+            self.governor = self._governors[num_rows]
             if runtime.is_prefill:
                 self.governor.pause()
             self._step_began_s, self._stalled_before_s = self._clock(), runtime.phase.stall_s
             runtime.phase.unguessed_steps += not self.share
+            if runtime.learner is not None and not runtime.is_prefill:
+                # What learning costs belongs to the guesses that it is for.
+                (runtime.learner.resume if self.share else runtime.learner.pause)()
         if token_ids is not None and runtime.predictor is not None and self.share and self.lacks(0):
             self.prefetch(0, runtime.predictor.guess_first(token_ids.flatten()), runtime.phase)
 
@@ -66,12 +75,7 @@ class ReadsAhead:
             # While the pool fills, steps take less time each time, whoever guesses.
             return
         waited_s = runtime.phase.stall_s - self._stalled_before_s
-        if not governor.step(self._clock() - self._step_began_s, waited_s):
-            return
-        if runtime.learner is not None:
-            # What learning costs belongs to the guesses that it is for.
-            (runtime.learner.resume if governor.share else runtime.learner.pause)()
-        if runtime.tracing is not None:
+        if governor.step(self._clock() - self._step_began_s, waited_s) and runtime.tracing is not None:
             runtime.tracing.governor(governor.share, "trial" if governor.is_trying else governor.why)
 
     @property

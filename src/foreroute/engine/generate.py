@@ -35,8 +35,8 @@ class GenerationReport:
     stats: the engine's counts of this answer alone. expert_bytes: stored bytes of one expert.
     peak_rss_bytes: of the process so far, loading included.
     loop: "lean", or "generate" where transformers' own loop ran, which reuses nothing.
-    guess_share: of the full width of guesses, the governor's choice at the end (0: off), and guess_why its reason; None
-        and "" where no governor decides.
+    guess_share: of the full width of guesses, what the governor has chosen (0: off), and guess_why its reason, or that
+        it is trying; None and "" where no governor decides.
     prompt_tokens_reused: of the prompt, those that were not computed again. prompt_cache_bytes: kept afterwards.
     """
 
@@ -178,13 +178,16 @@ def generate(
         ReadError, ChecksumError: an expert could not be read.
     """
     room = _room_in_context(model, prompt_ids.shape[1])
+    if prefill_chunk is not None and prefill_chunk < 2:
+        raise PromptError(f"prefill_chunk is {prefill_chunk}: choose 8 tokens or more (512 to 8192 are usual).")
+    most_new = max_new_tokens if room is None else min(max_new_tokens, room)
     recorder = _Recorder(tokenizer, on_text, clock)
     before = model.foreroute.stats()
     started_s = clock()
     answer = _Answer(model, prompt_ids, options, reuse, prefill_chunk or model.foreroute.plan.prefill_chunk)
     is_interrupted = False
     try:
-        answer.run(recorder, should_stop, max_new_tokens if room is None else min(max_new_tokens, room))
+        answer.run(recorder, should_stop, most_new)
     except KeyboardInterrupt:
         is_interrupted = True
     finally:
@@ -192,8 +195,8 @@ def generate(
     ended_s = clock()
     # Ctrl-C may fall between the two.
     times_s = recorder.times_s[: len(recorder.ids)]
-    governor = model.foreroute.governor
-    reason = "interrupted" if is_interrupted else _finish_reason(model, recorder.ids, should_stop, options)
+    governor = model.foreroute.governor if _is_exact(model) else None
+    reason = "interrupted" if is_interrupted else _finish_reason(model, recorder.ids, most_new, options)
     return GenerationReport(
         text="".join(recorder.written),
         token_ids=tuple(recorder.ids),
@@ -208,8 +211,8 @@ def generate(
         loop="generate" if answer.loop is None else "lean",
         prompt_tokens_reused=answer.num_reused,
         prompt_cache_bytes=0 if reuse is None else reuse.nbytes,
-        guess_share=None if governor is None else governor.share,
-        guess_why="" if governor is None else governor.why,
+        guess_share=None if governor is None else governor.chosen,
+        guess_why="" if governor is None else "trying" if governor.is_trying else governor.why,
     )
 
 
@@ -332,9 +335,10 @@ def _room_in_context(model: Any, prompt_tokens: int) -> int | None:
     return int(context) - prompt_tokens
 
 
-def _finish_reason(model: Any, ids: list[int], should_stop: Callable[[], bool] | None, options: dict[str, Any]) -> str:
+def _finish_reason(model: Any, ids: list[int], most_new: int, options: dict[str, Any]) -> str:
+    """Why an answer ended that nobody interrupted; "stopped": by should_stop, or by a criterion of the caller."""
     eos = options.get("eos_token_id", model.generation_config.eos_token_id)
     ends = eos if isinstance(eos, list) else [eos]
     if ids and ids[-1] in ends:
         return "stop"
-    return "stopped" if should_stop is not None and should_stop() else "length"
+    return "length" if len(ids) >= most_new else "stopped"

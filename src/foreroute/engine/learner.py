@@ -105,6 +105,8 @@ class Learner:
 
     def see(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> None:
         """Every MoE layer of every step, when its routing is known. Cost: some row copies for a layer in the group."""
+        if self._is_paused:
+            return
         rows = self._group.get(layer - 1)
         if rows is not None and self._before is not None and self._before[0] == layer - 1:
             seen = self._before[1]
@@ -116,6 +118,8 @@ class Learner:
 
     def work(self) -> bool:
         """Do a little of what is to be done, while compute waits; False when there is nothing."""
+        if self._is_paused:
+            return False
         if next(self._todo, True) is None:
             return True
         for layer, rows in self._group.items():
@@ -171,8 +175,9 @@ class Learner:
 
     def pause(self) -> None:
         """Nobody wants guesses now: nothing is seen, and no router is listened to, until `resume`."""
-        self._is_paused, self._before = True, None
-        self._stop_listening()
+        if not self._is_paused:
+            self._is_paused, self._before = True, None
+            self._stop_listening()
 
     def resume(self) -> None:
         """Guesses are wanted again."""

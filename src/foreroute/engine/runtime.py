@@ -129,7 +129,7 @@ class Runtime:
             self.settle(self.transfer.completed())
         if not self.keeps_across_tokens:
             self.residency.drop(self.residency.ready_keys())
-        self.ahead.begin_step(None if self.is_prefill else token_ids)
+        self.ahead.begin_step(num_rows, None if self.is_prefill else token_ids)
         self._is_mid_step = False
 
     def compute(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -192,7 +192,7 @@ class Runtime:
         """To all who watch, what the layer's router chose."""
         if self.observer is not None:
             self.observer(layer, hidden, ids, weights)
-        if self.learner is not None and self.ahead.share:
+        if self.learner is not None:
             self.learner.see(layer, hidden, ids, weights)
         if layer == 0 and self.predictor is not None:
             self.predictor.see_first(hidden, self._num_rows)
@@ -315,7 +315,7 @@ class Runtime:
 
     def await_completions(self) -> Sequence[Completion]:
         """Block until a reader has finished something; meanwhile the learner works, a little at a time."""
-        if self.learner is not None and self.ahead.share:
+        if self.learner is not None:
             while True:
                 done = self.transfer.completed()
                 if done:

@@ -57,7 +57,8 @@ class Governor:
             answer need not be spent on finding out.
 
     Attributes:
-        share: of the full width that is guessed now; 0 is off.
+        share: of the full width that is guessed now, in a trial too; 0 is off.
+        chosen: the share that was decided on last, full width before any decision.
         changes: times that a decision changed it; trials not counted.
         why: the last decision in words.
     """
@@ -68,7 +69,8 @@ class Governor:
         self.share = self._shares[0]
         self.changes = 0
         self.why = "not tried yet"
-        self._chosen = self._shares[0]
+        self.chosen = self._shares[0]
+        self._trusted_steps = trusted_steps
         self._hold = _FIRST_HOLD
         self._left = 0
         self._settled_s = 0.0
@@ -88,13 +90,21 @@ class Governor:
         return bool(self._plan)
 
     def step(self, seconds: float, waited_s: float) -> bool:
-        """A decode step took `seconds`, of which it waited `waited_s` for experts; True when `share` has changed."""
-        before = self.share
+        """A decode step took `seconds`, of which it waited `waited_s` for experts.
+
+        Returns:
+            True when `share` has changed, or a trial has become a decision.
+        """
+        before = self.share, self.is_trying
         if self._plan:
             self._try(seconds, waited_s)
         else:
             self._watch(seconds)
-        return self.share != before
+        return (self.share, self.is_trying) != before
+
+    def fresh(self) -> "Governor":
+        """Another one like this, that has tried nothing yet."""
+        return Governor(self._shares, self._trusted_steps)
 
     def pause(self) -> None:
         """The next step follows no decode step: a prompt came between. That step does not count, those before it do."""
@@ -143,16 +153,16 @@ class Governor:
         # Among those that are near the quickest the narrowest reads least.
         near = [share for share in open_still if self._tried[share].mean * _CLEARLY <= quickest.mean]
         # A choice is left for a clearly better one alone.
-        chosen = self._chosen if self._settled_s and self._chosen in near else min(near)
+        chosen = self.chosen if self._settled_s and self.chosen in near else min(near)
         told = ", ".join(
             f"{_name(share)} {1e3 * tried.mean:.2f}" for share, tried in sorted(self._tried.items(), reverse=True)
         )
         self._settle(chosen, f"ms a step: {told}")
 
     def _settle(self, share: float, why: str) -> None:
-        self._hold = min(2 * self._hold, _LAST_HOLD) if share == self._chosen and self._settled_s else _FIRST_HOLD
-        self.changes += share != self._chosen
-        self._chosen = self.share = share
+        self._hold = min(2 * self._hold, _LAST_HOLD) if share == self.chosen and self._settled_s else _FIRST_HOLD
+        self.changes += share != self.chosen
+        self.chosen = self.share = share
         self.why = why
         self._settled_s = self._tried[share].mean
         self._left, self._recent, self._plan = self._hold, [], []
@@ -170,7 +180,7 @@ class Governor:
                 self._begin_trials(self._shares)
 
     def _neighbours(self) -> list[float]:
-        at = self._shares.index(self._chosen)
+        at = self._shares.index(self.chosen)
         return list(self._shares[max(0, at - 1) : at + 2])
 
 

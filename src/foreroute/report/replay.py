@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from foreroute.errors import TraceError
 from foreroute.report.events import Recording
 from foreroute.report.guesses import Fates, LayerUse, fates_of, layers_of, recall_of
 from foreroute.report.offline import BELADY, Outcome, replays
@@ -121,7 +122,7 @@ def make_report(
         bytes_per_s: reading speed; the recorded run's when left out.
         progress: called with (replays done, all replays).
     Raises:
-        TraceError: nothing to replay. BudgetError: a budget that cannot work.
+        TraceError: nothing to replay, or steps larger than the pool. BudgetError: a budget that cannot work.
     """
     route = route_of(recording, warm_up)
     asked = [(memory, pool_of(route, memory)) for memory in memories]
@@ -132,7 +133,14 @@ def make_report(
             left_out.append(memory)
         else:
             asked.append((memory, pool_of(route, memory)))
-    sizes = sorted({slots.num_slots for _, slots in asked} | {recording.header.num_slots})
+    recorded = recording.header.num_slots
+    if recorded < route.most_at_once:
+        raise TraceError(
+            f"{recording.path}: a layer of a step of {max(route.rows)} rows wanted {route.most_at_once} experts at "
+            f"once, more than the {recorded} slots, so that they passed through the pool, and no eviction decided. "
+            "Record fewer rows, or with more memory."
+        )
+    sizes = sorted({slots.num_slots for _, slots in asked} | {recorded})
     policies = replays(seed)
     budgets = []
     for done, num_slots in enumerate(sizes):

@@ -84,8 +84,14 @@ class TracedTransfer:
         return self._seen(self._inner.wait())
 
     def reset(self) -> None:
-        """Withdraw what has not started, wait for what has, and forget all that is over."""
+        """Withdraw what has not started, wait for what has, and forget all that is over; nothing is resident then."""
         self._inner.reset()
+        now = self._trace.now()
+        for key in self._asked:
+            self._trace.emit("cancel", t=now, **self._expert_id(key)._asdict())
+        for slot, key in self._holds.items():
+            if self._slot_of.get(key) == slot:
+                self._trace.emit("evict", t=now, **self._expert_id(key)._asdict())
         self._asked.clear()
         self._holds.clear()
         self._slot_of.clear()

@@ -123,3 +123,12 @@ def test_trusted_guesses_are_not_tried_in_a_short_answer_but_in_a_long_one() -> 
     assert set(shares) == {FULL}
     run(governor, lambda share, step: {FULL: 1.2, HALF: 1.1, OFF: 1.0}[share], 150)
     assert governor.share == OFF
+
+
+def test_a_decision_for_what_is_being_tried_is_told_too() -> None:
+    governor, told = Governor(), []
+    for _ in range(300):
+        has_changed = governor.step({FULL: 1.0, HALF: 1.3, OFF: 2.0}[governor.share], 0.3)
+        told += [(governor.share, governor.is_trying)] * has_changed
+    assert (FULL, False) in told
+    assert governor.chosen == FULL
