@@ -2,8 +2,8 @@
 
     python -m benchmarks.governor models/foreroute-tiny --memory 25% [--tokens 128] [--repeats 10]
 
-All three are loaded at once and stay loaded: a pool is warm, and a governor remembers. Its trials are in its times. Tokens
-are compared before any time is believed.
+All three are loaded at once and stay loaded: a pool is warm, and a governor remembers. Its trials are in its times.
+Tokens are compared before any time is believed.
 """
 
 import argparse
