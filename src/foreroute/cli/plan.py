@@ -5,7 +5,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from foreroute.checkpoint.locate import locate
 from foreroute.cli import figures, options
 from foreroute.cli.forecast import ASSUMPTIONS, Case, forecast
 from foreroute.config import EngineConfig, Plan
@@ -63,7 +62,7 @@ def add_parser(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(run=run)
-    parser.add_argument("model", metavar="MODEL", help="folder of a checkpoint, or a hub id")
+    options.add_model(parser)
     options.add_common_options(parser)
     options.add_model_options(parser)
     options.add_engine_options(parser, without=("trace",))
@@ -71,7 +70,7 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; returns its exit code."""
-    config, folder = options.engine_config(args), locate(args.model)
+    config, folder = options.engine_config(args), options.find_model(args)
     options.quiet_libraries(args)
     with figures.busy("Loading the model and measuring", args.json):
         found = find(folder, args, config)
