@@ -54,6 +54,11 @@ class CheckpointIndex:
     tensors: Mapping[str, TensorEntry]
 
     @property
+    def kind(self) -> str:
+        """What the files are."""
+        return "safetensors"
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(entry.nbytes for entry in self.tensors.values())
@@ -82,13 +87,19 @@ def read_index(folder: str | Path) -> CheckpointIndex:
     """Read the headers of every safetensors file that the checkpoint in `folder` names.
 
     Args:
-        folder: a local folder with `model.safetensors`, or `model.safetensors.index.json` and its shards.
+        folder: a local folder with `model.safetensors`, or `model.safetensors.index.json` and its shards;
+            or a GGUF file.
     Raises:
         CheckpointError: not a folder, or a folder without weights.
         UnsupportedModelError: the weights are pickles.
         CorruptCheckpointError: a shard is absent, truncated, malformed, or does not hold what the index names.
     """
     folder = Path(folder)
+    if folder.suffix == ".gguf" and folder.is_file():
+        # Here, as its index is one of these.
+        from foreroute.checkpoint.gguf_file import read_gguf
+
+        return read_gguf(folder)
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder. Give the folder that holds config.json and *.safetensors.")
     index_file = folder / "model.safetensors.index.json"

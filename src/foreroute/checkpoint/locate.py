@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+from foreroute.checkpoint.gguf_file import is_gguf
 from foreroute.checkpoint.hub import fetch
 from foreroute.errors import CheckpointError
 
@@ -22,8 +23,10 @@ def locate(path_or_hub_id: str | Path, *, revision: str | None = None, quiet: bo
     if path.exists():
         if revision is not None:
             raise CheckpointError(f"{text} is here on this machine: a revision (--revision) is for hub ids.")
-        if not path.is_dir():
-            raise CheckpointError(f"{text} is a file. Give the folder that holds config.json and *.safetensors.")
+        if not path.is_dir() and not is_gguf(path):
+            raise CheckpointError(
+                f"{text} is a file, and no .gguf. Give the folder that holds config.json and *.safetensors."
+            )
         return path
     if not _HUB_ID.fullmatch(text):
         raise CheckpointError(f"{text} is not a folder here, and no hub id (organisation/name) either.")

@@ -6,6 +6,9 @@ computed. Which numbers, says a `Coding`; kernels/dequantise.py turns it into th
 
 from dataclasses import dataclass
 
+# Codings of GGUF's blocks are named so, with the quantisation's name behind it.
+GGUF_PREFIX = "gguf:"
+
 
 @dataclass(frozen=True, slots=True)
 class Coding:
@@ -38,6 +41,7 @@ class StoredPart:
     shape: as the family has it. matrices: one below the other; none where the tensor is stored as it is.
     at: its position among the stored parts, where it is stored as it is.
     is_transposed: the family's tensor is the matrices' transposition.
+    is_interleaved: the matrices' rows take turns, in place of one matrix below the other.
     """
 
     name: str
@@ -45,3 +49,4 @@ class StoredPart:
     matrices: tuple[StoredMatrix, ...] = ()
     at: int = -1
     is_transposed: bool = False
+    is_interleaved: bool = False

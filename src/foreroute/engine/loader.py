@@ -130,7 +130,7 @@ def load(
         total_slots=table.total_slots,
         token_demand_slots=slots.token_demand_slots,
         staging_slots=staging_slots,
-        source="safetensors" if store is None else "packed",
+        source=index.kind if store is None else "packed",
         stored_dtype=_stored_dtype(source) if store is None or store.codec == STORED else store.codec,
         compute_dtype=str(model.dtype).removeprefix("torch."),
         predictor=asked.prefetch if sidecar is None else "fitted",

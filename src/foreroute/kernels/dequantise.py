@@ -13,6 +13,7 @@ import torch
 
 from foreroute.checkpoint.stored_parts import Coding, StoredMatrix, StoredPart
 from foreroute.kernels.cpu import ExpertMath, Operands
+from foreroute.kernels.gguf_blocks import GGUF_DECODERS
 
 # Writes the numbers of a matrix's components to `out` [rows, columns], contiguous, of the compute dtype.
 Decoder = Callable[[Sequence[torch.Tensor], torch.Tensor, Coding], None]
@@ -125,6 +126,7 @@ DECODERS: Mapping[str, Decoder] = {
     "fp8-scaled": decode_fp8_scaled,
     "packed-int4": decode_packed_int4,
     "gptq-int4": decode_gptq_int4,
+    **GGUF_DECODERS,
 }
 
 
@@ -163,11 +165,12 @@ def decode_part(
     rows = sum(matrix.rows for matrix in part.matrices)
     numbers = workspaces.take("rows", (rows, part.matrices[0].cols), dtype)
     first = 0
-    for matrix in part.matrices:
-        decode_matrix(matrix, stored, numbers[first : first + matrix.rows])
+    for at, matrix in enumerate(part.matrices):
+        turns = slice(at, None, len(part.matrices))
+        decode_matrix(matrix, stored, numbers[turns if part.is_interleaved else slice(first, first + matrix.rows)])
         first += matrix.rows
     if not part.is_transposed:
-        return numbers
+        return numbers.view(part.shape)
     # Laid out anew: a product with a transposed view can have other bits.
     return workspaces.take("columns", part.shape, dtype).copy_(numbers.t())
 

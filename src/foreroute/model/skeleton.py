@@ -18,6 +18,8 @@ import torch
 from torch import nn
 
 from foreroute.checkpoint.assembly import Operation
+from foreroute.checkpoint.gguf_families import dense_names, gguf_layer
+from foreroute.checkpoint.gguf_file import GgufIndex, is_gguf, read_gguf
 from foreroute.checkpoint.index import CheckpointIndex
 from foreroute.checkpoint.layouts import ExpertTable, LayerExperts, PartSource
 from foreroute.checkpoint.quantised_formats import QuantisedFormat, read_format
@@ -25,6 +27,7 @@ from foreroute.checkpoint.quantised_layout import check_dtypes, quantised_layer
 from foreroute.errors import CheckpointError, CorruptCheckpointError, UnsupportedModelError
 from foreroute.model.dense_state import dense_state
 from foreroute.model.experts import ExpertParameter, OffloadedExperts, is_experts_class, offloaded_class
+from foreroute.model.gguf_model import gguf_config, gguf_state
 
 # The swap replaces a name in a module that every thread sees: one load at a time.
 _SWAP_LOCK = threading.RLock()
@@ -69,6 +72,8 @@ def read_config(folder: Path) -> Any:
     from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+    if is_gguf(folder):
+        return gguf_config(read_gguf(folder))
     config_file = folder / "config.json"
     if not config_file.is_file():
         raise CheckpointError(f"{folder} has no config.json. Give the folder of a Hugging Face checkpoint.")
@@ -95,6 +100,8 @@ def outline(folder: Path, index: CheckpointIndex) -> Outline:
         UnsupportedModelError: the model is dense, its experts are off the seam, or it is no causal language model.
         CorruptCheckpointError: expert tensors are absent, or of another shape than the config says.
     """
+    if isinstance(index, GgufIndex):
+        return _outline_gguf(index)
     config = read_config(folder)
     form = read_format(folder, index)
     matrices, components = form.split(index) if form is not None else ({}, frozenset[str]())
@@ -121,6 +128,21 @@ def outline(folder: Path, index: CheckpointIndex) -> Outline:
     return Outline(config, tuple(modules), table, frozenset(targets), classes, transposed, form, matrices, components)
 
 
+def _outline_gguf(index: GgufIndex) -> Outline:
+    config = gguf_config(index)
+    meta_model = _meta_model(index.folder, config)
+    modules = {name: module for name, module in meta_model.named_modules() if is_experts_class(type(module))}
+    layers = [
+        gguf_layer(name, _num_experts(module), [(p.name, p.shape) for p in _expert_parameters(module)], index)
+        for name, module in modules.items()
+    ]
+    dense_names(index)  # what has no name in the model is refused here
+    targets = {f"{name}.{p.name}" for name, module in modules.items() for p in _expert_parameters(module)}
+    classes = frozenset(type(module) for module in modules.values())
+    transposed = tuple(bool(getattr(module, "is_transposed", False)) for module in modules.values())
+    return Outline(config, tuple(modules), ExpertTable(tuple(layers), index), frozenset(targets), classes, transposed)
+
+
 def load_skeleton(folder: Path, sketch: Outline, dtype: torch.dtype | str, **kwargs: Any) -> nn.Module:
     """Load everything but the experts with transformers' `from_pretrained`.
 
@@ -141,22 +163,27 @@ def load_skeleton(folder: Path, sketch: Outline, dtype: torch.dtype | str, **kwa
         **kwargs,
     }
     with swapped_experts(sketch.experts_classes), _quiet_loading():
-        if sketch.form is None:
+        if sketch.form is None and not isinstance(sketch.table.index, GgufIndex):
             model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **common)
         else:
-            model, info = _load_dequantised(folder, sketch, sketch.form, dtype, common)
+            model, info = _load_dequantised(folder, sketch, dtype, common)
     _check_loading_info(folder, info, sketch.expert_targets)
     return model.eval()
 
 
 def _load_dequantised(
-    folder: Path, sketch: Outline, form: QuantisedFormat, dtype: torch.dtype | str, common: dict[str, Any]
+    folder: Path, sketch: Outline, dtype: torch.dtype | str, common: dict[str, Any]
 ) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     compute = dtype if isinstance(dtype, torch.dtype) else sketch.config.dtype
     compute = compute if isinstance(compute, torch.dtype) else torch.bfloat16
-    state = dense_state(sketch.table.index, form, sketch.matrices, sketch.components, compute)
+    index = sketch.table.index
+    if isinstance(index, GgufIndex):
+        state = gguf_state(index, compute)
+    else:
+        assert sketch.form is not None, "it is dequantised"
+        state = dense_state(index, sketch.form, sketch.matrices, sketch.components, compute)
     # The class itself: an Auto class wants a folder, and reads the weights there.
     found = AutoModelForCausalLM._model_mapping[type(sketch.config)]
     model_class = found[0] if isinstance(found, tuple) else found
