@@ -78,3 +78,84 @@ def fp8_blocks(tensor: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Te
             scales[i, j] = tensor[at].float().abs().max() / 448
             values[at] = (tensor[at].float() / scales[i, j]).to(torch.float8_e4m3fn)
     return values, scales
+
+
+def write_float_quantised(source: Path, folder: Path) -> Path:
+    """compressed-tensors' eight-bit floats with a scale per row."""
+
+    def change(state: State) -> State:
+        changed: State = {}
+        for name, tensor in state.items():
+            if not is_linear(name, tensor):
+                changed[name] = tensor
+                continue
+            scales = (tensor.float().abs().amax(1, keepdim=True) / 448).bfloat16()
+            changed[name] = (tensor.float() / scales.float()).clamp(-448, 448).to(torch.float8_e4m3fn)
+            changed[f"{name}_scale"] = scales
+        return changed
+
+    weights = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel", "dynamic": False}
+    return rewritten(source, folder, change, quantization_config=compressed("float-quantized", weights))
+
+
+def write_packed_int4(source: Path, folder: Path, group: int = 32) -> Path:
+    """compressed-tensors' four-bit integers, eight to a word along the input, with a scale per group of a row."""
+
+    def change(state: State) -> State:
+        changed: State = {}
+        for name, tensor in state.items():
+            if not is_linear(name, tensor):
+                changed[name] = tensor
+                continue
+            grouped = tensor.float().view(len(tensor), -1, group)
+            scales = (grouped.abs().amax(2) / 7.5).bfloat16()
+            steps = (grouped / scales.float().unsqueeze(-1)).round().clamp(-8, 7).view(tensor.shape) + 8
+            stem = name.removesuffix("weight")
+            changed[f"{stem}weight_packed"], changed[f"{stem}weight_scale"] = words(steps), scales
+            changed[f"{stem}weight_shape"] = torch.tensor(tensor.shape)
+        return changed
+
+    weights = {
+        "num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": group, "dynamic": False,
+    }  # fmt: skip
+    return rewritten(source, folder, change, quantization_config=compressed("pack-quantized", weights))
+
+
+def compressed(layout: str, weights: dict[str, object]) -> dict[str, object]:
+    """The declaration of compressed-tensors with one kind of weights."""
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
+    return {
+        "quant_method": "compressed-tensors", "format": layout, "quantization_status": "compressed",
+        "config_groups": {"group_0": group}, "ignore": ["lm_head", "re:.*gate$"],
+    }  # fmt: skip
+
+
+def write_gptq(source: Path, folder: Path, group: int = 16) -> Path:
+    """GPTQ's four-bit integers with zero points, eight to a word along the input, scales in float16."""
+
+    def change(state: State) -> State:
+        changed: State = {}
+        for name, tensor in state.items():
+            if not is_linear(name, tensor):
+                changed[name] = tensor
+                continue
+            grouped = tensor.float().view(len(tensor), -1, group)
+            low, high = grouped.amin(2), grouped.amax(2)
+            scales = ((high - low) / 15).half()
+            zeros = (-low / scales.float()).round().clamp(1, 15)
+            steps = (grouped / scales.float().unsqueeze(-1) + zeros.unsqueeze(-1)).round().clamp(0, 15)
+            stem = name.removesuffix("weight")
+            changed[f"{stem}qweight"] = words(steps.view(tensor.shape)).t().contiguous()
+            changed[f"{stem}scales"] = scales.t().contiguous()
+            changed[f"{stem}qzeros"] = words(zeros.t().contiguous() - 1)
+            changed[f"{stem}g_idx"] = torch.arange(tensor.shape[1], dtype=torch.int32) // group
+        return changed
+
+    declared = {"quant_method": "gptq", "bits": 4, "group_size": group, "desc_act": False, "sym": False}
+    return rewritten(source, folder, change, quantization_config=declared)
+
+
+def words(steps: torch.Tensor) -> torch.Tensor:
+    """Integers 0..15 [rows, n] as words [rows, n / 8], the first in the lowest bits."""
+    eights = steps.long().view(len(steps), -1, 8) << torch.arange(0, 32, 4)
+    return eights.sum(2).to(torch.uint32).view(torch.int32)

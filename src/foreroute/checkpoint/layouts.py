@@ -102,6 +102,13 @@ class LayerExperts:
         return self.other if self.other is not None and expert in self.others else self.layout
 
     @property
+    def family_layout(self) -> ExpertLayout:
+        """The family's own tensors, whatever is stored: of a quantised layer the names and shapes mean something."""
+        if not self.parts:
+            return self.layout
+        return ExpertLayout(tuple(Part(part.name, 0, 0, part.shape, "F32") for part in self.parts))
+
+    @property
     def nbytes(self) -> int:
         """Stored bytes of all its experts."""
         return sum(self.layout_of(expert).nbytes for expert in range(self.num_experts))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from foreroute.checkpoint.codecs import CODECS, STORED
-from foreroute.checkpoint.layouts import ExpertLayout, ExpertTable, LayerExperts, Part
+from foreroute.checkpoint.layouts import ExpertTable
 from foreroute.checkpoint.records import PackedStore
 from foreroute.engine.parts import FamilyForward
 from foreroute.engine.prefill import ExpertStream
@@ -38,19 +38,12 @@ def math_of_layers(
     for layer, described_layer in zip(layers, source.layers, strict=True):
         kind = (type(layer.experts), described_layer.layout)
         if kind not in proven:
-            proven[kind] = prove_math(layer.experts, family_layout(described_layer), dtype)
+            proven[kind] = prove_math(layer.experts, described_layer.family_layout, dtype)
         entry = describe_math(layer.experts) if proven[kind] else None
         if entry is not None and described_layer.parts:
             entry = dequantising(entry, described_layer.parts, dtype, workspaces)
         made.append(entry)
     return made
-
-
-def family_layout(layer: LayerExperts) -> ExpertLayout:
-    """The family's own tensors, whatever is stored; of a quantised layer their shapes alone mean something."""
-    if not layer.parts:
-        return layer.layout
-    return ExpertLayout(tuple(Part(part.name, 0, 0, part.shape, "F32") for part in layer.parts))
 
 
 def stored_operands(

@@ -20,6 +20,8 @@ Decoder = Callable[[Sequence[torch.Tensor], torch.Tensor, Coding], None]
 
 _FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 _MXFP4_GROUP = 32
+# 2 ** 128, which no product can take as a number: torch.ldexp can, and takes 14 times as long.
+_EXPONENT_BEYOND = 255
 # Rows that are scaled at a time where a temporary is needed: it stays in the cache.
 _ROWS_AT_ONCE = 128
 
@@ -40,7 +42,7 @@ def _fp4_fours(dtype: torch.dtype) -> torch.Tensor:
 
 @lru_cache
 def _powers_of_two() -> torch.Tensor:
-    """2 ** (byte - 127) as torch.ldexp has it, in float32."""
+    """2 ** (byte - 127) for every byte, in float32."""
     return torch.pow(2.0, torch.arange(256, dtype=torch.int32) - 127)
 
 
@@ -59,7 +61,9 @@ def decode_mxfp4(components: Sequence[torch.Tensor], out: torch.Tensor, coding: 
     else:
         words, table, index = torch.int64, _fp4_pairs(out.dtype), blocks.reshape(-1)
     torch.index_select(table, 0, index.int(), out=out.view(-1).view(words))
-    if out.dtype == torch.float16:
+    if int(exponents.max()) == _EXPONENT_BEYOND:
+        torch.ldexp(grouped, (exponents.int() - 127).unsqueeze(-1), out=grouped)
+    elif out.dtype == torch.float16:
         # Its range is too small for the scales themselves.
         grouped.copy_(grouped.float() * scales)
     else:
