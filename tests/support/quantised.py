@@ -155,6 +155,38 @@ def write_gptq(source: Path, folder: Path, group: int = 16) -> Path:
     return rewritten(source, folder, change, quantization_config=declared)
 
 
+# Nibble n of a word holds output number _AWQ_ORDER[n] of its eight.
+_AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+
+
+def write_awq(source: Path, folder: Path, group: int = 16) -> Path:
+    """AWQ's four-bit integers with zero points, eight to a word along the output in an order of their own."""
+
+    def change(state: State) -> State:
+        changed: State = {}
+        for name, tensor in state.items():
+            if not is_linear(name, tensor):
+                changed[name] = tensor
+                continue
+            grouped = tensor.float().view(len(tensor), -1, group)
+            low, high = grouped.amin(2), grouped.amax(2)
+            scales = ((high - low) / 15).half()
+            zeros = (-low / scales.float()).round().clamp(0, 15)
+            steps = (grouped / scales.float().unsqueeze(-1) + zeros.unsqueeze(-1)).round().clamp(0, 15)
+            stem = name.removesuffix("weight")
+            changed[f"{stem}qweight"] = words(_awq_order(steps.view(tensor.shape).t()))
+            changed[f"{stem}scales"] = scales.t().contiguous()
+            changed[f"{stem}qzeros"] = words(_awq_order(zeros.t()))
+        return changed
+
+    declared = {"quant_method": "awq", "bits": 4, "group_size": group, "zero_point": True, "version": "gemm"}
+    return rewritten(source, folder, change, quantization_config=declared)
+
+
+def _awq_order(steps: torch.Tensor) -> torch.Tensor:
+    return steps.reshape(len(steps), -1, 8)[:, :, list(_AWQ_ORDER)].reshape(len(steps), -1)
+
+
 def words(steps: torch.Tensor) -> torch.Tensor:
     """Integers 0..15 [rows, n] as words [rows, n / 8], the first in the lowest bits."""
     eights = steps.long().view(len(steps), -1, 8) << torch.arange(0, 32, 4)

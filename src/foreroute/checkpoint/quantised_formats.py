@@ -4,6 +4,7 @@
     fp8                   eight-bit floats with a scale per block of 128 x 128 (DeepSeek-V3, Qwen3-*-FP8)
     compressed-tensors    pack-quantized: four-bit integers in groups; float-quantized: eight-bit floats
     gptq                  four-bit integers in groups with zero points, eight to a word along the input
+    awq                   the same along the output, and in another order within a word
 
 Everything here is names and settings: no tensor is read. docs/formats.md is the table for people.
 """
@@ -18,12 +19,13 @@ from foreroute.checkpoint.index import CheckpointIndex
 from foreroute.checkpoint.stored_parts import Coding
 from foreroute.errors import CheckpointError, UnsupportedModelError
 
-MXFP4, FP8, FP8_SCALED, PACKED_INT4, GPTQ_INT4 = "mxfp4", "fp8", "fp8-scaled", "packed-int4", "gptq-int4"
+MXFP4, FP8, FP8_SCALED, PACKED_INT4 = "mxfp4", "fp8", "fp8-scaled", "packed-int4"
+GPTQ_INT4, AWQ_INT4 = "gptq-int4", "awq-int4"
 
 # What to take in place of a format that is not read, said in every refusal.
 _INSTEAD = (
     "Take the checkpoint in bf16 (`foreroute pack --quant int4` makes its experts small), or one in MXFP4, FP8 with "
-    "block scales, GPTQ int4 or compressed-tensors (docs/formats.md)."
+    "block scales, GPTQ or AWQ int4, or compressed-tensors (docs/formats.md)."
 )
 
 
@@ -81,7 +83,7 @@ def read_format(folder: Path, index: CheckpointIndex) -> QuantisedFormat | None:
     if declared is None:
         return None
     method = str(declared.get("quant_method", "")).lower()
-    makers = {"mxfp4": _mxfp4, "fp8": _fp8, "compressed-tensors": _compressed_tensors, "gptq": _gptq}
+    makers = {"mxfp4": _mxfp4, "fp8": _fp8, "compressed-tensors": _compressed_tensors, "gptq": _gptq, "awq": _awq}
     if method not in makers:
         what = f"its weights are quantised with {method}" if method else "it declares a quantisation without a method"
         raise UnsupportedModelError(f"{folder}: {what}, which foreroute does not read. {_INSTEAD}")
@@ -172,3 +174,14 @@ def _gptq(declared: Mapping[str, Any]) -> QuantisedFormat | str:
         "gptq", Coding(GPTQ_INT4, (1, max(group, 0)), is_shifted), ("qweight", "scales", "qzeros"), "weight",
         ("g_idx",),
     )  # fmt: skip
+
+
+def _awq(declared: Mapping[str, Any]) -> QuantisedFormat | str:
+    if int(declared.get("bits", 0)) != 4:
+        return f"{declared.get('bits')} bits"
+    if str(declared.get("version", "gemm")).lower() != "gemm":
+        return f"version {declared['version']}"
+    if not declared.get("zero_point", True):
+        return "no zero points"
+    group = max(int(declared["group_size"]), 0)
+    return QuantisedFormat("awq", Coding(AWQ_INT4, (1, group)), ("qweight", "scales", "qzeros"), "weight")

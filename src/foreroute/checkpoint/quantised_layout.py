@@ -5,7 +5,15 @@ from collections.abc import Mapping, Sequence
 
 from foreroute.checkpoint.index import CheckpointIndex
 from foreroute.checkpoint.layouts import LayerExperts, PartSource, layer_experts
-from foreroute.checkpoint.quantised_formats import FP8, FP8_SCALED, GPTQ_INT4, MXFP4, PACKED_INT4, QuantisedFormat
+from foreroute.checkpoint.quantised_formats import (
+    AWQ_INT4,
+    FP8,
+    FP8_SCALED,
+    GPTQ_INT4,
+    MXFP4,
+    PACKED_INT4,
+    QuantisedFormat,
+)
 from foreroute.checkpoint.stored_parts import Coding, StoredMatrix, StoredPart
 from foreroute.errors import CorruptCheckpointError, UnsupportedModelError
 
@@ -17,6 +25,7 @@ _DTYPES: Mapping[str, tuple[tuple[str, ...], ...]] = {
     FP8_SCALED: (("F8_E4M3",), _FLOATS),
     PACKED_INT4: (("I32",), _FLOATS),
     GPTQ_INT4: (("I32",), _FLOATS, ("I32",)),
+    AWQ_INT4: (("I32",), _FLOATS, ("I32",)),
 }
 _PER_WORD = 8  # four-bit integers in an I32
 _MXFP4_GROUP = 32
@@ -154,10 +163,10 @@ def matrix_shape(coding: Coding, shapes: Sequence[tuple[int, ...]], name: str) -
         cols *= _PER_WORD
         group = coding.block[1] or cols
         fits = cols % group == 0 and scales == (rows, cols // group)
-    elif coding.kind == GPTQ_INT4:
-        rows, cols = cols, rows * _PER_WORD
-        group = coding.block[1] or cols
-        fits = cols % group == 0 and scales == (cols // group, rows) and shapes[2] == (cols // group, rows // _PER_WORD)
+    elif coding.kind in (GPTQ_INT4, AWQ_INT4):
+        rows, cols = (cols, rows * _PER_WORD) if coding.kind == GPTQ_INT4 else (cols * _PER_WORD, rows)
+        num_groups = cols // (coding.block[1] or cols)
+        fits = cols % num_groups == 0 and shapes[1:] == [(num_groups, rows), (num_groups, rows // _PER_WORD)]
     if not fits:
         told = " and ".join(str(list(shape)) for shape in shapes)
         raise CorruptCheckpointError(f"{name}: its components' shapes, {told}, do not fit each other as {coding.kind}.")

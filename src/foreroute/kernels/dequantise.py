@@ -22,6 +22,8 @@ _FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3
 _MXFP4_GROUP = 32
 # 2 ** 128, which no product can take as a number: torch.ldexp can, and takes 14 times as long.
 _EXPONENT_BEYOND = 255
+# Where in a word the numbers of eight outputs are: AWQ's order, made for its kernel.
+_AWQ_SHIFTS = (0, 16, 4, 20, 8, 24, 12, 28)
 # Rows that are scaled at a time where a temporary is needed: it stays in the cache.
 _ROWS_AT_ONCE = 128
 
@@ -119,6 +121,17 @@ def decode_gptq_int4(components: Sequence[torch.Tensor], out: torch.Tensor, codi
         out[:, 8 * first : 8 * (first + per_group)] = columns.t()
 
 
+def decode_awq_int4(components: Sequence[torch.Tensor], out: torch.Tensor, coding: Coding) -> None:
+    """Words [columns, rows / 8]: eight four-bit integers along the output to a word; scales and zeros per group."""
+    words, scales, zero_words = components
+    shifts = torch.tensor(_AWQ_SHIFTS, dtype=torch.int32)
+    zeros = ((zero_words.unsqueeze(-1) >> shifts) & 15).view(scales.shape)
+    per_group = len(words) // len(scales)
+    for at, first in enumerate(range(0, len(words), per_group)):
+        steps = ((words[first : first + per_group].unsqueeze(-1) >> shifts) & 15).view(per_group, -1)
+        out[:, first : first + per_group] = ((steps - zeros[at]).to(scales.dtype) * scales[at]).t()
+
+
 def _spread(grid: torch.Tensor, columns_at_once: int, num_columns: int) -> torch.Tensor:
     """The scales of a grid for every column."""
     return grid.repeat_interleave(columns_at_once, 1)[:, :num_columns]
@@ -130,6 +143,7 @@ DECODERS: Mapping[str, Decoder] = {
     "fp8-scaled": decode_fp8_scaled,
     "packed-int4": decode_packed_int4,
     "gptq-int4": decode_gptq_int4,
+    "awq-int4": decode_awq_int4,
     **GGUF_DECODERS,
 }
 
