@@ -104,7 +104,7 @@ def write_gguf(
     state = dict(model.state_dict())
     path = folder / "model.gguf"
     writer = gguf.GGUFWriter(path, architecture)
-    _add_settings(writer, config, architecture)
+    add_settings(writer, config, architecture)
     _add_dense(writer, config, architecture, state, dense)
     experts: dict[str, tuple[np.ndarray, Kind]] = {}
     generator = np.random.default_rng(seed)
@@ -120,7 +120,8 @@ def write_gguf(
     return Written(path, model, experts)
 
 
-def _add_settings(writer: gguf.GGUFWriter, config: Any, architecture: str) -> None:
+def add_settings(writer: gguf.GGUFWriter, config: Any, architecture: str) -> None:
+    """The model's settings as llama.cpp names them."""
     is_qwen = architecture == "qwen3moe"
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)

@@ -84,7 +84,7 @@ def read_gguf(path: Path) -> GgufIndex:
     except _READER_ERRORS as error:
         raise CorruptCheckpointError(f"{path} is no whole GGUF file ({error}). Download it again.") from error
     settings = {
-        name: field.contents()
+        name: _exact(field.contents())
         for name, field in reader.fields.items()
         if field.types and field.types[0] != gguf.GGUFValueType.ARRAY
     }
@@ -115,6 +115,13 @@ def read_gguf(path: Path) -> GgufIndex:
         tensors[name] = TensorEntry(name, str(path), offset, nbytes, "U8", stored)
     _check_kinds(path, gguf, kinds)
     return GgufIndex(path, tensors, settings, kinds, shapes)
+
+
+def _exact(value: Any) -> Any:
+    """A float32 as it was written down: 1e-05, not 9.99999974e-06."""
+    import numpy
+
+    return float(str(numpy.float32(value))) if isinstance(value, float) else value
 
 
 def _check_kinds(path: Path, gguf: Any, kinds: Mapping[str, str]) -> None:

@@ -124,8 +124,7 @@ def run(args: argparse.Namespace) -> int:
         from foreroute.predict.sidecar import SIDECAR_NAME
 
         options.apply_threads(args)
-        path = folder / SIDECAR_NAME if args.out is None else args.out.expanduser()
-        path = path / SIDECAR_NAME if path.is_dir() else path
+        path = options.place_beside(folder, SIDECAR_NAME, args.out, PredictorError)
         _check_place(path, force=args.force)
         fingerprint = read_index(folder).fingerprint()
         tokenizer = load_tokenizer(folder)

@@ -82,9 +82,7 @@ def run(args: argparse.Namespace) -> int:
         check_shapes(sketch.table, CODECS[args.quant or STORED], sketch.is_transposed)
         quality = pack_quantised.quality_of(args, folder, sketch)
     table, name = sketch.table, store_name(args.quant or STORED)
-    path = folder / name if args.out is None else args.out.expanduser()
-    if path.is_dir():
-        path = path / name
+    path = options.place_beside(folder, name, args.out, StoreError)
     is_there = not args.force and _is_ours(args, path, table)
     quantiser = None
     if not is_there:
