@@ -25,9 +25,9 @@ from foreroute.checkpoint.layouts import ExpertTable, LayerExperts, PartSource
 from foreroute.checkpoint.quantised_formats import QuantisedFormat, read_format
 from foreroute.checkpoint.quantised_layout import check_dtypes, quantised_layer
 from foreroute.errors import CheckpointError, CorruptCheckpointError, UnsupportedModelError
-from foreroute.model.dense_state import dense_state
+from foreroute.model.dense_state import dense_growth, dense_state
 from foreroute.model.experts import ExpertParameter, OffloadedExperts, is_experts_class, offloaded_class
-from foreroute.model.gguf_model import gguf_config, gguf_state
+from foreroute.model.gguf_model import gguf_config, gguf_dense_nbytes, gguf_state
 
 # The swap replaces a name in a module that every thread sees: one load at a time.
 _SWAP_LOCK = threading.RLock()
@@ -58,6 +58,14 @@ class Outline:
     form: QuantisedFormat | None = None
     matrices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     components: frozenset[str] = frozenset()
+
+    @property
+    def dense_nbytes(self) -> int:
+        """Bytes that the other weights will take: as stored, and of quantised ones as many as their numbers."""
+        index = self.table.index
+        if isinstance(index, GgufIndex):
+            return gguf_dense_nbytes(index)
+        return index.nbytes - self.table.expert_nbytes + dense_growth(index, self.form, self.matrices, self.table)
 
 
 def read_config(folder: Path) -> Any:
@@ -130,13 +138,13 @@ def outline(folder: Path, index: CheckpointIndex) -> Outline:
 
 def _outline_gguf(index: GgufIndex) -> Outline:
     config = gguf_config(index)
+    dense_names(index)  # what has no name in the model is refused here
     meta_model = _meta_model(index.folder, config)
     modules = {name: module for name, module in meta_model.named_modules() if is_experts_class(type(module))}
     layers = [
         gguf_layer(name, _num_experts(module), [(p.name, p.shape) for p in _expert_parameters(module)], index)
         for name, module in modules.items()
     ]
-    dense_names(index)  # what has no name in the model is refused here
     targets = {f"{name}.{p.name}" for name, module in modules.items() for p in _expert_parameters(module)}
     classes = frozenset(type(module) for module in modules.values())
     transposed = tuple(bool(getattr(module, "is_transposed", False)) for module in modules.values())
@@ -152,8 +160,6 @@ def load_skeleton(folder: Path, sketch: Outline, dtype: torch.dtype | str, **kwa
     Raises:
         CorruptCheckpointError: keys are missing, unexpected or of another shape; ours excepted.
     """
-    from transformers import AutoModelForCausalLM
-
     common: dict[str, Any] = {
         "config": sketch.config,
         "experts_implementation": "eager",
@@ -164,7 +170,8 @@ def load_skeleton(folder: Path, sketch: Outline, dtype: torch.dtype | str, **kwa
     }
     with swapped_experts(sketch.experts_classes), _quiet_loading():
         if sketch.form is None and not isinstance(sketch.table.index, GgufIndex):
-            model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **common)
+            auto_class = _auto_class(folder, sketch.config)
+            model, info = auto_class.from_pretrained(folder, dtype=dtype, **common)
         else:
             model, info = _load_dequantised(folder, sketch, dtype, common)
     _check_loading_info(folder, info, sketch.expert_targets)
@@ -174,7 +181,7 @@ def load_skeleton(folder: Path, sketch: Outline, dtype: torch.dtype | str, **kwa
 def _load_dequantised(
     folder: Path, sketch: Outline, dtype: torch.dtype | str, common: dict[str, Any]
 ) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers import GenerationConfig
 
     compute = dtype if isinstance(dtype, torch.dtype) else sketch.config.dtype
     compute = compute if isinstance(compute, torch.dtype) else torch.bfloat16
@@ -185,7 +192,7 @@ def _load_dequantised(
         assert sketch.form is not None, "it is dequantised"
         state = dense_state(index, sketch.form, sketch.matrices, sketch.components, compute)
     # The class itself: an Auto class wants a folder, and reads the weights there.
-    found = AutoModelForCausalLM._model_mapping[type(sketch.config)]
+    found = _auto_class(folder, sketch.config)._model_mapping[type(sketch.config)]
     model_class = found[0] if isinstance(found, tuple) else found
     model, info = model_class.from_pretrained(None, state_dict=state, dtype=compute, **common)
     model.name_or_path = model.config._name_or_path = str(folder)
@@ -234,17 +241,25 @@ def _quiet_loading() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _meta_model(folder: Path, config: Any) -> nn.Module:
-    from transformers import AutoModelForCausalLM
+def _auto_class(folder: Path, config: Any) -> Any:
+    """transformers' Auto class that makes a model which continues text: multimodal ones do, given text alone."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-    if type(config) not in AutoModelForCausalLM._model_mapping:
-        raise UnsupportedModelError(
-            f"{folder}: {config.model_type} is no causal language model in transformers; foreroute runs those only."
-        )
+    for auto_class in (AutoModelForCausalLM, AutoModelForImageTextToText):
+        if type(config) in auto_class._model_mapping:
+            return auto_class
+    raise UnsupportedModelError(
+        f"{folder}: {config.model_type} is no causal language model in transformers; foreroute runs those only."
+    )
+
+
+def _meta_model(folder: Path, config: Any) -> nn.Module:
+    auto_class = _auto_class(folder, config)
     try:
         # Another thread's load may have classes swapped: a model built meanwhile would have no experts to find.
         with _SWAP_LOCK, torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
+            model: nn.Module = auto_class.from_config(config)
+            return model
     except _CONFIG_ERRORS as error:
         raise CheckpointError(
             f"{folder / 'config.json'} describes no {config.model_type} model that can be built: {error!r}"
