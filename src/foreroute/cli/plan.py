@@ -95,9 +95,10 @@ def find(folder: Path, args: argparse.Namespace, config: EngineConfig) -> Findin
     options.apply_threads(args)
     index = read_index(folder)
     # Before the dense weights are in RAM, as `load` sees it.
-    source = outline(folder, index).table
+    sketch = outline(folder, index)
+    source = sketch.table
     store = open_store(folder, config.packed, source)
-    chosen = choose_memory(None, source if store is None else store.table, index.nbytes - source.expert_nbytes)
+    chosen = choose_memory(None, source if store is None else store.table, sketch.dense_nbytes)
     model = foreroute.load(folder, dtype=args.dtype, config=config)
     try:
         plan, table = model.foreroute.plan, model.foreroute.runtime.table

@@ -94,7 +94,7 @@ def load(
     asked_memory = memory if memory is not None else asked.memory
     store = open_store(folder, asked.packed, sketch.table)
     kept = sketch.table if store is None else store.table
-    budget = choose_memory(asked_memory, kept, index.nbytes - sketch.table.expert_nbytes)
+    budget = choose_memory(asked_memory, kept, sketch.dense_nbytes)
     sidecar = open_sidecar(folder, index, asked)
     model: Any = load_skeleton(folder, sketch, _torch_dtype(dtype), **model_kwargs)
     layers = probe(model, offloaded_modules(model))

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from foreroute.checkpoint.index import CheckpointIndex, merged
+from foreroute.checkpoint.layouts import ExpertTable
 from foreroute.checkpoint.quantised_formats import MXFP4, QuantisedFormat
 from foreroute.checkpoint.quantised_layout import check_dtypes, matrix_shape
 from foreroute.checkpoint.stored_parts import StoredMatrix
@@ -61,6 +62,28 @@ def dense_state(
     if form.coding.kind != MXFP4:  # which holds experts alone
         state |= {name: LazyMatrix(index, names, form, dtype) for name, names in matrices.items()}
     return state
+
+
+def dense_growth(
+    index: CheckpointIndex,
+    form: QuantisedFormat | None,
+    matrices: Mapping[str, tuple[str, ...]],
+    components: frozenset[str],
+    table: ExpertTable,
+) -> int:
+    """Bytes by which what is not experts grows when it becomes numbers of two bytes."""
+    if form is None or form.coding.kind == MXFP4:
+        return 0
+    groups = [group for layer in table.layers for source in layer.sources for group in source.groups]
+    of_experts = {name for group in groups for name in group}
+    # What says nothing here is read by nobody.
+    growth = -sum(index.tensors[name].nbytes for name in components.difference(*matrices.values()))
+    for names in matrices.values():
+        if names[0] not in of_experts:
+            entries = [merged(index.tensors[name], 2) for name in names]
+            rows, cols = matrix_shape(form.coding, [entry.shape for entry in entries], names[0])
+            growth += 2 * rows * cols - sum(entry.nbytes for entry in entries)
+    return growth
 
 
 def _read(index: CheckpointIndex, name: str) -> torch.Tensor:

@@ -65,7 +65,8 @@ class Outline:
         index = self.table.index
         if isinstance(index, GgufIndex):
             return gguf_dense_nbytes(index)
-        return index.nbytes - self.table.expert_nbytes + dense_growth(index, self.form, self.matrices, self.table)
+        growth = dense_growth(index, self.form, self.matrices, self.components, self.table)
+        return index.nbytes - self.table.expert_nbytes + growth
 
 
 def read_config(folder: Path) -> Any:
