@@ -9,7 +9,7 @@ import torch
 from foreroute.checkpoint.layouts import ExpertTable
 from foreroute.checkpoint.records import STORE_NAME
 from foreroute.cli import verify
-from foreroute.engine import loader, reference
+from foreroute.engine import family_math, loader, reference
 from foreroute.engine.packing import pack
 from foreroute.engine.runtime import Runtime
 from foreroute.residency.slots import READY, Residency
@@ -101,7 +101,7 @@ class TestTheSame:
         assert answer["plan"]["compute_dtype"] == "bfloat16"
 
     def test_where_the_familys_own_forward_runs(self, verified, monkeypatch):
-        monkeypatch.setattr(loader, "prove_math", lambda *_: False)
+        monkeypatch.setattr(family_math, "prove_math", lambda *_: False)
         assert verified("gpt_oss", expect=0)["plan"]["math"] == "family"
 
     def test_it_says_what_it_proves(self, run, checkpoints):

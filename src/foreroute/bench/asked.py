@@ -94,7 +94,7 @@ def settle(folder: Path, asked: Asked) -> Settled:
     cases = _cases(asked, getattr(text_config, "max_position_embeddings", None), remarks)
     store = open_store(folder, asked.config.packed, sketch.table)
     kept = sketch.table if store is None else store.table
-    dense_bytes = index.nbytes - sketch.table.expert_nbytes
+    dense_bytes = sketch.dense_nbytes
     whole_bytes = kept.total_slots * kept.slot_bytes
     budgets = {memory: choose_memory(memory, kept, dense_bytes) for memory in asked.memories}
     if any(rung.name == RESIDENT for rung in asked.rungs):

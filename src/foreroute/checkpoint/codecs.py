@@ -71,7 +71,7 @@ def encoded_table(
 
 def _layout(layer: LayerExperts, codec: Codec, *, transposed: bool, is_tagged: bool) -> ExpertLayout:
     described: list[tuple[str, tuple[int, ...], str]] = [(BITS, (1,), "U8")] if is_tagged else []
-    for part in layer.layout.parts:
+    for part in layer.family_layout.parts:
         described += _encoded(part, codec, transposed=transposed)
     parts: list[Part] = []
     offset = 0
@@ -109,7 +109,7 @@ def check_shapes(table: ExpertTable, codec: Codec, is_transposed: Sequence[bool]
     matrices = [
         (layer.name, part.name, _rows_and_cols(part, transposed))
         for layer, transposed in zip(table.layers, is_transposed, strict=True)
-        for part in layer.layout.parts
+        for part in layer.family_layout.parts
         if len(part.shape) > 1
     ]
     for layer_name, part_name, (rows, cols) in matrices:

@@ -8,7 +8,7 @@ import json
 import math
 import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from foreroute.errors import CheckpointError, CorruptCheckpointError, Unsupporte
 
 # Bytes per item of the dtypes that safetensors can hold and that an expert may be stored in.
 ITEMSIZE: Mapping[str, int] = {
-    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
     "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1, "U16": 2, "U32": 4, "U64": 8,
 }  # fmt: skip
 _MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
@@ -38,12 +38,25 @@ class TensorEntry:
     shape: tuple[int, ...]
 
 
+def merged(entry: TensorEntry, ndim: int) -> TensorEntry:
+    """The tensor with its last dimensions taken as one, so that it has `ndim` of them (a scalar has one)."""
+    shape = entry.shape or (1,)
+    if len(shape) > ndim:
+        shape = (*shape[: ndim - 1], math.prod(shape[ndim - 1 :]))
+    return replace(entry, shape=shape)
+
+
 @dataclass(frozen=True)
 class CheckpointIndex:
     """Every tensor of a checkpoint folder by name, and the files that hold them."""
 
     folder: Path
     tensors: Mapping[str, TensorEntry]
+
+    @property
+    def kind(self) -> str:
+        """What the files are."""
+        return "safetensors"
 
     @property
     def nbytes(self) -> int:
@@ -74,13 +87,19 @@ def read_index(folder: str | Path) -> CheckpointIndex:
     """Read the headers of every safetensors file that the checkpoint in `folder` names.
 
     Args:
-        folder: a local folder with `model.safetensors`, or `model.safetensors.index.json` and its shards.
+        folder: a local folder with `model.safetensors`, or `model.safetensors.index.json` and its shards;
+            or a GGUF file.
     Raises:
         CheckpointError: not a folder, or a folder without weights.
         UnsupportedModelError: the weights are pickles.
         CorruptCheckpointError: a shard is absent, truncated, malformed, or does not hold what the index names.
     """
     folder = Path(folder)
+    if folder.suffix == ".gguf" and folder.is_file():
+        # Here, as its index is one of these.
+        from foreroute.checkpoint.gguf_file import read_gguf
+
+        return read_gguf(folder)
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder. Give the folder that holds config.json and *.safetensors.")
     index_file = folder / "model.safetensors.index.json"

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from foreroute.checkpoint.assembly import Assembled, Operation, Piece, assemble, whole
-from foreroute.checkpoint.index import ITEMSIZE, CheckpointIndex, TensorEntry
+from foreroute.checkpoint.index import ITEMSIZE, CheckpointIndex, TensorEntry, merged
+from foreroute.checkpoint.stored_parts import StoredPart
 from foreroute.errors import CorruptCheckpointError, UnsupportedModelError
 from foreroute.types import Copy, ExpertId, ExpertReads, Read
 
@@ -68,12 +69,14 @@ class PartSource:
     shape: one expert's shape in the model.
     groups: per source pattern, the stored tensors' names: one per expert in expert order, or a single fused one.
     operations: what transformers does to them, in order.
+    dtypes: those that they may be stored in.
     """
 
     part: str
     shape: tuple[int, ...]
     groups: tuple[tuple[str, ...], ...]
     operations: tuple[Operation, ...] = ()
+    dtypes: tuple[str, ...] = _FLOAT_DTYPES
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,8 @@ class LayerExperts:
     """All experts of one MoE layer: how many, their layout, and their sources.
 
     others: experts that have the layout `other` in place of `layout`; for stores of mixed bits.
+    parts: the family's tensors, made of what the layout holds; none where the layout holds them themselves.
+    stored_as: the format's name, where there are such parts.
     """
 
     name: str
@@ -89,10 +94,19 @@ class LayerExperts:
     sources: tuple[PartSource, ...]
     other: ExpertLayout | None = None
     others: frozenset[int] = frozenset()
+    parts: tuple[StoredPart, ...] = ()
+    stored_as: str = ""
 
     def layout_of(self, expert: int) -> ExpertLayout:
         """How this expert lies in a slot."""
         return self.other if self.other is not None and expert in self.others else self.layout
+
+    @property
+    def family_layout(self) -> ExpertLayout:
+        """The family's own tensors, whatever is stored: of a quantised layer the names and shapes mean something."""
+        if not self.parts:
+            return self.layout
+        return ExpertLayout(tuple(Part(part.name, 0, 0, part.shape, "F32") for part in self.parts))
 
     @property
     def nbytes(self) -> int:
@@ -136,8 +150,8 @@ def _check_source(layer_name: str, num_experts: int, source: PartSource, index: 
         absent = [name for name in group if name not in index.tensors]
         if not group or absent:
             raise CorruptCheckpointError(f"{layer_name}.{source.part}: {(absent or ['its tensors'])[0]} is not stored.")
-        first = index.tensors[group[0]]
-        if len(group) == 1 and len(first.shape) == len(source.shape) + 1:
+        first = _entry(source, group, 0, index)
+        if _is_fused(source, group, index):
             stored_experts = first.shape[0]
         else:
             stored_experts = len(group)
@@ -148,11 +162,11 @@ def _check_source(layer_name: str, num_experts: int, source: PartSource, index: 
                 f"config.json says {num_experts}."
             )
         dtypes.update(index.tensors[name].dtype for name in group)
-    unread = sorted(dtypes - set(_FLOAT_DTYPES))
+    unread = sorted(dtypes - set(source.dtypes))
     if unread:
         raise UnsupportedModelError(
-            f"{layer_name}.{source.part} is stored as {unread[0]}; foreroute reads experts in "
-            f"{', '.join(_FLOAT_DTYPES)}. Take a checkpoint that is not quantised."
+            f"{layer_name}.{source.part} is stored as {unread[0]}; foreroute reads it in {', '.join(source.dtypes)}. "
+            "Take a checkpoint whose config.json says how it is quantised, in a format of docs/formats.md."
         )
     if len(dtypes) != 1:
         raise CorruptCheckpointError(f"{layer_name}.{source.part} is stored in several dtypes: {sorted(dtypes)}.")
@@ -170,12 +184,23 @@ def _check_alike(entries: Sequence[TensorEntry]) -> None:
             )
 
 
+def _is_fused(source: PartSource, group: Sequence[str], index: CheckpointIndex) -> bool:
+    """One tensor holds all experts."""
+    return len(group) == 1 and len(index.tensors[group[0]].shape) > len(source.shape)
+
+
+def _entry(source: PartSource, group: Sequence[str], expert: int, index: CheckpointIndex) -> TensorEntry:
+    """The tensor that holds this expert, its last dimensions taken as one where it has more than the source."""
+    if _is_fused(source, group, index):
+        return merged(index.tensors[group[0]], len(source.shape) + 1)
+    return merged(index.tensors[group[expert]], len(source.shape))
+
+
 def _assembled(source: PartSource, expert: int, index: CheckpointIndex) -> Assembled:
     inputs = []
     for group in source.groups:
-        first = index.tensors[group[0]]
-        is_fused = len(group) == 1 and len(first.shape) == len(source.shape) + 1
-        inputs.append(whole(first, expert) if is_fused else whole(index.tensors[group[expert]]))
+        entry = _entry(source, group, expert, index)
+        inputs.append(whole(entry, expert) if _is_fused(source, group, index) else whole(entry))
     return assemble(inputs, source.operations, source.shape)
 
 
@@ -215,6 +240,11 @@ class ExpertTable:
     def total_slots(self) -> int:
         """Experts in all: this many slots hold the whole model."""
         return sum(layer.num_experts for layer in self.layers)
+
+    @property
+    def stored_as(self) -> str:
+        """The format of a quantised checkpoint's experts; "" where they are stored as numbers."""
+        return next((layer.stored_as for layer in self.layers if layer.stored_as), "")
 
     @property
     def expert_nbytes(self) -> int:

@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from foreroute.checkpoint.locate import locate
 from foreroute.cli import bench_tables, figures, options
 from foreroute.errors import ForerouteError
 
@@ -86,7 +85,7 @@ def add_parser(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(run=run)
-    parser.add_argument("model", metavar="MODEL", help="folder of a checkpoint, or a hub id")
+    options.add_model(parser)
     count = options.at_least(1)
     parser.add_argument("--memory", nargs="+", metavar="M", help=_help("budgets for experts, as in generate", "memory"))
     parser.add_argument(
@@ -131,7 +130,7 @@ def _new_tokens(text: str) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; returns its exit code."""
-    folder = locate(args.model)
+    folder = options.find_model(args)
     options.quiet_libraries(args)
     with figures.busy("Looking at the model", args.json):
         from foreroute.bench import plot

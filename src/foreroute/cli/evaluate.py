@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from foreroute.checkpoint.locate import locate
 from foreroute.cli import evaluate_policies, figures, options
 from foreroute.cli.fit import context_of
 from foreroute.config import EngineConfig
@@ -64,7 +63,7 @@ def add_parser(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(run=run)
-    parser.add_argument("model", metavar="MODEL", help="folder of a checkpoint, or a hub id")
+    options.add_model(parser)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--suite", choices=("builtin",), help="tasks with one right answer, and held-out text")
     what.add_argument("--text", type=Path, nargs="+", metavar="FILE", help="UTF-8 text to read instead")
@@ -136,7 +135,7 @@ def run(args: argparse.Namespace) -> int:
     _refuse_misfits(args)
     memory = args.memory[0] if args.memory and not args.policies else None
     config = dataclasses.replace(options.engine_config(args), memory=memory)
-    folder = locate(args.model)
+    folder = options.find_model(args)
     options.quiet_libraries(args)
     with figures.busy("Loading", args.json):
         from foreroute.engine.text import load_tokenizer, read_text

@@ -4,7 +4,6 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from foreroute.checkpoint.locate import locate
 from foreroute.cli import figures, options
 from foreroute.config import EngineConfig
 from foreroute.errors import PredictorError
@@ -78,7 +77,7 @@ def _add_estimator(parser: argparse.ArgumentParser) -> None:
 
 def add_text_options(parser: argparse.ArgumentParser, tokens: int) -> None:
     """MODEL, the text, and how it is cut; for `fit` and `score`."""
-    parser.add_argument("model", metavar="MODEL", help="folder of a checkpoint, or a hub id")
+    options.add_model(parser)
     parser.add_argument("--text", type=Path, nargs="+", required=True, metavar="FILE", help="UTF-8 text")
     parser.add_argument(
         "--tokens",
@@ -114,7 +113,7 @@ def context_of(config: Any, asked: int | None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; returns its exit code."""
-    folder = locate(args.model)
+    folder = options.find_model(args)
     config = EngineConfig(memory=args.memory, packed=args.packed, predictor="no", learn=False)
     options.quiet_libraries(args)
     with figures.busy("Loading the model", args.json):
@@ -125,8 +124,7 @@ def run(args: argparse.Namespace) -> int:
         from foreroute.predict.sidecar import SIDECAR_NAME
 
         options.apply_threads(args)
-        path = folder / SIDECAR_NAME if args.out is None else args.out.expanduser()
-        path = path / SIDECAR_NAME if path.is_dir() else path
+        path = options.place_beside(folder, SIDECAR_NAME, args.out, PredictorError)
         _check_place(path, force=args.force)
         fingerprint = read_index(folder).fingerprint()
         tokenizer = load_tokenizer(folder)

@@ -5,7 +5,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from foreroute.checkpoint.locate import locate
 from foreroute.cli import figures, options
 from foreroute.errors import PromptError
 
@@ -44,7 +43,7 @@ def add_parser(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(run=run)
-    parser.add_argument("model", metavar="MODEL", help="folder of a checkpoint, or a hub id")
+    options.add_model(parser)
     parser.add_argument("prompt", metavar="PROMPT", nargs="?", help='the prompt; "-" reads it from standard input')
     parser.add_argument("--file", type=Path, metavar="FILE", help="read the prompt from a file")
     parser.add_argument(
@@ -108,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the command; returns its exit code."""
     # What is wrong with the flags or the path is said before seconds of imports.
     prompt, config, sampled = options.read_prompt(args.prompt, args.file), options.engine_config(args), sampling(args)
-    folder = locate(args.model)
+    folder = options.find_model(args)
     options.quiet_libraries(args)
     is_quiet = args.quiet or args.json
     with figures.busy("Loading the model", is_quiet):

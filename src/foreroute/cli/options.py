@@ -10,8 +10,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+from foreroute.checkpoint.locate import locate
 from foreroute.config import EngineConfig
-from foreroute.errors import PromptError
+from foreroute.errors import ForerouteError, PromptError
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -44,6 +45,33 @@ def engine_config(args: argparse.Namespace) -> EngineConfig:
     """The EngineConfig that the flags of `add_engine_options` ask for; fields without a flag keep their defaults."""
     given = vars(args)
     return EngineConfig(**{field.name: given[field.name] for field in fields(EngineConfig) if field.name in given})
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Which model: MODEL and --revision; `find_model` reads them back."""
+    parser.add_argument("model", metavar="MODEL", help="folder of a checkpoint, a .gguf file, or a hub id")
+    parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a hub id (default: main)")
+
+
+def find_model(args: argparse.Namespace) -> Path:
+    """The local folder or file of MODEL; a hub id is downloaded first, with bars unless the output is for programs.
+
+    Raises:
+        CheckpointError: there is none, or it cannot be fetched.
+    """
+    return locate(args.model, revision=args.revision, quiet=args.json or getattr(args, "quiet", False))
+
+
+def place_beside(model: Path, name: str, out: Path | None, error: type[ForerouteError]) -> Path:
+    """Where a file that belongs to a model goes: --out, or `name` in the model's folder; the last part may be given.
+
+    Raises:
+        error: the model is a single file, which has no folder of its own, and there is no --out.
+    """
+    if out is None and not model.is_dir():
+        raise error(f"{model} is a single file: say with --out where {name} shall go, and name it when you use it.")
+    path = model / name if out is None else out.expanduser()
+    return path / name if path.is_dir() else path
 
 
 def add_model_options(parser: argparse.ArgumentParser, dtype: str = "auto") -> None:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from foreroute.checkpoint.codecs import CODECS, STORED
-from foreroute.checkpoint.locate import locate
 from foreroute.cli import figures, options, pack_quantised
 from foreroute.errors import StoreError
 from foreroute.residency.budget import format_memory
@@ -54,7 +53,7 @@ def add_parser(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(run=run)
-    parser.add_argument("model", metavar="MODEL", help="folder of a checkpoint, or a hub id")
+    options.add_model(parser)
     parser.add_argument("--out", type=Path, metavar="PATH", help="file or folder (default: beside the checkpoint)")
     parser.add_argument(
         "--quant", choices=tuple(name for name in CODECS if name != STORED), help="quantise the experts (default: no)"
@@ -71,7 +70,7 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the command; returns its exit code."""
     pack_quantised.refuse_misfits(args)
-    folder = locate(args.model)
+    folder = options.find_model(args)
     options.quiet_libraries(args)
     with figures.busy("Reading the checkpoint's headers", args.json):
         from foreroute.checkpoint.codecs import check_shapes
@@ -83,9 +82,7 @@ def run(args: argparse.Namespace) -> int:
         check_shapes(sketch.table, CODECS[args.quant or STORED], sketch.is_transposed)
         quality = pack_quantised.quality_of(args, folder, sketch)
     table, name = sketch.table, store_name(args.quant or STORED)
-    path = folder / name if args.out is None else args.out.expanduser()
-    if path.is_dir():
-        path = path / name
+    path = options.place_beside(folder, name, args.out, StoreError)
     is_there = not args.force and _is_ours(args, path, table)
     quantiser = None
     if not is_there:

@@ -5,7 +5,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from foreroute.checkpoint.locate import locate
 from foreroute.cli import figures, options
 from foreroute.cli.forecast import ASSUMPTIONS, Case, forecast
 from foreroute.config import EngineConfig, Plan
@@ -63,7 +62,7 @@ def add_parser(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(run=run)
-    parser.add_argument("model", metavar="MODEL", help="folder of a checkpoint, or a hub id")
+    options.add_model(parser)
     options.add_common_options(parser)
     options.add_model_options(parser)
     options.add_engine_options(parser, without=("trace",))
@@ -71,7 +70,7 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; returns its exit code."""
-    config, folder = options.engine_config(args), locate(args.model)
+    config, folder = options.engine_config(args), options.find_model(args)
     options.quiet_libraries(args)
     with figures.busy("Loading the model and measuring", args.json):
         found = find(folder, args, config)
@@ -96,9 +95,10 @@ def find(folder: Path, args: argparse.Namespace, config: EngineConfig) -> Findin
     options.apply_threads(args)
     index = read_index(folder)
     # Before the dense weights are in RAM, as `load` sees it.
-    source = outline(folder, index).table
+    sketch = outline(folder, index)
+    source = sketch.table
     store = open_store(folder, config.packed, source)
-    chosen = choose_memory(None, source if store is None else store.table, index.nbytes - source.expert_nbytes)
+    chosen = choose_memory(None, source if store is None else store.table, sketch.dense_nbytes)
     model = foreroute.load(folder, dtype=args.dtype, config=config)
     try:
         plan, table = model.foreroute.plan, model.foreroute.runtime.table

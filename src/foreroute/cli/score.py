@@ -4,7 +4,6 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from foreroute.checkpoint.locate import locate
 from foreroute.cli import figures, options
 from foreroute.cli.fit import add_memory_options, add_text_options, context_of
 from foreroute.config import EngineConfig
@@ -67,7 +66,7 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; returns its exit code."""
-    folder = locate(args.model)
+    folder = options.find_model(args)
     config = EngineConfig(
         memory=args.memory, packed=args.packed, predictor=args.predictor, learn=False, prefetch_prefill="off"
     )

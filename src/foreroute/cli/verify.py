@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from foreroute.checkpoint.locate import locate
 from foreroute.cli import figures, options
 from foreroute.config import EngineConfig, Plan
 from foreroute.errors import BudgetError, ForerouteError, PromptError
@@ -71,7 +70,7 @@ def add_parser(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(run=run)
-    parser.add_argument("model", metavar="MODEL", help="folder of a checkpoint, or a hub id")
+    options.add_model(parser)
     parser.add_argument(
         "--prompts", type=Path, metavar="FILE", help="UTF-8 text, one prompt a line (default: five that are built in)"
     )
@@ -105,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
     if getattr(args, "policy", "exact") != "exact":
         raise ForerouteError("verify holds exact mode against its reference. Leave --policy out.")
     texts = read_prompts(args.prompts)
-    folder = locate(args.model)
+    folder = options.find_model(args)
     options.quiet_libraries(args)
     outcome = _verify(args, config, folder, texts)
     verdict, complaints = outcome.verdict, _complaints(outcome)

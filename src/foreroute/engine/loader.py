@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from foreroute.checkpoint.codecs import CODECS, STORED
+from foreroute.checkpoint.codecs import STORED
 from foreroute.checkpoint.index import read_index
 from foreroute.checkpoint.layouts import ExpertTable
 from foreroute.checkpoint.locate import locate
@@ -21,14 +21,12 @@ from foreroute.checkpoint.records import PackedStore, open_store
 from foreroute.config import EngineConfig, Plan
 from foreroute.engine.approximation import Approximation
 from foreroute.engine.decode import Workspace
+from foreroute.engine.family_math import family_forward_over, math_of_layers, stored_operands
 from foreroute.engine.learner import Learner
 from foreroute.engine.memory import SlotViews
 from foreroute.engine.offloaded import ForerouteHandle, make_offloaded
-from foreroute.engine.parts import FamilyForward, Predictor
+from foreroute.engine.parts import Predictor
 from foreroute.engine.predictors import approximation, check_layout, lookahead, open_sidecar, prefetch_guesses
-from foreroute.engine.prefill import ExpertStream
-from foreroute.engine.proof import describe_math, prove_math, run_family_forward
-from foreroute.engine.quantising import math_of
 from foreroute.engine.runtime import Runtime
 from foreroute.engine.tracing import StepTrace, header_of
 from foreroute.errors import BudgetError, ForerouteError
@@ -96,7 +94,7 @@ def load(
     asked_memory = memory if memory is not None else asked.memory
     store = open_store(folder, asked.packed, sketch.table)
     kept = sketch.table if store is None else store.table
-    budget = choose_memory(asked_memory, kept, index.nbytes - sketch.table.expert_nbytes)
+    budget = choose_memory(asked_memory, kept, sketch.dense_nbytes)
     sidecar = open_sidecar(folder, index, asked)
     model: Any = load_skeleton(folder, sketch, _torch_dtype(dtype), **model_kwargs)
     layers = probe(model, offloaded_modules(model))
@@ -105,7 +103,7 @@ def load(
     table = kept.reordered([layer.name for layer in layers])
     slots = plan_slots(budget, table.slot_bytes, table.total_slots, [layer.top_k for layer in layers])
     staging_slots = slots.staging_slots if asked.prefetch != "none" or policy.stands_in else 0
-    math = _math(layers, source, store, model.dtype)
+    math = math_of_layers(layers, source, store, model.dtype)
     learner = _make_learner(asked, layers, model, budget) if sidecar is None and staging_slots else None
     predictor = prefetch_guesses(asked, layers, model.dtype, sidecar, learner)
     policies = approximation(
@@ -132,8 +130,8 @@ def load(
         total_slots=table.total_slots,
         token_demand_slots=slots.token_demand_slots,
         staging_slots=staging_slots,
-        source="safetensors" if store is None else "packed",
-        stored_dtype=source.layers[0].layout.parts[0].dtype if store is None or store.codec == STORED else store.codec,
+        source=index.kind if store is None else "packed",
+        stored_dtype=_stored_dtype(source) if store is None or store.codec == STORED else store.codec,
         compute_dtype=str(model.dtype).removeprefix("torch."),
         predictor=asked.prefetch if sidecar is None else "fitted",
         math="own" if all(entry is not None for entry in math) else "family",
@@ -200,26 +198,8 @@ def _torch_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
     return known[dtype]
 
 
-def _math(
-    layers: list[MoeLayer], source: ExpertTable, store: PackedStore | None, dtype: torch.dtype
-) -> list[ExpertMath | None]:
-    """Per layer how experts are computed: as the family does, bit for bit, or over quantised parts."""
-    if store is None or store.codec == STORED:
-        return _prove_math(layers, source, dtype)
-    described = [describe_math(layer.experts) for layer in layers]
-    return [*math_of(CODECS[store.codec], store.order, described, source, dtype)]
-
-
-def _prove_math(layers: list[MoeLayer], table: ExpertTable, dtype: torch.dtype) -> list[ExpertMath | None]:
-    """Per layer our maths where it is bit-equal to the family's; one proof per kind of layer."""
-    proven: dict[Any, bool] = {}
-    math: list[ExpertMath | None] = []
-    for layer, described in zip(layers, table.layers, strict=True):
-        kind = (type(layer.experts), described.layout)
-        if kind not in proven:
-            proven[kind] = prove_math(layer.experts, described.layout, dtype)
-        math.append(describe_math(layer.experts) if proven[kind] else None)
-    return math
+def _stored_dtype(source: ExpertTable) -> str:
+    return source.stored_as or source.layers[0].layout.parts[0].dtype
 
 
 def _build_runtime(
@@ -262,12 +242,12 @@ def _build_runtime(
             memory,
             table.slot_bytes,
             [layer.layout for layer in table.layers],
-            math,
+            stored_operands(math, table, dtype),
             dtype,
             [layer.other for layer in table.layers],
         ),
         math,
-        [_lending_forward(layer, table.num_experts) for layer in layers],
+        family_forward_over(layers, table, dtype),
         _workspaces(layers, table, math, dtype),
         predictor,
         free_slots=slots.clear,
@@ -311,15 +291,5 @@ def _workspaces(
 def _computing(runtime: Runtime, layer: int) -> Callable[..., torch.Tensor]:
     def forward(hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         return runtime.compute(layer, hidden, ids, weights)
-
-    return forward
-
-
-def _lending_forward(layer: MoeLayer, num_experts: int) -> FamilyForward:
-    """The family's own forward over a stream of experts, for layers whose maths is not proven."""
-    base = layer.index * num_experts
-
-    def forward(stream: ExpertStream, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        return run_family_forward(layer.experts, lambda expert: stream.operands(base + expert), hidden, ids, weights)
 
     return forward

@@ -7,9 +7,11 @@ import torch
 
 from foreroute.checkpoint.layouts import ExpertLayout
 from foreroute.kernels.cpu import ExpertMath
+from foreroute.kernels.dequantise import DequantisingMath
 
 TORCH_DTYPES = {
     "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I8": torch.int8, "U8": torch.uint8,
+    "I32": torch.int32, "F8_E4M3": torch.float8_e4m3fn,
 }  # fmt: skip
 
 
@@ -64,6 +66,11 @@ class SlotViews:
         if self._is_stored_so[layer]:
             return views
         return tuple(view.to(self._compute_dtype) for view in views)
+
+    def as_family(self, layer: int, operands: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """The family's tensors of an expert with these operands: those themselves, but for a quantised checkpoint."""
+        math = self._math[layer]
+        return math.family_parts(operands) if isinstance(math, DequantisingMath) else operands
 
     def clear(self) -> None:
         """Forget all views, so that the pool's memory can go back to the system."""

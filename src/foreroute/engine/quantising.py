@@ -1,6 +1,6 @@
 """From experts as the checkpoint stores them to experts as a quantised store holds them, one at a time."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,7 @@ from foreroute.checkpoint.layouts import ExpertTable, Part
 from foreroute.engine.memory import TORCH_DTYPES
 from foreroute.errors import StoreError, UnsupportedModelError
 from foreroute.kernels.cpu import ExpertMath
+from foreroute.kernels.dequantise import Workspaces, decode_part
 from foreroute.kernels.quant import Matrix, QuantisedMath, decode, encode, order_of, quantised
 
 
@@ -59,6 +60,7 @@ class Quantiser:
         self.order = order_of(self.codec.bits, self.codec.group)
         self.errors = [LayerError() for _ in self.table.layers]
         self._payload = bytearray(self.table.slot_bytes)
+        self._workspaces = Workspaces()
 
     @property
     def is_measured(self) -> bool:
@@ -78,9 +80,8 @@ class Quantiser:
             assert described.layout.parts[0].name == BITS, "an expert of mixed bits begins with their number"
             self._put(next(target), torch.tensor([codec.bits], dtype=torch.uint8))
         is_measured = self._takes_measure(layer, codec)
-        for part in self.source.layers[layer].layout.parts:
-            tensor = _tensor(slot, part)
-            if len(part.shape) == 1:
+        for tensor in self._family_tensors(layer, slot):
+            if tensor.ndim == 1:
                 self._put(next(target), tensor.bfloat16())
                 continue
             weights = (tensor.t() if self.is_transposed[layer] else tensor).contiguous()
@@ -90,6 +91,15 @@ class Quantiser:
             if is_measured:
                 self._measure(layer, codec, weights, Matrix(values, scales, codec.bits, codec.group))
         return memoryview(self._payload)
+
+    def _family_tensors(self, layer: int, slot: memoryview) -> Iterator[torch.Tensor]:
+        """The family's tensors of the expert in `slot`, one at a time; of a quantised one its numbers in float32."""
+        described = self.source.layers[layer]
+        stored = [_tensor(slot, part) for part in described.layout.parts]
+        if not described.parts:
+            yield from stored
+        for part in described.parts:
+            yield decode_part(part, stored, torch.float32, self._workspaces)
 
     @property
     def _codecs(self) -> list[Codec]:
@@ -126,7 +136,7 @@ class Quantiser:
 def _check_family(source: ExpertTable) -> None:
     """Raises UnsupportedModelError where experts have parts that no maths here knows: found at `load` otherwise."""
     for layer in source.layers:
-        names = {part.name for part in layer.layout.parts}
+        names = {part.name for part in layer.family_layout.parts}
         up = "gate_up_proj" if "gate_up_proj" in names else "up_proj"
         if not {up, "down_proj"} <= names <= {up, "down_proj", f"{up}_bias", "down_proj_bias"}:
             raise UnsupportedModelError(
@@ -167,7 +177,7 @@ def math_of(
             raise UnsupportedModelError(
                 f"{layer.name}: how this family computes an expert is not known. Use --packed no."
             )
-        num_parts = [min(len(part.shape), 2) for part in layer.layout.parts]
+        num_parts = [min(len(part.shape), 2) for part in layer.family_layout.parts]
         made.append(quantised(entry, num_parts, codec.bits, codec.group, is_mixed=bool(codec.often)))
     # Its kernels would read past the ends of rows that are not whole blocks.
     check_shapes(source, codec, [entry.is_transposed for entry in made])

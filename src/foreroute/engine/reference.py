@@ -4,6 +4,7 @@ A reference is run once and let go of. What stays is hashes: of every step, of e
 """
 
 import gc
+import importlib.util
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,11 +15,12 @@ import torch
 
 from foreroute.checkpoint.index import CheckpointIndex
 from foreroute.checkpoint.layouts import ExpertTable
+from foreroute.checkpoint.quantised_formats import FP8, MXFP4
 from foreroute.config import EngineConfig
 from foreroute.engine.loader import _available_ram, load
 from foreroute.engine.slot_watch import SlotWatch, digest, expert_digest
 from foreroute.engine.transcript import Exercise, Step, steps
-from foreroute.errors import BudgetError, ForerouteError
+from foreroute.errors import BudgetError, ForerouteError, UnsupportedModelError
 from foreroute.model.skeleton import Outline
 from foreroute.residency.budget import format_memory
 
@@ -61,9 +63,17 @@ def choose_reference(asked: str, index: CheckpointIndex, sketch: Outline, dtype:
         dtype: the compute dtype's name, or "auto".
     Raises:
         BudgetError: RESIDENT was asked for and cannot fit.
+        UnsupportedModelError: RESIDENT was asked for, and transformers cannot dequantise the checkpoint here.
     """
-    if asked == ON_DEMAND:
-        return asked
+    if index.kind == "gguf" and asked == RESIDENT:
+        raise ForerouteError("transformers has no resident model of a GGUF file's bits. Take --reference on-demand.")
+    if asked == ON_DEMAND or index.kind == "gguf":
+        return ON_DEMAND
+    hindrance = _not_resident(index, sketch)
+    if hindrance and asked == RESIDENT:
+        raise UnsupportedModelError(f"No resident model of {index.folder}: {hindrance}. Take --reference on-demand.")
+    if hindrance:
+        return ON_DEMAND
     wanted, free = resident_bytes(index, sketch, dtype), _available_ram()
     if asked == RESIDENT and wanted > free:
         raise BudgetError(
@@ -78,7 +88,29 @@ def resident_bytes(index: CheckpointIndex, sketch: Outline, dtype: str) -> int:
     compute = sketch.config.dtype if dtype == "auto" else getattr(torch, dtype)
     if not isinstance(compute, torch.dtype):
         return index.nbytes
-    return sum(math.prod(entry.shape) * compute.itemsize for entry in index.tensors.values())
+    # Of quantised experts what they become counts; an item of what is stored holds several numbers, or none.
+    quantised = [layer for layer in sketch.table.layers if layer.parts]
+    stored = {name for layer in quantised for source in layer.sources for group in source.groups for name in group}
+    numbers = sum(
+        layer.num_experts * math.prod(part.shape) for layer in quantised for part in layer.family_layout.parts
+    )
+    numbers += sum(math.prod(entry.shape) for name, entry in index.tensors.items() if name not in stored)
+    return numbers * compute.itemsize
+
+
+def _not_resident(index: CheckpointIndex, sketch: Outline) -> str:
+    """Why transformers cannot make numbers of the checkpoint on this machine; "" where it can."""
+    if sketch.form is None or sketch.form.coding.kind == MXFP4:
+        return ""
+    if sketch.form.coding.kind != FP8:
+        return f"transformers has no dequantiser of {sketch.form.name} experts that runs here"
+    if importlib.util.find_spec("accelerate") is None:
+        return "transformers dequantises FP8 only where accelerate is installed (`pip install accelerate`)"
+    for values, _ in sketch.matrices.values():
+        shape, block = index.tensors[values].shape[-2:], sketch.form.coding.block
+        if any(extent > part and extent % part for extent, part in zip(shape, block, strict=True)):
+            return f"transformers does not dequantise {values}, whose last blocks are cut off"
+    return ""
 
 
 def record_reference(
@@ -150,7 +182,7 @@ def _resident_experts(model: Any, table: ExpertTable) -> dict[tuple[str, int], b
     digests = {}
     for layer in table.layers:
         module = model.get_submodule(layer.name)
-        parts = [getattr(module, part.name).detach() for part in layer.layout.parts]
+        parts = [getattr(module, part.name).detach() for part in layer.family_layout.parts]
         for expert in range(layer.num_experts):
             digests[layer.name, expert] = expert_digest(part[expert] for part in parts)
     return digests

@@ -116,5 +116,5 @@ class _PoolFront(_Front):
 class _ViewsFront(_Front):
     def operands(self, layer: int, slot: int) -> tuple[torch.Tensor, ...]:
         operands: tuple[torch.Tensor, ...] = self._behind.operands(layer, slot)
-        self._watch.note(slot, operands)
+        self._watch.note(slot, self._behind.as_family(layer, operands))
         return operands

@@ -5,7 +5,9 @@ from typing import Any
 
 import torch
 
+from foreroute.checkpoint.gguf_file import is_gguf
 from foreroute.errors import CheckpointError, ForerouteError, PromptError
+from foreroute.model.skeleton import read_config
 
 _REPLACEMENT = "\ufffd"
 
@@ -19,12 +21,32 @@ def load_tokenizer(folder: str | Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
+        if is_gguf(Path(folder)):
+            return _gguf_tokenizer(Path(folder))
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"{folder} has no tokenizer that transformers can read: {reason}") from error
     if not tokenizer.encode("a", add_special_tokens=False):
         raise CheckpointError(f"{folder} has no tokenizer (tokenizer.json). Get it from where the weights came from.")
+    return tokenizer
+
+
+def _gguf_tokenizer(path: Path) -> Any:
+    """The one in the file's folder, if there is one; else as transformers makes it of the file's metadata."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    if (path.parent / "tokenizer.json").is_file():
+        tokenizer = AutoTokenizer.from_pretrained(path.parent)
+    else:
+        # Not the Auto class: it makes a config first, which stumbles over positions by YaRN (5.23).
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(path.parent, gguf_file=path.name)
+    vocabulary = read_config(path).vocab_size
+    if not 0 < max(tokenizer.get_vocab().values(), default=-1) < vocabulary:
+        raise CheckpointError(
+            f"{path}: the tokenizer has {len(tokenizer)} tokens, the model {vocabulary}. tokenizer.json in "
+            f"{path.parent} is another model's."
+        )
     return tokenizer
 
 

@@ -9,8 +9,8 @@ import contextlib
 import json
 import sys
 import threading
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,16 @@ import torch
 from torch import nn
 
 from foreroute.checkpoint.assembly import Operation
+from foreroute.checkpoint.gguf_families import dense_names, gguf_layer
+from foreroute.checkpoint.gguf_file import GgufIndex, is_gguf, read_gguf
 from foreroute.checkpoint.index import CheckpointIndex
-from foreroute.checkpoint.layouts import ExpertTable, LayerExperts, PartSource, layer_experts
+from foreroute.checkpoint.layouts import ExpertTable, LayerExperts, PartSource
+from foreroute.checkpoint.quantised_formats import QuantisedFormat, read_format
+from foreroute.checkpoint.quantised_layout import check_dtypes, quantised_layer
 from foreroute.errors import CheckpointError, CorruptCheckpointError, UnsupportedModelError
+from foreroute.model.dense_state import dense_growth, dense_state
 from foreroute.model.experts import ExpertParameter, OffloadedExperts, is_experts_class, offloaded_class
+from foreroute.model.gguf_model import gguf_config, gguf_dense_nbytes, gguf_state
 
 # The swap replaces a name in a module that every thread sees: one load at a time.
 _SWAP_LOCK = threading.RLock()
@@ -39,6 +45,8 @@ class Outline:
     table: where every expert's bytes are; layers in the order of `experts`.
     expert_targets: the fused parameters that must not be loaded, by full name.
     is_transposed: per layer, matrices are stored as [in, out].
+    form: how the checkpoint's weights are quantised; None where they are not. matrices, components: the stored names
+        of its quantised matrices, as QuantisedFormat.split has them.
     """
 
     config: Any
@@ -47,6 +55,18 @@ class Outline:
     expert_targets: frozenset[str]
     experts_classes: frozenset[type[nn.Module]]
     is_transposed: tuple[bool, ...]
+    form: QuantisedFormat | None = None
+    matrices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    components: frozenset[str] = frozenset()
+
+    @property
+    def dense_nbytes(self) -> int:
+        """Bytes that the other weights will take: as stored, and of quantised ones as many as their numbers."""
+        index = self.table.index
+        if isinstance(index, GgufIndex):
+            return gguf_dense_nbytes(index)
+        growth = dense_growth(index, self.form, self.matrices, self.components, self.table)
+        return index.nbytes - self.table.expert_nbytes + growth
 
 
 def read_config(folder: Path) -> Any:
@@ -61,6 +81,8 @@ def read_config(folder: Path) -> Any:
     from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+    if is_gguf(folder):
+        return gguf_config(read_gguf(folder))
     config_file = folder / "config.json"
     if not config_file.is_file():
         raise CheckpointError(f"{folder} has no config.json. Give the folder of a Hugging Face checkpoint.")
@@ -87,24 +109,47 @@ def outline(folder: Path, index: CheckpointIndex) -> Outline:
         UnsupportedModelError: the model is dense, its experts are off the seam, or it is no causal language model.
         CorruptCheckpointError: expert tensors are absent, or of another shape than the config says.
     """
+    if isinstance(index, GgufIndex):
+        return _outline_gguf(index)
     config = read_config(folder)
+    form = read_format(folder, index)
+    matrices, components = form.split(index) if form is not None else ({}, frozenset[str]())
+    for names in matrices.values():
+        assert form is not None, "matrices are of a format"
+        check_dtypes(form.coding, names, index)
+    _forget_quantisation(config)
     meta_model = _meta_model(folder, config)
     modules = {name: module for name, module in meta_model.named_modules() if is_experts_class(type(module))}
     if not modules:
         raise UnsupportedModelError(_why_no_experts(folder, config, meta_model))
-    sources = _map_sources(meta_model, modules, index)
+    sources = _map_sources(meta_model, modules, {*(set(index.tensors) - components), *matrices})
     layers: list[LayerExperts] = []
     targets: set[str] = set()
     for name, module in modules.items():
         parameters = _expert_parameters(module)
         layer_sources = [sources.get(f"{name}.{p.name}") or _absent(name, p) for p in parameters]
         targets.update(f"{name}.{p.name}" for p in parameters)
-        layers.append(layer_experts(name, _num_experts(module), layer_sources, index))
+        layers.append(quantised_layer(name, _num_experts(module), layer_sources, index, form, matrices))
     classes = frozenset(type(module) for module in modules.values())
     # Set by transformers' decorator.
     transposed = tuple(bool(getattr(module, "is_transposed", False)) for module in modules.values())
     table = ExpertTable(tuple(layers), index)
-    return Outline(config, tuple(modules), table, frozenset(targets), classes, transposed)
+    return Outline(config, tuple(modules), table, frozenset(targets), classes, transposed, form, matrices, components)
+
+
+def _outline_gguf(index: GgufIndex) -> Outline:
+    config = gguf_config(index)
+    dense_names(index)  # what has no name in the model is refused here
+    meta_model = _meta_model(index.folder, config)
+    modules = {name: module for name, module in meta_model.named_modules() if is_experts_class(type(module))}
+    layers = [
+        gguf_layer(name, _num_experts(module), [(p.name, p.shape) for p in _expert_parameters(module)], index)
+        for name, module in modules.items()
+    ]
+    targets = {f"{name}.{p.name}" for name, module in modules.items() for p in _expert_parameters(module)}
+    classes = frozenset(type(module) for module in modules.values())
+    transposed = tuple(bool(getattr(module, "is_transposed", False)) for module in modules.values())
+    return Outline(config, tuple(modules), ExpertTable(tuple(layers), index), frozenset(targets), classes, transposed)
 
 
 def load_skeleton(folder: Path, sketch: Outline, dtype: torch.dtype | str, **kwargs: Any) -> nn.Module:
@@ -116,21 +161,52 @@ def load_skeleton(folder: Path, sketch: Outline, dtype: torch.dtype | str, **kwa
     Raises:
         CorruptCheckpointError: keys are missing, unexpected or of another shape; ours excepted.
     """
-    from transformers import AutoModelForCausalLM
-
+    common: dict[str, Any] = {
+        "config": sketch.config,
+        "experts_implementation": "eager",
+        "use_safetensors": True,
+        "output_loading_info": True,
+        "ignore_mismatched_sizes": True,  # they are reported, and refused below
+        **kwargs,
+    }
     with swapped_experts(sketch.experts_classes), _quiet_loading():
-        model, info = AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=sketch.config,
-            dtype=dtype,
-            experts_implementation="eager",
-            use_safetensors=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are reported, and refused below
-            **kwargs,
-        )
+        if sketch.form is None and not isinstance(sketch.table.index, GgufIndex):
+            auto_class = _auto_class(folder, sketch.config)
+            model, info = auto_class.from_pretrained(folder, dtype=dtype, **common)
+        else:
+            model, info = _load_dequantised(folder, sketch, dtype, common)
     _check_loading_info(folder, info, sketch.expert_targets)
     return model.eval()
+
+
+def _load_dequantised(
+    folder: Path, sketch: Outline, dtype: torch.dtype | str, common: dict[str, Any]
+) -> tuple[Any, Any]:
+    from transformers import GenerationConfig
+
+    compute = dtype if isinstance(dtype, torch.dtype) else sketch.config.dtype
+    compute = compute if isinstance(compute, torch.dtype) else torch.bfloat16
+    index = sketch.table.index
+    if isinstance(index, GgufIndex):
+        state = gguf_state(index, compute)
+    else:
+        assert sketch.form is not None, "it is dequantised"
+        state = dense_state(index, sketch.form, sketch.matrices, sketch.components, compute)
+    # The class itself: an Auto class wants a folder, and reads the weights there.
+    found = _auto_class(folder, sketch.config)._model_mapping[type(sketch.config)]
+    model_class = found[0] if isinstance(found, tuple) else found
+    model, info = model_class.from_pretrained(None, state_dict=state, dtype=compute, **common)
+    model.name_or_path = model.config._name_or_path = str(folder)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model, info
+
+
+def _forget_quantisation(config: Any) -> None:
+    """What is quantised is read here; transformers shall see a model of numbers."""
+    for one in {id(config): config, id(config.get_text_config()): config.get_text_config()}.values():
+        if hasattr(one, "quantization_config"):
+            del one.quantization_config
 
 
 @contextlib.contextmanager
@@ -166,17 +242,25 @@ def _quiet_loading() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _meta_model(folder: Path, config: Any) -> nn.Module:
-    from transformers import AutoModelForCausalLM
+def _auto_class(folder: Path, config: Any) -> Any:
+    """transformers' Auto class that makes a model which continues text: multimodal ones do, given text alone."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-    if type(config) not in AutoModelForCausalLM._model_mapping:
-        raise UnsupportedModelError(
-            f"{folder}: {config.model_type} is no causal language model in transformers; foreroute runs those only."
-        )
+    for auto_class in (AutoModelForCausalLM, AutoModelForImageTextToText):
+        if type(config) in auto_class._model_mapping:
+            return auto_class
+    raise UnsupportedModelError(
+        f"{folder}: {config.model_type} is no causal language model in transformers; foreroute runs those only."
+    )
+
+
+def _meta_model(folder: Path, config: Any) -> nn.Module:
+    auto_class = _auto_class(folder, config)
     try:
         # Another thread's load may have classes swapped: a model built meanwhile would have no experts to find.
         with _SWAP_LOCK, torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
+            model: nn.Module = auto_class.from_config(config)
+            return model
     except _CONFIG_ERRORS as error:
         raise CheckpointError(
             f"{folder / 'config.json'} describes no {config.model_type} model that can be built: {error!r}"
@@ -209,7 +293,9 @@ def _expert_parameters(module: nn.Module) -> tuple[ExpertParameter, ...]:
     )
 
 
-def _map_sources(meta_model: nn.Module, modules: dict[str, nn.Module], index: CheckpointIndex) -> dict[str, PartSource]:
+def _map_sources(
+    meta_model: nn.Module, modules: dict[str, nn.Module], stored_names: Collection[str]
+) -> dict[str, PartSource]:
     """For every expert parameter, by full name: the stored tensors that make it, as transformers would collect them."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
@@ -221,7 +307,7 @@ def _map_sources(meta_model: nn.Module, modules: dict[str, nn.Module], index: Ch
     state, prefix = meta_model.state_dict(), meta_model.base_model_prefix
     shapes = {f"{name}.{p.name}": (p.name, p.shape) for name, m in modules.items() for p in _expert_parameters(m)}
     groups: dict[str, dict[str | None, list[str]]] = {}
-    for stored_name in sorted(index.tensors, key=dot_natural_key):
+    for stored_name in sorted(stored_names, key=dot_natural_key):
         target, pattern = rename_source_key(stored_name, renamings, converters, prefix, state)
         if target not in state and stored_name in state:
             target, pattern = rename_source_key(stored_name, [], [], prefix, state)

@@ -1,0 +1,160 @@
+"""A GGUF file: its settings, and where its tensors lie. No tensor is read.
+
+What the `gguf` package's reader finds is turned into the index that safetensors have too, so that everything behind it
+is the same. Blocks are bytes there: a tensor of [experts, rows, columns] in Q4_K has the dtype U8 and as its last
+dimension the bytes of a row; `kinds` says what they are.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from foreroute.checkpoint.index import CheckpointIndex, TensorEntry
+from foreroute.errors import CheckpointError, CorruptCheckpointError, UnsupportedModelError
+
+SUFFIX = ".gguf"
+# Kinds that an expert may be stored in: (weights, bytes) of a block. kernels/gguf_blocks.py makes numbers of them.
+EXPERT_BLOCKS: Mapping[str, tuple[int, int]] = {
+    "F32": (1, 4), "F16": (1, 2), "BF16": (1, 2), "Q8_0": (32, 34), "MXFP4": (32, 17), "Q4_K": (256, 144),
+    "Q6_K": (256, 210),
+}  # fmt: skip
+ARCHITECTURES = ("qwen3moe", "gpt-oss")
+_SPLIT_NAME = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
+# What the reader stumbles over in a damaged file.
+_READER_ERRORS = (ValueError, KeyError, IndexError, TypeError, UnicodeDecodeError, OverflowError)
+
+
+@dataclass(frozen=True)
+class GgufIndex(CheckpointIndex):
+    """The tensors of one GGUF file; `folder` is the file.
+
+    settings: the metadata, without arrays. kinds: of every tensor, the name of its quantisation.
+    shapes: of every tensor in weights, row-major.
+    """
+
+    settings: Mapping[str, Any]
+    kinds: Mapping[str, str]
+    shapes: Mapping[str, tuple[int, ...]]
+
+    @property
+    def kind(self) -> str:
+        """What the file is."""
+        return "gguf"
+
+    @property
+    def architecture(self) -> str:
+        """As llama.cpp names it."""
+        return str(self.settings["general.architecture"])
+
+
+def is_gguf(path: Path) -> bool:
+    """By its name: a file that ends in .gguf."""
+    return path.suffix == SUFFIX and path.is_file()
+
+
+def gguf_package() -> Any:
+    """The `gguf` package.
+
+    Raises:
+        CheckpointError: it is not installed.
+    """
+    try:
+        import gguf
+    except ImportError:
+        raise CheckpointError(
+            "GGUF files need the gguf package, which is not installed: pip install 'foreroute[gguf]'."
+        ) from None
+    return gguf
+
+
+def read_gguf(path: Path) -> GgufIndex:
+    """Read the header of the GGUF file at `path`.
+
+    Raises:
+        UnsupportedModelError: one of several files, another architecture, or a quantisation that is not read; named.
+        CorruptCheckpointError: no GGUF file, or one that is cut off.
+    """
+    gguf = gguf_package()
+    if _SPLIT_NAME.search(path.name):
+        raise _split(path)
+    try:
+        reader = gguf.GGUFReader(path)
+    except _READER_ERRORS as error:
+        raise CorruptCheckpointError(f"{path} is no whole GGUF file ({error}). Download it again.") from error
+    settings = {
+        name: _exact(field.contents())
+        for name, field in reader.fields.items()
+        if field.types and field.types[0] != gguf.GGUFValueType.ARRAY
+    }
+    if int(settings.get("split.count", 1)) > 1:
+        raise _split(path)
+    architecture = settings.get("general.architecture")
+    if architecture not in ARCHITECTURES:
+        raise UnsupportedModelError(
+            f"{path}: GGUF files of architecture {architecture} are not read; {' and '.join(ARCHITECTURES)} are. "
+            "Take the model's safetensors."
+        )
+    tensors: dict[str, TensorEntry] = {}
+    kinds: dict[str, str] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    file_nbytes = path.stat().st_size
+    for tensor in reader.tensors:
+        name, kind = str(tensor.name), str(tensor.tensor_type.name)
+        shape = tuple(int(extent) for extent in reversed(tensor.shape))
+        nbytes, offset = int(tensor.n_bytes), int(tensor.data_offset)
+        if offset + nbytes > file_nbytes:
+            raise CorruptCheckpointError(
+                f"{path} is truncated: {name} ends at byte {offset + nbytes}, the file at {file_nbytes}. "
+                "Download it again."
+            )
+        kinds[name], shapes[name] = kind, shape
+        rows = shape[:-1] if ".bias" not in name else shape
+        stored = (*rows, nbytes // max(1, _product(rows)))
+        tensors[name] = TensorEntry(name, str(path), offset, nbytes, "U8", stored)
+    _check_kinds(path, gguf, kinds)
+    return GgufIndex(path, tensors, settings, kinds, shapes)
+
+
+def _exact(value: Any) -> Any:
+    """A float32 as it was written down: 1e-05, not 9.99999974e-06."""
+    import numpy
+
+    return float(str(numpy.float32(value))) if isinstance(value, float) else value
+
+
+def _check_kinds(path: Path, gguf: Any, kinds: Mapping[str, str]) -> None:
+    import numpy
+
+    for name, kind in kinds.items():
+        if "_exps." in name and kind not in EXPERT_BLOCKS:
+            raise UnsupportedModelError(
+                f"{path}: {name} is quantised as {kind}, which is not read; experts are read in "
+                f"{', '.join(EXPERT_BLOCKS)}. Take a file with those (Q4_K_M, Q8_0, MXFP4 ...)."
+            )
+    for kind in sorted(set(kinds.values())):
+        number = gguf.GGMLQuantizationType[kind]
+        block = numpy.zeros((1, gguf.GGML_QUANT_SIZES[number][1]), dtype=numpy.uint8)
+        try:
+            if kind not in ("F32", "F16"):
+                gguf.quants.dequantize(block, number)
+        except NotImplementedError:
+            name = next(name for name, found in kinds.items() if found == kind)
+            raise UnsupportedModelError(
+                f"{path}: {name} is stored as {kind}, which the gguf package cannot make numbers of."
+            ) from None
+
+
+def _split(path: Path) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{path} is one of several files of a model, which are not read. Join them with llama.cpp's "
+        f"`llama-gguf-split --merge`, and give the one file."
+    )
+
+
+def _product(extents: tuple[int, ...]) -> int:
+    found = 1
+    for extent in extents:
+        found *= extent
+    return found

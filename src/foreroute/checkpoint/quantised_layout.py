@@ -1,0 +1,187 @@
+"""Experts of a quantised checkpoint: which stored tensors lie in a slot, and what the family's are made of."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+from foreroute.checkpoint.index import CheckpointIndex
+from foreroute.checkpoint.layouts import LayerExperts, PartSource, layer_experts
+from foreroute.checkpoint.quantised_formats import (
+    AWQ_INT4,
+    FP8,
+    FP8_SCALED,
+    GPTQ_INT4,
+    MXFP4,
+    PACKED_INT4,
+    QuantisedFormat,
+)
+from foreroute.checkpoint.stored_parts import Coding, StoredMatrix, StoredPart
+from foreroute.errors import CorruptCheckpointError, UnsupportedModelError
+
+_FLOATS = ("F32", "F16", "BF16")
+# Per coding, of each component: the dtypes that it may have.
+_DTYPES: Mapping[str, tuple[tuple[str, ...], ...]] = {
+    MXFP4: (("U8",), ("U8",)),
+    FP8: (("F8_E4M3",), _FLOATS),
+    FP8_SCALED: (("F8_E4M3",), _FLOATS),
+    PACKED_INT4: (("I32",), _FLOATS),
+    GPTQ_INT4: (("I32",), _FLOATS, ("I32",)),
+    AWQ_INT4: (("I32",), _FLOATS, ("I32",)),
+}
+_PER_WORD = 8  # four-bit integers in an I32
+_MXFP4_GROUP = 32
+
+
+def quantised_layer(
+    name: str,
+    num_experts: int,
+    sources: Sequence[PartSource],
+    index: CheckpointIndex,
+    form: QuantisedFormat | None,
+    matrices: Mapping[str, tuple[str, ...]],
+) -> LayerExperts:
+    """Lay one layer's experts out as they are stored; as `layer_experts`, for a quantised checkpoint.
+
+    Args:
+        sources: of the family's tensors, by the names that the model knows. matrices: of those names the stored ones.
+    Raises:
+        CorruptCheckpointError: a tensor is absent, or has another shape or dtype than its peers or the model.
+        UnsupportedModelError: a matrix is put together in a way that is not known here.
+    """
+    if form is None or not any(group and group[0] in matrices for source in sources for group in source.groups):
+        return layer_experts(name, num_experts, sources, index)
+    stored: list[PartSource] = []
+    parts: list[StoredPart] = []
+    for source in sources:
+        if all(group and group[0] in matrices for group in source.groups):
+            made = [
+                _components(source, at, group, form, matrices, index, num_experts)
+                for at, group in enumerate(source.groups)
+            ]
+            parts.append(_part(source, form, made, len(stored), index))
+            stored.extend(component for components in made for component in components)
+        elif any(one in matrices for group in source.groups for one in group):
+            raise UnsupportedModelError(
+                f"{name}.{source.part} is quantised in parts only: not known. Please report the model."
+            )
+        else:
+            parts.append(StoredPart(source.part, source.shape, at=len(stored)))
+            stored.append(source)
+    laid = layer_experts(name, num_experts, stored, index)
+    return LayerExperts(name, num_experts, laid.layout, laid.sources, parts=tuple(parts), stored_as=form.name)
+
+
+def _components(
+    source: PartSource,
+    group_at: int,
+    group: Sequence[str],
+    form: QuantisedFormat,
+    matrices: Mapping[str, tuple[str, ...]],
+    index: CheckpointIndex,
+    num_experts: int,
+) -> list[PartSource]:
+    """One source for each component of a matrix, for all experts."""
+    absent = [one for one in group if one not in matrices]
+    if absent:
+        raise CorruptCheckpointError(f"{absent[0]} is not quantised as {group[0]} is, or its scales are absent.")
+    made = []
+    for at, (suffix, dtypes) in enumerate(zip(form.components, _DTYPES[form.coding.kind], strict=True)):
+        names = tuple(matrices[one][at] for one in group)
+        first = index.tensors[matrices[group[0]][0]]
+        is_fused = len(group) == 1 and len(first.shape) > (3 if form.coding.kind == MXFP4 else 2)
+        if is_fused and index.tensors[names[0]].shape[:1] != (num_experts,):
+            raise CorruptCheckpointError(
+                f"{names[0]} stores {index.tensors[names[0]].shape[:1]} experts, config.json says {num_experts}."
+            )
+        shape = index.tensors[names[0]].shape[1 if is_fused else 0 :] or (1,)
+        shape = (shape[0], math.prod(shape[1:])) if len(shape) > 2 else shape
+        made.append(PartSource(f"{source.part}.{group_at}.{suffix.strip('._')}", shape, (names,), dtypes=dtypes))
+    return made
+
+
+def _part(
+    source: PartSource,
+    form: QuantisedFormat,
+    made: Sequence[Sequence[PartSource]],
+    first_at: int,
+    index: CheckpointIndex,
+) -> StoredPart:
+    matrices = []
+    for components in made:
+        rows, cols = matrix_shape(
+            form.coding, [component.shape for component in components], components[0].groups[0][0]
+        )
+        matrices.append(StoredMatrix(form.coding, tuple(range(first_at, first_at + len(components))), rows, cols))
+        first_at += len(components)
+    is_transposed = form.is_transposed != _is_transposed(source, len(made))
+    rows, cols = sum(matrix.rows for matrix in matrices), matrices[0].cols
+    shape = (cols, rows) if is_transposed else (rows, cols)
+    if shape != source.shape or any(matrix.cols != cols for matrix in matrices):
+        raise CorruptCheckpointError(
+            f"{made[0][0].groups[0][0]}: an expert's stored shape is {list(shape)}, the config says "
+            f"{list(source.shape)}. config.json and the weights are of different models."
+        )
+    return StoredPart(source.part, source.shape, tuple(matrices), is_transposed=is_transposed)
+
+
+def _is_transposed(source: PartSource, num_matrices: int) -> bool:
+    """What transformers does to the matrices: one below the other, perhaps transposed afterwards."""
+    steps = [(op.kind, op.dim, op.other_dim) for op in source.operations if op.kind != "MergeModulelist"]
+    if num_matrices > 1:
+        if not steps or steps[0][:2] != ("Concatenate", 1):
+            raise UnsupportedModelError(f"{source.part}: quantised matrices that are joined otherwise: not known.")
+        steps = steps[1:]
+    elif steps and steps[0][0] == "Concatenate":
+        steps = steps[1:]
+    if not steps:
+        return False
+    if len(steps) == 1 and steps[0][0] == "Transpose" and {steps[0][1], steps[0][2]} == {1, 2}:
+        return True
+    raise UnsupportedModelError(
+        f"{source.part}: quantised experts that need transformers' {steps[0][0]} are not known. "
+        "Please report the model."
+    )
+
+
+def matrix_shape(coding: Coding, shapes: Sequence[tuple[int, ...]], name: str) -> tuple[int, int]:
+    """Rows and columns of the matrix whose components have these shapes.
+
+    Raises:
+        CorruptCheckpointError: they do not fit each other.
+    """
+    first, scales = shapes[0], shapes[1]
+    rows, cols = first
+    fits = False
+    if coding.kind == MXFP4:
+        cols *= 2
+        fits = cols % _MXFP4_GROUP == 0 and scales == (rows, cols // _MXFP4_GROUP)
+    elif coding.kind == FP8:
+        fits = scales == (-(-rows // coding.block[0]), -(-cols // coding.block[1]))
+    elif coding.kind == FP8_SCALED:
+        grid = (-(-rows // (coding.block[0] or rows)), -(-cols // (coding.block[1] or cols)))
+        fits = scales in (grid, (rows,) if coding.block[0] == 1 else (1,))
+    elif coding.kind == PACKED_INT4:
+        cols *= _PER_WORD
+        group = coding.block[1] or cols
+        fits = cols % group == 0 and scales == (rows, cols // group)
+    elif coding.kind in (GPTQ_INT4, AWQ_INT4):
+        rows, cols = (cols, rows * _PER_WORD) if coding.kind == GPTQ_INT4 else (cols * _PER_WORD, rows)
+        num_groups = cols // (coding.block[1] or cols)
+        fits = cols % num_groups == 0 and shapes[1:] == [(num_groups, rows), (num_groups, rows // _PER_WORD)]
+    if not fits:
+        told = " and ".join(str(list(shape)) for shape in shapes)
+        raise CorruptCheckpointError(f"{name}: its components' shapes, {told}, do not fit each other as {coding.kind}.")
+    return rows, cols
+
+
+def check_dtypes(coding: Coding, names: Sequence[str], index: CheckpointIndex) -> None:
+    """See that a matrix's components are stored in dtypes that its coding has.
+
+    Raises:
+        UnsupportedModelError: one is not; named.
+    """
+    for name, dtypes in zip(names, _DTYPES[coding.kind], strict=True):
+        if index.tensors[name].dtype not in dtypes:
+            raise UnsupportedModelError(
+                f"{name} is stored as {index.tensors[name].dtype}; in {coding.kind} foreroute reads it in "
+                f"{', '.join(dtypes)}."
+            )

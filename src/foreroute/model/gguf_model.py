@@ -1,0 +1,52 @@
+"""A GGUF file as transformers wants it: a config, and the dense tensors as numbers.
+
+Settings are read from the file's own metadata, not through transformers' table for GGUF, which leaves out the width of
+a head and of an expert (5.23), and so gives models of another shape.
+"""
+
+from typing import Any
+
+import torch
+
+from foreroute.checkpoint.gguf_families import dense_names, settings_of
+from foreroute.checkpoint.gguf_file import GgufIndex, gguf_package
+from foreroute.errors import CheckpointError, CorruptCheckpointError
+
+
+def gguf_config(index: GgufIndex) -> Any:
+    """transformers' config of the model in the file.
+
+    Raises:
+        CheckpointError: the metadata describe no model.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    model_type, settings = settings_of(index)
+    try:
+        return AutoConfig.for_model(model_type, **settings)
+    except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError, StrictDataclassError) as error:
+        raise CheckpointError(f"{index.folder}: its metadata describe no {model_type}: {error}") from error
+
+
+def gguf_state(index: GgufIndex, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Every dense tensor by transformers' name, in `dtype`; experts are not read.
+
+    Numbers are those of the gguf package's dequantiser. Cost: one dense tensor in fp32 beside the result.
+    """
+    import numpy
+
+    gguf = gguf_package()
+    state: dict[str, torch.Tensor] = {}
+    with open(index.folder, "rb") as file:
+        for name, ours in dense_names(index).items():
+            entry, kind = index.tensors[name], gguf.GGMLQuantizationType[index.kinds[name]]
+            file.seek(entry.offset)
+            raw = numpy.frombuffer(file.read(entry.nbytes), dtype=numpy.uint8)
+            if raw.nbytes != entry.nbytes:
+                raise CorruptCheckpointError(f"{index.folder} ends within {name}. Download it again.")
+            shape = index.shapes[name]
+            plain = {"F32": numpy.float32, "F16": numpy.float16}.get(kind.name)
+            numbers = raw.view(plain) if plain else gguf.quants.dequantize(raw.reshape(*shape[:-1], -1), kind)
+            state[ours] = torch.from_numpy(numpy.array(numbers)).view(shape).to(dtype)
+    return state

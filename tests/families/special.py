@@ -1,0 +1,45 @@
+"""The few fields that the rules of shrink.py do not reach, by model type: what would stay large, or contradict."""
+
+from typing import Any
+
+_HYBRID = ["linear_attention", "full_attention"] * 2
+_ONE_DENSE = ["dense", "sparse", "sparse", "sparse"]
+
+SPECIAL: dict[str, dict[str, Any]] = {
+    "beam": {"mlp_layer_types": _ONE_DENSE},
+    "deepseek_ocr2_text": {"mlp_layer_types": _ONE_DENSE},
+    "ernie4_5_vl_moe_text": {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 2, 4]},
+        "moe_intermediate_size": [32, 32],
+    },
+    "glm4v_moe_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}},
+    "dots1": {"n_shared_experts": 1},
+    "gemma4_text": {"enable_moe_block": True, "num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 32},
+    "glm5_next_text": {"index_kpool": 4, "mlp_layer_types": _ONE_DENSE},
+    "granitemoehybrid": {"layer_types": _HYBRID},
+    "kimi_linear": {"layer_types": _HYBRID},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "nemotron_h": {"layers_block_type": ["linear_attention", "moe", "full_attention", "moe"]},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 2,
+        "indexer_head_dim": 16,
+        "indexer_budget": 32,
+        "indexer_compress_ratio": 4,
+    },
+    "zaya": {"num_experts_per_tok": 1},
+}
+
+# Why a model type cannot work, each of them refused before work starts (test_families.py).
+CANNOT: dict[str, str] = {
+    "diffusion_gemma": "it writes by diffusion, many tokens at a time: no causal language model",
+    "ernie4_5_vl_moe": "its text and vision experts are stored as one and split while loading",
+    "openai_privacy_filter": "a token classifier: it writes no text",
+    "qwen3_omni_moe": "several models in one; its thinker is a model type of its own",
+}
+
+# What the gate knows of a family beside that it works.
+NOTES: dict[str, str] = {}
+
+# Exact, but nothing is guessed, with the reason.
+UNGUESSED: dict[str, str] = {}

@@ -1,0 +1,44 @@
+"""Every family of the installed transformers whose experts are behind the seam: the same tokens and the same bits."""
+
+from pathlib import Path
+
+import pytest
+
+from foreroute.errors import ForerouteError
+from tests.families.checks import answer, assert_same, load_tight, resident_answer, save_tiny
+from tests.families.installed import Family, families
+from tests.families.special import CANNOT, UNGUESSED
+
+WORKING = [family for family in families() if family.model_type not in CANNOT]
+REFUSED = [family for family in families() if family.model_type in CANNOT]
+
+
+def by_name(family: Family) -> str:
+    return family.model_type
+
+
+@pytest.mark.parametrize("family", WORKING, ids=by_name)
+def test_family(_torch_setup: None, tmp_path: Path, family: Family, record_property) -> None:
+    """Exact with experts evicted, and guessed where its routers can be run ahead."""
+    folder = save_tiny(family, tmp_path / family.model_type)
+    expected = resident_answer(family, folder)
+    model = load_tight(folder)
+    try:
+        assert_same(answer(model), expected)
+        stats, layers = model.foreroute.stats(), model.foreroute.layers
+    finally:
+        model.foreroute.close()
+    assert stats.evictions > 0, "nothing was evicted: the budget is too wide to prove anything"
+    if len(layers) > 1 and family.model_type not in UNGUESSED:
+        assert stats.decode.prefetch_loads > 0, "no expert was fetched on a guess"
+    record_property("family", family.module)
+
+
+@pytest.mark.parametrize("family", REFUSED, ids=by_name)
+def test_refused(_torch_setup: None, tmp_path: Path, family: Family) -> None:
+    """It has no model that writes text, or what was saved is refused before work starts."""
+    if not family.can_generate_text or family.model_type == "diffusion_gemma":
+        return
+    folder = save_tiny(family, tmp_path / family.model_type)
+    with pytest.raises(ForerouteError):
+        load_tight(folder)

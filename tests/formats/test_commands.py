@@ -1,0 +1,127 @@
+"""The commands on published formats: plan, pack, pack --quant, verify and fit see what is stored."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from foreroute.checkpoint.codecs import CODECS
+from foreroute.checkpoint.index import read_index
+from foreroute.cli.main import EXIT_ERROR, main
+from foreroute.engine.packing import pack
+from foreroute.engine.quantising import Quantiser
+from foreroute.kernels import dequantise
+from foreroute.kernels.dequantise import decode_fp8
+from foreroute.kernels.quant import Matrix, decode, encode
+from foreroute.model.skeleton import outline
+from foreroute.residency.slots import READY
+from tests.cli.harness import Ran
+from tests.formats.checks import numbers_of
+from tests.support.quantised import write_fp8, write_gptq, write_mxfp4
+
+FAST = ("--threads", "1", "--json")
+FORMATS = {"mxfp4": (write_mxfp4, "gpt_oss"), "fp8": (write_fp8, "deepseek_v3"), "gptq": (write_gptq, "qwen3_moe")}
+
+
+@pytest.fixture
+def run(capfd: pytest.CaptureFixture[str]) -> Any:
+    def run_command(*args: str | Path, expect: int = 0) -> Ran:
+        threads = torch.get_num_threads()
+        code = main([str(arg) for arg in args])
+        torch.set_num_threads(threads)
+        ran = Ran(code, *capfd.readouterr())
+        assert code == expect, ran.out + ran.err
+        return ran
+
+    return run_command
+
+
+@pytest.mark.parametrize(
+    ("name", "asked", "kind"),
+    [
+        ("mxfp4", "resident", "resident"),
+        ("mxfp4", "on-demand", "on-demand"),
+        ("fp8", "auto", "resident"),
+        ("gptq", "auto", "on-demand"),
+    ],
+)
+def test_verify(published, run, name, asked, kind):
+    """Every expert as transformers dequantises it, every dense weight, and every step."""
+    write, family = FORMATS[name]
+    answer = run(
+        "verify", published(write, family), "--reference", asked, "--tokens", "6", "--memory", "30%", *FAST
+    ).json
+    assert (answer["same"], answer["reference"], answer["complaints"]) == (True, kind, [])
+    assert answer["plan"]["stored_dtype"] == name
+
+
+def test_verify_finds_a_wrong_number(published, run, monkeypatch):
+    """One number of two thousand is another once it is dequantised: said, and that it is an expert's."""
+
+    def wrong(components, out, coding):
+        decode_fp8(components, out, coding)
+        if out.shape == (64, 32):  # the experts' second matrix
+            out[5, 7] += 0.25
+
+    monkeypatch.setitem(dequantise.DECODERS, "fp8", wrong)
+    write, family = FORMATS["fp8"]
+    ran = run("verify", published(write, family), "--reference", "resident", "--tokens", "4", *FAST, expect=1)
+    assert not ran.json["same"]
+    assert "expert" in json.dumps(ran.json["first_difference"]), ran.json["first_difference"]
+
+
+def test_a_resident_reference_that_cannot_be(published, run, capfd):
+    write, family = FORMATS["gptq"]
+    assert main(["verify", str(published(write, family)), "--reference", "resident", *FAST]) == EXIT_ERROR
+    assert "--reference on-demand" in capfd.readouterr().err
+
+
+def test_plan_counts_stored_bytes(published, run):
+    write, family = FORMATS["mxfp4"]
+    plan = run("plan", published(write, family), "--memory", "50%", *FAST).json["plan"]
+    weights = 64 * 64 + 32 * 64
+    assert plan["stored_dtype"] == "mxfp4"
+    assert plan["expert_bytes"] == weights * 4.25 / 8 + 2 * (64 + 64)
+    assert plan["total_expert_bytes"] == 4 * 12 * plan["expert_bytes"]
+
+
+def test_dense_bytes_are_those_of_numbers(published, load):
+    """What the dense weights will take is known before they are loaded: FP8 ones grow twofold."""
+    for name in ("fp8", "gptq", "mxfp4"):
+        write, family = FORMATS[name]
+        folder = published(write, family)
+        expected = load(folder).foreroute.plan.dense_bytes
+        assert math.isclose(outline(folder, read_index(folder)).dense_nbytes, expected, rel_tol=0.02)
+
+
+def test_pack_from_fp8_to_int4(published, load, tmp_path):
+    """A store of our own codec from a quantised checkpoint: what is encoded are its numbers."""
+    write, family = FORMATS["fp8"]
+    folder = published(write, family)
+    sketch = outline(folder, read_index(folder))
+    quantiser = Quantiser(sketch.table, CODECS["int4"], sketch.is_transposed)
+    pack(sketch.table, tmp_path / "int4", progress=lambda done, total: None, quantiser=quantiser)
+    assert all(0 < error.relative < 0.1 for error in quantiser.errors)
+    model = load(folder, "25%", packed=str(tmp_path / "int4"))
+    up, _ = numbers_of(sketch.table, 3, sketch.table.reads, torch.float32)
+    with torch.no_grad():
+        assert model(torch.arange(9)[None]).logits.isfinite().all()
+    views, runtime = model.foreroute.runtime.views, model.foreroute.runtime
+    key = next(key for key in range(runtime.table.num_experts) if runtime.residency.state(key) == READY)
+    operands = views.operands(0, runtime.residency.slot_of(key))
+    up, _ = numbers_of(sketch.table, key, sketch.table.reads, torch.float32)
+    again = Matrix(*encode(up, 4, 32), 4, 32)
+    assert torch.equal(decode(Matrix(operands[0], operands[1], 4, 32)), decode(again))
+
+
+def test_fit_and_generate(published, run, tmp_path):
+    write, family = FORMATS["mxfp4"]
+    folder, text = published(write, family), tmp_path / "text.txt"
+    text.write_text("The ship came into the harbour with nobody on board. " * 60)
+    out = tmp_path / "fitted.safetensors"
+    run("fit", folder, "--text", text, "--out", out, "--context", "64", *FAST)
+    ran = run("generate", folder, "The ship", "--no-chat", "--max-new-tokens", "4", "--predictor", out, *FAST)
+    assert ran.json["plan"]["predictor"] == "fitted"

@@ -1,0 +1,102 @@
+"""Four-bit integers and row-scaled FP8 as GPTQ and compressed-tensors publish them, kept as they are stored.
+
+The reference is the same checkpoint with every quantised matrix made a number by other code than ours, as a plain one.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.formats.checks import check_bytes, check_same
+from tests.support.quantised import rewritten, write_awq, write_float_quantised, write_gptq, write_packed_int4
+
+State = dict[str, torch.Tensor]
+
+
+def unpacked(packed: torch.Tensor) -> torch.Tensor:
+    """Words [rows, n] as integers 0..15 [rows, 8 n], one by one."""
+    rows = packed.view(torch.uint32).tolist()
+    return torch.tensor([[(word >> shift) & 15 for word in row for shift in range(0, 32, 4)] for row in rows])
+
+
+def plain_packed_int4(state: State, stem: str) -> torch.Tensor:
+    """By compressed-tensors' own functions."""
+    from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+
+    steps = unpack_from_int32(state.pop(f"{stem}weight_packed"), 4, torch.Size(state.pop(f"{stem}weight_shape")))
+    scales = state.pop(f"{stem}weight_scale")
+    return dequantised(steps, scales, num_bits=4, type="int", strategy="group", group_size=32)
+
+
+def plain_float_quantised(state: State, stem: str) -> torch.Tensor:
+    values, scales = state.pop(f"{stem}weight"), state.pop(f"{stem}weight_scale")
+    return dequantised(values, scales, num_bits=8, type="float", strategy="channel")
+
+
+def dequantised(steps: torch.Tensor, scales: torch.Tensor, **args: Any) -> torch.Tensor:
+    from compressed_tensors.quantization import QuantizationArgs
+    from compressed_tensors.quantization.lifecycle.forward import dequantize
+
+    made: torch.Tensor = dequantize(steps, scales, args=QuantizationArgs(**args))
+    return made
+
+
+def plain_gptq(state: State, stem: str) -> torch.Tensor:
+    """By the format's definition: scale of the input's group, times (step - (stored zero + 1))."""
+    steps = unpacked(state.pop(f"{stem}qweight").t().contiguous()).t()
+    zeros = unpacked(state.pop(f"{stem}qzeros")) + 1
+    groups = state.pop(f"{stem}g_idx").long()
+    return (state.pop(f"{stem}scales")[groups] * (steps - zeros[groups]).half()).t()
+
+
+def plain_awq(state: State, stem: str) -> torch.Tensor:
+    """By the format's definition: nibble n of a word is output 0 2 4 6 1 3 5 7 of its eight; zeros as they are."""
+    steps, zeros = (
+        unpacked(state.pop(f"{stem}{which}")).view(-1, scale_rows // 8, 8)[:, :, [0, 4, 1, 5, 2, 6, 3, 7]].flatten(1)
+        for scale_rows in [state[f"{stem}scales"].shape[1]]
+        for which in ("qweight", "qzeros")
+    )
+    scales = state.pop(f"{stem}scales")
+    groups = torch.arange(len(steps)) // (len(steps) // len(scales))
+    return (scales[groups] * (steps - zeros[groups]).half()).t()
+
+
+FORMATS: dict[str, tuple[Callable[[Path, Path], Path], str, Callable[[State, str], torch.Tensor], float]] = {
+    "pack-quantized": (write_packed_int4, "weight_packed", plain_packed_int4, 4 + 16 / 32),
+    "float-quantized": (write_float_quantised, "weight_scale", plain_float_quantised, 0),
+    "gptq": (write_gptq, "qweight", plain_gptq, 4 + 20 / 16),
+    "awq": (write_awq, "qweight", plain_awq, 4 + 20 / 16),
+}
+
+
+def plain(folder: Path, name: str, to: Path) -> Path:
+    """The checkpoint with numbers in place of what is quantised."""
+    _, ending, make, _ = FORMATS[name]
+
+    def change(state: State) -> State:
+        for stem in [key.removesuffix(ending) for key in list(state) if key.endswith(ending)]:
+            state[f"{stem}weight"] = make(state, stem).bfloat16().contiguous()
+        return state
+
+    rewritten(folder, to, change)
+    config = json.loads((to / "config.json").read_text())
+    del config["quantization_config"]
+    (to / "config.json").write_text(json.dumps(config))
+    assert not any(key.endswith(("scales", "weight_scale")) for key in load_file(to / "model.safetensors"))
+    return to
+
+
+@pytest.mark.parametrize("store", ["safetensors", "packed"])
+@pytest.mark.parametrize("name", FORMATS)
+def test_as_the_dequantised_resident_model(published, references, load, tmp_path, name, store):
+    write, _, _, bits = FORMATS[name]
+    folder = published(write, "qwen3_moe")
+    reference = plain(folder, name, tmp_path / "plain")
+    model = check_same(load, folder, lambda batch: references.output(reference, batch), name, store)
+    # A scale of 2 bytes for each of 64 + 64 + 64 rows or so, over 3 matrices of 2048 weights.
+    check_bytes(model, bits or 8 + 16 * (32 + 32 + 64) / (3 * 2048))

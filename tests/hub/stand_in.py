@@ -1,0 +1,149 @@
+"""The hub's HTTP interface as far as a download needs it, on this machine: a repository is a folder of files."""
+
+import hashlib
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@dataclass
+class StandIn:
+    """A hub with one repository, `org/tiny`, at branch `main` and tag `v1`; everybody may ask what it was asked.
+
+    cut_at: bytes after which the first answer with a file of at least twice as many breaks off; 0 for none.
+    token: what a request must bring; "" for nothing. gated: as the hub says that terms are to be accepted.
+    down: answers 503 to all.
+    """
+
+    folder: Path
+    cut_at: int = 0
+    token: str = ""
+    gated: bool = False
+    down: bool = False
+    claimed_bytes: int = 0
+    endpoint: str = ""
+    asked: list[str] = field(default_factory=list)
+    ranges: list[str] = field(default_factory=list)
+    sent: dict[str, int] = field(default_factory=dict)
+    cuts: int = 0
+
+    @property
+    def files(self) -> list[str]:
+        """Paths of all files in the repository."""
+        return sorted(str(path.relative_to(self.folder)) for path in self.folder.rglob("*") if path.is_file())
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    hub: StandIn
+
+    def log_message(self, *_: Any) -> None:
+        """Say nothing."""
+
+    def do_HEAD(self) -> None:
+        self._answer(body=False)
+
+    def do_GET(self) -> None:
+        self._answer(body=True)
+
+    def _answer(self, *, body: bool) -> None:
+        hub, path = self.hub, unquote(urlsplit(self.path).path)
+        hub.asked.append(f"{self.command} {path}")
+        if hub.down:
+            return self._error(503, "", body)
+        if not path.startswith(("/api/models/org/tiny", "/org/tiny/resolve/")):
+            return self._error(404 if hub.token else 401, "RepoNotFound", body)
+        if hub.token and self.headers.get("authorization") != f"Bearer {hub.token}":
+            return self._error(401, "RepoNotFound", body)
+        if hub.gated and not path.startswith("/api/models/org/tiny/revision") and path != "/api/models/org/tiny":
+            return self._error(403, "GatedRepo", body)
+        if path.startswith("/org/tiny/resolve/"):
+            revision, _, name = path.removeprefix("/org/tiny/resolve/").partition("/")
+            if not (hub.folder / name).is_file():
+                return self._error(404, "EntryNotFound", body)
+            return self._file(name, body)
+        rest = path.removeprefix("/api/models/org/tiny").strip("/")
+        kind, _, revision = rest.partition("/")
+        if kind and revision.split("/")[0] not in ("main", "v1", COMMIT):
+            return self._error(404, "RevisionNotFound", body)
+        sizes = {name: (hub.folder / name).stat().st_size for name in hub.files}
+        if hub.claimed_bytes:
+            sizes["model.safetensors"] = hub.claimed_bytes
+        if kind == "tree":
+            return self._json(
+                [
+                    {"type": "file", "path": name, "size": size, "oid": _etag(hub.folder / name)}
+                    for name, size in sizes.items()
+                ]
+            )
+        siblings = [{"rfilename": name, "size": size} for name, size in sizes.items()]
+        return self._json({"id": "org/tiny", "modelId": "org/tiny", "sha": COMMIT, "siblings": siblings, "tags": []})
+
+    def _file(self, name: str, body: bool) -> None:
+        hub, raw = self.hub, (self.hub.folder / name).read_bytes()
+        wanted = self.headers.get("range")
+        start = 0
+        if wanted:
+            start = int(wanted.removeprefix("bytes=").split("-")[0])
+            if body and start:
+                hub.ranges.append(f"{name} {wanted}")
+        part = raw[start:]
+        self.send_response(206 if wanted else 200)
+        self.send_header("ETag", f'"{_etag(hub.folder / name)}"')
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("Accept-Ranges", "bytes")
+        self.send_header("Content-Length", str(len(part)))
+        if wanted:
+            self.send_header("Content-Range", f"bytes {start}-{len(raw) - 1}/{len(raw)}")
+        self.end_headers()
+        if not body:
+            return
+        if hub.cut_at and len(part) >= 2 * hub.cut_at and not hub.cuts:
+            hub.cuts += 1
+            part = part[: hub.cut_at]
+            self.close_connection = True
+        hub.sent[name] = hub.sent.get(name, 0) + len(part)
+        self.wfile.write(part)
+
+    def _json(self, value: Any) -> None:
+        raw = json.dumps(value).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(raw)))
+        self.end_headers()
+        self.wfile.write(raw)
+
+    def _error(self, status: int, code: str, body: bool) -> None:
+        self.send_response(status)
+        if code:
+            self.send_header("X-Error-Code", code)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+
+def _etag(path: Path) -> str:
+    return hashlib.sha1(path.read_bytes(), usedforsecurity=False).hexdigest()
+
+
+@contextmanager
+def serving(folder: Path, **settings: Any) -> Iterator[StandIn]:
+    """The hub of `folder` while inside."""
+    hub = StandIn(folder, **settings)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    hub.endpoint = f"http://127.0.0.1:{server.server_address[1]}"
+    try:
+        yield hub
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()

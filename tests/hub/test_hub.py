@@ -1,0 +1,184 @@
+"""Hub ids: which files are fetched, what is not fetched twice, and what is said when they cannot be had.
+
+Each look-up runs in a process of its own, as huggingface_hub reads its settings when it is imported.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.hub.stand_in import COMMIT, StandIn, serving
+
+Found = tuple[Path | None, str]
+
+_SCRIPT = """
+import sys
+from foreroute.checkpoint.locate import locate
+from foreroute.errors import ForerouteError
+try:
+    print(locate(sys.argv[1], revision=sys.argv[2] or None, quiet=sys.argv[3] == "quiet"))
+except ForerouteError as error:
+    sys.exit(f"{type(error).__name__}: {error}")
+"""
+_WANTED = {
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+    "model.safetensors.index.json", "shard-a.safetensors", "shard-b.safetensors",
+}  # fmt: skip
+_NOT_WANTED = {
+    "pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.safetensors", "model-q4.gguf", "README.md",
+    "original/params.json", "original/consolidated.00.pth", "metal/model.bin", "onnx/model.onnx", "other.safetensors",
+}  # fmt: skip
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    """A repository as they are: two shards, and everything else that people put beside them."""
+    folder = tmp_path / "repository"
+    for name in _WANTED | _NOT_WANTED:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{}" if name.endswith(".json") else name)
+    weight_map = {"a": "shard-a.safetensors", "b": "shard-b.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (folder / "shard-b.safetensors").write_bytes(bytes(range(256)) * 96_000)
+    return folder
+
+
+@pytest.fixture
+def look_up(tmp_path: Path) -> Callable[..., Found]:
+    """(hub, id, revision) -> the folder, or None; and what was said on standard error."""
+
+    def run(hub: StandIn | str, hub_id: str = "org/tiny", revision: str = "", bars: str = "quiet", **env: str) -> Found:
+        settings = {
+            **{name: value for name, value in os.environ.items() if not name.startswith("HF_")},
+            "HF_ENDPOINT": hub if isinstance(hub, str) else hub.endpoint,
+            "HF_HOME": str(tmp_path / "home"),
+            "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+            **env,
+        }
+        done = subprocess.run(
+            [sys.executable, "-c", _SCRIPT, hub_id, revision, bars],
+            env=settings, capture_output=True, text=True, timeout=120, check=False,
+        )  # fmt: skip
+        assert "Traceback" not in done.stderr, done.stderr
+        return (Path(done.stdout.strip()) if done.returncode == 0 else None), done.stderr
+
+    return run
+
+
+def _names(folder: Path | None) -> set[str]:
+    assert folder is not None
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_what_is_needed_is_fetched_once_and_nothing_else(repository: Path, look_up: Callable[..., Found]) -> None:
+    with serving(repository) as hub:
+        folder, said = look_up(hub)
+        assert folder is not None, said
+        assert _names(folder) == _WANTED
+        assert said == "", "quiet"
+        assert (folder / "shard-b.safetensors").read_bytes() == (repository / "shard-b.safetensors").read_bytes()
+        sent = dict(hub.sent)
+        again, _ = look_up(hub)
+        by_tag, _ = look_up(hub, revision="v1")
+        assert (again, by_tag) == (folder, folder), "one commit, one folder"
+        assert hub.sent == sent, "a later look-up fetches nothing"
+        offline, said = look_up(hub, HF_HUB_OFFLINE="1")
+        assert offline == folder, said
+        num_asked = len(hub.asked)
+        look_up(hub, HF_HUB_OFFLINE="1")
+        assert len(hub.asked) == num_asked, "offline asks nobody"
+        hub.down = True
+        assert look_up(hub)[0] == folder, "the cache does where the hub is down"
+    away, said = look_up(hub.endpoint)
+    assert away == folder, said
+
+
+def test_a_download_that_broke_off_goes_on_where_it_was(repository: Path, look_up: Callable[..., Found]) -> None:
+    whole = (repository / "shard-b.safetensors").stat().st_size
+    with serving(repository, cut_at=12_000_000) as hub:
+        folder, said = look_up(hub)
+        assert folder is not None, said
+        assert hub.cuts == 1
+        assert [line for line in hub.ranges if line.startswith("shard-b")], "it goes on with a range"
+        # huggingface_hub keeps what came in whole pieces of 10 MB.
+        assert hub.sent["shard-b.safetensors"] < whole + hub.cut_at - 9_000_000
+        assert (folder / "shard-b.safetensors").read_bytes() == (repository / "shard-b.safetensors").read_bytes()
+
+
+def test_a_download_shows_bars_unless_it_is_to_be_quiet(repository: Path, look_up: Callable[..., Found]) -> None:
+    with serving(repository) as hub:
+        folder, said = look_up(hub, bars="bars")
+    assert folder is not None
+    assert "%" in said
+
+
+def test_the_token_is_sent(repository: Path, look_up: Callable[..., Found]) -> None:
+    with serving(repository, token="hf_secret") as hub:
+        folder, said = look_up(hub)
+        assert folder is None
+        assert "no such model, or a private one" in said
+        assert "HF_TOKEN" in said
+        assert look_up(hub, HF_TOKEN="hf_secret")[0] is not None
+
+
+def test_what_cannot_be_had_is_said(repository: Path, look_up: Callable[..., Found]) -> None:
+    with serving(repository) as hub:
+        assert "no such model, or a private one" in look_up(hub, "org/absent")[1]
+        assert "no such revision" in look_up(hub, revision="v9")[1]
+        assert "HF_HUB_OFFLINE is set" in look_up(hub, HF_HUB_OFFLINE="1")[1]
+        hub.gated = True
+        assert "is gated: accept its terms" in look_up(hub)[1]
+        hub.gated, hub.down = False, True
+        assert "the hub cannot be reached" in look_up(hub)[1]
+    said = look_up(hub.endpoint)[1]
+    assert "the hub cannot be reached" in said
+    assert "CheckpointError" in said
+
+
+@pytest.mark.parametrize(
+    ("kept", "said"),
+    [
+        (("model-q4.gguf", "pytorch_model.bin"), "GGUF files: download one (model-q4.gguf)"),
+        (("pytorch_model.bin",), "pickled weights (pytorch_model.bin)"),
+        (("consolidated.safetensors",), "consolidated.safetensors, which no index names"),
+        ((), "no weights at all"),
+    ],
+)
+def test_a_repository_without_safetensors_is_refused_before_a_download(
+    repository: Path, look_up: Callable[..., Found], kept: tuple[str, ...], said: str
+) -> None:
+    for path in repository.rglob("*"):
+        if path.is_file() and path.name not in (*kept, "config.json"):
+            path.unlink()
+    with serving(repository) as hub:
+        folder, error = look_up(hub)
+        assert folder is None
+        assert said in error
+        assert "UnsupportedModelError" in error
+        assert not hub.sent
+
+
+def test_too_little_disk_is_said_before_a_download(repository: Path, look_up: Callable[..., Found]) -> None:
+    (repository / "model.safetensors.index.json").unlink()
+    (repository / "model.safetensors").write_bytes(b"some")
+    with serving(repository, claimed_bytes=10**18) as hub:
+        folder, error = look_up(hub)
+        assert folder is None
+        assert "GB more in" in error
+        assert "HF_HOME" in error
+        assert "model.safetensors" not in hub.sent
+
+
+def test_a_commit_is_a_revision_and_a_folder_has_none(repository: Path, look_up: Callable[..., Found]) -> None:
+    with serving(repository) as hub:
+        folder, said = look_up(hub, revision=COMMIT)
+        assert folder is not None, said
+        assert _names(folder) == _WANTED
+        said = look_up(hub, str(folder), revision="main")[1]
+        assert "is for hub ids" in said
