@@ -177,6 +177,7 @@ def generate(
         PromptError: the prompt is empty or leaves no room in the context.
         ReadError, ChecksumError: an expert could not be read.
     """
+    prompt_ids = prompt_ids.to(model.device)
     room = _room_in_context(model, prompt_ids.shape[1])
     if prefill_chunk is not None and prefill_chunk < 2:
         raise PromptError(f"prefill_chunk is {prefill_chunk}: choose 8 tokens or more (512 to 8192 are usual).")

@@ -114,10 +114,10 @@ class LeanLoop:
         # All ones: there is one row.
         model_kwargs.pop("attention_mask", None)
         has_positions = model_kwargs.pop("position_ids", None) is not None
-        positions = torch.arange(end)[None] if has_positions else None
+        positions = torch.arange(end, device=input_ids.device)[None] if has_positions else None
         kwargs = {name: value for name, value in model_kwargs.items() if value is not None}
         ends, others = _split(stopping_criteria)
-        ids = torch.empty((1, end), dtype=torch.int64)
+        ids = torch.empty((1, end), dtype=torch.int64, device=input_ids.device)
         ids[:, :length] = input_ids
         self.num_computed = cache.get_seq_length()
 

@@ -94,7 +94,7 @@ class OffloadedModel:
     float = _refuse("float", _AS_LOADED)
     double = _refuse("double", _AS_LOADED)
     bfloat16 = _refuse("bfloat16", _AS_LOADED)
-    cuda = _refuse("cuda", "it was loaded for the CPU.")
+    cuda = _refuse("cuda", "it stays where it was loaded. Choose when loading: foreroute.load(..., device=...).")
     # All other ways to move or convert a module end here: type, to_empty, share_memory, ...
     _apply = _refuse("moving or converting", _AS_LOADED)
     __deepcopy__ = _refuse("deepcopy", "two models cannot share one pool. Load it again.")

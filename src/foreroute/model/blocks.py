@@ -124,6 +124,14 @@ def probe(model: nn.Module, offloaded: dict[str, OffloadedExperts]) -> list[MoeL
     return layers
 
 
+def on_device(layers: list[MoeLayer], device: torch.device) -> list[MoeLayer]:
+    """The layers after the model has been moved there: what the probe kept of its weights comes along."""
+    return [
+        layer if layer.norm_weight is None else replace(layer, norm_weight=layer.norm_weight.to(device))
+        for layer in layers
+    ]
+
+
 def _describe(
     index: int,
     name: str,
