@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from math import inf
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -21,6 +21,7 @@ from foreroute.checkpoint.records import PackedStore, open_store
 from foreroute.config import EngineConfig, Plan
 from foreroute.engine.approximation import Approximation
 from foreroute.engine.decode import Workspace
+from foreroute.engine.device_build import build_tier
 from foreroute.engine.devices import open_device
 from foreroute.engine.learner import Learner
 from foreroute.engine.memory import SlotViews
@@ -111,7 +112,7 @@ def load(
         check_room(target, asked, sketch.config, dense_bytes)
     else:
         budget = choose_memory(asked_memory, kept, dense_bytes)
-    sidecar = None if is_cuda else open_sidecar(folder, index, asked)
+    sidecar = None if is_cuda or asked.control == "device" else open_sidecar(folder, index, asked)
     model: Any = load_skeleton(folder, sketch, _torch_dtype(dtype), **model_kwargs)
     layers = probe(model, offloaded_modules(model))
     check_layout(sidecar, layers, model.config.get_text_config().hidden_size)
@@ -123,24 +124,32 @@ def load(
     slots = plan_slots(budget, table.slot_bytes, table.total_slots, [layer.top_k for layer in layers])
     staging_slots = slots.staging_slots if asked.prefetch != "none" or policy.stands_in else 0
     math = _math(layers, source, store, model.dtype)
-    is_learning = sidecar is None and staging_slots > 0 and not is_cuda
+    is_paged = asked.control == "device"
+    is_learning = sidecar is None and staging_slots > 0 and not is_cuda and not is_paged
     learner = _make_learner(asked, layers, model, budget) if is_learning else None
     predictor = prefetch_guesses(asked, layers, model.dtype, sidecar, learner)
     policies = approximation(
         layers, model.dtype, sidecar, asked, predictor, own_math=all(entry is not None for entry in math)
     )
     policies.set([policy])
-    if is_cuda or asked.host_memory is not None:
-        num_records = host_records(asked, _available_ram(), table)
-        placed = place_behind_arena(
-            asked, table, store, slots.num_slots, trace, device=target, num_records=num_records, progress=progress
-        )
+    has_arena = is_cuda or is_paged or asked.host_memory is not None
+    num_records = host_records(asked, _available_ram(), table) if has_arena else 0
+    if is_paged:
+        tier = build_tier(asked, layers, table, store, slots, math, model.dtype, target, policies, progress)
+        # Where a model meets its engine the two are alike; what only one of them has is refused in open_device.
+        runtime = cast(Runtime, tier)
     else:
-        num_records, placed = 0, place(asked, table, store, slots.num_slots, trace)
-    runtime = _build_runtime(
-        asked, layers, table, placed, slots.num_slots, staging_slots, math, model.dtype, predictor, policies
-    )
-    runtime.learner = learner
+        placed = (
+            place_behind_arena(
+                asked, table, store, slots.num_slots, trace, device=target, num_records=num_records, progress=progress
+            )
+            if has_arena
+            else place(asked, table, store, slots.num_slots, trace)
+        )
+        runtime = _build_runtime(
+            asked, layers, table, placed, slots.num_slots, staging_slots, math, model.dtype, predictor, policies
+        )
+        runtime.learner = learner
     plan = Plan(
         folder=str(folder),
         model_type=sketch.config.model_type,

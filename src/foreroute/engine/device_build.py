@@ -1,0 +1,90 @@
+"""Builds the device control plane of a model: arena, pool, operations and maths, for a GPU or the CPU of the tests."""
+
+from collections.abc import Sequence
+
+import torch
+
+from foreroute.checkpoint.layouts import ExpertTable
+from foreroute.checkpoint.records import PackedStore
+from foreroute.config import EngineConfig
+from foreroute.engine.approximation import Approximation
+from foreroute.engine.device_tier import DeviceTier, Paging, SlotMath
+from foreroute.engine.devices import out_of_memory_named
+from foreroute.engine.layer_buffers import LayerBuffers
+from foreroute.engine.memory import SlotViews
+from foreroute.engine.placing import LESS_MEMORY, fill_arena
+from foreroute.engine.predictors import lookahead
+from foreroute.engine.slot_math import PlainSlotMath
+from foreroute.errors import DeviceError
+from foreroute.kernels import paging
+from foreroute.kernels.cpu import ExpertMath
+from foreroute.kernels.paging import PagingState
+from foreroute.model.blocks import MoeLayer
+from foreroute.residency.budget import SlotPlan
+from foreroute.transfer.arena import Progress
+
+
+def build_tier(
+    asked: EngineConfig,
+    layers: Sequence[MoeLayer],
+    table: ExpertTable,
+    store: PackedStore | None,
+    slots: SlotPlan,
+    math: Sequence[ExpertMath | None],
+    dtype: torch.dtype,
+    device: torch.device,
+    approximation: Approximation,
+    progress: Progress,
+) -> DeviceTier:
+    """The tier, its arena filled.
+
+    Raises:
+        DeviceError: the experts' maths is not known, or memory cannot be had or pinned. ReadError, ChecksumError.
+    """
+    own_math = [entry for entry in math if entry is not None]
+    if len(own_math) < len(layers) or any(layer.other is not None for layer in table.layers):
+        raise DeviceError(
+            f"--control device computes experts itself, and those of {type(layers[0].experts).__name__} are computed "
+            "by their family's own code. Use --control host."
+        )
+    staging = slots.staging_slots if asked.prefetch != "none" else 0
+    with out_of_memory_named(f"{slots.num_slots} experts' slots and two layers' buffers", LESS_MEMORY):
+        pool = torch.empty(slots.num_slots, table.slot_bytes, dtype=torch.uint8, device=device)
+        state = PagingState.create(
+            slots.num_slots, table.num_keys, table.num_experts, staging_slots=staging, device=device
+        )
+    arena, keys = fill_arena(asked, table, store, table.total_slots, is_pinned=device.type == "cuda", progress=progress)
+    try:
+        first_records, filled = [], 0
+        for layer in table.layers:
+            first_records.append(filled)
+            filled += layer.num_experts
+        with out_of_memory_named("two layers' buffers", LESS_MEMORY):
+            buffers = LayerBuffers(table, arena.tensor, first_records, own_math, dtype, device)
+        views = SlotViews(pool.view(-1), table.slot_bytes, [layer.layout for layer in table.layers], own_math, dtype)
+        operations, slot_math = _operations(device, views, own_math)
+    except BaseException:
+        arena.close()
+        raise
+    return DeviceTier(
+        table,
+        arena,
+        keys,
+        pool,
+        state,
+        operations,
+        slot_math,
+        buffers,
+        [layer.top_k for layer in layers],
+        lookahead(layers, dtype).guess if staging else None,
+        approximation,
+        width=asked.prefetch_width,
+        clear=views.clear,
+    )
+
+
+def _operations(device: torch.device, views: SlotViews, math: Sequence[ExpertMath]) -> tuple[Paging, SlotMath]:
+    """Paging and maths for the device: Triton's on a GPU, the plain ones elsewhere."""
+    if device.type == "cpu":
+        return paging, PlainSlotMath(views, math)
+    raise DeviceError("--control device has no kernels for this device yet. Use --control host.")
