@@ -152,7 +152,13 @@ class DeviceTier:
         if self.is_prefill:
             self.buffers.begin()
             self._has_seeds = True
-        elif self._has_seeds:
+        else:
+            self.prepare_decode()
+
+    def prepare_decode(self) -> None:
+        """What has to be done on the host before a decode step, once after each prompt."""
+        self.is_prefill = False
+        if self._has_seeds:
             self.seed()
 
     def compute(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
