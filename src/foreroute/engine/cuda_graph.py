@@ -42,8 +42,8 @@ class GraphDecoder:
         if rows not in BATCH_SIZES or rows > tier.most_rows:
             possible = [size for size in BATCH_SIZES if size <= tier.most_rows]
             raise RefusedError(
-                f"There is no decode graph for {rows} rows, but for {possible}: the memory has to hold all that the rows "
-                "use in one layer."
+                f"There is no decode graph for {rows} rows, but for {possible}: the memory has to hold all that the "
+                "rows use in one layer."
             )
         self._model = model
         self._tier = tier
@@ -75,7 +75,7 @@ class GraphDecoder:
                 layer.cumulative_length.zero_()
         done = 0
         for part in split_prompt(ids, chunk):
-            self._tier.begin_step(*part.shape, part, is_start=done == 0)
+            self._tier.begin_step(len(part), part.shape[1], part, is_start=done == 0)
             positions = torch.arange(done, done + part.shape[1], device=self._device).expand(len(ids), -1)
             with torch.no_grad():
                 logits = self._forward(part, positions)
