@@ -8,7 +8,7 @@ from foreroute.checkpoint.layouts import ExpertTable
 from foreroute.checkpoint.records import PackedStore
 from foreroute.config import EngineConfig
 from foreroute.engine.approximation import Approximation
-from foreroute.engine.device_tier import DeviceTier, Paging, SlotMath
+from foreroute.engine.device_tier import DeviceTier, GuessNext, Paging, SlotMath
 from foreroute.engine.devices import out_of_memory_named
 from foreroute.engine.layer_buffers import LayerBuffers
 from foreroute.engine.memory import SlotViews
@@ -21,7 +21,7 @@ from foreroute.kernels.cpu import ExpertMath
 from foreroute.kernels.paging import PagingState
 from foreroute.model.blocks import MoeLayer
 from foreroute.residency.budget import SlotPlan
-from foreroute.transfer.arena import Progress
+from foreroute.transfer.arena import Arena, Progress
 
 
 def build_tier(
@@ -47,25 +47,50 @@ def build_tier(
             f"--control device computes experts itself, and those of {type(layers[0].experts).__name__} are computed "
             "by their family's own code. Use --control host."
         )
-    staging = slots.staging_slots if asked.prefetch != "none" else 0
-    with out_of_memory_named(f"{slots.num_slots} experts' slots and two layers' buffers", LESS_MEMORY):
-        pool = torch.empty(slots.num_slots, table.slot_bytes, dtype=torch.uint8, device=device)
-        state = PagingState.create(
-            slots.num_slots, table.num_keys, table.num_experts, staging_slots=staging, device=device
-        )
     arena, keys = fill_arena(asked, table, store, table.total_slots, is_pinned=device.type == "cuda", progress=progress)
     try:
+        staging = slots.staging_slots if asked.prefetch != "none" else 0
+        return assemble_tier(
+            layers, table, arena, keys, slots.num_slots, staging, own_math, dtype, device, approximation,
+            guess=lookahead(layers, dtype).guess, width=asked.prefetch_width,
+        )  # fmt: skip
+    except BaseException:
+        arena.close()
+        raise
+
+
+def assemble_tier(
+    layers: Sequence[MoeLayer],
+    table: ExpertTable,
+    arena: Arena,
+    keys: Sequence[int],
+    num_slots: int,
+    staging_slots: int,
+    math: Sequence[ExpertMath],
+    dtype: torch.dtype,
+    device: torch.device,
+    approximation: Approximation,
+    *,
+    guess: GuessNext,
+    width: int | None = None,
+) -> DeviceTier:
+    """The tier over an arena that is filled, its records in the order of `keys`.
+
+    Raises:
+        DeviceError: the device's memory does not hold it.
+    """
+    with out_of_memory_named(f"{num_slots} experts' slots and two layers' buffers", LESS_MEMORY):
+        pool = torch.empty(num_slots, table.slot_bytes, dtype=torch.uint8, device=device)
+        state = PagingState.create(
+            num_slots, table.num_keys, table.num_experts, staging_slots=staging_slots, device=device
+        )
         first_records, filled = [], 0
         for layer in table.layers:
             first_records.append(filled)
             filled += layer.num_experts
-        with out_of_memory_named("two layers' buffers", LESS_MEMORY):
-            buffers = LayerBuffers(table, arena.tensor, first_records, own_math, dtype, device)
-        views = SlotViews(pool.view(-1), table.slot_bytes, [layer.layout for layer in table.layers], own_math, dtype)
-        operations, slot_math = _operations(device, views, own_math)
-    except BaseException:
-        arena.close()
-        raise
+        buffers = LayerBuffers(table, arena.tensor, first_records, math, dtype, device)
+    views = SlotViews(pool.view(-1), table.slot_bytes, [layer.layout for layer in table.layers], math, dtype)
+    operations, slot_math = _operations(device, views, math)
     return DeviceTier(
         table,
         arena,
@@ -76,9 +101,9 @@ def build_tier(
         slot_math,
         buffers,
         [layer.top_k for layer in layers],
-        lookahead(layers, dtype).guess if staging else None,
+        guess,
         approximation,
-        width=asked.prefetch_width,
+        width=width,
         clear=views.clear,
     )
 

@@ -108,7 +108,8 @@ def probe(model: nn.Module, offloaded: dict[str, OffloadedExperts]) -> list[MoeL
         for name, module in offloaded.items():
             module.engine_forward = on_experts(name, module)
         with torch.no_grad():
-            model(input_ids=torch.arange(1, _PROBE_TOKENS + 1).unsqueeze(0), use_cache=False)
+            device = next(model.parameters()).device
+            model(input_ids=torch.arange(1, _PROBE_TOKENS + 1, device=device).unsqueeze(0), use_cache=False)
         if layers:
             layers[-1] = _with_norm(layers[-1], calls)
     finally:
