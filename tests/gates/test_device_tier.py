@@ -8,10 +8,14 @@ import pytest
 import torch
 
 from foreroute import EngineConfig
+from foreroute.checkpoint.layouts import ExpertLayout, Part
 from foreroute.engine import device_tier
 from foreroute.engine.branch import LateBranch
 from foreroute.engine.cuda_graph import GraphDecoder
+from foreroute.engine.proof import describe_math
+from foreroute.engine.slot_math import GatheredSlotMath
 from foreroute.errors import DeviceError, PromptError, RefusedError
+from foreroute.kernels.cpu import ExpertMath
 from tests.support.runs import ONE_PROMPT, THREE_PROMPTS, assert_same_bits, generate, make_batch
 
 
@@ -97,6 +101,33 @@ def test_the_step_of_a_graph_without_the_graph(checkpoints, references, load, fa
     assert model.foreroute.stats().decode.steps == 2 * (expected.shape[1] - 1)
     two = GraphDecoder(model, 2, 40).greedy(ONE_PROMPT.ids.expand(2, -1), 8)
     assert two.tolist() == expected[:, :8].expand(2, -1).tolist()
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "deepseek_v3"])
+def test_gathered_experts_say_the_same(checkpoints, references, load, family):
+    """The maths that a graph can hold: no slot is read back, and logits differ by rounding alone."""
+    folder = checkpoints.get(family)
+    model = load(folder, "50%", control="device")
+    tier = model.foreroute.runtime
+    layouts = [layer.layout for layer in tier.table.layers]
+    math = [describe_math(layer.experts) for layer in model.foreroute.layers]
+    tier._slot_math = GatheredSlotMath(tier._pool, layouts, math, torch.float32)
+    for batch in (ONE_PROMPT, THREE_PROMPTS):
+        ours, theirs = generate(model, batch), references.output(folder, batch)
+        assert ours.tokens.tolist() == theirs.tokens.tolist()
+        torch.testing.assert_close(ours.logits, theirs.logits, rtol=0, atol=5e-5)
+    assert counts(model)["misses"] > 0
+
+
+def test_ids_that_are_no_expert_add_nothing():
+    part = Part("up", 0, 64, (4, 4), "F32"), Part("down", 64, 32, (4, 2), "F32")
+    pool = torch.full((2, 4096), 255, dtype=torch.uint8)  # not numbers
+    math = ExpertMath(lambda inner: inner[:, :2], 0, 1)
+    compute = GatheredSlotMath(pool, [ExpertLayout(part)], [math], torch.float32)
+    pool[1, :96] = torch.ones(24).view(torch.uint8)
+    ids, slots = torch.tensor([[5, 9]]), torch.tensor([[1, -1]], dtype=torch.int32)
+    out = compute(0, torch.ones(1, 4), ids, slots, torch.tensor([[0.5, 0.5]]))
+    assert out.tolist() == [[4.0] * 4]  # 4 x 1 in, 2 x 4 out, half of it
 
 
 def test_what_a_graph_cannot_do_is_said(checkpoints, load):

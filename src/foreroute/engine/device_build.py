@@ -1,6 +1,8 @@
 """Builds the device control plane of a model: arena, pool, operations and maths, for a GPU or the CPU of the tests."""
 
-from collections.abc import Sequence
+import importlib
+from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 
@@ -14,7 +16,7 @@ from foreroute.engine.layer_buffers import LayerBuffers
 from foreroute.engine.memory import SlotViews
 from foreroute.engine.placing import LESS_MEMORY, fill_arena
 from foreroute.engine.predictors import lookahead
-from foreroute.engine.slot_math import PlainSlotMath
+from foreroute.engine.slot_math import GatheredSlotMath, PlainSlotMath
 from foreroute.errors import DeviceError
 from foreroute.kernels import paging
 from foreroute.kernels.cpu import ExpertMath
@@ -89,8 +91,7 @@ def assemble_tier(
             first_records.append(filled)
             filled += layer.num_experts
         buffers = LayerBuffers(table, arena.tensor, first_records, math, dtype, device)
-    views = SlotViews(pool.view(-1), table.slot_bytes, [layer.layout for layer in table.layers], math, dtype)
-    operations, slot_math = _operations(device, views, math)
+    operations, slot_math, clear = _operations(table, pool, math, dtype)
     return DeviceTier(
         table,
         arena,
@@ -104,12 +105,25 @@ def assemble_tier(
         guess,
         approximation,
         width=width,
-        clear=views.clear,
+        clear=clear,
     )
 
 
-def _operations(device: torch.device, views: SlotViews, math: Sequence[ExpertMath]) -> tuple[Paging, SlotMath]:
-    """Paging and maths for the device: Triton's on a GPU, the plain ones elsewhere."""
-    if device.type == "cpu":
-        return paging, PlainSlotMath(views, math)
-    raise DeviceError("--control device has no kernels for this device yet. Use --control host.")
+def _operations(
+    table: ExpertTable, pool: torch.Tensor, math: Sequence[ExpertMath], dtype: torch.dtype
+) -> tuple[Paging, SlotMath, Callable[[], None]]:
+    """Paging, maths, and what lets go of the pool: Triton's kernels on a GPU, the plain ones elsewhere.
+
+    Raises:
+        DeviceError: the kernels cannot be imported.
+    """
+    layouts = [layer.layout for layer in table.layers]
+    if pool.device.type == "cpu":
+        views = SlotViews(pool.view(-1), table.slot_bytes, layouts, math, dtype)
+        return paging, PlainSlotMath(views, math), views.clear
+    try:
+        kernels = importlib.import_module("foreroute.kernels.triton_paging")
+    except ImportError as error:
+        raise DeviceError(f"--control device: its kernels cannot be loaded ({error}). Use --control host.") from error
+    gathered = GatheredSlotMath(pool, layouts, math, dtype)
+    return cast(Paging, kernels), gathered, gathered.clear
