@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from foreroute.engine.cuda_graph import GraphDecoder
+from foreroute.engine.cuda_graph import GraphDecoder, _ScalarsOnDevice
 from foreroute.engine.proof import describe_math
 from foreroute.engine.slot_math import GatheredSlotMath
 from tests.support.runs import ONE_PROMPT
@@ -30,7 +30,9 @@ class HostWatch(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.__name__.split(".")[0]
         self.num_operations += 1
-        is_mask = name in ("index", "index_put_") and any(part is not None and part.dtype == torch.bool for part in args[1])
+        is_mask = name in ("index", "index_put_") and any(
+            part is not None and part.dtype == torch.bool for part in args[1]
+        )
         if name in STOPS or is_mask:
             self.seen.append(name)
         return func(*args, **(kwargs or {}))
@@ -77,6 +79,14 @@ def test_the_watch_goes_red():
         values[values > 1]
         torch.tensor([1, 2])
     assert watch.seen == ["_local_scalar_dense", "index", "lift_fresh"]
+
+
+def test_numbers_are_made_on_the_device():
+    with HostWatch() as watch, _ScalarsOnDevice():
+        made = [torch.tensor(0.5), torch.tensor(3, device="cpu"), torch.tensor(True), torch.tensor(0, dtype=torch.half)]
+    assert watch.seen == []
+    plain = [torch.tensor(0.5), torch.tensor(3), torch.tensor(True), torch.tensor(0, dtype=torch.half)]
+    assert [(one.dtype, one.shape, one.item()) for one in made] == [(p.dtype, p.shape, p.item()) for p in plain]
 
 
 def test_a_step_moves_its_own_position_on_and_nothing_else_does(decoder):

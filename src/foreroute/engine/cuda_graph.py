@@ -7,6 +7,7 @@ the CPU the same step runs without a graph, for the tests.
 from typing import Any, cast
 
 import torch
+from torch.overrides import TorchFunctionMode
 from transformers import StaticCache
 from transformers.cache_utils import StaticLayer
 
@@ -18,6 +19,21 @@ from foreroute.errors import PromptError, RefusedError
 # Batch sizes that have a graph.
 BATCH_SIZES = (1, 2, 4, 8)
 _WARM_UP_STEPS = 2
+
+
+class _ScalarsOnDevice(TorchFunctionMode):
+    """While active, `torch.tensor(number)` fills memory on the device in place of copying it there from the host.
+
+    transformers makes some masks so (5.17), and such a copy cannot be captured. The values are the same.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.tensor and args and isinstance(args[0], bool | int | float):
+            return torch.full((), *args, **kwargs)
+        return func(*args, **kwargs)
 
 
 class GraphDecoder:
@@ -131,7 +147,7 @@ class GraphDecoder:
 
     def _run(self) -> torch.Tensor:
         """One step, as it is captured."""
-        with torch.no_grad():
+        with torch.no_grad(), _ScalarsOnDevice():
             logits = self._forward(self._tokens, self._positions)[:, -1]
             self._positions.add_(1)
         return logits
