@@ -145,6 +145,7 @@ class Plan:
     prefill_chunk: int
     device: str = "cpu"
     host_records: int = 0
+    kv_tokens: int = 0
 
     @property
     def token_demand_bytes(self) -> int:

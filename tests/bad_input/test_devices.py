@@ -1,5 +1,6 @@
 """No GPU, an old driver, no Triton, too little memory: each is said before anything is loaded, with what would do."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -119,6 +120,23 @@ def test_quantised_for_the_cpu_is_refused() -> None:
         sizing.check_store(SimpleNamespace(codec="int4"), "stored")
     sizing.check_store(SimpleNamespace(codec="stored"), "stored")
     sizing.check_store(None, "stored")
+
+
+def test_what_the_model_wants_is_counted_on_the_model_itself(fake_gpu, checkpoints, load) -> None:
+    model = load(checkpoints.get("qwen3_moe"), "100%")
+    handle = model.foreroute
+    table, layers, text = handle.runtime.table, handle.layers, model.config.get_text_config()
+    asked = EngineConfig(device="cuda", kv_tokens=64, prefill_chunk=32)
+    weights = sum(one.numel() * one.element_size() for one in (*model.parameters(), *model.buffers()))
+    kv = 64 * devices.kv_bytes_per_token(model)
+    chunk = 32 * (16 * text.hidden_size * 4 + text.vocab_size * 8)
+    wanted = weights + kv + chunk + (256 + 192) * 2**20
+    room = 20 * table.slot_bytes
+    fake_gpu.setattr(torch.cuda, "mem_get_info", lambda device=None: (wanted + room, 2**30))
+    assert sizing.move_and_choose(torch.device("cpu"), asked, None, model, layers, table) == room
+    paged = replace(asked, control="device")
+    with pytest.raises(DeviceError, match="one token's experts need|without a single expert"):
+        sizing.move_and_choose(torch.device("cpu"), paged, None, model, layers, table)
 
 
 def test_values_that_make_no_sense() -> None:

@@ -12,8 +12,11 @@ from foreroute.checkpoint.layouts import ExpertLayout, Part
 from foreroute.engine import device_tier
 from foreroute.engine.branch import LateBranch
 from foreroute.engine.cuda_graph import GraphDecoder
+from foreroute.engine.generate import generate as answer
+from foreroute.engine.prompt_cache import PromptCache
 from foreroute.engine.proof import describe_math
 from foreroute.engine.slot_math import GatheredSlotMath
+from foreroute.engine.text import load_tokenizer
 from foreroute.errors import DeviceError, PromptError, RefusedError
 from foreroute.kernels.cpu import ExpertMath
 from tests.support.runs import ONE_PROMPT, THREE_PROMPTS, assert_same_bits, generate, make_batch
@@ -101,6 +104,25 @@ def test_the_step_of_a_graph_without_the_graph(checkpoints, references, load, fa
     assert model.foreroute.stats().decode.steps == 2 * (expected.shape[1] - 1)
     two = GraphDecoder(model, 2, 40).greedy(ONE_PROMPT.ids.expand(2, -1), 8)
     assert two.tolist() == expected[:, :8].expand(2, -1).tolist()
+
+
+def test_answers_go_through_the_decoder(checkpoints, references, load):
+    folder = checkpoints.get("qwen3_moe")
+    model = load(folder, "25%", control="device", kv_tokens=32)
+    tokenizer = load_tokenizer(folder)
+    expected = references.output(folder).tokens[0, ONE_PROMPT.ids.shape[1] :].tolist()
+    reuse = PromptCache(2**30)
+    for _ in range(2):
+        report = answer(model, tokenizer, ONE_PROMPT.ids, max_new_tokens=32, do_sample=False, reuse=reuse)
+        assert report.loop == "lean"
+        assert report.prompt_tokens_reused == 0
+        assert list(report.token_ids) == expected[: len(report.token_ids)]
+        assert len(report.token_ids) > 10
+    kept = model.foreroute.decoder
+    assert kept.max_length == ONE_PROMPT.ids.shape[1] + 32
+    short = answer(model, tokenizer, ONE_PROMPT.ids, max_new_tokens=4, do_sample=False, prefill_chunk=8)
+    assert list(short.token_ids) == expected[:4]
+    assert model.foreroute.decoder is kept, "it is long enough"
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "deepseek_v3"])

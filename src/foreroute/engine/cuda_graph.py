@@ -45,6 +45,7 @@ class GraphDecoder:
 
     Attributes:
         logits: [rows, vocabulary], of the last token; the same memory for every step.
+        max_length: tokens that the cache holds.
 
     Raises:
         RefusedError: the model has another control plane, or there is no graph for so many rows.
@@ -63,7 +64,7 @@ class GraphDecoder:
             )
         self._model = model
         self._tier = tier
-        self._max_length = max_length
+        self.max_length = max_length
         self._device = model.device
         self._tokens = torch.zeros(rows, 1, dtype=torch.int64, device=self._device)
         self._positions = torch.zeros(rows, 1, dtype=torch.int64, device=self._device)
@@ -132,10 +133,10 @@ class GraphDecoder:
         return torch.cat(chosen, 1).cpu()
 
     def _new_cache(self) -> StaticCache:
-        cache = StaticCache(config=self._model.config, max_cache_len=self._max_length)
+        cache = StaticCache(config=self._model.config, max_cache_len=self.max_length)
         # Whole layers in place of sliding windows, whose own bookkeeping in Python a graph would freeze: the mask keeps
         # to the window all the same.
-        cache.layers = [StaticLayer(max_cache_len=self._max_length) for _ in cache.layers]
+        cache.layers = [StaticLayer(max_cache_len=self.max_length) for _ in cache.layers]
         return cache
 
     def _forward(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -173,5 +174,27 @@ class GraphDecoder:
         self._graph = graph
 
     def _check_length(self, length: int) -> None:
-        if length > self._max_length:
-            raise PromptError(f"The cache holds {self._max_length} tokens; {length} are needed. Make it longer.")
+        if length > self.max_length:
+            raise PromptError(f"The cache holds {self.max_length} tokens; {length} are needed. Make it longer.")
+
+
+def is_paged(model: Any) -> bool:
+    """The model's experts are paged by its device, so that answers go through a decoder."""
+    return isinstance(model.foreroute.runtime, DeviceTier)
+
+
+def decoder_of(model: Any, max_length: int) -> GraphDecoder | None:
+    """The decoder of one row that the model keeps, for texts of up to `max_length` tokens; None where it has none.
+
+    Made at the first answer, for as many tokens as room is kept for, and anew for a longer one.
+
+    Raises:
+        DeviceError: its cache does not fit.
+    """
+    if not is_paged(model):
+        return None
+    handle = model.foreroute
+    if handle.decoder is None or handle.decoder.max_length < max_length:
+        handle.decoder = None  # its memory first
+        handle.decoder = GraphDecoder(model, 1, max(max_length, handle.plan.kv_tokens))
+    return handle.decoder

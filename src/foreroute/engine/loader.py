@@ -174,6 +174,7 @@ def load(
         prefill_chunk=asked.prefill_chunk,
         device=str(target),
         host_records=num_records,
+        kv_tokens=asked.kv_tokens if is_cuda or is_paged else 0,
     )
     if trace is not None:
         trace.begin(**header_of(plan, asked, table, index.fingerprint()))
