@@ -135,7 +135,7 @@ def test_what_the_model_wants_is_counted_on_the_model_itself(fake_gpu, checkpoin
     fake_gpu.setattr(torch.cuda, "mem_get_info", lambda device=None: (wanted + room, 2**30))
     assert sizing.move_and_choose(torch.device("cpu"), asked, None, model, layers, table) == room
     paged = replace(asked, control="device")
-    with pytest.raises(DeviceError, match="one token's experts need|without a single expert"):
+    with pytest.raises(DeviceError, match=r"one token's experts need|without a single expert"):
         sizing.move_and_choose(torch.device("cpu"), paged, None, model, layers, table)
 
 

@@ -54,6 +54,14 @@ def test_every_field_has_its_flag(field) -> None:
     assert getattr(config, field.name) == value != getattr(EngineConfig(), field.name)
 
 
+@pytest.mark.parametrize("command", ["verify", "bench", "eval", "demo"])
+def test_commands_that_stay_on_the_cpu_have_no_flag_for_a_gpu(command, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        asked = ["--suite", "builtin"] if command == "eval" else []
+        build_parser().parse_args([command, "MODEL", *asked, "--device", "cuda"])
+    assert "--device" in capsys.readouterr().err
+
+
 def test_a_value_that_the_config_refuses_is_our_error() -> None:
     with pytest.raises(ForerouteError, match="reader_threads is 99"):
         options.engine_config(parsed("--reader-threads", "99"))

@@ -13,6 +13,8 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from foreroute.config import EngineConfig
 from foreroute.errors import PromptError
 
+# Fields of EngineConfig for experts on a GPU: left out by commands whose inputs stay on the CPU.
+GPU_FIELDS = ("device", "control", "host_memory", "kv_tokens")
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
