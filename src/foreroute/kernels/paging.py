@@ -7,7 +7,8 @@ signatures, and tests hold both to residency/ and policy/.
 What differs from residency/: nothing tells the device that a copy is done. A slot that `plan_prefetch` or `plan_fill`
 hands out is in flight until an operation is told `arrived=True`: everything that was copied for earlier lists is
 there. The copies of `plan` have to be there before the experts are computed, and its keys are leased until `release`
-or the next `plan`. Free slots go lowest first, and a demand's keys are served in ascending order.
+or the next `plan`. A staged key is as old as its last guess, not as its arrival. Free slots go lowest first, and a
+demand's keys are served in ascending order.
 
 Order, for whoever composes them: planners change the tables and therefore run in one stream, one after the other;
 `fetch` reads its own list and the arena alone, and may run beside everything but what reads the slots it fills.
