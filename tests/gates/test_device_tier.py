@@ -18,7 +18,9 @@ from foreroute.engine.proof import describe_math
 from foreroute.engine.slot_math import GatheredSlotMath
 from foreroute.engine.text import load_tokenizer
 from foreroute.errors import DeviceError, PromptError, RefusedError
+from foreroute.kernels import paging
 from foreroute.kernels.cpu import ExpertMath
+from foreroute.predict.base import TokenGuess
 from tests.support.runs import ONE_PROMPT, THREE_PROMPTS, assert_same_bits, generate, make_batch
 
 
@@ -51,6 +53,25 @@ def test_on_demand_without_guesses(checkpoints, references, load):
     model = load(folder, "25%", control="device", prefetch="none")
     assert_same_bits(generate(model), references.output(folder))
     assert counts(model)["prefetched"] == counts(model)["late"] == 0
+
+
+def test_first_choices_of_all_rows_are_guessed_first(checkpoints, load, monkeypatch):
+    model = load(checkpoints.get("qwen3_moe"), "50%", control="device")
+    tier, asked = model.foreroute.runtime, []
+    guesses = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    tier._guess = lambda layer, seen, width: TokenGuess(guesses, guesses)
+
+    class Noting:
+        def plan_prefetch(self, state, layer, guesses, copies, *, arrived) -> None:
+            asked.append((layer, guesses.tolist(), arrived))
+            paging.plan_prefetch(state, layer, guesses, copies, arrived=arrived)
+
+        plan, fetch = staticmethod(paging.plan), staticmethod(paging.fetch)
+
+    tier._paging = Noting()
+    tier.begin_step(2, 1)
+    tier.compute(0, torch.zeros(2, 64), torch.tensor([[0, 1, 2], [2, 3, 4]]), torch.ones(2, 3))
+    assert asked == [(1, [1, 4, 2, 5, 3, 6], True)]
 
 
 def test_the_join_is_needed(checkpoints, references, load, monkeypatch):

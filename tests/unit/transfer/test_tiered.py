@@ -109,6 +109,26 @@ def test_what_is_not_in_memory_comes_from_disk_and_the_least_recently_used_gives
     assert disk.calls[2] == ("demand", 9, disk.calls[0][2]), "7 gives way to 9"
 
 
+def test_what_was_asked_for_again_stays_and_a_reset_loses_no_record() -> None:
+    copier, disk = SlowCopier(), FakeTransfer(finish_on_wait=True)
+    copier.num_done = 1000
+    transfer = TieredTransfer(copier, [], 2, disk, lambda key: 1)
+    for key in (1, 2, 1, 3):  # 3 takes the place of 2
+        transfer.demand(key, 0)
+        transfer.wait()
+    num_reads = len(disk.calls)
+    transfer.demand(1, 0)
+    transfer.wait()
+    assert len(disk.calls) == num_reads == 3
+    for _ in range(3):  # each cut off while it is being read
+        transfer.demand(8, 0)
+        transfer.demand(9, 1)
+        assert disk.num_in_flight == 2
+        transfer.reset()
+    transfer.demand(9, 0)
+    assert [one.key for one in transfer.wait()] == [9]
+
+
 def test_an_error_of_the_disk_travels_with_its_slot() -> None:
     disk = FakeTransfer()
     transfer = TieredTransfer(SlowCopier(), [], 1, disk, lambda key: 1)
