@@ -4,6 +4,8 @@ Operations are the plain references here, and forked work runs as late as it may
 those of the resident model; the graph itself needs a GPU (tests/gpu).
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -13,13 +15,15 @@ from foreroute.engine import device_tier
 from foreroute.engine.branch import LateBranch
 from foreroute.engine.cuda_graph import GraphDecoder
 from foreroute.engine.generate import generate as answer
+from foreroute.engine.kernel_math import KernelSlotMath, form_of
 from foreroute.engine.prompt_cache import PromptCache
 from foreroute.engine.proof import describe_math
 from foreroute.engine.slot_math import GatheredSlotMath
 from foreroute.engine.text import load_tokenizer
 from foreroute.errors import DeviceError, PromptError, RefusedError
-from foreroute.kernels import paging
+from foreroute.kernels import expert_form, paging
 from foreroute.kernels.cpu import ExpertMath
+from foreroute.kernels.expert_form import CLAMPED, SILU
 from foreroute.predict.base import TokenGuess
 from tests.support.runs import ONE_PROMPT, THREE_PROMPTS, assert_same_bits, generate, make_batch
 
@@ -160,6 +164,27 @@ def test_gathered_experts_say_the_same(checkpoints, references, load, family):
         assert ours.tokens.tolist() == theirs.tokens.tolist()
         torch.testing.assert_close(ours.logits, theirs.logits, rtol=0, atol=5e-5)
     assert counts(model)["misses"] > 0
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "deepseek_v3"])
+def test_the_kernels_form_of_a_family_is_found_and_gives_its_tokens(checkpoints, references, load, family):
+    """By the kernels' reference; the kernels themselves are held to it elsewhere."""
+    folder = checkpoints.get(family)
+    model = load(folder, "50%", control="device")
+    tier, layers = model.foreroute.runtime, model.foreroute.layers
+    forms = []
+    for layer, described in zip(layers, tier.table.layers, strict=True):
+        math = describe_math(layer.experts)
+        forms.append(form_of(layer.experts, described.layout, math, torch.float32))
+        assert form_of(layer.experts, described.layout, math, torch.bfloat16) is None
+        wrong = replace(math, gate=lambda inner: inner.chunk(2, -1)[0])
+        assert form_of(layer.experts, described.layout, wrong, torch.float32) is None
+    is_oss = family == "gpt_oss"
+    assert {(form.is_interleaved, form.gate) for form in forms} == {(is_oss, CLAMPED if is_oss else SILU)}
+    tier._slot_math = KernelSlotMath(expert_form.experts, tier._pool, forms)
+    ours, theirs = generate(model, ONE_PROMPT, 12), references.output(folder)
+    assert ours.tokens.tolist() == theirs.tokens[:, : ours.tokens.shape[1]].tolist()
+    torch.testing.assert_close(ours.logits, theirs.logits[:12], rtol=0, atol=5e-5)
 
 
 def test_ids_that_are_no_expert_add_nothing():

@@ -12,6 +12,7 @@ from foreroute.config import EngineConfig
 from foreroute.engine.approximation import Approximation
 from foreroute.engine.device_tier import DeviceTier, GuessNext, Paging, SlotMath
 from foreroute.engine.devices import out_of_memory_named
+from foreroute.engine.kernel_math import KernelSlotMath, form_of
 from foreroute.engine.layer_buffers import LayerBuffers
 from foreroute.engine.memory import SlotViews
 from foreroute.engine.placing import LESS_MEMORY, fill_arena
@@ -91,7 +92,7 @@ def assemble_tier(
             first_records.append(filled)
             filled += layer.num_experts
         buffers = LayerBuffers(table, arena.tensor, first_records, math, dtype, device)
-    operations, slot_math, clear = _operations(table, pool, math, dtype)
+    operations, slot_math, clear = _operations(layers, table, pool, math, dtype)
     return DeviceTier(
         table,
         arena,
@@ -110,7 +111,11 @@ def assemble_tier(
 
 
 def _operations(
-    table: ExpertTable, pool: torch.Tensor, math: Sequence[ExpertMath], dtype: torch.dtype
+    layers: Sequence[MoeLayer],
+    table: ExpertTable,
+    pool: torch.Tensor,
+    math: Sequence[ExpertMath],
+    dtype: torch.dtype,
 ) -> tuple[Paging, SlotMath, Callable[[], None]]:
     """Paging, maths, and what lets go of the pool: Triton's kernels on a GPU, the plain ones elsewhere.
 
@@ -123,7 +128,15 @@ def _operations(
         return paging, PlainSlotMath(views, math), views.clear
     try:
         kernels = importlib.import_module("foreroute.kernels.triton_paging")
+        experts = importlib.import_module("foreroute.kernels.triton_experts").experts
     except ImportError as error:
         raise DeviceError(f"--control device: its kernels cannot be loaded ({error}). Use --control host.") from error
+    found = [
+        form_of(layer.experts, layout, entry, dtype) for layer, layout, entry in zip(layers, layouts, math, strict=True)
+    ]
+    forms = [form for form in found if form is not None]
+    if len(forms) == len(layers):
+        through_slots = KernelSlotMath(experts, pool, forms)
+        return cast(Paging, kernels), through_slots, through_slots.clear
     gathered = GatheredSlotMath(pool, layouts, math, dtype)
     return cast(Paging, kernels), gathered, gathered.clear
