@@ -41,7 +41,8 @@ def form_of(module: Any, layout: ExpertLayout, math: ExpertMath, dtype: torch.dt
     """How the experts of a layer lie and are gated; None where no form that the kernels know gives their numbers.
 
     Args:
-        module: the family's experts module, for the constants of its gate. dtype: of compute; experts stored in another have none.
+        module: the family's experts module, for the constants of its gate.
+        dtype: of compute; experts that are stored in another have no form.
     """
     if any(TORCH_DTYPES[part.dtype] != dtype for part in layout.parts):
         return None
