@@ -90,8 +90,8 @@ def _fetch(
         offset = tl.load(record_offsets + tl.load(copy_keys + at))
         target = tl.load(copy_slots + at).to(tl.int64) * slot_words
         words = (block % blocks) * WORDS + word
-        # A key without a record has a negative offset.
-        mask = (words < record_words) & (offset >= 0)
+        # A key without a record has a negative offset. Not `&`: the interpreter makes no mask of a vector and a scalar.
+        mask = words < tl.where(offset >= 0, record_words, 0)
         source = arena + tl.multiple_of(offset // 4, 4) + words
         values = tl.load(source, mask, eviction_policy="evict_first")
         tl.store(slots + target + words, values, mask)
