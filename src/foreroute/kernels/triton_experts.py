@@ -198,11 +198,11 @@ def sum_kernel(
         pair = token * top_k + tl.sum(tl.where(rank == place, choice, 0), 0)
         slot = tl.load(slots + pair)
         weight = tl.load(weights + pair).to(tl.float32)
-        value = tl.load(outputs + pair * width + col, (col < width) & (slot >= 0), 0.0).to(tl.float32)
+        value = tl.load(outputs + pair * width + col, col < tl.where(slot >= 0, width, 0), 0.0).to(tl.float32)
         if STANDS_IN:
             expert = tl.load(stood_in + pair)
             at = expert.to(tl.int64) * width + col
-            vector = tl.load(vectors + at, (col < width) & (slot < 0) & (expert >= 0), 0.0)
+            vector = tl.load(vectors + at, col < tl.where((slot < 0) & (expert >= 0), width, 0), 0.0)
             value += _rounded(vector, DTYPE)
         total = _rounded(total + _rounded(value * weight, DTYPE), DTYPE)
     tl.store(out + token * width + col, total.to(DTYPE), col < width)
