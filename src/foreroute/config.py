@@ -70,6 +70,22 @@ class EngineConfig:
         None,
         "write what happens to a file: .jsonl for foreroute replay, .json for Perfetto; see docs/trace.md",
     )
+    device: str = _option(
+        "cpu",
+        "where the model is computed: cpu (experts on disk), or cuda (experts in pinned host memory; docs/gpu.md)",
+        ("cpu", "cuda"),
+    )
+    control: str = _option(
+        "host",
+        "who asks for experts with --device cuda: the host, layer by layer, or the device itself within its graph",
+        ("host", "device"),
+    )
+    host_memory: int | str | None = _option(
+        None,
+        'host memory for experts behind those of a GPU: "48GiB", bytes, or "50%%"; the others stay on disk. All of '
+        "them when left out",
+    )
+    kv_tokens: int = _option(4096, "with --device cuda: tokens of the KV cache for which memory is kept")
     packed: str = _option(
         "auto",
         'the packed store: "auto" uses the one beside the checkpoint, "no" ignores it; "int8", "int4", "mixed" uses a '
@@ -91,6 +107,8 @@ class EngineConfig:
             raise ForerouteError(
                 f"prefill_chunk is {self.prefill_chunk}; choose 8 tokens or more (512 to 8192 are usual)."
             )
+        if self.kv_tokens < 16:
+            raise ForerouteError(f"kv_tokens is {self.kv_tokens}; choose 16 tokens or more.")
         if not 1 <= self.reader_threads <= 16:
             raise ForerouteError(f"reader_threads is {self.reader_threads}; choose 1 to 16 (1 or 2 are enough).")
 
@@ -100,7 +118,8 @@ class Plan:
     """What `load` decided, all sizes in bytes.
 
     num_slots slots of slot_bytes hold experts; total_slots would hold them all; token_demand_slots is what one token
-    uses. staging_slots of the pool are open to guesses. source says where experts are read from.
+    uses. staging_slots of the pool are open to guesses. source says where experts are read from. host_records experts
+    fit host memory behind the slots; 0 where the disk is right behind them.
     """
 
     folder: str
@@ -124,6 +143,9 @@ class Plan:
     predictor: str
     math: str
     prefill_chunk: int
+    device: str = "cpu"
+    host_records: int = 0
+    kv_tokens: int = 0
 
     @property
     def token_demand_bytes(self) -> int:

@@ -9,6 +9,7 @@
     ├── EvaluationError          an evaluation cannot be run (no held-out text, unknown task)
     ├── PredictorError           fitted predictors cannot be used with this model, made or written
     ├── BudgetError              the memory asked for cannot work; says what would
+    ├── DeviceError              the GPU, its driver or pinned memory cannot do what was asked; says what would
     ├── ReadError                the disk failed while experts were being read
     ├── TraceError               a trace cannot be written, or read for a report
     ├── PromptError              the prompt cannot be run (empty, longer than the context)
@@ -56,6 +57,10 @@ class EvaluationError(ForerouteError):
 
 class BudgetError(ForerouteError):
     """The memory budget cannot work; the message says which one would."""
+
+
+class DeviceError(ForerouteError):
+    """A device, its driver or its memory cannot do what was asked; the message says what would work."""
 
 
 class ReadError(ForerouteError):

@@ -29,6 +29,10 @@ ASKED = {
     "reader_threads": (["--reader-threads", "2"], 2),
     "direct_io": (["--no-direct-io"], False),
     "packed": (["--packed", "no"], "no"),
+    "device": (["--device", "cuda"], "cuda"),
+    "control": (["--control", "device"], "device"),
+    "host_memory": (["--host-memory", "48GiB"], "48GiB"),
+    "kv_tokens": (["--kv-tokens", "8192"], 8192),
     "policy": (["--policy", "tolerance:0.1"], "tolerance:0.1"),
     "trace": (["--trace", "run.jsonl"], "run.jsonl"),
     "deterministic": (["--deterministic"], True),
@@ -48,6 +52,14 @@ def test_every_field_has_its_flag(field) -> None:
     flags, value = ASKED[field.name]
     config = options.engine_config(parsed(*flags))
     assert getattr(config, field.name) == value != getattr(EngineConfig(), field.name)
+
+
+@pytest.mark.parametrize("command", ["verify", "bench", "eval", "demo"])
+def test_commands_that_stay_on_the_cpu_have_no_flag_for_a_gpu(command, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        asked = ["--suite", "builtin"] if command == "eval" else []
+        build_parser().parse_args([command, "MODEL", *asked, "--device", "cuda"])
+    assert "--device" in capsys.readouterr().err
 
 
 def test_a_value_that_the_config_refuses_is_our_error() -> None:

@@ -130,3 +130,31 @@ def test_too_little_memory_says_what_would_do(run, tiny: Path) -> None:
     ran = run("plan", tiny, "--memory", "1%")
     assert ran.code == 2
     assert "Raise --memory to 384.0 KiB" in ran.err
+
+
+def test_a_plan_for_a_gpu_speaks_of_its_memory_and_the_link(found, capsys) -> None:
+    plan = replace(found.plan, device="cuda:0", host_records=found.plan.total_slots, memory_was_chosen=True)
+    on_gpu = replace(found, plan=plan)
+    rows = {row[0]: row for row in (*plan_command._model_rows(on_gpu), *plan_command._speed_rows(on_gpu))}
+    assert rows["dense weights"][2] == "always on the GPU, beside --memory"
+    assert "from pinned host memory" in rows["link"][2]
+    assert "disk" not in rows
+    assert "chosen from the GPU's free memory" in plan_command._memory_rows(on_gpu)[0][2]
+    assert plan_command.advice(on_gpu, "MODEL") == []
+    small = replace(on_gpu, plan=replace(plan, num_slots=plan.token_demand_slots, host_records=10))
+    text = "\n".join(plan_command.advice(small, "MODEL"))
+    assert "Host memory holds 10 of" in text
+    assert "--host-memory 3.0MiB would hold all" in text
+    assert "less than two tokens' demand" in text
+
+
+def test_experts_read_into_host_memory_have_a_bar(capsys) -> None:
+    from foreroute.cli import figures
+    from foreroute.config import EngineConfig
+
+    with figures.loading(EngineConfig(host_memory="1GiB"), is_quiet=False) as progress:
+        progress(3, 7)
+    assert "3 of 7 experts" in capsys.readouterr().err
+    with figures.loading(EngineConfig(), is_quiet=False) as progress:
+        progress(3, 7)
+    assert capsys.readouterr().err == ""

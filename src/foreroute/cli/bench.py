@@ -112,7 +112,8 @@ def add_parser(commands: Any) -> None:
     options.add_common_options(parser)
     options.add_model_options(parser)
     options.add_engine_options(
-        parser, without=("memory", "cache", "hits_first", "prefetch", "policy", "deterministic", "trace")
+        parser,
+        without=("memory", "cache", "hits_first", "prefetch", "policy", "deterministic", "trace", *options.GPU_FIELDS),
     )
 
 

@@ -82,7 +82,7 @@ def add_parser(commands: Any) -> None:
     )
     options.add_common_options(parser)
     options.add_model_options(parser)
-    options.add_engine_options(parser, without=("memory", "trace"))
+    options.add_engine_options(parser, without=("memory", "trace", *options.GPU_FIELDS))
 
 
 def _add_policy_options(parser: argparse.ArgumentParser) -> None:

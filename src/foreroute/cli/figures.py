@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
-from foreroute.config import Plan
+from foreroute.config import EngineConfig, Plan
 from foreroute.residency.budget import format_memory
 
 if TYPE_CHECKING:
@@ -44,6 +44,17 @@ def busy(what: str, is_quiet: bool) -> Iterator[None]:
         return
     with stderr_console().status(f"{what} ..."):
         yield
+
+
+@contextlib.contextmanager
+def loading(config: EngineConfig, is_quiet: bool) -> Iterator[Callable[[int, int], None]]:
+    """While a model is loaded: a bar where experts are read into host memory, else as `busy`; told (done, total)."""
+    if config.device == "cpu" and config.control == "host" and config.host_memory is None:
+        with busy("Loading the model", is_quiet):
+            yield lambda done, total: None
+    else:
+        with counting_bar("Loading experts into host memory", 1, "experts", is_quiet) as progress:
+            yield progress
 
 
 @contextlib.contextmanager

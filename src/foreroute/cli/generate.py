@@ -120,7 +120,8 @@ def run(args: argparse.Namespace) -> int:
         options.apply_threads(args)
         tokenizer = load_tokenizer(folder)
         prompt_ids = encode_prompt(tokenizer, prompt, chat=args.chat, system=args.system)
-        model = foreroute.load(folder, dtype=args.dtype, config=config)
+    with figures.loading(config, is_quiet) as progress:
+        model = foreroute.load(folder, dtype=args.dtype, config=config, progress=progress)
     try:
         if args.seed is not None:
             torch.manual_seed(args.seed)

@@ -105,6 +105,11 @@ def find(folder: Path, args: argparse.Namespace, config: EngineConfig) -> Findin
         compute_ms, kv_bytes = probes.compute_ms(model), probes.kv_bytes_per_token(model)
     finally:
         model.foreroute.close()
+    if plan.device != "cpu":
+        from foreroute.bench.link import measure_link
+
+        bandwidth = measure_link(plan.slot_bytes)
+        return _found(plan, config, kv_bytes, plan.memory_bytes, bandwidth, compute_ms, reads_per_expert=1)
     reads_of = table.reads if store is None else store.reads_of(table)
     keys = [
         layer * table.num_experts + expert
@@ -119,21 +124,36 @@ def find(folder: Path, args: argparse.Namespace, config: EngineConfig) -> Findin
         direct=config.direct_io,
         label=table.label,
     )
+    return _found(plan, config, kv_bytes, chosen, bandwidth, compute_ms, len(reads_of(keys[0])))
+
+
+def _found(
+    plan: Plan,
+    config: EngineConfig,
+    kv_bytes: int | None,
+    chosen_memory_bytes: int,
+    bandwidth: "Bandwidth",
+    compute_ms: float,
+    reads_per_expert: int,
+) -> Findings:
     cases = forecast(
         plan.resident_share if config.cache else 0.0,
         plan.token_demand_slots,
         plan.expert_bytes,
         bandwidth.bytes_per_s,
         compute_ms,
-        config.eviction,
+        "lru" if config.control == "device" else config.eviction,
     )
-    reads_per_expert = len(reads_of(keys[0]))
-    return Findings(plan, config.eviction, reads_per_expert, kv_bytes, chosen, bandwidth, compute_ms, cases)
+    return Findings(
+        plan, config.eviction, reads_per_expert, kv_bytes, chosen_memory_bytes, bandwidth, compute_ms, cases
+    )
 
 
 def advice(found: Findings, model: str) -> list[str]:
     """What would change the forecast, the most worthwhile first; empty when nothing would."""
     plan, hints = found.plan, list[str]()
+    if plan.device != "cpu":
+        return _gpu_advice(plan)
     whole = plan.total_slots * plan.slot_bytes
     demand = plan.token_demand_slots * plan.slot_bytes
     chosen = format_memory(found.chosen_memory_bytes)
@@ -171,6 +191,18 @@ def advice(found: Findings, model: str) -> list[str]:
             "In this dtype the family's own experts code runs, one expert at a time, and nothing is prefetched. "
             "Another --dtype may be faster."
         )
+    return hints
+
+
+def _gpu_advice(plan: Plan) -> list[str]:
+    hints = []
+    if plan.host_records < plan.total_slots:
+        hints.append(
+            f"Host memory holds {plan.host_records} of {plan.total_slots} experts, the others stay on disk: "
+            f"--host-memory {_flag(plan.total_slots * plan.slot_bytes)} would hold all of them."
+        )
+    if plan.num_slots < _SMALL_POOL_DEMANDS * plan.token_demand_slots:
+        hints.append("The GPU holds less than two tokens' demand: a lower --kv-tokens or --prefill-chunk makes room.")
     return hints
 
 
@@ -218,7 +250,8 @@ def _model_rows(found: Findings) -> list[figures.Row]:
         ("one expert", format_memory(plan.expert_bytes), f"{plan.stored_dtype}, computed in {plan.compute_dtype}"
          + (" (converted at every use)" if is_converted else "")),
         ("all experts", format_memory(plan.total_expert_bytes), f"on disk, {_source(plan)}"),
-        ("dense weights", format_memory(plan.dense_bytes), "always in RAM, beside --memory"),
+        ("dense weights", format_memory(plan.dense_bytes),
+         f"always {'in RAM' if plan.device == 'cpu' else 'on the GPU'}, beside --memory"),
         ("KV cache", cache, "per 1,000 tokens, beside --memory"),
     ]  # fmt: skip
 
@@ -226,7 +259,8 @@ def _model_rows(found: Findings) -> list[figures.Row]:
 def _memory_rows(found: Findings) -> list[figures.Row]:
     plan = found.plan
     demands = plan.num_slots / plan.token_demand_slots
-    chosen = ", chosen from the free RAM" if plan.memory_was_chosen else ""
+    free = "free RAM" if plan.device == "cpu" else "GPU's free memory"
+    chosen = f", chosen from the {free}" if plan.memory_was_chosen else ""
     return [
         ("--memory", format_memory(plan.memory_bytes),
          f"{plan.num_slots} slots, {figures.percent(plan.resident_share)} of the experts{chosen}"),
@@ -239,9 +273,12 @@ def _memory_rows(found: Findings) -> list[figures.Row]:
 def _speed_rows(found: Findings) -> list[figures.Row]:
     plan, disk = found.plan, found.bandwidth
     way = "O_DIRECT" if disk.is_direct else "through the page cache"
+    name = "disk"
+    if plan.device != "cpu":
+        name, way = "link", "from pinned host memory"
     absent_bytes = (1 - plan.resident_share) * plan.total_expert_bytes
     return [
-        ("disk", f"{disk.bytes_per_s / 1e6:,.0f} MB/s",
+        (name, f"{disk.bytes_per_s / 1e6:,.0f} MB/s",
          f"measured: {disk.num_experts:,} random experts in {disk.elapsed_s:.1f} s, {way}"),
         ("compute", figures.number(found.compute_ms, "ms"), "measured: one token, its experts in memory"),
         ("long prompt", figures.number(absent_bytes / disk.bytes_per_s, "s"), "of reading: it uses every expert once"),

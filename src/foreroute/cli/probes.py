@@ -16,13 +16,15 @@ def compute_ms(model: Any) -> float:
 
     The same token again and again routes to the same experts, so that they are there after the first pass.
     """
-    token = torch.tensor([[_TOKEN]])
+    token = torch.tensor([[_TOKEN]], device=model.device)
     passes_ms = []
     with torch.inference_mode():
         for _ in range(_WARM_UP_PASSES + _TIMED_PASSES):
             stalled_s = model.foreroute.stats().decode.stall_s
             started_s = time.perf_counter()
             model(input_ids=token, use_cache=False)
+            if model.device.type == "cuda":
+                torch.cuda.synchronize()
             elapsed_s = time.perf_counter() - started_s
             passes_ms.append((elapsed_s - (model.foreroute.stats().decode.stall_s - stalled_s)) * 1e3)
     return statistics.median(passes_ms[_WARM_UP_PASSES:])
@@ -36,7 +38,7 @@ def kv_bytes_per_token(model: Any) -> int | None:
     sizes = []
     with torch.inference_mode():
         for num_tokens in (1, 2):
-            output = model(input_ids=torch.full((1, num_tokens), _TOKEN), use_cache=True)
+            output = model(input_ids=torch.full((1, num_tokens), _TOKEN, device=model.device), use_cache=True)
             cache = getattr(output, "past_key_values", None)
             if cache is None or not hasattr(cache, "layers"):
                 return None

@@ -105,7 +105,11 @@ class RowsStep:
                 tokens, positions = rows.setdefault(row[position], ([], []))
                 tokens.append(token)
                 positions.append(position)
-        self._rows = {key: (torch.tensor(tokens), torch.tensor(at)) for key, (tokens, at) in rows.items()}
+        device = hidden.device
+        self._rows = {
+            key: (torch.tensor(tokens, device=device), torch.tensor(at, device=device))
+            for key, (tokens, at) in rows.items()
+        }
 
     def run(self, keys: Sequence[int]) -> None:
         """Compute these experts for their rows."""

@@ -18,6 +18,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from foreroute.engine.cuda_graph import decoder_of, is_paged
 from foreroute.engine.lean_loop import LeanLoop, is_ordinary, serves
 from foreroute.engine.prompt_cache import PromptCache, can_be_continued, new_cache
 from foreroute.engine.stats import EngineStats
@@ -177,6 +178,7 @@ def generate(
         PromptError: the prompt is empty or leaves no room in the context.
         ReadError, ChecksumError: an expert could not be read.
     """
+    prompt_ids = prompt_ids.to(model.device)
     room = _room_in_context(model, prompt_ids.shape[1])
     if prefill_chunk is not None and prefill_chunk < 2:
         raise PromptError(f"prefill_chunk is {prefill_chunk}: choose 8 tokens or more (512 to 8192 are usual).")
@@ -240,6 +242,8 @@ class _Answer:
         self._cache: DynamicCache | None = cache if self._is_lean else None
         # A stand-in leaves its mark on what is computed after it: such an answer is not the exact prompt of the next.
         self._is_exact = _is_exact(model)
+        # Not what a decoder computes in a cache of its own.
+        self._keeps = not is_paged(model)
 
     def run(self, recorder: _Recorder, should_stop: Callable[[], bool] | None, max_new_tokens: int) -> None:
         """Generate; tokens go to the recorder."""
@@ -259,18 +263,20 @@ class _Answer:
                 told.setdefault("prefill_chunk_size", _without_a_single_one(self._prompt_ids.shape[1], self._chunk))
             self._model.generate(self._prompt_ids, streamer=recorder, **told)
             return
-        if self._reuse is not None and self._can_continue:
+        if self._reuse is not None and self._can_continue and self._keeps:
             # A last token alone would be decoded, not prefilled, and so not be exact under every policy.
             at_most = self._prompt_ids.shape[1] - 2
             cache, self.num_reused = self._reuse.take(self._model, self._prompt_ids[0].tolist(), at_most)
             self._cache = cache or self._cache
-        self.loop = LeanLoop(recorder.add, should_stop, self._chunk)
+        decoder = decoder_of(self._model, self._prompt_ids.shape[1] + max_new_tokens)
+        self.loop = LeanLoop(recorder.add, should_stop, self._chunk, decoder)
         self._model.generate(self._prompt_ids, past_key_values=self._cache, custom_generate=self.loop, **told)
         recorder.end()
 
     def keep(self, new_ids: list[int]) -> None:
         """Leave what was computed for the next prompt: after an error or Ctrl-C, what is certain of it."""
-        if self._reuse is None or self.loop is None or self._cache is None or not self._can_continue:
+        has_reuse = self._reuse is not None and self._keeps and self._can_continue
+        if not has_reuse or self._reuse is None or self.loop is None or self._cache is None:
             return
         ids = self._prompt_ids[0].tolist()
         if self._is_exact and _is_exact(self._model):

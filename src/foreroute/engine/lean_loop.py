@@ -6,7 +6,7 @@ scores, and sampling draws from the same generator.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from transformers import GenerationMixin
@@ -78,6 +78,18 @@ def is_ordinary(model: Any) -> bool:
     return all(getattr(cls, name, None) is getattr(GenerationMixin, name, None) for name in _NOT_OVERRIDDEN)
 
 
+class Decoder(Protocol):
+    """Computes a text in a cache of its own: engine/cuda_graph.py."""
+
+    def prefill(self, ids: torch.Tensor, chunk: int | None = None) -> torch.Tensor:
+        """Forget the text before and compute `ids` [1, tokens]; the last token's logits [1, vocabulary]."""
+        ...
+
+    def step(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Append `tokens` [1, 1]; the logits that follow."""
+        ...
+
+
 class LeanLoop:
     """One answer; generate() calls it once.
 
@@ -85,17 +97,23 @@ class LeanLoop:
         on_token: called with each new token as soon as it is chosen.
         should_stop: asked after every token; True ends the answer.
         chunk: most prompt tokens computed at once; None computes them all.
+        decoder: computes in place of calls of the model, whose cache then stays empty; None for such calls.
 
     Attributes:
         num_computed: tokens, from the start of the prompt, that the cache holds for certain: steps that ended.
     """
 
     def __init__(
-        self, on_token: Callable[[int], None], should_stop: Callable[[], bool] | None, chunk: int | None
+        self,
+        on_token: Callable[[int], None],
+        should_stop: Callable[[], bool] | None,
+        chunk: int | None,
+        decoder: Decoder | None = None,
     ) -> None:
         self._on_token = on_token
         self._should_stop = should_stop
         self._chunk = chunk
+        self._decoder = decoder
         self.num_computed = 0
 
     def __call__(
@@ -114,10 +132,10 @@ class LeanLoop:
         # All ones: there is one row.
         model_kwargs.pop("attention_mask", None)
         has_positions = model_kwargs.pop("position_ids", None) is not None
-        positions = torch.arange(end)[None] if has_positions else None
+        positions = torch.arange(end, device=input_ids.device)[None] if has_positions else None
         kwargs = {name: value for name, value in model_kwargs.items() if value is not None}
         ends, others = _split(stopping_criteria)
-        ids = torch.empty((1, end), dtype=torch.int64)
+        ids = torch.empty((1, end), dtype=torch.int64, device=input_ids.device)
         ids[:, :length] = input_ids
         self.num_computed = cache.get_seq_length()
 
@@ -129,8 +147,11 @@ class LeanLoop:
             self.num_computed = done
             return logits[:, -1]
 
-        for chunk in split_prompt(input_ids[:, self.num_computed :], self._chunk):
-            logits = step(chunk)
+        if self._decoder is not None:
+            logits, step = self._decoder.prefill(input_ids, self._chunk), self._decoder.step
+        else:
+            for chunk in split_prompt(input_ids[:, self.num_computed :], self._chunk):
+                logits = step(chunk)
         while True:
             # In fp32 and a copy, as generate() does it: processors may write to it.
             scores = logits_processor(ids[:, :length], logits.to(copy=True, dtype=torch.float32))

@@ -5,11 +5,11 @@ model, the budget, the dense weights.
 """
 
 import os
-import time
 from collections.abc import Callable
+from dataclasses import replace
 from math import inf
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -17,33 +17,33 @@ from foreroute.checkpoint.codecs import STORED
 from foreroute.checkpoint.index import read_index
 from foreroute.checkpoint.layouts import ExpertTable
 from foreroute.checkpoint.locate import locate
-from foreroute.checkpoint.records import PackedStore, open_store
+from foreroute.checkpoint.records import open_store
 from foreroute.config import EngineConfig, Plan
 from foreroute.engine.approximation import Approximation
 from foreroute.engine.decode import Workspace
+from foreroute.engine.device_build import build_tier
+from foreroute.engine.devices import open_device
 from foreroute.engine.family_math import family_forward_over, math_of_layers, stored_operands
 from foreroute.engine.learner import Learner
 from foreroute.engine.memory import SlotViews
 from foreroute.engine.offloaded import ForerouteHandle, make_offloaded
 from foreroute.engine.parts import Predictor
+from foreroute.engine.placing import Placed, place, place_behind_arena
 from foreroute.engine.predictors import approximation, check_layout, lookahead, open_sidecar, prefetch_guesses
 from foreroute.engine.runtime import Runtime
+from foreroute.engine.sizing import check_room, check_store, host_records, move_and_choose
 from foreroute.engine.tracing import StepTrace, header_of
 from foreroute.errors import BudgetError, ForerouteError
 from foreroute.kernels.cpu import ExpertMath, OneToken
 from foreroute.kernels.quant import QuantisedMath, QuantisedToken
-from foreroute.model.blocks import MoeLayer, probe
+from foreroute.model.blocks import MoeLayer, on_device, probe
 from foreroute.model.skeleton import load_skeleton, offloaded_modules, outline
 from foreroute.policy import Governor, Policy
 from foreroute.residency.budget import format_memory, parse_memory, plan_slots
 from foreroute.residency.eviction import eviction_of
 from foreroute.residency.slots import Residency
-from foreroute.trace import Trace, open_trace
-from foreroute.transfer.base import Transfer
-from foreroute.transfer.disk import DiskTransfer
-from foreroute.transfer.logical import LogicalTransfer
-from foreroute.transfer.memory import allocate_slots
-from foreroute.transfer.traced import TracedTransfer
+from foreroute.trace import open_trace
+from foreroute.transfer.arena import Progress
 
 # Left free when the budget is chosen here: activations, KV cache, Python itself, and other programs.
 _CHOSEN_RESERVE_BYTES = 2 * 2**30
@@ -67,16 +67,23 @@ def load(
     dtype: str | torch.dtype = "auto",
     *,
     config: EngineConfig | None = None,
+    device: str | None = None,
     revision: str | None = None,
+    progress: Progress = lambda done, total: None,
     **model_kwargs: Any,
 ) -> Any:
     """Load a Mixture-of-Experts model whose experts stay on disk and visit memory as they are needed.
 
+    With device "cuda" they stay in host memory, and on disk as far as that does not hold them, and visit the GPU's.
+
     Args:
         path_or_hub_id: folder of a Hugging Face checkpoint (safetensors), or `org/name`.
-        memory: budget for experts: bytes, "8GiB", or "25%" of the expert bytes; chosen from free RAM when None.
+        memory: budget for experts: bytes, "8GiB", or "25%" of the expert bytes; chosen from free RAM, or from the
+            GPU's free memory, when None.
         dtype: compute dtype; "auto" is the checkpoint's. Experts are kept as stored and converted when computed.
-        config: the other switches; `memory` above wins over its own.
+        config: the other switches; `memory` above and `device` win over its own.
+        device: "cpu" or "cuda".
+        progress: told how many of how many experts are in host memory, while it is filled.
         model_kwargs: passed on to transformers (attn_implementation, ...).
     Returns:
         An ordinary transformers model, ready for `generate`, with `model.foreroute` (plan, stats, close) added.
@@ -86,6 +93,9 @@ def load(
     # Read by oneDNN at its first product; what the user has set stays.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", _KERNELS_KEPT)
     asked = config or EngineConfig()
+    asked = asked if device is None else replace(asked, device=device)
+    target = open_device(asked)
+    is_cuda = target.type == "cuda"
     policy = Policy.parse(asked.policy)
     trace = None if asked.trace is None else open_trace(asked.trace)
     folder = locate(path_or_hub_id, revision=revision)
@@ -94,26 +104,49 @@ def load(
     asked_memory = memory if memory is not None else asked.memory
     store = open_store(folder, asked.packed, sketch.table)
     kept = sketch.table if store is None else store.table
-    budget = choose_memory(asked_memory, kept, sketch.dense_nbytes)
-    sidecar = open_sidecar(folder, index, asked)
+    if is_cuda:
+        check_store(store, STORED)
+        check_room(target, asked, sketch.config, sketch.dense_nbytes)
+    else:
+        budget = choose_memory(asked_memory, kept, sketch.dense_nbytes)
+    sidecar = None if is_cuda or asked.control == "device" else open_sidecar(folder, index, asked)
     model: Any = load_skeleton(folder, sketch, _torch_dtype(dtype), **model_kwargs)
     layers = probe(model, offloaded_modules(model))
     check_layout(sidecar, layers, model.config.get_text_config().hidden_size)
     source = sketch.table.reordered([layer.name for layer in layers])
     table = kept.reordered([layer.name for layer in layers])
+    if is_cuda:
+        budget = move_and_choose(target, asked, asked_memory, model, layers, table)
+        layers = on_device(layers, target)
     slots = plan_slots(budget, table.slot_bytes, table.total_slots, [layer.top_k for layer in layers])
     staging_slots = slots.staging_slots if asked.prefetch != "none" or policy.stands_in else 0
     math = math_of_layers(layers, source, store, model.dtype)
-    learner = _make_learner(asked, layers, model, budget) if sidecar is None and staging_slots else None
+    is_paged = asked.control == "device"
+    is_learning = sidecar is None and staging_slots > 0 and not is_cuda and not is_paged
+    learner = _make_learner(asked, layers, model, budget) if is_learning else None
     predictor = prefetch_guesses(asked, layers, model.dtype, sidecar, learner)
     policies = approximation(
         layers, model.dtype, sidecar, asked, predictor, own_math=all(entry is not None for entry in math)
     )
     policies.set([policy])
-    runtime = _build_runtime(
-        asked, layers, table, store, slots.num_slots, staging_slots, math, model.dtype, predictor, policies, trace
-    )
-    runtime.learner = learner
+    has_arena = is_cuda or is_paged or asked.host_memory is not None
+    num_records = host_records(asked, _available_ram(), table) if has_arena else 0
+    if is_paged:
+        tier = build_tier(asked, layers, table, store, slots, math, model.dtype, target, policies, progress)
+        # Where a model meets its engine the two are alike; what only one of them has is refused in open_device.
+        runtime = cast(Runtime, tier)
+    else:
+        placed = (
+            place_behind_arena(
+                asked, table, store, slots.num_slots, trace, device=target, num_records=num_records, progress=progress
+            )
+            if has_arena
+            else place(asked, table, store, slots.num_slots, trace)
+        )
+        runtime = _build_runtime(
+            asked, layers, table, placed, slots.num_slots, staging_slots, math, model.dtype, predictor, policies
+        )
+        runtime.learner = learner
     plan = Plan(
         folder=str(folder),
         model_type=sketch.config.model_type,
@@ -136,6 +169,9 @@ def load(
         predictor=asked.prefetch if sidecar is None else "fitted",
         math="own" if all(entry is not None for entry in math) else "family",
         prefill_chunk=asked.prefill_chunk,
+        device=str(target),
+        host_records=num_records,
+        kv_tokens=asked.kv_tokens if is_cuda or is_paged else 0,
     )
     if trace is not None:
         trace.begin(**header_of(plan, asked, table, index.fingerprint()))
@@ -206,14 +242,13 @@ def _build_runtime(
     asked: EngineConfig,
     layers: list[MoeLayer],
     table: ExpertTable,
-    store: PackedStore | None,
+    placed: Placed,
     num_slots: int,
     staging_slots: int,
     math: list[ExpertMath | None],
     dtype: torch.dtype,
     predictor: Predictor | None,
     policies: Approximation,
-    trace: Trace | None,
 ) -> Runtime:
     residency = Residency(
         num_slots,
@@ -223,23 +258,13 @@ def _build_runtime(
         filling_slots=min(max(layer.top_k for layer in layers), num_slots // _FILLING_SHARE),
         keys_per_layer=table.num_experts,
     )
-    memory, slots = allocate_slots(num_slots, table.slot_bytes)
-    disk = DiskTransfer(
-        table.reads if store is None else store.reads_of(table),
-        slots.__getitem__,
-        num_threads=asked.reader_threads,
-        direct=asked.direct_io,
-        label=table.label,
-    )
-    transfer: Transfer = LogicalTransfer(disk) if asked.deterministic else disk
-    if trace is not None:
-        transfer = TracedTransfer(transfer, trace, table.expert_id, time.perf_counter)
+    device = placed.memory.device if isinstance(placed.memory, torch.Tensor) else torch.device("cpu")
     return Runtime(
         table,
         residency,
-        transfer,
+        placed.transfer,
         SlotViews(
-            memory,
+            placed.memory,
             table.slot_bytes,
             [layer.layout for layer in table.layers],
             stored_operands(math, table, dtype),
@@ -248,9 +273,9 @@ def _build_runtime(
         ),
         math,
         family_forward_over(layers, table, dtype),
-        _workspaces(layers, table, math, dtype),
+        _workspaces(layers, table, math, dtype, device),
         predictor,
-        free_slots=slots.clear,
+        free_slots=placed.free,
         hits_first=asked.hits_first,
         keep_across_tokens=asked.cache,
         prefill_guesses_from=inf if asked.deterministic else _PREFILL_GUESSES_FROM[asked.prefetch_prefill],
@@ -272,7 +297,11 @@ def _governor(asked: EngineConfig, table: ExpertTable) -> Governor | None:
 
 
 def _workspaces(
-    layers: list[MoeLayer], table: ExpertTable, math: list[ExpertMath | None], dtype: torch.dtype
+    layers: list[MoeLayer],
+    table: ExpertTable,
+    math: list[ExpertMath | None],
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> list[Workspace | None]:
     shared: dict[tuple[int, int, int], Workspace] = {}
     workspaces: list[Workspace | None] = []
@@ -283,7 +312,7 @@ def _workspaces(
         shape = (layer.top_k, *entry.widths([part.shape for part in described.layout.parts]))
         if shape not in shared:
             is_quantised = isinstance(entry, QuantisedMath)
-            shared[shape] = QuantisedToken(layer.top_k) if is_quantised else OneToken(*shape, dtype)
+            shared[shape] = QuantisedToken(layer.top_k) if is_quantised else OneToken(*shape, dtype, device)
         workspaces.append(shared[shape])
     return workspaces
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import torch
 
-from foreroute.checkpoint.layouts import ExpertLayout
+from foreroute.checkpoint.layouts import ExpertLayout, Part
 from foreroute.kernels.cpu import ExpertMath
 from foreroute.kernels.dequantise import DequantisingMath
 
@@ -23,7 +23,8 @@ class SlotViews:
     """The parts of whatever expert a slot holds, as tensors over the slot's own bytes.
 
     Args:
-        memory: the pool, num_slots * slot_bytes long, 4096-byte aligned; kept alive by the views.
+        memory: the pool, num_slots * slot_bytes long, 4096-byte aligned; kept alive by the views. On a device, a tensor
+            of bytes.
         layouts: one per MoE layer. others: one per MoE layer, of those of its experts that have another; None for none.
             Where there is one, an expert's first byte tells which of the two it has.
         math: one per MoE layer; says how it wants its operands. None takes the parts as they lie.
@@ -32,14 +33,14 @@ class SlotViews:
 
     def __init__(
         self,
-        memory: mmap.mmap,
+        memory: mmap.mmap | torch.Tensor,
         slot_bytes: int,
         layouts: Sequence[ExpertLayout],
         math: Sequence[ExpertMath | None],
         compute_dtype: torch.dtype,
         others: Sequence[ExpertLayout | None] = (),
     ) -> None:
-        self._memory: mmap.mmap | None = memory
+        self._memory: mmap.mmap | torch.Tensor | None = memory
         self._slot_bytes = slot_bytes
         self._layouts = list(layouts)
         self._others = list(others) or [None] * len(layouts)
@@ -80,21 +81,20 @@ class SlotViews:
 
     def _is_other(self, slot: int) -> bool:
         assert self._memory is not None, "the pool has been closed"
-        return self._memory[slot * self._slot_bytes] == MANY_BITS
+        return int(self._memory[slot * self._slot_bytes]) == MANY_BITS
 
     def _make(self, layer: int, at: int) -> tuple[torch.Tensor, ...]:
         assert self._memory is not None, "the pool has been closed"
         layout = self._layouts[layer] if at >= 0 else self._others[layer]
         assert layout is not None, "experts of the layer have one layout"
         start = (at if at >= 0 else ~at) * self._slot_bytes
-        parts = [
-            torch.frombuffer(
-                self._memory,
-                dtype=TORCH_DTYPES[part.dtype],
-                count=part.nbytes // TORCH_DTYPES[part.dtype].itemsize,
-                offset=start + part.offset,
-            ).view(part.shape)
-            for part in layout.parts
-        ]
+        parts = [_part(self._memory, part, start + part.offset) for part in layout.parts]
         math = self._math[layer]
         return tuple(parts) if math is None else math.operands(parts)
+
+
+def _part(memory: mmap.mmap | torch.Tensor, part: Part, offset: int) -> torch.Tensor:
+    dtype = TORCH_DTYPES[part.dtype]
+    if isinstance(memory, torch.Tensor):
+        return memory[offset : offset + part.nbytes].view(dtype).view(part.shape)
+    return torch.frombuffer(memory, dtype=dtype, count=part.nbytes // dtype.itemsize, offset=offset).view(part.shape)

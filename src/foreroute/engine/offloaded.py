@@ -22,6 +22,7 @@ class ForerouteHandle:
         plan: what `load` decided.
         runtime: the engine, for those who look inside.
         layers: the MoE layers, as the probe saw them.
+        decoder: of answers, where the device pages experts (engine/cuda_graph.py); made with the first one.
     """
 
     def __init__(self, plan: Plan, runtime: Runtime, layers: list[MoeLayer]) -> None:
@@ -30,6 +31,7 @@ class ForerouteHandle:
         self.layers = layers
         assert runtime.approximation is not None, "the loader gives every model its policies"
         self._approximation = runtime.approximation
+        self.decoder: Any = None
 
     def stats(self) -> EngineStats:
         """A copy of all counts since the model was loaded; `.minus(earlier)` gives those of a span."""
@@ -67,6 +69,7 @@ class ForerouteHandle:
         """Stop the readers and free the pool. The model's experts cannot be computed afterwards."""
         for layer in self.layers:
             layer.experts.engine_forward = None
+        self.decoder = None
         self.runtime.close()
 
 
@@ -94,7 +97,7 @@ class OffloadedModel:
     float = _refuse("float", _AS_LOADED)
     double = _refuse("double", _AS_LOADED)
     bfloat16 = _refuse("bfloat16", _AS_LOADED)
-    cuda = _refuse("cuda", "it was loaded for the CPU.")
+    cuda = _refuse("cuda", "it stays where it was loaded. Choose when loading: foreroute.load(..., device=...).")
     # All other ways to move or convert a module end here: type, to_empty, share_memory, ...
     _apply = _refuse("moving or converting", _AS_LOADED)
     __deepcopy__ = _refuse("deepcopy", "two models cannot share one pool. Load it again.")

@@ -33,7 +33,7 @@ def group_by_expert(
     flat = ids.t().reshape(-1)
     order = torch.argsort(flat, stable=True)
     sorted_ids = flat[order]
-    wanted = torch.tensor([key - base for key in keys])
+    wanted = torch.tensor([key - base for key in keys], device=ids.device)
     starts = torch.searchsorted(sorted_ids, wanted).tolist()
     ends = torch.searchsorted(sorted_ids, wanted, right=True).tolist()
     for key, start, end in zip(keys, starts, ends, strict=True):

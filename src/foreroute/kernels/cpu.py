@@ -84,9 +84,16 @@ class OneToken:
         up_width, hidden_width: columns of the first and of the second product.
     """
 
-    def __init__(self, max_experts: int, up_width: int, hidden_width: int, dtype: torch.dtype) -> None:
-        self._up = torch.empty(max_experts, up_width, dtype=dtype)
-        self._out = torch.empty(max_experts, hidden_width, dtype=dtype)
+    def __init__(
+        self,
+        max_experts: int,
+        up_width: int,
+        hidden_width: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self._up = torch.empty(max_experts, up_width, dtype=dtype, device=device)
+        self._out = torch.empty(max_experts, hidden_width, dtype=dtype, device=device)
         self._up_rows = self._up.split(1)
         self._out_rows = self._out.split(1)
         self._keys: list[int] = []
@@ -135,8 +142,8 @@ class OneToken:
         if any(keys[at] > keys[at + 1] for at in range(num_run - 1)):
             order = sorted(range(num_run), key=keys.__getitem__)
             keys = [keys[at] for at in order]
-            out = out.index_select(0, torch.tensor(order))
-        columns = torch.tensor([routed.index(key) for key in keys])
+            out = out.index_select(0, torch.tensor(order, device=out.device))
+        columns = torch.tensor([routed.index(key) for key in keys], device=out.device)
         weighted = out * weights.view(-1).index_select(0, columns).unsqueeze(1)
         # As eager does: from zero, rounded to the activation dtype after each expert, in ascending order. One
         # index_add_ for all rows would keep bf16 sums in fp32 in between, and give other bits.

@@ -108,7 +108,8 @@ def probe(model: nn.Module, offloaded: dict[str, OffloadedExperts]) -> list[MoeL
         for name, module in offloaded.items():
             module.engine_forward = on_experts(name, module)
         with torch.no_grad():
-            model(input_ids=torch.arange(1, _PROBE_TOKENS + 1).unsqueeze(0), use_cache=False)
+            device = next(model.parameters()).device
+            model(input_ids=torch.arange(1, _PROBE_TOKENS + 1, device=device).unsqueeze(0), use_cache=False)
         if layers:
             layers[-1] = _with_norm(layers[-1], calls)
     finally:
@@ -122,6 +123,14 @@ def probe(model: nn.Module, offloaded: dict[str, OffloadedExperts]) -> list[MoeL
             f"{silent[0]} is not called by a forward over text: its experts cannot be offloaded."
         )
     return layers
+
+
+def on_device(layers: list[MoeLayer], device: torch.device) -> list[MoeLayer]:
+    """The layers after the model has been moved there: what the probe kept of its weights comes along."""
+    return [
+        layer if layer.norm_weight is None else replace(layer, norm_weight=layer.norm_weight.to(device))
+        for layer in layers
+    ]
 
 
 def _describe(

@@ -63,8 +63,8 @@ def most_wanted(ids: torch.Tensor, num_experts: int) -> list[int]:
     if len(ids) == 1:
         return [expert for expert in ids[0].tolist() if expert < num_experts]
     width = ids.shape[1]
-    rank_votes = torch.arange(width, 0, -1).expand(len(ids), -1)
-    votes = torch.zeros(num_experts + 1, dtype=torch.int64)
+    rank_votes = torch.arange(width, 0, -1, device=ids.device).expand(len(ids), -1)
+    votes = torch.zeros(num_experts + 1, dtype=torch.int64, device=ids.device)
     votes.scatter_add_(0, ids.clamp(max=num_experts).flatten(), rank_votes.flatten())
     ordered = votes[:num_experts].sort(descending=True, stable=True)
     return ordered.indices[: int((ordered.values > 0).sum())].tolist()

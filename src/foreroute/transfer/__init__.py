@@ -1,6 +1,6 @@
 """Who moves experts: the order of requests, and the threads that read files into slots.
 
-numpy copies, threads read; torch is not imported here.
+numpy copies, threads read; torch is imported by copier.py alone, and by an arena that is made.
 """
 
 from foreroute.transfer.base import Completion, Transfer

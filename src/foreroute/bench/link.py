@@ -1,0 +1,53 @@
+"""The ceilings of a GPU: how fast pinned host memory reaches it, and how fast it reads its own."""
+
+import statistics
+from collections.abc import Callable
+
+import torch
+
+from foreroute.bench.bandwidth import Bandwidth
+
+_COPIED_BYTES = 2**30
+_REPEATS = 5
+
+
+def measure_link(record_bytes: int, nbytes: int = _COPIED_BYTES) -> Bandwidth:
+    """Copy records of this length from pinned memory to the GPU, back to back; the median of a few rounds."""
+    num_records = max(1, nbytes // record_bytes)
+    host = torch.empty(num_records, record_bytes, dtype=torch.uint8, pin_memory=True)
+    there = torch.empty_like(host, device="cuda", pin_memory=False)
+
+    def copy() -> None:
+        for record, slot in zip(host, there, strict=True):
+            slot.copy_(record, non_blocking=True)
+
+    seconds = _median_seconds(copy)
+    copied = num_records * record_bytes
+    return Bandwidth(
+        bytes_per_s=copied / seconds,
+        expert_ms=seconds / num_records * 1e3,
+        num_experts=num_records * _REPEATS,
+        num_reads=num_records * _REPEATS,
+        elapsed_s=seconds * _REPEATS,
+        is_direct=True,
+    )
+
+
+def measure_device_memory(nbytes: int = 2 * 2**30) -> float:
+    """Bytes per second that a copy within the GPU's memory reads and writes together."""
+    source = torch.empty(nbytes, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * nbytes / _median_seconds(lambda: target.copy_(source))
+
+
+def _median_seconds(work: Callable[[], object]) -> float:
+    seconds = []
+    for at in range(_REPEATS + 1):
+        began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        began.record()
+        work()
+        ended.record()
+        ended.synchronize()
+        if at:  # the first round warms up
+            seconds.append(began.elapsed_time(ended) / 1e3)
+    return statistics.median(seconds)

@@ -1,0 +1,115 @@
+"""Is there a GPU that can do what is asked? Found out before anything is loaded, and said in words that help."""
+
+import contextlib
+import importlib.util
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from foreroute.config import EngineConfig
+from foreroute.errors import DeviceError
+from foreroute.policy import Policy
+
+# Kernels are compiled for it by Triton, and bf16 is computed natively from here on.
+_LEAST_CAPABILITY = (8, 0)
+_ON_THE_CPU = "Or leave --device out: the model runs on the CPU."
+
+
+def open_device(asked: EngineConfig) -> torch.device:
+    """The device that the configuration asks for, ready to be used.
+
+    Raises:
+        DeviceError: no CUDA, a driver that is too old, a GPU that is, or no Triton where it is needed.
+    """
+    _check_asked(asked)
+    if asked.device == "cpu":
+        return torch.device("cpu")
+    if torch.version.cuda is None:
+        raise DeviceError(
+            "--device cuda: this PyTorch was built without CUDA. Install one that was (pytorch.org, the wheels named "
+            f"after CUDA). {_ON_THE_CPU}"
+        )
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        raise DeviceError(_why_no_cuda(str(error))) from error
+    if torch.cuda.device_count() == 0:
+        raise DeviceError(f"--device cuda: no GPU is visible. See nvidia-smi and CUDA_VISIBLE_DEVICES. {_ON_THE_CPU}")
+    device = torch.device("cuda", torch.cuda.current_device())
+    if asked.control == "device":
+        capability = torch.cuda.get_device_capability(device)
+        if capability < _LEAST_CAPABILITY:
+            raise DeviceError(
+                f"{torch.cuda.get_device_name(device)} has compute capability {capability[0]}.{capability[1]}; the "
+                "kernels of --control device need 8.0 (Ampere) or later. Use --control host."
+            )
+        _check_triton()
+    return device
+
+
+def _check_asked(asked: EngineConfig) -> None:
+    """What no device could do."""
+    on_device = asked.device == "cuda" or asked.control == "device"
+    if on_device and Policy.parse(asked.policy) != Policy.parse("exact"):
+        raise DeviceError(
+            f"--policy {asked.policy} is not there yet with experts on a GPU: use exact, or leave --device out."
+        )
+    if on_device and asked.predictor not in ("auto", "no"):
+        raise DeviceError(
+            "Fitted predictors are not there yet with experts on a GPU: leave --predictor out (the next router, run "
+            "early, guesses), or leave --device out."
+        )
+    if asked.control == "device" and (not asked.cache or asked.trace is not None or asked.deterministic):
+        raise DeviceError(
+            "With --control device nothing on the host sees or times a step: --no-cache, --trace and --deterministic "
+            "need --control host."
+        )
+
+
+def _why_no_cuda(said: str) -> str:
+    reason = said.strip().splitlines()[0] if said.strip() else "CUDA does not start"
+    if "too old" in said:
+        return (
+            f"--device cuda: {reason} This PyTorch is built for CUDA {torch.version.cuda}: update the driver, or "
+            f"install a PyTorch for an older CUDA. {_ON_THE_CPU}"
+        )
+    if "no NVIDIA driver" in said:
+        return f"--device cuda: no NVIDIA driver is found here ({reason}). Install it. {_ON_THE_CPU}"
+    return f"--device cuda: {reason}. See nvidia-smi. {_ON_THE_CPU}"
+
+
+def _check_triton() -> None:
+    if importlib.util.find_spec("triton") is None:
+        raise DeviceError("--control device runs Triton kernels: pip install triton. Or use --control host.")
+
+
+def memory_of(device: torch.device) -> tuple[int, int]:
+    """Bytes of the GPU: free, and in all."""
+    free, total = torch.cuda.mem_get_info(device)
+    return int(free), int(total)
+
+
+@contextlib.contextmanager
+def out_of_memory_named(what: str, advice: str) -> Iterator[None]:
+    """While inside, a GPU that runs out of memory is a DeviceError that says what did not fit, and what to do."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        free = "" if not torch.cuda.is_available() else f" ({torch.cuda.mem_get_info()[0] >> 20} MiB are free)"
+        raise DeviceError(f"The GPU ran out of memory for {what}{free}. {advice}") from error
+
+
+def kv_bytes_per_token(model: Any) -> int:
+    """Bytes by which the cache grows per token and row, measured: two tokens' less one's. Experts must answer.
+
+    0 for a model without a growing cache.
+    """
+    sizes = []
+    with torch.no_grad():
+        for num_tokens in (1, 2):
+            cache = model(input_ids=torch.ones(1, num_tokens, dtype=torch.int64), use_cache=True).get("past_key_values")
+            layers = getattr(cache, "layers", [])
+            held = [value for layer in layers for value in vars(layer).values() if isinstance(value, torch.Tensor)]
+            sizes.append(sum(tensor.numel() * tensor.element_size() for tensor in held))
+    return sizes[1] - sizes[0]

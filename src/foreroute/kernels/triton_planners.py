@@ -1,0 +1,272 @@
+"""Triton kernels that plan which expert gets which slot; triton_paging.py launches them.
+
+Every planner is one program: what has to be decided one after the other is decided by one block, and no other program
+touches the tables.
+
+Why there is no race within one: it works on the values it loaded and on scalars that all its threads have; what it
+stores is read again in one place only, the order of the slots, behind a barrier (`debug_barrier` is __syncthreads,
+which orders a block's global accesses too). A slot is handed out once, because it is struck from `order` when it is
+taken; scattered stores go to distinct slots, because distinct keys have distinct slots.
+
+Bound by launch and latency, some microseconds. Each slot given up is one reduction over all slots, about 1 us, where
+the copy that follows takes 20 to 200.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+# Triton's parameters are tensors or numbers as it sees fit.
+
+import triton
+import triton.language as tl
+
+# Where slots come in the order of giving up: free ones, then cold ones by stamp and key, then staged ones by age.
+_FREE = tl.constexpr(-(2**62))
+_STAGED = tl.constexpr(2**61)
+_NEVER = tl.constexpr(2**63 - 1)
+# Bits of a key in the order of cold slots.
+_KEY_BITS = tl.constexpr(24)
+
+# The places of paging.COUNTERS, marks and in_flight; tests/kernels holds them equal.
+_HITS, _LATE, _MISSES, _PREFETCHED, _FILLED = (tl.constexpr(at) for at in range(5))
+_USED, _WASTED, _EVICTIONS, STOOD_IN, _SHORTAGES = (tl.constexpr(at) for at in range(5, 10))
+_CLOCK, _SEQUENCE, _LEASED = (tl.constexpr(at) for at in range(3))
+THERE, _GUESS, _FILL = (tl.constexpr(at) for at in range(3))
+
+
+@triton.jit
+def add_to(counters, counter, by):
+    """Count."""
+    tl.store(counters + counter, tl.load(counters + counter) + by)
+
+
+@triton.jit
+def _is_wanted(ids, num_ids, num_experts, experts, CHUNK: tl.constexpr):
+    """Which of `experts` are among the ids: duplicates count once, and ids that are no expert not at all."""
+    wanted = tl.zeros_like(experts)
+    for start in range(0, num_ids, CHUNK):
+        at = start + tl.arange(0, CHUNK)
+        id = tl.load(ids + at, at < num_ids, -1).to(tl.int32)
+        wanted = tl.maximum(wanted, tl.max((id[:, None] == experts[None, :]).to(tl.int32), 0))
+    return (wanted > 0) & (experts < num_experts)
+
+
+@triton.jit
+def _order_of(key_of_slot, stamp, staged_at, in_flight, slot, num_slots, leased, ARRIVED: tl.constexpr):
+    """When each slot is given up: the lowest first, _NEVER for those that are in use."""
+    is_slot = slot < num_slots
+    key = tl.load(key_of_slot + slot, is_slot, 0).to(tl.int64)
+    stamped = tl.load(stamp + slot, is_slot, 0)
+    staged = tl.load(staged_at + slot, is_slot, 0)
+    order = tl.where(staged > 0, _STAGED + staged, (stamped << _KEY_BITS) | key)
+    order = tl.where((staged == 0) & (stamped == leased), _NEVER, order)
+    if not ARRIVED:
+        order = tl.where(tl.load(in_flight + slot, is_slot, 0) != THERE, _NEVER, order)
+    order = tl.where(key < 0, _FREE + slot.to(tl.int64), order)
+    return tl.where(is_slot, order, _NEVER)
+
+
+@triton.jit
+def _vacate(slot_of_key, key_of_slot, victim):
+    """The slot's key leaves it, if it holds one. What `key_of_slot` says is stored anew by the caller."""
+    key = tl.load(key_of_slot + victim)
+    tl.store(slot_of_key + key, -1, key >= 0)
+
+
+@triton.jit
+def plan_kernel(
+    ids, num_ids, base, num_experts, num_slots,
+    slot_of_key, key_of_slot, stamp, staged_at, in_flight, marks, counters,
+    slots_out, copy_keys, copy_slots, copy_count,
+    EXPERTS: tl.constexpr, SLOTS: tl.constexpr, CHUNK: tl.constexpr, ARRIVED: tl.constexpr,
+):  # fmt: skip
+    """See `paging.plan`."""
+    expert = tl.arange(0, EXPERTS)
+    slot = tl.arange(0, SLOTS)
+    now = tl.load(marks + _CLOCK) + 1
+    wanted = _is_wanted(ids, num_ids, num_experts, expert, CHUNK)
+    place = tl.load(slot_of_key + base + expert, wanted, -1)
+    hit = wanted & (place >= 0)
+    miss = wanted & (place < 0)
+    if ARRIVED:
+        late = hit & (place < 0)
+        tl.store(in_flight + slot, tl.zeros_like(slot), slot < num_slots)
+    else:
+        late = hit & (tl.load(in_flight + place, hit, 0) != THERE)
+    used = hit & (tl.load(staged_at + place, hit, 0) > 0)
+    # Every thread has read what staging was before some of them change it.
+    tl.debug_barrier()
+    # Hits are touched before misses are inserted.
+    tl.store(stamp + place, tl.zeros_like(place).to(tl.int64) + now, hit)
+    tl.store(staged_at + place, tl.zeros_like(place).to(tl.int64), hit)
+    tl.debug_barrier()
+    order = _order_of(key_of_slot, stamp, staged_at, in_flight, slot, num_slots, now, ARRIVED)
+    num_misses = tl.sum(miss.to(tl.int32), 0)
+    rank = tl.cumsum(miss.to(tl.int32), 0) - 1
+    num_placed, num_evicted, num_wasted = 0, 0, 0
+    for at in range(num_misses):
+        lowest = tl.min(order, 0)
+        if lowest != _NEVER:
+            victim = tl.min(tl.where(order == lowest, slot, SLOTS), 0)
+            order = tl.where(slot == victim, _NEVER, order)
+            _vacate(slot_of_key, key_of_slot, victim)
+            num_evicted += (lowest >= 0).to(tl.int32)
+            num_wasted += (lowest >= _STAGED).to(tl.int32)
+            place = tl.where(miss & (rank == at), victim, place)
+            num_placed += 1
+    placed = miss & (place >= 0)
+    # The scalar loads of `_vacate` come before what they would read is overwritten.
+    tl.debug_barrier()
+    tl.store(slot_of_key + base + expert, place, placed)
+    tl.store(key_of_slot + place, base + expert, placed)
+    tl.store(stamp + place, tl.zeros_like(place).to(tl.int64) + now, placed)
+    tl.store(staged_at + place, tl.zeros_like(place).to(tl.int64), placed)
+    tl.store(copy_keys + rank, base + expert, placed)
+    tl.store(copy_slots + rank, place, placed)
+    tl.store(copy_count, num_placed)
+    for start in range(0, num_ids, CHUNK):
+        at = start + tl.arange(0, CHUNK)
+        id = tl.load(ids + at, at < num_ids, -1).to(tl.int32)
+        found = tl.max(tl.where((id[:, None] == expert[None, :]) & wanted[None, :], place[None, :], -1), 1)
+        tl.store(slots_out + at, found, at < num_ids)
+    num_hits = tl.sum(hit.to(tl.int32), 0)
+    num_late = tl.sum(late.to(tl.int32), 0)
+    add_to(counters, _HITS, num_hits - num_late)
+    add_to(counters, _LATE, num_late)
+    add_to(counters, _MISSES, num_misses)
+    add_to(counters, _USED, tl.sum(used.to(tl.int32), 0))
+    add_to(counters, _SHORTAGES, num_misses - num_placed)
+    add_to(counters, _EVICTIONS, num_evicted)
+    add_to(counters, _WASTED, num_wasted)
+    tl.store(marks + _CLOCK, now)
+    tl.store(marks + _LEASED, now)
+
+
+@triton.jit
+def prefetch_kernel(
+    guesses, num_guesses, base, num_experts, num_slots, staging_slots,
+    slot_of_key, key_of_slot, staged_at, stamp, in_flight, marks, counters,
+    copy_keys, copy_slots, copy_count,
+    GUESSES: tl.constexpr, SLOTS: tl.constexpr, ARRIVED: tl.constexpr,
+):  # fmt: skip
+    """See `paging.plan_prefetch`."""
+    at = tl.arange(0, GUESSES)
+    slot = tl.arange(0, SLOTS)
+    id = tl.load(guesses + at, at < num_guesses, -1).to(tl.int32)
+    is_expert = (id >= 0) & (id < num_experts)
+    # What comes twice counts where it comes first.
+    again = tl.sum(((id[:, None] == id[None, :]) & (at[None, :] < at[:, None])).to(tl.int32), 1)
+    guessed = is_expert & (again == 0)
+    key = base + id
+    place = tl.load(slot_of_key + key, guessed, -1)
+    present = guessed & (place >= 0)
+    absent = guessed & (place < 0)
+    if ARRIVED:
+        tl.store(in_flight + slot, tl.zeros_like(slot), slot < num_slots)
+        is_there = present
+    else:
+        is_there = present & (tl.load(in_flight + place, present, 0) == THERE)
+    renewed = is_there & (tl.load(staged_at + place, present, 0) > 0)
+    num_staged = tl.sum((tl.load(staged_at + slot, slot < num_slots, 0) > 0).to(tl.int32), 0)
+    order = _order_of(key_of_slot, stamp, staged_at, in_flight, slot, num_slots, tl.load(marks + _LEASED), ARRIVED)
+    # No guess is given up for another one; before its age changes, so that nothing has to be read again.
+    num_absent = tl.sum(absent.to(tl.int32), 0)
+    num_kept = tl.sum(present.to(tl.int32), 0)
+    absent_rank = tl.cumsum(absent.to(tl.int32), 0) - 1
+    room = tl.minimum(staging_slots - num_staged, num_absent)
+    num_cold, num_taken, num_evicted, num_wasted = 0, 0, 0, 0
+    for _ in range(num_absent + num_kept):
+        # Cold ones while there is room, then staged ones in exchange.
+        candidates = tl.where((order >= _STAGED) == (num_cold >= room), order, _NEVER)
+        lowest = tl.min(candidates, 0)
+        if (lowest == _NEVER) & (num_cold < room):
+            # Nothing is cold: from now on staged ones alone.
+            room = num_cold
+            lowest = tl.min(tl.where(order >= _STAGED, order, _NEVER), 0)
+        if (lowest != _NEVER) & (num_taken < num_absent):
+            victim = tl.min(tl.where(order == lowest, slot, SLOTS), 0)
+            order = tl.where(slot == victim, _NEVER, order)
+            if tl.sum((present & (place == victim)).to(tl.int32), 0) == 0:
+                _vacate(slot_of_key, key_of_slot, victim)
+                num_evicted += (lowest >= 0).to(tl.int32)
+                num_wasted += (lowest >= _STAGED).to(tl.int32)
+                place = tl.where(absent & (absent_rank == num_taken), victim, place)
+                num_taken += 1
+                if lowest < _STAGED:
+                    num_cold += 1
+    placed = absent & (place >= 0)
+    sequence = tl.load(marks + _SEQUENCE)
+    num_renewed = tl.sum(renewed.to(tl.int32), 0)
+    renewed_at = sequence + tl.cumsum(renewed.to(tl.int64), 0)
+    placed_at = sequence + num_renewed + 1 + absent_rank
+    tl.debug_barrier()
+    tl.store(staged_at + place, renewed_at, renewed)
+    tl.store(slot_of_key + key, place, placed)
+    tl.store(key_of_slot + place, key, placed)
+    tl.store(staged_at + place, placed_at, placed)
+    tl.store(in_flight + place, tl.zeros_like(place) + _GUESS, placed)
+    tl.store(copy_keys + absent_rank, key, placed)
+    tl.store(copy_slots + absent_rank, place, placed)
+    tl.store(copy_count, num_taken)
+    add_to(counters, _PREFETCHED, num_taken)
+    add_to(counters, _EVICTIONS, num_evicted)
+    add_to(counters, _WASTED, num_wasted)
+    tl.store(marks + _SEQUENCE, sequence + num_renewed + num_taken)
+
+
+@triton.jit
+def fill_kernel(
+    ids, num_ids, base, num_experts, num_slots, filling_slots,
+    slot_of_key, key_of_slot, stamp, staged_at, in_flight, marks, counters,
+    copy_keys, copy_slots, copy_count,
+    EXPERTS: tl.constexpr, SLOTS: tl.constexpr, CHUNK: tl.constexpr, ARRIVED: tl.constexpr,
+):  # fmt: skip
+    """See `paging.plan_fill`."""
+    expert = tl.arange(0, EXPERTS)
+    slot = tl.arange(0, SLOTS)
+    is_slot = slot < num_slots
+    wanted = _is_wanted(ids, num_ids, num_experts, expert, CHUNK)
+    now = tl.load(marks + _CLOCK) + tl.minimum(tl.sum(wanted.to(tl.int64), 0), 1)
+    place = tl.load(slot_of_key + base + expert, wanted, -1)
+    present = wanted & (place >= 0)
+    absent = wanted & (place < 0)
+    room = filling_slots
+    if ARRIVED:
+        tl.store(in_flight + slot, tl.zeros_like(slot), is_slot)
+        adopted = present & (place < 0)
+    else:
+        room -= tl.sum((tl.load(in_flight + slot, is_slot, 0) == _FILL).to(tl.int32), 0)
+        late = present & (tl.load(in_flight + place, present, 0) != THERE)
+        late = late & (tl.load(staged_at + place, present, 0) > 0)
+        adopted = late & (tl.cumsum(late.to(tl.int32), 0) <= room)
+    num_adopted = tl.sum(adopted.to(tl.int32), 0)
+    room -= num_adopted
+    tl.debug_barrier()
+    tl.store(stamp + place, tl.zeros_like(place).to(tl.int64) + now, present)
+    tl.store(staged_at + place, tl.zeros_like(place).to(tl.int64), adopted)
+    tl.store(in_flight + place, tl.zeros_like(place) + _FILL, adopted)
+    tl.debug_barrier()
+    order = _order_of(key_of_slot, stamp, staged_at, in_flight, slot, num_slots, tl.load(marks + _LEASED), ARRIVED)
+    rank = tl.cumsum(absent.to(tl.int32), 0) - 1
+    num_placed, num_evicted = 0, 0
+    for at in range(tl.minimum(room, tl.sum(absent.to(tl.int32), 0))):
+        lowest = tl.min(order, 0)
+        if lowest < _STAGED:
+            victim = tl.min(tl.where(order == lowest, slot, SLOTS), 0)
+            order = tl.where(slot == victim, _NEVER, order)
+            _vacate(slot_of_key, key_of_slot, victim)
+            num_evicted += (lowest >= 0).to(tl.int32)
+            place = tl.where(absent & (rank == at), victim, place)
+            num_placed += 1
+    placed = absent & (place >= 0)
+    tl.debug_barrier()
+    tl.store(slot_of_key + base + expert, place, placed)
+    tl.store(key_of_slot + place, base + expert, placed)
+    tl.store(stamp + place, tl.zeros_like(place).to(tl.int64) + now, placed)
+    tl.store(staged_at + place, tl.zeros_like(place).to(tl.int64), placed)
+    tl.store(in_flight + place, tl.zeros_like(place) + _FILL, placed)
+    tl.store(copy_keys + rank, base + expert, placed)
+    tl.store(copy_slots + rank, place, placed)
+    tl.store(copy_count, num_placed)
+    add_to(counters, _USED, num_adopted)
+    add_to(counters, _FILLED, num_placed)
+    add_to(counters, _EVICTIONS, num_evicted)
+    tl.store(marks + _CLOCK, now)

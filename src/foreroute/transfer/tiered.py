@@ -1,0 +1,218 @@
+"""Experts from host memory into slots elsewhere, and from disk into host memory first where that holds some only.
+
+The decode thread does it all: each call moves on what can move. Copies are few at a time, demands before guesses, so
+that a demand waits for few copies that were begun before it.
+"""
+
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
+from time import perf_counter
+from typing import Any, NamedTuple, Protocol
+
+from foreroute.transfer.base import Completion, Transfer
+from foreroute.transfer.queue import TransferQueue
+
+# Begun and not over: enough that the link does not idle between two calls, few enough that a demand waits little.
+MOST_COPIES = 4
+MOST_READS = 4
+
+
+class Copier(Protocol):
+    """Copies records of an arena into slots."""
+
+    def start(self, record: int, slot: int) -> Any:
+        """Begin a copy, after all that compute has been given so far; returns a ticket. Does not block."""
+
+    def is_done(self, ticket: Any) -> bool:
+        """Whether the slot holds the record, for all that compute is given from now on. Does not block."""
+
+    def wait(self, ticket: Any) -> None:
+        """Block until it is so."""
+
+    def close(self) -> None:
+        """No more copies; those that were begun are over."""
+
+
+class _Copying(NamedTuple):
+    key: int
+    slot: int
+    ticket: Any
+    begun_s: float
+
+
+class TieredTransfer:
+    """A `Transfer` from an arena of records.
+
+    Args:
+        copier: moves a record into a slot.
+        keys: those that are in the records already, in this order.
+        num_records: records in the arena.
+        disk: fills records with the experts that are not there. None where all are.
+        nbytes_of: a key's stored bytes.
+    """
+
+    def __init__(
+        self,
+        copier: Copier,
+        keys: Sequence[int],
+        num_records: int,
+        disk: Transfer | None,
+        nbytes_of: Callable[[int], int],
+    ) -> None:
+        self._copier = copier
+        self._disk = disk
+        self._nbytes_of = nbytes_of
+        # Least recently used first. A key that is being read has no record here yet.
+        self._record_of: OrderedDict[int, int] = OrderedDict((key, record) for record, key in enumerate(keys))
+        self._free = list(range(num_records - 1, len(keys) - 1, -1))
+        self._from_disk = TransferQueue()  # asked for, not in memory, not being read
+        self._from_memory = TransferQueue()  # asked for, in memory, not being copied
+        self._slot_of: dict[int, int] = {}  # of all that is asked for and not over
+        self._reading: dict[int, int] = {}  # key -> record
+        self._copying: deque[_Copying] = deque()
+        self._failed: list[Completion] = []
+        self._busy_since_s = 0.0
+        self.bytes_read = 0
+        self.reads = 0
+        self.busy_s = 0.0
+        self.is_closed = False
+
+    @property
+    def num_in_flight(self) -> int:
+        """Requests whose completion has not been handed out yet."""
+        return len(self._slot_of)
+
+    def demand(self, key: int, slot: int) -> None:
+        """Fill the slot with the key, before every prefetch."""
+        self._submit(self._queue_of(key).demand, key, slot)
+
+    def prefetch(self, key: int, slot: int) -> None:
+        """Fill the slot with the key when no demand is queued."""
+        self._submit(self._queue_of(key).prefetch, key, slot)
+
+    def fill(self, key: int, slot: int) -> None:
+        """Fill the slot with the key when there is time."""
+        self._submit(self._queue_of(key).fill, key, slot)
+
+    def promote(self, key: int) -> None:
+        """A prefetch or fill that has not started becomes a demand."""
+        if not self._from_memory.promote(key):
+            self._from_disk.promote(key)
+
+    def cancel(self, key: int) -> bool:
+        """Withdraw a request; False when it is being read or copied."""
+        is_gone = self._from_memory.cancel(key) or self._from_disk.cancel(key)
+        if is_gone:
+            del self._slot_of[key]
+        return is_gone
+
+    def completed(self) -> list[Completion]:
+        """Hand out what is over, and begin what can begin."""
+        if self._disk is not None and self._disk.num_in_flight:
+            self._settle(self._disk.completed())
+        over, self._failed = self._failed, []
+        while self._copying and self._copier.is_done(self._copying[0].ticket):
+            over.append(self._end_copy())
+        self._begin()
+        for completion in over:
+            del self._slot_of[completion.key]
+        return over
+
+    def wait(self) -> list[Completion]:
+        """Block until something is over, then hand out all that is."""
+        assert self._slot_of, "nothing is in flight: this would wait for ever"
+        while not (over := self.completed()):
+            if self._copying:
+                self._copier.wait(self._copying[0].ticket)
+            else:
+                assert self._disk is not None, f"nothing moves, and {self._slot_of} are asked for"
+                self._settle(self._disk.wait())
+        return over
+
+    def reset(self) -> None:
+        """Withdraw what has not started, wait for what has, and forget all that is over."""
+        self._from_memory.clear()
+        self._from_disk.clear()
+        while self._copying:
+            self._copier.wait(self._copying[0].ticket)
+            self._end_copy()
+        if self._disk is not None:
+            self._disk.reset()
+        # What was being read may be there or not: it is read again.
+        self._free.extend(self._reading.values())
+        self._reading.clear()
+        self._failed.clear()
+        self._slot_of.clear()
+
+    def close(self) -> None:
+        """Drop what has not started, finish what has, stop. A second call does nothing."""
+        if self.is_closed:
+            return
+        self.is_closed = True
+        self.reset()
+        if self._disk is not None:
+            self._disk.close()
+        self._copier.close()
+
+    def _queue_of(self, key: int) -> TransferQueue:
+        if key not in self._record_of:
+            return self._from_disk
+        self._record_of.move_to_end(key)
+        return self._from_memory
+
+    def _submit(self, queue: Callable[[int, int], None], key: int, slot: int) -> None:
+        assert not self.is_closed, "the transfer is closed"
+        assert key not in self._slot_of, f"key {key} was requested while a request for it is in flight"
+        queue(key, slot)
+        self._slot_of[key] = slot
+        self._begin()
+
+    def _begin(self) -> None:
+        while len(self._copying) < MOST_COPIES and (request := self._from_memory.next()) is not None:
+            key, slot = request
+            self._from_memory.finished(key)
+            now_s = perf_counter()
+            if not self._copying:
+                self._busy_since_s = now_s
+            self._copying.append(_Copying(key, slot, self._copier.start(self._record_of[key], slot), now_s))
+        while self._disk is not None and len(self._from_disk) and len(self._reading) < MOST_READS:
+            record = self._take_record()
+            if record < 0:
+                return
+            request = self._from_disk.next()
+            assert request is not None, "the queue is not empty"
+            key, _ = request
+            self._from_disk.finished(key)
+            self._reading[key] = record
+            self._disk.demand(key, record)
+
+    def _take_record(self) -> int:
+        """A free record, or that of the least recently used key that nobody asks for; -1 when there is none."""
+        if self._free:
+            return self._free.pop()
+        for key in self._record_of:
+            if key not in self._slot_of:
+                return self._record_of.pop(key)
+        return -1
+
+    def _settle(self, completions: Sequence[Completion]) -> None:
+        """What the disk has read is copied next: somebody has waited for it long enough to come before guesses."""
+        for completion in completions:
+            key, record = completion.key, self._reading.pop(completion.key)
+            slot = self._slot_of[key]
+            if completion.error is not None:
+                self._free.append(record)
+                self._failed.append(completion._replace(slot=slot))
+                continue
+            self._record_of[key] = record
+            self._from_memory.demand(key, slot)
+
+    def _end_copy(self) -> Completion:
+        key, slot, _, begun_s = self._copying.popleft()
+        ended_s = perf_counter()
+        if not self._copying:
+            self.busy_s += ended_s - self._busy_since_s
+        nbytes = self._nbytes_of(key)
+        self.bytes_read += nbytes
+        self.reads += 1
+        return Completion(key, slot, None, nbytes, begun_s, ended_s)

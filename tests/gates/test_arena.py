@@ -1,0 +1,94 @@
+"""Experts in an arena of host memory, all or some: the code of the GPU's host control plane, with slots in RAM.
+
+The copies are plain ones here; everything else is what runs in front of a GPU. Bits are those of the resident model.
+"""
+
+import pytest
+import torch
+
+from foreroute.engine.decode import RowsStep, TokenStep
+from foreroute.engine.memory import SlotViews
+from foreroute.errors import DeviceError
+from foreroute.kernels.cpu import ExpertMath, OneToken
+from foreroute.transfer.tiered import TieredTransfer
+from tests.support.runs import ONE_PROMPT, THREE_PROMPTS, assert_same_bits, generate, packed_store, watch_reads
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "deepseek_v3"])
+def test_all_experts_in_host_memory(checkpoints, references, load, family):
+    folder, told = checkpoints.get(family), []
+    model = load(folder, "25%", host_memory="100%", progress=lambda done, total: told.append((done, total)))
+    plan = model.foreroute.plan
+    assert told[-1] == (plan.total_slots, plan.total_slots)
+    assert plan.host_records == plan.total_slots
+    with watch_reads() as reads:
+        for batch in (ONE_PROMPT, THREE_PROMPTS):
+            assert_same_bits(generate(model, batch), references.output(folder, batch))
+    assert not reads.paths, "with everything in host memory the disk has nothing to do"
+    stats = model.foreroute.stats()
+    assert stats.evictions > 0
+    assert stats.decode.misses > 0
+    assert stats.prefetch_used > 0
+    assert stats.read_bytes > 0
+    assert isinstance(model.foreroute.runtime.transfer, TieredTransfer)
+
+
+@pytest.mark.parametrize("store", ["safetensors", "packed"])
+@pytest.mark.parametrize("share", ["30%", "3%"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_three_tiers(checkpoints, references, load, share, store, dtype):
+    folder = checkpoints.get("qwen3_moe", dtype)
+    packed = str(packed_store(folder)) if store == "packed" else "no"
+    model = load(folder, "25%", host_memory=share, packed=packed)
+    assert 0 < model.foreroute.plan.host_records < model.foreroute.plan.num_slots * 2
+    with watch_reads() as reads:
+        for batch in (ONE_PROMPT, THREE_PROMPTS):
+            assert_same_bits(generate(model, batch), references.output(folder, batch))
+    assert reads.paths
+    assert model.foreroute.stats().evictions > 0
+
+
+def test_an_error_of_the_disk_reaches_the_caller_and_the_model_lives_on(checkpoints, references, load, monkeypatch):
+    import os
+
+    folder = checkpoints.get("qwen3_moe")
+    model = load(folder, "25%", host_memory="30%")
+    preadv = os.preadv
+
+    def broken(*args):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "preadv", broken)
+    with pytest.raises(Exception, match="Input/output error"):
+        generate(model)
+    monkeypatch.setattr(os, "preadv", preadv)
+    assert_same_bits(generate(model), references.output(folder))
+
+
+def test_too_little_host_memory_is_said_before_experts_are_read(checkpoints, load):
+    with watch_reads() as reads, pytest.raises(DeviceError, match="hold no expert"):
+        load(checkpoints.get("qwen3_moe"), "25%", host_memory="100")
+    assert not reads.paths
+
+
+def test_every_tensor_of_a_step_is_made_where_the_slots_are():
+    """On the meta device, whose tensors cannot be added to the CPU's, as a GPU's cannot: no GPU is needed for it."""
+    pool = torch.empty(4 * 4096, dtype=torch.uint8, device="meta")
+    math = ExpertMath(lambda inner: inner.chunk(2, -1)[0] * inner.chunk(2, -1)[1], 0, 1)
+    views = SlotViews(pool, 4096, [_layout()], [math], torch.float32)
+    hidden, weights = torch.empty(3, 4, device="meta"), torch.empty(3, 2, device="meta")
+    rows = RowsStep(math, lambda key: views.operands(0, key), hidden, [[2, 0], [0, 1], [1, 2]], weights)
+    assert {index.device.type for pair in rows._rows.values() for index in pair} == {"meta"}
+    rows.run([1, 0, 2])
+    assert rows.total().device.type == "meta"
+    workspace = OneToken(2, 8, 4, torch.float32, "meta")
+    token = TokenStep(workspace, math, lambda key: views.operands(0, key), hidden[:1], [2, 0], weights[:1])
+    token.run([2])
+    token.run([0])
+    assert token.total().device.type == "meta"
+
+
+def _layout():
+    from foreroute.checkpoint.layouts import ExpertLayout, Part
+
+    return ExpertLayout((Part("up", 0, 128, (8, 4), "F32"), Part("down", 128, 64, (4, 4), "F32")))

@@ -1,0 +1,127 @@
+"""The experts' kernels equal their reference; run by test_interpreted.py. In fp32 and fp16: the interpreter has no bf16."""
+
+import itertools
+
+import pytest
+import torch
+
+from foreroute.kernels import expert_form, triton_experts
+from foreroute.kernels.expert_form import CLAMPED, FLOAT, INT4, INT8, MXFP4, SILU, ExpertForm, MatrixForm
+
+KINDS = {"float": FLOAT, "int8": INT8, "int4": INT4, "mxfp4": MXFP4}
+
+
+def matrix(
+    kind: int, rows: int, cols: int, at: int, dtype: torch.dtype, *, has_bias: bool, is_transposed: bool
+) -> tuple[MatrixForm, int]:
+    """A form and the byte behind it."""
+
+    def after(nbytes: int) -> int:
+        return -(-nbytes // 64) * 64
+
+    nbytes = rows * cols * dtype.itemsize if kind == FLOAT else rows * cols if kind == INT8 else rows * cols // 2
+    scales_at = at + after(nbytes)
+    scales = {FLOAT: 0, INT8: rows * 2, INT4: cols // 32 * rows * 4, MXFP4: rows * cols // 32}[kind]
+    bias_at = scales_at + after(scales)
+    form = MatrixForm(
+        kind, rows, cols, at, scales_at, bias_at if has_bias else -1, dtype, dtype, 32, is_transposed and kind == FLOAT
+    )
+    return form, bias_at + after(rows * dtype.itemsize)
+
+
+def fill(form: MatrixForm, slot: torch.Tensor, generator: torch.Generator) -> None:
+    """Random weights of about unit columns."""
+
+    def put(at: int, values: torch.Tensor) -> None:
+        raw = values.contiguous().view(torch.uint8).flatten()
+        slot[at : at + len(raw)] = raw
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    rows, cols = form.rows, form.cols
+    if form.kind == FLOAT:
+        shape = (cols, rows) if form.is_transposed else (rows, cols)
+        put(form.at, (normal(*shape) * cols**-0.5).to(form.dtype))
+    else:
+        count = rows * cols if form.kind == INT8 else rows * cols // 2
+        put(form.at, torch.randint(0, 256, (count,), dtype=torch.uint8, generator=generator))
+    if form.kind == INT8:
+        put(form.scales_at, (torch.rand(rows, generator=generator) * 0.01 + 0.005).bfloat16())
+    if form.kind == INT4:
+        put(form.scales_at, (normal(cols // 32, rows, 2) * 0.05).bfloat16())
+    if form.kind == MXFP4:
+        put(form.scales_at, torch.randint(122, 126, (rows, cols // 32), dtype=torch.uint8, generator=generator))
+    if form.bias_at >= 0:
+        put(form.bias_at, normal(rows).to(form.bias_dtype))
+
+
+def case(kind, tokens, dtype, *, gate=SILU, interleaved=False, bias=False, transposed=False, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    hidden, inner, top_k, num_experts, num_slots = 96, 64, 3, 6, 8
+    up, end = matrix(kind, 2 * inner, hidden, 0, dtype, has_bias=bias, is_transposed=transposed)
+    down, end = matrix(kind, hidden, inner, end, dtype, has_bias=bias, is_transposed=transposed)
+    form = ExpertForm(up, down, interleaved, gate, limit=0.7 if gate == CLAMPED else 7.0)
+    pool = torch.full((num_slots, end), 255, dtype=torch.uint8)
+    slot_of = torch.randperm(num_slots, generator=generator)[:num_experts].int()
+    for slot in slot_of.tolist():
+        fill(up, pool[slot], generator)
+        fill(down, pool[slot], generator)
+    ids = torch.stack([torch.randperm(num_experts, generator=generator)[:top_k] for _ in range(tokens)])
+    slots = slot_of[ids]
+    slots[torch.rand(tokens, top_k, generator=generator) < 0.2] = -1
+    weights = torch.rand(tokens, top_k, generator=generator).to(dtype)
+    x = torch.randn(tokens, hidden, generator=generator).to(dtype)
+    return form, x, ids, slots, weights, pool
+
+
+def assert_alike(args, **stand_ins) -> None:
+    expected = expert_form.experts(*args, **stand_ins)
+    found = triton_experts.experts(*args, **stand_ins)
+    assert expected.float().abs().max() > 0.05
+    # fp16: rounded in the same places, so that they differ by a rounding now and then; multiplied on tensor cores,
+    # 4-bit weights are rounded to it first.
+    worst = 2e-5 if found.dtype == torch.float32 else 1e-2
+    assert (found - expected).float().abs().max() <= worst * max(1.0, float(expected.float().abs().max()))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_every_record(kind: str, tokens: int) -> None:
+    for seed, dtype in enumerate((torch.float32, torch.float16)):
+        assert_alike(case(KINDS[kind], tokens, dtype, seed=seed))
+
+
+@pytest.mark.parametrize(("gate", "interleaved", "bias", "transposed"), [
+    *itertools.product([SILU, CLAMPED], [False, True], [True], [False, True]), (SILU, False, False, True),
+])  # fmt: skip
+def test_every_gate(gate: int, interleaved: bool, bias: bool, transposed: bool) -> None:
+    assert_alike(
+        case(FLOAT, 2, torch.float32, gate=gate, interleaved=interleaved, bias=bias, transposed=transposed, seed=7)
+    )
+    assert_alike(case(MXFP4, 1, torch.float32, gate=gate, interleaved=interleaved, bias=bias, seed=8))
+
+
+def test_more_tokens_than_a_block() -> None:
+    assert_alike(case(FLOAT, 21, torch.float32, seed=3))
+
+
+def test_default_vectors_stand_in() -> None:
+    args = case(FLOAT, 4, torch.float32, seed=4)
+    ids, slots = args[2], args[3]
+    assert (slots < 0).any()
+    stood_in = torch.where(slots < 0, ids, -1).int()
+    stood_in[slots < 0] = torch.where(torch.arange(int((slots < 0).sum())) % 3 == 2, -1, stood_in[slots < 0])
+    vectors = torch.randn(6, args[1].shape[1])
+    assert_alike(args, stood_in=stood_in, vectors=vectors)
+    assert not torch.equal(triton_experts.experts(*args), triton_experts.experts(*args, stood_in, vectors))
+
+
+def test_the_sum_is_rounded_after_each_expert_in_ascending_order() -> None:
+    """As transformers' eager does; other orders give other bits, of which some must show here."""
+    form, x, ids, slots, weights, pool = case(FLOAT, 8, torch.float16, seed=5)
+    form32 = case(FLOAT, 8, torch.float32, seed=5)[0]
+    assert form32.up.rows == form.up.rows
+    found = triton_experts.experts(form, x, ids, slots, weights, pool)
+    shuffled = [t.flip(1) for t in (ids, slots, weights)]
+    assert torch.equal(found, triton_experts.experts(form, x, *shuffled, pool))

@@ -1,0 +1,59 @@
+"""The paging kernels equal residency/, policy/ and the reference; run by test_interpreted.py.
+
+WALK_STEPS=10000 walks as far as the reference does in test_paging.py; here a step costs about 18 ms.
+"""
+
+import os
+
+import pytest
+import torch
+
+from foreroute.kernels import paging, triton_paging, triton_planners
+from foreroute.kernels.paging import CopyList, PagingState
+from tests.support.paging import Walk, assert_fetched, assert_rules_kept, same_decisions
+
+NUM_STEPS = int(os.environ.get("WALK_STEPS", "1000"))
+
+
+def test_the_planner_decides_as_residency_does() -> None:
+    seen = dict.fromkeys(paging.COUNTERS, 0)
+    for seed in range(max(NUM_STEPS // 50, 1)):
+        walk = Walk(triton_paging, seed)
+        walk.run(50)
+        for name, count in walk.state.counts().items():
+            seen[name] += count
+    assert all(seen[name] > 0 for name in paging.COUNTERS if name not in ("stood_in", "shortages")), seen
+
+
+def test_the_planner_leaves_the_tensors_that_its_reference_leaves() -> None:
+    same_decisions(triton_paging, num_steps=60)
+
+
+@pytest.mark.parametrize("arrived", [True, False])
+def test_policies_rules_are_kept(arrived: bool) -> None:
+    assert_rules_kept(triton_paging, num_cases=60, arrived=arrived)
+
+
+@pytest.mark.parametrize("num_programs", [1, 5])
+def test_records_come_whole(num_programs: int) -> None:
+    assert_fetched(triton_paging, num_programs)
+
+
+def test_a_demand_without_a_slot_is_counted() -> None:
+    state = PagingState.create(3, 16, 8, staging_slots=0)
+    ids, slots, copies = torch.tensor([[0, 1, 2, 5]]), torch.empty(1, 4, dtype=torch.int32), CopyList.create(4)
+    triton_paging.plan(state, 1, ids, slots, copies, arrived=True)
+    assert state.counts()["shortages"] == 1
+    assert slots.tolist() == [[0, 1, 2, -1]]
+
+
+def test_numbers_mean_the_same_in_both_files() -> None:
+    for at, name in enumerate(("HITS", "LATE", "MISSES", "PREFETCHED", "FILLED", "USED", "WASTED", "EVICTIONS")):
+        assert getattr(triton_planners, f"_{name}").value == getattr(paging, name) == at
+    assert (triton_planners.STOOD_IN.value, triton_planners._SHORTAGES.value) == (paging.STOOD_IN, paging.SHORTAGES)
+    assert [triton_planners._CLOCK.value, triton_planners._SEQUENCE.value, triton_planners._LEASED.value] == [
+        paging.CLOCK, paging.SEQUENCE, paging.LEASED,
+    ]  # fmt: skip
+    assert [triton_planners.THERE.value, triton_planners._GUESS.value, triton_planners._FILL.value] == [
+        paging.THERE, paging.GUESS_IN_FLIGHT, paging.FILL_IN_FLIGHT,
+    ]  # fmt: skip
