@@ -6,6 +6,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from contextlib import suppress
 from typing import Any
 
+from starlette.responses import Response
+
 from foreroute.server.problems import ApiError, internal
 from foreroute.server.settings import ServerSettings
 
@@ -23,17 +25,21 @@ def event(body: dict[str, Any]) -> bytes:
     return b"data: " + json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
 
 
-class EventStream:
-    """An ASGI answer made of events.
+class EventStream(Response):
+    """An answer made of events.
 
     Args:
-        events: what to send; closed when the client leaves, so that its `finally` frees what it holds. An ApiError that
-            it raises, or any other error, becomes an event; [DONE] follows whatever happened.
+        events: what to send. An ApiError that it raises, or any other error, becomes an event; [DONE] follows whatever
+            happened.
         settings: keep_alive_s, and how long a client may leave unread what was sent.
+        on_end: called in the end, also when the client left before the first event was asked for.
     """
 
-    def __init__(self, events: AsyncIterator[dict[str, Any]], settings: ServerSettings) -> None:
-        self._events, self._settings = events, settings
+    def __init__(
+        self, events: AsyncIterator[dict[str, Any]], settings: ServerSettings, on_end: Callable[[], None]
+    ) -> None:
+        super().__init__()
+        self._events, self._settings, self._on_end = events, settings, on_end
 
     async def __call__(
         self,
@@ -47,6 +53,7 @@ class EventStream:
         try:
             await asyncio.wait({sending, watching}, return_when=asyncio.FIRST_COMPLETED)
         finally:
+            self._on_end()
             for task in (sending, watching):
                 task.cancel()
             # A reader that is too slow is left, like one that has left.

@@ -33,9 +33,14 @@ class TokenTexts:
         """The token's bytes: those of half a character too."""
         return self._look_up(token_id)[1]
 
+    def name(self, token_id: int) -> str:
+        """The token's text; its bytes, written out, where that would be half a character."""
+        text, token_bytes = self._look_up(token_id)
+        return text if _REPLACEMENT not in text else "bytes:" + "".join(f"\\x{byte:02x}" for byte in token_bytes)
+
     def unique(self, token_ids: list[int]) -> list[str]:
-        """A name for each of the tokens, its text where no other of them has the same one."""
-        texts = [self.text(token_id) for token_id in token_ids]
+        """A name for each of the tokens, its id where another of them has the same one."""
+        texts = [self.name(token_id) for token_id in token_ids]
         return [
             text if texts.count(text) == 1 else f"token_id:{token_id}"
             for text, token_id in zip(texts, token_ids, strict=True)
