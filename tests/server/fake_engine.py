@@ -36,6 +36,7 @@ class FakeEngine:
         self.requests: list[Request] = []
         self.cancelled: list[int] = []
         self._open: dict[int, threading.Event] = {}
+        self._callbacks: dict[int, Callable[[Any], None]] = {}
         self._lock = threading.Lock()
 
     def submit(self, request: Request, on_event: Callable[[Any], None]) -> int:
@@ -48,6 +49,7 @@ class FakeEngine:
             handle = len(self.requests)
             self.requests.append(request)
             stop = self._open[handle] = threading.Event()
+            self._callbacks[handle] = on_event
         threading.Thread(target=self._work, args=(handle, request, on_event, stop), daemon=True).start()
         return handle
 
@@ -62,6 +64,7 @@ class FakeEngine:
 
     def close(self) -> None:
         for handle in list(self._open):
+            self._callbacks[handle](Finished("cancelled", error="The server is shutting down."))
             self.cancel(handle)
 
     def _work(self, handle: int, request: Request, on_event: Callable[[Any], None], stop: threading.Event) -> None:

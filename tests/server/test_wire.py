@@ -66,9 +66,7 @@ def test_never_half_a_character(serve: Serve) -> None:
     texts = [chunk["choices"][0]["delta"].get("content", "") for chunk in chunks]
     assert "".join(texts) == answer
     assert all("\ufffd" not in text for text in texts)
-    entries = [
-        entry for chunk in chunks for entry in (chunk["choices"][0]["logprobs"] or {"content": []})["content"]
-    ]
+    entries = [entry for chunk in chunks for entry in (chunk["choices"][0]["logprobs"] or {"content": []})["content"]]
     assert bytes(byte for entry in entries for byte in entry["bytes"]).decode() == answer
     # Cut in the middle of a character: its bytes are in the logprobs, and not in the text.
     cut = serve(answer="a漢").chat(max_tokens=3, logprobs=True).json()["choices"][0]

@@ -22,9 +22,9 @@ from foreroute.server.settings import ServerSettings
 _CLIENT_LEFT = 499
 _METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _PROBLEM = {"description": "What is wrong, in OpenAI's shape", "content": {"application/json": {}}}
-_PROBLEMS: dict[int | str, dict[str, Any]] = {
-    status: _PROBLEM for status in (400, 401, 403, 404, 405, 408, 413, 415, 429, 500, 503)
-}
+_PROBLEMS: dict[int | str, dict[str, Any]] = dict.fromkeys(
+    (400, 401, 403, 404, 405, 408, 413, 415, 429, 500, 503), _PROBLEM
+)
 _ALSO_STREAMED: dict[int | str, dict[str, Any]] = {
     200: {"description": "The answer", "content": {"application/json": {}, "text/event-stream": {}}}
 }

@@ -87,8 +87,8 @@ class Prompts:
 class Serving:
     """A model that is ready.
 
-    context: tokens of prompt and answer together. created: when it was loaded. info: what /tokenizer_info says. model: as loaded, or None (tests);
-    the metrics of experts and the live page read its `foreroute`.
+    context: tokens of prompt and answer together. info: what /tokenizer_info says. model: as loaded, or None (tests);
+    the metrics of experts and the live page read its `foreroute`. created: when it was loaded.
     """
 
     engine: Engine

@@ -185,4 +185,3 @@ async def _chunks(
                     yield {**head, "choices": [piece]}
         if asked.wants_usage:
             yield {**head, "choices": [], "usage": usage(choices, asked.n or 1)}
-

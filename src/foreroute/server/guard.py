@@ -38,6 +38,8 @@ class Guard:
         self._hosts = settings.hosts
         self._keys = [key.encode() for key in settings.api_keys]
         self._limits = settings.limits
+        self._retry_after_s = settings.retry_after_s
+        self._in_flight = 0
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         """Let the request through, or answer why not."""
@@ -47,10 +49,20 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        self._in_flight += 1
+        try:
+            await self._guarded(scope, receive, send)
+        finally:
+            self._in_flight -= 1
+
+    async def _guarded(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         try:
             headers = _single_headers(scope)
             self._check_host(headers)
             self._check_key(scope, headers)
+            if self._in_flight > self._limits.in_flight and scope["path"] != _OPEN_PATH:
+                wait = {"Retry-After": str(self._retry_after_s)}
+                raise ApiError(503, "Too many requests are being served.", code="too_many_requests", headers=wait)
             if scope["method"] in ("POST", "PUT", "PATCH", "DELETE"):
                 body = await self._read_body(headers, receive)
                 if body is None:
@@ -71,10 +83,10 @@ class Guard:
 
         try:
             await self._app(scope, receive, watched)
-        except Exception as error:  # noqa: BLE001 - the last line: whoever asked gets a 500, the log a place
-            answer = internal(error)
+        except Exception as error:  # noqa: BLE001 - the last line: nothing may get to the server's own log
+            # Where an answer has begun, the app has logged the error, and passes it on all the same.
             if not has_started:
-                await answer.response()(scope, receive, send)
+                await internal(error).response()(scope, receive, send)
 
     def _check_host(self, headers: dict[bytes, bytes]) -> None:
         host = headers.get(b"host", b"").decode("latin-1").lower()

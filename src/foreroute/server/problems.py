@@ -100,6 +100,10 @@ def add_handlers(app: FastAPI) -> None:
         assert isinstance(error, RequestValidationError)
         return from_validation(error.errors()).response()
 
+    async def failed(request: Request, error: Exception) -> JSONResponse:
+        return internal(error).response()
+
+    app.add_exception_handler(Exception, failed)
     app.add_exception_handler(ApiError, api_error)
     app.add_exception_handler(HTTPException, http_error)
     app.add_exception_handler(RequestValidationError, invalid)

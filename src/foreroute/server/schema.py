@@ -1,4 +1,4 @@
-"""What a request may hold. A field that is not known here is refused by name, as is one that would change the output."""
+"""What a request may hold. Unknown fields are refused by name, and those that would change the output."""
 
 from typing import Annotated, Any, ClassVar, Literal
 

@@ -14,12 +14,13 @@ class ServerSettingsError(ForerouteError):
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request may ask for. body_bytes, prompt counts and lengths are refused before any work is done.
+    """What one request may ask for, and how many there may be at once (in_flight: each may hold a body). body_bytes, prompt counts and lengths are refused before any work is done.
 
     template_s and template_chars bound the rendering of a chat template; body_s is how long a body may take to arrive,
     send_s how long a client may leave what was sent to it unread.
     """
 
+    in_flight: int = 256
     body_bytes: int = 8 * 2**20
     body_s: float = 30.0
     send_s: float = 60.0

@@ -8,7 +8,7 @@ _REPLACEMENT = "\ufffd"
 
 @lru_cache(maxsize=1)
 def _byte_of_letter() -> dict[str, int]:
-    """GPT-2's alphabet: the printable stand-in of every byte. The letters from 256 on stand for the others, in order."""
+    """GPT-2's alphabet, a printable letter for every byte: itself, or one of those from 256 on, in order."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + at): byte for at, byte in enumerate(others)}
