@@ -38,7 +38,7 @@ def wait_until(condition: Callable[[], bool], within_s: float = 20.0) -> None:
         time.sleep(0.01)
 
 
-def post(url: str, path: str, body: dict[str, Any], receive_bytes: int | None = None) -> socket.socket:
+def post(url: str, path: str, body: dict[str, Any], receive_bytes: int | None = None, key: str = "") -> socket.socket:
     """Send a request and leave the answer unread."""
     host, port = url.removeprefix("http://").split(":")
     connection = socket.socket()
@@ -47,6 +47,8 @@ def post(url: str, path: str, body: dict[str, Any], receive_bytes: int | None = 
     connection.connect((host, int(port)))
     content = json.dumps(body).encode()
     head = f"POST {path} HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Type: application/json\r\n"
+    if key:
+        head += f"Authorization: Bearer {key}\r\n"
     connection.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
     return connection
 

@@ -36,8 +36,8 @@ What would change an answer and cannot be had is refused by name. Ctrl-C ends
 what is running and stops.
 
 Others can reach it only with --host, which needs a key or --insecure. A key in
-FOREROUTE_API_KEY is not seen in the list of processes. There is no TLS: put a
-proxy in front."""
+FOREROUTE_API_KEY is not seen in the list of processes. There is no TLS: put
+a proxy in front."""
 
 
 def add_parser(commands: Any) -> None:
