@@ -23,7 +23,7 @@ KEY_VARIABLE = "FOREROUTE_API_KEY"
 _EPILOG = """\
 examples:
   foreroute serve MODEL --memory 8GiB
-  foreroute serve -m MODEL --port 9000 --served-model-name local --max-num-seqs 4
+  foreroute serve -m MODEL --port 9000 --served-model-name me --max-num-seqs 4
   FOREROUTE_API_KEY=... foreroute serve MODEL --host 0.0.0.0
 
   client = openai.OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none")
