@@ -127,7 +127,8 @@ def test_llama_index(served: Process) -> None:
     )  # fmt: skip
     assert chatting.chat([ChatMessage(role="user", content=QUESTION)]).message.content == ANSWER
     assert completing.complete(f"<|user|>{QUESTION}<|assistant|>").text == ANSWER
-    assert "".join(part.delta or "" for part in completing.stream_complete(f"<|user|>{QUESTION}<|assistant|>")) == ANSWER
+    pieces = completing.stream_complete(f"<|user|>{QUESTION}<|assistant|>")
+    assert "".join(piece.delta or "" for piece in pieces) == ANSWER
 
 
 @needs("llm")

@@ -71,7 +71,7 @@ def test_the_engine_is_read_when_somebody_asks(serve: Serve) -> None:
 
 
 def test_a_demand_is_a_hit_or_late_or_a_miss(load: Any) -> None:
-    """hits + late + misses are the distinct experts that were routed, layer by layer; bytes are those that were read."""
+    """hits + late + misses are the distinct experts that were routed; bytes are those that were read."""
     import torch
 
     model = load(demo.find_model(), "30%", dtype="float32", predictor="no")

@@ -61,7 +61,7 @@ def add_parser(commands: Any) -> None:
 
 def _add_server_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("server")
-    group.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="address to listen on (default: 127.0.0.1)")
+    group.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="where to listen (default: 127.0.0.1)")
     group.add_argument("--port", type=_port, default=8000, metavar="N", help="0: any free one (default: 8000)")
     group.add_argument(
         "--api-key", action="append", metavar="KEY", help=f"requests must bring it (default: ${KEY_VARIABLE})"
@@ -185,8 +185,8 @@ def _load(
     backend.ready(Serving(engine, prompts, context, info, model))
     chosen = " (chosen)" if plan.memory_was_chosen else ""
     return {
-        "model": f"{', '.join(settings.served_names)}: {plan.model_type}, {plan.num_layers} layers x {plan.num_experts} "
-        f"experts, {plan.compute_dtype}",
+        "model": f"{', '.join(settings.served_names)}: {plan.model_type}, {plan.num_layers} x {plan.num_experts} experts, "
+        f"{plan.compute_dtype}",
         "memory": f"{format_memory(plan.memory_bytes)}{chosen} for experts: {plan.num_slots} of {plan.total_slots} "
         f"({plan.resident_share:.0%}), and {format_memory(plan.dense_bytes)} for the rest",
         "context": f"{context} tokens",

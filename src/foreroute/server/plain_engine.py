@@ -150,9 +150,7 @@ class PlainEngine:
         return out.logits[0].float()
 
 
-def scored(
-    logits: torch.Tensor, token: int, num_top: int | None
-) -> tuple[float | None, Sequence[tuple[int, float]]]:
+def scored(logits: torch.Tensor, token: int, num_top: int | None) -> tuple[float | None, Sequence[tuple[int, float]]]:
     """A token's logprob and the likeliest ones, of the model's own distribution; nothing where None are wanted."""
     if num_top is None:
         return None, ()

@@ -14,8 +14,9 @@ class ServerSettingsError(ForerouteError):
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request may ask for, and how many there may be at once (in_flight: each may hold a body). body_bytes, prompt counts and lengths are refused before any work is done.
+    """What one request may ask for; more is refused before any work is done.
 
+    in_flight: requests at once, each of which may hold a body of body_bytes.
     template_s and template_chars bound the rendering of a chat template; body_s is how long a body may take to arrive,
     send_s how long a client may leave what was sent to it unread.
     """
