@@ -1,7 +1,9 @@
 """What /metrics says: of requests by a clock that the test moves, of experts by what a model really routed."""
 
+import json
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -103,3 +105,17 @@ def test_a_demand_is_a_hit_or_late_or_a_miss(load: Any) -> None:
         + (stats.prefill.prefetch_bytes + stats.decode.prefetch_bytes)
     )
     assert total["stall_seconds"] > 0
+
+
+def test_the_dashboard_asks_for_what_is_there(serve: Serve, load: Any) -> None:
+    model = load(demo.find_model(), "30%", predictor="no")
+    served = serve()
+    assert served.backend.loaded is not None
+    served.backend.loaded.model = model
+    served.chat()
+    there = {re.split(r"[{ ]", line)[0] for line in served.client.get("/metrics").text.splitlines()}
+    dashboard = (Path(__file__).parents[2] / "docs" / "grafana.json").read_text()
+    asked = set(re.findall(r"foreroute_\w+", dashboard))
+    assert len(asked) > 15
+    assert asked <= there
+    assert len(json.loads(dashboard)["panels"]) == 12

@@ -183,10 +183,10 @@ def _load(
         "vocab_size": text_config.vocab_size,
     }
     backend.ready(Serving(engine, prompts, context, info, model))
+    names = ", ".join(settings.served_names)
     chosen = " (chosen)" if plan.memory_was_chosen else ""
     return {
-        "model": f"{', '.join(settings.served_names)}: {plan.model_type}, {plan.num_layers} x {plan.num_experts} experts, "
-        f"{plan.compute_dtype}",
+        "model": f"{names}: {plan.model_type}, {plan.num_layers} x {plan.num_experts} experts, {plan.compute_dtype}",
         "memory": f"{format_memory(plan.memory_bytes)}{chosen} for experts: {plan.num_slots} of {plan.total_slots} "
         f"({plan.resident_share:.0%}), and {format_memory(plan.dense_bytes)} for the rest",
         "context": f"{context} tokens",
