@@ -122,6 +122,9 @@ def test_what_asks_for_nothing_is_let_through(serve: Serve) -> None:
 def test_a_model_that_is_not_here(serve: Serve) -> None:
     served = serve()
     assert error_of(served.chat(model="gpt-9"), 404)["code"] == "model_not_found"
+    for path in ("../../etc/passwd", "/etc/passwd", "org/name", "tiny\0"):
+        assert error_of(served.chat(model=path), 404)["code"] == "model_not_found"
+        assert "passwd" not in served.chat(model=path).text
     assert served.chat(model="other").json()["model"] == "other"
     assert served.chat().json()["model"] == "tiny"
 
@@ -182,7 +185,9 @@ def test_longer_than_the_context(serve: Serve) -> None:
     assert error["code"] == "context_length_exceeded"
     assert "107" in error["message"]
     assert "64" in error["message"]
-    assert error_of(served.complete("abc", max_tokens=62, stream=True), 400)["code"] == "context_length_exceeded"
+    error = error_of(served.complete("abc", max_tokens=62, stream=True), 400)
+    assert error["code"] == "context_length_exceeded"
+    assert error["param"] == "prompt"
     assert served.engine.requests == []
 
 

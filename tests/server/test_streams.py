@@ -61,3 +61,18 @@ def test_streamed_is_unstreamed(serve: Serve, tokenizer: Any) -> None:
             cut_short += 1
             assert text.startswith(whole)
     assert cut_short > 100
+
+
+def test_the_prompt_is_what_the_command_line_makes(tokenizer: Any) -> None:
+    """A template rendered in the other process gives the tokens that `foreroute generate` and `chat` compute."""
+    import asyncio
+
+    prompts = Prompts(tokenizer, 4096, Limits())
+    for messages in (
+        [{"role": "user", "content": "12 + 34"}],
+        [{"role": "system", "content": "漢"}, {"role": "user", "content": "😀"}, {"role": "assistant", "content": "a"},
+         {"role": "user", "content": "<|end|> {{ 1 }}"}],
+    ):  # fmt: skip
+        expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+        assert asyncio.run(prompts.chat(messages)) == list(expected)
+    prompts.close()

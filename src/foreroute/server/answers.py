@@ -9,6 +9,7 @@ from typing import Any
 
 from starlette.requests import Request as HttpRequest
 
+from foreroute.errors import ForerouteError
 from foreroute.server.metrics import RequestClock, ServerMetrics
 from foreroute.server.port import (
     ContextLengthError,
@@ -35,11 +36,18 @@ class Answers:
     Args:
         engine: who answers. requests: one for each choice, in the order of their indices.
         metrics: told when tokens come. settings: limits, and what 429 tells the client to wait.
+        param: the field that the prompts came in, for errors.
     """
 
     def __init__(
-        self, engine: Engine, requests: Sequence[Request], metrics: ServerMetrics, settings: ServerSettings
+        self,
+        engine: Engine,
+        requests: Sequence[Request],
+        metrics: ServerMetrics,
+        settings: ServerSettings,
+        param: str,
     ) -> None:
+        self._param = param
         self._engine, self._requests, self._metrics, self._settings = engine, requests, metrics, settings
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._open: dict[int, tuple[Any, RequestClock]] = {}
@@ -63,7 +71,10 @@ class Answers:
             raise ApiError(429, str(error), code="queue_full", headers=wait) from error
         except ContextLengthError as error:
             self.close()
-            raise ApiError(400, str(error), param="messages", code="context_length_exceeded") from error
+            raise ApiError(400, str(error), param=self._param, code="context_length_exceeded") from error
+        except ForerouteError as error:
+            self.close()
+            raise ApiError(400, str(error), param=self._param, code="invalid_value") from error
 
     def close(self) -> None:
         """Cancel what has not ended."""

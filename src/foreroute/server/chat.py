@@ -44,7 +44,7 @@ async def complete_chat(
         )
         for index in range(asked.n or 1)
     ]
-    answers = Answers(serving.engine, requests, metrics, settings)
+    answers = Answers(serving.engine, requests, metrics, settings, "messages")
     answers.submit()
     head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": name}
     if asked.stream:

@@ -49,7 +49,7 @@ async def complete(
         for prompt_ids, _ in prompts
         for index in range(n)
     ]
-    answers = Answers(serving.engine, requests, metrics, settings)
+    answers = Answers(serving.engine, requests, metrics, settings, "prompt")
     answers.submit()
     head = {
         "id": f"cmpl-{uuid.uuid4().hex}", "object": "text_completion", "created": int(time.time()), "model": name
