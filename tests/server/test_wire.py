@@ -174,6 +174,8 @@ def test_several_prompts(serve: Serve) -> None:
     assert len(served.complete(["a", "b"]).json()["choices"]) == 2
     scored = served.complete([5, 6], echo=True, logprobs=0, max_tokens=0).json()["choices"][0]
     assert len(scored["logprobs"]["token_logprobs"]) == 2
+    # None of the likeliest are wanted; the one that came is there all the same.
+    assert list(scored["logprobs"]["top_logprobs"][1]) == [scored["logprobs"]["tokens"][1]]
     assert scored["finish_reason"] == "length"
 
 
