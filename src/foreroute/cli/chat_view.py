@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Protocol
 from foreroute.cli import figures
 
 if TYPE_CHECKING:
+    from rich.markdown import Markdown
+
     from foreroute.engine.generate import GenerationReport
 
 _FENCES = ("```", "~~~")
@@ -90,7 +92,7 @@ class MarkdownAnswer:
         self._live.update(_markdown("\n".join(shown)))
 
 
-def _markdown(text: str) -> object:
+def _markdown(text: str) -> "Markdown":
     from rich.markdown import Markdown
 
     # A model must not choose where a click leads.

@@ -106,6 +106,7 @@ def run(args: argparse.Namespace) -> int:
     folder = locate(model)
     options.quiet_libraries(args)
     try:
+        from foreroute.server.pages import add_page
         from foreroute.server.run import address_of, listen, serve
         from foreroute.server.settings import ServerSettings, check_exposure
     except ImportError as error:
@@ -138,7 +139,7 @@ def run(args: argparse.Namespace) -> int:
             print(f"  {name:<9} {value}", file=sys.stderr)
         print(f"ready in {ready_s:.1f} s", file=sys.stderr, flush=True)
 
-    serve(Backend(), settings, listening, load, [])
+    serve(Backend(), settings, listening, load, [add_page])
     if not args.json:
         print("foreroute serve  stopped", file=sys.stderr)
     return 0

@@ -24,7 +24,7 @@ _KEEP_ALIVE_S = 10.0
 # A step that takes longer is shown while it goes.
 _LONG_STEP_S = 0.15
 # What to say first to a model that knows little.
-_EXAMPLES = {"foreroute-tiny": ("4735 + 281", "Sort 31 12 87 45 60", "def read_lines(path):")}
+_EXAMPLES = {"foreroute-tiny": ("4735 + 281", "Sort: 31 12 87 45 60", "def read_lines(path):")}
 # Two bits per expert.
 _ABSENT, _ON_ITS_WAY, _THERE, _GUESSED = range(4)
 
@@ -37,6 +37,7 @@ class LiveFeed:
         model: its name for people.
         policy: what decoding waits for, asked each time.
         has_chat: the model has a chat template.
+        is_over: the server stops, and every viewer's stream is to end.
         clock: the engine's.
     """
 
@@ -47,6 +48,7 @@ class LiveFeed:
         model: str,
         policy: Callable[[], str] = lambda: "exact",
         has_chat: bool = True,
+        is_over: Callable[[], bool] = lambda: False,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._runtime = runtime
@@ -58,16 +60,12 @@ class LiveFeed:
         self._recorder = Recorder(runtime, clock)
         self.num_viewers = 0
         self._made: tuple[tuple[int, bool, int], bytes] | None = None
-        self._is_closed = False
+        self._is_over = is_over
 
     @property
     def is_full(self) -> bool:
         """No further viewer is taken."""
         return self.num_viewers >= MOST_VIEWERS
-
-    def close(self) -> None:
-        """The server stops: every viewer's stream ends."""
-        self._is_closed = True
 
     async def events(self) -> AsyncIterator[bytes]:
         """One viewer's stream of server-sent events, until it is closed. Take it only while the feed is not full."""
@@ -76,7 +74,7 @@ class LiveFeed:
         try:
             yield _event("hello", self.hello())
             sent, sent_at = b"", self._clock()
-            while not self._is_closed:
+            while not self._is_over():
                 picture = self._picture()
                 if picture != sent:
                     sent, sent_at = picture, self._clock()

@@ -1,8 +1,8 @@
 """What the engine does with the token at hand, kept in memory for whoever watches: nothing while nobody does.
 
 `Recorder.attach` makes it the runtime's `tracing` and puts it before the transfer; `leave` takes both away again. The
-engine's thread writes, any thread reads. What was recorded never changes afterwards, so a reader needs no lock: at worst
-it sees a layer more or less. Cost: a few microseconds per MoE layer (benchmarks/live_cost.py measures it).
+engine's thread writes, any thread reads. What was recorded never changes afterwards, so a reader needs no lock: at
+worst it sees a layer more or less. Cost: a few microseconds per MoE layer (benchmarks/live_cost.py measures it).
 """
 
 import time
@@ -196,7 +196,7 @@ class Recorder(StepTrace):
                 self._began_s,
                 ended,
                 self._waits,
-            )  # fmt: skip
+            )
         )
         if self.layer == self._last_layer:
             step.ended_s = ended
