@@ -37,7 +37,7 @@ def test_openai(served: Process) -> None:
 
     client = openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0)
     assert [model.id for model in client.models.list()] == [NAME]
-    chat = client.chat.completions.create(model=NAME, messages=MESSAGES, max_tokens=60)  # type: ignore[arg-type]
+    chat = client.chat.completions.create(model=NAME, messages=MESSAGES, max_tokens=60)
     assert chat.choices[0].message.content == ANSWER
     assert chat.choices[0].finish_reason == "stop"
     assert chat.usage is not None
@@ -45,7 +45,7 @@ def test_openai(served: Process) -> None:
         client.chat.completions.create(
             model=NAME, messages=MESSAGES, max_tokens=60, stream=True, stream_options={"include_usage": True},
             logprobs=True, top_logprobs=2,
-        )  # type: ignore[call-overload]
+        )
     )  # fmt: skip
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == ANSWER
     assert chunks[-1].usage == chat.usage
@@ -54,7 +54,7 @@ def test_openai(served: Process) -> None:
     assert all(one.top_logprobs[0].logprob == one.logprob for one in scores)
     text = client.completions.create(model=NAME, prompt=f"<|user|>{QUESTION}<|assistant|>", max_tokens=60, stop="\n")
     assert text.choices[0].text == ANSWER.split("\n")[0]
-    stopped = client.chat.completions.create(model=NAME, messages=MESSAGES, stop=["4 c", "0\n1"])  # type: ignore[arg-type]
+    stopped = client.chat.completions.create(model=NAME, messages=MESSAGES, stop=["4 c", "0\n1"])
     # Across tokens, and nothing of the stop text.
     assert stopped.choices[0].message.content == "2+4+0=6 c"
     assert stopped.choices[0].finish_reason == "stop"
@@ -62,9 +62,9 @@ def test_openai(served: Process) -> None:
         client.chat.completions.create(model=NAME, messages=[], max_tokens=60)
     assert refused.value.param == "messages"
     with pytest.raises(openai.BadRequestError, match="2048"):
-        client.chat.completions.create(model=NAME, messages=MESSAGES, max_tokens=5000)  # type: ignore[arg-type]
+        client.chat.completions.create(model=NAME, messages=MESSAGES, max_tokens=5000)
     with pytest.raises(openai.NotFoundError):
-        client.chat.completions.create(model="gpt-4o", messages=MESSAGES)  # type: ignore[arg-type]
+        client.chat.completions.create(model="gpt-4o", messages=MESSAGES)
 
 
 @needs("openai")
@@ -94,9 +94,9 @@ def test_openai_async_and_several_at_once(served: Process) -> None:
 
             async def one(stream: bool) -> str | None:
                 if not stream:
-                    chat = await client.chat.completions.create(model=NAME, messages=MESSAGES)  # type: ignore[arg-type]
+                    chat = await client.chat.completions.create(model=NAME, messages=MESSAGES)
                     return chat.choices[0].message.content
-                pieces = await client.chat.completions.create(model=NAME, messages=MESSAGES, stream=True)  # type: ignore[call-overload]
+                pieces = await client.chat.completions.create(model=NAME, messages=MESSAGES, stream=True)
                 return "".join([piece.choices[0].delta.content or "" async for piece in pieces])
 
             return await asyncio.gather(*(one(stream=at % 2 == 0) for at in range(4)))
@@ -108,7 +108,7 @@ def test_openai_async_and_several_at_once(served: Process) -> None:
 def test_langchain(served: Process) -> None:
     from langchain_openai import ChatOpenAI
 
-    model = ChatOpenAI(base_url=f"{served.url}/v1", api_key="none", model=NAME, max_tokens=60, temperature=0)  # type: ignore[arg-type,call-arg]
+    model = ChatOpenAI(base_url=f"{served.url}/v1", api_key="none", model=NAME, max_tokens=60, temperature=0)
     assert model.invoke(QUESTION).content == ANSWER
     pieces = list(model.stream([("system", "Add."), ("user", QUESTION)]))
     assert len(pieces) > 5

@@ -100,3 +100,18 @@ def test_stopping_ends_what_runs(engine: FakeEngine, prompts: Prompts) -> None:
     assert b"shutting down" in read_until(streamed, b"data: [DONE]\n\n")
     assert b"503" in read_until(whole, b"shutting down")
     assert engine.state().running == 0
+
+
+def test_so_many_at_once_and_no_more(engine: FakeEngine, prompts: Prompts) -> None:
+    engine.gate.clear()
+    settings = ServerSettings(limits=Limits(in_flight=2))
+    with running(Backend(Serving(engine, prompts, engine.context)), settings) as url:
+        held = [post(url, CHAT, {"messages": HI, "stream": True}) for _ in range(2)]
+        wait_until(lambda: engine.state().running == 2)
+        refused = read_until(post(url, CHAT, {"messages": HI}), b"too_many_requests")
+        assert b"503" in refused
+        assert b"retry-after: 1" in refused.lower()
+        held.pop().close()
+        wait_until(lambda: engine.state().running == 1)
+        engine.gate.set()
+        assert b"Hello" in read_until(post(url, CHAT, {"messages": HI}), b"usage")

@@ -223,7 +223,7 @@ def test_a_bug_becomes_an_answer_and_no_quotation(serve: Serve, caplog: pytest.L
     def broken(request: Any, on_event: Any) -> None:
         raise RuntimeError(f"secret prompt {request.prompt_ids}")
 
-    served.engine.submit = broken  # type: ignore[method-assign,assignment]
+    served.engine.submit = broken
     error = error_of(served.chat("secret"), 500)
     assert error["type"] == "server_error"
     assert "secret" not in json.dumps(error)

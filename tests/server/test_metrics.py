@@ -43,7 +43,7 @@ def test_requests(serve: Serve) -> None:
 
 def test_times(serve: Serve) -> None:
     now = [0.0]
-    backend = Backend(Serving(serve().engine, None, 64))  # type: ignore[arg-type]
+    backend = Backend(Serving(serve().engine, None, 64))
     metrics = ServerMetrics(backend, clock=lambda: now[0])
     clock = metrics.begin()
     for at in (2.0, 2.5, 4.0):
@@ -65,7 +65,7 @@ def test_the_engine_is_read_when_somebody_asks(serve: Serve) -> None:
     served = serve()
     asked: list[int] = []
     real = served.engine.state
-    served.engine.state = lambda: asked.append(1) or real()  # type: ignore[method-assign,func-returns-value,return-value]
+    served.engine.state = lambda: asked.append(1) or real()
     served.chat()
     assert asked == []
     served.client.get("/metrics")
