@@ -42,6 +42,7 @@ def test_help_is_quick_and_narrow(capsys: pytest.CaptureFixture[str], monkeypatc
         (["--api-key", "has space"], "printable"),
         (["--host", "256.1.1.1", "--insecure"], "cannot be listened on"),
         (["-m", "MODEL"], "two models"),
+        (["--max-num-seqs", "2"], "one at a time"),
     ],
 )
 def test_refused_before_anything_is_loaded(
@@ -80,7 +81,7 @@ def test_what_cannot_be_loaded_ends_the_server(tmp_path: Path) -> None:
 def test_flags_hold_and_ctrl_c_ends_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FOREROUTE_API_KEY", "sesame")
     flags = ("--served-model-name", "a", "b", "--ctx-size", "300", "--temperature", "1.2", "--seed", "3")
-    with serving(*flags) as served:
+    with serving(*flags, "--max-waiting", "2") as served:
         assert served.started["served"] == ["a", "b"]
         assert served.started["decided"]["context"].startswith("300 ")
 
@@ -93,6 +94,10 @@ def test_flags_hold_and_ctrl_c_ends_what_runs(monkeypatch: pytest.MonkeyPatch) -
         assert [model["id"] for model in ask("/v1/models")["data"]] == ["a", "b"]
         with pytest.raises(urllib.error.HTTPError, match="401"):
             urllib.request.urlopen(served.url + "/v1/models")
+        # More answers than could ever wait together are refused, and not put off for ever.
+        with pytest.raises(urllib.error.HTTPError, match="400"):
+            ask("/v1/completions", {"prompt": ["a"] * 4, "max_tokens": 1})
+        assert len(ask("/v1/completions", {"prompt": ["a"] * 3, "max_tokens": 1})["choices"]) == 3
         drawn = [ask("/v1/completions", {"prompt": "import", "max_tokens": 12}) for _ in range(2)]
         seeded = ask("/v1/completions", {"prompt": "import", "max_tokens": 12, "temperature": 1.2, "seed": 3})
         greedy = ask("/v1/completions", {"prompt": "import", "max_tokens": 12, "temperature": 0})

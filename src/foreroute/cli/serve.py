@@ -15,7 +15,7 @@ from foreroute.residency.budget import format_memory
 if TYPE_CHECKING:
     from foreroute.config import EngineConfig
     from foreroute.server.backend import Backend
-    from foreroute.server.settings import ServerSettings
+    from foreroute.server.settings import Limits, ServerSettings
 
 # The only place where the environment is read for the server.
 KEY_VARIABLE = "FOREROUTE_API_KEY"
@@ -23,7 +23,7 @@ KEY_VARIABLE = "FOREROUTE_API_KEY"
 _EPILOG = """\
 examples:
   foreroute serve MODEL --memory 8GiB
-  foreroute serve -m MODEL --port 9000 --served-model-name me --max-num-seqs 4
+  foreroute serve -m MODEL --port 9000 --served-model-name me
   FOREROUTE_API_KEY=... foreroute serve MODEL --host 0.0.0.0
 
   client = openai.OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none")
@@ -77,8 +77,8 @@ def _add_server_options(parser: argparse.ArgumentParser) -> None:
         help="tokens of a request, prompt and answer (default: the model's)",
     )  # fmt: skip
     group.add_argument(
-        "--max-num-seqs", type=options.at_least(1), default=8, metavar="N",
-        help="requests computed together (default: 8)",
+        "--max-num-seqs", type=options.at_least(1), default=1, metavar="N",
+        help="requests computed together; 1 is all there is so far (default: 1)",
     )  # fmt: skip
     group.add_argument(
         "--max-waiting", type=options.at_least(0), default=64, metavar="N",
@@ -103,6 +103,8 @@ def run(args: argparse.Namespace) -> int:
     """Run the command until it is stopped; returns its exit code."""
     began = time.perf_counter()
     model, config = _model(args), options.engine_config(args)
+    if args.max_num_seqs > 1:
+        raise ForerouteError(f"--max-num-seqs {args.max_num_seqs}: requests are answered one at a time so far.")
     folder = locate(model)
     options.quiet_libraries(args)
     try:
@@ -123,6 +125,7 @@ def run(args: argparse.Namespace) -> int:
         temperature=args.temperature,
         seed=args.seed,
         allow_pages=not args.no_ui,
+        limits=_limits(args),
     )
     listening = listen(args.host, args.port)
     url = address_of(listening)
@@ -143,6 +146,14 @@ def run(args: argparse.Namespace) -> int:
     if not args.json:
         print("foreroute serve  stopped", file=sys.stderr)
     return 0
+
+
+def _limits(args: argparse.Namespace) -> "Limits":
+    """A request may not ask for more answers than could ever be queued together: it would be put off for ever."""
+    from foreroute.server.settings import Limits
+
+    most = args.max_waiting + args.max_num_seqs
+    return Limits(prompts=min(Limits.prompts, most), choices=min(Limits.choices, most))
 
 
 def _model(args: argparse.Namespace) -> str:
@@ -191,7 +202,7 @@ def _load(
         "memory": f"{format_memory(plan.memory_bytes)}{chosen} for experts: {plan.num_slots} of {plan.total_slots} "
         f"({plan.resident_share:.0%}), and {format_memory(plan.dense_bytes)} for the rest",
         "context": f"{context} tokens",
-        "requests": f"{args.max_num_seqs} together, {args.max_waiting} may wait",
+        "requests": f"one at a time, {args.max_waiting} may wait",
         "policy": config.policy,
         "key": "needed" if settings.api_keys else "none",
         "page": "/" if settings.allow_pages else "off",
