@@ -6,16 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from foreroute.engine.text import TextPieces
-from foreroute.server.port import (
-    ContextLengthError,
-    EngineState,
-    Finished,
-    Progress,
-    PromptScored,
-    QueueFullError,
-    Request,
-    Step,
-)
+from foreroute.errors import ContextLengthError, QueueFullError
+from foreroute.server.port import EngineState, Finished, Progress, PromptScored, Request, Step
 
 
 class FakeEngine:

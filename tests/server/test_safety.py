@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
+from foreroute.errors import ServerError
 from foreroute.server.backend import Prompts
 from foreroute.server.problems import ApiError
-from foreroute.server.settings import Limits, ServerSettings, ServerSettingsError, check_exposure
+from foreroute.server.settings import Limits, ServerSettings, check_exposure
 from foreroute.server.templates import TemplateRenderer
 from tests.server.conftest import Served
 
@@ -105,12 +106,12 @@ def test_exposure() -> None:
     for host in ("127.0.0.1", "localhost", "::1", "127.8.8.8"):
         check_exposure(host, (), is_insecure=False)
     for host in ("0.0.0.0", "::", "192.168.0.5", "box.lan"):
-        with pytest.raises(ServerSettingsError, match="--api-key"):
+        with pytest.raises(ServerError, match="--api-key"):
             check_exposure(host, (), is_insecure=False)
         check_exposure(host, (KEY,), is_insecure=False)
         check_exposure(host, (), is_insecure=True)
     for key in ("", "a b", "ключ", "a\n"):
-        with pytest.raises(ServerSettingsError, match="printable"):
+        with pytest.raises(ServerError, match="printable"):
             check_exposure("127.0.0.1", (key,), is_insecure=False)
 
 

@@ -10,15 +10,13 @@ import torch
 
 from foreroute.engine.prompt_cache import new_cache
 from foreroute.engine.text import TextPieces
-from foreroute.errors import ForerouteError
+from foreroute.errors import ContextLengthError, ForerouteError, QueueFullError
 from foreroute.server.port import (
-    ContextLengthError,
     EngineState,
     Event,
     Finished,
     Progress,
     PromptScored,
-    QueueFullError,
     Request,
     Sampling,
     Step,

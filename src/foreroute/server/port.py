@@ -4,16 +4,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from foreroute.errors import ForerouteError
-
-
-class QueueFullError(ForerouteError):
-    """So many requests wait already that another one is not taken."""
-
-
-class ContextLengthError(ForerouteError):
-    """Prompt and answer do not fit the context; the message names both numbers."""
-
 
 @dataclass(frozen=True)
 class Sampling:

@@ -9,10 +9,10 @@ from collections.abc import Callable, Sequence
 
 import uvicorn
 
-from foreroute.errors import ForerouteError
+from foreroute.errors import ForerouteError, ServerError
 from foreroute.server.app import AddRoutes, create_app
 from foreroute.server.backend import Backend
-from foreroute.server.settings import ServerSettings, ServerSettingsError
+from foreroute.server.settings import ServerSettings
 
 # What runs when the server is stopped has been told to end; a client that does not read is not waited for.
 _GRACE_S = 5
@@ -23,7 +23,7 @@ def listen(host: str, port: int) -> socket.socket:
     """A socket that listens; port 0 lets the system choose one.
 
     Raises:
-        ServerSettingsError: the address cannot be had.
+        ServerError: the address cannot be had.
     """
     name = host.strip("[]")
     try:
@@ -38,9 +38,7 @@ def listen(host: str, port: int) -> socket.socket:
             raise
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise ServerSettingsError(
-            f"{host} port {port} cannot be listened on: {reason}. Choose another --port."
-        ) from error
+        raise ServerError(f"{host} port {port} cannot be listened on: {reason}. Choose another --port.") from error
     return listening
 
 

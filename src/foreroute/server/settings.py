@@ -3,13 +3,9 @@
 import ipaddress
 from dataclasses import dataclass
 
-from foreroute.errors import ForerouteError
+from foreroute.errors import ServerError
 
 LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]", "::1"})
-
-
-class ServerSettingsError(ForerouteError):
-    """The server cannot be started like this; the message says what to change."""
 
 
 @dataclass(frozen=True)
@@ -86,13 +82,13 @@ def check_exposure(host: str, api_keys: tuple[str, ...], *, is_insecure: bool) -
     """Refuse to be reachable by others without a key.
 
     Raises:
-        ServerSettingsError: the address is not a loopback one, there is no key, and nobody said --insecure; or a key
+        ServerError: the address is not a loopback one, there is no key, and nobody said --insecure; or a key
             is one that cannot be sent.
     """
     for key in api_keys:
         if not key or not key.isascii() or any(char.isspace() or not char.isprintable() for char in key):
-            raise ServerSettingsError("An API key must be printable ASCII without spaces, and not empty.")
+            raise ServerError("An API key must be printable ASCII without spaces, and not empty.")
     if not is_loopback(host) and not api_keys and not is_insecure:
-        raise ServerSettingsError(
+        raise ServerError(
             f"--host {host} can be reached by other machines. Give --api-key (or FOREROUTE_API_KEY), or say --insecure."
         )
