@@ -51,7 +51,7 @@ def main() -> int:
     shots = (
         ("page-desktop.png", 1440, 900, "light", 1, SHORT, False),
         ("page-live.png", 1440, 900, "dark", 1, LONG, True),
-        ("page-phone.png", 390, 844, "light", 2, SHORT, False),
+        ("page-phone.png", 390, 844, "light", 1.5, SHORT, False),
     )
     with serving("--no-governor") as url, sync_playwright() as play:
         browser = play.chromium.launch(executable_path=args.chromium, args=["--no-sandbox"])

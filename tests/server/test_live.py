@@ -44,9 +44,9 @@ def feed_of(model: Any, **options: Any) -> LiveFeed:
 
 
 def test_a_record_adds_up_to_what_the_engine_counted(load: Callable[..., Any], folder: Path) -> None:
-    model = load(folder, "50%", governor=False)
+    model = load(folder, "25%", governor=False)
     runtime = model.foreroute.runtime
-    expected = run(model)
+    expected = run(model, 40)
     recorder, before = Recorder(runtime), model.foreroute.stats().decode
     steps: list[Any] = []
     recorder.attach()
@@ -58,11 +58,11 @@ def test_a_record_adds_up_to_what_the_engine_counted(load: Callable[..., Any], f
             steps.append(recorder.last)
 
     recorder.end_layer = noted
-    assert run(model) == expected, "who is watched does the same"
+    assert run(model, 40) == expected, "who is watched does the same"
     after = model.foreroute.stats().decode
     decoded = [step for step in steps if step.phase == "decode"]
-    assert len(decoded) == 11
-    assert recorder.timed_steps == 10
+    assert len(decoded) == 39
+    assert recorder.timed_steps == 38
 
     def total(*kinds: str) -> int:
         return sum(len(getattr(layer, kind)) for step in decoded for layer in step.layers for kind in kinds)
@@ -71,8 +71,8 @@ def test_a_record_adds_up_to_what_the_engine_counted(load: Callable[..., Any], f
     assert total("there", "in_time") == after.hits - before.hits
     assert total("late") == after.late - before.late
     assert total("missing") == after.misses - before.misses
-    assert total("there", "in_time", "late", "missing") == 11 * NUM_LAYERS * TOP_K
-    assert total("in_time") > 0, "some guess was of use"
+    assert total("there", "in_time", "late", "missing") == 39 * NUM_LAYERS * TOP_K
+    assert total("in_time") + total("late") > 0, "some guess was of use"
     assert any(why == GUESS for step in decoded for _, why, _, _ in step.reads)
     for step in decoded:
         assert step.began_s <= step.layers[0].began_s <= step.layers[-1].ended_s == step.ended_s
