@@ -13,6 +13,9 @@
     ├── ReadError                the disk failed while experts were being read
     ├── TraceError               a trace cannot be written, or read for a report
     ├── PromptError              the prompt cannot be run (empty, longer than the context)
+    ├── ServerError              the server cannot be started like this (address, keys)
+    ├── QueueFullError           so many requests wait already that another one is not taken
+    ├── ContextLengthError       prompt and answer do not fit the context
     └── RefusedError             an operation that an offloaded model cannot do
 
 A message names what is wrong and what to do about it. Our own bugs are assertions, never these.
@@ -73,6 +76,18 @@ class TraceError(ForerouteError):
 
 class PromptError(ForerouteError):
     """The prompt cannot be run."""
+
+
+class ServerError(ForerouteError):
+    """The server cannot be started like this; the message says what to change."""
+
+
+class QueueFullError(ForerouteError):
+    """So many requests wait already that another one is not taken."""
+
+
+class ContextLengthError(ForerouteError):
+    """Prompt and answer do not fit the context; the message names both numbers."""
 
 
 class RefusedError(ForerouteError, RuntimeError):

@@ -73,6 +73,11 @@ def counting_bar(what: str, total: int, unit: str, is_quiet: bool) -> Iterator[C
         yield lambda done, of: bar.update(task, completed=done, total=of)
 
 
+def printable(text: str) -> str:
+    """The text without what could steer a terminal."""
+    return text.translate(_UNPRINTABLE)
+
+
 def writer(out: TextIO, *, is_quiet: bool = False) -> Callable[[str], None]:
     """A function that writes pieces of text at once; to a terminal without control characters; quiet, nothing."""
     is_terminal = out.isatty()
@@ -80,7 +85,7 @@ def writer(out: TextIO, *, is_quiet: bool = False) -> Callable[[str], None]:
     def write(piece: str) -> None:
         if is_quiet:
             return
-        out.write(piece.translate(_UNPRINTABLE) if is_terminal else piece)
+        out.write(printable(piece) if is_terminal else piece)
         out.flush()
 
     return write

@@ -54,15 +54,20 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--system", metavar="TEXT", help="system message of the chat")
     parser.add_argument("--quiet", action="store_true", help="text alone, without figures")
     options.add_common_options(parser)
-    _add_sampling(parser)
+    add_sampling(parser)
     options.add_model_options(parser)
     options.add_engine_options(parser)
 
 
-def _add_sampling(parser: argparse.ArgumentParser) -> None:
+def add_sampling(parser: argparse.ArgumentParser, max_new_tokens: int = 128) -> None:
+    """The flags of sampling; `max_new_tokens` is the default of the one that ends an answer."""
     group = parser.add_argument_group("sampling", "transformers' names; left out, the model's own settings hold")
     group.add_argument(
-        "--max-new-tokens", type=options.at_least(1), default=128, metavar="N", help="most tokens (default: 128)"
+        "--max-new-tokens",
+        type=options.at_least(1),
+        default=max_new_tokens,
+        metavar="N",
+        help=f"most tokens of an answer (default: {max_new_tokens})",
     )
     group.add_argument(
         "--do-sample", action=argparse.BooleanOptionalAction, help="draw tokens; --no-do-sample takes the likeliest"

@@ -7,10 +7,10 @@ import traceback
 from collections.abc import Sequence
 
 import foreroute
-from foreroute.cli import bench, demo, evaluate, fit, generate, pack, plan, replay, score, verify
+from foreroute.cli import bench, chat, demo, evaluate, fit, generate, pack, plan, replay, score, serve, verify
 from foreroute.errors import ForerouteError
 
-COMMANDS = (generate, plan, pack, fit, score, evaluate, verify, bench, replay, demo)
+COMMANDS = (generate, chat, serve, plan, pack, fit, score, evaluate, verify, bench, replay, demo)
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE

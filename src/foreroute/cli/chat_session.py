@@ -1,0 +1,174 @@
+"""What a chat has said so far, how it becomes a prompt, and the file that it is kept in."""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from foreroute.errors import PromptError
+
+if TYPE_CHECKING:
+    import torch
+
+_FORMAT, _VERSION = "foreroute-chat", 1
+_ROLES = ("user", "assistant")
+
+Setting = str | int | float | None
+
+
+def _whole(least: int) -> Callable[[str], int]:
+    def read(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise ValueError(f"at least {least}")
+        return value
+
+    return read
+
+
+def _within(low: float, high: float) -> Callable[[str], float]:
+    def read(text: str) -> float:
+        value = float(text)
+        if not low <= value <= high:
+            raise ValueError(f"from {low:g} to {high:g}")
+        return value
+
+    return read
+
+
+# What `/set` takes: the reader of a value, and what the setting does.
+SETTINGS: dict[str, tuple[Callable[[str], Setting], str]] = {
+    "temperature": (_within(0, 100), "higher is wilder; 0 takes the likeliest token"),
+    "top_k": (_whole(1), "draw from the N likeliest"),
+    "top_p": (_within(1e-6, 1), "draw from the likeliest that make up this probability"),
+    "min_p": (_within(0, 1), "drop what is X times less likely"),
+    "repetition_penalty": (_within(1e-3, 100), "above 1 repeats less"),
+    "max_new_tokens": (_whole(1), "longest answer, in tokens"),
+    "seed": (_whole(0), "the same seed draws the same tokens, from the next answer on"),
+    "policy": (str, "what a token waits for: exact, tolerance:0.1, speculative, paper"),
+}
+
+
+def read_setting(name: str, text: str) -> Setting:
+    """The value that `text` says for a setting; None, the model's own, for "default".
+
+    Raises:
+        PromptError: there is no such setting, or it does not take that.
+    """
+    if name not in SETTINGS:
+        raise PromptError(f"There is no setting {name!r}. There are: {', '.join(SETTINGS)}.")
+    if text == "default":
+        return None
+    try:
+        return SETTINGS[name][0](text)
+    except ValueError as error:
+        expected = "a number" if "convert" in str(error) or "invalid" in str(error) else str(error)
+        raise PromptError(f"{name} is to be {expected}, not {text!r}.") from None
+
+
+@dataclass
+class Conversation:
+    """The turns so far, and under which settings the next one is answered.
+
+    Attributes:
+        messages: {"role": "user" or "assistant", "content": text}, the oldest first.
+        system: the chat's system message, where there is one.
+        settings: those of SETTINGS that differ from the model's own.
+    """
+
+    messages: list[dict[str, str]] = field(default_factory=list)
+    system: str | None = None
+    settings: dict[str, Setting] = field(default_factory=dict)
+
+    def set(self, name: str, value: Setting) -> None:
+        """Change one setting; None takes it back to the model's own."""
+        if value is None:
+            self.settings.pop(name, None)
+        else:
+            self.settings[name] = value
+
+    def say(self, role: str, content: str) -> None:
+        """Add a turn."""
+        self.messages.append({"role": role, "content": content})
+
+    def prompt_ids(self, tokenizer: Any, *, is_plain: bool) -> "torch.Tensor":
+        """The whole chat as tokens [1, tokens], ready for the next answer.
+
+        Args:
+            is_plain: no template: the turns are one text, a line each, and the model goes on with it.
+        Raises:
+            PromptError: the model's template refuses these messages.
+        """
+        if is_plain:
+            text = "".join(turn["content"] + ("\n" if turn["role"] == "user" else "") for turn in self.messages)
+            ids: torch.Tensor = tokenizer(text, return_tensors="pt")["input_ids"]
+            return ids.long()
+        from jinja2 import TemplateError
+
+        first = [] if self.system is None else [{"role": "system", "content": self.system}]
+        try:
+            encoded = tokenizer.apply_chat_template(
+                first + self.messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+        except TemplateError as error:
+            raise PromptError(f"The model's chat template refuses this chat: {error}") from error
+        prompt: torch.Tensor = encoded["input_ids"]
+        return prompt
+
+    # The file.
+
+    def save(self, path: Path, model: str) -> None:
+        """Write the chat as JSON; only another saved chat is written over.
+
+        Raises:
+            PromptError: the file is something else, or cannot be written.
+        """
+        if path.exists():
+            _read(path)
+        whole = {
+            "format": _FORMAT, "version": _VERSION, "model": model,
+            "system": self.system, "settings": self.settings, "messages": self.messages,
+        }  # fmt: skip
+        beside = path.with_name(path.name + ".part")
+        try:
+            # Whoever stops here keeps the older file whole.
+            beside.write_text(json.dumps(whole, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+            os.replace(beside, path)
+        except OSError as error:
+            raise PromptError(f"{path} cannot be written: {error.strerror}.") from error
+
+    @classmethod
+    def load(cls, path: Path) -> "Conversation":
+        """The chat of a file that `save` wrote.
+
+        Raises:
+            PromptError: it cannot be read, or is no such file; the message says what is wrong with it.
+        """
+        whole = _read(path)
+        messages, system, settings = whole.get("messages"), whole.get("system"), whole.get("settings", {})
+        if not isinstance(messages, list) or not isinstance(settings, dict):
+            raise PromptError(f"{path} is damaged: it has no list of messages, or no settings.")
+        if not (system is None or isinstance(system, str)):
+            raise PromptError(f"{path} is damaged: its system message is no text.")
+        for at, turn in enumerate(messages):
+            is_turn = isinstance(turn, dict) and turn.get("role") in _ROLES and isinstance(turn.get("content"), str)
+            if not is_turn:
+                raise PromptError(f"{path} is damaged: message {at + 1} has no role (user, assistant) or no content.")
+        read = {name: read_setting(name, str(value)) for name, value in settings.items()}
+        return cls([{"role": turn["role"], "content": turn["content"]} for turn in messages], system, read)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        whole = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise PromptError(f"{path} cannot be read: {error.strerror}.") from error
+    except (ValueError, RecursionError):
+        raise PromptError(f"{path} is no saved chat: it is not JSON. Choose another name.") from None
+    if not isinstance(whole, dict) or whole.get("format") != _FORMAT:
+        raise PromptError(f"{path} is JSON, but no saved chat. Choose another name.")
+    if whole.get("version") != _VERSION:
+        raise PromptError(f"{path} was written by another version of foreroute ({whole.get('version')!r}).")
+    return whole

@@ -1,0 +1,133 @@
+"""How a chat looks: answers as markdown while they come, or as plain text where that is wanted."""
+
+import sys
+from types import TracebackType
+from typing import TYPE_CHECKING, Protocol
+
+from foreroute.cli import figures
+
+if TYPE_CHECKING:
+    from rich.markdown import Markdown
+
+    from foreroute.engine.generate import GenerationReport
+
+_FENCES = ("```", "~~~")
+
+
+class AnswerView(Protocol):
+    """Shows one answer while it comes: `with view: view.write(piece) ...`."""
+
+    def __enter__(self) -> "AnswerView": ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+    def write(self, piece: str) -> None:
+        """The next piece of text, of whole characters."""
+
+
+class PlainAnswer:
+    """The pieces as they are, and a newline at the end."""
+
+    def __init__(self) -> None:
+        self._write = figures.writer(sys.stdout)
+
+    def __enter__(self) -> "PlainAnswer":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._write("\n")
+
+    def write(self, piece: str) -> None:
+        """See `AnswerView`."""
+        self._write(piece)
+
+
+class MarkdownAnswer:
+    """Rendered markdown: finished blocks stay as they are, the one at hand is drawn anew a few times a second.
+
+    So a long answer scrolls like any text, and drawing costs the same however long it becomes.
+    """
+
+    def __init__(self) -> None:
+        from rich.live import Live
+
+        self._text = ""
+        self._shown_at = 0  # of the text, what has been printed for good
+        self._live = Live(
+            console=figures.stdout_console(), refresh_per_second=8, transient=True, vertical_overflow="crop"
+        )
+
+    def __enter__(self) -> "MarkdownAnswer":
+        self._live.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        from rich.text import Text
+
+        self._live.update(Text(""))
+        self._live.__exit__(kind, error, trace)
+        if self._text[self._shown_at :].strip():
+            self._live.console.print(_markdown(self._text[self._shown_at :]))
+
+    def write(self, piece: str) -> None:
+        """See `AnswerView`."""
+        self._text += figures.printable(piece)
+        end = finished_blocks(self._text, self._shown_at)
+        if end > self._shown_at:
+            self._live.console.print(_markdown(self._text[self._shown_at : end]))
+            self._live.console.print()
+            self._shown_at = end
+        tail = self._text[self._shown_at :]
+        # More of it than fits the terminal is shown when it is finished; until then, its end.
+        most = max(self._live.console.size.height - 2, 4)
+        lines = tail.splitlines()
+        is_code = tail.lstrip().startswith(_FENCES)
+        shown = lines[:1] + lines[1 - most :] if is_code and len(lines) > most else lines[-most:]
+        self._live.update(_markdown("\n".join(shown)))
+
+
+def _markdown(text: str) -> "Markdown":
+    from rich.markdown import Markdown
+
+    # A model must not choose where a click leads.
+    return Markdown(text, hyperlinks=False)
+
+
+def finished_blocks(text: str, start: int = 0) -> int:
+    """Where the last finished block of markdown after `start` ends: at an empty line that is in no fenced code.
+
+    Returns:
+        An index into the text; `start` where nothing is finished. What is before it never changes its look again.
+    """
+    end = at = start
+    fence = ""
+    for line in text[start:].splitlines(keepends=True):
+        at += len(line)
+        mark = line.lstrip()[:3]
+        if fence:
+            fence = "" if mark == fence else fence
+        elif mark in _FENCES:
+            fence = mark
+        elif line.strip() == "" and line.endswith("\n"):
+            end = at
+    return end
+
+
+def stats_rows(report: "GenerationReport", plan: object, num_turns: int) -> list[figures.Row]:
+    """The last answer's figures, and what of the chat needed no computing."""
+    from foreroute.config import Plan
+
+    assert isinstance(plan, Plan), "a loaded model has its plan"
+    kept_mb = report.prompt_cache_bytes / 1e6
+    reused = f"of the prompt's {report.prompt_tokens:,}; the chat keeps {figures.number(kept_mb, 'MB')}"
+    return [
+        ("answer", f"{num_turns}", "of this chat, the last one:"),
+        ("reused", f"{report.prompt_tokens_reused:,} tokens", reused),
+        *figures.report_rows(report, plan),
+    ]

@@ -1,0 +1,147 @@
+"""The routes, and who answers them. `create_app` makes the whole server, guarded; uvicorn runs it."""
+
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+
+import foreroute
+from foreroute.server import problems
+from foreroute.server.backend import Backend, Serving
+from foreroute.server.chat import complete_chat
+from foreroute.server.completions import complete
+from foreroute.server.guard import Guard
+from foreroute.server.metrics import ServerMetrics
+from foreroute.server.problems import ApiError
+from foreroute.server.schema import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from foreroute.server.settings import ServerSettings
+
+# nginx's "client closed request": nobody reads it.
+_CLIENT_LEFT = 499
+_METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+_PROBLEM = {"description": "What is wrong, in OpenAI's shape", "content": {"application/json": {}}}
+_PROBLEMS: dict[int | str, dict[str, Any]] = dict.fromkeys(
+    (400, 401, 403, 404, 405, 408, 413, 415, 429, 500, 503), _PROBLEM
+)
+_ALSO_STREAMED: dict[int | str, dict[str, Any]] = {
+    200: {"description": "The answer", "content": {"application/json": {}, "text/event-stream": {}}}
+}
+
+# Adds routes of its own to the app (the page): called with app, backend and settings.
+AddRoutes = Callable[[FastAPI, Backend, ServerSettings], None]
+
+
+def create_app(backend: Backend, settings: ServerSettings, more: Sequence[AddRoutes] = ()) -> Guard:
+    """The server as an ASGI application.
+
+    Args:
+        backend: the model, which may still be loading.
+        more: what adds further routes; the guard stands before them too.
+    """
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        backend.stop()
+
+    app = FastAPI(
+        title="foreroute",
+        version=foreroute.__version__,
+        description="OpenAI's API for a model whose experts do not fit the memory.",
+        lifespan=lifespan,
+        # Their pages load scripts from elsewhere.
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        responses=_PROBLEMS,
+    )
+    metrics = ServerMetrics(backend)
+    problems.add_handlers(app)
+    _add_openai(app, backend, settings, metrics)
+    _add_tokens(app, backend, settings)
+    _add_state(app, backend, settings, metrics)
+    for add in more:
+        add(app, backend, settings)
+    return Guard(app, settings)
+
+
+def _add_openai(app: FastAPI, backend: Backend, settings: ServerSettings, metrics: ServerMetrics) -> None:
+    @app.get("/v1/models")
+    @app.get("/models", include_in_schema=False)
+    async def models() -> dict[str, Any]:
+        serving = backend.serving(settings.retry_after_s)
+        return {"object": "list", "data": [_model_card(name, serving) for name in settings.served_names]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        serving = backend.serving(settings.retry_after_s)
+        if name not in settings.served_names:
+            raise ApiError(404, "There is no such model here.", param="model", code="model_not_found")
+        return _model_card(name, serving)
+
+    @app.post("/v1/chat/completions", response_model=None, responses=_ALSO_STREAMED)
+    async def chat_completions(asked: ChatRequest, http: Request) -> Any:
+        serving = backend.serving(settings.retry_after_s)
+        return _answer(await complete_chat(asked, http, serving, metrics, settings))
+
+    @app.post("/v1/completions", response_model=None, responses=_ALSO_STREAMED)
+    async def completions(asked: CompletionRequest, http: Request) -> Any:
+        serving = backend.serving(settings.retry_after_s)
+        return _answer(await complete(asked, http, serving, metrics, settings))
+
+
+def _add_tokens(app: FastAPI, backend: Backend, settings: ServerSettings) -> None:
+    @app.post("/tokenize")
+    async def tokenize(asked: TokenizeRequest) -> dict[str, Any]:
+        serving = backend.serving(settings.retry_after_s)
+        if asked.messages is not None:
+            messages = [{"role": message.role, "content": message.text} for message in asked.messages]
+            ids = await serving.prompts.chat(messages)
+        else:
+            ids = await serving.prompts.encode(asked.prompt or "", add_special_tokens=asked.add_special_tokens)
+        strings = [serving.prompts.texts.text(one) for one in ids] if asked.return_token_strs else None
+        return {"count": len(ids), "max_model_len": serving.context, "tokens": ids, "token_strs": strings}
+
+    @app.post("/detokenize")
+    async def detokenize(asked: DetokenizeRequest) -> dict[str, Any]:
+        serving = backend.serving(settings.retry_after_s)
+        serving.prompts.check_ids(asked.tokens, "tokens")
+        return {"prompt": await serving.prompts.decode(asked.tokens)}
+
+    @app.get("/tokenizer_info")
+    async def tokenizer_info() -> dict[str, Any]:
+        return backend.serving(settings.retry_after_s).info
+
+
+def _add_state(app: FastAPI, backend: Backend, settings: ServerSettings, metrics: ServerMetrics) -> None:
+    @app.get("/health")
+    async def health() -> JSONResponse:
+        state = {"status": "ok" if backend.phase == "ready" else backend.phase, "phase": backend.phase}
+        state_now = {**state, "step": backend.step, "progress": backend.progress}
+        if backend.phase == "ready":
+            return JSONResponse(state_now)
+        return JSONResponse(state_now, 503, {"Retry-After": str(settings.retry_after_s)})
+
+    @app.get("/version")
+    async def version() -> dict[str, str]:
+        return {"version": foreroute.__version__}
+
+    @app.get("/metrics")
+    async def metrics_text() -> Response:
+        return Response(metrics.expose(), media_type=_METRICS_TYPE)
+
+
+def _answer(found: Any) -> Any:
+    return Response(status_code=_CLIENT_LEFT) if found is None else found
+
+
+def _model_card(name: str, serving: Serving) -> dict[str, Any]:
+    return {
+        "id": name,
+        "object": "model",
+        "created": serving.created,
+        "owned_by": "foreroute",
+        "max_model_len": serving.context,
+    }

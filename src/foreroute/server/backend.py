@@ -1,0 +1,145 @@
+"""What stands behind the routes: a model that is loading, ready, or gone."""
+
+import asyncio
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from foreroute.server.port import Engine
+from foreroute.server.problems import ApiError, not_possible
+from foreroute.server.settings import Limits
+from foreroute.server.templates import TemplateRenderer
+from foreroute.server.token_text import TokenTexts
+
+
+class Prompts:
+    """Texts and messages as token ids.
+
+    Args:
+        tokenizer: of transformers. vocab_size: ids of a prompt must be below it.
+        limits: hold for the chat template, which runs in a process of its own.
+    """
+
+    def __init__(self, tokenizer: Any, vocab_size: int, limits: Limits) -> None:
+        self._tokenizer, self._vocab_size = tokenizer, vocab_size
+        # A tokenizer changes itself while it encodes.
+        self._lock = threading.Lock()
+        self.texts = TokenTexts(tokenizer)
+        template = getattr(tokenizer, "chat_template", None)
+        if isinstance(template, dict):
+            template = template.get("default")
+        self.template: str | None = template
+        special = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
+        self._renderer = None if template is None else TemplateRenderer(template, special, limits)
+
+    def start(self) -> None:
+        """Start the process that renders templates; later it would cost the first request a second."""
+        if self._renderer is not None:
+            self._renderer.start()
+
+    def close(self) -> None:
+        """End that process."""
+        if self._renderer is not None:
+            self._renderer.close()
+
+    async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """The tokens of a text."""
+        return await asyncio.to_thread(self._encode, text, add_special_tokens)
+
+    async def chat(self, messages: list[dict[str, Any]]) -> list[int]:
+        """The tokens of a conversation, up to where the answer begins.
+
+        Raises:
+            ApiError: there is no chat template, or it refuses the messages.
+        """
+        if self._renderer is None:
+            raise not_possible("messages", "This model has no chat template. Use /v1/completions.")
+        rendered = await asyncio.to_thread(self._renderer.render, messages)
+        return await self.encode(rendered, add_special_tokens=False)
+
+    async def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of tokens, special ones included."""
+        return await asyncio.to_thread(self._decode, token_ids)
+
+    def check_ids(self, token_ids: Sequence[int], param: str) -> None:
+        """Whether the model has all these tokens.
+
+        Raises:
+            ApiError: it has not.
+        """
+        if token_ids and max(token_ids) >= self._vocab_size:
+            raise not_possible(param, f"{param} has the token {max(token_ids)}; ids end at {self._vocab_size - 1}.")
+
+    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        with self._lock:
+            return list(self._tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
+
+    def _decode(self, token_ids: Sequence[int]) -> str:
+        with self._lock:
+            return self._tokenizer.decode(
+                list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
+            )
+
+
+@dataclass
+class Serving:
+    """A model that is ready.
+
+    context: tokens of prompt and answer together. info: what /tokenizer_info says. model: as loaded, or None (tests);
+    the metrics of experts and the live page read its `foreroute`. created: when it was loaded.
+    """
+
+    engine: Engine
+    prompts: Prompts
+    context: int
+    info: dict[str, Any] = field(default_factory=dict)
+    model: Any = None
+    created: int = field(default_factory=lambda: int(time.time()))
+
+
+class Backend:
+    """The model behind the routes, which are there before it is.
+
+    Attributes:
+        phase: loading, ready, failed or stopping. step: what is being done, for people. progress: 0 to 1.
+    """
+
+    def __init__(self, serving: Serving | None = None) -> None:
+        self.phase, self.step, self.progress = "loading", "starting", 0.0
+        self._serving: Serving | None = None
+        if serving is not None:
+            self.ready(serving)
+
+    def report(self, step: str, progress: float) -> None:
+        """Say how far loading is."""
+        self.step, self.progress = step, progress
+
+    def ready(self, serving: Serving) -> None:
+        """From now on requests are answered."""
+        self._serving, self.phase, self.step, self.progress = serving, "ready", "ready", 1.0
+
+    def fail(self, why: str) -> None:
+        """It will never be ready."""
+        self.phase, self.step = "failed", why
+
+    def stop(self) -> None:
+        """No further request is taken."""
+        self.phase, self.step = "stopping", "stopping"
+
+    @property
+    def loaded(self) -> Serving | None:
+        """What answers, also while it stops; None before it is ready."""
+        return self._serving
+
+    def serving(self, retry_after_s: int = 1) -> Serving:
+        """What answers.
+
+        Raises:
+            ApiError: 503 with Retry-After: not ready yet, or not any more.
+        """
+        if self.phase != "ready" or self._serving is None:
+            message = f"The model is not ready: {self.phase} ({self.step}). GET /health says when."
+            raise ApiError(503, message, code=self.phase, headers={"Retry-After": str(retry_after_s)})
+        return self._serving

@@ -1,0 +1,228 @@
+"""What every request passes before any route sees it: host, origin, key, and a body that is JSON of a sane size.
+
+A middleware around the whole application, so that no way of writing a path ("//v1", "/V1", "%2f") leads past it.
+"""
+
+import asyncio
+import base64
+import binascii
+import hmac
+import json
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+from urllib.parse import urlsplit
+
+from foreroute.server.problems import ApiError, internal
+from foreroute.server.settings import ServerSettings
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
+
+# Anyone may ask whether the server is up; nothing else goes without a key.
+_OPEN_PATH = "/health"
+# A larger body is read in a thread: the event loop serves others meanwhile.
+_SMALL_BYTES = 2**18
+
+
+class Guard:
+    """ASGI middleware; see the module.
+
+    Args:
+        app: what is guarded. settings: keys, hosts and limits.
+    """
+
+    def __init__(self, app: App, settings: ServerSettings) -> None:
+        self._app = app
+        self._hosts = settings.hosts
+        self._keys = [key.encode() for key in settings.api_keys]
+        self._limits = settings.limits
+        self._retry_after_s = settings.retry_after_s
+        self._in_flight = 0
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        """Let the request through, or answer why not."""
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        self._in_flight += 1
+        try:
+            await self._guarded(scope, receive, send)
+        finally:
+            self._in_flight -= 1
+
+    async def _guarded(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        try:
+            headers = _single_headers(scope)
+            self._check_host(headers)
+            self._check_key(scope, headers)
+            if self._in_flight > self._limits.in_flight and scope["path"] != _OPEN_PATH:
+                wait = {"Retry-After": str(self._retry_after_s)}
+                raise ApiError(503, "Too many requests are being served.", code="too_many_requests", headers=wait)
+            if scope["method"] in ("POST", "PUT", "PATCH", "DELETE"):
+                body = await self._read_body(headers, receive)
+                if body is None:
+                    return
+                receive = _replay(body, receive)
+        except ApiError as error:
+            await error.response()(scope, receive, send)
+            return
+        await self._answer(scope, receive, send)
+
+    async def _answer(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        has_started = False
+
+        async def watched(message: Message) -> None:
+            nonlocal has_started
+            has_started = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watched)
+        except Exception as error:  # noqa: BLE001 - the last line: nothing may get to the server's own log
+            # Where an answer has begun, the app has logged the error, and passes it on all the same.
+            if not has_started:
+                await internal(error).response()(scope, receive, send)
+
+    def _check_host(self, headers: dict[bytes, bytes]) -> None:
+        host = headers.get(b"host", b"").decode("latin-1").lower()
+        # A page of another site, whose name was made to point here, still sends that name (DNS rebinding).
+        if self._hosts is not None and _without_port(host) not in self._hosts:
+            raise ApiError(403, f"The Host header must be one of {', '.join(sorted(self._hosts))}.", code="wrong_host")
+        origin = headers.get(b"origin")
+        if origin is not None and urlsplit(origin.decode("latin-1").lower()).netloc != host:
+            raise ApiError(403, "Pages of other origins may not use this server.", code="wrong_origin")
+
+    def _check_key(self, scope: MutableMapping[str, Any], headers: dict[bytes, bytes]) -> None:
+        if not self._keys or (scope["path"] == _OPEN_PATH and scope["method"] in ("GET", "HEAD")):
+            return
+        given = _key_in(headers.get(b"authorization", b""))
+        # All keys, always: neither how many there are nor which one nearly fits shows in the time.
+        if not any([hmac.compare_digest(given, key) for key in self._keys]):  # noqa: C419
+            wants_page = b"text/html" in headers.get(b"accept", b"")
+            # A browser asks its user for the key (as the password); programs send it as a bearer token.
+            challenge = 'Basic realm="foreroute", charset="UTF-8"' if wants_page else "Bearer"
+            raise ApiError(
+                401, "A valid API key is needed: Authorization: Bearer KEY.", headers={"WWW-Authenticate": challenge}
+            )
+
+    async def _read_body(self, headers: dict[bytes, bytes], receive: Receive) -> bytes | None:
+        """The whole body, vetted; None when the client has left."""
+        most = self._limits.body_bytes
+        too_large = ApiError(413, f"The body is larger than {most:,} bytes.")
+        announced = headers.get(b"content-length", b"0")
+        if announced.isdigit() and int(announced[:20]) > most:
+            raise too_large
+        parts = bytearray()
+        deadline = asyncio.get_running_loop().time() + self._limits.body_s
+        more = True
+        while more:
+            left = deadline - asyncio.get_running_loop().time()
+            try:
+                message = await asyncio.wait_for(receive(), max(left, 0))
+            except asyncio.TimeoutError:
+                raise ApiError(
+                    408, f"The body did not arrive within {self._limits.body_s:g} s.", code="timeout"
+                ) from None
+            if message["type"] == "http.disconnect":
+                return None
+            parts += message.get("body", b"")
+            if len(parts) > most:
+                raise too_large
+            more = message.get("more_body", False)
+        body = bytes(parts)
+        if body:
+            # A form of another site can send text/plain without asking first (CSRF), JSON it cannot.
+            kind = headers.get(b"content-type", b"").split(b";")[0].strip().lower()
+            if kind != b"application/json":
+                raise ApiError(415, "The content type must be application/json.", code="wrong_content_type")
+            if len(body) > _SMALL_BYTES:
+                await asyncio.to_thread(check_json, body, self._limits.json_depth)
+            else:
+                check_json(body, self._limits.json_depth)
+        return body
+
+
+def check_json(body: bytes, most_deep: int) -> None:
+    """Whether the body can be parsed by whoever comes next.
+
+    Raises:
+        ApiError: it is no JSON, has numbers that JSON does not have, is nested deeper than `most_deep`, or holds text
+            that is no Unicode.
+    """
+    too_deep = ApiError(400, f"The JSON is nested deeper than {most_deep} levels.", code="json_too_deep")
+    try:
+        parsed = json.loads(body.decode("utf-8"), parse_constant=_refuse_constant)
+    except RecursionError:
+        raise too_deep from None
+    except ValueError:
+        raise ApiError(400, "The body is not valid JSON.", code="invalid_json") from None
+    level = [parsed]
+    for _ in range(most_deep + 1):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, (dict, list))
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, (dict, list))
+        ]
+        if not level:
+            break
+    else:
+        raise too_deep
+    if b"\\ud" in body.lower():
+        try:
+            json.dumps(parsed, ensure_ascii=False).encode("utf-8")
+        except UnicodeEncodeError:
+            raise ApiError(400, "The body has half a surrogate pair in it.", code="invalid_json") from None
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(name)
+
+
+def _single_headers(scope: MutableMapping[str, Any]) -> dict[bytes, bytes]:
+    """The headers by name; those that decide something may be there once only."""
+    headers: dict[bytes, bytes] = {}
+    for name, value in scope["headers"]:
+        if name in headers and name in (b"host", b"authorization", b"content-type", b"content-length", b"origin"):
+            raise ApiError(400, f"The header {name.decode('latin-1')} is there more than once.", code="invalid_header")
+        headers[name] = value
+    return headers
+
+
+def _without_port(host: str) -> str:
+    if host.startswith("["):
+        return host[: host.find("]") + 1]
+    return host.rsplit(":", 1)[0]
+
+
+def _key_in(authorization: bytes) -> bytes:
+    """The key in an Authorization header: a bearer token, or the password of Basic; empty where there is none."""
+    scheme, _, value = authorization.partition(b" ")
+    if scheme.lower() == b"bearer":
+        return value.strip()
+    if scheme.lower() == b"basic":
+        try:
+            return base64.b64decode(value.strip(), validate=True).partition(b":")[2]
+        except binascii.Error:
+            return b""
+    return b""
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """A `receive` that gives the body once, and afterwards what the server says (a disconnect)."""
+    is_given = False
+
+    async def replayed() -> Message:
+        nonlocal is_given
+        if not is_given:
+            is_given = True
+            return {"type": "http.request", "body": body, "more_body": False}
+        return await receive()
+
+    return replayed

@@ -1,0 +1,113 @@
+"""What the server asks of an engine that answers several requests at once, and what it is told."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is chosen. temperature 0 takes the likeliest; None leaves the model's own setting."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt, and what is wanted of it.
+
+    max_new_tokens: None: as many as the context holds; 0: the prompt's scores alone.
+    stop: texts that end the answer, and are not part of it.
+    num_top_logprobs: None: no logprobs; else how many of the likeliest tokens come with each.
+    wants_prompt_scores: a PromptScored event comes before the first step.
+    """
+
+    prompt_ids: Sequence[int]
+    max_new_tokens: int | None = None
+    sampling: Sampling = Sampling()
+    stop: Sequence[str] = ()
+    num_top_logprobs: int | None = None
+    wants_prompt_scores: bool = False
+
+
+# Likeliest first: (token id, logprob).
+Top = Sequence[tuple[int, float]]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Prompt tokens computed so far."""
+
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class PromptScored:
+    """logprobs and top: one entry per prompt token; None for the first, before which there is nothing."""
+
+    logprobs: Sequence[float | None]
+    top: Sequence[Top | None]
+
+
+@dataclass(frozen=True)
+class Step:
+    """A token, and the text that it completes (whole characters; "" while one is half there)."""
+
+    token_id: int
+    text: str
+    logprob: float | None = None
+    top: Top = ()
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The last event. reason: stop, length, cancelled or error (then `error` says what). text: what was still held."""
+
+    reason: str
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+    text: str = ""
+    error: str | None = None
+
+
+Event = Progress | PromptScored | Step | Finished
+
+
+@dataclass(frozen=True)
+class EngineState:
+    """Right now: requests computed and waiting, and KV blocks."""
+
+    running: int
+    waiting: int
+    kv_blocks_used: int
+    kv_blocks: int
+
+
+class Engine(Protocol):
+    """Answers requests. All methods may be called from any thread, and none of them waits for a forward pass."""
+
+    def submit(self, request: Request, on_event: Callable[[Any], None]) -> Any:
+        """Queue a request; `on_event` is called from the engine's thread. Returns a handle for `cancel`.
+
+        Raises:
+            QueueFullError, ContextLengthError: before anything is queued.
+        """
+
+    def cancel(self, handle: Any) -> None:
+        """End a request; one that has ended already is left alone."""
+
+    def state(self) -> EngineState:
+        """What it does right now."""
+
+    def close(self) -> None:
+        """End all requests and stop."""

@@ -1,0 +1,123 @@
+"""Everything that goes wrong, in OpenAI's shape: {"error": {"message", "type", "param", "code"}}."""
+
+import logging
+import traceback
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+_LOG = logging.getLogger(__name__)
+_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+    500: "server_error",
+    503: "service_unavailable_error",
+}
+_CODES = {401: "invalid_api_key", 404: "not_found", 405: "method_not_allowed", 413: "body_too_large", 429: "queue_full"}
+
+
+class ApiError(Exception):
+    """An answer that is an error.
+
+    Args:
+        status: HTTP status.
+        message: what is wrong and what to do; it may name fields, never repeat prompts or keys.
+        param: the field at fault. code: a short name for programs.
+        headers: more headers (Retry-After).
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.headers = status, message, param, headers
+        self.code = code or _CODES.get(status)
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """The JSON object that is sent, as an answer or inside a stream."""
+        return {
+            "error": {
+                "message": self.message,
+                "type": _TYPES.get(self.status, "invalid_request_error"),
+                "param": self.param,
+                "code": self.code,
+            }
+        }
+
+    def response(self) -> JSONResponse:
+        """As an HTTP answer."""
+        return JSONResponse(self.body, self.status, self.headers)
+
+
+def not_possible(param: str, message: str) -> ApiError:
+    """400: a value that cannot be had."""
+    return ApiError(400, message, param=param, code="invalid_value")
+
+
+def not_supported(param: str, message: str) -> ApiError:
+    """400: a field that other servers know and that would change the output here, were it obeyed."""
+    return ApiError(400, message, param=param, code="unsupported_parameter")
+
+
+def internal(error: BaseException) -> ApiError:
+    """500, logged by place and type: what an exception says may quote a prompt, so that it is told to nobody."""
+    places = traceback.extract_tb(error.__traceback__)
+    where = "; ".join(f"{place.filename}:{place.lineno} {place.name}" for place in places[-6:])
+    _LOG.error("%s in a request, at %s", type(error).__name__, where)
+    return ApiError(500, f"The server failed ({type(error).__name__}). Its log says where.", code="internal_error")
+
+
+def add_handlers(app: FastAPI) -> None:
+    """Let every error of the app leave in OpenAI's shape."""
+
+    async def api_error(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, ApiError)
+        return error.response()
+
+    async def http_error(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, HTTPException)
+        messages = {
+            404: f"There is no {request.url.path} here. See /openapi.json.",
+            405: f"{request.url.path} cannot be asked by {request.method}.",
+        }
+        message = messages.get(error.status_code, str(error.detail))
+        headers = dict(error.headers) if error.headers else None
+        return ApiError(error.status_code, message, headers=headers).response()
+
+    async def invalid(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, RequestValidationError)
+        return from_validation(error.errors()).response()
+
+    async def failed(request: Request, error: Exception) -> JSONResponse:
+        return internal(error).response()
+
+    app.add_exception_handler(Exception, failed)
+    app.add_exception_handler(ApiError, api_error)
+    app.add_exception_handler(HTTPException, http_error)
+    app.add_exception_handler(RequestValidationError, invalid)
+
+
+def from_validation(errors: Any) -> ApiError:
+    """400 for what pydantic found, its first finding: where it is, and what is wrong with it."""
+    first = errors[0]
+    # The union's branch names ("str", "list[int]") are no place in the request.
+    place = [str(part) for part in first["loc"] if part != "body"]
+    names = [part for part in place if part.isdigit() or part.isidentifier()]
+    param = ".".join(names) or None
+    if first["type"] == "extra_forbidden":
+        return ApiError(400, f"There is no field {param!r}. Leave it out.", param=param, code="unknown_parameter")
+    if first["type"] == "missing":
+        return ApiError(400, f"{param or 'The body'} is missing.", param=param, code="missing_required_parameter")
+    return ApiError(400, f"{param or 'The body'}: {first['msg']}.", param=param, code="invalid_value")

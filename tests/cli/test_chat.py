@@ -1,0 +1,184 @@
+"""`foreroute chat`: piped, in this process; and on a terminal, where Ctrl-C stops an answer and not the chat."""
+
+import io
+import json
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from foreroute.cli.chat_session import Conversation, read_setting
+from foreroute.cli.chat_view import finished_blocks
+from foreroute.errors import PromptError
+from tests.cli.harness import ROOT, Ran
+
+FAST = ("--memory", "25%", "--threads", "1", "--max-new-tokens", "6")
+
+
+@pytest.fixture
+def chat(run, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ran]:
+    """Say these lines."""
+
+    def chatting(*lines: str, flags: tuple[str, ...] = FAST) -> Ran:
+        text = "".join(line + "\n" for line in lines).encode()
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text)))
+        return run("chat", tiny, *flags)
+
+    return chatting
+
+
+def test_answers_go_to_stdout_and_a_turn_computes_only_what_is_new(chat, run, tiny: Path) -> None:
+    ran = chat("hello", "again", "/stats", "/exit", "never said")
+    assert ran.code == 0
+    first = run("generate", tiny, "hello", "--quiet", *FAST).out
+    assert ran.out.startswith(first)
+    assert ran.out.count("\n") >= 2
+    reused = next(line for line in ran.err.splitlines() if line.startswith("reused"))
+    # <|user|>hello<|assistant|> and five of the answer's six tokens were computed before.
+    assert int(reused.split()[1]) >= 7
+    for name in ("hits", "MB/token", "stall", "TPOT"):
+        assert name in ran.err
+
+
+def test_commands_and_settings_that_are_not_known_are_named_and_the_chat_goes_on(chat) -> None:
+    ran = chat(
+        "/nope", "/set sharpness 3", "/set temperature hot", "/set policy sloth", "/set top_k", "/stats", "hello"
+    )
+    assert ran.code == 0
+    for said in ("no command /nope", "/help, /system", "no setting 'sharpness'", "temperature is to be a number",
+                 "Policy 'sloth' is not known", "/set top_k needs a value", "no answer yet"):  # fmt: skip
+        assert said in ran.err
+    assert ran.out
+
+
+def test_settings_take_effect(chat) -> None:
+    sampled = ("/set temperature 3", "/set seed 1", "hello")
+    first, second = chat(*sampled).out, chat(*sampled).out
+    assert first == second
+    assert chat("hello").out != first
+    assert chat("/set max_new_tokens 1", "hello").out != chat("hello").out
+    assert "cut off" in chat("hello").err
+    assert chat("/set temperature 3", "/set temperature default", "hello").out == chat("hello").out
+
+
+def test_a_chat_is_kept_and_gone_on_with(chat, tmp_path: Path) -> None:
+    file = tmp_path / "kept.json"
+    whole = chat("/system be kind", "hello", f"/save {file}", "and then?")
+    kept = json.loads(file.read_text())
+    assert kept["system"] == "be kind"
+    assert [turn["role"] for turn in kept["messages"]] == ["user", "assistant"]
+    answers = whole.out.removeprefix(kept["messages"][1]["content"] + "\n")
+    assert answers
+    assert chat(f"/load {file}", "and then?").out == answers
+    assert chat("and then?", flags=(*FAST, "--load", str(file))).out == answers
+    assert chat("x", f"/load {file}", "/clear", "/system", "hello").out.endswith(chat("hello").out)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "cannot be read"),
+        ("hello", "it is not JSON"),
+        ("[1]", "no saved chat"),
+        ('{"format": "foreroute-chat", "version": 9}', "another version"),
+        ('{"format": "foreroute-chat", "version": 1, "messages": [{"role": "cat"}]}', "message 1 has no role"),
+        ('{"format": "foreroute-chat", "version": 1, "messages": [], "settings": {"x": 1}}', "no setting 'x'"),
+    ],
+)
+def test_a_file_that_is_no_chat_is_refused_by_what_is_wrong(tmp_path: Path, content: str | None, said: str) -> None:
+    file = tmp_path / "chat.json"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(PromptError, match=said):
+        Conversation.load(file)
+    if content in ("hello", "[1]"):
+        with pytest.raises(PromptError, match="Choose another name"):
+            Conversation().save(file, "model")
+        assert file.read_text() == content, "what is no chat is not written over"
+
+
+def test_a_chat_that_outgrows_the_context_says_what_to_do(chat) -> None:
+    ran = chat("hello" * 300, "hello")
+    assert "context" in ran.err
+    assert "/clear begins anew" in ran.err
+    assert ran.out == chat("hello").out, "what could not be answered is not kept"
+
+
+def test_a_model_without_a_template_goes_on_with_the_text(run, copied: Path, tmp_path, monkeypatch) -> None:
+    for name in ("chat_template.jinja", "tokenizer_config.json"):
+        file = copied / name
+        if file.exists():
+            text = file.read_text()
+            file.unlink()
+            if name.endswith("json"):
+                file.write_text(json.dumps({k: v for k, v in json.loads(text).items() if k != "chat_template"}))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"hello\n/system x\n")))
+    ran = run("chat", copied, *FAST)
+    assert "no chat template" in ran.err
+    assert "no system message" in ran.err
+    assert ran.out == run("generate", copied, "hello\n", "--no-chat", "--quiet", *FAST).out
+
+
+@pytest.mark.parametrize(
+    ("text", "end"),
+    [("one", 0), ("one\n\ntwo", 5), ("```\na\n\nb", 0), ("```\na\n\nb\n```\n\nc", 14), ("a\n\n~~~\nb\n\n", 3)],
+)
+def test_a_block_is_finished_at_an_empty_line_outside_of_code(text: str, end: int) -> None:
+    assert finished_blocks(text) == end
+
+
+def test_a_setting_reads_what_it_takes() -> None:
+    assert (read_setting("top_p", "0.5"), read_setting("seed", "7"), read_setting("top_k", "default")) == (0.5, 7, None)
+    with pytest.raises(PromptError, match="from 0 to 1"):
+        read_setting("min_p", "2")
+
+
+def until(terminal: int, said: str, within_s: float = 60.0) -> str:
+    """What the terminal shows until it shows this."""
+    shown = ""
+    deadline = time.monotonic() + within_s
+    while said not in shown:
+        readable, _, _ = select.select([terminal], [], [], max(deadline - time.monotonic(), 0))
+        assert readable, f"{said!r} is not in {shown!r}"
+        shown += os.read(terminal, 4096).decode(errors="replace")
+    return shown
+
+
+def test_ctrl_c_stops_the_answer_and_ctrl_d_the_chat(tiny: Path, tmp_path: Path) -> None:
+    ours, theirs = pty.openpty()
+    script = "import sys\nfrom foreroute.cli.main import main\nsys.exit(main())"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "TERM": "xterm", "COLUMNS": "80"}
+    flags = ("--memory", "25%", "--threads", "1", "--max-new-tokens", "900")
+    file = tmp_path / "kept.json"
+    child = subprocess.Popen(
+        [sys.executable, "-c", script, "chat", str(tiny), *flags],
+        stdin=theirs, stdout=theirs, stderr=theirs, env=environment, start_new_session=True,
+    )  # fmt: skip
+    os.close(theirs)
+    try:
+        until(ours, "> ")
+        os.write(ours, b"hello\n")
+        until(ours, "hello")
+        time.sleep(0.5)  # so that some of the answer is there; where none is, the test fails below
+        child.send_signal(signal.SIGINT)
+        until(ours, "what was said stays")
+        until(ours, "> ")
+        os.write(ours, f"/save {file}\n".encode())
+        until(ours, "2 messages")
+        until(ours, "> ")
+        os.write(ours, b"\x04")
+        assert child.wait(30) == 0
+    finally:
+        child.kill()
+        child.wait()
+        os.close(ours)
+    said = json.loads(file.read_text())["messages"]
+    assert [turn["role"] for turn in said] == ["user", "assistant"]
+    assert said[1]["content"]

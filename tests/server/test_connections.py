@@ -1,0 +1,117 @@
+"""Real sockets: who leaves frees what they held, who waits is kept company, who does not read is left."""
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from foreroute.server.backend import Backend, Prompts, Serving
+from foreroute.server.settings import Limits, ServerSettings
+from tests.server.fake_engine import FakeEngine
+from tests.server.sockets import post, read_until, running, wait_until
+
+CHAT = "/v1/chat/completions"
+HI = [{"role": "user", "content": "Hi"}]
+
+
+@pytest.fixture
+def engine(byte_tokenizer: Any) -> FakeEngine:
+    return FakeEngine(byte_tokenizer, "Hello", context=100_000)
+
+
+@pytest.fixture
+def url(engine: FakeEngine, prompts: Prompts) -> Iterator[str]:
+    settings = ServerSettings(keep_alive_s=0.05, limits=Limits(send_s=0.5, body_s=0.5))
+    with running(Backend(Serving(engine, prompts, engine.context)), settings) as where:
+        yield where
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("path", [CHAT, "/v1/completions"])
+def test_who_leaves_is_not_worked_for(engine: FakeEngine, url: str, stream: bool, path: str) -> None:
+    engine.gate.clear()
+    body = {"messages": HI} if path == CHAT else {"prompt": "Hi"}
+    connection = post(url, path, {**body, "stream": stream, "n": 3})
+    wait_until(lambda: engine.state().running == 3)
+    if stream:
+        read_until(connection, b": keep-alive")
+    left = time.monotonic()
+    connection.close()
+    wait_until(lambda: engine.state().running == 0)
+    assert time.monotonic() - left < 5  # a second, on a machine of one's own
+    assert sorted(engine.cancelled) == [0, 1, 2]
+
+
+def test_who_leaves_in_the_middle(engine: FakeEngine, url: str) -> None:
+    engine.answer = "x" * 50_000
+    connection = post(url, CHAT, {"messages": HI, "stream": True})
+    read_until(connection, b'"content":"x"')
+    connection.close()
+    wait_until(lambda: engine.cancelled == [0])
+    # The server goes on.
+    engine.answer = "Hello"
+    assert b"Hello" in read_until(post(url, CHAT, {"messages": HI}), b"usage")
+
+
+def test_comments_while_waiting(engine: FakeEngine, url: str) -> None:
+    engine.gate.clear()
+    connection = post(url, CHAT, {"messages": HI, "stream": True})
+    got = read_until(connection, b": keep-alive\n\n")
+    assert b'"role":"assistant"' in got
+    engine.gate.set()
+    got += read_until(connection, b"data: [DONE]\n\n")
+    texts = [part.split(b'"')[0] for part in got.split(b'"content":"')[1:]]
+    assert b"".join(texts) == b"Hello"
+
+
+def test_who_does_not_read_is_left(engine: FakeEngine, url: str) -> None:
+    engine.answer = "x" * 6_000
+    asked = {"messages": HI, "stream": True, "logprobs": True, "top_logprobs": 20}
+    connection = post(url, CHAT, asked, receive_bytes=4096)
+    wait_until(lambda: engine.state().running == 0)
+    # All tokens are there, and more than a socket takes in; the connection is given up all the same.
+    time.sleep(1.5)
+    connection.settimeout(20)
+    got = b""
+    while part := connection.recv(2**20):
+        got += part
+    assert b"[DONE]" not in got
+    connection.close()
+
+
+def test_a_body_that_does_not_come(url: str) -> None:
+    import socket
+
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as connection:
+        head = f"POST {CHAT} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nContent-Length: 50\r\n\r\n"
+        connection.sendall(head.encode() + b'{"mess')
+        assert b"408" in read_until(connection, b"timeout")
+
+
+def test_stopping_ends_what_runs(engine: FakeEngine, prompts: Prompts) -> None:
+    engine.gate.clear()
+    with running(Backend(Serving(engine, prompts, engine.context)), ServerSettings()) as url:
+        streamed = post(url, CHAT, {"messages": HI, "stream": True})
+        whole = post(url, CHAT, {"messages": HI})
+        read_until(streamed, b'"role":"assistant"')
+        wait_until(lambda: engine.state().running == 2)
+    assert b"shutting down" in read_until(streamed, b"data: [DONE]\n\n")
+    assert b"503" in read_until(whole, b"shutting down")
+    assert engine.state().running == 0
+
+
+def test_so_many_at_once_and_no_more(engine: FakeEngine, prompts: Prompts) -> None:
+    engine.gate.clear()
+    settings = ServerSettings(limits=Limits(in_flight=2))
+    with running(Backend(Serving(engine, prompts, engine.context)), settings) as url:
+        held = [post(url, CHAT, {"messages": HI, "stream": True}) for _ in range(2)]
+        wait_until(lambda: engine.state().running == 2)
+        refused = read_until(post(url, CHAT, {"messages": HI}), b"too_many_requests")
+        assert b"503" in refused
+        assert b"retry-after: 1" in refused.lower()
+        held.pop().close()
+        wait_until(lambda: engine.state().running == 1)
+        engine.gate.set()
+        assert b"Hello" in read_until(post(url, CHAT, {"messages": HI}), b"usage")

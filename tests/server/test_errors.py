@@ -1,0 +1,232 @@
+"""What is refused, and how: always in OpenAI's shape, by name, before anything is queued."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from foreroute.server.backend import Backend
+from foreroute.server.settings import Limits, ServerSettings
+from tests.server.conftest import Served
+
+Serve = Callable[..., Served]
+HI = [{"role": "user", "content": "Hi"}]
+
+
+def error_of(response: Any, status: int) -> dict[str, Any]:
+    """The error, after its shape was checked."""
+    assert response.status_code == status, response.text
+    body = response.json()
+    assert list(body) == ["error"]
+    assert list(body["error"]) == ["message", "type", "param", "code"]
+    assert body["error"]["message"]
+    return body["error"]
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "code"),
+    [
+        ({}, "messages", "missing_required_parameter"),
+        ({"messages": []}, "messages", "invalid_value"),
+        ({"messages": "Hi"}, "messages", "invalid_value"),
+        ({"messages": [{"role": "king", "content": "Hi"}]}, "messages.0.role", "invalid_value"),
+        ({"messages": [{"role": "user", "content": 5}]}, None, "invalid_value"),
+        ({"messages": [{"role": "tool", "content": "5", "tool_call_id": "x"}]}, "messages", "unsupported_parameter"),
+        ({"messages": [{"role": "user", "content": "Hi", "name": "Bo"}]}, "messages", "unsupported_parameter"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x/"}}]}]},
+            "messages",
+            "unsupported_parameter",
+        ),
+        ({"messages": HI, "max_tokens": -5}, "max_tokens", "invalid_value"),
+        ({"messages": HI, "max_tokens": 0}, "max_tokens", "invalid_value"),
+        ({"messages": HI, "max_tokens": "5"}, "max_tokens", "invalid_value"),
+        ({"messages": HI, "max_tokens": 4, "max_completion_tokens": 5}, "max_tokens", "invalid_value"),
+        ({"messages": HI, "temperature": 3}, "temperature", "invalid_value"),
+        ({"messages": HI, "top_p": 0}, "top_p", "invalid_value"),
+        ({"messages": HI, "n": 0}, "n", "invalid_value"),
+        ({"messages": HI, "n": 17}, "n", "invalid_value"),
+        ({"messages": HI, "n": 10**30}, "n", "invalid_value"),
+        ({"messages": HI, "stop": ["a"] * 5}, "stop", "invalid_value"),
+        ({"messages": HI, "stop": "a" * 257}, "stop", "invalid_value"),
+        ({"messages": HI, "logit_bias": {str(at): 1 for at in range(1025)}}, "logit_bias", "invalid_value"),
+        ({"messages": HI, "logit_bias": {"x": 1}}, "logit_bias", "invalid_value"),
+        ({"messages": HI, "logit_bias": {"5": 101}}, "logit_bias", "invalid_value"),
+        ({"messages": HI, "logit_bias": {"99999": 1}}, "logit_bias", "invalid_value"),
+        ({"messages": HI, "top_logprobs": 3}, "top_logprobs", "invalid_value"),
+        ({"messages": HI, "logprobs": True, "top_logprobs": 21}, "top_logprobs", "invalid_value"),
+        ({"messages": HI, "stream_options": {"include_usage": True}}, "stream_options", "invalid_value"),
+        ({"messages": HI, "tools": [{"type": "function"}]}, "tools", "unsupported_parameter"),
+        ({"messages": HI, "response_format": {"type": "json_object"}}, "response_format", "unsupported_parameter"),
+        ({"messages": HI, "reasoning_effort": "high"}, "reasoning_effort", "unsupported_parameter"),
+        ({"messages": HI, "chat_template": "{{ 1 }}"}, "chat_template", "unsupported_parameter"),
+        ({"messages": HI, "chat_template_kwargs": {"a": 1}}, "chat_template_kwargs", "unsupported_parameter"),
+        ({"messages": HI, "tempurature": 1}, "tempurature", "unknown_parameter"),
+    ],
+)
+def test_bad_chats(serve: Serve, body: dict[str, Any], param: str | None, code: str) -> None:
+    served = serve()
+    error = error_of(served.client.post("/v1/chat/completions", json=body), 400)
+    assert error["type"] == "invalid_request_error"
+    assert error["code"] == code
+    if param is not None:
+        assert error["param"] == param
+    assert served.engine.requests == []
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({}, "prompt"),
+        ({"prompt": ""}, "prompt"),
+        ({"prompt": []}, "prompt"),
+        ({"prompt": [[]]}, "prompt"),
+        ({"prompt": [""]}, "prompt"),
+        ({"prompt": [99999]}, "prompt"),
+        ({"prompt": ["a"] * 129}, "prompt"),
+        ({"prompt": ["a"] * 64, "n": 3}, "n"),
+        ({"prompt": "a", "best_of": 3}, "best_of"),
+        ({"prompt": "a", "suffix": "b"}, "suffix"),
+        ({"prompt": "a", "logprobs": 6}, "logprobs"),
+        ({"prompt": "a", "max_tokens": 0}, "max_tokens"),
+        ({"prompt": "a", "min_tokens": 3}, "min_tokens"),
+    ],
+)
+def test_bad_completions(serve: Serve, body: dict[str, Any], param: str) -> None:
+    served = serve()
+    assert error_of(served.client.post("/v1/completions", json=body), 400)["param"] == param
+    assert served.engine.requests == []
+
+
+def test_what_asks_for_nothing_is_let_through(serve: Serve) -> None:
+    served = serve(answer="ok")
+    answer = {"role": "assistant", "content": "Hi", "refusal": None, "tool_calls": None, "audio": None}
+    messages = [
+        *HI,
+        answer,
+        {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+    ]
+    asked = {
+        "messages": messages, "tools": [], "tool_choice": "auto", "response_format": {"type": "text"}, "store": False,
+        "user": "x", "metadata": {"a": "b"}, "service_tier": "auto", "stop": None, "n": None, "logit_bias": None,
+        "functions": None,
+    }  # fmt: skip
+    assert served.client.post("/v1/chat/completions", json=asked).status_code == 200
+    assert served.complete("a", best_of=1, suffix=None).status_code == 200
+    # lm-eval sends an empty stop text where a model has no end token.
+    assert served.complete("a", stop=["", "b"]).status_code == 200
+    assert served.engine.requests[-1].stop == ["b"]
+
+
+def test_a_model_that_is_not_here(serve: Serve) -> None:
+    served = serve()
+    assert error_of(served.chat(model="gpt-9"), 404)["code"] == "model_not_found"
+    for path in ("../../etc/passwd", "/etc/passwd", "org/name", "tiny\0"):
+        assert error_of(served.chat(model=path), 404)["code"] == "model_not_found"
+        assert "passwd" not in served.chat(model=path).text
+    assert served.chat(model="other").json()["model"] == "other"
+    assert served.chat().json()["model"] == "tiny"
+
+
+def test_paths_methods_bodies(serve: Serve) -> None:
+    client = serve(ServerSettings(limits=Limits(body_bytes=1000, json_depth=8))).client
+    assert error_of(client.get("/nowhere"), 404)["type"] == "not_found_error"
+    assert error_of(client.get("/v1/chat/completions"), 405)["code"] == "method_not_allowed"
+    assert error_of(client.post("/health", json={}), 405)
+    json_type = {"content-type": "application/json"}
+    post = client.post
+    assert error_of(post("/v1/completions", content=b"{", headers=json_type), 400)["code"] == "invalid_json"
+    assert error_of(post("/v1/completions", content=b'{"prompt": NaN}', headers=json_type), 400)
+    assert error_of(post("/v1/completions", content=b"\xff\xfe", headers=json_type), 400)
+    assert error_of(post("/v1/completions", content=b'{"prompt": "\\ud800"}', headers=json_type), 400)
+    assert error_of(post("/v1/completions", content=b"", headers=json_type), 400)
+    assert error_of(post("/v1/completions", content=b"[]", headers=json_type), 400)
+    too_long_number = b'{"prompt": "a", "seed": 1' + b"0" * 900 + b"}"
+    assert error_of(post("/v1/completions", content=too_long_number, headers=json_type), 400)
+    assert error_of(post("/v1/completions", json={"prompt": "a" * 1000}), 413)["code"] == "body_too_large"
+    deep = b'{"prompt": ' + b"[" * 9 + b"]" * 9 + b"}"
+    assert error_of(post("/v1/completions", content=deep, headers=json_type), 400)["code"] == "json_too_deep"
+    bottomless = b"[" * 999
+    assert error_of(post("/v1/completions", content=bottomless, headers=json_type), 400)
+
+
+def test_a_body_of_no_announced_length_is_cut_off_too(serve: Serve) -> None:
+    client = serve(ServerSettings(limits=Limits(body_bytes=1000))).client
+    parts = (b" " * 300 for _ in range(5))
+    response = client.post("/v1/completions", content=parts, headers={"content-type": "application/json"})
+    assert error_of(response, 413)
+
+
+def test_very_deep_json(serve: Serve) -> None:
+    content = b'{"prompt":' + b"[" * 200_000 + b"]" * 200_000 + b"}"
+    response = serve().client.post("/v1/completions", content=content, headers={"content-type": "application/json"})
+    assert error_of(response, 400)["code"] == "json_too_deep"
+
+
+def test_a_full_queue(serve: Serve) -> None:
+    served = serve(most_open=2)
+    served.engine.gate.clear()
+    response = served.chat(n=3)
+    assert error_of(response, 429)["code"] == "queue_full"
+    assert response.headers["retry-after"] == "1"
+    # Of three, two had been taken: they were given back.
+    assert sorted(served.engine.cancelled) == [0, 1]
+    assert served.engine.state().running == 0
+    response = served.chat(n=3, stream=True)
+    assert error_of(response, 429)
+    served.engine.gate.set()
+    assert served.chat(n=2).status_code == 200
+
+
+def test_longer_than_the_context(serve: Serve) -> None:
+    served = serve()
+    error = error_of(served.chat("x" * 100, max_tokens=5), 400)
+    assert error["code"] == "context_length_exceeded"
+    assert "107" in error["message"]
+    assert "64" in error["message"]
+    error = error_of(served.complete("abc", max_tokens=62, stream=True), 400)
+    assert error["code"] == "context_length_exceeded"
+    assert error["param"] == "prompt"
+    assert served.engine.requests == []
+
+
+def test_before_the_model_is_there() -> None:
+    from starlette.testclient import TestClient
+
+    from foreroute.server.app import create_app
+
+    backend = Backend()
+    backend.report("reading the checkpoint", 0.5)
+    with TestClient(create_app(backend, ServerSettings()), base_url="http://localhost") as client:
+        health = client.get("/health")
+        assert health.status_code == 503
+        assert health.json() == {
+            "status": "loading", "phase": "loading", "step": "reading the checkpoint", "progress": 0.5
+        }  # fmt: skip
+        for response in (
+            client.get("/v1/models"),
+            client.get("/tokenizer_info"),
+            client.post("/v1/chat/completions", json={"messages": HI}),
+        ):
+            assert error_of(response, 503)["code"] == "loading"
+            assert response.headers["retry-after"] == "1"
+        assert client.get("/metrics").status_code == 200
+        backend.fail("no memory")
+        assert client.get("/health").json()["status"] == "failed"
+    assert backend.phase == "stopping"
+
+
+def test_a_bug_becomes_an_answer_and_no_quotation(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
+    served = serve()
+
+    def broken(request: Any, on_event: Any) -> None:
+        raise RuntimeError(f"secret prompt {request.prompt_ids}")
+
+    served.engine.submit = broken
+    error = error_of(served.chat("secret"), 500)
+    assert error["type"] == "server_error"
+    assert "secret" not in json.dumps(error)
+    assert "RuntimeError" in caplog.text
+    assert "test_errors.py" in caplog.text
+    assert "secret" not in caplog.text

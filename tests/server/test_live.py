@@ -1,0 +1,198 @@
+"""The live feed and what it is fed by: right about each token, nothing before the first viewer or after the last."""
+
+import asyncio
+import base64
+import json
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("fastapi", reason="needs fastapi: pip install foreroute[serve]")
+
+from foreroute.engine.generate import generate
+from foreroute.residency.slots import FREE, LOADING
+from foreroute.server.live import MOST_VIEWERS, LiveFeed
+from foreroute.server.recorder import GUESS, Recorder
+from foreroute.server.settings import ServerSettings
+from tests.cli.harness import NUM_EXPERTS, NUM_LAYERS, TOP_K, make_tokenizer, save_model
+
+PROMPT = torch.arange(10, 30)[None]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("live") / "tiny"
+    save_model(made)
+    return made
+
+
+def run(model: Any, new_tokens: int = 12) -> list[int]:
+    report = generate(model, make_tokenizer(), PROMPT, max_new_tokens=new_tokens, do_sample=False)
+    return list(report.token_ids)
+
+
+def read(event: bytes) -> tuple[str, Any]:
+    kind, data = event.decode().strip().split("\n")
+    return kind.removeprefix("event: "), json.loads(data.removeprefix("data: "))
+
+
+def feed_of(model: Any, **options: Any) -> LiveFeed:
+    return LiveFeed(model.foreroute.runtime, model.foreroute.plan, "tiny", **options)
+
+
+def test_a_record_adds_up_to_what_the_engine_counted(load: Callable[..., Any], folder: Path) -> None:
+    model = load(folder, "25%", governor=False)
+    runtime = model.foreroute.runtime
+    expected = run(model, 40)
+    recorder, before = Recorder(runtime), model.foreroute.stats().decode
+    steps: list[Any] = []
+    recorder.attach()
+    end = recorder.end_layer
+
+    def noted() -> None:
+        end()
+        if recorder.last is not None and (not steps or steps[-1] is not recorder.last):
+            steps.append(recorder.last)
+
+    recorder.end_layer = noted
+    assert run(model, 40) == expected, "who is watched does the same"
+    after = model.foreroute.stats().decode
+    decoded = [step for step in steps if step.phase == "decode"]
+    assert len(decoded) == 39
+    assert recorder.timed_steps == 38
+
+    def total(*kinds: str) -> int:
+        return sum(len(getattr(layer, kind)) for step in decoded for layer in step.layers for kind in kinds)
+
+    assert all(len(step.layers) == NUM_LAYERS for step in decoded)
+    assert total("there", "in_time") == after.hits - before.hits
+    assert total("late") == after.late - before.late
+    assert total("missing") == after.misses - before.misses
+    assert total("there", "in_time", "late", "missing") == 39 * NUM_LAYERS * TOP_K
+    assert total("in_time") + total("late") > 0, "some guess was of use"
+    assert any(why == GUESS for step in decoded for _, why, _, _ in step.reads)
+    for step in decoded:
+        assert step.began_s <= step.layers[0].began_s <= step.layers[-1].ended_s == step.ended_s
+        assert all(step.began_s - 1 < began <= ended <= step.ended_s for _, _, began, ended in step.reads)
+
+
+def test_nothing_is_recorded_before_the_first_viewer_and_after_the_last(load: Callable[..., Any], folder: Path) -> None:
+    model = load(folder, "50%")
+    runtime = model.foreroute.runtime
+    feed, transfer = feed_of(model), runtime.transfer
+
+    async def watch() -> None:
+        viewers = [feed.events() for _ in range(2)]
+        for viewer in viewers:
+            assert read(await anext(viewer))[0] == "hello"
+        run(model, 3)
+        assert runtime.tracing is not None
+        assert runtime.transfer is not transfer
+        await viewers[0].aclose()
+        run(model, 3)
+        assert runtime.tracing is not None
+        await viewers[1].aclose()
+        run(model, 3)
+        assert runtime.tracing is None
+        assert runtime.transfer is transfer
+
+    assert runtime.tracing is None
+    run(model, 3)
+    assert runtime.transfer is transfer
+    asyncio.run(watch())
+    assert feed.num_viewers == 0
+
+
+def test_the_picture_is_of_the_pool_and_the_last_token(load: Callable[..., Any], folder: Path) -> None:
+    model = load(folder, "50%")
+    feed, residency = feed_of(model), model.foreroute.runtime.residency
+
+    async def watch() -> tuple[Any, Any]:
+        viewer = feed.events()
+        hello = read(await anext(viewer))[1]
+        run(model)
+        picture = read(await anext(viewer))[1]
+        await viewer.aclose()
+        return hello, picture
+
+    hello, picture = asyncio.run(watch())
+    assert hello["experts_per_layer"] == [NUM_EXPERTS] * NUM_LAYERS
+    packed = base64.b64decode(picture["pool"])
+    codes = [packed[key >> 2] >> (key & 3) * 2 & 3 for key in range(NUM_LAYERS * NUM_EXPERTS)]
+    for key, code in enumerate(codes):
+        state = residency.state(key)
+        assert code == 0 if state == FREE else code == 1 if state == LOADING else code in (2, 3)
+    step = picture["step"]
+    assert (step["phase"], [layer["layer"] for layer in step["layers"]]) == ("decode", list(range(NUM_LAYERS)))
+    for layer in step["layers"]:
+        asked = [expert for kind in ("there", "in_time", "late", "missing") for expert in layer[kind]]
+        assert len(set(asked)) == TOP_K
+        assert all(0 <= expert < NUM_EXPERTS for expert in asked)
+        assert 0 <= layer["t"] <= layer["end"] <= step["end"]
+    assert picture["counts"]["decode"]["tokens"] == 11
+
+
+def test_a_trace_goes_on_being_written_while_somebody_watches(load: Callable[..., Any], folder: Path, tmp_path) -> None:
+    model = load(folder, "50%", trace=str(tmp_path / "t.jsonl"))
+    recorder = Recorder(model.foreroute.runtime)
+    run(model, 4)
+    recorder.attach()
+    run(model, 4)
+    recorder.leave()
+    run(model, 4)
+    model.foreroute.close()
+    kinds = [json.loads(line) for line in (tmp_path / "t.jsonl").read_text().splitlines()]
+    layers = [event for event in kinds if event["event"] == "layer" and "ids" in event]
+    assert len(layers) == 3 * 3 * NUM_LAYERS
+    assert all(len(event["hits"] + event["late"] + event["misses"]) == TOP_K for event in layers)
+    assert kinds[-1]["event"] == "end"
+
+
+def test_the_page_is_static_safe_and_can_be_left_out(serve: Callable[..., Any]) -> None:
+    from fastapi import FastAPI
+    from starlette.testclient import TestClient
+
+    from foreroute.server.pages import add_page
+
+    served = serve()
+    app = FastAPI()
+    add_page(app, served.backend, ServerSettings())
+    client = TestClient(app)
+    front = client.get("/")
+    policy = front.headers["content-security-policy"]
+    assert "default-src 'self'" in policy
+    assert "unsafe" not in policy
+    assert "<script>" not in front.text
+    assert " style=" not in front.text
+    assert "://" not in front.text
+    for name in ("main.js", "style.css", "icon.svg"):
+        assert client.get(f"/page/{name}").headers["content-security-policy"] == policy
+    off = FastAPI()
+    add_page(off, served.backend, ServerSettings(allow_pages=False))
+    assert [TestClient(off).get(path).status_code for path in ("/", "/page/main.js", "/live")] == [404] * 3
+
+
+async def _first(viewer: AsyncIterator[bytes]) -> bytes:
+    return await anext(viewer)
+
+
+def test_viewers_are_limited_and_end_with_the_server(load: Callable[..., Any], folder: Path) -> None:
+    model = load(folder, "50%")
+    is_over = False
+    feed = feed_of(model, is_over=lambda: is_over)
+
+    async def watch() -> None:
+        nonlocal is_over
+        viewers = [feed.events() for _ in range(MOST_VIEWERS)]
+        for viewer in viewers:
+            await _first(viewer)
+        assert feed.is_full
+        is_over = True
+        for viewer in viewers:
+            assert [event async for event in viewer] == []
+        assert not feed.is_full
+
+    asyncio.run(watch())
