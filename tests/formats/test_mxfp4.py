@@ -1,5 +1,7 @@
 """gpt-oss as it is published, in MXFP4: kept at 4.25 bits, the bits of transformers' dequantised model."""
 
+import inspect
+
 import pytest
 import torch
 
@@ -18,6 +20,13 @@ def reference(blocks: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) ->
     from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
     return convert_moe_packed_tensors(blocks, scales, dtype=dtype)
+
+
+def keeps_dtype() -> bool:
+    """transformers dequantises to the model's dtype; 5.17 does not yet."""
+    from transformers.integrations.mxfp4 import dequantize_convertops
+
+    return "dtype" in inspect.signature(dequantize_convertops).parameters
 
 
 @pytest.mark.parametrize("num_exponents", [255, 256])
@@ -59,6 +68,8 @@ def test_records(published, store):
 @pytest.mark.parametrize("store", ["safetensors", "packed"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_as_the_dequantised_resident_model(published, references, load, dtype, store):
+    if dtype != "bf16" and not keeps_dtype():
+        pytest.skip("this transformers makes bfloat16 experts whatever dtype the model has, and cannot run them")
     folder = published(write_mxfp4, "gpt_oss", dtype)
     model = check_same(load, folder, lambda batch: references.output(folder, batch), "mxfp4", store)
     biases = sum(shape[0] for shape in ((64,), (64,))) * (4 if dtype == "fp32" else 2)
