@@ -6,8 +6,8 @@ from tests.families.special import CANNOT, UNGUESSED, UNTESTED
 _HEAD = """# Families
 
 Model types of transformers {version} whose experts go through its shared experts interface. Each that works is proven
-by `pytest tests/families`: a tiny random model, experts evicted, the tokens and fp32 logits of transformers' own, bit for
-bit, and experts fetched on guesses unless noted. Multimodal types run on text. This file is made by
+by `pytest tests/families`: a tiny random model, experts evicted, the tokens and fp32 logits of transformers' own, bit
+for bit, and experts fetched on guesses unless noted. Multimodal types run on text. This file is made by
 `python -m tests.families.report > docs/families.md`.
 """
 

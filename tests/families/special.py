@@ -51,3 +51,6 @@ UNTESTED: dict[str, str] = {
 UNGUESSED: dict[str, str] = {
     "muse_spark": "each expert ends in a norm: the family's own code computes them, a layer at a time",
 }
+
+# Blocks that route in themselves, in some transformers: no router's outputs cross, so that nothing is guessed.
+ROUTE_THEMSELVES: dict[str, str] = {"jamba": "with transformers 5.17, whose block takes the top k itself"}
