@@ -14,7 +14,7 @@ OLD_PIP   := $(OLD_PY) -m pip install --disable-pip-version-check --quiet -c $(O
 JOBS := 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest check format held-out bench clean
+.PHONY: help demo test test-oldest families-oldest check format held-out bench clean
 
 help:            ## this list
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 20
@@ -28,6 +28,9 @@ test: $(STAMP)   ## all tests (ARGS="-k name -x" for some, JOBS=0 for one proces
 
 test-oldest: $(OLD_STAMP) ## the same with the oldest transformers that is meant to work
 	$(OLD_PY) -m pytest -p no:cacheprovider $(ARGS)
+
+families-oldest: $(OLD_STAMP) ## every model family, with that oldest transformers
+	$(OLD_PY) -m pytest -p no:cacheprovider tests/families $(ARGS)
 
 check: $(STAMP)  ## format, lint, types, and who may import whom
 	$(PY) -m ruff format --check .

@@ -52,7 +52,7 @@ class TestTheFolder:
         refused(tmp_path / "nowhere" / "at" / "all", CheckpointError, "nowhere/at/all is not a folder", "hub id")
 
     def test_a_hub_id_without_network(self, refused):
-        refused("some-one/some-model", CheckpointError, "some-one/some-model", "could not be fetched from the hub")
+        refused("some-one/some-model", CheckpointError, "some-one/some-model", "HF_HUB_OFFLINE is set")
 
     def test_a_file(self, refused, folder):
         refused(folder / "model.safetensors", CheckpointError, r"model\.safetensors is a file", "Give the folder")

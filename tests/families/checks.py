@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoConfig
 
 import foreroute
 from tests.families.installed import Family
-from tests.families.shrink import tiny_config
+from tests.families.shrink import TOP_K, tiny_config
 
 PROMPT = torch.arange(1, 13)[None] * 7
 NEW_TOKENS = 12
@@ -44,7 +45,9 @@ def save_tiny(family: Family, folder: Path) -> Path:
             if tensor.ndim == 1 and "bias" not in name and "sinks" not in name:
                 tensor.copy_(1 + 0.1 * noise)
             else:
-                tensor.copy_(noise * (0.5 if "embed" in name else 0.2 if ".experts." in name else 0.1))
+                tensor.copy_(
+                    noise * (0.5 if "embed" in name or "router_mlp" in name else 0.2 if ".experts." in name else 0.1)
+                )
         for name, table in model.named_buffers():
             if "tid2eid" in name:  # experts by token id, all of them 0 as made
                 order = torch.rand(table.shape[0], model.config.num_local_experts, generator=generator).argsort(-1)
@@ -81,8 +84,10 @@ def answer(model: Any) -> Answer:
 
 
 def load_tight(folder: Path) -> Any:
-    """The model with slots for two thirds of what it may demand and more: small enough to evict."""
-    return foreroute.load(folder, "40%", config=foreroute.EngineConfig(governor=False))
+    """The model with little more than the slots that one token demands, so that experts come and go."""
+    config = AutoConfig.from_pretrained(folder).get_text_config()
+    share = 20 * getattr(config, "num_experts_per_tok", TOP_K)
+    return foreroute.load(folder, f"{share}%", config=foreroute.EngineConfig(governor=False))
 
 
 def assert_same(ours: Answer, theirs: Answer) -> None:

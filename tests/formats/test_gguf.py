@@ -54,7 +54,7 @@ def written(_torch_setup: None, tmp_path_factory: pytest.TempPathFactory) -> Wri
     return get
 
 
-@pytest.mark.parametrize("kind", ["Q8_0", "MXFP4", "Q4_K", "Q6_K", "F32", "F16", "BF16"])
+@pytest.mark.parametrize("kind", ["Q8_0", "MXFP4", "Q4_0", "Q4_K", "Q5_K", "Q6_K", "F32", "F16", "BF16"])
 def test_blocks_become_the_numbers_that_gguf_makes_of_them(kind: str) -> None:
     """All bytes at random: also infinite scales, subnormal powers of two and both zeros."""
     number = Kind[kind]

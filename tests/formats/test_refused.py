@@ -49,8 +49,10 @@ def declaring(checkpoints, tmp_path):
 
 
 @pytest.fixture
-def nothing_read(monkeypatch):
-    """No weight is read and no model is made."""
+def nothing_read(monkeypatch, published):
+    """No weight is read and no model is made, from now on."""
+    for write in (write_fp8, write_gptq):
+        published(write, "qwen3_moe")
     from transformers import AutoModelForCausalLM
 
     def never(*args: Any, **kwargs: Any) -> None:

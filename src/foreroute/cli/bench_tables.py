@@ -55,7 +55,9 @@ def show(found: Mapping[str, Any]) -> None:
 
 def _print_head(console: "Console", found: Mapping[str, Any]) -> None:
     experts = found["experts"]
-    stored = {"safetensors": "in the checkpoint", "packed": "in a packed store"}[experts["source"]]
+    stored = {"safetensors": "in the checkpoint", "gguf": "in a GGUF file", "packed": "in a packed store"}[
+        experts["source"]
+    ]
     figures.print_rows(
         console,
         [

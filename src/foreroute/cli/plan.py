@@ -299,4 +299,4 @@ def _forecast_rows(found: Findings) -> list[tuple[str, ...]]:
 
 
 def _source(plan: Plan) -> str:
-    return "packed store" if plan.source == "packed" else "safetensors"
+    return {"packed": "packed store", "gguf": "GGUF file"}.get(plan.source, plan.source)

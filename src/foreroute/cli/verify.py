@@ -241,7 +241,7 @@ def _show(outcome: _Outcome, texts: list[str], complaints: list[str]) -> None:
 
 def _account(outcome: _Outcome, num_prompts: int) -> list[figures.Row]:
     plan, stats, verdict = outcome.plan, outcome.stats, outcome.verdict
-    sources = {"safetensors": "the checkpoint", "packed": "the packed store"}
+    sources = {"safetensors": "the checkpoint", "gguf": "the GGUF file", "packed": "the packed store"}
     kinds = {"resident": "plain transformers, eager", "on-demand": "each expert read when needed"}
     return [
         ("reference", outcome.reference.kind, f"{kinds[outcome.reference.kind]}, {plan.compute_dtype}"),

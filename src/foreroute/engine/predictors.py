@@ -10,7 +10,7 @@ from foreroute.checkpoint.index import CheckpointIndex
 from foreroute.config import EngineConfig
 from foreroute.engine.approximation import Approximation
 from foreroute.errors import PredictorError
-from foreroute.model.blocks import MoeLayer
+from foreroute.model.blocks import MoeLayer, Router
 from foreroute.model.residual import ResidualTap
 from foreroute.policy.rules import EXACT, PAPER, SPECULATIVE, TOLERANCE
 from foreroute.predict.base import Predictor, Seen, Select, guess_from_scores
@@ -193,16 +193,33 @@ def hybrid(layers: Sequence[MoeLayer], dtype: torch.dtype, sidecar: Sidecar) -> 
 def lookahead(layers: Sequence[MoeLayer], dtype: torch.dtype) -> RouterLookahead:
     """The next layer's router on this layer's router input."""
     following: list[NextRouter | None] = []
+    inputs: dict[int, Callable[[], torch.Tensor | None]] = {}
     for layer, after in itertools.pairwise(layers):
-        if layer.router is None or not layer.router.reads_experts_input:
+        if layer.router is None or after.router is None or layer.router.input_width != after.router.input_width:
             following.append(None)
             continue
+        if not layer.router.reads_experts_input:
+            inputs[layer.index] = _last_input(layer.router)
         scale = None
         if layer.norm_weight is not None and after.norm_weight is not None:
             # Norms may be kept in fp32 where the router is not.
             scale = (after.norm_weight / layer.norm_weight).to(dtype)
-        following.append(own_router(after, scale))
-    return RouterLookahead(following)
+        following.append(own_router(after, scale) or _router_as_last_called(after, scale))
+    return RouterLookahead(following, inputs)
+
+
+def _last_input(router: Router) -> Callable[[], torch.Tensor | None]:
+    def read() -> torch.Tensor | None:
+        return None if router.last_call is None else router.last_call.hidden
+
+    return read
+
+
+def _router_as_last_called(layer: MoeLayer, scale: torch.Tensor | None) -> NextRouter | None:
+    """The layer's router where it takes more than the hidden state: the rest as in its last call."""
+    if layer.router is None or layer.router.last_call is None:
+        return None
+    return _next_router(layer, layer.router, layer.router.last_call.run_ahead, scale)
 
 
 def own_router(layer: MoeLayer, scale: torch.Tensor | None = None) -> NextRouter | None:
@@ -210,8 +227,17 @@ def own_router(layer: MoeLayer, scale: torch.Tensor | None = None) -> NextRouter
     router = layer.router
     if router is None or router.takes_more_than_hidden:
         return None
+    return _next_router(layer, router, router.module.forward, scale)
+
+
+def _next_router(
+    layer: MoeLayer,
+    router: Router,
+    route: Callable[[torch.Tensor], tuple[torch.Tensor, ...] | None],
+    scale: torch.Tensor | None,
+) -> NextRouter:
     return NextRouter(
-        router.module.forward,
+        route,
         router.ids_at,
         router.weights_at,
         router.logits_at,

@@ -14,6 +14,7 @@ from torch import nn
 
 from foreroute.errors import UnsupportedModelError
 from foreroute.model.experts import OffloadedExperts
+from foreroute.model.router import LastCall, StepTokens
 
 # Odd, so that no other extent of the shapes below is mistaken for the number of tokens.
 _PROBE_TOKENS = 5
@@ -27,6 +28,7 @@ class Router:
     takes_more_than_hidden: the block passes it further arguments, so that it cannot be run ahead on its own.
     input_width: of its input. reads_experts_input: that is the tensor that the experts get.
     is_sorted: its choice came best first.
+    last_call: what it was given last; kept of routers that take more, or read another tensor than the experts.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Router:
     input_width: int
     reads_experts_input: bool
     is_sorted: bool
+    last_call: LastCall | None = None
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,19 @@ def probe(model: nn.Module, offloaded: dict[str, OffloadedExperts]) -> list[MoeL
         raise UnsupportedModelError(
             f"{silent[0]} is not called by a forward over text: its experts cannot be offloaded."
         )
-    return layers
+    return _with_last_calls(layers, model)
+
+
+def _with_last_calls(layers: list[MoeLayer], model: nn.Module) -> list[MoeLayer]:
+    tokens: StepTokens | None = None
+    made: list[MoeLayer] = []
+    for layer in layers:
+        router = layer.router
+        if router is not None and (router.takes_more_than_hidden or not router.reads_experts_input):
+            tokens = tokens or StepTokens(model.get_input_embeddings())  # type: ignore[operator]
+            layer = replace(layer, router=replace(router, last_call=LastCall(router.module, tokens)))
+        made.append(layer)
+    return made
 
 
 def on_device(layers: list[MoeLayer], device: torch.device) -> list[MoeLayer]:

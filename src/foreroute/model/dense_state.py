@@ -78,9 +78,14 @@ def dense_growth(
     of_experts = {name for group in groups for name in group}
     # What says nothing here is read by nobody.
     growth = -sum(index.tensors[name].nbytes for name in components.difference(*matrices.values()))
-    for names in matrices.values():
-        if names[0] not in of_experts:
-            entries = [merged(index.tensors[name], 2) for name in names]
+    for name, names in matrices.items():
+        if names[0] in of_experts:
+            continue
+        if ".experts." in name:
+            # Of a layer that the model has no place for, as DeepSeek-V3's last: not loaded.
+            growth -= sum(index.tensors[one].nbytes for one in names)
+        else:
+            entries = [merged(index.tensors[one], 2) for one in names]
             rows, cols = matrix_shape(form.coding, [entry.shape for entry in entries], names[0])
             growth += 2 * rows * cols - sum(entry.nbytes for entry in entries)
     return growth

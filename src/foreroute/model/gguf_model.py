@@ -4,6 +4,7 @@ Settings are read from the file's own metadata, not through transformers' table 
 a head and of an expert (5.23), and so gives models of another shape.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -27,6 +28,11 @@ def gguf_config(index: GgufIndex) -> Any:
         return AutoConfig.for_model(model_type, **settings)
     except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError, StrictDataclassError) as error:
         raise CheckpointError(f"{index.folder}: its metadata describe no {model_type}: {error}") from error
+
+
+def gguf_dense_nbytes(index: GgufIndex) -> int:
+    """Bytes that the dense weights will take as numbers of two bytes."""
+    return sum(2 * math.prod(index.shapes[name]) for name in dense_names(index))
 
 
 def gguf_state(index: GgufIndex, dtype: torch.dtype) -> dict[str, torch.Tensor]:

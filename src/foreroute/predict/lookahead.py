@@ -1,6 +1,6 @@
 """Guess the next layer's experts by running its router early, on what this layer's router reads."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,7 @@ from foreroute.predict.base import Seen, TokenGuess
 class NextRouter:
     """A MoE layer's router, ready to be run ahead.
 
-    route: router input [tokens, hidden] -> the router's outputs.
+    route: router input [tokens, hidden] -> the router's outputs; None where it cannot be run just now.
     ids_at, weights_at: positions of the expert ids and gate weights [tokens, k] among them. logits_at: of the gate
         logits [tokens, >= E], or -1.
     scale: [hidden] by which the previous layer's router input is multiplied to become what this layer's norm would
@@ -20,7 +20,7 @@ class NextRouter:
     is_sorted: the router's choice comes best first.
     """
 
-    route: Callable[[torch.Tensor], tuple[torch.Tensor, ...]]
+    route: Callable[[torch.Tensor], tuple[torch.Tensor, ...] | None]
     ids_at: int
     weights_at: int
     logits_at: int
@@ -28,13 +28,15 @@ class NextRouter:
     scale: torch.Tensor | None
     is_sorted: bool = False
 
-    def guess(self, router_input: torch.Tensor, width: int) -> TokenGuess:
+    def guess(self, router_input: torch.Tensor, width: int) -> TokenGuess | None:
         """The router's own choice on `router_input` [tokens, hidden], cut to `width` or lengthened by the next best.
 
         The router's own selection rule decides first, groups and corrections included; only what lies beyond its
         top-k is ranked by plain logits, and weighs what their softmax gives it.
         """
         outputs = self.route(router_input)
+        if outputs is None:
+            return None
         ids, weights = outputs[self.ids_at], outputs[self.weights_at]
         if not self.is_sorted:
             weights, order = weights.sort(-1, descending=True)
@@ -62,14 +64,24 @@ class RouterLookahead:
 
     Args:
         following: per MoE layer, the router of the next one; None where it cannot be run ahead.
+        inputs: by MoE layer, what its router read [tokens, width], where that is not what the experts get.
     """
 
-    def __init__(self, following: Sequence[NextRouter | None]) -> None:
+    def __init__(
+        self,
+        following: Sequence[NextRouter | None],
+        inputs: Mapping[int, Callable[[], torch.Tensor | None]] | None = None,
+    ) -> None:
         self._following = list(following)
+        self._inputs = dict(inputs or {})
 
     def guess(self, layer: int, seen: Seen, width: int) -> TokenGuess | None:
         """See `Predictor`. Cost: one [tokens, hidden] x [hidden, experts] product."""
         following = self._following[layer] if layer < len(self._following) else None
         if following is None:
             return None
-        return following.guess(seen.hidden if following.scale is None else seen.hidden * following.scale, width)
+        read = self._inputs.get(layer)
+        hidden = seen.hidden if read is None else read()
+        if hidden is None or len(hidden) != len(seen.hidden):
+            return None  # what is asked about is not the step that runs
+        return following.guess(hidden if following.scale is None else hidden * following.scale, width)

@@ -18,6 +18,8 @@ _PROBED_SCALES = (1.0, 0.02)
 # A router is plain when it chooses its best logits for so many tokens: equal ones may be ordered otherwise.
 _PLAIN_SHARE = 0.99
 _LINEAR_TOLERANCE = 1e-3
+# Of routers that need nothing but the hidden state.
+_ALWAYS = "a router that runs on its own always runs"
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,9 @@ class OwnRule:
 
     def __call__(self, logits: torch.Tensor, width: int) -> TokenGuess:
         """The choice for `logits` [tokens, experts]. Cost: one [experts, hidden] product, and the router."""
-        return self.router.guess(((logits - self.at_zero) @ self.to_input).to(self.dtype), width)
+        guess = self.router.guess(((logits - self.at_zero) @ self.to_input).to(self.dtype), width)
+        assert guess is not None, _ALWAYS
+        return guess
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,7 @@ def selection_of(router: NextRouter | None, hidden: int, dtype: torch.dtype) -> 
 
 def _is_plain(router: NextRouter, states: torch.Tensor) -> bool:
     outputs = router.route(states)
+    assert outputs is not None, _ALWAYS
     ids = outputs[router.ids_at]
     best = torch.topk(_logits(router, states), ids.shape[1]).indices
     same = (best.sort(-1).values == ids.sort(-1).values).all(-1)
@@ -94,8 +99,9 @@ def _own_rule(router: NextRouter, states: torch.Tensor) -> OwnRule | None:
 
 
 def _logits(router: NextRouter, states: torch.Tensor) -> torch.Tensor:
-    logits: torch.Tensor = router.route(states)[router.logits_at]
-    return logits[:, : router.num_experts].float()
+    outputs = router.route(states)
+    assert outputs is not None, _ALWAYS
+    return outputs[router.logits_at][:, : router.num_experts].float()
 
 
 def chosen_experts(ids: torch.Tensor, num_experts: int) -> torch.Tensor:
