@@ -56,8 +56,8 @@ def test_every_field_has_its_flag(field) -> None:
 
 @pytest.mark.parametrize("command", ["verify", "bench", "eval", "demo"])
 def test_commands_that_stay_on_the_cpu_have_no_flag_for_a_gpu(command, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["--suite", "builtin"] if command == "eval" else []
     with pytest.raises(SystemExit):
-        asked = ["--suite", "builtin"] if command == "eval" else []
         build_parser().parse_args([command, "MODEL", *asked, "--device", "cuda"])
     assert "--device" in capsys.readouterr().err
 

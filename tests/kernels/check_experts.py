@@ -1,4 +1,4 @@
-"""The experts' kernels equal their reference; run by test_interpreted.py. In fp32 and fp16: the interpreter has no bf16."""
+"""The experts' kernels equal their reference; run by test_interpreted.py. The interpreter has no bf16."""
 
 import itertools
 

@@ -160,7 +160,7 @@ def same_decisions(module: ModuleType, num_steps: int) -> None:
         for tested, state in zip((paging, module), states, strict=True):
             slots, lists = torch.empty(ids.shape, dtype=torch.int32), [CopyList.create(20) for _ in range(3)]
             tested.plan(state, layer, ids, slots, lists[0], arrived=arrived)
-            absent = torch.where(states[0].slot_of_key[layer * 20 : layer * 20 + 20] < 0, torch.arange(20), -1)
+            absent = torch.where(state.slot_of_key[layer * 20 : layer * 20 + 20] < 0, torch.arange(20), -1)
             tested.plan_fill(state, layer, absent[:7], lists[1], arrived=arrived)
             tested.plan_prefetch(state, (layer + 1) % 3, guesses, lists[2], arrived=arrived)
             seen.append((slots.tolist(), [each.pairs() for each in lists]))

@@ -81,7 +81,6 @@ def _fetch(
     arena_address, record_offsets, copy_keys, copy_slots, copy_count, slots, slot_words, record_words,
     WORDS: tl.constexpr,
 ):  # fmt: skip
-    arena = arena_address.to(tl.pointer_type(tl.int32))
     word = tl.arange(0, WORDS)
     blocks = tl.cdiv(record_words, WORDS)
     # All programs work on one record after the other, so that the first of the list is there first.
@@ -92,7 +91,9 @@ def _fetch(
         words = (block % blocks) * WORDS + word
         # A key without a record has a negative offset. Not `&`: the interpreter makes no mask of a vector and a scalar.
         mask = words < tl.where(offset >= 0, record_words, 0)
-        source = arena + tl.multiple_of(offset // 4, 4) + words
+        # Said of the pointer itself: what is known of the address is lost when it becomes one, and 4-byte loads follow.
+        record = tl.multiple_of((arena_address + offset).to(tl.pointer_type(tl.int32)), 16)
+        source = record + words
         values = tl.load(source, mask, eviction_policy="evict_first")
         tl.store(slots + target + words, values, mask)
 

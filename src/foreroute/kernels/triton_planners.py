@@ -102,7 +102,7 @@ def plan_kernel(
     num_misses = tl.sum(miss.to(tl.int32), 0)
     rank = tl.cumsum(miss.to(tl.int32), 0) - 1
     num_placed, num_evicted, num_wasted = 0, 0, 0
-    for at in range(num_misses):
+    for nth in range(num_misses):
         lowest = tl.min(order, 0)
         if lowest != _NEVER:
             victim = tl.min(tl.where(order == lowest, slot, SLOTS), 0)
@@ -110,7 +110,7 @@ def plan_kernel(
             _vacate(slot_of_key, key_of_slot, victim)
             num_evicted += (lowest >= 0).to(tl.int32)
             num_wasted += (lowest >= _STAGED).to(tl.int32)
-            place = tl.where(miss & (rank == at), victim, place)
+            place = tl.where(miss & (rank == nth), victim, place)
             num_placed += 1
     placed = miss & (place >= 0)
     # The scalar loads of `_vacate` come before what they would read is overwritten.
@@ -247,14 +247,14 @@ def fill_kernel(
     order = _order_of(key_of_slot, stamp, staged_at, in_flight, slot, num_slots, tl.load(marks + _LEASED), ARRIVED)
     rank = tl.cumsum(absent.to(tl.int32), 0) - 1
     num_placed, num_evicted = 0, 0
-    for at in range(tl.minimum(room, tl.sum(absent.to(tl.int32), 0))):
+    for nth in range(tl.minimum(room, tl.sum(absent.to(tl.int32), 0))):
         lowest = tl.min(order, 0)
         if lowest < _STAGED:
             victim = tl.min(tl.where(order == lowest, slot, SLOTS), 0)
             order = tl.where(slot == victim, _NEVER, order)
             _vacate(slot_of_key, key_of_slot, victim)
             num_evicted += (lowest >= 0).to(tl.int32)
-            place = tl.where(absent & (rank == at), victim, place)
+            place = tl.where(absent & (rank == nth), victim, place)
             num_placed += 1
     placed = absent & (place >= 0)
     tl.debug_barrier()
