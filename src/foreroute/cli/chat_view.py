@@ -39,7 +39,8 @@ class PlainAnswer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._write("\n")
+        if kind is None:
+            self._write("\n")
 
     def write(self, piece: str) -> None:
         """See `AnswerView`."""
