@@ -16,7 +16,7 @@ import pytest
 
 from foreroute.cli import demo
 from foreroute.cli.chat_session import Conversation, read_setting
-from foreroute.cli.chat_view import finished_blocks
+from foreroute.cli.chat_view import finished_blocks, hard_breaks
 from foreroute.errors import PromptError
 from tests.cli.harness import ROOT, Ran
 
@@ -133,6 +133,10 @@ def test_a_model_without_a_template_goes_on_with_the_text(run, copied: Path, tmp
 )
 def test_a_block_is_finished_at_an_empty_line_outside_of_code(text: str, end: int) -> None:
     assert finished_blocks(text) == end
+
+
+def test_lines_of_an_answer_stay_lines_and_code_stays_code() -> None:
+    assert hard_breaks("a\nb\n\n```\nc\n```") == "a  \nb  \n\n```\nc\n```"
 
 
 def test_a_setting_reads_what_it_takes() -> None:
