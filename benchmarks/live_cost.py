@@ -8,6 +8,7 @@ import argparse
 import asyncio
 import sys
 import threading
+import time
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -70,11 +71,13 @@ def main() -> int:
     tokens: set[tuple[int, ...]] = set()
 
     def answer() -> float:
+        began_s = time.process_time()
         report = generate(
             model, tokenizer, prompt_ids, max_new_tokens=args.new_tokens, do_sample=False, eos_token_id=None
         )
         tokens.add(report.token_ids)
         assert report.tpot_s is not None, "there are many tokens"
+        cpu_ms.append((time.process_time() - began_s) * 1e3 / args.new_tokens)
         return report.tpot_s * 1e3
 
     def watched() -> float:
@@ -86,7 +89,9 @@ def main() -> int:
 
     sent: list[tuple[int, int]] = []
     answered_unwatched: list[Any] = []
+    cpu_ms: list[float] = []
     answer()
+    cpu_ms.clear()
     without, with_viewer = [], []
     for _ in range(args.repeats):
         for run, found in ((answer, without), (watched, with_viewer), (watched, with_viewer), (answer, without)):
@@ -98,6 +103,9 @@ def main() -> int:
         (b + c) / (a + d) - 1
         for a, d, b, c in zip(without[::2], without[1::2], with_viewer[::2], with_viewer[1::2], strict=True)
     ]
+    # All threads' processor time, the viewer's too: tells more than TPOT where other programs run.
+    in_fours = [cpu_ms[at : at + 4] for at in range(0, len(cpu_ms), 4)]
+    cpu_shares = [(b + c) / (a + d) - 1 for a, b, c, d in in_fours]
     result = {
         "model": args.model.name,
         "memory": args.memory,
@@ -105,13 +113,17 @@ def main() -> int:
         "tpot_ms_with_viewer": median(with_viewer),
         "cost_share": median(paired),
         "cost_share_range": [min(paired), max(paired)],
+        "cpu_ms_per_token_without": median(one for four in in_fours for one in (four[0], four[3])),
+        "cpu_ms_per_token_with_viewer": median(one for four in in_fours for one in four[1:3]),
+        "cpu_cost_share": median(cpu_shares),
+        "cpu_cost_share_range": [min(cpu_shares), max(cpu_shares)],
         "events_per_answer": median(events for events, _ in sent),
         "kb_per_event": median(nbytes / max(events, 1) for events, nbytes in sent) / 1e3,
     }
     record(
         "live-cost",
         rounded(result, 4),
-        {"without_ms": without, "with_viewer_ms": with_viewer, "pairs": paired},
+        {"without_ms": without, "with_viewer_ms": with_viewer, "pairs": paired, "cpu_ms": cpu_ms},
         keep=not args.no_record,
     )
     model.foreroute.close()

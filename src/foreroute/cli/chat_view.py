@@ -39,7 +39,8 @@ class PlainAnswer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._write("\n")
+        if kind is None:
+            self._write("\n")
 
     def write(self, piece: str) -> None:
         """See `AnswerView`."""
@@ -96,7 +97,22 @@ def _markdown(text: str) -> "Markdown":
     from rich.markdown import Markdown
 
     # A model must not choose where a click leads.
-    return Markdown(text, hyperlinks=False)
+    return Markdown(hard_breaks(text), hyperlinks=False)
+
+
+def hard_breaks(text: str) -> str:
+    """Markdown whose lines end where the model ended them; markdown alone would run them together."""
+    fence, lines = "", []
+    for line in text.split("\n"):
+        mark = line.lstrip()[:3]
+        if fence:
+            fence = "" if mark == fence else fence
+        elif mark in _FENCES:
+            fence = mark
+        elif line.strip():
+            line += "  "
+        lines.append(line)
+    return "\n".join(lines)
 
 
 def finished_blocks(text: str, start: int = 0) -> int:

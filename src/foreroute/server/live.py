@@ -1,7 +1,7 @@
 """The feed of the live page: a few pictures of the engine a second, as server-sent events, while somebody watches.
 
-What the events hold is in docs/serve.md. The engine records (recorder.py) from the first viewer's coming to the last
-one's going; a picture is made in the server's thread, once for all viewers.
+What the events hold: `LiveFeed.hello` and `LiveFeed.snapshot`. The engine records (recorder.py) from the first viewer's
+coming to the last one's going; a picture is made in the server's thread, once for all viewers.
 """
 
 import asyncio
