@@ -181,9 +181,9 @@ def assert_rules_kept(module: ModuleType, num_cases: int, *, arrived: bool) -> N
         layer, num_tokens, top_k = draw.randrange(3), draw.choice([1, 2, 5]), draw.choice([1, 3, 4])
         ids = torch.tensor([draw.sample([*range(8), -1, 8], top_k) for _ in range(num_tokens)])
         weights = torch.tensor(
-            [[draw.choice([0.1, 0.2, 0.3, draw.random()]) for _ in range(top_k)] for _ in range(num_tokens)]
+            [[draw.choice([0.1, 0.2, 0.25, 0.25, 0.5, draw.random()]) for _ in range(top_k)] for _ in range(num_tokens)]
         )
-        policies = [Policy.parse(draw.choice(["exact", "paper", "speculative", "tolerance:0.3", "tolerance:0.6"]))
+        policies = [Policy.parse(draw.choice(["exact", "paper", "speculative", "tolerance:0.25", "tolerance:0.5"]))
                     for _ in range(num_tokens)]  # fmt: skip
         rules = torch.tensor([RULES[policy.name] for policy in policies], dtype=torch.int32)
         taus = torch.tensor([policy.tau for policy in policies], dtype=torch.float64)
