@@ -8,6 +8,7 @@ _ONE_DENSE = ["dense", "sparse", "sparse", "sparse"]
 SPECIAL: dict[str, dict[str, Any]] = {
     "beam": {"mlp_layer_types": _ONE_DENSE},
     "deepseek_ocr2_text": {"mlp_layer_types": _ONE_DENSE},
+    "diffusion_gemma_text": {"num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 48},
     "ernie4_5_vl_moe_text": {
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 2, 4]},
         "moe_intermediate_size": [48, 48],
