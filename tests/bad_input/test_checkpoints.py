@@ -240,7 +240,7 @@ class TestTheExperts:
                 begin, end = info["data_offsets"]
                 info["dtype"], info["data_offsets"] = dtype, [begin, begin + (end - begin) // 4]
         write_parts(folder / "model.safetensors", *closed_up(header, payload))
-        refused(folder, UnsupportedModelError, "experts", dtype, "F32, F16, BF16", "not quantised")
+        refused(folder, UnsupportedModelError, "experts", dtype, "F32, F16, BF16", "how it is quantised")
 
     def test_one_expert_of_another_dtype(self, refused, folder):
         header, payload = read_parts(folder / "model.safetensors")

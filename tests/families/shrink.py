@@ -11,6 +11,8 @@ LAYERS = 4
 EXPERTS = 8
 TOP_K = 2
 VOCAB_SIZE = 264
+# No whole vectors: of what is left over torch rounds otherwise, alone or in company (kernels/cpu.py).
+WIDTH = 48
 
 # By field name; a field that a config class lacks is left out.
 _SIZES: dict[str, int] = {
@@ -113,7 +115,7 @@ def _small_fields(config: Any) -> dict[str, Any]:
     fields: dict[str, Any] = {name: size for name, size in _SIZES.items() if name in sizes}
     fields |= {name: EXPERTS for name in _EXPERT_COUNTS if name in present}
     fields |= {name: TOP_K for name in _TOP_KS if name in present}
-    fields |= {name: _width(name) for name in sizes if name.endswith("intermediate_size")}
+    fields |= {name: WIDTH for name in sizes if name.endswith("intermediate_size")}
     fields |= {name: token for name, token in _TOKENS.items() if name in present}
     if "head_dim" in present:
         is_whole = "qk_head_dim" in present and present["head_dim"] == present["qk_head_dim"]
@@ -127,8 +129,3 @@ def _small_fields(config: Any) -> dict[str, Any]:
         if inner is not None:
             fields[name] = {**_small_fields(inner), "model_type": inner.model_type}
     return fields | SPECIAL.get(config.model_type, {})
-
-
-def _width(name: str) -> int:
-    """Whole vectors, as in all published models: of what is left over torch rounds otherwise, alone or in company."""
-    return 32 if name.startswith("moe") else 64

@@ -8,13 +8,14 @@ _ONE_DENSE = ["dense", "sparse", "sparse", "sparse"]
 SPECIAL: dict[str, dict[str, Any]] = {
     "beam": {"mlp_layer_types": _ONE_DENSE},
     "deepseek_ocr2_text": {"mlp_layer_types": _ONE_DENSE},
+    "diffusion_gemma_text": {"num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 48},
     "ernie4_5_vl_moe_text": {
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 2, 4]},
-        "moe_intermediate_size": [32, 32],
+        "moe_intermediate_size": [48, 48],
     },
     "glm4v_moe_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}},
     "dots1": {"n_shared_experts": 1},
-    "gemma4_text": {"enable_moe_block": True, "num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 32},
+    "gemma4_text": {"enable_moe_block": True, "num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 48},
     "glm5_next_text": {"index_kpool": 4, "mlp_layer_types": _ONE_DENSE},
     "granitemoehybrid": {"layer_types": _HYBRID},
     "kimi_linear": {"layer_types": _HYBRID},

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from foreroute.engine.decode import RowsStep, TokenStep
-from foreroute.kernels.cpu import ExpertMath, OneToken
+from foreroute.kernels.cpu import ExpertMath, OneToken, gate_rows
 
 HIDDEN, INNER = 6, 10
 
@@ -36,3 +36,36 @@ def test_vectors_stand_in_with_their_tokens_gate_weights(num_tokens: int) -> Non
             output = vectors[key] if key in absent else math(hidden[token : token + 1], expert(key))[0]
             expected[token] += weights[token, at] * output
     torch.testing.assert_close(step.total(), expected)
+
+
+def interleaved(up: torch.Tensor) -> torch.Tensor:
+    return up[..., 1::2] * torch.sigmoid(up[..., ::2] * 1.702)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("width", [16, 48, 64, 2880, 11040])
+@pytest.mark.parametrize("gate", [torch.nn.functional.silu, interleaved])
+def test_rows_gated_together_have_the_bits_of_rows_gated_alone(gate, width: int, threads: int) -> None:
+    columns = width if gate is not interleaved else 2 * width
+    generator = torch.Generator().manual_seed(0)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for rows in (1, 2, 3, 8):
+            up = 3 * torch.randn(rows, columns, generator=generator)
+            together = gate_rows(gate, up)
+            alone = [gate(row) for row in up.split(1)]
+            assert all(torch.equal(*pair) for pair in zip(together, alone, strict=True))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_rows_of_whole_vectors_are_gated_in_one_call() -> None:
+    calls = []
+
+    def gate(up: torch.Tensor) -> torch.Tensor:
+        calls.append(up.shape)
+        return up
+
+    gate_rows(gate, torch.zeros(4, 768))
+    assert calls == [(4, 768)]

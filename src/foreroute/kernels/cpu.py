@@ -2,16 +2,23 @@
 
 A family is described by the flags that transformers' decorator sets and by its own gating function. Families differ in
 small ways all the same, so that what is written here is not trusted but proven at load, by comparing bits with the
-family's own forward (engine/verify_math.py).
+family's own forward (engine/proof.py).
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import ceil
 
 import torch
 
 # One expert's tensors in the layout's order, in the compute dtype, weights as [in, out] (see ExpertMath.operands).
 Operands = Sequence[torch.Tensor]
+
+# Numbers in two of the widest vectors (bf16 in 512 bits), which torch's elementwise loops take at a time; as bytes a
+# multiple of its alignment.
+_WHOLE_VECTORS = 64
+# Up to here torch gives an elementwise call to one thread (its grain size).
+_UNDIVIDED_NUMBERS = 32768
 
 
 @dataclass(frozen=True)
@@ -73,6 +80,24 @@ class ExpertMath:
         return out if self.down_bias_at < 0 else out + self.bias(operands, self.down_bias_at)
 
 
+def gate_rows(gate: Callable[[torch.Tensor], torch.Tensor], up: torch.Tensor) -> Sequence[torch.Tensor]:
+    """`up` [rows, gate_up] gated: [1, intermediate] each, with the bits of a row that is gated alone.
+
+    One call for all rows where that is the same. It is not where vectors run across rows: what no whole vector of a
+    call is left for, at its end or where threads divide it, is computed by other code, with other roundings.
+    """
+    if up.numel() <= _UNDIVIDED_NUMBERS:
+        inner = gate(up)
+        if inner.shape[1] % _WHOLE_VECTORS == 0:
+            return inner.split(1)
+    return [gate(row) for row in up.split(1)]
+
+
+def _aligned_rows(num_rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+    """[num_rows, width], each row aligned as a tensor of its own is: products may round otherwise elsewhere."""
+    return torch.empty(num_rows, ceil(width / _WHOLE_VECTORS) * _WHOLE_VECTORS, dtype=dtype)[:, :width]
+
+
 class OneToken:
     """One token through several experts, which come in any order and are summed in ascending order.
 
@@ -84,6 +109,7 @@ class OneToken:
         up_width, hidden_width: columns of the first and of the second product.
     """
 
+<<<<<<< HEAD
     def __init__(
         self,
         max_experts: int,
@@ -94,6 +120,11 @@ class OneToken:
     ) -> None:
         self._up = torch.empty(max_experts, up_width, dtype=dtype, device=device)
         self._out = torch.empty(max_experts, hidden_width, dtype=dtype, device=device)
+=======
+    def __init__(self, max_experts: int, up_width: int, hidden_width: int, dtype: torch.dtype) -> None:
+        self._up = _aligned_rows(max_experts, up_width, dtype)
+        self._out = _aligned_rows(max_experts, hidden_width, dtype)
+>>>>>>> wip-formats
         self._up_rows = self._up.split(1)
         self._out_rows = self._out.split(1)
         self._keys: list[int] = []
@@ -116,8 +147,8 @@ class OneToken:
         if math.up_bias_at >= 0:
             for row, expert in zip(self._up_rows[first:last], operands, strict=True):
                 row.add_(math.bias(expert, math.up_bias_at))
-        inner = math.gate(self._up[first:last])
-        for row, inner_row, expert in zip(self._out_rows[first:last], inner.split(1), operands, strict=True):
+        inner = gate_rows(math.gate, self._up[first:last])
+        for row, inner_row, expert in zip(self._out_rows[first:last], inner, operands, strict=True):
             multiply_into(row, inner_row, expert, down_at)
         if math.down_bias_at >= 0:
             for row, expert in zip(self._out_rows[first:last], operands, strict=True):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 import xxhash
 
-from foreroute.kernels.cpu import ExpertMath, Operands
+from foreroute.kernels.cpu import ExpertMath, Operands, gate_rows
 
 # Rows from which turning an int8 matrix back and multiplying plainly is quicker.
 _MANY_ROWS = 128
@@ -178,7 +178,7 @@ class QuantisedToken:
         up = torch.cat([kernel(hidden, expert[up_at], group, expert[up_at + 1]) for expert in operands])
         if math.up_bias_at >= 0:
             up += torch.stack([math.bias(expert, math.up_bias_at) for expert in operands])
-        inner = math.gate(up).chunk(len(operands))
+        inner = gate_rows(math.gate, up)
         out = [
             kernel(row, expert[down_at], group, expert[down_at + 1])
             for row, expert in zip(inner, operands, strict=True)

@@ -193,8 +193,7 @@ def _load_dequantised(
         assert sketch.form is not None, "it is dequantised"
         state = dense_state(index, sketch.form, sketch.matrices, sketch.components, compute)
     # The class itself: an Auto class wants a folder, and reads the weights there.
-    found = _auto_class(folder, sketch.config)._model_mapping[type(sketch.config)]
-    model_class = found[0] if isinstance(found, tuple) else found
+    model_class = _model_class(_auto_class(folder, sketch.config), sketch.config)
     model, info = model_class.from_pretrained(None, state_dict=state, dtype=compute, **common)
     model.name_or_path = model.config._name_or_path = str(folder)
     if (folder / "generation_config.json").is_file():
@@ -244,14 +243,21 @@ def _quiet_loading() -> Iterator[None]:
 
 def _auto_class(folder: Path, config: Any) -> Any:
     """transformers' Auto class that makes a model which continues text: multimodal ones do, given text alone."""
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, GenerationMixin
 
     for auto_class in (AutoModelForCausalLM, AutoModelForImageTextToText):
-        if type(config) in auto_class._model_mapping:
+        # Not `can_generate`: that is true of models which write in another way than token by token.
+        if type(config) in auto_class._model_mapping and issubclass(_model_class(auto_class, config), GenerationMixin):
             return auto_class
     raise UnsupportedModelError(
         f"{folder}: {config.model_type} is no causal language model in transformers; foreroute runs those only."
     )
+
+
+def _model_class(auto_class: Any, config: Any) -> Any:
+    """The model class that the Auto class makes of the config."""
+    found = auto_class._model_mapping[type(config)]
+    return found[0] if isinstance(found, tuple) else found
 
 
 def _meta_model(folder: Path, config: Any) -> nn.Module:
