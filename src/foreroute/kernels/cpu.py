@@ -93,9 +93,10 @@ def gate_rows(gate: Callable[[torch.Tensor], torch.Tensor], up: torch.Tensor) ->
     return [gate(row) for row in up.split(1)]
 
 
-def _aligned_rows(num_rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+def _aligned_rows(num_rows: int, width: int, dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:
     """[num_rows, width], each row aligned as a tensor of its own is: products may round otherwise elsewhere."""
-    return torch.empty(num_rows, ceil(width / _WHOLE_VECTORS) * _WHOLE_VECTORS, dtype=dtype)[:, :width]
+    whole = ceil(width / _WHOLE_VECTORS) * _WHOLE_VECTORS
+    return torch.empty(num_rows, whole, dtype=dtype, device=device)[:, :width]
 
 
 class OneToken:
@@ -109,7 +110,6 @@ class OneToken:
         up_width, hidden_width: columns of the first and of the second product.
     """
 
-<<<<<<< HEAD
     def __init__(
         self,
         max_experts: int,
@@ -118,13 +118,8 @@ class OneToken:
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
     ) -> None:
-        self._up = torch.empty(max_experts, up_width, dtype=dtype, device=device)
-        self._out = torch.empty(max_experts, hidden_width, dtype=dtype, device=device)
-=======
-    def __init__(self, max_experts: int, up_width: int, hidden_width: int, dtype: torch.dtype) -> None:
-        self._up = _aligned_rows(max_experts, up_width, dtype)
-        self._out = _aligned_rows(max_experts, hidden_width, dtype)
->>>>>>> wip-formats
+        self._up = _aligned_rows(max_experts, up_width, dtype, device)
+        self._out = _aligned_rows(max_experts, hidden_width, dtype, device)
         self._up_rows = self._up.split(1)
         self._out_rows = self._out.split(1)
         self._keys: list[int] = []
