@@ -1,9 +1,10 @@
 """Every family of the installed transformers whose experts are behind the seam: the same tokens and the same bits."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+import torch
 
 from foreroute.errors import ForerouteError
 from tests.families.checks import answer, assert_same, load_tight, resident_answer, save_tiny
@@ -47,6 +48,34 @@ def test_refused(tmp_path: Path, family: Family) -> None:
     folder = save_tiny(family, tmp_path / family.model_type)
     with pytest.raises(ForerouteError):
         load_tight(folder)
+
+
+@pytest.mark.usefixtures("_torch_setup")
+def test_hash_routed_layers_are_guessed_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their experts go by token ids alone, which are known: every guess is the router's choice, of layer 0 too."""
+    family = next(family for family in WORKING if family.model_type == "deepseek_v4")
+    model = load_tight(save_tiny(family, tmp_path / "hashed"))
+    runtime = model.foreroute.runtime
+    hashed = [layer.index for layer in model.foreroute.layers if layer.router.by_tokens]
+    assert hashed == [0, 1, 2]
+    guessed: dict[int, set[int]] = {}
+    pairs: list[tuple[int, set[int], set[int]]] = []
+    prefetch = runtime.ahead.prefetch
+
+    def noting(layer: int, experts: Sequence[int], phase: object) -> None:
+        guessed[layer] = set(experts)
+        prefetch(layer, experts, phase)
+
+    def observe(layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> None:
+        if layer in hashed and layer in guessed:
+            pairs.append((layer, guessed.pop(layer), set(ids.flatten().tolist())))
+
+    monkeypatch.setattr(runtime.ahead, "prefetch", noting)
+    runtime.observer = observe
+    answer(model)
+    model.foreroute.close()
+    assert {layer for layer, _, _ in pairs} == set(hashed)
+    assert [pair for pair in pairs if pair[1] != pair[2]] == []
 
 
 @pytest.mark.usefixtures("_torch_setup")
