@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from foreroute.errors import ForerouteError
 from tests.families.checks import answer, assert_same, load_tight, resident_answer, save_tiny
 from tests.families.installed import Family, families
-from tests.families.special import CANNOT, ROUTE_THEMSELVES, UNGUESSED, UNTESTED
+from tests.families.shrink import tiny_config
+from tests.families.special import CANNOT, ROUTE_THEMSELVES, UNGUESSED, UNTESTED, WRITE_NO_TEXT
 
 WORKING = [family for family in families() if family.model_type not in CANNOT | UNTESTED]
 REFUSED = [family for family in families() if family.model_type in CANNOT]
@@ -42,11 +44,16 @@ def test_family(tmp_path: Path, family: Family, record_property: Callable[[str, 
 @pytest.mark.usefixtures("_torch_setup")
 @pytest.mark.parametrize("family", REFUSED, ids=by_name)
 def test_refused(tmp_path: Path, family: Family) -> None:
-    """It has no model that writes text, or what was saved is refused before work starts."""
-    if not family.can_generate_text:
-        return
-    folder = save_tiny(family, tmp_path / family.model_type)
-    with pytest.raises(ForerouteError):
+    """Refused before work starts: by its class, for which a config is enough, or by how its experts are stored."""
+    folder = tmp_path / family.model_type
+    if family.model_type in WRITE_NO_TEXT:
+        tiny_config(family.model_type).save_pretrained(folder)
+        save_file({"weight": torch.zeros(1)}, folder / "model.safetensors")
+    else:
+        save_tiny(family, folder)
+    with pytest.raises(
+        ForerouteError, match="no causal language model" if family.model_type in WRITE_NO_TEXT else None
+    ):
         load_tight(folder)
 
 
