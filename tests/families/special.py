@@ -8,7 +8,6 @@ _ONE_DENSE = ["dense", "sparse", "sparse", "sparse"]
 SPECIAL: dict[str, dict[str, Any]] = {
     "beam": {"mlp_layer_types": _ONE_DENSE},
     "deepseek_ocr2_text": {"mlp_layer_types": _ONE_DENSE},
-    "diffusion_gemma_text": {"num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 48},
     "ernie4_5_vl_moe_text": {
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 2, 4]},
         "moe_intermediate_size": [48, 48],
@@ -39,6 +38,8 @@ CANNOT: dict[str, str] = {
     "qwen3_omni_moe": "several models in one; its thinker is a model type of its own",
 }
 
+# Of these, those that have no class which writes text token by token.
+WRITE_NO_TEXT = frozenset({"diffusion_gemma", "openai_privacy_filter"})
 
 # Model types that the gate does not run, with the reason; their text parts are of families that it does, or fail
 # in transformers itself.

@@ -1,14 +1,17 @@
 """Every family of the installed transformers whose experts are behind the seam: the same tokens and the same bits."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from foreroute.errors import ForerouteError
 from tests.families.checks import answer, assert_same, load_tight, resident_answer, save_tiny
 from tests.families.installed import Family, families
-from tests.families.special import CANNOT, ROUTE_THEMSELVES, UNGUESSED, UNTESTED
+from tests.families.shrink import tiny_config
+from tests.families.special import CANNOT, ROUTE_THEMSELVES, UNGUESSED, UNTESTED, WRITE_NO_TEXT
 
 WORKING = [family for family in families() if family.model_type not in CANNOT | UNTESTED]
 REFUSED = [family for family in families() if family.model_type in CANNOT]
@@ -41,12 +44,45 @@ def test_family(tmp_path: Path, family: Family, record_property: Callable[[str, 
 @pytest.mark.usefixtures("_torch_setup")
 @pytest.mark.parametrize("family", REFUSED, ids=by_name)
 def test_refused(tmp_path: Path, family: Family) -> None:
-    """It has no model that writes text, or what was saved is refused before work starts."""
-    if not family.can_generate_text:
-        return
-    folder = save_tiny(family, tmp_path / family.model_type)
-    with pytest.raises(ForerouteError):
+    """Refused before work starts: by its class, for which a config is enough, or by how its experts are stored."""
+    folder = tmp_path / family.model_type
+    if family.model_type in WRITE_NO_TEXT:
+        tiny_config(family.model_type).save_pretrained(folder)
+        save_file({"weight": torch.zeros(1)}, folder / "model.safetensors")
+    else:
+        save_tiny(family, folder)
+    with pytest.raises(
+        ForerouteError, match="no causal language model" if family.model_type in WRITE_NO_TEXT else None
+    ):
         load_tight(folder)
+
+
+@pytest.mark.usefixtures("_torch_setup")
+def test_hash_routed_layers_are_guessed_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their experts go by token ids alone, which are known: every guess is the router's choice, of layer 0 too."""
+    family = next(family for family in WORKING if family.model_type == "deepseek_v4")
+    model = load_tight(save_tiny(family, tmp_path / "hashed"))
+    runtime = model.foreroute.runtime
+    hashed = [layer.index for layer in model.foreroute.layers if layer.router.by_tokens]
+    assert hashed == [0, 1, 2]
+    guessed: dict[int, set[int]] = {}
+    pairs: list[tuple[int, set[int], set[int]]] = []
+    prefetch = runtime.ahead.prefetch
+
+    def noting(layer: int, experts: Sequence[int], phase: object) -> None:
+        guessed[layer] = set(experts)
+        prefetch(layer, experts, phase)
+
+    def observe(layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> None:
+        if layer in hashed and layer in guessed:
+            pairs.append((layer, guessed.pop(layer), set(ids.flatten().tolist())))
+
+    monkeypatch.setattr(runtime.ahead, "prefetch", noting)
+    runtime.observer = observe
+    answer(model)
+    model.foreroute.close()
+    assert {layer for layer, _, _ in pairs} == set(hashed)
+    assert [pair for pair in pairs if pair[1] != pair[2]] == []
 
 
 @pytest.mark.usefixtures("_torch_setup")

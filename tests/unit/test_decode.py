@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from foreroute.engine.decode import RowsStep, TokenStep
+from foreroute.engine.decode import RowsStep, TokenStep, is_distinct
 from foreroute.kernels.cpu import ExpertMath, OneToken, gate_rows
 
 HIDDEN, INNER = 6, 10
@@ -69,3 +69,8 @@ def test_rows_of_whole_vectors_are_gated_in_one_call() -> None:
 
     gate_rows(gate, torch.zeros(4, 768))
     assert calls == [(4, 768)]
+
+
+@pytest.mark.parametrize(("routed", "expected"), [([3, 1], True), ([3, 3], False), ([-1, -1, 2], True)])
+def test_only_experts_count_as_named_twice(routed: list[int], expected: bool) -> None:
+    assert is_distinct(routed) is expected

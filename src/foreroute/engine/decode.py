@@ -47,8 +47,19 @@ class DecodeStep(Protocol):
         ...
 
 
+def is_distinct(routed: Sequence[int]) -> bool:
+    """A token names no expert twice, as a hash table may; negative keys, which are no expert, may come again.
+
+    Families multiply such a token's row twice in one product, and add both: a `RowsStep` does so too.
+    """
+    if len(set(routed)) == len(routed):
+        return True
+    experts = [key for key in routed if key >= 0]
+    return len(set(experts)) == len(experts)
+
+
 class TokenStep:
-    """One token: everything but the products is one call for all experts together."""
+    """One token that names no expert twice: everything but the products is one call for all experts together."""
 
     def __init__(
         self,

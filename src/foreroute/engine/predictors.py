@@ -96,7 +96,21 @@ def prefetch_guesses(
         residual_of,
         select,
         without_waiting,
+        _choice_by_tokens(layers[0].router),
     )
+
+
+def _choice_by_tokens(router: Router | None) -> Callable[[torch.Tensor], torch.Tensor | None] | None:
+    """What the router will choose for token ids; None where it reads the hidden state too."""
+    if router is None or router.last_call is None or not router.by_tokens:
+        return None
+    ids_at, run = router.ids_at, router.last_call.run_on_tokens
+
+    def choice(token_ids: torch.Tensor) -> torch.Tensor | None:
+        outputs = run(token_ids)
+        return None if outputs is None else outputs[ids_at]
+
+    return choice
 
 
 def _widths_without_waiting(sidecar: Sidecar, widths: Sequence[int]) -> list[int]:
@@ -219,7 +233,9 @@ def _router_as_last_called(layer: MoeLayer, scale: torch.Tensor | None) -> NextR
     """The layer's router where it takes more than the hidden state: the rest as in its last call."""
     if layer.router is None or layer.router.last_call is None:
         return None
-    return _next_router(layer, layer.router, layer.router.last_call.run_ahead, scale)
+    last_call = layer.router.last_call
+    route = last_call.run_on_step if layer.router.by_tokens else last_call.run_ahead
+    return _next_router(layer, layer.router, route, scale)
 
 
 def own_router(layer: MoeLayer, scale: torch.Tensor | None = None) -> NextRouter | None:

@@ -15,7 +15,7 @@ import torch
 from foreroute.checkpoint.layouts import ExpertTable
 from foreroute.engine.ahead import ReadsAhead
 from foreroute.engine.approximation import Approximation
-from foreroute.engine.decode import DecodeStep, RowsStep, TokenStep, Workspace
+from foreroute.engine.decode import DecodeStep, RowsStep, TokenStep, Workspace, is_distinct
 from foreroute.engine.memory import SlotViews
 from foreroute.engine.parts import ExpertListener, FamilyForward, Learner, Observer, Predictor
 from foreroute.engine.prefill import ExpertStream, group_by_expert
@@ -166,7 +166,7 @@ class Runtime:
         width, base = self._widths[layer], layer * self._num_experts
         # The one read-back of the layer. What is no expert becomes -1, which no key is.
         routed = [[base + expert if 0 <= expert < width else -1 for expert in row] for row in ids.tolist()]
-        keys = sorted(routed[0] if len(routed) == 1 else {key for row in routed for key in row})
+        keys = sorted(set(routed[0]) if len(routed) == 1 else {key for row in routed for key in row})
         if keys[0] < 0:
             keys = [key for key in keys if key >= 0]
         if not keys:
@@ -234,7 +234,7 @@ class Runtime:
             return operands(layer, slot_of(key))
 
         workspace = self._workspaces[layer]
-        if len(routed) == 1 and workspace is not None:
+        if len(routed) == 1 and workspace is not None and is_distinct(routed[0]):
             return TokenStep(workspace, math, operands_of, hidden, routed[0], weights)
         return RowsStep(math, operands_of, hidden, routed, weights)
 

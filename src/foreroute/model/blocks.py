@@ -14,7 +14,7 @@ from torch import nn
 
 from foreroute.errors import UnsupportedModelError
 from foreroute.model.experts import OffloadedExperts
-from foreroute.model.router import LastCall, StepTokens
+from foreroute.model.router import LastCall, StepTokens, chooses_by_tokens
 
 # Odd, so that no other extent of the shapes below is mistaken for the number of tokens.
 _PROBE_TOKENS = 5
@@ -27,7 +27,7 @@ class Router:
     ids_at, weights_at, logits_at: positions in the tuple that the router returns; logits_at is -1 when there are none.
     takes_more_than_hidden: the block passes it further arguments, so that it cannot be run ahead on its own.
     input_width: of its input. reads_experts_input: that is the tensor that the experts get.
-    is_sorted: its choice came best first.
+    is_sorted: its choice came best first. by_tokens: it chooses by token ids alone, as hash routers do.
     last_call: what it was given last; kept of routers that take more, or read another tensor than the experts.
     """
 
@@ -40,6 +40,7 @@ class Router:
     input_width: int
     reads_experts_input: bool
     is_sorted: bool
+    by_tokens: bool = False
     last_call: LastCall | None = None
 
 
@@ -112,7 +113,7 @@ def probe(model: nn.Module, offloaded: dict[str, OffloadedExperts]) -> list[MoeL
             module.engine_forward = on_experts(name, module)
         with torch.no_grad():
             device = next(model.parameters()).device
-            model(input_ids=torch.arange(1, _PROBE_TOKENS + 1, device=device).unsqueeze(0), use_cache=False)
+            model(input_ids=_probe_ids().to(device).unsqueeze(0), use_cache=False)
         if layers:
             layers[-1] = _with_norm(layers[-1], calls)
     finally:
@@ -126,6 +127,10 @@ def probe(model: nn.Module, offloaded: dict[str, OffloadedExperts]) -> list[MoeL
             f"{silent[0]} is not called by a forward over text: its experts cannot be offloaded."
         )
     return _with_last_calls(layers, model)
+
+
+def _probe_ids() -> torch.Tensor:
+    return torch.arange(1, _PROBE_TOKENS + 1)
 
 
 def _with_last_calls(layers: list[MoeLayer], model: nn.Module) -> list[MoeLayer]:
@@ -193,6 +198,7 @@ def _find_router(
             input_width=int(args[0].shape[-1]) if args else hidden.shape[-1],
             reads_experts_input=_same((*args, None)[0], hidden),
             is_sorted=bool((weights.diff(dim=-1) <= 0).all()),
+            by_tokens=more and chooses_by_tokens(module, args, kwargs, at["ids"], _probe_ids()),
         )
     return None
 

@@ -51,8 +51,50 @@ class LastCall:
         outputs: tuple[torch.Tensor, ...] = self._module.forward(hidden.reshape(self._args[0].shape), *args, **kwargs)
         return outputs
 
+    def run_on_tokens(
+        self, token_ids: torch.Tensor, hidden: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, ...] | None:
+        """The outputs for `token_ids` [tokens] of a router that chooses by them alone; None before its first call.
+
+        Args:
+            hidden: [tokens, width], from which its gate weights come; they mean nothing without it.
+        """
+        if not self._args:
+            return None
+        num_tokens, last = len(token_ids), self._args[0]
+        hidden = last.new_zeros(num_tokens, last.shape[-1]) if hidden is None else hidden
+        args = [token_ids.reshape(num_tokens, *[1] * (value.ndim - 1)) for value in self._args[1:]]
+        kwargs = {name: token_ids.reshape(num_tokens, *[1] * (value.ndim - 1)) for name, value in self._kwargs.items()}
+        rows = hidden.reshape(num_tokens, *[1] * (last.ndim - 2), last.shape[-1])
+        outputs: tuple[torch.Tensor, ...] = self._module.forward(rows, *args, **kwargs)
+        return outputs
+
+    def run_on_step(self, hidden: torch.Tensor) -> tuple[torch.Tensor, ...] | None:
+        """`run_on_tokens` for those of the step that runs; None where `hidden` [tokens, width] is not of it."""
+        ids = self._tokens.ids
+        return self.run_on_tokens(ids.flatten(), hidden) if ids is not None and ids.numel() == len(hidden) else None
+
     def _current(self, value: Any, num_tokens: int) -> Any:
         ids = self._tokens.ids
         if ids is None or not isinstance(value, torch.Tensor) or value.is_floating_point():
             return value
         return ids.reshape(value.shape) if value.numel() == ids.numel() == num_tokens else value
+
+
+def chooses_by_tokens(
+    router: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], ids_at: int, token_ids: torch.Tensor
+) -> bool:
+    """The router, called with `args` and `kwargs`, takes token ids beside the hidden state, and chooses by them alone.
+
+    Args:
+        ids_at: position of its choice among its outputs. token_ids: [tokens] of that call.
+    """
+    more = [*args[1:], *kwargs.values()]
+    if len(more) != 1 or not isinstance(more[0], torch.Tensor) or more[0].is_floating_point() or not args:
+        return False
+    if not torch.equal(more[0].flatten(), token_ids):
+        return False
+    hidden = args[0]
+    others = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0)).to(hidden.dtype)
+    choices = [router.forward(given, *args[1:], **kwargs)[ids_at] for given in (hidden, others)]
+    return torch.equal(*choices)

@@ -61,7 +61,7 @@ def most_wanted(ids: torch.Tensor, num_experts: int) -> list[int]:
     Cost: one read-back.
     """
     if len(ids) == 1:
-        return [expert for expert in ids[0].tolist() if expert < num_experts]
+        return list(dict.fromkeys(expert for expert in ids[0].tolist() if expert < num_experts))
     width = ids.shape[1]
     rank_votes = torch.arange(width, 0, -1, device=ids.device).expand(len(ids), -1)
     votes = torch.zeros(num_experts + 1, dtype=torch.int64, device=ids.device)

@@ -23,6 +23,8 @@ class PrefetchGuesses:
         num_experts: per MoE layer. widths: per MoE layer, experts guessed per token.
         first: guesses layer 0 from the tokens, when there is one; select: reads its scores.
         residual_of: MoE layer -> the step's residual stream after its attention; where no predictor reads it, nothing.
+        first_by_tokens: layer 0's own choice for token ids [tokens], where it goes by them alone, or None just now; it
+            is asked in place of `first`.
         widths_without_waiting: those that hold while `without_waiting` is True; `widths` when left out.
 
     Attributes:
@@ -39,6 +41,7 @@ class PrefetchGuesses:
         residual_of: Callable[[int], torch.Tensor | None] = no_residual,
         select: Select = guess_from_scores,
         widths_without_waiting: Sequence[int] | None = None,
+        first_by_tokens: Callable[[torch.Tensor], torch.Tensor | None] | None = None,
     ) -> None:
         self._predictor = predictor
         self._num_experts = list(num_experts)
@@ -46,6 +49,7 @@ class PrefetchGuesses:
         self._widths_without_waiting = list(widths_without_waiting or widths)
         self.without_waiting = False
         self._first = first
+        self._first_by_tokens = first_by_tokens
         self._select = select
         self._context = RunningContext()
         self._residual_of = residual_of
@@ -65,6 +69,9 @@ class PrefetchGuesses:
 
     def guess_first(self, token_ids: torch.Tensor) -> Sequence[int]:
         """Experts of MoE layer 0 for the step's `token_ids` [tokens], distinct, best first."""
+        if self._first_by_tokens is not None:
+            ids = self._first_by_tokens(token_ids)
+            return () if ids is None else most_wanted(ids, self._num_experts[0])
         if self._first is None:
             return ()
         context = self._context.of_rows(len(token_ids))
