@@ -4,6 +4,7 @@ import base64
 import logging
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -196,8 +197,6 @@ def test_after_a_bad_rendering_comes_a_good_one(render: Any) -> None:
 
 
 def test_the_worker_knows_no_keys(monkeypatch: pytest.MonkeyPatch, render: Any) -> None:
-    from pathlib import Path
-
     monkeypatch.setenv("FOREROUTE_API_KEY", KEY)
     renderer = TemplateRenderer("x", {}, Limits())
     renderer.start()
@@ -247,3 +246,16 @@ def test_loading_a_model_runs_no_code_of_its_own() -> None:
     from foreroute.cli import serve as command
 
     assert "trust_remote_code" not in inspect.getsource(command)
+
+
+def test_files_of_the_working_folder_are_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`cd MODEL; foreroute serve .`: a checkpoint's folder may hold anything, and nothing of it may run."""
+    for name in ("json", "jinja2", "transformers", "foreroute", "resource"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\nraise SystemExit\n")
+    monkeypatch.chdir(tmp_path)
+    renderer = TemplateRenderer("{{ messages[0].content }}", {}, Limits())
+    try:
+        assert renderer.render([{"role": "user", "content": "Hi"}]) == "Hi"
+    finally:
+        renderer.close()
+    assert not (tmp_path / "ran").exists()
