@@ -93,7 +93,7 @@ def test_pages_of_other_sites(serve: Serve) -> None:
         assert response.status_code == 415
         assert response.json()["error"]["code"] == "wrong_content_type"
     json_type = {"content-type": "application/json; charset=utf-8"}
-    for origin in ("http://evil.example", "null", "http://127.0.0.1:9999"):
+    for origin in ("http://evil.example", "null", "http://127.0.0.1:9999", "http://["):
         headers = {**json_type, "origin": origin}
         assert served.client.post("/v1/completions", content=body, headers=headers).status_code == 403
     assert served.engine.requests == []
@@ -226,6 +226,23 @@ def test_a_request_does_not_reach_the_template(serve: Serve, byte_tokenizer: Any
         == 400
     )
     prompts.close()
+
+
+def test_a_developers_message_is_not_lost(serve: Serve, byte_tokenizer: Any) -> None:
+    """Templates that do not know the role leave such messages out without a word, Qwen3's among them."""
+    import copy
+
+    shown = "{% if m.role in ['system', 'developer', 'user'] %}{{ m.role[0] }}{% endif %}"
+    knowing = "{% for m in messages %}" + shown + "{% endfor %}"
+    for template, rendered in ((knowing.replace("'developer', ", ""), "su"), (knowing, "du")):
+        tokenizer = copy.deepcopy(byte_tokenizer)
+        tokenizer.chat_template = template
+        prompts = Prompts(tokenizer, 260, Limits())
+        served = serve(own_prompts=prompts)
+        messages = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+        assert served.client.post("/v1/chat/completions", json={"messages": messages}).status_code == 200
+        assert tokenizer.decode(list(served.engine.requests[-1].prompt_ids)) == rendered
+        prompts.close()
 
 
 def test_no_template_no_chat(serve: Serve, byte_tokenizer: Any) -> None:
