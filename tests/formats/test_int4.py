@@ -12,8 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from foreroute.checkpoint.quantised_formats import QuantisedFormat, _compressed_tensors
+from foreroute.checkpoint.stored_parts import Coding
+from foreroute.kernels.dequantise import decode_gptq_int4
 from tests.formats.checks import check_bytes, check_same
-from tests.support.quantised import rewritten, write_awq, write_float_quantised, write_gptq, write_packed_int4
+from tests.support.quantised import rewritten, words, write_awq, write_float_quantised, write_gptq, write_packed_int4
 
 State = dict[str, torch.Tensor]
 
@@ -100,3 +103,25 @@ def test_as_the_dequantised_resident_model(published, references, load, tmp_path
     model = check_same(load, folder, lambda batch: references.output(reference, batch), name, store)
     # A scale of 2 bytes for each of 64 + 64 + 64 rows or so, over 3 matrices of 2048 weights.
     check_bytes(model, bits or 8 + 16 * (32 + 32 + 64) / (3 * 2048))
+
+
+@pytest.mark.parametrize("is_shifted", [True, False])
+def test_gptq_zero_points_of_nought(is_shifted):
+    """GPTQ's first format keeps zero points less one: of nought, by a borrow from the word's next one."""
+    zeros = torch.tensor([[0, 8, 15, 0, 0, 7, 1, 0]])
+    steps = torch.arange(64).view(8, 8) % 16  # [input, output]
+    scales = torch.full((1, 8), 0.5, dtype=torch.float16)
+    stored = words(zeros) - 0x11111111 if is_shifted else words(zeros)
+    ours = torch.empty(8, 8)
+    coding = Coding("gptq-int4", (1, 8), is_zero_shifted=is_shifted)
+    decode_gptq_int4([words(steps.t().contiguous()).t().contiguous(), scales, stored], ours, coding)
+    assert torch.equal(ours, 0.5 * (steps - zeros).t())
+
+
+@pytest.mark.parametrize("order", ["weight", "static", None, False])
+def test_packed_int4_that_was_only_rounded_in_another_order(published, order):
+    """With "weight" the columns lie as they always do, and there is no g_idx: most w4a16 checkpoints say so."""
+    folder = published(write_packed_int4, "qwen3_moe")
+    declared = json.loads((folder / "config.json").read_text())["quantization_config"]
+    declared["config_groups"]["group_0"]["weights"]["actorder"] = order
+    assert isinstance(_compressed_tensors(declared), QuantisedFormat)

@@ -32,6 +32,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "awq 8 bits": ({"quant_method": "awq", "bits": 8, "group_size": 128}, "8 bits"),
     "int4 zero points": (compressed("pack-quantized", {**INT4, "symmetric": False}), "zero points"),
     "int4 reordered": (compressed("pack-quantized", {**INT4, "actorder": "group"}), "actorder"),
+    "int4 rotated": (
+        {**compressed("pack-quantized", INT4), "transform_config": {"config_groups": {"u": {"type": "hadamard"}}}},
+        "transform_config",
+    ),
+    "gptq marlin": ({"quant_method": "gptq", "bits": 4, "group_size": 128, "format": "marlin"}, "format marlin"),
     "int8 packed": (compressed("pack-quantized", {**INT4, "num_bits": 8}), "8-bit int"),
     "nvfp4": (compressed("nvfp4-pack-quantized", {**INT4, "type": "float"}), "nvfp4-pack-quantized"),
 }  # fmt: skip
@@ -101,6 +106,23 @@ def test_scales_of_another_shape(published, tmp_path):
         return {name: one[:, ::2].contiguous() if "_scales" in name else one for name, one in state.items()}
 
     refused_change(published, tmp_path, write_mxfp4, "gpt_oss", halved, CorruptCheckpointError, "do not fit each other")
+
+
+def test_a_dense_matrix_without_its_scales(published, tmp_path, nothing_read):
+    """transformers would take the eight-bit numbers for the weights themselves."""
+
+    def without(state):
+        return {name: one for name, one in state.items() if not name.endswith("1.self_attn.q_proj.weight_scale_inv")}
+
+    match = r"1.self_attn.q_proj.weight is stored as F8_E4M3 and has no weight_scale_inv"
+    refused_change(published, tmp_path, write_fp8, "qwen3_moe", without, CorruptCheckpointError, match)
+
+
+def test_columns_in_another_order_though_not_declared(published, tmp_path, nothing_read):
+    def reordered(state):
+        return {name: one.flip(0).contiguous() if name.endswith("g_idx") else one for name, one in state.items()}
+
+    refused_change(published, tmp_path, write_gptq, "qwen3_moe", reordered, UnsupportedModelError, "g_idx")
 
 
 def test_scales_of_another_dtype(published, tmp_path, nothing_read):

@@ -52,6 +52,8 @@ def error_of(response: Any, status: int) -> dict[str, Any]:
         ({"messages": HI, "stop": "a" * 257}, "stop", "invalid_value"),
         ({"messages": HI, "logit_bias": {str(at): 1 for at in range(1025)}}, "logit_bias", "invalid_value"),
         ({"messages": HI, "logit_bias": {"x": 1}}, "logit_bias", "invalid_value"),
+        ({"messages": HI, "logit_bias": {"\u00b2": 1}}, "logit_bias", "invalid_value"),
+        ({"messages": HI, "logit_bias": {"1" * 5000: 1}}, "logit_bias", "invalid_value"),
         ({"messages": HI, "logit_bias": {"5": 101}}, "logit_bias", "invalid_value"),
         ({"messages": HI, "logit_bias": {"99999": 1}}, "logit_bias", "invalid_value"),
         ({"messages": HI, "top_logprobs": 3}, "top_logprobs", "invalid_value"),

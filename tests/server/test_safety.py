@@ -4,6 +4,7 @@ import base64
 import logging
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -92,7 +93,7 @@ def test_pages_of_other_sites(serve: Serve) -> None:
         assert response.status_code == 415
         assert response.json()["error"]["code"] == "wrong_content_type"
     json_type = {"content-type": "application/json; charset=utf-8"}
-    for origin in ("http://evil.example", "null", "http://127.0.0.1:9999"):
+    for origin in ("http://evil.example", "null", "http://127.0.0.1:9999", "http://["):
         headers = {**json_type, "origin": origin}
         assert served.client.post("/v1/completions", content=body, headers=headers).status_code == 403
     assert served.engine.requests == []
@@ -196,8 +197,6 @@ def test_after_a_bad_rendering_comes_a_good_one(render: Any) -> None:
 
 
 def test_the_worker_knows_no_keys(monkeypatch: pytest.MonkeyPatch, render: Any) -> None:
-    from pathlib import Path
-
     monkeypatch.setenv("FOREROUTE_API_KEY", KEY)
     renderer = TemplateRenderer("x", {}, Limits())
     renderer.start()
@@ -229,6 +228,23 @@ def test_a_request_does_not_reach_the_template(serve: Serve, byte_tokenizer: Any
     prompts.close()
 
 
+def test_a_developers_message_is_not_lost(serve: Serve, byte_tokenizer: Any) -> None:
+    """Templates that do not know the role leave such messages out without a word, Qwen3's among them."""
+    import copy
+
+    shown = "{% if m.role in ['system', 'developer', 'user'] %}{{ m.role[0] }}{% endif %}"
+    knowing = "{% for m in messages %}" + shown + "{% endfor %}"
+    for template, rendered in ((knowing.replace("'developer', ", ""), "su"), (knowing, "du")):
+        tokenizer = copy.deepcopy(byte_tokenizer)
+        tokenizer.chat_template = template
+        prompts = Prompts(tokenizer, 260, Limits())
+        served = serve(own_prompts=prompts)
+        messages = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+        assert served.client.post("/v1/chat/completions", json={"messages": messages}).status_code == 200
+        assert tokenizer.decode(list(served.engine.requests[-1].prompt_ids)) == rendered
+        prompts.close()
+
+
 def test_no_template_no_chat(serve: Serve, byte_tokenizer: Any) -> None:
     import copy
 
@@ -247,3 +263,16 @@ def test_loading_a_model_runs_no_code_of_its_own() -> None:
     from foreroute.cli import serve as command
 
     assert "trust_remote_code" not in inspect.getsource(command)
+
+
+def test_files_of_the_working_folder_are_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`cd MODEL; foreroute serve .`: a checkpoint's folder may hold anything, and nothing of it may run."""
+    for name in ("json", "jinja2", "transformers", "foreroute", "resource"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\nraise SystemExit\n")
+    monkeypatch.chdir(tmp_path)
+    renderer = TemplateRenderer("{{ messages[0].content }}", {}, Limits())
+    try:
+        assert renderer.render([{"role": "user", "content": "Hi"}]) == "Hi"
+    finally:
+        renderer.close()
+    assert not (tmp_path / "ran").exists()

@@ -17,7 +17,7 @@ from typing import Any
 
 from foreroute.checkpoint.index import CheckpointIndex
 from foreroute.checkpoint.stored_parts import Coding
-from foreroute.errors import CheckpointError, UnsupportedModelError
+from foreroute.errors import CheckpointError, CorruptCheckpointError, UnsupportedModelError
 
 MXFP4, FP8, FP8_SCALED, PACKED_INT4 = "mxfp4", "fp8", "fp8-scaled", "packed-int4"
 GPTQ_INT4, AWQ_INT4 = "gptq-int4", "awq-int4"
@@ -55,6 +55,7 @@ class QuantisedFormat:
             names that belong to one.
         Raises:
             CheckpointError: a matrix lacks one of its components.
+            CorruptCheckpointError: an eight-bit float that is no component: it would be taken for a number.
         """
         first, *others = self.components
         matrices: dict[str, tuple[str, ...]] = {}
@@ -69,6 +70,12 @@ class QuantisedFormat:
                 raise CheckpointError(f"{index.folder}: {name} has no {absent[0]} beside it. A shard is missing.")
             matrices[stem + self.base] = names
             used.update(names, (stem + suffix for suffix in self.optional if stem + suffix in index.tensors))
+        for name in index.tensors.keys() - used:
+            if index.tensors[name].dtype.startswith("F8"):
+                raise CorruptCheckpointError(
+                    f"{index.folder}: {name} is stored as {index.tensors[name].dtype} and has no {others[0]} beside it "
+                    "that says what it stands for."
+                )
         return matrices, frozenset(used)
 
 
@@ -131,6 +138,8 @@ def _fp8(declared: Mapping[str, Any]) -> QuantisedFormat | str:
 
 
 def _compressed_tensors(declared: Mapping[str, Any]) -> QuantisedFormat | str:
+    if declared.get("transform_config"):
+        return "a transform_config (rotated weights)"
     groups = list(declared.get("config_groups", {}).values())
     weights = [group["weights"] for group in groups if group.get("weights")]
     if len(weights) != 1:
@@ -149,7 +158,8 @@ def _compressed_tensors(declared: Mapping[str, Any]) -> QuantisedFormat | str:
             ("input_scale",),
         )  # fmt: skip
     if layout == "pack-quantized" and (kind, bits) == ("int", 4):
-        if not weight.get("symmetric", True) or weight.get("actorder"):
+        # "weight" is an order of rounding alone: the columns lie as ever, and no g_idx is stored.
+        if not weight.get("symmetric", True) or weight.get("actorder") not in (None, False, "weight", "static"):
             return "zero points" if not weight.get("symmetric", True) else "columns in another order (actorder)"
         if weight.get("strategy") not in ("group", "channel"):
             return f"a scale per {weight.get('strategy')}"
@@ -166,13 +176,14 @@ def _gptq(declared: Mapping[str, Any]) -> QuantisedFormat | str:
         return f"{declared.get('bits')} bits"
     if declared.get("desc_act"):
         return "columns in another order (desc_act)"
-    if declared.get("checkpoint_format", "gptq") not in ("gptq", "gptq_v2"):
-        return f"checkpoint format {declared['checkpoint_format']}"
+    # GPTQModel's later versions say "format".
+    layout = declared.get("checkpoint_format") or declared.get("format") or "gptq"
+    if layout not in ("gptq", "gptq_v2"):
+        return f"checkpoint format {layout}"
     group = int(declared["group_size"])
-    is_shifted = declared.get("checkpoint_format", "gptq") == "gptq"
     return QuantisedFormat(
-        "gptq", Coding(GPTQ_INT4, (1, max(group, 0)), is_shifted), ("qweight", "scales", "qzeros"), "weight",
-        ("g_idx",),
+        "gptq", Coding(GPTQ_INT4, (1, max(group, 0)), is_zero_shifted=layout == "gptq"),
+        ("qweight", "scales", "qzeros"), "weight", ("g_idx",),
     )  # fmt: skip
 
 

@@ -22,6 +22,8 @@ _FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3
 _MXFP4_GROUP = 32
 # 2 ** 128, which no product can take as a number: torch.ldexp can, and takes 14 times as long.
 _EXPONENT_BEYOND = 255
+# One for each of a word's eight four-bit integers.
+_ONE_EACH = 0x11111111
 # Where in a word the numbers of eight outputs are: AWQ's order, made for its kernel.
 _AWQ_SHIFTS = (0, 16, 4, 20, 8, 24, 12, 28)
 # Rows that are scaled at a time where a temporary is needed: it stays in the cache.
@@ -113,7 +115,10 @@ def decode_gptq_int4(components: Sequence[torch.Tensor], out: torch.Tensor, codi
     """Words [columns / 8, rows]: eight four-bit integers along the input to a word; scales and zeros per group."""
     words, scales, zero_words = components
     shifts = torch.arange(0, 32, 4, dtype=torch.int32)
-    zeros = ((zero_words.unsqueeze(-1) >> shifts) & 15).view(scales.shape) + int(coding.is_zero_shifted)
+    if coding.is_zero_shifted:
+        # To whole words, as one was taken from them: a zero point of nought borrowed from the next one.
+        zero_words = zero_words + _ONE_EACH
+    zeros = ((zero_words.unsqueeze(-1) >> shifts) & 15).view(scales.shape)
     per_group = len(words) // len(scales)
     for at, first in enumerate(range(0, len(words), per_group)):
         steps = (words[first : first + per_group].unsqueeze(1) >> shifts[None, :, None]) & 15

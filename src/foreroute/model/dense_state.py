@@ -14,6 +14,7 @@ from foreroute.checkpoint.layouts import ExpertTable
 from foreroute.checkpoint.quantised_formats import MXFP4, QuantisedFormat
 from foreroute.checkpoint.quantised_layout import check_dtypes, matrix_shape
 from foreroute.checkpoint.stored_parts import StoredMatrix
+from foreroute.errors import UnsupportedModelError
 from foreroute.kernels.dequantise import decode_matrix
 
 
@@ -89,6 +90,23 @@ def dense_growth(
             rows, cols = matrix_shape(form.coding, [entry.shape for entry in entries], names[0])
             growth += 2 * rows * cols - sum(entry.nbytes for entry in entries)
     return growth
+
+
+def check_order(index: CheckpointIndex, form: QuantisedFormat, components: frozenset[str]) -> None:
+    """See that GPTQ's groups are of neighbouring inputs, as no desc_act declares; one matrix speaks for all.
+
+    Raises:
+        UnsupportedModelError: they are not.
+    """
+    name = min((one for one in components if one.endswith("g_idx")), default=None)
+    if name is None:
+        return
+    groups = _read(index, name)
+    if not torch.equal(groups, torch.arange(len(groups), dtype=groups.dtype) // (form.coding.block[1] or len(groups))):
+        raise UnsupportedModelError(
+            f"{index.folder}: {name} puts the columns in another order (desc_act), which is not read, and config.json "
+            "does not say so."
+        )
 
 
 def _read(index: CheckpointIndex, name: str) -> torch.Tensor:

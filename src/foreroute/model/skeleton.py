@@ -25,7 +25,7 @@ from foreroute.checkpoint.layouts import ExpertTable, LayerExperts, PartSource
 from foreroute.checkpoint.quantised_formats import QuantisedFormat, read_format
 from foreroute.checkpoint.quantised_layout import check_dtypes, quantised_layer
 from foreroute.errors import CheckpointError, CorruptCheckpointError, UnsupportedModelError
-from foreroute.model.dense_state import dense_growth, dense_state
+from foreroute.model.dense_state import check_order, dense_growth, dense_state
 from foreroute.model.experts import ExpertParameter, OffloadedExperts, is_experts_class, offloaded_class
 from foreroute.model.gguf_model import gguf_config, gguf_dense_nbytes, gguf_state
 
@@ -117,6 +117,8 @@ def outline(folder: Path, index: CheckpointIndex) -> Outline:
     for names in matrices.values():
         assert form is not None, "matrices are of a format"
         check_dtypes(form.coding, names, index)
+    if form is not None:
+        check_order(index, form, components)
     _forget_quantisation(config)
     meta_model = _meta_model(folder, config)
     modules = {name: module for name, module in meta_model.named_modules() if is_experts_class(type(module))}

@@ -204,6 +204,15 @@ def check_counts(asked: ChatRequest | CompletionRequest, settings: ServerSetting
     return [text for text in dict.fromkeys(stop) if text]
 
 
+def biased_ids(asked: ChatRequest | CompletionRequest, settings: ServerSettings) -> list[int]:
+    """The tokens of logit_bias.
+
+    Raises:
+        ApiError: it is none.
+    """
+    return list(_bias(asked.logit_bias or {}, settings.limits.logit_bias))
+
+
 def check_model(asked: str | None, settings: ServerSettings) -> str:
     """The name that the answer bears.
 

@@ -51,11 +51,15 @@ class Prompts:
     async def chat(self, messages: list[dict[str, Any]]) -> list[int]:
         """The tokens of a conversation, up to where the answer begins.
 
+        A developer's message is a system message to templates that do not know the role: they would leave it out.
+
         Raises:
             ApiError: there is no chat template, or it refuses the messages.
         """
         if self._renderer is None:
             raise not_possible("messages", "This model has no chat template. Use /v1/completions.")
+        if "developer" not in (self.template or ""):
+            messages = [{**one, "role": "system" if one["role"] == "developer" else one["role"]} for one in messages]
         rendered = await asyncio.to_thread(self._renderer.render, messages)
         return await self.encode(rendered, add_special_tokens=False)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from starlette.requests import Request as HttpRequest
 
-from foreroute.server.answers import Answers, Choice, check_counts, check_model, gather, sampling_of, usage
+from foreroute.server.answers import Answers, Choice, biased_ids, check_counts, check_model, gather, sampling_of, usage
 from foreroute.server.backend import Serving
 from foreroute.server.metrics import ServerMetrics
 from foreroute.server.port import Finished, Request, Step
@@ -29,7 +29,7 @@ async def complete_chat(
     name, stop = check_model(asked.model, settings), check_counts(asked, settings)
     if len(asked.messages) > settings.limits.messages:
         raise not_possible("messages", f"There are {len(asked.messages)} messages; at most {settings.limits.messages}.")
-    serving.prompts.check_ids([int(key) for key in asked.logit_bias or {} if key.isdigit()], "logit_bias")
+    serving.prompts.check_ids(biased_ids(asked, settings), "logit_bias")
     messages = [{"role": message.role, "content": message.text} for message in asked.messages]
     prompt_ids = await serving.prompts.chat(messages)
     if not prompt_ids:

@@ -7,7 +7,7 @@ from typing import Any
 
 from starlette.requests import Request as HttpRequest
 
-from foreroute.server.answers import Answers, Choice, check_counts, check_model, gather, sampling_of, usage
+from foreroute.server.answers import Answers, Choice, biased_ids, check_counts, check_model, gather, sampling_of, usage
 from foreroute.server.backend import Serving
 from foreroute.server.chat import finite
 from foreroute.server.metrics import ServerMetrics
@@ -32,7 +32,7 @@ async def complete(
         ApiError: what is asked cannot be had; nothing has been queued.
     """
     name, stop = check_model(asked.model, settings), check_counts(asked, settings)
-    serving.prompts.check_ids([int(key) for key in asked.logit_bias or {} if key.isdigit()], "logit_bias")
+    serving.prompts.check_ids(biased_ids(asked, settings), "logit_bias")
     prompts = await _prompts(asked, serving, settings)
     n = asked.n or 1
     if n * len(prompts) > settings.limits.prompts:

@@ -94,7 +94,7 @@ class Guard:
         if self._hosts is not None and _without_port(host) not in self._hosts:
             raise ApiError(403, f"The Host header must be one of {', '.join(sorted(self._hosts))}.", code="wrong_host")
         origin = headers.get(b"origin")
-        if origin is not None and urlsplit(origin.decode("latin-1").lower()).netloc != host:
+        if origin is not None and _host_of(origin) != host:
             raise ApiError(403, "Pages of other origins may not use this server.", code="wrong_origin")
 
     def _check_key(self, scope: MutableMapping[str, Any], headers: dict[bytes, bytes]) -> None:
@@ -193,6 +193,14 @@ def _single_headers(scope: MutableMapping[str, Any]) -> dict[bytes, bytes]:
             raise ApiError(400, f"The header {name.decode('latin-1')} is there more than once.", code="invalid_header")
         headers[name] = value
     return headers
+
+
+def _host_of(origin: bytes) -> str | None:
+    """Host and port of an Origin header; None where it is no address."""
+    try:
+        return urlsplit(origin.decode("latin-1").lower()).netloc
+    except ValueError:
+        return None
 
 
 def _without_port(host: str) -> str:

@@ -13,6 +13,13 @@ from typing import Any
 from foreroute.server.problems import ApiError
 from foreroute.server.settings import Limits
 
+# Python would look for modules in the working folder first (-P needs 3.11): with `cd MODEL; foreroute serve .` that is
+# a folder that somebody else filled, and a jinja2.py in it would run.
+_START_WORKER = (
+    "import sys; sys.path[:] = [folder for folder in sys.path if folder]; "
+    "from foreroute.server.template_worker import main; main()"
+)
+
 
 class TemplateRenderer:
     """Renders a chat template in a process of its own, which is kept for the next request.
@@ -70,7 +77,7 @@ class TemplateRenderer:
         if self._worker is None or self._worker.poll() is not None:
             self._stop_worker()
             self._worker = subprocess.Popen(
-                [sys.executable, "-m", "foreroute.server.template_worker", str(self._limits.template_bytes)],
+                [sys.executable, "-c", _START_WORKER, str(self._limits.template_bytes)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
