@@ -5,9 +5,9 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from foreroute.batching.requests import EngineState, Finished, Progress, PromptScored, Request, Step
 from foreroute.engine.text import TextPieces
 from foreroute.errors import ContextLengthError, QueueFullError
-from foreroute.server.port import EngineState, Finished, Progress, PromptScored, Request, Step
 
 
 class FakeEngine:

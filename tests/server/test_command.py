@@ -42,7 +42,6 @@ def test_help_is_quick_and_narrow(capsys: pytest.CaptureFixture[str], monkeypatc
         (["--api-key", "has space"], "printable"),
         (["--host", "256.1.1.1", "--insecure"], "cannot be listened on"),
         (["-m", "MODEL"], "two models"),
-        (["--max-num-seqs", "2"], "one at a time"),
     ],
 )
 def test_refused_before_anything_is_loaded(

@@ -77,8 +77,8 @@ def _add_server_options(parser: argparse.ArgumentParser) -> None:
         help="tokens of a request, prompt and answer (default: the model's)",
     )  # fmt: skip
     group.add_argument(
-        "--max-num-seqs", type=options.at_least(1), default=1, metavar="N",
-        help="requests computed together; 1 is all there is so far (default: 1)",
+        "--max-num-seqs", type=options.at_least(1), default=8, metavar="N",
+        help="requests computed together, sharing what is read (default: 8)",
     )  # fmt: skip
     group.add_argument(
         "--max-waiting", type=options.at_least(0), default=64, metavar="N",
@@ -103,8 +103,6 @@ def run(args: argparse.Namespace) -> int:
     """Run the command until it is stopped; returns its exit code."""
     began = time.perf_counter()
     model, config = _model(args), options.engine_config(args)
-    if args.max_num_seqs > 1:
-        raise ForerouteError(f"--max-num-seqs {args.max_num_seqs}: requests are answered one at a time so far.")
     folder = locate(model)
     options.quiet_libraries(args)
     try:
@@ -169,9 +167,9 @@ def _load(
     """Load the model, and let the server answer. Returns what was decided, for people."""
     backend.report("importing torch and transformers", 0.0)
     import foreroute
+    from foreroute.batching.engine import BatchEngine
     from foreroute.engine.text import load_tokenizer
     from foreroute.server.backend import Prompts, Serving
-    from foreroute.server.plain_engine import PlainEngine
 
     options.apply_threads(args)
     backend.report("reading the tokenizer", 0.3)
@@ -184,7 +182,7 @@ def _load(
     backend.report("starting the engine", 0.9)
     prompts = Prompts(tokenizer, text_config.vocab_size, settings.limits)
     prompts.start()
-    engine = PlainEngine(model, tokenizer, context, args.max_waiting)
+    engine = BatchEngine(model, tokenizer, context, args.max_num_seqs, args.max_waiting)
     info = {
         "tokenizer_class": type(tokenizer).__name__,
         "eos_token": tokenizer.eos_token,
@@ -196,13 +194,17 @@ def _load(
     }
     backend.ready(Serving(engine, prompts, context, info, model))
     names = ", ".join(settings.served_names)
+    at_once = f"{engine.rows} at a time" if engine.rows > 1 else "one at a time"
+    if engine.why_one_row and args.max_num_seqs > 1:
+        at_once += f" ({engine.why_one_row})"
     chosen = " (chosen)" if plan.memory_was_chosen else ""
     return {
         "model": f"{names}: {plan.model_type}, {plan.num_layers} x {plan.num_experts} experts, {plan.compute_dtype}",
         "memory": f"{format_memory(plan.memory_bytes)}{chosen} for experts: {plan.num_slots} of {plan.total_slots} "
         f"({plan.resident_share:.0%}), and {format_memory(plan.dense_bytes)} for the rest",
         "context": f"{context} tokens",
-        "requests": f"one at a time, {args.max_waiting} may wait",
+        "requests": f"{at_once}, {args.max_waiting} may wait; together at most {engine.kv_tokens} tokens "
+        f"({format_memory(engine.kv_bytes)})",
         "policy": config.policy,
         "key": "needed" if settings.api_keys else "none",
         "page": "/" if settings.allow_pages else "off",

@@ -9,9 +9,9 @@ from typing import Any
 
 from starlette.requests import Request as HttpRequest
 
+from foreroute.batching.requests import Engine, Event, Finished, PromptScored, Request, Sampling, Step
 from foreroute.errors import ContextLengthError, ForerouteError, QueueFullError
 from foreroute.server.metrics import RequestClock, ServerMetrics
-from foreroute.server.port import Engine, Event, Finished, PromptScored, Request, Sampling, Step
 from foreroute.server.problems import ApiError, not_possible
 from foreroute.server.schema import ChatRequest, CompletionRequest
 from foreroute.server.settings import ServerSettings

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from foreroute.server.port import Engine
+from foreroute.batching.requests import Engine
 from foreroute.server.problems import ApiError, not_possible
 from foreroute.server.settings import Limits
 from foreroute.server.templates import TemplateRenderer

@@ -7,10 +7,10 @@ from typing import Any
 
 from starlette.requests import Request as HttpRequest
 
+from foreroute.batching.requests import Finished, Request, Step
 from foreroute.server.answers import Answers, Choice, biased_ids, check_counts, check_model, gather, sampling_of, usage
 from foreroute.server.backend import Serving
 from foreroute.server.metrics import ServerMetrics
-from foreroute.server.port import Finished, Request, Step
 from foreroute.server.problems import not_possible
 from foreroute.server.schema import ChatRequest
 from foreroute.server.settings import ServerSettings

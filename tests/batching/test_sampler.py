@@ -10,18 +10,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from foreroute.batching.engine import BatchEngine
+from foreroute.batching.requests import Finished, PromptScored, Request, Sampling, Step
+from foreroute.batching.sampler import Sampler, StopText
 from foreroute.cli import demo
 from foreroute.engine.text import load_tokenizer
 from foreroute.errors import ContextLengthError, QueueFullError
-from foreroute.server.plain_engine import PlainEngine, _Sampler, _StopText
-from foreroute.server.port import Finished, PromptScored, Request, Sampling, Step
 
 LETTERS = st.text("ab", max_size=12)
 
 
 @given(LETTERS, st.lists(st.text("ab", min_size=1, max_size=4), max_size=3))
 def test_nothing_of_a_stop_text_is_said(text: str, stop: list[str]) -> None:
-    stopping = _StopText(stop)
+    stopping = StopText(stop)
     said = ""
     for letter in text:
         said += stopping.push(letter)
@@ -43,8 +44,7 @@ def test_nothing_of_a_stop_text_is_said(text: str, stop: list[str]) -> None:
 
 def draws(logits: list[float], count: int = 200, **asked: Any) -> list[int]:
     settings = SimpleNamespace(do_sample=False, temperature=1.0, top_p=1.0, repetition_penalty=1.0)
-    request = Request((0,), sampling=Sampling(**{"seed": 1, "temperature": 1.0, **asked}))
-    sampler = _Sampler(request, settings)
+    sampler = Sampler(Sampling(**{"seed": 1, "temperature": 1.0, **asked}), (0,), settings)
     return [sampler.draw(torch.tensor(logits)) for _ in range(count)]
 
 
@@ -66,14 +66,14 @@ def test_draws() -> None:
 
 @pytest.fixture
 def engine(load: Callable[..., Any]) -> Any:
-    made = PlainEngine(
-        load(demo.find_model(), "50%", dtype="float32", predictor="no"), load_tokenizer(demo.find_model()), 64, 1
+    made = BatchEngine(
+        load(demo.find_model(), "50%", dtype="float32", predictor="no"), load_tokenizer(demo.find_model()), 64, 1, 1
     )
     yield made
     made.close()
 
 
-def answered(engine: PlainEngine, request: Request) -> list[Any]:
+def answered(engine: BatchEngine, request: Request) -> list[Any]:
     events: list[Any] = []
     is_over = threading.Event()
 
@@ -87,7 +87,7 @@ def answered(engine: PlainEngine, request: Request) -> list[Any]:
     return events
 
 
-def test_scores_are_those_of_the_model(engine: PlainEngine) -> None:
+def test_scores_are_those_of_the_model(engine: BatchEngine) -> None:
     ids = (9, 8, 7, 6, 5)
     events = answered(engine, Request(ids, 3, num_top_logprobs=2, wants_prompt_scores=True))
     scored = next(event for event in events if isinstance(event, PromptScored))
@@ -102,7 +102,7 @@ def test_scores_are_those_of_the_model(engine: PlainEngine) -> None:
     assert plain == [step.token_id for step in steps]
 
 
-def test_limits_and_cancelling(engine: PlainEngine) -> None:
+def test_limits_and_cancelling(engine: BatchEngine) -> None:
     with pytest.raises(ContextLengthError, match=r"64 tokens; 65 .*60 of the"):
         engine.submit(Request([1] * 60, 5), print)
     began, ended = threading.Event(), threading.Event()

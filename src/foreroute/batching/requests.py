@@ -1,4 +1,4 @@
-"""What the server asks of an engine that answers several requests at once, and what it is told."""
+"""What is asked of an engine that answers several requests at once, and what it tells: plain data, no tensors."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,10 +24,11 @@ class Sampling:
 class Request:
     """A prompt, and what is wanted of it.
 
-    max_new_tokens: None: as many as the context holds; 0: the prompt's scores alone.
+    max_new_tokens: None: as many as the engine has room for; 0: the prompt's scores alone.
     stop: texts that end the answer, and are not part of it.
     num_top_logprobs: None: no logprobs; else how many of the likeliest tokens come with each.
     wants_prompt_scores: a PromptScored event comes before the first step.
+    ignore_eos: the model's own end does not end the answer.
     """
 
     prompt_ids: Sequence[int]
@@ -36,6 +37,7 @@ class Request:
     stop: Sequence[str] = ()
     num_top_logprobs: int | None = None
     wants_prompt_scores: bool = False
+    ignore_eos: bool = False
 
 
 # Likeliest first: (token id, logprob).
@@ -85,7 +87,7 @@ Event = Progress | PromptScored | Step | Finished
 
 @dataclass(frozen=True)
 class EngineState:
-    """Right now: requests computed and waiting, and KV blocks."""
+    """Right now: requests computed and waiting, and KV blocks (of one token, where the engine has no larger ones)."""
 
     running: int
     waiting: int

@@ -1,0 +1,1 @@
+"""Who shares a step: several requests answered by one model at once."""

@@ -1,0 +1,124 @@
+"""One request from when it is taken to its last event: its prompt's chunks, its tokens, its text."""
+
+import inspect
+import logging
+from collections.abc import Callable, Collection
+from typing import Any
+
+import torch
+
+from foreroute.batching.requests import Event, Finished, Progress, PromptScored, Request, Step, Top
+from foreroute.batching.sampler import Sampler, StopText, score
+from foreroute.engine.lean_loop import split_prompt
+from foreroute.engine.text import TextPieces
+
+_LOG = logging.getLogger(__name__)
+# Scores want the logits of every position: [tokens, vocabulary], and no more at once.
+_SCORED_AT_ONCE = 512
+
+
+class Answer:
+    """What the engine knows of one request. Its thread alone uses it, but for `is_cancelled`.
+
+    Args:
+        most_new: tokens that may come.
+
+    Attributes:
+        ids: the prompt, and the tokens that came. reserved: tokens that its row may come to hold.
+        cache: of the prompt, until it joins the others. num_computed: tokens whose keys and values there are.
+        num_cached: those of them that an earlier request had left.
+    """
+
+    def __init__(self, request: Request, on_event: Callable[[Event], None], most_new: int) -> None:
+        self.request = request
+        self.is_cancelled = False
+        self.ids = list(request.prompt_ids)
+        self.reserved = len(self.ids) + most_new
+        self.cache: Any = None
+        self.num_computed = self.num_cached = 0
+        self._on_event = on_event
+        self._num_prompt, self._most_new = len(self.ids), most_new
+        self._chunks: list[torch.Tensor] = []
+        self._logprobs: list[float | None] = [None]
+        self._tops: list[Top | None] = [None]
+
+    def begin(self, model: Any, tokenizer: Any, cache: Any, num_cached: int, chunk: int | None) -> None:
+        """Make ready to compute the prompt.
+
+        Args:
+            cache: holds `num_cached` tokens of the prompt; None where the family makes its own.
+            chunk: most tokens computed at once; None: all.
+        """
+        self.cache = cache
+        self.num_cached = self.num_computed = num_cached
+        if self.request.wants_prompt_scores and chunk is not None:
+            chunk = min(chunk, _SCORED_AT_ONCE)
+        self._chunks = split_prompt(torch.tensor([self.ids[num_cached:]]), chunk)
+        self._sampler = Sampler(self.request.sampling, self.ids, model.generation_config)
+        self._pieces, self._text = TextPieces(tokenizer), StopText(self.request.stop)
+
+    def prefill(self, model: Any) -> torch.Tensor | None:
+        """Compute the next chunk; after the last one, the logits [vocabulary] of what follows the prompt."""
+        chunk = self._chunks[0]
+        kwargs: dict[str, Any] = {}
+        if not self.request.wants_prompt_scores and "logits_to_keep" in inspect.signature(model.forward).parameters:
+            kwargs["logits_to_keep"] = 1
+        out = model(input_ids=chunk, past_key_values=self.cache, use_cache=True, return_dict=True, **kwargs)
+        self.cache = out.past_key_values
+        if self.request.wants_prompt_scores:
+            self._score(out.logits[0])
+        self.num_computed += chunk.shape[1]
+        del self._chunks[0]
+        self.tell(Progress(self.num_computed, self._num_prompt))
+        if self._chunks:
+            return None
+        if self.request.wants_prompt_scores:
+            self.tell(PromptScored(self._logprobs, self._tops))
+        last: torch.Tensor = out.logits[0, -1].float()
+        return last
+
+    def _score(self, logits: torch.Tensor) -> None:
+        """Of the chunk at hand, what was thought of the tokens that follow in the prompt."""
+        following = self.ids[self.num_computed + 1 : self.num_computed + 1 + len(logits)]
+        for row, token in zip(logits, following, strict=False):
+            logprob, top = score(row.float(), token, self.request.num_top_logprobs or 0)
+            self._logprobs.append(logprob)
+            self._tops.append(top)
+
+    @property
+    def wants_none(self) -> bool:
+        """The prompt's scores are all that is wanted."""
+        return self._most_new == 0
+
+    def advance(self, logits: torch.Tensor, likeliest: int, ends: Collection[int]) -> Finished | None:
+        """Choose the next token, and tell it.
+
+        Args:
+            logits: [vocabulary] fp32. likeliest: their argmax. ends: tokens that end an answer.
+        Returns:
+            The last event, where that was the last token.
+        """
+        token = likeliest if self._sampler.is_greedy else self._sampler.draw(logits)
+        self.ids.append(token)
+        is_end = token in ends and not self.request.ignore_eos
+        piece = "" if is_end else self._text.push(self._pieces.push(token))
+        self.tell(Step(token, piece, *score(logits, token, self.request.num_top_logprobs)))
+        if is_end or self._text.is_over:
+            return self.finished("stop")
+        return self.finished("length") if len(self.ids) - self._num_prompt >= self._most_new else None
+
+    def finished(self, reason: str, error: str | None = None) -> Finished:
+        """The last event, with the text that was still held back."""
+        tail = ""
+        if reason in ("stop", "length") and not self.wants_none:
+            tail = self._text.push(self._pieces.finish())
+            tail += "" if self._text.is_over else self._text.rest()
+        return Finished(reason, self._num_prompt, len(self.ids) - self._num_prompt, self.num_cached, tail, error)
+
+    def tell(self, event: Event) -> None:
+        """Hand an event on. Who cannot take it has no further use for the answer."""
+        try:
+            self._on_event(event)
+        except Exception:  # noqa: BLE001  the others' answers go on
+            _LOG.exception("a request's events could not be handed on; it is cancelled")
+            self.is_cancelled = True
