@@ -48,7 +48,9 @@ def test_openai(served: Process) -> None:
         )
     )  # fmt: skip
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == ANSWER
-    assert chunks[-1].usage == chat.usage
+    usage = chunks[-1].usage
+    assert (usage.prompt_tokens, usage.completion_tokens) == (chat.usage.prompt_tokens, chat.usage.completion_tokens)
+    assert usage.prompt_tokens_details.cached_tokens > 0, "the same prompt a second time"
     scores = [one for chunk in chunks if chunk.choices and chunk.choices[0].logprobs for one in
               chunk.choices[0].logprobs.content]  # fmt: skip
     assert all(one.top_logprobs[0].logprob == one.logprob for one in scores)

@@ -80,7 +80,7 @@ def test_what_cannot_be_loaded_ends_the_server(tmp_path: Path) -> None:
 def test_flags_hold_and_ctrl_c_ends_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FOREROUTE_API_KEY", "sesame")
     flags = ("--served-model-name", "a", "b", "--ctx-size", "300", "--temperature", "1.2", "--seed", "3")
-    with serving(*flags, "--max-waiting", "2") as served:
+    with serving(*flags, "--max-waiting", "2", "--max-num-seqs", "1") as served:
         assert served.started["served"] == ["a", "b"]
         assert served.started["decided"]["context"].startswith("300 ")
 
