@@ -14,9 +14,11 @@ from safetensors.torch import load_file
 
 from foreroute.checkpoint.quantised_formats import QuantisedFormat, _compressed_tensors
 from foreroute.checkpoint.stored_parts import Coding
+from foreroute.errors import CorruptCheckpointError
 from foreroute.kernels.dequantise import decode_gptq_int4
 from tests.formats.checks import check_bytes, check_same
 from tests.support.quantised import rewritten, words, write_awq, write_float_quantised, write_gptq, write_packed_int4
+from tests.support.runs import ONE_PROMPT, assert_same_bits, generate
 
 State = dict[str, torch.Tensor]
 
@@ -125,3 +127,25 @@ def test_packed_int4_that_was_only_rounded_in_another_order(published, order):
     declared = json.loads((folder / "config.json").read_text())["quantization_config"]
     declared["config_groups"]["group_0"]["weights"]["actorder"] = order
     assert isinstance(_compressed_tensors(declared), QuantisedFormat)
+
+
+def with_biases(value: float) -> Callable[[State], State]:
+    def change(state: State) -> State:
+        scales = {name: tensor for name, tensor in state.items() if name.endswith(".scales")}
+        biases = {name.replace(".scales", ".bias"): torch.full(one.shape[1:], value) for name, one in scales.items()}
+        return {**state, **{name: one.half() for name, one in biases.items()}}
+
+    return change
+
+
+def test_biases_of_nought_that_the_model_does_not_have(published, load, references, tmp_path):
+    """Older writers of GPTQ gave every matrix a bias, Qwen1.5-MoE's among them."""
+    plain_folder = plain(published(write_gptq, "qwen3_moe"), "gptq", tmp_path / "plain")
+    biased = rewritten(published(write_gptq, "qwen3_moe"), tmp_path / "biased", with_biases(0.0))
+    assert_same_bits(generate(load(biased, "25%"), ONE_PROMPT), references.output(plain_folder, ONE_PROMPT))
+
+
+def test_other_biases_are_refused(published, load, tmp_path):
+    biased = rewritten(published(write_gptq, "qwen3_moe"), tmp_path / "biased", with_biases(0.5))
+    with pytest.raises(CorruptCheckpointError, match=r"bias, which the model has no place for"):
+        load(biased, "25%")

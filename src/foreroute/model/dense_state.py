@@ -4,10 +4,11 @@ transformers dequantises too, but not every format on every machine, and not blo
 of DeepSeek-V3's kv_a_proj_with_mqa). What it does to names, and what it refuses, stays its own.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
 from foreroute.checkpoint.index import CheckpointIndex, merged
 from foreroute.checkpoint.layouts import ExpertTable
@@ -109,9 +110,25 @@ def check_order(index: CheckpointIndex, form: QuantisedFormat, components: froze
         )
 
 
-def _read(index: CheckpointIndex, name: str) -> torch.Tensor:
-    from safetensors import safe_open
+def idle_biases(index: CheckpointIndex, matrices: Mapping[str, tuple[str, ...]], known: Collection[str]) -> set[str]:
+    """Biases of quantised matrices that are nought, and that the model does not have: older writers gave each one.
 
+    Args:
+        known: the model's own tensors. Cost: reads those biases, of all experts too.
+    """
+    by_file: dict[str, list[str]] = {}
+    for name in matrices:
+        bias = name.removesuffix("weight") + "bias"
+        if bias in index.tensors and bias not in known:
+            by_file.setdefault(index.tensors[bias].path, []).append(bias)
+    found: set[str] = set()
+    for path, biases in by_file.items():
+        with safe_open(path, framework="pt") as file:
+            found.update(bias for bias in biases if not file.get_tensor(bias).any())
+    return found
+
+
+def _read(index: CheckpointIndex, name: str) -> torch.Tensor:
     with safe_open(index.tensors[name].path, framework="pt") as file:
         tensor: torch.Tensor = file.get_tensor(name)
         return tensor

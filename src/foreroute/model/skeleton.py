@@ -25,7 +25,7 @@ from foreroute.checkpoint.layouts import ExpertTable, LayerExperts, PartSource
 from foreroute.checkpoint.quantised_formats import QuantisedFormat, read_format
 from foreroute.checkpoint.quantised_layout import check_dtypes, quantised_layer
 from foreroute.errors import CheckpointError, CorruptCheckpointError, UnsupportedModelError
-from foreroute.model.dense_state import check_order, dense_growth, dense_state
+from foreroute.model.dense_state import check_order, dense_growth, dense_state, idle_biases
 from foreroute.model.experts import ExpertParameter, OffloadedExperts, is_experts_class, offloaded_class
 from foreroute.model.gguf_model import gguf_config, gguf_dense_nbytes, gguf_state
 
@@ -124,6 +124,7 @@ def outline(folder: Path, index: CheckpointIndex) -> Outline:
     modules = {name: module for name, module in meta_model.named_modules() if is_experts_class(type(module))}
     if not modules:
         raise UnsupportedModelError(_why_no_experts(folder, config, meta_model))
+    components |= idle_biases(index, matrices, meta_model.state_dict().keys())
     sources = _map_sources(meta_model, modules, {*(set(index.tensors) - components), *matrices})
     layers: list[LayerExperts] = []
     targets: set[str] = set()
