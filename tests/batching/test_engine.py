@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import foreroute
+from foreroute.batching import rows
 from foreroute.batching.engine import BatchEngine
 from foreroute.batching.requests import Finished, Progress, Request, Sampling, Step
 from foreroute.config import EngineConfig
@@ -212,6 +213,41 @@ def test_an_error_ends_the_step_and_not_the_engine(tiny, tokenizer, engine_of, m
     assert whole is not engine._batch.step
     assert ask(engine, [5] * 8, 8).wait().tokens == expected
     assert engine.state().kv_blocks_used == 0
+
+
+def test_an_error_between_steps_leaves_nobody_waiting(tiny, tokenizer, engine_of, monkeypatch):
+    engine = engine_of(tiny, max_num_seqs=2)
+    expected = ask(engine, [5] * 8, 8).wait().tokens
+
+    def fails(*args):
+        raise MemoryError("planted")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(engine, "_keep", fails)
+        assert ask(engine, [9] * 8, 4).wait().end.reason == "error"
+    assert ask(engine, [5] * 8, 8).wait().tokens == expected
+    assert (engine.state().running, engine.state().kv_blocks_used) == (0, 0)
+
+
+def test_a_row_that_cannot_join_leaves_the_others_as_they_are(tiny, tokenizer, engine_of, monkeypatch):
+    engine, begun = engine_of(tiny, max_num_seqs=2), threading.Event()
+    expected, first = ask(engine, [5] * 8, 60).wait().tokens, Heard()
+    joined = rows._joined
+
+    def on_event(event):
+        first(event)
+        begun.set() if isinstance(event, Step) else None
+
+    def fails(found):
+        if len(found) > 1:
+            raise MemoryError("planted")
+        return joined(found)
+
+    monkeypatch.setattr(rows, "_joined", fails)
+    engine.submit(Request([5] * 8, 60, GREEDY, ignore_eos=True), on_event)
+    assert begun.wait(WAIT_S)
+    assert ask(engine, [6] * 8, 8).wait().end.reason == "error"
+    assert first.wait().tokens == expected
 
 
 def test_full_and_too_long(tiny, tokenizer, engine_of):

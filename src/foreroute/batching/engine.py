@@ -3,9 +3,10 @@
 Each decode step is one forward pass of [rows, 1], so that an expert that several rows want is read once for them all.
 """
 
+import logging
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from foreroute.engine.lean_loop import is_ordinary
 from foreroute.engine.prompt_cache import PromptCache, can_be_continued, new_cache
 from foreroute.errors import ContextLengthError, ForerouteError, QueueFullError
 
+_LOG = logging.getLogger(__name__)
 # Tokens that each request has room for, where the context is longer.
 _USUAL_TOKENS = 4096
 _MOST_KEPT_BYTES = 2**30
@@ -121,12 +123,16 @@ class BatchEngine:
     @torch.no_grad()
     def _work(self) -> None:
         while self._await_work():
-            self._drop_cancelled()
-            self._admit()
-            if self._joining:
-                self._prefill()
-            if self._running:
-                self._decode()
+            try:
+                self._drop_cancelled()
+                self._admit()
+                if self._joining:
+                    self._prefill()
+                if self._running:
+                    self._decode()
+            except Exception as error:  # noqa: BLE001  a thread that died would leave everybody waiting for ever
+                _LOG.exception("the engine failed between steps; its requests are ended")
+                self._fail([*self._joining, *self._running], error)
 
     def _await_work(self) -> bool:
         """False when the engine is closed and all requests have ended."""
@@ -202,9 +208,7 @@ class BatchEngine:
             logits = self._batch.step(self._model, [answer.ids[-1] for answer in self._running])
             likeliest = logits.argmax(-1).tolist()
         except Exception as error:  # noqa: BLE001  told to those that it concerns
-            self._batch = self._empty_batch()
-            for answer in list(self._running):
-                self._end(answer, _failed(answer, error))
+            self._fail(self._running, error)
             return
         ended: dict[Answer, Finished] = {}
         for answer, row, token in zip(self._running, logits, likeliest, strict=True):
@@ -245,6 +249,12 @@ class BatchEngine:
                     place.remove(answer)
         answer.cache = None
         answer.tell(end)
+
+    def _fail(self, answers: Sequence[Answer], error: Exception) -> None:
+        """End these, the rows that decode among them."""
+        self._batch = self._empty_batch()
+        for answer in list(answers):
+            self._end(answer, _failed(answer, error))
 
     def _empty_batch(self) -> RowsCache | OneRow:
         return OneRow() if self.why_one_row else RowsCache()

@@ -67,8 +67,9 @@ class RowsCache:
             return
         rows: list[Row] = [(self.cache, at, self.lengths[at]) for at in kept if self.cache is not None]
         rows += [(cache, 0, length) for cache, length in new]
-        self.lengths = [length for _, _, length in rows]
-        self.cache = _joined(rows) if rows else None
+        # Both or neither: where memory runs out, the rows that were there go on.
+        cache = _joined(rows) if rows else None
+        self.cache, self.lengths = cache, [length for _, _, length in rows]
 
     def row(self, at: int) -> DynamicCache:
         """A cache of one row alone, in memory of its own."""

@@ -86,10 +86,9 @@ def gate_rows(gate: Callable[[torch.Tensor], torch.Tensor], up: torch.Tensor) ->
     One call for all rows where that is the same. It is not where vectors run across rows: what no whole vector of a
     call is left for, at its end or where threads divide it, is computed by other code, with other roundings.
     """
-    if up.numel() <= _UNDIVIDED_NUMBERS:
-        inner = gate(up)
-        if inner.shape[1] % _WHOLE_VECTORS == 0:
-            return inner.split(1)
+    # A gated row is as wide as its input, or half as wide: whole vectors in either case.
+    if up.numel() <= _UNDIVIDED_NUMBERS and up.shape[1] % (2 * _WHOLE_VECTORS) == 0:
+        return gate(up).split(1)
     return [gate(row) for row in up.split(1)]
 
 
