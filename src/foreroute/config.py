@@ -85,7 +85,11 @@ class EngineConfig:
         'host memory for experts behind those of a GPU: "48GiB", bytes, or "50%%"; the others stay on disk. All of '
         "them when left out",
     )
-    kv_tokens: int = _option(4096, "with --device cuda: tokens of the KV cache for which memory is kept")
+    kv_tokens: int | None = _option(
+        None,
+        "tokens of the KV cache, of all requests together, for which memory is kept; serve: for each request the "
+        "context or 4096, and for one the context, when left out; with --device cuda elsewhere 4096",
+    )
     packed: str = _option(
         "auto",
         'the packed store: "auto" uses the one beside the checkpoint, "no" ignores it; "int8", "int4", "mixed" uses a '
@@ -107,7 +111,7 @@ class EngineConfig:
             raise ForerouteError(
                 f"prefill_chunk is {self.prefill_chunk}; choose 8 tokens or more (512 to 8192 are usual)."
             )
-        if self.kv_tokens < 16:
+        if self.kv_tokens is not None and self.kv_tokens < 16:
             raise ForerouteError(f"kv_tokens is {self.kv_tokens}; choose 16 tokens or more.")
         if not 1 <= self.reader_threads <= 16:
             raise ForerouteError(f"reader_threads is {self.reader_threads}; choose 1 to 16 (1 or 2 are enough).")
@@ -119,7 +123,8 @@ class Plan:
 
     num_slots slots of slot_bytes hold experts; total_slots would hold them all; token_demand_slots is what one token
     uses. staging_slots of the pool are open to guesses. source says where experts are read from. host_records experts
-    fit host memory behind the slots; 0 where the disk is right behind them.
+    fit host memory behind the slots; 0 where the disk is right behind them. Memory is kept for kv_tokens of keys and
+    values; kv_bytes_per_token is None where it was not measured. learning_bytes: the most that learning guesses takes.
     """
 
     folder: str
@@ -146,6 +151,8 @@ class Plan:
     device: str = "cpu"
     host_records: int = 0
     kv_tokens: int = 0
+    kv_bytes_per_token: int | None = None
+    learning_bytes: int = 0
 
     @property
     def token_demand_bytes(self) -> int:

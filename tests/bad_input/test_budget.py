@@ -86,7 +86,7 @@ def test_left_out_it_is_chosen(load, folder):
 
 
 def test_left_out_with_no_ram_left(load, folder, monkeypatch):
-    monkeypatch.setattr("foreroute.engine.loader._available_ram", lambda: 2**30)
+    monkeypatch.setattr("foreroute.engine.loader.available_ram", lambda: 2**30)
     assert "one token needs 10" in refused(load, folder, None)
 
 

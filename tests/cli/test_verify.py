@@ -232,9 +232,9 @@ class TestFaults:
 
 class TestReference:
     def test_on_demand_where_the_whole_model_does_not_fit(self, verified, run, checkpoints, monkeypatch):
-        monkeypatch.setattr(reference, "_available_ram", lambda: 2**31)
+        monkeypatch.setattr(reference, "available_ram", lambda: 2**31)
         assert verified("qwen3_moe", expect=0)["reference"] == "on-demand"
-        monkeypatch.setattr(reference, "_available_ram", lambda: 1000)
+        monkeypatch.setattr(reference, "available_ram", lambda: 1000)
         ran = run("verify", checkpoints.get("qwen3_moe"), "--reference", "resident")
         assert ran.code == 2
         assert "Take --reference on-demand" in ran.err

@@ -13,15 +13,14 @@ import torch
 
 from foreroute.batching.answer import Answer
 from foreroute.batching.requests import EngineState, Event, Finished, Request
-from foreroute.batching.rows import OneRow, RowsCache, kv_bytes, why_not_batched
-from foreroute.engine.lean_loop import is_ordinary
-from foreroute.engine.prompt_cache import PromptCache, can_be_continued, new_cache
+from foreroute.batching.rows import OneRow, RowsCache, why_not_batched
+from foreroute.engine.kv_memory import planned_kv_bytes_per_token
+from foreroute.engine.prompt_cache import PromptCache, new_cache
+from foreroute.engine.serving import keeps_prompts
 from foreroute.errors import ContextLengthError, ForerouteError, QueueFullError
+from foreroute.residency.serving_budget import choose_kv_tokens, kept_prompt_bytes
 
 _LOG = logging.getLogger(__name__)
-# Tokens that each request has room for, where the context is longer.
-_USUAL_TOKENS = 4096
-_MOST_KEPT_BYTES = 2**30
 
 
 class BatchEngine:
@@ -51,15 +50,14 @@ class BatchEngine:
         self._model, self._tokenizer = model, tokenizer
         self.why_one_row = why_not_batched(model)
         self.rows = 1 if self.why_one_row else max_num_seqs
-        self.kv_tokens = kv_tokens or max(context, self.rows * min(context, _USUAL_TOKENS))
-        self.kv_bytes = kv_bytes(model.config, self.kv_tokens, model.dtype.itemsize)
+        self.kv_tokens = kv_tokens or choose_kv_tokens(None, context, self.rows)
+        self.kv_bytes = self.kv_tokens * planned_kv_bytes_per_token(model)
         self._context = min(context, self.kv_tokens)
         self._most_open = max_num_seqs + max_waiting
         eos = model.generation_config.eos_token_id
         self._ends = frozenset(() if eos is None else (eos,) if isinstance(eos, int) else eos)
-        cache = new_cache(model)
-        self._can_continue = cache is not None and is_ordinary(model) and can_be_continued(model, cache)
-        self._kept = PromptCache(min(_MOST_KEPT_BYTES, self.kv_bytes)) if self._can_continue else None
+        self._can_continue = keeps_prompts(model)
+        self._kept = PromptCache(kept_prompt_bytes(self.kv_bytes)) if self._can_continue else None
         # The lock guards these; computing needs none, as one thread does it.
         self._changed = threading.Condition()
         self._waiting: deque[Answer] = deque()

@@ -31,23 +31,6 @@ def why_not_batched(model: Any) -> str:
     return ""
 
 
-def kv_bytes(config: Any, tokens: int, dtype_bytes: int) -> int:
-    """Most bytes of keys and values that `tokens` tokens of a plain-attention model take; windows are not counted on.
-
-    Args:
-        config: transformers' configuration of the model. dtype_bytes: of one value.
-    """
-    text = config.get_text_config(decoder=True)
-    heads = text.num_attention_heads
-    # Latent attention is cached decompressed: keys and values of every head.
-    if getattr(text, "kv_lora_rank", None) is not None and getattr(text, "qk_nope_head_dim", None) is not None:
-        width = heads * (text.qk_nope_head_dim + text.qk_rope_head_dim + text.v_head_dim)
-    else:
-        head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
-        width = 2 * (getattr(text, "num_key_value_heads", None) or heads) * head_dim
-    return int(tokens * text.num_hidden_layers * width * dtype_bytes)
-
-
 class RowsCache:
     """The rows that decode together; shorter ones have padding on their left, which is masked.
 

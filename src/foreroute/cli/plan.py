@@ -1,14 +1,15 @@
 """`foreroute plan`: what fits where, how fast it may be, and what would change that."""
 
 import argparse
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from foreroute.cli import figures, options
+from foreroute.cli import figures, options, requests
 from foreroute.cli.forecast import ASSUMPTIONS, Case, forecast
 from foreroute.config import EngineConfig, Plan
 from foreroute.residency.budget import format_memory
+from foreroute.residency.serving_budget import ServingNeeds
 
 if TYPE_CHECKING:
     from foreroute.bench.bandwidth import Bandwidth
@@ -18,11 +19,15 @@ examples:
   foreroute plan MODEL                    the memory is chosen from the free RAM
   foreroute plan MODEL --memory 8GiB
   foreroute plan MODEL --memory 25% --json
+  foreroute plan MODEL --max-num-seqs 8 --ctx-size 8192     as serve would do it
 
 the figures:
   slots        places in memory that hold one expert each
   one token    the experts that one token uses, over all layers. A memory that
                holds few tokens' demand finds few experts again
+  in all       with --max-num-seqs, --ctx-size or --kv-tokens: what serve takes of
+               the RAM, at most. Working memory is this process, measured, and
+               what learning and a chunk of a prompt may take, calculated
   guesses      the most slots that hold experts fetched on a guess
   disk         measured for one second on this model's own experts, in random
                order, read as the engine reads them
@@ -39,16 +44,21 @@ _SMALL_POOL_DEMANDS = 2.0
 
 @dataclass(frozen=True)
 class Findings:
-    """Everything that is shown. chosen_memory_bytes: what would be chosen were --memory left out."""
+    """Everything that is shown. chosen_memory_bytes: what would be chosen were --memory left out.
+
+    serving: what serve takes of the RAM, where requests are planned for; context: tokens that each may have.
+    """
 
     plan: Plan
     eviction: str
     reads_per_expert: int
-    kv_bytes_per_token: int | None
+    kv_bytes_per_token: int
     chosen_memory_bytes: int
     bandwidth: "Bandwidth"
     compute_ms: float
     cases: tuple[Case, ...]
+    serving: ServingNeeds | None = None
+    context: int | None = None
 
 
 def add_parser(commands: Any) -> None:
@@ -65,6 +75,7 @@ def add_parser(commands: Any) -> None:
     options.add_model(parser)
     options.add_common_options(parser)
     options.add_model_options(parser)
+    requests.add_request_options(parser.add_argument_group("requests"), max_num_seqs=None)
     options.add_engine_options(parser, without=("trace",))
 
 
@@ -89,27 +100,35 @@ def find(folder: Path, args: argparse.Namespace, config: EngineConfig) -> Findin
     from foreroute.checkpoint.index import read_index
     from foreroute.checkpoint.records import open_store
     from foreroute.cli import probes
-    from foreroute.engine.loader import choose_memory
+    from foreroute.engine.kv_memory import planned_kv_bytes_per_token
+    from foreroute.engine.loader import available_ram, choose_memory
     from foreroute.model.skeleton import outline
 
     options.apply_threads(args)
+    config, context = _with_room(folder, args, config)
     index = read_index(folder)
     # Before the dense weights are in RAM, as `load` sees it.
+    free_ram = available_ram()
     sketch = outline(folder, index)
     source = sketch.table
     store = open_store(folder, config.packed, source)
-    chosen = choose_memory(None, source if store is None else store.table, sketch.dense_nbytes)
     model = foreroute.load(folder, dtype=args.dtype, config=config)
     try:
         plan, table = model.foreroute.plan, model.foreroute.runtime.table
-        compute_ms, kv_bytes = probes.compute_ms(model), probes.kv_bytes_per_token(model)
+        compute_ms, kv_bytes = probes.compute_ms(model), planned_kv_bytes_per_token(model)
+        # Last, as what is measured of it grows with what has been computed.
+        serving = None if context is None else requests.needs_of(model, context)
     finally:
         model.foreroute.close()
     if plan.device != "cpu":
         from foreroute.bench.link import measure_link
 
         bandwidth = measure_link(plan.slot_bytes)
-        return _found(plan, config, kv_bytes, plan.memory_bytes, bandwidth, compute_ms, reads_per_expert=1)
+        found = _found(plan, config, kv_bytes, plan.memory_bytes, bandwidth, compute_ms, reads_per_expert=1)
+        return replace(found, context=context)
+    kept = source if store is None else store.table
+    beside = 0 if serving is None else serving.kv_bytes + serving.kept_bytes
+    chosen = choose_memory(None, kept, sketch.dense_nbytes, beside, free_ram)
     reads_of = table.reads if store is None else store.reads_of(table)
     keys = [
         layer * table.num_experts + expert
@@ -124,13 +143,21 @@ def find(folder: Path, args: argparse.Namespace, config: EngineConfig) -> Findin
         direct=config.direct_io,
         label=table.label,
     )
-    return _found(plan, config, kv_bytes, chosen, bandwidth, compute_ms, len(reads_of(keys[0])))
+    found = _found(plan, config, kv_bytes, chosen, bandwidth, compute_ms, len(reads_of(keys[0])))
+    return replace(found, serving=serving, context=context)
+
+
+def _with_room(folder: Path, args: argparse.Namespace, config: EngineConfig) -> tuple[EngineConfig, int | None]:
+    """Room for requests as serve makes it, and the context of one; nothing where no flag speaks of requests."""
+    if args.max_num_seqs is None and args.ctx_size is None and config.kv_tokens is None:
+        return config, None
+    return requests.with_room(folder, config, args)
 
 
 def _found(
     plan: Plan,
     config: EngineConfig,
-    kv_bytes: int | None,
+    kv_bytes: int,
     chosen_memory_bytes: int,
     bandwidth: "Bandwidth",
     compute_ms: float,
@@ -220,9 +247,10 @@ def as_json(found: Findings) -> dict[str, Any]:
             "resident_share": plan.resident_share,
             "token_demand_bytes": plan.token_demand_bytes,
             "reads_per_expert": found.reads_per_expert,
-            "kv_bytes_per_1k_tokens": None if found.kv_bytes_per_token is None else found.kv_bytes_per_token * 1000,
+            "kv_bytes_per_1k_tokens": found.kv_bytes_per_token * 1000,
             "chosen_memory_bytes": found.chosen_memory_bytes,
         },
+        "serving": None if found.serving is None else {"context": found.context, **requests.as_json(found.serving)},
         "measured": {"disk": asdict(found.bandwidth), "compute_ms": found.compute_ms},
         "forecast": {case.name: asdict(case) for case in found.cases},
     }
@@ -244,7 +272,7 @@ def _model_rows(found: Findings) -> list[figures.Row]:
     plan = found.plan
     top_k = "/".join(str(k) for k in sorted(set(plan.top_k)))
     is_converted = figures.dtype_name(plan.stored_dtype) != plan.compute_dtype
-    cache = "none" if found.kv_bytes_per_token is None else format_memory(found.kv_bytes_per_token * 1000)
+    cache = format_memory(found.kv_bytes_per_token * 1000) if found.kv_bytes_per_token else "none"
     return [
         ("model", plan.model_type, f"{plan.num_layers} MoE layers x {plan.num_experts} experts, top-{top_k}"),
         ("one expert", format_memory(plan.expert_bytes), f"{plan.stored_dtype}, computed in {plan.compute_dtype}"
@@ -267,6 +295,25 @@ def _memory_rows(found: Findings) -> list[figures.Row]:
         ("one token", format_memory(plan.token_demand_bytes),
          f"{plan.token_demand_slots} experts: the memory holds {demands:.1f} tokens' demand"),
         ("guesses", f"{plan.staging_slots} slots", f"at most; predictor: {plan.predictor}"),
+        *_serving_rows(found),
+    ]  # fmt: skip
+
+
+def _serving_rows(found: Findings) -> list[figures.Row]:
+    """What requests take, where they are planned for."""
+    if found.context is None:
+        return []
+    needs, plan = found.serving, found.plan
+    kv_bytes = format_memory(plan.kv_tokens * found.kv_bytes_per_token if needs is None else needs.kv_bytes)
+    kv_tokens = plan.kv_tokens if needs is None else needs.kv_tokens
+    cache = ("requests", kv_bytes, f"of KV cache: {kv_tokens:,} tokens, of one {found.context:,}")
+    if needs is None:
+        return [cache]
+    return [
+        cache,
+        ("", format_memory(needs.kept_bytes), "of earlier prompts, kept for those that begin alike"),
+        ("working", format_memory(needs.working_bytes), "memory: Python, torch, learning, one chunk of a prompt"),
+        ("in all", format_memory(needs.total_bytes, round_up=True), "of RAM: experts, dense weights and these three"),
     ]  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""What `plan` measures on the loaded model: one token's compute time, and the growth of the KV cache."""
+"""What `plan` measures on the loaded model: one token's compute time."""
 
 import statistics
 import time
@@ -28,24 +28,3 @@ def compute_ms(model: Any) -> float:
             elapsed_s = time.perf_counter() - started_s
             passes_ms.append((elapsed_s - (model.foreroute.stats().decode.stall_s - stalled_s)) * 1e3)
     return statistics.median(passes_ms[_WARM_UP_PASSES:])
-
-
-def kv_bytes_per_token(model: Any) -> int | None:
-    """Bytes by which the cache grows per token, while no sliding window is full; None for a model without a cache.
-
-    The difference between two tokens and one: a state of constant size (linear attention) does not count.
-    """
-    sizes = []
-    with torch.inference_mode():
-        for num_tokens in (1, 2):
-            output = model(input_ids=torch.full((1, num_tokens), _TOKEN, device=model.device), use_cache=True)
-            cache = getattr(output, "past_key_values", None)
-            if cache is None or not hasattr(cache, "layers"):
-                return None
-            sizes.append(sum(_tensor_bytes(layer) for layer in cache.layers))
-    return sizes[1] - sizes[0]
-
-
-def _tensor_bytes(layer: Any) -> int:
-    tensors = [value for value in vars(layer).values() if isinstance(value, torch.Tensor)]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from foreroute.checkpoint.locate import locate
-from foreroute.cli import figures, options
+from foreroute.cli import figures, options, requests
 from foreroute.errors import ForerouteError
 from foreroute.residency.budget import format_memory
 
@@ -72,14 +72,7 @@ def _add_server_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--no-ui", action="store_true", help="no page at /")
     group = parser.add_argument_group("requests")
-    group.add_argument(
-        "--ctx-size", "--max-model-len", type=options.at_least(16), metavar="N",
-        help="tokens of a request, prompt and answer (default: the model's)",
-    )  # fmt: skip
-    group.add_argument(
-        "--max-num-seqs", type=options.at_least(1), default=8, metavar="N",
-        help="requests computed together, sharing what is read (default: 8)",
-    )  # fmt: skip
+    requests.add_request_options(group)
     group.add_argument(
         "--max-waiting", type=options.at_least(0), default=64, metavar="N",
         help="requests that may wait their turn; further ones get 429 (default: 64)",
@@ -131,10 +124,11 @@ def run(args: argparse.Namespace) -> int:
         print(f"foreroute serve  {model}\n  address   {url}/v1 (loading; GET /health)", file=sys.stderr, flush=True)
 
     def load(backend: Backend) -> None:
-        lines = _load(backend, folder, args, config, settings)
+        lines, memory = _load(backend, folder, args, config, settings)
         ready_s = time.perf_counter() - began
         if args.json:
-            figures.print_json(url=url, ready_s=ready_s, served=settings.served_names, decided=lines)
+            names = settings.served_names
+            figures.print_json(url=url, ready_s=ready_s, served=names, decided=lines, memory=memory)
             return
         for name, value in lines.items():
             print(f"  {name:<9} {value}", file=sys.stderr)
@@ -163,8 +157,8 @@ def _model(args: argparse.Namespace) -> str:
 
 def _load(
     backend: "Backend", folder: Path, args: argparse.Namespace, config: "EngineConfig", settings: "ServerSettings"
-) -> dict[str, str]:
-    """Load the model, and let the server answer. Returns what was decided, for people."""
+) -> tuple[dict[str, str], dict[str, Any] | None]:
+    """Load the model, and let the server answer. Returns what was decided, for people, and the memory in figures."""
     backend.report("importing torch and transformers", 0.0)
     import foreroute
     from foreroute.batching.engine import BatchEngine
@@ -172,17 +166,18 @@ def _load(
     from foreroute.server.backend import Prompts, Serving
 
     options.apply_threads(args)
+    config, context = requests.with_room(folder, config, args)
     backend.report("reading the tokenizer", 0.3)
     tokenizer = load_tokenizer(folder)
     backend.report("reading what stays in memory", 0.4)
     model = foreroute.load(folder, dtype=args.dtype, config=config)
     plan, text_config = model.foreroute.plan, model.config.get_text_config()
-    own_context = getattr(text_config, "max_position_embeddings", None)
-    context = min(args.ctx_size or own_context or 4096, own_context or 2**31)
     backend.report("starting the engine", 0.9)
     prompts = Prompts(tokenizer, text_config.vocab_size, settings.limits)
     prompts.start()
-    engine = BatchEngine(model, tokenizer, context, args.max_num_seqs, args.max_waiting)
+    needs = requests.needs_of(model, context)
+    kv_tokens = plan.kv_tokens if needs is None else needs.kv_tokens
+    engine = BatchEngine(model, tokenizer, context, args.max_num_seqs, args.max_waiting, kv_tokens)
     info = {
         "tokenizer_class": type(tokenizer).__name__,
         "eos_token": tokenizer.eos_token,
@@ -198,10 +193,13 @@ def _load(
     if engine.why_one_row and args.max_num_seqs > 1:
         at_once += f" ({engine.why_one_row})"
     chosen = " (chosen)" if plan.memory_was_chosen else ""
-    return {
+    lines = {
         "model": f"{names}: {plan.model_type}, {plan.num_layers} x {plan.num_experts} experts, {plan.compute_dtype}",
-        "memory": f"{format_memory(plan.memory_bytes)}{chosen} for experts: {plan.num_slots} of {plan.total_slots} "
-        f"({plan.resident_share:.0%}), and {format_memory(plan.dense_bytes)} for the rest",
+        "experts": f"{plan.num_slots} of {plan.total_slots} ({plan.resident_share:.0%}) in "
+        f"{format_memory(plan.memory_bytes)}{chosen}",
+        "memory": f"{format_memory(plan.dense_bytes)} for the dense weights"
+        if needs is None
+        else requests.in_words(needs),
         "context": f"{context} tokens",
         "requests": f"{at_once}, {args.max_waiting} may wait; together at most {engine.kv_tokens} tokens "
         f"({format_memory(engine.kv_bytes)})",
@@ -209,3 +207,4 @@ def _load(
         "key": "needed" if settings.api_keys else "none",
         "page": "/" if settings.allow_pages else "off",
     }
+    return lines, None if needs is None else requests.as_json(needs)

@@ -3,7 +3,6 @@
 import contextlib
 import importlib.util
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 
@@ -98,18 +97,3 @@ def out_of_memory_named(what: str, advice: str) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         free = "" if not torch.cuda.is_available() else f" ({torch.cuda.mem_get_info()[0] >> 20} MiB are free)"
         raise DeviceError(f"The GPU ran out of memory for {what}{free}. {advice}") from error
-
-
-def kv_bytes_per_token(model: Any) -> int:
-    """Bytes by which the cache grows per token and row, measured: two tokens' less one's. Experts must answer.
-
-    0 for a model without a growing cache.
-    """
-    sizes = []
-    with torch.no_grad():
-        for num_tokens in (1, 2):
-            cache = model(input_ids=torch.ones(1, num_tokens, dtype=torch.int64), use_cache=True).get("past_key_values")
-            layers = getattr(cache, "layers", [])
-            held = [value for layer in layers for value in vars(layer).values() if isinstance(value, torch.Tensor)]
-            sizes.append(sum(tensor.numel() * tensor.element_size() for tensor in held))
-    return sizes[1] - sizes[0]

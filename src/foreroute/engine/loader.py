@@ -24,6 +24,7 @@ from foreroute.engine.decode import Workspace
 from foreroute.engine.device_build import build_tier
 from foreroute.engine.devices import open_device
 from foreroute.engine.family_math import family_forward_over, math_of_layers, stored_operands
+from foreroute.engine.kv_memory import kv_bytes_without_experts
 from foreroute.engine.learner import Learner
 from foreroute.engine.memory import SlotViews
 from foreroute.engine.offloaded import ForerouteHandle, make_offloaded
@@ -31,7 +32,8 @@ from foreroute.engine.parts import Predictor
 from foreroute.engine.placing import Placed, place, place_behind_arena
 from foreroute.engine.predictors import approximation, check_layout, lookahead, open_sidecar, prefetch_guesses
 from foreroute.engine.runtime import Runtime
-from foreroute.engine.sizing import check_room, check_store, host_records, move_and_choose
+from foreroute.engine.serving import CHOSEN_RESERVE_BYTES, fit_serving, learning_limit
+from foreroute.engine.sizing import DEVICE_KV_TOKENS, check_room, check_store, host_records, move_and_choose
 from foreroute.engine.tracing import StepTrace, header_of
 from foreroute.errors import BudgetError, ForerouteError
 from foreroute.kernels.cpu import ExpertMath, OneToken
@@ -41,14 +43,11 @@ from foreroute.model.skeleton import load_skeleton, offloaded_modules, outline
 from foreroute.policy import Governor, Policy
 from foreroute.residency.budget import format_memory, parse_memory, plan_slots
 from foreroute.residency.eviction import eviction_of
+from foreroute.residency.serving_budget import ServingNeeds, check_serving
 from foreroute.residency.slots import Residency
 from foreroute.trace import open_trace
 from foreroute.transfer.arena import Progress
 
-# Left free when the budget is chosen here: activations, KV cache, Python itself, and other programs.
-_CHOSEN_RESERVE_BYTES = 2 * 2**30
-# What learning guesses while serving may take beside the budget.
-_LEARNING_SHARE, _LEAST_LEARNING_BYTES, _MOST_LEARNING_BYTES = 8, 16 * 2**20, 256 * 2**20
 # Of the pool, what experts may take that are read though nobody waits for them; and never more than a layer's top-k.
 _FILLING_SHARE = 8
 # Routed slots per expert from which guesses pay in prefill: nearly every expert is used then, so few are wrong.
@@ -108,7 +107,12 @@ def load(
         check_store(store, STORED)
         check_room(target, asked, sketch.config, sketch.dense_nbytes)
     else:
-        budget = choose_memory(asked_memory, kept, sketch.dense_nbytes)
+        free_ram = available_ram()
+        budget = choose_memory(asked_memory, kept, sketch.dense_nbytes, free_ram_bytes=free_ram)
+        if asked.kv_tokens is not None and asked_memory is not None:
+            # What keys and values take is not known yet; what cannot fit without them is not loaded first.
+            whole = kept.total_slots * kept.slot_bytes
+            check_serving(ServingNeeds(sketch.dense_nbytes, min(budget, whole), 0, 0, 0), free_ram, 0)
     sidecar = None if is_cuda or asked.control == "device" else open_sidecar(folder, index, asked)
     model: Any = load_skeleton(folder, sketch, _torch_dtype(dtype), **model_kwargs)
     layers = probe(model, offloaded_modules(model))
@@ -118,6 +122,10 @@ def load(
     if is_cuda:
         budget = move_and_choose(target, asked, asked_memory, model, layers, table)
         layers = on_device(layers, target)
+    kv_bytes = None
+    if asked.kv_tokens is not None and not is_cuda and asked.control != "device":
+        kv_bytes = kv_bytes_without_experts(model, layers)
+        budget = fit_serving(asked, asked_memory, budget, kv_bytes, free_ram, model, layers, table)
     slots = plan_slots(budget, table.slot_bytes, table.total_slots, [layer.top_k for layer in layers])
     staging_slots = slots.staging_slots if asked.prefetch != "none" or policy.stands_in else 0
     math = math_of_layers(layers, source, store, model.dtype)
@@ -130,7 +138,7 @@ def load(
     )
     policies.set([policy])
     has_arena = is_cuda or is_paged or asked.host_memory is not None
-    num_records = host_records(asked, _available_ram(), table) if has_arena else 0
+    num_records = host_records(asked, available_ram(), table) if has_arena else 0
     if is_paged:
         tier = build_tier(asked, layers, table, store, slots, math, model.dtype, target, policies, progress)
         # Where a model meets its engine the two are alike; what only one of them has is refused in open_device.
@@ -171,7 +179,9 @@ def load(
         prefill_chunk=asked.prefill_chunk,
         device=str(target),
         host_records=num_records,
-        kv_tokens=asked.kv_tokens if is_cuda or is_paged else 0,
+        kv_tokens=asked.kv_tokens or (DEVICE_KV_TOKENS if is_cuda or is_paged else 0),
+        kv_bytes_per_token=kv_bytes,
+        learning_bytes=0 if learner is None else learning_limit(budget),
     )
     if trace is not None:
         trace.begin(**header_of(plan, asked, table, index.fingerprint()))
@@ -181,11 +191,18 @@ def load(
     return make_offloaded(model, ForerouteHandle(plan, runtime, layers))
 
 
-def choose_memory(asked: int | str | None, table: ExpertTable, dense_bytes: int) -> int:
+def choose_memory(
+    asked: int | str | None,
+    table: ExpertTable,
+    dense_bytes: int,
+    beside_bytes: int = 0,
+    free_ram_bytes: int | None = None,
+) -> int:
     """The budget in bytes: what was asked for, or what free RAM leaves beside the dense weights and a reserve.
 
     Args:
         table: the experts as they are kept. dense_bytes: of the other weights.
+        beside_bytes: for keys and values, where memory is kept for them. free_ram_bytes: now, when None.
     Raises:
         BudgetError: not a size, or more than the machine has.
     """
@@ -204,10 +221,12 @@ def choose_memory(asked: int | str | None, table: ExpertTable, dense_bytes: int)
                 "Leave --memory out to have it chosen."
             )
         return budget
-    return min(whole, max(0, _available_ram() - dense_bytes - _CHOSEN_RESERVE_BYTES))
+    free = available_ram() if free_ram_bytes is None else free_ram_bytes
+    return min(whole, max(0, free - dense_bytes - CHOSEN_RESERVE_BYTES - beside_bytes))
 
 
-def _available_ram() -> int:
+def available_ram() -> int:
+    """Bytes that programs can have without the system swapping."""
     with open("/proc/meminfo") as file:
         for line in file:
             if line.startswith("MemAvailable:"):
@@ -219,9 +238,8 @@ def _make_learner(asked: EngineConfig, layers: list[MoeLayer], model: Any, budge
     """Learning beside the budget: bounded by a share of it, and off where not even a layer fits that."""
     if not asked.learn or asked.prefetch == "none" or asked.deterministic:
         return None
-    max_bytes = min(_MOST_LEARNING_BYTES, max(_LEAST_LEARNING_BYTES, budget // _LEARNING_SHARE))
     hidden = model.config.get_text_config().hidden_size
-    learner = Learner(layers, hidden, model.dtype, lookahead(layers, model.dtype), max_bytes)
+    learner = Learner(layers, hidden, model.dtype, lookahead(layers, model.dtype), learning_limit(budget))
     return learner if learner.is_learning else None
 
 

@@ -17,7 +17,7 @@ from foreroute.checkpoint.index import CheckpointIndex
 from foreroute.checkpoint.layouts import ExpertTable
 from foreroute.checkpoint.quantised_formats import FP8, MXFP4
 from foreroute.config import EngineConfig
-from foreroute.engine.loader import _available_ram, load
+from foreroute.engine.loader import available_ram, load
 from foreroute.engine.slot_watch import SlotWatch, digest, expert_digest
 from foreroute.engine.transcript import Exercise, Step, steps
 from foreroute.errors import BudgetError, ForerouteError, UnsupportedModelError
@@ -74,7 +74,7 @@ def choose_reference(asked: str, index: CheckpointIndex, sketch: Outline, dtype:
         raise UnsupportedModelError(f"No resident model of {index.folder}: {hindrance}. Take --reference on-demand.")
     if hindrance:
         return ON_DEMAND
-    wanted, free = resident_bytes(index, sketch, dtype), _available_ram()
+    wanted, free = resident_bytes(index, sketch, dtype), available_ram()
     if asked == RESIDENT and wanted > free:
         raise BudgetError(
             f"The resident model needs {format_memory(wanted, round_up=True)}; {format_memory(free)} of RAM is free. "

@@ -8,7 +8,8 @@ import torch
 from foreroute.checkpoint.layouts import ExpertTable
 from foreroute.checkpoint.records import PackedStore
 from foreroute.config import EngineConfig
-from foreroute.engine.devices import kv_bytes_per_token, memory_of, out_of_memory_named
+from foreroute.engine.devices import memory_of, out_of_memory_named
+from foreroute.engine.kv_memory import kv_bytes_without_experts
 from foreroute.engine.placing import LESS_MEMORY
 from foreroute.errors import DeviceError
 from foreroute.model.blocks import MoeLayer
@@ -20,6 +21,8 @@ from foreroute.residency.device_budget import (
     prefill_bytes,
 )
 
+# Tokens of the KV cache for which a GPU keeps memory where nobody says how many.
+DEVICE_KV_TOKENS = 4096
 # Rows of the largest decode graph (engine/cuda_graph.py).
 MAX_GRAPH_ROWS = 8
 
@@ -64,7 +67,7 @@ def move_and_choose(
     text, itemsize = model.config.get_text_config(), model.dtype.itemsize
     needs = DeviceNeeds(
         dense_bytes=sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers())),
-        kv_bytes=_kv_bytes_per_token(model, layers) * min(asked.kv_tokens, _longest(text)),
+        kv_bytes=kv_bytes_without_experts(model, layers) * (asked.kv_tokens or min(DEVICE_KV_TOKENS, _longest(text))),
         prefill_bytes=prefill_bytes(asked.prefill_chunk, text.hidden_size, text.vocab_size, itemsize),
         buffer_bytes=2 * table.num_experts * table.slot_bytes if asked.control == "device" else 0,
         max_rows=MAX_GRAPH_ROWS if asked.control == "device" else 0,
@@ -90,16 +93,3 @@ def host_records(asked: EngineConfig, available_bytes: int, table: ExpertTable) 
 
 def _longest(text_config: Any) -> int:
     return int(getattr(text_config, "max_position_embeddings", None) or 2**31)
-
-
-def _kv_bytes_per_token(model: Any, layers: Sequence[MoeLayer]) -> int:
-    def nothing(hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        return torch.zeros_like(hidden)
-
-    for layer in layers:
-        layer.experts.engine_forward = nothing
-    try:
-        return kv_bytes_per_token(model)
-    finally:
-        for layer in layers:
-            layer.experts.engine_forward = None

@@ -1,0 +1,70 @@
+"""Requests that are answered together, for the commands that plan and serve them: how many, how long, what memory."""
+
+import argparse
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from foreroute.cli import options
+from foreroute.config import EngineConfig
+from foreroute.residency.budget import format_memory
+from foreroute.residency.serving_budget import ServingNeeds, choose_kv_tokens
+
+if TYPE_CHECKING:
+    from argparse import _ArgumentGroup
+
+MAX_NUM_SEQS = 8
+# Where neither the user nor the model says how long a request may be.
+_CONTEXT = 4096
+
+
+def add_request_options(group: "_ArgumentGroup", max_num_seqs: int | None = MAX_NUM_SEQS) -> None:
+    """--ctx-size and --max-num-seqs, with its default; None tells that it was not given."""
+    group.add_argument(
+        "--ctx-size", "--max-model-len", type=options.at_least(16), metavar="N",
+        help="tokens of a request, prompt and answer (default: the model's)",
+    )  # fmt: skip
+    group.add_argument(
+        "--max-num-seqs", type=options.at_least(1), default=max_num_seqs, metavar="N",
+        help=f"requests computed together, sharing what is read (default: {MAX_NUM_SEQS})",
+    )  # fmt: skip
+
+
+def with_room(folder: Path, config: EngineConfig, args: argparse.Namespace) -> tuple[EngineConfig, int]:
+    """The configuration with room for the requests' keys and values, and the tokens that one request may have.
+
+    Raises:
+        BudgetError: the context does not fit --kv-tokens. CheckpointError, UnsupportedModelError: no usable config.
+    """
+    from foreroute.model.skeleton import read_config
+
+    own = getattr(read_config(folder).get_text_config(), "max_position_embeddings", None)
+    context = min(args.ctx_size or own or _CONTEXT, own or 2**31)
+    kv_tokens = choose_kv_tokens(config.kv_tokens, context, args.max_num_seqs or MAX_NUM_SEQS)
+    return replace(config, kv_tokens=kv_tokens), context
+
+
+def needs_of(model: Any, context: int) -> ServingNeeds | None:
+    """What serving with the model, loaded with room as above, takes of the RAM; None where experts are on a GPU."""
+    from foreroute.batching.rows import why_not_batched
+    from foreroute.engine.serving import serving_needs
+
+    plan = model.foreroute.plan
+    if plan.kv_bytes_per_token is None:
+        return None
+    return serving_needs(model, min(plan.kv_tokens, context) if why_not_batched(model) else plan.kv_tokens)
+
+
+def in_words(needs: ServingNeeds) -> str:
+    """All of it in a line."""
+    return (
+        f"at most {format_memory(needs.total_bytes, round_up=True)}: experts {format_memory(needs.expert_bytes)}, "
+        f"dense {format_memory(needs.dense_bytes)}, KV {format_memory(needs.kv_bytes)}, earlier prompts "
+        f"{format_memory(needs.kept_bytes)}, working memory {format_memory(needs.working_bytes)}"
+    )
+
+
+def as_json(needs: ServingNeeds) -> dict[str, Any]:
+    """The figures, with the sums among them."""
+    sums = {"kv_bytes": needs.kv_bytes, "kept_bytes": needs.kept_bytes, "total_bytes": needs.total_bytes}
+    return {**asdict(needs), **sums}
