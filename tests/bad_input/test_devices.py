@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from foreroute import EngineConfig
-from foreroute.engine import devices, sizing
+from foreroute.engine import devices, kv_memory, sizing
 from foreroute.errors import DeviceError, ForerouteError, RefusedError
 
 CUDA = EngineConfig(device="cuda")
@@ -128,7 +128,7 @@ def test_what_the_model_wants_is_counted_on_the_model_itself(fake_gpu, checkpoin
     table, layers, text = handle.runtime.table, handle.layers, model.config.get_text_config()
     asked = EngineConfig(device="cuda", kv_tokens=64, prefill_chunk=32)
     weights = sum(one.numel() * one.element_size() for one in (*model.parameters(), *model.buffers()))
-    kv = 64 * devices.kv_bytes_per_token(model)
+    kv = 64 * kv_memory.kv_bytes_per_token(model)
     chunk = 32 * (16 * text.hidden_size * 4 + text.vocab_size * 8)
     wanted = weights + kv + chunk + (256 + 192) * 2**20
     room = 20 * table.slot_bytes
@@ -149,4 +149,4 @@ def test_the_cache_is_measured_on_the_model_itself(checkpoints, load) -> None:
     model = load(checkpoints.get("qwen3_moe"), "100%")
     text = model.config.get_text_config()
     expected = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * 4
-    assert devices.kv_bytes_per_token(model) == expected
+    assert kv_memory.kv_bytes_per_token(model) == expected

@@ -24,11 +24,14 @@ class Process(NamedTuple):
 
 
 @contextlib.contextmanager
-def serving(*flags: str, model: Path | None = None, within_s: float = 100.0) -> Iterator[Process]:
-    """While inside, the model that ships is served on a free port, in float32 and with half of its experts."""
+def serving(*flags: str, model: Path | None = None, within_s: float = 100.0, before: str = "") -> Iterator[Process]:
+    """While inside, the model that ships is served on a free port, in float32 and with half of its experts.
+
+    before: Python that runs first in the process.
+    """
     child = start(
         "serve", model or demo.find_model(), "--port", "0", "--json", "--dtype", "float32", "--memory", "50%",
-        "--threads", "1", "--predictor", "no", *flags,
+        "--threads", "1", "--predictor", "no", *flags, before=before,
     )  # fmt: skip
     assert child.stdout is not None
     assert child.stderr is not None
