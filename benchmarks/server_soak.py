@@ -9,7 +9,8 @@ Memory: the most that the server's process has in RAM during the soak (VmHWM, re
 more than 5 % what the server itself said when it was ready, before any request: the total of its plan (the `memory` of
 `foreroute serve --json`: dense weights, experts, KV cache, earlier prompts, and its working memory as measured then).
 The context is kept short, so that the plan holds little that is never used and a leak could hide in; in runs of two
-minutes or more, memory may also not grow by more than 5 % after the first one. The process that renders chat templates is not counted.
+minutes or more, memory may also not grow by more than 5 % after the first one. The process that renders chat templates
+is not counted.
 
 Given back: when all clients are gone, requests open, tokens of the KV cache in use, slots leased or borrowed, asyncio's
 tasks, threads and open files must be what they were when the server had answered its first requests. Threads of
