@@ -137,8 +137,8 @@ def test_padding_is_computed_by_no_expert(tiny: Any):
     learner_rows: list[int] = []
     runtime.observer = lambda layer, hidden, ids, weights: routed.append(int((ids < width).sum()))
     see = runtime.learner.see
-    runtime.learner.see = lambda layer, hidden, ids, weights: learner_rows.append(len(hidden)) or see(
-        layer, hidden, ids, weights
+    runtime.learner.see = lambda layer, hidden, ids, weights: (
+        learner_rows.append(len(hidden)) or see(layer, hidden, ids, weights)
     )
     cache, prompts = RowsCache(tiny, 3), [[5, 6, 7], list(range(9, 29)), [11]]
     cache.arrange([], [(None, 0)] * 3)

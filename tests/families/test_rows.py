@@ -9,22 +9,12 @@ import torch
 from foreroute.batching.rows import OneRow, RowsCache, can_be_padded, why_not_batched
 from tests.families.checks import load_tight, save_tiny
 from tests.families.installed import Family
+from tests.families.special import NOT_PADDED, ONE_ROW
 from tests.families.test_families import WORKING, by_name
 
 ATOL = 1e-4
 PROMPTS = ([5, 9, 13], list(range(6, 25)), [17, 4, 21, 8, 30, 11, 3])
 MOST_AT_ONCE, NUM_STEPS = 8, 6
-
-# Their attention is of other kinds (linear, indexed, convolutions), their positions depend on what is computed at once,
-# or their caches are of a class of their own: one request at a time.
-ONE_ROW = frozenset(
-    "axk2 bailing_hybrid deepseek_v32 deepseek_v4 dots3_note_text gemma4 glm4v_moe glm5_next glm_moe_dsa "
-    "granitemoehybrid hy_v4 inkling2 inkling2_text inkling_text jamba kimi_linear lfm2_moe minimax mistral_large4 "
-    "nemotron_h phimoe qwen3_5_moe qwen3_5_moe_text qwen3_next qwen3_vl_moe qwen4_exp qwen4_exp_text unlimited_ocr "
-    "zaya".split()
-)
-# Their experts are computed by the family's own code, which takes padding for tokens: one prompt at a time.
-NOT_PADDED = frozenset({"muse_spark"})
 
 
 def alone(model: Any, ids: list[int]) -> torch.Tensor:
