@@ -40,7 +40,7 @@ def test_rows_are_what_they_are_alone(model_of: Any, family: Family) -> None:
     """Prompts in chunks, short ones padded; some decode while others' prompts are computed."""
     model = model_of(family)
     assert why_not_batched(model) == ""
-    cache, texts, done = RowsCache(model, len(PROMPTS)), [list(ids) for ids in PROMPTS], [0] * len(PROMPTS)
+    cache, texts, done = RowsCache(model), [list(ids) for ids in PROMPTS], [0] * len(PROMPTS)
     cache.arrange([], [(None, 0)] * len(texts))
     for _ in range(NUM_STEPS):
         chunks = [ids[at : at + MOST_AT_ONCE] for ids, at in zip(texts, done, strict=True)]
@@ -74,7 +74,7 @@ def test_one_row_is_what_the_family_computes(model_of: Any, family: Family) -> N
 def test_padding_is_refused_where_experts_would_compute_it(model_of: Any, family: Family) -> None:
     model = model_of(family)
     assert not can_be_padded(model)
-    cache = RowsCache(model, 2)
+    cache = RowsCache(model)
     cache.arrange([], [(None, 0)] * 2)
     with pytest.raises(AssertionError, match="leaves padding out"):
         cache.step([[5, 6, 7], [8, 9]])

@@ -290,7 +290,7 @@ class BatchEngine:
             self._end(answer, _failed(answer, error))
 
     def _no_rows(self) -> RowsCache | OneRow:
-        return OneRow(self._model) if self.why_one_row else RowsCache(self._model, self.rows)
+        return OneRow(self._model) if self.why_one_row else RowsCache(self._model)
 
 
 def _failed(answer: Answer, error: Exception) -> Finished:

@@ -57,13 +57,12 @@ class RowLayer(DynamicLayer):
 
     Args:
         rows: who is there; shared by all layers of a cache.
-        max_rows: places that there are. Memory comes from the system when it is written to, not before.
         window: of sliding attention; what is older is not kept.
     """
 
-    def __init__(self, rows: RowLengths, max_rows: int, window: int | None = None) -> None:
+    def __init__(self, rows: RowLengths, window: int | None = None) -> None:
         super().__init__()
-        self._rows, self._max_rows, self._window = rows, max_rows, window
+        self._rows, self._window = rows, window
         self.is_sliding = window is not None
         self._end = 0
 
@@ -76,7 +75,7 @@ class RowLayer(DynamicLayer):
         rows, positions = self._rows, key_states.shape[-2]
         if not self.is_initialized:
             self._make(key_states, value_states)
-        self._reserve(self._end, positions)
+        self._reserve(self._end, positions, len(rows.had))
         begin, end, num_rows = self._end, self._end + positions, len(rows.had)
         for states, added in ((self.keys, key_states), (self.values, value_states)):
             if min(rows.new) == positions:
@@ -115,7 +114,7 @@ class RowLayer(DynamicLayer):
             return
         if not self.is_initialized:
             self._make(found[0][1].keys, found[0][1].values)
-        self._reserve(max(self._end, *(held for _, _, held in found)), 0)
+        self._reserve(max(self._end, *(held for _, _, held in found)), 0, len(self._rows.had) + len(new))
         for at, layer, held in found:
             for states, alone in ((self.keys, layer.keys), (self.values, layer.values)):
                 states[at, :, self._end - held : self._end] = alone[0, :, alone.shape[-2] - held :]
@@ -130,17 +129,17 @@ class RowLayer(DynamicLayer):
             return
         for at, (place, had) in enumerate(zip(places, lengths, strict=True)):
             held = slice(self._end - self._kept(had), self._end)
-            if place != at:
+            if place != at and had:
                 for states in (self.keys, self.values):
                     states[at, :, held] = states[place, :, held]
-        longest = max(map(self._kept, lengths))
-        if self.keys.shape[-2] > 2 * (longest + _MORE_COLUMNS):
-            self._resize(longest, longest + _MORE_COLUMNS)
+        longest, num_rows = max(map(self._kept, lengths)), len(places)
+        if self.keys.shape[-2] > 2 * (longest + _MORE_COLUMNS) or len(self.keys) > 2 * num_rows:
+            self._resize(longest, longest + _MORE_COLUMNS, num_rows, num_rows)
 
     def row(self, at: int, like: DynamicLayer) -> DynamicLayer:
         """A layer of one row alone, of the kind `like`, in memory of its own."""
         alone: Any = copy.copy(like)
-        if not self.is_initialized:
+        if not self.is_initialized or self._rows.had[at] == 0:
             return alone
         held = slice(self._end - self._kept(self._rows.had[at]), self._end)
         alone.lazy_initialization(self.keys, self.values)
@@ -154,25 +153,28 @@ class RowLayer(DynamicLayer):
         return had if self._window is None else min(had, self._window - 1)
 
     def _make(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Begin with no columns, for keys and values of this kind."""
+        """Begin with no places and no columns, for keys and values of this kind."""
         self.lazy_initialization(keys, values)
-        self.keys = keys.new_zeros(self._max_rows, keys.shape[1], 0, keys.shape[-1])
-        self.values = values.new_zeros(self._max_rows, values.shape[1], 0, values.shape[-1])
+        self.keys = keys.new_zeros(0, keys.shape[1], 0, keys.shape[-1])
+        self.values = values.new_zeros(0, values.shape[1], 0, values.shape[-1])
 
-    def _reserve(self, end: int, more: int) -> None:
-        """Let the rows end at column `end`, with room for `more` behind it."""
-        if end > self._end or self._end + more > self.keys.shape[-2]:
+    def _reserve(self, end: int, more: int, num_rows: int) -> None:
+        """Let the rows end at column `end`, with room for `more` behind it, and have places for so many rows."""
+        places, columns = len(self.keys), self.keys.shape[-2]
+        if end > self._end or self._end + more > columns:
             # Of a window, what has left it is left behind.
             end = max(end if end > self._end else 0, *map(self._kept, self._rows.had), 0)
-            self._resize(end, end + more + _MORE_COLUMNS)
+            self._resize(end, end + more + _MORE_COLUMNS, max(places, num_rows), len(self._rows.had))
+        elif num_rows > places:
+            self._resize(self._end, columns, num_rows, len(self._rows.had))
 
-    def _resize(self, end: int, columns: int) -> None:
-        """So many columns, the rows' tokens right before `end`."""
-        kept, num_rows = min(end, self._end), len(self._rows.had)
+    def _resize(self, end: int, columns: int, places: int, num_rows: int) -> None:
+        """So many columns and places, the tokens of the first `num_rows` right before `end`."""
+        kept, num_rows = min(end, self._end), min(num_rows, len(self.keys))
         # Nothing but numbers: padding is masked, and yet multiplied.
         for name in ("keys", "values"):
             old = getattr(self, name)
-            new = old.new_zeros(*old.shape[:2], columns, old.shape[-1])
+            new = old.new_zeros(places, old.shape[1], columns, old.shape[-1])
             new[:num_rows, :, end - kept : end] = old[:num_rows, :, self._end - kept : self._end]
             setattr(self, name, new)
         self._end = end

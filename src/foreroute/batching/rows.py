@@ -56,22 +56,20 @@ class RowsCache:
     """The rows that are computed together; shorter ones have padding on their left, which is masked.
 
     Args:
-        model: its requests can be batched. max_rows: that there may be.
+        model: its requests can be batched.
 
     Attributes:
         lengths: tokens of each row.
     """
 
-    def __init__(self, model: Any, max_rows: int) -> None:
+    def __init__(self, model: Any) -> None:
         self._model = model
         template = new_cache(model)
         assert template is not None, "the model's requests can be batched"
         self._template = template
         self._rows = RowLengths()
         self._cache = copy.copy(template)
-        self._cache.layers = [
-            RowLayer(self._rows, max_rows, getattr(layer, "sliding_window", None)) for layer in template.layers
-        ]
+        self._cache.layers = [RowLayer(self._rows, getattr(layer, "sliding_window", None)) for layer in template.layers]
         self._keeps_last = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     @property
