@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from foreroute.errors import BudgetError
 from foreroute.residency.budget import format_memory
 
+# Scores want the logits of every position of a prompt, [tokens, vocabulary]: no more at once.
+SCORED_AT_ONCE = 512
 # Tokens that each of several requests has room for, where the context is longer.
 _USUAL_TOKENS = 4096
 _MOST_KEPT_BYTES = 2**30
@@ -72,8 +74,8 @@ def kept_prompt_bytes(kv_bytes: int) -> int:
 
 
 def chunk_bytes(chunk: int, hidden: int, vocabulary: int, itemsize: int) -> int:
-    """Activations of so many prompt tokens, and their logits, which a request may ask for. An estimate."""
-    return chunk * itemsize * (16 * hidden + vocabulary)
+    """Activations of so many prompt tokens, and logits of those that a request may have scored. An estimate."""
+    return itemsize * (16 * hidden * chunk + vocabulary * min(chunk, SCORED_AT_ONCE))
 
 
 def working_bytes(chunk_bytes: int, learning_bytes: int) -> int:
