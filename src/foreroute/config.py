@@ -87,8 +87,8 @@ class EngineConfig:
     )
     kv_tokens: int | None = _option(
         None,
-        "tokens of the KV cache, of all requests together, for which memory is kept; serve: for each request the "
-        "context or 4096, and for one the context, when left out; with --device cuda elsewhere 4096",
+        "tokens of the KV cache, of all requests together, for which memory is kept beside the experts; left out: in "
+        "serve the context or 4096 for each request, with --device cuda elsewhere 4096",
     )
     packed: str = _option(
         "auto",

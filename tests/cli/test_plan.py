@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 from foreroute.bench.bandwidth import measure_bandwidth
+from foreroute.cli import options
 from foreroute.cli import plan as plan_command
 from foreroute.cli.forecast import forecast
-from foreroute.errors import ReadError
+from foreroute.errors import BudgetError, ReadError
 from foreroute.types import Copy, Read
 from tests.cli.harness import NUM_EXPERTS, NUM_LAYERS, TOP_K
 
@@ -18,7 +19,6 @@ EXPERT_BYTES = 3 * 64 * 64 * 4
 @pytest.fixture(scope="module")
 def found(tiny: Path) -> plan_command.Findings:
     """What `plan` finds out with room for a quarter of the experts."""
-    from foreroute.cli import options
     from foreroute.cli.main import build_parser
 
     args = build_parser().parse_args(["plan", str(tiny), "--memory", "25%"])
@@ -117,13 +117,44 @@ def test_plan_as_json(run, tiny: Path) -> None:
     ran = run("plan", tiny, "--threads", "1", "--json")
     assert (ran.code, ran.err) == (0, "")
     plan = ran.json
-    assert set(plan) == {"plan", "measured", "forecast", "advice", "assumptions"}
+    assert plan["serving"] is None
+    assert set(plan) == {"plan", "serving", "measured", "forecast", "advice", "assumptions"}
     assert plan["plan"]["memory_was_chosen"]
     assert plan["plan"]["resident_share"] == 1.0
     assert plan["plan"]["kv_bytes_per_1k_tokens"] == 1_024_000
     assert plan["measured"]["disk"]["bytes_per_s"] > 0
     assert plan["forecast"]["likely"]["tpot_ms_low"] == plan["measured"]["compute_ms"]
     assert plan["advice"] == []
+
+
+def test_a_plan_for_requests_counts_their_memory(tiny: Path, monkeypatch, capsys) -> None:
+    """Room for two requests of 512 tokens: what is free beside it goes to experts, and the total is the sum."""
+    from foreroute.cli.main import build_parser
+
+    def planned(*flags: str) -> plan_command.Findings:
+        args = build_parser().parse_args(["plan", str(tiny), "--max-num-seqs", "2", "--ctx-size", "512", *flags])
+        return plan_command.find(tiny, args, options.engine_config(args))
+
+    found = planned()
+    needs = found.serving
+    assert needs is not None
+    assert (needs.kv_tokens, found.context) == (1024, 512)
+    assert needs.kv_bytes == needs.kept_bytes == 1024 * found.kv_bytes_per_token > 0
+    assert needs.expert_bytes == found.plan.num_slots * found.plan.slot_bytes
+    parts = needs.dense_bytes + needs.expert_bytes + needs.kv_bytes + needs.kept_bytes + needs.working_bytes
+    assert plan_command.as_json(found)["serving"]["total_bytes"] == parts
+    rows = {row[0]: row for row in plan_command._memory_rows(found)}
+    assert rows["requests"][2] == "of KV cache: 1,024 tokens, of one 512"
+    assert "of RAM" in rows["in all"][2]
+    # With a little more RAM than the reserve, each byte for keys and values is one less for experts.
+    free = 2**31 + needs.dense_bytes + 2 * needs.kv_bytes + 2**21
+    monkeypatch.setattr("foreroute.engine.loader.available_ram", lambda: free)
+    tight = planned()
+    assert tight.plan.memory_bytes == tight.chosen_memory_bytes == 2**21
+    with pytest.raises(BudgetError, match=r"Lower --kv-tokens to \d+"):
+        planned("--kv-tokens", "8192")
+    with pytest.raises(BudgetError, match=r"may have 512 tokens.*--kv-tokens 100 has"):
+        planned("--kv-tokens", "100")
 
 
 def test_too_little_memory_says_what_would_do(run, tiny: Path) -> None:

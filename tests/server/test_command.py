@@ -77,12 +77,25 @@ def test_what_cannot_be_loaded_ends_the_server(tmp_path: Path) -> None:
     assert out == b""
 
 
+def test_a_context_without_room_ends_the_server() -> None:
+    child = start("serve", demo.find_model(), "--port", "0", "--ctx-size", "400", "--kv-tokens", "300")
+    out, err = child.communicate(timeout=100)
+    assert (child.returncode, out) == (2, b"")
+    assert b"400 tokens" in err
+    assert b"--kv-tokens 300" in err
+
+
 def test_flags_hold_and_ctrl_c_ends_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FOREROUTE_API_KEY", "sesame")
     flags = ("--served-model-name", "a", "b", "--ctx-size", "300", "--temperature", "1.2", "--seed", "3")
+    flags += ("--kv-tokens", "500")
     with serving(*flags, "--max-waiting", "2", "--max-num-seqs", "1") as served:
         assert served.started["served"] == ["a", "b"]
         assert served.started["decided"]["context"].startswith("300 ")
+        assert "500 tokens" in served.started["decided"]["requests"]
+        memory = served.started["memory"]
+        assert memory["kv_bytes"] == 500 * memory["kv_bytes_per_token"]
+        assert memory["total_bytes"] > sum(memory[name] for name in ("dense_bytes", "expert_bytes", "kv_bytes"))
 
         def ask(path: str, body: dict[str, Any] | None = None) -> Any:
             content = None if body is None else json.dumps(body).encode()
@@ -120,6 +133,7 @@ def test_what_it_says(tmp_path: Path) -> None:
         said.append(line)
     assert len(said) <= 15
     assert "http://127.0.0.1:" in said[1]
+    assert any(line.startswith("  memory    at most ") and ", KV " in line for line in said)
     # SIGTERM, as systemd and docker send it, stops it as cleanly.
     child.send_signal(signal.SIGTERM)
     rest = child.communicate(timeout=30)[1].decode()

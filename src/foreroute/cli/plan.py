@@ -19,15 +19,15 @@ examples:
   foreroute plan MODEL                    the memory is chosen from the free RAM
   foreroute plan MODEL --memory 8GiB
   foreroute plan MODEL --memory 25% --json
-  foreroute plan MODEL --max-num-seqs 8 --ctx-size 8192     as serve would do it
+  foreroute plan MODEL --max-num-seqs 8 --ctx-size 8192    what serve takes
 
 the figures:
   slots        places in memory that hold one expert each
   one token    the experts that one token uses, over all layers. A memory that
                holds few tokens' demand finds few experts again
-  in all       with --max-num-seqs, --ctx-size or --kv-tokens: what serve takes of
-               the RAM, at most. Working memory is this process, measured, and
-               what learning and a chunk of a prompt may take, calculated
+  in all       with --max-num-seqs, --ctx-size or --kv-tokens: the most that
+               serve takes of the RAM. Working memory is this process, as
+               measured, and what learning and a chunk of a prompt may take
   guesses      the most slots that hold experts fetched on a guess
   disk         measured for one second on this model's own experts, in random
                order, read as the engine reads them
