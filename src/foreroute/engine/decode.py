@@ -5,7 +5,7 @@ from typing import Any, Protocol
 
 import torch
 
-from foreroute.kernels.cpu import ExpertMath, Operands
+from foreroute.kernels.cpu import ExpertMath, Operands, compute_several, rows_are_aligned
 
 # An expert's key -> its operands, while it is leased.
 OperandsOf = Callable[[int], Operands]
@@ -91,10 +91,14 @@ class TokenStep:
 
 
 class RowsStep:
-    """Several tokens: each expert takes the rows routed to it.
+    """Several tokens: each expert takes the rows routed to it, and what is no product is one call for many experts.
 
     Rows are ordered by position in the top-k and then by token, as eager experts order them: the order of rows in a
     product can change its bits.
+
+    Args:
+        routed: per token its keys; negative ones are no expert.
+        most_at_once: experts whose operands are asked for together; None for as many as a `run` has.
     """
 
     def __init__(
@@ -104,42 +108,91 @@ class RowsStep:
         hidden: torch.Tensor,
         routed: Sequence[Sequence[int]],
         weights: torch.Tensor,
+        most_at_once: int | None = None,
     ) -> None:
         self._math = math
         self._operands_of = operands_of
         self._hidden = hidden
+        self._routed = routed
         self._weights = weights
+        self._most_at_once = most_at_once
+        # What was run or stood in for, in order of arrival: outputs [rows of the expert, hidden].
         self._outputs: dict[int, torch.Tensor] = {}
-        rows: dict[int, tuple[list[int], list[int]]] = {}
-        for position in range(len(routed[0])):
-            for token, row in enumerate(routed):
-                tokens, positions = rows.setdefault(row[position], ([], []))
-                tokens.append(token)
-                positions.append(position)
-        device = hidden.device
-        self._rows = {
-            key: (torch.tensor(tokens, device=device), torch.tensor(at, device=device))
-            for key, (tokens, at) in rows.items()
-        }
+        # A place is a token's position in the top-k, counted through all tokens.
+        self._top_k = top_k = len(routed[0])
+        self._places: dict[int, list[int]] = {}
+        for position in range(top_k):
+            place = position
+            for row in routed:
+                key = row[position]
+                if key in self._places:
+                    self._places[key].append(place)
+                elif key >= 0:
+                    self._places[key] = [place]
+                place += top_k
 
     def run(self, keys: Sequence[int]) -> None:
         """Compute these experts for their rows."""
-        for key in keys:
-            tokens, _ = self._rows[key]
-            self._keep(key, self._math(self._hidden[tokens], self._operands_of(key)))
+        at_once = self._most_at_once or len(keys)
+        for first in range(0, len(keys), at_once):
+            some = keys[first : first + at_once]
+            operands = [self._operands_of(key) for key in some]
+            self._outputs.update(zip(some, compute_several(self._math, self._rows(some), operands), strict=True))
 
     def stand_in(self, keys: Sequence[int], vectors: torch.Tensor) -> None:
         """Take `vectors` [keys, hidden] for the outputs of these experts, for every token routed to them."""
         for key, vector in zip(keys, vectors, strict=True):
-            self._keep(key, vector)
+            self._outputs[key] = vector.expand(len(self._places[key]), -1)
 
-    def _keep(self, key: int, out: torch.Tensor) -> None:
-        tokens, positions = self._rows[key]
-        self._outputs[key] = (out * self._weights[tokens, positions, None]).to(self._hidden.dtype)
+    def _rows(self, keys: Sequence[int]) -> Sequence[torch.Tensor]:
+        """Of each expert the rows of `hidden` that are routed to it."""
+        top_k, hidden = self._top_k, self._hidden
+        tokens = torch.tensor([place // top_k for key in keys for place in self._places[key]], device=hidden.device)
+        sizes = [len(self._places[key]) for key in keys]
+        if rows_are_aligned(hidden):
+            return hidden.index_select(0, tokens).split(sizes)
+        return [hidden.index_select(0, some) for some in tokens.split(sizes)]
 
     def total(self) -> torch.Tensor:
         """The weighted sum [tokens, hidden]."""
         total = torch.zeros_like(self._hidden)
-        for key in sorted(self._outputs):
-            total.index_add_(0, self._rows[key][0], self._outputs[key])
+        if not self._outputs:
+            return total
+        rounds = self._rounds()
+        device, top_k = total.device, self._top_k
+        out = torch.cat(list(self._outputs.values()))
+        rows, places = torch.tensor([add for adds in rounds for add in adds], device=device).unbind(1)
+        weighted = out.index_select(0, rows) * self._weights.flatten().index_select(0, places).unsqueeze(1)
+        everybody = list(range(len(total)))
+        for adds, outputs in zip(rounds, weighted.to(total.dtype).split([len(adds) for adds in rounds]), strict=True):
+            tokens = [place // top_k for _, place in adds]
+            if tokens == everybody:
+                total.add_(outputs)
+            else:
+                total.index_add_(0, torch.tensor(tokens, device=device), outputs)
         return total
+
+    def _rounds(self) -> list[list[tuple[int, int]]]:
+        """What is added to the total at once, one round after the other: (row among all outputs, place).
+
+        As eager does, sums are rounded to the activation dtype after each expert, in ascending order. Each token has its
+        own order, so that the first experts of all tokens are one round, whichever they are, and then the second ones.
+        An expert that a token names twice is added in one call with both rows, which rounds once: then it is one round
+        for each expert.
+        """
+        first_row, row = {}, 0
+        for key in self._outputs:
+            first_row[key] = row
+            row += len(self._places[key])
+        of_experts = [list(enumerate(self._places[key], first_row[key])) for key in sorted(self._outputs)]
+        if not all(is_distinct(row) for row in self._routed):
+            return of_experts
+        of_tokens: list[list[tuple[int, int]]] = [[] for _ in self._routed]
+        for adds in of_experts:
+            for add in adds:
+                of_tokens[add[1] // self._top_k].append(add)
+        rounds: list[list[tuple[int, int]]] = [[] for _ in range(max(map(len, of_tokens)))]
+        for adds in of_tokens:
+            for at, add in enumerate(adds):
+                rounds[at].append(add)
+        return rounds
