@@ -112,79 +112,84 @@ class RowsStep:
     ) -> None:
         self._math = math
         self._operands_of = operands_of
-        self._hidden = hidden
         self._routed = routed
         self._weights = weights
         self._most_at_once = most_at_once
-        # What was run or stood in for, in order of arrival: outputs [rows of the expert, hidden].
         self._outputs: dict[int, torch.Tensor] = {}
-        # A place is a token's position in the top-k, counted through all tokens.
+        # Per expert its places. A place is a token's position in the top-k, counted through all tokens.
         self._top_k = top_k = len(routed[0])
-        self._places: dict[int, list[int]] = {}
+        places: dict[int, list[int]] = {}
         for position in range(top_k):
             place = position
             for row in routed:
                 key = row[position]
-                if key in self._places:
-                    self._places[key].append(place)
+                if key in places:
+                    places[key].append(place)
                 elif key >= 0:
-                    self._places[key] = [place]
+                    places[key] = [place]
                 place += top_k
+        self._places = places
+        self._hidden = hidden
+        self._rows = self._gathered()
 
     def run(self, keys: Sequence[int]) -> None:
         """Compute these experts for their rows."""
         at_once = self._most_at_once or len(keys)
         for first in range(0, len(keys), at_once):
             some = keys[first : first + at_once]
-            operands = [self._operands_of(key) for key in some]
-            self._outputs.update(zip(some, compute_several(self._math, self._rows(some), operands), strict=True))
+            rows, operands = [self._rows[key] for key in some], [self._operands_of(key) for key in some]
+            self._outputs.update(zip(some, compute_several(self._math, rows, operands), strict=True))
 
     def stand_in(self, keys: Sequence[int], vectors: torch.Tensor) -> None:
         """Take `vectors` [keys, hidden] for the outputs of these experts, for every token routed to them."""
         for key, vector in zip(keys, vectors, strict=True):
             self._outputs[key] = vector.expand(len(self._places[key]), -1)
 
-    def _rows(self, keys: Sequence[int]) -> Sequence[torch.Tensor]:
-        """Of each expert the rows of `hidden` that are routed to it."""
-        top_k, hidden = self._top_k, self._hidden
-        tokens = torch.tensor([place // top_k for key in keys for place in self._places[key]], device=hidden.device)
-        sizes = [len(self._places[key]) for key in keys]
-        if rows_are_aligned(hidden):
-            return hidden.index_select(0, tokens).split(sizes)
-        return [hidden.index_select(0, some) for some in tokens.split(sizes)]
-
     def total(self) -> torch.Tensor:
         """The weighted sum [tokens, hidden]."""
         total = torch.zeros_like(self._hidden)
         if not self._outputs:
             return total
-        rounds = self._rounds()
-        device, top_k = total.device, self._top_k
-        out = torch.cat(list(self._outputs.values()))
+        device, keys = total.device, sorted(self._outputs)
+        rounds = self._rounds(keys)
+        out = torch.cat([self._outputs[key] for key in keys])
         rows, places = torch.tensor([add for adds in rounds for add in adds], device=device).unbind(1)
         weighted = out.index_select(0, rows) * self._weights.flatten().index_select(0, places).unsqueeze(1)
         everybody = list(range(len(total)))
         for adds, outputs in zip(rounds, weighted.to(total.dtype).split([len(adds) for adds in rounds]), strict=True):
-            tokens = [place // top_k for _, place in adds]
+            tokens = [place // self._top_k for _, place in adds]
             if tokens == everybody:
                 total.add_(outputs)
             else:
                 total.index_add_(0, torch.tensor(tokens, device=device), outputs)
         return total
 
-    def _rounds(self) -> list[list[tuple[int, int]]]:
-        """What is added to the total at once, one round after the other: (row among all outputs, place).
+    def _gathered(self) -> dict[int, torch.Tensor]:
+        """For each expert the rows of `hidden` that are routed to it."""
+        hidden, every_place = self._hidden, self._places.values()
+        tokens = torch.tensor(
+            [place // self._top_k for places in every_place for place in places], dtype=torch.int64, device=hidden.device
+        )
+        sizes = [len(places) for places in every_place]
+        if rows_are_aligned(hidden):
+            rows: Sequence[torch.Tensor] = hidden.index_select(0, tokens).split(sizes)
+        else:
+            rows = [hidden.index_select(0, some) for some in tokens.split(sizes)]
+        return dict(zip(self._places, rows, strict=True))
+
+    def _rounds(self, keys: Sequence[int]) -> list[list[tuple[int, int]]]:
+        """What is added to the total at once, one round after the other: (row among the outputs of `keys`, place).
 
         As eager does, sums are rounded to the activation dtype after each expert, in ascending order. Each token has its
         own order, so that the first experts of all tokens are one round, whichever they are, and then the second ones.
         An expert that a token names twice is added in one call with both rows, which rounds once: then it is one round
         for each expert.
         """
-        first_row, row = {}, 0
-        for key in self._outputs:
-            first_row[key] = row
-            row += len(self._places[key])
-        of_experts = [list(enumerate(self._places[key], first_row[key])) for key in sorted(self._outputs)]
+        of_experts: list[list[tuple[int, int]]] = []
+        row = 0
+        for key in keys:
+            of_experts.append(list(enumerate(self._places[key], row)))
+            row += len(of_experts[-1])
         if not all(is_distinct(row) for row in self._routed):
             return of_experts
         of_tokens: list[list[tuple[int, int]]] = [[] for _ in self._routed]
