@@ -1,10 +1,15 @@
 """What requests gain from each other's company: tokens per second, one after another and all at once.
 
     python -m benchmarks.concurrent models/foreroute-tiny [--memory 25%] [--at-once 8]
+    python -m benchmarks.concurrent build/synth128 --packed build/synth128.int4.foreroute --random-text --trace TRACE
 
-The same engine (batching/) answers the same prompts both ways, A-B-B-A, in one load: alone means that the next request
-is sent when the one before has ended. Every round has texts of its own, so that no prompt is found computed. A step
-of eight rows reads each expert once, for whoever wants it: bytes per token fall by what the rows' routes share.
+The same engine (batching/) answers the same number of prompts both ways, A-B-B-A, in one load: alone means that the
+next request is sent when the one before has ended. Every round has texts of its own, so that no prompt is found
+computed. A step of eight rows reads each expert once, for whoever wants it: bytes per token fall by what routes share.
+
+A large model of random weights knows no routes. With --trace (benchmarks/record_traces.py, 128 passages) each request
+decodes under routes of a trained model, and with its guesses, as in benchmarks/replayed_routes.py; prompts, which use
+nearly every expert, keep the model's own.
 """
 
 import argparse
@@ -12,7 +17,7 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +28,19 @@ import torch
 
 from benchmarks import _harness
 from benchmarks.prefetch import prompts_of
+from benchmarks.replayed_routes import layer_of, read_steps
 from foreroute import EngineConfig
 from foreroute.batching.engine import BatchEngine
-from foreroute.batching.requests import Request, Sampling, Step
+from foreroute.batching.requests import Finished, Request, Sampling, Step
 from foreroute.bench.bandwidth import measure_bandwidth
 from foreroute.bench.repeats import turns
+from foreroute.checkpoint.index import read_index
+from foreroute.checkpoint.records import open_store
 from foreroute.cli.evaluate import default_held_out
 from foreroute.engine.text import load_tokenizer
+from foreroute.model.skeleton import outline
+
+ALONE, TOGETHER = "alone", "together"
 
 
 class Caller:
@@ -37,61 +48,147 @@ class Caller:
 
     def __init__(self, engine: BatchEngine, prompt: Sequence[int], new_tokens: int) -> None:
         self.times: list[float] = []
-        self.tokens: list[int] = []
+        self._error: str | None = None
         self._is_over = threading.Event()
         self.began = time.perf_counter()
-        sampling = Sampling(temperature=0.0)
-        engine.submit(Request(list(prompt), new_tokens, sampling, ignore_eos=True), self._take)
+        engine.submit(Request(list(prompt), new_tokens, Sampling(temperature=0.0), ignore_eos=True), self._take)
 
     def _take(self, event: Any) -> None:
         if isinstance(event, Step):
             self.times.append(time.perf_counter())
-            self.tokens.append(event.token_id)
-        elif hasattr(event, "reason"):
-            self.error = event.error
+        elif isinstance(event, Finished):
+            self._error = event.error
             self._is_over.set()
 
     def wait(self) -> "Caller":
         """Until its answer has ended."""
         self._is_over.wait()
-        if self.error:
-            sys.exit(f"a request failed: {self.error}")
+        if self._error:
+            sys.exit(f"a request failed: {self._error}")
         return self
 
 
-def round_of(engine: BatchEngine, model: Any, prompts: Sequence[Sequence[int]], new_tokens: int, at_once: int) -> Any:
-    """Answer all prompts, `at_once` at a time; the figures of it, and the tokens of each."""
-    before, began = model.foreroute.stats(), time.perf_counter()
-    callers: list[Caller] = []
-    for at in range(0, len(prompts), at_once):
-        together = [Caller(engine, prompt, new_tokens) for prompt in prompts[at : at + at_once]]
-        callers += [caller.wait() for caller in together]
-    seconds = time.perf_counter() - began
-    stats = model.foreroute.stats().minus(before)
-    num_tokens = new_tokens * len(prompts)
-    decode, prefill = stats.decode, stats.prefill
-    gaps = [late - early for caller in callers for early, late in zip(caller.times, caller.times[1:], strict=False)]
-    # Its steps alone: from the moment all have their first token until the first has its last.
-    starts, ends = [caller.times[0] for caller in callers], [caller.times[-1] for caller in callers]
-    if at_once == 1:
-        together_s, counted = sum(map(float.__sub__, ends, starts)), num_tokens - len(callers)
-    else:
-        together_s = min(ends) - max(starts)
-        counted = sum(max(starts) < moment <= min(ends) for caller in callers for moment in caller.times)
-    figures = {
-        "tokens_per_s": num_tokens / seconds,
-        "decode_tokens_per_s": counted / together_s,
-        "ms_between_tokens": 1e3 * statistics.median(gaps),
-        "ms_to_first_token": 1e3 * statistics.median(caller.times[0] - caller.began for caller in callers),
-        "decode_mb_per_token": (decode.demand_bytes + decode.prefetch_bytes) / decode.tokens / 1e6,
-        "decode_demand_mb_per_token": decode.demand_bytes / decode.tokens / 1e6,
-        "mb_per_token": (decode.demand_bytes + decode.prefetch_bytes + prefill.demand_bytes + prefill.prefetch_bytes)
-        / num_tokens / 1e6,
-        "stall_ms_per_token": 1e3 * decode.stall_s / decode.tokens,
-        "hit_rate": decode.hit_rate,
-        "rows": decode.tokens / decode.steps,
-    }  # fmt: skip
-    return figures, [caller.tokens for caller in callers]
+class TrainedRoutes:
+    """A trained model's routes and guesses, for each request those of passages of its own."""
+
+    def __init__(self, trace: Path, model: Any) -> None:
+        self._num_experts, self._passages = read_steps(trace)
+        self._length = min(map(len, self._passages))
+        self._engine: BatchEngine | None = None
+        self._turns: dict[int, int] = {}
+        runtime = model.foreroute.runtime
+        runtime.predictor = self
+        for layer in model.foreroute.layers:
+            layer.experts.engine_forward = self._with_routes(layer.index, layer.experts.engine_forward, runtime)
+
+    def attach(self, engine: BatchEngine) -> None:
+        """The engine whose rows decode."""
+        self._engine = engine
+
+    def _with_routes(self, layer: int, forward: Callable[..., torch.Tensor], runtime: Any) -> Callable[..., Any]:
+        def routed(hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+            if not runtime.is_prefill:
+                ids = torch.tensor([experts for experts, _ in self._rows(layer)])
+            return forward(hidden, ids, weights)
+
+        return routed
+
+    def _rows(self, layer: int) -> list[tuple[list[int], list[int]]]:
+        """(routed, guessed) of every row that decodes."""
+        assert self._engine is not None, "it was attached"
+        found = []
+        for answer in self._engine._running:
+            turn = self._turns.setdefault(id(answer.request), len(self._turns))
+            at = (len(answer.ids) - len(answer.request.prompt_ids)) % self._length
+            found.append(layer_of(self._passages, self._num_experts, layer, turn, at))
+        return found
+
+    # What the engine asks of a predictor.
+
+    def guess(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Sequence[int]:
+        """Of the layer after `layer`, the most wanted first."""
+        return self._most_wanted(layer + 1)
+
+    def guess_first(self, token_ids: torch.Tensor) -> Sequence[int]:
+        """Of layer 0."""
+        return self._most_wanted(0)
+
+    def see_first(self, hidden: torch.Tensor, num_rows: int) -> None:
+        """Nothing is learnt here."""
+
+    def _most_wanted(self, layer: int) -> list[int]:
+        votes: dict[int, int] = {}
+        for _, guessed in self._rows(layer):
+            for rank, expert in enumerate(guessed):
+                votes[expert] = votes.get(expert, 0) + len(guessed) - rank
+        return sorted(votes, key=lambda expert: -votes[expert])
+
+
+class Bench:
+    """A loaded model, its engine, and the prompts that are left."""
+
+    def __init__(self, asked: argparse.Namespace) -> None:
+        self.asked = asked
+        config = EngineConfig(packed=asked.packed, learn=asked.trace is None)
+        self.model: Any = foreroute.load(asked.model, asked.memory, asked.dtype, config=config)
+        routes = None if asked.trace is None else TrainedRoutes(asked.trace, self.model)
+        self._prompts = iter(self._texts(asked.at_once * 2 * (asked.repeats + 1)))
+        context = asked.prompt_tokens + asked.new_tokens + 8
+        self.engine = BatchEngine(self.model, load_tokenizer(asked.model), context, asked.at_once)
+        if self.engine.rows < asked.at_once:
+            sys.exit(f"this model's requests cannot be batched: {self.engine.why_one_row}")
+        if routes is not None:
+            routes.attach(self.engine)
+
+    def _texts(self, count: int) -> list[list[int]]:
+        asked, draw = self.asked, torch.Generator().manual_seed(0)
+        if asked.random_text:
+            size = self.model.config.get_text_config().vocab_size
+            found: list[list[int]] = torch.randint(5, size, (count, asked.prompt_tokens), generator=draw).tolist()
+            return found
+        files = sorted(asked.held_out.glob("*.txt"))
+        if not files:
+            sys.exit(f"{asked.held_out} has no text. Make it: make held-out")
+        texts = prompts_of(asked.model, files, count, asked.prompt_tokens)
+        found = texts[torch.randperm(len(texts), generator=draw)].tolist()
+        return found
+
+    def round(self, name: str) -> dict[str, float]:
+        """Answer the next prompts; the figures of it."""
+        asked, at_once = self.asked, self.asked.at_once if name == TOGETHER else 1
+        prompts = [next(self._prompts) for _ in range(asked.at_once)]
+        before, began = self.model.foreroute.stats(), time.perf_counter()
+        callers: list[Caller] = []
+        for at in range(0, len(prompts), at_once):
+            sent = [Caller(self.engine, prompt, asked.new_tokens) for prompt in prompts[at : at + at_once]]
+            callers += [caller.wait() for caller in sent]
+        seconds = time.perf_counter() - began
+        stats = self.model.foreroute.stats().minus(before)
+        decode, prefill, num_tokens = stats.decode, stats.prefill, asked.new_tokens * len(prompts)
+        gaps = [late - early for one in callers for early, late in zip(one.times, one.times[1:], strict=False)]
+        decoded = decode.demand_bytes + decode.prefetch_bytes
+        return {
+            "tokens_per_s": num_tokens / seconds,
+            "ms_between_tokens": 1e3 * statistics.median(gaps),
+            "ms_to_first_token": 1e3 * statistics.median(one.times[0] - one.began for one in callers),
+            "mb_per_token": (decoded + prefill.demand_bytes + prefill.prefetch_bytes) / num_tokens / 1e6,
+            "decode_mb_per_token": decoded / decode.tokens / 1e6,
+            "decode_demand_mb_per_token": decode.demand_bytes / decode.tokens / 1e6,
+            "decode_stall_ms_per_token": 1e3 * decode.stall_s / decode.tokens,
+            "hit_rate": decode.hit_rate,
+            "rows": decode.tokens / decode.steps,
+            "read_mb_per_s": stats.read_bytes / seconds / 1e6,
+        }
+
+    def disk_mb_per_s(self) -> float:
+        """The experts in random order, read by the engine's own reader with nothing else to do."""
+        asked = self.asked
+        table = outline(asked.model, read_index(asked.model)).table
+        store = open_store(asked.model, asked.packed, table)
+        table = table if store is None else store.table
+        reads_of = table.reads if store is None else store.reads_of(table)
+        keys = range(len(table.layers) * table.num_experts)
+        return measure_bandwidth(reads_of, keys, table.slot_bytes).bytes_per_s / 1e6
 
 
 def main() -> None:
@@ -101,67 +198,53 @@ def main() -> None:
     parser.add_argument("--memory", default="25%")
     parser.add_argument("--packed", default="auto")
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--prefetch", default="lookahead")
     parser.add_argument("--at-once", type=int, default=8)
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=4)
-    parser.add_argument("--threads", type=int)
-    parser.add_argument("--held-out", type=Path, default=default_held_out(), help="text; random tokens where it is no")
+    parser.add_argument("--repeats", type=int, default=4, help="rounds each, behind one that warms up")
+    parser.add_argument("--threads", type=int, help="torch's; small models want 1")
+    parser.add_argument("--held-out", type=Path, default=default_held_out(), help="a folder of texts for prompts")
     parser.add_argument("--random-text", action="store_true", help="for models that were not trained")
+    parser.add_argument("--trace", type=Path, help="routes of a trained model, for one of random weights")
     parser.add_argument("--name")
     parser.add_argument("--no-record", action="store_true", help="a trial: nothing is kept")
     asked = parser.parse_args()
     if asked.threads:
         torch.set_num_threads(asked.threads)
-    config = EngineConfig(packed=asked.packed, prefetch=asked.prefetch)
-    model = foreroute.load(asked.model, asked.memory, asked.dtype, config=config)
-    num_prompts = asked.at_once * (2 * asked.repeats + 2)
-    if asked.random_text:
-        shape = (num_prompts, asked.prompt_tokens)
-        texts = torch.randint(5, model.config.get_text_config().vocab_size, shape, generator=torch.manual_seed(0))
-    else:
-        files = sorted(asked.held_out.glob("*.txt"))
-        if not files:
-            sys.exit(f"{asked.held_out} has no text. Make it: make held-out")
-        texts = prompts_of(asked.model, files, num_prompts, asked.prompt_tokens)
-    prompts = texts[torch.randperm(len(texts), generator=torch.manual_seed(1))].tolist()
-    context = asked.prompt_tokens + asked.new_tokens + 8
-    engine = BatchEngine(model, load_tokenizer(asked.model), context, asked.at_once)
-    if engine.rows < asked.at_once:
-        sys.exit(f"this model's requests cannot be batched: {engine.why_one_row}")
-    rounds = iter([prompts[at : at + asked.at_once] for at in range(0, len(prompts), asked.at_once)])
-    found: dict[str, list[dict[str, float]]] = {"alone": [], "together": []}
+    bench = Bench(asked)
+    found: dict[str, list[dict[str, float]]] = {ALONE: [], TOGETHER: []}
     for name in found:
-        round_of(engine, model, next(rounds), asked.new_tokens, 1 if name == "alone" else asked.at_once)
+        bench.round(name)
+    disk = [bench.disk_mb_per_s()]
     for _, name in turns(list(found), asked.repeats):
-        figures, _ = round_of(engine, model, next(rounds), asked.new_tokens, 1 if name == "alone" else asked.at_once)
+        figures = bench.round(name)
         print(name, _harness.rounded(figures), flush=True)
         found[name].append(figures)
-    engine.close()
-    runtime = model.foreroute.runtime
-    gb_per_s = measure_bandwidth_of(runtime)
-    medians = {name: {key: statistics.median(one[key] for one in all_) for key in all_[0]} for name, all_ in found.items()}
-    gains = [both["tokens_per_s"] / one["tokens_per_s"] for one, both in zip(*found.values(), strict=True)]
+    disk.append(bench.disk_mb_per_s())
+    bench.engine.close()
+    medians = {
+        name: {key: statistics.median(one[key] for one in all_) for key in all_[0]} for name, all_ in found.items()
+    }
+    gains = [
+        both["tokens_per_s"] / one["tokens_per_s"] for one, both in zip(found[ALONE], found[TOGETHER], strict=True)
+    ]
     result = {
         "model": asked.model.name,
         "memory": asked.memory,
-        "packed": asked.packed if asked.packed in ("auto", "no") else Path(asked.packed).name,
+        "num_slots": bench.model.foreroute.plan.num_slots,
+        "stored": bench.model.foreroute.plan.stored_dtype,
+        "trace": None if asked.trace is None else asked.trace.name,
         "at_once": asked.at_once,
         "threads": torch.get_num_threads(),
         **medians,
         "gain": statistics.median(gains),
         "gain_range": [min(gains), max(gains)],
-        "decode_gain": medians["together"]["decode_tokens_per_s"] / medians["alone"]["decode_tokens_per_s"],
-        "bytes_share": medians["together"]["decode_mb_per_token"] / medians["alone"]["decode_mb_per_token"],
-        "disk_gb_per_s": gb_per_s,
+        "mb_per_token_share": medians[TOGETHER]["mb_per_token"] / medians[ALONE]["mb_per_token"],
+        "disk_mb_per_s": disk,
     }
-    model.foreroute.close()
-    _harness.record(asked.name or f"concurrent-{asked.model.name}", _harness.rounded(result), found, keep=not asked.no_record)
-
-
-def measure_bandwidth_of(runtime: Any) -> float:
-    return 0.0
+    bench.model.foreroute.close()
+    name = asked.name or f"concurrent-{asked.model.name}"
+    _harness.record(name, _harness.rounded(result), found, keep=not asked.no_record)
 
 
 if __name__ == "__main__":

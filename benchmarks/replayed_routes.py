@@ -86,13 +86,29 @@ def read_steps(trace: Path) -> tuple[int, list[list[Step]]]:
     return num_experts, [passage for passage in passages if passage]
 
 
+def layer_of(
+    passages: Sequence[Sequence[Step]], num_experts: int, layer: int, turn: int, at: int
+) -> tuple[list[int], list[int]]:
+    """(routed, guessed) of a large model's layer: four passages at once, others for each turn, at their step `at`.
+
+    Layers that share a trained layer read other passages.
+    """
+    copy, trained = divmod(layer, len(passages[0][0].routes))
+    routed: list[int] = []
+    guessed: list[int] = []
+    for stream in range(STREAMS):
+        step = passages[(stream + (turn + copy) * STREAMS) % len(passages)][at]
+        routed += [stream * num_experts + expert for expert in step.routes[trained][:TAKEN]]
+        guessed += [stream * num_experts + expert for expert in step.guesses[trained][:TAKEN]]
+    return routed, guessed
+
+
 class Replay:
     """Routes and guesses of a model with `num_layers` layers, step by step; endless, the same for every rung."""
 
     def __init__(self, num_experts: int, passages: Sequence[Sequence[Step]], num_layers: int, is_oracle: bool) -> None:
         self._num_experts, self._passages, self._num_layers = num_experts, passages, num_layers
         self._is_oracle = is_oracle
-        self._trained_layers = len(passages[0][0].routes)
         self._steps = self._all()
         self.at = -1
         self.advance()
@@ -103,19 +119,9 @@ class Replay:
         turn = 0
         while True:
             for at in range(length):
-                yield [self._layer(layer, turn, at) for layer in range(self._num_layers)]
-            turn += STREAMS
-
-    def _layer(self, layer: int, turn: int, at: int) -> tuple[list[int], list[int]]:
-        copy, trained = divmod(layer, self._trained_layers)
-        routed: list[int] = []
-        guessed: list[int] = []
-        for stream in range(STREAMS):
-            passage = self._passages[(turn + stream + copy * STREAMS) % len(self._passages)]
-            step = passage[at]
-            routed += [stream * self._num_experts + expert for expert in step.routes[trained][:TAKEN]]
-            guessed += [stream * self._num_experts + expert for expert in step.guesses[trained][:TAKEN]]
-        return routed, routed if self._is_oracle else guessed
+                found = [layer_of(self._passages, self._num_experts, n, turn, at) for n in range(self._num_layers)]
+                yield [(routed, routed if self._is_oracle else guessed) for routed, guessed in found]
+            turn += 1
 
     def advance(self) -> None:
         """The next step."""

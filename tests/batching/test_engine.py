@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import foreroute
-from foreroute.batching import rows
 from foreroute.batching.engine import BatchEngine
 from foreroute.batching.requests import Finished, Progress, Request, Sampling, Step
+from foreroute.batching.row_layers import RowLayer
 from foreroute.config import EngineConfig
 from foreroute.engine.text import load_tokenizer
 from foreroute.errors import ContextLengthError, QueueFullError
@@ -232,18 +232,18 @@ def test_an_error_between_steps_leaves_nobody_waiting(tiny, tokenizer, engine_of
 def test_a_row_that_cannot_join_leaves_the_others_as_they_are(tiny, tokenizer, engine_of, monkeypatch):
     engine, begun = engine_of(tiny, max_num_seqs=2), threading.Event()
     expected, first = ask(engine, [5] * 8, 60).wait().tokens, Heard()
-    joined = rows._joined
+    join = RowLayer.join
 
     def on_event(event):
         first(event)
         begun.set() if isinstance(event, Step) else None
 
-    def fails(found):
-        if len(found) > 1:
+    def fails(layer, new):
+        join(layer, new)
+        if layer is engine._batch._cache.layers[5] and engine._batch.lengths:
             raise MemoryError("planted")
-        return joined(found)
 
-    monkeypatch.setattr(rows, "_joined", fails)
+    monkeypatch.setattr(RowLayer, "join", fails)
     engine.submit(Request([5] * 8, 60, GREEDY, ignore_eos=True), on_event)
     assert begun.wait(WAIT_S)
     assert ask(engine, [6] * 8, 8).wait().end.reason == "error"

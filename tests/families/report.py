@@ -1,13 +1,14 @@
 """docs/families.md, made of the installed transformers: `python -m tests.families.report > docs/families.md`."""
 
 from tests.families.installed import families, seam_modules
-from tests.families.special import CANNOT, UNGUESSED, UNTESTED
+from tests.families.special import CANNOT, ONE_ROW, UNGUESSED, UNTESTED
 
 _HEAD = """# Families
 
 Model types of transformers {version} whose experts go through its shared experts interface. Each that works is proven
 by `pytest tests/families`: a tiny random model, experts evicted, the tokens and fp32 logits of transformers' own, bit
-for bit, and experts fetched on guesses unless noted. Multimodal types run on text. This file is made by
+for bit, and experts fetched on guesses unless noted. Multimodal types run on text. *At once*: whether requests to
+`serve` share steps, each within 1e-4 of what it is alone (fp32). This file is made by
 `python -m tests.families.report > docs/families.md`.
 """
 
@@ -22,13 +23,14 @@ def report() -> str:
     lines = [
         _HEAD.format(version=transformers.__version__),
         f"## Work: {num_families} of {len(seam_modules())} families, {len(working)} model types\n",
-        "| model type | Auto class | note |",
-        "|---|---|---|",
+        "| model type | Auto class | at once | note |",
+        "|---|---|---|---|",
     ]
     for family in working:
         auto_class = "CausalLM" if family.is_causal else "ImageTextToText"
         note = UNGUESSED.get(family.model_type)
-        lines.append(f"| {family.model_type} | {auto_class} | {f'not guessed: {note}' if note else ''} |")
+        at_once = "one" if family.model_type in ONE_ROW else "several"
+        lines.append(f"| {family.model_type} | {auto_class} | {at_once} | {f'not guessed: {note}' if note else ''} |")
     lines += [
         "\n## Do not work\n",
         "| model type | why |",

@@ -56,3 +56,17 @@ UNGUESSED: dict[str, str] = {
 
 # Blocks that route in themselves, in some transformers: no router's outputs cross, so that nothing is guessed.
 ROUTE_THEMSELVES: dict[str, str] = {"jamba": "with transformers 5.17, whose block takes the top k itself"}
+
+# The server computes one request at a time: attention of other kinds (linear, indexed, convolutions), positions that
+# depend on what is computed at once, or caches of a class of their own.
+ONE_ROW = frozenset({
+    "axk2", "bailing_hybrid", "deepseek_v32", "deepseek_v4", "dots3_note_text", "gemma4", "glm4v_moe",
+    "glm5_next", "glm_moe_dsa", "granitemoehybrid", "hy_v4", "inkling2", "inkling2_text", "inkling_text",
+    "jamba", "kimi_linear", "lfm2_moe", "minimax", "mistral_large4", "nemotron_h", "phimoe", "qwen3_5_moe",
+    "qwen3_5_moe_text", "qwen3_next", "qwen3_vl_moe", "qwen4_exp", "qwen4_exp_text", "unlimited_ocr",
+    "zaya",
+})  # fmt: skip
+
+# It computes one prompt at a time, though several answers: the experts of these are computed by the family's own
+# code, which takes padding for tokens.
+NOT_PADDED = frozenset({"muse_spark"})

@@ -1,6 +1,5 @@
 """One request from when it is taken to its last event: its prompt's chunks, its tokens, its text."""
 
-import inspect
 import logging
 from collections.abc import Callable, Collection
 from typing import Any
@@ -9,12 +8,9 @@ import torch
 
 from foreroute.batching.requests import Event, Finished, Progress, PromptScored, Request, Step, Top
 from foreroute.batching.sampler import Sampler, StopText, score
-from foreroute.engine.lean_loop import split_prompt
 from foreroute.engine.text import TextPieces
 
 _LOG = logging.getLogger(__name__)
-# Scores want the logits of every position: [tokens, vocabulary], and no more at once.
-_SCORED_AT_ONCE = 512
 
 
 class Answer:
@@ -25,7 +21,7 @@ class Answer:
 
     Attributes:
         ids: the prompt, and the tokens that came. reserved: tokens that its row may come to hold.
-        cache: of the prompt, until it joins the others. num_computed: tokens whose keys and values there are.
+        num_computed: tokens whose keys and values there are.
         num_cached: those of them that an earlier request had left.
     """
 
@@ -34,48 +30,45 @@ class Answer:
         self.is_cancelled = False
         self.ids = list(request.prompt_ids)
         self.reserved = len(self.ids) + most_new
-        self.cache: Any = None
         self.num_computed = self.num_cached = 0
         self._on_event = on_event
         self._num_prompt, self._most_new = len(self.ids), most_new
-        self._chunks: list[torch.Tensor] = []
         self._logprobs: list[float | None] = [None]
         self._tops: list[Top | None] = [None]
 
-    def begin(self, model: Any, tokenizer: Any, cache: Any, num_cached: int, chunk: int | None) -> None:
-        """Make ready to compute the prompt.
+    def begin(self, tokenizer: Any, settings: Any, num_cached: int) -> None:
+        """Make ready to compute the prompt, but for `num_cached` tokens of which there are keys and values.
 
         Args:
-            cache: holds `num_cached` tokens of the prompt; None where the family makes its own.
-            chunk: most tokens computed at once; None: all.
+            settings: the model's generation_config.
         """
-        self.cache = cache
         self.num_cached = self.num_computed = num_cached
-        if self.request.wants_prompt_scores and chunk is not None:
-            chunk = min(chunk, _SCORED_AT_ONCE)
-        self._chunks = split_prompt(torch.tensor([self.ids[num_cached:]]), chunk)
-        self._sampler = Sampler(self.request.sampling, self.ids, model.generation_config)
+        self._sampler = Sampler(self.request.sampling, self.ids, settings)
         self._pieces, self._text = TextPieces(tokenizer), StopText(self.request.stop)
 
-    def prefill(self, model: Any) -> torch.Tensor | None:
-        """Compute the next chunk; after the last one, the logits [vocabulary] of what follows the prompt."""
-        chunk = self._chunks[0]
-        kwargs: dict[str, Any] = {}
-        if not self.request.wants_prompt_scores and "logits_to_keep" in inspect.signature(model.forward).parameters:
-            kwargs["logits_to_keep"] = 1
-        out = model(input_ids=chunk, past_key_values=self.cache, use_cache=True, return_dict=True, **kwargs)
-        self.cache = out.past_key_values
+    def next_chunk(self, most: int) -> list[int]:
+        """What is to be computed next of the prompt, `most` tokens or little more.
+
+        One token that was left over would be taken for a decoded one: it comes with those before it.
+        """
+        rest = self.ids[self.num_computed : self._num_prompt]
+        return rest if len(rest) <= most + 1 else rest[:most]
+
+    def took(self, num_tokens: int, logits: torch.Tensor) -> bool:
+        """So many tokens of the prompt have been computed; whether that was all of it.
+
+        Args:
+            logits: [positions, vocabulary]; of every one of these tokens where scores are wanted.
+        """
         if self.request.wants_prompt_scores:
-            self._score(out.logits[0])
-        self.num_computed += chunk.shape[1]
-        del self._chunks[0]
+            self._score(logits[-num_tokens:])
+        self.num_computed += num_tokens
         self.tell(Progress(self.num_computed, self._num_prompt))
-        if self._chunks:
-            return None
+        if self.num_computed < self._num_prompt:
+            return False
         if self.request.wants_prompt_scores:
             self.tell(PromptScored(self._logprobs, self._tops))
-        last: torch.Tensor = out.logits[0, -1].float()
-        return last
+        return True
 
     def _score(self, logits: torch.Tensor) -> None:
         """Of the chunk at hand, what was thought of the tokens that follow in the prompt."""

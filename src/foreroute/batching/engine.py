@@ -1,19 +1,19 @@
-"""Several requests at once on one model: a prompt's chunk, then one token for all rows, and again.
+"""Several requests at once on one model: a chunk of the prompts, then one token for all rows, and again.
 
-Each decode step is one forward pass of [rows, 1], so that an expert that several rows want is read once for them all.
+Each step is one forward pass of several rows, so that an expert that several of them want is read once for them all.
 """
 
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from foreroute.batching.answer import Answer
 from foreroute.batching.requests import EngineState, Event, Finished, Request
-from foreroute.batching.rows import OneRow, RowsCache, kv_bytes, why_not_batched
+from foreroute.batching.rows import OneRow, RowsCache, can_be_padded, kv_bytes, why_not_batched
 from foreroute.engine.lean_loop import is_ordinary
 from foreroute.engine.prompt_cache import PromptCache, can_be_continued, new_cache
 from foreroute.errors import ContextLengthError, ForerouteError, QueueFullError
@@ -22,6 +22,9 @@ _LOG = logging.getLogger(__name__)
 # Tokens that each request has room for, where the context is longer.
 _USUAL_TOKENS = 4096
 _MOST_KEPT_BYTES = 2**30
+# Scores want the logits of every position, [tokens, vocabulary]: no more at once.
+_SCORED_AT_ONCE = 512
+_LEAST_CHUNK = 8
 
 
 class BatchEngine:
@@ -59,14 +62,17 @@ class BatchEngine:
         self._ends = frozenset(() if eos is None else (eos,) if isinstance(eos, int) else eos)
         cache = new_cache(model)
         self._can_continue = cache is not None and is_ordinary(model) and can_be_continued(model, cache)
+        self._can_pad = not self.why_one_row and can_be_padded(model)
         self._kept = PromptCache(min(_MOST_KEPT_BYTES, self.kv_bytes)) if self._can_continue else None
         # The lock guards these; computing needs none, as one thread does it.
         self._changed = threading.Condition()
         self._waiting: deque[Answer] = deque()
-        self._joining: deque[Answer] = deque()
+        self._joining: list[Answer] = []
         self._running: list[Answer] = []
         self._is_closed = False
-        self._batch: RowsCache | OneRow = self._empty_batch()
+        # Those whose prompts are computed, and those that decode: places as in _joining and in _running.
+        self._prompts = self._no_rows()
+        self._batch = self._no_rows()
         self._thread = threading.Thread(target=self._work, name="foreroute-engine", daemon=True)
         self._thread.start()
 
@@ -133,6 +139,7 @@ class BatchEngine:
             except Exception as error:  # noqa: BLE001  a thread that died would leave everybody waiting for ever
                 _LOG.exception("the engine failed between steps; its requests are ended")
                 self._fail([*self._joining, *self._running], error)
+                self._prompts, self._batch = self._no_rows(), self._no_rows()
 
     def _await_work(self) -> bool:
         """False when the engine is closed and all requests have ended."""
@@ -144,19 +151,18 @@ class BatchEngine:
         return True
 
     def _drop_cancelled(self) -> None:
-        for answer in [one for one in (*self._waiting, *self._joining) if one.is_cancelled]:
-            self._end(answer, answer.finished("cancelled", "The server is shutting down."))
-        self._take_out(
-            {
-                answer: answer.finished("cancelled", "The server is shutting down.")
-                for answer in self._running
-                if answer.is_cancelled
-            }
-        )
+        why = "The server is shutting down."
+        for answer in [one for one in self._waiting if one.is_cancelled]:
+            self._end(answer, answer.finished("cancelled", why))
+        self._leave_prompts({one: one.finished("cancelled", why) for one in self._joining if one.is_cancelled})
+        self._take_out({one: one.finished("cancelled", why) for one in self._running if one.is_cancelled})
 
     def _admit(self) -> None:
         """Those that waited longest, while there are rows and room for them."""
+        most_prompts = self.rows if self._can_pad else 1
         while self._waiting and len(self._joining) + len(self._running) < self.rows:
+            if len(self._joining) >= most_prompts:
+                return
             answer = self._waiting[0]
             if self._held(answer) > self.kv_tokens:
                 return
@@ -173,42 +179,72 @@ class BatchEngine:
         if self._kept is not None and not answer.request.wants_prompt_scores:
             # A last token alone would be decoded, not prefilled, and so not be exact under every policy.
             cache, num_cached = self._kept.take(self._model, answer.ids, len(answer.ids) - 2)
-        chunk = self._model.foreroute.plan.prefill_chunk if self._can_continue else None
-        answer.begin(self._model, self._tokenizer, cache or new_cache(self._model), num_cached, chunk)
+        answer.begin(self._tokenizer, self._model.generation_config, num_cached)
+        self._prompts.arrange(range(len(self._joining) - 1), [(cache, num_cached)])
 
     def _prefill(self) -> None:
-        """One chunk of one prompt; the prompts that are being computed take turns."""
-        answer = self._joining[0]
+        """The next chunk of every prompt that there is, all of them together as long as usual."""
+        answers = list(self._joining)
+        chunks = [answer.next_chunk(self._most_at_once(answers)) for answer in answers]
+        wants_scores = any(answer.request.wants_prompt_scores for answer in answers)
         try:
-            logits = answer.prefill(self._model)
-            if logits is None:
-                with self._changed:
-                    self._joining.rotate(-1)
-                return
-            if answer.wants_none:
-                end: Finished | None = answer.finished("length")
-            else:
-                end = answer.advance(logits, int(logits.argmax()), self._ends)
-            if end is None:
-                self._batch.arrange(range(len(self._running)), [(answer.cache, answer.num_computed)])
-        except Exception as error:  # noqa: BLE001  told to the one that it concerns
-            end = _failed(answer, error)
-        if end is not None:
-            self._keep(answer, answer.cache, end)
-            self._end(answer, end)
+            logits = self._prompts.step(chunks, all_logits=wants_scores)
+        except Exception as error:  # noqa: BLE001  told to those that it concerns
+            self._fail(self._joining, error)
+            self._prompts = self._no_rows()
             return
-        answer.cache = None
+        ended: dict[Answer, Finished | None] = {}
+        for at, (answer, chunk) in enumerate(zip(answers, chunks, strict=True)):
+            try:
+                if answer.took(len(chunk), logits[at]):
+                    ended[answer] = self._first_token(answer, logits[at, -1].float())
+                    if ended[answer] is None:
+                        rows = range(len(self._batch.lengths))
+                        self._batch.arrange(rows, [(self._prompts.row(at), answer.num_computed)])
+            except Exception as error:  # noqa: BLE001  told to the one that it concerns
+                ended[answer] = _failed(answer, error)
+        self._leave_prompts(ended)
+
+    def _most_at_once(self, answers: Sequence[Answer]) -> int:
+        """Tokens of each prompt in the next step."""
+        if not self._can_continue:
+            return self._context
+        most: int = self._model.foreroute.plan.prefill_chunk
+        if any(answer.request.wants_prompt_scores for answer in answers):
+            most = min(most, _SCORED_AT_ONCE)
+        return max(most // len(answers), _LEAST_CHUNK)
+
+    def _first_token(self, answer: Answer, logits: torch.Tensor) -> Finished | None:
+        if answer.wants_none:
+            return answer.finished("length")
+        return answer.advance(logits, int(logits.argmax()), self._ends)
+
+    def _leave_prompts(self, left: Mapping[Answer, Finished | None]) -> None:
+        """The prompts of these are not computed any more: None for one that decodes from now on."""
+        if not left:
+            return
+        for at, answer in enumerate(self._joining):
+            end = left.get(answer)
+            if end is not None:
+                self._keep(answer, self._prompts.row(at), end)
+        self._prompts.arrange([at for at, answer in enumerate(self._joining) if answer not in left], [])
         with self._changed:
-            self._joining.popleft()
-            self._running.append(answer)
+            for answer, end in left.items():
+                self._joining.remove(answer)
+                if end is None:
+                    self._running.append(answer)
+        for answer, end in left.items():
+            if end is not None:
+                self._end(answer, end)
 
     def _decode(self) -> None:
         """One token for every row."""
         try:
-            logits = self._batch.step(self._model, [answer.ids[-1] for answer in self._running])
+            logits = self._batch.step([answer.ids[-1:] for answer in self._running])[:, -1].float()
             likeliest = logits.argmax(-1).tolist()
         except Exception as error:  # noqa: BLE001  told to those that it concerns
             self._fail(self._running, error)
+            self._batch = self._no_rows()
             return
         ended: dict[Answer, Finished] = {}
         for answer, row, token in zip(self._running, logits, likeliest, strict=True):
@@ -247,17 +283,14 @@ class BatchEngine:
             for place in (self._waiting, self._joining, self._running):
                 if answer in place:
                     place.remove(answer)
-        answer.cache = None
         answer.tell(end)
 
     def _fail(self, answers: Sequence[Answer], error: Exception) -> None:
-        """End these, the rows that decode among them."""
-        self._batch = self._empty_batch()
         for answer in list(answers):
             self._end(answer, _failed(answer, error))
 
-    def _empty_batch(self) -> RowsCache | OneRow:
-        return OneRow() if self.why_one_row else RowsCache()
+    def _no_rows(self) -> RowsCache | OneRow:
+        return OneRow(self._model) if self.why_one_row else RowsCache(self._model)
 
 
 def _failed(answer: Answer, error: Exception) -> Finished:

@@ -1,4 +1,4 @@
-"""Keys and values of several requests in one cache: rows of different lengths, aligned at their ends."""
+"""Several requests in one forward pass: rows of different lengths, aligned at their ends."""
 
 import copy
 import inspect
@@ -6,14 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.nn.functional import pad
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicCache
 
+from foreroute.batching.row_layers import RowLayer, RowLengths
 from foreroute.engine.lean_loop import is_ordinary
 from foreroute.engine.prompt_cache import can_be_continued, new_cache
-
-# A row of a cache, and how many tokens it holds.
-Row = tuple[DynamicCache, int, int]
+from foreroute.engine.runtime import Runtime
 
 
 def why_not_batched(model: Any) -> str:
@@ -48,83 +46,106 @@ def kv_bytes(config: Any, tokens: int, dtype_bytes: int) -> int:
     return int(tokens * text.num_hidden_layers * width * dtype_bytes)
 
 
-class RowsCache:
-    """The rows that decode together; shorter ones have padding on their left, which is masked.
+def can_be_padded(model: Any) -> bool:
+    """Whether padding can be kept from the experts, so that prompts of different lengths may share a step."""
+    runtime = model.foreroute.runtime
+    return isinstance(runtime, Runtime) and bool(model.foreroute.plan.math == "own")
 
-    Between changes of who is there, a step appends to all rows as transformers' own cache does.
+
+class RowsCache:
+    """The rows that are computed together; shorter ones have padding on their left, which is masked.
+
+    Args:
+        model: its requests can be batched.
 
     Attributes:
         lengths: tokens of each row.
     """
 
-    def __init__(self) -> None:
-        self.cache: DynamicCache | None = None
-        self.lengths: list[int] = []
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        template = new_cache(model)
+        assert template is not None, "the model's requests can be batched"
+        self._template = template
+        self._rows = RowLengths()
+        self._cache = copy.copy(template)
+        self._cache.layers = [RowLayer(self._rows, getattr(layer, "sliding_window", None)) for layer in template.layers]
+        self._keeps_last = "logits_to_keep" in inspect.signature(model.forward).parameters
 
-    def arrange(self, kept: Sequence[int], new: Sequence[tuple[DynamicCache, int]]) -> None:
-        """From now on, the rows `kept` (their places so far), and behind them new ones: cache of one row, length."""
-        if list(kept) == list(range(len(self.lengths))) and not new:
-            return
-        rows: list[Row] = [(self.cache, at, self.lengths[at]) for at in kept if self.cache is not None]
-        rows += [(cache, 0, length) for cache, length in new]
-        # Both or neither: where memory runs out, the rows that were there go on.
-        cache = _joined(rows) if rows else None
-        self.cache, self.lengths = cache, [length for _, _, length in rows]
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each row."""
+        return list(self._rows.had)
+
+    def arrange(self, kept: Sequence[int], new: Sequence[tuple[DynamicCache | None, int]]) -> None:
+        """From now on, the rows `kept` (their places so far, ascending), and behind them new ones.
+
+        Args:
+            new: a cache of one row and the tokens that it holds; (None, 0) for a row that has none yet.
+        """
+        assert list(kept) == sorted(set(kept)), "rows stay in their order"
+        layers: list[Any] = self._cache.layers
+        # What comes is put behind the rows that are there: where memory runs out, these go on as they are.
+        first = len(self._rows.had)
+        for at, layer in enumerate(layers):
+            layer.join([(None if cache is None else cache.layers[at], length) for cache, length in new])
+        places = [*kept, *range(first, first + len(new))]
+        lengths = [*self._rows.had, *(length for _, length in new)]
+        for layer in layers:
+            layer.keep(places, [lengths[place] for place in places])
+        self._rows.set([lengths[place] for place in places])
 
     def row(self, at: int) -> DynamicCache:
         """A cache of one row alone, in memory of its own."""
-        assert self.cache is not None, "there is such a row"
-        return _joined([(self.cache, at, self.lengths[at])])
+        alone = copy.copy(self._template)
+        alone.layers = [
+            layer.row(at, like) for layer, like in zip(self._cache.layers, self._template.layers, strict=True)
+        ]
+        return alone
 
-    def step(self, model: Any, tokens: Sequence[int]) -> torch.Tensor:
-        """One token more for every row; returns logits [rows, vocabulary], fp32."""
-        width = max(self.lengths) + 1
-        kwargs: dict[str, Any] = {"position_ids": torch.tensor([[length] for length in self.lengths])}
-        if min(self.lengths) + 1 < width:
-            real = torch.tensor([[length + 1] for length in self.lengths])
-            kwargs["attention_mask"] = (torch.arange(width)[None] >= width - real).long()
-        ids = torch.tensor([[token] for token in tokens])
-        out = model(input_ids=ids, past_key_values=self.cache, use_cache=True, return_dict=True, **kwargs)
-        self.lengths = [length + 1 for length in self.lengths]
-        return out.logits[:, -1].float()
+    def step(self, tokens: Sequence[Sequence[int]], *, all_logits: bool = False) -> torch.Tensor:
+        """Compute each row's next tokens: one, or a chunk of its prompt.
 
-
-def _joined(rows: Sequence[Row]) -> DynamicCache:
-    """One cache of all `rows`, aligned at their ends."""
-    longest = max(length for _, _, length in rows)
-    whole = copy.copy(rows[0][0])
-    whole.layers = [
-        _joined_layer([(cache.layers[at], row, length) for cache, row, length in rows], longest)
-        for at in range(len(whole.layers))
-    ]
-    return whole
-
-
-def _joined_layer(rows: Sequence[tuple[Any, int, int]], longest: int) -> DynamicLayer:
-    layer: Any = copy.copy(rows[0][0])
-    if not layer.is_initialized:
-        return layer
-    most = longest
-    if isinstance(layer, DynamicSlidingWindowLayer):
-        most = min(longest, layer.sliding_window - 1)
-        layer.cumulative_length = longest
-    layer.keys = torch.cat([_aligned(one.keys[row : row + 1], min(length, most), most) for one, row, length in rows])
-    layer.values = torch.cat(
-        [_aligned(one.values[row : row + 1], min(length, most), most) for one, row, length in rows]
-    )
-    return layer
-
-
-def _aligned(states: torch.Tensor, held: int, width: int) -> torch.Tensor:
-    """The last `held` positions of [1, heads, positions, size], with zeros before them up to `width`."""
-    return pad(states[:, :, states.shape[-2] - held :], (0, 0, width - held, 0))
+        Args:
+            tokens: per row, at least one.
+            all_logits: those of every position are wanted.
+        Returns:
+            logits [rows, positions, vocabulary], aligned at their ends: of the longest row's tokens where all are
+            wanted or the family gives no fewer, else of one.
+        """
+        model, rows, runtime = self._model, self._rows, self._model.foreroute.runtime
+        rows.begin([len(one) for one in tokens])
+        device, width, most = model.device, rows.width, rows.most_new
+        real = torch.tensor(rows.new, device=device)[:, None]
+        total = torch.tensor([had + new for had, new in zip(rows.had, rows.new, strict=True)], device=device)[:, None]
+        from_end = torch.arange(most - 1, -1, -1, device=device)[None]
+        kwargs: dict[str, Any] = {"position_ids": (total - 1 - from_end).clamp(min=0)}
+        if min(rows.had[at] + rows.new[at] for at in range(len(tokens))) < width:
+            kwargs["attention_mask"] = (torch.arange(width, device=device)[None] >= width - total).long()
+        if self._keeps_last and not all_logits:
+            kwargs["logits_to_keep"] = 1
+        ids = torch.tensor([[0] * (most - len(one)) + list(one) for one in tokens], device=device)
+        has_padding = min(rows.new) < most
+        if has_padding:
+            assert can_be_padded(model), "rows of one length, or an engine that leaves padding out"
+            runtime.padding = (from_end >= real).flatten()
+        try:
+            out = model(input_ids=ids, past_key_values=self._cache, use_cache=True, return_dict=True, **kwargs)
+        finally:
+            if has_padding:
+                runtime.padding = None
+        rows.end()
+        logits: torch.Tensor = out.logits
+        return logits
 
 
 class OneRow:
     """In the place of `RowsCache` for a model that cannot be batched: one row, its state as the family keeps it."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: Any) -> None:
+        self._model = model
         self._cache: Any = None
+        self._keeps_last = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.lengths: list[int] = []
 
     def arrange(self, kept: Sequence[int], new: Sequence[tuple[Any, int]]) -> None:
@@ -139,12 +160,14 @@ class OneRow:
         """Its cache."""
         return self._cache
 
-    def step(self, model: Any, tokens: Sequence[int]) -> torch.Tensor:
-        """One token more; returns logits [1, vocabulary], fp32."""
-        out = model(
-            input_ids=torch.tensor([list(tokens)]), past_key_values=self._cache, use_cache=True, return_dict=True
-        )
+    def step(self, tokens: Sequence[Sequence[int]], *, all_logits: bool = False) -> torch.Tensor:
+        """Its next tokens; as of `RowsCache`."""
+        kwargs = {"logits_to_keep": 1} if self._keeps_last and not all_logits else {}
+        ids = torch.tensor([list(tokens[0])], device=self._model.device)
+        cache = new_cache(self._model) if self._cache is None else self._cache
+        out = self._model(input_ids=ids, past_key_values=cache, use_cache=True, return_dict=True, **kwargs)
         # A family with a cache of its own class makes it, and wants it back.
         self._cache = out.past_key_values
-        self.lengths = [length + 1 for length in self.lengths]
-        return out.logits[:, -1].float()
+        self.lengths = [self.lengths[0] + len(tokens[0])]
+        logits: torch.Tensor = out.logits
+        return logits

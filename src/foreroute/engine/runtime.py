@@ -49,6 +49,8 @@ class Runtime:
         phase: the counts of prefill or decode, whichever runs. ahead: the reads that nobody waits for.
         learner: learns better guesses in the time that compute waits; None where there is nothing to learn.
         tracing: is told what happens; None where no trace is written.
+        padding: [tokens] bool, which of a prompt's step are padding, of whatever numbers: no expert computes these, and
+            nobody learns from them.
     """
 
     def __init__(
@@ -90,6 +92,7 @@ class Runtime:
         self.expert_listener: ExpertListener | None = None
         self.learner: Learner | None = None
         self.tracing: StepTrace | None = None
+        self.padding: torch.Tensor | None = None
         self._num_experts, self._last_layer = table.num_experts, len(table.layers) - 1
         self._widths = [layer.num_experts for layer in table.layers]
         self.key_nbytes = table.key_nbytes
@@ -146,6 +149,8 @@ class Runtime:
         if self._is_mid_step:
             self._start_over()
         self._is_mid_step = True
+        if self.padding is not None:
+            ids = ids.masked_fill(self.padding[:, None], self._widths[layer])
         if self.tracing is not None:
             self.tracing.begin_layer(layer, ids, weights, self.is_prefill, self._widths[layer])
         total = self._compute(layer, hidden, ids, weights)
@@ -192,6 +197,8 @@ class Runtime:
         """To all who watch, what the layer's router chose."""
         if self.observer is not None:
             self.observer(layer, hidden, ids, weights)
+        if self.padding is not None:
+            return
         if self.learner is not None:
             self.learner.see(layer, hidden, ids, weights)
         if layer == 0 and self.predictor is not None:

@@ -1,0 +1,180 @@
+"""One attention layer's keys and values for rows of different lengths, in memory that grows in steps.
+
+transformers' own cache joins every new token to a copy of all that was there; here it is written to its place.
+"""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+# Columns that are added at a time: what is there is copied once for so many tokens.
+_MORE_COLUMNS = 64
+
+
+class RowLengths:
+    """What the layers of a cache share: how long its rows are.
+
+    Attributes:
+        had: tokens of each row, those of the step that runs not counted. new: tokens that the step brings to each.
+    """
+
+    def __init__(self) -> None:
+        self.had: list[int] = []
+        self.new: list[int] = []
+
+    def set(self, lengths: Sequence[int]) -> None:
+        """Other rows are there."""
+        self.had, self.new = list(lengths), [0] * len(lengths)
+
+    def begin(self, new: Sequence[int]) -> None:
+        """A step begins that brings so many tokens to each row."""
+        assert [one > 0 for one in new] == [True] * len(self.had), "every row gets a token"
+        self.new = list(new)
+
+    def end(self) -> None:
+        """The step is over."""
+        self.set([had + new for had, new in zip(self.had, self.new, strict=True)])
+
+    @property
+    def most_new(self) -> int:
+        """Positions of the step: new tokens of the row that gets most."""
+        return max(self.new, default=0)
+
+    @property
+    def width(self) -> int:
+        """Tokens of the longest row, when the step is over."""
+        return max((had + new for had, new in zip(self.had, self.new, strict=True)), default=0)
+
+
+class RowLayer(DynamicLayer):
+    """[rows, heads, columns, size]: every row's tokens lie right before the column `end`.
+
+    In a step the new tokens of all rows end at one column again. Where a row has fewer of them than others, what it
+    had moves up to them: padding is on the left alone, and distances within a row are what they are alone.
+
+    Args:
+        rows: who is there; shared by all layers of a cache.
+        window: of sliding attention; what is older is not kept.
+    """
+
+    def __init__(self, rows: RowLengths, window: int | None = None) -> None:
+        super().__init__()
+        self._rows, self._window = rows, window
+        self.is_sliding = window is not None
+        self._end = 0
+
+    # What transformers asks of a layer.
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append [rows, heads, positions, size], of which each row's last `new` are its own; returns all of them."""
+        rows, positions = self._rows, key_states.shape[-2]
+        if not self.is_initialized:
+            self._make(key_states, value_states)
+        self._reserve(self._end, positions, len(rows.had))
+        begin, end, num_rows = self._end, self._end + positions, len(rows.had)
+        for states, added in ((self.keys, key_states), (self.values, value_states)):
+            if min(rows.new) == positions:
+                states[:num_rows, :, begin:end] = added
+                continue
+            for at, (had, new) in enumerate(zip(rows.had, rows.new, strict=True)):
+                held, shift = self._kept(had), positions - new
+                if held and shift:
+                    states[at, :, begin - held + shift : begin + shift] = states[at, :, begin - held : begin].clone()
+                # Padding has no keys: they may be no numbers, and no weight of nought makes these harmless.
+                states[at, :, end - new : end] = added[at, :, shift:]
+        first = end - self.get_mask_sizes(positions)[0]
+        self._end = end
+        return self.keys[:num_rows, :, first:end], self.values[:num_rows, :, first:end]
+
+    def get_seq_length(self) -> int:
+        """Positions before those of the step."""
+        return self._rows.width - self._rows.most_new
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Positions that attention sees, and the first one of them."""
+        before = self.get_seq_length()
+        first = 0 if self._window is None else max(before - self._window + 1, 0)
+        return before + query_length - first, first
+
+    # What a cache of rows asks.
+
+    def join(self, new: Sequence[tuple[DynamicLayer | None, int]]) -> None:
+        """Put rows behind those that are there: a layer that holds one row, and how many tokens that row has had."""
+        found = [
+            (at, layer, self._kept(had))
+            for at, (layer, had) in enumerate(new, len(self._rows.had))
+            if had and layer is not None and layer.is_initialized
+        ]
+        if not found:
+            return
+        if not self.is_initialized:
+            self._make(found[0][1].keys, found[0][1].values)
+        self._reserve(max(self._end, *(held for _, _, held in found)), 0, len(self._rows.had) + len(new))
+        for at, layer, held in found:
+            for states, alone in ((self.keys, layer.keys), (self.values, layer.values)):
+                states[at, :, self._end - held : self._end] = alone[0, :, alone.shape[-2] - held :]
+
+    def keep(self, places: Sequence[int], lengths: Sequence[int]) -> None:
+        """Only the rows at these places (ascending), which have had so many tokens, one behind the other."""
+        if not self.is_initialized:
+            return
+        if not places:
+            self.reset()
+            self._end = 0
+            return
+        for at, (place, had) in enumerate(zip(places, lengths, strict=True)):
+            held = slice(self._end - self._kept(had), self._end)
+            if place != at and had:
+                for states in (self.keys, self.values):
+                    states[at, :, held] = states[place, :, held]
+        longest, num_rows = max(map(self._kept, lengths)), len(places)
+        if self.keys.shape[-2] > 2 * (longest + _MORE_COLUMNS) or len(self.keys) > 2 * num_rows:
+            self._resize(longest, longest + _MORE_COLUMNS, num_rows, num_rows)
+
+    def row(self, at: int, like: DynamicLayer) -> DynamicLayer:
+        """A layer of one row alone, of the kind `like`, in memory of its own."""
+        alone: Any = copy.copy(like)
+        if not self.is_initialized or self._rows.had[at] == 0:
+            return alone
+        held = slice(self._end - self._kept(self._rows.had[at]), self._end)
+        alone.lazy_initialization(self.keys, self.values)
+        alone.keys = self.keys[at : at + 1, :, held].clone(memory_format=torch.contiguous_format)
+        alone.values = self.values[at : at + 1, :, held].clone(memory_format=torch.contiguous_format)
+        if isinstance(alone, DynamicSlidingWindowLayer):
+            alone.cumulative_length = self._rows.had[at]
+        return alone
+
+    def _kept(self, had: int) -> int:
+        return had if self._window is None else min(had, self._window - 1)
+
+    def _make(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Begin with no places and no columns, for keys and values of this kind."""
+        self.lazy_initialization(keys, values)
+        self.keys = keys.new_zeros(0, keys.shape[1], 0, keys.shape[-1])
+        self.values = values.new_zeros(0, values.shape[1], 0, values.shape[-1])
+
+    def _reserve(self, end: int, more: int, num_rows: int) -> None:
+        """Let the rows end at column `end`, with room for `more` behind it, and have places for so many rows."""
+        places, columns = len(self.keys), self.keys.shape[-2]
+        if end > self._end or self._end + more > columns:
+            # Of a window, what has left it is left behind.
+            end = max(end if end > self._end else 0, *map(self._kept, self._rows.had), 0)
+            self._resize(end, end + more + _MORE_COLUMNS, max(places, num_rows), len(self._rows.had))
+        elif num_rows > places:
+            self._resize(self._end, columns, num_rows, len(self._rows.had))
+
+    def _resize(self, end: int, columns: int, places: int, num_rows: int) -> None:
+        """So many columns and places, the tokens of the first `num_rows` right before `end`."""
+        kept, num_rows = min(end, self._end), min(num_rows, len(self.keys))
+        # Nothing but numbers: padding is masked, and yet multiplied.
+        for name in ("keys", "values"):
+            old = getattr(self, name)
+            new = old.new_zeros(places, old.shape[1], columns, old.shape[-1])
+            new[:num_rows, :, end - kept : end] = old[:num_rows, :, self._end - kept : self._end]
+            setattr(self, name, new)
+        self._end = end

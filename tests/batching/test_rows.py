@@ -1,0 +1,153 @@
+"""Rows of different lengths in one cache: each row's keys are its own, in order, whoever comes and goes."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+import foreroute
+from foreroute.batching.row_layers import RowLayer, RowLengths
+from foreroute.batching.rows import RowsCache
+from foreroute.config import EngineConfig
+
+TINY = Path(__file__).parents[2] / "models" / "foreroute-tiny"
+MAX_ROWS, HEADS = 4, 2
+
+# What happens next: tokens for every row (cut to the rows that there are), a row that leaves, or one that comes.
+_EVENTS = st.one_of(
+    st.tuples(st.just("step"), st.lists(st.integers(1, 90), min_size=MAX_ROWS, max_size=MAX_ROWS)),
+    st.tuples(st.just("leave"), st.integers(0, MAX_ROWS - 1)),
+    st.tuples(st.just("join"), st.integers(0, 150)),
+)
+
+
+class Tape:
+    """Rows whose n-th token of all has the key n and the value -n, beside a layer that is told the same."""
+
+    def __init__(self, window: int | None) -> None:
+        self.lengths, self.rows, self.window = RowLengths(), list[list[int]](), window
+        self.layer = RowLayer(self.lengths, window)
+        self.num_tokens = 0
+
+    def made(self, num: int) -> list[int]:
+        self.num_tokens += num
+        return list(range(self.num_tokens - num + 1, self.num_tokens + 1))
+
+    def step(self, news: list[int]) -> None:
+        news = news[: len(self.rows)]
+        self.lengths.begin(news)
+        most, before = max(news), self.layer.get_seq_length()
+        keys = torch.full((len(news), HEADS, most, 3), float("nan"))
+        for at, num in enumerate(news):
+            tokens = self.made(num)
+            self.rows[at] += tokens
+            keys[at, :, most - num :] = torch.tensor(tokens, dtype=torch.float32)[None, :, None]
+        width, first = self.layer.get_mask_sizes(most)
+        found = self.layer.update(keys, -keys[..., :2])
+        self.lengths.end()
+        assert before + most == max(map(len, self.rows)) == width + first
+        for states, sign in zip(found, (1, -1), strict=True):
+            assert states.shape[:3] == (len(news), HEADS, width)
+            assert states.isfinite().all(), "padding is multiplied, though by nought"
+            for at, num in enumerate(news):
+                # Of a window, what the row's first new token sees, and what comes after it.
+                seen = len(self.rows[at]) if self.window is None else min(num + self.window - 1, len(self.rows[at]))
+                assert (sign * states[at, 0, width - seen :, 0]).tolist() == self.rows[at][-seen:]
+
+    def leave(self, at: int) -> None:
+        del self.rows[at]
+        kept = [place for place in range(len(self.rows) + 1) if place != at]
+        self.layer.keep(kept, [len(row) for row in self.rows])
+        self.lengths.set([len(row) for row in self.rows])
+
+    def join(self, num: int) -> None:
+        tokens = self.made(num)
+        alone = DynamicLayer() if self.window is None else DynamicSlidingWindowLayer(self.window)
+        if num:
+            keys = torch.tensor(tokens, dtype=torch.float32)[None, None, :, None].expand(1, HEADS, -1, 3)
+            alone.update(keys, -keys[..., :2])
+        self.layer.join([(alone if num else None, num)])
+        self.rows.append(tokens)
+        self.lengths.set([len(row) for row in self.rows])
+
+    def check_rows(self) -> None:
+        """Each row taken out is what transformers' own layer would hold."""
+        for at, row in enumerate(self.rows):
+            like = DynamicLayer() if self.window is None else DynamicSlidingWindowLayer(self.window)
+            out = self.layer.row(at, like)
+            if not out.is_initialized:
+                assert row == []
+                continue
+            held = len(row) if self.window is None else min(len(row), self.window - 1)
+            assert out.keys[0, 1, :, 2].tolist() == row[len(row) - held :]
+            assert out.values[0, 0, :, 1].tolist() == [-token for token in row[len(row) - held :]]
+            assert out.get_seq_length() == len(row)
+
+
+@pytest.mark.parametrize("window", [None, 6])
+@settings(max_examples=120, deadline=None)
+@given(events=st.lists(_EVENTS, min_size=1, max_size=14))
+def test_every_row_keeps_its_own(window, events):
+    tape = Tape(window)
+    for what, arg in events:
+        if what == "step" and tape.rows:
+            tape.step(arg)
+        elif what == "leave" and arg < len(tape.rows):
+            tape.leave(arg)
+        elif what == "join" and len(tape.rows) < MAX_ROWS:
+            tape.join(arg)
+        tape.check_rows()
+
+
+def test_memory_is_let_go():
+    tape = Tape(None)
+    tape.join(3)
+    tape.join(4000)
+    tape.step([1, 1])
+    assert tape.layer.keys.shape[2] >= 4000
+    assert len(tape.layer.keys) == 2
+    tape.leave(1)
+    assert tape.layer.keys.shape[2] < 200
+    tape.leave(0)
+    assert tape.layer.keys is None
+
+
+def test_a_window_does_not_grow():
+    tape = Tape(8)
+    tape.join(2)
+    for _ in range(300):
+        tape.step([1])
+    assert tape.layer.keys.shape[2] <= 8 + 64
+
+
+@pytest.fixture
+def tiny():
+    model = foreroute.load(TINY, "25%", dtype="float32", config=EngineConfig(packed="no", prefetch_prefill="on"))
+    yield model
+    model.foreroute.close()
+
+
+def test_padding_is_computed_by_no_expert(tiny: Any):
+    """Nor does anybody learn from it; the real tokens are what they are alone."""
+    runtime, routed = tiny.foreroute.runtime, []
+    width = tiny.foreroute.plan.num_experts
+    learner_rows: list[int] = []
+    runtime.observer = lambda layer, hidden, ids, weights: routed.append(int((ids < width).sum()))
+    see = runtime.learner.see
+    runtime.learner.see = lambda layer, hidden, ids, weights: (
+        learner_rows.append(len(hidden)) or see(layer, hidden, ids, weights)
+    )
+    cache, prompts = RowsCache(tiny), [[5, 6, 7], list(range(9, 29)), [11]]
+    cache.arrange([], [(None, 0)] * 3)
+    logits = cache.step(prompts)[:, -1]
+    assert routed == [(3 + 20 + 1) * tiny.foreroute.plan.top_k[0]] * tiny.foreroute.plan.num_layers
+    assert learner_rows == []
+    assert runtime.padding is None
+    for row, ids in enumerate(prompts):
+        expected = tiny(input_ids=torch.tensor([ids])).logits[0, -1]
+        torch.testing.assert_close(logits[row], expected, atol=1e-4, rtol=0)
+    assert len(learner_rows) > 0, "without padding it sees"

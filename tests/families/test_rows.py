@@ -1,0 +1,80 @@
+"""Rows of different lengths share steps in every family that can: each has the logits that it has alone."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from foreroute.batching.rows import OneRow, RowsCache, can_be_padded, why_not_batched
+from tests.families.checks import load_tight, save_tiny
+from tests.families.installed import Family
+from tests.families.special import NOT_PADDED, ONE_ROW
+from tests.families.test_families import WORKING, by_name
+
+ATOL = 1e-4
+PROMPTS = ([5, 9, 13], list(range(6, 25)), [17, 4, 21, 8, 30, 11, 3])
+MOST_AT_ONCE, NUM_STEPS = 8, 6
+
+
+def alone(model: Any, ids: list[int]) -> torch.Tensor:
+    """[vocabulary]: what follows `ids`, computed at once and by themselves."""
+    return model(input_ids=torch.tensor([ids])).logits[0, -1].float()
+
+
+@pytest.fixture
+def model_of(tmp_path: Path, _torch_setup: None):
+    opened = []
+
+    def load(family: Family) -> Any:
+        opened.append(load_tight(save_tiny(family, tmp_path / family.model_type)))
+        return opened[-1]
+
+    yield load
+    for model in opened:
+        model.foreroute.close()
+
+
+@pytest.mark.parametrize("family", [one for one in WORKING if one.model_type not in ONE_ROW | NOT_PADDED], ids=by_name)
+def test_rows_are_what_they_are_alone(model_of: Any, family: Family) -> None:
+    """Prompts in chunks, short ones padded; some decode while others' prompts are computed."""
+    model = model_of(family)
+    assert why_not_batched(model) == ""
+    cache, texts, done = RowsCache(model), [list(ids) for ids in PROMPTS], [0] * len(PROMPTS)
+    cache.arrange([], [(None, 0)] * len(texts))
+    for _ in range(NUM_STEPS):
+        chunks = [ids[at : at + MOST_AT_ONCE] for ids, at in zip(texts, done, strict=True)]
+        logits = cache.step(chunks)[:, -1].float()
+        done = [at + len(chunk) for at, chunk in zip(done, chunks, strict=True)]
+        for row, ids in enumerate(texts):
+            if done[row] == len(ids):
+                torch.testing.assert_close(logits[row], alone(model, ids), atol=ATOL, rtol=0)
+                ids.append(int(logits[row].argmax()))
+    assert cache.lengths == done == [len(ids) - 1 for ids in texts]
+
+
+@pytest.mark.parametrize("family", [one for one in WORKING if one.model_type in ONE_ROW], ids=by_name)
+def test_one_row_is_what_the_family_computes(model_of: Any, family: Family) -> None:
+    """Its prompt at once and then its tokens, in a cache of the family's own, as generate() has it."""
+    model = model_of(family)
+    assert why_not_batched(model) != ""
+    ids, row = list(PROMPTS[2]), OneRow(model)
+    written = model.generate(
+        torch.tensor([ids]), max_new_tokens=NUM_STEPS, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
+    row.arrange([], [(None, 0)])
+    following = ids
+    for _ in range(NUM_STEPS):
+        following = [int(row.step([following])[0, -1].argmax())]
+        ids += following
+    assert ids == written[0].tolist()
+
+
+@pytest.mark.parametrize("family", [one for one in WORKING if one.model_type in NOT_PADDED], ids=by_name)
+def test_padding_is_refused_where_experts_would_compute_it(model_of: Any, family: Family) -> None:
+    model = model_of(family)
+    assert not can_be_padded(model)
+    cache = RowsCache(model)
+    cache.arrange([], [(None, 0)] * 2)
+    with pytest.raises(AssertionError, match="leaves padding out"):
+        cache.step([[5, 6, 7], [8, 9]])
