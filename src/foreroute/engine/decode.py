@@ -147,21 +147,22 @@ class RowsStep:
 
     def total(self) -> torch.Tensor:
         """The weighted sum [tokens, hidden]."""
-        total = torch.zeros_like(self._hidden)
+        hidden, top_k = self._hidden, self._top_k
         if not self._outputs:
-            return total
-        device, keys = total.device, sorted(self._outputs)
+            return torch.zeros_like(hidden)
+        keys = sorted(self._outputs)
         rounds = self._rounds(keys)
-        out = torch.cat([self._outputs[key] for key in keys])
-        rows, places = torch.tensor([add for adds in rounds for add in adds], device=device).unbind(1)
-        weighted = out.index_select(0, rows) * self._weights.flatten().index_select(0, places).unsqueeze(1)
-        everybody = list(range(len(total)))
-        for adds, outputs in zip(rounds, weighted.to(total.dtype).split([len(adds) for adds in rounds]), strict=True):
-            tokens = [place // self._top_k for _, place in adds]
-            if tokens == everybody:
-                total.add_(outputs)
+        rows, places = torch.tensor([add for adds in rounds for add in adds], device=hidden.device).unbind(1)
+        outputs = torch.cat([self._outputs[key] for key in keys]).index_select(0, rows)
+        weighted = (outputs * self._weights.reshape(-1, 1).index_select(0, places)).to(hidden.dtype)
+        total = torch.zeros_like(hidden)
+        num_tokens = len(hidden)
+        for adds, some in zip(rounds, weighted.split([len(adds) for adds in rounds]), strict=True):
+            if len(adds) == num_tokens and all(place // top_k == token for token, (_, place) in enumerate(adds)):
+                total.add_(some)
             else:
-                total.index_add_(0, torch.tensor(tokens, device=device), outputs)
+                tokens = torch.tensor([place // top_k for _, place in adds], device=hidden.device)
+                total.index_add_(0, tokens, some)
         return total
 
     def _gathered(self) -> dict[int, torch.Tensor]:
