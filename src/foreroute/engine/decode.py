@@ -168,23 +168,21 @@ class RowsStep:
     def _gathered(self) -> dict[int, torch.Tensor]:
         """For each expert the rows of `hidden` that are routed to it."""
         hidden, every_place = self._hidden, self._places.values()
-        tokens = torch.tensor(
-            [place // self._top_k for places in every_place for place in places], dtype=torch.int64, device=hidden.device
-        )
+        tokens = [place // self._top_k for places in every_place for place in places]
+        index = torch.tensor(tokens, dtype=torch.int64, device=hidden.device)
         sizes = [len(places) for places in every_place]
         if rows_are_aligned(hidden):
-            rows: Sequence[torch.Tensor] = hidden.index_select(0, tokens).split(sizes)
+            rows: Sequence[torch.Tensor] = hidden.index_select(0, index).split(sizes)
         else:
-            rows = [hidden.index_select(0, some) for some in tokens.split(sizes)]
+            rows = [hidden.index_select(0, some) for some in index.split(sizes)]
         return dict(zip(self._places, rows, strict=True))
 
     def _rounds(self, keys: Sequence[int]) -> list[list[tuple[int, int]]]:
         """What is added to the total at once, one round after the other: (row among the outputs of `keys`, place).
 
-        As eager does, sums are rounded to the activation dtype after each expert, in ascending order. Each token has its
-        own order, so that the first experts of all tokens are one round, whichever they are, and then the second ones.
-        An expert that a token names twice is added in one call with both rows, which rounds once: then it is one round
-        for each expert.
+        As eager does, sums are rounded to the activation dtype after each expert, in ascending order. Only a token's
+        own experts matter to it, so that the first ones of all tokens are one round, whichever they are, and then the
+        second ones. What a token names twice eager adds in one call, which rounds once: then each expert is a round.
         """
         of_experts: list[list[tuple[int, int]]] = []
         row = 0

@@ -98,7 +98,7 @@ def _gate_several(gate: Callable[[torch.Tensor], torch.Tensor], ups: Sequence[to
     """Each of `ups` [rows, gate_up] gated; in one call where that has the bits of a call each, see `gate_rows`."""
     if len(ups) == 1 or ups[0].shape[1] % (2 * _WHOLE_VECTORS) or sum(map(torch.numel, ups)) > _UNDIVIDED_NUMBERS:
         return [gate(up) for up in ups]
-    return gate(torch.cat(ups)).split([len(up) for up in ups])
+    return gate(torch.cat(list(ups))).split([len(up) for up in ups])
 
 
 def compute_several(
@@ -120,7 +120,7 @@ def compute_several(
 
 
 def rows_are_aligned(rows: torch.Tensor) -> bool:
-    """Rows [n, width] of a tensor of its own each lie as one of its own would: products may round otherwise elsewhere."""
+    """Each row of [n, width] lies as a tensor of its own would: products may round otherwise elsewhere."""
     return rows.shape[1] * rows.element_size() % _ALIGNED_BYTES == 0
 
 
