@@ -8,6 +8,9 @@ from typing import Any
 
 from foreroute.errors import ForerouteError
 
+# A read of so few bytes waits for the disk longer than it moves them, so that two at once take little longer than one.
+_SMALL_EXPERT_BYTES = 2**19
+
 
 def _option(default: Any, help_text: str, choices: tuple[str, ...] = ()) -> Any:
     return field(default=default, metadata={"help": help_text, "choices": choices})
@@ -64,7 +67,10 @@ class EngineConfig:
     )
     cache: bool = _option(True, "keep experts across tokens; off loads each one whenever it is needed")
     hits_first: bool = _option(True, "compute the experts that are there while the others arrive")
-    reader_threads: int = _option(1, "threads that read experts; one nearly saturates a disk")
+    reader_threads: int | None = _option(
+        None,
+        "threads that read experts; when left out one, which nearly saturates a disk, and two for small experts",
+    )
     direct_io: bool = _option(True, "read with O_DIRECT where the file system allows it")
     trace: str | None = _option(
         None,
@@ -113,8 +119,12 @@ class EngineConfig:
             )
         if self.kv_tokens is not None and self.kv_tokens < 16:
             raise ForerouteError(f"kv_tokens is {self.kv_tokens}; choose 16 tokens or more.")
-        if not 1 <= self.reader_threads <= 16:
+        if self.reader_threads is not None and not 1 <= self.reader_threads <= 16:
             raise ForerouteError(f"reader_threads is {self.reader_threads}; choose 1 to 16 (1 or 2 are enough).")
+
+    def readers(self, slot_bytes: int) -> int:
+        """Threads that read experts of so many bytes while the model computes: as asked, else two for small ones."""
+        return self.reader_threads or (2 if slot_bytes <= _SMALL_EXPERT_BYTES else 1)
 
 
 @dataclass(frozen=True)

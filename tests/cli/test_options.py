@@ -149,3 +149,10 @@ def test_a_prompt_that_cannot_be_is_refused(tmp_path: Path, monkeypatch) -> None
     monkeypatch.setattr(sys, "stdin", terminal)
     with pytest.raises(PromptError, match="no prompt"):
         options.read_prompt(None, None)
+
+
+@pytest.mark.parametrize(
+    ("asked", "slot_bytes", "expected"), [(None, 73728, 2), (None, 2**23, 1), (1, 73728, 1), (3, 2**23, 3)]
+)
+def test_small_experts_have_two_readers_unless_asked_otherwise(asked, slot_bytes: int, expected: int) -> None:
+    assert EngineConfig(reader_threads=asked).readers(slot_bytes) == expected

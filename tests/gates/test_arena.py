@@ -78,7 +78,7 @@ def test_every_tensor_of_a_step_is_made_where_the_slots_are():
     views = SlotViews(pool, 4096, [_layout()], [math], torch.float32)
     hidden, weights = torch.empty(3, 4, device="meta"), torch.empty(3, 2, device="meta")
     rows = RowsStep(math, lambda key: views.operands(0, key), hidden, [[2, 0], [0, 1], [1, 2]], weights)
-    assert {index.device.type for pair in rows._rows.values() for index in pair} == {"meta"}
+    assert {gathered.device.type for gathered in rows._rows.values()} == {"meta"}
     rows.run([1, 0, 2])
     assert rows.total().device.type == "meta"
     workspace = OneToken(2, 8, 4, torch.float32, "meta")

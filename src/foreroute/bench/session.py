@@ -165,7 +165,7 @@ class Session:
                 settled.keys(),
                 settled.plan.slot_bytes,
                 seconds=_DISK_SECONDS,
-                num_threads=config.reader_threads,
+                num_threads=config.readers(settled.plan.slot_bytes),
                 direct=config.direct_io,
                 label=settled.label,
                 seed=len(self.seen.disk),

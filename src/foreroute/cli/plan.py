@@ -139,7 +139,7 @@ def find(folder: Path, args: argparse.Namespace, config: EngineConfig) -> Findin
         reads_of,
         keys,
         table.slot_bytes,
-        num_threads=config.reader_threads,
+        num_threads=config.readers(table.slot_bytes),
         direct=config.direct_io,
         label=table.label,
     )

@@ -5,7 +5,7 @@ from typing import Any, Protocol
 
 import torch
 
-from foreroute.kernels.cpu import ExpertMath, Operands
+from foreroute.kernels.cpu import ExpertMath, Operands, compute_several, rows_are_aligned
 
 # An expert's key -> its operands, while it is leased.
 OperandsOf = Callable[[int], Operands]
@@ -91,10 +91,14 @@ class TokenStep:
 
 
 class RowsStep:
-    """Several tokens: each expert takes the rows routed to it.
+    """Several tokens: each expert takes the rows routed to it, and what is no product is one call for many experts.
 
     Rows are ordered by position in the top-k and then by token, as eager experts order them: the order of rows in a
     product can change its bits.
+
+    Args:
+        routed: per token its keys; negative ones are no expert.
+        most_at_once: experts whose operands are asked for together; None for as many as a `run` has.
     """
 
     def __init__(
@@ -104,42 +108,95 @@ class RowsStep:
         hidden: torch.Tensor,
         routed: Sequence[Sequence[int]],
         weights: torch.Tensor,
+        most_at_once: int | None = None,
     ) -> None:
         self._math = math
         self._operands_of = operands_of
-        self._hidden = hidden
+        self._routed = routed
         self._weights = weights
+        self._most_at_once = most_at_once
         self._outputs: dict[int, torch.Tensor] = {}
-        rows: dict[int, tuple[list[int], list[int]]] = {}
-        for position in range(len(routed[0])):
-            for token, row in enumerate(routed):
-                tokens, positions = rows.setdefault(row[position], ([], []))
-                tokens.append(token)
-                positions.append(position)
-        device = hidden.device
-        self._rows = {
-            key: (torch.tensor(tokens, device=device), torch.tensor(at, device=device))
-            for key, (tokens, at) in rows.items()
-        }
+        # Per expert its places. A place is a token's position in the top-k, counted through all tokens.
+        self._top_k = top_k = len(routed[0])
+        places: dict[int, list[int]] = {}
+        for position in range(top_k):
+            place = position
+            for row in routed:
+                key = row[position]
+                if key in places:
+                    places[key].append(place)
+                elif key >= 0:
+                    places[key] = [place]
+                place += top_k
+        self._places = places
+        self._hidden = hidden
+        self._rows = self._gathered()
 
     def run(self, keys: Sequence[int]) -> None:
         """Compute these experts for their rows."""
-        for key in keys:
-            tokens, _ = self._rows[key]
-            self._keep(key, self._math(self._hidden[tokens], self._operands_of(key)))
+        at_once = self._most_at_once or len(keys)
+        for first in range(0, len(keys), at_once):
+            some = keys[first : first + at_once]
+            rows, operands = [self._rows[key] for key in some], [self._operands_of(key) for key in some]
+            self._outputs.update(zip(some, compute_several(self._math, rows, operands), strict=True))
 
     def stand_in(self, keys: Sequence[int], vectors: torch.Tensor) -> None:
         """Take `vectors` [keys, hidden] for the outputs of these experts, for every token routed to them."""
         for key, vector in zip(keys, vectors, strict=True):
-            self._keep(key, vector)
-
-    def _keep(self, key: int, out: torch.Tensor) -> None:
-        tokens, positions = self._rows[key]
-        self._outputs[key] = (out * self._weights[tokens, positions, None]).to(self._hidden.dtype)
+            self._outputs[key] = vector.expand(len(self._places[key]), -1)
 
     def total(self) -> torch.Tensor:
         """The weighted sum [tokens, hidden]."""
-        total = torch.zeros_like(self._hidden)
-        for key in sorted(self._outputs):
-            total.index_add_(0, self._rows[key][0], self._outputs[key])
+        hidden, top_k = self._hidden, self._top_k
+        if not self._outputs:
+            return torch.zeros_like(hidden)
+        keys = sorted(self._outputs)
+        rounds = self._rounds(keys)
+        rows, places = torch.tensor([add for adds in rounds for add in adds], device=hidden.device).unbind(1)
+        outputs = torch.cat([self._outputs[key] for key in keys]).index_select(0, rows)
+        weighted = (outputs * self._weights.reshape(-1, 1).index_select(0, places)).to(hidden.dtype)
+        total = torch.zeros_like(hidden)
+        num_tokens = len(hidden)
+        for adds, some in zip(rounds, weighted.split([len(adds) for adds in rounds]), strict=True):
+            if len(adds) == num_tokens and all(place // top_k == token for token, (_, place) in enumerate(adds)):
+                total.add_(some)
+            else:
+                tokens = torch.tensor([place // top_k for _, place in adds], device=hidden.device)
+                total.index_add_(0, tokens, some)
         return total
+
+    def _gathered(self) -> dict[int, torch.Tensor]:
+        """For each expert the rows of `hidden` that are routed to it."""
+        hidden, every_place = self._hidden, self._places.values()
+        tokens = [place // self._top_k for places in every_place for place in places]
+        index = torch.tensor(tokens, dtype=torch.int64, device=hidden.device)
+        sizes = [len(places) for places in every_place]
+        if rows_are_aligned(hidden):
+            rows: Sequence[torch.Tensor] = hidden.index_select(0, index).split(sizes)
+        else:
+            rows = [hidden.index_select(0, some) for some in index.split(sizes)]
+        return dict(zip(self._places, rows, strict=True))
+
+    def _rounds(self, keys: Sequence[int]) -> list[list[tuple[int, int]]]:
+        """What is added to the total at once, one round after the other: (row among the outputs of `keys`, place).
+
+        As eager does, sums are rounded to the activation dtype after each expert, in ascending order. Only a token's
+        own experts matter to it, so that the first ones of all tokens are one round, whichever they are, and then the
+        second ones. What a token names twice eager adds in one call, which rounds once: then each expert is a round.
+        """
+        of_experts: list[list[tuple[int, int]]] = []
+        row = 0
+        for key in keys:
+            of_experts.append(list(enumerate(self._places[key], row)))
+            row += len(of_experts[-1])
+        if not all(is_distinct(row) for row in self._routed):
+            return of_experts
+        of_tokens: list[list[tuple[int, int]]] = [[] for _ in self._routed]
+        for adds in of_experts:
+            for add in adds:
+                of_tokens[add[1] // self._top_k].append(add)
+        rounds: list[list[tuple[int, int]]] = [[] for _ in range(max(map(len, of_tokens)))]
+        for adds in of_tokens:
+            for at, add in enumerate(adds):
+                rounds[at].append(add)
+        return rounds

@@ -1,5 +1,6 @@
 """Slots as torch tensors: views into the pool's memory, one set per slot and kind of layer, made once."""
 
+import math as scalar_math
 import mmap
 from collections.abc import Sequence
 
@@ -15,6 +16,8 @@ TORCH_DTYPES = {
 }  # fmt: skip
 
 
+# Experts that are converted may be held converted up to so much, and one of them in any case.
+_CONVERTED_BYTES = 2**24
 # What the first byte of an expert of the other layout says, in a store of mixed bits.
 MANY_BITS = 8
 
@@ -67,6 +70,14 @@ class SlotViews:
         if self._is_stored_so[layer]:
             return views
         return tuple(view.to(self._compute_dtype) for view in views)
+
+    def most_at_once(self, layer: int) -> int | None:
+        """Experts of MoE layer `layer` whose operands may be held at once: all where they are no copies (None)."""
+        if self._is_stored_so[layer]:
+            return None
+        layouts = [layout for layout in (self._layouts[layer], self._others[layer]) if layout is not None]
+        widest = max(sum(scalar_math.prod(part.shape) for part in layout.parts) for layout in layouts)
+        return max(1, _CONVERTED_BYTES // (widest * self._compute_dtype.itemsize))
 
     def as_family(self, layer: int, operands: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         """The family's tensors of an expert with these operands: those themselves, but for a quantised checkpoint."""

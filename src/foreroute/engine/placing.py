@@ -40,7 +40,7 @@ def place(
 ) -> Placed:
     """Slots in RAM, filled from disk."""
     memory, slots = allocate_slots(num_slots, table.slot_bytes)
-    disk = open_disk(asked, table, store, slots.__getitem__, asked.reader_threads)
+    disk = open_disk(asked, table, store, slots.__getitem__, asked.readers(table.slot_bytes))
     return Placed(memory, _dressed(disk, asked, table, trace), slots.clear)
 
 
@@ -67,7 +67,7 @@ def place_behind_arena(
     # A pool of some experts starts empty: what a prompt uses is a better choice than any made here.
     disk = None
     if not keys:
-        disk = open_disk(asked, table, store, arena.records.__getitem__, asked.reader_threads)
+        disk = open_disk(asked, table, store, arena.records.__getitem__, asked.readers(table.slot_bytes))
     copier = CudaCopier(arena.tensor, slots) if device.type == "cuda" else MemoryCopier(arena.tensor, slots)
     transfer = TieredTransfer(copier, keys, num_records, disk, table.key_nbytes.__getitem__)
     return Placed(slots.view(-1), _dressed(transfer, asked, table, trace), arena.close)
@@ -87,7 +87,7 @@ def fill_arena(
     keys = all_keys(table)
     if num_records < len(keys):
         return arena, []
-    disk = open_disk(asked, table, store, arena.records.__getitem__, max(asked.reader_threads, _LOADING_THREADS))
+    disk = open_disk(asked, table, store, arena.records.__getitem__, max(asked.reader_threads or 1, _LOADING_THREADS))
     try:
         load_records(disk, keys, progress)
     except BaseException:

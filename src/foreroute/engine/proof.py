@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from foreroute.checkpoint.layouts import ExpertLayout
-from foreroute.kernels.cpu import ExpertMath, OneToken
+from foreroute.kernels.cpu import ExpertMath, OneToken, compute_several
 from foreroute.model.experts import OffloadedExperts, family_forward
 
 
@@ -73,8 +73,8 @@ def describe_math(module: OffloadedExperts) -> ExpertMath | None:
 def prove_math(module: OffloadedExperts, layout: ExpertLayout, compute_dtype: torch.dtype) -> bool:
     """True when our maths for this experts module gives the bits of the family's own forward.
 
-    Three tokens through one expert, and one token through three: the two ways that the engine computes. Random
-    numbers of the real shapes; one expert's tensors serve for all.
+    Three tokens through one expert, one token through three, and several experts for rows of their own: the ways that
+    the engine computes. Random numbers of the real shapes; one expert's tensors serve for all.
     """
     math = describe_math(module)
     if math is None:
@@ -100,6 +100,10 @@ def prove_math(module: OffloadedExperts, layout: ExpertLayout, compute_dtype: to
         if not torch.equal(
             theirs(rows, torch.zeros(3, 1, dtype=torch.int64), row_weights), torch.zeros_like(out) + out
         ):
+            return False
+        parted = [rows[:1].clone(), rows[1:].clone()]
+        together = compute_several(math, parted, [operands] * 2)
+        if not all(torch.equal(out, math(some, operands)) for out, some in zip(together, parted, strict=True)):
             return False
         token, weights = random(1, hidden_width), random(1, num_experts)
         routed = list(range(num_experts))

@@ -243,7 +243,7 @@ class Runtime:
         workspace = self._workspaces[layer]
         if len(routed) == 1 and workspace is not None and is_distinct(routed[0]):
             return TokenStep(workspace, math, operands_of, hidden, routed[0], weights)
-        return RowsStep(math, operands_of, hidden, routed, weights)
+        return RowsStep(math, operands_of, hidden, routed, weights, self.views.most_at_once(layer))
 
     def _compute_leased(
         self,

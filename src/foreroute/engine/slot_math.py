@@ -33,6 +33,7 @@ class PlainSlotMath:
             hidden,
             routed,
             weights,
+            self._views.most_at_once(layer),
         )
         step.run(wanted)
         return step.total()

@@ -17,6 +17,8 @@ Operands = Sequence[torch.Tensor]
 # Numbers in two of the widest vectors (bf16 in 512 bits), which torch's elementwise loops take at a time; as bytes a
 # multiple of its alignment.
 _WHOLE_VECTORS = 64
+# Where a tensor of its own begins.
+_ALIGNED_BYTES = 64
 # Up to here torch gives an elementwise call to one thread (its grain size).
 _UNDIVIDED_NUMBERS = 32768
 
@@ -90,6 +92,36 @@ def gate_rows(gate: Callable[[torch.Tensor], torch.Tensor], up: torch.Tensor) ->
     if up.numel() <= _UNDIVIDED_NUMBERS and up.shape[1] % (2 * _WHOLE_VECTORS) == 0:
         return gate(up).split(1)
     return [gate(row) for row in up.split(1)]
+
+
+def _gate_several(gate: Callable[[torch.Tensor], torch.Tensor], ups: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    """Each of `ups` [rows, gate_up] gated; in one call where that has the bits of a call each, see `gate_rows`."""
+    if len(ups) == 1 or ups[0].shape[1] % (2 * _WHOLE_VECTORS) or sum(map(torch.numel, ups)) > _UNDIVIDED_NUMBERS:
+        return [gate(up) for up in ups]
+    return gate(torch.cat(list(ups))).split([len(up) for up in ups])
+
+
+def compute_several(
+    math: ExpertMath, rows: Sequence[torch.Tensor], operands: Sequence[Operands]
+) -> Sequence[torch.Tensor]:
+    """Several experts, each for `rows` [n, hidden] of its own: what a call of `math` each would give, bit for bit.
+
+    Args:
+        rows: of each expert, aligned (`rows_are_aligned`).
+    """
+    ups = [math.multiply(some, expert, math.up_at) for some, expert in zip(rows, operands, strict=True)]
+    if math.up_bias_at >= 0:
+        ups = [up + math.bias(expert, math.up_bias_at) for up, expert in zip(ups, operands, strict=True)]
+    inner = _gate_several(math.gate, ups)
+    outs = [math.multiply(some, expert, math.down_at) for some, expert in zip(inner, operands, strict=True)]
+    if math.down_bias_at >= 0:
+        outs = [out + math.bias(expert, math.down_bias_at) for out, expert in zip(outs, operands, strict=True)]
+    return outs
+
+
+def rows_are_aligned(rows: torch.Tensor) -> bool:
+    """Each row of [n, width] lies as a tensor of its own would: products may round otherwise elsewhere."""
+    return rows.shape[1] * rows.element_size() % _ALIGNED_BYTES == 0
 
 
 def _aligned_rows(num_rows: int, width: int, dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:

@@ -5,6 +5,9 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+# Up to here, counting in Python takes less time than the calls that count.
+_FEW_VOTES = 256
+
 
 class Seen(NamedTuple):
     """What crosses the seam at one MoE layer, and all that a predictor may read.
@@ -63,6 +66,13 @@ def most_wanted(ids: torch.Tensor, num_experts: int) -> list[int]:
     if len(ids) == 1:
         return list(dict.fromkeys(expert for expert in ids[0].tolist() if expert < num_experts))
     width = ids.shape[1]
+    if ids.numel() <= _FEW_VOTES:
+        counted: dict[int, int] = {}
+        for row in ids.tolist():
+            for rank, expert in enumerate(row):
+                counted[expert] = counted.get(expert, 0) + width - rank
+        wanted = [(-vote, expert) for expert, vote in counted.items() if expert < num_experts]
+        return [expert for _, expert in sorted(wanted)]
     rank_votes = torch.arange(width, 0, -1, device=ids.device).expand(len(ids), -1)
     votes = torch.zeros(num_experts + 1, dtype=torch.int64, device=ids.device)
     votes.scatter_add_(0, ids.clamp(max=num_experts).flatten(), rank_votes.flatten())

@@ -2,6 +2,7 @@
 
 import torch
 
+from foreroute.predict import base
 from foreroute.predict.base import Seen, most_wanted
 from foreroute.predict.lookahead import NextRouter, RouterLookahead
 
@@ -76,3 +77,11 @@ def test_what_comes_sorted_is_taken_as_it_comes() -> None:
     sorted_router = NextRouter(grouped, 1, 0, 2, EXPERTS, scale=None, is_sorted=True)
     assert sorted_router.guess(SEEN.hidden, 2).ids.tolist() == [[4, 1], [1, 0]]
     assert sorted_router.guess(SEEN.hidden, 3).ids.tolist() == [[4, 1, 2], [1, 0, 5]]
+
+
+def test_votes_are_counted_alike_for_few_rows_and_for_many(monkeypatch) -> None:
+    ids = torch.randint(0, 12, (40, 5), generator=torch.Generator().manual_seed(0))
+    of_few = most_wanted(ids, num_experts=10)
+    monkeypatch.setattr(base, "_FEW_VOTES", 0)
+    assert most_wanted(ids, num_experts=10) == of_few
+    assert len(of_few) == 10
