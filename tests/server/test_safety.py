@@ -2,6 +2,7 @@
 
 import base64
 import logging
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -194,6 +195,24 @@ def test_after_a_bad_rendering_comes_a_good_one(render: Any) -> None:
     assert render(template) == "fine"
     # Larger than what a pipe holds, in both directions.
     assert len(render("{{ messages[0].content }}", "x" * 99_999)) == 99_999
+
+
+def test_a_server_with_a_thousand_connections() -> None:
+    """`select` takes no descriptor past 1023, and a worker that is started late has such."""
+    nobody = os.open(os.devnull, os.O_RDONLY)
+    held = [nobody]
+    renderer = TemplateRenderer("{{ messages[0].content }}", {}, Limits())
+    try:
+        while held[-1] < 1100:
+            held.append(os.dup(nobody))
+        assert renderer.render([{"role": "user", "content": "Hi"}]) == "Hi"
+        assert renderer._worker is not None
+        assert renderer._worker.stdout is not None
+        assert renderer._worker.stdout.fileno() > 1023
+    finally:
+        renderer.close()
+        for one in held:
+            os.close(one)
 
 
 def test_the_worker_knows_no_keys(monkeypatch: pytest.MonkeyPatch, render: Any) -> None:
