@@ -31,7 +31,6 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "use_beam_search": (False,),
     "length_penalty": (1, 1.0),
     "min_tokens": (0,),
-    "ignore_eos": (False,),
     "stop_token_ids": ([],),
     "bad_words": ([],),
     "include_stop_str_in_output": (False,),
@@ -109,6 +108,8 @@ class _Request(_Strict):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
+    # vLLM's: the model's own end does not end the answer. Benchmarks want answers of a given length.
+    ignore_eos: bool | None = None
 
     @model_validator(mode="before")
     @classmethod
