@@ -18,7 +18,7 @@ _SCORED_AT_ONCE = 512
 
 
 class Answer:
-    """What the engine knows of one request. Its thread alone uses it, but for `is_cancelled`.
+    """What the engine knows of one request. Its thread alone uses it, but for `cancel`.
 
     Args:
         most_new: tokens that may come.
@@ -31,7 +31,7 @@ class Answer:
 
     def __init__(self, request: Request, on_event: Callable[[Event], None], most_new: int) -> None:
         self.request = request
-        self.is_cancelled = False
+        self.is_cancelled, self.why_cancelled = False, ""
         self.ids = list(request.prompt_ids)
         self.reserved = len(self.ids) + most_new
         self.cache: Any = None
@@ -41,6 +41,12 @@ class Answer:
         self._chunks: list[torch.Tensor] = []
         self._logprobs: list[float | None] = [None]
         self._tops: list[Top | None] = [None]
+
+    def cancel(self, why: str) -> None:
+        """Mark it as one to end; the first reason counts."""
+        if not self.is_cancelled:
+            self.why_cancelled = why
+            self.is_cancelled = True
 
     def begin(self, model: Any, tokenizer: Any, cache: Any, num_cached: int, chunk: int | None) -> None:
         """Make ready to compute the prompt.
@@ -121,4 +127,4 @@ class Answer:
             self._on_event(event)
         except Exception:  # noqa: BLE001  the others' answers go on
             _LOG.exception("a request's events could not be handed on; it is cancelled")
-            self.is_cancelled = True
+            self.cancel("Its events could not be handed on.")

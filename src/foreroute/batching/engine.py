@@ -94,7 +94,7 @@ class BatchEngine:
 
     def cancel(self, handle: Answer) -> None:
         """See requests.Engine. What it holds is free before the next step."""
-        handle.is_cancelled = True
+        handle.cancel("The request was cancelled.")
 
     def state(self) -> EngineState:
         """See requests.Engine."""
@@ -111,7 +111,7 @@ class BatchEngine:
         with self._changed:
             self._is_closed = True
             for answer in (*self._waiting, *self._joining, *self._running):
-                answer.is_cancelled = True
+                answer.cancel("The server is shutting down.")
             self._changed.notify()
         self._thread.join()
 
@@ -145,10 +145,10 @@ class BatchEngine:
 
     def _drop_cancelled(self) -> None:
         for answer in [one for one in (*self._waiting, *self._joining) if one.is_cancelled]:
-            self._end(answer, answer.finished("cancelled", "The server is shutting down."))
+            self._end(answer, answer.finished("cancelled", answer.why_cancelled))
         self._take_out(
             {
-                answer: answer.finished("cancelled", "The server is shutting down.")
+                answer: answer.finished("cancelled", answer.why_cancelled)
                 for answer in self._running
                 if answer.is_cancelled
             }
