@@ -35,7 +35,7 @@ class Guard:
 
     def __init__(self, app: App, settings: ServerSettings) -> None:
         self._app = app
-        self._hosts = settings.hosts
+        self._hosts, self._named = settings.hosts, settings.allowed_hosts
         self._keys = [key.encode() for key in settings.api_keys]
         self._limits = settings.limits
         self._retry_after_s = settings.retry_after_s
@@ -92,9 +92,12 @@ class Guard:
         host = headers.get(b"host", b"").decode("latin-1").lower()
         # A page of another site, whose name was made to point here, still sends that name (DNS rebinding).
         if self._hosts is not None and _without_port(host) not in self._hosts:
-            raise ApiError(403, f"The Host header must be one of {', '.join(sorted(self._hosts))}.", code="wrong_host")
+            known = ", ".join(sorted(self._hosts))
+            message = f"The Host header must be one of {known}. Behind a proxy: foreroute serve --allowed-host NAME."
+            raise ApiError(403, message, code="wrong_host")
         origin = headers.get(b"origin")
-        if origin is not None and _host_of(origin) != host:
+        # A proxy may put its own name for this server into Host; the page comes from the name that people know.
+        if origin is not None and _host_of(origin) not in {host, *self._named}:
             raise ApiError(403, "Pages of other origins may not use this server.", code="wrong_origin")
 
     def _check_key(self, scope: MutableMapping[str, Any], headers: dict[bytes, bytes]) -> None:
