@@ -1,5 +1,6 @@
 """Real sockets: who leaves frees what they held, who waits is kept company, who does not read is left."""
 
+import contextlib
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 from foreroute.server.backend import Backend, Prompts, Serving
 from foreroute.server.settings import Limits, ServerSettings
 from tests.server.fake_engine import FakeEngine
-from tests.server.sockets import post, read_until, running, wait_until
+from tests.server.sockets import connect, post, read_until, running, wait_until
 
 CHAT = "/v1/chat/completions"
 HI = [{"role": "user", "content": "Hi"}]
@@ -88,6 +89,79 @@ def test_a_body_that_does_not_come(url: str) -> None:
         head = f"POST {CHAT} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nContent-Length: 50\r\n\r\n"
         connection.sendall(head.encode() + b'{"mess')
         assert b"408" in read_until(connection, b"timeout")
+
+
+HEAD = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 5000\r\n\r\n"
+GET = "GET /version HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("first", "more", "answer"),
+    [
+        ("", "", b""),
+        ("GET /ver", "", b""),
+        ("GET /version HTTP/1.1\r\n", "X: y\r\n", b""),
+        (GET, "G", b'"version"'),
+        # Refused, by its host and for its slowness: what comes of the body afterwards keeps nothing open.
+        (HEAD.replace("localhost", "evil.example"), "a", b"wrong_host"),
+        (HEAD, "a", b"timeout"),
+    ],
+)
+def test_who_sends_a_letter_now_and_then_is_left(
+    engine: FakeEngine, prompts: Prompts, first: str, more: str, answer: bytes
+) -> None:
+    settings = ServerSettings(limits=Limits(head_s=0.6, body_s=0.3))
+    with running(Backend(Serving(engine, prompts, engine.context)), settings) as url:
+        connection = connect(url)
+        connection.sendall(first.encode())
+        connection.settimeout(0.05)
+        got, until = b"", time.monotonic() + 20
+        while time.monotonic() < until:
+            try:
+                part = connection.recv(65536)
+            except TimeoutError:
+                with contextlib.suppress(OSError):
+                    connection.sendall(more.encode())
+                continue
+            except ConnectionResetError:
+                break
+            if not part:
+                break
+            got += part
+        else:
+            raise AssertionError("it is still open")
+        assert answer in got
+
+
+def test_who_is_answered_in_time_is_not_left(engine: FakeEngine, prompts: Prompts) -> None:
+    """Neither an answer that takes longer than a request may, nor several requests of one connection."""
+    settings = ServerSettings(limits=Limits(head_s=0.5))
+    engine.gate.clear()
+    with running(Backend(Serving(engine, prompts, engine.context)), settings) as url:
+        connection = post(url, CHAT, {"messages": HI})
+        wait_until(lambda: engine.state().running == 1)
+        time.sleep(1.2)
+        engine.gate.set()
+        assert b"Hello" in read_until(connection, b"usage")
+        for _ in range(8):
+            time.sleep(0.1)
+            connection.sendall(GET.encode())
+            assert b"200" in read_until(connection, b'"version"')
+
+
+def test_an_answer_that_nobody_fetches_is_thrown_away(engine: FakeEngine, prompts: Prompts) -> None:
+    settings = ServerSettings(limits=Limits(head_s=0.3, send_s=0.5))
+    with running(Backend(Serving(engine, prompts, engine.context)), settings) as url:
+        connection = post(url, "/tokenize", {"prompt": "x" * 4_000_000}, receive_bytes=4096)
+        connection.settimeout(20)
+        assert connection.recv(4096).startswith(b"HTTP/1.1 200")
+        # Its end is not sent any more, however late it is asked for.
+        time.sleep(2.5)
+        got = 0
+        with contextlib.suppress(ConnectionResetError):
+            while part := connection.recv(2**20):
+                got += len(part)
+        assert got < 8_000_000
 
 
 def test_stopping_ends_what_runs(engine: FakeEngine, prompts: Prompts) -> None:

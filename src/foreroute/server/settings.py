@@ -15,12 +15,13 @@ class Limits:
     """What one request may ask for; more is refused before any work is done.
 
     in_flight: requests at once, each of which may hold a body of body_bytes.
-    template_s and template_chars bound the rendering of a chat template; body_s is how long a body may take to arrive,
-    send_s how long a client may leave what was sent to it unread.
+    template_s and template_chars bound the rendering of a chat template; head_s is how long a request's first lines may
+    take to arrive, body_s its body, send_s how long a client may leave what was sent to it unread.
     """
 
     in_flight: int = 256
     body_bytes: int = 8 * 2**20
+    head_s: float = 30.0
     body_s: float = 30.0
     send_s: float = 60.0
     json_depth: int = 32
