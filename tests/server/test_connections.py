@@ -1,6 +1,7 @@
 """Real sockets: who leaves frees what they held, who waits is kept company, who does not read is left."""
 
 import contextlib
+import json
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -131,6 +132,16 @@ def test_who_sends_a_letter_now_and_then_is_left(
         else:
             raise AssertionError("it is still open")
         assert answer in got
+
+
+def test_a_body_whose_end_is_told_twice(engine: FakeEngine, url: str) -> None:
+    """Content-Length 3, and chunks of more: a proxy may take what follows the three bytes for another request."""
+    connection = connect(url)
+    content = json.dumps({"prompt": "a"}).encode()
+    head = HEAD.replace("5000", "3").replace("\r\n\r\n", "\r\nTransfer-Encoding: chunked\r\n\r\n")
+    connection.sendall(head.encode() + b"%x\r\n%s\r\n0\r\n\r\n" % (len(content), content))
+    assert b"400" in read_until(connection, b"invalid_header")
+    assert engine.requests == []
 
 
 def test_who_is_answered_in_time_is_not_left(engine: FakeEngine, prompts: Prompts) -> None:

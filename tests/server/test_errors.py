@@ -107,6 +107,62 @@ def test_bad_completions(serve: Serve, body: dict[str, Any], param: str) -> None
     assert served.engine.requests == []
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "param", "said"),
+    [
+        # A value that may be given in several ways: where it went wrong, in the way that went furthest.
+        ("completions", {"prompt": 5}, "prompt", "valid string"),
+        ("completions", {"prompt": ["a", 5]}, "prompt.1", "valid string"),
+        ("completions", {"prompt": [[5], [5, "a"]]}, "prompt.1.1", "valid integer"),
+        ("completions", {"prompt": "a", "stop": ["a", None]}, "stop.1", "valid string"),
+        ("chat/completions", {"messages": [{"role": "user", "content": {}}]}, "messages.0.content", "valid string"),
+        (
+            "chat/completions",
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "cache_control": {}}]}]},
+            "messages.0.content.0.cache_control",
+            "no field",
+        ),
+        (
+            "chat/completions",
+            {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
+            "messages.0.content.0.text",
+            "missing",
+        ),
+        # Names that are none in Python.
+        ("completions", {"prompt": "a", "top-p": 1}, "top-p", "no field 'top-p'"),
+        ("completions", {"prompt": "a", "str": 1}, "str", "no field 'str'"),
+        ("completions", {"prompt": "a", "": 1}, None, "no field"),
+        ("completions", {"prompt": "a", "k" * 100_000: 1}, "k" * 100 + " ...", "no field"),
+        ("completions", {"prompt": "a", "logit_bias": {"5": 1, "05": 2}}, "logit_bias", "more than once"),
+    ],
+)
+def test_what_is_wrong_is_named_in_short(
+    serve: Serve, path: str, body: dict[str, Any], param: str | None, said: str
+) -> None:
+    error = error_of(serve().client.post(f"/v1/{path}", json=body), 400)
+    assert error["param"] == param
+    assert said in error["message"]
+    assert len(error["message"]) < 1100
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        '{"prompt": "a", "max_tokens": 1, "prompt": "b"}',
+        '{"prompt": "a", "stream_options": {"include_usage": true, "include_usage": false}}',
+        '{"prompt": "a", "logit_bias": {"5": 1, "5": -100}}',
+        '{"prompt": "a", "\\ud800": 1, "\\ud800": 2}',
+    ],
+)
+def test_a_field_that_is_there_twice(serve: Serve, body: str) -> None:
+    served = serve()
+    headers = {"content-type": "application/json"}
+    error = error_of(served.client.post("/v1/completions", content=body, headers=headers), 400)
+    assert error["code"] == "invalid_json"
+    assert "more than once" in error["message"]
+    assert served.engine.requests == []
+
+
 def test_what_asks_for_nothing_is_let_through(serve: Serve) -> None:
     served = serve(answer="ok")
     answer = {"role": "assistant", "content": "Hi", "refusal": None, "tool_calls": None, "audio": None}
@@ -133,6 +189,9 @@ def test_a_model_that_is_not_here(serve: Serve) -> None:
     for path in ("../../etc/passwd", "/etc/passwd", "org/name", "tiny\0"):
         assert error_of(served.chat(model=path), 404)["code"] == "model_not_found"
         assert "passwd" not in served.chat(model=path).text
+    for path, body in (("/tokenize", {"prompt": "a"}), ("/detokenize", {"tokens": [5]})):
+        assert error_of(served.client.post(path, json={**body, "model": "gpt-9"}), 404)["param"] == "model"
+        assert served.client.post(path, json={**body, "model": "other"}).status_code == 200
     assert served.chat(model="other").json()["model"] == "other"
     assert served.chat().json()["model"] == "tiny"
 
@@ -142,6 +201,7 @@ def test_paths_methods_bodies(serve: Serve) -> None:
     assert error_of(client.get("/nowhere"), 404)["type"] == "not_found_error"
     assert error_of(client.get("/v1/chat/completions"), 405)["code"] == "method_not_allowed"
     assert error_of(client.post("/health", json={}), 405)
+    assert client.head("/health").status_code == 200
     json_type = {"content-type": "application/json"}
     post = client.post
     assert error_of(post("/v1/completions", content=b"{", headers=json_type), 400)["code"] == "invalid_json"

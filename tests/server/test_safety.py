@@ -69,7 +69,11 @@ def test_keys_are_compared_in_constant_time(serve: Serve, monkeypatch: pytest.Mo
     assert compared == [KEY.encode(), OTHER.encode()]
 
 
-@pytest.mark.parametrize("host", ["evil.example", "evil.example:8000", "127.0.0.1.evil.example", "", "[::2]:80"])
+@pytest.mark.parametrize(
+    "host",
+    ["evil.example", "evil.example:8000", "127.0.0.1.evil.example", "", "[::2]:80", "localhost:80@evil.example",
+     "localhost:80:80", "::1", "[::1", "localhost:x", "localhost#", "127.1"],
+)  # fmt: skip
 def test_names_that_were_made_to_point_here(serve: Serve, host: str) -> None:
     response = serve().client.get("/v1/models", headers={"host": host})
     assert response.status_code == 403

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from foreroute.errors import ServerError
 
 _NAME = re.compile(r"[a-z0-9_]([a-z0-9._-]*[a-z0-9_])?")
-LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]", "::1"})
+LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class ServerSettings:
         if not self.allowed_hosts and not is_loopback(self.host):
             return None
         own = self.host.strip("[]").lower()
-        return LOCAL_NAMES | {own, f"[{own}]"} | self.allowed_hosts
+        return LOCAL_NAMES | {f"[{own}]" if ":" in own else own} | self.allowed_hosts
 
 
 def host_name(text: str) -> str:
