@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import socket
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -83,8 +84,6 @@ def test_who_does_not_read_is_left(engine: FakeEngine, url: str) -> None:
 
 
 def test_a_body_that_does_not_come(url: str) -> None:
-    import socket
-
     host, port = url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as connection:
         head = f"POST {CHAT} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nContent-Length: 50\r\n\r\n"
@@ -154,10 +153,22 @@ def test_who_is_answered_in_time_is_not_left(engine: FakeEngine, prompts: Prompt
         time.sleep(1.2)
         engine.gate.set()
         assert b"Hello" in read_until(connection, b"usage")
-        for _ in range(8):
-            time.sleep(0.1)
-            connection.sendall(GET.encode())
-            assert b"200" in read_until(connection, b'"version"')
+        assert _answers(connection, 8)
+        # From the last answer on, the time for the next request runs.
+        connection.sendall(b"GET /ver")
+        connection.settimeout(20)
+        assert connection.recv(1) == b""
+        assert _answers(connect(url), 8)
+
+
+def _answers(connection: socket.socket, count: int) -> bool:
+    """Whether requests that come one soon after another are answered, over more time than one of them has."""
+    for _ in range(count):
+        time.sleep(0.1)
+        connection.sendall(GET.encode())
+        if b"200" not in read_until(connection, b'"version"'):
+            return False
+    return True
 
 
 def test_an_answer_that_nobody_fetches_is_thrown_away(engine: FakeEngine, prompts: Prompts) -> None:
