@@ -191,10 +191,43 @@ def test_cancelled_is_gone(tiny, tokenizer, engine_of):
     assert begun.wait(WAIT_S)
     engine.cancel(handle)
     assert heard.wait().end.reason == "cancelled"
+    assert heard.end.error == "The request was cancelled."
     assert other.wait().end.reason == "length"
     assert len(heard.tokens) < 400
     state = engine.state()
     assert (state.running, state.waiting, state.kv_blocks_used) == (0, 0, 0)
+
+
+def test_who_is_cancelled_by_the_end_of_the_engine_is_told_so(tiny, engine_of):
+    engine, begun = engine_of(tiny, max_num_seqs=1), threading.Event()
+    running, waiting, gone = Heard(), Heard(), Heard()
+
+    def on_event(event):
+        running(event)
+        begun.set() if isinstance(event, Step) else None
+
+    engine.submit(Request([5] * 8, 400, GREEDY, ignore_eos=True), on_event)
+    engine.submit(Request([6] * 8, 4, GREEDY), waiting)
+    left = engine.submit(Request([7] * 8, 4, GREEDY), gone)
+    assert begun.wait(WAIT_S)
+    # Who had left before the engine ended did not end because of it.
+    left.cancel("The request was cancelled.")
+    engine.close()
+    assert [one.wait().end.reason for one in (running, waiting, gone)] == ["cancelled"] * 3
+    assert [one.end.error for one in (running, waiting)] == ["The server is shutting down."] * 2
+    assert gone.end.error == "The request was cancelled."
+
+
+@pytest.mark.parametrize(("ignored", "reason", "num_tokens"), [(False, "stop", 1), (True, "length", 5)])
+def test_the_models_own_end_may_be_ignored(tiny, tokenizer, engine_of, ignored, reason, num_tokens):
+    end = tiny.generation_config.eos_token_id
+    ends = [end] if isinstance(end, int) else list(end)
+    heard = Heard()
+    sampling = Sampling(temperature=0.0, logit_bias=dict.fromkeys(ends, 100.0))
+    engine_of(tiny).submit(Request([5] * 8, 5, sampling, ignore_eos=ignored), heard)
+    assert heard.wait().end.reason == reason
+    assert len(heard.tokens) == num_tokens
+    assert set(heard.tokens) <= set(ends)
 
 
 def test_an_error_ends_the_step_and_not_the_engine(tiny, tokenizer, engine_of, monkeypatch):

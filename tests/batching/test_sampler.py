@@ -48,6 +48,15 @@ def draws(logits: list[float], count: int = 200, **asked: Any) -> list[int]:
     return [sampler.draw(torch.tensor(logits)) for _ in range(count)]
 
 
+@pytest.mark.parametrize("temperature", [1e-8, 1e-10, 1e-40, 5e-324])
+def test_a_temperature_next_to_nought_takes_the_likeliest(temperature: float) -> None:
+    assert set(draws([3.0, 2.0, 40.0, -9.0], temperature=temperature)) == {2}
+    # And those that are as likely, by chance: nought itself takes the first.
+    assert set(draws([3.0, 40.0, 40.0, -9.0], temperature=temperature)) == {1, 2}
+    # After the least penalty that a request may have.
+    assert set(draws([80.0, -80.0], 1, temperature=temperature, repetition_penalty=0.01)) == {0}
+
+
 def test_draws() -> None:
     logits = [3.0, 2.0, 1.0, -9.0]
     assert set(draws(logits)) == {0, 1, 2}

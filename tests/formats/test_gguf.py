@@ -1,5 +1,6 @@
 """GGUF files: blocks as gguf's own dequantiser has them, tokens as the dequantised resident model has them."""
 
+import copy
 import json
 import shutil
 import sys
@@ -13,6 +14,7 @@ import pytest
 import torch
 from gguf.quants import dequantize, quantize
 
+from foreroute.checkpoint.gguf_families import settings_of
 from foreroute.checkpoint.gguf_file import read_gguf
 from foreroute.checkpoint.index import read_index
 from foreroute.checkpoint.layouts import ExpertTable
@@ -26,6 +28,7 @@ from foreroute.model.skeleton import outline
 from foreroute.transfer.disk import DiskTransfer
 from foreroute.transfer.memory import allocate_slots
 from tests.formats.gguf_writer import Kind, Written, add_settings, gpt_oss_config, qwen3_moe_config, write_gguf
+from tests.support.checkpoints import save_tokenizer
 from tests.support.runs import assert_same_bits, generate
 
 Writing = Callable[..., Written]
@@ -151,6 +154,78 @@ def test_settings_come_from_the_metadata(written: Writing) -> None:
     assert config.tie_word_embeddings is False
 
 
+def _rewritten(path: Path, folder: Path, **settings: Any) -> Path:
+    """The file with more settings: gpt-oss's, numbers."""
+    reader = gguf.GGUFReader(path)
+    folder.mkdir(parents=True)
+    writer = gguf.GGUFWriter(folder / path.name, "gpt-oss")
+    for name, field in reader.fields.items():
+        if name != "general.architecture" and not name.startswith("GGUF.") and name not in settings:
+            writer.add_key_value(name, field.contents(), field.types[0])
+    for name, value in settings.items():
+        kind = gguf.GGUFValueType.STRING if isinstance(value, str) else gguf.GGUFValueType.FLOAT32
+        writer.add_key_value(name, value, kind)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, np.array(tensor.data), raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    save_tokenizer(folder)
+    return folder / path.name
+
+
+YARN = "gpt-oss.rope.scaling."
+
+
+def test_where_yarn_begins_and_ends_comes_from_the_metadata(
+    written: Writing, load: Callable[..., Any], tmp_path: Path
+) -> None:
+    made = written("gpt-oss-mxfp4")
+    bounds = {f"{YARN}yarn_beta_fast": 6.0, f"{YARN}yarn_beta_slow": 0.5}
+    # And those that say what transformers does in any case.
+    usual = {f"{YARN}yarn_ext_factor": 1.0, f"{YARN}yarn_attn_factor": 1.0, f"{YARN}attn_factor": 1.0}
+    path = _rewritten(made.path, tmp_path / "bounds", **bounds, **usual)
+    config = copy.deepcopy(made.resident.config)
+    config.rope_parameters = {**config.rope_parameters, "beta_fast": 6.0, "beta_slow": 0.5}
+    theirs = type(made.resident)(config).eval()
+    theirs.load_state_dict(made.resident.state_dict())
+    model = load(path, "40%", dtype="float32", learn=False)
+    assert model.config.rope_parameters == config.rope_parameters
+    out = generate(theirs)
+    assert_same_bits(generate(model), out)
+    before = generate(made.resident)
+    assert not torch.equal(out.logits[0], before.logits[0]), "the bounds matter"
+
+
+def test_positions_that_transformers_computes_otherwise_are_refused(written: Writing, tmp_path: Path) -> None:
+    made = written("gpt-oss-mxfp4")
+    for at, (name, value, said) in enumerate((
+        (f"{YARN}yarn_ext_factor", 0.5, r"rope\.scaling\.yarn_ext_factor 0\.5 is not read"),
+        (f"{YARN}yarn_attn_factor", 2.0, "yarn_attn_factor 2.0 is not read"),
+        (f"{YARN}attn_factor", 2.0, "scaling.attn_factor 2.0 is not read"),
+        (f"{YARN}yarn_log_multiplier", 0.1, "yarn_log_multiplier 0.1 is not read"),
+        (f"{YARN}alpha", 3.0, "scaling.alpha 3.0 is not read"),
+        (f"{YARN}type", "linear", "positions scaled as linear"),
+        ("gpt-oss.rope.dimension_count", 16.0, "turn 16.0 of a head's 32 dimensions"),
+        ("gpt-oss.attention.head_count", 0.0, "describe no gpt-oss"),
+        ("gpt-oss.rope.freq_base", "often", "describe no gpt-oss"),
+    )):  # fmt: skip
+        path = _rewritten(made.path, tmp_path / str(at), **{name: value})
+        with pytest.raises(CheckpointError, match=said):
+            outline(path, read_index(path))
+
+
+def test_a_factor_without_a_type_is_linear(tmp_path: Path) -> None:
+    """As llama.cpp takes it; a factor of one is none."""
+    for at, (name, value) in enumerate((("rope.scaling.factor", 4.0), ("rope.scale_linear", 2.0))):
+        path = _minimal(tmp_path / f"{at}.gguf", settings={}, numbers={f"qwen3moe.{name}": value})
+        with pytest.raises(UnsupportedModelError, match="positions scaled as linear"):
+            settings_of(read_gguf(path))
+        path = _minimal(tmp_path / f"{at}-one.gguf", settings={}, numbers={f"qwen3moe.{name}": 1.0})
+        assert settings_of(read_gguf(path))[1]["rope_parameters"] == {"rope_type": "default", "rope_theta": 1e6}
+
+
 def test_a_tokenizer_of_another_model_beside_the_file_is_refused(written: Writing, tmp_path: Path) -> None:
     made = written("gpt-oss-mxfp4")
     assert load_tokenizer(made.path).encode("ab") == [ord("a") - 33, ord("b") - 33]
@@ -192,7 +267,7 @@ def test_without_a_tokenizer_beside_it_the_files_own_is_used(architecture: str, 
 
 def _minimal(
     path: Path, architecture: str = "qwen3moe", kind: Kind = Kind.Q8_0, tensors: tuple[str, ...] = (),
-    parts: tuple[str, ...] = ("up",), settings: dict[str, Any] | None = None,
+    parts: tuple[str, ...] = ("up",), settings: dict[str, Any] | None = None, numbers: dict[str, float] | None = None,
 ) -> Path:  # fmt: skip
     """A file with too little in it; with the settings of the tiny model, but for those that are given."""
     writer = gguf.GGUFWriter(path, architecture)
@@ -205,6 +280,8 @@ def _minimal(
         add_settings(writer, qwen3_moe_config(), architecture)
         for name, value in settings.items():
             writer.add_string(name, value)
+        for name, number in (numbers or {}).items():
+            writer.add_float32(name, number)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -107,6 +107,24 @@ def test_as_the_dequantised_resident_model(published, references, load, tmp_path
     check_bytes(model, bits or 8 + 16 * (32 + 32 + 64) / (3 * 2048))
 
 
+@pytest.mark.parametrize(("name", "group"), [("gptq", -1), ("gptq", 1024), ("awq", -1)])
+def test_a_group_that_is_the_whole_row(published, references, load, tmp_path, name, group):
+    """GPTQ numbers groups by division: 1024 columns of 64 are those 64. Both formats say -1 for the row."""
+    write = FORMATS[name][0]
+    rows = tmp_path / "rows"
+
+    def whole(source: Path, folder: Path) -> Path:
+        # A row of one matrix is shorter than one of another; each of them is a group.
+        return write(source, folder, 0)
+
+    whole(plain(published(write, "qwen3_moe"), name, tmp_path / "numbers"), rows)
+    config = json.loads((rows / "config.json").read_text())
+    config["quantization_config"]["group_size"] = group
+    (rows / "config.json").write_text(json.dumps(config))
+    reference = plain(rows, name, tmp_path / "plain")
+    assert_same_bits(generate(load(rows, "25%"), ONE_PROMPT), references.output(reference, ONE_PROMPT))
+
+
 @pytest.mark.parametrize("is_shifted", [True, False])
 def test_gptq_zero_points_of_nought(is_shifted):
     """GPTQ's first format keeps zero points less one: of nought, by a borrow from the word's next one."""

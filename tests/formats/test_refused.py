@@ -10,7 +10,15 @@ import torch
 
 import foreroute
 from foreroute.errors import CheckpointError, CorruptCheckpointError, UnsupportedModelError
-from tests.support.quantised import compressed, rewritten, write_fp8, write_gptq, write_mxfp4
+from tests.support.quantised import (
+    compressed,
+    rewritten,
+    write_awq,
+    write_fp8,
+    write_gptq,
+    write_mxfp4,
+    write_packed_int4,
+)
 
 INT4 = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
 
@@ -130,3 +138,36 @@ def test_scales_of_another_dtype(published, tmp_path, nothing_read):
         return {name: one.to(torch.uint8) if "scale_inv" in name else one for name, one in state.items()}
 
     refused_change(published, tmp_path, write_fp8, "qwen3_moe", as_bytes, UnsupportedModelError, "stored as U8")
+
+
+@pytest.mark.parametrize(
+    ("write", "group", "error", "said"),
+    [
+        # 64 columns or fewer: AWQ wants whole groups, GPTQ a group of whole words.
+        (
+            write_awq,
+            1024,
+            CorruptCheckpointError,
+            r"qweight: config.json's group_size 1024 does not do for its \d+ col",
+        ),
+        (write_awq, 24, CorruptCheckpointError, "group_size 24 does not do"),
+        (write_gptq, 24, CorruptCheckpointError, "group_size 24 does not do"),
+        (write_gptq, 4, CorruptCheckpointError, "group_size 4 does not do"),
+        (write_gptq, 32, CorruptCheckpointError, "do not fit each other"),
+        (write_packed_int4, 1024, CorruptCheckpointError, "group_size 1024 does not do"),
+        (write_gptq, 0, CheckpointError, "makes no sense"),
+        (write_awq, -2, CheckpointError, "makes no sense"),
+    ],
+)
+def test_groups_that_the_columns_do_not_have(published, tmp_path, write, group, error, said):
+    def without_order(state):
+        return {name: one for name, one in state.items() if not name.endswith("g_idx")}
+
+    folder = rewritten(published(write, "qwen3_moe"), tmp_path / "changed", without_order)
+    config = json.loads((folder / "config.json").read_text())
+    declared = config["quantization_config"]
+    holder = declared["config_groups"]["group_0"]["weights"] if "config_groups" in declared else declared
+    holder["group_size"] = group
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(error, match=said):
+        foreroute.load(folder, "25%")

@@ -12,6 +12,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+LATER_COMMIT = "89abcdef0123456789abcdef0123456789abcdef"
 
 
 @dataclass
@@ -21,6 +22,7 @@ class StandIn:
     cut_at: bytes after which the first answer with a file of at least twice as many breaks off; 0 for none.
     token: what a request must bring; "" for nothing. gated: as the hub says that terms are to be accepted.
     down: answers 503 to all.
+    moves_to: what `main` is once somebody has asked about it: another folder, at LATER_COMMIT. None: it stays.
     """
 
     folder: Path
@@ -29,16 +31,23 @@ class StandIn:
     gated: bool = False
     down: bool = False
     claimed_bytes: int = 0
+    moves_to: Path | None = None
+    has_moved: bool = False
     endpoint: str = ""
     asked: list[str] = field(default_factory=list)
     ranges: list[str] = field(default_factory=list)
     sent: dict[str, int] = field(default_factory=dict)
     cuts: int = 0
 
-    @property
-    def files(self) -> list[str]:
-        """Paths of all files in the repository."""
-        return sorted(str(path.relative_to(self.folder)) for path in self.folder.rglob("*") if path.is_file())
+    def commit_of(self, revision: str) -> str:
+        """The commit that a branch or tag is right now."""
+        is_later = revision == LATER_COMMIT or (revision == "main" and self.has_moved)
+        return LATER_COMMIT if is_later else COMMIT
+
+    def at(self, commit: str) -> Path:
+        """The files of a commit."""
+        later = self.moves_to if commit == LATER_COMMIT else None
+        return later or self.folder
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -67,28 +76,35 @@ class _Handler(BaseHTTPRequestHandler):
             return self._error(403, "GatedRepo", body)
         if path.startswith("/org/tiny/resolve/"):
             revision, _, name = path.removeprefix("/org/tiny/resolve/").partition("/")
-            if not (hub.folder / name).is_file():
+            commit = hub.commit_of(revision)
+            if not (hub.at(commit) / name).is_file():
                 return self._error(404, "EntryNotFound", body)
-            return self._file(name, body)
+            return self._file(name, commit, body)
         rest = path.removeprefix("/api/models/org/tiny").strip("/")
         kind, _, revision = rest.partition("/")
-        if kind and revision.split("/")[0] not in ("main", "v1", COMMIT):
+        if kind and revision.split("/")[0] not in ("main", "v1", COMMIT, LATER_COMMIT):
             return self._error(404, "RevisionNotFound", body)
-        sizes = {name: (hub.folder / name).stat().st_size for name in hub.files}
+        commit = hub.commit_of(revision.split("/")[0] if kind else "main")
+        folder = hub.at(commit)
+        hub.has_moved = hub.moves_to is not None
+        sizes = {
+            str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()
+        }
         if hub.claimed_bytes:
             sizes["model.safetensors"] = hub.claimed_bytes
         if kind == "tree":
             return self._json(
                 [
-                    {"type": "file", "path": name, "size": size, "oid": _etag(hub.folder / name)}
+                    {"type": "file", "path": name, "size": size, "oid": _etag(folder / name)}
                     for name, size in sizes.items()
                 ]
             )
         siblings = [{"rfilename": name, "size": size} for name, size in sizes.items()]
-        return self._json({"id": "org/tiny", "modelId": "org/tiny", "sha": COMMIT, "siblings": siblings, "tags": []})
+        return self._json({"id": "org/tiny", "modelId": "org/tiny", "sha": commit, "siblings": siblings, "tags": []})
 
-    def _file(self, name: str, body: bool) -> None:
-        hub, raw = self.hub, (self.hub.folder / name).read_bytes()
+    def _file(self, name: str, commit: str, body: bool) -> None:
+        hub, path = self.hub, self.hub.at(commit) / name
+        raw = path.read_bytes()
         wanted = self.headers.get("range")
         start = 0
         if wanted:
@@ -97,8 +113,8 @@ class _Handler(BaseHTTPRequestHandler):
                 hub.ranges.append(f"{name} {wanted}")
         part = raw[start:]
         self.send_response(206 if wanted else 200)
-        self.send_header("ETag", f'"{_etag(hub.folder / name)}"')
-        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("ETag", f'"{_etag(path)}"')
+        self.send_header("X-Repo-Commit", commit)
         self.send_header("Accept-Ranges", "bytes")
         self.send_header("Content-Length", str(len(part)))
         if wanted:

@@ -5,6 +5,7 @@ Each look-up runs in a process of its own, as huggingface_hub reads its settings
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.hub.stand_in import COMMIT, StandIn, serving
+from tests.hub.stand_in import COMMIT, LATER_COMMIT, StandIn, serving
 
 Found = tuple[Path | None, str]
 
@@ -97,6 +98,33 @@ def test_what_is_needed_is_fetched_once_and_nothing_else(repository: Path, look_
         assert look_up(hub)[0] == folder, "the cache does where the hub is down"
     away, said = look_up(hub.endpoint)
     assert away == folder, said
+
+
+def test_a_branch_that_moves_on_meanwhile(repository: Path, tmp_path: Path, look_up: Callable[..., Found]) -> None:
+    """Between the list of files and their download: all of them are of the commit that was listed."""
+    later = shutil.copytree(repository, tmp_path / "later")
+    (later / "shard-a.safetensors").write_text("trained for longer")
+    (later / "shard-b.safetensors").rename(later / "shard-c.safetensors")
+    weight_map = {"a": "shard-a.safetensors", "b": "shard-c.safetensors"}
+    (later / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with serving(repository, moves_to=later) as hub:
+        folder, said = look_up(hub)
+        assert folder is not None, said
+        assert hub.has_moved
+        assert folder.name == COMMIT
+        assert _names(folder) == _WANTED
+        for name in _WANTED:
+            assert (folder / name).read_bytes() == (repository / name).read_bytes(), name
+        assert look_up(hub, HF_HUB_OFFLINE="1")[0] == folder, "without a network the branch is what was fetched"
+        after, said = look_up(hub)
+        assert after is not None, said
+        assert after.name == LATER_COMMIT
+        assert _names(after) == _WANTED - {"shard-b.safetensors"} | {"shard-c.safetensors"}
+        assert (after / "shard-a.safetensors").read_text() == "trained for longer"
+        assert look_up(hub, HF_HUB_OFFLINE="1")[0] == after
+        by_commit, said = look_up(hub, revision=COMMIT)
+        assert by_commit == folder, said
+        assert sorted(path.name for path in (folder.parents[1] / "refs").iterdir()) == ["main"]
 
 
 def test_a_download_that_broke_off_goes_on_where_it_was(repository: Path, look_up: Callable[..., Found]) -> None:

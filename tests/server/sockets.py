@@ -38,13 +38,20 @@ def wait_until(condition: Callable[[], bool], within_s: float = 20.0) -> None:
         time.sleep(0.01)
 
 
-def post(url: str, path: str, body: dict[str, Any], receive_bytes: int | None = None, key: str = "") -> socket.socket:
-    """Send a request and leave the answer unread."""
+def connect(url: str, receive_bytes: int | None = None) -> socket.socket:
+    """A connection to the server, over which nothing has been sent."""
     host, port = url.removeprefix("http://").split(":")
     connection = socket.socket()
     if receive_bytes is not None:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
     connection.connect((host, int(port)))
+    return connection
+
+
+def post(url: str, path: str, body: dict[str, Any], receive_bytes: int | None = None, key: str = "") -> socket.socket:
+    """Send a request and leave the answer unread."""
+    host, port = url.removeprefix("http://").split(":")
+    connection = connect(url, receive_bytes)
     content = json.dumps(body).encode()
     head = f"POST {path} HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Type: application/json\r\n"
     if key:

@@ -26,6 +26,7 @@ def test_help_is_quick_and_narrow(capsys: pytest.CaptureFixture[str], monkeypatc
     for flag in (
         "--model", "--ctx-size", "--max-model-len", "--host", "--port", "--api-key", "--served-model-name", "--seed",
         "--temperature", "--max-num-seqs", "--memory", "--no-ui", "--insecure",
+        "--allowed-host",
     ):  # fmt: skip
         assert flag in shown
     script = (
@@ -42,6 +43,7 @@ def test_help_is_quick_and_narrow(capsys: pytest.CaptureFixture[str], monkeypatc
         (["--api-key", "has space"], "printable"),
         (["--host", "256.1.1.1", "--insecure"], "cannot be listened on"),
         (["-m", "MODEL"], "two models"),
+        (["--allowed-host", "box", "--allowed-host", "https://box"], "no name of a host"),
     ],
 )
 def test_refused_before_anything_is_loaded(

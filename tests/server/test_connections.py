@@ -1,5 +1,8 @@
 """Real sockets: who leaves frees what they held, who waits is kept company, who does not read is left."""
 
+import contextlib
+import json
+import socket
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -9,7 +12,7 @@ import pytest
 from foreroute.server.backend import Backend, Prompts, Serving
 from foreroute.server.settings import Limits, ServerSettings
 from tests.server.fake_engine import FakeEngine
-from tests.server.sockets import post, read_until, running, wait_until
+from tests.server.sockets import connect, post, read_until, running, wait_until
 
 CHAT = "/v1/chat/completions"
 HI = [{"role": "user", "content": "Hi"}]
@@ -81,13 +84,106 @@ def test_who_does_not_read_is_left(engine: FakeEngine, url: str) -> None:
 
 
 def test_a_body_that_does_not_come(url: str) -> None:
-    import socket
-
     host, port = url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as connection:
         head = f"POST {CHAT} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nContent-Length: 50\r\n\r\n"
         connection.sendall(head.encode() + b'{"mess')
         assert b"408" in read_until(connection, b"timeout")
+
+
+HEAD = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 5000\r\n\r\n"
+GET = "GET /version HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("first", "more", "answer"),
+    [
+        ("", "", b""),
+        ("GET /ver", "", b""),
+        ("GET /version HTTP/1.1\r\n", "X: y\r\n", b""),
+        (GET, "G", b'"version"'),
+        # Refused, by its host and for its slowness: what comes of the body afterwards keeps nothing open.
+        (HEAD.replace("localhost", "evil.example"), "a", b"wrong_host"),
+        (HEAD, "a", b"timeout"),
+    ],
+)
+def test_who_sends_a_letter_now_and_then_is_left(
+    engine: FakeEngine, prompts: Prompts, first: str, more: str, answer: bytes
+) -> None:
+    settings = ServerSettings(limits=Limits(head_s=0.6, body_s=0.3))
+    with running(Backend(Serving(engine, prompts, engine.context)), settings) as url:
+        connection = connect(url)
+        connection.sendall(first.encode())
+        connection.settimeout(0.05)
+        got, until = b"", time.monotonic() + 20
+        while time.monotonic() < until:
+            try:
+                part = connection.recv(65536)
+            except TimeoutError:
+                with contextlib.suppress(OSError):
+                    connection.sendall(more.encode())
+                continue
+            except ConnectionResetError:
+                break
+            if not part:
+                break
+            got += part
+        else:
+            raise AssertionError("it is still open")
+        assert answer in got
+
+
+def test_a_body_whose_end_is_told_twice(engine: FakeEngine, url: str) -> None:
+    """Content-Length 3, and chunks of more: a proxy may take what follows the three bytes for another request."""
+    connection = connect(url)
+    content = json.dumps({"prompt": "a"}).encode()
+    head = HEAD.replace("5000", "3").replace("\r\n\r\n", "\r\nTransfer-Encoding: chunked\r\n\r\n")
+    connection.sendall(head.encode() + b"%x\r\n%s\r\n0\r\n\r\n" % (len(content), content))
+    assert b"400" in read_until(connection, b"invalid_header")
+    assert engine.requests == []
+
+
+def test_who_is_answered_in_time_is_not_left(engine: FakeEngine, prompts: Prompts) -> None:
+    """Neither an answer that takes longer than a request may, nor several requests of one connection."""
+    settings = ServerSettings(limits=Limits(head_s=0.5))
+    engine.gate.clear()
+    with running(Backend(Serving(engine, prompts, engine.context)), settings) as url:
+        connection = post(url, CHAT, {"messages": HI})
+        wait_until(lambda: engine.state().running == 1)
+        time.sleep(1.2)
+        engine.gate.set()
+        assert b"Hello" in read_until(connection, b"usage")
+        assert _answers(connection, 8)
+        # From the last answer on, the time for the next request runs.
+        connection.sendall(b"GET /ver")
+        connection.settimeout(20)
+        assert connection.recv(1) == b""
+        assert _answers(connect(url), 8)
+
+
+def _answers(connection: socket.socket, count: int) -> bool:
+    """Whether requests that come one soon after another are answered, over more time than one of them has."""
+    for _ in range(count):
+        time.sleep(0.1)
+        connection.sendall(GET.encode())
+        if b"200" not in read_until(connection, b'"version"'):
+            return False
+    return True
+
+
+def test_an_answer_that_nobody_fetches_is_thrown_away(engine: FakeEngine, prompts: Prompts) -> None:
+    settings = ServerSettings(limits=Limits(head_s=0.3, send_s=0.5))
+    with running(Backend(Serving(engine, prompts, engine.context)), settings) as url:
+        connection = post(url, "/tokenize", {"prompt": "x" * 4_000_000}, receive_bytes=4096)
+        connection.settimeout(20)
+        assert connection.recv(4096).startswith(b"HTTP/1.1 200")
+        # Its end is not sent any more, however late it is asked for.
+        time.sleep(2.5)
+        got = 0
+        with contextlib.suppress(ConnectionResetError):
+            while part := connection.recv(2**20):
+                got += len(part)
+        assert got < 8_000_000
 
 
 def test_stopping_ends_what_runs(engine: FakeEngine, prompts: Prompts) -> None:

@@ -43,6 +43,11 @@ def error_of(response: Any, status: int) -> dict[str, Any]:
         ({"messages": HI, "max_tokens": 0}, "max_tokens", "invalid_value"),
         ({"messages": HI, "max_tokens": "5"}, "max_tokens", "invalid_value"),
         ({"messages": HI, "max_tokens": 4, "max_completion_tokens": 5}, "max_tokens", "invalid_value"),
+        # The longest number that Python reads; one more is longer than it writes.
+        ({"messages": HI, "max_tokens": int("9" * 4300)}, "max_tokens", "invalid_value"),
+        ({"messages": HI, "max_completion_tokens": 2**31}, "max_completion_tokens", "invalid_value"),
+        ({"messages": HI, "n": int("9" * 4300)}, "n", "invalid_value"),
+        ({"messages": HI, "repetition_penalty": 1e-300}, "repetition_penalty", "invalid_value"),
         ({"messages": HI, "temperature": 3}, "temperature", "invalid_value"),
         ({"messages": HI, "top_p": 0}, "top_p", "invalid_value"),
         ({"messages": HI, "n": 0}, "n", "invalid_value"),
@@ -86,6 +91,7 @@ def test_bad_chats(serve: Serve, body: dict[str, Any], param: str | None, code: 
         ({"prompt": [[]]}, "prompt"),
         ({"prompt": [""]}, "prompt"),
         ({"prompt": [99999]}, "prompt"),
+        ({"prompt": "a", "max_tokens": int("9" * 4300)}, "max_tokens"),
         ({"prompt": ["a"] * 129}, "prompt"),
         ({"prompt": ["a"] * 64, "n": 3}, "n"),
         ({"prompt": "a", "best_of": 3}, "best_of"),
@@ -98,6 +104,62 @@ def test_bad_chats(serve: Serve, body: dict[str, Any], param: str | None, code: 
 def test_bad_completions(serve: Serve, body: dict[str, Any], param: str) -> None:
     served = serve()
     assert error_of(served.client.post("/v1/completions", json=body), 400)["param"] == param
+    assert served.engine.requests == []
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param", "said"),
+    [
+        # A value that may be given in several ways: where it went wrong, in the way that went furthest.
+        ("completions", {"prompt": 5}, "prompt", "valid string"),
+        ("completions", {"prompt": ["a", 5]}, "prompt.1", "valid string"),
+        ("completions", {"prompt": [[5], [5, "a"]]}, "prompt.1.1", "valid integer"),
+        ("completions", {"prompt": "a", "stop": ["a", None]}, "stop.1", "valid string"),
+        ("chat/completions", {"messages": [{"role": "user", "content": {}}]}, "messages.0.content", "valid string"),
+        (
+            "chat/completions",
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "cache_control": {}}]}]},
+            "messages.0.content.0.cache_control",
+            "no field",
+        ),
+        (
+            "chat/completions",
+            {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
+            "messages.0.content.0.text",
+            "missing",
+        ),
+        # Names that are none in Python.
+        ("completions", {"prompt": "a", "top-p": 1}, "top-p", "no field 'top-p'"),
+        ("completions", {"prompt": "a", "str": 1}, "str", "no field 'str'"),
+        ("completions", {"prompt": "a", "": 1}, None, "no field"),
+        ("completions", {"prompt": "a", "k" * 100_000: 1}, "k" * 100 + " ...", "no field"),
+        ("completions", {"prompt": "a", "logit_bias": {"5": 1, "05": 2}}, "logit_bias", "more than once"),
+    ],
+)
+def test_what_is_wrong_is_named_in_short(
+    serve: Serve, path: str, body: dict[str, Any], param: str | None, said: str
+) -> None:
+    error = error_of(serve().client.post(f"/v1/{path}", json=body), 400)
+    assert error["param"] == param
+    assert said in error["message"]
+    assert len(error["message"]) < 1100
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        '{"prompt": "a", "max_tokens": 1, "prompt": "b"}',
+        '{"prompt": "a", "stream_options": {"include_usage": true, "include_usage": false}}',
+        '{"prompt": "a", "logit_bias": {"5": 1, "5": -100}}',
+        '{"prompt": "a", "\\ud800": 1, "\\ud800": 2}',
+    ],
+)
+def test_a_field_that_is_there_twice(serve: Serve, body: str) -> None:
+    served = serve()
+    headers = {"content-type": "application/json"}
+    error = error_of(served.client.post("/v1/completions", content=body, headers=headers), 400)
+    assert error["code"] == "invalid_json"
+    assert "more than once" in error["message"]
     assert served.engine.requests == []
 
 
@@ -127,6 +189,9 @@ def test_a_model_that_is_not_here(serve: Serve) -> None:
     for path in ("../../etc/passwd", "/etc/passwd", "org/name", "tiny\0"):
         assert error_of(served.chat(model=path), 404)["code"] == "model_not_found"
         assert "passwd" not in served.chat(model=path).text
+    for path, body in (("/tokenize", {"prompt": "a"}), ("/detokenize", {"tokens": [5]})):
+        assert error_of(served.client.post(path, json={**body, "model": "gpt-9"}), 404)["param"] == "model"
+        assert served.client.post(path, json={**body, "model": "other"}).status_code == 200
     assert served.chat(model="other").json()["model"] == "other"
     assert served.chat().json()["model"] == "tiny"
 
@@ -136,6 +201,7 @@ def test_paths_methods_bodies(serve: Serve) -> None:
     assert error_of(client.get("/nowhere"), 404)["type"] == "not_found_error"
     assert error_of(client.get("/v1/chat/completions"), 405)["code"] == "method_not_allowed"
     assert error_of(client.post("/health", json={}), 405)
+    assert client.head("/health").status_code == 200
     json_type = {"content-type": "application/json"}
     post = client.post
     assert error_of(post("/v1/completions", content=b"{", headers=json_type), 400)["code"] == "invalid_json"

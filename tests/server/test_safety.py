@@ -2,6 +2,7 @@
 
 import base64
 import logging
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from foreroute.errors import ServerError
 from foreroute.server.backend import Prompts
 from foreroute.server.problems import ApiError
-from foreroute.server.settings import Limits, ServerSettings, check_exposure
+from foreroute.server.settings import Limits, ServerSettings, check_exposure, host_name
 from foreroute.server.templates import TemplateRenderer
 from tests.server.conftest import Served
 
@@ -68,7 +69,11 @@ def test_keys_are_compared_in_constant_time(serve: Serve, monkeypatch: pytest.Mo
     assert compared == [KEY.encode(), OTHER.encode()]
 
 
-@pytest.mark.parametrize("host", ["evil.example", "evil.example:8000", "127.0.0.1.evil.example", "", "[::2]:80"])
+@pytest.mark.parametrize(
+    "host",
+    ["evil.example", "evil.example:8000", "127.0.0.1.evil.example", "", "[::2]:80", "localhost:80@evil.example",
+     "localhost:80:80", "::1", "[::1", "localhost:x", "localhost#", "127.1"],
+)  # fmt: skip
 def test_names_that_were_made_to_point_here(serve: Serve, host: str) -> None:
     response = serve().client.get("/v1/models", headers={"host": host})
     assert response.status_code == 403
@@ -83,6 +88,35 @@ def test_names_of_this_machine(serve: Serve, host: str) -> None:
 def test_hosts_elsewhere(serve: Serve) -> None:
     open_to_all = ServerSettings(host="0.0.0.0", api_keys=(KEY,))
     assert serve(open_to_all).client.get("/version", headers={**BEARER, "host": "box.lan"}).status_code == 200
+
+
+def test_the_names_that_a_proxy_is_reached_by(serve: Serve) -> None:
+    named = frozenset({"llm.example.org", "[2001:db8::1]"})
+    origin, json_type = {"origin": "https://llm.example.org"}, {"content-type": "application/json"}
+    for settings in (ServerSettings(allowed_hosts=named), ServerSettings(host="0.0.0.0", allowed_hosts=named)):
+        client = serve(settings).client
+        for host in ("llm.example.org", "LLM.example.org:8443", "[2001:db8::1]:80", "localhost:8000", settings.host):
+            assert client.get("/v1/models", headers={"host": host}).status_code == 200, host
+        for host in ("example.org", "llm.example.org.evil.example", "evil-llm.example.org", "[2001:db8::2]"):
+            response = client.get("/v1/models", headers={"host": host})
+            assert response.json()["error"]["code"] == "wrong_host", host
+        # A proxy may leave the name that people know in Host, or put its own there.
+        for host in ("llm.example.org", "127.0.0.1:8000"):
+            headers = {"host": host, **json_type}
+            post = client.post("/v1/completions", content=b'{"prompt": "a"}', headers={**headers, **origin})
+            assert post.status_code == 200, post.text
+            for other in ("https://example.org", "https://llm.example.org:9", "http://[2001:db8::2]", "null"):
+                post = client.post("/v1/completions", content=b'{"prompt": "a"}', headers={**headers, "origin": other})
+                assert post.json()["error"]["code"] == "wrong_origin", other
+
+
+def test_names_of_hosts() -> None:
+    assert [host_name(one) for one in ("LLM.Example.org", "box", "::1", "[2001:DB8:0::1]", "10.0.0.1")] == [
+        "llm.example.org", "box", "[::1]", "[2001:db8::1]", "10.0.0.1",
+    ]  # fmt: skip
+    for wrong in ("", "https://a", "a:80", "a/b", "*", "*.example.org", "a b", "a,b", "-a", "a.", "[::1]:80", "é"):
+        with pytest.raises(ServerError, match="no name of a host"):
+            host_name(wrong)
 
 
 def test_pages_of_other_sites(serve: Serve) -> None:
@@ -194,6 +228,24 @@ def test_after_a_bad_rendering_comes_a_good_one(render: Any) -> None:
     assert render(template) == "fine"
     # Larger than what a pipe holds, in both directions.
     assert len(render("{{ messages[0].content }}", "x" * 99_999)) == 99_999
+
+
+def test_a_server_with_a_thousand_connections() -> None:
+    """`select` takes no descriptor past 1023, and a worker that is started late has such."""
+    nobody = os.open(os.devnull, os.O_RDONLY)
+    held = [nobody]
+    renderer = TemplateRenderer("{{ messages[0].content }}", {}, Limits())
+    try:
+        while held[-1] < 1100:
+            held.append(os.dup(nobody))
+        assert renderer.render([{"role": "user", "content": "Hi"}]) == "Hi"
+        assert renderer._worker is not None
+        assert renderer._worker.stdout is not None
+        assert renderer._worker.stdout.fileno() > 1023
+    finally:
+        renderer.close()
+        for one in held:
+            os.close(one)
 
 
 def test_the_worker_knows_no_keys(monkeypatch: pytest.MonkeyPatch, render: Any) -> None:

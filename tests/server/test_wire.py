@@ -122,6 +122,19 @@ def test_what_is_asked_reaches_the_engine(serve: Serve) -> None:
     assert request.sampling.logit_bias == {5: -100}
 
 
+@pytest.mark.parametrize("asked", [True, False, None])
+def test_whether_the_models_own_end_ends_an_answer(serve: Serve, asked: bool | None) -> None:
+    served = serve()
+    assert served.chat(ignore_eos=asked).status_code == 200
+    assert served.complete(ignore_eos=asked).status_code == 200
+    served.chat()
+    served.complete()
+    assert [request.ignore_eos for request in served.engine.requests] == [bool(asked)] * 2 + [False] * 2
+    refused = served.chat(ignore_eos="yes")
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "ignore_eos"
+
+
 def test_completion_in_full_and_streamed(serve: Serve) -> None:
     served = serve(answer="bcd")
     found = served.complete("a", max_tokens=3).json()

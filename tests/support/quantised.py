@@ -131,7 +131,10 @@ def compressed(layout: str, weights: dict[str, object]) -> dict[str, object]:
 
 
 def write_gptq(source: Path, folder: Path, group: int = 16) -> Path:
-    """GPTQ's four-bit integers with zero points, eight to a word along the input, scales in float16."""
+    """GPTQ's four-bit integers with zero points, eight to a word along the input, scales in float16.
+
+    group 0 is the whole row.
+    """
 
     def change(state: State) -> State:
         changed: State = {}
@@ -139,7 +142,7 @@ def write_gptq(source: Path, folder: Path, group: int = 16) -> Path:
             if not is_linear(name, tensor):
                 changed[name] = tensor
                 continue
-            grouped = tensor.float().view(len(tensor), -1, group)
+            grouped = tensor.float().view(len(tensor), -1, group or tensor.shape[1])
             low, high = grouped.amin(2), grouped.amax(2)
             scales = ((high - low) / 15).half()
             zeros = (-low / scales.float()).round().clamp(1, 15)
@@ -148,7 +151,7 @@ def write_gptq(source: Path, folder: Path, group: int = 16) -> Path:
             changed[f"{stem}qweight"] = words(steps.view(tensor.shape)).t().contiguous()
             changed[f"{stem}scales"] = scales.t().contiguous()
             changed[f"{stem}qzeros"] = words(zeros.t().contiguous() - 1)
-            changed[f"{stem}g_idx"] = torch.arange(tensor.shape[1], dtype=torch.int32) // group
+            changed[f"{stem}g_idx"] = torch.arange(tensor.shape[1], dtype=torch.int32) // (group or tensor.shape[1])
         return changed
 
     declared = {"quant_method": "gptq", "bits": 4, "group_size": group, "desc_act": False, "sym": False}
@@ -160,7 +163,10 @@ _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
 def write_awq(source: Path, folder: Path, group: int = 16) -> Path:
-    """AWQ's four-bit integers with zero points, eight to a word along the output in an order of their own."""
+    """AWQ's four-bit integers with zero points, eight to a word along the output in an order of their own.
+
+    group 0 is the whole row.
+    """
 
     def change(state: State) -> State:
         changed: State = {}
@@ -168,7 +174,7 @@ def write_awq(source: Path, folder: Path, group: int = 16) -> Path:
             if not is_linear(name, tensor):
                 changed[name] = tensor
                 continue
-            grouped = tensor.float().view(len(tensor), -1, group)
+            grouped = tensor.float().view(len(tensor), -1, group or tensor.shape[1])
             low, high = grouped.amin(2), grouped.amax(2)
             scales = ((high - low) / 15).half()
             zeros = (-low / scales.float()).round().clamp(0, 15)

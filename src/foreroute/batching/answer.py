@@ -14,7 +14,7 @@ _LOG = logging.getLogger(__name__)
 
 
 class Answer:
-    """What the engine knows of one request. Its thread alone uses it, but for `is_cancelled`.
+    """What the engine knows of one request. Its thread alone uses it, but for `cancel`.
 
     Args:
         most_new: tokens that may come.
@@ -27,7 +27,7 @@ class Answer:
 
     def __init__(self, request: Request, on_event: Callable[[Event], None], most_new: int) -> None:
         self.request = request
-        self.is_cancelled = False
+        self.is_cancelled, self.why_cancelled = False, ""
         self.ids = list(request.prompt_ids)
         self.reserved = len(self.ids) + most_new
         self.num_computed = self.num_cached = 0
@@ -35,6 +35,12 @@ class Answer:
         self._num_prompt, self._most_new = len(self.ids), most_new
         self._logprobs: list[float | None] = [None]
         self._tops: list[Top | None] = [None]
+
+    def cancel(self, why: str) -> None:
+        """Mark it as one to end; the first reason counts."""
+        if not self.is_cancelled:
+            self.why_cancelled = why
+            self.is_cancelled = True
 
     def begin(self, tokenizer: Any, settings: Any, num_cached: int) -> None:
         """Make ready to compute the prompt, but for `num_cached` tokens of which there are keys and values.
@@ -114,4 +120,4 @@ class Answer:
             self._on_event(event)
         except Exception:  # noqa: BLE001  the others' answers go on
             _LOG.exception("a request's events could not be handed on; it is cancelled")
-            self.is_cancelled = True
+            self.cancel("Its events could not be handed on.")

@@ -6,7 +6,7 @@ Each step is one forward pass of several rows, so that an expert that several of
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -96,7 +96,7 @@ class BatchEngine:
 
     def cancel(self, handle: Answer) -> None:
         """See requests.Engine. What it holds is free before the next step."""
-        handle.is_cancelled = True
+        handle.cancel("The request was cancelled.")
 
     def state(self) -> EngineState:
         """See requests.Engine."""
@@ -113,7 +113,7 @@ class BatchEngine:
         with self._changed:
             self._is_closed = True
             for answer in (*self._waiting, *self._joining, *self._running):
-                answer.is_cancelled = True
+                answer.cancel("The server is shutting down.")
             self._changed.notify()
         self._thread.join()
 
@@ -147,11 +147,13 @@ class BatchEngine:
         return True
 
     def _drop_cancelled(self) -> None:
-        why = "The server is shutting down."
-        for answer in [one for one in self._waiting if one.is_cancelled]:
-            self._end(answer, answer.finished("cancelled", why))
-        self._leave_prompts({one: one.finished("cancelled", why) for one in self._joining if one.is_cancelled})
-        self._take_out({one: one.finished("cancelled", why) for one in self._running if one.is_cancelled})
+        def of(answers: Iterable[Answer]) -> dict[Answer, Finished]:
+            return {one: one.finished("cancelled", one.why_cancelled) for one in answers if one.is_cancelled}
+
+        for answer, end in of(self._waiting).items():
+            self._end(answer, end)
+        self._leave_prompts(of(self._joining))
+        self._take_out(of(self._running))
 
     def _admit(self) -> None:
         """Those that waited longest, while there are rows and room for them."""

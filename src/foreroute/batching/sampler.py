@@ -7,6 +7,9 @@ import torch
 
 from foreroute.batching.requests import Sampling, Top
 
+# Below it, a difference of two logits in float32 (1e-7 and more) makes one of the tokens impossible.
+_COLD = 1e-9
+
 
 def score(logits: torch.Tensor, token: int, num_top: int | None) -> tuple[float | None, Top]:
     """A token's logprob and the likeliest ones, of the model's own distribution; nothing where None are wanted.
@@ -62,11 +65,17 @@ class Sampler:
             row[token] -= self._asked.presence_penalty + self._asked.frequency_penalty * count
         for token, bias in self._asked.logit_bias.items():
             row[token] += bias
-        token = int(row.argmax()) if self._temperature == 0 else self._sample(row / self._temperature)
+        token = int(row.argmax()) if self._temperature == 0 else self._sample(self._cooled(row))
         self._counts[token] = self._counts.get(token, 0) + 1
         if self._repetition != 1.0:
             self._seen.add(token)
         return token
+
+    def _cooled(self, row: torch.Tensor) -> torch.Tensor:
+        if self._temperature >= _COLD:
+            return row / self._temperature
+        # So near to nought a quotient is beyond float32: what is left is the likeliest, and those that equal it.
+        return torch.where(row == row.max(), 0.0, float("-inf"))
 
     def _sample(self, row: torch.Tensor) -> int:
         probabilities, ids = torch.softmax(row, dim=-1).sort(descending=True, stable=True)

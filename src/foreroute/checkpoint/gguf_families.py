@@ -48,7 +48,18 @@ _COMMON_SETTINGS = {
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
     "expert_used_count": "num_experts_per_tok",
 }
+# YaRN's settings in the metadata: transformers' name, or None and the only value that means what transformers does.
 _YARN = {"beta_fast": 32.0, "beta_slow": 1.0}
+_YARN_SETTINGS: Mapping[str, tuple[str | None, float]] = {
+    "yarn_beta_fast": ("beta_fast", 32.0),
+    "yarn_beta_slow": ("beta_slow", 1.0),
+    "yarn_ext_factor": (None, 1.0),
+    "yarn_attn_factor": (None, 1.0),
+    "attn_factor": (None, 1.0),
+    "yarn_log_multiplier": (None, 0.0),
+}
+# Read, or of no meaning to numbers.
+_SCALING_SETTINGS = frozenset({"type", "factor", "original_context_length", "finetuned", *_YARN_SETTINGS})
 _FAMILIES = {
     "qwen3moe": _Family(
         "qwen3_moe",
@@ -96,6 +107,12 @@ def settings_of(index: GgufIndex) -> tuple[str, dict[str, Any]]:
         found[ours] = _setting(index, theirs)
     width = found["hidden_size"] // found["num_attention_heads"]
     found["head_dim"] = index.settings.get(f"{index.architecture}.attention.key_length", width)
+    rotated = index.settings.get(f"{index.architecture}.rope.dimension_count", found["head_dim"])
+    if rotated != found["head_dim"]:
+        raise UnsupportedModelError(
+            f"{index.folder}: positions turn {rotated} of a head's {found['head_dim']} dimensions "
+            f"({index.architecture}.rope.dimension_count), which is not read."
+        )
     if "token_embd.weight" not in index.shapes:
         raise CorruptCheckpointError(f"{index.folder} lacks token_embd.weight. Download it again.")
     found["vocab_size"] = index.shapes["token_embd.weight"][0]
@@ -114,17 +131,28 @@ def _positions(index: GgufIndex, family: _Family) -> dict[str, Any]:
         if name.startswith(f"{index.architecture}.rope.scaling.")
     }
     theta = float(index.settings.get(f"{index.architecture}.rope.freq_base", 10000.0))
-    kind = said.get("type", "none")
-    if kind == "none":
+    # To llama.cpp a factor without a type scales linearly, as does the older scale_linear.
+    factor = float(said.get("factor", index.settings.get(f"{index.architecture}.rope.scale_linear", 1.0)))
+    kind = said.get("type", "linear")
+    if kind == "none" or (kind == "linear" and factor in (0.0, 1.0)):
         return {"rope_type": "default", "rope_theta": theta}
     if kind != "yarn":
         raise UnsupportedModelError(f"{index.folder}: positions scaled as {kind} (rope.scaling.type) are not read.")
+    unknown = sorted(said.keys() - _SCALING_SETTINGS)
+    others = [name for name, (ours, usual) in _YARN_SETTINGS.items() if ours is None and said.get(name, usual) != usual]
+    for name in unknown + others:
+        raise UnsupportedModelError(
+            f"{index.folder}: YaRN with {index.architecture}.rope.scaling.{name} {said[name]} is not read: "
+            "transformers computes positions otherwise. Take the model's safetensors."
+        )
+    read = {ours: float(said[name]) for name, (ours, _) in _YARN_SETTINGS.items() if ours is not None and name in said}
     return {
         "rope_type": "yarn",
         "rope_theta": theta,
         "factor": float(_setting(index, "rope.scaling.factor")),
         "original_max_position_embeddings": int(_setting(index, "rope.scaling.original_context_length")),
         **family.yarn,
+        **read,
     }
 
 

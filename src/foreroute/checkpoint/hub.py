@@ -56,7 +56,10 @@ def fetch(hub_id: str, revision: str | None = None, *, quiet: bool = False) -> P
         try:
             commit, files = found
             _check_room(hub_id, commit, label, files)
-            return Path(snapshot_download(hub_id, revision=revision, allow_patterns=[_escaped(name) for name in files]))
+            # The commit, not the branch: which may move on after its files were listed.
+            folder = snapshot_download(hub_id, revision=commit, allow_patterns=[_escaped(name) for name in files])
+            _note_commit(hub_id, revision or constants.DEFAULT_REVISION, commit)
+            return Path(folder)
         except (http_error, OSError, ValueError, RuntimeError) as error:
             raise CheckpointError(_explain(error, label)) from error
 
@@ -115,6 +118,23 @@ def _cached(hub_id: str, revision: str | None, label: str, reason: str | None) -
         raise CheckpointError(
             f"{label} is not a folder here, the cache does not have it, and {why}, or give a local folder."
         ) from error
+
+
+def _note_commit(hub_id: str, revision: str, commit: str) -> None:
+    """Let the cache know which commit a branch or tag is, as huggingface_hub does when it is asked for one.
+
+    Without a network the name is looked up there.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    if revision == commit:
+        return
+    repository = Path(constants.HF_HUB_CACHE).expanduser() / repo_folder_name(repo_id=hub_id, repo_type="model")
+    note = repository / "refs" / revision
+    if not note.is_file() or note.read_text() != commit:
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.write_text(commit)
 
 
 def _check_room(hub_id: str, commit: str, label: str, files: Mapping[str, int]) -> None:

@@ -180,9 +180,8 @@ def _gptq(declared: Mapping[str, Any]) -> QuantisedFormat | str:
     layout = declared.get("checkpoint_format") or declared.get("format") or "gptq"
     if layout not in ("gptq", "gptq_v2"):
         return f"checkpoint format {layout}"
-    group = int(declared["group_size"])
     return QuantisedFormat(
-        "gptq", Coding(GPTQ_INT4, (1, max(group, 0)), is_zero_shifted=layout == "gptq"),
+        "gptq", Coding(GPTQ_INT4, (1, _group_size(declared)), is_zero_shifted=layout == "gptq"),
         ("qweight", "scales", "qzeros"), "weight", ("g_idx",),
     )  # fmt: skip
 
@@ -194,5 +193,13 @@ def _awq(declared: Mapping[str, Any]) -> QuantisedFormat | str:
         return f"version {declared['version']}"
     if not declared.get("zero_point", True):
         return "no zero points"
-    group = max(int(declared["group_size"]), 0)
-    return QuantisedFormat("awq", Coding(AWQ_INT4, (1, group)), ("qweight", "scales", "qzeros"), "weight")
+    coding = Coding(AWQ_INT4, (1, _group_size(declared)))
+    return QuantisedFormat("awq", coding, ("qweight", "scales", "qzeros"), "weight")
+
+
+def _group_size(declared: Mapping[str, Any]) -> int:
+    """Columns of a group, as GPTQ and AWQ say it: -1, here 0, is the whole row."""
+    group = int(declared["group_size"])
+    if group < 1 and group != -1:
+        raise ValueError(f"group_size {group}")
+    return max(group, 0)

@@ -149,9 +149,11 @@ def matrix_shape(coding: Coding, shapes: Sequence[tuple[int, ...]], name: str) -
         CorruptCheckpointError: they do not fit each other.
     """
     first, scales = shapes[0], shapes[1]
-    rows, cols = first
+    rows, cols = first if len(first) == 2 else (0, 0)
     fits = False
-    if coding.kind == MXFP4:
+    if not rows or not cols:
+        pass
+    elif coding.kind == MXFP4:
         cols *= 2
         fits = cols % _MXFP4_GROUP == 0 and scales == (rows, cols // _MXFP4_GROUP)
     elif coding.kind == FP8:
@@ -161,16 +163,33 @@ def matrix_shape(coding: Coding, shapes: Sequence[tuple[int, ...]], name: str) -
         fits = scales in (grid, (rows,) if coding.block[0] == 1 else (1,))
     elif coding.kind == PACKED_INT4:
         cols *= _PER_WORD
-        group = coding.block[1] or cols
-        fits = cols % group == 0 and scales == (rows, cols // group)
+        fits = scales == (rows, _num_groups(coding, cols, name))
     elif coding.kind in (GPTQ_INT4, AWQ_INT4):
         rows, cols = (cols, rows * _PER_WORD) if coding.kind == GPTQ_INT4 else (cols * _PER_WORD, rows)
-        num_groups = cols // (coding.block[1] or cols)
-        fits = cols % num_groups == 0 and shapes[1:] == [(num_groups, rows), (num_groups, rows // _PER_WORD)]
+        num_groups = _num_groups(coding, cols, name)
+        fits = shapes[1:] == [(num_groups, rows), (num_groups, rows // _PER_WORD)]
     if not fits:
         told = " and ".join(str(list(shape)) for shape in shapes)
         raise CorruptCheckpointError(f"{name}: its components' shapes, {told}, do not fit each other as {coding.kind}.")
     return rows, cols
+
+
+def _num_groups(coding: Coding, cols: int, name: str) -> int:
+    """Groups of a row.
+
+    GPTQ numbers a column's group by division, so that a group longer than the row is the row; the others want whole
+    groups, and say -1 where they mean the row.
+    """
+    group = coding.block[1] or cols
+    if coding.kind == GPTQ_INT4:
+        group = min(group, cols)
+    # Eight of GPTQ's columns are one word, and are decoded together.
+    if cols % group or (coding.kind == GPTQ_INT4 and group % _PER_WORD):
+        raise CorruptCheckpointError(
+            f"{name}: config.json's group_size {coding.block[1]} does not do for its {cols} columns. config.json and "
+            "the weights are of different models, or the quantiser was at fault."
+        )
+    return cols // group
 
 
 def check_dtypes(coding: Coding, names: Sequence[str], index: CheckpointIndex) -> None:

@@ -70,6 +70,10 @@ def _add_server_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--served-model-name", nargs="+", metavar="NAME", help="names that requests may use (default: the folder's)"
     )
+    group.add_argument(
+        "--allowed-host", action="append", default=[], metavar="NAME",
+        help="a name that a proxy is reached by (again for another)",
+    )  # fmt: skip
     group.add_argument("--no-ui", action="store_true", help="no page at /")
     group = parser.add_argument_group("requests")
     requests.add_request_options(group)
@@ -101,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         from foreroute.server.pages import add_page
         from foreroute.server.run import address_of, listen, serve
-        from foreroute.server.settings import ServerSettings, check_exposure
+        from foreroute.server.settings import ServerSettings, check_exposure, host_name
     except ImportError as error:
         raise ForerouteError(f"{error}. Install the server: pip install 'foreroute[serve]'") from error
     from foreroute.server.backend import Backend
@@ -113,6 +117,7 @@ def run(args: argparse.Namespace) -> int:
         host=args.host,
         port=args.port,
         api_keys=keys,
+        allowed_hosts=frozenset(map(host_name, args.allowed_host)),
         temperature=args.temperature,
         seed=args.seed,
         allow_pages=not args.no_ui,

@@ -23,11 +23,11 @@ def gguf_config(index: GgufIndex) -> Any:
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
-    model_type, settings = settings_of(index)
     try:
+        model_type, settings = settings_of(index)
         return AutoConfig.for_model(model_type, **settings)
     except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError, StrictDataclassError) as error:
-        raise CheckpointError(f"{index.folder}: its metadata describe no {model_type}: {error}") from error
+        raise CheckpointError(f"{index.folder}: its metadata describe no {index.architecture}: {error}") from error
 
 
 def gguf_dense_nbytes(index: GgufIndex) -> int:

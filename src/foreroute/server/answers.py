@@ -234,4 +234,7 @@ def _bias(asked: dict[str, float], most: int) -> dict[int, float]:
         raise not_possible("logit_bias", "The keys of logit_bias must be token ids.")
     if not all(-100 <= value <= 100 for value in asked.values()):
         raise not_possible("logit_bias", "The values of logit_bias must be within -100 and 100.")
-    return {int(name): value for name, value in asked.items()}
+    bias = {int(name): value for name, value in asked.items()}
+    if len(bias) < len(asked):
+        raise not_possible("logit_bias", "logit_bias has a token more than once (a leading 0 is no other token).")
+    return bias

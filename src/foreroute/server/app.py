@@ -9,6 +9,7 @@ from fastapi.responses import JSONResponse, Response
 
 import foreroute
 from foreroute.server import problems
+from foreroute.server.answers import check_model
 from foreroute.server.backend import Backend, Serving
 from foreroute.server.chat import complete_chat
 from foreroute.server.completions import complete
@@ -95,6 +96,7 @@ def _add_openai(app: FastAPI, backend: Backend, settings: ServerSettings, metric
 def _add_tokens(app: FastAPI, backend: Backend, settings: ServerSettings) -> None:
     @app.post("/tokenize")
     async def tokenize(asked: TokenizeRequest) -> dict[str, Any]:
+        check_model(asked.model, settings)
         serving = backend.serving(settings.retry_after_s)
         if asked.messages is not None:
             messages = [{"role": message.role, "content": message.text} for message in asked.messages]
@@ -106,6 +108,7 @@ def _add_tokens(app: FastAPI, backend: Backend, settings: ServerSettings) -> Non
 
     @app.post("/detokenize")
     async def detokenize(asked: DetokenizeRequest) -> dict[str, Any]:
+        check_model(asked.model, settings)
         serving = backend.serving(settings.retry_after_s)
         serving.prompts.check_ids(asked.tokens, "tokens")
         return {"prompt": await serving.prompts.decode(asked.tokens)}
@@ -116,6 +119,8 @@ def _add_tokens(app: FastAPI, backend: Backend, settings: ServerSettings) -> Non
 
 
 def _add_state(app: FastAPI, backend: Backend, settings: ServerSettings, metrics: ServerMetrics) -> None:
+    # What balances loads asks by HEAD.
+    @app.head("/health", include_in_schema=False)
     @app.get("/health")
     async def health() -> JSONResponse:
         state = {"status": "ok" if backend.phase == "ready" else backend.phase, "phase": backend.phase}

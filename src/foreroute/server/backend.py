@@ -44,9 +44,17 @@ class Prompts:
         if self._renderer is not None:
             self._renderer.close()
 
-    async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """The tokens of a text."""
-        return await asyncio.to_thread(self._encode, text, add_special_tokens)
+    async def encode(self, text: str, *, add_special_tokens: bool = True, param: str = "prompt") -> list[int]:
+        """The tokens of a text.
+
+        Args:
+            param: the field that the text came in.
+        Raises:
+            ApiError: the tokenizer has a token for it that the model has not (one that was added to it alone).
+        """
+        token_ids = await asyncio.to_thread(self._encode, text, add_special_tokens)
+        self.check_ids(token_ids, param)
+        return token_ids
 
     async def chat(self, messages: list[dict[str, Any]]) -> list[int]:
         """The tokens of a conversation, up to where the answer begins.
@@ -61,7 +69,7 @@ class Prompts:
         if "developer" not in (self.template or ""):
             messages = [{**one, "role": "system" if one["role"] == "developer" else one["role"]} for one in messages]
         rendered = await asyncio.to_thread(self._renderer.render, messages)
-        return await self.encode(rendered, add_special_tokens=False)
+        return await self.encode(rendered, add_special_tokens=False, param="messages")
 
     async def decode(self, token_ids: Sequence[int]) -> str:
         """The text of tokens, special ones included."""
@@ -113,24 +121,37 @@ class Backend:
     def __init__(self, serving: Serving | None = None) -> None:
         self.phase, self.step, self.progress = "loading", "starting", 0.0
         self._serving: Serving | None = None
+        # Loading and stopping are in different threads: who comes second must see who came first.
+        self._lock = threading.Lock()
         if serving is not None:
             self.ready(serving)
 
     def report(self, step: str, progress: float) -> None:
         """Say how far loading is."""
-        self.step, self.progress = step, progress
+        with self._lock:
+            if self.phase != "stopping":
+                self.step, self.progress = step, progress
 
     def ready(self, serving: Serving) -> None:
-        """From now on requests are answered."""
-        self._serving, self.phase, self.step, self.progress = serving, "ready", "ready", 1.0
+        """From now on requests are answered. A model that comes after `stop` is closed: nobody else would."""
+        with self._lock:
+            is_late = self.phase == "stopping"
+            if not is_late:
+                self._serving, self.phase, self.step, self.progress = serving, "ready", "ready", 1.0
+        if is_late:
+            serving.engine.close()
+            serving.prompts.close()
 
     def fail(self, why: str) -> None:
         """It will never be ready."""
-        self.phase, self.step = "failed", why
+        with self._lock:
+            if self.phase != "stopping":
+                self.phase, self.step = "failed", why
 
     def stop(self) -> None:
         """No further request is taken."""
-        self.phase, self.step = "stopping", "stopping"
+        with self._lock:
+            self.phase, self.step = "stopping", "stopping"
 
     @property
     def loaded(self) -> Serving | None:

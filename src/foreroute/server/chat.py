@@ -1,5 +1,6 @@
 """POST /v1/chat/completions: a conversation in, the next message out, whole or as it comes."""
 
+import math
 import time
 import uuid
 from collections.abc import AsyncIterator
@@ -11,7 +12,7 @@ from foreroute.batching.requests import Finished, Request, Step
 from foreroute.server.answers import Answers, Choice, biased_ids, check_counts, check_model, gather, sampling_of, usage
 from foreroute.server.backend import Serving
 from foreroute.server.metrics import ServerMetrics
-from foreroute.server.problems import not_possible
+from foreroute.server.problems import ApiError, not_possible
 from foreroute.server.schema import ChatRequest
 from foreroute.server.settings import ServerSettings
 from foreroute.server.sse import EventStream
@@ -41,6 +42,7 @@ async def complete_chat(
             sampling=sampling_of(asked, settings, index),
             stop=stop,
             num_top_logprobs=(asked.top_logprobs or 0) if asked.logprobs else None,
+            ignore_eos=bool(asked.ignore_eos),
         )
         for index in range(asked.n or 1)
     ]
@@ -126,5 +128,18 @@ def _token(token_id: int, logprob: float | None, texts: TokenTexts) -> dict[str,
 
 
 def finite(logprob: float | None) -> float | None:
-    """JSON has no infinity; OpenAI's own least logprob stands for it."""
-    return None if logprob is None else max(logprob, -9999.0)
+    """JSON has no infinity; OpenAI's own least logprob stands for it.
+
+    Raises:
+        ApiError: it is no logprob at all (NaN): what the model computed is not to be used.
+    """
+    if logprob is None:
+        return None
+    if not logprob < math.inf:
+        raise ApiError(
+            500,
+            f"The model gave a logprob of {logprob}: its numbers are not to be used. Its weights may be damaged, or "
+            "the compute dtype too narrow for them (`foreroute verify` finds out; try --dtype float32).",
+            code="engine_error",
+        )
+    return max(logprob, -9999.0)

@@ -45,6 +45,7 @@ async def complete(
             stop=stop,
             num_top_logprobs=asked.logprobs,
             wants_prompt_scores=bool(asked.echo) and asked.logprobs is not None,
+            ignore_eos=bool(asked.ignore_eos),
         )
         for prompt_ids, _ in prompts
         for index in range(n)

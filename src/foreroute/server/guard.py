@@ -8,6 +8,8 @@ import base64
 import binascii
 import hmac
 import json
+import re
+from collections import Counter
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 from urllib.parse import urlsplit
@@ -20,6 +22,8 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
+# What follows a name in the Host header.
+_HOST = re.compile(r":[0-9]*\Z")
 # Anyone may ask whether the server is up; nothing else goes without a key.
 _OPEN_PATH = "/health"
 # A larger body is read in a thread: the event loop serves others meanwhile.
@@ -35,7 +39,7 @@ class Guard:
 
     def __init__(self, app: App, settings: ServerSettings) -> None:
         self._app = app
-        self._hosts = settings.hosts
+        self._hosts, self._named = settings.hosts, settings.allowed_hosts
         self._keys = [key.encode() for key in settings.api_keys]
         self._limits = settings.limits
         self._retry_after_s = settings.retry_after_s
@@ -58,6 +62,9 @@ class Guard:
     async def _guarded(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         try:
             headers = _single_headers(scope)
+            if b"transfer-encoding" in headers and b"content-length" in headers:
+                # A proxy may see the end elsewhere, and what follows it as a request that it has let through.
+                raise ApiError(400, "Content-Length and Transfer-Encoding are both there.", code="invalid_header")
             self._check_host(headers)
             self._check_key(scope, headers)
             if self._in_flight > self._limits.in_flight and scope["path"] != _OPEN_PATH:
@@ -91,10 +98,13 @@ class Guard:
     def _check_host(self, headers: dict[bytes, bytes]) -> None:
         host = headers.get(b"host", b"").decode("latin-1").lower()
         # A page of another site, whose name was made to point here, still sends that name (DNS rebinding).
-        if self._hosts is not None and _without_port(host) not in self._hosts:
-            raise ApiError(403, f"The Host header must be one of {', '.join(sorted(self._hosts))}.", code="wrong_host")
+        if self._hosts is not None and _HOST.sub("", host) not in self._hosts:
+            known = ", ".join(sorted(self._hosts))
+            message = f"The Host header must be one of {known}. Behind a proxy: foreroute serve --allowed-host NAME."
+            raise ApiError(403, message, code="wrong_host")
         origin = headers.get(b"origin")
-        if origin is not None and _host_of(origin) != host:
+        # A proxy may put its own name for this server into Host; the page comes from the name that people know.
+        if origin is not None and _host_of(origin) not in {host, *self._named}:
             raise ApiError(403, "Pages of other origins may not use this server.", code="wrong_origin")
 
     def _check_key(self, scope: MutableMapping[str, Any], headers: dict[bytes, bytes]) -> None:
@@ -156,7 +166,7 @@ def check_json(body: bytes, most_deep: int) -> None:
     """
     too_deep = ApiError(400, f"The JSON is nested deeper than {most_deep} levels.", code="json_too_deep")
     try:
-        parsed = json.loads(body.decode("utf-8"), parse_constant=_refuse_constant)
+        parsed = json.loads(body.decode("utf-8"), parse_constant=_refuse_constant, object_pairs_hook=_single_fields)
     except RecursionError:
         raise too_deep from None
     except ValueError:
@@ -181,6 +191,16 @@ def check_json(body: bytes, most_deep: int) -> None:
             raise ApiError(400, "The body has half a surrogate pair in it.", code="invalid_json") from None
 
 
+def _single_fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object; of two values for one name, one would be without effect, and which, parsers disagree about."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+        shown = twice[:100].encode("ascii", "backslashreplace").decode()
+        raise ApiError(400, f"The JSON has the field '{shown}' more than once.", code="invalid_json")
+    return fields
+
+
 def _refuse_constant(name: str) -> None:
     raise ValueError(name)
 
@@ -201,12 +221,6 @@ def _host_of(origin: bytes) -> str | None:
         return urlsplit(origin.decode("latin-1").lower()).netloc
     except ValueError:
         return None
-
-
-def _without_port(host: str) -> str:
-    if host.startswith("["):
-        return host[: host.find("]") + 1]
-    return host.rsplit(":", 1)[0]
 
 
 def _key_in(authorization: bytes) -> bytes:

@@ -201,4 +201,5 @@ def _step(step: StepRecord, keys_per_layer: int) -> dict[str, Any]:
 
 
 def _event(kind: str, data: Mapping[str, Any]) -> bytes:
-    return f"event: {kind}\ndata: {json.dumps(data, separators=(',', ':'))}\n\n".encode()
+    text = json.dumps(data, allow_nan=False, separators=(",", ":"))
+    return f"event: {kind}\ndata: {text}\n\n".encode()

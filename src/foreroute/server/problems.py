@@ -1,6 +1,7 @@
 """Everything that goes wrong, in OpenAI's shape: {"error": {"message", "type", "param", "code"}}."""
 
 import logging
+import re
 import traceback
 from typing import Any
 
@@ -18,6 +19,9 @@ _TYPES = {
     500: "server_error",
     503: "service_unavailable_error",
 }
+_MOST_CHARS, _MOST_PARAM_CHARS = 1000, 100
+# What pydantic calls the ways in which a value may be given; they are no places in a request.
+_WAY = re.compile(r"str|(list|function-\w+|constrained-\w+|nullable)\[.*")
 _CODES = {401: "invalid_api_key", 404: "not_found", 405: "method_not_allowed", 413: "body_too_large", 429: "queue_full"}
 
 
@@ -41,7 +45,9 @@ class ApiError(Exception):
         headers: dict[str, str] | None = None,
     ) -> None:
         super().__init__(message)
-        self.status, self.message, self.param, self.headers = status, message, param, headers
+        # Names and numbers of a request are quoted, and may be as long as it is.
+        self.status, self.message, self.headers = status, _shortened(message, _MOST_CHARS), headers
+        self.param = None if param is None else _shortened(param, _MOST_PARAM_CHARS)
         self.code = code or _CODES.get(status)
 
     @property
@@ -111,13 +117,28 @@ def add_handlers(app: FastAPI) -> None:
 
 def from_validation(errors: Any) -> ApiError:
     """400 for what pydantic found, its first finding: where it is, and what is wrong with it."""
-    first = errors[0]
-    # The union's branch names ("str", "list[int]") are no place in the request.
-    place = [str(part) for part in first["loc"] if part != "body"]
-    names = [part for part in place if part.isdigit() or part.isidentifier()]
-    param = ".".join(names) or None
+    # A value that may be given in several ways is wrong in each of them: the way that went furthest is the one meant.
+    start = _place(errors[0])
+    first = max(
+        (error for error in errors if _place(error)[: len(start)] == start), key=lambda error: len(_place(error))
+    )
+    param = ".".join(_place(first)) or None
     if first["type"] == "extra_forbidden":
         return ApiError(400, f"There is no field {param!r}. Leave it out.", param=param, code="unknown_parameter")
     if first["type"] == "missing":
         return ApiError(400, f"{param or 'The body'} is missing.", param=param, code="missing_required_parameter")
     return ApiError(400, f"{param or 'The body'}: {first['msg']}.", param=param, code="invalid_value")
+
+
+def _place(error: Any) -> list[str]:
+    """Where in the request it is: names of fields, and positions in lists."""
+    *outer, last = [str(part) for part in error["loc"] if part != "body"] or [""]
+    # A field that does not exist may have any name.
+    is_name = error["type"] == "extra_forbidden"
+    return [part for part in outer if not _WAY.fullmatch(part)] + (
+        [last] if is_name or not _WAY.fullmatch(last) else []
+    )
+
+
+def _shortened(text: str, most_chars: int) -> str:
+    return text if len(text) <= most_chars else f"{text[:most_chars]} ..."

@@ -12,6 +12,7 @@ import uvicorn
 from foreroute.errors import ForerouteError, ServerError
 from foreroute.server.app import AddRoutes, create_app
 from foreroute.server.backend import Backend
+from foreroute.server.connections import patient
 from foreroute.server.settings import ServerSettings
 
 # What runs when the server is stopped has been told to end; a client that does not read is not waited for.
@@ -69,6 +70,7 @@ def make_server(backend: Backend, settings: ServerSettings, more: Sequence[AddRo
     """uvicorn, told to write nothing down: what it would log holds paths and whatever an exception quotes."""
     config = uvicorn.Config(
         create_app(backend, settings, more),
+        http=patient(settings.limits),
         log_level="critical",
         access_log=False,
         server_header=False,

@@ -31,7 +31,6 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "use_beam_search": (False,),
     "length_penalty": (1, 1.0),
     "min_tokens": (0,),
-    "ignore_eos": (False,),
     "stop_token_ids": ([],),
     "bad_words": ([],),
     "include_stop_str_in_output": (False,),
@@ -61,7 +60,9 @@ REFUSED: dict[str, tuple[Any, ...]] = {
 
 Probability = Annotated[float, Field(gt=0, le=1)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**64)]
-TokenId = Annotated[int, Field(ge=0)]
+# Below what any model or context has, so that nothing is computed or written with a number of thousands of digits.
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+NumTokens = Annotated[int, Field(ge=1, lt=2**31)]
 
 
 class _Strict(BaseModel):
@@ -99,7 +100,8 @@ class _Request(_Strict):
     top_p: Probability | None = None
     top_k: int | None = Field(None, ge=-1, lt=2**31)
     min_p: float | None = Field(None, ge=0, le=1)
-    repetition_penalty: float | None = Field(None, gt=0, le=10)
+    # Logits are divided by it: a smaller one takes them out of float32's range.
+    repetition_penalty: float | None = Field(None, ge=0.01, le=10)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     logit_bias: dict[str, float] | None = None
@@ -109,6 +111,8 @@ class _Request(_Strict):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
+    # vLLM's: the model's own end does not end the answer. Benchmarks want answers of a given length.
+    ignore_eos: bool | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -187,8 +191,8 @@ class ChatRequest(_Request):
     """POST /v1/chat/completions."""
 
     messages: list[ChatMessage] = Field(min_length=1)
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
+    max_tokens: NumTokens | None = None
+    max_completion_tokens: NumTokens | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
 
@@ -210,7 +214,7 @@ class CompletionRequest(_Request):
     """POST /v1/completions: a prompt, or several, as text or as token ids."""
 
     prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
-    max_tokens: int | None = Field(None, ge=0)
+    max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     logprobs: int | None = Field(None, ge=0, le=5)
     echo: bool | None = None
     best_of: int | None = Field(None, ge=1)

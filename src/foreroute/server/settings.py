@@ -1,11 +1,13 @@
 """What the server was told when it was started: names, limits, keys, defaults."""
 
 import ipaddress
+import re
 from dataclasses import dataclass
 
 from foreroute.errors import ServerError
 
-LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]", "::1"})
+_NAME = re.compile(r"[a-z0-9_]([a-z0-9._-]*[a-z0-9_])?")
+LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})
 
 
 @dataclass(frozen=True)
@@ -13,12 +15,13 @@ class Limits:
     """What one request may ask for; more is refused before any work is done.
 
     in_flight: requests at once, each of which may hold a body of body_bytes.
-    template_s and template_chars bound the rendering of a chat template; body_s is how long a body may take to arrive,
-    send_s how long a client may leave what was sent to it unread.
+    template_s and template_chars bound the rendering of a chat template; head_s is how long a request's first lines may
+    take to arrive, body_s its body, send_s how long a client may leave what was sent to it unread.
     """
 
     in_flight: int = 256
     body_bytes: int = 8 * 2**20
+    head_s: float = 30.0
     body_s: float = 30.0
     send_s: float = 60.0
     json_depth: int = 32
@@ -41,7 +44,7 @@ class ServerSettings:
         served_names: what /v1/models lists; a request may name any of them. The first one answers.
         host: the address that is listened on. port: 0 lets the system choose.
         api_keys: a request must bring one of them; none are asked for when there are none.
-        allowed_hosts: names that the Host header may have; None: local names on a loopback address, any elsewhere.
+        allowed_hosts: further names that clients know this server by, as behind a proxy; see `hosts` and `host_name`.
         temperature, seed: used where a request has none; None leaves the model's own settings, and chance.
         keep_alive_s: after so long without an event a stream sends a comment.
         retry_after_s: what 429 and 503 tell the client to wait.
@@ -52,7 +55,7 @@ class ServerSettings:
     host: str = "127.0.0.1"
     port: int = 8000
     api_keys: tuple[str, ...] = ()
-    allowed_hosts: frozenset[str] | None = None
+    allowed_hosts: frozenset[str] = frozenset()
     temperature: float | None = None
     seed: int | None = None
     keep_alive_s: float = 15.0
@@ -62,10 +65,28 @@ class ServerSettings:
 
     @property
     def hosts(self) -> frozenset[str] | None:
-        """Names that the Host header may have; None: any."""
-        if self.allowed_hosts is not None:
-            return self.allowed_hosts
-        return LOCAL_NAMES | {self.host} if is_loopback(self.host) else None
+        """Names that the Host header may have; None: any, on an address that others reach and where none are named."""
+        if not self.allowed_hosts and not is_loopback(self.host):
+            return None
+        own = self.host.strip("[]").lower()
+        return LOCAL_NAMES | {f"[{own}]" if ":" in own else own} | self.allowed_hosts
+
+
+def host_name(text: str) -> str:
+    """A name as the Host header has it without its port: in lower case, an IPv6 address in brackets.
+
+    Raises:
+        ServerError: it is no name of a host (a URL, a port, a pattern).
+    """
+    name = text.lower()
+    if _NAME.fullmatch(name):
+        return name
+    try:
+        return f"[{ipaddress.IPv6Address(name.strip('[]'))}]"
+    except ValueError:
+        raise ServerError(
+            f"{text!r} is no name of a host. Give it without http://, port and path, as in llm.example.org."
+        ) from None
 
 
 def is_loopback(host: str) -> bool:

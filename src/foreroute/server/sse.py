@@ -21,8 +21,13 @@ _HEADERS = [
 
 
 def event(body: dict[str, Any]) -> bytes:
-    """One event with a JSON object."""
-    return b"data: " + json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    """One event with a JSON object.
+
+    Raises:
+        ValueError: it has a number that JSON does not have.
+    """
+    text = json.dumps(body, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return b"data: " + text.encode() + b"\n\n"
 
 
 class EventStream(Response):

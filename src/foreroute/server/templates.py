@@ -3,7 +3,7 @@
 import contextlib
 import json
 import os
-import select
+import selectors
 import subprocess
 import sys
 import threading
@@ -97,17 +97,25 @@ class TemplateRenderer:
         sending, reading = worker.stdin.fileno(), worker.stdout.fileno()
         os.set_blocking(sending, False)
         got = bytearray()
-        while not got.endswith(b"\n"):
-            left = until - time.monotonic()
-            if left <= 0:
-                return None
-            readable, writable, _ = select.select([reading], [sending] if line else [], [], left)
-            if writable:
-                try:
-                    line = line[os.write(sending, line[:65536]) :]
-                except BrokenPipeError:
+        # Not `select`, which knows no descriptor past 1023: a server with so many connections has such.
+        with selectors.PollSelector() as ready:
+            ready.register(reading, selectors.EVENT_READ)
+            if line:
+                ready.register(sending, selectors.EVENT_WRITE)
+            while not got.endswith(b"\n"):
+                left = until - time.monotonic()
+                if left <= 0:
                     return None
-            if readable:
+                able = [key.fd for key, _ in ready.select(left)]
+                if sending in able:
+                    try:
+                        line = line[os.write(sending, line[:65536]) :]
+                    except BrokenPipeError:
+                        return None
+                    if not line:
+                        ready.unregister(sending)
+                if reading not in able:
+                    continue
                 part = os.read(reading, 2**20)
                 if not part:
                     # Gone: let `poll` know.
