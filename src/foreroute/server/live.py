@@ -8,14 +8,14 @@ import asyncio
 import base64
 import json
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from foreroute.config import Plan
 from foreroute.engine.runtime import Runtime
-from foreroute.residency.slots import FREE, LOADING
-from foreroute.server.recorder import Recorder, StepRecord
+from foreroute.residency.slots import FREE, LEASED, LOADING, READY
+from foreroute.server.recorder import Recorder, StepRecord, digest
 
 INTERVAL_S = 0.125
 MOST_VIEWERS = 16
@@ -27,6 +27,7 @@ _LONG_STEP_S = 0.15
 _EXAMPLES = {"foreroute-tiny": ("4735 + 281", "Sort: 31 12 87 45 60", "def read_lines(path):")}
 # Two bits per expert.
 _ABSENT, _ON_ITS_WAY, _THERE, _GUESSED = range(4)
+_CODE_OF = {FREE: _ABSENT, LOADING: _ON_ITS_WAY, READY: _THERE, LEASED: _THERE}
 
 
 class LiveFeed:
@@ -139,51 +140,45 @@ class LiveFeed:
             "policy": self._policy(),
         }
         if step is not None:
-            picture["step"] = _step(step, self._runtime.table.num_experts)
+            picture["step"] = _step(step, self._runtime.table.num_experts, runtime.residency.state)
         return picture
 
     def _pool(self) -> str:
         """Two bits per key, four keys a byte, the first one lowest; base64."""
         residency = self._runtime.residency
-        state_of, pending = residency.state, self._recorder.pending
-        codes = bytearray()
-        for key in range(residency.num_keys):
-            state = state_of(key)
-            if state == FREE:
-                codes.append(_ABSENT)
-            elif state == LOADING:
-                codes.append(_ON_ITS_WAY)
-            else:
-                codes.append(_GUESSED if key in pending else _THERE)
+        codes = bytearray(map(_CODE_OF.__getitem__, map(residency.state, range(residency.num_keys))))
+        # `list` takes a dict's keys in one go: the engine's thread cannot come between.
+        for key in list(residency.staged_ready):
+            if codes[key] == _THERE:
+                codes[key] = _GUESSED
         codes += bytes(-len(codes) % 4)
-        packed = bytes(
-            one | two << 2 | three << 4 | four << 6
-            for one, two, three, four in zip(codes[0::4], codes[1::4], codes[2::4], codes[3::4], strict=True)
-        )
-        return base64.b64encode(packed).decode()
+        # No code reaches into the next byte when it is shifted, so all bytes are shifted at once.
+        packed = sum(int.from_bytes(codes[place::4], "little") << 2 * place for place in range(4))
+        return base64.b64encode(packed.to_bytes(len(codes) // 4, "little")).decode()
 
 
 def _length_s(step: StepRecord) -> float:
     return max(step.ended_s - step.began_s, 0.0)
 
 
-def _step(step: StepRecord, keys_per_layer: int) -> dict[str, Any]:
+def _step(step: StepRecord, keys_per_layer: int, state: Callable[[int], int]) -> dict[str, Any]:
     def ms(clock_s: float) -> float:
         return round((clock_s - step.began_s) * 1e3, 3)
 
-    def experts(keys: Iterable[int]) -> list[int]:
-        return [key % keys_per_layer for key in keys]
+    def experts(keys: Iterable[int], but: Collection[int] = ()) -> list[int]:
+        return [key % keys_per_layer for key in keys if key not in but]
 
     def spans(times: Sequence[tuple[float, float]]) -> list[list[float]]:
         return [[ms(began), ms(ended)] for began, ended in times]
 
+    told = digest(step, state)
     layers = [
         {
             "layer": one.layer, "t": ms(one.began_s), "end": ms(one.ended_s), "waits": spans(one.waits),
-            "there": experts(one.there), "in_time": experts(one.in_time), "late": experts(one.late),
+            "there": experts(one.found, but=in_time), "in_time": experts(in_time), "late": experts(one.late),
             "missing": experts(one.missing), "stood_in": experts(one.stood_in),
         }
-        for one in list(step.layers)
+        for one, in_time in zip(told.layers, told.in_time, strict=True)
     ]  # fmt: skip
     return {
         "number": step.number,
@@ -192,11 +187,9 @@ def _step(step: StepRecord, keys_per_layer: int) -> dict[str, Any]:
         "positions": step.positions,
         "end": ms(step.ended_s) if step.ended_s else None,
         "layers": layers,
-        "guesses": {str(layer): list(guessed) for layer, guessed in step.guesses.copy().items()},
-        "reads": [
-            [*divmod(key, keys_per_layer), why, ms(began), ms(ended)] for key, why, began, ended in list(step.reads)
-        ],
-        "wasted": [list(divmod(key, keys_per_layer)) for key in list(step.wasted)],
+        "guesses": {str(layer): list(guessed) for layer, guessed in list(step.guesses)},
+        "reads": [[*divmod(key, keys_per_layer), why, ms(began), ms(ended)] for key, why, began, ended in told.reads],
+        "wasted": [list(divmod(key, keys_per_layer)) for key in told.wasted],
     }
 
 
