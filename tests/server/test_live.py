@@ -3,8 +3,9 @@
 import asyncio
 import base64
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ pytest.importorskip("fastapi", reason="needs fastapi: pip install foreroute[serv
 from foreroute.engine.generate import generate
 from foreroute.residency.slots import FREE, LOADING
 from foreroute.server.live import MOST_VIEWERS, LiveFeed
+from foreroute.server.metrics import ServerMetrics
 from foreroute.server.recorder import DEMAND, GUESS, Recorder, digest
 from foreroute.server.settings import ServerSettings
 from tests.cli.harness import NUM_EXPERTS, NUM_LAYERS, TOP_K, make_tokenizer, save_model
@@ -95,13 +97,14 @@ def test_nothing_is_recorded_before_the_first_viewer_and_after_the_last(load: Ca
     async def watch() -> None:
         viewers = [feed.events() for _ in range(2)]
         for viewer in viewers:
+            assert feed.enter()
             assert read(await anext(viewer))[0] == "hello"
         run(model, 3)
         assert runtime.tracing is not None
-        await viewers[0].aclose()
+        feed.leave()
         run(model, 3)
         assert runtime.tracing is not None
-        await viewers[1].aclose()
+        feed.leave()
         run(model, 3)
         assert runtime.tracing is None
 
@@ -111,11 +114,55 @@ def test_nothing_is_recorded_before_the_first_viewer_and_after_the_last(load: Ca
     assert feed.num_viewers == 0
 
 
+def test_without_a_viewer_and_a_scrape_nothing_is_called(
+    load: Callable[..., Any], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+
+    def counted(name: str) -> Callable[..., Any]:
+        method = getattr(Recorder, name)
+
+        def called(*arguments: Any) -> Any:
+            calls.append(name)
+            return method(*arguments)
+
+        return called
+
+    for name in ("step", "begin_layer", "found", "end_layer", "stall", "guess", "filled", "arrived"):
+        monkeypatch.setattr(Recorder, name, counted(name))
+
+    class Behind:
+        """A backend that says how often it is read."""
+
+        @property
+        def loaded(self) -> Any:
+            calls.append("scrape")
+            state = SimpleNamespace(running=1, waiting=0, kv_blocks=0, kv_blocks_used=0)
+            return SimpleNamespace(engine=SimpleNamespace(state=lambda: state), model=model)
+
+    model = load(folder, "50%")
+    feed, metrics = feed_of(model), ServerMetrics(Behind())
+    run(model, 5)
+    assert calls == []
+    assert b"foreroute_expert_cache_hits_total" in metrics.expose()
+    assert calls == ["scrape"]
+    calls.clear()
+    assert feed.enter()
+    run(model, 5)
+    assert calls.count("step") == 5
+    assert calls.count("begin_layer") == calls.count("end_layer") == 5 * NUM_LAYERS
+    feed.leave()
+    calls.clear()
+    run(model, 5)
+    assert calls == ["step"], "the first one takes the recorder away"
+
+
 def test_the_picture_is_of_the_pool_and_the_last_token(load: Callable[..., Any], folder: Path) -> None:
     model = load(folder, "50%")
     feed, residency = feed_of(model), model.foreroute.runtime.residency
 
     async def watch() -> tuple[Any, Any]:
+        assert feed.enter()
         viewer = feed.events()
         hello = read(await anext(viewer))[1]
         run(model)
@@ -180,24 +227,71 @@ def test_the_page_is_static_safe_and_can_be_left_out(serve: Callable[..., Any]) 
     assert [TestClient(off).get(path).status_code for path in ("/", "/page/main.js", "/live")] == [404] * 3
 
 
-async def _first(viewer: AsyncIterator[bytes]) -> bytes:
-    return await anext(viewer)
+def live_client(feed: LiveFeed, send_s: float = 60.0) -> Any:
+    """What speaks to a server that has the page and its feed alone."""
+    from starlette.applications import Starlette
+    from starlette.testclient import TestClient
+
+    from foreroute.server.pages import page_routes
+    from foreroute.server.problems import ApiError
+
+    async def refused(request: Any, error: Any) -> Any:
+        return error.response()
+
+    return TestClient(Starlette(routes=page_routes(lambda: feed, send_s), exception_handlers={ApiError: refused}))
 
 
-def test_viewers_are_limited_and_end_with_the_server(load: Callable[..., Any], folder: Path) -> None:
-    model = load(folder, "50%")
+def test_viewers_are_limited_before_their_streams_begin_and_end_with_the_server(
+    load: Callable[..., Any], folder: Path
+) -> None:
     is_over = False
-    feed = feed_of(model, is_over=lambda: is_over)
+    feed = feed_of(load(folder, "50%"), is_over=lambda: is_over)
+    client = live_client(feed)
+    assert client.head("/live").status_code == 200, "who asks for the head alone takes no place"
+    assert [feed.enter() for _ in range(MOST_VIEWERS + 1)] == [True] * MOST_VIEWERS + [False]
+    refused = client.get("/live")
+    assert (refused.status_code, refused.headers["retry-after"]) == (429, "10")
+    feed.leave()
+    is_over = True
+    seen = client.get("/live")
+    assert (seen.status_code, seen.headers["content-type"]) == (200, "text/event-stream; charset=utf-8")
+    assert seen.text.startswith("event: hello\ndata: {")
+    assert feed.num_viewers == MOST_VIEWERS - 1, "its place is free again"
 
-    async def watch() -> None:
-        nonlocal is_over
-        viewers = [feed.events() for _ in range(MOST_VIEWERS)]
-        for viewer in viewers:
-            await _first(viewer)
-        assert feed.is_full
-        is_over = True
-        for viewer in viewers:
-            assert [event async for event in viewer] == []
-        assert not feed.is_full
 
-    asyncio.run(watch())
+@pytest.mark.parametrize(
+    ("site", "status"), [("cross-site", 403), ("same-site", 403), ("same-origin", 200), ("none", 200), (None, 200)]
+)
+def test_pages_of_other_sites_do_not_watch(
+    load: Callable[..., Any], folder: Path, site: str | None, status: int
+) -> None:
+    feed = feed_of(load(folder, "50%"), is_over=lambda: True)
+    answer = live_client(feed).get("/live", headers={} if site is None else {"Sec-Fetch-Site": site})
+    assert answer.status_code == status
+    assert feed.num_viewers == 0
+
+
+@pytest.mark.parametrize("how", ["stalls", "leaves", "breaks"])
+def test_who_does_not_read_or_leaves_gives_the_place_back(load: Callable[..., Any], folder: Path, how: str) -> None:
+    feed = feed_of(load(folder, "50%"))
+    client = live_client(feed, send_s=0.05)
+    num_sent = 0
+
+    async def receive() -> Any:
+        while how != "leaves" or num_sent < 2:
+            await asyncio.sleep(0.01)
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        nonlocal num_sent
+        num_sent += 1
+        assert feed.num_viewers == 1
+        if num_sent == 2 and how == "breaks":
+            raise OSError("the connection is gone")
+        if num_sent == 2 and how == "stalls":
+            await asyncio.Event().wait()
+
+    scope = {"type": "http", "method": "GET", "path": "/live", "headers": [], "query_string": b""}
+    asyncio.run(asyncio.wait_for(client.app(scope, receive, send), 20))
+    assert num_sent >= 2
+    assert feed.num_viewers == 0

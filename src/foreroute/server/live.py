@@ -63,31 +63,33 @@ class LiveFeed:
         self._made: tuple[tuple[int, bool, int], bytes] | None = None
         self._is_over = is_over
 
-    @property
-    def is_full(self) -> bool:
-        """No further viewer is taken."""
-        return self.num_viewers >= MOST_VIEWERS
-
-    async def events(self) -> AsyncIterator[bytes]:
-        """One viewer's stream of server-sent events, until it is closed. Take it only while the feed is not full."""
+    def enter(self) -> bool:
+        """Take a viewer's place, and record from now on; False when there is none left. `leave` gives it back."""
+        if self.num_viewers >= MOST_VIEWERS:
+            return False
         self.num_viewers += 1
         self._recorder.attach()
-        try:
-            yield _event("hello", self.hello())
-            sent, sent_at = b"", self._clock()
-            while not self._is_over():
-                picture = self._picture()
-                if picture != sent:
-                    sent, sent_at = picture, self._clock()
-                    yield picture
-                elif self._clock() - sent_at > _KEEP_ALIVE_S:
-                    sent_at = self._clock()
-                    yield b": keep-alive\n\n"
-                await asyncio.sleep(INTERVAL_S)
-        finally:
-            self.num_viewers -= 1
-            if not self.num_viewers:
-                self._recorder.leave()
+        return True
+
+    def leave(self) -> None:
+        """A viewer who had entered goes."""
+        self.num_viewers -= 1
+        if not self.num_viewers:
+            self._recorder.leave()
+
+    async def events(self) -> AsyncIterator[bytes]:
+        """The server-sent events for a viewer who has entered, until the server stops."""
+        yield _event("hello", self.hello())
+        sent, sent_at = b"", self._clock()
+        while not self._is_over():
+            picture = self._picture()
+            if picture != sent:
+                sent, sent_at = picture, self._clock()
+                yield picture
+            elif self._clock() - sent_at > _KEEP_ALIVE_S:
+                sent_at = self._clock()
+                yield b": keep-alive\n\n"
+            await asyncio.sleep(INTERVAL_S)
 
     def hello(self) -> dict[str, Any]:
         """What does not change: the model and its pool."""
