@@ -9,7 +9,6 @@ import base64
 import json
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 from foreroute.config import Plan
@@ -25,6 +24,7 @@ _KEEP_ALIVE_S = 10.0
 _LONG_STEP_S = 0.15
 # What to say first to a model that knows little.
 _EXAMPLES = {"foreroute-tiny": ("4735 + 281", "Sort: 31 12 87 45 60", "def read_lines(path):")}
+_as_json = json.JSONEncoder(separators=(",", ":")).encode
 # Two bits per expert.
 _ABSENT, _ON_ITS_WAY, _THERE, _GUESSED = range(4)
 _CODE_OF = {FREE: _ABSENT, LOADING: _ON_ITS_WAY, READY: _THERE, LEASED: _THERE}
@@ -133,7 +133,7 @@ class LiveFeed:
             "is_busy": is_busy,
             "pool": self._pool(),
             "counts": {
-                "decode": asdict(stats.decode),
+                "decode": vars(stats.decode).copy(),
                 "prefill_tokens": stats.prefill.tokens,
                 "timed_steps": recorder.timed_steps,
                 "timed_s": round(recorder.timed_s, 6),
@@ -196,4 +196,4 @@ def _step(step: StepRecord, keys_per_layer: int, state: Callable[[int], int]) ->
 
 
 def _event(kind: str, data: Mapping[str, Any]) -> bytes:
-    return f"event: {kind}\ndata: {json.dumps(data, separators=(',', ':'))}\n\n".encode()
+    return f"event: {kind}\ndata: {_as_json(data)}\n\n".encode()
