@@ -9,10 +9,12 @@ import base64
 import json
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 from foreroute.config import Plan
 from foreroute.engine.runtime import Runtime
+from foreroute.engine.stats import PhaseStats
 from foreroute.residency.slots import FREE, LEASED, LOADING, READY
 from foreroute.server.recorder import Recorder, StepRecord, digest
 
@@ -25,6 +27,7 @@ _LONG_STEP_S = 0.15
 # What to say first to a model that knows little.
 _EXAMPLES = {"foreroute-tiny": ("4735 + 281", "Sort: 31 12 87 45 60", "def read_lines(path):")}
 _as_json = json.JSONEncoder(separators=(",", ":")).encode
+_COUNTS = tuple(field.name for field in fields(PhaseStats))
 # Two bits per expert.
 _ABSENT, _ON_ITS_WAY, _THERE, _GUESSED = range(4)
 _CODE_OF = {FREE: _ABSENT, LOADING: _ON_ITS_WAY, READY: _THERE, LEASED: _THERE}
@@ -133,7 +136,7 @@ class LiveFeed:
             "is_busy": is_busy,
             "pool": self._pool(),
             "counts": {
-                "decode": vars(stats.decode).copy(),
+                "decode": {name: getattr(stats.decode, name) for name in _COUNTS},
                 "prefill_tokens": stats.prefill.tokens,
                 "timed_steps": recorder.timed_steps,
                 "timed_s": round(recorder.timed_s, 6),
