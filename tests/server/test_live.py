@@ -3,8 +3,9 @@
 import asyncio
 import base64
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,8 @@ pytest.importorskip("fastapi", reason="needs fastapi: pip install foreroute[serv
 from foreroute.engine.generate import generate
 from foreroute.residency.slots import FREE, LOADING
 from foreroute.server.live import MOST_VIEWERS, LiveFeed
-from foreroute.server.recorder import GUESS, Recorder
+from foreroute.server.metrics import ServerMetrics
+from foreroute.server.recorder import DEMAND, GUESS, Recorder, digest
 from foreroute.server.settings import ServerSettings
 from tests.cli.harness import NUM_EXPERTS, NUM_LAYERS, TOP_K, make_tokenizer, save_model
 
@@ -64,46 +66,95 @@ def test_a_record_adds_up_to_what_the_engine_counted(load: Callable[..., Any], f
     assert len(decoded) == 39
     assert recorder.timed_steps == 38
 
-    def total(*kinds: str) -> int:
-        return sum(len(getattr(layer, kind)) for step in decoded for layer in step.layers for kind in kinds)
+    digests = [digest(step, runtime.residency.state) for step in decoded]
 
-    assert all(len(step.layers) == NUM_LAYERS for step in decoded)
-    assert total("there", "in_time") == after.hits - before.hits
+    def total(*kinds: str) -> int:
+        return sum(len(getattr(layer, kind)) for told in digests for layer in told.layers for kind in kinds)
+
+    def reads(why: int) -> int:
+        return sum(1 for told in digests for _, one, _, _ in told.reads if one == why)
+
+    assert all(len(told.layers) == NUM_LAYERS for told in digests)
+    assert total("found") == after.hits - before.hits
     assert total("late") == after.late - before.late
-    assert total("missing") == after.misses - before.misses
-    assert total("there", "in_time", "late", "missing") == 39 * NUM_LAYERS * TOP_K
-    assert total("in_time") + total("late") > 0, "some guess was of use"
-    assert any(why == GUESS for step in decoded for _, why, _, _ in step.reads)
-    for step in decoded:
-        assert step.began_s <= step.layers[0].began_s <= step.layers[-1].ended_s == step.ended_s
-        assert all(step.began_s - 1 < began <= ended <= step.ended_s for _, _, began, ended in step.reads)
+    assert total("missing") == after.misses - before.misses == reads(DEMAND)
+    assert total("found", "late", "missing") == 39 * NUM_LAYERS * TOP_K
+    # What is on its way at either end is at most the readers' business.
+    assert abs(reads(GUESS) - (after.prefetch_loads - before.prefetch_loads)) <= runtime.residency.staging_slots
+    in_time = sum(len(keys) for told in digests for keys in told.in_time)
+    assert in_time + total("late") == after.prefetch_used - before.prefetch_used > 0
+    assert sum(len(told.wasted) for told in digests) == after.prefetch_wasted - before.prefetch_wasted > 0
+    for step, told in zip(decoded, digests, strict=True):
+        assert step.began_s <= told.layers[0].began_s <= told.layers[-1].ended_s == step.ended_s
+        assert all(step.began_s - 1 < began <= ended <= step.ended_s for _, _, began, ended in told.reads)
 
 
 def test_nothing_is_recorded_before_the_first_viewer_and_after_the_last(load: Callable[..., Any], folder: Path) -> None:
     model = load(folder, "50%")
     runtime = model.foreroute.runtime
-    feed, transfer = feed_of(model), runtime.transfer
+    feed = feed_of(model)
 
     async def watch() -> None:
         viewers = [feed.events() for _ in range(2)]
         for viewer in viewers:
+            assert feed.enter()
             assert read(await anext(viewer))[0] == "hello"
         run(model, 3)
         assert runtime.tracing is not None
-        assert runtime.transfer is not transfer
-        await viewers[0].aclose()
+        feed.leave()
         run(model, 3)
         assert runtime.tracing is not None
-        await viewers[1].aclose()
+        feed.leave()
         run(model, 3)
         assert runtime.tracing is None
-        assert runtime.transfer is transfer
 
     assert runtime.tracing is None
     run(model, 3)
-    assert runtime.transfer is transfer
     asyncio.run(watch())
     assert feed.num_viewers == 0
+
+
+def test_without_a_viewer_and_a_scrape_nothing_is_called(
+    load: Callable[..., Any], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+
+    def counted(name: str) -> Callable[..., Any]:
+        method = getattr(Recorder, name)
+
+        def called(*arguments: Any) -> Any:
+            calls.append(name)
+            return method(*arguments)
+
+        return called
+
+    for name in ("step", "begin_layer", "found", "end_layer", "stall", "guess", "filled", "arrived"):
+        monkeypatch.setattr(Recorder, name, counted(name))
+
+    class Behind:
+        """A backend that says how often it is read."""
+
+        @property
+        def loaded(self) -> Any:
+            calls.append("scrape")
+            state = SimpleNamespace(running=1, waiting=0, kv_blocks=0, kv_blocks_used=0)
+            return SimpleNamespace(engine=SimpleNamespace(state=lambda: state), model=model)
+
+    model = load(folder, "50%")
+    feed, metrics = feed_of(model), ServerMetrics(Behind())
+    run(model, 5)
+    assert calls == []
+    assert b"foreroute_expert_cache_hits_total" in metrics.expose()
+    assert calls == ["scrape"]
+    calls.clear()
+    assert feed.enter()
+    run(model, 5)
+    assert calls.count("step") == 5
+    assert calls.count("begin_layer") == calls.count("end_layer") == 5 * NUM_LAYERS
+    feed.leave()
+    calls.clear()
+    run(model, 5)
+    assert calls == ["step"], "the first one takes the recorder away"
 
 
 def test_the_picture_is_of_the_pool_and_the_last_token(load: Callable[..., Any], folder: Path) -> None:
@@ -111,6 +162,7 @@ def test_the_picture_is_of_the_pool_and_the_last_token(load: Callable[..., Any],
     feed, residency = feed_of(model), model.foreroute.runtime.residency
 
     async def watch() -> tuple[Any, Any]:
+        assert feed.enter()
         viewer = feed.events()
         hello = read(await anext(viewer))[1]
         run(model)
@@ -175,24 +227,71 @@ def test_the_page_is_static_safe_and_can_be_left_out(serve: Callable[..., Any]) 
     assert [TestClient(off).get(path).status_code for path in ("/", "/page/main.js", "/live")] == [404] * 3
 
 
-async def _first(viewer: AsyncIterator[bytes]) -> bytes:
-    return await anext(viewer)
+def live_client(feed: LiveFeed, send_s: float = 60.0) -> Any:
+    """What speaks to a server that has the page and its feed alone."""
+    from starlette.applications import Starlette
+    from starlette.testclient import TestClient
+
+    from foreroute.server.pages import page_routes
+    from foreroute.server.problems import ApiError
+
+    async def refused(request: Any, error: Any) -> Any:
+        return error.response()
+
+    return TestClient(Starlette(routes=page_routes(lambda: feed, send_s), exception_handlers={ApiError: refused}))
 
 
-def test_viewers_are_limited_and_end_with_the_server(load: Callable[..., Any], folder: Path) -> None:
-    model = load(folder, "50%")
+def test_viewers_are_limited_before_their_streams_begin_and_end_with_the_server(
+    load: Callable[..., Any], folder: Path
+) -> None:
     is_over = False
-    feed = feed_of(model, is_over=lambda: is_over)
+    feed = feed_of(load(folder, "50%"), is_over=lambda: is_over)
+    client = live_client(feed)
+    assert client.head("/live").status_code == 200, "who asks for the head alone takes no place"
+    assert [feed.enter() for _ in range(MOST_VIEWERS + 1)] == [True] * MOST_VIEWERS + [False]
+    refused = client.get("/live")
+    assert (refused.status_code, refused.headers["retry-after"]) == (429, "10")
+    feed.leave()
+    is_over = True
+    seen = client.get("/live")
+    assert (seen.status_code, seen.headers["content-type"]) == (200, "text/event-stream; charset=utf-8")
+    assert seen.text.startswith("event: hello\ndata: {")
+    assert feed.num_viewers == MOST_VIEWERS - 1, "its place is free again"
 
-    async def watch() -> None:
-        nonlocal is_over
-        viewers = [feed.events() for _ in range(MOST_VIEWERS)]
-        for viewer in viewers:
-            await _first(viewer)
-        assert feed.is_full
-        is_over = True
-        for viewer in viewers:
-            assert [event async for event in viewer] == []
-        assert not feed.is_full
 
-    asyncio.run(watch())
+@pytest.mark.parametrize(
+    ("site", "status"), [("cross-site", 403), ("same-site", 403), ("same-origin", 200), ("none", 200), (None, 200)]
+)
+def test_pages_of_other_sites_do_not_watch(
+    load: Callable[..., Any], folder: Path, site: str | None, status: int
+) -> None:
+    feed = feed_of(load(folder, "50%"), is_over=lambda: True)
+    answer = live_client(feed).get("/live", headers={} if site is None else {"Sec-Fetch-Site": site})
+    assert answer.status_code == status
+    assert feed.num_viewers == 0
+
+
+@pytest.mark.parametrize("how", ["stalls", "leaves", "breaks"])
+def test_who_does_not_read_or_leaves_gives_the_place_back(load: Callable[..., Any], folder: Path, how: str) -> None:
+    feed = feed_of(load(folder, "50%"))
+    client = live_client(feed, send_s=0.05)
+    num_sent = 0
+
+    async def receive() -> Any:
+        while how != "leaves" or num_sent < 2:
+            await asyncio.sleep(0.01)
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        nonlocal num_sent
+        num_sent += 1
+        assert feed.num_viewers == 1
+        if num_sent == 2 and how == "breaks":
+            raise OSError("the connection is gone")
+        if num_sent == 2 and how == "stalls":
+            await asyncio.Event().wait()
+
+    scope = {"type": "http", "method": "GET", "path": "/live", "headers": [], "query_string": b""}
+    asyncio.run(asyncio.wait_for(client.app(scope, receive, send), 20))
+    assert num_sent >= 2
+    assert feed.num_viewers == 0

@@ -113,6 +113,8 @@ class ReadsAhead:
         # Those for which there is no room now keep their turn.
         loads = self._runtime.residency.fill(again)
         self._stood_in.difference_update(key for key, _ in loads)
+        if self._runtime.tracing is not None:
+            self._runtime.tracing.filled([key for key, _ in loads])
         self._queued_fills = {key for key in self._queued_fills if key in self._runtime.residency.filling}
         for key, slot in loads:
             self._runtime.transfer.fill(key, slot)

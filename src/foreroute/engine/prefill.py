@@ -16,6 +16,7 @@ from foreroute.residency.slots import FREE, READY
 if TYPE_CHECKING:
     from foreroute.engine.runtime import Runtime
     from foreroute.engine.stats import PhaseStats
+    from foreroute.transfer.base import Completion
 
 # Reads kept in flight ahead of the maths: more hide no more, they only take slots.
 _RING_SLOTS = 4
@@ -117,7 +118,7 @@ class ExpertStream:
         """Give every slot back, after the reads into them have ended."""
         self._give_back_current()
         while self._ring_loading:
-            for completion in self._runtime.transfer.wait():
+            for completion in self._told(self._runtime.transfer.wait()):
                 self._book(completion.key, completion.error)
         self._residency.give_back(self._ring)
         self._residency.release(list(self._leased))
@@ -151,10 +152,15 @@ class ExpertStream:
         completions = self._runtime.await_completions()
         self._runtime.stalled_since(started)
         failure: Exception | None = None
-        for completion in completions:
+        for completion in self._told(completions):
             failure = self._book(completion.key, completion.error) or failure
         if failure is not None:
             raise failure
+
+    def _told(self, completions: Sequence[Completion]) -> Sequence[Completion]:
+        if self._runtime.tracing is not None:
+            self._runtime.tracing.arrived(completions)
+        return completions
 
     def _book(self, key: int, error: Exception | None) -> Exception | None:
         if key in self._ring_loading:

@@ -267,8 +267,8 @@ class Runtime:
             waited = self._demand(layer, late, misses)
         # Demand first: a guess must never delay a needed copy.
         prefetch_next()
-        if not self._hits_first:
-            hits += self._wait_for(waited)
+        while waited and not self._hits_first:
+            hits += self._wait_for_some(waited)
         if hits:
             step.run(hits)
         while waited:
@@ -292,12 +292,6 @@ class Runtime:
         phase.demand_loads += len(misses)
         phase.demand_bytes += sum(self.key_nbytes[key] for key, _ in misses)
         return {key for key, _ in late} | {key for key, _ in misses}
-
-    def _wait_for(self, waited: set[int]) -> list[int]:
-        arrived: list[int] = []
-        while waited:
-            arrived.extend(self._wait_for_some(waited))
-        return arrived
 
     def _wait_for_some(self, waited: set[int]) -> list[int]:
         """Block until at least one of `waited` is there; lease those that are, and take them out of `waited`."""
@@ -338,6 +332,8 @@ class Runtime:
         """
         ready: list[int] = []
         failure: Exception | None = None
+        if completions and self.tracing is not None:
+            self.tracing.arrived(completions)
         for completion in completions:
             if completion.error is None:
                 self.residency.loaded(completion.key)

@@ -1,4 +1,4 @@
-"""What a step does, told to a trace: one object that the runtime asks for only when a trace is written."""
+"""What a step does, told to a trace: one object that the runtime asks for only when there is one."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,6 +9,7 @@ from foreroute.checkpoint.layouts import ExpertTable
 from foreroute.config import EngineConfig, Plan
 from foreroute.engine.stats import EngineStats
 from foreroute.trace import VERSION, Trace
+from foreroute.transfer.base import Completion
 
 _WEIGHT_DIGITS = 4
 
@@ -89,6 +90,12 @@ class StepTrace:
     def guess(self, layer: int, experts: Sequence[int]) -> None:
         """These experts of `layer` are expected, best first."""
         self._trace.emit("guess", t=self._trace.now(), layer=layer, experts=list(experts))
+
+    def filled(self, keys: Sequence[int]) -> None:
+        """These are read though nobody waits: they were stood in for. A trace has it from its transfer."""
+
+    def arrived(self, completions: Sequence[Completion]) -> None:
+        """These reads are over. A trace has it from its transfer."""
 
     def governor(self, share: float, why: str) -> None:
         """From now on so much of the full width is guessed."""

@@ -53,6 +53,7 @@ class Residency:
         evictions: keys given up so far, staged ones too.
         prefetch_used: prefetched keys that were demanded while staged, loaded already or not.
         prefetch_wasted: prefetched keys that were loaded, and given up before any demand.
+        staged_ready: the staged keys that are loaded, oldest first.
         resident_per_layer: keys that have a slot, loaded or on their way.
         filling: keys that `fill` has loading.
     Cost: benchmarks/residency.py measures it, per layer from demand to release.
@@ -90,7 +91,7 @@ class Residency:
         self._borrowed: set[int] = set()
         self._num_ready = 0
         self._staged_loading: set[int] = set()
-        self._staged_ready: dict[int, None] = {}  # oldest first
+        self.staged_ready: dict[int, None] = {}  # oldest first
         self.filling: set[int] = set()
         self.resident_per_layer = [0] * -(-self.num_keys // self._keys_per_layer)
 
@@ -129,7 +130,7 @@ class Residency:
         for key in hits:
             state[key] = READY_LEASE
         self._num_ready -= len(hits)
-        if self._staged_loading or self._staged_ready:
+        if self._staged_loading or self.staged_ready:
             self._unstage(hits, late)
         return Demand(hits, late, self._load(absent, self._slots_for_demand(len(absent))) if absent else [])
 
@@ -145,7 +146,7 @@ class Residency:
         Returns:
             (key, slot) that the caller has to load, best first; fewer than asked for when there is no room.
         """
-        state, staged_ready = self._state, self._staged_ready
+        state, staged_ready = self._state, self.staged_ready
         absent: list[int] = []
         kept: list[int] = []
         num_renewed = 0
@@ -193,7 +194,7 @@ class Residency:
         self._num_ready += 1
         if key in self._staged_loading:
             self._staged_loading.remove(key)
-            self._staged_ready[key] = None
+            self.staged_ready[key] = None
         else:
             self.filling.discard(key)
             self._eviction.add((key,))
@@ -205,7 +206,7 @@ class Residency:
             self._refuse(key, LEASE)
         self._state[key] = after
         self._num_ready -= 1
-        if key in self._staged_ready:
+        if key in self.staged_ready:
             self._eviction.touch((key,))
             self._unstage((key,), ())
 
@@ -243,7 +244,7 @@ class Residency:
         """Take up to so many slots out of the pool: FREE ones, then staged READY ones, then the coldest READY ones."""
         num_slots = min(num_slots, len(self._free) + self._num_ready)
         slots = self._take_free(num_slots)
-        while len(slots) < num_slots and self._staged_ready:
+        while len(slots) < num_slots and self.staged_ready:
             slots.append(self._give_up_staged())
         slots += self._give_up_coldest(num_slots - len(slots))
         self._borrowed.update(slots)
@@ -288,10 +289,10 @@ class Residency:
     @property
     def num_staged(self) -> int:
         """Keys that were prefetched and not demanded yet, LOADING or READY."""
-        return len(self._staged_loading) + len(self._staged_ready)
+        return len(self._staged_loading) + len(self.staged_ready)
 
     def __repr__(self) -> str:
-        staged = self._staged_loading.union(self._staged_ready)
+        staged = self._staged_loading.union(self.staged_ready)
         picture = picture_of(self.num_slots, self._borrowed, self._slot_of, self._state, staged)
         return f"Residency({picture}; {self.num_staged}/{self.staging_slots} staged)"
 
@@ -334,9 +335,7 @@ class Residency:
 
     def _take(self, num_slots: int, kept: Sequence[int] = ()) -> list[int]:
         """Up to so many slots: FREE ones, then those of the coldest keys."""
-        if not self._free:
-            return self._give_up_coldest(num_slots, kept)
-        slots = self._take_free(num_slots)
+        slots = self._take_free(num_slots) if self._free else []
         return slots + self._give_up_coldest(num_slots - len(slots), kept)
 
     def _slots_for_demand(self, num_slots: int) -> list[int]:
@@ -351,7 +350,7 @@ class Residency:
         Candidates that are LEASED drop out of the order here, and enter it again at their release. So do those that
         were dropped and are back by a new load or guess; they enter it again when they are loaded or demanded.
         """
-        state, slot_of, staged_ready, pop = self._state, self._slot_of, self._staged_ready, self._eviction.pop
+        state, slot_of, staged_ready, pop = self._state, self._slot_of, self.staged_ready, self._eviction.pop
         per_layer, keys_per_layer = self.resident_per_layer, self._keys_per_layer
         slots: list[int] = []
         passed_over: list[int] = []
@@ -377,8 +376,8 @@ class Residency:
         after = TABLE[self._state[key]][EVICT]
         if after < 0:
             self._refuse(key, EVICT)
-        if key in self._staged_ready:
-            del self._staged_ready[key]
+        if key in self.staged_ready:
+            del self.staged_ready[key]
             self.prefetch_wasted += 1
         self._num_ready -= 1
         self.evictions += 1
@@ -386,11 +385,11 @@ class Residency:
 
     def _give_up_staged(self) -> int:
         """Evict the oldest staged READY key; its slot. There must be one."""
-        return self._evict(next(iter(self._staged_ready)))
+        return self._evict(next(iter(self.staged_ready)))
 
     def _unstage(self, ready: Sequence[int], loading: Sequence[tuple[int, int]]) -> None:
         """Those of the keys that are staged have been demanded: they were worth their prefetch."""
-        staged_ready, staged_loading = self._staged_ready, self._staged_loading
+        staged_ready, staged_loading = self.staged_ready, self._staged_loading
         num_staged = len(staged_ready) + len(staged_loading)
         for key in ready:
             if key in staged_ready:

@@ -8,14 +8,15 @@ import asyncio
 import base64
 import json
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 from foreroute.config import Plan
 from foreroute.engine.runtime import Runtime
-from foreroute.residency.slots import FREE, LOADING
-from foreroute.server.recorder import Recorder, StepRecord
+from foreroute.engine.stats import PhaseStats
+from foreroute.residency.slots import FREE, LEASED, LOADING, READY
+from foreroute.server.recorder import Recorder, StepRecord, digest
 
 INTERVAL_S = 0.125
 MOST_VIEWERS = 16
@@ -25,8 +26,11 @@ _KEEP_ALIVE_S = 10.0
 _LONG_STEP_S = 0.15
 # What to say first to a model that knows little.
 _EXAMPLES = {"foreroute-tiny": ("4735 + 281", "Sort: 31 12 87 45 60", "def read_lines(path):")}
+_as_json = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
+_COUNTS = tuple(field.name for field in fields(PhaseStats))
 # Two bits per expert.
 _ABSENT, _ON_ITS_WAY, _THERE, _GUESSED = range(4)
+_CODE_OF = {FREE: _ABSENT, LOADING: _ON_ITS_WAY, READY: _THERE, LEASED: _THERE}
 
 
 class LiveFeed:
@@ -62,31 +66,33 @@ class LiveFeed:
         self._made: tuple[tuple[int, bool, int], bytes] | None = None
         self._is_over = is_over
 
-    @property
-    def is_full(self) -> bool:
-        """No further viewer is taken."""
-        return self.num_viewers >= MOST_VIEWERS
-
-    async def events(self) -> AsyncIterator[bytes]:
-        """One viewer's stream of server-sent events, until it is closed. Take it only while the feed is not full."""
+    def enter(self) -> bool:
+        """Take a viewer's place, and record from now on; False when there is none left. `leave` gives it back."""
+        if self.num_viewers >= MOST_VIEWERS:
+            return False
         self.num_viewers += 1
         self._recorder.attach()
-        try:
-            yield _event("hello", self.hello())
-            sent, sent_at = b"", self._clock()
-            while not self._is_over():
-                picture = self._picture()
-                if picture != sent:
-                    sent, sent_at = picture, self._clock()
-                    yield picture
-                elif self._clock() - sent_at > _KEEP_ALIVE_S:
-                    sent_at = self._clock()
-                    yield b": keep-alive\n\n"
-                await asyncio.sleep(INTERVAL_S)
-        finally:
-            self.num_viewers -= 1
-            if not self.num_viewers:
-                self._recorder.leave()
+        return True
+
+    def leave(self) -> None:
+        """A viewer who had entered goes."""
+        self.num_viewers -= 1
+        if not self.num_viewers:
+            self._recorder.leave()
+
+    async def events(self) -> AsyncIterator[bytes]:
+        """The server-sent events for a viewer who has entered, until the server stops."""
+        yield _event("hello", self.hello())
+        sent, sent_at = b"", self._clock()
+        while not self._is_over():
+            picture = self._picture()
+            if picture != sent:
+                sent, sent_at = picture, self._clock()
+                yield picture
+            elif self._clock() - sent_at > _KEEP_ALIVE_S:
+                sent_at = self._clock()
+                yield b": keep-alive\n\n"
+            await asyncio.sleep(INTERVAL_S)
 
     def hello(self) -> dict[str, Any]:
         """What does not change: the model and its pool."""
@@ -130,7 +136,7 @@ class LiveFeed:
             "is_busy": is_busy,
             "pool": self._pool(),
             "counts": {
-                "decode": asdict(stats.decode),
+                "decode": {name: getattr(stats.decode, name) for name in _COUNTS},
                 "prefill_tokens": stats.prefill.tokens,
                 "timed_steps": recorder.timed_steps,
                 "timed_s": round(recorder.timed_s, 6),
@@ -139,51 +145,45 @@ class LiveFeed:
             "policy": self._policy(),
         }
         if step is not None:
-            picture["step"] = _step(step, self._runtime.table.num_experts)
+            picture["step"] = _step(step, self._runtime.table.num_experts, runtime.residency.state)
         return picture
 
     def _pool(self) -> str:
         """Two bits per key, four keys a byte, the first one lowest; base64."""
         residency = self._runtime.residency
-        state_of, pending = residency.state, self._recorder.pending
-        codes = bytearray()
-        for key in range(residency.num_keys):
-            state = state_of(key)
-            if state == FREE:
-                codes.append(_ABSENT)
-            elif state == LOADING:
-                codes.append(_ON_ITS_WAY)
-            else:
-                codes.append(_GUESSED if key in pending else _THERE)
+        codes = bytearray(map(_CODE_OF.__getitem__, map(residency.state, range(residency.num_keys))))
+        # `list` takes a dict's keys in one go: the engine's thread cannot come between.
+        for key in list(residency.staged_ready):
+            if codes[key] == _THERE:
+                codes[key] = _GUESSED
         codes += bytes(-len(codes) % 4)
-        packed = bytes(
-            one | two << 2 | three << 4 | four << 6
-            for one, two, three, four in zip(codes[0::4], codes[1::4], codes[2::4], codes[3::4], strict=True)
-        )
-        return base64.b64encode(packed).decode()
+        # No code reaches into the next byte when it is shifted, so all bytes are shifted at once.
+        packed = sum(int.from_bytes(codes[place::4], "little") << 2 * place for place in range(4))
+        return base64.b64encode(packed.to_bytes(len(codes) // 4, "little")).decode()
 
 
 def _length_s(step: StepRecord) -> float:
     return max(step.ended_s - step.began_s, 0.0)
 
 
-def _step(step: StepRecord, keys_per_layer: int) -> dict[str, Any]:
+def _step(step: StepRecord, keys_per_layer: int, state: Callable[[int], int]) -> dict[str, Any]:
     def ms(clock_s: float) -> float:
         return round((clock_s - step.began_s) * 1e3, 3)
 
-    def experts(keys: Iterable[int]) -> list[int]:
-        return [key % keys_per_layer for key in keys]
+    def experts(keys: Iterable[int], but: Collection[int] = ()) -> list[int]:
+        return [key % keys_per_layer for key in keys if key not in but]
 
     def spans(times: Sequence[tuple[float, float]]) -> list[list[float]]:
         return [[ms(began), ms(ended)] for began, ended in times]
 
+    told = digest(step, state)
     layers = [
         {
             "layer": one.layer, "t": ms(one.began_s), "end": ms(one.ended_s), "waits": spans(one.waits),
-            "there": experts(one.there), "in_time": experts(one.in_time), "late": experts(one.late),
+            "there": experts(one.found, but=in_time), "in_time": experts(in_time), "late": experts(one.late),
             "missing": experts(one.missing), "stood_in": experts(one.stood_in),
         }
-        for one in list(step.layers)
+        for one, in_time in zip(told.layers, told.in_time, strict=True)
     ]  # fmt: skip
     return {
         "number": step.number,
@@ -192,14 +192,11 @@ def _step(step: StepRecord, keys_per_layer: int) -> dict[str, Any]:
         "positions": step.positions,
         "end": ms(step.ended_s) if step.ended_s else None,
         "layers": layers,
-        "guesses": {str(layer): list(guessed) for layer, guessed in step.guesses.copy().items()},
-        "reads": [
-            [*divmod(key, keys_per_layer), why, ms(began), ms(ended)] for key, why, began, ended in list(step.reads)
-        ],
-        "wasted": [list(divmod(key, keys_per_layer)) for key in list(step.wasted)],
+        "guesses": {str(layer): list(guessed) for layer, guessed in list(step.guesses)},
+        "reads": [[*divmod(key, keys_per_layer), why, ms(began), ms(ended)] for key, why, began, ended in told.reads],
+        "wasted": [list(divmod(key, keys_per_layer)) for key in told.wasted],
     }
 
 
 def _event(kind: str, data: Mapping[str, Any]) -> bytes:
-    text = json.dumps(data, allow_nan=False, separators=(",", ":"))
-    return f"event: {kind}\ndata: {text}\n\n".encode()
+    return f"event: {kind}\ndata: {_as_json(data)}\n\n".encode()
