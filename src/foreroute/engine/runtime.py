@@ -49,8 +49,7 @@ class Runtime:
         phase: the counts of prefill or decode, whichever runs. ahead: the reads that nobody waits for.
         learner: learns better guesses in the time that compute waits; None where there is nothing to learn.
         tracing: is told what happens; None where no trace is written.
-        padding: [tokens] bool, which of a prompt's step are padding, of whatever numbers: no expert computes these, and
-            nobody learns from them.
+        padding: [tokens] bool, which of a prompt's step are padding: no expert computes them, nobody learns from them.
     """
 
     def __init__(
@@ -197,11 +196,9 @@ class Runtime:
         """To all who watch, what the layer's router chose."""
         if self.observer is not None:
             self.observer(layer, hidden, ids, weights)
-        if self.padding is not None:
-            return
-        if self.learner is not None:
+        if self.learner is not None and self.padding is None:
             self.learner.see(layer, hidden, ids, weights)
-        if layer == 0 and self.predictor is not None:
+        if layer == 0 and self.predictor is not None and self.padding is None:
             self.predictor.see_first(hidden, self._num_rows)
 
     def close(self) -> None:
