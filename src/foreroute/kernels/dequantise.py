@@ -163,7 +163,9 @@ class Workspaces:
         """Memory of this shape; what it held is whatever was put there last."""
         key = (purpose, shape, dtype)
         if key not in self._taken:
-            self._taken[key] = torch.empty(shape, dtype=dtype)
+            # Also where a caller's inference mode is on: the next one may have it off.
+            with torch.inference_mode(False):
+                self._taken[key] = torch.empty(shape, dtype=dtype)
         return self._taken[key]
 
 
