@@ -178,6 +178,24 @@ def test_a_long_prompt_does_not_starve_the_others(tokenizer, engine_of):
     model.foreroute.close()
 
 
+def test_a_prompt_is_computed_in_shorter_pieces_while_others_wait(tiny, tokenizer, engine_of, monkeypatch):
+    monkeypatch.setattr("foreroute.batching.engine._CHUNK_BESIDE_OTHERS", 16)
+    engine, begun = engine_of(tiny, max_num_seqs=2), threading.Event()
+    other = Heard()
+
+    def on_event(event):
+        other(event)
+        begun.set() if isinstance(event, Step) else None
+
+    alone = [event.done for event in ask(engine, [9] * 60, 1).wait().events if isinstance(event, Progress)]
+    engine.submit(Request([5] * 8, 60, GREEDY, ignore_eos=True), on_event)
+    assert begun.wait(WAIT_S)
+    beside = [event.done for event in ask(engine, [8] * 60, 1).wait().events if isinstance(event, Progress)]
+    assert alone == [60]
+    assert beside == [16, 32, 48, 60]
+    other.wait()
+
+
 def test_cancelled_is_gone(tiny, tokenizer, engine_of):
     engine, begun = engine_of(tiny, max_num_seqs=2), threading.Event()
     heard = Heard()

@@ -22,6 +22,8 @@ from foreroute.residency.serving_budget import SCORED_AT_ONCE, choose_kv_tokens,
 
 _LOG = logging.getLogger(__name__)
 _LEAST_CHUNK = 8
+# Tokens of prompts in one step while others wait for their next token. A longer step would read experts less often.
+_CHUNK_BESIDE_OTHERS = 512
 
 
 class BatchEngine:
@@ -208,6 +210,8 @@ class BatchEngine:
         if not self._can_continue:
             return self._context
         most: int = self._model.foreroute.plan.prefill_chunk
+        if self._running:
+            most = min(most, _CHUNK_BESIDE_OTHERS)
         if any(answer.request.wants_prompt_scores for answer in answers):
             most = min(most, SCORED_AT_ONCE)
         return max(most // len(answers), _LEAST_CHUNK)
