@@ -93,8 +93,9 @@ class EngineConfig:
     )
     kv_tokens: int | None = _option(
         None,
-        "tokens of the KV cache, of all requests together, for which memory is kept beside the experts; left out: in "
-        "serve the context or 4096 for each request, with --device cuda elsewhere 4096",
+        "tokens of the KV cache, of all requests together, for which memory is kept beside the experts; left out: "
+        "serve keeps the context or 4096 for each request, and at least one whole context; elsewhere --device cuda "
+        "keeps 4096",
     )
     packed: str = _option(
         "auto",

@@ -61,8 +61,10 @@ class Tape:
     def leave(self, at: int) -> None:
         del self.rows[at]
         kept = [place for place in range(len(self.rows) + 1) if place != at]
-        self.layer.keep(kept, [len(row) for row in self.rows])
+        self.layer.keep(kept)
         self.lengths.set([len(row) for row in self.rows])
+        if at % 2:
+            self.layer.trim()
 
     def join(self, num: int) -> None:
         tokens = self.made(num)

@@ -17,8 +17,8 @@ from foreroute.batching.rows import OneRow, RowsCache, can_be_padded, why_not_ba
 from foreroute.engine.kv_memory import planned_kv_bytes_per_token
 from foreroute.engine.prompt_cache import PromptCache
 from foreroute.engine.serving import keeps_prompts
-from foreroute.errors import ContextLengthError, ForerouteError, QueueFullError
-from foreroute.residency.serving_budget import SCORED_AT_ONCE, choose_kv_tokens, kept_prompt_bytes
+from foreroute.errors import ContextLengthError, ForerouteError, PromptError, QueueFullError
+from foreroute.residency.serving_budget import MOST_SCORED_WHOLE, SCORED_AT_ONCE, choose_kv_tokens, kept_prompt_bytes
 
 _LOG = logging.getLogger(__name__)
 _LEAST_CHUNK = 8
@@ -69,14 +69,21 @@ class BatchEngine:
         self._running: list[Answer] = []
         self._is_closed = False
         # Those whose prompts are computed, and those that decode: places as in _joining and in _running.
-        self._prompts = self._no_rows()
-        self._batch = self._no_rows()
+        self._prompts: Any = self._no_rows()
+        self._batch: Any = self._no_rows()
         self._thread = threading.Thread(target=self._work, name="foreroute-engine", daemon=True)
         self._thread.start()
 
     def submit(self, request: Request, on_event: Callable[[Event], None]) -> Answer:
         """See requests.Engine."""
         num_prompt, most_new = len(request.prompt_ids), request.max_new_tokens
+        if not num_prompt:
+            raise PromptError("The prompt is empty: there is no token to start from.")
+        if request.wants_prompt_scores and not self._can_continue and num_prompt > MOST_SCORED_WHOLE:
+            raise ContextLengthError(
+                f"This model computes a prompt at once, and scores {MOST_SCORED_WHOLE} tokens of it at most; "
+                f"{num_prompt} are asked for. Shorten the prompt, or ask for no scores."
+            )
         wanted = num_prompt + (1 if most_new is None else most_new)
         if wanted > self._context:
             raise ContextLengthError(
@@ -152,7 +159,9 @@ class BatchEngine:
         def of(answers: Iterable[Answer]) -> dict[Answer, Finished]:
             return {one: one.finished("cancelled", one.why_cancelled) for one in answers if one.is_cancelled}
 
-        for answer, end in of(self._waiting).items():
+        with self._changed:
+            waiting = list(self._waiting)
+        for answer, end in of(waiting).items():
             self._end(answer, end)
         self._leave_prompts(of(self._joining))
         self._take_out(of(self._running))
@@ -169,6 +178,9 @@ class BatchEngine:
             with self._changed:
                 self._waiting.popleft()
                 self._joining.append(answer)
+            # What rows have left counts no more, and is there until somebody needs it.
+            self._prompts.trim()
+            self._batch.trim()
             try:
                 self._begin(answer)
             except Exception as error:  # noqa: BLE001  told to the one that it concerns
@@ -183,7 +195,7 @@ class BatchEngine:
         self._prompts.arrange(range(len(self._joining) - 1), [(cache, num_cached)])
 
     def _prefill(self) -> None:
-        """The next chunk of every prompt that there is, all of them together as long as usual."""
+        """The next chunk of every prompt that there is."""
         answers = list(self._joining)
         chunks = [answer.next_chunk(self._most_at_once(answers)) for answer in answers]
         wants_scores = any(answer.request.wants_prompt_scores for answer in answers)
@@ -193,17 +205,20 @@ class BatchEngine:
             self._fail(self._joining, error)
             self._prompts = self._no_rows()
             return
-        ended: dict[Answer, Finished | None] = {}
+        done: dict[Answer, Finished | None] = {}
         for at, (answer, chunk) in enumerate(zip(answers, chunks, strict=True)):
             try:
                 if answer.took(len(chunk), logits[at]):
-                    ended[answer] = self._first_token(answer, logits[at, -1].float())
-                    if ended[answer] is None:
-                        rows = range(len(self._batch.lengths))
-                        self._batch.arrange(rows, [(self._prompts.row(at), answer.num_computed)])
+                    done[answer] = self._first_token(answer, logits[at, -1].float().cpu())
             except Exception as error:  # noqa: BLE001  told to the one that it concerns
-                ended[answer] = _failed(answer, error)
-        self._leave_prompts(ended)
+                done[answer] = _failed(answer, error)
+        going = [at for at, answer in enumerate(answers) if answer in done and done[answer] is None]
+        try:
+            if going:
+                self._batch.take_over(self._prompts, going)
+        except Exception as error:  # noqa: BLE001  told to those that it concerns: the rows that decode go on
+            done.update({answers[at]: _failed(answers[at], error) for at in going})
+        self._leave_prompts(done)
 
     def _most_at_once(self, answers: Sequence[Answer]) -> int:
         """Tokens of each prompt in the next step."""
@@ -228,7 +243,7 @@ class BatchEngine:
         for at, answer in enumerate(self._joining):
             end = left.get(answer)
             if end is not None:
-                self._keep(answer, self._prompts.row(at), end)
+                self._keep(answer, self._prompts, at, end)
         self._prompts.arrange([at for at, answer in enumerate(self._joining) if answer not in left], [])
         with self._changed:
             for answer, end in left.items():
@@ -242,7 +257,7 @@ class BatchEngine:
     def _decode(self) -> None:
         """One token for every row."""
         try:
-            logits = self._batch.step([answer.ids[-1:] for answer in self._running])[:, -1].float()
+            logits = self._batch.step([answer.ids[-1:] for answer in self._running])[:, -1].float().cpu()
             likeliest = logits.argmax(-1).tolist()
         except Exception as error:  # noqa: BLE001  told to those that it concerns
             self._fail(self._running, error)
@@ -265,20 +280,23 @@ class BatchEngine:
             return
         for at, answer in enumerate(self._running):
             if answer in ended:
-                self._keep(answer, self._batch.row(at), ended[answer])
+                self._keep(answer, self._batch, at, ended[answer])
         self._batch.arrange([at for at, answer in enumerate(self._running) if answer not in ended], [])
         for answer, end in ended.items():
             self._end(answer, end)
 
-    def _keep(self, answer: Answer, cache: Any, end: Finished) -> None:
+    def _keep(self, answer: Answer, rows: RowsCache | OneRow, at: int, end: Finished) -> None:
         """Leave what was computed for the next prompt that begins alike."""
-        if self._kept is None or end.reason == "error" or answer.request.wants_prompt_scores:
+        nothing = self._kept is None or end.reason == "error" or not answer.num_computed
+        if self._kept is None or nothing or answer.request.wants_prompt_scores:
             return
         ids = answer.ids[: answer.num_computed]
         # A stand-in leaves its mark on what is computed after it; the prompt is exact always.
         if any(policy.stands_in or policy.replaces_route for policy in self._model.foreroute.policies):
             ids = ids[: len(answer.request.prompt_ids)]
-        self._kept.keep(self._model, ids, cache)
+        # More of it than is kept is copied where windows are; before it is, there is room for it.
+        if self._kept.make_room(len(ids) * self.kv_bytes // self.kv_tokens):
+            self._kept.keep(self._model, ids, rows.row(at))
 
     def _end(self, answer: Answer, end: Finished) -> None:
         with self._changed:

@@ -12,6 +12,9 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 # Columns that are added at a time: what is there is copied once for so many tokens.
 _MORE_COLUMNS = 64
+# Memory that is let go, as a multiple of what is needed.
+_LOOSE = 1.1
+_CONTIGUOUS = torch.contiguous_format
 
 
 class RowLengths:
@@ -105,52 +108,66 @@ class RowLayer(DynamicLayer):
 
     def join(self, new: Sequence[tuple[DynamicLayer | None, int]]) -> None:
         """Put rows behind those that are there: a layer that holds one row, and how many tokens that row has had."""
-        found = [
-            (at, layer, self._kept(had))
-            for at, (layer, had) in enumerate(new, len(self._rows.had))
-            if had and layer is not None and layer.is_initialized
-        ]
-        if not found:
+        if not new:
             return
+        first = len(self._rows.had)
+        filled = [layer for layer, had in new if had and layer is not None and layer.is_initialized]
         if not self.is_initialized:
-            self._make(found[0][1].keys, found[0][1].values)
-        self._reserve(max(self._end, *(held for _, _, held in found)), 0, len(self._rows.had) + len(new))
-        for at, layer, held in found:
-            for states, alone in ((self.keys, layer.keys), (self.values, layer.values)):
-                states[at, :, self._end - held : self._end] = alone[0, :, alone.shape[-2] - held :]
+            if not filled:
+                return
+            self._make(filled[0].keys, filled[0].values)
+        held = [self._kept(had) for _, had in new]
+        self._reserve(max(self._end, *held), 0, first + len(new))
+        for at, ((layer, _), num) in enumerate(zip(new, held, strict=True), first):
+            for name in ("keys", "values"):
+                place = getattr(self, name)[at]
+                if num and layer is not None:
+                    place[:, self._end - num : self._end] = getattr(layer, name)[0, :, -num:]
+                # What another row has left: masked, and yet multiplied.
+                place[:, : self._end - num] = 0
 
-    def keep(self, places: Sequence[int], lengths: Sequence[int]) -> None:
-        """Only the rows at these places (ascending), which have had so many tokens, one behind the other."""
+    def keep(self, places: Sequence[int]) -> None:
+        """Only the rows at these places (ascending), one behind the other."""
         if not self.is_initialized:
             return
         if not places:
-            self.reset()
-            self._end = 0
+            # Not as transformers lets go: 5.17 keeps the memory.
+            own: Any = self
+            own.keys = own.values = None
+            own.is_initialized, self._end = False, 0
             return
-        for at, (place, had) in enumerate(zip(places, lengths, strict=True)):
-            held = slice(self._end - self._kept(had), self._end)
-            if place != at and had:
+        for at, place in enumerate(places):
+            if place != at:
                 for states in (self.keys, self.values):
-                    states[at, :, held] = states[place, :, held]
-        longest, num_rows = max(map(self._kept, lengths)), len(places)
-        if self.keys.shape[-2] > 2 * (longest + _MORE_COLUMNS) or len(self.keys) > 2 * num_rows:
-            self._resize(longest, longest + _MORE_COLUMNS, num_rows, num_rows)
+                    states[at, :, : self._end] = states[place, :, : self._end]
 
-    def row(self, at: int, like: DynamicLayer) -> DynamicLayer:
-        """A layer of one row alone, of the kind `like`, in memory of its own."""
+    def trim(self) -> None:
+        """Let go of memory that rows have left, where it is worth a copy of the others."""
+        if self.is_initialized:
+            needed = len(self._rows.had) * (self._longest + _MORE_COLUMNS)
+            if len(self.keys) * self.keys.shape[-2] > _LOOSE * needed:
+                self._resize(self._longest, self._longest + _MORE_COLUMNS, len(self._rows.had))
+
+    def row(self, at: int, like: DynamicLayer, *, is_copy: bool = True) -> DynamicLayer:
+        """A layer of one row alone, of the kind `like`; in memory of its own, or good until the next step."""
         alone: Any = copy.copy(like)
         if not self.is_initialized or self._rows.had[at] == 0:
             return alone
         held = slice(self._end - self._kept(self._rows.had[at]), self._end)
         alone.lazy_initialization(self.keys, self.values)
-        alone.keys = self.keys[at : at + 1, :, held].clone(memory_format=torch.contiguous_format)
-        alone.values = self.values[at : at + 1, :, held].clone(memory_format=torch.contiguous_format)
+        alone.keys, alone.values = (states[at : at + 1, :, held] for states in (self.keys, self.values))
+        if is_copy:
+            alone.keys, alone.values = (one.clone(memory_format=_CONTIGUOUS) for one in (alone.keys, alone.values))
         if isinstance(alone, DynamicSlidingWindowLayer):
             alone.cumulative_length = self._rows.had[at]
         return alone
 
     def _kept(self, had: int) -> int:
         return had if self._window is None else min(had, self._window - 1)
+
+    @property
+    def _longest(self) -> int:
+        return max(map(self._kept, self._rows.had), default=0)
 
     def _make(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Begin with no places and no columns, for keys and values of this kind."""
@@ -159,22 +176,20 @@ class RowLayer(DynamicLayer):
         self.values = values.new_zeros(0, values.shape[1], 0, values.shape[-1])
 
     def _reserve(self, end: int, more: int, num_rows: int) -> None:
-        """Let the rows end at column `end`, with room for `more` behind it, and have places for so many rows."""
-        places, columns = len(self.keys), self.keys.shape[-2]
-        if end > self._end or self._end + more > columns:
-            # Of a window, what has left it is left behind.
-            end = max(end if end > self._end else 0, *map(self._kept, self._rows.had), 0)
-            self._resize(end, end + more + _MORE_COLUMNS, max(places, num_rows), len(self._rows.had))
-        elif num_rows > places:
-            self._resize(self._end, columns, num_rows, len(self._rows.had))
+        """Let the rows end at column `end` or before, with room for `more` behind it, and have places for so many."""
+        if end > self._end or self._end + more > self.keys.shape[-2] or num_rows > len(self.keys):
+            # What has left a window, and what was a longer row's, is left behind.
+            end = max(end if end > self._end else 0, self._longest)
+            self._resize(end, end + more + _MORE_COLUMNS, num_rows)
 
-    def _resize(self, end: int, columns: int, places: int, num_rows: int) -> None:
-        """So many columns and places, the tokens of the first `num_rows` right before `end`."""
-        kept, num_rows = min(end, self._end), min(num_rows, len(self.keys))
+    def _resize(self, end: int, columns: int, places: int) -> None:
+        """So many columns and places, the tokens of the rows that are there right before `end`."""
+        kept, num_rows = min(end, self._end), min(len(self._rows.had), len(self.keys))
         # Nothing but numbers: padding is masked, and yet multiplied.
-        for name in ("keys", "values"):
-            old = getattr(self, name)
+        made = []
+        for old in (self.keys, self.values):
             new = old.new_zeros(places, old.shape[1], columns, old.shape[-1])
             new[:num_rows, :, end - kept : end] = old[:num_rows, :, self._end - kept : self._end]
-            setattr(self, name, new)
-        self._end = end
+            made.append(new)
+        # Both or neither: where memory runs out, what was there stays as it was.
+        self.keys, self.values, self._end = *made, end

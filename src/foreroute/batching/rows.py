@@ -75,16 +75,41 @@ class RowsCache:
         places = [*kept, *range(first, first + len(new))]
         lengths = [*self._rows.had, *(length for _, length in new)]
         for layer in layers:
-            layer.keep(places, [lengths[place] for place in places])
+            layer.keep(places)
         self._rows.set([lengths[place] for place in places])
 
-    def row(self, at: int) -> DynamicCache:
-        """A cache of one row alone, in memory of its own."""
+    def take_over(self, other: "RowsCache", places: Sequence[int]) -> None:
+        """Put the rows at these places of another cache behind those here; where they are all that it has, it lets go.
+
+        That is a layer at a time, and where nothing was here not even a copy. After an error the rows here are as they
+        were; the others may be lost.
+        """
+        is_all = len(places) == len(other._rows.had)
+        if is_all and not self._rows.had:
+            self._rows, self._cache, other._rows, other._cache = other._rows, other._cache, self._rows, self._cache
+            return
+        layers: list[Any] = self._cache.layers
+        for layer, given, like in zip(layers, other._cache.layers, self._template.layers, strict=True):
+            source: Any = given
+            layer.join([(source.row(at, like, is_copy=False), other._rows.had[at]) for at in places])
+            if is_all:
+                source.keep([])
+        self._rows.set([*self._rows.had, *(other._rows.had[at] for at in places)])
+
+    def row(self, at: int, *, is_copy: bool = True) -> DynamicCache:
+        """A cache of one row alone: in memory of its own, or a view of what is here, good until the next step."""
         alone = copy.copy(self._template)
+        layers: list[Any] = self._cache.layers
         alone.layers = [
-            layer.row(at, like) for layer, like in zip(self._cache.layers, self._template.layers, strict=True)
+            layer.row(at, like, is_copy=is_copy) for layer, like in zip(layers, self._template.layers, strict=True)
         ]
         return alone
+
+    def trim(self) -> None:
+        """Let go of memory that rows have left."""
+        layers: list[Any] = self._cache.layers
+        for layer in layers:
+            layer.trim()
 
     def step(self, tokens: Sequence[Sequence[int]], *, all_logits: bool = False) -> torch.Tensor:
         """Compute each row's next tokens: one, or a chunk of its prompt.
@@ -139,9 +164,17 @@ class OneRow:
             assert not self.lengths, "there is one row"
             self._cache, self.lengths = cache, [length]
 
-    def row(self, at: int) -> Any:
-        """Its cache."""
+    def take_over(self, other: "OneRow", places: Sequence[int]) -> None:
+        """The other's row is here from now on."""
+        assert not self.lengths, "there is one row"
+        self._cache, self.lengths = other._cache, other.lengths
+
+    def row(self, at: int, *, is_copy: bool = True) -> Any:
+        """Its cache; never a copy."""
         return self._cache
+
+    def trim(self) -> None:
+        """There is nothing to let go."""
 
     def step(self, tokens: Sequence[Sequence[int]], *, all_logits: bool = False) -> torch.Tensor:
         """Its next tokens; as of `RowsCache`."""

@@ -27,7 +27,7 @@ def score(logits: torch.Tensor, token: int, num_top: int | None) -> tuple[float 
 
 
 class Sampler:
-    """Draws one answer's tokens, from a generator of its own: who shares its steps changes nothing.
+    """Draws one answer's tokens, from a generator of its own: who shares its steps changes no draw.
 
     Args:
         asked: what the request says; what it leaves open, `settings` (the model's generation_config) says.

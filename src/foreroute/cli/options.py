@@ -14,7 +14,7 @@ from foreroute.checkpoint.locate import locate
 from foreroute.config import EngineConfig
 from foreroute.errors import ForerouteError, PromptError
 
-# Fields of EngineConfig for experts on a GPU: left out by commands whose inputs stay on the CPU.
+# Fields of EngineConfig for experts on a GPU, or for a server: left out by commands whose inputs stay on the CPU.
 GPU_FIELDS = ("device", "control", "host_memory", "kv_tokens")
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 

@@ -125,7 +125,8 @@ def load(
     kv_bytes = None
     if asked.kv_tokens is not None and not is_cuda and asked.control != "device":
         kv_bytes = kv_bytes_without_experts(model, layers)
-        budget = fit_serving(asked, asked_memory, budget, kv_bytes, free_ram, model, layers, table)
+        arena = 0 if asked.host_memory is None else host_records(asked, free_ram, table) * table.slot_bytes
+        budget = fit_serving(asked, asked_memory, budget, kv_bytes, free_ram, model, layers, table, arena)
     slots = plan_slots(budget, table.slot_bytes, table.total_slots, [layer.top_k for layer in layers])
     staging_slots = slots.staging_slots if asked.prefetch != "none" or policy.stands_in else 0
     math = math_of_layers(layers, source, store, model.dtype)

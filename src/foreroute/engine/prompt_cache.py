@@ -81,6 +81,19 @@ class PromptCache:
             self._kept.append(best)
         return _branch(best.cache, len(best.ids) - most), most
 
+    def make_room(self, nbytes: int) -> bool:
+        """Forget what was used least recently until so much more fits; False, and nothing is lost, where it never does.
+
+        For one whose keys and values are copied before they are kept.
+        """
+        if nbytes > self.max_bytes:
+            return False
+        with self._lock:
+            held = sum(kept.nbytes for kept in self._kept)
+            while held + nbytes > self.max_bytes:
+                held -= self._kept.pop(0).nbytes
+        return True
+
     def keep(self, model: Any, ids: list[int], cache: DynamicCache) -> bool:
         """Keep what holds at least the tokens `ids`; more is cut off, as a step that was interrupted leaves it.
 

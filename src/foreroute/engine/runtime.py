@@ -48,7 +48,7 @@ class Runtime:
         key_nbytes: stored bytes of each expert, by its key.
         phase: the counts of prefill or decode, whichever runs. ahead: the reads that nobody waits for.
         learner: learns better guesses in the time that compute waits; None where there is nothing to learn.
-        tracing: is told what happens; None where no trace is written.
+        tracing: is told what happens; None where nobody wants to know.
         padding: [tokens] bool, which of a prompt's step are padding: no expert computes them, nobody learns from them.
     """
 
@@ -120,7 +120,7 @@ class Runtime:
         self.is_prefill = is_start or num_positions > 1
         self.phase = self.stats.prefill if self.is_prefill else self.stats.decode
         self.phase.steps += 1
-        self.phase.tokens += num_rows * num_positions
+        self.phase.tokens += num_rows * num_positions - (0 if self.padding is None else int(self.padding.sum()))
         if self.tracing is not None:
             self.tracing.step("prefill" if self.is_prefill else "decode", num_rows, num_positions, is_start)
         if self._is_mid_step:
@@ -364,7 +364,10 @@ class Runtime:
             self.phase.layers += 1
             self.phase.stalled_layers += num_waited > 0
             self.phase.first_waited += num_waited if layer == 0 else 0
-        if self.is_prefill and ids.numel() >= self._prefill_guesses_from * self._widths[layer]:
+        if (
+            self.is_prefill
+            and int((ids < self._widths[layer]).sum()) >= self._prefill_guesses_from * self._widths[layer]
+        ):
             # Behind this layer's reads that are queued already: a guess runs where the reader would have a pause, and
             # delays those that the ring asks for later by at most itself.
             self.ahead.guess_next(layer, hidden, ids, weights)

@@ -12,7 +12,14 @@ from foreroute.engine.kv_memory import planned_kv_bytes_per_token
 from foreroute.engine.lean_loop import is_ordinary
 from foreroute.engine.prompt_cache import can_be_continued, new_cache
 from foreroute.model.blocks import MoeLayer
-from foreroute.residency.serving_budget import ServingNeeds, check_serving, chunk_bytes, working_bytes
+from foreroute.residency.serving_budget import (
+    MOST_SCORED_WHOLE,
+    ServingNeeds,
+    check_serving,
+    chunk_bytes,
+    moving_bytes,
+    working_bytes,
+)
 
 # Left free when the budget is chosen: activations, Python itself, other programs; and keys and values where no memory
 # is kept for them by --kv-tokens.
@@ -44,12 +51,13 @@ def fit_serving(
     model: Any,
     layers: Sequence[MoeLayer],
     table: ExpertTable,
+    host_bytes: int = 0,
 ) -> int:
     """The budget for experts, once it is known what keys and values of asked.kv_tokens tokens take.
 
     Args:
         budget_bytes: what was asked for, or would be chosen without keys and values.
-        free_ram_bytes: before the dense weights were there.
+        free_ram_bytes: before the dense weights were there. host_bytes: of experts behind the budget, in RAM as well.
     Returns:
         The same where it was asked for; else what is left.
     Raises:
@@ -58,14 +66,15 @@ def fit_serving(
     assert asked.kv_tokens is not None, "memory is to be kept"
     learning = learning_limit(budget_bytes) if asked.learn and asked.prefetch != "none" else 0
     whole, least = table.total_slots * table.slot_bytes, sum(layer.top_k for layer in layers) * table.slot_bytes
-    working, experts = working_bytes(_chunk_bytes(model, asked.prefill_chunk), learning), min(budget_bytes, whole)
+    working = working_bytes(_request_bytes(model, asked.prefill_chunk, asked.kv_tokens, kv_bytes_per_token), learning)
+    experts = min(budget_bytes, whole) + host_bytes
     needs = ServingNeeds(
         _dense_bytes(model), experts, asked.kv_tokens, kv_bytes_per_token, working, keeps_prompts(model)
     )
     if asked_memory is None:
         needs = replace(needs, working_bytes=max(working, CHOSEN_RESERVE_BYTES))
-        budget_bytes = min(whole, max(0, free_ram_bytes - (needs.total_bytes - experts)))
-        needs = replace(needs, expert_bytes=max(least, budget_bytes))
+        budget_bytes = min(whole, max(0, free_ram_bytes - host_bytes - (needs.total_bytes - experts)))
+        needs = replace(needs, expert_bytes=max(least, budget_bytes) + host_bytes)
     check_serving(needs, free_ram_bytes, least)
     return budget_bytes
 
@@ -77,16 +86,22 @@ def serving_needs(model: Any, kv_tokens: int) -> ServingNeeds:
     other libraries), as measured now; and, calculated, the most that learning and one chunk of a prompt take.
     """
     plan = model.foreroute.plan
-    working = _program_bytes(model) + plan.learning_bytes + _chunk_bytes(model, plan.prefill_chunk)
-    experts = (plan.num_slots + plan.host_records) * plan.slot_bytes
     per_token = planned_kv_bytes_per_token(model)
+    requests = _request_bytes(model, plan.prefill_chunk, kv_tokens, per_token)
+    working = _program_bytes(model) + plan.learning_bytes + requests
+    experts = (plan.num_slots + plan.host_records) * plan.slot_bytes
     return ServingNeeds(plan.dense_bytes, experts, kv_tokens, per_token, working, keeps_prompts(model))
 
 
-def _chunk_bytes(model: Any, chunk: int) -> int:
-    text = model.config.get_text_config()
+def _request_bytes(model: Any, chunk: int, kv_tokens: int, kv_bytes_per_token: int) -> int:
+    """What computing requests takes beside their keys and values."""
+    text, itemsize = model.config.get_text_config(), model.dtype.itemsize
+    moving = moving_bytes(kv_tokens, kv_bytes_per_token, text.num_hidden_layers)
+    if not keeps_prompts(model):
+        # Such a prompt is computed at once.
+        return moving + chunk_bytes(kv_tokens, text.hidden_size, text.vocab_size, itemsize, MOST_SCORED_WHOLE)
     chunk = min(chunk, getattr(text, "max_position_embeddings", None) or chunk)
-    return chunk_bytes(chunk, text.hidden_size, text.vocab_size, model.dtype.itemsize)
+    return moving + chunk_bytes(chunk, text.hidden_size, text.vocab_size, itemsize)
 
 
 def _dense_bytes(model: Any) -> int:
@@ -115,4 +130,5 @@ def _program_bytes(model: Any) -> int:
         if not any(tensor.data_ptr() in addresses for addresses in files)
     )
     plan, residency = model.foreroute.plan, model.foreroute.runtime.residency
-    return max(0, resident - own - int(residency.num_resident) * plan.slot_bytes)
+    experts = (int(residency.num_resident) + plan.host_records) * plan.slot_bytes
+    return max(0, resident - own - experts)

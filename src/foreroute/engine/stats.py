@@ -8,7 +8,8 @@ from typing import Any
 class PhaseStats:
     """Counts of one phase (prefill or decode).
 
-    steps: forward passes. tokens: positions computed, padding included.
+    steps: forward passes. tokens: positions computed; padding counts where a batch has it, not where a
+    server fills prompts up.
     prefetch_used / prefetch_wasted: guessed experts that this phase demanded / gave up before anybody did.
     hits / late / misses: demanded experts that were there / still on their way / absent.
     demand_loads: experts read because a router asked. prefetch_loads: experts read on a guess.

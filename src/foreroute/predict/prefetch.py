@@ -65,6 +65,9 @@ class PrefetchGuesses:
             likely = likely.masked_fill(
                 guess.weights < _LEAST_WEIGHT * guess.weights.sum(-1, keepdim=True), num_experts
             )
+        if len(ids) > 1:
+            # What no expert computes is padding, all of it alike: it would outvote the others.
+            likely = likely[(ids < self._num_experts[layer]).any(-1)]
         return most_wanted(likely, num_experts)
 
     def guess_first(self, token_ids: torch.Tensor) -> Sequence[int]:

@@ -10,6 +10,8 @@ from foreroute.residency.budget import format_memory
 
 # Scores want the logits of every position of a prompt, [tokens, vocabulary]: no more at once.
 SCORED_AT_ONCE = 512
+# Of a model that computes a prompt at once, no longer one is scored.
+MOST_SCORED_WHOLE = 2048
 # Tokens that each of several requests has room for, where the context is longer.
 _USUAL_TOKENS = 4096
 _MOST_KEPT_BYTES = 2**30
@@ -73,9 +75,14 @@ def kept_prompt_bytes(kv_bytes: int) -> int:
     return min(_MOST_KEPT_BYTES, kv_bytes)
 
 
-def chunk_bytes(chunk: int, hidden: int, vocabulary: int, itemsize: int) -> int:
+def chunk_bytes(chunk: int, hidden: int, vocabulary: int, itemsize: int, most_scored: int = SCORED_AT_ONCE) -> int:
     """Activations of so many prompt tokens, and logits of those that a request may have scored. An estimate."""
-    return itemsize * (16 * hidden * chunk + vocabulary * min(chunk, SCORED_AT_ONCE))
+    return itemsize * (16 * hidden * chunk + vocabulary * min(chunk, most_scored))
+
+
+def moving_bytes(kv_tokens: int, kv_bytes_per_token: int, num_layers: int, more_tokens: int = 1024) -> int:
+    """Keys and values beyond those counted: one layer's, while rows move, and columns that are there before tokens."""
+    return (kv_tokens // num_layers + more_tokens) * kv_bytes_per_token
 
 
 def working_bytes(chunk_bytes: int, learning_bytes: int) -> int:
