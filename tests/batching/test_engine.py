@@ -13,7 +13,7 @@ from foreroute.batching.requests import Finished, Progress, Request, Sampling, S
 from foreroute.batching.row_layers import RowLayer
 from foreroute.config import EngineConfig
 from foreroute.engine.text import load_tokenizer
-from foreroute.errors import ContextLengthError, QueueFullError
+from foreroute.errors import ContextLengthError, PromptError, QueueFullError
 
 TINY = Path(__file__).parents[2] / "models" / "foreroute-tiny"
 GREEDY = Sampling(temperature=0.0)
@@ -299,6 +299,39 @@ def test_a_row_that_cannot_join_leaves_the_others_as_they_are(tiny, tokenizer, e
     assert begun.wait(WAIT_S)
     assert ask(engine, [6] * 8, 8).wait().end.reason == "error"
     assert first.wait().tokens == expected
+
+
+def test_who_comes_while_others_are_looked_through_breaks_nothing(tiny, tokenizer, engine_of, monkeypatch):
+    """A request may be queued between any two lines of the engine's thread."""
+    engine, begun, more = engine_of(tiny, max_num_seqs=1), threading.Event(), []
+    first = Heard()
+
+    def on_event(event):
+        first(event)
+        begun.set() if isinstance(event, Step) else None
+
+    class Waiting(type(engine._waiting)):
+        def __iter__(self):
+            found = super().__iter__()
+            for one in found:
+                if len(more) < 3 and not engine._changed._is_owned():
+                    more.append(ask(engine, [8 + len(more)] * 5, 2))
+                yield one
+
+    engine._waiting = Waiting()
+    engine.submit(Request([5] * 8, 40, GREEDY, ignore_eos=True), on_event)
+    assert begun.wait(WAIT_S)
+    second = ask(engine, [6] * 8, 4)
+    assert first.wait().end.reason == second.wait().end.reason == "length"
+    assert [heard.wait().end.reason for heard in more] == ["length"] * len(more)
+
+
+def test_an_empty_prompt_is_refused_and_ends_nobody_else(tiny, tokenizer, engine_of):
+    engine = engine_of(tiny, max_num_seqs=2)
+    other = ask(engine, [5] * 8, 30)
+    with pytest.raises(PromptError, match="empty"):
+        engine.submit(Request([], 4, GREEDY), Heard())
+    assert other.wait().end.reason == "length"
 
 
 def test_full_and_too_long(tiny, tokenizer, engine_of):

@@ -13,6 +13,7 @@ import foreroute
 from foreroute.batching.row_layers import RowLayer, RowLengths
 from foreroute.batching.rows import RowsCache
 from foreroute.config import EngineConfig
+from foreroute.predict.base import most_wanted
 
 TINY = Path(__file__).parents[2] / "models" / "foreroute-tiny"
 MAX_ROWS, HEADS = 4, 2
@@ -113,6 +114,7 @@ def test_memory_is_let_go():
     assert tape.layer.keys.shape[2] >= 4000
     assert len(tape.layer.keys) == 2
     tape.leave(1)
+    tape.layer.trim()
     assert tape.layer.keys.shape[2] < 200
     tape.leave(0)
     assert tape.layer.keys is None
@@ -153,3 +155,89 @@ def test_padding_is_computed_by_no_expert(tiny: Any):
         expected = tiny(input_ids=torch.tensor([ids])).logits[0, -1]
         torch.testing.assert_close(logits[row], expected, atol=1e-4, rtol=0)
     assert len(learner_rows) > 0, "without padding it sees"
+
+
+def test_what_another_row_left_is_multiplied_by_nobody(tiny: Any):
+    """A place that is used again may have held what is no number."""
+    cache = RowsCache(tiny)
+    cache.arrange([], [(None, 0)] * 3)
+    cache.step([[7] * 30, [5, 6, 9], [4] * 30])
+    for layer in cache._cache.layers:
+        layer.keys[0], layer.values[0] = float("nan"), float("nan")
+    cache.arrange([1, 2], [(None, 0)])
+    logits = cache.step([[11], [12], [8, 9]])[:, -1]
+    torch.testing.assert_close(
+        logits[0], tiny(input_ids=torch.tensor([[5, 6, 9, 11]])).logits[0, -1], atol=1e-4, rtol=0
+    )
+    assert logits.isfinite().all()
+
+
+def test_where_memory_runs_out_rows_stay_as_they_were(monkeypatch: pytest.MonkeyPatch):
+    tape = Tape(None)
+    tape.join(5)
+    made = torch.Tensor.new_zeros
+    calls = []
+
+    def fails(self: torch.Tensor, *shape: int) -> torch.Tensor:
+        calls.append(shape)
+        if len(calls) == 2:
+            raise MemoryError("planted")
+        return made(self, *shape)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.Tensor, "new_zeros", fails)
+        alone = DynamicLayer()
+        alone.update(torch.ones(1, HEADS, 400, 3), torch.ones(1, HEADS, 400, 2))
+        with pytest.raises(MemoryError):
+            tape.layer.join([(alone, 400)])
+    tape.check_rows()
+    tape.step([3])
+
+
+def test_rows_are_taken_over_without_a_second_copy(tiny: Any):
+    prompts, decoding = RowsCache(tiny), RowsCache(tiny)
+    prompts.arrange([], [(None, 0)] * 2)
+    prompts.step([[5, 6, 7], [8, 9]])
+    keys = prompts._cache.layers[0].keys
+    decoding.take_over(prompts, [0, 1])
+    assert decoding._cache.layers[0].keys is keys, "nothing was there: not even a copy"
+    assert (decoding.lengths, prompts.lengths) == ([3, 2], [])
+    prompts.arrange([], [(None, 0)] * 2)
+    prompts.step([[15, 16], [17, 18, 19, 20]])
+    decoding.take_over(prompts, [1])
+    assert (decoding.lengths, prompts.lengths) == ([3, 2, 4], [2, 4])
+    prompts.arrange([0], [])
+    decoding.take_over(prompts, [0])
+    assert all(layer.keys is None for layer in prompts._cache.layers)
+    logits = decoding.step([[11]] * 4)[:, -1]
+    for row, ids in enumerate(([5, 6, 7], [8, 9], [17, 18, 19, 20], [15, 16])):
+        expected = tiny(input_ids=torch.tensor([[*ids, 11]])).logits[0, -1]
+        torch.testing.assert_close(logits[row], expected, atol=1e-4, rtol=0)
+
+
+def test_padding_has_no_vote_and_is_not_counted(tiny: Any, monkeypatch: pytest.MonkeyPatch):
+    """One prompt of 26 tokens and seven of 3: what is guessed is what the real tokens' guesses are."""
+    runtime, guessed = tiny.foreroute.runtime, []
+    prompts = [list(range(5, 31)), *([40 + at, 50 + at, 60 + at] for at in range(7))]
+    predictor = runtime.predictor
+    inner = predictor._predictor.guess
+
+    def spying(layer: int, seen: Any, width: int) -> Any:
+        found = inner(layer, seen, width)
+        real = (seen.ids < tiny.foreroute.plan.num_experts).any(-1)
+        guessed.append(most_wanted(found.ids[real], tiny.foreroute.plan.num_experts))
+        return found
+
+    told: list[list[int]] = []
+    prefetch = runtime.ahead.prefetch
+    monkeypatch.setattr(predictor._predictor, "guess", spying)
+    monkeypatch.setattr(
+        runtime.ahead, "prefetch", lambda at, found, phase: told.append(list(found)) or prefetch(at, found, phase)
+    )
+    before = tiny.foreroute.stats().prefill.tokens
+    cache = RowsCache(tiny)
+    cache.arrange([], [(None, 0)] * len(prompts))
+    cache.step(prompts)
+    assert told == guessed
+    assert len(told) > 3
+    assert tiny.foreroute.stats().prefill.tokens - before == sum(map(len, prompts))
