@@ -125,6 +125,16 @@ def test_a_group_that_is_the_whole_row(published, references, load, tmp_path, na
     assert_same_bits(generate(load(rows, "25%"), ONE_PROMPT), references.output(reference, ONE_PROMPT))
 
 
+@pytest.mark.parametrize("store", ["safetensors", "packed"])
+def test_a_last_group_of_fewer_columns(checkpoints, references, load, tmp_path, store):
+    """As AutoGPTQ writes it: 64 columns in groups of 24 are 24, 24 and 16, and 32 are 24 and 8."""
+    folder = write_gptq(checkpoints.get("qwen3_moe", "bf16"), tmp_path / "ragged", 24)
+    scales = {one.shape[0] for name, one in load_file(folder / "model.safetensors").items() if name.endswith("scales")}
+    assert scales == {2, 3}
+    reference = plain(folder, "gptq", tmp_path / "plain")
+    check_same(load, folder, lambda batch: references.output(reference, batch), "gptq", store)
+
+
 @pytest.mark.parametrize("is_shifted", [True, False])
 def test_gptq_zero_points_of_nought(is_shifted):
     """GPTQ's first format keeps zero points less one: of nought, by a borrow from the word's next one."""

@@ -127,6 +127,25 @@ def test_a_branch_that_moves_on_meanwhile(repository: Path, tmp_path: Path, look
         assert sorted(path.name for path in (folder.parents[1] / "refs").iterdir()) == ["main"]
 
 
+def test_a_cache_that_cannot_note_the_commit(repository: Path, look_up: Callable[..., Found]) -> None:
+    """As where it may only be read; a file in the folder's place stops a superuser too."""
+    with serving(repository) as hub:
+        folder, said = look_up(hub)
+        assert folder is not None, said
+        refs = folder.parents[1] / "refs"
+        shutil.rmtree(refs)
+        refs.write_text("")
+        again, said = look_up(hub)
+        assert again == folder, said
+        assert "cannot note which commit main is" in said
+        refs.unlink()
+        (refs / "main").mkdir(parents=True)
+        again, said = look_up(hub)
+        assert again == folder, said
+        assert "cannot note which commit main is" in said
+        assert [path.name for path in refs.iterdir()] == ["main"], "no half of it is left"
+
+
 def test_a_download_that_broke_off_goes_on_where_it_was(repository: Path, look_up: Callable[..., Found]) -> None:
     whole = (repository / "shard-b.safetensors").stat().st_size
     with serving(repository, cut_at=12_000_000) as hub:

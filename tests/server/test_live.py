@@ -3,6 +3,9 @@
 import asyncio
 import base64
 import json
+import queue
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -201,6 +204,102 @@ def test_a_trace_goes_on_being_written_while_somebody_watches(load: Callable[...
     assert len(layers) == 3 * 3 * NUM_LAYERS
     assert all(len(event["hits"] + event["late"] + event["misses"]) == TOP_K for event in layers)
     assert kinds[-1]["event"] == "end"
+
+
+@pytest.mark.parametrize("where", ["routed", "waited"])
+def test_who_comes_in_the_middle_of_a_layer_takes_nothing_from_a_trace(
+    load: Callable[..., Any], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    model = load(folder, "25%", trace=str(tmp_path / "t.jsonl"))
+    runtime = model.foreroute.runtime
+    recorder, stalled = Recorder(runtime), runtime.stalled_since
+    num_come = 0
+
+    def come(*_: Any) -> None:
+        nonlocal num_come
+        if runtime.tracing is not recorder:
+            num_come += 1
+            recorder.attach()
+            # Gone when the next step begins, and back in its first layer.
+            recorder.leave()
+
+    def come_and_stall(started_s: float) -> None:
+        come()
+        stalled(started_s)
+
+    if where == "routed":
+        runtime.observer = come
+    else:
+        monkeypatch.setattr(runtime, "stalled_since", come_and_stall)
+    run(model, 12)
+    model.foreroute.close()
+    events = [json.loads(line) for line in (tmp_path / "t.jsonl").read_text().splitlines()]
+    layers = [event for event in events if event["event"] == "layer" and "ids" in event]
+    assert num_come >= 6
+    assert len(layers) == 11 * NUM_LAYERS
+    for event in layers:
+        assert sorted(event["hits"] + event["late"] + event["misses"]) == sorted(event["ids"][0])
+
+
+def test_a_picture_of_the_last_layer_is_not_taken_for_the_finished_step(load: Callable[..., Any], folder: Path) -> None:
+    model, now = load(folder, "50%"), 0.0
+    feed = feed_of(model, clock=lambda: now)
+    seen: list[Any] = []
+
+    def look(layer: int, *_: Any) -> None:
+        nonlocal now
+        if layer == NUM_LAYERS - 1:
+            # So long that the step is shown while it goes.
+            now += 0.3
+            seen.append(read(feed._picture())[1])
+
+    assert feed.enter()
+    model.foreroute.runtime.observer = look
+    run(model, 2)
+    while_it_goes, after = seen[-1], read(feed._picture())[1]
+    assert while_it_goes["is_busy"]
+    assert after["is_busy"]
+    assert while_it_goes["step"]["number"] == after["step"]["number"]
+    assert [while_it_goes["step"]["end"], after["step"]["end"]] == [None, 300.0]
+    assert [len(picture["step"]["layers"]) for picture in (while_it_goes, after)] == [NUM_LAYERS - 1, NUM_LAYERS]
+
+
+def test_it_is_busy_while_a_long_step_goes_and_not_after_one_that_broke_off(
+    load: Callable[..., Any], folder: Path, serve: Callable[..., Any]
+) -> None:
+    from foreroute.batching.engine import BatchEngine
+    from foreroute.batching.requests import Request
+    from foreroute.server.backend import Backend, Serving
+    from foreroute.server.pages import _feed_of
+
+    model = load(folder, "50%")
+    engine = BatchEngine(model, make_tokenizer(), 128)
+    serving = Serving(engine, serve().backend.serving(1).prompts, 128, model=model)
+    feed = _feed_of(Backend(serving), ServerSettings())
+    # A step that goes now has gone for a minute.
+    feed._clock = lambda: time.perf_counter() + 60
+    is_there, may_go, events = threading.Event(), threading.Event(), queue.Queue[Any]()
+
+    def hold(*_: Any) -> None:
+        is_there.set()
+        assert may_go.wait(60)
+        raise OSError("the disk is gone")
+
+    try:
+        assert feed.enter()
+        assert not read(feed._picture())[1]["is_busy"]
+        model.foreroute.runtime.observer = hold
+        engine.submit(Request(range(10, 30), 4), events.put)
+        assert is_there.wait(60)
+        assert read(feed._picture())[1]["is_busy"]
+        may_go.set()
+        assert events.get(timeout=60).reason == "error"
+        picture = read(feed._picture())[1]
+        assert "step" not in picture or picture["step"]["end"] is None, "it never ends"
+        assert not picture["is_busy"]
+    finally:
+        may_go.set()
+        engine.close()
 
 
 def test_the_page_is_static_safe_and_can_be_left_out(serve: Callable[..., Any]) -> None:

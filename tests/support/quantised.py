@@ -133,7 +133,7 @@ def compressed(layout: str, weights: dict[str, object]) -> dict[str, object]:
 def write_gptq(source: Path, folder: Path, group: int = 16) -> Path:
     """GPTQ's four-bit integers with zero points, eight to a word along the input, scales in float16.
 
-    group 0 is the whole row.
+    group 0 is the whole row; the last group may be a shorter one.
     """
 
     def change(state: State) -> State:
@@ -142,16 +142,20 @@ def write_gptq(source: Path, folder: Path, group: int = 16) -> Path:
             if not is_linear(name, tensor):
                 changed[name] = tensor
                 continue
-            grouped = tensor.float().view(len(tensor), -1, group or tensor.shape[1])
+            columns = tensor.shape[1]
+            per_group = min(group or columns, columns)
+            # The last column again, which leaves the last group's range as it is.
+            filled = torch.nn.functional.pad(tensor.float(), (0, -columns % per_group), mode="replicate")
+            grouped = filled.view(len(tensor), -1, per_group)
             low, high = grouped.amin(2), grouped.amax(2)
             scales = ((high - low) / 15).half()
             zeros = (-low / scales.float()).round().clamp(1, 15)
             steps = (grouped / scales.float().unsqueeze(-1) + zeros.unsqueeze(-1)).round().clamp(0, 15)
             stem = name.removesuffix("weight")
-            changed[f"{stem}qweight"] = words(steps.view(tensor.shape)).t().contiguous()
+            changed[f"{stem}qweight"] = words(steps.flatten(1)[:, :columns]).t().contiguous()
             changed[f"{stem}scales"] = scales.t().contiguous()
             changed[f"{stem}qzeros"] = words(zeros.t().contiguous() - 1)
-            changed[f"{stem}g_idx"] = torch.arange(tensor.shape[1], dtype=torch.int32) // (group or tensor.shape[1])
+            changed[f"{stem}g_idx"] = torch.arange(columns, dtype=torch.int32) // per_group
         return changed
 
     declared = {"quant_method": "gptq", "bits": 4, "group_size": group, "desc_act": False, "sym": False}

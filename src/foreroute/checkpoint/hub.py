@@ -7,7 +7,9 @@ template, from the top folder alone. Pickles, other formats and second copies ("
 
 import contextlib
 import json
+import logging
 import shutil
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import cast
 
 from foreroute.errors import CheckpointError, UnsupportedModelError
 
+_LOG = logging.getLogger(__name__)
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 # Beside the weights. Names ending so that are no settings of a model (an index of pickles) are left out.
@@ -123,7 +126,8 @@ def _cached(hub_id: str, revision: str | None, label: str, reason: str | None) -
 def _note_commit(hub_id: str, revision: str, commit: str) -> None:
     """Let the cache know which commit a branch or tag is, as huggingface_hub does when it is asked for one.
 
-    Without a network the name is looked up there.
+    Without a network the name is looked up there. Where it cannot be written (a shared cache, read-only) the files are
+    there all the same: logged as a warning.
     """
     from huggingface_hub import constants
     from huggingface_hub.file_download import repo_folder_name
@@ -132,9 +136,22 @@ def _note_commit(hub_id: str, revision: str, commit: str) -> None:
         return
     repository = Path(constants.HF_HUB_CACHE).expanduser() / repo_folder_name(repo_id=hub_id, repo_type="model")
     note = repository / "refs" / revision
-    if not note.is_file() or note.read_text() != commit:
+    # Written beside it and put in its place, so that nobody who looks meanwhile sees half of it.
+    half = note.with_name(f"{note.name}.{uuid.uuid4().hex}.part")
+    try:
+        if note.is_file() and note.read_bytes() == commit.encode():
+            return
         note.parent.mkdir(parents=True, exist_ok=True)
-        note.write_text(commit)
+        try:
+            half.write_bytes(commit.encode())
+            half.replace(note)
+        finally:
+            half.unlink(missing_ok=True)
+    except OSError as error:
+        _LOG.warning(
+            "%s: the cache cannot note which commit %s is, so that it may not be found offline: %s",
+            hub_id, revision, error,
+        )  # fmt: skip
 
 
 def _check_room(hub_id: str, commit: str, label: str, files: Mapping[str, int]) -> None:

@@ -177,19 +177,17 @@ def matrix_shape(coding: Coding, shapes: Sequence[tuple[int, ...]], name: str) -
 def _num_groups(coding: Coding, cols: int, name: str) -> int:
     """Groups of a row.
 
-    GPTQ numbers a column's group by division, so that a group longer than the row is the row; the others want whole
-    groups, and say -1 where they mean the row.
+    GPTQ numbers a column's group by division, so that the last group may be a shorter one, and a group longer than the
+    row is the row; the others want whole groups, and say -1 where they mean the row.
     """
     group = coding.block[1] or cols
-    if coding.kind == GPTQ_INT4:
-        group = min(group, cols)
     # Eight of GPTQ's columns are one word, and are decoded together.
-    if cols % group or (coding.kind == GPTQ_INT4 and group % _PER_WORD):
+    if min(group, cols) % _PER_WORD if coding.kind == GPTQ_INT4 else cols % group:
         raise CorruptCheckpointError(
             f"{name}: config.json's group_size {coding.block[1]} does not do for its {cols} columns. config.json and "
             "the weights are of different models, or the quantiser was at fault."
         )
-    return cols // group
+    return -(-cols // group)
 
 
 def check_dtypes(coding: Coding, names: Sequence[str], index: CheckpointIndex) -> None:

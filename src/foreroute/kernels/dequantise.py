@@ -112,14 +112,17 @@ def decode_packed_int4(components: Sequence[torch.Tensor], out: torch.Tensor, co
 
 
 def decode_gptq_int4(components: Sequence[torch.Tensor], out: torch.Tensor, coding: Coding) -> None:
-    """Words [columns / 8, rows]: eight four-bit integers along the input to a word; scales and zeros per group."""
+    """Words [columns / 8, rows]: eight four-bit integers along the input to a word; scales and zeros per group.
+
+    The last group may have fewer columns.
+    """
     words, scales, zero_words = components
     shifts = torch.arange(0, 32, 4, dtype=torch.int32)
     if coding.is_zero_shifted:
         # To whole words, as one was taken from them: a zero point of nought borrowed from the next one.
         zero_words = zero_words + _ONE_EACH
     zeros = ((zero_words.unsqueeze(-1) >> shifts) & 15).view(scales.shape)
-    per_group = len(words) // len(scales)
+    per_group = coding.block[1] // 8 or len(words)
     for at, first in enumerate(range(0, len(words), per_group)):
         steps = (words[first : first + per_group].unsqueeze(1) >> shifts[None, :, None]) & 15
         columns = (steps.view(-1, words.shape[1]) - zeros[at]).to(scales.dtype) * scales[at]

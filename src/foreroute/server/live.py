@@ -42,6 +42,8 @@ class LiveFeed:
         policy: what decoding waits for, asked each time.
         has_chat: the model has a chat template.
         is_over: the server stops, and every viewer's stream is to end.
+        is_running: requests are computed right now, asked each time; a step alone does not tell, as one that was broken
+            off never ends.
         clock: the engine's.
     """
 
@@ -53,6 +55,7 @@ class LiveFeed:
         policy: Callable[[], str] = lambda: "exact",
         has_chat: bool = True,
         is_over: Callable[[], bool] = lambda: False,
+        is_running: Callable[[], bool] = lambda: False,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._runtime = runtime
@@ -63,8 +66,9 @@ class LiveFeed:
         self._clock = clock
         self._recorder = Recorder(runtime, clock)
         self.num_viewers = 0
-        self._made: tuple[tuple[int, bool, int], bytes] | None = None
+        self._made: tuple[tuple[int, bool, int, float], bytes] | None = None
         self._is_over = is_over
+        self._is_running = is_running
 
     def enter(self) -> bool:
         """Take a viewer's place, and record from now on; False when there is none left. `leave` gives it back."""
@@ -119,8 +123,11 @@ class LiveFeed:
         if current is not None and current is not step and now - current.began_s > _LONG_STEP_S:
             step = current
         newest = current or step
-        is_busy = newest is not None and now - max(newest.began_s, newest.ended_s) < max(1.0, _length_s(newest) * 3)
-        state = (-1 if step is None else step.number, is_busy, -1 if step is None else len(step.layers))
+        is_busy = self._is_running() or (
+            newest is not None and now - max(newest.began_s, newest.ended_s) < max(1.0, _length_s(newest) * 3)
+        )
+        # A layer is counted from its begin: the last one's end is the step's.
+        state = (-1, is_busy, -1, 0.0) if step is None else (step.number, is_busy, len(step.layers), step.ended_s)
         if self._made is None or self._made[0] != state:
             self._made = state, _event("step", self.snapshot(step, is_busy=is_busy))
         return self._made[1]

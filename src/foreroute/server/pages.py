@@ -131,6 +131,7 @@ def _feed_of(backend: Backend, settings: ServerSettings) -> LiveFeed:
             policy=lambda: str(handle.policies[0]),
             has_chat=serving.prompts.template is not None,
             is_over=lambda: backend.phase == "stopping",
+            is_running=lambda: serving.engine.state().running > 0,
         )
     return feed
 

@@ -219,8 +219,13 @@ class Recorder(StepTrace):
 
     def end_layer(self) -> None:
         """The layer's experts have been computed."""
-        if self._behind is not None:
-            self._behind.end_layer()
+        behind = self._behind
+        if behind is not None:
+            if behind.hits is not self.hits:
+                # The recorder came in the middle of this layer: what it was told since then is the trace's as well.
+                behind.found(self.hits, self.late, self.misses)
+                behind.stood_in += self.stood_in
+            behind.end_layer()
         self._going[_ENDED] = ended = self._clock()
         if self.layer == self._last_layer:
             step = self._step
