@@ -11,6 +11,9 @@ from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from foreroute.server.settings import Limits
 
+# Who takes less in send_s, and not all that is left either, does not read: a byte now and then is not reading.
+_LEAST_BYTES = 2**14
+
 
 def patient(limits: Limits) -> type[asyncio.Protocol]:
     """uvicorn's protocol for HTTP, with an end to its patience.
@@ -20,7 +23,9 @@ def patient(limits: Limits) -> type[asyncio.Protocol]:
     """
 
     class Patient(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
-        """One connection. Its timer runs while no request is being answered."""
+        """One connection. One timer waits for the next request, another for who does not read."""
+
+        _reader_timer: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
@@ -28,31 +33,54 @@ def patient(limits: Limits) -> type[asyncio.Protocol]:
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._timer.cancel()
+            self._forget_reader()
             super().connection_lost(exc)
 
         def on_response_complete(self) -> None:
             # Before anything else: a request that lies there already is begun in there.
-            self._timer.cancel()
-            self._timer = self.loop.call_later(limits.head_s, self._end_patience)
+            self._restart()
             super().on_response_complete()
 
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            self._await_reader()
+
+        def resume_writing(self) -> None:
+            # What is closed is waited for until nothing is left of it.
+            if not self.transport.is_closing():
+                self._forget_reader()
+            super().resume_writing()
+
+        def _restart(self) -> None:
+            self._timer.cancel()
+            self._timer = self.loop.call_later(limits.head_s, self._end_patience)
+
         def _end_patience(self) -> None:
-            if self.cycle is not None and not self.cycle.response_complete:
+            is_answering = self.cycle is not None and not self.cycle.response_complete
+            if is_answering and not self.transport.is_closing():
+                # An answer that is given up has no other end: it is looked for again.
+                self._restart()
                 return
             self.transport.close()
-            self._await_reader(self.transport.get_write_buffer_size())
+            self._await_reader()
 
-        def _await_reader(self, unread: int) -> None:
-            """What is closed waits for its reader; one who has taken nothing since is not waited for."""
+        def _await_reader(self) -> None:
+            """Look after some time at what is unread now; nobody's next answer waits for ever for it to be read."""
+            if self._reader_timer is None:
+                unread = self.transport.get_write_buffer_size()
+                self._reader_timer = self.loop.call_later(limits.send_s, self._look, unread)
 
-            def look() -> None:
-                now = self.transport.get_write_buffer_size()
-                if now and now >= unread:
-                    self.transport.abort()
-                elif now:
-                    self._await_reader(now)
+        def _look(self, before: int) -> None:
+            self._reader_timer = None
+            unread = self.transport.get_write_buffer_size()
+            if unread and before - unread < _LEAST_BYTES:
+                self.transport.abort()
+            elif unread:
+                self._await_reader()
 
-            if unread:
-                self._timer = self.loop.call_later(limits.send_s, look)
+        def _forget_reader(self) -> None:
+            if self._reader_timer is not None:
+                self._reader_timer.cancel()
+                self._reader_timer = None
 
     return Patient
