@@ -41,7 +41,7 @@ async def _cut_off(unread: list[int], *, is_closed: bool, resumes_at: int | None
     resumes_at: before which look the buffer is small enough for more to be written.
     """
     transport = _Transport()
-    config = uvicorn.Config(lambda *_: None, log_level="critical")  # type: ignore[arg-type, return-value]
+    config = uvicorn.Config(lambda *_: None, log_level="critical")
     made: Any = patient(Limits(send_s=SEND_S, head_s=1000))
     protocol = made(config, ServerState(), {})
     protocol.connection_made(transport)
