@@ -3,7 +3,7 @@
     python -m benchmarks.server_soak models/foreroute-tiny [--seconds 300] [--clients 64]
 
 Each client asks again and again: streamed or whole, short or long, a fifth of the time leaving in the middle, a tenth
-of the time reading slowly. Any other answer than 200, 429 or 503 fails, and so does a hang.
+of the time reading slowly. Any other answer than 200, 429 or 503 fails, and so does a hang, or that hardly any are 200.
 
 Memory: the most that the server's process has in RAM during the soak (VmHWM, reset when it begins) may not exceed by
 more than 5 % what the server itself said when it was ready, before any request: the total of its plan (the `memory` of
@@ -39,6 +39,9 @@ _PROMISED = (429, 503)
 _LEAVE, _SLOW = 0.2, 0.1
 _WITHIN_S, _REST_WITHIN_S = 120.0, 20.0
 _OVER_PLAN = 1.05
+_MANNERS = ("reads", "slow", "leaves")
+# Answers that each manner must have had, or nothing was tried.
+_LEAST_SERVED = 3
 # By then every kind of request has been seen; memory may not grow any more, where there is as much time again.
 _FIRST_S = 60.0
 _FLAGS = ("--max-waiting", "32", "--ctx-size", "512")
@@ -212,6 +215,10 @@ def faults(found: dict[str, Any]) -> list[str]:
     statuses = {int(name.split()[1]) for name in found["answers"]}
     if not statuses <= {0, 200, *_PROMISED}:
         wrong.append(f"answers were {sorted(statuses)}")
+    for manner in _MANNERS:
+        served = found["answers"].get(f"{manner} 200", 0)
+        if served < _LEAST_SERVED:
+            wrong.append(f"{served} of the clients' requests of the manner '{manner}' were served")
     if found["rss_peak_bytes"] > _OVER_PLAN * found["plan_bytes"]:
         wrong.append(f"the peak is {found['rss_peak_bytes'] / found['plan_bytes']:.1%} of the plan")
     if found["grown"] is not None and found["grown"] > _OVER_PLAN:

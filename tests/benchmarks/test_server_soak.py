@@ -5,8 +5,9 @@ import pytest
 from benchmarks.server_soak import faults
 
 HELD = {"requests": 0, "slots_leased": 0, "tasks": 2, "threads": 4, "files": 11}
+SERVED = {"reads 200": 5, "leaves 0": 1, "leaves 200": 3, "slow 200": 3, "slow 429": 2}
 GOOD = {
-    "answers": {"reads 200": 5, "leaves 0": 1, "slow 429": 2}, "rss_peak_bytes": 1050, "plan_bytes": 1000,
+    "answers": SERVED, "rss_peak_bytes": 1050, "plan_bytes": 1000,
     "grown": 1.05, "held_first": HELD, "held_last": HELD,
 }  # fmt: skip
 
@@ -19,7 +20,8 @@ def test_what_is_as_promised_has_no_faults() -> None:
 @pytest.mark.parametrize(
     ("wrong", "what"),
     [
-        ({"answers": {"reads 500": 1}}, "500"),
+        ({"answers": {**SERVED, "reads 500": 1}}, "500"),
+        *(({"answers": {**SERVED, f"{manner} 200": 2}}, f"'{manner}'") for manner in ("reads", "slow", "leaves")),
         ({"rss_peak_bytes": 1051}, "105.1% of the plan"),
         ({"grown": 1.06}, "grew"),
         *(({"held_last": {**HELD, name: held + 1}}, f"{name}: {held} before, {held + 1} after")
@@ -29,3 +31,7 @@ def test_what_is_as_promised_has_no_faults() -> None:
 def test_what_is_not_is_named(wrong: dict[str, object], what: str) -> None:
     (fault,) = faults({**GOOD, **wrong})
     assert what in fault
+
+
+def test_a_server_that_refuses_everybody_is_faulty() -> None:
+    assert len(faults({**GOOD, "answers": {"reads 503": 5000, "leaves 0": 9}})) == 3

@@ -9,20 +9,27 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from foreroute.server.backend import Backend
-from foreroute.server.run import address_of, listen, make_server
+from foreroute.server.run import Server, address_of, listen, make_server
 from foreroute.server.settings import ServerSettings
 
 
 @contextlib.contextmanager
 def running(backend: Backend, settings: ServerSettings) -> Iterator[str]:
     """While inside, the server listens at the URL that this gives."""
+    with running_server(backend, settings) as (url, _):
+        yield url
+
+
+@contextlib.contextmanager
+def running_server(backend: Backend, settings: ServerSettings) -> Iterator[tuple[str, Server]]:
+    """The same, and the server itself, which knows its connections."""
     listening = listen("127.0.0.1", 0)
     server = make_server(backend, settings)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
     wait_until(lambda: server.started)
     try:
-        yield address_of(listening)
+        yield address_of(listening), server
     finally:
         server.should_exit = True
         thread.join(20)

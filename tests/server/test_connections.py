@@ -12,7 +12,7 @@ import pytest
 from foreroute.server.backend import Backend, Prompts, Serving
 from foreroute.server.settings import Limits, ServerSettings
 from tests.server.fake_engine import FakeEngine
-from tests.server.sockets import connect, post, read_until, running, wait_until
+from tests.server.sockets import connect, post, read_until, running, running_server, wait_until
 
 CHAT = "/v1/chat/completions"
 HI = [{"role": "user", "content": "Hi"}]
@@ -68,19 +68,31 @@ def test_comments_while_waiting(engine: FakeEngine, url: str) -> None:
     assert b"".join(texts) == b"Hello"
 
 
-def test_who_does_not_read_is_left(engine: FakeEngine, url: str) -> None:
+def test_who_does_not_read_is_left(engine: FakeEngine, prompts: Prompts) -> None:
     engine.answer = "x" * 6_000
     asked = {"messages": HI, "stream": True, "logprobs": True, "top_logprobs": 20}
-    connection = post(url, CHAT, asked, receive_bytes=4096)
-    wait_until(lambda: engine.state().running == 0)
-    # All tokens are there, and more than a socket takes in; the connection is given up all the same.
-    time.sleep(1.5)
-    connection.settimeout(20)
-    got = b""
-    while part := connection.recv(2**20):
-        got += part
-    assert b"[DONE]" not in got
-    connection.close()
+    settings = ServerSettings(limits=Limits(send_s=0.5))
+    with running_server(Backend(Serving(engine, prompts, engine.context)), settings) as (url, server):
+        connection = post(url, CHAT, asked, receive_bytes=4096)
+        wait_until(lambda: engine.state().running == 0)
+        # All tokens are there, and more than a socket takes in: it is left, though nothing is ever read.
+        wait_until(lambda: not server.server_state.connections)
+        connection.close()
+
+
+def test_who_asks_on_and_does_not_read_takes_no_place(engine: FakeEngine, prompts: Prompts) -> None:
+    """Requests one after another, none of whose answers is read, by one who has no key."""
+    settings = ServerSettings(api_keys=("sesame",), limits=Limits(in_flight=1, send_s=0.5))
+    with running_server(Backend(Serving(engine, prompts, engine.context)), settings) as (url, server):
+        with connect(url, receive_bytes=4096) as connection:
+            connection.settimeout(0.2)
+            with contextlib.suppress(TimeoutError):
+                while True:
+                    connection.sendall(GET.encode() * 100)
+            wait_until(lambda: not server.server_state.connections)
+        assert server.server_state.tasks == set()
+        asked = post(url, CHAT, {"messages": HI}, key="sesame")
+        assert b"Hello" in read_until(asked, b"usage")
 
 
 def test_a_body_that_does_not_come(url: str) -> None:
@@ -154,11 +166,25 @@ def test_who_is_answered_in_time_is_not_left(engine: FakeEngine, prompts: Prompt
         engine.gate.set()
         assert b"Hello" in read_until(connection, b"usage")
         assert _answers(connection, 8)
-        # From the last answer on, the time for the next request runs.
+        # From its first byte on, the time for the next request runs.
         connection.sendall(b"GET /ver")
         connection.settimeout(20)
         assert connection.recv(1) == b""
         assert _answers(connect(url), 8)
+
+
+def test_a_request_on_a_kept_connection_has_all_of_its_time(engine: FakeEngine, prompts: Prompts) -> None:
+    """Whose first lines begin late and come in two parts, over more time than was left after the last answer."""
+    with running(Backend(Serving(engine, prompts, engine.context)), ServerSettings(limits=Limits(head_s=3))) as url:
+        connection = connect(url)
+        for _ in range(2):
+            connection.sendall(GET.encode())
+            assert b"200" in read_until(connection, b'"version"')
+            time.sleep(2)
+            connection.sendall(GET[:10].encode())
+            time.sleep(1.5)
+            connection.sendall(GET[10:].encode())
+            assert b"200" in read_until(connection, b'"version"')
 
 
 def _answers(connection: socket.socket, count: int) -> bool:

@@ -5,8 +5,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from pydantic import BaseModel, ValidationError
 
 from foreroute.server.backend import Backend
+from foreroute.server.problems import ApiError
+from foreroute.server.schema import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from foreroute.server.settings import Limits, ServerSettings
 from tests.server.conftest import Served
 
@@ -298,3 +301,44 @@ def test_a_bug_becomes_an_answer_and_no_quotation(serve: Serve, caplog: pytest.L
     assert "RuntimeError" in caplog.text
     assert "test_errors.py" in caplog.text
     assert "secret" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("prompt", "param"),
+    [
+        ([1, 2, -5], "prompt.2"),
+        ([1, 2, "a"], "prompt.2"),
+        (["a", "b", 3], "prompt.2"),
+        ([[1, 2], [3, -1]], "prompt.1.1"),
+        ([1.5, 2], "prompt.0"),
+    ],
+)
+def test_the_element_that_is_wrong_is_named(serve: Serve, prompt: Any, param: str) -> None:
+    assert error_of(serve().complete(prompt), 400)["param"] == param
+
+
+MANY = 20_000
+
+
+@pytest.mark.parametrize(
+    ("model", "body"),
+    [
+        (CompletionRequest, {"prompt": [1.5] * MANY}),
+        (CompletionRequest, {"prompt": [[1.5] * MANY] * 2}),
+        (CompletionRequest, {"prompt": "a", "stop": [5] * MANY}),
+        (CompletionRequest, {"prompt": "a", **{f"x{at}": 1 for at in range(MANY)}}),
+        (ChatRequest, {"messages": [5] * MANY}),
+        (ChatRequest, {"messages": [{"role": "user", "content": [5] * MANY}] * 2}),
+        (TokenizeRequest, {"messages": [{"role": "user", "content": "a", f"x{MANY}": 1}] * MANY}),
+        (DetokenizeRequest, {"tokens": [-1] * MANY}),
+    ],
+)
+def test_a_wrong_body_is_not_told_apart_without_end(model: type[BaseModel], body: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError) as caught:
+        model.model_validate(body)
+    assert caught.value.error_count() < 10
+
+
+def test_too_many_biases_are_not_looked_at() -> None:
+    with pytest.raises(ApiError, match="logit_bias"):
+        ChatRequest.model_validate({"messages": HI, "logit_bias": {str(at): "a" for at in range(MANY)}})

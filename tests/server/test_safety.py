@@ -110,11 +110,30 @@ def test_the_names_that_a_proxy_is_reached_by(serve: Serve) -> None:
                 assert post.json()["error"]["code"] == "wrong_origin", other
 
 
+def test_a_proxy_on_another_port(serve: Serve) -> None:
+    """Its name may be in Host with any port and with none; pages come from that port alone."""
+    client = serve(ServerSettings(allowed_hosts=frozenset({"llm.example.org:8443"}))).client
+    for host in ("llm.example.org", "llm.example.org:8443", "127.0.0.1:8000"):
+        seen = {}
+        for origin in ("https://llm.example.org:8443", "https://llm.example.org:9", "https://evil.example:8443"):
+            seen[origin] = client.get("/version", headers={"host": host, "origin": origin}).status_code
+        assert list(seen.values()) == [200, 403, 403], (host, seen)
+    assert client.get("/version", headers={"host": "evil.example:8443"}).status_code == 403
+
+
 def test_names_of_hosts() -> None:
     assert [host_name(one) for one in ("LLM.Example.org", "box", "::1", "[2001:DB8:0::1]", "10.0.0.1")] == [
         "llm.example.org", "box", "[::1]", "[2001:db8::1]", "10.0.0.1",
     ]  # fmt: skip
-    for wrong in ("", "https://a", "a:80", "a/b", "*", "*.example.org", "a b", "a,b", "-a", "a.", "[::1]:80", "é"):
+    assert [host_name(one) for one in ("Box:8443", "[::1]:81", "2001:db8::1:8443", "::1:81", "box:443", "box:80")] == [
+        "box:8443", "[::1]:81", "[2001:db8::1:8443]", "[::1:81]", "box", "box",
+    ]  # fmt: skip
+    for port in ("a:0", "a:65536"):
+        with pytest.raises(ServerError, match="from 1 to 65535"):
+            host_name(port)
+    for wrong in (
+        "", "https://a", "a:", "a:b", "a:1:2", "a:123456", "a/b", "*", "*.example.org", "a b", "a,b", "-a", "a.", "é",
+    ):  # fmt: skip
         with pytest.raises(ServerError, match="no name of a host"):
             host_name(wrong)
 

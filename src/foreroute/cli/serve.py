@@ -71,8 +71,8 @@ def _add_server_options(parser: argparse.ArgumentParser) -> None:
         "--served-model-name", nargs="+", metavar="NAME", help="names that requests may use (default: the folder's)"
     )
     group.add_argument(
-        "--allowed-host", action="append", default=[], metavar="NAME",
-        help="a name that a proxy is reached by (again for another)",
+        "--allowed-host", action="append", default=[], metavar="NAME[:PORT]",
+        help="a name, and a port that is not 80 or 443, that a proxy is reached by (again for another)",
     )  # fmt: skip
     group.add_argument("--no-ui", action="store_true", help="no page at /")
     group = parser.add_argument_group("requests")

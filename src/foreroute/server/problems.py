@@ -118,16 +118,18 @@ def add_handlers(app: FastAPI) -> None:
 def from_validation(errors: Any) -> ApiError:
     """400 for what pydantic found, its first finding: where it is, and what is wrong with it."""
     # A value that may be given in several ways is wrong in each of them: the way that went furthest is the one meant.
-    start = _place(errors[0])
-    first = max(
-        (error for error in errors if _place(error)[: len(start)] == start), key=lambda error: len(_place(error))
-    )
+    field = _place(errors[0])[:1]
+    first = max((error for error in errors if _place(error)[:1] == field), key=_how_far)
     param = ".".join(_place(first)) or None
     if first["type"] == "extra_forbidden":
         return ApiError(400, f"There is no field {param!r}. Leave it out.", param=param, code="unknown_parameter")
     if first["type"] == "missing":
         return ApiError(400, f"{param or 'The body'} is missing.", param=param, code="missing_required_parameter")
     return ApiError(400, f"{param or 'The body'}: {first['msg']}.", param=param, code="invalid_value")
+
+
+def _how_far(error: Any) -> tuple[int, list[int]]:
+    return len(_place(error)), [part for part in error["loc"] if isinstance(part, int)]
 
 
 def _place(error: Any) -> list[str]:

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from foreroute.server.problems import not_possible, not_supported
 
@@ -65,10 +65,33 @@ TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 NumTokens = Annotated[int, Field(ge=1, lt=2**31)]
 
 
+# The first wrong element ends a list: a million of them would take seconds and gigabytes to be told apart.
+_SHORT = Field(fail_fast=True)
+Tokens = Annotated[list[TokenId], _SHORT]
+_MOST_BIASES = 2**14
+
+
+def _few_biases(given: Any) -> Any:
+    # What one may really have is less, and checked later; this is for the time that wrong ones would take.
+    if isinstance(given, dict) and len(given) > _MOST_BIASES:
+        raise not_possible("logit_bias", f"logit_bias has {len(given)} entries.")
+    return given
+
+
 class _Strict(BaseModel):
     """JSON's own types, no guessing ("5" is no number), no further fields."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_unknown(cls, given: Any) -> Any:
+        """Of fields that do not exist keep the first: it is what the answer names, and there may be a million."""
+        if not isinstance(given, dict) or len(given) <= len(cls.model_fields):
+            return given
+        kept = {name: value for name, value in given.items() if name in cls.model_fields}
+        first = next((name for name in given if name not in cls.model_fields), None)
+        return kept if first is None else {**kept, first: given[first]}
 
 
 class StreamOptions(_Strict):
@@ -104,10 +127,10 @@ class _Request(_Strict):
     repetition_penalty: float | None = Field(None, ge=0.01, le=10)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    logit_bias: dict[str, float] | None = None
+    logit_bias: Annotated[dict[str, float] | None, BeforeValidator(_few_biases)] = None
     seed: Seed | None = None
     n: int | None = Field(None, ge=1)
-    stop: str | list[str] | None = None
+    stop: str | Annotated[list[str], _SHORT] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
@@ -165,7 +188,7 @@ class ChatMessage(_Strict):
     EMPTY: ClassVar = ("refusal", "audio", "annotations", "function_call", "tool_calls", "reasoning_content", "name")
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart] | None = None
+    content: str | Annotated[list[TextPart], _SHORT] | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -190,7 +213,7 @@ class ChatMessage(_Strict):
 class ChatRequest(_Request):
     """POST /v1/chat/completions."""
 
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: list[ChatMessage] = Field(min_length=1, fail_fast=True)
     max_tokens: NumTokens | None = None
     max_completion_tokens: NumTokens | None = None
     logprobs: bool | None = None
@@ -213,7 +236,7 @@ class ChatRequest(_Request):
 class CompletionRequest(_Request):
     """POST /v1/completions: a prompt, or several, as text or as token ids."""
 
-    prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
+    prompt: str | Annotated[list[str], _SHORT] | Tokens | Annotated[list[Tokens], _SHORT]
     max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     logprobs: int | None = Field(None, ge=0, le=5)
     echo: bool | None = None
@@ -233,7 +256,7 @@ class TokenizeRequest(_Strict):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[ChatMessage] | None = Field(None, min_length=1)
+    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)] | None = None
     add_special_tokens: bool = True
     return_token_strs: bool | None = None
 
@@ -248,4 +271,4 @@ class DetokenizeRequest(_Strict):
     """POST /detokenize."""
 
     model: str | None = None
-    tokens: list[TokenId]
+    tokens: Tokens

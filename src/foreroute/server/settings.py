@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from foreroute.errors import ServerError
 
 _NAME = re.compile(r"[a-z0-9_]([a-z0-9._-]*[a-z0-9_])?")
+_PORT = re.compile(r"(?<=[^:]):[0-9]{1,5}\Z")
+# A browser leaves them out of Origin.
+_USUAL_PORTS = (80, 443)
 LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})
 
 
@@ -44,7 +47,7 @@ class ServerSettings:
         served_names: what /v1/models lists; a request may name any of them. The first one answers.
         host: the address that is listened on. port: 0 lets the system choose.
         api_keys: a request must bring one of them; none are asked for when there are none.
-        allowed_hosts: further names that clients know this server by, as behind a proxy; see `hosts` and `host_name`.
+        allowed_hosts: further names that clients know this server by, perhaps with a port; see `hosts` and `host_name`.
         temperature, seed: used where a request has none; None leaves the model's own settings, and chance.
         keep_alive_s: after so long without an event a stream sends a comment.
         retry_after_s: what 429 and 503 tell the client to wait.
@@ -69,23 +72,37 @@ class ServerSettings:
         if not self.allowed_hosts and not is_loopback(self.host):
             return None
         own = self.host.strip("[]").lower()
-        return LOCAL_NAMES | {f"[{own}]" if ":" in own else own} | self.allowed_hosts
+        named = {_PORT.sub("", name) for name in self.allowed_hosts}
+        return LOCAL_NAMES | {f"[{own}]" if ":" in own else own} | named
 
 
 def host_name(text: str) -> str:
-    """A name as the Host header has it without its port: in lower case, an IPv6 address in brackets.
+    """A name as the Origin header has it after http://: in lower case, an IPv6 address in brackets, perhaps a port.
 
     Raises:
-        ServerError: it is no name of a host (a URL, a port, a pattern).
+        ServerError: it is no name of a host (a URL, a pattern), or its port is none.
     """
-    name = text.lower()
+    found = _PORT.search(text)
+    # Without brackets, what looks like a port is the end of an address.
+    if found is None or (":" in text[: found.start()] and not text.startswith("[")):
+        return _name(text, text)
+    port = int(found[0][1:])
+    if not 1 <= port <= 65535:
+        raise ServerError(f"{text!r}: a port is a number from 1 to 65535.")
+    name = _name(text[: found.start()], text)
+    return name if port in _USUAL_PORTS else f"{name}:{port}"
+
+
+def _name(name: str, text: str) -> str:
+    name = name.lower()
     if _NAME.fullmatch(name):
         return name
     try:
         return f"[{ipaddress.IPv6Address(name.strip('[]'))}]"
     except ValueError:
         raise ServerError(
-            f"{text!r} is no name of a host. Give it without http://, port and path, as in llm.example.org."
+            f"{text!r} is no name of a host. Give it without http:// and path, as in llm.example.org or "
+            "llm.example.org:8443."
         ) from None
 
 
