@@ -364,12 +364,9 @@ class Runtime:
             self.phase.layers += 1
             self.phase.stalled_layers += num_waited > 0
             self.phase.first_waited += num_waited if layer == 0 else 0
-        if (
-            self.is_prefill
-            and int((ids < self._widths[layer]).sum()) >= self._prefill_guesses_from * self._widths[layer]
-        ):
-            # Behind this layer's reads that are queued already: a guess runs where the reader would have a pause, and
-            # delays those that the ring asks for later by at most itself.
+        width = self._widths[layer]
+        if self.is_prefill and int((ids < width).sum()) >= self._prefill_guesses_from * width:
+            # Behind this layer's queued reads: it delays those that the ring asks for later by at most itself.
             self.ahead.guess_next(layer, hidden, ids, weights)
         if math is None:
             total = self._family_forwards[layer](stream, hidden, ids, weights)
