@@ -4,7 +4,8 @@
 
 Each client asks again and again: streamed or whole, short or long, a fifth of the time leaving in the middle, a tenth
 of the time reading slowly: long after its answer is made, though buffers hold so short a one (who reads nothing of a
-longer one: tests/server/test_connections.py). Any other answer than 200, 429 or 503 fails, and so does a hang, or that hardly any are 200.
+longer one: tests/server/test_connections.py). Any other answer than 200, 429 or 503 fails, and so does a hang, or that
+hardly any are 200.
 
 Memory: the most that the server's process has in RAM during the soak (VmHWM, reset when it begins) may not exceed by
 more than 5 % what the server itself said when it was ready, before any request: the total of its plan (the `memory` of
