@@ -120,6 +120,17 @@ def test_memory_is_let_go():
     assert tape.layer.keys is None
 
 
+def test_a_row_comes_where_a_longer_one_has_left():
+    """Longer than the rows that are there, shorter than what one before them had."""
+    tape = Tape(None)
+    tape.join(400)
+    tape.join(10)
+    tape.leave(0)
+    tape.join(100)
+    tape.join(200)
+    tape.check_rows()
+
+
 def test_a_window_does_not_grow():
     tape = Tape(8)
     tape.join(2)

@@ -147,7 +147,8 @@ def test_a_plan_for_requests_counts_their_memory(tiny: Path, monkeypatch, capsys
     assert rows["requests"][2] == "of KV cache: 1,024 tokens, of one 512"
     assert "of RAM" in rows["in all"][2]
     # With a little more RAM than the reserve, each byte for keys and values is one less for experts.
-    free = 2**31 + needs.dense_bytes + 2 * needs.kv_bytes + 2**21
+    assert needs.tokens_bytes == 2 * needs.kv_bytes + 1024 * needs.working_bytes_per_token
+    free = 2**31 + needs.dense_bytes + needs.tokens_bytes + 2**21
     monkeypatch.setattr("foreroute.engine.loader.available_ram", lambda: free)
     tight = planned()
     assert tight.plan.memory_bytes == tight.chosen_memory_bytes == 2**21

@@ -78,7 +78,7 @@ class RowLayer(DynamicLayer):
         rows, positions = self._rows, key_states.shape[-2]
         if not self.is_initialized:
             self._make(key_states, value_states)
-        self._reserve(self._end, positions, len(rows.had))
+        self._reserve(0, positions, len(rows.had))
         begin, end, num_rows = self._end, self._end + positions, len(rows.had)
         for states, added in ((self.keys, key_states), (self.values, value_states)):
             if min(rows.new) == positions:
@@ -117,7 +117,7 @@ class RowLayer(DynamicLayer):
                 return
             self._make(filled[0].keys, filled[0].values)
         held = [self._kept(had) for _, had in new]
-        self._reserve(max(self._end, *held), 0, first + len(new))
+        self._reserve(max(held), 0, first + len(new))
         for at, ((layer, _), num) in enumerate(zip(new, held, strict=True), first):
             for name in ("keys", "values"):
                 place = getattr(self, name)[at]
@@ -175,11 +175,11 @@ class RowLayer(DynamicLayer):
         self.keys = keys.new_zeros(0, keys.shape[1], 0, keys.shape[-1])
         self.values = values.new_zeros(0, values.shape[1], 0, values.shape[-1])
 
-    def _reserve(self, end: int, more: int, num_rows: int) -> None:
-        """Let the rows end at column `end` or before, with room for `more` behind it, and have places for so many."""
-        if end > self._end or self._end + more > self.keys.shape[-2] or num_rows > len(self.keys):
+    def _reserve(self, held: int, more: int, num_rows: int) -> None:
+        """Let one row more have so many tokens, every row `more` behind what it has, and have places for so many."""
+        if held > self._end or self._end + more > self.keys.shape[-2] or num_rows > len(self.keys):
             # What has left a window, and what was a longer row's, is left behind.
-            end = max(end if end > self._end else 0, self._longest)
+            end = max(held, self._longest)
             self._resize(end, end + more + _MORE_COLUMNS, num_rows)
 
     def _resize(self, end: int, columns: int, places: int) -> None:

@@ -127,7 +127,7 @@ def find(folder: Path, args: argparse.Namespace, config: EngineConfig) -> Findin
         found = _found(plan, config, kv_bytes, plan.memory_bytes, bandwidth, compute_ms, reads_per_expert=1)
         return replace(found, context=context)
     kept = source if store is None else store.table
-    beside = 0 if serving is None else serving.kv_bytes + serving.kept_bytes
+    beside = 0 if serving is None else serving.tokens_bytes
     chosen = choose_memory(None, kept, sketch.dense_nbytes, beside, free_ram)
     reads_of = table.reads if store is None else store.reads_of(table)
     keys = [

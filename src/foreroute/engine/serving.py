@@ -26,6 +26,8 @@ from foreroute.residency.serving_budget import (
 CHOSEN_RESERVE_BYTES = 2 * 2**30
 # What learning guesses while serving may take beside the budget.
 _LEARNING_SHARE, _LEAST_LEARNING_BYTES, _MOST_LEARNING_BYTES = 8, 16 * 2**20, 256 * 2**20
+# Tokens of keys and values that there is memory for before they come.
+_COLUMNS_AHEAD = 1024
 # Of /proc/self/smaps: the first line of a mapping, and what of it is in RAM.
 _MAPPING = re.compile(r"([0-9a-f]+)-([0-9a-f]+) \S+ \S+ \S+ \d+\s*(.*)")
 _RESIDENT = re.compile(r"Rss:\s+(\d+) kB")
@@ -66,13 +68,12 @@ def fit_serving(
     assert asked.kv_tokens is not None, "memory is to be kept"
     learning = learning_limit(budget_bytes) if asked.learn and asked.prefetch != "none" else 0
     whole, least = table.total_slots * table.slot_bytes, sum(layer.top_k for layer in layers) * table.slot_bytes
-    working = working_bytes(_request_bytes(model, asked.prefill_chunk, asked.kv_tokens, kv_bytes_per_token), learning)
-    experts = min(budget_bytes, whole) + host_bytes
-    needs = ServingNeeds(
-        _dense_bytes(model), experts, asked.kv_tokens, kv_bytes_per_token, working, keeps_prompts(model)
-    )
+    working = working_bytes(_request_bytes(model, asked.prefill_chunk, kv_bytes_per_token), learning)
     if asked_memory is None:
-        needs = replace(needs, working_bytes=max(working, CHOSEN_RESERVE_BYTES))
+        working = max(working, CHOSEN_RESERVE_BYTES)
+    experts = min(budget_bytes, whole) + host_bytes
+    needs = _needs(model, experts, asked.kv_tokens, kv_bytes_per_token, working, _dense_bytes(model))
+    if asked_memory is None:
         budget_bytes = min(whole, max(0, free_ram_bytes - host_bytes - (needs.total_bytes - experts)))
         needs = replace(needs, expert_bytes=max(least, budget_bytes) + host_bytes)
     check_serving(needs, free_ram_bytes, least)
@@ -87,21 +88,29 @@ def serving_needs(model: Any, kv_tokens: int) -> ServingNeeds:
     """
     plan = model.foreroute.plan
     per_token = planned_kv_bytes_per_token(model)
-    requests = _request_bytes(model, plan.prefill_chunk, kv_tokens, per_token)
-    working = _program_bytes(model) + plan.learning_bytes + requests
+    working = _program_bytes(model) + plan.learning_bytes + _request_bytes(model, plan.prefill_chunk, per_token)
     experts = (plan.num_slots + plan.host_records) * plan.slot_bytes
-    return ServingNeeds(plan.dense_bytes, experts, kv_tokens, per_token, working, keeps_prompts(model))
+    return _needs(model, experts, kv_tokens, per_token, working, plan.dense_bytes)
 
 
-def _request_bytes(model: Any, chunk: int, kv_tokens: int, kv_bytes_per_token: int) -> int:
-    """What computing requests takes beside their keys and values."""
+def _needs(model: Any, experts: int, kv_tokens: int, kv_bytes_per_token: int, working: int, dense: int) -> ServingNeeds:
+    """What serving takes; `working` without what goes with the number of tokens."""
+    text, keeps = model.config.get_text_config(), keeps_prompts(model)
+    each = moving_bytes(kv_bytes_per_token, text.num_hidden_layers)
+    if not keeps:
+        # A prompt that is computed at once.
+        each += chunk_bytes(1, text.hidden_size, 0, model.dtype.itemsize)
+    return ServingNeeds(dense, experts, 0, kv_bytes_per_token, working, keeps, each).with_tokens(kv_tokens)
+
+
+def _request_bytes(model: Any, chunk: int, kv_bytes_per_token: int) -> int:
+    """What computing requests takes beside their keys and values, however many tokens there is room for."""
     text, itemsize = model.config.get_text_config(), model.dtype.itemsize
-    moving = moving_bytes(kv_tokens, kv_bytes_per_token, text.num_hidden_layers)
+    ahead = _COLUMNS_AHEAD * kv_bytes_per_token
     if not keeps_prompts(model):
-        # Such a prompt is computed at once.
-        return moving + chunk_bytes(kv_tokens, text.hidden_size, text.vocab_size, itemsize, MOST_SCORED_WHOLE)
+        return ahead + chunk_bytes(MOST_SCORED_WHOLE, 0, text.vocab_size, itemsize, MOST_SCORED_WHOLE)
     chunk = min(chunk, getattr(text, "max_position_embeddings", None) or chunk)
-    return moving + chunk_bytes(chunk, text.hidden_size, text.vocab_size, itemsize)
+    return ahead + chunk_bytes(chunk, text.hidden_size, text.vocab_size, itemsize)
 
 
 def _dense_bytes(model: Any) -> int:

@@ -3,7 +3,8 @@
 Keys and values are counted in tokens of all rows together; `kv_bytes_per_token` turns them into bytes.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import ceil
 
 from foreroute.errors import BudgetError
 from foreroute.residency.budget import format_memory
@@ -26,7 +27,8 @@ class ServingNeeds:
     """What a server takes of the RAM; all in bytes but for kv_tokens.
 
     dense_bytes: weights that are no experts. expert_bytes: all slots. kv_tokens: of all rows together.
-    working_bytes: everything else. keeps_prompts: whether keys and values of earlier prompts are kept.
+    working_bytes: everything else; of it working_bytes_per_token for each of kv_tokens. keeps_prompts: whether keys
+    and values of earlier prompts are kept.
     """
 
     dense_bytes: int
@@ -35,6 +37,12 @@ class ServingNeeds:
     kv_bytes_per_token: int
     working_bytes: int
     keeps_prompts: bool = True
+    working_bytes_per_token: int = 0
+
+    def with_tokens(self, kv_tokens: int) -> "ServingNeeds":
+        """With room for so many tokens."""
+        more = (kv_tokens - self.kv_tokens) * self.working_bytes_per_token
+        return replace(self, kv_tokens=kv_tokens, working_bytes=self.working_bytes + more)
 
     @property
     def kv_bytes(self) -> int:
@@ -45,6 +53,11 @@ class ServingNeeds:
     def kept_bytes(self) -> int:
         """Keys and values of earlier prompts."""
         return kept_prompt_bytes(self.kv_bytes) if self.keeps_prompts else 0
+
+    @property
+    def tokens_bytes(self) -> int:
+        """Everything that goes with kv_tokens."""
+        return self.kv_bytes + self.kept_bytes + self.kv_tokens * self.working_bytes_per_token
 
     @property
     def total_bytes(self) -> int:
@@ -80,14 +93,14 @@ def chunk_bytes(chunk: int, hidden: int, vocabulary: int, itemsize: int, most_sc
     return itemsize * (16 * hidden * chunk + vocabulary * min(chunk, most_scored))
 
 
-def moving_bytes(kv_tokens: int, kv_bytes_per_token: int, num_layers: int, more_tokens: int = 1024) -> int:
-    """Keys and values beyond those counted: one layer's, while rows move, and columns that are there before tokens."""
-    return (kv_tokens // num_layers + more_tokens) * kv_bytes_per_token
+def moving_bytes(kv_bytes_per_token: int, num_layers: int) -> int:
+    """For each token of keys and values: one layer's are there twice while rows move."""
+    return ceil(kv_bytes_per_token / num_layers)
 
 
-def working_bytes(chunk_bytes: int, learning_bytes: int) -> int:
+def working_bytes(request_bytes: int, learning_bytes: int) -> int:
     """What will be taken beside weights, experts, keys and values, before anything of it is there. An estimate."""
-    return chunk_bytes + learning_bytes + _LATER_BYTES
+    return request_bytes + learning_bytes + _LATER_BYTES
 
 
 def check_serving(needs: ServingNeeds, available_bytes: int, least_expert_bytes: int) -> None:
@@ -112,7 +125,7 @@ def check_serving(needs: ServingNeeds, available_bytes: int, least_expert_bytes:
 def _advice(needs: ServingNeeds, available_bytes: int, least_expert_bytes: int) -> str:
     """Every single step that is enough, or both together; where they are not, that."""
     experts_fit = available_bytes - (needs.total_bytes - needs.expert_bytes)
-    left = available_bytes - needs.dense_bytes - needs.working_bytes
+    left = available_bytes - needs.dense_bytes - needs.with_tokens(0).working_bytes
     tokens_fit = _tokens_within(left - needs.expert_bytes, needs)
     least_fit = _tokens_within(left - least_expert_bytes, needs)
     ways = []
@@ -126,8 +139,11 @@ def _advice(needs: ServingNeeds, available_bytes: int, least_expert_bytes: int) 
 
 
 def _tokens_within(room_bytes: int, needs: ServingNeeds) -> int:
-    """Tokens whose keys and values, with as much again for earlier prompts, take at most so much."""
-    if needs.kv_bytes_per_token == 0:
+    """Tokens that take at most so much: keys and values, as much again for earlier prompts, working memory."""
+    if room_bytes <= 0 or needs.kv_bytes_per_token == 0:
         return 0
-    kv_bytes = max(room_bytes // 2, room_bytes - _MOST_KEPT_BYTES) if needs.keeps_prompts else room_bytes
-    return max(0, min(kv_bytes // needs.kv_bytes_per_token, needs.kv_tokens))
+    each = needs.kv_bytes_per_token + needs.working_bytes_per_token
+    tokens = room_bytes // each
+    if needs.keeps_prompts:
+        tokens = max(room_bytes // (each + needs.kv_bytes_per_token), (room_bytes - _MOST_KEPT_BYTES) // each)
+    return min(tokens, needs.kv_tokens)

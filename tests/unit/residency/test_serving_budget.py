@@ -71,9 +71,11 @@ def test_a_step_that_is_not_enough_is_not_advised() -> None:
     per_token=st.integers(0, 2**20),
     keeps=st.booleans(),
     experts=st.integers(GIB, 32 * GIB),
+    working=st.integers(0, 2**18),
 )
-def test_advice_that_is_followed_is_enough(available, kv_tokens, per_token, keeps, experts) -> None:
-    needs = ServingNeeds(GIB, experts, kv_tokens, per_token, GIB, keeps)
+def test_advice_that_is_followed_is_enough(available, kv_tokens, per_token, keeps, experts, working) -> None:
+    """And one token more is not, where tokens alone would do."""
+    needs = ServingNeeds(GIB, experts, 0, per_token, GIB, keeps, working).with_tokens(kv_tokens)
     try:
         check_serving(needs, available, GIB)
         return
@@ -82,6 +84,7 @@ def test_advice_that_is_followed_is_enough(available, kv_tokens, per_token, keep
     if memory := re.search(r"--memory to (\d+)MiB", advice):
         check_serving(replace(needs, expert_bytes=int(memory[1]) * MIB), available, GIB)
     if tokens := re.search(r"--kv-tokens to (\d+)", advice):
-        check_serving(replace(needs, kv_tokens=int(tokens[1])), available, GIB)
+        check_serving(needs.with_tokens(int(tokens[1])), available, GIB)
+        assert needs.with_tokens(int(tokens[1]) + 1).total_bytes > available
     if both := re.search(r"--kv-tokens below (\d+)", advice):
-        check_serving(replace(needs, expert_bytes=GIB, kv_tokens=int(both[1])), available, GIB)
+        check_serving(replace(needs, expert_bytes=GIB).with_tokens(int(both[1])), available, GIB)
