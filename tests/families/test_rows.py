@@ -70,7 +70,12 @@ def test_one_row_is_what_the_family_computes(model_of: Any, family: Family) -> N
     assert ids == written[0].tolist()
 
 
-@pytest.mark.parametrize("family", [one for one in WORKING if one.model_type in NOT_PADDED], ids=by_name)
+def not_padded() -> list[Any]:
+    found: list[Any] = [one for one in WORKING if one.model_type in NOT_PADDED]
+    return found or [pytest.param(None, id="none", marks=pytest.mark.skip(reason="transformers has no such family"))]
+
+
+@pytest.mark.parametrize("family", not_padded(), ids=by_name)
 def test_padding_is_refused_where_experts_would_compute_it(model_of: Any, family: Family) -> None:
     model = model_of(family)
     assert not can_be_padded(model)
