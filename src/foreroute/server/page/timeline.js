@@ -28,8 +28,8 @@ export class Timeline {
     const step = this.step, end = endOf(step);
     const waited = step.layers.reduce((sum, layer) => sum + layer.waits.reduce((all, [from, to]) => all + to - from, 0), 0);
     const guessed = step.reads.filter((read) => read[2] === GUESS).length;
-    const what = step.phase === "prefill" ? `The prompt, ${step.positions} tokens at once` : step.rows > 1 ? `A token for each of ${step.rows} answers` : "The last token";
-    this.words.textContent = `${what}: ${number(end)} ms, of which ${number(waited)} ms waiting; ${step.reads.length} reads, ${guessed} of them on a guess.`;
+    const what = step.phase === "prefill" ? `The prompt, ${step.positions} tokens at once: ` : step.rows > 1 ? `A token for each of ${step.rows} answers: ` : "";
+    this.words.textContent = `${what}${number(end)} ms, of which ${number(waited)} ms waiting; ${step.reads.length} reads, ${guessed} of them on a guess.`;
   }
 
   draw() {
