@@ -141,7 +141,7 @@ def test_a_plan_for_requests_counts_their_memory(tiny: Path, monkeypatch, capsys
     assert (needs.kv_tokens, found.context) == (1024, 512)
     assert needs.kv_bytes == needs.kept_bytes == 1024 * found.kv_bytes_per_token > 0
     assert needs.expert_bytes == found.plan.num_slots * found.plan.slot_bytes
-    parts = needs.dense_bytes + needs.expert_bytes + needs.kv_bytes + needs.kept_bytes + needs.working_bytes
+    parts = needs.dense_bytes + needs.expert_bytes + needs.kv_bytes + needs.kept_bytes + needs.all_working_bytes
     assert plan_command.as_json(found)["serving"]["total_bytes"] == parts
     rows = {row[0]: row for row in plan_command._memory_rows(found)}
     assert rows["requests"][2] == "of KV cache: 1,024 tokens, of one 512"

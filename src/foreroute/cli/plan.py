@@ -312,7 +312,7 @@ def _serving_rows(found: Findings) -> list[figures.Row]:
     return [
         cache,
         ("", format_memory(needs.kept_bytes), "of earlier prompts, kept for those that begin alike"),
-        ("working", format_memory(needs.working_bytes), "memory: Python, torch, learning, one chunk of a prompt"),
+        ("working", format_memory(needs.all_working_bytes), "memory: Python, torch, learning, one chunk of a prompt"),
         ("in all", format_memory(needs.total_bytes, round_up=True), "of RAM: experts, dense weights and these three"),
     ]  # fmt: skip
 

@@ -60,11 +60,11 @@ def in_words(needs: ServingNeeds) -> str:
     return (
         f"at most {format_memory(needs.total_bytes, round_up=True)}: experts {format_memory(needs.expert_bytes)}, "
         f"dense {format_memory(needs.dense_bytes)}, KV {format_memory(needs.kv_bytes)}, earlier prompts "
-        f"{format_memory(needs.kept_bytes)}, working memory {format_memory(needs.working_bytes)}"
+        f"{format_memory(needs.kept_bytes)}, working memory {format_memory(needs.all_working_bytes)}"
     )
 
 
 def as_json(needs: ServingNeeds) -> dict[str, Any]:
     """The figures, with the sums among them."""
-    sums = {"kv_bytes": needs.kv_bytes, "kept_bytes": needs.kept_bytes, "total_bytes": needs.total_bytes}
-    return {**asdict(needs), **sums}
+    sums = ("kv_bytes", "kept_bytes", "all_working_bytes", "total_bytes")
+    return asdict(needs) | {name: getattr(needs, name) for name in sums}

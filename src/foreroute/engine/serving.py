@@ -14,9 +14,11 @@ from foreroute.engine.prompt_cache import can_be_continued, new_cache
 from foreroute.model.blocks import MoeLayer
 from foreroute.residency.serving_budget import (
     MOST_SCORED_WHOLE,
+    SCORED_AT_ONCE,
     ServingNeeds,
+    activation_bytes,
     check_serving,
-    chunk_bytes,
+    logit_bytes,
     moving_bytes,
     working_bytes,
 )
@@ -68,7 +70,7 @@ def fit_serving(
     assert asked.kv_tokens is not None, "memory is to be kept"
     learning = learning_limit(budget_bytes) if asked.learn and asked.prefetch != "none" else 0
     whole, least = table.total_slots * table.slot_bytes, sum(layer.top_k for layer in layers) * table.slot_bytes
-    working = working_bytes(_request_bytes(model, asked.prefill_chunk, kv_bytes_per_token), learning)
+    working = working_bytes(_request_bytes(model, asked.prefill_chunk, asked.kv_tokens, kv_bytes_per_token), learning)
     if asked_memory is None:
         working = max(working, CHOSEN_RESERVE_BYTES)
     experts = min(budget_bytes, whole) + host_bytes
@@ -88,29 +90,31 @@ def serving_needs(model: Any, kv_tokens: int) -> ServingNeeds:
     """
     plan = model.foreroute.plan
     per_token = planned_kv_bytes_per_token(model)
-    working = _program_bytes(model) + plan.learning_bytes + _request_bytes(model, plan.prefill_chunk, per_token)
+    requests = _request_bytes(model, plan.prefill_chunk, kv_tokens, per_token)
+    working = _program_bytes(model) + plan.learning_bytes + requests
     experts = (plan.num_slots + plan.host_records) * plan.slot_bytes
     return _needs(model, experts, kv_tokens, per_token, working, plan.dense_bytes)
 
 
 def _needs(model: Any, experts: int, kv_tokens: int, kv_bytes_per_token: int, working: int, dense: int) -> ServingNeeds:
-    """What serving takes; `working` without what goes with the number of tokens."""
+    """The same with what computing takes for each token."""
     text, keeps = model.config.get_text_config(), keeps_prompts(model)
     each = moving_bytes(kv_bytes_per_token, text.num_hidden_layers)
     if not keeps:
-        # A prompt that is computed at once.
-        each += chunk_bytes(1, text.hidden_size, 0, model.dtype.itemsize)
-    return ServingNeeds(dense, experts, 0, kv_bytes_per_token, working, keeps, each).with_tokens(kv_tokens)
+        # A prompt is computed at once.
+        each += activation_bytes(1, text.hidden_size, model.dtype.itemsize)
+    return ServingNeeds(dense, experts, kv_tokens, kv_bytes_per_token, working, keeps, each)
 
 
-def _request_bytes(model: Any, chunk: int, kv_bytes_per_token: int) -> int:
-    """What computing requests takes beside their keys and values, however many tokens there is room for."""
+def _request_bytes(model: Any, chunk: int, kv_tokens: int, kv_bytes_per_token: int) -> int:
+    """What computing requests takes beside their keys and values, and beside what each token takes (see _needs)."""
     text, itemsize = model.config.get_text_config(), model.dtype.itemsize
     ahead = _COLUMNS_AHEAD * kv_bytes_per_token
     if not keeps_prompts(model):
-        return ahead + chunk_bytes(MOST_SCORED_WHOLE, 0, text.vocab_size, itemsize, MOST_SCORED_WHOLE)
+        return ahead + logit_bytes(min(kv_tokens, MOST_SCORED_WHOLE), text.vocab_size, itemsize)
     chunk = min(chunk, getattr(text, "max_position_embeddings", None) or chunk)
-    return ahead + chunk_bytes(chunk, text.hidden_size, text.vocab_size, itemsize)
+    scored = logit_bytes(min(chunk, SCORED_AT_ONCE), text.vocab_size, itemsize)
+    return ahead + activation_bytes(chunk, text.hidden_size, itemsize) + scored
 
 
 def _dense_bytes(model: Any) -> int:

@@ -3,7 +3,7 @@
 Keys and values are counted in tokens of all rows together; `kv_bytes_per_token` turns them into bytes.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import ceil
 
 from foreroute.errors import BudgetError
@@ -27,8 +27,8 @@ class ServingNeeds:
     """What a server takes of the RAM; all in bytes but for kv_tokens.
 
     dense_bytes: weights that are no experts. expert_bytes: all slots. kv_tokens: of all rows together.
-    working_bytes: everything else; of it working_bytes_per_token for each of kv_tokens. keeps_prompts: whether keys
-    and values of earlier prompts are kept.
+    working_bytes: everything else that does not go with kv_tokens. keeps_prompts: whether keys and values of earlier
+    prompts are kept. working_bytes_per_token: what computing takes for each of kv_tokens, beside keys and values.
     """
 
     dense_bytes: int
@@ -38,11 +38,6 @@ class ServingNeeds:
     working_bytes: int
     keeps_prompts: bool = True
     working_bytes_per_token: int = 0
-
-    def with_tokens(self, kv_tokens: int) -> "ServingNeeds":
-        """With room for so many tokens."""
-        more = (kv_tokens - self.kv_tokens) * self.working_bytes_per_token
-        return replace(self, kv_tokens=kv_tokens, working_bytes=self.working_bytes + more)
 
     @property
     def kv_bytes(self) -> int:
@@ -55,14 +50,19 @@ class ServingNeeds:
         return kept_prompt_bytes(self.kv_bytes) if self.keeps_prompts else 0
 
     @property
-    def tokens_bytes(self) -> int:
-        """Everything that goes with kv_tokens."""
-        return self.kv_bytes + self.kept_bytes + self.kv_tokens * self.working_bytes_per_token
+    def all_working_bytes(self) -> int:
+        """Everything beside weights, keys and values."""
+        return self.working_bytes + self.kv_tokens * self.working_bytes_per_token
 
     @property
     def total_bytes(self) -> int:
         """All of it."""
-        return self.dense_bytes + self.expert_bytes + self.kv_bytes + self.kept_bytes + self.working_bytes
+        return self.dense_bytes + self.expert_bytes + self.kv_bytes + self.kept_bytes + self.all_working_bytes
+
+    @property
+    def tokens_bytes(self) -> int:
+        """What goes with kv_tokens."""
+        return self.total_bytes - self.dense_bytes - self.expert_bytes - self.working_bytes
 
 
 def choose_kv_tokens(asked: int | None, context: int, rows: int) -> int:
@@ -88,9 +88,14 @@ def kept_prompt_bytes(kv_bytes: int) -> int:
     return min(_MOST_KEPT_BYTES, kv_bytes)
 
 
-def chunk_bytes(chunk: int, hidden: int, vocabulary: int, itemsize: int, most_scored: int = SCORED_AT_ONCE) -> int:
-    """Activations of so many prompt tokens, and logits of those that a request may have scored. An estimate."""
-    return itemsize * (16 * hidden * chunk + vocabulary * min(chunk, most_scored))
+def activation_bytes(tokens: int, hidden: int, itemsize: int) -> int:
+    """Of so many prompt tokens computed at once. An estimate."""
+    return 16 * hidden * tokens * itemsize
+
+
+def logit_bytes(tokens: int, vocabulary: int, itemsize: int) -> int:
+    """Of so many prompt tokens scored at once."""
+    return vocabulary * tokens * itemsize
 
 
 def moving_bytes(kv_bytes_per_token: int, num_layers: int) -> int:
@@ -117,7 +122,7 @@ def check_serving(needs: ServingNeeds, available_bytes: int, least_expert_bytes:
         f"This takes {format_memory(needs.total_bytes, round_up=True)} of RAM, and {format_memory(available_bytes)} "
         f"are free: experts {format_memory(needs.expert_bytes)}, dense weights {format_memory(needs.dense_bytes)}, KV "
         f"cache {format_memory(needs.kv_bytes)} ({needs.kv_tokens} tokens), earlier prompts "
-        f"{format_memory(needs.kept_bytes)}, the rest {format_memory(needs.working_bytes)}. "
+        f"{format_memory(needs.kept_bytes)}, the rest {format_memory(needs.all_working_bytes)}. "
         + _advice(needs, available_bytes, least_expert_bytes)
     )
 
@@ -125,7 +130,7 @@ def check_serving(needs: ServingNeeds, available_bytes: int, least_expert_bytes:
 def _advice(needs: ServingNeeds, available_bytes: int, least_expert_bytes: int) -> str:
     """Every single step that is enough, or both together; where they are not, that."""
     experts_fit = available_bytes - (needs.total_bytes - needs.expert_bytes)
-    left = available_bytes - needs.dense_bytes - needs.with_tokens(0).working_bytes
+    left = available_bytes - needs.dense_bytes - needs.working_bytes
     tokens_fit = _tokens_within(left - needs.expert_bytes, needs)
     least_fit = _tokens_within(left - least_expert_bytes, needs)
     ways = []

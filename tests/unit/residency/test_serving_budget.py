@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from foreroute.errors import BudgetError
 from foreroute.residency.serving_budget import (
     ServingNeeds,
+    activation_bytes,
     check_serving,
     choose_kv_tokens,
-    chunk_bytes,
     kept_prompt_bytes,
+    logit_bytes,
 )
 
 MIB, GIB = 2**20, 2**30
@@ -28,7 +29,10 @@ def test_everything_is_counted_once() -> None:
     assert NEEDS.total_bytes == 15 * GIB
     assert replace(NEEDS, keeps_prompts=False).total_bytes == 14 * GIB
     assert kept_prompt_bytes(5 * MIB) == 5 * MIB
-    assert chunk_bytes(2048, 100, 1000, 2) == 2 * (2048 * 1600 + 512 * 1000)
+    assert activation_bytes(2048, 100, 2) + logit_bytes(512, 1000, 2) == 2 * (2048 * 1600 + 512 * 1000)
+    each = replace(NEEDS, working_bytes_per_token=1024)
+    assert each.all_working_bytes == each.total_bytes - 14 * GIB == GIB + 32 * MIB
+    assert each.tokens_bytes == 4 * GIB + 32 * MIB
 
 
 def test_tokens_of_keys_and_values() -> None:
@@ -75,7 +79,7 @@ def test_a_step_that_is_not_enough_is_not_advised() -> None:
 )
 def test_advice_that_is_followed_is_enough(available, kv_tokens, per_token, keeps, experts, working) -> None:
     """And one token more is not, where tokens alone would do."""
-    needs = ServingNeeds(GIB, experts, 0, per_token, GIB, keeps, working).with_tokens(kv_tokens)
+    needs = ServingNeeds(GIB, experts, kv_tokens, per_token, GIB, keeps, working)
     try:
         check_serving(needs, available, GIB)
         return
@@ -84,7 +88,7 @@ def test_advice_that_is_followed_is_enough(available, kv_tokens, per_token, keep
     if memory := re.search(r"--memory to (\d+)MiB", advice):
         check_serving(replace(needs, expert_bytes=int(memory[1]) * MIB), available, GIB)
     if tokens := re.search(r"--kv-tokens to (\d+)", advice):
-        check_serving(needs.with_tokens(int(tokens[1])), available, GIB)
-        assert needs.with_tokens(int(tokens[1]) + 1).total_bytes > available
+        check_serving(replace(needs, kv_tokens=int(tokens[1])), available, GIB)
+        assert replace(needs, kv_tokens=int(tokens[1]) + 1).total_bytes > available
     if both := re.search(r"--kv-tokens below (\d+)", advice):
-        check_serving(replace(needs, expert_bytes=GIB).with_tokens(int(both[1])), available, GIB)
+        check_serving(replace(needs, expert_bytes=GIB, kv_tokens=int(both[1])), available, GIB)
