@@ -34,11 +34,11 @@ from foreroute.batching.engine import BatchEngine
 from foreroute.batching.requests import Finished, Request, Sampling, Step
 from foreroute.bench.bandwidth import measure_bandwidth
 from foreroute.bench.repeats import turns
-from foreroute.checkpoint.index import read_index
+from foreroute.checkpoint.locate import read_index
 from foreroute.checkpoint.records import open_store
-from foreroute.cli.evaluate import default_held_out
-from foreroute.engine.text import load_tokenizer
+from foreroute.cli.commands.evaluate import default_held_out
 from foreroute.model.skeleton import outline
+from foreroute.model.text import load_tokenizer
 
 ALONE, TOGETHER = "alone", "together"
 

@@ -18,7 +18,7 @@ import transformers.models.auto.modeling_auto  # noqa: F401 - so that ready_s is
 
 from benchmarks import _harness
 from foreroute import EngineConfig
-from foreroute.engine.loader import load
+from foreroute.loading.load import load
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """`python -m benchmarks.live_cost`: what a watched engine loses: time per token without and with the page and metrics.
 
-While watched, one viewer reads the feed of server/live.py in a thread of its own, as a server does, and /metrics is
+While watched, one viewer reads the feed of server/watching/live.py in a thread, as a server does, and /metrics is
 read once a second; nothing is drawn, and nothing sent over a network. The viewer comes and goes within an answer, every
 --block tokens, and the next answer to the same prompt is watched where this one was not: two blocks of both are a four,
 in which neither the text nor a machine that grows slower favours a side. What is said is the median of the fours'
@@ -182,10 +182,10 @@ def main() -> int:
     import torch
 
     import foreroute
-    from foreroute.engine.generate import generate
-    from foreroute.engine.text import encode_prompt, load_tokenizer
-    from foreroute.server.live import LiveFeed
-    from foreroute.server.metrics import ServerMetrics
+    from foreroute.generation.generate import generate
+    from foreroute.model.text import encode_prompt, load_tokenizer
+    from foreroute.server.watching.live import LiveFeed
+    from foreroute.server.watching.metrics import ServerMetrics
 
     torch.set_num_threads(args.threads)
     tokenizer = load_tokenizer(args.model)

@@ -23,13 +23,13 @@ import torch
 from benchmarks import _harness
 from benchmarks.predictors import halves
 from foreroute import EngineConfig
-from foreroute.calibrate.corpus import read_corpus
-from foreroute.calibrate.fit import fit
-from foreroute.checkpoint.index import read_index
-from foreroute.cli.evaluate import default_held_out
+from foreroute.checkpoint.locate import read_index
+from foreroute.cli.commands.evaluate import default_held_out
 from foreroute.cli.main import main as foreroute_command
-from foreroute.engine.text import load_tokenizer
 from foreroute.evals.text import HeldOut, read_held_out
+from foreroute.model.text import load_tokenizer
+from foreroute.prepare.corpus import read_corpus
+from foreroute.prepare.fit import fit
 
 POLICIES = ("exact", "tolerance:0.05", "tolerance:0.1", "tolerance:0.2", "tolerance:0.3", "speculative", "paper")
 

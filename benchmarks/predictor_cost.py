@@ -23,11 +23,11 @@ import torch
 from benchmarks import _harness
 from benchmarks.overhead import decode
 from foreroute import EngineConfig
-from foreroute.calibrate.corpus import Corpus
-from foreroute.calibrate.fit import FitSettings, fit
-from foreroute.checkpoint.index import read_index
+from foreroute.checkpoint.locate import read_index
 from foreroute.predict.estimator import EstimatorSettings
 from foreroute.predict.sidecar import Sidecar
+from foreroute.prepare.corpus import Corpus
+from foreroute.prepare.fit import FitSettings, fit
 
 
 class Clocked:

@@ -17,15 +17,15 @@ import torch
 import foreroute
 from benchmarks import _harness
 from foreroute import EngineConfig
-from foreroute.calibrate import plot
-from foreroute.calibrate.corpus import read_corpus
-from foreroute.calibrate.fit import FitSettings, fit
-from foreroute.calibrate.score import Scores, score
-from foreroute.checkpoint.index import read_index
-from foreroute.cli.evaluate import default_held_out
-from foreroute.engine.text import load_tokenizer
+from foreroute.checkpoint.locate import read_index
+from foreroute.cli.commands.evaluate import default_held_out
 from foreroute.evals.text import read_held_out
+from foreroute.model.text import load_tokenizer
 from foreroute.predict.estimator import EstimatorSettings
+from foreroute.prepare import plot
+from foreroute.prepare.corpus import read_corpus
+from foreroute.prepare.fit import FitSettings, fit
+from foreroute.prepare.score import Scores, score
 from models.export import untrained
 from models.families import recipe_of
 

@@ -24,11 +24,11 @@ import torch
 from benchmarks import _harness
 from benchmarks.predictors import halves
 from foreroute import EngineConfig
-from foreroute.calibrate.corpus import read_corpus
-from foreroute.calibrate.fit import fit
-from foreroute.checkpoint.index import read_index
-from foreroute.cli.evaluate import default_held_out
-from foreroute.engine.text import load_tokenizer
+from foreroute.checkpoint.locate import read_index
+from foreroute.cli.commands.evaluate import default_held_out
+from foreroute.model.text import load_tokenizer
+from foreroute.prepare.corpus import read_corpus
+from foreroute.prepare.fit import fit
 
 KINDS = ("none", "lookahead", "fitted")
 

@@ -21,10 +21,10 @@ import torch
 from benchmarks import _harness
 from foreroute import EngineConfig
 from foreroute.checkpoint.codecs import CODECS, STORED
-from foreroute.checkpoint.index import read_index
-from foreroute.engine.packing import pack
-from foreroute.engine.quantising import Quantiser
+from foreroute.checkpoint.locate import read_index
 from foreroute.model.skeleton import outline
+from foreroute.prepare.pack import pack
+from foreroute.prepare.quantise import Quantiser
 
 
 def store_of(model: Path, codec: str, work: Path) -> Path:

@@ -14,8 +14,8 @@ import torch
 
 import foreroute
 from foreroute import EngineConfig
-from foreroute.calibrate.corpus import read_corpus
-from foreroute.engine.text import load_tokenizer
+from foreroute.model.text import load_tokenizer
+from foreroute.prepare.corpus import read_corpus
 
 
 def record(folder: Path, memory: str, texts: list[Path], tokens: Sequence[int], config: EngineConfig) -> None:

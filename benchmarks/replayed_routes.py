@@ -36,7 +36,7 @@ from benchmarks import _harness
 from benchmarks.moe_path import fill
 from foreroute import EngineConfig
 from foreroute.bench.bandwidth import measure_bandwidth
-from foreroute.checkpoint.index import read_index
+from foreroute.checkpoint.locate import read_index
 from foreroute.checkpoint.records import open_store
 from foreroute.model.skeleton import outline
 from foreroute.residency.belady import belady_misses

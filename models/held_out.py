@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `python models/held_out.py` finds the package
 
-from foreroute.cli.evaluate import default_held_out
+from foreroute.cli.commands.evaluate import default_held_out
 from models import data
 
 

@@ -27,8 +27,8 @@ from benchmarks.gpu import peers, shapes
 from benchmarks.gpu.routes import Routes, random_routes, trained_routes
 from benchmarks.gpu.rungs import LADDER, Measured, run
 from foreroute import EngineConfig
-from foreroute.engine.devices import open_device
 from foreroute.errors import DeviceError
+from foreroute.loading.open_device import open_device
 
 _STEPS, _WARM_STEPS = 32, 64
 _LIMIT_S = 570.0

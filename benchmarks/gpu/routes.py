@@ -15,8 +15,8 @@ import foreroute
 # isort: split
 import torch
 
-from foreroute.engine.predictors import lookahead
 from foreroute.predict.base import Seen
+from foreroute.predict.build import lookahead
 
 TRAINED = Path(__file__).parents[2] / "models" / "foreroute-tiny"
 

@@ -12,10 +12,10 @@ import torch
 
 from benchmarks.gpu.routes import Routes
 from benchmarks.gpu.shapes import Shape
+from foreroute.device.build import assemble_tier
+from foreroute.device.graph_decoder import GraphDecoder
+from foreroute.device.tier import DeviceTier
 from foreroute.engine.approximation import Approximation
-from foreroute.engine.cuda_graph import GraphDecoder
-from foreroute.engine.device_build import assemble_tier
-from foreroute.engine.device_tier import DeviceTier
 from foreroute.model.residual import ResidualTap
 from foreroute.predict.base import Seen, TokenGuess
 from foreroute.predict.lookahead import RouterLookahead

@@ -10,8 +10,8 @@ import torch
 
 from foreroute.checkpoint.index import CheckpointIndex
 from foreroute.checkpoint.layouts import ExpertLayout, ExpertTable, LayerExperts, Part
-from foreroute.engine.proof import describe_math
-from foreroute.kernels.cpu import ExpertMath
+from foreroute.kernels.torch.experts import ExpertMath
+from foreroute.loading.math_check import describe_math
 from foreroute.model.blocks import MoeLayer, probe
 from foreroute.model.experts import is_experts_class
 from foreroute.model.skeleton import offloaded_modules, swapped_experts

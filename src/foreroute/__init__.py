@@ -11,7 +11,7 @@ from foreroute.config import EngineConfig, Plan
 from foreroute.errors import ForerouteError
 
 if TYPE_CHECKING:
-    from foreroute.engine.loader import load
+    from foreroute.loading.load import load
 
 # OpenMP's idle threads spin, by default, on the core that the thread which reads experts is waiting for: a token took
 # half as long again (docs/LOG.md, 2026-11-25). A short spin keeps products close together quick. Its library reads
@@ -26,7 +26,7 @@ __all__ = ["EngineConfig", "ForerouteError", "Plan", "__version__", "load"]
 def __getattr__(name: str) -> Any:
     # torch and transformers take seconds to import: only those who load a model pay for them.
     if name == "load":
-        from foreroute.engine.loader import load
+        from foreroute.loading.load import load
 
         return load
     raise AttributeError(f"module 'foreroute' has no attribute {name!r}")

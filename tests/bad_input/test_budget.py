@@ -86,13 +86,13 @@ def test_left_out_it_is_chosen(load, folder):
 
 
 def test_left_out_with_no_ram_left(load, folder, monkeypatch):
-    monkeypatch.setattr("foreroute.engine.loader.available_ram", lambda: 2**30)
+    monkeypatch.setattr("foreroute.memory.host.available_ram", lambda: 2**30)
     assert "one token needs 10" in refused(load, folder, None)
 
 
 def test_what_does_not_fit_beside_keys_and_values(load, folder, monkeypatch):
     """Refused before an expert is read, with what would fit; what is advised then fits."""
-    monkeypatch.setattr("foreroute.engine.loader.available_ram", lambda: 2**30)
+    monkeypatch.setattr("foreroute.memory.host.available_ram", lambda: 2**30)
     message = refused(load, folder, "100%", kv_tokens=2**22)
     assert "1.0 GiB are free" in message
     tokens = re.search(r"--kv-tokens to (\d+)", message)
@@ -100,13 +100,13 @@ def test_what_does_not_fit_beside_keys_and_values(load, folder, monkeypatch):
     plan = load(folder, "100%", kv_tokens=int(tokens[1])).foreroute.plan
     assert plan.num_slots == plan.total_slots
     # Even without them: before the dense weights are read.
-    monkeypatch.setattr("foreroute.engine.loader.available_ram", lambda: 2**14)
-    monkeypatch.setattr("foreroute.engine.loader.load_skeleton", lambda *args: pytest.fail("weights were read"))
+    monkeypatch.setattr("foreroute.memory.host.available_ram", lambda: 2**14)
+    monkeypatch.setattr("foreroute.loading.load.load_skeleton", lambda *args: pytest.fail("weights were read"))
     assert "This takes" in refused(load, folder, "100%", kv_tokens=16)
 
 
 def test_keys_and_values_are_measured_without_experts(load, folder):
-    from foreroute.engine.kv_memory import kv_bytes_per_token
+    from foreroute.memory.kv import kv_bytes_per_token
 
     model = load(folder, "100%", kv_tokens=64)
     assert model.foreroute.plan.kv_bytes_per_token == kv_bytes_per_token(model) > 0

@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from foreroute import EngineConfig
-from foreroute.engine import devices, kv_memory, sizing
 from foreroute.errors import DeviceError, ForerouteError, RefusedError
+from foreroute.loading import open_device as devices
+from foreroute.memory import device as sizing
+from foreroute.memory import kv as kv_memory
 
 CUDA = EngineConfig(device="cuda")
 DEVICE_CONTROL = EngineConfig(device="cuda", control="device")
@@ -91,7 +93,7 @@ def test_nothing_is_read_where_there_is_no_gpu(checkpoints, monkeypatch) -> None
     import foreroute
 
     monkeypatch.setattr(torch.version, "cuda", None)
-    monkeypatch.setattr("foreroute.engine.loader.read_index", lambda folder: pytest.fail("the checkpoint was read"))
+    monkeypatch.setattr("foreroute.loading.load.read_index", lambda folder: pytest.fail("the checkpoint was read"))
     with pytest.raises(DeviceError, match="without CUDA"):
         foreroute.load(checkpoints.get("qwen3_moe"), device="cuda")
 
@@ -100,7 +102,7 @@ def test_a_gpu_too_small_for_the_dense_part_is_found_before_weights_are_read(fak
     import foreroute
 
     fake_gpu.setattr(torch.cuda, "mem_get_info", lambda device=None: (200 * 2**20, 2**30))
-    fake_gpu.setattr("foreroute.engine.loader.load_skeleton", lambda *args, **kwargs: pytest.fail("weights were read"))
+    fake_gpu.setattr("foreroute.loading.load.load_skeleton", lambda *args, **kwargs: pytest.fail("weights were read"))
     with pytest.raises(DeviceError, match=r"200\.0 MiB free.*without a single expert"):
         foreroute.load(checkpoints.get("qwen3_moe"), device="cuda")
 

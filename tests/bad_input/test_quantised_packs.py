@@ -14,15 +14,15 @@ import pytest
 
 from foreroute.checkpoint import codecs
 from foreroute.checkpoint.codecs import CODECS
-from foreroute.checkpoint.index import read_index
 from foreroute.checkpoint.layouts import ExpertLayout, ExpertTable
+from foreroute.checkpoint.locate import read_index
 from foreroute.checkpoint.records import PackedStore, StoreWriter, partial_path, store_name, stored_choice
-from foreroute.engine import quantising
-from foreroute.engine.choosing import fitted_counts, most_used
-from foreroute.engine.packing import pack
-from foreroute.engine.quantising import Quantiser
 from foreroute.errors import PredictorError, StoreError, UnsupportedModelError
 from foreroute.model.skeleton import outline
+from foreroute.prepare import quantise as quantising
+from foreroute.prepare.choosing import fitted_counts, most_used
+from foreroute.prepare.pack import pack
+from foreroute.prepare.quantise import Quantiser
 from tests.support.broken import copied
 from tests.support.checkpoints import random_model, save_checkpoint, save_tokenizer
 from tests.support.families import FAMILIES
@@ -148,8 +148,8 @@ from pathlib import Path
 from foreroute.checkpoint import records
 from foreroute.checkpoint.codecs import CODECS
 from foreroute.checkpoint.index import read_index
-from foreroute.engine.packing import pack
-from foreroute.engine.quantising import Quantiser
+from foreroute.prepare.pack import pack
+from foreroute.prepare.quantise import Quantiser
 from foreroute.model.skeleton import outline
 
 records._SYNC_EVERY_BYTES = 1

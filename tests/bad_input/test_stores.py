@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from foreroute.checkpoint.records import STORE_NAME, PackedStore
-from foreroute.engine.packing import pack
 from foreroute.errors import ChecksumError, ReadError, StoreError
+from foreroute.prepare.pack import pack
 from tests.support.broken import copied, flip_byte
 from tests.support.runs import ONE_PROMPT, assert_same_bits, expert_table, generate, packed_store, watch_reads
 
@@ -167,7 +167,7 @@ import os, signal, sys
 from pathlib import Path
 from foreroute.checkpoint import records
 from foreroute.checkpoint.index import read_index
-from foreroute.engine.packing import pack
+from foreroute.prepare.pack import pack
 from foreroute.model.skeleton import outline
 
 records._SYNC_EVERY_BYTES = 1  # the table follows after every record, not after 256 MB

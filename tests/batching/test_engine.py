@@ -12,8 +12,8 @@ from foreroute.batching.engine import BatchEngine
 from foreroute.batching.requests import Finished, Progress, Request, Sampling, Step
 from foreroute.batching.row_layers import RowLayer
 from foreroute.config import EngineConfig
-from foreroute.engine.text import load_tokenizer
 from foreroute.errors import ContextLengthError, PromptError, QueueFullError
+from foreroute.model.text import load_tokenizer
 
 TINY = Path(__file__).parents[2] / "models" / "foreroute-tiny"
 GREEDY = Sampling(temperature=0.0)

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from foreroute.batching.engine import BatchEngine
 from foreroute.batching.requests import Finished, PromptScored, Request, Sampling, Step
 from foreroute.batching.sampler import Sampler, StopText
-from foreroute.cli import demo
-from foreroute.engine.text import load_tokenizer
+from foreroute.cli.commands import demo
 from foreroute.errors import ContextLengthError, QueueFullError
+from foreroute.model.text import load_tokenizer
 
 LETTERS = st.text("ab", max_size=12)
 

@@ -9,7 +9,7 @@ import pytest
 from foreroute.bench import session
 from foreroute.bench.run import run_once
 from foreroute.bench.rungs import RUNG_NAMES
-from foreroute.cli import bench
+from foreroute.cli.commands import bench
 from tests.cli.harness import CONTEXT, start
 
 LITTLE = ("--memory", "25%", "-p", "8", "-n", "6", "-b", "1", "-r", "1")

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from foreroute.cli import demo
 from foreroute.cli.chat_session import Conversation, read_setting
 from foreroute.cli.chat_view import finished_blocks, hard_breaks
+from foreroute.cli.commands import demo
 from foreroute.errors import PromptError
 from tests.cli.harness import ROOT, Ran
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from foreroute.cli import demo
+from foreroute.cli.commands import demo
 
 FAST = ("--threads", "1", "--max-new-tokens", "24")
 

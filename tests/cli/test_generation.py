@@ -1,4 +1,4 @@
-"""engine/generate.py and engine/text.py: text in whole characters, times by the clock, and ends of every kind."""
+"""generation/generate.py and model/text.py: text in whole characters, times by the clock, and ends of every kind."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,10 +10,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import foreroute
-from foreroute.engine.generate import GenerationReport, generate, stream
-from foreroute.engine.prompt_cache import PromptCache
-from foreroute.engine.text import TextPieces, encode_prompt, load_tokenizer
 from foreroute.errors import CheckpointError, PromptError
+from foreroute.generation.generate import GenerationReport, generate, stream
+from foreroute.generation.prefix_cache import PromptCache
+from foreroute.model.text import TextPieces, encode_prompt, load_tokenizer
 from tests.cli.harness import CONTEXT, make_tokenizer
 
 BYTES = make_tokenizer()

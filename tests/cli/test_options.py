@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from foreroute.cli import generate, options
+from foreroute.cli import options
+from foreroute.cli.commands import generate
 from foreroute.cli.main import COMMANDS, build_parser
 from foreroute.config import EngineConfig
 from foreroute.errors import ForerouteError, PromptError

@@ -82,7 +82,7 @@ def test_a_folder_that_is_not_there_is_named(run, copied: Path, tmp_path: Path) 
 
 
 def test_ctrl_c_before_packing_has_begun_leaves_nothing(run, copied: Path, monkeypatch) -> None:
-    from foreroute.engine import packing
+    from foreroute.prepare import pack as packing
 
     def interrupted(table, path: Path, **options) -> int:
         partial_path(path).touch()

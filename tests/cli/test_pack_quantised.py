@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from foreroute.checkpoint.index import read_index
+from foreroute.checkpoint.locate import read_index
 from foreroute.checkpoint.records import PackedStore, partial_path, store_name
 from foreroute.model.skeleton import outline
 from tests.cli.harness import NUM_EXPERTS, NUM_LAYERS
@@ -134,7 +134,7 @@ def test_what_cannot_be_is_refused_before_work(run, copied: Path, text: Path, fl
 
 def test_a_pack_that_was_stopped_keeps_its_choice(run, copied: Path, text: Path, monkeypatch) -> None:
     """It goes on with the experts that were chosen, though other text would choose others, and reads no text again."""
-    from foreroute.engine import packing
+    from foreroute.prepare import pack as packing
 
     original = packing._copy_all
 

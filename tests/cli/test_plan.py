@@ -7,7 +7,7 @@ import pytest
 
 from foreroute.bench.bandwidth import measure_bandwidth
 from foreroute.cli import options
-from foreroute.cli import plan as plan_command
+from foreroute.cli.commands import plan as plan_command
 from foreroute.cli.forecast import forecast
 from foreroute.errors import BudgetError, ReadError
 from foreroute.types import Copy, Read
@@ -149,7 +149,7 @@ def test_a_plan_for_requests_counts_their_memory(tiny: Path, monkeypatch, capsys
     # With a little more RAM than the reserve, each byte for keys and values is one less for experts.
     assert needs.tokens_bytes == 2 * needs.kv_bytes + 1024 * needs.working_bytes_per_token
     free = 2**31 + needs.dense_bytes + needs.tokens_bytes + 2**21
-    monkeypatch.setattr("foreroute.engine.loader.available_ram", lambda: free)
+    monkeypatch.setattr("foreroute.memory.host.available_ram", lambda: free)
     tight = planned()
     assert tight.plan.memory_bytes == tight.chosen_memory_bytes == 2**21
     with pytest.raises(BudgetError, match=r"Lower --kv-tokens to \d+"):

@@ -8,12 +8,14 @@ import torch
 
 from foreroute.checkpoint.layouts import ExpertTable
 from foreroute.checkpoint.records import STORE_NAME
-from foreroute.cli import verify
-from foreroute.engine import family_math, loader, reference
-from foreroute.engine.packing import pack
-from foreroute.engine.runtime import Runtime
+from foreroute.cli.commands import verify
+from foreroute.engine.moe_step import Runtime
+from foreroute.loading import expert_math as family_math
+from foreroute.loading import load as loader
+from foreroute.prepare.pack import pack
 from foreroute.residency.slots import READY, Residency
 from foreroute.transfer.load import Load
+from foreroute.verification import reference
 from tests.support.broken import copied
 from tests.support.checkpoints import random_model, save_checkpoint, save_tokenizer
 from tests.support.families import FAMILIES

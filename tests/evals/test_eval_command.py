@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from foreroute.cli import demo
+from foreroute.cli.commands import demo
 from foreroute.cli.main import main
 from foreroute.evals.text import HeldOut
 

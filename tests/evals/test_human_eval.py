@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from foreroute.cli import demo
+from foreroute.cli.commands import demo
 from foreroute.errors import EvaluationError
 from foreroute.evals import human_eval, sandbox
 from foreroute.evals.human_eval import Problem, complete, cut_at_stop, read_problems, run_human_eval
@@ -178,7 +178,7 @@ def test_the_share_that_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_greedy_up_to_a_stop(load: Any, references: Any) -> None:
     """As transformers' resident model goes on, cut where the next function begins; alone or in a batch."""
-    from foreroute.engine.text import load_tokenizer
+    from foreroute.model.text import load_tokenizer
 
     folder = demo.find_model()
     tokenizer, model = load_tokenizer(folder), load(folder, "50%", dtype="float32")

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from foreroute.cli import demo
+from foreroute.cli.commands import demo
 from foreroute.errors import EvaluationError, ForerouteError
 from foreroute.evals.lm_eval import register_when_lm_eval_runs
 
@@ -93,7 +93,7 @@ def test_the_same_as_the_resident_model(module: Any, tasks: Path) -> None:
 
 
 def test_a_model_that_is_loaded(module: Any, tasks: Path, load: Any) -> None:
-    from foreroute.engine.text import load_tokenizer
+    from foreroute.model.text import load_tokenizer
 
     model, tokenizer = load(demo.find_model(), "50%"), load_tokenizer(demo.find_model())
     scores = module.run_lm_eval(model, tokenizer, TASKS, tasks, limit=2, batch=2)
@@ -179,11 +179,11 @@ def test_eval_asks_lm_eval_under_every_policy(
     import torch
 
     import foreroute
-    from foreroute.calibrate.corpus import Corpus
-    from foreroute.calibrate.fit import FitSettings, fit
-    from foreroute.checkpoint.index import read_index
+    from foreroute.checkpoint.locate import read_index
     from foreroute.cli.main import main
-    from foreroute.engine.text import load_tokenizer
+    from foreroute.model.text import load_tokenizer
+    from foreroute.prepare.corpus import Corpus
+    from foreroute.prepare.fit import FitSettings, fit
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
     folder, sidecar = demo.find_model(), tmp_path / "tiny.safetensors"

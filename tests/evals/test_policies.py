@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from foreroute.calibrate.corpus import Corpus
-from foreroute.calibrate.fit import FitSettings, fit
-from foreroute.checkpoint.index import read_index
-from foreroute.cli import demo
+from foreroute.checkpoint.locate import read_index
+from foreroute.cli.commands import demo
 from foreroute.cli.main import main
 from foreroute.evals.policies import mean_accuracy
 from foreroute.evals.pricing import Difference, pareto
 from foreroute.evals.text import HeldOut
+from foreroute.prepare.corpus import Corpus
+from foreroute.prepare.fit import FitSettings, fit
 
 ROOT = Path(__file__).parents[2]
 KEYS = {
@@ -28,7 +28,7 @@ KEYS = {
 def sidecar(_torch_setup: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The shipped model's predictors, fitted to its own README."""
     import foreroute
-    from foreroute.engine.text import load_tokenizer
+    from foreroute.model.text import load_tokenizer
 
     folder, path = demo.find_model(), tmp_path_factory.mktemp("fitted") / "tiny.safetensors"
     model = foreroute.load(folder, "100%", config=foreroute.EngineConfig(predictor="no", learn=False))

@@ -11,7 +11,7 @@ LAYERS = 4
 EXPERTS = 8
 TOP_K = 2
 VOCAB_SIZE = 264
-# No whole vectors: of what is left over torch rounds otherwise, alone or in company (kernels/cpu.py).
+# No whole vectors: of what is left over torch rounds otherwise, alone or in company (kernels/torch/experts.py).
 WIDTH = 48
 
 # By field name; a field that a config class lacks is left out.

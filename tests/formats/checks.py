@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from foreroute.checkpoint.layouts import ExpertTable
-from foreroute.engine.memory import SlotViews
-from foreroute.kernels.dequantise import Workspaces, dequantising
+from foreroute.kernels.slot_views import SlotViews
+from foreroute.kernels.torch.dequantise import Workspaces, dequantising
 from foreroute.transfer.disk import DiskTransfer
 from foreroute.transfer.memory import allocate_slots
 from foreroute.types import ExpertReads

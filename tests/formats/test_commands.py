@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from foreroute.checkpoint.codecs import CODECS
-from foreroute.checkpoint.index import read_index
+from foreroute.checkpoint.locate import read_index
 from foreroute.cli.main import EXIT_ERROR, main
-from foreroute.engine.packing import pack
-from foreroute.engine.quantising import Quantiser
-from foreroute.kernels import dequantise
-from foreroute.kernels.dequantise import decode_fp8
-from foreroute.kernels.quant import Matrix, decode, encode
+from foreroute.kernels.torch import dequantise
+from foreroute.kernels.torch.dequantise import decode_fp8
+from foreroute.kernels.torch.quant import Matrix, decode, encode
 from foreroute.model.skeleton import outline
+from foreroute.prepare.pack import pack
+from foreroute.prepare.quantise import Quantiser
 from foreroute.residency.slots import READY
 from tests.cli.harness import Ran
 from tests.formats.checks import numbers_of

@@ -5,7 +5,7 @@ import torch
 
 from foreroute.checkpoint.records import PackedStore
 from foreroute.checkpoint.stored_parts import Coding
-from foreroute.kernels.dequantise import decode_fp8
+from foreroute.kernels.torch.dequantise import decode_fp8
 from tests.formats.checks import check_bytes, check_same, numbers_of
 from tests.support.quantised import fp8_blocks, write_fp8
 from tests.support.runs import expert_table, packed_store

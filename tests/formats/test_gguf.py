@@ -16,15 +16,15 @@ from gguf.quants import dequantize, quantize
 
 from foreroute.checkpoint.gguf_families import settings_of
 from foreroute.checkpoint.gguf_file import read_gguf
-from foreroute.checkpoint.index import read_index
 from foreroute.checkpoint.layouts import ExpertTable
+from foreroute.checkpoint.locate import read_index
 from foreroute.cli.main import main
-from foreroute.engine.memory import TORCH_DTYPES
-from foreroute.engine.text import load_tokenizer
 from foreroute.errors import CheckpointError, CorruptCheckpointError, ForerouteError, UnsupportedModelError
-from foreroute.kernels.dequantise import Workspaces, decode_part
-from foreroute.kernels.gguf_blocks import dequantise_gguf
+from foreroute.kernels.slot_views import TORCH_DTYPES
+from foreroute.kernels.torch.dequantise import Workspaces, decode_part
+from foreroute.kernels.torch.gguf_blocks import dequantise_gguf
 from foreroute.model.skeleton import outline
+from foreroute.model.text import load_tokenizer
 from foreroute.transfer.disk import DiskTransfer
 from foreroute.transfer.memory import allocate_slots
 from tests.formats.gguf_writer import Kind, Written, add_settings, gpt_oss_config, qwen3_moe_config, write_gguf

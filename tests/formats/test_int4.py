@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from foreroute.checkpoint.quantised_formats import QuantisedFormat, _compressed_tensors
 from foreroute.checkpoint.stored_parts import Coding
 from foreroute.errors import CorruptCheckpointError
-from foreroute.kernels.dequantise import decode_gptq_int4
+from foreroute.kernels.torch.dequantise import decode_gptq_int4
 from tests.formats.checks import check_bytes, check_same
 from tests.support.quantised import rewritten, words, write_awq, write_float_quantised, write_gptq, write_packed_int4
 from tests.support.runs import ONE_PROMPT, assert_same_bits, generate

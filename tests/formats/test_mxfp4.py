@@ -7,7 +7,7 @@ import torch
 
 from foreroute.checkpoint.records import PackedStore
 from foreroute.checkpoint.stored_parts import Coding
-from foreroute.kernels.dequantise import decode_mxfp4
+from foreroute.kernels.torch.dequantise import decode_mxfp4
 from tests.formats.checks import check_bytes, check_same, numbers_of
 from tests.support.quantised import write_mxfp4
 from tests.support.runs import THREE_PROMPTS, assert_same_bits, expert_table, generate, packed_store
@@ -78,7 +78,7 @@ def test_as_the_dequantised_resident_model(published, references, load, dtype, s
 
 def test_where_the_familys_own_forward_runs(published, references, load, monkeypatch):
     """Its tensors are made of what is stored, one expert at a time."""
-    monkeypatch.setattr("foreroute.engine.family_math.prove_math", lambda *_: False)
+    monkeypatch.setattr("foreroute.loading.expert_math.prove_math", lambda *_: False)
     folder = published(write_mxfp4, "gpt_oss")
     model = load(folder, "25%")
     assert model.foreroute.plan.math == "family"

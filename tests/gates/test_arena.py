@@ -6,10 +6,10 @@ The copies are plain ones here; everything else is what runs in front of a GPU. 
 import pytest
 import torch
 
-from foreroute.engine.decode import RowsStep, TokenStep
-from foreroute.engine.memory import SlotViews
+from foreroute.engine.combine import RowsStep, TokenStep
 from foreroute.errors import DeviceError
-from foreroute.kernels.cpu import ExpertMath, OneToken
+from foreroute.kernels.slot_views import SlotViews
+from foreroute.kernels.torch.experts import ExpertMath, OneToken
 from foreroute.transfer.tiered import TieredTransfer
 from tests.support.runs import ONE_PROMPT, THREE_PROMPTS, assert_same_bits, generate, packed_store, watch_reads
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from transformers import GenerationMixin
 
-from foreroute.engine.lean_loop import split_prompt
-from foreroute.engine.prompt_cache import PromptCache
+from foreroute.engine.chunks import split_prompt
 from foreroute.errors import ReadError
+from foreroute.generation.prefix_cache import PromptCache
 from tests.support.conversations import NEW_TOKENS, PROMPT, answer, assert_same, empty_cache, fed, longer
 from tests.support.families import FAMILIES
 from tests.support.runs import make_batch

@@ -11,19 +11,20 @@ import torch
 
 from foreroute import EngineConfig
 from foreroute.checkpoint.layouts import ExpertLayout, Part
-from foreroute.engine import device_tier
-from foreroute.engine.branch import LateBranch
-from foreroute.engine.cuda_graph import GraphDecoder
-from foreroute.engine.generate import generate as answer
-from foreroute.engine.kernel_math import KernelSlotMath, form_of
-from foreroute.engine.prompt_cache import PromptCache
-from foreroute.engine.proof import describe_math
-from foreroute.engine.slot_math import GatheredSlotMath
-from foreroute.engine.text import load_tokenizer
+from foreroute.device import paging
+from foreroute.device import tier as device_tier
+from foreroute.device.graph_decoder import GraphDecoder
+from foreroute.device.kernel_math import KernelSlotMath, form_of
+from foreroute.device.side_stream import LateBranch
+from foreroute.device.slot_math import GatheredSlotMath
 from foreroute.errors import DeviceError, PromptError, RefusedError
-from foreroute.kernels import expert_form, paging
-from foreroute.kernels.cpu import ExpertMath
-from foreroute.kernels.expert_form import CLAMPED, SILU
+from foreroute.generation.generate import generate as answer
+from foreroute.generation.prefix_cache import PromptCache
+from foreroute.kernels.torch.experts import ExpertMath
+from foreroute.kernels.triton import expert_form
+from foreroute.kernels.triton.expert_form import CLAMPED, SILU
+from foreroute.loading.math_check import describe_math
+from foreroute.model.text import load_tokenizer
 from foreroute.predict.base import TokenGuess
 from tests.support.runs import ONE_PROMPT, THREE_PROMPTS, assert_same_bits, generate, make_batch
 
@@ -213,7 +214,7 @@ def test_what_a_graph_cannot_do_is_said(checkpoints, load):
 
 
 def test_maths_that_is_not_known_is_refused(checkpoints, load, monkeypatch):
-    monkeypatch.setattr("foreroute.engine.family_math.prove_math", lambda *_: False)
+    monkeypatch.setattr("foreroute.loading.expert_math.prove_math", lambda *_: False)
     with pytest.raises(DeviceError, match="Use --control host"):
         load(checkpoints.get("qwen3_moe"), "25%", control="device")
 

@@ -300,7 +300,7 @@ def test_g14_attention_and_cache(checkpoints, references, load, family, attentio
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
 def test_g15_the_familys_own_forward(checkpoints, references, load, family, monkeypatch):
     """Where our maths is not the family's, its own forward runs over streamed experts."""
-    monkeypatch.setattr("foreroute.engine.family_math.prove_math", lambda *_: False)
+    monkeypatch.setattr("foreroute.loading.expert_math.prove_math", lambda *_: False)
     folder = checkpoints.get(family)
     model = load(folder, "25%")
     with watch_ring(model) as borrowed:

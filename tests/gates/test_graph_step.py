@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from foreroute.engine.cuda_graph import GraphDecoder, _ScalarsOnDevice
-from foreroute.engine.proof import describe_math
-from foreroute.engine.slot_math import GatheredSlotMath
+from foreroute.device.graph_decoder import GraphDecoder, _ScalarsOnDevice
+from foreroute.device.slot_math import GatheredSlotMath
+from foreroute.loading.math_check import describe_math
 from tests.support.runs import ONE_PROMPT
 
 # Reads a value; has as many outputs as values say; comes from the host.

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from foreroute.checkpoint.records import PackedStore
-from foreroute.engine.memory import TORCH_DTYPES
+from foreroute.kernels.slot_views import TORCH_DTYPES
 from foreroute.transfer.disk import DiskTransfer
 from foreroute.transfer.memory import allocate_slots
 from tests.support.checkpoints import save_checkpoint

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from foreroute.checkpoint.codecs import CODECS
-from foreroute.checkpoint.index import read_index
+from foreroute.checkpoint.locate import read_index
 from foreroute.checkpoint.records import PackedStore, store_name
-from foreroute.engine.packing import pack
-from foreroute.engine.quantising import Quantiser
 from foreroute.errors import StoreError
-from foreroute.kernels.quant import Matrix, decode, encode
+from foreroute.kernels.torch.quant import Matrix, decode, encode
 from foreroute.model.skeleton import outline
+from foreroute.prepare.pack import pack
+from foreroute.prepare.quantise import Quantiser
 from tests.support.runs import ONE_PROMPT, THREE_PROMPTS, assert_same_bits, generate
 
 FAMILIES = ("qwen3_moe", "gpt_oss", "deepseek_v3")
@@ -123,7 +123,7 @@ def test_another_dtype_is_refused(stores, checkpoints, load):
 
 
 def test_another_machines_order_is_refused(stores, checkpoints, load, monkeypatch):
-    from foreroute.engine import quantising
+    from foreroute.prepare import quantise as quantising
 
     monkeypatch.setattr(quantising, "order_of", lambda bits, group: "another")
     with pytest.raises(StoreError, match="another kind of CPU"):

@@ -107,7 +107,7 @@ def test_g32_two_loads_at_a_time(checkpoints, references):
 
 def test_g33_experts_are_built_without_memory(checkpoints):
     """Building the experts module of any size takes no memory: its tensors are dropped before they exist."""
-    from foreroute.checkpoint.index import read_index
+    from foreroute.checkpoint.locate import read_index
 
     folder = checkpoints.get("mixtral")
     sketch = outline(folder, read_index(folder))

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from foreroute.kernels import paging
-from foreroute.kernels.paging import CopyList, PagingState
+from foreroute.device import paging
+from foreroute.device.paging import CopyList, PagingState
 from foreroute.transfer.arena import Arena
 
 NUM_LAYERS, NUM_EXPERTS, NUM_SLOTS, STAGING, TOP_K = 3, 24, 20, 6, 4
@@ -13,7 +13,7 @@ RECORD = 8192
 
 @pytest.fixture(scope="module")
 def kernels():
-    return pytest.importorskip("foreroute.kernels.triton_paging", reason="the kernels are not there yet")
+    return pytest.importorskip("foreroute.device.triton_paging", reason="the kernels are not there yet")
 
 
 def states() -> list[PagingState]:

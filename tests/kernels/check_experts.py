@@ -5,8 +5,9 @@ import itertools
 import pytest
 import torch
 
-from foreroute.kernels import expert_form, triton_experts
-from foreroute.kernels.expert_form import CLAMPED, FLOAT, INT4, INT8, MXFP4, SILU, ExpertForm, MatrixForm
+from foreroute.kernels.triton import expert_form
+from foreroute.kernels.triton import experts as triton_experts
+from foreroute.kernels.triton.expert_form import CLAMPED, FLOAT, INT4, INT8, MXFP4, SILU, ExpertForm, MatrixForm
 
 KINDS = {"float": FLOAT, "int8": INT8, "int4": INT4, "mxfp4": MXFP4}
 

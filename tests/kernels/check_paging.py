@@ -8,8 +8,8 @@ import os
 import pytest
 import torch
 
-from foreroute.kernels import paging, triton_paging, triton_planners
-from foreroute.kernels.paging import CopyList, PagingState
+from foreroute.device import paging, triton_paging, triton_planners
+from foreroute.device.paging import CopyList, PagingState
 from tests.support.paging import Walk, assert_fetched, assert_rules_kept, same_decisions
 
 NUM_STEPS = int(os.environ.get("WALK_STEPS", "1000"))

@@ -6,10 +6,11 @@ Run by test_tier.py in a process of its own.
 import pytest
 import torch
 
-from foreroute.engine.cuda_graph import GraphDecoder
-from foreroute.engine.kernel_math import KernelSlotMath, form_of
-from foreroute.engine.proof import describe_math
-from foreroute.kernels import triton_experts, triton_paging
+from foreroute.device import triton_paging
+from foreroute.device.graph_decoder import GraphDecoder
+from foreroute.device.kernel_math import KernelSlotMath, form_of
+from foreroute.kernels.triton import experts as triton_experts
+from foreroute.loading.math_check import describe_math
 from tests.support.runs import ONE_PROMPT
 
 NEW_TOKENS = 5

@@ -2,7 +2,7 @@
 
 import pytest
 
-from foreroute.kernels import paging
+from foreroute.device import paging
 from tests.support.paging import Walk, assert_fetched, assert_rules_kept
 
 

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from foreroute.calibrate.corpus import Corpus
-from foreroute.calibrate.fit import FitSettings, fit
-from foreroute.checkpoint.index import read_index
+from foreroute.checkpoint.locate import read_index
 from foreroute.predict.estimator import EstimatorSettings
 from foreroute.predict.sidecar import Sidecar
+from foreroute.prepare.corpus import Corpus
+from foreroute.prepare.fit import FitSettings, fit
 
 SETTINGS = FitSettings(rows=4, estimator=EstimatorSettings(epochs=1, batch=64))
 FAMILIES = ("qwen3_moe", "gpt_oss", "deepseek_v3")

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from foreroute.engine import predictors as known
+from foreroute.predict import build as known
 from foreroute.predict.sidecar import Sidecar
 from tests.policies.conftest import FAMILIES
 from tests.support.runs import ONE_PROMPT, THREE_PROMPTS, assert_same_bits, generate

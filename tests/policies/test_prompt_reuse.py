@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from foreroute.engine.prompt_cache import PromptCache
+from foreroute.generation.prefix_cache import PromptCache
 from tests.policies.conftest import FAMILIES
 from tests.support.conversations import PROMPT, answer, assert_same, empty_cache, fed, longer
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from foreroute.batching.requests import EngineState, Finished, Progress, PromptScored, Request, Step
-from foreroute.engine.text import TextPieces
 from foreroute.errors import ContextLengthError, QueueFullError
+from foreroute.model.text import TextPieces
 
 
 class FakeEngine:

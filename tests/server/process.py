@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from foreroute.cli import demo
+from foreroute.cli.commands import demo
 from tests.cli.harness import start
 
 NAME = "foreroute-tiny"

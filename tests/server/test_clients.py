@@ -188,8 +188,8 @@ def test_lm_eval(served: Process, tasks: Any, load: Any) -> None:
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    from foreroute.cli import demo
-    from foreroute.engine.text import load_tokenizer
+    from foreroute.cli.commands import demo
+    from foreroute.model.text import load_tokenizer
 
     over_http = f"model={NAME},base_url={served.url}/v1/completions,batch_size=2"
     names = ["served_choice", "served_sums"]

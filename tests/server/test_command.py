@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from foreroute.cli import demo
+from foreroute.cli.commands import demo
 from foreroute.cli.main import main
 from tests.cli.harness import start
 from tests.server.process import serving

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ValidationError
 
+from foreroute.server.api.problems import ApiError
+from foreroute.server.api.schema import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from foreroute.server.backend import Backend
-from foreroute.server.problems import ApiError
-from foreroute.server.schema import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from foreroute.server.settings import Limits, ServerSettings
 from tests.server.conftest import Served
 

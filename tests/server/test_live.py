@@ -16,12 +16,12 @@ import torch
 
 pytest.importorskip("fastapi", reason="needs fastapi: pip install foreroute[serve]")
 
-from foreroute.engine.generate import generate
+from foreroute.generation.generate import generate
 from foreroute.residency.slots import FREE, LOADING
-from foreroute.server.live import MOST_VIEWERS, LiveFeed
-from foreroute.server.metrics import ServerMetrics
-from foreroute.server.recorder import DEMAND, GUESS, Recorder, digest
 from foreroute.server.settings import ServerSettings
+from foreroute.server.watching.live import MOST_VIEWERS, LiveFeed
+from foreroute.server.watching.metrics import ServerMetrics
+from foreroute.server.watching.recorder import DEMAND, GUESS, Recorder, digest
 from tests.cli.harness import NUM_EXPERTS, NUM_LAYERS, TOP_K, make_tokenizer, save_model
 
 PROMPT = torch.arange(10, 30)[None]
@@ -270,7 +270,7 @@ def test_it_is_busy_while_a_long_step_goes_and_not_after_one_that_broke_off(
     from foreroute.batching.engine import BatchEngine
     from foreroute.batching.requests import Request
     from foreroute.server.backend import Backend, Serving
-    from foreroute.server.pages import _feed_of
+    from foreroute.server.watching.pages import _feed_of
 
     model = load(folder, "50%")
     engine = BatchEngine(model, make_tokenizer(), 128)
@@ -306,7 +306,7 @@ def test_the_page_is_static_safe_and_can_be_left_out(serve: Callable[..., Any]) 
     from fastapi import FastAPI
     from starlette.testclient import TestClient
 
-    from foreroute.server.pages import add_page
+    from foreroute.server.watching.pages import add_page
 
     served = serve()
     app = FastAPI()
@@ -331,8 +331,8 @@ def live_client(feed: LiveFeed, send_s: float = 60.0) -> Any:
     from starlette.applications import Starlette
     from starlette.testclient import TestClient
 
-    from foreroute.server.pages import page_routes
-    from foreroute.server.problems import ApiError
+    from foreroute.server.api.problems import ApiError
+    from foreroute.server.watching.pages import page_routes
 
     async def refused(request: Any, error: Any) -> Any:
         return error.response()

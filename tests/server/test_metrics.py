@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from foreroute.cli import demo
+from foreroute.cli.commands import demo
 from foreroute.server.backend import Backend, Serving
-from foreroute.server.metrics import ServerMetrics, expert_metrics
+from foreroute.server.watching.metrics import ServerMetrics, expert_metrics
 from tests.server.conftest import Served
 
 Serve = Callable[..., Served]

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from foreroute.server.live import _event
-from foreroute.server.sse import event
+from foreroute.server.api.sse import event
+from foreroute.server.watching.live import _event
 from tests.server.conftest import Served
 
 Serve = Callable[..., Served]

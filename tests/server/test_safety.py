@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from foreroute.errors import ServerError
+from foreroute.server.api.problems import ApiError
+from foreroute.server.api.templates import TemplateRenderer
 from foreroute.server.backend import Prompts
-from foreroute.server.problems import ApiError
 from foreroute.server.settings import Limits, ServerSettings, check_exposure, host_name
-from foreroute.server.templates import TemplateRenderer
 from tests.server.conftest import Served
 
 Serve = Callable[..., Served]
@@ -331,7 +331,7 @@ def test_loading_a_model_runs_no_code_of_its_own() -> None:
     """The server loads as every command does: no flag of its command line lets remote code run."""
     import inspect
 
-    from foreroute.cli import serve as command
+    from foreroute.cli.commands import serve as command
 
     assert "trust_remote_code" not in inspect.getsource(command)
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from foreroute.cli import demo
-from foreroute.engine.text import load_tokenizer
+from foreroute.cli.commands import demo
+from foreroute.model.text import load_tokenizer
 from foreroute.server.backend import Prompts
 from foreroute.server.settings import Limits
 from tests.server.conftest import Served

@@ -8,7 +8,7 @@ import torch
 from transformers.cache_utils import DynamicCache
 from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
 
-from foreroute.engine.generate import GenerationReport, generate
+from foreroute.generation.generate import GenerationReport, generate
 from tests.support.runs import make_batch
 
 PROMPT = make_batch(23).ids

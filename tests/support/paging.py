@@ -1,12 +1,12 @@
-"""A module with the operations of kernels/paging.py, walked at random beside residency/'s pool with LRU."""
+"""A module with the operations of device/paging.py, walked at random beside residency/'s pool with LRU."""
 
 import random
 from types import ModuleType
 
 import torch
 
-from foreroute.kernels import paging
-from foreroute.kernels.paging import GUESS_IN_FLIGHT, SPECULATIVE, THERE, TOLERANCE, WAIT, CopyList, PagingState
+from foreroute.device import paging
+from foreroute.device.paging import GUESS_IN_FLIGHT, SPECULATIVE, THERE, TOLERANCE, WAIT, CopyList, PagingState
 from foreroute.policy import Policy, waited_for
 from foreroute.residency import Lru, Residency
 from foreroute.residency.slots import FREE, LEASED, LOADING, READY

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from foreroute.checkpoint.index import read_index
 from foreroute.checkpoint.layouts import ExpertTable
+from foreroute.checkpoint.locate import read_index
 from foreroute.checkpoint.records import STORE_NAME
-from foreroute.engine.packing import pack
 from foreroute.model.skeleton import outline
+from foreroute.prepare.pack import pack
 from tests.support.families import PAD_ID, VOCAB_SIZE
 
 NEW_TOKENS = 32

@@ -5,8 +5,8 @@ import torch
 import xxhash
 
 from foreroute.checkpoint.codecs import CODECS, STORED
-from foreroute.kernels.cpu import ExpertMath
-from foreroute.kernels.quant import (
+from foreroute.kernels.torch.experts import ExpertMath
+from foreroute.kernels.torch.quant import (
     Matrix,
     QuantisedMath,
     QuantisedToken,

@@ -8,7 +8,7 @@ import torch
 
 from foreroute.batching.requests import Event, Finished, Progress, PromptScored, Request, Step, Top
 from foreroute.batching.sampler import Sampler, StopText, score
-from foreroute.engine.text import TextPieces
+from foreroute.model.text import TextPieces
 
 _LOG = logging.getLogger(__name__)
 

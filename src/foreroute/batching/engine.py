@@ -14,11 +14,11 @@ import torch
 from foreroute.batching.answer import Answer
 from foreroute.batching.requests import EngineState, Event, Finished, Request
 from foreroute.batching.rows import OneRow, RowsCache, can_be_padded, why_not_batched
-from foreroute.engine.kv_memory import planned_kv_bytes_per_token
-from foreroute.engine.prompt_cache import PromptCache
-from foreroute.engine.serving import keeps_prompts
 from foreroute.errors import ContextLengthError, ForerouteError, PromptError, QueueFullError
-from foreroute.residency.serving_budget import MOST_SCORED_WHOLE, SCORED_AT_ONCE, choose_kv_tokens, kept_prompt_bytes
+from foreroute.generation.prefix_cache import PromptCache
+from foreroute.memory.kv import planned_kv_bytes_per_token
+from foreroute.memory.serving import keeps_prompts
+from foreroute.memory.serving_budget import MOST_SCORED_WHOLE, SCORED_AT_ONCE, choose_kv_tokens, kept_prompt_bytes
 
 _LOG = logging.getLogger(__name__)
 _LEAST_CHUNK = 8

@@ -9,9 +9,8 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 from foreroute.batching.row_layers import RowLayer, RowLengths
-from foreroute.engine.lean_loop import is_ordinary
-from foreroute.engine.prompt_cache import can_be_continued, new_cache
-from foreroute.engine.runtime import Runtime
+from foreroute.engine.moe_step import Runtime
+from foreroute.model.caches import can_be_continued, is_ordinary, new_cache
 
 
 def why_not_batched(model: Any) -> str:

@@ -6,15 +6,16 @@ from pathlib import Path
 
 from foreroute.bench.run import Case
 from foreroute.bench.rungs import RESIDENT, Rung
-from foreroute.checkpoint.index import read_index
 from foreroute.checkpoint.layouts import ExpertTable, LayerExperts
+from foreroute.checkpoint.locate import read_index
 from foreroute.checkpoint.records import open_store
 from foreroute.config import EngineConfig, Plan
-from foreroute.engine.loader import choose_memory, load
 from foreroute.errors import BudgetError, PromptError
+from foreroute.loading.load import load
+from foreroute.memory.host import choose_memory
 from foreroute.model.skeleton import outline
-from foreroute.residency.budget import format_memory
 from foreroute.types import ExpertReads
+from foreroute.units import format_memory
 
 
 @dataclass(frozen=True)

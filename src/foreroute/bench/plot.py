@@ -6,8 +6,8 @@ from typing import Any
 
 from foreroute.bench.results import PROMPT, TOKENS
 from foreroute.bench.rungs import BELADY, LADDER, ORACLE, PREFETCH, RESIDENT
-from foreroute.calibrate.plot import check
 from foreroute.errors import ForerouteError
+from foreroute.prepare.plot import check
 
 __all__ = ["check", "draw"]
 

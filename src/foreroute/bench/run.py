@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from foreroute.engine.lean_loop import split_prompt
+from foreroute.engine.chunks import split_prompt
 from foreroute.engine.stats import PhaseStats
 
 

@@ -21,7 +21,7 @@ from foreroute.bench.run import Case, Timed, fill_pool, run_once
 from foreroute.bench.rungs import BELADY, ORACLE, RESIDENT, Rung, config_of, plain_config
 from foreroute.bench.windows import Windows
 from foreroute.config import Plan
-from foreroute.engine.loader import load
+from foreroute.loading.load import load
 
 # Of the free RAM, what all rungs together may take; with more they are measured one after another.
 _RAM_SHARE = 0.8

@@ -7,8 +7,8 @@ import torch
 
 from foreroute.bench.passage import PASSAGE
 from foreroute.bench.run import Case
-from foreroute.engine.text import load_tokenizer, read_text
 from foreroute.errors import CheckpointError, PromptError
+from foreroute.model.text import load_tokenizer, read_text
 
 # Where the ids of the runs come from.
 OWN_TEXT, GIVEN_TEXT, RANDOM = "built-in passage", "text file", "random ids"

@@ -1,4 +1,4 @@
-"""How experts are stored: as they are, or quantised to 8 or 4 bits. Sizes and shapes only; kernels/quant.py computes.
+"""How experts are stored: as they are, or quantised to 8 or 4 bits. Sizes and shapes only; quant.py computes.
 
     int8        one scale per output row
     int4        groups of 32 columns of a row, each with a scale and a zero point; int4-g128: groups of 128

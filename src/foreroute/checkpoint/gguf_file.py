@@ -15,7 +15,7 @@ from foreroute.checkpoint.index import CheckpointIndex, TensorEntry
 from foreroute.errors import CheckpointError, CorruptCheckpointError, UnsupportedModelError
 
 SUFFIX = ".gguf"
-# Kinds that an expert may be stored in: (weights, bytes) of a block. kernels/gguf_blocks.py makes numbers of them.
+# Kinds that an expert may be stored in: (weights, bytes) of a block. kernels/torch/gguf_blocks.py dequantises them.
 EXPERT_BLOCKS: Mapping[str, tuple[int, int]] = {
     "F32": (1, 4), "F16": (1, 2), "BF16": (1, 2), "Q8_0": (32, 34), "MXFP4": (32, 17), "Q4_0": (32, 18),
     "Q4_K": (256, 144), "Q5_K": (256, 176), "Q6_K": (256, 210),

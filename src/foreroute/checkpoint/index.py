@@ -14,7 +14,7 @@ from typing import Any
 
 import xxhash
 
-from foreroute.errors import CheckpointError, CorruptCheckpointError, UnsupportedModelError
+from foreroute.errors import CorruptCheckpointError
 
 # Bytes per item of the dtypes that safetensors can hold and that an expert may be stored in.
 ITEMSIZE: Mapping[str, int] = {
@@ -83,43 +83,8 @@ class CheckpointIndex:
         return digest.hexdigest()
 
 
-def read_index(folder: str | Path) -> CheckpointIndex:
-    """Read the headers of every safetensors file that the checkpoint in `folder` names.
-
-    Args:
-        folder: a local folder with `model.safetensors`, or `model.safetensors.index.json` and its shards;
-            or a GGUF file.
-    Raises:
-        CheckpointError: not a folder, or a folder without weights.
-        UnsupportedModelError: the weights are pickles.
-        CorruptCheckpointError: a shard is absent, truncated, malformed, or does not hold what the index names.
-    """
-    folder = Path(folder)
-    if folder.suffix == ".gguf" and folder.is_file():
-        # Here, as its index is one of these.
-        from foreroute.checkpoint.gguf_file import read_gguf
-
-        return read_gguf(folder)
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder} is not a folder. Give the folder that holds config.json and *.safetensors.")
-    index_file = folder / "model.safetensors.index.json"
-    single_file = folder / "model.safetensors"
-    if index_file.is_file():
-        return CheckpointIndex(folder, _read_sharded(folder, index_file))
-    if single_file.is_file():
-        return CheckpointIndex(folder, {entry.name: entry for entry in read_header(single_file)})
-    pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in folder.glob(pattern))
-    if pickles:
-        raise UnsupportedModelError(
-            f"{folder} holds pickled weights ({pickles[0]}); foreroute reads safetensors only, as a pickle runs code. "
-            "Convert it: load it once with transformers and save_pretrained() it."
-        )
-    loose = sorted(path.name for path in folder.glob("*.safetensors"))
-    hint = f" It has {loose[0]}, but no model.safetensors.index.json that names it." if loose else ""
-    raise CheckpointError(f"{folder} has no model.safetensors and no model.safetensors.index.json.{hint}")
-
-
-def _read_sharded(folder: Path, index_file: Path) -> dict[str, TensorEntry]:
+def read_sharded(folder: Path, index_file: Path) -> dict[str, TensorEntry]:
+    """Every tensor that `index_file` names, from the headers of its shards in `folder`."""
     try:
         weight_map: dict[str, str] = json.loads(index_file.read_text())["weight_map"]
         shard_names = sorted(set(weight_map.values()))

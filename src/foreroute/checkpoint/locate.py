@@ -3,9 +3,10 @@
 import re
 from pathlib import Path
 
-from foreroute.checkpoint.gguf_file import is_gguf
+from foreroute.checkpoint.gguf_file import is_gguf, read_gguf
 from foreroute.checkpoint.hub import fetch
-from foreroute.errors import CheckpointError
+from foreroute.checkpoint.index import CheckpointIndex, read_header, read_sharded
+from foreroute.errors import CheckpointError, UnsupportedModelError
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -31,3 +32,36 @@ def locate(path_or_hub_id: str | Path, *, revision: str | None = None, quiet: bo
     if not _HUB_ID.fullmatch(text):
         raise CheckpointError(f"{text} is not a folder here, and no hub id (organisation/name) either.")
     return fetch(text, revision, quiet=quiet)
+
+
+def read_index(folder: str | Path) -> CheckpointIndex:
+    """Read the headers of every safetensors file that the checkpoint in `folder` names.
+
+    Args:
+        folder: a local folder with `model.safetensors`, or `model.safetensors.index.json` and its shards;
+            or a GGUF file.
+    Raises:
+        CheckpointError: not a folder, or a folder without weights.
+        UnsupportedModelError: the weights are pickles.
+        CorruptCheckpointError: a shard is absent, truncated, malformed, or does not hold what the index names.
+    """
+    folder = Path(folder)
+    if folder.suffix == ".gguf" and folder.is_file():
+        return read_gguf(folder)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is not a folder. Give the folder that holds config.json and *.safetensors.")
+    index_file = folder / "model.safetensors.index.json"
+    single_file = folder / "model.safetensors"
+    if index_file.is_file():
+        return CheckpointIndex(folder, read_sharded(folder, index_file))
+    if single_file.is_file():
+        return CheckpointIndex(folder, {entry.name: entry for entry in read_header(single_file)})
+    pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in folder.glob(pattern))
+    if pickles:
+        raise UnsupportedModelError(
+            f"{folder} holds pickled weights ({pickles[0]}); foreroute reads safetensors only, as a pickle runs code. "
+            "Convert it: load it once with transformers and save_pretrained() it."
+        )
+    loose = sorted(path.name for path in folder.glob("*.safetensors"))
+    hint = f" It has {loose[0]}, but no model.safetensors.index.json that names it." if loose else ""
+    raise CheckpointError(f"{folder} has no model.safetensors and no model.safetensors.index.json.{hint}")

@@ -1,7 +1,7 @@
 """How a family's tensors are made of stored ones, for checkpoints whose weights are quantised as they were published.
 
 A slot holds what the checkpoint stores (blocks, scales, zero points); numbers are made of it when an expert is
-computed. Which numbers, says a `Coding`; kernels/dequantise.py turns it into them.
+computed. Which numbers, says a `Coding`; kernels/torch/dequantise.py turns it into them.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ GGUF_PREFIX = "gguf:"
 class Coding:
     """What a stored matrix needs to become numbers.
 
-    kind: a name that kernels/dequantise.py knows.
+    kind: a name that kernels/torch/dequantise.py knows.
     block: rows and columns that share a scale; 0 for all of them.
     is_zero_shifted: zero points are stored one too small (GPTQ's first format).
     """

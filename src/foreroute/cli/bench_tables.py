@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from foreroute.cli import figures
-from foreroute.residency.budget import format_memory
+from foreroute.units import format_memory
 
 if TYPE_CHECKING:
     from rich.console import Console

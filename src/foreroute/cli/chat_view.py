@@ -9,7 +9,7 @@ from foreroute.cli import figures
 if TYPE_CHECKING:
     from rich.markdown import Markdown
 
-    from foreroute.engine.generate import GenerationReport
+    from foreroute.generation.generate import GenerationReport
 
 _FENCES = ("```", "~~~")
 

@@ -37,11 +37,11 @@ def run(
     import transformers
 
     import foreroute
-    from foreroute.checkpoint.index import read_index
-    from foreroute.engine.predictors import open_sidecar
+    from foreroute.checkpoint.locate import read_index
     from foreroute.evals import plot
     from foreroute.evals.policies import Finished, Rows, run_policies
     from foreroute.policy import Policy
+    from foreroute.predict.build import open_sidecar
 
     memories = tuple(args.memory or (("none",) if args.lm_eval else ("25%",)))
     rows = Rows(tuple(map(Policy.parse, args.policies)), memories, args.deterministic)

@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
 from foreroute.config import EngineConfig, Plan
-from foreroute.residency.budget import format_memory
+from foreroute.units import format_memory
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from foreroute.engine.generate import GenerationReport
+    from foreroute.generation.generate import GenerationReport
 
 # (name, value, remark); a row of None is a gap.
 Row = tuple[str, str, str] | None

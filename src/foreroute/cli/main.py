@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Sequence
 
 import foreroute
-from foreroute.cli import bench, chat, demo, evaluate, fit, generate, pack, plan, replay, score, serve, verify
+from foreroute.cli.commands import bench, chat, demo, evaluate, fit, generate, pack, plan, replay, score, serve, verify
 from foreroute.errors import ForerouteError
 
 COMMANDS = (generate, chat, serve, plan, pack, fit, score, evaluate, verify, bench, replay, demo)

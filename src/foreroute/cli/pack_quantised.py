@@ -11,10 +11,10 @@ from foreroute.cli import figures, options
 from foreroute.errors import EvaluationError, StoreError
 
 if TYPE_CHECKING:
-    from foreroute.engine.quantising import Quantiser
     from foreroute.evals.quantised import Reading
     from foreroute.evals.text import Windows
     from foreroute.model.skeleton import Outline
+    from foreroute.prepare.quantise import Quantiser
 
 _DEFAULT_SHARE = 0.25
 
@@ -103,9 +103,9 @@ def quality_of(args: argparse.Namespace, folder: Path, sketch: "Outline") -> Qua
     """
     if not args.text:
         return Quality(args, folder)
-    from foreroute.cli.fit import context_of
-    from foreroute.engine.text import load_tokenizer, read_text
+    from foreroute.cli.commands.fit import context_of
     from foreroute.evals.text import cut_windows
+    from foreroute.model.text import load_tokenizer, read_text
 
     texts = {str(path): read_text(path, EvaluationError) for path in args.text}
     context = context_of(sketch.config, args.context)
@@ -123,8 +123,8 @@ def make_quantiser(
         check_room: is called with the table of what will be stored, before any work.
     """
     from foreroute.checkpoint.codecs import encoded_table
-    from foreroute.engine.choosing import most_used
-    from foreroute.engine.quantising import Quantiser
+    from foreroute.prepare.choosing import most_used
+    from foreroute.prepare.quantise import Quantiser
 
     codec = CODECS[args.quant]
     if not codec.often:
@@ -154,7 +154,7 @@ def _begun(
 def _choose(
     args: argparse.Namespace, sketch: "Outline", quality: Quality, share: float
 ) -> tuple[list[frozenset[int]], dict[str, Any]]:
-    from foreroute.engine.choosing import fitted_counts, in_table_order, most_used
+    from foreroute.prepare.choosing import fitted_counts, in_table_order, most_used
 
     with figures.busy("Looking for a fit", args.json):
         fitted = fitted_counts(quality.folder, sketch, args.predictor)

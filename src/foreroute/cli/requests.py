@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from foreroute.cli import options
 from foreroute.config import EngineConfig
-from foreroute.residency.budget import format_memory
-from foreroute.residency.serving_budget import ServingNeeds, choose_kv_tokens
+from foreroute.memory.serving_budget import ServingNeeds, choose_kv_tokens
+from foreroute.units import format_memory
 
 if TYPE_CHECKING:
     from argparse import _ArgumentGroup
@@ -47,7 +47,7 @@ def with_room(folder: Path, config: EngineConfig, args: argparse.Namespace) -> t
 def needs_of(model: Any, context: int) -> ServingNeeds | None:
     """What serving with the model, loaded with room as above, takes of the RAM; None where experts are on a GPU."""
     from foreroute.batching.rows import why_not_batched
-    from foreroute.engine.serving import serving_needs
+    from foreroute.memory.serving import serving_needs
 
     plan = model.foreroute.plan
     if plan.kv_bytes_per_token is None:

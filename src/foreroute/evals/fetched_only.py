@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 
-from foreroute.engine import predictors as known
 from foreroute.errors import PolicyError
 from foreroute.model.residual import ResidualTap
-from foreroute.policy import Policy
-from foreroute.policy.rules import SPECULATIVE
+from foreroute.policy import SPECULATIVE, Policy
+from foreroute.predict import build as known
 from foreroute.predict.base import Seen, TokenGuess
 from foreroute.predict.default_vector import weighted_rows, with_no_expert
 from foreroute.predict.sidecar import Sidecar

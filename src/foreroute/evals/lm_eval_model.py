@@ -16,10 +16,10 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from foreroute.checkpoint.locate import locate
 from foreroute.config import EngineConfig
-from foreroute.engine.loader import load
-from foreroute.engine.text import load_tokenizer
 from foreroute.errors import EvaluationError
 from foreroute.evals.lm_eval import NAME
+from foreroute.loading.load import load
+from foreroute.model.text import load_tokenizer
 
 try:
     from lm_eval import simple_evaluate

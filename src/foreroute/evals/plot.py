@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from foreroute.calibrate.plot import check
 from foreroute.errors import ForerouteError
 from foreroute.evals.policies import mean_accuracy
 from foreroute.evals.pricing import pareto
+from foreroute.prepare.plot import check
 
 __all__ = ["check", "draw"]
 

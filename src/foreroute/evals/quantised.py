@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from foreroute.config import EngineConfig
-from foreroute.engine.loader import load
 from foreroute.evals.text import Windows, bits_per_char
-from foreroute.predict.controls import expert_counts
+from foreroute.loading.load import load
+from foreroute.prepare.controls import expert_counts
 
 # Called with (windows done, all windows).
 Progress = Callable[[int, int], None]

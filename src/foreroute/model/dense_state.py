@@ -16,7 +16,7 @@ from foreroute.checkpoint.quantised_formats import MXFP4, QuantisedFormat
 from foreroute.checkpoint.quantised_layout import check_dtypes, matrix_shape
 from foreroute.checkpoint.stored_parts import StoredMatrix
 from foreroute.errors import UnsupportedModelError
-from foreroute.kernels.dequantise import decode_matrix
+from foreroute.kernels.torch.dequantise import decode_matrix
 
 
 class LazyTensor:

@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 
 from foreroute.errors import BudgetError, TraceError
+from foreroute.memory.budget import SlotPlan, plan_slots
 from foreroute.report.events import Recording
-from foreroute.residency.budget import SlotPlan, format_memory, parse_memory, plan_slots
+from foreroute.units import format_memory, parse_memory
 
 # Of the decode steps, unless it is said otherwise: the pool fills in them, and they are not counted.
 _WARM_UP_SHARE = 0.2

@@ -1,9 +1,8 @@
-"""Which expert is where: the pool of slots, the order of eviction, and the sizes that a memory budget allows.
+"""Which expert is where: the pool of slots, and the order of eviction.
 
 Pure Python: no torch, no threads, no clock.
 """
 
-from foreroute.residency.budget import SlotPlan, format_memory, parse_memory, plan_slots
 from foreroute.residency.eviction import Eviction, Lfu, Lru, Turns, eviction_of
 from foreroute.residency.slots import Demand, Residency
 from foreroute.residency.states import IllegalEvent, NoVictim
@@ -16,10 +15,6 @@ __all__ = [
     "Lru",
     "NoVictim",
     "Residency",
-    "SlotPlan",
     "Turns",
     "eviction_of",
-    "format_memory",
-    "parse_memory",
-    "plan_slots",
 ]

@@ -8,16 +8,16 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
 import foreroute
-from foreroute.server import problems
-from foreroute.server.answers import check_model
+from foreroute.server.api import problems
+from foreroute.server.api.answers import check_model
+from foreroute.server.api.chat import complete_chat
+from foreroute.server.api.completions import complete
+from foreroute.server.api.problems import ApiError
+from foreroute.server.api.schema import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from foreroute.server.backend import Backend, Serving
-from foreroute.server.chat import complete_chat
-from foreroute.server.completions import complete
 from foreroute.server.guard import Guard
-from foreroute.server.metrics import ServerMetrics
-from foreroute.server.problems import ApiError
-from foreroute.server.schema import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from foreroute.server.settings import ServerSettings
+from foreroute.server.watching.metrics import ServerMetrics
 
 # nginx's "client closed request": nobody reads it.
 _CLIENT_LEFT = 499

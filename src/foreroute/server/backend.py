@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from foreroute.batching.requests import Engine
-from foreroute.server.problems import ApiError, not_possible
+from foreroute.server.api.problems import ApiError, not_possible
+from foreroute.server.api.templates import TemplateRenderer
+from foreroute.server.api.token_text import TokenTexts
 from foreroute.server.settings import Limits
-from foreroute.server.templates import TemplateRenderer
-from foreroute.server.token_text import TokenTexts
 
 
 class Prompts:

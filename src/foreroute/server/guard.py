@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 from urllib.parse import urlsplit
 
-from foreroute.server.problems import ApiError, internal
+from foreroute.server.api.problems import ApiError, internal
 from foreroute.server.settings import ServerSettings
 
 Message = MutableMapping[str, Any]

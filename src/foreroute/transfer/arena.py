@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from foreroute.errors import DeviceError
-from foreroute.residency.budget import format_memory
 from foreroute.transfer.base import Transfer
 from foreroute.transfer.memory import allocate_slots
+from foreroute.units import format_memory
 
 if TYPE_CHECKING:
     import torch

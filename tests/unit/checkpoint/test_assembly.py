@@ -13,8 +13,9 @@ from safetensors.torch import save_file
 from transformers.core_model_loading import Chunk, Concatenate, Interleave, MergeModulelist, Transpose
 
 from foreroute.checkpoint.assembly import Operation, assemble, whole
-from foreroute.checkpoint.index import TensorEntry, read_index
+from foreroute.checkpoint.index import TensorEntry
 from foreroute.checkpoint.layouts import ExpertTable, PartSource, layer_experts
+from foreroute.checkpoint.locate import read_index
 from foreroute.errors import CorruptCheckpointError, UnsupportedModelError
 from foreroute.model.skeleton import _operation
 from foreroute.transfer.copies import apply_copies

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from foreroute.predict.base import Seen, TokenGuess
-from foreroute.predict.controls import Moment, Popularity, previous_token, shuffled, uniform
 from foreroute.predict.hybrid import choose
-from foreroute.predict.scoring import LayerTally, Tally
+from foreroute.prepare.controls import Moment, Popularity, previous_token, shuffled, uniform
+from foreroute.prepare.scoring import LayerTally, Tally
 
 EXPERTS = 16
 

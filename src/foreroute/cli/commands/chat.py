@@ -1,0 +1,342 @@
+"""`foreroute chat`: a conversation in the terminal, whose beginning is computed once."""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from foreroute.checkpoint.locate import locate
+from foreroute.cli import chat_view, figures, options
+from foreroute.cli.chat_session import SETTINGS, Conversation, read_setting
+from foreroute.cli.commands.generate import add_sampling
+from foreroute.errors import ForerouteError, PromptError
+
+if TYPE_CHECKING:
+    from foreroute.generation.generate import GenerationReport
+
+_MAX_NEW_TOKENS = 512
+
+_COMMANDS = {
+    "/help": "this list",
+    "/system": "[TEXT]  set the system message; alone, take it away",
+    "/set": "[KEY VALUE]  a setting of the next answers; alone, show them",
+    "/save": "FILE  keep the chat as JSON",
+    "/load": "FILE  go on with a kept chat",
+    "/stats": "what the last answer took: hits, MB per token, stall, TPOT",
+    "/clear": "begin anew; settings and system message stay",
+    "/exit": "leave, as Ctrl-D does",
+}
+
+_EPILOG = """\
+in the chat:
+  /help lists the commands; a line that ends in \\ goes on in the next one.
+  Ctrl-C stops an answer, and what was said of it stays; Ctrl-D leaves.
+  Keys and values of the chat so far are kept: a turn computes what is new in
+  it, and /stats tells how much that was.
+
+examples:
+  foreroute chat MODEL --memory 8GiB
+  foreroute chat MODEL --system "Answer in one sentence." --temperature 0.7
+  printf 'Hello\\n/stats\\n' | foreroute chat MODEL --plain
+
+Answers go to standard output, all else to standard error. A model without a
+chat template goes on with the text of the chat; nothing makes it answer."""
+
+
+def add_parser(commands: Any) -> None:
+    """Add `chat` to the commands."""
+    parser = commands.add_parser(
+        "chat",
+        help="a conversation in the terminal",
+        usage="foreroute chat MODEL [flags]",
+        description="Talk with a model: answers as they come, its beginning computed once.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument("model", metavar="MODEL", help="folder of a checkpoint, or a hub id")
+    parser.add_argument("--system", metavar="TEXT", help="system message of the chat")
+    parser.add_argument("--load", type=Path, metavar="FILE", help="go on with a chat that /save kept")
+    parser.add_argument(
+        "--plain", action="store_true", help="answers as they are, not as markdown (default: off a terminal)"
+    )
+    parser.add_argument("--debug", action="store_true", help="show tracebacks and the warnings of libraries")
+    add_sampling(parser, max_new_tokens=_MAX_NEW_TOKENS)
+    # None tells what was asked for from what was not: a kept chat has its own.
+    parser.set_defaults(max_new_tokens=None)
+    options.add_model_options(parser)
+    options.add_engine_options(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command; returns its exit code."""
+    conversation, config = _begin(args), options.engine_config(args)
+    folder = locate(args.model)
+    options.quiet_libraries(args)
+    with figures.busy("Loading the model", is_quiet=False):
+        import foreroute
+        from foreroute.model.text import load_tokenizer
+
+        options.apply_threads(args)
+        tokenizer = load_tokenizer(folder)
+        model = foreroute.load(folder, dtype=args.dtype, config=config)
+    try:
+        chat = Chat(model, tokenizer, args.model, conversation, is_markdown=sys.stdout.isatty() and not args.plain)
+        chat.greet()
+        for line in _lines():
+            if not chat.take(line):
+                break
+    finally:
+        model.foreroute.close()
+    return 0
+
+
+def _begin(args: argparse.Namespace) -> Conversation:
+    """The chat that the flags ask for; flags win over what a file says."""
+    conversation = Conversation() if args.load is None else Conversation.load(args.load)
+    if args.system is not None:
+        conversation.system = args.system
+    for name in SETTINGS:
+        # The policy is the engine's flag, and holds from the loading on.
+        if name != "policy" and (value := getattr(args, name)) is not None:
+            conversation.set(name, value)
+    conversation.settings.setdefault("max_new_tokens", _MAX_NEW_TOKENS)
+    if args.do_sample is not None and not args.do_sample:
+        conversation.set("temperature", 0)
+    elif args.do_sample:
+        conversation.settings.setdefault("temperature", 1.0)
+    return conversation
+
+
+class Chat:
+    """Takes lines: commands are done, all else is said to the model and answered.
+
+    Args:
+        name: the model's, as it was asked for.
+        is_markdown: render answers.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, name: str, conversation: Conversation, *, is_markdown: bool) -> None:
+        from foreroute.generation.prefix_cache import PromptCache
+
+        self._model = model
+        self._tokenizer = tokenizer
+        self._name = name
+        self._conversation = Conversation(list(conversation.messages), None, {})
+        self._is_markdown = is_markdown
+        self._is_plain_text = not getattr(tokenizer, "chat_template", None)
+        self._cache = PromptCache()
+        self._last: GenerationReport | None = None
+        self._num_answers = 0
+        self._console = figures.stderr_console()
+        self._adopt(conversation)
+
+    def greet(self) -> None:
+        """What a chat begins with."""
+        plan = self._model.foreroute.plan
+        self._tell(f"{self._name}: {plan.num_slots} of {plan.total_slots} experts in memory. /help lists commands.")
+        if self._is_plain_text:
+            self._tell(
+                "This model has no chat template: it was not made to answer. It goes on with your text, line by line."
+            )
+
+    def take(self, line: str) -> bool:
+        """One line of the user's; False when the chat is over. Errors are told, and the chat goes on."""
+        text = line.strip()
+        if not text:
+            return True
+        try:
+            if text.startswith("/"):
+                name, _, rest = text.partition(" ")
+                if name == "/exit":
+                    return False
+                self._do(name, rest.strip())
+            else:
+                self._answer(line)
+        except ForerouteError as error:
+            self._tell(f"error: {error}", "red")
+        return True
+
+    def _do(self, name: str, rest: str) -> None:
+        doing: dict[str, Callable[[str], None]] = {
+            "/help": self._help, "/system": self._system, "/set": self._set, "/save": self._save,
+            "/load": self._load, "/stats": self._stats, "/clear": self._clear,
+        }  # fmt: skip
+        if name not in doing:
+            raise PromptError(f"There is no command {name}. There are: {', '.join(_COMMANDS)}.")
+        doing[name](rest)
+
+    # Answering.
+
+    def _answer(self, text: str) -> None:
+        from foreroute.generation.generate import generate
+
+        talk = self._conversation
+        talk.say("user", text)
+        report = None
+        try:
+            prompt_ids = talk.prompt_ids(self._tokenizer, is_plain=self._is_plain_text)
+            view = chat_view.MarkdownAnswer() if self._is_markdown else chat_view.PlainAnswer()
+            with view:
+                report = generate(
+                    self._model, self._tokenizer, prompt_ids, on_text=view.write, reuse=self._cache, **self._sampling()
+                )
+        except PromptError as error:
+            if "context" in str(error):
+                raise PromptError(f"{error} /clear begins anew; /save keeps what was said.") from error
+            raise
+        except KeyboardInterrupt:
+            # Between the model and the screen; what the model has said is known where it had ended.
+            pass
+        finally:
+            if report is None:
+                # As if it had not been asked: two turns of the user in a row confuse a model, and some templates.
+                talk.messages.pop()
+        if report is None:
+            self._tell("stopped before an answer began")
+            return
+        self._last = report
+        self._num_answers += 1
+        if report.text:
+            talk.say("assistant", report.text)
+        else:
+            talk.messages.pop()
+        ends = {"interrupted": "stopped; what was said stays", "length": "cut off: /set max_new_tokens takes more"}
+        if report.finish_reason in ends:
+            self._tell(ends[report.finish_reason])
+        elif not report.text:
+            self._tell("the model said nothing")
+
+    def _sampling(self) -> dict[str, Any]:
+        """What generate is told of the settings; as in `foreroute generate`, a temperature asks for sampling."""
+        told = {name: value for name, value in self._conversation.settings.items() if name not in ("seed", "policy")}
+        if told.get("temperature") == 0:
+            for name in ("temperature", "top_k", "top_p", "min_p"):
+                told.pop(name, None)
+            told["do_sample"] = False
+        elif told.keys() & {"temperature", "top_k", "top_p", "min_p"}:
+            told["do_sample"] = True
+        return told
+
+    # Commands.
+
+    def _help(self, rest: str) -> None:
+        figures.print_rows(self._console, [(name, *_usage(name)) for name in _COMMANDS])
+
+    def _system(self, rest: str) -> None:
+        if self._is_plain_text:
+            raise PromptError("This model has no chat template, and so no system message.")
+        self._conversation.system = rest or None
+        self._tell("system message set" if rest else "no system message")
+
+    def _set(self, rest: str) -> None:
+        name, _, text = rest.partition(" ")
+        if not name:
+            now = self._conversation.settings
+            values = {name: str(now.get(name, "default")) for name in SETTINGS}
+            if "policy" not in now:
+                values["policy"] = str(self._model.foreroute.policies[0])
+            figures.print_rows(self._console, [(name, values[name], SETTINGS[name][1]) for name in SETTINGS])
+            return
+        if name in SETTINGS and not text.strip():
+            raise PromptError(f"/set {name} needs a value: {SETTINGS[name][1]}.")
+        value = read_setting(name, text.strip())
+        self._apply(name, value)
+        self._conversation.set(name, value)
+        self._tell(f"{name} is {'default' if value is None else value}")
+
+    def _apply(self, name: str, value: Any) -> None:
+        """What takes effect by itself: the policy (which may be refused) and the seed."""
+        if name == "policy":
+            self._model.foreroute.set_policy("exact" if value is None else value)
+        elif name == "seed" and value is not None:
+            import torch
+
+            torch.manual_seed(value)
+
+    def _save(self, rest: str) -> None:
+        self._conversation.save(_path(rest, "/save"), self._name)
+        self._tell(f"{len(self._conversation.messages)} messages are in {rest}")
+
+    def _load(self, rest: str) -> None:
+        self._adopt(Conversation.load(_path(rest, "/load")))
+        self._tell(f"{len(self._conversation.messages)} messages from {rest}")
+
+    def _adopt(self, conversation: Conversation) -> None:
+        """Go on with this chat; nothing changes where the model cannot."""
+        if conversation.system is not None and self._is_plain_text:
+            raise PromptError("The chat has a system message, and this model no chat template for it.")
+        for name, value in conversation.settings.items():
+            self._apply(name, value)
+        self._conversation = conversation
+
+    def _stats(self, rest: str) -> None:
+        if self._last is None:
+            raise PromptError("There is no answer yet to tell figures of.")
+        plan = self._model.foreroute.plan
+        figures.print_rows(self._console, chat_view.stats_rows(self._last, plan, self._num_answers))
+
+    def _clear(self, rest: str) -> None:
+        self._conversation.messages.clear()
+        self._cache.clear()
+        self._tell("a new chat")
+
+    def _tell(self, text: str, style: str = "dim") -> None:
+        self._console.print(text, style=style, markup=False, soft_wrap=True)
+
+
+def _usage(name: str) -> tuple[str, str]:
+    """Arguments and meaning of a command."""
+    what = _COMMANDS[name]
+    arguments, gap, meaning = what.partition("  ")
+    return (arguments, meaning) if gap else ("", what)
+
+
+def _path(text: str, command: str) -> Path:
+    if not text:
+        raise PromptError(f"{command} needs a FILE.")
+    return Path(text).expanduser()
+
+
+def _lines() -> Iterator[str]:
+    """The user's lines until Ctrl-D or the end of the input; one that ends in a backslash goes on in the next."""
+    read = _typed() if sys.stdin.isatty() else _piped()
+    begun: list[str] = []
+    for line in read:
+        if line.endswith("\\"):
+            begun.append(line[:-1])
+            continue
+        yield "\n".join([*begun, line])
+        begun.clear()
+    if begun:
+        yield "\n".join(begun)
+
+
+def _piped() -> Iterator[str]:
+    for number, raw in enumerate(sys.stdin.buffer, start=1):
+        try:
+            yield raw.decode("utf-8").rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            raise PromptError(f"Line {number} of standard input is not UTF-8 text (byte {error.start}).") from None
+
+
+def _typed() -> Iterator[str]:
+    import readline
+
+    def complete(text: str, state: int) -> str | None:
+        fitting = [name for name in _COMMANDS if name.startswith(text)] if text.startswith("/") else []
+        return fitting[state] if state < len(fitting) else None
+
+    # Lines can be recalled with the arrow keys, and are kept nowhere else.
+    readline.set_completer_delims(" ")
+    readline.set_completer(complete)
+    readline.parse_and_bind("tab: complete")
+    while True:
+        try:
+            yield input("\n> ")
+        except EOFError:
+            print(file=sys.stderr)
+            return
+        except KeyboardInterrupt:
+            print("\n(Ctrl-D or /exit leaves)", file=sys.stderr)

@@ -1,0 +1,200 @@
+"""`foreroute demo`: the shipped model with a quarter of its experts in memory, held against the resident model."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import foreroute
+from foreroute.checkpoint.locate import locate
+from foreroute.cli import figures, options
+from foreroute.config import Plan
+from foreroute.errors import CheckpointError
+from foreroute.units import format_memory
+
+if TYPE_CHECKING:
+    import torch
+
+    from foreroute.generation.generate import GenerationReport
+
+MODEL_NAME = "foreroute-tiny"
+_PROMPT = "Mon 3 Jul + 6 days"
+
+_EPILOG = """\
+examples:
+  foreroute demo
+  foreroute demo --memory 50% --eviction lru    another setting, the same tokens
+  foreroute demo --model FOLDER --memory 8GiB   your model; it must fit the RAM
+
+It generates with most experts on disk, then loads the same model with plain
+transformers, every expert in memory (experts_implementation="eager"), generates
+again and compares the tokens one by one. Greedy, the same dtype and threads.
+
+the figures:
+  evictions    experts that gave way to others: 0 means the memory was not small
+  prefetches   experts fetched on a guess and then needed: 0 means that nothing
+               was foreseen
+  same tokens  the comparison; "no" names the first token that differs
+Exit code 1 when tokens differ, or when nothing was evicted or foreseen although
+memory and flags called for it: the comparison would then prove nothing."""
+
+
+def add_parser(commands: Any) -> None:
+    """Add `demo` to the commands."""
+    parser = commands.add_parser(
+        "demo",
+        help="see it work, and prove it",
+        usage="foreroute demo [PROMPT] [flags]",
+        description="Run the model that ships with a quarter of its experts in memory; check it.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument("prompt", metavar="PROMPT", nargs="?", default=_PROMPT, help=f'default: "{_PROMPT}"')
+    parser.add_argument("--model", metavar="FOLDER", help="another model in place of the one that ships")
+    parser.add_argument(
+        "--max-new-tokens", type=options.at_least(1), default=64, metavar="N", help="most tokens (default: 64)"
+    )
+    options.add_common_options(parser)
+    # Where bits are promised to be equal for every family: in float32.
+    options.add_model_options(parser, dtype="float32")
+    options.add_engine_options(parser, without=options.GPU_FIELDS, memory="25%")
+
+
+def find_model() -> Path:
+    """The folder of the model that ships: in the installed package, or in the repository beside it.
+
+    Raises:
+        CheckpointError: it is in neither.
+    """
+    package = Path(foreroute.__file__).parent
+    places = [package / "models" / MODEL_NAME, package.parents[1] / "models" / MODEL_NAME]
+    for place in places:
+        if (place / "config.json").is_file():
+            return place
+    raise CheckpointError(
+        f"The demo's model is not there: neither {places[0]} nor {places[1]} holds it. "
+        "Run the demo from the repository, or name a Mixture-of-Experts model with --model."
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command; returns its exit code."""
+    config = options.engine_config(args)
+    folder = find_model() if args.model is None else locate(args.model)
+    options.quiet_libraries(args)
+    console = figures.stdout_console(is_quiet=args.json)
+    with figures.busy("Loading the model", args.json):
+        from foreroute.generation.generate import generate
+        from foreroute.model.text import encode_prompt, load_tokenizer
+
+        options.apply_threads(args)
+        tokenizer = load_tokenizer(folder)
+        # The model that ships answers questions; another one continues the text.
+        is_chat = args.model is None
+        prompt_ids = encode_prompt(tokenizer, args.prompt, chat=is_chat)
+        model = foreroute.load(folder, dtype=args.dtype, config=config)
+    plan = model.foreroute.plan
+    try:
+        console.print(_introduction(plan) + (" It is asked:\n" if is_chat else " It continues this text:\n"))
+        write = figures.writer(sys.stdout, is_quiet=args.json)
+        write(args.prompt + ("\n" if is_chat else ""))
+        report = generate(
+            model, tokenizer, prompt_ids, on_text=write, max_new_tokens=args.max_new_tokens, do_sample=False
+        )
+        write("\n")
+    finally:
+        model.foreroute.close()
+    if report.finish_reason == "interrupted":
+        return 130
+    console.print()
+    figures.print_rows(console, _account(report))
+    console.print()
+    with figures.busy("Now the same with every expert in memory, by plain transformers", args.json):
+        expected = resident_tokens(plan, prompt_ids, args.max_new_tokens)
+    verdict, inert = compare(report.token_ids, expected, tokenizer), _inert_features(report, plan)
+    console.print(f"same tokens as the resident model: {verdict}", style="bold", markup=False)
+    for complaint in inert:
+        console.print(complaint)
+    is_same = report.token_ids == expected
+    if args.json:
+        figures.print_json(
+            same_tokens=is_same,
+            verdict=verdict,
+            inert=inert,
+            text=report.text,
+            token_ids=report.token_ids,
+            resident_token_ids=expected,
+            figures=report.figures(),
+            plan=plan,
+        )
+    return 0 if is_same and not inert else 1
+
+
+def resident_tokens(plan: Plan, prompt_ids: "torch.Tensor", max_new_tokens: int) -> tuple[int, ...]:
+    """The greedy continuation by transformers alone: every expert in memory, eager, in the same dtype."""
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(
+        plan.folder, dtype=getattr(torch, plan.compute_dtype), experts_implementation="eager"
+    ).eval()
+    out = model.generate(
+        prompt_ids,
+        attention_mask=torch.ones_like(prompt_ids),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        disable_compile=True,
+    )
+    return tuple(out[0, prompt_ids.shape[1] :].tolist())
+
+
+def compare(ours: Sequence[int], expected: Sequence[int], tokenizer: Any) -> str:
+    """ "yes (64 of 64)", or "no" with the first token that differs."""
+    if ours == expected:
+        return f"yes ({len(ours)} of {len(expected)})"
+    at = next((i for i, pair in enumerate(zip(ours, expected, strict=False)) if pair[0] != pair[1]), -1)
+    if at < 0:
+        return f"no: {len(ours)} tokens in place of {len(expected)}"
+    ours_text, expected_text = (repr(tokenizer.decode([ids[at]])) for ids in (ours, expected))
+    return (
+        f"no: token {at + 1} of {len(expected)} is {ours_text} ({ours[at]}) "
+        f"in place of {expected_text} ({expected[at]})"
+    )
+
+
+def _introduction(plan: Plan) -> str:
+    top_k = "/".join(str(k) for k in sorted(set(plan.top_k)))
+    return (
+        f"{Path(plan.folder).name} has {plan.total_slots} experts in {plan.num_layers} layers; a token uses {top_k} in "
+        f"each. They take {format_memory(plan.total_expert_bytes)} and lie on disk. There is memory for "
+        f"{plan.num_slots} of them, {format_memory(plan.memory_bytes)}."
+    )
+
+
+def _account(report: "GenerationReport") -> list[figures.Row]:
+    decode = report.stats.decode
+    demanded = decode.hits + decode.late + decode.misses
+    return [
+        ("new tokens", f"{len(report.token_ids)}", figures.number(report.figures()["tokens_per_s"], "tokens/s")),
+        ("experts asked for", f"{demanded:,}",
+         f"{decode.hits:,} in memory, {decode.late:,} on their way, {decode.misses:,} absent"),
+        ("evictions", f"{report.stats.evictions:,}", "experts that gave way to others"),
+        ("prefetches used", f"{report.stats.decode.prefetch_used:,}",
+         f"of {decode.prefetch_loads:,} experts fetched before the router asked"),
+    ]  # fmt: skip
+
+
+def _inert_features(report: "GenerationReport", plan: Plan) -> list[str]:
+    """What should have happened and did not; a comparison without it proves nothing."""
+    complaints = []
+    if plan.num_slots < plan.total_slots and not report.stats.evictions:
+        complaints.append("But no expert was evicted: this run proves little. Take less --memory or more tokens.")
+    if plan.staging_slots and not report.stats.decode.prefetch_used:
+        remedy = "Take more tokens." if plan.math == "own" else "Take --dtype float32."
+        complaints.append(f"But no guess was used: this run proves little. {remedy}")
+    return complaints

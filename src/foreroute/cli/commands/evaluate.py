@@ -1,0 +1,323 @@
+"""`foreroute eval`: what a model's output is worth, by tasks with one right answer and by held-out text."""
+
+import argparse
+import contextlib
+import dataclasses
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from foreroute.cli import evaluate_policies, figures, options
+from foreroute.cli.commands.fit import context_of
+from foreroute.config import EngineConfig
+from foreroute.errors import EvaluationError
+from foreroute.policy import Policy
+
+if TYPE_CHECKING:
+    from foreroute.evals.builtin import Progress, SuiteSettings
+    from foreroute.evals.text import HeldOut
+
+    # (model, tokenizer, progress) -> accuracy by task.
+    OtherTasks = Callable[[Any, Any, Progress], dict[str, float]]
+
+_EPILOG = """\
+examples:
+  foreroute eval MODEL --suite builtin             tasks and held-out text
+  foreroute eval MODEL --suite builtin --kinds add sort --windows 0
+  foreroute eval MODEL --text book.txt             bits per character alone
+  foreroute eval MODEL --lm-eval arc_easy --limit 50
+  foreroute eval MODEL --suite builtin --memory none 25% --png prices.png
+        --policies exact tolerance:0.1 speculative what each policy costs
+
+the figures:
+  right       greedy answers that are right to the last token, steps included;
+              the range is the 95 % interval of the share
+  bits/char   nats of the text's tokens / ln 2 / characters; windows without
+              context before them; "all" weighs sources as training did
+
+with --policies, one row for each policy and memory:
+  memory none has no cache: at each layer what was guessed for it is there, and
+  nothing else. Other memories decode token by token with a pool of that size.
+  Every row is compared with exact decoding of the same tokens. --deterministic
+  decides by logical time (guesses have arrived), so that two runs are equal;
+  without it the disk decides, and TPOT is measured. docs/policies.md says more.
+  A run that was stopped goes on with the rows that are missing.
+
+The builtin suite is what the models that ship are trained for: another model
+reads its tasks without having seen their form. Its text is made by
+`make held-out` in a checkout. The same model, flags and --threads give the same
+figures. --lm-eval and --human-eval need: pip install 'foreroute[eval]'"""
+
+
+def add_parser(commands: Any) -> None:
+    """Add `eval` to the commands."""
+    parser = commands.add_parser(
+        "eval",
+        help="how good the output is: tasks and held-out text; what policies cost",
+        usage="foreroute eval MODEL (--suite builtin | --text FILE... | ...) [flags]",
+        description="Measure a model's answers and its grasp of text, and price policies.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    options.add_model(parser)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--suite", choices=("builtin",), help="tasks with one right answer, and held-out text")
+    what.add_argument("--text", type=Path, nargs="+", metavar="FILE", help="UTF-8 text to read instead")
+    what.add_argument("--lm-eval", nargs="+", metavar="TASK", help="tasks of lm-eval instead")
+    what.add_argument(
+        "--human-eval", type=Path, nargs="?", const=Path(), metavar="FILE",
+        help="HumanEval instead, from FILE or the package human-eval",
+    )  # fmt: skip
+    _add_policy_options(parser)
+    _add_suite_options(parser)
+    harness = parser.add_argument_group("other harnesses")
+    harness.add_argument("--include-path", type=Path, metavar="FOLDER", help="more lm-eval tasks (YAML)")
+    harness.add_argument("--limit", type=options.at_least(1), metavar="N", help="of each task at most so many items")
+    harness.add_argument(
+        "--allow-code-execution", action="store_true", help="run what the model writes for HumanEval, in a sandbox"
+    )
+    options.add_common_options(parser)
+    options.add_model_options(parser)
+    options.add_engine_options(parser, without=("memory", "trace", *options.GPU_FIELDS))
+
+
+def _add_policy_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--memory", nargs="+", metavar="MEMORY",
+        help='for experts: "8GiB", bytes, or "25%%"; several, and "none" (no cache), with --policies',
+    )  # fmt: skip
+    parser.add_argument(
+        "--policies", nargs="+", metavar="POLICY", help="a row for each: exact, tolerance:TAU, speculative, paper"
+    )
+    parser.add_argument("--png", type=Path, metavar="FILE", help="with --policies: plot loss against bytes and stalls")
+
+
+def _add_suite_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--kinds", nargs="+", default=(), metavar="KIND", help="ask these kinds of tasks only (default: all)"
+    )
+    parser.add_argument(
+        "--per-kind", type=options.at_least(0), metavar="N", help="items per kind (default: 100; 0: none)"
+    )
+    parser.add_argument(
+        "--windows", type=options.at_least(0), default=28, metavar="N",
+        help="at most so many windows of each source or file (default: 28; 0: no text)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--context", type=options.at_least(2), metavar="N", help="tokens per window (default: 512, or the model's)"
+    )
+    parser.add_argument(
+        "--batch", type=options.at_least(1), default=50, metavar="N", help="items answered together (default: 50)"
+    )
+    parser.add_argument("--seed", type=options.at_least(0), default=0, metavar="N", help="of the items (default: 0)")
+    parser.add_argument(
+        "--held-out", type=Path, metavar="FILE", help="the suite's text (default: where `make held-out` writes it)"
+    )
+
+
+def cache_folder() -> Path:
+    """Where what can be made again is kept: in the user's cache."""
+    cache = os.environ.get("XDG_CACHE_HOME")
+    return (Path(cache) if cache else Path.home() / ".cache") / "foreroute"
+
+
+def default_held_out() -> Path:
+    """Where the suite's text lies."""
+    return cache_folder() / "held-out.json"
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command; returns its exit code."""
+    _refuse_misfits(args)
+    memory = args.memory[0] if args.memory and not args.policies else None
+    config = dataclasses.replace(options.engine_config(args), memory=memory)
+    folder = options.find_model(args)
+    options.quiet_libraries(args)
+    with figures.busy("Loading", args.json):
+        from foreroute.evals.builtin import SuiteSettings, check_kinds
+        from foreroute.evals.text import read_held_out
+        from foreroute.model.skeleton import read_config
+        from foreroute.model.text import load_tokenizer, read_text
+
+        options.apply_threads(args)
+        held_out = read_held_out(args.held_out or default_held_out()) if args.suite else None
+        if held_out is not None:
+            check_kinds(held_out, args.kinds)
+        texts = {_name(path): read_text(path, EvaluationError) for path in args.text or ()}
+        others = _other_tasks(args)
+        tokenizer = load_tokenizer(folder)
+    settings = SuiteSettings(
+        100 if args.per_kind is None else args.per_kind, tuple(args.kinds), args.windows,
+        context_of(read_config(folder), args.context), args.batch, args.seed,
+    )  # fmt: skip
+    with _bars(args.json) as show:
+        if args.policies:
+            shares = dict.fromkeys(texts, 1.0)
+            if held_out is not None:
+                texts, shares = dict(held_out.texts), dict(held_out.shares)
+            of_model = None if others is None else partial(_ask_others, others, tokenizer, show)
+            material = evaluate_policies.material_of(
+                tokenizer, texts, shares, held_out, settings, of_model, others_in_prompts=bool(args.lm_eval)
+            )
+            about = {"settings": dataclasses.asdict(settings), "others": _harness_of(args)}
+            args.cache = cache_folder()
+            return evaluate_policies.run(args, folder, config, tokenizer, material, about, show)
+        found = _plain(args, folder, config, tokenizer, held_out, texts, settings, others, show)
+    if args.json:
+        figures.print_json(model=args.model, suite=args.suite, seed=args.seed, **found)
+    else:
+        _print(found)
+    return 0
+
+
+def _ask_others(others: "OtherTasks", tokenizer: Any, show: "Progress", model: Any) -> dict[str, float]:
+    return others(model, tokenizer, show)
+
+
+def _refuse_misfits(args: argparse.Namespace) -> None:
+    """Flags that do not go together, before anything is loaded."""
+    if not args.suite and (args.kinds or args.held_out or args.per_kind is not None):
+        raise EvaluationError("--kinds, --per-kind and --held-out belong to --suite, which is not given.")
+    if args.text and not args.windows:
+        raise EvaluationError("--windows 0 leaves nothing to read of --text. Give at least 1.")
+    if not args.policies and (args.png is not None or len(args.memory or ()) > 1 or "none" in (args.memory or ())):
+        raise EvaluationError('--png, several values of --memory, and "none", belong to --policies.')
+    if args.policy != "exact":
+        raise EvaluationError(
+            "Texts and likelihoods are prompts, which are exact under every --policy. Ask for "
+            f"--policies {args.policy}, which decodes token by token."
+        )
+    for policy in args.policies or ():
+        Policy.parse(policy)
+    if args.lm_eval and any(memory != "none" for memory in args.memory or ()) and args.policies:
+        raise EvaluationError(
+            "lm-eval's likelihoods are prompts, which are exact with any cache. Give --memory none: there every "
+            "position is under the policy."
+        )
+    if not args.lm_eval and args.include_path is not None:
+        raise EvaluationError("--include-path belongs to --lm-eval, which is not given.")
+    if not args.lm_eval and args.human_eval is None and args.limit is not None:
+        raise EvaluationError("--limit belongs to --lm-eval and --human-eval. Of the suite, --per-kind is.")
+    if args.human_eval is not None and not args.allow_code_execution:
+        raise EvaluationError(
+            "HumanEval runs code that the model wrote, on this machine and as this user (in a sandbox). Allow it: "
+            "--allow-code-execution."
+        )
+
+
+def _harness_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What decides the figures of another harness: its tasks by name, and what is in files of one's own."""
+    found: dict[str, Any] = {name: str(getattr(args, name)) for name in ("lm_eval", "human_eval", "limit")}
+    files = sorted(args.include_path.rglob("*")) if args.include_path is not None else []
+    files += [args.human_eval] if args.human_eval not in (None, Path()) else []
+    found["files"] = {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files if path.is_file()}
+    return found
+
+
+def _other_tasks(args: argparse.Namespace) -> "OtherTasks | None":
+    """What --lm-eval or --human-eval asks of a model: accuracy by task."""
+    if args.lm_eval:
+        from foreroute.evals.lm_eval_model import check_tasks, run_lm_eval
+
+        check_tasks(args.lm_eval, args.include_path)
+        return lambda model, tokenizer, show: (
+            run_lm_eval(model, tokenizer, args.lm_eval, args.include_path, args.limit).primary
+        )
+    if args.human_eval is None:
+        return None
+    from foreroute.evals.human_eval import read_problems, run_human_eval
+    from foreroute.evals.sandbox import isolation_gap
+
+    problems = read_problems(None if args.human_eval == Path() else args.human_eval)[: args.limit]
+    if not problems:
+        raise EvaluationError("There is no problem of HumanEval in the file.")
+
+    if gap := isolation_gap():
+        figures.stderr_console().print(gap, style="yellow")
+
+    def human_eval(model: Any, tokenizer: Any, show: "Progress") -> dict[str, float]:
+        found = run_human_eval(model, tokenizer, problems, allow_code_execution=True, progress=show)
+        return {"human_eval": found["pass@1"]}
+
+    return human_eval
+
+
+def _plain(
+    args: argparse.Namespace,
+    folder: Path,
+    config: EngineConfig,
+    tokenizer: Any,
+    held_out: "HeldOut | None",
+    texts: dict[str, str],
+    settings: "SuiteSettings",
+    others: "OtherTasks | None",
+    show: "Progress",
+) -> dict[str, Any]:
+    """One model, one policy: the figures."""
+    import foreroute
+    from foreroute.evals.builtin import run_suite, run_text
+
+    model = foreroute.load(folder, dtype=args.dtype, config=config)
+    try:
+        if others is not None:
+            found: dict[str, Any] = {"tasks": others(model, tokenizer, show)}
+        elif held_out is None:
+            found = run_text(model, tokenizer, list(texts.items()), settings, show)
+        else:
+            found = run_suite(model, tokenizer, held_out, settings, show)
+        return {"memory_bytes": model.foreroute.plan.memory_bytes, **found}
+    finally:
+        model.foreroute.close()
+
+
+def _name(path: Path) -> str:
+    """What the figures call a file: its path, which two files of one name do not share; "all" is the mean."""
+    return "./all" if str(path) == "all" else str(path)
+
+
+@contextlib.contextmanager
+def _bars(is_quiet: bool) -> Iterator["Progress"]:
+    """One progress bar per thing that is being done, on standard error."""
+    from rich import progress
+
+    columns = (
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TimeRemainingColumn(),
+    )
+    tasks: dict[str, progress.TaskID] = {}
+    with progress.Progress(*columns, console=figures.stderr_console(), disable=is_quiet) as bar:
+
+        def show(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=total)
+            bar.update(tasks[what], completed=done)
+
+        yield show
+
+
+def _print(found: dict[str, Any]) -> None:
+    console = figures.stdout_console()
+    if "tasks" in found:
+        figures.print_grid(
+            console, ("task", "score"), [[task, f"{value:.4f}"] for task, value in found["tasks"].items()]
+        )
+        return
+    if found["accuracy"]:
+        grid = [
+            [kind, "yes" if one["multi_step"] else "", f"{one['right']} of {one['asked']}",
+             figures.percent(one["share"]), f"{100 * one['low']:.0f} to {100 * one['high']:.0f} %"]
+            for kind, one in found["accuracy"].items()
+        ]  # fmt: skip
+        figures.print_grid(console, ("task", "steps", "right", "share", "95 % interval"), grid)
+    if found["bits_per_char"]:
+        if found["accuracy"]:
+            console.print()
+        grid = [[source, f"{bits:.3f}"] for source, bits in found["bits_per_char"].items()]
+        figures.print_grid(console, ("held-out text", "bits/char"), grid)
+        console.print(f"{found['scored_tokens']:,} tokens scored.", style="dim")

@@ -1,0 +1,158 @@
+"""`foreroute generate`: a prompt in, text as it comes, and the figures of the run."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from foreroute.cli import figures, options
+from foreroute.errors import PromptError
+
+_EPILOG = """\
+examples:
+  foreroute generate MODEL "The capital of France is" --memory 8GiB
+  foreroute generate MODEL --file question.txt --memory 25% --max-new-tokens 400
+  git diff | foreroute generate MODEL - --system "Review this change." --json
+
+the figures (on standard error, after the text):
+  TTFT         time to first token, from the start of the prompt's prefill
+  TPOT         time per output token after that: (last - first) / (n - 1)
+  hits         experts that were in memory when a token (after the first)
+               needed them
+  late         experts that were on their way; the token waited for the rest
+  misses       experts that had to be fetched while the token waited
+  read         MB per token: demanded, and fetched on a guess. A guess is used
+               when its expert is needed, wasted when it is given up before
+  stall        ms per token in which nothing was computed, waiting for the disk
+  evictions    experts that gave way to others
+  guesses      how many are fetched now: the governor tries full width, half
+               and none, and keeps the quickest (--no-governor: full always)
+  peak RSS     the most memory this process had, loading included
+Only the text goes to standard output. Ctrl-C ends the answer, and shows the
+figures too."""
+
+
+def add_parser(commands: Any) -> None:
+    """Add `generate` to the commands."""
+    parser = commands.add_parser(
+        "generate",
+        help="text from a prompt, as it comes",
+        usage="foreroute generate MODEL [PROMPT] [flags]",
+        description="Continue or answer a prompt: the text as it comes, then the figures.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    options.add_model(parser)
+    parser.add_argument("prompt", metavar="PROMPT", nargs="?", help='the prompt; "-" reads it from standard input')
+    parser.add_argument("--file", type=Path, metavar="FILE", help="read the prompt from a file")
+    parser.add_argument(
+        "--chat",
+        action=argparse.BooleanOptionalAction,
+        help="put the prompt into the model's chat template (default: when the model has one)",
+    )
+    parser.add_argument("--system", metavar="TEXT", help="system message of the chat")
+    parser.add_argument("--quiet", action="store_true", help="text alone, without figures")
+    options.add_common_options(parser)
+    add_sampling(parser)
+    options.add_model_options(parser)
+    options.add_engine_options(parser)
+
+
+def add_sampling(parser: argparse.ArgumentParser, max_new_tokens: int = 128) -> None:
+    """The flags of sampling; `max_new_tokens` is the default of the one that ends an answer."""
+    group = parser.add_argument_group("sampling", "transformers' names; left out, the model's own settings hold")
+    group.add_argument(
+        "--max-new-tokens",
+        type=options.at_least(1),
+        default=max_new_tokens,
+        metavar="N",
+        help=f"most tokens of an answer (default: {max_new_tokens})",
+    )
+    group.add_argument(
+        "--do-sample", action=argparse.BooleanOptionalAction, help="draw tokens; --no-do-sample takes the likeliest"
+    )
+    group.add_argument(
+        "--temperature", type=options.between(0), metavar="X", help="higher is wilder; 0 does not sample"
+    )
+    group.add_argument("--top-k", type=options.at_least(1), metavar="N", help="draw from the N likeliest")
+    share = options.between(0, 1, open_below=True)
+    group.add_argument("--top-p", type=share, metavar="X", help="draw from the likeliest that make up this probability")
+    group.add_argument("--min-p", type=options.between(0, 1), metavar="X", help="drop what is X times less likely")
+    group.add_argument(
+        "--repetition-penalty", type=options.between(0, open_below=True), metavar="X", help="above 1 repeats less"
+    )
+    group.add_argument("--seed", type=options.at_least(0), metavar="N", help="the same seed draws the same tokens")
+
+
+def sampling(args: argparse.Namespace) -> dict[str, Any]:
+    """What transformers' generate is told: only what was asked for, so that the model's own settings hold.
+
+    Asking for a temperature, top-k, top-p or min-p asks for sampling.
+
+    Raises:
+        PromptError: they are given together with --no-do-sample.
+    """
+    drawing = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "min_p")}
+    asked = {name: value for name, value in drawing.items() if value is not None}
+    do_sample = args.do_sample
+    if asked.get("temperature") == 0:
+        if do_sample:
+            raise PromptError("--temperature 0 takes the likeliest token: leave out --do-sample.")
+        asked, do_sample = {}, False
+    elif asked and do_sample is False:
+        raise PromptError(f"--{next(iter(asked)).replace('_', '-')} needs sampling: leave out --no-do-sample.")
+    elif asked:
+        do_sample = True
+    asked.update(do_sample=do_sample, repetition_penalty=args.repetition_penalty)
+    return {name: value for name, value in asked.items() if value is not None}
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command; returns its exit code."""
+    # What is wrong with the flags or the path is said before seconds of imports.
+    prompt, config, sampled = options.read_prompt(args.prompt, args.file), options.engine_config(args), sampling(args)
+    folder = options.find_model(args)
+    options.quiet_libraries(args)
+    is_quiet = args.quiet or args.json
+    with figures.busy("Loading the model", is_quiet):
+        import torch
+
+        import foreroute
+        from foreroute.generation.generate import generate
+        from foreroute.model.text import encode_prompt, load_tokenizer
+
+        options.apply_threads(args)
+        tokenizer = load_tokenizer(folder)
+        prompt_ids = encode_prompt(tokenizer, prompt, chat=args.chat, system=args.system)
+    with figures.loading(config, is_quiet) as progress:
+        model = foreroute.load(folder, dtype=args.dtype, config=config, progress=progress)
+    try:
+        if args.seed is not None:
+            torch.manual_seed(args.seed)
+        report = generate(
+            model,
+            tokenizer,
+            prompt_ids,
+            on_text=figures.writer(sys.stdout, is_quiet=args.json),
+            max_new_tokens=args.max_new_tokens,
+            **sampled,
+        )
+    finally:
+        model.foreroute.close()
+    if args.json:
+        figures.print_json(
+            model=args.model,
+            text=report.text,
+            finish_reason=report.finish_reason,
+            loop=report.loop,
+            guess_why=report.guess_why,
+            token_ids=report.token_ids,
+            figures=report.figures(),
+            plan=model.foreroute.plan,
+        )
+    else:
+        print(flush=True)
+        if not args.quiet:
+            figures.print_report(report, model.foreroute.plan)
+    return 130 if report.finish_reason == "interrupted" else 0

@@ -1,0 +1,231 @@
+"""`foreroute pack`: write every expert as one aligned record, so that later runs read it straight into its place."""
+
+import argparse
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from foreroute.checkpoint.codecs import CODECS, STORED
+from foreroute.cli import figures, options, pack_quantised
+from foreroute.errors import StoreError
+from foreroute.units import format_memory
+
+if TYPE_CHECKING:
+    from foreroute.checkpoint.layouts import ExpertTable
+    from foreroute.checkpoint.records import PackedStore
+    from foreroute.prepare.quantise import Quantiser
+
+_EPILOG = """\
+examples:
+  foreroute pack MODEL                    beside the checkpoint: found by itself
+  foreroute pack MODEL --out /fast/disk   use: generate ... --packed /fast/disk
+  foreroute pack MODEL --quant int4       use: generate ... --packed int4
+  foreroute pack MODEL --quant int4 --text book.txt   and what it costs
+  foreroute pack MODEL --quant mixed --int8-share 25%
+
+In a checkpoint an expert is several tensors, which lie where no aligned read
+can begin. In the store it is one read, straight to where it is computed.
+The checkpoint stays as it is, and stays needed: tokenizer, config and dense
+weights are read from it. The store takes the room of all experts once more;
+that is checked first. It gets its name when it is whole, and every record
+carries a checksum.
+--quant int8 (a scale per row) or int4 (groups of 32; int4-g128: 128) makes the
+store 2 or 3.2 times smaller, and every read as much faster. The output changes,
+so that it is used only where it is asked for. The error printed is that of a
+layer's products, as a share of them; with --text, perplexity and bits per
+character on that text say what it does to the output, beside the model as
+stored. Computed in bfloat16, on the kind of CPU that packed it.
+--quant mixed has the experts used most in int8, the others in int4. A fit knows
+which they are (`foreroute fit`), or they are counted on --text. Slots of memory
+are as large as int8's; what is read is smaller.
+A run that crashed or was killed is continued. Ctrl-C removes what was written,
+unless --keep-partial: then the next `pack` goes on there."""
+
+
+def add_parser(commands: Any) -> None:
+    """Add `pack` to the commands."""
+    parser = commands.add_parser(
+        "pack",
+        help="make later runs faster: one read per expert",
+        usage="foreroute pack MODEL [flags]",
+        description="Write a packed store: one page-aligned record per expert.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    options.add_model(parser)
+    parser.add_argument("--out", type=Path, metavar="PATH", help="file or folder (default: beside the checkpoint)")
+    parser.add_argument(
+        "--quant", choices=tuple(name for name in CODECS if name != STORED), help="quantise the experts (default: no)"
+    )
+    parser.add_argument(
+        "--resume", action=argparse.BooleanOptionalAction, default=True, help="continue a partial file (default: yes)"
+    )
+    parser.add_argument("--keep-partial", action="store_true", help="on Ctrl-C, keep what was written")
+    parser.add_argument("--force", action="store_true", help="pack again, even where a store is there")
+    pack_quantised.add_options(parser)
+    options.add_common_options(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command; returns its exit code."""
+    pack_quantised.refuse_misfits(args)
+    folder = options.find_model(args)
+    options.quiet_libraries(args)
+    with figures.busy("Reading the checkpoint's headers", args.json):
+        from foreroute.checkpoint.codecs import check_shapes
+        from foreroute.checkpoint.locate import read_index
+        from foreroute.checkpoint.records import PackedStore, store_name
+        from foreroute.model.skeleton import outline
+
+        sketch = outline(folder, read_index(folder))
+        check_shapes(sketch.table, CODECS[args.quant or STORED], sketch.is_transposed)
+        quality = pack_quantised.quality_of(args, folder, sketch)
+    table, name = sketch.table, store_name(args.quant or STORED)
+    path = options.place_beside(folder, name, args.out, StoreError)
+    is_there = not args.force and _is_ours(args, path, table)
+    quantiser = None
+    if not is_there:
+        if args.quant is None:
+            _check_room(path, table)
+        else:
+            quantiser = pack_quantised.make_quantiser(
+                args, sketch, path, quality, lambda stored: _check_room(path, stored)
+            )
+        _pack(args, table, path, quantiser)
+    measured = quantiser if quantiser is not None and quantiser.is_measured else None
+    store = PackedStore(path, table)
+    if not args.json:
+        _tell(args, store, is_there=is_there, is_beside=path == folder / name)
+        if measured is not None:
+            _tell_errors(measured)
+    found = quality.price(path)
+    if args.json:
+        _tell_json(args, store, measured, found, is_there=is_there, is_beside=path == folder / name)
+    elif found is not None:
+        pack_quantised.tell_quality(found, args.quant)
+    return 0
+
+
+def _tell_errors(quantiser: "Quantiser") -> None:
+    console = figures.stdout_console()
+    errors = [error.relative for error in quantiser.errors]
+    worst = max(range(len(errors)), key=errors.__getitem__)
+    mean = sum(errors) / len(errors)
+    console.print(
+        f"Error of a layer's products, as a share of them: {100 * mean:.2f} % on the average, "
+        f"{100 * errors[worst]:.2f} % in MoE layer {worst} ({quantiser.measured} experts of each layer"
+        f"{' and codec' if quantiser.codec.often else ''})."
+    )
+
+
+def _is_ours(args: argparse.Namespace, path: Path, table: "ExpertTable") -> bool:
+    """Is there a complete store of this very model, and codec?
+
+    Raises:
+        StoreError: there is a file, but it is something else: it is not overwritten unasked.
+    """
+    from foreroute.checkpoint.records import PackedStore
+
+    if not path.exists():
+        return False
+    try:
+        found, codec = PackedStore(path, table), args.quant or STORED
+        if found.codec != codec:
+            raise StoreError(f"{path} holds {found.codec} experts, not {codec}.")
+    except StoreError as error:
+        raise StoreError(f"{error} --force packs over it.") from error
+    pack_quantised.check_choice(found.choice, args, path)
+    return True
+
+
+def _check_room(path: Path, table: "ExpertTable") -> None:
+    """Raises StoreError when the disk has no room for the store; the room of a partial file counts as free."""
+    from foreroute.checkpoint.records import partial_path, record_strides
+
+    needed = sum(record_strides(table))
+    try:
+        free = shutil.disk_usage(path.parent).free
+    except OSError as error:
+        raise StoreError(f"{path.parent} cannot be written to: {error.strerror}. Choose another --out.") from error
+    if partial_path(path).exists():
+        free += partial_path(path).stat().st_blocks * 512
+    if needed > free:
+        raise StoreError(
+            f"{path} needs {format_memory(needed, round_up=True)}; its disk has {format_memory(free)} free. "
+            "Make room, or choose another --out. Nothing was written."
+        )
+
+
+def _pack(args: argparse.Namespace, table: "ExpertTable", path: Path, quantiser: "Quantiser | None") -> None:
+    from rich import progress
+
+    from foreroute.checkpoint.records import partial_path
+    from foreroute.prepare.pack import pack
+
+    columns = (
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.DownloadColumn(binary_units=True),
+        progress.TransferSpeedColumn(),
+        progress.TimeRemainingColumn(),
+    )
+    console = figures.stderr_console()
+    with progress.Progress(*columns, console=console, disable=args.json) as bar:
+        task = bar.add_task("packing", total=table.total_slots * table.slot_bytes)
+        is_first = True
+
+        def show(done: int, total: int) -> None:
+            nonlocal is_first
+            if is_first and done and not args.json:
+                console.print(f"Continuing a partial file: {done} of {total} experts are there.")
+            is_first = False
+            bar.update(task, completed=done * table.slot_bytes)
+
+        try:
+            pack(table, path, progress=show, resume=args.resume, keep_partial=args.keep_partial, quantiser=quantiser)
+        except KeyboardInterrupt:
+            # Also where Ctrl-C came before `pack` had begun, or twice.
+            if not args.keep_partial:
+                partial_path(path).unlink(missing_ok=True)
+            elif partial_path(path).exists() and not args.json:
+                console.print(f"Kept {partial_path(path)}: `foreroute pack` goes on there.")
+            raise
+
+
+def _tell(args: argparse.Namespace, store: "PackedStore", *, is_there: bool, is_beside: bool) -> None:
+    path = store.path
+    size = f"{store.table.total_slots} experts, {format_memory(path.stat().st_size)}"
+    if is_there:
+        print(f"{path} is complete and belongs to this model ({size}): nothing to do. --force packs it again.")
+    else:
+        print(f"Wrote {path}: {size}.")
+    if store.choice:
+        pack_quantised.tell_choice(store.choice, [len(layer.others) for layer in store.table.layers])
+    if args.quant is not None:
+        print(f"Use it with --packed {args.quant if is_beside else path}")
+        return
+    print("It is used by itself, as it lies beside the checkpoint." if is_beside else f"Use it with --packed {path}")
+
+
+def _tell_json(
+    args: argparse.Namespace,
+    store: "PackedStore",
+    quantiser: "Quantiser | None",
+    quality: "dict[str, Any] | None",
+    *,
+    is_there: bool,
+    is_beside: bool,
+) -> None:
+    more_bits = {layer.name: sorted(layer.others) for layer in store.table.layers}
+    figures.print_json(
+        path=str(store.path),
+        store_bytes=store.path.stat().st_size,
+        experts=store.table.total_slots,
+        codec=store.codec,
+        was_there=is_there,
+        found_automatically=is_beside and args.quant is None,
+        layer_errors=None if quantiser is None else [error.relative for error in quantiser.errors],
+        choice={**store.choice, "int8": more_bits} if store.choice else None,
+        quality=quality,
+    )

@@ -1,0 +1,349 @@
+"""`foreroute plan`: what fits where, how fast it may be, and what would change that."""
+
+import argparse
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from foreroute.cli import figures, options, requests
+from foreroute.cli.forecast import ASSUMPTIONS, Case, forecast
+from foreroute.config import EngineConfig, Plan
+from foreroute.memory.serving_budget import ServingNeeds
+from foreroute.units import format_memory
+
+if TYPE_CHECKING:
+    from foreroute.bench.bandwidth import Bandwidth
+
+_EPILOG = """\
+examples:
+  foreroute plan MODEL                    the memory is chosen from the free RAM
+  foreroute plan MODEL --memory 8GiB
+  foreroute plan MODEL --memory 25% --json
+  foreroute plan MODEL --max-num-seqs 8 --ctx-size 8192    what serve takes
+
+the figures:
+  slots        places in memory that hold one expert each
+  one token    the experts that one token uses, over all layers. A memory that
+               holds few tokens' demand finds few experts again
+  in all       with --max-num-seqs, --ctx-size or --kv-tokens: the most that
+               serve takes of the RAM. Working memory is this process, as
+               measured, and what learning and a chunk of a prompt may take
+  guesses      the most slots that hold experts fetched on a guess
+  disk         measured for one second on this model's own experts, in random
+               order, read as the engine reads them
+  compute      measured: one token with its experts in memory
+  long prompt  prefill uses nearly every expert: this long it reads, once
+  TPOT         time per output token: forecast, not measured, from disk, compute
+               and the miss rates of another model. From reads that hide
+               behind compute entirely to reads that do not hide at all
+The model is loaded for this, without its experts: no text is generated."""
+
+# A pool below this many tokens' demand is said to be small.
+_SMALL_POOL_DEMANDS = 2.0
+
+
+@dataclass(frozen=True)
+class Findings:
+    """Everything that is shown. chosen_memory_bytes: what would be chosen were --memory left out.
+
+    serving: what serve takes of the RAM, where requests are planned for; context: tokens that each may have.
+    """
+
+    plan: Plan
+    eviction: str
+    reads_per_expert: int
+    kv_bytes_per_token: int
+    chosen_memory_bytes: int
+    bandwidth: "Bandwidth"
+    compute_ms: float
+    cases: tuple[Case, ...]
+    serving: ServingNeeds | None = None
+    context: int | None = None
+
+
+def add_parser(commands: Any) -> None:
+    """Add `plan` to the commands."""
+    parser = commands.add_parser(
+        "plan",
+        help="what fits, how fast it may be, what to change",
+        usage="foreroute plan MODEL [flags]",
+        description="Say what fits, measure disk and CPU, forecast the time per token.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    options.add_model(parser)
+    options.add_common_options(parser)
+    options.add_model_options(parser)
+    requests.add_request_options(parser.add_argument_group("requests"), max_num_seqs=None)
+    options.add_engine_options(parser, without=("trace",))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command; returns its exit code."""
+    config, folder = options.engine_config(args), options.find_model(args)
+    options.quiet_libraries(args)
+    with figures.busy("Loading the model and measuring", args.json):
+        found = find(folder, args, config)
+    hints = advice(found, args.model)
+    if args.json:
+        figures.print_json(**as_json(found), advice=hints, assumptions=ASSUMPTIONS)
+    else:
+        show(found, hints)
+    return 0
+
+
+def find(folder: Path, args: argparse.Namespace, config: EngineConfig) -> Findings:
+    """Load the model without its experts, and measure."""
+    import foreroute
+    from foreroute.bench.bandwidth import measure_bandwidth
+    from foreroute.checkpoint.locate import read_index
+    from foreroute.checkpoint.records import open_store
+    from foreroute.cli import probes
+    from foreroute.memory.host import available_ram, choose_memory
+    from foreroute.memory.kv import planned_kv_bytes_per_token
+    from foreroute.model.skeleton import outline
+
+    options.apply_threads(args)
+    config, context = _with_room(folder, args, config)
+    index = read_index(folder)
+    # Before the dense weights are in RAM, as `load` sees it.
+    free_ram = available_ram()
+    sketch = outline(folder, index)
+    source = sketch.table
+    store = open_store(folder, config.packed, source)
+    model = foreroute.load(folder, dtype=args.dtype, config=config)
+    try:
+        plan, table = model.foreroute.plan, model.foreroute.runtime.table
+        compute_ms, kv_bytes = probes.compute_ms(model), planned_kv_bytes_per_token(model)
+        # Last, as what is measured of it grows with what has been computed.
+        serving = None if context is None else requests.needs_of(model, context)
+    finally:
+        model.foreroute.close()
+    if plan.device != "cpu":
+        from foreroute.bench.link import measure_link
+
+        bandwidth = measure_link(plan.slot_bytes)
+        found = _found(plan, config, kv_bytes, plan.memory_bytes, bandwidth, compute_ms, reads_per_expert=1)
+        return replace(found, context=context)
+    kept = source if store is None else store.table
+    beside = 0 if serving is None else serving.tokens_bytes
+    chosen = choose_memory(None, kept, sketch.dense_nbytes, beside, free_ram)
+    reads_of = table.reads if store is None else store.reads_of(table)
+    keys = [
+        layer * table.num_experts + expert
+        for layer, described in enumerate(table.layers)
+        for expert in range(described.num_experts)
+    ]
+    bandwidth = measure_bandwidth(
+        reads_of,
+        keys,
+        table.slot_bytes,
+        num_threads=config.readers(table.slot_bytes),
+        direct=config.direct_io,
+        label=table.label,
+    )
+    found = _found(plan, config, kv_bytes, chosen, bandwidth, compute_ms, len(reads_of(keys[0])))
+    return replace(found, serving=serving, context=context)
+
+
+def _with_room(folder: Path, args: argparse.Namespace, config: EngineConfig) -> tuple[EngineConfig, int | None]:
+    """Room for requests as serve makes it, and the context of one; nothing where no flag speaks of requests."""
+    if args.max_num_seqs is None and args.ctx_size is None and config.kv_tokens is None:
+        return config, None
+    return requests.with_room(folder, config, args)
+
+
+def _found(
+    plan: Plan,
+    config: EngineConfig,
+    kv_bytes: int,
+    chosen_memory_bytes: int,
+    bandwidth: "Bandwidth",
+    compute_ms: float,
+    reads_per_expert: int,
+) -> Findings:
+    cases = forecast(
+        plan.resident_share if config.cache else 0.0,
+        plan.token_demand_slots,
+        plan.expert_bytes,
+        bandwidth.bytes_per_s,
+        compute_ms,
+        "lru" if config.control == "device" else config.eviction,
+    )
+    return Findings(
+        plan, config.eviction, reads_per_expert, kv_bytes, chosen_memory_bytes, bandwidth, compute_ms, cases
+    )
+
+
+def advice(found: Findings, model: str) -> list[str]:
+    """What would change the forecast, the most worthwhile first; empty when nothing would."""
+    plan, hints = found.plan, list[str]()
+    if plan.device != "cpu":
+        return _gpu_advice(plan)
+    whole = plan.total_slots * plan.slot_bytes
+    demand = plan.token_demand_slots * plan.slot_bytes
+    chosen = format_memory(found.chosen_memory_bytes)
+    if plan.memory_bytes > found.chosen_memory_bytes and not plan.memory_was_chosen:
+        hints.append(
+            f"This memory, the dense weights and 2 GiB for the rest exceed the free RAM: the system may swap. "
+            f"--memory {_flag(found.chosen_memory_bytes)} would not, nor does leaving it out."
+            if found.chosen_memory_bytes >= demand
+            else f"There is too little free RAM beside the dense weights (room for {chosen}): close other programs."
+        )
+    if plan.num_slots < _SMALL_POOL_DEMANDS * plan.token_demand_slots:
+        hints.append(
+            f"The memory holds only {plan.num_slots / plan.token_demand_slots:.1f} tokens' demand: expect few hits. "
+            f"--memory {_flag(2 * demand)} holds two."
+        )
+    if plan.num_slots < plan.total_slots:
+        fits = whole <= found.chosen_memory_bytes
+        hints.append(
+            f"--memory {_flag(whole)} would hold every expert"
+            + (": nothing is read twice." if fits else f"; the free RAM has room for {chosen}.")
+        )
+    if plan.source == "safetensors" and plan.num_slots < plan.total_slots:
+        now = "one read and a copy" if found.reads_per_expert == 1 else f"{found.reads_per_expert} reads and copies"
+        hints.append(
+            f"foreroute pack {model}: an expert becomes one aligned read without a copy (now {now}). "
+            f"It takes {format_memory(whole, round_up=True)} of disk."
+        )
+    if not found.bandwidth.is_direct:
+        hints.append(
+            "Experts are read through the page cache, not with O_DIRECT: the disk's figure above may be that of RAM. "
+            "A file system that allows O_DIRECT (ext4, xfs) keeps the RAM for the experts."
+        )
+    if plan.math == "family":
+        hints.append(
+            "In this dtype the family's own experts code runs, one expert at a time, and nothing is prefetched. "
+            "Another --dtype may be faster."
+        )
+    return hints
+
+
+def _gpu_advice(plan: Plan) -> list[str]:
+    hints = []
+    if plan.host_records < plan.total_slots:
+        hints.append(
+            f"Host memory holds {plan.host_records} of {plan.total_slots} experts, the others stay on disk: "
+            f"--host-memory {_flag(plan.total_slots * plan.slot_bytes)} would hold all of them."
+        )
+    if plan.num_slots < _SMALL_POOL_DEMANDS * plan.token_demand_slots:
+        hints.append("The GPU holds less than two tokens' demand: a lower --kv-tokens or --prefill-chunk makes room.")
+    return hints
+
+
+def _flag(num_bytes: int) -> str:
+    """Bytes as a value for --memory that needs no quotes and is not too small."""
+    return format_memory(num_bytes, round_up=True).replace(" ", "")
+
+
+def as_json(found: Findings) -> dict[str, Any]:
+    """What `--json` prints, units in the names."""
+    plan = found.plan
+    return {
+        "plan": {
+            **asdict(plan),
+            "resident_share": plan.resident_share,
+            "token_demand_bytes": plan.token_demand_bytes,
+            "reads_per_expert": found.reads_per_expert,
+            "kv_bytes_per_1k_tokens": found.kv_bytes_per_token * 1000,
+            "chosen_memory_bytes": found.chosen_memory_bytes,
+        },
+        "serving": None if found.serving is None else {"context": found.context, **requests.as_json(found.serving)},
+        "measured": {"disk": asdict(found.bandwidth), "compute_ms": found.compute_ms},
+        "forecast": {case.name: asdict(case) for case in found.cases},
+    }
+
+
+def show(found: Findings, hints: list[str]) -> None:
+    """Print it on standard output: it is the answer."""
+    console = figures.stdout_console()
+    figures.print_rows(console, [*_model_rows(found), None, *_memory_rows(found), None, *_speed_rows(found)])
+    console.print()
+    figures.print_grid(console, ("forecast", "TPOT", "misses per token", "read per token"), _forecast_rows(found))
+    console.print("\nIt assumes:", style="dim")
+    figures.print_list(console, ASSUMPTIONS, style="dim")
+    console.print("\nWhat would change it:" if hints else "\nNothing is left to change: every expert is in memory.")
+    figures.print_list(console, hints)
+
+
+def _model_rows(found: Findings) -> list[figures.Row]:
+    plan = found.plan
+    top_k = "/".join(str(k) for k in sorted(set(plan.top_k)))
+    is_converted = figures.dtype_name(plan.stored_dtype) != plan.compute_dtype
+    cache = format_memory(found.kv_bytes_per_token * 1000) if found.kv_bytes_per_token else "none"
+    return [
+        ("model", plan.model_type, f"{plan.num_layers} MoE layers x {plan.num_experts} experts, top-{top_k}"),
+        ("one expert", format_memory(plan.expert_bytes), f"{plan.stored_dtype}, computed in {plan.compute_dtype}"
+         + (" (converted at every use)" if is_converted else "")),
+        ("all experts", format_memory(plan.total_expert_bytes), f"on disk, {_source(plan)}"),
+        ("dense weights", format_memory(plan.dense_bytes),
+         f"always {'in RAM' if plan.device == 'cpu' else 'on the GPU'}, beside --memory"),
+        ("KV cache", cache, "per 1,000 tokens, beside --memory"),
+    ]  # fmt: skip
+
+
+def _memory_rows(found: Findings) -> list[figures.Row]:
+    plan = found.plan
+    demands = plan.num_slots / plan.token_demand_slots
+    free = "free RAM" if plan.device == "cpu" else "GPU's free memory"
+    chosen = f", chosen from the {free}" if plan.memory_was_chosen else ""
+    return [
+        ("--memory", format_memory(plan.memory_bytes),
+         f"{plan.num_slots} slots, {figures.percent(plan.resident_share)} of the experts{chosen}"),
+        ("one token", format_memory(plan.token_demand_bytes),
+         f"{plan.token_demand_slots} experts: the memory holds {demands:.1f} tokens' demand"),
+        ("guesses", f"{plan.staging_slots} slots", f"at most; predictor: {plan.predictor}"),
+        *_serving_rows(found),
+    ]  # fmt: skip
+
+
+def _serving_rows(found: Findings) -> list[figures.Row]:
+    """What requests take, where they are planned for."""
+    if found.context is None:
+        return []
+    needs, plan = found.serving, found.plan
+    kv_bytes = format_memory(plan.kv_tokens * found.kv_bytes_per_token if needs is None else needs.kv_bytes)
+    kv_tokens = plan.kv_tokens if needs is None else needs.kv_tokens
+    cache = ("requests", kv_bytes, f"of KV cache: {kv_tokens:,} tokens, of one {found.context:,}")
+    if needs is None:
+        return [cache]
+    return [
+        cache,
+        ("", format_memory(needs.kept_bytes), "of earlier prompts, kept for those that begin alike"),
+        ("working", format_memory(needs.all_working_bytes), "memory: Python, torch, learning, one chunk of a prompt"),
+        ("in all", format_memory(needs.total_bytes, round_up=True), "of RAM: experts, dense weights and these three"),
+    ]  # fmt: skip
+
+
+def _speed_rows(found: Findings) -> list[figures.Row]:
+    plan, disk = found.plan, found.bandwidth
+    way = "O_DIRECT" if disk.is_direct else "through the page cache"
+    name = "disk"
+    if plan.device != "cpu":
+        name, way = "link", "from pinned host memory"
+    absent_bytes = (1 - plan.resident_share) * plan.total_expert_bytes
+    return [
+        (name, f"{disk.bytes_per_s / 1e6:,.0f} MB/s",
+         f"measured: {disk.num_experts:,} random experts in {disk.elapsed_s:.1f} s, {way}"),
+        ("compute", figures.number(found.compute_ms, "ms"), "measured: one token, its experts in memory"),
+        ("long prompt", figures.number(absent_bytes / disk.bytes_per_s, "s"), "of reading: it uses every expert once"),
+    ]  # fmt: skip
+
+
+def _forecast_rows(found: Findings) -> list[tuple[str, ...]]:
+    names = {"best": "best: Belady", "likely": f"likely: {found.eviction.upper()}", "worst": "worst: no hits"}
+    return [
+        (
+            names[case.name],
+            figures.span(case.tpot_ms_low, case.tpot_ms_high, "ms"),
+            f"{figures.number(case.misses_per_token)} ({figures.percent(case.miss_rate)})",
+            figures.number(case.read_mb_per_token, "MB"),
+        )
+        for case in found.cases
+    ]
+
+
+def _source(plan: Plan) -> str:
+    return {"packed": "packed store", "gguf": "GGUF file"}.get(plan.source, plan.source)

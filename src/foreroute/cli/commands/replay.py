@@ -1,0 +1,270 @@
+"""`foreroute replay`: a recorded run, and what other evictions and budgets would have made of it."""
+
+import argparse
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from foreroute.cli import figures, options
+from foreroute.errors import BudgetError, TraceError
+from foreroute.units import format_memory, parse_memory
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from foreroute.report.events import Recording
+    from foreroute.report.replay import Budget, Report
+
+_EPILOG = """\
+examples:
+  foreroute generate MODEL "Once upon a time" --memory 25% --trace run.jsonl
+  foreroute replay run.jsonl
+  foreroute replay run.jsonl --memory 25% 50% --bandwidth 3.5GB/s
+  foreroute replay run.jsonl --out report          plots, and report/index.html
+
+what is replayed:
+  the experts that decoding demanded, on demand alone: nobody guesses, each miss
+  is read while the token waits. Prefill is left out, as its experts pass by the
+  pool. The pool starts empty; the warm-up's tokens fill it and are not counted.
+
+the policies:
+  lru, lfu,    the engine's own code, as --eviction chooses it
+  turns
+  random       gives up any expert: what remembering nothing gives
+  static       the most used experts stay, chosen with hindsight: no fixed
+               choice does better
+  belady       gives up what is needed again last: it knows the future, and no
+               eviction reads less
+  recorded     what the engine did in the recorded run, guesses included
+
+the figures:
+  hits         share of demanded experts that were in memory
+  misses       experts read per token because they were not; for the recorded
+               run without the late ones, which were on their way
+  MB/token     read per token; x belady: as a multiple of the bound
+  TPOT         ms per token, from compute as recorded (step less stall) and
+               reads at the bandwidth: from reads that hide behind compute
+               entirely to reads that do not hide at all. For the recorded run:
+               measured"""
+
+
+def add_parser(commands: Any) -> None:
+    """Add `replay` to the commands."""
+    parser = commands.add_parser(
+        "replay",
+        help="what other evictions and budgets would have made of a run",
+        usage="foreroute replay TRACE [flags]",
+        description="Replay a trace without its model: tables, plots and a page.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument("trace", type=Path, metavar="TRACE", help="a .jsonl file that --trace wrote")
+    parser.add_argument(
+        "--memory",
+        nargs="+",
+        default=(),
+        metavar="M",
+        help='budgets: bytes, "8GiB", or shares of the experts (default: a curve from 12.5%% to 100%%)',
+    )
+    parser.add_argument(
+        "--warm-up",
+        type=options.at_least(0),
+        metavar="N",
+        help="decode steps that fill the pool and are not counted (default: a fifth)",
+    )
+    parser.add_argument(
+        "--bandwidth", metavar="RATE", help='reading speed, "1.5GB/s" (default: that of the recorded run)'
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the random eviction (default: 0)")
+    parser.add_argument("--partial", action="store_true", help="use a trace that was cut off, as far as it goes")
+    parser.add_argument("--model", metavar="MODEL", help="check that the trace is of this model")
+    group = parser.add_argument_group("pictures")
+    group.add_argument(
+        "--out", type=Path, metavar="DIR", help="write plots (PNG) and a page, index.html, there (needs matplotlib)"
+    )
+    group.add_argument(
+        "--token",
+        type=options.at_least(0),
+        metavar="N",
+        help="the decode step whose timeline is drawn, from 0 (default: one of median duration in the second half)",
+    )
+    group.add_argument("--chrome", type=Path, metavar="FILE", help="also write the trace for Perfetto: a .json file")
+    options.add_common_options(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command; returns its exit code."""
+    from foreroute.report.replay import make_report
+    from foreroute.report.trace_file import read_recording
+
+    bytes_per_s = None if args.bandwidth is None else _rate(args.bandwidth)
+    if args.out is not None:
+        from foreroute.report import page
+
+        page.check(args.out)
+    if args.chrome is not None:
+        from foreroute.report.chrome import check_chrome
+
+        check_chrome(args.chrome, args.trace)
+    with _bar("reading", args.json) as show:
+        recording = read_recording(args.trace, is_partial=args.partial, progress=show)
+    if args.model is not None:
+        _check_model(recording, args.model)
+    if args.token is not None and args.token >= len(recording.decode_steps):
+        raise TraceError(
+            f"--token {args.token}: the trace has {len(recording.decode_steps)} decode steps, counted from 0."
+        )
+    with _bar("replaying", args.json) as show:
+        report = make_report(
+            recording,
+            memories=args.memory,
+            warm_up=args.warm_up,
+            bytes_per_s=bytes_per_s,
+            seed=args.seed,
+            progress=show,
+        )
+    written: list[Path] = []
+    if args.out is not None:
+        with figures.busy("Drawing", args.json):
+            written += page.write(report, args.out, args.token)
+    if args.chrome is not None:
+        from foreroute.report.chrome import write_chrome
+
+        write_chrome(args.trace, args.chrome)
+        written.append(args.chrome)
+    if args.json:
+        figures.print_json(**report.as_dict(), written=[str(path) for path in written])
+    else:
+        _print(report, written)
+    return 0
+
+
+def _rate(text: str) -> float:
+    """Bytes per second from "1.5GB/s"; the "/s" may be left out."""
+    try:
+        if "%" in text:
+            raise BudgetError(text)
+        return float(parse_memory(text.strip().removesuffix("/s"), 1))
+    except BudgetError:
+        raise TraceError(f'--bandwidth {text!r} is no speed. Write "1.5GB/s", "800MB/s" or bytes per second.') from None
+
+
+def _check_model(recording: "Recording", model: str) -> None:
+    from foreroute.checkpoint.locate import locate, read_index
+
+    folder = locate(model)
+    fingerprint = read_index(folder).fingerprint()
+    if fingerprint != recording.header.fingerprint:
+        raise TraceError(
+            f"{recording.path} is a trace of another model: it says {recording.header.model} "
+            f"({recording.header.fingerprint[:8]}), {folder} is {fingerprint[:8]}. Record one with this model, or "
+            "leave --model out."
+        )
+
+
+@contextlib.contextmanager
+def _bar(what: str, is_quiet: bool) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on standard error; call what it gives with (done, total)."""
+    from rich import progress
+
+    columns = (progress.TextColumn("{task.description}"), progress.BarColumn(), progress.TimeRemainingColumn())
+    with progress.Progress(*columns, console=figures.stderr_console(), transient=True, disable=is_quiet) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _print(report: "Report", written: list[Path]) -> None:
+    console = figures.stdout_console()
+    _print_run(console, report)
+    for budget in report.budgets:
+        console.print()
+        mark = ", as recorded" if budget.is_recorded else ""
+        console.print(
+            f"[bold]{figures.percent(budget.share)} of the experts[/bold]: {budget.num_slots} of "
+            f"{report.route.num_experts}, {format_memory(budget.pool_bytes)}{mark}"
+        )
+        figures.print_grid(console, ("", "hits", "misses", "MB/token", "x belady", "TPOT (ms)"), _rows(report, budget))
+    console.print()
+    figures.print_list(console, _remarks(report), style="dim")
+    for path in written:
+        console.print(f"Wrote {path}", soft_wrap=True)
+
+
+def _print_run(console: "Console", report: "Report") -> None:
+    from foreroute.report.style import speed
+
+    header, timing, fates = report.recording.header, report.timing, report.fates
+    read = "not known" if timing.bytes_per_s is None else speed(timing.bytes_per_s)
+    rows: list[figures.Row] = [
+        ("model", header.model, f"{header.num_layers} MoE layers, {header.num_experts} experts of "
+         f"{format_memory(max(header.expert_bytes))} ({header.codec})"),
+        ("recorded with", f"{header.num_slots} slots", f"eviction {header.eviction}, guesses {header.prefetch}, policy "
+         f"{header.policy}"),
+        ("decode steps", f"{len(report.route.steps):,}", f"the first {report.route.warm_up:,} fill the pool and are "
+         "not counted"),
+        ("TPOT", figures.number(timing.step_ms, "ms"), f"compute {figures.number(timing.compute_ms)}, waiting for "
+         f"bytes {figures.number(timing.stall_ms)}"),
+        ("bandwidth", read, "as given" if timing.is_bandwidth_given else "of the recorded run's reads"),
+        ("recall", figures.percent(report.recall), "of the demanded experts were guessed, mean over guessed layers"),
+        ("guessed reads", f"{fates.loads:,}", f"{fates.in_time:,} in time, {fates.late:,} late, {fates.later:,} "
+         f"for a later token, {fates.wasted:,} wasted, {fates.open:,} undecided; {fates.cancelled:,} more cancelled "
+         "in the queue"),
+    ]  # fmt: skip
+    figures.print_rows(console, rows)
+
+
+def _rows(report: "Report", budget: "Budget") -> list[list[str]]:
+    rows = []
+    for name, outcome in budget.outcomes.items():
+        tpot = report.timing.tpot_ms(outcome)
+        rows.append([
+            name,
+            figures.percent(outcome.hit_rate),
+            figures.number(outcome.misses_per_token),
+            _mb(outcome.bytes_per_token),
+            _times(budget.over_belady(outcome.bytes_per_token)),
+            "–" if tpot is None else figures.span(*tpot, "").rstrip(),
+        ])  # fmt: skip
+    if budget.is_recorded:
+        did = report.recorded
+        rows.append([
+            "recorded",
+            figures.percent(did.hits / max(did.demanded, 1)),
+            figures.number(did.misses / did.tokens),
+            _mb(did.bytes_per_token),
+            _times(budget.over_belady(did.bytes_per_token)),
+            figures.number(report.timing.step_ms),
+        ])  # fmt: skip
+    return rows
+
+
+def _mb(nbytes: float) -> str:
+    """Megabytes; small models read little."""
+    return f"{nbytes / 1e6:.3f}" if nbytes < 1e6 else figures.number(nbytes / 1e6)
+
+
+def _times(multiple: float | None) -> str:
+    return "–" if multiple is None else f"{multiple:.2f}"
+
+
+def _remarks(report: "Report") -> list[str]:
+    did, remarks = report.recorded, []
+    mb = [_mb(nbytes) for nbytes in (did.demand_bytes, did.prefetch_bytes, did.fill_bytes)]
+    share = figures.percent(did.late / max(did.demanded, 1))
+    remarks.append(
+        f"The recorded run read {mb[0]} MB/token on demand, {mb[1]} on guesses and {mb[2]} afterwards; {share} of its "
+        "demand was late."
+    )
+    if did.stood_in:
+        remarks.append(
+            f"It stood in for {did.stood_in / did.tokens:.2f} experts per token; replays load what it did not."
+        )
+    if report.left_out:
+        remarks.append(f"{', '.join(report.left_out)} left out: less than one token's demand.")
+    if report.recording.num_broken:
+        remarks.append(f"{report.recording.num_broken} steps were broken off and are not counted.")
+    if not report.recording.is_whole:
+        remarks.append(f"The trace was cut off: its {len(report.recording.steps)} whole steps are used.")
+    return remarks

@@ -1,0 +1,155 @@
+"""`foreroute score`: how many of the experts that come next are guessed, beside controls."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from foreroute.cli import figures, options
+from foreroute.cli.commands.fit import add_memory_options, add_text_options, context_of
+from foreroute.config import EngineConfig
+
+if TYPE_CHECKING:
+    import torch
+
+    from foreroute.prepare.score import Scores
+    from foreroute.prepare.timeliness import Timeliness
+
+# Tokens that one beginning is continued by.
+_DECODE_TOKENS = 64
+_GAP_NAMES = {"recall_k": "@k", "recall_k2": "@k+2", "missed_mass": "missed"}
+
+_EPILOG = """\
+examples:
+  foreroute score MODEL --text held-out.txt --png recall.png
+  foreroute score MODEL --text held-out.txt --memory 25% --decode 256
+
+the figures:
+  @k, @k+2, @2k  share of the routed experts that are among so many guessed
+  set            share of tokens all of whose experts are among the k guessed
+  missed         share of the gate weight that was not among the k guessed
+  layer 0        @k of the first MoE layer, guessed from token and context
+  us/token       time that one token's guesses take over all layers
+All are means over the MoE layers after the first. The oracle is the router on
+its own input and must read 100 %; random reads k / experts; shuffled is the
+best predictor's guess given to another token. "before attention" (fit
+--before-attention) comes when the layer begins: half the time to fetch, and the
+late ceiling of all that guess from the layer before.
+
+Score text that nothing was fitted to."""
+
+
+def add_parser(commands: Any) -> None:
+    """Add `score` to the commands."""
+    parser = commands.add_parser(
+        "score",
+        help="how good the guesses are, on your text",
+        usage="foreroute score MODEL --text FILE... [flags]",
+        description="Score a model's predictors, and controls, on text.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    add_text_options(parser, tokens=16384)
+    parser.add_argument("--predictor", default="auto", metavar="PATH", help='fitted predictors: "auto", "no" or a path')
+    parser.add_argument(
+        "--decode",
+        type=options.at_least(0),
+        default=0,
+        metavar="N",
+        help="also continue the text by N tokens, at --memory, and count the guesses that came in time (default: 0)",
+    )
+    parser.add_argument("--png", type=Path, metavar="FILE", help="plot recall per layer (needs matplotlib)")
+    options.add_common_options(parser)
+    options.add_model_options(parser)
+    add_memory_options(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command; returns its exit code."""
+    folder = options.find_model(args)
+    config = EngineConfig(
+        memory=args.memory, packed=args.packed, predictor=args.predictor, learn=False, prefetch_prefill="off"
+    )
+    options.quiet_libraries(args)
+    with figures.busy("Loading the model", args.json):
+        import foreroute
+        from foreroute.checkpoint.locate import read_index
+        from foreroute.model.text import load_tokenizer
+        from foreroute.predict.build import open_sidecar
+        from foreroute.prepare import plot
+        from foreroute.prepare.corpus import read_corpus
+        from foreroute.prepare.score import score
+
+        if args.png is not None:
+            plot.check(args.png)
+        options.apply_threads(args)
+        tokenizer = load_tokenizer(folder)
+        sidecar = open_sidecar(folder, read_index(folder), config)
+        model = foreroute.load(folder, dtype=args.dtype, config=config)
+    try:
+        corpus = read_corpus(tokenizer, args.text, args.tokens, context_of(model.config, args.context))
+        with figures.counting_bar("scoring", corpus.num_tokens, "tokens", args.json) as show:
+            scores = score(model, corpus.windows, sidecar, rows=args.rows, progress=show)
+        timely = _decode(model, corpus.windows, args.decode, args.json) if args.decode else None
+    finally:
+        model.foreroute.close()
+    if args.png is not None:
+        plot.draw(scores, args.png, title=folder.name)
+    if args.json:
+        figures.print_json(model=args.model, corpus=corpus.digest, timeliness=timely, **scores.as_dict())
+    else:
+        _print(scores, is_fitted=sidecar is not None)
+        if timely is not None:
+            _print_timeliness(timely)
+    return 0
+
+
+def _decode(model: Any, windows: "torch.Tensor", num_tokens: int, is_quiet: bool) -> "Timeliness":
+    """Continue some windows' beginnings, `num_tokens` in all."""
+    from foreroute.prepare.timeliness import timeliness
+
+    prompts = windows[: max(1, num_tokens // _DECODE_TOKENS), : windows.shape[1] // 2]
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or windows.shape[1]
+    # At least two: the first token is prefill's. Never past the model's context; what was decoded is shown.
+    each = max(2, min(num_tokens // len(prompts), context - prompts.shape[1]))
+    with figures.counting_bar("decoding", each * len(prompts), "tokens", is_quiet) as show:
+        return timeliness(model, prompts, each, show)
+
+
+def _print_timeliness(timely: "Timeliness") -> None:
+    demanded = timely.resident + timely.in_time + timely.late + timely.missed
+    rows: list[figures.Row] = [
+        ("decoded", f"{timely.tokens:,}", f"tokens; {demanded:,} experts demanded, {timely.resident:,} still resident"),
+        ("in time", f"{timely.in_time:,}", f"of {timely.fetched:,} experts fetched on a guess"),
+        ("late", f"{timely.late:,}", "guessed, and still on their way when they were demanded"),
+        ("wasted", f"{timely.wasted:,}", "guessed, and given up before anybody asked"),
+        ("missed", f"{timely.missed:,}", "demanded without a guess"),
+    ]
+    console = figures.stdout_console()
+    console.print()
+    figures.print_rows(console, rows)
+
+
+def _print(scores: "Scores", *, is_fitted: bool) -> None:
+    from foreroute.prepare.score import gap_closed
+
+    head = (f"k = {scores.top_k}", "@k", "@k+2", "@2k", "set", "missed", "layer 0", "us/token")
+    grid = []
+    for name, entry in scores.as_dict()["predictors"].items():
+        mean = entry["mean"]
+        shares = [mean[figure] for figure in ("recall_k", "recall_k2", "recall_2k", "exact_set_k", "missed_mass")]
+        shares.append(entry["recall_k"][0])
+        grid.append([name, *map(_per_cent, shares), figures.number(entry["cost_us"])])
+    console = figures.stdout_console()
+    figures.print_grid(console, head, grid)
+    console.print(f"In %, {scores.num_tokens:,} tokens, means over the MoE layers after the first.", style="dim")
+    gap = gap_closed(scores)
+    if gap is not None:
+        parts = ", ".join(f"{_per_cent(gap[name])} % in {text}" for name, text in _GAP_NAMES.items())
+        console.print(f"Of the way from default vectors to the late ceiling (before attention): {parts}.", style="dim")
+    if not is_fitted:
+        console.print("Nothing is fitted to this model yet: `foreroute fit` makes better guesses.", style="dim")
+
+
+def _per_cent(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:.1f}"

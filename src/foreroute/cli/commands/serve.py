@@ -1,0 +1,215 @@
+"""`foreroute serve`: a model behind OpenAI's API, for the clients that people have."""
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from foreroute.checkpoint.locate import locate
+from foreroute.cli import figures, options, requests
+from foreroute.errors import ForerouteError
+from foreroute.units import format_memory
+
+if TYPE_CHECKING:
+    from foreroute.config import EngineConfig
+    from foreroute.server.backend import Backend
+    from foreroute.server.settings import Limits, ServerSettings
+
+# The only place where the environment is read for the server.
+KEY_VARIABLE = "FOREROUTE_API_KEY"
+
+_EPILOG = """\
+examples:
+  foreroute serve MODEL --memory 8GiB
+  foreroute serve -m MODEL --port 9000 --served-model-name me
+  FOREROUTE_API_KEY=... foreroute serve MODEL --host 0.0.0.0
+
+  client = openai.OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none")
+
+It listens at once; GET /health says when the model is there. Then:
+  /v1/chat/completions  /v1/completions  /v1/models      OpenAI's API
+  /tokenize  /detokenize  /tokenizer_info                 lm-eval's, vLLM's
+  /metrics (Prometheus)  /version  /openapi.json  / (the page)
+What would change an answer and cannot be had is refused by name. Ctrl-C ends
+what is running and stops.
+
+Others can reach it only with --host, which needs a key or --insecure. A key in
+FOREROUTE_API_KEY is not seen in the list of processes. There is no TLS: put
+a proxy in front."""
+
+
+def add_parser(commands: Any) -> None:
+    """Add `serve` to the commands."""
+    parser = commands.add_parser(
+        "serve",
+        help="OpenAI's API for existing clients, and a page",
+        usage="foreroute serve MODEL [flags]",
+        description="Serve a model to the clients that speak OpenAI's API.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument("model", metavar="MODEL", nargs="?", help="folder of a checkpoint, or a hub id")
+    parser.add_argument("-m", "--model", dest="model_flag", metavar="MODEL", help="the same, as a flag")
+    options.add_common_options(parser)
+    _add_server_options(parser)
+    options.add_model_options(parser)
+    options.add_engine_options(parser)
+
+
+def _add_server_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("server")
+    group.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="where to listen (default: 127.0.0.1)")
+    group.add_argument("--port", type=_port, default=8000, metavar="N", help="0: any free one (default: 8000)")
+    group.add_argument(
+        "--api-key", action="append", metavar="KEY", help=f"requests must bring it (default: ${KEY_VARIABLE})"
+    )
+    group.add_argument("--insecure", action="store_true", help="let others come without a key")
+    group.add_argument(
+        "--served-model-name", nargs="+", metavar="NAME", help="names that requests may use (default: the folder's)"
+    )
+    group.add_argument(
+        "--allowed-host", action="append", default=[], metavar="NAME[:PORT]",
+        help="a name, and a port that is not 80 or 443, that a proxy is reached by (again for another)",
+    )  # fmt: skip
+    group.add_argument("--no-ui", action="store_true", help="no page at /")
+    group = parser.add_argument_group("requests")
+    requests.add_request_options(group)
+    group.add_argument(
+        "--max-waiting", type=options.at_least(0), default=64, metavar="N",
+        help="requests that may wait their turn; further ones get 429 (default: 64)",
+    )  # fmt: skip
+    group.add_argument(
+        "--temperature", type=options.between(0, 2), metavar="X", help="where a request has none (default: the model's)"
+    )
+    group.add_argument(
+        "--seed", type=options.at_least(0), metavar="N", help="where a request has none (default: chance)"
+    )
+
+
+def _port(text: str) -> int:
+    value = int(text)
+    if not 0 <= value <= 65535:
+        raise argparse.ArgumentTypeError(f"{value} is not within 0 and 65535")
+    return value
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command until it is stopped; returns its exit code."""
+    began = time.perf_counter()
+    model, config = _model(args), options.engine_config(args)
+    folder = locate(model)
+    options.quiet_libraries(args)
+    try:
+        from foreroute.server.run import address_of, listen, serve
+        from foreroute.server.settings import ServerSettings, check_exposure, host_name
+        from foreroute.server.watching.pages import add_page
+    except ImportError as error:
+        raise ForerouteError(f"{error}. Install the server: pip install 'foreroute[serve]'") from error
+    from foreroute.server.backend import Backend
+
+    keys = tuple(args.api_key or filter(None, [os.environ.get(KEY_VARIABLE)]))
+    check_exposure(args.host, keys, is_insecure=args.insecure)
+    settings = ServerSettings(
+        served_names=tuple(args.served_model_name or [Path(folder).resolve().name if Path(model).exists() else model]),
+        host=args.host,
+        port=args.port,
+        api_keys=keys,
+        allowed_hosts=frozenset(map(host_name, args.allowed_host)),
+        temperature=args.temperature,
+        seed=args.seed,
+        allow_pages=not args.no_ui,
+        limits=_limits(args),
+    )
+    listening = listen(args.host, args.port)
+    url = address_of(listening)
+    if not args.json:
+        print(f"foreroute serve  {model}\n  address   {url}/v1 (loading; GET /health)", file=sys.stderr, flush=True)
+
+    def load(backend: Backend) -> None:
+        lines, memory = _load(backend, folder, args, config, settings)
+        ready_s = time.perf_counter() - began
+        if args.json:
+            names = settings.served_names
+            figures.print_json(url=url, ready_s=ready_s, served=names, decided=lines, memory=memory)
+            return
+        for name, value in lines.items():
+            print(f"  {name:<9} {value}", file=sys.stderr)
+        print(f"ready in {ready_s:.1f} s", file=sys.stderr, flush=True)
+
+    serve(Backend(), settings, listening, load, [add_page])
+    if not args.json:
+        print("foreroute serve  stopped", file=sys.stderr)
+    return 0
+
+
+def _limits(args: argparse.Namespace) -> "Limits":
+    """A request may not ask for more answers than could ever be queued together: it would be put off for ever."""
+    from foreroute.server.settings import Limits
+
+    most = args.max_waiting + args.max_num_seqs
+    return Limits(prompts=min(Limits.prompts, most), choices=min(Limits.choices, most))
+
+
+def _model(args: argparse.Namespace) -> str:
+    if (args.model is None) == (args.model_flag is None):
+        what = "There is no model" if args.model is None else "There are two models"
+        raise ForerouteError(f"{what}. Give one: foreroute serve MODEL.")
+    return args.model or args.model_flag
+
+
+def _load(
+    backend: "Backend", folder: Path, args: argparse.Namespace, config: "EngineConfig", settings: "ServerSettings"
+) -> tuple[dict[str, str], dict[str, Any] | None]:
+    """Load the model, and let the server answer. Returns what was decided, for people, and the memory in figures."""
+    backend.report("importing torch and transformers", 0.0)
+    import foreroute
+    from foreroute.batching.engine import BatchEngine
+    from foreroute.model.text import load_tokenizer
+    from foreroute.server.backend import Prompts, Serving
+
+    options.apply_threads(args)
+    config, context = requests.with_room(folder, config, args)
+    backend.report("reading the tokenizer", 0.3)
+    tokenizer = load_tokenizer(folder)
+    backend.report("reading what stays in memory", 0.4)
+    model = foreroute.load(folder, dtype=args.dtype, config=config)
+    plan, text_config = model.foreroute.plan, model.config.get_text_config()
+    backend.report("starting the engine", 0.9)
+    prompts = Prompts(tokenizer, text_config.vocab_size, settings.limits)
+    prompts.start()
+    needs = requests.needs_of(model, context)
+    kv_tokens = plan.kv_tokens if needs is None else needs.kv_tokens
+    engine = BatchEngine(model, tokenizer, context, args.max_num_seqs, args.max_waiting, kv_tokens)
+    info = {
+        "tokenizer_class": type(tokenizer).__name__,
+        "eos_token": tokenizer.eos_token,
+        "bos_token": tokenizer.bos_token,
+        "pad_token": tokenizer.pad_token,
+        "chat_template": prompts.template,
+        "model_max_length": context,
+        "vocab_size": text_config.vocab_size,
+    }
+    backend.ready(Serving(engine, prompts, context, info, model))
+    names = ", ".join(settings.served_names)
+    at_once = f"{engine.rows} at a time" if engine.rows > 1 else "one at a time"
+    if engine.why_one_row and args.max_num_seqs > 1:
+        at_once += f" ({engine.why_one_row})"
+    chosen = " (chosen)" if plan.memory_was_chosen else ""
+    lines = {
+        "model": f"{names}: {plan.model_type}, {plan.num_layers} x {plan.num_experts} experts, {plan.compute_dtype}",
+        "experts": f"{plan.num_slots} of {plan.total_slots} ({plan.resident_share:.0%}) in "
+        f"{format_memory(plan.memory_bytes)}{chosen}",
+        "memory": f"{format_memory(plan.dense_bytes)} for the dense weights"
+        if needs is None
+        else requests.in_words(needs),
+        "context": f"{context} tokens",
+        "requests": f"{at_once}, {args.max_waiting} may wait; together at most {engine.kv_tokens} tokens "
+        f"({format_memory(engine.kv_bytes)})",
+        "policy": config.policy,
+        "key": "needed" if settings.api_keys else "none",
+        "page": "/" if settings.allow_pages else "off",
+    }
+    return lines, None if needs is None else requests.as_json(needs)

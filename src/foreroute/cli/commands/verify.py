@@ -1,0 +1,285 @@
+"""`foreroute verify`: is what the engine computes bit for bit what the whole model computes? On your checkpoint."""
+
+import argparse
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from foreroute.cli import figures, options
+from foreroute.config import EngineConfig, Plan
+from foreroute.errors import BudgetError, ForerouteError, PromptError
+from foreroute.units import format_memory
+
+if TYPE_CHECKING:
+    import torch
+
+    from foreroute.engine.stats import EngineStats
+    from foreroute.verification.compare import Difference, Verdict
+    from foreroute.verification.reference import Reference
+    from foreroute.verification.transcript import Exercise
+
+DEFAULT_MEMORY = "25%"
+_PROMPTS = (
+    "Once upon a time, a ship came into the harbour with nobody on board.",
+    "def factorial(n):\n    ",
+    "The three largest cities of the country are, in this order,",
+    "Q: If 17 apples cost 51 crowns, what do 5 cost?\nA:",
+    "Der Zug nach Zürich fährt um 7:45 Uhr ab, und wer ihn verpasst,",
+)
+# Characters of a prompt that are shown.
+_SHOWN = 48
+
+_EPILOG = """\
+examples:
+  foreroute verify MODEL                      with a quarter of the experts in
+                                              memory
+  foreroute verify MODEL --memory 8GiB --prompts my-prompts.txt --tokens 128
+  foreroute verify MODEL --packed no          not the packed store: which is at
+                                              fault, the store or the rest?
+  foreroute verify MODEL --reference on-demand --json
+
+The reference continues each prompt greedily. Then the engine, with the flags
+that you give, is fed the same tokens, and every step is compared by its bits:
+what goes into each MoE layer's experts (hidden states, routing), what comes
+out, and the logits. Each prompt runs alone.
+
+the reference:
+  resident    plain transformers, every expert in memory, eager experts
+              (experts_implementation="eager"), the same dtype and threads.
+              Taken when the model fits the free RAM. Equal bits prove that
+              exact mode changes nothing at all
+  on-demand   every expert read from the checkpoint's own files each time it is
+              needed, nothing kept, nothing guessed. Equal bits prove that
+              cache, eviction, guesses and packed store change nothing; that the
+              maths is transformers' own is tested at load, on random numbers
+A difference is named: prompt, step, MoE layer; then the expert whose slot held
+other bytes than the checkpoint, or the dense tensor that has other values.
+
+Exit code 0: everything is the same. 1: something differs. 2: it could not run."""
+
+
+def add_parser(commands: Any) -> None:
+    """Add `verify` to the commands."""
+    parser = commands.add_parser(
+        "verify",
+        help="prove that your model gives the same bits",
+        usage="foreroute verify MODEL [flags]",
+        description="Compare a model run from disk with the whole model, bit for bit.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    options.add_model(parser)
+    parser.add_argument(
+        "--prompts", type=Path, metavar="FILE", help="UTF-8 text, one prompt a line (default: five that are built in)"
+    )
+    parser.add_argument(
+        "--tokens", type=options.at_least(1), default=32, metavar="N", help="new tokens after each (default: 32)"
+    )
+    parser.add_argument(
+        "--reference",
+        choices=("auto", "resident", "on-demand"),
+        default="auto",
+        help="what to compare with (default: auto, the resident model if it fits)",
+    )
+    options.add_common_options(parser)
+    options.add_model_options(parser)
+    options.add_engine_options(parser, without=("trace", *options.GPU_FIELDS), memory=DEFAULT_MEMORY)
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """Everything that is shown."""
+
+    reference: "Reference"
+    verdict: "Verdict"
+    plan: Plan
+    stats: "EngineStats"
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command; returns its exit code."""
+    config = options.engine_config(args)
+    if getattr(args, "policy", "exact") != "exact":
+        raise ForerouteError("verify holds exact mode against its reference. Leave --policy out.")
+    texts = read_prompts(args.prompts)
+    folder = options.find_model(args)
+    options.quiet_libraries(args)
+    outcome = _verify(args, config, folder, texts)
+    verdict, complaints = outcome.verdict, _complaints(outcome)
+    if args.json:
+        figures.print_json(
+            same=verdict.same,
+            reference=outcome.reference.kind,
+            prompts=len(texts),
+            tokens=verdict.tokens,
+            same_tokens=verdict.same_tokens,
+            layers_compared=verdict.layers_compared,
+            first_difference=verdict.first_difference,
+            complaints=complaints,
+            evictions=outcome.stats.evictions,
+            prefetch_used=outcome.stats.prefetch_used,
+            plan=outcome.plan,
+        )
+    else:
+        _show(outcome, texts, complaints)
+    return 0 if verdict.same else 1
+
+
+def read_prompts(path: Path | None) -> list[str]:
+    """The prompts of a file, one a line, empty lines left out; those that are built in when there is no file.
+
+    Raises:
+        PromptError: the file cannot be read, is not UTF-8, or holds no prompt.
+    """
+    if path is None:
+        return list(_PROMPTS)
+    lines = options.read_prompt(None, path.expanduser()).split("\n")
+    return [line.removesuffix("\r") for line in lines if line.strip()]
+
+
+def _verify(args: argparse.Namespace, config: EngineConfig, folder: Path, texts: list[str]) -> _Outcome:
+    with figures.busy("Looking at the model", args.json):
+        import foreroute
+        from foreroute.checkpoint.locate import read_index
+        from foreroute.model.skeleton import outline
+        from foreroute.model.text import encode_prompt, load_tokenizer
+        from foreroute.verification.compare import verify
+        from foreroute.verification.reference import RESIDENT, choose_reference, record_reference
+
+        options.apply_threads(args)
+        # Whatever is wrong is said before the reference runs, which can take long.
+        index = read_index(folder)
+        sketch = outline(folder, index)
+        tokenizer = load_tokenizer(folder)
+        prompts = [encode_prompt(tokenizer, text, chat=False) for text in texts]
+        exercises = within_context(prompts, args.tokens, sketch.config.get_text_config())
+        kind = choose_reference(args.reference, index, sketch, args.dtype)
+        memory = settle_memory(folder, args.dtype, config)
+    what = "the resident model" if kind == RESIDENT else "on-demand loading"
+    with figures.counting_bar(what, sum(exercise.num_steps for exercise in exercises), "tokens", args.json) as show:
+        reference = record_reference(kind, folder, sketch, args.dtype, memory, exercises, show)
+    with figures.busy("Loading the model", args.json):
+        model = foreroute.load(folder, memory, args.dtype, config=config)
+    try:
+        with figures.counting_bar("from disk", reference.num_steps, "tokens", args.json) as show:
+            verdict = verify(model, exercises, reference, show)
+        return _Outcome(reference, verdict, model.foreroute.plan, model.foreroute.stats())
+    finally:
+        model.foreroute.close()
+
+
+def within_context(prompts: "list[torch.Tensor]", num_tokens: int, config: Any) -> "list[Exercise]":
+    """Each prompt [1, tokens] with one step per new token, fewer where the model's context ends before.
+
+    Raises:
+        PromptError: a prompt is longer than the context.
+    """
+    from foreroute.verification.transcript import Exercise
+
+    context = getattr(config, "max_position_embeddings", None) or math.inf
+    for number, prompt in enumerate(prompts, start=1):
+        if prompt.shape[1] > context:
+            raise PromptError(
+                f"Prompt {number} has {prompt.shape[1]} tokens; the model's context holds {context}. Shorten it."
+            )
+    return [Exercise(prompt, int(min(num_tokens, context - prompt.shape[1] + 1))) for prompt in prompts]
+
+
+def settle_memory(folder: Path, dtype: str, config: EngineConfig) -> int:
+    """The budget in bytes: what was asked for; the default is raised to what one token needs.
+
+    The model is loaded for this and let go of, which also finds whatever is wrong with it.
+
+    Raises:
+        ForerouteError: as `foreroute.load`.
+    """
+    try:
+        return _plan(folder, dtype, config).memory_bytes
+    except BudgetError:
+        if config.memory != DEFAULT_MEMORY:
+            raise
+    plan = _plan(folder, dtype, replace(config, memory="100%"))
+    return plan.token_demand_slots * plan.slot_bytes
+
+
+def _plan(folder: Path, dtype: str, config: EngineConfig) -> Plan:
+    import foreroute
+
+    model = foreroute.load(folder, dtype=dtype, config=config)
+    model.foreroute.close()
+    plan: Plan = model.foreroute.plan
+    return plan
+
+
+def _complaints(outcome: _Outcome) -> list[str]:
+    """What should have happened and did not: the comparison says little without it."""
+    plan, stats = outcome.plan, outcome.stats
+    complaints = []
+    if plan.num_slots < plan.total_slots and not stats.evictions:
+        complaints.append("But no expert was evicted: this run proves little. Take less --memory or more --tokens.")
+    if plan.staging_slots and plan.math == "own" and not stats.prefetch_used:
+        complaints.append("But no guess was used: this run proves little. Take more --tokens.")
+    return complaints
+
+
+def _show(outcome: _Outcome, texts: list[str], complaints: list[str]) -> None:
+    console = figures.stdout_console()
+    figures.print_rows(console, _account(outcome, len(texts)))
+    console.print()
+    first = outcome.verdict.first_difference
+    console.print(f"the same, bit for bit: {'yes' if outcome.verdict.same else 'no'}", style="bold")
+    if first is not None:
+        console.print(where(first, texts[first.prompt - 1]), markup=False)
+        figures.print_list(console, [*first.reasons, *_remedies(first, outcome.plan)])
+    else:
+        console.print(_proof(outcome.reference.kind), markup=False)
+    for complaint in complaints:
+        console.print(complaint, markup=False)
+
+
+def _account(outcome: _Outcome, num_prompts: int) -> list[figures.Row]:
+    plan, stats, verdict = outcome.plan, outcome.stats, outcome.verdict
+    sources = {"safetensors": "the checkpoint", "gguf": "the GGUF file", "packed": "the packed store"}
+    kinds = {"resident": "plain transformers, eager", "on-demand": "each expert read when needed"}
+    return [
+        ("reference", outcome.reference.kind, f"{kinds[outcome.reference.kind]}, {plan.compute_dtype}"),
+        ("engine", f"{plan.num_slots} of {plan.total_slots} experts fit",
+         f"{format_memory(plan.num_slots * plan.slot_bytes)}, read from {sources[plan.source]}"),
+        ("evictions", f"{stats.evictions:,}", "experts that gave way to others"),
+        ("prefetches used", f"{stats.prefetch_used:,}", "experts that were guessed and then needed"),
+        ("compared", f"{verdict.layers_compared:,} MoE layers",
+         f"in {verdict.tokens:,} steps, after {num_prompts} {'prompt' if num_prompts == 1 else 'prompts'}"),
+        ("tokens", f"{verdict.same_tokens:,} of {verdict.tokens:,}", "the same"),
+    ]  # fmt: skip
+
+
+def where(first: "Difference", text: str) -> str:
+    """The place of a difference in one sentence."""
+    from foreroute.verification.compare import DENSE, EXPERTS, ROUTER
+
+    shown = text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…"
+    step = "in its prefill" if first.step == 1 else f"at new token {first.step - 1} (position {first.position})"
+    layer = f"MoE layer {first.moe_layer} ({first.module})"
+    what = {
+        DENSE: f"what goes into {layer} differs, and all experts before it gave the same",
+        ROUTER: f"the same goes into {layer}, and its router chooses otherwise",
+        EXPERTS: f"the same goes into the experts of {layer}, and what comes out differs",
+    }.get(first.part, "every MoE layer gives the same, and the logits differ")
+    return f"First difference: prompt {first.prompt} ({shown!r}), {step}: {what}."
+
+
+def _remedies(first: "Difference", plan: Plan) -> list[str]:
+    if not first.experts or plan.source != "packed":
+        return []
+    return ["Experts came from a packed store: pack again (foreroute pack MODEL --force), or verify with --packed no."]
+
+
+def _proof(kind: str) -> str:
+    if kind == "resident":
+        return "Exact mode gives what transformers gives with every expert in memory."
+    return (
+        "Cache, eviction, guesses and packed store change nothing. That the maths is transformers' own was tested at "
+        "load; --reference resident would prove it, in enough RAM."
+    )

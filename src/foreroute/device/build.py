@@ -1,0 +1,142 @@
+"""Builds the device control plane of a model: arena, pool, operations and maths, for a GPU or the CPU of the tests."""
+
+import importlib
+from collections.abc import Callable, Sequence
+from typing import cast
+
+import torch
+
+from foreroute.checkpoint.layouts import ExpertTable
+from foreroute.checkpoint.records import PackedStore
+from foreroute.config import EngineConfig
+from foreroute.device import paging
+from foreroute.device.kernel_math import KernelSlotMath, form_of
+from foreroute.device.paging import PagingState
+from foreroute.device.prefill_buffers import LayerBuffers
+from foreroute.device.slot_math import GatheredSlotMath, PlainSlotMath
+from foreroute.device.tier import DeviceTier, GuessNext, Paging, SlotMath
+from foreroute.engine.approximation import Approximation
+from foreroute.errors import DeviceError
+from foreroute.kernels.slot_views import SlotViews
+from foreroute.kernels.torch.experts import ExpertMath
+from foreroute.memory.budget import SlotPlan
+from foreroute.model.blocks import MoeLayer
+from foreroute.predict.build import lookahead
+from foreroute.transfer.arena import Arena, Progress
+from foreroute.transfer.cuda import out_of_memory_named
+from foreroute.transfer.placing import LESS_MEMORY, fill_arena
+
+
+def build_tier(
+    asked: EngineConfig,
+    layers: Sequence[MoeLayer],
+    table: ExpertTable,
+    store: PackedStore | None,
+    slots: SlotPlan,
+    math: Sequence[ExpertMath | None],
+    dtype: torch.dtype,
+    device: torch.device,
+    approximation: Approximation,
+    progress: Progress,
+) -> DeviceTier:
+    """The tier, its arena filled.
+
+    Raises:
+        DeviceError: the experts' maths is not known, or memory cannot be had or pinned. ReadError, ChecksumError.
+    """
+    own_math = [entry for entry in math if entry is not None]
+    if len(own_math) < len(layers) or any(layer.other is not None for layer in table.layers):
+        raise DeviceError(
+            f"--control device computes experts itself, and those of {type(layers[0].experts).__name__} are computed "
+            "by their family's own code. Use --control host."
+        )
+    arena, keys = fill_arena(asked, table, store, table.total_slots, is_pinned=device.type == "cuda", progress=progress)
+    try:
+        staging = slots.staging_slots if asked.prefetch != "none" else 0
+        return assemble_tier(
+            layers, table, arena, keys, slots.num_slots, staging, own_math, dtype, device, approximation,
+            guess=lookahead(layers, dtype).guess, width=asked.prefetch_width,
+        )  # fmt: skip
+    except BaseException:
+        arena.close()
+        raise
+
+
+def assemble_tier(
+    layers: Sequence[MoeLayer],
+    table: ExpertTable,
+    arena: Arena,
+    keys: Sequence[int],
+    num_slots: int,
+    staging_slots: int,
+    math: Sequence[ExpertMath],
+    dtype: torch.dtype,
+    device: torch.device,
+    approximation: Approximation,
+    *,
+    guess: GuessNext,
+    width: int | None = None,
+) -> DeviceTier:
+    """The tier over an arena that is filled, its records in the order of `keys`.
+
+    Raises:
+        DeviceError: the device's memory does not hold it.
+    """
+    with out_of_memory_named(f"{num_slots} experts' slots and two layers' buffers", LESS_MEMORY):
+        pool = torch.empty(num_slots, table.slot_bytes, dtype=torch.uint8, device=device)
+        state = PagingState.create(
+            num_slots, table.num_keys, table.num_experts, staging_slots=staging_slots, device=device
+        )
+        first_records, filled = [], 0
+        for layer in table.layers:
+            first_records.append(filled)
+            filled += layer.num_experts
+        buffers = LayerBuffers(table, arena.tensor, first_records, math, dtype, device)
+    operations, slot_math, clear = _operations(layers, table, pool, math, dtype)
+    return DeviceTier(
+        table,
+        arena,
+        keys,
+        pool,
+        state,
+        operations,
+        slot_math,
+        buffers,
+        [layer.top_k for layer in layers],
+        guess,
+        approximation,
+        width=width,
+        clear=clear,
+    )
+
+
+def _operations(
+    layers: Sequence[MoeLayer],
+    table: ExpertTable,
+    pool: torch.Tensor,
+    math: Sequence[ExpertMath],
+    dtype: torch.dtype,
+) -> tuple[Paging, SlotMath, Callable[[], None]]:
+    """Paging, maths, and what lets go of the pool: Triton's kernels on a GPU, the plain ones elsewhere.
+
+    Raises:
+        DeviceError: the kernels cannot be imported.
+    """
+    layouts = [layer.layout for layer in table.layers]
+    if pool.device.type == "cpu":
+        views = SlotViews(pool.view(-1), table.slot_bytes, layouts, math, dtype)
+        return paging, PlainSlotMath(views, math), views.clear
+    try:
+        kernels = importlib.import_module("foreroute.device.triton_paging")
+        experts = importlib.import_module("foreroute.kernels.triton.experts").experts
+    except ImportError as error:
+        raise DeviceError(f"--control device: its kernels cannot be loaded ({error}). Use --control host.") from error
+    found = [
+        form_of(layer.experts, layout, entry, dtype) for layer, layout, entry in zip(layers, layouts, math, strict=True)
+    ]
+    forms = [form for form in found if form is not None]
+    if len(forms) == len(layers):
+        through_slots = KernelSlotMath(experts, pool, forms)
+        return cast(Paging, kernels), through_slots, through_slots.clear
+    gathered = GatheredSlotMath(pool, layouts, math, dtype)
+    return cast(Paging, kernels), gathered, gathered.clear

@@ -1,0 +1,391 @@
+"""Experts paged by the device itself: its state, and what each operation does to it, in plain Python.
+
+This is residency/'s pool with LRU, kept in tensors, so that a decode step never waits for the host. The functions
+here are the reference and run on the CPU; device/triton_paging.py has the same ones for a GPU, with the same
+signatures, and tests hold both to residency/ and policy/.
+
+What differs from residency/: nothing tells the device that a copy is done. A slot that `plan_prefetch` or `plan_fill`
+hands out is in flight until an operation is told `arrived=True`: everything that was copied for earlier lists is
+there. The copies of `plan` have to be there before the experts are computed, and its keys are leased until `release`
+or the next `plan`. A staged key is as old as its last guess, not as its arrival. Free slots go lowest first, and a
+demand's keys are served in ascending order.
+
+Order, for whoever composes them: planners change the tables and therefore run in one stream, one after the other;
+`fetch` reads its own list and the arena alone, and may run beside everything but what reads the slots it fills.
+"""
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+COUNTERS = (
+    "hits", "late", "misses", "prefetched", "filled", "prefetch_used", "prefetch_wasted", "evictions", "stood_in",
+    "shortages",
+)  # fmt: skip
+HITS, LATE, MISSES, PREFETCHED, FILLED, USED, WASTED, EVICTIONS, STOOD_IN, SHORTAGES = range(len(COUNTERS))
+CLOCK, SEQUENCE, LEASED = range(3)
+THERE, GUESS_IN_FLIGHT, FILL_IN_FLIGHT = range(3)
+# Rules of a token, for `decide`; `paper` waits too: what it changes is the route.
+WAIT, TOLERANCE, SPECULATIVE = range(3)
+
+
+@dataclass(frozen=True)
+class PagingState:
+    """Which expert is in which slot, on the device. All tensors are changed in place.
+
+    slot_of_key: int32 [num_keys], -1 where the key is absent. key_of_slot: int32 [num_slots], -1 where free.
+    stamp: int64 [num_slots], the clock at the last demand. staged_at: int64 [num_slots], 0 where not staged, else
+        growing with the last guess. in_flight: int32 [num_slots], THERE or which kind of copy may be under way.
+    marks: int64 [3]: CLOCK, SEQUENCE (of guesses), LEASED (slots of this stamp are).
+    counters: int64, in the order of COUNTERS. A shortage is a demanded key that got no slot: the step is void.
+    num_experts: keys of a layer. staging_slots, filling_slots: as residency/ has them.
+    """
+
+    slot_of_key: torch.Tensor
+    key_of_slot: torch.Tensor
+    stamp: torch.Tensor
+    staged_at: torch.Tensor
+    in_flight: torch.Tensor
+    marks: torch.Tensor
+    counters: torch.Tensor
+    num_experts: int
+    staging_slots: int
+    filling_slots: int
+
+    @classmethod
+    def create(
+        cls,
+        num_slots: int,
+        num_keys: int,
+        num_experts: int,
+        *,
+        staging_slots: int,
+        filling_slots: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> "PagingState":
+        """An empty pool. A demand of n keys never falls short with n + staging_slots + filling_slots slots."""
+        assert num_slots > 0, "a pool needs a slot"
+        assert 0 <= staging_slots <= num_slots, f"{staging_slots} staging slots of {num_slots}"
+        assert num_keys % num_experts == 0, f"{num_keys} keys are no whole layers of {num_experts}"
+
+        def zeros(count: int, dtype: torch.dtype) -> torch.Tensor:
+            return torch.zeros(count, dtype=dtype, device=device)
+
+        state = cls(
+            zeros(num_keys, torch.int32), zeros(num_slots, torch.int32), zeros(num_slots, torch.int64),
+            zeros(num_slots, torch.int64), zeros(num_slots, torch.int32), zeros(3, torch.int64),
+            zeros(len(COUNTERS), torch.int64), num_experts, staging_slots, filling_slots,
+        )  # fmt: skip
+        state.clear()
+        return state
+
+    @property
+    def num_slots(self) -> int:
+        """Slots in the pool."""
+        return len(self.key_of_slot)
+
+    def clear(self) -> None:
+        """Every slot is free and nothing is remembered, counts included. Does not wait for the device."""
+        self.slot_of_key.fill_(-1)
+        self.key_of_slot.fill_(-1)
+        for tensor in (self.stamp, self.staged_at, self.in_flight, self.marks, self.counters):
+            tensor.zero_()
+        release(self)
+
+    def counts(self) -> dict[str, int]:
+        """The counters by name. Waits for the device: never within a step."""
+        return dict(zip(COUNTERS, self.counters.tolist(), strict=True))
+
+
+@dataclass(frozen=True)
+class CopyList:
+    """Records to be copied: the first `count` of `keys` go to the same of `slots`. What is behind them is undefined.
+
+    keys, slots: int32 [capacity]. count: int32 [1].
+    """
+
+    keys: torch.Tensor
+    slots: torch.Tensor
+    count: torch.Tensor
+
+    @classmethod
+    def create(cls, capacity: int, device: torch.device | str = "cpu") -> "CopyList":
+        """An empty list; `capacity` is the most keys that a call can ask for."""
+        keys, slots = torch.zeros(2, max(capacity, 1), dtype=torch.int32, device=device)
+        return cls(keys, slots, torch.zeros(1, dtype=torch.int32, device=device))
+
+    def pairs(self) -> list[tuple[int, int]]:
+        """(key, slot). Waits for the device."""
+        count = int(self.count)
+        return list(zip(self.keys[:count].tolist(), self.slots[:count].tolist(), strict=True))
+
+
+def plan(
+    state: PagingState, layer: int, ids: torch.Tensor, slots: torch.Tensor, copies: CopyList, *, arrived: bool
+) -> None:
+    """Find a slot for every expert that a layer's step uses; `Residency.demand`. Ends the lease of the plan before.
+
+    Args:
+        ids: int [tokens, k] experts of the layer; those < 0 or >= num_experts are none.
+        slots: out, int32 [tokens, k]: the experts' slots, -1 for none.
+        copies: out: what has to be copied before they are used; capacity >= the distinct experts.
+        arrived: the copies of all earlier lists are done.
+    """
+    pool = _Pool(state, arrived)
+    now = pool.tick(CLOCK)
+    base = layer * state.num_experts
+    keys = _distinct_keys(ids, base, state.num_experts)
+    hits = [key for key in keys if pool.slot_of[key] >= 0]
+    absent = [key for key in keys if pool.slot_of[key] < 0]
+    for key in hits:
+        slot = pool.slot_of[key]
+        is_late = pool.in_flight[slot] != THERE
+        pool.count(LATE if is_late else HITS)
+        pool.count(USED, pool.staged_at[slot] > 0)
+        pool.touch(slot, now)
+    state.marks[LEASED] = now
+    pairs = pool.place(absent, pool.victims(len(absent), len(absent)))
+    for _, slot in pairs:
+        pool.touch(slot, now)
+    pool.count(MISSES, len(absent))
+    pool.count(SHORTAGES, len(absent) - len(pairs))
+    pool.store()
+    _write(copies, pairs)
+    found = [pool.slot_of[base + id] if 0 <= id < state.num_experts else -1 for id in ids.flatten().tolist()]
+    slots.copy_(torch.tensor(found, dtype=torch.int32).view(ids.shape))
+
+
+def plan_prefetch(state: PagingState, layer: int, guesses: torch.Tensor, copies: CopyList, *, arrived: bool) -> None:
+    """Find slots for guessed experts that have none, and stage them; `Residency.prefetch`.
+
+    Takes nothing that is leased, in flight or guessed here; staged keys stay within `staging_slots`.
+
+    Args:
+        guesses: int [n] experts of the layer, best first; what comes twice counts once, and < 0 or >= num_experts not.
+        copies: out: what has to be copied, best first. arrived: as for `plan`.
+    """
+    pool = _Pool(state, arrived)
+    base = layer * state.num_experts
+    guessed = list(dict.fromkeys(base + id for id in guesses.flatten().tolist() if 0 <= id < state.num_experts))
+    absent = [key for key in guessed if pool.slot_of[key] < 0]
+    kept = {pool.slot_of[key] for key in guessed if pool.slot_of[key] >= 0}
+    num_staged = sum(at > 0 for at in pool.staged_at)
+    for key in guessed:
+        slot = pool.slot_of[key]
+        if slot >= 0 and pool.staged_at[slot] > 0 and pool.in_flight[slot] == THERE:
+            pool.staged_at[slot] = pool.tick(SEQUENCE)
+    room = max(min(state.staging_slots - num_staged, len(absent)), 0)
+    victims = pool.victims(room, 0, kept)
+    victims += pool.victims(0, len(absent) - len(victims), kept)
+    pairs = pool.place(absent, victims)
+    for _, slot in pairs:
+        pool.staged_at[slot] = pool.tick(SEQUENCE)
+        pool.in_flight[slot] = GUESS_IN_FLIGHT
+    pool.count(PREFETCHED, len(pairs))
+    pool.store()
+    _write(copies, pairs)
+
+
+def plan_fill(state: PagingState, layer: int, ids: torch.Tensor, copies: CopyList, *, arrived: bool) -> None:
+    """Find slots for experts that were demanded and not waited for; `Residency.fill`.
+
+    They are touched, and take free slots, then the coldest that are neither staged, leased nor in flight, as far as
+    `filling_slots` goes.
+
+    Args:
+        ids: int [tokens, k] experts of the layer that are not there; those < 0 or >= num_experts are none.
+        copies: out: what has to be copied. arrived: as for `plan`.
+    """
+    pool = _Pool(state, arrived)
+    keys = _distinct_keys(ids, layer * state.num_experts, state.num_experts)
+    now = pool.tick(CLOCK) if keys else 0
+    room = state.filling_slots - sum(kind == FILL_IN_FLIGHT for kind in pool.in_flight)
+    absent = [key for key in keys if pool.slot_of[key] < 0]
+    for key in keys:
+        slot = pool.slot_of[key]
+        if slot < 0:
+            continue
+        pool.stamp[slot] = now
+        if room > 0 and pool.staged_at[slot] > 0 and pool.in_flight[slot] != THERE:
+            pool.staged_at[slot] = 0
+            pool.in_flight[slot] = FILL_IN_FLIGHT
+            pool.count(USED)
+            room -= 1
+    pairs = pool.place(absent, pool.victims(max(min(room, len(absent)), 0), 0))
+    for _, slot in pairs:
+        pool.touch(slot, now)
+        pool.in_flight[slot] = FILL_IN_FLIGHT
+    pool.count(FILLED, len(pairs))
+    pool.store()
+    _write(copies, pairs)
+
+
+def release(state: PagingState) -> None:
+    """The experts of the last plan are no longer computed with. Capturable: no kernel of its own is needed."""
+    state.marks[LEASED:].fill_(-1)
+
+
+def decide(
+    state: PagingState,
+    layer: int,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    rules: torch.Tensor,
+    taus: torch.Tensor,
+    waited: torch.Tensor,
+    stood_in: torch.Tensor,
+    *,
+    arrived: bool,
+) -> None:
+    """Split a route into what is computed and what default vectors stand in for; policy's `waited_for`.
+
+    Args:
+        ids, weights: [tokens, k] the route. An expert that is in flight is there if `arrived`.
+        rules: int32 [tokens] of WAIT, TOLERANCE, SPECULATIVE. taus: float64 [tokens].
+        waited: out, int32 [tokens, k]: the experts that are there or waited for, -1 elsewhere: what `plan` is given.
+        stood_in: out, int32 [tokens, k]: those that default vectors stand in for, -1 elsewhere.
+    """
+    slot_of, in_flight = state.slot_of_key.tolist(), state.in_flight.tolist()
+    base = layer * state.num_experts
+
+    def is_miss(id: int) -> bool:
+        slot = slot_of[base + id]
+        return slot < 0 or (not arrived and in_flight[slot] != THERE)
+
+    rows = [[id if 0 <= id < state.num_experts else -1 for id in row] for row in ids.tolist()]
+    dropped: list[list[int]] = []
+    needed: set[int] = set()
+    for row, masses, rule, tau in zip(rows, weights.double().tolist(), rules.tolist(), taus.tolist(), strict=True):
+        misses = [at for at, id in enumerate(row) if id >= 0 and is_miss(id)]
+        masses = [mass if id >= 0 else 0.0 for id, mass in zip(row, masses, strict=True)]
+        dropped.append(_dropped(rule, tau, masses, misses))
+        needed.update(row[at] for at in misses if at not in dropped[-1])
+    out = [
+        [id if at in left_out and id not in needed else -1 for at, id in enumerate(row)]
+        for row, left_out in zip(rows, dropped, strict=True)
+    ]
+    stood_in.copy_(torch.tensor(out, dtype=torch.int32))
+    waited.copy_(torch.where(stood_in >= 0, -1, torch.tensor(rows, dtype=torch.int32)))
+    state.counters[STOOD_IN] += len({id for row in out for id in row if id >= 0})
+
+
+def fetch(
+    arena_address: int,
+    record_offsets: torch.Tensor,
+    copies: CopyList,
+    slots: torch.Tensor,
+    *,
+    record_bytes: int,
+    num_programs: int = 16,
+) -> None:
+    """Copy the listed records from the host's arena into their slots.
+
+    Args:
+        arena_address: the arena's address as the device sees it; 16-byte aligned.
+        record_offsets: int64 [num_keys] where a key's record starts in the arena, in bytes; whole 16s.
+        slots: uint8 [num_slots, slot_bytes]; slot_bytes in whole 16s.
+        record_bytes: bytes of a record, whole 16s, at most slot_bytes.
+        num_programs: how many programs share the work, each on a SM of its own; nothing here.
+    """
+    for key, slot in copies.pairs():
+        source = arena_address + int(record_offsets[key])
+        ctypes.memmove(slots[slot].data_ptr(), source, record_bytes)
+
+
+class _Pool:
+    """The state as lists, for one operation. Slots leave it through `victims`, and are filled by `place`."""
+
+    def __init__(self, state: PagingState, arrived: bool) -> None:
+        self._state = state
+        self.slot_of: list[int] = state.slot_of_key.tolist()
+        self.key_of: list[int] = state.key_of_slot.tolist()
+        self.stamp: list[int] = state.stamp.tolist()
+        self.staged_at: list[int] = state.staged_at.tolist()
+        self.in_flight: list[int] = [THERE] * state.num_slots if arrived else state.in_flight.tolist()
+
+    def tick(self, mark: int) -> int:
+        self._state.marks[mark] += 1
+        return int(self._state.marks[mark])
+
+    def count(self, counter: int, by: int = 1) -> None:
+        self._state.counters[counter] += int(by)
+
+    def touch(self, slot: int, now: int) -> None:
+        """Demanded: as young as can be, and staged no longer."""
+        self.stamp[slot] = now
+        self.staged_at[slot] = 0
+
+    def victims(self, num_cold: int, num_staged: int, kept: set[int] | frozenset[int] = frozenset()) -> list[int]:
+        """Up to `num_cold` slots, free ones and then the coldest; then the oldest staged up to `num_staged` in all."""
+        leased = int(self._state.marks[LEASED])
+        found: list[int] = []
+        idle = [
+            slot
+            for slot, key in enumerate(self.key_of)
+            if key >= 0 and slot not in kept and self.in_flight[slot] == THERE
+        ]
+        cold = [slot for slot in idle if not self.staged_at[slot] and self.stamp[slot] != leased]
+        cold.sort(key=lambda slot: (self.stamp[slot], self.key_of[slot]))
+        free = [slot for slot, key in enumerate(self.key_of) if key == -1]
+        found = (free + cold)[:num_cold]
+        staged = sorted((slot for slot in idle if self.staged_at[slot]), key=self.staged_at.__getitem__)
+        found += staged[: max(num_staged - len(found), 0)]
+        for slot in found:
+            self._give_up(slot)
+        return found
+
+    def _give_up(self, slot: int) -> None:
+        key = self.key_of[slot]
+        if key >= 0:
+            self.slot_of[key] = -1
+            self.count(EVICTIONS)
+            self.count(WASTED, self.staged_at[slot] > 0)
+        self.key_of[slot] = -2  # neither free nor anyone's, until it is placed
+        self.staged_at[slot] = 0
+
+    def place(self, keys: Sequence[int], slots: Sequence[int]) -> list[tuple[int, int]]:
+        """The first of the keys get the slots, all of which are used."""
+        pairs = list(zip(keys, slots))  # noqa: B905 - there may be fewer slots
+        assert len(pairs) == len(slots)
+        for key, slot in pairs:
+            self.slot_of[key] = slot
+            self.key_of[slot] = key
+        return pairs
+
+    def store(self) -> None:
+        state = self._state
+        state.slot_of_key.copy_(torch.tensor(self.slot_of))
+        state.key_of_slot.copy_(torch.tensor(self.key_of))
+        state.stamp.copy_(torch.tensor(self.stamp))
+        state.staged_at.copy_(torch.tensor(self.staged_at))
+        state.in_flight.copy_(torch.tensor(self.in_flight))
+
+
+def _distinct_keys(ids: torch.Tensor, base: int, num_experts: int) -> list[int]:
+    return sorted({base + id for id in ids.flatten().tolist() if 0 <= id < num_experts})
+
+
+def _write(copies: CopyList, pairs: Sequence[tuple[int, int]]) -> None:
+    copies.count.fill_(len(pairs))
+    for at, (key, slot) in enumerate(pairs):
+        copies.keys[at] = key
+        copies.slots[at] = slot
+
+
+def _dropped(rule: int, tau: float, masses: Sequence[float], misses: Sequence[int]) -> list[int]:
+    """policy's `stood_in` by the rule's number."""
+    smallest_first = sorted(misses, key=lambda at: (masses[at], at))
+    if rule != TOLERANCE:
+        return smallest_first if rule == SPECULATIVE else []
+    total = mass = 0.0
+    for weight in masses:
+        total += weight
+    dropped: list[int] = []
+    for at in smallest_first:
+        mass += masses[at]
+        if mass > tau * total:
+            break
+        dropped.append(at)
+    return dropped

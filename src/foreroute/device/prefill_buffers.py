@@ -1,0 +1,105 @@
+"""Prefill with the device control plane: two buffers of a whole layer each, filled in turn while the other is computed.
+
+The pool of slots is left alone, so that a long prompt does not push out what decoding lives on; what the prompt used
+most is put into it afterwards (device/tier.py).
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from foreroute.checkpoint.layouts import ExpertTable
+from foreroute.device.side_stream import branch_of
+from foreroute.engine.expert_stream import group_by_expert
+from foreroute.kernels.slot_views import SlotViews
+from foreroute.kernels.torch.experts import ExpertMath
+
+# Of a layer's experts: from this share on the whole layer is copied at once, and ahead of its turn.
+_WHOLE_LAYER_FROM = 0.5
+
+
+class LayerBuffers:
+    """Computes a layer's experts for many tokens.
+
+    Args:
+        arena: uint8 [experts of all layers, record bytes], in the order of keys, pinned where the device is a GPU.
+        first_records: per MoE layer the record of its expert 0.
+        math: one per MoE layer. dtype: of compute.
+
+    Attributes:
+        uses: int64 [layers, experts] on the device: how often each was routed to since `forget`.
+        whole_layers, single_experts: copies of either kind so far.
+    """
+
+    def __init__(
+        self,
+        table: ExpertTable,
+        arena: torch.Tensor,
+        first_records: Sequence[int],
+        math: Sequence[ExpertMath],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self._arena: torch.Tensor | None = arena
+        self._first_records = list(first_records)
+        self._widths = [layer.num_experts for layer in table.layers]
+        self._math = list(math)
+        widest = max(self._widths)
+        self._buffers = [torch.empty(widest, table.slot_bytes, dtype=torch.uint8, device=device) for _ in range(2)]
+        layouts = [layer.layout for layer in table.layers]
+        self._views = [SlotViews(buffer.view(-1), table.slot_bytes, layouts, math, dtype) for buffer in self._buffers]
+        self._branch = branch_of(device)
+        self._coming = -1  # the layer that is being copied as a whole
+        self.uses = torch.zeros(len(table.layers), widest + 1, dtype=torch.int64, device=device)
+        self.whole_layers = self.single_experts = 0
+
+    def begin(self) -> None:
+        """A forward pass begins: what was copied ahead for another one is not waited for by name."""
+        self._branch.join()
+        self._coming = -1
+
+    def compute(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """The routed experts' weighted sum [tokens, hidden]; arguments as of `Runtime.compute`. Waits for the ids."""
+        width, at = self._widths[layer], layer % 2
+        is_expert = (ids >= 0) & (ids < width)
+        counts = torch.where(is_expert, ids, len(self.uses[layer]) - 1).flatten()
+        self.uses[layer].scatter_add_(0, counts, torch.ones_like(counts))
+        used = torch.unique(ids[is_expert]).tolist()
+        self._branch.join()
+        if self._coming != layer:
+            self._copy_some(layer, used)
+        following = layer + 1
+        if following < len(self._widths) and len(used) >= _WHOLE_LAYER_FROM * width:
+            # Its buffer was read by the layer before this one, which the main line has been given already.
+            self._branch.fork(lambda: self._copy_whole(following))
+            self._coming = following
+        total = torch.zeros_like(hidden)
+        for expert, tokens, positions in group_by_expert(ids, used, 0):
+            outputs = self._math[layer](hidden[tokens], self._views[at].operands(layer, expert))
+            total.index_add_(0, tokens, (outputs * weights[tokens, positions, None]).to(total.dtype))
+        return total
+
+    def forget(self) -> None:
+        """Count uses anew."""
+        self.uses.zero_()
+
+    def close(self) -> None:
+        """Let go of the memory."""
+        self.begin()
+        for views in self._views:
+            views.clear()
+        self._buffers.clear()
+        self._arena = None
+
+    def _copy_whole(self, layer: int) -> None:
+        assert self._arena is not None, "the buffers have been closed"
+        first, width = self._first_records[layer], self._widths[layer]
+        self._buffers[layer % 2][:width].copy_(self._arena[first : first + width], non_blocking=True)
+        self.whole_layers += 1
+
+    def _copy_some(self, layer: int, experts: Sequence[int]) -> None:
+        assert self._arena is not None, "the buffers have been closed"
+        for expert in experts:
+            record = self._arena[self._first_records[layer] + expert]
+            self._buffers[layer % 2][expert].copy_(record, non_blocking=True)
+        self.single_experts += len(experts)

@@ -1,0 +1,263 @@
+"""The device control plane: a decode step whose experts are found, fetched and computed without asking the host.
+
+It stands where `Runtime` stands for the host. Per MoE layer (`DeviceTier._decode`): the planner finds a slot for every
+expert that is routed to, and what has to be copied is copied; then guesses for the next layer are copied beside this
+layer's maths, and are waited for by the next layer's. On a GPU nothing of this reads a tensor back, so that a whole
+step can be one CUDA graph (device/graph_decoder.py); in the CPU tests the same lines run with plain operations.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from foreroute.checkpoint.layouts import ExpertTable
+from foreroute.device.paging import CopyList, PagingState
+from foreroute.device.prefill_buffers import LayerBuffers
+from foreroute.device.side_stream import Branch, branch_of
+from foreroute.engine.approximation import Approximation
+from foreroute.engine.stats import EngineStats
+from foreroute.predict.base import Seen, TokenGuess
+from foreroute.predict.governor import Governor
+from foreroute.transfer.arena import Arena
+
+
+class Paging(Protocol):
+    """The operations of device/paging.py, or those of a GPU with the same signatures."""
+
+    def plan(
+        self, state: PagingState, layer: int, ids: torch.Tensor, slots: torch.Tensor, copies: CopyList, *, arrived: bool
+    ) -> None:
+        """Find a slot for each routed expert."""
+
+    def plan_prefetch(
+        self, state: PagingState, layer: int, guesses: torch.Tensor, copies: CopyList, *, arrived: bool
+    ) -> None:
+        """Find slots for guessed experts."""
+
+    def fetch(
+        self,
+        arena_address: int,
+        record_offsets: torch.Tensor,
+        copies: CopyList,
+        slots: torch.Tensor,
+        *,
+        record_bytes: int,
+    ) -> None:
+        """Copy what a list says."""
+
+    def release(self, state: PagingState) -> None:
+        """End the last plan's lease."""
+
+
+# (layer, hidden [tokens, hidden], ids [tokens, k], their slots int32 [tokens, k], weights [tokens, k])
+# -> the weighted sum [tokens, hidden]; slots are -1 where an id is no expert.
+SlotMath = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+# (layer, what crosses the seam there, width) -> the guess for the next layer; None where there is none.
+GuessNext = Callable[[int, Seen, int], TokenGuess | None]
+
+
+@dataclass(frozen=True)
+class _RowBuffers:
+    """What the operations of one batch size write to: made once, so that a graph can be replayed.
+
+    slots: per layer int32 [rows, k]. demanded, guessed: per layer.
+    """
+
+    slots: list[torch.Tensor]
+    demanded: list[CopyList]
+    guessed: list[CopyList]
+
+
+class _NoGovernor:
+    """What `ForerouteHandle` asks of reads ahead: nobody governs them here."""
+
+    governor: Governor | None = None
+
+
+class DeviceTier:
+    """Experts of one loaded model, paged by its device.
+
+    Args:
+        pool: uint8 [num_slots, slot_bytes] on the device. arena: holds every expert, in the order of `keys`.
+        top_k: per MoE layer. guess: None guesses nothing. width: experts guessed per row; top-k when None.
+        slot_math: computes experts where they lie in the pool.
+        clear: lets go of what slot_math holds of the pool.
+
+    Attributes:
+        is_prefill: the forward pass at hand has several positions, or is a text's first.
+        approximation, predictor, ahead: as `Runtime` has them; exact alone, and no governor.
+        most_rows: rows of a decode step that the pool can serve; more go the way of prefill.
+    """
+
+    def __init__(
+        self,
+        table: ExpertTable,
+        arena: Arena,
+        keys: Sequence[int],
+        pool: torch.Tensor,
+        state: PagingState,
+        paging: Paging,
+        slot_math: SlotMath,
+        buffers: LayerBuffers,
+        top_k: Sequence[int],
+        guess: GuessNext | None,
+        approximation: Approximation,
+        *,
+        width: int | None = None,
+        clear: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.table = table
+        self.approximation = approximation
+        self.predictor: Any = None
+        self.ahead = _NoGovernor()
+        self.state = state
+        self.buffers = buffers
+        self.is_prefill = False
+        self._stats = EngineStats()
+        self._arena = arena
+        self._pool: torch.Tensor | None = pool
+        self._paging = paging
+        self._slot_math = slot_math
+        self._clear = clear
+        self._top_k = list(top_k)
+        self._guess = guess if state.staging_slots > 0 else None
+        self._guess_widths = [width or k for k in top_k]
+        self._last_layer = len(table.layers) - 1
+        self._branch: Branch = branch_of(pool.device)
+        self._rows: dict[int, _RowBuffers] = {}
+        # Whether the layer at hand was guessed by the one before it, so that copies of it may be under way.
+        self._is_guessed = False
+        self._has_seeds = False
+        offsets = torch.full((table.num_keys,), -1, dtype=torch.int64)
+        offsets[torch.tensor(keys)] = torch.arange(len(keys)) * arena.record_bytes
+        self._record_offsets = offsets.to(pool.device)
+        room = state.num_slots - state.staging_slots - state.filling_slots
+        self.most_rows = room // max(top_k)
+
+    def begin_step(
+        self, num_rows: int, num_positions: int, token_ids: torch.Tensor | None = None, *, is_start: bool = False
+    ) -> None:
+        """A forward pass of [num_rows, num_positions] tokens begins; as of `Runtime`."""
+        self.approximation.of_rows(num_rows)
+        self.is_prefill = is_start or num_positions > 1
+        phase = self._stats.prefill if self.is_prefill else self._stats.decode
+        phase.steps += 1
+        phase.tokens += num_rows * num_positions
+        # A step before this one may have been broken off anywhere.
+        self._branch.join()
+        self._is_guessed = False
+        if self.is_prefill:
+            self.buffers.begin()
+            self._has_seeds = True
+        else:
+            self.prepare_decode()
+
+    def prepare_decode(self) -> None:
+        """What has to be done on the host before a decode step, once after each prompt."""
+        self.is_prefill = False
+        if self._has_seeds:
+            self.seed()
+
+    def compute(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """The routed experts' weighted sum for MoE layer `layer`; as of `Runtime`."""
+        if self.is_prefill or len(ids) > self.most_rows:
+            return self.buffers.compute(layer, hidden, ids, weights)
+        return self._decode(layer, hidden, ids, weights)
+
+    def _decode(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        rows = self._row_buffers(len(ids))
+        slots, demanded = rows.slots[layer], rows.demanded[layer]
+        self._paging.plan(self.state, layer, ids, slots, demanded, arrived=not self._is_guessed)
+        self._fetch(demanded)
+        # The guesses for this layer: what follows reads their slots.
+        self._branch.join()
+        self._is_guessed = False
+        guess = None
+        if self._guess is not None and layer < self._last_layer:
+            guess = self._guess(layer, Seen(hidden, ids, weights), self._guess_widths[layer + 1])
+        if guess is not None:
+            guessed = rows.guessed[layer]
+            # The first choices of all rows, then their second ones, and so on.
+            self._paging.plan_prefetch(self.state, layer + 1, guess.ids.t().flatten(), guessed, arrived=True)
+            # Behind the demand's copies, beside this layer's maths.
+            self._branch.fork(lambda: self._fetch(guessed))
+            self._is_guessed = True
+        return self._slot_math(layer, hidden, ids, slots, weights)
+
+    def seed(self) -> None:
+        """Put into the pool what prompts have used most since the last time. Waits for the device."""
+        self._has_seeds = False
+        num_experts = self.table.num_experts
+        uses = self.buffers.uses[:, :num_experts].clone().cpu()
+        self.buffers.forget()
+        most = min(self.state.num_slots - self.state.staging_slots - self.state.filling_slots, int((uses > 0).sum()))
+        chosen = uses.flatten().sort(descending=True, stable=True).indices[:most]
+        counters = self.state.counters.clone()
+        for layer in range(self._last_layer + 1):
+            experts = chosen[chosen // num_experts == layer] % num_experts
+            if not len(experts):
+                continue
+            device = self.state.counters.device
+            ids, slots = experts.to(device)[None], torch.empty(1, len(experts), dtype=torch.int32, device=device)
+            copies = CopyList.create(len(experts), device)
+            self._paging.plan(self.state, layer, ids, slots, copies, arrived=True)
+            self._fetch(copies)
+        self._paging.release(self.state)
+        # Nobody asked for these.
+        self.state.counters.copy_(counters)
+
+    def replayed(self, num_rows: int) -> None:
+        """A captured step has been launched: nothing above has run for it."""
+        self._stats.decode.steps += 1
+        self._stats.decode.tokens += num_rows
+
+    def snapshot(self) -> EngineStats:
+        """A copy of all counts since the model was loaded. Waits for the device."""
+        counts, stats = self.state.counts(), self._stats
+        assert counts["shortages"] == 0, f"the pool was too small for a step that was computed all the same: {counts}"
+        nbytes = self.table.slot_bytes
+        decode = stats.decode
+        decode.hits, decode.late, decode.misses = counts["hits"], counts["late"], counts["misses"]
+        decode.demand_loads, decode.demand_bytes = counts["misses"], counts["misses"] * nbytes
+        decode.prefetch_loads, decode.prefetch_bytes = counts["prefetched"], counts["prefetched"] * nbytes
+        decode.prefetch_used, decode.prefetch_wasted = counts["prefetch_used"], counts["prefetch_wasted"]
+        decode.layers = decode.steps * (self._last_layer + 1)
+        widest = self.table.num_experts
+        prefill = stats.prefill
+        prefill.demand_loads = self.buffers.whole_layers * widest + self.buffers.single_experts
+        prefill.demand_bytes = prefill.demand_loads * nbytes
+        stats.evictions = counts["evictions"]
+        stats.read_bytes = decode.demand_bytes + decode.prefetch_bytes + prefill.demand_bytes
+        return copy.deepcopy(stats)
+
+    def close(self) -> None:
+        """Let go of the pool and of host memory, after the device has finished. A second call does nothing."""
+        if self._pool is None:
+            return
+        self._branch.join()
+        if self._pool.device.type == "cuda":
+            torch.cuda.synchronize(self._pool.device)
+        self.buffers.close()
+        self._clear()
+        self._pool = None
+        self._rows.clear()
+        self._arena.close()
+
+    def _fetch(self, copies: CopyList) -> None:
+        assert self._pool is not None, "the tier has been closed"
+        self._paging.fetch(
+            self._arena.address, self._record_offsets, copies, self._pool, record_bytes=self._arena.record_bytes
+        )
+
+    def _row_buffers(self, num_rows: int) -> _RowBuffers:
+        if num_rows not in self._rows:
+            device = self.state.counters.device
+            self._rows[num_rows] = _RowBuffers(
+                [torch.empty(num_rows, k, dtype=torch.int32, device=device) for k in self._top_k],
+                [CopyList.create(num_rows * k, device) for k in self._top_k],
+                [CopyList.create(num_rows * width, device) for width in [*self._guess_widths[1:], 1]],
+            )
+        return self._rows[num_rows]

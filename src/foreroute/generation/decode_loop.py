@@ -1,0 +1,171 @@
+"""The loop around the model for one row: the prompt in chunks, then token by token, and little else in between.
+
+transformers' generate() prepares everything (settings, logits processors, stopping criteria) and calls this loop in
+place of its own, through its `custom_generate`. Tokens are the same as its own loop's: the same processors see the same
+scores, and sampling draws from the same generator.
+"""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from transformers.cache_utils import DynamicCache
+from transformers.generation.configuration_utils import GenerationMode
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StoppingCriteriaList
+
+from foreroute.engine.chunks import split_prompt
+from foreroute.model.caches import is_ordinary
+
+# Settings that say how a token is chosen from its scores, or when to end: transformers turns them into the processors
+# and criteria that this loop is given. With any other one, generate() keeps its own loop.
+_UNDERSTOOD = frozenset(
+    [
+        "do_sample",
+        "temperature",
+        "top_k",
+        "top_p",
+        "min_p",
+        "top_h",
+        "typical_p",
+        "epsilon_cutoff",
+        "eta_cutoff",
+        "repetition_penalty",
+        "no_repeat_ngram_size",
+        "bad_words_ids",
+        "suppress_tokens",
+        "begin_suppress_tokens",
+        "sequence_bias",
+        "min_new_tokens",
+        "min_length",
+        "renormalize_logits",
+        "remove_invalid_values",
+        "exponential_decay_length_penalty",
+        "forced_eos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "max_time",
+        "logits_processor",
+        "stopping_criteria",
+    ]
+)
+
+
+def serves(model: Any, cache: DynamicCache | None, options: dict[str, Any]) -> bool:
+    """Whether this loop does what generate() would do with the model, an empty cache for it, and these options."""
+    settings = model.generation_config
+    return (
+        cache is not None
+        and not cache.is_compileable
+        and options.keys() <= _UNDERSTOOD
+        and settings.get_generation_mode() in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+        and settings.cache_implementation in (None, "dynamic")
+        and settings.use_cache is not False
+        and settings.prefill_chunk_size is None
+        and not settings.token_healing
+        and is_ordinary(model)
+    )
+
+
+class Decoder(Protocol):
+    """Computes a text in a cache of its own: device/graph_decoder.py."""
+
+    def prefill(self, ids: torch.Tensor, chunk: int | None = None) -> torch.Tensor:
+        """Forget the text before and compute `ids` [1, tokens]; the last token's logits [1, vocabulary]."""
+        ...
+
+    def step(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Append `tokens` [1, 1]; the logits that follow."""
+        ...
+
+
+class LeanLoop:
+    """One answer; generate() calls it once.
+
+    Args:
+        on_token: called with each new token as soon as it is chosen.
+        should_stop: asked after every token; True ends the answer.
+        chunk: most prompt tokens computed at once; None computes them all.
+        decoder: computes in place of calls of the model, whose cache then stays empty; None for such calls.
+
+    Attributes:
+        num_computed: tokens, from the start of the prompt, that the cache holds for certain: steps that ended.
+    """
+
+    def __init__(
+        self,
+        on_token: Callable[[int], None],
+        should_stop: Callable[[], bool] | None,
+        chunk: int | None,
+        decoder: Decoder | None = None,
+    ) -> None:
+        self._on_token = on_token
+        self._should_stop = should_stop
+        self._chunk = chunk
+        self._decoder = decoder
+        self.num_computed = 0
+
+    def __call__(
+        self,
+        model: Any,
+        input_ids: torch.Tensor,
+        logits_processor: Any,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: Any,
+        **model_kwargs: Any,
+    ) -> torch.Tensor:
+        """Compute `input_ids` [1, tokens] past what the cache holds, then new tokens until an end; returns them all."""
+        length, end = input_ids.shape[1], stopping_criteria.max_length
+        assert end is not None, "generate() always says how many tokens at most"
+        cache = model_kwargs.pop("past_key_values")
+        # All ones: there is one row.
+        model_kwargs.pop("attention_mask", None)
+        has_positions = model_kwargs.pop("position_ids", None) is not None
+        positions = torch.arange(end, device=input_ids.device)[None] if has_positions else None
+        kwargs = {name: value for name, value in model_kwargs.items() if value is not None}
+        ends, others = _split(stopping_criteria)
+        ids = torch.empty((1, end), dtype=torch.int64, device=input_ids.device)
+        ids[:, :length] = input_ids
+        self.num_computed = cache.get_seq_length()
+
+        def step(tokens: torch.Tensor) -> torch.Tensor:
+            done = self.num_computed + tokens.shape[1]
+            if positions is not None:
+                kwargs["position_ids"] = positions[:, self.num_computed : done]
+            logits: torch.Tensor = model(input_ids=tokens, past_key_values=cache, return_dict=True, **kwargs).logits
+            self.num_computed = done
+            return logits[:, -1]
+
+        if self._decoder is not None:
+            logits, step = self._decoder.prefill(input_ids, self._chunk), self._decoder.step
+        else:
+            for chunk in split_prompt(input_ids[:, self.num_computed :], self._chunk):
+                logits = step(chunk)
+        while True:
+            # In fp32 and a copy, as generate() does it: processors may write to it.
+            scores = logits_processor(ids[:, :length], logits.to(copy=True, dtype=torch.float32))
+            if generation_config.do_sample:
+                token = torch.multinomial(torch.nn.functional.softmax(scores, dim=-1), num_samples=1)
+            else:
+                token = torch.argmax(scores, dim=-1, keepdim=True)
+            ids[:, length : length + 1] = token
+            length += 1
+            value = int(token)
+            self._on_token(value)
+            if value in ends or length >= end or (self._should_stop is not None and self._should_stop()):
+                break
+            if others and bool(others(ids[:, :length], None).all()):
+                break
+            logits = step(token)
+        return ids[:, :length]
+
+
+def _split(criteria: StoppingCriteriaList) -> tuple[frozenset[int], StoppingCriteriaList]:
+    """The tokens that end an answer, and the criteria that have to be asked; its length the loop knows itself."""
+    ends: set[int] = set()
+    others = StoppingCriteriaList()
+    for one in criteria:
+        if type(one) is EosTokenCriteria:
+            ends.update(one.eos_token_id.flatten().tolist())
+        elif type(one) is not MaxLengthCriteria:
+            others.append(one)
+    return frozenset(ends), others

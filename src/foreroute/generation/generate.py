@@ -1,0 +1,351 @@
+"""Timed generation of one answer: text as it comes, and afterwards the figures.
+
+`generate` calls back with each piece and runs in the caller's thread, so that Ctrl-C stops it at once; `stream` gives
+the pieces to iterate over and runs in a thread of its own. transformers' generate() prepares and checks everything; the
+loop itself is ours (lean_loop.py) where that does the same, and transformers' own elsewhere. The report says which.
+"""
+
+import resource
+import threading
+import time
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from queue import SimpleQueue
+from typing import Any
+
+import torch
+from transformers.cache_utils import DynamicCache
+from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+
+from foreroute.device.graph_decoder import decoder_of, is_paged
+from foreroute.engine.stats import EngineStats
+from foreroute.errors import PromptError
+from foreroute.generation.decode_loop import LeanLoop, serves
+from foreroute.generation.prefix_cache import PromptCache
+from foreroute.model.caches import can_be_continued, is_ordinary, new_cache
+from foreroute.model.text import TextPieces
+
+
+@dataclass(frozen=True)
+class GenerationReport:
+    """One answer and what it took.
+
+    token_ids: the new tokens, as the model chose them; `text` is what they say, without a half character at the end.
+    finish_reason: "stop" (the model ended), "length", "stopped" (should_stop) or "interrupted" (Ctrl-C).
+    ttft_s: from the start of generate() to the first token. tpot_s: (last - first) / (n - 1). None: too few tokens.
+    stats: the engine's counts of this answer alone. expert_bytes: stored bytes of one expert.
+    peak_rss_bytes: of the process so far, loading included.
+    loop: "lean", or "generate" where transformers' own loop ran, which reuses nothing.
+    guess_share: of the full width of guesses, what the governor has chosen (0: off), and guess_why its reason, or that
+        it is trying; None and "" where no governor decides.
+    prompt_tokens_reused: of the prompt, those that were not computed again. prompt_cache_bytes: kept afterwards.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    prompt_tokens: int
+    finish_reason: str
+    ttft_s: float | None
+    tpot_s: float | None
+    total_s: float
+    stats: EngineStats
+    expert_bytes: int
+    peak_rss_bytes: int
+    loop: str
+    prompt_tokens_reused: int
+    prompt_cache_bytes: int
+    guess_share: float | None
+    guess_why: str
+
+    def figures(self) -> dict[str, float | int | None]:
+        """Every figure by a name with its unit; rates are 0 to 1, and None stands where nothing was measured.
+
+        Hits, loads, bytes and stalls per token are those of decode: one forward pass per token after the first.
+        Guessed bytes are used (demanded later), wasted (given up first), or, for the rest, still there undecided.
+        """
+        decode, prefill, mb = self.stats.decode, self.stats.prefill, self.expert_bytes / 1e6
+        demanded = decode.hits + decode.late + decode.misses + decode.stood_in
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "prompt_tokens_reused": self.prompt_tokens_reused,
+            "prompt_cache_bytes": self.prompt_cache_bytes,
+            "new_tokens": len(self.token_ids),
+            "total_s": self.total_s,
+            "ttft_s": self.ttft_s,
+            "tpot_ms": None if self.tpot_s is None else self.tpot_s * 1e3,
+            "tokens_per_s": _ratio(1, self.tpot_s),
+            "prefill_tokens_per_s": _ratio(self.prompt_tokens - self.prompt_tokens_reused, self.ttft_s),
+            "prefill_read_mb": prefill.demand_bytes / 1e6,
+            "hits": decode.hits,
+            "late_hits": decode.late,
+            "misses": decode.misses,
+            "hit_rate": _ratio(decode.hits, demanded),
+            "late_hit_rate": _ratio(decode.late, demanded),
+            "miss_rate": _ratio(decode.misses, demanded),
+            "stood_in": decode.stood_in,
+            "stood_in_rate": _ratio(decode.stood_in, demanded),
+            "stalled_layer_rate": _ratio(decode.stalled_layers, decode.layers),
+            "fill_mb_per_token": _ratio(decode.fill_bytes / 1e6, decode.tokens),
+            "demand_mb_per_token": _ratio(decode.demand_bytes / 1e6, decode.tokens),
+            "speculative_mb_per_token": _ratio(decode.prefetch_bytes / 1e6, decode.tokens),
+            "speculative_used_mb_per_token": _ratio(decode.prefetch_used * mb, decode.tokens),
+            "speculative_wasted_mb_per_token": _ratio(decode.prefetch_wasted * mb, decode.tokens),
+            "stall_ms_per_token": _ratio(decode.stall_s * 1e3, decode.tokens),
+            "prefill_stall_s": prefill.stall_s,
+            "prefill_speculative_mb": prefill.prefetch_bytes / 1e6,
+            "evictions": self.stats.evictions,
+            "prefetch_loads": decode.prefetch_loads,
+            "prefetch_used": decode.prefetch_used,
+            "prefetch_wasted": decode.prefetch_wasted,
+            "guess_share": self.guess_share,
+            "unguessed_steps": decode.unguessed_steps,
+            "peak_rss_bytes": self.peak_rss_bytes,
+        }
+
+
+def _ratio(part: float, whole: float | None) -> float | None:
+    return part / whole if whole else None
+
+
+class _Recorder(BaseStreamer):
+    """What transformers calls with the prompt and then with every token: notes the time, hands the text on."""
+
+    def __init__(self, tokenizer: Any, on_text: Callable[[str], None], clock: Callable[[], float]) -> None:
+        self.ids: list[int] = []
+        self.times_s: list[float] = []
+        self.written: list[str] = []
+        self._pieces = TextPieces(tokenizer)
+        self._on_text = on_text
+        self._clock = clock
+        self._prompt_is_next = True
+
+    def put(self, value: torch.Tensor) -> None:
+        if self._prompt_is_next:
+            self._prompt_is_next = False
+            return
+        self.add(int(value))
+
+    def add(self, token_id: int) -> None:
+        """A new token has been chosen."""
+        self.times_s.append(self._clock())
+        self.ids.append(token_id)
+        self._write(self._pieces.push(token_id))
+
+    def end(self) -> None:
+        self._write(self._pieces.finish())
+
+    def _write(self, piece: str) -> None:
+        if piece:
+            self.written.append(piece)
+            self._on_text(piece)
+
+
+class _StopWhen(StoppingCriteria):
+    def __init__(self, should_stop: Callable[[], bool]) -> None:
+        self._should_stop = should_stop
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.full(input_ids.shape[:1], self._should_stop(), dtype=torch.bool, device=input_ids.device)
+
+
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompt_ids: torch.Tensor,
+    *,
+    on_text: Callable[[str], None] = lambda piece: None,
+    should_stop: Callable[[], bool] | None = None,
+    max_new_tokens: int = 128,
+    reuse: PromptCache | None = None,
+    prefill_chunk: int | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+    **options: Any,
+) -> GenerationReport:
+    """Generate one answer with a model of `foreroute.load`.
+
+    Args:
+        prompt_ids: [1, tokens] int64; see `engine.text.encode_prompt`.
+        on_text: called with each piece of text, whole characters only, as soon as it is there.
+        should_stop: asked after every token; True ends the answer.
+        max_new_tokens: fewer where the model's context ends before.
+        reuse: what earlier prompts left; the beginning that this one shares with them is not computed again, and what
+            this one computes is left there. Bits are those of the same tokens computed in the same pieces.
+        prefill_chunk: most prompt tokens computed at once; the model's own (EngineConfig) when None.
+        options: transformers' own (do_sample, temperature, top_p, top_k, repetition_penalty, ...).
+    Returns:
+        The report. Ctrl-C ends the answer too, at once: finish_reason is then "interrupted", the model stays usable.
+    Raises:
+        PromptError: the prompt is empty or leaves no room in the context.
+        ReadError, ChecksumError: an expert could not be read.
+    """
+    prompt_ids = prompt_ids.to(model.device)
+    room = _room_in_context(model, prompt_ids.shape[1])
+    if prefill_chunk is not None and prefill_chunk < 2:
+        raise PromptError(f"prefill_chunk is {prefill_chunk}: choose 8 tokens or more (512 to 8192 are usual).")
+    most_new = max_new_tokens if room is None else min(max_new_tokens, room)
+    recorder = _Recorder(tokenizer, on_text, clock)
+    before = model.foreroute.stats()
+    started_s = clock()
+    answer = _Answer(model, prompt_ids, options, reuse, prefill_chunk or model.foreroute.plan.prefill_chunk)
+    is_interrupted = False
+    try:
+        answer.run(recorder, should_stop, most_new)
+    except KeyboardInterrupt:
+        is_interrupted = True
+    finally:
+        answer.keep(recorder.ids)
+    ended_s = clock()
+    # Ctrl-C may fall between the two.
+    times_s = recorder.times_s[: len(recorder.ids)]
+    governor = model.foreroute.governor if _is_exact(model) else None
+    reason = "interrupted" if is_interrupted else _finish_reason(model, recorder.ids, most_new, options)
+    return GenerationReport(
+        text="".join(recorder.written),
+        token_ids=tuple(recorder.ids),
+        prompt_tokens=prompt_ids.shape[1],
+        finish_reason=reason,
+        ttft_s=times_s[0] - started_s if times_s else None,
+        tpot_s=(times_s[-1] - times_s[0]) / (len(times_s) - 1) if len(times_s) > 1 else None,
+        total_s=ended_s - started_s,
+        stats=model.foreroute.stats().minus(before),
+        expert_bytes=model.foreroute.plan.expert_bytes,
+        peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        loop="generate" if answer.loop is None else "lean",
+        prompt_tokens_reused=answer.num_reused,
+        prompt_cache_bytes=0 if reuse is None else reuse.nbytes,
+        guess_share=None if governor is None else governor.chosen,
+        guess_why="" if governor is None else "trying" if governor.is_trying else governor.why,
+    )
+
+
+class _Answer:
+    """Which loop runs, over which cache, in which chunks; and what of it is kept.
+
+    Attributes:
+        loop: the lean one, from when it runs; None where transformers' own does.
+        num_reused: prompt tokens that need not be computed.
+    """
+
+    def __init__(
+        self, model: Any, prompt_ids: torch.Tensor, options: dict[str, Any], reuse: PromptCache | None, chunk: int
+    ) -> None:
+        self._model = model
+        self._prompt_ids = prompt_ids
+        self._options = options
+        self._reuse = reuse
+        self.loop: LeanLoop | None = None
+        self.num_reused = 0
+        cache = new_cache(model)
+        self._is_lean = serves(model, cache, options)
+        self._can_continue = cache is not None and is_ordinary(model) and can_be_continued(model, cache)
+        self._chunk = chunk if self._can_continue else None
+        self._cache: DynamicCache | None = cache if self._is_lean else None
+        # A stand-in leaves its mark on what is computed after it: such an answer is not the exact prompt of the next.
+        self._is_exact = _is_exact(model)
+        # Not what a decoder computes in a cache of its own.
+        self._keeps = not is_paged(model)
+
+    def run(self, recorder: _Recorder, should_stop: Callable[[], bool] | None, max_new_tokens: int) -> None:
+        """Generate; tokens go to the recorder."""
+        told: dict[str, Any] = {
+            "attention_mask": torch.ones_like(self._prompt_ids),
+            "max_new_tokens": max_new_tokens,
+            "num_beams": 1,
+            "disable_compile": True,
+            **self._options,
+        }
+        if not self._is_lean:
+            if should_stop is not None:
+                told["stopping_criteria"] = StoppingCriteriaList(
+                    [*told.get("stopping_criteria", ()), _StopWhen(should_stop)]
+                )
+            if self._chunk is not None and self._prompt_ids.shape[1] > self._chunk:
+                told.setdefault("prefill_chunk_size", _without_a_single_one(self._prompt_ids.shape[1], self._chunk))
+            self._model.generate(self._prompt_ids, streamer=recorder, **told)
+            return
+        if self._reuse is not None and self._can_continue and self._keeps:
+            # A last token alone would be decoded, not prefilled, and so not be exact under every policy.
+            at_most = self._prompt_ids.shape[1] - 2
+            cache, self.num_reused = self._reuse.take(self._model, self._prompt_ids[0].tolist(), at_most)
+            self._cache = cache or self._cache
+        decoder = decoder_of(self._model, self._prompt_ids.shape[1] + max_new_tokens)
+        self.loop = LeanLoop(recorder.add, should_stop, self._chunk, decoder)
+        self._model.generate(self._prompt_ids, past_key_values=self._cache, custom_generate=self.loop, **told)
+        recorder.end()
+
+    def keep(self, new_ids: list[int]) -> None:
+        """Leave what was computed for the next prompt: after an error or Ctrl-C, what is certain of it."""
+        has_reuse = self._reuse is not None and self._keeps and self._can_continue
+        if not has_reuse or self._reuse is None or self.loop is None or self._cache is None:
+            return
+        ids = self._prompt_ids[0].tolist()
+        if self._is_exact and _is_exact(self._model):
+            ids += new_ids
+        self._reuse.keep(self._model, ids[: self.loop.num_computed], self._cache)
+
+
+def _is_exact(model: Any) -> bool:
+    return not any(policy.stands_in or policy.replaces_route for policy in model.foreroute.policies)
+
+
+def _without_a_single_one(num_tokens: int, chunk: int) -> int:
+    """At most `chunk`, and such that no single token is left over, which would be taken for a decoded one."""
+    while num_tokens % chunk == 1 and chunk > 2:
+        chunk -= 1
+    return chunk
+
+
+def stream(
+    model: Any, tokenizer: Any, prompt_ids: torch.Tensor, **options: Any
+) -> Generator[str, None, GenerationReport]:
+    """Like `generate`, as an iterator over the pieces: `report = yield from stream(...)`.
+
+    The model runs in another thread: use it nowhere else meanwhile. Closing the iterator ends the answer after the
+    token at hand, and waits for that.
+    """
+    pieces: SimpleQueue[str | None] = SimpleQueue()
+    is_closed = threading.Event()
+    outcome: list[GenerationReport | BaseException] = []
+
+    def work() -> None:
+        try:
+            outcome.append(
+                generate(model, tokenizer, prompt_ids, on_text=pieces.put, should_stop=is_closed.is_set, **options)
+            )
+        except BaseException as error:  # noqa: BLE001  raised again in the thread that asked
+            outcome.append(error)
+        finally:
+            pieces.put(None)
+
+    worker = threading.Thread(target=work, name="foreroute-generate", daemon=True)
+    worker.start()
+    try:
+        while (piece := pieces.get()) is not None:
+            yield piece
+    finally:
+        is_closed.set()
+        worker.join()
+    (result,) = outcome
+    if isinstance(result, BaseException):
+        raise result
+    return result
+
+
+def _room_in_context(model: Any, prompt_tokens: int) -> int | None:
+    """Tokens that still fit the model's context; None where it has no known end."""
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if not context:
+        return None
+    if prompt_tokens >= context:
+        raise PromptError(f"The prompt has {prompt_tokens} tokens; the model's context holds {context}. Shorten it.")
+    return int(context) - prompt_tokens
+
+
+def _finish_reason(model: Any, ids: list[int], most_new: int, options: dict[str, Any]) -> str:
+    """Why an answer ended that nobody interrupted; "stopped": by should_stop, or by a criterion of the caller."""
+    eos = options.get("eos_token_id", model.generation_config.eos_token_id)
+    ends = eos if isinstance(eos, list) else [eos]
+    if ids and ids[-1] in ends:
+        return "stop"
+    return "length" if len(ids) >= most_new else "stopped"

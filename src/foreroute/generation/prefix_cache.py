@@ -1,0 +1,164 @@
+"""Prompts that begin alike: keys and values of what was computed are kept, and given to the next prompt.
+
+Only caches whose every layer is of a kind known here are kept or continued: plain attention, which can be cut anywhere,
+and a sliding window, which can be cut until something has left the window. States of linear attention are neither: most
+families forget them when several tokens follow, so that to continue them would be wrong, not merely different bits.
+"""
+
+import copy
+import weakref
+from dataclasses import dataclass
+from threading import Lock
+from typing import Any
+
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from foreroute.model.caches import can_be_cut
+
+
+@dataclass(frozen=True, eq=False)
+class _Kept:
+    """Tokens, and the cache that holds exactly these; never changed, only replaced."""
+
+    model: weakref.ref[Any]
+    ids: tuple[int, ...]
+    cache: DynamicCache
+    nbytes: int
+
+
+class PromptCache:
+    """Keeps the keys and values of recent conversations, the latest first; made for `generate(..., reuse=...)`.
+
+    One serves any number of conversations, in any order, and may be shared by threads. What it gives out are copies
+    that share memory with what it keeps, so that an answer which is cut off spoils nothing.
+
+    Args:
+        max_bytes: of keys and values kept; the conversations used least recently go first, and one that is larger is
+            not kept at all. This memory comes on top of the experts' budget.
+    """
+
+    def __init__(self, max_bytes: int = 2**30) -> None:
+        assert max_bytes >= 0, "no memory is the least there is"
+        self.max_bytes = max_bytes
+        self._kept: list[_Kept] = []  # the latest last
+        self._lock = Lock()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values kept."""
+        with self._lock:
+            return sum(kept.nbytes for kept in self._kept)
+
+    def __len__(self) -> int:
+        with self._lock:
+            return len(self._kept)
+
+    def clear(self) -> None:
+        """Forget everything."""
+        with self._lock:
+            self._kept.clear()
+
+    def take(self, model: Any, ids: list[int], at_most: int) -> tuple[DynamicCache | None, int]:
+        """A cache that holds the longest beginning of `ids` known for this model, and how many tokens that is.
+
+        Args:
+            at_most: tokens; the rest is to be computed, whatever is known.
+        Returns:
+            (None, 0) where nothing is known.
+        """
+        with self._lock:
+            self._kept = [kept for kept in self._kept if kept.model() is not None]
+            best, most = None, 0
+            for kept in self._kept:
+                if kept.model() is model:
+                    known = min(_common_length(kept.ids, ids), at_most)
+                    if known > most and (known == len(kept.ids) or can_be_cut(kept.cache)):
+                        best, most = kept, known
+            if best is None:
+                return None, 0
+            self._kept.remove(best)
+            self._kept.append(best)
+        return _branch(best.cache, len(best.ids) - most), most
+
+    def make_room(self, nbytes: int) -> bool:
+        """Forget what was used least recently until so much more fits; False, and nothing is lost, where it never does.
+
+        For one whose keys and values are copied before they are kept.
+        """
+        if nbytes > self.max_bytes:
+            return False
+        with self._lock:
+            held = sum(kept.nbytes for kept in self._kept)
+            while held + nbytes > self.max_bytes:
+                held -= self._kept.pop(0).nbytes
+        return True
+
+    def keep(self, model: Any, ids: list[int], cache: DynamicCache) -> bool:
+        """Keep what holds at least the tokens `ids`; more is cut off, as a step that was interrupted leaves it.
+
+        Returns:
+            False, and nothing is kept, where that cannot be done without a doubt.
+        """
+        whole = _cut_to(cache, len(ids)) if ids else None
+        if whole is None:
+            return False
+        nbytes = sum(
+            part.numel() * part.element_size() for layer in whole.layers for part in (layer.keys, layer.values)
+        )
+        new = _Kept(weakref.ref(model), tuple(ids), whole, nbytes)
+        if nbytes > self.max_bytes:
+            return False
+        can_replace = can_be_cut(whole)
+        with self._lock:
+            room = self.max_bytes - nbytes
+            kept = [new]
+            for old in reversed(self._kept):
+                is_part = old.model() is model and old.ids == new.ids[: len(old.ids)]
+                # A beginning of the new one is to be had from it, unless it can no longer be cut.
+                if is_part and (can_replace or len(old.ids) == len(new.ids)):
+                    continue
+                room -= old.nbytes
+                if room < 0:
+                    break
+                kept.append(old)
+            self._kept = kept[::-1]
+        return True
+
+
+def _cut_to(cache: DynamicCache, length: int) -> DynamicCache | None:
+    """A cache of exactly `length` tokens in every layer; None where some layer cannot be brought there for certain."""
+    excess = []
+    for layer in cache.layers:
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or not layer.is_initialized:
+            return None
+        held = layer.get_seq_length()
+        expected = held
+        if type(layer) is DynamicSlidingWindowLayer:
+            expected = min(held, layer.sliding_window - 1)
+        # Ctrl-C may fall between the line that adds keys and the one that adds values.
+        if held < length or layer.keys.shape[-2] != expected or layer.values.shape[-2] != expected:
+            return None
+        if held > length and type(layer) is DynamicSlidingWindowLayer and held >= layer.sliding_window:
+            return None
+        excess.append(held - length)
+    branch = _branch(cache, 0)
+    for layer, too_many in zip(branch.layers, excess, strict=True):
+        if too_many:
+            layer.crop(-too_many)
+    return branch
+
+
+def _branch(cache: DynamicCache, too_many: int) -> DynamicCache:
+    """A cache without the last tokens that goes its own way: layers put new tensors in the place of old ones."""
+    branch = copy.copy(cache)
+    branch.layers = [copy.copy(layer) for layer in cache.layers]
+    if too_many:
+        branch.crop(-too_many)
+    return branch
+
+
+def _common_length(left: tuple[int, ...], right: list[int]) -> int:
+    return next(
+        (at for at, (one, other) in enumerate(zip(left, right, strict=False)) if one != other),
+        min(len(left), len(right)),
+    )

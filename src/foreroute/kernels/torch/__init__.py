@@ -1,0 +1,1 @@
+"""The torch backend: experts computed by torch on the CPU, as stored, quantised or dequantised on use."""

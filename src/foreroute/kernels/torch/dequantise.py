@@ -1,0 +1,269 @@
+"""Experts that are stored quantised, as they were published: made into numbers when they are computed.
+
+The numbers are those that transformers' own dequantisers make, bit for bit, and lie as its resident model has them, so
+that the products that follow are the family's. What is kept is what is stored: one matrix at a time is numbers, in
+memory that the next one takes again.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import torch
+
+from foreroute.checkpoint.stored_parts import Coding, StoredMatrix, StoredPart
+from foreroute.kernels.torch.experts import ExpertMath, Operands
+from foreroute.kernels.torch.gguf_blocks import GGUF_DECODERS
+
+# Writes the numbers of a matrix's components to `out` [rows, columns], contiguous, of the compute dtype.
+Decoder = Callable[[Sequence[torch.Tensor], torch.Tensor, Coding], None]
+
+_FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+_MXFP4_GROUP = 32
+# 2 ** 128, which no product can take as a number: torch.ldexp can, and takes 14 times as long.
+_EXPONENT_BEYOND = 255
+# One for each of a word's eight four-bit integers.
+_ONE_EACH = 0x11111111
+# Where in a word the numbers of eight outputs are: AWQ's order, made for its kernel.
+_AWQ_SHIFTS = (0, 16, 4, 20, 8, 24, 12, 28)
+# Rows that are scaled at a time where a temporary is needed: it stays in the cache.
+_ROWS_AT_ONCE = 128
+
+
+@lru_cache
+def _fp4_pairs(dtype: torch.dtype) -> torch.Tensor:
+    """For every byte the two numbers that it holds, low half first, as one item of an integer dtype."""
+    numbers = torch.tensor(_FP4, dtype=dtype)
+    return _as_words(torch.stack([numbers.repeat(16), numbers.repeat_interleave(16)], -1))
+
+
+@lru_cache
+def _fp4_fours(dtype: torch.dtype) -> torch.Tensor:
+    """The same for every two bytes: half as many look-ups."""
+    pairs = _fp4_pairs(dtype)
+    return _as_words(torch.stack([pairs.repeat(256), pairs.repeat_interleave(256)], -1))
+
+
+@lru_cache
+def _powers_of_two() -> torch.Tensor:
+    """2 ** (byte - 127) for every byte, in float32."""
+    return torch.pow(2.0, torch.arange(256, dtype=torch.int32) - 127)
+
+
+def _as_words(rows: torch.Tensor) -> torch.Tensor:
+    words = {4: torch.int32, 8: torch.int64}
+    return rows.contiguous().view(words[rows.shape[-1] * rows.element_size()]).flatten()
+
+
+def decode_mxfp4(components: Sequence[torch.Tensor], out: torch.Tensor, coding: Coding) -> None:
+    """Blocks [rows, columns / 2] of two four-bit floats to a byte, and an exponent [rows, columns / 32] per block."""
+    blocks, exponents = components
+    scales = _powers_of_two()[exponents.int()].unsqueeze(-1)
+    grouped = out.view(*exponents.shape, _MXFP4_GROUP)
+    if out.element_size() == 2:
+        words, table, index = torch.int64, _fp4_fours(out.dtype), blocks.reshape(-1).view(torch.uint16)
+    else:
+        words, table, index = torch.int64, _fp4_pairs(out.dtype), blocks.reshape(-1)
+    torch.index_select(table, 0, index.int(), out=out.view(-1).view(words))
+    if int(exponents.max()) == _EXPONENT_BEYOND:
+        torch.ldexp(grouped, (exponents.int() - 127).unsqueeze(-1), out=grouped)
+    elif out.dtype == torch.float16:
+        # Its range is too small for the scales themselves.
+        grouped.copy_(grouped.float() * scales)
+    else:
+        grouped.mul_(scales.to(out.dtype))
+
+
+def decode_fp8(components: Sequence[torch.Tensor], out: torch.Tensor, coding: Coding) -> None:
+    """Float8 [rows, columns] and a scale for each block of rows and columns; the last blocks may be cut off."""
+    values, scales = components
+    per_column = _spread(scales.float(), coding.block[1], values.shape[1])
+    for at, first in enumerate(range(0, len(values), coding.block[0])):
+        rows = slice(first, first + coding.block[0])
+        out[rows] = values[rows].float() * per_column[at]
+
+
+def decode_fp8_scaled(components: Sequence[torch.Tensor], out: torch.Tensor, coding: Coding) -> None:
+    """Float8 [rows, columns] whose numbers are in the scales' own dtype: one scale for all, per row, or per block."""
+    values, scales = components
+    rows_at_once = coding.block[0] or len(values)
+    grid = scales.view(-(-len(values) // rows_at_once), -1)
+    per_column = _spread(grid, coding.block[1] or values.shape[1], values.shape[1])
+    if rows_at_once == 1:
+        for first in range(0, len(values), _ROWS_AT_ONCE):
+            rows = slice(first, first + _ROWS_AT_ONCE)
+            out[rows] = values[rows].to(scales.dtype) * grid[rows]
+        return
+    for at, first in enumerate(range(0, len(values), rows_at_once)):
+        rows = slice(first, first + rows_at_once)
+        out[rows] = values[rows].to(scales.dtype) * per_column[at]
+
+
+def decode_packed_int4(components: Sequence[torch.Tensor], out: torch.Tensor, coding: Coding) -> None:
+    """Words [rows, columns / 8] of eight four-bit integers, 8 standing for zero, and a scale per group of a row."""
+    words, scales = components
+    shifts = torch.arange(0, 32, 4, dtype=torch.int32)
+    for first in range(0, len(words), _ROWS_AT_ONCE):
+        rows = slice(first, first + _ROWS_AT_ONCE)
+        steps = ((words[rows].unsqueeze(-1) >> shifts) & 15) - 8
+        of_rows = scales[rows]
+        grouped = steps.view(*of_rows.shape, -1).to(scales.dtype) * of_rows.unsqueeze(-1)
+        out[rows] = grouped.view(len(of_rows), -1)
+
+
+def decode_gptq_int4(components: Sequence[torch.Tensor], out: torch.Tensor, coding: Coding) -> None:
+    """Words [columns / 8, rows]: eight four-bit integers along the input to a word; scales and zeros per group.
+
+    The last group may have fewer columns.
+    """
+    words, scales, zero_words = components
+    shifts = torch.arange(0, 32, 4, dtype=torch.int32)
+    if coding.is_zero_shifted:
+        # To whole words, as one was taken from them: a zero point of nought borrowed from the next one.
+        zero_words = zero_words + _ONE_EACH
+    zeros = ((zero_words.unsqueeze(-1) >> shifts) & 15).view(scales.shape)
+    per_group = coding.block[1] // 8 or len(words)
+    for at, first in enumerate(range(0, len(words), per_group)):
+        steps = (words[first : first + per_group].unsqueeze(1) >> shifts[None, :, None]) & 15
+        columns = (steps.view(-1, words.shape[1]) - zeros[at]).to(scales.dtype) * scales[at]
+        out[:, 8 * first : 8 * (first + per_group)] = columns.t()
+
+
+def decode_awq_int4(components: Sequence[torch.Tensor], out: torch.Tensor, coding: Coding) -> None:
+    """Words [columns, rows / 8]: eight four-bit integers along the output to a word; scales and zeros per group."""
+    words, scales, zero_words = components
+    shifts = torch.tensor(_AWQ_SHIFTS, dtype=torch.int32)
+    zeros = ((zero_words.unsqueeze(-1) >> shifts) & 15).view(scales.shape)
+    per_group = len(words) // len(scales)
+    for at, first in enumerate(range(0, len(words), per_group)):
+        steps = ((words[first : first + per_group].unsqueeze(-1) >> shifts) & 15).view(per_group, -1)
+        out[:, first : first + per_group] = ((steps - zeros[at]).to(scales.dtype) * scales[at]).t()
+
+
+def _spread(grid: torch.Tensor, columns_at_once: int, num_columns: int) -> torch.Tensor:
+    """The scales of a grid for every column."""
+    return grid.repeat_interleave(columns_at_once, 1)[:, :num_columns]
+
+
+DECODERS: Mapping[str, Decoder] = {
+    "mxfp4": decode_mxfp4,
+    "fp8": decode_fp8,
+    "fp8-scaled": decode_fp8_scaled,
+    "packed-int4": decode_packed_int4,
+    "gptq-int4": decode_gptq_int4,
+    "awq-int4": decode_awq_int4,
+    **GGUF_DECODERS,
+}
+
+
+@dataclass
+class Workspaces:
+    """Memory for numbers that are made and used at once, by purpose, shape and dtype. Not for two threads at once."""
+
+    _taken: dict[tuple[str, tuple[int, ...], torch.dtype], torch.Tensor] = field(default_factory=dict, repr=False)
+
+    def take(self, purpose: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Memory of this shape; what it held is whatever was put there last."""
+        key = (purpose, shape, dtype)
+        if key not in self._taken:
+            # Also where a caller's inference mode is on: the next one may have it off.
+            with torch.inference_mode(False):
+                self._taken[key] = torch.empty(shape, dtype=dtype)
+        return self._taken[key]
+
+
+def decode_matrix(matrix: StoredMatrix, stored: Sequence[torch.Tensor], out: torch.Tensor) -> None:
+    """Write the matrix's numbers to `out` [rows, cols]; `stored` are all stored parts of its expert."""
+    DECODERS[matrix.coding.kind]([stored[at] for at in matrix.at], out, matrix.coding)
+
+
+def decode_part(
+    part: StoredPart, stored: Sequence[torch.Tensor], dtype: torch.dtype, workspaces: Workspaces
+) -> torch.Tensor:
+    """One of the family's tensors, as the family has it.
+
+    Args:
+        stored: all stored parts of the expert.
+    Returns:
+        A tensor [*part.shape] in `workspaces`, good until the next one of its shape; of a part that is stored as it
+        is the tensor itself, where its dtype is the one wanted.
+    """
+    if not part.matrices:
+        return stored[part.at].to(dtype)
+    rows = sum(matrix.rows for matrix in part.matrices)
+    numbers = workspaces.take("rows", (rows, part.matrices[0].cols), dtype)
+    first = 0
+    for at, matrix in enumerate(part.matrices):
+        turns = slice(at, None, len(part.matrices))
+        decode_matrix(matrix, stored, numbers[turns if part.is_interleaved else slice(first, first + matrix.rows)])
+        first += matrix.rows
+    if not part.is_transposed:
+        return numbers.view(part.shape)
+    # Laid out anew: a product with a transposed view can have other bits.
+    return workspaces.take("columns", part.shape, dtype).copy_(numbers.t())
+
+
+@dataclass(frozen=True)
+class DequantisingMath(ExpertMath):
+    """A family's expert whose operands are what is stored; its tensors are made of them one at a time.
+
+    parts: the family's tensors. dtype: the compute dtype.
+    """
+
+    parts: tuple[StoredPart, ...] = ()
+    dtype: torch.dtype = torch.float32
+    workspaces: Workspaces = field(default_factory=Workspaces, compare=False)
+
+    def operands(self, parts: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """An expert's stored parts, as they are."""
+        return tuple(parts)
+
+    @property
+    def operand_kind(self) -> tuple[int, int, bool]:
+        """Two maths of one kind share their operands' views."""
+        return (self.up_at, self.down_at, False)
+
+    @property
+    def takes_stored(self) -> bool:
+        """The operands are what is stored."""
+        return True
+
+    def widths(self, shapes: Sequence[Sequence[int]]) -> tuple[int, int]:
+        """Columns of the first and of the second product."""
+        return super().widths([part.shape for part in self.parts])
+
+    def multiply(self, rows: torch.Tensor, operands: Operands, part_at: int) -> torch.Tensor:
+        """`rows` [n, in] times the expert's matrix that is part `part_at`."""
+        return torch.mm(rows, self._matrix(operands, part_at))
+
+    def multiply_into(self, out: torch.Tensor, rows: torch.Tensor, operands: Operands, part_at: int) -> None:
+        """The same, written to `out`."""
+        torch.mm(rows, self._matrix(operands, part_at), out=out)
+
+    def bias(self, operands: Operands, part_at: int) -> torch.Tensor:
+        """The expert's bias that is part `part_at`."""
+        return decode_part(self.parts[part_at], operands, self.dtype, self.workspaces)
+
+    def family_parts(self, operands: Operands) -> tuple[torch.Tensor, ...]:
+        """All of the family's tensors of an expert, in memory of their own."""
+        return tuple(decode_part(part, operands, self.dtype, self.workspaces).clone() for part in self.parts)
+
+    def _matrix(self, operands: Operands, part_at: int) -> torch.Tensor:
+        made = decode_part(self.parts[part_at], operands, self.dtype, self.workspaces)
+        return made if self.is_transposed else made.t()
+
+
+def dequantising(
+    math: ExpertMath | None, parts: tuple[StoredPart, ...], dtype: torch.dtype, workspaces: Workspaces
+) -> DequantisingMath:
+    """The family's maths over stored parts; without maths, only what makes the family's tensors of them."""
+    if math is None:
+        return DequantisingMath(_no_gate, -1, -1, parts=parts, dtype=dtype, workspaces=workspaces)
+    return DequantisingMath(
+        math.gate, math.up_at, math.down_at, math.up_bias_at, math.down_bias_at, math.is_transposed,
+        parts, dtype, workspaces,
+    )  # fmt: skip
+
+
+def _no_gate(rows: torch.Tensor) -> torch.Tensor:
+    raise AssertionError("how this family computes an expert is not known")

@@ -1,0 +1,1 @@
+"""The Triton backend: experts computed on a GPU, read through their slots."""

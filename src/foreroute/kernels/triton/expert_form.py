@@ -1,0 +1,131 @@
+"""How an expert lies in its slot, as a kernel reads it; and the experts' maths over slots, in plain torch.
+
+`experts` here is the reference of kernels/triton/experts.py. Both round where transformers' eager experts do: after
+each product, each bias, the gate, and each expert's share of the sum, which goes in ascending expert id.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+FLOAT, INT8, INT4, MXFP4 = range(4)
+SILU, CLAMPED = range(2)
+# Columns that share a scale in MXFP4.
+MXFP4_GROUP = 32
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+
+
+@dataclass(frozen=True)
+class MatrixForm:
+    """One matrix [out, in] in a slot; offsets in bytes, whole 16s.
+
+    kind: FLOAT: `dtype`, row-major, or [in, out] where `is_transposed`.
+        INT8: values [out, in], scales bfloat16 [out], as the CPU's codec.
+        INT4: values uint8 [out, in / 2], the even column in the low nibble, scales bfloat16 [in / group, out, 2]: scale
+        and zero point of (step - 8). Rows and columns as they are: the CPU's codec packs in an order of its own.
+        MXFP4: as gpt-oss stores it: blocks uint8 [out, in / 32, 16], the even column in the low nibble, and scales
+        uint8 [out, in / 32], exponents biased by 127.
+    bias_at: -1 without one.
+    """
+
+    kind: int
+    rows: int
+    cols: int
+    at: int
+    scales_at: int = -1
+    bias_at: int = -1
+    dtype: torch.dtype = torch.bfloat16
+    bias_dtype: torch.dtype = torch.bfloat16
+    group: int = 0
+    is_transposed: bool = False
+
+
+@dataclass(frozen=True)
+class ExpertForm:
+    """One expert: down(gate(up(x))).
+
+    up: [2 * intermediate, hidden], gates first or, where `is_interleaved`, on even rows. down: [hidden, intermediate].
+    gate: SILU: silu(gate) * up. CLAMPED, gpt-oss's: gate at most `limit`, up within +-`limit`,
+        (up + 1) * gate * sigmoid(alpha * gate).
+    """
+
+    up: MatrixForm
+    down: MatrixForm
+    is_interleaved: bool = False
+    gate: int = SILU
+    alpha: float = 1.702
+    limit: float = 7.0
+
+
+def experts(
+    form: ExpertForm,
+    hidden: torch.Tensor,
+    ids: torch.Tensor,
+    slots: torch.Tensor,
+    weights: torch.Tensor,
+    pool: torch.Tensor,
+    stood_in: torch.Tensor | None = None,
+    vectors: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The routed experts' weighted sum [tokens, hidden].
+
+    Args:
+        hidden: [tokens, hidden]. ids, slots, weights: [tokens, k]; a slot < 0 contributes nothing.
+        pool: uint8 [num_slots, slot_bytes].
+        stood_in: int32 [tokens, k]: experts for which `vectors` [experts, hidden] stand in, -1 elsewhere.
+    """
+    total = torch.zeros_like(hidden)
+    for token in range(len(hidden)):
+        for at in torch.argsort(ids[token], stable=True).tolist():
+            slot = int(slots[token, at])
+            if slot >= 0:
+                row = _expert(form, hidden[token : token + 1], pool[slot])[0]
+            elif stood_in is not None and vectors is not None and stood_in[token, at] >= 0:
+                row = vectors[int(stood_in[token, at])].to(hidden.dtype)
+            else:
+                continue
+            total[token] += (row * weights[token, at]).to(hidden.dtype)
+    return total
+
+
+def _expert(form: ExpertForm, row: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
+    inner = _times(form.up, row, slot)
+    half = form.up.rows // 2
+    gate, up = (inner[:, ::2], inner[:, 1::2]) if form.is_interleaved else (inner[:, :half], inner[:, half:])
+    if form.gate == SILU:
+        inner = torch.nn.functional.silu(gate) * up
+    else:
+        gate, up = gate.clamp(max=form.limit), up.clamp(-form.limit, form.limit)
+        inner = (up + 1) * (gate * torch.sigmoid(gate * form.alpha))
+    return _times(form.down, inner, slot)
+
+
+def _times(form: MatrixForm, row: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
+    out = (row.double() @ decoded(form, slot).double().t()).to(row.dtype)
+    return out if form.bias_at < 0 else out + _part(slot, form.bias_at, (form.rows,), form.bias_dtype).to(row.dtype)
+
+
+def decoded(form: MatrixForm, slot: torch.Tensor) -> torch.Tensor:
+    """The matrix [out, in] that the slot, uint8 [slot_bytes], holds, in float32."""
+    rows, cols = form.rows, form.cols
+    if form.kind == FLOAT:
+        shape = (cols, rows) if form.is_transposed else (rows, cols)
+        stored = _part(slot, form.at, shape, form.dtype).float()
+        return stored.t() if form.is_transposed else stored
+    if form.kind == INT8:
+        scales = _part(slot, form.scales_at, (rows,), torch.bfloat16).float()
+        return _part(slot, form.at, (rows, cols), torch.int8).float() * scales[:, None]
+    packed = _part(slot, form.at, (rows, cols // 2), torch.uint8)
+    nibbles = torch.stack([packed & 15, packed >> 4], -1).view(rows, cols)
+    if form.kind == INT4:
+        scales = _part(slot, form.scales_at, (cols // form.group, rows, 2), torch.bfloat16).float()
+        scale, zero = (part.t().repeat_interleave(form.group, 1) for part in scales.unbind(-1))
+        return (nibbles.float() - 8) * scale + zero
+    exponents = _part(slot, form.scales_at, (rows, cols // MXFP4_GROUP), torch.uint8).int() - 127
+    values = torch.tensor(_E2M1)[nibbles.long()]
+    return torch.ldexp(values, exponents.repeat_interleave(MXFP4_GROUP, 1))
+
+
+def _part(slot: torch.Tensor, at: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    nbytes = torch.Size(shape).numel() * dtype.itemsize
+    return slot[at : at + nbytes].view(dtype).view(shape)

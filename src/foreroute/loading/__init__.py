@@ -1,0 +1,1 @@
+"""From a path to a model: parse, plan memory, build the engine, attach it."""

@@ -1,0 +1,82 @@
+"""How each layer's experts are computed: by our maths where it is the family's bit for bit, or by the family's own.
+
+What is stored may be the family's tensors, or quantised ones: by our own codecs (prepare/quantise.py), or as the
+checkpoint was published (kernels/torch/dequantise.py).
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from foreroute.checkpoint.codecs import CODECS, STORED
+from foreroute.checkpoint.layouts import ExpertTable
+from foreroute.checkpoint.records import PackedStore
+from foreroute.engine.expert_stream import ExpertStream, FamilyForward
+from foreroute.kernels.torch.dequantise import Workspaces, dequantising
+from foreroute.kernels.torch.experts import ExpertMath, Operands
+from foreroute.kernels.torch.quant import math_of
+from foreroute.loading.math_check import describe_math, prove_math, run_family_forward
+from foreroute.model.blocks import MoeLayer
+
+
+def math_of_layers(
+    layers: Sequence[MoeLayer], source: ExpertTable, store: PackedStore | None, dtype: torch.dtype
+) -> list[ExpertMath | None]:
+    """Per layer our maths; None where it is not proven, so that the family's own forward runs.
+
+    Args:
+        source: the experts as the checkpoint stores them. dtype: the compute dtype.
+    """
+    if store is not None and store.codec != STORED:
+        described = [describe_math(layer.experts) for layer in layers]
+        return [*math_of(CODECS[store.codec], store.order, described, source, dtype)]
+    proven: dict[Any, bool] = {}
+    workspaces = Workspaces()
+    made: list[ExpertMath | None] = []
+    for layer, described_layer in zip(layers, source.layers, strict=True):
+        kind = (type(layer.experts), described_layer.layout)
+        if kind not in proven:
+            proven[kind] = prove_math(layer.experts, described_layer.family_layout, dtype)
+        entry = describe_math(layer.experts) if proven[kind] else None
+        if entry is not None and described_layer.parts:
+            entry = dequantising(entry, described_layer.parts, dtype, workspaces)
+        made.append(entry)
+    return made
+
+
+def stored_operands(
+    math: Sequence[ExpertMath | None], table: ExpertTable, dtype: torch.dtype
+) -> list[ExpertMath | None]:
+    """What says how an expert's operands are viewed: the maths, and where there is none, that they are as stored."""
+    return [
+        dequantising(None, layer.parts, dtype, Workspaces()) if entry is None and layer.parts else entry
+        for entry, layer in zip(math, table.layers, strict=True)
+    ]
+
+
+def family_forward_over(layers: Sequence[MoeLayer], table: ExpertTable, dtype: torch.dtype) -> list[FamilyForward]:
+    """Per layer the family's own forward over a stream of experts, for layers whose maths is not proven."""
+    workspaces = Workspaces()
+    return [_lending(layer, table, dtype, workspaces) for layer in layers]
+
+
+def _lending(layer: MoeLayer, table: ExpertTable, dtype: torch.dtype, workspaces: Workspaces) -> FamilyForward:
+    base = layer.index * table.num_experts
+    parts = table.layers[layer.index].parts
+    making = dequantising(None, parts, dtype, workspaces) if parts else None
+
+    def forward(stream: ExpertStream, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        made: dict[int, Operands] = {}
+
+        def parts_of(expert: int) -> Operands:
+            if making is None:
+                return stream.operands(base + expert)
+            if expert not in made:
+                made.clear()  # one at a time: the family asks for one part after the other
+                made[expert] = making.family_parts(stream.operands(base + expert))
+            return made[expert]
+
+        return run_family_forward(layer.experts, parts_of, hidden, ids, weights)
+
+    return forward

@@ -1,0 +1,95 @@
+"""What a model wants of a device beside its experts, and what is left for them; then the dense part moves there."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from foreroute.checkpoint.layouts import ExpertTable
+from foreroute.checkpoint.records import PackedStore
+from foreroute.config import EngineConfig
+from foreroute.errors import DeviceError
+from foreroute.memory.device_budget import (
+    DeviceNeeds,
+    check_dense,
+    choose_device_memory,
+    choose_host_records,
+    prefill_bytes,
+)
+from foreroute.memory.kv import kv_bytes_without_experts
+from foreroute.model.blocks import MoeLayer
+from foreroute.transfer.cuda import memory_of, out_of_memory_named
+from foreroute.transfer.placing import LESS_MEMORY
+
+# Tokens of the KV cache for which a GPU keeps memory where nobody says how many.
+DEVICE_KV_TOKENS = 4096
+# Rows of the largest decode graph (device/graph_decoder.py).
+MAX_GRAPH_ROWS = 8
+
+
+def check_store(store: PackedStore | None, stored: str) -> None:
+    """See that the experts can be computed on a device.
+
+    Raises:
+        DeviceError: they are quantised for the CPU.
+    """
+    if store is not None and store.codec != stored:
+        raise DeviceError(
+            f"{store.codec} stores are packed for the CPU's products and are not there yet with experts on a GPU. Use "
+            "--packed no, or leave --device out."
+        )
+
+
+def check_room(device: torch.device, asked: EngineConfig, config: Any, dense_bytes: int) -> None:
+    """Before any weight is read: see that all but the experts may fit; the KV cache is not known yet.
+
+    Raises:
+        DeviceError: it cannot.
+    """
+    text = config.get_text_config()
+    chunk = prefill_bytes(asked.prefill_chunk, text.hidden_size, text.vocab_size, itemsize=2)
+    check_dense(DeviceNeeds(dense_bytes, 0, chunk), *memory_of(device))
+
+
+def move_and_choose(
+    device: torch.device,
+    asked: EngineConfig,
+    asked_memory: int | str | None,
+    model: Any,
+    layers: Sequence[MoeLayer],
+    table: ExpertTable,
+) -> int:
+    """Bytes of the device for experts, after the dense part has been moved there.
+
+    Raises:
+        DeviceError, BudgetError: it does not fit, by count or in fact.
+    """
+    text, itemsize = model.config.get_text_config(), model.dtype.itemsize
+    needs = DeviceNeeds(
+        dense_bytes=sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers())),
+        kv_bytes=kv_bytes_without_experts(model, layers) * (asked.kv_tokens or min(DEVICE_KV_TOKENS, _longest(text))),
+        prefill_bytes=prefill_bytes(asked.prefill_chunk, text.hidden_size, text.vocab_size, itemsize),
+        buffer_bytes=2 * table.num_experts * table.slot_bytes if asked.control == "device" else 0,
+        max_rows=MAX_GRAPH_ROWS if asked.control == "device" else 0,
+    )
+    whole = table.total_slots * table.slot_bytes
+    least = sum(layer.top_k for layer in layers) * table.slot_bytes
+    budget = choose_device_memory(asked_memory, needs, *memory_of(device), whole, least)
+    with out_of_memory_named("the dense weights", LESS_MEMORY):
+        model.to(device)
+    return budget
+
+
+def host_records(asked: EngineConfig, available_bytes: int, table: ExpertTable) -> int:
+    """Experts that host memory holds. Raises: as `choose_host_records`."""
+    return choose_host_records(
+        asked.host_memory,
+        available_bytes,
+        table.slot_bytes,
+        table.total_slots,
+        must_hold_all=asked.control == "device",
+    )
+
+
+def _longest(text_config: Any) -> int:
+    return int(getattr(text_config, "max_position_embeddings", None) or 2**31)

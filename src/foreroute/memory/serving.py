@@ -1,0 +1,146 @@
+"""What of the RAM is left for experts when requests are to be served, and what serving will take in all."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from foreroute.checkpoint.layouts import ExpertTable
+from foreroute.config import EngineConfig
+from foreroute.memory.kv import planned_kv_bytes_per_token
+from foreroute.memory.serving_budget import (
+    MOST_SCORED_WHOLE,
+    SCORED_AT_ONCE,
+    ServingNeeds,
+    activation_bytes,
+    check_serving,
+    logit_bytes,
+    moving_bytes,
+    working_bytes,
+)
+from foreroute.model.blocks import MoeLayer
+from foreroute.model.caches import can_be_continued, is_ordinary, new_cache
+
+# Left free when the budget is chosen: activations, Python itself, other programs; and keys and values where no memory
+# is kept for them by --kv-tokens.
+CHOSEN_RESERVE_BYTES = 2 * 2**30
+# What learning guesses while serving may take beside the budget.
+_LEARNING_SHARE, _LEAST_LEARNING_BYTES, _MOST_LEARNING_BYTES = 8, 16 * 2**20, 256 * 2**20
+# Tokens of keys and values that there is memory for before they come.
+_COLUMNS_AHEAD = 1024
+# Of /proc/self/smaps: the first line of a mapping, and what of it is in RAM.
+_MAPPING = re.compile(r"([0-9a-f]+)-([0-9a-f]+) \S+ \S+ \S+ \d+\s*(.*)")
+_RESIDENT = re.compile(r"Rss:\s+(\d+) kB")
+
+
+def learning_limit(budget_bytes: int) -> int:
+    """The most that learning may take beside a budget for experts."""
+    return min(_MOST_LEARNING_BYTES, max(_LEAST_LEARNING_BYTES, budget_bytes // _LEARNING_SHARE))
+
+
+def keeps_prompts(model: Any) -> bool:
+    """Whether keys and values of a prompt can be kept for the next one, and a prompt be computed in chunks."""
+    cache = new_cache(model)
+    return cache is not None and is_ordinary(model) and can_be_continued(model, cache)
+
+
+def fit_serving(
+    asked: EngineConfig,
+    asked_memory: int | str | None,
+    budget_bytes: int,
+    kv_bytes_per_token: int,
+    free_ram_bytes: int,
+    model: Any,
+    layers: Sequence[MoeLayer],
+    table: ExpertTable,
+    host_bytes: int = 0,
+) -> int:
+    """The budget for experts, once it is known what keys and values of asked.kv_tokens tokens take.
+
+    Args:
+        budget_bytes: what was asked for, or would be chosen without keys and values.
+        free_ram_bytes: before the dense weights were there. host_bytes: of experts behind the budget, in RAM as well.
+    Returns:
+        The same where it was asked for; else what is left.
+    Raises:
+        BudgetError: it does not fit together; names what to lower.
+    """
+    assert asked.kv_tokens is not None, "memory is to be kept"
+    learning = learning_limit(budget_bytes) if asked.learn and asked.prefetch != "none" else 0
+    whole, least = table.total_slots * table.slot_bytes, sum(layer.top_k for layer in layers) * table.slot_bytes
+    working = working_bytes(_request_bytes(model, asked.prefill_chunk, asked.kv_tokens, kv_bytes_per_token), learning)
+    if asked_memory is None:
+        working = max(working, CHOSEN_RESERVE_BYTES)
+    experts = min(budget_bytes, whole) + host_bytes
+    needs = _needs(model, experts, asked.kv_tokens, kv_bytes_per_token, working, _dense_bytes(model))
+    if asked_memory is None:
+        budget_bytes = min(whole, max(0, free_ram_bytes - host_bytes - (needs.total_bytes - experts)))
+        needs = replace(needs, expert_bytes=max(least, budget_bytes) + host_bytes)
+    check_serving(needs, free_ram_bytes, least)
+    return budget_bytes
+
+
+def serving_needs(model: Any, kv_tokens: int) -> ServingNeeds:
+    """What serving with so many tokens of keys and values takes of the RAM, most of which comes later.
+
+    The rest, beside dense weights, experts, keys and values, is what this process has taken so far (Python, torch,
+    other libraries), as measured now; and, calculated, the most that learning and one chunk of a prompt take.
+    """
+    plan = model.foreroute.plan
+    per_token = planned_kv_bytes_per_token(model)
+    requests = _request_bytes(model, plan.prefill_chunk, kv_tokens, per_token)
+    working = _program_bytes(model) + plan.learning_bytes + requests
+    experts = (plan.num_slots + plan.host_records) * plan.slot_bytes
+    return _needs(model, experts, kv_tokens, per_token, working, plan.dense_bytes)
+
+
+def _needs(model: Any, experts: int, kv_tokens: int, kv_bytes_per_token: int, working: int, dense: int) -> ServingNeeds:
+    """The same with what computing takes for each token."""
+    text, keeps = model.config.get_text_config(), keeps_prompts(model)
+    each = moving_bytes(kv_bytes_per_token, text.num_hidden_layers)
+    if not keeps:
+        # A prompt is computed at once.
+        each += activation_bytes(1, text.hidden_size, model.dtype.itemsize)
+    return ServingNeeds(dense, experts, kv_tokens, kv_bytes_per_token, working, keeps, each)
+
+
+def _request_bytes(model: Any, chunk: int, kv_tokens: int, kv_bytes_per_token: int) -> int:
+    """What computing requests takes beside their keys and values, and beside what each token takes (see _needs)."""
+    text, itemsize = model.config.get_text_config(), model.dtype.itemsize
+    ahead = _COLUMNS_AHEAD * kv_bytes_per_token
+    if not keeps_prompts(model):
+        return ahead + logit_bytes(min(kv_tokens, MOST_SCORED_WHOLE), text.vocab_size, itemsize)
+    chunk = min(chunk, getattr(text, "max_position_embeddings", None) or chunk)
+    scored = logit_bytes(min(chunk, SCORED_AT_ONCE), text.vocab_size, itemsize)
+    return ahead + activation_bytes(chunk, text.hidden_size, itemsize) + scored
+
+
+def _dense_bytes(model: Any) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in model.parameters())
+
+
+def _program_bytes(model: Any) -> int:
+    """What of this process is in RAM and is neither a dense weight nor an expert.
+
+    Dense weights may be pages of the checkpoint's files, which are in RAM as far as they have been used.
+    """
+    place = Path(model.foreroute.plan.folder)
+    # A hub's folder holds links.
+    paths = {str(path.resolve()) for path in (place.iterdir() if place.is_dir() else [place])}
+    files, resident, is_checkpoint = list[range](), 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if mapping := _MAPPING.fullmatch(line):
+            is_checkpoint = mapping[3] in paths
+            if is_checkpoint:
+                files.append(range(int(mapping[1], 16), int(mapping[2], 16)))
+        elif (found := _RESIDENT.fullmatch(line)) and not is_checkpoint:
+            resident += int(found[1]) * 1024
+    own = sum(
+        tensor.numel() * tensor.element_size()
+        for tensor in model.parameters()
+        if not any(tensor.data_ptr() in addresses for addresses in files)
+    )
+    plan, residency = model.foreroute.plan, model.foreroute.runtime.residency
+    experts = (int(residency.num_resident) + plan.host_records) * plan.slot_bytes
+    return max(0, resident - own - experts)

@@ -1,0 +1,240 @@
+"""From a model's layers and what was fitted for it to predictors; shared by `load`, `fit` and `score`."""
+
+import itertools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from foreroute.checkpoint.index import CheckpointIndex
+from foreroute.config import EngineConfig
+from foreroute.errors import PredictorError
+from foreroute.model.blocks import MoeLayer, Router
+from foreroute.model.residual import ResidualTap
+from foreroute.policy import EXACT
+from foreroute.predict.base import Predictor, Seen, Select, guess_from_scores
+from foreroute.predict.default_vector import DefaultVectors, QuasiHiddenLayer, with_no_expert
+from foreroute.predict.estimator import Estimator, Inputs
+from foreroute.predict.hybrid import Hybrid
+from foreroute.predict.lookahead import NextRouter, RouterLookahead
+from foreroute.predict.prefetch import PrefetchGuesses, no_residual
+from foreroute.predict.ridge import Ridge
+from foreroute.predict.selection import Selection, selection_of
+from foreroute.predict.sidecar import Sidecar, find_sidecar
+from foreroute.predict.token_table import TokenTable
+
+# Where guesses are worth two more experts, by the held-out text of the fit. Chosen on foreroute-tiny.
+_GOOD_RECALL, _MUCH_MISSED = 0.95, 0.07
+LOOKAHEAD, DEFAULT_VECTORS, RIDGE, HYBRID = "lookahead", "default vectors", "ridge", "hybrid"
+ESTIMATOR, TOKEN_TABLE, ENTRY = "estimator", "token table", "before attention"
+
+
+def open_sidecar(folder: Path, index: CheckpointIndex, asked: EngineConfig) -> Sidecar | None:
+    """The fitted predictors that the configuration asks for, if any.
+
+    Raises:
+        PredictorError: the file is absent, damaged, or fitted to another model.
+    """
+    if asked.prefetch == "none" and asked.policy == EXACT:
+        return None
+    path = find_sidecar(folder, asked.predictor)
+    return None if path is None else Sidecar.load(path, index.fingerprint())
+
+
+def check_layout(sidecar: Sidecar | None, layers: Sequence[MoeLayer], hidden: int) -> None:
+    """See that what was fitted has the shapes of the model as this transformers builds it.
+
+    Args:
+        hidden: width of the router's input.
+    Raises:
+        PredictorError: it has others.
+    """
+    if sidecar is None:
+        return
+    fitted_to = [len(counts) for counts in sidecar.popularity]
+    here = [layer.experts.num_offloaded for layer in layers]
+    widths = {entry.from_hidden.shape[0] for entry in sidecar.ridge if entry is not None}
+    if fitted_to != here or not widths <= {hidden}:
+        raise PredictorError(
+            f"The fitted predictors are of {len(fitted_to)} MoE layers with {sorted(set(fitted_to))} experts and a "
+            f"hidden width of {sorted(widths)}; as this transformers builds the model it has {len(here)} with "
+            f"{sorted(set(here))} and {hidden}. Fit again (`foreroute fit --force`), or ignore them: --predictor no."
+        )
+
+
+def prefetch_guesses(
+    asked: EngineConfig,
+    layers: Sequence[MoeLayer],
+    dtype: torch.dtype,
+    sidecar: Sidecar | None,
+    learner: Predictor | None = None,
+) -> PrefetchGuesses | None:
+    """What the engine asks for guesses; None when it is off.
+
+    Args:
+        sidecar: its choice per layer; without one, `learner`, or else the lookahead.
+    """
+    if asked.prefetch == "none":
+        return None
+    predictor: Predictor = learner or lookahead(layers, dtype)
+    table: TokenTable | None = None
+    select: Select = guess_from_scores
+    residual_of: Callable[[int], torch.Tensor | None] = no_residual
+    if sidecar is not None:
+        predictor = hybrid(layers, dtype, sidecar)
+        table, select = sidecar.token_table, selections(layers[:1], dtype)[0]
+        if not {DEFAULT_VECTORS, ESTIMATOR}.isdisjoint(sidecar.choice):
+            residual_of = ResidualTap(layers)
+    widths = [asked.prefetch_width or layer.top_k for layer in layers]
+    without_waiting = None if sidecar is None or asked.prefetch_width else _widths_without_waiting(sidecar, widths)
+    return PrefetchGuesses(
+        predictor,
+        [layer.experts.num_offloaded for layer in layers],
+        widths,
+        table,
+        residual_of,
+        select,
+        without_waiting,
+        _choice_by_tokens(layers[0].router),
+    )
+
+
+def _choice_by_tokens(router: Router | None) -> Callable[[torch.Tensor], torch.Tensor | None] | None:
+    """What the router will choose for token ids; None where it reads the hidden state too."""
+    if router is None or router.last_call is None or not router.by_tokens:
+        return None
+    ids_at, run = router.ids_at, router.last_call.run_on_tokens
+
+    def choice(token_ids: torch.Tensor) -> torch.Tensor | None:
+        outputs = run(token_ids)
+        return None if outputs is None else outputs[ids_at]
+
+    return choice
+
+
+def _widths_without_waiting(sidecar: Sidecar, widths: Sequence[int]) -> list[int]:
+    """Two more than `widths` where the held-out text says that a guess misses much: in layer 0, which waits, of the
+    experts; in the others of the gate mass."""
+    held_out = sidecar.about.get("held_out", {})
+    wider = []
+    for layer, width in enumerate(widths):
+        name = TOKEN_TABLE if layer == 0 else sidecar.choice[layer - 1]
+        scores = held_out.get(name, {})
+        recall, missed = (scores.get(figure, [None] * len(widths))[layer] for figure in ("recall_k", "missed_mass"))
+        is_poor = (recall or 1.0) < _GOOD_RECALL if layer == 0 else (missed or 0.0) > _MUCH_MISSED
+        wider.append(width + 2 if is_poor else width)
+    return wider
+
+
+def fitted(layers: Sequence[MoeLayer], dtype: torch.dtype, sidecar: Sidecar) -> dict[str, Predictor]:
+    """Every predictor that can be had, by name, simplest first. Those that read the residual need a `ResidualTap`."""
+    known: dict[str, Predictor] = {
+        LOOKAHEAD: lookahead(layers, dtype),
+        DEFAULT_VECTORS: default_vectors(layers, sidecar),
+        RIDGE: Ridge(sidecar.ridge, selections(layers, dtype)[1:]),
+    }
+    if sidecar.estimator:
+        inputs = estimator_inputs(layers, sidecar.default_vectors)
+        known[ESTIMATOR] = Estimator(sidecar.estimator, inputs, [layer.experts.num_offloaded for layer in layers])
+    return known
+
+
+def hybrid(layers: Sequence[MoeLayer], dtype: torch.dtype, sidecar: Sidecar) -> Hybrid:
+    """Per layer the predictor that was best on held-out tokens."""
+    return Hybrid(fitted(layers, dtype, sidecar), sidecar.choice)
+
+
+def lookahead(layers: Sequence[MoeLayer], dtype: torch.dtype) -> RouterLookahead:
+    """The next layer's router on this layer's router input."""
+    following: list[NextRouter | None] = []
+    inputs: dict[int, Callable[[], torch.Tensor | None]] = {}
+    for layer, after in itertools.pairwise(layers):
+        if layer.router is None or after.router is None or layer.router.input_width != after.router.input_width:
+            following.append(None)
+            continue
+        if not layer.router.reads_experts_input:
+            inputs[layer.index] = _last_input(layer.router)
+        scale = None
+        if layer.norm_weight is not None and after.norm_weight is not None:
+            # Norms may be kept in fp32 where the router is not.
+            scale = (after.norm_weight / layer.norm_weight).to(dtype)
+        following.append(own_router(after, scale) or _router_as_last_called(after, scale))
+    return RouterLookahead(following, inputs)
+
+
+def _last_input(router: Router) -> Callable[[], torch.Tensor | None]:
+    def read() -> torch.Tensor | None:
+        return None if router.last_call is None else router.last_call.hidden
+
+    return read
+
+
+def _router_as_last_called(layer: MoeLayer, scale: torch.Tensor | None) -> NextRouter | None:
+    """The layer's router where it takes more than the hidden state: the rest as in its last call."""
+    if layer.router is None or layer.router.last_call is None:
+        return None
+    last_call = layer.router.last_call
+    route = last_call.run_on_step if layer.router.by_tokens else last_call.run_ahead
+    return _next_router(layer, layer.router, route, scale)
+
+
+def own_router(layer: MoeLayer, scale: torch.Tensor | None = None) -> NextRouter | None:
+    """The layer's router, to be run on its own; None where it cannot."""
+    router = layer.router
+    if router is None or router.takes_more_than_hidden:
+        return None
+    return _next_router(layer, router, router.module.forward, scale)
+
+
+def _next_router(
+    layer: MoeLayer,
+    router: Router,
+    route: Callable[[torch.Tensor], tuple[torch.Tensor, ...] | None],
+    scale: torch.Tensor | None,
+) -> NextRouter:
+    return NextRouter(
+        route,
+        router.ids_at,
+        router.weights_at,
+        router.logits_at,
+        layer.experts.num_offloaded,
+        scale,
+        router.is_sorted,
+    )
+
+
+def selections(layers: Sequence[MoeLayer], dtype: torch.dtype) -> list[Selection]:
+    """Per MoE layer how a linear guess of it is fitted and read."""
+    return [selection_of(own_router(layer), layer.router.input_width if layer.router else 0, dtype) for layer in layers]
+
+
+def default_vectors(layers: Sequence[MoeLayer], sidecar: Sidecar) -> DefaultVectors:
+    """The paper's guess, where the residual after attention is known on both sides."""
+    states = [quasi_hidden(layers, layer, vectors) for layer, vectors in enumerate(sidecar.default_vectors)]
+    return DefaultVectors(states, [*(own_router(layer) for layer in layers[1:]), None])
+
+
+def quasi_hidden(layers: Sequence[MoeLayer], layer: int, vectors: torch.Tensor | None) -> QuasiHiddenLayer | None:
+    """The quasi-hidden state of MoE layer `layer + 1`; None after the last, or where a norm or `vectors` are missing.
+
+    Args:
+        vectors: [experts, hidden] default vectors of `layer`.
+    """
+    if vectors is None or layer + 1 >= len(layers) or layers[layer].norm is None:
+        return None
+    after = layers[layer + 1].norm
+    if after is None:
+        return None
+    # `forward` itself: the tap on the norm must not take a guess for the residual.
+    return QuasiHiddenLayer(with_no_expert(vectors), after.forward)
+
+
+def estimator_inputs(layers: Sequence[MoeLayer], vectors: Sequence[torch.Tensor | None]) -> Inputs:
+    """What the estimator reads: the quasi-hidden state, or the router's input where there is none."""
+    states = [quasi_hidden(layers, layer, entry) for layer, entry in enumerate(vectors)]
+
+    def inputs(layer: int, seen: Seen) -> torch.Tensor:
+        state = states[layer]
+        return seen.hidden if state is None else state(seen)
+
+    return inputs

@@ -1,0 +1,301 @@
+"""Better guesses without a fit: the ridge is learnt from what passes by, in the time that compute waits for the disk.
+
+Where nothing was fitted, the lookahead guesses at once. Meanwhile rows of what each layer saw, and what the next
+router said, go to a small buffer; a wait for an expert is used to add some of them to the layer's normal equations.
+A layer that has enough is solved in a thread, and replaces the lookahead if it guesses better on rows kept aside.
+Memory is bounded, but for the ridges themselves: layers are learnt in groups, one group after the other.
+"""
+
+import itertools
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from foreroute.model.blocks import MoeLayer
+from foreroute.predict.base import Predictor, Seen, TokenGuess
+from foreroute.predict.build import selections
+from foreroute.predict.ridge import (
+    NormalEquations,
+    Ridge,
+    RidgeLayer,
+    gate_vector,
+    layer_of,
+)
+
+ENOUGH_TOKENS = 8192
+_BUFFER_ROWS = 256
+_ROWS_ASIDE = 256
+# Rows and features that are added in one go: some 2 ms at a hidden width of 2048, which a read of such an expert hides.
+_PART_ROWS, _PART_FEATURES = 128, 256
+_PENALTY = 1e-3
+_FLOAT_BYTES, _DOUBLE_BYTES = 4, 8
+
+
+def learning_bytes(layers: Sequence[MoeLayer], hidden: int) -> list[int]:
+    """Memory that learning each layer's guess of the next one takes: sums, buffer, and rows kept aside.
+
+    One layer at a time is solved, which takes `solving_bytes` more.
+    """
+    needed = []
+    for layer, after in itertools.pairwise(layers):
+        features, outputs = hidden + layer.experts.num_offloaded + 1, after.experts.num_offloaded
+        needed.append((features + _BUFFER_ROWS + _ROWS_ASIDE) * (features + outputs) * _FLOAT_BYTES)
+    return needed
+
+
+def solving_bytes(layers: Sequence[MoeLayer], hidden: int) -> int:
+    """Memory that solving the widest layer takes, while it lasts."""
+    return max(2 * (hidden + layer.experts.num_offloaded + 1) ** 2 * _DOUBLE_BYTES for layer in layers)
+
+
+class Learner:
+    """Learns, and guesses: a `Predictor` that is the lookahead until a layer's ridge is there.
+
+    Args:
+        first: guesses until then.
+        max_bytes: that sums, buffers and solving may take; less than one layer's need turns learning off.
+        enough_tokens: rows per layer before it is solved.
+
+    Attributes:
+        num_learnt: layers whose ridge has taken over.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[MoeLayer],
+        hidden: int,
+        dtype: torch.dtype,
+        first: Predictor,
+        max_bytes: int,
+        enough_tokens: int = ENOUGH_TOKENS,
+    ) -> None:
+        self._layers = layers
+        self._hidden = hidden
+        self._dtype = dtype
+        self._first = first
+        self._enough_tokens = enough_tokens
+        self._ridge: list[RidgeLayer | None] = [None] * len(layers)
+        self._selections = selections(layers, dtype)
+        self._predictor = Ridge(self._ridge, self._selections[1:])
+        self._groups = _groups(learning_bytes(layers, hidden), max_bytes - solving_bytes(layers, hidden))
+        self._group: dict[int, _LayerRows] = {}
+        self._logits: dict[int, torch.Tensor] = {}
+        self._handles: list[Any] = []
+        self._is_paused = False
+        self._before: tuple[int, Seen] | None = None
+        self._todo: Iterator[None] = iter(())
+        self._thread: threading.Thread | None = None
+        self.num_learnt = 0
+        self._next_group()
+
+    def guess(self, layer: int, seen: Seen, width: int) -> TokenGuess | None:
+        """See `Predictor`."""
+        if self._ridge[layer] is None:
+            return self._first.guess(layer, seen, width)
+        return self._predictor.guess(layer, seen, width)
+
+    @property
+    def is_learning(self) -> bool:
+        """There is a layer that has not seen enough."""
+        return bool(self._group)
+
+    def see(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> None:
+        """Every MoE layer of every step, when its routing is known. Cost: some row copies for a layer in the group."""
+        if self._is_paused:
+            return
+        rows = self._group.get(layer - 1)
+        if rows is not None and self._before is not None and self._before[0] == layer - 1:
+            seen = self._before[1]
+            if len(seen.hidden) == len(hidden) and rows.wants_more:
+                logits = self._logits.pop(layer, None)
+                width = self._layers[layer].experts.num_offloaded
+                rows.keep(seen, self._selections[layer].targets(logits, ids, width))
+        self._before = (layer, Seen(hidden, ids, weights)) if layer in self._group else None
+
+    def work(self) -> bool:
+        """Do a little of what is to be done, while compute waits; False when there is nothing."""
+        if self._is_paused:
+            return False
+        if next(self._todo, True) is None:
+            return True
+        for layer, rows in self._group.items():
+            if rows.num_buffered >= _PART_ROWS:
+                self._todo = rows.add_buffered()
+                return next(self._todo, True) is None
+            if rows.num_added >= self._enough_tokens and self._thread is None and not rows.is_solved:
+                rows.is_solved = True
+                self._thread = threading.Thread(
+                    target=self._solve, args=(layer, rows), name="foreroute-learner", daemon=True
+                )
+                self._thread.start()
+                return False
+        if self._group and self._thread is None and all(rows.is_solved for rows in self._group.values()):
+            self._next_group()
+        return False
+
+    def close(self) -> None:
+        """Stop listening; wait for a layer that is being solved."""
+        self._stop_listening()
+        self._group = {}
+        thread = self._thread
+        if thread is not None:
+            thread.join()
+
+    def _solve(self, layer: int, rows: "_LayerRows") -> None:
+        """In a thread: the layer's ridge, and whether it is better than what it would replace."""
+        try:
+            with torch.no_grad():
+                ridge = layer_of(rows.equations, self._hidden, _PENALTY)
+                seen, targets = rows.aside()
+                select, top_k = self._selections[layer + 1], self._layers[layer + 1].top_k
+                chosen = select(targets, top_k).ids
+                learnt = select(ridge.scores(seen), top_k)
+                known = self._first.guess(layer, seen._replace(hidden=seen.hidden.to(self._dtype)), top_k)
+            if known is None or _found(learnt, chosen) > _found(known, chosen):
+                self._predictor = Ridge([*self._ridge[:layer], ridge, *self._ridge[layer + 1 :]], self._selections[1:])
+                self._ridge[layer] = ridge
+                self.num_learnt += 1
+        except ValueError:
+            # States that are not finite: the layer keeps the guess that it has.
+            pass
+        finally:
+            self._thread = None
+
+    def _next_group(self) -> None:
+        self._stop_listening()
+        group = self._groups.pop(0) if self._groups else []
+        self._group = {}  # before the next one takes its memory
+        self._group = {layer: _LayerRows(self._hidden, self._layers[layer], self._layers[layer + 1]) for layer in group}
+        if not self._is_paused:
+            self._listen()
+
+    def pause(self) -> None:
+        """Nobody wants guesses now: nothing is seen, and no router is listened to, until `resume`."""
+        if not self._is_paused:
+            self._is_paused, self._before = True, None
+            self._stop_listening()
+
+    def resume(self) -> None:
+        """Guesses are wanted again."""
+        if self._is_paused:
+            self._is_paused = False
+            self._listen()
+
+    def _listen(self) -> None:
+        for layer in self._group:
+            router = self._layers[layer + 1].router
+            if router is not None and self._selections[layer + 1].reads_logits:
+                self._handles.append(router.module.register_forward_hook(self._catching(layer + 1, router.logits_at)))
+
+    def _catching(self, layer: int, at: int) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            self._logits[layer] = output[at].flatten(0, -2)
+
+        return hook
+
+    def _stop_listening(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self._logits.clear()
+
+
+def _found(guess: TokenGuess, chosen: torch.Tensor) -> int:
+    return int((guess.ids[:, :, None] == chosen[:, None, :]).any(1).sum())
+
+
+def _groups(needed: Sequence[int], max_bytes: int) -> list[list[int]]:
+    """Layers in order, as many together as fit; none where not even the largest fits."""
+    if not needed or max(needed) > max_bytes:
+        return []
+    groups: list[list[int]] = [[]]
+    room = max_bytes
+    for layer, nbytes in enumerate(needed):
+        if nbytes > room:
+            groups.append([])
+            room = max_bytes
+        groups[-1].append(layer)
+        room -= nbytes
+    return groups
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Rows [rows, hidden + experts + 1] and targets [rows, next experts], float32, and how many are filled."""
+
+    rows: torch.Tensor
+    targets: torch.Tensor
+
+
+class _LayerRows:
+    """One layer's rows: those kept aside, those in the buffer, and the sums of the others."""
+
+    def __init__(self, hidden: int, layer: MoeLayer, after: MoeLayer) -> None:
+        self._num_experts = layer.experts.num_offloaded
+        self._hidden = hidden
+        features, outputs = hidden + self._num_experts, after.experts.num_offloaded
+        self.equations = NormalEquations(features, outputs, torch.float32)
+        self._buffer = _Block(torch.ones(_BUFFER_ROWS, features + 1), torch.zeros(_BUFFER_ROWS, outputs))
+        self._aside = _Block(torch.ones(_ROWS_ASIDE, features + 1), torch.zeros(_ROWS_ASIDE, outputs))
+        self.num_buffered = self.num_added = self._num_aside = 0
+        self.is_solved = False
+
+    @property
+    def wants_more(self) -> bool:
+        """There is room in the buffer."""
+        return self.num_buffered < _BUFFER_ROWS and not self.is_solved
+
+    def keep(self, seen: Seen, targets: torch.Tensor) -> None:
+        """As many of the tokens as there is room for; every eighth goes aside until there are enough."""
+        num_rows = min(len(targets), _BUFFER_ROWS - self.num_buffered)
+        hidden, gates = (
+            seen.hidden[:num_rows],
+            gate_vector(Seen(*(one[:num_rows] for one in seen[:3])), self._num_experts),
+        )
+        is_aside = self._num_aside < _ROWS_ASIDE and self._num_aside * 8 <= self.num_added
+        block, at = (self._aside, self._num_aside) if is_aside else (self._buffer, self.num_buffered)
+        num_rows = min(num_rows, len(block.rows) - at)
+        rows = slice(at, at + num_rows)
+        block.rows[rows, : self._hidden] = hidden[:num_rows]
+        block.rows[rows, self._hidden : -1] = gates[:num_rows]
+        block.targets[rows] = targets[:num_rows]
+        if is_aside:
+            self._num_aside += num_rows
+        else:
+            self.num_buffered += num_rows
+
+    def add_buffered(self) -> Iterator[None]:
+        """Add the buffer to the sums in small parts, one for each `next`."""
+        num_rows = self.num_buffered
+        rows, targets = self._buffer.rows[:num_rows], self._buffer.targets[:num_rows]
+        num_features = rows.shape[1]
+        try:
+            for start in range(0, num_rows, _PART_ROWS):
+                some = slice(start, min(start + _PART_ROWS, num_rows))
+                for first in range(0, num_features, _PART_FEATURES):
+                    part = slice(first, min(first + _PART_FEATURES, num_features))
+                    self.equations.add_part(rows[some], targets[some], part)
+                    yield None
+        except BaseException:
+            # Cut off midway: sums of which only some parts have these rows are worth nothing.
+            self.equations.gram.zero_()
+            self.equations.cross.zero_()
+            self.num_added = 0
+            raise
+        self.num_added += num_rows
+        # Rows that came meanwhile went behind these.
+        late = self.num_buffered - num_rows
+        for block in (self._buffer.rows, self._buffer.targets):
+            block[:late] = block[num_rows : self.num_buffered].clone()
+        self.num_buffered = late
+
+    def aside(self) -> tuple[Seen, torch.Tensor]:
+        """The rows kept aside as what was seen, and what the next router said of them."""
+        rows = self._aside.rows[: self._num_aside]
+        ids = torch.arange(self._num_experts).expand(len(rows), -1)
+        seen = Seen(rows[:, : self._hidden], ids, rows[:, self._hidden : -1])
+        return seen, self._aside.targets[: self._num_aside]

@@ -1,0 +1,1 @@
+"""What is made once, beside a checkpoint? Packed stores, fitted predictors and their scores."""

@@ -1,0 +1,237 @@
+"""Fit a model's predictors from any text, in one pass: sums over most windows, then a choice on those held out."""
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from foreroute.errors import PredictorError
+from foreroute.predict import build as known
+from foreroute.predict.estimator import EstimatorSettings
+from foreroute.predict.hybrid import choose
+from foreroute.predict.sidecar import Sidecar, read_whole, write_whole
+from foreroute.prepare.corpus import Corpus
+from foreroute.prepare.on_policy import StandIns
+from foreroute.prepare.score import Progress, Scorer, guessers_of, run_passes
+from foreroute.prepare.sums import Sums
+from foreroute.prepare.watch import watching
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """What, besides the model and the text, decides the bytes of the result.
+
+    rows: windows per forward pass. held_out_every: of so many windows one is held out. penalty: of the ridge, relative
+    to each feature's variance. estimator: also train the paper's estimator, so; None for not.
+    before_attention: also fit each layer's guess from before its own attention; `score` shows it, the engine does not
+    use it.
+    on_policy: fit a second time, on the states of a run that never waits: experts that the first fit did not guess are
+    stood in for by their default vectors.
+    """
+
+    rows: int = 8
+    held_out_every: int = 8
+    penalty: float = 1e-3
+    estimator: EstimatorSettings | None = None
+    before_attention: bool = False
+    on_policy: bool = False
+
+
+def exact_path(path: Path) -> Path:
+    """Where a fit in two rounds keeps the result of its first."""
+    return path.with_name(path.name + ".exact")
+
+
+def partial_path(path: Path) -> Path:
+    """Where an unfinished fit keeps its sums."""
+    return path.with_name(path.name + ".partial")
+
+
+def fit(
+    model: Any,
+    fingerprint: str,
+    corpus: Corpus,
+    path: Path,
+    *,
+    settings: FitSettings | None = None,
+    progress: Progress = lambda done, total: None,
+    resume: bool = True,
+    save_every_s: float = 60.0,
+    clock: Callable[[], float] = time.monotonic,
+) -> Sidecar:
+    """Fit everything to `model` and write the sidecar `path`; works with the experts offloaded.
+
+    A fit that was stopped goes on from where its sums were last saved, and ends with the same bytes. The number of
+    torch threads is part of what must be the same: sums of another order differ in their last bits.
+
+    Args:
+        model: of `foreroute.load`. fingerprint: of its checkpoint.
+        progress: called with (tokens done, all tokens) after each forward pass.
+        save_every_s: how often the sums are saved, in seconds.
+    Raises:
+        PredictorError: a file cannot be written.
+    Cost: a prefill of the text, and rows x features^2 multiply-adds per layer. Memory: see `Sums`.
+    """
+    settings = settings or FitSettings()
+    about = {
+        "corpus": corpus.digest,
+        "context": corpus.windows.shape[1],
+        "settings": asdict(settings),
+        "threads": torch.get_num_threads(),
+        "dtype": str(model.dtype),
+    }
+    num_rounds = 2 if settings.on_policy else 1
+    total = num_rounds * corpus.num_tokens
+    first_path = exact_path(path)
+
+    def round_of(number: int, stand_ins: StandIns | None) -> Sidecar:
+        keeper_of = partial(
+            _Keeper, partial_path(path), about={**about, "fingerprint": fingerprint, "round": number},
+            save_every_s=save_every_s, clock=clock, resume=resume,
+        )  # fmt: skip
+        done_before = number * corpus.num_tokens
+        return _round(
+            model, fingerprint, corpus, settings, keeper_of, about, stand_ins,
+            lambda done: progress(done_before + done, total),
+        )  # fmt: skip
+
+    if not settings.on_policy:
+        sidecar = round_of(0, None)
+    else:
+        exact = _first_round(first_path, fingerprint, about) if resume else None
+        if exact is None:
+            exact = round_of(0, None)
+            exact.save(first_path)
+            partial_path(path).unlink(missing_ok=True)
+        policy = StandIns(known.hybrid(model.foreroute.layers, model.dtype, exact), exact.default_vectors)
+        sidecar = round_of(1, policy)
+    sidecar.save(path)
+    partial_path(path).unlink(missing_ok=True)
+    if settings.on_policy:
+        first_path.unlink(missing_ok=True)
+    return sidecar
+
+
+def _first_round(path: Path, fingerprint: str, about: dict[str, Any]) -> Sidecar | None:
+    """What the exact round of the same fit left, when it was stopped in its second."""
+    try:
+        saved = Sidecar.load(path, fingerprint)
+    except PredictorError:
+        return None
+    return saved if all(saved.about.get(name) == value for name, value in about.items()) else None
+
+
+def _round(
+    model: Any,
+    fingerprint: str,
+    corpus: Corpus,
+    settings: FitSettings,
+    keeper_of: Callable[[Sums], "_Keeper"],
+    about: dict[str, Any],
+    stand_ins: StandIns | None,
+    progress: Callable[[int], None],
+) -> Sidecar:
+    """Sums over most windows, a solution, and a choice on the held-out ones: on exact states, or on a policy's."""
+    train, held_out = corpus.split(settings.held_out_every)
+    sums = Sums(model, settings.estimator, num_tokens=train.numel(), before_attention=settings.before_attention)
+    keeper = keeper_of(sums)
+    num_resumed = keeper.num_passes
+    with watching(model, sums.on_moment, sums.on_rows, stand_ins) as watch:
+
+        def run(windows: torch.Tensor, index: int) -> None:
+            if index >= num_resumed:
+                watch.run(windows, index)
+                keeper.after_pass(index + 1)
+
+        run_passes(run, train, settings.rows, lambda done, _: progress(done))
+    sidecar = _solved(model, sums, fingerprint, settings)
+    scorer = _scored(model, sidecar, held_out, settings.rows, stand_ins, lambda done, _: progress(train.numel() + done))
+    # Guesses that come at another time are no alternatives.
+    of_next = [name for name in scorer.tallies if name not in (known.TOKEN_TABLE, known.ENTRY)]
+    missed = {name: scorer.tallies[name].as_dict()["missed_mass"] for name in of_next}
+    return replace(
+        sidecar,
+        # A layer's guess is of the layer after it.
+        choice=[*choose({name: layers[1:] for name, layers in missed.items()}), None],
+        about={
+            **about,
+            "states": "exact" if stand_ins is None else "speculative",
+            "tokens": {"fitted": train.numel(), "held_out": held_out.numel()},
+            "held_out": {name: tally.as_dict() for name, tally in scorer.tallies.items()},
+        },
+    )
+
+
+def _solved(model: Any, sums: Sums, fingerprint: str, settings: FitSettings) -> Sidecar:
+    """Predictors from sums; nothing chosen yet."""
+    if sums.estimator is not None:
+        sums.estimator.train()
+    return Sidecar(
+        fingerprint,
+        ridge=[*(fit_of_layer.solve(settings.penalty) for fit_of_layer in sums.ridge), None],
+        default_vectors=[outputs.means() if int(outputs.counts.sum()) else None for outputs in sums.outputs],
+        token_table=sums.table.solve(sums.all_embeddings(), settings.penalty),
+        popularity=sums.popularity,
+        choice=[None] * len(sums.outputs),
+        entry=[entry.solve(settings.penalty) for entry in sums.entry],
+        estimator={} if sums.estimator is None else sums.estimator.weights,
+    )
+
+
+def _scored(
+    model: Any, sidecar: Sidecar, held_out: torch.Tensor, rows: int, stand_ins: StandIns | None, progress: Progress
+) -> Scorer:
+    """Every predictor of the sidecar on the held-out windows."""
+    candidates = known.fitted(model.foreroute.layers, model.dtype, sidecar)
+    scorer = Scorer(
+        guessers_of(candidates, sidecar, known.selections(model.foreroute.layers, model.dtype)), len(sidecar.choice)
+    )
+    with watching(model, scorer.on_moment, stand_ins=stand_ins) as watch:
+        run_passes(watch.run, held_out, rows, progress)
+    return scorer
+
+
+class _Keeper:
+    """Saves the sums from time to time, and finds them again."""
+
+    def __init__(
+        self,
+        path: Path,
+        sums: Sums,
+        about: dict[str, Any],
+        save_every_s: float,
+        clock: Callable[[], float],
+        resume: bool,
+    ) -> None:
+        self._path = path
+        self._sums = sums
+        self._about = about
+        self._save_every_s = save_every_s
+        self._clock = clock
+        self._saved_at = clock()
+        # Passes that saved sums of the same model, text, settings and round hold.
+        self.num_passes = self._resume() if resume else 0
+
+    def _resume(self) -> int:
+        if not self._path.exists():
+            return 0
+        try:
+            saved, about = read_whole(self._path)
+        except PredictorError:
+            # A damaged file of another crash costs its passes, not the fit.
+            return 0
+        if about.get("of") != self._about:
+            return 0
+        for name, tensor in self._sums.tensors().items():
+            tensor.copy_(saved[name])
+        return int(about["passes"])
+
+    def after_pass(self, num_passes: int) -> None:
+        """Save when it is time."""
+        if self._clock() - self._saved_at >= self._save_every_s:
+            write_whole(self._path, self._sums.tensors(), {"of": self._about, "passes": num_passes})
+            self._saved_at = self._clock()

@@ -1,0 +1,104 @@
+"""Write a packed store: every expert is read once, a few at a time, and written as it will lie in a slot."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from foreroute.checkpoint.layouts import ExpertTable
+from foreroute.checkpoint.records import StoreWriter
+from foreroute.prepare.quantise import Quantiser
+from foreroute.transfer.disk import DiskTransfer
+from foreroute.transfer.memory import allocate_slots
+
+# Experts in memory at once: one being written while the next ones are read.
+_RING_SLOTS = 4
+
+# Called after each record with (records done, records in all).
+Progress = Callable[[int, int], None]
+
+
+def pack(
+    table: ExpertTable,
+    path: Path,
+    *,
+    progress: Progress,
+    resume: bool = True,
+    keep_partial: bool = False,
+    quantiser: Quantiser | None = None,
+) -> int:
+    """Write the store at `path` and return its size in bytes; quantised, where there is a quantiser of `table`.
+
+    A partial file left by a crash is continued; an interrupt removes it unless `keep_partial`.
+
+    Raises:
+        StoreError: the disk is full or cannot be written.
+        ReadError: an expert could not be read; named.
+    """
+    keys = [
+        layer * table.num_experts + expert
+        for layer, described in enumerate(table.layers)
+        for expert in range(described.num_experts)
+    ]
+    if quantiser is None:
+        writer = StoreWriter(path, table, resume=resume)
+    else:
+        writer = StoreWriter(
+            path,
+            quantiser.table,
+            codec=quantiser.codec.name,
+            order=quantiser.order,
+            choice=quantiser.choice,
+            resume=resume,
+        )
+    memory, slots = allocate_slots(_RING_SLOTS, table.slot_bytes)
+    transfer = DiskTransfer(table.reads, slots.__getitem__, label=table.label)
+    try:
+        _copy_all(table, keys, writer, transfer, slots, progress, quantiser)
+        transfer.close()
+        writer.finish()
+    except KeyboardInterrupt:
+        transfer.close()
+        if keep_partial:
+            writer.close()
+        else:
+            writer.discard()
+        raise
+    finally:
+        transfer.close()
+        writer.close()
+        slots.clear()
+        del memory
+    return writer.nbytes
+
+
+def _copy_all(
+    table: ExpertTable,
+    keys: list[int],
+    writer: StoreWriter,
+    transfer: DiskTransfer,
+    slots: list[memoryview],
+    progress: Progress,
+    quantiser: Quantiser | None,
+) -> None:
+    done = requested = writer.next_record
+    progress(done, len(keys))
+    arrived: dict[int, int] = {}
+    free = list(range(len(slots)))
+    while done < len(keys):
+        while free and requested < len(keys):
+            transfer.demand(keys[requested], free.pop())
+            requested += 1
+        while keys[done] not in arrived:
+            for completion in transfer.wait():
+                if completion.error is not None:
+                    raise completion.error
+                arrived[completion.key] = completion.slot
+        slot = arrived.pop(keys[done])
+        layer, expert = table.expert_id(keys[done])
+        if quantiser is None:
+            writer.write(done, slots[slot], table.layers[layer].layout.record_bytes)
+        else:
+            payload = quantiser.encode(layer, expert, slots[slot])
+            writer.write(done, payload, quantiser.table.layers[layer].layout_of(expert).record_bytes)
+        free.append(slot)
+        done += 1
+        progress(done, len(keys))

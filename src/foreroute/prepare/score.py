@@ -1,0 +1,187 @@
+"""How good is each predictor of a model on a text, beside the controls, and what does a guess cost?"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+
+from foreroute.predict import build as known
+from foreroute.predict.base import Predictor, Seen, Select
+from foreroute.predict.sidecar import Sidecar
+from foreroute.prepare.controls import (
+    Guesser,
+    Moment,
+    Popularity,
+    first_only,
+    of_entry,
+    of_predictor,
+    oracle,
+    previous_token,
+    shuffled,
+    uniform,
+)
+from foreroute.prepare.scoring import Tally, widths_of
+from foreroute.prepare.watch import watching
+
+Progress = Callable[[int, int], None]
+_COST_REPEATS = 30
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What `score` measured.
+
+    tallies: by predictor or control. cost_us: by predictor, microseconds per token over all layers, one token at a
+    time.
+    """
+
+    top_k: int
+    num_tokens: int
+    tallies: dict[str, Tally]
+    cost_us: dict[str, float]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain numbers, for --json."""
+        return {
+            "k": self.top_k,
+            "tokens": self.num_tokens,
+            "gap_closed": gap_closed(self),
+            "predictors": {
+                name: {**tally.as_dict(), "cost_us": self.cost_us.get(name)} for name, tally in self.tallies.items()
+            },
+        }
+
+
+# What the gap to the late ceiling is measured in.
+GAP_FIGURES = ("recall_k", "recall_k2", "missed_mass")
+
+
+def gap_closed(scores: Scores) -> dict[str, float | None] | None:
+    """How much of the way from the paper's default-vector guess to the late ceiling the hybrid goes, by figure.
+
+    The late ceiling is a linear guess from the state after the MoE block, which the guess from before the next
+    layer's attention reads. 1 is all of the way; a guess that is not linear may go further.
+
+    Returns:
+        One share per figure of GAP_FIGURES, of means over layers >= 1; None for a figure in which the ceiling is no
+        better than the start, and in place of all where one of the three was not scored.
+    """
+    names = (known.DEFAULT_VECTORS, known.HYBRID, known.ENTRY)
+    if any(name not in scores.tallies for name in names):
+        return None
+    start, reached, ceiling = (scores.tallies[name].as_dict()["mean"] for name in names)
+    shares: dict[str, float | None] = {}
+    for name in GAP_FIGURES:
+        gap = ceiling[name] - start[name]
+        is_better = gap < 0 if name == "missed_mass" else gap > 0
+        shares[name] = (reached[name] - start[name]) / gap if is_better else None
+    return shares
+
+
+class Scorer:
+    """Asks guessers at every moment and adds up what they got right."""
+
+    def __init__(self, guessers: Mapping[str, Guesser], num_layers: int) -> None:
+        self._guessers = guessers
+        self.tallies = {name: Tally.of(num_layers) for name in guessers}
+
+    def on_moment(self, moment: Moment, logits: torch.Tensor | None) -> None:
+        """Score one MoE layer's tokens."""
+        width = widths_of(moment.now.ids.shape[1])[-1]
+        for name, guesser in self._guessers.items():
+            guess = guesser(moment, width)
+            if guess is not None:
+                self.tallies[name].layers[moment.layer].add(guess, moment.now, moment.num_experts)
+
+
+def score(
+    model: Any,
+    windows: torch.Tensor,
+    sidecar: Sidecar | None,
+    *,
+    rows: int,
+    progress: Progress = lambda done, total: None,
+) -> Scores:
+    """Score every predictor of the model and every control.
+
+    Args:
+        model: of `foreroute.load`. windows: [windows, context] token ids that nothing was fitted to.
+        rows: windows per forward pass.
+    """
+    layers = model.foreroute.layers
+    popularity = Popularity(
+        [torch.zeros(layer.experts.num_offloaded, dtype=torch.int64) for layer in layers]
+        if sidecar is None
+        else sidecar.popularity
+    )
+    candidates = candidates_of(model, sidecar)
+    guessers = guessers_of(candidates, sidecar, known.selections(layers, model.dtype))
+    # The one that the engine would use.
+    main = guessers[list(candidates)[-1]]
+    guessers |= {
+        "oracle": oracle([known.own_router(layer) for layer in layers]),
+        "shuffled": shuffled(main),
+        "previous token": previous_token(popularity),
+        "popularity": popularity,
+        "random": uniform(),
+    }
+    scorer = Scorer(guessers, len(layers))
+    last: dict[int, Seen] = {}
+
+    def on_moment(moment: Moment, logits: torch.Tensor | None) -> None:
+        scorer.on_moment(moment, logits)
+        popularity.learn(moment)
+        last[moment.layer] = moment.now.first_token()
+
+    with watching(model, on_moment) as watch:
+        run_passes(watch.run, windows, rows, progress)
+    costs = {name: cost_us(predictor, last, layers) for name, predictor in candidates.items()}
+    tallies = {name: tally for name, tally in scorer.tallies.items() if any(t.tokens for t in tally.layers)}
+    return Scores(layers[-1].top_k, windows.numel(), tallies, costs)
+
+
+def candidates_of(model: Any, sidecar: Sidecar | None) -> dict[str, Predictor]:
+    """The model's predictors by name, the one that the engine uses last."""
+    layers, dtype = model.foreroute.layers, model.dtype
+    if sidecar is None:
+        return {known.LOOKAHEAD: known.lookahead(layers, dtype)}
+    return {**known.fitted(layers, dtype, sidecar), known.HYBRID: known.hybrid(layers, dtype, sidecar)}
+
+
+def guessers_of(
+    candidates: Mapping[str, Predictor], sidecar: Sidecar | None, selections: Sequence[Select]
+) -> dict[str, Guesser]:
+    """Guessers by name; the token table, a guesser of its own, guesses layer 0 for the hybrid too, as in the engine."""
+    guessers = {name: of_predictor(predictor) for name, predictor in candidates.items()}
+    if sidecar is not None and sidecar.token_table is not None:
+        first = guessers[known.TOKEN_TABLE] = first_only(sidecar.token_table, selections[0])
+        if known.HYBRID in candidates:
+            guessers[known.HYBRID] = of_predictor(candidates[known.HYBRID], first)
+    if sidecar is not None and any(layer is not None for layer in sidecar.entry):
+        guessers[known.ENTRY] = of_entry(sidecar.entry, selections)
+    return guessers
+
+
+def run_passes(run: Callable[[torch.Tensor, int], None], windows: torch.Tensor, rows: int, progress: Progress) -> None:
+    """Run all windows, `rows` at a time."""
+    for index, start in enumerate(range(0, len(windows), rows)):
+        run(windows[start : start + rows], index)
+        progress(min(start + rows, len(windows)) * windows.shape[1], windows.numel())
+
+
+def cost_us(predictor: Predictor, last: Mapping[int, Seen], layers: Any) -> float:
+    """Microseconds that one token's guesses take over all layers: per layer the median of some calls."""
+    total = 0.0
+    for layer in range(len(layers) - 1):
+        seen, width = last[layer], layers[layer + 1].top_k
+        times = []
+        for _ in range(_COST_REPEATS):
+            started = time.perf_counter()
+            with torch.no_grad():
+                predictor.guess(layer, seen, width)
+            times.append(time.perf_counter() - started)
+        total += median(times)
+    return total * 1e6

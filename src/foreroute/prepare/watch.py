@@ -1,0 +1,133 @@
+"""Watching a model run over text: every MoE layer's input, routing and gate logits, as they pass."""
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from foreroute.model.residual import ResidualTap
+from foreroute.predict.base import Seen
+from foreroute.prepare.controls import Moment
+from foreroute.prepare.on_policy import StandIns
+
+# (moment, gate logits [tokens, experts] or None where the router returns none).
+MomentListener = Callable[[Moment, torch.Tensor | None], None]
+RowsListener = Callable[[int, int, torch.Tensor], None]
+# (hidden [tokens, hidden], ids [tokens, k], weights [tokens, k]) -> [tokens, hidden].
+Computing = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class Watch:
+    """Runs windows of tokens through a model of `foreroute.load` and shows what happens; see `watching`."""
+
+    def __init__(self, model: Any, on_moment: MomentListener) -> None:
+        self._model = model
+        self._on_moment = on_moment
+        self._layers = model.foreroute.layers
+        self._logits: dict[int, torch.Tensor] = {}
+        self._entries: dict[int, torch.Tensor] = {}
+        self._before: Seen | None = None
+        self._windows = torch.empty(0, 0, dtype=torch.int64)
+        self._pass_index = -1
+        self.tap = ResidualTap(self._layers)
+        # The logits of the vocabulary are the largest tensor of all, and not wanted.
+        takes = inspect.signature(type(model).forward).parameters
+        self._options: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+
+    def run(self, windows: torch.Tensor, pass_index: int) -> None:
+        """One forward pass over `windows` [rows, context]; `pass_index` seeds the controls."""
+        self._windows, self._pass_index, self._before = windows, pass_index, None
+        with torch.no_grad():
+            self._model(input_ids=windows, use_cache=False, **self._options)
+        self._before = None
+
+    def observe(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> None:
+        """The engine's observer."""
+        seen = Seen(hidden, ids, weights, self.tap(layer))
+        width = self._layers[layer].experts.num_offloaded
+        moment = Moment(
+            layer,
+            width,
+            seen,
+            self._before,
+            self._windows.flatten(),
+            self._windows.shape[1],
+            self._pass_index,
+            self._entries.pop(layer, None),
+        )
+        logits = self._logits.pop(layer, None)
+        self._before = seen
+        self._on_moment(moment, None if logits is None else logits[:, :width])
+
+    def without_missing(self, layer: int, compute: Computing, stand_ins: StandIns) -> Computing:
+        """The layer's experts under a policy that waits for nothing; it is observed with the true routing."""
+
+        def forward(hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+            before = self._before
+            self.observe(layer, hidden, ids, weights)
+            missing = stand_ins.missing(layer, before, ids)
+            if missing is None:
+                return compute(hidden, ids, weights)
+            total = compute(hidden, ids, weights.masked_fill(missing, 0))
+            return total + stand_ins.sum_of(layer, Seen(hidden, ids, weights * missing))
+
+        return forward
+
+    def catch_logits(self, layer: int, at: int) -> Any:
+        """A forward hook for the layer's router."""
+
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            self._logits[layer] = output[at].flatten(0, -2)
+
+        return hook
+
+    def catch_entry(self, layer: int) -> Any:
+        """A forward pre-hook for the module around the layer."""
+
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            self._entries[layer] = args[0].flatten(0, -2)
+
+        return hook
+
+
+@contextmanager
+def watching(
+    model: Any, on_moment: MomentListener, on_rows: RowsListener | None = None, stand_ins: StandIns | None = None
+) -> Iterator[Watch]:
+    """Watch a model; inside, `run` shows every MoE layer to `on_moment` and every expert's outputs to `on_rows`.
+
+    With `stand_ins` the model runs as under a policy that does not wait; what is shown are the states it then has.
+
+    Memory: what two neighbouring layers know, and the gate logits of one.
+    """
+    watch = Watch(model, on_moment)
+    runtime = model.foreroute.runtime
+    handles = [
+        layer.router.module.register_forward_hook(watch.catch_logits(layer.index, layer.router.logits_at))
+        for layer in model.foreroute.layers
+        if layer.router is not None and layer.router.logits_at >= 0
+    ]
+    handles += [
+        layer.around.register_forward_pre_hook(watch.catch_entry(layer.index))
+        for layer in model.foreroute.layers
+        if layer.around is not None
+    ]
+    runtime.expert_listener = on_rows
+    exact = [layer.experts.engine_forward for layer in model.foreroute.layers]
+    if stand_ins is None:
+        runtime.observer = watch.observe
+    else:
+        for layer in model.foreroute.layers:
+            layer.experts.engine_forward = watch.without_missing(layer.index, exact[layer.index], stand_ins)
+    try:
+        yield watch
+    finally:
+        runtime.observer = runtime.expert_listener = None
+        for layer, forward in zip(model.foreroute.layers, exact, strict=True):
+            layer.experts.engine_forward = forward
+        watch.tap.remove()
+        for handle in handles:
+            handle.remove()

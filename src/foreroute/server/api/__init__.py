@@ -1,0 +1,1 @@
+"""What a client sends and reads: OpenAI's requests, answers, errors and streams."""

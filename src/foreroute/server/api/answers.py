@@ -1,0 +1,240 @@
+"""Requests on their way: from the event loop to the engine's thread and back, with everything freed at the end."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Sequence
+from functools import partial
+from types import TracebackType
+from typing import Any
+
+from starlette.requests import Request as HttpRequest
+
+from foreroute.batching.requests import Engine, Event, Finished, PromptScored, Request, Sampling, Step
+from foreroute.errors import ContextLengthError, ForerouteError, QueueFullError
+from foreroute.server.api.problems import ApiError, not_possible
+from foreroute.server.api.schema import ChatRequest, CompletionRequest
+from foreroute.server.api.sse import until_gone
+from foreroute.server.settings import ServerSettings
+from foreroute.server.watching.metrics import RequestClock, ServerMetrics
+
+
+class Answers:
+    """Several requests of one HTTP request, and their events as they come: `async for index, event in answers`.
+
+    Used in a `with`: what has not ended when it is left is cancelled.
+
+    Args:
+        engine: who answers. requests: one for each choice, in the order of their indices.
+        metrics: told when tokens come. settings: limits, and what 429 tells the client to wait.
+        param: the field that the prompts came in, for errors.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        requests: Sequence[Request],
+        metrics: ServerMetrics,
+        settings: ServerSettings,
+        param: str,
+    ) -> None:
+        self._param = param
+        self._engine, self._requests, self._metrics, self._settings = engine, requests, metrics, settings
+        self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        self._open: dict[int, tuple[Any, RequestClock]] = {}
+
+    def submit(self) -> None:
+        """Queue all requests, or none.
+
+        Raises:
+            ApiError: 429 when the queue is full, 400 when one is longer than the context.
+        """
+        loop = asyncio.get_running_loop()
+        try:
+            for index, request in enumerate(self._requests):
+                clock = self._metrics.begin()
+                # The handle is put down in the loop's thread, before it can see an event.
+                handle = self._engine.submit(request, partial(self._arrived, loop, clock, index))
+                self._open[index] = (handle, clock)
+        except QueueFullError as error:
+            self.close()
+            wait = {"Retry-After": str(self._settings.retry_after_s)}
+            raise ApiError(429, str(error), code="queue_full", headers=wait) from error
+        except ContextLengthError as error:
+            self.close()
+            raise ApiError(400, str(error), param=self._param, code="context_length_exceeded") from error
+        except ForerouteError as error:
+            self.close()
+            raise ApiError(400, str(error), param=self._param, code="invalid_value") from error
+
+    def close(self) -> None:
+        """Cancel what has not ended."""
+        for handle, clock in self._open.values():
+            self._engine.cancel(handle)
+            clock.abandoned()
+        self._open.clear()
+
+    def __enter__(self) -> "Answers":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    async def __aiter__(self) -> AsyncIterator[tuple[int, Event]]:
+        """Events until every request has ended.
+
+        Raises:
+            ApiError: one of them failed.
+        """
+        while self._open:
+            index, event = await self._events.get()
+            if isinstance(event, Finished):
+                _, clock = self._open.pop(index)
+                clock.finished(event.reason, event.prompt_tokens, event.completion_tokens)
+                if event.reason not in ("stop", "length"):
+                    what = event.error or f"The answer was ended: {event.reason}."
+                    status = 503 if event.reason == "cancelled" else 500
+                    raise ApiError(status, what, code="engine_error")
+            yield index, event
+
+    def _arrived(self, loop: asyncio.AbstractEventLoop, clock: RequestClock, index: int, event: Event) -> None:
+        """In the engine's thread."""
+        if isinstance(event, Step):
+            clock.token()
+        # The loop ends before the engine does when the server stops.
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
+
+
+class Choice:
+    """What an answer has become so far: text and tokens, as its events tell."""
+
+    def __init__(self) -> None:
+        self.text = ""
+        self.steps: list[Step] = []
+        self.prompt: PromptScored | None = None
+        self.end: Finished | None = None
+
+    def add(self, event: Event) -> None:
+        """Take one event in."""
+        if isinstance(event, Step):
+            self.text += event.text
+            self.steps.append(event)
+        elif isinstance(event, PromptScored):
+            self.prompt = event
+        elif isinstance(event, Finished):
+            self.text += event.text
+            self.end = event
+
+
+async def gather(http: HttpRequest, answers: Answers) -> list[Choice] | None:
+    """All choices in full; None when the client has left, which cancels them.
+
+    Raises:
+        ApiError: one of them failed.
+    """
+
+    async def collect() -> list[Choice]:
+        choices = [Choice() for _ in answers._requests]
+        async for index, event in answers:
+            choices[index].add(event)
+        return choices
+
+    collecting = asyncio.ensure_future(collect())
+    watching = asyncio.ensure_future(until_gone(http.receive))
+    try:
+        await asyncio.wait({collecting, watching}, return_when=asyncio.FIRST_COMPLETED)
+        return collecting.result() if collecting.done() else None
+    finally:
+        for task in (collecting, watching):
+            task.cancel()
+        await asyncio.gather(collecting, watching, return_exceptions=True)
+        answers.close()
+
+
+def usage(choices: Sequence[Choice], num_choices: int = 1) -> dict[str, Any]:
+    """OpenAI's usage object. Choices of one prompt follow one another; its tokens count once."""
+    ends = [choice.end for choice in choices if choice.end is not None]
+    prompts = ends[::num_choices]
+    prompt_tokens = sum(end.prompt_tokens for end in prompts)
+    completion_tokens = sum(end.completion_tokens for end in ends)
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": sum(end.cached_tokens for end in prompts)},
+    }
+
+
+def sampling_of(asked: ChatRequest | CompletionRequest, settings: ServerSettings, index: int) -> Sampling:
+    """How choice `index` of a prompt draws its tokens.
+
+    Raises:
+        ApiError: a logit_bias that is none.
+    """
+    seed = settings.seed if asked.seed is None else asked.seed
+    return Sampling(
+        temperature=settings.temperature if asked.temperature is None else asked.temperature,
+        top_p=asked.top_p,
+        top_k=None if asked.top_k in (-1, 0) else asked.top_k,
+        min_p=asked.min_p,
+        repetition_penalty=asked.repetition_penalty,
+        presence_penalty=asked.presence_penalty or 0.0,
+        frequency_penalty=asked.frequency_penalty or 0.0,
+        logit_bias=_bias(asked.logit_bias or {}, settings.limits.logit_bias),
+        # Other choices of a seeded request are other draws, and the same ones each time.
+        seed=None if seed is None else (seed + index) % 2**63,
+    )
+
+
+def check_counts(asked: ChatRequest | CompletionRequest, settings: ServerSettings) -> list[str]:
+    """The stop texts, after n and stop were found to be within the limits.
+
+    Raises:
+        ApiError: they are not.
+    """
+    limits = settings.limits
+    if (asked.n or 1) > limits.choices:
+        raise not_possible("n", f"n is {asked.n}; at most {limits.choices} answers are given.")
+    stop = [asked.stop] if isinstance(asked.stop, str) else asked.stop or []
+    if len(stop) > limits.stop:
+        raise not_possible("stop", f"stop has {len(stop)} texts; at most {limits.stop} are watched for.")
+    if any(len(text) > limits.stop_chars for text in stop):
+        raise not_possible("stop", f"A stop text is longer than {limits.stop_chars} characters.")
+    # lm-eval sends an empty one where a model has no end token: it would end everything before it began.
+    return [text for text in dict.fromkeys(stop) if text]
+
+
+def biased_ids(asked: ChatRequest | CompletionRequest, settings: ServerSettings) -> list[int]:
+    """The tokens of logit_bias.
+
+    Raises:
+        ApiError: it is none.
+    """
+    return list(_bias(asked.logit_bias or {}, settings.limits.logit_bias))
+
+
+def check_model(asked: str | None, settings: ServerSettings) -> str:
+    """The name that the answer bears.
+
+    Raises:
+        ApiError: 404: another model is asked for.
+    """
+    if asked is None:
+        return settings.served_names[0]
+    if asked not in settings.served_names:
+        known = ", ".join(settings.served_names)
+        raise ApiError(404, f"There is no such model here. Served: {known}.", param="model", code="model_not_found")
+    return asked
+
+
+def _bias(asked: dict[str, float], most: int) -> dict[int, float]:
+    if len(asked) > most:
+        raise not_possible("logit_bias", f"logit_bias has {len(asked)} entries; at most {most} are taken.")
+    if not all(name.isascii() and name.isdigit() and len(name) < 10 for name in asked):
+        raise not_possible("logit_bias", "The keys of logit_bias must be token ids.")
+    if not all(-100 <= value <= 100 for value in asked.values()):
+        raise not_possible("logit_bias", "The values of logit_bias must be within -100 and 100.")
+    bias = {int(name): value for name, value in asked.items()}
+    if len(bias) < len(asked):
+        raise not_possible("logit_bias", "logit_bias has a token more than once (a leading 0 is no other token).")
+    return bias

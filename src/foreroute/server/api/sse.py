@@ -1,0 +1,112 @@
+"""Server-sent events over ASGI: sent as they come, with comments while nothing comes, ended when the client is gone."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from contextlib import suppress
+from typing import Any
+
+from starlette.responses import Response
+
+from foreroute.server.api.problems import ApiError, internal
+from foreroute.server.settings import ServerSettings
+
+DONE = b"data: [DONE]\n\n"
+_KEEP_ALIVE = b": keep-alive\n\n"
+_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+]
+
+
+def event(body: dict[str, Any]) -> bytes:
+    """One event with a JSON object.
+
+    Raises:
+        ValueError: it has a number that JSON does not have.
+    """
+    text = json.dumps(body, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return b"data: " + text.encode() + b"\n\n"
+
+
+class EventStream(Response):
+    """An answer made of events.
+
+    Args:
+        events: what to send. An ApiError that it raises, or any other error, becomes an event; [DONE] follows whatever
+            happened.
+        settings: keep_alive_s, and how long a client may leave unread what was sent.
+        on_end: called in the end, also when the client left before the first event was asked for.
+    """
+
+    def __init__(
+        self, events: AsyncIterator[dict[str, Any]], settings: ServerSettings, on_end: Callable[[], None]
+    ) -> None:
+        super().__init__()
+        self._events, self._settings, self._on_end = events, settings, on_end
+
+    async def __call__(
+        self,
+        scope: MutableMapping[str, Any],
+        receive: Callable[[], Awaitable[MutableMapping[str, Any]]],
+        send: Callable[[MutableMapping[str, Any]], Awaitable[None]],
+    ) -> None:
+        """Send everything, or stop at once when the client has left."""
+        sending = asyncio.ensure_future(self._send_all(send))
+        watching = asyncio.ensure_future(until_gone(receive))
+        try:
+            await asyncio.wait({sending, watching}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            self._on_end()
+            for task in (sending, watching):
+                task.cancel()
+            # A reader that is too slow is left, like one that has left.
+            with suppress(asyncio.CancelledError, asyncio.TimeoutError, OSError):
+                await sending
+            with suppress(asyncio.CancelledError):
+                await watching
+
+    async def _send_all(self, send: Callable[[MutableMapping[str, Any]], Awaitable[None]]) -> None:
+        async def push(part: bytes, *, more: bool = True) -> None:
+            message = {"type": "http.response.body", "body": part, "more_body": more}
+            await asyncio.wait_for(send(message), self._settings.limits.send_s)
+
+        await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
+        coming = aiter(self._events)
+        following: asyncio.Future[dict[str, Any]] | None = None
+        try:
+            while True:
+                following = asyncio.ensure_future(_next(coming))
+                # The wait goes on with the same future: an event must not get lost to a comment.
+                while not (await asyncio.wait({following}, timeout=self._settings.keep_alive_s))[0]:
+                    await push(_KEEP_ALIVE)
+                try:
+                    await push(event(following.result()))
+                except StopAsyncIteration:
+                    break
+        except ApiError as error:
+            await push(event(error.body))
+        except (asyncio.TimeoutError, OSError):
+            raise
+        except Exception as error:  # noqa: BLE001 - the stream has begun: the error goes into it
+            await push(event(internal(error).body))
+        finally:
+            if following is not None and not following.done():
+                following.cancel()
+                with suppress(asyncio.CancelledError):
+                    await following
+            close = getattr(coming, "aclose", None)
+            if close is not None:
+                await close()
+        await push(DONE, more=False)
+
+
+async def _next(coming: AsyncIterator[dict[str, Any]]) -> dict[str, Any]:
+    return await anext(coming)
+
+
+async def until_gone(receive: Callable[[], Awaitable[MutableMapping[str, Any]]]) -> None:
+    """Return when the client has left."""
+    while (await receive())["type"] != "http.disconnect":
+        pass

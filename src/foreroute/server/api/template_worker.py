@@ -1,0 +1,65 @@
+"""The process that renders chat templates, one after another: `python -m foreroute.server.api.template_worker BYTES`.
+
+A template comes with a model, and may loop or grow without end. Here it can take no more memory than BYTES beyond what
+the process starts with, and whoever waits for it kills the process when time is up. Lines of JSON come in on standard
+input and go out on standard output:
+
+    {"template": ..., "messages": [...], "variables": {...}, "most_chars": ..., "most_s": ...}
+    {"text": ...} or {"error": ...}
+"""
+
+import json
+import os
+import resource
+import signal
+import sys
+from typing import Any
+
+
+def render(asked: dict[str, Any]) -> dict[str, str]:
+    """One rendering, by transformers' own sandbox; whatever a template can raise becomes an error."""
+    from jinja2 import TemplateError
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    try:
+        rendered, _ = render_jinja_template(
+            conversations=[asked["messages"]],
+            chat_template=asked["template"],
+            add_generation_prompt=True,
+            **asked["variables"],
+        )
+    except MemoryError:
+        return {"error": "it takes too much memory"}
+    except RecursionError:
+        return {"error": "it calls itself without end"}
+    except TemplateError as error:
+        return {"error": str(error)[:500]}
+    except (TypeError, ValueError, KeyError, AttributeError, IndexError, ArithmeticError) as error:
+        return {"error": f"{type(error).__name__}: {str(error)[:500]}"}
+    if len(rendered[0]) > asked["most_chars"]:
+        return {"error": f"it gives more than {asked['most_chars']:,} characters"}
+    return {"text": rendered[0]}
+
+
+def main() -> None:
+    """Serve until standard input ends."""
+    import transformers.utils.chat_template_utils  # noqa: F401 - imported before memory is limited
+
+    most_bytes = int(sys.argv[1])
+    with open("/proc/self/statm", encoding="ascii") as statm:
+        held = int(statm.read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (held + most_bytes, held + most_bytes))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    # What is written goes to the one who asked; a library that prints must not come between.
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    print("{}", file=answers, flush=True)
+    for line in sys.stdin.buffer:
+        asked = json.loads(line)
+        signal.setitimer(signal.ITIMER_REAL, 2 * asked["most_s"])  # SIGALRM ends a process that does not expect it
+        print(json.dumps(render(asked)), file=answers, flush=True)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""Chat messages as a prompt: the model's own template, rendered where it can do no harm."""
+
+import contextlib
+import json
+import os
+import selectors
+import subprocess
+import sys
+import threading
+import time
+from typing import Any
+
+from foreroute.server.api.problems import ApiError
+from foreroute.server.settings import Limits
+
+# Python would look for modules in the working folder first (-P needs 3.11): with `cd MODEL; foreroute serve .` that is
+# a folder that somebody else filled, and a jinja2.py in it would run.
+_START_WORKER = (
+    "import sys; sys.path[:] = [folder for folder in sys.path if folder]; "
+    "from foreroute.server.api.template_worker import main; main()"
+)
+
+
+class TemplateRenderer:
+    """Renders a chat template in a process of its own, which is kept for the next request.
+
+    Only the messages and the tokenizer's special tokens reach the template, nothing else of a request.
+
+    Args:
+        template: the model's chat template (Jinja).
+        variables: the names of special tokens, as the tokenizer gives them to templates.
+        limits: template_s, template_bytes and template_chars hold for every rendering.
+    """
+
+    def __init__(self, template: str, variables: dict[str, str], limits: Limits) -> None:
+        self._template, self._variables, self._limits = template, variables, limits
+        self._lock = threading.Lock()
+        self._worker: subprocess.Popen[bytes] | None = None
+        self._is_closed = False
+
+    def start(self) -> None:
+        """Start the process before the first request needs it. Takes about a second."""
+        with self._lock:
+            self._ready_worker()
+
+    def render(self, messages: list[dict[str, Any]]) -> str:
+        """The prompt that these messages make, the answer's beginning included. Blocks; one at a time.
+
+        Raises:
+            ApiError: the template refuses the messages, or takes more time, memory or text than it may.
+        """
+        asked = {"template": self._template, "messages": messages, "variables": self._variables}
+        limits = {"most_chars": self._limits.template_chars, "most_s": self._limits.template_s}
+        line = json.dumps({**asked, **limits}).encode() + b"\n"
+        with self._lock:
+            worker = self._ready_worker()
+            answer = self._exchange(worker, line, self._limits.template_s)
+            if answer is None:
+                was_killed = worker.poll() is None
+                self._stop_worker()
+                why = f"takes more than {self._limits.template_s:g} s" if was_killed else "takes too much memory"
+                raise _refused(f"it {why}")
+        found = json.loads(answer)
+        if "error" in found:
+            raise _refused(found["error"])
+        return found["text"]
+
+    def close(self) -> None:
+        """End the process."""
+        with self._lock:
+            self._is_closed = True
+            self._stop_worker()
+
+    def _ready_worker(self) -> subprocess.Popen[bytes]:
+        if self._is_closed:
+            raise ApiError(503, "The server is shutting down.", code="shutting_down")
+        if self._worker is None or self._worker.poll() is not None:
+            self._stop_worker()
+            self._worker = subprocess.Popen(
+                [sys.executable, "-c", _START_WORKER, str(self._limits.template_bytes)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                env={name: value for name, value in os.environ.items() if "KEY" not in name and "TOKEN" not in name},
+                start_new_session=True,  # Ctrl-C is for the server alone
+            )
+            if self._exchange(self._worker, b"", 60.0) is None:
+                self._stop_worker()
+                raise ApiError(500, "The process that renders chat templates does not start.", code="internal_error")
+        return self._worker
+
+    def _exchange(self, worker: subprocess.Popen[bytes], line: bytes, within_s: float) -> bytes | None:
+        """Send a line and wait for one; None when time is up or the process is gone."""
+        assert worker.stdin is not None
+        assert worker.stdout is not None
+        until = time.monotonic() + within_s
+        sending, reading = worker.stdin.fileno(), worker.stdout.fileno()
+        os.set_blocking(sending, False)
+        got = bytearray()
+        # Not `select`, which knows no descriptor past 1023: a server with so many connections has such.
+        with selectors.PollSelector() as ready:
+            ready.register(reading, selectors.EVENT_READ)
+            if line:
+                ready.register(sending, selectors.EVENT_WRITE)
+            while not got.endswith(b"\n"):
+                left = until - time.monotonic()
+                if left <= 0:
+                    return None
+                able = [key.fd for key, _ in ready.select(left)]
+                if sending in able:
+                    try:
+                        line = line[os.write(sending, line[:65536]) :]
+                    except BrokenPipeError:
+                        return None
+                    if not line:
+                        ready.unregister(sending)
+                if reading not in able:
+                    continue
+                part = os.read(reading, 2**20)
+                if not part:
+                    # Gone: let `poll` know.
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        worker.wait(1)
+                    return None
+                got += part
+        return bytes(got)
+
+    def _stop_worker(self) -> None:
+        if self._worker is None:
+            return
+        self._worker.kill()
+        self._worker.wait()
+        for pipe in (self._worker.stdin, self._worker.stdout):
+            assert pipe is not None
+            with contextlib.suppress(OSError):
+                pipe.close()
+        self._worker = None
+
+
+def _refused(why: str) -> ApiError:
+    return ApiError(
+        400, f"The model's chat template refuses these messages: {why}", param="messages", code="template_error"
+    )

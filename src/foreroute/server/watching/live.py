@@ -1,0 +1,209 @@
+"""The feed of the live page: a few pictures of the engine a second, as server-sent events, while somebody watches.
+
+What the events hold: `LiveFeed.hello` and `LiveFeed.snapshot`. The engine records (recorder.py) from the first viewer's
+coming to the last one's going; a picture is made in the server's thread, once for all viewers.
+"""
+
+import asyncio
+import base64
+import json
+import time
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+from foreroute.config import Plan
+from foreroute.engine.moe_step import Runtime
+from foreroute.engine.stats import PhaseStats
+from foreroute.residency.slots import FREE, LEASED, LOADING, READY
+from foreroute.server.watching.recorder import Recorder, StepRecord, digest
+
+INTERVAL_S = 0.125
+MOST_VIEWERS = 16
+# So often a line is sent when nothing happens, so that a reader who has gone is noticed, and proxies stay patient.
+_KEEP_ALIVE_S = 10.0
+# A step that takes longer is shown while it goes.
+_LONG_STEP_S = 0.15
+# What to say first to a model that knows little.
+_EXAMPLES = {"foreroute-tiny": ("4735 + 281", "Sort: 31 12 87 45 60", "def read_lines(path):")}
+_as_json = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
+_COUNTS = tuple(field.name for field in fields(PhaseStats))
+# Two bits per expert.
+_ABSENT, _ON_ITS_WAY, _THERE, _GUESSED = range(4)
+_CODE_OF = {FREE: _ABSENT, LOADING: _ON_ITS_WAY, READY: _THERE, LEASED: _THERE}
+
+
+class LiveFeed:
+    """Pictures of one model's engine.
+
+    Args:
+        runtime, plan: of the loaded model.
+        model: its name for people.
+        policy: what decoding waits for, asked each time.
+        has_chat: the model has a chat template.
+        is_over: the server stops, and every viewer's stream is to end.
+        is_running: requests are computed right now, asked each time; a step alone does not tell, as one that was broken
+            off never ends.
+        clock: the engine's.
+    """
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        plan: Plan,
+        model: str,
+        policy: Callable[[], str] = lambda: "exact",
+        has_chat: bool = True,
+        is_over: Callable[[], bool] = lambda: False,
+        is_running: Callable[[], bool] = lambda: False,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._runtime = runtime
+        self._plan = plan
+        self._model = model
+        self._policy = policy
+        self._has_chat = has_chat
+        self._clock = clock
+        self._recorder = Recorder(runtime, clock)
+        self.num_viewers = 0
+        self._made: tuple[tuple[int, bool, int, float], bytes] | None = None
+        self._is_over = is_over
+        self._is_running = is_running
+
+    def enter(self) -> bool:
+        """Take a viewer's place, and record from now on; False when there is none left. `leave` gives it back."""
+        if self.num_viewers >= MOST_VIEWERS:
+            return False
+        self.num_viewers += 1
+        self._recorder.attach()
+        return True
+
+    def leave(self) -> None:
+        """A viewer who had entered goes."""
+        self.num_viewers -= 1
+        if not self.num_viewers:
+            self._recorder.leave()
+
+    async def events(self) -> AsyncIterator[bytes]:
+        """The server-sent events for a viewer who has entered, until the server stops."""
+        yield _event("hello", self.hello())
+        sent, sent_at = b"", self._clock()
+        while not self._is_over():
+            picture = self._picture()
+            if picture != sent:
+                sent, sent_at = picture, self._clock()
+                yield picture
+            elif self._clock() - sent_at > _KEEP_ALIVE_S:
+                sent_at = self._clock()
+                yield b": keep-alive\n\n"
+            await asyncio.sleep(INTERVAL_S)
+
+    def hello(self) -> dict[str, Any]:
+        """What does not change: the model and its pool."""
+        plan, layers = self._plan, self._runtime.table.layers
+        return {
+            "model": self._model,
+            "experts_per_layer": [layer.num_experts for layer in layers],
+            "keys_per_layer": self._runtime.table.num_experts,
+            "top_k": list(plan.top_k),
+            "expert_bytes": plan.expert_bytes,
+            "num_slots": plan.num_slots,
+            "total_slots": plan.total_slots,
+            "memory_bytes": plan.memory_bytes,
+            "guesses": plan.predictor if plan.staging_slots else "none",
+            "policy": self._policy(),
+            "has_chat": self._has_chat,
+            "examples": list(_EXAMPLES.get(self._model.rstrip("/").rsplit("/", 1)[-1], ())),
+        }
+
+    def _picture(self) -> bytes:
+        """The event of now: the same bytes while nothing happens."""
+        recorder, now = self._recorder, self._clock()
+        step, current = recorder.last, recorder.current
+        if current is not None and current is not step and now - current.began_s > _LONG_STEP_S:
+            step = current
+        newest = current or step
+        is_busy = self._is_running() or (
+            newest is not None and now - max(newest.began_s, newest.ended_s) < max(1.0, _length_s(newest) * 3)
+        )
+        # A layer is counted from its begin: the last one's end is the step's.
+        state = (-1, is_busy, -1, 0.0) if step is None else (step.number, is_busy, len(step.layers), step.ended_s)
+        if self._made is None or self._made[0] != state:
+            self._made = state, _event("step", self.snapshot(step, is_busy=is_busy))
+        return self._made[1]
+
+    def snapshot(self, step: StepRecord | None, *, is_busy: bool) -> dict[str, Any]:
+        """One picture: the pool, the step's layers, guesses and reads, and all counts so far.
+
+        Times are milliseconds from the step's begin.
+        """
+        runtime, recorder = self._runtime, self._recorder
+        stats, ahead = runtime.stats, runtime.ahead
+        picture: dict[str, Any] = {
+            "is_busy": is_busy,
+            "pool": self._pool(),
+            "counts": {
+                "decode": {name: getattr(stats.decode, name) for name in _COUNTS},
+                "prefill_tokens": stats.prefill.tokens,
+                "timed_steps": recorder.timed_steps,
+                "timed_s": round(recorder.timed_s, 6),
+            },
+            "guess_share": ahead.share if runtime.predictor is not None else 0.0,
+            "policy": self._policy(),
+        }
+        if step is not None:
+            picture["step"] = _step(step, self._runtime.table.num_experts, runtime.residency.state)
+        return picture
+
+    def _pool(self) -> str:
+        """Two bits per key, four keys a byte, the first one lowest; base64."""
+        residency = self._runtime.residency
+        codes = bytearray(map(_CODE_OF.__getitem__, map(residency.state, range(residency.num_keys))))
+        # `list` takes a dict's keys in one go: the engine's thread cannot come between.
+        for key in list(residency.staged_ready):
+            if codes[key] == _THERE:
+                codes[key] = _GUESSED
+        codes += bytes(-len(codes) % 4)
+        # No code reaches into the next byte when it is shifted, so all bytes are shifted at once.
+        packed = sum(int.from_bytes(codes[place::4], "little") << 2 * place for place in range(4))
+        return base64.b64encode(packed.to_bytes(len(codes) // 4, "little")).decode()
+
+
+def _length_s(step: StepRecord) -> float:
+    return max(step.ended_s - step.began_s, 0.0)
+
+
+def _step(step: StepRecord, keys_per_layer: int, state: Callable[[int], int]) -> dict[str, Any]:
+    def ms(clock_s: float) -> float:
+        return round((clock_s - step.began_s) * 1e3, 3)
+
+    def experts(keys: Iterable[int], but: Collection[int] = ()) -> list[int]:
+        return [key % keys_per_layer for key in keys if key not in but]
+
+    def spans(times: Sequence[tuple[float, float]]) -> list[list[float]]:
+        return [[ms(began), ms(ended)] for began, ended in times]
+
+    told = digest(step, state)
+    layers = [
+        {
+            "layer": one.layer, "t": ms(one.began_s), "end": ms(one.ended_s), "waits": spans(one.waits),
+            "there": experts(one.found, but=in_time), "in_time": experts(in_time), "late": experts(one.late),
+            "missing": experts(one.missing), "stood_in": experts(one.stood_in),
+        }
+        for one, in_time in zip(told.layers, told.in_time, strict=True)
+    ]  # fmt: skip
+    return {
+        "number": step.number,
+        "phase": step.phase,
+        "rows": step.rows,
+        "positions": step.positions,
+        "end": ms(step.ended_s) if step.ended_s else None,
+        "layers": layers,
+        "guesses": {str(layer): list(guessed) for layer, guessed in list(step.guesses)},
+        "reads": [[*divmod(key, keys_per_layer), why, ms(began), ms(ended)] for key, why, began, ended in told.reads],
+        "wasted": [list(divmod(key, keys_per_layer)) for key in told.wasted],
+    }
+
+
+def _event(kind: str, data: Mapping[str, Any]) -> bytes:
+    return f"event: {kind}\ndata: {_as_json(data)}\n\n".encode()

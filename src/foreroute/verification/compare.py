@@ -1,0 +1,181 @@
+"""Does the engine compute what its reference computed? Fed with the same tokens and compared bit by bit.
+
+The first difference is named as nearly as hashes allow: which prompt and step, which MoE layer, whether it went in
+or came out, and then which expert's slot held other bytes than the checkpoint, or which dense tensor is another.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from foreroute.checkpoint.layouts import ExpertTable
+from foreroute.verification.reference import RESIDENT, Progress, Reference, dense_digests
+from foreroute.verification.slot_watch import SlotUse, SlotWatch
+from foreroute.verification.transcript import Exercise, LayerPass, Step, steps
+
+# Where a step differs first: in a MoE layer's input, its routing, its experts' output, or behind the last one.
+DENSE, ROUTER, EXPERTS, HEAD = "dense", "router", "experts", "head"
+# Dense tensors that are named; the others are counted.
+_MOST_NAMED = 3
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The first place where the two part.
+
+    prompt, step: counted from 1; step 1 is the prompt's prefill, each later one feeds one new token.
+    position: of the step's last token, from 0.
+    part: DENSE, ROUTER, EXPERTS or HEAD.
+    moe_layer, module: the MoE layer whose input, routing or output differs; None for HEAD.
+    experts: experts of that layer that were computed with other bytes than the checkpoint's.
+    tensors: dense parameters and buffers that have other values.
+    reasons: sentences that say all this.
+    """
+
+    prompt: int
+    step: int
+    position: int
+    part: str
+    moe_layer: int | None
+    module: str | None
+    experts: tuple[int, ...]
+    tensors: tuple[str, ...]
+    reasons: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """tokens: steps compared. same_tokens: those whose likeliest token is the same. layers_compared: MoE layer passes.
+
+    first_difference: None when every bit is the same.
+    """
+
+    tokens: int
+    same_tokens: int
+    layers_compared: int
+    first_difference: Difference | None
+
+    @property
+    def same(self) -> bool:
+        """All bits and all tokens are the same."""
+        return self.first_difference is None and self.same_tokens == self.tokens
+
+
+def verify(model: Any, exercises: Sequence[Exercise], reference: Reference, progress: Progress) -> Verdict:
+    """Take the model through the reference's steps and compare each of them.
+
+    Args:
+        model: of `foreroute.load`, fresh: nothing has been computed with it yet.
+        exercises: the reference's.
+    """
+    watch = SlotWatch(model.foreroute.runtime)
+    table = model.foreroute.runtime.table
+    names = [layer.name for layer in table.layers]
+    first: Difference | None = None
+    done = same_tokens = layers_compared = 0
+    for number, (exercise, transcript) in enumerate(zip(exercises, reference.transcripts, strict=True), start=1):
+        fed = [step.token for step in transcript]
+        ours = steps(model, names, exercise, fed=fed, watch=watch)
+        for at, (left, right) in enumerate(zip(transcript, ours, strict=True)):
+            place = None if first is not None else differing(left, right)
+            if place is not None:
+                position = exercise.prompt_ids.shape[1] - 1 + at
+                first = _describe(model, reference, table, right, place, number, at + 1, position)
+            same_tokens += left.token == right.token
+            layers_compared += len(right.layers)
+            done += 1
+            progress(done, reference.num_steps)
+    return Verdict(done, same_tokens, layers_compared, first)
+
+
+def differing(reference: Step, ours: Step) -> tuple[str, int] | None:
+    """(part, MoE layer) where two steps differ first, in the order of computing; None when their bits are the same.
+
+    The layer of HEAD is the number of MoE layers.
+    """
+    for layer, (left, right) in enumerate(zip(reference.layers, ours.layers, strict=True)):
+        assert left.module == right.module, f"{right.module} was called where {left.module} should be"
+        if left.hidden != right.hidden:
+            return DENSE, layer
+        if left.routing != right.routing:
+            return ROUTER, layer
+        if left.output != right.output:
+            return EXPERTS, layer
+    return None if reference.logits == ours.logits else (HEAD, len(ours.layers))
+
+
+def _describe(
+    model: Any,
+    reference: Reference,
+    table: ExpertTable,
+    step: Step,
+    place: tuple[str, int],
+    prompt: int,
+    number: int,
+    position: int,
+) -> Difference:
+    part, layer = place
+    experts: tuple[int, ...] = ()
+    tensors: tuple[str, ...] = ()
+    if part == EXPERTS:
+        faults = expert_faults(step.layers[layer], layer, table, reference)
+        experts = tuple(sorted(faults))
+        reasons = tuple(faults[expert] for expert in experts) or (_NO_FAULT,)
+    else:
+        ours = dense_digests(model)
+        tensors = tuple(name for name, bits in ours.items() if reference.dense.get(name, bits) != bits)
+        reasons = (_tensors_sentence(tensors),)
+    is_head = part == HEAD
+    module = None if is_head else table.layers[layer].name
+    moe_layer = None if is_head else layer
+    return Difference(prompt, number, position, part, moe_layer, module, experts, tensors, reasons)
+
+
+_NO_FAULT = (
+    "Each of its experts had the checkpoint's bytes in its slot: the maths differs, or a slot changed meanwhile."
+)
+
+
+def expert_faults(layer_pass: LayerPass, layer: int, table: ExpertTable, reference: Reference) -> dict[int, str]:
+    """For each routed expert of this pass that was computed with what is not its own: a sentence about it."""
+    base, name = layer * table.num_experts, layer_pass.module
+    faults: dict[int, str] = {}
+    for use in layer_pass.uses:
+        expert = use.asked - base
+        expected = reference.experts.get((name, expert))
+        if use.asked != use.told:
+            told = "none" if use.told < 0 else table.label(use.told)
+            faults[expert] = f"{_label(table, use.asked)}: it was computed from a slot that was filled for {told}."
+        elif expected is not None and use.digest != expected:
+            owner = _owner(use, table, reference)
+            faults[expert] = f"{_label(table, use.asked)}: its slot holds other bytes than the checkpoint; {owner}"
+    asked = {use.asked - base for use in layer_pass.uses}
+    for expert in layer_pass.experts:
+        if expert < table.layers[layer].num_experts and expert not in asked:
+            faults[expert] = f"{_label(table, base + expert)}: no slot was read for it."
+    return faults
+
+
+def _label(table: ExpertTable, key: int) -> str:
+    label = table.label(key)
+    return label[0].upper() + label[1:]
+
+
+def _owner(use: SlotUse, table: ExpertTable, reference: Reference) -> str:
+    """Whose bytes these are."""
+    layer_of = {layer.name: at for at, layer in enumerate(table.layers)}
+    owners = sorted(
+        (layer_of[name], expert) for (name, expert), bits in reference.experts.items() if bits == use.digest
+    )
+    if owners:
+        layer, expert = owners[0]
+        return f"they are those of expert {expert} of MoE layer {layer}."
+    return "they are no expert's." if reference.kind == RESIDENT else "they are of none that was used."
+
+
+def _tensors_sentence(tensors: Sequence[str]) -> str:
+    if not tensors:
+        return "Every dense tensor has the reference's values: the maths differs."
+    more = len(tensors) - _MOST_NAMED
+    named = ", ".join(tensors[:_MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
+    return f"The dense part has other values than the reference: {named}."

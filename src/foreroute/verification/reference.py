@@ -1,0 +1,206 @@
+"""What exact mode is held against: transformers' resident model, or on-demand loading where that does not fit the RAM.
+
+A reference is run once and let go of. What stays is hashes: of every step, of every expert, of every dense tensor.
+"""
+
+import gc
+import importlib.util
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from foreroute.checkpoint.index import CheckpointIndex
+from foreroute.checkpoint.layouts import ExpertTable
+from foreroute.checkpoint.quantised_formats import FP8, MXFP4
+from foreroute.config import EngineConfig
+from foreroute.errors import BudgetError, ForerouteError, UnsupportedModelError
+from foreroute.loading.load import load
+from foreroute.memory.host import available_ram
+from foreroute.model.skeleton import Outline
+from foreroute.units import format_memory
+from foreroute.verification.slot_watch import SlotWatch, digest, expert_digest
+from foreroute.verification.transcript import Exercise, Step, steps
+
+RESIDENT, ON_DEMAND = "resident", "on-demand"
+# Left free beside a resident model: activations, KV cache, what loading takes on top, other programs.
+_RESERVE_BYTES = 2 * 2**30
+_ON_DEMAND_LOADING = EngineConfig(cache=False, prefetch="none", predictor="no", learn=False, packed="no")
+
+# Called with (steps done, steps in all).
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """One model's account.
+
+    kind: RESIDENT or ON_DEMAND. dtype: the compute dtype.
+    transcripts: per prompt its steps, prefill first.
+    experts: (experts module, expert) -> hash of its parts; of those that were used alone when ON_DEMAND.
+    dense: parameter or buffer -> hash.
+    """
+
+    kind: str
+    dtype: torch.dtype
+    transcripts: tuple[tuple[Step, ...], ...]
+    experts: Mapping[tuple[str, int], bytes]
+    dense: Mapping[str, bytes]
+
+    @property
+    def num_steps(self) -> int:
+        """Forward passes over all prompts, which is also the number of tokens chosen."""
+        return sum(len(transcript) for transcript in self.transcripts)
+
+
+def choose_reference(asked: str, index: CheckpointIndex, sketch: Outline, dtype: str) -> str:
+    """RESIDENT where the whole model fits the free RAM beside a reserve, else ON_DEMAND; or what was asked for.
+
+    Args:
+        asked: "auto", RESIDENT or ON_DEMAND.
+        dtype: the compute dtype's name, or "auto".
+    Raises:
+        BudgetError: RESIDENT was asked for and cannot fit.
+        UnsupportedModelError: RESIDENT was asked for, and transformers cannot dequantise the checkpoint here.
+    """
+    if index.kind == "gguf" and asked == RESIDENT:
+        raise ForerouteError("transformers has no resident model of a GGUF file's bits. Take --reference on-demand.")
+    if asked == ON_DEMAND or index.kind == "gguf":
+        return ON_DEMAND
+    hindrance = _not_resident(index, sketch)
+    if hindrance and asked == RESIDENT:
+        raise UnsupportedModelError(f"No resident model of {index.folder}: {hindrance}. Take --reference on-demand.")
+    if hindrance:
+        return ON_DEMAND
+    wanted, free = resident_bytes(index, sketch, dtype), available_ram()
+    if asked == RESIDENT and wanted > free:
+        raise BudgetError(
+            f"The resident model needs {format_memory(wanted, round_up=True)}; {format_memory(free)} of RAM is free. "
+            "Take --reference on-demand."
+        )
+    return RESIDENT if asked == RESIDENT or wanted + _RESERVE_BYTES <= free else ON_DEMAND
+
+
+def resident_bytes(index: CheckpointIndex, sketch: Outline, dtype: str) -> int:
+    """Bytes that all tensors of the checkpoint take in the compute dtype."""
+    compute = sketch.config.dtype if dtype == "auto" else getattr(torch, dtype)
+    if not isinstance(compute, torch.dtype):
+        return index.nbytes
+    # Of quantised experts what they become counts; an item of what is stored holds several numbers, or none.
+    quantised = [layer for layer in sketch.table.layers if layer.parts]
+    stored = {name for layer in quantised for source in layer.sources for group in source.groups for name in group}
+    numbers = sum(
+        layer.num_experts * math.prod(part.shape) for layer in quantised for part in layer.family_layout.parts
+    )
+    numbers += sum(math.prod(entry.shape) for name, entry in index.tensors.items() if name not in stored)
+    return numbers * compute.itemsize
+
+
+def _not_resident(index: CheckpointIndex, sketch: Outline) -> str:
+    """Why transformers cannot make numbers of the checkpoint on this machine; "" where it can."""
+    if sketch.form is None or sketch.form.coding.kind == MXFP4:
+        return ""
+    if sketch.form.coding.kind != FP8:
+        return f"transformers has no dequantiser of {sketch.form.name} experts that runs here"
+    if importlib.util.find_spec("accelerate") is None:
+        return "transformers dequantises FP8 only where accelerate is installed (`pip install accelerate`)"
+    for values, _ in sketch.matrices.values():
+        shape, block = index.tensors[values].shape[-2:], sketch.form.coding.block
+        if any(extent > part and extent % part for extent, part in zip(shape, block, strict=True)):
+            return f"transformers does not dequantise {values}, whose last blocks are cut off"
+    return ""
+
+
+def record_reference(
+    kind: str,
+    folder: Path,
+    sketch: Outline,
+    dtype: str,
+    memory: int | str,
+    exercises: Sequence[Exercise],
+    progress: Progress,
+) -> Reference:
+    """Load the reference, let it continue each prompt greedily, and let go of it.
+
+    On-demand loading gives every expert up after its layer, guesses nothing, and reads the checkpoint's own files.
+
+    Args:
+        memory: the budget of on-demand loading.
+    Raises:
+        ForerouteError: its logits are not numbers, so that nothing could be learnt from them.
+    """
+    names = [layer.name for layer in sketch.table.layers]
+    is_resident = kind == RESIDENT
+    model = _load_resident(folder, dtype) if is_resident else load(folder, memory, dtype, config=_ON_DEMAND_LOADING)
+    watch = None if is_resident else SlotWatch(model.foreroute.runtime)
+    transcripts: list[tuple[Step, ...]] = []
+    done, num_steps = 0, sum(exercise.num_steps for exercise in exercises)
+    try:
+        for exercise in exercises:
+            transcript: list[Step] = []
+            for step in steps(model, names, exercise, watch=watch):
+                _check_numbers(step, len(transcripts) + 1, len(transcript) + 1)
+                # The slots of a reference are of no interest afterwards.
+                transcript.append(step._replace(layers=tuple(layer._replace(uses=()) for layer in step.layers)))
+                done += 1
+                progress(done, num_steps)
+            transcripts.append(tuple(transcript))
+        experts = (
+            _resident_experts(model, sketch.table)
+            if watch is None
+            else _seen_experts(watch, model.foreroute.runtime.table)
+        )
+        return Reference(kind, model.dtype, tuple(transcripts), experts, dense_digests(model, sketch.expert_targets))
+    finally:
+        if not is_resident:
+            model.foreroute.close()
+        del model
+        gc.collect()
+
+
+def dense_digests(model: Any, expert_targets: frozenset[str] = frozenset()) -> dict[str, bytes]:
+    """A hash of every parameter and buffer but the experts', by name."""
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    return {name: digest([tensor]) for name, tensor in tensors if name not in expert_targets}
+
+
+def _load_resident(folder: Path, dtype: str) -> Any:
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    compute = dtype if dtype == "auto" else getattr(torch, dtype)
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=compute, experts_implementation="eager", use_safetensors=True
+    ).eval()
+
+
+def _resident_experts(model: Any, table: ExpertTable) -> dict[tuple[str, int], bytes]:
+    """A hash of every expert as transformers has put it together."""
+    digests = {}
+    for layer in table.layers:
+        module = model.get_submodule(layer.name)
+        parts = [getattr(module, part.name).detach() for part in layer.family_layout.parts]
+        for expert in range(layer.num_experts):
+            digests[layer.name, expert] = expert_digest(part[expert] for part in parts)
+    return digests
+
+
+def _seen_experts(watch: SlotWatch, table: ExpertTable) -> dict[tuple[str, int], bytes]:
+    """A hash of every expert that was used."""
+    digests = {}
+    for key, seen in watch.digests.items():
+        layer, expert = table.expert_id(key)
+        digests[table.layers[layer].name, expert] = seen
+    return digests
+
+
+def _check_numbers(step: Step, prompt: int, token: int) -> None:
+    if step.has_nan:
+        raise ForerouteError(
+            f"The reference's logits for token {token} after prompt {prompt} are not numbers (NaN): comparing them "
+            "proves nothing. Take another --dtype, or check the checkpoint."
+        )

@@ -1,0 +1,120 @@
+"""What the maths really reads: the expert it asks for, the one its slot was filled for, and the bytes that lie there.
+
+`SlotWatch` puts a thin front before the runtime's transfer, pool and views. They pass every call on and note it, so
+that what the engine believes about a slot can be held against what is in it.
+"""
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple, cast
+
+import torch
+import xxhash
+
+from foreroute.engine.moe_step import Runtime
+from foreroute.kernels.slot_views import SlotViews
+from foreroute.residency.slots import Residency
+from foreroute.transfer.base import Transfer
+
+
+class SlotUse(NamedTuple):
+    """One expert as the maths met it.
+
+    asked: the key that it was computed as. told: the key that its slot was last filled for, -1 for none.
+    digest: of the bytes in the slot at that moment, see `expert_digest`.
+    """
+
+    asked: int
+    told: int
+    digest: bytes
+
+
+def digest(tensors: Iterable[torch.Tensor]) -> bytes:
+    """A hash (xxh3-128) of these tensors' bits, row-major, one after the other: -0.0 is not 0.0 here."""
+    hasher = xxhash.xxh3_128()
+    for tensor in tensors:
+        raw: Any = tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()
+        hasher.update(raw)
+    return hasher.digest()
+
+
+def expert_digest(operands: Iterable[torch.Tensor]) -> bytes:
+    """A hash of one expert's parts in layout order, the same for weights as they lie and for their transposed views."""
+    return digest(part if part.is_contiguous() else part.t() for part in operands)
+
+
+class SlotWatch:
+    """Watches the slots of a runtime from now on. Nothing may have been loaded before.
+
+    Attributes:
+        digests: key -> the bytes that were last computed with in a slot filled for it.
+    Cost: a hash of every expert that is computed, which reads its bytes once more.
+    """
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.digests: dict[int, bytes] = {}
+        self.told: dict[int, int] = {}
+        self.asked = -1
+        self._uses: list[SlotUse] = []
+        self._last = (-1, -1)
+        runtime.transfer = cast(Transfer, _TransferFront(runtime.transfer, self))
+        runtime.residency = cast(Residency, _PoolFront(runtime.residency, self))
+        runtime.views = cast(SlotViews, _ViewsFront(runtime.views, self))
+
+    def take(self) -> tuple[SlotUse, ...]:
+        """The uses since the last call, in the order of computing."""
+        uses, self._uses, self._last = tuple(self._uses), [], (-1, -1)
+        return uses
+
+    def note(self, slot: int, operands: Iterable[torch.Tensor]) -> None:
+        """The maths has got these operands out of `slot`."""
+        told = self.told.get(slot, -1)
+        # A slot of prefill's ring is not asked for by its expert.
+        asked, self.asked = (told if self.asked < 0 else self.asked), -1
+        # A family's own forward asks once for each part.
+        if (asked, slot) == self._last:
+            return
+        self._last = (asked, slot)
+        self._uses.append(SlotUse(asked, told, expert_digest(operands)))
+        self.digests[told] = self._uses[-1].digest
+
+
+class _Front:
+    """Passes on whatever a subclass does not note."""
+
+    def __init__(self, behind: Any, watch: SlotWatch) -> None:
+        self._behind = behind
+        self._watch = watch
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._behind, name)
+
+    def __repr__(self) -> str:
+        return repr(self._behind)
+
+
+class _TransferFront(_Front):
+    def demand(self, key: int, slot: int) -> None:
+        self._watch.told[slot] = key
+        self._behind.demand(key, slot)
+
+    def prefetch(self, key: int, slot: int) -> None:
+        self._watch.told[slot] = key
+        self._behind.prefetch(key, slot)
+
+    def fill(self, key: int, slot: int) -> None:
+        self._watch.told[slot] = key
+        self._behind.fill(key, slot)
+
+
+class _PoolFront(_Front):
+    def slot_of(self, key: int) -> int:
+        self._watch.asked = key
+        slot: int = self._behind.slot_of(key)
+        return slot
+
+
+class _ViewsFront(_Front):
+    def operands(self, layer: int, slot: int) -> tuple[torch.Tensor, ...]:
+        operands: tuple[torch.Tensor, ...] = self._behind.operands(layer, slot)
+        self._watch.note(slot, self._behind.as_family(layer, operands))
+        return operands

@@ -1,0 +1,114 @@
+"""What a model does with a prompt, step by step, as hashes: each MoE layer's experts' input and output, and the logits.
+
+Works alike on transformers' resident model and on one of `foreroute.load`: all it needs is the experts modules' names.
+"""
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+
+from foreroute.verification.slot_watch import SlotUse, SlotWatch, digest
+
+
+class Exercise(NamedTuple):
+    """A prompt [1, tokens], and how many forward passes to make: its prefill, and one for each token but the last."""
+
+    prompt_ids: torch.Tensor
+    num_steps: int
+
+
+class LayerPass(NamedTuple):
+    """One MoE layer's experts in one forward pass.
+
+    module: the experts' name in the model.
+    hidden, routing, output: hashes of their input [tokens, hidden], of ids and weights [tokens, k], of their output.
+    experts: the routed ones, ascending. uses: the slots that they were computed from, in an offloaded model.
+    """
+
+    module: str
+    hidden: bytes
+    routing: bytes
+    output: bytes
+    experts: tuple[int, ...]
+    uses: tuple[SlotUse, ...]
+
+
+class Step(NamedTuple):
+    """One forward pass: its MoE layers in call order, the last position's logits [vocabulary], the likeliest token.
+
+    has_nan: some logit is not a number.
+    """
+
+    layers: tuple[LayerPass, ...]
+    logits: bytes
+    token: int
+    has_nan: bool
+
+
+@torch.no_grad()
+def steps(
+    model: Any,
+    modules: Sequence[str],
+    exercise: Exercise,
+    *,
+    fed: Sequence[int] | None = None,
+    watch: SlotWatch | None = None,
+) -> Iterator[Step]:
+    """Prefill the prompt, then go on token by token with the KV cache.
+
+    Args:
+        modules: names of the experts modules.
+        fed: the tokens to go on with, one per step but the last; the likeliest ones when None.
+        watch: notes the slots that are computed from.
+    """
+    takes = inspect.signature(type(model).forward).parameters
+    # As generate() does it: logits of a whole prompt can be larger than the model.
+    options: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+    ids, cache = exercise.prompt_ids, None
+    with _tapped(model, modules, watch) as passes:
+        for at in range(exercise.num_steps):
+            out = model(input_ids=ids, past_key_values=cache, use_cache=True, **options)
+            cache, logits = out.past_key_values, out.logits[0, -1]
+            token = int(logits.argmax())
+            yield Step(tuple(passes), digest([logits]), token, bool(logits.isnan().any()))
+            passes.clear()
+            ids = torch.tensor([[token if fed is None else fed[at]]])
+
+
+@contextmanager
+def _tapped(model: Any, modules: Sequence[str], watch: SlotWatch | None) -> Iterator[list[LayerPass]]:
+    """While inside, every call of an experts module adds to the list."""
+    passes: list[LayerPass] = []
+    inputs: dict[str, tuple[bytes, bytes, tuple[int, ...]]] = {}
+
+    def before(name: str) -> Any:
+        def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            hidden, ids, weights = (*args, *kwargs.values())
+            # Now, as the experts could change what they are given.
+            inputs[name] = digest([hidden]), digest([ids, weights]), tuple(ids.unique().tolist())
+            if watch is not None:
+                watch.take()
+
+        return hook
+
+    def after(name: str) -> Any:
+        def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor) -> None:
+            hidden, routing, experts = inputs.pop(name)
+            uses = () if watch is None else watch.take()
+            passes.append(LayerPass(name, hidden, routing, digest([output]), experts, uses))
+
+        return hook
+
+    handles = []
+    try:
+        for name in modules:
+            module = model.get_submodule(name)
+            handles.append(module.register_forward_pre_hook(before(name), with_kwargs=True))
+            handles.append(module.register_forward_hook(after(name), with_kwargs=True))
+        yield passes
+    finally:
+        for handle in handles:
+            handle.remove()
