@@ -123,9 +123,9 @@ def test_another_dtype_is_refused(stores, checkpoints, load):
 
 
 def test_another_machines_order_is_refused(stores, checkpoints, load, monkeypatch):
-    from foreroute.prepare import quantise as quantising
+    from foreroute.kernels.torch import quant
 
-    monkeypatch.setattr(quantising, "order_of", lambda bits, group: "another")
+    monkeypatch.setattr(quant, "order_of", lambda bits, group: "another")
     with pytest.raises(StoreError, match="another kind of CPU"):
         load(checkpoints.get("qwen3_moe", "bf16"), packed=str(stores("qwen3_moe", "int4")))
 
