@@ -12,69 +12,89 @@ from foreroute.errors import ForerouteError
 _SMALL_EXPERT_BYTES = 2**19
 
 
-def _option(default: Any, help_text: str, choices: tuple[str, ...] = ()) -> Any:
-    return field(default=default, metadata={"help": help_text, "choices": choices})
+def _option(default: Any, help_text: str, choices: tuple[str, ...] = (), *, is_ablation: bool = False) -> Any:
+    """A field with what its flag says of it; ablation switches are shown by --help-all only."""
+    return field(default=default, metadata={"help": help_text, "choices": choices, "is_ablation": is_ablation})
 
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """How experts are kept, moved and guessed. Every default is the fast and exact choice.
+    """How experts are kept, read and prefetched. Every default is the fast and exact choice.
 
-    The switches exist so that what each part is worth can be measured: cache off is on-demand loading, prefetch none
-    is a cache alone, and so on up the ladder.
+    The ablation switches exist so that what each part is worth can be measured: cache off is on-demand loading,
+    prefetch none is a cache alone, and so on up the ladder.
     """
 
     memory: int | str | None = _option(
-        None, 'memory for experts: "8GiB", bytes, or "25%%" of the expert bytes; chosen from free RAM when left out'
+        None, 'memory budget for experts: "8GiB", bytes, or "25%%" of the expert bytes; chosen from free RAM if omitted'
     )
     eviction: str = _option(
         "lfu",
-        "which expert gives way when the pool is full: the least used, the longest unused, or the least wanted by the "
-        "layers' turns",
+        "which expert is evicted when the pool is full: the least frequently used, the least recently used, or "
+        "least frequently used with the order of layers in mind (turns)",
         ("lfu", "lru", "turns"),
+        is_ablation=True,
     )
-    prefetch: str = _option("lookahead", "who guesses the next layer's experts", ("lookahead", "none"))
+    prefetch: str = _option(
+        "lookahead",
+        "where prefetches come from: the next layer's router run early (or fitted predictors), or none",
+        ("lookahead", "none"),
+        is_ablation=True,
+    )
     predictor: str = _option(
-        "auto", 'fitted predictors (see fit): "auto" uses those beside the checkpoint, "no" the lookahead, or a path'
+        "auto",
+        'fitted predictors (see fit): "auto" uses those beside the checkpoint, "no" uses the lookahead, or give a path',
     )
     prefetch_prefill: str = _option(
         "auto",
-        "guess in prefill too, so that reads of the next layer overlap this one's maths: auto for long prompts only, "
-        "where it pays",
+        "prefetch in prefill too, so that reads for the next layer overlap this one's compute: auto for long prompts "
+        "only, where it pays",
         ("auto", "on", "off"),
+        is_ablation=True,
     )
     prefill_chunk: int = _option(
         2048,
-        "prompt tokens computed at once, in generate and whatever answers: fewer take less memory, more read each "
-        "expert less often (once per chunk)",
+        "prompt tokens computed at once: a smaller chunk takes less memory, a larger one reads each expert less often "
+        "(once per chunk)",
     )
     learn: bool = _option(
         True,
-        "without fitted predictors: learn better guesses while running, in the time that compute waits for experts",
+        "without fitted predictors: learn better predictions while running, in the time that compute waits for reads",
+        is_ablation=True,
     )
     policy: str = _option(
         "exact",
-        "what decoding waits for: exact (everything), tolerance:TAU (stand-ins for at most that gate mass), "
-        "speculative (nothing, past the first layer), paper (the guess in place of the router); see docs/policies.md",
+        "how decoding treats expert misses: exact (wait for every expert), tolerance:TAU (substitute default vectors "
+        "for at most that gate mass), speculative (substitute for every miss after the first layer), paper (use the "
+        "predicted experts in place of the router's); see docs/policies.md",
     )
     deterministic: bool = _option(
         False,
-        "decide by logical time what is there, so that a policy's output can be repeated; for evaluations, slower",
+        "let reads complete in logical time, so that the output of a policy other than exact is repeatable; for "
+        "evaluations, slower",
+        is_ablation=True,
     )
-    prefetch_width: int | None = _option(None, "experts guessed per token and layer; the model's top-k when left out")
+    prefetch_width: int | None = _option(
+        None, "experts prefetched per token and layer; the model's top-k if omitted", is_ablation=True
+    )
     governor: bool = _option(
-        True, "widen, narrow or switch off guesses by what they are measured to gain; off guesses at full width always"
+        True,
+        "widen, narrow or switch off prefetch by its measured gain; off prefetches at full width always",
+        is_ablation=True,
     )
-    cache: bool = _option(True, "keep experts across tokens; off loads each one whenever it is needed")
-    hits_first: bool = _option(True, "compute the experts that are there while the others arrive")
+    cache: bool = _option(
+        True, "keep experts resident across tokens; off loads each one every time it is routed to", is_ablation=True
+    )
+    hits_first: bool = _option(True, "compute resident experts while the missing ones load", is_ablation=True)
     reader_threads: int | None = _option(
         None,
-        "threads that read experts; when left out one, which nearly saturates a disk, and two for small experts",
+        "threads that read experts; if omitted one, which nearly saturates a disk, and two for small experts",
+        is_ablation=True,
     )
-    direct_io: bool = _option(True, "read with O_DIRECT where the file system allows it")
+    direct_io: bool = _option(True, "read with O_DIRECT where the file system allows it", is_ablation=True)
     trace: str | None = _option(
         None,
-        "write what happens to a file: .jsonl for foreroute replay, .json for Perfetto; see docs/trace.md",
+        "write events to a file: .jsonl for foreroute replay, .json for Perfetto; see docs/trace.md",
     )
     device: str = _option(
         "cpu",
@@ -83,24 +103,24 @@ class EngineConfig:
     )
     control: str = _option(
         "host",
-        "who asks for experts with --device cuda: the host, layer by layer, or the device itself within its graph",
+        "with --device cuda, who requests experts: the host, layer by layer, or the device itself within its graph",
         ("host", "device"),
+        is_ablation=True,
     )
     host_memory: int | str | None = _option(
         None,
-        'host memory for experts behind those of a GPU: "48GiB", bytes, or "50%%"; the others stay on disk. All of '
-        "them when left out",
+        'with --device cuda, host memory for the experts that are not on the GPU: "48GiB", bytes, or "50%%"; the others '
+        "stay on disk. All of them if omitted",
     )
     kv_tokens: int | None = _option(
         None,
-        "tokens of the KV cache, of all requests together, for which memory is kept beside the experts; left out: "
-        "serve keeps the context or 4096 for each request, and at least one whole context; elsewhere --device cuda "
-        "keeps 4096",
+        "tokens of KV cache, over all requests, to reserve memory for beside the experts; if omitted: serve reserves "
+        "the context or 4096 for each request, and at least one whole context; elsewhere --device cuda reserves 4096",
     )
     packed: str = _option(
         "auto",
         'the packed store: "auto" uses the one beside the checkpoint, "no" ignores it; "int8", "int4", "mixed" uses a '
-        "quantised one there; or a path",
+        "quantised one there; or give a path",
     )
 
     def __post_init__(self) -> None:

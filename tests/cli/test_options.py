@@ -94,6 +94,34 @@ def test_help_fits_a_terminal_and_teaches(command, capsys: pytest.CaptureFixture
     assert "%%" not in text
 
 
+ABLATIONS = [field.name for field in fields(EngineConfig) if field.metadata["is_ablation"]]
+
+
+def help_of(name: str, flag: str, capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as ended:
+        build_parser().parse_args([name, flag])
+    assert ended.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_ablation_switches_are_shown_by_help_all_alone(capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = {flag: help_of("generate", flag, capsys) for flag in ("--help", "--help-all")}
+    flags = [f"\n  --{name.replace('_', '-')}" for name in ABLATIONS]
+    assert len(flags) >= 10
+    assert not [flag for flag in flags if flag in shown["--help"]]
+    assert [flag for flag in flags if flag in shown["--help-all"]] == flags
+    assert "ablation switches:" not in shown["--help"]
+    assert "ablation switches:" in shown["--help-all"]
+    assert max(map(len, shown["--help-all"].splitlines())) <= 80
+
+
+def test_a_hidden_switch_is_parsed_as_ever() -> None:
+    args = build_parser().parse_args(["generate", "MODEL", "hi", "--no-governor", "--eviction", "lru"])
+    config = options.engine_config(args)
+    assert (config.governor, config.eviction) == (False, "lru")
+
+
 @pytest.mark.parametrize(
     ("flags", "told"),
     [

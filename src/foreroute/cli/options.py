@@ -22,11 +22,17 @@ _DTYPES = ("auto", "float32", "bfloat16", "float16")
 def add_engine_options(parser: argparse.ArgumentParser, without: Sequence[str] = (), **defaults: Any) -> None:
     """A flag for every field of EngineConfig, with its help, choices and default; `engine_config` reads them back.
 
+    Those that switch off one part, to measure what it is worth, are shown by --help-all and not by --help.
+
     Args:
         without: fields that the command has flags of its own for.
         defaults: other defaults for some fields, by name.
     """
     group = parser.add_argument_group("engine")
+    ablations = parser.add_argument_group(
+        "ablation switches", "Each switches off or fixes one part of the engine, to measure what that part is worth."
+    )
+    parser.add_argument("--help-all", action=_HelpAll, help="show ablation switches too, and exit")
     hints = get_type_hints(EngineConfig)
     for field in fields(EngineConfig):
         if field.name in without:
@@ -40,7 +46,8 @@ def add_engine_options(parser: argparse.ArgumentParser, without: Sequence[str] =
             settings["choices"] = field.metadata["choices"]
         else:
             settings.update(type=kind, metavar="N" if kind is int else field.name.upper())
-        group.add_argument(_flag(field.name), **settings)
+        (ablations if field.metadata["is_ablation"] else group).add_argument(_flag(field.name), **settings)
+    _HelpAll.hide(ablations)
 
 
 def engine_config(args: argparse.Namespace) -> EngineConfig:
@@ -168,6 +175,33 @@ def apply_threads(args: argparse.Namespace) -> None:
         import torch
 
         torch.set_num_threads(args.threads)
+
+
+class _HelpAll(argparse.Action):
+    """--help-all: the parser's help with the hidden groups in it."""
+
+    _HIDDEN = "hidden_help"
+
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str | None = None) -> None:
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, default=argparse.SUPPRESS, help=help)
+
+    @classmethod
+    def hide(cls, group: argparse._ArgumentGroup) -> None:
+        """Leave the group's flags out of --help; they are parsed as ever."""
+        for action in group._group_actions:
+            setattr(action, cls._HIDDEN, action.help)
+            action.help = argparse.SUPPRESS
+        setattr(group, cls._HIDDEN, (group.title, group.description))
+        group.title = group.description = None
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        for group in parser._action_groups:
+            if hasattr(group, self._HIDDEN):
+                group.title, group.description = getattr(group, self._HIDDEN)
+        for action in parser._actions:
+            action.help = getattr(action, self._HIDDEN, action.help)
+        parser.print_help()
+        parser.exit()
 
 
 def _shown(default: Any) -> str:
