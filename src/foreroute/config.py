@@ -109,7 +109,7 @@ class EngineConfig:
     )
     host_memory: int | str | None = _option(
         None,
-        'with --device cuda, host memory for the experts that are not on the GPU: "48GiB", bytes, or "50%%"; the others '
+        'with --device cuda, host memory for experts that are not on the GPU: "48GiB", bytes, or "50%%"; the others '
         "stay on disk. All of them if omitted",
     )
     kv_tokens: int | None = _option(

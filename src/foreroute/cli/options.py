@@ -30,7 +30,7 @@ def add_engine_options(parser: argparse.ArgumentParser, without: Sequence[str] =
     """
     group = parser.add_argument_group("engine")
     ablations = parser.add_argument_group(
-        "ablation switches", "Each switches off or fixes one part of the engine, to measure what that part is worth."
+        "ablation switches", "each fixes or switches off one part, to measure what that part is worth"
     )
     parser.add_argument("--help-all", action=_HelpAll, help="show ablation switches too, and exit")
     hints = get_type_hints(EngineConfig)
