@@ -11,6 +11,8 @@ from foreroute.errors import DeviceError, ForerouteError, RefusedError
 from foreroute.loading import open_device as devices
 from foreroute.memory import device as sizing
 from foreroute.memory import kv as kv_memory
+from foreroute.model.expert_set import ExpertSet
+from foreroute.transfer.cuda import out_of_memory_named
 
 CUDA = EngineConfig(device="cuda")
 DEVICE_CONTROL = EngineConfig(device="cuda", control="device")
@@ -93,7 +95,9 @@ def test_nothing_is_read_where_there_is_no_gpu(checkpoints, monkeypatch) -> None
     import foreroute
 
     monkeypatch.setattr(torch.version, "cuda", None)
-    monkeypatch.setattr("foreroute.loading.load.read_index", lambda folder: pytest.fail("the checkpoint was read"))
+    monkeypatch.setattr(
+        "foreroute.loading.checkpoint.read_index", lambda folder: pytest.fail("the checkpoint was read")
+    )
     with pytest.raises(DeviceError, match="without CUDA"):
         foreroute.load(checkpoints.get("qwen3_moe"), device="cuda")
 
@@ -110,10 +114,10 @@ def test_a_gpu_too_small_for_the_dense_part_is_found_before_weights_are_read(fak
 def test_running_out_of_memory_is_named() -> None:
     with (
         pytest.raises(DeviceError, match=r"ran out of memory for the dense weights.*Lower --memory"),
-        devices.out_of_memory_named("the dense weights", "Lower --memory."),
+        out_of_memory_named("the dense weights", "Lower --memory."),
     ):
         raise torch.OutOfMemoryError("CUDA out of memory")
-    with pytest.raises(RefusedError), devices.out_of_memory_named("x", "y"):
+    with pytest.raises(RefusedError), out_of_memory_named("x", "y"):
         raise RefusedError("another")
 
 
@@ -135,10 +139,11 @@ def test_what_the_model_wants_is_counted_on_the_model_itself(fake_gpu, checkpoin
     wanted = weights + kv + chunk + (256 + 192) * 2**20
     room = 20 * table.slot_bytes
     fake_gpu.setattr(torch.cuda, "mem_get_info", lambda device=None: (wanted + room, 2**30))
-    assert sizing.move_and_choose(torch.device("cpu"), asked, None, model, layers, table) == room
+    experts = ExpertSet(tuple(layers), table, table, None, (), model.dtype, torch.device("cpu"))
+    assert sizing.choose_budget(torch.device("cpu"), asked, model, experts) == room
     paged = replace(asked, control="device")
     with pytest.raises(DeviceError, match=r"one token's experts need|without a single expert"):
-        sizing.move_and_choose(torch.device("cpu"), paged, None, model, layers, table)
+        sizing.choose_budget(torch.device("cpu"), paged, model, experts)
 
 
 def test_values_that_make_no_sense() -> None:

@@ -19,7 +19,6 @@ from foreroute.checkpoint.locate import read_index
 from foreroute.checkpoint.records import PackedStore, StoreWriter, partial_path, store_name, stored_choice
 from foreroute.errors import PredictorError, StoreError, UnsupportedModelError
 from foreroute.model.skeleton import outline
-from foreroute.prepare import quantise as quantising
 from foreroute.prepare.choosing import fitted_counts, most_used
 from foreroute.prepare.pack import pack
 from foreroute.prepare.quantise import Quantiser
@@ -122,7 +121,7 @@ class TestOfAnother:
     @pytest.mark.parametrize("quant", ["int4", "mixed"])
     def test_another_kind_of_cpu(self, load, folder, monkeypatch, quant):
         made(folder, quant)
-        monkeypatch.setattr(quantising, "order_of", lambda bits, group: "another")
+        monkeypatch.setattr(kernels, "order_of", lambda bits, group: "another")
         with pytest.raises(StoreError, match=r"another kind of CPU.*foreroute pack --force"):
             load(folder, packed=quant)
 
@@ -147,7 +146,7 @@ import os, signal, sys
 from pathlib import Path
 from foreroute.checkpoint import records
 from foreroute.checkpoint.codecs import CODECS
-from foreroute.checkpoint.index import read_index
+from foreroute.checkpoint.locate import read_index
 from foreroute.prepare.pack import pack
 from foreroute.prepare.quantise import Quantiser
 from foreroute.model.skeleton import outline

@@ -166,7 +166,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from foreroute.checkpoint import records
-from foreroute.checkpoint.index import read_index
+from foreroute.checkpoint.locate import read_index
 from foreroute.prepare.pack import pack
 from foreroute.model.skeleton import outline
 

@@ -17,7 +17,8 @@ StoreWriter.write = lambda *args: (time.sleep(0.1), write(*args))
 
 ENDLESS_TEXT = """
 import itertools, sys
-from foreroute.cli import figures, generate
+from foreroute.cli import figures
+from foreroute.cli.commands import generate
 generate.run = lambda args: [write("word ") for write in itertools.repeat(figures.writer(sys.stdout))]
 """
 

@@ -14,7 +14,7 @@ def test_the_wheel_carries_the_demos_model(tmp_path: Path) -> None:
     subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
-    script = "from foreroute.cli import demo; print(demo.find_model())"
+    script = "from foreroute.cli.commands import demo; print(demo.find_model())"
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "installed")}
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=tmp_path, env=environment, check=True, capture_output=True, text=True

@@ -7,7 +7,6 @@ from typing import cast
 import torch
 
 from foreroute.checkpoint.layouts import ExpertTable
-from foreroute.checkpoint.records import PackedStore
 from foreroute.config import EngineConfig
 from foreroute.device import paging
 from foreroute.device.kernel_math import KernelSlotMath, form_of
@@ -21,6 +20,7 @@ from foreroute.kernels.slot_views import SlotViews
 from foreroute.kernels.torch.experts import ExpertMath
 from foreroute.memory.budget import SlotPlan
 from foreroute.model.blocks import MoeLayer
+from foreroute.model.expert_set import ExpertSet
 from foreroute.predict.build import lookahead
 from foreroute.transfer.arena import Arena, Progress
 from foreroute.transfer.cuda import out_of_memory_named
@@ -28,29 +28,23 @@ from foreroute.transfer.placing import LESS_MEMORY, fill_arena
 
 
 def build_tier(
-    asked: EngineConfig,
-    layers: Sequence[MoeLayer],
-    table: ExpertTable,
-    store: PackedStore | None,
-    slots: SlotPlan,
-    math: Sequence[ExpertMath | None],
-    dtype: torch.dtype,
-    device: torch.device,
-    approximation: Approximation,
-    progress: Progress,
+    asked: EngineConfig, experts: ExpertSet, slots: SlotPlan, approximation: Approximation, progress: Progress
 ) -> DeviceTier:
     """The tier, its arena filled.
 
     Raises:
         DeviceError: the experts' maths is not known, or memory cannot be had or pinned. ReadError, ChecksumError.
     """
-    own_math = [entry for entry in math if entry is not None]
+    layers, table, dtype, device = experts.layers, experts.table, experts.dtype, experts.device
+    own_math = [entry for entry in experts.math if entry is not None]
     if len(own_math) < len(layers) or any(layer.other is not None for layer in table.layers):
         raise DeviceError(
             f"--control device computes experts itself, and those of {type(layers[0].experts).__name__} are computed "
             "by their family's own code. Use --control host."
         )
-    arena, keys = fill_arena(asked, table, store, table.total_slots, is_pinned=device.type == "cuda", progress=progress)
+    arena, keys = fill_arena(
+        asked, table, experts.store, table.total_slots, is_pinned=device.type == "cuda", progress=progress
+    )
     try:
         staging = slots.staging_slots if asked.prefetch != "none" else 0
         return assemble_tier(

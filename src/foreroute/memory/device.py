@@ -1,6 +1,5 @@
 """What a model wants of a device beside its experts, and what is left for them; then the dense part moves there."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from foreroute.memory.device_budget import (
     prefill_bytes,
 )
 from foreroute.memory.kv import kv_bytes_without_experts
-from foreroute.model.blocks import MoeLayer
+from foreroute.model.expert_set import ExpertSet
 from foreroute.transfer.cuda import memory_of, out_of_memory_named
 from foreroute.transfer.placing import LESS_MEMORY
 
@@ -51,33 +50,34 @@ def check_room(device: torch.device, asked: EngineConfig, config: Any, dense_byt
     check_dense(DeviceNeeds(dense_bytes, 0, chunk), *memory_of(device))
 
 
-def move_and_choose(
-    device: torch.device,
-    asked: EngineConfig,
-    asked_memory: int | str | None,
-    model: Any,
-    layers: Sequence[MoeLayer],
-    table: ExpertTable,
-) -> int:
-    """Bytes of the device for experts, after the dense part has been moved there.
+def choose_budget(device: torch.device, asked: EngineConfig, model: Any, experts: ExpertSet) -> int:
+    """Bytes of the device for experts, beside the dense part and all that computing takes.
 
     Raises:
-        DeviceError, BudgetError: it does not fit, by count or in fact.
+        DeviceError, BudgetError: it does not fit.
     """
-    text, itemsize = model.config.get_text_config(), model.dtype.itemsize
+    text, itemsize = model.config.get_text_config(), experts.dtype.itemsize
+    table = experts.table
     needs = DeviceNeeds(
         dense_bytes=sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers())),
-        kv_bytes=kv_bytes_without_experts(model, layers) * (asked.kv_tokens or min(DEVICE_KV_TOKENS, _longest(text))),
+        kv_bytes=kv_bytes_without_experts(model, experts.layers)
+        * (asked.kv_tokens or min(DEVICE_KV_TOKENS, _longest(text))),
         prefill_bytes=prefill_bytes(asked.prefill_chunk, text.hidden_size, text.vocab_size, itemsize),
         buffer_bytes=2 * table.num_experts * table.slot_bytes if asked.control == "device" else 0,
         max_rows=MAX_GRAPH_ROWS if asked.control == "device" else 0,
     )
-    whole = table.total_slots * table.slot_bytes
-    least = sum(layer.top_k for layer in layers) * table.slot_bytes
-    budget = choose_device_memory(asked_memory, needs, *memory_of(device), whole, least)
+    free_and_total = memory_of(device)
+    return choose_device_memory(asked.memory, needs, *free_and_total, experts.total_bytes, experts.token_demand_bytes)
+
+
+def move_dense(model: Any, device: torch.device) -> None:
+    """Move the dense part to the device.
+
+    Raises:
+        DeviceError: it does not fit in fact.
+    """
     with out_of_memory_named("the dense weights", LESS_MEMORY):
         model.to(device)
-    return budget
 
 
 def host_records(asked: EngineConfig, available_bytes: int, table: ExpertTable) -> int:

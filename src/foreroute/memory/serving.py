@@ -1,12 +1,10 @@
 """What of the RAM is left for experts when requests are to be served, and what serving will take in all."""
 
 import re
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from foreroute.checkpoint.layouts import ExpertTable
 from foreroute.config import EngineConfig
 from foreroute.memory.kv import planned_kv_bytes_per_token
 from foreroute.memory.serving_budget import (
@@ -19,8 +17,8 @@ from foreroute.memory.serving_budget import (
     moving_bytes,
     working_bytes,
 )
-from foreroute.model.blocks import MoeLayer
 from foreroute.model.caches import can_be_continued, is_ordinary, new_cache
+from foreroute.model.expert_set import ExpertSet
 
 # Left free when the budget is chosen: activations, Python itself, other programs; and keys and values where no memory
 # is kept for them by --kv-tokens.
@@ -47,13 +45,11 @@ def keeps_prompts(model: Any) -> bool:
 
 def fit_serving(
     asked: EngineConfig,
-    asked_memory: int | str | None,
-    budget_bytes: int,
-    kv_bytes_per_token: int,
-    free_ram_bytes: int,
     model: Any,
-    layers: Sequence[MoeLayer],
-    table: ExpertTable,
+    experts: ExpertSet,
+    budget_bytes: int,
+    free_ram_bytes: int,
+    kv_bytes_per_token: int,
     host_bytes: int = 0,
 ) -> int:
     """The budget for experts, once it is known what keys and values of asked.kv_tokens tokens take.
@@ -68,14 +64,14 @@ def fit_serving(
     """
     assert asked.kv_tokens is not None, "memory is to be kept"
     learning = learning_limit(budget_bytes) if asked.learn and asked.prefetch != "none" else 0
-    whole, least = table.total_slots * table.slot_bytes, sum(layer.top_k for layer in layers) * table.slot_bytes
+    whole, least = experts.total_bytes, experts.token_demand_bytes
     working = working_bytes(_request_bytes(model, asked.prefill_chunk, asked.kv_tokens, kv_bytes_per_token), learning)
-    if asked_memory is None:
+    if asked.memory is None:
         working = max(working, CHOSEN_RESERVE_BYTES)
-    experts = min(budget_bytes, whole) + host_bytes
-    needs = _needs(model, experts, asked.kv_tokens, kv_bytes_per_token, working, _dense_bytes(model))
-    if asked_memory is None:
-        budget_bytes = min(whole, max(0, free_ram_bytes - host_bytes - (needs.total_bytes - experts)))
+    expert_bytes = min(budget_bytes, whole) + host_bytes
+    needs = _needs(model, expert_bytes, asked.kv_tokens, kv_bytes_per_token, working, _dense_bytes(model))
+    if asked.memory is None:
+        budget_bytes = min(whole, max(0, free_ram_bytes - host_bytes - (needs.total_bytes - expert_bytes)))
         needs = replace(needs, expert_bytes=max(least, budget_bytes) + host_bytes)
     check_serving(needs, free_ram_bytes, least)
     return budget_bytes

@@ -1,0 +1,67 @@
+"""A checkpoint opened: its files found, their headers read, its experts mapped to bytes; no weight is read yet."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from foreroute.checkpoint.codecs import STORED
+from foreroute.checkpoint.index import CheckpointIndex
+from foreroute.checkpoint.layouts import ExpertTable
+from foreroute.checkpoint.locate import locate, read_index
+from foreroute.checkpoint.records import PackedStore, open_store
+from foreroute.loading.expert_math import math_of_layers
+from foreroute.model.blocks import probe
+from foreroute.model.expert_set import ExpertSet
+from foreroute.model.skeleton import Outline, offloaded_modules, outline
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """folder: of the checkpoint, or its GGUF file. outline: of the model. store: its packed store, or None."""
+
+    folder: Path
+    index: CheckpointIndex
+    outline: Outline
+    store: PackedStore | None
+
+    @property
+    def kept(self) -> ExpertTable:
+        """The experts as they will be read."""
+        return self.outline.table if self.store is None else self.store.table
+
+    @property
+    def stored_dtype(self) -> str:
+        """The experts' dtype or codec, for the plan."""
+        if self.store is not None and self.store.codec != STORED:
+            return self.store.codec
+        source = self.outline.table
+        return source.stored_as or source.layers[0].layout.parts[0].dtype
+
+
+def open_checkpoint(path_or_hub_id: str | Path, revision: str | None, packed: str) -> Checkpoint:
+    """Find a checkpoint and read its headers; a hub id is downloaded first.
+
+    Args:
+        packed: as EngineConfig.packed.
+    Raises:
+        CheckpointError, UnsupportedModelError, StoreError: see errors.py.
+    """
+    folder = locate(path_or_hub_id, revision=revision)
+    index = read_index(folder)
+    sketch = outline(folder, index)
+    return Checkpoint(folder, index, sketch, open_store(folder, packed, sketch.table))
+
+
+def find_experts(model: Any, checkpoint: Checkpoint) -> ExpertSet:
+    """The experts of a model without them: layers in call order, where each lies, and which kernels compute it.
+
+    Raises:
+        UnsupportedModelError: some experts are never called by a plain forward.
+    """
+    layers = probe(model, offloaded_modules(model))
+    order = [layer.name for layer in layers]
+    source, table = checkpoint.outline.table.reordered(order), checkpoint.kept.reordered(order)
+    math = math_of_layers(layers, source, checkpoint.store, model.dtype)
+    return ExpertSet(tuple(layers), table, source, checkpoint.store, tuple(math), model.dtype, torch.device("cpu"))

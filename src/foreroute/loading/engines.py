@@ -1,0 +1,164 @@
+"""The three engines that a model can get: experts on disk, behind a host tier, or on a GPU that pages for itself."""
+
+from collections.abc import Callable
+from math import inf
+from typing import cast
+
+import torch
+
+from foreroute.config import EngineConfig
+from foreroute.device.build import build_tier
+from foreroute.engine.combine import Workspace
+from foreroute.engine.moe_step import Runtime
+from foreroute.kernels.slot_views import SlotViews
+from foreroute.kernels.torch.experts import OneToken
+from foreroute.kernels.torch.quant import QuantisedMath, QuantisedToken
+from foreroute.loading.expert_math import family_forward_over, stored_operands
+from foreroute.loading.guidance import Guidance
+from foreroute.memory.plan import MemoryPlan
+from foreroute.model.expert_set import ExpertSet
+from foreroute.policy import Policy
+from foreroute.predict.governor import Governor
+from foreroute.residency.eviction import eviction_of
+from foreroute.residency.slots import Residency
+from foreroute.trace import Trace
+from foreroute.transfer.arena import Progress
+from foreroute.transfer.placing import Placed, place, place_behind_arena
+
+# Of the pool, the most that deferred loads may take; and never more than a layer's top-k.
+_DEFERRED_SHARE = 8
+# Routed slots per expert from which prefetching pays in prefill: nearly every expert is used then, so few are wrong.
+# Measured on two models: it loses up to 16, and wins from 32 (benchmarks/prefill.py).
+_PREFILL_GUESSES_FROM = {"on": 0.0, "auto": 24.0, "off": inf}
+# Experts of this size take a millisecond to read: prefetching was measured to pay. At 74 KB it lost (docs/LOG.md).
+_LARGE_EXPERT_BYTES, _TRUSTED_STEPS = 2**20, 128
+
+# (asked, experts, memory, guidance, trace, progress) -> the engine, its readers started.
+EngineBuilder = Callable[[EngineConfig, ExpertSet, MemoryPlan, Guidance, Trace | None, Progress], Runtime]
+
+
+def builder_for(asked: EngineConfig, device: torch.device) -> EngineBuilder:
+    """Which of the three engines the configuration asks for."""
+    if asked.control == "device":
+        return device_engine
+    return tiered_engine if device.type == "cuda" or asked.host_memory is not None else disk_engine
+
+
+def disk_engine(
+    asked: EngineConfig,
+    experts: ExpertSet,
+    memory: MemoryPlan,
+    guidance: Guidance,
+    trace: Trace | None,
+    progress: Progress,
+) -> Runtime:
+    """Slots in RAM, experts on disk."""
+    placed = place(asked, experts.table, experts.store, memory.slots.num_slots, trace)
+    return _step_over(placed, asked, experts, memory, guidance)
+
+
+def tiered_engine(
+    asked: EngineConfig,
+    experts: ExpertSet,
+    memory: MemoryPlan,
+    guidance: Guidance,
+    trace: Trace | None,
+    progress: Progress,
+) -> Runtime:
+    """Slots on the device, experts in host memory, and on disk as far as that does not hold them."""
+    placed = place_behind_arena(
+        asked,
+        experts.table,
+        experts.store,
+        memory.slots.num_slots,
+        trace,
+        device=experts.device,
+        num_records=memory.host_records,
+        progress=progress,
+    )
+    return _step_over(placed, asked, experts, memory, guidance)
+
+
+def device_engine(
+    asked: EngineConfig,
+    experts: ExpertSet,
+    memory: MemoryPlan,
+    guidance: Guidance,
+    trace: Trace | None,
+    progress: Progress,
+) -> Runtime:
+    """Slots on the device, which requests experts from host memory itself, within its graph."""
+    tier = build_tier(asked, experts, memory.slots, guidance.policies, progress)
+    # Where a model meets its engine the two are alike; what only one of them has is refused in open_device.
+    return cast(Runtime, tier)
+
+
+def _step_over(
+    placed: Placed, asked: EngineConfig, experts: ExpertSet, memory: MemoryPlan, guidance: Guidance
+) -> Runtime:
+    table, num_slots = experts.table, memory.slots.num_slots
+    residency = Residency(
+        num_slots,
+        table.num_keys,
+        eviction=eviction_of(asked.eviction, table.num_experts),
+        staging_slots=memory.staging_slots,
+        filling_slots=min(max(experts.top_k), num_slots // _DEFERRED_SHARE),
+        keys_per_layer=table.num_experts,
+    )
+    views = SlotViews(
+        placed.memory,
+        table.slot_bytes,
+        [layer.layout for layer in table.layers],
+        stored_operands(experts.math, table, experts.dtype),
+        experts.dtype,
+        [layer.other for layer in table.layers],
+    )
+    runtime = Runtime(
+        table,
+        residency,
+        placed.transfer,
+        views,
+        experts.math,
+        family_forward_over(experts.layers, table, experts.dtype),
+        _workspaces(experts),
+        guidance.predictor,
+        free_slots=placed.free,
+        hits_first=asked.hits_first,
+        keep_across_tokens=asked.cache,
+        prefill_guesses_from=inf if asked.deterministic else _PREFILL_GUESSES_FROM[asked.prefetch_prefill],
+        approximation=guidance.policies,
+        governor=_governor(asked, experts) if guidance.predictor is not None else None,
+    )
+    runtime.learner = guidance.learner
+    return runtime
+
+
+def _governor(asked: EngineConfig, experts: ExpertSet) -> Governor | None:
+    """Where prefetches change nothing but time, and their width was not asked for, their measured gain decides.
+
+    Under other policies prefetches decide what is resident, and so the output: they are not for the clock to switch.
+    """
+    policy = Policy.parse(asked.policy)
+    is_exact = not policy.stands_in and not policy.replaces_route
+    if not asked.governor or asked.prefetch_width is not None or not is_exact or asked.deterministic:
+        return None
+    is_large = max(layer.layout.nbytes for layer in experts.table.layers) >= _LARGE_EXPERT_BYTES
+    return Governor(trusted_steps=_TRUSTED_STEPS if is_large else 0)
+
+
+def _workspaces(experts: ExpertSet) -> list[Workspace | None]:
+    """Per layer the buffers of a token's step, shared by layers of one shape; None where our kernels do not run."""
+    shared: dict[tuple[int, int, int], Workspace] = {}
+    workspaces: list[Workspace | None] = []
+    for layer, described, entry in zip(experts.layers, experts.table.layers, experts.math, strict=True):
+        if entry is None:
+            workspaces.append(None)
+            continue
+        shape = (layer.top_k, *entry.widths([part.shape for part in described.layout.parts]))
+        if shape not in shared:
+            is_quantised = isinstance(entry, QuantisedMath)
+            shared[shape] = (
+                QuantisedToken(layer.top_k) if is_quantised else OneToken(*shape, experts.dtype, experts.device)
+            )
+        workspaces.append(shared[shape])
+    return workspaces
