@@ -18,6 +18,7 @@ from foreroute.checkpoint.layouts import ExpertLayout, ExpertTable
 from foreroute.checkpoint.locate import read_index
 from foreroute.checkpoint.records import PackedStore, StoreWriter, partial_path, store_name, stored_choice
 from foreroute.errors import PredictorError, StoreError, UnsupportedModelError
+from foreroute.kernels.torch import quant as kernels
 from foreroute.model.skeleton import outline
 from foreroute.prepare.choosing import fitted_counts, most_used
 from foreroute.prepare.pack import pack
@@ -147,6 +148,7 @@ from pathlib import Path
 from foreroute.checkpoint import records
 from foreroute.checkpoint.codecs import CODECS
 from foreroute.checkpoint.locate import read_index
+from foreroute.kernels.torch import quant as kernels
 from foreroute.prepare.pack import pack
 from foreroute.prepare.quantise import Quantiser
 from foreroute.model.skeleton import outline
