@@ -148,7 +148,6 @@ from pathlib import Path
 from foreroute.checkpoint import records
 from foreroute.checkpoint.codecs import CODECS
 from foreroute.checkpoint.locate import read_index
-from foreroute.kernels.torch import quant as kernels
 from foreroute.prepare.pack import pack
 from foreroute.prepare.quantise import Quantiser
 from foreroute.model.skeleton import outline
