@@ -4,96 +4,23 @@ The reference is the same checkpoint with every quantised matrix made a number b
 """
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from foreroute.checkpoint.quantised_formats import QuantisedFormat, _compressed_tensors
+from foreroute.checkpoint.locate import read_index
+from foreroute.checkpoint.quantised_formats import QuantisedFormat, read_format
 from foreroute.checkpoint.stored_parts import Coding
 from foreroute.errors import CorruptCheckpointError
 from foreroute.kernels.torch.dequantise import decode_gptq_int4
 from tests.formats.checks import check_bytes, check_same
-from tests.support.quantised import rewritten, words, write_awq, write_float_quantised, write_gptq, write_packed_int4
+from tests.formats.plain import FORMATS, State, plain
+from tests.support.quantised import rewritten, words, write_gptq, write_packed_int4
 from tests.support.runs import ONE_PROMPT, assert_same_bits, generate
-
-State = dict[str, torch.Tensor]
-
-
-def unpacked(packed: torch.Tensor) -> torch.Tensor:
-    """Words [rows, n] as integers 0..15 [rows, 8 n], one by one."""
-    rows = packed.view(torch.uint32).tolist()
-    return torch.tensor([[(word >> shift) & 15 for word in row for shift in range(0, 32, 4)] for row in rows])
-
-
-def plain_packed_int4(state: State, stem: str) -> torch.Tensor:
-    """By compressed-tensors' own functions."""
-    from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
-
-    steps = unpack_from_int32(state.pop(f"{stem}weight_packed"), 4, torch.Size(state.pop(f"{stem}weight_shape")))
-    scales = state.pop(f"{stem}weight_scale")
-    return dequantised(steps, scales, num_bits=4, type="int", strategy="group", group_size=32)
-
-
-def plain_float_quantised(state: State, stem: str) -> torch.Tensor:
-    values, scales = state.pop(f"{stem}weight"), state.pop(f"{stem}weight_scale")
-    return dequantised(values, scales, num_bits=8, type="float", strategy="channel")
-
-
-def dequantised(steps: torch.Tensor, scales: torch.Tensor, **args: Any) -> torch.Tensor:
-    from compressed_tensors.quantization import QuantizationArgs
-    from compressed_tensors.quantization.lifecycle.forward import dequantize
-
-    made: torch.Tensor = dequantize(steps, scales, args=QuantizationArgs(**args))
-    return made
-
-
-def plain_gptq(state: State, stem: str) -> torch.Tensor:
-    """By the format's definition: scale of the input's group, times (step - (stored zero + 1))."""
-    steps = unpacked(state.pop(f"{stem}qweight").t().contiguous()).t()
-    zeros = unpacked(state.pop(f"{stem}qzeros")) + 1
-    groups = state.pop(f"{stem}g_idx").long()
-    return (state.pop(f"{stem}scales")[groups] * (steps - zeros[groups]).half()).t()
-
-
-def plain_awq(state: State, stem: str) -> torch.Tensor:
-    """By the format's definition: nibble n of a word is output 0 2 4 6 1 3 5 7 of its eight; zeros as they are."""
-    steps, zeros = (
-        unpacked(state.pop(f"{stem}{which}")).view(-1, scale_rows // 8, 8)[:, :, [0, 4, 1, 5, 2, 6, 3, 7]].flatten(1)
-        for scale_rows in [state[f"{stem}scales"].shape[1]]
-        for which in ("qweight", "qzeros")
-    )
-    scales = state.pop(f"{stem}scales")
-    groups = torch.arange(len(steps)) // (len(steps) // len(scales))
-    return (scales[groups] * (steps - zeros[groups]).half()).t()
-
-
-FORMATS: dict[str, tuple[Callable[[Path, Path], Path], str, Callable[[State, str], torch.Tensor], float]] = {
-    "pack-quantized": (write_packed_int4, "weight_packed", plain_packed_int4, 4 + 16 / 32),
-    "float-quantized": (write_float_quantised, "weight_scale", plain_float_quantised, 0),
-    "gptq": (write_gptq, "qweight", plain_gptq, 4 + 20 / 16),
-    "awq": (write_awq, "qweight", plain_awq, 4 + 20 / 16),
-}
-
-
-def plain(folder: Path, name: str, to: Path) -> Path:
-    """The checkpoint with numbers in place of what is quantised."""
-    _, ending, make, _ = FORMATS[name]
-
-    def change(state: State) -> State:
-        for stem in [key.removesuffix(ending) for key in list(state) if key.endswith(ending)]:
-            state[f"{stem}weight"] = make(state, stem).bfloat16().contiguous()
-        return state
-
-    rewritten(folder, to, change)
-    config = json.loads((to / "config.json").read_text())
-    del config["quantization_config"]
-    (to / "config.json").write_text(json.dumps(config))
-    assert not any(key.endswith(("scales", "weight_scale")) for key in load_file(to / "model.safetensors"))
-    return to
 
 
 @pytest.mark.parametrize("store", ["safetensors", "packed"])
@@ -149,12 +76,13 @@ def test_gptq_zero_points_of_nought(is_shifted):
 
 
 @pytest.mark.parametrize("order", ["weight", "static", None, False])
-def test_packed_int4_that_was_only_rounded_in_another_order(published, order):
+def test_packed_int4_that_was_only_rounded_in_another_order(published, tmp_path, order):
     """With "weight" the columns lie as they always do, and there is no g_idx: most w4a16 checkpoints say so."""
-    folder = published(write_packed_int4, "qwen3_moe")
-    declared = json.loads((folder / "config.json").read_text())["quantization_config"]
-    declared["config_groups"]["group_0"]["weights"]["actorder"] = order
-    assert isinstance(_compressed_tensors(declared), QuantisedFormat)
+    folder = shutil.copytree(published(write_packed_int4, "qwen3_moe"), tmp_path / "ordered")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["config_groups"]["group_0"]["weights"]["actorder"] = order
+    (folder / "config.json").write_text(json.dumps(config))
+    assert isinstance(read_format(folder, read_index(folder)), QuantisedFormat)
 
 
 def with_biases(value: float) -> Callable[[State], State]:

@@ -35,7 +35,31 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "fp8 per tensor": ({"quant_method": "fp8", "weight_block_size": None}, "one scale per tensor"),
     "fp8 e5m2": ({"quant_method": "fp8", "weight_block_size": [128, 128], "fmt": "e5m2"}, "e5m2"),
     "gptq 3 bits": ({"quant_method": "gptq", "bits": 3, "group_size": 128}, "3 bits"),
-    "gptq reordered": ({"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": True}, "desc_act"),
+    "gptq 8 bits": ({"quant_method": "gptq", "bits": 8, "group_size": 128}, "8 bits"),
+    "gptq 2 bits": ({"quant_method": "gptq", "bits": 2, "group_size": 128}, "2 bits"),
+    "gptq marlin of old": ({"quant_method": "gptq", "bits": 4, "is_marlin_format": True}, "format marlin"),
+    "gptq words of 64": ({"quant_method": "gptq", "bits": 4, "pack_dtype": "int64"}, "pack_dtype int64"),
+    "gptq with an adapter": ({"quant_method": "gptq", "bits": 4, "adapter": {"name": "lora"}}, "adapter"),
+    "gptq rotated": ({"quant_method": "gptq", "bits": 4, "meta": {"rotation": "hadamard"}}, "rotation"),
+    "gptq rule": (
+        {"quant_method": "gptq", "bits": 4, "dynamic": {"+:.*q_proj": {"method": "qqq"}}},
+        "dynamic.+:.*q_proj sets method",
+    ),
+    "awq gemv of later": ({"quant_method": "awq", "bits": 4, "checkpoint_format": "gemv"}, "checkpoint_format gemv"),
+    "awq exllama": ({"quant_method": "awq", "bits": 4, "version": "exllama"}, "version exllama"),
+    "awq of llm-awq": ({"quant_method": "awq", "bits": 4, "backend": "llm-awq"}, "backend llm-awq"),
+    "awq no zero points": ({"quant_method": "awq", "bits": 4, "zero_point": False}, "no zero points"),
+    "several kinds": (
+        {
+            **compressed("pack-quantized", INT4),
+            "config_groups": {"a": {"weights": INT4}, "b": {"weights": {"num_bits": 8, "type": "float"}}},
+        },
+        "2 kinds of weights",
+    ),
+    "sparse": (
+        {**compressed("pack-quantized", INT4), "sparsity_config": {"format": "sparse-24-bitmask"}},
+        "sparse-24-bitmask",
+    ),
     "awq gemv": ({"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemv"}, "version gemv"),
     "awq 8 bits": ({"quant_method": "awq", "bits": 8, "group_size": 128}, "8 bits"),
     "int4 zero points": (compressed("pack-quantized", {**INT4, "symmetric": False}), "zero points"),
@@ -124,13 +148,6 @@ def test_a_dense_matrix_without_its_scales(published, tmp_path, nothing_read):
 
     match = r"1.self_attn.q_proj.weight is stored as F8_E4M3 and has no weight_scale_inv"
     refused_change(published, tmp_path, write_fp8, "qwen3_moe", without, CorruptCheckpointError, match)
-
-
-def test_columns_in_another_order_though_not_declared(published, tmp_path, nothing_read):
-    def reordered(state):
-        return {name: one.flip(0).contiguous() if name.endswith("g_idx") else one for name, one in state.items()}
-
-    refused_change(published, tmp_path, write_gptq, "qwen3_moe", reordered, UnsupportedModelError, "g_idx")
 
 
 def test_scales_of_another_dtype(published, tmp_path, nothing_read):

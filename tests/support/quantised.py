@@ -142,24 +142,31 @@ def write_gptq(source: Path, folder: Path, group: int = 16) -> Path:
             if not is_linear(name, tensor):
                 changed[name] = tensor
                 continue
-            columns = tensor.shape[1]
-            per_group = min(group or columns, columns)
-            # The last column again, which leaves the last group's range as it is.
-            filled = torch.nn.functional.pad(tensor.float(), (0, -columns % per_group), mode="replicate")
-            grouped = filled.view(len(tensor), -1, per_group)
-            low, high = grouped.amin(2), grouped.amax(2)
-            scales = ((high - low) / 15).half()
-            zeros = (-low / scales.float()).round().clamp(1, 15)
-            steps = (grouped / scales.float().unsqueeze(-1) + zeros.unsqueeze(-1)).round().clamp(0, 15)
-            stem = name.removesuffix("weight")
-            changed[f"{stem}qweight"] = words(steps.flatten(1)[:, :columns]).t().contiguous()
-            changed[f"{stem}scales"] = scales.t().contiguous()
-            changed[f"{stem}qzeros"] = words(zeros.t().contiguous() - 1)
-            changed[f"{stem}g_idx"] = torch.arange(columns, dtype=torch.int32) // per_group
+            changed |= gptq_components(name, tensor, group)
         return changed
 
     declared = {"quant_method": "gptq", "bits": 4, "group_size": group, "desc_act": False, "sym": False}
     return rewritten(source, folder, change, quantization_config=declared)
+
+
+def gptq_components(name: str, tensor: torch.Tensor, group: int) -> State:
+    """What GPTQ stores of the matrix `name` [rows, columns]."""
+    columns = tensor.shape[1]
+    per_group = min(group or columns, columns)
+    # The last column again, which leaves the last group's range as it is.
+    filled = torch.nn.functional.pad(tensor.float(), (0, -columns % per_group), mode="replicate")
+    grouped = filled.view(len(tensor), -1, per_group)
+    low, high = grouped.amin(2), grouped.amax(2)
+    scales = ((high - low) / 15).half()
+    zeros = (-low / scales.float()).round().clamp(1, 15)
+    steps = (grouped / scales.float().unsqueeze(-1) + zeros.unsqueeze(-1)).round().clamp(0, 15)
+    stem = name.removesuffix("weight")
+    return {
+        f"{stem}qweight": words(steps.flatten(1)[:, :columns]).t().contiguous(),
+        f"{stem}scales": scales.t().contiguous(),
+        f"{stem}qzeros": words(zeros.t().contiguous() - 1),
+        f"{stem}g_idx": torch.arange(columns, dtype=torch.int32) // per_group,
+    }
 
 
 # Nibble n of a word holds output number _AWQ_ORDER[n] of its eight.

@@ -6,27 +6,48 @@
     gptq                  four-bit integers in groups with zero points, eight to a word along the input
     awq                   the same along the output, and in another order within a word
 
-Everything here is names and settings: no tensor is read. docs/formats.md is the table for people.
+Everything here is names and settings: no tensor is read. Which matrices are quantised, the stored names say; lists of
+exceptions (modules_to_not_convert, ignore, lm_head) are not needed for that. docs/formats.md is the table for people.
 """
 
-import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
+from foreroute.checkpoint.declared import Declaration, read_declaration
 from foreroute.checkpoint.index import CheckpointIndex
 from foreroute.checkpoint.stored_parts import Coding
 from foreroute.errors import CheckpointError, CorruptCheckpointError, UnsupportedModelError
 
 MXFP4, FP8, FP8_SCALED, PACKED_INT4 = "mxfp4", "fp8", "fp8-scaled", "packed-int4"
 GPTQ_INT4, AWQ_INT4 = "gptq-int4", "awq-int4"
+# GPTQ whose columns are of groups as g_idx says, in place of neighbours.
+GPTQ_REORDERED = "gptq-int4-reordered"
 
 # What to take in place of a format that is not read, said in every refusal.
 _INSTEAD = (
     "Take the checkpoint in bf16 (`foreroute pack --quant int4` makes its experts small), or one in MXFP4, FP8 with "
     "block scales, GPTQ or AWQ int4, or compressed-tensors (docs/formats.md)."
 )
+# What a rule for single modules may say of how they were quantised, which their stored tensors do not depend on, or
+# say themselves (the order of columns, zero points).
+_MEANS_NOTHING = frozenset({
+    "desc_act", "sym", "static_groups", "act_group_aware", "damp_percent", "damp_auto_increment", "true_sequential",
+    "mse", "hyb_act", "fallback", "failsafe", "gptaq", "v2", "v2_alpha",
+})  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ModuleRule:
+    """What is declared of modules whose name begins with `pattern`: GPTQModel's `dynamic`; the first that fits holds.
+
+    is_plain: they are not quantised. bits, group: theirs; None where they are as everywhere.
+    """
+
+    pattern: re.Pattern[str]
+    is_plain: bool = False
+    bits: int | None = None
+    group: int | None = None
 
 
 @dataclass(frozen=True)
@@ -38,6 +59,9 @@ class QuantisedFormat:
     base: what stands in place of the first component's suffix in the name that the model knows.
     optional: suffixes that may be there and mean nothing here.
     is_transposed: the model's fused tensor is the matrices' transposition.
+    rules: what is declared of single modules.
+    needs_order: g_idx must be stored, as columns are said to be in another order (desc_act).
+    notes: what the declaration asks for and is not done here, for people.
     """
 
     name: str
@@ -46,6 +70,32 @@ class QuantisedFormat:
     base: str
     optional: tuple[str, ...] = ()
     is_transposed: bool = False
+    rules: tuple[ModuleRule, ...] = ()
+    needs_order: bool = False
+    notes: tuple[str, ...] = ()
+
+    def coding_of(self, name: str) -> Coding:
+        """The coding of the matrix with this name in the model: the format's, but for the rules.
+
+        Raises:
+            UnsupportedModelError: its rule says other bits, which are not read.
+            CorruptCheckpointError: its rule says that it is not quantised.
+        """
+        module = name.removesuffix(self.base).rstrip(".")
+        rule = next((rule for rule in self.rules if rule.pattern.match(module)), None)
+        if rule is None:
+            return self.coding
+        if rule.is_plain:
+            raise CorruptCheckpointError(
+                f"{module} is stored quantised, though a rule of the quantisation's `dynamic` says that it is not: "
+                f"{rule.pattern.pattern!r}. The config and the weights are of different models."
+            )
+        if rule.bits not in (None, 4):
+            raise UnsupportedModelError(
+                f"{module} is {self.name} with {rule.bits} bits, by the rule {rule.pattern.pattern!r} of the "
+                f"quantisation's `dynamic`, which is not read. {_INSTEAD}"
+            )
+        return self.coding if rule.group is None else replace(self.coding, block=(1, rule.group))
 
     def split(self, index: CheckpointIndex) -> tuple[dict[str, tuple[str, ...]], frozenset[str]]:
         """Sort the stored names.
@@ -80,126 +130,181 @@ class QuantisedFormat:
 
 
 def read_format(folder: Path, index: CheckpointIndex) -> QuantisedFormat | None:
-    """The format that config.json declares; None for a checkpoint that is not quantised.
+    """The format that the checkpoint declares; None for one whose weights are not quantised.
 
     Raises:
         UnsupportedModelError: a format, or a variant of one, that is not read; named, with what would do.
         CheckpointError: the declaration makes no sense.
     """
-    declared = _declared(folder)
+    declared = read_declaration(folder, index)
     if declared is None:
         return None
-    method = str(declared.get("quant_method", "")).lower()
+    method = declared.text("quant_method")
     makers = {"mxfp4": _mxfp4, "fp8": _fp8, "compressed-tensors": _compressed_tensors, "gptq": _gptq, "awq": _awq}
     if method not in makers:
         what = f"its weights are quantised with {method}" if method else "it declares a quantisation without a method"
         raise UnsupportedModelError(f"{folder}: {what}, which foreroute does not read. {_INSTEAD}")
-    try:
-        made = makers[method](declared)
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise CheckpointError(
-            f"{folder}: config.json declares {method} in a way that makes no sense: {error!r}."
-        ) from None
+    made = makers[method](declared)
     if isinstance(made, str):
         raise UnsupportedModelError(f"{folder}: its weights are {method} with {made}, which is not read. {_INSTEAD}")
     return made
 
 
-def _declared(folder: Path) -> Mapping[str, Any] | None:
-    config = json.loads((folder / "config.json").read_text())
-    for holder in (config, config.get("text_config") or {}):
-        for key in ("quantization_config", "compression_config"):
-            if holder.get(key):
-                found: Mapping[str, Any] = holder[key]
-                return found
-    if (folder / "hf_quant_config.json").is_file():
-        return {"quant_method": "modelopt"}
-    return None
-
-
-def _mxfp4(declared: Mapping[str, Any]) -> QuantisedFormat | str:
+def _mxfp4(declared: Declaration) -> QuantisedFormat | str:
     return QuantisedFormat("mxfp4", Coding(MXFP4, (1, 32)), ("_blocks", "_scales"), "", is_transposed=True)
 
 
-def _fp8(declared: Mapping[str, Any]) -> QuantisedFormat | str:
-    block = declared.get("weight_block_size")
+def _fp8(declared: Declaration) -> QuantisedFormat | str:
+    block = declared.pair("weight_block_size")
     if block is None:
         return "one scale per tensor"
-    if declared.get("fmt", "e4m3") not in ("e4m3", "float8_e4m3fn"):
-        return f"{declared['fmt']} numbers"
-    if str(declared.get("scale_fmt", "float")) not in ("float", "None", "ue8m0"):
-        return f"{declared['scale_fmt']} scales"
-    rows, cols = (int(extent) for extent in block)
-    if min(rows, cols) < 1:
-        raise ValueError(f"weight_block_size {block}")
+    fmt, scale_fmt = declared.text("fmt", "e4m3"), declared.text("scale_fmt", "float")
+    if fmt not in ("e4m3", "float8_e4m3fn"):
+        return f"{fmt} numbers"
+    if scale_fmt not in ("float", "none", "ue8m0"):
+        return f"{scale_fmt} scales"
+    scheme = declared.text("activation_scheme")
+    notes = (_activations_note(f"activation_scheme {scheme}"),) if scheme else ()
+    components = ("weight", "weight_scale_inv")
     return QuantisedFormat(
-        "fp8", Coding(FP8, (rows, cols)), ("weight", "weight_scale_inv"), "weight", ("activation_scale", "input_scale")
+        "fp8", Coding(FP8, block), components, "weight", ("activation_scale", "input_scale"), notes=notes
     )
 
 
-def _compressed_tensors(declared: Mapping[str, Any]) -> QuantisedFormat | str:
-    if declared.get("transform_config"):
+def _activations_note(declared: str) -> str:
+    return f"The checkpoint asks for activations rounded to few bits ({declared}): here they stay in the compute dtype."
+
+
+def _compressed_tensors(declared: Declaration) -> QuantisedFormat | str | None:
+    if declared.content.get("transform_config"):
         return "a transform_config (rotated weights)"
-    groups = list(declared.get("config_groups", {}).values())
-    weights = [group["weights"] for group in groups if group.get("weights")]
+    sparse = declared.within("sparsity_config").text("format", "dense")
+    if sparse != "dense":
+        return f"sparse weights ({sparse})"
+    status = declared.text("quantization_status", "compressed")
+    if status != "compressed":
+        return f"status {status}"
+    groups = declared.within("config_groups")
+    named = [groups.within(name) for name in groups.content]
+    weights = [(group, group.within("weights")) for group in named if group.within("weights").content]
+    if not named and declared.within("kv_cache_scheme").content:
+        return None  # keys and values alone
     if len(weights) != 1:
         return f"{len(weights)} kinds of weights"
-    (weight,) = weights
-    layout = str(groups[0].get("format") or declared.get("format"))
-    kind, bits = weight.get("type"), weight.get("num_bits")
-    if declared.get("quantization_status", "compressed") != "compressed":
-        return f"status {declared['quantization_status']}"
+    ((group, weight),) = weights
+    layout = group.text("format") or declared.text("format", "none")
+    made = _compressed_weights(layout, weight)
+    rounded = [
+        key for key in ("input_activations", "output_activations") if any(one.within(key).content for one in named)
+    ]
+    if isinstance(made, str) or not rounded:
+        return made
+    return replace(made, notes=(_activations_note(" and ".join(rounded)),))
+
+
+def _compressed_weights(layout: str, weight: Declaration) -> QuantisedFormat | str:
+    kind, bits, strategy = weight.text("type", "int"), weight.whole("num_bits", 8), weight.text("strategy", "none")
+    idle = ("input_scale", "input_zero_point", "output_scale", "output_zero_point", "weight_shape")
     if layout == "float-quantized" and (kind, bits) == ("float", 8):
-        if weight.get("strategy") not in ("tensor", "channel", "block"):
-            return f"a scale per {weight.get('strategy')}"
-        rows, cols = weight.get("block_structure") or ((1, 0) if weight["strategy"] == "channel" else (0, 0))
+        block = weight.pair("block_structure") if strategy == "block" else {"channel": (1, 0), "tensor": (0, 0)}.get(
+            strategy
+        )  # fmt: skip
+        if block is None:
+            return f"a scale per {strategy}"
         return QuantisedFormat(
-            "float-quantized", Coding(FP8_SCALED, (int(rows), int(cols))), ("weight", "weight_scale"), "weight",
-            ("input_scale",),
+            "float-quantized", Coding(FP8_SCALED, block), ("weight", "weight_scale"), "weight", idle
         )  # fmt: skip
     if layout == "pack-quantized" and (kind, bits) == ("int", 4):
+        if not weight.flag("symmetric", default=True):
+            return "zero points"
         # "weight" is an order of rounding alone: the columns lie as ever, and no g_idx is stored.
-        if not weight.get("symmetric", True) or weight.get("actorder") not in (None, False, "weight", "static"):
-            return "zero points" if not weight.get("symmetric", True) else "columns in another order (actorder)"
-        if weight.get("strategy") not in ("group", "channel"):
-            return f"a scale per {weight.get('strategy')}"
-        group = int(weight.get("group_size") or 0) if weight["strategy"] == "group" else 0
+        if weight.content.get("actorder") not in (None, False, "weight", "static"):
+            return "columns in another order (actorder)"
+        if strategy not in ("group", "channel"):
+            return f"a scale per {strategy}"
+        columns = weight.whole("group_size") if strategy == "group" else 0
         return QuantisedFormat(
-            "pack-quantized", Coding(PACKED_INT4, (1, group)), ("weight_packed", "weight_scale"), "weight",
-            ("weight_shape",),
-        )  # fmt: skip
+            "pack-quantized", Coding(PACKED_INT4, (1, columns)), ("weight_packed", "weight_scale"), "weight", idle
+        )
     return f"format {layout} ({bits}-bit {kind})"
 
 
-def _gptq(declared: Mapping[str, Any]) -> QuantisedFormat | str:
-    if int(declared.get("bits", 0)) != 4:
-        return f"{declared.get('bits')} bits"
-    if declared.get("desc_act"):
-        return "columns in another order (desc_act)"
+def _gptq(declared: Declaration) -> QuantisedFormat | str:
+    bits = declared.whole("bits")
+    if bits != 4:
+        return f"{bits} bits"
     # GPTQModel's later versions say "format".
-    layout = declared.get("checkpoint_format") or declared.get("format") or "gptq"
+    layout = declared.text("checkpoint_format") or declared.text("format") or "gptq"
+    if declared.flag("is_marlin_format", default=False):
+        layout = "marlin"
     if layout not in ("gptq", "gptq_v2"):
         return f"checkpoint format {layout}"
-    return QuantisedFormat(
-        "gptq", Coding(GPTQ_INT4, (1, _group_size(declared)), is_zero_shifted=layout == "gptq"),
-        ("qweight", "scales", "qzeros"), "weight", ("g_idx",),
-    )  # fmt: skip
+    group = _group_size(declared)
+    coding = Coding(GPTQ_INT4, (1, group), is_zero_shifted=layout == "gptq")
+    components = ("qweight", "scales", "qzeros")
+    needs_order = declared.flag("desc_act", default=False) and group > 0
+    return _more_than_numbers(declared) or QuantisedFormat(
+        "gptq", coding, components, "weight", ("g_idx",), rules=_module_rules(declared), needs_order=needs_order
+    )
 
 
-def _awq(declared: Mapping[str, Any]) -> QuantisedFormat | str:
-    if int(declared.get("bits", 0)) != 4:
-        return f"{declared.get('bits')} bits"
-    if str(declared.get("version", "gemm")).lower() != "gemm":
-        return f"version {declared['version']}"
-    if not declared.get("zero_point", True):
+def _awq(declared: Declaration) -> QuantisedFormat | str:
+    bits = declared.whole("bits", 4)
+    if bits != 4:
+        return f"{bits} bits"
+    for key in ("version", "format", "checkpoint_format"):
+        if declared.text(key, "gemm") != "gemm":
+            return f"{key} {declared.text(key)}"
+    if declared.text("backend") == "llm-awq":
+        return "backend llm-awq"
+    if not declared.flag("zero_point", default=True):
         return "no zero points"
     coding = Coding(AWQ_INT4, (1, _group_size(declared)))
-    return QuantisedFormat("awq", coding, ("qweight", "scales", "qzeros"), "weight")
+    return _more_than_numbers(declared) or QuantisedFormat(
+        "awq", coding, ("qweight", "scales", "qzeros"), "weight", rules=_module_rules(declared)
+    )
 
 
-def _group_size(declared: Mapping[str, Any]) -> int:
+def _more_than_numbers(declared: Declaration) -> str:
+    """What GPTQModel's settings ask for beside what the stored words say; "" where that is all."""
+    word = declared.text("pack_dtype", "int32")
+    if word.removeprefix("torch.") != "int32":
+        return f"words of another size (pack_dtype {word})"
+    for key, what in (("adapter", "an adapter beside the weights"), ("rotation", "rotated weights")):
+        if declared.content.get(key) or declared.within("meta").content.get(key):
+            return f"{what} ({key})"
+    return ""
+
+
+def _group_size(declared: Declaration) -> int:
     """Columns of a group, as GPTQ and AWQ say it: -1, here 0, is the whole row."""
-    group = int(declared["group_size"])
-    if group < 1 and group != -1:
-        raise ValueError(f"group_size {group}")
-    return max(group, 0)
+    return max(declared.whole("group_size", 128, others=(-1,)), 0)
+
+
+def _module_rules(declared: Declaration) -> tuple[ModuleRule, ...]:
+    """GPTQModel's `dynamic`: "-:pattern" for modules that are not quantised, "+:pattern" for those quantised otherwise.
+
+    Raises:
+        CheckpointError: a pattern is no regular expression, or a value makes no sense.
+        UnsupportedModelError: a rule sets something that is not known here.
+    """
+    dynamic, rules = declared.within("dynamic"), list[ModuleRule]()
+    for key in dynamic.content:
+        try:
+            pattern = re.compile(key.removeprefix("-:").removeprefix("+:"))
+        except re.error as error:
+            raise dynamic.nonsense(key, f"under a regular expression ({error})") from None
+        settings = dynamic.within(key)
+        unknown = sorted(settings.content.keys() - {"bits", "group_size"} - _MEANS_NOTHING)
+        if key.startswith("-:"):
+            rules.append(ModuleRule(pattern, is_plain=True))
+        elif unknown:
+            raise UnsupportedModelError(
+                f"{dynamic.file}: {settings.path} sets {unknown[0]} for single modules, which foreroute does not know. "
+                f"{_INSTEAD}"
+            )
+        else:
+            bits = settings.whole("bits") if "bits" in settings.content else None
+            group = _group_size(settings) if "group_size" in settings.content else None
+            rules.append(ModuleRule(pattern, bits=bits, group=group))
+    return tuple(rules)

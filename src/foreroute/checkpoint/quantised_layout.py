@@ -10,6 +10,7 @@ from foreroute.checkpoint.quantised_formats import (
     FP8,
     FP8_SCALED,
     GPTQ_INT4,
+    GPTQ_REORDERED,
     MXFP4,
     PACKED_INT4,
     QuantisedFormat,
@@ -25,6 +26,7 @@ _DTYPES: Mapping[str, tuple[tuple[str, ...], ...]] = {
     FP8_SCALED: (("F8_E4M3",), _FLOATS),
     PACKED_INT4: (("I32",), _FLOATS),
     GPTQ_INT4: (("I32",), _FLOATS, ("I32",)),
+    GPTQ_REORDERED: (("I32",), _FLOATS, ("I32",), ("I32",)),
     AWQ_INT4: (("I32",), _FLOATS, ("I32",)),
 }
 _PER_WORD = 8  # four-bit integers in an I32
@@ -57,7 +59,8 @@ def quantised_layer(
                 _components(source, at, group, form, matrices, index, num_experts)
                 for at, group in enumerate(source.groups)
             ]
-            parts.append(_part(source, form, made, len(stored), index))
+            codings = [_coding_of(form, group) for group in source.groups]
+            parts.append(_part(source, form, made, codings, len(stored)))
             stored.extend(component for components in made for component in components)
         elif any(one in matrices for group in source.groups for one in group):
             raise UnsupportedModelError(
@@ -68,6 +71,18 @@ def quantised_layer(
             stored.append(source)
     laid = layer_experts(name, num_experts, stored, index)
     return LayerExperts(name, num_experts, laid.layout, laid.sources, parts=tuple(parts), stored_as=form.name)
+
+
+def _coding_of(form: QuantisedFormat, group: Sequence[str]) -> Coding:
+    """The coding of a matrix, the same for all experts."""
+    codings = {form.coding_of(name): name for name in group}
+    if len(codings) > 1:
+        one, other = list(codings.values())[:2]
+        raise UnsupportedModelError(
+            f"{one} and {other} are quantised with other settings (rules for single modules): experts of one layer "
+            "that differ are not read. Take a checkpoint without such rules."
+        )
+    return next(iter(codings))
 
 
 def _components(
@@ -102,15 +117,13 @@ def _part(
     source: PartSource,
     form: QuantisedFormat,
     made: Sequence[Sequence[PartSource]],
+    codings: Sequence[Coding],
     first_at: int,
-    index: CheckpointIndex,
 ) -> StoredPart:
     matrices = []
-    for components in made:
-        rows, cols = matrix_shape(
-            form.coding, [component.shape for component in components], components[0].groups[0][0]
-        )
-        matrices.append(StoredMatrix(form.coding, tuple(range(first_at, first_at + len(components))), rows, cols))
+    for components, coding in zip(made, codings, strict=True):
+        rows, cols = matrix_shape(coding, [component.shape for component in components], components[0].groups[0][0])
+        matrices.append(StoredMatrix(coding, tuple(range(first_at, first_at + len(components))), rows, cols))
         first_at += len(components)
     is_transposed = form.is_transposed != _is_transposed(source, len(made))
     rows, cols = sum(matrix.rows for matrix in matrices), matrices[0].cols
@@ -164,10 +177,11 @@ def matrix_shape(coding: Coding, shapes: Sequence[tuple[int, ...]], name: str) -
     elif coding.kind == PACKED_INT4:
         cols *= _PER_WORD
         fits = scales == (rows, _num_groups(coding, cols, name))
-    elif coding.kind in (GPTQ_INT4, AWQ_INT4):
-        rows, cols = (cols, rows * _PER_WORD) if coding.kind == GPTQ_INT4 else (cols * _PER_WORD, rows)
+    elif coding.kind in (GPTQ_INT4, GPTQ_REORDERED, AWQ_INT4):
+        rows, cols = (cols * _PER_WORD, rows) if coding.kind == AWQ_INT4 else (cols, rows * _PER_WORD)
         num_groups = _num_groups(coding, cols, name)
-        fits = shapes[1:] == [(num_groups, rows), (num_groups, rows // _PER_WORD)]
+        order = [(cols,)] if coding.kind == GPTQ_REORDERED else []
+        fits = list(shapes[1:]) == [(num_groups, rows), (num_groups, rows // _PER_WORD), *order]
     if not fits:
         told = " and ".join(str(list(shape)) for shape in shapes)
         raise CorruptCheckpointError(f"{name}: its components' shapes, {told}, do not fit each other as {coding.kind}.")
@@ -182,7 +196,8 @@ def _num_groups(coding: Coding, cols: int, name: str) -> int:
     """
     group = coding.block[1] or cols
     # Eight of GPTQ's columns are one word, and are decoded together.
-    if min(group, cols) % _PER_WORD if coding.kind == GPTQ_INT4 else cols % group:
+    misfit = {GPTQ_INT4: min(group, cols) % _PER_WORD, GPTQ_REORDERED: 0}.get(coding.kind, cols % group)
+    if misfit:
         raise CorruptCheckpointError(
             f"{name}: config.json's group_size {coding.block[1]} does not do for its {cols} columns. config.json and "
             "the weights are of different models, or the quantiser was at fault."

@@ -5,18 +5,26 @@ of DeepSeek-V3's kv_a_proj_with_mqa). What it does to names, and what it refuses
 """
 
 from collections.abc import Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import safe_open
 
 from foreroute.checkpoint.index import CheckpointIndex, merged
 from foreroute.checkpoint.layouts import ExpertTable
-from foreroute.checkpoint.quantised_formats import MXFP4, QuantisedFormat
+from foreroute.checkpoint.quantised_formats import GPTQ_INT4, GPTQ_REORDERED, MXFP4, QuantisedFormat, read_format
 from foreroute.checkpoint.quantised_layout import check_dtypes, matrix_shape
-from foreroute.checkpoint.stored_parts import StoredMatrix
-from foreroute.errors import UnsupportedModelError
+from foreroute.checkpoint.stored_parts import Coding, StoredMatrix
+from foreroute.errors import CorruptCheckpointError, UnsupportedModelError
 from foreroute.kernels.torch.dequantise import decode_matrix
+
+# GPTQ's tensor that says which group each column is of; 4 bytes a column, and read before anything else is.
+_ORDER = "g_idx"
+_ORDER_READERS = 8
 
 
 class LazyTensor:
@@ -33,16 +41,14 @@ class LazyTensor:
 class LazyMatrix:
     """A quantised matrix of the checkpoint: its components are read, and made into numbers, when it is indexed."""
 
-    def __init__(
-        self, index: CheckpointIndex, names: tuple[str, ...], form: QuantisedFormat, dtype: torch.dtype
-    ) -> None:
-        self._index, self._names, self._form, self._dtype = index, names, form, dtype
+    def __init__(self, index: CheckpointIndex, names: tuple[str, ...], coding: Coding, dtype: torch.dtype) -> None:
+        self._index, self._names, self._coding, self._dtype = index, names, coding, dtype
 
     def __getitem__(self, at: Any) -> torch.Tensor:
-        check_dtypes(self._form.coding, self._names, self._index)
+        check_dtypes(self._coding, self._names, self._index)
         entries = [merged(self._index.tensors[name], 2) for name in self._names]
-        rows, cols = matrix_shape(self._form.coding, [entry.shape for entry in entries], self._names[0])
-        matrix = StoredMatrix(self._form.coding, tuple(range(len(entries))), rows, cols)
+        rows, cols = matrix_shape(self._coding, [entry.shape for entry in entries], self._names[0])
+        matrix = StoredMatrix(self._coding, tuple(range(len(entries))), rows, cols)
         out = torch.empty(rows, cols, dtype=self._dtype)
         stored = [_read(self._index, entry.name).reshape(entry.shape) for entry in entries]
         decode_matrix(matrix, stored, out)
@@ -55,15 +61,16 @@ def dense_state(
     matrices: Mapping[str, tuple[str, ...]],
     components: frozenset[str],
     dtype: torch.dtype,
+    ignored: Collection[str] = (),
 ) -> dict[str, Any]:
-    """Every tensor of the checkpoint by the name that the model knows; nothing is read yet.
+    """Every tensor of the checkpoint by the name that the model knows, but for the ignored; nothing is read yet.
 
     Experts are among them, and never read: the model has no place for them.
     """
     state: dict[str, Any] = {name: LazyTensor(index, name) for name in index.tensors if name not in components}
     if form.coding.kind != MXFP4:  # which holds experts alone
-        state |= {name: LazyMatrix(index, names, form, dtype) for name, names in matrices.items()}
-    return state
+        state |= {name: LazyMatrix(index, names, form.coding_of(name), dtype) for name, names in matrices.items()}
+    return {name: tensor for name, tensor in state.items() if name not in ignored}
 
 
 def dense_growth(
@@ -72,42 +79,95 @@ def dense_growth(
     matrices: Mapping[str, tuple[str, ...]],
     components: frozenset[str],
     table: ExpertTable,
+    ignored: Collection[str] = (),
 ) -> int:
-    """Bytes by which what is not experts grows when it becomes numbers of two bytes."""
+    """Bytes by which what is not experts grows when it becomes numbers of two bytes; what is ignored goes."""
+    growth = -sum(index.tensors[name].nbytes for name in ignored if name in index.tensors and name not in components)
     if form is None or form.coding.kind == MXFP4:
-        return 0
+        return growth
     groups = [group for layer in table.layers for source in layer.sources for group in source.groups]
     of_experts = {name for group in groups for name in group}
     # What says nothing here is read by nobody.
-    growth = -sum(index.tensors[name].nbytes for name in components.difference(*matrices.values()))
+    growth -= sum(index.tensors[name].nbytes for name in components.difference(*matrices.values()))
     for name, names in matrices.items():
         if names[0] in of_experts:
             continue
-        if ".experts." in name:
-            # Of a layer that the model has no place for, as DeepSeek-V3's last: not loaded.
+        if name in ignored:
             growth -= sum(index.tensors[one].nbytes for one in names)
         else:
             entries = [merged(index.tensors[one], 2) for one in names]
-            rows, cols = matrix_shape(form.coding, [entry.shape for entry in entries], names[0])
+            rows, cols = matrix_shape(form.coding_of(name), [entry.shape for entry in entries], names[0])
             growth += 2 * rows * cols - sum(entry.nbytes for entry in entries)
     return growth
 
 
-def check_order(index: CheckpointIndex, form: QuantisedFormat, components: frozenset[str]) -> None:
-    """See that GPTQ's groups are of neighbouring inputs, as no desc_act declares; one matrix speaks for all.
+def quantised_matrices(
+    folder: Path, index: CheckpointIndex
+) -> tuple[QuantisedFormat | None, Mapping[str, tuple[str, ...]], frozenset[str]]:
+    """How the checkpoint's weights are quantised, its quantised matrices, and the stored names that belong to them.
 
+    Returns:
+        The format, or None; and what its `split` returns.
     Raises:
-        UnsupportedModelError: they are not.
+        UnsupportedModelError: a format, or a variant of one, that is not read.
+        CheckpointError: the declaration makes no sense, or components are absent or of another kind.
     """
-    name = min((one for one in components if one.endswith("g_idx")), default=None)
-    if name is None:
-        return
-    groups = _read(index, name)
-    if not torch.equal(groups, torch.arange(len(groups), dtype=groups.dtype) // (form.coding.block[1] or len(groups))):
-        raise UnsupportedModelError(
-            f"{index.folder}: {name} puts the columns in another order (desc_act), which is not read, and config.json "
-            "does not say so."
+    declared = read_format(folder, index)
+    if declared is None:
+        return None, {}, frozenset()
+    matrices, components = declared.split(index)
+    form = with_order(index, declared, matrices)
+    if form is not declared:
+        matrices, components = form.split(index)
+    for name, names in matrices.items():
+        check_dtypes(form.coding_of(name), names, index)
+    return form, matrices, components
+
+
+def with_order(
+    index: CheckpointIndex, form: QuantisedFormat, matrices: Mapping[str, tuple[str, ...]]
+) -> QuantisedFormat:
+    """The format with g_idx among its components, where GPTQ's columns are of other groups than their neighbours.
+
+    What counts is what is stored, whatever desc_act says: older writers set it where the order is the ordinary one.
+
+    Args:
+        form, matrices: as declared, and as it splits the stored names.
+    Raises:
+        CorruptCheckpointError: g_idx is absent though columns are said to be in another order, or names no group.
+    Cost: reads every g_idx (4 bytes per column of each matrix), by a few threads.
+    """
+    if form.coding.kind != GPTQ_INT4:
+        return form
+    stored = {name: names[0].removesuffix(form.components[0]) + _ORDER for name, names in matrices.items()}
+    absent = min((name for name in stored.values() if name not in index.tensors), default=None)
+    if absent is not None and form.needs_order:
+        raise CorruptCheckpointError(
+            f"{index.folder}: {absent} is not stored, though the columns are said to be in another order (desc_act). "
+            "A shard is missing, or the config is of another model."
         )
+    there = [(name, order) for name, order in stored.items() if order in index.tensors]
+    with ThreadPoolExecutor(_ORDER_READERS) as pool:
+        is_other = list(pool.map(lambda one: _is_reordered(index, form, matrices[one[0]], one[1]), there))
+    if not any(is_other):
+        return form
+    coding = replace(form.coding, kind=GPTQ_REORDERED)
+    return replace(form, coding=coding, components=(*form.components, _ORDER), optional=())
+
+
+def _is_reordered(index: CheckpointIndex, form: QuantisedFormat, names: tuple[str, ...], order: str) -> bool:
+    """Whether the columns' groups are others than those of neighbours."""
+    entry, num_groups = index.tensors[order], index.tensors[names[1]].shape[0]
+    if entry.dtype != "I32" or len(entry.shape) != 1:
+        raise UnsupportedModelError(f"{order} is {entry.dtype} {list(entry.shape)}; foreroute reads a row of I32.")
+    groups = np.fromfile(entry.path, "<i4", entry.shape[0], offset=entry.offset)
+    if len(groups) and not 0 <= groups.min() <= groups.max() < num_groups:
+        raise CorruptCheckpointError(
+            f"{index.folder}: {order} puts columns into groups {groups.min()} to {groups.max()}, of {num_groups}. "
+            "The quantiser was at fault, or the file is damaged: download it again."
+        )
+    per_group = form.coding_of(names[0].removesuffix(form.components[0]) + form.base).block[1] or len(groups)
+    return not np.array_equal(groups, np.arange(len(groups)) // max(per_group, 1))
 
 
 def idle_biases(index: CheckpointIndex, matrices: Mapping[str, tuple[str, ...]], known: Collection[str]) -> set[str]:

@@ -9,7 +9,7 @@ import contextlib
 import json
 import sys
 import threading
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,17 +17,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from foreroute.checkpoint.assembly import Operation
 from foreroute.checkpoint.gguf_families import dense_names, gguf_layer
 from foreroute.checkpoint.gguf_file import GgufIndex, is_gguf, read_gguf
 from foreroute.checkpoint.index import CheckpointIndex
 from foreroute.checkpoint.layouts import ExpertTable, LayerExperts, PartSource
-from foreroute.checkpoint.quantised_formats import QuantisedFormat, read_format
-from foreroute.checkpoint.quantised_layout import check_dtypes, quantised_layer
+from foreroute.checkpoint.quantised_formats import QuantisedFormat
+from foreroute.checkpoint.quantised_layout import quantised_layer
 from foreroute.errors import CheckpointError, CorruptCheckpointError, UnsupportedModelError
-from foreroute.model.dense_state import check_order, dense_growth, dense_state, idle_biases
+from foreroute.model.dense_state import dense_growth, dense_state, idle_biases, quantised_matrices
+from foreroute.model.expert_names import expert_parameters, map_sources, num_experts
 from foreroute.model.experts import ExpertParameter, OffloadedExperts, is_experts_class, offloaded_class
 from foreroute.model.gguf_model import gguf_config, gguf_dense_nbytes, gguf_state
+from foreroute.model.unplaced import Ignored, sort_unplaced, tell
 
 # The swap replaces a name in a module that every thread sees: one load at a time.
 _SWAP_LOCK = threading.RLock()
@@ -47,6 +48,7 @@ class Outline:
     is_transposed: per layer, matrices are stored as [in, out].
     form: how the checkpoint's weights are quantised; None where they are not. matrices, components: the stored names
         of its quantised matrices, as QuantisedFormat.split has them.
+    ignored: stored tensors that are left unread.
     """
 
     config: Any
@@ -58,6 +60,12 @@ class Outline:
     form: QuantisedFormat | None = None
     matrices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     components: frozenset[str] = frozenset()
+    ignored: Ignored = field(default_factory=Ignored)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What of the checkpoint is not used as it asks for it, a line each."""
+        return (*(() if self.form is None else self.form.notes), *self.ignored.notes)
 
     @property
     def dense_nbytes(self) -> int:
@@ -65,7 +73,7 @@ class Outline:
         index = self.table.index
         if isinstance(index, GgufIndex):
             return gguf_dense_nbytes(index)
-        growth = dense_growth(index, self.form, self.matrices, self.components, self.table)
+        growth = dense_growth(index, self.form, self.matrices, self.components, self.table, self.ignored.names)
         return index.nbytes - self.table.expert_nbytes + growth
 
 
@@ -112,32 +120,30 @@ def outline(folder: Path, index: CheckpointIndex) -> Outline:
     if isinstance(index, GgufIndex):
         return _outline_gguf(index)
     config = read_config(folder)
-    form = read_format(folder, index)
-    matrices, components = form.split(index) if form is not None else ({}, frozenset[str]())
-    for names in matrices.values():
-        assert form is not None, "matrices are of a format"
-        check_dtypes(form.coding, names, index)
-    if form is not None:
-        check_order(index, form, components)
+    form, matrices, components = quantised_matrices(folder, index)
+    is_quantised = form is not None or getattr(config, "quantization_config", None) is not None
     _forget_quantisation(config)
     meta_model = _meta_model(folder, config)
     modules = {name: module for name, module in meta_model.named_modules() if is_experts_class(type(module))}
     if not modules:
         raise UnsupportedModelError(_why_no_experts(folder, config, meta_model))
     components |= idle_biases(index, matrices, meta_model.state_dict().keys())
-    sources = _map_sources(meta_model, modules, {*(set(index.tensors) - components), *matrices})
+    sources, unplaced = map_sources(meta_model, modules, {*(set(index.tensors) - components), *matrices})
     layers: list[LayerExperts] = []
     targets: set[str] = set()
     for name, module in modules.items():
-        parameters = _expert_parameters(module)
+        parameters = expert_parameters(module)
         layer_sources = [sources.get(f"{name}.{p.name}") or _absent(name, p) for p in parameters]
         targets.update(f"{name}.{p.name}" for p in parameters)
-        layers.append(quantised_layer(name, _num_experts(module), layer_sources, index, form, matrices))
+        layers.append(quantised_layer(name, num_experts(module), layer_sources, index, form, matrices))
+    ignored = sort_unplaced(folder, meta_model, unplaced, is_quantised=is_quantised)
     classes = frozenset(type(module) for module in modules.values())
     # Set by transformers' decorator.
     transposed = tuple(bool(getattr(module, "is_transposed", False)) for module in modules.values())
     table = ExpertTable(tuple(layers), index)
-    return Outline(config, tuple(modules), table, frozenset(targets), classes, transposed, form, matrices, components)
+    return Outline(
+        config, tuple(modules), table, frozenset(targets), classes, transposed, form, matrices, components, ignored
+    )
 
 
 def _outline_gguf(index: GgufIndex) -> Outline:
@@ -146,10 +152,10 @@ def _outline_gguf(index: GgufIndex) -> Outline:
     meta_model = _meta_model(index.folder, config)
     modules = {name: module for name, module in meta_model.named_modules() if is_experts_class(type(module))}
     layers = [
-        gguf_layer(name, _num_experts(module), [(p.name, p.shape) for p in _expert_parameters(module)], index)
+        gguf_layer(name, num_experts(module), [(p.name, p.shape) for p in expert_parameters(module)], index)
         for name, module in modules.items()
     ]
-    targets = {f"{name}.{p.name}" for name, module in modules.items() for p in _expert_parameters(module)}
+    targets = {f"{name}.{p.name}" for name, module in modules.items() for p in expert_parameters(module)}
     classes = frozenset(type(module) for module in modules.values())
     transposed = tuple(bool(getattr(module, "is_transposed", False)) for module in modules.values())
     return Outline(config, tuple(modules), ExpertTable(tuple(layers), index), frozenset(targets), classes, transposed)
@@ -178,7 +184,8 @@ def load_skeleton(folder: Path, sketch: Outline, dtype: torch.dtype | str, **kwa
             model, info = auto_class.from_pretrained(folder, dtype=dtype, **common)
         else:
             model, info = _load_dequantised(folder, sketch, dtype, common)
-    _check_loading_info(folder, info, sketch.expert_targets)
+    _check_loading_info(folder, info, sketch.expert_targets | sketch.ignored.targets)
+    tell(sketch.notes, folder)
     return model.eval()
 
 
@@ -194,7 +201,7 @@ def _load_dequantised(
         state = gguf_state(index, compute)
     else:
         assert sketch.form is not None, "it is dequantised"
-        state = dense_state(index, sketch.form, sketch.matrices, sketch.components, compute)
+        state = dense_state(index, sketch.form, sketch.matrices, sketch.components, compute, sketch.ignored.names)
     # The class itself: an Auto class wants a folder, and reads the weights there.
     model_class = _model_class(_auto_class(folder, sketch.config), sketch.config)
     model, info = model_class.from_pretrained(None, state_dict=state, dtype=compute, **common)
@@ -289,64 +296,6 @@ def _why_no_experts(folder: Path, config: Any, model: nn.Module) -> str:
     )
 
 
-def _num_experts(module: nn.Module) -> int:
-    return int(next(p for p in module._parameters.values() if p is not None and p.ndim >= 2).shape[0])
-
-
-def _expert_parameters(module: nn.Module) -> tuple[ExpertParameter, ...]:
-    num_experts = _num_experts(module)
-    return tuple(
-        ExpertParameter(name, tuple(p.shape[1:]))
-        for name, p in module._parameters.items()
-        if p is not None and p.ndim >= 2 and p.shape[0] == num_experts
-    )
-
-
-def _map_sources(
-    meta_model: nn.Module, modules: dict[str, nn.Module], stored_names: Collection[str]
-) -> dict[str, PartSource]:
-    """For every expert parameter, by full name: the stored tensors that make it, as transformers would collect them."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
-
-    transforms = get_model_conversion_mapping(meta_model)
-    renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
-    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-    state, prefix = meta_model.state_dict(), meta_model.base_model_prefix
-    shapes = {f"{name}.{p.name}": (p.name, p.shape) for name, m in modules.items() for p in _expert_parameters(m)}
-    groups: dict[str, dict[str | None, list[str]]] = {}
-    for stored_name in sorted(stored_names, key=dot_natural_key):
-        target, pattern = rename_source_key(stored_name, renamings, converters, prefix, state)
-        if target not in state and stored_name in state:
-            target, pattern = rename_source_key(stored_name, [], [], prefix, state)
-        if target in shapes:
-            groups.setdefault(target, {}).setdefault(pattern, []).append(stored_name)
-    sources: dict[str, PartSource] = {}
-    for target, by_source in groups.items():
-        part, shape = shapes[target]
-        converter = by_pattern.get(next(iter(by_source)))
-        if converter is None:
-            ordered, steps = list(by_source.values()), []
-        else:
-            ordered = [by_source.get(pattern, []) for pattern in converter.source_patterns]
-            steps = [_operation(op, converter) for op in converter.operations]
-        sources[target] = PartSource(part, shape, tuple(tuple(names) for names in ordered), tuple(steps))
-    return sources
-
-
-def _operation(op: Any, converter: Any) -> Operation:
-    kind = type(op).__name__
-    if len(converter.target_patterns) != 1:
-        raise UnsupportedModelError(
-            f"The checkpoint's experts are split over several parameters by transformers' {kind}: not known. "
-            "Please report the model."
-        )
-    if kind == "Transpose":
-        return Operation(kind, op.dim0, op.dim1, check_dims=getattr(op, "check_dims", False))
-    return Operation(kind, getattr(op, "dim", 0), inverse=getattr(op, "inverse", False))
-
-
 def _absent(module_name: str, parameter: ExpertParameter) -> PartSource:
     raise CorruptCheckpointError(
         f"The checkpoint stores nothing for {module_name}.{parameter.name}. A shard is missing, or the experts are "
@@ -354,9 +303,9 @@ def _absent(module_name: str, parameter: ExpertParameter) -> PartSource:
     )
 
 
-def _check_loading_info(folder: Path, info: dict[str, Any], expert_targets: frozenset[str]) -> None:
+def _check_loading_info(folder: Path, info: dict[str, Any], not_loaded: frozenset[str]) -> None:
     missing = sorted(info["missing_keys"])
-    unexpected = sorted(set(info["unexpected_keys"]) - expert_targets)
+    unexpected = sorted(set(info["unexpected_keys"]) - not_loaded)
     mismatched = sorted(info["mismatched_keys"])
     if missing:
         raise CorruptCheckpointError(f"{folder} lacks {missing[0]} ({len(missing)} missing tensors).")

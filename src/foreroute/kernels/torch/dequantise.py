@@ -28,6 +28,7 @@ _ONE_EACH = 0x11111111
 _AWQ_SHIFTS = (0, 16, 4, 20, 8, 24, 12, 28)
 # Rows that are scaled at a time where a temporary is needed: it stays in the cache.
 _ROWS_AT_ONCE = 128
+_WORDS_AT_ONCE = 16
 
 
 @lru_cache
@@ -118,15 +119,33 @@ def decode_gptq_int4(components: Sequence[torch.Tensor], out: torch.Tensor, codi
     """
     words, scales, zero_words = components
     shifts = torch.arange(0, 32, 4, dtype=torch.int32)
-    if coding.is_zero_shifted:
-        # To whole words, as one was taken from them: a zero point of nought borrowed from the next one.
-        zero_words = zero_words + _ONE_EACH
-    zeros = ((zero_words.unsqueeze(-1) >> shifts) & 15).view(scales.shape)
+    zeros = _gptq_zeros(zero_words, scales, coding)
     per_group = coding.block[1] // 8 or len(words)
     for at, first in enumerate(range(0, len(words), per_group)):
         steps = (words[first : first + per_group].unsqueeze(1) >> shifts[None, :, None]) & 15
         columns = (steps.view(-1, words.shape[1]) - zeros[at]).to(scales.dtype) * scales[at]
         out[:, 8 * first : 8 * (first + per_group)] = columns.t()
+
+
+def decode_gptq_reordered(components: Sequence[torch.Tensor], out: torch.Tensor, coding: Coding) -> None:
+    """The same, and for each column the group that it is of, in whatever order (desc_act)."""
+    words, scales, zero_words, groups = components
+    shifts = torch.arange(0, 32, 4, dtype=torch.int32)
+    zeros = _gptq_zeros(zero_words, scales, coding)
+    for first in range(0, len(words), _WORDS_AT_ONCE):
+        steps = (words[first : first + _WORDS_AT_ONCE].unsqueeze(1) >> shifts[None, :, None]) & 15
+        of_columns = groups[8 * first : 8 * (first + _WORDS_AT_ONCE)].long()
+        columns = (steps.view(-1, words.shape[1]) - zeros[of_columns]).to(scales.dtype) * scales[of_columns]
+        out[:, 8 * first : 8 * (first + _WORDS_AT_ONCE)] = columns.t()
+
+
+def _gptq_zeros(zero_words: torch.Tensor, scales: torch.Tensor, coding: Coding) -> torch.Tensor:
+    """Zero points [groups, rows]."""
+    if coding.is_zero_shifted:
+        # To whole words, as one was taken from them: a zero point of nought borrowed from the next one.
+        zero_words = zero_words + _ONE_EACH
+    shifts = torch.arange(0, 32, 4, dtype=torch.int32)
+    return ((zero_words.unsqueeze(-1) >> shifts) & 15).view(scales.shape)
 
 
 def decode_awq_int4(components: Sequence[torch.Tensor], out: torch.Tensor, coding: Coding) -> None:
@@ -151,6 +170,7 @@ DECODERS: Mapping[str, Decoder] = {
     "fp8-scaled": decode_fp8_scaled,
     "packed-int4": decode_packed_int4,
     "gptq-int4": decode_gptq_int4,
+    "gptq-int4-reordered": decode_gptq_reordered,
     "awq-int4": decode_awq_int4,
     **GGUF_DECODERS,
 }

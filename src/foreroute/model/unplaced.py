@@ -1,0 +1,162 @@
+"""Stored tensors that the model has no place for: which of them mean nothing here, and which are a fault.
+
+Three kinds mean nothing: what transformers itself leaves unread for a family; layers that predict several tokens at
+once (MTP, nextn), which come behind the model's own; and the scales of quantised keys and values, which are kept as
+numbers here. transformers names the layers by their number in the published model (61, 46, 92), which a model of
+another depth does not have: here they are known by the model's own depth. Anything else is an error.
+"""
+
+import json
+import logging
+import re
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import nn
+
+from foreroute.checkpoint.declared import is_whole
+from foreroute.errors import CorruptCheckpointError
+
+_LOG = logging.getLogger(__name__)
+
+_LAYER = re.compile(r"^(?P<stack>|.*?\.)layers\.(?P<number>\d+)\.")
+# Modules of their own, or parts of a layer, that only multi-token prediction has.
+_PREDICTION = re.compile(r"(^|\.)(mtp|nextn)(_\w+)?\.")
+_PREDICTION_PART = re.compile(r"\.(eh_proj|enorm|hnorm|shared_head|(mtp|nextn)(_\w+)?)\.")
+# As config.json says how many such layers there are.
+_PREDICTION_KEYS = (
+    "num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers", "mtp_num_layers", "num_mtp_modules",
+)  # fmt: skip
+_CACHE_SCALE = re.compile(
+    r"\.((q|k|v|kv|qk|qkv|prob)_(scale|zero_point)|(q|k|v|qkv)_proj\.output_(scale|zero_point)|prob_output_scale)$"
+)
+# A pattern of transformers that means one layer by its number.
+_NUMBERED_LAYER = re.compile(r"layers\\?\.\d")
+
+
+@dataclass(frozen=True)
+class Ignored:
+    """Tensors that are left unread though they are stored.
+
+    names: as the checkpoint has them, of quantised matrices as the model would know them. targets: the same as
+    transformers would have them. notes: a line about each kind, for people.
+    """
+
+    names: frozenset[str] = frozenset()
+    targets: frozenset[str] = frozenset()
+    notes: tuple[str, ...] = ()
+
+
+@dataclass
+class _Depths:
+    """How many layers each stack of layers of the model has, by the name before `layers.`."""
+
+    of_stack: dict[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, names: Collection[str]) -> "_Depths":
+        depths = cls()
+        for stack, number in map(_layer_of, names):
+            if number is not None:
+                depths.of_stack[stack] = max(depths.of_stack.get(stack, 0), number + 1)
+        return depths
+
+    def find(self, stack: str) -> int | None:
+        """The depth of this stack; its name may lack the prefix that the model has, or have one more."""
+        if stack in self.of_stack:
+            return self.of_stack[stack]
+        found = {depth for known, depth in self.of_stack.items() if _is_end(stack, known) or _is_end(known, stack)}
+        return found.pop() if len(found) == 1 else None
+
+
+def sort_unplaced(
+    folder: Path,
+    model: nn.Module,
+    unplaced: Mapping[str, tuple[str, ...]],
+    *,
+    is_quantised: bool,
+) -> Ignored:
+    """See that every stored tensor without a place in the model is one of those that mean nothing here.
+
+    Args:
+        model: on the meta device. unplaced: the tensors' stored names, and the names that transformers makes of
+            each.
+        is_quantised: config.json declares a quantisation.
+    Raises:
+        CorruptCheckpointError: a tensor is none of those; the first is named.
+    """
+    depths, patterns = _Depths.of(model.state_dict().keys()), tuple(_family_patterns(model))
+    count = _declared_layers(folder)
+    layers = {
+        _layer_of(targets[0]) for targets in unplaced.values() if _PREDICTION_PART.search(targets[0])
+    }  # which have a part that no other layer has
+    prediction: list[str] = []
+    scales: list[str] = []
+    unknown: list[str] = []
+    for name, (target, *_) in sorted(unplaced.items()):
+        stack, number = _layer_of(target)
+        beyond = None if number is None else number - (depths.find(stack) or number + 1)
+        is_beyond = beyond is not None and beyond >= 0
+        is_told = is_beyond and ((stack, number) in layers or (beyond is not None and beyond < count))
+        if is_told or _PREDICTION.search(target):
+            prediction.append(name)
+        elif is_quantised and _CACHE_SCALE.search(target):
+            scales.append(name)
+        elif not any(
+            re.search(pattern, target) and (is_beyond or not _NUMBERED_LAYER.search(pattern)) for pattern in patterns
+        ):
+            unknown.append(name)
+    if unknown:
+        raise CorruptCheckpointError(
+            f"{folder} holds {unknown[0]}, which the model has no place for ({len(unknown)} such tensors). "
+            "config.json and the weights are of different models."
+        )
+    return Ignored(frozenset(unplaced), frozenset().union(*unplaced.values()), tuple(_notes(prediction, scales)))
+
+
+def tell(notes: Collection[str], folder: Path) -> None:
+    """Say each note in a line, as a warning of this module's logger."""
+    for note in notes:
+        _LOG.warning("%s: %s", folder, note)
+
+
+def _notes(prediction: list[str], scales: list[str]) -> Iterator[str]:
+    if prediction:
+        yield (
+            f"{len(prediction)} tensors of multi-token prediction are left unread ({prediction[0]}): "
+            "tokens are predicted one at a time here."
+        )
+    if scales:
+        yield (
+            f"{len(scales)} scales of keys and values are left unread ({scales[0]}): "
+            "keys and values are not quantised here."
+        )
+
+
+def _family_patterns(model: nn.Module) -> Iterator[str]:
+    """What transformers leaves unread: what the family says, and buffers that earlier versions stored."""
+    yield from getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    buffers = [name for name, _ in model.named_buffers()]
+    if any(name.endswith("rotary_emb.inv_freq") for name in buffers):
+        yield r"rotary_emb\.inv_freq"
+    if any(name.endswith("position_ids") for name in buffers):
+        yield r"(^|\.)position_ids$"
+
+
+def _declared_layers(folder: Path) -> int:
+    """How many layers of multi-token prediction config.json itself declares, whatever its class takes for granted."""
+    content = json.loads((folder / "config.json").read_text())
+    inner = content.get("text_config")
+    told = {**content, **(inner if isinstance(inner, dict) else {})}
+    return max((told[key] for key in _PREDICTION_KEYS if is_whole(told.get(key))), default=0)
+
+
+def _layer_of(name: str) -> tuple[str, int | None]:
+    """The stack of layers that the tensor is in, by the name before `layers.`, and the layer's number."""
+    found = _LAYER.match(name)
+    return (found["stack"], int(found["number"])) if found else ("", None)
+
+
+def _is_end(short: str, long: str) -> bool:
+    return short == "" or long.endswith(f".{short}")
