@@ -20,7 +20,7 @@ from foreroute.prepare.quantise import Quantiser
 from foreroute.residency.slots import READY
 from tests.cli.harness import Ran
 from tests.formats.checks import numbers_of
-from tests.support.quantised import write_fp8, write_gptq, write_mxfp4
+from tests.support.quantised import rewritten, write_fp8, write_gptq, write_mxfp4
 
 FAST = ("--threads", "1", "--json")
 FORMATS = {"mxfp4": (write_mxfp4, "gpt_oss"), "fp8": (write_fp8, "deepseek_v3"), "gptq": (write_gptq, "qwen3_moe")}
@@ -125,3 +125,18 @@ def test_fit_and_generate(published, run, tmp_path):
     run("fit", folder, "--text", text, "--out", out, "--context", "64", *FAST)
     ran = run("generate", folder, "The ship", "--no-chat", "--max-new-tokens", "4", "--predictor", out, *FAST)
     assert ran.json["plan"]["predictor"] == "fitted"
+
+
+def test_keys_and_values_alone_are_quantised(checkpoints, run, tmp_path):
+    """transformers' resident model is one of numbers then too; pack says what it leaves unread, as generate does."""
+    scheme = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
+    folder = rewritten(
+        checkpoints.get("qwen3_moe", "bf16"),
+        tmp_path / "scaled",
+        lambda state: {**state, "model.layers.0.self_attn.k_scale": torch.ones(1)},
+        quantization_config={"quant_method": "compressed-tensors", "config_groups": {}, "kv_cache_scheme": scheme},
+    )
+    packed = run("pack", folder, "--out", tmp_path / "store")
+    assert packed.err.count("1 scales of keys and values are left unread (model.layers.0.self_attn.k_scale)") == 1
+    answer = run("verify", folder, "--reference", "resident", "--tokens", "6", "--memory", "30%", *FAST).json
+    assert (answer["same"], answer["complaints"]) == (True, [])

@@ -16,7 +16,7 @@ from foreroute.checkpoint.locate import read_index
 from foreroute.checkpoint.quantised_formats import QuantisedFormat, read_format
 from foreroute.checkpoint.stored_parts import Coding
 from foreroute.errors import CorruptCheckpointError
-from foreroute.kernels.torch.dequantise import decode_gptq_int4
+from foreroute.kernels.torch.dequantise import decode_fp8_scaled, decode_gptq_int4
 from tests.formats.checks import check_bytes, check_same
 from tests.formats.plain import FORMATS, State, plain
 from tests.support.quantised import rewritten, words, write_gptq, write_packed_int4
@@ -83,6 +83,23 @@ def test_packed_int4_that_was_only_rounded_in_another_order(published, tmp_path,
     config["quantization_config"]["config_groups"]["group_0"]["weights"]["actorder"] = order
     (folder / "config.json").write_text(json.dumps(config))
     assert isinstance(read_format(folder, read_index(folder)), QuantisedFormat)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "block", "scales_shape"),
+    [("tensor", (0, 0), (1,)), ("channel", (1, 0), (40, 1)), ("block", (16, 16), (3, 2))],
+)
+def test_float_quantised_scales_of_every_kind(strategy, block, scales_shape):
+    """One for the matrix, one a row, one a block; the last blocks of 40 rows and 24 columns are cut off."""
+    generator = torch.Generator().manual_seed(3)
+    values = torch.randn(40, 24, generator=generator).to(torch.float8_e4m3fn)
+    scales = (torch.rand(scales_shape, generator=generator) + 0.1).bfloat16()
+    ours = torch.empty(40, 24, dtype=torch.bfloat16)
+    decode_fp8_scaled([values, scales], ours, Coding("fp8-scaled", block))
+    by_row = {"tensor": lambda i, j: scales[0], "channel": lambda i, j: scales[i, 0]}
+    of = by_row.get(strategy, lambda i, j: scales[i // 16, j // 16])
+    theirs = torch.stack([torch.stack([values[i, j].bfloat16() * of(i, j) for j in range(24)]) for i in range(40)])
+    assert torch.equal(ours, theirs)
 
 
 def with_biases(value: float) -> Callable[[State], State]:

@@ -138,7 +138,10 @@ def read_declaration(folder: Path, index: CheckpointIndex) -> Declaration | None
 
 
 def _of_config(folder: Path) -> Declaration | None:
-    config = _json_object(folder / _CONFIG)
+    try:
+        config = _json_object(folder / _CONFIG)
+    except CheckpointError:
+        return None  # which is said, with what to do, where the model's config is read
     for path, holder in (("", config), ("text_config.", config.get("text_config"))):
         for key in ("quantization_config", "compression_config"):
             declared = holder.get(key) if isinstance(holder, dict) else None

@@ -119,8 +119,9 @@ def outline(folder: Path, index: CheckpointIndex) -> Outline:
     """
     if isinstance(index, GgufIndex):
         return _outline_gguf(index)
-    config = read_config(folder)
+    # First, as transformers' own config of a quantisation that makes no sense says nothing of it.
     form, matrices, components = quantised_matrices(folder, index)
+    config = read_config(folder)
     is_quantised = form is not None or getattr(config, "quantization_config", None) is not None
     _forget_quantisation(config)
     meta_model = _meta_model(folder, config)

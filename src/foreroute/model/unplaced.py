@@ -11,6 +11,7 @@ import logging
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 from torch import nn
@@ -116,9 +117,14 @@ def sort_unplaced(
 
 
 def tell(notes: Collection[str], folder: Path) -> None:
-    """Say each note in a line, as a warning of this module's logger."""
+    """Say each note in a line, as a warning of this module's logger; once, however often the model is loaded."""
     for note in notes:
-        _LOG.warning("%s: %s", folder, note)
+        _say(folder, note)
+
+
+@lru_cache(maxsize=256)
+def _say(folder: Path, note: str) -> None:
+    _LOG.warning("%s: %s", folder, note)
 
 
 def _notes(prediction: list[str], scales: list[str]) -> Iterator[str]:

@@ -3,6 +3,7 @@
 A reference is run once and let go of. What stays is hashes: of every step, of every expert, of every dense tensor.
 """
 
+import copy
 import gc
 import importlib.util
 import math
@@ -134,7 +135,9 @@ def record_reference(
     """
     names = [layer.name for layer in sketch.table.layers]
     is_resident = kind == RESIDENT
-    model = _load_resident(folder, dtype) if is_resident else load(folder, memory, dtype, config=_ON_DEMAND_LOADING)
+    model = (
+        _load_resident(folder, sketch, dtype) if is_resident else load(folder, memory, dtype, config=_ON_DEMAND_LOADING)
+    )
     watch = None if is_resident else SlotWatch(model.foreroute.runtime)
     transcripts: list[tuple[Step, ...]] = []
     done, num_steps = 0, sum(exercise.num_steps for exercise in exercises)
@@ -167,14 +170,16 @@ def dense_digests(model: Any, expert_targets: frozenset[str] = frozenset()) -> d
     return {name: digest([tensor]) for name, tensor in tensors if name not in expert_targets}
 
 
-def _load_resident(folder: Path, dtype: str) -> Any:
+def _load_resident(folder: Path, sketch: Outline, dtype: str) -> Any:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     compute = dtype if dtype == "auto" else getattr(torch, dtype)
+    # Where keys and values alone are quantised, transformers shall see a model of numbers, as `load` does.
+    config = None if sketch.form is not None else copy.deepcopy(sketch.config)
     return AutoModelForCausalLM.from_pretrained(
-        folder, dtype=compute, experts_implementation="eager", use_safetensors=True
+        folder, config=config, dtype=compute, experts_implementation="eager", use_safetensors=True
     ).eval()
 
 

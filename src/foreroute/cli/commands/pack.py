@@ -77,8 +77,10 @@ def run(args: argparse.Namespace) -> int:
         from foreroute.checkpoint.locate import read_index
         from foreroute.checkpoint.records import PackedStore, store_name
         from foreroute.model.skeleton import outline
+        from foreroute.model.unplaced import tell
 
         sketch = outline(folder, read_index(folder))
+        tell(sketch.notes, folder)
         check_shapes(sketch.table, CODECS[args.quant or STORED], sketch.is_transposed)
         quality = pack_quantised.quality_of(args, folder, sketch)
     table, name = sketch.table, store_name(args.quant or STORED)
