@@ -1,14 +1,18 @@
 """FP8 with a scale per block, as DeepSeek-V3 and Qwen3-*-FP8 are published: 8 bits and the scales, wherever kept."""
 
+import json
+
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from foreroute.checkpoint.records import PackedStore
 from foreroute.checkpoint.stored_parts import Coding
 from foreroute.kernels.torch.dequantise import decode_fp8
 from tests.formats.checks import check_bytes, check_same, numbers_of
-from tests.support.quantised import fp8_blocks, write_fp8
-from tests.support.runs import expert_table, packed_store
+from tests.support.checkpoints import edit_json
+from tests.support.quantised import fp8_blocks, rewritten, write_fp8
+from tests.support.runs import assert_same_bits, expert_table, generate, packed_store
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 FAMILIES = ("qwen3_moe", "deepseek_v3")
@@ -45,8 +49,6 @@ def test_blocks_that_the_matrix_cuts_off():
 @pytest.mark.parametrize("store", ["safetensors", "packed"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_records(published, family, store):
-    from safetensors.torch import load_file
-
     folder = published(write_fp8, family)
     table, state = expert_table(folder), load_file(folder / "model.safetensors")
     reads = table.reads if store == "safetensors" else PackedStore(packed_store(folder), table).reads_of(table)
@@ -69,6 +71,25 @@ def test_as_the_dequantised_resident_model(published, references, load, family, 
     folder = published(write_fp8, family, dtype)
     model = check_same(load, folder, lambda batch: references.output(folder, batch), "fp8", store)
     check_bytes(model, 8 + 32 / 16**2)
+
+
+def test_a_layer_that_is_not_quantised(published, checkpoints, references, load, tmp_path):
+    """As modules_to_not_convert names it: its attention and experts are stored as numbers."""
+    numbers = {
+        name: one
+        for name, one in load_file(checkpoints.get("qwen3_moe", "bf16") / "model.safetensors").items()
+        if ".layers.0." in name
+    }
+
+    def change(state):
+        return {name: one for name, one in state.items() if ".layers.0." not in name} | numbers
+
+    folder = rewritten(published(write_fp8, "qwen3_moe"), tmp_path / "parts", change)
+    declared = json.loads((folder / "config.json").read_text())["quantization_config"]
+    declared["modules_to_not_convert"] = ["lm_head", "gate", "model.layers.0"]
+    edit_json(folder / "config.json", quantization_config=declared)
+    assert [layer.stored_as for layer in expert_table(folder).layers[:2]] == ["", "fp8"]
+    assert_same_bits(generate(load(folder)), references.output(folder))
 
 
 def test_dense_weights_are_those_of_the_resident_model(published, references, load):

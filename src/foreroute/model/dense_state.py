@@ -4,9 +4,12 @@ transformers dequantises too, but not every format on every machine, and not blo
 of DeepSeek-V3's kv_a_proj_with_mqa). What it does to names, and what it refuses, stays its own.
 """
 
-from collections.abc import Collection, Mapping
+import contextlib
+import os
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -146,28 +149,64 @@ def with_order(
             f"{index.folder}: {absent} is not stored, though the columns are said to be in another order (desc_act). "
             "A shard is missing, or the config is of another model."
         )
-    there = [(name, order) for name, order in stored.items() if order in index.tensors]
+    there = sorted(
+        (index.tensors[order].path, index.tensors[order].offset, order, name)
+        for name, order in stored.items()
+        if order in index.tensors
+    )
+    per_reader = -(-len(there) // _ORDER_READERS) or 1
+    shares = [there[at : at + per_reader] for at in range(0, len(there), per_reader)]
     with ThreadPoolExecutor(_ORDER_READERS) as pool:
-        is_other = list(pool.map(lambda one: _is_reordered(index, form, matrices[one[0]], one[1]), there))
+        is_other = list(pool.map(lambda share: _has_reordered(index, form, matrices, share), shares))
     if not any(is_other):
         return form
     coding = replace(form.coding, kind=GPTQ_REORDERED)
     return replace(form, coding=coding, components=(*form.components, _ORDER), optional=())
 
 
-def _is_reordered(index: CheckpointIndex, form: QuantisedFormat, names: tuple[str, ...], order: str) -> bool:
-    """Whether the columns' groups are others than those of neighbours."""
-    entry, num_groups = index.tensors[order], index.tensors[names[1]].shape[0]
-    if entry.dtype != "I32" or len(entry.shape) != 1:
-        raise UnsupportedModelError(f"{order} is {entry.dtype} {list(entry.shape)}; foreroute reads a row of I32.")
-    groups = np.fromfile(entry.path, "<i4", entry.shape[0], offset=entry.offset)
+def _has_reordered(
+    index: CheckpointIndex,
+    form: QuantisedFormat,
+    matrices: Mapping[str, tuple[str, ...]],
+    share: Sequence[tuple[str, int, str, str]],
+) -> bool:
+    """Whether the columns of one of these matrices are of other groups than their neighbours.
+
+    Args:
+        share: of each the file, the offset and the name of its g_idx, and its name in the model.
+    """
+    is_other = False
+    with contextlib.ExitStack() as opened:
+        files: dict[str, Any] = {}
+        for path, offset, order, name in share:
+            if path not in files:
+                files[path] = opened.enter_context(open(path, "rb", buffering=0))
+            entry = index.tensors[order]
+            if entry.dtype != "I32" or len(entry.shape) != 1:
+                raise UnsupportedModelError(
+                    f"{order} is {entry.dtype} {list(entry.shape)}; foreroute reads a row of I32."
+                )
+            stored = os.pread(files[path].fileno(), entry.nbytes, offset)
+            if stored == _ordinary(entry.shape[0], form.coding_of(name).block[1] or entry.shape[0]):
+                continue
+            is_other = True
+            _check_groups(index.folder, order, stored, index.tensors[matrices[name][1]].shape[0])
+    return is_other
+
+
+def _check_groups(folder: Path, order: str, stored: bytes, num_groups: int) -> None:
+    groups = np.frombuffer(stored, "<i4")
     if len(groups) and not 0 <= groups.min() <= groups.max() < num_groups:
         raise CorruptCheckpointError(
-            f"{index.folder}: {order} puts columns into groups {groups.min()} to {groups.max()}, of {num_groups}. "
+            f"{folder}: {order} puts columns into groups {groups.min()} to {groups.max()}, of {num_groups}. "
             "The quantiser was at fault, or the file is damaged: download it again."
         )
-    per_group = form.coding_of(names[0].removesuffix(form.components[0]) + form.base).block[1] or len(groups)
-    return not np.array_equal(groups, np.arange(len(groups)) // max(per_group, 1))
+
+
+@lru_cache(maxsize=64)
+def _ordinary(num_columns: int, per_group: int) -> bytes:
+    """The g_idx of columns whose groups are neighbours."""
+    return (np.arange(num_columns, dtype="<i4") // max(per_group, 1)).astype("<i4").tobytes()
 
 
 def idle_biases(index: CheckpointIndex, matrices: Mapping[str, tuple[str, ...]], known: Collection[str]) -> set[str]:

@@ -129,15 +129,13 @@ def _say(folder: Path, note: str) -> None:
 
 def _notes(prediction: list[str], scales: list[str]) -> Iterator[str]:
     if prediction:
-        yield (
-            f"{len(prediction)} tensors of multi-token prediction are left unread ({prediction[0]}): "
-            "tokens are predicted one at a time here."
-        )
+        yield f"Layers of multi-token prediction are left unread: one token is predicted at a time{_count(prediction)}."
     if scales:
-        yield (
-            f"{len(scales)} scales of keys and values are left unread ({scales[0]}): "
-            "keys and values are not quantised here."
-        )
+        yield f"Scales of keys and values are left unread: they are not quantised here{_count(scales)}."
+
+
+def _count(names: list[str]) -> str:
+    return f" ({len(names)} tensors, first {names[0]})" if len(names) > 1 else f" ({names[0]})"
 
 
 def _family_patterns(model: nn.Module) -> Iterator[str]:
