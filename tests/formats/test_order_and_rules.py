@@ -177,7 +177,6 @@ def test_rules_with_groups_of_their_own(gptq, checkpoints, references, load, tmp
     [
         ({"+:.*self_attn.*": {"bits": 8}}, UnsupportedModelError, r"self_attn.\w_proj is (gptq|awq) with 8 bits"),
         ({"-:.*self_attn.*": {}}, CorruptCheckpointError, "is stored quantised, though a rule"),
-        ({r"+:.*experts\.3\..*": {"group_size": 32}}, UnsupportedModelError, "experts of one layer that differ"),
         ({"+:.*": {"backend": "x"}}, UnsupportedModelError, r"dynamic.+:.\* sets backend"),
         ({"+:(": {"bits": 4}}, CheckpointError, "regular expression"),
         ({"+:.*": {"bits": "8"}}, CheckpointError, "bits is '8', which makes no sense"),
@@ -189,6 +188,14 @@ def test_rules_with_groups_of_their_own(gptq, checkpoints, references, load, tmp
 def test_rules_that_are_not_followed(published, tmp_path, write, dynamic, error, said):
     folder = declaring(shutil.copytree(published(write, "qwen3_moe"), tmp_path / "ruled"), dynamic=dynamic)
     with pytest.raises(error, match=said):
+        outline(folder, read_index(folder))
+
+
+def test_experts_of_one_layer_whose_rules_differ(gptq, checkpoints, tmp_path):
+    source = load_file(checkpoints.get("qwen3_moe", "bf16") / "model.safetensors")
+    folder = rewritten(gptq, tmp_path / "grouped", lambda state: regrouped(state, source, "experts.3.", 32))
+    declaring(folder, dynamic={r"+:.*experts\.3\..*": {"group_size": 32}})
+    with pytest.raises(UnsupportedModelError, match="experts of one layer that differ"):
         outline(folder, read_index(folder))
 
 

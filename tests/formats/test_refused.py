@@ -88,7 +88,7 @@ def declaring(checkpoints, tmp_path):
 @pytest.fixture
 def nothing_read(monkeypatch, published):
     """No weight is read and no model is made, from now on."""
-    for write in (write_fp8, write_gptq):
+    for write in (write_fp8, write_gptq, write_awq, write_packed_int4):
         published(write, "qwen3_moe")
     from transformers import AutoModelForCausalLM
 
@@ -138,6 +138,19 @@ def test_scales_of_another_shape(published, tmp_path):
         return {name: one[:, ::2].contiguous() if "_scales" in name else one for name, one in state.items()}
 
     refused_change(published, tmp_path, write_mxfp4, "gpt_oss", halved, CorruptCheckpointError, "do not fit each other")
+
+
+@pytest.mark.parametrize("write", [write_fp8, write_gptq, write_awq, write_packed_int4])
+def test_scales_of_a_dense_matrix_of_another_shape(published, tmp_path, nothing_read, write):
+    """Refused where pack sees it too, not when the dense weights are loaded."""
+
+    def halved(state):
+        return {
+            name: one[: len(one) // 2].contiguous() if "1.self_attn.q_proj" in name and "scale" in name else one
+            for name, one in state.items()
+        }
+
+    refused_change(published, tmp_path, write, "qwen3_moe", halved, CorruptCheckpointError, "do not fit each other")
 
 
 def test_a_dense_matrix_without_its_scales(published, tmp_path, nothing_read):

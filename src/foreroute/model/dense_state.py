@@ -123,7 +123,10 @@ def quantised_matrices(
     if form is not declared:
         matrices, components = form.split(index)
     for name, names in matrices.items():
-        check_dtypes(form.coding_of(name), names, index)
+        coding, shapes = form.coding_of(name), [index.tensors[one].shape for one in names]
+        check_dtypes(coding, names, index)
+        if coding.kind != MXFP4 and len(shapes[0]) == 2:  # of experts in one tensor each is looked at later
+            matrix_shape(coding, shapes, names[0])
     return form, matrices, components
 
 
