@@ -35,6 +35,7 @@ from typing import Any
 
 from benchmarks._harness import RESULTS, record, rounded, summary
 from benchmarks.ballast import Ballast, BallastError, available_bytes
+from foreroute.memory.host import usable_cpus
 
 LIMITED = ("foreroute", "accelerate", "accelerate:resident_layers=0", "llama.cpp")
 UNLIMITED = ("foreroute", "transformers", "transformers-eager", "llama.cpp")
@@ -301,7 +302,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--feed", choices=("greedy", "text"), default="greedy")
     parser.add_argument("--rounds", type=int, default=2, help="each runs every engine twice, forwards and backwards")
     parser.add_argument("--warm", dest="cold", action="store_false", help="leave the page cache as it is")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--threads", type=int, default=usable_cpus())
     parser.add_argument("--limited", default=",".join(LIMITED), help="engines to run under the ballast")
     parser.add_argument("--unlimited", default=",".join(UNLIMITED), help="engines to run without it")
     parser.add_argument("--peers-python", default=sys.executable, help="interpreter with the peers installed")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 from pathlib import Path
 from typing import Any
 
 from foreroute.evals.tasks import kinds
+from foreroute.memory import proc
+from foreroute.memory.host import usable_cpus
 from models import sources
 from models.families import Recipe
 
@@ -22,9 +23,7 @@ def rounded(entry: Entry) -> Entry:
 
 def cpu_name() -> str:
     """The processor as /proc/cpuinfo names it, with the cores that this process may use."""
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, {len(os.sched_getaffinity(0))} cores"
+    return f"{proc.cpu_name() or platform.processor()}, {usable_cpus()} cores"
 
 
 def plot(history: list[Entry], title: str, path: Path) -> None:

@@ -156,6 +156,7 @@ class Plan:
     uses. staging_slots of the pool are open to guesses. source says where experts are read from. host_records experts
     fit host memory behind the slots; 0 where the disk is right behind them. Memory is kept for kv_tokens of keys and
     values; kv_bytes_per_token is None where it was not measured. learning_bytes: the most that learning guesses takes.
+    threads are torch's, of which usable_cpus can run at once: fewer where a container's limit is below them.
     """
 
     folder: str
@@ -184,6 +185,8 @@ class Plan:
     kv_tokens: int = 0
     kv_bytes_per_token: int | None = None
     learning_bytes: int = 0
+    threads: int = 1
+    usable_cpus: int = 1
 
     @property
     def token_demand_bytes(self) -> int:

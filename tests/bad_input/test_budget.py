@@ -1,11 +1,12 @@
 """Memory budgets that cannot work, and what the message says instead."""
 
-import os
 import re
 
 import pytest
 
 from foreroute.errors import BudgetError, ForerouteError
+from foreroute.memory import host
+from foreroute.memory.host import Ram
 from tests.support.checkpoints import save_hollow
 from tests.support.families import FAMILIES
 from tests.support.runs import ONE_PROMPT, assert_same_bits, expert_table, generate, slots_memory, watch_reads
@@ -71,11 +72,17 @@ def test_more_than_there_is(load, folder, memory):
 
 def test_more_than_there_is_for_a_larger_model(load, folder, monkeypatch):
     """All experts would fit the budget, and not the RAM."""
-    sysconf = os.sysconf
-    monkeypatch.setattr(os, "sysconf", lambda name: 100 if name == "SC_PHYS_PAGES" else sysconf(name))
+    monkeypatch.setattr(host, "ram", lambda: Ram(400 * 2**10, 2**30, None))
     message = refused(load, folder, "100%")
     assert "400.0 KiB" in message
     assert "Leave --memory out" in message
+
+
+def test_more_than_the_container_has(load, folder, monkeypatch):
+    """What the machine has is of no use there: the kernel would end the process."""
+    monkeypatch.setattr(host, "ram", lambda: Ram(400 * 2**10, 2**30, "memory.max of its control group"))
+    message = refused(load, folder, "100%")
+    assert "the RAM that this process may use (400.0 KiB, by memory.max of its control group)" in message
 
 
 def test_left_out_it_is_chosen(load, folder):
@@ -86,13 +93,17 @@ def test_left_out_it_is_chosen(load, folder):
 
 
 def test_left_out_with_no_ram_left(load, folder, monkeypatch):
-    monkeypatch.setattr("foreroute.memory.host.available_ram", lambda: 2**30)
-    assert "one token needs 10" in refused(load, folder, None)
+    monkeypatch.setattr(host, "ram", lambda: Ram(2**40, 2**30, None))
+    message = refused(load, folder, None)
+    assert "one token needs 10" in message
+    assert "a container's" in message
+    (enough,) = re.findall(r"--memory (\S+)\.", message)
+    assert load(folder, enough).foreroute.plan.num_slots >= 10
 
 
 def test_what_does_not_fit_beside_keys_and_values(load, folder, monkeypatch):
     """Refused before an expert is read, with what would fit; what is advised then fits."""
-    monkeypatch.setattr("foreroute.memory.host.available_ram", lambda: 2**30)
+    monkeypatch.setattr(host, "ram", lambda: Ram(2**40, 2**30, None))
     message = refused(load, folder, "100%", kv_tokens=2**22)
     assert "1.0 GiB are free" in message
     tokens = re.search(r"--kv-tokens to (\d+)", message)
@@ -100,7 +111,7 @@ def test_what_does_not_fit_beside_keys_and_values(load, folder, monkeypatch):
     plan = load(folder, "100%", kv_tokens=int(tokens[1])).foreroute.plan
     assert plan.num_slots == plan.total_slots
     # Even without them: before the dense weights are read.
-    monkeypatch.setattr("foreroute.memory.host.available_ram", lambda: 2**14)
+    monkeypatch.setattr(host, "ram", lambda: Ram(2**40, 2**14, None))
     monkeypatch.setattr("foreroute.loading.load.load_skeleton", lambda *args: pytest.fail("weights were read"))
     assert "This takes" in refused(load, folder, "100%", kv_tokens=16)
 

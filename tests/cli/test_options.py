@@ -7,6 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
 
 from foreroute.cli import options
 from foreroute.cli.commands import generate
@@ -185,3 +186,25 @@ def test_a_prompt_that_cannot_be_is_refused(tmp_path: Path, monkeypatch) -> None
 )
 def test_small_experts_have_two_readers_unless_asked_otherwise(asked, slot_bytes: int, expected: int) -> None:
     assert EngineConfig(reader_threads=asked).readers(slot_bytes) == expected
+
+
+@pytest.mark.parametrize(
+    ("asked", "environment", "usable", "expected"),
+    [
+        (None, {}, 2, 2),  # a container's quota
+        (None, {}, 16, 4),  # torch's own choice, which may be less: of two threads of a core it takes one
+        (None, {"OMP_NUM_THREADS": "4"}, 2, 4),
+        (None, {"MKL_NUM_THREADS": "4"}, 2, 4),
+        (3, {}, 2, 3),
+        (3, {"OMP_NUM_THREADS": "4"}, 2, 3),
+    ],
+)
+def test_torch_gets_the_threads_that_can_run(monkeypatch, asked, environment, usable, expected) -> None:
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("foreroute.memory.host.usable_cpus", lambda: usable)
+    torch.set_num_threads(4)
+    options.apply_threads(argparse.Namespace(threads=asked))
+    assert torch.get_num_threads() == expected

@@ -4,12 +4,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from foreroute.bench.bandwidth import measure_bandwidth
 from foreroute.cli import options
 from foreroute.cli.commands import plan as plan_command
 from foreroute.cli.forecast import forecast
 from foreroute.errors import BudgetError, ReadError
+from foreroute.memory import host
+from foreroute.memory.host import Ram
 from foreroute.types import Copy, Read
 from tests.cli.harness import NUM_EXPERTS, NUM_LAYERS, TOP_K
 
@@ -149,7 +152,7 @@ def test_a_plan_for_requests_counts_their_memory(tiny: Path, monkeypatch, capsys
     # With a little more RAM than the reserve, each byte for keys and values is one less for experts.
     assert needs.tokens_bytes == 2 * needs.kv_bytes + 1024 * needs.working_bytes_per_token
     free = 2**31 + needs.dense_bytes + needs.tokens_bytes + 2**21
-    monkeypatch.setattr("foreroute.memory.host.available_ram", lambda: free)
+    monkeypatch.setattr(host, "ram", lambda: Ram(2**40, free, None))
     tight = planned()
     assert tight.plan.memory_bytes == tight.chosen_memory_bytes == 2**21
     with pytest.raises(BudgetError, match=r"Lower --kv-tokens to \d+"):
@@ -190,3 +193,16 @@ def test_experts_read_into_host_memory_have_a_bar(capsys) -> None:
     with figures.loading(EngineConfig(), is_quiet=False) as progress:
         progress(3, 7)
     assert capsys.readouterr().err == ""
+
+
+def test_threads_that_have_no_processor_are_told_of(found) -> None:
+    """In Python they stay as they are, and so they do where the user has said how many."""
+    plan = replace(found.plan, threads=8, usable_cpus=2)
+    (hint,) = [hint for hint in plan_command.advice(replace(found, plan=plan), "MODEL") if "threads" in hint]
+    assert "torch has 8 threads" in hint
+    assert "--threads 2" in hint
+    plan = replace(found.plan, threads=2, usable_cpus=2)
+    assert not [hint for hint in plan_command.advice(replace(found, plan=plan), "MODEL") if "threads" in hint]
+    assert plan_command.as_json(found)["plan"]["threads"] == found.plan.threads == torch.get_num_threads()
+    rows = {row[0]: row for row in plan_command._speed_rows(replace(found, plan=plan))}
+    assert rows["compute"][2].endswith("2 threads")

@@ -1,24 +1,16 @@
-"""What this process and this machine have of memory: resident bytes, their peak, and how fast bytes are copied."""
+"""What models take of this process's memory, one after another, and how fast memory is."""
 
 import ctypes
 import gc
 import time
-from pathlib import Path
 
 import torch
+
+from foreroute.memory.proc import process_bytes, reset_peak
 
 # Larger than any cache, so that memory itself is measured.
 _COPY_BYTES = 256 * 2**20
 _COPIES = 5
-
-
-def available_ram() -> int | None:
-    """Bytes that processes could get now without swapping; None where the system does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
 
 
 def memory_bytes_per_s() -> float:
@@ -60,13 +52,13 @@ class PeakRss:
         return None if self._base_bytes is None else self._base_bytes + self._own_peak_bytes
 
     def __enter__(self) -> "PeakRss":
-        self._before_bytes = _status_bytes("VmRSS") if _reset_peak() else None
+        self._before_bytes = process_bytes("VmRSS") if reset_peak() else None
         if self._before_bytes is None:
             self._base_bytes = None
         return self
 
     def __exit__(self, *error: object) -> None:
-        peak_bytes, now_bytes = _status_bytes("VmHWM"), _status_bytes("VmRSS")
+        peak_bytes, now_bytes = process_bytes("VmHWM"), process_bytes("VmRSS")
         if self._before_bytes is None or peak_bytes is None or now_bytes is None:
             return
         self._own_peak_bytes = max(self._own_peak_bytes, self._own_bytes + peak_bytes - self._before_bytes)
@@ -75,20 +67,4 @@ class PeakRss:
 
 def rss_bytes() -> int | None:
     """Resident bytes of this process now; None where the system does not say."""
-    return _status_bytes("VmRSS")
-
-
-def _status_bytes(name: str) -> int | None:
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), None)
-
-
-def _reset_peak() -> bool:
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return False
-    return True
+    return process_bytes("VmRSS")

@@ -6,8 +6,10 @@ import platform
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
-from pathlib import Path
 from typing import Any, TypeVar
+
+from foreroute.memory.host import ram, usable_cpus
+from foreroute.memory.proc import cpu_name
 
 _T = TypeVar("_T")
 
@@ -48,11 +50,11 @@ def summary(figures: Sequence[float]) -> dict[str, float]:
 
 
 def machine() -> dict[str, Any]:
-    """What the figures depend on, without the host's name or paths."""
+    """What the figures depend on, without the host's name or paths; of a container what it may use."""
     return {
-        "cpu": _cpu_name(),
-        "cpus": os.cpu_count(),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "cpu": cpu_name() or platform.machine(),
+        "cpus": usable_cpus(),
+        "memory_gib": round(ram().total_bytes / 2**30, 1),
         "kernel": platform.release().split("-")[0],
         "python": platform.python_version(),
         "load_1_minute": round(os.getloadavg()[0], 1),  # more than the benchmark's own threads: there are neighbours
@@ -63,11 +65,3 @@ def software() -> dict[str, str]:
     """Versions of what computes, and the day."""
     today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
     return {"date": today, **{name: metadata.version(name) for name in ("foreroute", "torch", "transformers")}}
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

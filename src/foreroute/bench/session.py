@@ -9,19 +9,14 @@ import torch
 from foreroute.bench.asked import Settled
 from foreroute.bench.bandwidth import Bandwidth, measure_bandwidth
 from foreroute.bench.oracle import Oracle, RouteRecorder, Routes
-from foreroute.bench.process import (
-    PeakRss,
-    available_ram,
-    give_back_freed_memory,
-    memory_bytes_per_s,
-    rss_bytes,
-)
+from foreroute.bench.process import PeakRss, give_back_freed_memory, memory_bytes_per_s, rss_bytes
 from foreroute.bench.repeats import turns
 from foreroute.bench.run import Case, Timed, fill_pool, run_once
 from foreroute.bench.rungs import BELADY, ORACLE, RESIDENT, Rung, config_of, plain_config
 from foreroute.bench.windows import Windows
 from foreroute.config import Plan
 from foreroute.loading.load import load
+from foreroute.memory.host import available_ram
 
 # Of the free RAM, what all rungs together may take; with more they are measured one after another.
 _RAM_SHARE = 0.8
@@ -192,10 +187,9 @@ class Session:
     def _sittings(self, memory: str) -> list[Sequence[Rung]]:
         """All rungs of a budget at once where they fit the free RAM, so that they take turns; else one by one."""
         rungs, settled = self._settled.measured_rungs(memory), self._settled
-        free = available_ram()
         pools = [settled.whole_bytes if rung.name == RESIDENT else settled.budgets[memory] for rung in rungs]
         needed = sum(pools) + len(rungs) * (settled.plan.dense_bytes + _BESIDE_BYTES)
-        if free is not None and needed <= _RAM_SHARE * free:
+        if needed <= _RAM_SHARE * available_ram():
             return [rungs]
         self.seen.interleaved &= len(rungs) == 1
         return [[rung] for rung in rungs]

@@ -16,6 +16,7 @@ from foreroute.errors import ForerouteError, PromptError
 
 # Fields of EngineConfig for experts on a GPU, or for a server: left out by commands whose inputs stay on the CPU.
 GPU_FIELDS = ("device", "control", "host_memory", "kv_tokens")
+_THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -89,7 +90,7 @@ def add_model_options(parser: argparse.ArgumentParser, dtype: str = "auto") -> N
     group.add_argument(
         "--dtype", choices=_DTYPES, default=dtype, help=f"compute dtype; auto is the stored one (default: {dtype})"
     )
-    group.add_argument("--threads", type=at_least(1), metavar="N", help="torch threads (default: torch's own choice)")
+    group.add_argument("--threads", type=at_least(1), metavar="N", help="torch threads (default: one per usable core)")
 
 
 def add_common_options(parser: argparse.ArgumentParser) -> None:
@@ -170,11 +171,19 @@ def quiet_libraries(args: argparse.Namespace) -> None:
 
 
 def apply_threads(args: argparse.Namespace) -> None:
-    """Give torch the number of threads that --threads asks for."""
-    if args.threads is not None:
-        import torch
+    """Give torch the number of threads that --threads asks for; else no more than this process has processors for.
 
+    torch counts those of the machine, a container may have the time of fewer: threads beyond that stop each other.
+    What OMP_NUM_THREADS or MKL_NUM_THREADS says stays.
+    """
+    import torch
+
+    from foreroute.memory.host import usable_cpus
+
+    if args.threads is not None:
         torch.set_num_threads(args.threads)
+    elif not any(os.environ.get(name) for name in _THREAD_VARIABLES):
+        torch.set_num_threads(min(torch.get_num_threads(), usable_cpus()))
 
 
 class _HelpAll(argparse.Action):

@@ -37,7 +37,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--context", type=options.at_least(2), metavar="N", help="tokens per window (default: 512, or the model's)"
     )
     group.add_argument("--memory", metavar="MEMORY", help="for experts while reading the text (default: chosen)")
-    group.add_argument("--threads", type=options.at_least(1), metavar="N", help="torch threads (default: torch's own)")
+    group.add_argument(
+        "--threads", type=options.at_least(1), metavar="N", help="torch threads (default: one per usable core)"
+    )
     mixed = parser.add_argument_group("--quant mixed")
     mixed.add_argument(
         "--int8-share", type=_share, metavar="SHARE", help='of all experts, those in int8: "25%%" (default: 25%%)'

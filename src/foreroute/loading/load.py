@@ -22,6 +22,7 @@ from foreroute.loading.guidance import Guidance, guidance_for
 from foreroute.loading.offloaded_model import ForerouteHandle, make_offloaded
 from foreroute.loading.open_device import open_device
 from foreroute.memory.device import move_dense
+from foreroute.memory.host import usable_cpus
 from foreroute.memory.plan import MemoryPlan, check_before, plan_memory
 from foreroute.model.expert_set import ExpertSet
 from foreroute.model.skeleton import load_skeleton
@@ -156,6 +157,8 @@ def _plan(
         kv_tokens=memory.kv_tokens,
         kv_bytes_per_token=memory.kv_bytes_per_token,
         learning_bytes=0 if guidance.learner is None else memory.learning_bytes,
+        threads=torch.get_num_threads(),
+        usable_cpus=usable_cpus(),
     )
 
 

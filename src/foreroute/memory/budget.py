@@ -59,6 +59,13 @@ def plan_slots(
     num_slots = min(num_experts_total, max(0, budget_bytes - reserved_bytes) // slot_bytes)
     if num_slots < token_demand_slots:
         enough = format_memory(reserved_bytes + token_demand_slots * slot_bytes, round_up=True)
+        if budget_bytes == 0:
+            # Nobody asks for none: it was chosen.
+            raise BudgetError(
+                "Too little RAM is free to choose --memory: none is left for experts beside the dense weights and a "
+                f"reserve, and one token needs {token_demand_slots}. Close other programs, raise the limit if this is "
+                f"a container's, or say what to take all the same: --memory {enough.replace(' ', '')}."
+            )
         held = f"{num_slots} slot" if num_slots == 1 else f"{num_slots} slots"
         raise BudgetError(
             f"{format_memory(budget_bytes)} holds {held}; one token needs {token_demand_slots}. "

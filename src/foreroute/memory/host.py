@@ -1,11 +1,80 @@
-"""The host's memory: how much is free, and what of it the experts get."""
+"""The host's memory and processors: how much this process may have, and what of the memory the experts get.
 
+The machine's own figures, and every limit that is put on this process: by control groups (as of a container), by
+`ulimit`, and by the processors it may run on. The tightest holds. What others ask of the host they ask here.
+"""
+
+import math
 import os
+from dataclasses import dataclass
+from pathlib import Path
 
 from foreroute.checkpoint.layouts import ExpertTable
 from foreroute.errors import BudgetError
-from foreroute.memory.serving import CHOSEN_RESERVE_BYTES
+from foreroute.memory.cgroups import CpuLimit, MemoryLimit, cpu_limits, memory_limits
+from foreroute.memory.proc import ROOT, machine_bytes, process_bytes, soft_limit
+from foreroute.memory.serving_budget import CHOSEN_RESERVE_BYTES
 from foreroute.units import format_memory, parse_memory
+
+# (as /proc/self/limits has it, what of it is taken, as a shell has it)
+_PROCESS_LIMITS = (("Max address space", "VmSize", "ulimit -v"), ("Max data size", "VmData", "ulimit -d"))
+
+
+@dataclass(frozen=True)
+class Ram:
+    """RAM that this process may use. total_bytes: whether taken or not; free_bytes: without the system swapping.
+
+    limit: the setting that makes total_bytes less than the machine has; None where nothing does.
+    """
+
+    total_bytes: int
+    free_bytes: int
+    limit: str | None
+
+    def __str__(self) -> str:
+        """How much there is in all, and who says so: for messages."""
+        if self.limit is None:
+            return f"this machine's RAM ({format_memory(self.total_bytes)})"
+        return f"the RAM that this process may use ({format_memory(self.total_bytes)}, by {self.limit})"
+
+
+def ram(root: Path = ROOT) -> Ram:
+    """What there is now.
+
+    Args:
+        root: where /proc and /sys lie.
+    Raises:
+        BudgetError: the system does not say.
+    """
+    total, free = machine_bytes("MemTotal", root), machine_bytes("MemAvailable", root)
+    if total is None or free is None:
+        raise BudgetError("This system does not say how much RAM is free (/proc/meminfo). Give --memory.")
+    limits = [*memory_limits(root), *_process_limits(root)]
+    tightest = min(limits, key=lambda limit: limit.limit_bytes, default=None)
+    free = min([free, *(limit.left_bytes for limit in limits)])
+    if tightest is None or tightest.limit_bytes >= total:
+        return Ram(total, free, None)
+    return Ram(tightest.limit_bytes, free, tightest.name)
+
+
+def available_ram() -> int:
+    """Bytes that this process can have without the system swapping, and without being killed for them."""
+    return ram().free_bytes
+
+
+def cpu_limit(root: Path = ROOT) -> CpuLimit | None:
+    """Processors' worth of time that control groups leave to this process, where that is less than it may run on."""
+    limits = [limit for limit in cpu_limits(root) if limit.cpus < _runs_on()]
+    return min(limits, key=lambda limit: limit.cpus, default=None)
+
+
+def usable_cpus(root: Path = ROOT) -> int:
+    """Threads that this process can have computing at the same time; at least 1.
+
+    A limit of 1.5 processors is 2: two threads use it up, one does not.
+    """
+    limit = cpu_limit(root)
+    return _runs_on() if limit is None else max(1, math.ceil(limit.cpus))
 
 
 def choose_memory(
@@ -21,31 +90,32 @@ def choose_memory(
         table: the experts as they are kept. dense_bytes: of the other weights.
         beside_bytes: for keys and values, where memory is kept for them. free_ram_bytes: now, when None.
     Raises:
-        BudgetError: not a size, or more than the machine has.
+        BudgetError: not a size, or more than this process may have.
     """
-    total_ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     whole = table.total_slots * table.slot_bytes
     if asked is not None:
-        budget = parse_memory(asked, whole)
-        if budget > total_ram and budget > whole:
+        budget, there = parse_memory(asked, whole), ram()
+        if budget > there.total_bytes and budget > whole:
             raise BudgetError(
-                f"--memory {asked} is more than this machine's RAM ({format_memory(total_ram)}), and more than all "
-                f"experts need ({format_memory(whole)})."
+                f"--memory {asked} is more than {there}, and more than all experts need ({format_memory(whole)})."
             )
-        if min(budget, whole) > total_ram:
-            raise BudgetError(
-                f"--memory {asked} is more than this machine's RAM ({format_memory(total_ram)}). "
-                "Leave --memory out to have it chosen."
-            )
+        if min(budget, whole) > there.total_bytes:
+            raise BudgetError(f"--memory {asked} is more than {there}. Leave --memory out to have it chosen.")
         return budget
     free = available_ram() if free_ram_bytes is None else free_ram_bytes
     return min(whole, max(0, free - dense_bytes - CHOSEN_RESERVE_BYTES - beside_bytes))
 
 
-def available_ram() -> int:
-    """Bytes that programs can have without the system swapping."""
-    with open("/proc/meminfo") as file:
-        for line in file:
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    raise BudgetError("This system does not say how much RAM is free. Give --memory.")
+def _process_limits(root: Path) -> list[MemoryLimit]:
+    limits = []
+    for name, taken_name, shown in _PROCESS_LIMITS:
+        limit = soft_limit(name, root)
+        if limit is not None:
+            taken = process_bytes(taken_name, root) or 0
+            limits.append(MemoryLimit(limit, max(0, limit - taken), shown))
+    return limits
+
+
+def _runs_on() -> int:
+    """Processors that this process may run on: of a cpuset, of taskset, or all."""
+    return len(os.sched_getaffinity(0))

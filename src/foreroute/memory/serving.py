@@ -1,13 +1,14 @@
 """What of the RAM is left for experts when requests are to be served, and what serving will take in all."""
 
-import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from foreroute.config import EngineConfig
 from foreroute.memory.kv import planned_kv_bytes_per_token
+from foreroute.memory.proc import mappings
 from foreroute.memory.serving_budget import (
+    CHOSEN_RESERVE_BYTES,
     MOST_SCORED_WHOLE,
     SCORED_AT_ONCE,
     ServingNeeds,
@@ -20,16 +21,10 @@ from foreroute.memory.serving_budget import (
 from foreroute.model.caches import can_be_continued, is_ordinary, new_cache
 from foreroute.model.expert_set import ExpertSet
 
-# Left free when the budget is chosen: activations, Python itself, other programs; and keys and values where no memory
-# is kept for them by --kv-tokens.
-CHOSEN_RESERVE_BYTES = 2 * 2**30
 # What learning guesses while serving may take beside the budget.
 _LEARNING_SHARE, _LEAST_LEARNING_BYTES, _MOST_LEARNING_BYTES = 8, 16 * 2**20, 256 * 2**20
 # Tokens of keys and values that there is memory for before they come.
 _COLUMNS_AHEAD = 1024
-# Of /proc/self/smaps: the first line of a mapping, and what of it is in RAM.
-_MAPPING = re.compile(r"([0-9a-f]+)-([0-9a-f]+) \S+ \S+ \S+ \d+\s*(.*)")
-_RESIDENT = re.compile(r"Rss:\s+(\d+) kB")
 
 
 def learning_limit(budget_bytes: int) -> int:
@@ -124,14 +119,9 @@ def _program_bytes(model: Any) -> int:
     place = Path(model.foreroute.plan.folder)
     # A hub's folder holds links.
     paths = {str(path.resolve()) for path in (place.iterdir() if place.is_dir() else [place])}
-    files, resident, is_checkpoint = list[range](), 0, False
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        if mapping := _MAPPING.fullmatch(line):
-            is_checkpoint = mapping[3] in paths
-            if is_checkpoint:
-                files.append(range(int(mapping[1], 16), int(mapping[2], 16)))
-        elif (found := _RESIDENT.fullmatch(line)) and not is_checkpoint:
-            resident += int(found[1]) * 1024
+    everything = list(mappings())
+    files = [mapping.addresses for mapping in everything if mapping.path in paths]
+    resident = sum(mapping.resident_bytes for mapping in everything if mapping.path not in paths)
     own = sum(
         tensor.numel() * tensor.element_size()
         for tensor in model.parameters()

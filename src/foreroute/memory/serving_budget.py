@@ -20,6 +20,9 @@ _MOST_KEPT_BYTES = 2**30
 # it was 100 MiB.
 _LATER_BYTES = 256 * 2**20
 _LEAST_TOKENS = 16
+# Left free when the budget is chosen: activations, Python itself, other programs; and keys and values where no memory
+# is kept for them by --kv-tokens.
+CHOSEN_RESERVE_BYTES = 2 * 2**30
 
 
 @dataclass(frozen=True, slots=True)

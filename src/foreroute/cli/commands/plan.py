@@ -218,6 +218,11 @@ def advice(found: Findings, model: str) -> list[str]:
             "In this dtype the family's own experts code runs, one expert at a time, and nothing is prefetched. "
             "Another --dtype may be faster."
         )
+    if plan.threads > plan.usable_cpus:
+        hints.append(
+            f"torch has {plan.threads} threads and this process the time of {plan.usable_cpus} processors: threads "
+            f"stop each other. --threads {plan.usable_cpus} (in Python: torch.set_num_threads) has them all run."
+        )
     return hints
 
 
@@ -327,9 +332,14 @@ def _speed_rows(found: Findings) -> list[figures.Row]:
     return [
         (name, f"{disk.bytes_per_s / 1e6:,.0f} MB/s",
          f"measured: {disk.num_experts:,} random experts in {disk.elapsed_s:.1f} s, {way}"),
-        ("compute", figures.number(found.compute_ms, "ms"), "measured: one token, its experts in memory"),
+        ("compute", figures.number(found.compute_ms, "ms"), f"measured: one token, its experts in memory, {_on(plan)}"),
         ("long prompt", figures.number(absent_bytes / disk.bytes_per_s, "s"), "of reading: it uses every expert once"),
     ]  # fmt: skip
+
+
+def _on(plan: Plan) -> str:
+    """What computes."""
+    return f"{plan.threads} threads" if plan.device == "cpu" else "on the GPU"
 
 
 def _forecast_rows(found: Findings) -> list[tuple[str, ...]]:

@@ -15,6 +15,8 @@ import signal
 import sys
 from typing import Any
 
+from foreroute.memory.proc import process_bytes
+
 
 def render(asked: dict[str, Any]) -> dict[str, str]:
     """One rendering, by transformers' own sandbox; whatever a template can raise becomes an error."""
@@ -46,8 +48,8 @@ def main() -> None:
     import transformers.utils.chat_template_utils  # noqa: F401 - imported before memory is limited
 
     most_bytes = int(sys.argv[1])
-    with open("/proc/self/statm", encoding="ascii") as statm:
-        held = int(statm.read().split()[0]) * resource.getpagesize()
+    held = process_bytes("VmSize")
+    assert held is not None, "without it no limit can be set"
     resource.setrlimit(resource.RLIMIT_AS, (held + most_bytes, held + most_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     # What is written goes to the one who asked; a library that prints must not come between.
