@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from foreroute.bench.repeats import interleave, machine, summary
+from foreroute.writing import atomic_write
 
 __all__ = ["RESULTS", "interleave", "machine", "record", "rounded", "summary"]
 
@@ -38,7 +39,8 @@ def record(name: str, result: Mapping[str, Any], raw: Mapping[str, Any] | None =
     if keep:
         RESULTS.mkdir(exist_ok=True)
         path = RESULTS / f"{now:%Y-%m-%d}-{name}.json"
-        path.write_text(json.dumps({**whole, "raw": raw or {}}, indent=1) + "\n")
+        with atomic_write(path) as beside:
+            beside.write_text(json.dumps({**whole, "raw": raw or {}}, indent=1) + "\n")
     print(json.dumps(whole), flush=True)
 
 

@@ -1,6 +1,7 @@
 """Packed stores that are not this model's, not whole, or not what was packed; and packing that does not end well."""
 
 import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from foreroute.checkpoint.records import STORE_NAME, PackedStore
+from foreroute.checkpoint.records import STORE_NAME, PackedStore, StoreWriter
 from foreroute.errors import ChecksumError, ReadError, StoreError
 from foreroute.prepare.pack import pack
 from tests.support.broken import copied, flip_byte
@@ -251,6 +252,53 @@ class TestPacking:
         assert "No space left on device" in message
         assert "Make room or choose another --out" in message
         assert self.left(folder) == []
+
+    def test_one_that_another_finishes_meanwhile_stays_whole(self, folder, complete, monkeypatch):
+        """The second opened the first one's file, and gets its lock when that has the final name: not to write into."""
+        path, flock, calls = folder / STORE_NAME, fcntl.flock, []
+
+        def late(fd, how):
+            calls.append(fd)
+            if len(calls) == 1:
+                pack(expert_table(folder), path, progress=quiet)
+                # What the first one wrote is what the second has open.
+                os.dup2(os.open(path, os.O_RDWR), fd)
+            flock(fd, how)
+
+        monkeypatch.setattr(fcntl, "flock", late)
+        writer = StoreWriter(path, expert_table(folder))
+        assert path.read_bytes() == complete
+        writer.discard()
+        assert self.left(folder) == [STORE_NAME]
+        assert path.read_bytes() == complete
+
+    def test_interrupted_while_room_is_reserved(self, folder, monkeypatch):
+        def interrupt(*args):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(os, "posix_fallocate", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            pack(expert_table(folder), folder / STORE_NAME, progress=quiet)
+        assert self.left(folder) == []
+
+    def test_the_name_cannot_be_given(self, folder):
+        """As where a folder of that name is in its place."""
+        (folder / STORE_NAME).mkdir()
+        with pytest.raises(StoreError, match="cannot be written: Is a directory"):
+            pack(expert_table(folder), folder / STORE_NAME, progress=quiet)
+        assert self.left(folder) == [STORE_NAME]
+
+    def test_whoever_reads_goes_on_while_it_is_replaced(self, load, folder, store, references, checkpoints):
+        """With the file that was opened, which has no name any more."""
+        model = load(folder)
+        expected = references.output(checkpoints.get("qwen3_moe"), ONE_PROMPT)
+        assert_same_bits(generate(model), expected)
+        for _ in range(3):
+            pack(expert_table(folder), store, progress=quiet)
+            assert_same_bits(generate(model), expected)
+        store.write_bytes(b"something else")
+        store.unlink()
+        assert_same_bits(generate(load(folder)), expected)
 
     def test_a_folder_that_is_not_there(self, folder):
         with pytest.raises(StoreError, match=r"cannot be written: .* Choose another --out"):

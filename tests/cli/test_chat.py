@@ -1,5 +1,6 @@
 """`foreroute chat`: piped, in this process; and on a terminal, where Ctrl-C stops an answer and not the chat."""
 
+import errno
 import io
 import json
 import os
@@ -103,6 +104,22 @@ def test_a_file_that_is_no_chat_is_refused_by_what_is_wrong(tmp_path: Path, cont
         with pytest.raises(PromptError, match="Choose another name"):
             Conversation().save(file, "model")
         assert file.read_text() == content, "what is no chat is not written over"
+
+
+def test_a_disk_that_is_full_leaves_the_saved_chat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "chat.json"
+    Conversation([{"role": "user", "content": "hello"}]).save(file, "model")
+    before = file.read_bytes()
+
+    def full(path: Path, text: str, **options: object) -> None:
+        path.write_bytes(text[:9].encode())
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(PromptError, match="No space left on device"):
+        Conversation().save(file, "model")
+    assert file.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [file]
 
 
 def test_a_chat_that_outgrows_the_context_says_what_to_do(chat) -> None:

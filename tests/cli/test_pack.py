@@ -1,10 +1,12 @@
 """`foreroute pack` in this process: where the store goes, when nothing is to be done, and what is never overwritten."""
 
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
-from foreroute.checkpoint.records import STORE_NAME, partial_path, store_name
+from foreroute.checkpoint import records
+from foreroute.checkpoint.records import STORE_NAME, claim_store, partial_path, store_name
 from tests.cli.harness import NUM_EXPERTS, NUM_LAYERS
 
 SIZE = f"{NUM_LAYERS * NUM_EXPERTS} experts"
@@ -85,7 +87,7 @@ def test_ctrl_c_before_packing_has_begun_leaves_nothing(run, copied: Path, monke
     from foreroute.prepare import pack as packing
 
     def interrupted(table, path: Path, **options) -> int:
-        partial_path(path).touch()
+        partial_path(path).write_bytes(b"begun")
         raise KeyboardInterrupt
 
     monkeypatch.setattr(packing, "pack", interrupted)
@@ -124,3 +126,49 @@ def test_another_codec_is_not_overwritten(run, copied: Path, tmp_path: Path) -> 
     assert "holds int8 experts, not stored" in ran.err
     assert run("pack", copied, "--quant", "int4", "--out", out, "--force").code == 0
     assert run("generate", copied, "hello", "--packed", out, "--dtype", "float32").code == 2
+
+
+def test_a_second_pack_leaves_the_first_alone(run, copied: Path, monkeypatch) -> None:
+    """It says in one line who is at work; and neither an error nor Ctrl-C of the second takes anything away."""
+    path = copied / STORE_NAME
+    with claim_store(path) as claim:
+        os.write(claim.fd, b"the first one's")
+        for flags in ((), ("--force",), ("--quant", "int8", "--out", path)):
+            ran = run("pack", copied, *flags)
+            assert ran.code == 2
+            said = ran.err.splitlines()[-1]
+            assert "being written by another `foreroute pack`" in said
+            assert f"(process {os.getpid()})" in said
+            assert partial_path(path).read_bytes() == b"the first one's"
+        with monkeypatch.context() as patched:
+            patched.setattr(records, "claim_store", interrupted)
+            assert run("pack", copied).code == 130
+        assert partial_path(path).read_bytes() == b"the first one's"
+    assert run("pack", copied).code == 0
+
+
+def interrupted(*args: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_store_that_another_pack_has_just_finished(run, copied: Path, monkeypatch) -> None:
+    """Between looking for it and the right to write it: it is there, and nothing is to be done."""
+    claim = records.claim_store
+
+    def late(path: Path) -> object:
+        monkeypatch.setattr(records, "claim_store", claim)
+        assert run("pack", copied).code == 0
+        return claim(path)
+
+    monkeypatch.setattr(records, "claim_store", late)
+    ran = run("pack", copied)
+    assert ran.code == 0
+    assert "nothing to do" in ran.out
+    assert sorted(path.name for path in copied.iterdir() if STORE_NAME in path.name) == [STORE_NAME]
+
+
+def test_nothing_to_do_needs_no_right_to_write(run, copied: Path, monkeypatch) -> None:
+    """As in a folder that is mounted read-only."""
+    run("pack", copied)
+    monkeypatch.setattr(records, "claim_store", interrupted)
+    assert "nothing to do" in run("pack", copied).out

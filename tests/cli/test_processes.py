@@ -5,6 +5,8 @@ import subprocess
 import time
 from pathlib import Path
 
+import pytest
+
 from foreroute.checkpoint.records import STORE_NAME, PackedStore, partial_path
 from tests.cli.harness import NUM_EXPERTS, NUM_LAYERS, start
 
@@ -30,13 +32,13 @@ def table_of(folder: Path):
     return outline(folder, read_index(folder)).table
 
 
-def interrupt_when(process: subprocess.Popen[bytes], path: Path) -> tuple[str, str]:
-    """Send Ctrl-C some records after `path` has appeared; returns what the process wrote."""
+def interrupt_when(process: subprocess.Popen[bytes], path: Path, by: int = signal.SIGINT) -> tuple[str, str]:
+    """Send Ctrl-C, or another signal, some records after `path` has appeared; returns what the process wrote."""
     while not path.exists():
         assert process.poll() is None, process.communicate()[1].decode()
         time.sleep(0.02)
     time.sleep(0.5)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(by)
     out, err = process.communicate()
     return out.decode(), err.decode()
 
@@ -56,11 +58,13 @@ def test_ctrl_c_while_generating_ends_the_answer_and_shows_the_figures(tiny: Pat
     assert "stopped by Ctrl-C" in err.decode()
 
 
-def test_ctrl_c_while_packing_leaves_nothing_behind(copied: Path) -> None:
+@pytest.mark.parametrize(("by", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_ctrl_c_while_packing_leaves_nothing_behind(copied: Path, by: int, code: int) -> None:
+    """SIGTERM, as systemd and docker send it, does the same."""
     before = set(copied.iterdir())
     process = start("pack", copied, before=SLOW_WRITES)
-    _, err = interrupt_when(process, partial_path(copied / STORE_NAME))
-    assert process.returncode == 130, err
+    _, err = interrupt_when(process, partial_path(copied / STORE_NAME), by)
+    assert process.returncode == code, err
     assert "Traceback" not in err
     assert "interrupted" in err
     assert set(copied.iterdir()) == before

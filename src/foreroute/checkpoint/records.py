@@ -10,7 +10,6 @@ A half-written one is taken up where it stopped.
 """
 
 import dataclasses
-import fcntl
 import itertools
 import json
 import os
@@ -26,6 +25,7 @@ from foreroute.checkpoint.codecs import CODECS, STORED
 from foreroute.checkpoint.layouts import PAGE, ExpertLayout, ExpertTable, LayerExperts, Part, round_up
 from foreroute.errors import StoreError
 from foreroute.types import Copy, ExpertReads, Read
+from foreroute.writing import Claim, ClaimedError
 
 STORE_NAME = "experts.foreroute"
 _PARTIAL_SUFFIX = ".partial"
@@ -186,6 +186,24 @@ def partial_path(path: Path) -> Path:
     return path.with_name(path.name + _PARTIAL_SUFFIX)
 
 
+def claim_store(path: Path) -> Claim:
+    """The right to write the store that will be at `path`, by its partial file; none else is told of it meanwhile.
+
+    Raises:
+        StoreError: another process is writing it, or nothing can be written there.
+    """
+    partial = partial_path(path)
+    try:
+        return Claim(partial)
+    except ClaimedError as error:
+        who = "" if error.process_id is None else f" (process {error.process_id})"
+        raise StoreError(
+            f"{partial} is being written by another `foreroute pack`. Wait for it{who}, or give another --out."
+        ) from None
+    except OSError as error:
+        raise StoreError(f"{partial} cannot be written: {error.strerror}. Choose another --out.") from error
+
+
 class StoreWriter:
     """Writes a store record by record under a partial name; `finish` makes it a store.
 
@@ -193,7 +211,8 @@ class StoreWriter:
 
     Args:
         path: the final name. table: the experts to be stored, in their order.
-        codec, order, choice: see PackedStore. resume: False starts anew.
+        codec, order, choice: see PackedStore. resume: False starts anew. claim: of `claim_store`, where there is one
+            already; given up in the end.
     Raises:
         StoreError: there is no room on the disk (checked and reserved first), or it cannot be written, or another
             process is writing it.
@@ -208,6 +227,7 @@ class StoreWriter:
         order: str = "",
         choice: Mapping[str, Any] | None = None,
         resume: bool = True,
+        claim: Claim | None = None,
     ) -> None:
         self.path = path
         self.partial_path = partial_path(path)
@@ -218,22 +238,20 @@ class StoreWriter:
         self._unsynced_bytes = 0
         self.next_record = 0
         self.nbytes = self._geometry.offset(self._num_records)
+        self._claim = claim or claim_store(path)
         try:
-            self._fd = os.open(self.partial_path, os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:
-            raise StoreError(
-                f"{self.partial_path} cannot be written: {error.strerror}. Choose another --out."
-            ) from error
-        self._lock()
-        if not (resume and self._load_partial()):
-            self._guarded(self._begin)
+            if not (resume and self._load_partial()):
+                self._guarded(self._begin)
+        except BaseException:
+            self._claim.close()
+            raise
 
     def write(self, record: int, payload: memoryview, nbytes: int) -> None:
         """Write record number `record`: the slot's bytes (a stride or more), of which `nbytes` are checksummed."""
         payload = payload[: self._geometry.offset(record + 1) - self._geometry.offset(record)]
         assert len(payload) >= nbytes
         checksum = xxhash.xxh3_64_intdigest(payload[:nbytes]) or 1
-        self._guarded(lambda: _write_all(self._fd, payload, self._geometry.offset(record)))
+        self._guarded(lambda: _write_all(self._claim.fd, payload, self._geometry.offset(record)))
         self._checksums[record] = checksum
         self._unsynced_bytes += len(payload)
         if self._unsynced_bytes >= _SYNC_EVERY_BYTES:
@@ -243,27 +261,17 @@ class StoreWriter:
         """Sync everything and give the store its name."""
         assert 0 not in self._checksums, "every record is written before the store is finished"
         self._guarded(self._sync)
-        self._guarded(lambda: os.fsync(self._fd))
-        os.close(self._fd)
-        self._fd = -1
-        os.replace(self.partial_path, self.path)
-        folder_fd = os.open(self.path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder_fd)
-        finally:
-            os.close(folder_fd)
+        self._guarded(lambda: self._claim.rename(self.path))
 
     def discard(self) -> None:
         """Remove the partial file."""
-        self.close()
-        self.partial_path.unlink(missing_ok=True)
+        self._claim.discard()
 
     def close(self) -> None:
         """Leave the partial file as it is, with what was written noted in its table."""
-        if self._fd >= 0:
+        if self._claim.fd >= 0:
             self._guarded(self._sync)
-            os.close(self._fd)
-            self._fd = -1
+            self._claim.close()
 
     def __enter__(self) -> "StoreWriter":
         return self
@@ -271,28 +279,25 @@ class StoreWriter:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
 
-    def _lock(self) -> None:
-        # Held until the file is closed: by this process alone, and gone with it however it ends.
-        try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(self._fd)
-            self._fd = -1
-            raise StoreError(
-                f"{self.partial_path} is being written by another `foreroute pack`. Wait for it, or give another --out."
-            ) from error
-
     def _begin(self) -> None:
-        os.ftruncate(self._fd, 0)
+        os.ftruncate(self._claim.fd, 0)
+        try:
+            self._reserve()
+        except KeyboardInterrupt:
+            # Full of zeros: nothing that could be gone on with.
+            self._claim.discard()
+            raise
+
+    def _reserve(self) -> None:
         # Reserved at once: a disk that is too full says so now, not after an hour.
-        os.posix_fallocate(self._fd, 0, self.nbytes)
+        os.posix_fallocate(self._claim.fd, 0, self.nbytes)
         preamble = _PREAMBLE.pack(_MAGIC, len(self._header), xxhash.xxh3_64_intdigest(self._header))
-        _write_all(self._fd, memoryview(preamble + self._header), 0)
+        _write_all(self._claim.fd, memoryview(preamble + self._header), 0)
 
     def _sync(self) -> None:
-        os.fdatasync(self._fd)
+        os.fdatasync(self._claim.fd)
         table = struct.pack(f"<{self._num_records}Q", *self._checksums)
-        _write_all(self._fd, memoryview(table), self._geometry.table_start)
+        _write_all(self._claim.fd, memoryview(table), self._geometry.table_start)
         self._unsynced_bytes = 0
 
     def _load_partial(self) -> bool:
@@ -313,9 +318,7 @@ class StoreWriter:
         try:
             act()
         except OSError as error:
-            os.close(self._fd)
-            self._fd = -1
-            self.partial_path.unlink(missing_ok=True)
+            self._claim.discard()
             raise StoreError(
                 f"{self.path} cannot be written: {error.strerror}. It needs {self.nbytes / 1e9:.2f} GB; "
                 "nothing was left behind. Make room or choose another --out."

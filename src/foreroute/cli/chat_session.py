@@ -1,13 +1,13 @@
 """What a chat has said so far, how it becomes a prompt, and the file that it is kept in."""
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from foreroute.errors import PromptError
+from foreroute.writing import atomic_write
 
 if TYPE_CHECKING:
     import torch
@@ -131,11 +131,9 @@ class Conversation:
             "format": _FORMAT, "version": _VERSION, "model": model,
             "system": self.system, "settings": self.settings, "messages": self.messages,
         }  # fmt: skip
-        beside = path.with_name(path.name + ".part")
         try:
-            # Whoever stops here keeps the older file whole.
-            beside.write_text(json.dumps(whole, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-            os.replace(beside, path)
+            with atomic_write(path) as beside:
+                beside.write_text(json.dumps(whole, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
         except OSError as error:
             raise PromptError(f"{path} cannot be written: {error.strerror}.") from error
 

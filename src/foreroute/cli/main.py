@@ -1,10 +1,14 @@
 """The command `foreroute`: parses, dispatches, and turns errors and Ctrl-C into a line and an exit code."""
 
 import argparse
+import contextlib
 import os
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Sequence
+import types
+from collections.abc import Iterator, Sequence
 
 import foreroute
 from foreroute.cli.commands import bench, chat, demo, evaluate, fit, generate, pack, plan, replay, score, serve, verify
@@ -13,6 +17,7 @@ from foreroute.errors import ForerouteError
 COMMANDS = (generate, chat, serve, plan, pack, fit, score, evaluate, verify, bench, replay, demo)
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+EXIT_TERMINATED = 143  # 128 + SIGTERM
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
 
 _DESCRIPTION = """\
@@ -29,7 +34,7 @@ Start with these:
 
 `foreroute COMMAND --help` explains a command, its flags and its figures.
 Exit codes: 0 done; 1 verify, bench or demo found a difference;
-2 an error, said in one line; 130 stopped by Ctrl-C."""
+2 an error, said in one line; 130 stopped by Ctrl-C, 143 by SIGTERM."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -50,6 +55,12 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; argparse's own errors exit with 2."""
     args = build_parser().parse_args(argv)
+    with _termination_interrupts() as terminated:
+        code = _run(args)
+    return EXIT_TERMINATED if terminated and code == EXIT_INTERRUPTED else code
+
+
+def _run(args: argparse.Namespace) -> int:
     try:
         code: int = args.run(args)
         # Here, so that a reader who has left is noticed here.
@@ -67,6 +78,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE
     return code
+
+
+@contextlib.contextmanager
+def _termination_interrupts() -> Iterator[list[int]]:
+    """SIGTERM ends a command as Ctrl-C does, so that nothing half written is left; fills the list when it came."""
+    came: list[int] = []
+
+    def interrupt(number: int, frame: types.FrameType | None) -> None:
+        came.append(number)
+        raise KeyboardInterrupt
+
+    is_ours = (
+        threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    )
+    if is_ours:
+        signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield came
+    finally:
+        if is_ours:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 if __name__ == "__main__":

@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from foreroute.errors import ForerouteError
 from foreroute.evals.policies import mean_accuracy
 from foreroute.evals.pricing import pareto
 from foreroute.prepare.plot import check
+from foreroute.writing import save_figure
 
 __all__ = ["check", "draw"]
 
@@ -38,10 +38,7 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False)
     figure.suptitle(title)
-    try:
-        figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as error:
-        raise ForerouteError(f"{path} cannot be written: {error}") from error
+    save_figure(figure, path)
 
 
 def _nats(rows: Sequence[Mapping[str, Any]]) -> tuple[str, list[float]] | None:

@@ -19,6 +19,7 @@ from foreroute.evals.pricing import Cost, Difference, Texts, price_decoding, pri
 from foreroute.evals.tasks import Item, accuracy_by_kind
 from foreroute.policy import Policy
 from foreroute.predict.sidecar import Sidecar
+from foreroute.writing import atomic_write
 
 # The budget that is none: at each layer what was guessed for it is there, and nothing else.
 NO_CACHE = "none"
@@ -91,12 +92,11 @@ class Finished:
             self.rows = {}
 
     def add(self, name: str, row: dict[str, Any]) -> None:
-        """Keep a row; the file gets its name when it is whole."""
+        """Keep a row."""
         self.rows[name] = row
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = self._path.with_name(self._path.name + ".tmp")
-        scratch.write_text(json.dumps({"of": self._digest, "rows": self.rows}))
-        scratch.replace(self._path)
+        with atomic_write(self._path) as beside:
+            beside.write_text(json.dumps({"of": self._digest, "rows": self.rows}))
 
     def forget(self) -> None:
         """All are done and shown."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from foreroute.errors import EvaluationError
+from foreroute.writing import atomic_write
 
 FORMAT = 1
 # Windows per forward pass: at most so many, and fewer where a large vocabulary makes their logits large.
@@ -32,9 +33,8 @@ class HeldOut:
     def write(self, path: Path) -> None:
         """Write the file that `read_held_out` reads; it gets its name when it is whole."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = path.with_name(path.name + ".tmp")
-        scratch.write_text(json.dumps({"format": FORMAT, **asdict(self)}), encoding="utf-8")
-        scratch.replace(path)
+        with atomic_write(path) as beside:
+            beside.write_text(json.dumps({"format": FORMAT, **asdict(self)}), encoding="utf-8")
 
 
 def read_held_out(path: Path) -> HeldOut:

@@ -4,7 +4,6 @@ The bytes are a function of the model, the text and the settings alone: no time,
 """
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ from foreroute.errors import PredictorError
 from foreroute.predict.entry import EntryLayer
 from foreroute.predict.ridge import RidgeLayer
 from foreroute.predict.token_table import TokenTable
+from foreroute.writing import atomic_write
 
 SIDECAR_NAME = "predictor.foreroute.safetensors"
 FORMAT = 3
@@ -139,21 +139,15 @@ def find_sidecar(folder: Path, asked: str) -> Path | None:
 
 
 def write_whole(path: Path, tensors: Mapping[str, torch.Tensor], about: Mapping[str, Any]) -> None:
-    """Write a safetensors file beside its place and rename it there, so that it is whole or not there.
+    """Write a safetensors file that is whole or not there.
 
     Raises:
         PredictorError: it cannot be written.
     """
-    scratch = path.with_name(path.name + ".tmp")
     try:
-        scratch.write_bytes(b"")
-        mode = scratch.stat().st_mode
-        save_file(dict(tensors), scratch, metadata={_KEY: json.dumps(about, sort_keys=True)})
-        # As any file of this user, where safetensors would leave it to its owner alone.
-        os.chmod(scratch, mode)
-        os.replace(scratch, path)
+        with atomic_write(path) as beside:
+            save_file(dict(tensors), beside, metadata={_KEY: json.dumps(about, sort_keys=True)})
     except (OSError, SafetensorError) as error:
-        scratch.unlink(missing_ok=True)
         raise PredictorError(f"{path} cannot be written: {error}. Choose another --out.") from error
 
 

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from foreroute.checkpoint.layouts import ExpertTable
 from foreroute.checkpoint.records import StoreWriter
 from foreroute.prepare.quantise import Quantiser
 from foreroute.transfer.disk import DiskTransfer
 from foreroute.transfer.memory import allocate_slots
+from foreroute.writing import Claim
 
 # Experts in memory at once: one being written while the next ones are read.
 _RING_SLOTS = 4
@@ -24,13 +26,16 @@ def pack(
     resume: bool = True,
     keep_partial: bool = False,
     quantiser: Quantiser | None = None,
+    claim: Claim | None = None,
 ) -> int:
     """Write the store at `path` and return its size in bytes; quantised, where there is a quantiser of `table`.
 
     A partial file left by a crash is continued; an interrupt removes it unless `keep_partial`.
 
+    Args:
+        claim: of `claim_store`, where the caller has it already; given up in the end.
     Raises:
-        StoreError: the disk is full or cannot be written.
+        StoreError: the disk is full or cannot be written, or another process is writing this store.
         ReadError: an expert could not be read; named.
     """
     keys = [
@@ -38,36 +43,33 @@ def pack(
         for layer, described in enumerate(table.layers)
         for expert in range(described.num_experts)
     ]
-    if quantiser is None:
-        writer = StoreWriter(path, table, resume=resume)
-    else:
-        writer = StoreWriter(
-            path,
-            quantiser.table,
-            codec=quantiser.codec.name,
-            order=quantiser.order,
-            choice=quantiser.choice,
-            resume=resume,
-        )
+    kind: dict[str, Any] = {}
+    if quantiser is not None:
+        kind = {"codec": quantiser.codec.name, "order": quantiser.order, "choice": quantiser.choice}
+    stored = table if quantiser is None else quantiser.table
+    with StoreWriter(path, stored, resume=resume, claim=claim, **kind) as writer:
+        try:
+            _read_and_write(table, keys, writer, progress, quantiser)
+        except KeyboardInterrupt:
+            if not keep_partial:
+                writer.discard()
+            raise
+    return writer.nbytes
+
+
+def _read_and_write(
+    table: ExpertTable, keys: list[int], writer: StoreWriter, progress: Progress, quantiser: Quantiser | None
+) -> None:
     memory, slots = allocate_slots(_RING_SLOTS, table.slot_bytes)
     transfer = DiskTransfer(table.reads, slots.__getitem__, label=table.label)
     try:
         _copy_all(table, keys, writer, transfer, slots, progress, quantiser)
         transfer.close()
         writer.finish()
-    except KeyboardInterrupt:
-        transfer.close()
-        if keep_partial:
-            writer.close()
-        else:
-            writer.discard()
-        raise
     finally:
         transfer.close()
-        writer.close()
         slots.clear()
         del memory
-    return writer.nbytes
 
 
 def _copy_all(

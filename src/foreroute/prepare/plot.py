@@ -7,6 +7,7 @@ from typing import Any
 from foreroute.errors import ForerouteError
 from foreroute.predict.build import HYBRID
 from foreroute.prepare.score import Scores
+from foreroute.writing import save_figure
 
 _CONTROLS = ("oracle", "shuffled", "previous token", "popularity", "random")
 
@@ -47,7 +48,4 @@ def draw(scores: Scores, path: Path, title: str) -> None:
     axes.set_ylim(0, 102)
     axes.grid(alpha=0.3)
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
-    try:
-        figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as error:
-        raise ForerouteError(f"{path} cannot be written: {error}") from error
+    save_figure(figure, path)

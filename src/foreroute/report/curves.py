@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from foreroute.report.replay import Report
-from foreroute.report.style import BLUE, GREY, INK, ORANGE, POLICIES, RED, new_figure, save, speed, tidy
+from foreroute.report.style import BLUE, GREY, INK, ORANGE, POLICIES, RED, new_figure, speed, tidy
+from foreroute.writing import save_figure
 
 # A layer's number stands beside its row while there are not more of them.
 _MOST_LABELS = 16
@@ -35,7 +36,7 @@ def draw_residency(report: Report, path: Path) -> None:
         axes.set_xticks(shares, [f"{share:.3g}" for share in shares])
     _explain_time(time, report)
     figure.legend(*read.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=9)
-    save(figure, path)
+    save_figure(figure, path)
 
 
 def _explain_time(axes: Any, report: Report) -> None:
@@ -80,7 +81,7 @@ def draw_layers(report: Report, path: Path) -> None:
     wanted.set_yticks(range(0, len(layers), step))
     _draw_recall(guessed, report)
     figure.legend(*guessed.get_legend_handles_labels(), loc="lower right", frameon=False, fontsize=9)
-    save(figure, path)
+    save_figure(figure, path)
 
 
 def _draw_recall(axes: Any, report: Report) -> None:

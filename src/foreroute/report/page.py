@@ -11,6 +11,7 @@ from foreroute.report.curves import draw_layers, draw_residency
 from foreroute.report.replay import Budget, Report
 from foreroute.report.style import POLICIES, check_matplotlib, speed
 from foreroute.report.timeline import TokenPicture, draw_timeline, token_picture, typical_token
+from foreroute.writing import atomic_write
 
 _CSS = """
 :root { color-scheme: light; }
@@ -66,7 +67,8 @@ def write(report: Report, folder: Path, token: int | None = None) -> list[Path]:
         draw_residency(report, paths["residency"])
         draw_layers(report, paths["layers"])
         page = folder / "index.html"
-        page.write_text(_page(report, picture, paths), encoding="utf-8")
+        with atomic_write(page) as beside:
+            beside.write_text(_page(report, picture, paths), encoding="utf-8")
     except OSError as error:
         raise ForerouteError(f"{folder} cannot be written: {error.strerror}.") from error
     return [page, *paths.values()]

@@ -1,7 +1,6 @@
 """Colours, names and files of the pictures: told apart by everyone, dark on light."""
 
 import importlib.util
-from pathlib import Path
 from typing import Any
 
 from foreroute.errors import ForerouteError
@@ -32,18 +31,6 @@ def new_figure(width: float, height: float) -> Any:
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained", facecolor="white")
-
-
-def save(figure: Any, path: Path) -> None:
-    """Write a picture.
-
-    Raises:
-        ForerouteError: it cannot be written.
-    """
-    try:
-        figure.savefig(path, dpi=150)
-    except OSError as error:
-        raise ForerouteError(f"{path} cannot be written: {error.strerror}.") from error
 
 
 def tidy(axes: Any) -> None:

@@ -7,8 +7,9 @@ from typing import Any
 
 from foreroute.report.events import LayerDone, LoadDone, Recording, Step
 from foreroute.report.guesses import IN_TIME, LATE, LATER, OPEN, WASTED, fate_of_loads
-from foreroute.report.style import BLUE, GREEN, GREY, INK, ORANGE, PALE, PURPLE, RED, SKY, new_figure, save
+from foreroute.report.style import BLUE, GREEN, GREY, INK, ORANGE, PALE, PURPLE, RED, SKY, new_figure
 from foreroute.report.timing import durations
+from foreroute.writing import save_figure
 
 # What a read was for -> colour, hatch, and plain words.
 READS = {
@@ -119,7 +120,7 @@ def draw_timeline(recording: Recording, picture: TokenPicture, path: Path) -> No
           for kind, (colour, hatch, label) in READS.items() if kind in shown),
     ]  # fmt: skip
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
-    save(figure, path)
+    save_figure(figure, path)
 
 
 def _draw_compute(axes: Any, picture: TokenPicture) -> None:

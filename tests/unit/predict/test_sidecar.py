@@ -83,6 +83,25 @@ def test_a_file_that_cannot_be_written_is_said(tmp_path: Path) -> None:
         sidecar().save(tmp_path / "absent" / "a")
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_one_that_is_not_written_to_the_end_leaves_the_older(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    path = tmp_path / SIDECAR_NAME
+    sidecar().save(path)
+    before = path.read_bytes()
+
+    def half(tensors: object, place: Path, metadata: object) -> None:
+        place.write_bytes(before[: len(before) // 2])
+        raise error
+
+    monkeypatch.setattr("foreroute.predict.sidecar.save_file", half)
+    with pytest.raises((PredictorError, KeyboardInterrupt)):
+        sidecar().save(path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_which_file_is_used(tmp_path: Path) -> None:
     assert find_sidecar(tmp_path, "auto") is None
     with pytest.raises(PredictorError, match="does not exist"):

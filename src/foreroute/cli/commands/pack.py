@@ -7,13 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 from foreroute.checkpoint.codecs import CODECS, STORED
 from foreroute.cli import figures, options, pack_quantised
+from foreroute.cli.pack_quantised import Quality
 from foreroute.errors import StoreError
 from foreroute.units import format_memory
 
 if TYPE_CHECKING:
     from foreroute.checkpoint.layouts import ExpertTable
     from foreroute.checkpoint.records import PackedStore
+    from foreroute.model.skeleton import Outline
     from foreroute.prepare.quantise import Quantiser
+    from foreroute.writing import Claim
 
 _EPILOG = """\
 examples:
@@ -75,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     with figures.busy("Reading the checkpoint's headers", args.json):
         from foreroute.checkpoint.codecs import check_shapes
         from foreroute.checkpoint.locate import read_index
-        from foreroute.checkpoint.records import PackedStore, store_name
+        from foreroute.checkpoint.records import PackedStore, claim_store, store_name
         from foreroute.model.skeleton import outline
         from foreroute.model.unplaced import tell
 
@@ -85,16 +88,14 @@ def run(args: argparse.Namespace) -> int:
         quality = pack_quantised.quality_of(args, folder, sketch)
     table, name = sketch.table, store_name(args.quant or STORED)
     path = options.place_beside(folder, name, args.out, StoreError)
-    is_there = not args.force and _is_ours(args, path, table)
-    quantiser = None
+    is_there, quantiser = _is_there(args, path, table), None
     if not is_there:
-        if args.quant is None:
-            _check_room(path, table)
-        else:
-            quantiser = pack_quantised.make_quantiser(
-                args, sketch, path, quality, lambda stored: _check_room(path, stored)
-            )
-        _pack(args, table, path, quantiser)
+        with claim_store(path) as claim:
+            # Another `pack` may have ended just now.
+            is_there = _is_there(args, path, table)
+            if not is_there:
+                quantiser = _quantiser(args, sketch, path, quality)
+                _pack(args, table, path, quantiser, claim)
     measured = quantiser if quantiser is not None and quantiser.is_measured else None
     store = PackedStore(path, table)
     if not args.json:
@@ -107,6 +108,24 @@ def run(args: argparse.Namespace) -> int:
     elif found is not None:
         pack_quantised.tell_quality(found, args.quant)
     return 0
+
+
+def _is_there(args: argparse.Namespace, path: Path, table: "ExpertTable") -> bool:
+    """Whether the store that is asked for is there already. Raises: as `_is_ours`."""
+    return not args.force and _is_ours(args, path, table)
+
+
+def _quantiser(args: argparse.Namespace, sketch: "Outline", path: Path, quality: Quality) -> "Quantiser | None":
+    """What quantises, if anything is to.
+
+    Raises:
+        StoreError: there is too little disk for what will be stored.
+    """
+    if args.quant is None:
+        _check_room(path, sketch.table)
+        return None
+    options.apply_threads(args)
+    return pack_quantised.make_quantiser(args, sketch, path, quality, lambda stored: _check_room(path, stored))
 
 
 def _tell_errors(quantiser: "Quantiser") -> None:
@@ -159,7 +178,9 @@ def _check_room(path: Path, table: "ExpertTable") -> None:
         )
 
 
-def _pack(args: argparse.Namespace, table: "ExpertTable", path: Path, quantiser: "Quantiser | None") -> None:
+def _pack(
+    args: argparse.Namespace, table: "ExpertTable", path: Path, quantiser: "Quantiser | None", claim: "Claim"
+) -> None:
     from rich import progress
 
     from foreroute.checkpoint.records import partial_path
@@ -185,12 +206,16 @@ def _pack(args: argparse.Namespace, table: "ExpertTable", path: Path, quantiser:
             bar.update(task, completed=done * table.slot_bytes)
 
         try:
-            pack(table, path, progress=show, resume=args.resume, keep_partial=args.keep_partial, quantiser=quantiser)
+            pack(
+                table, path, progress=show, resume=args.resume, keep_partial=args.keep_partial, quantiser=quantiser,
+                claim=claim,
+            )  # fmt: skip
         except KeyboardInterrupt:
             # Also where Ctrl-C came before `pack` had begun, or twice.
             if not args.keep_partial:
-                partial_path(path).unlink(missing_ok=True)
-            elif partial_path(path).exists() and not args.json:
+                claim.discard()
+            claim.close()
+            if partial_path(path).exists() and not args.json:
                 console.print(f"Kept {partial_path(path)}: `foreroute pack` goes on there.")
             raise
 
