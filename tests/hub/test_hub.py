@@ -137,12 +137,12 @@ def test_a_cache_that_cannot_note_the_commit(repository: Path, look_up: Callable
         refs.write_text("")
         again, said = look_up(hub)
         assert again == folder, said
-        assert "cannot note which commit main is" in said
+        assert "error while caching commit hash for 'org/tiny'" in said
         refs.unlink()
         (refs / "main").mkdir(parents=True)
         again, said = look_up(hub)
         assert again == folder, said
-        assert "cannot note which commit main is" in said
+        assert "error while caching commit hash for 'org/tiny'" in said
         assert [path.name for path in refs.iterdir()] == ["main"], "no half of it is left"
 
 

@@ -1,4 +1,4 @@
-"""A checkpoint from the hub: the files that are read here and no others, into huggingface_hub's own cache.
+"""A checkpoint from the hub: the files that are read here and no others, by huggingface_hub into its own cache.
 
 Its cache, its resumption of downloads, its bars, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE hold as they do everywhere.
 What is added is which files: those that the index names (or the one file), the config, the tokenizer and the chat
@@ -6,10 +6,9 @@ template, from the top folder alone. Pickles, other formats and second copies ("
 """
 
 import contextlib
+import glob
 import json
-import logging
 import shutil
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -17,7 +16,6 @@ from typing import cast
 
 from foreroute.errors import CheckpointError, UnsupportedModelError
 
-_LOG = logging.getLogger(__name__)
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 # Beside the weights. Names ending so that are no settings of a model (an index of pickles) are left out.
@@ -38,56 +36,58 @@ def fetch(hub_id: str, revision: str | None = None, *, quiet: bool = False) -> P
         UnsupportedModelError: there are no safetensors in it.
         CheckpointError: no such repository or revision, no access, no network, or too little disk; which, is said.
     """
-    from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub import constants, resolve_revision, snapshot_download
 
-    # The base of every error of the HTTP library, which is another one with each major version of huggingface_hub.
-    http_error = cast(type[Exception], HfHubHTTPError.__mro__[1])
     label = hub_id if revision is None else f"{hub_id} at revision {revision}"
-    with _bars(quiet):
-        try:
-            found = None if constants.HF_HUB_OFFLINE else _online_files(hub_id, revision, label)
-        except (http_error, OSError, ValueError) as error:
-            found = None
-            if not _is_away(error, http_error):
-                raise CheckpointError(_explain(error, label)) from error
-            reason: str | None = _first_line(error)
+    with _bars(quiet), _explained(label):
+        # Once, and by its commit from here on: a branch may move on after its files were listed.
+        commit = resolve_revision(hub_id, revision=revision, local_files_only=constants.HF_HUB_OFFLINE).resolved
+        sizes = _sizes(hub_id, commit)
+        if sizes is None:
+            # Whether all shards are there, read_index finds out.
+            wanted, is_online = ["config.json", _INDEX], False
         else:
-            reason = None
-        if found is None:
-            return _cached(hub_id, revision, label, reason)
-        try:
-            commit, files = found
-            _check_room(hub_id, commit, label, files)
-            # The commit, not the branch: which may move on after its files were listed.
-            folder = snapshot_download(hub_id, revision=commit, allow_patterns=[_escaped(name) for name in files])
-            _note_commit(hub_id, revision or constants.DEFAULT_REVISION, commit)
-            return Path(folder)
-        except (http_error, OSError, ValueError, RuntimeError) as error:
-            raise CheckpointError(_explain(error, label)) from error
+            wanted, is_online = _wanted(hub_id, commit, label, sizes), True
+            _check_room(hub_id, commit, label, {name: sizes[name] for name in wanted})
+        patterns = [glob.escape(name) for name in wanted]
+        return Path(snapshot_download(hub_id, revision=commit, allow_patterns=patterns, local_files_only=not is_online))
 
 
-def _online_files(hub_id: str, revision: str | None, label: str) -> tuple[str, dict[str, int]]:
-    """The commit, and the files to fetch with their bytes."""
-    from huggingface_hub import HfApi, hf_hub_download
+def _sizes(hub_id: str, commit: str) -> dict[str, int] | None:
+    """Bytes of every file in the repository; None where the hub cannot be asked."""
+    from huggingface_hub import HfApi
 
-    info = HfApi().model_info(hub_id, revision=revision, files_metadata=True)
-    there = {entry.rfilename: int(entry.size or 0) for entry in info.siblings or ()}
+    try:
+        info = HfApi().model_info(hub_id, revision=commit, files_metadata=True)
+    except (_http_error(), OSError) as error:
+        if _is_away(error):
+            return None
+        raise
+    return {entry.rfilename: int(entry.size or 0) for entry in info.siblings or ()}
+
+
+def _wanted(hub_id: str, commit: str, label: str, there: Mapping[str, int]) -> list[str]:
+    """Of the repository's files those that are read."""
+    from huggingface_hub import hf_hub_download
+
     wanted = [name for name in there if _is_like(name, _SETTINGS) and not _is_like(name, _NOT_SETTINGS)]
-    if _INDEX in there:
-        index_file = hf_hub_download(hub_id, _INDEX, revision=info.sha)
-        try:
-            wanted += sorted(set(json.loads(Path(index_file).read_text())["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{label}: its {_INDEX} is not a safetensors index ({error!r}).") from None
-        absent = [name for name in wanted if name not in there]
-        if absent:
-            raise CheckpointError(f"{label}: {_INDEX} names {absent[0]}, which is not in the repository.")
-    elif _SINGLE in there:
-        wanted.append(_SINGLE)
-    else:
-        raise UnsupportedModelError(_no_weights(label, sorted(there)))
-    return str(info.sha), {name: there[name] for name in wanted}
+    if _INDEX not in there:
+        if _SINGLE not in there:
+            raise UnsupportedModelError(_no_weights(label, sorted(there)))
+        return [*wanted, _SINGLE]
+    index_file = hf_hub_download(hub_id, _INDEX, revision=commit)
+    try:
+        wanted += sorted(set(json.loads(Path(index_file).read_text())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{label}: its {_INDEX} is not a safetensors index ({error!r}).") from None
+    absent = [name for name in wanted if name not in there]
+    if absent:
+        raise CheckpointError(f"{label}: {_INDEX} names {absent[0]}, which is not in the repository.")
+    return wanted
+
+
+def _is_like(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _no_weights(label: str, names: list[str]) -> str:
@@ -105,85 +105,60 @@ def _no_weights(label: str, names: list[str]) -> str:
     return f"{said} It holds no weights at all."
 
 
-def _cached(hub_id: str, revision: str | None, label: str, reason: str | None) -> Path:
-    """What the cache has; whether all shards are there, read_index finds out."""
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(
-            snapshot_download(hub_id, revision=revision, local_files_only=True, allow_patterns=["config.json", _INDEX])
-        )
-    except (OSError, ValueError) as error:
-        if reason is None:
-            why = "HF_HUB_OFFLINE is set. Unset it to download the model"
-        else:
-            why = f"the hub cannot be reached ({reason}). Check the network, HF_ENDPOINT and proxies"
-        raise CheckpointError(
-            f"{label} is not a folder here, the cache does not have it, and {why}, or give a local folder."
-        ) from error
-
-
-def _note_commit(hub_id: str, revision: str, commit: str) -> None:
-    """Let the cache know which commit a branch or tag is, as huggingface_hub does when it is asked for one.
-
-    Without a network the name is looked up there. Where it cannot be written (a shared cache, read-only) the files are
-    there all the same: logged as a warning.
-    """
-    from huggingface_hub import constants
-    from huggingface_hub.file_download import repo_folder_name
-
-    if revision == commit:
-        return
-    repository = Path(constants.HF_HUB_CACHE).expanduser() / repo_folder_name(repo_id=hub_id, repo_type="model")
-    note = repository / "refs" / revision
-    # Written beside it and put in its place, so that nobody who looks meanwhile sees half of it.
-    half = note.with_name(f"{note.name}.{uuid.uuid4().hex}.part")
-    try:
-        if note.is_file() and note.read_bytes() == commit.encode():
-            return
-        note.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            half.write_bytes(commit.encode())
-            half.replace(note)
-        finally:
-            half.unlink(missing_ok=True)
-    except OSError as error:
-        _LOG.warning(
-            "%s: the cache cannot note which commit %s is, so that it may not be found offline: %s",
-            hub_id, revision, error,
-        )  # fmt: skip
-
-
 def _check_room(hub_id: str, commit: str, label: str, files: Mapping[str, int]) -> None:
+    """Before a download, as huggingface_hub itself finds out when the disk is full. Raises CheckpointError."""
     from huggingface_hub import constants, try_to_load_from_cache
-    from huggingface_hub.file_download import repo_folder_name
 
-    missing = sum(
-        nbytes
-        for name, nbytes in files.items()
-        if not isinstance(try_to_load_from_cache(hub_id, name, revision=commit), str)
-    )
+    is_cached = {name: isinstance(try_to_load_from_cache(hub_id, name, revision=commit), str) for name in files}
     cache = Path(constants.HF_HUB_CACHE).expanduser()
-    blobs = cache / repo_folder_name(repo_id=hub_id, repo_type="model") / "blobs"
-    begun = sum(path.stat().st_size for path in blobs.glob("*.incomplete")) if blobs.is_dir() else 0
+    begun = cache.glob(f"models--{hub_id.replace('/', '--')}/blobs/*.incomplete")
+    missing = sum(nbytes for name, nbytes in files.items() if not is_cached[name])
+    needed = missing - sum(path.stat().st_size for path in begun)
     there = next(folder for folder in (cache, *cache.absolute().parents) if folder.is_dir())
     free = shutil.disk_usage(there).free
-    if missing and missing - begun + _FREE_BESIDE_BYTES > free:
+    if missing and needed + _FREE_BESIDE_BYTES > free:
         raise CheckpointError(
-            f"{label} needs {(missing - begun) / 1e9:.2f} GB more in {cache}, and {free / 1e9:.2f} GB are free there. "
+            f"{label} needs {needed / 1e9:.2f} GB more in {cache}, and {free / 1e9:.2f} GB are free there. "
             "Free some, or set HF_HOME to a folder on a larger disk."
         )
 
 
-def _is_away(error: Exception, http_error: type) -> bool:
+@contextlib.contextmanager
+def _explained(label: str) -> Iterator[None]:
+    """Turns huggingface_hub's errors into CheckpointError, which says what to do."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import LocalEntryNotFoundError, RevisionResolutionError
+
+    try:
+        yield
+    except (RevisionResolutionError, LocalEntryNotFoundError) as error:
+        cause = _first_line(error.__cause__ or error)
+        why = f"the hub cannot be reached ({cause}). Check the network, HF_ENDPOINT and proxies"
+        if constants.HF_HUB_OFFLINE:
+            why = "HF_HUB_OFFLINE is set. Unset it to download the model"
+        raise CheckpointError(
+            f"{label} is not a folder here, the cache does not have it, and {why}, or give a local folder."
+        ) from error
+    except (_http_error(), OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(_advice(error, label)) from error
+
+
+def _http_error() -> type[Exception]:
+    """The base of every error of the HTTP library, which is another one with each major version of huggingface_hub."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return cast(type[Exception], HfHubHTTPError.__mro__[1])
+
+
+def _is_away(error: Exception) -> bool:
     """No answer came, or one that says that the hub is down; other errors are answers."""
     response = getattr(error, "response", None)
     if response is not None:
         return bool(response.status_code >= 500)
-    return isinstance(error, (http_error, ConnectionError, TimeoutError))
+    return isinstance(error, (_http_error(), ConnectionError, TimeoutError))
 
 
-def _explain(error: Exception, label: str) -> str:
+def _advice(error: Exception, label: str) -> str:
     """What the user can do about it."""
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
@@ -206,18 +181,9 @@ def _explain(error: Exception, label: str) -> str:
     return f"{label} could not be fetched from the hub: {_first_line(error)}. What was fetched is kept; try again."
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     text = str(error).strip()
     return text.splitlines()[0].rstrip(".") if text else type(error).__name__
-
-
-def _is_like(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def _escaped(name: str) -> str:
-    """A pattern that matches this name alone."""
-    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
 
 
 @contextlib.contextmanager
