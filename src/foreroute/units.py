@@ -1,10 +1,11 @@
-"""Sizes of memory as people write them: parsed and formatted."""
+"""Numbers as people read them: sizes of memory, parsed and formatted; speeds, shares and other figures."""
 
 import re
 from fractions import Fraction
 
 from foreroute.errors import BudgetError
 
+NO_VALUE = "–"
 _UNIT_BYTES = {
     "b": 1,
     "kb": 10**3,
@@ -36,6 +37,40 @@ def format_memory(num_bytes: int, *, round_up: bool = False) -> str:
             tenths = (num_bytes * 10 + (unit_bytes - 1 if round_up else unit_bytes // 2)) // unit_bytes
             return f"{tenths // 10}.{tenths % 10} {unit}"
     return f"{num_bytes} B"
+
+
+def number(value: float | int | None, unit: str = "", decimals: int | None = None) -> str:
+    """Three significant digits, or as many as there are before the point; a dash where there is no value.
+
+    Args:
+        decimals: as many behind the point, in place of that.
+    """
+    if value is None:
+        return NO_VALUE
+    if decimals is None:
+        decimals = 0 if abs(value) >= 99.95 else 1 if abs(value) >= 9.995 else 2
+    return f"{value:,.{decimals}f} {unit}".rstrip()
+
+
+def span(low: float, high: float, unit: str) -> str:
+    """A range, or one number where both ends read the same."""
+    ends = number(low), number(high)
+    return f"{ends[0]} {unit}" if ends[0] == ends[1] else f"{ends[0]} to {ends[1]} {unit}"
+
+
+def percent(share: float | int | None, decimals: int | None = None, unit: str = "%") -> str:
+    """A share of 0 to 1 as per cent; without a unit where a table's head has it."""
+    return number(None if share is None else share * 100, unit, decimals)
+
+
+def megabytes(num_bytes: float) -> str:
+    """Bytes in megabytes (10**6), without the unit; small models read little."""
+    return number(num_bytes / 1e6, decimals=3 if num_bytes < 1e6 else None)
+
+
+def format_speed(bytes_per_s: float) -> str:
+    """Bytes per second: "2.00 GB/s", "350 MB/s"."""
+    return number(bytes_per_s / 1e9, "GB/s") if bytes_per_s >= 1e9 else number(bytes_per_s / 1e6, "MB/s")
 
 
 def parse_memory(memory: str | int, total_expert_bytes: int) -> int:

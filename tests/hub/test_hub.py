@@ -217,7 +217,7 @@ def test_too_little_disk_is_said_before_a_download(repository: Path, look_up: Ca
     with serving(repository, claimed_bytes=10**18) as hub:
         folder, error = look_up(hub)
         assert folder is None
-        assert "GB more in" in error
+        assert "TiB more in" in error
         assert "HF_HOME" in error
         assert "model.safetensors" not in hub.sent
 

@@ -8,6 +8,7 @@ from foreroute.bench.results import PROMPT, TOKENS
 from foreroute.bench.rungs import BELADY, LADDER, ORACLE, PREFETCH, RESIDENT
 from foreroute.errors import ForerouteError
 from foreroute.prepare.plot import check
+from foreroute.units import format_speed
 from foreroute.writing import save_figure
 
 __all__ = ["check", "draw"]
@@ -53,7 +54,7 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
             _curves(panel, points, value, label)
     disk = found["ceilings"]["disk_bytes_per_s"]
     about = f"{found['model']}: {found['experts']['stored_dtype']} experts"
-    figure.suptitle(about + (f", disk {disk['median'] / 1e9:.2f} GB/s" if disk else ""), fontsize=13)
+    figure.suptitle(about + (f", disk {format_speed(disk['median'])}" if disk else ""), fontsize=13)
     save_figure(figure, path)
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import cast
 
 from foreroute.errors import CheckpointError, UnsupportedModelError
+from foreroute.units import format_memory
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -118,8 +119,8 @@ def _check_room(hub_id: str, commit: str, label: str, files: Mapping[str, int]) 
     free = shutil.disk_usage(there).free
     if missing and needed + _FREE_BESIDE_BYTES > free:
         raise CheckpointError(
-            f"{label} needs {needed / 1e9:.2f} GB more in {cache}, and {free / 1e9:.2f} GB are free there. "
-            "Free some, or set HF_HOME to a folder on a larger disk."
+            f"{label} needs {format_memory(needed, round_up=True)} more in {cache}, and {format_memory(free)} are free "
+            "there. Free some, or set HF_HOME to a folder on a larger disk."
         )
 
 

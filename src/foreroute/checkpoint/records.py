@@ -25,6 +25,7 @@ from foreroute.checkpoint.codecs import CODECS, STORED
 from foreroute.checkpoint.layouts import PAGE, ExpertLayout, ExpertTable, LayerExperts, Part, round_up
 from foreroute.errors import StoreError
 from foreroute.types import Copy, ExpertReads, Read
+from foreroute.units import format_memory
 from foreroute.writing import Claim, ClaimedError
 
 STORE_NAME = "experts.foreroute"
@@ -319,8 +320,9 @@ class StoreWriter:
             act()
         except OSError as error:
             self._claim.discard()
+            needed = format_memory(self.nbytes, round_up=True)
             raise StoreError(
-                f"{self.path} cannot be written: {error.strerror}. It needs {self.nbytes / 1e9:.2f} GB; "
+                f"{self.path} cannot be written: {error.strerror}. It needs {needed}; "
                 "nothing was left behind. Make room or choose another --out."
             ) from error
 

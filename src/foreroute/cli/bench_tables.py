@@ -4,12 +4,11 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from foreroute.cli import figures
-from foreroute.units import format_memory
+from foreroute.units import NO_VALUE, format_memory, format_speed, percent
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-_NONE = "–"
 # Together within 80 columns.
 _TOKEN_HEAD = ("", "t/s", "±", "x", "TPOT", "hit", "late", "MB", "guess", "waste", "stall", "RSS")
 _PROMPT_HEAD = ("", "t/s", "±", "x", "TTFT", "MB", "guess", "stall", "RSS")
@@ -92,7 +91,7 @@ def _rows(budgets: Sequence[Mapping[str, Any]], kind: str, row: Any, width: int)
 def _token_row(name: str, entry: Mapping[str, Any], peak_bytes: int | None) -> list[str]:
     return [
         _label(name), *_speed(entry), figures.number(entry["tpot_ms"]["median"]),
-        _percent(entry.get("hit_rate")), _percent(entry.get("late_rate")),
+        percent(entry.get("hit_rate"), 0, ""), percent(entry.get("late_rate"), 0, ""),
         _megabytes(entry.get("demand_mb_per_token")), _megabytes(entry.get("speculative_mb_per_token")),
         _megabytes(entry.get("speculative_wasted_mb_per_token")), figures.number(entry.get("stall_ms_per_step")),
         _peak(peak_bytes),
@@ -113,29 +112,25 @@ def _label(name: str) -> str:
 
 
 def _speed(entry: Mapping[str, Any]) -> tuple[str, str, str]:
-    speed = entry["tokens_per_s"]
-    spread = figures.number((speed["p75"] - speed["p25"]) / 2) if speed["repeats"] > 1 else _NONE
+    rate = entry["tokens_per_s"]
+    spread = figures.number((rate["p75"] - rate["p25"]) / 2) if rate["repeats"] > 1 else NO_VALUE
     worth = entry["times_below"]
-    return figures.number(speed["median"]), spread, _NONE if worth is None else f"{worth:.2f}"
-
-
-def _percent(share: float | None) -> str:
-    return _NONE if share is None else f"{100 * share:.0f}"
+    return figures.number(rate["median"]), spread, figures.number(worth, decimals=2)
 
 
 def _megabytes(value: float | None) -> str:
-    return _NONE if value is None else "0" if value == 0 else figures.number(value)
+    return "0" if value == 0 else figures.number(value)
 
 
 def _peak(num_bytes: int | None) -> str:
-    return _NONE if num_bytes is None else f"{figures.number(num_bytes / 2**30)}G"
+    return NO_VALUE if num_bytes is None else f"{figures.number(num_bytes / 2**30)}G"
 
 
 def _print_grid(console: "Console", head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """As figures.print_grid, closer together and with the lines that name a block in bold; what is all dashes goes."""
     from rich.table import Table
 
-    kept = [at for at in range(len(head)) if at == 0 or any(row[at] not in ("", _NONE, "0") for row in rows)]
+    kept = [at for at in range(len(head)) if at == 0 or any(row[at] not in ("", NO_VALUE, "0") for row in rows)]
     table = Table(box=None, header_style="bold", padding=(0, 1, 0, 0), pad_edge=False)
     for at in kept:
         table.add_column(head[at], no_wrap=True, justify="left" if at == 0 else "right")
@@ -151,11 +146,11 @@ def _print_ceilings(console: "Console", found: Mapping[str, Any]) -> None:
     if disk is not None:
         how = "O_DIRECT" if measured["disk_is_direct"] else "through the page cache: perhaps RAM's speed, not a disk's"
         span = figures.span(disk["min"] / 1e9, disk["max"] / 1e9, "GB/s")
-        rows.append(("disk", f"{figures.number(disk['median'] / 1e9)} GB/s",
+        rows.append(("disk", format_speed(disk["median"]),
                      f"{span} while this ran, {how}; one token's experts take "
                      f"{figures.number(measured['token_from_disk_ms'])} ms"))  # fmt: skip
     if measured["memory_bytes_per_s"] is not None:
-        rows.append(("memory", f"{figures.number(measured['memory_bytes_per_s'] / 1e9)} GB/s",
+        rows.append(("memory", format_speed(measured["memory_bytes_per_s"]),
                      f"read and written in a copy; one token's experts take "
                      f"{figures.number(measured['token_from_memory_ms'])} ms"))  # fmt: skip
     figures.print_rows(console, rows)

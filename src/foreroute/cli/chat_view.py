@@ -5,6 +5,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Protocol
 
 from foreroute.cli import figures
+from foreroute.units import format_memory
 
 if TYPE_CHECKING:
     from rich.markdown import Markdown
@@ -140,8 +141,7 @@ def stats_rows(report: "GenerationReport", plan: object, num_turns: int) -> list
     from foreroute.config import Plan
 
     assert isinstance(plan, Plan), "a loaded model has its plan"
-    kept_mb = report.prompt_cache_bytes / 1e6
-    reused = f"of the prompt's {report.prompt_tokens:,}; the chat keeps {figures.number(kept_mb, 'MB')}"
+    reused = f"of the prompt's {report.prompt_tokens:,}; the chat keeps {format_memory(report.prompt_cache_bytes)}"
     return [
         ("answer", f"{num_turns}", "of this chat, the last one:"),
         ("reused", f"{report.prompt_tokens_reused:,} tokens", reused),

@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from foreroute.config import EngineConfig, Plan
 from foreroute.units import format_memory
+from foreroute.units import number as number  # figures.number, like all that is shown
+from foreroute.units import percent as percent
+from foreroute.units import span as span
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -179,25 +182,6 @@ def _governor_rows(report: "GenerationReport") -> list[Row]:
 def dtype_name(stored: str) -> str:
     """A safetensors dtype under torch's name."""
     return {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}.get(stored, stored)
-
-
-def number(value: float | int | None, unit: str = "") -> str:
-    """Three significant digits, or as many as there are before the point; a dash where there is no value."""
-    if value is None:
-        return "–"
-    digits = 0 if abs(value) >= 99.95 else 1 if abs(value) >= 9.995 else 2
-    return f"{value:,.{digits}f} {unit}".rstrip()
-
-
-def span(low: float, high: float, unit: str) -> str:
-    """A range, or one number where both ends read the same."""
-    ends = number(low), number(high)
-    return f"{ends[0]} {unit}" if ends[0] == ends[1] else f"{ends[0]} to {ends[1]} {unit}"
-
-
-def percent(share: float | int | None) -> str:
-    """A share of 0 to 1 as per cent."""
-    return number(None if share is None else share * 100, "%")
 
 
 def _count(count: float | int | None, share: float | int | None) -> str:

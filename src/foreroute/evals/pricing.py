@@ -18,6 +18,7 @@ from foreroute.errors import EvaluationError
 from foreroute.evals.fetched_only import Tally, fetched_only
 from foreroute.policy import Policy
 from foreroute.predict.sidecar import Sidecar
+from foreroute.units import format_memory
 
 # Called with (forward passes done, all of them).
 Progress = Callable[[int, int], None]
@@ -138,8 +139,8 @@ class Texts:
             self._exact = np.memmap(file, np.float32, "w+", shape=(self.scored, vocabulary))
         except OSError as error:
             raise EvaluationError(
-                f"The exact logits of {self.scored} tokens take {nbytes / 1e9:.1f} GB in {folder}: {error.strerror}. "
-                "Ask for fewer --windows."
+                f"The exact logits of {self.scored} tokens take {format_memory(nbytes, round_up=True)} in {folder}: "
+                f"{error.strerror}. Ask for fewer --windows."
             ) from error
 
     def exact(self, start: int, count: int) -> np.ndarray:

@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from foreroute.report.replay import Report
-from foreroute.report.style import BLUE, GREY, INK, ORANGE, POLICIES, RED, new_figure, speed, tidy
+from foreroute.report.style import BLUE, GREY, INK, ORANGE, POLICIES, RED, new_figure, tidy
+from foreroute.units import format_speed
 from foreroute.writing import save_figure
 
 # A layer's number stands beside its row while there are not more of them.
@@ -47,7 +48,8 @@ def _explain_time(axes: Any, report: Report) -> None:
     axes.axhline(report.timing.compute_ms, color=GREY, linewidth=1)
     axes.annotate("compute alone", (0.99, report.timing.compute_ms), xycoords=("axes fraction", "data"),
                   xytext=(0, -4), textcoords="offset points", ha="right", va="top", color=INK, fontsize=8)  # fmt: skip
-    told = f"at {speed(report.timing.bytes_per_s)}\nsolid: no read hides behind compute\ndotted: all that can hide does"
+    rate = format_speed(report.timing.bytes_per_s)
+    told = f"at {rate}\nsolid: no read hides behind compute\ndotted: all that can hide does"
     axes.text(0.99, 0.98, told, ha="right", va="top", transform=axes.transAxes, color=INK, fontsize=8)
 
 

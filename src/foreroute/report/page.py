@@ -9,8 +9,9 @@ from pathlib import Path
 from foreroute.errors import ForerouteError
 from foreroute.report.curves import draw_layers, draw_residency
 from foreroute.report.replay import Budget, Report
-from foreroute.report.style import POLICIES, check_matplotlib, speed
+from foreroute.report.style import POLICIES, check_matplotlib
 from foreroute.report.timeline import TokenPicture, draw_timeline, token_picture, typical_token
+from foreroute.units import format_speed, megabytes, number, percent
 from foreroute.writing import atomic_write
 
 _CSS = """
@@ -96,7 +97,7 @@ def _summary(report: Report) -> str:
         (f"{timing.step_ms:.1f} ms", f"per token, {timing.stall_ms:.1f} ms of it waiting for the disk"),
         (f"{share:.0f} %", f"of the experts fit into memory: {header.num_slots} of {header.num_experts}"),
         (f"{100 * did.hits / max(did.demanded, 1):.0f} %", "of the wanted experts were there when they were asked for"),
-        (f"{did.bytes_per_token / 1e6:.2f} MB", "read per token"
+        (f"{megabytes(did.bytes_per_token)} MB", "read per token"
          + ("" if over is None else f", {over:.2f} times the least possible on demand")),
     ]  # fmt: skip
     if report.recall is not None:
@@ -105,8 +106,8 @@ def _summary(report: Report) -> str:
     return (
         "<p>This model is a <em>mixture of experts</em>: each of its "
         f"{header.num_layers} MoE layers has up to {max(header.experts_per_layer)} experts (blocks of weights of "
-        f"{max(header.expert_bytes) / 1e6:.2f} MB), and each token uses {max(header.top_k)} of them per layer. Not all "
-        "experts fit into memory. Those that are wanted and not there have to be read from the disk, and the token "
+        f"{megabytes(max(header.expert_bytes))} MB), and each token uses {max(header.top_k)} of them per layer. Not "
+        "all experts fit into memory. Those that are wanted and not there have to be read from the disk, and the token "
         "waits, unless they were guessed and read early.</p>"
         f'<div class="cards">{told}</div>'
         f'<p class="quiet">Recorded with eviction {escape(header.eviction)}, guesses {escape(header.prefetch)}, policy '
@@ -158,24 +159,24 @@ def _budget_table(report: Report, budget: Budget) -> str:
     rows = []
     for name, outcome in budget.outcomes.items():
         span = report.timing.tpot_ms(outcome)
-        cells = [POLICIES[name][2].split(":")[0], f"{100 * outcome.hit_rate:.1f} %", f"{outcome.misses_per_token:.2f}",
-                 f"{outcome.bytes_per_token / 1e6:.3f}", _times(budget.over_belady(outcome.bytes_per_token)),
+        cells = [POLICIES[name][2].split(":")[0], percent(outcome.hit_rate), f"{outcome.misses_per_token:.2f}",
+                 megabytes(outcome.bytes_per_token), number(budget.over_belady(outcome.bytes_per_token), decimals=2),
                  "–" if span is None else f"{span[0]:.1f} to {span[1]:.1f}"]  # fmt: skip
         rows.append(("bound" if name == "belady" else "", cells))
     if budget.is_recorded:
         did = report.recorded
-        cells = ["the recorded run", f"{100 * did.hits / max(did.demanded, 1):.1f} %",
-                 f"{did.misses / did.tokens:.2f}", f"{did.bytes_per_token / 1e6:.3f}",
-                 _times(budget.over_belady(did.bytes_per_token)), f"{report.timing.step_ms:.1f}"]  # fmt: skip
+        cells = ["the recorded run", percent(did.hits / max(did.demanded, 1)), f"{did.misses / did.tokens:.2f}",
+                 megabytes(did.bytes_per_token), number(budget.over_belady(did.bytes_per_token), decimals=2),
+                 f"{report.timing.step_ms:.1f}"]  # fmt: skip
         rows.append(("did", cells))
     return _table(("rule", "found", "misses", "MB per token", "x bound", "ms per token"), rows)
 
 
 def _layers(report: Report, path: Path) -> str:
     fates = report.fates
-    rows = [("", [f"layer {layer.layer}", _percent(layer.recall), _percent(layer.found),
+    rows = [("", [f"layer {layer.layer}", percent(layer.recall), percent(layer.found),
                   "–" if layer.width is None else f"{layer.width:.1f}",
-                  _percent(sum(layer.hits) / max(sum(layer.uses), 1))]) for layer in report.layers]  # fmt: skip
+                  percent(sum(layer.hits) / max(sum(layer.uses), 1))]) for layer in report.layers]  # fmt: skip
     told = (
         f"<p>Of {fates.loads:,} experts read on a guess while decoding, {fates.in_time:,} were there in time, "
         f"{fates.late:,} came late, {fates.later:,} were wrong and served a later token, {fates.wasted:,} were given "
@@ -197,7 +198,7 @@ def _layers(report: Report, path: Path) -> str:
 
 def _small_print(report: Report) -> str:
     timing = report.timing
-    read = "not known, as nothing was read" if timing.bytes_per_s is None else speed(timing.bytes_per_s)
+    read = "not known, as nothing was read" if timing.bytes_per_s is None else format_speed(timing.bytes_per_s)
     source = "as given" if timing.is_bandwidth_given else "bytes over time of the recorded run's own reads"
     items = [
         "Only decoding is replayed: the experts of a prompt pass by without staying, whatever the rule.",
@@ -227,11 +228,3 @@ def _table(head: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> st
         f'<tr class="{kind}">' + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>" for kind, cells in rows
     )
     return f'<div class="wide"><table><tr>{titles}</tr>{lines}</table></div>'
-
-
-def _times(multiple: float | None) -> str:
-    return "–" if multiple is None else f"{multiple:.2f}"
-
-
-def _percent(share: float | None) -> str:
-    return "–" if share is None else f"{100 * share:.1f} %"

@@ -9,7 +9,7 @@ from foreroute.cli import figures, options, requests
 from foreroute.cli.forecast import ASSUMPTIONS, Case, forecast
 from foreroute.config import EngineConfig, Plan
 from foreroute.memory.serving_budget import ServingNeeds
-from foreroute.units import format_memory
+from foreroute.units import format_memory, format_speed
 
 if TYPE_CHECKING:
     from foreroute.bench.bandwidth import Bandwidth
@@ -330,7 +330,7 @@ def _speed_rows(found: Findings) -> list[figures.Row]:
         name, way = "link", "from pinned host memory"
     absent_bytes = (1 - plan.resident_share) * plan.total_expert_bytes
     return [
-        (name, f"{disk.bytes_per_s / 1e6:,.0f} MB/s",
+        (name, format_speed(disk.bytes_per_s),
          f"measured: {disk.num_experts:,} random experts in {disk.elapsed_s:.1f} s, {way}"),
         ("compute", figures.number(found.compute_ms, "ms"), f"measured: one token, its experts in memory, {_on(plan)}"),
         ("long prompt", figures.number(absent_bytes / disk.bytes_per_s, "s"), "of reading: it uses every expert once"),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from foreroute.cli import figures, options
 from foreroute.errors import BudgetError, TraceError
-from foreroute.units import format_memory, parse_memory
+from foreroute.units import format_memory, format_speed, megabytes, parse_memory
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -193,10 +193,9 @@ def _print(report: "Report", written: list[Path]) -> None:
 
 
 def _print_run(console: "Console", report: "Report") -> None:
-    from foreroute.report.style import speed
 
     header, timing, fates = report.recording.header, report.timing, report.fates
-    read = "not known" if timing.bytes_per_s is None else speed(timing.bytes_per_s)
+    read = "not known" if timing.bytes_per_s is None else format_speed(timing.bytes_per_s)
     rows: list[figures.Row] = [
         ("model", header.model, f"{header.num_layers} MoE layers, {header.num_experts} experts of "
          f"{format_memory(max(header.expert_bytes))} ({header.codec})"),
@@ -223,8 +222,8 @@ def _rows(report: "Report", budget: "Budget") -> list[list[str]]:
             name,
             figures.percent(outcome.hit_rate),
             figures.number(outcome.misses_per_token),
-            _mb(outcome.bytes_per_token),
-            _times(budget.over_belady(outcome.bytes_per_token)),
+            megabytes(outcome.bytes_per_token),
+            figures.number(budget.over_belady(outcome.bytes_per_token), decimals=2),
             "–" if tpot is None else figures.span(*tpot, "").rstrip(),
         ])  # fmt: skip
     if budget.is_recorded:
@@ -233,25 +232,16 @@ def _rows(report: "Report", budget: "Budget") -> list[list[str]]:
             "recorded",
             figures.percent(did.hits / max(did.demanded, 1)),
             figures.number(did.misses / did.tokens),
-            _mb(did.bytes_per_token),
-            _times(budget.over_belady(did.bytes_per_token)),
+            megabytes(did.bytes_per_token),
+            figures.number(budget.over_belady(did.bytes_per_token), decimals=2),
             figures.number(report.timing.step_ms),
         ])  # fmt: skip
     return rows
 
 
-def _mb(nbytes: float) -> str:
-    """Megabytes; small models read little."""
-    return f"{nbytes / 1e6:.3f}" if nbytes < 1e6 else figures.number(nbytes / 1e6)
-
-
-def _times(multiple: float | None) -> str:
-    return "–" if multiple is None else f"{multiple:.2f}"
-
-
 def _remarks(report: "Report") -> list[str]:
     did, remarks = report.recorded, []
-    mb = [_mb(nbytes) for nbytes in (did.demand_bytes, did.prefetch_bytes, did.fill_bytes)]
+    mb = [megabytes(nbytes) for nbytes in (did.demand_bytes, did.prefetch_bytes, did.fill_bytes)]
     share = figures.percent(did.late / max(did.demanded, 1))
     remarks.append(
         f"The recorded run read {mb[0]} MB/token on demand, {mb[1]} on guesses and {mb[2]} afterwards; {share} of its "

@@ -139,17 +139,13 @@ def _print(scores: "Scores", *, is_fitted: bool) -> None:
         mean = entry["mean"]
         shares = [mean[figure] for figure in ("recall_k", "recall_k2", "recall_2k", "exact_set_k", "missed_mass")]
         shares.append(entry["recall_k"][0])
-        grid.append([name, *map(_per_cent, shares), figures.number(entry["cost_us"])])
+        grid.append([name, *(figures.percent(share, 1, "") for share in shares), figures.number(entry["cost_us"])])
     console = figures.stdout_console()
     figures.print_grid(console, head, grid)
     console.print(f"In %, {scores.num_tokens:,} tokens, means over the MoE layers after the first.", style="dim")
     gap = gap_closed(scores)
     if gap is not None:
-        parts = ", ".join(f"{_per_cent(gap[name])} % in {text}" for name, text in _GAP_NAMES.items())
+        parts = ", ".join(f"{figures.percent(gap[name], 1)} in {text}" for name, text in _GAP_NAMES.items())
         console.print(f"Of the way from default vectors to the late ceiling (before attention): {parts}.", style="dim")
     if not is_fitted:
         console.print("Nothing is fitted to this model yet: `foreroute fit` makes better guesses.", style="dim")
-
-
-def _per_cent(share: float | None) -> str:
-    return "–" if share is None else f"{100 * share:.1f}"
