@@ -188,7 +188,7 @@ def partial_path(path: Path) -> Path:
 
 
 def claim_store(path: Path) -> Claim:
-    """The right to write the store that will be at `path`, by its partial file; none else is told of it meanwhile.
+    """The right to write the store that will be at `path`, by its partial file.
 
     Raises:
         StoreError: another process is writing it, or nothing can be written there.
@@ -283,15 +283,11 @@ class StoreWriter:
     def _begin(self) -> None:
         os.ftruncate(self._claim.fd, 0)
         try:
-            self._reserve()
+            # Reserved at once: a disk that is too full says so now, not after an hour.
+            os.posix_fallocate(self._claim.fd, 0, self.nbytes)
         except KeyboardInterrupt:
-            # Full of zeros: nothing that could be gone on with.
             self._claim.discard()
             raise
-
-    def _reserve(self) -> None:
-        # Reserved at once: a disk that is too full says so now, not after an hour.
-        os.posix_fallocate(self._claim.fd, 0, self.nbytes)
         preamble = _PREAMBLE.pack(_MAGIC, len(self._header), xxhash.xxh3_64_intdigest(self._header))
         _write_all(self._claim.fd, memoryview(preamble + self._header), 0)
 
