@@ -31,9 +31,9 @@ NOT_RESOLVED, NOT_REACHED = 1, 2
 _TIMEOUT_S = 900
 # Of pip's settings in the environment: how the index is reached, not what is taken from where.
 _HOW_TO_REACH = frozenset({"PIP_CERT", "PIP_CLIENT_CERT", "PIP_PROXY", "PIP_TIMEOUT", "PIP_DEFAULT_TIMEOUT"})
-_UNREACHABLE = re.compile(
-    r"connection broken|Connection refused|ConnectionError|ConnectTimeout|ProxyError|SSLError|HTTP error 5"
-)
+# What pip writes when it has tried for the last time, or when what answers is no index.
+_UNREACHABLE = re.compile(r"Retry\(total=0,|ERROR:.*(ConnectionError|Timeout|SSLError|ProxyError|HTTP error 5)")
+_CAUSE = "The conflict is caused by:"
 
 
 class ResolveError(Exception):
@@ -108,7 +108,7 @@ def plan(case: Case, wheel: Path, folder: Path) -> tuple[list[dict[str, Any]], s
         command += ["--python", python]
     report, constraints = folder / "report.json", folder / "constraints.txt"
     constraints.write_text("".join(f"{name}=={version}\n" for name, version in case.pins.items()))
-    command += ["install", "--dry-run", "--ignore-installed", "--quiet", "--report", str(report)]
+    command += ["install", "--dry-run", "--ignore-installed", "--progress-bar=off", "--report", str(report)]
     # Where the index has no separate metadata, a wheel's is read out of its middle.
     command += [
         "--use-feature=fast-deps",
@@ -127,20 +127,27 @@ def plan(case: Case, wheel: Path, folder: Path) -> tuple[list[dict[str, Any]], s
             f"{case.label}: pip did not end within {_TIMEOUT_S} s; nothing was checked.", NOT_REACHED
         ) from None
     if ran.returncode:
-        raise why(case.label, ran.stderr)
+        raise why(case.label, ran.stdout, ran.stderr)
     installs: list[dict[str, Any]] = json.loads(report.read_text())["install"]
     return installs, note
 
 
-def why(label: str, said: str) -> ResolveError:
-    """The error for what pip said on standard error."""
-    if _UNREACHABLE.search(said):
+def why(label: str, told: str, said: str) -> ResolveError:
+    """The error for what pip told on standard output and said on standard error."""
+    lines = [line for line in said.splitlines() if line.strip()]
+    failures = [line for line in lines if _UNREACHABLE.search(line)]
+    if failures:
         return ResolveError(
-            f"{label}: the package index cannot be reached, so nothing was checked. Run it again where it can.\n{said}",
+            f"{label}: the package index cannot be reached, so nothing was checked. Run it again where it can.\n"
+            f"    {failures[-1]}",
             NOT_REACHED,
         )
-    lines = [line for line in said.splitlines() if line.strip() and not line.startswith("WARNING")]
-    return ResolveError("\n    ".join([f"{label}: pip finds no versions that fit together:", *lines]))
+    # Which packages want what stands on standard output, in the midst of hints.
+    cause = told.partition(_CAUSE)[2].partition("\n\n")[0].splitlines()
+    errors = [line for line in lines if not line.startswith("WARNING")]
+    return ResolveError(
+        "\n    ".join([f"{label}: pip finds no versions that fit together:", *filter(None, cause), *errors])
+    )
 
 
 def differences(installs: list[dict[str, Any]], pins: Mapping[str, str]) -> list[str]:

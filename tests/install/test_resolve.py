@@ -12,10 +12,16 @@ from tests.install import resolve
 from tests.install.resolve import NOT_REACHED, NOT_RESOLVED, differences, index_alone, read_pins, untested, why
 from tests.support.wheel import ROOT
 
-CONFLICT = """WARNING: pip is using lazily downloaded wheels
-ERROR: Cannot install foreroute because these package versions have conflicting dependencies.
+TOLD = """Collecting triton
+
+The conflict is caused by:
     torch 2.13.0 depends on triton==3.7.1
     The user requested (constraint) triton==3.9.0
+
+To fix this you could try to:
+"""
+SAID = """WARNING: pip is using lazily downloaded wheels
+ERROR: Cannot install foreroute because these package versions have conflicting dependencies.
 """
 
 
@@ -54,9 +60,10 @@ def test_nothing_that_pip_is_told_on_this_machine_counts() -> None:
 
 
 def test_a_conflict_is_told_in_pips_words() -> None:
-    error = why("Python 3.11", CONFLICT)
+    error = why("Python 3.11", TOLD, SAID)
     assert error.code == NOT_RESOLVED
     assert "torch 2.13.0 depends on triton==3.7.1" in str(error)
+    assert "To fix" not in str(error)
 
 
 def test_an_index_that_is_not_reached_is_no_success_and_no_conflict(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,12 +72,12 @@ def test_an_index_that_is_not_reached_is_no_success_and_no_conflict(monkeypatch:
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     for name in ("NO_PROXY", "no_proxy"):
         monkeypatch.delenv(name, raising=False)
-    command = [sys.executable, "-m", "pip", "install", "--dry-run", "--quiet", "--retries", "1", "--ignore-installed"]
+    command = [sys.executable, "-m", "pip", "install", "--dry-run", "--retries", "1", "--ignore-installed"]
     ran = subprocess.run(
         [*command, "numpy"], env=index_alone(resolve.os.environ), capture_output=True, text=True, check=False
     )
     assert ran.returncode
-    error = why("Python 3.11", ran.stderr)
+    error = why("Python 3.11", ran.stdout, ran.stderr)
     assert error.code == NOT_REACHED
     assert "cannot be reached" in str(error)
 
