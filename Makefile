@@ -4,8 +4,7 @@ PY     := .venv/bin/python
 STAMP  := .venv/.installed
 PIP    := $(PY) -m pip install --disable-pip-version-check --quiet
 
-# The oldest transformers that pyproject.toml allows, in an environment of its own.
-OLDEST    := 5.17.0
+# .venv has the newest transformers that pyproject.toml allows; the oldest is in an environment of its own.
 OLD_VENV  := .venv-5.17
 OLD_PY    := $(OLD_VENV)/bin/python
 OLD_STAMP := $(OLD_VENV)/.installed
@@ -14,7 +13,7 @@ OLD_PIP   := $(OLD_PY) -m pip install --disable-pip-version-check --quiet -c $(O
 JOBS := 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest families-oldest check format held-out bench clean
+.PHONY: help demo test test-oldest check-oldest check resolve format held-out bench clean
 
 help:            ## this list
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 20
@@ -29,14 +28,18 @@ test: $(STAMP)   ## all tests (ARGS="-k name -x" for some, JOBS=0 for one proces
 test-oldest: $(OLD_STAMP) ## the same with the oldest transformers that is meant to work
 	$(OLD_PY) -m pytest -p no:cacheprovider $(ARGS)
 
-families-oldest: $(OLD_STAMP) ## every model family, with that oldest transformers
-	$(OLD_PY) -m pytest -p no:cacheprovider tests/families $(ARGS)
+check-oldest: $(OLD_STAMP) ## what CI runs with it: the installed wheel, every model family, the gates of generation
+	OMP_NUM_THREADS=1 $(OLD_PY) -m pytest -p no:cacheprovider -n $(JOBS) --dist loadfile \
+	  tests/families tests/cli/test_wheel.py tests/gates/test_generation.py tests/gates/test_seam.py $(ARGS)
 
 check: $(STAMP)  ## format, lint, types, and who may import whom
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
 	$(PY) -m mypy
 	.venv/bin/lint-imports
+
+resolve: $(STAMP) ## whether the pins install from the package index alone, for every Python (plans, installs nothing)
+	$(PY) -m tests.install.resolve
 
 format: $(STAMP) ## rewrite the sources as `check` wants them
 	$(PY) -m ruff check --fix-only .
@@ -60,15 +63,16 @@ $(STAMP): pyproject.toml constraints.txt
 	  "Development needs Python 3.11 or newer, this is %d.%d. Try: make PYTHON=python3.12 ..." % sys.version_info[:2])'
 	@echo "Setting up .venv (once, some minutes) ..."
 	@test -x $(PY) || $(PYTHON) -m venv .venv
-	$(PIP) -c constraints.txt torch==2.13.0
+	$(PIP) -c constraints.txt pip torch
 	$(PIP) -c constraints.txt -e '.[dev]'
 	@touch $@
 
-# All else as pinned, but for what transformers itself pins to older versions.
-$(OLD_STAMP): pyproject.toml constraints.txt
+# All else as pinned, but for what the oldest transformers itself holds to older versions.
+$(OLD_STAMP): pyproject.toml constraints.txt constraints-oldest.txt
 	@echo "Setting up $(OLD_VENV) (once, some minutes) ..."
 	@test -x $(OLD_PY) || $(PYTHON) -m venv $(OLD_VENV)
-	@grep -vE '^(transformers|huggingface_hub)==' constraints.txt > $(OLD_VENV)/constraints.txt
-	$(OLD_PIP) torch==2.13.0
-	$(OLD_PIP) transformers==$(OLDEST) -e '.[dev]'
+	@sed -n 's/==.*/==/p' constraints-oldest.txt | grep -vFf - constraints.txt > $(OLD_VENV)/constraints.txt
+	@cat constraints-oldest.txt >> $(OLD_VENV)/constraints.txt
+	$(OLD_PIP) pip torch
+	$(OLD_PIP) -e '.[dev]'
 	@touch $@

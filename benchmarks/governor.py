@@ -20,6 +20,7 @@ import torch
 
 from benchmarks import _harness
 from foreroute import EngineConfig
+from foreroute.model.caches import cache_argument, cache_of
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "off": {"prefetch": "none"},
@@ -37,7 +38,7 @@ def decode(model: Any, prompt: torch.Tensor, tokens: int) -> tuple[float, list[i
         for _ in range(tokens):
             token = output.logits[:, -1:].argmax(-1)
             chosen.append(int(token))
-            output = model(token, past_key_values=output.past_key_values, use_cache=True)
+            output = model(token, **cache_argument(cache_of(output)), use_cache=True)
     return 1e3 * (time.perf_counter() - began) / tokens, chosen
 
 

@@ -23,6 +23,7 @@ from transformers import DynamicCache
 
 from benchmarks import _harness
 from foreroute import EngineConfig
+from foreroute.model.caches import cache_argument
 
 _KERNELS = ("_weight_int4pack_mm_for_cpu", "_weight_int8pack_mm")
 
@@ -51,7 +52,7 @@ def decode(model: Any, tokens: int) -> float:
     with torch.inference_mode():
         for _ in range(tokens):
             began = time.perf_counter()
-            token = model(token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+            token = model(token, **cache_argument(cache), use_cache=True).logits[:, -1:].argmax(-1)
             seconds.append(time.perf_counter() - began)
     return statistics.median(seconds)
 

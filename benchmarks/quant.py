@@ -22,6 +22,7 @@ from benchmarks import _harness
 from foreroute import EngineConfig
 from foreroute.checkpoint.codecs import CODECS, STORED
 from foreroute.checkpoint.locate import read_index
+from foreroute.model.caches import cache_argument, cache_of
 from foreroute.model.skeleton import outline
 from foreroute.prepare.pack import pack
 from foreroute.prepare.quantise import Quantiser
@@ -47,7 +48,7 @@ def decode_ms(model: Any, prompt: torch.Tensor, tokens: int) -> float:
         started = time.perf_counter()
         for _ in range(tokens):
             token = output.logits[:, -1:].argmax(-1)
-            output = model(token, past_key_values=output.past_key_values, use_cache=True)
+            output = model(token, **cache_argument(cache_of(output)), use_cache=True)
     return 1e3 * (time.perf_counter() - started) / tokens
 
 

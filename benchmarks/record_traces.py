@@ -14,6 +14,7 @@ import torch
 
 import foreroute
 from foreroute import EngineConfig
+from foreroute.model.caches import cache_argument, cache_of
 from foreroute.model.text import load_tokenizer
 from foreroute.prepare.corpus import read_corpus
 
@@ -26,9 +27,9 @@ def record(folder: Path, memory: str, texts: list[Path], tokens: Sequence[int], 
     try:
         with torch.inference_mode():
             for window in corpus.windows[:passages, None]:
-                cache = model(input_ids=window[:, :prompt], use_cache=True).past_key_values
+                cache = cache_of(model(input_ids=window[:, :prompt], use_cache=True))
                 for at in range(prompt, prompt + fed):
-                    cache = model(input_ids=window[:, at : at + 1], past_key_values=cache).past_key_values
+                    cache = cache_of(model(input_ids=window[:, at : at + 1], **cache_argument(cache)))
     finally:
         model.foreroute.close()
 

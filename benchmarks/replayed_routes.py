@@ -38,6 +38,7 @@ from foreroute import EngineConfig
 from foreroute.bench.bandwidth import measure_bandwidth
 from foreroute.checkpoint.locate import read_index
 from foreroute.checkpoint.records import open_store
+from foreroute.model.caches import cache_argument
 from foreroute.model.skeleton import outline
 from foreroute.residency.belady import belady_misses
 
@@ -168,7 +169,7 @@ class Rung:
         with torch.inference_mode():
             for _ in range(steps):
                 began = time.perf_counter()
-                self.model(token, past_key_values=cache, use_cache=True)
+                self.model(token, **cache_argument(cache), use_cache=True)
                 seconds.append(time.perf_counter() - began)
                 self.replay.advance()
         return seconds, self.model.foreroute.stats().minus(before)

@@ -11,6 +11,8 @@ import foreroute  # noqa: F401  before torch, which then spins less
 # isort: split
 import torch
 
+from foreroute.model.caches import cache_argument, cache_of
+
 _RESIDENT_STEPS, _OFFLOADED_STEPS = 32, 2
 
 
@@ -67,11 +69,11 @@ def _decode(model: Any, steps: int) -> list[float]:
     token = torch.ones(1, 1, dtype=torch.int64, device="cuda")
     seconds = []
     with torch.no_grad():
-        cache = model(input_ids=token.expand(1, 8), use_cache=True).past_key_values
+        cache = cache_of(model(input_ids=token.expand(1, 8), use_cache=True))
         for _ in range(steps):
             torch.cuda.synchronize()
             started_s = time.perf_counter()
-            cache = model(input_ids=token, past_key_values=cache, use_cache=True).past_key_values
+            cache = cache_of(model(input_ids=token, **cache_argument(cache), use_cache=True))
             torch.cuda.synchronize()
             seconds.append(time.perf_counter() - started_s)
     return seconds

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from foreroute.errors import ReadError
+from foreroute.model.caches import cache_argument, cache_of
 from foreroute.residency.slots import LEASED, LOADING
 from tests.support.broken import copied, read_parts
 from tests.support.runs import ONE_PROMPT, THREE_PROMPTS, assert_same_bits, generate, packed_store
@@ -91,7 +92,7 @@ def test_decoding_stops_too(load, folder, expected, monkeypatch):
         phases.append(model.foreroute.runtime.is_prefill)
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    cache = model(ONE_PROMPT.ids, use_cache=True).past_key_values
+    cache = cache_of(model(ONE_PROMPT.ids, use_cache=True))
     with monkeypatch.context() as patch:
         patch.setattr(os, "preadv", failing)
         with pytest.raises(ReadError) as caught:
@@ -103,7 +104,7 @@ def test_decoding_stops_too(load, folder, expected, monkeypatch):
 
 def decode(model, num_tokens, cache):
     for token in range(num_tokens):
-        model(ONE_PROMPT.ids[:, :1] + token, past_key_values=cache)
+        model(ONE_PROMPT.ids[:, :1] + token, **cache_argument(cache))
 
 
 @pytest.mark.parametrize("num_bytes", [0, 7])

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from foreroute.errors import PromptError
+from foreroute.model.caches import cache_argument, cache_of
 from tests.support.families import CONTEXT, FAMILIES
 from tests.support.runs import ONE_PROMPT, Batch, assert_same_bits, generate, make_batch, watch_reads
 
@@ -30,10 +31,10 @@ def test_longer_with_what_the_cache_holds(checkpoints, references, load):
     """A chat's next turn: the cache counts."""
     folder = checkpoints.get("qwen3_moe")
     model, first = load(folder), make_batch(CONTEXT - 10)
-    cache = model(first.ids, use_cache=True).past_key_values
-    refused(model, f"{CONTEXT + 2} tokens", input_ids=make_batch(12).ids, past_key_values=cache)
+    cache = cache_of(model(first.ids, use_cache=True))
+    refused(model, f"{CONTEXT + 2} tokens", input_ids=make_batch(12).ids, **cache_argument(cache))
     tail = make_batch(10)
-    assert model(tail.ids, past_key_values=cache).logits.shape[1] == 10
+    assert model(tail.ids, **cache_argument(cache)).logits.shape[1] == 10
 
 
 def test_as_embeddings(checkpoints, load):

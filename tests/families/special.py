@@ -17,6 +17,15 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "gemma4_text": {"enable_moe_block": True, "num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 48},
     "glm5_next_text": {"index_kpool": 4, "mlp_layer_types": _ONE_DENSE},
     "granitemoehybrid": {"layer_types": _HYBRID},
+    "hy_v4_vl_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]}},
+    # Layers 2 and 3 of six are passed three times.
+    "inkling2_loop_text": {
+        "num_hidden_layers": 6,
+        "n_layers_per_attn_res_block": 2,
+        "loop_layer_index_start": 2,
+        "loop_layer_index_end": 4,
+        "loop_gate_rank": 8,
+    },
     "kimi_linear": {"layer_types": _HYBRID},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "nemotron_h": {"layers_block_type": ["linear_attention", "moe", "full_attention", "moe"]},
@@ -30,10 +39,17 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "zaya": {"num_experts_per_tok": 1},
 }
 
+_INKLING2_LOOP = (
+    "its experts are published as NVFP4 and MXFP8 with scales that only transformers' own loader reads, and it passes "
+    "its middle layers several times for each token"
+)
+
 # Why a model type cannot work, each of them refused before work starts (test_families.py).
 CANNOT: dict[str, str] = {
     "diffusion_gemma": "it writes by diffusion, many tokens at a time: no causal language model",
     "ernie4_5_vl_moe": "its text and vision experts are stored as one and split while loading",
+    "inkling2_loop": _INKLING2_LOOP,
+    "inkling2_loop_text": _INKLING2_LOOP,
     "openai_privacy_filter": "a token classifier: it writes no text",
     "qwen3_omni_moe": "several models in one; its thinker is a model type of its own",
 }
@@ -61,8 +77,8 @@ ROUTE_THEMSELVES: dict[str, str] = {"jamba": "with transformers 5.17, whose bloc
 # depend on what is computed at once, or caches of a class of their own.
 ONE_ROW = frozenset({
     "axk2", "bailing_hybrid", "deepseek_v32", "deepseek_v4", "dots3_note_text", "gemma4", "glm4v_moe",
-    "glm5_next", "glm_moe_dsa", "granitemoehybrid", "hy_v4", "inkling2", "inkling2_text", "inkling_text",
-    "jamba", "kimi_linear", "lfm2_moe", "minimax", "mistral_large4", "nemotron_h", "phimoe", "qwen3_5_moe",
+    "glm5_next", "glm_moe_dsa", "granitemoehybrid", "hy_v4", "hy_v4_vl", "inkling2", "inkling2_text", "inkling_text",
+    "jamba", "kimi_linear", "lara_mini", "lfm2_moe", "minimax", "mistral_large4", "nemotron_h", "phimoe", "qwen3_5_moe",
     "qwen3_5_moe_text", "qwen3_next", "qwen3_vl_moe", "qwen4_exp", "qwen4_exp_text", "unlimited_ocr",
     "zaya",
 })  # fmt: skip

@@ -6,6 +6,7 @@ from threading import Thread
 import pytest
 import torch
 
+from foreroute.model.caches import cache_argument, cache_of
 from tests.support.runs import ONE_PROMPT, THREE_PROMPTS, assert_same_bits, generate, make_batch
 
 PROMPT = "Once upon a time"
@@ -176,8 +177,8 @@ def stepwise(model, ids):
     """Greedy tokens, one per `next`."""
     past = None
     while True:
-        out = model(ids, past_key_values=past, use_cache=True)
-        past, ids = out.past_key_values, out.logits[:, -1:].argmax(-1)
+        out = model(ids, **cache_argument(past), use_cache=True)
+        past, ids = cache_of(out), out.logits[:, -1:].argmax(-1)
         yield int(ids)
 
 

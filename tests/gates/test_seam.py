@@ -7,14 +7,18 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
-from foreroute.errors import CorruptCheckpointError
+from foreroute.checkpoint.locate import read_index
+from foreroute.errors import CorruptCheckpointError, UnsupportedModelError
+from foreroute.model.blocks import probe
+from foreroute.model.caches import CACHE_NAME, cache_of
 from foreroute.model.experts import is_experts_class
-from foreroute.model.skeleton import outline, swapped_experts
+from foreroute.model.skeleton import load_skeleton, offloaded_modules, outline, swapped_experts
 from tests.support.checkpoints import save_hollow
 from tests.support.families import FAMILIES
-from tests.support.runs import assert_same_bits, expert_table, generate
+from tests.support.runs import ONE_PROMPT, assert_same_bits, expert_table, generate
 
 ROOT = Path(__file__).parents[2]
 
@@ -162,3 +166,24 @@ def test_g34_memory_stays_within_the_budget(checkpoints, tmp_path):
     assert large["experts"] > 800e6
     assert large["evictions"] > 0
     assert large["peak"] - tiny["peak"] < large["budget"] + large["dense"] + 150e6
+
+
+@pytest.mark.parametrize("name", sorted({CACHE_NAME, "past_key_values"}))
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
+def test_g35_a_step_with_a_cache_is_decoding_under_every_name_of_the_cache(checkpoints, load, name):
+    model = load(checkpoints.get("mixtral"))
+    cache = cache_of(model(ONE_PROMPT.ids, use_cache=True))
+    before = model.foreroute.stats()
+    model(torch.tensor([[5]]), **{name: cache})
+    after = model.foreroute.stats().minus(before)
+    assert (after.prefill.steps, after.decode.steps) == (0, 1)
+
+
+def test_g36_layers_that_are_passed_several_times_are_refused(checkpoints):
+    folder = checkpoints.get("mixtral")
+    model = load_skeleton(folder, outline(folder, read_index(folder)), "auto")
+    assert probe(model, offloaded_modules(model))
+    model.model.layers.append(model.model.layers[0])
+    model.config.num_hidden_layers += 1
+    with pytest.raises(UnsupportedModelError, match=r"layers\.0\..* several times for one token"):
+        probe(model, offloaded_modules(model))

@@ -9,6 +9,7 @@ import torch
 
 from foreroute.errors import PolicyError
 from foreroute.evals.fetched_only import fetched_only
+from foreroute.model.caches import cache_argument, cache_of
 from foreroute.policy import Policy
 from foreroute.transfer.load import Load
 from tests.policies.conftest import FAMILIES
@@ -61,10 +62,10 @@ class TestEveryFamily:
         monkeypatch.setattr(runtime.transfer, "demand", lambda key, slot: (demanded.append(key), inner(key, slot)))
         promote = runtime.transfer.promote
         monkeypatch.setattr(runtime.transfer, "promote", lambda key: (demanded.append(key), promote(key)))
-        cache = model(ONE_PROMPT.ids, use_cache=True).past_key_values
+        cache = cache_of(model(ONE_PROMPT.ids, use_cache=True))
         demanded.clear()
         for token in range(20, 40):
-            model(torch.tensor([[token]]), past_key_values=cache, use_cache=True)
+            model(torch.tensor([[token]]), **cache_argument(cache), use_cache=True)
         assert demanded, "layer 0 never waited: the test shows nothing"
         assert {key // runtime.table.num_experts for key in demanded} == {0}
         decode = model.foreroute.stats().decode
@@ -141,9 +142,9 @@ class TestEveryFamily:
 def decoded(model: Any, ids: torch.Tensor, given: int) -> torch.Tensor:
     """Logits [tokens, vocabulary] of the tokens behind the first `given`, decoded one by one."""
     with torch.no_grad():
-        cache = model(input_ids=ids[:, :given], use_cache=True).past_key_values
+        cache = cache_of(model(input_ids=ids[:, :given], use_cache=True))
         said = [
-            model(input_ids=ids[:, at : at + 1], past_key_values=cache, use_cache=True).logits[0, -1]
+            model(input_ids=ids[:, at : at + 1], **cache_argument(cache), use_cache=True).logits[0, -1]
             for at in range(given, ids.shape[1])
         ]
     return torch.stack(said)
@@ -224,9 +225,9 @@ def test_paper_holds_where_a_layer_is_streamed(load_fitted, monkeypatch):
 
     monkeypatch.setattr(runtime.approximation, "see", seeing)
     monkeypatch.setattr(runtime, "_compute_streamed", streaming)
-    cache = model(ONE_PROMPT.ids, use_cache=True).past_key_values
+    cache = cache_of(model(ONE_PROMPT.ids, use_cache=True))
     streamed.clear()
-    model(torch.tensor([[20]]), past_key_values=cache, use_cache=True)
+    model(torch.tensor([[20]]), **cache_argument(cache), use_cache=True)
     assert len(made) == len(streamed) == len(model.foreroute.layers)
     assert streamed[1:] == [guess.ids.tolist() for guess in made[:-1]]
     decode = model.foreroute.stats().decode
@@ -256,11 +257,11 @@ def test_paper_executes_the_guess(load_fitted):
         return guess
 
     approximation.see = seeing
-    cache = model(ONE_PROMPT.ids, use_cache=True).past_key_values
+    cache = cache_of(model(ONE_PROMPT.ids, use_cache=True))
     routed.clear()
     assert not executed, "a prompt is exact"
     for token in range(20, 30):
-        model(torch.tensor([[token]]), past_key_values=cache, use_cache=True)
+        model(torch.tensor([[token]]), **cache_argument(cache), use_cache=True)
     assert [layer for layer, _ in executed] == [layer for layer, _ in routed]
     # And it is the guess that was made one layer before.
     assert all(ids == guessed[at - 1] for at, (layer, ids) in enumerate(executed) if layer > 0)

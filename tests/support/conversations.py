@@ -9,6 +9,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
 
 from foreroute.generation.generate import GenerationReport, generate
+from foreroute.model.caches import cache_argument
 from tests.support.runs import make_batch
 
 PROMPT = make_batch(23).ids
@@ -49,14 +50,14 @@ def fed(
 ) -> tuple[list[int], list[torch.Tensor]]:
     """What a resident model says greedily after these pieces, each computed at once, one after the other."""
     for piece in pieces:
-        logits = model(piece, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1].float()
+        logits = model(piece, **cache_argument(cache), use_cache=True, logits_to_keep=1).logits[:, -1].float()
     tokens, seen = [], []
     while len(tokens) < new_tokens:
         seen.append(logits)
         token = logits.argmax(-1, keepdim=True)
         tokens.append(int(token))
         if len(tokens) < new_tokens:
-            logits = model(token, past_key_values=cache, use_cache=True).logits[:, -1].float()
+            logits = model(token, **cache_argument(cache), use_cache=True).logits[:, -1].float()
     return tokens, seen
 
 

@@ -10,7 +10,7 @@ from transformers.cache_utils import DynamicCache
 
 from foreroute.batching.row_layers import RowLayer, RowLengths
 from foreroute.engine.moe_step import Runtime
-from foreroute.model.caches import can_be_continued, is_ordinary, new_cache
+from foreroute.model.caches import cache_argument, cache_of, can_be_continued, is_ordinary, new_cache
 
 
 def why_not_batched(model: Any) -> str:
@@ -137,7 +137,7 @@ class RowsCache:
             assert can_be_padded(model), "rows of one length, or an engine that leaves padding out"
             runtime.padding = (from_end >= real).flatten()
         try:
-            out = model(input_ids=ids, past_key_values=self._cache, use_cache=True, return_dict=True, **kwargs)
+            out = model(input_ids=ids, **cache_argument(self._cache), use_cache=True, return_dict=True, **kwargs)
         finally:
             if has_padding:
                 runtime.padding = None
@@ -180,9 +180,9 @@ class OneRow:
         kwargs = {"logits_to_keep": 1} if self._keeps_last and not all_logits else {}
         ids = torch.tensor([list(tokens[0])], device=self._model.device)
         cache = new_cache(self._model) if self._cache is None else self._cache
-        out = self._model(input_ids=ids, past_key_values=cache, use_cache=True, return_dict=True, **kwargs)
+        out = self._model(input_ids=ids, **cache_argument(cache), use_cache=True, return_dict=True, **kwargs)
         # A family with a cache of its own class makes it, and wants it back.
-        self._cache = out.past_key_values
+        self._cache = cache_of(out)
         self.lengths = [self.lengths[0] + len(tokens[0])]
         logits: torch.Tensor = out.logits
         return logits

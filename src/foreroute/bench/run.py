@@ -10,6 +10,7 @@ import torch
 
 from foreroute.engine.chunks import split_prompt
 from foreroute.engine.stats import PhaseStats
+from foreroute.model.caches import cache_argument, cache_of
 
 
 @dataclass(frozen=True)
@@ -64,14 +65,14 @@ def run_once(model: Any, window: torch.Tensor, case: Case, clock: Callable[[], f
     started_s = clock()
     cache = None
     for chunk in split_prompt(window[:, : case.prompt_tokens], model.foreroute.plan.prefill_chunk):
-        output = model(input_ids=chunk, past_key_values=cache, use_cache=True, **options)
-        cache = output.past_key_values
+        output = model(input_ids=chunk, **cache_argument(cache), use_cache=True, **options)
+        cache = cache_of(output)
     chosen = [output.logits[:, -1].argmax(-1)]
     first_s = last_s = clock()
     for at in range(case.prompt_tokens, case.prompt_tokens + case.num_decode_passes):
         token = window[:, at : at + 1]
-        output = model(input_ids=token, past_key_values=cache, use_cache=True, **options)
-        cache = output.past_key_values
+        output = model(input_ids=token, **cache_argument(cache), use_cache=True, **options)
+        cache = cache_of(output)
         chosen.append(output.logits[:, -1].argmax(-1))
         last_s = clock()
     stats = model.foreroute.stats().minus(before)

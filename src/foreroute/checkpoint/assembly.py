@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from foreroute.checkpoint.index import ITEMSIZE, TensorEntry
 from foreroute.errors import CorruptCheckpointError, UnsupportedModelError
 
+_KNOWN = frozenset({"MergeModulelist", "Concatenate", "Transpose", "Interleave", "Chunk"})
+
 
 @dataclass(frozen=True, slots=True)
 class Operation:
@@ -69,6 +71,7 @@ def assemble(inputs: Sequence[Assembled], operations: Sequence[Operation], targe
         UnsupportedModelError: an operation that is not known here, named.
         CorruptCheckpointError: the result has another shape than the model's tensor.
     """
+    check_known(operations)
     tensors = list(inputs)
     expected = (1, *target_shape)
     for operation in operations:
@@ -81,6 +84,16 @@ def assemble(inputs: Sequence[Assembled], operations: Sequence[Operation], targe
             "config.json and the weights are of different models."
         )
     return tensors[0]
+
+
+def check_known(operations: Sequence[Operation]) -> None:
+    """Raises UnsupportedModelError: one of transformers' operations that is not known here, named."""
+    for operation in operations:
+        if operation.kind not in _KNOWN:
+            raise UnsupportedModelError(
+                f"The checkpoint's experts need transformers' {operation.kind} operation, which foreroute does not "
+                "know. Please report the model."
+            )
 
 
 def _apply(operation: Operation, tensors: list[Assembled], expected: tuple[int, ...]) -> list[Assembled]:
@@ -98,12 +111,8 @@ def _apply(operation: Operation, tensors: list[Assembled], expected: tuple[int, 
         return [_transpose(tensor, operation.dim, operation.other_dim) for tensor in tensors]
     if operation.kind == "Interleave":
         return [_interleave(tensor, operation.dim, operation.inverse) for tensor in tensors]
-    if operation.kind == "Chunk":
-        return [_chunk(tensor, operation.dim, operation.chunk_index, operation.num_chunks) for tensor in tensors]
-    raise UnsupportedModelError(
-        f"The checkpoint's experts need transformers' {operation.kind} operation, which foreroute does not know. "
-        "Please report the model."
-    )
+    assert operation.kind == "Chunk", "the operations are known"
+    return [_chunk(tensor, operation.dim, operation.chunk_index, operation.num_chunks) for tensor in tensors]
 
 
 def _at(values: tuple[int, ...], dim: int, value: int) -> tuple[int, ...]:

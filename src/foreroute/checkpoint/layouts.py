@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from foreroute.checkpoint.assembly import Assembled, Operation, Piece, assemble, whole
+from foreroute.checkpoint.assembly import Assembled, Operation, Piece, assemble, check_known, whole
 from foreroute.checkpoint.index import ITEMSIZE, CheckpointIndex, TensorEntry, merged
 from foreroute.checkpoint.stored_parts import StoredPart
 from foreroute.errors import CorruptCheckpointError, UnsupportedModelError
@@ -136,6 +136,7 @@ def layer_experts(name: str, num_experts: int, sources: Sequence[PartSource], in
     parts: list[Part] = []
     offset = 0
     for source in sources:
+        check_known(source.operations)  # before what else is amiss: such a checkpoint stores other tensors too
         dtype = _check_source(name, num_experts, source, index)
         nbytes = math.prod(source.shape) * ITEMSIZE[dtype]
         parts.append(Part(source.part, offset, nbytes, source.shape, dtype))
@@ -149,7 +150,8 @@ def _check_source(layer_name: str, num_experts: int, source: PartSource, index: 
     for group in source.groups:
         absent = [name for name in group if name not in index.tensors]
         if not group or absent:
-            raise CorruptCheckpointError(f"{layer_name}.{source.part}: {(absent or ['its tensors'])[0]} is not stored.")
+            missing = absent[0] if absent else "a tensor that it is made of"
+            raise CorruptCheckpointError(f"{layer_name}.{source.part}: {missing} is not stored.")
         first = _entry(source, group, 0, index)
         if _is_fused(source, group, index):
             stored_experts = first.shape[0]

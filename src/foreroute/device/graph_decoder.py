@@ -14,6 +14,7 @@ from transformers.cache_utils import StaticLayer
 from foreroute.device.tier import DeviceTier
 from foreroute.engine.chunks import split_prompt
 from foreroute.errors import PromptError, RefusedError
+from foreroute.model.caches import cache_argument
 from foreroute.transfer.cuda import out_of_memory_named
 
 # Batch sizes that have a graph.
@@ -142,7 +143,7 @@ class GraphDecoder:
     def _forward(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         # `forward` itself: the hook before a call reads the cache's length back.
         output = self._model.forward(
-            input_ids=tokens, position_ids=positions, past_key_values=self._cache, use_cache=True, return_dict=True
+            input_ids=tokens, position_ids=positions, **cache_argument(self._cache), use_cache=True, return_dict=True
         )
         return cast(torch.Tensor, output.logits)
 

@@ -16,6 +16,7 @@ import torch
 
 from foreroute.errors import EvaluationError
 from foreroute.evals.fetched_only import Tally, fetched_only
+from foreroute.model.caches import cache_argument, cache_of
 from foreroute.policy import Policy
 from foreroute.predict.sidecar import Sidecar
 from foreroute.units import format_memory
@@ -195,12 +196,12 @@ def price_decoding(
     try:
         for number, row in enumerate(texts.ids):
             prompt, rest = row[: texts.given], row[texts.given : -1]
-            cache = model(input_ids=prompt[None], use_cache=True).past_key_values
+            cache = cache_of(model(input_ids=prompt[None], use_cache=True))
             before = model.foreroute.stats()
             started = time.perf_counter()
             said = []
             for token in rest:
-                output = model(input_ids=token[None, None], past_key_values=cache, use_cache=True)
+                output = model(input_ids=token[None, None], **cache_argument(cache), use_cache=True)
                 said.append(output.logits[0, -1:])
             spent += time.perf_counter() - started
             costs.append(model.foreroute.stats().minus(before).decode)

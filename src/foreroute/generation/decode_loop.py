@@ -14,7 +14,7 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StoppingCriteriaList
 
 from foreroute.engine.chunks import split_prompt
-from foreroute.model.caches import is_ordinary
+from foreroute.model.caches import CACHE_NAME, cache_argument, is_ordinary
 
 # Settings that say how a token is chosen from its scores, or when to end: transformers turns them into the processors
 # and criteria that this loop is given. With any other one, generate() keeps its own loop.
@@ -116,7 +116,7 @@ class LeanLoop:
         """Compute `input_ids` [1, tokens] past what the cache holds, then new tokens until an end; returns them all."""
         length, end = input_ids.shape[1], stopping_criteria.max_length
         assert end is not None, "generate() always says how many tokens at most"
-        cache = model_kwargs.pop("past_key_values")
+        cache = model_kwargs.pop(CACHE_NAME)
         # All ones: there is one row.
         model_kwargs.pop("attention_mask", None)
         has_positions = model_kwargs.pop("position_ids", None) is not None
@@ -131,7 +131,8 @@ class LeanLoop:
             done = self.num_computed + tokens.shape[1]
             if positions is not None:
                 kwargs["position_ids"] = positions[:, self.num_computed : done]
-            logits: torch.Tensor = model(input_ids=tokens, past_key_values=cache, return_dict=True, **kwargs).logits
+            output = model(input_ids=tokens, **cache_argument(cache), return_dict=True, **kwargs)
+            logits: torch.Tensor = output.logits
             self.num_computed = done
             return logits[:, -1]
 

@@ -23,7 +23,7 @@ from foreroute.engine.stats import EngineStats
 from foreroute.errors import PromptError
 from foreroute.generation.decode_loop import LeanLoop, serves
 from foreroute.generation.prefix_cache import PromptCache
-from foreroute.model.caches import can_be_continued, is_ordinary, new_cache
+from foreroute.model.caches import cache_argument, can_be_continued, is_ordinary, new_cache
 from foreroute.model.text import TextPieces
 
 
@@ -271,7 +271,7 @@ class _Answer:
             self._cache = cache or self._cache
         decoder = decoder_of(self._model, self._prompt_ids.shape[1] + max_new_tokens)
         self.loop = LeanLoop(recorder.add, should_stop, self._chunk, decoder)
-        self._model.generate(self._prompt_ids, past_key_values=self._cache, custom_generate=self.loop, **told)
+        self._model.generate(self._prompt_ids, **cache_argument(self._cache), custom_generate=self.loop, **told)
         recorder.end()
 
     def keep(self, new_ids: list[int]) -> None:

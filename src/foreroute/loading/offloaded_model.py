@@ -11,6 +11,7 @@ from foreroute.engine.moe_step import Runtime
 from foreroute.engine.stats import EngineStats
 from foreroute.errors import PromptError, RefusedError
 from foreroute.model.blocks import MoeLayer
+from foreroute.model.caches import given_cache
 from foreroute.model.experts import refuse_compiled
 from foreroute.policy import Policy
 from foreroute.predict.governor import Governor
@@ -146,7 +147,7 @@ def make_offloaded(model: nn.Module, handle: ForerouteHandle) -> nn.Module:
             tokens = kwargs.get("inputs_embeds")
         runtime = handle_ref()
         if runtime is not None and tokens is not None:
-            cache = kwargs.get("past_key_values")
+            cache = given_cache(kwargs)
             if tokens.shape[1] != 1:
                 _check_prompt(tokens, cache, context)
             # Embeddings in place of ids tell nothing about layer 0.

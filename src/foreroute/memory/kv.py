@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from foreroute.model.blocks import MoeLayer
+from foreroute.model.caches import CACHE_NAME
 
 _TOKEN = 1
 
@@ -23,7 +24,7 @@ def kv_bytes_per_token(model: Any) -> int:
     with torch.no_grad():
         for num_tokens in (1, 2):
             output = model(input_ids=torch.full((1, num_tokens), _TOKEN, device=model.device), use_cache=True)
-            layers = getattr(getattr(output, "past_key_values", None), "layers", [])
+            layers = getattr(getattr(output, CACHE_NAME, None), "layers", [])
             held = [value for layer in layers for value in vars(layer).values() if isinstance(value, torch.Tensor)]
             sizes.append(sum(tensor.numel() * tensor.element_size() for tensor in held))
     return sizes[1] - sizes[0]

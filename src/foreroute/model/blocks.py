@@ -86,13 +86,18 @@ def probe(model: nn.Module, offloaded: dict[str, OffloadedExperts]) -> list[MoeL
     Returns:
         The layers in call order, which is the order of MoE layers from here on.
     Raises:
-        UnsupportedModelError: some experts are never called by a plain forward.
+        UnsupportedModelError: some experts are never called by a plain forward, or several times.
     """
     calls = _Calls()
     layers: list[MoeLayer] = []
 
     def on_experts(name: str, module: OffloadedExperts) -> Callable[..., torch.Tensor]:
         def forward(hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+            if any(layer.name == name for layer in layers):
+                raise UnsupportedModelError(
+                    f"The model passes {name} several times for one token; foreroute plans memory and guesses for "
+                    "layers that are passed once. Run it with transformers itself."
+                )
             if layers:
                 layers[-1] = _with_norm(layers[-1], calls)
             layers.append(_describe(len(layers), name, module, calls, hidden, ids, weights))

@@ -1,9 +1,17 @@
 """Which caches of keys and values a model works with, and what may be done with them."""
 
+from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 from transformers import GenerationMixin
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+# Its name among the arguments of generate() and of a model, and in a model's output: transformers renamed it in 5.24,
+# and a model of it takes the old name too.
+_OLD_NAME = "past_key_values"
+CACHE_NAME = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else _OLD_NAME
 
 # A family that prepares its inputs in its own way needs generate()'s loop, which asks it to before every token.
 _NOT_OVERRIDDEN = (
@@ -21,6 +29,22 @@ def is_ordinary(model: Any) -> bool:
     """Whether the family prepares what its forward is given as all do: token ids, positions and a cache."""
     cls = type(model)
     return all(getattr(cls, name, None) is getattr(GenerationMixin, name, None) for name in _NOT_OVERRIDDEN)
+
+
+def cache_argument(cache: Any) -> dict[str, Any]:
+    """The keyword argument that hands the cache to generate() or to a model: `model(ids, **cache_argument(cache))`."""
+    return {CACHE_NAME: cache}
+
+
+def cache_of(output: Any) -> Any:
+    """The cache that a model's output holds; None where the model keeps none."""
+    return getattr(output, CACHE_NAME)
+
+
+def given_cache(arguments: Mapping[str, Any]) -> Any:
+    """The cache among a caller's keyword arguments, under any name that this transformers takes; None without one."""
+    cache = arguments.get(CACHE_NAME)
+    return arguments.get(_OLD_NAME) if cache is None else cache
 
 
 def new_cache(model: Any) -> DynamicCache | None:

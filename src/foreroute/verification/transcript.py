@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from foreroute.model.caches import cache_argument, cache_of
 from foreroute.verification.slot_watch import SlotUse, SlotWatch, digest
 
 
@@ -70,8 +71,8 @@ def steps(
     ids, cache = exercise.prompt_ids, None
     with _tapped(model, modules, watch) as passes:
         for at in range(exercise.num_steps):
-            out = model(input_ids=ids, past_key_values=cache, use_cache=True, **options)
-            cache, logits = out.past_key_values, out.logits[0, -1]
+            out = model(input_ids=ids, **cache_argument(cache), use_cache=True, **options)
+            cache, logits = cache_of(out), out.logits[0, -1]
             token = int(logits.argmax())
             yield Step(tuple(passes), digest([logits]), token, bool(logits.isnan().any()))
             passes.clear()

@@ -173,6 +173,14 @@ def test_an_unknown_operation_is_named():
         assemble([whole(ENTRY)], [Operation("RotateColumns", 1)], (6, 4))
 
 
+def test_an_unknown_operation_is_named_before_what_else_is_absent(tmp_path):
+    """Such a checkpoint may store none of the tensors that a known one does."""
+    save_file({"stored": torch.zeros(2, 6, 4)}, tmp_path / "model.safetensors")
+    part = PartSource("target", (6, 4), (("stored",), ()), (Operation("RotateColumns", 1),))
+    with pytest.raises(UnsupportedModelError, match="RotateColumns"):
+        layer_experts("experts", 2, [part], read_index(tmp_path))
+
+
 @pytest.mark.parametrize("kind", ["Concatenate", "Interleave", "Chunk", "Transpose"])
 def test_operations_across_experts_are_refused(kind):
     with pytest.raises(UnsupportedModelError, match=f"{kind} across experts"):
