@@ -192,7 +192,8 @@ def main() -> int:
             held = "all as pinned" if case.pins else f"transformers {taken['transformers']}, torch {taken['torch']}"
             return f"{case.label}: {len(installs)} packages, {held}{note} ({time.monotonic() - started:.0f} s)", 0
 
-        with ThreadPoolExecutor(max_workers=3) as pool:
+        # All at once: most of the time they wait for the index.
+        with ThreadPoolExecutor(max_workers=len(PYTHONS) + 2) as pool:
             for line, failed in pool.map(check, cases(pins, oldest)):
                 print(line, file=sys.stderr if failed else sys.stdout, flush=True)
                 code = code or failed
