@@ -92,7 +92,7 @@ def record(folder: Path, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         if guess is not None and layer + 1 < len(layers):
             guessed[-1].append(guess.ids)  # type: ignore[attr-defined]
 
-    model.foreroute.runtime.observer = observe
+    model.foreroute.engine.routing_listener = observe
     torch.manual_seed(0)
     try:
         model.generate(

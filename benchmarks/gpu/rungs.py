@@ -165,7 +165,7 @@ class _Handle:
     """What `GraphDecoder` asks of a model of `load`."""
 
     def __init__(self, tier: DeviceTier) -> None:
-        self.runtime = tier
+        self.engine = tier
 
 
 def _timed(decoder: GraphDecoder, token: torch.Tensor, device: torch.device) -> float:

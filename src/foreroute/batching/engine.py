@@ -200,7 +200,7 @@ class BatchEngine:
         chunks = [answer.next_chunk(self._most_at_once(answers)) for answer in answers]
         wants_scores = any(answer.request.wants_prompt_scores for answer in answers)
         try:
-            logits = self._prompts.step(chunks, all_logits=wants_scores)
+            logits = self._prompts.step(chunks, "prefill", all_logits=wants_scores)
         except Exception as error:  # noqa: BLE001  told to those that it concerns
             self._fail(self._joining, error)
             self._prompts = self._no_rows()
@@ -257,7 +257,7 @@ class BatchEngine:
     def _decode(self) -> None:
         """One token for every row."""
         try:
-            logits = self._batch.step([answer.ids[-1:] for answer in self._running])[:, -1].float().cpu()
+            logits = self._batch.step([answer.ids[-1:] for answer in self._running], "decode")[:, -1].float().cpu()
             likeliest = logits.argmax(-1).tolist()
         except Exception as error:  # noqa: BLE001  told to those that it concerns
             self._fail(self._running, error)

@@ -92,19 +92,19 @@ def fill_pool(model: Any, tokens: torch.Tensor) -> None:
     Args:
         tokens: [1, n] token ids of any text, from which each layer's input gets its shape.
     """
-    runtime, inputs = model.foreroute.runtime, {}
+    handle, inputs = model.foreroute, {}
 
     def note(layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> None:
         inputs[layer] = (hidden[:1].clone(), ids[:1, :1].clone(), weights[:1, :1].clone())
 
-    runtime.observer = note
+    handle.engine.routing_listener = note
     try:
         model(input_ids=tokens, use_cache=False)
     finally:
-        runtime.observer = None
+        handle.engine.routing_listener = None
     for layer, (hidden, ids, weights) in inputs.items():
-        num_experts = runtime.table.layers[layer].num_experts
+        num_experts = handle.table.layers[layer].num_experts
         every = torch.arange(num_experts, dtype=ids.dtype)[:, None]
-        runtime.compute(
+        handle.engine.compute(
             layer, hidden.expand(num_experts, -1).contiguous(), every, weights.expand(num_experts, -1).contiguous()
         )

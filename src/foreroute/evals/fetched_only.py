@@ -62,7 +62,7 @@ class FetchedOnly:
 
     def __init__(self, model: Any, sidecar: Sidecar, policy: Policy, *, in_prompts: bool) -> None:
         layers, dtype = model.foreroute.layers, model.dtype
-        self._runtime = model.foreroute.runtime
+        self._engine = model.foreroute.engine
         self._policy = policy
         self._in_prompts = in_prompts
         self._widths = [layer.experts.num_offloaded for layer in layers]
@@ -86,7 +86,7 @@ class FetchedOnly:
         def forward(hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
             if layer == 0:
                 self._count_first(hidden, ids)
-            elif not (self._runtime.is_prefill and not self._in_prompts):
+            elif not (self._engine.is_prefill and not self._in_prompts):
                 guess = self._guess(layer - 1, ids.shape[1])
                 if guess is not None:
                     return self._approximate(layer, compute, Seen(hidden, ids, weights), guess)
@@ -137,7 +137,7 @@ class FetchedOnly:
     def _count_first(self, hidden: torch.Tensor, ids: torch.Tensor) -> None:
         """Layer 0 waits for what its table did not guess. In prompts, which are exact, nothing is counted."""
         rows, positions = self._token_ids.shape
-        if not self._runtime.is_prefill or self._in_prompts:
+        if not self._engine.is_prefill or self._in_prompts:
             found = torch.zeros_like(ids, dtype=torch.bool)
             if self._table is not None:
                 context = (

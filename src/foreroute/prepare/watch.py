@@ -104,7 +104,7 @@ def watching(
     Memory: what two neighbouring layers know, and the gate logits of one.
     """
     watch = Watch(model, on_moment)
-    runtime = model.foreroute.runtime
+    engine = model.foreroute.engine
     handles = [
         layer.router.module.register_forward_hook(watch.catch_logits(layer.index, layer.router.logits_at))
         for layer in model.foreroute.layers
@@ -115,17 +115,17 @@ def watching(
         for layer in model.foreroute.layers
         if layer.around is not None
     ]
-    runtime.expert_listener = on_rows
+    engine.expert_listener = on_rows
     exact = [layer.experts.engine_forward for layer in model.foreroute.layers]
     if stand_ins is None:
-        runtime.observer = watch.observe
+        engine.routing_listener = watch.observe
     else:
         for layer in model.foreroute.layers:
             layer.experts.engine_forward = watch.without_missing(layer.index, exact[layer.index], stand_ins)
     try:
         yield watch
     finally:
-        runtime.observer = runtime.expert_listener = None
+        engine.routing_listener = engine.expert_listener = None
         for layer, forward in zip(model.foreroute.layers, exact, strict=True):
             layer.experts.engine_forward = forward
         watch.tap.remove()

@@ -68,8 +68,8 @@ def verify(model: Any, exercises: Sequence[Exercise], reference: Reference, prog
         model: of `foreroute.load`, fresh: nothing has been computed with it yet.
         exercises: the reference's.
     """
-    watch = SlotWatch(model.foreroute.runtime)
-    table = model.foreroute.runtime.table
+    watch = SlotWatch(model.foreroute.engine)
+    table = model.foreroute.table
     names = [layer.name for layer in table.layers]
     first: Difference | None = None
     done = same_tokens = layers_compared = 0
