@@ -189,8 +189,8 @@ class BatchEngine:
     def _begin(self, answer: Answer) -> None:
         cache, num_cached = None, 0
         if self._kept is not None and not answer.request.wants_prompt_scores:
-            # A last token alone would be decoded, not prefilled, and so not be exact under every policy.
-            cache, num_cached = self._kept.take(self._model, answer.ids, len(answer.ids) - 2)
+            # The last token is computed in any case: its logits choose the next one.
+            cache, num_cached = self._kept.take(self._model, answer.ids, len(answer.ids) - 1)
         answer.begin(self._tokenizer, self._model.generation_config, num_cached)
         self._prompts.arrange(range(len(self._joining) - 1), [(cache, num_cached)])
 

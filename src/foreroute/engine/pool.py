@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from threading import Lock
-from typing import NamedTuple
 
 import torch
 
@@ -19,19 +18,6 @@ from foreroute.kernels.layer import Placed
 from foreroute.residency.slots import FREE, LOADING, READY, Residency
 from foreroute.transfer.base import Completion, Transfer
 from foreroute.types import ExpertKeys
-
-
-class Admission(NamedTuple):
-    """Where the experts of a layer are that pass by: see `ExpertPool.admit`.
-
-    ready: (key, slot), resident and pinned. waiting: key -> slot, loading into slots that were free.
-    rest: keys without a slot. borrowed: slots for them to pass through; none where there is no rest.
-    """
-
-    ready: list[Placed]
-    waiting: dict[int, int]
-    rest: list[int]
-    borrowed: list[int]
 
 
 class ExpertPool:
@@ -83,8 +69,6 @@ class ExpertPool:
         # Keys that are read into borrowed slots, of which the residency knows nothing.
         self._loading_borrowed: set[int] = set()
 
-    # A step and its layers.
-
     def begin_step(self, info: StepInfo) -> None:
         """A forward pass begins: observers come and go here, frequencies decay, finished reads are taken in."""
         self.observers = self._next_observers
@@ -108,8 +92,6 @@ class ExpertPool:
         """The layer's experts have been computed."""
         for observer in self.observers:
             observer.end_layer()
-
-    # What a layer needs now.
 
     def demand(self, layer: int, keys: Sequence[int]) -> tuple[list[Placed], dict[int, int]]:
         """Pin the resident ones of a layer's routed experts, and start to load the others.
@@ -136,10 +118,9 @@ class ExpertPool:
             ReadError, ChecksumError: one of them could not be read.
         """
         began_s = self.clock()
-        arrived: list[Placed] = []
         try:
-            while not arrived:
-                arrived = self._settle(self._next_completions(), waiting)
+            while not (arrived := self._settle(self._next_completions(), waiting)):
+                pass
         finally:
             self.stalled_since(began_s)
         return arrived
@@ -165,23 +146,20 @@ class ExpertPool:
             self.residency.drop(keys)
 
     def settle(self) -> None:
-        """Take in what the readers have finished. Does not block.
+        """Take in what the readers have finished, without waiting. A failed prefetch is forgotten.
 
-        A failed guess is forgotten: if its expert is needed it is demanded again, and fails there if it must.
+        If its expert is needed it is demanded again, and fails there if it must.
         """
         if self.transfer.num_in_flight:
             self._settle(self.transfer.completed(), {})
 
     def drain(self) -> None:
         """Block until nothing is in flight."""
-        if not self.transfer.num_in_flight:
-            return
-        began_s = self.clock()
-        while self.transfer.num_in_flight:
-            self._settle(self._next_completions(), {})
-        self.stalled_since(began_s)
-
-    # What may be needed later.
+        if self.transfer.num_in_flight:
+            began_s = self.clock()
+            while self.transfer.num_in_flight:
+                self._settle(self._next_completions(), {})
+            self.stalled_since(began_s)
 
     def can_prefetch(self, layer: int) -> bool:
         """Some expert of the layer is neither resident nor loading, and a guess could bring it."""
@@ -192,13 +170,12 @@ class ExpertPool:
         """Queue reads of guessed experts (distinct, best first), of those that are absent and have room."""
         for observer in self.observers:
             observer.guessed(layer, experts)
-        base, phase = layer * self.keys.per_layer, self.phase
+        base = self.keys.key(layer, 0)
         loads = self.residency.prefetch([base + expert for expert in experts])
         for key, slot in loads:
             self.transfer.prefetch(key, slot)
-            phase.prefetch_bytes += self._key_nbytes[key]
+            self._count_prefetch(key)
         self._guessed[layer].extend(key for key, _ in loads)
-        phase.prefetch_loads += len(loads)
 
     def substitute(self, keys: Sequence[int]) -> None:
         """Default vectors take the place of these absent experts, which are read when there is time."""
@@ -209,61 +186,53 @@ class ExpertPool:
             self.defer(keys)
 
     def defer(self, keys: Sequence[int]) -> None:
-        """Read experts that were substituted behind everything else, the second time: else they might never be there.
+        """Read substituted experts behind everything else, the second time: else they might never be resident.
 
-        The second time, not the first, halves these reads, and costs little, as guesses bring most that recur.
+        Their second time, not the first: that halves these reads, and costs little, as guesses bring most that recur.
         """
         again = [key for key in keys if key in self._substituted]
         self._substituted.update(keys)
         if not again:
             return
         # Those for which there is no room now keep their turn.
-        residency, phase = self.residency, self.phase
-        loads = residency.defer(again)
-        deferred = [key for key, _ in loads]
-        self._substituted.difference_update(deferred)
+        loads = self.residency.defer(again)
+        self._substituted.difference_update(key for key, _ in loads)
+        self._queued_deferred &= self.residency.deferred
         for observer in self.observers:
-            observer.deferred(deferred)
-        self._queued_deferred = {key for key in self._queued_deferred if key in residency.deferred}
+            observer.deferred([key for key, _ in loads])
         for key, slot in loads:
             self.transfer.fill(key, slot)
             self._queued_deferred.add(key)
-            phase.fill_bytes += self._key_nbytes[key]
-        phase.fill_loads += len(loads)
+            self._count_deferred(key)
 
     def cancel_mispredicted(self, layer: int, wanted: Collection[int]) -> None:
         """Withdraw queued prefetches for this layer whose keys its router did not choose."""
-        guessed, phase = self._guessed[layer], self.phase
+        guessed = self._guessed[layer]
         for key in guessed:
-            if key not in wanted and self._cancel(key):
-                phase.prefetch_cancelled += 1
-                phase.prefetch_loads -= 1
-                phase.prefetch_bytes -= self._key_nbytes[key]
+            if key not in wanted and self.transfer.cancel(key):
+                self.residency.cancel(key)
+                self.phase.prefetch_cancelled += 1
+                self._count_prefetch(key, -1)
         guessed.clear()
 
     def cancel_queued(self) -> None:
         """Withdraw every prefetch and deferred load that no reader has begun."""
-        phase = self.phase
         for layer in range(len(self._guessed)):
             self.cancel_mispredicted(layer, ())
         for key in list(self.residency.deferred):
-            if not self._cancel(key):
-                continue
-            self._substituted.add(key)
-            if key in self._queued_deferred:
-                phase.fill_loads -= 1
-                phase.fill_bytes -= self._key_nbytes[key]
-            else:
-                phase.prefetch_loads -= 1
-                phase.prefetch_bytes -= self._key_nbytes[key]
+            if self.transfer.cancel(key):
+                self.residency.cancel(key)
+                self._substituted.add(key)
+                (self._count_deferred if key in self._queued_deferred else self._count_prefetch)(key, -1)
 
-    # Experts that pass by: prompts, and steps whose demand is larger than the pool.
+    def admit(
+        self, layer: int, keys: Sequence[int], most_borrowed: int
+    ) -> tuple[list[Placed], dict[int, int], list[int], list[int]]:
+        """Begin a layer whose experts (`keys`, distinct) pass by: withdraw what is queued, and place what fits.
 
-    def admit(self, layer: int, keys: Sequence[int], most_borrowed: int) -> Admission:
-        """Begin a layer whose experts pass by: withdraw what is queued, let the rest land, and place what fits.
-
-        Args:
-            keys: all that the layer needs, distinct. most_borrowed: slots to take out of the pool at most.
+        Returns:
+            ready: (key, slot), resident and pinned. waiting: key -> slot, loading into slots that were free.
+            rest: keys without a slot. borrowed: up to `most_borrowed` slots for them to pass through.
         """
         residency = self.residency
         in_flight = {key for key in keys if residency.state(key) == LOADING}
@@ -285,7 +254,7 @@ class ExpertPool:
         waiting = dict(residency.demand(placeable).misses)
         for key, slot in waiting.items():
             self._load(key, slot)
-        return Admission(ready, waiting, [key for key in absent if key not in waiting], borrowed)
+        return ready, waiting, [key for key in absent if key not in waiting], borrowed
 
     def load_borrowed(self, key: int, slot: int) -> None:
         """Start to load an expert into a borrowed slot; `wait` tells when it is there."""
@@ -298,8 +267,6 @@ class ExpertPool:
             self._settle(self.transfer.wait(), {})
         self.residency.give_back(slots)
 
-    # Counts and observers.
-
     def add_observer(self, observer: StepObserver) -> None:
         """Tell this observer what happens, from the next step on; nothing happens where it was added. Any thread."""
         with self._observers_lock:
@@ -311,14 +278,14 @@ class ExpertPool:
         with self._observers_lock:
             self._next_observers = tuple(one for one in self._next_observers if one is not observer)
 
+    def count_unguessed_step(self) -> None:
+        """The governor has switched guesses off for the step at hand."""
+        self.phase.unguessed_steps += 1
+
     def governed(self, share: float, why: str) -> None:
         """The governor has chosen: this share of the full width is guessed from now on."""
         for observer in self.observers:
             observer.governed(share, why)
-
-    def count_unguessed_step(self) -> None:
-        """The governor has switched guesses off for the step at hand."""
-        self.phase.unguessed_steps += 1
 
     def stalled_since(self, began_s: float) -> None:
         """Compute has waited for bytes from then, by the clock, until now."""
@@ -379,16 +346,18 @@ class ExpertPool:
             for observer in self.observers:
                 observer.looked_up(*kinds)
 
+    def _count_prefetch(self, key: int, by: int = 1) -> None:
+        self.phase.prefetch_loads += by
+        self.phase.prefetch_bytes += by * self._key_nbytes[key]
+
+    def _count_deferred(self, key: int, by: int = 1) -> None:
+        self.phase.fill_loads += by
+        self.phase.fill_bytes += by * self._key_nbytes[key]
+
     def _load(self, key: int, slot: int) -> None:
-        self.transfer.demand(key, slot)
         self.phase.demand_loads += 1
         self.phase.demand_bytes += self._key_nbytes[key]
-
-    def _cancel(self, key: int) -> bool:
-        if not self.transfer.cancel(key):
-            return False
-        self.residency.cancel(key)
-        return True
+        self.transfer.demand(key, slot)
 
     def _next_completions(self) -> Sequence[Completion]:
         """Block until a reader has finished something; meanwhile the idle work is done, a little at a time."""
@@ -412,18 +381,16 @@ class ExpertPool:
             is_borrowed = key in self._loading_borrowed
             if is_borrowed:
                 self._loading_borrowed.remove(key)
-            elif error is None:
-                self.residency.loaded(key)
             else:
-                self.residency.fail(key)
+                (self.residency.loaded if error is None else self.residency.fail)(key)
             if key not in waiting:
                 continue
             if error is not None:
                 failure = error
-                continue
-            if not is_borrowed:
-                self.residency.pin(key)
-            arrived.append((key, waiting.pop(key)))
+            else:
+                if not is_borrowed:
+                    self.residency.pin(key)
+                arrived.append((key, waiting.pop(key)))
         if failure is not None:
             raise failure
         return arrived
