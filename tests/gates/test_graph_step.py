@@ -1,4 +1,4 @@
-"""What a decode step asks of the host: nothing. Seen on the CPU by the operations that it dispatches.
+"""What a decode step asks of the host: nothing. RouterSample on the CPU by the operations that it dispatches.
 
 Reading a value back, an output whose size depends on values, and a tensor made from Python's numbers would each stop a
 GPU's stream, or not be captured at all. Paging is stubbed: its reference is plain Python.

@@ -11,7 +11,7 @@ import torch
 
 from foreroute.checkpoint.locate import read_index
 from foreroute.errors import PredictorError
-from foreroute.predict.base import Seen, TokenGuess
+from foreroute.predict.base import RouterSample, TokenGuess
 from foreroute.predict.sidecar import SIDECAR_NAME, Sidecar
 from foreroute.prepare.corpus import Corpus
 from foreroute.prepare.fit import fit, partial_path
@@ -231,7 +231,7 @@ def test_what_is_there_is_computed_and_the_rest_is_stood_in_for(folder: Path, lo
     weights = torch.rand(5, 3)
 
     class KnowsTheFirstEight:
-        def guess(self, layer: int, seen: Seen, width: int) -> TokenGuess:
+        def guess(self, layer: int, seen: RouterSample, width: int) -> TokenGuess:
             return TokenGuess(torch.arange(8).expand(5, -1), torch.ones(5, 8))
 
     def compute(hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -240,7 +240,7 @@ def test_what_is_there_is_computed_and_the_rest_is_stood_in_for(folder: Path, lo
     vectors = [torch.ones(width, hidden.shape[1])] * len(model.foreroute.layers)
     forward = watch.without_missing(1, compute, StandIns(KnowsTheFirstEight(), vectors))
     watch._windows = torch.zeros(1, 5, dtype=torch.int64)
-    watch._before = Seen(hidden, ids, weights)
+    watch._before = RouterSample(hidden, ids, weights)
     there = (weights * (ids < 8)).sum(-1, keepdim=True)
     expected = 100 * there + (weights.sum(-1, keepdim=True) - there)
     torch.testing.assert_close(forward(hidden, ids, weights), expected.expand_as(hidden))

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from foreroute.predict.base import Seen, TokenGuess
+from foreroute.predict.base import RouterSample, TokenGuess
 from foreroute.predict.build import lookahead
 from foreroute.predict.learner import Learner, _groups, learning_bytes, solving_bytes
 from tests.support.runs import assert_same_bits, generate
@@ -34,8 +34,8 @@ def show(model: Any, learner: Learner, passes: int) -> None:
 
 def recall(model: Any, predictor: Any) -> list[float]:
     """Per layer, of tokens not shown."""
-    seen: list[Seen] = []
-    model.foreroute.engine.routing_listener = lambda layer, *now: seen.append(Seen(*now))
+    seen: list[RouterSample] = []
+    model.foreroute.engine.routing_listener = lambda layer, *now: seen.append(RouterSample(*now))
     model(input_ids=torch.arange(256).view(4, 64).flip(1) % 250, use_cache=False)
     model.foreroute.engine.routing_listener = None
     found = []
@@ -68,7 +68,7 @@ def test_what_is_not_better_is_not_taken(checkpoints: Any, load: Any) -> None:
     class NamesAll:
         """Finds every expert; no fit is better."""
 
-        def guess(self, layer: int, seen: Seen, width: int) -> TokenGuess:
+        def guess(self, layer: int, seen: RouterSample, width: int) -> TokenGuess:
             ids = torch.arange(model.foreroute.layers[layer + 1].experts.num_offloaded).expand(len(seen.ids), -1)
             return TokenGuess(ids, ids.float())
 
@@ -94,7 +94,7 @@ def test_rows_that_were_cut_off_midway_are_forgotten(checkpoints: Any, load: Any
     model = load(checkpoints.get("qwen3_moe"), "50%", learn=False)
     rows = next(iter(learner_of(model)._group.values()))
     layers = model.foreroute.layers
-    seen = Seen(
+    seen = RouterSample(
         torch.randn(200, model.config.hidden_size), torch.randint(0, 16, (200, layers[0].top_k)),
         torch.rand(200, layers[0].top_k),
     )  # fmt: skip

@@ -21,7 +21,7 @@ from foreroute.device.side_stream import Branch, branch_of
 from foreroute.engine.approximation import Approximation
 from foreroute.engine.interfaces import StepInfo
 from foreroute.engine.stats import EngineStats
-from foreroute.predict.base import Seen, TokenGuess
+from foreroute.predict.base import RouterSample, TokenGuess
 from foreroute.predict.governor import Governor
 from foreroute.transfer.arena import Arena
 
@@ -58,7 +58,7 @@ class Paging(Protocol):
 # -> the weighted sum [tokens, hidden]; slots are -1 where an id is no expert.
 SlotMath = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 # (layer, what crosses the seam there, width) -> the guess for the next layer; None where there is none.
-GuessNext = Callable[[int, Seen, int], TokenGuess | None]
+GuessNext = Callable[[int, RouterSample, int], TokenGuess | None]
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ class DeviceTier:
         self._is_guessed = False
         guess = None
         if self._guess is not None and layer < self._last_layer:
-            guess = self._guess(layer, Seen(hidden, ids, weights), self._guess_widths[layer + 1])
+            guess = self._guess(layer, RouterSample(hidden, ids, weights), self._guess_widths[layer + 1])
         if guess is not None:
             guessed = rows.guessed[layer]
             # The first choices of all rows, then their second ones, and so on.

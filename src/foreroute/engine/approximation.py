@@ -7,7 +7,7 @@ import torch
 
 from foreroute.errors import PolicyError
 from foreroute.policy import Policy, waited_for
-from foreroute.predict.base import Predictor, Seen, TokenGuess
+from foreroute.predict.base import Predictor, RouterSample, TokenGuess
 
 
 class Tap(Protocol):
@@ -159,7 +159,7 @@ class Approximation:
         """
         if self._paper is None or self._tap is None:
             return None
-        guess = self._paper.guess(layer, Seen(hidden, ids, weights, self._tap(layer)), ids.shape[1])
+        guess = self._paper.guess(layer, RouterSample(hidden, ids, weights, self._tap(layer)), ids.shape[1])
         if guess is not None:
             self._guess = (layer + 1, guess)
         return guess

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from foreroute.model.residual import ResidualTap
-from foreroute.predict.base import Seen
+from foreroute.predict.base import RouterSample
 from foreroute.prepare.controls import Moment
 from foreroute.prepare.on_policy import StandIns
 
@@ -29,7 +29,7 @@ class Watch:
         self._layers = model.foreroute.layers
         self._logits: dict[int, torch.Tensor] = {}
         self._entries: dict[int, torch.Tensor] = {}
-        self._before: Seen | None = None
+        self._before: RouterSample | None = None
         self._windows = torch.empty(0, 0, dtype=torch.int64)
         self._pass_index = -1
         self.tap = ResidualTap(self._layers)
@@ -46,7 +46,7 @@ class Watch:
 
     def observe(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> None:
         """The engine's observer."""
-        seen = Seen(hidden, ids, weights, self.tap(layer))
+        seen = RouterSample(hidden, ids, weights, self.tap(layer))
         width = self._layers[layer].experts.num_offloaded
         moment = Moment(
             layer,
@@ -72,7 +72,7 @@ class Watch:
             if missing is None:
                 return compute(hidden, ids, weights)
             total = compute(hidden, ids, weights.masked_fill(missing, 0))
-            return total + stand_ins.sum_of(layer, Seen(hidden, ids, weights * missing))
+            return total + stand_ins.sum_of(layer, RouterSample(hidden, ids, weights * missing))
 
         return forward
 
