@@ -2,11 +2,13 @@
 
 import random
 import time
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 
+from foreroute.engine.interfaces import StepInfo
 from foreroute.errors import PolicyError
 from foreroute.evals.fetched_only import fetched_only
 from foreroute.model.caches import cache_argument, cache_of
@@ -205,6 +207,36 @@ def test_a_prompt_of_one_token_is_a_prompt(load_fitted):
     model(torch.tensor([[9]]), use_cache=False)
     stats = model.foreroute.stats()
     assert (stats.prefill.tokens, stats.decode.tokens, stats.decode.stood_in) == (1, 0, 0)
+
+
+def test_a_last_token_that_is_said_to_be_a_prompts_is_exact(load_fitted):
+    """A chunk of one token under a policy that waits for nothing; where nobody says so, it is a decoded one."""
+    model, ids = load_fitted("qwen3_moe", policy="speculative", deterministic=True), ONE_PROMPT.ids
+    last, handle, logits = ids[:, -1:], model.foreroute, {}
+    for policy, phase in (("exact", "decode"), ("speculative", "prefill"), ("speculative", None)):
+        handle.set_policy("exact")
+        cache = model(ids[:, :-1], use_cache=True).past_key_values
+        handle.set_policy(policy)
+        before = handle.stats()
+        with handle.step(StepInfo.of(phase, last)) if phase else nullcontext():
+            logits[policy, phase] = model(last, past_key_values=cache).logits
+        now = handle.stats().minus(before)
+        tokens = (now.prefill.tokens, now.decode.tokens)
+        assert tokens == ((1, 0) if phase == "prefill" else (0, 1))
+    assert torch.equal(logits["exact", "decode"], logits["speculative", "prefill"])
+
+
+def test_a_step_is_announced_for_one_call(load_fitted):
+    model, token = load_fitted("qwen3_moe"), torch.tensor([[9]])
+    handle, info = model.foreroute, StepInfo.of("decode", token, is_start=True)
+    with handle.step(info):
+        model(token, use_cache=False)
+        model(token, use_cache=False)
+    with pytest.raises(ValueError, match="planted"), handle.step(info):
+        raise ValueError("planted")
+    model(token, use_cache=False)
+    stats = handle.stats()
+    assert (stats.decode.steps, stats.prefill.steps) == (1, 2)
 
 
 def test_paper_holds_where_a_layer_is_streamed(load_fitted, monkeypatch):

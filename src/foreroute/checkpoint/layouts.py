@@ -241,7 +241,7 @@ class ExpertTable:
         found = [0] * self.num_keys
         for at, layer in enumerate(self.layers):
             for expert in range(layer.num_experts):
-                found[at * self.num_experts + expert] = layer.layout_of(expert).nbytes
+                found[self.keys.key(at, expert)] = layer.layout_of(expert).nbytes
         return found
 
     @property
