@@ -215,11 +215,11 @@ def test_a_last_token_that_is_said_to_be_a_prompts_is_exact(load_fitted):
     last, handle, logits = ids[:, -1:], model.foreroute, {}
     for policy, phase in (("exact", "decode"), ("speculative", "prefill"), ("speculative", None)):
         handle.set_policy("exact")
-        cache = model(ids[:, :-1], use_cache=True).past_key_values
+        cache = cache_of(model(ids[:, :-1], use_cache=True))
         handle.set_policy(policy)
         before = handle.stats()
         with handle.step(StepInfo.of(phase, last)) if phase else nullcontext():
-            logits[policy, phase] = model(last, past_key_values=cache).logits
+            logits[policy, phase] = model(last, **cache_argument(cache)).logits
         now = handle.stats().minus(before)
         tokens = (now.prefill.tokens, now.decode.tokens)
         assert tokens == ((1, 0) if phase == "prefill" else (0, 1))
