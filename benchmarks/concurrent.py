@@ -76,18 +76,18 @@ class TrainedRoutes:
         self._length = min(map(len, self._passages))
         self._engine: BatchEngine | None = None
         self._turns: dict[int, int] = {}
-        runtime = model.foreroute.runtime
-        runtime.predictor = self
+        engine = model.foreroute.engine
+        engine.prefetcher.predictor = self
         for layer in model.foreroute.layers:
-            layer.experts.engine_forward = self._with_routes(layer.index, layer.experts.engine_forward, runtime)
+            layer.experts.engine_forward = self._with_routes(layer.index, layer.experts.engine_forward, engine)
 
     def attach(self, engine: BatchEngine) -> None:
         """The engine whose rows decode."""
         self._engine = engine
 
-    def _with_routes(self, layer: int, forward: Callable[..., torch.Tensor], runtime: Any) -> Callable[..., Any]:
+    def _with_routes(self, layer: int, forward: Callable[..., torch.Tensor], engine: Any) -> Callable[..., Any]:
         def routed(hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-            if not runtime.is_prefill:
+            if not engine.is_prefill:
                 ids = torch.tensor([experts for experts, _ in self._rows(layer)])
             return forward(hidden, ids, weights)
 

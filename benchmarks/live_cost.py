@@ -21,11 +21,12 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from benchmarks._harness import record, rounded
+from foreroute.engine.interfaces import StepInfo
 
 ROOT = Path(__file__).parents[1]
 PROMPT = "import os\nimport sys\n\n\ndef main(argv):\n"
 _RESAMPLES = 4000
-_TOLD = ("step", "begin_layer", "found", "end_layer", "stall", "guess", "filled", "arrived")
+_TOLD = ("begin_step", "begin_layer", "looked_up", "end_layer", "stalled", "guessed", "deferred", "arrived")
 
 
 class Block(NamedTuple):
@@ -79,10 +80,10 @@ class Watcher:
 class Switching:
     """Times an engine's decode steps in blocks of `length`, and switches the watcher between any two blocks."""
 
-    def __init__(self, runtime: Any, watcher: Watcher, length: int) -> None:
-        self._runtime, self._watcher, self._length = runtime, watcher, length
-        self._begin_step = runtime.begin_step
-        runtime.begin_step = self._step
+    def __init__(self, engine: Any, watcher: Watcher, length: int) -> None:
+        self._pool, self._watcher, self._length = engine.pool, watcher, length
+        self._begin_step = engine.begin_step
+        engine.begin_step = self._step
         self.blocks: list[Block] = []
         self._steps = 0
         self._before: tuple[float, ...] = ()
@@ -91,12 +92,12 @@ class Switching:
         """Blocks of the following answer."""
         self.blocks, self._steps, self._left, self._before = [], 0, num_blocks, ()
 
-    def _step(self, num_rows: int, num_positions: int, *others: Any, is_start: bool = False) -> None:
-        if not is_start and num_positions == 1:
+    def _step(self, info: StepInfo) -> None:
+        if not info.is_prefill:
             if self._steps % self._length == 0 and self._left >= 0:
                 self._at_boundary()
             self._steps += 1
-        self._begin_step(num_rows, num_positions, *others, is_start=is_start)
+        self._begin_step(info)
 
     def _at_boundary(self) -> None:
         now = time.perf_counter(), time.thread_time(), time.process_time()
@@ -104,7 +105,7 @@ class Switching:
             self.blocks.append(
                 Block(*((one - old) * 1e3 / self._length for one, old in zip(now, self._before, strict=True)))
             )
-            assert (self._runtime.tracing is not None) == self._watcher.is_on, "who is not watched is told to nobody"
+            assert bool(self._pool.observers) == self._watcher.is_on, "who is not watched is told to nobody"
             self._watcher.switch()
         self._left -= 1
         self._before = time.perf_counter(), time.thread_time(), time.process_time()
@@ -130,8 +131,8 @@ def shares_of(fours: list[tuple[list[Block], list[Block]]]) -> dict[str, list[fl
 def parts_of(feed: Any, answer: Callable[[], object], expose: Callable[[], bytes], num_tokens: int) -> dict[str, float]:
     """Microseconds of what watching is made of, each timed alone and so with warm caches."""
     told: list[tuple[Callable[..., Any], tuple[Any, ...]]] = []
-    recorder = feed._recorder
     assert feed.enter()
+    recorder = feed._recorder
 
     def noting(method: Callable[..., Any]) -> Callable[..., Any]:
         def noted(*arguments: Any) -> Any:
@@ -196,7 +197,7 @@ def main() -> int:
     expose = ServerMetrics(SimpleNamespace(loaded=loaded)).expose
     watcher = Watcher(expose)
     watcher.feed = LiveFeed(
-        model.foreroute.runtime, model.foreroute.plan, args.model.name, is_over=lambda: not watcher.is_on
+        model.foreroute.engine, model.foreroute.plan, args.model.name, is_over=lambda: not watcher.is_on
     )
     prompt_ids = encode_prompt(tokenizer, PROMPT, chat=False)
     num_tokens = args.blocks * args.block + 2
@@ -207,7 +208,7 @@ def main() -> int:
         tokens.add(report.token_ids)
 
     answer()
-    switching = Switching(model.foreroute.runtime, watcher, args.block)
+    switching = Switching(model.foreroute.engine, watcher, args.block)
     answers: list[list[Block]] = []
     fours: list[tuple[list[Block], list[Block]]] = []
     for number in range(args.answers // 2 * 2):

@@ -23,6 +23,7 @@ from transformers import DynamicCache
 
 from benchmarks import _harness
 from foreroute import EngineConfig
+from foreroute.engine.interfaces import StepInfo
 from foreroute.model.caches import cache_argument
 
 _KERNELS = ("_weight_int4pack_mm_for_cpu", "_weight_int8pack_mm")
@@ -59,28 +60,26 @@ def decode(model: Any, tokens: int) -> float:
 
 def fill(model: Any) -> None:
     """Every expert into the pool: a layer at a time, many tokens with routes that cover all."""
-    runtime, width = model.foreroute.runtime, model.config.get_text_config().hidden_size
+    engine, width = model.foreroute.engine, model.config.get_text_config().hidden_size
     with torch.inference_mode():
-        runtime.begin_step(1, 2)
-        for layer, entry in enumerate(runtime.table.layers):
+        engine.begin_step(StepInfo("prefill", 1, 2))
+        for layer, entry in enumerate(model.foreroute.table.layers):
             ids = torch.arange(entry.num_experts)[:, None]
             hidden = torch.zeros(entry.num_experts, width, dtype=model.dtype)
-            runtime.compute(layer, hidden, ids, torch.ones_like(ids, dtype=model.dtype))
+            engine.compute(layer, hidden, ids, torch.ones_like(ids, dtype=model.dtype))
 
 
 def bare(model: Any, loops: int) -> float:
     """Seconds of one layer's products alone: the median over `loops` layers with random resident experts."""
-    runtime = model.foreroute.runtime
-    maths, table = runtime.views._math, runtime.table
+    engine, table = model.foreroute.engine, model.foreroute.table
+    views, slot_of = engine.kernels[0].views, engine.pool.residency.slot_of
+    maths = views._math
     seconds = []
     for turn in range(loops):
         layer = turn % len(table.layers)
         math = maths[layer]
         experts = random.sample(range(table.layers[layer].num_experts), model.foreroute.plan.top_k[layer])
-        operands = [
-            runtime.views.operands(layer, runtime.residency.slot_of(layer * table.num_experts + expert))
-            for expert in experts
-        ]
+        operands = [views.operands(layer, slot_of(table.keys.key(layer, expert))) for expert in experts]
         ups = [math.matrix(one, math.up_at) for one in operands]
         downs = [math.matrix(one, math.down_at) for one in operands]
         token = torch.randn(1, model.config.get_text_config().hidden_size).bfloat16()
@@ -109,8 +108,8 @@ def main() -> None:
     model = foreroute.load(asked.model, "100%", "bfloat16", config=EngineConfig(packed=str(asked.packed), learn=False))
     fill(model)
     decode(model, asked.tokens)
-    runtime = model.foreroute.runtime
-    untimed = runtime.compute
+    engine = model.foreroute.engine
+    untimed = engine.compute
     layers = model.foreroute.plan.num_layers
     raw: dict[str, list[float]] = {"bare_us": [], "kernels_us": [], "beyond_us": [], "compute_us": [], "tpot_ms": []}
     before = model.foreroute.stats()
@@ -118,10 +117,10 @@ def main() -> None:
         raw["bare_us"].append(1e6 * bare(model, 60 * layers))
         raw["tpot_ms"].append(1e3 * decode(model, asked.tokens))
         # Without timers in the kernels first: the whole of it.
-        runtime.compute = compute = Timed(untimed)
+        engine.compute = compute = Timed(untimed)
         decode(model, asked.tokens)
         raw["compute_us"].append(1e6 * statistics.median(compute.each[layers:]))
-        runtime.compute = compute = Timed(untimed)
+        engine.compute = compute = Timed(untimed)
         kernels = {name: Timed(getattr(torch, name)) for name in _KERNELS}
         for name, timed in kernels.items():
             setattr(torch, name, timed)
@@ -130,7 +129,7 @@ def main() -> None:
         finally:
             for name, timed in kernels.items():
                 setattr(torch, name, timed.function)
-            runtime.compute = untimed
+            engine.compute = untimed
         calls = len(compute.each)
         inside = sum(timed.seconds for timed in kernels.values()) / calls
         raw["kernels_us"].append(1e6 * inside)

@@ -100,10 +100,10 @@ def main() -> None:
         for repeat in range(asked.repeats):
             for kind in configs if repeat % 2 == 0 else reversed(configs):
                 model = foreroute.load(asked.model, asked.memory, config=configs[kind])
-                runtime = model.foreroute.runtime
+                prefetcher = model.foreroute.engine.prefetcher
                 decode(model, prompt, 4)
-                clocked = Clocked(runtime._predictor) if runtime._predictor is not None else None
-                runtime._predictor = clocked
+                clocked = Clocked(prefetcher.predictor) if prefetcher.predictor is not None else None
+                prefetcher.predictor = clocked
                 before = model.foreroute.stats().decode.tokens
                 tpot_ms = 1e3 * decode(model, prompt, asked.tokens, clocked.reset if clocked else lambda: None)[0]
                 steps = model.foreroute.stats().decode.tokens - before

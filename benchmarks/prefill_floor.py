@@ -80,10 +80,7 @@ class Prompts:
 
 def empty_pool(model: Any) -> None:
     """As after loading: no expert is there."""
-    runtime = model.foreroute.runtime
-    runtime.transfer.reset()
-    runtime.residency.clear()
-    runtime.ahead.forget()
+    model.foreroute.engine.pool.reset()
 
 
 def main() -> None:

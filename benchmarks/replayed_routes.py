@@ -150,9 +150,9 @@ class Rung:
         config = {"packed": str(asked.packed), "eviction": asked.eviction, "learn": False, **config}
         self.model: Any = foreroute.load(asked.model, memory, "bfloat16", config=EngineConfig(**config))
         self.replay = replay
-        runtime = self.model.foreroute.runtime
-        if runtime.predictor is not None:
-            runtime.predictor = replay
+        prefetcher = self.model.foreroute.engine.prefetcher
+        if prefetcher.predictor is not None:
+            prefetcher.predictor = replay
         for layer in self.model.foreroute.layers:
             layer.experts.engine_forward = self._with_route(layer.index, layer.experts.engine_forward)
 

@@ -88,14 +88,14 @@ def _walk(pool: Residency, steps: list[Step], prefetch: bool) -> tuple[int, int,
             demand = pool.demand(routed)
             demands += len(routed)
             hits += len(demand.hits)
-            late += len(demand.late)
+            late += len(demand.in_flight)
             for key, _ in flying:
                 pool.loaded(key)
             for key, _ in demand.misses:
                 pool.loaded(key)
-                pool.lease(key)
-            for key, _ in demand.late:
-                pool.lease(key)
+                pool.pin(key)
+            for key, _ in demand.in_flight:
+                pool.pin(key)
             if prefetch:
                 flying = pool.prefetch(guess)
                 arrived = (len(flying) + 1) // 2

@@ -52,7 +52,7 @@ _FLAGS = ("--max-waiting", "32", "--ctx-size", "512")
 _INSIDE = """
 import asyncio, json, os, signal, threading
 from foreroute.batching.engine import BatchEngine
-from foreroute.residency.states import LEASED
+from foreroute.residency.states import PINNED
 
 engines, build = [], BatchEngine.__init__
 
@@ -64,12 +64,12 @@ BatchEngine.__init__ = noting
 
 def tell(number, frame):
     (engine,) = engines
-    residency, state = engine._model.foreroute.runtime.residency, engine.state()
-    keys = engine._model.foreroute.runtime.table.num_keys
+    residency, state = engine._model.foreroute.engine.pool.residency, engine.state()
+    keys = engine._model.foreroute.table.num_keys
     held = {
         "requests": state.running + state.waiting,
         "kv_tokens": state.kv_blocks_used,
-        "slots_leased": sum(residency.state(key) == LEASED for key in range(keys)),
+        "slots_leased": sum(residency.state(key) == PINNED for key in range(keys)),
         "slots_borrowed": len(residency._borrowed),
         "tasks": len(asyncio.all_tasks()),
         "threads": sum(not thread.name.startswith("asyncio_") for thread in threading.enumerate()),

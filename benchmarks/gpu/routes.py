@@ -15,7 +15,7 @@ import foreroute
 # isort: split
 import torch
 
-from foreroute.predict.base import Seen
+from foreroute.predict.base import RouterSample
 from foreroute.predict.build import lookahead
 
 TRAINED = Path(__file__).parents[2] / "models" / "foreroute-tiny"
@@ -88,11 +88,11 @@ def record(folder: Path, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
             chosen.append([])
             guessed.append([best])
         chosen[-1].append(best)
-        guess = ahead(layer, Seen(hidden, ids, weights), ids.shape[-1])
+        guess = ahead(layer, RouterSample(hidden, ids, weights), ids.shape[-1])
         if guess is not None and layer + 1 < len(layers):
             guessed[-1].append(guess.ids)  # type: ignore[attr-defined]
 
-    model.foreroute.runtime.observer = observe
+    model.foreroute.engine.routing_listener = observe
     torch.manual_seed(0)
     try:
         model.generate(

@@ -17,7 +17,7 @@ from foreroute.device.graph_decoder import GraphDecoder
 from foreroute.device.tier import DeviceTier
 from foreroute.engine.approximation import Approximation
 from foreroute.model.residual import ResidualTap
-from foreroute.predict.base import Seen, TokenGuess
+from foreroute.predict.base import RouterSample, TokenGuess
 from foreroute.predict.lookahead import RouterLookahead
 
 # Shares of the experts on the device; 0 is what a layer needs and no more: the paper's two buffers of top-k experts.
@@ -100,7 +100,7 @@ def tier_of(shape: Shape, rung: Rung, routes: Routes, device: torch.device) -> D
     num_slots = max(top_k + staging, round(rung.share * shape.table.total_slots))
     injected = _Injected(routes, device, follows_guess=rung.follows_guess)
 
-    def guess(layer: int, seen: Seen, width: int) -> TokenGuess:
+    def guess(layer: int, seen: RouterSample, width: int) -> TokenGuess:
         ids = injected.chosen(layer + 1) if rung.guess == "oracle" else injected.guessed(layer + 1)
         return TokenGuess(ids, torch.ones(ids.shape, device=device))
 
@@ -165,7 +165,7 @@ class _Handle:
     """What `GraphDecoder` asks of a model of `load`."""
 
     def __init__(self, tier: DeviceTier) -> None:
-        self.runtime = tier
+        self.engine = tier
 
 
 def _timed(decoder: GraphDecoder, token: torch.Tensor, device: torch.device) -> float:

@@ -2,10 +2,10 @@
 
 A *MoE layer* is counted by itself: layer 0 is the first layer that has experts, whatever its index in the model.
 An *expert key* is the flat int that the hot path uses in place of an (layer, expert) pair:
-`key = layer * num_experts + expert`, with `num_experts` the widest layer's.
+`key = layer * num_experts + expert`, with `num_experts` the widest layer's; `ExpertKeys` does that arithmetic.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,6 +18,53 @@ class ExpertId(NamedTuple):
 
     def __str__(self) -> str:
         return f"expert {self.expert} of MoE layer {self.layer}"
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertKeys:
+    """The arithmetic of expert keys.
+
+    widths: experts of each MoE layer. per_layer: keys of a layer, the experts of the widest one.
+    """
+
+    widths: tuple[int, ...]
+    per_layer: int
+
+    @classmethod
+    def of(cls, widths: Sequence[int]) -> "ExpertKeys":
+        """The keys of MoE layers with so many experts each."""
+        return cls(tuple(widths), max(widths))
+
+    @property
+    def num_keys(self) -> int:
+        """How many keys there are, those of narrower layers' absent experts included."""
+        return self.per_layer * len(self.widths)
+
+    def all(self) -> list[int]:
+        """The keys of all experts that there are, ascending."""
+        return [self.key(layer, expert) for layer, width in enumerate(self.widths) for expert in range(width)]
+
+    def key(self, layer: int, expert: int) -> int:
+        """The key of one expert."""
+        return layer * self.per_layer + expert
+
+    def layer_of(self, key: int) -> int:
+        """The MoE layer of a key."""
+        return key // self.per_layer
+
+    def expert_id(self, key: int) -> ExpertId:
+        """The (layer, expert) pair of a key."""
+        return ExpertId(*divmod(key, self.per_layer))
+
+    def keys_of(self, layer: int, rows: Sequence[Sequence[int]]) -> list[list[int]]:
+        """Per token the keys of its routed experts; ids that are no expert of the layer become -1, which no key is."""
+        width, base = self.widths[layer], layer * self.per_layer
+        return [[base + expert if 0 <= expert < width else -1 for expert in row] for row in rows]
+
+    def experts_of(self, layer: int, keys: Iterable[int]) -> list[int]:
+        """The expert indices of keys of `layer`; -1 for a negative key."""
+        base = layer * self.per_layer
+        return [key - base if key >= 0 else -1 for key in keys]
 
 
 class Guess(NamedTuple):

@@ -131,7 +131,7 @@ def test_quantised_for_the_cpu_is_refused() -> None:
 def test_what_the_model_wants_is_counted_on_the_model_itself(fake_gpu, checkpoints, load) -> None:
     model = load(checkpoints.get("qwen3_moe"), "100%")
     handle = model.foreroute
-    table, layers, text = handle.runtime.table, handle.layers, model.config.get_text_config()
+    table, layers, text = handle.table, handle.layers, model.config.get_text_config()
     asked = EngineConfig(device="cuda", kv_tokens=64, prefill_chunk=32)
     weights = sum(one.numel() * one.element_size() for one in (*model.parameters(), *model.buffers()))
     kv = 64 * kv_memory.kv_bytes_per_token(model)

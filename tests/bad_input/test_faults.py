@@ -13,7 +13,7 @@ import pytest
 
 from foreroute.errors import ReadError
 from foreroute.model.caches import cache_argument, cache_of
-from foreroute.residency.slots import LEASED, LOADING
+from foreroute.residency.slots import LOADING, PINNED
 from tests.support.broken import copied, read_parts
 from tests.support.runs import ONE_PROMPT, THREE_PROMPTS, assert_same_bits, generate, packed_store
 
@@ -39,12 +39,11 @@ def assert_usable(model, expected):
     """It says what it always says, and no slot stays in use or in wait."""
     for batch, theirs in zip((ONE_PROMPT, THREE_PROMPTS), expected, strict=True):
         assert_same_bits(generate(model, batch), theirs)
-    runtime = model.foreroute.runtime
-    while runtime.transfer.num_in_flight:
-        runtime.settle(runtime.transfer.wait())
-    residency = runtime.residency
+    pool = model.foreroute.engine.pool
+    pool.drain()
+    residency = pool.residency
     states = [residency.state(key) for key in range(residency.num_keys)]
-    assert LEASED not in states
+    assert PINNED not in states
     assert LOADING not in states
     assert residency.num_free + residency.num_resident == residency.num_slots
 
@@ -89,7 +88,7 @@ def test_decoding_stops_too(load, folder, expected, monkeypatch):
     phases = []
 
     def failing(*_):
-        phases.append(model.foreroute.runtime.is_prefill)
+        phases.append(model.foreroute.engine.is_prefill)
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     cache = cache_of(model(ONE_PROMPT.ids, use_cache=True))
@@ -162,7 +161,7 @@ class TestInterrupts:
 
     @pytest.mark.parametrize("after", [0, 1, 7, 40])
     def test_while_waiting(self, model, expected, monkeypatch, after):
-        transfer = model.foreroute.runtime.transfer
+        transfer = model.foreroute.engine.pool.transfer
         wait, calls = transfer.wait, []
 
         def interrupted():
@@ -179,12 +178,12 @@ class TestInterrupts:
     @pytest.mark.parametrize("after", [0, 1, 7, 40])
     @pytest.mark.parametrize("where", ["operands", "guess", "submit"])
     def test_while_computing(self, model, expected, monkeypatch, where, after):
-        runtime = model.foreroute.runtime
-        runtime.ahead.governor = None  # it may switch guesses off before the fortieth
+        engine = model.foreroute.engine
+        engine.prefetcher.governor = None  # it may switch guesses off before the fortieth
         target, name = {
-            "operands": (runtime.views, "operands"),
-            "guess": (runtime.predictor, "guess"),
-            "submit": (runtime.transfer, "demand"),
+            "operands": (engine.kernels[0].views, "operands"),
+            "guess": (engine.prefetcher.predictor, "guess"),
+            "submit": (engine.pool.transfer, "demand"),
         }[where]
         original, calls = getattr(target, name), []
 
@@ -263,7 +262,7 @@ def run_to_line(number, act):
 
 def test_a_guess_that_fails_in_prefill_is_no_error(load, folder, expected, monkeypatch):
     model = load(folder, "50%", prefetch_prefill="on")
-    transfer = model.foreroute.runtime.transfer
+    transfer = model.foreroute.engine.pool.transfer
     guessed, failed = set(), []
     prefetch, wait, completed = transfer.prefetch, transfer.wait, transfer.completed
 

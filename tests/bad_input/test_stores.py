@@ -152,13 +152,13 @@ def first_record_read(load, folder):
     """An expert that the prompt needs for sure: the first that its first layer routes to."""
     model = load(folder, "100%", prefetch="none")
     seen = []
-    compute = model.foreroute.runtime.compute
+    compute = model.foreroute.engine.compute
 
     def noting(layer, hidden, ids, weights):
         seen.append(layer * 16 + int(ids.min()))
         return compute(layer, hidden, ids, weights)
 
-    model.foreroute.runtime.compute = noting
+    model.foreroute.engine.compute = noting
     generate(model, new_tokens=1)
     return seen[0]
 

@@ -364,3 +364,14 @@ def test_a_beginning_is_not_computed_twice(tiny, tokenizer, engine_of):
     fresh = ask(engine_of(tiny, max_num_seqs=1), following, 8).wait()
     assert fresh.end.cached_tokens == 0
     assert_same_answers(fresh, again)
+
+
+def test_of_a_repeated_prompt_the_last_token_is_computed_as_a_prompts(tiny, tokenizer, engine_of):
+    engine, ids = engine_of(tiny, max_num_seqs=4), tokenizer("def read_lines(path):")["input_ids"]
+    first = ask(engine, ids, 8).wait()
+    before = tiny.foreroute.stats()
+    again = ask(engine, ids, 8).wait()
+    now = tiny.foreroute.stats().minus(before)
+    assert again.end.cached_tokens == len(ids) - 1
+    assert (now.prefill.tokens, now.decode.tokens) == (1, 7)
+    assert_same_answers(first, again)

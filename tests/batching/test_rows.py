@@ -148,20 +148,19 @@ def tiny():
 
 def test_padding_is_computed_by_no_expert(tiny: Any):
     """Nor does anybody learn from it; the real tokens are what they are alone."""
-    runtime, routed = tiny.foreroute.runtime, []
+    engine, routed = tiny.foreroute.engine, []
     width = tiny.foreroute.plan.num_experts
     learner_rows: list[int] = []
-    runtime.observer = lambda layer, hidden, ids, weights: routed.append(int((ids < width).sum()))
-    see = runtime.learner.see
-    runtime.learner.see = lambda layer, hidden, ids, weights: (
+    engine.routing_listener = lambda layer, hidden, ids, weights: routed.append(int((ids < width).sum()))
+    see = engine.learner.see
+    engine.learner.see = lambda layer, hidden, ids, weights: (
         learner_rows.append(len(hidden)) or see(layer, hidden, ids, weights)
     )
     cache, prompts = RowsCache(tiny), [[5, 6, 7], list(range(9, 29)), [11]]
     cache.arrange([], [(None, 0)] * 3)
-    logits = cache.step(prompts)[:, -1]
+    logits = cache.step(prompts, "prefill")[:, -1]
     assert routed == [(3 + 20 + 1) * tiny.foreroute.plan.top_k[0]] * tiny.foreroute.plan.num_layers
     assert learner_rows == []
-    assert runtime.padding is None
     for row, ids in enumerate(prompts):
         expected = tiny(input_ids=torch.tensor([ids])).logits[0, -1]
         torch.testing.assert_close(logits[row], expected, atol=1e-4, rtol=0)
@@ -172,11 +171,11 @@ def test_what_another_row_left_is_multiplied_by_nobody(tiny: Any):
     """A place that is used again may have held what is no number."""
     cache = RowsCache(tiny)
     cache.arrange([], [(None, 0)] * 3)
-    cache.step([[7] * 30, [5, 6, 9], [4] * 30])
+    cache.step([[7] * 30, [5, 6, 9], [4] * 30], "prefill")
     for layer in cache._cache.layers:
         layer.keys[0], layer.values[0] = float("nan"), float("nan")
     cache.arrange([1, 2], [(None, 0)])
-    logits = cache.step([[11], [12], [8, 9]])[:, -1]
+    logits = cache.step([[11], [12], [8, 9]], "prefill")[:, -1]
     torch.testing.assert_close(
         logits[0], tiny(input_ids=torch.tensor([[5, 6, 9, 11]])).logits[0, -1], atol=1e-4, rtol=0
     )
@@ -208,19 +207,19 @@ def test_where_memory_runs_out_rows_stay_as_they_were(monkeypatch: pytest.Monkey
 def test_rows_are_taken_over_without_a_second_copy(tiny: Any):
     prompts, decoding = RowsCache(tiny), RowsCache(tiny)
     prompts.arrange([], [(None, 0)] * 2)
-    prompts.step([[5, 6, 7], [8, 9]])
+    prompts.step([[5, 6, 7], [8, 9]], "prefill")
     keys = prompts._cache.layers[0].keys
     decoding.take_over(prompts, [0, 1])
     assert decoding._cache.layers[0].keys is keys, "nothing was there: not even a copy"
     assert (decoding.lengths, prompts.lengths) == ([3, 2], [])
     prompts.arrange([], [(None, 0)] * 2)
-    prompts.step([[15, 16], [17, 18, 19, 20]])
+    prompts.step([[15, 16], [17, 18, 19, 20]], "prefill")
     decoding.take_over(prompts, [1])
     assert (decoding.lengths, prompts.lengths) == ([3, 2, 4], [2, 4])
     prompts.arrange([0], [])
     decoding.take_over(prompts, [0])
     assert all(layer.keys is None for layer in prompts._cache.layers)
-    logits = decoding.step([[11]] * 4)[:, -1]
+    logits = decoding.step([[11]] * 4, "decode")[:, -1]
     for row, ids in enumerate(([5, 6, 7], [8, 9], [17, 18, 19, 20], [15, 16])):
         expected = tiny(input_ids=torch.tensor([[*ids, 11]])).logits[0, -1]
         torch.testing.assert_close(logits[row], expected, atol=1e-4, rtol=0)
@@ -228,9 +227,9 @@ def test_rows_are_taken_over_without_a_second_copy(tiny: Any):
 
 def test_padding_has_no_vote_and_is_not_counted(tiny: Any, monkeypatch: pytest.MonkeyPatch):
     """One prompt of 26 tokens and seven of 3: what is guessed is what the real tokens' guesses are."""
-    runtime, guessed = tiny.foreroute.runtime, []
+    prefetcher, guessed = tiny.foreroute.engine.prefetcher, []
     prompts = [list(range(5, 31)), *([40 + at, 50 + at, 60 + at] for at in range(7))]
-    predictor = runtime.predictor
+    predictor = prefetcher.predictor
     inner = predictor._predictor.guess
 
     def spying(layer: int, seen: Any, width: int) -> Any:
@@ -240,15 +239,13 @@ def test_padding_has_no_vote_and_is_not_counted(tiny: Any, monkeypatch: pytest.M
         return found
 
     told: list[list[int]] = []
-    prefetch = runtime.ahead.prefetch
+    prefetch = prefetcher.prefetch
     monkeypatch.setattr(predictor._predictor, "guess", spying)
-    monkeypatch.setattr(
-        runtime.ahead, "prefetch", lambda at, found, phase: told.append(list(found)) or prefetch(at, found, phase)
-    )
+    monkeypatch.setattr(prefetcher, "prefetch", lambda at, found: told.append(list(found)) or prefetch(at, found))
     before = tiny.foreroute.stats().prefill.tokens
     cache = RowsCache(tiny)
     cache.arrange([], [(None, 0)] * len(prompts))
-    cache.step(prompts)
+    cache.step(prompts, "prefill")
     assert told == guessed
     assert len(told) > 3
     assert tiny.foreroute.stats().prefill.tokens - before == sum(map(len, prompts))

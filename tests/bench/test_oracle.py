@@ -44,17 +44,17 @@ def test_no_guess_of_the_oracle_is_wrong(tiny, random_rows, rows, memory):
     (rung,) = rungs_named([ORACLE])
     model = foreroute.load(tiny, memory, config=config_of(rung, EngineConfig()))
     recorder = RouteRecorder([NUM_EXPERTS] * NUM_LAYERS)
-    model.foreroute.runtime.observer = recorder
+    model.foreroute.engine.routing_listener = recorder
     case = Case(rows, CASE.prompt_tokens, CASE.new_tokens)
     first = run_once(model, random_rows[:rows], case)
-    model.foreroute.runtime.observer = None
+    model.foreroute.engine.routing_listener = None
     # The lookahead of random weights is wrong now and then.
     assert first.decode.prefetch_wasted + first.decode.prefetch_cancelled > 0
     assert [len(layers) for layers in recorder.routes] == [NUM_LAYERS] * case.new_tokens
     assert {len(experts) for experts in recorder.routes[-1]} <= set(range(1, rows * TOP_K + 1))
 
     oracle = Oracle()
-    model.foreroute.runtime.predictor = oracle
+    model.foreroute.engine.prefetcher.predictor = oracle
     oracle.follow(recorder.routes)
     told = run_once(model, random_rows[:rows], case)
     assert told.choices == first.choices
@@ -68,12 +68,12 @@ def test_no_guess_of_the_oracle_is_wrong(tiny, random_rows, rows, memory):
 def test_a_filled_pool_holds_every_expert(tiny, random_rows):
     model = foreroute.load(tiny, "100%", config=EngineConfig(prefetch="none"))
     fill_pool(model, random_rows[:1, :4])
-    assert model.foreroute.runtime.residency.resident_per_layer == [NUM_EXPERTS] * NUM_LAYERS
+    assert model.foreroute.engine.pool.residency.resident_per_layer == [NUM_EXPERTS] * NUM_LAYERS
     before = model.foreroute.stats()
     timed = run_once(model, random_rows, CASE)
     assert timed.decode.misses == timed.prefill.misses == 0
     assert model.foreroute.stats().minus(before).read_bytes == 0
-    assert model.foreroute.runtime.observer is None
+    assert model.foreroute.engine.routing_listener is None
     model.foreroute.close()
 
 

@@ -9,7 +9,7 @@ import torch
 from foreroute.checkpoint.layouts import ExpertTable
 from foreroute.checkpoint.records import STORE_NAME
 from foreroute.cli.commands import verify
-from foreroute.engine.moe_step import Runtime
+from foreroute.engine.moe_step import MoeStep
 from foreroute.loading import expert_math as family_math
 from foreroute.loading import load as loader
 from foreroute.prepare.pack import pack
@@ -174,28 +174,32 @@ class TestFaults:
         assert "its slot holds other bytes than the checkpoint; they are those of expert" in first["reasons"][0]
 
     def test_a_pool_that_names_the_wrong_slot(self, verified, checkpoints, monkeypatch):
-        slot_of, base = Residency.slot_of, LAYER * expert_table(checkpoints.get("qwen3_moe")).num_experts
+        demand, base = Residency.demand, LAYER * expert_table(checkpoints.get("qwen3_moe")).num_experts
 
-        def lying(pool, key):
-            others = (base + other for other in range(16) if other != EXPERT and pool.state(base + other) == READY)
-            return slot_of(pool, next(others, key) if key == base + EXPERT else key)
+        def lying(pool, keys):
+            found = demand(pool, keys)
+            others = [base + other for other in range(16) if other != EXPERT and pool.state(base + other) == READY]
+            hits = [
+                (key, pool.slot_of(next(iter(others), key) if key == base + EXPERT else key)) for key, _ in found.hits
+            ]
+            return found._replace(hits=hits)
 
-        monkeypatch.setattr(Residency, "slot_of", lying)
+        monkeypatch.setattr(Residency, "demand", lying)
         first = verified("qwen3_moe", expect=1)["first_difference"]
         assert (first["moe_layer"], first["experts"]) == (LAYER, [EXPERT])
         assert "it was computed from a slot that was filled for expert" in first["reasons"][0]
 
     def test_maths(self, verified, monkeypatch):
         """Not a slot's fault: nothing else is left."""
-        compute = Runtime.compute
+        compute = MoeStep.compute
 
-        def rounding(runtime, layer, hidden, ids, weights):
-            out = compute(runtime, layer, hidden, ids, weights)
+        def rounding(engine, layer, hidden, ids, weights):
+            out = compute(engine, layer, hidden, ids, weights)
             if layer == LAYER and len(hidden) == 1:
                 out[0, 0] = torch.nextafter(out[0, 0], out.new_tensor(torch.inf))
             return out
 
-        monkeypatch.setattr(Runtime, "compute", rounding)
+        monkeypatch.setattr(MoeStep, "compute", rounding)
         first = verified("gpt_oss", expect=1)["first_difference"]
         assert (first["part"], first["moe_layer"], first["step"]) == ("experts", LAYER, 2)
         assert first["position"] == len(TEXTS[0])
@@ -323,7 +327,7 @@ def test_a_prompt_that_fills_the_context_gets_one_token(verified, prompts):
 
 
 def test_ctrl_c_ends_it_and_leaves_no_reader(run, checkpoints, monkeypatch):
-    compute, calls = Runtime.compute, []
+    compute, calls = MoeStep.compute, []
 
     def interrupted(*args):
         calls.append(args)
@@ -331,6 +335,6 @@ def test_ctrl_c_ends_it_and_leaves_no_reader(run, checkpoints, monkeypatch):
             raise KeyboardInterrupt
         return compute(*args)
 
-    monkeypatch.setattr(Runtime, "compute", interrupted)
+    monkeypatch.setattr(MoeStep, "compute", interrupted)
     assert run("verify", checkpoints.get("qwen3_moe"), *FAST).code == 130
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("foreroute")]

@@ -62,23 +62,23 @@ def test_hash_routed_layers_are_guessed_exactly(tmp_path: Path, monkeypatch: pyt
     """Their experts go by token ids alone, which are known: every guess is the router's choice, of layer 0 too."""
     family = next(family for family in WORKING if family.model_type == "deepseek_v4")
     model = load_tight(save_tiny(family, tmp_path / "hashed"))
-    runtime = model.foreroute.runtime
+    engine = model.foreroute.engine
     hashed = [layer.index for layer in model.foreroute.layers if layer.router.by_tokens]
     assert hashed == [0, 1, 2]
     guessed: dict[int, set[int]] = {}
     pairs: list[tuple[int, set[int], set[int]]] = []
-    prefetch = runtime.ahead.prefetch
+    prefetch = engine.prefetcher.prefetch
 
-    def noting(layer: int, experts: Sequence[int], phase: object) -> None:
+    def noting(layer: int, experts: Sequence[int]) -> None:
         guessed[layer] = set(experts)
-        prefetch(layer, experts, phase)
+        prefetch(layer, experts)
 
     def observe(layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> None:
         if layer in hashed and layer in guessed:
             pairs.append((layer, guessed.pop(layer), set(ids.flatten().tolist())))
 
-    monkeypatch.setattr(runtime.ahead, "prefetch", noting)
-    runtime.observer = observe
+    monkeypatch.setattr(engine.prefetcher, "prefetch", noting)
+    engine.routing_listener = observe
     answer(model)
     model.foreroute.close()
     assert {layer for layer, _, _ in pairs} == set(hashed)
@@ -92,8 +92,8 @@ def test_a_broken_family_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     folder = save_tiny(family, tmp_path / "broken")
     expected = resident_answer(family, folder)
     model = load_tight(folder)
-    compute = model.foreroute.runtime.compute
-    monkeypatch.setattr(model.foreroute.runtime, "compute", lambda *args: compute(*args) * (1 + 1e-6))
+    compute = model.foreroute.engine.compute
+    monkeypatch.setattr(model.foreroute.engine, "compute", lambda *args: compute(*args) * (1 + 1e-6))
     with pytest.raises(AssertionError, match="logits differ"):
         assert_same(answer(model), expected)
     model.foreroute.close()

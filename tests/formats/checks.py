@@ -44,7 +44,7 @@ def check_same(load: Any, folder: Path, resident: Callable[[Any], Any], stored_a
 def check_bytes(model: Any, bits: float, other_bytes: int = 0) -> None:
     """See that what decoding moved is experts of `bits` per weight, and of `other_bytes` beside their matrices."""
     plan, stats = model.foreroute.plan, model.foreroute.stats()
-    layer = model.foreroute.runtime.table.layers[0]
+    layer = model.foreroute.table.layers[0]
     weights = sum(math.prod(part.shape) for part in layer.family_layout.parts if len(part.shape) == 2)
     moved = stats.decode.demand_bytes / stats.decode.demand_loads
     found = 8 * (moved - other_bytes) / weights

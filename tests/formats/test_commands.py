@@ -109,9 +109,10 @@ def test_pack_from_fp8_to_int4(published, load, tmp_path):
     up, _ = numbers_of(sketch.table, 3, sketch.table.reads, torch.float32)
     with torch.no_grad():
         assert model(torch.arange(9)[None]).logits.isfinite().all()
-    views, runtime = model.foreroute.runtime.views, model.foreroute.runtime
-    key = next(key for key in range(runtime.table.num_experts) if runtime.residency.state(key) == READY)
-    operands = views.operands(0, runtime.residency.slot_of(key))
+    engine, table = model.foreroute.engine, model.foreroute.table
+    views, residency = engine.kernels[0].views, engine.pool.residency
+    key = next(key for key in range(table.num_experts) if residency.state(key) == READY)
+    operands = views.operands(0, residency.slot_of(key))
     up, _ = numbers_of(sketch.table, key, sketch.table.reads, torch.float32)
     again = Matrix(*encode(up, 4, 32), 4, 32)
     assert torch.equal(decode(Matrix(operands[0], operands[1], 4, 32)), decode(again))

@@ -6,10 +6,10 @@ The copies are plain ones here; everything else is what runs in front of a GPU. 
 import pytest
 import torch
 
-from foreroute.engine.combine import RowsStep, TokenStep
 from foreroute.errors import DeviceError
 from foreroute.kernels.slot_views import SlotViews
 from foreroute.kernels.torch.experts import ExpertMath, OneToken
+from foreroute.kernels.torch.sums import RowsSum, TokenSum
 from foreroute.transfer.tiered import TieredTransfer
 from tests.support.runs import ONE_PROMPT, THREE_PROMPTS, assert_same_bits, generate, packed_store, watch_reads
 
@@ -30,7 +30,7 @@ def test_all_experts_in_host_memory(checkpoints, references, load, family):
     assert stats.decode.misses > 0
     assert stats.prefetch_used > 0
     assert stats.read_bytes > 0
-    assert isinstance(model.foreroute.runtime.transfer, TieredTransfer)
+    assert isinstance(model.foreroute.engine.pool.transfer, TieredTransfer)
 
 
 @pytest.mark.parametrize("store", ["safetensors", "packed"])
@@ -77,14 +77,14 @@ def test_every_tensor_of_a_step_is_made_where_the_slots_are():
     math = ExpertMath(lambda inner: inner.chunk(2, -1)[0] * inner.chunk(2, -1)[1], 0, 1)
     views = SlotViews(pool, 4096, [_layout()], [math], torch.float32)
     hidden, weights = torch.empty(3, 4, device="meta"), torch.empty(3, 2, device="meta")
-    rows = RowsStep(math, lambda key: views.operands(0, key), hidden, [[2, 0], [0, 1], [1, 2]], weights)
+    rows = RowsSum(math, lambda slot: views.operands(0, slot), hidden, [[2, 0], [0, 1], [1, 2]], weights)
     assert {gathered.device.type for gathered in rows._rows.values()} == {"meta"}
-    rows.run([1, 0, 2])
+    rows.add([(1, 1), (0, 0), (2, 2)])
     assert rows.total().device.type == "meta"
     workspace = OneToken(2, 8, 4, torch.float32, "meta")
-    token = TokenStep(workspace, math, lambda key: views.operands(0, key), hidden[:1], [2, 0], weights[:1])
-    token.run([2])
-    token.run([0])
+    token = TokenSum(workspace, math, lambda slot: views.operands(0, slot)).begin(hidden[:1], [2, 0], weights[:1])
+    token.add([(2, 2)])
+    token.add([(0, 0)])
     assert token.total().device.type == "meta"
 
 

@@ -172,7 +172,7 @@ def test_g54_what_has_left_a_window_is_not_called_back(pair):
 def test_g55_an_answer_cut_off_in_mid_step_leaves_what_is_certain(pair, family, error, monkeypatch):
     model, reference = pair(family)
     kept = PromptCache()
-    compute, calls = model.foreroute.runtime.compute, []
+    compute, calls = model.foreroute.engine.compute, []
 
     def failing(layer, *args):
         calls.append(layer)
@@ -180,7 +180,7 @@ def test_g55_an_answer_cut_off_in_mid_step_leaves_what_is_certain(pair, family, 
             raise error
         return compute(layer, *args)
 
-    monkeypatch.setattr(model.foreroute.runtime, "compute", failing)
+    monkeypatch.setattr(model.foreroute.engine, "compute", failing)
     tokens, _ = fed(reference, [PROMPT], empty_cache(reference))
     if error is KeyboardInterrupt:
         report, _ = answer(model, PROMPT, reuse=kept)

@@ -17,6 +17,7 @@ from foreroute.device.graph_decoder import GraphDecoder
 from foreroute.device.kernel_math import KernelSlotMath, form_of
 from foreroute.device.side_stream import LateBranch
 from foreroute.device.slot_math import GatheredSlotMath
+from foreroute.engine.interfaces import StepInfo
 from foreroute.errors import DeviceError, PromptError, RefusedError
 from foreroute.generation.generate import generate as answer
 from foreroute.generation.prefix_cache import PromptCache
@@ -30,7 +31,7 @@ from tests.support.runs import ONE_PROMPT, THREE_PROMPTS, assert_same_bits, gene
 
 
 def counts(model) -> dict[str, int]:
-    return model.foreroute.runtime.state.counts()
+    return model.foreroute.engine.state.counts()
 
 
 @pytest.mark.parametrize("memory", ["25%", "50%", "100%"])
@@ -40,7 +41,7 @@ def test_bits_are_those_of_the_resident_model(checkpoints, references, load, fam
     model = load(folder, memory, control="device")
     for batch in (ONE_PROMPT, THREE_PROMPTS):
         assert_same_bits(generate(model, batch), references.output(folder, batch))
-    seen, tier = counts(model), model.foreroute.runtime
+    seen, tier = counts(model), model.foreroute.engine
     assert seen["hits"] > 0
     assert seen["misses"] > 0
     assert seen["shortages"] == 0
@@ -62,7 +63,7 @@ def test_on_demand_without_guesses(checkpoints, references, load):
 
 def test_first_choices_of_all_rows_are_guessed_first(checkpoints, load, monkeypatch):
     model = load(checkpoints.get("qwen3_moe"), "50%", control="device")
-    tier, asked = model.foreroute.runtime, []
+    tier, asked = model.foreroute.engine, []
     guesses = torch.tensor([[1, 2, 3], [4, 5, 6]])
     tier._guess = lambda layer, seen, width: TokenGuess(guesses, guesses)
 
@@ -74,7 +75,7 @@ def test_first_choices_of_all_rows_are_guessed_first(checkpoints, load, monkeypa
         plan, fetch = staticmethod(paging.plan), staticmethod(paging.fetch)
 
     tier._paging = Noting()
-    tier.begin_step(2, 1)
+    tier.begin_step(StepInfo("decode", 2, 1))
     tier.compute(0, torch.zeros(2, 64), torch.tensor([[0, 1, 2], [2, 3, 4]]), torch.ones(2, 3))
     assert asked == [(1, [1, 4, 2, 5, 3, 6], True)]
 
@@ -94,7 +95,7 @@ def test_the_join_is_needed(checkpoints, references, load, monkeypatch):
 def test_more_rows_than_the_pool_serves_go_the_way_of_prefill(checkpoints, references, load):
     folder = checkpoints.get("qwen3_moe")
     model, batch = load(folder, "25%", control="device"), make_batch(*[9] * 5)
-    assert model.foreroute.runtime.most_rows < 5
+    assert model.foreroute.engine.most_rows < 5
     assert_same_bits(generate(model, batch, 6), generate(references.model(folder), batch, 6))
     assert counts(model)["misses"] == 0
 
@@ -102,7 +103,7 @@ def test_more_rows_than_the_pool_serves_go_the_way_of_prefill(checkpoints, refer
 def test_a_long_prompt_leaves_the_pool_alone_and_then_seeds_it(checkpoints, references, load):
     folder, batch = checkpoints.get("qwen3_moe"), make_batch(100)
     model = load(folder, "25%", control="device", prefetch="none")
-    tier = model.foreroute.runtime
+    tier = model.foreroute.engine
     with torch.no_grad():
         model(batch.ids, use_cache=False)
     assert (tier.state.key_of_slot >= 0).sum() == 0
@@ -156,7 +157,7 @@ def test_gathered_experts_say_the_same(checkpoints, references, load, family):
     """The maths that a graph can hold: no slot is read back, and logits differ by rounding alone."""
     folder = checkpoints.get(family)
     model = load(folder, "50%", control="device")
-    tier = model.foreroute.runtime
+    tier = model.foreroute.engine
     layouts = [layer.layout for layer in tier.table.layers]
     math = [describe_math(layer.experts) for layer in model.foreroute.layers]
     tier._slot_math = GatheredSlotMath(tier._pool, layouts, math, torch.float32)
@@ -172,7 +173,7 @@ def test_the_kernels_form_of_a_family_is_found_and_gives_its_tokens(checkpoints,
     """By the kernels' reference; the kernels themselves are held to it elsewhere."""
     folder = checkpoints.get(family)
     model = load(folder, "50%", control="device")
-    tier, layers = model.foreroute.runtime, model.foreroute.layers
+    tier, layers = model.foreroute.engine, model.foreroute.layers
     forms = []
     for layer, described in zip(layers, tier.table.layers, strict=True):
         math = describe_math(layer.experts)
@@ -226,5 +227,5 @@ def test_a_closed_tier_is_closed(checkpoints, load):
     model.foreroute.close()
     with pytest.raises(RefusedError):
         generate(model, ONE_PROMPT, 2)
-    assert isinstance(model.foreroute.runtime, device_tier.DeviceTier)
+    assert isinstance(model.foreroute.engine, device_tier.DeviceTier)
     assert EngineConfig().control == "host"

@@ -139,7 +139,7 @@ def test_g05_eviction(checkpoints, references, load, family, eviction):
     for batch in (ONE_PROMPT, THREE_PROMPTS):
         assert_same(model, folder, references, batch)
     assert model.foreroute.stats().evictions > 0
-    assert type(model.foreroute.runtime.residency._eviction).__name__.lower() == eviction
+    assert type(model.foreroute.engine.pool.residency._eviction).__name__.lower() == eviction
 
 
 def test_g05_the_orders_of_eviction_differ(checkpoints, load):
@@ -156,8 +156,9 @@ def test_g06_hits_first(checkpoints, references, load, hits_first, monkeypatch):
     """With it, experts that are there are computed while others are still being read."""
     folder = checkpoints.get("qwen3_moe")
     model = load(folder, "50%", hits_first=hits_first, prefetch="none")
-    runtime, log = model.foreroute.runtime, []
-    operands, wait = runtime.views.operands, runtime.transfer.wait
+    engine, log = model.foreroute.engine, []
+    views, pool = engine.kernels[0].views, engine.pool
+    operands, wait = views.operands, pool.transfer.wait
 
     def noting_operands(layer, slot):
         log.append("compute")
@@ -167,22 +168,22 @@ def test_g06_hits_first(checkpoints, references, load, hits_first, monkeypatch):
         log.append("wait")
         return wait()
 
-    monkeypatch.setattr(runtime.views, "operands", noting_operands)
-    monkeypatch.setattr(runtime.transfer, "wait", noting_wait)
+    monkeypatch.setattr(views, "operands", noting_operands)
+    monkeypatch.setattr(pool.transfer, "wait", noting_wait)
     # One layer with a hit and a miss: in that step either the hit is computed before the wait, or after it.
     steps = []
-    compute = runtime.compute
+    compute = engine.compute
 
     def noting_compute(layer, hidden, ids, weights):
         log.clear()
-        phase = runtime.stats.decode
+        phase = pool.stats.decode
         before = (phase.hits, phase.misses)
         out = compute(layer, hidden, ids, weights)
         if len(hidden) == 1 and phase.hits > before[0] and phase.misses > before[1]:
             steps.append(log[0])
         return out
 
-    monkeypatch.setattr(runtime, "compute", noting_compute)
+    monkeypatch.setattr(engine, "compute", noting_compute)
     assert_same(model, folder, references, ONE_PROMPT)
     assert_same(model, folder, references, THREE_PROMPTS)
     assert set(steps) == {"compute" if hits_first else "wait"}
@@ -195,8 +196,8 @@ def test_g07_no_cache(checkpoints, references, load, prefetch):
     model = load(folder, "50%", cache=False, prefetch=prefetch)
     for batch in (ONE_PROMPT, THREE_PROMPTS):
         assert_same(model, folder, references, batch)
-    stats, residency = model.foreroute.stats(), model.foreroute.runtime.residency
-    assert residency.num_resident == residency.num_staged
+    stats, residency = model.foreroute.stats(), model.foreroute.engine.pool.residency
+    assert residency.num_resident == residency.num_prefetched
     if prefetch == "none":
         assert stats.decode.hits == stats.prefill.hits == 0
         assert stats.decode.misses == stats.decode.demand_loads > 0
@@ -223,7 +224,7 @@ def test_g09_buffered_reads(checkpoints, references, load, store):
     for batch in (ONE_PROMPT, THREE_PROMPTS):
         assert_same(model, folder, references, batch)
     expected = packed if store == "packed" else str(folder / "model.safetensors")
-    assert model.foreroute.runtime.transfer.buffered_paths == [expected]
+    assert model.foreroute.engine.pool.transfer.buffered_paths == [expected]
 
 
 @pytest.mark.parametrize("hits_first", [True, False])
@@ -315,7 +316,7 @@ def test_g16_width_of_guesses(checkpoints, references, load, width, monkeypatch)
     folder = checkpoints.get("qwen3_moe")
     # A prompt's guesses are of as many experts as its tokens want.
     model = load(folder, "50%", prefetch_width=width, prefetch_prefill="off")
-    residency, widths = model.foreroute.runtime.residency, []
+    residency, widths = model.foreroute.engine.pool.residency, []
     prefetch = residency.prefetch
 
     def noting(keys):

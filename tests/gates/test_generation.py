@@ -194,7 +194,7 @@ def test_g29_two_threads_of_compute(load, references, tmp_path, monkeypatch):
     torch.set_num_threads(2)
     try:
         model = load(folder, "80%")
-        views, teams = model.foreroute.runtime.views, set()
+        views, teams = model.foreroute.engine.kernels[0].views, set()
         operands = views.operands
 
         def noting(layer, slot):

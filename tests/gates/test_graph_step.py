@@ -1,4 +1,4 @@
-"""What a decode step asks of the host: nothing. Seen on the CPU by the operations that it dispatches.
+"""What a decode step asks of the host: nothing. RouterSample on the CPU by the operations that it dispatches.
 
 Reading a value back, an output whose size depends on values, and a tensor made from Python's numbers would each stop a
 GPU's stream, or not be captured at all. Paging is stubbed: its reference is plain Python.
@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from foreroute.device.graph_decoder import GraphDecoder, _ScalarsOnDevice
 from foreroute.device.slot_math import GatheredSlotMath
+from foreroute.engine.interfaces import StepInfo
 from foreroute.loading.math_check import describe_math
 from tests.support.runs import ONE_PROMPT
 
@@ -54,14 +55,14 @@ class NoPaging:
 @pytest.fixture(params=["qwen3_moe", "gpt_oss", "deepseek_v3", "mixtral"])
 def decoder(checkpoints, load, request) -> Iterator[GraphDecoder]:
     model = load(checkpoints.get(request.param), "50%", control="device")
-    tier = model.foreroute.runtime
+    tier = model.foreroute.engine
     made = GraphDecoder(model, 1, 64)
     token = made.prefill(ONE_PROMPT.ids).argmax(-1, keepdim=True)
     made.step(token)
     tier._paging = NoPaging()
     math = [describe_math(layer.experts) for layer in model.foreroute.layers]
     tier._slot_math = GatheredSlotMath(tier._pool, [one.layout for one in tier.table.layers], math, torch.float32)
-    tier.begin_step(1, 1)
+    tier.begin_step(StepInfo("decode", 1, 1))
     return made
 
 

@@ -108,15 +108,19 @@ def test_g41_the_engines_slots(checkpoints, references, load, family):
     folder = checkpoints.get(family)
     model = load(folder, "50%")
     generate(model)
-    runtime, resident = model.foreroute.runtime, dict(references.model(folder).named_parameters())
-    while runtime.transfer.num_in_flight:
-        runtime.settle(runtime.transfer.wait())
-    ready = [key for key in range(runtime.residency.num_keys) if runtime.residency.state(key) == READY]
-    assert len(ready) > runtime.residency.num_slots // 2
+    engine, table, resident = (
+        model.foreroute.engine,
+        model.foreroute.table,
+        dict(references.model(folder).named_parameters()),
+    )
+    engine.pool.drain()
+    residency = engine.pool.residency
+    ready = [key for key in range(residency.num_keys) if residency.state(key) == READY]
+    assert len(ready) > residency.num_slots // 2
     for key in ready:
-        layer, expert = runtime.table.expert_id(key)
-        described, slot = runtime.table.layers[layer], runtime.residency.slot_of(key)
-        operands = runtime.views.operands(layer, slot)
+        layer, expert = table.expert_id(key)
+        described, slot = table.layers[layer], residency.slot_of(key)
+        operands = engine.kernels[0].views.operands(layer, slot)
         for part, operand in zip(described.layout.parts, operands, strict=True):
             fused = resident[f"{described.name}.{part.name}"][expert]
             assert torch.equal(operand if operand.is_contiguous() else operand.t(), fused)

@@ -206,10 +206,10 @@ def test_what_a_mixed_store_reads_is_counted_to_the_byte(checkpoints, stores, lo
     """Experts differ in size: the figures say what was moved, not a mean."""
     folder = checkpoints.get("qwen3_moe", "bf16")
     model = load(folder, "25%", packed=str(stores("qwen3_moe", "mixed")), prefetch=prefetch)
-    runtime, moved = model.foreroute.runtime, {"demand": 0, "prefetch": 0}
-    sizes = [layer.layout_of(at).nbytes for layer in runtime.table.layers for at in range(layer.num_experts)]
+    transfer, moved = model.foreroute.engine.pool.transfer, {"demand": 0, "prefetch": 0}
+    sizes = [layer.layout_of(at).nbytes for layer in model.foreroute.table.layers for at in range(layer.num_experts)]
     assert len(set(sizes)) == 2
-    demand, guess, cancel = runtime.transfer.demand, runtime.transfer.prefetch, runtime.transfer.cancel
+    demand, guess, cancel = transfer.demand, transfer.prefetch, transfer.cancel
 
     def noting(kind: str, start: Any, sign: int = 1) -> Any:
         def noted(key: int, *slot: int) -> Any:
@@ -219,9 +219,9 @@ def test_what_a_mixed_store_reads_is_counted_to_the_byte(checkpoints, stores, lo
 
         return noted
 
-    runtime.transfer.demand = noting("demand", demand)
-    runtime.transfer.prefetch = noting("prefetch", guess)
-    runtime.transfer.cancel = noting("prefetch", cancel, -1)
+    transfer.demand = noting("demand", demand)
+    transfer.prefetch = noting("prefetch", guess)
+    transfer.cancel = noting("prefetch", cancel, -1)
     generate(model, ONE_PROMPT)
     phases = (model.foreroute.stats().prefill, model.foreroute.stats().decode)
     assert sum(phase.demand_bytes for phase in phases) == moved["demand"]

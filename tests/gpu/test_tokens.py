@@ -83,7 +83,7 @@ def test_tokens_of_a_graph(checkpoints, resident, load, family, dtype, residency
 def test_a_graph_per_batch_size(checkpoints, resident, load, rows):
     folder = checkpoints.get("qwen3_moe")
     model = load(folder, "100%", device="cuda", control="device", prefetch="none")
-    assert rows <= model.foreroute.runtime.most_rows
+    assert rows <= model.foreroute.engine.most_rows
     decoder = GraphDecoder(model, rows, 128)
     expected = resident(folder, ONE_PROMPT).expand(rows, -1).tolist()
     assert decoder.greedy(ONE_PROMPT.ids.expand(rows, -1), NEW_TOKENS).tolist() == expected

@@ -22,7 +22,7 @@ def test_tokens_and_decisions(checkpoints, references, load, family):
     found = []
     for has_kernels in (False, True):
         model = load(folder, "50%", control="device")
-        tier = model.foreroute.runtime
+        tier = model.foreroute.engine
         if has_kernels:
             tier._paging = triton_paging
             forms = [

@@ -2,11 +2,13 @@
 
 import random
 import time
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 
+from foreroute.engine.interfaces import StepInfo
 from foreroute.errors import PolicyError
 from foreroute.evals.fetched_only import fetched_only
 from foreroute.model.caches import cache_argument, cache_of
@@ -56,18 +58,18 @@ class TestEveryFamily:
 
     def test_it_waits_in_layer_0_alone(self, family, load_fitted, monkeypatch):
         model = load_fitted(family, policy="speculative", deterministic=True)
-        runtime, demanded = model.foreroute.runtime, list[int]()
+        transfer, demanded = model.foreroute.engine.pool.transfer, list[int]()
         generate(model, new_tokens=1)
-        inner = runtime.transfer.demand
-        monkeypatch.setattr(runtime.transfer, "demand", lambda key, slot: (demanded.append(key), inner(key, slot)))
-        promote = runtime.transfer.promote
-        monkeypatch.setattr(runtime.transfer, "promote", lambda key: (demanded.append(key), promote(key)))
+        inner = transfer.demand
+        monkeypatch.setattr(transfer, "demand", lambda key, slot: (demanded.append(key), inner(key, slot)))
+        promote = transfer.promote
+        monkeypatch.setattr(transfer, "promote", lambda key: (demanded.append(key), promote(key)))
         cache = cache_of(model(ONE_PROMPT.ids, use_cache=True))
         demanded.clear()
         for token in range(20, 40):
             model(torch.tensor([[token]]), **cache_argument(cache), use_cache=True)
         assert demanded, "layer 0 never waited: the test shows nothing"
-        assert {key // runtime.table.num_experts for key in demanded} == {0}
+        assert {model.foreroute.table.keys.layer_of(key) for key in demanded} == {0}
         decode = model.foreroute.stats().decode
         assert 0 < decode.stalled_layers <= decode.layers // len(model.foreroute.layers)
 
@@ -108,7 +110,7 @@ class TestEveryFamily:
             family, "50%", dtype="float32", cache=False, deterministic=True, prefetch_width=whole_k(whole)
         )
         model.foreroute.set_policy(asked)
-        model.foreroute.runtime.predictor.without_waiting = False  # widths and weights as there
+        model.foreroute.engine.prefetcher.predictor.without_waiting = False  # widths and weights as there
         found = decoded(model, ids, given)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
         decode = model.foreroute.stats().decode
@@ -126,7 +128,7 @@ class TestEveryFamily:
         generate(model, new_tokens=40)
         second = model.foreroute.stats().minus(first).decode
         assert second.stood_in < first.decode.stood_in
-        per_layer = model.foreroute.runtime.residency.resident_per_layer
+        per_layer = model.foreroute.engine.pool.residency.resident_per_layer
         assert all(per_layer), f"a layer was starved: {per_layer}"
 
     def test_with_all_experts_there_every_policy_but_paper_is_exact(self, family, load_fitted, references, checkpoints):
@@ -192,12 +194,12 @@ def test_batches_find_slots_while_guesses_and_fills_are_on_their_way(load_fitted
 def test_a_wrong_number_of_rows_is_said_before_the_step(load_fitted):
     model = load_fitted("qwen3_moe", "50%")
     generate(model)
-    resident = list(model.foreroute.runtime.residency.resident_per_layer)
+    resident = list(model.foreroute.engine.pool.residency.resident_per_layer)
     model.foreroute.set_policy("exact", "speculative")
     with pytest.raises(PolicyError, match="the batch has 1 rows"):
         generate(model)
     model.foreroute.set_policy("exact")
-    assert model.foreroute.runtime.residency.resident_per_layer == resident
+    assert model.foreroute.engine.pool.residency.resident_per_layer == resident
 
 
 def test_a_prompt_of_one_token_is_a_prompt(load_fitted):
@@ -207,24 +209,54 @@ def test_a_prompt_of_one_token_is_a_prompt(load_fitted):
     assert (stats.prefill.tokens, stats.decode.tokens, stats.decode.stood_in) == (1, 0, 0)
 
 
+def test_a_last_token_that_is_said_to_be_a_prompts_is_exact(load_fitted):
+    """A chunk of one token under a policy that waits for nothing; where nobody says so, it is a decoded one."""
+    model, ids = load_fitted("qwen3_moe", policy="speculative", deterministic=True), ONE_PROMPT.ids
+    last, handle, logits = ids[:, -1:], model.foreroute, {}
+    for policy, phase in (("exact", "decode"), ("speculative", "prefill"), ("speculative", None)):
+        handle.set_policy("exact")
+        cache = cache_of(model(ids[:, :-1], use_cache=True))
+        handle.set_policy(policy)
+        before = handle.stats()
+        with handle.step(StepInfo.of(phase, last)) if phase else nullcontext():
+            logits[policy, phase] = model(last, **cache_argument(cache)).logits
+        now = handle.stats().minus(before)
+        tokens = (now.prefill.tokens, now.decode.tokens)
+        assert tokens == ((1, 0) if phase == "prefill" else (0, 1))
+    assert torch.equal(logits["exact", "decode"], logits["speculative", "prefill"])
+
+
+def test_a_step_is_announced_for_one_call(load_fitted):
+    model, token = load_fitted("qwen3_moe"), torch.tensor([[9]])
+    handle, info = model.foreroute, StepInfo.of("decode", token, is_start=True)
+    with handle.step(info):
+        model(token, use_cache=False)
+        model(token, use_cache=False)
+    with pytest.raises(ValueError, match="planted"), handle.step(info):
+        raise ValueError("planted")
+    model(token, use_cache=False)
+    stats = handle.stats()
+    assert (stats.decode.steps, stats.prefill.steps) == (1, 2)
+
+
 def test_paper_holds_where_a_layer_is_streamed(load_fitted, monkeypatch):
     """Rows that want more than the pool holds."""
     model = load_fitted("qwen3_moe", "25%", policy="paper", prefetch="none")
-    runtime = model.foreroute.runtime
-    monkeypatch.setattr(runtime, "_most_leased", 0)
+    engine = model.foreroute.engine
+    monkeypatch.setattr(engine, "_most_pinned", 0)
     streamed, made = [], []
-    see, inner = runtime.approximation.see, runtime._compute_streamed
+    see, inner = engine.policies.see, engine._compute_streamed
 
     def seeing(*seen):
         made.append(see(*seen))
         return made[-1]
 
     def streaming(layer, keys, hidden, ids, weights):
-        streamed.append(None if runtime.is_prefill else ids.tolist())
+        streamed.append(None if engine.is_prefill else ids.tolist())
         return inner(layer, keys, hidden, ids, weights)
 
-    monkeypatch.setattr(runtime.approximation, "see", seeing)
-    monkeypatch.setattr(runtime, "_compute_streamed", streaming)
+    monkeypatch.setattr(engine.policies, "see", seeing)
+    monkeypatch.setattr(engine, "_compute_streamed", streaming)
     cache = cache_of(model(ONE_PROMPT.ids, use_cache=True))
     streamed.clear()
     model(torch.tensor([[20]]), **cache_argument(cache), use_cache=True)
@@ -245,9 +277,9 @@ def test_prompts_are_exact(load_fitted, references, checkpoints):
 def test_paper_executes_the_guess(load_fitted):
     """Its keys past layer 0 are what the default vectors guessed, whatever the router says."""
     model = load_fitted("qwen3_moe", "100%", policy="paper")
-    runtime = model.foreroute.runtime
-    approximation, routed, executed, guessed = runtime.approximation, [], [], []
-    runtime.observer = lambda layer, hidden, ids, weights: routed.append((layer, ids.tolist()))
+    engine = model.foreroute.engine
+    approximation, routed, executed, guessed = engine.policies, [], [], []
+    engine.routing_listener = lambda layer, hidden, ids, weights: routed.append((layer, ids.tolist()))
     see = approximation.see
 
     def seeing(layer: int, hidden: Any, ids: Any, weights: Any) -> Any:

@@ -39,6 +39,6 @@ def test_every_predictor_is_exact(
 def test_learning_is_exact(family: str, load: Any, checkpoints: Any, references: Any) -> None:
     folder = checkpoints.get(family)
     model = load(folder, "25%", predictor="no")
-    assert model.foreroute.runtime.learner is not None
+    assert model.foreroute.engine.learner is not None
     for batch in (ONE_PROMPT, THREE_PROMPTS):
         assert_same_bits(generate(model, batch), references.output(folder, batch))

@@ -11,7 +11,7 @@ import torch
 
 from foreroute.checkpoint.locate import read_index
 from foreroute.errors import PredictorError
-from foreroute.predict.base import Seen, TokenGuess
+from foreroute.predict.base import RouterSample, TokenGuess
 from foreroute.predict.sidecar import SIDECAR_NAME, Sidecar
 from foreroute.prepare.corpus import Corpus
 from foreroute.prepare.fit import fit, partial_path
@@ -98,7 +98,7 @@ def test_tokens_are_the_same_with_a_sidecar_and_its_guesses_are_used(
     assert model.foreroute.plan.predictor == "fitted"
     assert_same_bits(generate(model), expected)
     assert model.foreroute.stats().prefetch_used > 0
-    guesses = model.foreroute.runtime.predictor
+    guesses = model.foreroute.engine.prefetcher.predictor
     assert len(guesses.guess_first(torch.tensor([5]))) == model.foreroute.layers[0].top_k
     ignoring = load(folder, "50%", predictor="no")
     assert ignoring.foreroute.plan.predictor == "lookahead"
@@ -112,7 +112,7 @@ def test_default_vectors_in_the_engine_read_the_residual(
     replace(chosen, choice=["default vectors"] * (len(chosen.choice) - 1) + [None]).save(path)
     model = load(folder, "50%", predictor=str(path), prefetch_prefill="off")
     guesses: list[int] = []
-    predictor = model.foreroute.runtime.predictor
+    predictor = model.foreroute.engine.prefetcher.predictor
     guess = predictor.guess
     predictor.guess = lambda *seen: (made := guess(*seen), guesses.append(len(made)))[0]
     assert_same_bits(generate(model), references.output(folder))
@@ -154,9 +154,9 @@ def test_nobody_watches_after_a_fit(folder: Path, sidecar: Path, corpus: Corpus,
     model = load(folder, "50%", predictor="no")
     hooks = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]
     score(model, corpus.windows[:2], None, rows=2)
-    runtime = model.foreroute.runtime
-    assert runtime.observer is None
-    assert runtime.expert_listener is None
+    engine = model.foreroute.engine
+    assert engine.routing_listener is None
+    assert engine.expert_listener is None
     assert [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()] == hooks
 
 
@@ -231,7 +231,7 @@ def test_what_is_there_is_computed_and_the_rest_is_stood_in_for(folder: Path, lo
     weights = torch.rand(5, 3)
 
     class KnowsTheFirstEight:
-        def guess(self, layer: int, seen: Seen, width: int) -> TokenGuess:
+        def guess(self, layer: int, seen: RouterSample, width: int) -> TokenGuess:
             return TokenGuess(torch.arange(8).expand(5, -1), torch.ones(5, 8))
 
     def compute(hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -240,7 +240,7 @@ def test_what_is_there_is_computed_and_the_rest_is_stood_in_for(folder: Path, lo
     vectors = [torch.ones(width, hidden.shape[1])] * len(model.foreroute.layers)
     forward = watch.without_missing(1, compute, StandIns(KnowsTheFirstEight(), vectors))
     watch._windows = torch.zeros(1, 5, dtype=torch.int64)
-    watch._before = Seen(hidden, ids, weights)
+    watch._before = RouterSample(hidden, ids, weights)
     there = (weights * (ids < 8)).sum(-1, keepdim=True)
     expected = 100 * there + (weights.sum(-1, keepdim=True) - there)
     torch.testing.assert_close(forward(hidden, ids, weights), expected.expand_as(hidden))

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from foreroute.predict.base import Seen, TokenGuess
+from foreroute.predict.base import RouterSample, TokenGuess
 from foreroute.predict.build import lookahead
 from foreroute.predict.learner import Learner, _groups, learning_bytes, solving_bytes
 from tests.support.runs import assert_same_bits, generate
@@ -21,7 +21,7 @@ def learner_of(model: Any, max_bytes: int = 2**26) -> Learner:
 
 def show(model: Any, learner: Learner, passes: int) -> None:
     """Tokens pass, and after each pass there is time to work."""
-    model.foreroute.runtime.observer = learner.see
+    model.foreroute.engine.routing_listener = learner.see
     generator = torch.Generator().manual_seed(3)
     for _ in range(passes):
         model(input_ids=torch.randint(5, 250, (4, 64), generator=generator), use_cache=False)
@@ -29,15 +29,15 @@ def show(model: Any, learner: Learner, passes: int) -> None:
             pass
         if learner._thread is not None:
             learner._thread.join()
-    model.foreroute.runtime.observer = None
+    model.foreroute.engine.routing_listener = None
 
 
 def recall(model: Any, predictor: Any) -> list[float]:
     """Per layer, of tokens not shown."""
-    seen: list[Seen] = []
-    model.foreroute.runtime.observer = lambda layer, *now: seen.append(Seen(*now))
+    seen: list[RouterSample] = []
+    model.foreroute.engine.routing_listener = lambda layer, *now: seen.append(RouterSample(*now))
     model(input_ids=torch.arange(256).view(4, 64).flip(1) % 250, use_cache=False)
-    model.foreroute.runtime.observer = None
+    model.foreroute.engine.routing_listener = None
     found = []
     for layer in range(len(seen) - 1):
         guess = predictor.guess(layer, seen[layer], seen[layer + 1].ids.shape[1])
@@ -49,7 +49,7 @@ def recall(model: Any, predictor: Any) -> list[float]:
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "gpt_oss"])
 def test_what_is_learnt_is_kept_where_it_is_better(family: str, dtype: str, checkpoints: Any, load: Any) -> None:
     model = load(checkpoints.get(family), "50%", dtype=dtype, learn=False)
-    assert model.foreroute.runtime.learner is None
+    assert model.foreroute.engine.learner is None
     learner = learner_of(model)
     before = recall(model, learner)
     show(model, learner, passes=12)
@@ -68,7 +68,7 @@ def test_what_is_not_better_is_not_taken(checkpoints: Any, load: Any) -> None:
     class NamesAll:
         """Finds every expert; no fit is better."""
 
-        def guess(self, layer: int, seen: Seen, width: int) -> TokenGuess:
+        def guess(self, layer: int, seen: RouterSample, width: int) -> TokenGuess:
             ids = torch.arange(model.foreroute.layers[layer + 1].experts.num_offloaded).expand(len(seen.ids), -1)
             return TokenGuess(ids, ids.float())
 
@@ -94,7 +94,7 @@ def test_rows_that_were_cut_off_midway_are_forgotten(checkpoints: Any, load: Any
     model = load(checkpoints.get("qwen3_moe"), "50%", learn=False)
     rows = next(iter(learner_of(model)._group.values()))
     layers = model.foreroute.layers
-    seen = Seen(
+    seen = RouterSample(
         torch.randn(200, model.config.hidden_size), torch.randint(0, 16, (200, layers[0].top_k)),
         torch.rand(200, layers[0].top_k),
     )  # fmt: skip
@@ -132,7 +132,7 @@ def test_layers_are_learnt_in_groups_that_fit(checkpoints: Any, load: Any) -> No
 def test_the_engine_learns_while_it_waits_and_its_tokens_stay(checkpoints: Any, load: Any, references: Any) -> None:
     folder = checkpoints.get("qwen3_moe")
     model = load(folder, "25%", governor=False)
-    learner = model.foreroute.runtime.learner
+    learner = model.foreroute.engine.learner
     assert learner is not None
     learner._enough_tokens = 200
     rows = dict(learner._group)

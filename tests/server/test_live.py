@@ -45,16 +45,16 @@ def read(event: bytes) -> tuple[str, Any]:
 
 
 def feed_of(model: Any, **options: Any) -> LiveFeed:
-    return LiveFeed(model.foreroute.runtime, model.foreroute.plan, "tiny", **options)
+    return LiveFeed(model.foreroute.engine, model.foreroute.plan, "tiny", **options)
 
 
 def test_a_record_adds_up_to_what_the_engine_counted(load: Callable[..., Any], folder: Path) -> None:
     model = load(folder, "25%", governor=False)
-    runtime = model.foreroute.runtime
+    pool = model.foreroute.engine.pool
     expected = run(model, 40)
-    recorder, before = Recorder(runtime), model.foreroute.stats().decode
+    recorder, before = Recorder(pool), model.foreroute.stats().decode
     steps: list[Any] = []
-    recorder.attach()
+    pool.add_observer(recorder)
     end = recorder.end_layer
 
     def noted() -> None:
@@ -69,7 +69,7 @@ def test_a_record_adds_up_to_what_the_engine_counted(load: Callable[..., Any], f
     assert len(decoded) == 39
     assert recorder.timed_steps == 38
 
-    digests = [digest(step, runtime.residency.state) for step in decoded]
+    digests = [digest(step, pool.residency.state) for step in decoded]
 
     def total(*kinds: str) -> int:
         return sum(len(getattr(layer, kind)) for told in digests for layer in told.layers for kind in kinds)
@@ -83,7 +83,7 @@ def test_a_record_adds_up_to_what_the_engine_counted(load: Callable[..., Any], f
     assert total("missing") == after.misses - before.misses == reads(DEMAND)
     assert total("found", "late", "missing") == 39 * NUM_LAYERS * TOP_K
     # What is on its way at either end is at most the readers' business.
-    assert abs(reads(GUESS) - (after.prefetch_loads - before.prefetch_loads)) <= runtime.residency.staging_slots
+    assert abs(reads(GUESS) - (after.prefetch_loads - before.prefetch_loads)) <= pool.residency.staging_slots
     in_time = sum(len(keys) for told in digests for keys in told.in_time)
     assert in_time + total("late") == after.prefetch_used - before.prefetch_used > 0
     assert sum(len(told.wasted) for told in digests) == after.prefetch_wasted - before.prefetch_wasted > 0
@@ -94,7 +94,7 @@ def test_a_record_adds_up_to_what_the_engine_counted(load: Callable[..., Any], f
 
 def test_nothing_is_recorded_before_the_first_viewer_and_after_the_last(load: Callable[..., Any], folder: Path) -> None:
     model = load(folder, "50%")
-    runtime = model.foreroute.runtime
+    pool = model.foreroute.engine.pool
     feed = feed_of(model)
 
     async def watch() -> None:
@@ -103,15 +103,15 @@ def test_nothing_is_recorded_before_the_first_viewer_and_after_the_last(load: Ca
             assert feed.enter()
             assert read(await anext(viewer))[0] == "hello"
         run(model, 3)
-        assert runtime.tracing is not None
+        assert len(pool.observers) == 1
         feed.leave()
         run(model, 3)
-        assert runtime.tracing is not None
+        assert len(pool.observers) == 1
         feed.leave()
         run(model, 3)
-        assert runtime.tracing is None
+        assert pool.observers == ()
 
-    assert runtime.tracing is None
+    assert pool.observers == ()
     run(model, 3)
     asyncio.run(watch())
     assert feed.num_viewers == 0
@@ -131,7 +131,7 @@ def test_without_a_viewer_and_a_scrape_nothing_is_called(
 
         return called
 
-    for name in ("step", "begin_layer", "found", "end_layer", "stall", "guess", "filled", "arrived"):
+    for name in ("begin_step", "begin_layer", "looked_up", "end_layer", "stalled", "guessed", "deferred", "arrived"):
         monkeypatch.setattr(Recorder, name, counted(name))
 
     class Behind:
@@ -152,17 +152,17 @@ def test_without_a_viewer_and_a_scrape_nothing_is_called(
     calls.clear()
     assert feed.enter()
     run(model, 5)
-    assert calls.count("step") == 5
+    assert calls.count("begin_step") == 5
     assert calls.count("begin_layer") == calls.count("end_layer") == 5 * NUM_LAYERS
     feed.leave()
     calls.clear()
     run(model, 5)
-    assert calls == ["step"], "the first one takes the recorder away"
+    assert calls == []
 
 
 def test_the_picture_is_of_the_pool_and_the_last_token(load: Callable[..., Any], folder: Path) -> None:
     model = load(folder, "50%")
-    feed, residency = feed_of(model), model.foreroute.runtime.residency
+    feed, residency = feed_of(model), model.foreroute.engine.pool.residency
 
     async def watch() -> tuple[Any, Any]:
         assert feed.enter()
@@ -192,11 +192,12 @@ def test_the_picture_is_of_the_pool_and_the_last_token(load: Callable[..., Any],
 
 def test_a_trace_goes_on_being_written_while_somebody_watches(load: Callable[..., Any], folder: Path, tmp_path) -> None:
     model = load(folder, "50%", trace=str(tmp_path / "t.jsonl"))
-    recorder = Recorder(model.foreroute.runtime)
+    pool = model.foreroute.engine.pool
+    recorder = Recorder(pool)
     run(model, 4)
-    recorder.attach()
+    pool.add_observer(recorder)
     run(model, 4)
-    recorder.leave()
+    pool.remove_observer(recorder)
     run(model, 4)
     model.foreroute.close()
     kinds = [json.loads(line) for line in (tmp_path / "t.jsonl").read_text().splitlines()]
@@ -211,26 +212,24 @@ def test_who_comes_in_the_middle_of_a_layer_takes_nothing_from_a_trace(
     load: Callable[..., Any], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     model = load(folder, "25%", trace=str(tmp_path / "t.jsonl"))
-    runtime = model.foreroute.runtime
-    recorder, stalled = Recorder(runtime), runtime.stalled_since
+    engine, pool = model.foreroute.engine, model.foreroute.engine.pool
+    recorder, stalled = Recorder(pool), pool.stalled_since
     num_come = 0
 
     def come(*_: Any) -> None:
         nonlocal num_come
-        if runtime.tracing is not recorder:
-            num_come += 1
-            recorder.attach()
-            # Gone when the next step begins, and back in its first layer.
-            recorder.leave()
+        num_come += 1
+        # There in every second step: it comes and goes in the middle of a layer.
+        (pool.remove_observer if recorder in pool.observers else pool.add_observer)(recorder)
 
     def come_and_stall(started_s: float) -> None:
         come()
         stalled(started_s)
 
     if where == "routed":
-        runtime.observer = come
+        engine.routing_listener = come
     else:
-        monkeypatch.setattr(runtime, "stalled_since", come_and_stall)
+        monkeypatch.setattr(pool, "stalled_since", come_and_stall)
     run(model, 12)
     model.foreroute.close()
     events = [json.loads(line) for line in (tmp_path / "t.jsonl").read_text().splitlines()]
@@ -239,6 +238,8 @@ def test_who_comes_in_the_middle_of_a_layer_takes_nothing_from_a_trace(
     assert len(layers) == 11 * NUM_LAYERS
     for event in layers:
         assert sorted(event["hits"] + event["late"] + event["misses"]) == sorted(event["ids"][0])
+    assert recorder.last is not None
+    assert len(recorder.last.layers) == NUM_LAYERS, "it sees whole steps"
 
 
 def test_a_picture_of_the_last_layer_is_not_taken_for_the_finished_step(load: Callable[..., Any], folder: Path) -> None:
@@ -254,7 +255,7 @@ def test_a_picture_of_the_last_layer_is_not_taken_for_the_finished_step(load: Ca
             seen.append(read(feed._picture())[1])
 
     assert feed.enter()
-    model.foreroute.runtime.observer = look
+    model.foreroute.engine.routing_listener = look
     run(model, 2)
     while_it_goes, after = seen[-1], read(feed._picture())[1]
     assert while_it_goes["is_busy"]
@@ -288,7 +289,7 @@ def test_it_is_busy_while_a_long_step_goes_and_not_after_one_that_broke_off(
     try:
         assert feed.enter()
         assert not read(feed._picture())[1]["is_busy"]
-        model.foreroute.runtime.observer = hold
+        model.foreroute.engine.routing_listener = hold
         engine.submit(Request(range(10, 30), 4), events.put)
         assert is_there.wait(60)
         assert read(feed._picture())[1]["is_busy"]

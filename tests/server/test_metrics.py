@@ -89,7 +89,7 @@ def test_a_demand_is_a_hit_or_late_or_a_miss(load: Any) -> None:
     model.generate(torch.tensor([[9, 8, 7, 6]]), max_new_tokens=24, do_sample=False)
     metrics = {
         sample.name + str(sample.labels or ""): sample.value
-        for metric in expert_metrics(model.foreroute.runtime)
+        for metric in expert_metrics(model.foreroute.engine.pool)
         for sample in metric.samples
     }
     total = {re.sub("^foreroute_expert_|_total", "", name): value for name, value in metrics.items()}

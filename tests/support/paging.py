@@ -9,7 +9,7 @@ from foreroute.device import paging
 from foreroute.device.paging import GUESS_IN_FLIGHT, SPECULATIVE, THERE, TOLERANCE, WAIT, CopyList, PagingState
 from foreroute.policy import Policy, waited_for
 from foreroute.residency import Lru, Residency
-from foreroute.residency.slots import FREE, LEASED, LOADING, READY
+from foreroute.residency.slots import FREE, LOADING, PINNED, READY
 
 LAYERS, EXPERTS, TOP_K, TOKENS = 3, 8, 2, 2
 KEYS = LAYERS * EXPERTS
@@ -28,7 +28,7 @@ class Walk:
         self.state = PagingState.create(
             num_slots, KEYS, EXPERTS, staging_slots=self.staging, filling_slots=self.filling
         )
-        self.pool = Residency(num_slots, KEYS, eviction=Lru(), staging_slots=self.staging, filling_slots=self.filling)
+        self.pool = Residency(num_slots, KEYS, eviction=Lru(), staging_slots=self.staging, deferred_slots=self.filling)
         self.counts = dict.fromkeys(("hits", "late", "misses", "prefetched", "filled", "releases"), 0)
         self.leased: list[int] = []
         self.late: list[int] = []
@@ -56,7 +56,7 @@ class Walk:
                 self.pool.loaded(key)
                 if key in self.late:
                     # The demand that it was late for is computed with it.
-                    self.pool.lease(key)
+                    self.pool.pin(key)
                     self.leased.append(key)
                     self.late.remove(key)
         return arrived
@@ -79,13 +79,13 @@ class Walk:
             self.pool.slot_of(layer * EXPERTS + id) if 0 <= id < EXPERTS else -1 for id in ids.flatten().tolist()
         ]
         assert slots.flatten().tolist() == expected
-        for name, there in (("hits", found.hits), ("late", found.late), ("misses", found.misses)):
+        for name, there in (("hits", found.hits), ("late", found.in_flight), ("misses", found.misses)):
             self.counts[name] += len(there)
         for key, _ in found.misses:
             self.pool.loaded(key)
-            self.pool.lease(key)
-        self.leased = found.hits + [key for key, _ in found.misses]
-        self.late = [key for key, _ in found.late]
+            self.pool.pin(key)
+        self.leased = [key for key, _ in found.hits + found.misses]
+        self.late = [key for key, _ in found.in_flight]
 
     def _prefetch(self) -> None:
         layer, arrived = self.random.randrange(LAYERS), self._arrive()
@@ -111,7 +111,7 @@ class Walk:
             if base <= key < base + EXPERTS:
                 ids[key - base] = -1
         keys = [base + id for id in ids.tolist() if id >= 0]
-        loads, copies = self.pool.fill(keys) if keys else [], CopyList.create(EXPERTS)
+        loads, copies = self.pool.defer(keys) if keys else [], CopyList.create(EXPERTS)
         self.module.plan_fill(self.state, layer, ids, copies, arrived=arrived)
         assert copies.pairs() == loads
         self.counts["filled"] += len(loads)
@@ -122,7 +122,7 @@ class Walk:
         self.counts["releases"] += 1
 
     def _let_go(self) -> None:
-        self.pool.release([key for key in self.leased if self.pool.state(key) == LEASED])
+        self.pool.release([key for key in self.leased if self.pool.state(key) == PINNED])
         self.leased, self.late = [], []
 
     def _ids(self, shape: tuple[int, ...]) -> torch.Tensor:
@@ -138,7 +138,7 @@ class Walk:
             if slot >= 0:
                 holders[slot] = key
         assert self.state.key_of_slot.tolist() == holders
-        assert int((self.state.staged_at > 0).sum()) == self.pool.num_staged
+        assert int((self.state.staged_at > 0).sum()) == self.pool.num_prefetched
         counts = self.state.counts()
         assert (counts["evictions"], counts["prefetch_used"], counts["prefetch_wasted"], counts["shortages"]) == (
             self.pool.evictions, self.pool.prefetch_used, self.pool.prefetch_wasted, 0,

@@ -161,7 +161,7 @@ def watch_reads() -> Iterator[ReadSpy]:
 @contextmanager
 def watch_ring(model: Any) -> Iterator[list[int]]:
     """The numbers of slots that prefill borrowed inside."""
-    residency, borrowed = model.foreroute.runtime.residency, list[int]()
+    residency, borrowed = model.foreroute.engine.pool.residency, list[int]()
     borrow = residency.borrow
 
     def noting(num_slots: int) -> list[int]:

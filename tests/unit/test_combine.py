@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from foreroute.engine.combine import RowsStep, TokenStep, is_distinct
 from foreroute.kernels.torch.experts import ExpertMath, OneToken, compute_several, gate_rows
+from foreroute.kernels.torch.sums import RowsSum, TokenSum, is_distinct
 
 HIDDEN, INNER = 6, 10
 
@@ -25,11 +25,12 @@ def test_vectors_stand_in_with_their_tokens_gate_weights(num_tokens: int) -> Non
     keys = sorted({key for row in routed for key in row})
     absent = [7]
     if num_tokens == 1:
-        step = TokenStep(OneToken(2, INNER, HIDDEN, torch.float32), math, expert, hidden, routed[0], weights)
+        token = TokenSum(OneToken(2, INNER, HIDDEN, torch.float32), math, expert)
+        step: TokenSum | RowsSum = token.begin(hidden, routed[0], weights)
     else:
-        step = RowsStep(math, expert, hidden, routed, weights)
-    step.stand_in(absent, vectors[absent])
-    step.run([key for key in keys if key not in absent])
+        step = RowsSum(math, expert, hidden, routed, weights)
+    step.substitute(absent, vectors[absent])
+    step.add([(key, key) for key in keys if key not in absent])
     expected = torch.zeros_like(hidden)
     for token, row in enumerate(routed):
         for at, key in enumerate(row):
@@ -117,15 +118,15 @@ def test_rows_have_the_bits_of_eager_experts_in_any_order(routed, dtype, width, 
     keys = sorted({key for row in routed for key in row if key >= 0})
     for order in (keys, keys[::-1], keys[1::2] + keys[::2]):
         for at_once in (1, 3, len(keys)):
-            step = RowsStep(math, experts.__getitem__, hidden, routed, weights, most_at_once)
+            step = RowsSum(math, experts.__getitem__, hidden, routed, weights, most_at_once)
             for first in range(0, len(order), at_once):
-                step.run(order[first : first + at_once])
+                step.add([(key, key) for key in order[first : first + at_once]])
             assert torch.equal(step.total(), expected)
 
 
 def test_nothing_routed_is_nothing() -> None:
     math = ExpertMath(gated, 0, 1, is_transposed=True)
-    step = RowsStep(math, expert, torch.ones(2, HIDDEN), [[-1, -1], [-1, -1]], torch.ones(2, 2))
+    step = RowsSum(math, expert, torch.ones(2, HIDDEN), [[-1, -1], [-1, -1]], torch.ones(2, 2))
     assert torch.equal(step.total(), torch.zeros(2, HIDDEN))
 
 

@@ -1,98 +1,84 @@
-"""At the last moment: what arrived meanwhile is computed after all, and default vectors stand in for the rest."""
+"""At the last moment: what arrived meanwhile is computed after all, and default vectors substitute the rest."""
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-from foreroute.engine.stats import PhaseStats
-from foreroute.engine.substitution import StandingIn
-from foreroute.predict.base import Seen
+from foreroute.engine.pool import ExpertPool
+from foreroute.engine.substitution import substitute_missing
 from foreroute.residency import Lru, Residency
-from foreroute.residency.slots import LEASED, LOADING
+from foreroute.residency.slots import LOADING, PINNED
 from foreroute.transfer.fake import FakeTransfer
+from foreroute.types import ExpertKeys
 
 LATE, LATER, GONE = 9, 10, 11
 
 
-class Step:
-    """Notes what is computed and stood in for; `then` happens after the first is computed."""
+class Output:
+    """Notes what is computed and substituted; `then` happens after the first is computed."""
 
-    def __init__(self, then: Any = lambda: None) -> None:
+    def __init__(self, finishes: int | None = None) -> None:
         self.ran: list[int] = []
-        self.stood_in: list[int] = []
-        self._then = then
+        self.substituted: list[int] = []
+        self.finishes = finishes
+        self.then: Callable[[], None] = lambda: None
 
-    def run(self, keys: list[int]) -> None:
-        self.ran += keys
-        self._then()
+    def add(self, experts: list[tuple[int, int]]) -> None:
+        self.ran += [key for key, _ in experts]
+        self.then()
 
-    def stand_in(self, keys: list[int], vectors: torch.Tensor) -> None:
+    def substitute(self, keys: list[int], vectors: torch.Tensor) -> None:
         assert vectors.tolist() == [[key - 8.0] for key in keys]
-        self.stood_in += keys
+        self.substituted += keys
 
 
-def at_last(step: Any, ended: list[int], failed: tuple[int, ...] = ()) -> tuple[list[int], Any]:
-    """LATE and LATER are on their way, GONE is not; those that `ended` have ended when the layer is nearly done."""
-    pool = Residency(12, 24, eviction=Lru(), staging_slots=4, filling_slots=2, keys_per_layer=8)
+def at_last(output: Any, ended: list[int], failed: tuple[int, ...] = ()) -> tuple[list[int], Any]:
+    """LATE and LATER are in flight, GONE is not; those that `ended` have ended when the layer is nearly done."""
+    residency = Residency(12, 24, eviction=Lru(), staging_slots=4, deferred_slots=2, keys_per_layer=8)
     transfer = FakeTransfer()
-    runtime: Any = SimpleNamespace(
-        table=SimpleNamespace(num_experts=8), residency=pool, transfer=transfer, phase=PhaseStats(),
-        keeps_across_tokens=True, filled=[], tracing=None,
-    )  # fmt: skip
-
-    def settle(completions: Any) -> None:
-        for completion in completions:
-            (pool.fail if completion.error else pool.loaded)(completion.key)
-
-    runtime.settle = settle
-    runtime.ahead = SimpleNamespace(fill=lambda layer, keys, phase: runtime.filled.extend(keys))
-    for key, slot in pool.prefetch([LATE, LATER]):
-        transfer.prefetch(key, slot)
+    pool: Any = ExpertPool(ExpertKeys.of([8] * 3), [100] * 24, residency, transfer)
+    pool.prefetch(1, [LATE - 8, LATER - 8])
     for key in ended:
         transfer.finish(key)
     for key in failed:
         transfer.fail(key, OSError("gone"))
-    approximation: Any = SimpleNamespace(
-        vectors=lambda layer, experts: torch.tensor(experts, dtype=torch.float32)[:, None]
-    )
-    seen = Seen(torch.zeros(1, 4), torch.zeros(1, 2).long(), torch.zeros(1, 2))
-    around = StandingIn(runtime, 1, [LATE, LATER, GONE], step, approximation, seen)
-    step_finish = getattr(step, "finishes", None)
-    if step_finish is not None:
-        step._then = lambda: transfer.finish(step_finish) if step_finish in transfer.in_flight else None
-    return around.at_last(), runtime
+    policies: Any = SimpleNamespace(vectors=lambda layer, experts: torch.tensor(experts, dtype=torch.float32)[:, None])
+    if output.finishes is not None:
+        output.then = lambda: transfer.finish(output.finishes) if output.finishes in transfer.in_flight else None
+    return substitute_missing(pool, policies, 1, [LATE, LATER, GONE], output), pool
 
 
-def test_what_arrived_is_computed_and_the_rest_stood_in_for() -> None:
-    step = Step()
-    leased, runtime = at_last(step, [LATE])
-    assert leased == step.ran == [LATE]
-    assert step.stood_in == runtime.filled == [LATER, GONE]
-    assert (runtime.phase.hits, runtime.phase.stood_in) == (1, 2)
-    assert runtime.residency.state(LATE) == LEASED
-    assert runtime.residency.state(LATER) == LOADING
+def test_what_arrived_is_computed_and_the_rest_substituted() -> None:
+    output = Output()
+    pinned, pool = at_last(output, [LATE])
+    assert pinned == output.ran == [LATE]
+    assert output.substituted == [LATER, GONE]
+    assert pool._substituted == {LATER, GONE}, "they are read the next time"
+    assert (pool.phase.hits, pool.phase.stood_in) == (1, 2)
+    assert pool.residency.state(LATE) == PINNED
+    assert pool.residency.state(LATER) == LOADING
 
 
 def test_it_looks_again_after_each_that_arrived() -> None:
-    step: Any = Step()
-    step.finishes = LATER
-    leased, runtime = at_last(step, [LATE])
-    assert leased == step.ran == [LATE, LATER]
-    assert step.stood_in == [GONE]
-    assert runtime.phase.hits == 2
+    output = Output(finishes=LATER)
+    pinned, pool = at_last(output, [LATE])
+    assert pinned == output.ran == [LATE, LATER]
+    assert output.substituted == [GONE]
+    assert pool.phase.hits == 2
 
 
 def test_nothing_is_waited_for() -> None:
-    step = Step()
-    leased, runtime = at_last(step, [])
-    assert leased == step.ran == []
-    assert step.stood_in == [LATE, LATER, GONE]
-    assert runtime.transfer.num_in_flight == 2
+    output = Output()
+    pinned, pool = at_last(output, [])
+    assert pinned == output.ran == []
+    assert output.substituted == [LATE, LATER, GONE]
+    assert pool.transfer.num_in_flight == 2
 
 
-def test_a_failed_guess_is_stood_in_for() -> None:
-    step = Step()
-    leased, _ = at_last(step, [LATER], failed=(LATE,))
-    assert leased == [LATER]
-    assert step.stood_in == [LATE, GONE]
+def test_a_failed_guess_is_substituted() -> None:
+    output = Output()
+    pinned, _ = at_last(output, [LATER], failed=(LATE,))
+    assert pinned == [LATER]
+    assert output.substituted == [LATE, GONE]

@@ -141,11 +141,11 @@ def test_a_full_disk_ends_the_trace_and_not_the_run(checkpoints: Any, tmp_path: 
     def full(event: dict[str, Any]) -> None:
         raise OSError(errno.ENOSPC, "no room")
 
-    model.foreroute.runtime.tracing._trace._sink.write = full
+    model.foreroute.engine.pool._next_observers[0]._trace._sink.write = full
     assert_same_bits(generate(model), run[0])
     with pytest.raises(TraceError, match="No space left"):
         model.foreroute.close()
-    assert model.foreroute.runtime.views._memory is None
+    assert model.foreroute.engine.kernels[0].views._memory is None
     model.foreroute.close()
 
 
@@ -164,7 +164,7 @@ def test_a_step_that_breaks_off_empties_the_pool_in_the_trace_too(
     path = tmp_path / "run.jsonl"
     asked = EngineConfig(trace=str(path), learn=False)
     model = foreroute.load(checkpoints.get("qwen3_moe"), "25%", "float32", config=asked)
-    runtime, calls = model.foreroute.runtime, []
+    views, calls = model.foreroute.engine.kernels[0].views, []
 
     def interrupted(*args: Any) -> Any:
         calls.append(args)
@@ -172,8 +172,8 @@ def test_a_step_that_breaks_off_empties_the_pool_in_the_trace_too(
             raise KeyboardInterrupt
         return operands(*args)
 
-    operands = runtime.views.operands
-    monkeypatch.setattr(runtime.views, "operands", interrupted)
+    operands = views.operands
+    monkeypatch.setattr(views, "operands", interrupted)
     with pytest.raises(KeyboardInterrupt):
         generate(model)
     generate(model)

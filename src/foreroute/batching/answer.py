@@ -53,12 +53,8 @@ class Answer:
         self._pieces, self._text = TextPieces(tokenizer), StopText(self.request.stop)
 
     def next_chunk(self, most: int) -> list[int]:
-        """What is to be computed next of the prompt, `most` tokens or little more.
-
-        One token that was left over would be taken for a decoded one: it comes with those before it.
-        """
-        rest = self.ids[self.num_computed : self._num_prompt]
-        return rest if len(rest) <= most + 1 else rest[:most]
+        """What is to be computed next of the prompt, at most `most` tokens."""
+        return self.ids[self.num_computed : min(self.num_computed + most, self._num_prompt)]
 
     def took(self, num_tokens: int, logits: torch.Tensor) -> bool:
         """So many tokens of the prompt have been computed; whether that was all of it.

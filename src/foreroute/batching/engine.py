@@ -189,8 +189,8 @@ class BatchEngine:
     def _begin(self, answer: Answer) -> None:
         cache, num_cached = None, 0
         if self._kept is not None and not answer.request.wants_prompt_scores:
-            # A last token alone would be decoded, not prefilled, and so not be exact under every policy.
-            cache, num_cached = self._kept.take(self._model, answer.ids, len(answer.ids) - 2)
+            # The last token is computed in any case: its logits choose the next one.
+            cache, num_cached = self._kept.take(self._model, answer.ids, len(answer.ids) - 1)
         answer.begin(self._tokenizer, self._model.generation_config, num_cached)
         self._prompts.arrange(range(len(self._joining) - 1), [(cache, num_cached)])
 
@@ -200,7 +200,7 @@ class BatchEngine:
         chunks = [answer.next_chunk(self._most_at_once(answers)) for answer in answers]
         wants_scores = any(answer.request.wants_prompt_scores for answer in answers)
         try:
-            logits = self._prompts.step(chunks, all_logits=wants_scores)
+            logits = self._prompts.step(chunks, "prefill", all_logits=wants_scores)
         except Exception as error:  # noqa: BLE001  told to those that it concerns
             self._fail(self._joining, error)
             self._prompts = self._no_rows()
@@ -257,7 +257,7 @@ class BatchEngine:
     def _decode(self) -> None:
         """One token for every row."""
         try:
-            logits = self._batch.step([answer.ids[-1:] for answer in self._running])[:, -1].float().cpu()
+            logits = self._batch.step([answer.ids[-1:] for answer in self._running], "decode")[:, -1].float().cpu()
             likeliest = logits.argmax(-1).tolist()
         except Exception as error:  # noqa: BLE001  told to those that it concerns
             self._fail(self._running, error)

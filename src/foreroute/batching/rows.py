@@ -9,7 +9,8 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 from foreroute.batching.row_layers import RowLayer, RowLengths
-from foreroute.engine.moe_step import Runtime
+from foreroute.engine.interfaces import Phase, StepInfo
+from foreroute.engine.moe_step import MoeStep
 from foreroute.model.caches import cache_argument, cache_of, can_be_continued, is_ordinary, new_cache
 
 
@@ -30,8 +31,7 @@ def why_not_batched(model: Any) -> str:
 
 def can_be_padded(model: Any) -> bool:
     """Whether padding can be kept from the experts, so that prompts of different lengths may share a step."""
-    runtime = model.foreroute.runtime
-    return isinstance(runtime, Runtime) and bool(model.foreroute.plan.math == "own")
+    return isinstance(model.foreroute.engine, MoeStep) and bool(model.foreroute.plan.math == "own")
 
 
 class RowsCache:
@@ -110,17 +110,18 @@ class RowsCache:
         for layer in layers:
             layer.trim()
 
-    def step(self, tokens: Sequence[Sequence[int]], *, all_logits: bool = False) -> torch.Tensor:
-        """Compute each row's next tokens: one, or a chunk of its prompt.
+    def step(self, tokens: Sequence[Sequence[int]], phase: Phase, *, all_logits: bool = False) -> torch.Tensor:
+        """Compute each row's next tokens.
 
         Args:
             tokens: per row, at least one.
+            phase: "prefill" for chunks of prompts, "decode" for one chosen token each.
             all_logits: those of every position are wanted.
         Returns:
             logits [rows, positions, vocabulary], aligned at their ends: of the longest row's tokens where all are
             wanted or the family gives no fewer, else of one.
         """
-        model, rows, runtime = self._model, self._rows, self._model.foreroute.runtime
+        model, rows = self._model, self._rows
         rows.begin([len(one) for one in tokens])
         device, width, most = model.device, rows.width, rows.most_new
         real = torch.tensor(rows.new, device=device)[:, None]
@@ -132,15 +133,13 @@ class RowsCache:
         if self._keeps_last and not all_logits:
             kwargs["logits_to_keep"] = 1
         ids = torch.tensor([[0] * (most - len(one)) + list(one) for one in tokens], device=device)
-        has_padding = min(rows.new) < most
-        if has_padding:
+        padding = None
+        if min(rows.new) < most:
             assert can_be_padded(model), "rows of one length, or an engine that leaves padding out"
-            runtime.padding = (from_end >= real).flatten()
-        try:
+            padding = (from_end >= real).flatten()
+        info = StepInfo.of(phase, ids, padding, is_start=self._cache.get_seq_length() == 0)
+        with model.foreroute.step(info):
             out = model(input_ids=ids, **cache_argument(self._cache), use_cache=True, return_dict=True, **kwargs)
-        finally:
-            if has_padding:
-                runtime.padding = None
         rows.end()
         logits: torch.Tensor = out.logits
         return logits
@@ -175,12 +174,14 @@ class OneRow:
     def trim(self) -> None:
         """There is nothing to let go."""
 
-    def step(self, tokens: Sequence[Sequence[int]], *, all_logits: bool = False) -> torch.Tensor:
+    def step(self, tokens: Sequence[Sequence[int]], phase: Phase, *, all_logits: bool = False) -> torch.Tensor:
         """Its next tokens; as of `RowsCache`."""
         kwargs = {"logits_to_keep": 1} if self._keeps_last and not all_logits else {}
         ids = torch.tensor([list(tokens[0])], device=self._model.device)
         cache = new_cache(self._model) if self._cache is None else self._cache
-        out = self._model(input_ids=ids, **cache_argument(cache), use_cache=True, return_dict=True, **kwargs)
+        is_start = cache is None or cache.get_seq_length() == 0
+        with self._model.foreroute.step(StepInfo.of(phase, ids, is_start=is_start)):
+            out = self._model(input_ids=ids, **cache_argument(cache), use_cache=True, return_dict=True, **kwargs)
         # A family with a cache of its own class makes it, and wants it back.
         self._cache = cache_of(out)
         self.lengths = [self.lengths[0] + len(tokens[0])]

@@ -161,5 +161,5 @@ def _load_once(folder: Path, asked: Asked, budgets: dict[str, int], remarks: lis
             del budgets[memory]
             continue
         model.foreroute.close()
-        return model.foreroute.plan, model.foreroute.runtime.table
+        return model.foreroute.plan, model.foreroute.table
     raise AssertionError("the last budget raises or loads")

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from foreroute.engine.chunks import split_prompt
+from foreroute.engine.interfaces import StepInfo
 from foreroute.engine.stats import PhaseStats
 from foreroute.model.caches import cache_argument, cache_of
 
@@ -65,13 +66,15 @@ def run_once(model: Any, window: torch.Tensor, case: Case, clock: Callable[[], f
     started_s = clock()
     cache = None
     for chunk in split_prompt(window[:, : case.prompt_tokens], model.foreroute.plan.prefill_chunk):
-        output = model(input_ids=chunk, **cache_argument(cache), use_cache=True, **options)
+        with model.foreroute.step(StepInfo.of("prefill", chunk, is_start=cache is None)):
+            output = model(input_ids=chunk, **cache_argument(cache), use_cache=True, **options)
         cache = cache_of(output)
     chosen = [output.logits[:, -1].argmax(-1)]
     first_s = last_s = clock()
     for at in range(case.prompt_tokens, case.prompt_tokens + case.num_decode_passes):
         token = window[:, at : at + 1]
-        output = model(input_ids=token, **cache_argument(cache), use_cache=True, **options)
+        with model.foreroute.step(StepInfo.of("decode", token)):
+            output = model(input_ids=token, **cache_argument(cache), use_cache=True, **options)
         cache = cache_of(output)
         chosen.append(output.logits[:, -1].argmax(-1))
         last_s = clock()
@@ -92,19 +95,19 @@ def fill_pool(model: Any, tokens: torch.Tensor) -> None:
     Args:
         tokens: [1, n] token ids of any text, from which each layer's input gets its shape.
     """
-    runtime, inputs = model.foreroute.runtime, {}
+    handle, inputs = model.foreroute, {}
 
     def note(layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> None:
         inputs[layer] = (hidden[:1].clone(), ids[:1, :1].clone(), weights[:1, :1].clone())
 
-    runtime.observer = note
+    handle.engine.routing_listener = note
     try:
         model(input_ids=tokens, use_cache=False)
     finally:
-        runtime.observer = None
+        handle.engine.routing_listener = None
     for layer, (hidden, ids, weights) in inputs.items():
-        num_experts = runtime.table.layers[layer].num_experts
+        num_experts = handle.table.layers[layer].num_experts
         every = torch.arange(num_experts, dtype=ids.dtype)[:, None]
-        runtime.compute(
+        handle.engine.compute(
             layer, hidden.expand(num_experts, -1).contiguous(), every, weights.expand(num_experts, -1).contiguous()
         )

@@ -94,7 +94,7 @@ class _Loaded:
                 fill_pool(self.model, text)
         if self.oracle is not None:
             # In place of the router that runs ahead, which the configuration has asked for.
-            self.model.foreroute.runtime.predictor = self.oracle
+            self.model.foreroute.engine.prefetcher.predictor = self.oracle
 
 
 class Session:
@@ -177,7 +177,7 @@ class Session:
                 for repeat, window in enumerate(self._ids[case]):
                     self._tell("looking at the routes")
                     recorder = RouteRecorder(self._settled.num_experts)
-                    model.foreroute.runtime.observer = recorder
+                    model.foreroute.engine.routing_listener = recorder
                     timed = run_once(model, window, case)
                     self.seen.routes[case, repeat] = recorder.routes
                     self._compare(f"the first look at {memory}", case, repeat, timed.choices)

@@ -6,12 +6,13 @@ The names and operations come from transformers (model/skeleton.py asks for them
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from foreroute.checkpoint.assembly import Assembled, Operation, Piece, assemble, check_known, whole
 from foreroute.checkpoint.index import ITEMSIZE, CheckpointIndex, TensorEntry, merged
 from foreroute.checkpoint.stored_parts import StoredPart
 from foreroute.errors import CorruptCheckpointError, UnsupportedModelError
-from foreroute.types import Copy, ExpertId, ExpertReads, Read
+from foreroute.types import Copy, ExpertId, ExpertKeys, ExpertReads, Read
 
 # Alignment of a part inside a slot: matrix kernels give other bits off 16 bytes, and 64 is a cache line.
 PART_ALIGNMENT = 64
@@ -214,6 +215,11 @@ class ExpertTable:
     index: CheckpointIndex
     _reads: dict[int, ExpertReads] = field(default_factory=dict, repr=False)
 
+    @cached_property
+    def keys(self) -> ExpertKeys:
+        """The arithmetic of the flat keys."""
+        return ExpertKeys.of([layer.num_experts for layer in self.layers])
+
     @property
     def num_experts(self) -> int:
         """Experts of the widest layer: the stride of the flat keys."""
@@ -235,7 +241,7 @@ class ExpertTable:
         found = [0] * self.num_keys
         for at, layer in enumerate(self.layers):
             for expert in range(layer.num_experts):
-                found[at * self.num_experts + expert] = layer.layout_of(expert).nbytes
+                found[self.keys.key(at, expert)] = layer.layout_of(expert).nbytes
         return found
 
     @property
@@ -260,7 +266,7 @@ class ExpertTable:
 
     def expert_id(self, key: int) -> ExpertId:
         """The (layer, expert) pair of a flat key."""
-        return ExpertId(*divmod(key, self.num_experts))
+        return self.keys.expert_id(key)
 
     def label(self, key: int) -> str:
         """A name for messages: the expert, its MoE layer and that layer's module."""

@@ -13,6 +13,7 @@ from transformers.cache_utils import StaticLayer
 
 from foreroute.device.tier import DeviceTier
 from foreroute.engine.chunks import split_prompt
+from foreroute.engine.interfaces import StepInfo
 from foreroute.errors import PromptError, RefusedError
 from foreroute.model.caches import cache_argument
 from foreroute.transfer.cuda import out_of_memory_named
@@ -54,7 +55,7 @@ class GraphDecoder:
     """
 
     def __init__(self, model: Any, rows: int, max_length: int) -> None:
-        tier = model.foreroute.runtime
+        tier = model.foreroute.engine
         if not isinstance(tier, DeviceTier):
             raise RefusedError('Graphs need the device control plane: EngineConfig(control="device").')
         if rows not in BATCH_SIZES or rows > tier.most_rows:
@@ -69,6 +70,7 @@ class GraphDecoder:
         self._device = model.device
         self._tokens = torch.zeros(rows, 1, dtype=torch.int64, device=self._device)
         self._positions = torch.zeros(rows, 1, dtype=torch.int64, device=self._device)
+        self._decode_step = StepInfo.of("decode", self._tokens)
         self._length = 0
         self._graph: torch.cuda.CUDAGraph | None = None
         self.logits = torch.empty(0)
@@ -93,7 +95,7 @@ class GraphDecoder:
                 layer.cumulative_length.zero_()
         done = 0
         for part in split_prompt(ids, chunk):
-            self._tier.begin_step(len(part), part.shape[1], part, is_start=done == 0)
+            self._tier.begin_step(StepInfo.of("prefill", part, is_start=done == 0))
             positions = torch.arange(done, done + part.shape[1], device=self._device).expand(len(ids), -1)
             with torch.no_grad():
                 logits = self._forward(part, positions)
@@ -115,7 +117,7 @@ class GraphDecoder:
             with out_of_memory_named("the decode graph", "Lower --memory, or use fewer rows."):
                 self._capture()
         if self._graph is None:
-            self._tier.begin_step(len(self._tokens), 1, self._tokens)
+            self._tier.begin_step(self._decode_step)
             self.logits = self._run()
         else:
             self._tier.prepare_decode()
@@ -156,7 +158,7 @@ class GraphDecoder:
 
     def _capture(self) -> None:
         """Run the step a few times, as capturing wants it, put back what that moved on, and record it."""
-        self._tier.begin_step(len(self._tokens), 1, self._tokens)
+        self._tier.begin_step(self._decode_step)
         lengths = [layer.cumulative_length for layer in self._cache.layers]
         counted = [self._positions, self._tier.state.counters, *lengths]
         before = [tensor.clone() for tensor in counted]
@@ -181,7 +183,7 @@ class GraphDecoder:
 
 def is_paged(model: Any) -> bool:
     """The model's experts are paged by its device, so that answers go through a decoder."""
-    return isinstance(model.foreroute.runtime, DeviceTier)
+    return isinstance(model.foreroute.engine, DeviceTier)
 
 
 def decoder_of(model: Any, max_length: int) -> GraphDecoder | None:

@@ -10,9 +10,9 @@ import torch
 
 from foreroute.checkpoint.layouts import ExpertTable
 from foreroute.device.side_stream import branch_of
-from foreroute.engine.expert_stream import group_by_expert
 from foreroute.kernels.slot_views import SlotViews
 from foreroute.kernels.torch.experts import ExpertMath
+from foreroute.kernels.torch.layer import group_by_expert
 
 # Of a layer's experts: from this share on the whole layer is copied at once, and ahead of its turn.
 _WHOLE_LAYER_FROM = 0.5
@@ -59,7 +59,7 @@ class LayerBuffers:
         self._coming = -1
 
     def compute(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """The routed experts' weighted sum [tokens, hidden]; arguments as of `Runtime.compute`. Waits for the ids."""
+        """The routed experts' weighted sum [tokens, hidden]; arguments as of `MoeEngine.compute`. Waits for the ids."""
         width, at = self._widths[layer], layer % 2
         is_expert = (ids >= 0) & (ids < width)
         counts = torch.where(is_expert, ids, len(self.uses[layer]) - 1).flatten()

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import torch
 
 from foreroute.checkpoint.layouts import ExpertLayout
-from foreroute.engine.combine import RowsStep
 from foreroute.kernels.slot_views import TORCH_DTYPES, SlotViews
 from foreroute.kernels.torch.experts import ExpertMath
+from foreroute.kernels.torch.sums import RowsSum
 
 
 class PlainSlotMath:
@@ -27,16 +27,16 @@ class PlainSlotMath:
             routed.append([expert if slot >= 0 else -1 for expert, slot in zip(experts, places, strict=True)])
             slot_of.update(zip(experts, places, strict=True))
         wanted = sorted({expert for row in routed for expert in row} - {-1})
-        step = RowsStep(
+        output = RowsSum(
             self._math[layer],
-            lambda expert: self._views.operands(layer, slot_of[expert]),
+            lambda slot: self._views.operands(layer, slot),
             hidden,
             routed,
             weights,
             self._views.most_at_once(layer),
         )
-        step.run(wanted)
-        return step.total()
+        output.add([(expert, slot_of[expert]) for expert in wanted])
+        return output.total()
 
 
 class GatheredSlotMath:

@@ -1,15 +1,16 @@
 """The device control plane: a decode step whose experts are found, fetched and computed without asking the host.
 
-It stands where `Runtime` stands for the host. Per MoE layer (`DeviceTier._decode`): the planner finds a slot for every
-expert that is routed to, and what has to be copied is copied; then guesses for the next layer are copied beside this
-layer's maths, and are waited for by the next layer's. On a GPU nothing of this reads a tensor back, so that a whole
-step can be one CUDA graph (device/graph_decoder.py); in the CPU tests the same lines run with plain operations.
+It stands where `MoeStep` (engine/moe_step.py) stands for the host. Per MoE layer (`DeviceTier._decode`): the planner
+finds a slot for every expert that is routed to, and what has to be copied is copied; then guesses for the next layer
+are copied beside this layer's maths, and are waited for by the next layer's. On a GPU nothing of this reads a tensor
+back, so that a whole step can be one CUDA graph (device/graph_decoder.py); in the CPU tests the same lines run with
+plain operations.
 """
 
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
@@ -18,8 +19,9 @@ from foreroute.device.paging import CopyList, PagingState
 from foreroute.device.prefill_buffers import LayerBuffers
 from foreroute.device.side_stream import Branch, branch_of
 from foreroute.engine.approximation import Approximation
+from foreroute.engine.interfaces import StepInfo
 from foreroute.engine.stats import EngineStats
-from foreroute.predict.base import Seen, TokenGuess
+from foreroute.predict.base import RouterSample, TokenGuess
 from foreroute.predict.governor import Governor
 from foreroute.transfer.arena import Arena
 
@@ -56,7 +58,7 @@ class Paging(Protocol):
 # -> the weighted sum [tokens, hidden]; slots are -1 where an id is no expert.
 SlotMath = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 # (layer, what crosses the seam there, width) -> the guess for the next layer; None where there is none.
-GuessNext = Callable[[int, Seen, int], TokenGuess | None]
+GuessNext = Callable[[int, RouterSample, int], TokenGuess | None]
 
 
 @dataclass(frozen=True)
@@ -71,14 +73,8 @@ class _RowBuffers:
     guessed: list[CopyList]
 
 
-class _NoGovernor:
-    """What `ForerouteHandle` asks of reads ahead: nobody governs them here."""
-
-    governor: Governor | None = None
-
-
 class DeviceTier:
-    """Experts of one loaded model, paged by its device.
+    """Experts of one loaded model, paged by its device: a `MoeEngine`.
 
     Args:
         pool: uint8 [num_slots, slot_bytes] on the device. arena: holds every expert, in the order of `keys`.
@@ -87,8 +83,8 @@ class DeviceTier:
         clear: lets go of what slot_math holds of the pool.
 
     Attributes:
-        is_prefill: the forward pass at hand has several positions, or is a text's first.
-        approximation, predictor, ahead: as `Runtime` has them; exact alone, and no governor.
+        is_prefill: the step at hand, or the last one, is a prompt's.
+        policies: exact alone. governor: None, as nothing governs how much is guessed here.
         most_rows: rows of a decode step that the pool can serve; more go the way of prefill.
     """
 
@@ -104,15 +100,14 @@ class DeviceTier:
         buffers: LayerBuffers,
         top_k: Sequence[int],
         guess: GuessNext | None,
-        approximation: Approximation,
+        policies: Approximation,
         *,
         width: int | None = None,
         clear: Callable[[], None] = lambda: None,
     ) -> None:
         self.table = table
-        self.approximation = approximation
-        self.predictor: Any = None
-        self.ahead = _NoGovernor()
+        self.policies = policies
+        self.governor: Governor | None = None
         self.state = state
         self.buffers = buffers
         self.is_prefill = False
@@ -137,15 +132,13 @@ class DeviceTier:
         room = state.num_slots - state.staging_slots - state.filling_slots
         self.most_rows = room // max(top_k)
 
-    def begin_step(
-        self, num_rows: int, num_positions: int, token_ids: torch.Tensor | None = None, *, is_start: bool = False
-    ) -> None:
-        """A forward pass of [num_rows, num_positions] tokens begins; as of `Runtime`."""
-        self.approximation.of_rows(num_rows)
-        self.is_prefill = is_start or num_positions > 1
+    def begin_step(self, info: StepInfo) -> None:
+        """See `MoeEngine`."""
+        self.policies.of_rows(info.num_rows)
+        self.is_prefill = info.is_prefill
         phase = self._stats.prefill if self.is_prefill else self._stats.decode
         phase.steps += 1
-        phase.tokens += num_rows * num_positions
+        phase.tokens += info.num_tokens
         # A step before this one may have been broken off anywhere.
         self._branch.join()
         self._is_guessed = False
@@ -162,7 +155,7 @@ class DeviceTier:
             self.seed()
 
     def compute(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """The routed experts' weighted sum for MoE layer `layer`; as of `Runtime`."""
+        """See `MoeEngine`."""
         if self.is_prefill or len(ids) > self.most_rows:
             return self.buffers.compute(layer, hidden, ids, weights)
         return self._decode(layer, hidden, ids, weights)
@@ -177,7 +170,7 @@ class DeviceTier:
         self._is_guessed = False
         guess = None
         if self._guess is not None and layer < self._last_layer:
-            guess = self._guess(layer, Seen(hidden, ids, weights), self._guess_widths[layer + 1])
+            guess = self._guess(layer, RouterSample(hidden, ids, weights), self._guess_widths[layer + 1])
         if guess is not None:
             guessed = rows.guessed[layer]
             # The first choices of all rows, then their second ones, and so on.

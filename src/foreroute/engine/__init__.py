@@ -1,1 +1,1 @@
-"""Who composes it? The loader that wires the parts together, and the step that a token takes through them."""
+"""How is one MoE layer computed? The step that a token takes, and the pool of experts that it takes them from."""

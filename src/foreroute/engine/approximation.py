@@ -1,4 +1,4 @@
-"""The policies of a loaded model as its step asks for them: who waits, what stands in, whose route is replaced."""
+"""The policies of a loaded model as its step asks for them: what is waited for, what is substituted by what."""
 
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -7,8 +7,7 @@ import torch
 
 from foreroute.errors import PolicyError
 from foreroute.policy import Policy, waited_for
-from foreroute.predict.base import Predictor, Seen, TokenGuess
-from foreroute.predict.prefetch import PrefetchGuesses
+from foreroute.predict.base import Predictor, RouterSample, TokenGuess
 
 
 class Tap(Protocol):
@@ -23,12 +22,18 @@ class Tap(Protocol):
         ...
 
 
+class WideningGuesses(Protocol):
+    """What is fetched early, and may be more of it where some misses are not waited for."""
+
+    without_waiting: bool
+
+
 class Approximation:
     """Everything that a policy other than exact needs, and the policies that hold now.
 
     Args:
-        make_vectors: per MoE layer [experts, hidden] default vectors in the compute dtype; None where nothing may stand
-            in. Called when a policy first needs them: exact decoding takes no memory for them.
+        make_vectors: per MoE layer [experts, hidden] default vectors in the compute dtype; None where nothing may be
+            substituted. Called when a policy first needs them: exact decoding takes no memory for them.
         make_paper: what guesses the next layer's route for `paper`; likewise.
         make_tap: begins to catch the residual stream, which `paper` alone reads.
         why_not: why a policy cannot be had, by its name; empty when all can.
@@ -44,7 +49,7 @@ class Approximation:
         make_paper: Callable[[], Predictor],
         make_tap: Callable[[], Tap],
         why_not: dict[str, str],
-        guesses: PrefetchGuesses | None,
+        guesses: WideningGuesses | None,
     ) -> None:
         self._make_vectors, self._make_paper, self._make_tap = make_vectors, make_paper, make_tap
         self._vectors: list[torch.Tensor | None] = []
@@ -154,7 +159,7 @@ class Approximation:
         """
         if self._paper is None or self._tap is None:
             return None
-        guess = self._paper.guess(layer, Seen(hidden, ids, weights, self._tap(layer)), ids.shape[1])
+        guess = self._paper.guess(layer, RouterSample(hidden, ids, weights, self._tap(layer)), ids.shape[1])
         if guess is not None:
             self._guess = (layer + 1, guess)
         return guess

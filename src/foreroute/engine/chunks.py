@@ -6,7 +6,8 @@ import torch
 def split_prompt(ids: torch.Tensor, chunk: int | None) -> list[torch.Tensor]:
     """`ids` [1, tokens] in chunks of `chunk` tokens and a rest.
 
-    A single token left over would be taken for a decoded one: the chunk before gives it one of its own.
+    A rest of a single token takes one from the chunk before: a loop that announces no step, and whose steps are guessed
+    from their shape, would have it taken for a decoded one. So chunks are the same in every loop, and their bits too.
     """
     num_tokens = ids.shape[1]
     if chunk is None or num_tokens <= chunk:

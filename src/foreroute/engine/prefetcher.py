@@ -1,165 +1,106 @@
-"""Reads that nobody waits for: guesses of what the next layer will want, and fills with what was stood in for."""
+"""How many of the next layer's experts are prefetched, and which: the predictor's guess within the governor's share."""
 
-from __future__ import annotations
-
-import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Sequence
 from math import ceil
-from typing import TYPE_CHECKING
 
 import torch
 
+from foreroute.engine.approximation import Approximation
+from foreroute.engine.interfaces import OnlineLearner, PrefetchSource, StepInfo
+from foreroute.engine.pool import ExpertPool
+from foreroute.predict.base import most_wanted
 from foreroute.predict.governor import Governor
 
-if TYPE_CHECKING:
-    from foreroute.engine.moe_step import Runtime
-    from foreroute.engine.stats import PhaseStats
 
+class Prefetcher:
+    """Asks the predictor one layer ahead and queues what it says, as much of it as the governor allows.
 
-class ReadsAhead:
-    """Queues such reads, takes back guesses that a router contradicted, and books what became of them."""
+    Args:
+        predictor: None prefetches nothing.
+        policies: under others than exact, guesses decide what is resident and so the output: these are not governed.
+        governor: None always prefetches all that is guessed.
+        learner: pauses while guesses are switched off, as its cost belongs to them.
+
+    Attributes:
+        share: of the full width, what is prefetched now, 0 to 1.
+    """
 
     def __init__(
-        self, runtime: Runtime, governor: Governor | None = None, clock: Callable[[], float] = time.perf_counter
+        self,
+        pool: ExpertPool,
+        predictor: PrefetchSource | None,
+        policies: Approximation,
+        *,
+        governor: Governor | None = None,
+        learner: OnlineLearner | None = None,
     ) -> None:
-        self._runtime = runtime
-        # One for each number of rows: steps of other batches take other times.
+        self.predictor = predictor
         self.governor = governor
+        self.share = 1.0 if governor is None else governor.share
+        self._pool = pool
+        self._policies = policies
+        self._learner = learner
+        self._num_layers = len(pool.keys.widths)
+        # One for each number of rows: steps of other batches take other times.
         self._governors: dict[int, Governor] = {}
-        self._clock = clock
-        self._step_began_s = self._stalled_before_s = 0.0
-        self._num_experts = runtime.table.num_experts
-        self._widths = [layer.num_experts for layer in runtime.table.layers]
-        self._key_nbytes = runtime.key_nbytes
-        # Guesses for a layer that were queued and that its router has not confirmed or contradicted yet.
-        self._guessed: list[list[int]] = [[] for _ in self._widths]
-        # Used and wasted guesses, as the pool had counted them when they were last booked to a phase.
-        self._booked = (0, 0)
-        # Experts that were stood in for, and not filled since.
-        self._stood_in: set[int] = set()
-        # Of those that are being filled, the ones that were queued here for it: the others were guesses that came late.
-        self._queued_fills: set[int] = set()
+        self._is_governed = False
+        self._began_s = self._stalled_before_s = 0.0
 
-    def lacks(self, layer: int) -> bool:
-        """Some expert of the layer is neither there nor on its way, and a guess could bring it."""
-        residency = self._runtime.residency
-        return residency.staging_slots > 0 and residency.resident_per_layer[layer] < self._widths[layer]
-
-    def begin_step(self, num_rows: int, token_ids: torch.Tensor | None) -> None:
-        """A step of so many rows begins; its `token_ids` [rows, 1] guess the first layer. None: a prompt, or no ids."""
-        runtime = self._runtime
+    def begin_step(self, info: StepInfo) -> None:
+        """A step begins: choose the share, and prefetch for layer 0 from the tokens of a decode step."""
+        self._is_governed = self.governor is not None and not info.is_prefill and self._policies.is_exact
+        self.share = 1.0
         if self.governor is not None:
-            if num_rows not in self._governors:
-                self._governors[num_rows] = self.governor.fresh() if self._governors else self.governor
-            self.governor = self._governors[num_rows]
-            if runtime.is_prefill:
-                self.governor.pause()
-            self._step_began_s, self._stalled_before_s = self._clock(), runtime.phase.stall_s
-            runtime.phase.unguessed_steps += not self.share
-            if runtime.learner is not None and not runtime.is_prefill:
-                # What learning costs belongs to the guesses that it is for.
-                (runtime.learner.resume if self.share else runtime.learner.pause)()
-        if token_ids is not None and runtime.predictor is not None and self.share and self.lacks(0):
-            self.prefetch(0, runtime.predictor.guess_first(token_ids.flatten()), runtime.phase)
+            self._begin_governed(self.governor, info)
+        predictor = self.predictor
+        if info.is_prefill or info.token_ids is None or predictor is None or not self.share:
+            return
+        if self._pool.can_prefetch(0):
+            self.prefetch(0, predictor.guess_first(info.token_ids.flatten()))
+
+    def _begin_governed(self, governor: Governor, info: StepInfo) -> None:
+        if info.num_rows not in self._governors:
+            self._governors[info.num_rows] = governor.fresh() if self._governors else governor
+        self.governor = governor = self._governors[info.num_rows]
+        if self._is_governed:
+            self.share = governor.share
+        if info.is_prefill:
+            governor.pause()
+        self._began_s, self._stalled_before_s = self._pool.clock(), self._pool.phase.stall_s
+        if not self.share:
+            self._pool.count_unguessed_step()
+        if self._learner is not None and not info.is_prefill:
+            (self._learner.resume if self.share else self._learner.pause)()
+
+    def see_first(self, hidden: torch.Tensor, num_rows: int) -> None:
+        """The router input of MoE layer 0, [rows x positions, hidden]: what the next guess of it leans on."""
+        if self.predictor is not None:
+            self.predictor.see_first(hidden, num_rows)
 
     def guess_next(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> None:
-        """The layer after `layer` is guessed from what its router saw and said. Arguments as of `Predictor`."""
-        predictor, following = self._runtime.predictor, layer + 1
-        if predictor is not None and following < len(self._widths) and self.share and self.lacks(following):
-            self.prefetch(following, predictor.guess(layer, hidden, ids, weights), self._runtime.phase)
+        """Prefetch for the layer after `layer` by what its router saw and said; as of `PrefetchSource.guess`."""
+        predictor, following = self.predictor, layer + 1
+        if predictor is None or following >= self._num_layers or not self.share:
+            return
+        if self._pool.can_prefetch(following):
+            self.prefetch(following, predictor.guess(layer, hidden, ids, weights))
+
+    def prefetch_route(self, layer: int, ids: torch.Tensor) -> None:
+        """Prefetch for `layer` what it is known to route to: `ids` [tokens, width], best first."""
+        if self._pool.can_prefetch(layer):
+            self.prefetch(layer, most_wanted(ids, self._pool.keys.widths[layer]))
+
+    def prefetch(self, layer: int, experts: Sequence[int]) -> None:
+        """Queue those of the guessed experts, best first, that are absent: as many of the guess as the share allows."""
+        self._pool.prefetch(layer, experts[: ceil(len(experts) * self.share)])
 
     def end_step(self) -> None:
         """The last layer has been computed: what the step took is the governor's measure."""
-        governor, runtime = self.governor, self._runtime
-        if governor is None or not self._is_governed or runtime.residency.num_free > runtime.residency.staging_slots:
+        governor, pool = self.governor, self._pool
+        if governor is None or not self._is_governed or pool.residency.num_free > pool.residency.staging_slots:
             # While the pool fills, steps take less time each time, whoever guesses.
             return
-        waited_s = runtime.phase.stall_s - self._stalled_before_s
-        if governor.step(self._clock() - self._step_began_s, waited_s) and runtime.tracing is not None:
-            runtime.tracing.governor(governor.share, "trial" if governor.is_trying else governor.why)
-
-    @property
-    def share(self) -> float:
-        """Of the full width, what is guessed now: the governor's choice where guesses only fetch early, else all."""
-        return self.governor.share if self.governor is not None and self._is_governed else 1.0
-
-    @property
-    def _is_governed(self) -> bool:
-        runtime = self._runtime
-        return not runtime.is_prefill and (runtime.approximation is None or runtime.approximation.is_exact)
-
-    def prefetch(self, layer: int, experts: Sequence[int], phase: PhaseStats) -> None:
-        """Queue those of the guessed experts, best first, that are not there."""
-        experts = experts[: ceil(len(experts) * self.share)]
-        if self._runtime.tracing is not None:
-            self._runtime.tracing.guess(layer, experts)
-        base = layer * self._num_experts
-        loads = self._runtime.residency.prefetch([base + expert for expert in experts])
-        for key, slot in loads:
-            self._runtime.transfer.prefetch(key, slot)
-        self._guessed[layer].extend(key for key, _ in loads)
-        phase.prefetch_loads += len(loads)
-        phase.prefetch_bytes += sum(self._key_nbytes[key] for key, _ in loads)
-
-    def fill(self, layer: int, keys: Sequence[int], phase: PhaseStats) -> None:
-        """Read what was stood in for all the same, when there is time: else it might never be there.
-
-        Its second time, not its first: that halves these reads, and costs little, as guesses bring most that recur.
-        """
-        again = [key for key in keys if key in self._stood_in]
-        self._stood_in.update(keys)
-        if not again:
-            return
-        # Those for which there is no room now keep their turn.
-        loads = self._runtime.residency.fill(again)
-        self._stood_in.difference_update(key for key, _ in loads)
-        if self._runtime.tracing is not None:
-            self._runtime.tracing.filled([key for key, _ in loads])
-        self._queued_fills = {key for key in self._queued_fills if key in self._runtime.residency.filling}
-        for key, slot in loads:
-            self._runtime.transfer.fill(key, slot)
-            self._queued_fills.add(key)
-        phase.fill_loads += len(loads)
-        phase.fill_bytes += sum(self._key_nbytes[key] for key, _ in loads)
-
-    def drop_contradicted(self, layer: int, wanted: Collection[int], phase: PhaseStats) -> None:
-        """Queued guesses for this layer that its router did not confirm are taken back."""
-        guessed = self._guessed[layer]
-        for key in guessed:
-            if key not in wanted and self._runtime.transfer.cancel(key):
-                self._runtime.residency.cancel(key)
-                phase.prefetch_cancelled += 1
-                phase.prefetch_loads -= 1
-                phase.prefetch_bytes -= self._key_nbytes[key]
-        guessed.clear()
-
-    def drop_all(self, phase: PhaseStats) -> None:
-        """Everything that is queued, and that nobody waits for, is taken back."""
-        for layer in range(len(self._guessed)):
-            self.drop_contradicted(layer, (), phase)
-        for key in list(self._runtime.residency.filling):
-            if self._runtime.transfer.cancel(key):
-                self._runtime.residency.cancel(key)
-                self._stood_in.add(key)
-                nbytes = self._key_nbytes[key]
-                if key in self._queued_fills:
-                    phase.fill_loads -= 1
-                    phase.fill_bytes -= nbytes
-                else:
-                    phase.prefetch_loads -= 1
-                    phase.prefetch_bytes -= nbytes
-
-    def book(self, phase: PhaseStats) -> None:
-        """What became of guesses since the last call goes to the phase that runs."""
-        residency = self._runtime.residency
-        used, wasted = residency.prefetch_used, residency.prefetch_wasted
-        phase.prefetch_used += used - self._booked[0]
-        phase.prefetch_wasted += wasted - self._booked[1]
-        self._booked = (used, wasted)
-
-    def forget(self) -> None:
-        """All guesses are gone, with the pool that they were for."""
-        for guessed in self._guessed:
-            guessed.clear()
-        self._stood_in.clear()
-        self._queued_fills.clear()
+        waited_s = pool.phase.stall_s - self._stalled_before_s
+        if governor.step(pool.clock() - self._began_s, waited_s):
+            self.share = governor.share
+            pool.governed(governor.share, "trial" if governor.is_trying else governor.why)

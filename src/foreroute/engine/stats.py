@@ -1,4 +1,4 @@
-"""What a run did, counted while it runs: experts found and fetched, bytes moved, time waited."""
+"""Counts of a run, while it runs: experts found and fetched, bytes moved, time waited."""
 
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -10,13 +10,13 @@ class PhaseStats:
 
     steps: forward passes. tokens: positions computed; padding counts where a batch has it, not where a
     server fills prompts up.
-    prefetch_used / prefetch_wasted: guessed experts that this phase demanded / gave up before anybody did.
-    hits / late / misses: demanded experts that were there / still on their way / absent.
+    prefetch_used / prefetch_wasted: prefetched experts that this phase demanded / evicted before any demand.
+    hits / late / misses: demanded experts that were resident / in flight / absent.
     demand_loads: experts read because a router asked. prefetch_loads: experts read on a guess.
     layers / stalled_layers: MoE layers computed / those that waited for an expert. Decode alone.
     first_waited: of the late ones and misses, those of layer 0. Decode alone.
-    stood_in: demanded experts for which default vectors stood in; not among hits, late and misses.
-    fill_loads: those of them that were read afterwards.
+    stood_in: demanded experts that default vectors substituted; not among hits, late and misses.
+    fill_loads: deferred loads: those of them that were read afterwards.
     unguessed_steps: decode steps in which the governor had switched guesses off.
     stall_s: seconds in which compute waited for bytes.
     """
@@ -44,7 +44,7 @@ class PhaseStats:
 
     @property
     def hit_rate(self) -> float:
-        """Share of demanded experts that were there, 0 to 1; late ones are not hits."""
+        """Share of demanded experts that were resident, 0 to 1; late ones are not hits."""
         demanded = self.hits + self.late + self.misses + self.stood_in
         return self.hits / demanded if demanded else 0.0
 
@@ -61,12 +61,12 @@ class EngineStats:
 
     @property
     def prefetch_used(self) -> int:
-        """Guessed experts that were demanded, in both phases."""
+        """Prefetched experts that were demanded, in both phases."""
         return self.prefill.prefetch_used + self.decode.prefetch_used
 
     @property
     def prefetch_wasted(self) -> int:
-        """Guessed experts that were given up before any demand, in both phases."""
+        """Prefetched experts that were evicted before any demand, in both phases."""
         return self.prefill.prefetch_wasted + self.decode.prefetch_wasted
 
     def as_dict(self) -> dict[str, Any]:

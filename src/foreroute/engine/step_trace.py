@@ -1,5 +1,6 @@
-"""What a step does, told to a trace: one object that the runtime asks for only when there is one."""
+"""The trace file as an observer of the step; what moves experts writes its own lines (transfer/traced.py)."""
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,9 +8,10 @@ import torch
 
 from foreroute.checkpoint.layouts import ExpertTable
 from foreroute.config import EngineConfig, Plan
+from foreroute.engine.interfaces import StepInfo, StepObserver
 from foreroute.engine.stats import EngineStats
 from foreroute.trace import VERSION, Trace
-from foreroute.transfer.base import Completion
+from foreroute.types import ExpertKeys
 
 _WEIGHT_DIGITS = 4
 
@@ -34,74 +36,66 @@ def header_of(plan: Plan, asked: EngineConfig, table: ExpertTable, fingerprint: 
     }
 
 
-class StepTrace:
-    """Collects what becomes of a layer's demand until the layer is over; the rest is written at once.
+class StepTrace(StepObserver):
+    """Writes each step to a trace file (docs/trace.md): a layer when it is over, the rest at once."""
 
-    Attributes:
-        hits, late, misses, stood_in: keys of the layer at hand, added to by the step.
-    """
-
-    def __init__(self, trace: Trace, num_experts: int) -> None:
+    def __init__(self, trace: Trace, keys: ExpertKeys) -> None:
         self._trace = trace
-        self._num_experts = num_experts
+        self._keys = keys
+        self._is_prefill = False
+        self._layer = 0
         self._open: dict[str, Any] = {}
-        self.layer = 0
-        self.hits: list[int] = []
-        self.late: list[int] = []
-        self.misses: list[int] = []
-        self.stood_in: list[int] = []
+        self._found: dict[str, list[int]] = {}
 
-    def step(self, phase: str, rows: int, positions: int, is_start: bool) -> None:
-        """A forward pass begins."""
+    def begin_step(self, info: StepInfo) -> None:
+        """See `StepObserver`."""
+        self._is_prefill = info.is_prefill
         self._trace.emit(
-            "step", t=self._trace.now(), phase=phase, rows=rows, positions=positions, is_start=is_start
+            "step", t=self._trace.now(), phase=info.phase, rows=info.num_rows, positions=info.num_positions,
+            is_start=info.is_start,
         )  # fmt: skip
 
-    def begin_layer(self, layer: int, ids: torch.Tensor, weights: torch.Tensor, is_prefill: bool, width: int) -> None:
-        """A layer's experts are called. ids, weights: [tokens, k]; width: experts of the layer."""
-        self.layer = layer
-        self.hits, self.late, self.misses, self.stood_in = [], [], [], []
+    def begin_layer(self, layer: int, routed: Sequence[Sequence[int]], weights: torch.Tensor) -> None:
+        """See `StepObserver`."""
+        self._layer = layer
+        self._found = {"hits": [], "late": [], "misses": [], "stood_in": []}
         self._open = {"t": self._trace.now(), "layer": layer}
-        if is_prefill:
-            flat = ids.flatten()
-            counts = torch.bincount(flat[(flat >= 0) & (flat < width)], minlength=width).tolist()
-            self._open["counts"] = [[expert, count] for expert, count in enumerate(counts) if count]
+        experts = [self._keys.experts_of(layer, row) for row in routed]
+        if self._is_prefill:
+            counts = Counter(expert for row in experts for expert in row if expert >= 0)
+            self._open["counts"] = [list(item) for item in sorted(counts.items())]
         else:
-            self._open["ids"] = [[expert if 0 <= expert < width else -1 for expert in row] for row in ids.tolist()]
+            self._open["ids"] = experts
             self._open["weights"] = [[round(weight, _WEIGHT_DIGITS) for weight in row] for row in weights.tolist()]
 
-    def found(self, hits: Sequence[int], late: Sequence[int], misses: Sequence[int]) -> None:
-        """What became of the keys that are waited for."""
-        self.hits += hits
-        self.late += late
-        self.misses += misses
+    def looked_up(self, hits: Sequence[int], in_flight: Sequence[int], misses: Sequence[int]) -> None:
+        """See `StepObserver`."""
+        self._found["hits"] += hits
+        self._found["late"] += in_flight
+        self._found["misses"] += misses
+
+    def substituted(self, keys: Sequence[int]) -> None:
+        """See `StepObserver`."""
+        self._found["stood_in"] += keys
 
     def end_layer(self) -> None:
-        """The layer's experts have been computed."""
-        base = self.layer * self._num_experts
-        kinds = {"hits": self.hits, "late": self.late, "misses": self.misses, "stood_in": self.stood_in}
-        found = {kind: [key - base for key in keys] for kind, keys in kinds.items()}
+        """See `StepObserver`."""
+        found = {kind: self._keys.experts_of(self._layer, keys) for kind, keys in self._found.items()}
         self._trace.emit("layer", **self._open, end=self._trace.now(), **found)
 
-    def stall(self, began_s: float, ended_s: float) -> None:
-        """Compute waited for bytes between these readings of the clock."""
-        self._trace.emit("stall", t=self._trace.at(began_s), end=self._trace.at(ended_s), layer=self.layer)
+    def stalled(self, began_s: float, ended_s: float) -> None:
+        """See `StepObserver`."""
+        self._trace.emit("stall", t=self._trace.at(began_s), end=self._trace.at(ended_s), layer=self._layer)
 
-    def guess(self, layer: int, experts: Sequence[int]) -> None:
-        """These experts of `layer` are expected, best first."""
+    def guessed(self, layer: int, experts: Sequence[int]) -> None:
+        """See `StepObserver`."""
         self._trace.emit("guess", t=self._trace.now(), layer=layer, experts=list(experts))
 
-    def filled(self, keys: Sequence[int]) -> None:
-        """These are read though nobody waits: they were stood in for. A trace has it from its transfer."""
-
-    def arrived(self, completions: Sequence[Completion]) -> None:
-        """These reads are over. A trace has it from its transfer."""
-
-    def governor(self, share: float, why: str) -> None:
-        """From now on so much of the full width is guessed."""
+    def governed(self, share: float, why: str) -> None:
+        """See `StepObserver`."""
         self._trace.emit("governor", t=self._trace.now(), share=share, why=why)
 
     def end(self, stats: EngineStats) -> None:
-        """The last line."""
+        """Write the last line, and close the file."""
         self._trace.emit("end", t=self._trace.now(), stats=stats.as_dict())
         self._trace.close()

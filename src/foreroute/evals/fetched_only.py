@@ -15,7 +15,7 @@ from foreroute.errors import PolicyError
 from foreroute.model.residual import ResidualTap
 from foreroute.policy import SPECULATIVE, Policy
 from foreroute.predict import build as known
-from foreroute.predict.base import Seen, TokenGuess
+from foreroute.predict.base import RouterSample, TokenGuess
 from foreroute.predict.default_vector import weighted_rows, with_no_expert
 from foreroute.predict.sidecar import Sidecar
 from foreroute.predict.token_table import RunningContext, context_before
@@ -62,7 +62,7 @@ class FetchedOnly:
 
     def __init__(self, model: Any, sidecar: Sidecar, policy: Policy, *, in_prompts: bool) -> None:
         layers, dtype = model.foreroute.layers, model.dtype
-        self._runtime = model.foreroute.runtime
+        self._engine = model.foreroute.engine
         self._policy = policy
         self._in_prompts = in_prompts
         self._widths = [layer.experts.num_offloaded for layer in layers]
@@ -70,7 +70,7 @@ class FetchedOnly:
         self._paper = known.default_vectors(layers, sidecar)
         self._table, self._select = sidecar.token_table, known.selections(layers[:1], dtype)[0]
         self._rows = [None if vectors is None else with_no_expert(vectors) for vectors in sidecar.default_vectors]
-        self._before: Seen | None = None
+        self._before: RouterSample | None = None
         self._context = RunningContext()
         self._token_ids = torch.empty(0, 0, dtype=torch.int64)
         self.tap = ResidualTap(layers)
@@ -86,12 +86,12 @@ class FetchedOnly:
         def forward(hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
             if layer == 0:
                 self._count_first(hidden, ids)
-            elif not (self._runtime.is_prefill and not self._in_prompts):
+            elif not (self._engine.is_prefill and not self._in_prompts):
                 guess = self._guess(layer - 1, ids.shape[1])
                 if guess is not None:
-                    return self._approximate(layer, compute, Seen(hidden, ids, weights), guess)
+                    return self._approximate(layer, compute, RouterSample(hidden, ids, weights), guess)
                 self._count_unguessed(layer, ids)
-            self._before = Seen(hidden, ids, weights, self.tap(layer))
+            self._before = RouterSample(hidden, ids, weights, self.tap(layer))
             return compute(hidden, ids, weights)
 
         return forward
@@ -101,16 +101,16 @@ class FetchedOnly:
         predictor = self._paper if self._policy.replaces_route else self._predictor
         return predictor.guess(layer, self._before, width)
 
-    def _approximate(self, layer: int, compute: Computing, seen: Seen, guess: TokenGuess) -> torch.Tensor:
+    def _approximate(self, layer: int, compute: Computing, seen: RouterSample, guess: TokenGuess) -> torch.Tensor:
         hidden, ids, weights, _ = seen
         tally, num_guessed = self.tally, int((guess.ids < self._widths[layer]).sum())
         tally.layers += len(ids)
         tally.fetched += num_guessed
         if self._policy.replaces_route:
             ids, weights = guess.ids, guess.weights.to(weights.dtype)
-            self._before = Seen(hidden, ids, weights, self.tap(layer))
+            self._before = RouterSample(hidden, ids, weights, self.tap(layer))
             return compute(hidden, ids, weights)
-        self._before = Seen(hidden, ids, weights, self.tap(layer))
+        self._before = RouterSample(hidden, ids, weights, self.tap(layer))
         missing = ~(ids[:, :, None] == guess.ids[:, None, :]).any(-1) & (ids < self._widths[layer])
         rows = self._rows[layer]
         dropped = torch.zeros_like(missing)
@@ -124,7 +124,7 @@ class FetchedOnly:
         if rows is None or not bool(dropped.any()):
             return compute(hidden, ids, weights)
         total = compute(hidden, ids, weights.masked_fill(dropped, 0))
-        return total + weighted_rows(rows, Seen(hidden, ids, weights * dropped)).to(total.dtype)
+        return total + weighted_rows(rows, RouterSample(hidden, ids, weights * dropped)).to(total.dtype)
 
     def _count_unguessed(self, layer: int, ids: torch.Tensor) -> None:
         """A layer that nobody guesses waits for all its experts."""
@@ -137,7 +137,7 @@ class FetchedOnly:
     def _count_first(self, hidden: torch.Tensor, ids: torch.Tensor) -> None:
         """Layer 0 waits for what its table did not guess. In prompts, which are exact, nothing is counted."""
         rows, positions = self._token_ids.shape
-        if not self._runtime.is_prefill or self._in_prompts:
+        if not self._engine.is_prefill or self._in_prompts:
             found = torch.zeros_like(ids, dtype=torch.bool)
             if self._table is not None:
                 context = (

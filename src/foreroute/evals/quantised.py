@@ -70,14 +70,14 @@ def read(
     model: Any = load(folder, memory, dtype="bfloat16", config=config)
     try:
         handle = model.foreroute
-        counts = [torch.zeros(layer.num_experts, dtype=torch.int64) for layer in handle.runtime.table.layers]
+        counts = [torch.zeros(layer.num_experts, dtype=torch.int64) for layer in handle.table.layers]
 
         def count(layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> None:
             counts[layer] += expert_counts(ids, len(counts[layer]))
 
-        handle.runtime.observer = count if counts_uses else None
+        handle.engine.routing_listener = count if counts_uses else None
         by_source = bits_per_char(model, windows, progress)
-        names = [layer.name for layer in handle.runtime.table.layers]
+        names = [layer.name for layer in handle.table.layers]
     finally:
         model.foreroute.close()
     nats = sum(by_source[one.source] * one.chars for one in windows) * math.log(2)

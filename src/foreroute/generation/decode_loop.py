@@ -14,6 +14,7 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StoppingCriteriaList
 
 from foreroute.engine.chunks import split_prompt
+from foreroute.engine.interfaces import Phase, StepInfo
 from foreroute.model.caches import CACHE_NAME, cache_argument, is_ordinary
 
 # Settings that say how a token is chosen from its scores, or when to end: transformers turns them into the processors
@@ -127,20 +128,22 @@ class LeanLoop:
         ids[:, :length] = input_ids
         self.num_computed = cache.get_seq_length()
 
-        def step(tokens: torch.Tensor) -> torch.Tensor:
+        def compute(tokens: torch.Tensor, phase: Phase) -> torch.Tensor:
             done = self.num_computed + tokens.shape[1]
             if positions is not None:
                 kwargs["position_ids"] = positions[:, self.num_computed : done]
-            output = model(input_ids=tokens, **cache_argument(cache), return_dict=True, **kwargs)
+            with model.foreroute.step(StepInfo.of(phase, tokens, is_start=self.num_computed == 0)):
+                output = model(input_ids=tokens, **cache_argument(cache), return_dict=True, **kwargs)
             logits: torch.Tensor = output.logits
             self.num_computed = done
             return logits[:, -1]
 
-        if self._decoder is not None:
-            logits, step = self._decoder.prefill(input_ids, self._chunk), self._decoder.step
+        decoder = self._decoder
+        if decoder is not None:
+            logits = decoder.prefill(input_ids, self._chunk)
         else:
             for chunk in split_prompt(input_ids[:, self.num_computed :], self._chunk):
-                logits = step(chunk)
+                logits = compute(chunk, "prefill")
         while True:
             # In fp32 and a copy, as generate() does it: processors may write to it.
             scores = logits_processor(ids[:, :length], logits.to(copy=True, dtype=torch.float32))
@@ -156,7 +159,7 @@ class LeanLoop:
                 break
             if others and bool(others(ids[:, :length], None).all()):
                 break
-            logits = step(token)
+            logits = compute(token, "decode") if decoder is None else decoder.step(token)
         return ids[:, :length]
 
 

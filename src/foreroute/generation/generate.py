@@ -265,7 +265,7 @@ class _Answer:
             self._model.generate(self._prompt_ids, streamer=recorder, **told)
             return
         if self._reuse is not None and self._can_continue and self._keeps:
-            # A last token alone would be decoded, not prefilled, and so not be exact under every policy.
+            # Two tokens, not the last alone, for the bits of a chunk: a product of one row can be rounded otherwise.
             at_most = self._prompt_ids.shape[1] - 2
             cache, self.num_reused = self._reuse.take(self._model, self._prompt_ids[0].tolist(), at_most)
             self._cache = cache or self._cache
@@ -290,7 +290,10 @@ def _is_exact(model: Any) -> bool:
 
 
 def _without_a_single_one(num_tokens: int, chunk: int) -> int:
-    """At most `chunk`, and such that no single token is left over, which would be taken for a decoded one."""
+    """At most `chunk`, and such that no single token is left over.
+
+    transformers' own loop announces no step: a single token would be taken for a decoded one.
+    """
     while num_tokens % chunk == 1 and chunk > 2:
         chunk -= 1
     return chunk

@@ -2,17 +2,20 @@
 
 from collections.abc import Callable
 from math import inf
-from typing import cast
 
 import torch
 
 from foreroute.config import EngineConfig
 from foreroute.device.build import build_tier
-from foreroute.engine.combine import Workspace
-from foreroute.engine.moe_step import Runtime
+from foreroute.engine.interfaces import MoeEngine
+from foreroute.engine.moe_step import MoeStep
+from foreroute.engine.pool import ExpertPool
+from foreroute.engine.prefetcher import Prefetcher
 from foreroute.kernels.slot_views import SlotViews
 from foreroute.kernels.torch.experts import OneToken
+from foreroute.kernels.torch.layer import TorchLayer
 from foreroute.kernels.torch.quant import QuantisedMath, QuantisedToken
+from foreroute.kernels.torch.sums import Workspace
 from foreroute.loading.expert_math import family_forward_over, stored_operands
 from foreroute.loading.guidance import Guidance
 from foreroute.memory.plan import MemoryPlan
@@ -34,7 +37,7 @@ _PREFILL_GUESSES_FROM = {"on": 0.0, "auto": 24.0, "off": inf}
 _LARGE_EXPERT_BYTES, _TRUSTED_STEPS = 2**20, 128
 
 # (asked, experts, memory, guidance, trace, progress) -> the engine, its readers started.
-EngineBuilder = Callable[[EngineConfig, ExpertSet, MemoryPlan, Guidance, Trace | None, Progress], Runtime]
+EngineBuilder = Callable[[EngineConfig, ExpertSet, MemoryPlan, Guidance, Trace | None, Progress], MoeEngine]
 
 
 def builder_for(asked: EngineConfig, device: torch.device) -> EngineBuilder:
@@ -51,7 +54,7 @@ def disk_engine(
     guidance: Guidance,
     trace: Trace | None,
     progress: Progress,
-) -> Runtime:
+) -> MoeEngine:
     """Slots in RAM, experts on disk."""
     placed = place(asked, experts.table, experts.store, memory.slots.num_slots, trace)
     return _step_over(placed, asked, experts, memory, guidance)
@@ -64,7 +67,7 @@ def tiered_engine(
     guidance: Guidance,
     trace: Trace | None,
     progress: Progress,
-) -> Runtime:
+) -> MoeEngine:
     """Slots on the device, experts in host memory, and on disk as far as that does not hold them."""
     placed = place_behind_arena(
         asked,
@@ -86,25 +89,40 @@ def device_engine(
     guidance: Guidance,
     trace: Trace | None,
     progress: Progress,
-) -> Runtime:
+) -> MoeEngine:
     """Slots on the device, which requests experts from host memory itself, within its graph."""
-    tier = build_tier(asked, experts, memory.slots, guidance.policies, progress)
-    # Where a model meets its engine the two are alike; what only one of them has is refused in open_device.
-    return cast(Runtime, tier)
+    return build_tier(asked, experts, memory.slots, guidance.policies, progress)
 
 
 def _step_over(
     placed: Placed, asked: EngineConfig, experts: ExpertSet, memory: MemoryPlan, guidance: Guidance
-) -> Runtime:
+) -> MoeStep:
     table, num_slots = experts.table, memory.slots.num_slots
     residency = Residency(
         num_slots,
         table.num_keys,
         eviction=eviction_of(asked.eviction, table.num_experts),
         staging_slots=memory.staging_slots,
-        filling_slots=min(max(experts.top_k), num_slots // _DEFERRED_SHARE),
+        deferred_slots=min(max(experts.top_k), num_slots // _DEFERRED_SHARE),
         keys_per_layer=table.num_experts,
     )
+    pool = ExpertPool(table.keys, table.key_nbytes, residency, placed.transfer, keeps_across_tokens=asked.cache)
+    governor = _governor(asked, experts) if guidance.predictor is not None else None
+    return MoeStep(
+        pool,
+        _torch_layers(experts, placed),
+        Prefetcher(pool, guidance.predictor, guidance.policies, governor=governor, learner=guidance.learner),
+        guidance.policies,
+        learner=guidance.learner,
+        free_slots=placed.free,
+        hits_first=asked.hits_first,
+        prefill_guesses_from=inf if asked.deterministic else _PREFILL_GUESSES_FROM[asked.prefetch_prefill],
+    )
+
+
+def _torch_layers(experts: ExpertSet, placed: Placed) -> list[TorchLayer]:
+    """The torch backend over these slots."""
+    table = experts.table
     views = SlotViews(
         placed.memory,
         table.slot_bytes,
@@ -113,24 +131,11 @@ def _step_over(
         experts.dtype,
         [layer.other for layer in table.layers],
     )
-    runtime = Runtime(
-        table,
-        residency,
-        placed.transfer,
-        views,
-        experts.math,
-        family_forward_over(experts.layers, table, experts.dtype),
-        _workspaces(experts),
-        guidance.predictor,
-        free_slots=placed.free,
-        hits_first=asked.hits_first,
-        keep_across_tokens=asked.cache,
-        prefill_guesses_from=inf if asked.deterministic else _PREFILL_GUESSES_FROM[asked.prefetch_prefill],
-        approximation=guidance.policies,
-        governor=_governor(asked, experts) if guidance.predictor is not None else None,
-    )
-    runtime.learner = guidance.learner
-    return runtime
+    forwards = family_forward_over(experts.layers, table, experts.dtype)
+    return [
+        TorchLayer(layer, table.keys.key(layer, 0), views, *parts)
+        for layer, parts in enumerate(zip(experts.math, _workspaces(experts), forwards, strict=True))
+    ]
 
 
 def _governor(asked: EngineConfig, experts: ExpertSet) -> Governor | None:

@@ -4,7 +4,7 @@ What is stored may be the family's tensors, or quantised ones: by our own codecs
 checkpoint was published (kernels/torch/dequantise.py).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,9 +12,9 @@ import torch
 from foreroute.checkpoint.codecs import CODECS, STORED
 from foreroute.checkpoint.layouts import ExpertTable
 from foreroute.checkpoint.records import PackedStore
-from foreroute.engine.expert_stream import ExpertStream, FamilyForward
 from foreroute.kernels.torch.dequantise import Workspaces, dequantising
 from foreroute.kernels.torch.experts import ExpertMath, Operands
+from foreroute.kernels.torch.layer import FamilyForward
 from foreroute.kernels.torch.quant import math_of
 from foreroute.loading.math_check import describe_math, prove_math, run_family_forward
 from foreroute.model.blocks import MoeLayer
@@ -56,25 +56,27 @@ def stored_operands(
 
 
 def family_forward_over(layers: Sequence[MoeLayer], table: ExpertTable, dtype: torch.dtype) -> list[FamilyForward]:
-    """Per layer the family's own forward over a stream of experts, for layers whose maths is not proven."""
+    """Per layer the family's own forward over experts that pass by, for layers whose maths is not proven."""
     workspaces = Workspaces()
     return [_lending(layer, table, dtype, workspaces) for layer in layers]
 
 
 def _lending(layer: MoeLayer, table: ExpertTable, dtype: torch.dtype, workspaces: Workspaces) -> FamilyForward:
-    base = layer.index * table.num_experts
+    base = table.keys.key(layer.index, 0)
     parts = table.layers[layer.index].parts
     making = dequantising(None, parts, dtype, workspaces) if parts else None
 
-    def forward(stream: ExpertStream, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    def forward(
+        operands_of: Callable[[int], Operands], hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
         made: dict[int, Operands] = {}
 
         def parts_of(expert: int) -> Operands:
             if making is None:
-                return stream.operands(base + expert)
+                return operands_of(base + expert)
             if expert not in made:
                 made.clear()  # one at a time: the family asks for one part after the other
-                made[expert] = making.family_parts(stream.operands(base + expert))
+                made[expert] = making.family_parts(operands_of(base + expert))
             return made[expert]
 
         return run_family_forward(layer.experts, parts_of, hidden, ids, weights)

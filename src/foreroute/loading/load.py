@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from foreroute.config import EngineConfig, Plan
-from foreroute.engine.moe_step import Runtime
+from foreroute.engine.interfaces import MoeEngine
+from foreroute.engine.moe_step import MoeStep
 from foreroute.engine.step_trace import StepTrace, header_of
 from foreroute.errors import ForerouteError
 from foreroute.loading.checkpoint import Checkpoint, find_experts, open_checkpoint
@@ -87,10 +88,11 @@ def load(
     plan = _plan(asked, target, model, checkpoint, experts, division, guidance, is_fitted=sidecar is not None)
     if trace is not None:
         trace.begin(**header_of(plan, asked, experts.table, checkpoint.index.fingerprint()))
-        engine.tracing = StepTrace(trace, experts.table.num_experts)
+        assert isinstance(engine, MoeStep), "no trace is written where the device pages for itself: see open_device"
+        engine.pool.add_observer(StepTrace(trace, experts.table.keys))
     for layer in experts.layers:
         layer.experts.engine_forward = _computing(engine, layer.index)
-    return make_offloaded(model, ForerouteHandle(plan, engine, list(experts.layers)))
+    return make_offloaded(model, ForerouteHandle(plan, engine, list(experts.layers), experts.table))
 
 
 def _asked(config: EngineConfig | None, memory: int | str | None, device: str | None) -> EngineConfig:
@@ -162,7 +164,7 @@ def _plan(
     )
 
 
-def _computing(engine: Runtime, layer: int) -> Callable[..., torch.Tensor]:
+def _computing(engine: MoeEngine, layer: int) -> Callable[..., torch.Tensor]:
     def forward(hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         return engine.compute(layer, hidden, ids, weights)
 

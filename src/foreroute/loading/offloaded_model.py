@@ -1,13 +1,16 @@
 """What becomes of a transformers model whose experts belong to the engine: what it may still do, and what not."""
 
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
+from foreroute.checkpoint.layouts import ExpertTable
 from foreroute.config import Plan
-from foreroute.engine.moe_step import Runtime
+from foreroute.engine.interfaces import MoeEngine, StepInfo
 from foreroute.engine.stats import EngineStats
 from foreroute.errors import PromptError, RefusedError
 from foreroute.model.blocks import MoeLayer
@@ -22,32 +25,50 @@ class ForerouteHandle:
 
     Attributes:
         plan: what `load` decided.
-        runtime: the engine, for those who look inside.
-        layers: the MoE layers, as the probe saw them.
+        engine: what computes the experts, for those who look inside.
+        layers: the MoE layers, as the probe saw them. table: their experts, by key.
         decoder: of answers, where the device pages experts (device/graph_decoder.py); made with the first one.
     """
 
-    def __init__(self, plan: Plan, runtime: Runtime, layers: list[MoeLayer]) -> None:
+    def __init__(self, plan: Plan, engine: MoeEngine, layers: list[MoeLayer], table: ExpertTable) -> None:
         self.plan = plan
-        self.runtime = runtime
+        self.engine = engine
         self.layers = layers
-        assert runtime.approximation is not None, "the loader gives every model its policies"
-        self._approximation = runtime.approximation
+        self.table = table
+        self._announced: StepInfo | None = None
         self.decoder: Any = None
+
+    @contextmanager
+    def step(self, info: StepInfo) -> Iterator[None]:
+        """The model's next call, inside, is this step; without it what a call computes is guessed from its shape.
+
+        with model.foreroute.step(StepInfo("prefill", 1, ids.shape[1], ids)):
+            logits = model(ids, past_key_values=cache).logits
+        """
+        self._announced = info
+        try:
+            yield
+        finally:
+            self._announced = None
+
+    def take_announced(self) -> StepInfo | None:
+        """The step that was announced for the call at hand, once."""
+        info, self._announced = self._announced, None
+        return info
 
     def stats(self) -> EngineStats:
         """A copy of all counts since the model was loaded; `.minus(earlier)` gives those of a span."""
-        return self.runtime.snapshot()
+        return self.engine.snapshot()
 
     @property
     def governor(self) -> Governor | None:
         """What decides how much is guessed; None where nobody does (see EngineConfig.governor)."""
-        return self.runtime.ahead.governor
+        return self.engine.governor
 
     @property
     def policies(self) -> tuple[Policy, ...]:
         """What decoding waits for: one policy for every row, or one per row."""
-        return self._approximation.policies
+        return self.engine.policies.policies
 
     def set_policy(self, *policies: str | Policy) -> None:
         """Decode under these policies from the next step on: one for every row, or one per row of the batch.
@@ -57,7 +78,7 @@ class ForerouteHandle:
         Raises:
             PolicyError: not known, or not to be had with this model; nothing has been changed.
         """
-        self._approximation.set([Policy.parse(one) if isinstance(one, str) else one for one in policies])
+        self.engine.policies.set([Policy.parse(one) if isinstance(one, str) else one for one in policies])
 
     def check_policy(self, policy: Policy) -> None:
         """Whether the policy can be had with this model.
@@ -65,14 +86,14 @@ class ForerouteHandle:
         Raises:
             PolicyError: it cannot; the message says why.
         """
-        self._approximation.check(policy)
+        self.engine.policies.check(policy)
 
     def close(self) -> None:
         """Stop the readers and free the pool. The model's experts cannot be computed afterwards."""
         for layer in self.layers:
             layer.experts.engine_forward = None
         self.decoder = None
-        self.runtime.close()
+        self.engine.close()
 
 
 def _refuse(what: str, why: str) -> Any:
@@ -136,7 +157,7 @@ def make_offloaded(model: nn.Module, handle: ForerouteHandle) -> nn.Module:
     own: dict[str, Any] = {"__module__": cls.__module__, "forward": torch.no_grad()(cls.forward)}
     model.__class__ = type(cls.__name__, (OffloadedModel, cls), own)
     object.__setattr__(model, "foreroute", handle)
-    handle_ref = weakref.ref(handle.runtime)
+    handle_ref = weakref.ref(handle)
     config: Any = model.config
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
 
@@ -145,19 +166,31 @@ def make_offloaded(model: nn.Module, handle: ForerouteHandle) -> nn.Module:
         tokens = kwargs.get("input_ids", args[0] if args else None)
         if tokens is None:
             tokens = kwargs.get("inputs_embeds")
-        runtime = handle_ref()
-        if runtime is not None and tokens is not None:
+        handle = handle_ref()
+        if handle is not None and tokens is not None:
             cache = given_cache(kwargs)
             if tokens.shape[1] != 1:
                 _check_prompt(tokens, cache, context)
-            # Embeddings in place of ids tell nothing about layer 0.
-            token_ids = None if tokens.is_floating_point() else tokens
-            is_start = cache is None or int(cache.get_seq_length()) == 0
-            runtime.begin_step(tokens.shape[0], tokens.shape[1], token_ids, is_start=is_start)
+            handle.engine.begin_step(handle.take_announced() or _guess_step(tokens, cache))
 
     model.register_forward_pre_hook(begin, with_kwargs=True)
-    weakref.finalize(model, handle.runtime.close)
+    weakref.finalize(model, handle.engine.close)
     return model
+
+
+def _guess_step(tokens: torch.Tensor, cache: Any) -> StepInfo:
+    """What a call computes of which nobody said it, by its shape: several positions, or a text's first, are a prompt.
+
+    Args:
+        tokens: ids [rows, positions], or embeddings [rows, positions, hidden].
+    """
+    is_start = cache is None or int(cache.get_seq_length()) == 0
+    # Embeddings in place of ids tell nothing about layer 0.
+    token_ids = None if tokens.is_floating_point() else tokens
+    is_prefill = is_start or tokens.shape[1] > 1
+    return StepInfo(
+        "prefill" if is_prefill else "decode", tokens.shape[0], tokens.shape[1], token_ids, is_start=is_start
+    )
 
 
 def _check_prompt(tokens: torch.Tensor, cache: Any, context: int | None) -> None:

@@ -127,6 +127,6 @@ def _program_bytes(model: Any) -> int:
         for tensor in model.parameters()
         if not any(tensor.data_ptr() in addresses for addresses in files)
     )
-    plan, residency = model.foreroute.plan, model.foreroute.runtime.residency
+    plan, residency = model.foreroute.plan, model.foreroute.engine.pool.residency
     experts = (int(residency.num_resident) + plan.host_records) * plan.slot_bytes
     return max(0, resident - own - experts)

@@ -9,8 +9,8 @@ import torch
 _FEW_VOTES = 256
 
 
-class Seen(NamedTuple):
-    """What crosses the seam at one MoE layer, and all that a predictor may read.
+class RouterSample(NamedTuple):
+    """What a router saw and said at one MoE layer, and all that a predictor may read.
 
     hidden: [tokens, hidden], the router's input. ids: [tokens, k] int64. weights: [tokens, k] gate weights.
     residual: [tokens, hidden], the residual stream after this layer's attention; None where it is not known.
@@ -21,10 +21,10 @@ class Seen(NamedTuple):
     weights: torch.Tensor
     residual: torch.Tensor | None = None
 
-    def first_token(self) -> "Seen":
-        """A copy of what was seen of the first token."""
+    def first_token(self) -> "RouterSample":
+        """A copy of the first token's sample."""
         residual = None if self.residual is None else self.residual[:1].clone()
-        return Seen(self.hidden[:1].clone(), self.ids[:1].clone(), self.weights[:1].clone(), residual)
+        return RouterSample(self.hidden[:1].clone(), self.ids[:1].clone(), self.weights[:1].clone(), residual)
 
 
 class TokenGuess(NamedTuple):
@@ -45,7 +45,7 @@ Select = Callable[[torch.Tensor, int], TokenGuess]
 class Predictor(Protocol):
     """Guesses MoE layer `layer + 1` from what layer `layer` knows. Batched; nothing is read back to the host."""
 
-    def guess(self, layer: int, seen: Seen, width: int) -> TokenGuess | None:
+    def guess(self, layer: int, seen: RouterSample, width: int) -> TokenGuess | None:
         """The guess for MoE layer `layer + 1`, at most `width` experts per token; None where it has nothing to say."""
         ...
 

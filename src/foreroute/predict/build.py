@@ -12,7 +12,7 @@ from foreroute.errors import PredictorError
 from foreroute.model.blocks import MoeLayer, Router
 from foreroute.model.residual import ResidualTap
 from foreroute.policy import EXACT
-from foreroute.predict.base import Predictor, Seen, Select, guess_from_scores
+from foreroute.predict.base import Predictor, RouterSample, Select, guess_from_scores
 from foreroute.predict.default_vector import DefaultVectors, QuasiHiddenLayer, with_no_expert
 from foreroute.predict.estimator import Estimator, Inputs
 from foreroute.predict.hybrid import Hybrid
@@ -233,7 +233,7 @@ def estimator_inputs(layers: Sequence[MoeLayer], vectors: Sequence[torch.Tensor 
     """What the estimator reads: the quasi-hidden state, or the router's input where there is none."""
     states = [quasi_hidden(layers, layer, entry) for layer, entry in enumerate(vectors)]
 
-    def inputs(layer: int, seen: Seen) -> torch.Tensor:
+    def inputs(layer: int, seen: RouterSample) -> torch.Tensor:
         state = states[layer]
         return seen.hidden if state is None else state(seen)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from foreroute.predict.base import Seen, TokenGuess
+from foreroute.predict.base import RouterSample, TokenGuess
 from foreroute.predict.lookahead import NextRouter
 
 
@@ -22,7 +22,7 @@ class QuasiHiddenLayer:
     default_vectors: torch.Tensor
     next_norm: Callable[[torch.Tensor], torch.Tensor]
 
-    def __call__(self, seen: Seen) -> torch.Tensor:
+    def __call__(self, seen: RouterSample) -> torch.Tensor:
         """norm_{l+1}(r_l + sum of gate weight x default vector), [tokens, hidden]."""
         assert seen.residual is not None, "nobody taps the residual"
         usual = weighted_rows(self.default_vectors, seen).to(seen.residual.dtype)
@@ -40,7 +40,7 @@ class DefaultVectors:
     def __init__(self, layers: Sequence[QuasiHiddenLayer | None], routers: Sequence[NextRouter | None]) -> None:
         self._layers = list(zip(layers, routers, strict=True))
 
-    def guess(self, layer: int, seen: Seen, width: int) -> TokenGuess | None:
+    def guess(self, layer: int, seen: RouterSample, width: int) -> TokenGuess | None:
         """See `Predictor`. Cost: k rows of [hidden], a norm and the router."""
         quasi_hidden, router = self._layers[layer] if layer < len(self._layers) else (None, None)
         if quasi_hidden is None or router is None:
@@ -53,7 +53,7 @@ def with_no_expert(vectors: torch.Tensor) -> torch.Tensor:
     return torch.cat([vectors, torch.zeros(1, vectors.shape[1])])
 
 
-def weighted_rows(rows: torch.Tensor, seen: Seen) -> torch.Tensor:
+def weighted_rows(rows: torch.Tensor, seen: RouterSample) -> torch.Tensor:
     """Per token the sum of `rows` [experts + 1, width] over its experts, by gate weight; the last row is for no expert.
 
     Returns:

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from foreroute.predict.base import Seen, TokenGuess, guess_from_scores
+from foreroute.predict.base import RouterSample, TokenGuess, guess_from_scores
 
 # (layer, seen) -> [tokens, hidden]: what the estimator reads.
-Inputs = Callable[[int, Seen], torch.Tensor]
+Inputs = Callable[[int, RouterSample], torch.Tensor]
 _BETAS, _EPSILON, _WARMUP_SHARE = (0.9, 0.99), 1e-8, 0.02
 
 
@@ -80,7 +80,7 @@ class Estimator:
         self._inputs = inputs
         self._num_experts = num_experts
 
-    def guess(self, layer: int, seen: Seen, width: int) -> TokenGuess | None:
+    def guess(self, layer: int, seen: RouterSample, width: int) -> TokenGuess | None:
         """See `Predictor`. Cost: the network's parameters times the tokens, in fp32."""
         if layer + 1 >= len(self._num_experts):
             return None

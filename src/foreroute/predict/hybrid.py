@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from foreroute.predict.base import Predictor, Seen, TokenGuess
+from foreroute.predict.base import Predictor, RouterSample, TokenGuess
 
 
 class Hybrid:
@@ -16,7 +16,7 @@ class Hybrid:
     def __init__(self, predictors: Mapping[str, Predictor], choice: Sequence[str | None]) -> None:
         self._by_layer = [None if name is None else predictors[name] for name in choice]
 
-    def guess(self, layer: int, seen: Seen, width: int) -> TokenGuess | None:
+    def guess(self, layer: int, seen: RouterSample, width: int) -> TokenGuess | None:
         """See `Predictor`. Cost: that of the layer's own predictor."""
         predictor = self._by_layer[layer] if layer < len(self._by_layer) else None
         return None if predictor is None else predictor.guess(layer, seen, width)

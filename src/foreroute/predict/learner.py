@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from foreroute.model.blocks import MoeLayer
-from foreroute.predict.base import Predictor, Seen, TokenGuess
+from foreroute.predict.base import Predictor, RouterSample, TokenGuess
 from foreroute.predict.build import selections
 from foreroute.predict.ridge import (
     NormalEquations,
@@ -86,13 +86,13 @@ class Learner:
         self._logits: dict[int, torch.Tensor] = {}
         self._handles: list[Any] = []
         self._is_paused = False
-        self._before: tuple[int, Seen] | None = None
+        self._before: tuple[int, RouterSample] | None = None
         self._todo: Iterator[None] = iter(())
         self._thread: threading.Thread | None = None
         self.num_learnt = 0
         self._next_group()
 
-    def guess(self, layer: int, seen: Seen, width: int) -> TokenGuess | None:
+    def guess(self, layer: int, seen: RouterSample, width: int) -> TokenGuess | None:
         """See `Predictor`."""
         if self._ridge[layer] is None:
             return self._first.guess(layer, seen, width)
@@ -114,7 +114,7 @@ class Learner:
                 logits = self._logits.pop(layer, None)
                 width = self._layers[layer].experts.num_offloaded
                 rows.keep(seen, self._selections[layer].targets(logits, ids, width))
-        self._before = (layer, Seen(hidden, ids, weights)) if layer in self._group else None
+        self._before = (layer, RouterSample(hidden, ids, weights)) if layer in self._group else None
 
     def work(self) -> bool:
         """Do a little of what is to be done, while compute waits; False when there is nothing."""
@@ -249,12 +249,12 @@ class _LayerRows:
         """There is room in the buffer."""
         return self.num_buffered < _BUFFER_ROWS and not self.is_solved
 
-    def keep(self, seen: Seen, targets: torch.Tensor) -> None:
+    def keep(self, seen: RouterSample, targets: torch.Tensor) -> None:
         """As many of the tokens as there is room for; every eighth goes aside until there are enough."""
         num_rows = min(len(targets), _BUFFER_ROWS - self.num_buffered)
         hidden, gates = (
             seen.hidden[:num_rows],
-            gate_vector(Seen(*(one[:num_rows] for one in seen[:3])), self._num_experts),
+            gate_vector(RouterSample(*(one[:num_rows] for one in seen[:3])), self._num_experts),
         )
         is_aside = self._num_aside < _ROWS_ASIDE and self._num_aside * 8 <= self.num_added
         block, at = (self._aside, self._num_aside) if is_aside else (self._buffer, self.num_buffered)
@@ -293,9 +293,9 @@ class _LayerRows:
             block[:late] = block[num_rows : self.num_buffered].clone()
         self.num_buffered = late
 
-    def aside(self) -> tuple[Seen, torch.Tensor]:
+    def aside(self) -> tuple[RouterSample, torch.Tensor]:
         """The rows kept aside as what was seen, and what the next router said of them."""
         rows = self._aside.rows[: self._num_aside]
         ids = torch.arange(self._num_experts).expand(len(rows), -1)
-        seen = Seen(rows[:, : self._hidden], ids, rows[:, self._hidden : -1])
+        seen = RouterSample(rows[:, : self._hidden], ids, rows[:, self._hidden : -1])
         return seen, self._aside.targets[: self._num_aside]

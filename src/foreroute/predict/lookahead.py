@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from foreroute.predict.base import Seen, TokenGuess
+from foreroute.predict.base import RouterSample, TokenGuess
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class RouterLookahead:
         self._following = list(following)
         self._inputs = dict(inputs or {})
 
-    def guess(self, layer: int, seen: Seen, width: int) -> TokenGuess | None:
+    def guess(self, layer: int, seen: RouterSample, width: int) -> TokenGuess | None:
         """See `Predictor`. Cost: one [tokens, hidden] x [hidden, experts] product."""
         following = self._following[layer] if layer < len(self._following) else None
         if following is None:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from foreroute.predict.base import Predictor, Seen, Select, guess_from_scores, most_wanted
+from foreroute.predict.base import Predictor, RouterSample, Select, guess_from_scores, most_wanted
 from foreroute.predict.token_table import RunningContext, TokenTable
 
 # Of a token's guessed gate mass: what weighs less is not fetched where it need not be waited for.
@@ -55,9 +55,11 @@ class PrefetchGuesses:
         self._residual_of = residual_of
 
     def guess(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Sequence[int]:
-        """Experts of MoE layer `layer + 1`, distinct, best first. Arguments as in `Seen`. Cost: one read-back."""
+        """Experts of MoE layer `layer + 1`, distinct, best first. Arguments as of `RouterSample`. Cost: a read-back."""
         widths = self._widths_without_waiting if self.without_waiting else self._widths
-        guess = self._predictor.guess(layer, Seen(hidden, ids, weights, self._residual_of(layer)), widths[layer + 1])
+        guess = self._predictor.guess(
+            layer, RouterSample(hidden, ids, weights, self._residual_of(layer)), widths[layer + 1]
+        )
         if guess is None:
             return ()
         num_experts, likely = self._num_experts[layer + 1], guess.ids

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from foreroute.predict.base import Seen, Select, TokenGuess, guess_from_scores
+from foreroute.predict.base import RouterSample, Select, TokenGuess, guess_from_scores
 from foreroute.predict.default_vector import weighted_rows
 
 # Rows turned to float64 at a time: bounds the temporaries to a few tens of MB for a hidden width of 2048.
@@ -98,7 +98,7 @@ class RidgeLayer:
     from_gates: torch.Tensor
     bias: torch.Tensor
 
-    def scores(self, seen: Seen) -> torch.Tensor:
+    def scores(self, seen: RouterSample) -> torch.Tensor:
         """[tokens, next experts], higher is likelier."""
         scores = torch.addmm(self.bias, seen.hidden.float(), self.from_hidden)
         return scores.add_(weighted_rows(self.from_gates, seen))
@@ -116,13 +116,13 @@ class Ridge:
         self._layers = list(layers)
         self._selects = selects or [guess_from_scores] * len(self._layers)
 
-    def guess(self, layer: int, seen: Seen, width: int) -> TokenGuess | None:
+    def guess(self, layer: int, seen: RouterSample, width: int) -> TokenGuess | None:
         """See `Predictor`. Cost: one [tokens, hidden] x [hidden, experts] product in fp32."""
         entry = self._layers[layer] if layer < len(self._layers) else None
         return None if entry is None else self._selects[layer](entry.scores(seen), width)
 
 
-def gate_vector(seen: Seen, num_experts: int) -> torch.Tensor:
+def gate_vector(seen: RouterSample, num_experts: int) -> torch.Tensor:
     """The gate weights as a vector over the experts: [tokens, experts] float32; ids that are no expert left out."""
     dense = torch.zeros(seen.ids.shape[0], num_experts + 1)
     dense.scatter_add_(1, seen.ids.clamp(max=num_experts), seen.weights.float())
@@ -141,7 +141,7 @@ class RidgeFit:
         self._num_experts = num_experts
         self.equations = NormalEquations(hidden + num_experts, num_targets)
 
-    def add(self, seen: Seen, targets: torch.Tensor) -> None:
+    def add(self, seen: RouterSample, targets: torch.Tensor) -> None:
         """`targets` [tokens, next experts]: the next router's logits on the same tokens."""
         features = torch.cat([seen.hidden.float(), gate_vector(seen, self._num_experts)], 1)
         self.equations.add(features, targets)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from foreroute.predict.base import Predictor, Seen, Select, TokenGuess
+from foreroute.predict.base import Predictor, RouterSample, Select, TokenGuess
 from foreroute.predict.entry import EntryLayer
 from foreroute.predict.lookahead import NextRouter
 from foreroute.predict.token_table import TokenTable, context_before
@@ -26,8 +26,8 @@ class Moment(NamedTuple):
 
     layer: int
     num_experts: int
-    now: Seen
-    before: Seen | None
+    now: RouterSample
+    before: RouterSample | None
     token_ids: torch.Tensor
     context: int
     pass_index: int

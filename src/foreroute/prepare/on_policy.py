@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from foreroute.predict.base import Predictor, Seen
+from foreroute.predict.base import Predictor, RouterSample
 from foreroute.predict.default_vector import weighted_rows, with_no_expert
 
 
@@ -24,7 +24,7 @@ class StandIns:
         self._predictor = predictor
         self._rows = [None if vectors is None else with_no_expert(vectors) for vectors in default_vectors]
 
-    def missing(self, layer: int, before: Seen | None, ids: torch.Tensor) -> torch.Tensor | None:
+    def missing(self, layer: int, before: RouterSample | None, ids: torch.Tensor) -> torch.Tensor | None:
         """[tokens, k] bool: which of the routed `ids` are not there; None where nothing is missing.
 
         Args:
@@ -35,7 +35,7 @@ class StandIns:
         guess = self._predictor.guess(layer - 1, before, ids.shape[1])
         return None if guess is None else ~(ids[:, :, None] == guess.ids[:, None, :]).any(-1)
 
-    def sum_of(self, layer: int, seen: Seen) -> torch.Tensor:
+    def sum_of(self, layer: int, seen: RouterSample) -> torch.Tensor:
         """[tokens, hidden]: the default vectors of `seen`'s experts by gate weight, in its hidden states' dtype."""
         rows = self._rows[layer]
         assert rows is not None, "nothing stands in for this layer"

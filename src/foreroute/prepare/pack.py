@@ -38,11 +38,7 @@ def pack(
         StoreError: the disk is full or cannot be written, or another process is writing this store.
         ReadError: an expert could not be read; named.
     """
-    keys = [
-        layer * table.num_experts + expert
-        for layer, described in enumerate(table.layers)
-        for expert in range(described.num_experts)
-    ]
+    keys = table.keys.all()
     kind: dict[str, Any] = {}
     if quantiser is not None:
         kind = {"codec": quantiser.codec.name, "order": quantiser.order, "choice": quantiser.choice}

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from foreroute.predict import build as known
-from foreroute.predict.base import Predictor, Seen, Select
+from foreroute.predict.base import Predictor, RouterSample, Select
 from foreroute.predict.sidecar import Sidecar
 from foreroute.prepare.controls import (
     Guesser,
@@ -129,7 +129,7 @@ def score(
         "random": uniform(),
     }
     scorer = Scorer(guessers, len(layers))
-    last: dict[int, Seen] = {}
+    last: dict[int, RouterSample] = {}
 
     def on_moment(moment: Moment, logits: torch.Tensor | None) -> None:
         scorer.on_moment(moment, logits)
@@ -172,7 +172,7 @@ def run_passes(run: Callable[[torch.Tensor, int], None], windows: torch.Tensor, 
         progress(min(start + rows, len(windows)) * windows.shape[1], windows.numel())
 
 
-def cost_us(predictor: Predictor, last: Mapping[int, Seen], layers: Any) -> float:
+def cost_us(predictor: Predictor, last: Mapping[int, RouterSample], layers: Any) -> float:
     """Microseconds that one token's guesses take over all layers: per layer the median of some calls."""
     total = 0.0
     for layer in range(len(layers) - 1):

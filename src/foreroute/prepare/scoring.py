@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from foreroute.predict.base import Seen, TokenGuess
+from foreroute.predict.base import RouterSample, TokenGuess
 
 # Beyond a layer's top-k: how many experts are guessed per token, as (name, k -> width).
 WIDTHS = ("k", "k2", "2k")
@@ -29,7 +29,7 @@ class LayerTally:
     whole: list[int] = field(default_factory=lambda: [0] * len(WIDTHS))
     mass: list[float] = field(default_factory=lambda: [0.0] * len(WIDTHS))
 
-    def add(self, guess: TokenGuess, truth: Seen, num_experts: int) -> None:
+    def add(self, guess: TokenGuess, truth: RouterSample, num_experts: int) -> None:
         """Compare a guess [tokens, width] with what was routed; ids that are no expert do not count on either side."""
         is_expert = truth.ids < num_experts
         named = (guess.ids[:, :, None] == truth.ids[:, None, :]) & is_expert[:, None, :]

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from foreroute.errors import PredictorError
-from foreroute.predict.base import Seen
+from foreroute.predict.base import RouterSample
 from foreroute.predict.build import quasi_hidden, selections
 from foreroute.predict.default_vector import DefaultVectorSums
 from foreroute.predict.entry import EntryFit
@@ -78,7 +78,7 @@ class Sums:
                 embeddings = self._embed(moment.token_ids)
             self.table.add(moment.token_ids, embeddings, context_of(moment), targets)
 
-    def _show_estimator(self, layer: int, seen: Seen, targets: torch.Tensor, ids: torch.Tensor) -> None:
+    def _show_estimator(self, layer: int, seen: RouterSample, targets: torch.Tensor, ids: torch.Tensor) -> None:
         assert self.estimator is not None
         # The default vectors so far: this pass's outputs of the layer are among them.
         state = quasi_hidden(self._layers, layer, self.outputs[layer].means())

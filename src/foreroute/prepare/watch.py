@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from foreroute.model.residual import ResidualTap
-from foreroute.predict.base import Seen
+from foreroute.predict.base import RouterSample
 from foreroute.prepare.controls import Moment
 from foreroute.prepare.on_policy import StandIns
 
@@ -29,7 +29,7 @@ class Watch:
         self._layers = model.foreroute.layers
         self._logits: dict[int, torch.Tensor] = {}
         self._entries: dict[int, torch.Tensor] = {}
-        self._before: Seen | None = None
+        self._before: RouterSample | None = None
         self._windows = torch.empty(0, 0, dtype=torch.int64)
         self._pass_index = -1
         self.tap = ResidualTap(self._layers)
@@ -46,7 +46,7 @@ class Watch:
 
     def observe(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> None:
         """The engine's observer."""
-        seen = Seen(hidden, ids, weights, self.tap(layer))
+        seen = RouterSample(hidden, ids, weights, self.tap(layer))
         width = self._layers[layer].experts.num_offloaded
         moment = Moment(
             layer,
@@ -72,7 +72,7 @@ class Watch:
             if missing is None:
                 return compute(hidden, ids, weights)
             total = compute(hidden, ids, weights.masked_fill(missing, 0))
-            return total + stand_ins.sum_of(layer, Seen(hidden, ids, weights * missing))
+            return total + stand_ins.sum_of(layer, RouterSample(hidden, ids, weights * missing))
 
         return forward
 
@@ -104,7 +104,7 @@ def watching(
     Memory: what two neighbouring layers know, and the gate logits of one.
     """
     watch = Watch(model, on_moment)
-    runtime = model.foreroute.runtime
+    engine = model.foreroute.engine
     handles = [
         layer.router.module.register_forward_hook(watch.catch_logits(layer.index, layer.router.logits_at))
         for layer in model.foreroute.layers
@@ -115,17 +115,17 @@ def watching(
         for layer in model.foreroute.layers
         if layer.around is not None
     ]
-    runtime.expert_listener = on_rows
+    engine.expert_listener = on_rows
     exact = [layer.experts.engine_forward for layer in model.foreroute.layers]
     if stand_ins is None:
-        runtime.observer = watch.observe
+        engine.routing_listener = watch.observe
     else:
         for layer in model.foreroute.layers:
             layer.experts.engine_forward = watch.without_missing(layer.index, exact[layer.index], stand_ins)
     try:
         yield watch
     finally:
-        runtime.observer = runtime.expert_listener = None
+        engine.routing_listener = engine.expert_listener = None
         for layer, forward in zip(model.foreroute.layers, exact, strict=True):
             layer.experts.engine_forward = forward
         watch.tap.remove()

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from foreroute.report.route import Route
 from foreroute.residency.belady import belady_misses
-from foreroute.residency.eviction import Eviction, eviction_of
+from foreroute.residency.eviction import eviction_of
+from foreroute.residency.order import Eviction
 from foreroute.residency.slots import Residency
 
 BELADY = "belady"
@@ -93,7 +94,7 @@ def replay_eviction(route: Route, num_slots: int, eviction: Eviction) -> Outcome
             demand = pool.demand(keys)
             for key, _ in demand.misses:
                 pool.loaded(key)
-                pool.lease(key)
+                pool.pin(key)
             pool.release(keys)
             if is_counted:
                 hits += len(demand.hits)

@@ -14,7 +14,8 @@ and the ties are in it. Scores are kept in that form too.
 
 from collections.abc import Iterable
 from heapq import heapify, heappop, heappush, heapreplace
-from typing import Protocol
+
+from foreroute.residency.order import Eviction
 
 # The worth of a use in LFU scores, in bits: where it starts and where it is scaled back. A use that has decayed to
 # less than 2**-32 of a fresh one may then count for nothing, and its key's turn goes by the key.
@@ -24,25 +25,6 @@ _LAST_USE_BITS = 96
 # `Turns`: what a use is worth that comes a whole round of layers later.
 _ROUND_LATER = 0.6
 _NEVER = float("inf")
-
-
-class Eviction(Protocol):
-    """The order in which resident keys are given up. Called by `Residency` alone, on one thread."""
-
-    def reset(self, num_keys: int) -> None:
-        """Forget everything; keys are 0..num_keys-1 from now on."""
-
-    def touch(self, keys: Iterable[int]) -> None:
-        """These keys were demanded together, resident or not. Cost: O(1) a key."""
-
-    def add(self, keys: Iterable[int]) -> None:
-        """These keys may be chosen from now on; one that is a candidate already stays it. Cost: O(log n) a new key."""
-
-    def pop(self) -> int:
-        """Remove the coldest candidate and return it, -1 when there is none. Cost: O(log n), amortised."""
-
-    def tick(self) -> None:
-        """One decode step has passed. Cost: O(1), amortised."""
 
 
 class _LazyHeap:

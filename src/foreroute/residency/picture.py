@@ -9,19 +9,19 @@ _MOST_SLOTS = 32
 
 
 def picture_of(
-    num_slots: int, borrowed: Collection[int], slot_of: Sequence[int], state: Sequence[int], staged: Collection[int]
+    num_slots: int, borrowed: Collection[int], slot_of: Sequence[int], state: Sequence[int], prefetched: Collection[int]
 ) -> str:
     """What every slot holds; for a large pool, how many slots are in which state.
 
     Args:
-        borrowed: slots. slot_of, state: by key; -1 for a key without a slot. staged: keys.
+        borrowed: slots. slot_of, state: by key; -1 for a key without a slot. prefetched: keys.
     """
     pictures = ["free"] * num_slots
     for slot in borrowed:
         pictures[slot] = "borrowed"
     for key, slot in enumerate(slot_of):
         if slot >= 0:
-            pictures[slot] = f"{key} {'staged ' if key in staged else ''}{STATE_NAMES[state[key]]}"
+            pictures[slot] = f"{key} {'prefetched ' if key in prefetched else ''}{STATE_NAMES[state[key]]}"
     if num_slots > _MOST_SLOTS:
         states = [picture.split()[-1] for picture in pictures]
         pictures = [f"{states.count(name)} {name}" for name in STATE_NAMES if name in states]

@@ -1,18 +1,18 @@
 """Which expert is in which slot: one global pool over all expert keys. What may happen to a slot: states.py.
 
-A key is *staged* from `prefetch` until its first demand. Staged keys never take more than `staging_slots` slots, so
-wrong guesses cannot push out the experts that are known to be hot; they are given up among themselves, oldest first.
-Only the decode thread calls any of this; readers move bytes and never look here.
+A key is *prefetched* from `prefetch` until its first demand. Prefetched keys never take more than `staging_slots`
+slots, so that wrong guesses cannot push out the experts that are known to be hot; they are evicted among themselves,
+oldest first. Only the decode thread calls any of this; readers move bytes and never look here.
 """
 
 from collections.abc import Iterable, Sequence
 from typing import NoReturn
 
-from foreroute.residency.eviction import Eviction
+from foreroute.residency.order import Eviction
 from foreroute.residency.picture import picture_of
 from foreroute.residency.states import (
-    AFTER_LEASE,
     AFTER_LOADED,
+    AFTER_PIN,
     AFTER_RELEASE,
     CANCEL,
     EVENT_NAMES,
@@ -20,23 +20,23 @@ from foreroute.residency.states import (
     FAIL,
     FREE,
     FREE_LOAD,
-    LEASE,
-    LEASED,
     LOADED,
     LOADING,
+    PIN,
+    PINNED,
     READY,
     READY_EVICT,
-    READY_LEASE,
+    READY_PIN,
     RELEASE,
     STATE_NAMES,
     TABLE,
-    Demand,
     IllegalEvent,
+    LookupResult,
     NoVictim,
 )  # fmt: skip
 
 # The states of a key are half of the pool's interface.
-__all__ = ["FREE", "LEASED", "LOADING", "READY", "Demand", "IllegalEvent", "NoVictim", "Residency"]
+__all__ = ["FREE", "LOADING", "PINNED", "READY", "IllegalEvent", "LookupResult", "NoVictim", "Residency"]
 
 
 class Residency:
@@ -47,15 +47,15 @@ class Residency:
         num_keys: expert keys; more than there are experts when layers differ in width.
         eviction: the order of giving up; reset here, owned by the pool from now on.
         staging_slots: the most slots that prefetched, not yet demanded keys may take; 0 turns prefetch off.
-        filling_slots: the most slots that `fill` may have loading at a time; 0 turns fills off.
+        deferred_slots: the most slots that `defer` may have loading at a time; 0 turns deferred loads off.
         keys_per_layer: width of a layer in keys, for `resident_per_layer`; None counts all keys as one layer.
     Attributes (read only):
-        evictions: keys given up so far, staged ones too.
-        prefetch_used: prefetched keys that were demanded while staged, loaded already or not.
+        evictions: keys given up so far, prefetched ones too.
+        prefetch_used: prefetched keys that were demanded while prefetched, loaded already or not.
         prefetch_wasted: prefetched keys that were loaded, and given up before any demand.
-        staged_ready: the staged keys that are loaded, oldest first.
-        resident_per_layer: keys that have a slot, loaded or on their way.
-        filling: keys that `fill` has loading.
+        prefetched_ready: the prefetched keys that are loaded, oldest first.
+        resident_per_layer: keys that have a slot, loaded or loading.
+        deferred: keys that `defer` has loading.
     Cost: benchmarks/residency.py measures it, per layer from demand to release.
     """
 
@@ -66,7 +66,7 @@ class Residency:
         *,
         eviction: Eviction,
         staging_slots: int,
-        filling_slots: int = 0,
+        deferred_slots: int = 0,
         keys_per_layer: int | None = None,
     ) -> None:
         assert num_slots > 0, "a pool needs a slot"
@@ -74,7 +74,7 @@ class Residency:
         self.num_slots = num_slots
         self.num_keys = num_keys
         self.staging_slots = staging_slots
-        self.filling_slots = filling_slots
+        self.deferred_slots = deferred_slots
         self.evictions = 0
         self.prefetch_used = 0
         self.prefetch_wasted = 0
@@ -90,63 +90,63 @@ class Residency:
         self._free = list(range(self.num_slots - 1, -1, -1))
         self._borrowed: set[int] = set()
         self._num_ready = 0
-        self._staged_loading: set[int] = set()
-        self.staged_ready: dict[int, None] = {}  # oldest first
-        self.filling: set[int] = set()
+        self._prefetched_loading: set[int] = set()
+        self.prefetched_ready: dict[int, None] = {}  # oldest first
+        self.deferred: set[int] = set()
         self.resident_per_layer = [0] * -(-self.num_keys // self._keys_per_layer)
 
     # The decode step, in the order in which it happens.
 
-    def demand(self, keys: Sequence[int]) -> Demand:
-        """Lease what is there, and find slots for what is not; all keys are touched, hits before any is inserted.
+    def demand(self, keys: Sequence[int]) -> LookupResult:
+        """Pin resident keys, allocate slots for misses, and update the order of eviction (all keys, hits first).
 
-        A miss gets a FREE slot, else that of the coldest READY key that is not staged, else that of the oldest staged
-        READY key; never that of a key of this demand.
+        A miss gets a FREE slot, else that of the coldest READY key that is not prefetched, else that of the oldest
+        prefetched READY key; never that of a key of this demand.
 
         Args:
-            keys: distinct, none of them LEASED.
+            keys: distinct, none of them PINNED.
         Raises:
             NoVictim: fewer slots can be had than there are misses; nothing has been changed.
-            IllegalEvent: a key is LEASED; nothing has been changed.
+            IllegalEvent: a key is PINNED; nothing has been changed.
         """
         assert len(set(keys)) == len(keys), f"keys are demanded twice: {keys}"
         state, slot_of = self._state, self._slot_of
-        hits: list[int] = []
-        late: list[tuple[int, int]] = []
+        hits: list[tuple[int, int]] = []
+        in_flight: list[tuple[int, int]] = []
         absent: list[int] = []
         for key in keys:
             now = state[key]
             if now == READY:
-                hits.append(key)
+                hits.append((key, slot_of[key]))
             elif now == FREE:
                 absent.append(key)
             elif now == LOADING:
-                late.append((key, slot_of[key]))
+                in_flight.append((key, slot_of[key]))
             else:
-                self._refuse(key, LEASE)
+                self._refuse(key, PIN)
         if len(absent) > len(self._free) + self._num_ready - len(hits):
             raise NoVictim(f"{len(absent)} slots are demanded of {self!r}")
         self._eviction.touch(keys)
-        for key in hits:
-            state[key] = READY_LEASE
+        for key, _ in hits:
+            state[key] = READY_PIN
         self._num_ready -= len(hits)
-        if self._staged_loading or self.staged_ready:
-            self._unstage(hits, late)
-        return Demand(hits, late, self._load(absent, self._slots_for_demand(len(absent))) if absent else [])
+        if self._prefetched_loading or self.prefetched_ready:
+            self._unmark_prefetched(hits, in_flight)
+        return LookupResult(hits, in_flight, self._load(absent, self._slots_for_demand(len(absent))) if absent else [])
 
     def prefetch(self, keys: Sequence[int]) -> list[tuple[int, int]]:
-        """Find slots for those of the guessed keys that have none, and stage them.
+        """Allocate slots for those of the guessed keys that have none, and mark these as prefetched.
 
-        While fewer than `staging_slots` are staged, a key gets a FREE slot, else that of the coldest READY key that is
-        not staged; else it takes the place of the oldest staged READY key. A guessed key is never given up for another
-        guess, and one that is staged already counts as young again.
+        While fewer than `staging_slots` are prefetched, a key gets a FREE slot, else that of the coldest READY key that
+        is not prefetched; else it takes the place of the oldest prefetched READY key. A guessed key is never evicted
+        for another guess, and one that is prefetched already counts as young again.
 
         Args:
             keys: distinct, best first.
         Returns:
             (key, slot) that the caller has to load, best first; fewer than asked for when there is no room.
         """
-        state, staged_ready = self._state, self.staged_ready
+        state, prefetched_ready = self._state, self.prefetched_ready
         absent: list[int] = []
         kept: list[int] = []
         num_renewed = 0
@@ -154,35 +154,35 @@ class Residency:
             now = state[key]
             if now == FREE:
                 absent.append(key)
-            elif key in staged_ready:
-                del staged_ready[key]
-                staged_ready[key] = None
+            elif key in prefetched_ready:
+                del prefetched_ready[key]
+                prefetched_ready[key] = None
                 num_renewed += 1
             elif now == READY:
                 kept.append(key)
         if not absent:
             return []
-        room = self.staging_slots - len(self._staged_loading) - len(staged_ready)
+        room = self.staging_slots - len(self._prefetched_loading) - len(prefetched_ready)
         slots = self._take(min(room, len(absent)), kept)
-        for _ in range(min(len(staged_ready) - num_renewed, len(absent) - len(slots))):
-            slots.append(self._give_up_staged())
+        for _ in range(min(len(prefetched_ready) - num_renewed, len(absent) - len(slots))):
+            slots.append(self._give_up_prefetched())
         loads = self._load(absent, slots)
-        self._staged_loading.update(absent[: len(loads)])
+        self._prefetched_loading.update(absent[: len(loads)])
         return loads
 
-    def fill(self, keys: Sequence[int]) -> list[tuple[int, int]]:
-        """Keys (distinct, FREE or LOADING) that were demanded and are not waited for: they are touched, and get slots.
+    def defer(self, keys: Sequence[int]) -> list[tuple[int, int]]:
+        """Allocate slots for keys (distinct, FREE or LOADING) that were demanded and are not waited for.
 
-        A key gets a FREE slot, else that of the coldest READY key that is not staged, and enters the pool as demanded
-        ones do. So does a guess that is LOADING, within the same `filling_slots`. Returns as `prefetch`.
+        All are touched. A key gets a FREE slot, else that of the coldest READY key that is not prefetched, and enters
+        the pool as demanded ones do; so does a guess that is LOADING, within `deferred_slots`. Returns as `prefetch`.
         """
         self._eviction.touch(keys)
-        late = [key for key in keys if key in self._staged_loading][: self.filling_slots - len(self.filling)]
-        self._unstage((), [(key, self._slot_of[key]) for key in late])
-        self.filling.update(late)
+        loading = [key for key in keys if key in self._prefetched_loading][: self.deferred_slots - len(self.deferred)]
+        self._unmark_prefetched((), [(key, self._slot_of[key]) for key in loading])
+        self.deferred.update(loading)
         absent = [key for key in keys if self._state[key] == FREE]
-        loads = self._load(absent, self._take(min(self.filling_slots - len(self.filling), len(absent))))
-        self.filling.update(key for key, _ in loads)
+        loads = self._load(absent, self._take(min(self.deferred_slots - len(self.deferred), len(absent))))
+        self.deferred.update(key for key, _ in loads)
         return loads
 
     def loaded(self, key: int) -> None:
@@ -192,26 +192,27 @@ class Residency:
             self._refuse(key, LOADED)
         self._state[key] = after
         self._num_ready += 1
-        if key in self._staged_loading:
-            self._staged_loading.remove(key)
-            self.staged_ready[key] = None
+        if key in self._prefetched_loading:
+            self._prefetched_loading.remove(key)
+            self.prefetched_ready[key] = None
         else:
-            self.filling.discard(key)
+            self.deferred.discard(key)
             self._eviction.add((key,))
 
-    def lease(self, key: int) -> None:
-        """The key is computed with from now on: READY -> LEASED. Counts as a demand when the key is staged."""
-        after = AFTER_LEASE[self._state[key]]
+    def pin(self, key: int) -> None:
+        """The key is computed with from now on: READY -> PINNED. Counts as a demand when the key is prefetched."""
+        after = AFTER_PIN[self._state[key]]
         if after < 0:
-            self._refuse(key, LEASE)
+            self._refuse(key, PIN)
         self._state[key] = after
         self._num_ready -= 1
-        if key in self.staged_ready:
+        if key in self.prefetched_ready:
             self._eviction.touch((key,))
-            self._unstage((key,), ())
+            del self.prefetched_ready[key]
+            self.prefetch_used += 1
 
     def release(self, keys: Sequence[int]) -> None:
-        """The keys are no longer computed with: LEASED -> READY."""
+        """The keys are no longer computed with: PINNED -> READY."""
         state, after_release = self._state, AFTER_RELEASE
         for key in keys:
             after = after_release[state[key]]
@@ -241,11 +242,11 @@ class Residency:
     # Prefill's ring.
 
     def borrow(self, num_slots: int) -> list[int]:
-        """Take up to so many slots out of the pool: FREE ones, then staged READY ones, then the coldest READY ones."""
+        """Take up to `num_slots` out of the pool: FREE ones, then prefetched ones, then the coldest READY ones."""
         num_slots = min(num_slots, len(self._free) + self._num_ready)
         slots = self._take_free(num_slots)
-        while len(slots) < num_slots and self.staged_ready:
-            slots.append(self._give_up_staged())
+        while len(slots) < num_slots and self.prefetched_ready:
+            slots.append(self._give_up_prefetched())
         slots += self._give_up_coldest(num_slots - len(slots))
         self._borrowed.update(slots)
         return slots
@@ -261,7 +262,7 @@ class Residency:
     # Questions.
 
     def state(self, key: int) -> int:
-        """FREE when the key is absent, else LOADING, READY or LEASED."""
+        """FREE when the key is absent, else LOADING, READY or PINNED."""
         return self._state[key]
 
     def slot_of(self, key: int) -> int:
@@ -269,8 +270,8 @@ class Residency:
         return self._slot_of[key]
 
     def contains_ready(self, key: int) -> bool:
-        """True when the key's bytes are there, READY or LEASED."""
-        return self._state[key] in (READY, LEASED)
+        """True when the key's bytes are there, READY or PINNED."""
+        return self._state[key] in (READY, PINNED)
 
     def ready_keys(self) -> list[int]:
         """Keys whose bytes are there and that nobody computes with. Cost: a look at every key."""
@@ -283,18 +284,18 @@ class Residency:
 
     @property
     def num_resident(self) -> int:
-        """Keys that have a slot, loaded or on their way."""
+        """Keys that have a slot, loaded or loading."""
         return self.num_slots - len(self._free) - len(self._borrowed)
 
     @property
-    def num_staged(self) -> int:
+    def num_prefetched(self) -> int:
         """Keys that were prefetched and not demanded yet, LOADING or READY."""
-        return len(self._staged_loading) + len(self.staged_ready)
+        return len(self._prefetched_loading) + len(self.prefetched_ready)
 
     def __repr__(self) -> str:
-        staged = self._staged_loading.union(self.staged_ready)
-        picture = picture_of(self.num_slots, self._borrowed, self._slot_of, self._state, staged)
-        return f"Residency({picture}; {self.num_staged}/{self.staging_slots} staged)"
+        prefetched = self._prefetched_loading.union(self.prefetched_ready)
+        picture = picture_of(self.num_slots, self._borrowed, self._slot_of, self._state, prefetched)
+        return f"Residency({picture}; {self.num_prefetched}/{self.staging_slots} prefetched)"
 
     # How slots change hands.
 
@@ -317,8 +318,8 @@ class Residency:
         after = TABLE[self._state[key]][event]
         if after < 0:
             self._refuse(key, event)
-        self._staged_loading.discard(key)
-        self.filling.discard(key)
+        self._prefetched_loading.discard(key)
+        self.deferred.discard(key)
         self._free.append(self._vacate(key, after))
 
     def _vacate(self, key: int, after: int) -> int:
@@ -341,21 +342,21 @@ class Residency:
     def _slots_for_demand(self, num_slots: int) -> list[int]:
         slots = self._take(num_slots)
         while len(slots) < num_slots:
-            slots.append(self._give_up_staged())
+            slots.append(self._give_up_prefetched())
         return slots
 
     def _give_up_coldest(self, num_slots: int, kept: Sequence[int] = ()) -> list[int]:
-        """Evict up to so many of the coldest READY keys that are neither staged nor in `kept`; their slots.
+        """Evict up to so many of the coldest READY keys that are neither prefetched nor in `kept`; their slots.
 
-        Candidates that are LEASED drop out of the order here, and enter it again at their release. So do those that
+        Candidates that are PINNED drop out of the order here, and enter it again at their release. So do those that
         were dropped and are back by a new load or guess; they enter it again when they are loaded or demanded.
         """
-        state, slot_of, staged_ready, pop = self._state, self._slot_of, self.staged_ready, self._eviction.pop
+        state, slot_of, prefetched_ready, pop = self._state, self._slot_of, self.prefetched_ready, self._eviction.pop
         per_layer, keys_per_layer = self.resident_per_layer, self._keys_per_layer
         slots: list[int] = []
         passed_over: list[int] = []
         while len(slots) < num_slots and (key := pop()) >= 0:
-            if state[key] != READY or key in staged_ready:
+            if state[key] != READY or key in prefetched_ready:
                 continue
             if key in kept:
                 passed_over.append(key)
@@ -372,28 +373,28 @@ class Residency:
         return slots
 
     def _evict(self, key: int) -> int:
-        """One READY key goes, staged or not; its slot."""
+        """One READY key goes, prefetched or not; its slot."""
         after = TABLE[self._state[key]][EVICT]
         if after < 0:
             self._refuse(key, EVICT)
-        if key in self.staged_ready:
-            del self.staged_ready[key]
+        if key in self.prefetched_ready:
+            del self.prefetched_ready[key]
             self.prefetch_wasted += 1
         self._num_ready -= 1
         self.evictions += 1
         return self._vacate(key, after)
 
-    def _give_up_staged(self) -> int:
-        """Evict the oldest staged READY key; its slot. There must be one."""
-        return self._evict(next(iter(self.staged_ready)))
+    def _give_up_prefetched(self) -> int:
+        """Evict the oldest prefetched READY key; its slot. There must be one."""
+        return self._evict(next(iter(self.prefetched_ready)))
 
-    def _unstage(self, ready: Sequence[int], loading: Sequence[tuple[int, int]]) -> None:
-        """Those of the keys that are staged have been demanded: they were worth their prefetch."""
-        staged_ready, staged_loading = self.staged_ready, self._staged_loading
-        num_staged = len(staged_ready) + len(staged_loading)
-        for key in ready:
-            if key in staged_ready:
-                del staged_ready[key]
+    def _unmark_prefetched(self, ready: Sequence[tuple[int, int]], loading: Sequence[tuple[int, int]]) -> None:
+        """Those of the keys that are prefetched have been demanded: they were worth their prefetch."""
+        prefetched_ready, prefetched_loading = self.prefetched_ready, self._prefetched_loading
+        num_prefetched = len(prefetched_ready) + len(prefetched_loading)
+        for key, _ in ready:
+            if key in prefetched_ready:
+                del prefetched_ready[key]
         for key, _ in loading:
-            staged_loading.discard(key)
-        self.prefetch_used += num_staged - len(staged_ready) - len(staged_loading)
+            prefetched_loading.discard(key)
+        self.prefetch_used += num_prefetched - len(prefetched_ready) - len(prefetched_loading)

@@ -1,30 +1,30 @@
 """What may happen to a slot. The table is the whole truth; an event that a state does not list raises.
 
-    state     LOAD      LOADED  LEASE   RELEASE  EVICT  CANCEL  FAIL   BORROW    RETURN
+    state     LOAD      LOADED  PIN     RELEASE  EVICT  CANCEL  FAIL   BORROW    RETURN
     FREE      LOADING   .       .       .        .      .       .      BORROWED  .
     LOADING   .         READY   .       .        .      FREE    FREE   .         .
-    READY     .         .       LEASED  .        FREE   .       .      .         .
-    LEASED    .         .       .       READY    .      .       .      .         .
+    READY     .         .       PINNED  .        FREE   .       .      .         .
+    PINNED    .         .       .       READY    .      .       .      .         .
     BORROWED  .         .       .       .        .      .       .      .         FREE
 
-LOADING: a reader may be writing to it. READY: the bytes are there and may be given up. LEASED: they are being computed
-with. BORROWED: it holds no expert; prefill uses it as a ring. A LOADING, READY or LEASED slot holds one key, and
+LOADING: a reader may be writing to it. READY: the bytes are there and may be evicted. PINNED: they are being computed
+with. BORROWED: it holds no expert; prefill uses it as a ring. A LOADING, READY or PINNED slot holds one key, and
 its state is kept with that key; an absent key's state is FREE.
 """
 
 from typing import NamedTuple
 
-FREE, LOADING, READY, LEASED, BORROWED = range(5)
-LOAD, LOADED, LEASE, RELEASE, EVICT, CANCEL, FAIL, BORROW, RETURN = range(9)
-STATE_NAMES = ("free", "loading", "ready", "leased", "borrowed")
-EVENT_NAMES = ("load", "loaded", "lease", "release", "evict", "cancel", "fail", "borrow", "return")
+FREE, LOADING, READY, PINNED, BORROWED = range(5)
+LOAD, LOADED, PIN, RELEASE, EVICT, CANCEL, FAIL, BORROW, RETURN = range(9)
+STATE_NAMES = ("free", "loading", "ready", "pinned", "borrowed")
+EVENT_NAMES = ("load", "loaded", "pin", "release", "evict", "cancel", "fail", "borrow", "return")
 
 _NO = -1
 # TABLE[state][event] is the next state.
 TABLE = (
     (LOADING, _NO, _NO, _NO, _NO, _NO, _NO, BORROWED, _NO),
     (_NO, READY, _NO, _NO, _NO, FREE, FREE, _NO, _NO),
-    (_NO, _NO, LEASED, _NO, FREE, _NO, _NO, _NO, _NO),
+    (_NO, _NO, PINNED, _NO, FREE, _NO, _NO, _NO, _NO),
     (_NO, _NO, _NO, READY, _NO, _NO, _NO, _NO, _NO),
     (_NO, _NO, _NO, _NO, _NO, _NO, _NO, _NO, FREE),
 )
@@ -32,9 +32,9 @@ TABLE = (
 
 # The hot path's columns and cells of it.
 AFTER_LOADED = tuple(row[LOADED] for row in TABLE)
-AFTER_LEASE = tuple(row[LEASE] for row in TABLE)
+AFTER_PIN = tuple(row[PIN] for row in TABLE)
 AFTER_RELEASE = tuple(row[RELEASE] for row in TABLE)
-FREE_LOAD, READY_LEASE, READY_EVICT = TABLE[FREE][LOAD], TABLE[READY][LEASE], TABLE[READY][EVICT]
+FREE_LOAD, READY_PIN, READY_EVICT = TABLE[FREE][LOAD], TABLE[READY][PIN], TABLE[READY][EVICT]
 
 
 class IllegalEvent(AssertionError):
@@ -45,14 +45,14 @@ class NoVictim(AssertionError):
     """More slots were demanded than can be given up; the caller has to leave room. Nothing has been changed."""
 
 
-class Demand(NamedTuple):
-    """What became of the keys that were demanded.
+class LookupResult(NamedTuple):
+    """The demanded keys and their slots, as (key, slot).
 
-    hits: keys that were READY and are LEASED now.
-    late: (key, slot) that were LOADING already; to be waited for, then `loaded` and `lease`.
-    misses: (key, slot) that the caller has to load now, then `loaded` and `lease`.
+    hits: were READY and are PINNED now.
+    in_flight: were LOADING already; the caller waits for them, then calls `loaded` and `pin`.
+    misses: the caller has to load these now, then calls `loaded` and `pin`.
     """
 
-    hits: list[int]
-    late: list[tuple[int, int]]
+    hits: list[tuple[int, int]]
+    in_flight: list[tuple[int, int]]
     misses: list[tuple[int, int]]

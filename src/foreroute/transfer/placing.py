@@ -100,11 +100,7 @@ def fill_arena(
 
 def all_keys(table: ExpertTable) -> list[int]:
     """The keys of all experts that there are, ascending."""
-    return [
-        layer * table.num_experts + expert
-        for layer, described in enumerate(table.layers)
-        for expert in range(described.num_experts)
-    ]
+    return table.keys.all()
 
 
 def open_disk(

@@ -68,8 +68,8 @@ def verify(model: Any, exercises: Sequence[Exercise], reference: Reference, prog
         model: of `foreroute.load`, fresh: nothing has been computed with it yet.
         exercises: the reference's.
     """
-    watch = SlotWatch(model.foreroute.runtime)
-    table = model.foreroute.runtime.table
+    watch = SlotWatch(model.foreroute.engine)
+    table = model.foreroute.table
     names = [layer.name for layer in table.layers]
     first: Difference | None = None
     done = same_tokens = layers_compared = 0
@@ -138,7 +138,7 @@ _NO_FAULT = (
 
 def expert_faults(layer_pass: LayerPass, layer: int, table: ExpertTable, reference: Reference) -> dict[int, str]:
     """For each routed expert of this pass that was computed with what is not its own: a sentence about it."""
-    base, name = layer * table.num_experts, layer_pass.module
+    base, name = table.keys.key(layer, 0), layer_pass.module
     faults: dict[int, str] = {}
     for use in layer_pass.uses:
         expert = use.asked - base

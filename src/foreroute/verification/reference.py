@@ -138,7 +138,7 @@ def record_reference(
     model = (
         _load_resident(folder, sketch, dtype) if is_resident else load(folder, memory, dtype, config=_ON_DEMAND_LOADING)
     )
-    watch = None if is_resident else SlotWatch(model.foreroute.runtime)
+    watch = None if is_resident else SlotWatch(model.foreroute.engine)
     transcripts: list[tuple[Step, ...]] = []
     done, num_steps = 0, sum(exercise.num_steps for exercise in exercises)
     try:
@@ -152,9 +152,7 @@ def record_reference(
                 progress(done, num_steps)
             transcripts.append(tuple(transcript))
         experts = (
-            _resident_experts(model, sketch.table)
-            if watch is None
-            else _seen_experts(watch, model.foreroute.runtime.table)
+            _resident_experts(model, sketch.table) if watch is None else _seen_experts(watch, model.foreroute.table)
         )
         return Reference(kind, model.dtype, tuple(transcripts), experts, dense_digests(model, sketch.expert_targets))
     finally:

@@ -1,18 +1,20 @@
 """What the maths really reads: the expert it asks for, the one its slot was filled for, and the bytes that lie there.
 
-`SlotWatch` puts a thin front before the runtime's transfer, pool and views. They pass every call on and note it, so
-that what the engine believes about a slot can be held against what is in it.
+`SlotWatch` puts a thin front before the engine's transfer, before each layer's kernels and before the views that these
+read slots through. They pass every call on and note it, so that what the engine believes about a slot can be held
+against what is in it.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
 import xxhash
 
-from foreroute.engine.moe_step import Runtime
+from foreroute.engine.moe_step import MoeStep
+from foreroute.kernels.layer import ExpertSlots, LayerKernels, Placed
 from foreroute.kernels.slot_views import SlotViews
-from foreroute.residency.slots import Residency
+from foreroute.kernels.torch.layer import TorchLayer
 from foreroute.transfer.base import Transfer
 
 
@@ -43,22 +45,26 @@ def expert_digest(operands: Iterable[torch.Tensor]) -> bytes:
 
 
 class SlotWatch:
-    """Watches the slots of a runtime from now on. Nothing may have been loaded before.
+    """Watches the slots of an engine from now on. Nothing may have been loaded before.
 
     Attributes:
         digests: key -> the bytes that were last computed with in a slot filled for it.
     Cost: a hash of every expert that is computed, which reads its bytes once more.
     """
 
-    def __init__(self, runtime: Runtime) -> None:
+    def __init__(self, engine: MoeStep) -> None:
         self.digests: dict[int, bytes] = {}
+        # By slot: the key that it was last filled for, and the one that is computed from it.
         self.told: dict[int, int] = {}
-        self.asked = -1
+        self.asked: dict[int, int] = {}
         self._uses: list[SlotUse] = []
         self._last = (-1, -1)
-        runtime.transfer = cast(Transfer, _TransferFront(runtime.transfer, self))
-        runtime.residency = cast(Residency, _PoolFront(runtime.residency, self))
-        runtime.views = cast(SlotViews, _ViewsFront(runtime.views, self))
+        engine.pool.transfer = cast(Transfer, _TransferFront(engine.pool.transfer, self))
+        for views in {
+            id(layer.views): layer.views for layer in engine.kernels if isinstance(layer, TorchLayer)
+        }.values():
+            self._watch_views(views)
+        engine.kernels = [cast(LayerKernels, _KernelsFront(layer, self)) for layer in engine.kernels]
 
     def take(self) -> tuple[SlotUse, ...]:
         """The uses since the last call, in the order of computing."""
@@ -67,15 +73,23 @@ class SlotWatch:
 
     def note(self, slot: int, operands: Iterable[torch.Tensor]) -> None:
         """The maths has got these operands out of `slot`."""
-        told = self.told.get(slot, -1)
-        # A slot of prefill's ring is not asked for by its expert.
-        asked, self.asked = (told if self.asked < 0 else self.asked), -1
+        asked, told = self.asked[slot], self.told.get(slot, -1)
         # A family's own forward asks once for each part.
         if (asked, slot) == self._last:
             return
         self._last = (asked, slot)
         self._uses.append(SlotUse(asked, told, expert_digest(operands)))
         self.digests[told] = self._uses[-1].digest
+
+    def _watch_views(self, views: SlotViews) -> None:
+        read = views.operands
+
+        def operands(layer: int, slot: int) -> tuple[torch.Tensor, ...]:
+            found = read(layer, slot)
+            self.note(slot, views.as_family(layer, found))
+            return found
+
+        setattr(views, "operands", operands)  # noqa: B010  a method of this one object
 
 
 class _Front:
@@ -106,15 +120,23 @@ class _TransferFront(_Front):
         self._behind.fill(key, slot)
 
 
-class _PoolFront(_Front):
+class _KernelsFront(_Front):
+    def begin(self, *step: Any) -> Any:
+        return _SumFront(self._behind.begin(*step), self._watch)
+
+    def stream(self, experts: ExpertSlots, *step: Any) -> torch.Tensor:
+        total: torch.Tensor = self._behind.stream(_SlotsFront(experts, self._watch), *step)
+        return total
+
+
+class _SumFront(_Front):
+    def add(self, experts: Sequence[Placed]) -> None:
+        self._watch.asked.update((slot, key) for key, slot in experts)
+        self._behind.add(experts)
+
+
+class _SlotsFront(_Front):
     def slot_of(self, key: int) -> int:
-        self._watch.asked = key
         slot: int = self._behind.slot_of(key)
+        self._watch.asked[slot] = key
         return slot
-
-
-class _ViewsFront(_Front):
-    def operands(self, layer: int, slot: int) -> tuple[torch.Tensor, ...]:
-        operands: tuple[torch.Tensor, ...] = self._behind.operands(layer, slot)
-        self._watch.note(slot, self._behind.as_family(layer, operands))
-        return operands

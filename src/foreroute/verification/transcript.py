@@ -5,11 +5,12 @@ Works alike on transformers' resident model and on one of `foreroute.load`: all 
 
 import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 
+from foreroute.engine.interfaces import StepInfo
 from foreroute.model.caches import cache_argument, cache_of
 from foreroute.verification.slot_watch import SlotUse, SlotWatch, digest
 
@@ -71,12 +72,19 @@ def steps(
     ids, cache = exercise.prompt_ids, None
     with _tapped(model, modules, watch) as passes:
         for at in range(exercise.num_steps):
-            out = model(input_ids=ids, **cache_argument(cache), use_cache=True, **options)
+            with _announced(model, StepInfo.of("decode" if at else "prefill", ids, is_start=not at)):
+                out = model(input_ids=ids, **cache_argument(cache), use_cache=True, **options)
             cache, logits = cache_of(out), out.logits[0, -1]
             token = int(logits.argmax())
             yield Step(tuple(passes), digest([logits]), token, bool(logits.isnan().any()))
             passes.clear()
             ids = torch.tensor([[token if fed is None else fed[at]]])
+
+
+def _announced(model: Any, info: StepInfo) -> AbstractContextManager[None]:
+    """The model's call inside is this step, where it has an engine to know it."""
+    handle = getattr(model, "foreroute", None)
+    return nullcontext() if handle is None else handle.step(info)
 
 
 @contextmanager

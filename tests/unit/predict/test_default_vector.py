@@ -2,7 +2,7 @@
 
 import torch
 
-from foreroute.predict.base import Seen
+from foreroute.predict.base import RouterSample
 from foreroute.predict.default_vector import DefaultVectors, DefaultVectorSums, QuasiHiddenLayer
 from foreroute.predict.lookahead import NextRouter
 
@@ -29,7 +29,7 @@ def test_the_next_router_reads_the_normed_quasi_hidden_state() -> None:
     predictor = DefaultVectors([QuasiHiddenLayer(vectors, lambda x: 10 * x), None], [router, None])
     residual = torch.tensor([[1.0, 1, 1], [2.0, 2, 2]])
     # The second token's second id is no expert.
-    seen = Seen(
+    seen = RouterSample(
         torch.zeros(2, HIDDEN), torch.tensor([[0, 1], [1, 9]]), torch.tensor([[0.75, 0.25], [0.5, 0.5]]), residual
     )
     assert predictor.guess(0, seen, 1) is not None

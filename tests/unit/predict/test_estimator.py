@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import torch
 
-from foreroute.predict.base import Seen
+from foreroute.predict.base import RouterSample
 from foreroute.predict.estimator import Estimator, EstimatorSettings, EstimatorTraining, estimate
 
 HIDDEN, EXPERTS, TOKENS = 16, [8, 8, 6], 1200
@@ -46,7 +46,7 @@ def recall(training: EstimatorTraining) -> list[float]:
     for layer, (inputs, target) in enumerate(layers_of(seed=5, tokens=300)):
         predictor = Estimator(training.weights, lambda layer, seen: seen.hidden, EXPERTS)
         nothing = torch.zeros(300, 1)
-        guess = predictor.guess(layer, Seen(inputs, nothing.long(), nothing), 2)
+        guess = predictor.guess(layer, RouterSample(inputs, nothing.long(), nothing), 2)
         assert guess is not None
         truth = target.topk(2).indices
         found.append(float((guess.ids[:, :, None] == truth[:, None, :]).sum()) / truth.numel())
@@ -59,10 +59,10 @@ def test_it_learns_both_layers_and_names_no_expert_that_a_layer_lacks() -> None:
     assert max(recall(EstimatorTraining(HIDDEN, EXPERTS, TOKENS, SETTINGS))) < 0.6
     predictor = Estimator(training.weights, lambda layer, seen: seen.hidden, EXPERTS)
     inputs, nothing = layers_of(0)[1][0], torch.zeros(TOKENS, 1)
-    guess = predictor.guess(1, Seen(inputs, nothing.long(), nothing), 8)
+    guess = predictor.guess(1, RouterSample(inputs, nothing.long(), nothing), 8)
     assert guess is not None
     assert guess.ids.shape[1] == int(guess.ids.max()) + 1 == EXPERTS[2]
-    assert predictor.guess(2, Seen(inputs, nothing.long(), nothing), 2) is None
+    assert predictor.guess(2, RouterSample(inputs, nothing.long(), nothing), 2) is None
 
 
 def test_a_buffer_that_holds_a_part_trains_in_turns() -> None:

@@ -3,7 +3,7 @@
 import torch
 
 from foreroute.predict import base
-from foreroute.predict.base import Seen, most_wanted
+from foreroute.predict.base import RouterSample, most_wanted
 from foreroute.predict.lookahead import NextRouter, RouterLookahead
 
 EXPERTS = 6
@@ -20,7 +20,7 @@ def router(scale: torch.Tensor | None = None, logits_at: int = 2) -> NextRouter:
     return NextRouter(grouped, ids_at=1, weights_at=0, logits_at=logits_at, num_experts=EXPERTS, scale=scale)
 
 
-SEEN = Seen(torch.zeros(2, 3), torch.zeros(2, 2, dtype=torch.int64), torch.zeros(2, 2))
+SEEN = RouterSample(torch.zeros(2, 3), torch.zeros(2, 2, dtype=torch.int64), torch.zeros(2, 2))
 
 
 def test_the_routers_own_choice_comes_first_and_by_weight() -> None:
@@ -60,7 +60,7 @@ def test_the_router_reads_the_input_as_its_own_norm_would_make_it() -> None:
 
     scale = torch.tensor([1.0, 2.0, 4.0])
     predictor = RouterLookahead([NextRouter(noting, 1, 0, 2, EXPERTS, scale), None])
-    predictor.guess(0, Seen(torch.ones(2, 3), SEEN.ids, SEEN.weights), 2)
+    predictor.guess(0, RouterSample(torch.ones(2, 3), SEEN.ids, SEEN.weights), 2)
     assert read[0].tolist() == [[1, 2, 4]] * 2
     assert predictor.guess(1, SEEN, 2) is None
     assert predictor.guess(2, SEEN, 2) is None

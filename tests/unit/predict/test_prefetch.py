@@ -2,7 +2,7 @@
 
 import torch
 
-from foreroute.predict.base import Seen, TokenGuess
+from foreroute.predict.base import RouterSample, TokenGuess
 from foreroute.predict.prefetch import PrefetchGuesses
 
 EXPERTS = 10
@@ -14,7 +14,7 @@ class Fixed:
     ids = torch.tensor([[4, 7, 1, 0, 9, 2]])
     weights = torch.tensor([[0.5, 0.3, 0.1, 0.06, 0.03, 0.01]])
 
-    def guess(self, layer: int, seen: Seen, width: int) -> TokenGuess:
+    def guess(self, layer: int, seen: RouterSample, width: int) -> TokenGuess:
         return TokenGuess(
             self.ids[:, :width].repeat(len(seen.ids), 1), self.weights[:, :width].repeat(len(seen.ids), 1)
         )

@@ -3,20 +3,22 @@
 import pytest
 import torch
 
-from foreroute.predict.base import Seen
+from foreroute.predict.base import RouterSample
 from foreroute.predict.ridge import NormalEquations, Ridge, RidgeFit
 
 HIDDEN, EXPERTS, TARGETS, TOP_K = 12, 6, 5, 2
 
 
-def seen_of(tokens: int, seed: int = 0) -> Seen:
+def seen_of(tokens: int, seed: int = 0) -> RouterSample:
     generator = torch.Generator().manual_seed(seed)
     ids = torch.stack([torch.randperm(EXPERTS, generator=generator)[:TOP_K] for _ in range(tokens)])
     weights = torch.rand(tokens, TOP_K, generator=generator)
-    return Seen(torch.randn(tokens, HIDDEN, generator=generator) * 3 + 1, ids, weights / weights.sum(-1, keepdim=True))
+    return RouterSample(
+        torch.randn(tokens, HIDDEN, generator=generator) * 3 + 1, ids, weights / weights.sum(-1, keepdim=True)
+    )
 
 
-def planted(seen: Seen) -> torch.Tensor:
+def planted(seen: RouterSample) -> torch.Tensor:
     """A linear map of the router input and of the gate weights, with a bias."""
     generator = torch.Generator().manual_seed(99)
     from_hidden = torch.randn(HIDDEN, TARGETS, generator=generator)
@@ -50,7 +52,7 @@ def test_streaming_equals_a_batch_solve_in_double_precision() -> None:
     seen, targets = seen_of(300), planted(seen_of(300))
     pieces = RidgeFit(HIDDEN, EXPERTS, TARGETS)
     for start in range(0, 300, 7):
-        part = Seen(*(tensor[start : start + 7] for tensor in seen[:3]))
+        part = RouterSample(*(tensor[start : start + 7] for tensor in seen[:3]))
         pieces.add(part, targets[start : start + 7])
     gates = torch.zeros(300, EXPERTS).scatter_add(1, seen.ids, seen.weights)
     x = torch.cat([seen.hidden, gates], 1).double()
@@ -94,12 +96,12 @@ def test_an_id_that_is_no_expert_adds_nothing() -> None:
     seen = seen_of(20, seed=3)
     ids, weights = seen.ids.clone(), seen.weights.clone()
     weights[:, 1] = 0
-    without = layer.scores(Seen(seen.hidden, ids, weights))
+    without = layer.scores(RouterSample(seen.hidden, ids, weights))
     ids[:, 1], weights[:, 1] = EXPERTS + 3, 0.7
-    torch.testing.assert_close(layer.scores(Seen(seen.hidden, ids, weights)), without)
+    torch.testing.assert_close(layer.scores(RouterSample(seen.hidden, ids, weights)), without)
 
 
 def test_one_token_scores_as_it_does_among_others() -> None:
     layer, seen = fitted().solve(1e-6), seen_of(9, seed=4)
-    alone = torch.cat([layer.scores(Seen(*(part[at : at + 1] for part in seen[:3]))) for at in range(9)])
+    alone = torch.cat([layer.scores(RouterSample(*(part[at : at + 1] for part in seen[:3]))) for at in range(9)])
     torch.testing.assert_close(alone, layer.scores(seen), rtol=1e-5, atol=1e-5)

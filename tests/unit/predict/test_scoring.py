@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from foreroute.predict.base import Seen, TokenGuess
+from foreroute.predict.base import RouterSample, TokenGuess
 from foreroute.predict.hybrid import choose
 from foreroute.prepare.controls import Moment, Popularity, previous_token, shuffled, uniform
 from foreroute.prepare.scoring import LayerTally, Tally
@@ -15,16 +15,16 @@ def guess_of(rows: list[list[int]]) -> TokenGuess:
     return TokenGuess(torch.tensor(rows), torch.zeros(len(rows), len(rows[0])))
 
 
-def truth_of(rows: list[list[int]], weights: list[list[float]] | None = None) -> Seen:
+def truth_of(rows: list[list[int]], weights: list[list[float]] | None = None) -> RouterSample:
     as_weights = torch.tensor(weights) if weights else torch.full((len(rows), len(rows[0])), 1 / len(rows[0]))
-    return Seen(torch.zeros(len(rows), 3), torch.tensor(rows), as_weights)
+    return RouterSample(torch.zeros(len(rows), 3), torch.tensor(rows), as_weights)
 
 
-def moment_of(truth: Seen, context: int, layer: int = 1) -> Moment:
+def moment_of(truth: RouterSample, context: int, layer: int = 1) -> Moment:
     return Moment(layer, EXPERTS, truth, truth, torch.zeros(len(truth.ids), dtype=torch.int64), context, 0)
 
 
-def random_truth(tokens: int, top_k: int = 4) -> Seen:
+def random_truth(tokens: int, top_k: int = 4) -> RouterSample:
     scores = torch.rand(tokens, EXPERTS, generator=torch.Generator().manual_seed(7))
     return truth_of(scores.topk(top_k).indices.tolist())
 

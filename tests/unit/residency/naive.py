@@ -1,6 +1,6 @@
 """The pool and both evictions written as plainly as possible: dictionaries, `min`, one key at a time."""
 
-from foreroute.residency.states import FREE, LEASED, LOADING, READY
+from foreroute.residency.states import FREE, LOADING, PINNED, READY
 
 
 class NaiveScores:
@@ -28,14 +28,14 @@ class NaiveScores:
 class NaivePool:
     """What `Residency` promises, with no thought of speed. Says which slots are free, not which of them is taken."""
 
-    def __init__(self, num_slots, num_keys, staging_slots, filling_slots, decay):
+    def __init__(self, num_slots, num_keys, staging_slots, deferred_slots, decay):
         self.num_slots, self.num_keys, self.staging_slots = num_slots, num_keys, staging_slots
-        self.filling_slots = filling_slots
+        self.deferred_slots = deferred_slots
         self.scores = NaiveScores(num_keys, decay)
         self.state = dict.fromkeys(range(num_keys), FREE)
         self.slot = {}
-        self.filling = set()
-        self.staged = []  # READY ones in the order in which they became so or were guessed again
+        self.deferred = set()
+        self.prefetched = []  # READY ones in the order in which they became so or were guessed again
         self.free = set(range(num_slots))
         self.borrowed = set()
         self.evictions = self.used = self.wasted = 0
@@ -43,17 +43,17 @@ class NaivePool:
     def in_state(self, *states):
         return [key for key, state in self.state.items() if state in states]
 
-    def staged_ready(self):
-        return [key for key in self.staged if self.state[key] == READY]
+    def prefetched_ready(self):
+        return [key for key in self.prefetched if self.state[key] == READY]
 
     def hot(self):
-        return [key for key in self.in_state(READY) if key not in self.staged]
+        return [key for key in self.in_state(READY) if key not in self.prefetched]
 
     def evict(self, key):
         self.evictions += 1
-        if key in self.staged:
+        if key in self.prefetched:
             self.wasted += 1
-            self.staged.remove(key)
+            self.prefetched.remove(key)
         self.state[key] = FREE
         return self.slot.pop(key)
 
@@ -67,8 +67,8 @@ class NaivePool:
         self.slot[key] = slot
 
     def unstage(self, key):
-        if key in self.staged:
-            self.staged.remove(key)
+        if key in self.prefetched:
+            self.prefetched.remove(key)
             self.used += 1
 
     def can_demand(self, keys):
@@ -81,13 +81,13 @@ class NaivePool:
         for key in keys:
             self.unstage(key)
             if self.state[key] == READY:
-                self.state[key] = LEASED
+                self.state[key] = PINNED
         for key, slot in misses:
             victim = None
             if not self.free:
                 victim = self.scores.coldest(self.hot())
                 if victim is None:
-                    victim = self.staged_ready()[0]
+                    victim = self.prefetched_ready()[0]
             self.insert(key, slot, victim)
 
     def prefetch(self, keys, loads):
@@ -95,9 +95,9 @@ class NaivePool:
         absent = [key for key in keys if self.state[key] == FREE]
         self.renew(keys)
         for done, key in enumerate(absent):
-            old = [other for other in self.staged_ready() if other not in keys]
+            old = [other for other in self.prefetched_ready() if other not in keys]
             cold = self.scores.coldest([other for other in self.hot() if other not in keys])
-            may_grow = len(self.staged) < self.staging_slots
+            may_grow = len(self.prefetched) < self.staging_slots
             if may_grow and self.free:
                 victim = None
             elif may_grow and cold is not None:
@@ -110,47 +110,47 @@ class NaivePool:
                 return done + 1
             assert loads[done][0] == key
             self.insert(key, loads[done][1], victim)
-            self.staged.append(key)
+            self.prefetched.append(key)
         return len(absent)
 
-    def fill(self, keys, loads):
+    def defer(self, keys, loads):
         """Returns how many loads there have to be."""
         self.scores.touch(keys)
         for key in keys:
-            if self.state[key] == LOADING and key in self.staged and len(self.filling) < self.filling_slots:
+            if self.state[key] == LOADING and key in self.prefetched and len(self.deferred) < self.deferred_slots:
                 self.unstage(key)
-                self.filling.add(key)
+                self.deferred.add(key)
         absent = [key for key in keys if self.state[key] == FREE]
         for done, key in enumerate(absent):
             victim = None if self.free else self.scores.coldest(self.hot())
-            is_full = len(self.filling) >= self.filling_slots
+            is_full = len(self.deferred) >= self.deferred_slots
             if is_full or (not self.free and victim is None):
                 return done
             if done == len(loads):
                 return done + 1
             assert loads[done][0] == key
             self.insert(key, loads[done][1], victim)
-            self.filling.add(key)
+            self.deferred.add(key)
         return len(absent)
 
     def renew(self, keys):
         for key in keys:
-            if key in self.staged_ready():
-                self.staged.remove(key)
-                self.staged.append(key)
+            if key in self.prefetched_ready():
+                self.prefetched.remove(key)
+                self.prefetched.append(key)
 
     def loaded(self, key):
         self.state[key] = READY
-        self.filling.discard(key)
-        if key in self.staged:
-            self.staged.remove(key)
-            self.staged.append(key)
+        self.deferred.discard(key)
+        if key in self.prefetched:
+            self.prefetched.remove(key)
+            self.prefetched.append(key)
 
-    def lease(self, key):
-        if key in self.staged:
+    def pin(self, key):
+        if key in self.prefetched:
             self.scores.touch([key])
         self.unstage(key)
-        self.state[key] = LEASED
+        self.state[key] = PINNED
 
     def release(self, keys):
         for key in keys:
@@ -162,10 +162,10 @@ class NaivePool:
 
     def drop_loading(self, key):
         self.state[key] = FREE
-        self.filling.discard(key)
+        self.deferred.discard(key)
         self.free.add(self.slot.pop(key))
-        if key in self.staged:
-            self.staged.remove(key)
+        if key in self.prefetched:
+            self.prefetched.remove(key)
 
     def borrow(self, num_slots, slots):
         """Returns how many slots there have to be."""
@@ -174,7 +174,7 @@ class NaivePool:
             if self.free:
                 self.free.remove(slot)
             else:
-                victim = (self.staged_ready() or [self.scores.coldest(self.hot())])[0]
+                victim = (self.prefetched_ready() or [self.scores.coldest(self.hot())])[0]
                 assert slot == self.evict(victim)
             self.borrowed.add(slot)
         return min(room, num_slots)

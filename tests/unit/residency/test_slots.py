@@ -2,9 +2,9 @@
 
 import pytest
 
-from foreroute.residency import Demand, IllegalEvent, Lfu, Lru, NoVictim, Residency
+from foreroute.residency import IllegalEvent, Lfu, LookupResult, Lru, NoVictim, Residency
 from foreroute.residency import states as states_module
-from foreroute.residency.states import EVENT_NAMES, FREE, LEASED, LOADING, READY, STATE_NAMES, TABLE
+from foreroute.residency.states import EVENT_NAMES, FREE, LOADING, PINNED, READY, STATE_NAMES, TABLE
 
 
 def make_pool(num_slots=4, staging_slots=2, num_keys=20, eviction=None):
@@ -14,9 +14,9 @@ def make_pool(num_slots=4, staging_slots=2, num_keys=20, eviction=None):
 def fill(pool, keys):
     """Bring keys in as a decode step does, and let go of them."""
     demand = pool.demand(keys)
-    for key, _ in [*demand.misses, *demand.late]:
+    for key, _ in [*demand.misses, *demand.in_flight]:
         pool.loaded(key)
-        pool.lease(key)
+        pool.pin(key)
     pool.release(keys)
 
 
@@ -30,16 +30,16 @@ def stage(pool, keys):
 
 def test_the_life_of_a_slot():
     pool = make_pool(num_slots=2)
-    assert repr(pool) == "Residency(free, free; 0/2 staged)"
-    assert pool.demand([3]) == Demand([], [], [(3, 0)])
-    assert repr(pool) == "Residency(3 loading, free; 0/2 staged)"
+    assert repr(pool) == "Residency(free, free; 0/2 prefetched)"
+    assert pool.demand([3]) == LookupResult([], [], [(3, 0)])
+    assert repr(pool) == "Residency(3 loading, free; 0/2 prefetched)"
     pool.loaded(3)
-    assert repr(pool) == "Residency(3 ready, free; 0/2 staged)"
-    pool.lease(3)
-    assert repr(pool) == "Residency(3 leased, free; 0/2 staged)"
+    assert repr(pool) == "Residency(3 ready, free; 0/2 prefetched)"
+    pool.pin(3)
+    assert repr(pool) == "Residency(3 pinned, free; 0/2 prefetched)"
     pool.release([3])
-    assert pool.demand([3]) == Demand([3], [], [])
-    assert repr(pool) == "Residency(3 leased, free; 0/2 staged)"
+    assert pool.demand([3]) == LookupResult([(3, 0)], [], [])
+    assert repr(pool) == "Residency(3 pinned, free; 0/2 prefetched)"
 
 
 def test_the_table_in_the_docstring_is_the_table():
@@ -56,9 +56,9 @@ def test_a_miss_takes_a_free_slot_then_the_coldest_then_the_oldest_staged():
     pool = make_pool(num_slots=4, staging_slots=2)
     fill(pool, [1])
     stage(pool, [11, 12])
-    assert repr(pool) == "Residency(1 ready, 11 staged ready, 12 staged ready, free; 2/2 staged)"
+    assert repr(pool) == "Residency(1 ready, 11 prefetched ready, 12 prefetched ready, free; 2/2 prefetched)"
     assert pool.demand([5, 6, 7]).misses == [(5, 3), (6, 0), (7, 1)]
-    assert repr(pool) == "Residency(6 loading, 7 loading, 12 staged ready, 5 loading; 1/2 staged)"
+    assert repr(pool) == "Residency(6 loading, 7 loading, 12 prefetched ready, 5 loading; 1/2 prefetched)"
     assert (pool.evictions, pool.prefetch_wasted) == (2, 1)
 
 
@@ -67,8 +67,8 @@ def test_a_demand_never_evicts_its_own_hits():
     fill(pool, [1])
     fill(pool, [2])
     fill(pool, [3])
-    assert pool.demand([4, 1]) == Demand([1], [], [(4, 1)])
-    assert repr(pool) == "Residency(1 leased, 4 loading, 3 ready; 0/0 staged)"
+    assert pool.demand([4, 1]) == LookupResult([(1, 0)], [], [(4, 1)])
+    assert repr(pool) == "Residency(1 pinned, 4 loading, 3 ready; 0/0 prefetched)"
 
 
 def test_too_large_a_demand_changes_nothing():
@@ -94,10 +94,10 @@ def test_a_leased_key_cannot_be_demanded():
     pool = make_pool()
     pool.demand([1])
     pool.loaded(1)
-    pool.lease(1)
-    with pytest.raises(IllegalEvent, match="lease of key 1, which is leased"):
+    pool.pin(1)
+    with pytest.raises(IllegalEvent, match="pin of key 1, which is pinned"):
         pool.demand([2, 1])
-    assert repr(pool) == "Residency(1 leased, free, free, free; 0/2 staged)"
+    assert repr(pool) == "Residency(1 pinned, free, free, free; 0/2 prefetched)"
 
 
 def test_a_key_demanded_twice_at_once_is_refused():
@@ -108,20 +108,20 @@ def test_a_key_demanded_twice_at_once_is_refused():
 def test_a_late_guess_becomes_a_demand_and_leaves_staging():
     pool = make_pool(staging_slots=1)
     assert pool.prefetch([11, 12]) == [(11, 0)]
-    assert pool.demand([11]) == Demand([], [(11, 0)], [])
-    assert repr(pool) == "Residency(11 loading, free, free, free; 0/1 staged)"
+    assert pool.demand([11]) == LookupResult([], [(11, 0)], [])
+    assert repr(pool) == "Residency(11 loading, free, free, free; 0/1 prefetched)"
     assert pool.prefetch_used == 1
     assert pool.prefetch([12]) == [(12, 1)]
     pool.loaded(11)
-    pool.lease(11)
-    assert pool.state(11) == LEASED
+    pool.pin(11)
+    assert pool.state(11) == PINNED
 
 
 def test_a_guess_that_arrived_in_time_is_a_hit():
     pool = make_pool()
     stage(pool, [11])
-    assert pool.demand([11]) == Demand([11], [], [])
-    assert (pool.prefetch_used, pool.prefetch_wasted, pool.num_staged) == (1, 0, 0)
+    assert pool.demand([11]) == LookupResult([(11, 0)], [], [])
+    assert (pool.prefetch_used, pool.prefetch_wasted, pool.num_prefetched) == (1, 0, 0)
 
 
 def test_staging_is_bounded_even_while_slots_are_free():
@@ -130,7 +130,7 @@ def test_staging_is_bounded_even_while_slots_are_free():
     assert pool.prefetch([13]) == []
     pool.loaded(11)
     assert pool.prefetch([13]) == [(13, 0)]
-    assert repr(pool) == "Residency(13 staged loading, 12 staged loading, free, free; 2/2 staged)"
+    assert repr(pool) == "Residency(13 prefetched loading, 12 prefetched loading, free, free; 2/2 prefetched)"
     assert (pool.prefetch_wasted, pool.evictions) == (1, 1)
 
 
@@ -139,7 +139,7 @@ def test_guesses_evict_each_other_oldest_first():
     fill(pool, [1, 2])
     stage(pool, [11, 12])
     stage(pool, [13])
-    assert repr(pool) == "Residency(1 ready, 2 ready, 13 staged ready, 12 staged ready; 2/2 staged)"
+    assert repr(pool) == "Residency(1 ready, 2 ready, 13 prefetched ready, 12 prefetched ready; 2/2 prefetched)"
 
 
 def test_what_is_guessed_again_is_young_again():
@@ -166,7 +166,7 @@ def test_a_guess_never_evicts_what_is_in_use():
     fill(pool, [1])
     pool.demand([1, 2])
     assert pool.prefetch([11]) == []
-    assert repr(pool) == "Residency(1 leased, 2 loading; 0/2 staged)"
+    assert repr(pool) == "Residency(1 pinned, 2 loading; 0/2 prefetched)"
 
 
 def test_no_staging_no_prefetch():
@@ -191,7 +191,7 @@ def test_cancel_and_fail_free_the_slot():
     pool.cancel(11)
     pool.demand([1])
     pool.fail(1)
-    assert repr(pool) == "Residency(free, free; 0/2 staged)"
+    assert repr(pool) == "Residency(free, free; 0/2 prefetched)"
     assert (pool.state(1), pool.slot_of(1), pool.num_resident) == (FREE, -1, 0)
     assert pool.prefetch_wasted == 0
     assert pool.evictions == 0
@@ -201,8 +201,8 @@ def test_lease_of_a_staged_key_is_its_demand():
     pool = make_pool(num_slots=2, staging_slots=1)
     stage(pool, [11])
     fill(pool, [1])
-    pool.lease(11)
-    assert repr(pool) == "Residency(11 leased, 1 ready; 0/1 staged)"
+    pool.pin(11)
+    assert repr(pool) == "Residency(11 pinned, 1 ready; 0/1 prefetched)"
     assert pool.prefetch_used == 1
     # It is the more recently used one, too.
     pool.release([11])
@@ -214,11 +214,11 @@ def test_what_is_dropped_goes_at_once_and_comes_back_as_any_other():
     fill(pool, [1, 2])
     stage(pool, [11])
     pool.drop([11, 1])
-    assert repr(pool) == "Residency(free, 2 ready, free; 0/1 staged)"
+    assert repr(pool) == "Residency(free, 2 ready, free; 0/1 prefetched)"
     assert (pool.evictions, pool.prefetch_wasted, pool.num_resident, pool.num_free) == (2, 1, 1, 2)
     # Its old place in the order of eviction is not that of the guess that brings it back.
     stage(pool, [1])
-    assert repr(pool) == "Residency(1 staged ready, 2 ready, free; 1/1 staged)"
+    assert repr(pool) == "Residency(1 prefetched ready, 2 ready, free; 1/1 prefetched)"
     assert pool.demand([3, 4]).misses == [(3, 2), (4, 1)]
 
 
@@ -228,7 +228,7 @@ def test_borrowed_slots_are_out_of_the_pool_until_they_are_given_back():
     fill(pool, [2])
     stage(pool, [11])
     assert pool.borrow(3) == [3, 2, 0]
-    assert repr(pool) == "Residency(borrowed, 2 ready, borrowed, borrowed; 0/1 staged)"
+    assert repr(pool) == "Residency(borrowed, 2 ready, borrowed, borrowed; 0/1 prefetched)"
     assert (pool.num_resident, pool.prefetch_wasted, pool.evictions) == (1, 1, 2)
     pool.demand([2])
     assert pool.borrow(1) == []
@@ -266,60 +266,60 @@ def test_a_large_pool_is_summed_up():
     fill(pool, [1, 2])
     pool.prefetch([11])
     pool.borrow(5)
-    assert repr(pool) == "Residency(92 free, 1 loading, 2 ready, 5 borrowed; 1/4 staged)"
+    assert repr(pool) == "Residency(92 free, 1 loading, 2 ready, 5 borrowed; 1/4 prefetched)"
 
 
-def filling_pool(num_slots=12, staging_slots=4, filling_slots=2):
-    return Residency(num_slots, 40, eviction=Lru(), staging_slots=staging_slots, filling_slots=filling_slots)
+def deferring_pool(num_slots=12, staging_slots=4, deferred_slots=2):
+    return Residency(num_slots, 40, eviction=Lru(), staging_slots=staging_slots, deferred_slots=deferred_slots)
 
 
 def test_fills_and_guesses_keep_to_their_own_slots_so_that_a_demand_finds_room():
-    pool = filling_pool()
+    pool = deferring_pool()
     for key, _ in pool.prefetch([1, 2, 3, 4]):
         pool.loaded(key)
-    assert [key for key, _ in pool.fill([11, 12, 13, 14])] == [11, 12]
+    assert [key for key, _ in pool.defer([11, 12, 13, 14])] == [11, 12]
     assert [key for key, _ in pool.prefetch([5, 6, 7, 8])] == [5, 6, 7, 8]
     # Four guesses and two fills are on their way: the other six can be had.
     assert len(pool.demand([31, 32, 33, 34, 35, 36]).misses) == 6
-    assert pool.filling == {11, 12}
+    assert pool.deferred == {11, 12}
 
 
 def test_a_fill_enters_as_a_demanded_key_does():
-    pool = filling_pool(num_slots=3, staging_slots=1)
+    pool = deferring_pool(num_slots=3, staging_slots=1)
     fill(pool, [1])
     fill(pool, [2])
     fill(pool, [3])
-    assert [key for key, _ in pool.fill([9])] == [9]
+    assert [key for key, _ in pool.defer([9])] == [9]
     assert pool.state(1) == FREE, "the coldest gave way"
     pool.loaded(9)
-    assert pool.filling == set()
-    assert pool.demand([9]).hits == [9]
+    assert pool.deferred == set()
+    assert [key for key, _ in pool.demand([9]).hits] == [9]
     assert pool.prefetch_used == pool.prefetch_wasted == 0
 
 
 def test_a_late_guess_that_is_stood_in_for_is_no_guess_any_more():
-    pool = filling_pool()
+    pool = deferring_pool()
     pool.prefetch([5])
-    assert pool.fill([5]) == []
-    assert (pool.num_staged, pool.prefetch_used) == (0, 1)
+    assert pool.defer([5]) == []
+    assert (pool.num_prefetched, pool.prefetch_used) == (0, 1)
     pool.loaded(5)
-    assert pool.demand([5]).hits == [5]
+    assert [key for key, _ in pool.demand([5]).hits] == [5]
 
 
 def test_late_guesses_that_are_stood_in_for_never_fill_the_pool():
     """Round after round nobody waits for what is on its way; a demand finds its room all the same."""
-    pool = filling_pool()
+    pool = deferring_pool()
     for first in (0, 4, 8, 12):
         guessed = list(range(first, first + 4))
         pool.prefetch(guessed)
-        pool.fill([key for key in guessed if pool.state(key) == LOADING])
+        pool.defer([key for key in guessed if pool.state(key) == LOADING])
         assert sum(pool.state(key) == LOADING for key in range(40)) <= 4 + 2
     assert len(pool.demand([31, 32, 33, 34, 35, 36]).misses) == 6
 
 
 def test_a_fill_that_is_demanded_meanwhile_is_late():
-    pool = filling_pool()
-    ((key, slot),) = pool.fill([9])
-    assert pool.demand([9]).late == [(9, slot)]
+    pool = deferring_pool()
+    ((key, slot),) = pool.defer([9])
+    assert pool.demand([9]).in_flight == [(9, slot)]
     pool.cancel(key)
-    assert pool.filling == set()
+    assert pool.deferred == set()

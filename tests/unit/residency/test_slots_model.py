@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from foreroute.residency import IllegalEvent, Lfu, Lru, NoVictim, Residency
-from foreroute.residency.states import FREE, LEASED, LOADING, READY
+from foreroute.residency.states import FREE, LOADING, PINNED, READY
 from tests.unit.residency.naive import NaivePool
 
 NUM_KEYS, KEYS_PER_LAYER = 14, 5
@@ -16,20 +16,20 @@ any_index = st.integers(0, 10**6)
 
 class PoolMachine(RuleBasedStateMachine):
     @initialize(
-        num_slots=st.integers(1, 9), staging=st.integers(0, 5), filling=st.integers(0, 3),
+        num_slots=st.integers(1, 9), staging=st.integers(0, 5), deferred=st.integers(0, 3),
         decay=st.sampled_from([None, 0.97, 0.5, 1.0]),
     )  # fmt: skip
-    def start(self, num_slots, staging, filling, decay):
+    def start(self, num_slots, staging, deferred, decay):
         staging = min(staging, num_slots)
         self.pool = Residency(
             num_slots,
             NUM_KEYS,
             eviction=Lru() if decay is None else Lfu(decay),
             staging_slots=staging,
-            filling_slots=filling,
+            deferred_slots=deferred,
             keys_per_layer=KEYS_PER_LAYER,
         )
-        self.naive = NaivePool(num_slots, NUM_KEYS, staging, filling, decay)
+        self.naive = NaivePool(num_slots, NUM_KEYS, staging, deferred, decay)
 
     def pick(self, index, *states):
         keys = self.naive.in_state(*states)
@@ -38,16 +38,16 @@ class PoolMachine(RuleBasedStateMachine):
     @rule(keys=some_keys)
     def demand(self, keys):
         before = repr(self.pool)
-        leased = [key for key in keys if self.naive.state[key] == LEASED]
-        if leased or not self.naive.can_demand(keys):
-            with pytest.raises(IllegalEvent if leased else NoVictim):
+        pinned = [key for key in keys if self.naive.state[key] == PINNED]
+        if pinned or not self.naive.can_demand(keys):
+            with pytest.raises(IllegalEvent if pinned else NoVictim):
                 self.pool.demand(keys)
             assert repr(self.pool) == before
             return
         was = {key: self.naive.state[key] for key in keys}
         demand = self.pool.demand(keys)
-        assert demand.hits == [key for key in keys if was[key] == READY]
-        assert demand.late == [(key, self.naive.slot[key]) for key in keys if was[key] == LOADING]
+        assert demand.hits == [(key, self.naive.slot[key]) for key in keys if was[key] == READY]
+        assert demand.in_flight == [(key, self.naive.slot[key]) for key in keys if was[key] == LOADING]
         assert [key for key, _ in demand.misses] == [key for key in keys if was[key] == FREE]
         self.naive.demand(keys, demand.misses)
 
@@ -57,10 +57,10 @@ class PoolMachine(RuleBasedStateMachine):
         assert self.naive.prefetch(keys, loads) == len(loads)
 
     @rule(keys=some_keys)
-    def fill(self, keys):
+    def defer(self, keys):
         keys = [key for key in keys if self.naive.state[key] in (FREE, LOADING)]
-        loads = self.pool.fill(keys)
-        assert self.naive.fill(keys, loads) == len(loads)
+        loads = self.pool.defer(keys)
+        assert self.naive.defer(keys, loads) == len(loads)
 
     @rule(index=any_index)
     def loaded(self, index):
@@ -76,21 +76,21 @@ class PoolMachine(RuleBasedStateMachine):
             self.naive.loaded(key)
 
     @rule(index=any_index)
-    def lease(self, index):
+    def pin(self, index):
         key = self.pick(index, READY)
         if key is not None:
-            self.pool.lease(key)
-            self.naive.lease(key)
+            self.pool.pin(key)
+            self.naive.pin(key)
 
     @rule(keys=some_keys)
     def release(self, keys):
-        keys = [key for key in keys if self.naive.state[key] == LEASED]
+        keys = [key for key in keys if self.naive.state[key] == PINNED]
         self.pool.release(keys)
         self.naive.release(keys)
 
     @rule()
     def release_all(self):
-        keys = self.naive.in_state(LEASED)
+        keys = self.naive.in_state(PINNED)
         self.pool.release(keys)
         self.naive.release(keys)
 
@@ -125,7 +125,7 @@ class PoolMachine(RuleBasedStateMachine):
 
     @rule(
         key=st.integers(0, NUM_KEYS - 1),
-        event=st.sampled_from([("loaded", LOADING), ("lease", READY), ("cancel", LOADING), ("fail", LOADING)]),
+        event=st.sampled_from([("loaded", LOADING), ("pin", READY), ("cancel", LOADING), ("fail", LOADING)]),
     )
     def illegal(self, key, event):
         name, only_in = event
@@ -138,7 +138,7 @@ class PoolMachine(RuleBasedStateMachine):
     @rule(key=st.integers(0, NUM_KEYS - 1), slot=st.integers(0, 8))
     def illegal_event_of_many(self, key, slot):
         before = repr(self.pool)
-        if self.naive.state[key] != LEASED:
+        if self.naive.state[key] != PINNED:
             with pytest.raises(IllegalEvent, match="release"):
                 self.pool.release([key])
         if self.naive.state[key] != READY:
@@ -156,15 +156,15 @@ class PoolMachine(RuleBasedStateMachine):
         for key in range(NUM_KEYS):
             assert pool.state(key) == naive.state[key]
             assert pool.slot_of(key) == naive.slot.get(key, -1)
-            assert pool.contains_ready(key) == (naive.state[key] in (READY, LEASED))
+            assert pool.contains_ready(key) == (naive.state[key] in (READY, PINNED))
         assert (pool.evictions, pool.prefetch_used, pool.prefetch_wasted) == (
             naive.evictions,
             naive.used,
             naive.wasted,
         )
-        assert pool.num_staged == len(naive.staged) <= pool.staging_slots
-        assert pool.filling == naive.filling
-        assert len(pool.filling) <= pool.filling_slots
+        assert pool.num_prefetched == len(naive.prefetched) <= pool.staging_slots
+        assert pool.deferred == naive.deferred
+        assert len(pool.deferred) <= pool.deferred_slots
         assert pool.num_resident == len(naive.slot)
         assert pool.num_free == len(naive.free)
         for layer, count in enumerate(pool.resident_per_layer):

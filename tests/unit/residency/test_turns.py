@@ -152,7 +152,7 @@ def test_it_misses_less_than_lfu_where_the_last_token_tells_most():
                 misses += len(demand.misses)
                 for key, _ in demand.misses:
                     pool.loaded(key)
-                    pool.lease(key)
+                    pool.pin(key)
                 pool.release([base + step % 6, base + (step + 1) % 6])
         return misses
 

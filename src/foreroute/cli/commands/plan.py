@@ -114,7 +114,7 @@ def find(folder: Path, args: argparse.Namespace, config: EngineConfig) -> Findin
     store = open_store(folder, config.packed, source)
     model = foreroute.load(folder, dtype=args.dtype, config=config)
     try:
-        plan, table = model.foreroute.plan, model.foreroute.runtime.table
+        plan, table = model.foreroute.plan, model.foreroute.table
         compute_ms, kv_bytes = probes.compute_ms(model), planned_kv_bytes_per_token(model)
         # Last, as what is measured of it grows with what has been computed.
         serving = None if context is None else requests.needs_of(model, context)
@@ -130,11 +130,7 @@ def find(folder: Path, args: argparse.Namespace, config: EngineConfig) -> Findin
     beside = 0 if serving is None else serving.tokens_bytes
     chosen = choose_memory(None, kept, sketch.dense_nbytes, beside, free_ram)
     reads_of = table.reads if store is None else store.reads_of(table)
-    keys = [
-        layer * table.num_experts + expert
-        for layer, described in enumerate(table.layers)
-        for expert in range(described.num_experts)
-    ]
+    keys = table.keys.all()
     bandwidth = measure_bandwidth(
         reads_of,
         keys,

@@ -10,12 +10,13 @@ import json
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import fields
+from functools import partial
 from typing import Any
 
 from foreroute.config import Plan
-from foreroute.engine.moe_step import Runtime
+from foreroute.engine.moe_step import MoeStep
 from foreroute.engine.stats import PhaseStats
-from foreroute.residency.slots import FREE, LEASED, LOADING, READY
+from foreroute.residency.slots import FREE, LOADING, PINNED, READY
 from foreroute.server.watching.recorder import Recorder, StepRecord, digest
 
 INTERVAL_S = 0.125
@@ -30,14 +31,14 @@ _as_json = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
 _COUNTS = tuple(field.name for field in fields(PhaseStats))
 # Two bits per expert.
 _ABSENT, _ON_ITS_WAY, _THERE, _GUESSED = range(4)
-_CODE_OF = {FREE: _ABSENT, LOADING: _ON_ITS_WAY, READY: _THERE, LEASED: _THERE}
+_CODE_OF = {FREE: _ABSENT, LOADING: _ON_ITS_WAY, READY: _THERE, PINNED: _THERE}
 
 
 class LiveFeed:
     """Pictures of one model's engine.
 
     Args:
-        runtime, plan: of the loaded model.
+        engine, plan: of the loaded model.
         model: its name for people.
         policy: what decoding waits for, asked each time.
         has_chat: the model has a chat template.
@@ -49,7 +50,7 @@ class LiveFeed:
 
     def __init__(
         self,
-        runtime: Runtime,
+        engine: MoeStep,
         plan: Plan,
         model: str,
         policy: Callable[[], str] = lambda: "exact",
@@ -58,13 +59,14 @@ class LiveFeed:
         is_running: Callable[[], bool] = lambda: False,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self._runtime = runtime
+        self._pool, self._prefetcher = engine.pool, engine.prefetcher
         self._plan = plan
         self._model = model
         self._policy = policy
         self._has_chat = has_chat
         self._clock = clock
-        self._recorder = Recorder(runtime, clock)
+        self._new_recorder = partial(Recorder, self._pool, clock)
+        self._recorder = self._new_recorder()
         self.num_viewers = 0
         self._made: tuple[tuple[int, bool, int, float], bytes] | None = None
         self._is_over = is_over
@@ -75,14 +77,16 @@ class LiveFeed:
         if self.num_viewers >= MOST_VIEWERS:
             return False
         self.num_viewers += 1
-        self._recorder.attach()
+        if self.num_viewers == 1:
+            self._recorder, self._made = self._new_recorder(), None
+            self._pool.add_observer(self._recorder)
         return True
 
     def leave(self) -> None:
         """A viewer who had entered goes."""
         self.num_viewers -= 1
         if not self.num_viewers:
-            self._recorder.leave()
+            self._pool.remove_observer(self._recorder)
 
     async def events(self) -> AsyncIterator[bytes]:
         """The server-sent events for a viewer who has entered, until the server stops."""
@@ -100,11 +104,11 @@ class LiveFeed:
 
     def hello(self) -> dict[str, Any]:
         """What does not change: the model and its pool."""
-        plan, layers = self._plan, self._runtime.table.layers
+        plan, keys = self._plan, self._pool.keys
         return {
             "model": self._model,
-            "experts_per_layer": [layer.num_experts for layer in layers],
-            "keys_per_layer": self._runtime.table.num_experts,
+            "experts_per_layer": list(keys.widths),
+            "keys_per_layer": keys.per_layer,
             "top_k": list(plan.top_k),
             "expert_bytes": plan.expert_bytes,
             "num_slots": plan.num_slots,
@@ -137,30 +141,30 @@ class LiveFeed:
 
         Times are milliseconds from the step's begin.
         """
-        runtime, recorder = self._runtime, self._recorder
-        stats, ahead = runtime.stats, runtime.ahead
+        pool, recorder, prefetcher = self._pool, self._recorder, self._prefetcher
+        stats = pool.stats
         picture: dict[str, Any] = {
             "is_busy": is_busy,
-            "pool": self._pool(),
+            "pool": self._pool_codes(),
             "counts": {
                 "decode": {name: getattr(stats.decode, name) for name in _COUNTS},
                 "prefill_tokens": stats.prefill.tokens,
                 "timed_steps": recorder.timed_steps,
                 "timed_s": round(recorder.timed_s, 6),
             },
-            "guess_share": ahead.share if runtime.predictor is not None else 0.0,
+            "guess_share": prefetcher.share if prefetcher.predictor is not None else 0.0,
             "policy": self._policy(),
         }
         if step is not None:
-            picture["step"] = _step(step, self._runtime.table.num_experts, runtime.residency.state)
+            picture["step"] = _step(step, pool.keys.per_layer, pool.residency.state)
         return picture
 
-    def _pool(self) -> str:
+    def _pool_codes(self) -> str:
         """Two bits per key, four keys a byte, the first one lowest; base64."""
-        residency = self._runtime.residency
+        residency = self._pool.residency
         codes = bytearray(map(_CODE_OF.__getitem__, map(residency.state, range(residency.num_keys))))
         # `list` takes a dict's keys in one go: the engine's thread cannot come between.
-        for key in list(residency.staged_ready):
+        for key in list(residency.prefetched_ready):
             if codes[key] == _THERE:
                 codes[key] = _GUESSED
         codes += bytes(-len(codes) % 4)

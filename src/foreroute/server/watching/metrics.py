@@ -2,12 +2,12 @@
 
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from foreroute.engine.pool import ExpertPool
 from foreroute.server.backend import Backend
 
 _FIRST_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 640)
@@ -113,20 +113,20 @@ class _EngineCollector(Collector):
         share = state.kv_blocks_used / state.kv_blocks if state.kv_blocks else 0.0
         yield GaugeMetricFamily("foreroute_kv_cache_usage_perc", "KV cache in use, 0 to 1.", share)
         if loaded.model is not None:
-            yield from expert_metrics(loaded.model.foreroute.runtime)
+            yield from expert_metrics(loaded.model.foreroute.engine.pool)
 
     def describe(self) -> list[Metric]:
         """Nothing beforehand: the registry need not read the engine to know the names."""
         return []
 
 
-def expert_metrics(runtime: Any) -> Iterator[Metric]:
+def expert_metrics(pool: ExpertPool) -> Iterator[Metric]:
     """What became of experts: of demands (found, late, missing) and of guesses; bytes and waits.
 
     Reads counts that the engine's thread writes, each of them whole; `snapshot` would write, and is for that thread.
     """
-    phases = (runtime.stats.prefill, runtime.stats.decode)
-    residency = runtime.residency
+    phases = (pool.stats.prefill, pool.stats.decode)
+    residency = pool.residency
 
     def total(name: str) -> float:
         return sum(getattr(phase, name) for phase in phases)

@@ -125,7 +125,7 @@ def _feed_of(backend: Backend, settings: ServerSettings) -> LiveFeed:
     feed: LiveFeed | None = getattr(handle, "live_feed", None)
     if feed is None:
         feed = handle.live_feed = LiveFeed(
-            handle.runtime,
+            handle.engine,
             handle.plan,
             settings.served_names[0],
             policy=lambda: str(handle.policies[0]),

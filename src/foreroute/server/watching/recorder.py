@@ -1,25 +1,23 @@
-"""What the engine does with the token at hand, kept in memory for whoever watches: nothing while nobody does.
+"""What the engine does with the token at hand, kept in memory while somebody watches.
 
-`Recorder.attach` makes it the runtime's `tracing`; `leave` takes it away again. The engine's thread only puts down what
-it is told; a `StepRecord` is made sense of (`digest`) where somebody looks at it, in the server's thread, a few times a
-second. What was put down never changes afterwards, so a reader needs no lock: at worst it sees a layer
-more or less. Cost: benchmarks/live_cost.py measures it.
+A `Recorder` is an observer of the pool (`ExpertPool.add_observer`). The engine's thread only notes what it is told; a
+`StepRecord` is interpreted (`digest`) where somebody looks at it, in the server's thread, a few times a second. What
+was noted never changes afterwards, so a reader needs no lock: at worst it sees a layer more or less. Cost:
+benchmarks/live_cost.py measures it.
 """
 
 import time
 from collections.abc import Callable, Collection, Sequence
-from threading import Lock
 from typing import Any, NamedTuple
 
 import torch
 
-from foreroute.engine.moe_step import Runtime
-from foreroute.engine.stats import EngineStats
-from foreroute.engine.step_trace import StepTrace
+from foreroute.engine.interfaces import StepInfo, StepObserver
+from foreroute.engine.pool import ExpertPool
 from foreroute.residency.slots import FREE
 from foreroute.transfer.base import Completion
 
-DEMAND, GUESS, FILL = range(3)
+DEMAND, GUESS, DEFERRED = range(3)
 # The place in a LayerRecord that is written last.
 _ENDED = 6
 
@@ -27,7 +25,7 @@ _ENDED = 6
 class LayerRecord(NamedTuple):
     """One MoE layer of a step. Keys are expert keys; times are by the clock, in seconds.
 
-    found: demanded, and in memory. late: guessed, and still on their way. missing: read while the layer waited.
+    found: demanded, and resident. late: prefetched, and still in flight. missing: read while the layer waited.
     stood_in: not waited for. waits: (began, ended) of the times in which compute waited for bytes. ended_s: 0 while it
     goes.
     """
@@ -48,19 +46,19 @@ class StepRecord:
     Attributes:
         number: counted from when the recorder was attached. phase: "prefill" or "decode".
         ended_s: when its last MoE layer was computed; 0 while it goes.
-        staged, staged_after: keys that lay there on a guess, asked for by nobody yet, when it began and when it ended.
+        prefetched, prefetched_after: keys that were resident on a guess alone when it began and when it ended.
         guesses: (layer, its experts that were guessed in this step, best first).
         arrived: reads that were handed out in this step, as they came.
-        filled: keys on their way, or asked for in this step, that were stood in for.
+        deferred: keys in flight, or queued in this step, that had been substituted.
     """
 
     __slots__ = (
-        "arrived", "began_s", "ended_s", "filled", "guesses", "layers", "number", "phase", "positions", "rows",
-        "staged", "staged_after",
+        "arrived", "began_s", "deferred", "ended_s", "guesses", "layers", "number", "phase", "positions", "prefetched",
+        "prefetched_after", "rows",
     )  # fmt: skip
 
     def __init__(
-        self, number: int, phase: str, rows: int, positions: int, began_s: float, staged: Collection[int] = ()
+        self, number: int, phase: str, rows: int, positions: int, began_s: float, prefetched: Collection[int] = ()
     ) -> None:
         self.number = number
         self.phase = phase
@@ -68,13 +66,13 @@ class StepRecord:
         self.positions = positions
         self.began_s = began_s
         self.ended_s = 0.0
-        self.staged = staged
-        self.staged_after: Collection[int] = ()
+        self.prefetched = prefetched
+        self.prefetched_after: Collection[int] = ()
         # As of LayerRecord, which takes longer to make.
         self.layers: list[list[Any]] = []
         self.guesses: list[tuple[int, Sequence[int]]] = []
         self.arrived: list[Sequence[Completion]] = []
-        self.filled: list[int] = []
+        self.deferred: list[int] = []
 
 
 class Digest(NamedTuple):
@@ -95,40 +93,50 @@ def digest(step: StepRecord, state: Callable[[int], int]) -> Digest:
     """Any thread, while the step goes or afterwards. state: of a key, in the pool now."""
     begun = [LayerRecord(*layer) for layer in list(step.layers)]
     layers = [layer for layer in begun if layer.ended_s]
-    arrived = [one for some in list(step.arrived) for one in some]
-    missing = {key for layer in begun for key in layer.missing}
-    # A guess that was given up before its layer came is read again, on demand: that is its last read in the step.
-    last = {one.key: place for place, one in enumerate(arrived)}
-    reads = []
-    # Guesses that nobody had asked for, of which each layer's demand takes its own.
-    guessed = dict.fromkeys(step.staged)
-    # What was there and is read again had been given up.
-    again = []
-    for place, one in enumerate(arrived):
-        why = GUESS
-        if one.key in missing and last[one.key] == place:
-            why = DEMAND
-        elif one.key in step.filled:
-            why = FILL
-        elif one.error is None:
-            if one.key in guessed:
-                again.append(one.key)
-            guessed[one.key] = None
-        reads.append((one.key, why, one.begun_s, one.ended_s))
-    asked = {key for layer in begun for keys in (layer.found, layer.late, layer.stood_in) for key in keys}
-    if step.ended_s:
-        wasted = [key for key in guessed if key not in asked and key not in step.staged_after]
-    else:
-        wasted = [key for key in guessed if key not in asked and state(key) == FREE]
+    reads, guessed, evicted = _reads_of(step, {key for layer in begun for key in layer.missing})
+    demanded = {key for layer in begun for keys in (layer.found, layer.late, layer.stood_in) for key in keys}
+
+    def is_gone(key: int) -> bool:
+        return key not in step.prefetched_after if step.ended_s else state(key) == FREE
+
+    wasted = evicted + [key for key in guessed if key not in demanded and is_gone(key)]
     in_time = [[key for key in layer.found if key in guessed] for layer in layers]
-    return Digest(layers, in_time, reads, again + wasted)
+    return Digest(layers, in_time, reads, wasted)
 
 
-class Recorder(StepTrace):
-    """Keeps the last step and the one at hand.
+def _reads_of(
+    step: StepRecord, missing: Collection[int]
+) -> tuple[list[tuple[int, int, float, float]], Collection[int], list[int]]:
+    """The step's reads as of `Digest`; the keys that were resident on a guess; those that were evicted and read again.
 
     Args:
-        runtime: the engine's; closed by its owner.
+        missing: keys that were read on demand.
+    """
+    arrived = [one for some in list(step.arrived) for one in some]
+    # A guess that was evicted before its layer came is read again, on demand: that is its last read in the step.
+    last = {one.key: at for at, one in enumerate(arrived)}
+    reads: list[tuple[int, int, float, float]] = []
+    guessed = dict.fromkeys(step.prefetched)
+    evicted: list[int] = []
+    for at, one in enumerate(arrived):
+        why = GUESS
+        if one.key in missing and last[one.key] == at:
+            why = DEMAND
+        elif one.key in step.deferred:
+            why = DEFERRED
+        elif one.error is None:
+            if one.key in guessed:
+                # What was resident and is read again had been evicted.
+                evicted.append(one.key)
+            guessed[one.key] = None
+        reads.append((one.key, why, one.begun_s, one.ended_s))
+    return reads, guessed, evicted
+
+
+class Recorder(StepObserver):
+    """Keeps the last step and the one at hand. Made anew for each time of watching.
+
+    Args:
         clock: the one that the readers time themselves by.
 
     Attributes:
@@ -136,129 +144,66 @@ class Recorder(StepTrace):
         timed_steps, timed_s: decode steps that followed on another one, and the seconds from begin to begin.
     """
 
-    def __init__(self, runtime: Runtime, clock: Callable[[], float] = time.perf_counter) -> None:
-        self._runtime = runtime
+    def __init__(self, pool: ExpertPool, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._residency = pool.residency
         self._clock = clock
-        self._lock = Lock()
-        self._is_wanted = False
-        self._behind: StepTrace | None = None
-        self._last_layer = len(runtime.table.layers) - 1
-        self._forget()
-
-    def _forget(self) -> None:
+        self._last_layer = len(pool.keys.widths) - 1
         self.last: StepRecord | None = None
         self.current: StepRecord | None = None
-        # Takes what is told of a step that began before the recorder came.
         self._step = StepRecord(0, "", 0, 0, 0.0)
         self.timed_steps, self.timed_s = 0, 0.0
-        self.layer = -1
-        self._going: list[Any] = list(LayerRecord(-1, (), (), (), (), 0.0, 0.0, ()))
-        self.hits, self.late, self.misses, self.stood_in = [], [], [], []
+        self._layer: list[Any] = [*LayerRecord(-1, (), (), (), (), 0.0, 0.0, ())]
+        self._found: tuple[list[int], list[int], list[int], list[int]] = ([], [], [], [])
         self._waits: list[tuple[float, float]] = []
 
-    # Any thread.
-
-    def attach(self) -> None:
-        """Record from the next step on. A trace that is written goes on being written."""
-        with self._lock:
-            self._is_wanted = True
-            if self._runtime.tracing is not self:
-                self._forget()
-                self._behind = self._runtime.tracing
-                # One store: the engine's thread looks whether there is a trace each time before it tells one.
-                self._runtime.tracing = self
-
-    def leave(self) -> None:
-        """Record no more; the engine's own thread takes the recorder away when its next step begins."""
-        with self._lock:
-            self._is_wanted = False
-
-    # The engine's thread: what a StepTrace is told.
-
-    def step(self, phase: str, rows: int, positions: int, is_start: bool) -> None:
-        """A forward pass begins: the only place where a recorder goes."""
-        if self._behind is not None:
-            self._behind.step(phase, rows, positions, is_start)
-        if not self._is_wanted and self._detach():
-            return
-        now, before, residency = self._clock(), self._step, self._runtime.residency
-        if before.phase == phase == "decode" and before.rows == rows:
+    def begin_step(self, info: StepInfo) -> None:
+        """See `StepObserver`."""
+        now, before = self._clock(), self._step
+        if before.phase == info.phase == "decode" and before.rows == info.num_rows:
             self.timed_steps += 1
             self.timed_s += now - before.began_s
-        self._step = step = StepRecord(before.number + 1, phase, rows, positions, now, tuple(residency.staged_ready))
-        if before.filled:
-            step.filled = [key for key in before.filled if key in residency.filling]
-        self.current = step
+        prefetched = tuple(self._residency.prefetched_ready)
+        step = StepRecord(before.number + 1, info.phase, info.num_rows, info.num_positions, now, prefetched)
+        if before.deferred:
+            step.deferred = [key for key in before.deferred if key in self._residency.deferred]
+        self._step = self.current = step
 
-    def _detach(self) -> bool:
-        with self._lock:
-            if self._is_wanted:
-                return False
-            self._runtime.tracing = self._behind
-            return True
+    def begin_layer(self, layer: int, routed: Sequence[Sequence[int]], weights: torch.Tensor) -> None:
+        """See `StepObserver`."""
+        self._found, self._waits = ([], [], [], []), []
+        self._layer = [layer, *self._found, self._clock(), 0.0, self._waits]
+        self._step.layers.append(self._layer)
 
-    def begin_layer(self, layer: int, ids: torch.Tensor, weights: torch.Tensor, is_prefill: bool, width: int) -> None:
-        """A layer's experts are called."""
-        self.layer = layer
-        self.hits, self.late, self.misses, self.stood_in, self._waits = [], [], [], [], []
-        self._going = [
-            layer, self.hits, self.late, self.misses, self.stood_in, self._clock(), 0.0, self._waits
-        ]  # fmt: skip
-        self._step.layers.append(self._going)
-        if self._behind is not None:
-            self._behind.begin_layer(layer, ids, weights, is_prefill, width)
-            # The same lists: some of what a step does is added to them by others.
-            self._behind.hits, self._behind.late = self.hits, self.late
-            self._behind.misses, self._behind.stood_in = self.misses, self.stood_in
+    def looked_up(self, hits: Sequence[int], in_flight: Sequence[int], misses: Sequence[int]) -> None:
+        """See `StepObserver`."""
+        for known, keys in zip(self._found[:3], (hits, in_flight, misses), strict=True):
+            known += keys
 
-    def found(self, hits: Sequence[int], late: Sequence[int], misses: Sequence[int]) -> None:
-        """What became of the keys that are waited for."""
-        self.hits += hits
-        self.late += late
-        self.misses += misses
+    def substituted(self, keys: Sequence[int]) -> None:
+        """See `StepObserver`."""
+        self._found[3].extend(keys)
 
     def end_layer(self) -> None:
-        """The layer's experts have been computed."""
-        behind = self._behind
-        if behind is not None:
-            if behind.hits is not self.hits:
-                # The recorder came in the middle of this layer: what it was told since then is the trace's as well.
-                behind.found(self.hits, self.late, self.misses)
-                behind.stood_in += self.stood_in
-            behind.end_layer()
-        self._going[_ENDED] = ended = self._clock()
-        if self.layer == self._last_layer:
+        """See `StepObserver`."""
+        self._layer[_ENDED] = ended = self._clock()
+        if self._layer[0] == self._last_layer:
             step = self._step
-            step.staged_after = tuple(self._runtime.residency.staged_ready)
+            step.prefetched_after = tuple(self._residency.prefetched_ready)
             step.ended_s = ended
             self.last = self.current
 
-    def stall(self, began_s: float, ended_s: float) -> None:
-        """Compute waited for bytes."""
-        if self._behind is not None:
-            self._behind.stall(began_s, ended_s)
+    def stalled(self, began_s: float, ended_s: float) -> None:
+        """See `StepObserver`."""
         self._waits.append((began_s, ended_s))
 
-    def guess(self, layer: int, experts: Sequence[int]) -> None:
-        """These experts of `layer` are expected, best first."""
-        if self._behind is not None:
-            self._behind.guess(layer, experts)
+    def guessed(self, layer: int, experts: Sequence[int]) -> None:
+        """See `StepObserver`."""
         self._step.guesses.append((layer, experts))
 
-    def filled(self, keys: Sequence[int]) -> None:
-        """These are read though nobody waits: they were stood in for."""
-        self._step.filled += keys
+    def deferred(self, keys: Sequence[int]) -> None:
+        """See `StepObserver`."""
+        self._step.deferred += keys
 
     def arrived(self, completions: Sequence[Completion]) -> None:
-        """These reads are over."""
+        """See `StepObserver`."""
         self._step.arrived.append(completions)
-
-    def governor(self, share: float, why: str) -> None:
-        """From now on so much of the full width is guessed."""
-        if self._behind is not None:
-            self._behind.governor(share, why)
-
-    def end(self, stats: EngineStats) -> None:
-        """The model is closed."""
-        if self._behind is not None:
-            self._behind.end(stats)

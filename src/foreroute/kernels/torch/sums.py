@@ -1,13 +1,14 @@
-"""The maths of one decode step: experts computed as they arrive, outputs added up in ascending expert id."""
+"""A layer's weighted sum for few tokens: experts computed as they arrive, outputs added up in ascending expert id."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 
+from foreroute.kernels.layer import Placed
 from foreroute.kernels.torch.experts import ExpertMath, Operands, compute_several, rows_are_aligned
 
-# An expert's key -> its operands, while it is leased.
+# A slot -> the operands of the expert that it holds.
 OperandsOf = Callable[[int], Operands]
 
 
@@ -15,7 +16,7 @@ class Workspace(Protocol):
     """One token through several experts, in any order: kernels/torch/experts.py and quant.py."""
 
     def begin(self, routed: Sequence[int]) -> None:
-        """A new token's step, with the key at each place of its top-k."""
+        """A new token's step, with the key at each position of its top-k."""
         ...
 
     def run(self, math: Any, hidden: torch.Tensor, keys: Sequence[int], operands: Sequence[Operands]) -> None:
@@ -31,26 +32,10 @@ class Workspace(Protocol):
         ...
 
 
-class DecodeStep(Protocol):
-    """One MoE layer's experts for one step: `run` or `stand_in` in any order and any grouping, then `total` once."""
-
-    def run(self, keys: Sequence[int]) -> None:
-        """Compute these experts for the tokens routed to them."""
-        ...
-
-    def stand_in(self, keys: Sequence[int], vectors: torch.Tensor) -> None:
-        """Take `vectors` [keys, hidden] for the outputs of these experts, for every token routed to them."""
-        ...
-
-    def total(self) -> torch.Tensor:
-        """The weighted sum [tokens, hidden], accumulated in ascending key, as transformers' eager experts do."""
-        ...
-
-
 def is_distinct(routed: Sequence[int]) -> bool:
     """A token names no expert twice, as a hash table may; negative keys, which are no expert, may come again.
 
-    Families multiply such a token's row twice in one product, and add both: a `RowsStep` does so too.
+    Families multiply such a token's row twice in one product, and add both: a `RowsSum` does so too.
     """
     if len(set(routed)) == len(routed):
         return True
@@ -58,30 +43,33 @@ def is_distinct(routed: Sequence[int]) -> bool:
     return len(set(experts)) == len(experts)
 
 
-class TokenStep:
-    """One token that names no expert twice: everything but the products is one call for all experts together."""
+class TokenSum:
+    """One token that names no expert twice: everything but the products is one call for all experts together.
 
-    def __init__(
-        self,
-        workspace: Workspace,
-        math: ExpertMath,
-        operands_of: OperandsOf,
-        hidden: torch.Tensor,
-        routed: Sequence[int],
-        weights: torch.Tensor,
-    ) -> None:
+    A `LayerSum` that is begun anew for each token.
+    """
+
+    def __init__(self, workspace: Workspace, math: ExpertMath, operands_of: OperandsOf) -> None:
         self._workspace = workspace
         self._math = math
         self._operands_of = operands_of
+        self._hidden = self._weights = torch.empty(0)
+
+    def begin(self, hidden: torch.Tensor, routed: Sequence[int], weights: torch.Tensor) -> "TokenSum":
+        """The next token's sum: `hidden` [1, hidden], the key at each position of its top-k, `weights` [1, k]."""
         self._hidden = hidden
         self._weights = weights
-        workspace.begin(routed)
+        self._workspace.begin(routed)
+        return self
 
-    def run(self, keys: Sequence[int]) -> None:
+    def add(self, experts: Sequence[Placed]) -> None:
         """Compute these experts for the token."""
-        self._workspace.run(self._math, self._hidden, keys, [self._operands_of(key) for key in keys])
+        operands_of = self._operands_of
+        self._workspace.run(
+            self._math, self._hidden, [key for key, _ in experts], [operands_of(slot) for _, slot in experts]
+        )
 
-    def stand_in(self, keys: Sequence[int], vectors: torch.Tensor) -> None:
+    def substitute(self, keys: Sequence[int], vectors: torch.Tensor) -> None:
         """Take `vectors` [keys, hidden] for the outputs of these experts."""
         self._workspace.put(keys, vectors)
 
@@ -90,7 +78,7 @@ class TokenStep:
         return self._workspace.total(self._weights)
 
 
-class RowsStep:
+class RowsSum:
     """Several tokens: each expert takes the rows routed to it, and what is no product is one call for many experts.
 
     Rows are ordered by position in the top-k and then by token, as eager experts order them: the order of rows in a
@@ -98,7 +86,7 @@ class RowsStep:
 
     Args:
         routed: per token its keys; negative ones are no expert.
-        most_at_once: experts whose operands are asked for together; None for as many as a `run` has.
+        most_at_once: experts whose operands are asked for together; None for as many as an `add` has.
     """
 
     def __init__(
@@ -116,34 +104,35 @@ class RowsStep:
         self._weights = weights
         self._most_at_once = most_at_once
         self._outputs: dict[int, torch.Tensor] = {}
-        # Per expert its places. A place is a token's position in the top-k, counted through all tokens.
+        # Per expert its assignments. An assignment is a position in a token's top-k, counted through all tokens.
         self._top_k = top_k = len(routed[0])
-        places: dict[int, list[int]] = {}
+        assignments: dict[int, list[int]] = {}
         for position in range(top_k):
-            place = position
+            assignment = position
             for row in routed:
                 key = row[position]
-                if key in places:
-                    places[key].append(place)
+                if key in assignments:
+                    assignments[key].append(assignment)
                 elif key >= 0:
-                    places[key] = [place]
-                place += top_k
-        self._places = places
+                    assignments[key] = [assignment]
+                assignment += top_k
+        self._assignments = assignments
         self._hidden = hidden
         self._rows = self._gathered()
 
-    def run(self, keys: Sequence[int]) -> None:
+    def add(self, experts: Sequence[Placed]) -> None:
         """Compute these experts for their rows."""
-        at_once = self._most_at_once or len(keys)
-        for first in range(0, len(keys), at_once):
-            some = keys[first : first + at_once]
-            rows, operands = [self._rows[key] for key in some], [self._operands_of(key) for key in some]
-            self._outputs.update(zip(some, compute_several(self._math, rows, operands), strict=True))
+        at_once = self._most_at_once or len(experts)
+        for first in range(0, len(experts), at_once):
+            some = experts[first : first + at_once]
+            keys = [key for key, _ in some]
+            rows, operands = [self._rows[key] for key in keys], [self._operands_of(slot) for _, slot in some]
+            self._outputs.update(zip(keys, compute_several(self._math, rows, operands), strict=True))
 
-    def stand_in(self, keys: Sequence[int], vectors: torch.Tensor) -> None:
+    def substitute(self, keys: Sequence[int], vectors: torch.Tensor) -> None:
         """Take `vectors` [keys, hidden] for the outputs of these experts, for every token routed to them."""
         for key, vector in zip(keys, vectors, strict=True):
-            self._outputs[key] = vector.expand(len(self._places[key]), -1)
+            self._outputs[key] = vector.expand(len(self._assignments[key]), -1)
 
     def total(self) -> torch.Tensor:
         """The weighted sum [tokens, hidden]."""
@@ -151,43 +140,43 @@ class RowsStep:
         if not self._outputs:
             return torch.zeros_like(hidden)
         keys = sorted(self._outputs)
-        rounds = self._rounds(keys)
-        rows, places = torch.tensor([add for adds in rounds for add in adds], device=hidden.device).unbind(1)
+        passes = self._passes(keys)
+        rows, assignments = torch.tensor([add for adds in passes for add in adds], device=hidden.device).unbind(1)
         outputs = torch.cat([self._outputs[key] for key in keys]).index_select(0, rows)
-        weighted = (outputs * self._weights.reshape(-1, 1).index_select(0, places)).to(hidden.dtype)
+        weighted = (outputs * self._weights.reshape(-1, 1).index_select(0, assignments)).to(hidden.dtype)
         total = torch.zeros_like(hidden)
         num_tokens = len(hidden)
-        for adds, some in zip(rounds, weighted.split([len(adds) for adds in rounds]), strict=True):
-            if len(adds) == num_tokens and all(place // top_k == token for token, (_, place) in enumerate(adds)):
+        for adds, some in zip(passes, weighted.split([len(adds) for adds in passes]), strict=True):
+            if len(adds) == num_tokens and all(one // top_k == token for token, (_, one) in enumerate(adds)):
                 total.add_(some)
             else:
-                tokens = torch.tensor([place // top_k for _, place in adds], device=hidden.device)
+                tokens = torch.tensor([one // top_k for _, one in adds], device=hidden.device)
                 total.index_add_(0, tokens, some)
         return total
 
     def _gathered(self) -> dict[int, torch.Tensor]:
         """For each expert the rows of `hidden` that are routed to it."""
-        hidden, every_place = self._hidden, self._places.values()
-        tokens = [place // self._top_k for places in every_place for place in places]
+        hidden, of_experts = self._hidden, self._assignments.values()
+        tokens = [one // self._top_k for assignments in of_experts for one in assignments]
         index = torch.tensor(tokens, dtype=torch.int64, device=hidden.device)
-        sizes = [len(places) for places in every_place]
+        sizes = [len(assignments) for assignments in of_experts]
         if rows_are_aligned(hidden):
             rows: Sequence[torch.Tensor] = hidden.index_select(0, index).split(sizes)
         else:
             rows = [hidden.index_select(0, some) for some in index.split(sizes)]
-        return dict(zip(self._places, rows, strict=True))
+        return dict(zip(self._assignments, rows, strict=True))
 
-    def _rounds(self, keys: Sequence[int]) -> list[list[tuple[int, int]]]:
-        """What is added to the total at once, one round after the other: (row among the outputs of `keys`, place).
+    def _passes(self, keys: Sequence[int]) -> list[list[tuple[int, int]]]:
+        """Accumulation passes, each of them one addition: (row among the outputs of `keys`, assignment).
 
         As eager does, sums are rounded to the activation dtype after each expert, in ascending order. Only a token's
-        own experts matter to it, so that the first ones of all tokens are one round, whichever they are, and then the
-        second ones. What a token names twice eager adds in one call, which rounds once: then each expert is a round.
+        own experts matter to it, so that the first ones of all tokens are one pass, whichever they are, and then the
+        second ones. What a token names twice eager adds in one call, which rounds once: then each expert is a pass.
         """
         of_experts: list[list[tuple[int, int]]] = []
         row = 0
         for key in keys:
-            of_experts.append(list(enumerate(self._places[key], row)))
+            of_experts.append(list(enumerate(self._assignments[key], row)))
             row += len(of_experts[-1])
         if not all(is_distinct(row) for row in self._routed):
             return of_experts
@@ -195,8 +184,8 @@ class RowsStep:
         for adds in of_experts:
             for add in adds:
                 of_tokens[add[1] // self._top_k].append(add)
-        rounds: list[list[tuple[int, int]]] = [[] for _ in range(max(map(len, of_tokens)))]
+        passes: list[list[tuple[int, int]]] = [[] for _ in range(max(map(len, of_tokens)))]
         for adds in of_tokens:
             for at, add in enumerate(adds):
-                rounds[at].append(add)
-        return rounds
+                passes[at].append(add)
+        return passes

@@ -1,0 +1,396 @@
+"""The pool of experts: slots, reads, counts, observers and clock of one loaded model. Read `demand` and `wait` first.
+
+A change of an expert's place is four things: the residency's state, a request to a reader, a count, and a line to the
+observers. They happen here together, and nowhere else; who needs an expert asks the pool.
+"""
+
+import copy
+import time
+from collections.abc import Callable, Collection, Sequence
+from contextlib import ExitStack
+from threading import Lock
+
+import torch
+
+from foreroute.engine.interfaces import StepInfo, StepObserver
+from foreroute.engine.stats import EngineStats, PhaseStats
+from foreroute.kernels.layer import Placed
+from foreroute.residency.slots import FREE, LOADING, READY, Residency
+from foreroute.transfer.base import Completion, Transfer
+from foreroute.types import ExpertKeys
+
+
+class ExpertPool:
+    """Where every expert is, and all that moves it. One thread at a time, but for adding and removing observers.
+
+    Args:
+        keys: of the model's experts. key_nbytes: stored bytes of each expert, by its key.
+        residency, transfer: the pool's own from now on.
+        keeps_across_tokens: False evicts every expert after its layer (on-demand loading).
+        clock: seconds, monotonic.
+
+    Attributes:
+        stats: all counts. phase: those of prefill or decode, whichever runs.
+        observers: are told what happens in the step at hand; empty, and free, until one is added.
+        idle_work: does a little useful work while compute waits for bytes, and returns False when there is none left.
+    """
+
+    def __init__(
+        self,
+        keys: ExpertKeys,
+        key_nbytes: Sequence[int],
+        residency: Residency,
+        transfer: Transfer,
+        *,
+        keeps_across_tokens: bool = True,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.keys = keys
+        self.residency = residency
+        self.transfer = transfer
+        self.clock = clock
+        self.stats = EngineStats()
+        self.phase: PhaseStats = self.stats.decode
+        self.observers: tuple[StepObserver, ...] = ()
+        self.idle_work: Callable[[], bool] | None = None
+        self._key_nbytes = key_nbytes
+        self._keeps_across_tokens = keeps_across_tokens
+        # Whoever adds or removes an observer replaces the second; it becomes the first where a step begins.
+        self._next_observers: tuple[StepObserver, ...] = ()
+        self._observers_lock = Lock()
+        # Prefetches for a layer that were queued and that its router has not confirmed or contradicted yet.
+        self._guessed: list[list[int]] = [[] for _ in keys.widths]
+        # Used and wasted prefetches, as the residency had counted them when they were last added to a phase.
+        self._recorded = (0, 0)
+        # Experts that were substituted, and not read since.
+        self._substituted: set[int] = set()
+        # Of the deferred loads, those that were queued as such; the others were guesses that came too late.
+        self._queued_deferred: set[int] = set()
+        # Keys that are read into borrowed slots, of which the residency knows nothing.
+        self._loading_borrowed: set[int] = set()
+
+    def begin_step(self, info: StepInfo) -> None:
+        """A forward pass begins: observers come and go here, frequencies decay, finished reads are taken in."""
+        self.observers = self._next_observers
+        self.record_outcomes()
+        self.phase = phase = self.stats.prefill if info.is_prefill else self.stats.decode
+        phase.steps += 1
+        phase.tokens += info.num_tokens
+        for observer in self.observers:
+            observer.begin_step(info)
+        self.residency.tick()
+        self.settle()
+        if not self._keeps_across_tokens:
+            self.residency.drop(self.residency.ready_keys())
+
+    def begin_layer(self, layer: int, routed: Sequence[Sequence[int]], weights: torch.Tensor) -> None:
+        """A MoE layer begins; arguments as of `StepObserver.begin_layer`."""
+        for observer in self.observers:
+            observer.begin_layer(layer, routed, weights)
+
+    def end_layer(self) -> None:
+        """The layer's experts have been computed."""
+        for observer in self.observers:
+            observer.end_layer()
+
+    def demand(self, layer: int, keys: Sequence[int]) -> tuple[list[Placed], dict[int, int]]:
+        """Pin the resident ones of a layer's routed experts, and start to load the others.
+
+        Args:
+            keys: distinct; together they fit the pool beside what is prefetched.
+        Returns:
+            ready: (key, slot) of those that can be computed now. waiting: key -> slot of the others, for `wait`.
+        """
+        hits, in_flight, misses = self.residency.demand(keys)
+        self._count_lookup(layer, hits, in_flight, misses)
+        if not (in_flight or misses):
+            return hits, {}
+        for key, _ in in_flight:
+            self.transfer.promote(key)
+        for key, slot in misses:
+            self._load(key, slot)
+        return hits, dict(in_flight + misses)
+
+    def wait(self, waiting: dict[int, int]) -> list[Placed]:
+        """Block until at least one of `waiting` is there; those that are get pinned, and leave `waiting`.
+
+        Raises:
+            ReadError, ChecksumError: one of them could not be read.
+        """
+        began_s = self.clock()
+        try:
+            while not (arrived := self._settle(self._next_completions(), waiting)):
+                pass
+        finally:
+            self.stalled_since(began_s)
+        return arrived
+
+    def pin_arrived(self, keys: Sequence[int]) -> list[Placed]:
+        """Pin those of `keys` that are there by now, without waiting; they count as hits."""
+        residency = self.residency
+        if any(residency.state(key) == LOADING for key in keys):
+            self.settle()
+        arrived = [(key, residency.slot_of(key)) for key in keys if residency.state(key) == READY]
+        for key, _ in arrived:
+            residency.pin(key)
+        if arrived:
+            self.phase.hits += len(arrived)
+            for observer in self.observers:
+                observer.looked_up([key for key, _ in arrived], (), ())
+        return arrived
+
+    def release(self, keys: Sequence[int]) -> None:
+        """These experts have been computed: their slots may be used again."""
+        self.residency.release(keys)
+        if not self._keeps_across_tokens:
+            self.residency.drop(keys)
+
+    def settle(self) -> None:
+        """Take in what the readers have finished, without waiting. A failed prefetch is forgotten.
+
+        If its expert is needed it is demanded again, and fails there if it must.
+        """
+        if self.transfer.num_in_flight:
+            self._settle(self.transfer.completed(), {})
+
+    def drain(self) -> None:
+        """Block until nothing is in flight."""
+        if self.transfer.num_in_flight:
+            began_s = self.clock()
+            while self.transfer.num_in_flight:
+                self._settle(self._next_completions(), {})
+            self.stalled_since(began_s)
+
+    def can_prefetch(self, layer: int) -> bool:
+        """Some expert of the layer is neither resident nor loading, and a guess could bring it."""
+        residency = self.residency
+        return residency.staging_slots > 0 and residency.resident_per_layer[layer] < self.keys.widths[layer]
+
+    def prefetch(self, layer: int, experts: Sequence[int]) -> None:
+        """Queue reads of guessed experts (distinct, best first), of those that are absent and have room."""
+        for observer in self.observers:
+            observer.guessed(layer, experts)
+        base = self.keys.key(layer, 0)
+        loads = self.residency.prefetch([base + expert for expert in experts])
+        for key, slot in loads:
+            self.transfer.prefetch(key, slot)
+            self._count_prefetch(key)
+        self._guessed[layer].extend(key for key, _ in loads)
+
+    def substitute(self, keys: Sequence[int]) -> None:
+        """Default vectors take the place of these absent experts, which are read when there is time."""
+        self.phase.stood_in += len(keys)
+        for observer in self.observers:
+            observer.substituted(keys)
+        if self._keeps_across_tokens:
+            self.defer(keys)
+
+    def defer(self, keys: Sequence[int]) -> None:
+        """Read substituted experts behind everything else, the second time: else they might never be resident.
+
+        Their second time, not the first: that halves these reads, and costs little, as guesses bring most that recur.
+        """
+        again = [key for key in keys if key in self._substituted]
+        self._substituted.update(keys)
+        if not again:
+            return
+        # Those for which there is no room now keep their turn.
+        loads = self.residency.defer(again)
+        self._substituted.difference_update(key for key, _ in loads)
+        self._queued_deferred &= self.residency.deferred
+        for observer in self.observers:
+            observer.deferred([key for key, _ in loads])
+        for key, slot in loads:
+            self.transfer.fill(key, slot)
+            self._queued_deferred.add(key)
+            self._count_deferred(key)
+
+    def cancel_mispredicted(self, layer: int, wanted: Collection[int]) -> None:
+        """Withdraw queued prefetches for this layer whose keys its router did not choose."""
+        guessed = self._guessed[layer]
+        for key in guessed:
+            if key not in wanted and self.transfer.cancel(key):
+                self.residency.cancel(key)
+                self.phase.prefetch_cancelled += 1
+                self._count_prefetch(key, -1)
+        guessed.clear()
+
+    def cancel_queued(self) -> None:
+        """Withdraw every prefetch and deferred load that no reader has begun."""
+        for layer in range(len(self._guessed)):
+            self.cancel_mispredicted(layer, ())
+        for key in list(self.residency.deferred):
+            if self.transfer.cancel(key):
+                self.residency.cancel(key)
+                self._substituted.add(key)
+                (self._count_deferred if key in self._queued_deferred else self._count_prefetch)(key, -1)
+
+    def admit(
+        self, layer: int, keys: Sequence[int], most_borrowed: int
+    ) -> tuple[list[Placed], dict[int, int], list[int], list[int]]:
+        """Begin a layer whose experts (`keys`, distinct) pass by: withdraw what is queued, and place what fits.
+
+        Returns:
+            ready: (key, slot), resident and pinned. waiting: key -> slot, loading into slots that were free.
+            rest: keys without a slot. borrowed: up to `most_borrowed` slots for them to pass through.
+        """
+        residency = self.residency
+        in_flight = {key for key in keys if residency.state(key) == LOADING}
+        self.cancel_queued()
+        self.drain()
+        resident = [key for key in keys if residency.state(key) == READY]
+        ready = residency.demand(resident[: max(0, residency.num_slots - most_borrowed)]).hits
+        pinned = {key for key, _ in ready}
+        absent = [key for key in keys if key not in pinned]
+        # What was being read when the layer began is late, though it is there by now.
+        late = [one for one in ready if one[0] in in_flight]
+        hits = [one for one in ready if one[0] not in in_flight] if late else ready
+        self._count_lookup(layer, hits, late, [(key, -1) for key in absent])
+        borrowed: list[int] = []
+        if len(absent) > residency.num_free:
+            borrowed = residency.borrow(min(most_borrowed, len(absent)))
+            assert borrowed, f"no slot to stream through: {residency!r}"
+        placeable = [key for key in absent if residency.state(key) == FREE][: residency.num_free]
+        waiting = dict(residency.demand(placeable).misses)
+        for key, slot in waiting.items():
+            self._load(key, slot)
+        return ready, waiting, [key for key in absent if key not in waiting], borrowed
+
+    def load_borrowed(self, key: int, slot: int) -> None:
+        """Start to load an expert into a borrowed slot; `wait` tells when it is there."""
+        self._loading_borrowed.add(key)
+        self._load(key, slot)
+
+    def give_back(self, slots: Sequence[int]) -> None:
+        """Return borrowed slots, after the reads into them have ended."""
+        while self._loading_borrowed:
+            self._settle(self.transfer.wait(), {})
+        self.residency.give_back(slots)
+
+    def add_observer(self, observer: StepObserver) -> None:
+        """Tell this observer what happens, from the next step on; nothing happens where it was added. Any thread."""
+        with self._observers_lock:
+            others = [one for one in self._next_observers if one is not observer]
+            self._next_observers = (*others, observer)
+
+    def remove_observer(self, observer: StepObserver) -> None:
+        """Tell it no more, from the next step on; nothing happens where it was not added. Any thread."""
+        with self._observers_lock:
+            self._next_observers = tuple(one for one in self._next_observers if one is not observer)
+
+    def count_unguessed_step(self) -> None:
+        """The governor has switched guesses off for the step at hand."""
+        self.phase.unguessed_steps += 1
+
+    def governed(self, share: float, why: str) -> None:
+        """The governor has chosen: this share of the full width is guessed from now on."""
+        for observer in self.observers:
+            observer.governed(share, why)
+
+    def stalled_since(self, began_s: float) -> None:
+        """Compute has waited for bytes from then, by the clock, until now."""
+        ended_s = self.clock()
+        self.phase.stall_s += ended_s - began_s
+        for observer in self.observers:
+            observer.stalled(began_s, ended_s)
+
+    def record_outcomes(self) -> None:
+        """Add prefetches that were used or wasted since the last call to the phase that runs."""
+        used, wasted = self.residency.prefetch_used, self.residency.prefetch_wasted
+        self.phase.prefetch_used += used - self._recorded[0]
+        self.phase.prefetch_wasted += wasted - self._recorded[1]
+        self._recorded = (used, wasted)
+
+    def snapshot(self) -> EngineStats:
+        """A copy of all counts since the model was loaded."""
+        stats = self.stats
+        stats.evictions = self.residency.evictions
+        self.record_outcomes()
+        stats.read_bytes, stats.read_s = self.transfer.bytes_read, self.transfer.busy_s
+        return copy.deepcopy(stats)
+
+    def reset(self) -> None:
+        """Empty the pool after a step was broken off: right wherever that was. The counts stay."""
+        self.transfer.reset()
+        self.residency.clear()
+        for guessed in self._guessed:
+            guessed.clear()
+        self._substituted.clear()
+        self._queued_deferred.clear()
+        self._loading_borrowed.clear()
+
+    def close(self) -> None:
+        """Stop the readers, and tell the observers that it is over. A second call does nothing."""
+        self.transfer.close()
+        with self._observers_lock:
+            observers, self._next_observers = self._next_observers, ()
+        self.observers = ()
+        with ExitStack() as told:
+            for observer in reversed(observers):
+                told.callback(observer.end, self.snapshot())
+
+    def _count_lookup(
+        self, layer: int, hits: Sequence[Placed], in_flight: Sequence[Placed], misses: Sequence[Placed]
+    ) -> None:
+        phase, num_waited = self.phase, len(in_flight) + len(misses)
+        phase.hits += len(hits)
+        phase.late += len(in_flight)
+        phase.misses += len(misses)
+        if phase is self.stats.decode:
+            phase.layers += 1
+            if num_waited:
+                phase.stalled_layers += 1
+                phase.first_waited += num_waited if layer == 0 else 0
+        if self.observers:
+            kinds = [[key for key, _ in placed] for placed in (hits, in_flight, misses)]
+            for observer in self.observers:
+                observer.looked_up(*kinds)
+
+    def _count_prefetch(self, key: int, by: int = 1) -> None:
+        self.phase.prefetch_loads += by
+        self.phase.prefetch_bytes += by * self._key_nbytes[key]
+
+    def _count_deferred(self, key: int, by: int = 1) -> None:
+        self.phase.fill_loads += by
+        self.phase.fill_bytes += by * self._key_nbytes[key]
+
+    def _load(self, key: int, slot: int) -> None:
+        self.phase.demand_loads += 1
+        self.phase.demand_bytes += self._key_nbytes[key]
+        self.transfer.demand(key, slot)
+
+    def _next_completions(self) -> Sequence[Completion]:
+        """Block until a reader has finished something; meanwhile the idle work is done, a little at a time."""
+        while self.idle_work is not None:
+            completions = self.transfer.completed()
+            if completions:
+                return completions
+            if not self.idle_work():
+                break
+        return self.transfer.wait()
+
+    def _settle(self, completions: Sequence[Completion], waiting: dict[int, int]) -> list[Placed]:
+        """Take in finished reads; those of `waiting` are pinned, leave it, and are returned."""
+        arrived: list[Placed] = []
+        failure: Exception | None = None
+        if completions:
+            for observer in self.observers:
+                observer.arrived(completions)
+        for completion in completions:
+            key, error = completion.key, completion.error
+            is_borrowed = key in self._loading_borrowed
+            if is_borrowed:
+                self._loading_borrowed.remove(key)
+            else:
+                (self.residency.loaded if error is None else self.residency.fail)(key)
+            if key not in waiting:
+                continue
+            if error is not None:
+                failure = error
+            else:
+                if not is_borrowed:
+                    self.residency.pin(key)
+                arrived.append((key, waiting.pop(key)))
+        if failure is not None:
+            raise failure
+        return arrived
