@@ -10,7 +10,8 @@
     ├── PredictorError           fitted predictors cannot be used with this model, made or written
     ├── BudgetError              the memory asked for cannot work; says what would
     ├── DeviceError              the GPU, its driver or pinned memory cannot do what was asked; says what would
-    ├── ReadError                the disk failed while experts were being read
+    ├── ReadError                a file of weights could not be read
+    │   └── ChangedFileError         it is not what it was when the model was loaded
     ├── TraceError               a trace cannot be written, or read for a report
     ├── PromptError              the prompt cannot be run (empty, longer than the context)
     ├── ServerError              the server cannot be started like this (address, keys)
@@ -67,7 +68,11 @@ class DeviceError(ForerouteError):
 
 
 class ReadError(ForerouteError):
-    """Reading an expert failed; the message names file, offset and expert."""
+    """Reading weights failed; the message names the file, and of an expert which one and where."""
+
+
+class ChangedFileError(ReadError):
+    """A file of weights was replaced, written to or cut off since its header was read; only loading again helps."""
 
 
 class TraceError(ForerouteError):

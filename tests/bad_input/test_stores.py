@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from foreroute.checkpoint import source_files
 from foreroute.checkpoint.records import STORE_NAME, PackedStore, StoreWriter
 from foreroute.errors import ChecksumError, ReadError, StoreError
 from foreroute.prepare.pack import pack
-from tests.support.broken import copied, flip_byte
+from tests.support.broken import copied, flip_byte, overwrite, read_parts, replace
 from tests.support.runs import ONE_PROMPT, assert_same_bits, expert_table, generate, packed_store, watch_reads
 
 ROOT = Path(__file__).parents[2]
@@ -304,9 +305,69 @@ class TestPacking:
         with pytest.raises(StoreError, match=r"cannot be written: .* Choose another --out"):
             pack(expert_table(folder), folder / "no" / "such" / STORE_NAME, progress=quiet)
 
-    def test_the_checkpoint_cannot_be_read(self, folder):
-        table = expert_table(folder)
-        os.truncate(folder / "model.safetensors", (folder / "model.safetensors").stat().st_size // 2)
-        with pytest.raises(ReadError, match=r"expert \d+ of MoE layer \d+ .*model\.safetensors at offset \d+"):
+    def test_the_checkpoint_cannot_be_read(self, folder, monkeypatch):
+        """What was written is kept, to go on with."""
+        monkeypatch.setattr(source_files, "RETRY_PAUSES_S", (0, 0))
+        table, preadv, reads = expert_table(folder), os.preadv, []
+
+        def failing(*args):
+            reads.append(args)
+            if len(reads) > 5:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return preadv(*args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "preadv", failing)
+            with pytest.raises(ReadError, match=r"expert \d+ of MoE layer \d+ .*model\.safetensors at offset \d+"):
+                pack(table, folder / STORE_NAME, progress=quiet)
+        assert self.left(folder) == [f"{STORE_NAME}.partial"]
+
+    @pytest.mark.parametrize("change", [overwrite, replace])
+    def test_the_checkpoint_changes_before_it_is_opened(self, folder, change):
+        table, file = expert_table(folder), folder / "model.safetensors"
+        change(file, file.read_bytes())
+        with pytest.raises(ReadError, match=r"model\.safetensors has changed .* Load the model again"):
             pack(table, folder / STORE_NAME, progress=quiet)
-        assert not (folder / STORE_NAME).exists()
+        assert self.left(folder) == []
+
+    @pytest.mark.parametrize("change", ["written", "cut off"])
+    def test_the_checkpoint_changes_while_it_is_packed(self, folder, change):
+        """A store of two models must not come of it; nor may what was written be gone on with."""
+        table, file = expert_table(folder), folder / "model.safetensors"
+        content = file.read_bytes()
+
+        def changing(done, total):
+            if done == 3:
+                overwrite(file, content if change == "written" else content[: len(content) // 2])
+
+        with pytest.raises(ReadError, match=r"expert \d+ of MoE layer \d+ .*model\.safetensors at offset \d+"):
+            pack(table, folder / STORE_NAME, progress=changing)
+        assert self.left(folder) == []
+
+    def test_a_checkpoint_that_is_replaced_is_packed_as_it_was(self, folder, checkpoints):
+        table, file = expert_table(folder), folder / "model.safetensors"
+        other = (checkpoints.get("qwen3_moe", seed=5) / "model.safetensors").read_bytes()
+        pack(table, folder / STORE_NAME, progress=lambda done, total: done == 3 and replace(file, other))
+        assert (folder / STORE_NAME).read_bytes() == packed_store(checkpoints.get("qwen3_moe")).read_bytes()
+
+    def test_a_half_written_store_of_an_older_checkpoint_is_begun_anew(self, folder, checkpoints):
+        """One expert was another, and the fingerprint, of samples, is the same."""
+        file = folder / "model.safetensors"
+        good = file.read_bytes()
+        header, payload = read_parts(file)
+        start = len(good) - len(payload) + header["model.layers.0.mlp.experts.2.up_proj.weight"]["data_offsets"][0]
+        fingerprint = expert_table(folder).index.fingerprint()
+        overwrite(file, good[:start] + bytes(64) + good[start + 64 :])
+        assert expert_table(folder).index.fingerprint() == fingerprint
+
+        def interrupting(done, total):
+            if done == 5:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            pack(expert_table(folder), folder / STORE_NAME, progress=interrupting, keep_partial=True)
+        overwrite(file, good)
+        now = (folder / f"{STORE_NAME}.partial").stat().st_mtime_ns + 10_000_000
+        os.utime(file, ns=(now, now))
+        pack(expert_table(folder), folder / STORE_NAME, progress=quiet)
+        assert (folder / STORE_NAME).read_bytes() == packed_store(checkpoints.get("qwen3_moe")).read_bytes()

@@ -2,13 +2,16 @@
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+import foreroute
 from foreroute.cli.main import main
 from foreroute.predict.sidecar import SIDECAR_NAME
+from tests.support.broken import replace
 
 FIGURES = {"recall_k", "recall_k2", "recall_2k", "missed_mass"}
 
@@ -99,3 +102,19 @@ def test_what_is_missing_is_named(run, copied: Path, tmp_path: Path) -> None:
     code, _, err = run("fit", copied, "--text", tmp_path / "absent.txt", "--out", tmp_path / "no" / "where")
     assert code == 2
     assert "--out" in err
+
+
+def test_a_checkpoint_that_is_replaced_while_it_is_loaded(run, checkpoints, tmp_path, text, monkeypatch) -> None:
+    """What is fitted to one model must not be said to fit another."""
+    copy = shutil.copytree(checkpoints.get("qwen3_moe"), tmp_path / "copy")
+    load = foreroute.load
+
+    def late(*args, **kwargs):
+        replace(copy / "model.safetensors", (checkpoints.get("qwen3_moe", seed=5) / "model.safetensors").read_bytes())
+        return load(*args, **kwargs)
+
+    monkeypatch.setattr(foreroute, "load", late)
+    code, _, err = run("fit", copy, "--text", text, "--tokens", 1024)
+    assert code == 2
+    assert "has changed" in " ".join(err.split())
+    assert not (copy / SIDECAR_NAME).exists()

@@ -1,6 +1,7 @@
 """Ways to spoil a copy of a checkpoint: what a broken download, a wrong config or a full disk leave behind."""
 
 import json
+import os
 import shutil
 import struct
 from collections.abc import Callable
@@ -56,10 +57,30 @@ def without(file: Path, name: str) -> None:
 
 
 def flip_byte(file: Path, offset: int) -> None:
-    """Turn over all bits of one byte; a negative offset counts from the end."""
+    """Turn over all bits of one byte, as a failing disk does: the file's times stay. A negative offset counts from the
+    end."""
+    before = file.stat()
     with open(file, "r+b") as opened:
         opened.seek(offset, 0 if offset >= 0 else 2)
         at = opened.tell()
         (value,) = opened.read(1)
         opened.seek(at)
         opened.write(bytes([value ^ 0xFF]))
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def overwrite(file: Path, content: bytes) -> None:
+    """Write over a file in place, as `rsync --inplace` or a program that keeps it open does; its times change."""
+    before = file.stat().st_mtime_ns
+    with open(file, "r+b") as opened:
+        opened.write(content)
+        opened.truncate()
+    # A clock of a file system ticks every few milliseconds: a test is quicker than that.
+    os.utime(file, ns=(before, before + 10_000_000))
+
+
+def replace(file: Path, content: bytes) -> None:
+    """Give another file its name, as a download or `mv` does."""
+    other = file.with_name(file.name + ".new")
+    other.write_bytes(content)
+    other.replace(file)

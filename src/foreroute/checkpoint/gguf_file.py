@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from foreroute.checkpoint.index import CheckpointIndex, TensorEntry
+from foreroute.checkpoint.source_files import SourceFile
 from foreroute.errors import CheckpointError, CorruptCheckpointError, UnsupportedModelError
 
 SUFFIX = ".gguf"
@@ -75,14 +76,19 @@ def read_gguf(path: Path) -> GgufIndex:
     Raises:
         UnsupportedModelError: one of several files, another architecture, or a quantisation that is not read; named.
         CorruptCheckpointError: no GGUF file, or one that is cut off.
+        ReadError: it cannot be read, or was replaced or written to meanwhile.
     """
     gguf = gguf_package()
     if _SPLIT_NAME.search(path.name):
         raise _split(path)
-    try:
-        reader = gguf.GGUFReader(path)
-    except _READER_ERRORS as error:
-        raise CorruptCheckpointError(f"{path} is no whole GGUF file ({error}). Download it again.") from error
+    with SourceFile(path) as file:
+        try:
+            reader = gguf.GGUFReader(path)
+        except _READER_ERRORS as error:
+            raise CorruptCheckpointError(f"{path} is no whole GGUF file ({error}). Download it again.") from error
+        file.check()
+    # The reader opened it by its name: it may have been another file.
+    SourceFile(path, file.stamp).close()
     settings = {
         name: _exact(field.contents())
         for name, field in reader.fields.items()
@@ -99,7 +105,7 @@ def read_gguf(path: Path) -> GgufIndex:
     tensors: dict[str, TensorEntry] = {}
     kinds: dict[str, str] = {}
     shapes: dict[str, tuple[int, ...]] = {}
-    file_nbytes = path.stat().st_size
+    file_nbytes = file.stamp.nbytes
     for tensor in reader.tensors:
         name, kind = str(tensor.name), str(tensor.tensor_type.name)
         shape = tuple(int(extent) for extent in reversed(tensor.shape))
@@ -114,7 +120,7 @@ def read_gguf(path: Path) -> GgufIndex:
         stored = (*rows, nbytes // max(1, _product(rows)))
         tensors[name] = TensorEntry(name, str(path), offset, nbytes, "U8", stored)
     _check_kinds(path, gguf, kinds)
-    return GgufIndex(path, tensors, settings, kinds, shapes)
+    return GgufIndex(path, tensors, settings, kinds, shapes, files={str(path): file.stamp})
 
 
 def _exact(value: Any) -> Any:

@@ -8,14 +8,17 @@ import json
 import math
 import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
-from foreroute.errors import CorruptCheckpointError
+from foreroute.checkpoint.source_files import FileStamp, SourceFile
+from foreroute.errors import CheckpointError, CorruptCheckpointError
 
+# What transformers calls the weights that are one file, and the index of those that are several.
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Bytes per item of the dtypes that safetensors can hold and that an expert may be stored in.
 ITEMSIZE: Mapping[str, int] = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
@@ -48,10 +51,14 @@ def merged(entry: TensorEntry, ndim: int) -> TensorEntry:
 
 @dataclass(frozen=True)
 class CheckpointIndex:
-    """Every tensor of a checkpoint folder by name, and the files that hold them."""
+    """Every tensor of a checkpoint folder by name, and the files that hold them.
+
+    files: each file's stamp from when its header was read; all that is read of it later is held against that.
+    """
 
     folder: Path
     tensors: Mapping[str, TensorEntry]
+    files: Mapping[str, FileStamp] = field(default_factory=dict, kw_only=True)
 
     @property
     def kind(self) -> str:
@@ -68,6 +75,9 @@ class CheckpointIndex:
 
         Covers every tensor's name, dtype and shape, and 4 KiB from the middle of 64 tensors spread over the names.
         Cost: 64 small reads.
+
+        Raises:
+            ChangedFileError: a file is not what it was when its header was read. ReadError: it cannot be read.
         """
         digest = xxhash.xxh3_128()
         names = sorted(self.tensors)
@@ -77,14 +87,41 @@ class CheckpointIndex:
         step = max(1, len(names) // _FINGERPRINT_SAMPLES)
         for name in names[::step]:
             entry = self.tensors[name]
-            with open(entry.path, "rb") as file:
-                file.seek(entry.offset + entry.nbytes // 2)
-                digest.update(file.read(min(_FINGERPRINT_SAMPLE_BYTES, entry.nbytes - entry.nbytes // 2)))
+            middle = entry.nbytes // 2
+            with SourceFile(entry.path, self.files.get(entry.path)) as file:
+                digest.update(file.read(entry.offset + middle, min(_FINGERPRINT_SAMPLE_BYTES, entry.nbytes - middle)))
         return digest.hexdigest()
 
 
-def read_sharded(folder: Path, index_file: Path) -> dict[str, TensorEntry]:
-    """Every tensor that `index_file` names, from the headers of its shards in `folder`."""
+def named_weights(folder: Path) -> str | None:
+    """The file in `folder` that its config.json names as `transformers_weights`; None where it names none.
+
+    Raises:
+        CheckpointError: what it names is no safetensors file or index, or lies elsewhere.
+    """
+    try:
+        named = json.loads((folder / "config.json").read_text()).get("transformers_weights")
+    except (OSError, ValueError, AttributeError):
+        return None  # whoever reads the config says what is wrong with it
+    if named is None:
+        return None
+    if not str(named).endswith((".safetensors", ".safetensors.index.json")) or Path(str(named)).name != named:
+        raise CheckpointError(
+            f"{folder / 'config.json'} names {named!r} as transformers_weights: no safetensors file of that folder."
+        )
+    return str(named)
+
+
+def read_sharded(index_file: Path) -> CheckpointIndex:
+    """Every tensor of the shards that `index_file` names, from their headers.
+
+    As in transformers, which takes of the index file which shards there are, and of them all that they hold.
+
+    Raises:
+        CorruptCheckpointError: a shard is absent or malformed, does not hold what the index says, or holds a tensor
+            that another one holds too.
+    """
+    folder = index_file.parent
     try:
         weight_map: dict[str, str] = json.loads(index_file.read_text())["weight_map"]
         shard_names = sorted(set(weight_map.values()))
@@ -100,30 +137,51 @@ def read_sharded(folder: Path, index_file: Path) -> dict[str, TensorEntry]:
             f"{folder}: {len(missing)} of {len(shard_names)} shards are missing, first {missing[0]}. Download them."
         )
     stored: dict[str, TensorEntry] = {}
+    files: dict[str, FileStamp] = {}
     for shard_name in shard_names:
-        for entry in read_header(folder / shard_name):
-            if weight_map.get(entry.name) == shard_name:
-                stored[entry.name] = entry
-    absent = sorted(set(weight_map) - set(stored))
+        entries, files[str(folder / shard_name)] = read_header(folder / shard_name)
+        for entry in entries:
+            _refuse_twice(stored.get(entry.name), entry)
+            stored[entry.name] = entry
+    absent = [
+        name
+        for name, shard in sorted(weight_map.items())
+        if name not in stored or Path(stored[name].path) != folder / shard
+    ]
     if absent:
         raise CorruptCheckpointError(
             f"{index_file} names {absent[0]} in {weight_map[absent[0]]}, which does not hold it "
             f"({len(absent)} such tensors). The index and the shards are of different downloads."
         )
-    return stored
+    return CheckpointIndex(folder, stored, files=files)
 
 
-def read_header(path: str | Path) -> list[TensorEntry]:
-    """The tensors of one safetensors file, in file order.
+def _refuse_twice(earlier: TensorEntry | None, entry: TensorEntry) -> None:
+    if earlier is not None:
+        raise CorruptCheckpointError(
+            f"{entry.name} is in {earlier.path} and in {entry.path}: programs differ in which of them they take. "
+            "Download the model again into an empty folder."
+        )
+
+
+def read_single(path: Path) -> CheckpointIndex:
+    """Every tensor of a checkpoint that is one file."""
+    entries, stamp = read_header(path)
+    return CheckpointIndex(path.parent, {entry.name: entry for entry in entries}, files={str(path): stamp})
+
+
+def read_header(path: str | Path) -> tuple[list[TensorEntry], FileStamp]:
+    """The tensors of one safetensors file, in file order, and what file it was.
 
     Raises:
         CorruptCheckpointError: the file is truncated, its header is malformed, ranges overlap, or a range does not
             have the length that dtype and shape say.
+        ReadError: it cannot be read, or was written to meanwhile.
     """
     path = Path(path)
-    file_nbytes = path.stat().st_size
-    with open(path, "rb") as file:
-        prefix = file.read(8)
+    with SourceFile(path) as file:
+        file_nbytes = file.stamp.nbytes
+        prefix = file.read(0, 8)
         if len(prefix) < 8:
             raise CorruptCheckpointError(f"{path} has {file_nbytes} bytes: too short for a safetensors file.")
         (header_nbytes,) = struct.unpack("<Q", prefix)
@@ -132,14 +190,14 @@ def read_header(path: str | Path) -> list[TensorEntry]:
                 f"{path} says its header has {header_nbytes} bytes, the file has {file_nbytes}: truncated, or not a "
                 "safetensors file. Download it again."
             )
-        raw_header = file.read(header_nbytes)
+        raw_header = file.read(8, header_nbytes)
     try:
         header = json.loads(raw_header)
         entries = sorted(_entries(path, header, 8 + header_nbytes), key=lambda entry: entry.offset)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CorruptCheckpointError(f"{path} has a malformed header ({error!r}). Download it again.") from None
     _check_ranges(path, entries, 8 + header_nbytes, file_nbytes)
-    return entries
+    return entries, file.stamp
 
 
 def _entries(path: Path, header: dict[str, Any], data_start: int) -> Iterator[TensorEntry]:

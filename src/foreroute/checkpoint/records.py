@@ -23,6 +23,7 @@ import xxhash
 
 from foreroute.checkpoint.codecs import CODECS, STORED
 from foreroute.checkpoint.layouts import PAGE, ExpertLayout, ExpertTable, LayerExperts, Part, round_up
+from foreroute.checkpoint.source_files import FileStamp
 from foreroute.errors import StoreError
 from foreroute.types import Copy, ExpertReads, Read
 from foreroute.units import format_memory
@@ -99,6 +100,7 @@ class PackedStore:
         codec: how the experts are stored: a name of codecs.py. table: the experts as they lie here.
         order: what tells the order of numbers that kernels of this machine want from that of another's; "" for none.
         choice: how the experts were chosen that have more bits; empty where all have the same.
+        files: the file's stamp from when its header was read, by its path.
     Raises:
         StoreError: not a store, damaged header, another model's, another version's, or half written.
     """
@@ -106,6 +108,7 @@ class PackedStore:
     def __init__(self, path: Path, table: ExpertTable) -> None:
         self.path = path
         with open(path, "rb") as file:
+            self.files = {str(path): (stamp := FileStamp.of(file.fileno()))}
             stored = _read_header(path, file.read(_PREAMBLE.size), file.read)
             described = json.loads(stored)
             self.codec, self.order = described.get("codec", STORED), described.get("order", "")
@@ -121,9 +124,9 @@ class PackedStore:
             file.seek(self._geometry.table_start)
             raw_table = file.read(8 * table.total_slots)
         expected_nbytes = self._geometry.offset(table.total_slots)
-        if path.stat().st_size != expected_nbytes or len(raw_table) != 8 * table.total_slots:
+        if stamp.nbytes != expected_nbytes or len(raw_table) != 8 * table.total_slots:
             raise StoreError(
-                f"{path} has {path.stat().st_size} bytes in place of {expected_nbytes}: half written or truncated. "
+                f"{path} has {stamp.nbytes} bytes in place of {expected_nbytes}: half written or truncated. "
                 "Remove it and run `foreroute pack` again."
             )
         self._checksums = struct.unpack(f"<{table.total_slots}Q", raw_table)
@@ -208,7 +211,7 @@ def claim_store(path: Path) -> Claim:
 class StoreWriter:
     """Writes a store record by record under a partial name; `finish` makes it a store.
 
-    A partial file of the same model is continued: `next_record` is the first that is still missing.
+    A partial file of the same model, and newer than it, is continued: `next_record` is the first that is missing.
 
     Args:
         path: the final name. table: the experts to be stored, in their order.
@@ -234,6 +237,7 @@ class StoreWriter:
         self.partial_path = partial_path(path)
         self._header = _header(table, codec, order, choice)
         self._num_records = table.total_slots
+        self._sources_changed_ns = max((stamp.mtime_ns for stamp in table.index.files.values()), default=0)
         self._geometry = _Geometry.of(len(self._header), table)
         self._checksums = [0] * self._num_records
         self._unsynced_bytes = 0
@@ -300,12 +304,13 @@ class StoreWriter:
     def _load_partial(self) -> bool:
         try:
             with open(self.partial_path, "rb") as file:
+                is_newer = FileStamp.of(file.fileno()).mtime_ns >= self._sources_changed_ns
                 stored = _read_header(self.partial_path, file.read(_PREAMBLE.size), file.read)
                 file.seek(self._geometry.table_start)
                 raw = file.read(8 * self._num_records)
         except (FileNotFoundError, StoreError):
             return False
-        if stored != self._header or len(raw) != 8 * self._num_records:
+        if not is_newer or stored != self._header or len(raw) != 8 * self._num_records:
             return False
         self._checksums = list(struct.unpack(f"<{self._num_records}Q", raw))
         self.next_record = next((i for i, value in enumerate(self._checksums) if value == 0), self._num_records)
@@ -361,11 +366,7 @@ def stored_choice(path: Path, table: ExpertTable) -> tuple[dict[str, Any], list[
 
 
 def _first_records(table: ExpertTable) -> Sequence[int]:
-    firsts, total = [], 0
-    for layer in table.layers:
-        firsts.append(total)
-        total += layer.num_experts
-    return firsts
+    return list(itertools.accumulate((layer.num_experts for layer in table.layers), initial=0))
 
 
 def _write_all(fd: int, payload: memoryview, offset: int) -> None:

@@ -307,6 +307,7 @@ class ExpertPool:
         stats.evictions = self.residency.evictions
         self.record_outcomes()
         stats.read_bytes, stats.read_s = self.transfer.bytes_read, self.transfer.busy_s
+        stats.read_retries = self.transfer.retries
         return copy.deepcopy(stats)
 
     def reset(self) -> None:

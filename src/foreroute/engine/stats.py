@@ -51,13 +51,17 @@ class PhaseStats:
 
 @dataclass(slots=True)
 class EngineStats:
-    """Both phases, and the pool's own counts since the last reset."""
+    """Both phases, and the pool's own counts since the last reset.
+
+    read_retries: reads that failed for a reason that may pass (an I/O error, a stale handle), and were tried again.
+    """
 
     prefill: PhaseStats = field(default_factory=PhaseStats)
     decode: PhaseStats = field(default_factory=PhaseStats)
     evictions: int = 0
     read_bytes: int = 0
     read_s: float = 0.0
+    read_retries: int = 0
 
     @property
     def prefetch_used(self) -> int:

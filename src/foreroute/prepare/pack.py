@@ -6,6 +6,7 @@ from typing import Any
 
 from foreroute.checkpoint.layouts import ExpertTable
 from foreroute.checkpoint.records import StoreWriter
+from foreroute.errors import ChangedFileError
 from foreroute.prepare.quantise import Quantiser
 from foreroute.transfer.disk import DiskTransfer
 from foreroute.transfer.memory import allocate_slots
@@ -37,6 +38,7 @@ def pack(
     Raises:
         StoreError: the disk is full or cannot be written, or another process is writing this store.
         ReadError: an expert could not be read; named.
+        ChangedFileError: the checkpoint was replaced or written to meanwhile; what was written is removed.
     """
     keys = table.keys.all()
     kind: dict[str, Any] = {}
@@ -46,8 +48,9 @@ def pack(
     with StoreWriter(path, stored, resume=resume, claim=claim, **kind) as writer:
         try:
             _read_and_write(table, keys, writer, progress, quantiser)
-        except KeyboardInterrupt:
-            if not keep_partial:
+        except (KeyboardInterrupt, ChangedFileError) as error:
+            # Of a checkpoint that is not what it was nothing is kept: going on with it would mix two models.
+            if isinstance(error, ChangedFileError) or not keep_partial:
                 writer.discard()
             raise
     return writer.nbytes
@@ -57,7 +60,7 @@ def _read_and_write(
     table: ExpertTable, keys: list[int], writer: StoreWriter, progress: Progress, quantiser: Quantiser | None
 ) -> None:
     memory, slots = allocate_slots(_RING_SLOTS, table.slot_bytes)
-    transfer = DiskTransfer(table.reads, slots.__getitem__, label=table.label)
+    transfer = DiskTransfer(table.reads, slots.__getitem__, label=table.label, stamps=table.index.files)
     try:
         _copy_all(table, keys, writer, transfer, slots, progress, quantiser)
         transfer.close()

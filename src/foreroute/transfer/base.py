@@ -30,6 +30,7 @@ class Transfer(Protocol):
         bytes_read: bytes read so far, padding to the block size included.
         reads: contiguous ranges read so far.
         busy_s: seconds spent in reading alone, summed over threads.
+        retries: reads that failed for a reason that may pass, and were tried again.
     """
 
     @property
@@ -40,6 +41,9 @@ class Transfer(Protocol):
 
     @property
     def busy_s(self) -> float: ...
+
+    @property
+    def retries(self) -> int: ...
 
     @property
     def num_in_flight(self) -> int:

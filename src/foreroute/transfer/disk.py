@@ -8,9 +8,10 @@ being read. With nothing left to read the reading thread does it itself, and spa
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from queue import Empty, SimpleQueue
 
+from foreroute.checkpoint.source_files import FileStamp
 from foreroute.transfer.base import Completion
 from foreroute.transfer.files import BlockFiles
 from foreroute.transfer.load import Load, Source
@@ -23,8 +24,8 @@ _LOCK_PATIENCE_S = 2.0
 class DiskTransfer:
     """A `Transfer` that reads files.
 
-    Failures travel in the completions and leave the threads alive: ReadError (the disk, or a file that is too short),
-    ChecksumError (the bytes are not those that were packed).
+    Failures travel in the completions and leave the threads alive: ReadError (the disk failed several times in a row,
+    a file is too short or is not what it was), ChecksumError (the bytes are not those that were packed).
 
     Interrupts: Ctrl-C reaches the decode thread only, the readers go on. In `wait` it leaves everything as it was.
 
@@ -34,6 +35,9 @@ class DiskTransfer:
         num_threads: reads at once.
         direct: use O_DIRECT where the files allow it.
         label: a key's name in messages.
+        stamps: the files to be read, as they were when their headers were; opened at once and held to that.
+    Raises:
+        ReadError: one of those files cannot be opened, or has changed.
     """
 
     def __init__(
@@ -44,9 +48,10 @@ class DiskTransfer:
         num_threads: int = 1,
         direct: bool = True,
         label: Callable[[int], str] = "expert key {}".format,
+        stamps: Mapping[str, FileStamp] | None = None,
     ) -> None:
         assert num_threads > 0, "somebody has to read"
-        files = BlockFiles(direct)
+        files = BlockFiles(direct, stamps)
         self._files = files
         self._queue = TransferQueue()
         self._lock = threading.Lock()  # guards _queue, and is never held during I/O
@@ -75,6 +80,11 @@ class DiskTransfer:
     def reads(self) -> int:
         """Contiguous ranges read so far."""
         return sum(load.reads for load in self._loads)
+
+    @property
+    def retries(self) -> int:
+        """Reads that failed for a reason that may pass, and were tried again."""
+        return self._files.retries
 
     @property
     def busy_s(self) -> float:

@@ -26,6 +26,7 @@ class FakeTransfer:
         self.bytes_read = 0
         self.reads = 0
         self.busy_s = 0.0
+        self.retries = 0
         self._fill = fill
         self._finish_on_wait = finish_on_wait
         self._queue = TransferQueue()

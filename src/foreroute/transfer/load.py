@@ -7,7 +7,8 @@ from time import perf_counter
 import numpy as np
 import xxhash
 
-from foreroute.errors import ChecksumError, ReadError
+from foreroute.checkpoint.source_files import explained
+from foreroute.errors import ChangedFileError, ChecksumError, ReadError
 from foreroute.transfer.base import Completion
 from foreroute.transfer.copies import apply_copies
 from foreroute.transfer.files import BLOCK_BYTES, BlockFiles, round_down, round_up
@@ -100,12 +101,12 @@ class Load:
         began_s = perf_counter()
         try:
             self.bytes_read += self._source.files.read(read.path, offset, block, read.offset + read.nbytes - offset)
+        except ChangedFileError as error:
+            raise ChangedFileError(f"{self._where(read)}: {error}") from None
         except ReadError as error:
             raise ReadError(f"{self._where(read)}: {error}. Get the file again, or pack it again.") from None
         except OSError as error:
-            raise ReadError(
-                f"{self._where(read)}: {error.strerror}. Check the disk and that the file is still there."
-            ) from error
+            raise ReadError(f"{self._where(read)}: {explained(error)}") from error
         finally:
             self.busy_s += perf_counter() - began_s
         self.reads += 1

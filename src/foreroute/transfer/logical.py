@@ -32,6 +32,11 @@ class LogicalTransfer:
         return self._inner.busy_s
 
     @property
+    def retries(self) -> int:
+        """Reads that failed for a reason that may pass, and were tried again."""
+        return self._inner.retries
+
+    @property
     def num_in_flight(self) -> int:
         """Requests whose completion has not been handed out yet."""
         return self._inner.num_in_flight + len(self._held)

@@ -110,13 +110,18 @@ def open_disk(
     slot_memory: Callable[[int], memoryview],
     num_threads: int,
 ) -> DiskTransfer:
-    """Readers of the checkpoint, or of its packed store."""
+    """Readers of the checkpoint, or of its packed store.
+
+    Raises:
+        ReadError: a file is not what it was when its header was read, or cannot be opened.
+    """
     return DiskTransfer(
         table.reads if store is None else store.reads_of(table),
         slot_memory,
         num_threads=num_threads,
         direct=asked.direct_io,
         label=table.label,
+        stamps=table.index.files if store is None else store.files,
     )
 
 

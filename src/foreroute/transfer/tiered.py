@@ -78,6 +78,11 @@ class TieredTransfer:
         self.is_closed = False
 
     @property
+    def retries(self) -> int:
+        """Reads from disk that failed for a reason that may pass, and were tried again."""
+        return 0 if self._disk is None else self._disk.retries
+
+    @property
     def num_in_flight(self) -> int:
         """Requests whose completion has not been handed out yet."""
         return len(self._slot_of)

@@ -126,10 +126,12 @@ def run(args: argparse.Namespace) -> int:
         options.apply_threads(args)
         path = options.place_beside(folder, SIDECAR_NAME, args.out, PredictorError)
         _check_place(path, force=args.force)
-        fingerprint = read_index(folder).fingerprint()
+        index = read_index(folder)
         tokenizer = load_tokenizer(folder)
         model = foreroute.load(folder, dtype=args.dtype, config=config)
     try:
+        # Refused where the files changed in between: it is the model's own, or none.
+        fingerprint = index.fingerprint()
         corpus = read_corpus(tokenizer, args.text, args.tokens, context_of(model.config, args.context))
         sidecar = _fit(args, model, fingerprint, corpus, path)
     finally:

@@ -1,0 +1,213 @@
+"""Files that hold weights, opened only as what they were when their headers were read.
+
+A file can be replaced (its name leads to another inode) or written over (the same inode, at another time). Reading on
+would mix the weights of two models without a word, so that every open and every read is held against what `fstat` said
+when the header was read: device, inode, size, and the time of the last change.
+"""
+
+import contextlib
+import errno
+import logging
+import os
+import resource
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple
+
+from foreroute.errors import ChangedFileError, ReadError
+
+_LOG = logging.getLogger(__name__)
+
+# What may go well when it is tried again: a disk that resets, a network file system whose server is back.
+PASSING_ERRORS = frozenset(
+    {errno.EIO, errno.EREMOTEIO, errno.EAGAIN, errno.EINTR, errno.ETIMEDOUT, errno.ESTALE, errno.ENOBUFS}
+)
+# Before the second, third and fourth attempt: a bus reset takes some hundred milliseconds, and a token waits for this.
+RETRY_PAUSES_S = (0.01, 0.05, 0.25)
+TOO_MANY_OPEN = (errno.EMFILE, errno.ENFILE)
+# Descriptors that are left to the rest of the process: libraries, sockets, other models.
+_LEFT_TO_OTHERS = 64
+_LEAST_OPEN = 4
+
+
+class FileStamp(NamedTuple):
+    """What tells a file from another one of the same name, and from itself before it was written to."""
+
+    device: int
+    inode: int
+    nbytes: int
+    mtime_ns: int
+
+    @classmethod
+    def of(cls, fd: int) -> "FileStamp":
+        """Of an open file."""
+        found = os.fstat(fd)
+        return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+def open_as(path: str, stamp: FileStamp | None, flags: int = 0) -> tuple[int, FileStamp]:
+    """Open a file to read it: its descriptor, and its stamp, which is `stamp` where one is given.
+
+    Raises:
+        ChangedFileError: the file is another one than the stamp's. OSError: it cannot be opened.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | flags)
+    try:
+        return fd, check_stamp(fd, path, stamp)
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def check_stamp(fd: int, path: str, stamp: FileStamp | None) -> FileStamp:
+    """The open file's stamp, which is `stamp` where one is given.
+
+    Called after a read it covers the bytes that were read: a system sets the time of a change before it makes it.
+    Cost: an `fstat`, 1 to 3 microseconds.
+
+    Raises:
+        ChangedFileError: it is another one.
+    """
+    found = FileStamp.of(fd)
+    if stamp is not None and found != stamp:
+        raise ChangedFileError(f"{path} has changed since it was opened first: {_difference(stamp, found)}. {_AGAIN}")
+    return found
+
+
+_AGAIN = "Load the model again; write a new version beside the old one and rename it, then what is loaded stays right."
+
+
+def _difference(before: FileStamp, now: FileStamp) -> str:
+    if before[:2] != now[:2]:
+        return "another file has its name now"
+    if before.nbytes != now.nbytes:
+        return f"it had {before.nbytes} bytes and has {now.nbytes}"
+    return "it has been written to"
+
+
+def retried(read: Callable[[], int], path: str, noted: Callable[[], None] = lambda: None) -> int:
+    """The result of `read`, tried up to four times where it fails for a reason that may pass; each retry is logged.
+
+    Args:
+        noted: called before each retry.
+    Raises:
+        OSError: the last attempt's.
+    """
+    for pause_s in RETRY_PAUSES_S:
+        try:
+            return read()
+        except OSError as error:
+            if error.errno not in PASSING_ERRORS:
+                raise
+            _LOG.warning("A read of %s failed (%s) and is tried again.", path, error.strerror)
+            noted()
+            time.sleep(pause_s)
+    return read()
+
+
+def explained(error: OSError) -> str:
+    """What failed while a file was opened or read, and what to do about it."""
+    if error.errno in TOO_MANY_OPEN:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        return (
+            f"{error.strerror}; the limit is {soft} (at most {hard}). Raise it (ulimit -n), or close other models and "
+            "connections."
+        )
+    times = f", {len(RETRY_PAUSES_S) + 1} times in a row" if error.errno in PASSING_ERRORS else ""
+    return f"{error.strerror}{times}. Check the disk and that the file is still there."
+
+
+def room_for_files(wanted: int) -> int:
+    """How many of `wanted` files may stay open at once; raises the process's soft limit where that is too low."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return wanted
+    used = _num_descriptors(soft)
+    needed = used + wanted + _LEFT_TO_OTHERS
+    raised = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+    if raised > soft:
+        with contextlib.suppress(OSError, ValueError):  # a sandbox may forbid it
+            resource.setrlimit(resource.RLIMIT_NOFILE, (raised, hard))
+            soft = raised
+    # Where even the hard limit is too low: half of what is free, the rest is for sockets and for other models.
+    return wanted if soft >= needed else max(_LEAST_OPEN, (soft - used) // 2)
+
+
+def _num_descriptors(limit: int) -> int:
+    """How many this process has open; `limit` where there is none left to look."""
+    try:
+        return len(os.listdir("/proc/self/fd"))
+    except OSError:
+        return limit
+
+
+class SourceFile:
+    """One file, open for reading by one thread through the page cache. Never mapped: a mapped file that is cut off
+    ends the process.
+
+    Args:
+        stamp: what the file must be; None takes it as it is, and holds it to that from then on.
+    Raises:
+        ChangedFileError: it is another file. ReadError: it cannot be opened.
+    """
+
+    def __init__(self, path: str | Path, stamp: FileStamp | None = None) -> None:
+        self.path = str(path)
+        try:
+            self._fd, self.stamp = open_as(self.path, stamp)
+        except OSError as error:
+            raise ReadError(f"{self.path} cannot be opened: {explained(error)}") from error
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` (bytes) from `offset`.
+
+        Raises:
+            ChangedFileError: the file was written to. ReadError: it ends too early, or the disk failed.
+        """
+        filled = 0
+        while filled < len(buffer):
+            begin = filled
+
+            def read(begin: int = begin) -> int:
+                os.lseek(self._fd, offset + begin, os.SEEK_SET)
+                return os.readv(self._fd, [buffer[begin:]])
+
+            try:
+                count = retried(read, self.path)
+            except OSError as error:
+                raise ReadError(f"{self.path} cannot be read at offset {offset + begin}: {explained(error)}") from error
+            if not count:
+                self.check()
+                raise ReadError(
+                    f"{self.path} ends at byte {offset + filled}, {len(buffer) - filled} bytes too early. Get it again."
+                )
+            filled += count
+        self.check()
+
+    def read(self, offset: int, nbytes: int) -> bytearray:
+        """So many bytes from `offset`; fewer where the file ends before."""
+        buffer = bytearray(max(0, min(nbytes, self.stamp.nbytes - offset)))
+        self.read_into(offset, memoryview(buffer))
+        return buffer
+
+    def check(self) -> None:
+        """See that the file is what it was.
+
+        Raises:
+            ChangedFileError: it is not.
+        """
+        check_stamp(self._fd, self.path, self.stamp)
+
+    def close(self) -> None:
+        """Close it. A second call does nothing."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def __enter__(self) -> "SourceFile":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
