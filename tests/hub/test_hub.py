@@ -100,6 +100,23 @@ def test_what_is_needed_is_fetched_once_and_nothing_else(repository: Path, look_
     assert away == folder, said
 
 
+@pytest.mark.parametrize(
+    ("named", "fetched"),
+    [(None, {"model.safetensors"}), ("other.safetensors", {"other.safetensors"}),
+     ("model.safetensors.index.json", {"shard-a.safetensors", "shard-b.safetensors"})],
+)  # fmt: skip
+def test_of_several_sets_of_weights_that_of_transformers(
+    repository: Path, look_up: Callable[..., Found], named: str | None, fetched: set[str]
+) -> None:
+    """The file that the config names, else the single file, else the shards; and that alone."""
+    (repository / "model.safetensors").write_text("newer")
+    (repository / "config.json").write_text(json.dumps({"transformers_weights": named} if named else {}))
+    with serving(repository) as hub:
+        folder, said = look_up(hub)
+        assert folder is not None, said
+        assert {name for name in _names(folder) if name.endswith(".safetensors")} == fetched
+
+
 def test_a_branch_that_moves_on_meanwhile(repository: Path, tmp_path: Path, look_up: Callable[..., Found]) -> None:
     """Between the list of files and their download: all of them are of the commit that was listed."""
     later = shutil.copytree(repository, tmp_path / "later")
@@ -208,7 +225,8 @@ def test_a_repository_without_safetensors_is_refused_before_a_download(
         assert folder is None
         assert said in error
         assert "UnsupportedModelError" in error
-        assert not hub.sent
+        # A config may name a file of another name as the weights.
+        assert set(hub.sent) == ({"config.json"} if "consolidated.safetensors" in kept else set())
 
 
 def test_too_little_disk_is_said_before_a_download(repository: Path, look_up: Callable[..., Found]) -> None:

@@ -1,7 +1,7 @@
 """A checkpoint from the hub: the files that are read here and no others, by huggingface_hub into its own cache.
 
 Its cache, its resumption of downloads, its bars, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE hold as they do everywhere.
-What is added is which files: those that the index names (or the one file), the config, the tokenizer and the chat
+What is added is which files: the one file (or those that the index names), the config, the tokenizer and the chat
 template, from the top folder alone. Pickles, other formats and second copies ("original/", "consolidated") stay there.
 """
 
@@ -14,11 +14,10 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import cast
 
+from foreroute.checkpoint.index import INDEX, SINGLE, named_weights
 from foreroute.errors import CheckpointError, UnsupportedModelError
 from foreroute.units import format_memory
 
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
 # Beside the weights. Names ending so that are no settings of a model (an index of pickles) are left out.
 _SETTINGS = ("*.json", "*.jinja", "*.model", "*.txt")
 _NOT_SETTINGS = ("*/*", "*.bin.index.json", "*.msgpack.index.json", "*.h5.index.json", "consolidated*")
@@ -46,7 +45,7 @@ def fetch(hub_id: str, revision: str | None = None, *, quiet: bool = False) -> P
         sizes = _sizes(hub_id, commit)
         if sizes is None:
             # Whether all shards are there, read_index finds out.
-            wanted, is_online = ["config.json", _INDEX], False
+            wanted, is_online = ["config.json", INDEX], False
         else:
             wanted, is_online = _wanted(hub_id, commit, label, sizes), True
             _check_room(hub_id, commit, label, {name: sizes[name] for name in wanted})
@@ -69,22 +68,33 @@ def _sizes(hub_id: str, commit: str) -> dict[str, int] | None:
 
 def _wanted(hub_id: str, commit: str, label: str, there: Mapping[str, int]) -> list[str]:
     """Of the repository's files those that are read."""
+    wanted = [name for name in there if _is_like(name, _SETTINGS) and not _is_like(name, _NOT_SETTINGS)]
+    weights = _weights(hub_id, commit, label, there)
+    absent = [name for name in weights if name not in there]
+    if absent:
+        raise CheckpointError(f"{label} names {absent[0]}, which is not in the repository.")
+    return [*wanted, *weights]
+
+
+def _weights(hub_id: str, commit: str, label: str, there: Mapping[str, int]) -> list[str]:
+    """The files of weights, chosen as transformers and locate.py choose them: the one that the config names, else the
+    single file, else those of the index. Where there are several choices, all but that one may be out of date."""
     from huggingface_hub import hf_hub_download
 
-    wanted = [name for name in there if _is_like(name, _SETTINGS) and not _is_like(name, _NOT_SETTINGS)]
-    if _INDEX not in there:
-        if _SINGLE not in there:
-            raise UnsupportedModelError(_no_weights(label, sorted(there)))
-        return [*wanted, _SINGLE]
-    index_file = hf_hub_download(hub_id, _INDEX, revision=commit)
+    candidates = [name for name in (SINGLE, INDEX) if name in there]
+    if "config.json" in there and any(name.endswith((".safetensors", ".safetensors.index.json")) for name in there):
+        config_file = hf_hub_download(hub_id, "config.json", revision=commit)
+        candidates = [name for name in (named_weights(Path(config_file).parent), *candidates) if name is not None]
+    if not candidates:
+        raise UnsupportedModelError(_no_weights(label, sorted(there)))
+    first = candidates[0]
+    if first not in there or not first.endswith(".index.json"):
+        return [first]
+    index_file = hf_hub_download(hub_id, first, revision=commit)
     try:
-        wanted += sorted(set(json.loads(Path(index_file).read_text())["weight_map"].values()))
+        return sorted(set(json.loads(Path(index_file).read_text())["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{label}: its {_INDEX} is not a safetensors index ({error!r}).") from None
-    absent = [name for name in wanted if name not in there]
-    if absent:
-        raise CheckpointError(f"{label}: {_INDEX} names {absent[0]}, which is not in the repository.")
-    return wanted
+        raise CheckpointError(f"{label}: its {first} is not a safetensors index ({error!r}).") from None
 
 
 def _is_like(name: str, patterns: Sequence[str]) -> bool:
@@ -95,7 +105,7 @@ def _no_weights(label: str, names: list[str]) -> str:
     of_kind = {
         end: [name for name in names if name.endswith(end)] for end in (".gguf", ".safetensors", ".bin", ".pt", ".pth")
     }
-    said = f"{label} has no {_SINGLE} and no {_INDEX}."
+    said = f"{label} has no {SINGLE} and no {INDEX}."
     if of_kind[".gguf"]:
         return f"{said} It has GGUF files: download one ({of_kind['.gguf'][0]}) and give its path."
     if of_kind[".safetensors"]:

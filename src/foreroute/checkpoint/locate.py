@@ -1,14 +1,19 @@
 """From what the user typed to a local path: a folder or a GGUF file as it is, or a hub id through the hub's cache."""
 
+import logging
 import re
+from functools import cache
 from pathlib import Path
 
 from foreroute.checkpoint.gguf_file import is_gguf, read_gguf
 from foreroute.checkpoint.hub import fetch
-from foreroute.checkpoint.index import CheckpointIndex, read_header, read_sharded
+from foreroute.checkpoint.index import INDEX, SINGLE, CheckpointIndex, named_weights, read_sharded, read_single
 from foreroute.errors import CheckpointError, UnsupportedModelError
 
+_LOG = logging.getLogger(__name__)
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+# Written by transformers' distributed training, and taken before every other file.
+_DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 
 
 def locate(path_or_hub_id: str | Path, *, revision: str | None = None, quiet: bool = False) -> Path:
@@ -35,27 +40,39 @@ def locate(path_or_hub_id: str | Path, *, revision: str | None = None, quiet: bo
 
 
 def read_index(folder: str | Path) -> CheckpointIndex:
-    """Read the headers of every safetensors file that the checkpoint in `folder` names.
+    """Read the headers of every safetensors file of the checkpoint in `folder`, chosen as transformers chooses them.
+
+    That is: the file that config.json names as `transformers_weights`; else `model.safetensors`; else the shards that
+    `model.safetensors.index.json` names. Dense weights and experts are read from these files and from no others.
 
     Args:
-        folder: a local folder with `model.safetensors`, or `model.safetensors.index.json` and its shards;
-            or a GGUF file.
+        folder: a local folder; or a GGUF file.
     Raises:
         CheckpointError: not a folder, or a folder without weights.
-        UnsupportedModelError: the weights are pickles.
+        UnsupportedModelError: the weights are pickles, or transformers would take others: an adapter, or the shards of
+            a distributed checkpoint.
         CorruptCheckpointError: a shard is absent, truncated, malformed, or does not hold what the index names.
+        ReadError: a file cannot be read.
     """
     folder = Path(folder)
     if folder.suffix == ".gguf" and folder.is_file():
         return read_gguf(folder)
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder. Give the folder that holds config.json and *.safetensors.")
-    index_file = folder / "model.safetensors.index.json"
-    single_file = folder / "model.safetensors"
-    if index_file.is_file():
-        return CheckpointIndex(folder, read_sharded(folder, index_file))
+    _refuse_others(folder)
+    index_file, single_file = folder / INDEX, folder / SINGLE
+    named = named_weights(folder)
+    if named is not None and not (folder / named).is_file():
+        raise CheckpointError(f"{folder} has no {named}, which its config.json names as transformers_weights.")
+    if named is not None:
+        read = read_sharded if named.endswith(".index.json") else read_single
+        return read(folder / named)
     if single_file.is_file():
-        return CheckpointIndex(folder, {entry.name: entry for entry in read_header(single_file)})
+        if index_file.is_file() and any(folder.glob("model-*.safetensors")):
+            _say_which(single_file, index_file)
+        return read_single(single_file)
+    if index_file.is_file():
+        return read_sharded(index_file)
     pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in folder.glob(pattern))
     if pickles:
         raise UnsupportedModelError(
@@ -65,3 +82,24 @@ def read_index(folder: str | Path) -> CheckpointIndex:
     loose = sorted(path.name for path in folder.glob("*.safetensors"))
     hint = f" It has {loose[0]}, but no model.safetensors.index.json that names it." if loose else ""
     raise CheckpointError(f"{folder} has no model.safetensors and no model.safetensors.index.json.{hint}")
+
+
+def _refuse_others(folder: Path) -> None:
+    """What transformers would load beside or in place of the files that are read here."""
+    if (folder / "adapter_config.json").is_file():
+        raise UnsupportedModelError(
+            f"{folder} holds an adapter (adapter_config.json), which transformers would put on the model and foreroute "
+            "does not. Merge it into the weights (peft's merge_and_unload), or take it out of the folder."
+        )
+    distributed = next((path.name for path in sorted(folder.iterdir()) if _DISTRIBUTED.fullmatch(path.name)), None)
+    if distributed is not None:
+        raise UnsupportedModelError(
+            f"{folder} holds a distributed checkpoint ({distributed}), which transformers takes before "
+            f"{SINGLE} and foreroute does not read. Load it with transformers and save_pretrained() it elsewhere, or "
+            "take those files out of the folder."
+        )
+
+
+@cache
+def _say_which(single_file: Path, index_file: Path) -> None:
+    _LOG.warning("%s is read, as transformers does; the shards that %s names are not.", single_file, index_file.name)
