@@ -19,14 +19,14 @@ EXPERT = "model.layers.1.mlp.experts.7.up_proj.weight"
 @pytest.fixture
 def refused(load, monkeypatch):
     """`refused(folder, error type, regex, ...)`: loading fails so, and no weight has been read by then."""
-    from transformers import AutoModelForCausalLM
+    from transformers import PreTrainedModel
 
     def started(*_, **__):
         raise AssertionError("weights were being loaded when the error should have been there")
 
     def check(folder, error_type, *patterns):
         with monkeypatch.context() as patch, watch_reads() as reads:
-            patch.setattr(AutoModelForCausalLM, "from_pretrained", started)
+            patch.setattr(PreTrainedModel, "from_pretrained", started)
             with pytest.raises(error_type) as caught:
                 load(folder)
         assert caught.type is error_type

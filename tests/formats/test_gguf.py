@@ -19,7 +19,13 @@ from foreroute.checkpoint.gguf_file import read_gguf
 from foreroute.checkpoint.layouts import ExpertTable
 from foreroute.checkpoint.locate import read_index
 from foreroute.cli.main import main
-from foreroute.errors import CheckpointError, CorruptCheckpointError, ForerouteError, UnsupportedModelError
+from foreroute.errors import (
+    ChangedFileError,
+    CheckpointError,
+    CorruptCheckpointError,
+    ForerouteError,
+    UnsupportedModelError,
+)
 from foreroute.kernels.slot_views import TORCH_DTYPES
 from foreroute.kernels.torch.dequantise import Workspaces, decode_part
 from foreroute.kernels.torch.gguf_blocks import dequantise_gguf
@@ -28,6 +34,7 @@ from foreroute.model.text import load_tokenizer
 from foreroute.transfer.disk import DiskTransfer
 from foreroute.transfer.memory import allocate_slots
 from tests.formats.gguf_writer import Kind, Written, add_settings, gpt_oss_config, qwen3_moe_config, write_gguf
+from tests.support.broken import overwrite, replace
 from tests.support.checkpoints import save_tokenizer
 from tests.support.runs import assert_same_bits, generate
 
@@ -319,6 +326,24 @@ def test_damage_is_named(written: Writing, tmp_path: Path, load: Callable[..., A
     (tmp_path / "other.gguf").write_bytes(b"not a GGUF file at all, but long enough to be one" * 10)
     with pytest.raises(CorruptCheckpointError, match="no whole GGUF file"):
         load(tmp_path / "other.gguf")
+
+
+def test_a_file_that_changes_under_the_model(written: Writing, tmp_path: Path, load: Callable[..., Any]) -> None:
+    """Replaced, it is read on as it was; written over, the model stops; and none of it is mapped."""
+    path = tmp_path / "model.gguf"
+    shutil.copyfile(written("qwen3moe-q8_0").path, path)
+    save_tokenizer(tmp_path)
+    model = load(path, "25%")
+    assert str(path) not in Path("/proc/self/maps").read_text()
+    expected = generate(load(written("qwen3moe-q8_0").path, "25%"))
+    content = path.read_bytes()
+    replace(path, bytes(len(content)))
+    assert_same_bits(generate(model), expected)
+    replace(path, content)
+    model = load(path, "25%")
+    overwrite(path, content)
+    with pytest.raises(ChangedFileError, match=r"model\.gguf has changed .* Load the model again"):
+        generate(model)
 
 
 def test_without_the_package_it_is_said_how_to_get_it(

@@ -90,13 +90,13 @@ def nothing_read(monkeypatch, published):
     """No weight is read and no model is made, from now on."""
     for write in (write_fp8, write_gptq, write_awq, write_packed_int4):
         published(write, "qwen3_moe")
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, PreTrainedModel
 
     def never(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("work began before the refusal")
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_config", never)
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", never)
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", never)
 
 
 @pytest.mark.parametrize("case", REFUSED)

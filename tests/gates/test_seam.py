@@ -79,7 +79,7 @@ def test_g31_after_a_failed_load_too(checkpoints, references, load, tmp_path):
 
 def test_g31_after_an_interrupt_too(checkpoints, load, monkeypatch):
     """And it was really changed while loading: else the gates above compare nothing."""
-    from transformers import AutoModelForCausalLM
+    from transformers import Qwen3MoeForCausalLM
 
     before, seen = experts_in(modeling_module("qwen3_moe")), {}
 
@@ -87,7 +87,7 @@ def test_g31_after_an_interrupt_too(checkpoints, load, monkeypatch):
         seen.update(vars(modeling_module("qwen3_moe")))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", interrupted)
+    monkeypatch.setattr(Qwen3MoeForCausalLM, "from_pretrained", interrupted)
     with pytest.raises(KeyboardInterrupt):
         load(checkpoints.get("qwen3_moe"))
     assert experts_in(modeling_module("qwen3_moe")) == before

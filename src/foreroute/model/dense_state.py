@@ -4,41 +4,30 @@ transformers dequantises too, but not every format on every machine, and not blo
 of DeepSeek-V3's kv_a_proj_with_mqa). What it does to names, and what it refuses, stays its own.
 """
 
-import contextlib
-import os
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import lru_cache
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
 
 from foreroute.checkpoint.index import CheckpointIndex, merged
 from foreroute.checkpoint.layouts import ExpertTable
 from foreroute.checkpoint.quantised_formats import GPTQ_INT4, GPTQ_REORDERED, MXFP4, QuantisedFormat, read_format
 from foreroute.checkpoint.quantised_layout import check_dtypes, matrix_shape
+from foreroute.checkpoint.source_files import SourceFile
 from foreroute.checkpoint.stored_parts import Coding, StoredMatrix
 from foreroute.errors import CorruptCheckpointError, UnsupportedModelError
 from foreroute.kernels.torch.dequantise import decode_matrix
+from foreroute.model.from_state import LazyTensor, read_tensor
 
 # GPTQ's tensor that says which group each column is of; 4 bytes a column, and read before anything else is.
 _ORDER = "g_idx"
 _ORDER_READERS = 8
-
-
-class LazyTensor:
-    """A tensor of the checkpoint that is read when it is indexed; transformers takes it for a slice of safetensors."""
-
-    def __init__(self, index: CheckpointIndex, name: str) -> None:
-        self._index = index
-        self._name = name
-
-    def __getitem__(self, at: Any) -> torch.Tensor:
-        return _read(self._index, self._name)[at]
 
 
 class LazyMatrix:
@@ -53,7 +42,7 @@ class LazyMatrix:
         rows, cols = matrix_shape(self._coding, [entry.shape for entry in entries], self._names[0])
         matrix = StoredMatrix(self._coding, tuple(range(len(entries))), rows, cols)
         out = torch.empty(rows, cols, dtype=self._dtype)
-        stored = [_read(self._index, entry.name).reshape(entry.shape) for entry in entries]
+        stored = [LazyTensor(self._index, entry.name)[...].reshape(entry.shape) for entry in entries]
         decode_matrix(matrix, stored, out)
         return out[at]
 
@@ -179,21 +168,19 @@ def _has_reordered(
         share: of each the file, the offset and the name of its g_idx, and its name in the model.
     """
     is_other = False
-    with contextlib.ExitStack() as opened:
-        files: dict[str, Any] = {}
-        for path, offset, order, name in share:
-            if path not in files:
-                files[path] = opened.enter_context(open(path, "rb", buffering=0))
-            entry = index.tensors[order]
-            if entry.dtype != "I32" or len(entry.shape) != 1:
-                raise UnsupportedModelError(
-                    f"{order} is {entry.dtype} {list(entry.shape)}; foreroute reads a row of I32."
-                )
-            stored = os.pread(files[path].fileno(), entry.nbytes, offset)
-            if stored == _ordinary(entry.shape[0], form.coding_of(name).block[1] or entry.shape[0]):
-                continue
-            is_other = True
-            _check_groups(index.folder, order, stored, index.tensors[matrices[name][1]].shape[0])
+    for path, of_file in groupby(share, key=lambda one: one[0]):
+        with SourceFile(path, index.files.get(path)) as file:
+            for _, offset, order, name in of_file:
+                entry = index.tensors[order]
+                if entry.dtype != "I32" or len(entry.shape) != 1:
+                    raise UnsupportedModelError(
+                        f"{order} is {entry.dtype} {list(entry.shape)}; foreroute reads a row of I32."
+                    )
+                stored = bytes(file.read(offset, entry.nbytes))
+                if stored == _ordinary(entry.shape[0], form.coding_of(name).block[1] or entry.shape[0]):
+                    continue
+                is_other = True
+                _check_groups(index.folder, order, stored, index.tensors[matrices[name][1]].shape[0])
     return is_other
 
 
@@ -225,12 +212,6 @@ def idle_biases(index: CheckpointIndex, matrices: Mapping[str, tuple[str, ...]],
             by_file.setdefault(index.tensors[bias].path, []).append(bias)
     found: set[str] = set()
     for path, biases in by_file.items():
-        with safe_open(path, framework="pt") as file:
-            found.update(bias for bias in biases if not file.get_tensor(bias).any())
+        with SourceFile(path, index.files.get(path)) as file:
+            found.update(bias for bias in biases if not read_tensor(file, index.tensors[bias]).any())
     return found
-
-
-def _read(index: CheckpointIndex, name: str) -> torch.Tensor:
-    with safe_open(index.tensors[name].path, framework="pt") as file:
-        tensor: torch.Tensor = file.get_tensor(name)
-        return tensor

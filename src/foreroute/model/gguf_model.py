@@ -11,7 +11,8 @@ import torch
 
 from foreroute.checkpoint.gguf_families import dense_names, settings_of
 from foreroute.checkpoint.gguf_file import GgufIndex, gguf_package
-from foreroute.errors import CheckpointError, CorruptCheckpointError
+from foreroute.checkpoint.source_files import SourceFile
+from foreroute.errors import CheckpointError
 
 
 def gguf_config(index: GgufIndex) -> Any:
@@ -39,18 +40,20 @@ def gguf_state(index: GgufIndex, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Every dense tensor by transformers' name, in `dtype`; experts are not read.
 
     Numbers are those of the gguf package's dequantiser. Cost: one dense tensor in fp32 beside the result.
+
+    Raises:
+        ReadError: the file changed since its header was read, ends too early, or the disk failed.
     """
     import numpy
 
     gguf = gguf_package()
     state: dict[str, torch.Tensor] = {}
-    with open(index.folder, "rb") as file:
+    path = str(index.folder)
+    with SourceFile(path, index.files.get(path)) as file:
         for name, ours in dense_names(index).items():
             entry, kind = index.tensors[name], gguf.GGMLQuantizationType[index.kinds[name]]
-            file.seek(entry.offset)
-            raw = numpy.frombuffer(file.read(entry.nbytes), dtype=numpy.uint8)
-            if raw.nbytes != entry.nbytes:
-                raise CorruptCheckpointError(f"{index.folder} ends within {name}. Download it again.")
+            raw = numpy.empty(entry.nbytes, dtype=numpy.uint8)
+            file.read_into(entry.offset, raw.data)
             shape = index.shapes[name]
             plain = {"F32": numpy.float32, "F16": numpy.float16}.get(kind.name)
             numbers = raw.view(plain) if plain else gguf.quants.dequantize(raw.reshape(*shape[:-1], -1), kind)

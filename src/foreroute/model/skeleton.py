@@ -27,6 +27,7 @@ from foreroute.errors import CheckpointError, CorruptCheckpointError, Unsupporte
 from foreroute.model.dense_state import dense_growth, dense_state, idle_biases, quantised_matrices
 from foreroute.model.expert_names import expert_parameters, map_sources, num_experts
 from foreroute.model.experts import ExpertParameter, OffloadedExperts, is_experts_class, offloaded_class
+from foreroute.model.from_state import check_arguments, from_state, stored_state
 from foreroute.model.gguf_model import gguf_config, gguf_dense_nbytes, gguf_state
 from foreroute.model.unplaced import Ignored, sort_unplaced, tell
 
@@ -163,53 +164,38 @@ def _outline_gguf(index: GgufIndex) -> Outline:
 
 
 def load_skeleton(folder: Path, sketch: Outline, dtype: torch.dtype | str, **kwargs: Any) -> nn.Module:
-    """Load everything but the experts with transformers' `from_pretrained`.
+    """Load everything but the experts with transformers' `from_pretrained`, from the files that the outline is of.
 
     Args:
         dtype: compute dtype of the dense weights, or "auto" for the checkpoint's.
         kwargs: passed on to `from_pretrained` (attn_implementation, ...).
     Raises:
+        CheckpointError: `kwargs` would choose other files.
         CorruptCheckpointError: keys are missing, unexpected or of another shape; ours excepted.
+        ReadError: a file is not what it was when its header was read, or cannot be read.
     """
-    common: dict[str, Any] = {
-        "config": sketch.config,
-        "experts_implementation": "eager",
-        "use_safetensors": True,
-        "output_loading_info": True,
-        "ignore_mismatched_sizes": True,  # they are reported, and refused below
-        **kwargs,
-    }
+    check_arguments(kwargs)
+    model_class, config = _model_class(folder, sketch.config)
+    state, compute = _dense_state(sketch, dtype)
     with swapped_experts(sketch.experts_classes), _quiet_loading():
-        if sketch.form is None and not isinstance(sketch.table.index, GgufIndex):
-            auto_class = _auto_class(folder, sketch.config)
-            model, info = auto_class.from_pretrained(folder, dtype=dtype, **common)
-        else:
-            model, info = _load_dequantised(folder, sketch, dtype, common)
+        model, info = from_state(model_class, folder, state, config=config, dtype=compute, **kwargs)
     _check_loading_info(folder, info, sketch.expert_targets | sketch.ignored.targets)
     tell(sketch.notes, folder)
     return model.eval()
 
 
-def _load_dequantised(
-    folder: Path, sketch: Outline, dtype: torch.dtype | str, common: dict[str, Any]
-) -> tuple[Any, Any]:
-    from transformers import GenerationConfig
-
+def _dense_state(sketch: Outline, dtype: torch.dtype | str) -> tuple[Mapping[str, Any], torch.dtype | str]:
+    """The weights by name, and the dtype that they are computed in; quantised ones are made numbers in that."""
+    index = sketch.table.index
+    if sketch.form is None and not isinstance(index, GgufIndex):
+        return stored_state(index), dtype
     compute = dtype if isinstance(dtype, torch.dtype) else sketch.config.dtype
     compute = compute if isinstance(compute, torch.dtype) else torch.bfloat16
-    index = sketch.table.index
     if isinstance(index, GgufIndex):
-        state = gguf_state(index, compute)
-    else:
-        assert sketch.form is not None, "it is dequantised"
-        state = dense_state(index, sketch.form, sketch.matrices, sketch.components, compute, sketch.ignored.names)
-    # The class itself: an Auto class wants a folder, and reads the weights there.
-    model_class = _model_class(_auto_class(folder, sketch.config), sketch.config)
-    model, info = model_class.from_pretrained(None, state_dict=state, dtype=compute, **common)
-    model.name_or_path = model.config._name_or_path = str(folder)
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
-    return model, info
+        return gguf_state(index, compute), compute
+    assert sketch.form is not None, "it is dequantised"
+    state = dense_state(index, sketch.form, sketch.matrices, sketch.components, compute, sketch.ignored.names)
+    return state, compute
 
 
 def _forget_quantisation(config: Any) -> None:
@@ -258,17 +244,28 @@ def _auto_class(folder: Path, config: Any) -> Any:
 
     for auto_class in (AutoModelForCausalLM, AutoModelForImageTextToText):
         # Not `can_generate`: that is true of models which write in another way than token by token.
-        if type(config) in auto_class._model_mapping and issubclass(_model_class(auto_class, config), GenerationMixin):
+        if type(config) in auto_class._model_mapping and issubclass(_candidate(auto_class, config), GenerationMixin):
             return auto_class
     raise UnsupportedModelError(
         f"{folder}: {config.model_type} is no causal language model in transformers; foreroute runs those only."
     )
 
 
-def _model_class(auto_class: Any, config: Any) -> Any:
-    """The model class that the Auto class makes of the config."""
+def _model_class(folder: Path, config: Any) -> tuple[Any, Any]:
+    """The class that the Auto class makes of the config, and what of the config it takes: the text's alone, or all."""
+    found = _candidate(_auto_class(folder, config), config)
+    text_class = config.sub_configs.get("text_config")
+    takes_text = text_class is not None and found.config_class is text_class
+    return found, config.get_text_config() if takes_text else config
+
+
+def _candidate(auto_class: Any, config: Any) -> Any:
+    """Of the classes that the Auto class has for the config: the one that the config names, else the first."""
     found = auto_class._model_mapping[type(config)]
-    return found[0] if isinstance(found, tuple) else found
+    if not isinstance(found, (list, tuple)):
+        return found
+    by_name = {candidate.__name__: candidate for candidate in found}
+    return next((by_name[name] for name in config.architectures or () if name in by_name), found[0])
 
 
 def _meta_model(folder: Path, config: Any) -> nn.Module:

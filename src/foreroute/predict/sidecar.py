@@ -4,6 +4,7 @@ The bytes are a function of the model, the text and the settings alone: no time,
 """
 
 import json
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,8 @@ from typing import Any
 
 import torch
 import xxhash
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load as deserialize
 from safetensors.torch import save_file
 
 from foreroute.errors import PredictorError
@@ -158,10 +160,12 @@ def read_whole(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         PredictorError: not such a file, or truncated.
     """
     try:
-        with safe_open(path, "pt") as file:
-            about = json.loads((file.metadata() or {})[_KEY])
-            return {name: file.get_tensor(name) for name in file.keys()}, about  # noqa: SIM118 - not a mapping
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        # Not mapped: a mapped file that is cut off ends the process, one that is written over changes what was read.
+        raw = path.read_bytes()
+        (header_nbytes,) = struct.unpack("<Q", raw[:8])
+        about = json.loads(json.loads(raw[8 : 8 + header_nbytes])["__metadata__"][_KEY])
+        return deserialize(raw), about
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, struct.error) as error:
         raise PredictorError(f"{path} is truncated or no file of `foreroute fit` ({error}). {_fit_again()}") from None
 
 

@@ -112,3 +112,13 @@ def test_which_file_is_used(tmp_path: Path) -> None:
     assert find_sidecar(tmp_path / "elsewhere", str(tmp_path)) == tmp_path / SIDECAR_NAME
     with pytest.raises(PredictorError, match="does not exist"):
         find_sidecar(tmp_path, str(tmp_path / "nothing"))
+
+
+def test_no_file_stays_mapped(tmp_path: Path) -> None:
+    """What is written over or cut off later changes nothing, and ends no process."""
+    written, path = sidecar(), tmp_path / SIDECAR_NAME
+    written.save(path)
+    back = Sidecar.load(path, "the fingerprint")
+    assert str(path) not in Path("/proc/self/maps").read_text()
+    path.write_bytes(b"")
+    assert all(torch.equal(back.tensors()[name], tensor) for name, tensor in written.tensors().items())
