@@ -1,17 +1,22 @@
 """`foreroute verify`: equal models are equal, and each planted fault is found and named for what it is."""
 
+import shutil
 import threading
 from pathlib import Path
 
 import pytest
 import torch
 
+from foreroute.checkpoint.index import INDEX, read_sharded
 from foreroute.checkpoint.layouts import ExpertTable
+from foreroute.checkpoint.locate import read_index
 from foreroute.checkpoint.records import STORE_NAME
 from foreroute.cli.commands import verify
 from foreroute.engine.moe_step import MoeStep
+from foreroute.loading import engines
 from foreroute.loading import expert_math as family_math
 from foreroute.loading import load as loader
+from foreroute.model.skeleton import outline
 from foreroute.prepare.pack import pack
 from foreroute.residency.slots import READY, Residency
 from foreroute.transfer.load import Load
@@ -71,6 +76,15 @@ def swapped_store(folder: Path, path: Path) -> None:
         reads = ExpertTable.reads
         patch.setattr(ExpertTable, "reads", lambda self, key: reads(self, turned.get(key, key)))
         pack(table, path, progress=lambda done, total: None)
+
+
+@pytest.fixture
+def folder_of_two(checkpoints, tmp_path):
+    """A single file, and the index and shards of an older model of the same shape beside it."""
+    folder = copied(checkpoints.get("qwen3_moe"), tmp_path / "two")
+    for path in checkpoints.get("qwen3_moe", sharded=True, seed=5).glob("model*.safetensors*"):
+        shutil.copyfile(path, folder / path.name)
+    return folder
 
 
 class TestTheSame:
@@ -227,6 +241,37 @@ class TestFaults:
         first = verified("qwen3_moe", expect=1)["first_difference"]
         assert (first["part"], first["moe_layer"], first["tensors"]) == (part, moe_layer, [tensor])
         assert tensor in first["reasons"][0]
+
+    @pytest.mark.parametrize("kind", ["resident", "on-demand"])
+    def test_weights_of_other_files_than_transformers_takes(self, verified, folder_of_two, monkeypatch, kind):
+        """A stale index beside a newer single file: whoever reads the former's shards is found out."""
+        assert verified(folder_of_two, "--reference", kind, expect=0)["same"]
+
+        def shards_first(folder):
+            index_file = folder / INDEX
+            return read_sharded(index_file) if index_file.is_file() else read_index(folder)
+
+        monkeypatch.setattr("foreroute.loading.checkpoint.read_index", shards_first)
+        first = verified(folder_of_two, "--reference", kind, expect=1)["first_difference"]
+        assert (first["part"], first["moe_layer"], first["step"]) == ("dense", 0, 1)
+        assert "model.embed_tokens.weight" in first["tensors"]
+
+    @pytest.mark.parametrize("kind", ["resident", "on-demand"])
+    def test_experts_of_other_files_than_dense_weights(self, verified, folder_of_two, monkeypatch, kind):
+        """Dense weights of the one, experts of the other."""
+        placing = engines.place
+
+        def from_shards(asked, table, *rest):
+            index_file = table.index.folder / INDEX
+            if index_file.is_file():
+                others = outline(table.index.folder, read_sharded(index_file)).table
+                table = others.reordered([layer.name for layer in table.layers])
+            return placing(asked, table, *rest)
+
+        monkeypatch.setattr(engines, "place", from_shards)
+        first = verified(folder_of_two, "--reference", kind, expect=1)["first_difference"]
+        assert (first["part"], first["moe_layer"], first["step"]) == ("experts", 0, 1)
+        assert first["experts"]
 
     def test_other_tokens_are_counted(self, verified, checkpoints, misread):
         """One bit is a difference; how many tokens are others is told beside it."""

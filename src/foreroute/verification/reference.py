@@ -3,11 +3,14 @@
 A reference is run once and let go of. What stays is hashes: of every step, of every expert, of every dense tensor.
 """
 
+import contextlib
 import copy
 import gc
 import importlib.util
+import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +20,9 @@ import torch
 from foreroute.checkpoint.index import CheckpointIndex
 from foreroute.checkpoint.layouts import ExpertTable
 from foreroute.checkpoint.quantised_formats import FP8, MXFP4
+from foreroute.checkpoint.source_files import room_for_files
 from foreroute.config import EngineConfig
-from foreroute.errors import BudgetError, ForerouteError, UnsupportedModelError
+from foreroute.errors import BudgetError, CheckpointError, ForerouteError, UnsupportedModelError
 from foreroute.loading.load import load
 from foreroute.memory.host import available_ram
 from foreroute.model.skeleton import Outline
@@ -126,40 +130,50 @@ def record_reference(
 ) -> Reference:
     """Load the reference, let it continue each prompt greedily, and let go of it.
 
-    On-demand loading gives every expert up after its layer, guesses nothing, and reads the checkpoint's own files.
+    On-demand loading gives every expert up after its layer, guesses nothing, and reads the checkpoint's own files: such
+    as transformers chooses, in a folder that holds no others, so that another choice of ours is found out.
 
     Args:
         memory: the budget of on-demand loading.
     Raises:
         ForerouteError: its logits are not numbers, so that nothing could be learnt from them.
     """
+    try:
+        with _reference_model(kind, folder, sketch, dtype, memory) as model:
+            return _recorded(kind, model, sketch, exercises, progress)
+    finally:
+        gc.collect()
+
+
+@contextlib.contextmanager
+def _reference_model(kind: str, folder: Path, sketch: Outline, dtype: str, memory: int | str) -> Iterator[Any]:
+    if kind == RESIDENT:
+        yield _load_resident(folder, sketch, dtype)
+        return
+    with chosen_by_transformers(folder, sketch) as only:
+        model = load(only, memory, dtype, config=_ON_DEMAND_LOADING)
+        try:
+            yield model
+        finally:
+            model.foreroute.close()
+
+
+def _recorded(kind: str, model: Any, sketch: Outline, exercises: Sequence[Exercise], progress: Progress) -> Reference:
     names = [layer.name for layer in sketch.table.layers]
-    is_resident = kind == RESIDENT
-    model = (
-        _load_resident(folder, sketch, dtype) if is_resident else load(folder, memory, dtype, config=_ON_DEMAND_LOADING)
-    )
-    watch = None if is_resident else SlotWatch(model.foreroute.engine)
+    watch = None if kind == RESIDENT else SlotWatch(model.foreroute.engine)
     transcripts: list[tuple[Step, ...]] = []
     done, num_steps = 0, sum(exercise.num_steps for exercise in exercises)
-    try:
-        for exercise in exercises:
-            transcript: list[Step] = []
-            for step in steps(model, names, exercise, watch=watch):
-                _check_numbers(step, len(transcripts) + 1, len(transcript) + 1)
-                # The slots of a reference are of no interest afterwards.
-                transcript.append(step._replace(layers=tuple(layer._replace(uses=()) for layer in step.layers)))
-                done += 1
-                progress(done, num_steps)
-            transcripts.append(tuple(transcript))
-        experts = (
-            _resident_experts(model, sketch.table) if watch is None else _seen_experts(watch, model.foreroute.table)
-        )
-        return Reference(kind, model.dtype, tuple(transcripts), experts, dense_digests(model, sketch.expert_targets))
-    finally:
-        if not is_resident:
-            model.foreroute.close()
-        del model
-        gc.collect()
+    for exercise in exercises:
+        transcript: list[Step] = []
+        for step in steps(model, names, exercise, watch=watch):
+            _check_numbers(step, len(transcripts) + 1, len(transcript) + 1)
+            # The slots of a reference are of no interest afterwards.
+            transcript.append(step._replace(layers=tuple(layer._replace(uses=()) for layer in step.layers)))
+            done += 1
+            progress(done, num_steps)
+        transcripts.append(tuple(transcript))
+    experts = _resident_experts(model, sketch.table) if watch is None else _seen_experts(watch, model.foreroute.table)
+    return Reference(kind, model.dtype, tuple(transcripts), experts, dense_digests(model, sketch.expert_targets))
 
 
 def dense_digests(model: Any, expert_targets: frozenset[str] = frozenset()) -> dict[str, bytes]:
@@ -168,11 +182,60 @@ def dense_digests(model: Any, expert_targets: frozenset[str] = frozenset()) -> d
     return {name: digest([tensor]) for name, tensor in tensors if name not in expert_targets}
 
 
+@contextlib.contextmanager
+def chosen_by_transformers(folder: Path, sketch: Outline) -> Iterator[Path]:
+    """A folder of links to the files of weights that transformers resolves for `folder`, and to what is no weights.
+
+    A GGUF file is one file, and given as it is.
+
+    Raises:
+        CheckpointError: transformers finds no weights there.
+    """
+    if not folder.is_dir():
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="foreroute-") as scratch:
+        for name in (*_weights_of(folder, sketch), *_no_weights(folder)):
+            link = Path(scratch, name)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to((folder / name).absolute())
+        yield Path(scratch)
+
+
+def _weights_of(folder: Path, sketch: Outline) -> list[str]:
+    """The files that transformers itself would load, relative to `folder`, the index among them."""
+    from transformers import modeling_utils
+
+    resolve = modeling_utils._get_resolved_checkpoint_files
+    named = getattr(sketch.config, "transformers_weights", None)
+    asked = {
+        "pretrained_model_name_or_path": str(folder), "variant": None, "gguf_file": None, "use_safetensors": True,
+        "user_agent": None, "is_remote_code": False, "transformers_explicit_filename": named,
+    }  # fmt: skip
+    try:
+        # Versions of transformers differ in what they ask for.
+        known = inspect.signature(resolve).parameters
+        files, sharded = resolve(**{name: value for name, value in asked.items() if name in known})
+    except OSError as error:
+        raise CheckpointError(f"transformers finds no weights in {folder}: {error}") from error
+    index = [named or modeling_utils.SAFE_WEIGHTS_INDEX_NAME] if sharded is not None else []
+    return [*index, *(str(Path(file).relative_to(folder)) for file in files)]
+
+
+def _no_weights(folder: Path) -> list[str]:
+    return [
+        path.name
+        for path in folder.iterdir()
+        if path.is_file() and not path.name.endswith((".safetensors", ".safetensors.index.json", ".foreroute"))
+    ]
+
+
 def _load_resident(folder: Path, sketch: Outline, dtype: str) -> Any:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    room_for_files(len(sketch.table.index.files))  # transformers opens all at once
     compute = dtype if dtype == "auto" else getattr(torch, dtype)
     # Where keys and values alone are quantised, transformers shall see a model of numbers, as `load` does.
     config = None if sketch.form is not None else copy.deepcopy(sketch.config)
