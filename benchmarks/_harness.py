@@ -40,7 +40,7 @@ def record(name: str, result: Mapping[str, Any], raw: Mapping[str, Any] | None =
         RESULTS.mkdir(exist_ok=True)
         path = RESULTS / f"{now:%Y-%m-%d}-{name}.json"
         with atomic_write(path) as beside:
-            beside.write_text(json.dumps({**whole, "raw": raw or {}}, indent=1) + "\n")
+            beside.write_text(json.dumps({**whole, "raw": raw or {}}, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(whole), flush=True)
 
 

@@ -32,7 +32,7 @@ PR_SET_PDEATHSIG = 1
 
 def available_bytes() -> int:
     """Memory that a process could get now, page cache that can be dropped included (MemAvailable)."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
+    for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
     raise OSError("/proc/meminfo has no MemAvailable; a ballast needs Linux 3.14 or newer.")
@@ -136,7 +136,7 @@ def main() -> None:
     free_bytes = int(args.free * 2**30)
     if free_bytes < MIN_FREE_BYTES:
         refuse("A ballast leaves 3 GiB or more.")
-    lock = (Path(tempfile.gettempdir()) / "foreroute-ballast.lock").open("w")
+    lock = (Path(tempfile.gettempdir()) / "foreroute-ballast.lock").open("w", encoding="utf-8")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -144,7 +144,7 @@ def main() -> None:
     if available_bytes() < free_bytes:
         refuse(f"Only {available_bytes() / 2**30:.1f} GiB are free, {args.free:.1f} are to be left.")
     with contextlib.suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text("1000")
+        Path("/proc/self/oom_score_adj").write_text("1000", encoding="utf-8")
     blocks = hold(free_bytes)
     print("READY", flush=True)
     signal.sigwait({signal.SIGTERM, signal.SIGINT})

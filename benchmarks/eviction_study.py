@@ -42,7 +42,7 @@ def guesses_and_weights(path: Path, route: Route) -> tuple[Guesses, np.ndarray]:
     weights = np.zeros((len(route.steps), route.num_keys))
     guesses: Guesses = []
     is_decode = False
-    for line in path.open():
+    for line in path.open(encoding="utf-8"):
         event = json.loads(line)
         if event["event"] == "step":
             is_decode = event["phase"] == "decode"

@@ -177,10 +177,10 @@ def write_checkpoint(args: argparse.Namespace) -> Path:
         sys.exit(f"{out} exists already. Remove it, or say --force to replace it.")
     partial = out.with_name(out.name + ".partial")
     spec = partial / "synthetic.json"
-    if spec.exists() and json.loads(spec.read_text()) != wanted:
+    if spec.exists() and json.loads(spec.read_text(encoding="utf-8")) != wanted:
         shutil.rmtree(partial)  # begun with other options: its shards are of no use
     partial.mkdir(parents=True, exist_ok=True)
-    spec.write_text(json.dumps(wanted, indent=2))
+    spec.write_text(json.dumps(wanted, indent=2), encoding="utf-8")
 
     shards = split_into_shards(list(tensor_shapes(args)))
     total_bytes = sum(num_bytes(shape) for shard in shards for _, shape in shard)
@@ -197,7 +197,7 @@ def write_checkpoint(args: argparse.Namespace) -> Path:
         print(f"\r{number}/{len(shards)} shards of {total_bytes / 1e9:.2f} GB", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-    (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+    (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
     write_config(partial, args)
     write_tokenizer(partial, args.vocab)
     if out.exists():

@@ -71,7 +71,7 @@ class Meter:
 
 def process_read_bytes() -> int:
     """Bytes that this process made the disk read, page faults included."""
-    fields = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    fields = dict(line.split(": ") for line in Path("/proc/self/io").read_text(encoding="utf-8").splitlines())
     return int(fields["read_bytes"])
 
 
@@ -79,12 +79,12 @@ def disk_read_bytes(path: str) -> int:
     """Bytes read from the disk that holds `path` since boot, by anyone; 0 where the kernel does not say."""
     device = os.stat(path).st_dev
     counters = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}/stat")
-    return int(counters.read_text().split()[2]) * 512 if counters.exists() else 0
+    return int(counters.read_text(encoding="utf-8").split()[2]) * 512 if counters.exists() else 0
 
 
 def memory_bytes(name: str) -> int:
     """A field of /proc/self/status (VmHWM, RssAnon, RssShmem), in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
         if line.startswith(name + ":"):
             return int(line.split()[1]) * 1024
     return 0
@@ -120,7 +120,7 @@ def run_accelerate(job: Job, meter: Meter) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(job.threads)
-    config = json.loads((Path(job.model) / "config.json").read_text())
+    config = json.loads((Path(job.model) / "config.json").read_text(encoding="utf-8"))
     experts = config.get("num_experts") or config["num_local_experts"]
     layer_bytes = experts * 3 * config["hidden_size"] * config["moe_intermediate_size"] * 2
     num_layers = config["num_hidden_layers"]

@@ -87,7 +87,7 @@ def direct_read_rate(path: Path, nbytes: int = 2**30, block_bytes: int = 8 * 2**
 
 def model_facts(model: Path) -> dict[str, int]:
     """What one token needs and what all experts take, in bytes of bf16."""
-    config = json.loads((model / "config.json").read_text())
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     expert = 3 * config["hidden_size"] * config["moe_intermediate_size"] * 2
     experts = config.get("num_experts") or config["num_local_experts"]
     layers = config["num_hidden_layers"]
@@ -131,12 +131,12 @@ def read_ahead(path: Path, kib: int | None) -> Iterator[None]:
         yield
         return
     setting = read_ahead_file(path)
-    before = setting.read_text()
-    setting.write_text(str(kib))
+    before = setting.read_text(encoding="utf-8")
+    setting.write_text(str(kib), encoding="utf-8")
     try:
         yield
     finally:
-        setting.write_text(before)
+        setting.write_text(before, encoding="utf-8")
 
 
 def run_engine(engine: str, limited: bool, args: argparse.Namespace) -> Run:
@@ -284,7 +284,7 @@ def report(runs: list[Run], rate: float | None, args: argparse.Namespace) -> Non
         print(json.dumps(rounded({**result, "rows": rows, "runs": runs})))
         return
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "peers.md").write_text(markdown)
+    (RESULTS / "peers.md").write_text(markdown, encoding="utf-8")
     record("peers", rounded({**result, "rows": rows}), raw={"runs": rounded(runs, 5)})
 
 

@@ -56,7 +56,7 @@ def prepare(model: Path, held_out_file: Path, tokens: int, scratch: Path) -> tup
     corpus = read_corpus(load_tokenizer(model), first, tokens, 512)
     fit(loaded, read_index(model).fingerprint(), corpus, scratch / "sidecar.safetensors")
     loaded.foreroute.close()
-    texts = {path.name.split(".")[0]: path.read_text() for path in second}
+    texts = {path.name.split(".")[0]: path.read_text(encoding="utf-8") for path in second}
     HeldOut(texts, {name: held_out.shares[name] for name in texts}, held_out.glossary).write(scratch / "second.json")
     return scratch / "sidecar.safetensors", scratch / "second.json"
 

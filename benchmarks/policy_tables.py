@@ -34,7 +34,7 @@ def line(row: dict[str, Any], exact_bytes: float) -> list[str]:
 
 def table(path: Path) -> str:
     """One recorded run as a Markdown table."""
-    found = json.loads(path.read_text())
+    found = json.loads(path.read_text(encoding="utf-8"))
     rows = found["rows"]
     exact_bytes = next(row["bytes_per_token"] for row in rows if row["policy"] == "exact")
     asked = sum(1 for _ in rows[0]["accuracy"])

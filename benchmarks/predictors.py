@@ -39,7 +39,7 @@ def halves(held_out: Path, folder: Path) -> tuple[list[Path], list[Path]]:
         middle = text.rfind("\n\n", 0, len(text) // 2)
         for half, part in enumerate((text[:middle], text[middle:])):
             path = folder / f"{source}.{half}.txt"
-            path.write_text(part)
+            path.write_text(part, encoding="utf-8")
             files[half].append(path)
     return files
 

@@ -68,7 +68,7 @@ def read_steps(trace: Path) -> tuple[int, list[list[Step]]]:
     passages: list[list[Step]] = []
     guessed: dict[int, list[int]] = {}
     routes: list[list[int]] = []
-    with trace.open() as lines:
+    with trace.open(encoding="utf-8") as lines:
         header = json.loads(next(lines))
         num_layers, num_experts = len(header["experts_per_layer"]), header["experts_per_layer"][0]
         for line in lines:

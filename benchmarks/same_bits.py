@@ -113,7 +113,7 @@ class Turns:
     def next(self) -> Iterator[None]:
         """A round: what runs inside has the lock."""
         if self._path is not None and self._file is None:
-            self._file = self._path.open("a")
+            self._file = self._path.open("a", encoding="utf-8")
             fcntl.flock(self._file, fcntl.LOCK_EX)
         try:
             yield
@@ -153,7 +153,7 @@ def keep(
         "memory_gib": memory,
         "left_gib": left,
         "options": {name: getattr(args, name) for name in ("allowance", "new_tokens", "prompt_tokens", "threads")},
-        "read_ahead_kib": int(peers.read_ahead_file(args.model).read_text()),
+        "read_ahead_kib": int(peers.read_ahead_file(args.model).read_text(encoding="utf-8")),
         "model": peers.model_facts(args.model),
         "experts_bytes": experts_bytes(args.model, cell.codec),
         "direct_read_bytes_per_s": median([rate for rate in rates if rate] or [0]),
@@ -189,7 +189,7 @@ def newest_results(cells: list[Cell]) -> list[dict[str, Any]]:
     found = []
     for cell in cells:
         paths = sorted(RESULTS.glob(f"*-same-bits-{cell.name}.json"))
-        found += [json.loads(paths[-1].read_text())] if paths else []
+        found += [json.loads(paths[-1].read_text(encoding="utf-8"))] if paths else []
     return found
 
 
@@ -283,7 +283,7 @@ def main() -> None:
     if not args.trial:
         results = newest_results(cells)
         markdown = f"{table(results)}\n\n{notes(results)}\n"
-        (RESULTS / "same-bits.md").write_text(markdown)
+        (RESULTS / "same-bits.md").write_text(markdown, encoding="utf-8")
         print(markdown, file=sys.stderr)
 
 

@@ -186,7 +186,7 @@ async def soak(host: str, port: int, process_id: int, clients: int, seconds: flo
 
 def in_ram(process_id: int, field: str = "VmRSS") -> int:
     """Bytes of a process in RAM: now, or VmHWM: the most since it was reset."""
-    found = re.search(rf"{field}:\s+(\d+) kB", Path(f"/proc/{process_id}/status").read_text())
+    found = re.search(rf"{field}:\s+(\d+) kB", Path(f"/proc/{process_id}/status").read_text(encoding="utf-8"))
     assert found is not None
     return int(found[1]) * 1024
 
@@ -199,7 +199,7 @@ def inside(process_id: int, signalled: Any, path: Path) -> dict[str, Any]:
     while not path.exists():
         assert time.monotonic() < until_s, f"process {process_id} does not say what it holds"
         time.sleep(0.01)
-    found: dict[str, Any] = json.loads(path.read_text())
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return found
 
 
@@ -253,7 +253,7 @@ def main() -> int:
             asyncio.run(first_answers(host, int(port)))
             first = _at_rest(child, path)
             idle = in_ram(child.pid)
-            Path(f"/proc/{child.pid}/clear_refs").write_text("5")  # VmHWM begins anew
+            Path(f"/proc/{child.pid}/clear_refs").write_text("5", encoding="utf-8")  # VmHWM begins anew
             seen = asyncio.run(soak(host, int(port), child.pid, asked.clients, asked.seconds))
             if child.poll() is not None:
                 print("the server has died", file=sys.stderr)

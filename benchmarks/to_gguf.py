@@ -96,7 +96,7 @@ def add_settings(writer: gguf.GGUFWriter, config: dict[str, Any], experts: Kind)
 
 def add_tokenizer(writer: gguf.GGUFWriter, folder: Path, vocab_size: int) -> None:
     """The byte-level BPE of tokenizer.json; ids that it does not name are filled with unused tokens."""
-    saved = json.loads((folder / "tokenizer.json").read_text())
+    saved = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     by_id = {index: token for token, index in saved["model"]["vocab"].items()}
     special = {entry["id"]: entry["content"] for entry in saved["added_tokens"]}
     tokens, types = [], []
@@ -125,7 +125,7 @@ class Checkpoint:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        index = json.loads((folder / "model.safetensors.index.json").read_text())
+        index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
         self.file_of: dict[str, str] = index["weight_map"]
         self._opened: tuple[str, Any] = ("", None)
 
@@ -206,7 +206,7 @@ def convert(folder: Path, out: Path, dtype: str = "f16", experts: str | None = N
         ValueError: another architecture, a weight that F16 cannot hold, rows that a quantisation cannot divide, or too
             little room on the disk.
     """
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if config["model_type"] != "qwen3_moe":
         raise ValueError(f"{folder} is {config['model_type']}; only qwen3_moe is written here.")
     dense_kind, expert_kind = DENSE[dtype], EXPERTS[experts or dtype]

@@ -168,12 +168,12 @@ def write(recipe: Recipe, folder: Path, note: str = "") -> None:
     `note` says what is particular to these weights; it is kept in the folder for later cards.
     """
     if note:
-        (folder / "note.txt").write_text(note + "\n")
+        (folder / "note.txt").write_text(note + "\n", encoding="utf-8")
     elif (folder / "note.txt").exists():
-        note = (folder / "note.txt").read_text().strip()
-    figures = json.loads((folder / "figures.json").read_text())
-    history = json.loads((folder / "history.json").read_text())
-    config = json.loads((folder / "config.json").read_text())
+        note = (folder / "note.txt").read_text(encoding="utf-8").strip()
+    figures = json.loads((folder / "figures.json").read_text(encoding="utf-8"))
+    history = json.loads((folder / "history.json").read_text(encoding="utf-8"))
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     last = history[-1]
     plot(history, recipe.name, folder / "curves.png")
     card = TEMPLATE.format(
@@ -198,4 +198,4 @@ def write(recipe: Recipe, folder: Path, note: str = "") -> None:
         samples=_samples(figures),
         note=f"\n{note}\n" if note else "",
     )
-    (folder / "README.md").write_text(card)
+    (folder / "README.md").write_text(card, encoding="utf-8")

@@ -102,9 +102,9 @@ def prepare(
         print(f"{source.name}: {sum(map(len, kept)) / 1e6:.1f} M chars, {len(kept)} documents", flush=True)
     for word in glossaries["train"].keys() & glossaries["held_out"].keys():
         del glossaries["held_out"][word]
-    (work / "sources.json").write_text(json.dumps({source.name: source.share for source in chosen}))
-    (work / "glossary.json").write_text(json.dumps(glossaries))
-    (work / "held_out.json").write_text(json.dumps(held_out))
+    (work / "sources.json").write_text(json.dumps({source.name: source.share for source in chosen}), encoding="utf-8")
+    (work / "glossary.json").write_text(json.dumps(glossaries), encoding="utf-8")
+    (work / "held_out.json").write_text(json.dumps(held_out), encoding="utf-8")
     tokenizer = train_tokenizer(_tokenizer_texts(train, chosen, glossaries["train"]), vocab_size)
     tokenizer.backend_tokenizer.save(str(work / "tokenizer.json"))
     for name, texts in train.items():
@@ -118,9 +118,9 @@ def prepare(
 def held_out(work: Path) -> HeldOut:
     """What `prepare` kept from training: text by source, and the glossary of the `define` task."""
     return HeldOut(
-        json.loads((work / "held_out.json").read_text()),
-        json.loads((work / "sources.json").read_text()),
-        json.loads((work / "glossary.json").read_text())["held_out"],
+        json.loads((work / "held_out.json").read_text(encoding="utf-8")),
+        json.loads((work / "sources.json").read_text(encoding="utf-8")),
+        json.loads((work / "glossary.json").read_text(encoding="utf-8"))["held_out"],
     )
 
 
@@ -154,10 +154,10 @@ class Rows:
 
     def __post_init__(self) -> None:
         self.tokenizer = load_tokenizer(self.work).backend_tokenizer
-        shares: dict[str, float] = json.loads((self.work / "sources.json").read_text())
+        shares: dict[str, float] = json.loads((self.work / "sources.json").read_text(encoding="utf-8"))
         self.streams = {name: np.memmap(self.work / f"{name}.train.u16", dtype=np.uint16) for name in shares}
         self.shares = list(shares.values())
-        glossary = json.loads((self.work / "glossary.json").read_text())["train"]
+        glossary = json.loads((self.work / "glossary.json").read_text(encoding="utf-8"))["train"]
         self.kinds = tasks.kinds(glossary)
         self.weights = [self.kind_weights.get(name, OTHER_KIND_WEIGHT) for name in self.kinds]
 

@@ -85,7 +85,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     figures = evaluate(options.folder, options.work, options.per_kind, options.windows)
-    (options.folder / "figures.json").write_text(json.dumps(figures, indent=1))
+    (options.folder / "figures.json").write_text(json.dumps(figures, indent=1), encoding="utf-8")
     print(json.dumps({key: value for key, value in figures.items() if key != "samples"}, indent=1))
 
 

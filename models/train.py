@@ -53,10 +53,12 @@ def train(recipe: Recipe, work: Path, stable_steps: int, decay_steps: int, num_r
 def finish(recipe: Recipe, work: Path, checkpoint: Path, folder: Path, options: argparse.Namespace) -> None:
     """Export, evaluate, write figures.json, history.json, the curves and the model card."""
     history = export(recipe, checkpoint, work, folder)
-    (folder / "history.json").write_text(json.dumps([card.rounded(entry) for entry in history], indent=0))
+    (folder / "history.json").write_text(
+        json.dumps([card.rounded(entry) for entry in history], indent=0), encoding="utf-8"
+    )
     torch.set_num_threads(2)
     figures = evaluate(folder, work, options.per_kind, options.windows)
-    (folder / "figures.json").write_text(json.dumps(figures, indent=1))
+    (folder / "figures.json").write_text(json.dumps(figures, indent=1), encoding="utf-8")
     card.write(recipe, folder, options.note)
     print(card.summary(figures))
 

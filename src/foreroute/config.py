@@ -4,17 +4,32 @@ Command-line flags are made from the fields of EngineConfig: a field is declared
 """
 
 from dataclasses import dataclass, field, fields
-from typing import Any
+from os import PathLike
+from typing import Any, get_args, get_type_hints
 
 from foreroute.errors import ForerouteError
 
 # A read of so few bytes waits for the disk longer than it moves them, so that two at once take little longer than one.
 _SMALL_EXPERT_BYTES = 2**19
+# Fields whose text may be a path.
+_PATHS = ("predictor", "packed", "trace")
 
 
 def _option(default: Any, help_text: str, choices: tuple[str, ...] = (), *, is_ablation: bool = False) -> Any:
     """A field with what its flag says of it; ablation switches are shown by --help-all only."""
     return field(default=default, metadata={"help": help_text, "choices": choices, "is_ablation": is_ablation})
+
+
+def _check_type(name: str, value: Any, hint: Any) -> None:
+    """See that a field has a value of its type; a path stands for its text."""
+    kinds = get_args(hint) or (hint,)
+    if isinstance(value, bool):
+        fits = bool in kinds
+    else:
+        fits = isinstance(value, kinds) or (name in _PATHS and isinstance(value, PathLike))
+    if not fits:
+        wanted = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
+        raise ForerouteError(f"{name}={value!r:.60} is a {type(value).__name__}; it must be {wanted}.")
 
 
 @dataclass(frozen=True)
@@ -124,7 +139,9 @@ class EngineConfig:
     )
 
     def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
         for option in fields(self):
+            _check_type(option.name, getattr(self, option.name), hints[option.name])
             choices = option.metadata["choices"]
             if choices and getattr(self, option.name) not in choices:
                 raise ForerouteError(

@@ -19,8 +19,12 @@
     ├── ContextLengthError       prompt and answer do not fit the context
     └── RefusedError             an operation that an offloaded model cannot do
 
-A message names what is wrong and what to do about it. Our own bugs are assertions, never these.
+A message names what is wrong and what to do about it. Our own bugs are assertions, never these. What parsers of other
+people raise on a damaged file is turned into one of these where they are called (`named`).
 """
+
+import contextlib
+from collections.abc import Iterator
 
 
 class ForerouteError(Exception):
@@ -97,3 +101,49 @@ class ContextLengthError(ForerouteError):
 
 class RefusedError(ForerouteError, RuntimeError):
     """The operation is not defined for a model whose experts are offloaded."""
+
+
+# What Python code raises on values that make no sense. MemoryError is among them: a size may ask for all memory.
+_RAISED = (
+    ArithmeticError, AssertionError, AttributeError, BufferError, EOFError, ImportError, LookupError, MemoryError,
+    NameError, OSError, RuntimeError, TypeError, ValueError,
+)  # fmt: skip
+# Raised as plain Exception (tokenizers), or derived from it (jinja2, safetensors, huggingface_hub), or, where Rust code
+# gave up, from BaseException.
+_RAISED_BY_NAME = frozenset({"Exception", "TemplateError", "SafetensorError", "StrictDataclassError", "PanicException"})
+_MOST_CHARS = 300
+
+
+@contextlib.contextmanager
+def named(what: str, error: type[ForerouteError] = CorruptCheckpointError, advice: str = "") -> Iterator[None]:
+    """While inside, an error of somebody else's parser is raised as `error`: "{what}: its reason. {advice}".
+
+    Our own errors and Ctrl-C pass.
+    """
+    try:
+        yield
+    except ForerouteError:
+        raise
+    except BaseException as failure:
+        if not isinstance(failure, _RAISED) and _RAISED_BY_NAME.isdisjoint(_names(failure)):
+            raise
+        reason = reason_of(failure)
+        raise error(f"{what}: {reason}{'' if reason.endswith('...') else '.'} {advice}".rstrip()) from failure
+
+
+def reason_of(failure: BaseException) -> str:
+    """What an exception says, in one line, without its full stop; its class where that alone says something."""
+    text = " ".join(str(failure).split())
+    if isinstance(failure, RecursionError):
+        text = "it is nested too deep"
+    if isinstance(failure, KeyError):
+        text = f"{text} is missing"
+    if len(text) > _MOST_CHARS:
+        return text[:_MOST_CHARS].rstrip(" .") + " ..."
+    return text.rstrip(".") or type(failure).__name__
+
+
+def _names(failure: BaseException) -> list[str]:
+    """Of the class and what it derives from; plain Exception counts only where it is the class itself."""
+    cls = type(failure)
+    return [cls.__name__] + [base.__name__ for base in cls.__mro__[1:] if base is not Exception]

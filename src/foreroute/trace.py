@@ -100,7 +100,8 @@ def open_trace(path: str | Path) -> Trace:
             with path.open("rb") as older:
                 if not older.read(64).startswith(_FIRST_BYTES):
                     raise TraceError(f"--trace {path}: that file is there, and is no trace. Choose another name.")
-        file = path.open("a", encoding="utf-8")
+        # A path may hold bytes that are no text: as an escape, which JSON has too.
+        file = path.open("a", encoding="utf-8", errors="backslashreplace")
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise TraceError(f"--trace {path}: another model is writing it. Choose another name.") from None

@@ -41,7 +41,40 @@ def test_no_file_names_one_machine(path: Path) -> None:
     assert not NOT_PORTABLE.findall(path.read_text())
 
 
+def without_encoding(source: str) -> list[int]:
+    """Lines that read or write text in the locale's encoding, which may know ASCII alone."""
+    found = []
+    for call in ast.walk(ast.parse(source)):
+        if not isinstance(call, ast.Call) or any(keyword.arg in ("encoding", None) for keyword in call.keywords):
+            continue
+        name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+        of = call.func.value if isinstance(call.func, ast.Attribute) else None
+        if name == "open" and not (isinstance(of, ast.Name) and of.id in ("os", "gzip")):
+            at = 1 if of is None else 0
+            modes = [*call.args[at : at + 1], *(keyword.value for keyword in call.keywords if keyword.arg == "mode")]
+            is_text = not modes or not isinstance(modes[0], ast.Constant) or "b" not in str(modes[0].value)
+        else:
+            is_text = (name == "read_text" and not call.args) or (name == "write_text" and len(call.args) < 2)
+        if is_text:
+            found.append(call.lineno)
+    return found
+
+
+@pytest.mark.parametrize("path", [path for path in PYTHON_FILES if ROOT / "tests" not in path.parents], ids=name_of)
+def test_text_has_an_encoding(path: Path) -> None:
+    lines = without_encoding(path.read_text(encoding="utf-8"))
+    assert not lines, f'{name_of(path)}: say encoding="utf-8" in lines {lines}'
+
+
 def test_the_rules_go_red() -> None:
+    assert without_encoding("open(p)\np.open('w')\np.read_text()\np.write_text(x)\nopen(p, mode='r')") == [
+        1,
+        2,
+        3,
+        4,
+        5,
+    ]
+    assert without_encoding("open(p, 'rb')\np.open('wb')\nos.open(p, 0)\np.read_text(encoding='utf-8')") == []
     assert lacks_docstring("import os\n")
     assert not lacks_docstring('"""Says it."""\n')
     assert NOT_PORTABLE.search("open('/" + "home/someone/model')")

@@ -8,8 +8,10 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import pytest
 
@@ -18,11 +20,16 @@ from tests.hub.stand_in import COMMIT, LATER_COMMIT, StandIn, serving
 Found = tuple[Path | None, str]
 
 _SCRIPT = """
-import sys
+import json, sys
+from pathlib import Path
+from foreroute.checkpoint.hub import HubAccess
 from foreroute.checkpoint.locate import locate
 from foreroute.errors import ForerouteError
+given = json.loads(sys.argv[4])
+if "cache_dir" in given:
+    given["cache_dir"] = Path(given["cache_dir"])
 try:
-    print(locate(sys.argv[1], revision=sys.argv[2] or None, quiet=sys.argv[3] == "quiet"))
+    print(locate(sys.argv[1], revision=sys.argv[2] or None, quiet=sys.argv[3] == "quiet", access=HubAccess(**given)))
 except ForerouteError as error:
     sys.exit(f"{type(error).__name__}: {error}")
 """
@@ -52,9 +59,16 @@ def repository(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def look_up(tmp_path: Path) -> Callable[..., Found]:
-    """(hub, id, revision) -> the folder, or None; and what was said on standard error."""
+    """(hub, id, revision) -> the folder, or None; and what was said on standard error. `access`: see HubAccess."""
 
-    def run(hub: StandIn | str, hub_id: str = "org/tiny", revision: str = "", bars: str = "quiet", **env: str) -> Found:
+    def run(
+        hub: StandIn | str,
+        hub_id: str = "org/tiny",
+        revision: str = "",
+        bars: str = "quiet",
+        access: Mapping[str, Any] = MappingProxyType({}),
+        **env: str,
+    ) -> Found:
         settings = {
             **{name: value for name, value in os.environ.items() if not name.startswith("HF_")},
             "HF_ENDPOINT": hub if isinstance(hub, str) else hub.endpoint,
@@ -63,7 +77,7 @@ def look_up(tmp_path: Path) -> Callable[..., Found]:
             **env,
         }
         done = subprocess.run(
-            [sys.executable, "-c", _SCRIPT, hub_id, revision, bars],
+            [sys.executable, "-c", _SCRIPT, hub_id, revision, bars, json.dumps(dict(access))],
             env=settings, capture_output=True, text=True, timeout=120, check=False,
         )  # fmt: skip
         assert "Traceback" not in done.stderr, done.stderr
@@ -189,6 +203,26 @@ def test_the_token_is_sent(repository: Path, look_up: Callable[..., Found]) -> N
         assert "no such model, or a private one" in said
         assert "HF_TOKEN" in said
         assert look_up(hub, HF_TOKEN="hf_secret")[0] is not None
+
+
+def test_a_token_and_a_cache_of_the_call_itself(
+    repository: Path, tmp_path: Path, look_up: Callable[..., Found]
+) -> None:
+    """Where load() is given them, as from_pretrained is."""
+    cache = tmp_path / "elsewhere"
+    with serving(repository, token="hf_secret") as hub:
+        folder, said = look_up(hub, access={"token": "hf_secret", "cache_dir": str(cache)})
+        assert folder is not None, said
+        assert cache in folder.parents
+        assert _names(folder) == _WANTED
+        assert not list(tmp_path.glob("home/hub/models--*")), "nothing lies in the usual cache"
+        num_asked = len(hub.asked)
+        kept, said = look_up(hub, access={"local_files_only": True, "cache_dir": str(cache)})
+        assert kept == folder, said
+        absent, said = look_up(hub, access={"local_files_only": True})
+        assert absent is None
+        assert "local_files_only is set" in said
+        assert len(hub.asked) == num_asked, "nobody was asked"
 
 
 def test_what_cannot_be_had_is_said(repository: Path, look_up: Callable[..., Found]) -> None:

@@ -7,8 +7,9 @@ import torch
 
 from foreroute.bench.passage import PASSAGE
 from foreroute.bench.run import Case
-from foreroute.errors import CheckpointError, PromptError
-from foreroute.model.text import load_tokenizer, read_text
+from foreroute.errors import CheckpointError, CorruptCheckpointError, PromptError
+from foreroute.model.text import load_tokenizer
+from foreroute.reading import read_text
 
 # Where the ids of the runs come from.
 OWN_TEXT, GIVEN_TEXT, RANDOM = "built-in passage", "text file", "random ids"
@@ -43,6 +44,9 @@ def read_windows(folder: Path, text: Path | None, vocab_size: int) -> Windows:
     written = PASSAGE if text is None else read_text(text, PromptError)
     try:
         tokenizer: Any = load_tokenizer(folder)
+    except CorruptCheckpointError:
+        # There is a tokenizer, and it is damaged: not the same as none.
+        raise
     except CheckpointError:
         if text is not None:
             raise

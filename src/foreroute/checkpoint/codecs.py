@@ -7,8 +7,9 @@
 A quantised matrix is stored as [out, in] whatever the family stores, as the kernels want it. Biases stay as they are.
 """
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from foreroute.checkpoint.index import ITEMSIZE
 from foreroute.checkpoint.layouts import PART_ALIGNMENT, ExpertLayout, ExpertTable, LayerExperts, Part, round_up
@@ -67,6 +68,36 @@ def encoded_table(
             others = frozenset(often[at])
         layers.append(LayerExperts(layer.name, layer.num_experts, layout, (), other, others))
     return ExpertTable(tuple(layers), table.index)
+
+
+def described_table(described: Mapping[str, Any], table: ExpertTable) -> ExpertTable | None:
+    """The experts of `table` as the header of a quantised store describes them.
+
+    A layout is not believed but found among those that the codec makes of these experts: what a header says of offsets
+    and shapes decides where bytes are written.
+
+    Returns:
+        None where it describes other experts, or none at all.
+    """
+    codec, layers = CODECS.get(described["codec"]), described.get("layers")
+    if codec is None or not isinstance(layers, list) or len(layers) != len(table.layers):
+        return None
+    made = [_described_layer(found, layer, codec) for found, layer in zip(layers, table.layers, strict=True)]
+    known = tuple(layer for layer in made if layer is not None)
+    return ExpertTable(known, table.index) if len(known) == len(made) else None
+
+
+def _described_layer(found: Any, layer: LayerExperts, codec: Codec) -> LayerExperts | None:
+    parts = found.get("parts") if isinstance(found, dict) else None
+    others = found.get("others", []) if isinstance(found, dict) else None
+    if not isinstance(others, list) or not all(type(expert) is int for expert in others):
+        return None
+    for transposed in (False, True):
+        layout = _layout(layer, codec, transposed=transposed, is_tagged=bool(codec.often))
+        if [{**asdict(part), "shape": list(part.shape)} for part in layout.parts] == parts:
+            other = _layout(layer, CODECS[codec.often], transposed=transposed, is_tagged=True) if codec.often else None
+            return LayerExperts(layer.name, layer.num_experts, layout, (), other, frozenset(others))
+    return None
 
 
 def _layout(layer: LayerExperts, codec: Codec, *, transposed: bool, is_tagged: bool) -> ExpertLayout:

@@ -4,7 +4,6 @@ config.json says it as `quantization_config`. Quantisers write a file of their o
 have alone: quantize_config.json (AutoGPTQ, GPTQModel) and quant_config.json (AutoAWQ).
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 from foreroute.checkpoint.index import CheckpointIndex
 from foreroute.errors import CheckpointError
+from foreroute.reading import read_object
 
 _CONFIG = "config.json"
 # The quantisers' own files: the method where the file names none, and the keys that are called otherwise there.
@@ -125,7 +125,7 @@ def read_declaration(folder: Path, index: CheckpointIndex) -> Declaration | None
     for name, (method, renamed) in _OWN_FILES.items():
         if not has_words or not (folder / name).is_file():
             continue
-        found = _json_object(folder / name)
+        found = read_object(folder / name, CheckpointError)
         content = {"quant_method": method, **{renamed.get(key, key): value for key, value in found.items()}}
         own = Declaration(folder / name, "", content)
         if declared is None:
@@ -139,7 +139,7 @@ def read_declaration(folder: Path, index: CheckpointIndex) -> Declaration | None
 
 def _of_config(folder: Path) -> Declaration | None:
     try:
-        config = _json_object(folder / _CONFIG)
+        config = read_object(folder / _CONFIG, CheckpointError)
     except CheckpointError:
         return None  # which is said, with what to do, where the model's config is read
     for path, holder in (("", config), ("text_config.", config.get("text_config"))):
@@ -170,13 +170,3 @@ def _completed(declared: Declaration, own: Declaration) -> Declaration:
 
 def _plain(value: Any) -> Any:
     return value.lower() if isinstance(value, str) else value
-
-
-def _json_object(file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text())
-    except (ValueError, OSError) as error:
-        raise CheckpointError(f"{file} is not JSON ({error}). Download it again.") from None
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{file} is not a JSON object. Download it again.")
-    return found

@@ -13,7 +13,8 @@ from typing import Any
 
 from foreroute.checkpoint.index import CheckpointIndex, TensorEntry
 from foreroute.checkpoint.source_files import SourceFile
-from foreroute.errors import CheckpointError, CorruptCheckpointError, UnsupportedModelError
+from foreroute.errors import CheckpointError, CorruptCheckpointError, UnsupportedModelError, named
+from foreroute.reading import check_no_pointer
 
 SUFFIX = ".gguf"
 # Kinds that an expert may be stored in: (weights, bytes) of a block. kernels/torch/gguf_blocks.py dequantises them.
@@ -23,8 +24,6 @@ EXPERT_BLOCKS: Mapping[str, tuple[int, int]] = {
 }  # fmt: skip
 ARCHITECTURES = ("qwen3moe", "gpt-oss")
 _SPLIT_NAME = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
-# What the reader stumbles over in a damaged file.
-_READER_ERRORS = (ValueError, KeyError, IndexError, TypeError, UnicodeDecodeError, OverflowError)
 
 
 @dataclass(frozen=True)
@@ -81,20 +80,19 @@ def read_gguf(path: Path) -> GgufIndex:
     gguf = gguf_package()
     if _SPLIT_NAME.search(path.name):
         raise _split(path)
-    with SourceFile(path) as file:
-        try:
-            reader = gguf.GGUFReader(path)
-        except _READER_ERRORS as error:
-            raise CorruptCheckpointError(f"{path} is no whole GGUF file ({error}). Download it again.") from error
+    check_no_pointer(path)
+    with SourceFile(path) as file, named(f"{path} is no whole GGUF file", advice="Download it again."):
+        reader = gguf.GGUFReader(path)
         file.check()
+        settings = {
+            name: _exact(field.contents())
+            for name, field in reader.fields.items()
+            if field.types and field.types[0] != gguf.GGUFValueType.ARRAY
+        }
+        is_split = int(settings.get("split.count", 1)) > 1
     # The reader opened it by its name: it may have been another file.
     SourceFile(path, file.stamp).close()
-    settings = {
-        name: _exact(field.contents())
-        for name, field in reader.fields.items()
-        if field.types and field.types[0] != gguf.GGUFValueType.ARRAY
-    }
-    if int(settings.get("split.count", 1)) > 1:
+    if is_split:
         raise _split(path)
     architecture = settings.get("general.architecture")
     if architecture not in ARCHITECTURES:

@@ -7,15 +7,16 @@ template, from the top folder alone. Pickles, other formats and second copies ("
 
 import contextlib
 import glob
-import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
-from foreroute.checkpoint.index import INDEX, SINGLE, named_weights
+from foreroute.checkpoint.index import INDEX, SINGLE, named_weights, shards_of
 from foreroute.errors import CheckpointError, UnsupportedModelError
+from foreroute.reading import read_object
 from foreroute.units import format_memory
 
 # Beside the weights. Names ending so that are no settings of a model (an index of pickles) are left out.
@@ -24,14 +25,37 @@ _NOT_SETTINGS = ("*/*", "*.bin.index.json", "*.msgpack.index.json", "*.h5.index.
 _FREE_BESIDE_BYTES = 64 * 2**20
 
 
-def fetch(hub_id: str, revision: str | None = None, *, quiet: bool = False) -> Path:
+@dataclass(frozen=True)
+class HubAccess:
+    """How the hub is asked, where it is not as the environment says.
+
+    token: of an account, or True for the one that is saved. local_files_only: take what the cache has. cache_dir: the
+    cache's folder.
+    """
+
+    token: str | bool | None = field(default=None, repr=False)
+    local_files_only: bool = False
+    cache_dir: Path | None = None
+
+    @property
+    def cache(self) -> Path:
+        """Where models are kept."""
+        from huggingface_hub import constants
+
+        return Path(constants.HF_HUB_CACHE).expanduser() if self.cache_dir is None else self.cache_dir
+
+
+_AS_SET = HubAccess()
+
+
+def fetch(hub_id: str, revision: str | None = None, *, quiet: bool = False, access: HubAccess = _AS_SET) -> Path:
     """The local folder of `hub_id` at `revision` (a branch, tag or commit; the hub's main branch when None).
 
     Files that are in the cache are not fetched again; half of one is gone on with. Without a network, or with
     HF_HUB_OFFLINE, what the cache has is taken.
 
     Args:
-        quiet: without progress bars.
+        quiet: without progress bars. access: a token, a cache; those of the environment where it does not say.
     Raises:
         UnsupportedModelError: there are no safetensors in it.
         CheckpointError: no such repository or revision, no access, no network, or too little disk; which, is said.
@@ -39,26 +63,30 @@ def fetch(hub_id: str, revision: str | None = None, *, quiet: bool = False) -> P
     from huggingface_hub import constants, resolve_revision, snapshot_download
 
     label = hub_id if revision is None else f"{hub_id} at revision {revision}"
-    with _bars(quiet), _explained(label):
+    is_offline = constants.HF_HUB_OFFLINE or access.local_files_only
+    told: dict[str, Any] = {"token": access.token, "cache_dir": access.cache}
+    with _bars(quiet), _explained(label, access):
         # Once, and by its commit from here on: a branch may move on after its files were listed.
-        commit = resolve_revision(hub_id, revision=revision, local_files_only=constants.HF_HUB_OFFLINE).resolved
-        sizes = _sizes(hub_id, commit)
+        commit = resolve_revision(hub_id, revision=revision, local_files_only=is_offline, **told).resolved
+        sizes = None if is_offline else _sizes(hub_id, commit, access)
         if sizes is None:
             # Whether all shards are there, read_index finds out.
             wanted, is_online = ["config.json", INDEX], False
         else:
-            wanted, is_online = _wanted(hub_id, commit, label, sizes), True
-            _check_room(hub_id, commit, label, {name: sizes[name] for name in wanted})
+            wanted, is_online = _wanted(hub_id, commit, label, sizes, access), True
+            _check_room(hub_id, commit, label, {name: sizes[name] for name in wanted}, access.cache)
         patterns = [glob.escape(name) for name in wanted]
-        return Path(snapshot_download(hub_id, revision=commit, allow_patterns=patterns, local_files_only=not is_online))
+        return Path(
+            snapshot_download(hub_id, revision=commit, allow_patterns=patterns, local_files_only=not is_online, **told)
+        )
 
 
-def _sizes(hub_id: str, commit: str) -> dict[str, int] | None:
+def _sizes(hub_id: str, commit: str, access: HubAccess) -> dict[str, int] | None:
     """Bytes of every file in the repository; None where the hub cannot be asked."""
     from huggingface_hub import HfApi
 
     try:
-        info = HfApi().model_info(hub_id, revision=commit, files_metadata=True)
+        info = HfApi(token=access.token).model_info(hub_id, revision=commit, files_metadata=True)
     except (_http_error(), OSError) as error:
         if _is_away(error):
             return None
@@ -66,35 +94,33 @@ def _sizes(hub_id: str, commit: str) -> dict[str, int] | None:
     return {entry.rfilename: int(entry.size or 0) for entry in info.siblings or ()}
 
 
-def _wanted(hub_id: str, commit: str, label: str, there: Mapping[str, int]) -> list[str]:
+def _wanted(hub_id: str, commit: str, label: str, there: Mapping[str, int], access: HubAccess) -> list[str]:
     """Of the repository's files those that are read."""
     wanted = [name for name in there if _is_like(name, _SETTINGS) and not _is_like(name, _NOT_SETTINGS)]
-    weights = _weights(hub_id, commit, label, there)
+    weights = _weights(hub_id, commit, label, there, access)
     absent = [name for name in weights if name not in there]
     if absent:
         raise CheckpointError(f"{label} names {absent[0]}, which is not in the repository.")
     return [*wanted, *weights]
 
 
-def _weights(hub_id: str, commit: str, label: str, there: Mapping[str, int]) -> list[str]:
+def _weights(hub_id: str, commit: str, label: str, there: Mapping[str, int], access: HubAccess) -> list[str]:
     """The files of weights, chosen as transformers and locate.py choose them: the one that the config names, else the
     single file, else those of the index. Where there are several choices, all but that one may be out of date."""
     from huggingface_hub import hf_hub_download
 
     candidates = [name for name in (SINGLE, INDEX) if name in there]
+    told: dict[str, Any] = {"revision": commit, "token": access.token, "cache_dir": access.cache}
     if "config.json" in there and any(name.endswith((".safetensors", ".safetensors.index.json")) for name in there):
-        config_file = hf_hub_download(hub_id, "config.json", revision=commit)
+        config_file = hf_hub_download(hub_id, "config.json", **told)
         candidates = [name for name in (named_weights(Path(config_file).parent), *candidates) if name is not None]
     if not candidates:
         raise UnsupportedModelError(_no_weights(label, sorted(there)))
     first = candidates[0]
     if first not in there or not first.endswith(".index.json"):
         return [first]
-    index_file = hf_hub_download(hub_id, first, revision=commit)
-    try:
-        return sorted(set(json.loads(Path(index_file).read_text())["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{label}: its {first} is not a safetensors index ({error!r}).") from None
+    index = read_object(Path(hf_hub_download(hub_id, first, **told)), CheckpointError, "a safetensors index")
+    return sorted(set(shards_of(index, f"{label}: its {first}", CheckpointError).values()))
 
 
 def _is_like(name: str, patterns: Sequence[str]) -> bool:
@@ -116,12 +142,11 @@ def _no_weights(label: str, names: list[str]) -> str:
     return f"{said} It holds no weights at all."
 
 
-def _check_room(hub_id: str, commit: str, label: str, files: Mapping[str, int]) -> None:
+def _check_room(hub_id: str, commit: str, label: str, files: Mapping[str, int], cache: Path) -> None:
     """Before a download, as huggingface_hub itself finds out when the disk is full. Raises CheckpointError."""
-    from huggingface_hub import constants, try_to_load_from_cache
+    from huggingface_hub import try_to_load_from_cache
 
-    is_cached = {name: isinstance(try_to_load_from_cache(hub_id, name, revision=commit), str) for name in files}
-    cache = Path(constants.HF_HUB_CACHE).expanduser()
+    is_cached = {name: isinstance(try_to_load_from_cache(hub_id, name, cache, commit), str) for name in files}
     begun = cache.glob(f"models--{hub_id.replace('/', '--')}/blobs/*.incomplete")
     missing = sum(nbytes for name, nbytes in files.items() if not is_cached[name])
     needed = missing - sum(path.stat().st_size for path in begun)
@@ -135,7 +160,7 @@ def _check_room(hub_id: str, commit: str, label: str, files: Mapping[str, int]) 
 
 
 @contextlib.contextmanager
-def _explained(label: str) -> Iterator[None]:
+def _explained(label: str, access: HubAccess) -> Iterator[None]:
     """Turns huggingface_hub's errors into CheckpointError, which says what to do."""
     from huggingface_hub import constants
     from huggingface_hub.errors import LocalEntryNotFoundError, RevisionResolutionError
@@ -147,6 +172,8 @@ def _explained(label: str) -> Iterator[None]:
         why = f"the hub cannot be reached ({cause}). Check the network, HF_ENDPOINT and proxies"
         if constants.HF_HUB_OFFLINE:
             why = "HF_HUB_OFFLINE is set. Unset it to download the model"
+        elif access.local_files_only:
+            why = "local_files_only is set. Leave it out to download the model"
         raise CheckpointError(
             f"{label} is not a folder here, the cache does not have it, and {why}, or give a local folder."
         ) from error

@@ -4,18 +4,19 @@ No tensor is read: a header says name, dtype, shape and byte range, and everythi
 (absent shards, truncated files, overlapping ranges, pickles in place of safetensors) is found here, before any work.
 """
 
-import json
 import math
+import re
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeGuard
 
 import xxhash
 
 from foreroute.checkpoint.source_files import FileStamp, SourceFile
-from foreroute.errors import CheckpointError, CorruptCheckpointError
+from foreroute.errors import CheckpointError, CorruptCheckpointError, ForerouteError
+from foreroute.reading import parse_object, read_object, refuse_pointer
 
 # What transformers calls the weights that are one file, and the index of those that are several.
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -25,6 +26,13 @@ ITEMSIZE: Mapping[str, int] = {
     "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1, "U16": 2, "U32": 4, "U64": 8,
 }  # fmt: skip
 _MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
+# As safetensors spells dtypes; those that are not in ITEMSIZE are nobody's experts.
+_DTYPE = re.compile(r"[A-Z][A-Z0-9_]{0,31}")
+# Of one file; the largest models have as many in all their files together.
+_MOST_TENSORS = 2**18
+_MOST_DIMS, _MOST_BYTES = 32, 2**63
+_INDEX = "a safetensors index"
+_POINTER_START, _POINTER_HEAD_BYTES = b"version ", 1024
 _FINGERPRINT_SAMPLES = 64
 _FINGERPRINT_SAMPLE_BYTES = 4096
 
@@ -100,8 +108,8 @@ def named_weights(folder: Path) -> str | None:
         CheckpointError: what it names is no safetensors file or index, or lies elsewhere.
     """
     try:
-        named = json.loads((folder / "config.json").read_text()).get("transformers_weights")
-    except (OSError, ValueError, AttributeError):
+        named = read_object(folder / "config.json").get("transformers_weights")
+    except (OSError, ForerouteError):
         return None  # whoever reads the config says what is wrong with it
     if named is None:
         return None
@@ -122,15 +130,8 @@ def read_sharded(index_file: Path) -> CheckpointIndex:
             that another one holds too.
     """
     folder = index_file.parent
-    try:
-        weight_map: dict[str, str] = json.loads(index_file.read_text())["weight_map"]
-        shard_names = sorted(set(weight_map.values()))
-        if not all(isinstance(name, str) for name in shard_names):
-            raise TypeError("file names that are no text")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CorruptCheckpointError(
-            f"{index_file} is not a safetensors index ({error!r}). Download it again."
-        ) from None
+    weight_map = shards_of(read_object(index_file, what=_INDEX), str(index_file))
+    shard_names = sorted(set(weight_map.values()))
     missing = [name for name in shard_names if not (folder / name).is_file()]
     if missing:
         raise CorruptCheckpointError(
@@ -170,43 +171,103 @@ def read_single(path: Path) -> CheckpointIndex:
     return CheckpointIndex(path.parent, {entry.name: entry for entry in entries}, files={str(path): stamp})
 
 
+def shards_of(
+    index: Mapping[str, Any], name: str, error: type[ForerouteError] = CorruptCheckpointError
+) -> dict[str, str]:
+    """What a safetensors index maps: tensor names to names of files in its own folder.
+
+    Args:
+        name: of the index, for the message.
+    Raises:
+        error: it maps something else.
+    """
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict):
+        reason = "it has no weight_map"
+    elif not weight_map:
+        reason = "its weight_map is empty"
+    else:
+        unfit = next((at for at, file in weight_map.items() if not _is_file_name(file)), None)
+        if unfit is None:
+            return weight_map
+        reason = f"weight_map has {weight_map[unfit]!r:.100} for {unfit}, which is no file name"
+    raise error(f"{name} is not {_INDEX} ({reason}). Download it again.")
+
+
+def _is_file_name(value: Any) -> bool:
+    """A path within the folder: an index does not say which other files of this machine are read."""
+    if not isinstance(value, str) or not 0 < len(value) < 1024 or "\0" in value:
+        return False
+    path = PurePosixPath(value)
+    return not path.is_absolute() and ".." not in path.parts and path.name != ""
+
+
 def read_header(path: str | Path) -> tuple[list[TensorEntry], FileStamp]:
     """The tensors of one safetensors file, in file order, and what file it was.
 
     Raises:
-        CorruptCheckpointError: the file is truncated, its header is malformed, ranges overlap, or a range does not
-            have the length that dtype and shape say.
+        CorruptCheckpointError: the file is truncated, a git-LFS pointer, its header is malformed, ranges overlap, or a
+            range does not have the length that dtype and shape say.
         ReadError: it cannot be read, or was written to meanwhile.
     """
     path = Path(path)
     with SourceFile(path) as file:
-        file_nbytes = file.stamp.nbytes
-        prefix = file.read(0, 8)
-        if len(prefix) < 8:
-            raise CorruptCheckpointError(f"{path} has {file_nbytes} bytes: too short for a safetensors file.")
-        (header_nbytes,) = struct.unpack("<Q", prefix)
-        if header_nbytes > min(_MAX_HEADER_BYTES, file_nbytes - 8):
-            raise CorruptCheckpointError(
-                f"{path} says its header has {header_nbytes} bytes, the file has {file_nbytes}: truncated, or not a "
-                "safetensors file. Download it again."
-            )
-        raw_header = file.read(8, header_nbytes)
-    try:
-        header = json.loads(raw_header)
-        entries = sorted(_entries(path, header, 8 + header_nbytes), key=lambda entry: entry.offset)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CorruptCheckpointError(f"{path} has a malformed header ({error!r}). Download it again.") from None
-    _check_ranges(path, entries, 8 + header_nbytes, file_nbytes)
+        raw_header = _raw_header(path, file)
+    header = parse_object(raw_header, f"{path} has a malformed header")
+    if len(header) > _MOST_TENSORS:
+        raise CorruptCheckpointError(f"{path} has {len(header):,} tensors; no file of a checkpoint has so many.")
+    data_start = 8 + len(raw_header)
+    entries = sorted(_entries(path, header, data_start), key=lambda entry: (entry.offset, entry.nbytes))
+    _check_ranges(path, entries, data_start, file.stamp.nbytes)
     return entries, file.stamp
+
+
+def _raw_header(path: Path, file: SourceFile) -> bytes:
+    prefix, file_nbytes = bytes(file.read(0, 8)), file.stamp.nbytes
+    refuse_pointer(path, prefix + bytes(file.read(8, _POINTER_HEAD_BYTES)) if prefix == _POINTER_START else prefix)
+    if len(prefix) < 8:
+        raise CorruptCheckpointError(f"{path} has {file_nbytes} bytes: too short for a safetensors file.")
+    (header_nbytes,) = struct.unpack("<Q", prefix)
+    if header_nbytes > min(_MAX_HEADER_BYTES, file_nbytes - 8):
+        raise CorruptCheckpointError(
+            f"{path} says its header has {header_nbytes} bytes, the file has {file_nbytes}: truncated, or not a "
+            "safetensors file. Download it again."
+        )
+    return bytes(file.read(8, header_nbytes))
 
 
 def _entries(path: Path, header: dict[str, Any], data_start: int) -> Iterator[TensorEntry]:
     for name, info in header.items():
         if name == "__metadata__":
+            if not isinstance(info, dict) or not all(isinstance(value, str) for value in info.values()):
+                raise CorruptCheckpointError(f"{path} has a malformed header (__metadata__ is no map of texts).")
             continue
+        wrong = _why_no_tensor(info)
+        if wrong:
+            raise CorruptCheckpointError(f"{path} has a malformed header ({name}: {wrong}). Download it again.")
         begin, end = info["data_offsets"]
-        shape = tuple(int(extent) for extent in info["shape"])
-        yield TensorEntry(name, str(path), data_start + begin, end - begin, info["dtype"], shape)
+        yield TensorEntry(name, str(path), data_start + begin, end - begin, info["dtype"], tuple(info["shape"]))
+
+
+def _why_no_tensor(info: Any) -> str:
+    """What is wrong with a tensor's entry in a header; "" where nothing is."""
+    if not isinstance(info, dict):
+        return "it is no object"
+    dtype, shape, offsets = info.get("dtype"), info.get("shape"), info.get("data_offsets")
+    if not isinstance(dtype, str) or not _DTYPE.fullmatch(dtype):
+        return f"its dtype is {dtype!r:.40}"
+    if not _is_list_of_whole(shape, _MOST_DIMS, least=0):
+        return f"its shape is {shape!r:.40}"
+    # A range before the data is found below, with the tensor that it overlaps.
+    if not _is_list_of_whole(offsets, 2, least=-_MOST_BYTES) or offsets != sorted(offsets) or len(offsets) < 2:
+        return f"its data_offsets are {offsets!r:.40}"
+    return ""
+
+
+def _is_list_of_whole(values: Any, most: int, least: int) -> TypeGuard[list[int]]:
+    if not isinstance(values, list) or len(values) > most:
+        return False
+    return all(type(value) is int and least <= value < _MOST_BYTES for value in values)
 
 
 def _check_ranges(path: Path, entries: list[TensorEntry], data_start: int, file_nbytes: int) -> None:

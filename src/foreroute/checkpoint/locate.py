@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 
 from foreroute.checkpoint.gguf_file import is_gguf, read_gguf
-from foreroute.checkpoint.hub import fetch
+from foreroute.checkpoint.hub import HubAccess, fetch
 from foreroute.checkpoint.index import INDEX, SINGLE, CheckpointIndex, named_weights, read_sharded, read_single
 from foreroute.errors import CheckpointError, UnsupportedModelError
 
@@ -16,17 +16,32 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 
 
-def locate(path_or_hub_id: str | Path, *, revision: str | None = None, quiet: bool = False) -> Path:
+def locate(
+    path_or_hub_id: str | Path,
+    *,
+    revision: str | None = None,
+    quiet: bool = False,
+    access: HubAccess | None = None,
+) -> Path:
     """The local folder (or .gguf file) of a checkpoint; downloads it when it is a hub id (`org/name`) not cached.
 
     Args:
-        revision: branch, tag or commit of a hub id. quiet: a download shows no bars.
+        revision: branch, tag or commit of a hub id. quiet: a download shows no bars. access: see HubAccess.
     Raises:
         CheckpointError: neither a folder, a GGUF file nor a hub id; a revision of a folder; or the download failed.
     """
     path = Path(path_or_hub_id).expanduser()
     text = str(path_or_hub_id)
+    if not text:
+        raise CheckpointError(
+            "The model has no name. Give the folder of a checkpoint, or a hub id (organisation/name)."
+        )
     if path.exists():
+        if not _is_text(str(path)):
+            raise CheckpointError(
+                f"{text} has a name that is no text in this locale, so that its tokenizer cannot be opened. Rename it, "
+                "or set LC_ALL=C.UTF-8."
+            )
         if revision is not None:
             raise CheckpointError(f"{text} is here on this machine: a revision (--revision) is for hub ids.")
         if not path.is_dir() and not is_gguf(path):
@@ -36,7 +51,15 @@ def locate(path_or_hub_id: str | Path, *, revision: str | None = None, quiet: bo
         return path
     if not _HUB_ID.fullmatch(text):
         raise CheckpointError(f"{text} is not a folder here, and no hub id (organisation/name) either.")
-    return fetch(text, revision, quiet=quiet)
+    return fetch(text, revision, quiet=quiet, access=access or HubAccess())
+
+
+def _is_text(path: str) -> bool:
+    try:
+        path.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def read_index(folder: str | Path) -> CheckpointIndex:

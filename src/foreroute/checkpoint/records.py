@@ -21,10 +21,11 @@ from typing import Any
 
 import xxhash
 
-from foreroute.checkpoint.codecs import CODECS, STORED
-from foreroute.checkpoint.layouts import PAGE, ExpertLayout, ExpertTable, LayerExperts, Part, round_up
+from foreroute.checkpoint.codecs import CODECS, STORED, described_table
+from foreroute.checkpoint.layouts import PAGE, ExpertTable, LayerExperts, round_up
 from foreroute.checkpoint.source_files import FileStamp
 from foreroute.errors import StoreError
+from foreroute.reading import parse_object, refuse_pointer
 from foreroute.types import Copy, ExpertReads, Read
 from foreroute.units import format_memory
 from foreroute.writing import Claim, ClaimedError
@@ -34,6 +35,7 @@ _PARTIAL_SUFFIX = ".partial"
 _MAGIC = b"FOREROUT"
 _PREAMBLE = struct.Struct("<8sQQ")
 _VERSION = 1
+_PACK_AGAIN = "Remove it and run `foreroute pack` again."
 _MOST_HEADER_BYTES = 64 * 2**20
 # The table follows the data to disk in steps: what it names has been synced before.
 _SYNC_EVERY_BYTES = 256 * 2**20
@@ -107,35 +109,44 @@ class PackedStore:
 
     def __init__(self, path: Path, table: ExpertTable) -> None:
         self.path = path
-        with open(path, "rb") as file:
-            self.files = {str(path): (stamp := FileStamp.of(file.fileno()))}
-            stored = _read_header(path, file.read(_PREAMBLE.size), file.read)
-            described = json.loads(stored)
-            self.codec, self.order = described.get("codec", STORED), described.get("order", "")
-            self.choice: dict[str, Any] = described.get("choice", {})
-            if self.codec != STORED:
-                table = _table_in(described, table)
-            header = _header(table, self.codec, self.order, self.choice)
-            _check_same_model(path, stored, header)
-            self.table = table
-            self._layers = table.layers
-            self._first_record = _first_records(table)
-            self._geometry = _Geometry.of(len(header), table)
-            file.seek(self._geometry.table_start)
-            raw_table = file.read(8 * table.total_slots)
+        try:
+            with open(path, "rb") as file:
+                self.files = {str(path): (stamp := FileStamp.of(file.fileno()))}
+                stored = _read_header(path, file.read(_PREAMBLE.size), file.read)
+                self._take_header(stored, table)
+                file.seek(self._geometry.table_start)
+                raw_table = file.read(8 * self.table.total_slots)
+        except OSError as error:
+            raise StoreError(f"{path} cannot be read: {error.strerror}.") from error
         expected_nbytes = self._geometry.offset(table.total_slots)
         if stamp.nbytes != expected_nbytes or len(raw_table) != 8 * table.total_slots:
             raise StoreError(
                 f"{path} has {stamp.nbytes} bytes in place of {expected_nbytes}: half written or truncated. "
-                "Remove it and run `foreroute pack` again."
+                + _PACK_AGAIN
             )
         self._checksums = struct.unpack(f"<{table.total_slots}Q", raw_table)
         unwritten = self._checksums.count(0)
         if unwritten:
             raise StoreError(
-                f"{path} is half written: {unwritten} of {table.total_slots} records are missing. "
-                "Remove it and run `foreroute pack` again."
+                f"{path} is half written: {unwritten} of {table.total_slots} records are missing. {_PACK_AGAIN}"
             )
+
+    def _take_header(self, stored: bytes, table: ExpertTable) -> None:
+        described = _described(self.path, stored)
+        self.codec: str = described["codec"]
+        self.order: str = described["order"]
+        self.choice: dict[str, Any] = described["choice"]
+        if self.codec != STORED:
+            known = described_table(described, table)
+            if known is None:  # laid out as no codec here does it: the headers differ in the codec at least
+                _check_same_model(self.path, stored, _header(table, STORED, "", None))
+            table = known or table
+        header = _header(table, self.codec, self.order, self.choice)
+        _check_same_model(self.path, stored, header)
+        self.table = table
+        self._layers = table.layers
+        self._first_record = _first_records(table)
+        self._geometry = _Geometry.of(len(header), table)
 
     def reads_of(self, table: ExpertTable) -> Callable[[int], ExpertReads]:
         """A function from the flat keys of `table` to the one read that fills a slot.
@@ -328,27 +339,6 @@ class StoreWriter:
             ) from error
 
 
-def _table_in(described: dict[str, Any], table: ExpertTable) -> ExpertTable:
-    """The experts of `table` with the layouts that a store's header describes."""
-    names = {layer.name: layer for layer in table.layers}
-    layers = tuple(
-        LayerExperts(
-            layer["name"], layer["num_experts"], _layout_in(layer["parts"]), (),
-            _layout_in(layer["other_parts"]) if "other_parts" in layer else None, frozenset(layer.get("others", ())),
-        )
-        for layer in described["layers"]
-    )  # fmt: skip
-    if [(layer.name, layer.num_experts) for layer in layers] != [
-        (name, layer.num_experts) for name, layer in names.items()
-    ]:
-        return table  # and the headers will differ
-    return ExpertTable(layers, table.index)
-
-
-def _layout_in(parts: Sequence[dict[str, Any]]) -> ExpertLayout:
-    return ExpertLayout(tuple(Part(**{**part, "shape": tuple(part["shape"])}) for part in parts))
-
-
 def stored_choice(path: Path, table: ExpertTable) -> tuple[dict[str, Any], list[frozenset[int]]] | None:
     """How the experts with more bits were chosen in a store of this model, whole or partial, and which they are.
 
@@ -357,16 +347,17 @@ def stored_choice(path: Path, table: ExpertTable) -> tuple[dict[str, Any], list[
     """
     try:
         with open(path, "rb") as file:
-            described = json.loads(_read_header(path, file.read(_PREAMBLE.size), file.read))
+            described = _described(path, _read_header(path, file.read(_PREAMBLE.size), file.read))
     except (FileNotFoundError, StoreError):
         return None
-    if described.get("fingerprint") != table.index.fingerprint() or "choice" not in described:
+    stored = described_table(described, table)
+    if described.get("fingerprint") != table.index.fingerprint() or not described["choice"] or stored is None:
         return None
-    return described["choice"], [layer.others for layer in _table_in(described, table).layers]
+    return described["choice"], [layer.others for layer in stored.layers]
 
 
 def _first_records(table: ExpertTable) -> Sequence[int]:
-    return list(itertools.accumulate((layer.num_experts for layer in table.layers), initial=0))
+    return list(itertools.accumulate((layer.num_experts for layer in table.layers), initial=0))[:-1]
 
 
 def _write_all(fd: int, payload: memoryview, offset: int) -> None:
@@ -376,19 +367,31 @@ def _write_all(fd: int, payload: memoryview, offset: int) -> None:
 
 
 def _read_header(path: Path, preamble: bytes, read: Callable[[int], bytes]) -> bytes:
+    if preamble.startswith(b"version "):
+        refuse_pointer(path, preamble + read(PAGE), StoreError)
     if len(preamble) != _PREAMBLE.size or preamble[:8] != _MAGIC:
         raise StoreError(f"{path} is not a packed store. Remove it, or make it with `foreroute pack`.")
     _, header_nbytes, checksum = _PREAMBLE.unpack(preamble)
     header = read(header_nbytes) if header_nbytes <= _MOST_HEADER_BYTES else b""
     if len(header) != header_nbytes or xxhash.xxh3_64_intdigest(header) != checksum:
-        raise StoreError(f"{path} has a damaged header. Remove it and run `foreroute pack` again.")
+        raise StoreError(f"{path} has a damaged header. {_PACK_AGAIN}")
     return header
+
+
+def _described(path: Path, stored: bytes) -> dict[str, Any]:
+    """What a header says; its codec, order and choice are there and of their types."""
+    described = parse_object(stored, f"{path} has a damaged header", StoreError, _PACK_AGAIN)
+    described = {"codec": STORED, "order": "", "choice": {}, **described}
+    for name, kind in (("codec", str), ("order", str), ("choice", dict)):
+        if not isinstance(described[name], kind):
+            raise StoreError(f"{path} has a damaged header ({name} is {described[name]!r:.40}). {_PACK_AGAIN}")
+    return described
 
 
 def _check_same_model(path: Path, stored: bytes, expected: bytes) -> None:
     if stored == expected:
         return
-    theirs, ours = json.loads(stored), json.loads(expected)
+    theirs, ours = _described(path, stored), json.loads(expected)
     if theirs.get("version") != ours["version"]:
         reason = f"it has version {theirs.get('version')}, this foreroute reads {ours['version']}"
     elif theirs.get("fingerprint") != ours["fingerprint"]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from foreroute.errors import PromptError
+from foreroute.reading import check_no_pointer
 from foreroute.writing import atomic_write
 
 if TYPE_CHECKING:
@@ -105,17 +106,10 @@ class Conversation:
             text = "".join(turn["content"] + ("\n" if turn["role"] == "user" else "") for turn in self.messages)
             ids: torch.Tensor = tokenizer(text, return_tensors="pt")["input_ids"]
             return ids.long()
-        from jinja2 import TemplateError
+        from foreroute.model.text import chat_ids
 
         first = [] if self.system is None else [{"role": "system", "content": self.system}]
-        try:
-            encoded = tokenizer.apply_chat_template(
-                first + self.messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-            )
-        except TemplateError as error:
-            raise PromptError(f"The model's chat template refuses this chat: {error}") from error
-        prompt: torch.Tensor = encoded["input_ids"]
-        return prompt
+        return chat_ids(tokenizer, first + self.messages)
 
     # The file.
 
@@ -159,6 +153,7 @@ class Conversation:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    check_no_pointer(path, PromptError)
     try:
         whole = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

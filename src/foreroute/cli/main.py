@@ -1,7 +1,9 @@
 """The command `foreroute`: parses, dispatches, and turns errors and Ctrl-C into a line and an exit code."""
 
 import argparse
+import codecs
 import contextlib
+import io
 import os
 import signal
 import sys
@@ -54,6 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; argparse's own errors exit with 2."""
+    _write_utf8()
     args = build_parser().parse_args(argv)
     with _termination_interrupts() as terminated:
         code = _run(args)
@@ -99,6 +102,17 @@ def _termination_interrupts() -> Iterator[list[int]]:
     finally:
         if is_ours:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _write_utf8() -> None:
+    """See that text can always be written: as UTF-8 where the locale (C, POSIX) knows ASCII alone.
+
+    A path may hold bytes that are no text; they are shown as escapes. Where another encoding was asked for, it stays.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            is_ascii = codecs.lookup(stream.encoding).name == "ascii"
+            stream.reconfigure(encoding="utf-8" if is_ascii else None, errors="backslashreplace")
 
 
 if __name__ == "__main__":

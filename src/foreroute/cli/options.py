@@ -13,6 +13,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from foreroute.checkpoint.locate import locate
 from foreroute.config import EngineConfig
 from foreroute.errors import ForerouteError, PromptError
+from foreroute.reading import read_bytes
 
 # Fields of EngineConfig for experts on a GPU, or for a server: left out by commands whose inputs stay on the CPU.
 GPU_FIELDS = ("device", "control", "host_memory", "kv_tokens")
@@ -137,15 +138,31 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
     if prompt is not None and file is not None:
         raise PromptError("There is a PROMPT and a --file. Give one of them.")
     if file is not None:
-        try:
-            return _as_text(file.read_bytes(), str(file))
-        except OSError as error:
-            raise PromptError(f"{file} cannot be read: {error.strerror}.") from error
+        return _as_text(read_bytes(file.expanduser(), PromptError), str(file))
     if prompt == "-" or (prompt is None and not sys.stdin.isatty()):
         return _as_text(sys.stdin.buffer.read(), "Standard input")
     if prompt is None:
         raise PromptError('There is no prompt. Write it after the model, give --file, or pipe it in ("-").')
-    return prompt
+    return argument_text(prompt, "The prompt")
+
+
+def argument_text(text: str, name: str) -> str:
+    """Text of the command line as text. Bytes that the locale could not read arrive as surrogates; UTF-8 is meant.
+
+    Args:
+        name: of the argument, for the message.
+    Raises:
+        PromptError: it is not UTF-8.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        try:
+            return os.fsencode(text).decode("utf-8")
+        except UnicodeError as error:
+            at = getattr(error, "start", 0)
+            raise PromptError(f"{name} is not UTF-8 text (byte {at}).") from None
+    return text
 
 
 def _as_text(raw: bytes, source: str) -> str:

@@ -36,7 +36,7 @@ def with_room(folder: Path, config: EngineConfig, args: argparse.Namespace) -> t
     Raises:
         BudgetError: the context does not fit --kv-tokens. CheckpointError, UnsupportedModelError: no usable config.
     """
-    from foreroute.model.skeleton import read_config
+    from foreroute.model.config_file import read_config
 
     own = getattr(read_config(folder).get_text_config(), "max_position_embeddings", None)
     context = min(args.ctx_size or own or _CONTEXT, own or 2**31)

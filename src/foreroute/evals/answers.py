@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from foreroute.errors import EvaluationError
+from foreroute.errors import EvaluationError, named
 from foreroute.evals.tasks import Item
+from foreroute.model.tokenizer_files import default_template
 
 # Room beyond the right answer, so that an answer that goes on is seen to be wrong.
 _MORE_TOKENS = 8
@@ -29,15 +30,17 @@ def answer(
     Args:
         progress: called with (items done, all items).
     Raises:
-        EvaluationError: the model has no chat template to ask through.
+        EvaluationError: the model has no chat template to ask through, or one that refuses. PromptError: several, and
+            no default.
     """
-    if not getattr(tokenizer, "chat_template", None):
+    if default_template(tokenizer) is None:
         raise EvaluationError("This model has no chat template to ask through. Evaluate it on text: --text FILE.")
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     chats = [[{"role": "user", "content": item.prompt}] for item in items]
-    prompts = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
+    with named("The model's chat template refuses the tasks", EvaluationError):
+        prompts = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
     longest = [len(tokenizer(item.answer, add_special_tokens=False).input_ids) + _MORE_TOKENS for item in items]
     order = sorted(range(len(items)), key=lambda n: (longest[n], len(prompts[n])))
     completions = [""] * len(items)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import importlib.util
 import json
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -21,6 +22,7 @@ from foreroute.errors import EvaluationError
 from foreroute.evals.answers import wilson
 from foreroute.evals.builtin import Progress
 from foreroute.evals.sandbox import isolation_gap, run_program
+from foreroute.reading import refuse_pointer
 
 # Where the function that was asked for has ended.
 STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
@@ -53,8 +55,9 @@ def read_problems(path: Path | None = None) -> list[Problem]:
     found = _package_file() if path is None else path.expanduser()
     try:
         raw = found.read_bytes()
+        refuse_pointer(found, raw[:1024], EvaluationError)
         text = (gzip.decompress(raw) if found.suffix == ".gz" else raw).decode("utf-8")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise EvaluationError(f"{found} cannot be read: {error}") from error
     problems = [_problem(line, number, found) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not problems:
@@ -75,7 +78,7 @@ def _problem(line: str, number: int, path: Path) -> Problem:
     try:
         entry = json.loads(line)
         values = {field.name: entry[field.name] for field in fields(Problem)}
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise EvaluationError(f"Line {number} of {path} is no problem of HumanEval: {error!r}") from error
     wrong = [name for name, value in values.items() if not isinstance(value, str)]
     if wrong:

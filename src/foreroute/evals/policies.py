@@ -84,7 +84,7 @@ class Finished:
         self._path = path.with_name(f"{path.name}-{self._digest[:16]}.json")
         self.rows: dict[str, dict[str, Any]] = {}
         try:
-            saved = json.loads(self._path.read_text())
+            saved = json.loads(self._path.read_text(encoding="utf-8"))
             if saved["of"] == self._digest:
                 self.rows = saved["rows"]
         except (OSError, ValueError, KeyError, TypeError):
@@ -96,7 +96,7 @@ class Finished:
         self.rows[name] = row
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(self._path) as beside:
-            beside.write_text(json.dumps({"of": self._digest, "rows": self.rows}))
+            beside.write_text(json.dumps({"of": self._digest, "rows": self.rows}), encoding="utf-8")
 
     def forget(self) -> None:
         """All are done and shown."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from foreroute.errors import EvaluationError
+from foreroute.reading import check_no_pointer
 from foreroute.writing import atomic_write
 
 FORMAT = 1
@@ -44,20 +45,23 @@ def read_held_out(path: Path) -> HeldOut:
         EvaluationError: there is no such file, or it is no file of held-out text.
     """
     try:
+        check_no_pointer(path, EvaluationError)
         found = json.loads(path.read_text(encoding="utf-8"))
         if found.pop("format") != FORMAT:
             raise ValueError(f"its format is not {FORMAT}")
         held_out = HeldOut(**found)
         if not (held_out.texts and held_out.texts.keys() == held_out.shares.keys() and sum(held_out.shares.values())):
             raise ValueError("its texts and their shares do not go together")
-        held_out.glossary.items()
+        words = [*held_out.texts.values(), *held_out.glossary, *held_out.glossary.values()]
+        if not all(isinstance(text, str) for text in words):
+            raise ValueError("a text of it is none")
         return held_out
     except FileNotFoundError:
         raise EvaluationError(
             f"There is no held-out text at {path}. In a checkout `make held-out` writes it (it fetches Debian packages "
             "through apt). Or evaluate on text of your own: --text FILE."
         ) from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise EvaluationError(f"{path} is no file of held-out text ({error}). `make held-out` writes it.") from error
 
 

@@ -5,6 +5,7 @@ place of its own, through its `custom_generate`. Tokens are the same as its own 
 scores, and sampling draws from the same generator.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -15,6 +16,7 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 
 from foreroute.engine.chunks import split_prompt
 from foreroute.engine.interfaces import Phase, StepInfo
+from foreroute.errors import CheckpointError
 from foreroute.model.caches import CACHE_NAME, cache_argument, is_ordinary
 
 # Settings that say how a token is chosen from its scores, or when to end: transformers turns them into the processors
@@ -48,6 +50,11 @@ _UNDERSTOOD = frozenset(
         "logits_processor",
         "stopping_criteria",
     ]
+)
+
+_NO_NUMBERS = (
+    "The model's logits are not numbers (NaN): no token follows from them. Its weights may be damaged, a number in "
+    "config.json wrong, or the compute dtype too narrow (`foreroute verify` finds out; try --dtype float32)."
 )
 
 
@@ -147,10 +154,7 @@ class LeanLoop:
         while True:
             # In fp32 and a copy, as generate() does it: processors may write to it.
             scores = logits_processor(ids[:, :length], logits.to(copy=True, dtype=torch.float32))
-            if generation_config.do_sample:
-                token = torch.multinomial(torch.nn.functional.softmax(scores, dim=-1), num_samples=1)
-            else:
-                token = torch.argmax(scores, dim=-1, keepdim=True)
+            token = _chosen(scores, do_sample=bool(generation_config.do_sample))
             ids[:, length : length + 1] = token
             length += 1
             value = int(token)
@@ -161,6 +165,26 @@ class LeanLoop:
                 break
             logits = compute(token, "decode") if decoder is None else decoder.step(token)
         return ids[:, :length]
+
+
+def _chosen(scores: torch.Tensor, *, do_sample: bool) -> torch.Tensor:
+    """The next token [1, 1] by its scores [1, vocabulary].
+
+    Raises:
+        CheckpointError: they are not numbers: any token would be as good. Not looked for on a GPU, where it would wait.
+    """
+    if not do_sample:
+        token = torch.argmax(scores, dim=-1, keepdim=True)
+        # NaN is the greatest there is to argmax.
+        if scores.is_cpu and math.isnan(scores[0, token[0, 0]]):
+            raise CheckpointError(_NO_NUMBERS)
+        return token
+    try:
+        return torch.multinomial(torch.nn.functional.softmax(scores, dim=-1), num_samples=1)
+    except RuntimeError as error:
+        if "probability tensor" in str(error):
+            raise CheckpointError(_NO_NUMBERS) from error
+        raise
 
 
 def _split(criteria: StoppingCriteriaList) -> tuple[frozenset[int], StoppingCriteriaList]:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from foreroute.checkpoint.codecs import STORED
+from foreroute.checkpoint.hub import HubAccess
 from foreroute.checkpoint.index import CheckpointIndex
 from foreroute.checkpoint.layouts import ExpertTable
 from foreroute.checkpoint.locate import locate, read_index
@@ -40,15 +41,17 @@ class Checkpoint:
         return source.stored_as or source.layers[0].layout.parts[0].dtype
 
 
-def open_checkpoint(path_or_hub_id: str | Path, revision: str | None, packed: str) -> Checkpoint:
+def open_checkpoint(
+    path_or_hub_id: str | Path, revision: str | None, packed: str, access: HubAccess | None = None
+) -> Checkpoint:
     """Find a checkpoint and read its headers; a hub id is downloaded first.
 
     Args:
-        packed: as EngineConfig.packed.
+        packed: as EngineConfig.packed. access: to the hub, where it is not as the environment says.
     Raises:
         CheckpointError, UnsupportedModelError, StoreError: see errors.py.
     """
-    folder = locate(path_or_hub_id, revision=revision)
+    folder = locate(path_or_hub_id, revision=revision, access=access)
     index = read_index(folder)
     sketch = outline(folder, index)
     return Checkpoint(folder, index, sketch, open_store(folder, packed, sketch.table))

@@ -34,7 +34,7 @@ def guidance_for(
         PolicyError: the policy is not to be had with this model.
     """
     hidden = model.config.get_text_config().hidden_size
-    check_layout(sidecar, experts.layers, hidden)
+    check_layout(sidecar, experts.layers, hidden, model.config.get_text_config().vocab_size)
     learner = _learner(asked, experts, hidden, memory) if sidecar is None else None
     predictor = prefetch_guesses(asked, experts.layers, experts.dtype, sidecar, learner)
     policies = approximation(experts.layers, experts.dtype, sidecar, asked, predictor, own_math=experts.has_own_math)

@@ -6,7 +6,6 @@ headers, the room for it, the model, the division of memory.
 
 import os
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from foreroute.config import EngineConfig, Plan
 from foreroute.engine.interfaces import MoeEngine
 from foreroute.engine.moe_step import MoeStep
 from foreroute.engine.step_trace import StepTrace, header_of
-from foreroute.errors import ForerouteError
+from foreroute.loading.arguments import read_arguments
 from foreroute.loading.checkpoint import Checkpoint, find_experts, open_checkpoint
 from foreroute.loading.engines import builder_for
 from foreroute.loading.guidance import Guidance, guidance_for
@@ -44,7 +43,7 @@ def load(
     dtype: str | torch.dtype = "auto",
     *,
     config: EngineConfig | None = None,
-    device: str | None = None,
+    device: str | torch.device | None = None,
     revision: str | None = None,
     progress: Progress = lambda done, total: None,
     **model_kwargs: Any,
@@ -54,14 +53,15 @@ def load(
     With device "cuda" they stay in host memory, and on disk as far as that does not hold them, and visit the GPU's.
 
     Args:
-        path_or_hub_id: folder of a Hugging Face checkpoint (safetensors), or `org/name`.
+        path_or_hub_id: folder of a Hugging Face checkpoint (safetensors), or `org/name`. revision: of the latter.
         memory: budget for experts: bytes, "8GiB", or "25%" of the expert bytes; chosen from free RAM, or from the
             GPU's free memory, when None.
         dtype: compute dtype; "auto" is the checkpoint's. Experts are kept as stored and converted when computed.
         config: the other switches; `memory` above and `device` win over its own.
-        device: "cpu" or "cuda".
+        device: "cpu" or "cuda", or a torch.device of that kind.
         progress: told how many of how many experts are in host memory, while it is filled.
-        model_kwargs: passed on to transformers (attn_implementation, ...).
+        model_kwargs: attn_implementation, for transformers; token, local_files_only and cache_dir, for a hub id;
+            torch_dtype, which is dtype. Others are refused by name (loading/arguments.py).
     Returns:
         An ordinary transformers model, ready for `generate`, with `model.foreroute` (plan, stats, close) added.
     Raises:
@@ -69,15 +69,16 @@ def load(
     """
     # Read by oneDNN at its first product; what the user has set stays.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", _KERNELS_KEPT)
-    asked = _asked(config, memory, device)
+    call = read_arguments(path_or_hub_id, memory, dtype, config, device, revision, progress, model_kwargs)
+    asked = call.config
     Policy.parse(asked.policy)  # refused here where it is none, before anything is read
     target = open_device(asked)
     trace = None if asked.trace is None else open_trace(asked.trace)
-    checkpoint = open_checkpoint(path_or_hub_id, revision, asked.packed)
+    checkpoint = open_checkpoint(path_or_hub_id, revision, asked.packed, call.hub)
     sketch = checkpoint.outline
     before = check_before(asked, target, checkpoint.kept, checkpoint.store, sketch.config, sketch.dense_nbytes)
     sidecar = _sidecar(asked, target, checkpoint)
-    model: Any = load_skeleton(checkpoint.folder, sketch, _torch_dtype(dtype), **model_kwargs)
+    model: Any = load_skeleton(checkpoint.folder, sketch, call.dtype, **call.model_kwargs)
     experts = find_experts(model, checkpoint)
     division = plan_memory(asked, target, model, experts, before)
     if target.type == "cuda":
@@ -95,28 +96,11 @@ def load(
     return make_offloaded(model, ForerouteHandle(plan, engine, list(experts.layers), experts.table))
 
 
-def _asked(config: EngineConfig | None, memory: int | str | None, device: str | None) -> EngineConfig:
-    """The configuration with what was said beside it."""
-    given: dict[str, Any] = {
-        name: value for name, value in (("memory", memory), ("device", device)) if value is not None
-    }
-    return replace(config or EngineConfig(), **given)
-
-
 def _sidecar(asked: EngineConfig, target: torch.device, checkpoint: Checkpoint) -> Sidecar | None:
     """The fitted predictors; none on a GPU yet."""
     if target.type == "cuda" or asked.control == "device":
         return None
     return open_sidecar(checkpoint.folder, checkpoint.index, asked)
-
-
-def _torch_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
-    if isinstance(dtype, torch.dtype) or dtype == "auto":
-        return dtype
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if dtype not in known:
-        raise ForerouteError(f"dtype {dtype!r} is not known. Choose auto, {', '.join(known)}.")
-    return known[dtype]
 
 
 def _plan(

@@ -160,6 +160,8 @@ def make_offloaded(model: nn.Module, handle: ForerouteHandle) -> nn.Module:
     handle_ref = weakref.ref(handle)
     config: Any = model.config
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
+    vocabulary = getattr(embeddings, "num_embeddings", None)
 
     def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         refuse_compiled()
@@ -171,6 +173,7 @@ def make_offloaded(model: nn.Module, handle: ForerouteHandle) -> nn.Module:
             cache = given_cache(kwargs)
             if tokens.shape[1] != 1:
                 _check_prompt(tokens, cache, context)
+                _check_ids(tokens, vocabulary)
             handle.engine.begin_step(handle.take_announced() or _guess_step(tokens, cache))
 
     model.register_forward_pre_hook(begin, with_kwargs=True)
@@ -202,4 +205,16 @@ def _check_prompt(tokens: torch.Tensor, cache: Any, context: int | None) -> None
         raise PromptError(
             f"The prompt has {num_positions} tokens, the model's context {context} (max_position_embeddings in "
             "config.json). Shorten the prompt."
+        )
+
+
+def _check_ids(tokens: torch.Tensor, vocabulary: int | None) -> None:
+    """See that the model has every token of a prompt; the embedding would stop with an index, or the GPU for good."""
+    if vocabulary is None or tokens.is_floating_point():
+        return
+    least, most = (int(bound) for bound in tokens.aminmax())
+    if least < 0 or most >= vocabulary:
+        raise PromptError(
+            f"The prompt has the token {least if least < 0 else most}; the model has 0 to {vocabulary - 1}. The "
+            "tokenizer (tokenizer.json) and the weights are of different models."
         )

@@ -50,7 +50,7 @@ def soft_limit(name: str, root: Path = ROOT) -> int | None:
 def reset_peak() -> bool:
     """Have VmHWM, the peak of resident bytes, begin anew; False where the system has no such thing."""
     try:
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     except OSError:
         return False
     return True

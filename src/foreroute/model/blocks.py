@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from foreroute.errors import UnsupportedModelError
+from foreroute.errors import CheckpointError, UnsupportedModelError, named
 from foreroute.model.experts import OffloadedExperts
 from foreroute.model.router import LastCall, StepTokens, chooses_by_tokens
 
@@ -87,6 +87,7 @@ def probe(model: nn.Module, offloaded: dict[str, OffloadedExperts]) -> list[MoeL
         The layers in call order, which is the order of MoE layers from here on.
     Raises:
         UnsupportedModelError: some experts are never called by a plain forward, or several times.
+        CheckpointError: the model cannot compute a token as its config has it, or chooses no expert.
     """
     calls = _Calls()
     layers: list[MoeLayer] = []
@@ -116,9 +117,14 @@ def probe(model: nn.Module, offloaded: dict[str, OffloadedExperts]) -> list[MoeL
     try:
         for name, module in offloaded.items():
             module.engine_forward = on_experts(name, module)
-        with torch.no_grad():
+        source = getattr(model, "name_or_path", "") or "The model"
+        with (
+            torch.no_grad(),
+            named(f"{source}: a model as config.json describes it computes no token", CheckpointError),
+        ):
             device = next(model.parameters()).device
-            model(input_ids=_probe_ids().to(device).unsqueeze(0), use_cache=False)
+            logits = model(input_ids=_probe_ids().to(device).unsqueeze(0), use_cache=False).logits
+            _check_numbers(logits, source)
         if layers:
             layers[-1] = _with_norm(layers[-1], calls)
     finally:
@@ -131,7 +137,26 @@ def probe(model: nn.Module, offloaded: dict[str, OffloadedExperts]) -> list[MoeL
         raise UnsupportedModelError(
             f"{silent[0]} is not called by a forward over text: its experts cannot be offloaded."
         )
+    _check_choice(layers, source)
     return _with_last_calls(layers, model)
+
+
+def _check_numbers(logits: torch.Tensor, source: str) -> None:
+    """Raises CheckpointError for logits [1, tokens, vocabulary] that are no numbers, though no expert had a part in."""
+    if bool(logits.isnan().any()):
+        raise CheckpointError(
+            f"{source}: without its experts the model computes NaN: its dense weights are damaged, a number in "
+            "config.json is wrong, or the compute dtype is too narrow for them (try --dtype float32)."
+        )
+
+
+def _check_choice(layers: list[MoeLayer], source: str) -> None:
+    for layer in layers:
+        num_experts = layer.experts.num_offloaded
+        if not 0 < layer.top_k <= num_experts:
+            raise CheckpointError(
+                f"{source}: {layer.name} has {num_experts} experts; config.json chooses {layer.top_k} for a token."
+            )
 
 
 def _probe_ids() -> torch.Tensor:

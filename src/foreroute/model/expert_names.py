@@ -3,6 +3,7 @@
 from collections.abc import Collection, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from foreroute.checkpoint.assembly import Operation
@@ -28,10 +29,11 @@ def expert_parameters(module: nn.Module) -> tuple[ExpertParameter, ...]:
 
 def map_sources(
     meta_model: nn.Module, modules: Mapping[str, nn.Module], stored_names: Collection[str]
-) -> tuple[dict[str, PartSource], dict[str, tuple[str, ...]]]:
+) -> tuple[dict[str, PartSource], dict[str, tuple[str, ...]], dict[str, torch.Tensor]]:
     """For every expert parameter, by full name: the stored tensors that make it, as transformers would collect them.
 
-    Beside them the stored names that the model has no place for, with the names that transformers gives each.
+    Beside them the stored names that the model has no place for, with the names that transformers gives each; and those
+    that become a tensor of the model as they are, with that tensor.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
@@ -44,6 +46,7 @@ def map_sources(
     shapes = {f"{name}.{p.name}": (p.name, p.shape) for name, m in modules.items() for p in expert_parameters(m)}
     groups: dict[str, dict[str | None, list[str]]] = {}
     unplaced: dict[str, tuple[str, ...]] = {}
+    placed: dict[str, torch.Tensor] = {}
     for stored_name in sorted(stored_names, key=dot_natural_key):
         target, pattern = rename_source_key(stored_name, renamings, converters, prefix, state)
         if target not in state and stored_name in state:
@@ -51,6 +54,8 @@ def map_sources(
         if target not in state:
             converted = [target] if pattern is None else by_pattern[pattern].target_patterns
             unplaced[stored_name] = tuple(target.replace(converted[0], one) for one in converted)
+        elif pattern is None and target not in shapes:
+            placed[stored_name] = state[target]
         if target in shapes:
             groups.setdefault(target, {}).setdefault(pattern, []).append(stored_name)
     sources: dict[str, PartSource] = {}
@@ -63,7 +68,7 @@ def map_sources(
             ordered = [by_source.get(pattern, []) for pattern in converter.source_patterns]
             steps = [_operation(op, converter) for op in converter.operations]
         sources[target] = PartSource(part, shape, tuple(tuple(names) for names in ordered), tuple(steps))
-    return sources, unplaced
+    return sources, unplaced, placed
 
 
 def _operation(op: Any, converter: Any) -> Operation:

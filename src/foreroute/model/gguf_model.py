@@ -12,7 +12,8 @@ import torch
 from foreroute.checkpoint.gguf_families import dense_names, settings_of
 from foreroute.checkpoint.gguf_file import GgufIndex, gguf_package
 from foreroute.checkpoint.source_files import SourceFile
-from foreroute.errors import CheckpointError
+from foreroute.errors import CheckpointError, named
+from foreroute.model.config_sizes import check_sizes
 
 
 def gguf_config(index: GgufIndex) -> Any:
@@ -21,14 +22,12 @@ def gguf_config(index: GgufIndex) -> Any:
     Raises:
         CheckpointError: the metadata describe no model.
     """
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
-    try:
+    with named(f"{index.folder}: its metadata describe no {index.architecture}", CheckpointError):
         model_type, settings = settings_of(index)
+        check_sizes(settings, index.folder)
         return AutoConfig.for_model(model_type, **settings)
-    except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError, StrictDataclassError) as error:
-        raise CheckpointError(f"{index.folder}: its metadata describe no {index.architecture}: {error}") from error
 
 
 def gguf_dense_nbytes(index: GgufIndex) -> int:

@@ -6,10 +6,9 @@ does. Names are translated by transformers' own renaming functions, so that a fa
 """
 
 import contextlib
-import json
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,24 +17,24 @@ import torch
 from torch import nn
 
 from foreroute.checkpoint.gguf_families import dense_names, gguf_layer
-from foreroute.checkpoint.gguf_file import GgufIndex, is_gguf, read_gguf
+from foreroute.checkpoint.gguf_file import GgufIndex, is_gguf
 from foreroute.checkpoint.index import CheckpointIndex
 from foreroute.checkpoint.layouts import ExpertTable, LayerExperts, PartSource
 from foreroute.checkpoint.quantised_formats import QuantisedFormat
 from foreroute.checkpoint.quantised_layout import quantised_layer
-from foreroute.errors import CheckpointError, CorruptCheckpointError, UnsupportedModelError
+from foreroute.errors import CheckpointError, CorruptCheckpointError, UnsupportedModelError, named
+from foreroute.model.config_file import read_config
+from foreroute.model.config_sizes import check_against, check_choice, check_number
 from foreroute.model.dense_state import dense_growth, dense_state, idle_biases, quantised_matrices
 from foreroute.model.expert_names import expert_parameters, map_sources, num_experts
 from foreroute.model.experts import ExpertParameter, OffloadedExperts, is_experts_class, offloaded_class
 from foreroute.model.from_state import check_arguments, from_state, stored_state
+from foreroute.model.generation_file import check_generation_settings
 from foreroute.model.gguf_model import gguf_config, gguf_dense_nbytes, gguf_state
 from foreroute.model.unplaced import Ignored, sort_unplaced, tell
 
 # The swap replaces a name in a module that every thread sees: one load at a time.
 _SWAP_LOCK = threading.RLock()
-
-# What transformers' configs and constructors raise on values that make no sense.
-_CONFIG_ERRORS = (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError, RuntimeError)
 
 
 @dataclass(frozen=True)
@@ -78,39 +77,6 @@ class Outline:
         return index.nbytes - self.table.expert_nbytes + growth
 
 
-def read_config(folder: Path) -> Any:
-    """transformers' config of the checkpoint in `folder`; no remote code is run.
-
-    Raises:
-        CheckpointError: no config.json, one that is not JSON, or one with impossible values.
-        UnsupportedModelError: a model type that the installed transformers does not have.
-    """
-    import transformers
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    if is_gguf(folder):
-        return gguf_config(read_gguf(folder))
-    config_file = folder / "config.json"
-    if not config_file.is_file():
-        raise CheckpointError(f"{folder} has no config.json. Give the folder of a Hugging Face checkpoint.")
-    try:
-        stored = json.loads(config_file.read_text())
-        model_type = stored.get("model_type")
-    except (ValueError, AttributeError) as error:
-        raise CheckpointError(f"{config_file} is not a JSON object ({error}).") from None
-    if model_type not in CONFIG_MAPPING:
-        own_code = " It comes with code of its own, which foreroute does not run." if "auto_map" in stored else ""
-        raise UnsupportedModelError(
-            f"{config_file}: transformers {transformers.__version__} does not know model type {model_type!r}.{own_code}"
-        )
-    try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (*_CONFIG_ERRORS, StrictDataclassError) as error:
-        raise CheckpointError(f"{config_file} is not a config of {model_type}: {error}") from error
-
-
 def outline(folder: Path, index: CheckpointIndex) -> Outline:
     """Build the model on the meta device, find its experts and map them to stored bytes.
 
@@ -125,20 +91,21 @@ def outline(folder: Path, index: CheckpointIndex) -> Outline:
     config = read_config(folder)
     is_quantised = form is not None or getattr(config, "quantization_config", None) is not None
     _forget_quantisation(config)
-    meta_model = _meta_model(folder, config)
-    modules = {name: module for name, module in meta_model.named_modules() if is_experts_class(type(module))}
-    if not modules:
-        raise UnsupportedModelError(_why_no_experts(folder, config, meta_model))
+    meta_model = _meta_model(folder, config, index)
+    modules = _experts_modules(folder, config, meta_model)
+    of_experts = sum(num_experts(module) * len(expert_parameters(module)) for module in modules.values())
+    check_number(index, len(meta_model.state_dict()) + of_experts)
     components |= idle_biases(index, matrices, meta_model.state_dict().keys())
-    sources, unplaced = map_sources(meta_model, modules, {*(set(index.tensors) - components), *matrices})
+    sources, unplaced, dense = map_sources(meta_model, modules, {*(set(index.tensors) - components), *matrices})
     layers: list[LayerExperts] = []
     targets: set[str] = set()
     for name, module in modules.items():
         parameters = expert_parameters(module)
-        layer_sources = [sources.get(f"{name}.{p.name}") or _absent(name, p) for p in parameters]
+        layer_sources = [sources.get(f"{name}.{p.name}") or _absent(folder, name, p) for p in parameters]
         targets.update(f"{name}.{p.name}" for p in parameters)
         layers.append(quantised_layer(name, num_experts(module), layer_sources, index, form, matrices))
     ignored = sort_unplaced(folder, meta_model, unplaced, is_quantised=is_quantised)
+    _check_shapes(folder, dense, {name: index.tensors[name].shape for name in dense.keys() & index.tensors.keys()})
     classes = frozenset(type(module) for module in modules.values())
     # Set by transformers' decorator.
     transposed = tuple(bool(getattr(module, "is_transposed", False)) for module in modules.values())
@@ -148,15 +115,30 @@ def outline(folder: Path, index: CheckpointIndex) -> Outline:
     )
 
 
+def _experts_modules(folder: Path, config: Any, meta_model: nn.Module) -> dict[str, nn.Module]:
+    modules = {name: module for name, module in meta_model.named_modules() if is_experts_class(type(module))}
+    if not modules:
+        raise UnsupportedModelError(_why_no_experts(folder, config, meta_model))
+    with named(f"{_source(folder)} describes no experts that can be computed", CheckpointError):
+        most = max(num_experts(module) for module in modules.values())
+    if most < 1:
+        raise CheckpointError(f"{_source(folder)} gives the model no experts.")
+    check_choice(config, most, _source(folder))
+    return modules
+
+
 def _outline_gguf(index: GgufIndex) -> Outline:
     config = gguf_config(index)
-    dense_names(index)  # what has no name in the model is refused here
-    meta_model = _meta_model(index.folder, config)
-    modules = {name: module for name, module in meta_model.named_modules() if is_experts_class(type(module))}
+    named_dense = dense_names(index)  # what has no name in the model is refused here
+    meta_model = _meta_model(index.folder, config, index)
+    modules = _experts_modules(index.folder, config, meta_model)
     layers = [
         gguf_layer(name, num_experts(module), [(p.name, p.shape) for p in expert_parameters(module)], index)
         for name, module in modules.items()
     ]
+    state = meta_model.state_dict()
+    dense = {stored: state[target] for stored, target in named_dense.items() if target in state}
+    _check_shapes(index.folder, dense, index.shapes)
     targets = {f"{name}.{p.name}" for name, module in modules.items() for p in expert_parameters(module)}
     classes = frozenset(type(module) for module in modules.values())
     transposed = tuple(bool(getattr(module, "is_transposed", False)) for module in modules.values())
@@ -170,14 +152,17 @@ def load_skeleton(folder: Path, sketch: Outline, dtype: torch.dtype | str, **kwa
         dtype: compute dtype of the dense weights, or "auto" for the checkpoint's.
         kwargs: passed on to `from_pretrained` (attn_implementation, ...).
     Raises:
-        CheckpointError: `kwargs` would choose other files.
-        CorruptCheckpointError: keys are missing, unexpected or of another shape; ours excepted.
+        CheckpointError: `kwargs` would choose other files; or transformers cannot load it like this.
+        CorruptCheckpointError: keys are missing, unexpected or of another shape, ours excepted; or
+            generation_config.json is damaged.
         ReadError: a file is not what it was when its header was read, or cannot be read.
     """
     check_arguments(kwargs)
+    check_generation_settings(folder)
     model_class, config = _model_class(folder, sketch.config)
     state, compute = _dense_state(sketch, dtype)
-    with swapped_experts(sketch.experts_classes), _quiet_loading():
+    wrong = f"{folder} cannot be loaded by transformers"
+    with named(wrong, CheckpointError), swapped_experts(sketch.experts_classes), _quiet_loading():
         model, info = from_state(model_class, folder, state, config=config, dtype=compute, **kwargs)
     _check_loading_info(folder, info, sketch.expert_targets | sketch.ignored.targets)
     tell(sketch.notes, folder)
@@ -268,17 +253,19 @@ def _candidate(auto_class: Any, config: Any) -> Any:
     return next((by_name[name] for name in config.architectures or () if name in by_name), found[0])
 
 
-def _meta_model(folder: Path, config: Any) -> nn.Module:
+def _meta_model(folder: Path, config: Any, index: CheckpointIndex) -> nn.Module:
     auto_class = _auto_class(folder, config)
-    try:
-        # Another thread's load may have classes swapped: a model built meanwhile would have no experts to find.
-        with _SWAP_LOCK, torch.device("meta"):
-            model: nn.Module = auto_class.from_config(config)
-            return model
-    except _CONFIG_ERRORS as error:
-        raise CheckpointError(
-            f"{folder / 'config.json'} describes no {config.model_type} model that can be built: {error!r}"
-        ) from error
+    check_against(config, index)
+    wrong = f"{_source(folder)} describes no {config.model_type} model that can be built"
+    # Another thread's load may have classes swapped: a model built meanwhile would have no experts to find.
+    with named(wrong, CheckpointError), _SWAP_LOCK, torch.device("meta"):
+        model: nn.Module = auto_class.from_config(config)
+        return model
+
+
+def _source(folder: Path) -> Path:
+    """The file that says what the model is like."""
+    return folder if is_gguf(folder) else folder / "config.json"
 
 
 def _why_no_experts(folder: Path, config: Any, model: nn.Module) -> str:
@@ -294,10 +281,20 @@ def _why_no_experts(folder: Path, config: Any, model: nn.Module) -> str:
     )
 
 
-def _absent(module_name: str, parameter: ExpertParameter) -> PartSource:
+def _check_shapes(folder: Path, dense: Mapping[str, torch.Tensor], stored: Mapping[str, Sequence[int]]) -> None:
+    """Raises CorruptCheckpointError where transformers would make a tensor anew, of whatever size the config says."""
+    for name, shape in stored.items():
+        if name in dense and tuple(shape) != tuple(dense[name].shape):
+            raise CorruptCheckpointError(
+                f"{folder}: {name} has another shape than config.json says: {list(shape)} in place of "
+                f"{list(dense[name].shape)}."
+            )
+
+
+def _absent(folder: Path, module_name: str, parameter: ExpertParameter) -> PartSource:
     raise CorruptCheckpointError(
-        f"The checkpoint stores nothing for {module_name}.{parameter.name}. A shard is missing, or the experts are "
-        "stored in a format that foreroute does not read."
+        f"{folder} stores nothing for {module_name}.{parameter.name}, which its config.json asks for. A shard is "
+        "missing, or the experts are stored in a format that foreroute does not read."
     )
 
 

@@ -1,14 +1,17 @@
 """Between text and tokens: a model's tokenizer, a prompt for it, and whole characters out of single tokens."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from foreroute.checkpoint.gguf_file import is_gguf
-from foreroute.errors import CheckpointError, ForerouteError, PromptError
-from foreroute.model.skeleton import read_config
+from foreroute.errors import CheckpointError, PromptError, named
+from foreroute.model.config_file import read_config
+from foreroute.model.tokenizer_files import check_tokenizer_files, check_vocabulary, default_template, has_tokenizer
 
+_FILES = "tokenizer.json, tokenizer_config.json"
 _REPLACEMENT = "\ufffd"
 
 
@@ -16,52 +19,66 @@ def load_tokenizer(folder: str | Path) -> Any:
     """transformers' tokenizer of the checkpoint in `folder`; no remote code is run.
 
     Raises:
-        CheckpointError: there is none, or it cannot be read.
+        CheckpointError: there is none; or config.json, which names its class, is no config.
+        CorruptCheckpointError: there is one, and it cannot be read.
     """
+    path = Path(folder)
+    if is_gguf(path):
+        tokenizer = _gguf_tokenizer(path)
+    elif path.is_dir():
+        tokenizer = _tokenizer_in(path)
+    else:
+        tokenizer = _from_pretrained(str(folder))
+    with named(f"{folder}: its tokenizer ({_FILES}) cannot encode a text"):
+        is_empty = not tokenizer.encode("a", add_special_tokens=False)
+    if is_empty:
+        raise _no_tokenizer(folder)
+    return tokenizer
+
+
+def _tokenizer_in(folder: Path) -> Any:
+    # First, as transformers looks there for the tokenizer's class.
+    config = read_config(folder) if (folder / "config.json").is_file() else None
+    if not has_tokenizer(folder):
+        raise _no_tokenizer(folder)
+    check_tokenizer_files(folder)
+    return _from_pretrained(str(folder), config=config)
+
+
+def _no_tokenizer(folder: str | Path) -> CheckpointError:
+    return CheckpointError(f"{folder} has no tokenizer (tokenizer.json). Get it from where the weights came from.")
+
+
+def _from_pretrained(folder: str, **settings: Any) -> Any:
     from transformers import AutoTokenizer
 
-    try:
-        if is_gguf(Path(folder)):
-            return _gguf_tokenizer(Path(folder))
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{folder} has no tokenizer that transformers can read: {reason}") from error
-    if not tokenizer.encode("a", add_special_tokens=False):
-        raise CheckpointError(f"{folder} has no tokenizer (tokenizer.json). Get it from where the weights came from.")
-    return tokenizer
+    with named(f"{folder} has no tokenizer that transformers can read ({_FILES})"):
+        try:
+            # False, not left out: transformers would ask on the terminal whether code of the folder may be run.
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **settings)
+        except Exception:
+            # Of the two files it is this one more often; where it is, the message is said of it alone.
+            check_vocabulary(Path(folder) / "tokenizer.json")
+            raise
 
 
 def _gguf_tokenizer(path: Path) -> Any:
     """The one in the file's folder, if there is one; else as transformers makes it of the file's metadata."""
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
+    vocabulary = read_config(path).vocab_size
     if (path.parent / "tokenizer.json").is_file():
-        tokenizer = AutoTokenizer.from_pretrained(path.parent)
+        tokenizer = _tokenizer_in(path.parent)
     else:
         # Not the Auto class: it makes a config first, which stumbles over positions by YaRN (5.23).
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(path.parent, gguf_file=path.name)
-    vocabulary = read_config(path).vocab_size
+        with named(f"{path} has no tokenizer that transformers can read"):
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(path.parent, gguf_file=path.name)
     if not 0 < max(tokenizer.get_vocab().values(), default=-1) < vocabulary:
         raise CheckpointError(
             f"{path}: the tokenizer has {len(tokenizer)} tokens, the model {vocabulary}. tokenizer.json in "
             f"{path.parent} is another model's."
         )
     return tokenizer
-
-
-def read_text(path: Path, error: type[ForerouteError]) -> str:
-    """A file's text.
-
-    Raises:
-        error: it cannot be read, or is not UTF-8.
-    """
-    try:
-        return path.expanduser().read_text(encoding="utf-8")
-    except OSError as failure:
-        raise error(f"{path} cannot be read: {failure.strerror}.") from failure
-    except UnicodeDecodeError as failure:
-        raise error(f"{path} is not UTF-8 text (byte {failure.start}).") from None
 
 
 def encode_prompt(tokenizer: Any, prompt: str, *, chat: bool | None = None, system: str | None = None) -> torch.Tensor:
@@ -75,32 +92,37 @@ def encode_prompt(tokenizer: Any, prompt: str, *, chat: bool | None = None, syst
     """
     if not prompt:
         raise PromptError("The prompt is empty: there is no token to start from.")
-    has_template = bool(getattr(tokenizer, "chat_template", None))
+    has_template = chat is not False and default_template(tokenizer) is not None
     if chat and not has_template:
         raise PromptError("This model has no chat template. Leave --chat out.")
-    if system is not None and (chat is False or not has_template):
+    if system is not None and not has_template:
         raise PromptError("A system message needs the model's chat template, which is off here or does not exist.")
-    if chat is False or not has_template:
-        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
-    else:
+    if has_template:
         ids = _chat_ids(tokenizer, prompt, system)
+    else:
+        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     if ids.shape[1] == 0:
         raise PromptError("The prompt is empty: there is no token to start from.")
     return ids.long()
 
 
 def _chat_ids(tokenizer: Any, prompt: str, system: str | None) -> torch.Tensor:
-    from jinja2 import TemplateError
-
     messages = [] if system is None else [{"role": "system", "content": system}]
-    messages.append({"role": "user", "content": prompt})
-    try:
+    return chat_ids(tokenizer, [*messages, {"role": "user", "content": prompt}])
+
+
+def chat_ids(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> torch.Tensor:
+    """The tokens [1, tokens] of a chat up to where the answer begins, by the model's chat template.
+
+    Raises:
+        PromptError: the template refuses the messages, or fails on them.
+    """
+    with named("The model's chat template refuses this", PromptError):
         encoded = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            list(messages), add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
-    except TemplateError as error:
-        raise PromptError(f"The model's chat template refuses this: {error}") from error
-    return encoded["input_ids"]
+        ids: torch.Tensor = encoded["input_ids"]
+        return ids.long()
 
 
 class TextPieces:

@@ -6,7 +6,6 @@ numbers here. transformers names the layers by their number in the published mod
 another depth does not have: here they are known by the model's own depth. Anything else is an error.
 """
 
-import json
 import logging
 import re
 from collections.abc import Collection, Iterator, Mapping
@@ -17,7 +16,8 @@ from pathlib import Path
 from torch import nn
 
 from foreroute.checkpoint.declared import is_whole
-from foreroute.errors import CorruptCheckpointError
+from foreroute.errors import CheckpointError, CorruptCheckpointError
+from foreroute.reading import read_object
 
 _LOG = logging.getLogger(__name__)
 
@@ -150,7 +150,7 @@ def _family_patterns(model: nn.Module) -> Iterator[str]:
 
 def _declared_layers(folder: Path) -> int:
     """How many layers of multi-token prediction config.json itself declares, whatever its class takes for granted."""
-    content = json.loads((folder / "config.json").read_text())
+    content = read_object(folder / "config.json", CheckpointError)
     inner = content.get("text_config")
     told = {**content, **(inner if isinstance(inner, dict) else {})}
     return max((told[key] for key in _PREDICTION_KEYS if is_whole(told.get(key))), default=0)

@@ -1,7 +1,7 @@
 """From a model's layers and what was fitted for it to predictors; shared by `load`, `fit` and `score`."""
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -25,6 +25,7 @@ from foreroute.predict.token_table import TokenTable
 
 # Where guesses are worth two more experts, by the held-out text of the fit. Chosen on foreroute-tiny.
 _GOOD_RECALL, _MUCH_MISSED = 0.95, 0.07
+_FIT_AGAIN = "Fit again (`foreroute fit --force`), or ignore them: --predictor no."
 LOOKAHEAD, DEFAULT_VECTORS, RIDGE, HYBRID = "lookahead", "default vectors", "ridge", "hybrid"
 ESTIMATOR, TOKEN_TABLE, ENTRY = "estimator", "token table", "before attention"
 
@@ -41,11 +42,13 @@ def open_sidecar(folder: Path, index: CheckpointIndex, asked: EngineConfig) -> S
     return None if path is None else Sidecar.load(path, index.fingerprint())
 
 
-def check_layout(sidecar: Sidecar | None, layers: Sequence[MoeLayer], hidden: int) -> None:
+def check_layout(
+    sidecar: Sidecar | None, layers: Sequence[MoeLayer], hidden: int, vocabulary: int | None = None
+) -> None:
     """See that what was fitted has the shapes of the model as this transformers builds it.
 
     Args:
-        hidden: width of the router's input.
+        hidden: width of the router's input. vocabulary: tokens of the model; None does not look at the token table's.
     Raises:
         PredictorError: it has others.
     """
@@ -58,8 +61,51 @@ def check_layout(sidecar: Sidecar | None, layers: Sequence[MoeLayer], hidden: in
         raise PredictorError(
             f"The fitted predictors are of {len(fitted_to)} MoE layers with {sorted(set(fitted_to))} experts and a "
             f"hidden width of {sorted(widths)}; as this transformers builds the model it has {len(here)} with "
-            f"{sorted(set(here))} and {hidden}. Fit again (`foreroute fit --force`), or ignore them: --predictor no."
+            f"{sorted(set(here))} and {hidden}. {_FIT_AGAIN}"
         )
+    unknown = set(sidecar.choice) - {
+        None,
+        LOOKAHEAD,
+        DEFAULT_VECTORS,
+        RIDGE,
+        *([ESTIMATOR] if sidecar.estimator else []),
+    }
+    if unknown:
+        raise PredictorError(
+            f"The fitted predictors choose {min(map(str, unknown))!r:.40}, which is none. {_FIT_AGAIN}"
+        )
+    stored = {name: tuple(tensor.shape) for name, tensor in sidecar.tensors().items()}
+    table = stored.get("token_table.scores", (0,))[0]
+    wanted = _shapes(here, hidden, table if vocabulary is None else vocabulary, stored)
+    for name, shape in stored.items():
+        if wanted.get(name, shape) != shape:
+            raise PredictorError(
+                f"The fitted predictors' {name} is {list(shape)}; this model needs {list(wanted[name])}. {_FIT_AGAIN}"
+            )
+
+
+def _shapes(
+    experts: Sequence[int], hidden: int, vocabulary: int, stored: Mapping[str, tuple[int, ...]]
+) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor that a sidecar of this model may have. The estimator's widths are its own."""
+    wanted: dict[str, tuple[int, ...]] = {
+        "token_table.scores": (vocabulary, experts[0]),
+        "token_table.from_context": (hidden, experts[0]),
+        "token_table.mean_context": (hidden,),
+    }
+    for layer, here in enumerate(experts):
+        wanted |= {f"popularity.{layer}": (here,), f"default_vectors.{layer}": (here, hidden)}
+        wanted |= {f"entry.{layer}.weights": (hidden, here), f"entry.{layer}.bias": (here,)}
+        after = experts[min(layer + 1, len(experts) - 1)]
+        wanted[f"ridge.{layer}.from_hidden"] = (hidden, after)
+        wanted[f"ridge.{layer}.from_gates"], wanted[f"ridge.{layer}.bias"] = (here + 1, after), (after,)
+    inner, wide = stored.get("estimator.down", (0,))[-1], stored.get("estimator.up", (0,))[-1]
+    own = {
+        "down": (hidden, inner), "layer": (len(experts) - 1, inner), "up": (inner, wide), "up_bias": (wide,),
+        "back": (wide, inner), "back_bias": (inner,), "norm": (inner,), "norm_bias": (inner,),
+        "head": (inner, max(experts)), "head_bias": (max(experts),),
+    }  # fmt: skip
+    return wanted | {f"estimator.{name}": shape for name, shape in own.items()}
 
 
 def prefetch_guesses(

@@ -6,7 +6,7 @@ The bytes are a function of the model, the text and the settings alone: no time,
 import json
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load as deserialize
 from safetensors.torch import save_file
 
-from foreroute.errors import PredictorError
+from foreroute.errors import PredictorError, named
 from foreroute.predict.entry import EntryLayer
 from foreroute.predict.ridge import RidgeLayer
 from foreroute.predict.token_table import TokenTable
+from foreroute.reading import check_no_pointer, parse_object
 from foreroute.writing import atomic_write
 
 SIDECAR_NAME = "predictor.foreroute.safetensors"
@@ -101,11 +102,14 @@ class Sidecar:
         """
         tensors, about = read_whole(path)
         if about.get("format") != FORMAT:
-            raise PredictorError(f"{path} has format {about.get('format')}, not {FORMAT}. {_fit_again()}")
-        if about["fingerprint"] != fingerprint:
+            raise PredictorError(f"{path} has format {about.get('format')!r:.40}, not {FORMAT}. {_fit_again()}")
+        if about.get("fingerprint") != fingerprint:
             raise PredictorError(f"{path} was fitted to another model or to other weights. {_fit_again()}")
-        if about["digest"] != _digest(tensors):
+        if about.get("digest") != _digest(tensors):
             raise PredictorError(f"{path} is damaged: its numbers are not those that were written. {_fit_again()}")
+        wrong = _why_no_account(about, tensors)
+        if wrong:
+            raise PredictorError(f"{path} is damaged: {wrong}. {_fit_again()}")
         choice = about["choice"]
         layers = range(len(choice))
         return cls(
@@ -157,16 +161,51 @@ def read_whole(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """The tensors and the metadata of a file written by `write_whole`.
 
     Raises:
-        PredictorError: not such a file, or truncated.
+        PredictorError: not such a file, a git-LFS pointer, or truncated.
     """
-    try:
+    check_no_pointer(path, PredictorError)
+    wrong = f"{path} is truncated or no file of `foreroute fit`"
+    with named(wrong, PredictorError, _fit_again()):
         # Not mapped: a mapped file that is cut off ends the process, one that is written over changes what was read.
         raw = path.read_bytes()
         (header_nbytes,) = struct.unpack("<Q", raw[:8])
-        about = json.loads(json.loads(raw[8 : 8 + header_nbytes])["__metadata__"][_KEY])
-        return deserialize(raw), about
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError, struct.error) as error:
-        raise PredictorError(f"{path} is truncated or no file of `foreroute fit` ({error}). {_fit_again()}") from None
+        metadata = parse_object(raw[8 : 8 + header_nbytes], wrong, PredictorError, _fit_again()).get("__metadata__")
+        tensors = deserialize(raw)
+    said = metadata.get(_KEY) if isinstance(metadata, dict) else None
+    if not isinstance(said, str):
+        raise PredictorError(f"{wrong}: it does not say how it was made. {_fit_again()}")
+    return tensors, parse_object(said.encode(), wrong, PredictorError, _fit_again())
+
+
+def _why_no_account(about: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> str:
+    """What the metadata of a sidecar lack; "" where they are whole."""
+    choice, made = about.get("choice"), about.get("about")
+    if not isinstance(choice, list) or not all(isinstance(name, str | None) for name in choice):
+        return f"its choice of predictors is {choice!r:.40}"
+    if not isinstance(made, dict):
+        return f"how it was made is {made!r:.40}"
+    held_out = made.get("held_out", {})
+    if not isinstance(held_out, dict) or not all(_are_scores(scores, len(choice)) for scores in held_out.values()):
+        return "its held-out scores are not a number or null for each layer"
+    absent = next((layer for layer in range(len(choice)) if f"popularity.{layer}" not in tensors), None)
+    if absent is not None:
+        return f"popularity.{absent} is missing"
+    table = {name[len(_TABLE) :] for name in tensors if name.startswith(_TABLE)}
+    if table and table != {entry.name for entry in fields(TokenTable)}:
+        return "its token table is not whole"
+    return ""
+
+
+def _are_scores(scores: Any, num_layers: int) -> bool:
+    if not isinstance(scores, dict):
+        return False
+    figures = [scores[name] for name in ("recall_k", "missed_mass") if name in scores]
+    return all(
+        isinstance(figure, list)
+        and len(figure) == num_layers
+        and all(isinstance(value, int | float | None) for value in figure)
+        for figure in figures
+    )
 
 
 def _fit_again() -> str:

@@ -9,7 +9,7 @@ import torch
 import xxhash
 
 from foreroute.errors import PredictorError
-from foreroute.model.text import read_text
+from foreroute.reading import read_text
 
 # Only so much text is tokenised: a token is rarely longer than this on the average.
 _CHARS_PER_TOKEN = 12

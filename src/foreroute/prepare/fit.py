@@ -224,11 +224,14 @@ class _Keeper:
         except PredictorError:
             # A damaged file of another crash costs its passes, not the fit.
             return 0
-        if about.get("of") != self._about:
+        passes, sums = about.get("passes"), self._sums.tensors()
+        if about.get("of") != self._about or type(passes) is not int:
             return 0
-        for name, tensor in self._sums.tensors().items():
+        if any(name not in saved or saved[name].shape != tensor.shape for name, tensor in sums.items()):
+            return 0
+        for name, tensor in sums.items():
             tensor.copy_(saved[name])
-        return int(about["passes"])
+        return passes
 
     def after_pass(self, num_passes: int) -> None:
         """Save when it is time."""

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, ClassVar, get_type_hints
 
 from foreroute.errors import TraceError
+from foreroute.reading import check_no_pointer
 from foreroute.report.events import (
     Cancelled,
     Event,
@@ -73,7 +74,7 @@ class _Reader:
             raise self._error(number, "comes after the trace's end: this file is more than one trace")
         try:
             fields = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             fields = None
         if self._header is None:
             self._header = self._read_header(fields, line)
@@ -108,6 +109,7 @@ class _Reader:
 
     def _read_header(self, fields: Any, line: bytes) -> Header:
         if not isinstance(fields, dict) or fields.get("event") != "header":
+            check_no_pointer(self._path, TraceError)
             is_chrome = line.lstrip()[:1] == b"[" or b"traceEvents" in line
             hint = "It looks like a Chrome trace: record FILE.jsonl for replay." if is_chrome else _HOW
             raise TraceError(f"{self._path} is no trace: its first line is no header. {hint}")

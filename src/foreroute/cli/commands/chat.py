@@ -96,7 +96,7 @@ def _begin(args: argparse.Namespace) -> Conversation:
     """The chat that the flags ask for; flags win over what a file says."""
     conversation = Conversation() if args.load is None else Conversation.load(args.load)
     if args.system is not None:
-        conversation.system = args.system
+        conversation.system = options.argument_text(args.system, "--system")
     for name in SETTINGS:
         # The policy is the engine's flag, and holds from the loading on.
         if name != "policy" and (value := getattr(args, name)) is not None:
@@ -334,7 +334,7 @@ def _typed() -> Iterator[str]:
     readline.parse_and_bind("tab: complete")
     while True:
         try:
-            yield input("\n> ")
+            yield options.argument_text(input("\n> "), "The line")
         except EOFError:
             print(file=sys.stderr)
             return

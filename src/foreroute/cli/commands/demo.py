@@ -81,7 +81,7 @@ def find_model() -> Path:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; returns its exit code."""
-    config = options.engine_config(args)
+    config, prompt = options.engine_config(args), options.argument_text(args.prompt, "The prompt")
     folder = find_model() if args.model is None else locate(args.model)
     options.quiet_libraries(args)
     console = figures.stdout_console(is_quiet=args.json)
@@ -93,13 +93,13 @@ def run(args: argparse.Namespace) -> int:
         tokenizer = load_tokenizer(folder)
         # The model that ships answers questions; another one continues the text.
         is_chat = args.model is None
-        prompt_ids = encode_prompt(tokenizer, args.prompt, chat=is_chat)
+        prompt_ids = encode_prompt(tokenizer, prompt, chat=is_chat)
         model = foreroute.load(folder, dtype=args.dtype, config=config)
     plan = model.foreroute.plan
     try:
         console.print(_introduction(plan) + (" It is asked:\n" if is_chat else " It continues this text:\n"))
         write = figures.writer(sys.stdout, is_quiet=args.json)
-        write(args.prompt + ("\n" if is_chat else ""))
+        write(prompt + ("\n" if is_chat else ""))
         report = generate(
             model, tokenizer, prompt_ids, on_text=write, max_new_tokens=args.max_new_tokens, do_sample=False
         )

@@ -112,6 +112,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the command; returns its exit code."""
     # What is wrong with the flags or the path is said before seconds of imports.
     prompt, config, sampled = options.read_prompt(args.prompt, args.file), options.engine_config(args), sampling(args)
+    system = None if args.system is None else options.argument_text(args.system, "--system")
     folder = options.find_model(args)
     options.quiet_libraries(args)
     is_quiet = args.quiet or args.json
@@ -124,7 +125,7 @@ def run(args: argparse.Namespace) -> int:
 
         options.apply_threads(args)
         tokenizer = load_tokenizer(folder)
-        prompt_ids = encode_prompt(tokenizer, prompt, chat=args.chat, system=args.system)
+        prompt_ids = encode_prompt(tokenizer, prompt, chat=args.chat, system=system)
     with figures.loading(config, is_quiet) as progress:
         model = foreroute.load(folder, dtype=args.dtype, config=config, progress=progress)
     try:

@@ -113,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
     keys = tuple(args.api_key or filter(None, [os.environ.get(KEY_VARIABLE)]))
     check_exposure(args.host, keys, is_insecure=args.insecure)
     settings = ServerSettings(
-        served_names=tuple(args.served_model_name or [Path(folder).resolve().name if Path(model).exists() else model]),
+        served_names=_names(args, folder, model),
         host=args.host,
         port=args.port,
         api_keys=keys,
@@ -143,6 +143,12 @@ def run(args: argparse.Namespace) -> int:
     if not args.json:
         print("foreroute serve  stopped", file=sys.stderr)
     return 0
+
+
+def _names(args: argparse.Namespace, folder: Path, model: str) -> tuple[str, ...]:
+    """What requests may call the model; text, as answers quote it."""
+    given = args.served_model_name or [folder.resolve().name if Path(model).exists() else model]
+    return tuple(options.argument_text(name, "The model's name (--served-model-name)") for name in given)
 
 
 def _limits(args: argparse.Namespace) -> "Limits":

@@ -1,0 +1,209 @@
+"""What `load` is called with: each argument is honoured, or refused by name with what to do in its place.
+
+Most names are those of transformers' from_pretrained, which people bring along. One that would change nothing here is
+taken where its value says what happens anyway, and refused where it asks for something else.
+"""
+
+import difflib
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from foreroute.checkpoint.hub import HubAccess
+from foreroute.config import EngineConfig
+from foreroute.errors import ForerouteError
+from foreroute.units import parse_memory
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_HUB = ("token", "local_files_only", "cache_dir")
+_OWN = ("path_or_hub_id", "memory", "dtype", "config", "device", "revision", "progress", "torch_dtype")
+
+_MEMORY = "memory= is the budget of the experts; the rest of the model stays in memory"
+_READ = "experts are read from the checkpoint itself, or from a packed store (EngineConfig(packed=...))"
+_FILES = "name the folder that holds config.json and model.safetensors"
+_QUANTISED = "a quantised checkpoint is read as it is stored (docs/formats.md); `foreroute pack --quant` makes one"
+_ONE = "a model is one process on one device: device= is cpu or cuda"
+_ENVIRONMENT = "downloads heed HF_ENDPOINT, HTTPS_PROXY and what else huggingface_hub reads from the environment"
+_WEIGHTS = "weights come from the checkpoint's safetensors files alone"
+# Of transformers' from_pretrained: the values that say what happens anyway, and what to do in place of another one.
+_REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
+    "device_map": ((None,), 'device="cuda" is for a GPU; experts come from the disk whatever the device'),
+    "max_memory": ((None,), _MEMORY),
+    "offload_folder": ((None,), _READ),
+    "offload_state_dict": ((None, False), _READ),
+    "offload_buffers": ((None, False), _READ),
+    "low_cpu_mem_usage": ((None, True), "a model here never has all its weights in memory"),
+    "key_mapping": ((None,), "names of tensors are translated as transformers does it; rename those of the checkpoint"),
+    "state_dict": ((None,), _WEIGHTS),
+    "use_safetensors": ((None, True), _WEIGHTS),
+    "weights_only": ((None, True), _WEIGHTS),
+    "from_tf": ((None, False), _WEIGHTS),
+    "from_flax": ((None, False), _WEIGHTS),
+    "gguf_file": ((None,), "give the path of the .gguf file in place of the folder's"),
+    "subfolder": ((None, ""), _FILES),
+    "variant": ((None,), _FILES),
+    "ignore_mismatched_sizes": ((None, False), "a tensor of another shape is another model's"),
+    "output_loading_info": ((None, False), "what is missing or unexpected is an error"),
+    "trust_remote_code": ((None, False), "code of a checkpoint is not run"),
+    "code_revision": ((None,), "code of a checkpoint is not run"),
+    "quantization_config": ((None,), _QUANTISED),
+    "load_in_8bit": ((None, False), _QUANTISED),
+    "load_in_4bit": ((None, False), _QUANTISED),
+    "tp_plan": ((None,), _ONE),
+    "tp_size": ((None,), _ONE),
+    "device_mesh": ((None,), _ONE),
+    "distributed_config": ((None,), _ONE),
+    "experts_implementation": ((None, "eager"), "experts are computed here, with the bits of the eager ones"),
+    "use_kernels": ((None, False), "kernels from the hub are not run"),
+    "adapter_kwargs": ((None,), "merge an adapter into the weights (peft's merge_and_unload)"),
+    "generation_config": ((None,), "set model.generation_config on what load returns"),
+    "force_download": ((None, False), "remove the model from the hub's cache, and it is fetched again"),
+    "resume_download": ((None, False, True), "downloads are always resumed"),
+    "proxies": ((None,), _ENVIRONMENT),
+    "mirror": ((None,), _ENVIRONMENT),
+    "use_auth_token": ((None,), "it is called token now"),
+}
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What a call of `load` asks for.
+
+    config: with the call's own memory and device. dtype: the compute dtype, or "auto". hub: how a hub id is fetched.
+    model_kwargs: for transformers.
+    """
+
+    config: EngineConfig
+    dtype: torch.dtype | str
+    hub: HubAccess
+    model_kwargs: dict[str, Any]
+
+
+def read_arguments(
+    path_or_hub_id: Any,
+    memory: Any,
+    dtype: Any,
+    config: Any,
+    device: Any,
+    revision: Any,
+    progress: Any,
+    others: Mapping[str, Any],
+) -> Arguments:
+    """Check everything that `load` was given; nothing is read or loaded.
+
+    Args:
+        others: what came by name beyond the signature.
+    Raises:
+        ForerouteError: an argument of the wrong kind, one that is not known, or one that cannot be honoured.
+    """
+    if not isinstance(path_or_hub_id, str | os.PathLike) or not os.fspath(path_or_hub_id):
+        raise ForerouteError(f"load({path_or_hub_id!r:.60}): give the folder of a checkpoint, or a hub id (org/name).")
+    if not isinstance(config, EngineConfig | None):
+        raise ForerouteError(
+            f"config is a {type(config).__name__}: give foreroute.EngineConfig(...). The model's own is config.json."
+        )
+    if not isinstance(revision, str | None):
+        raise ForerouteError(f"revision is {revision!r:.60}: give a branch, a tag or a commit of a hub id.")
+    if not callable(progress):
+        raise ForerouteError(f"progress is {progress!r:.60}: give a function of (experts done, all experts).")
+    for name, value in others.items():
+        _check_other(name, value)
+    asked = config or EngineConfig()
+    if memory is not None:
+        # Whether it is an amount; a share is of what the model has.
+        parse_memory(memory, 2**62)
+        asked = replace(asked, memory=memory)
+    if device is not None:
+        asked = replace(asked, device=_device(device))
+    attention = others.get("attn_implementation")
+    return Arguments(
+        asked,
+        _dtype(dtype, others.get("torch_dtype")),
+        _hub(others),
+        {} if attention is None else {"attn_implementation": attention},
+    )
+
+
+def _check_other(name: str, value: Any) -> None:
+    if name in (*_HUB, "torch_dtype"):
+        return
+    if name == "attn_implementation":
+        if not isinstance(value, str | dict | None):
+            raise ForerouteError(f'attn_implementation is {value!r:.60}: give "sdpa" or "eager".')
+        if "/" in str(value):
+            raise ForerouteError(f"attn_implementation={value!r:.60}: kernels from the hub are not run.")
+        return
+    if name in _REFUSED:
+        harmless, advice = _REFUSED[name]
+        if not any(type(value) is type(one) and value == one for one in harmless):
+            # What may be a secret is not shown.
+            shown = "" if name in ("use_auth_token", "proxies") else f"={value!r:.60}"
+            raise ForerouteError(f"load takes no {name}{shown}: {advice}.")
+        return
+    switches = [option.name for option in fields(EngineConfig)]
+    if name in switches:
+        raise ForerouteError(
+            f"{name} is a field of EngineConfig: load(..., config=EngineConfig({name}={value!r:.60}))."
+        )
+    near = difflib.get_close_matches(name, [*_OWN, *_HUB, "attn_implementation", *switches], 1)
+    hint = f" Is {near[0]} meant?" if near else ""
+    raise ForerouteError(f"load has no argument {name}.{hint} Its own are {', '.join(_OWN[:-1])}; see help(load).")
+
+
+def _dtype(dtype: Any, torch_dtype: Any) -> torch.dtype | str:
+    """The compute dtype; `torch_dtype` is its older name in transformers."""
+    if torch_dtype is not None:
+        if dtype not in ("auto", None) and _one_dtype(dtype) != _one_dtype(torch_dtype):
+            raise ForerouteError(f"dtype={dtype} and torch_dtype={torch_dtype} are different. Give dtype alone.")
+        dtype = torch_dtype
+    return _one_dtype(dtype)
+
+
+def _one_dtype(dtype: Any) -> torch.dtype | str:
+    if dtype is None or (isinstance(dtype, str) and dtype == "auto"):
+        return "auto"
+    found = _DTYPES.get(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or found not in _DTYPES.values():
+        raise ForerouteError(f"dtype {dtype!r:.60} is not one to compute in. Choose auto, {', '.join(_DTYPES)}.")
+    return found
+
+
+def _device(device: Any) -> str:
+    """The kind of device, for EngineConfig, which says which there are. A GPU is the current one."""
+    if not isinstance(device, str | torch.device):
+        raise ForerouteError(f'device is {device!r:.60}: give "cpu" or "cuda".')
+    kind, _, number = str(device).partition(":")
+    is_other = number not in ("", "0") or (kind == "cuda" and number == "0" and _current_gpu() != 0)
+    if is_other and kind == "cuda":
+        raise ForerouteError(
+            f'device is {str(device)!r}: "cuda" is the current GPU. Make another one the current with '
+            "torch.cuda.set_device or CUDA_VISIBLE_DEVICES."
+        )
+    return kind
+
+
+def _current_gpu() -> int:
+    return torch.cuda.current_device() if torch.cuda.is_available() else 0
+
+
+def _hub(others: Mapping[str, Any]) -> HubAccess:
+    token, is_local, cache_dir = (others.get(name) for name in _HUB)
+    kinds: tuple[tuple[str, Any, Callable[[Any], bool], str], ...] = (
+        (
+            "token",
+            token,
+            lambda one: isinstance(one, str | bool | None),
+            "a token of the hub, or True for the saved one",
+        ),
+        ("local_files_only", is_local, lambda one: isinstance(one, bool | None), "true or false"),
+        ("cache_dir", cache_dir, lambda one: isinstance(one, str | os.PathLike | None), "a folder"),
+    )
+    for name, value, fits, wanted in kinds:
+        if not fits(value):
+            # Not its value, which may be a secret.
+            raise ForerouteError(f"{name} is a {type(value).__name__}: give {wanted}.")
+    return HubAccess(token, bool(is_local), None if cache_dir is None else Path(cache_dir).expanduser())

@@ -1,0 +1,119 @@
+"""Whether the sizes in a config are such as its weights can have; asked before a model is built of them.
+
+A config of 2**62 layers makes lists as long before anybody asks whether there are such weights.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from foreroute.checkpoint.index import CheckpointIndex
+from foreroute.errors import CheckpointError, CorruptCheckpointError
+
+# Ten times what any model has; whether these weights have so many is asked once their names are known.
+_MOST_LAYERS, _MOST_EXPERTS = 10_000, 100_000
+_LAYERS = re.compile(r"(num_|n_)?((hidden|decoder|encoder|nextn_predict|hash|mtp)_)?layers?|block_count|depth")
+_EXPERTS = re.compile(r"(moe_)?(num|n)_(local_|routed_|shared_)?experts|expert_count")
+_CHOSEN = re.compile(
+    r"num_experts_per_tok(en)?|num_selected_experts|experts_per_tok(en)?|expert_used_count|moe_top_?k|top_k_experts|"
+    r"router_topk|moe_k"
+)
+# A fused parameter may be stored as two or three matrices, each in up to four tensors where it is quantised.
+_TENSORS_PER_PARAMETER, _MORE_TENSORS = 12, 1000
+# A layer more than the weights' names count, in a model that numbers something else first, is left to the exact check.
+_SLACK_LAYERS = 64
+_NUMBER = re.compile(r"(?<![^.])\d{1,9}(?![^.])")
+
+
+def check_sizes(settings: Mapping[str, Any], source: Path) -> None:
+    """See that counts of layers and experts are such as a model can have, before anything is made of them.
+
+    Raises:
+        CheckpointError: one is not; named, with the file it is from.
+    """
+    waiting = [settings]
+    while waiting:
+        for name, value in waiting.pop().items():
+            if isinstance(value, Mapping):
+                waiting.append(value)
+            # Other kinds of values are for the config's own class to judge.
+            elif type(value) is int and _LAYERS.fullmatch(name) and not -1 <= value <= _MOST_LAYERS:
+                raise CheckpointError(f"{source}: {name} is {value}; no model has so many layers.")
+            elif type(value) is int and _is_of_experts(name) and not -1 <= value <= _MOST_EXPERTS:
+                raise CheckpointError(f"{source}: {name} is {value}; no model has so many experts.")
+
+
+def _is_of_experts(name: str) -> bool:
+    return bool(_EXPERTS.fullmatch(name) or _CHOSEN.fullmatch(name))
+
+
+def check_against(config: Any, index: CheckpointIndex) -> None:
+    """See that config.json speaks of about as much as the files hold, before the model is built.
+
+    What it costs to build is then bounded by the files. Whether every tensor is there, and of the right shape, is found
+    with the model.
+
+    Raises:
+        CorruptCheckpointError: it speaks of far more layers or experts.
+        CheckpointError: a window, or the context, has no place for a token.
+    """
+    text = config.get_text_config()
+    numbers = [_NUMBER.findall(name) for name in index.tensors]
+    layers = 1 + max((int(found[0]) for found in numbers if found), default=0)
+    asked = getattr(text, "num_hidden_layers", None)
+    if type(asked) is int and asked > 2 * min(layers, len(index.tensors)) + _SLACK_LAYERS:
+        raise CorruptCheckpointError(_of_different_models(index, f"num_hidden_layers is {asked}", f"{layers} layers"))
+    _check_least(text, index)
+    experts = max((1 + int(one) for found in numbers for one in found[1:]), default=0)
+    experts = max([experts, *(entry.shape[0] for entry in index.tensors.values() if len(entry.shape) > 1)])
+    for name, value in vars(text).items():
+        if _EXPERTS.fullmatch(name) and type(value) is int and value > experts:
+            raise CorruptCheckpointError(_of_different_models(index, f"{name} is {value}", f"at most {experts}"))
+
+
+def _check_least(text: Any, index: CheckpointIndex) -> None:
+    """Settings that a model is built with whatever they are, and then computes nothing with, or nothing of worth."""
+    has_windows = "sliding_attention" in (getattr(text, "layer_types", None) or ())
+    for name in ("max_position_embeddings", "topk_group", *(("sliding_window",) if has_windows else ())):
+        value = getattr(text, name, None)
+        if type(value) is int and value < 1:
+            raise CheckpointError(f"{_source(index)}: {name} is {value}; it must be at least 1.")
+
+
+def check_number(index: CheckpointIndex, num_parameters: int) -> None:
+    """See that the files hold about as many tensors as the model has, before each one's name is looked up in it.
+
+    Args:
+        num_parameters: of the model, each expert's counted.
+    Raises:
+        CorruptCheckpointError: there are far more.
+    """
+    if len(index.tensors) > _TENSORS_PER_PARAMETER * num_parameters + _MORE_TENSORS:
+        raise CorruptCheckpointError(
+            f"{index.folder} holds {len(index.tensors):,} tensors; a model as its config.json has it, about "
+            f"{num_parameters:,}. config.json and the weights are of different models."
+        )
+
+
+def check_choice(config: Any, num_experts: int, source: Path) -> None:
+    """See that a token is computed by at least one expert, and by no more than there are.
+
+    Args:
+        num_experts: of the layer that has most. source: of the config, for the message.
+    Raises:
+        CheckpointError: the config says otherwise; its key is named.
+    """
+    for name, value in vars(config.get_text_config()).items():
+        if _CHOSEN.fullmatch(name) and type(value) is int and not 0 < value <= num_experts:
+            raise CheckpointError(
+                f"{source}: {name} is {value}; of {num_experts} experts a token is computed by 1 to {num_experts}."
+            )
+
+
+def _of_different_models(index: CheckpointIndex, said: str, held: str) -> str:
+    return f"{_source(index)}: {said}, and the files hold {held}. config.json and the weights are of different models."
+
+
+def _source(index: CheckpointIndex) -> Path:
+    return index.folder if index.kind == "gguf" else index.folder / "config.json"
