@@ -16,7 +16,7 @@ import torch
 from foreroute.checkpoint import source_files
 from foreroute.checkpoint.locate import read_index
 from foreroute.checkpoint.records import STORE_NAME
-from foreroute.errors import ChangedFileError, CheckpointError, ReadError
+from foreroute.errors import ChangedFileError, ForerouteError, ReadError
 from foreroute.loading import load as loader
 from foreroute.model.skeleton import load_skeleton, outline
 from foreroute.transfer.files import BlockFiles
@@ -256,7 +256,7 @@ class TestDenseWeights:
 
     @pytest.mark.parametrize("choosing", [{"variant": "fp16"}, {"use_safetensors": False}, {"subfolder": "other"}])
     def test_arguments_that_would_choose_other_files(self, load, folder, choosing):
-        with pytest.raises(CheckpointError, match=f"{next(iter(choosing))} would choose other files"):
+        with pytest.raises(ForerouteError, match=f"load takes no {next(iter(choosing))}"):
             load(folder, "25%", **choosing)
 
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from foreroute.checkpoint.index import CheckpointIndex, TensorEntry
 from foreroute.checkpoint.source_files import SourceFile
-from foreroute.errors import CheckpointError, CorruptCheckpointError, UnsupportedModelError
+from foreroute.errors import CorruptCheckpointError, UnsupportedModelError
 
 # Dtypes of safetensors files that torch has too.
 _TORCH_DTYPES: Mapping[str, torch.dtype] = {
@@ -26,8 +26,6 @@ _TORCH_DTYPES: Mapping[str, torch.dtype] = {
 }  # fmt: skip
 # Addresses are alike modulo this where matrix kernels give the same bits (layouts.py); also a cache line.
 _ALIGNMENT = 64
-# Arguments that choose other files than those whose headers say where the experts lie.
-_CHOOSING = ("variant", "subfolder", "gguf_file", "state_dict")
 
 
 class LazyTensor:
@@ -58,21 +56,6 @@ def stored_state(index: CheckpointIndex) -> dict[str, LazyTensor]:
     """
     names = sorted(index.tensors, key=lambda name: (index.tensors[name].path, name))
     return {name: LazyTensor(index, name) for name in names}
-
-
-def check_arguments(kwargs: Mapping[str, Any]) -> None:
-    """Refuse arguments of `from_pretrained` that would take dense weights from elsewhere than experts.
-
-    Raises:
-        CheckpointError: there is one.
-    """
-    refused = [name for name in _CHOOSING if kwargs.get(name)]
-    refused += [name for name in ("use_safetensors",) if kwargs.get(name) is False]
-    if refused:
-        raise CheckpointError(
-            f"{refused[0]} would choose other files for the dense weights than the experts are read from. Put the "
-            "files that you want into a folder of their own, under transformers' usual names (model.safetensors)."
-        )
 
 
 def from_state(

@@ -28,7 +28,7 @@ from foreroute.model.config_sizes import check_against, check_choice, check_numb
 from foreroute.model.dense_state import dense_growth, dense_state, idle_biases, quantised_matrices
 from foreroute.model.expert_names import expert_parameters, map_sources, num_experts
 from foreroute.model.experts import ExpertParameter, OffloadedExperts, is_experts_class, offloaded_class
-from foreroute.model.from_state import check_arguments, from_state, stored_state
+from foreroute.model.from_state import from_state, stored_state
 from foreroute.model.generation_file import check_generation_settings
 from foreroute.model.gguf_model import gguf_config, gguf_dense_nbytes, gguf_state
 from foreroute.model.unplaced import Ignored, sort_unplaced, tell
@@ -152,12 +152,11 @@ def load_skeleton(folder: Path, sketch: Outline, dtype: torch.dtype | str, **kwa
         dtype: compute dtype of the dense weights, or "auto" for the checkpoint's.
         kwargs: passed on to `from_pretrained` (attn_implementation, ...).
     Raises:
-        CheckpointError: `kwargs` would choose other files; or transformers cannot load it like this.
+        CheckpointError: transformers cannot load it like this.
         CorruptCheckpointError: keys are missing, unexpected or of another shape, ours excepted; or
             generation_config.json is damaged.
         ReadError: a file is not what it was when its header was read, or cannot be read.
     """
-    check_arguments(kwargs)
     check_generation_settings(folder)
     model_class, config = _model_class(folder, sketch.config)
     state, compute = _dense_state(sketch, dtype)

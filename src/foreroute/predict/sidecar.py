@@ -4,7 +4,6 @@ The bytes are a function of the model, the text and the settings alone: no time,
 """
 
 import json
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -168,7 +167,7 @@ def read_whole(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     with named(wrong, PredictorError, _fit_again()):
         # Not mapped: a mapped file that is cut off ends the process, one that is written over changes what was read.
         raw = path.read_bytes()
-        (header_nbytes,) = struct.unpack("<Q", raw[:8])
+        header_nbytes = int.from_bytes(raw[:8], "little")
         metadata = parse_object(raw[8 : 8 + header_nbytes], wrong, PredictorError, _fit_again()).get("__metadata__")
         tensors = deserialize(raw)
     said = metadata.get(_KEY) if isinstance(metadata, dict) else None
