@@ -2,19 +2,17 @@
 
     magic (8 bytes) | header bytes (u64) | header checksum (u64) | header (JSON) | 0..
     page-aligned: checksum table, one xxh3-64 per record (u64; 0 = not written yet)
-    page-aligned: records, `record_stride` bytes each, in key order: the slot's own bytes, so that a read needs no copy;
-        where experts of a layer differ in size (mixed bits) each takes its own pages and no more
+    page-aligned: records, `record_stride` bytes each, in key order: the slot's own bytes, so that a read needs no copy
 
 It is written under another name, synced, and renamed when it is whole: a store that has its final name is complete.
 A half-written one is taken up where it stopped.
 """
 
 import dataclasses
-import itertools
 import json
 import os
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -33,17 +31,19 @@ _PARTIAL_SUFFIX = ".partial"
 _MAGIC = b"FOREROUT"
 _PREAMBLE = struct.Struct("<8sQQ")
 _VERSION = 1
+# A codec of earlier versions: int8 for the experts used most, int4 for the others.
+_MIXED = "mixed"
+_PACK_AGAIN = "Pack again, with `foreroute pack --quant int4` (or int8), and load with --packed int4."
 _MOST_HEADER_BYTES = 64 * 2**20
 # The table follows the data to disk in steps: what it names has been synced before.
 _SYNC_EVERY_BYTES = 256 * 2**20
 
 
-def _header(table: ExpertTable, codec: str, order: str, choice: Mapping[str, Any] | None) -> bytes:
+def _header(table: ExpertTable, codec: str, order: str) -> bytes:
     described = {
         "version": _VERSION,
         "codec": codec,
         **({"order": order} if order else {}),
-        **({"choice": choice} if choice else {}),
         "fingerprint": table.index.fingerprint(),
         "record_stride": table.slot_bytes,
         "layers": [
@@ -51,7 +51,6 @@ def _header(table: ExpertTable, codec: str, order: str, choice: Mapping[str, Any
                 "name": layer.name,
                 "num_experts": layer.num_experts,
                 "parts": [dataclasses.asdict(part) for part in layer.layout.parts],
-                **_described_others(layer),
             }
             for layer in table.layers
         ],
@@ -59,35 +58,22 @@ def _header(table: ExpertTable, codec: str, order: str, choice: Mapping[str, Any
     return json.dumps(described, sort_keys=True).encode()
 
 
-def _described_others(layer: LayerExperts) -> dict[str, Any]:
-    if layer.other is None:
-        return {}
-    parts = [dataclasses.asdict(part) for part in layer.other.parts]
-    return {"other_parts": parts, "others": sorted(layer.others)}
-
-
-def record_strides(table: ExpertTable) -> list[int]:
-    """Bytes that each record takes in a store of these experts, in record order."""
-    if all(layer.other is None for layer in table.layers):
-        return [table.slot_bytes] * table.total_slots
-    return [layer.layout_of(expert).slot_bytes for layer in table.layers for expert in range(layer.num_experts)]
-
-
 @dataclasses.dataclass(frozen=True)
 class _Geometry:
-    """Where things lie in a store whose header has so many bytes. offsets: of each record, and of the store's end."""
+    """Where things lie in a store whose header has so many bytes."""
 
     table_start: int
-    offsets: Sequence[int]
+    data_start: int
+    stride: int
 
     @classmethod
     def of(cls, header_nbytes: int, table: ExpertTable) -> "_Geometry":
         table_start = round_up(_PREAMBLE.size + header_nbytes, PAGE)
         data_start = round_up(table_start + 8 * table.total_slots, PAGE)
-        return cls(table_start, list(itertools.accumulate(record_strides(table), initial=data_start)))
+        return cls(table_start, data_start, table.slot_bytes)
 
     def offset(self, record: int) -> int:
-        return self.offsets[record]
+        return self.data_start + record * self.stride
 
 
 class PackedStore:
@@ -98,7 +84,6 @@ class PackedStore:
     Attributes:
         codec: how the experts are stored: a name of codecs.py. table: the experts as they lie here.
         order: what tells the order of numbers that kernels of this machine want from that of another's; "" for none.
-        choice: how the experts were chosen that have more bits; empty where all have the same.
     Raises:
         StoreError: not a store, damaged header, another model's, another version's, or half written.
     """
@@ -109,10 +94,10 @@ class PackedStore:
             stored = _read_header(path, file.read(_PREAMBLE.size), file.read)
             described = json.loads(stored)
             self.codec, self.order = described.get("codec", STORED), described.get("order", "")
-            self.choice: dict[str, Any] = described.get("choice", {})
+            _check_codec(path, self.codec)
             if self.codec != STORED:
                 table = _table_in(described, table)
-            header = _header(table, self.codec, self.order, self.choice)
+            header = _header(table, self.codec, self.order)
             _check_same_model(path, stored, header)
             self.table = table
             self._layers = table.layers
@@ -146,7 +131,7 @@ class PackedStore:
             layer, expert = table.expert_id(key)
             stored_layer = position[table.layers[layer].name]
             record = self._first_record[stored_layer] + expert
-            nbytes = self._layers[stored_layer].layout_of(expert).record_bytes
+            nbytes = self._layers[stored_layer].layout.record_bytes
             whole = Copy(0, 0, 1, nbytes, 1, nbytes, 1)
             return (Read(str(self.path), self._geometry.offset(record), nbytes, (whole,), self._checksums[record]),)
 
@@ -167,6 +152,8 @@ def open_store(folder: Path, asked: str, table: ExpertTable) -> PackedStore | No
     path = folder / store_name(asked) if asked in CODECS else folder / STORE_NAME if asked == "auto" else Path(asked)
     if path.is_dir():
         path = path / STORE_NAME
+    if asked == _MIXED and not path.exists():
+        raise StoreError(f"--packed {_MIXED}: stores of mixed bits are not read any more. {_PACK_AGAIN}")
     if not path.is_file():
         if asked == "auto":
             return None
@@ -212,7 +199,7 @@ class StoreWriter:
 
     Args:
         path: the final name. table: the experts to be stored, in their order.
-        codec, order, choice: see PackedStore. resume: False starts anew. claim: of `claim_store`, where there is one
+        codec, order: see PackedStore. resume: False starts anew. claim: of `claim_store`, where there is one
             already; given up in the end.
     Raises:
         StoreError: there is no room on the disk (checked and reserved first), or it cannot be written, or another
@@ -226,13 +213,12 @@ class StoreWriter:
         *,
         codec: str = STORED,
         order: str = "",
-        choice: Mapping[str, Any] | None = None,
         resume: bool = True,
         claim: Claim | None = None,
     ) -> None:
         self.path = path
         self.partial_path = partial_path(path)
-        self._header = _header(table, codec, order, choice)
+        self._header = _header(table, codec, order)
         self._num_records = table.total_slots
         self._geometry = _Geometry.of(len(self._header), table)
         self._checksums = [0] * self._num_records
@@ -249,7 +235,7 @@ class StoreWriter:
 
     def write(self, record: int, payload: memoryview, nbytes: int) -> None:
         """Write record number `record`: the slot's bytes (a stride or more), of which `nbytes` are checksummed."""
-        payload = payload[: self._geometry.offset(record + 1) - self._geometry.offset(record)]
+        payload = payload[: self._geometry.stride]
         assert len(payload) >= nbytes
         checksum = xxhash.xxh3_64_intdigest(payload[:nbytes]) or 1
         self._guarded(lambda: _write_all(self._claim.fd, payload, self._geometry.offset(record)))
@@ -327,12 +313,9 @@ def _table_in(described: dict[str, Any], table: ExpertTable) -> ExpertTable:
     """The experts of `table` with the layouts that a store's header describes."""
     names = {layer.name: layer for layer in table.layers}
     layers = tuple(
-        LayerExperts(
-            layer["name"], layer["num_experts"], _layout_in(layer["parts"]), (),
-            _layout_in(layer["other_parts"]) if "other_parts" in layer else None, frozenset(layer.get("others", ())),
-        )
+        LayerExperts(layer["name"], layer["num_experts"], _layout_in(layer["parts"]), ())
         for layer in described["layers"]
-    )  # fmt: skip
+    )
     if [(layer.name, layer.num_experts) for layer in layers] != [
         (name, layer.num_experts) for name, layer in names.items()
     ]:
@@ -342,22 +325,6 @@ def _table_in(described: dict[str, Any], table: ExpertTable) -> ExpertTable:
 
 def _layout_in(parts: Sequence[dict[str, Any]]) -> ExpertLayout:
     return ExpertLayout(tuple(Part(**{**part, "shape": tuple(part["shape"])}) for part in parts))
-
-
-def stored_choice(path: Path, table: ExpertTable) -> tuple[dict[str, Any], list[frozenset[int]]] | None:
-    """How the experts with more bits were chosen in a store of this model, whole or partial, and which they are.
-
-    Returns:
-        The choice, and per layer of `table` the experts; None where there is no such store.
-    """
-    try:
-        with open(path, "rb") as file:
-            described = json.loads(_read_header(path, file.read(_PREAMBLE.size), file.read))
-    except (FileNotFoundError, StoreError):
-        return None
-    if described.get("fingerprint") != table.index.fingerprint() or "choice" not in described:
-        return None
-    return described["choice"], [layer.others for layer in _table_in(described, table).layers]
 
 
 def _first_records(table: ExpertTable) -> Sequence[int]:
@@ -382,6 +349,12 @@ def _read_header(path: Path, preamble: bytes, read: Callable[[int], bytes]) -> b
     if len(header) != header_nbytes or xxhash.xxh3_64_intdigest(header) != checksum:
         raise StoreError(f"{path} has a damaged header. Remove it and run `foreroute pack` again.")
     return header
+
+
+def _check_codec(path: Path, codec: str) -> None:
+    """Raises StoreError for experts in a codec that is not read here, such as one that an earlier version had."""
+    if codec not in CODECS:
+        raise StoreError(f"{path} holds experts in the codec {codec}, which this version does not read. {_PACK_AGAIN}")
 
 
 def _check_same_model(path: Path, stored: bytes, expected: bytes) -> None:

@@ -37,7 +37,7 @@ def build_tier(
     """
     layers, table, dtype, device = experts.layers, experts.table, experts.dtype, experts.device
     own_math = [entry for entry in experts.math if entry is not None]
-    if len(own_math) < len(layers) or any(layer.other is not None for layer in table.layers):
+    if len(own_math) < len(layers):
         raise DeviceError(
             f"--control device computes experts itself, and those of {type(layers[0].experts).__name__} are computed "
             "by their family's own code. Use --control host."

@@ -129,7 +129,6 @@ def _torch_layers(experts: ExpertSet, placed: Placed) -> list[TorchLayer]:
         [layer.layout for layer in table.layers],
         stored_operands(experts.math, table, experts.dtype),
         experts.dtype,
-        [layer.other for layer in table.layers],
     )
     forwards = family_forward_over(experts.layers, table, experts.dtype)
     return [

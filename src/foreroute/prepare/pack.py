@@ -41,7 +41,7 @@ def pack(
     keys = table.keys.all()
     kind: dict[str, Any] = {}
     if quantiser is not None:
-        kind = {"codec": quantiser.codec.name, "order": quantiser.order, "choice": quantiser.choice}
+        kind = {"codec": quantiser.codec.name, "order": quantiser.order}
     stored = table if quantiser is None else quantiser.table
     with StoreWriter(path, stored, resume=resume, claim=claim, **kind) as writer:
         try:
@@ -91,12 +91,12 @@ def _copy_all(
                     raise completion.error
                 arrived[completion.key] = completion.slot
         slot = arrived.pop(keys[done])
-        layer, expert = table.expert_id(keys[done])
+        layer, _ = table.expert_id(keys[done])
         if quantiser is None:
             writer.write(done, slots[slot], table.layers[layer].layout.record_bytes)
         else:
-            payload = quantiser.encode(layer, expert, slots[slot])
-            writer.write(done, payload, quantiser.table.layers[layer].layout_of(expert).record_bytes)
+            payload = quantiser.encode(layer, slots[slot])
+            writer.write(done, payload, quantiser.table.layers[layer].layout.record_bytes)
         free.append(slot)
         done += 1
         progress(done, len(keys))
