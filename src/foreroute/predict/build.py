@@ -26,7 +26,7 @@ from foreroute.predict.token_table import TokenTable
 # Where guesses are worth two more experts, by the held-out text of the fit. Chosen on foreroute-tiny.
 _GOOD_RECALL, _MUCH_MISSED = 0.95, 0.07
 LOOKAHEAD, DEFAULT_VECTORS, RIDGE, HYBRID = "lookahead", "default vectors", "ridge", "hybrid"
-ESTIMATOR, TOKEN_TABLE, ENTRY = "estimator", "token table", "before attention"
+ESTIMATOR, TOKEN_TABLE = "estimator", "token table"
 
 
 def open_sidecar(folder: Path, index: CheckpointIndex, asked: EngineConfig) -> Sidecar | None:
