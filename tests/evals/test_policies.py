@@ -161,6 +161,7 @@ def test_text_alone_and_time(run) -> None:
         (("--png", "prices.png"), "belong to --policies"),
         (("--limit", "3"), "--limit belongs to"),
         (("--include-path", "."), "--include-path belongs to"),
+        (("--confirm-run-unsafe-code",), "--confirm-run-unsafe-code belongs to"),
         (("--policies", "exact", "--png", "/no/such/folder/a.png"), "not a folder"),
     ],
 )
@@ -182,7 +183,7 @@ def test_no_items_are_named(run, held_out: Path) -> None:
     assert "nothing to evaluate on" in err
     code, _, err = run("--human-eval")
     assert code == 2
-    assert "--allow-code-execution" in err
+    assert "--confirm-run-unsafe-code" in err
 
 
 def test_the_difference_of_two_distributions() -> None:

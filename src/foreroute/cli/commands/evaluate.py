@@ -29,6 +29,7 @@ examples:
   foreroute eval MODEL --suite builtin --kinds add sort --windows 0
   foreroute eval MODEL --text book.txt             bits per character alone
   foreroute eval MODEL --lm-eval arc_easy --limit 50
+  foreroute eval MODEL --lm-eval humaneval --confirm-run-unsafe-code
   foreroute eval MODEL --suite builtin --memory none 25% --png prices.png
         --policies exact tolerance:0.1 speculative what each policy costs
 
@@ -49,7 +50,9 @@ with --policies, one row for each policy and memory:
 The builtin suite is what the models that ship are trained for: another model
 reads its tasks without having seen their form. Its text is made by
 `make held-out` in a checkout. The same model, flags and --threads give the same
-figures. --lm-eval and --human-eval need: pip install 'foreroute[eval]'"""
+figures. --lm-eval needs: pip install 'foreroute[eval]'. Its tasks that run what
+the model writes (humaneval, mbpp) do so on this machine, as this user, without a
+sandbox, and only with --confirm-run-unsafe-code and HF_ALLOW_CODE_EVAL=1."""
 
 
 def add_parser(commands: Any) -> None:
@@ -69,17 +72,17 @@ def add_parser(commands: Any) -> None:
     what.add_argument("--text", type=Path, nargs="+", metavar="FILE", help="UTF-8 text to read instead")
     what.add_argument("--lm-eval", nargs="+", metavar="TASK", help="tasks of lm-eval instead")
     what.add_argument(
-        "--human-eval", type=Path, nargs="?", const=Path(), metavar="FILE",
-        help="HumanEval instead, from FILE or the package human-eval",
-    )  # fmt: skip
+        "--human-eval", dest="lm_eval", action="store_const", const=["humaneval"], help="as --lm-eval humaneval"
+    )
     _add_policy_options(parser)
     _add_suite_options(parser)
-    harness = parser.add_argument_group("other harnesses")
+    harness = parser.add_argument_group("lm-eval")
     harness.add_argument("--include-path", type=Path, metavar="FOLDER", help="more lm-eval tasks (YAML)")
     harness.add_argument("--limit", type=options.at_least(1), metavar="N", help="of each task at most so many items")
     harness.add_argument(
-        "--allow-code-execution", action="store_true", help="run what the model writes for HumanEval, in a sandbox"
-    )
+        "--confirm-run-unsafe-code", action="store_true",
+        help="run what the model writes, on this machine and without a sandbox, where a task asks for it",
+    )  # fmt: skip
     options.add_common_options(parser)
     options.add_model_options(parser)
     options.add_engine_options(parser, without=("memory", "trace", *options.GPU_FIELDS))
@@ -200,50 +203,31 @@ def _refuse_misfits(args: argparse.Namespace) -> None:
         )
     if not args.lm_eval and args.include_path is not None:
         raise EvaluationError("--include-path belongs to --lm-eval, which is not given.")
-    if not args.lm_eval and args.human_eval is None and args.limit is not None:
-        raise EvaluationError("--limit belongs to --lm-eval and --human-eval. Of the suite, --per-kind is.")
-    if args.human_eval is not None and not args.allow_code_execution:
-        raise EvaluationError(
-            "HumanEval runs code that the model wrote, on this machine and as this user (in a sandbox). Allow it: "
-            "--allow-code-execution."
-        )
+    if not args.lm_eval and args.limit is not None:
+        raise EvaluationError("--limit belongs to --lm-eval. Of the suite, --per-kind is.")
+    if not args.lm_eval and args.confirm_run_unsafe_code:
+        raise EvaluationError("--confirm-run-unsafe-code belongs to --lm-eval, which is not given.")
 
 
 def _harness_of(args: argparse.Namespace) -> dict[str, Any]:
     """What decides the figures of another harness: its tasks by name, and what is in files of one's own."""
-    found: dict[str, Any] = {name: str(getattr(args, name)) for name in ("lm_eval", "human_eval", "limit")}
+    found: dict[str, Any] = {name: str(getattr(args, name)) for name in ("lm_eval", "limit")}
     files = sorted(args.include_path.rglob("*")) if args.include_path is not None else []
-    files += [args.human_eval] if args.human_eval not in (None, Path()) else []
     found["files"] = {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files if path.is_file()}
     return found
 
 
 def _other_tasks(args: argparse.Namespace) -> "OtherTasks | None":
-    """What --lm-eval or --human-eval asks of a model: accuracy by task."""
-    if args.lm_eval:
-        from foreroute.evals.lm_eval_model import check_tasks, run_lm_eval
-
-        check_tasks(args.lm_eval, args.include_path)
-        return lambda model, tokenizer, show: (
-            run_lm_eval(model, tokenizer, args.lm_eval, args.include_path, args.limit).primary
-        )
-    if args.human_eval is None:
+    """What --lm-eval asks of a model: accuracy by task."""
+    if not args.lm_eval:
         return None
-    from foreroute.evals.human_eval import read_problems, run_human_eval
-    from foreroute.evals.sandbox import isolation_gap
+    from foreroute.evals.lm_eval_model import check_tasks, run_lm_eval
 
-    problems = read_problems(None if args.human_eval == Path() else args.human_eval)[: args.limit]
-    if not problems:
-        raise EvaluationError("There is no problem of HumanEval in the file.")
-
-    if gap := isolation_gap():
-        figures.stderr_console().print(gap, style="yellow")
-
-    def human_eval(model: Any, tokenizer: Any, show: "Progress") -> dict[str, float]:
-        found = run_human_eval(model, tokenizer, problems, allow_code_execution=True, progress=show)
-        return {"human_eval": found["pass@1"]}
-
-    return human_eval
+    allow_code = args.confirm_run_unsafe_code
+    manager = check_tasks(args.lm_eval, args.include_path, allow_code=allow_code)
+    return lambda model, tokenizer, show: (
+        run_lm_eval(model, tokenizer, args.lm_eval, limit=args.limit, allow_code=allow_code, manager=manager).primary
+    )
 
 
 def _plain(
