@@ -114,6 +114,27 @@ def test_eight_say_what_each_says_alone(tiny, tokenizer, engine_of):
     assert done.evictions > 0
 
 
+def test_a_seed_draws_alone_what_it_draws_among_eight(tiny, tokenizer, engine_of):
+    """Each with settings of its own; the draws of one are no business of another."""
+    settings: list[dict[str, Any]] = [
+        {}, {"top_k": 4}, {"top_p": 0.7}, {"min_p": 0.1}, {"repetition_penalty": 1.3}, {"temperature": 0.6},
+        {"frequency_penalty": 0.5, "presence_penalty": 0.5}, {"logit_bias": {9: 2.0}, "min_tokens": 10},
+    ]  # fmt: skip
+    engine = engine_of(tiny, max_num_seqs=8)
+
+    def asked(at: int, ids: list[int], seed: int) -> Heard:
+        heard = Heard()
+        engine.submit(Request(ids, 16, Sampling(**{"temperature": 1.0, "seed": seed, **settings[at]})), heard)
+        return heard
+
+    prompts = prompts_of(tokenizer, 8)
+    alone = [asked(at, ids, 100 + at).wait().tokens for at, ids in enumerate(prompts)]
+    together = [asked(at, ids, 100 + at) for at, ids in enumerate(prompts)]
+    assert [heard.wait().tokens for heard in together] == alone
+    assert len(alone[7]) >= 10
+    assert asked(0, prompts[0], 101).wait().tokens != alone[0]
+
+
 @pytest.mark.parametrize("family", ["gpt_oss", "deepseek_v3"])
 def test_windows_and_latent_attention(family, checkpoints, tokenizer, engine_of, load):
     model = load(checkpoints.get(family), "50%")

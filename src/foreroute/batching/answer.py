@@ -42,14 +42,11 @@ class Answer:
             self.why_cancelled = why
             self.is_cancelled = True
 
-    def begin(self, tokenizer: Any, settings: Any, num_cached: int) -> None:
-        """Make ready to compute the prompt, but for `num_cached` tokens of which there are keys and values.
-
-        Args:
-            settings: the model's generation_config.
-        """
+    def begin(self, tokenizer: Any, model: Any, num_cached: int) -> None:
+        """Make ready to compute the prompt, but for `num_cached` tokens of which there are keys and values."""
         self.num_cached = self.num_computed = num_cached
-        self._sampler = Sampler(self.request.sampling, self.ids, settings)
+        if not self.wants_none:
+            self._sampler = Sampler(model, self.request.sampling, self.ids, self._most_new)
         self._pieces, self._text = TextPieces(tokenizer), StopText(self.request.stop)
 
     def next_chunk(self, most: int) -> list[int]:

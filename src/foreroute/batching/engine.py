@@ -191,7 +191,7 @@ class BatchEngine:
         if self._kept is not None and not answer.request.wants_prompt_scores:
             # The last token is computed in any case: its logits choose the next one.
             cache, num_cached = self._kept.take(self._model, answer.ids, len(answer.ids) - 1)
-        answer.begin(self._tokenizer, self._model.generation_config, num_cached)
+        answer.begin(self._tokenizer, self._model, num_cached)
         self._prompts.arrange(range(len(self._joining) - 1), [(cache, num_cached)])
 
     def _prefill(self) -> None:

@@ -175,19 +175,20 @@ def sampling_of(asked: ChatRequest | CompletionRequest, settings: ServerSettings
     return Sampling(
         temperature=settings.temperature if asked.temperature is None else asked.temperature,
         top_p=asked.top_p,
-        top_k=None if asked.top_k in (-1, 0) else asked.top_k,
+        top_k=0 if asked.top_k == -1 else asked.top_k,
         min_p=asked.min_p,
         repetition_penalty=asked.repetition_penalty,
         presence_penalty=asked.presence_penalty or 0.0,
         frequency_penalty=asked.frequency_penalty or 0.0,
         logit_bias=_bias(asked.logit_bias or {}, settings.limits.logit_bias),
+        min_tokens=asked.min_tokens or 0,
         # Other choices of a seeded request are other draws, and the same ones each time.
         seed=None if seed is None else (seed + index) % 2**63,
     )
 
 
 def check_counts(asked: ChatRequest | CompletionRequest, settings: ServerSettings) -> list[str]:
-    """The stop texts, after n and stop were found to be within the limits.
+    """The stop texts, after n, stop and min_tokens were found to be within the limits.
 
     Raises:
         ApiError: they are not.
@@ -200,6 +201,8 @@ def check_counts(asked: ChatRequest | CompletionRequest, settings: ServerSetting
         raise not_possible("stop", f"stop has {len(stop)} texts; at most {limits.stop} are watched for.")
     if any(len(text) > limits.stop_chars for text in stop):
         raise not_possible("stop", f"A stop text is longer than {limits.stop_chars} characters.")
+    if asked.most_new is not None and (asked.min_tokens or 0) > asked.most_new:
+        raise not_possible("min_tokens", f"min_tokens is {asked.min_tokens}, and at most {asked.most_new} are given.")
     # lm-eval sends an empty one where a model has no end token: it would end everything before it began.
     return [text for text in dict.fromkeys(stop) if text]
 
