@@ -67,17 +67,6 @@ class ExpertKeys:
         return [key - base if key >= 0 else -1 for key in keys]
 
 
-class Guess(NamedTuple):
-    """The experts that a predictor expects a MoE layer to route to.
-
-    layer: the MoE layer guessed.
-    experts: distinct expert indices, best first; over all tokens of the step.
-    """
-
-    layer: int
-    experts: Sequence[int]
-
-
 @dataclass(frozen=True, slots=True)
 class Copy:
     """One rectangular move from a read's bytes into a slot; all offsets and strides in bytes.
