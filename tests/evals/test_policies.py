@@ -158,7 +158,7 @@ def test_text_alone_and_time(run) -> None:
         (("--policies", "exact", "--memory", "1KiB"), "Raise --memory"),
         (("--memory", "25%", "50%"), "belong to --policies"),
         (("--memory", "none"), "belong to --policies"),
-        (("--png", "prices.png"), "belong to --policies"),
+        (("--png", "prices.png"), "--png belongs to --policies"),
         (("--limit", "3"), "--limit belongs to"),
         (("--include-path", "."), "--include-path belongs to"),
         (("--confirm-run-unsafe-code",), "--confirm-run-unsafe-code belongs to"),

@@ -23,6 +23,13 @@ if TYPE_CHECKING:
     # (model, tokenizer, progress) -> accuracy by task.
     OtherTasks = Callable[[Any, Any, Progress], dict[str, float]]
 
+# Flags that mean something beside another one alone, and what they are where they are left out, if not None.
+_BELONGS_TO = {
+    "kinds": "suite", "per_kind": "suite", "held_out": "suite", "png": "policies",
+    "include_path": "lm_eval", "limit": "lm_eval", "confirm_run_unsafe_code": "lm_eval",
+}  # fmt: skip
+_LEFT_OUT = {"kinds": (), "confirm_run_unsafe_code": False}
+
 _EPILOG = """\
 examples:
   foreroute eval MODEL --suite builtin             tasks and held-out text
@@ -183,12 +190,15 @@ def _ask_others(others: "OtherTasks", tokenizer: Any, show: "Progress", model: A
 
 def _refuse_misfits(args: argparse.Namespace) -> None:
     """Flags that do not go together, before anything is loaded."""
-    if not args.suite and (args.kinds or args.held_out or args.per_kind is not None):
-        raise EvaluationError("--kinds, --per-kind and --held-out belong to --suite, which is not given.")
+    for name, needed in _BELONGS_TO.items():
+        if getattr(args, name) != _LEFT_OUT.get(name) and not getattr(args, needed):
+            flag, of = (f"--{one.replace('_', '-')}" for one in (name, needed))
+            raise EvaluationError(f"{flag} belongs to {of}, which is not given.")
+    memory = args.memory or []
     if args.text and not args.windows:
         raise EvaluationError("--windows 0 leaves nothing to read of --text. Give at least 1.")
-    if not args.policies and (args.png is not None or len(args.memory or ()) > 1 or "none" in (args.memory or ())):
-        raise EvaluationError('--png, several values of --memory, and "none", belong to --policies.')
+    if not args.policies and (len(memory) > 1 or "none" in memory):
+        raise EvaluationError('Several values of --memory, and "none", belong to --policies, which is not given.')
     if args.policy != "exact":
         raise EvaluationError(
             "Texts and likelihoods are prompts, which are exact under every --policy. Ask for "
@@ -196,17 +206,11 @@ def _refuse_misfits(args: argparse.Namespace) -> None:
         )
     for policy in args.policies or ():
         Policy.parse(policy)
-    if args.lm_eval and any(memory != "none" for memory in args.memory or ()) and args.policies:
+    if args.lm_eval and args.policies and set(memory) - {"none"}:
         raise EvaluationError(
             "lm-eval's likelihoods are prompts, which are exact with any cache. Give --memory none: there every "
             "position is under the policy."
         )
-    if not args.lm_eval and args.include_path is not None:
-        raise EvaluationError("--include-path belongs to --lm-eval, which is not given.")
-    if not args.lm_eval and args.limit is not None:
-        raise EvaluationError("--limit belongs to --lm-eval. Of the suite, --per-kind is.")
-    if not args.lm_eval and args.confirm_run_unsafe_code:
-        raise EvaluationError("--confirm-run-unsafe-code belongs to --lm-eval, which is not given.")
 
 
 def _harness_of(args: argparse.Namespace) -> dict[str, Any]:
