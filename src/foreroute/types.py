@@ -5,9 +5,13 @@ An *expert key* is the flat int that the hot path uses in place of an (layer, ex
 `key = layer * num_experts + expert`, with `num_experts` the widest layer's; `ExpertKeys` does that arithmetic.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
+
+# Told how far a long piece of work is: (done, of all). The other: of which piece, (what, done, of all).
+Progress = Callable[[int, int], None]
+NamedProgress = Callable[[str, int, int], None]
 
 
 class ExpertId(NamedTuple):

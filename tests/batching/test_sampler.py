@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
 
 from foreroute.batching.engine import BatchEngine
-from foreroute.batching.requests import Finished, PromptScored, Request, Sampling, Step
+from foreroute.batching.requests import Finished, NewToken, PromptScored, Request, Sampling
 from foreroute.batching.sampler import CountPenalty, Sampler, StopText, TokenBias
 from foreroute.cli.commands import demo
 from foreroute.errors import ContextLengthError, QueueFullError
@@ -210,10 +210,10 @@ def test_scores_are_those_of_the_model(engine: BatchEngine) -> None:
         logprobs = engine._model(torch.tensor([ids])).logits[0].float().log_softmax(-1)
     assert scored.logprobs[0] is None
     assert scored.logprobs[1:] == pytest.approx([float(logprobs[at, ids[at + 1]]) for at in range(4)], abs=1e-5)
-    steps = [event for event in events if isinstance(event, Step)]
+    steps = [event for event in events if isinstance(event, NewToken)]
     assert steps[0].token_id == int(logprobs[-1].argmax()) == steps[0].top[0][0]
     assert steps[0].logprob == pytest.approx(float(logprobs[-1].max()), abs=1e-5)
-    plain = [event.token_id for event in answered(engine, Request(ids, 3)) if isinstance(event, Step)]
+    plain = [event.token_id for event in answered(engine, Request(ids, 3)) if isinstance(event, NewToken)]
     assert plain == [step.token_id for step in steps]
 
 

@@ -12,7 +12,7 @@ from foreroute.checkpoint.locate import read_index
 from foreroute.cli.commands import demo
 from foreroute.cli.main import main
 from foreroute.evals.policies import mean_accuracy
-from foreroute.evals.pricing import Difference, pareto
+from foreroute.evals.pricing import Divergence, pareto
 from foreroute.evals.text import HeldOut
 from foreroute.prepare.corpus import Corpus
 from foreroute.prepare.fit import FitSettings, fit
@@ -189,7 +189,7 @@ def test_no_items_are_named(run, held_out: Path) -> None:
 def test_the_difference_of_two_distributions() -> None:
     exact = torch.tensor([[0.0, 0.0], [2.0, 0.0]])
     ours = torch.tensor([[0.0, 0.0], [0.0, 3.0]])
-    difference = Difference(chars=2)
+    difference = Divergence(chars=2)
     difference.add(ours, exact, torch.tensor([0, 0]))
     log_p, log_q = torch.log_softmax(exact, -1).double(), torch.log_softmax(ours, -1).double()
     found = difference.figures()

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from foreroute.batching.requests import Event, Finished, Progress, PromptScored, Request, Step, Top
+from foreroute.batching.requests import AnswerEvent, Finished, NewToken, PromptProgress, PromptScored, Request, Top
 from foreroute.batching.sampler import Sampler, StopText, score
 from foreroute.model.text import TextPieces
 
@@ -25,7 +25,7 @@ class Answer:
         num_cached: those of them that an earlier request had left.
     """
 
-    def __init__(self, request: Request, on_event: Callable[[Event], None], most_new: int) -> None:
+    def __init__(self, request: Request, on_event: Callable[[AnswerEvent], None], most_new: int) -> None:
         self.request = request
         self.is_cancelled, self.why_cancelled = False, ""
         self.ids = list(request.prompt_ids)
@@ -62,7 +62,7 @@ class Answer:
         if self.request.wants_prompt_scores:
             self._score(logits[-num_tokens:])
         self.num_computed += num_tokens
-        self.tell(Progress(self.num_computed, self._num_prompt))
+        self.tell(PromptProgress(self.num_computed, self._num_prompt))
         if self.num_computed < self._num_prompt:
             return False
         if self.request.wants_prompt_scores:
@@ -94,7 +94,7 @@ class Answer:
         self.ids.append(token)
         is_end = token in ends and not self.request.ignore_eos
         piece = "" if is_end else self._text.push(self._pieces.push(token))
-        self.tell(Step(token, piece, *score(logits, token, self.request.num_top_logprobs)))
+        self.tell(NewToken(token, piece, *score(logits, token, self.request.num_top_logprobs)))
         if is_end or self._text.is_over:
             return self.finished("stop")
         return self.finished("length") if len(self.ids) - self._num_prompt >= self._most_new else None
@@ -107,7 +107,7 @@ class Answer:
             tail += "" if self._text.is_over else self._text.rest()
         return Finished(reason, self._num_prompt, len(self.ids) - self._num_prompt, self.num_cached, tail, error)
 
-    def tell(self, event: Event) -> None:
+    def tell(self, event: AnswerEvent) -> None:
         """Hand an event on. Who cannot take it has no further use for the answer."""
         try:
             self._on_event(event)

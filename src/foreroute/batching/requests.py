@@ -50,7 +50,7 @@ Top = Sequence[tuple[int, float]]
 
 
 @dataclass(frozen=True)
-class Progress:
+class PromptProgress:
     """Prompt tokens computed so far."""
 
     done: int
@@ -66,7 +66,7 @@ class PromptScored:
 
 
 @dataclass(frozen=True)
-class Step:
+class NewToken:
     """A token, and the text that it completes (whole characters; "" while one is half there)."""
 
     token_id: int
@@ -87,7 +87,7 @@ class Finished:
     error: str | None = None
 
 
-Event = Progress | PromptScored | Step | Finished
+AnswerEvent = PromptProgress | PromptScored | NewToken | Finished
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from foreroute.errors import EvaluationError, StoreError
 
 if TYPE_CHECKING:
     from foreroute.evals.quantised import Reading
-    from foreroute.evals.text import Windows
+    from foreroute.evals.text import TextWindows
     from foreroute.model.skeleton import Outline
 
 
@@ -50,7 +50,7 @@ class Quality:
 
     args: argparse.Namespace
     folder: Path
-    windows: "list[Windows]" = field(default_factory=list)
+    windows: "list[TextWindows]" = field(default_factory=list)
 
     def price(self, store: Path) -> dict[str, Any] | None:
         """What the store costs on the text; None where there is no text."""

@@ -22,9 +22,10 @@ from foreroute.memory.budget import SlotPlan
 from foreroute.model.blocks import MoeLayer
 from foreroute.model.expert_set import ExpertSet
 from foreroute.predict.build import lookahead
-from foreroute.transfer.arena import Arena, Progress
+from foreroute.transfer.arena import Arena
 from foreroute.transfer.cuda import out_of_memory_named
 from foreroute.transfer.placing import LESS_MEMORY, fill_arena
+from foreroute.types import Progress
 
 
 def build_tier(

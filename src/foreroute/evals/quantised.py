@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from foreroute.config import EngineConfig
-from foreroute.evals.text import Windows, bits_per_char
+from foreroute.evals.text import TextWindows, bits_per_char
 from foreroute.loading.load import load
-
-# Called with (windows done, all windows).
-Progress = Callable[[int, int], None]
+from foreroute.types import Progress
 
 
 @dataclass(frozen=True)
@@ -40,7 +37,7 @@ class Reading:
         return {"perplexity": self.perplexity, "bits_per_char": self.bits, "by_file": self.bits_per_char}
 
 
-def read(folder: Path, packed: str, windows: list[Windows], memory: str | None, progress: Progress) -> Reading:
+def read(folder: Path, packed: str, windows: list[TextWindows], memory: str | None, progress: Progress) -> Reading:
     """Load the model in bfloat16, which quantised experts are computed in, and read the windows with it.
 
     Args:

@@ -16,9 +16,10 @@ from foreroute.predict.hybrid import choose
 from foreroute.predict.sidecar import Sidecar, read_whole, write_whole
 from foreroute.prepare.corpus import Corpus
 from foreroute.prepare.on_policy import StandIns
-from foreroute.prepare.score import Progress, Scorer, guessers_of, run_passes
+from foreroute.prepare.score import Scorer, guessers_of, run_passes
 from foreroute.prepare.sums import Sums
 from foreroute.prepare.watch import watching
+from foreroute.types import Progress
 
 
 @dataclass(frozen=True)

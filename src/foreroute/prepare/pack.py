@@ -1,6 +1,5 @@
 """Write a packed store: every expert is read once, a few at a time, and written as it will lie in a slot."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +8,11 @@ from foreroute.checkpoint.records import StoreWriter
 from foreroute.prepare.quantise import Quantiser
 from foreroute.transfer.disk import DiskTransfer
 from foreroute.transfer.memory import allocate_slots
+from foreroute.types import Progress
 from foreroute.writing import Claim
 
 # Experts in memory at once: one being written while the next ones are read.
 _RING_SLOTS = 4
-
-# Called after each record with (records done, records in all).
-Progress = Callable[[int, int], None]
 
 
 def pack(

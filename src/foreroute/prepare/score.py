@@ -22,10 +22,10 @@ from foreroute.prepare.controls import (
     shuffled,
     uniform,
 )
-from foreroute.prepare.scoring import Tally, widths_of
+from foreroute.prepare.scoring import LayerTallies, widths_of
 from foreroute.prepare.watch import watching
+from foreroute.types import Progress
 
-Progress = Callable[[int, int], None]
 _COST_REPEATS = 30
 
 
@@ -39,7 +39,7 @@ class Scores:
 
     top_k: int
     num_tokens: int
-    tallies: dict[str, Tally]
+    tallies: dict[str, LayerTallies]
     cost_us: dict[str, float]
 
     def as_dict(self) -> dict[str, Any]:
@@ -58,7 +58,7 @@ class Scorer:
 
     def __init__(self, guessers: Mapping[str, Guesser], num_layers: int) -> None:
         self._guessers = guessers
-        self.tallies = {name: Tally.of(num_layers) for name in guessers}
+        self.tallies = {name: LayerTallies.of(num_layers) for name in guessers}
 
     def on_moment(self, moment: Moment, logits: torch.Tensor | None) -> None:
         """Score one MoE layer's tokens."""

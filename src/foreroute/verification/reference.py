@@ -7,7 +7,7 @@ import copy
 import gc
 import importlib.util
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,17 +22,15 @@ from foreroute.errors import BudgetError, ForerouteError, UnsupportedModelError
 from foreroute.loading.load import load
 from foreroute.memory.host import available_ram
 from foreroute.model.skeleton import Outline
+from foreroute.types import Progress
 from foreroute.units import format_memory
 from foreroute.verification.slot_watch import SlotWatch, digest, expert_digest
-from foreroute.verification.transcript import Exercise, Step, steps
+from foreroute.verification.transcript import Exercise, ForwardPass, steps
 
 RESIDENT, ON_DEMAND = "resident", "on-demand"
 # Left free beside a resident model: activations, KV cache, what loading takes on top, other programs.
 _RESERVE_BYTES = 2 * 2**30
 _ON_DEMAND_LOADING = EngineConfig(cache=False, prefetch="none", predictor="no", learn=False, packed="no")
-
-# Called with (steps done, steps in all).
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,7 @@ class Reference:
 
     kind: str
     dtype: torch.dtype
-    transcripts: tuple[tuple[Step, ...], ...]
+    transcripts: tuple[tuple[ForwardPass, ...], ...]
     experts: Mapping[tuple[str, int], bytes]
     dense: Mapping[str, bytes]
 
@@ -139,11 +137,11 @@ def record_reference(
         _load_resident(folder, sketch, dtype) if is_resident else load(folder, memory, dtype, config=_ON_DEMAND_LOADING)
     )
     watch = None if is_resident else SlotWatch(model.foreroute.engine)
-    transcripts: list[tuple[Step, ...]] = []
+    transcripts: list[tuple[ForwardPass, ...]] = []
     done, num_steps = 0, sum(exercise.num_steps for exercise in exercises)
     try:
         for exercise in exercises:
-            transcript: list[Step] = []
+            transcript: list[ForwardPass] = []
             for step in steps(model, names, exercise, watch=watch):
                 _check_numbers(step, len(transcripts) + 1, len(transcript) + 1)
                 # The slots of a reference are of no interest afterwards.
@@ -201,7 +199,7 @@ def _seen_experts(watch: SlotWatch, table: ExpertTable) -> dict[tuple[str, int],
     return digests
 
 
-def _check_numbers(step: Step, prompt: int, token: int) -> None:
+def _check_numbers(step: ForwardPass, prompt: int, token: int) -> None:
     if step.has_nan:
         raise ForerouteError(
             f"The reference's logits for token {token} after prompt {prompt} are not numbers (NaN): comparing them "

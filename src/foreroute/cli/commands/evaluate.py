@@ -17,11 +17,12 @@ from foreroute.errors import EvaluationError
 from foreroute.policy import Policy
 
 if TYPE_CHECKING:
-    from foreroute.evals.builtin import Progress, SuiteSettings
+    from foreroute.evals.builtin import SuiteSettings
     from foreroute.evals.text import HeldOut
+    from foreroute.types import NamedProgress
 
     # (model, tokenizer, progress) -> accuracy by task.
-    OtherTasks = Callable[[Any, Any, Progress], dict[str, float]]
+    OtherTasks = Callable[[Any, Any, NamedProgress], dict[str, float]]
 
 # Flags that mean something beside another one alone, and what they are where they are left out, if not None.
 _BELONGS_TO = {
@@ -184,7 +185,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _ask_others(others: "OtherTasks", tokenizer: Any, show: "Progress", model: Any) -> dict[str, float]:
+def _ask_others(others: "OtherTasks", tokenizer: Any, show: "NamedProgress", model: Any) -> dict[str, float]:
     return others(model, tokenizer, show)
 
 
@@ -243,7 +244,7 @@ def _plain(
     texts: dict[str, str],
     settings: "SuiteSettings",
     others: "OtherTasks | None",
-    show: "Progress",
+    show: "NamedProgress",
 ) -> dict[str, Any]:
     """One model, one policy: the figures."""
     import foreroute
@@ -268,7 +269,7 @@ def _name(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def _bars(is_quiet: bool) -> Iterator["Progress"]:
+def _bars(is_quiet: bool) -> Iterator["NamedProgress"]:
     """One progress bar per thing that is being done, on standard error."""
     from rich import progress
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from starlette.requests import Request as HttpRequest
 
-from foreroute.batching.requests import Engine, Event, Finished, PromptScored, Request, Sampling, Step
+from foreroute.batching.requests import AnswerEvent, Engine, Finished, NewToken, PromptScored, Request, Sampling
 from foreroute.errors import ContextLengthError, ForerouteError, QueueFullError
 from foreroute.server.api.problems import ApiError, not_possible
 from foreroute.server.api.schema import ChatRequest, CompletionRequest
@@ -39,7 +39,7 @@ class Answers:
     ) -> None:
         self._param = param
         self._engine, self._requests, self._metrics, self._settings = engine, requests, metrics, settings
-        self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        self._events: asyncio.Queue[tuple[int, AnswerEvent]] = asyncio.Queue()
         self._open: dict[int, tuple[Any, RequestClock]] = {}
 
     def submit(self) -> None:
@@ -79,7 +79,7 @@ class Answers:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
 
-    async def __aiter__(self) -> AsyncIterator[tuple[int, Event]]:
+    async def __aiter__(self) -> AsyncIterator[tuple[int, AnswerEvent]]:
         """Events until every request has ended.
 
         Raises:
@@ -96,9 +96,9 @@ class Answers:
                     raise ApiError(status, what, code="engine_error")
             yield index, event
 
-    def _arrived(self, loop: asyncio.AbstractEventLoop, clock: RequestClock, index: int, event: Event) -> None:
+    def _arrived(self, loop: asyncio.AbstractEventLoop, clock: RequestClock, index: int, event: AnswerEvent) -> None:
         """In the engine's thread."""
-        if isinstance(event, Step):
+        if isinstance(event, NewToken):
             clock.token()
         # The loop ends before the engine does when the server stops.
         with contextlib.suppress(RuntimeError):
@@ -110,13 +110,13 @@ class Choice:
 
     def __init__(self) -> None:
         self.text = ""
-        self.steps: list[Step] = []
+        self.steps: list[NewToken] = []
         self.prompt: PromptScored | None = None
         self.end: Finished | None = None
 
-    def add(self, event: Event) -> None:
+    def add(self, event: AnswerEvent) -> None:
         """Take one event in."""
-        if isinstance(event, Step):
+        if isinstance(event, NewToken):
             self.text += event.text
             self.steps.append(event)
         elif isinstance(event, PromptScored):
