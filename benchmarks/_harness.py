@@ -7,16 +7,31 @@ goes to benchmarks/results/<date>-<name>.json.
 import datetime
 import json
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from foreroute.bench.repeats import interleave, machine, summary
+from foreroute.bench.repeats import machine, summary, turns
 from foreroute.writing import atomic_write
 
 __all__ = ["RESULTS", "interleave", "machine", "record", "rounded", "summary"]
 
 RESULTS = Path(__file__).parent / "results"
+
+
+def interleave(contenders: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
+    """Run the contenders in `turns`.
+
+    Args:
+        contenders: each runs once per call and returns its own figure.
+        repeats: figures wanted per contender; one more, unreported, warms up.
+    """
+    figures: dict[str, list[float]] = {name: [] for name in contenders}
+    for run in contenders.values():
+        run()
+    for _, name in turns(list(contenders), repeats):
+        figures[name].append(contenders[name]())
+    return figures
 
 
 def record(name: str, result: Mapping[str, Any], raw: Mapping[str, Any] | None = None, *, keep: bool = True) -> None:

@@ -31,7 +31,7 @@ from benchmarks.prefetch import prompts_of
 from benchmarks.replayed_routes import layer_of, read_steps
 from foreroute import EngineConfig
 from foreroute.batching.engine import BatchEngine
-from foreroute.batching.requests import Finished, Request, Sampling, Step
+from foreroute.batching.requests import Finished, NewToken, Request, Sampling
 from foreroute.bench.bandwidth import measure_bandwidth
 from foreroute.bench.repeats import turns
 from foreroute.checkpoint.locate import read_index
@@ -54,7 +54,7 @@ class Caller:
         engine.submit(Request(list(prompt), new_tokens, Sampling(temperature=0.0), ignore_eos=True), self._take)
 
     def _take(self, event: Any) -> None:
-        if isinstance(event, Step):
+        if isinstance(event, NewToken):
             self.times.append(time.perf_counter())
         elif isinstance(event, Finished):
             self._error = event.error

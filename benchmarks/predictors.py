@@ -50,7 +50,7 @@ def measure(folder: Path, files: tuple[list[Path], list[Path]], tokens: int, scr
     tokenizer = load_tokenizer(folder)
     context = min(512, model.config.get_text_config().max_position_embeddings)
     corpus = read_corpus(tokenizer, files[0], tokens, context)
-    settings = FitSettings(estimator=EstimatorSettings(), before_attention=True)
+    settings = FitSettings(estimator=EstimatorSettings())
     sidecar = fit(model, read_index(folder).fingerprint(), corpus, scratch, settings=settings)
     windows = read_corpus(tokenizer, files[1], tokens // 4, context).windows
     scores = score(model, windows, sidecar, rows=8)
@@ -75,7 +75,6 @@ def summary(scores: Scores, choice: list[Any]) -> dict[str, Any]:
     return {
         "k": whole["k"],
         "tokens": whole["tokens"],
-        "gap_closed": whole["gap_closed"],
         "choice": choice,
         "predictors": {
             name: {
@@ -96,7 +95,6 @@ def show(name: str, measured: dict[str, Any]) -> None:
     for predictor, entry in measured["predictors"].items():
         row = [entry[figure] for figure in (*SHOWN, "layer_0")]
         print(f"{predictor:18}" + "".join(f"{'-' if one is None else f'{one:.4f}':>13}" for one in row))
-    print(f"gap closed: {measured['gap_closed']}")
 
 
 def main() -> None:

@@ -74,10 +74,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def ceilings() -> tuple[float, float]:
     """Bytes per second of the link and of the GPU's memory."""
-    from foreroute.bench.link import measure_device_memory, measure_link
+    from foreroute.bench.link import measure_link, median_seconds
 
+    source = torch.empty(2 * 2**30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    # A copy within its memory reads and writes.
+    own = 2 * source.numel() / median_seconds(lambda: target.copy_(source))
     # The length of one of Qwen3-30B-A3B's experts in bf16.
-    return measure_link(3 * 2048 * 768 * 2).bytes_per_s, measure_device_memory()
+    return measure_link(3 * 2048 * 768 * 2).bytes_per_s, own
 
 
 def measure(

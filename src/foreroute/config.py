@@ -134,7 +134,7 @@ class EngineConfig:
     )
     packed: str = _option(
         "auto",
-        'the packed store: "auto" uses the one beside the checkpoint, "no" ignores it; "int8", "int4", "mixed" uses a '
+        'the packed store: "auto" uses the one beside the checkpoint, "no" ignores it; "int8", "int4" uses a '
         "quantised one there; or give a path",
     )
 

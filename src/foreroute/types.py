@@ -5,9 +5,13 @@ An *expert key* is the flat int that the hot path uses in place of an (layer, ex
 `key = layer * num_experts + expert`, with `num_experts` the widest layer's; `ExpertKeys` does that arithmetic.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
+
+# Told how far a long piece of work is: (done, of all). The other: of which piece, (what, done, of all).
+Progress = Callable[[int, int], None]
+NamedProgress = Callable[[str, int, int], None]
 
 
 class ExpertId(NamedTuple):
@@ -65,17 +69,6 @@ class ExpertKeys:
         """The expert indices of keys of `layer`; -1 for a negative key."""
         base = layer * self.per_layer
         return [key - base if key >= 0 else -1 for key in keys]
-
-
-class Guess(NamedTuple):
-    """The experts that a predictor expects a MoE layer to route to.
-
-    layer: the MoE layer guessed.
-    experts: distinct expert indices, best first; over all tokens of the step.
-    """
-
-    layer: int
-    experts: Sequence[int]
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,12 +2,23 @@
 
 import ast
 import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
 MAX_LINES = 400
+MAX_BRANCHES = 15
+MAX_FILES = 14
+# What makes a second way through a function; mccabe, as ruff counts it, leaves out half of these.
+BRANCHES = (
+    ast.If, ast.IfExp, ast.For, ast.AsyncFor, ast.While, ast.ExceptHandler, ast.BoolOp, ast.Match,
+    ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp,
+)  # fmt: skip
+# "folder/file.py::function" -> why it may have more; three at the most.
+MORE_BRANCHES: dict[str, str] = {}
 SOURCES = sorted((ROOT / "src").rglob("*.py"))
 PYTHON_FILES = sorted(
     path for folder in ("src", "tests", "benchmarks", "models") for path in (ROOT / folder).rglob("*.py")
@@ -34,6 +45,50 @@ def test_every_module_says_what_it_is(path: Path) -> None:
 def test_no_file_is_two_rooms_in_one(path: Path) -> None:
     num_lines = len(path.read_text().splitlines())
     assert num_lines <= MAX_LINES, f"{name_of(path)} has {num_lines} lines; what is its second question?"
+
+
+def branches_of(source: str) -> Iterator[tuple[str, int]]:
+    """Every function, nested ones too, with its branches and those of what is defined in it."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield node.name, sum(isinstance(part, BRANCHES) for part in ast.walk(node))
+
+
+def class_names(source: str) -> Iterator[str]:
+    """Classes of a module, and names like those of classes that it gives to types."""
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            name = node.targets[0].id
+            if re.match(r"[A-Z][a-z]", name) and not (isinstance(node.value, ast.Call)):
+                yield name
+
+
+def test_functions_have_few_branches() -> None:
+    counted = {
+        f"{path.relative_to(ROOT / 'src' / 'foreroute')}::{name}": count
+        for path in SOURCES
+        for name, count in branches_of(path.read_text())
+    }
+    too_many = {name: count for name, count in counted.items() if count > MAX_BRANCHES}
+    assert too_many.keys() == MORE_BRANCHES.keys(), f"{too_many}: what can be a function, or a table, of its own?"
+    assert len(MORE_BRANCHES) <= 3
+
+
+def test_no_two_classes_have_one_name() -> None:
+    places = defaultdict(list)
+    for path in SOURCES:
+        for name in class_names(path.read_text()):
+            places[name].append(name_of(path))
+    assert {name: found for name, found in places.items() if len(found) > 1} == {}
+
+
+def test_folders_can_be_looked_over() -> None:
+    files = Counter(path.parent for path in PYTHON_FILES if path.name != "__init__.py")
+    # Of benchmarks/ and models/ each file is a program, beside others: nobody has to know them all.
+    rooms = {folder: count for folder, count in files.items() if name_of(folder).startswith(("src", "tests"))}
+    assert {name_of(folder): count for folder, count in rooms.items() if count > MAX_FILES} == {}
 
 
 @pytest.mark.parametrize("path", TEXT_FILES, ids=name_of)
@@ -78,5 +133,11 @@ def test_the_rules_go_red() -> None:
     assert lacks_docstring("import os\n")
     assert not lacks_docstring('"""Says it."""\n')
     assert NOT_PORTABLE.search("open('/" + "home/someone/model')")
+    nested = "def f(a):\n  def g(): return [x for x in a if x or 1]\n  return 1 if a else 2\n"
+    assert dict(branches_of(nested)) == {"f": 3, "g": 2}
+    assert list(class_names("class A: ...\nProgress = Callable[[int], None]\nSIZE = 3\nT = TypeVar('T')\n")) == [
+        "A",
+        "Progress",
+    ]
     assert PYTHON_FILES
     assert SOURCES

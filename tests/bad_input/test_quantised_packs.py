@@ -5,22 +5,23 @@ import errno
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import xxhash
 
 from foreroute.checkpoint import codecs
 from foreroute.checkpoint.codecs import CODECS
 from foreroute.checkpoint.layouts import ExpertLayout, ExpertTable
 from foreroute.checkpoint.locate import read_index
-from foreroute.checkpoint.records import PackedStore, StoreWriter, partial_path, store_name, stored_choice
-from foreroute.errors import PredictorError, StoreError, UnsupportedModelError
-from foreroute.kernels.torch import quant as kernels
+from foreroute.checkpoint.records import StoreWriter, partial_path, store_name
+from foreroute.errors import StoreError, UnsupportedModelError
+from foreroute.kernels.torch import quant
 from foreroute.model.skeleton import outline
-from foreroute.prepare.choosing import fitted_counts, most_used
 from foreroute.prepare.pack import pack
 from foreroute.prepare.quantise import Quantiser
 from tests.support.broken import copied
@@ -29,7 +30,6 @@ from tests.support.families import FAMILIES
 from tests.support.runs import watch_reads
 
 ROOT = Path(__file__).parents[2]
-CHOICE = {"int8_share": 0.25, "by": "text", "uses": 100, "share_of_uses": 0.5}
 
 
 def quiet(done: int, total: int) -> None:
@@ -43,8 +43,7 @@ def folder(checkpoints, tmp_path) -> Path:
 
 def quantiser_of(folder: Path, quant: str = "int4") -> Quantiser:
     sketch = outline(folder, read_index(folder))
-    mixed = {"often": [{1, 2}] * len(sketch.table.layers), "choice": CHOICE} if quant == "mixed" else {}
-    return Quantiser(sketch.table, CODECS[quant], sketch.is_transposed, **mixed)
+    return Quantiser(sketch.table, CODECS[quant], sketch.is_transposed)
 
 
 def made(folder: Path, quant: str = "int4") -> Path:
@@ -67,7 +66,6 @@ class TestShapes:
         ("inner", "quant", "fragments"),
         [
             (48, "int4", ["down_proj", "48 columns", "whole groups of 32", "--quant int8 can"]),
-            (48, "mixed", ["down_proj", "48 columns", "whole groups of 32", "--quant int8 can"]),
             (96, "int4-g128", ["whole groups of 128", "--quant int8 or int4 can"]),
             (40, "int8", ["down_proj", "40 columns", "whole blocks of 16", "pack without --quant"]),
             (8, "int4", ["8 columns", "pack without --quant"]),
@@ -107,39 +105,70 @@ class TestShapes:
 class TestOfAnother:
     """A quantised store in the place of this model's."""
 
-    @pytest.mark.parametrize("quant", ["int4", "mixed"])
-    def test_other_weights(self, load, folder, checkpoints, tmp_path, quant):
+    def test_other_weights(self, load, folder, checkpoints, tmp_path):
         other = copied(checkpoints.get("qwen3_moe", "bf16", seed=1), tmp_path / "other")
-        made(other, quant).replace(folder / store_name(quant))
+        made(other).replace(folder / store_name("int4"))
         with pytest.raises(StoreError, match="packed from other weights"):
-            load(folder, packed=quant)
+            load(folder, packed="int4")
 
     def test_another_codec_than_its_name_says_is_said(self, load, folder):
         """The header decides, not the file's name."""
         made(folder, "int8").replace(folder / store_name("int4"))
         assert load(folder, packed="int4").foreroute.plan.stored_dtype == "int8"
 
-    @pytest.mark.parametrize("quant", ["int4", "mixed"])
-    def test_another_kind_of_cpu(self, load, folder, monkeypatch, quant):
-        made(folder, quant)
-        monkeypatch.setattr(kernels, "order_of", lambda bits, group: "another")
+    def test_another_kind_of_cpu(self, load, folder, monkeypatch):
+        made(folder)
+        monkeypatch.setattr(quant, "order_of", lambda bits, group: "another")
         with pytest.raises(StoreError, match=r"another kind of CPU.*foreroute pack --force"):
-            load(folder, packed=quant)
+            load(folder, packed="int4")
 
     @pytest.mark.parametrize("dtype", ["float32", "float16"])
     def test_another_dtype(self, load, folder, dtype):
-        made(folder, "mixed")
-        with pytest.raises(
-            StoreError, match=r"mixed experts is computed in bfloat16.*--dtype bfloat16, or --packed no"
-        ):
-            load(folder, packed="mixed", dtype=dtype)
+        made(folder)
+        with pytest.raises(StoreError, match=r"int4 experts is computed in bfloat16.*--dtype bfloat16, or --packed no"):
+            load(folder, packed="int4", dtype=dtype)
 
     @pytest.mark.parametrize("keep", [0, 100, 4096, -1])
     def test_cut_off(self, load, folder, keep):
-        path = made(folder, "mixed")
+        path = made(folder)
         os.truncate(path, keep if keep >= 0 else path.stat().st_size - 4096)
         with pytest.raises(StoreError, match="Remove it"):
+            load(folder, packed="int4")
+
+
+class TestOfEarlierVersions:
+    """Stores of mixed bits, which `pack` made once: refused by name, never read as something else."""
+
+    @pytest.fixture
+    def mixed(self, folder) -> Path:
+        """As such a store began: its codec, and per layer the experts that have the other layout."""
+        path = made(folder, "int4").replace(folder / store_name("mixed"))
+        raw = path.read_bytes()
+        magic, nbytes, _ = struct.unpack_from("<8sQQ", raw)
+        header = json.loads(raw[24 : 24 + nbytes])
+        header |= {"codec": "mixed", "choice": {"int8_share": 0.25, "by": "text", "uses": 9, "share_of_uses": 0.5}}
+        header["layers"] = [{**layer, "others": [1], "other_parts": layer["parts"]} for layer in header["layers"]]
+        text = json.dumps(header, sort_keys=True).encode()
+        path.write_bytes(struct.pack("<8sQQ", magic, len(text), xxhash.xxh3_64_intdigest(text)) + text)
+        return path
+
+    @pytest.mark.parametrize("asked", ["mixed", "path"])
+    def test_a_store_of_mixed_bits(self, load, folder, mixed, asked):
+        with pytest.raises(StoreError, match=r"mixed.* not read.*`foreroute pack --quant int4`.*--packed int4"):
+            load(folder, packed=str(mixed) if asked == "path" else asked)
+
+    def test_mixed_bits_without_a_store(self, load, folder):
+        with pytest.raises(StoreError, match=r"--packed mixed: .*not read any more.*`foreroute pack --quant int4`"):
             load(folder, packed="mixed")
+
+    def test_pack_does_not_write_over_it_unasked(self, folder, mixed):
+        found = subprocess.run(
+            [sys.executable, "-m", "foreroute.cli.main", "pack", str(folder), "--quant", "int4", "--out", str(mixed)],
+            env={**os.environ, "PYTHONPATH": str(ROOT / "src")}, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert found.returncode == 2
+        assert "codec mixed" in found.stderr
+        assert "--force packs over it" in found.stderr
 
 
 KILLED = """
@@ -155,34 +184,28 @@ from foreroute.model.skeleton import outline
 records._SYNC_EVERY_BYTES = 1
 folder = Path(sys.argv[1])
 sketch = outline(folder, read_index(folder))
-choice = {"int8_share": 0.25, "by": "text", "uses": 100, "share_of_uses": 0.5}
-quantiser = Quantiser(
-    sketch.table, CODECS["mixed"], sketch.is_transposed, often=[{1, 2}] * len(sketch.table.layers), choice=choice
-)
+quantiser = Quantiser(sketch.table, CODECS["int4"], sketch.is_transposed)
 
 def progress(done, total):
     if done == 20:
         os.kill(os.getpid(), signal.SIGKILL)
 
-pack(sketch.table, folder / records.store_name("mixed"), progress=progress, quantiser=quantiser)
+pack(sketch.table, folder / records.store_name("int4"), progress=progress, quantiser=quantiser)
 """
 
 
 class TestNotToTheEnd:
     def test_killed_and_taken_up_again(self, folder, checkpoints, tmp_path):
-        whole = made(copied(checkpoints.get("qwen3_moe", "bf16"), tmp_path / "whole"), "mixed").read_bytes()
+        whole = made(copied(checkpoints.get("qwen3_moe", "bf16"), tmp_path / "whole")).read_bytes()
         done = subprocess.run(
             [sys.executable, "-c", KILLED, str(folder)],
             env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
             check=False,
         )
         assert done.returncode == -signal.SIGKILL
-        path, quantiser = folder / store_name("mixed"), quantiser_of(folder, "mixed")
+        path, quantiser = folder / store_name("int4"), quantiser_of(folder)
         assert not path.exists()
-        # What the killed one had chosen can be taken up without choosing again.
-        choice, often = stored_choice(partial_path(path), quantiser.source)
-        assert choice == CHOICE
-        assert often == [{1, 2}] * len(quantiser.source.layers)
+        assert partial_path(path).exists()
         steps: list[int] = []
         pack(quantiser.source, path, progress=lambda done, total: steps.append(done), quantiser=quantiser)
         assert steps[0] in (19, 20)
@@ -203,7 +226,7 @@ class TestNotToTheEnd:
         with pytest.raises(
             StoreError, match=r"No space left on device. It needs [\d.]+ [KM]iB; nothing was left behind"
         ):
-            made(folder, "mixed")
+            made(folder)
         assert [path.name for path in folder.iterdir() if ".foreroute" in path.name] == []
 
     def test_one_that_was_only_begun_is_not_used(self, load, folder):
@@ -223,45 +246,3 @@ class TestNotToTheEnd:
                 made(folder)
             assert partial_path(path).read_bytes() == before
         assert made(folder).exists()
-
-    def test_a_partial_one_of_another_choice_is_not_taken_up(self, folder):
-        first, path = quantiser_of(folder, "mixed"), folder / store_name("mixed")
-
-        def stop(done: int, total: int) -> None:
-            if done == 9:
-                raise KeyboardInterrupt
-
-        with pytest.raises(KeyboardInterrupt):
-            pack(first.source, path, progress=stop, keep_partial=True, quantiser=first)
-        sketch = outline(folder, read_index(folder))
-        often = [{5}] * len(sketch.table.layers)
-        second = Quantiser(sketch.table, CODECS["mixed"], sketch.is_transposed, often=often, choice=CHOICE)
-        steps: list[int] = []
-        pack(second.source, path, progress=lambda done, total: steps.append(done), quantiser=second)
-        assert steps[0] == 0
-        assert [layer.others for layer in PackedStore(path, sketch.table).table.layers] == [{5}] * len(often)
-        assert second.is_measured
-
-
-class TestChoosing:
-    def test_the_most_used_of_all_layers_together(self):
-        often, used = most_used([[5, 0, 9, 1], [2, 2, 8, 3]], 0.375)
-        assert often == [{0, 2}, {2}]
-        assert used == 22 / 30
-
-    def test_where_uses_are_equal_the_first(self):
-        assert most_used([[1, 1], [1, 1]], 0.5)[0] == [{0, 1}, frozenset()]
-
-    @pytest.mark.parametrize(("share", "instead"), [(0.01, "--quant int4"), (0.99, "--quant int8")])
-    def test_a_share_that_is_no_choice(self, share, instead):
-        with pytest.raises(StoreError, match=instead):
-            most_used([[1, 2], [3, 4]], share)
-
-    def test_a_fit_of_another_model(self, folder, checkpoints, tmp_path):
-        sketch = outline(folder, read_index(folder))
-        assert fitted_counts(folder, sketch, "auto") is None
-        with pytest.raises(PredictorError, match="does not exist"):
-            fitted_counts(folder, sketch, str(tmp_path / "gone"))
-        (tmp_path / "notes").write_text(json.dumps({"no": "fit"}))
-        with pytest.raises(PredictorError, match="no file of `foreroute fit`"):
-            fitted_counts(folder, sketch, str(tmp_path / "notes"))

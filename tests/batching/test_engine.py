@@ -9,7 +9,7 @@ import torch
 
 import foreroute
 from foreroute.batching.engine import BatchEngine
-from foreroute.batching.requests import Finished, Progress, Request, Sampling, Step
+from foreroute.batching.requests import Finished, NewToken, PromptProgress, Request, Sampling
 from foreroute.batching.row_layers import RowLayer
 from foreroute.config import EngineConfig
 from foreroute.errors import ContextLengthError, PromptError, QueueFullError
@@ -39,8 +39,8 @@ class Heard:
         return self
 
     @property
-    def steps(self) -> list[Step]:
-        return [event for event in self.events if isinstance(event, Step)]
+    def steps(self) -> list[NewToken]:
+        return [event for event in self.events if isinstance(event, NewToken)]
 
     @property
     def tokens(self) -> list[int]:
@@ -114,6 +114,27 @@ def test_eight_say_what_each_says_alone(tiny, tokenizer, engine_of):
     assert done.evictions > 0
 
 
+def test_a_seed_draws_alone_what_it_draws_among_eight(tiny, tokenizer, engine_of):
+    """Each with settings of its own; the draws of one are no business of another."""
+    settings: list[dict[str, Any]] = [
+        {}, {"top_k": 4}, {"top_p": 0.7}, {"min_p": 0.1}, {"repetition_penalty": 1.3}, {"temperature": 0.6},
+        {"frequency_penalty": 0.5, "presence_penalty": 0.5}, {"logit_bias": {9: 2.0}, "min_tokens": 10},
+    ]  # fmt: skip
+    engine = engine_of(tiny, max_num_seqs=8)
+
+    def asked(at: int, ids: list[int], seed: int) -> Heard:
+        heard = Heard()
+        engine.submit(Request(ids, 16, Sampling(**{"temperature": 1.0, "seed": seed, **settings[at]})), heard)
+        return heard
+
+    prompts = prompts_of(tokenizer, 8)
+    alone = [asked(at, ids, 100 + at).wait().tokens for at, ids in enumerate(prompts)]
+    together = [asked(at, ids, 100 + at) for at, ids in enumerate(prompts)]
+    assert [heard.wait().tokens for heard in together] == alone
+    assert len(alone[7]) >= 10
+    assert asked(0, prompts[0], 101).wait().tokens != alone[0]
+
+
 @pytest.mark.parametrize("family", ["gpt_oss", "deepseek_v3"])
 def test_windows_and_latent_attention(family, checkpoints, tokenizer, engine_of, load):
     model = load(checkpoints.get(family), "50%")
@@ -157,14 +178,14 @@ def test_a_long_prompt_does_not_starve_the_others(tokenizer, engine_of):
     begun, over = threading.Event(), threading.Event()
 
     def short(event):
-        order.append("short") if isinstance(event, Step) else None
+        order.append("short") if isinstance(event, NewToken) else None
         begun.set()
         over.set() if isinstance(event, Finished) else None
 
     long = Heard()
 
     def on_long(event):
-        order.append("chunk") if isinstance(event, Progress) else None
+        order.append("chunk") if isinstance(event, PromptProgress) else None
         long(event)
 
     engine.submit(Request([5] * 8, 100, GREEDY, ignore_eos=True), short)
@@ -185,12 +206,12 @@ def test_a_prompt_is_computed_in_shorter_pieces_while_others_wait(tiny, tokenize
 
     def on_event(event):
         other(event)
-        begun.set() if isinstance(event, Step) else None
+        begun.set() if isinstance(event, NewToken) else None
 
-    alone = [event.done for event in ask(engine, [9] * 60, 1).wait().events if isinstance(event, Progress)]
+    alone = [event.done for event in ask(engine, [9] * 60, 1).wait().events if isinstance(event, PromptProgress)]
     engine.submit(Request([5] * 8, 60, GREEDY, ignore_eos=True), on_event)
     assert begun.wait(WAIT_S)
-    beside = [event.done for event in ask(engine, [8] * 60, 1).wait().events if isinstance(event, Progress)]
+    beside = [event.done for event in ask(engine, [8] * 60, 1).wait().events if isinstance(event, PromptProgress)]
     assert alone == [60]
     assert beside == [16, 32, 48, 60]
     other.wait()
@@ -202,7 +223,7 @@ def test_cancelled_is_gone(tiny, tokenizer, engine_of):
 
     def on_event(event):
         heard(event)
-        begun.set() if isinstance(event, Step) else None
+        begun.set() if isinstance(event, NewToken) else None
 
     handle = engine.submit(Request([5] * 8, 400, GREEDY, ignore_eos=True), on_event)
     other = ask(engine, [6] * 8, 40)
@@ -222,7 +243,7 @@ def test_who_is_cancelled_by_the_end_of_the_engine_is_told_so(tiny, engine_of):
 
     def on_event(event):
         running(event)
-        begun.set() if isinstance(event, Step) else None
+        begun.set() if isinstance(event, NewToken) else None
 
     engine.submit(Request([5] * 8, 400, GREEDY, ignore_eos=True), on_event)
     engine.submit(Request([6] * 8, 4, GREEDY), waiting)
@@ -287,7 +308,7 @@ def test_a_row_that_cannot_join_leaves_the_others_as_they_are(tiny, tokenizer, e
 
     def on_event(event):
         first(event)
-        begun.set() if isinstance(event, Step) else None
+        begun.set() if isinstance(event, NewToken) else None
 
     def fails(layer, new):
         join(layer, new)
@@ -308,7 +329,7 @@ def test_who_comes_while_others_are_looked_through_breaks_nothing(tiny, tokenize
 
     def on_event(event):
         first(event)
-        begun.set() if isinstance(event, Step) else None
+        begun.set() if isinstance(event, NewToken) else None
 
     class Waiting(type(engine._waiting)):
         def __iter__(self):

@@ -2,8 +2,9 @@
 
 import mmap
 
+from benchmarks._harness import interleave
 from foreroute.bench.process import PeakRss, rss_bytes
-from foreroute.bench.repeats import interleave, summary, turns
+from foreroute.bench.repeats import summary, turns
 
 
 def test_turns_go_forwards_and_backwards():

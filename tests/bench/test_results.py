@@ -10,7 +10,7 @@ from foreroute.bench.bandwidth import Bandwidth
 from foreroute.bench.results import as_json, budgets
 from foreroute.bench.run import Case, Timed
 from foreroute.bench.rungs import BELADY, CACHE, ON_DEMAND, RESIDENT, rungs_named
-from foreroute.bench.session import Difference, Run, Seen
+from foreroute.bench.session import Measurements, Run, TokenMismatch
 from foreroute.config import Plan
 from foreroute.engine.stats import PhaseStats
 
@@ -37,7 +37,7 @@ def settled(asked) -> Settled:
 
 
 @pytest.fixture
-def seen() -> Seen:
+def seen() -> Measurements:
     runs = [
         run_of(ON_DEMAND, 0, 90.0, 90.0, misses=99), run_of(CACHE, 0, 90.0, 90.0, misses=99),
         run_of(ON_DEMAND, 1, 2.0, 0.4, misses=4, demand_bytes=4000, stall_s=1.0),
@@ -49,10 +49,10 @@ def seen() -> Seen:
     plans = {("50%", name): PLAN for name in (ON_DEMAND, CACHE)}
     disk = Bandwidth(bytes_per_s=10_000.0, expert_ms=1.0, num_experts=1, num_reads=1, elapsed_s=1.0, is_direct=True)
     routes = {(CASE, repeat): ROUTES for repeat in range(3)}
-    return Seen(runs=runs, plans=plans, routes=routes, disk=[disk], memory_bytes_per_s=1e6)
+    return Measurements(runs=runs, plans=plans, routes=routes, disk=[disk], memory_bytes_per_s=1e6)
 
 
-def rungs_of(settled: Settled, seen: Seen, test: str) -> dict:
+def rungs_of(settled: Settled, seen: Measurements, test: str) -> dict:
     (budget,) = budgets(settled, seen)
     return next(one["rungs"] for one in budget["tests"] if one["test"] == test)
 
@@ -112,7 +112,7 @@ def test_ceilings_and_no_times_where_tokens_differ(settled, seen):
     assert found["ceilings"]["token_from_memory_ms"] == pytest.approx(1)
     assert found["same_tokens"]
     assert len(found["runs"]) == len(seen.runs)
-    seen.difference = Difference("a", "b", CASE, 1, 1, 3)
+    seen.difference = TokenMismatch("a", "b", CASE, 1, 1, 3)
     found = as_json(settled, seen, "text")
     assert not found["same_tokens"]
     assert found["budgets"] == []

@@ -42,7 +42,6 @@ def test_a_complete_store_is_left_alone(run, copied: Path) -> None:
         "was_there": False,
         "found_automatically": True,
         "layer_errors": None,
-        "choice": None,
         "quality": None,
     }
     assert forced.err == ""

@@ -107,6 +107,52 @@ def test_a_model_that_is_loaded(module: Any, tasks: Path, load: Any) -> None:
         module.run_lm_eval(model, tokenizer, ["local_sums"], tasks)
 
 
+@pytest.fixture
+def code_tasks(tasks: Path, module: Any, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A task that says that it runs what the model writes, a group of it, a tag, and lm-eval's own; no others."""
+    import lm_eval.tasks
+
+    head = (tasks / "local_sums.yaml").read_text()
+    code = head.replace("task: local_sums", "task: local_code\ntag: local_tag\nunsafe_code: true")
+    (tasks / "local_code.yaml").write_text(code)
+    (tasks / "local_group.yaml").write_text("group: local_group\ntask: [local_sums, {task: local_code}]")
+    (tasks / "safe_group.yaml").write_text("group: safe_group\ntask: [local_sums, local_choice]")
+    monkeypatch.setattr(
+        module,
+        "TaskManager",
+        lambda include_path: lm_eval.tasks.TaskManager(
+            include_path=[include_path, Path(lm_eval.tasks.__file__).parent / "humaneval"], include_defaults=False
+        ),
+    )
+    return tasks
+
+
+def test_a_models_code_is_run_only_when_that_is_confirmed(module: Any, code_tasks: Path) -> None:
+    for asked in ("local_code", "local_group", "local_tag", "humaneval"):
+        with pytest.raises(EvaluationError, match=f"{asked} runs code .* without a sandbox.*--confirm-run-unsafe-code"):
+            module.run_lm_eval(None, None, ["local_sums", asked], code_tasks)
+        module.check_tasks([asked], code_tasks, allow_code=True)
+    module.check_tasks(["local_sums", "safe_group"], code_tasks)
+
+
+def test_lm_eval_is_told_what_was_confirmed(
+    module: Any, code_tasks: Path, load: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from foreroute.model.text import load_tokenizer
+
+    model, tokenizer = load(demo.find_model(), "50%"), load_tokenizer(demo.find_model())
+    scores = module.run_lm_eval(model, tokenizer, ["local_code"], code_tasks, limit=1, allow_code=True)
+    assert scores.primary == {"local_code": 1.0}
+    # Where a task hides what it does from us, lm-eval itself refuses it.
+    monkeypatch.setattr(module, "_runs_code", lambda manager, name: False)
+    with pytest.raises(ValueError, match="unsafe"):
+        module.run_lm_eval(model, tokenizer, ["local_code"], code_tasks, limit=1)
+    warning = "set HF_ALLOW_CODE_EVAL to 1"
+    monkeypatch.setattr(module, "simple_evaluate", lambda *args, **options: (_ for _ in ()).throw(ValueError(warning)))
+    with pytest.raises(EvaluationError, match="HF_ALLOW_CODE_EVAL=1 in the environment"):
+        module.run_lm_eval(model, tokenizer, ["local_code"], code_tasks, allow_code=True)
+
+
 @pytest.mark.parametrize(
     ("command", "autoload"), [("lm_eval", "1"), ("foreroute.evals.lm_eval", "0")], ids=["lm_eval", "ours"]
 )

@@ -12,7 +12,7 @@ from foreroute.checkpoint.locate import read_index
 from foreroute.cli.commands import demo
 from foreroute.cli.main import main
 from foreroute.evals.policies import mean_accuracy
-from foreroute.evals.pricing import Difference, pareto
+from foreroute.evals.pricing import Divergence, pareto
 from foreroute.evals.text import HeldOut
 from foreroute.prepare.corpus import Corpus
 from foreroute.prepare.fit import FitSettings, fit
@@ -158,9 +158,10 @@ def test_text_alone_and_time(run) -> None:
         (("--policies", "exact", "--memory", "1KiB"), "Raise --memory"),
         (("--memory", "25%", "50%"), "belong to --policies"),
         (("--memory", "none"), "belong to --policies"),
-        (("--png", "prices.png"), "belong to --policies"),
+        (("--png", "prices.png"), "--png belongs to --policies"),
         (("--limit", "3"), "--limit belongs to"),
         (("--include-path", "."), "--include-path belongs to"),
+        (("--confirm-run-unsafe-code",), "--confirm-run-unsafe-code belongs to"),
         (("--policies", "exact", "--png", "/no/such/folder/a.png"), "not a folder"),
     ],
 )
@@ -182,13 +183,13 @@ def test_no_items_are_named(run, held_out: Path) -> None:
     assert "nothing to evaluate on" in err
     code, _, err = run("--human-eval")
     assert code == 2
-    assert "--allow-code-execution" in err
+    assert "--confirm-run-unsafe-code" in err
 
 
 def test_the_difference_of_two_distributions() -> None:
     exact = torch.tensor([[0.0, 0.0], [2.0, 0.0]])
     ours = torch.tensor([[0.0, 0.0], [0.0, 3.0]])
-    difference = Difference(chars=2)
+    difference = Divergence(chars=2)
     difference.add(ours, exact, torch.tensor([0, 0]))
     log_p, log_q = torch.log_softmax(exact, -1).double(), torch.log_softmax(ours, -1).double()
     found = difference.figures()

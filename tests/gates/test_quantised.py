@@ -19,15 +19,12 @@ from foreroute.prepare.quantise import Quantiser
 from tests.support.runs import ONE_PROMPT, THREE_PROMPTS, assert_same_bits, generate
 
 FAMILIES = ("qwen3_moe", "gpt_oss", "deepseek_v3")
-QUANTS = ("int8", "int4", "mixed")
-# In each layer of a mixed store these have 8 bits.
-OFTEN = frozenset({0, 3, 4})
+QUANTS = ("int8", "int4")
 
 
 def quantiser_of(checkpoint: Path, quant: str) -> Quantiser:
     sketch = outline(checkpoint, read_index(checkpoint))
-    often = [OFTEN] * len(sketch.table.layers) if quant == "mixed" else []
-    return Quantiser(sketch.table, CODECS[quant], sketch.is_transposed, often=often)
+    return Quantiser(sketch.table, CODECS[quant], sketch.is_transposed)
 
 
 @pytest.fixture(scope="session")
@@ -53,8 +50,8 @@ def dequantised(folder: Path, quant: str) -> Any:
     for name, parameter in model.named_parameters():
         if ".experts." in name and parameter.ndim == 3:
             module = model.get_submodule(name.rpartition(".")[0])
-            for at, expert in enumerate(parameter.data):
-                codec = CODECS["int8"] if quant == "mixed" and at in OFTEN else CODECS[quant]
+            codec = CODECS[quant]
+            for expert in parameter.data:
                 rows = expert.t() if module.is_transposed else expert
                 back = decode(Matrix(*encode(rows.contiguous(), codec.bits, codec.group), codec.bits, codec.group))
                 expert.copy_(back if module.is_transposed else back.t())
@@ -69,10 +66,7 @@ def test_as_the_dequantised_resident_model(family, quant, stores, checkpoints, l
     plain = load(folder, "100%", packed="no")
     model = load(folder, "25%", packed=str(stores(family, quant)))
     assert model.foreroute.plan.stored_dtype == quant
-    assert (
-        model.foreroute.plan.expert_bytes
-        < plain.foreroute.plan.expert_bytes / {"int8": 1.8, "mixed": 2, "int4": 3}[quant]
-    )
+    assert model.foreroute.plan.expert_bytes < plain.foreroute.plan.expert_bytes / {"int8": 1.8, "int4": 3}[quant]
     ids = torch.randint(5, 240, (1, 40), generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
         theirs, ours, exact = (one(ids, use_cache=False).logits.float() for one in (resident, model, plain))
@@ -177,38 +171,13 @@ def test_a_shape_that_the_codec_cannot_take_is_named(checkpoints):
         Quantiser(sketch.table, CODECS["int4-g128"], sketch.is_transposed)
 
 
-def test_each_expert_of_a_mixed_store_lies_as_its_codec_says(checkpoints, stores):
-    """Its bytes are those of a store of that codec, behind the byte that names the bits; it takes no more pages."""
-    folder = checkpoints.get("gpt_oss", "bf16")
-    table = outline(folder, read_index(folder)).table
-    opened = {quant: PackedStore(stores("gpt_oss", quant), table) for quant in QUANTS}
-    reads = {quant: store.reads_of(table) for quant, store in opened.items()}
-
-    def record(quant: str, key: int) -> bytes:
-        (read,) = reads[quant](key)
-        return opened[quant].path.read_bytes()[read.offset :][: read.nbytes]
-
-    for key in (0, 1, 3, table.num_experts, table.num_experts + 2):
-        layer, expert = table.expert_id(key)
-        alone = "int8" if expert in OFTEN else "int4"
-        own, same = record("mixed", key), record(alone, key)
-        assert own[0] == CODECS[alone].bits
-        tagged = opened["mixed"].table.layers[layer].layout_of(expert).parts[1:]
-        for part, theirs in zip(tagged, opened[alone].table.layers[layer].layout.parts, strict=True):
-            assert (part.name, part.shape, part.dtype) == (theirs.name, theirs.shape, theirs.dtype)
-            assert own[part.offset :][: part.nbytes] == same[theirs.offset :][: theirs.nbytes]
-    sizes = [stores("qwen3_moe", quant).stat().st_size for quant in ("int4", "mixed", "int8")]
-    assert sizes == sorted(set(sizes))
-
-
 @pytest.mark.parametrize("prefetch", ["none", "lookahead"])
-def test_what_a_mixed_store_reads_is_counted_to_the_byte(checkpoints, stores, load, prefetch):
-    """Experts differ in size: the figures say what was moved, not a mean."""
+def test_what_a_quantised_store_reads_is_counted_to_the_byte(checkpoints, stores, load, prefetch):
+    """The figures say what was moved."""
     folder = checkpoints.get("qwen3_moe", "bf16")
-    model = load(folder, "25%", packed=str(stores("qwen3_moe", "mixed")), prefetch=prefetch)
+    model = load(folder, "25%", packed=str(stores("qwen3_moe", "int4")), prefetch=prefetch)
     transfer, moved = model.foreroute.engine.pool.transfer, {"demand": 0, "prefetch": 0}
-    sizes = [layer.layout_of(at).nbytes for layer in model.foreroute.table.layers for at in range(layer.num_experts)]
-    assert len(set(sizes)) == 2
+    sizes = [layer.expert_nbytes for layer in model.foreroute.table.layers for _ in range(layer.num_experts)]
     demand, guess, cancel = transfer.demand, transfer.prefetch, transfer.cancel
 
     def noting(kind: str, start: Any, sign: int = 1) -> Any:

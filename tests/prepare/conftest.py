@@ -17,7 +17,7 @@ from foreroute.prepare.fit import FitSettings, fit
 CONTEXT = 32
 # A buffer for 200 of 960 tokens: the estimator is trained in turns, between passes.
 ESTIMATOR = EstimatorSettings(epochs=1, batch=128, buffer_bytes=200 * 2 * (64 + 16) * 2)
-SETTINGS = FitSettings(rows=3, held_out_every=4, estimator=ESTIMATOR, before_attention=True)
+SETTINGS = FitSettings(rows=3, held_out_every=4, estimator=ESTIMATOR)
 
 
 @pytest.fixture(scope="session")

@@ -88,11 +88,10 @@ def test_a_fit_that_is_there_is_not_replaced_unasked(run, copied: Path, text: Pa
     code, _, err = run("score", copied, "--text", text, "--tokens", 256)
     assert code == 2
     assert "--predictor no" in err
-    assert run("fit", copied, "--text", text, "--tokens", 256, "--force", "--estimator", "--before-attention")[0] == 0
+    assert run("fit", copied, "--text", text, "--tokens", 256, "--force", "--estimator")[0] == 0
     code, out, _ = run("score", copied, "--text", text, "--tokens", 256)
     assert code == 0
     assert "estimator" in out
-    assert "before attention" in out
 
 
 def test_what_is_missing_is_named(run, copied: Path, tmp_path: Path) -> None:

@@ -144,10 +144,6 @@ def test_controls_read_what_they_must(folder: Path, sidecar: Path, corpus: Corpu
     assert predictors["lookahead"]["recall_k"][0] is None
     assert predictors["hybrid"]["recall_k"][0] == predictors["token table"]["recall_k"][0]
     assert predictors["hybrid"]["cost_us"] > 0
-    # It knows more: the layer's input, where the others know that of the layer before.
-    before = predictors["before attention"]["recall_k"]
-    assert None not in before
-    assert before[1] > predictors["shuffled"]["recall_k"][1] + 0.2
 
 
 def test_nobody_watches_after_a_fit(folder: Path, sidecar: Path, corpus: Corpus, load: Any) -> None:

@@ -38,8 +38,8 @@ def test_every_event_is_read(tmp_path: Path) -> None:
     assert decode.guesses[0].experts == (2, 0)
     assert decode.end_s == 1.5
     kinds = [type(event).__name__ for event in recording.events]
-    assert kinds == ["Step", "LayerDone", "LayerDone", "Step", "GuessMade", "LoadDone", "Stall", "LayerDone", "Evicted",
-                     "Cancelled", "Governed", "LayerDone"]  # fmt: skip
+    assert kinds == ["RecordedStep", "LayerDone", "LayerDone", "RecordedStep", "GuessMade", "LoadDone", "Stall",
+                     "LayerDone", "Evicted", "Cancelled", "Governed", "LayerDone"]  # fmt: skip
     asked = next(event for event in recording.events if type(event).__name__ == "LoadDone")
     assert (asked.asked_s, asked.begun_s, asked.end_s, asked.why, asked.nbytes) == (0.9, 1.0, 1.1, "prefetch", 1000)
     assert recording.stats == {"evictions": 1}

@@ -5,7 +5,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from foreroute.batching.requests import EngineState, Finished, Progress, PromptScored, Request, Step
+from foreroute.batching.requests import EngineState, Finished, NewToken, PromptProgress, PromptScored, Request
 from foreroute.errors import ContextLengthError, QueueFullError
 from foreroute.model.text import TextPieces
 
@@ -61,7 +61,7 @@ class FakeEngine:
 
     def _work(self, handle: int, request: Request, on_event: Callable[[Any], None], stop: threading.Event) -> None:
         num_prompt = len(request.prompt_ids)
-        on_event(Progress(num_prompt, num_prompt))
+        on_event(PromptProgress(num_prompt, num_prompt))
         if request.wants_prompt_scores:
             logprobs = [None, *(self._logprob(token) for token in request.prompt_ids[1:])]
             tops = [None, *(self._top(token, request) for token in request.prompt_ids[1:])]
@@ -82,7 +82,7 @@ class FakeEngine:
                 return
             has_logprobs = request.num_top_logprobs is not None
             logprob = self._logprob(token) if has_logprobs else None
-            on_event(Step(token, pieces.push(token), logprob, self._top(token, request) if has_logprobs else ()))
+            on_event(NewToken(token, pieces.push(token), logprob, self._top(token, request) if has_logprobs else ()))
         self._end(handle, on_event, Finished(reason, num_prompt, len(ids), 0, pieces.finish()))
 
     def _end(self, handle: int, on_event: Callable[[Any], None], event: Finished) -> None:

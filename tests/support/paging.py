@@ -6,30 +6,26 @@ from types import ModuleType
 import torch
 
 from foreroute.device import paging
-from foreroute.device.paging import GUESS_IN_FLIGHT, SPECULATIVE, THERE, TOLERANCE, WAIT, CopyList, PagingState
-from foreroute.policy import Policy, waited_for
+from foreroute.device.paging import CopyList, PagingState
 from foreroute.residency import Lru, Residency
-from foreroute.residency.slots import FREE, LOADING, PINNED, READY
+from foreroute.residency.slots import LOADING, PINNED, READY
 
 LAYERS, EXPERTS, TOP_K, TOKENS = 3, 8, 2, 2
 KEYS = LAYERS * EXPERTS
-RULES = {"exact": WAIT, "paper": WAIT, "tolerance": TOLERANCE, "speculative": SPECULATIVE}
 TENSORS = ("slot_of_key", "key_of_slot", "stamp", "staged_at", "in_flight", "marks", "counters")
 
 
 class Walk:
-    """Demands, guesses, fills and releases, whose copies arrive at once or late; every step is compared."""
+    """Demands, guesses and releases, whose copies arrive at once or late; every step is compared."""
 
     def __init__(self, module: ModuleType, seed: int) -> None:
         self.module = module
         self.random = random.Random(seed)
-        self.staging, self.filling = self.random.choice([0, 1, 3, 5]), self.random.choice([0, 1, 3])
-        num_slots = TOKENS * TOP_K + self.staging + self.filling + self.random.choice([0, 1, 3, 20])
-        self.state = PagingState.create(
-            num_slots, KEYS, EXPERTS, staging_slots=self.staging, filling_slots=self.filling
-        )
-        self.pool = Residency(num_slots, KEYS, eviction=Lru(), staging_slots=self.staging, deferred_slots=self.filling)
-        self.counts = dict.fromkeys(("hits", "late", "misses", "prefetched", "filled", "releases"), 0)
+        staging = self.random.choice([0, 1, 3, 5])
+        num_slots = TOKENS * TOP_K + staging + self.random.choice([0, 1, 3, 20])
+        self.state = PagingState.create(num_slots, KEYS, EXPERTS, staging_slots=staging)
+        self.pool = Residency(num_slots, KEYS, eviction=Lru(), staging_slots=staging)
+        self.counts = dict.fromkeys(("hits", "late", "misses", "prefetched", "releases"), 0)
         self.leased: list[int] = []
         self.late: list[int] = []
 
@@ -39,10 +35,8 @@ class Walk:
             which = self.random.random()
             if which < 0.45:
                 self._demand()
-            elif which < 0.75:
+            elif which < 0.85:
                 self._prefetch()
-            elif which < 0.9:
-                self._fill()
             else:
                 self._release()
             self._compare(step)
@@ -101,21 +95,6 @@ class Walk:
         assert copies.pairs() == loads
         self.counts["prefetched"] += len(loads)
 
-    def _fill(self) -> None:
-        layer, arrived = self.random.randrange(LAYERS), self._arrive()
-        base = layer * EXPERTS
-        ids = torch.tensor([id if self.pool.state(base + id) in (FREE, LOADING) else -1 for id in range(EXPERTS)])
-        ids[torch.rand(EXPERTS, generator=torch.Generator().manual_seed(self.random.randrange(9999))) < 0.6] = -1
-        for key in self.late:
-            # It is waited for: nobody fills it.
-            if base <= key < base + EXPERTS:
-                ids[key - base] = -1
-        keys = [base + id for id in ids.tolist() if id >= 0]
-        loads, copies = self.pool.defer(keys) if keys else [], CopyList.create(EXPERTS)
-        self.module.plan_fill(self.state, layer, ids, copies, arrived=arrived)
-        assert copies.pairs() == loads
-        self.counts["filled"] += len(loads)
-
     def _release(self) -> None:
         self._let_go()
         self.module.release(self.state)
@@ -143,7 +122,7 @@ class Walk:
         assert (counts["evictions"], counts["prefetch_used"], counts["prefetch_wasted"], counts["shortages"]) == (
             self.pool.evictions, self.pool.prefetch_used, self.pool.prefetch_wasted, 0,
         )  # fmt: skip
-        assert {name: counts[name] for name in ("hits", "late", "misses", "prefetched", "filled")} == {
+        assert {name: counts[name] for name in ("hits", "late", "misses", "prefetched")} == {
             name: count for name, count in self.counts.items() if name != "releases"
         }
 
@@ -151,60 +130,20 @@ class Walk:
 def same_decisions(module: ModuleType, num_steps: int) -> None:
     """`module` and the reference are given the same, with many tokens, and leave the same tensors."""
     generator = torch.Generator().manual_seed(1)
-    states = [PagingState.create(40, 3 * 20, 20, staging_slots=6, filling_slots=4) for _ in range(2)]
+    states = [PagingState.create(40, 3 * 20, 20, staging_slots=6) for _ in range(2)]
     for step in range(num_steps):
         layer, arrived = step % 3, step % 4 > 0
         ids = torch.randint(-1, 21, (50 if step % 10 == 9 else 2, 4), generator=generator)
         guesses = torch.randint(-1, 21, (9,), generator=generator)
         seen = []
         for tested, state in zip((paging, module), states, strict=True):
-            slots, lists = torch.empty(ids.shape, dtype=torch.int32), [CopyList.create(20) for _ in range(3)]
+            slots, lists = torch.empty(ids.shape, dtype=torch.int32), [CopyList.create(20) for _ in range(2)]
             tested.plan(state, layer, ids, slots, lists[0], arrived=arrived)
-            absent = torch.where(state.slot_of_key[layer * 20 : layer * 20 + 20] < 0, torch.arange(20), -1)
-            tested.plan_fill(state, layer, absent[:7], lists[1], arrived=arrived)
-            tested.plan_prefetch(state, (layer + 1) % 3, guesses, lists[2], arrived=arrived)
+            tested.plan_prefetch(state, (layer + 1) % 3, guesses, lists[1], arrived=arrived)
             seen.append((slots.tolist(), [each.pairs() for each in lists]))
         assert seen[0] == seen[1], f"step {step}"
     for name in TENSORS:
         assert torch.equal(getattr(states[0], name), getattr(states[1], name)), name
-
-
-def assert_rules_kept(module: ModuleType, num_cases: int, *, arrived: bool) -> None:
-    """`decide` waits for what policy's `waited_for` waits for, weights that are equal or add inexactly among them."""
-    draw = random.Random(3)
-    seen = dict.fromkeys(("stood in", "waited"), 0)
-    for _ in range(num_cases):
-        state = PagingState.create(10, 24, 8, staging_slots=0)
-        for slot, key in enumerate(draw.sample(range(24), 10)):
-            state.slot_of_key[key], state.key_of_slot[slot] = slot, key
-            state.in_flight[slot] = draw.choice([THERE, THERE, GUESS_IN_FLIGHT])
-        layer, num_tokens, top_k = draw.randrange(3), draw.choice([1, 2, 5]), draw.choice([1, 3, 4])
-        ids = torch.tensor([draw.sample([*range(8), -1, 8], top_k) for _ in range(num_tokens)])
-        weights = torch.tensor(
-            [[draw.choice([0.1, 0.2, 0.25, 0.25, 0.5, draw.random()]) for _ in range(top_k)] for _ in range(num_tokens)]
-        )
-        policies = [Policy.parse(draw.choice(["exact", "paper", "speculative", "tolerance:0.25", "tolerance:0.5"]))
-                    for _ in range(num_tokens)]  # fmt: skip
-        rules = torch.tensor([RULES[policy.name] for policy in policies], dtype=torch.int32)
-        taus = torch.tensor([policy.tau for policy in policies], dtype=torch.float64)
-        waited, stood_in = (torch.full(ids.shape, -7, dtype=torch.int32) for _ in range(2))
-        module.decide(state, layer, ids, weights, rules, taus, waited, stood_in, arrived=arrived)
-
-        def is_there(key: int, state: PagingState = state) -> bool:
-            slot = int(state.slot_of_key[key])
-            return slot >= 0 and (arrived or int(state.in_flight[slot]) == THERE)
-
-        keys = [[layer * 8 + id if 0 <= id < 8 else -1 for id in row] for row in ids.tolist()]
-        needed = waited_for(policies, keys, weights.tolist(), is_there)
-        out = [[key >= 0 and not is_there(key) and key not in needed for key in row] for row in keys]
-        expected = torch.tensor(out)
-        valid = (ids >= 0) & (ids < 8)
-        assert torch.equal(stood_in.long(), torch.where(expected, ids, -1))
-        assert torch.equal(waited.long(), torch.where(valid & ~expected, ids, -1))
-        assert state.counts()["stood_in"] == len(set(ids[expected].tolist()))
-        seen["stood in"] += int(expected.sum())
-        seen["waited"] += len(needed)
-    assert min(seen.values()) > num_cases // 10, seen
 
 
 def assert_fetched(module: ModuleType, num_programs: int) -> None:

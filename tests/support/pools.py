@@ -9,8 +9,8 @@ import torch
 from foreroute.engine.interfaces import StepInfo, StepObserver
 from foreroute.engine.pool import ExpertPool
 from foreroute.residency import Lru, Residency
-from foreroute.transfer.fake import FakeTransfer
 from foreroute.types import ExpertKeys
+from tests.support.fake_transfer import FakeTransfer
 
 LAYERS, EXPERTS, NBYTES = 3, 8, 100
 DECODE, PROMPT = StepInfo("decode", 1, 1), StepInfo("prefill", 1, 5)

@@ -12,8 +12,8 @@ from foreroute.engine.pool import ExpertPool
 from foreroute.engine.prefetcher import Prefetcher
 from foreroute.predict.governor import Governor
 from foreroute.residency import Lru, Residency
-from foreroute.transfer.fake import FakeTransfer
 from foreroute.types import ExpertKeys
+from tests.support.fake_transfer import FakeTransfer
 
 DECODE = StepInfo("decode", 1, 1)
 

@@ -10,8 +10,8 @@ from foreroute.engine.pool import ExpertPool
 from foreroute.engine.substitution import substitute_missing
 from foreroute.residency import Lru, Residency
 from foreroute.residency.slots import LOADING, PINNED
-from foreroute.transfer.fake import FakeTransfer
 from foreroute.types import ExpertKeys
+from tests.support.fake_transfer import FakeTransfer
 
 LATE, LATER, GONE = 9, 10, 11
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from foreroute.batching.requests import Event, Finished, Progress, PromptScored, Request, Step, Top
+from foreroute.batching.requests import AnswerEvent, Finished, NewToken, PromptProgress, PromptScored, Request, Top
 from foreroute.batching.sampler import Sampler, StopText, score
 from foreroute.model.text import TextPieces
 
@@ -25,7 +25,7 @@ class Answer:
         num_cached: those of them that an earlier request had left.
     """
 
-    def __init__(self, request: Request, on_event: Callable[[Event], None], most_new: int) -> None:
+    def __init__(self, request: Request, on_event: Callable[[AnswerEvent], None], most_new: int) -> None:
         self.request = request
         self.is_cancelled, self.why_cancelled = False, ""
         self.ids = list(request.prompt_ids)
@@ -42,14 +42,11 @@ class Answer:
             self.why_cancelled = why
             self.is_cancelled = True
 
-    def begin(self, tokenizer: Any, settings: Any, num_cached: int) -> None:
-        """Make ready to compute the prompt, but for `num_cached` tokens of which there are keys and values.
-
-        Args:
-            settings: the model's generation_config.
-        """
+    def begin(self, tokenizer: Any, model: Any, num_cached: int) -> None:
+        """Make ready to compute the prompt, but for `num_cached` tokens of which there are keys and values."""
         self.num_cached = self.num_computed = num_cached
-        self._sampler = Sampler(self.request.sampling, self.ids, settings)
+        if not self.wants_none:
+            self._sampler = Sampler(model, self.request.sampling, self.ids, self._most_new)
         self._pieces, self._text = TextPieces(tokenizer), StopText(self.request.stop)
 
     def next_chunk(self, most: int) -> list[int]:
@@ -65,7 +62,7 @@ class Answer:
         if self.request.wants_prompt_scores:
             self._score(logits[-num_tokens:])
         self.num_computed += num_tokens
-        self.tell(Progress(self.num_computed, self._num_prompt))
+        self.tell(PromptProgress(self.num_computed, self._num_prompt))
         if self.num_computed < self._num_prompt:
             return False
         if self.request.wants_prompt_scores:
@@ -97,7 +94,7 @@ class Answer:
         self.ids.append(token)
         is_end = token in ends and not self.request.ignore_eos
         piece = "" if is_end else self._text.push(self._pieces.push(token))
-        self.tell(Step(token, piece, *score(logits, token, self.request.num_top_logprobs)))
+        self.tell(NewToken(token, piece, *score(logits, token, self.request.num_top_logprobs)))
         if is_end or self._text.is_over:
             return self.finished("stop")
         return self.finished("length") if len(self.ids) - self._num_prompt >= self._most_new else None
@@ -110,7 +107,7 @@ class Answer:
             tail += "" if self._text.is_over else self._text.rest()
         return Finished(reason, self._num_prompt, len(self.ids) - self._num_prompt, self.num_cached, tail, error)
 
-    def tell(self, event: Event) -> None:
+    def tell(self, event: AnswerEvent) -> None:
         """Hand an event on. Who cannot take it has no further use for the answer."""
         try:
             self._on_event(event)

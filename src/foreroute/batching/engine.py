@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from foreroute.batching.answer import Answer
-from foreroute.batching.requests import EngineState, Event, Finished, Request
+from foreroute.batching.requests import AnswerEvent, EngineState, Finished, Request
 from foreroute.batching.rows import OneRow, RowsCache, can_be_padded, why_not_batched
 from foreroute.errors import ContextLengthError, ForerouteError, PromptError, QueueFullError
 from foreroute.generation.prefix_cache import PromptCache
@@ -74,7 +74,7 @@ class BatchEngine:
         self._thread = threading.Thread(target=self._work, name="foreroute-engine", daemon=True)
         self._thread.start()
 
-    def submit(self, request: Request, on_event: Callable[[Event], None]) -> Answer:
+    def submit(self, request: Request, on_event: Callable[[AnswerEvent], None]) -> Answer:
         """See requests.Engine."""
         num_prompt, most_new = len(request.prompt_ids), request.max_new_tokens
         if not num_prompt:
@@ -191,7 +191,7 @@ class BatchEngine:
         if self._kept is not None and not answer.request.wants_prompt_scores:
             # The last token is computed in any case: its logits choose the next one.
             cache, num_cached = self._kept.take(self._model, answer.ids, len(answer.ids) - 1)
-        answer.begin(self._tokenizer, self._model.generation_config, num_cached)
+        answer.begin(self._tokenizer, self._model, num_cached)
         self._prompts.arrange(range(len(self._joining) - 1), [(cache, num_cached)])
 
     def _prefill(self) -> None:

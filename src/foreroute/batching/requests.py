@@ -7,7 +7,11 @@ from typing import Any, Protocol
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is chosen. temperature 0 takes the likeliest; None leaves the model's own setting."""
+    """How a token is chosen: transformers' names and meanings, and OpenAI's penalties.
+
+    temperature 0 takes the likeliest. None leaves the model's own setting; top_k 0 is none.
+    min_tokens: new tokens before which the model's own end cannot come.
+    """
 
     temperature: float | None = None
     top_p: float | None = None
@@ -17,6 +21,7 @@ class Sampling:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
+    min_tokens: int = 0
     seed: int | None = None
 
 
@@ -45,7 +50,7 @@ Top = Sequence[tuple[int, float]]
 
 
 @dataclass(frozen=True)
-class Progress:
+class PromptProgress:
     """Prompt tokens computed so far."""
 
     done: int
@@ -61,7 +66,7 @@ class PromptScored:
 
 
 @dataclass(frozen=True)
-class Step:
+class NewToken:
     """A token, and the text that it completes (whole characters; "" while one is half there)."""
 
     token_id: int
@@ -82,7 +87,7 @@ class Finished:
     error: str | None = None
 
 
-Event = Progress | PromptScored | Step | Finished
+AnswerEvent = PromptProgress | PromptScored | NewToken | Finished
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,10 @@
 """How a request's next token is drawn, how it is scored, and which texts end its answer."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
 
 from foreroute.batching.requests import Sampling, Top
 
@@ -27,28 +28,28 @@ def score(logits: torch.Tensor, token: int, num_top: int | None) -> tuple[float 
 
 
 class Sampler:
-    """Draws one answer's tokens, from a generator of its own: who shares its steps changes no draw.
+    """Draws one answer's tokens as transformers' generate() does: with its processors, in its order, made once.
+
+    Penalties of OpenAI's, which transformers has not, come behind its own and before temperature, top-k, top-p and
+    min-p. Draws are from a generator of the request's own: who shares its steps changes no draw.
 
     Args:
-        asked: what the request says; what it leaves open, `settings` (the model's generation_config) says.
+        model: its generation_config says what the request leaves open; its generate() makes the processors.
         prompt_ids: a repetition penalty holds for them too.
+        most_new: tokens that may come.
 
     Attributes:
         is_greedy: it takes the likeliest token as the model has it, and `draw` need not be asked.
     """
 
-    def __init__(self, asked: Sampling, prompt_ids: Sequence[int], settings: Any) -> None:
-        own_temperature = (settings.temperature or 1.0) if settings.do_sample else 0.0
-        self._asked = asked
-        self._temperature = own_temperature if asked.temperature is None else asked.temperature
-        self._top_p = asked.top_p if asked.top_p is not None else settings.top_p or 1.0
-        self._top_k = asked.top_k
-        self._min_p = asked.min_p or 0.0
-        self._repetition = asked.repetition_penalty or settings.repetition_penalty or 1.0
-        self._seen = set(prompt_ids) if self._repetition != 1.0 else set()
-        self._counts: dict[int, int] = {}
-        is_plain = not (asked.presence_penalty or asked.frequency_penalty or asked.logit_bias)
-        self.is_greedy = is_plain and self._temperature == 0 and self._repetition == 1.0
+    def __init__(self, model: Any, asked: Sampling, prompt_ids: Sequence[int], most_new: int) -> None:
+        self._length = len(prompt_ids)
+        self._ids = torch.empty((1, self._length + most_new), dtype=torch.int64)
+        self._ids[0, : self._length] = torch.tensor(prompt_ids)
+        options = _options(asked, model.generation_config)
+        self._draws = bool(options["do_sample"])
+        self._processors = processors_of(model, self._ids[:, : self._length], options | {"max_new_tokens": most_new})
+        self.is_greedy = not self._draws and not self._processors
         self._generator = torch.Generator()
         if asked.seed is None:
             self._generator.seed()
@@ -57,34 +58,91 @@ class Sampler:
 
     def draw(self, logits: torch.Tensor) -> int:
         """The next token, from logits [vocabulary] fp32, which stay as they are."""
-        row = logits.clone()
-        if self._repetition != 1.0:
-            seen = torch.tensor(sorted(self._seen))
-            row[seen] = torch.where(row[seen] > 0, row[seen] / self._repetition, row[seen] * self._repetition)
-        for token, count in self._counts.items():
-            row[token] -= self._asked.presence_penalty + self._asked.frequency_penalty * count
-        for token, bias in self._asked.logit_bias.items():
-            row[token] += bias
-        token = int(row.argmax()) if self._temperature == 0 else self._sample(self._cooled(row))
-        self._counts[token] = self._counts.get(token, 0) + 1
-        if self._repetition != 1.0:
-            self._seen.add(token)
+        scores = self._processors(self._ids[:, : self._length], logits[None].clone())
+        if self._draws:
+            token = int(torch.multinomial(torch.softmax(scores, dim=-1), 1, generator=self._generator))
+        else:
+            token = int(scores.argmax())
+        self._ids[0, self._length] = token
+        self._length += 1
         return token
 
-    def _cooled(self, row: torch.Tensor) -> torch.Tensor:
-        if self._temperature >= _COLD:
-            return row / self._temperature
-        # So near to nought a quotient is beyond float32: what is left is the likeliest, and those that equal it.
-        return torch.where(row == row.max(), 0.0, float("-inf"))
 
-    def _sample(self, row: torch.Tensor) -> int:
-        probabilities, ids = torch.softmax(row, dim=-1).sort(descending=True, stable=True)
-        kept = probabilities.cumsum(0) - probabilities < self._top_p
-        kept &= probabilities >= self._min_p * probabilities[0]
-        kept[0] = True
-        if self._top_k:
-            kept[self._top_k :] = False
-        return int(ids[torch.multinomial(probabilities * kept, 1, generator=self._generator)])
+def processors_of(model: Any, ids: torch.Tensor, options: Mapping[str, Any]) -> LogitsProcessorList:
+    """What generate() puts between a model's logits and the draw, for a prompt `ids` [1, tokens]; nothing is computed.
+
+    Args:
+        options: of generate().
+    """
+    found: list[LogitsProcessorList] = []
+
+    def take(model: Any, input_ids: torch.Tensor, logits_processor: LogitsProcessorList, **_: Any) -> torch.Tensor:
+        found.append(logits_processor)
+        return input_ids
+
+    mask = torch.ones_like(ids)
+    model.generate(ids, attention_mask=mask, custom_generate=take, num_beams=1, disable_compile=True, **options)
+    return found[0]
+
+
+def _options(asked: Sampling, own: Any) -> dict[str, Any]:
+    """What generate() is told; `own` is the model's generation_config."""
+    options: dict[str, Any] = {
+        "do_sample": bool(own.do_sample) if asked.temperature is None else asked.temperature > 0,
+        "repetition_penalty": asked.repetition_penalty,
+        "min_new_tokens": asked.min_tokens or None,
+        "logits_processor": LogitsProcessorList(_penalties(asked)),
+    }
+    if options["do_sample"]:
+        options |= {
+            "temperature": asked.temperature,
+            "top_p": asked.top_p,
+            "min_p": asked.min_p,
+            # None at all, where neither the request nor the model has one: not transformers' 50.
+            "top_k": asked.top_k if asked.top_k is not None else own.top_k or 0,
+        }
+        if asked.temperature is not None and asked.temperature < _COLD:
+            # So near to 0 a quotient is beyond float32: what is left is the likeliest, and those that equal it.
+            options |= {"temperature": 1.0, "top_k": 1}
+    wants_float = ("temperature", "repetition_penalty")
+    return {
+        name: float(value) if name in wants_float else value for name, value in options.items() if value is not None
+    }
+
+
+def _penalties(asked: Sampling) -> Iterator[LogitsProcessor]:
+    if asked.presence_penalty or asked.frequency_penalty:
+        yield CountPenalty(asked.presence_penalty, asked.frequency_penalty)
+    if asked.logit_bias:
+        yield TokenBias(asked.logit_bias)
+
+
+class CountPenalty(LogitsProcessor):
+    """OpenAI's penalties on tokens of the answer: `presence` once, and `frequency` each time that one came."""
+
+    def __init__(self, presence: float, frequency: float) -> None:
+        self._presence, self._frequency = presence, frequency
+        self._num_prompt: int | None = None
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Scores [rows, vocabulary] of ids [rows, tokens]; the first call has the prompt alone."""
+        if self._num_prompt is None:
+            self._num_prompt = input_ids.shape[1]
+        new = input_ids[:, self._num_prompt :]
+        counts = torch.zeros_like(scores).scatter_add_(1, new, torch.ones_like(new, dtype=scores.dtype))
+        return scores - self._frequency * counts - self._presence * (counts > 0)
+
+
+class TokenBias(LogitsProcessor):
+    """OpenAI's logit_bias: what is added to the logits of some tokens."""
+
+    def __init__(self, bias: Mapping[int, float]) -> None:
+        self._ids = torch.tensor(list(bias))
+        self._values = torch.tensor(list(bias.values()), dtype=torch.float32)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Scores [rows, vocabulary], each row with the bias."""
+        return scores.index_add(1, self._ids, self._values.expand(len(scores), -1))
 
 
 class StopText:

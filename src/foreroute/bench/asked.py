@@ -6,7 +6,7 @@ from pathlib import Path
 
 from foreroute.bench.run import Case
 from foreroute.bench.rungs import RESIDENT, Rung
-from foreroute.checkpoint.layouts import ExpertTable, LayerExperts
+from foreroute.checkpoint.layouts import ExpertTable
 from foreroute.checkpoint.locate import read_index
 from foreroute.checkpoint.records import open_store
 from foreroute.config import EngineConfig, Plan
@@ -45,8 +45,7 @@ class Settled:
     asked: without what cannot be; remarks say what was left out.
     cases: the tests, in order. budgets: memory as asked -> bytes. plan: of the smallest one.
     whole_bytes: memory that holds every expert. reads_of, label: how experts are read, by key.
-    num_experts, expert_bytes: per MoE layer, how many there are, and the stored bytes of one; in a store of mixed bits
-        of the smaller ones.
+    num_experts, expert_bytes: per MoE layer, how many there are, and the stored bytes of one.
     """
 
     folder: Path
@@ -118,14 +117,10 @@ def settle(folder: Path, asked: Asked) -> Settled:
         whole_bytes=whole_bytes,
         vocab_size=text_config.vocab_size,
         num_experts=tuple(layer.num_experts for layer in table.layers),
-        expert_bytes=tuple(_least_bytes(layer) for layer in table.layers),
+        expert_bytes=tuple(layer.expert_nbytes for layer in table.layers),
         reads_of=table.reads if store is None else store.reads_of(table),
         label=table.label,
     )
-
-
-def _least_bytes(layer: LayerExperts) -> int:
-    return min(layout.nbytes for layout in (layer.layout, layer.other) if layout is not None)
 
 
 def _cases(asked: Asked, context: int | None, remarks: list[str]) -> tuple[Case, ...]:

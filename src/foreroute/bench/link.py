@@ -1,4 +1,4 @@
-"""The ceilings of a GPU: how fast pinned host memory reaches it, and how fast it reads its own."""
+"""The ceiling of a GPU's link: how fast pinned host memory reaches it."""
 
 import statistics
 from collections.abc import Callable
@@ -21,7 +21,7 @@ def measure_link(record_bytes: int, nbytes: int = _COPIED_BYTES) -> Bandwidth:
         for record, slot in zip(host, there, strict=True):
             slot.copy_(record, non_blocking=True)
 
-    seconds = _median_seconds(copy)
+    seconds = median_seconds(copy)
     copied = num_records * record_bytes
     return Bandwidth(
         bytes_per_s=copied / seconds,
@@ -33,14 +33,8 @@ def measure_link(record_bytes: int, nbytes: int = _COPIED_BYTES) -> Bandwidth:
     )
 
 
-def measure_device_memory(nbytes: int = 2 * 2**30) -> float:
-    """Bytes per second that a copy within the GPU's memory reads and writes together."""
-    source = torch.empty(nbytes, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    return 2 * nbytes / _median_seconds(lambda: target.copy_(source))
-
-
-def _median_seconds(work: Callable[[], object]) -> float:
+def median_seconds(work: Callable[[], object]) -> float:
+    """What `work` takes on the GPU: the median of a few rounds."""
     seconds = []
     for at in range(_REPEATS + 1):
         began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

@@ -4,7 +4,7 @@ import datetime
 import os
 import platform
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from typing import Any, TypeVar
 
@@ -19,21 +19,6 @@ def turns(contenders: Sequence[_T], repeats: int) -> Iterator[tuple[int, _T]]:
     for repeat in range(repeats):
         for contender in contenders if repeat % 2 == 0 else reversed(contenders):
             yield repeat, contender
-
-
-def interleave(contenders: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
-    """Run the contenders in `turns`.
-
-    Args:
-        contenders: each runs once per call and returns its own figure.
-        repeats: figures wanted per contender; one more, unreported, warms up.
-    """
-    figures: dict[str, list[float]] = {name: [] for name in contenders}
-    for run in contenders.values():
-        run()
-    for _, name in turns(list(contenders), repeats):
-        figures[name].append(contenders[name]())
-    return figures
 
 
 def summary(figures: Sequence[float]) -> dict[str, float]:

@@ -10,7 +10,7 @@ from foreroute.bench.bounds import decode_bytes, prefill_bytes
 from foreroute.bench.repeats import machine, software, summary
 from foreroute.bench.run import Case
 from foreroute.bench.rungs import BELADY, LADDER, RESIDENT
-from foreroute.bench.session import Run, Seen
+from foreroute.bench.session import Measurements, Run
 from foreroute.engine.stats import PhaseStats
 
 # A test's figures on one rung, by name; those of --json.
@@ -18,7 +18,7 @@ Figures = dict[str, Any]
 PROMPT, TOKENS = "prompt", "tokens"
 
 
-def as_json(settled: Settled, seen: Seen, source: str) -> dict[str, Any]:
+def as_json(settled: Settled, seen: Measurements, source: str) -> dict[str, Any]:
     """Everything, with the raw runs.
 
     Args:
@@ -50,7 +50,7 @@ def as_json(settled: Settled, seen: Seen, source: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def ceilings(settled: Settled, seen: Seen) -> dict[str, Any]:
+def ceilings(settled: Settled, seen: Measurements) -> dict[str, Any]:
     """The disk's and memory's own speeds, and what a token costs at them at least."""
     disk = [one.bytes_per_s for one in seen.disk]
     demand = settled.plan.token_demand_bytes
@@ -64,7 +64,7 @@ def ceilings(settled: Settled, seen: Seen) -> dict[str, Any]:
     }
 
 
-def budgets(settled: Settled, seen: Seen) -> list[dict[str, Any]]:
+def budgets(settled: Settled, seen: Measurements) -> list[dict[str, Any]]:
     """One entry per memory and batch: the pool, and per test the rungs from the lowest up."""
     found = []
     for memory in settled.asked.memories:
@@ -81,7 +81,7 @@ def budgets(settled: Settled, seen: Seen) -> list[dict[str, Any]]:
     return found
 
 
-def _pool(settled: Settled, seen: Seen, memory: str) -> dict[str, Any]:
+def _pool(settled: Settled, seen: Measurements, memory: str) -> dict[str, Any]:
     """Slots that the budget buys, by a rung that has this budget."""
     plans = [plan for (at, name), plan in seen.plans.items() if at == memory and name != RESIDENT]
     plan = (plans or [plan for (at, _), plan in seen.plans.items() if at == memory])[0]
@@ -96,7 +96,7 @@ def _pool(settled: Settled, seen: Seen, memory: str) -> dict[str, Any]:
     }
 
 
-def _tests(settled: Settled, seen: Seen, memory: str, case: Case) -> list[dict[str, Any]]:
+def _tests(settled: Settled, seen: Measurements, memory: str, case: Case) -> list[dict[str, Any]]:
     tests = []
     for kind, name in zip((PROMPT, TOKENS), case.tests, strict=False):
         rungs: dict[str, Figures] = {}
@@ -152,7 +152,7 @@ def _token_figures(runs: Sequence[Run], expert_bytes: int) -> Figures:
 
 
 def _bound(
-    settled: Settled, seen: Seen, memory: str, case: Case, kind: str, rungs: dict[str, Figures]
+    settled: Settled, seen: Measurements, memory: str, case: Case, kind: str, rungs: dict[str, Figures]
 ) -> Figures | None:
     """The bytes of Belady, and the time that follows: the disk's for them, or compute's where that is longer.
 

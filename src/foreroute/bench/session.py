@@ -1,6 +1,6 @@
 """The measurement itself: loads the rungs, runs them in turn, compares their tokens, and keeps what was seen."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ from foreroute.bench.windows import Windows
 from foreroute.config import Plan
 from foreroute.loading.load import load
 from foreroute.memory.host import available_ram
+from foreroute.types import NamedProgress
 
 # Of the free RAM, what all rungs together may take; with more they are measured one after another.
 _RAM_SHARE = 0.8
@@ -25,9 +26,6 @@ _BESIDE_BYTES = 512 * 2**20
 _DISK_SECONDS = 0.7
 # Of text, to see what goes into each layer's experts before all of them are loaded.
 _FILLING_TOKENS = 8
-
-# Called with (what runs, runs done, all runs).
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Difference:
+class TokenMismatch:
     """Where the choices of `one` first differ from those of `other`: no time is worth reading then.
 
     one, other: "rung at memory". row, new_token: counted from 1; the first new token is the prompt's answer.
@@ -57,7 +55,7 @@ class Difference:
 
 
 @dataclass
-class Seen:
+class Measurements:
     """What was measured so far.
 
     plans, peak_rss_bytes: by (memory, rung). routes: by (case, repeat). disk: in the order in which it was measured.
@@ -72,7 +70,7 @@ class Seen:
     memory_bytes_per_s: float | None = None
     interleaved: bool = True
     is_interrupted: bool = False
-    difference: Difference | None = None
+    difference: TokenMismatch | None = None
 
 
 class _Differs(Exception):
@@ -107,8 +105,10 @@ class Session:
         progress: is told before every run.
     """
 
-    def __init__(self, settled: Settled, windows: Windows, progress: Progress = lambda what, done, total: None) -> None:
-        self.seen = Seen()
+    def __init__(
+        self, settled: Settled, windows: Windows, progress: NamedProgress = lambda what, done, total: None
+    ) -> None:
+        self.seen = Measurements()
         self._settled = settled
         self._asked = settled.asked
         self.progress = progress
@@ -117,7 +117,7 @@ class Session:
         self._done = 0
         self._base_bytes: int | None = None
 
-    def run(self) -> Seen:
+    def run(self) -> Measurements:
         """Measure everything; Ctrl-C ends it early, and a difference in tokens at once.
 
         Raises:
@@ -227,7 +227,7 @@ class Session:
         for step, (mine, theirs) in enumerate(zip(choices, expected, strict=True)):
             for row, (token, wanted) in enumerate(zip(mine, theirs, strict=True)):
                 if token != wanted:
-                    self.seen.difference = Difference(who, other, case, repeat, row + 1, step + 1)
+                    self.seen.difference = TokenMismatch(who, other, case, repeat, row + 1, step + 1)
                     raise _Differs
 
     def _tell(self, what: str) -> None:

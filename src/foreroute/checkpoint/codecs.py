@@ -2,12 +2,11 @@
 
     int8        one scale per output row
     int4        groups of 32 columns of a row, each with a scale and a zero point; int4-g128: groups of 128
-    mixed       int8 for the experts used most, int4 for the others; each says in its first byte which it is
 
 A quantised matrix is stored as [out, in] whatever the family stores, as the kernels want it. Biases stay as they are.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,8 +16,6 @@ from foreroute.errors import StoreError
 
 STORED = "stored"
 SCALES = ".scales"
-# The part of a mixed store's experts that says how many bits its weights have.
-BITS = "bits"
 # What the kernels take the scales in, and what they compute in.
 SCALE_DTYPE = "BF16"
 # The int4 kernel takes rows in blocks of so many; the int8 kernel columns, and reads past the end of a row of others.
@@ -27,47 +24,33 @@ _INT4_ROWS, _INT8_COLUMNS = 16, 16
 
 @dataclass(frozen=True)
 class Codec:
-    """bits per weight, 16 for as they are. group: columns that share a scale; 0 for a whole row.
-
-    often: the codec of the experts used most, where they have one of their own.
-    """
+    """bits per weight, 16 for as they are. group: columns that share a scale; 0 for a whole row."""
 
     name: str
     bits: int
     group: int = 0
-    often: str = ""
 
 
 CODECS = {
     codec.name: codec
-    for codec in (
-        Codec(STORED, 16), Codec("int8", 8), Codec("int4", 4, 32), Codec("int4-g128", 4, 128),
-        Codec("mixed", 4, 32, often="int8"),
-    )
-}  # fmt: skip
+    for codec in (Codec(STORED, 16), Codec("int8", 8), Codec("int4", 4, 32), Codec("int4-g128", 4, 128))
+}
 
 
-def encoded_table(
-    table: ExpertTable, codec: Codec, is_transposed: Sequence[bool], often: Sequence[Collection[int]] = ()
-) -> ExpertTable:
+def encoded_table(table: ExpertTable, codec: Codec, is_transposed: Sequence[bool]) -> ExpertTable:
     """The same experts as they lie in a store of this codec. It has no sources: the store is what is read.
 
     Args:
         is_transposed: per layer, whether the family stores its matrices as [in, out].
-        often: per layer the experts used most; for a codec that stores them otherwise.
     Raises:
         StoreError: a matrix whose shape the codec cannot take; named, with the codecs that can.
     """
     check_shapes(table, codec, is_transposed)
-    layers = []
-    for at, (layer, transposed) in enumerate(zip(table.layers, is_transposed, strict=True)):
-        layout = _layout(layer, codec, transposed=transposed, is_tagged=bool(codec.often))
-        other, others = None, frozenset[int]()
-        if codec.often:
-            other = _layout(layer, CODECS[codec.often], transposed=transposed, is_tagged=True)
-            others = frozenset(often[at])
-        layers.append(LayerExperts(layer.name, layer.num_experts, layout, (), other, others))
-    return ExpertTable(tuple(layers), table.index)
+    layers = tuple(
+        LayerExperts(layer.name, layer.num_experts, _layout(layer, codec, transposed), ())
+        for layer, transposed in zip(table.layers, is_transposed, strict=True)
+    )
+    return ExpertTable(layers, table.index)
 
 
 def described_table(described: Mapping[str, Any], table: ExpertTable) -> ExpertTable | None:
@@ -89,21 +72,17 @@ def described_table(described: Mapping[str, Any], table: ExpertTable) -> ExpertT
 
 def _described_layer(found: Any, layer: LayerExperts, codec: Codec) -> LayerExperts | None:
     parts = found.get("parts") if isinstance(found, dict) else None
-    others = found.get("others", []) if isinstance(found, dict) else None
-    if not isinstance(others, list) or not all(type(expert) is int for expert in others):
-        return None
     for transposed in (False, True):
-        layout = _layout(layer, codec, transposed=transposed, is_tagged=bool(codec.often))
+        layout = _layout(layer, codec, transposed)
         if [{**asdict(part), "shape": list(part.shape)} for part in layout.parts] == parts:
-            other = _layout(layer, CODECS[codec.often], transposed=transposed, is_tagged=True) if codec.often else None
-            return LayerExperts(layer.name, layer.num_experts, layout, (), other, frozenset(others))
+            return LayerExperts(layer.name, layer.num_experts, layout, ())
     return None
 
 
-def _layout(layer: LayerExperts, codec: Codec, *, transposed: bool, is_tagged: bool) -> ExpertLayout:
-    described: list[tuple[str, tuple[int, ...], str]] = [(BITS, (1,), "U8")] if is_tagged else []
+def _layout(layer: LayerExperts, codec: Codec, transposed: bool) -> ExpertLayout:
+    described: list[tuple[str, tuple[int, ...], str]] = []
     for part in layer.family_layout.parts:
-        described += _encoded(part, codec, transposed=transposed)
+        described += _encoded(part, codec, transposed)
     parts: list[Part] = []
     offset = 0
     for name, shape, dtype in described:
@@ -115,7 +94,7 @@ def _layout(layer: LayerExperts, codec: Codec, *, transposed: bool, is_tagged: b
     return ExpertLayout(tuple(parts))
 
 
-def _encoded(part: Part, codec: Codec, *, transposed: bool) -> list[tuple[str, tuple[int, ...], str]]:
+def _encoded(part: Part, codec: Codec, transposed: bool) -> list[tuple[str, tuple[int, ...], str]]:
     """(name, shape, dtype) of what a part becomes."""
     if len(part.shape) == 1:
         return [(part.name, part.shape, SCALE_DTYPE)]
@@ -150,7 +129,7 @@ def check_shapes(table: ExpertTable, codec: Codec, is_transposed: Sequence[bool]
             others = [
                 other.name
                 for other in CODECS.values()
-                if other.name != STORED and not other.often and not any(_not_met(other, *shape) for shape in shapes)
+                if other.name != STORED and not any(_not_met(other, *shape) for shape in shapes)
             ]
             instead = f"--quant {' or '.join(others)} can" if others else "No codec here can: pack without --quant"
             raise StoreError(

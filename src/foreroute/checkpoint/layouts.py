@@ -84,7 +84,6 @@ class PartSource:
 class LayerExperts:
     """All experts of one MoE layer: how many, their layout, and their sources.
 
-    others: experts that have the layout `other` in place of `layout`; for stores of mixed bits.
     parts: the family's tensors, made of what the layout holds; none where the layout holds them themselves.
     stored_as: the format's name, where there are such parts.
     """
@@ -93,14 +92,8 @@ class LayerExperts:
     num_experts: int
     layout: ExpertLayout
     sources: tuple[PartSource, ...]
-    other: ExpertLayout | None = None
-    others: frozenset[int] = frozenset()
     parts: tuple[StoredPart, ...] = ()
     stored_as: str = ""
-
-    def layout_of(self, expert: int) -> ExpertLayout:
-        """How this expert lies in a slot."""
-        return self.other if self.other is not None and expert in self.others else self.layout
 
     @property
     def family_layout(self) -> ExpertLayout:
@@ -112,17 +105,12 @@ class LayerExperts:
     @property
     def nbytes(self) -> int:
         """Stored bytes of all its experts."""
-        return sum(self.layout_of(expert).nbytes for expert in range(self.num_experts))
+        return self.num_experts * self.expert_nbytes
 
     @property
     def expert_nbytes(self) -> int:
-        """Stored bytes of an expert; the mean, where they differ."""
-        return self.nbytes // self.num_experts
-
-    @property
-    def slot_bytes(self) -> int:
-        """Bytes of a slot that holds any expert of the layer."""
-        return max(layout.slot_bytes for layout in (self.layout, self.other) if layout is not None)
+        """Stored bytes of one of its experts."""
+        return self.layout.nbytes
 
 
 def layer_experts(name: str, num_experts: int, sources: Sequence[PartSource], index: CheckpointIndex) -> LayerExperts:
@@ -233,15 +221,15 @@ class ExpertTable:
     @property
     def slot_bytes(self) -> int:
         """Bytes of a slot that holds any expert of the model."""
-        return max(layer.slot_bytes for layer in self.layers)
+        return max(layer.layout.slot_bytes for layer in self.layers)
 
     @property
     def key_nbytes(self) -> list[int]:
         """Stored bytes of each expert, by flat key; 0 for narrower layers' absent experts."""
         found = [0] * self.num_keys
         for at, layer in enumerate(self.layers):
-            for expert in range(layer.num_experts):
-                found[self.keys.key(at, expert)] = layer.layout_of(expert).nbytes
+            first = self.keys.key(at, 0)
+            found[first : first + layer.num_experts] = [layer.layout.nbytes] * layer.num_experts
         return found
 
     @property

@@ -172,8 +172,7 @@ def matrix_shape(coding: Coding, shapes: Sequence[tuple[int, ...]], name: str) -
     elif coding.kind == FP8:
         fits = scales == (-(-rows // coding.block[0]), -(-cols // coding.block[1]))
     elif coding.kind == FP8_SCALED:
-        grid = (-(-rows // (coding.block[0] or rows)), -(-cols // (coding.block[1] or cols)))
-        fits = scales in (grid, (rows,) if coding.block[0] == 1 else (1,))
+        fits = scales in _scale_shapes(coding, rows, cols)
     elif coding.kind == PACKED_INT4:
         cols *= _PER_WORD
         fits = scales == (rows, _num_groups(coding, cols, name))
@@ -186,6 +185,12 @@ def matrix_shape(coding: Coding, shapes: Sequence[tuple[int, ...]], name: str) -
         told = " and ".join(str(list(shape)) for shape in shapes)
         raise CorruptCheckpointError(f"{name}: its components' shapes, {told}, do not fit each other as {coding.kind}.")
     return rows, cols
+
+
+def _scale_shapes(coding: Coding, rows: int, cols: int) -> tuple[tuple[int, ...], ...]:
+    """How the scales of blocks may be stored; a block of 0 rows or columns is all of them."""
+    grid = (-(-rows // (coding.block[0] or rows)), -(-cols // (coding.block[1] or cols)))
+    return grid, (rows,) if coding.block[0] == 1 else (1,)
 
 
 def _num_groups(coding: Coding, cols: int, name: str) -> int:

@@ -2,8 +2,7 @@
 
     magic (8 bytes) | header bytes (u64) | header checksum (u64) | header (JSON) | 0..
     page-aligned: checksum table, one xxh3-64 per record (u64; 0 = not written yet)
-    page-aligned: records, `record_stride` bytes each, in key order: the slot's own bytes, so that a read needs no copy;
-        where experts of a layer differ in size (mixed bits) each takes its own pages and no more
+    page-aligned: records, `record_stride` bytes each, in key order: the slot's own bytes, so that a read needs no copy
 
 It is written under another name, synced, and renamed when it is whole: a store that has its final name is complete.
 A half-written one is taken up where it stopped.
@@ -14,7 +13,7 @@ import itertools
 import json
 import os
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -22,7 +21,7 @@ from typing import Any
 import xxhash
 
 from foreroute.checkpoint.codecs import CODECS, STORED, described_table
-from foreroute.checkpoint.layouts import PAGE, ExpertTable, LayerExperts, round_up
+from foreroute.checkpoint.layouts import PAGE, ExpertTable, round_up
 from foreroute.checkpoint.source_files import FileStamp
 from foreroute.errors import StoreError
 from foreroute.reading import parse_object, refuse_pointer
@@ -35,18 +34,19 @@ _PARTIAL_SUFFIX = ".partial"
 _MAGIC = b"FOREROUT"
 _PREAMBLE = struct.Struct("<8sQQ")
 _VERSION = 1
-_PACK_AGAIN = "Remove it and run `foreroute pack` again."
+# A codec of earlier versions: int8 for the experts used most, int4 for the others.
+_MIXED = "mixed"
+_PACK_AGAIN = "Pack again, with `foreroute pack --quant int4` (or int8), and load with --packed int4."
 _MOST_HEADER_BYTES = 64 * 2**20
 # The table follows the data to disk in steps: what it names has been synced before.
 _SYNC_EVERY_BYTES = 256 * 2**20
 
 
-def _header(table: ExpertTable, codec: str, order: str, choice: Mapping[str, Any] | None) -> bytes:
+def _header(table: ExpertTable, codec: str, order: str) -> bytes:
     described = {
         "version": _VERSION,
         "codec": codec,
         **({"order": order} if order else {}),
-        **({"choice": choice} if choice else {}),
         "fingerprint": table.index.fingerprint(),
         "record_stride": table.slot_bytes,
         "layers": [
@@ -54,7 +54,6 @@ def _header(table: ExpertTable, codec: str, order: str, choice: Mapping[str, Any
                 "name": layer.name,
                 "num_experts": layer.num_experts,
                 "parts": [dataclasses.asdict(part) for part in layer.layout.parts],
-                **_described_others(layer),
             }
             for layer in table.layers
         ],
@@ -62,35 +61,22 @@ def _header(table: ExpertTable, codec: str, order: str, choice: Mapping[str, Any
     return json.dumps(described, sort_keys=True).encode()
 
 
-def _described_others(layer: LayerExperts) -> dict[str, Any]:
-    if layer.other is None:
-        return {}
-    parts = [dataclasses.asdict(part) for part in layer.other.parts]
-    return {"other_parts": parts, "others": sorted(layer.others)}
-
-
-def record_strides(table: ExpertTable) -> list[int]:
-    """Bytes that each record takes in a store of these experts, in record order."""
-    if all(layer.other is None for layer in table.layers):
-        return [table.slot_bytes] * table.total_slots
-    return [layer.layout_of(expert).slot_bytes for layer in table.layers for expert in range(layer.num_experts)]
-
-
 @dataclasses.dataclass(frozen=True)
 class _Geometry:
-    """Where things lie in a store whose header has so many bytes. offsets: of each record, and of the store's end."""
+    """Where things lie in a store whose header has so many bytes."""
 
     table_start: int
-    offsets: Sequence[int]
+    data_start: int
+    stride: int
 
     @classmethod
     def of(cls, header_nbytes: int, table: ExpertTable) -> "_Geometry":
         table_start = round_up(_PREAMBLE.size + header_nbytes, PAGE)
         data_start = round_up(table_start + 8 * table.total_slots, PAGE)
-        return cls(table_start, list(itertools.accumulate(record_strides(table), initial=data_start)))
+        return cls(table_start, data_start, table.slot_bytes)
 
     def offset(self, record: int) -> int:
-        return self.offsets[record]
+        return self.data_start + record * self.stride
 
 
 class PackedStore:
@@ -101,7 +87,6 @@ class PackedStore:
     Attributes:
         codec: how the experts are stored: a name of codecs.py. table: the experts as they lie here.
         order: what tells the order of numbers that kernels of this machine want from that of another's; "" for none.
-        choice: how the experts were chosen that have more bits; empty where all have the same.
         files: the file's stamp from when its header was read, by its path.
     Raises:
         StoreError: not a store, damaged header, another model's, another version's, or half written.
@@ -135,13 +120,13 @@ class PackedStore:
         described = _described(self.path, stored)
         self.codec: str = described["codec"]
         self.order: str = described["order"]
-        self.choice: dict[str, Any] = described["choice"]
+        _check_codec(self.path, self.codec)
         if self.codec != STORED:
             known = described_table(described, table)
             if known is None:  # laid out as no codec here does it: the headers differ in the codec at least
-                _check_same_model(self.path, stored, _header(table, STORED, "", None))
+                _check_same_model(self.path, stored, _header(table, STORED, ""))
             table = known or table
-        header = _header(table, self.codec, self.order, self.choice)
+        header = _header(table, self.codec, self.order)
         _check_same_model(self.path, stored, header)
         self.table = table
         self._layers = table.layers
@@ -160,7 +145,7 @@ class PackedStore:
             layer, expert = table.expert_id(key)
             stored_layer = position[table.layers[layer].name]
             record = self._first_record[stored_layer] + expert
-            nbytes = self._layers[stored_layer].layout_of(expert).record_bytes
+            nbytes = self._layers[stored_layer].layout.record_bytes
             whole = Copy(0, 0, 1, nbytes, 1, nbytes, 1)
             return (Read(str(self.path), self._geometry.offset(record), nbytes, (whole,), self._checksums[record]),)
 
@@ -181,6 +166,8 @@ def open_store(folder: Path, asked: str, table: ExpertTable) -> PackedStore | No
     path = folder / store_name(asked) if asked in CODECS else folder / STORE_NAME if asked == "auto" else Path(asked)
     if path.is_dir():
         path = path / STORE_NAME
+    if asked == _MIXED and not path.exists():
+        raise StoreError(f"--packed {_MIXED}: stores of mixed bits are not read any more. {_PACK_AGAIN}")
     if not path.is_file():
         if asked == "auto":
             return None
@@ -226,7 +213,7 @@ class StoreWriter:
 
     Args:
         path: the final name. table: the experts to be stored, in their order.
-        codec, order, choice: see PackedStore. resume: False starts anew. claim: of `claim_store`, where there is one
+        codec, order: see PackedStore. resume: False starts anew. claim: of `claim_store`, where there is one
             already; given up in the end.
     Raises:
         StoreError: there is no room on the disk (checked and reserved first), or it cannot be written, or another
@@ -240,13 +227,12 @@ class StoreWriter:
         *,
         codec: str = STORED,
         order: str = "",
-        choice: Mapping[str, Any] | None = None,
         resume: bool = True,
         claim: Claim | None = None,
     ) -> None:
         self.path = path
         self.partial_path = partial_path(path)
-        self._header = _header(table, codec, order, choice)
+        self._header = _header(table, codec, order)
         self._num_records = table.total_slots
         self._sources_changed_ns = max((stamp.mtime_ns for stamp in table.index.files.values()), default=0)
         self._geometry = _Geometry.of(len(self._header), table)
@@ -264,7 +250,7 @@ class StoreWriter:
 
     def write(self, record: int, payload: memoryview, nbytes: int) -> None:
         """Write record number `record`: the slot's bytes (a stride or more), of which `nbytes` are checksummed."""
-        payload = payload[: self._geometry.offset(record + 1) - self._geometry.offset(record)]
+        payload = payload[: self._geometry.stride]
         assert len(payload) >= nbytes
         checksum = xxhash.xxh3_64_intdigest(payload[:nbytes]) or 1
         self._guarded(lambda: _write_all(self._claim.fd, payload, self._geometry.offset(record)))
@@ -339,23 +325,6 @@ class StoreWriter:
             ) from error
 
 
-def stored_choice(path: Path, table: ExpertTable) -> tuple[dict[str, Any], list[frozenset[int]]] | None:
-    """How the experts with more bits were chosen in a store of this model, whole or partial, and which they are.
-
-    Returns:
-        The choice, and per layer of `table` the experts; None where there is no such store.
-    """
-    try:
-        with open(path, "rb") as file:
-            described = _described(path, _read_header(path, file.read(_PREAMBLE.size), file.read))
-    except (FileNotFoundError, StoreError):
-        return None
-    stored = described_table(described, table)
-    if described.get("fingerprint") != table.index.fingerprint() or not described["choice"] or stored is None:
-        return None
-    return described["choice"], [layer.others for layer in stored.layers]
-
-
 def _first_records(table: ExpertTable) -> Sequence[int]:
     return list(itertools.accumulate((layer.num_experts for layer in table.layers), initial=0))[:-1]
 
@@ -379,13 +348,19 @@ def _read_header(path: Path, preamble: bytes, read: Callable[[int], bytes]) -> b
 
 
 def _described(path: Path, stored: bytes) -> dict[str, Any]:
-    """What a header says; its codec, order and choice are there and of their types."""
+    """What a header says; its codec and order are there and of their types."""
     described = parse_object(stored, f"{path} has a damaged header", StoreError, _PACK_AGAIN)
-    described = {"codec": STORED, "order": "", "choice": {}, **described}
-    for name, kind in (("codec", str), ("order", str), ("choice", dict)):
-        if not isinstance(described[name], kind):
+    described = {"codec": STORED, "order": "", **described}
+    for name in ("codec", "order"):
+        if not isinstance(described[name], str):
             raise StoreError(f"{path} has a damaged header ({name} is {described[name]!r:.40}). {_PACK_AGAIN}")
     return described
+
+
+def _check_codec(path: Path, codec: str) -> None:
+    """Raises StoreError for experts in a codec that is not read here, such as one that an earlier version had."""
+    if codec not in CODECS:
+        raise StoreError(f"{path} holds experts in the codec {codec}, which this version does not read. {_PACK_AGAIN}")
 
 
 def _check_same_model(path: Path, stored: bytes, expected: bytes) -> None:

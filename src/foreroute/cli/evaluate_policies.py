@@ -13,9 +13,10 @@ from foreroute.config import EngineConfig
 from foreroute.errors import EvaluationError
 
 if TYPE_CHECKING:
-    from foreroute.evals.builtin import Progress, SuiteSettings
+    from foreroute.evals.builtin import SuiteSettings
     from foreroute.evals.policies import Material, OtherTasks
     from foreroute.evals.text import HeldOut
+    from foreroute.types import NamedProgress
 
 _NOTES = """\
 nats: loss per token beside exact decoding. same: likeliest token is exact's.
@@ -30,7 +31,7 @@ def run(
     tokenizer: Any,
     material: "Material",
     about: Mapping[str, Any],
-    show: "Progress",
+    show: "NamedProgress",
 ) -> int:
     """Compute all rows, or those that an earlier run did not, and show them; returns the exit code."""
     import torch
@@ -39,7 +40,7 @@ def run(
     import foreroute
     from foreroute.checkpoint.locate import read_index
     from foreroute.evals import plot
-    from foreroute.evals.policies import Finished, Rows, run_policies
+    from foreroute.evals.policies import FinishedRows, Rows, run_policies
     from foreroute.policy import Policy
     from foreroute.predict.build import open_sidecar
 
@@ -60,7 +61,7 @@ def run(
         "material": material.digest(), "chat": getattr(tokenizer, "chat_template", None),
         "versions": [torch.__version__, transformers.__version__, foreroute.__version__],
     }  # fmt: skip
-    finished = Finished(args.cache / "eval", everything)
+    finished = FinishedRows(args.cache / "eval", everything)
     wanted = {f"{policy} at {memory}" for policy, memory in rows.pairs()}
     if done := len(wanted & finished.rows.keys()):
         figures.stderr_console().print(f"Going on after {done} of {len(wanted)} rows.", style="dim")

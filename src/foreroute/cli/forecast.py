@@ -22,7 +22,7 @@ ASSUMPTIONS = (
 
 
 @dataclass(frozen=True)
-class Case:
+class Forecast:
     """One forecast: how many experts a token must fetch, what that costs, and the TPOT range that follows.
 
     tpot_ms_low: reads hidden behind compute (or the other way round). tpot_ms_high: one after the other.
@@ -44,7 +44,7 @@ def forecast(
     bytes_per_s: float,
     compute_ms: float,
     eviction: str = "lfu",
-) -> tuple[Case, ...]:
+) -> tuple[Forecast, ...]:
     """Three cases, best first: Belady's miss rate (no cache does better), that of `eviction`, and no hits at all.
 
     Args:
@@ -62,7 +62,7 @@ def forecast(
         misses = miss_rate * demand_experts
         read_ms = misses * expert_bytes / bytes_per_s * 1e3
         low, high = max(compute_ms, read_ms), compute_ms + read_ms
-        cases.append(Case(name, miss_rate, misses, misses * expert_bytes / 1e6, read_ms, low, high))
+        cases.append(Forecast(name, miss_rate, misses, misses * expert_bytes / 1e6, read_ms, low, high))
     return tuple(cases)
 
 

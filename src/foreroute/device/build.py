@@ -22,9 +22,10 @@ from foreroute.memory.budget import SlotPlan
 from foreroute.model.blocks import MoeLayer
 from foreroute.model.expert_set import ExpertSet
 from foreroute.predict.build import lookahead
-from foreroute.transfer.arena import Arena, Progress
+from foreroute.transfer.arena import Arena
 from foreroute.transfer.cuda import out_of_memory_named
 from foreroute.transfer.placing import LESS_MEMORY, fill_arena
+from foreroute.types import Progress
 
 
 def build_tier(
@@ -37,7 +38,7 @@ def build_tier(
     """
     layers, table, dtype, device = experts.layers, experts.table, experts.dtype, experts.device
     own_math = [entry for entry in experts.math if entry is not None]
-    if len(own_math) < len(layers) or any(layer.other is not None for layer in table.layers):
+    if len(own_math) < len(layers):
         raise DeviceError(
             f"--control device computes experts itself, and those of {type(layers[0].experts).__name__} are computed "
             "by their family's own code. Use --control host."

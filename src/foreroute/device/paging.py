@@ -2,13 +2,13 @@
 
 This is residency/'s pool with LRU, kept in tensors, so that a decode step never waits for the host. The functions
 here are the reference and run on the CPU; device/triton_paging.py has the same ones for a GPU, with the same
-signatures, and tests hold both to residency/ and policy/.
+signatures, and tests hold both to residency/.
 
-What differs from residency/: nothing tells the device that a copy is done. A slot that `plan_prefetch` or `plan_fill`
-hands out is in flight until an operation is told `arrived=True`: everything that was copied for earlier lists is
-there. The copies of `plan` have to be there before the experts are computed, and its keys are leased until `release`
-or the next `plan`. A staged key is as old as its last guess, not as its arrival. Free slots go lowest first, and a
-demand's keys are served in ascending order.
+What differs from residency/: nothing tells the device that a copy is done. A slot that `plan_prefetch` hands out is in
+flight until an operation is told `arrived=True`: everything that was copied for earlier lists is there. The copies of
+`plan` have to be there before the experts are computed, and its keys are leased until `release` or the next `plan`. A
+staged key is as old as its last guess, not as its arrival. Free slots go lowest first, and a demand's keys are served
+in ascending order.
 
 Order, for whoever composes them: planners change the tables and therefore run in one stream, one after the other;
 `fetch` reads its own list and the arena alone, and may run beside everything but what reads the slots it fills.
@@ -21,14 +21,11 @@ from dataclasses import dataclass
 import torch
 
 COUNTERS = (
-    "hits", "late", "misses", "prefetched", "filled", "prefetch_used", "prefetch_wasted", "evictions", "stood_in",
-    "shortages",
+    "hits", "late", "misses", "prefetched", "prefetch_used", "prefetch_wasted", "evictions", "shortages",
 )  # fmt: skip
-HITS, LATE, MISSES, PREFETCHED, FILLED, USED, WASTED, EVICTIONS, STOOD_IN, SHORTAGES = range(len(COUNTERS))
+HITS, LATE, MISSES, PREFETCHED, USED, WASTED, EVICTIONS, SHORTAGES = range(len(COUNTERS))
 CLOCK, SEQUENCE, LEASED = range(3)
-THERE, GUESS_IN_FLIGHT, FILL_IN_FLIGHT = range(3)
-# Rules of a token, for `decide`; `paper` waits too: what it changes is the route.
-WAIT, TOLERANCE, SPECULATIVE = range(3)
+THERE, IN_FLIGHT = range(2)
 
 
 @dataclass(frozen=True)
@@ -37,10 +34,10 @@ class PagingState:
 
     slot_of_key: int32 [num_keys], -1 where the key is absent. key_of_slot: int32 [num_slots], -1 where free.
     stamp: int64 [num_slots], the clock at the last demand. staged_at: int64 [num_slots], 0 where not staged, else
-        growing with the last guess. in_flight: int32 [num_slots], THERE or which kind of copy may be under way.
+        growing with the last guess. in_flight: int32 [num_slots], THERE, or IN_FLIGHT while a copy may be under way.
     marks: int64 [3]: CLOCK, SEQUENCE (of guesses), LEASED (slots of this stamp are).
     counters: int64, in the order of COUNTERS. A shortage is a demanded key that got no slot: the step is void.
-    num_experts: keys of a layer. staging_slots, filling_slots: as residency/ has them.
+    num_experts: keys of a layer. staging_slots: as residency/ has them.
     """
 
     slot_of_key: torch.Tensor
@@ -52,7 +49,6 @@ class PagingState:
     counters: torch.Tensor
     num_experts: int
     staging_slots: int
-    filling_slots: int
 
     @classmethod
     def create(
@@ -62,10 +58,9 @@ class PagingState:
         num_experts: int,
         *,
         staging_slots: int,
-        filling_slots: int = 0,
         device: torch.device | str = "cpu",
     ) -> "PagingState":
-        """An empty pool. A demand of n keys never falls short with n + staging_slots + filling_slots slots."""
+        """An empty pool. A demand of n keys never falls short with n + staging_slots slots."""
         assert num_slots > 0, "a pool needs a slot"
         assert 0 <= staging_slots <= num_slots, f"{staging_slots} staging slots of {num_slots}"
         assert num_keys % num_experts == 0, f"{num_keys} keys are no whole layers of {num_experts}"
@@ -76,7 +71,7 @@ class PagingState:
         state = cls(
             zeros(num_keys, torch.int32), zeros(num_slots, torch.int32), zeros(num_slots, torch.int64),
             zeros(num_slots, torch.int64), zeros(num_slots, torch.int32), zeros(3, torch.int64),
-            zeros(len(COUNTERS), torch.int64), num_experts, staging_slots, filling_slots,
+            zeros(len(COUNTERS), torch.int64), num_experts, staging_slots,
         )  # fmt: skip
         state.clear()
         return state
@@ -182,42 +177,8 @@ def plan_prefetch(state: PagingState, layer: int, guesses: torch.Tensor, copies:
     pairs = pool.place(absent, victims)
     for _, slot in pairs:
         pool.staged_at[slot] = pool.tick(SEQUENCE)
-        pool.in_flight[slot] = GUESS_IN_FLIGHT
+        pool.in_flight[slot] = IN_FLIGHT
     pool.count(PREFETCHED, len(pairs))
-    pool.store()
-    _write(copies, pairs)
-
-
-def plan_fill(state: PagingState, layer: int, ids: torch.Tensor, copies: CopyList, *, arrived: bool) -> None:
-    """Find slots for experts that were demanded and not waited for; `Residency.fill`.
-
-    They are touched, and take free slots, then the coldest that are neither staged, leased nor in flight, as far as
-    `filling_slots` goes.
-
-    Args:
-        ids: int [tokens, k] experts of the layer that are not there; those < 0 or >= num_experts are none.
-        copies: out: what has to be copied. arrived: as for `plan`.
-    """
-    pool = _Pool(state, arrived)
-    keys = _distinct_keys(ids, layer * state.num_experts, state.num_experts)
-    now = pool.tick(CLOCK) if keys else 0
-    room = state.filling_slots - sum(kind == FILL_IN_FLIGHT for kind in pool.in_flight)
-    absent = [key for key in keys if pool.slot_of[key] < 0]
-    for key in keys:
-        slot = pool.slot_of[key]
-        if slot < 0:
-            continue
-        pool.stamp[slot] = now
-        if room > 0 and pool.staged_at[slot] > 0 and pool.in_flight[slot] != THERE:
-            pool.staged_at[slot] = 0
-            pool.in_flight[slot] = FILL_IN_FLIGHT
-            pool.count(USED)
-            room -= 1
-    pairs = pool.place(absent, pool.victims(max(min(room, len(absent)), 0), 0))
-    for _, slot in pairs:
-        pool.touch(slot, now)
-        pool.in_flight[slot] = FILL_IN_FLIGHT
-    pool.count(FILLED, len(pairs))
     pool.store()
     _write(copies, pairs)
 
@@ -225,50 +186,6 @@ def plan_fill(state: PagingState, layer: int, ids: torch.Tensor, copies: CopyLis
 def release(state: PagingState) -> None:
     """The experts of the last plan are no longer computed with. Capturable: no kernel of its own is needed."""
     state.marks[LEASED:].fill_(-1)
-
-
-def decide(
-    state: PagingState,
-    layer: int,
-    ids: torch.Tensor,
-    weights: torch.Tensor,
-    rules: torch.Tensor,
-    taus: torch.Tensor,
-    waited: torch.Tensor,
-    stood_in: torch.Tensor,
-    *,
-    arrived: bool,
-) -> None:
-    """Split a route into what is computed and what default vectors stand in for; policy's `waited_for`.
-
-    Args:
-        ids, weights: [tokens, k] the route. An expert that is in flight is there if `arrived`.
-        rules: int32 [tokens] of WAIT, TOLERANCE, SPECULATIVE. taus: float64 [tokens].
-        waited: out, int32 [tokens, k]: the experts that are there or waited for, -1 elsewhere: what `plan` is given.
-        stood_in: out, int32 [tokens, k]: those that default vectors stand in for, -1 elsewhere.
-    """
-    slot_of, in_flight = state.slot_of_key.tolist(), state.in_flight.tolist()
-    base = layer * state.num_experts
-
-    def is_miss(id: int) -> bool:
-        slot = slot_of[base + id]
-        return slot < 0 or (not arrived and in_flight[slot] != THERE)
-
-    rows = [[id if 0 <= id < state.num_experts else -1 for id in row] for row in ids.tolist()]
-    dropped: list[list[int]] = []
-    needed: set[int] = set()
-    for row, masses, rule, tau in zip(rows, weights.double().tolist(), rules.tolist(), taus.tolist(), strict=True):
-        misses = [at for at, id in enumerate(row) if id >= 0 and is_miss(id)]
-        masses = [mass if id >= 0 else 0.0 for id, mass in zip(row, masses, strict=True)]
-        dropped.append(_dropped(rule, tau, masses, misses))
-        needed.update(row[at] for at in misses if at not in dropped[-1])
-    out = [
-        [id if at in left_out and id not in needed else -1 for at, id in enumerate(row)]
-        for row, left_out in zip(rows, dropped, strict=True)
-    ]
-    stood_in.copy_(torch.tensor(out, dtype=torch.int32))
-    waited.copy_(torch.where(stood_in >= 0, -1, torch.tensor(rows, dtype=torch.int32)))
-    state.counters[STOOD_IN] += len({id for row in out for id in row if id >= 0})
 
 
 def fetch(
@@ -372,20 +289,3 @@ def _write(copies: CopyList, pairs: Sequence[tuple[int, int]]) -> None:
     for at, (key, slot) in enumerate(pairs):
         copies.keys[at] = key
         copies.slots[at] = slot
-
-
-def _dropped(rule: int, tau: float, masses: Sequence[float], misses: Sequence[int]) -> list[int]:
-    """policy's `stood_in` by the rule's number."""
-    smallest_first = sorted(misses, key=lambda at: (masses[at], at))
-    if rule != TOLERANCE:
-        return smallest_first if rule == SPECULATIVE else []
-    total = mass = 0.0
-    for weight in masses:
-        total += weight
-    dropped: list[int] = []
-    for at in smallest_first:
-        mass += masses[at]
-        if mass > tau * total:
-            break
-        dropped.append(at)
-    return dropped

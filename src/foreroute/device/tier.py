@@ -129,7 +129,7 @@ class DeviceTier:
         offsets = torch.full((table.num_keys,), -1, dtype=torch.int64)
         offsets[torch.tensor(keys)] = torch.arange(len(keys)) * arena.record_bytes
         self._record_offsets = offsets.to(pool.device)
-        room = state.num_slots - state.staging_slots - state.filling_slots
+        room = state.num_slots - state.staging_slots
         self.most_rows = room // max(top_k)
 
     def begin_step(self, info: StepInfo) -> None:
@@ -186,7 +186,7 @@ class DeviceTier:
         num_experts = self.table.num_experts
         uses = self.buffers.uses[:, :num_experts].clone().cpu()
         self.buffers.forget()
-        most = min(self.state.num_slots - self.state.staging_slots - self.state.filling_slots, int((uses > 0).sum()))
+        most = min(self.state.num_slots - self.state.staging_slots, int((uses > 0).sum()))
         chosen = uses.flatten().sort(descending=True, stable=True).indices[:most]
         counters = self.state.counters.clone()
         for layer in range(self._last_layer + 1):

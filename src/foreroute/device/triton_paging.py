@@ -15,65 +15,12 @@ import triton
 import triton.language as tl
 
 from foreroute.device.paging import CopyList, PagingState, release
-from foreroute.device.triton_planners import STOOD_IN, THERE, add_to, fill_kernel, plan_kernel, prefetch_kernel
+from foreroute.device.triton_planners import plan_kernel, prefetch_kernel
 
-__all__ = ["decide", "fetch", "plan", "plan_fill", "plan_prefetch", "release"]
+__all__ = ["fetch", "plan", "plan_prefetch", "release"]
 
-_TOLERANCE, _SPECULATIVE = tl.constexpr(1), tl.constexpr(2)
 _CHUNK = 64
 _FETCH_WORDS = 4096
-
-
-@triton.jit
-def _decide(
-    ids, weights, rules, taus, num_tokens, top_k, base, num_experts,
-    slot_of_key, in_flight, counters, waited_out, stood_in_out,
-    TOKENS: tl.constexpr, CHOICES: tl.constexpr, EXPERTS: tl.constexpr, ARRIVED: tl.constexpr,
-):  # fmt: skip
-    token = tl.arange(0, TOKENS)
-    choice = tl.arange(0, CHOICES)
-    expert = tl.arange(0, EXPERTS)
-    is_token = token < num_tokens
-    at = token[:, None] * top_k + choice[None, :]
-    is_choice = is_token[:, None] & (choice < top_k)[None, :]
-    id = tl.load(ids + at, is_choice, -1).to(tl.int32)
-    is_expert = is_choice & (id >= 0) & (id < num_experts)
-    place = tl.load(slot_of_key + base + id, is_expert, 0)
-    if ARRIVED:
-        miss = is_expert & (place < 0)
-    else:
-        miss = is_expert & ((place < 0) | (tl.load(in_flight + place, is_expert & (place >= 0), 0) != THERE))
-    mass = tl.where(is_expert, tl.load(weights + at, is_choice, 0.0).to(tl.float64), 0.0)
-    rule = tl.load(rules + token, is_token, 0)
-    # In the order in which the rules in Python add: doubles, one after the other.
-    total = tl.zeros_like(tl.sum(mass, 1))
-    for position in range(top_k):
-        total += tl.sum(tl.where(choice[None, :] == position, mass, 0.0), 1)
-    allowed = tl.load(taus + token, is_token, 0.0) * total
-    left = miss
-    dropped = miss & (rule == _SPECULATIVE)[:, None]
-    is_open = rule == _TOLERANCE
-    so_far = tl.zeros_like(total)
-    for _ in range(top_k):
-        smallest = tl.min(tl.where(left, mass, float("inf")), 1)
-        first = tl.min(tl.where(left & (mass == smallest[:, None]), choice[None, :], CHOICES), 1)
-        picked = left & (choice[None, :] == first[:, None])
-        so_far += tl.where(first < CHOICES, smallest, 0.0)
-        is_open = is_open & (first < CHOICES) & (so_far <= allowed)
-        dropped = dropped | (picked & is_open[:, None])
-        left = left & ~picked
-    # What one token waits for is there for all of them.
-    chosen = tl.reshape(id, (TOKENS * CHOICES,))
-    needed = tl.reshape(miss & ~dropped, (TOKENS * CHOICES,))
-    out = tl.reshape(dropped, (TOKENS * CHOICES,))
-    is_same = chosen[:, None] == chosen[None, :]
-    stood_in = out & (tl.max((is_same & needed[None, :]).to(tl.int32), 1) == 0)
-    flat_at, flat_is_choice = tl.reshape(at, (TOKENS * CHOICES,)), tl.reshape(is_choice, (TOKENS * CHOICES,))
-    flat_is_expert = tl.reshape(is_expert, (TOKENS * CHOICES,))
-    tl.store(stood_in_out + flat_at, tl.where(stood_in, chosen, -1), flat_is_choice)
-    tl.store(waited_out + flat_at, tl.where(flat_is_expert & ~stood_in, chosen, -1), flat_is_choice)
-    is_stood_in = tl.max(((chosen[:, None] == expert[None, :]) & stood_in[:, None]).to(tl.int32), 0)
-    add_to(counters, STOOD_IN, tl.sum(is_stood_in, 0))
 
 
 @triton.jit
@@ -122,41 +69,6 @@ def plan_prefetch(state: PagingState, layer: int, guesses: torch.Tensor, copies:
         state.marks, state.counters, copies.keys, copies.slots, copies.count,
         GUESSES=triton.next_power_of_2(guesses.numel()), SLOTS=triton.next_power_of_2(state.num_slots),
         ARRIVED=arrived, num_warps=_warps(state),
-    )  # fmt: skip
-
-
-def plan_fill(state: PagingState, layer: int, ids: torch.Tensor, copies: CopyList, *, arrived: bool) -> None:
-    """See `paging.plan_fill`."""
-    assert copies.keys.numel() >= min(ids.numel(), state.num_experts), "a fill may be longer than its list"
-    fill_kernel[(1,)](
-        ids.contiguous(), ids.numel(), layer * state.num_experts, state.num_experts, state.num_slots,
-        state.filling_slots, state.slot_of_key, state.key_of_slot, state.stamp, state.staged_at, state.in_flight,
-        state.marks, state.counters, copies.keys, copies.slots, copies.count,
-        EXPERTS=triton.next_power_of_2(state.num_experts), SLOTS=triton.next_power_of_2(state.num_slots),
-        CHUNK=_chunk(ids), ARRIVED=arrived, num_warps=_warps(state),
-    )  # fmt: skip
-
-
-def decide(
-    state: PagingState,
-    layer: int,
-    ids: torch.Tensor,
-    weights: torch.Tensor,
-    rules: torch.Tensor,
-    taus: torch.Tensor,
-    waited: torch.Tensor,
-    stood_in: torch.Tensor,
-    *,
-    arrived: bool,
-) -> None:
-    """See `paging.decide`. Choices are compared pairwise: at most 256 of them."""
-    num_tokens, top_k = ids.shape
-    assert ids.numel() <= 256, f"{ids.numel()} choices"
-    _decide[(1,)](
-        ids.contiguous(), weights.contiguous(), rules, taus, num_tokens, top_k, layer * state.num_experts,
-        state.num_experts, state.slot_of_key, state.in_flight, state.counters, waited, stood_in,
-        TOKENS=triton.next_power_of_2(num_tokens), CHOICES=triton.next_power_of_2(top_k),
-        EXPERTS=triton.next_power_of_2(state.num_experts), ARRIVED=arrived, num_warps=4,
     )  # fmt: skip
 
 

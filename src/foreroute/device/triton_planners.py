@@ -26,14 +26,14 @@ _NEVER = tl.constexpr(2**63 - 1)
 _KEY_BITS = tl.constexpr(24)
 
 # The places of paging.COUNTERS, marks and in_flight; tests/kernels holds them equal.
-_HITS, _LATE, _MISSES, _PREFETCHED, _FILLED = (tl.constexpr(at) for at in range(5))
-_USED, _WASTED, _EVICTIONS, STOOD_IN, _SHORTAGES = (tl.constexpr(at) for at in range(5, 10))
+_HITS, _LATE, _MISSES, _PREFETCHED = (tl.constexpr(at) for at in range(4))
+_USED, _WASTED, _EVICTIONS, _SHORTAGES = (tl.constexpr(at) for at in range(4, 8))
 _CLOCK, _SEQUENCE, _LEASED = (tl.constexpr(at) for at in range(3))
-THERE, _GUESS, _FILL = (tl.constexpr(at) for at in range(3))
+_THERE, _IN_FLIGHT = (tl.constexpr(at) for at in range(2))
 
 
 @triton.jit
-def add_to(counters, counter, by):
+def _count(counters, counter, by):
     """Count."""
     tl.store(counters + counter, tl.load(counters + counter) + by)
 
@@ -59,7 +59,7 @@ def _order_of(key_of_slot, stamp, staged_at, in_flight, slot, num_slots, leased,
     order = tl.where(staged > 0, _STAGED + staged, (stamped << _KEY_BITS) | key)
     order = tl.where((staged == 0) & (stamped == leased), _NEVER, order)
     if not ARRIVED:
-        order = tl.where(tl.load(in_flight + slot, is_slot, 0) != THERE, _NEVER, order)
+        order = tl.where(tl.load(in_flight + slot, is_slot, 0) != _THERE, _NEVER, order)
     order = tl.where(key < 0, _FREE + slot.to(tl.int64), order)
     return tl.where(is_slot, order, _NEVER)
 
@@ -90,7 +90,7 @@ def plan_kernel(
         late = hit & (place < 0)
         tl.store(in_flight + slot, tl.zeros_like(slot), slot < num_slots)
     else:
-        late = hit & (tl.load(in_flight + place, hit, 0) != THERE)
+        late = hit & (tl.load(in_flight + place, hit, 0) != _THERE)
     used = hit & (tl.load(staged_at + place, hit, 0) > 0)
     # Every thread has read what staging was before some of them change it.
     tl.debug_barrier()
@@ -129,13 +129,13 @@ def plan_kernel(
         tl.store(slots_out + at, found, at < num_ids)
     num_hits = tl.sum(hit.to(tl.int32), 0)
     num_late = tl.sum(late.to(tl.int32), 0)
-    add_to(counters, _HITS, num_hits - num_late)
-    add_to(counters, _LATE, num_late)
-    add_to(counters, _MISSES, num_misses)
-    add_to(counters, _USED, tl.sum(used.to(tl.int32), 0))
-    add_to(counters, _SHORTAGES, num_misses - num_placed)
-    add_to(counters, _EVICTIONS, num_evicted)
-    add_to(counters, _WASTED, num_wasted)
+    _count(counters, _HITS, num_hits - num_late)
+    _count(counters, _LATE, num_late)
+    _count(counters, _MISSES, num_misses)
+    _count(counters, _USED, tl.sum(used.to(tl.int32), 0))
+    _count(counters, _SHORTAGES, num_misses - num_placed)
+    _count(counters, _EVICTIONS, num_evicted)
+    _count(counters, _WASTED, num_wasted)
     tl.store(marks + _CLOCK, now)
     tl.store(marks + _LEASED, now)
 
@@ -163,7 +163,7 @@ def prefetch_kernel(
         tl.store(in_flight + slot, tl.zeros_like(slot), slot < num_slots)
         is_there = present
     else:
-        is_there = present & (tl.load(in_flight + place, present, 0) == THERE)
+        is_there = present & (tl.load(in_flight + place, present, 0) == _THERE)
     renewed = is_there & (tl.load(staged_at + place, present, 0) > 0)
     num_staged = tl.sum((tl.load(staged_at + slot, slot < num_slots, 0) > 0).to(tl.int32), 0)
     order = _order_of(key_of_slot, stamp, staged_at, in_flight, slot, num_slots, tl.load(marks + _LEASED), ARRIVED)
@@ -202,71 +202,11 @@ def prefetch_kernel(
     tl.store(slot_of_key + key, place, placed)
     tl.store(key_of_slot + place, key, placed)
     tl.store(staged_at + place, placed_at, placed)
-    tl.store(in_flight + place, tl.zeros_like(place) + _GUESS, placed)
+    tl.store(in_flight + place, tl.zeros_like(place) + _IN_FLIGHT, placed)
     tl.store(copy_keys + absent_rank, key, placed)
     tl.store(copy_slots + absent_rank, place, placed)
     tl.store(copy_count, num_taken)
-    add_to(counters, _PREFETCHED, num_taken)
-    add_to(counters, _EVICTIONS, num_evicted)
-    add_to(counters, _WASTED, num_wasted)
+    _count(counters, _PREFETCHED, num_taken)
+    _count(counters, _EVICTIONS, num_evicted)
+    _count(counters, _WASTED, num_wasted)
     tl.store(marks + _SEQUENCE, sequence + num_renewed + num_taken)
-
-
-@triton.jit
-def fill_kernel(
-    ids, num_ids, base, num_experts, num_slots, filling_slots,
-    slot_of_key, key_of_slot, stamp, staged_at, in_flight, marks, counters,
-    copy_keys, copy_slots, copy_count,
-    EXPERTS: tl.constexpr, SLOTS: tl.constexpr, CHUNK: tl.constexpr, ARRIVED: tl.constexpr,
-):  # fmt: skip
-    """See `paging.plan_fill`."""
-    expert = tl.arange(0, EXPERTS)
-    slot = tl.arange(0, SLOTS)
-    is_slot = slot < num_slots
-    wanted = _is_wanted(ids, num_ids, num_experts, expert, CHUNK)
-    now = tl.load(marks + _CLOCK) + tl.minimum(tl.sum(wanted.to(tl.int64), 0), 1)
-    place = tl.load(slot_of_key + base + expert, wanted, -1)
-    present = wanted & (place >= 0)
-    absent = wanted & (place < 0)
-    room = filling_slots
-    if ARRIVED:
-        tl.store(in_flight + slot, tl.zeros_like(slot), is_slot)
-        adopted = present & (place < 0)
-    else:
-        room -= tl.sum((tl.load(in_flight + slot, is_slot, 0) == _FILL).to(tl.int32), 0)
-        late = present & (tl.load(in_flight + place, present, 0) != THERE)
-        late = late & (tl.load(staged_at + place, present, 0) > 0)
-        adopted = late & (tl.cumsum(late.to(tl.int32), 0) <= room)
-    num_adopted = tl.sum(adopted.to(tl.int32), 0)
-    room -= num_adopted
-    tl.debug_barrier()
-    tl.store(stamp + place, tl.zeros_like(place).to(tl.int64) + now, present)
-    tl.store(staged_at + place, tl.zeros_like(place).to(tl.int64), adopted)
-    tl.store(in_flight + place, tl.zeros_like(place) + _FILL, adopted)
-    tl.debug_barrier()
-    order = _order_of(key_of_slot, stamp, staged_at, in_flight, slot, num_slots, tl.load(marks + _LEASED), ARRIVED)
-    rank = tl.cumsum(absent.to(tl.int32), 0) - 1
-    num_placed, num_evicted = 0, 0
-    for nth in range(tl.minimum(room, tl.sum(absent.to(tl.int32), 0))):
-        lowest = tl.min(order, 0)
-        if lowest < _STAGED:
-            victim = tl.min(tl.where(order == lowest, slot, SLOTS), 0)
-            order = tl.where(slot == victim, _NEVER, order)
-            _vacate(slot_of_key, key_of_slot, victim)
-            num_evicted += (lowest >= 0).to(tl.int32)
-            place = tl.where(absent & (rank == nth), victim, place)
-            num_placed += 1
-    placed = absent & (place >= 0)
-    tl.debug_barrier()
-    tl.store(slot_of_key + base + expert, place, placed)
-    tl.store(key_of_slot + place, base + expert, placed)
-    tl.store(stamp + place, tl.zeros_like(place).to(tl.int64) + now, placed)
-    tl.store(staged_at + place, tl.zeros_like(place).to(tl.int64), placed)
-    tl.store(in_flight + place, tl.zeros_like(place) + _FILL, placed)
-    tl.store(copy_keys + rank, base + expert, placed)
-    tl.store(copy_slots + rank, place, placed)
-    tl.store(copy_count, num_placed)
-    add_to(counters, _USED, num_adopted)
-    add_to(counters, _FILLED, num_placed)
-    add_to(counters, _EVICTIONS, num_evicted)
-    tl.store(marks + _CLOCK, now)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +10,7 @@ from foreroute.errors import EvaluationError
 from foreroute.evals.answers import answer, wilson
 from foreroute.evals.tasks import Kind, accuracy_by_kind, held_out_suite, kinds
 from foreroute.evals.text import HeldOut, bits_per_char, cut_windows
-
-# Called with (what is being done, steps done, all steps).
-Progress = Callable[[str, int, int], None]
+from foreroute.types import NamedProgress
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,7 @@ def run_suite(
     tokenizer: Any,
     held_out: HeldOut,
     settings: SuiteSettings,
-    progress: Progress = lambda what, done, total: None,
+    progress: NamedProgress = lambda what, done, total: None,
 ) -> dict[str, Any]:
     """Ask every item, score every window: the same figures for the same model, threads and settings.
 
@@ -88,7 +86,7 @@ def run_text(
     tokenizer: Any,
     texts: Sequence[tuple[str, str]],
     settings: SuiteSettings,
-    progress: Progress = lambda what, done, total: None,
+    progress: NamedProgress = lambda what, done, total: None,
 ) -> dict[str, Any]:
     """Bits per character on (name, text) pairs, which count alike in "all"; figures as `run_suite`'s."""
     windows = cut_windows(

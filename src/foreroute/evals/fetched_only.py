@@ -4,7 +4,7 @@ What is there depends on the token alone, so that many tokens go through at once
 The rules are those of policy/, on tensors; a test holds the two equal.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,12 +19,11 @@ from foreroute.predict.base import RouterSample, TokenGuess
 from foreroute.predict.default_vector import weighted_rows, with_no_expert
 from foreroute.predict.sidecar import Sidecar
 from foreroute.predict.token_table import RunningContext, context_before
-
-Computing = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+from foreroute.prepare.watch import Computing
 
 
 @dataclass
-class Tally:
+class FetchCounts:
     """What tokens under a policy cost: tokens, layers passed by them, and experts fetched, missed and waited for.
 
     missed, waited: past layer 0, which waits for all it lacks. first_waited: those of layer 0. stalled: token-layers
@@ -74,7 +73,7 @@ class FetchedOnly:
         self._context = RunningContext()
         self._token_ids = torch.empty(0, 0, dtype=torch.int64)
         self.tap = ResidualTap(layers)
-        self.tally = Tally()
+        self.tally = FetchCounts()
 
     def begin(self, token_ids: torch.Tensor) -> None:
         """A forward pass of `token_ids` [rows, positions] begins."""
@@ -156,7 +155,7 @@ class FetchedOnly:
 
 
 @contextmanager
-def fetched_only(model: Any, sidecar: Sidecar, policy: Policy, *, in_prompts: bool) -> Iterator[Tally]:
+def fetched_only(model: Any, sidecar: Sidecar, policy: Policy, *, in_prompts: bool) -> Iterator[FetchCounts]:
     """While inside, the model computes under `policy` with no cache, and the tally counts what it would have cost.
 
     Args:

@@ -132,11 +132,13 @@ class LmEvalScores:
     metrics: dict[str, dict[str, float]]
 
 
-def check_tasks(tasks: Sequence[str], include_path: Path | None) -> TaskManager:
+def check_tasks(tasks: Sequence[str], include_path: Path | None, *, allow_code: bool = False) -> TaskManager:
     """lm-eval's tasks, the named ones among them.
 
+    Args:
+        allow_code: that tasks such as humaneval run what the model wrote, on this machine and without a sandbox.
     Raises:
-        EvaluationError: one of them is not, or there is no such folder.
+        EvaluationError: one of them is not, or there is no such folder, or a task runs code and that is not allowed.
     """
     if include_path is not None and not include_path.is_dir():
         raise EvaluationError(f"--include-path {include_path} is not a folder.")
@@ -145,7 +147,24 @@ def check_tasks(tasks: Sequence[str], include_path: Path | None) -> TaskManager:
     if unknown or not tasks:
         what = f"lm-eval has no task called {unknown[0]}." if unknown else "No task is named."
         raise EvaluationError(f"{what} `lm_eval ls tasks` lists them.")
+    runs_code = [name for name in tasks if _runs_code(manager, name)]
+    if runs_code and not allow_code:
+        raise EvaluationError(
+            f"{runs_code[0]} runs code that the model wrote: on this machine, as this user, without a sandbox. Allow "
+            "it, best in a virtual machine: --confirm-run-unsafe-code, and HF_ALLOW_CODE_EVAL=1 in the environment."
+        )
     return manager
+
+
+def _runs_code(manager: TaskManager, name: str) -> bool:
+    """The task, or one of the group or tag, is marked as one that runs the model's code; read from its YAML alone."""
+    entry = manager.task_index.get(name)
+    if entry is None:
+        return False
+    config = entry.cfg or {}
+    children = config.get("task", []) if "group" in config else entry.tags if entry.cfg is None else []
+    names = [child if isinstance(child, str) else child.get("task", "") for child in children]
+    return bool(config.get("unsafe_code")) or any(_runs_code(manager, child) for child in names)
 
 
 def run_lm_eval(
@@ -155,6 +174,9 @@ def run_lm_eval(
     include_path: Path | None = None,
     limit: int | None = None,
     batch: int = 1,
+    *,
+    allow_code: bool = False,
+    manager: TaskManager | None = None,
 ) -> LmEvalScores:
     """Run lm-eval's tasks on a model that is loaded.
 
@@ -163,15 +185,26 @@ def run_lm_eval(
         tasks: names of tasks and groups, as `lm_eval ls tasks` lists them.
         include_path: folder with more tasks (YAML).
         limit: first documents of each task; all when None. batch: requests computed together.
+        allow_code: see `check_tasks`. manager: what that gave for these tasks; it is called where it was not.
     Raises:
-        EvaluationError: an unknown task, or its data cannot be had.
+        EvaluationError: an unknown task, or its data cannot be had, or it runs code and that is not allowed.
     """
-    manager = check_tasks(tasks, include_path)
+    manager = manager or check_tasks(tasks, include_path, allow_code=allow_code)
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch)
     try:
-        found = simple_evaluate(wrapped, tasks=list(tasks), limit=limit, task_manager=manager, log_samples=False)
+        found = simple_evaluate(
+            wrapped, tasks=list(tasks), limit=limit, task_manager=manager, log_samples=False,
+            confirm_run_unsafe_code=allow_code,
+        )  # fmt: skip
     except OSError as error:
         raise EvaluationError(f"The data of {', '.join(tasks)} cannot be had: {error}") from error
+    except ValueError as error:
+        # What the metric of such tasks asks for besides.
+        if "HF_ALLOW_CODE_EVAL" not in str(error):
+            raise
+        raise EvaluationError(
+            f"{', '.join(tasks)} runs code that the model wrote. Allow it: HF_ALLOW_CODE_EVAL=1 in the environment."
+        ) from error
     metrics = {
         task: {name: float(value) for name, value in row.items() if isinstance(value, (int, float)) and "," in name}
         for task, row in found["results"].items()

@@ -13,12 +13,12 @@ import torch
 
 from foreroute.errors import EvaluationError
 from foreroute.evals.answers import answer, wilson
-from foreroute.evals.builtin import Progress
 from foreroute.evals.fetched_only import fetched_only
-from foreroute.evals.pricing import Cost, Difference, Texts, price_decoding, price_fetched_only, windows_with_chars
+from foreroute.evals.pricing import Cost, Divergence, Texts, price_decoding, price_fetched_only, windows_with_chars
 from foreroute.evals.tasks import Item, accuracy_by_kind
 from foreroute.policy import Policy
 from foreroute.predict.sidecar import Sidecar
+from foreroute.types import NamedProgress
 from foreroute.writing import atomic_write
 
 # The budget that is none: at each layer what was guessed for it is there, and nothing else.
@@ -72,7 +72,7 @@ class Material:
         return max(1, (self.windows.shape[1] - 1) // _PROMPT_SHARE)
 
 
-class Finished:
+class FinishedRows:
     """Rows that are done, kept in a file until all are, so that a run that was stopped goes on.
 
     Args:
@@ -109,9 +109,9 @@ def run_policies(
     sidecar: Sidecar | None,
     rows: Rows,
     material: Material,
-    finished: Finished,
+    finished: FinishedRows,
     scratch: Path,
-    progress: Progress = lambda what, done, total: None,
+    progress: NamedProgress = lambda what, done, total: None,
 ) -> list[dict[str, Any]]:
     """Every row, in the order of `rows.pairs()`.
 
@@ -159,7 +159,7 @@ def _check(load: Callable[[str], Any], sidecar: Sidecar | None, rows: Rows) -> N
             model.foreroute.close()
 
 
-def _keep_reference(model: Any, texts: Texts, scratch: Path, progress: Progress) -> None:
+def _keep_reference(model: Any, texts: Texts, scratch: Path, progress: NamedProgress) -> None:
     """The exact logits that all rows with a cache are compared with."""
     try:
         texts.keep_exact(scratch, model.config.get_text_config().vocab_size)
@@ -180,7 +180,7 @@ class _Row:
     material: Material
     deterministic: bool
     name: str
-    progress: Progress
+    progress: NamedProgress
 
     def without_cache(self) -> dict[str, Any]:
         """With what was guessed for a layer, and nothing else."""
@@ -244,14 +244,14 @@ class _Row:
         }
 
 
-def _figures(difference: Difference, cost: Cost, *, timed: bool) -> dict[str, Any]:
+def _figures(difference: Divergence, cost: Cost, *, timed: bool) -> dict[str, Any]:
     found = {**difference.figures(), **cost.figures(), "scored_tokens": difference.tokens}
     if not timed:
         found["tpot_ms"] = None
     return found
 
 
-def _named(progress: Progress, what: str) -> Callable[[int, int], None]:
+def _named(progress: NamedProgress, what: str) -> Callable[[int, int], None]:
     return lambda done, total: progress(what, done, total)
 
 

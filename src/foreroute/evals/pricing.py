@@ -6,7 +6,7 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,19 +15,18 @@ import numpy as np
 import torch
 
 from foreroute.errors import EvaluationError
-from foreroute.evals.fetched_only import Tally, fetched_only
+from foreroute.evals.fetched_only import FetchCounts, fetched_only
 from foreroute.model.caches import cache_argument, cache_of
 from foreroute.policy import Policy
 from foreroute.predict.sidecar import Sidecar
+from foreroute.types import Progress
 from foreroute.units import format_memory
 
-# Called with (forward passes done, all of them).
-Progress = Callable[[int, int], None]
 _ROWS, _LOGIT_BYTES = 8, 128 * 2**20
 
 
 @dataclass
-class Difference:
+class Divergence:
     """How far the next-token distributions of a policy are from exact decoding's, summed over scored tokens.
 
     nats: of the policy's own cross-entropy. exact_nats: of exact decoding's. kl: from exact to the policy, in nats.
@@ -85,7 +84,7 @@ class Cost:
     seconds: float | None = None
 
     @classmethod
-    def of_tally(cls, tally: Tally, expert_bytes: int) -> Cost:
+    def of_tally(cls, tally: FetchCounts, expert_bytes: int) -> Cost:
         """With no cache: guesses are fetched, and what is waited for."""
         moved = tally.fetched + tally.waited + tally.first_waited
         return cls(tally.tokens, tally.layers, tally.stalled, tally.missed, tally.waited, moved * expert_bytes)
@@ -159,15 +158,15 @@ def windows_with_chars(tokenizer: Any, ids: torch.Tensor, given: int) -> Texts:
 @torch.no_grad()
 def price_fetched_only(
     model: Any, sidecar: Sidecar, policy: Policy, ids: torch.Tensor, chars: int, progress: Progress
-) -> tuple[Difference, Cost]:
+) -> tuple[Divergence, Cost]:
     """A policy with no cache, on windows [windows, context + 1]; every position decodes under it.
 
     Args:
         model: with all experts in memory; it computes the windows exactly too, as what is compared with.
     """
-    difference = Difference(chars=chars)
+    difference = Divergence(chars=chars)
     rows = max(1, min(_ROWS, _LOGIT_BYTES // (4 * model.config.get_text_config().vocab_size * ids.shape[1])))
-    totals = Tally()
+    totals = FetchCounts()
     for start in range(0, len(ids), rows):
         part = ids[start : start + rows]
         labels = part[:, 1:].flatten()
@@ -184,13 +183,13 @@ def price_fetched_only(
 @torch.no_grad()
 def price_decoding(
     model: Any, policy: Policy, texts: Texts, progress: Progress, *, is_reference: bool = False
-) -> tuple[Difference, Cost]:
+) -> tuple[Divergence, Cost]:
     """A policy with the model's own cache of experts: windows are decoded token by token, as they were written.
 
     Args:
         is_reference: these are the exact logits that others are compared with: keep them.
     """
-    difference = Difference(chars=texts.chars)
+    difference = Divergence(chars=texts.chars)
     model.foreroute.set_policy(policy)
     spent, costs = 0.0, []
     try:

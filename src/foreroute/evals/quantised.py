@@ -3,35 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from foreroute.config import EngineConfig
-from foreroute.evals.text import Windows, bits_per_char
+from foreroute.evals.text import TextWindows, bits_per_char
 from foreroute.loading.load import load
-from foreroute.prepare.controls import expert_counts
-
-# Called with (windows done, all windows).
-Progress = Callable[[int, int], None]
+from foreroute.types import Progress
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What one model made of the text.
-
-    nats: of all scored tokens. counts: by MoE layer, how often each expert was used; empty unless asked for.
-    bits_per_char: by source.
-    """
+    """What one model made of the text. nats: of all scored tokens. bits_per_char: by source."""
 
     nats: float
     num_tokens: int
     num_chars: int
     bits_per_char: dict[str, float]
-    counts: dict[str, list[int]] = field(default_factory=dict)
 
     @property
     def perplexity(self) -> float:
@@ -48,43 +37,25 @@ class Reading:
         return {"perplexity": self.perplexity, "bits_per_char": self.bits, "by_file": self.bits_per_char}
 
 
-def read(
-    folder: Path,
-    packed: str,
-    windows: list[Windows],
-    memory: str | None,
-    progress: Progress,
-    *,
-    counts_uses: bool = False,
-) -> Reading:
+def read(folder: Path, packed: str, windows: list[TextWindows], memory: str | None, progress: Progress) -> Reading:
     """Load the model in bfloat16, which quantised experts are computed in, and read the windows with it.
 
     Args:
         packed: as EngineConfig has it. memory: for experts; chosen when None.
         progress: called with (windows done, all windows).
-        counts_uses: count how often each expert is used.
     Raises:
         ForerouteError: the model or the store cannot be loaded.
     """
     config = EngineConfig(packed=packed, prefetch="none", predictor="no", learn=False)
     model: Any = load(folder, memory, dtype="bfloat16", config=config)
     try:
-        handle = model.foreroute
-        counts = [torch.zeros(layer.num_experts, dtype=torch.int64) for layer in handle.table.layers]
-
-        def count(layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> None:
-            counts[layer] += expert_counts(ids, len(counts[layer]))
-
-        handle.engine.routing_listener = count if counts_uses else None
         by_source = bits_per_char(model, windows, progress)
-        names = [layer.name for layer in handle.table.layers]
     finally:
         model.foreroute.close()
     nats = sum(by_source[one.source] * one.chars for one in windows) * math.log(2)
     num_tokens = sum(one.ids[:, 1:].numel() for one in windows)
-    uses = {name: row.tolist() for name, row in zip(names, counts, strict=True)} if counts_uses else {}
     del by_source["all"]
-    return Reading(nats, num_tokens, sum(one.chars for one in windows), by_source, uses)
+    return Reading(nats, num_tokens, sum(one.chars for one in windows), by_source)
 
 
 def compared(stored: Reading, packed: Reading) -> dict[str, Any]:

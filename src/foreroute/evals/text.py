@@ -66,7 +66,7 @@ def read_held_out(path: Path) -> HeldOut:
 
 
 @dataclass(frozen=True)
-class Windows:
+class TextWindows:
     """Windows of one source: ids [windows, context + 1], and the characters that the scored tokens spell."""
 
     source: str
@@ -77,7 +77,7 @@ class Windows:
 
 def cut_windows(
     texts: Mapping[str, str], shares: Mapping[str, float], tokenizer: Any, context: int, per_source: int
-) -> list[Windows]:
+) -> list[TextWindows]:
     """Evenly spaced windows of every source; the first token of a window is given, not scored.
 
     Args:
@@ -97,13 +97,13 @@ def cut_windows(
         stride = (len(ids) - 1) // count
         rows = [ids[n * stride : n * stride + context + 1] for n in range(count)]
         chars = sum(len(tokenizer.decode(row[1:], skip_special_tokens=False)) for row in rows)
-        cut.append(Windows(source, shares[source], torch.tensor(rows), chars))
+        cut.append(TextWindows(source, shares[source], torch.tensor(rows), chars))
     return cut
 
 
 @torch.no_grad()
 def bits_per_char(
-    model: Any, windows: list[Windows], progress: Callable[[int, int], None] = lambda done, total: None
+    model: Any, windows: list[TextWindows], progress: Callable[[int, int], None] = lambda done, total: None
 ) -> dict[str, float]:
     """Bits per character by source, and "all": their mean weighted by the sources' shares.
 

@@ -18,8 +18,6 @@ TORCH_DTYPES = {
 
 # Experts that are converted may be held converted up to so much, and one of them in any case.
 _CONVERTED_BYTES = 2**24
-# What the first byte of an expert of the other layout says, in a store of mixed bits.
-MANY_BITS = 8
 
 
 class SlotViews:
@@ -28,8 +26,7 @@ class SlotViews:
     Args:
         memory: the pool, num_slots * slot_bytes long, 4096-byte aligned; kept alive by the views. On a device, a tensor
             of bytes.
-        layouts: one per MoE layer. others: one per MoE layer, of those of its experts that have another; None for none.
-            Where there is one, an expert's first byte tells which of the two it has.
+        layouts: one per MoE layer.
         math: one per MoE layer; says how it wants its operands. None takes the parts as they lie.
         compute_dtype: parts stored in another dtype are converted when asked for, each time.
     """
@@ -41,18 +38,16 @@ class SlotViews:
         layouts: Sequence[ExpertLayout],
         math: Sequence[ExpertMath | None],
         compute_dtype: torch.dtype,
-        others: Sequence[ExpertLayout | None] = (),
     ) -> None:
         self._memory: mmap.mmap | torch.Tensor | None = memory
         self._slot_bytes = slot_bytes
         self._layouts = list(layouts)
-        self._others = list(others) or [None] * len(layouts)
         self._math = list(math)
-        # Slot -> views, shared by layers whose experts look alike; ~slot for the other layout.
+        # Slot -> views, shared by layers whose experts look alike.
         tables: dict[object, dict[int, tuple[torch.Tensor, ...]]] = {}
         self._views = [
-            tables.setdefault((layout, other, None if entry is None else entry.operand_kind), {})
-            for layout, other, entry in zip(layouts, self._others, math, strict=True)
+            tables.setdefault((layout, None if entry is None else entry.operand_kind), {})
+            for layout, entry in zip(layouts, math, strict=True)
         ]
         self._compute_dtype = compute_dtype
         self._is_stored_so = [
@@ -63,10 +58,9 @@ class SlotViews:
 
     def operands(self, layer: int, slot: int) -> tuple[torch.Tensor, ...]:
         """What the maths of MoE layer `layer` reads of the expert in `slot`, in the compute dtype."""
-        at = slot if self._others[layer] is None or not self._is_other(slot) else ~slot
-        views = self._views[layer].get(at)
+        views = self._views[layer].get(slot)
         if views is None:
-            views = self._views[layer][at] = self._make(layer, at)
+            views = self._views[layer][slot] = self._make(layer, slot)
         if self._is_stored_so[layer]:
             return views
         return tuple(view.to(self._compute_dtype) for view in views)
@@ -75,9 +69,8 @@ class SlotViews:
         """Experts of MoE layer `layer` whose operands may be held at once: all where they are no copies (None)."""
         if self._is_stored_so[layer]:
             return None
-        layouts = [layout for layout in (self._layouts[layer], self._others[layer]) if layout is not None]
-        widest = max(sum(scalar_math.prod(part.shape) for part in layout.parts) for layout in layouts)
-        return max(1, _CONVERTED_BYTES // (widest * self._compute_dtype.itemsize))
+        num_values = sum(scalar_math.prod(part.shape) for part in self._layouts[layer].parts)
+        return max(1, _CONVERTED_BYTES // (num_values * self._compute_dtype.itemsize))
 
     def as_family(self, layer: int, operands: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         """The family's tensors of an expert with these operands: those themselves, but for a quantised checkpoint."""
@@ -90,16 +83,10 @@ class SlotViews:
             views.clear()
         self._memory = None
 
-    def _is_other(self, slot: int) -> bool:
+    def _make(self, layer: int, slot: int) -> tuple[torch.Tensor, ...]:
         assert self._memory is not None, "the pool has been closed"
-        return int(self._memory[slot * self._slot_bytes]) == MANY_BITS
-
-    def _make(self, layer: int, at: int) -> tuple[torch.Tensor, ...]:
-        assert self._memory is not None, "the pool has been closed"
-        layout = self._layouts[layer] if at >= 0 else self._others[layer]
-        assert layout is not None, "experts of the layer have one layout"
-        start = (at if at >= 0 else ~at) * self._slot_bytes
-        parts = [_part(self._memory, part, start + part.offset) for part in layout.parts]
+        start = slot * self._slot_bytes
+        parts = [_part(self._memory, part, start + part.offset) for part in self._layouts[layer].parts]
         math = self._math[layer]
         return tuple(parts) if math is None else math.operands(parts)
 

@@ -25,8 +25,8 @@ from foreroute.predict.governor import Governor
 from foreroute.residency.eviction import eviction_of
 from foreroute.residency.slots import Residency
 from foreroute.trace import Trace
-from foreroute.transfer.arena import Progress
-from foreroute.transfer.placing import Placed, place, place_behind_arena
+from foreroute.transfer.placing import SlotMemory, place, place_behind_arena
+from foreroute.types import Progress
 
 # Of the pool, the most that deferred loads may take; and never more than a layer's top-k.
 _DEFERRED_SHARE = 8
@@ -95,7 +95,7 @@ def device_engine(
 
 
 def _step_over(
-    placed: Placed, asked: EngineConfig, experts: ExpertSet, memory: MemoryPlan, guidance: Guidance
+    placed: SlotMemory, asked: EngineConfig, experts: ExpertSet, memory: MemoryPlan, guidance: Guidance
 ) -> MoeStep:
     table, num_slots = experts.table, memory.slots.num_slots
     residency = Residency(
@@ -120,7 +120,7 @@ def _step_over(
     )
 
 
-def _torch_layers(experts: ExpertSet, placed: Placed) -> list[TorchLayer]:
+def _torch_layers(experts: ExpertSet, placed: SlotMemory) -> list[TorchLayer]:
     """The torch backend over these slots."""
     table = experts.table
     views = SlotViews(
@@ -129,7 +129,6 @@ def _torch_layers(experts: ExpertSet, placed: Placed) -> list[TorchLayer]:
         [layer.layout for layer in table.layers],
         stored_operands(experts.math, table, experts.dtype),
         experts.dtype,
-        [layer.other for layer in table.layers],
     )
     forwards = family_forward_over(experts.layers, table, experts.dtype)
     return [

@@ -30,7 +30,7 @@ from foreroute.policy import Policy
 from foreroute.predict.build import open_sidecar
 from foreroute.predict.sidecar import Sidecar
 from foreroute.trace import open_trace
-from foreroute.transfer.arena import Progress
+from foreroute.types import Progress
 
 # Kernels that oneDNN keeps compiled, one for each shape. Prompts give an expert another number of rows each time: its
 # own 1024 come to 400 MB in bf16, for 4 % of a prompt's time. Decoding has some dozens of shapes.

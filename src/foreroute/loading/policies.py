@@ -30,7 +30,6 @@ def approximation(
         guesses: that are fetched; they are told when some misses are not waited for.
         own_math: all experts are computed one by one here, so that some of them can be left out.
     """
-    why_not: dict[str, str] = {}
     if sidecar is None:
         reason = "it needs default vectors, and none are fitted. Run `foreroute fit MODEL --text FILES...` first."
         if asked.prefetch == "none" and asked.policy == EXACT and asked.predictor != "no":
@@ -42,29 +41,39 @@ def approximation(
         return Approximation(list, lambda: RouterLookahead([]), lambda: ResidualTap(layers), why_not, guesses)
     # A layer that nobody guesses waits: little would be there.
     waits = [asked.prefetch != "none" and not choice for choice in [None, *sidecar.choice[:-1]]]
-    can_stand_in = [rows is not None and not wait for rows, wait in zip(sidecar.default_vectors, waits, strict=True)]
-    if not own_math or not any(can_stand_in[1:]):
-        reason = "this model's experts are computed by its family's own code, all at once. Use exact."
-        why_not |= dict.fromkeys((TOLERANCE, SPECULATIVE), reason)
-    elif asked.prefetch == "none" and not asked.cache:
-        reason = "with cache off and prefetch none nothing would ever be there. Turn one of them on."
-        why_not |= dict.fromkeys((TOLERANCE, SPECULATIVE), reason)
-    blind = [layer for layer in range(len(layers) - 1) if not _has_paper_guess(layers, layer, sidecar)]
-    if blind:
-        why_not[PAPER] = (
-            "it needs the residual stream after attention, default vectors, and a router that runs on its own; after "
-            f"MoE layer {blind[0]} of this model ({type(layers[0].experts).__name__}) one is missing. Use speculative."
-        )
+    vectors = [None if wait else rows for rows, wait in zip(sidecar.default_vectors, waits, strict=True)]
+    has_substitutes = any(rows is not None for rows in vectors[1:])
+    why_not = _why_no_substitutes(asked, can_leave_out=own_math and has_substitutes) | _why_no_paper(layers, sidecar)
     return Approximation(
-        lambda: [
-            rows.to(dtype) if rows is not None and may else None
-            for rows, may in zip(sidecar.default_vectors, can_stand_in, strict=True)
-        ],
+        lambda: [None if rows is None else rows.to(dtype) for rows in vectors],
         lambda: default_vectors(layers, sidecar),
         lambda: ResidualTap(layers),
         why_not,
         guesses,
     )
+
+
+def _why_no_substitutes(asked: EngineConfig, *, can_leave_out: bool) -> dict[str, str]:
+    """Why default vectors cannot stand in for missing experts; nothing where they can."""
+    if not can_leave_out:
+        reason = "this model's experts are computed by its family's own code, all at once. Use exact."
+    elif asked.prefetch == "none" and not asked.cache:
+        reason = "with cache off and prefetch none nothing would ever be there. Turn one of them on."
+    else:
+        return {}
+    return dict.fromkeys((TOLERANCE, SPECULATIVE), reason)
+
+
+def _why_no_paper(layers: Sequence[MoeLayer], sidecar: Sidecar) -> dict[str, str]:
+    """Why routes cannot be replaced by guesses; nothing where they can."""
+    blind = [layer for layer in range(len(layers) - 1) if not _has_paper_guess(layers, layer, sidecar)]
+    if not blind:
+        return {}
+    reason = (
+        "it needs the residual stream after attention, default vectors, and a router that runs on its own; after MoE "
+        f"layer {blind[0]} of this model ({type(layers[0].experts).__name__}) one is missing. Use speculative."
+    )
+    return {PAPER: reason}
 
 
 def _has_paper_guess(layers: Sequence[MoeLayer], layer: int, sidecar: Sidecar) -> bool:

@@ -52,7 +52,6 @@ class MoeLayer:
     router: None when the block routes in itself.
     norm_weight: [hidden] scale of the norm whose output the router reads, when that norm is a plain RMS norm.
     norm: that norm, of whatever kind, when its input is the residual stream that the block's output is added to.
-    around: in that case the module of the whole layer, whose first argument is the residual stream before attention.
     """
 
     index: int
@@ -62,7 +61,6 @@ class MoeLayer:
     router: Router | None
     norm_weight: torch.Tensor | None
     norm: nn.Module | None = None
-    around: nn.Module | None = None
 
 
 @dataclass
@@ -258,18 +256,16 @@ def _with_norm(layer: MoeLayer, calls: _Calls) -> MoeLayer:
     if calls.norm is None or calls.residual is None:
         return layer
     residual, enclosing = calls.residual, []
-    for name, module, args, _, output in calls.records:
+    for name, _, _, _, output in calls.records:
         first = output[0] if isinstance(output, tuple) and output else output
         if layer.name.startswith(name + ".") and isinstance(first, torch.Tensor) and first.numel() == residual.numel():
-            enclosing.append((first.reshape(residual.shape).float(), module, args))
+            enclosing.append(first.reshape(residual.shape).float())
     if len(enclosing) < 2:
         return layer
     # Innermost first: the block's own output, then that of the layer around it.
-    (of_block, _, _), (of_layer, around, args) = enclosing[:2]
-    if not torch.allclose(of_layer - residual.float(), of_block, rtol=2e-2, atol=1e-3):
-        return layer
-    reads_stream = bool(args) and isinstance(args[0], torch.Tensor) and args[0].shape == residual.shape
-    return replace(layer, norm=calls.norm, around=around if reads_stream else None)
+    of_block, of_layer = enclosing[:2]
+    is_added = torch.allclose(of_layer - residual.float(), of_block, rtol=2e-2, atol=1e-3)
+    return replace(layer, norm=calls.norm) if is_added else layer
 
 
 def _find_norm_weight(calls: _Calls, router_input: torch.Tensor) -> torch.Tensor | None:

@@ -58,17 +58,23 @@ def map_sources(
             placed[stored_name] = state[target]
         if target in shapes:
             groups.setdefault(target, {}).setdefault(pattern, []).append(stored_name)
-    sources: dict[str, PartSource] = {}
-    for target, by_source in groups.items():
-        part, shape = shapes[target]
-        converter = by_pattern.get(next(iter(by_source)))
-        if converter is None:
-            ordered, steps = list(by_source.values()), []
-        else:
-            ordered = [by_source.get(pattern, []) for pattern in converter.source_patterns]
-            steps = [_operation(op, converter) for op in converter.operations]
-        sources[target] = PartSource(part, shape, tuple(tuple(names) for names in ordered), tuple(steps))
+    sources = {
+        target: _source(*shapes[target], by_source, by_pattern.get(next(iter(by_source))))
+        for target, by_source in groups.items()
+    }
     return sources, unplaced, placed
+
+
+def _source(
+    part: str, shape: tuple[int, ...], by_pattern: Mapping[str | None, list[str]], converter: Any
+) -> PartSource:
+    """What makes an experts' parameter: stored names by the pattern that they match, and transformers' converter."""
+    if converter is None:
+        ordered, steps = list(by_pattern.values()), []
+    else:
+        ordered = [by_pattern.get(pattern, []) for pattern in converter.source_patterns]
+        steps = [_operation(op, converter) for op in converter.operations]
+    return PartSource(part, shape, tuple(tuple(names) for names in ordered), tuple(steps))
 
 
 def _operation(op: Any, converter: Any) -> Operation:

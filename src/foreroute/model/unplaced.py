@@ -96,16 +96,15 @@ def sort_unplaced(
     scales: list[str] = []
     unknown: list[str] = []
     for name, (target, *_) in sorted(unplaced.items()):
-        stack, number = _layer_of(target)
-        beyond = None if number is None else number - (depths.find(stack) or number + 1)
-        is_beyond = beyond is not None and beyond >= 0
-        is_told = is_beyond and ((stack, number) in layers or (beyond is not None and beyond < count))
+        beyond = _beyond(depths, target)
+        is_told = beyond is not None and (_layer_of(target) in layers or beyond < count)
         if is_told or _PREDICTION.search(target):
             prediction.append(name)
         elif is_quantised and _CACHE_SCALE.search(target):
             scales.append(name)
         elif not any(
-            re.search(pattern, target) and (is_beyond or not _NUMBERED_LAYER.search(pattern)) for pattern in patterns
+            re.search(pattern, target) and (beyond is not None or not _NUMBERED_LAYER.search(pattern))
+            for pattern in patterns
         ):
             unknown.append(name)
     if unknown:
@@ -114,6 +113,15 @@ def sort_unplaced(
             "config.json and the weights are of different models."
         )
     return Ignored(frozenset(unplaced), frozenset().union(*unplaced.values()), tuple(_notes(prediction, scales)))
+
+
+def _beyond(depths: _Depths, target: str) -> int | None:
+    """How many layers past the end of its stack the tensor's layer is; None where it is not past it."""
+    stack, number = _layer_of(target)
+    if number is None:
+        return None
+    beyond = number - (depths.find(stack) or number + 1)
+    return beyond if beyond >= 0 else None
 
 
 def tell(notes: Collection[str], folder: Path) -> None:

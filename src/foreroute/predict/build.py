@@ -27,7 +27,7 @@ from foreroute.predict.token_table import TokenTable
 _GOOD_RECALL, _MUCH_MISSED = 0.95, 0.07
 _FIT_AGAIN = "Fit again (`foreroute fit --force`), or ignore them: --predictor no."
 LOOKAHEAD, DEFAULT_VECTORS, RIDGE, HYBRID = "lookahead", "default vectors", "ridge", "hybrid"
-ESTIMATOR, TOKEN_TABLE, ENTRY = "estimator", "token table", "before attention"
+ESTIMATOR, TOKEN_TABLE = "estimator", "token table"
 
 
 def open_sidecar(folder: Path, index: CheckpointIndex, asked: EngineConfig) -> Sidecar | None:

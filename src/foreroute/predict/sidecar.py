@@ -16,7 +16,6 @@ from safetensors.torch import load as deserialize
 from safetensors.torch import save_file
 
 from foreroute.errors import PredictorError, named
-from foreroute.predict.entry import EntryLayer
 from foreroute.predict.ridge import RidgeLayer
 from foreroute.predict.token_table import TokenTable
 from foreroute.reading import check_no_pointer, parse_object
@@ -40,7 +39,6 @@ class Sidecar:
     could be observed. token_table: guesses layer 0. popularity: per MoE layer [experts] int64.
     choice: per MoE layer the name of the predictor that guesses the next one; None for no guess.
     estimator: its weights by name; empty when none was trained.
-    entry: per MoE layer its guess from before its own attention; None where that is not known.
     """
 
     fingerprint: str
@@ -51,7 +49,6 @@ class Sidecar:
     choice: list[str | None]
     about: dict[str, Any] = field(default_factory=dict)
     estimator: dict[str, torch.Tensor] = field(default_factory=dict)
-    entry: list[EntryLayer | None] = field(default_factory=list)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Everything fitted, by name."""
@@ -68,9 +65,6 @@ class Sidecar:
             named[f"popularity.{layer}"] = counts
         if self.token_table is not None:
             named.update({_TABLE + name: tensor for name, tensor in vars(self.token_table).items()})
-        for layer, guess in enumerate(self.entry):
-            if guess is not None:
-                named[f"entry.{layer}.weights"], named[f"entry.{layer}.bias"] = guess.weights, guess.bias
         named.update({_ESTIMATOR + name: weight for name, weight in self.estimator.items()})
         return {name: tensor.contiguous() for name, tensor in sorted(named.items())}
 
@@ -92,7 +86,9 @@ class Sidecar:
 
     @classmethod
     def load(cls, path: Path, fingerprint: str) -> "Sidecar":
-        """Read and check a file written by `save`.
+        """Read and check a file written by `save`, of this version or of an earlier one of the same format.
+
+        What earlier versions fitted besides, a guess from before each layer's own attention, is left out.
 
         Args:
             fingerprint: of the checkpoint that it is wanted for.
@@ -120,7 +116,6 @@ class Sidecar:
             choice,
             about["about"],
             {name[len(_ESTIMATOR) :]: weight for name, weight in tensors.items() if name.startswith(_ESTIMATOR)},
-            [_entry_layer(tensors, layer) for layer in layers],
         )
 
 
@@ -217,11 +212,6 @@ def _ridge_layer(tensors: Mapping[str, torch.Tensor], layer: int) -> RidgeLayer 
     if hidden is None or gates is None or bias is None:
         return None
     return RidgeLayer(hidden, gates, bias)
-
-
-def _entry_layer(tensors: Mapping[str, torch.Tensor], layer: int) -> EntryLayer | None:
-    weights, bias = tensors.get(f"entry.{layer}.weights"), tensors.get(f"entry.{layer}.bias")
-    return None if weights is None or bias is None else EntryLayer(weights, bias)
 
 
 def _token_table(tensors: Mapping[str, torch.Tensor]) -> TokenTable | None:

@@ -10,7 +10,6 @@ from typing import NamedTuple
 import torch
 
 from foreroute.predict.base import Predictor, RouterSample, Select, TokenGuess
-from foreroute.predict.entry import EntryLayer
 from foreroute.predict.lookahead import NextRouter
 from foreroute.predict.token_table import TokenTable, context_before
 
@@ -21,7 +20,6 @@ class Moment(NamedTuple):
     layer: the layer that is guessed. num_experts: its experts. now: what it saw and chose: the truth.
     before: what the MoE layer before it saw; None for layer 0. token_ids: [tokens]. context: positions per row; tokens
     are rows of the batch, one after the other. pass_index: counts forward passes.
-    entry: [tokens, hidden], the residual stream before this layer's attention; None where it is not known.
     """
 
     layer: int
@@ -31,7 +29,6 @@ class Moment(NamedTuple):
     token_ids: torch.Tensor
     context: int
     pass_index: int
-    entry: torch.Tensor | None = None
 
 
 # A guess for a moment: (moment, width) -> at most `width` experts per token, None where there is nothing to say.
@@ -62,18 +59,6 @@ def context_of(moment: Moment) -> torch.Tensor:
     """[tokens, hidden]: the context of each token at layer 0, by what its router read at the tokens before."""
     hidden = moment.now.hidden
     return context_before(hidden.view(-1, moment.context, hidden.shape[-1])).flatten(0, 1)
-
-
-def of_entry(layers: Sequence[EntryLayer | None], selects: Sequence[Select]) -> Guesser:
-    """The guess from before the layer's own attention."""
-
-    def guess(moment: Moment, width: int) -> TokenGuess | None:
-        layer = layers[moment.layer]
-        if layer is None or moment.entry is None:
-            return None
-        return layer.guess(moment.entry, width, selects[moment.layer])
-
-    return guess
 
 
 def oracle(routers: Sequence[NextRouter | None]) -> Guesser:

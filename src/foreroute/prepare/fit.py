@@ -16,9 +16,10 @@ from foreroute.predict.hybrid import choose
 from foreroute.predict.sidecar import Sidecar, read_whole, write_whole
 from foreroute.prepare.corpus import Corpus
 from foreroute.prepare.on_policy import StandIns
-from foreroute.prepare.score import Progress, Scorer, guessers_of, run_passes
+from foreroute.prepare.score import Scorer, guessers_of, run_passes
 from foreroute.prepare.sums import Sums
 from foreroute.prepare.watch import watching
+from foreroute.types import Progress
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,6 @@ class FitSettings:
 
     rows: windows per forward pass. held_out_every: of so many windows one is held out. penalty: of the ridge, relative
     to each feature's variance. estimator: also train the paper's estimator, so; None for not.
-    before_attention: also fit each layer's guess from before its own attention; `score` shows it, the engine does not
-    use it.
     on_policy: fit a second time, on the states of a run that never waits: experts that the first fit did not guess are
     stood in for by their default vectors.
     """
@@ -37,7 +36,6 @@ class FitSettings:
     held_out_every: int = 8
     penalty: float = 1e-3
     estimator: EstimatorSettings | None = None
-    before_attention: bool = False
     on_policy: bool = False
 
 
@@ -137,7 +135,7 @@ def _round(
 ) -> Sidecar:
     """Sums over most windows, a solution, and a choice on the held-out ones: on exact states, or on a policy's."""
     train, held_out = corpus.split(settings.held_out_every)
-    sums = Sums(model, settings.estimator, num_tokens=train.numel(), before_attention=settings.before_attention)
+    sums = Sums(model, settings.estimator, num_tokens=train.numel())
     keeper = keeper_of(sums)
     num_resumed = keeper.num_passes
     with watching(model, sums.on_moment, sums.on_rows, stand_ins) as watch:
@@ -150,8 +148,8 @@ def _round(
         run_passes(run, train, settings.rows, lambda done, _: progress(done))
     sidecar = _solved(model, sums, fingerprint, settings)
     scorer = _scored(model, sidecar, held_out, settings.rows, stand_ins, lambda done, _: progress(train.numel() + done))
-    # Guesses that come at another time are no alternatives.
-    of_next = [name for name in scorer.tallies if name not in (known.TOKEN_TABLE, known.ENTRY)]
+    # The guess of layer 0 comes at another time: it is no alternative.
+    of_next = [name for name in scorer.tallies if name != known.TOKEN_TABLE]
     missed = {name: scorer.tallies[name].as_dict()["missed_mass"] for name in of_next}
     return replace(
         sidecar,
@@ -177,7 +175,6 @@ def _solved(model: Any, sums: Sums, fingerprint: str, settings: FitSettings) -> 
         token_table=sums.table.solve(sums.all_embeddings(), settings.penalty),
         popularity=sums.popularity,
         choice=[None] * len(sums.outputs),
-        entry=[entry.solve(settings.penalty) for entry in sums.entry],
         estimator={} if sums.estimator is None else sums.estimator.weights,
     )
 

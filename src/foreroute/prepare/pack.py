@@ -1,6 +1,5 @@
 """Write a packed store: every expert is read once, a few at a time, and written as it will lie in a slot."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +9,11 @@ from foreroute.errors import ChangedFileError
 from foreroute.prepare.quantise import Quantiser
 from foreroute.transfer.disk import DiskTransfer
 from foreroute.transfer.memory import allocate_slots
+from foreroute.types import Progress
 from foreroute.writing import Claim
 
 # Experts in memory at once: one being written while the next ones are read.
 _RING_SLOTS = 4
-
-# Called after each record with (records done, records in all).
-Progress = Callable[[int, int], None]
 
 
 def pack(
@@ -43,7 +40,7 @@ def pack(
     keys = table.keys.all()
     kind: dict[str, Any] = {}
     if quantiser is not None:
-        kind = {"codec": quantiser.codec.name, "order": quantiser.order, "choice": quantiser.choice}
+        kind = {"codec": quantiser.codec.name, "order": quantiser.order}
     stored = table if quantiser is None else quantiser.table
     with StoreWriter(path, stored, resume=resume, claim=claim, **kind) as writer:
         try:
@@ -94,12 +91,12 @@ def _copy_all(
                     raise completion.error
                 arrived[completion.key] = completion.slot
         slot = arrived.pop(keys[done])
-        layer, expert = table.expert_id(keys[done])
+        layer, _ = table.expert_id(keys[done])
         if quantiser is None:
             writer.write(done, slots[slot], table.layers[layer].layout.record_bytes)
         else:
-            payload = quantiser.encode(layer, expert, slots[slot])
-            writer.write(done, payload, quantiser.table.layers[layer].layout_of(expert).record_bytes)
+            payload = quantiser.encode(layer, slots[slot])
+            writer.write(done, payload, quantiser.table.layers[layer].layout.record_bytes)
         free.append(slot)
         done += 1
         progress(done, len(keys))

@@ -16,17 +16,16 @@ from foreroute.prepare.controls import (
     Moment,
     Popularity,
     first_only,
-    of_entry,
     of_predictor,
     oracle,
     previous_token,
     shuffled,
     uniform,
 )
-from foreroute.prepare.scoring import Tally, widths_of
+from foreroute.prepare.scoring import LayerTallies, widths_of
 from foreroute.prepare.watch import watching
+from foreroute.types import Progress
 
-Progress = Callable[[int, int], None]
 _COST_REPEATS = 30
 
 
@@ -40,7 +39,7 @@ class Scores:
 
     top_k: int
     num_tokens: int
-    tallies: dict[str, Tally]
+    tallies: dict[str, LayerTallies]
     cost_us: dict[str, float]
 
     def as_dict(self) -> dict[str, Any]:
@@ -48,37 +47,10 @@ class Scores:
         return {
             "k": self.top_k,
             "tokens": self.num_tokens,
-            "gap_closed": gap_closed(self),
             "predictors": {
                 name: {**tally.as_dict(), "cost_us": self.cost_us.get(name)} for name, tally in self.tallies.items()
             },
         }
-
-
-# What the gap to the late ceiling is measured in.
-GAP_FIGURES = ("recall_k", "recall_k2", "missed_mass")
-
-
-def gap_closed(scores: Scores) -> dict[str, float | None] | None:
-    """How much of the way from the paper's default-vector guess to the late ceiling the hybrid goes, by figure.
-
-    The late ceiling is a linear guess from the state after the MoE block, which the guess from before the next
-    layer's attention reads. 1 is all of the way; a guess that is not linear may go further.
-
-    Returns:
-        One share per figure of GAP_FIGURES, of means over layers >= 1; None for a figure in which the ceiling is no
-        better than the start, and in place of all where one of the three was not scored.
-    """
-    names = (known.DEFAULT_VECTORS, known.HYBRID, known.ENTRY)
-    if any(name not in scores.tallies for name in names):
-        return None
-    start, reached, ceiling = (scores.tallies[name].as_dict()["mean"] for name in names)
-    shares: dict[str, float | None] = {}
-    for name in GAP_FIGURES:
-        gap = ceiling[name] - start[name]
-        is_better = gap < 0 if name == "missed_mass" else gap > 0
-        shares[name] = (reached[name] - start[name]) / gap if is_better else None
-    return shares
 
 
 class Scorer:
@@ -86,7 +58,7 @@ class Scorer:
 
     def __init__(self, guessers: Mapping[str, Guesser], num_layers: int) -> None:
         self._guessers = guessers
-        self.tallies = {name: Tally.of(num_layers) for name in guessers}
+        self.tallies = {name: LayerTallies.of(num_layers) for name in guessers}
 
     def on_moment(self, moment: Moment, logits: torch.Tensor | None) -> None:
         """Score one MoE layer's tokens."""
@@ -160,8 +132,6 @@ def guessers_of(
         first = guessers[known.TOKEN_TABLE] = first_only(sidecar.token_table, selections[0])
         if known.HYBRID in candidates:
             guessers[known.HYBRID] = of_predictor(candidates[known.HYBRID], first)
-    if sidecar is not None and any(layer is not None for layer in sidecar.entry):
-        guessers[known.ENTRY] = of_entry(sidecar.entry, selections)
     return guessers
 
 

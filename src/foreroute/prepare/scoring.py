@@ -57,13 +57,13 @@ class LayerTally:
 
 
 @dataclass
-class Tally:
+class LayerTallies:
     """One predictor's scores over all MoE layers."""
 
     layers: list[LayerTally]
 
     @classmethod
-    def of(cls, num_layers: int) -> "Tally":
+    def of(cls, num_layers: int) -> "LayerTallies":
         """Empty."""
         return cls([LayerTally() for _ in range(num_layers)])
 

@@ -9,7 +9,6 @@ from foreroute.errors import PredictorError
 from foreroute.predict.base import RouterSample
 from foreroute.predict.build import quasi_hidden, selections
 from foreroute.predict.default_vector import DefaultVectorSums
-from foreroute.predict.entry import EntryFit
 from foreroute.predict.estimator import EstimatorSettings, EstimatorTraining
 from foreroute.predict.ridge import RidgeFit
 from foreroute.predict.selection import chosen_experts
@@ -20,25 +19,17 @@ from foreroute.prepare.controls import Moment, context_of, expert_counts
 class Sums:
     """Running sums over the MoE layers of one model.
 
-    Memory: per layer (hidden + experts)^2 doubles for the ridge (40 MB at 2048 and 128), nearly as much for the guess
-    from before attention, and experts x hidden doubles for the default vectors (2 MB); once vocabulary x experts
-    doubles for layer 0's table, and the estimator's buffer. Qwen3-30B-A3B: 2.2 GB without the optional ones.
+    Memory: per layer (hidden + experts)^2 doubles for the ridge (40 MB at 2048 and 128), and experts x hidden doubles
+    for the default vectors (2 MB); once vocabulary x experts doubles for layer 0's table, and the estimator's buffer.
+    Qwen3-30B-A3B: 2.2 GB without the estimator's.
 
     Args:
         model: of `foreroute.load`.
         estimator: settings of the estimator that is trained as well; None for none.
         num_tokens: that will be shown.
-        before_attention: fit the guess from before each layer's own attention as well.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        estimator: EstimatorSettings | None = None,
-        *,
-        num_tokens: int = 0,
-        before_attention: bool = False,
-    ) -> None:
+    def __init__(self, model: Any, estimator: EstimatorSettings | None = None, *, num_tokens: int = 0) -> None:
         self._embed = model.get_input_embeddings()
         vocabulary, embedding_width = self._embed.weight.shape
         widths = [layer.experts.num_offloaded for layer in model.foreroute.layers]
@@ -46,7 +37,6 @@ class Sums:
         self.ridge = [RidgeFit(hidden, here, after) for here, after in itertools.pairwise(widths)]
         self.table = TokenTableFit(vocabulary, embedding_width, hidden, widths[0])
         self.outputs = [DefaultVectorSums(width, hidden) for width in widths]
-        self.entry = [EntryFit(hidden, width) for width in widths] if before_attention else []
         self.popularity = [torch.zeros(width, dtype=torch.int64) for width in widths]
         self._layers = model.foreroute.layers
         self.estimator: EstimatorTraining | None = None
@@ -67,8 +57,6 @@ class Sums:
                 "them. Try --dtype float32, and check the checkpoint."
             )
         self.popularity[moment.layer] += expert_counts(moment.now.ids, moment.num_experts)
-        if self.entry and moment.entry is not None:
-            self.entry[moment.layer].add(moment.entry, targets)
         if moment.before is not None:
             self.ridge[moment.layer - 1].add(moment.before, targets)
             if self.estimator is not None:
@@ -106,8 +94,6 @@ class Sums:
         named["table.gram"], named["table.cross"] = self.table.equations.gram, self.table.equations.cross
         for layer, fit in enumerate(self.ridge):
             named[f"ridge.{layer}.gram"], named[f"ridge.{layer}.cross"] = fit.equations.gram, fit.equations.cross
-        for layer, entry in enumerate(self.entry):
-            named[f"entry.{layer}.gram"], named[f"entry.{layer}.cross"] = entry.equations.gram, entry.equations.cross
         for layer, sums in enumerate(self.outputs):
             named[f"outputs.{layer}.sums"], named[f"outputs.{layer}.counts"] = sums.sums, sums.counts
             named[f"popularity.{layer}"] = self.popularity[layer]

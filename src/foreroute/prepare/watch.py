@@ -28,7 +28,6 @@ class Watch:
         self._on_moment = on_moment
         self._layers = model.foreroute.layers
         self._logits: dict[int, torch.Tensor] = {}
-        self._entries: dict[int, torch.Tensor] = {}
         self._before: RouterSample | None = None
         self._windows = torch.empty(0, 0, dtype=torch.int64)
         self._pass_index = -1
@@ -56,7 +55,6 @@ class Watch:
             self._windows.flatten(),
             self._windows.shape[1],
             self._pass_index,
-            self._entries.pop(layer, None),
         )
         logits = self._logits.pop(layer, None)
         self._before = seen
@@ -84,14 +82,6 @@ class Watch:
 
         return hook
 
-    def catch_entry(self, layer: int) -> Any:
-        """A forward pre-hook for the module around the layer."""
-
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            self._entries[layer] = args[0].flatten(0, -2)
-
-        return hook
-
 
 @contextmanager
 def watching(
@@ -109,11 +99,6 @@ def watching(
         layer.router.module.register_forward_hook(watch.catch_logits(layer.index, layer.router.logits_at))
         for layer in model.foreroute.layers
         if layer.router is not None and layer.router.logits_at >= 0
-    ]
-    handles += [
-        layer.around.register_forward_pre_hook(watch.catch_entry(layer.index))
-        for layer in model.foreroute.layers
-        if layer.around is not None
     ]
     engine.expert_listener = on_rows
     exact = [layer.experts.engine_forward for layer in model.foreroute.layers]

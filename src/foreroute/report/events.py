@@ -114,7 +114,7 @@ class Governed:
 
 
 @dataclass(slots=True)
-class Step:
+class RecordedStep:
     """One forward pass: a prompt's chunk ("prefill"), or a token for each of `rows` texts ("decode").
 
     is_start: the first pass of a text. layers, guesses, stalls: in the order in which they happened.
@@ -145,7 +145,7 @@ class Step:
         return sum(stall.end_s - stall.begun_s for stall in self.stalls)
 
 
-Event = Step | LayerDone | Stall | GuessMade | LoadDone | Cancelled | Evicted | Governed
+TraceEvent = RecordedStep | LayerDone | Stall | GuessMade | LoadDone | Cancelled | Evicted | Governed
 
 
 @dataclass(frozen=True)
@@ -158,13 +158,13 @@ class Recording:
 
     path: str
     header: Header
-    steps: tuple[Step, ...]
+    steps: tuple[RecordedStep, ...]
     num_broken: int
-    events: tuple[Event, ...]
+    events: tuple[TraceEvent, ...]
     stats: dict[str, Any]
     is_whole: bool
 
     @property
-    def decode_steps(self) -> list[Step]:
+    def decode_steps(self) -> list[RecordedStep]:
         """The steps that the cache serves, in their order."""
         return [step for step in self.steps if step.is_decode]

@@ -3,7 +3,7 @@
 from collections import Counter
 from dataclasses import dataclass
 
-from foreroute.report.events import Cancelled, Evicted, LayerDone, LoadDone, Recording, Step
+from foreroute.report.events import Cancelled, Evicted, LayerDone, LoadDone, RecordedStep, Recording
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def fate_of_loads(recording: Recording) -> dict[int, str]:
     decode_from = next((step.begun_s for step in recording.decode_steps), 0.0)
     is_decode = False
     for event in recording.events:
-        if isinstance(event, Step):
+        if isinstance(event, RecordedStep):
             is_decode = event.is_decode
         elif isinstance(event, LoadDone):
             if event.why == "prefetch" and event.error is None and is_decode and event.asked_s >= decode_from:
@@ -131,7 +131,7 @@ def fates_of(recording: Recording) -> Fates:
     is_decode = False
     num_cancelled = 0
     for event in recording.events:
-        if isinstance(event, Step):
+        if isinstance(event, RecordedStep):
             is_decode = event.is_decode
         elif isinstance(event, Cancelled):
             num_cancelled += is_decode

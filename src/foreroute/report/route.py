@@ -54,10 +54,6 @@ class Route:
         """The most experts that one layer of one step demanded."""
         return max(len(keys) for step in self.steps for keys in step)
 
-    def bytes_of(self, key: int) -> int:
-        """Stored bytes of an expert."""
-        return self.expert_bytes[key // self.keys_per_layer]
-
 
 def route_of(recording: Recording, warm_up: int | None = None) -> Route:
     """The recording's decode steps.

@@ -5,7 +5,7 @@ from pathlib import Path
 from statistics import median_low
 from typing import Any
 
-from foreroute.report.events import LayerDone, LoadDone, Recording, Step
+from foreroute.report.events import LayerDone, LoadDone, RecordedStep, Recording
 from foreroute.report.guesses import IN_TIME, LATE, LATER, OPEN, WASTED, fate_of_loads
 from foreroute.report.style import BLUE, GREEN, GREY, INK, ORANGE, PALE, PURPLE, RED, SKY, new_figure
 from foreroute.report.timing import durations
@@ -55,7 +55,7 @@ def typical_token(recording: Recording) -> int:
 
 def token_picture(recording: Recording, number: int) -> TokenPicture:
     """What happened during decode step `number`, and the reads that overlapped it."""
-    step: Step = recording.decode_steps[number]
+    step: RecordedStep = recording.decode_steps[number]
     seconds = durations(recording)[number]
     fates = fate_of_loads(recording)
 

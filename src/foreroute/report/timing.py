@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from statistics import fmean
 
-from foreroute.report.events import LoadDone, Recording, Step
+from foreroute.report.events import LoadDone, RecordedStep, Recording
 from foreroute.report.offline import Outcome
 
 
@@ -68,7 +68,7 @@ class Recorded:
 
 def durations(recording: Recording) -> list[float]:
     """Seconds of each decode step: to the next step of the same text, else to the end of its last layer."""
-    begun = [event for event in recording.events if isinstance(event, Step)]
+    begun = [event for event in recording.events if isinstance(event, RecordedStep)]
     following = {id(step): after for step, after in pairwise(begun)}
     seconds = []
     for step in recording.decode_steps:
@@ -118,9 +118,9 @@ def recorded_of(recording: Recording, warm_up: int) -> Recorded:
     )
 
 
-def _loads_of(recording: Recording, steps: list[Step]) -> list[LoadDone]:
+def _loads_of(recording: Recording, steps: list[RecordedStep]) -> list[LoadDone]:
     """The loads that were asked for while one of these steps ran."""
-    begun = [event for event in recording.events if isinstance(event, Step)]
+    begun = [event for event in recording.events if isinstance(event, RecordedStep)]
     starts = [step.begun_s for step in begun]
     asking = {id(step) for step in steps}
     found = []

@@ -9,16 +9,16 @@ from foreroute.errors import TraceError
 from foreroute.reading import check_no_pointer
 from foreroute.report.events import (
     Cancelled,
-    Event,
     Evicted,
     Governed,
     GuessMade,
     Header,
     LayerDone,
     LoadDone,
+    RecordedStep,
     Recording,
     Stall,
-    Step,
+    TraceEvent,
 )
 from foreroute.trace import VERSION
 
@@ -59,8 +59,8 @@ class _Reader:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._header: Header | None = None
-        self._steps: list[Step] = []
-        self._events: list[Event] = []
+        self._steps: list[RecordedStep] = []
+        self._events: list[TraceEvent] = []
         self._stats: dict[str, Any] | None = None
         self._number = 0
         self._half: int | None = None  # a line that is no JSON: fine only as the last one of a partial file
@@ -139,11 +139,11 @@ class _Reader:
         if read is not None:
             self._events.append(read(self, fields))
 
-    def _step(self, fields: dict[str, Any]) -> Step:
+    def _step(self, fields: dict[str, Any]) -> RecordedStep:
         phase = self._get(fields, "phase", str)
         if phase not in _PHASES:
             raise self._error(self._number, f"is a step of phase {phase!r}, which is not known")
-        step = Step(
+        step = RecordedStep(
             self._time(fields, "t"),
             phase,
             self._get(fields, "rows", int),
@@ -195,7 +195,7 @@ class _Reader:
     def _governed(self, fields: dict[str, Any]) -> Governed:
         return Governed(self._time(fields, "t"), self._get(fields, "share", float), self._get(fields, "why", str))
 
-    _READERS: ClassVar[dict[str, Callable[["_Reader", dict[str, Any]], Event]]] = {
+    _READERS: ClassVar[dict[str, Callable[["_Reader", dict[str, Any]], TraceEvent]]] = {
         "step": _step,
         "layer": _layer_done,
         "stall": _stall,
@@ -206,7 +206,7 @@ class _Reader:
         "governor": _governed,
     }
 
-    def _current(self) -> Step:
+    def _current(self) -> RecordedStep:
         if not self._steps:
             raise self._error(self._number, "comes before the first step")
         return self._steps[-1]

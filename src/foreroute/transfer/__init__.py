@@ -5,8 +5,7 @@ numpy copies, threads read; torch is imported by copier.py alone, and by an aren
 
 from foreroute.transfer.base import Completion, Transfer
 from foreroute.transfer.disk import DiskTransfer
-from foreroute.transfer.fake import FakeTransfer
 from foreroute.transfer.memory import allocate_slots
 from foreroute.transfer.queue import TransferQueue
 
-__all__ = ["Completion", "DiskTransfer", "FakeTransfer", "Transfer", "TransferQueue", "allocate_slots"]
+__all__ = ["Completion", "DiskTransfer", "Transfer", "TransferQueue", "allocate_slots"]

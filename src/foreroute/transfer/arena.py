@@ -7,12 +7,13 @@ long as a slot and starts on a page, so that the disk reads straight into it and
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from foreroute.errors import DeviceError
 from foreroute.transfer.base import Transfer
 from foreroute.transfer.memory import allocate_slots
+from foreroute.types import Progress
 from foreroute.units import format_memory
 
 if TYPE_CHECKING:
@@ -22,9 +23,6 @@ if TYPE_CHECKING:
 _REGISTER_FLAGS = 0x1 | 0x2
 # Reads queued at once while the arena is loaded: enough that no reader waits for this thread.
 _READS_AHEAD = 64
-
-# Told how many of how many records are loaded.
-Progress = Callable[[int, int], None]
 
 
 class Arena:

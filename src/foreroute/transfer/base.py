@@ -78,3 +78,71 @@ class Transfer(Protocol):
 
     def close(self) -> None:
         """Drop what has not started, finish what has, stop. A second call does nothing."""
+
+
+class TransferProxy:
+    """A `Transfer` that hands every call on to another one: the base of those that change or watch some of them."""
+
+    def __init__(self, inner: Transfer) -> None:
+        self._inner = inner
+
+    @property
+    def bytes_read(self) -> int:
+        """See `Transfer`."""
+        return self._inner.bytes_read
+
+    @property
+    def reads(self) -> int:
+        """See `Transfer`."""
+        return self._inner.reads
+
+    @property
+    def busy_s(self) -> float:
+        """See `Transfer`."""
+        return self._inner.busy_s
+
+    @property
+    def retries(self) -> int:
+        """See `Transfer`."""
+        return self._inner.retries
+
+    @property
+    def num_in_flight(self) -> int:
+        """See `Transfer`."""
+        return self._inner.num_in_flight
+
+    def demand(self, key: int, slot: int) -> None:
+        """See `Transfer`."""
+        self._inner.demand(key, slot)
+
+    def prefetch(self, key: int, slot: int) -> None:
+        """See `Transfer`."""
+        self._inner.prefetch(key, slot)
+
+    def fill(self, key: int, slot: int) -> None:
+        """See `Transfer`."""
+        self._inner.fill(key, slot)
+
+    def promote(self, key: int) -> None:
+        """See `Transfer`."""
+        self._inner.promote(key)
+
+    def cancel(self, key: int) -> bool:
+        """See `Transfer`."""
+        return self._inner.cancel(key)
+
+    def completed(self) -> list[Completion]:
+        """See `Transfer`."""
+        return self._inner.completed()
+
+    def wait(self) -> list[Completion]:
+        """See `Transfer`."""
+        return self._inner.wait()
+
+    def reset(self) -> None:
+        """See `Transfer`."""
+        self._inner.reset()
+
+    def close(self) -> None:
+        """See `Transfer`."""
+        self._inner.close()

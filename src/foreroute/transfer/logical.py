@@ -1,9 +1,9 @@
 """Reads by logical time: what an earlier step asked for has arrived, whatever the clock says."""
 
-from foreroute.transfer.base import Completion, Transfer
+from foreroute.transfer.base import Completion, Transfer, TransferProxy
 
 
-class LogicalTransfer:
+class LogicalTransfer(TransferProxy):
     """A `Transfer` whose completions depend on what was asked for alone, not on how long it took.
 
     `completed` waits for everything in flight and hands it out. `wait` waits for what is demanded, and hands out that
@@ -12,29 +12,9 @@ class LogicalTransfer:
     """
 
     def __init__(self, inner: Transfer) -> None:
-        self._inner = inner
+        super().__init__(inner)
         self._demanded: set[int] = set()
         self._held: list[Completion] = []
-
-    @property
-    def bytes_read(self) -> int:
-        """Bytes read so far, padding to the block size included."""
-        return self._inner.bytes_read
-
-    @property
-    def reads(self) -> int:
-        """Contiguous ranges read so far."""
-        return self._inner.reads
-
-    @property
-    def busy_s(self) -> float:
-        """Seconds spent in reading alone."""
-        return self._inner.busy_s
-
-    @property
-    def retries(self) -> int:
-        """Reads that failed for a reason that may pass, and were tried again."""
-        return self._inner.retries
 
     @property
     def num_in_flight(self) -> int:
@@ -45,14 +25,6 @@ class LogicalTransfer:
         """Fill the slot with the key, before every prefetch."""
         self._demanded.add(key)
         self._inner.demand(key, slot)
-
-    def prefetch(self, key: int, slot: int) -> None:
-        """Fill the slot with the key when no demand is queued."""
-        self._inner.prefetch(key, slot)
-
-    def fill(self, key: int, slot: int) -> None:
-        """Fill the slot with the key when there is time."""
-        self._inner.fill(key, slot)
 
     def promote(self, key: int) -> None:
         """A prefetch or fill becomes a demand."""
@@ -82,10 +54,6 @@ class LogicalTransfer:
         self._demanded.clear()
         self._held.clear()
         self._inner.reset()
-
-    def close(self) -> None:
-        """Drop what has not started, finish what has, stop."""
-        self._inner.close()
 
     def _hand_out(self, over: list[Completion]) -> list[Completion]:
         keys = {one.key for one in over}

@@ -11,7 +11,7 @@ from foreroute.checkpoint.layouts import ExpertTable
 from foreroute.checkpoint.records import PackedStore
 from foreroute.config import EngineConfig
 from foreroute.trace import Trace
-from foreroute.transfer.arena import Arena, Progress, load_records
+from foreroute.transfer.arena import Arena, load_records
 from foreroute.transfer.base import Transfer
 from foreroute.transfer.copier import CudaCopier, MemoryCopier
 from foreroute.transfer.cuda import out_of_memory_named
@@ -20,6 +20,7 @@ from foreroute.transfer.logical import LogicalTransfer
 from foreroute.transfer.memory import allocate_slots
 from foreroute.transfer.tiered import TieredTransfer
 from foreroute.transfer.traced import TracedTransfer
+from foreroute.types import Progress
 
 # Readers while an arena is loaded: nothing computes meanwhile, so that checks and copies may take more cores.
 _LOADING_THREADS = 4
@@ -27,7 +28,7 @@ LESS_MEMORY = "Lower --memory, --kv-tokens or --prefill-chunk, or close other pr
 
 
 @dataclass(frozen=True)
-class Placed:
+class SlotMemory:
     """The pool of slots: its memory, what fills it, and how to let go of it after the transfer has been closed."""
 
     memory: mmap.mmap | torch.Tensor
@@ -37,11 +38,11 @@ class Placed:
 
 def place(
     asked: EngineConfig, table: ExpertTable, store: PackedStore | None, num_slots: int, trace: Trace | None
-) -> Placed:
+) -> SlotMemory:
     """Slots in RAM, filled from disk."""
     memory, slots = allocate_slots(num_slots, table.slot_bytes)
     disk = open_disk(asked, table, store, slots.__getitem__, asked.readers(table.slot_bytes))
-    return Placed(memory, _dressed(disk, asked, table, trace), slots.clear)
+    return SlotMemory(memory, _dressed(disk, asked, table, trace), slots.clear)
 
 
 def place_behind_arena(
@@ -54,7 +55,7 @@ def place_behind_arena(
     device: torch.device,
     num_records: int,
     progress: Progress,
-) -> Placed:
+) -> SlotMemory:
     """Slots on `device`, filled from `num_records` records in host memory, and those from disk where they are fewer
     than the experts.
 
@@ -70,7 +71,7 @@ def place_behind_arena(
         disk = open_disk(asked, table, store, arena.records.__getitem__, asked.readers(table.slot_bytes))
     copier = CudaCopier(arena.tensor, slots) if device.type == "cuda" else MemoryCopier(arena.tensor, slots)
     transfer = TieredTransfer(copier, keys, num_records, disk, table.key_nbytes.__getitem__)
-    return Placed(slots.view(-1), _dressed(transfer, asked, table, trace), arena.close)
+    return SlotMemory(slots.view(-1), _dressed(transfer, asked, table, trace), arena.close)
 
 
 def fill_arena(

@@ -3,13 +3,13 @@
 from collections.abc import Callable
 
 from foreroute.trace import Trace
-from foreroute.transfer.base import Completion, Transfer
+from foreroute.transfer.base import Completion, Transfer, TransferProxy
 from foreroute.types import ExpertId
 
 DEMAND, PREFETCH, FILL = "demand", "prefetch", "fill"
 
 
-class TracedTransfer:
+class TracedTransfer(TransferProxy):
     """A `Transfer` around another one: loads, cancelled loads and evictions go to the trace.
 
     Args:
@@ -20,38 +20,13 @@ class TracedTransfer:
     def __init__(
         self, inner: Transfer, trace: Trace, expert_id: Callable[[int], ExpertId], clock: Callable[[], float]
     ) -> None:
-        self._inner = inner
+        super().__init__(inner)
         self._trace = trace
         self._expert_id = expert_id
         self._clock = clock
         self._asked: dict[int, tuple[str, int, float]] = {}  # key -> why, slot, when
         self._holds: dict[int, int] = {}  # slot -> the key that was loaded into it last
         self._slot_of: dict[int, int] = {}
-
-    @property
-    def bytes_read(self) -> int:
-        """Bytes read so far, padding to the block size included."""
-        return self._inner.bytes_read
-
-    @property
-    def reads(self) -> int:
-        """Contiguous ranges read so far."""
-        return self._inner.reads
-
-    @property
-    def busy_s(self) -> float:
-        """Seconds spent in reading alone."""
-        return self._inner.busy_s
-
-    @property
-    def retries(self) -> int:
-        """Reads that failed for a reason that may pass, and were tried again."""
-        return self._inner.retries
-
-    @property
-    def num_in_flight(self) -> int:
-        """Requests whose completion has not been handed out yet."""
-        return self._inner.num_in_flight
 
     def demand(self, key: int, slot: int) -> None:
         """Fill the slot with the key, before every prefetch."""
@@ -67,10 +42,6 @@ class TracedTransfer:
         """Fill the slot with the key when there is time."""
         self._ask(FILL, key, slot)
         self._inner.fill(key, slot)
-
-    def promote(self, key: int) -> None:
-        """A prefetch or fill becomes a demand; why it was read stays what it was."""
-        self._inner.promote(key)
 
     def cancel(self, key: int) -> bool:
         """Withdraw a request that has not started."""
@@ -100,10 +71,6 @@ class TracedTransfer:
         self._asked.clear()
         self._holds.clear()
         self._slot_of.clear()
-
-    def close(self) -> None:
-        """Drop what has not started, finish what has, stop."""
-        self._inner.close()
 
     def _ask(self, why: str, key: int, slot: int) -> None:
         now = self._clock()

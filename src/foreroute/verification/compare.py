@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from foreroute.checkpoint.layouts import ExpertTable
-from foreroute.verification.reference import RESIDENT, Progress, Reference, dense_digests
+from foreroute.types import Progress
+from foreroute.verification.reference import RESIDENT, Reference, dense_digests
 from foreroute.verification.slot_watch import SlotUse, SlotWatch
-from foreroute.verification.transcript import Exercise, LayerPass, Step, steps
+from foreroute.verification.transcript import Exercise, ForwardPass, LayerPass, steps
 
 # Where a step differs first: in a MoE layer's input, its routing, its experts' output, or behind the last one.
 DENSE, ROUTER, EXPERTS, HEAD = "dense", "router", "experts", "head"
@@ -20,7 +21,7 @@ _MOST_NAMED = 3
 
 
 @dataclass(frozen=True)
-class Difference:
+class FirstDifference:
     """The first place where the two part.
 
     prompt, step: counted from 1; step 1 is the prompt's prefill, each later one feeds one new token.
@@ -53,7 +54,7 @@ class Verdict:
     tokens: int
     same_tokens: int
     layers_compared: int
-    first_difference: Difference | None
+    first_difference: FirstDifference | None
 
     @property
     def same(self) -> bool:
@@ -71,7 +72,7 @@ def verify(model: Any, exercises: Sequence[Exercise], reference: Reference, prog
     watch = SlotWatch(model.foreroute.engine)
     table = model.foreroute.table
     names = [layer.name for layer in table.layers]
-    first: Difference | None = None
+    first: FirstDifference | None = None
     done = same_tokens = layers_compared = 0
     for number, (exercise, transcript) in enumerate(zip(exercises, reference.transcripts, strict=True), start=1):
         fed = [step.token for step in transcript]
@@ -88,7 +89,7 @@ def verify(model: Any, exercises: Sequence[Exercise], reference: Reference, prog
     return Verdict(done, same_tokens, layers_compared, first)
 
 
-def differing(reference: Step, ours: Step) -> tuple[str, int] | None:
+def differing(reference: ForwardPass, ours: ForwardPass) -> tuple[str, int] | None:
     """(part, MoE layer) where two steps differ first, in the order of computing; None when their bits are the same.
 
     The layer of HEAD is the number of MoE layers.
@@ -108,12 +109,12 @@ def _describe(
     model: Any,
     reference: Reference,
     table: ExpertTable,
-    step: Step,
+    step: ForwardPass,
     place: tuple[str, int],
     prompt: int,
     number: int,
     position: int,
-) -> Difference:
+) -> FirstDifference:
     part, layer = place
     experts: tuple[int, ...] = ()
     tensors: tuple[str, ...] = ()
@@ -128,7 +129,7 @@ def _describe(
     is_head = part == HEAD
     module = None if is_head else table.layers[layer].name
     moe_layer = None if is_head else layer
-    return Difference(prompt, number, position, part, moe_layer, module, experts, tensors, reasons)
+    return FirstDifference(prompt, number, position, part, moe_layer, module, experts, tensors, reasons)
 
 
 _NO_FAULT = (

@@ -10,7 +10,7 @@ import importlib.util
 import inspect
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,17 +26,15 @@ from foreroute.errors import BudgetError, CheckpointError, ForerouteError, Unsup
 from foreroute.loading.load import load
 from foreroute.memory.host import available_ram
 from foreroute.model.skeleton import Outline
+from foreroute.types import Progress
 from foreroute.units import format_memory
 from foreroute.verification.slot_watch import SlotWatch, digest, expert_digest
-from foreroute.verification.transcript import Exercise, Step, steps
+from foreroute.verification.transcript import Exercise, ForwardPass, steps
 
 RESIDENT, ON_DEMAND = "resident", "on-demand"
 # Left free beside a resident model: activations, KV cache, what loading takes on top, other programs.
 _RESERVE_BYTES = 2 * 2**30
 _ON_DEMAND_LOADING = EngineConfig(cache=False, prefetch="none", predictor="no", learn=False, packed="no")
-
-# Called with (steps done, steps in all).
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,7 @@ class Reference:
 
     kind: str
     dtype: torch.dtype
-    transcripts: tuple[tuple[Step, ...], ...]
+    transcripts: tuple[tuple[ForwardPass, ...], ...]
     experts: Mapping[tuple[str, int], bytes]
     dense: Mapping[str, bytes]
 
@@ -161,10 +159,10 @@ def _reference_model(kind: str, folder: Path, sketch: Outline, dtype: str, memor
 def _recorded(kind: str, model: Any, sketch: Outline, exercises: Sequence[Exercise], progress: Progress) -> Reference:
     names = [layer.name for layer in sketch.table.layers]
     watch = None if kind == RESIDENT else SlotWatch(model.foreroute.engine)
-    transcripts: list[tuple[Step, ...]] = []
+    transcripts: list[tuple[ForwardPass, ...]] = []
     done, num_steps = 0, sum(exercise.num_steps for exercise in exercises)
     for exercise in exercises:
-        transcript: list[Step] = []
+        transcript: list[ForwardPass] = []
         for step in steps(model, names, exercise, watch=watch):
             _check_numbers(step, len(transcripts) + 1, len(transcript) + 1)
             # The slots of a reference are of no interest afterwards.
@@ -264,7 +262,7 @@ def _seen_experts(watch: SlotWatch, table: ExpertTable) -> dict[tuple[str, int],
     return digests
 
 
-def _check_numbers(step: Step, prompt: int, token: int) -> None:
+def _check_numbers(step: ForwardPass, prompt: int, token: int) -> None:
     if step.has_nan:
         raise ForerouteError(
             f"The reference's logits for token {token} after prompt {prompt} are not numbers (NaN): comparing them "

@@ -38,7 +38,7 @@ class LayerPass(NamedTuple):
     uses: tuple[SlotUse, ...]
 
 
-class Step(NamedTuple):
+class ForwardPass(NamedTuple):
     """One forward pass: its MoE layers in call order, the last position's logits [vocabulary], the likeliest token.
 
     has_nan: some logit is not a number.
@@ -58,7 +58,7 @@ def steps(
     *,
     fed: Sequence[int] | None = None,
     watch: SlotWatch | None = None,
-) -> Iterator[Step]:
+) -> Iterator[ForwardPass]:
     """Prefill the prompt, then go on token by token with the KV cache.
 
     Args:
@@ -76,7 +76,7 @@ def steps(
                 out = model(input_ids=ids, **cache_argument(cache), use_cache=True, **options)
             cache, logits = cache_of(out), out.logits[0, -1]
             token = int(logits.argmax())
-            yield Step(tuple(passes), digest([logits]), token, bool(logits.isnan().any()))
+            yield ForwardPass(tuple(passes), digest([logits]), token, bool(logits.isnan().any()))
             passes.clear()
             ids = torch.tensor([[token if fed is None else fed[at]]])
 

@@ -6,7 +6,7 @@ import torch
 from foreroute.predict.base import RouterSample, TokenGuess
 from foreroute.predict.hybrid import choose
 from foreroute.prepare.controls import Moment, Popularity, previous_token, shuffled, uniform
-from foreroute.prepare.scoring import LayerTally, Tally
+from foreroute.prepare.scoring import LayerTallies, LayerTally
 
 EXPERTS = 16
 
@@ -51,14 +51,14 @@ def test_what_is_no_expert_counts_on_neither_side() -> None:
 
 
 def test_the_mean_leaves_out_the_first_layer_and_those_without_a_guess() -> None:
-    tally = Tally.of(4)
+    tally = LayerTallies.of(4)
     tally.layers[0].add(guess_of([[0, 1]]), truth_of([[2, 3]]), EXPERTS)
     tally.layers[1].add(guess_of([[2, 1]]), truth_of([[2, 3]]), EXPERTS)
     tally.layers[3].add(guess_of([[3, 2]]), truth_of([[2, 3]]), EXPERTS)
     figures = tally.as_dict()
     assert figures["recall_k"] == [0, 0.5, None, 1]
     assert figures["mean"]["recall_k"] == pytest.approx(0.75)
-    assert Tally.of(2).as_dict()["mean"]["recall_k"] is None
+    assert LayerTallies.of(2).as_dict()["mean"]["recall_k"] is None
 
 
 @pytest.mark.parametrize("width", [4, 8])

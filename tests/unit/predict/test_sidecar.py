@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from foreroute.errors import PredictorError
-from foreroute.predict.entry import EntryLayer
+from foreroute.predict import sidecar as sidecars
 from foreroute.predict.ridge import RidgeLayer
-from foreroute.predict.sidecar import SIDECAR_NAME, Sidecar, find_sidecar
+from foreroute.predict.sidecar import SIDECAR_NAME, Sidecar, find_sidecar, read_whole, write_whole
 from foreroute.predict.token_table import TokenTable
 
 
@@ -29,7 +29,6 @@ def sidecar() -> Sidecar:
         choice=["ridge", None],
         about={"tokens": {"fitted": 3}, "b": [1.5, None], "a": 1},
         estimator={"head": torch.randn(4, 3, generator=generator)},
-        entry=[None, EntryLayer(torch.randn(4, 3, generator=generator), torch.randn(3, generator=generator))],
     )
 
 
@@ -44,6 +43,22 @@ def test_what_was_written_comes_back(tmp_path: Path) -> None:
         assert back.tensors()[name].dtype == tensor.dtype
     assert back.ridge[1] is None
     assert back.default_vectors[1] is None
+
+
+def test_one_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+    """It has a guess from before attention besides: what it says of the others holds."""
+    sidecar().save(tmp_path / "new")
+    tensors, about = read_whole(tmp_path / "new")
+    older = tensors | {"entry.1.weights": torch.ones(4, 3), "entry.1.bias": torch.ones(3)}
+    write_whole(tmp_path / "old", older, {**about, "digest": sidecars._digest(older)})
+    back = Sidecar.load(tmp_path / "old", "the fingerprint")
+    back.save(tmp_path / "again")
+    assert (tmp_path / "again").read_bytes() == (tmp_path / "new").read_bytes()
+    write_whole(
+        tmp_path / "damaged", older | {"entry.1.bias": torch.zeros(3)}, about | {"digest": sidecars._digest(older)}
+    )
+    with pytest.raises(PredictorError, match="damaged"):
+        Sidecar.load(tmp_path / "damaged", "the fingerprint")
 
 
 def test_the_bytes_depend_on_the_contents_alone(tmp_path: Path) -> None:

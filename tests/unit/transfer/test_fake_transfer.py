@@ -2,7 +2,8 @@
 
 import pytest
 
-from foreroute.transfer import Completion, FakeTransfer
+from foreroute.transfer import Completion
+from tests.support.fake_transfer import FakeTransfer
 
 
 def test_copies_finish_when_the_test_says_so():

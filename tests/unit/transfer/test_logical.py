@@ -4,8 +4,8 @@ import itertools
 
 import pytest
 
-from foreroute.transfer.fake import FakeTransfer
 from foreroute.transfer.logical import LogicalTransfer
+from tests.support.fake_transfer import FakeTransfer
 
 
 def keys_of(completions):

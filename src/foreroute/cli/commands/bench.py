@@ -11,7 +11,7 @@ from foreroute.errors import ForerouteError
 
 if TYPE_CHECKING:
     from foreroute.bench.asked import Asked
-    from foreroute.bench.session import Progress
+    from foreroute.types import NamedProgress
 
 EXIT_DIFFERENT, EXIT_INTERRUPTED = 1, 130
 # As LADDER of bench/rungs.py has them, which imports too much for --help; a test holds them equal.
@@ -190,7 +190,7 @@ def asked_by(args: argparse.Namespace) -> "Asked":
 
 
 @contextmanager
-def run_bar(total: int, is_quiet: bool) -> Iterator["Progress"]:
+def run_bar(total: int, is_quiet: bool) -> Iterator["NamedProgress"]:
     """A progress bar of runs on standard error; call what it gives with (what runs, done, total)."""
     from rich import progress
 

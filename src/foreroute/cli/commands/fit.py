@@ -44,9 +44,6 @@ def add_parser(commands: Any) -> None:
         "--resume", action=argparse.BooleanOptionalAction, default=True, help="continue a stopped fit (default: yes)"
     )
     parser.add_argument(
-        "--before-attention", action="store_true", help="also fit each layer's guess from its own input, for `score`"
-    )
-    parser.add_argument(
         "--on-policy",
         action="store_true",
         help="fit twice, the second time on the states of a run that waits for no expert; for approximate policies",
@@ -163,7 +160,6 @@ def _fit(args: argparse.Namespace, model: Any, fingerprint: str, corpus: Any, pa
             settings=FitSettings(
                 rows=args.rows,
                 estimator=estimator,
-                before_attention=args.before_attention,
                 on_policy=args.on_policy,
             ),
             progress=show,

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from foreroute.checkpoint.codecs import CODECS, STORED
 from foreroute.cli import figures, options, pack_quantised
-from foreroute.cli.pack_quantised import Quality
 from foreroute.errors import StoreError
 from foreroute.units import format_memory
 
@@ -24,7 +23,6 @@ examples:
   foreroute pack MODEL --out /fast/disk   use: generate ... --packed /fast/disk
   foreroute pack MODEL --quant int4       use: generate ... --packed int4
   foreroute pack MODEL --quant int4 --text book.txt   and what it costs
-  foreroute pack MODEL --quant mixed --int8-share 25%
 
 In a checkpoint an expert is several tensors, which lie where no aligned read
 can begin. In the store it is one read, straight to where it is computed.
@@ -38,9 +36,6 @@ so that it is used only where it is asked for. The error printed is that of a
 layer's products, as a share of them; with --text, perplexity and bits per
 character on that text say what it does to the output, beside the model as
 stored. Computed in bfloat16, on the kind of CPU that packed it.
---quant mixed has the experts used most in int8, the others in int4. A fit knows
-which they are (`foreroute fit`), or they are counted on --text. Slots of memory
-are as large as int8's; what is read is smaller.
 A run that crashed or was killed is continued. Ctrl-C removes what was written,
 unless --keep-partial: then the next `pack` goes on there."""
 
@@ -94,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
             # Another `pack` may have ended just now.
             is_there = _is_there(args, path, table)
             if not is_there:
-                quantiser = _quantiser(args, sketch, path, quality)
+                quantiser = _quantiser(args, sketch, path)
                 _pack(args, table, path, quantiser, claim)
     measured = quantiser if quantiser is not None and quantiser.is_measured else None
     store = PackedStore(path, table)
@@ -115,7 +110,7 @@ def _is_there(args: argparse.Namespace, path: Path, table: "ExpertTable") -> boo
     return not args.force and _is_ours(args, path, table)
 
 
-def _quantiser(args: argparse.Namespace, sketch: "Outline", path: Path, quality: Quality) -> "Quantiser | None":
+def _quantiser(args: argparse.Namespace, sketch: "Outline", path: Path) -> "Quantiser | None":
     """What quantises, if anything is to.
 
     Raises:
@@ -124,8 +119,12 @@ def _quantiser(args: argparse.Namespace, sketch: "Outline", path: Path, quality:
     if args.quant is None:
         _check_room(path, sketch.table)
         return None
+    from foreroute.prepare.quantise import Quantiser
+
     options.apply_threads(args)
-    return pack_quantised.make_quantiser(args, sketch, path, quality, lambda stored: _check_room(path, stored))
+    quantiser = Quantiser(sketch.table, CODECS[args.quant], sketch.is_transposed)
+    _check_room(path, quantiser.table)
+    return quantiser
 
 
 def _tell_errors(quantiser: "Quantiser") -> None:
@@ -135,8 +134,7 @@ def _tell_errors(quantiser: "Quantiser") -> None:
     mean = sum(errors) / len(errors)
     console.print(
         f"Error of a layer's products, as a share of them: {100 * mean:.2f} % on the average, "
-        f"{100 * errors[worst]:.2f} % in MoE layer {worst} ({quantiser.measured} experts of each layer"
-        f"{' and codec' if quantiser.codec.often else ''})."
+        f"{100 * errors[worst]:.2f} % in MoE layer {worst} ({quantiser.measured} experts of each layer)."
     )
 
 
@@ -156,15 +154,14 @@ def _is_ours(args: argparse.Namespace, path: Path, table: "ExpertTable") -> bool
             raise StoreError(f"{path} holds {found.codec} experts, not {codec}.")
     except StoreError as error:
         raise StoreError(f"{error} --force packs over it.") from error
-    pack_quantised.check_choice(found.choice, args, path)
     return True
 
 
 def _check_room(path: Path, table: "ExpertTable") -> None:
     """Raises StoreError when the disk has no room for the store; the room of a partial file counts as free."""
-    from foreroute.checkpoint.records import partial_path, record_strides
+    from foreroute.checkpoint.records import partial_path
 
-    needed = sum(record_strides(table))
+    needed = table.total_slots * table.slot_bytes
     try:
         free = shutil.disk_usage(path.parent).free
     except OSError as error:
@@ -227,8 +224,6 @@ def _tell(args: argparse.Namespace, store: "PackedStore", *, is_there: bool, is_
         print(f"{path} is complete and belongs to this model ({size}): nothing to do. --force packs it again.")
     else:
         print(f"Wrote {path}: {size}.")
-    if store.choice:
-        pack_quantised.tell_choice(store.choice, [len(layer.others) for layer in store.table.layers])
     if args.quant is not None:
         print(f"Use it with --packed {args.quant if is_beside else path}")
         return
@@ -244,7 +239,6 @@ def _tell_json(
     is_there: bool,
     is_beside: bool,
 ) -> None:
-    more_bits = {layer.name: sorted(layer.others) for layer in store.table.layers}
     figures.print_json(
         path=str(store.path),
         store_bytes=store.path.stat().st_size,
@@ -253,6 +247,5 @@ def _tell_json(
         was_there=is_there,
         found_automatically=is_beside and args.quant is None,
         layer_errors=None if quantiser is None else [error.relative for error in quantiser.errors],
-        choice={**store.choice, "int8": more_bits} if store.choice else None,
         quality=quality,
     )

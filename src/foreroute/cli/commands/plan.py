@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from foreroute.cli import figures, options, requests
-from foreroute.cli.forecast import ASSUMPTIONS, Case, forecast
+from foreroute.cli.forecast import ASSUMPTIONS, Forecast, forecast
 from foreroute.config import EngineConfig, Plan
 from foreroute.memory.serving_budget import ServingNeeds
 from foreroute.units import format_memory, format_speed
@@ -56,7 +56,7 @@ class Findings:
     chosen_memory_bytes: int
     bandwidth: "Bandwidth"
     compute_ms: float
-    cases: tuple[Case, ...]
+    cases: tuple[Forecast, ...]
     serving: ServingNeeds | None = None
     context: int | None = None
 

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
 # Tokens that one beginning is continued by.
 _DECODE_TOKENS = 64
-_GAP_NAMES = {"recall_k": "@k", "recall_k2": "@k+2", "missed_mass": "missed"}
 
 _EPILOG = """\
 examples:
@@ -31,9 +30,7 @@ the figures:
   us/token       time that one token's guesses take over all layers
 All are means over the MoE layers after the first. The oracle is the router on
 its own input and must read 100 %; random reads k / experts; shuffled is the
-best predictor's guess given to another token. "before attention" (fit
---before-attention) comes when the layer begins: half the time to fetch, and the
-late ceiling of all that guess from the layer before.
+best predictor's guess given to another token.
 
 Score text that nothing was fitted to."""
 
@@ -131,8 +128,6 @@ def _print_timeliness(timely: "Timeliness") -> None:
 
 
 def _print(scores: "Scores", *, is_fitted: bool) -> None:
-    from foreroute.prepare.score import gap_closed
-
     head = (f"k = {scores.top_k}", "@k", "@k+2", "@2k", "set", "missed", "layer 0", "us/token")
     grid = []
     for name, entry in scores.as_dict()["predictors"].items():
@@ -143,9 +138,5 @@ def _print(scores: "Scores", *, is_fitted: bool) -> None:
     console = figures.stdout_console()
     figures.print_grid(console, head, grid)
     console.print(f"In %, {scores.num_tokens:,} tokens, means over the MoE layers after the first.", style="dim")
-    gap = gap_closed(scores)
-    if gap is not None:
-        parts = ", ".join(f"{figures.percent(gap[name], 1)} in {text}" for name, text in _GAP_NAMES.items())
-        console.print(f"Of the way from default vectors to the late ceiling (before attention): {parts}.", style="dim")
     if not is_fitted:
         console.print("Nothing is fitted to this model yet: `foreroute fit` makes better guesses.", style="dim")

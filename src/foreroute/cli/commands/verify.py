@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from foreroute.engine.stats import EngineStats
-    from foreroute.verification.compare import Difference, Verdict
+    from foreroute.verification.compare import FirstDifference, Verdict
     from foreroute.verification.reference import Reference
     from foreroute.verification.transcript import Exercise
 
@@ -255,7 +255,7 @@ def _account(outcome: _Outcome, num_prompts: int) -> list[figures.Row]:
     ]  # fmt: skip
 
 
-def where(first: "Difference", text: str) -> str:
+def where(first: "FirstDifference", text: str) -> str:
     """The place of a difference in one sentence."""
     from foreroute.verification.compare import DENSE, EXPERTS, ROUTER
 
@@ -270,7 +270,7 @@ def where(first: "Difference", text: str) -> str:
     return f"First difference: prompt {first.prompt} ({shown!r}), {step}: {what}."
 
 
-def _remedies(first: "Difference", plan: Plan) -> list[str]:
+def _remedies(first: "FirstDifference", plan: Plan) -> list[str]:
     if not first.experts or plan.source != "packed":
         return []
     return ["Experts came from a packed store: pack again (foreroute pack MODEL --force), or verify with --packed no."]

@@ -16,7 +16,7 @@ from foreroute.kernels.torch.experts import ExpertMath, Operands
 from foreroute.kernels.torch.gguf_blocks import GGUF_DECODERS
 
 # Writes the numbers of a matrix's components to `out` [rows, columns], contiguous, of the compute dtype.
-Decoder = Callable[[Sequence[torch.Tensor], torch.Tensor, Coding], None]
+Dequantiser = Callable[[Sequence[torch.Tensor], torch.Tensor, Coding], None]
 
 _FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 _MXFP4_GROUP = 32
@@ -164,7 +164,7 @@ def _spread(grid: torch.Tensor, columns_at_once: int, num_columns: int) -> torch
     return grid.repeat_interleave(columns_at_once, 1)[:, :num_columns]
 
 
-DECODERS: Mapping[str, Decoder] = {
+DECODERS: Mapping[str, Dequantiser] = {
     "mxfp4": decode_mxfp4,
     "fp8": decode_fp8,
     "fp8-scaled": decode_fp8_scaled,

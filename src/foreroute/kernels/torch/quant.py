@@ -102,17 +102,15 @@ class QuantisedMath(ExpertMath):
     """A family's expert with both matrices quantised. An expert's operands are its matrices and biases.
 
     bits, group: of the codec. positions: of the family's parts among the stored ones, which have scales between them.
-    is_mixed: some experts have 8 bits and the others `bits`; their first stored part says it, and is no operand.
     """
 
     bits: int = 8
     group: int = 0
     positions: tuple[int, ...] = ()
-    is_mixed: bool = False
 
     def operands(self, parts: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """An expert's stored parts, as they are: matrices followed by their scales."""
-        return tuple(parts[1:] if self.is_mixed else parts)
+        return tuple(parts)
 
     @property
     def operand_kind(self) -> tuple[int, int, bool]:
@@ -121,7 +119,6 @@ class QuantisedMath(ExpertMath):
 
     def widths(self, shapes: Sequence[Sequence[int]]) -> tuple[int, int]:
         """Columns of the first and of the second product."""
-        shapes = shapes[1:] if self.is_mixed else shapes
         return shapes[self.positions[self.up_at]][0], shapes[self.positions[self.down_at]][0]
 
     @property
@@ -132,8 +129,7 @@ class QuantisedMath(ExpertMath):
     def matrix(self, operands: Operands, part_at: int) -> Matrix:
         """The matrix that was the family's part `part_at`."""
         at = self.positions[part_at]
-        bits = 8 if operands[at].dtype == torch.int8 else 4
-        return Matrix(operands[at], operands[at + 1], bits, self.group)
+        return Matrix(operands[at], operands[at + 1], self.bits, self.group)
 
     def bias(self, operands: Operands, part_at: int) -> torch.Tensor:
         """The bias that was the family's part `part_at`."""
@@ -176,8 +172,6 @@ class QuantisedToken:
         up_at, down_at = math.positions[math.up_at], math.positions[math.down_at]
         group = math.group
         kernel = _int8_product if math.bits == 8 else torch._weight_int4pack_mm_for_cpu
-        if math.is_mixed:
-            kernel = _product_by_dtype
         up = torch.cat([kernel(hidden, expert[up_at], group, expert[up_at + 1]) for expert in operands])
         if math.up_bias_at >= 0:
             up += torch.stack([math.bias(expert, math.up_bias_at) for expert in operands])
@@ -216,15 +210,7 @@ def _int8_product(rows: torch.Tensor, values: torch.Tensor, group: int, scales: 
     return torch._weight_int8pack_mm(rows, values, scales)
 
 
-def _product_by_dtype(rows: torch.Tensor, values: torch.Tensor, group: int, scales: torch.Tensor) -> torch.Tensor:
-    if values.dtype == torch.int8:
-        return torch._weight_int8pack_mm(rows, values, scales)
-    return torch._weight_int4pack_mm_for_cpu(rows, values, group, scales)
-
-
-def quantised(
-    math: ExpertMath, num_parts: Sequence[int], bits: int, group: int, *, is_mixed: bool = False
-) -> QuantisedMath:
+def quantised(math: ExpertMath, num_parts: Sequence[int], bits: int, group: int) -> QuantisedMath:
     """A family's maths over quantised parts.
 
     Args:
@@ -233,7 +219,7 @@ def quantised(
     starts = [sum(num_parts[:at]) for at in range(len(num_parts))]
     return QuantisedMath(
         math.gate, math.up_at, math.down_at, math.up_bias_at, math.down_bias_at, math.is_transposed,
-        bits, group, tuple(starts), is_mixed,
+        bits, group, tuple(starts),
     )  # fmt: skip
 
 
@@ -265,7 +251,7 @@ def math_of(
                 f"{layer.name}: how this family computes an expert is not known. Use --packed no."
             )
         num_parts = [min(len(part.shape), 2) for part in layer.family_layout.parts]
-        made.append(quantised(entry, num_parts, codec.bits, codec.group, is_mixed=bool(codec.often)))
+        made.append(quantised(entry, num_parts, codec.bits, codec.group))
     # Its kernels would read past the ends of rows that are not whole blocks.
     check_shapes(source, codec, [entry.is_transposed for entry in made])
     return made

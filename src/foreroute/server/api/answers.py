@@ -9,7 +9,7 @@ from typing import Any
 
 from starlette.requests import Request as HttpRequest
 
-from foreroute.batching.requests import Engine, Event, Finished, PromptScored, Request, Sampling, Step
+from foreroute.batching.requests import AnswerEvent, Engine, Finished, NewToken, PromptScored, Request, Sampling
 from foreroute.errors import ContextLengthError, ForerouteError, QueueFullError
 from foreroute.server.api.problems import ApiError, not_possible
 from foreroute.server.api.schema import ChatRequest, CompletionRequest
@@ -39,7 +39,7 @@ class Answers:
     ) -> None:
         self._param = param
         self._engine, self._requests, self._metrics, self._settings = engine, requests, metrics, settings
-        self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        self._events: asyncio.Queue[tuple[int, AnswerEvent]] = asyncio.Queue()
         self._open: dict[int, tuple[Any, RequestClock]] = {}
 
     def submit(self) -> None:
@@ -79,7 +79,7 @@ class Answers:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
 
-    async def __aiter__(self) -> AsyncIterator[tuple[int, Event]]:
+    async def __aiter__(self) -> AsyncIterator[tuple[int, AnswerEvent]]:
         """Events until every request has ended.
 
         Raises:
@@ -96,9 +96,9 @@ class Answers:
                     raise ApiError(status, what, code="engine_error")
             yield index, event
 
-    def _arrived(self, loop: asyncio.AbstractEventLoop, clock: RequestClock, index: int, event: Event) -> None:
+    def _arrived(self, loop: asyncio.AbstractEventLoop, clock: RequestClock, index: int, event: AnswerEvent) -> None:
         """In the engine's thread."""
-        if isinstance(event, Step):
+        if isinstance(event, NewToken):
             clock.token()
         # The loop ends before the engine does when the server stops.
         with contextlib.suppress(RuntimeError):
@@ -110,13 +110,13 @@ class Choice:
 
     def __init__(self) -> None:
         self.text = ""
-        self.steps: list[Step] = []
+        self.steps: list[NewToken] = []
         self.prompt: PromptScored | None = None
         self.end: Finished | None = None
 
-    def add(self, event: Event) -> None:
+    def add(self, event: AnswerEvent) -> None:
         """Take one event in."""
-        if isinstance(event, Step):
+        if isinstance(event, NewToken):
             self.text += event.text
             self.steps.append(event)
         elif isinstance(event, PromptScored):
@@ -175,19 +175,20 @@ def sampling_of(asked: ChatRequest | CompletionRequest, settings: ServerSettings
     return Sampling(
         temperature=settings.temperature if asked.temperature is None else asked.temperature,
         top_p=asked.top_p,
-        top_k=None if asked.top_k in (-1, 0) else asked.top_k,
+        top_k=0 if asked.top_k == -1 else asked.top_k,
         min_p=asked.min_p,
         repetition_penalty=asked.repetition_penalty,
         presence_penalty=asked.presence_penalty or 0.0,
         frequency_penalty=asked.frequency_penalty or 0.0,
         logit_bias=_bias(asked.logit_bias or {}, settings.limits.logit_bias),
+        min_tokens=asked.min_tokens or 0,
         # Other choices of a seeded request are other draws, and the same ones each time.
         seed=None if seed is None else (seed + index) % 2**63,
     )
 
 
 def check_counts(asked: ChatRequest | CompletionRequest, settings: ServerSettings) -> list[str]:
-    """The stop texts, after n and stop were found to be within the limits.
+    """The stop texts, after n, stop and min_tokens were found to be within the limits.
 
     Raises:
         ApiError: they are not.
@@ -200,6 +201,8 @@ def check_counts(asked: ChatRequest | CompletionRequest, settings: ServerSetting
         raise not_possible("stop", f"stop has {len(stop)} texts; at most {limits.stop} are watched for.")
     if any(len(text) > limits.stop_chars for text in stop):
         raise not_possible("stop", f"A stop text is longer than {limits.stop_chars} characters.")
+    if asked.most_new is not None and (asked.min_tokens or 0) > asked.most_new:
+        raise not_possible("min_tokens", f"min_tokens is {asked.min_tokens}, and at most {asked.most_new} are given.")
     # lm-eval sends an empty one where a model has no end token: it would end everything before it began.
     return [text for text in dict.fromkeys(stop) if text]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from starlette.requests import Request as HttpRequest
 
-from foreroute.batching.requests import Finished, Request, Step
+from foreroute.batching.requests import Finished, NewToken, Request
 from foreroute.server.api.answers import (
     Answers,
     Choice,
@@ -86,20 +86,20 @@ async def _chunks(
     if asked.wants_usage:
         head["usage"] = None
 
-    def chunk(index: int, delta: dict[str, Any], steps: list[Step], reason: str | None = None) -> dict[str, Any]:
+    def chunk(index: int, delta: dict[str, Any], steps: list[NewToken], reason: str | None = None) -> dict[str, Any]:
         logprobs = _logprobs(steps, texts) if asked.logprobs and steps else None
         return {**head, "choices": [{"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}]}
 
     with answers:
         choices = [Choice() for _ in range(asked.n or 1)]
         # Tokens whose text has not been sent: half a character, or what may become a stop text.
-        held: list[list[Step]] = [[] for _ in choices]
+        held: list[list[NewToken]] = [[] for _ in choices]
         for index in range(len(choices)):
             yield chunk(index, {"role": "assistant", "content": ""}, [])
         async for index, event in answers:
             choices[index].add(event)
             text = ""
-            if isinstance(event, Step):
+            if isinstance(event, NewToken):
                 held[index].append(event)
                 text = event.text
             elif isinstance(event, Finished):
@@ -119,7 +119,7 @@ def _reason(choice: Choice) -> str:
     return choice.end.reason
 
 
-def _logprobs(steps: list[Step], texts: TokenTexts) -> dict[str, Any]:
+def _logprobs(steps: list[NewToken], texts: TokenTexts) -> dict[str, Any]:
     return {
         "content": [
             {

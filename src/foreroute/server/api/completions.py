@@ -7,7 +7,7 @@ from typing import Any
 
 from starlette.requests import Request as HttpRequest
 
-from foreroute.batching.requests import Finished, PromptScored, Request, Step, Top
+from foreroute.batching.requests import Finished, NewToken, PromptScored, Request, Top
 from foreroute.server.api.answers import (
     Answers,
     Choice,
@@ -112,7 +112,7 @@ class _Shown:
         self._has_echo = bool(asked.echo)
         self._offset = 0
         # Tokens whose text has not been sent: half a character, or what may become a stop text.
-        self._held: list[Step] = []
+        self._held: list[NewToken] = []
 
     def whole(self, index: int, choice: Choice) -> dict[str, Any]:
         """The choice, all at once."""
@@ -127,9 +127,9 @@ class _Shown:
         logprobs = self._logprobs(scored, [])
         return {"index": index, "text": self._echo, "logprobs": logprobs, "finish_reason": None}
 
-    def piece(self, index: int, event: Step | Finished) -> list[dict[str, Any]]:
+    def piece(self, index: int, event: NewToken | Finished) -> list[dict[str, Any]]:
         """The pieces that a token or the end makes: none while its text is held."""
-        if isinstance(event, Step):
+        if isinstance(event, NewToken):
             self._held.append(event)
         is_last = isinstance(event, Finished)
         pieces: list[dict[str, Any]] = []
@@ -151,7 +151,7 @@ class _Shown:
         """Whether there is a first piece at all."""
         return self._has_echo
 
-    def _logprobs(self, scored: PromptScored | None, steps: Sequence[Step]) -> dict[str, Any] | None:
+    def _logprobs(self, scored: PromptScored | None, steps: Sequence[NewToken]) -> dict[str, Any] | None:
         if not self._has_logprobs:
             return None
         rows: list[tuple[int, float | None, Top | None]] = [(one.token_id, one.logprob, one.top) for one in steps]
@@ -190,7 +190,7 @@ async def _chunks(
             choices[index].add(event)
             if isinstance(event, PromptScored):
                 yield {**head, "choices": [shown[index].start(index, event)]}
-            elif isinstance(event, (Step, Finished)):
+            elif isinstance(event, (NewToken, Finished)):
                 for piece in shown[index].piece(index, event):
                     yield {**head, "choices": [piece]}
         if asked.wants_usage:

@@ -30,7 +30,6 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "suffix": ("",),
     "use_beam_search": (False,),
     "length_penalty": (1, 1.0),
-    "min_tokens": (0,),
     "stop_token_ids": ([],),
     "bad_words": ([],),
     "include_stop_str_in_output": (False,),
@@ -134,8 +133,9 @@ class _Request(_Strict):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
-    # vLLM's: the model's own end does not end the answer. Benchmarks want answers of a given length.
+    # vLLM's: the model's own end does not end the answer, or not yet. Benchmarks want answers of a given length.
     ignore_eos: bool | None = None
+    min_tokens: int | None = Field(None, ge=0, lt=2**31)
 
     @model_validator(mode="before")
     @classmethod
@@ -241,6 +241,11 @@ class CompletionRequest(_Request):
     logprobs: int | None = Field(None, ge=0, le=5)
     echo: bool | None = None
     best_of: int | None = Field(None, ge=1)
+
+    @property
+    def most_new(self) -> int | None:
+        """Tokens to generate at most; None: as many as a completion has."""
+        return self.max_tokens
 
     @model_validator(mode="after")
     def _agree(self) -> "CompletionRequest":

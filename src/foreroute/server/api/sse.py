@@ -30,7 +30,44 @@ def event(body: dict[str, Any]) -> bytes:
     return b"data: " + text.encode() + b"\n\n"
 
 
-class EventStream(Response):
+class UntilGone(Response):
+    """A response that is sent as it comes, until it is whole, or its client has left or leaves unread what was sent."""
+
+    async def __call__(
+        self,
+        scope: MutableMapping[str, Any],
+        receive: Callable[[], Awaitable[MutableMapping[str, Any]]],
+        send: Callable[[MutableMapping[str, Any]], Awaitable[None]],
+    ) -> None:
+        """Send everything, or stop at once when the client has left."""
+        tasks = asyncio.ensure_future(self.send_all(send)), asyncio.ensure_future(until_gone(receive))
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            self.end()
+            for task in tasks:
+                task.cancel()
+            # A reader that is too slow is left, like one that has left.
+            for task in tasks:
+                with suppress(asyncio.CancelledError, asyncio.TimeoutError, OSError):
+                    await task
+
+    async def send_all(self, send: Callable[[MutableMapping[str, Any]], Awaitable[None]]) -> None:
+        """Send the head and all parts."""
+        raise NotImplementedError
+
+    def end(self) -> None:
+        """Called once, however it ends."""
+        raise NotImplementedError
+
+
+async def until_gone(receive: Callable[[], Awaitable[MutableMapping[str, Any]]]) -> None:
+    """Return when the client has left."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class EventStream(UntilGone):
     """An answer made of events.
 
     Args:
@@ -46,28 +83,13 @@ class EventStream(Response):
         super().__init__()
         self._events, self._settings, self._on_end = events, settings, on_end
 
-    async def __call__(
-        self,
-        scope: MutableMapping[str, Any],
-        receive: Callable[[], Awaitable[MutableMapping[str, Any]]],
-        send: Callable[[MutableMapping[str, Any]], Awaitable[None]],
-    ) -> None:
-        """Send everything, or stop at once when the client has left."""
-        sending = asyncio.ensure_future(self._send_all(send))
-        watching = asyncio.ensure_future(until_gone(receive))
-        try:
-            await asyncio.wait({sending, watching}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            self._on_end()
-            for task in (sending, watching):
-                task.cancel()
-            # A reader that is too slow is left, like one that has left.
-            with suppress(asyncio.CancelledError, asyncio.TimeoutError, OSError):
-                await sending
-            with suppress(asyncio.CancelledError):
-                await watching
+    def end(self) -> None:
+        """See `UntilGone`."""
+        self._on_end()
 
-    async def _send_all(self, send: Callable[[MutableMapping[str, Any]], Awaitable[None]]) -> None:
+    async def send_all(self, send: Callable[[MutableMapping[str, Any]], Awaitable[None]]) -> None:
+        """See `UntilGone`."""
+
         async def push(part: bytes, *, more: bool = True) -> None:
             message = {"type": "http.response.body", "body": part, "more_body": more}
             await asyncio.wait_for(send(message), self._settings.limits.send_s)
@@ -104,9 +126,3 @@ class EventStream(Response):
 
 async def _next(coming: AsyncIterator[dict[str, Any]]) -> dict[str, Any]:
     return await anext(coming)
-
-
-async def until_gone(receive: Callable[[], Awaitable[MutableMapping[str, Any]]]) -> None:
-    """Return when the client has left."""
-    while (await receive())["type"] != "http.disconnect":
-        pass

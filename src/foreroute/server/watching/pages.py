@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, MutableMapping
-from contextlib import suppress
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -13,7 +12,7 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from foreroute.server.api.problems import ApiError
-from foreroute.server.api.sse import until_gone
+from foreroute.server.api.sse import UntilGone
 from foreroute.server.backend import Backend
 from foreroute.server.settings import ServerSettings
 from foreroute.server.watching.live import LiveFeed
@@ -76,7 +75,7 @@ def page_routes(feed: Callable[[], LiveFeed], send_s: float) -> list[BaseRoute]:
     return [Route("/", front), Route("/page/{name}", part), Route("/live", live)]
 
 
-class _Watching(Response):
+class _Watching(UntilGone):
     """The feed for a viewer who has entered: the place is free again however this ends.
 
     Args:
@@ -88,25 +87,13 @@ class _Watching(Response):
         del self.headers["content-length"]
         self._feed, self._send_s = feed, send_s
 
-    async def __call__(
-        self,
-        scope: MutableMapping[str, Any],
-        receive: Callable[[], Awaitable[MutableMapping[str, Any]]],
-        send: Callable[[MutableMapping[str, Any]], Awaitable[None]],
-    ) -> None:
-        """Send events until the viewer has left, or does not read, or the server stops."""
-        tasks = asyncio.ensure_future(self._send_all(send)), asyncio.ensure_future(until_gone(receive))
-        try:
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            self._feed.leave()
-            for task in tasks:
-                task.cancel()
-            for task in tasks:
-                with suppress(asyncio.CancelledError, asyncio.TimeoutError, OSError):
-                    await task
+    def end(self) -> None:
+        """See `UntilGone`."""
+        self._feed.leave()
 
-    async def _send_all(self, send: Callable[[MutableMapping[str, Any]], Awaitable[None]]) -> None:
+    async def send_all(self, send: Callable[[MutableMapping[str, Any]], Awaitable[None]]) -> None:
+        """Send events until the server stops."""
+
         async def push(body: bytes, *, more: bool = True) -> None:
             await asyncio.wait_for(send({"type": "http.response.body", "body": body, "more_body": more}), self._send_s)
 

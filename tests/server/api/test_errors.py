@@ -73,6 +73,7 @@ def error_of(response: Any, status: int) -> dict[str, Any]:
         ({"messages": HI, "chat_template": "{{ 1 }}"}, "chat_template", "unsupported_parameter"),
         ({"messages": HI, "chat_template_kwargs": {"a": 1}}, "chat_template_kwargs", "unsupported_parameter"),
         ({"messages": HI, "tempurature": 1}, "tempurature", "unknown_parameter"),
+        ({"messages": HI, "min_tokens": 3, "max_completion_tokens": 2}, "min_tokens", "invalid_value"),
     ],
 )
 def test_bad_chats(serve: Serve, body: dict[str, Any], param: str | None, code: str) -> None:
@@ -101,7 +102,9 @@ def test_bad_chats(serve: Serve, body: dict[str, Any], param: str | None, code: 
         ({"prompt": "a", "suffix": "b"}, "suffix"),
         ({"prompt": "a", "logprobs": 6}, "logprobs"),
         ({"prompt": "a", "max_tokens": 0}, "max_tokens"),
-        ({"prompt": "a", "min_tokens": 3}, "min_tokens"),
+        ({"prompt": "a", "min_tokens": -1}, "min_tokens"),
+        ({"prompt": "a", "min_tokens": 3, "max_tokens": 2}, "min_tokens"),
+        ({"prompt": "a", "stop_token_ids": [3]}, "stop_token_ids"),
     ],
 )
 def test_bad_completions(serve: Serve, body: dict[str, Any], param: str) -> None:

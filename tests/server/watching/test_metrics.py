@@ -114,7 +114,7 @@ def test_the_dashboard_asks_for_what_is_there(serve: Serve, load: Any) -> None:
     served.backend.loaded.model = model
     served.chat()
     there = {re.split(r"[{ ]", line)[0] for line in served.client.get("/metrics").text.splitlines()}
-    dashboard = (Path(__file__).parents[2] / "docs" / "grafana.json").read_text()
+    dashboard = (Path(__file__).parents[3] / "docs" / "grafana.json").read_text()
     asked = set(re.findall(r"foreroute_\w+", dashboard))
     assert len(asked) > 15
     assert asked <= there

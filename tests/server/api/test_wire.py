@@ -120,6 +120,9 @@ def test_what_is_asked_reaches_the_engine(serve: Serve) -> None:
     assert request.sampling.frequency_penalty == 1.0
     assert request.sampling.presence_penalty == -1.0
     assert request.sampling.logit_bias == {5: -100}
+    assert request.sampling.top_k is None, "the model's own holds"
+    served.chat(top_k=-1, min_tokens=4)
+    assert (served.engine.requests[-1].sampling.top_k, served.engine.requests[-1].sampling.min_tokens) == (0, 4)
 
 
 @pytest.mark.parametrize("asked", [True, False, None])
