@@ -37,7 +37,7 @@ from foreroute.bench.repeats import turns
 from foreroute.checkpoint.locate import read_index
 from foreroute.checkpoint.records import open_store
 from foreroute.cli.commands.evaluate import default_held_out
-from foreroute.model.skeleton import outline
+from foreroute.model.build.skeleton import outline
 from foreroute.model.text import load_tokenizer
 
 ALONE, TOGETHER = "alone", "together"

@@ -79,7 +79,7 @@ def _pack(folder: Path) -> None:
     from foreroute.checkpoint.codecs import CODECS
     from foreroute.checkpoint.locate import read_index
     from foreroute.checkpoint.records import store_name
-    from foreroute.model.skeleton import outline
+    from foreroute.model.build.skeleton import outline
     from foreroute.prepare.pack import pack
     from foreroute.prepare.quantise import Quantiser
 

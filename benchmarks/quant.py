@@ -22,8 +22,8 @@ from benchmarks import _harness
 from foreroute import EngineConfig
 from foreroute.checkpoint.codecs import CODECS, STORED
 from foreroute.checkpoint.locate import read_index
+from foreroute.model.build.skeleton import outline
 from foreroute.model.caches import cache_argument, cache_of
-from foreroute.model.skeleton import outline
 from foreroute.prepare.pack import pack
 from foreroute.prepare.quantise import Quantiser
 

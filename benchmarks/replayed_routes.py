@@ -38,8 +38,8 @@ from foreroute import EngineConfig
 from foreroute.bench.bandwidth import measure_bandwidth
 from foreroute.checkpoint.locate import read_index
 from foreroute.checkpoint.records import open_store
+from foreroute.model.build.skeleton import outline
 from foreroute.model.caches import cache_argument
-from foreroute.model.skeleton import outline
 from foreroute.residency.belady import belady_misses
 
 STREAMS, TAKEN = 4, 2

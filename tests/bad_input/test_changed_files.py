@@ -18,7 +18,7 @@ from foreroute.checkpoint.locate import read_index
 from foreroute.checkpoint.records import STORE_NAME
 from foreroute.errors import ChangedFileError, ForerouteError, ReadError
 from foreroute.loading import load as loader
-from foreroute.model.skeleton import load_skeleton, outline
+from foreroute.model.build.skeleton import load_skeleton, outline
 from foreroute.transfer.files import BlockFiles
 from foreroute.transfer.memory import map_memory
 from tests.support.broken import copied, overwrite, read_parts, replace, write_parts

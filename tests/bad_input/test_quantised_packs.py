@@ -21,7 +21,7 @@ from foreroute.checkpoint.locate import read_index
 from foreroute.checkpoint.records import StoreWriter, partial_path, store_name
 from foreroute.errors import StoreError, UnsupportedModelError
 from foreroute.kernels.torch import quant
-from foreroute.model.skeleton import outline
+from foreroute.model.build.skeleton import outline
 from foreroute.prepare.pack import pack
 from foreroute.prepare.quantise import Quantiser
 from tests.support.broken import copied
@@ -179,7 +179,7 @@ from foreroute.checkpoint.codecs import CODECS
 from foreroute.checkpoint.locate import read_index
 from foreroute.prepare.pack import pack
 from foreroute.prepare.quantise import Quantiser
-from foreroute.model.skeleton import outline
+from foreroute.model.build.skeleton import outline
 
 records._SYNC_EVERY_BYTES = 1
 folder = Path(sys.argv[1])

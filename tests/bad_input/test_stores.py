@@ -170,7 +170,7 @@ from pathlib import Path
 from foreroute.checkpoint import records
 from foreroute.checkpoint.locate import read_index
 from foreroute.prepare.pack import pack
-from foreroute.model.skeleton import outline
+from foreroute.model.build.skeleton import outline
 
 records._SYNC_EVERY_BYTES = 1  # the table follows after every record, not after 256 MB
 folder = Path(sys.argv[1])

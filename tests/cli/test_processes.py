@@ -27,7 +27,7 @@ generate.run = lambda args: [write("word ") for write in itertools.repeat(figure
 
 def table_of(folder: Path):
     from foreroute.checkpoint.locate import read_index
-    from foreroute.model.skeleton import outline
+    from foreroute.model.build.skeleton import outline
 
     return outline(folder, read_index(folder)).table
 

@@ -16,7 +16,7 @@ from foreroute.engine.moe_step import MoeStep
 from foreroute.loading import engines
 from foreroute.loading import expert_math as family_math
 from foreroute.loading import load as loader
-from foreroute.model.skeleton import outline
+from foreroute.model.build.skeleton import outline
 from foreroute.prepare.pack import pack
 from foreroute.residency.slots import READY, Residency
 from foreroute.transfer.load import Load

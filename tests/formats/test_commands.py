@@ -14,7 +14,7 @@ from foreroute.cli.main import EXIT_ERROR, main
 from foreroute.kernels.torch import dequantise
 from foreroute.kernels.torch.dequantise import decode_fp8
 from foreroute.kernels.torch.quant import Matrix, decode, encode
-from foreroute.model.skeleton import outline
+from foreroute.model.build.skeleton import outline
 from foreroute.prepare.pack import pack
 from foreroute.prepare.quantise import Quantiser
 from foreroute.residency.slots import READY

@@ -10,7 +10,7 @@ import pytest
 
 from foreroute.checkpoint.locate import read_index
 from foreroute.errors import CheckpointError
-from foreroute.model.skeleton import outline
+from foreroute.model.build.skeleton import outline
 from tests.support.checkpoints import edit_json
 from tests.support.quantised import compressed, write_awq, write_gptq
 from tests.support.runs import ONE_PROMPT, assert_same_bits, generate

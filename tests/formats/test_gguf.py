@@ -29,7 +29,7 @@ from foreroute.errors import (
 from foreroute.kernels.slot_views import TORCH_DTYPES
 from foreroute.kernels.torch.dequantise import Workspaces, decode_part
 from foreroute.kernels.torch.gguf_blocks import dequantise_gguf
-from foreroute.model.skeleton import outline
+from foreroute.model.build.skeleton import outline
 from foreroute.model.text import load_tokenizer
 from foreroute.transfer.disk import DiskTransfer
 from foreroute.transfer.memory import allocate_slots

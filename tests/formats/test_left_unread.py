@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from foreroute.checkpoint.locate import read_index
 from foreroute.errors import CorruptCheckpointError
-from foreroute.model.skeleton import outline
+from foreroute.model.build.skeleton import outline
 from tests.support.checkpoints import edit_json
 from tests.support.quantised import rewritten, write_awq, write_float_quantised, write_fp8, write_gptq
 from tests.support.runs import ONE_PROMPT, assert_same_bits, expert_table, generate, packed_store

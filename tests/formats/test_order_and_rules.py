@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from foreroute.checkpoint.locate import read_index
 from foreroute.errors import CheckpointError, CorruptCheckpointError, UnsupportedModelError
-from foreroute.model.skeleton import outline
+from foreroute.model.build.skeleton import outline
 from tests.formats.plain import FORMATS, State, numbers, plain
 from tests.support.checkpoints import edit_json
 from tests.support.quantised import gptq_components, rewritten, write_awq, write_gptq, write_mxfp4

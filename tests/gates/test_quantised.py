@@ -13,7 +13,7 @@ from foreroute.checkpoint.locate import read_index
 from foreroute.checkpoint.records import PackedStore, store_name
 from foreroute.errors import StoreError
 from foreroute.kernels.torch.quant import Matrix, decode, encode
-from foreroute.model.skeleton import outline
+from foreroute.model.build.skeleton import outline
 from foreroute.prepare.pack import pack
 from foreroute.prepare.quantise import Quantiser
 from tests.support.runs import ONE_PROMPT, THREE_PROMPTS, assert_same_bits, generate

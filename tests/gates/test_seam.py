@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from foreroute.checkpoint.locate import read_index
 from foreroute.errors import CorruptCheckpointError, UnsupportedModelError
 from foreroute.model.blocks import probe
+from foreroute.model.build.skeleton import load_skeleton, offloaded_modules, outline, swapped_experts
 from foreroute.model.caches import CACHE_NAME, cache_of
 from foreroute.model.experts import is_experts_class
-from foreroute.model.skeleton import load_skeleton, offloaded_modules, outline, swapped_experts
 from tests.support.checkpoints import save_hollow
 from tests.support.families import FAMILIES
 from tests.support.runs import ONE_PROMPT, assert_same_bits, expert_table, generate

@@ -14,7 +14,7 @@ import torch
 from foreroute.checkpoint.layouts import ExpertTable
 from foreroute.checkpoint.locate import read_index
 from foreroute.checkpoint.records import STORE_NAME
-from foreroute.model.skeleton import outline
+from foreroute.model.build.skeleton import outline
 from foreroute.prepare.pack import pack
 from tests.support.families import PAD_ID, VOCAB_SIZE
 

@@ -13,7 +13,7 @@ from foreroute.config import EngineConfig, Plan
 from foreroute.errors import BudgetError, PromptError
 from foreroute.loading.load import load
 from foreroute.memory.host import choose_memory
-from foreroute.model.skeleton import outline
+from foreroute.model.build.skeleton import outline
 from foreroute.types import ExpertReads
 from foreroute.units import format_memory
 

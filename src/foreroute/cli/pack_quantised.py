@@ -12,7 +12,7 @@ from foreroute.errors import EvaluationError, StoreError
 if TYPE_CHECKING:
     from foreroute.evals.quantised import Reading
     from foreroute.evals.text import TextWindows
-    from foreroute.model.skeleton import Outline
+    from foreroute.model.build.skeleton import Outline
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -14,8 +14,8 @@ from foreroute.checkpoint.locate import locate, read_index
 from foreroute.checkpoint.records import PackedStore, open_store
 from foreroute.loading.expert_math import math_of_layers
 from foreroute.model.blocks import probe
+from foreroute.model.build.skeleton import Outline, offloaded_modules, outline
 from foreroute.model.expert_set import ExpertSet
-from foreroute.model.skeleton import Outline, offloaded_modules, outline
 
 
 @dataclass(frozen=True)

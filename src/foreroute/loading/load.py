@@ -24,8 +24,8 @@ from foreroute.loading.open_device import open_device
 from foreroute.memory.device import move_dense
 from foreroute.memory.host import usable_cpus
 from foreroute.memory.plan import MemoryPlan, check_before, plan_memory
+from foreroute.model.build.skeleton import load_skeleton
 from foreroute.model.expert_set import ExpertSet
-from foreroute.model.skeleton import load_skeleton
 from foreroute.policy import Policy
 from foreroute.predict.build import open_sidecar
 from foreroute.predict.sidecar import Sidecar

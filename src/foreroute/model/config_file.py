@@ -5,9 +5,9 @@ from typing import Any
 
 from foreroute.checkpoint.gguf_file import is_gguf, read_gguf
 from foreroute.errors import CheckpointError, UnsupportedModelError, named
-from foreroute.model.config_sizes import check_sizes
-from foreroute.model.generation_file import check_token_ids
-from foreroute.model.gguf_model import gguf_config
+from foreroute.model.build.config_sizes import check_sizes
+from foreroute.model.build.generation_file import check_token_ids
+from foreroute.model.build.gguf_model import gguf_config
 from foreroute.reading import read_object
 
 

@@ -25,7 +25,7 @@ from foreroute.config import EngineConfig
 from foreroute.errors import BudgetError, CheckpointError, ForerouteError, UnsupportedModelError
 from foreroute.loading.load import load
 from foreroute.memory.host import available_ram
-from foreroute.model.skeleton import Outline
+from foreroute.model.build.skeleton import Outline
 from foreroute.types import Progress
 from foreroute.units import format_memory
 from foreroute.verification.slot_watch import SlotWatch, digest, expert_digest

@@ -13,7 +13,7 @@ from foreroute.units import format_memory
 if TYPE_CHECKING:
     from foreroute.checkpoint.layouts import ExpertTable
     from foreroute.checkpoint.records import PackedStore
-    from foreroute.model.skeleton import Outline
+    from foreroute.model.build.skeleton import Outline
     from foreroute.prepare.quantise import Quantiser
     from foreroute.writing import Claim
 
@@ -74,8 +74,8 @@ def run(args: argparse.Namespace) -> int:
         from foreroute.checkpoint.codecs import check_shapes
         from foreroute.checkpoint.locate import read_index
         from foreroute.checkpoint.records import PackedStore, claim_store, store_name
-        from foreroute.model.skeleton import outline
-        from foreroute.model.unplaced import tell
+        from foreroute.model.build.skeleton import outline
+        from foreroute.model.build.unplaced import tell
 
         sketch = outline(folder, read_index(folder))
         tell(sketch.notes, folder)

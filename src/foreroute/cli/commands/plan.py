@@ -102,7 +102,7 @@ def find(folder: Path, args: argparse.Namespace, config: EngineConfig) -> Findin
     from foreroute.cli import probes
     from foreroute.memory.host import available_ram, choose_memory
     from foreroute.memory.kv import planned_kv_bytes_per_token
-    from foreroute.model.skeleton import outline
+    from foreroute.model.build.skeleton import outline
 
     options.apply_threads(args)
     config, context = _with_room(folder, args, config)

@@ -143,7 +143,7 @@ def _verify(args: argparse.Namespace, config: EngineConfig, folder: Path, texts:
     with figures.busy("Looking at the model", args.json):
         import foreroute
         from foreroute.checkpoint.locate import read_index
-        from foreroute.model.skeleton import outline
+        from foreroute.model.build.skeleton import outline
         from foreroute.model.text import encode_prompt, load_tokenizer
         from foreroute.verification.compare import verify
         from foreroute.verification.reference import RESIDENT, choose_reference, record_reference

@@ -23,7 +23,7 @@ from foreroute.checkpoint.source_files import SourceFile
 from foreroute.checkpoint.stored_parts import Coding, StoredMatrix
 from foreroute.errors import CorruptCheckpointError, UnsupportedModelError
 from foreroute.kernels.torch.dequantise import decode_matrix
-from foreroute.model.from_state import LazyTensor, read_tensor
+from foreroute.model.build.from_state import LazyTensor, read_tensor
 
 # GPTQ's tensor that says which group each column is of; 4 bytes a column, and read before anything else is.
 _ORDER = "g_idx"

@@ -13,7 +13,7 @@ from foreroute.checkpoint.gguf_families import dense_names, settings_of
 from foreroute.checkpoint.gguf_file import GgufIndex, gguf_package
 from foreroute.checkpoint.source_files import SourceFile
 from foreroute.errors import CheckpointError, named
-from foreroute.model.config_sizes import check_sizes
+from foreroute.model.build.config_sizes import check_sizes
 
 
 def gguf_config(index: GgufIndex) -> Any:
