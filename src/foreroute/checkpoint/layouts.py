@@ -1,6 +1,6 @@
 """What one expert is made of, where its parts lie in a slot, and which bytes of the checkpoint fill them.
 
-The names and operations come from transformers (model/build/skeleton.py asks for them); this file only does the arithmetic.
+Names and operations come from transformers (model/build/skeleton.py asks for them); here is the arithmetic alone.
 """
 
 import math
