@@ -36,7 +36,8 @@ _PREAMBLE = struct.Struct("<8sQQ")
 _VERSION = 1
 # A codec of earlier versions: int8 for the experts used most, int4 for the others.
 _MIXED = "mixed"
-_PACK_AGAIN = "Pack again, with `foreroute pack --quant int4` (or int8), and load with --packed int4."
+_PACK_AGAIN = "Remove it and run `foreroute pack` again."
+_QUANTISE_AGAIN = "Pack again, with `foreroute pack --quant int4` (or int8), and load with --packed int4."
 _MOST_HEADER_BYTES = 64 * 2**20
 # The table follows the data to disk in steps: what it names has been synced before.
 _SYNC_EVERY_BYTES = 256 * 2**20
@@ -167,7 +168,7 @@ def open_store(folder: Path, asked: str, table: ExpertTable) -> PackedStore | No
     if path.is_dir():
         path = path / STORE_NAME
     if asked == _MIXED and not path.exists():
-        raise StoreError(f"--packed {_MIXED}: stores of mixed bits are not read any more. {_PACK_AGAIN}")
+        raise StoreError(f"--packed {_MIXED}: stores of mixed bits are not read any more. {_QUANTISE_AGAIN}")
     if not path.is_file():
         if asked == "auto":
             return None
@@ -360,7 +361,9 @@ def _described(path: Path, stored: bytes) -> dict[str, Any]:
 def _check_codec(path: Path, codec: str) -> None:
     """Raises StoreError for experts in a codec that is not read here, such as one that an earlier version had."""
     if codec not in CODECS:
-        raise StoreError(f"{path} holds experts in the codec {codec}, which this version does not read. {_PACK_AGAIN}")
+        raise StoreError(
+            f"{path} holds experts in the codec {codec}, which this version does not read. {_QUANTISE_AGAIN}"
+        )
 
 
 def _check_same_model(path: Path, stored: bytes, expected: bytes) -> None:

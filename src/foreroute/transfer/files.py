@@ -49,7 +49,7 @@ class _OpenFile:
     def num_open(self) -> int:
         return len(self._replaced) + (self.fd >= 0)
 
-    def open(self, *, direct: bool) -> None:
+    def open_descriptor(self, *, direct: bool) -> None:
         fd = -1
         if direct:
             try:
@@ -202,11 +202,11 @@ class BlockFiles:
     def _open(self, file: _OpenFile, *, direct: bool) -> None:
         self._close_idle(down_to=max(self._most_open, 1) - 1)
         try:
-            file.open(direct=direct)
+            file.open_descriptor(direct=direct)
         except OSError as error:
             if error.errno not in TOO_MANY_OPEN or not self._close_idle(down_to=0):
                 raise
-            file.open(direct=direct)
+            file.open_descriptor(direct=direct)
 
     def _close_idle(self, down_to: int) -> int:
         """Close files that nobody reads, least lately used first, until so many are open; how many were closed."""
