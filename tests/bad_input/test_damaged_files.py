@@ -109,11 +109,24 @@ class TestGenerationConfig:
     @pytest.mark.parametrize(
         ("key", "value"),
         [("eos_token_id", "</s>"), ("eos_token_id", [2, "x"]), ("eos_token_id", 2**62), ("temperature", "hot"),
-         ("top_k", 0.5), ("top_p", 7), ("do_sample", "yes"), ("max_new_tokens", 0), ("suppress_tokens", 5)],
+         ("top_k", 0.5), ("top_p", 7), ("do_sample", "yes"), ("max_new_tokens", 0), ("suppress_tokens", 5),
+         ("temperature", 2), ("repetition_penalty", 2), ("typical_p", 0), ("top_h", 2)],
     )  # fmt: skip
     def test_a_value_that_means_nothing(self, folder: Path, key: str, value: Any) -> None:
         edit_json(folder / "generation_config.json", **{key: value})
         refused(lambda: foreroute.load(folder), r"generation_config\.json", f"{key} is", "it must be")
+
+    @pytest.mark.parametrize(
+        ("key", "value"), [("bad_words_ids", "x"), ("bad_words_ids", [5]), ("sequence_bias", 5),
+                           ("exponential_decay_length_penalty", {})],
+    )  # fmt: skip
+    def test_a_value_that_transformers_makes_nothing_of(self, folder: Path, key: str, value: Any) -> None:
+        edit_json(folder / "generation_config.json", **{key: value})
+        refused(lambda: foreroute.load(folder), r"generation_config\.json is not accepted by transformers")
+
+    def test_sampling_at_no_temperature(self, folder: Path) -> None:
+        edit_json(folder / "generation_config.json", do_sample=True, temperature=0)
+        refused(lambda: foreroute.load(folder), r"generation_config\.json", "temperature is 0")
 
     def test_a_whole_one_is_heeded(self, load: Any, folder: Path) -> None:
         edit_json(folder / "generation_config.json", eos_token_id=[7, 9], temperature=0.5, do_sample=True)

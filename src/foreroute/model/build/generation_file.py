@@ -25,10 +25,13 @@ _TOKENS = frozenset({"eos_token_id", "pad_token_id", "bos_token_id", "forced_eos
 _TOKEN_LISTS = frozenset({"suppress_tokens", "begin_suppress_tokens"})
 # Least and most of those that transformers would refuse later, in the middle of an answer or of all answers.
 _RANGES: Mapping[str, tuple[float, float]] = {
-    "temperature": (0, math.inf), "top_p": (0, 1), "min_p": (0, 1), "typical_p": (0, 1), "top_k": (0, 2**31 - 1),
-    "repetition_penalty": (1e-6, math.inf), "max_new_tokens": (1, math.inf), "num_beams": (1, 1000),
+    "temperature": (0, math.inf), "top_p": (0, 1), "min_p": (0, 1), "typical_p": (1e-9, 1), "top_h": (1e-9, 1),
+    "top_k": (0, 2**31 - 1), "repetition_penalty": (1e-6, math.inf), "max_new_tokens": (1, math.inf),
+    "min_length": (0, math.inf), "min_new_tokens": (0, math.inf), "num_beams": (1, 1000),
     "num_return_sequences": (1, 1000), "no_repeat_ngram_size": (0, 2**31 - 1),
 }  # fmt: skip
+# Of these transformers takes no whole number but one that means nothing.
+_WITH_A_POINT = frozenset({"temperature", "repetition_penalty", "encoder_repetition_penalty"})
 # Ids reach a tensor of int64; -1 stands for "none" in some older files.
 _LEAST_TOKEN, _MOST_TOKEN = -1, 2**31 - 1
 
@@ -49,6 +52,25 @@ def check_generation_settings(folder: Path) -> None:
         from transformers import GenerationConfig
 
         GenerationConfig.from_dict(settings)
+        _try_processors(settings)
+    if settings.get("do_sample") and settings.get("temperature") == 0:
+        raise CheckpointError(f"{path}: do_sample is true and temperature is 0, which takes the likeliest token.")
+
+
+def _try_processors(settings: Mapping[str, Any]) -> None:
+    """Make of the settings what is made of them for an answer, where the values are too many to check one by one."""
+    from transformers.generation import logits_process
+
+    makers: Mapping[str, Callable[[Any], Any]] = {
+        "bad_words_ids": lambda value: logits_process.NoBadWordsLogitsProcessor(value, eos_token_id=None),
+        "sequence_bias": logits_process.SequenceBiasLogitsProcessor,
+        "exponential_decay_length_penalty": lambda value: logits_process.ExponentialDecayLengthPenalty(
+            value, eos_token_id=0, input_ids_seq_length=1
+        ),
+    }
+    for name in makers.keys() & settings.keys():
+        if settings[name] is not None:
+            makers[name](settings[name])
 
 
 def check_token_ids(settings: Mapping[str, Any], path: Path) -> None:
@@ -79,6 +101,8 @@ def _wanted(name: str, value: Any) -> str | None:
     for names, fits, wanted in kinds:
         if name in names and not fits(value):
             return wanted
+    if name in _WITH_A_POINT and type(value) is int and value not in (0, 1):
+        return f"written with a point ({value:.1f})"
     if name in _RANGES and not _RANGES[name][0] <= value <= _RANGES[name][1]:
         least, most = _RANGES[name]
         return f"at least {least:g}" + (f" and at most {most:g}" if most < math.inf else "")
