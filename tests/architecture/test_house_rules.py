@@ -84,6 +84,13 @@ def test_no_two_classes_have_one_name() -> None:
     assert {name: found for name, found in places.items() if len(found) > 1} == {}
 
 
+def test_every_folder_of_the_package_is_one_that_git_and_the_wheel_have() -> None:
+    folders = {path.parent for path in SOURCES}
+    assert [name_of(folder) for folder in folders if not (folder / "__init__.py").is_file()] == []
+    ignored = (ROOT / ".gitignore").read_text(encoding="utf-8").split()
+    assert [name_of(folder) for folder in folders if f"{folder.name}/" in ignored] == [], "what git ignores is left out"
+
+
 def test_folders_can_be_looked_over() -> None:
     files = Counter(path.parent for path in PYTHON_FILES if path.name != "__init__.py")
     # Of benchmarks/ and models/ each file is a program, beside others: nobody has to know them all.

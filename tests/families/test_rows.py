@@ -44,7 +44,8 @@ def test_rows_are_what_they_are_alone(model_of: Any, family: Family) -> None:
     cache.arrange([], [(None, 0)] * len(texts))
     for _ in range(NUM_STEPS):
         chunks = [ids[at : at + MOST_AT_ONCE] for ids, at in zip(texts, done, strict=True)]
-        logits = cache.step(chunks)[:, -1].float()
+        phase = "decode" if max(map(len, chunks)) == 1 else "prefill"
+        logits = cache.step(chunks, phase)[:, -1].float()
         done = [at + len(chunk) for at, chunk in zip(done, chunks, strict=True)]
         for row, ids in enumerate(texts):
             if done[row] == len(ids):
@@ -64,8 +65,8 @@ def test_one_row_is_what_the_family_computes(model_of: Any, family: Family) -> N
     )
     row.arrange([], [(None, 0)])
     following = ids
-    for _ in range(NUM_STEPS):
-        following = [int(row.step([following])[0, -1].argmax())]
+    for step in range(NUM_STEPS):
+        following = [int(row.step([following], "decode" if step else "prefill")[0, -1].argmax())]
         ids += following
     assert ids == written[0].tolist()
 
@@ -82,4 +83,4 @@ def test_padding_is_refused_where_experts_would_compute_it(model_of: Any, family
     cache = RowsCache(model)
     cache.arrange([], [(None, 0)] * 2)
     with pytest.raises(AssertionError, match="leaves padding out"):
-        cache.step([[5, 6, 7], [8, 9]])
+        cache.step([[5, 6, 7], [8, 9]], "prefill")

@@ -362,7 +362,7 @@ def _check_codec(path: Path, codec: str) -> None:
     """Raises StoreError for experts in a codec that is not read here, such as one that an earlier version had."""
     if codec not in CODECS:
         raise StoreError(
-            f"{path} holds experts in the codec {codec}, which this version does not read. {_QUANTISE_AGAIN}"
+            f"{path} holds experts in the codec {codec:.40}, which this version does not read. {_QUANTISE_AGAIN}"
         )
 
 
