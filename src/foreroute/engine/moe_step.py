@@ -33,6 +33,7 @@ class MoeStep:
         prefill_guesses_from: routed tokens per expert of a layer from which prompts prefetch too: 0 always.
 
     Attributes:
+        is_prefill: the step at hand, or the last one, is a prompt's.
         routing_listener, expert_listener: are shown each layer's routing, and the outputs of streamed experts; None,
             and free, until somebody listens. They must change nothing.
     """
@@ -60,6 +61,7 @@ class MoeStep:
         self._hits_first = hits_first
         self._prefill_guesses_from = prefill_guesses_from
         self._info = StepInfo("decode", 1, 1)
+        self.is_prefill = False
         # Still True where a step begins: the one before was cut off, by an error or by Ctrl-C, between any two lines.
         self._is_mid_step = False
         # A step's whole demand must fit beside the prefetches that are in flight.
@@ -72,11 +74,6 @@ class MoeStep:
         """Decides how much is prefetched; None where nobody does."""
         return self.prefetcher.governor
 
-    @property
-    def is_prefill(self) -> bool:
-        """The step at hand, or the last one, is a prompt's."""
-        return self._info.is_prefill
-
     def begin_step(self, info: StepInfo) -> None:
         """A forward pass begins.
 
@@ -84,9 +81,10 @@ class MoeStep:
             PolicyError: policies were set for another number of rows.
         """
         self.policies.of_rows(info.num_rows)
-        self._start_over_if_cut_off()
+        if self._is_mid_step:
+            self.pool.reset()
         self._is_mid_step = True
-        self._info = info
+        self._info, self.is_prefill = info, info.is_prefill
         self.pool.begin_step(info)
         self.prefetcher.begin_step(info)
         self._is_mid_step = False
@@ -102,17 +100,20 @@ class MoeStep:
         Raises:
             ReadError, ChecksumError: an expert could not be read; the model is usable, its pool starts over.
         """
-        self._start_over_if_cut_off()
-        self._is_mid_step = True
         pool, padding = self.pool, self._info.padding
+        if self._is_mid_step:
+            pool.reset()
+        self._is_mid_step = True
         if padding is not None:
             ids = ids.masked_fill(padding[:, None], pool.keys.widths[layer])
         # The one read-back of the layer.
         routed = pool.keys.keys_of(layer, ids.tolist())
-        pool.begin_layer(layer, routed, weights)
+        if pool.observers:
+            pool.begin_layer(layer, routed, weights)
         self._show(layer, hidden, ids, weights)
         total = self._compute(layer, routed, hidden, ids, weights)
-        pool.end_layer()
+        if pool.observers:
+            pool.end_layer()
         if layer == len(self.kernels) - 1:
             self.prefetcher.end_step()
         self._is_mid_step = False
@@ -133,10 +134,6 @@ class MoeStep:
                 kernels.close()
             self._free_slots()
 
-    def _start_over_if_cut_off(self) -> None:
-        if self._is_mid_step:
-            self.pool.reset()
-
     def _show(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> None:
         """What the layer's router chose, to all who listen or learn."""
         if self.routing_listener is not None:
@@ -151,7 +148,7 @@ class MoeStep:
     def _compute(
         self, layer: int, routed: list[list[int]], hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
-        policies = None if self._info.is_prefill or self.policies.is_exact else self.policies
+        policies = None if self.is_prefill or self.policies.is_exact else self.policies
         if policies is not None:
             chosen = ids
             ids, weights = policies.route(layer, ids, weights)
@@ -163,7 +160,7 @@ class MoeStep:
         self.pool.settle()
         self.pool.cancel_mispredicted(layer, keys)
         room = self._most_pinned - len(self.pool.residency.deferred)
-        if self._info.is_prefill or self.kernels[layer].streams_only or len(keys) > room:
+        if self.is_prefill or self.kernels[layer].streams_only or len(keys) > room:
             if policies is not None:
                 policies.see(layer, hidden, ids, weights)
             return self._compute_streamed(layer, keys, hidden, ids, weights)
@@ -221,7 +218,7 @@ class MoeStep:
         """The experts pass by in ascending order, each read at most once."""
         stream = ExpertStream(self.pool, layer, keys)
         width = self.pool.keys.widths[layer]
-        if self._info.is_prefill and int((ids < width).sum()) >= self._prefill_guesses_from * width:
+        if self.is_prefill and int((ids < width).sum()) >= self._prefill_guesses_from * width:
             # Behind this layer's queued reads: it delays those that the ring asks for later by at most itself.
             self.prefetcher.guess_next(layer, hidden, ids, weights)
         total = self.kernels[layer].stream(stream, keys, hidden, ids, weights, self.expert_listener)

@@ -333,15 +333,16 @@ class ExpertPool:
     def _count_lookup(
         self, layer: int, hits: Sequence[Placed], in_flight: Sequence[Placed], misses: Sequence[Placed]
     ) -> None:
-        phase, num_waited = self.phase, len(in_flight) + len(misses)
+        phase = self.phase
         phase.hits += len(hits)
-        phase.late += len(in_flight)
-        phase.misses += len(misses)
         if phase is self.stats.decode:
             phase.layers += 1
-            if num_waited:
+        if in_flight or misses:
+            phase.late += len(in_flight)
+            phase.misses += len(misses)
+            if phase is self.stats.decode:
                 phase.stalled_layers += 1
-                phase.first_waited += num_waited if layer == 0 else 0
+                phase.first_waited += len(in_flight) + len(misses) if layer == 0 else 0
         if self.observers:
             kinds = [[key for key, _ in placed] for placed in (hits, in_flight, misses)]
             for observer in self.observers:

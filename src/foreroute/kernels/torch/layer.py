@@ -45,6 +45,9 @@ class TorchLayer:
         math: how one expert is computed; None where ours is not proven equal to the family's.
         workspace: for one token, shared by layers of one shape; None where `math` is.
         family_forward: computes the layer where `math` is None.
+
+    Attributes:
+        streams_only: the family's own forward computes this layer.
     """
 
     def __init__(
@@ -57,6 +60,7 @@ class TorchLayer:
         family_forward: FamilyForward,
     ) -> None:
         self.views = views
+        self.streams_only = math is None
         self._layer = layer
         self._base = base
         self._math = math
@@ -67,11 +71,6 @@ class TorchLayer:
 
         self._operands = operands_of
         self._token = None if math is None or workspace is None else TokenSum(workspace, math, operands_of)
-
-    @property
-    def streams_only(self) -> bool:
-        """The family's own forward computes this layer."""
-        return self._math is None
 
     def begin(self, hidden: torch.Tensor, routed: Sequence[Sequence[int]], weights: torch.Tensor) -> LayerSum:
         """See `LayerKernels`."""
