@@ -8,6 +8,7 @@ import fcntl
 import json
 import os
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol, TextIO
@@ -107,7 +108,23 @@ def open_trace(path: str | Path) -> Trace:
         raise TraceError(f"--trace {path}: another model is writing it. Choose another name.") from None
     except OSError as error:
         raise TraceError(f"--trace {path} cannot be written: {os.strerror(error.errno or 0)}.") from error
+    _OPENED.add(file)
     return Trace(JsonLines(file) if path.suffix == _JSON_LINES else ChromeTrace(file))
+
+
+# A forked process has the file too, the lock on it, and a copy of what is not written yet: all that goes nowhere.
+_OPENED: "weakref.WeakSet[TextIO]" = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for file in list(_OPENED):
+        if not file.closed:
+            os.dup2(nowhere, file.fileno())
+    os.close(nowhere)
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def as_line(event: dict[str, Any]) -> str:

@@ -128,7 +128,27 @@ def test_text_has_an_encoding(path: Path) -> None:
     assert not lines, f'{name_of(path)}: say encoding="utf-8" in lines {lines}'
 
 
+def without_a_dtype(source: str) -> list[str]:
+    """Calls that make numbers of torch's default dtype, which is the user's to change."""
+    makers = {"zeros", "ones", "empty", "rand", "randn", "linspace", "eye"}
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    return [
+        ast.unparse(call)
+        for call in calls
+        if ast.unparse(call.func).removeprefix("torch.") in makers
+        and ast.unparse(call.func).startswith("torch.")
+        and not any(keyword.arg in ("dtype", None) for keyword in call.keywords)
+    ]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_numbers_are_made_of_a_dtype_that_is_said(path: Path) -> None:
+    assert not without_a_dtype(path.read_text())
+
+
 def test_the_rules_go_red() -> None:
+    assert without_a_dtype("torch.zeros(3)") == ["torch.zeros(3)"]
+    assert not without_a_dtype("torch.zeros(3, dtype=torch.float32)")
     assert without_encoding("open(p)\np.open('w')\np.read_text()\np.write_text(x)\nopen(p, mode='r')") == [
         1,
         2,

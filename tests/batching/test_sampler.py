@@ -12,11 +12,11 @@ from transformers.generation.logits_process import LogitsProcessor, LogitsProces
 
 from foreroute.batching.engine import BatchEngine
 from foreroute.batching.requests import Finished, NewToken, PromptScored, Request, Sampling
-from foreroute.batching.sampler import CountPenalty, Sampler, StopText, TokenBias
+from foreroute.batching.sampler import CountPenalty, Sampler, TokenBias
 from foreroute.cli.commands import demo
 from foreroute.errors import ContextLengthError, QueueFullError
 from foreroute.generation.decode_loop import LeanLoop
-from foreroute.model.text import load_tokenizer
+from foreroute.model.text import StopText, load_tokenizer
 from tests.support.checkpoints import random_model
 from tests.support.families import FAMILIES
 

@@ -107,8 +107,11 @@ def test_gradients(model, references, checkpoints):
         assert torch.equal(ours.logits, reference(ids).logits)
         with pytest.raises(RuntimeError, match="does not require grad"):
             ours.loss.backward()
+        states = model.model(ids).last_hidden_state
+        assert not states.requires_grad
+        # A layer alone is transformers' own code.
         with pytest.raises(RefusedError, match="no_grad"):
-            model.model(ids)  # the inner model, which knows nothing of offloading
+            model.model.layers[0].mlp(states.requires_grad_())
 
 
 def test_closed_is_closed(checkpoints, load):

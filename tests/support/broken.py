@@ -1,12 +1,18 @@
-"""Ways to spoil a copy of a checkpoint: what a broken download, a wrong config or a full disk leave behind."""
+"""Ways to spoil a copy of a checkpoint, as a broken download or a full disk does, and the reads of a loaded model."""
 
 import json
 import os
 import shutil
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import pytest
+
+from foreroute.errors import ReadError
+from foreroute.transfer.base import Completion
 
 Header = dict[str, Any]
 
@@ -84,3 +90,27 @@ def replace(file: Path, content: bytes) -> None:
     other = file.with_name(file.name + ".new")
     other.write_bytes(content)
     other.replace(file)
+
+
+@contextmanager
+def unreadable(model: Any, is_bad: Callable[[int], bool]) -> Iterator[list[int]]:
+    """Reads of experts for whose keys `is_bad` says so end in a ReadError inside; the keys that did, in order.
+
+    On the way from the readers to the engine, whatever reads and however often it tried.
+    """
+    transfer, failed = model.foreroute.engine.pool.transfer, list[int]()
+
+    def spoilt(completions: Sequence[Completion]) -> list[Completion]:
+        made = []
+        for one in completions:
+            if one.error is None and is_bad(one.key):
+                failed.append(one.key)
+                one = one._replace(error=ReadError(f"Reading expert {one.key}: planted."), nbytes=0)
+            made.append(one)
+        return made
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("wait", "completed"):
+            ask = getattr(transfer, name)
+            patch.setattr(transfer, name, lambda ask=ask: spoilt(ask()))
+        yield failed

@@ -37,9 +37,9 @@ class Scores(LogitsProcessor):
 def answer(
     model: Any, ids: torch.Tensor, new_tokens: int = NEW_TOKENS, **options: Any
 ) -> tuple[GenerationReport, list[torch.Tensor]]:
-    """Greedy unless the options say otherwise: the report, and per token the logits [1, vocabulary] in fp32."""
+    """Greedy, and past any end, unless the options say otherwise: the report, and per token logits [1, vocabulary]."""
     scores = Scores()
-    options = {"do_sample": False, "max_new_tokens": new_tokens, **options}
+    options = {"do_sample": False, "max_new_tokens": new_tokens, "eos_token_id": None, **options}
     report = generate(model, Words(), ids, logits_processor=LogitsProcessorList([scores]), **options)
     return report, scores.seen
 

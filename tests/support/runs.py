@@ -59,14 +59,14 @@ class Output:
 
 
 def generate(model: Any, batch: Batch = ONE_PROMPT, new_tokens: int = NEW_TOKENS, **options: Any) -> Output:
-    """Run `model.generate`, greedily unless the options say otherwise."""
+    """Run `model.generate`, greedily unless the options say otherwise, past the end that the tokenizer alone names."""
     made = model.generate(
         batch.ids,
         attention_mask=batch.mask,
         max_new_tokens=new_tokens,
         output_logits=True,
         return_dict_in_generate=True,
-        **{"do_sample": False, **options},
+        **{"do_sample": False, "eos_token_id": None, **options},
     )
     return Output(made.sequences, made.logits)
 

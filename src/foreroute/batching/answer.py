@@ -7,8 +7,9 @@ from typing import Any
 import torch
 
 from foreroute.batching.requests import AnswerEvent, Finished, NewToken, PromptProgress, PromptScored, Request, Top
-from foreroute.batching.sampler import Sampler, StopText, score
-from foreroute.model.text import TextPieces
+from foreroute.batching.sampler import Sampler, score
+from foreroute.model.endings import stop_strings
+from foreroute.model.text import StopText, TextPieces
 
 _LOG = logging.getLogger(__name__)
 
@@ -47,7 +48,8 @@ class Answer:
         self.num_cached = self.num_computed = num_cached
         if not self.wants_none:
             self._sampler = Sampler(model, self.request.sampling, self.ids, self._most_new)
-        self._pieces, self._text = TextPieces(tokenizer), StopText(self.request.stop)
+        own = () if self.request.ignore_eos else stop_strings(model.generation_config)
+        self._pieces, self._text = TextPieces(tokenizer), StopText((*self.request.stop, *own))
 
     def next_chunk(self, most: int) -> list[int]:
         """What is to be computed next of the prompt, at most `most` tokens."""

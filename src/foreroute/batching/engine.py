@@ -13,12 +13,14 @@ import torch
 
 from foreroute.batching.answer import Answer
 from foreroute.batching.requests import AnswerEvent, EngineState, Finished, Request
-from foreroute.batching.rows import OneRow, RowsCache, can_be_padded, why_not_batched
+from foreroute.batching.rows import UNREADABLE, OneRow, RowsCache, can_be_padded, why_not_batched
+from foreroute.engine.interfaces import Phase
 from foreroute.errors import ContextLengthError, ForerouteError, PromptError, QueueFullError
 from foreroute.generation.prefix_cache import PromptCache
 from foreroute.memory.kv import planned_kv_bytes_per_token
 from foreroute.memory.serving import keeps_prompts
 from foreroute.memory.serving_budget import MOST_SCORED_WHOLE, SCORED_AT_ONCE, choose_kv_tokens, kept_prompt_bytes
+from foreroute.model.endings import end_tokens
 
 _LOG = logging.getLogger(__name__)
 _LEAST_CHUNK = 8
@@ -30,7 +32,7 @@ class BatchEngine:
     """Answers requests, several at once, in the order in which they came. All methods: see requests.Engine.
 
     Args:
-        model: of `foreroute.load`; nothing else may use it meanwhile. tokenizer: of transformers.
+        model: of `foreroute.load`; whoever else uses it, and the steps here, take turns. tokenizer: of transformers.
         context: tokens of prompt and answer together.
         max_num_seqs: requests computed at once. max_waiting: further ones that may wait.
         kv_tokens: of keys and values, rows times the longest of them, padding included. When left out, each row has
@@ -57,8 +59,7 @@ class BatchEngine:
         self.kv_bytes = self.kv_tokens * planned_kv_bytes_per_token(model)
         self._context = min(context, self.kv_tokens)
         self._most_open = max_num_seqs + max_waiting
-        eos = model.generation_config.eos_token_id
-        self._ends = frozenset(() if eos is None else (eos,) if isinstance(eos, int) else eos)
+        self._ends = end_tokens(model.generation_config)
         self._can_continue = keeps_prompts(model)
         self._can_pad = not self.why_one_row and can_be_padded(model)
         self._kept = PromptCache(kept_prompt_bytes(self.kv_bytes)) if self._can_continue else None
@@ -75,7 +76,13 @@ class BatchEngine:
         self._thread.start()
 
     def submit(self, request: Request, on_event: Callable[[AnswerEvent], None]) -> Answer:
-        """See requests.Engine."""
+        """See requests.Engine.
+
+        Raises:
+            RefusedError: this process was forked from the one that loaded the model.
+        """
+        # Whoever answers is not in a forked process; and whoever held the engine's own lock.
+        _ = self._model.foreroute.lock
         num_prompt, most_new = len(request.prompt_ids), request.max_new_tokens
         if not num_prompt:
             raise PromptError("The prompt is empty: there is no token to start from.")
@@ -119,6 +126,8 @@ class BatchEngine:
 
     def close(self) -> None:
         """See requests.Engine. Waits for the forward pass that runs."""
+        if self._model.foreroute.entry.is_forked:
+            return
         with self._changed:
             self._is_closed = True
             for answer in (*self._waiting, *self._joining, *self._running):
@@ -200,16 +209,19 @@ class BatchEngine:
         chunks = [answer.next_chunk(self._most_at_once(answers)) for answer in answers]
         wants_scores = any(answer.request.wants_prompt_scores for answer in answers)
         try:
-            logits = self._prompts.step(chunks, "prefill", all_logits=wants_scores)
+            outcomes = self._step(self._prompts, chunks, "prefill", all_logits=wants_scores)
         except Exception as error:  # noqa: BLE001  told to those that it concerns
             self._fail(self._joining, error)
             self._prompts = self._no_rows()
             return
         done: dict[Answer, Finished | None] = {}
-        for at, (answer, chunk) in enumerate(zip(answers, chunks, strict=True)):
+        for answer, chunk, logits in zip(answers, chunks, outcomes, strict=True):
+            if isinstance(logits, Exception):
+                done[answer] = _failed(answer, logits)
+                continue
             try:
-                if answer.took(len(chunk), logits[at]):
-                    done[answer] = self._first_token(answer, logits[at, -1].float().cpu())
+                if answer.took(len(chunk), logits):
+                    done[answer] = self._first_token(answer, logits[-1].float().cpu())
             except Exception as error:  # noqa: BLE001  told to the one that it concerns
                 done[answer] = _failed(answer, error)
         going = [at for at, answer in enumerate(answers) if answer in done and done[answer] is None]
@@ -257,22 +269,37 @@ class BatchEngine:
     def _decode(self) -> None:
         """One token for every row."""
         try:
-            logits = self._batch.step([answer.ids[-1:] for answer in self._running], "decode")[:, -1].float().cpu()
-            likeliest = logits.argmax(-1).tolist()
+            outcomes = self._step(self._batch, [answer.ids[-1:] for answer in self._running], "decode")
         except Exception as error:  # noqa: BLE001  told to those that it concerns
             self._fail(self._running, error)
             self._batch = self._no_rows()
             return
         ended: dict[Answer, Finished] = {}
-        for answer, row, token in zip(self._running, logits, likeliest, strict=True):
-            answer.num_computed += 1
-            try:
-                end = answer.advance(row, token, self._ends)
-            except Exception as error:  # noqa: BLE001  told to the one that it concerns
-                end = _failed(answer, error)
+        for answer, outcome in zip(self._running, outcomes, strict=True):
+            end = _failed(answer, outcome) if isinstance(outcome, Exception) else self._next_token(answer, outcome[-1])
             if end is not None:
                 ended[answer] = end
         self._take_out(ended)
+
+    def _next_token(self, answer: Answer, logits: torch.Tensor) -> Finished | None:
+        answer.num_computed += 1
+        try:
+            row = logits.float().cpu()
+            return answer.advance(row, int(row.argmax()), self._ends)
+        except Exception as error:  # noqa: BLE001  told to the one that it concerns
+            return _failed(answer, error)
+
+    def _step(
+        self, rows: RowsCache | OneRow, tokens: Sequence[Sequence[int]], phase: Phase, *, all_logits: bool = False
+    ) -> Sequence[torch.Tensor | ForerouteError]:
+        """Per row its logits [positions, vocabulary]; or why it alone has none, where an expert could not be read."""
+        try:
+            return list(rows.step(tokens, phase, all_logits=all_logits))
+        except UNREADABLE:
+            if not isinstance(rows, RowsCache) or len(tokens) == 1:
+                raise
+            _LOG.warning("an expert could not be read: the rows of this step are computed one by one")
+            return rows.step_apart(tokens, phase, all_logits=all_logits)
 
     def _take_out(self, ended: dict[Answer, Finished]) -> None:
         """These rows are not computed any more."""

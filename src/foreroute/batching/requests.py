@@ -30,10 +30,10 @@ class Request:
     """A prompt, and what is wanted of it.
 
     max_new_tokens: None: as many as the engine has room for; 0: the prompt's scores alone.
-    stop: texts that end the answer, and are not part of it.
+    stop: texts that end the answer, and are not part of it; so do those of the model's own settings (stop_strings).
     num_top_logprobs: None: no logprobs; else how many of the likeliest tokens come with each.
     wants_prompt_scores: a PromptScored event comes before the first step.
-    ignore_eos: the model's own end does not end the answer.
+    ignore_eos: the model's own ends, tokens and texts, do not end the answer.
     """
 
     prompt_ids: Sequence[int]

@@ -22,9 +22,11 @@ class RowLengths:
 
     Attributes:
         had: tokens of each row, those of the step that runs not counted. new: tokens that the step brings to each.
+        step: a number of the step that runs, or ran last.
     """
 
     def __init__(self) -> None:
+        self.step = 0
         self.had: list[int] = []
         self.new: list[int] = []
 
@@ -36,6 +38,7 @@ class RowLengths:
         """A step begins that brings so many tokens to each row."""
         assert [one > 0 for one in new] == [True] * len(self.had), "every row gets a token"
         self.new = list(new)
+        self.step += 1
 
     def end(self) -> None:
         """The step is over."""
@@ -68,6 +71,8 @@ class RowLayer(DynamicLayer):
         self._rows, self._window = rows, window
         self.is_sliding = window is not None
         self._end = 0
+        # The step that added columns last, and the column that they begin at.
+        self._last_step, self._began = 0, 0
 
     # What transformers asks of a layer.
 
@@ -92,6 +97,7 @@ class RowLayer(DynamicLayer):
                 states[at, :, end - new : end] = added[at, :, shift:]
         first = end - self.get_mask_sizes(positions)[0]
         self._end = end
+        self._last_step, self._began = rows.step, begin
         return self.keys[:num_rows, :, first:end], self.values[:num_rows, :, first:end]
 
     def get_seq_length(self) -> int:
@@ -140,6 +146,18 @@ class RowLayer(DynamicLayer):
             if place != at:
                 for states in (self.keys, self.values):
                     states[at, :, : self._end] = states[place, :, : self._end]
+
+    def take_back(self) -> None:
+        """What the step that runs has added, if it came to this layer, is not there; all rows are as they were."""
+        if self._last_step != self._rows.step:
+            return
+        begin, positions = self._began, self._end - self._began
+        for at, (had, new) in enumerate(zip(self._rows.had, self._rows.new, strict=True)):
+            held, shift = self._kept(had), positions - new
+            if held and shift:
+                for states in (self.keys, self.values):
+                    states[at, :, begin - held : begin] = states[at, :, begin - held + shift : begin + shift].clone()
+        self._end, self._last_step = begin, 0
 
     def trim(self) -> None:
         """Let go of memory that rows have left, where it is worth a copy of the others."""

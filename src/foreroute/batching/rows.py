@@ -11,7 +11,11 @@ from transformers.cache_utils import DynamicCache
 from foreroute.batching.row_layers import RowLayer, RowLengths
 from foreroute.engine.interfaces import Phase, StepInfo
 from foreroute.engine.moe_step import MoeStep
+from foreroute.errors import ChecksumError, ForerouteError, ReadError
 from foreroute.model.caches import cache_argument, cache_of, can_be_continued, is_ordinary, new_cache
+
+# An expert's bytes are not to be had: errors of those who want it, and of nobody else.
+UNREADABLE = (ReadError, ChecksumError)
 
 
 def why_not_batched(model: Any) -> str:
@@ -120,6 +124,8 @@ class RowsCache:
         Returns:
             logits [rows, positions, vocabulary], aligned at their ends: of the longest row's tokens where all are
             wanted or the family gives no fewer, else of one.
+        Raises:
+            ReadError, ChecksumError: an expert could not be read; the rows are as they were.
         """
         model, rows = self._model, self._rows
         rows.begin([len(one) for one in tokens])
@@ -138,11 +144,42 @@ class RowsCache:
             assert can_be_padded(model), "rows of one length, or an engine that leaves padding out"
             padding = (from_end >= real).flatten()
         info = StepInfo.of(phase, ids, padding, is_start=self._cache.get_seq_length() == 0)
-        with model.foreroute.step(info):
-            out = model(input_ids=ids, **cache_argument(self._cache), use_cache=True, return_dict=True, **kwargs)
+        try:
+            with model.foreroute.step(info):
+                out = model(input_ids=ids, **cache_argument(self._cache), use_cache=True, return_dict=True, **kwargs)
+        except UNREADABLE:
+            self._take_back()
+            raise
         rows.end()
         logits: torch.Tensor = out.logits
         return logits
+
+    def step_apart(
+        self, tokens: Sequence[Sequence[int]], phase: Phase, *, all_logits: bool = False
+    ) -> list[torch.Tensor | ForerouteError]:
+        """The same, each row in a step of its own: who wants an expert that cannot be read is alone with the error.
+
+        Returns:
+            Per row logits [positions, vocabulary], or why there are none; such a row is as it was.
+        """
+        outcomes: list[torch.Tensor | ForerouteError] = []
+        together = RowsCache(self._model)
+        for at, own in enumerate(tokens):
+            alone = RowsCache(self._model)
+            alone.arrange([], [(self.row(at, is_copy=False), self._rows.had[at])])
+            try:
+                outcomes.append(alone.step([own], phase, all_logits=all_logits)[0])
+            except UNREADABLE as error:
+                outcomes.append(error)
+            together.take_over(alone, [0])
+        self._rows, self._cache = together._rows, together._cache
+        return outcomes
+
+    def _take_back(self) -> None:
+        layers: list[Any] = self._cache.layers
+        for layer in layers:
+            layer.take_back()
+        self._rows.set(self._rows.had)
 
 
 class OneRow:

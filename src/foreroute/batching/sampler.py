@@ -1,4 +1,4 @@
-"""How a request's next token is drawn, how it is scored, and which texts end its answer."""
+"""How a request's next token is drawn, and how it is scored."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -80,8 +80,8 @@ def processors_of(model: Any, ids: torch.Tensor, options: Mapping[str, Any]) -> 
         found.append(logits_processor)
         return input_ids
 
-    mask = torch.ones_like(ids)
-    model.generate(ids, attention_mask=mask, custom_generate=take, num_beams=1, disable_compile=True, **options)
+    fixed: dict[str, Any] = {"custom_generate": take, "num_beams": 1, "disable_compile": True, "stop_strings": None}
+    model.generate(ids, attention_mask=torch.ones_like(ids), **fixed, **options)
     return found[0]
 
 
@@ -143,36 +143,3 @@ class TokenBias(LogitsProcessor):
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Scores [rows, vocabulary], each row with the bias."""
         return scores.index_add(1, self._ids, self._values.expand(len(scores), -1))
-
-
-class StopText:
-    """Holds text back while it may become one of the texts that end an answer.
-
-    Attributes:
-        is_over: one of them has come.
-    """
-
-    def __init__(self, stop: Sequence[str]) -> None:
-        self._stop, self._held, self.is_over = stop, "", False
-
-    def push(self, piece: str) -> str:
-        """What may be said now that `piece` has come."""
-        if self.is_over:
-            return ""
-        self._held += piece
-        found = [at for at in (self._held.find(one) for one in self._stop) if at >= 0]
-        if found:
-            self.is_over, said, self._held = True, self._held[: min(found)], ""
-            return said
-        end = len(self._held) - max((self._beginning_of(one) for one in self._stop), default=0)
-        said, self._held = self._held[:end], self._held[end:]
-        return said
-
-    def rest(self) -> str:
-        """What was still held back, at the answer's end."""
-        held, self._held = self._held, ""
-        return held
-
-    def _beginning_of(self, stop: str) -> int:
-        """How many of the last characters are the beginning of `stop`."""
-        return next((n for n in range(min(len(stop) - 1, len(self._held)), 0, -1) if self._held.endswith(stop[:n])), 0)

@@ -15,7 +15,7 @@ _COPIES = 5
 
 def memory_bytes_per_s() -> float:
     """Bytes per second that memory reads and writes in a large copy, by torch's threads; the best of some."""
-    source = torch.ones(_COPY_BYTES // 4)
+    source = torch.ones(_COPY_BYTES // 4, dtype=torch.float32)
     target = torch.zeros_like(source)
     best_s = float("inf")
     for _ in range(_COPIES):

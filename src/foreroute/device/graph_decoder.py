@@ -15,6 +15,7 @@ from foreroute.device.tier import DeviceTier
 from foreroute.engine.chunks import split_prompt
 from foreroute.engine.interfaces import StepInfo
 from foreroute.errors import PromptError, RefusedError
+from foreroute.model import torch_modes
 from foreroute.model.caches import cache_argument
 from foreroute.transfer.cuda import out_of_memory_named
 
@@ -68,13 +69,14 @@ class GraphDecoder:
         self._tier = tier
         self.max_length = max_length
         self._device = model.device
-        self._tokens = torch.zeros(rows, 1, dtype=torch.int64, device=self._device)
-        self._positions = torch.zeros(rows, 1, dtype=torch.int64, device=self._device)
-        self._decode_step = StepInfo.of("decode", self._tokens)
         self._length = 0
         self._graph: torch.cuda.CUDAGraph | None = None
-        self.logits = torch.empty(0)
-        self._cache = self._new_cache()
+        with torch_modes.kept():
+            self._tokens = torch.zeros(rows, 1, dtype=torch.int64, device=self._device)
+            self._positions = torch.zeros(rows, 1, dtype=torch.int64, device=self._device)
+            self.logits = torch.empty(0, dtype=torch.float32)
+            self._cache = self._new_cache()
+        self._decode_step = StepInfo.of("decode", self._tokens)
 
     @property
     def is_captured(self) -> bool:
@@ -87,6 +89,10 @@ class GraphDecoder:
         Raises:
             PromptError: the cache is too short for it.
         """
+        with self._model.foreroute.lock, torch_modes.kept():
+            return self._prefill(ids, chunk)
+
+    def _prefill(self, ids: torch.Tensor, chunk: int | None) -> torch.Tensor:
         self._check_length(ids.shape[1])
         ids = ids.to(self._device)
         # In place: a graph reads this memory.
@@ -111,6 +117,10 @@ class GraphDecoder:
         Raises:
             PromptError: the cache is full. DeviceError: the graph, made at the first step, does not fit.
         """
+        with self._model.foreroute.lock, torch_modes.kept():
+            return self._step(tokens)
+
+    def _step(self, tokens: torch.Tensor) -> torch.Tensor:
         self._check_length(self._length + 1)
         self._tokens.copy_(tokens)
         if self._device.type == "cuda" and self._graph is None:
@@ -143,9 +153,15 @@ class GraphDecoder:
         return cache
 
     def _forward(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        # `forward` itself: the hook before a call reads the cache's length back.
-        output = self._model.forward(
-            input_ids=tokens, position_ids=positions, **cache_argument(self._cache), use_cache=True, return_dict=True
+        # The step has begun: to guess what begins reads the cache's length back.
+        output = self._model.foreroute.entry.within_step(
+            lambda: self._model.forward(
+                input_ids=tokens,
+                position_ids=positions,
+                **cache_argument(self._cache),
+                use_cache=True,
+                return_dict=True,
+            )
         )
         return cast(torch.Tensor, output.logits)
 

@@ -72,7 +72,7 @@ def _matrix(layout: ExpertLayout, at: int, bias_at: int, is_transposed: bool) ->
 
 def _gates_alike(form: ExpertForm, math: ExpertMath) -> bool:
     """The form's gate says what the family's own says, on numbers that reach past its limit."""
-    inner = torch.randn(_ROWS, 2 * _WIDTH, generator=torch.Generator().manual_seed(0)) * 6
+    inner = torch.randn(_ROWS, 2 * _WIDTH, generator=torch.Generator().manual_seed(0), dtype=torch.float32) * 6
     if form.is_interleaved:
         gate, up = inner[:, ::2], inner[:, 1::2]
     else:

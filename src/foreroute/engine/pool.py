@@ -247,7 +247,8 @@ class ExpertPool:
         hits = [one for one in ready if one[0] not in in_flight] if late else ready
         self._count_lookup(layer, hits, late, [(key, -1) for key in absent])
         borrowed: list[int] = []
-        if len(absent) > residency.num_free:
+        # What is resident beyond the most that are pinned passes through the borrowed slots too.
+        if len(absent) > residency.num_free or any(residency.state(key) != FREE for key in absent):
             borrowed = residency.borrow(min(most_borrowed, len(absent)))
             assert borrowed, f"no slot to stream through: {residency!r}"
         placeable = [key for key in absent if residency.state(key) == FREE][: residency.num_free]
@@ -296,19 +297,21 @@ class ExpertPool:
 
     def record_outcomes(self) -> None:
         """Add prefetches that were used or wasted since the last call to the phase that runs."""
+        self._recorded = self._add_outcomes(self.phase)
+
+    def _add_outcomes(self, phase: PhaseStats) -> tuple[int, int]:
         used, wasted = self.residency.prefetch_used, self.residency.prefetch_wasted
-        self.phase.prefetch_used += used - self._recorded[0]
-        self.phase.prefetch_wasted += wasted - self._recorded[1]
-        self._recorded = (used, wasted)
+        phase.prefetch_used += used - self._recorded[0]
+        phase.prefetch_wasted += wasted - self._recorded[1]
+        return used, wasted
 
     def snapshot(self) -> EngineStats:
-        """A copy of all counts since the model was loaded."""
-        stats = self.stats
-        stats.evictions = self.residency.evictions
-        self.record_outcomes()
+        """A copy of all counts since the model was loaded. Changes nothing, so that any thread may ask at any time."""
+        stats = copy.deepcopy(self.stats)
+        self._add_outcomes(stats.prefill if self.phase is self.stats.prefill else stats.decode)
         stats.read_bytes, stats.read_s = self.transfer.bytes_read, self.transfer.busy_s
-        stats.read_retries = self.transfer.retries
-        return copy.deepcopy(stats)
+        stats.evictions, stats.read_retries = self.residency.evictions, self.transfer.retries
+        return stats
 
     def reset(self) -> None:
         """Empty the pool after a step was broken off: right wherever that was. The counts stay."""

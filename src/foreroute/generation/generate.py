@@ -15,16 +15,16 @@ from typing import Any
 
 import torch
 from transformers.cache_utils import DynamicCache
-from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
-from transformers.generation.streamers import BaseStreamer
+from transformers.generation.stopping_criteria import StoppingCriteriaList
 
 from foreroute.device.graph_decoder import decoder_of, is_paged
 from foreroute.engine.stats import EngineStats
 from foreroute.errors import PromptError
 from foreroute.generation.decode_loop import LeanLoop, serves
 from foreroute.generation.prefix_cache import PromptCache
+from foreroute.generation.recorder import StopWhen, TokenRecorder
 from foreroute.model.caches import cache_argument, can_be_continued, is_ordinary, new_cache
-from foreroute.model.text import TextPieces
+from foreroute.model.endings import stop_strings
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,8 @@ class GenerationReport:
     """One answer and what it took.
 
     token_ids: the new tokens, as the model chose them; `text` is what they say, without a half character at the end.
-    finish_reason: "stop" (the model ended), "length", "stopped" (should_stop) or "interrupted" (Ctrl-C).
+    finish_reason: "stop" (the model ended, or a text came that ends an answer), "length", "stopped" (should_stop) or
+        "interrupted" (Ctrl-C).
     ttft_s: from the start of generate() to the first token. tpot_s: (last - first) / (n - 1). None: too few tokens.
     stats: the engine's counts of this answer alone. expert_bytes: stored bytes of one expert.
     peak_rss_bytes: of the process so far, loading included.
@@ -108,47 +109,6 @@ def _ratio(part: float, whole: float | None) -> float | None:
     return part / whole if whole else None
 
 
-class _Recorder(BaseStreamer):
-    """What transformers calls with the prompt and then with every token: notes the time, hands the text on."""
-
-    def __init__(self, tokenizer: Any, on_text: Callable[[str], None], clock: Callable[[], float]) -> None:
-        self.ids: list[int] = []
-        self.times_s: list[float] = []
-        self.written: list[str] = []
-        self._pieces = TextPieces(tokenizer)
-        self._on_text = on_text
-        self._clock = clock
-        self._prompt_is_next = True
-
-    def put(self, value: torch.Tensor) -> None:
-        if self._prompt_is_next:
-            self._prompt_is_next = False
-            return
-        self.add(int(value))
-
-    def add(self, token_id: int) -> None:
-        """A new token has been chosen."""
-        self.times_s.append(self._clock())
-        self.ids.append(token_id)
-        self._write(self._pieces.push(token_id))
-
-    def end(self) -> None:
-        self._write(self._pieces.finish())
-
-    def _write(self, piece: str) -> None:
-        if piece:
-            self.written.append(piece)
-            self._on_text(piece)
-
-
-class _StopWhen(StoppingCriteria):
-    def __init__(self, should_stop: Callable[[], bool]) -> None:
-        self._should_stop = should_stop
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        return torch.full(input_ids.shape[:1], self._should_stop(), dtype=torch.bool, device=input_ids.device)
-
-
 def generate(
     model: Any,
     tokenizer: Any,
@@ -165,16 +125,18 @@ def generate(
     """Generate one answer with a model of `foreroute.load`.
 
     Args:
-        prompt_ids: [1, tokens] int64; see `engine.text.encode_prompt`.
+        prompt_ids: [1, tokens] int64; see `model.text.encode_prompt`.
         on_text: called with each piece of text, whole characters only, as soon as it is there.
         should_stop: asked after every token; True ends the answer.
         max_new_tokens: fewer where the model's context ends before.
         reuse: what earlier prompts left; the beginning that this one shares with them is not computed again, and what
             this one computes is left there. Bits are those of the same tokens computed in the same pieces.
         prefill_chunk: most prompt tokens computed at once; the model's own (EngineConfig) when None.
-        options: transformers' own (do_sample, temperature, top_p, top_k, repetition_penalty, ...).
+        options: transformers' own (do_sample, temperature, top_p, top_k, repetition_penalty, ...). Texts that end an
+            answer (stop_strings, the model's own where none are given) are no part of its text.
     Returns:
         The report. Ctrl-C ends the answer too, at once: finish_reason is then "interrupted", the model stays usable.
+        While another thread uses the model, it is waited for; that time is not the answer's.
     Raises:
         PromptError: the prompt is empty or leaves no room in the context.
         ReadError, ChecksumError: an expert could not be read.
@@ -184,10 +146,23 @@ def generate(
     if prefill_chunk is not None and prefill_chunk < 2:
         raise PromptError(f"prefill_chunk is {prefill_chunk}: choose 8 tokens or more (512 to 8192 are usual).")
     most_new = max_new_tokens if room is None else min(max_new_tokens, room)
-    recorder = _Recorder(tokenizer, on_text, clock)
-    before = model.foreroute.stats()
-    started_s = clock()
-    answer = _Answer(model, prompt_ids, options, reuse, prefill_chunk or model.foreroute.plan.prefill_chunk)
+    stop = _stop_strings(model, options)
+    with model.foreroute.lock:
+        chunk = prefill_chunk or model.foreroute.plan.prefill_chunk
+        answer = _Answer(model, prompt_ids, options, reuse, chunk)
+        return _timed(answer, TokenRecorder(tokenizer, on_text, clock, stop), clock, should_stop, most_new)
+
+
+def _timed(
+    answer: "_Answer",
+    recorder: TokenRecorder,
+    clock: Callable[[], float],
+    should_stop: Callable[[], bool] | None,
+    most_new: int,
+) -> GenerationReport:
+    """Run the answer, and report on it."""
+    model, reuse = answer.model, answer.reuse
+    before, started_s = model.foreroute.stats(), clock()
     is_interrupted = False
     try:
         answer.run(recorder, should_stop, most_new)
@@ -199,12 +174,11 @@ def generate(
     # Ctrl-C may fall between the two.
     times_s = recorder.times_s[: len(recorder.ids)]
     governor = model.foreroute.governor if _is_exact(model) else None
-    reason = "interrupted" if is_interrupted else _finish_reason(model, recorder.ids, most_new, options)
     return GenerationReport(
         text="".join(recorder.written),
         token_ids=tuple(recorder.ids),
-        prompt_tokens=prompt_ids.shape[1],
-        finish_reason=reason,
+        prompt_tokens=answer.prompt_ids.shape[1],
+        finish_reason="interrupted" if is_interrupted else _finish_reason(answer, recorder, most_new),
         ttft_s=times_s[0] - started_s if times_s else None,
         tpot_s=(times_s[-1] - times_s[0]) / (len(times_s) - 1) if len(times_s) > 1 else None,
         total_s=ended_s - started_s,
@@ -230,10 +204,10 @@ class _Answer:
     def __init__(
         self, model: Any, prompt_ids: torch.Tensor, options: dict[str, Any], reuse: PromptCache | None, chunk: int
     ) -> None:
-        self._model = model
-        self._prompt_ids = prompt_ids
-        self._options = options
-        self._reuse = reuse
+        self.model = model
+        self.prompt_ids = prompt_ids
+        self.options = options
+        self.reuse = reuse
         self.loop: LeanLoop | None = None
         self.num_reused = 0
         cache = new_cache(model)
@@ -246,43 +220,47 @@ class _Answer:
         # Not what a decoder computes in a cache of its own.
         self._keeps = not is_paged(model)
 
-    def run(self, recorder: _Recorder, should_stop: Callable[[], bool] | None, max_new_tokens: int) -> None:
+    def run(self, recorder: TokenRecorder, should_stop: Callable[[], bool] | None, max_new_tokens: int) -> None:
         """Generate; tokens go to the recorder."""
+
+        def is_over() -> bool:
+            return recorder.is_over or (should_stop is not None and should_stop())
+
         told: dict[str, Any] = {
-            "attention_mask": torch.ones_like(self._prompt_ids),
+            "attention_mask": torch.ones_like(self.prompt_ids),
             "max_new_tokens": max_new_tokens,
             "num_beams": 1,
             "disable_compile": True,
-            **self._options,
+            # The recorder looks for them, in the text that it has anyway.
+            "stop_strings": None,
+            **self.options,
         }
         if not self._is_lean:
-            if should_stop is not None:
-                told["stopping_criteria"] = StoppingCriteriaList(
-                    [*told.get("stopping_criteria", ()), _StopWhen(should_stop)]
-                )
-            if self._chunk is not None and self._prompt_ids.shape[1] > self._chunk:
-                told.setdefault("prefill_chunk_size", _without_a_single_one(self._prompt_ids.shape[1], self._chunk))
-            self._model.generate(self._prompt_ids, streamer=recorder, **told)
+            told["stopping_criteria"] = StoppingCriteriaList([*told.get("stopping_criteria", ()), StopWhen(is_over)])
+            has_cache = told.get("use_cache") is not False
+            if has_cache and self._chunk is not None and self.prompt_ids.shape[1] > self._chunk:
+                told.setdefault("prefill_chunk_size", _without_a_single_one(self.prompt_ids.shape[1], self._chunk))
+            self.model.generate(self.prompt_ids, streamer=recorder, **told)
             return
-        if self._reuse is not None and self._can_continue and self._keeps:
+        if self.reuse is not None and self._can_continue and self._keeps:
             # Two tokens, not the last alone, for the bits of a chunk: a product of one row can be rounded otherwise.
-            at_most = self._prompt_ids.shape[1] - 2
-            cache, self.num_reused = self._reuse.take(self._model, self._prompt_ids[0].tolist(), at_most)
+            at_most = self.prompt_ids.shape[1] - 2
+            cache, self.num_reused = self.reuse.take(self.model, self.prompt_ids[0].tolist(), at_most)
             self._cache = cache or self._cache
-        decoder = decoder_of(self._model, self._prompt_ids.shape[1] + max_new_tokens)
-        self.loop = LeanLoop(recorder.add, should_stop, self._chunk, decoder)
-        self._model.generate(self._prompt_ids, **cache_argument(self._cache), custom_generate=self.loop, **told)
+        decoder = decoder_of(self.model, self.prompt_ids.shape[1] + max_new_tokens)
+        self.loop = LeanLoop(recorder.add, is_over, self._chunk, decoder)
+        self.model.generate(self.prompt_ids, **cache_argument(self._cache), custom_generate=self.loop, **told)
         recorder.end()
 
     def keep(self, new_ids: list[int]) -> None:
         """Leave what was computed for the next prompt: after an error or Ctrl-C, what is certain of it."""
-        has_reuse = self._reuse is not None and self._keeps and self._can_continue
-        if not has_reuse or self._reuse is None or self.loop is None or self._cache is None:
+        has_reuse = self.reuse is not None and self._keeps and self._can_continue
+        if not has_reuse or self.reuse is None or self.loop is None or self._cache is None:
             return
-        ids = self._prompt_ids[0].tolist()
-        if self._is_exact and _is_exact(self._model):
+        ids = self.prompt_ids[0].tolist()
+        if self._is_exact and _is_exact(self.model):
             ids += new_ids
-        self._reuse.keep(self._model, ids[: self.loop.num_computed], self._cache)
+        self.reuse.keep(self.model, ids[: self.loop.num_computed], self._cache)
 
 
 def _is_exact(model: Any) -> bool:
@@ -304,8 +282,8 @@ def stream(
 ) -> Generator[str, None, GenerationReport]:
     """Like `generate`, as an iterator over the pieces: `report = yield from stream(...)`.
 
-    The model runs in another thread: use it nowhere else meanwhile. Closing the iterator ends the answer after the
-    token at hand, and waits for that.
+    The model runs in another thread, and others wait for it. Closing the iterator ends the answer after the token at
+    hand, and waits for that.
     """
     pieces: SimpleQueue[str | None] = SimpleQueue()
     is_closed = threading.Event()
@@ -345,10 +323,20 @@ def _room_in_context(model: Any, prompt_tokens: int) -> int | None:
     return int(context) - prompt_tokens
 
 
-def _finish_reason(model: Any, ids: list[int], most_new: int, options: dict[str, Any]) -> str:
+def _stop_strings(model: Any, options: dict[str, Any]) -> tuple[str, ...]:
+    """The texts that end the answer, which are taken out of the options: the caller's, or else the model's own."""
+    asked = options.pop("stop_strings", None)
+    given = options.get("generation_config")
+    if asked is not None:
+        return (asked,) if isinstance(asked, str) else tuple(asked)
+    return (() if given is None else stop_strings(given)) or stop_strings(model.generation_config)
+
+
+def _finish_reason(answer: _Answer, recorder: TokenRecorder, most_new: int) -> str:
     """Why an answer ended that nobody interrupted; "stopped": by should_stop, or by a criterion of the caller."""
-    eos = options.get("eos_token_id", model.generation_config.eos_token_id)
+    ids = recorder.ids
+    eos = answer.options.get("eos_token_id", answer.model.generation_config.eos_token_id)
     ends = eos if isinstance(eos, list) else [eos]
-    if ids and ids[-1] in ends:
+    if recorder.is_over or (ids and ids[-1] in ends):
         return "stop"
     return "length" if len(ids) >= most_new else "stopped"

@@ -5,14 +5,13 @@ headers, the room for it, the model, the division of memory.
 """
 
 import os
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from foreroute.config import EngineConfig, Plan
-from foreroute.engine.interfaces import MoeEngine
 from foreroute.engine.moe_step import MoeStep
 from foreroute.engine.step_trace import StepTrace, header_of
 from foreroute.loading.arguments import read_arguments
@@ -21,10 +20,13 @@ from foreroute.loading.engines import builder_for
 from foreroute.loading.guidance import Guidance, guidance_for
 from foreroute.loading.offloaded_model import ForerouteHandle, make_offloaded
 from foreroute.loading.open_device import open_device
+from foreroute.loading.step_entry import Bounds, StepEntry
 from foreroute.memory.device import move_dense
 from foreroute.memory.host import usable_cpus
 from foreroute.memory.plan import MemoryPlan, check_before, plan_memory
+from foreroute.model import torch_modes
 from foreroute.model.build.skeleton import load_skeleton
+from foreroute.model.endings import complete_generation_config
 from foreroute.model.expert_set import ExpertSet
 from foreroute.policy import Policy
 from foreroute.predict.build import open_sidecar
@@ -37,6 +39,7 @@ from foreroute.types import Progress
 _KERNELS_KEPT = "128"
 
 
+@torch_modes.as_if_alone()
 def load(
     path_or_hub_id: str | Path,
     memory: int | str | None = None,
@@ -91,9 +94,11 @@ def load(
         trace.begin(**header_of(plan, asked, experts.table, checkpoint.index.fingerprint()))
         assert isinstance(engine, MoeStep), "no trace is written where the device pages for itself: see open_device"
         engine.pool.add_observer(StepTrace(trace, experts.table.keys))
+    complete_generation_config(model, checkpoint.folder, checkpoint.index)
+    entry = StepEntry(engine, len(experts.layers), Bounds.of(model), target)
     for layer in experts.layers:
-        layer.experts.engine_forward = _computing(engine, layer.index)
-    return make_offloaded(model, ForerouteHandle(plan, engine, list(experts.layers), experts.table))
+        layer.experts.engine_forward = partial(entry.compute, layer.index)
+    return make_offloaded(model, ForerouteHandle(plan, engine, list(experts.layers), experts.table, entry))
 
 
 def _sidecar(asked: EngineConfig, target: torch.device, checkpoint: Checkpoint) -> Sidecar | None:
@@ -146,10 +151,3 @@ def _plan(
         threads=torch.get_num_threads(),
         usable_cpus=usable_cpus(),
     )
-
-
-def _computing(engine: MoeEngine, layer: int) -> Callable[..., torch.Tensor]:
-    def forward(hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        return engine.compute(layer, hidden, ids, weights)
-
-    return forward

@@ -83,13 +83,13 @@ def prove_math(module: OffloadedExperts, layout: ExpertLayout, compute_dtype: to
     parts = []
     for part in layout.parts:
         scale = 1 / scalar_math.sqrt(part.shape[-1])
-        parts.append((torch.randn(part.shape, generator=generator) * scale).to(compute_dtype))
+        parts.append((torch.randn(part.shape, generator=generator, dtype=torch.float32) * scale).to(compute_dtype))
     operands = math.operands(parts)
     up_width, hidden_width = math.widths([part.shape for part in layout.parts])
     num_experts = min(3, module.num_offloaded)
 
     def random(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator).to(compute_dtype)
+        return torch.randn(*shape, generator=generator, dtype=torch.float32).to(compute_dtype)
 
     def theirs(hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         return run_family_forward(module, lambda _: parts, hidden, ids, weights)

@@ -1,21 +1,23 @@
 """What becomes of a transformers model whose experts belong to the engine: what it may still do, and what not."""
 
+import functools
+import os
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from foreroute.checkpoint.layouts import ExpertTable
 from foreroute.config import Plan
 from foreroute.engine.interfaces import MoeEngine, StepInfo
 from foreroute.engine.stats import EngineStats
-from foreroute.errors import PromptError, RefusedError
+from foreroute.errors import RefusedError
+from foreroute.loading.step_entry import StepEntry, entered
 from foreroute.model.blocks import MoeLayer
-from foreroute.model.caches import given_cache
-from foreroute.model.experts import refuse_compiled
 from foreroute.policy import Policy
 from foreroute.predict.governor import Governor
 
@@ -27,37 +29,42 @@ class ForerouteHandle:
         plan: what `load` decided.
         engine: what computes the experts, for those who look inside.
         layers: the MoE layers, as the probe saw them. table: their experts, by key.
+        entry: its lock, and what begins its steps.
         decoder: of answers, where the device pages experts (device/graph_decoder.py); made with the first one.
     """
 
-    def __init__(self, plan: Plan, engine: MoeEngine, layers: list[MoeLayer], table: ExpertTable) -> None:
+    def __init__(
+        self, plan: Plan, engine: MoeEngine, layers: list[MoeLayer], table: ExpertTable, entry: StepEntry
+    ) -> None:
         self.plan = plan
         self.engine = engine
         self.layers = layers
         self.table = table
-        self._announced: StepInfo | None = None
+        self.entry = entry
         self.decoder: Any = None
 
-    @contextmanager
-    def step(self, info: StepInfo) -> Iterator[None]:
-        """The model's next call, inside, is this step; without it what a call computes is guessed from its shape.
+    def step(self, info: StepInfo) -> AbstractContextManager[None]:
+        """The model's next call of this thread, inside, is this step; without it what it computes is guessed.
 
         with model.foreroute.step(StepInfo("prefill", 1, ids.shape[1], ids)):
             logits = model(ids, past_key_values=cache).logits
         """
-        self._announced = info
-        try:
-            yield
-        finally:
-            self._announced = None
+        return self.entry.announced(info)
 
-    def take_announced(self) -> StepInfo | None:
-        """The step that was announced for the call at hand, once."""
-        info, self._announced = self._announced, None
-        return info
+    @property
+    def lock(self) -> Any:
+        """The model's lock, re-entrant: `with model.foreroute.lock:` keeps other threads out for more than one call.
+
+        Raises:
+            RefusedError: this process was forked from the one that loaded the model.
+        """
+        return self.entry.lock
 
     def stats(self) -> EngineStats:
-        """A copy of all counts since the model was loaded; `.minus(earlier)` gives those of a span."""
+        """A copy of all counts since the model was loaded; `.minus(earlier)` gives those of a span.
+
+        Waits for nobody: while another thread generates, the figures are those of the moment.
+        """
         return self.engine.snapshot()
 
     @property
@@ -73,12 +80,13 @@ class ForerouteHandle:
     def set_policy(self, *policies: str | Policy) -> None:
         """Decode under these policies from the next step on: one for every row, or one per row of the batch.
 
-        Prompts are always exact.
+        Prompts are always exact. While another thread generates, it is waited for.
 
         Raises:
             PolicyError: not known, or not to be had with this model; nothing has been changed.
         """
-        self.engine.policies.set([Policy.parse(one) if isinstance(one, str) else one for one in policies])
+        with self.lock:
+            self.engine.policies.set([Policy.parse(one) if isinstance(one, str) else one for one in policies])
 
     def check_policy(self, policy: Policy) -> None:
         """Whether the policy can be had with this model.
@@ -89,11 +97,19 @@ class ForerouteHandle:
         self.engine.policies.check(policy)
 
     def close(self) -> None:
-        """Stop the readers and free the pool. The model's experts cannot be computed afterwards."""
-        for layer in self.layers:
-            layer.experts.engine_forward = None
-        self.decoder = None
-        self.engine.close()
+        """Stop the readers and free the pool. The model's experts cannot be computed afterwards.
+
+        While another thread generates, it is waited for. In a process that was forked from the one that loaded the
+        model there is nothing to stop.
+        """
+        if self.entry.is_forked:
+            return
+        with self.lock:
+            self.entry.close()
+            for layer in self.layers:
+                layer.experts.engine_forward = None
+            self.decoder = None
+            self.engine.close()
 
 
 def _refuse(what: str, why: str) -> Any:
@@ -150,71 +166,48 @@ class OffloadedModel:
 
 
 def make_offloaded(model: nn.Module, handle: ForerouteHandle) -> nn.Module:
-    """Turn the model, in place, into an `OffloadedModel` of the same class name, with `foreroute` attached."""
-    cls = type(model)
-    # The same name and module: transformers' pipelines and lm-eval tell models by their class name. Gradients are left
-    # out here and not by freezing parameters: torch's matmul reads their requires_grad, and gives other bits.
-    own: dict[str, Any] = {"__module__": cls.__module__, "forward": torch.no_grad()(cls.forward)}
-    model.__class__ = type(cls.__name__, (OffloadedModel, cls), own)
-    object.__setattr__(model, "foreroute", handle)
-    handle_ref = weakref.ref(handle)
-    config: Any = model.config
-    context = getattr(config.get_text_config(), "max_position_embeddings", None)
-    embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
-    vocabulary = getattr(embeddings, "num_embeddings", None)
+    """Turn the model, in place, into an `OffloadedModel` of the same class name, with `foreroute` attached.
 
-    def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        refuse_compiled()
-        tokens = kwargs.get("input_ids", args[0] if args else None)
-        if tokens is None:
-            tokens = kwargs.get("inputs_embeds")
-        handle = handle_ref()
-        if handle is not None and tokens is not None:
-            cache = given_cache(kwargs)
-            if tokens.shape[1] != 1:
-                _check_prompt(tokens, cache, context)
-                _check_ids(tokens, vocabulary)
-            handle.engine.begin_step(handle.take_announced() or _guess_step(tokens, cache))
-
-    model.register_forward_pre_hook(begin, with_kwargs=True)
-    weakref.finalize(model, handle.engine.close)
+    The same becomes of the models inside it that hold its MoE layers: they are called on their own too.
+    """
+    inside = [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, PreTrainedModel) and any(_is_within(layer.name, name) for layer in handle.layers)
+    ]
+    for module in inside:
+        cls = type(module)
+        # The same name and module: transformers' pipelines and lm-eval tell models by their class name. Gradients are
+        # left out by `entered`, not by freezing parameters: torch's matmul reads their requires_grad, and gives other
+        # bits.
+        own: dict[str, Any] = {"__module__": cls.__module__, "forward": entered(cls.forward)}
+        if hasattr(cls, "generate"):
+            own["generate"] = _one_at_a_time(cls.generate)
+        module.__class__ = type(cls.__name__, (OffloadedModel, cls), own)
+        object.__setattr__(module, "foreroute", handle)
+    weakref.finalize(model, _close_unless_forked, handle.engine, os.getpid())
     return model
 
 
-def _guess_step(tokens: torch.Tensor, cache: Any) -> StepInfo:
-    """What a call computes of which nobody said it, by its shape: several positions, or a text's first, are a prompt.
-
-    Args:
-        tokens: ids [rows, positions], or embeddings [rows, positions, hidden].
-    """
-    is_start = cache is None or int(cache.get_seq_length()) == 0
-    # Embeddings in place of ids tell nothing about layer 0.
-    token_ids = None if tokens.is_floating_point() else tokens
-    is_prefill = is_start or tokens.shape[1] > 1
-    return StepInfo(
-        "prefill" if is_prefill else "decode", tokens.shape[0], tokens.shape[1], token_ids, is_start=is_start
-    )
+def _is_within(name: str, outer: str) -> bool:
+    return not outer or name.startswith(f"{outer}.")
 
 
-def _check_prompt(tokens: torch.Tensor, cache: Any, context: int | None) -> None:
-    """Not before every decoded token: what a model makes of positions past its context is the caller's choice."""
-    if 0 in tokens.shape[:2]:
-        raise PromptError("The prompt is empty: there is no token to start from.")
-    num_positions = tokens.shape[1] + (0 if cache is None else int(cache.get_seq_length()))
-    if context is not None and num_positions > context:
-        raise PromptError(
-            f"The prompt has {num_positions} tokens, the model's context {context} (max_position_embeddings in "
-            "config.json). Shorten the prompt."
-        )
+def _one_at_a_time(generate: Callable[..., Any]) -> Callable[..., Any]:
+    """transformers' generate() under the model's lock, and under that of an assistant."""
+
+    @functools.wraps(generate)
+    def waiting(self: Any, *args: Any, **kwargs: Any) -> Any:
+        handle = self.foreroute
+        other = getattr(kwargs.get("assistant_model"), "foreroute", handle)
+        # In one order for all: two models may be each other's assistants, in two threads.
+        first, second = sorted((handle.entry, other.entry), key=id)
+        with first.lock, second.lock:
+            return generate(self, *args, **kwargs)
+
+    return waiting
 
 
-def _check_ids(tokens: torch.Tensor, vocabulary: int | None) -> None:
-    """See that the model has every token of a prompt; the embedding would stop with an index, or the GPU for good."""
-    if vocabulary is None or tokens.is_floating_point():
-        return
-    least, most = (int(bound) for bound in tokens.aminmax())
-    if least < 0 or most >= vocabulary:
-        raise PromptError(
-            f"The prompt has the token {least if least < 0 else most}; the model has 0 to {vocabulary - 1}. The "
-            "tokenizer (tokenizer.json) and the weights are of different models."
-        )
+def _close_unless_forked(engine: MoeEngine, process: int) -> None:
+    if os.getpid() == process:
+        engine.close()

@@ -95,6 +95,6 @@ def chooses_by_tokens(
     if not torch.equal(more[0].flatten(), token_ids):
         return False
     hidden = args[0]
-    others = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0)).to(hidden.dtype)
+    others = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32).to(hidden.dtype)
     choices = [router.forward(given, *args[1:], **kwargs)[ids_at] for given in (hidden, others)]
     return torch.equal(*choices)

@@ -1,4 +1,4 @@
-"""Between text and tokens: a model's tokenizer, a prompt for it, and whole characters out of single tokens."""
+"""Between text and tokens: a model's tokenizer, a prompt for it, whole characters out of tokens, and texts that end."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -100,10 +100,20 @@ def encode_prompt(tokenizer: Any, prompt: str, *, chat: bool | None = None, syst
     if has_template:
         ids = _chat_ids(tokenizer, prompt, system)
     else:
-        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        ids = torch.tensor([with_one_start(tokenizer, prompt, tokenizer(prompt)["input_ids"])])
     if ids.shape[1] == 0:
         raise PromptError("The prompt is empty: there is no token to start from.")
     return ids.long()
+
+
+def with_one_start(tokenizer: Any, text: str, ids: list[int]) -> list[int]:
+    """The tokens `ids` of a text, without the start token that the tokenizer puts before one that the text begins with.
+
+    As a text does that a chat template has made. A model has seen one of them, and answers two less well.
+    """
+    start = getattr(tokenizer, "bos_token", None)
+    is_double = start is not None and text.startswith(start) and ids[:2] == [tokenizer.bos_token_id] * 2
+    return ids[1:] if is_double else ids
 
 
 def _chat_ids(tokenizer: Any, prompt: str, system: str | None) -> torch.Tensor:
@@ -161,3 +171,36 @@ class TextPieces:
 
     def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+class StopText:
+    """Holds text back while it may become one of the texts that end an answer.
+
+    Attributes:
+        is_over: one of them has come.
+    """
+
+    def __init__(self, stop: Sequence[str]) -> None:
+        self._stop, self._held, self.is_over = stop, "", False
+
+    def push(self, piece: str) -> str:
+        """What may be said now that `piece` has come."""
+        if self.is_over:
+            return ""
+        self._held += piece
+        found = [at for at in (self._held.find(one) for one in self._stop) if at >= 0]
+        if found:
+            self.is_over, said, self._held = True, self._held[: min(found)], ""
+            return said
+        end = len(self._held) - max((self._beginning_of(one) for one in self._stop), default=0)
+        said, self._held = self._held[:end], self._held[end:]
+        return said
+
+    def rest(self) -> str:
+        """What was still held back, at the answer's end."""
+        held, self._held = self._held, ""
+        return held
+
+    def _beginning_of(self, stop: str) -> int:
+        """How many of the last characters are the beginning of `stop`."""
+        return next((n for n in range(min(len(stop) - 1, len(self._held)), 0, -1) if self._held.endswith(stop[:n])), 0)

@@ -50,7 +50,7 @@ class DefaultVectors:
 
 def with_no_expert(vectors: torch.Tensor) -> torch.Tensor:
     """Default vectors [experts, width] with one row more, zero, where ids that are no expert point."""
-    return torch.cat([vectors, torch.zeros(1, vectors.shape[1])])
+    return torch.cat([vectors, torch.zeros(1, vectors.shape[1], dtype=torch.float32)])
 
 
 def weighted_rows(rows: torch.Tensor, seen: RouterSample) -> torch.Tensor:

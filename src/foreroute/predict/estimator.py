@@ -43,19 +43,19 @@ def new_weights(hidden: int, num_layers: int, num_experts: int, settings: Estima
     wide = inner * settings.widen
 
     def linear(rows: int, cols: int) -> torch.Tensor:
-        return torch.randn(rows, cols, generator=generator) / math.sqrt(rows)
+        return torch.randn(rows, cols, generator=generator, dtype=torch.float32) / math.sqrt(rows)
 
     return {
         "down": linear(hidden, inner),
-        "layer": torch.zeros(num_layers, inner),
+        "layer": torch.zeros(num_layers, inner, dtype=torch.float32),
         "up": linear(inner, wide),
-        "up_bias": torch.zeros(wide),
+        "up_bias": torch.zeros(wide, dtype=torch.float32),
         "back": linear(wide, inner) * 0.1,
-        "back_bias": torch.zeros(inner),
-        "norm": torch.ones(inner),
-        "norm_bias": torch.zeros(inner),
+        "back_bias": torch.zeros(inner, dtype=torch.float32),
+        "norm": torch.ones(inner, dtype=torch.float32),
+        "norm_bias": torch.zeros(inner, dtype=torch.float32),
         "head": linear(inner, num_experts),
-        "head_bias": torch.zeros(num_experts),
+        "head_bias": torch.zeros(num_experts, dtype=torch.float32),
     }
 
 

@@ -239,8 +239,14 @@ class _LayerRows:
         self._hidden = hidden
         features, outputs = hidden + self._num_experts, after.experts.num_offloaded
         self.equations = NormalEquations(features, outputs, torch.float32)
-        self._buffer = _Block(torch.ones(_BUFFER_ROWS, features + 1), torch.zeros(_BUFFER_ROWS, outputs))
-        self._aside = _Block(torch.ones(_ROWS_ASIDE, features + 1), torch.zeros(_ROWS_ASIDE, outputs))
+        self._buffer = _Block(
+            torch.ones(_BUFFER_ROWS, features + 1, dtype=torch.float32),
+            torch.zeros(_BUFFER_ROWS, outputs, dtype=torch.float32),
+        )
+        self._aside = _Block(
+            torch.ones(_ROWS_ASIDE, features + 1, dtype=torch.float32),
+            torch.zeros(_ROWS_ASIDE, outputs, dtype=torch.float32),
+        )
         self.num_buffered = self.num_added = self._num_aside = 0
         self.is_solved = False
 

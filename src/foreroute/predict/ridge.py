@@ -124,7 +124,7 @@ class Ridge:
 
 def gate_vector(seen: RouterSample, num_experts: int) -> torch.Tensor:
     """The gate weights as a vector over the experts: [tokens, experts] float32; ids that are no expert left out."""
-    dense = torch.zeros(seen.ids.shape[0], num_experts + 1)
+    dense = torch.zeros(seen.ids.shape[0], num_experts + 1, dtype=torch.float32)
     dense.scatter_add_(1, seen.ids.clamp(max=num_experts), seen.weights.float())
     return dense[:, :num_experts]
 

@@ -68,7 +68,7 @@ def selection_of(router: NextRouter | None, hidden: int, dtype: torch.dtype) -> 
     if router is None or router.logits_at < 0:
         return Selection(reads_logits=False)
     generator = torch.Generator().manual_seed(0)
-    states = torch.randn(_PROBED_STATES, hidden, generator=generator)
+    states = torch.randn(_PROBED_STATES, hidden, generator=generator, dtype=torch.float32)
     with torch.no_grad():
         if all(_is_plain(router, (states * scale).to(dtype)) for scale in _PROBED_SCALES):
             return Selection(reads_logits=True)
@@ -106,5 +106,5 @@ def _logits(router: NextRouter, states: torch.Tensor) -> torch.Tensor:
 
 def chosen_experts(ids: torch.Tensor, num_experts: int) -> torch.Tensor:
     """[tokens, experts] float32: 1 for each of `ids` [tokens, k], 0 elsewhere; ids that are no expert left out."""
-    chosen = torch.zeros(len(ids), num_experts + 1)
+    chosen = torch.zeros(len(ids), num_experts + 1, dtype=torch.float32)
     return chosen.scatter_(1, ids.clamp(max=num_experts), 1.0)[:, :num_experts]

@@ -75,7 +75,9 @@ def uniform(seed: int = 0) -> Guesser:
     """Experts drawn at random: recall is width / experts."""
 
     def guess(moment: Moment, width: int) -> TokenGuess:
-        scores = torch.rand(len(moment.token_ids), moment.num_experts, generator=_generator(seed, moment))
+        scores = torch.rand(
+            len(moment.token_ids), moment.num_experts, generator=_generator(seed, moment), dtype=torch.float32
+        )
         return _equal_weights(torch.topk(scores, min(width, moment.num_experts)).indices)
 
     return guess
@@ -125,7 +127,7 @@ def previous_token(popularity: Popularity) -> Guesser:
     def guess(moment: Moment, width: int) -> TokenGuess:
         scores = popularity.scores(moment.layer).expand(len(moment.token_ids), -1)
         # One column more takes the ids that are no expert.
-        chosen = torch.zeros(len(moment.token_ids), moment.num_experts + 1)
+        chosen = torch.zeros(len(moment.token_ids), moment.num_experts + 1, dtype=torch.float32)
         weights = moment.now.weights.float()
         ranks = weights.argsort(-1).argsort(-1).float() + 2.0  # above any share
         chosen.scatter_(1, moment.now.ids.clamp(max=moment.num_experts), ranks)
@@ -144,7 +146,7 @@ def expert_counts(ids: torch.Tensor, num_experts: int) -> torch.Tensor:
 
 
 def _equal_weights(ids: torch.Tensor) -> TokenGuess:
-    return TokenGuess(ids, torch.full(ids.shape, 1.0 / ids.shape[-1]))
+    return TokenGuess(ids, torch.full(ids.shape, 1.0 / ids.shape[-1], dtype=torch.float32))
 
 
 def _generator(seed: int, moment: Moment) -> torch.Generator:

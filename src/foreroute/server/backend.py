@@ -85,8 +85,11 @@ class Prompts:
             raise not_possible(param, f"{param} has the token {max(token_ids)}; ids end at {self._vocab_size - 1}.")
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        from foreroute.model.text import with_one_start  # not before the server listens: torch comes with it
+
         with self._lock:
-            return list(self._tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
+            ids = list(self._tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
+            return with_one_start(self._tokenizer, text, ids) if add_special_tokens else ids
 
     def _decode(self, token_ids: Sequence[int]) -> str:
         with self._lock:

@@ -53,7 +53,7 @@ class TokenSum:
         self._workspace = workspace
         self._math = math
         self._operands_of = operands_of
-        self._hidden = self._weights = torch.empty(0)
+        self._hidden = self._weights = torch.empty(0, dtype=torch.float32)
 
     def begin(self, hidden: torch.Tensor, routed: Sequence[int], weights: torch.Tensor) -> "TokenSum":
         """The next token's sum: `hidden` [1, hidden], the key at each position of its top-k, `weights` [1, k]."""

@@ -1,0 +1,74 @@
+"""What is told of one answer's tokens: their times, their text as it comes, and whether a text came that ends it."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from transformers.generation.stopping_criteria import StoppingCriteria
+from transformers.generation.streamers import BaseStreamer
+
+from foreroute.model.text import StopText, TextPieces
+
+
+class TokenRecorder(BaseStreamer):
+    """What transformers calls with the prompt and then with every token: notes the time, hands the text on.
+
+    Args:
+        stop: texts that end the answer, and are not handed on.
+
+    Attributes:
+        ids, times_s: of the tokens so far; Ctrl-C may leave a time more. written: the text that was handed on.
+    """
+
+    def __init__(
+        self, tokenizer: Any, on_text: Callable[[str], None], clock: Callable[[], float], stop: Sequence[str]
+    ) -> None:
+        self.ids: list[int] = []
+        self.times_s: list[float] = []
+        self.written: list[str] = []
+        self._pieces = TextPieces(tokenizer)
+        self._stop = StopText(stop)
+        self._on_text = on_text
+        self._clock = clock
+        self._prompt_is_next = True
+
+    def put(self, value: torch.Tensor) -> None:
+        """The prompt, the first time; then a token each."""
+        if self._prompt_is_next:
+            self._prompt_is_next = False
+            return
+        self.add(int(value))
+
+    def add(self, token_id: int) -> None:
+        """A new token has been chosen."""
+        self.times_s.append(self._clock())
+        self.ids.append(token_id)
+        self._write(self._pieces.push(token_id))
+
+    def end(self) -> None:
+        """There are no more tokens: what was held back is handed on."""
+        self._write(self._pieces.finish())
+        self._say(self._stop.rest())
+
+    @property
+    def is_over(self) -> bool:
+        """A text has come that ends the answer."""
+        return self._stop.is_over
+
+    def _write(self, piece: str) -> None:
+        self._say(self._stop.push(piece))
+
+    def _say(self, text: str) -> None:
+        if text:
+            self.written.append(text)
+            self._on_text(text)
+
+
+class StopWhen(StoppingCriteria):
+    """Ends all rows when `should_stop` says so; asked after every token."""
+
+    def __init__(self, should_stop: Callable[[], bool]) -> None:
+        self._should_stop = should_stop
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.full(input_ids.shape[:1], self._should_stop(), dtype=torch.bool, device=input_ids.device)

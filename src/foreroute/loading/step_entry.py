@@ -1,0 +1,258 @@
+"""Where a model is entered: by one thread at a time, and its outermost forward pass begins the engine's step.
+
+Users call a model in many ways: `model(...)`, `model.forward(...)` (wrappers such as PEFT's do), the decoder stack
+inside it alone (`model.model(...)`, for embeddings), or one of its layers. Whatever they call, a step begins with the
+outermost call, and one that tells nothing of its tokens is taken for a prompt, which every policy computes exactly.
+"""
+
+import functools
+import inspect
+import os
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from foreroute.engine.interfaces import MoeEngine, StepInfo
+from foreroute.errors import PromptError, RefusedError
+from foreroute.model import torch_modes
+from foreroute.model.caches import given_cache
+from foreroute.model.experts import refuse_compiled
+
+T = TypeVar("T")
+
+_CLOSED = "This model's experts have been closed; load the model again."
+_FORKED = (
+    "This process was forked from the one that loaded the model, and has no threads that read its experts. Load the "
+    "model in this process, or start it in another way than by a fork (multiprocessing: 'spawn')."
+)
+_NOBODY = 0
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What prompts a model can be given.
+
+    context: positions that it was made for. vocabulary: tokens that it has. None where that is not known.
+    """
+
+    context: int | None = None
+    vocabulary: int | None = None
+
+    @classmethod
+    def of(cls, model: Any) -> "Bounds":
+        """Those of a transformers model."""
+        context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        return cls(context, getattr(model.get_input_embeddings(), "num_embeddings", None))
+
+    def check(self, tokens: torch.Tensor, cache: Any) -> None:
+        """See that a prompt can be computed; a decoded token is not checked: past the context is the caller's choice.
+
+        Args:
+            tokens: ids [rows, positions], or embeddings [rows, positions, hidden]. cache: what comes before them.
+        Raises:
+            PromptError: it cannot; the message says why.
+        """
+        if 0 in tokens.shape[:2]:
+            raise PromptError("The prompt is empty: there is no token to start from.")
+        num_positions = tokens.shape[1] + (0 if cache is None else int(cache.get_seq_length()))
+        if self.context is not None and num_positions > self.context:
+            raise PromptError(
+                f"The prompt has {num_positions} tokens, the model's context {self.context} (max_position_embeddings "
+                "in config.json). Shorten the prompt."
+            )
+        if self.vocabulary is None or tokens.is_floating_point():
+            return
+        # The embedding would stop with an index, or the GPU for good.
+        least, most = (int(bound) for bound in tokens.aminmax())
+        if least < 0 or most >= self.vocabulary:
+            raise PromptError(
+                f"The prompt has the token {least if least < 0 else most}; the model has 0 to {self.vocabulary - 1}. "
+                "The tokenizer (tokenizer.json) and the weights are of different models."
+            )
+
+
+class StepEntry:
+    """A model's lock, and what begins its steps.
+
+    The lock is re-entrant, and taken by `with` alone: Python lets no Ctrl-C fall between taking it and the block.
+
+    Args:
+        engine: computes the experts; it is not kept alive. num_layers: MoE layers.
+        bounds: of prompts. device: that the model computes on.
+    """
+
+    def __init__(self, engine: MoeEngine, num_layers: int, bounds: Bounds, device: torch.device) -> None:
+        # None is not among what it gives: it lives as long as the model.
+        self._engine: Callable[[], Any] = weakref.ref(engine)
+        self._num_layers = num_layers
+        self._bounds = bounds
+        self._device = device
+        self._lock = threading.RLock()
+        self._is_forked = self._is_closed = False
+        # The thread, which holds the lock, whose forward pass has begun a step.
+        self._inside = _NOBODY
+        # None of torch's modes was on that changes what is kept, when that step began.
+        self._is_ordinary = True
+        # By thread, the step that it has said its next call is.
+        self._announced: dict[int, StepInfo] = {}
+        # The last MoE layer that was called outside of any forward pass; `num_layers`: a step has begun since.
+        self._lone_layer = num_layers
+        _ENTRIES.add(self)
+
+    @property
+    def lock(self) -> Any:
+        """Held by the thread that uses the model, for a whole answer or a forward pass: others wait.
+
+        Raises:
+            RefusedError: this process was forked from the one that loaded the model.
+        """
+        if self._is_forked:
+            raise RefusedError(_FORKED)
+        return self._lock
+
+    @property
+    def is_forked(self) -> bool:
+        """This process was forked from the one that loaded the model."""
+        return self._is_forked
+
+    def close(self) -> None:
+        """No step begins from now on."""
+        self._is_closed = True
+
+    def forked(self) -> None:
+        """This process has been forked: whoever held the lock is not in it, nor is any reader."""
+        self._is_forked, self._inside = True, _NOBODY
+
+    def forward(
+        self, forward: Callable[..., T], names: tuple[str, ...], module: nn.Module, args: Any, kwargs: Any
+    ) -> T:
+        """Call the module's own `forward`; if it is the outermost one, a step begins before.
+
+        Args:
+            names: of its parameters, in order.
+        Raises:
+            RefusedError: compiled, under autocast, closed, or in a forked process.
+            PromptError: the prompt is empty, or longer than the context.
+        """
+        with self.lock:
+            if self._inside:
+                return forward(module, *args, **kwargs)
+            self._check()
+            try:
+                self._inside = self._begin({**dict(zip(names, args, strict=False)), **kwargs})
+                with torch.no_grad():
+                    return forward(module, *args, **kwargs)
+            finally:
+                self._inside = _NOBODY
+
+    @contextmanager
+    def announced(self, info: StepInfo) -> Iterator[None]:
+        """The next forward pass of this thread, inside, is this step."""
+        thread = threading.get_ident()
+        self._announced[thread] = info
+        try:
+            yield
+        finally:
+            self._announced.pop(thread, None)
+
+    def within_step(self, compute: Callable[[], T]) -> T:
+        """`compute()`, whose step the caller has begun: forward passes inside begin none."""
+        with self.lock:
+            before = self._inside
+            try:
+                self._inside, self._lone_layer = threading.get_ident(), self._num_layers
+                self._is_ordinary = torch_modes.is_ordinary()
+                return compute()
+            finally:
+                self._inside = before
+
+    def compute(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """MoE layer `layer`'s experts; see `MoeEngine.compute`. Outside of a forward pass: a prompt's."""
+        if self._inside == threading.get_ident():
+            if self._is_ordinary:
+                return self._engine().compute(layer, hidden, ids, weights)
+            with torch_modes.kept():
+                return self._engine().compute(layer, hidden, ids, weights)
+        with self.lock:
+            self._check()
+            try:
+                self._inside = threading.get_ident()
+                # Layers that are called one after the other are one step.
+                with torch_modes.kept():
+                    if layer <= self._lone_layer:
+                        self._engine().begin_step(StepInfo("prefill", 1, len(hidden), is_start=True))
+                    self._lone_layer = layer
+                    return self._engine().compute(layer, hidden, ids, weights)
+            finally:
+                self._inside = _NOBODY
+
+    def _begin(self, arguments: Mapping[str, Any]) -> int:
+        """Begin the step of these arguments of a forward pass; this thread, or nobody where they tell of no tokens."""
+        tokens, thread = arguments.get("input_ids"), threading.get_ident()
+        tokens = arguments.get("inputs_embeds") if tokens is None else tokens
+        if tokens is None:
+            return _NOBODY
+        cache = given_cache(arguments)
+        if tokens.shape[1] != 1:
+            self._bounds.check(tokens, cache)
+        self._lone_layer = self._num_layers
+        self._is_ordinary = torch_modes.is_ordinary()
+        with torch_modes.kept():
+            self._engine().begin_step(self._announced.pop(thread, None) or guess_step(tokens, cache))
+        return thread
+
+    def _check(self) -> None:
+        refuse_compiled()
+        if self._is_closed:
+            raise RefusedError(_CLOSED)
+        torch_modes.refuse_autocast(self._device)
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise RefusedError("deepcopy is not possible on a model with offloaded experts: two cannot share one pool.")
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise RefusedError("pickling is not possible on a model with offloaded experts: load it where it is needed.")
+
+
+def guess_step(tokens: torch.Tensor, cache: Any) -> StepInfo:
+    """What a call computes of which nobody said it, by its shape: several positions, or a text's first, are a prompt.
+
+    Args:
+        tokens: ids [rows, positions], or embeddings [rows, positions, hidden].
+    """
+    is_start = cache is None or int(cache.get_seq_length()) == 0
+    # Embeddings in place of ids tell nothing about layer 0.
+    token_ids = None if tokens.is_floating_point() else tokens
+    is_prefill = is_start or tokens.shape[1] > 1
+    return StepInfo(
+        "prefill" if is_prefill else "decode", tokens.shape[0], tokens.shape[1], token_ids, is_start=is_start
+    )
+
+
+def entered(forward: Callable[..., T]) -> Callable[..., T]:
+    """A class's forward, entered by way of the `StepEntry` that its instances hold as `foreroute.entry`."""
+    names = tuple(inspect.signature(forward).parameters)[1:]
+
+    @functools.wraps(forward)
+    def through(self: Any, *args: Any, **kwargs: Any) -> T:
+        result: T = self.foreroute.entry.forward(forward, names, self, args, kwargs)
+        return result
+
+    return through
+
+
+_ENTRIES: "weakref.WeakSet[StepEntry]" = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for entry in list(_ENTRIES):
+        entry.forked()
+
+
+os.register_at_fork(after_in_child=_after_fork)

@@ -1,0 +1,171 @@
+"""What ends an answer: the tokens that a checkpoint's files name for it, each file a part of them.
+
+generation_config.json and config.json name some, the tokenizer one (`eos_token`), a GGUF file up to three; and a chat
+template ends the assistant's turn with one that may be named nowhere else. A model stops at all of them. The
+tokenizer's files are read for these few tokens alone: making the tokenizer takes seconds where the vocabulary is large.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from foreroute.checkpoint.gguf_file import GgufIndex
+
+_QUESTION, _ANSWER = "QUESTION", "ANSWER"
+# Of a GGUF file: the end of the text, of a turn, of a message that calls a tool.
+_GGUF_ENDS = ("eos_token_id", "eot_token_id", "eom_token_id")
+# Where tokenizer.json lists the added tokens, and more bytes than such a list has.
+_ADDED, _MOST_LISTED = b'"added_tokens":', 2**22
+_NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
+
+
+def complete_generation_config(model: Any, folder: Path, index: Any) -> None:
+    """Let `model.generation_config` name every token that ends an answer, and keep the cache of keys and values on.
+
+    A checkpoint that was saved in training says `use_cache: false`: each token would compute the whole text again. Who
+    passes use_cache=False to generate() still has it so.
+
+    Args:
+        folder, index: the checkpoint, as `locate` and `read_index` found it.
+    """
+    settings = model.generation_config
+    said = _ids(settings.eos_token_id)
+    ends = list(dict.fromkeys([*said, *_ends_of_files(model.config, folder, index)]))
+    if ends != said:
+        if settings.pad_token_id is None:
+            # What generate() takes to fill up ended rows, and says so each time.
+            settings.pad_token_id = ends[0]
+        settings.eos_token_id = ends[0] if len(ends) == 1 else ends
+    if settings.use_cache is False:
+        settings.use_cache = True
+
+
+def end_tokens(settings: Any) -> frozenset[int]:
+    """The tokens that end an answer by these settings (a GenerationConfig)."""
+    return frozenset(_ids(settings.eos_token_id))
+
+
+def stop_strings(settings: Any) -> tuple[str, ...]:
+    """The texts that end an answer by these settings (a GenerationConfig)."""
+    said = settings.stop_strings or ()
+    return tuple(one for one in ((said,) if isinstance(said, str) else said) if one)
+
+
+def _ends_of_files(config: Any, folder: Path, index: Any) -> Iterator[int]:
+    text_config = config.get_text_config()
+    named = [*_ids(getattr(config, "eos_token_id", None)), *_ids(getattr(text_config, "eos_token_id", None))]
+    if isinstance(index, GgufIndex):
+        for name in _GGUF_ENDS:
+            named += _ids(index.settings.get(f"tokenizer.ggml.{name}"))
+    special = SpecialTokens.read(folder.parent if folder.is_file() else folder)
+    named += special.ends()
+    # A tokenizer may have tokens that the model has not.
+    return (token for token in named if 0 <= token < text_config.vocab_size)
+
+
+def _ids(said: Any) -> list[int]:
+    if said is None:
+        return []
+    return [said] if isinstance(said, int) else [int(one) for one in said]
+
+
+@dataclass(frozen=True)
+class SpecialTokens:
+    """A tokenizer's special tokens, from its files.
+
+    ids: of each added token. named: the tokens that have a role: "eos_token", ... template: for chats, if there is one.
+    """
+
+    ids: Mapping[str, int]
+    named: Mapping[str, str]
+    template: str | None
+
+    @classmethod
+    def read(cls, folder: Path) -> "SpecialTokens":
+        """Of the tokenizer in `folder`. What is absent or cannot be read is left out: `load_tokenizer` says so."""
+        config = {**_object(folder / "special_tokens_map.json"), **_object(folder / "tokenizer_config.json")}
+        named = {name: token for name in _NAMED if (token := _content(config.get(name)))}
+        ids = dict(_added(folder))
+        eos = named.get("eos_token")
+        if eos is not None and eos not in ids:
+            # An ordinary entry of the vocabulary.
+            vocabulary = _object(folder / "tokenizer.json").get("model", {}).get("vocab", {})
+            ids.update({eos: vocabulary[eos]} if isinstance(vocabulary, dict) and eos in vocabulary else {})
+        return cls(ids, named, _template(folder, config))
+
+    def ends(self) -> list[int]:
+        """The tokens that end an answer: the one named for it, and the one that ends the assistant's turn."""
+        found = [self.ids.get(self.named.get("eos_token", "")), self._turn_end()]
+        return [token for token in found if token is not None]
+
+    def _turn_end(self) -> int | None:
+        """The token behind what the assistant says, in a chat that ends with it.
+
+        Where nothing is, the one in front of the next turn. In this order: gpt-oss ends turns that are over with a
+        token that in an answer stands between its parts.
+        """
+        chat = [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}]
+        for messages in (chat, [*chat, chat[0]]):
+            behind = self._behind_answer(messages)
+            token = max((one for one in self.ids if one and behind.startswith(one)), key=len, default=None)
+            if token is not None:
+                begins = token in (self.named.get("bos_token"), self.named.get("unk_token"))
+                return None if begins else self.ids[token]
+        return None
+
+    def _behind_answer(self, messages: list[dict[str, str]]) -> str:
+        from tokenizers import Tokenizer, models
+        from transformers import PreTrainedTokenizerFast
+
+        if self.template is None:
+            return ""
+        try:
+            # Without a vocabulary: it puts the text together, and no tokens are asked of it.
+            tokenizer: Any = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()), **self.named)
+            text: str = tokenizer.apply_chat_template(messages, chat_template=self.template, tokenize=False)
+        except Exception:  # noqa: BLE001  a template is a program: what refuses this chat says nothing about ends
+            return ""
+        return text.rpartition(_ANSWER)[2].lstrip()
+
+
+def _object(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _content(token: Any) -> str | None:
+    found = token.get("content") if isinstance(token, dict) else token
+    return found if isinstance(found, str) else None
+
+
+def _added(folder: Path) -> Iterator[tuple[str, int]]:
+    """Every added token and its id. Of tokenizer.json only their list is parsed: its vocabulary is some megabytes."""
+    yield from _object(folder / "added_tokens.json").items()
+    decoder = _object(folder / "tokenizer_config.json").get("added_tokens_decoder", {})
+    for number, entry in decoder.items():
+        if number.isdecimal() and (token := _content(entry)):
+            yield token, int(number)
+    try:
+        raw = (folder / "tokenizer.json").read_bytes()
+        listed = raw[raw.find(_ADDED) + len(_ADDED) :][:_MOST_LISTED].decode(errors="replace").lstrip()
+        entries = json.JSONDecoder().raw_decode(listed)[0] if _ADDED in raw else []
+    except (OSError, ValueError, RecursionError):
+        return
+    for entry in entries:
+        if isinstance(entry, dict) and (token := _content(entry)) and isinstance(entry.get("id"), int):
+            yield token, entry["id"]
+
+
+def _template(folder: Path, config: Mapping[str, Any]) -> str | None:
+    try:
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        found = config.get("chat_template")
+    if isinstance(found, list):
+        found = next((one.get("template") for one in found if one.get("name") == "default"), None)
+    return found if isinstance(found, str) else None
