@@ -1,1 +1,1 @@
-"""How fast is it? Measurements of speed and bytes, with the ceilings they are held against."""
+"""Measure speed and bytes moved, beside the limits of the disk, the memory and the eviction policy."""

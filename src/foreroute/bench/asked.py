@@ -1,4 +1,4 @@
-"""What is to be measured, and what can be: everything that is wrong or does not fit is found before anything runs."""
+"""Check what a benchmark was asked to measure, and find every error and misfit before anything runs."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -20,11 +20,11 @@ from foreroute.units import format_memory
 
 @dataclass(frozen=True)
 class Asked:
-    """What was asked for.
+    """What a benchmark was asked to measure.
 
-    memories: budgets as `load` takes them. may_drop: those too small for the model are left out; else they are errors.
-    prompts: tokens of each, in order; new_tokens: after the first of them, 0 for none. repeats: beside one to warm up.
-    config: all switches that are no rung's.
+    memories: budgets as `load` takes them. may_drop: leave out budgets too small for the model, else raise for them.
+    prompts: tokens of each, in order; new_tokens: after the first of them, 0 for none. repeats: timed runs besides one
+    warm-up. config: all switches that no rung sets.
     """
 
     memories: tuple[str, ...]
@@ -40,12 +40,12 @@ class Asked:
 
 @dataclass(frozen=True)
 class Settled:
-    """What will be measured.
+    """What will be measured, after checking.
 
-    asked: without what cannot be; remarks say what was left out.
-    cases: the tests, in order. budgets: memory as asked -> bytes. plan: of the smallest one.
+    asked: without what cannot be measured; remarks say what was left out.
+    cases: the tests, in order. budgets: memory as asked -> bytes. plan: of the smallest budget.
     whole_bytes: memory that holds every expert. reads_of, label: how experts are read, by key.
-    num_experts, expert_bytes: per MoE layer, how many there are, and the stored bytes of one.
+    num_experts, expert_bytes: per MoE layer, the number of experts and the stored bytes of one.
     """
 
     folder: Path
@@ -63,28 +63,28 @@ class Settled:
 
     @property
     def can_be_resident(self) -> bool:
-        """The rung that holds every expert was asked for, and fits."""
+        """Whether the rung that holds every expert was asked for and fits."""
         return any(rung.name == RESIDENT for rung in self.asked.rungs)
 
     def measured_rungs(self, memory: str) -> tuple[Rung, ...]:
-        """Rungs to run at a budget, from the lowest up; where it holds every expert the ladder has but one."""
+        """Rungs to run at a budget, lowest first; only one where the budget holds every expert."""
         measured = tuple(rung for rung in self.asked.rungs if rung.is_measured)
         if self.budgets[memory] >= self.whole_bytes and self.can_be_resident:
             return tuple(rung for rung in measured if rung.name == RESIDENT)
         return measured
 
     def keys(self) -> list[int]:
-        """Every expert's key."""
+        """The keys of all experts."""
         width = max(self.num_experts)
         return [layer * width + expert for layer, count in enumerate(self.num_experts) for expert in range(count)]
 
 
 def settle(folder: Path, asked: Asked) -> Settled:
-    """Check everything against the model; it is loaded once for this, without its experts.
+    """Check `asked` against the model in `folder`, which is loaded once for this, without its experts.
 
     Raises:
-        BudgetError: a budget is no amount, too small for one token, or more than the machine has.
-        PromptError: nothing that was asked for fits the model's context.
+            BudgetError: a budget cannot be parsed, is too small for one token, or exceeds the machine's memory.
+            PromptError: no requested test fits the model's context.
         ForerouteError: as `foreroute.load`.
     """
     index = read_index(folder)
@@ -124,7 +124,7 @@ def settle(folder: Path, asked: Asked) -> Settled:
 
 
 def _cases(asked: Asked, context: int | None, remarks: list[str]) -> tuple[Case, ...]:
-    """Prompts that fit the context; the new tokens follow the first one that leaves room for them."""
+    """List the prompts that fit the context; the new tokens follow the first one that leaves room for them."""
     prompts = [length for length in asked.prompts if context is None or length <= context]
     if len(prompts) < len(asked.prompts):
         longer = ", ".join(str(length) for length in asked.prompts if length not in prompts)
@@ -145,7 +145,7 @@ def _cases(asked: Asked, context: int | None, remarks: list[str]) -> tuple[Case,
 
 
 def _load_once(folder: Path, asked: Asked, budgets: dict[str, int], remarks: list[str]) -> tuple[Plan, ExpertTable]:
-    """Load with the smallest budget that can be; those below it leave `budgets` where that is allowed."""
+    """Load with the smallest budget that works; drop smaller ones from `budgets` where that is allowed."""
     for memory in sorted(budgets, key=lambda name: budgets[name]):
         try:
             model = load(folder, memory, asked.dtype, config=asked.config)

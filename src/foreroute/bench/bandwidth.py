@@ -1,4 +1,4 @@
-"""How fast do this model's experts come from this disk? Random experts, read as the engine reads them."""
+"""Measure how fast this disk delivers the model's experts: random experts, read as the engine reads them."""
 
 import random
 import statistics
@@ -11,18 +11,18 @@ from foreroute.transfer.disk import DiskTransfer
 from foreroute.transfer.memory import allocate_slots
 from foreroute.types import ExpertReads
 
-# Requests kept in flight per reader: the reader never waits for the next one, as in a layer with several misses.
+# Requests kept in flight per reader, so that none is idle: as in a layer with several misses.
 _QUEUED_PER_READER = 2
 
 
 @dataclass(frozen=True)
 class Bandwidth:
-    """What was measured.
+    """Measured read speed of experts.
 
     bytes_per_s: stored bytes of experts per second, all readers together.
-    expert_ms: median from one expert's arrival to the next one's.
-    num_experts: experts read, distinct ones while there were any. num_reads: contiguous ranges read.
-    is_direct: O_DIRECT was possible. Else the figure is (in part) the page cache's, not the disk's.
+    expert_ms: median time between two arrivals. num_reads: contiguous ranges read.
+    num_experts: experts read, without repeats until each was read once.
+    is_direct: whether O_DIRECT was possible. Else the figure is (in part) the page cache's, not the disk's.
     """
 
     bytes_per_s: float
@@ -47,13 +47,13 @@ def measure_bandwidth(
     """Read experts in random order for about `seconds`.
 
     Args:
-        reads_of, slot_bytes, num_threads, direct, label: as the engine has them.
-        keys: the experts to choose from.
+            reads_of, slot_bytes, num_threads, direct, label: as the engine has them.
+            keys: the experts to choose from, in an order that `seed` decides.
     Raises:
         ReadError, ChecksumError: an expert could not be read.
     """
     assert seconds > 0, "a measurement takes time"
-    # Read again only after all others: a key is in flight once at a time, and caches in the disk help little.
+    # Read a key again only after all others: it is in flight once at a time, and caches in the disk help little.
     waiting = deque(random.Random(seed).sample(list(keys), len(keys)))
     num_queued = min(_QUEUED_PER_READER * num_threads, len(waiting))
     memory, slots = allocate_slots(num_queued, slot_bytes)

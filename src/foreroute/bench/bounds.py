@@ -1,4 +1,4 @@
-"""What no cache could beat: the fewest bytes that a recorded run has to read, by Belady's eviction. Pure arithmetic."""
+"""Lower bounds for any cache: the fewest bytes that a recorded run must read, by Belady's eviction. Pure arithmetic."""
 
 from collections.abc import Sequence
 
@@ -7,10 +7,11 @@ from foreroute.residency.belady import belady_misses
 
 
 def prefill_bytes(routes: Routes, num_slots: int, expert_bytes: Sequence[int]) -> int:
-    """Bytes that a prompt has to read at least: each expert once in each of its passes, less those that the pool holds.
+    """Fewest bytes that a prompt must read: each expert once per pass, less those that the pool keeps.
 
     Args:
-        routes: of the prompt's passes, one per chunk. expert_bytes: stored bytes of an expert, per MoE layer.
+        routes: of the prompt's passes, one per chunk. num_slots: of the pool.
+        expert_bytes: stored bytes of an expert, per MoE layer.
     """
     total = 0
     for layers in routes:
@@ -20,12 +21,12 @@ def prefill_bytes(routes: Routes, num_slots: int, expert_bytes: Sequence[int]) -
 
 
 def decode_bytes(routes: Routes, num_slots: int, expert_bytes: Sequence[int]) -> int | None:
-    """Bytes that passes of new tokens have to read at least, whatever the pool held when they began.
+    """Fewest bytes that passes of new tokens must read, whatever the pool held when they began.
 
     Args:
-        routes: of the passes after the prompt's.
+        routes: of the passes after the prompt's. num_slots, expert_bytes: as for `prefill_bytes`.
     Returns:
-        None where a layer wants more experts at once than there are slots, so that they pass through the pool.
+        None where a layer demands more experts at once than there are slots, so that they stream through the pool.
     """
     widest = max((len(experts) for layers in routes for experts in layers), default=0)
     if widest > num_slots:
@@ -35,5 +36,5 @@ def decode_bytes(routes: Routes, num_slots: int, expert_bytes: Sequence[int]) ->
     keys = {key: number for number, key in enumerate(dict.fromkeys(key for step in demands for key in step))}
     missed = belady_misses([[keys[key] for key in step] for step in demands], num_slots)
     loads = [expert_bytes[step % layers_per_pass] for step, some in enumerate(missed) for _ in some]
-    # Some fill an empty pool: with the best content to begin with, they are there already, and the largest are best.
+    # Some loads fill an empty pool: with the best initial content they are saved, and the largest save most.
     return sum(sorted(loads)[: max(0, len(loads) - num_slots)])

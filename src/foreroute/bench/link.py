@@ -1,4 +1,4 @@
-"""The ceiling of a GPU's link: how fast pinned host memory reaches it."""
+"""Measure how fast pinned host memory reaches the GPU: the ceiling of its link."""
 
 import statistics
 from collections.abc import Callable
@@ -12,7 +12,7 @@ _REPEATS = 5
 
 
 def measure_link(record_bytes: int, nbytes: int = _COPIED_BYTES) -> Bandwidth:
-    """Copy records of this length from pinned memory to the GPU, back to back; the median of a few rounds."""
+    """Copy `nbytes` in records of `record_bytes` from pinned memory to the GPU; the median of a few rounds."""
     num_records = max(1, nbytes // record_bytes)
     host = torch.empty(num_records, record_bytes, dtype=torch.uint8, pin_memory=True)
     there = torch.empty_like(host, device="cuda", pin_memory=False)
@@ -34,7 +34,7 @@ def measure_link(record_bytes: int, nbytes: int = _COPIED_BYTES) -> Bandwidth:
 
 
 def median_seconds(work: Callable[[], object]) -> float:
-    """What `work` takes on the GPU: the median of a few rounds."""
+    """Median seconds that `work` takes on the GPU, over a few rounds."""
     seconds = []
     for at in range(_REPEATS + 1):
         began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

@@ -1,4 +1,4 @@
-"""The routes of a run, and the predictor that knows them: what prefetch would be worth if no guess were wrong."""
+"""Record the routes of a run, and predict them without error: what prefetch gains with perfect predictions."""
 
 from collections.abc import Sequence
 
@@ -6,16 +6,16 @@ import torch
 
 from foreroute.predict.base import most_wanted
 
-# Per forward pass, per MoE layer: the distinct experts routed to, the most wanted first.
+# Per forward pass, per MoE layer: the distinct experts routed to, most used first.
 Routes = list[list[list[int]]]
 
 
 class RouteRecorder:
-    """An observer that keeps every layer's routing.
+    """Keep every layer's routing: an observer, called with layer, hidden [tokens, hidden], ids and weights [tokens, k].
 
     Args:
-        num_experts: per MoE layer; ids at or above it are no experts.
-    Cost: one read-back per layer, so that no time is taken while it watches.
+        num_experts: per MoE layer; ids at or above it are padding.
+    Cost: one copy to the host per layer, so do not time a run that it watches.
     """
 
     def __init__(self, num_experts: Sequence[int]) -> None:
@@ -29,9 +29,9 @@ class RouteRecorder:
 
 
 class Oracle:
-    """A predictor that is never wrong, as it was told; still one MoE layer ahead and no more.
+    """A predictor that is never wrong: it reads recorded routes, one MoE layer ahead as real predictors do.
 
-    `follow` says which run comes next. Passes are counted by layer 0's router, which every pass asks.
+    `follow` sets the run that comes next. Passes are counted at layer 0's router, which every pass runs.
     """
 
     def __init__(self) -> None:
@@ -39,20 +39,20 @@ class Oracle:
         self._pass = -1
 
     def follow(self, routes: Routes) -> None:
-        """The next pass is the first one of `routes`."""
+        """Predict `routes` from the next pass on."""
         self._routes = routes
         self._pass = -1
 
     def guess(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Sequence[int]:
-        """MoE layer `layer + 1` of the pass at hand."""
+        """Experts of MoE layer `layer + 1`; hidden [tokens, hidden], ids and weights [tokens, k] are ignored."""
         return self._of(self._pass, layer + 1)
 
     def guess_first(self, token_ids: torch.Tensor) -> Sequence[int]:
-        """MoE layer 0 of the pass that begins."""
+        """Experts of MoE layer 0 in the pass that begins; token_ids [rows, tokens] is ignored."""
         return self._of(self._pass + 1, 0)
 
     def see_first(self, hidden: torch.Tensor, num_rows: int) -> None:
-        """A pass has reached layer 0."""
+        """Count a pass that has reached layer 0; hidden [tokens, hidden] and num_rows are ignored."""
         self._pass += 1
 
     def _of(self, at: int, layer: int) -> Sequence[int]:

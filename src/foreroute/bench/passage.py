@@ -1,4 +1,4 @@
-"""What is read when no text is given: some prose, a dialogue, a table and code, written for this."""
+"""The built-in text, used when none is given: prose, a dialogue, a table and code, written for this."""
 
 PASSAGE = '''\
 The ferry had not run for two days, and by the third morning nobody on the quay pretended to be waiting for it. They

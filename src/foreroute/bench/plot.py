@@ -1,4 +1,4 @@
-"""The ladder as a picture: tokens per second on each rung, and over the share of experts in memory."""
+"""Plot the ladder: tokens per second on each rung, and over the share of experts in memory."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +13,7 @@ from foreroute.writing import save_figure
 
 __all__ = ["check", "draw"]
 
-# The ladder climbs from pale to dark; what is no way to run the model has other hues.
+# Rungs go from pale to dark; bounds, which are no way to run the model, have other hues.
 _COLOURS = {
     "on-demand": "#c6dbef", "cache": "#85b4dc", "hits-first": "#4a8cc2", "prefetch": "#10488c",
     ORACLE: "#e6952a", BELADY: "#b03a2e", RESIDENT: "#4d9a52",
@@ -24,7 +24,7 @@ _DASHED = {ORACLE: "--", BELADY: ":"}
 
 
 def draw(found: Mapping[str, Any], path: Path) -> None:
-    """Write the picture (the suffix of `path` chooses the format): a line of panels per batch.
+    """Write the plot (the suffix of `path` chooses the format): a row of panels per batch.
 
     Args:
         found: as of `results.as_json`.
@@ -39,7 +39,7 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
         raise ForerouteError("Nothing was measured, so there is nothing to draw.")
     kinds = {test["kind"] for budget in budgets for test in budget["tests"]}
     kind = TOKENS if TOKENS in kinds else PROMPT
-    # Over a single budget there is no curve.
+    # A single budget gives no curve.
     num_curves = 0 if len({budget["resident_share"] for budget in budgets}) == 1 else 2 if kind == TOKENS else 1
     widths = [1.25, *[1.0] * num_curves]
     num_bars = max(len(_points([budget for budget in budgets if budget["batch"] == one], kind)) for one in batches)
@@ -59,7 +59,7 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
 
 
 def _points(budgets: Sequence[Mapping[str, Any]], kind: str) -> list[dict[str, Any]]:
-    """One entry per budget and rung, of the first test of that kind."""
+    """Collect one entry per budget and rung, of the first test of that kind."""
     points = []
     for budget in budgets:
         test = next((test for test in budget["tests"] if test["kind"] == kind), None)
@@ -77,7 +77,7 @@ def _points(budgets: Sequence[Mapping[str, Any]], kind: str) -> list[dict[str, A
 
 
 def _bars(panel: Any, points: Sequence[Mapping[str, Any]]) -> None:
-    """A block of bars per budget; the lowest rung at the top, as it is climbed when it is read."""
+    """Draw a block of bars per budget; the lowest rung is at the top."""
     place, ticks = 0.0, []
     longest = max(point["high"] for point in points)
     for memory in dict.fromkeys(point["memory"] for point in points):
@@ -102,7 +102,7 @@ def _bars(panel: Any, points: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _curves(panel: Any, points: Sequence[Mapping[str, Any]], figure: str, label: str) -> None:
-    """One line per rung over the share of experts in memory; fully resident is what all of them come to."""
+    """Draw one line per rung over the share of experts in memory; all of them end at fully resident."""
     shares = sorted({point["share"] for point in points})
     resident = [point for point in points if point["rung"] == RESIDENT]
     for name in _COLOURS:

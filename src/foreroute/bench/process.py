@@ -1,4 +1,4 @@
-"""What models take of this process's memory, one after another, and how fast memory is."""
+"""Measure the memory that models take of this process, one after another, and memory bandwidth."""
 
 import ctypes
 import gc
@@ -14,7 +14,7 @@ _COPIES = 5
 
 
 def memory_bytes_per_s() -> float:
-    """Bytes per second that memory reads and writes in a large copy, by torch's threads; the best of some."""
+    """Bytes per second read and written in a large copy by torch's threads; the best of several."""
     source = torch.ones(_COPY_BYTES // 4, dtype=torch.float32)
     target = torch.zeros_like(source)
     best_s = float("inf")
@@ -26,7 +26,7 @@ def memory_bytes_per_s() -> float:
 
 
 def give_back_freed_memory() -> None:
-    """Collect garbage, and let the C library return what is free: else the next model's memory would not show."""
+    """Collect garbage and return freed memory to the system: else the next model's memory would not show."""
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
@@ -34,10 +34,10 @@ def give_back_freed_memory() -> None:
 
 
 class PeakRss:
-    """The most memory that one of several models in this process takes: as if it were alone here.
+    """Peak memory of one of several models in this process, as if it ran alone here.
 
-    Inside `with`, what the process grows by is the model's own. `peak_bytes` adds the most of it to what the process
-    had before any model was there (`base_bytes`). None where the system does not tell (/proc/self/clear_refs).
+    Inside `with`, the process's growth counts as the model's. `peak_bytes` adds the largest growth to what the process
+    had before any model (`base_bytes`). None where the system does not tell (/proc/self/clear_refs).
     """
 
     def __init__(self, base_bytes: int | None) -> None:
@@ -48,7 +48,7 @@ class PeakRss:
 
     @property
     def peak_bytes(self) -> int | None:
-        """Bytes, so far."""
+        """Peak bytes so far."""
         return None if self._base_bytes is None else self._base_bytes + self._own_peak_bytes
 
     def __enter__(self) -> "PeakRss":

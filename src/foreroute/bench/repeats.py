@@ -1,4 +1,4 @@
-"""Repeats that can be believed: contenders in turn, medians with their spread, and what machine it was."""
+"""Fair repeats: contenders take turns; medians with spread; and the machine they ran on."""
 
 import datetime
 import os
@@ -15,7 +15,7 @@ _T = TypeVar("_T")
 
 
 def turns(contenders: Sequence[_T], repeats: int) -> Iterator[tuple[int, _T]]:
-    """(repeat, contender), every repeat in the opposite order of the one before (A-B-B-A): drift hits all alike."""
+    """Yield (repeat, contender); each of `repeats` reverses the order of `contenders` (A-B-B-A) against drift."""
     for repeat in range(repeats):
         for contender in contenders if repeat % 2 == 0 else reversed(contenders):
             yield repeat, contender
@@ -35,18 +35,18 @@ def summary(figures: Sequence[float]) -> dict[str, float]:
 
 
 def machine() -> dict[str, Any]:
-    """What the figures depend on, without the host's name or paths; of a container what it may use."""
+    """Describe the machine, without its name or paths; in a container, the part of it that may be used."""
     return {
         "cpu": cpu_name() or platform.machine(),
         "cpus": usable_cpus(),
         "memory_gib": round(ram().total_bytes / 2**30, 1),
         "kernel": platform.release().split("-")[0],
         "python": platform.python_version(),
-        "load_1_minute": round(os.getloadavg()[0], 1),  # more than the benchmark's own threads: there are neighbours
+        "load_1_minute": round(os.getloadavg()[0], 1),  # above the benchmark's own threads: other programs run
     }
 
 
 def software() -> dict[str, str]:
-    """Versions of what computes, and the day."""
+    """Versions of the software that computes, and the date."""
     today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
     return {"date": today, **{name: metadata.version(name) for name in ("foreroute", "torch", "transformers")}}

@@ -1,4 +1,4 @@
-"""From runs to figures: medians and spread, what each rung is worth over the one below, bounds. No model here."""
+"""Turn runs into figures: medians and spread, each rung's gain over the one below, bounds. No model here."""
 
 import statistics
 from collections.abc import Sequence
@@ -13,17 +13,13 @@ from foreroute.bench.rungs import BELADY, LADDER, RESIDENT
 from foreroute.bench.session import Measurements, Run
 from foreroute.engine.stats import PhaseStats
 
-# A test's figures on one rung, by name; those of --json.
+# One test's figures on one rung, by name; as in --json.
 Figures = dict[str, Any]
 PROMPT, TOKENS = "prompt", "tokens"
 
 
 def as_json(settled: Settled, seen: Measurements, source: str) -> dict[str, Any]:
-    """Everything, with the raw runs.
-
-    Args:
-        source: where the token ids came from.
-    """
+    """All figures, with the raw runs: what was `settled`, the runs `seen`, and the `source` of the token ids."""
     plan, asked = settled.plan, settled.asked
     return {
         "model": settled.folder.name,
@@ -51,7 +47,7 @@ def as_json(settled: Settled, seen: Measurements, source: str) -> dict[str, Any]
 
 
 def ceilings(settled: Settled, seen: Measurements) -> dict[str, Any]:
-    """The disk's and memory's own speeds, and what a token costs at them at least."""
+    """Speeds of disk and memory (as `seen`), and the least that a token of the `settled` model costs at them."""
     disk = [one.bytes_per_s for one in seen.disk]
     demand = settled.plan.token_demand_bytes
     copied = seen.memory_bytes_per_s
@@ -65,7 +61,7 @@ def ceilings(settled: Settled, seen: Measurements) -> dict[str, Any]:
 
 
 def budgets(settled: Settled, seen: Measurements) -> list[dict[str, Any]]:
-    """One entry per memory and batch: the pool, and per test the rungs from the lowest up."""
+    """List one entry per `settled` memory and batch: the pool and, per test, the rungs `seen`, lowest first."""
     found = []
     for memory in settled.asked.memories:
         for batch in settled.asked.batches:
@@ -82,7 +78,7 @@ def budgets(settled: Settled, seen: Measurements) -> list[dict[str, Any]]:
 
 
 def _pool(settled: Settled, seen: Measurements, memory: str) -> dict[str, Any]:
-    """Slots that the budget buys, by a rung that has this budget."""
+    """Slots that the budget buys, taken from any rung that ran with it."""
     plans = [plan for (at, name), plan in seen.plans.items() if at == memory and name != RESIDENT]
     plan = (plans or [plan for (at, _), plan in seen.plans.items() if at == memory])[0]
     return {
@@ -134,7 +130,7 @@ def _prompt_figures(runs: Sequence[Run], expert_bytes: int) -> Figures:
 
 
 def _token_figures(runs: Sequence[Run], expert_bytes: int) -> Figures:
-    """Of new tokens. Megabytes are per token, stalls per step, as the TPOT: in a batch a step gives several tokens."""
+    """Figures of new tokens. Megabytes per token; stalls and TPOT per step, which gives several tokens in a batch."""
     phase = _summed([run.timed.decode for run in runs])
     demanded = phase.hits + phase.late + phase.misses
     return {
@@ -154,9 +150,9 @@ def _token_figures(runs: Sequence[Run], expert_bytes: int) -> Figures:
 def _bound(
     settled: Settled, seen: Measurements, memory: str, case: Case, kind: str, rungs: dict[str, Figures]
 ) -> Figures | None:
-    """The bytes of Belady, and the time that follows: the disk's for them, or compute's where that is longer.
+    """Belady's bytes, and the least time for them: the disk's, or compute's where that is longer.
 
-    None where there is no such bound. The disk is taken at the best that was measured: a bound errs on the fast side.
+    None where no such bound exists. The disk counts at its best measured speed: a bound errs on the fast side.
     """
     slots = next(plan.num_slots for (at, name), plan in seen.plans.items() if at == memory and name != RESIDENT)
     repeats = range(1, settled.asked.repeats + 1)
@@ -190,7 +186,7 @@ def _bound(
 
 
 def _compute_ms(rungs: dict[str, Figures], step_tokens: int, kind: str) -> float:
-    """What a step takes with every expert there: fully resident's time, or a rung's without its stalls where less."""
+    """Milliseconds of a step without loads: fully resident's, or a rung's less its stalls where that is smaller."""
     time, stall = ("ttft_ms", "stall_ms") if kind == PROMPT else ("tpot_ms", "stall_ms_per_step")
     found = [max(0.0, one[time]["median"] - one[stall]) for name, one in rungs.items() if name != RESIDENT]
     if RESIDENT in rungs:
@@ -199,7 +195,7 @@ def _compute_ms(rungs: dict[str, Figures], step_tokens: int, kind: str) -> float
 
 
 def _add_worth(rungs: dict[str, Figures], runs_of: dict[str, list[Run]], kind: str) -> None:
-    """How many times the tokens per second of the rung below, by the repeats of one round where both were measured."""
+    """Add each rung's tokens per second as a multiple of the rung below, from repeats of the rounds with both."""
     below = None
     for name, figures in rungs.items():
         figures["below"] = below

@@ -1,4 +1,4 @@
-"""One timed run: a prompt and the tokens after it, fed from a text, and what the engine did meanwhile."""
+"""Time one run: a prompt and the tokens after it, fed from a text, with the engine's counts."""
 
 import inspect
 import time
@@ -16,7 +16,7 @@ from foreroute.model.caches import cache_argument, cache_of
 
 @dataclass(frozen=True)
 class Case:
-    """One test: `batch` rows of `prompt_tokens`, then `new_tokens` of each; 0 new tokens is a prompt alone."""
+    """One test: `batch` rows of `prompt_tokens`, then `new_tokens` each; with 0 new tokens, the prompt alone."""
 
     batch: int
     prompt_tokens: int
@@ -24,22 +24,22 @@ class Case:
 
     @property
     def num_decode_passes(self) -> int:
-        """Forward passes after the prompt's: the first new token is the prompt's own."""
+        """Forward passes after the prompt's, which gives the first new token itself."""
         return max(0, self.new_tokens - 1)
 
     @property
     def tests(self) -> tuple[str, ...]:
-        """Names of what is measured, as llama-bench has them: pp is the prompt, tg the tokens after it."""
+        """Names of the tests, as in llama-bench: pp is the prompt, tg the tokens after it."""
         prompt = f"pp{self.prompt_tokens}"
         return (prompt, f"tg{self.new_tokens}") if self.new_tokens else (prompt,)
 
 
 @dataclass(frozen=True)
 class Timed:
-    """What one run took.
+    """Times and counts of one run.
 
     ttft_s: from the start to the first token of every row. tpot_s: (last - first) / (n - 1); None without new tokens.
-    choices: [passes][rows], the likeliest token at each step: they tell whether two runs computed the same.
+    choices: [passes][rows], the likeliest token at each step; they tell whether two runs computed the same.
     prefill, decode: the engine's counts.
     """
 
@@ -52,12 +52,12 @@ class Timed:
 
 @torch.no_grad()
 def run_once(model: Any, window: torch.Tensor, case: Case, clock: Callable[[], float] = time.perf_counter) -> Timed:
-    """Prefill the prompt, in the chunks in which the engine does it, then feed the text's own next tokens one by one.
+    """Prefill the prompt, in the engine's chunks, then feed the text's next tokens one by one.
 
-    The text is fed and not the model's choice, so that the routes are those of text and every contender has the same.
+    The text is fed rather than the model's choice, so that routes are those of text and the same for all contenders.
 
     Args:
-        window: [rows, prompt_tokens + new_tokens] token ids.
+        window: [rows, prompt_tokens + new_tokens] token ids. case: how they divide. clock: in seconds.
     """
     takes = inspect.signature(type(model).forward).parameters
     # As generate() does it: logits of a whole prompt can be larger than the model.
@@ -90,10 +90,10 @@ def run_once(model: Any, window: torch.Tensor, case: Case, clock: Callable[[], f
 
 @torch.no_grad()
 def fill_pool(model: Any, tokens: torch.Tensor) -> None:
-    """Load every expert once, in the order of the layers, as far as the pool has room.
+    """Load every expert of `model` once, layer by layer, as far as the pool has room.
 
     Args:
-        tokens: [1, n] token ids of any text, from which each layer's input gets its shape.
+            tokens: [1, n] token ids of any text, which give each layer's input its shape.
     """
     handle, inputs = model.foreroute, {}
 

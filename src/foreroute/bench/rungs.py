@@ -1,4 +1,4 @@
-"""The rungs of the ladder: each one has one thing more than the one below it."""
+"""The rungs of the ladder: each adds one feature to the one below it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +11,7 @@ ORACLE, BELADY, RESIDENT = "oracle", "belady", "resident"
 
 @dataclass(frozen=True)
 class Rung:
-    """name: as in flags and --json. label: as in tables. meaning: one line of help. is_measured: else arithmetic."""
+    """name: as in flags and --json. label: as in tables. meaning: one line of help. is_measured: else computed."""
 
     name: str
     label: str
@@ -32,21 +32,21 @@ RUNG_NAMES = tuple(rung.name for rung in LADDER)
 
 
 def rungs_named(names: Sequence[str]) -> tuple[Rung, ...]:
-    """Those rungs, from the lowest up, whatever the order of `names`."""
+    """Look up the rungs of these names, lowest first."""
     return tuple(rung for rung in LADDER if rung.name in names)
 
 
 def plain_config(asked: EngineConfig) -> EngineConfig:
-    """The same engine, and nothing is guessed."""
+    """The same engine without prefetch."""
     return replace(asked, prefetch="none", learn=False, predictor="no")
 
 
 def config_of(rung: Rung, asked: EngineConfig) -> EngineConfig:
-    """The engine's switches on a rung; all others as asked."""
+    """The engine's switches on a rung; those that the rung does not set stay as in `asked`."""
     if rung.name == PREFETCH:
         return asked
     if rung.name == ORACLE:
-        # Its guesses come from elsewhere: nothing fitted is read, nothing learnt, and none of them is left out.
+        # The oracle predicts instead: nothing is fitted or learnt, and no prediction is left out.
         return replace(asked, learn=False, predictor="no", governor=False)
     without = plain_config(asked)
     if rung.name in (HITS_FIRST, RESIDENT):

@@ -1,4 +1,4 @@
-"""The measurement itself: loads the rungs, runs them in turn, compares their tokens, and keeps what was seen."""
+"""Run the measurement: load the rungs, run them in turn, compare their tokens, and record the results."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,18 +19,18 @@ from foreroute.loading.load import load
 from foreroute.memory.host import available_ram
 from foreroute.types import NamedProgress
 
-# Of the free RAM, what all rungs together may take; with more they are measured one after another.
+# Share of the free RAM that all rungs together may take; above it they are measured one after another.
 _RAM_SHARE = 0.8
-# Beside a rung's slots and dense weights: what it learns, activations, its KV cache.
+# Besides a rung's slots and dense weights: the online learner, activations, the KV cache.
 _BESIDE_BYTES = 512 * 2**20
 _DISK_SECONDS = 0.7
-# Of text, to see what goes into each layer's experts before all of them are loaded.
+# Tokens of text that show the input of each layer's experts, before all experts are loaded.
 _FILLING_TOKENS = 8
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run of a rung. repeat 0 warms up: right after loading for the first case, when the pool is empty."""
+    """One run of a rung. Repeat 0 is the warm-up: right after loading for the first case, when the pool is empty."""
 
     memory: str
     rung: str
@@ -41,9 +41,9 @@ class Run:
 
 @dataclass(frozen=True)
 class TokenMismatch:
-    """Where the choices of `one` first differ from those of `other`: no time is worth reading then.
+    """Where the choices of `one` first differ from those of `other`; times are then meaningless.
 
-    one, other: "rung at memory". row, new_token: counted from 1; the first new token is the prompt's answer.
+    one, other: "rung at memory". row, new_token: counted from 1; the first new token is the prompt's.
     """
 
     one: str
@@ -58,8 +58,8 @@ class TokenMismatch:
 class Measurements:
     """What was measured so far.
 
-    plans, peak_rss_bytes: by (memory, rung). routes: by (case, repeat). disk: in the order in which it was measured.
-    interleaved: all rungs of a budget took turns. is_interrupted: Ctrl-C ended it.
+    plans, peak_rss_bytes: by (memory, rung). routes: by (case, repeat). disk: in the order measured.
+    interleaved: all rungs of a budget took turns. is_interrupted: by Ctrl-C.
     """
 
     runs: list[Run] = field(default_factory=list)
@@ -74,11 +74,11 @@ class Measurements:
 
 
 class _Differs(Exception):
-    """A rung's tokens are not those of the others."""
+    """Raised when a rung's tokens differ from those of the others."""
 
 
 class _Loaded:
-    """A rung's model, and the oracle that it asks, if any."""
+    """A rung's model, and its oracle, if it uses one."""
 
     def __init__(self, settled: Settled, rung: Rung, memory: str, peak: PeakRss, text: torch.Tensor) -> None:
         self.rung = rung
@@ -91,18 +91,18 @@ class _Loaded:
             if rung.name == RESIDENT:
                 fill_pool(self.model, text)
         if self.oracle is not None:
-            # In place of the router that runs ahead, which the configuration has asked for.
+            # Replaces the lookahead, which the configuration has asked for.
             self.model.foreroute.engine.prefetcher.predictor = self.oracle
 
 
 class Session:
-    """Measures what was settled; `seen` holds what there is, also after an interrupt.
+    """Measures what was settled; `seen` holds the results so far, also after an interrupt.
 
     Args:
         windows: where the token ids come from.
 
     Attributes:
-        progress: is told before every run.
+        progress: called before every run.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class Session:
         self._base_bytes: int | None = None
 
     def run(self) -> Measurements:
-        """Measure everything; Ctrl-C ends it early, and a difference in tokens at once.
+        """Measure everything; stop early at Ctrl-C, and at once where tokens differ.
 
         Raises:
             ReadError, ChecksumError: an expert could not be read.
@@ -143,13 +143,13 @@ class Session:
 
     @property
     def num_runs(self) -> int:
-        """Runs that all of it takes, those that warm up and those that only look included."""
+        """Number of runs in all, including warm-ups and those that only record routes."""
         rungs = sum(len(self._settled.measured_rungs(memory)) for memory in self._asked.memories) + self._looks
         return rungs * len(self._settled.cases) * (self._asked.repeats + 1)
 
     @property
     def _looks(self) -> bool:
-        """The routes are recorded before anything is timed."""
+        """Whether routes are recorded before anything is timed."""
         return any(rung.name in (ORACLE, BELADY) for rung in self._asked.rungs)
 
     def _measure_disk(self) -> None:
@@ -168,7 +168,7 @@ class Session:
         )
 
     def _record_routes(self) -> None:
-        """What every run will route to. Untimed, on a model of its own: looking on costs time, and warms a pool."""
+        """Record the routes of every run. Untimed, on a separate model: recording costs time and warms a pool."""
         budgets = self._settled.budgets
         memory = "100%" if self._settled.can_be_resident else max(budgets, key=lambda name: budgets[name])
         model = load(self._settled.folder, memory, self._asked.dtype, config=plain_config(self._asked.config))
@@ -185,7 +185,7 @@ class Session:
             model.foreroute.close()
 
     def _sittings(self, memory: str) -> list[Sequence[Rung]]:
-        """All rungs of a budget at once where they fit the free RAM, so that they take turns; else one by one."""
+        """Group a budget's rungs: all at once where they fit the free RAM, so that they take turns; else one by one."""
         rungs, settled = self._settled.measured_rungs(memory), self._settled
         pools = [settled.whole_bytes if rung.name == RESIDENT else settled.budgets[memory] for rung in rungs]
         needed = sum(pools) + len(rungs) * (settled.plan.dense_bytes + _BESIDE_BYTES)
@@ -222,7 +222,7 @@ class Session:
         self.seen.runs.append(Run(memory, one.rung.name, case, repeat, timed))
 
     def _compare(self, who: str, case: Case, repeat: int, choices: list[list[int]]) -> None:
-        """Every rung chooses the same tokens, or no time of any is worth anything."""
+        """Stop unless every rung chooses the same tokens: else no time is worth anything."""
         other, expected = self._choices.setdefault((case, repeat), (who, choices))
         for step, (mine, theirs) in enumerate(zip(choices, expected, strict=True)):
             for row, (token, wanted) in enumerate(zip(mine, theirs, strict=True)):

@@ -1,4 +1,4 @@
-"""Token ids for every run: pieces of a text, or random ones for a model without a tokenizer."""
+"""Token ids for every run: windows of a text, or random ids for a model without a tokenizer."""
 
 from pathlib import Path
 from typing import Any
@@ -11,15 +11,15 @@ from foreroute.errors import CheckpointError, CorruptCheckpointError, PromptErro
 from foreroute.model.text import load_tokenizer
 from foreroute.reading import read_text
 
-# Where the ids of the runs come from.
+# Sources of the token ids.
 OWN_TEXT, GIVEN_TEXT, RANDOM = "built-in passage", "text file", "random ids"
 
 
 class Windows:
-    """Every run of a case reads another piece, spread evenly over the text, which begins anew at its end.
+    """Gives every run of a case another window, spread evenly over the text, which wraps around at its end.
 
     Args:
-        ids: [tokens] of the whole text. source: where they are from.
+        ids: [tokens] of the whole text. source: where they come from.
     """
 
     def __init__(self, ids: torch.Tensor, source: str) -> None:
@@ -27,7 +27,7 @@ class Windows:
         self.source = source
 
     def of(self, case: Case, repeats: int) -> torch.Tensor:
-        """[repeats, batch, prompt_tokens + new_tokens] token ids."""
+        """[repeats, batch, prompt_tokens + new_tokens] token ids for the runs of `case`."""
         length, count = case.prompt_tokens + case.new_tokens, repeats * case.batch
         starts = torch.arange(count) * len(self._ids) // count
         rows = self._ids[(starts[:, None] + torch.arange(length)) % len(self._ids)]
@@ -35,17 +35,17 @@ class Windows:
 
 
 def read_windows(folder: Path, text: Path | None, vocab_size: int) -> Windows:
-    """The text that is read: `text`, or the passage that is built in; random ids where the model has no tokenizer.
+    """Read `text`, or the built-in passage, with the tokenizer in `folder`; without one, draw ids below `vocab_size`.
 
     Raises:
         PromptError: the text cannot be read, is empty, or has tokens that the model does not know.
-        CheckpointError: a text is given, and there is no tokenizer for it.
+        CheckpointError: a text is given, and the model has no tokenizer.
     """
     written = PASSAGE if text is None else read_text(text, PromptError)
     try:
         tokenizer: Any = load_tokenizer(folder)
     except CorruptCheckpointError:
-        # There is a tokenizer, and it is damaged: not the same as none.
+        # The tokenizer exists but is damaged: not the same as none.
         raise
     except CheckpointError:
         if text is not None:
