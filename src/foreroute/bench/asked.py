@@ -83,8 +83,8 @@ def settle(folder: Path, asked: Asked) -> Settled:
     """Check `asked` against the model in `folder`, which is loaded once for this, without its experts.
 
     Raises:
-            BudgetError: a budget cannot be parsed, is too small for one token, or exceeds the machine's memory.
-            PromptError: no requested test fits the model's context.
+        BudgetError: a budget cannot be parsed, is too small for one token, or exceeds the machine's memory.
+        PromptError: no requested test fits the model's context.
         ForerouteError: as `foreroute.load`.
     """
     index = read_index(folder)

@@ -47,8 +47,8 @@ def measure_bandwidth(
     """Read experts in random order for about `seconds`.
 
     Args:
-            reads_of, slot_bytes, num_threads, direct, label: as the engine has them.
-            keys: the experts to choose from, in an order that `seed` decides.
+        reads_of, slot_bytes, num_threads, direct, label: as the engine has them.
+        keys: the experts to choose from, in an order that `seed` decides.
     Raises:
         ReadError, ChecksumError: an expert could not be read.
     """

@@ -93,7 +93,7 @@ def fill_pool(model: Any, tokens: torch.Tensor) -> None:
     """Load every expert of `model` once, layer by layer, as far as the pool has room.
 
     Args:
-            tokens: [1, n] token ids of any text, which give each layer's input its shape.
+        tokens: [1, n] token ids of any text, which give each layer's input its shape.
     """
     handle, inputs = model.foreroute, {}
 

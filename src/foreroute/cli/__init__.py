@@ -1,1 +1,1 @@
-"""What can be asked from the command line? One command per question; environment variables are read here alone."""
+"""The command line: one command per question. Environment variables are read here alone."""

@@ -1,4 +1,4 @@
-"""How the figures of `foreroute bench` look in a terminal."""
+"""Print the figures of `foreroute bench` in a terminal."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -9,16 +9,16 @@ from foreroute.units import NO_VALUE, format_memory, format_speed, percent
 if TYPE_CHECKING:
     from rich.console import Console
 
-# Together within 80 columns.
+# 80 columns in all.
 _TOKEN_HEAD = ("", "t/s", "±", "x", "TPOT", "hit", "late", "MB", "guess", "waste", "stall", "RSS")
 _PROMPT_HEAD = ("", "t/s", "±", "x", "TTFT", "MB", "guess", "stall", "RSS")
 
 
 def show(found: Mapping[str, Any]) -> None:
-    """Print the answer on standard output; where tokens differ, that alone.
+    """Print the results on standard output; where tokens differ, that alone.
 
     Args:
-        found: as of `bench.results.as_json`.
+        found: from `bench.results.as_json`.
     """
     from foreroute.bench.results import PROMPT, TOKENS
 
@@ -73,7 +73,7 @@ def _print_head(console: "Console", found: Mapping[str, Any]) -> None:
 
 
 def _rows(budgets: Sequence[Mapping[str, Any]], kind: str, row: Any, width: int) -> list[list[str]]:
-    """A line per budget, batch and test, and one per rung below it."""
+    """List one line per budget, batch and test, each followed by one per rung."""
     rows: list[list[str]] = []
     for budget in budgets:
         for test in budget["tests"]:
@@ -127,7 +127,7 @@ def _peak(num_bytes: int | None) -> str:
 
 
 def _print_grid(console: "Console", head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """As figures.print_grid, closer together and with the lines that name a block in bold; what is all dashes goes."""
+    """Like figures.print_grid, but closer, with block titles in bold and without columns that hold only dashes."""
     from rich.table import Table
 
     kept = [at for at in range(len(head)) if at == 0 or any(row[at] not in ("", NO_VALUE, "0") for row in rows)]

@@ -1,4 +1,4 @@
-"""What a chat has said so far, how it becomes a prompt, and the file that it is kept in."""
+"""A chat so far: its turns and settings, how it becomes a prompt, and the file it is saved in."""
 
 import json
 from collections.abc import Callable
@@ -39,7 +39,7 @@ def _within(low: float, high: float) -> Callable[[str], float]:
     return read
 
 
-# What `/set` takes: the reader of a value, and what the setting does.
+# Settings of `/set`: how a value is parsed, and what the setting does.
 SETTINGS: dict[str, tuple[Callable[[str], Setting], str]] = {
     "temperature": (_within(0, 100), "higher is wilder; 0 takes the likeliest token"),
     "top_k": (_whole(1), "draw from the N likeliest"),
@@ -53,10 +53,10 @@ SETTINGS: dict[str, tuple[Callable[[str], Setting], str]] = {
 
 
 def read_setting(name: str, text: str) -> Setting:
-    """The value that `text` says for a setting; None, the model's own, for "default".
+    """Parse `text` as a value of the setting `name`; None, the model's own value, for "default".
 
     Raises:
-        PromptError: there is no such setting, or it does not take that.
+        PromptError: there is no such setting, or it does not take this value.
     """
     if name not in SETTINGS:
         raise PromptError(f"There is no setting {name!r}. There are: {', '.join(SETTINGS)}.")
@@ -71,7 +71,7 @@ def read_setting(name: str, text: str) -> Setting:
 
 @dataclass
 class Conversation:
-    """The turns so far, and under which settings the next one is answered.
+    """The turns so far, and the settings for the next answer.
 
     Attributes:
         messages: {"role": "user" or "assistant", "content": text}, the oldest first.
@@ -84,21 +84,21 @@ class Conversation:
     settings: dict[str, Setting] = field(default_factory=dict)
 
     def set(self, name: str, value: Setting) -> None:
-        """Change one setting; None takes it back to the model's own."""
+        """Set the setting `name` to `value`; None restores the model's own."""
         if value is None:
             self.settings.pop(name, None)
         else:
             self.settings[name] = value
 
     def say(self, role: str, content: str) -> None:
-        """Add a turn."""
+        """Add a turn of `role` ("user" or "assistant") with this content."""
         self.messages.append({"role": role, "content": content})
 
     def prompt_ids(self, tokenizer: Any, *, is_plain: bool) -> "torch.Tensor":
-        """The whole chat as tokens [1, tokens], ready for the next answer.
+        """Turn the whole chat into tokens [1, tokens] with `tokenizer`, ready for the next answer.
 
         Args:
-            is_plain: no template: the turns are one text, a line each, and the model goes on with it.
+            is_plain: use no template: the turns are one text, a line each, and the model continues it.
         Raises:
             PromptError: the model's template refuses these messages.
         """
@@ -111,10 +111,10 @@ class Conversation:
         first = [] if self.system is None else [{"role": "system", "content": self.system}]
         return chat_ids(tokenizer, first + self.messages)
 
-    # The file.
+    # Saving and loading.
 
     def save(self, path: Path, model: str) -> None:
-        """Write the chat as JSON; only another saved chat is written over.
+        """Write the chat, and the name of its model, to `path` as JSON; overwrite only another saved chat.
 
         Raises:
             PromptError: the file is something else, or cannot be written.
@@ -133,10 +133,10 @@ class Conversation:
 
     @classmethod
     def load(cls, path: Path) -> "Conversation":
-        """The chat of a file that `save` wrote.
+        """Read a chat from a file that `save` wrote.
 
         Raises:
-            PromptError: it cannot be read, or is no such file; the message says what is wrong with it.
+            PromptError: it cannot be read, or is not a saved chat; the message says what is wrong.
         """
         whole = _read(path)
         messages, system, settings = whole.get("messages"), whole.get("system"), whole.get("settings", {})

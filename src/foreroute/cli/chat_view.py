@@ -1,4 +1,4 @@
-"""How a chat looks: answers as markdown while they come, or as plain text where that is wanted."""
+"""Show a chat's answers while they are generated: rendered as markdown, or as plain text."""
 
 import sys
 from types import TracebackType
@@ -16,7 +16,7 @@ _FENCES = ("```", "~~~")
 
 
 class AnswerView(Protocol):
-    """Shows one answer while it comes: `with view: view.write(piece) ...`."""
+    """Shows one answer while it is generated: `with view: view.write(piece) ...`."""
 
     def __enter__(self) -> "AnswerView": ...
 
@@ -25,11 +25,11 @@ class AnswerView(Protocol):
     ) -> None: ...
 
     def write(self, piece: str) -> None:
-        """The next piece of text, of whole characters."""
+        """Show the next piece of text; it ends with a whole character."""
 
 
 class PlainAnswer:
-    """The pieces as they are, and a newline at the end."""
+    """Writes the pieces unchanged, and a newline at the end."""
 
     def __init__(self) -> None:
         self._write = figures.writer(sys.stdout)
@@ -49,16 +49,16 @@ class PlainAnswer:
 
 
 class MarkdownAnswer:
-    """Rendered markdown: finished blocks stay as they are, the one at hand is drawn anew a few times a second.
+    """Renders markdown: finished blocks stay as printed, the current one is redrawn a few times a second.
 
-    So a long answer scrolls like any text, and drawing costs the same however long it becomes.
+    So a long answer scrolls like any text, and the cost of drawing does not grow with it.
     """
 
     def __init__(self) -> None:
         from rich.live import Live
 
         self._text = ""
-        self._shown_at = 0  # of the text, what has been printed for good
+        self._shown_at = 0  # the text up to here is printed for good
         self._live = Live(
             console=figures.stdout_console(), refresh_per_second=8, transient=True, vertical_overflow="crop"
         )
@@ -86,7 +86,7 @@ class MarkdownAnswer:
             self._live.console.print()
             self._shown_at = end
         tail = self._text[self._shown_at :]
-        # More of it than fits the terminal is shown when it is finished; until then, its end.
+        # Of a block that is taller than the terminal, only the end is shown until it is finished.
         most = max(self._live.console.size.height - 2, 4)
         lines = tail.splitlines()
         is_code = tail.lstrip().startswith(_FENCES)
@@ -97,12 +97,12 @@ class MarkdownAnswer:
 def _markdown(text: str) -> "Markdown":
     from rich.markdown import Markdown
 
-    # A model must not choose where a click leads.
+    # No links: a model must not choose where a click leads.
     return Markdown(hard_breaks(text), hyperlinks=False)
 
 
 def hard_breaks(text: str) -> str:
-    """Markdown whose lines end where the model ended them; markdown alone would run them together."""
+    """Keep the model's line breaks; plain markdown would join the lines."""
     fence, lines = "", []
     for line in text.split("\n"):
         mark = line.lstrip()[:3]
@@ -117,10 +117,10 @@ def hard_breaks(text: str) -> str:
 
 
 def finished_blocks(text: str, start: int = 0) -> int:
-    """Where the last finished block of markdown after `start` ends: at an empty line that is in no fenced code.
+    """Find where the last finished block of markdown after `start` ends: at an empty line outside fenced code.
 
     Returns:
-        An index into the text; `start` where nothing is finished. What is before it never changes its look again.
+        An index into the text; `start` where nothing is finished. The text before it will not be rendered differently.
     """
     end = at = start
     fence = ""
@@ -137,7 +137,7 @@ def finished_blocks(text: str, start: int = 0) -> int:
 
 
 def stats_rows(report: "GenerationReport", plan: object, num_turns: int) -> list[figures.Row]:
-    """The last answer's figures, and what of the chat needed no computing."""
+    """Rows of the last answer's `report` under `plan`, the turns so far (num_turns), and the prompt tokens reused."""
     from foreroute.config import Plan
 
     assert isinstance(plan, Plan), "a loaded model has its plan"

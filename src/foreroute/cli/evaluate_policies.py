@@ -1,4 +1,4 @@
-"""`foreroute eval --policies`: what each policy costs in accuracy, and what it saves in bytes and in waiting."""
+"""`foreroute eval --policies`: what each policy costs in accuracy, and what it saves in bytes and in stalls."""
 
 import argparse
 import dataclasses
@@ -33,7 +33,7 @@ def run(
     about: Mapping[str, Any],
     show: "NamedProgress",
 ) -> int:
-    """Compute all rows, or those that an earlier run did not, and show them; returns the exit code."""
+    """Compute the rows that an earlier run did not finish, and show all; return the exit code."""
     import torch
     import transformers
 
@@ -50,7 +50,7 @@ def run(
         plot.check(args.png)
         if not len(material.windows) and Policy() not in rows.policies:
             raise EvaluationError("--png draws what is lost beside exact: add exact to --policies, or text.")
-    # Without guesses, what a policy needs is read and kept only where one is asked for.
+    # Without prefetch, a policy's default vectors are read only where such a policy is asked for.
     standing = next((str(policy) for policy in rows.policies if policy.stands_in), config.policy)
     config = dataclasses.replace(config, policy=standing if config.prefetch == "none" else config.policy)
     index = read_index(folder)
@@ -93,8 +93,10 @@ def material_of(
     *,
     others_in_prompts: bool,
 ) -> "Material":
-    """Windows of the texts, and the suite's items where there is a suite.
+    """Cut windows from the texts, and draw the suite's items where `held_out` is given, as `settings` say.
 
+    Args:
+        tokenizer: of transformers. texts, shares: by source. others, others_in_prompts: see `Material`.
     Raises:
         EvaluationError: too little text, or nothing to evaluate on.
     """

@@ -1,4 +1,4 @@
-"""How figures look: on a terminal, and as JSON. Whatever is no answer goes to standard error."""
+"""Format figures for the terminal and as JSON. All that is not the answer goes to standard error."""
 
 import contextlib
 import dataclasses
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from foreroute.config import EngineConfig, Plan
 from foreroute.units import format_memory
-from foreroute.units import number as number  # figures.number, like all that is shown
+from foreroute.units import number as number  # also as figures.number, beside the other formatting
 from foreroute.units import percent as percent
 from foreroute.units import span as span
 
@@ -26,14 +26,14 @@ _UNPRINTABLE = {code: "\ufffd" for code in (*range(0x20), 0x7F, *range(0x80, 0xA
 
 
 def stderr_console() -> "Console":
-    """Where figures, progress and advice are shown."""
+    """The console for figures, progress and advice."""
     from rich.console import Console
 
     return Console(stderr=True, highlight=False)
 
 
 def stdout_console(*, is_quiet: bool = False) -> "Console":
-    """Where an answer is shown that is no JSON."""
+    """The console for an answer that is not JSON."""
     from rich.console import Console
 
     return Console(highlight=False, quiet=is_quiet)
@@ -41,7 +41,7 @@ def stdout_console(*, is_quiet: bool = False) -> "Console":
 
 @contextlib.contextmanager
 def busy(what: str, is_quiet: bool) -> Iterator[None]:
-    """While inside, a terminal shows that something is going on; elsewhere, or when quiet, nothing is shown."""
+    """Show `what` and a spinner on a terminal while inside; show nothing elsewhere, or when `is_quiet`."""
     if is_quiet or not sys.stderr.isatty():
         yield
         return
@@ -51,7 +51,7 @@ def busy(what: str, is_quiet: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def loading(config: EngineConfig, is_quiet: bool) -> Iterator[Callable[[int, int], None]]:
-    """While a model is loaded: a bar where experts are read into host memory, else as `busy`; told (done, total)."""
+    """While a model is loaded: a bar, called with (done, total), if `config` fills host memory, else `busy`; see is_quiet."""
     if config.device == "cpu" and config.control == "host" and config.host_memory is None:
         with busy("Loading the model", is_quiet):
             yield lambda done, total: None
@@ -62,7 +62,7 @@ def loading(config: EngineConfig, is_quiet: bool) -> Iterator[Callable[[int, int
 
 @contextlib.contextmanager
 def counting_bar(what: str, total: int, unit: str, is_quiet: bool) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on standard error; call what it gives with (done, total)."""
+    """Show a bar of `what` in `unit` on standard error unless `is_quiet`; call the result with (done, total)."""
     from rich import progress
 
     columns = (
@@ -77,12 +77,12 @@ def counting_bar(what: str, total: int, unit: str, is_quiet: bool) -> Iterator[C
 
 
 def printable(text: str) -> str:
-    """The text without what could steer a terminal."""
+    """Replace characters that could control the terminal."""
     return text.translate(_UNPRINTABLE)
 
 
 def writer(out: TextIO, *, is_quiet: bool = False) -> Callable[[str], None]:
-    """A function that writes pieces of text at once; to a terminal without control characters; quiet, nothing."""
+    """Make a function that writes text to `out` at once, a terminal without control characters; no-op if is_quiet."""
     is_terminal = out.isatty()
 
     def write(piece: str) -> None:
@@ -95,12 +95,12 @@ def writer(out: TextIO, *, is_quiet: bool = False) -> Callable[[str], None]:
 
 
 def print_json(**entries: Any) -> None:
-    """One JSON object on standard output; dataclasses become objects."""
+    """Print one JSON object on standard output; dataclasses become objects."""
     print(json.dumps(entries, ensure_ascii=False, default=dataclasses.asdict), flush=True)
 
 
 def print_rows(console: "Console", rows: Sequence[Row]) -> None:
-    """A table of three columns without a frame: name, value, remark."""
+    """Print `rows` on `console` as a table of three columns without a frame: name, value, remark."""
     from rich.table import Table
 
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0), pad_edge=False)
@@ -113,7 +113,7 @@ def print_rows(console: "Console", rows: Sequence[Row]) -> None:
 
 
 def print_grid(console: "Console", head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table with a head and without a frame; numbers to the right."""
+    """Print `rows` under `head` on `console`, without a frame; numbers are right-aligned."""
     from rich.table import Table
 
     table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0), pad_edge=False)
@@ -125,7 +125,7 @@ def print_grid(console: "Console", head: Sequence[str], rows: Sequence[Sequence[
 
 
 def print_list(console: "Console", items: Sequence[str], style: str = "") -> None:
-    """Sentences with a bullet each, wrapped under themselves."""
+    """Print `items` on `console` as a bullet list in this style, wrapped with a hanging indent."""
     from rich.table import Table
 
     table = Table.grid(padding=(0, 1))
@@ -135,14 +135,14 @@ def print_list(console: "Console", items: Sequence[str], style: str = "") -> Non
 
 
 def print_report(report: "GenerationReport", plan: Plan) -> None:
-    """The figures of one answer, on standard error."""
+    """Print one answer's figures from `report` and `plan` on standard error."""
     console = stderr_console()
     console.print()
     print_rows(console, report_rows(report, plan))
 
 
 def report_rows(report: "GenerationReport", plan: Plan) -> list[Row]:
-    """The figures of one answer as rows; what was not measured (too few tokens) shows a dash."""
+    """Rows of one answer's figures from `report` and `plan`; a dash for what too few tokens left unmeasured."""
     f = report.figures()
     policy: list[Row] = []
     if f["stood_in"]:
@@ -171,7 +171,7 @@ def report_rows(report: "GenerationReport", plan: Plan) -> list[Row]:
 
 
 def _governor_rows(report: "GenerationReport") -> list[Row]:
-    """How much is guessed now, where the governor decides it."""
+    """Rows on the current prefetch width, where the governor sets it."""
     if report.guess_share is None:
         return []
     now = {0.0: "off", 1.0: "full"}.get(report.guess_share, f"{report.guess_share:.0%}")
@@ -180,7 +180,7 @@ def _governor_rows(report: "GenerationReport") -> list[Row]:
 
 
 def dtype_name(stored: str) -> str:
-    """A safetensors dtype under torch's name."""
+    """Translate a safetensors dtype to torch's name."""
     return {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}.get(stored, stored)
 
 

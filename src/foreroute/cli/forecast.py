@@ -1,14 +1,14 @@
-"""What TPOT to expect: arithmetic on measured speeds and on miss rates that were measured elsewhere. No model here."""
+"""Forecast TPOT: arithmetic on speeds measured here and miss rates measured elsewhere. No model here."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-# Share of the experts in memory, and the share of demanded experts that are then missing. Between them: straight lines.
+# Shares of the experts in memory, and the share of demanded experts that then miss; interpolated linearly.
 _SHARES = (0.0, 0.125, 0.25, 0.5, 0.75, 1.0)
 _MISS_RATES = {
     "belady": (1.0, 0.528, 0.329, 0.139, 0.055, 0.0),
     "lfu": (1.0, 0.744, 0.548, 0.273, 0.102, 0.0),
-    # As many fewer than LFU's as on the models that ship (docs/LOG.md).
+    # Fewer misses than LFU by as much as on the shipped models (docs/LOG.md).
     "turns": (1.0, 0.705, 0.508, 0.254, 0.098, 0.0),
     "lru": (1.0, 0.828, 0.612, 0.329, 0.118, 0.0),
 }
@@ -23,9 +23,9 @@ ASSUMPTIONS = (
 
 @dataclass(frozen=True)
 class Forecast:
-    """One forecast: how many experts a token must fetch, what that costs, and the TPOT range that follows.
+    """One forecast: experts that a token must load, the cost of that, and the TPOT range that follows.
 
-    tpot_ms_low: reads hidden behind compute (or the other way round). tpot_ms_high: one after the other.
+    tpot_ms_low: reads and compute overlap fully. tpot_ms_high: they do not overlap.
     """
 
     name: str
@@ -45,12 +45,12 @@ def forecast(
     compute_ms: float,
     eviction: str = "lfu",
 ) -> tuple[Forecast, ...]:
-    """Three cases, best first: Belady's miss rate (no cache does better), that of `eviction`, and no hits at all.
+    """Forecast three cases, best first: Belady's miss rate (the fewest misses), that of `eviction`, and no hits at all.
 
     Args:
-        resident_share: share of the experts that the pool holds, 0 to 1; 0 also where nothing is kept.
-        demand_experts: distinct experts that one token uses.
-        compute_ms: one token's computation with its experts there.
+        resident_share: share of the experts that the pool holds, 0 to 1; 0 also without a cache.
+        demand_experts: distinct experts that one token uses, each of expert_bytes, read at bytes_per_s.
+        compute_ms: time to compute one token whose experts are resident.
     """
     miss_rates = {
         "best": _interpolated(resident_share, _MISS_RATES["belady"]),

@@ -1,4 +1,4 @@
-"""The command `foreroute`: parses, dispatches, and turns errors and Ctrl-C into a line and an exit code."""
+"""The command `foreroute`: parse, dispatch, and turn errors and Ctrl-C into one line and an exit code."""
 
 import argparse
 import codecs
@@ -40,7 +40,7 @@ Exit codes: 0 done; 1 verify, bench or demo found a difference;
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of all commands. Cheap: neither torch nor transformers is imported."""
+    """Build the parser of all commands. Cheap: neither torch nor transformers is imported."""
     parser = argparse.ArgumentParser(
         prog="foreroute",
         description=_DESCRIPTION,
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> int:
     try:
         code: int = args.run(args)
-        # Here, so that a reader who has left is noticed here.
+        # Flush here, so that a reader that has closed the pipe is noticed.
         sys.stdout.flush()
     except ForerouteError as error:
         if args.debug:
@@ -77,7 +77,7 @@ def _run(args: argparse.Namespace) -> int:
         print("\nforeroute: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        # Python flushes stdout once more when it exits: into nothing.
+        # Python flushes stdout again at exit: redirect that to nothing.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE
     return code
@@ -85,7 +85,7 @@ def _run(args: argparse.Namespace) -> int:
 
 @contextlib.contextmanager
 def _termination_interrupts() -> Iterator[list[int]]:
-    """SIGTERM ends a command as Ctrl-C does, so that nothing half written is left; fills the list when it came."""
+    """End a command on SIGTERM as on Ctrl-C, so that no half-written file is left; the list then gets an entry."""
     came: list[int] = []
 
     def interrupt(number: int, frame: types.FrameType | None) -> None:
@@ -105,9 +105,9 @@ def _termination_interrupts() -> Iterator[list[int]]:
 
 
 def _write_utf8() -> None:
-    """See that text can always be written: as UTF-8 where the locale (C, POSIX) knows ASCII alone.
+    """Make output work for any text: use UTF-8 where the locale (C, POSIX) knows only ASCII.
 
-    A path may hold bytes that are no text; they are shown as escapes. Where another encoding was asked for, it stays.
+    Bytes of a path that are not text are shown as escapes. Another encoding that was asked for stays.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

@@ -1,4 +1,4 @@
-"""Flags: those of the engine, made from the fields of EngineConfig, and those that several commands share."""
+"""Flags of the engine, made from the fields of EngineConfig, and flags that several commands share."""
 
 import argparse
 import math
@@ -15,19 +15,19 @@ from foreroute.config import EngineConfig
 from foreroute.errors import ForerouteError, PromptError
 from foreroute.reading import read_bytes
 
-# Fields of EngineConfig for experts on a GPU, or for a server: left out by commands whose inputs stay on the CPU.
+# Fields of EngineConfig for experts on a GPU, or for a server; commands whose inputs stay on the CPU omit them.
 GPU_FIELDS = ("device", "control", "host_memory", "kv_tokens")
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def add_engine_options(parser: argparse.ArgumentParser, without: Sequence[str] = (), **defaults: Any) -> None:
-    """A flag for every field of EngineConfig, with its help, choices and default; `engine_config` reads them back.
+    """Add a flag to `parser` for every field of EngineConfig, with its help, choices and default; see `engine_config`.
 
-    Those that switch off one part, to measure what it is worth, are shown by --help-all and not by --help.
+    Flags that switch off one part, to measure its gain, are shown by --help-all and not by --help.
 
     Args:
-        without: fields that the command has flags of its own for.
+        without: fields for which the command has its own flags.
         defaults: other defaults for some fields, by name.
     """
     group = parser.add_argument_group("engine")
@@ -53,31 +53,31 @@ def add_engine_options(parser: argparse.ArgumentParser, without: Sequence[str] =
 
 
 def engine_config(args: argparse.Namespace) -> EngineConfig:
-    """The EngineConfig that the flags of `add_engine_options` ask for; fields without a flag keep their defaults."""
+    """Build the EngineConfig from the flags of `add_engine_options`; fields without a flag keep their defaults."""
     given = vars(args)
     return EngineConfig(**{field.name: given[field.name] for field in fields(EngineConfig) if field.name in given})
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    """Which model: MODEL and --revision; `find_model` reads them back."""
+    """Add MODEL and --revision, which `find_model` reads."""
     parser.add_argument("model", metavar="MODEL", help="folder of a checkpoint, a .gguf file, or a hub id")
     parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a hub id (default: main)")
 
 
 def find_model(args: argparse.Namespace) -> Path:
-    """The local folder or file of MODEL; a hub id is downloaded first, with bars unless the output is for programs.
+    """Return the local folder or file of MODEL; download a hub id first, with bars unless output is for programs.
 
     Raises:
-        CheckpointError: there is none, or it cannot be fetched.
+        CheckpointError: there is no such model, or it cannot be downloaded.
     """
     return locate(args.model, revision=args.revision, quiet=args.json or getattr(args, "quiet", False))
 
 
 def place_beside(model: Path, name: str, out: Path | None, error: type[ForerouteError]) -> Path:
-    """Where a file that belongs to a model goes: --out, or `name` in the model's folder; the last part may be given.
+    """Choose the path of a model's file: `out`, or `name` in the model's folder; only the last part may exist already.
 
     Raises:
-        error: the model is a single file, which has no folder of its own, and there is no --out.
+        error: the model is a single file, which has no folder, and there is no --out.
     """
     if out is None and not model.is_dir():
         raise error(f"{model} is a single file: say with --out where {name} shall go, and name it when you use it.")
@@ -86,7 +86,7 @@ def place_beside(model: Path, name: str, out: Path | None, error: type[Foreroute
 
 
 def add_model_options(parser: argparse.ArgumentParser, dtype: str = "auto") -> None:
-    """How the model is computed: --dtype (with its default) and --threads."""
+    """Add --dtype, with the default `dtype`, and --threads to `parser`."""
     group = parser.add_argument_group("model")
     group.add_argument(
         "--dtype", choices=_DTYPES, default=dtype, help=f"compute dtype; auto is the stored one (default: {dtype})"
@@ -95,13 +95,13 @@ def add_model_options(parser: argparse.ArgumentParser, dtype: str = "auto") -> N
 
 
 def add_common_options(parser: argparse.ArgumentParser) -> None:
-    """What every command has."""
+    """Add the flags of every command."""
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout, for programs")
     parser.add_argument("--debug", action="store_true", help="show tracebacks and the warnings of libraries")
 
 
 def at_least(least: int) -> Callable[[str], int]:
-    """An argparse type: an int that is not below `least`."""
+    """Make an argparse type: an int of at least `least`."""
 
     def integer(text: str) -> int:
         value = int(text)
@@ -113,7 +113,7 @@ def at_least(least: int) -> Callable[[str], int]:
 
 
 def between(low: float, high: float = math.inf, *, open_below: bool = False) -> Callable[[str], float]:
-    """An argparse type: a float in [low, high], or in (low, high]."""
+    """Make an argparse type: a float in [low, high], or in (low, high] when open_below."""
 
     def number(text: str) -> float:
         value = float(text)
@@ -128,12 +128,12 @@ def between(low: float, high: float = math.inf, *, open_below: bool = False) -> 
 
 
 def read_prompt(prompt: str | None, file: Path | None) -> str:
-    """The prompt from the command line, a file, or standard input ("-", or nothing given and input piped).
+    """Read the prompt from the command line, a file, or standard input ("-", or none given and input piped).
 
-    One newline at the end of a file or of standard input is dropped: editors and `echo` put it there.
+    One newline at the end of a file or of standard input is dropped: editors and `echo` add it.
 
     Raises:
-        PromptError: none is given, two are, or it is not UTF-8 text.
+        PromptError: there is no prompt, or two, or it is not UTF-8 text.
     """
     if prompt is not None and file is not None:
         raise PromptError("There is a PROMPT and a --file. Give one of them.")
@@ -147,7 +147,7 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
 
 
 def argument_text(text: str, name: str) -> str:
-    """Text of the command line as text. Bytes that the locale could not read arrive as surrogates; UTF-8 is meant.
+    """Decode `text`, an argument that the locale could not read: surrogates stand for its bytes, read as UTF-8.
 
     Args:
         name: of the argument, for the message.
@@ -176,22 +176,22 @@ def _as_text(raw: bytes, source: str) -> str:
 
 
 def quiet_libraries(args: argparse.Namespace) -> None:
-    """Silence the warnings and bars of libraries, unless --debug. Call it before transformers is imported."""
+    """Silence the warnings and bars of libraries, unless --debug. Call it before importing transformers."""
     if args.debug:
         return
     import warnings
 
-    # By environment, as transformers reads it when it is imported; what the user has set stays.
+    # Environment variables, as transformers reads them on import; the user's values stay.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     warnings.filterwarnings("ignore")
 
 
 def apply_threads(args: argparse.Namespace) -> None:
-    """Give torch the number of threads that --threads asks for; else no more than this process has processors for.
+    """Set torch's threads to --threads; by default at most the number of processors that this process may use.
 
-    torch counts those of the machine, a container may have the time of fewer: threads beyond that stop each other.
-    What OMP_NUM_THREADS or MKL_NUM_THREADS says stays.
+    torch counts those of the machine, and a container may have fewer: extra threads block each other.
+    OMP_NUM_THREADS or MKL_NUM_THREADS win over the default.
     """
     import torch
 
@@ -204,7 +204,7 @@ def apply_threads(args: argparse.Namespace) -> None:
 
 
 class _HelpAll(argparse.Action):
-    """--help-all: the parser's help with the hidden groups in it."""
+    """--help-all: show the help with the hidden groups."""
 
     _HIDDEN = "hidden_help"
 
@@ -213,7 +213,7 @@ class _HelpAll(argparse.Action):
 
     @classmethod
     def hide(cls, group: argparse._ArgumentGroup) -> None:
-        """Leave the group's flags out of --help; they are parsed as ever."""
+        """Leave the group's flags out of --help; they are still parsed."""
         for action in group._group_actions:
             setattr(action, cls._HIDDEN, action.help)
             action.help = argparse.SUPPRESS
@@ -242,7 +242,7 @@ def _flag(name: str) -> str:
 
 
 def _scalar(hint: Any) -> type:
-    """The type that a flag's text is turned into: bool, int or str; text where a field takes both."""
+    """The type for a flag's text: bool, int or str; str where a field takes both."""
     members = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     kinds = [member for member in members if member is not type(None)]
     if str in kinds:

@@ -1,4 +1,4 @@
-"""What `foreroute pack --quant` tells beside packing: a codec's cost on a text."""
+"""Measure and print what `foreroute pack --quant` costs on a text."""
 
 import argparse
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The flags of --quant: the text, and how it is read."""
+    """Add the flags of --quant: the text, and how it is cut."""
     group = parser.add_argument_group("quality of --quant")
     group.add_argument(
         "--text",
@@ -39,21 +39,21 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def refuse_misfits(args: argparse.Namespace) -> None:
-    """Raises StoreError for flags that do not go together."""
+    """Raise StoreError for flags that do not go together."""
     if args.text and args.quant is None:
         raise StoreError("Without --quant the output stays the same to the bit: --text has nothing to price.")
 
 
 @dataclass
 class Quality:
-    """The text that a store is priced on. windows: empty where there is no text."""
+    """The text on which a store is compared. windows: empty where there is no text."""
 
     args: argparse.Namespace
     folder: Path
     windows: "list[TextWindows]" = field(default_factory=list)
 
     def price(self, store: Path) -> dict[str, Any] | None:
-        """What the store costs on the text; None where there is no text."""
+        """Measure the store's loss on the text; None where there is no text."""
         from foreroute.evals.quantised import compared
 
         if not self.windows:
@@ -70,7 +70,7 @@ class Quality:
 
 
 def quality_of(args: argparse.Namespace, folder: Path, sketch: "Outline") -> Quality:
-    """The text of --text cut into windows, before anything is packed.
+    """Cut the text in `args` into windows for the model in `folder`, outlined by `sketch`, before anything is packed.
 
     Raises:
         EvaluationError: a file cannot be read, or is too short for a window.
@@ -89,7 +89,7 @@ def quality_of(args: argparse.Namespace, folder: Path, sketch: "Outline") -> Qua
 
 
 def tell_quality(found: Mapping[str, Any], codec: str) -> None:
-    """The store beside the model as stored, on the text."""
+    """Print the figures `found` on the text: the store with this codec beside the model as stored."""
     console = figures.stdout_console()
     rows = [
         [name, f"{one['perplexity']:.4g}", f"{one['bits_per_char']:.4f}"]

@@ -1,4 +1,4 @@
-"""What `plan` measures on the loaded model: one token's compute time."""
+"""Measure for `plan`, on the loaded model, the compute time of one token."""
 
 import statistics
 import time
@@ -12,9 +12,9 @@ _TOKEN = 1
 
 
 def compute_ms(model: Any) -> float:
-    """Median milliseconds of one token's forward pass with its experts in memory; waiting for the disk is taken off.
+    """Median milliseconds of one token's forward pass with its experts in memory, without stalls.
 
-    The same token again and again routes to the same experts, so that they are there after the first pass.
+    The same token each time routes to the same experts, so they are resident after the first pass.
     """
     token = torch.tensor([[_TOKEN]], device=model.device)
     passes_ms = []

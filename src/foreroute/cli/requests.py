@@ -1,4 +1,4 @@
-"""Requests that are answered together, for the commands that plan and serve them: how many, how long, what memory."""
+"""Plan requests that are answered together: their number, length and memory. For the commands that plan or serve."""
 
 import argparse
 from dataclasses import asdict, replace
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
     from argparse import _ArgumentGroup
 
 MAX_NUM_SEQS = 8
-# Where neither the user nor the model says how long a request may be.
+# Default length of a request where neither the user nor the model gives one.
 _CONTEXT = 4096
 
 
 def add_request_options(group: "_ArgumentGroup", max_num_seqs: int | None = MAX_NUM_SEQS) -> None:
-    """--ctx-size and --max-num-seqs, with its default; None tells that it was not given."""
+    """Add --ctx-size and --max-num-seqs to `group`; max_num_seqs is the latter's default, None to see if it was given."""
     group.add_argument(
         "--ctx-size", "--max-model-len", type=options.at_least(16), metavar="N",
         help="tokens of a request, prompt and answer (default: the model's)",
@@ -31,7 +31,7 @@ def add_request_options(group: "_ArgumentGroup", max_num_seqs: int | None = MAX_
 
 
 def with_room(folder: Path, config: EngineConfig, args: argparse.Namespace) -> tuple[EngineConfig, int]:
-    """The configuration with room for the requests' keys and values, and the tokens that one request may have.
+    """Reserve KV cache for requests to the model in `folder`, as `args` ask; return `config` and the tokens of a request.
 
     Raises:
         BudgetError: the context does not fit --kv-tokens. CheckpointError, UnsupportedModelError: no usable config.
@@ -45,7 +45,7 @@ def with_room(folder: Path, config: EngineConfig, args: argparse.Namespace) -> t
 
 
 def needs_of(model: Any, context: int) -> ServingNeeds | None:
-    """What serving with the model, loaded with room as above, takes of the RAM; None where experts are on a GPU."""
+    """RAM that serving takes with a model from `with_room`, for requests of `context`; None for experts on a GPU."""
     from foreroute.batching.rows import why_not_batched
     from foreroute.memory.serving import serving_needs
 
@@ -56,7 +56,7 @@ def needs_of(model: Any, context: int) -> ServingNeeds | None:
 
 
 def in_words(needs: ServingNeeds) -> str:
-    """All of it in a line."""
+    """Format the needs in one line."""
     return (
         f"at most {format_memory(needs.total_bytes, round_up=True)}: experts {format_memory(needs.expert_bytes)}, "
         f"dense {format_memory(needs.dense_bytes)}, KV {format_memory(needs.kv_bytes)}, earlier prompts "
@@ -65,6 +65,6 @@ def in_words(needs: ServingNeeds) -> str:
 
 
 def as_json(needs: ServingNeeds) -> dict[str, Any]:
-    """The figures, with the sums among them."""
+    """The needs as figures, sums included."""
     sums = ("kv_bytes", "kept_bytes", "all_working_bytes", "total_bytes")
     return asdict(needs) | {name: getattr(needs, name) for name in sums}

@@ -1,1 +1,1 @@
-"""What is a model's output worth? Tasks with one right answer, and bits per character on held-out text."""
+"""Evaluate a model's output: tasks with one right answer, and bits per character on held-out text."""

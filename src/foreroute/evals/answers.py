@@ -1,4 +1,4 @@
-"""A model's own answers to the tasks: greedy, through its chat template, in batches."""
+"""Answer the tasks with a model: greedy, through its chat template, in batches."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from foreroute.errors import EvaluationError, named
 from foreroute.evals.tasks import Item
 from foreroute.model.tokenizer_files import default_template
 
-# Room beyond the right answer, so that an answer that goes on is seen to be wrong.
+# Extra tokens beyond the right answer, so that an answer that continues is seen to be wrong.
 _MORE_TOKENS = 8
 _NORMAL_95 = 1.959964
 
@@ -25,12 +25,12 @@ def answer(
     batch: int = 50,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[str]:
-    """Greedy completions of `items`, in their order; batches of similar length, padded on the left.
+    """Complete `items` greedily, in their order; prompts of similar length share a `batch`, padded on the left.
 
     Args:
-        progress: called with (items done, all items).
+        tokenizer: of transformers. progress: called with (items done, all items).
     Raises:
-        EvaluationError: the model has no chat template to ask through, or one that refuses. PromptError: several, and
+        EvaluationError: the model has no chat template, or it refuses the prompt. PromptError: several templates and
             no default.
     """
     if default_template(tokenizer) is None:
@@ -63,7 +63,7 @@ def answer(
 
 
 def wilson(right: int, asked: int) -> tuple[float, float]:
-    """95 % interval of a share, both ends 0..1: Wilson's score interval, which also holds near 0 and 1."""
+    """95 % interval of right / asked, both ends 0..1: Wilson's score interval, which also holds near 0 and 1."""
     share, z = right / asked, _NORMAL_95
     middle = (share + z * z / (2 * asked)) / (1 + z * z / asked)
     half = z / (1 + z * z / asked) * math.sqrt(share * (1 - share) / asked + z * z / (4 * asked * asked))

@@ -1,4 +1,4 @@
-"""The builtin suite: every kind of task on items that no shipped model was trained on, and held-out text."""
+"""The builtin suite: every kind of task, on items that no shipped model was trained on, and held-out text."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ from foreroute.types import NamedProgress
 
 @dataclass(frozen=True)
 class SuiteSettings:
-    """What decides the figures besides the model.
+    """Everything but the model that decides the figures.
 
-    per_kind: items asked per kind of task; 0 for none. only: kinds to ask, all when empty. windows: of each source of
-    text at most so many; 0 for none. context: scored tokens per window. batch: items answered together. seed: of the
-    items.
+    per_kind: items per kind of task; 0 for none. only: kinds to ask, all when empty. windows: at most this many of each
+    source of text; 0 for none. context: scored tokens per window. batch: items answered together. seed: of the items.
     """
 
     per_kind: int = 100
@@ -31,10 +30,10 @@ class SuiteSettings:
 
 
 def check_kinds(held_out: HeldOut, only: Sequence[str]) -> dict[str, Kind]:
-    """All kinds of tasks by name.
+    """Return all kinds of tasks by name, after checking `only`; `held_out` has the glossary of `define`.
 
     Raises:
-        EvaluationError: one of `only` is none of them.
+        EvaluationError: `only` names an unknown kind.
     """
     known = kinds(held_out.glossary)
     unknown = [name for name in only if name not in known]
@@ -50,8 +49,10 @@ def run_suite(
     settings: SuiteSettings,
     progress: NamedProgress = lambda what, done, total: None,
 ) -> dict[str, Any]:
-    """Ask every item, score every window: the same figures for the same model, threads and settings.
+    """Ask every item and score every window of `held_out`; deterministic for a model, threads and settings.
 
+    Args:
+        tokenizer: of transformers. progress: called with (activity, done, total).
     Returns:
         accuracy: {kind: {right, asked, share, low, high, multi_step}}; bits_per_char: {source: bits, "all": mean by
         share}; scored_tokens.
@@ -88,7 +89,7 @@ def run_text(
     settings: SuiteSettings,
     progress: NamedProgress = lambda what, done, total: None,
 ) -> dict[str, Any]:
-    """Bits per character on (name, text) pairs, which count alike in "all"; figures as `run_suite`'s."""
+    """Score `texts`, (name, text) pairs, equal in "all"; model, tokenizer, settings, progress: see `run_suite`."""
     windows = cut_windows(
         dict(texts), dict.fromkeys((name for name, _ in texts), 1.0), tokenizer, settings.context, settings.windows
     )

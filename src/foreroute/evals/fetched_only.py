@@ -1,7 +1,7 @@
-"""A model under a policy with no cache: at each layer what was guessed for it is there, and nothing else.
+"""Run a model under a policy without a cache: at each layer, only the experts guessed for it are resident.
 
-What is there depends on the token alone, so that many tokens go through at once: whole texts, and batches of answers.
-The rules are those of policy/, on tensors; a test holds the two equal.
+This depends on the token alone, so whole texts and batches of answers are computed in one pass. The rules are those
+of policy/, on tensors; a test checks that both agree.
 """
 
 from collections.abc import Iterator
@@ -24,10 +24,10 @@ from foreroute.prepare.watch import Computing
 
 @dataclass
 class FetchCounts:
-    """What tokens under a policy cost: tokens, layers passed by them, and experts fetched, missed and waited for.
+    """Costs of tokens under a policy: tokens, MoE layers passed, and experts fetched, missed and waited for.
 
-    missed, waited: past layer 0, which waits for all it lacks. first_waited: those of layer 0. stalled: token-layers
-    that waited for at least one expert, layer 0 included.
+    missed, waited: without layer 0, which waits for all its misses: first_waited. stalled: (token, layer) pairs that
+    waited for at least one expert, layer 0 included.
     """
 
     tokens: int = 0
@@ -40,7 +40,7 @@ class FetchCounts:
 
 
 def stood_in_rows(policy: Policy, weights: torch.Tensor, missing: torch.Tensor) -> torch.Tensor:
-    """[tokens, k] bool: the misses that default vectors stand in for; `policy.stood_in` for many tokens at once.
+    """[tokens, k] bool: the misses to substitute by default vectors; `policy.stood_in` for many tokens at once.
 
     Args:
         weights: [tokens, k] gate weights. missing: [tokens, k] bool.
@@ -57,7 +57,7 @@ def stood_in_rows(policy: Policy, weights: torch.Tensor, missing: torch.Tensor) 
 
 
 class FetchedOnly:
-    """Replaces the experts of a loaded model by those that a policy would have had; see `fetched_only`."""
+    """Replaces the experts of a loaded model by those available under a policy; see `fetched_only`."""
 
     def __init__(self, model: Any, sidecar: Sidecar, policy: Policy, *, in_prompts: bool) -> None:
         layers, dtype = model.foreroute.layers, model.dtype
@@ -76,11 +76,11 @@ class FetchedOnly:
         self.tally = FetchCounts()
 
     def begin(self, token_ids: torch.Tensor) -> None:
-        """A forward pass of `token_ids` [rows, positions] begins."""
+        """Start a forward pass of `token_ids` [rows, positions]."""
         self._token_ids, self._before = token_ids, None
 
     def of_layer(self, layer: int, compute: Computing) -> Computing:
-        """The experts of a layer, given those that compute them all."""
+        """Wrap a layer's experts, given `compute`, which computes them all."""
 
         def forward(hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
             if layer == 0:
@@ -114,7 +114,7 @@ class FetchedOnly:
         rows = self._rows[layer]
         dropped = torch.zeros_like(missing)
         if rows is not None:
-            # What is no expert has no mass.
+            # Padding ids have no mass.
             dropped = stood_in_rows(self._policy, weights * (ids < self._widths[layer]), missing)
         waited = missing & ~dropped
         tally.missed += int(missing.sum())
@@ -126,7 +126,7 @@ class FetchedOnly:
         return total + weighted_rows(rows, RouterSample(hidden, ids, weights * dropped)).to(total.dtype)
 
     def _count_unguessed(self, layer: int, ids: torch.Tensor) -> None:
-        """A layer that nobody guesses waits for all its experts."""
+        """Count a layer without a guess, which waits for all its experts."""
         num_experts = int((ids < self._widths[layer]).sum())
         self.tally.layers += len(ids)
         self.tally.missed += num_experts
@@ -134,7 +134,7 @@ class FetchedOnly:
         self.tally.stalled += len(ids)
 
     def _count_first(self, hidden: torch.Tensor, ids: torch.Tensor) -> None:
-        """Layer 0 waits for what its table did not guess. In prompts, which are exact, nothing is counted."""
+        """Count layer 0's waits for experts that its table did not guess. Prompts are exact and not counted."""
         rows, positions = self._token_ids.shape
         if not self._engine.is_prefill or self._in_prompts:
             found = torch.zeros_like(ids, dtype=torch.bool)
@@ -156,13 +156,13 @@ class FetchedOnly:
 
 @contextmanager
 def fetched_only(model: Any, sidecar: Sidecar, policy: Policy, *, in_prompts: bool) -> Iterator[FetchCounts]:
-    """While inside, the model computes under `policy` with no cache, and the tally counts what it would have cost.
+    """While inside, compute the model under `policy` without a cache, and count what that would have cost.
 
     Args:
-        model: of `foreroute.load`, best with all experts in memory, decoding exactly.
-        in_prompts: also where several positions pass at once, for texts in place of answers.
+        model: from `foreroute.load`, best with all experts in memory, decoding exactly. sidecar: its predictors.
+        in_prompts: apply the policy also where several positions pass at once: to texts rather than answers.
     Raises:
-        PolicyError: the policy cannot be had with this model.
+        PolicyError: this model does not support the policy.
     """
     handle = model.foreroute
     handle.check_policy(policy)

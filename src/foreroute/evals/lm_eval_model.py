@@ -1,8 +1,8 @@
-"""lm-eval's model type `foreroute`: its own transformers model, given one whose experts are offloaded.
+"""lm-eval's model type `foreroute`: its own transformers model, around a model with offloaded experts.
 
     lm_eval --model foreroute --model_args pretrained=MODEL,memory=25%,dtype=float32 --tasks arc_easy --batch_size 8
 
-How that command line finds it: lm_eval.py. Importing this module needs the extra `eval`.
+How the command line finds it: lm_eval.py. Importing this module needs the extra `eval`.
 """
 
 from __future__ import annotations
@@ -29,28 +29,28 @@ try:
 except ImportError as error:
     raise EvaluationError(f"{error}. Install lm-eval: pip install 'foreroute[eval]'") from error
 
-# Of lm-eval's own model_args those that mean something for a model that is loaded.
+# Options of lm-eval's own model type that apply to a model that is already loaded.
 _HARNESS_OPTIONS = (
     "batch_size", "max_batch_size", "max_length", "add_bos_token", "prefix_token_id", "truncation", "logits_cache",
     "softmax_dtype", "think_end_token", "enable_thinking", "chat_template_args",
 )  # fmt: skip
-# lm-eval names a GPU when nobody named a device.
+# lm-eval passes a GPU by default.
 _DEVICES = (None, "cpu", "cuda:0")
 _SWITCHES = {"true": True, "on": True, "yes": True, "false": False, "off": False, "no": False}
 
 
 @register_model(NAME)
 class ForerouteLM(HFLM):
-    """A checkpoint under lm-eval, experts offloaded: likelihoods and generation as the `hf` type gives them.
+    """A checkpoint under lm-eval with offloaded experts: likelihoods and generation work as for the `hf` type.
 
     Args:
         pretrained: folder of a checkpoint, or a hub id. revision: of the hub id.
         dtype: compute dtype; "auto" is the stored one.
         tokenizer: folder of another tokenizer.
-        device: experts are computed on the CPU; another device is refused, lm-eval's own default overlooked.
-        options: fields of EngineConfig, as text or values, and those model_args of `hf` that are listed above.
+        device: experts are computed on the CPU; other devices are refused, except lm-eval's own default.
+        options: fields of EngineConfig, as text or values, and the model_args of `hf` listed above.
     Raises:
-        ForerouteError: an argument that is not known or has no such value, or the model cannot be loaded.
+        ForerouteError: an argument is unknown or has a wrong value, or the model cannot be loaded.
     """
 
     def __init__(
@@ -74,15 +74,15 @@ class ForerouteLM(HFLM):
             )
         model = load(folder, dtype=dtype, config=config)
         super().__init__(pretrained=model, tokenizer=load_tokenizer(tokenizer or folder), **harness)
-        # What lm-eval's reports call the model.
+        # The model's name in lm-eval's reports.
         self.pretrained, self.revision = str(pretrained), revision
 
 
 def engine_config(options: Mapping[str, Any]) -> EngineConfig:
-    """The EngineConfig that model_args ask for, as text ("25%", "off", "4") or as values.
+    """Build the EngineConfig from model_args, given as text ("25%", "off", "4") or as values.
 
     Raises:
-        ForerouteError: an unknown name, or a value that its field does not take.
+        ForerouteError: an unknown name, or a value that its field does not accept.
     """
     hints = get_type_hints(EngineConfig)
     unknown = [name for name in options if name not in hints]
@@ -95,7 +95,7 @@ def engine_config(options: Mapping[str, Any]) -> EngineConfig:
 
 
 def _value(name: str, given: Any, hint: Any) -> Any:
-    """`given` as a value of a field of this type."""
+    """Convert `given` to the type of a field."""
     kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     text = str(given)
     if type(None) in kinds and text.lower() == "none":
@@ -106,7 +106,7 @@ def _value(name: str, given: Any, hint: Any) -> Any:
         raise EvaluationError(f"{name}={given} is neither true nor false.")
     if type(given) in kinds:
         return given
-    # A bool or None in place of text is what YAML and lm-eval make of no, true and none.
+    # YAML and lm-eval turn no, true and none into a bool or None.
     if str in kinds and given is None:
         return "none"
     if str in kinds and not isinstance(given, bool):
@@ -123,7 +123,7 @@ def _value(name: str, given: Any, hint: Any) -> Any:
 
 @dataclass(frozen=True)
 class LmEvalScores:
-    """primary: of each task and group, its first metric. metrics: of each, all of them, under lm-eval's names.
+    """primary: the first metric of each task and group. metrics: all metrics of each, under lm-eval's names.
 
     A name is metric,filter ("acc,none", "exact_match,strict-match"); standard errors are "acc_stderr,none".
     """
@@ -133,12 +133,13 @@ class LmEvalScores:
 
 
 def check_tasks(tasks: Sequence[str], include_path: Path | None, *, allow_code: bool = False) -> TaskManager:
-    """lm-eval's tasks, the named ones among them.
+    """Return lm-eval's tasks after checking that they include the named ones.
 
     Args:
-        allow_code: that tasks such as humaneval run what the model wrote, on this machine and without a sandbox.
+        include_path: folder with more tasks.
+        allow_code: let tasks such as humaneval run code that the model wrote, on this machine and without a sandbox.
     Raises:
-        EvaluationError: one of them is not, or there is no such folder, or a task runs code and that is not allowed.
+        EvaluationError: an unknown task, a missing folder, or a task that runs code without being allowed to.
     """
     if include_path is not None and not include_path.is_dir():
         raise EvaluationError(f"--include-path {include_path} is not a folder.")
@@ -157,7 +158,7 @@ def check_tasks(tasks: Sequence[str], include_path: Path | None, *, allow_code: 
 
 
 def _runs_code(manager: TaskManager, name: str) -> bool:
-    """The task, or one of the group or tag, is marked as one that runs the model's code; read from its YAML alone."""
+    """Whether the task, or one of its group or tag, is marked as running the model's code; reads only its YAML."""
     entry = manager.task_index.get(name)
     if entry is None:
         return False
@@ -178,16 +179,16 @@ def run_lm_eval(
     allow_code: bool = False,
     manager: TaskManager | None = None,
 ) -> LmEvalScores:
-    """Run lm-eval's tasks on a model that is loaded.
+    """Run lm-eval's tasks on a loaded model.
 
     Args:
         model: from `foreroute.load`. tokenizer: of transformers.
         tasks: names of tasks and groups, as `lm_eval ls tasks` lists them.
         include_path: folder with more tasks (YAML).
         limit: first documents of each task; all when None. batch: requests computed together.
-        allow_code: see `check_tasks`. manager: what that gave for these tasks; it is called where it was not.
+        allow_code: see `check_tasks`. manager: the result of `check_tasks` for these tasks; called here when None.
     Raises:
-        EvaluationError: an unknown task, or its data cannot be had, or it runs code and that is not allowed.
+        EvaluationError: an unknown task, its data cannot be loaded, or it runs code and that is not allowed.
     """
     manager = manager or check_tasks(tasks, include_path, allow_code=allow_code)
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch)
@@ -199,7 +200,7 @@ def run_lm_eval(
     except OSError as error:
         raise EvaluationError(f"The data of {', '.join(tasks)} cannot be had: {error}") from error
     except ValueError as error:
-        # What the metric of such tasks asks for besides.
+        # Required besides by the metric of tasks that run code.
         if "HF_ALLOW_CODE_EVAL" not in str(error):
             raise
         raise EvaluationError(
@@ -209,7 +210,7 @@ def run_lm_eval(
         task: {name: float(value) for name, value in row.items() if isinstance(value, (int, float)) and "," in name}
         for task, row in found["results"].items()
     }
-    # A group that averages nothing has no metric of its own.
+    # A group without an average has no metric.
     primary = {
         task: next(value for name, value in row.items() if "_stderr," not in name)
         for task, row in metrics.items()

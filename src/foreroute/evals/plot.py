@@ -1,4 +1,4 @@
-"""Accuracy lost against bytes moved and against waiting: which policy to pay for."""
+"""Plot the accuracy lost under each policy against the bytes moved and the stalls."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +17,7 @@ _MARKERS = "os^Dv<>P"
 
 
 def draw(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
-    """Write the picture (the suffix of `path` chooses the format): one line of panels per kind of loss.
+    """Plot `rows` to `path` (its suffix chooses the format) under `title`: one row of panels per kind of loss.
 
     Raises:
         ForerouteError: it cannot be written.
@@ -32,7 +32,7 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
             _panel(panel, rows, values, cost, scale)
             panel.set(xlabel=cost_label, ylabel=label)
             if "nats" in label:
-                # A baseline may lose a hundred times what the others do.
+                # A baseline may lose a hundred times what others lose.
                 panel.set_yscale("symlog", linthresh=_LINEAR_NATS)
                 panel.set_ylim(min(0.0, *values) - _LINEAR_NATS / 4, 2 * max(_LINEAR_NATS, *values))
     handles, labels = axes[0][0].get_legend_handles_labels()
@@ -48,7 +48,7 @@ def _nats(rows: Sequence[Mapping[str, Any]]) -> tuple[str, list[float]] | None:
 
 
 def _points(rows: Sequence[Mapping[str, Any]]) -> tuple[str, list[float]] | None:
-    """Accuracy beside that of exact decoding at the same memory, or at any."""
+    """Accuracy relative to exact decoding at the same memory, or at any."""
     exact = {row["memory"]: mean_accuracy(row) for row in rows if row["policy"] == "exact"}
     means = [mean_accuracy(row) for row in rows]
     if not exact or None in exact.values() or None in means:

@@ -1,4 +1,4 @@
-"""Every policy at every budget: one row of figures each, of texts and of tasks, resumable row by row."""
+"""Evaluate every policy at every budget: one row of figures each, on texts and tasks, resumable row by row."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from foreroute.predict.sidecar import Sidecar
 from foreroute.types import NamedProgress
 from foreroute.writing import atomic_write
 
-# The budget that is none: at each layer what was guessed for it is there, and nothing else.
+# The budget of a run without a cache: at each layer, only the experts guessed for it are resident.
 NO_CACHE = "none"
 _PROMPT_SHARE = 8
 
@@ -31,10 +31,10 @@ OtherTasks = Callable[[Any], Mapping[str, float]]
 
 @dataclass(frozen=True)
 class Rows:
-    """What is asked: every policy at every memory, in this order.
+    """Policies and memories to evaluate: every pair, in this order.
 
     memories: budgets as `load` takes them, or NO_CACHE.
-    deterministic: by logical time; then no time is given.
+    deterministic: by logical time; no times are then reported.
     """
 
     policies: tuple[Policy, ...]
@@ -42,16 +42,16 @@ class Rows:
     deterministic: bool
 
     def pairs(self) -> list[tuple[Policy, str]]:
-        """(policy, memory) of every row."""
+        """List (policy, memory) of every row."""
         return [(policy, memory) for memory in self.memories for policy in self.policies]
 
 
 @dataclass(frozen=True)
 class Material:
-    """What is read and answered: windows [windows, context + 1] of text, and items with one right answer each.
+    """Text and tasks to evaluate on: windows [windows, context + 1] of ids, and items with one right answer each.
 
-    batch: items answered together where there is no cache. others: tasks of another harness; others_in_prompts: their
-    prompts are under the policy too, as those of likelihoods must be to show it; without a cache only.
+    batch: items answered together without a cache. others: tasks of another harness; others_in_prompts: the policy also
+    applies in their prompts, which likelihoods need to show its effect; without a cache only.
     """
 
     windows: torch.Tensor
@@ -61,22 +61,22 @@ class Material:
     others_in_prompts: bool = False
 
     def digest(self) -> str:
-        """Tells these windows and items from all others."""
+        """Hash of these windows and items."""
         whole = hashlib.sha256(self.windows.numpy().tobytes())
         whole.update(json.dumps([[item.kind, item.prompt, item.answer] for item in self.items]).encode())
         return whole.hexdigest()
 
     @property
     def given(self) -> int:
-        """Tokens at the start of a window that are a prompt when it is decoded."""
+        """Tokens at the start of a window that serve as its prompt in decoding."""
         return max(1, (self.windows.shape[1] - 1) // _PROMPT_SHARE)
 
 
 class FinishedRows:
-    """Rows that are done, kept in a file until all are, so that a run that was stopped goes on.
+    """Rows that are done, kept in a file until all are, so that a stopped run can continue.
 
     Args:
-        path: of the file. about: all that decides the figures; rows of anything else are not taken.
+        path: of the file. about: everything that decides the figures; rows with another `about` are ignored.
     """
 
     def __init__(self, path: Path, about: Mapping[str, Any]) -> None:
@@ -88,18 +88,18 @@ class FinishedRows:
             if saved["of"] == self._digest:
                 self.rows = saved["rows"]
         except (OSError, ValueError, KeyError, TypeError):
-            # Nothing, or a file cut short: its rows are computed again.
+            # No file, or a truncated one: recompute its rows.
             self.rows = {}
 
     def add(self, name: str, row: dict[str, Any]) -> None:
-        """Keep a row."""
+        """Save `row` under `name`."""
         self.rows[name] = row
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(self._path) as beside:
             beside.write_text(json.dumps({"of": self._digest, "rows": self.rows}), encoding="utf-8")
 
     def forget(self) -> None:
-        """All are done and shown."""
+        """Delete the file, once all rows are shown."""
         self._path.unlink(missing_ok=True)
 
 
@@ -113,14 +113,14 @@ def run_policies(
     scratch: Path,
     progress: NamedProgress = lambda what, done, total: None,
 ) -> list[dict[str, Any]]:
-    """Every row, in the order of `rows.pairs()`.
+    """Compute every row, in the order of `rows.pairs()`; those in `finished` are reused.
 
     Args:
-        load: a memory ("100%", "8GiB") -> a fresh model, exact, with the predictors and switches that are evaluated.
-        sidecar: its fitted predictors; rows without cache need them.
-        scratch: folder for the exact logits, while it lasts.
+        load: a memory ("100%", "8GiB") -> a new model, exact, with the predictors and switches under test.
+        tokenizer: of transformers. sidecar: fitted predictors, for rows without a cache. material: see `Material`.
+        scratch: folder for the exact logits during the run. progress: called with (activity, done, total).
     Raises:
-        PolicyError, EvaluationError: a row cannot be had; before any is computed.
+        PolicyError, EvaluationError: a row cannot be computed; raised before any is.
     """
     _check(load, sidecar, rows)
     texts: Texts | None = None
@@ -144,7 +144,7 @@ def run_policies(
 
 
 def _check(load: Callable[[str], Any], sidecar: Sidecar | None, rows: Rows) -> None:
-    """That every row can be had, on a model loaded for it."""
+    """Check that every row can be computed, on a model loaded for this."""
     if NO_CACHE in rows.memories and sidecar is None:
         raise EvaluationError(
             f"--memory {NO_CACHE} shows what guesses alone bring: it needs fitted predictors. Run `foreroute fit`."
@@ -160,7 +160,7 @@ def _check(load: Callable[[str], Any], sidecar: Sidecar | None, rows: Rows) -> N
 
 
 def _keep_reference(model: Any, texts: Texts, scratch: Path, progress: NamedProgress) -> None:
-    """The exact logits that all rows with a cache are compared with."""
+    """Record the exact logits that all rows with a cache are compared with."""
     try:
         texts.keep_exact(scratch, model.config.get_text_config().vocab_size)
         price_decoding(model, Policy(), texts, _named(progress, "decoding exactly"), is_reference=True)
@@ -170,7 +170,7 @@ def _keep_reference(model: Any, texts: Texts, scratch: Path, progress: NamedProg
 
 @dataclass
 class _Row:
-    """One row at work."""
+    """Computes one row."""
 
     load: Callable[[str], Any]
     tokenizer: Any
@@ -183,7 +183,7 @@ class _Row:
     progress: NamedProgress
 
     def without_cache(self) -> dict[str, Any]:
-        """With what was guessed for a layer, and nothing else."""
+        """Evaluate without a cache: only the experts guessed for a layer are resident."""
         assert self.sidecar is not None, "checked before"
         model, found = self.load("100%"), self._head()
         try:
@@ -205,7 +205,7 @@ class _Row:
         return found
 
     def with_cache(self, texts: Texts | None) -> dict[str, Any]:
-        """Decoding with a pool of the budget, one token at a time."""
+        """Evaluate with a pool of this budget, decoding one token at a time."""
         model, found = self.load(self.memory), self._head()
         try:
             if texts is not None:
@@ -213,7 +213,7 @@ class _Row:
                 found |= _figures(difference, cost, timed=not self.deterministic)
             model.foreroute.set_policy(self.policy)
             before = model.foreroute.stats()
-            # One by one: a batch would share its experts, and be another case.
+            # One at a time: a batch would share its experts, a different case.
             found |= self._answers(model, 1)
             if self.material.others is not None:
                 found["accuracy"] |= self.material.others(model)
@@ -260,6 +260,6 @@ def _chars(tokenizer: Any, ids: torch.Tensor) -> int:
 
 
 def mean_accuracy(row: Mapping[str, Any], kinds: Sequence[str] = ()) -> float | None:
-    """The mean over the row's tasks, or over those of `kinds`; None where there are none."""
+    """Mean over the row's tasks, or over those of `kinds`; None where there are none."""
     shares = [share for kind, share in row["accuracy"].items() if not kinds or kind in kinds]
     return sum(shares) / len(shares) if shares else None

@@ -1,4 +1,4 @@
-"""What a policy costs and what it saves: on texts, beside exact decoding of the same tokens, and on tasks."""
+"""Measure a policy's cost and gain: on texts, against exact decoding of the same tokens, and on tasks."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ _ROWS, _LOGIT_BYTES = 8, 128 * 2**20
 
 @dataclass
 class Divergence:
-    """How far the next-token distributions of a policy are from exact decoding's, summed over scored tokens.
+    """Distance of a policy's next-token distributions from exact decoding's, summed over scored tokens.
 
-    nats: of the policy's own cross-entropy. exact_nats: of exact decoding's. kl: from exact to the policy, in nats.
+    nats: the policy's cross-entropy. exact_nats: exact decoding's. kl: from exact to the policy, in nats.
     """
 
     tokens: int = 0
@@ -42,7 +42,7 @@ class Divergence:
     chars: int = 0
 
     def add(self, logits: torch.Tensor, exact: torch.Tensor, labels: torch.Tensor) -> None:
-        """Compare logits [tokens, vocabulary] of the same tokens; `labels` [tokens] are what came next."""
+        """Compare `logits` with `exact` [tokens, vocabulary] of the same tokens; labels [tokens] are the next tokens."""
         ours, theirs = torch.log_softmax(logits.float(), -1), torch.log_softmax(exact.float(), -1)
         at = labels[:, None]
         delta = (theirs.gather(1, at) - ours.gather(1, at)).flatten().double()
@@ -55,7 +55,7 @@ class Divergence:
         self.moved_by_one += int((delta.abs() > 1.0).sum())
 
     def figures(self) -> dict[str, float]:
-        """Means over the tokens; `delta_nats` is the policy's loss, positive where it is worse."""
+        """Means over the tokens; `delta_nats` is the policy's loss, positive where it is worse than exact."""
         tokens = self.tokens
         return {
             "delta_nats": (self.nats - self.exact_nats) / tokens,
@@ -69,10 +69,10 @@ class Divergence:
 
 @dataclass
 class Cost:
-    """What a policy moved and waited for, over tokens. Counts of experts, but for bytes and seconds.
+    """Loads and waits under a policy, over tokens. Counts are of experts, except bytes and seconds.
 
-    layers, stalled: MoE layers passed, and those that waited, layer 0 among them. missed, waited: experts that were
-    not there, and those of them that were waited for, past layer 0, which waits for all it lacks.
+    layers, stalled: MoE layers passed, and those that waited, layer 0 included. missed, waited: misses, and the part
+    that was waited for, without layer 0, which waits for all its misses.
     """
 
     tokens: int = 0
@@ -85,20 +85,20 @@ class Cost:
 
     @classmethod
     def of_tally(cls, tally: FetchCounts, expert_bytes: int) -> Cost:
-        """With no cache: guesses are fetched, and what is waited for."""
+        """Costs without a cache, from `tally` and expert_bytes: guesses are loaded, and the misses waited for."""
         moved = tally.fetched + tally.waited + tally.first_waited
         return cls(tally.tokens, tally.layers, tally.stalled, tally.missed, tally.waited, moved * expert_bytes)
 
     @classmethod
     def of_stats(cls, stats: Any, seconds: float | None) -> Cost:
-        """Of a `PhaseStats` of decoding."""
+        """Costs from `stats`, a `PhaseStats` of decoding, and its seconds."""
         moved = stats.demand_bytes + stats.prefetch_bytes + stats.fill_bytes
         waited = stats.late + stats.misses - stats.first_waited
         missed = waited + stats.stood_in
         return cls(stats.tokens, stats.layers, stats.stalled_layers, missed, waited, moved, seconds)
 
     def figures(self) -> dict[str, float | None]:
-        """Per token, or shares from 0 to 1; `tpot_ms` is None where time was not measured."""
+        """Figures per token, or shares from 0 to 1; `tpot_ms` is None where time was not measured."""
         return {
             "bytes_per_token": self.bytes_moved / self.tokens if self.tokens else 0.0,
             "stalled_layers": self.stalled / self.layers if self.layers else 0.0,
@@ -110,9 +110,9 @@ class Cost:
 
 @dataclass
 class Texts:
-    """Windows [windows, context + 1] of token ids, and what the exact model said of them, kept in a file.
+    """Windows [windows, context + 1] of token ids, with the exact model's logits for them in a file.
 
-    given: positions at the start of a window that are a prompt: exact, and not scored.
+    given: positions at the start of a window that serve as its prompt: exact, and not scored.
     """
 
     ids: torch.Tensor
@@ -122,19 +122,19 @@ class Texts:
 
     @property
     def scored(self) -> int:
-        """Tokens scored."""
+        """Number of scored tokens."""
         return len(self.ids) * (self.ids.shape[1] - 1 - self.given)
 
     def keep_exact(self, folder: Path, vocabulary: int) -> None:
-        """Make room for the exact logits, [scored, vocabulary] float32, in a file that goes when the process does.
+        """Allocate a temporary file in `folder` for the exact logits, [scored, vocabulary] float32.
 
         Raises:
-            EvaluationError: the disk is too small.
+            EvaluationError: the disk has too little room.
         """
         nbytes = 4 * self.scored * vocabulary
         try:
             file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  the array owns it
-            # Reserved at once: a page that has no room when it is written kills the process.
+            # Allocated at once: writing to a page without room kills the process.
             os.posix_fallocate(file.fileno(), 0, nbytes)
             self._exact = np.memmap(file, np.float32, "w+", shape=(self.scored, vocabulary))
         except OSError as error:
@@ -144,13 +144,13 @@ class Texts:
             ) from error
 
     def exact(self, start: int, count: int) -> np.ndarray:
-        """[count, vocabulary] of the scored tokens from `start` on, to be read or written."""
+        """[count, vocabulary] logits of the scored tokens from `start` on, to read or write."""
         part: np.ndarray = self._exact[start : start + count]
         return part
 
 
 def windows_with_chars(tokenizer: Any, ids: torch.Tensor, given: int) -> Texts:
-    """Windows whose first `given` tokens are a prompt."""
+    """Make `Texts` of `ids` [windows, context + 1], the first `given` of each a prompt; tokenizer counts characters."""
     chars = sum(len(tokenizer.decode(row[given + 1 :], skip_special_tokens=False)) for row in ids)
     return Texts(ids, given, chars)
 
@@ -159,10 +159,11 @@ def windows_with_chars(tokenizer: Any, ids: torch.Tensor, given: int) -> Texts:
 def price_fetched_only(
     model: Any, sidecar: Sidecar, policy: Policy, ids: torch.Tensor, chars: int, progress: Progress
 ) -> tuple[Divergence, Cost]:
-    """A policy with no cache, on windows [windows, context + 1]; every position decodes under it.
+    """Measure a policy without a cache on windows `ids` [windows, context + 1] of `chars` characters; all are decoded.
 
     Args:
-        model: with all experts in memory; it computes the windows exactly too, as what is compared with.
+        model: with all experts in memory; it also computes the exact logits to compare with. sidecar: its predictors.
+        progress: called with (windows done, all windows).
     """
     difference = Divergence(chars=chars)
     rows = max(1, min(_ROWS, _LOGIT_BYTES // (4 * model.config.get_text_config().vocab_size * ids.shape[1])))
@@ -184,10 +185,10 @@ def price_fetched_only(
 def price_decoding(
     model: Any, policy: Policy, texts: Texts, progress: Progress, *, is_reference: bool = False
 ) -> tuple[Divergence, Cost]:
-    """A policy with the model's own cache of experts: windows are decoded token by token, as they were written.
+    """Measure a policy with the model's own cache of experts: the windows of `texts` are fed token by token.
 
     Args:
-        is_reference: these are the exact logits that others are compared with: keep them.
+        progress: called with (done, all). is_reference: keep the logits as the exact ones that others are compared to.
     """
     difference = Divergence(chars=texts.chars)
     model.foreroute.set_policy(policy)

@@ -1,4 +1,4 @@
-"""What quantising costs: a text's perplexity under a quantised store beside that of the model as stored."""
+"""Measure the cost of quantising: a text's perplexity with a quantised store beside the model as stored."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from foreroute.types import Progress
 
 @dataclass(frozen=True)
 class Reading:
-    """What one model made of the text. nats: of all scored tokens. bits_per_char: by source."""
+    """Scores of one model on the text. nats: summed over scored tokens. bits_per_char: by source."""
 
     nats: float
     num_tokens: int
@@ -24,24 +24,24 @@ class Reading:
 
     @property
     def perplexity(self) -> float:
-        """Of a token."""
+        """Perplexity per token."""
         return math.exp(self.nats / self.num_tokens)
 
     @property
     def bits(self) -> float:
-        """Bits per character of all the text together."""
+        """Bits per character over all text."""
         return self.nats / math.log(2) / self.num_chars
 
     def figures(self) -> dict[str, Any]:
-        """For JSON."""
+        """The figures for JSON."""
         return {"perplexity": self.perplexity, "bits_per_char": self.bits, "by_file": self.bits_per_char}
 
 
 def read(folder: Path, packed: str, windows: list[TextWindows], memory: str | None, progress: Progress) -> Reading:
-    """Load the model in bfloat16, which quantised experts are computed in, and read the windows with it.
+    """Load the model of `folder` in bfloat16, the dtype of quantised experts, and score the windows with it.
 
     Args:
-        packed: as EngineConfig has it. memory: for experts; chosen when None.
+        packed: as EngineConfig has it. memory: budget for experts; chosen when None.
         progress: called with (windows done, all windows).
     Raises:
         ForerouteError: the model or the store cannot be loaded.
@@ -59,7 +59,7 @@ def read(folder: Path, packed: str, windows: list[TextWindows], memory: str | No
 
 
 def compared(stored: Reading, packed: Reading) -> dict[str, Any]:
-    """Both readings and what lies between them, as shares: .02 is two per cent worse."""
+    """Figures of `stored` and `packed`, with their relative differences: .02 is two per cent worse."""
     return {
         "tokens": stored.num_tokens,
         "chars": stored.num_chars,

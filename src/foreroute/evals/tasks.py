@@ -1,11 +1,11 @@
-"""Generated tasks with exactly one right answer: what they ask, and how they are told apart from training.
+"""Generate tasks with exactly one right answer, and split them into training and held-out items.
 
-Pure Python, no torch: the engine's evaluation suite imports this module without the training code. Every item is a
+Pure Python, no torch: the evaluation suite imports this module without the training code. Every item is a
 prompt and the one answer that counts; the steps that lead to a result are part of the answer, so one wrong token
 spoils it.
 
-Held out means: an item's key (what is asked, without the wording) hashes into a reserved eighth of all keys. Training
-draws only from the other seven eighths, so no held-out item was seen, in any wording.
+An item is held out if its key (what is asked, without the wording) hashes into a reserved eighth of all keys. Training
+draws only from the other seven eighths, so no held-out item was seen in any wording.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from dataclasses import dataclass
 from foreroute.errors import EvaluationError
 
 HELD_OUT_PARTS = 8
-# Draws in a row that bring nothing new, after which there is nothing new.
+# After so many draws in a row without a new item, there are no more.
 _MOST_FRUITLESS = 20_000
 _SHOWN_ENTRIES = 4
 
 
 @dataclass(frozen=True)
 class Item:
-    """One question. `answer` is the whole expected completion, steps included; `key` decides the split."""
+    """One question. `answer` is the whole expected completion, with its steps; `key` decides the split."""
 
     kind: str
     prompt: str
@@ -35,7 +35,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Kind:
-    """A family of questions. `make` draws one item; `multi_step` says that the answer writes out dependent steps."""
+    """A family of questions. `make` draws one item; `multi_step`: the answer writes out dependent steps."""
 
     name: str
     make: Callable[[random.Random], Item]
@@ -44,7 +44,7 @@ class Kind:
 
 
 def is_held_out(kind: str, key: str) -> bool:
-    """True when the item with this key is reserved for evaluation. Stable across machines and Python versions."""
+    """Whether the item of this kind and key is reserved for evaluation. Stable across machines and Python versions."""
     return zlib.crc32(f"{kind}|{key}".encode()) % HELD_OUT_PARTS == 0
 
 
@@ -146,7 +146,7 @@ def count(rng: random.Random) -> Item:
 
 
 def recall(rng: random.Random) -> Item:
-    """Three look-ups in a table of 8 to 48 keys with three-digit values: the long context."""
+    """Look up three values in a table of 8 to 48 keys with three-digit values: the long context."""
     keys = rng.sample(WORDS, rng.randint(8, 48))
     values = {key: _number(rng, 3) for key in keys}
     table = ", ".join(f"{key} {value}" for key, value in values.items())
@@ -156,7 +156,7 @@ def recall(rng: random.Random) -> Item:
 
 
 def brackets(rng: random.Random) -> Item:
-    """Close what is still open, innermost first; the prefix already closes some."""
+    """Close the open brackets, innermost first; the prefix already closes some."""
     text = ""
     stack: list[str] = []
     for _ in range(rng.randint(5, 16)):
@@ -180,7 +180,7 @@ def copy(rng: random.Random) -> Item:
 def calendar(rng: random.Random) -> Item:
     """Step two to seven days through a common year, writing every day that passes."""
     weekday, month = rng.randrange(7), rng.randrange(12)
-    # Half of the items cross the end of a month: elsewhere the steps are only counting.
+    # Half of the items cross the end of a month; the others only count.
     last = MONTH_DAYS[month]
     day = rng.randint(last - 5, last) if rng.random() < 0.5 else rng.randint(1, last)
     steps = rng.randint(2, 7)
@@ -206,7 +206,7 @@ def _arithmetic(rng: random.Random) -> tuple[str, list[str]]:
 
 
 def expression(rng: random.Random) -> Item:
-    """A small Python expression and its value, with the reductions that lead there."""
+    """Evaluate a small Python expression, with the reductions that lead to its value."""
     shape = rng.randrange(6)
     numbers = [rng.randint(0, 9) for _ in range(rng.randint(3, 6))]
     text = "".join(rng.choices(LETTERS, k=rng.randint(3, 6)))
@@ -260,7 +260,7 @@ MAKERS: tuple[Kind, ...] = (
 
 
 def kinds(glossary: Mapping[str, str] | None = None) -> dict[str, Kind]:
-    """All kinds by name; `define` only where a glossary (of the right split) with enough entries is given."""
+    """Return all kinds by name; `define` only with a glossary (of the right split) that has enough entries."""
     found = {kind.name: kind for kind in MAKERS}
     if glossary and len(glossary) >= _SHOWN_ENTRIES:
         found["define"] = Kind("define", make_define(glossary), False, "find a word among four entries")
@@ -268,7 +268,7 @@ def kinds(glossary: Mapping[str, str] | None = None) -> dict[str, Kind]:
 
 
 def draw(kind: Kind, rng: random.Random, held_out: bool) -> Item:
-    """One item of the asked split. `define` is split by its glossary (words), every other kind by its key."""
+    """Draw an item of `kind` with `rng`, held_out or not. `define` is split by glossary (words), others by key."""
     while True:
         item = kind.make(rng)
         if item.kind == "define" or is_held_out(item.kind, item.key) == held_out:
@@ -278,12 +278,12 @@ def draw(kind: Kind, rng: random.Random, held_out: bool) -> Item:
 def held_out_suite(
     per_kind: int, seed: int = 0, glossary: Mapping[str, str] | None = None, only: Sequence[str] = ()
 ) -> list[Item]:
-    """The evaluation items: `per_kind` different held-out items of every kind, the same for the same seed.
+    """Draw the evaluation items: `per_kind` different held-out items of every kind, the same for the same seed.
 
     Args:
-        only: these kinds; all when empty.
+        glossary: see `kinds`. only: these kinds; all when empty.
     Raises:
-        EvaluationError: there are not so many different ones of a kind.
+        EvaluationError: a kind has fewer different items.
     """
     suite: list[Item] = []
     for name, kind in kinds(glossary).items():
@@ -306,12 +306,12 @@ def held_out_suite(
 
 
 def is_right(item: Item, completion: str) -> bool:
-    """Exact match of the whole answer, steps included; only surrounding white space is forgiven."""
+    """Whether `completion` equals the item's whole answer, steps included; only surrounding white space may differ."""
     return completion.strip() == item.answer.strip()
 
 
 def accuracy_by_kind(items: Sequence[Item], completions: Sequence[str]) -> dict[str, float]:
-    """Share of right answers per kind, 0..1."""
+    """Share of items with right completions per kind, 0..1."""
     assert len(items) == len(completions)
     right: dict[str, list[bool]] = {}
     for item, completion in zip(items, completions, strict=True):

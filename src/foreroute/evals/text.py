@@ -1,4 +1,4 @@
-"""Bits per character on text that nothing was trained on, and the file that such text lies in."""
+"""Compute bits per character on text that no model was trained on, and read and write the file of such text."""
 
 from __future__ import annotations
 
@@ -17,32 +17,32 @@ from foreroute.reading import check_no_pointer
 from foreroute.writing import atomic_write
 
 FORMAT = 1
-# Windows per forward pass: at most so many, and fewer where a large vocabulary makes their logits large.
+# Windows per forward pass at most; fewer where a large vocabulary makes their logits large.
 _MOST_ROWS, _LOGIT_BYTES = 4, 64 * 2**20
-# Positions whose logits are turned to float32 at a time.
+# Positions whose logits are converted to float32 at a time.
 _SLICE = 128
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Text by source, each source's share of the mean, and a glossary (word -> gloss) for the `define` task."""
+    """Text by source, the weight of each source, and a glossary (word -> gloss) for the `define` task."""
 
     texts: Mapping[str, str]
     shares: Mapping[str, float]
     glossary: Mapping[str, str]
 
     def write(self, path: Path) -> None:
-        """Write the file that `read_held_out` reads; it gets its name when it is whole."""
+        """Write the file that `read_held_out` reads; it appears under its name only when complete."""
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as beside:
             beside.write_text(json.dumps({"format": FORMAT, **asdict(self)}), encoding="utf-8")
 
 
 def read_held_out(path: Path) -> HeldOut:
-    """Read what `HeldOut.write` wrote.
+    """Read a file that `HeldOut.write` wrote.
 
     Raises:
-        EvaluationError: there is no such file, or it is no file of held-out text.
+        EvaluationError: the file is missing or not one of held-out text.
     """
     try:
         check_no_pointer(path, EvaluationError)
@@ -67,7 +67,7 @@ def read_held_out(path: Path) -> HeldOut:
 
 @dataclass(frozen=True)
 class TextWindows:
-    """Windows of one source: ids [windows, context + 1], and the characters that the scored tokens spell."""
+    """Windows of one source: ids [windows, context + 1], and the number of characters of the scored tokens."""
 
     source: str
     share: float
@@ -78,10 +78,10 @@ class TextWindows:
 def cut_windows(
     texts: Mapping[str, str], shares: Mapping[str, float], tokenizer: Any, context: int, per_source: int
 ) -> list[TextWindows]:
-    """Evenly spaced windows of every source; the first token of a window is given, not scored.
+    """Cut evenly spaced windows from `texts` by source; the first token of a window is given, not scored.
 
     Args:
-        tokenizer: of transformers. context: scored tokens per window. per_source: at most so many windows.
+        shares: weights by source. tokenizer: of transformers. context: scored tokens per window. per_source: windows.
     Raises:
         EvaluationError: a text is shorter than one window.
     """
@@ -105,9 +105,9 @@ def cut_windows(
 def bits_per_char(
     model: Any, windows: list[TextWindows], progress: Callable[[int, int], None] = lambda done, total: None
 ) -> dict[str, float]:
-    """Bits per character by source, and "all": their mean weighted by the sources' shares.
+    """Bits per character of `model` by source, and "all": their mean weighted by the sources' shares.
 
-    Nats of all scored tokens / ln 2 / characters; every window starts without context.
+    Nats of all scored tokens / ln 2 / characters; every window starts with an empty context.
 
     Args:
         progress: called with (windows done, all windows).
@@ -124,7 +124,7 @@ def bits_per_char(
             start += len(rows)
             done += len(rows)
             progress(done, total)
-            # The first pass, of one window, has shown how large the vocabulary is.
+            # The first pass, of one window, shows how large the vocabulary is.
             num_rows = max(1, min(_MOST_ROWS, _LOGIT_BYTES // (4 * logits.shape[-1] * rows.shape[1])))
         found[one.source] = nats / math.log(2) / one.chars
     found["all"] = sum(one.share * found[one.source] for one in windows) / sum(one.share for one in windows)

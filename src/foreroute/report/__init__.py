@@ -1,1 +1,1 @@
-"""What happened? Tables, plots and replays made from trace files, never from live objects."""
+"""Analyse runs: tables, plots and replays made from trace files, never from live objects."""

@@ -1,4 +1,4 @@
-"""A .jsonl trace turned into a Chrome trace, for https://ui.perfetto.dev."""
+"""Convert a .jsonl trace to a Chrome trace, for https://ui.perfetto.dev."""
 
 import json
 from pathlib import Path
@@ -8,20 +8,20 @@ from foreroute.trace import open_trace
 
 
 def check_chrome(path: Path, source: Path) -> None:
-    """Say before any work that the file cannot be written.
+    """Check before any work that the trace `source` can be converted to `path`.
 
     Raises:
-        TraceError: it does not end in .json, or is the trace itself.
+        TraceError: `path` does not end in .json, or is the trace itself.
     """
     if path.suffix != ".json" or path.absolute() == source.absolute():
         raise TraceError(f"--chrome {path}: choose another name, one that ends in .json.")
 
 
 def write_chrome(source: Path, path: Path) -> None:
-    """Convert; `source` has been read as a trace already, a half last line is left out.
+    """Convert `source`, which was read as a trace before; an incomplete last line is left out.
 
     Raises:
-        TraceError: `path` holds something else than a trace, or cannot be written.
+        TraceError: `path` exists and is not a trace, or cannot be written.
     """
     trace = open_trace(path)
     try:

@@ -1,4 +1,4 @@
-"""Two pictures: what memory buys under each eviction; which experts were wanted, found and guessed in each layer."""
+"""Two plots: what memory gains under each eviction, and which experts each layer used, found and predicted."""
 
 from pathlib import Path
 from typing import Any
@@ -8,12 +8,12 @@ from foreroute.report.style import BLUE, GREY, INK, ORANGE, POLICIES, RED, new_f
 from foreroute.units import format_speed
 from foreroute.writing import save_figure
 
-# A layer's number stands beside its row while there are not more of them.
+# Up to this many layers, each row shows its layer's number.
 _MOST_LABELS = 16
 
 
 def draw_residency(report: Report, path: Path) -> None:
-    """MB and time per token over the share of the experts that memory holds, one line per policy."""
+    """Plot from `report` to `path` MB and time per token over the share of resident experts, one line per policy."""
     figure = new_figure(11, 4.8)
     read, time = figure.subplots(1, 2)
     shares = [100 * budget.share for budget in report.budgets]
@@ -54,14 +54,14 @@ def _explain_time(axes: Any, report: Report) -> None:
 
 
 def draw_layers(report: Report, path: Path) -> None:
-    """Uses and hits of every expert, and the recall of the guesses, layer by layer."""
+    """Plot from `report` to `path` uses and hits of every expert, and the recall of the guesses, layer by layer."""
     import numpy as np
 
     layers = report.layers
     widest = max(len(layer.uses) for layer in layers)
     uses, hits = np.full((len(layers), widest), np.nan), np.full((len(layers), widest), np.nan)
     for layer in layers:
-        # Most used first: an expert's number means nothing, the shape of the row does.
+        # Most used first: the shape of a row means something, an expert's number does not.
         order = sorted(range(len(layer.uses)), key=lambda expert: -layer.uses[expert])
         for column, expert in enumerate(order):
             uses[layer.layer, column] = 100 * layer.uses[expert] / layer.steps

@@ -1,4 +1,4 @@
-"""A recorded run as plain data: what docs/trace.md says of each event, and the steps that they make up."""
+"""A recorded run as plain data: the events of docs/trace.md, and the steps that they form."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -6,9 +6,9 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Header:
-    """What was run. Lists have one entry per MoE layer; bytes are those of the codec in use.
+    """The model and pool of the run. Lists have one entry per MoE layer; bytes are those of the codec in use.
 
-    num_slots slots of slot_bytes hold experts, staging_slots of them are open to guesses.
+    num_slots slots of slot_bytes hold experts; up to staging_slots of them may hold unused prefetches.
     """
 
     model: str
@@ -27,18 +27,18 @@ class Header:
 
     @property
     def num_layers(self) -> int:
-        """MoE layers."""
+        """Number of MoE layers."""
         return len(self.experts_per_layer)
 
     @property
     def num_experts(self) -> int:
-        """Experts of all layers: a slot for each would hold the whole model."""
+        """Experts over all layers: with a slot for each, all are resident."""
         return sum(self.experts_per_layer)
 
 
 @dataclass(frozen=True, slots=True)
 class LayerDone:
-    """A layer's experts were computed, between begun_s and end_s; each demanded one is in one of the four lists."""
+    """A layer's experts were computed, from begun_s to end_s; each demanded one is in one of the four lists."""
 
     begun_s: float
     end_s: float
@@ -50,13 +50,13 @@ class LayerDone:
 
     @property
     def demanded(self) -> tuple[int, ...]:
-        """All of them."""
+        """All demanded experts."""
         return self.hits + self.late + self.misses + self.stood_in
 
 
 @dataclass(frozen=True, slots=True)
 class Stall:
-    """Compute waited for bytes."""
+    """Compute waited for reads."""
 
     begun_s: float
     end_s: float
@@ -65,7 +65,7 @@ class Stall:
 
 @dataclass(frozen=True, slots=True)
 class GuessMade:
-    """A guess of a layer's experts, best first."""
+    """The guess of a layer's experts, best first."""
 
     at_s: float
     layer: int
@@ -74,7 +74,7 @@ class GuessMade:
 
 @dataclass(frozen=True, slots=True)
 class LoadDone:
-    """An expert has arrived, or failed to (error is then its text)."""
+    """A read has completed, or failed (error is then its message)."""
 
     layer: int
     expert: int
@@ -88,7 +88,7 @@ class LoadDone:
 
 @dataclass(frozen=True, slots=True)
 class Cancelled:
-    """A queued load was withdrawn."""
+    """A queued load was cancelled."""
 
     at_s: float
     layer: int
@@ -97,7 +97,7 @@ class Cancelled:
 
 @dataclass(frozen=True, slots=True)
 class Evicted:
-    """An expert has lost its slot."""
+    """An expert was evicted."""
 
     at_s: float
     layer: int
@@ -106,7 +106,7 @@ class Evicted:
 
 @dataclass(frozen=True, slots=True)
 class Governed:
-    """Guesses were widened, narrowed or switched: `share` of the full width, 0 is off."""
+    """The governor changed the prefetch width: `share` of the full width, 0 is off."""
 
     at_s: float
     share: float
@@ -117,7 +117,7 @@ class Governed:
 class RecordedStep:
     """One forward pass: a prompt's chunk ("prefill"), or a token for each of `rows` texts ("decode").
 
-    is_start: the first pass of a text. layers, guesses, stalls: in the order in which they happened.
+    is_start: the first pass of a text. layers, guesses, stalls: in the order of the events.
     """
 
     begun_s: float
@@ -131,17 +131,17 @@ class RecordedStep:
 
     @property
     def is_decode(self) -> bool:
-        """A step that the cache serves."""
+        """Whether this is a decode step, which the cache serves."""
         return self.phase == "decode"
 
     @property
     def end_s(self) -> float:
-        """When its last layer was computed; what follows (the head, sampling) is not in it."""
+        """When its last layer was computed; the head and sampling, which follow, are not included."""
         return self.layers[-1].end_s if self.layers else self.begun_s
 
     @property
     def stall_s(self) -> float:
-        """Seconds in which compute waited for bytes."""
+        """Seconds of stall."""
         return sum(stall.end_s - stall.begun_s for stall in self.stalls)
 
 
@@ -152,8 +152,8 @@ TraceEvent = RecordedStep | LayerDone | Stall | GuessMade | LoadDone | Cancelled
 class Recording:
     """A whole trace.
 
-    steps: those that ran through all layers. num_broken: the others (an error or Ctrl-C cut them off).
-    events: everything, in the order of the file. stats: the engine's own counts; empty where the file was cut off.
+    steps: those that ran through all layers. num_broken: the others (ended by an error or Ctrl-C).
+    events: all of them, in file order. stats: the engine's own counts; empty where the file was cut off.
     """
 
     path: str
@@ -166,5 +166,5 @@ class Recording:
 
     @property
     def decode_steps(self) -> list[RecordedStep]:
-        """The steps that the cache serves, in their order."""
+        """The decode steps, in order."""
         return [step for step in self.steps if step.is_decode]

@@ -1,4 +1,4 @@
-"""What guesses were worth in the recorded run: how many demanded experts they named, and what became of reads."""
+"""Score the guesses of the recorded run: the recall of demanded experts, and the outcomes of prefetches."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -10,9 +10,9 @@ from foreroute.report.events import Cancelled, Evicted, LayerDone, LoadDone, Rec
 class LayerUse:
     """One layer over the decode steps.
 
-    uses, hits: per expert, demanded and found there. guessed: steps in which the layer was guessed, of `steps`.
-    recall: share of the experts demanded in those that the guess named; None where nothing was guessed. width: experts
-    named, mean. found: of those named rightly, the share that was there in time.
+    uses, hits: per expert, times demanded and found resident. guessed: how many of the `steps` had a guess for the layer.
+    recall: share of those steps' demanded experts that the guess named; None without guesses. width: mean number of
+    experts named. found: of those named rightly, the share that was resident in time.
     """
 
     layer: int
@@ -27,11 +27,11 @@ class LayerUse:
 
 @dataclass(frozen=True)
 class Fates:
-    """Loads that were begun on a guess in decode, by what became of them.
+    """Prefetches started in decode, by outcome.
 
-    in_time: there when the token that they were guessed for asked. late: on their way then. later: that token did not
-    ask, a later one did. wasted: given up before anybody asked. open: nobody had asked, at the end. cancelled: queued
-    and withdrawn, never read; not among the others.
+    in_time: resident when the token that they were guessed for demanded them. late: then in flight. later: not demanded by
+    that token, but by a later one. wasted: evicted before any demand. open: not demanded by the end. cancelled: cancelled
+    in the queue, never read; not among the others.
     """
 
     in_time: int
@@ -43,12 +43,12 @@ class Fates:
 
     @property
     def loads(self) -> int:
-        """Reads on a guess."""
+        """Number of prefetches that were read."""
         return self.in_time + self.late + self.later + self.wasted + self.open
 
 
 def layers_of(recording: Recording) -> list[LayerUse]:
-    """Every layer's use, over all decode steps."""
+    """Compute every layer's use over all decode steps."""
     header = recording.header
     uses = [[0] * width for width in header.experts_per_layer]
     hits = [[0] * width for width in header.experts_per_layer]
@@ -88,7 +88,7 @@ def layers_of(recording: Recording) -> list[LayerUse]:
 
 
 def recall_of(layers: list[LayerUse]) -> float | None:
-    """Mean recall over the layers that were guessed."""
+    """Mean recall over the layers that have guesses."""
     recalls = [layer.recall for layer in layers if layer.recall is not None]
     return sum(recalls) / len(recalls) if recalls else None
 
@@ -97,9 +97,9 @@ IN_TIME, LATE, LATER, WASTED, OPEN = "in_time", "late", "later", "wasted", "open
 
 
 def fate_of_loads(recording: Recording) -> dict[int, str]:
-    """What became of every load that a decode step asked for on a guess, by the load's id()."""
+    """Outcome of every prefetch that a decode step started, by the load's id()."""
     fates: dict[int, str] = {}
-    # Per layer, expert -> load. Those of `passed` were not wanted when their layer was computed.
+    # Per layer, expert -> load. Those in `passed` were not demanded when their layer was computed.
     staged: list[dict[int, int]] = [{} for _ in recording.header.top_k]
     passed: set[int] = set()
     decode_from = next((step.begun_s for step in recording.decode_steps), 0.0)
@@ -126,7 +126,7 @@ def fate_of_loads(recording: Recording) -> dict[int, str]:
 
 
 def fates_of(recording: Recording) -> Fates:
-    """What became of the reads on a guess that decode steps asked for."""
+    """Count the outcomes of the prefetches that decode steps started."""
     counts = Counter(fate_of_loads(recording).values())
     is_decode = False
     num_cancelled = 0

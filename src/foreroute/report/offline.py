@@ -1,7 +1,7 @@
-"""Evictions replayed on a route, at any number of slots: the engine's own, and those that need the future.
+"""Replay evictions on a route with any number of slots: the engine's own, and some that know the future.
 
-Demand alone is replayed: nobody guesses, so every miss is a load. The pool starts empty, and what the warm-up steps
-load is not counted. What the engine offers is replayed by the engine's own code, in its own pool.
+Demand alone is replayed, without prefetch, so every miss is a load. The pool starts empty, and loads of the warm-up
+steps are not counted. Evictions that the engine offers run on the engine's own code and pool.
 """
 
 import random
@@ -22,7 +22,7 @@ RANDOM = "random"
 
 @dataclass(frozen=True)
 class Outcome:
-    """Demanded experts of the counted steps that were there, and that were not; bytes of the latter; their tokens."""
+    """Hits and misses of the counted steps, with the misses' bytes, and the tokens of these steps."""
 
     hits: int
     misses: int
@@ -31,7 +31,7 @@ class Outcome:
 
     @property
     def hit_rate(self) -> float:
-        """0 to 1."""
+        """Share of demanded experts that hit, 0 to 1."""
         return self.hits / max(self.hits + self.misses, 1)
 
     @property
@@ -46,7 +46,7 @@ class Outcome:
 
 
 class RandomEviction:
-    """Any candidate, each as likely as another: what remembering nothing gives. O(1)."""
+    """Evicts any candidate with equal probability: a baseline without memory. O(1)."""
 
     def __init__(self, seed: int) -> None:
         self._seed = seed
@@ -83,7 +83,7 @@ class RandomEviction:
 
 
 def replay_eviction(route: Route, num_slots: int, eviction: Eviction) -> Outcome:
-    """The engine's pool, under that eviction, on demand alone."""
+    """Replay `route` on demand alone, in the engine's pool of num_slots under that eviction."""
     pool = Residency(num_slots, route.num_keys, eviction=eviction, staging_slots=0, keys_per_layer=route.keys_per_layer)
     hits = 0
     missed: Counter[int] = Counter()
@@ -103,10 +103,10 @@ def replay_eviction(route: Route, num_slots: int, eviction: Eviction) -> Outcome
 
 
 def replay_belady(route: Route, num_slots: int) -> Outcome:
-    """The fewest misses that any eviction can have: it gives up what is needed again last, or never.
+    """Replay `route` with the fewest misses possible in num_slots: evict what is needed again last, or never.
 
-    Counted steps after a warm-up begin with the experts that serve them best, as if the warm-up had loaded those: a
-    bound for every eviction, whatever it did there. Fewest misses are fewest bytes where all experts are of one length.
+    Counted steps after a warm-up start with the content that serves them best, as if the warm-up had loaded it: so this
+    bounds every eviction, whatever it did before. Fewest misses are fewest bytes where all experts are of one length.
     """
     groups = [keys for step in route.steps[route.warm_up :] for keys in step]
     there: list[int] = []
@@ -118,16 +118,16 @@ def replay_belady(route: Route, num_slots: int) -> Outcome:
 
 
 def replay_static(route: Route, num_slots: int) -> Outcome:
-    """The experts used most in the counted steps stay; all others are loaded at each use and forgotten.
+    """Keep the experts used most in the counted steps of `route` in num_slots; load all others at each use.
 
-    The choice is made with hindsight: no fixed choice does better, which makes it a bound for placements made once.
-    Where not all experts fit, as many slots as a layer demands at once are kept free for the others to pass through.
+    The choice is made with hindsight: no fixed choice does better, so this bounds placements that are made once.
+    Where not all experts fit, as many slots as a layer demands at once stay free for the others.
     """
     steps = route.steps[route.warm_up :]
     uses = Counter(key for step in steps for keys in step for key in keys)
     num_pinned = num_slots if num_slots >= route.num_experts else num_slots - route.most_at_once
     pinned = set(sorted(uses, key=lambda key: (-uses[key], key))[:num_pinned])
-    # Without a warm-up the pinned ones too had to be loaded, once.
+    # Without a warm-up, the kept experts had to be loaded too, once.
     there = set(pinned) if route.warm_up else set()
     hits = 0
     missed: Counter[int] = Counter()
@@ -141,7 +141,7 @@ def replay_static(route: Route, num_slots: int) -> Outcome:
 
 
 def replays(seed: int) -> dict[str, Callable[[Route, int], Outcome]]:
-    """Every policy by its name, the bound last."""
+    """Return every policy by its name, the bound last."""
 
     def engine(name: str) -> Callable[[Route, int], Outcome]:
         return lambda route, num_slots: replay_eviction(route, num_slots, eviction_of(name, route.keys_per_layer))
@@ -155,6 +155,6 @@ def replays(seed: int) -> dict[str, Callable[[Route, int], Outcome]]:
 
 
 def _outcome(route: Route, hits: int, missed: Counter[int]) -> Outcome:
-    """missed: per layer."""
+    """Make an `Outcome`; missed: counts per layer."""
     miss_bytes = sum(count * route.expert_bytes[layer] for layer, count in missed.items())
     return Outcome(hits, missed.total(), miss_bytes, route.counted_tokens)

@@ -1,4 +1,4 @@
-"""One page that says what a recorded run was and what else it could have been: no other file is needed to read it."""
+"""Write one self-contained page about a recorded run and its replays."""
 
 import base64
 import os
@@ -38,10 +38,10 @@ tr.did td { background: #fdf1e9; } tr.bound td { background: #eaf6f1; }
 
 
 def check(folder: Path) -> None:
-    """Say what is missing before minutes are spent on a replay.
+    """Report missing requirements before minutes are spent on a replay.
 
     Raises:
-        ForerouteError: matplotlib is not installed, or nothing can be written to `folder`.
+        ForerouteError: matplotlib is not installed, or `folder` cannot be written to.
     """
     check_matplotlib()
     if folder.exists() and not folder.is_dir():
@@ -52,12 +52,12 @@ def check(folder: Path) -> None:
 
 
 def write(report: Report, folder: Path, token: int | None = None) -> list[Path]:
-    """Draw everything and write it to `folder`: three PNG and index.html, which has them inside; their paths.
+    """Plot `report` and write it to `folder`: three PNG, and index.html, which embeds them; return their paths.
 
     Args:
-        token: the decode step whose timeline is drawn; a typical one when left out.
+        token: the decode step of the timeline; a typical one when left out.
     Raises:
-        ForerouteError: something cannot be written.
+        ForerouteError: a file cannot be written.
     """
     recording = report.recording
     picture = token_picture(recording, typical_token(recording) if token is None else token)

@@ -1,4 +1,4 @@
-"""A recorded run, and what other evictions would have done at other budgets: all that tables, plots and pages show."""
+"""Combine a recorded run with replays under other evictions and budgets: the content of tables, plots and pages."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -16,7 +16,7 @@ DEFAULT_SHARES = ("12.5%", "25%", "37.5%", "50%", "75%", "100%")
 
 @dataclass(frozen=True)
 class Budget:
-    """One pool, and every policy's outcome in it. is_recorded: the recorded run had this one."""
+    """One pool, and every policy's outcome in it. is_recorded: it is the recorded run's pool."""
 
     num_slots: int
     pool_bytes: int
@@ -25,14 +25,14 @@ class Budget:
     outcomes: dict[str, Outcome]
 
     def over_belady(self, bytes_per_token: float) -> float | None:
-        """Bytes as a multiple of those of the bound; None where the bound reads nothing."""
+        """Bytes as a multiple of the bound's; None where the bound reads nothing."""
         bound = self.outcomes[BELADY].bytes_per_token
         return bytes_per_token / bound if bound else None
 
 
 @dataclass(frozen=True)
 class Report:
-    """All that is shown. left_out: default budgets below one token's demand, as they were written."""
+    """Everything that is shown. left_out: default budgets below one token's demand, as they were written."""
 
     recording: Recording
     route: Route
@@ -45,16 +45,16 @@ class Report:
 
     @property
     def recorded_budget(self) -> Budget:
-        """The one that the recorded run had."""
+        """The budget of the recorded run."""
         return next(budget for budget in self.budgets if budget.is_recorded)
 
     @property
     def recall(self) -> float | None:
-        """Mean over the guessed layers."""
+        """Mean recall over the layers that have guesses."""
         return recall_of(list(self.layers))
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain numbers, for --json."""
+        """Convert to plain values, for --json."""
         header, timing = self.recording.header, self.timing
         return {
             "trace": self.recording.path,
@@ -114,15 +114,15 @@ def make_report(
     seed: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Report:
-    """Replay a recording.
+    """Replay a recording under all policies and budgets.
 
     Args:
-        memories: budgets, as `--memory` takes them; a curve of shares when empty. The recorded one is always added.
-        warm_up: decode steps that are not counted; a fifth of them when left out.
-        bytes_per_s: reading speed; the recorded run's when left out.
+        memories: budgets, as `--memory` takes them; a range of shares when empty. The recorded one is always added.
+        warm_up: decode steps that are not counted; a fifth of them when left out. seed: of the random eviction.
+        bytes_per_s: read speed; the recorded run's when left out.
         progress: called with (replays done, all replays).
     Raises:
-        TraceError: nothing to replay, or steps larger than the pool. BudgetError: a budget that cannot work.
+        TraceError: nothing to replay, or a step demands more than the pool holds. BudgetError: a budget cannot work.
     """
     route = route_of(recording, warm_up)
     asked = [(memory, pool_of(route, memory)) for memory in memories]

@@ -1,4 +1,4 @@
-"""What decoding demanded, without what became of it: the input of every replay."""
+"""The experts that decoding demanded, without hits and misses: the input of every replay."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from foreroute.memory.budget import SlotPlan, plan_slots
 from foreroute.report.events import Recording
 from foreroute.units import format_memory, parse_memory
 
-# Of the decode steps, unless it is said otherwise: the pool fills in them, and they are not counted.
+# Default share of the decode steps that warm up the pool and are not counted.
 _WARM_UP_SHARE = 0.2
 
 
@@ -15,10 +15,10 @@ _WARM_UP_SHARE = 0.2
 class Route:
     """The experts demanded by each decode step, layer by layer, as keys: layer * keys_per_layer + expert.
 
-    Prefill is not in it: its experts pass by the pool (docs/structure.md), whatever the eviction.
+    Prefill is not in it: its experts stream through the pool (docs/structure.md), whatever the eviction.
 
-    steps: [step][layer] -> distinct keys, ascending; a layer that demanded none is empty.
-    rows: tokens of each step. warm_up: so many first steps fill the pool and are not counted.
+    steps: [step][layer] -> distinct keys, ascending; empty for a layer that demanded none.
+    rows: tokens of each step. warm_up: number of first steps that fill the pool and are not counted.
     """
 
     experts_per_layer: tuple[int, ...]
@@ -31,22 +31,22 @@ class Route:
 
     @property
     def keys_per_layer(self) -> int:
-        """The widest layer's experts."""
+        """Number of experts of the widest layer."""
         return max(self.experts_per_layer)
 
     @property
     def num_keys(self) -> int:
-        """Keys, those of narrower layers that no expert has included."""
+        """Number of keys, including those that narrower layers leave unused."""
         return self.keys_per_layer * len(self.experts_per_layer)
 
     @property
     def num_experts(self) -> int:
-        """Experts of all layers."""
+        """Number of experts over all layers."""
         return sum(self.experts_per_layer)
 
     @property
     def counted_tokens(self) -> int:
-        """Tokens of the steps that are counted."""
+        """Tokens of the counted steps."""
         return sum(self.rows[self.warm_up :])
 
     @property
@@ -56,7 +56,7 @@ class Route:
 
 
 def route_of(recording: Recording, warm_up: int | None = None) -> Route:
-    """The recording's decode steps.
+    """Extract the decode steps of a recording.
 
     Args:
         warm_up: steps that are not counted; a fifth of them when left out.
@@ -91,10 +91,10 @@ def route_of(recording: Recording, warm_up: int | None = None) -> Route:
 
 
 def pool_of(route: Route, memory: str | int) -> SlotPlan:
-    """The pool that a budget buys, by the engine's own arithmetic.
+    """Compute the pool that a budget (`memory`) buys for `route`, as the engine does.
 
     Raises:
-        BudgetError: it is no amount, or holds less than one token's demand, or less than one layer of a step.
+        BudgetError: it cannot be parsed, or holds less than one token's demand or than one layer of a step.
     """
     budget = parse_memory(memory, route.num_experts * route.slot_bytes)
     slots = plan_slots(budget, route.slot_bytes, route.num_experts, route.top_k)
@@ -108,5 +108,5 @@ def pool_of(route: Route, memory: str | int) -> SlotPlan:
 
 
 def smallest_pool(route: Route) -> int:
-    """Slots that one token, and each layer of each step, needs at least."""
+    """Fewest slots that hold one token's demand, and any layer of any step."""
     return max(sum(route.top_k), route.most_at_once)

@@ -1,4 +1,4 @@
-"""One token as a picture: what was computed, what was read meanwhile, and where compute had to wait."""
+"""Plot the timeline of one token: compute, the reads meanwhile, and the stalls."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +11,7 @@ from foreroute.report.style import BLUE, GREEN, GREY, INK, ORANGE, PALE, PURPLE,
 from foreroute.report.timing import durations
 from foreroute.writing import save_figure
 
-# What a read was for -> colour, hatch, and plain words.
+# Reason of a read -> colour, hatch, and description.
 READS = {
     "demand": (RED, "", "read on demand: the token waits"),
     LATE: (ORANGE, "", "guessed rightly, but late: the token waits"),
@@ -29,7 +29,7 @@ _MOST_LANES = 6
 
 @dataclass(frozen=True)
 class TokenPicture:
-    """A decode step, in ms since it began.
+    """A decode step; times are in ms since it began.
 
     number: among the decode steps. reads: (begin, end, lane, kind, load), kind a key of READS. layers: as recorded.
     """
@@ -42,19 +42,19 @@ class TokenPicture:
 
     @property
     def stall_ms(self) -> float:
-        """Time in which compute waited."""
+        """Stalled milliseconds."""
         return sum(end - begun for begun, end, _ in self.stalls)
 
 
 def typical_token(recording: Recording) -> int:
-    """A decode step of median duration among those of the second half, where the pool is warm."""
+    """Choose a decode step of median duration from the second half, where the pool is warm."""
     seconds = durations(recording)
     half = len(seconds) // 2
     return half + seconds[half:].index(median_low(seconds[half:]))
 
 
 def token_picture(recording: Recording, number: int) -> TokenPicture:
-    """What happened during decode step `number`, and the reads that overlapped it."""
+    """Collect from `recording` what happened during decode step `number`, and the reads that overlapped it."""
     step: RecordedStep = recording.decode_steps[number]
     seconds = durations(recording)[number]
     fates = fate_of_loads(recording)
@@ -87,7 +87,7 @@ def token_picture(recording: Recording, number: int) -> TokenPicture:
 
 
 def draw_timeline(recording: Recording, picture: TokenPicture, path: Path) -> None:
-    """Write the picture: compute above, reads below, time to the right, and two of its events explained."""
+    """Plot `picture`, of a step in `recording`, to `path`: compute above, reads below, and two events explained."""
     from matplotlib.patches import Patch
 
     num_lanes = min(1 + max((read[2] for read in picture.reads), default=0), _MOST_LANES)
@@ -147,7 +147,7 @@ def _draw_read(axes: Any, picture: TokenPicture, begun: float, end: float, y: fl
 
 
 def _annotate(axes: Any, picture: TokenPicture, lowest: float) -> None:
-    """One guess that came in time, below; the longest wait, above."""
+    """Explain one guess that came in time, below, and the longest stall, above."""
     style = {"fontsize": 9, "color": INK, "arrowprops": {"arrowstyle": "->", "color": INK, "linewidth": 1}}
     timely = [read for read in picture.reads if read[3] == IN_TIME and read[2] < _MOST_LANES and read[0] >= 0]
     if timely:
@@ -176,5 +176,5 @@ def _annotate(axes: Any, picture: TokenPicture, lowest: float) -> None:
 
 
 def _beside(at: float, picture: TokenPicture, y: float) -> tuple[float, float]:
-    """Where a text of about a third of the picture begins, so that it stays inside."""
+    """Position of a text about a third of the plot wide, so that it stays inside."""
     return (min(max(at - 0.02 * picture.duration_ms, 0.0), 0.62 * picture.duration_ms), y)

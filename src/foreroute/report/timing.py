@@ -1,4 +1,4 @@
-"""What the recorded run took, and what reads would take at another budget: plain arithmetic on a trace's times."""
+"""Measure times of the recorded run, and estimate those at other budgets: plain arithmetic on a trace's times."""
 
 from bisect import bisect_right
 from dataclasses import dataclass
@@ -13,8 +13,8 @@ from foreroute.report.offline import Outcome
 class Timing:
     """Means over the counted decode steps of the recorded run.
 
-    step_ms: from one step's begin to the next's, which is the TPOT. stall_ms: of it, waiting for bytes. compute_ms: the
-    rest, with all that is not waiting. bytes_per_s: of its reads, or as it was given; None where nothing was read.
+    step_ms: from one step's begin to the next's, which is the TPOT. stall_ms: of it, waiting for reads. compute_ms: the
+    rest. bytes_per_s: of its reads, or as given; None where nothing was read.
     rows: tokens per step.
     """
 
@@ -26,24 +26,24 @@ class Timing:
 
     @property
     def compute_ms(self) -> float:
-        """What a step would take if it never waited."""
+        """Milliseconds of a step without stalls."""
         return max(self.step_ms - self.stall_ms, 0.0)
 
     def read_ms(self, outcome: Outcome) -> float | None:
-        """Reading time of one step's misses."""
+        """Milliseconds to read one step's misses."""
         if self.bytes_per_s is None:
             return None if outcome.misses else 0.0
         return outcome.bytes_per_token * self.rows / self.bytes_per_s * 1e3
 
     def tpot_ms(self, outcome: Outcome) -> tuple[float, float] | None:
-        """TPOT if reads hid behind compute entirely (or compute behind them), and if they did not hide at all."""
+        """TPOT in ms if reads and compute overlapped fully, and if they did not overlap at all."""
         read_ms = self.read_ms(outcome)
         return None if read_ms is None else (max(self.compute_ms, read_ms), self.compute_ms + read_ms)
 
 
 @dataclass(frozen=True)
 class Recorded:
-    """What the engine did in the counted steps. Bytes are those of loads asked for in them, per token."""
+    """The engine's counts in the counted steps. Bytes are those of loads requested in them, per token."""
 
     num_slots: int
     hits: int
@@ -57,12 +57,12 @@ class Recorded:
 
     @property
     def demanded(self) -> int:
-        """Experts that routers asked for."""
+        """Experts that the routers demanded."""
         return self.hits + self.late + self.misses + self.stood_in
 
     @property
     def bytes_per_token(self) -> float:
-        """All that was read."""
+        """Bytes of all reads."""
         return self.demand_bytes + self.prefetch_bytes + self.fill_bytes
 
 
@@ -79,7 +79,7 @@ def durations(recording: Recording) -> list[float]:
 
 
 def timing_of(recording: Recording, warm_up: int, bytes_per_s: float | None = None) -> Timing:
-    """Means after `warm_up` decode steps. bytes_per_s: given, or estimated: bytes read over the time it took."""
+    """Means of `recording` after `warm_up` decode steps. bytes_per_s: given, or bytes read over the time it took."""
     steps = recording.decode_steps[warm_up:]
     is_given = bytes_per_s is not None
     if bytes_per_s is None:
@@ -96,7 +96,7 @@ def timing_of(recording: Recording, warm_up: int, bytes_per_s: float | None = No
 
 
 def recorded_of(recording: Recording, warm_up: int) -> Recorded:
-    """What became of demand, and what was read, after `warm_up` decode steps."""
+    """Count hits, misses and reads of `recording` after `warm_up` decode steps."""
     steps = recording.decode_steps[warm_up:]
     tokens = sum(step.rows for step in steps)
     loads = _loads_of(recording, steps)
@@ -119,7 +119,7 @@ def recorded_of(recording: Recording, warm_up: int) -> Recorded:
 
 
 def _loads_of(recording: Recording, steps: list[RecordedStep]) -> list[LoadDone]:
-    """The loads that were asked for while one of these steps ran."""
+    """List the loads that were requested during these steps."""
     begun = [event for event in recording.events if isinstance(event, RecordedStep)]
     starts = [step.begun_s for step in begun]
     asking = {id(step) for step in steps}

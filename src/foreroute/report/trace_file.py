@@ -1,4 +1,4 @@
-"""Reads a trace file and refuses what is none: every complaint names the line and says what to do."""
+"""Read a trace file and refuse anything else: each error names the line and says what to do."""
 
 import json
 from collections.abc import Callable, Iterable
@@ -29,10 +29,10 @@ _HOW = "`foreroute generate MODEL --trace FILE.jsonl` makes one."
 def read_recording(
     path: Path, *, is_partial: bool = False, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> Recording:
-    """Read a .jsonl trace.
+    """Read a .jsonl trace from `path`.
 
     Args:
-        is_partial: use a file that was cut off as far as it goes.
+        is_partial: accept a file that was cut off, up to there.
         progress: called with (bytes read, all bytes).
     Raises:
         TraceError: not a trace, of another version, damaged, or cut off.
@@ -54,7 +54,7 @@ def read_recording(
 
 
 class _Reader:
-    """Takes the lines of one file, one after the other."""
+    """Takes the lines of one file in order."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -63,10 +63,10 @@ class _Reader:
         self._events: list[TraceEvent] = []
         self._stats: dict[str, Any] | None = None
         self._number = 0
-        self._half: int | None = None  # a line that is no JSON: fine only as the last one of a partial file
+        self._half: int | None = None  # number of a line that is not JSON: allowed only as the last one of a partial file
 
     def take(self, number: int, line: bytes) -> None:
-        """One line, its number counted from 1."""
+        """Take one line; its number counts from 1."""
         self._number = number
         if self._half is not None:
             raise self._error(self._half, "is damaged: it is no JSON object, and others follow it")
@@ -86,7 +86,7 @@ class _Reader:
             self._read_event(fields)
 
     def finish(self, is_partial: bool) -> Recording:
-        """All lines are read."""
+        """Check that the trace is complete, and return it."""
         if self._header is None:
             raise TraceError(f"{self._path} is empty: no trace. {_HOW}")
         num_layers = self._header.num_layers
@@ -215,7 +215,7 @@ class _Reader:
 
     def _get(self, fields: dict[str, Any], name: str, kind: type) -> Any:
         value = fields.get(name)
-        # JSON's true is an int to Python.
+        # In Python, JSON's true is an int.
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             raise self._error(self._number, f"lacks {name!r}, or has something else there ({value!r})")
         return value

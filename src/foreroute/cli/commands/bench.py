@@ -1,4 +1,4 @@
-"""`foreroute bench`: how fast is this model here, what is each part of the engine worth, and how far is the bound?"""
+"""`foreroute bench`: how fast the model is here, what each part of the engine gains, and how far the bound is."""
 
 import argparse
 from collections.abc import Iterator
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from foreroute.types import NamedProgress
 
 EXIT_DIFFERENT, EXIT_INTERRUPTED = 1, 130
-# As LADDER of bench/rungs.py has them, which imports too much for --help; a test holds them equal.
+# Copy of LADDER in bench/rungs.py, which imports too much for --help; a test holds them equal.
 RUNGS = ("on-demand", "cache", "hits-first", "prefetch", "oracle", "belady", "resident")
 
-# What holds where nothing is said: (always, with --quick).
+# Defaults of flags: (normally, with --quick).
 _DEFAULTS: dict[str, tuple[Any, Any]] = {
     "memory": (["12.5%", "25%", "50%", "100%"], ["25%"]),
     "prompt": ([32, 512, 4096], [32]),
@@ -130,7 +130,7 @@ def _new_tokens(text: str) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command; returns its exit code."""
+    """Run the command; return its exit code."""
     folder = options.find_model(args)
     options.quiet_libraries(args)
     with figures.busy("Looking at the model", args.json):
@@ -161,10 +161,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def asked_by(args: argparse.Namespace) -> "Asked":
-    """What the flags ask for; those that were left out have their defaults, shorter ones with --quick.
+    """Build `Asked` from the flags; missing ones get their defaults, shorter ones with --quick.
 
     Raises:
-        ForerouteError: nothing is left to be measured, or a flag of the engine is refused.
+        ForerouteError: nothing is left to measure, or the engine refuses a flag.
     """
     from foreroute.bench.asked import Asked
     from foreroute.bench.rungs import rungs_named
@@ -191,7 +191,7 @@ def asked_by(args: argparse.Namespace) -> "Asked":
 
 @contextmanager
 def run_bar(total: int, is_quiet: bool) -> Iterator["NamedProgress"]:
-    """A progress bar of runs on standard error; call what it gives with (what runs, done, total)."""
+    """Show a bar of `total` runs on standard error unless `is_quiet`; call the result with (what runs, done, total)."""
     from rich import progress
 
     columns = (

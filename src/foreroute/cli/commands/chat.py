@@ -1,4 +1,4 @@
-"""`foreroute chat`: a conversation in the terminal, whose beginning is computed once."""
+"""`foreroute chat`: a conversation in the terminal; each prompt token is computed once."""
 
 import argparse
 import sys
@@ -63,14 +63,14 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--debug", action="store_true", help="show tracebacks and the warnings of libraries")
     add_sampling(parser, max_new_tokens=_MAX_NEW_TOKENS)
-    # None tells what was asked for from what was not: a kept chat has its own.
+    # None marks a flag that was not given: a saved chat then keeps its own value.
     parser.set_defaults(max_new_tokens=None)
     options.add_model_options(parser)
     options.add_engine_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command; returns its exit code."""
+    """Run the command; return its exit code."""
     conversation, config = _begin(args), options.engine_config(args)
     folder = locate(args.model)
     options.quiet_libraries(args)
@@ -93,12 +93,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _begin(args: argparse.Namespace) -> Conversation:
-    """The chat that the flags ask for; flags win over what a file says."""
+    """Start the chat that the flags ask for; flags win over a saved chat."""
     conversation = Conversation() if args.load is None else Conversation.load(args.load)
     if args.system is not None:
         conversation.system = options.argument_text(args.system, "--system")
     for name in SETTINGS:
-        # The policy is the engine's flag, and holds from the loading on.
+        # The policy is a flag of the engine and is set when the model is loaded.
         if name != "policy" and (value := getattr(args, name)) is not None:
             conversation.set(name, value)
     conversation.settings.setdefault("max_new_tokens", _MAX_NEW_TOKENS)
@@ -110,11 +110,11 @@ def _begin(args: argparse.Namespace) -> Conversation:
 
 
 class Chat:
-    """Takes lines: commands are done, all else is said to the model and answered.
+    """Takes the user's lines: runs commands, and answers everything else.
 
     Args:
-        name: the model's, as it was asked for.
-        is_markdown: render answers.
+        name: the model's name as the user gave it.
+        is_markdown: render answers as markdown.
     """
 
     def __init__(self, model: Any, tokenizer: Any, name: str, conversation: Conversation, *, is_markdown: bool) -> None:
@@ -133,7 +133,7 @@ class Chat:
         self._adopt(conversation)
 
     def greet(self) -> None:
-        """What a chat begins with."""
+        """Print the greeting."""
         plan = self._model.foreroute.plan
         self._tell(f"{self._name}: {plan.num_slots} of {plan.total_slots} experts in memory. /help lists commands.")
         if self._is_plain_text:
@@ -142,7 +142,7 @@ class Chat:
             )
 
     def take(self, line: str) -> bool:
-        """One line of the user's; False when the chat is over. Errors are told, and the chat goes on."""
+        """Handle one line from the user; return False when the chat is over. Errors are printed; the chat goes on."""
         text = line.strip()
         if not text:
             return True
@@ -187,11 +187,11 @@ class Chat:
                 raise PromptError(f"{error} /clear begins anew; /save keeps what was said.") from error
             raise
         except KeyboardInterrupt:
-            # Between the model and the screen; what the model has said is known where it had ended.
+            # Raised between the model and the screen: `report` is set if the answer had ended.
             pass
         finally:
             if report is None:
-                # As if it had not been asked: two turns of the user in a row confuse a model, and some templates.
+                # Drop the question: two user turns in a row confuse a model, and some templates.
                 talk.messages.pop()
         if report is None:
             self._tell("stopped before an answer began")
@@ -209,7 +209,7 @@ class Chat:
             self._tell("the model said nothing")
 
     def _sampling(self) -> dict[str, Any]:
-        """What generate is told of the settings; as in `foreroute generate`, a temperature asks for sampling."""
+        """Sampling arguments for generate; as in `foreroute generate`, a temperature turns sampling on."""
         told = {name: value for name, value in self._conversation.settings.items() if name not in ("seed", "policy")}
         if told.get("temperature") == 0:
             for name in ("temperature", "top_k", "top_p", "min_p"):
@@ -247,7 +247,7 @@ class Chat:
         self._tell(f"{name} is {'default' if value is None else value}")
 
     def _apply(self, name: str, value: Any) -> None:
-        """What takes effect by itself: the policy (which may be refused) and the seed."""
+        """Apply settings that act at once: the policy (which may be refused) and the seed."""
         if name == "policy":
             self._model.foreroute.set_policy("exact" if value is None else value)
         elif name == "seed" and value is not None:
@@ -264,7 +264,7 @@ class Chat:
         self._tell(f"{len(self._conversation.messages)} messages from {rest}")
 
     def _adopt(self, conversation: Conversation) -> None:
-        """Go on with this chat; nothing changes where the model cannot."""
+        """Continue this chat; change nothing where the model cannot."""
         if conversation.system is not None and self._is_plain_text:
             raise PromptError("The chat has a system message, and this model no chat template for it.")
         for name, value in conversation.settings.items():
@@ -287,7 +287,7 @@ class Chat:
 
 
 def _usage(name: str) -> tuple[str, str]:
-    """Arguments and meaning of a command."""
+    """Return a command's arguments and meaning."""
     what = _COMMANDS[name]
     arguments, gap, meaning = what.partition("  ")
     return (arguments, meaning) if gap else ("", what)
@@ -300,7 +300,7 @@ def _path(text: str, command: str) -> Path:
 
 
 def _lines() -> Iterator[str]:
-    """The user's lines until Ctrl-D or the end of the input; one that ends in a backslash goes on in the next."""
+    """Yield the user's lines until Ctrl-D or the end of input; a backslash at a line's end joins the next line."""
     read = _typed() if sys.stdin.isatty() else _piped()
     begun: list[str] = []
     for line in read:
@@ -328,7 +328,7 @@ def _typed() -> Iterator[str]:
         fitting = [name for name in _COMMANDS if name.startswith(text)] if text.startswith("/") else []
         return fitting[state] if state < len(fitting) else None
 
-    # Lines can be recalled with the arrow keys, and are kept nowhere else.
+    # Lines can be recalled with the arrow keys, and are saved nowhere.
     readline.set_completer_delims(" ")
     readline.set_completer(complete)
     readline.parse_and_bind("tab: complete")

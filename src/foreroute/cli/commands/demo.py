@@ -1,4 +1,4 @@
-"""`foreroute demo`: the shipped model with a quarter of its experts in memory, held against the resident model."""
+"""`foreroute demo`: the shipped model with a quarter of its experts in memory, compared with the resident model."""
 
 import argparse
 import sys
@@ -57,13 +57,13 @@ def add_parser(commands: Any) -> None:
         "--max-new-tokens", type=options.at_least(1), default=64, metavar="N", help="most tokens (default: 64)"
     )
     options.add_common_options(parser)
-    # Where bits are promised to be equal for every family: in float32.
+    # In float32, where bits are promised to be equal for every family.
     options.add_model_options(parser, dtype="float32")
     options.add_engine_options(parser, without=options.GPU_FIELDS, memory="25%")
 
 
 def find_model() -> Path:
-    """The folder of the model that ships: in the installed package, or in the repository beside it.
+    """Find the shipped model's folder: in the installed package, or in the repository beside it.
 
     Raises:
         CheckpointError: it is in neither.
@@ -80,7 +80,7 @@ def find_model() -> Path:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command; returns its exit code."""
+    """Run the command; return its exit code."""
     config, prompt = options.engine_config(args), options.argument_text(args.prompt, "The prompt")
     folder = find_model() if args.model is None else locate(args.model)
     options.quiet_libraries(args)
@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
 
         options.apply_threads(args)
         tokenizer = load_tokenizer(folder)
-        # The model that ships answers questions; another one continues the text.
+        # The shipped model answers questions; another one continues the text.
         is_chat = args.model is None
         prompt_ids = encode_prompt(tokenizer, prompt, chat=is_chat)
         model = foreroute.load(folder, dtype=args.dtype, config=config)
@@ -133,7 +133,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def resident_tokens(plan: Plan, prompt_ids: "torch.Tensor", max_new_tokens: int) -> tuple[int, ...]:
-    """The greedy continuation by transformers alone: every expert in memory, eager, in the same dtype."""
+    """Continue prompt_ids [1, tokens] by max_new_tokens, greedily, by transformers alone: eager, in the plan's dtype."""
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -154,7 +154,7 @@ def resident_tokens(plan: Plan, prompt_ids: "torch.Tensor", max_new_tokens: int)
 
 
 def compare(ours: Sequence[int], expected: Sequence[int], tokenizer: Any) -> str:
-    """ "yes (64 of 64)", or "no" with the first token that differs."""
+    """Compare tokens `ours` with `expected`: "yes (64 of 64)", or "no" with the first difference, by `tokenizer`."""
     if ours == expected:
         return f"yes ({len(ours)} of {len(expected)})"
     at = next((i for i, pair in enumerate(zip(ours, expected, strict=False)) if pair[0] != pair[1]), -1)
@@ -190,7 +190,7 @@ def _account(report: "GenerationReport") -> list[figures.Row]:
 
 
 def _inert_features(report: "GenerationReport", plan: Plan) -> list[str]:
-    """What should have happened and did not; a comparison without it proves nothing."""
+    """List features that should have been active and were not; without them the comparison proves nothing."""
     complaints = []
     if plan.num_slots < plan.total_slots and not report.stats.evictions:
         complaints.append("But no expert was evicted: this run proves little. Take less --memory or more tokens.")

@@ -1,4 +1,4 @@
-"""`foreroute eval`: what a model's output is worth, by tasks with one right answer and by held-out text."""
+"""`foreroute eval`: how good a model's output is, by tasks with one right answer and by held-out text."""
 
 import argparse
 import contextlib
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     # (model, tokenizer, progress) -> accuracy by task.
     OtherTasks = Callable[[Any, Any, NamedProgress], dict[str, float]]
 
-# Flags that mean something beside another one alone, and what they are where they are left out, if not None.
+# Flags that need another flag; then their defaults where not None.
 _BELONGS_TO = {
     "kinds": "suite", "per_kind": "suite", "held_out": "suite", "png": "policies",
     "include_path": "lm_eval", "limit": "lm_eval", "confirm_run_unsafe_code": "lm_eval",
@@ -131,18 +131,18 @@ def _add_suite_options(parser: argparse.ArgumentParser) -> None:
 
 
 def cache_folder() -> Path:
-    """Where what can be made again is kept: in the user's cache."""
+    """The user's cache folder, for files that can be made again."""
     cache = os.environ.get("XDG_CACHE_HOME")
     return (Path(cache) if cache else Path.home() / ".cache") / "foreroute"
 
 
 def default_held_out() -> Path:
-    """Where the suite's text lies."""
+    """Path of the suite's held-out text."""
     return cache_folder() / "held-out.json"
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command; returns its exit code."""
+    """Run the command; return its exit code."""
     _refuse_misfits(args)
     memory = args.memory[0] if args.memory and not args.policies else None
     config = dataclasses.replace(options.engine_config(args), memory=memory)
@@ -191,7 +191,7 @@ def _ask_others(others: "OtherTasks", tokenizer: Any, show: "NamedProgress", mod
 
 
 def _refuse_misfits(args: argparse.Namespace) -> None:
-    """Flags that do not go together, before anything is loaded."""
+    """Refuse flags that do not go together, before anything is loaded."""
     for name, needed in _BELONGS_TO.items():
         if getattr(args, name) != _LEFT_OUT.get(name) and not getattr(args, needed):
             flag, of = (f"--{one.replace('_', '-')}" for one in (name, needed))
@@ -216,7 +216,7 @@ def _refuse_misfits(args: argparse.Namespace) -> None:
 
 
 def _harness_of(args: argparse.Namespace) -> dict[str, Any]:
-    """What decides the figures of another harness: its tasks by name, and what is in files of one's own."""
+    """What identifies another harness's figures: its task names, and the content of the user's own task files."""
     found: dict[str, Any] = {name: str(getattr(args, name)) for name in ("lm_eval", "limit")}
     files = sorted(args.include_path.rglob("*")) if args.include_path is not None else []
     found["files"] = {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files if path.is_file()}
@@ -224,7 +224,7 @@ def _harness_of(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _other_tasks(args: argparse.Namespace) -> "OtherTasks | None":
-    """What --lm-eval asks of a model: accuracy by task."""
+    """Build the function that --lm-eval asks for: from a model to accuracy by task."""
     if not args.lm_eval:
         return None
     from foreroute.evals.lm_eval_model import check_tasks, run_lm_eval
@@ -247,7 +247,7 @@ def _plain(
     others: "OtherTasks | None",
     show: "NamedProgress",
 ) -> dict[str, Any]:
-    """One model, one policy: the figures."""
+    """Compute the figures of one model under one policy."""
     import foreroute
     from foreroute.evals.builtin import run_suite, run_text
 
@@ -265,13 +265,13 @@ def _plain(
 
 
 def _name(path: Path) -> str:
-    """What the figures call a file: its path, which two files of one name do not share; "all" is the mean."""
+    """Name a file in the figures by its path, which is unique; "all" is the mean."""
     return "./all" if str(path) == "all" else str(path)
 
 
 @contextlib.contextmanager
 def _bars(is_quiet: bool) -> Iterator["NamedProgress"]:
-    """One progress bar per thing that is being done, on standard error."""
+    """Show one progress bar per activity on standard error."""
     from rich import progress
 
     columns = (

@@ -1,4 +1,4 @@
-"""`foreroute fit`: learn from any text which experts come next, and write it beside the checkpoint."""
+"""`foreroute fit`: learn from text which experts come next, and write the predictors beside the checkpoint."""
 
 import argparse
 from pathlib import Path
@@ -56,7 +56,7 @@ def add_parser(commands: Any) -> None:
 
 
 def _add_estimator(parser: argparse.ArgumentParser) -> None:
-    """Its sizes and training, as flags: one for each field of EstimatorSettings that is a matter of taste."""
+    """Add flags for the estimator's size and training: one per field of EstimatorSettings that users may change."""
     group = parser.add_argument_group("estimator")
     for name, default, text in (
         ("shrink", 2, "m: hidden width over inner width"),
@@ -73,7 +73,7 @@ def _add_estimator(parser: argparse.ArgumentParser) -> None:
 
 
 def add_text_options(parser: argparse.ArgumentParser, tokens: int) -> None:
-    """MODEL, the text, and how it is cut; for `fit` and `score`."""
+    """Add MODEL, the text and its windows to `parser`, for `fit` and `score`; `tokens` is the default of --tokens."""
     options.add_model(parser)
     parser.add_argument("--text", type=Path, nargs="+", required=True, metavar="FILE", help="UTF-8 text")
     parser.add_argument(
@@ -96,20 +96,20 @@ def add_text_options(parser: argparse.ArgumentParser, tokens: int) -> None:
 
 
 def add_memory_options(parser: argparse.ArgumentParser) -> None:
-    """--memory and --packed, as the engine has them."""
+    """Add --memory and --packed, as the engine has them."""
     group = parser.add_argument_group("engine")
     group.add_argument("--memory", metavar="MEMORY", help="memory for experts (default: chosen from free RAM)")
     group.add_argument("--packed", default="auto", metavar="PACKED", help='packed store: "auto", "no" or a path')
 
 
 def context_of(config: Any, asked: int | None) -> int:
-    """Tokens per window, for a model of this transformers config."""
+    """Tokens per window: as `asked`, else what suits a model with this transformers config."""
     longest = getattr(config.get_text_config(), "max_position_embeddings", None) or 512
     return min(asked or 512, longest)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command; returns its exit code."""
+    """Run the command; return its exit code."""
     folder = options.find_model(args)
     config = EngineConfig(memory=args.memory, packed=args.packed, predictor="no", learn=False)
     options.quiet_libraries(args)
@@ -127,7 +127,7 @@ def run(args: argparse.Namespace) -> int:
         tokenizer = load_tokenizer(folder)
         model = foreroute.load(folder, dtype=args.dtype, config=config)
     try:
-        # Refused where the files changed in between: it is the model's own, or none.
+        # Raises where files changed in between: the fingerprint is that of the loaded model, or none.
         fingerprint = index.fingerprint()
         corpus = read_corpus(tokenizer, args.text, args.tokens, context_of(model.config, args.context))
         sidecar = _fit(args, model, fingerprint, corpus, path)

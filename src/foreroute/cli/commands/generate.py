@@ -1,4 +1,4 @@
-"""`foreroute generate`: a prompt in, text as it comes, and the figures of the run."""
+"""`foreroute generate`: continue a prompt, print text as it is generated, and show the run's figures."""
 
 import argparse
 import sys
@@ -60,7 +60,7 @@ def add_parser(commands: Any) -> None:
 
 
 def add_sampling(parser: argparse.ArgumentParser, max_new_tokens: int = 128) -> None:
-    """The flags of sampling; `max_new_tokens` is the default of the one that ends an answer."""
+    """Add the sampling flags to `parser`; `max_new_tokens` is the default length limit of an answer."""
     group = parser.add_argument_group("sampling", "transformers' names; left out, the model's own settings hold")
     group.add_argument(
         "--max-new-tokens",
@@ -86,12 +86,12 @@ def add_sampling(parser: argparse.ArgumentParser, max_new_tokens: int = 128) -> 
 
 
 def sampling(args: argparse.Namespace) -> dict[str, Any]:
-    """What transformers' generate is told: only what was asked for, so that the model's own settings hold.
+    """Arguments for transformers' generate: only those that were given, so that the model's own settings hold.
 
-    Asking for a temperature, top-k, top-p or min-p asks for sampling.
+    A temperature, top-k, top-p or min-p turns sampling on.
 
     Raises:
-        PromptError: they are given together with --no-do-sample.
+        PromptError: one of them is given together with --no-do-sample.
     """
     drawing = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "min_p")}
     asked = {name: value for name, value in drawing.items() if value is not None}
@@ -109,8 +109,8 @@ def sampling(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command; returns its exit code."""
-    # What is wrong with the flags or the path is said before seconds of imports.
+    """Run the command; return its exit code."""
+    # Wrong flags or paths are reported before seconds of imports.
     prompt, config, sampled = options.read_prompt(args.prompt, args.file), options.engine_config(args), sampling(args)
     system = None if args.system is None else options.argument_text(args.system, "--system")
     folder = options.find_model(args)

@@ -1,4 +1,4 @@
-"""`foreroute pack`: write every expert as one aligned record, so that later runs read it straight into its place."""
+"""`foreroute pack`: write every expert as one aligned record, so that later runs read it straight into a slot."""
 
 import argparse
 import shutil
@@ -66,7 +66,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command; returns its exit code."""
+    """Run the command; return its exit code."""
     pack_quantised.refuse_misfits(args)
     folder = options.find_model(args)
     options.quiet_libraries(args)
@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
     is_there, quantiser = _is_there(args, path, table), None
     if not is_there:
         with claim_store(path) as claim:
-            # Another `pack` may have ended just now.
+            # Another `pack` may have finished just now.
             is_there = _is_there(args, path, table)
             if not is_there:
                 quantiser = _quantiser(args, sketch, path)
@@ -106,15 +106,15 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _is_there(args: argparse.Namespace, path: Path, table: "ExpertTable") -> bool:
-    """Whether the store that is asked for is there already. Raises: as `_is_ours`."""
+    """Whether the requested store exists already. Raises: as `_is_ours`."""
     return not args.force and _is_ours(args, path, table)
 
 
 def _quantiser(args: argparse.Namespace, sketch: "Outline", path: Path) -> "Quantiser | None":
-    """What quantises, if anything is to.
+    """Build the quantiser, if one is needed.
 
     Raises:
-        StoreError: there is too little disk for what will be stored.
+        StoreError: the disk has too little room for the store.
     """
     if args.quant is None:
         _check_room(path, sketch.table)
@@ -139,10 +139,10 @@ def _tell_errors(quantiser: "Quantiser") -> None:
 
 
 def _is_ours(args: argparse.Namespace, path: Path, table: "ExpertTable") -> bool:
-    """Is there a complete store of this very model, and codec?
+    """Whether `path` is a complete store of this very model and codec.
 
     Raises:
-        StoreError: there is a file, but it is something else: it is not overwritten unasked.
+        StoreError: the file is something else, and is not overwritten unless asked.
     """
     from foreroute.checkpoint.records import PackedStore
 
@@ -158,7 +158,7 @@ def _is_ours(args: argparse.Namespace, path: Path, table: "ExpertTable") -> bool
 
 
 def _check_room(path: Path, table: "ExpertTable") -> None:
-    """Raises StoreError when the disk has no room for the store; the room of a partial file counts as free."""
+    """Raise StoreError when the disk has no room for the store; the bytes of a partial file count as free."""
     from foreroute.checkpoint.records import partial_path
 
     needed = table.total_slots * table.slot_bytes
@@ -208,7 +208,7 @@ def _pack(
                 claim=claim,
             )  # fmt: skip
         except KeyboardInterrupt:
-            # Also where Ctrl-C came before `pack` had begun, or twice.
+            # Also when Ctrl-C came before `pack` had begun, or twice.
             if not args.keep_partial:
                 claim.discard()
             claim.close()

@@ -1,4 +1,4 @@
-"""`foreroute plan`: what fits where, how fast it may be, and what would change that."""
+"""`foreroute plan`: what fits into which memory, how fast it may run, and what would improve that."""
 
 import argparse
 from dataclasses import asdict, dataclass, replace
@@ -38,15 +38,15 @@ the figures:
                behind compute entirely to reads that do not hide at all
 The model is loaded for this, without its experts: no text is generated."""
 
-# A pool below this many tokens' demand is said to be small.
+# A pool that holds fewer tokens' demand than this is called small.
 _SMALL_POOL_DEMANDS = 2.0
 
 
 @dataclass(frozen=True)
 class Findings:
-    """Everything that is shown. chosen_memory_bytes: what would be chosen were --memory left out.
+    """Everything that is shown. chosen_memory_bytes: the budget chosen when --memory is left out.
 
-    serving: what serve takes of the RAM, where requests are planned for; context: tokens that each may have.
+    serving: RAM that serve needs, where requests are planned for; context: tokens that each request may have.
     """
 
     plan: Plan
@@ -80,7 +80,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command; returns its exit code."""
+    """Run the command; return its exit code."""
     config, folder = options.engine_config(args), options.find_model(args)
     options.quiet_libraries(args)
     with figures.busy("Loading the model and measuring", args.json):
@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def find(folder: Path, args: argparse.Namespace, config: EngineConfig) -> Findings:
-    """Load the model without its experts, and measure."""
+    """Load the model in `folder` with `config` but without its experts, and measure what the flags `args` ask for."""
     import foreroute
     from foreroute.bench.bandwidth import measure_bandwidth
     from foreroute.checkpoint.locate import read_index
@@ -107,7 +107,7 @@ def find(folder: Path, args: argparse.Namespace, config: EngineConfig) -> Findin
     options.apply_threads(args)
     config, context = _with_room(folder, args, config)
     index = read_index(folder)
-    # Before the dense weights are in RAM, as `load` sees it.
+    # Measured before the dense weights are in RAM, as `load` does.
     free_ram = available_ram()
     sketch = outline(folder, index)
     source = sketch.table
@@ -116,7 +116,7 @@ def find(folder: Path, args: argparse.Namespace, config: EngineConfig) -> Findin
     try:
         plan, table = model.foreroute.plan, model.foreroute.table
         compute_ms, kv_bytes = probes.compute_ms(model), planned_kv_bytes_per_token(model)
-        # Last, as what is measured of it grows with what has been computed.
+        # Last: what it measures grows with what has been computed.
         serving = None if context is None else requests.needs_of(model, context)
     finally:
         model.foreroute.close()
@@ -144,7 +144,7 @@ def find(folder: Path, args: argparse.Namespace, config: EngineConfig) -> Findin
 
 
 def _with_room(folder: Path, args: argparse.Namespace, config: EngineConfig) -> tuple[EngineConfig, int | None]:
-    """Room for requests as serve makes it, and the context of one; nothing where no flag speaks of requests."""
+    """Reserve room for requests as serve does; return the context of one too, None where no flag mentions requests."""
     if args.max_num_seqs is None and args.ctx_size is None and config.kv_tokens is None:
         return config, None
     return requests.with_room(folder, config, args)
@@ -173,7 +173,7 @@ def _found(
 
 
 def advice(found: Findings, model: str) -> list[str]:
-    """What would change the forecast, the most worthwhile first; empty when nothing would."""
+    """Suggest what would improve the forecast in `found` for `model`, most useful first; empty when nothing would."""
     plan, hints = found.plan, list[str]()
     if plan.device != "cpu":
         return _gpu_advice(plan)
@@ -235,12 +235,12 @@ def _gpu_advice(plan: Plan) -> list[str]:
 
 
 def _flag(num_bytes: int) -> str:
-    """Bytes as a value for --memory that needs no quotes and is not too small."""
+    """Format bytes as a value of --memory that needs no quotes and is not rounded down."""
     return format_memory(num_bytes, round_up=True).replace(" ", "")
 
 
 def as_json(found: Findings) -> dict[str, Any]:
-    """What `--json` prints, units in the names."""
+    """Build the object that `--json` prints, with units in the names."""
     plan = found.plan
     return {
         "plan": {
@@ -258,7 +258,7 @@ def as_json(found: Findings) -> dict[str, Any]:
 
 
 def show(found: Findings, hints: list[str]) -> None:
-    """Print it on standard output: it is the answer."""
+    """Print what was `found`, and the hints, on standard output: they are the answer."""
     console = figures.stdout_console()
     figures.print_rows(console, [*_model_rows(found), None, *_memory_rows(found), None, *_speed_rows(found)])
     console.print()
@@ -301,7 +301,7 @@ def _memory_rows(found: Findings) -> list[figures.Row]:
 
 
 def _serving_rows(found: Findings) -> list[figures.Row]:
-    """What requests take, where they are planned for."""
+    """Rows on the memory that requests take, where they are planned for."""
     if found.context is None:
         return []
     needs, plan = found.serving, found.plan
@@ -334,7 +334,7 @@ def _speed_rows(found: Findings) -> list[figures.Row]:
 
 
 def _on(plan: Plan) -> str:
-    """What computes."""
+    """Name the device that computes."""
     return f"{plan.threads} threads" if plan.device == "cpu" else "on the GPU"
 
 

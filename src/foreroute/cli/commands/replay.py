@@ -1,4 +1,4 @@
-"""`foreroute replay`: a recorded run, and what other evictions and budgets would have made of it."""
+"""`foreroute replay`: analyse a recorded run, and replay it under other evictions and budgets."""
 
 import argparse
 import contextlib
@@ -95,7 +95,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command; returns its exit code."""
+    """Run the command; return its exit code."""
     from foreroute.report.replay import make_report
     from foreroute.report.trace_file import read_recording
 
@@ -142,7 +142,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _rate(text: str) -> float:
-    """Bytes per second from "1.5GB/s"; the "/s" may be left out."""
+    """Parse bytes per second from "1.5GB/s"; the "/s" is optional."""
     try:
         if "%" in text:
             raise BudgetError(text)
@@ -166,7 +166,7 @@ def _check_model(recording: "Recording", model: str) -> None:
 
 @contextlib.contextmanager
 def _bar(what: str, is_quiet: bool) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on standard error; call what it gives with (done, total)."""
+    """Show a progress bar on standard error; call the result with (done, total)."""
     from rich import progress
 
     columns = (progress.TextColumn("{task.description}"), progress.BarColumn(), progress.TimeRemainingColumn())

@@ -1,4 +1,4 @@
-"""`foreroute score`: how many of the experts that come next are guessed, beside controls."""
+"""`foreroute score`: measure how many of the next experts are predicted, beside controls."""
 
 import argparse
 from pathlib import Path
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from foreroute.prepare.score import Scores
     from foreroute.prepare.timeliness import Timeliness
 
-# Tokens that one beginning is continued by.
+# Tokens that one prompt is continued by.
 _DECODE_TOKENS = 64
 
 _EPILOG = """\
@@ -62,7 +62,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command; returns its exit code."""
+    """Run the command; return its exit code."""
     folder = options.find_model(args)
     config = EngineConfig(
         memory=args.memory, packed=args.packed, predictor=args.predictor, learn=False, prefetch_prefill="off"
@@ -102,12 +102,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _decode(model: Any, windows: "torch.Tensor", num_tokens: int, is_quiet: bool) -> "Timeliness":
-    """Continue some windows' beginnings, `num_tokens` in all."""
+    """Continue the beginnings of some windows, by `num_tokens` in all."""
     from foreroute.prepare.timeliness import timeliness
 
     prompts = windows[: max(1, num_tokens // _DECODE_TOKENS), : windows.shape[1] // 2]
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or windows.shape[1]
-    # At least two: the first token is prefill's. Never past the model's context; what was decoded is shown.
+    # At least two: the first token is prefill's. Never past the model's context; the decoded count is shown.
     each = max(2, min(num_tokens // len(prompts), context - prompts.shape[1]))
     with figures.counting_bar("decoding", each * len(prompts), "tokens", is_quiet) as show:
         return timeliness(model, prompts, each, show)

@@ -1,4 +1,4 @@
-"""`foreroute serve`: a model behind OpenAI's API, for the clients that people have."""
+"""`foreroute serve`: a model behind OpenAI's API, for existing clients."""
 
 import argparse
 import os
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from foreroute.server.backend import Backend
     from foreroute.server.settings import Limits, ServerSettings
 
-# The only place where the environment is read for the server.
+# The only environment variable that the server reads.
 KEY_VARIABLE = "FOREROUTE_API_KEY"
 
 _EPILOG = """\
@@ -97,7 +97,7 @@ def _port(text: str) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command until it is stopped; returns its exit code."""
+    """Run the command until it is stopped; return its exit code."""
     began = time.perf_counter()
     model, config = _model(args), options.engine_config(args)
     folder = locate(model)
@@ -146,13 +146,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _names(args: argparse.Namespace, folder: Path, model: str) -> tuple[str, ...]:
-    """What requests may call the model; text, as answers quote it."""
+    """Names that requests may use for the model; they must be text, as answers quote them."""
     given = args.served_model_name or [folder.resolve().name if Path(model).exists() else model]
     return tuple(options.argument_text(name, "The model's name (--served-model-name)") for name in given)
 
 
 def _limits(args: argparse.Namespace) -> "Limits":
-    """A request may not ask for more answers than could ever be queued together: it would be put off for ever."""
+    """Limits of requests: none may ask for more answers than can be queued together, as it would wait for ever."""
     from foreroute.server.settings import Limits
 
     most = args.max_waiting + args.max_num_seqs
@@ -169,7 +169,7 @@ def _model(args: argparse.Namespace) -> str:
 def _load(
     backend: "Backend", folder: Path, args: argparse.Namespace, config: "EngineConfig", settings: "ServerSettings"
 ) -> tuple[dict[str, str], dict[str, Any] | None]:
-    """Load the model, and let the server answer. Returns what was decided, for people, and the memory in figures."""
+    """Load the model and start answering. Returns the memory decisions, as text and as figures."""
     backend.report("importing torch and transformers", 0.0)
     import foreroute
     from foreroute.batching.engine import BatchEngine

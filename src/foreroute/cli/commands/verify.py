@@ -1,4 +1,4 @@
-"""`foreroute verify`: is what the engine computes bit for bit what the whole model computes? On your checkpoint."""
+"""`foreroute verify`: check that the engine computes your checkpoint bit for bit as the whole model does."""
 
 import argparse
 import math
@@ -99,7 +99,7 @@ class _Outcome:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command; returns its exit code."""
+    """Run the command; return its exit code."""
     config = options.engine_config(args)
     if getattr(args, "policy", "exact") != "exact":
         raise ForerouteError("verify holds exact mode against its reference. Leave --policy out.")
@@ -128,7 +128,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def read_prompts(path: Path | None) -> list[str]:
-    """The prompts of a file, one a line, empty lines left out; those that are built in when there is no file.
+    """Read the prompts of a file, one a line, without empty lines; the built-in ones when there is no file.
 
     Raises:
         PromptError: the file cannot be read, is not UTF-8, or holds no prompt.
@@ -149,7 +149,7 @@ def _verify(args: argparse.Namespace, config: EngineConfig, folder: Path, texts:
         from foreroute.verification.reference import RESIDENT, choose_reference, record_reference
 
         options.apply_threads(args)
-        # Whatever is wrong is said before the reference runs, which can take long.
+        # Errors are reported before the reference runs, which can take long.
         index = read_index(folder)
         sketch = outline(folder, index)
         tokenizer = load_tokenizer(folder)
@@ -171,7 +171,7 @@ def _verify(args: argparse.Namespace, config: EngineConfig, folder: Path, texts:
 
 
 def within_context(prompts: "list[torch.Tensor]", num_tokens: int, config: Any) -> "list[Exercise]":
-    """Each prompt [1, tokens] with one step per new token, fewer where the model's context ends before.
+    """Pair prompts (each [1, tokens]) with num_tokens steps each, fewer where the context of `config` ends before.
 
     Raises:
         PromptError: a prompt is longer than the context.
@@ -188,9 +188,9 @@ def within_context(prompts: "list[torch.Tensor]", num_tokens: int, config: Any) 
 
 
 def settle_memory(folder: Path, dtype: str, config: EngineConfig) -> int:
-    """The budget in bytes: what was asked for; the default is raised to what one token needs.
+    """Return the budget in bytes: that of `config`; the default is raised to what one token needs.
 
-    The model is loaded for this and let go of, which also finds whatever is wrong with it.
+    The model in `folder` is loaded in `dtype` and closed again for this, which also finds whatever is wrong with it.
 
     Raises:
         ForerouteError: as `foreroute.load`.
@@ -214,7 +214,7 @@ def _plan(folder: Path, dtype: str, config: EngineConfig) -> Plan:
 
 
 def _complaints(outcome: _Outcome) -> list[str]:
-    """What should have happened and did not: the comparison says little without it."""
+    """List what should have happened and did not: without it the comparison says little."""
     plan, stats = outcome.plan, outcome.stats
     complaints = []
     if plan.num_slots < plan.total_slots and not stats.evictions:
@@ -256,7 +256,7 @@ def _account(outcome: _Outcome, num_prompts: int) -> list[figures.Row]:
 
 
 def where(first: "FirstDifference", text: str) -> str:
-    """The place of a difference in one sentence."""
+    """Describe the place of the difference `first` in one sentence; `text` is the prompt."""
     from foreroute.verification.compare import DENSE, EXPERTS, ROUTER
 
     shown = text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…"
