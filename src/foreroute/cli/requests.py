@@ -19,7 +19,7 @@ _CONTEXT = 4096
 
 
 def add_request_options(group: "_ArgumentGroup", max_num_seqs: int | None = MAX_NUM_SEQS) -> None:
-    """Add --ctx-size and --max-num-seqs to `group`; max_num_seqs is the latter's default, None to see if it was given."""
+    """Add --ctx-size and --max-num-seqs to `group`; max_num_seqs is the default, None to see if it was given."""
     group.add_argument(
         "--ctx-size", "--max-model-len", type=options.at_least(16), metavar="N",
         help="tokens of a request, prompt and answer (default: the model's)",
@@ -31,7 +31,7 @@ def add_request_options(group: "_ArgumentGroup", max_num_seqs: int | None = MAX_
 
 
 def with_room(folder: Path, config: EngineConfig, args: argparse.Namespace) -> tuple[EngineConfig, int]:
-    """Reserve KV cache for requests to the model in `folder`, as `args` ask; return `config` and the tokens of a request.
+    """Reserve KV cache for requests to the model in `folder`, by `args`; return `config` and the tokens of a request.
 
     Raises:
         BudgetError: the context does not fit --kv-tokens. CheckpointError, UnsupportedModelError: no usable config.

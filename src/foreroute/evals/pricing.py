@@ -42,7 +42,7 @@ class Divergence:
     chars: int = 0
 
     def add(self, logits: torch.Tensor, exact: torch.Tensor, labels: torch.Tensor) -> None:
-        """Compare `logits` with `exact` [tokens, vocabulary] of the same tokens; labels [tokens] are the next tokens."""
+        """Compare `logits` with `exact` [tokens, vocabulary] of the same tokens; labels [tokens] are next tokens."""
         ours, theirs = torch.log_softmax(logits.float(), -1), torch.log_softmax(exact.float(), -1)
         at = labels[:, None]
         delta = (theirs.gather(1, at) - ours.gather(1, at)).flatten().double()

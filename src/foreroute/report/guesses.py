@@ -10,7 +10,7 @@ from foreroute.report.events import Cancelled, Evicted, LayerDone, LoadDone, Rec
 class LayerUse:
     """One layer over the decode steps.
 
-    uses, hits: per expert, times demanded and found resident. guessed: how many of the `steps` had a guess for the layer.
+    uses, hits: per expert, times demanded and found resident. guessed: those of the `steps` with a guess for it.
     recall: share of those steps' demanded experts that the guess named; None without guesses. width: mean number of
     experts named. found: of those named rightly, the share that was resident in time.
     """
@@ -29,9 +29,9 @@ class LayerUse:
 class Fates:
     """Prefetches started in decode, by outcome.
 
-    in_time: resident when the token that they were guessed for demanded them. late: then in flight. later: not demanded by
-    that token, but by a later one. wasted: evicted before any demand. open: not demanded by the end. cancelled: cancelled
-    in the queue, never read; not among the others.
+    in_time: resident when the token that they were guessed for demanded them. late: then in flight. later: by a later
+    token. wasted: evicted before any demand. open: not demanded by the end. cancelled: in the queue, never read;
+    not among the others.
     """
 
     in_time: int

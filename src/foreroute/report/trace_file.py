@@ -63,7 +63,7 @@ class _Reader:
         self._events: list[TraceEvent] = []
         self._stats: dict[str, Any] | None = None
         self._number = 0
-        self._half: int | None = None  # number of a line that is not JSON: allowed only as the last one of a partial file
+        self._half: int | None = None  # a line that is not JSON: allowed only as the last one of a partial file
 
     def take(self, number: int, line: bytes) -> None:
         """Take one line; its number counts from 1."""

@@ -1,1 +1,1 @@
-"""An OpenAI-compatible server: what existing clients send, answered in the shapes that they read."""
+"""An OpenAI-compatible server: it accepts what existing clients send, and answers in the format they expect."""

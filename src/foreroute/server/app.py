@@ -1,4 +1,4 @@
-"""The routes, and who answers them. `create_app` makes the whole server, guarded; uvicorn runs it."""
+"""The routes. `create_app` makes the whole server behind its guard; uvicorn runs it."""
 
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -19,7 +19,7 @@ from foreroute.server.guard import Guard
 from foreroute.server.settings import ServerSettings
 from foreroute.server.watching.metrics import ServerMetrics
 
-# nginx's "client closed request": nobody reads it.
+# nginx's "client closed request"; the client never sees it.
 _CLIENT_LEFT = 499
 _METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _PROBLEM = {"description": "What is wrong, in OpenAI's shape", "content": {"application/json": {}}}
@@ -30,16 +30,16 @@ _ALSO_STREAMED: dict[int | str, dict[str, Any]] = {
     200: {"description": "The answer", "content": {"application/json": {}, "text/event-stream": {}}}
 }
 
-# Adds routes of its own to the app (the page): called with app, backend and settings.
+# Adds further routes to the app (the page): called with app, backend and settings.
 AddRoutes = Callable[[FastAPI, Backend, ServerSettings], None]
 
 
 def create_app(backend: Backend, settings: ServerSettings, more: Sequence[AddRoutes] = ()) -> Guard:
-    """The server as an ASGI application.
+    """Make the server as an ASGI application, as `settings` say.
 
     Args:
         backend: the model, which may still be loading.
-        more: what adds further routes; the guard stands before them too.
+        more: functions that add routes; the guard covers these too.
     """
 
     @asynccontextmanager
@@ -52,7 +52,7 @@ def create_app(backend: Backend, settings: ServerSettings, more: Sequence[AddRou
         version=foreroute.__version__,
         description="OpenAI's API for a model whose experts do not fit the memory.",
         lifespan=lifespan,
-        # Their pages load scripts from elsewhere.
+        # Their pages load scripts from other hosts.
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
@@ -119,7 +119,7 @@ def _add_tokens(app: FastAPI, backend: Backend, settings: ServerSettings) -> Non
 
 
 def _add_state(app: FastAPI, backend: Backend, settings: ServerSettings, metrics: ServerMetrics) -> None:
-    # What balances loads asks by HEAD.
+    # Load balancers use HEAD.
     @app.head("/health", include_in_schema=False)
     @app.get("/health")
     async def health() -> JSONResponse:

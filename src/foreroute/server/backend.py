@@ -1,4 +1,4 @@
-"""What stands behind the routes: a model that is loading, ready, or gone."""
+"""The model behind the routes: loading, ready, failed or stopping."""
 
 import asyncio
 import threading
@@ -15,16 +15,16 @@ from foreroute.server.settings import Limits
 
 
 class Prompts:
-    """Texts and messages as token ids.
+    """Converts texts and messages to token ids.
 
     Args:
         tokenizer: of transformers. vocab_size: ids of a prompt must be below it.
-        limits: hold for the chat template, which runs in a process of its own.
+        limits: of the chat template, which runs in a separate process.
     """
 
     def __init__(self, tokenizer: Any, vocab_size: int, limits: Limits) -> None:
         self._tokenizer, self._vocab_size = tokenizer, vocab_size
-        # A tokenizer changes itself while it encodes.
+        # A tokenizer changes its state while it encodes.
         self._lock = threading.Lock()
         self.texts = TokenTexts(tokenizer)
         template = getattr(tokenizer, "chat_template", None)
@@ -35,31 +35,31 @@ class Prompts:
         self._renderer = None if template is None else TemplateRenderer(template, special, limits)
 
     def start(self) -> None:
-        """Start the process that renders templates; later it would cost the first request a second."""
+        """Start the process that renders templates; started later, it would delay the first request by a second."""
         if self._renderer is not None:
             self._renderer.start()
 
     def close(self) -> None:
-        """End that process."""
+        """End the template process."""
         if self._renderer is not None:
             self._renderer.close()
 
     async def encode(self, text: str, *, add_special_tokens: bool = True, param: str = "prompt") -> list[int]:
-        """The tokens of a text.
+        """Return the tokens of a text.
 
         Args:
-            param: the field that the text came in.
+            add_special_tokens: as the tokenizer's. param: the field of the text, for errors.
         Raises:
-            ApiError: the tokenizer has a token for it that the model has not (one that was added to it alone).
+            ApiError: the tokenizer yields a token that the model lacks (one added to the tokenizer alone).
         """
         token_ids = await asyncio.to_thread(self._encode, text, add_special_tokens)
         self.check_ids(token_ids, param)
         return token_ids
 
     async def chat(self, messages: list[dict[str, Any]]) -> list[int]:
-        """The tokens of a conversation, up to where the answer begins.
+        """Return the tokens of a conversation, up to where the answer begins.
 
-        A developer's message is a system message to templates that do not know the role: they would leave it out.
+        A developer's message becomes a system message for templates that would drop that role.
 
         Raises:
             ApiError: there is no chat template, or it refuses the messages.
@@ -72,14 +72,14 @@ class Prompts:
         return await self.encode(rendered, add_special_tokens=False, param="messages")
 
     async def decode(self, token_ids: Sequence[int]) -> str:
-        """The text of tokens, special ones included."""
+        """Decode tokens to text, special ones included."""
         return await asyncio.to_thread(self._decode, token_ids)
 
     def check_ids(self, token_ids: Sequence[int], param: str) -> None:
-        """Whether the model has all these tokens.
+        """Check that the model has all of token_ids.
 
         Raises:
-            ApiError: it has not.
+            ApiError: it lacks one; the error names the field `param`.
         """
         if token_ids and max(token_ids) >= self._vocab_size:
             raise not_possible(param, f"{param} has the token {max(token_ids)}; ids end at {self._vocab_size - 1}.")
@@ -100,10 +100,10 @@ class Prompts:
 
 @dataclass
 class Serving:
-    """A model that is ready.
+    """A model that is ready to answer.
 
-    context: tokens of prompt and answer together. info: what /tokenizer_info says. model: as loaded, or None (tests);
-    the metrics of experts and the live page read its `foreroute`. created: when it was loaded.
+    context: tokens of prompt and answer together. info: the answer of /tokenizer_info. model: as loaded, or None
+    (tests); expert metrics and the live page read its `foreroute`. created: when it was loaded.
     """
 
     engine: Engine
@@ -115,28 +115,28 @@ class Serving:
 
 
 class Backend:
-    """The model behind the routes, which are there before it is.
+    """The model behind the routes, which exist before it is loaded.
 
     Attributes:
-        phase: loading, ready, failed or stopping. step: what is being done, for people. progress: 0 to 1.
+        phase: loading, ready, failed or stopping. step: the current activity, for people. progress: 0 to 1.
     """
 
     def __init__(self, serving: Serving | None = None) -> None:
         self.phase, self.step, self.progress = "loading", "starting", 0.0
         self._serving: Serving | None = None
-        # Loading and stopping are in different threads: who comes second must see who came first.
+        # Loading and stopping run in different threads: the second must see what the first did.
         self._lock = threading.Lock()
         if serving is not None:
             self.ready(serving)
 
     def report(self, step: str, progress: float) -> None:
-        """Say how far loading is."""
+        """Record how far loading is: the current `step`, and its progress, 0 to 1."""
         with self._lock:
             if self.phase != "stopping":
                 self.step, self.progress = step, progress
 
     def ready(self, serving: Serving) -> None:
-        """From now on requests are answered. A model that comes after `stop` is closed: nobody else would."""
+        """Answer requests from now on. A model that is ready only after `stop` is closed: no caller would do it."""
         with self._lock:
             is_late = self.phase == "stopping"
             if not is_late:
@@ -146,26 +146,26 @@ class Backend:
             serving.prompts.close()
 
     def fail(self, why: str) -> None:
-        """It will never be ready."""
+        """Record that loading failed."""
         with self._lock:
             if self.phase != "stopping":
                 self.phase, self.step = "failed", why
 
     def stop(self) -> None:
-        """No further request is taken."""
+        """Take no further requests."""
         with self._lock:
             self.phase, self.step = "stopping", "stopping"
 
     @property
     def loaded(self) -> Serving | None:
-        """What answers, also while it stops; None before it is ready."""
+        """The model, also while stopping; None before it is ready."""
         return self._serving
 
     def serving(self, retry_after_s: int = 1) -> Serving:
-        """What answers.
+        """Return the model for a request, or ask to come back after retry_after_s.
 
         Raises:
-            ApiError: 503 with Retry-After: not ready yet, or not any more.
+            ApiError: 503 with Retry-After: not ready yet, or stopping.
         """
         if self.phase != "ready" or self._serving is None:
             message = f"The model is not ready: {self.phase} ({self.step}). GET /health says when."

@@ -1,7 +1,7 @@
-"""Connections that are not left open for ever by who sends nothing, or a letter now and then (slowloris).
+"""Close connections of clients that send nothing, or send or read very slowly (slowloris).
 
-uvicorn closes a connection that is idle after an answer, and the guard gives a body its time. Nobody minds a request
-whose first lines never end, what trickles in after an answer, or an answer that is never fetched: these do.
+uvicorn closes a connection that is idle after an answer, and the guard limits the time of a body. What they leave open
+is limited here: a request whose head never ends, bytes that trickle in after an answer, an answer that is not read.
 """
 
 import asyncio
@@ -11,12 +11,12 @@ from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from foreroute.server.settings import Limits
 
-# Who takes less in send_s, and not all that is left either, does not read: a byte now and then is not reading.
+# A client that reads less in send_s, without reading all that is left, counts as not reading.
 _LEAST_BYTES = 2**14
 
 
 class _Patient(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
-    """One connection. One timer waits for the next request, another for who does not read."""
+    """An HTTP protocol with a timeout for the next request's head, and one for a client that does not read."""
 
     limits: Limits
     _reader_timer: asyncio.TimerHandle | None = None
@@ -32,14 +32,14 @@ class _Patient(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        # A kept connection may lie idle nearly as long: the request that ends this has all of its time.
+        # A kept connection may be idle nearly as long: the request that ends this gets the full time.
         if self._is_idle:
             self._is_idle = False
             self._restart()
         super().data_received(data)
 
     def on_response_complete(self) -> None:
-        # Before anything else: a request that lies there already is begun in there.
+        # First of all: the next call may begin a request that has already arrived.
         self._restart()
         self._is_idle = True
         super().on_response_complete()
@@ -49,7 +49,7 @@ class _Patient(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
         self._await_reader()
 
     def resume_writing(self) -> None:
-        # What is closed is waited for until nothing is left of it.
+        # A closed connection keeps the timer until nothing is left to send.
         if not self.transport.is_closing():
             self._forget_reader()
         super().resume_writing()
@@ -61,14 +61,14 @@ class _Patient(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
     def _end_patience(self) -> None:
         is_answering = self.cycle is not None and not self.cycle.response_complete
         if is_answering and not self.transport.is_closing():
-            # An answer that is given up has no other end: it is looked for again.
+            # The answer is still running: check again later.
             self._restart()
             return
         self.transport.close()
         self._await_reader()
 
     def _await_reader(self) -> None:
-        """Look after some time at what is unread now; nobody's next answer waits for ever for it to be read."""
+        """Check after some time whether the unread data has shrunk, so that unread answers do not wait for ever."""
         if self._reader_timer is None:
             unread = self.transport.get_write_buffer_size()
             self._reader_timer = self.loop.call_later(self.limits.send_s, self._look, unread)
@@ -88,9 +88,9 @@ class _Patient(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
 
 
 def patient(limits: Limits) -> type[asyncio.Protocol]:
-    """uvicorn's protocol for HTTP, with an end to its patience.
+    """Make uvicorn's HTTP protocol with timeouts.
 
     Args:
-        limits: head_s is how long a request's first lines may take, send_s how long what was sent may lie unread.
+        limits: head_s bounds the arrival of a request's head, send_s how long sent data may stay unread.
     """
     return type("Patient", (_Patient,), {"limits": limits})

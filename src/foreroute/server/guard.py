@@ -1,6 +1,6 @@
-"""What every request passes before any route sees it: host, origin, key, and a body that is JSON of a sane size.
+"""Check every request before any route: host, origin, key, and a body that is JSON of limited size.
 
-A middleware around the whole application, so that no way of writing a path ("//v1", "/V1", "%2f") leads past it.
+It wraps the whole application, so that no spelling of a path ("//v1", "/V1", "%2f") bypasses it.
 """
 
 import asyncio
@@ -22,11 +22,11 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
-# What follows a name in the Host header.
+# The port that may follow a name in the Host header.
 _HOST = re.compile(r":[0-9]*\Z")
-# Anyone may ask whether the server is up; nothing else goes without a key.
+# Health checks need no key; everything else does.
 _OPEN_PATH = "/health"
-# A larger body is read in a thread: the event loop serves others meanwhile.
+# A larger body is parsed in a thread, so that the event loop keeps serving others.
 _SMALL_BYTES = 2**18
 
 
@@ -34,7 +34,7 @@ class Guard:
     """ASGI middleware; see the module.
 
     Args:
-        app: what is guarded. settings: keys, hosts and limits.
+        app: the application behind it. settings: keys, hosts and limits.
     """
 
     def __init__(self, app: App, settings: ServerSettings) -> None:
@@ -46,7 +46,7 @@ class Guard:
         self._in_flight = 0
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
-        """Let the request through, or answer why not."""
+        """Let the request through, or refuse it; scope, receive, send: see ASGI."""
         if scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
             return
@@ -63,7 +63,7 @@ class Guard:
         try:
             headers = _single_headers(scope)
             if b"transfer-encoding" in headers and b"content-length" in headers:
-                # A proxy may see the end elsewhere, and what follows it as a request that it has let through.
+                # A proxy may see the request's end elsewhere, and take what follows for a request that it has approved.
                 raise ApiError(400, "Content-Length and Transfer-Encoding are both there.", code="invalid_header")
             self._check_host(headers)
             self._check_key(scope, headers)
@@ -90,20 +90,20 @@ class Guard:
 
         try:
             await self._app(scope, receive, watched)
-        except Exception as error:  # noqa: BLE001 - the last line: nothing may get to the server's own log
-            # Where an answer has begun, the app has logged the error, and passes it on all the same.
+        except Exception as error:  # noqa: BLE001 - the last handler: the server itself must log nothing
+            # Once an answer has begun, the app has logged the error, and still raises it.
             if not has_started:
                 await internal(error).response()(scope, receive, send)
 
     def _check_host(self, headers: dict[bytes, bytes]) -> None:
         host = headers.get(b"host", b"").decode("latin-1").lower()
-        # A page of another site, whose name was made to point here, still sends that name (DNS rebinding).
+        # DNS rebinding: a page of another site, whose name now resolves to this server, still sends that name.
         if self._hosts is not None and _HOST.sub("", host) not in self._hosts:
             known = ", ".join(sorted(self._hosts))
             message = f"The Host header must be one of {known}. Behind a proxy: foreroute serve --allowed-host NAME."
             raise ApiError(403, message, code="wrong_host")
         origin = headers.get(b"origin")
-        # A proxy may put its own name for this server into Host; the page comes from the name that people know.
+        # A proxy may replace Host by its own name for this server; Origin has the name that people use.
         if origin is not None and _host_of(origin) not in {host, *self._named}:
             raise ApiError(403, "Pages of other origins may not use this server.", code="wrong_origin")
 
@@ -111,17 +111,17 @@ class Guard:
         if not self._keys or (scope["path"] == _OPEN_PATH and scope["method"] in ("GET", "HEAD")):
             return
         given = _key_in(headers.get(b"authorization", b""))
-        # All keys, always: neither how many there are nor which one nearly fits shows in the time.
+        # Compare with all keys, always: timing must show neither their number nor a near match.
         if not any([hmac.compare_digest(given, key) for key in self._keys]):  # noqa: C419
             wants_page = b"text/html" in headers.get(b"accept", b"")
-            # A browser asks its user for the key (as the password); programs send it as a bearer token.
+            # A browser asks the user for the key (as a password); programs send it as a bearer token.
             challenge = 'Basic realm="foreroute", charset="UTF-8"' if wants_page else "Bearer"
             raise ApiError(
                 401, "A valid API key is needed: Authorization: Bearer KEY.", headers={"WWW-Authenticate": challenge}
             )
 
     async def _read_body(self, headers: dict[bytes, bytes], receive: Receive) -> bytes | None:
-        """The whole body, vetted; None when the client has left."""
+        """Read and check the whole body; None when the client has left."""
         most = self._limits.body_bytes
         too_large = ApiError(413, f"The body is larger than {most:,} bytes.")
         announced = headers.get(b"content-length", b"0")
@@ -146,7 +146,7 @@ class Guard:
             more = message.get("more_body", False)
         body = bytes(parts)
         if body:
-            # A form of another site can send text/plain without asking first (CSRF), JSON it cannot.
+            # CSRF: a form of another site can send text/plain without a preflight, but not JSON.
             kind = headers.get(b"content-type", b"").split(b";")[0].strip().lower()
             if kind != b"application/json":
                 raise ApiError(415, "The content type must be application/json.", code="wrong_content_type")
@@ -158,11 +158,11 @@ class Guard:
 
 
 def check_json(body: bytes, most_deep: int) -> None:
-    """Whether the body can be parsed by whoever comes next.
+    """Check that the body can be parsed safely.
 
     Raises:
-        ApiError: it is no JSON, has numbers that JSON does not have, is nested deeper than `most_deep`, or holds text
-            that is no Unicode.
+        ApiError: it is not JSON, has numbers that JSON lacks, is nested deeper than `most_deep`, or holds text that is
+            not Unicode.
     """
     too_deep = ApiError(400, f"The JSON is nested deeper than {most_deep} levels.", code="json_too_deep")
     try:
@@ -192,7 +192,7 @@ def check_json(body: bytes, most_deep: int) -> None:
 
 
 def _single_fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object; of two values for one name, one would be without effect, and which, parsers disagree about."""
+    """Build an object and refuse duplicate names, of which parsers would use different values."""
     fields = dict(pairs)
     if len(fields) < len(pairs):
         twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
@@ -206,7 +206,7 @@ def _refuse_constant(name: str) -> None:
 
 
 def _single_headers(scope: MutableMapping[str, Any]) -> dict[bytes, bytes]:
-    """The headers by name; those that decide something may be there once only."""
+    """Return the headers by name; those that matter for security may occur only once."""
     headers: dict[bytes, bytes] = {}
     for name, value in scope["headers"]:
         if name in headers and name in (b"host", b"authorization", b"content-type", b"content-length", b"origin"):
@@ -216,7 +216,7 @@ def _single_headers(scope: MutableMapping[str, Any]) -> dict[bytes, bytes]:
 
 
 def _host_of(origin: bytes) -> str | None:
-    """Host and port of an Origin header; None where it is no address."""
+    """Host and port of an Origin header; None where it is not an address."""
     try:
         return urlsplit(origin.decode("latin-1").lower()).netloc
     except ValueError:
@@ -224,7 +224,7 @@ def _host_of(origin: bytes) -> str | None:
 
 
 def _key_in(authorization: bytes) -> bytes:
-    """The key in an Authorization header: a bearer token, or the password of Basic; empty where there is none."""
+    """The key in an Authorization header: a bearer token, or the password of Basic; empty without one."""
     scheme, _, value = authorization.partition(b" ")
     if scheme.lower() == b"bearer":
         return value.strip()
@@ -237,7 +237,7 @@ def _key_in(authorization: bytes) -> bytes:
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
-    """A `receive` that gives the body once, and afterwards what the server says (a disconnect)."""
+    """Make a `receive` that gives the body once, and then what the server sends (a disconnect)."""
     is_given = False
 
     async def replayed() -> Message:

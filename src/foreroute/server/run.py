@@ -1,4 +1,4 @@
-"""The server as a process: it listens at once, loads meanwhile, and ends what runs when it is stopped."""
+"""Run the server process: listen at once, load in the meantime, and end requests in progress when stopped."""
 
 import asyncio
 import signal
@@ -15,16 +15,16 @@ from foreroute.server.backend import Backend
 from foreroute.server.connections import patient
 from foreroute.server.settings import ServerSettings
 
-# What runs when the server is stopped has been told to end; a client that does not read is not waited for.
+# Requests in progress are told to end when the server stops; clients that do not read are dropped after this.
 _GRACE_S = 5
 _BACKLOG = 256
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens; port 0 lets the system choose one.
+    """Open a listening socket on `host`; port 0 lets the system choose one.
 
     Raises:
-        ServerError: the address cannot be had.
+        ServerError: the address is not available.
     """
     name = host.strip("[]")
     try:
@@ -44,7 +44,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def address_of(listening: socket.socket) -> str:
-    """Where clients find it: http://..."""
+    """Return the URL for clients: http://..."""
     host, port = listening.getsockname()[:2]
     if host in ("0.0.0.0", "::"):
         host = socket.gethostname()
@@ -52,7 +52,7 @@ def address_of(listening: socket.socket) -> str:
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server; on its way out it ends what the engine is doing first, so that streams end with an error."""
+    """uvicorn's server; at shutdown it first ends the engine's requests, so that streams end with an error."""
 
     def __init__(self, config: uvicorn.Config, backend: Backend) -> None:
         super().__init__(config)
@@ -67,7 +67,7 @@ class Server(uvicorn.Server):
 
 
 def make_server(backend: Backend, settings: ServerSettings, more: Sequence[AddRoutes] = ()) -> Server:
-    """uvicorn, told to write nothing down: what it would log holds paths and whatever an exception quotes."""
+    """Make uvicorn's server of `create_app(backend, settings, more)`, without logs: these would hold paths and prompts."""
     config = uvicorn.Config(
         create_app(backend, settings, more),
         http=patient(settings.limits),
@@ -89,13 +89,13 @@ def serve(
     load: Callable[[Backend], None],
     more: Sequence[AddRoutes] = (),
 ) -> None:
-    """Serve until Ctrl-C or SIGTERM, then end what runs and return.
+    """Serve until Ctrl-C or SIGTERM, then end requests in progress and return.
 
     Args:
-        backend: made ready by `load`. load: called in a thread of its own once the server listens.
-        listening: see `listen`; closed in the end. more: further routes.
+        backend: made ready by `load`, which is called in a new thread once the server listens. settings: see there.
+        listening: from `listen`; closed at the end. more: further routes.
     Raises:
-        ForerouteError: `load` raised it.
+        ForerouteError: raised by `load`.
     """
     server = make_server(backend, settings, more)
     failure: list[BaseException] = []
@@ -103,7 +103,7 @@ def serve(
     def loading() -> None:
         try:
             load(backend)
-        except BaseException as error:  # noqa: BLE001 - raised again where the command waits
+        except BaseException as error:  # noqa: BLE001 - raised again in the main thread
             backend.fail(str(error) if isinstance(error, ForerouteError) else type(error).__name__)
             failure.append(error)
             server.should_exit = True
@@ -111,7 +111,7 @@ def serve(
     def stop(number: int, frame: types.FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    # uvicorn notes a signal, shuts down, and raises it again for whoever handled it before.
+    # uvicorn catches a signal, shuts down, and raises it again for the handler before it.
     before = signal.signal(signal.SIGTERM, stop)
     thread = threading.Thread(target=loading, name="foreroute-load", daemon=True)
     thread.start()

@@ -1,4 +1,4 @@
-"""What the server was told when it was started: names, limits, keys, defaults."""
+"""Settings of the server: names, limits, keys, defaults."""
 
 import ipaddress
 import re
@@ -8,18 +8,18 @@ from foreroute.errors import ServerError
 
 _NAME = re.compile(r"[a-z0-9_]([a-z0-9._-]*[a-z0-9_])?")
 _PORT = re.compile(r"(?<=[^:]):[0-9]{1,5}\Z")
-# A browser leaves them out of Origin.
+# Default ports, which browsers leave out of Origin.
 _USUAL_PORTS = (80, 443)
 LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request may ask for; more is refused before any work is done.
+    """Limits of one request; more is refused before any work is done.
 
     in_flight: requests at once, each of which may hold a body of body_bytes.
-    template_s and template_chars bound the rendering of a chat template; head_s is how long a request's first lines may
-    take to arrive, body_s its body, send_s how long a client may leave what was sent to it unread.
+    template_s and template_chars bound the rendering of a chat template; head_s the arrival of a request's head, body_s
+    that of its body, send_s how long sent data may stay unread.
     """
 
     in_flight: int = 256
@@ -41,16 +41,16 @@ class Limits:
 
 @dataclass(frozen=True)
 class ServerSettings:
-    """How to serve.
+    """Settings of the server.
 
     Args:
-        served_names: what /v1/models lists; a request may name any of them. The first one answers.
-        host: the address that is listened on. port: 0 lets the system choose.
-        api_keys: a request must bring one of them; none are asked for when there are none.
-        allowed_hosts: further names that clients know this server by, perhaps with a port; see `hosts` and `host_name`.
-        temperature, seed: used where a request has none; None leaves the model's own settings, and chance.
-        keep_alive_s: after so long without an event a stream sends a comment.
-        retry_after_s: what 429 and 503 tell the client to wait.
+        served_names: listed by /v1/models; a request may use any of them, answers use the first.
+        host: the address to listen on. port: 0 lets the system choose.
+        api_keys: a request must carry one of them; without any, no key is needed.
+        allowed_hosts: further names of this server, perhaps with a port; see `hosts` and `host_name`.
+        temperature, seed: defaults of requests; None: the model's own settings, and a random seed.
+        keep_alive_s: a stream sends a comment after this long without an event.
+        retry_after_s: the Retry-After of 429 and 503.
         allow_pages: whether the page at / may be served.
     """
 
@@ -68,7 +68,7 @@ class ServerSettings:
 
     @property
     def hosts(self) -> frozenset[str] | None:
-        """Names that the Host header may have; None: any, on an address that others reach and where none are named."""
+        """Names allowed in the Host header; None: any, on an address that others can reach and without names given."""
         if not self.allowed_hosts and not is_loopback(self.host):
             return None
         own = self.host.strip("[]").lower()
@@ -77,13 +77,13 @@ class ServerSettings:
 
 
 def host_name(text: str) -> str:
-    """A name as the Origin header has it after http://: in lower case, an IPv6 address in brackets, perhaps a port.
+    """Parse a name as in the Origin header after http://: lower case, an IPv6 address in brackets, perhaps a port.
 
     Raises:
-        ServerError: it is no name of a host (a URL, a pattern), or its port is none.
+        ServerError: it is not a host's name (but a URL or a pattern), or its port is invalid.
     """
     found = _PORT.search(text)
-    # Without brackets, what looks like a port is the end of an address.
+    # Without brackets, what looks like a port is the end of an IPv6 address.
     if found is None or (":" in text[: found.start()] and not text.startswith("[")):
         return _name(text, text)
     port = int(found[0][1:])
@@ -107,7 +107,7 @@ def _name(name: str, text: str) -> str:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach the address."""
+    """Whether the address is reachable from this machine alone."""
     if host == "localhost":
         return True
     try:
@@ -117,11 +117,11 @@ def is_loopback(host: str) -> bool:
 
 
 def check_exposure(host: str, api_keys: tuple[str, ...], *, is_insecure: bool) -> None:
-    """Refuse to be reachable by others without a key.
+    """Refuse to be reachable by others without a key, unless is_insecure.
 
     Raises:
-        ServerError: the address is not a loopback one, there is no key, and nobody said --insecure; or a key
-            is one that cannot be sent.
+        ServerError: `host` is not a loopback address, and there is neither a key nor --insecure; or one of api_keys
+            cannot be sent.
     """
     for key in api_keys:
         if not key or not key.isascii() or any(char.isspace() or not char.isprintable() for char in key):

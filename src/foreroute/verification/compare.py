@@ -1,7 +1,7 @@
-"""Does the engine compute what its reference computed? Fed with the same tokens and compared bit by bit.
+"""Feed the engine its reference's tokens and compare both bit by bit.
 
-The first difference is named as nearly as hashes allow: which prompt and step, which MoE layer, whether it went in
-or came out, and then which expert's slot held other bytes than the checkpoint, or which dense tensor is another.
+The first difference is located as closely as hashes allow: the prompt and step, the MoE layer, whether its input or
+output differs, and which expert's slot held other bytes than the checkpoint, or which dense tensor differs.
 """
 
 from collections.abc import Sequence
@@ -14,23 +14,23 @@ from foreroute.verification.reference import RESIDENT, Reference, dense_digests
 from foreroute.verification.slot_watch import SlotUse, SlotWatch
 from foreroute.verification.transcript import Exercise, ForwardPass, LayerPass, steps
 
-# Where a step differs first: in a MoE layer's input, its routing, its experts' output, or behind the last one.
+# The part where a step first differs: a MoE layer's input, its routing, its experts' output, or the logits.
 DENSE, ROUTER, EXPERTS, HEAD = "dense", "router", "experts", "head"
-# Dense tensors that are named; the others are counted.
+# Number of dense tensors that are named; the rest is counted.
 _MOST_NAMED = 3
 
 
 @dataclass(frozen=True)
 class FirstDifference:
-    """The first place where the two part.
+    """The first place where engine and reference differ.
 
     prompt, step: counted from 1; step 1 is the prompt's prefill, each later one feeds one new token.
     position: of the step's last token, from 0.
     part: DENSE, ROUTER, EXPERTS or HEAD.
     moe_layer, module: the MoE layer whose input, routing or output differs; None for HEAD.
     experts: experts of that layer that were computed with other bytes than the checkpoint's.
-    tensors: dense parameters and buffers that have other values.
-    reasons: sentences that say all this.
+    tensors: dense parameters and buffers with other values.
+    reasons: sentences that explain the difference.
     """
 
     prompt: int
@@ -46,9 +46,9 @@ class FirstDifference:
 
 @dataclass(frozen=True)
 class Verdict:
-    """tokens: steps compared. same_tokens: those whose likeliest token is the same. layers_compared: MoE layer passes.
+    """tokens: steps compared. same_tokens: those with the same likeliest token. layers_compared: MoE layer passes.
 
-    first_difference: None when every bit is the same.
+    first_difference: None when all bits are equal.
     """
 
     tokens: int
@@ -58,16 +58,16 @@ class Verdict:
 
     @property
     def same(self) -> bool:
-        """All bits and all tokens are the same."""
+        """Whether all bits and all tokens are equal."""
         return self.first_difference is None and self.same_tokens == self.tokens
 
 
 def verify(model: Any, exercises: Sequence[Exercise], reference: Reference, progress: Progress) -> Verdict:
-    """Take the model through the reference's steps and compare each of them.
+    """Run the model through the reference's steps and compare each of them.
 
     Args:
-        model: of `foreroute.load`, fresh: nothing has been computed with it yet.
-        exercises: the reference's.
+        model: from `foreroute.load`, and not used yet.
+        exercises: the reference's. progress: called with (steps done, all).
     """
     watch = SlotWatch(model.foreroute.engine)
     table = model.foreroute.table
@@ -90,7 +90,7 @@ def verify(model: Any, exercises: Sequence[Exercise], reference: Reference, prog
 
 
 def differing(reference: ForwardPass, ours: ForwardPass) -> tuple[str, int] | None:
-    """(part, MoE layer) where two steps differ first, in the order of computing; None when their bits are the same.
+    """Return (part, MoE layer) where `ours` first differs from `reference`, in compute order; None for equal bits.
 
     The layer of HEAD is the number of MoE layers.
     """
@@ -138,7 +138,7 @@ _NO_FAULT = (
 
 
 def expert_faults(layer_pass: LayerPass, layer: int, table: ExpertTable, reference: Reference) -> dict[int, str]:
-    """For each routed expert of this pass that was computed with what is not its own: a sentence about it."""
+    """Explain, for each expert in layer_pass (MoE layer `layer`), bytes other than `table` and `reference` have."""
     base, name = table.keys.key(layer, 0), layer_pass.module
     faults: dict[int, str] = {}
     for use in layer_pass.uses:
@@ -163,7 +163,7 @@ def _label(table: ExpertTable, key: int) -> str:
 
 
 def _owner(use: SlotUse, table: ExpertTable, reference: Reference) -> str:
-    """Whose bytes these are."""
+    """Name the expert that these bytes belong to."""
     layer_of = {layer.name: at for at, layer in enumerate(table.layers)}
     owners = sorted(
         (layer_of[name], expert) for (name, expert), bits in reference.experts.items() if bits == use.digest

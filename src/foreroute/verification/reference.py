@@ -1,6 +1,6 @@
-"""What exact mode is held against: transformers' resident model, or on-demand loading where that does not fit the RAM.
+"""Record what exact mode is compared with: transformers' resident model, or on-demand loading where RAM is too small.
 
-A reference is run once and let go of. What stays is hashes: of every step, of every expert, of every dense tensor.
+A reference is run once and freed. Only hashes are kept: of every step, every expert and every dense tensor.
 """
 
 import contextlib
@@ -32,18 +32,18 @@ from foreroute.verification.slot_watch import SlotWatch, digest, expert_digest
 from foreroute.verification.transcript import Exercise, ForwardPass, steps
 
 RESIDENT, ON_DEMAND = "resident", "on-demand"
-# Left free beside a resident model: activations, KV cache, what loading takes on top, other programs.
+# RAM left free beside a resident model: activations, KV cache, overhead of loading, other programs.
 _RESERVE_BYTES = 2 * 2**30
 _ON_DEMAND_LOADING = EngineConfig(cache=False, prefetch="none", predictor="no", learn=False, packed="no")
 
 
 @dataclass(frozen=True)
 class Reference:
-    """One model's account.
+    """Hashes of one model's run.
 
     kind: RESIDENT or ON_DEMAND. dtype: the compute dtype.
     transcripts: per prompt its steps, prefill first.
-    experts: (experts module, expert) -> hash of its parts; of those that were used alone when ON_DEMAND.
+    experts: (experts module, expert) -> hash of its parts; only of those that were used when ON_DEMAND.
     dense: parameter or buffer -> hash.
     """
 
@@ -55,15 +55,15 @@ class Reference:
 
     @property
     def num_steps(self) -> int:
-        """Forward passes over all prompts, which is also the number of tokens chosen."""
+        """Forward passes over all prompts; each chooses one token."""
         return sum(len(transcript) for transcript in self.transcripts)
 
 
 def choose_reference(asked: str, index: CheckpointIndex, sketch: Outline, dtype: str) -> str:
-    """RESIDENT where the whole model fits the free RAM beside a reserve, else ON_DEMAND; or what was asked for.
+    """Choose RESIDENT where the model (`sketch`) fits the free RAM beside a reserve, else ON_DEMAND; or as `asked`.
 
     Args:
-        asked: "auto", RESIDENT or ON_DEMAND.
+        asked: "auto", RESIDENT or ON_DEMAND. index: of the checkpoint.
         dtype: the compute dtype's name, or "auto".
     Raises:
         BudgetError: RESIDENT was asked for and cannot fit.
@@ -88,11 +88,11 @@ def choose_reference(asked: str, index: CheckpointIndex, sketch: Outline, dtype:
 
 
 def resident_bytes(index: CheckpointIndex, sketch: Outline, dtype: str) -> int:
-    """Bytes that all tensors of the checkpoint take in the compute dtype."""
+    """Bytes of all tensors of the checkpoint (`index`, outlined by `sketch`) in the compute dtype."""
     compute = sketch.config.dtype if dtype == "auto" else getattr(torch, dtype)
     if not isinstance(compute, torch.dtype):
         return index.nbytes
-    # Of quantised experts what they become counts; an item of what is stored holds several numbers, or none.
+    # Quantised experts count dequantised; one stored element holds several numbers, or none.
     quantised = [layer for layer in sketch.table.layers if layer.parts]
     stored = {name for layer in quantised for source in layer.sources for group in source.groups for name in group}
     numbers = sum(
@@ -103,7 +103,7 @@ def resident_bytes(index: CheckpointIndex, sketch: Outline, dtype: str) -> int:
 
 
 def _not_resident(index: CheckpointIndex, sketch: Outline) -> str:
-    """Why transformers cannot make numbers of the checkpoint on this machine; "" where it can."""
+    """Why transformers cannot dequantise the checkpoint on this machine; "" where it can."""
     if sketch.form is None or sketch.form.coding.kind == MXFP4:
         return ""
     if sketch.form.coding.kind != FP8:
@@ -126,15 +126,15 @@ def record_reference(
     exercises: Sequence[Exercise],
     progress: Progress,
 ) -> Reference:
-    """Load the reference, let it continue each prompt greedily, and let go of it.
+    """Load the reference from `folder`, let it continue each of `exercises` greedily, and free it.
 
-    On-demand loading gives every expert up after its layer, guesses nothing, and reads the checkpoint's own files: such
-    as transformers chooses, in a folder that holds no others, so that another choice of ours is found out.
+    On-demand loading (`kind`) evicts every expert after its layer, prefetches nothing, and reads the checkpoint's own
+    files as transformers chooses them, from a folder without any others, so that a different choice of ours shows.
 
     Args:
-        memory: the budget of on-demand loading.
+        sketch: the model's outline. dtype: compute dtype. memory: budget of on-demand loading. progress: (done, all).
     Raises:
-        ForerouteError: its logits are not numbers, so that nothing could be learnt from them.
+        ForerouteError: its logits are NaN, so that a comparison would mean nothing.
     """
     try:
         with _reference_model(kind, folder, sketch, dtype, memory) as model:
@@ -165,7 +165,7 @@ def _recorded(kind: str, model: Any, sketch: Outline, exercises: Sequence[Exerci
         transcript: list[ForwardPass] = []
         for step in steps(model, names, exercise, watch=watch):
             _check_numbers(step, len(transcripts) + 1, len(transcript) + 1)
-            # The slots of a reference are of no interest afterwards.
+            # A reference's slots are not needed afterwards.
             transcript.append(step._replace(layers=tuple(layer._replace(uses=()) for layer in step.layers)))
             done += 1
             progress(done, num_steps)
@@ -175,16 +175,16 @@ def _recorded(kind: str, model: Any, sketch: Outline, exercises: Sequence[Exerci
 
 
 def dense_digests(model: Any, expert_targets: frozenset[str] = frozenset()) -> dict[str, bytes]:
-    """A hash of every parameter and buffer but the experts', by name."""
+    """Hash every parameter and buffer of `model` except the experts (expert_targets), by name."""
     tensors = [*model.named_parameters(), *model.named_buffers()]
     return {name: digest([tensor]) for name, tensor in tensors if name not in expert_targets}
 
 
 @contextlib.contextmanager
 def chosen_by_transformers(folder: Path, sketch: Outline) -> Iterator[Path]:
-    """A folder of links to the files of weights that transformers resolves for `folder`, and to what is no weights.
+    """Yield a folder of links to the weight files that transformers resolves for `folder`, and to all other files.
 
-    A GGUF file is one file, and given as it is.
+    A GGUF file, as `sketch` tells, is a single file and yielded as it is.
 
     Raises:
         CheckpointError: transformers finds no weights there.
@@ -201,7 +201,7 @@ def chosen_by_transformers(folder: Path, sketch: Outline) -> Iterator[Path]:
 
 
 def _weights_of(folder: Path, sketch: Outline) -> list[str]:
-    """The files that transformers itself would load, relative to `folder`, the index among them."""
+    """List the files that transformers itself would load, relative to `folder`, with the index."""
     from transformers import modeling_utils
 
     resolve = modeling_utils._get_resolved_checkpoint_files
@@ -211,7 +211,7 @@ def _weights_of(folder: Path, sketch: Outline) -> list[str]:
         "user_agent": None, "is_remote_code": False, "transformers_explicit_filename": named,
     }  # fmt: skip
     try:
-        # Versions of transformers differ in what they ask for.
+        # The required arguments differ between versions of transformers.
         known = inspect.signature(resolve).parameters
         files, sharded = resolve(**{name: value for name, value in asked.items() if name in known})
     except OSError as error:
@@ -235,7 +235,7 @@ def _load_resident(folder: Path, sketch: Outline, dtype: str) -> Any:
     logging.disable_progress_bar()
     room_for_files(len(sketch.table.index.files))  # transformers opens all at once
     compute = dtype if dtype == "auto" else getattr(torch, dtype)
-    # Where keys and values alone are quantised, transformers shall see a model of numbers, as `load` does.
+    # Where only the KV cache is quantised, transformers must see an unquantised model, as `load` does.
     config = None if sketch.form is not None else copy.deepcopy(sketch.config)
     return AutoModelForCausalLM.from_pretrained(
         folder, config=config, dtype=compute, experts_implementation="eager", use_safetensors=True
@@ -243,7 +243,7 @@ def _load_resident(folder: Path, sketch: Outline, dtype: str) -> Any:
 
 
 def _resident_experts(model: Any, table: ExpertTable) -> dict[tuple[str, int], bytes]:
-    """A hash of every expert as transformers has put it together."""
+    """Hash every expert as transformers has assembled it."""
     digests = {}
     for layer in table.layers:
         module = model.get_submodule(layer.name)
@@ -254,7 +254,7 @@ def _resident_experts(model: Any, table: ExpertTable) -> dict[tuple[str, int], b
 
 
 def _seen_experts(watch: SlotWatch, table: ExpertTable) -> dict[tuple[str, int], bytes]:
-    """A hash of every expert that was used."""
+    """Hash every expert that was used."""
     digests = {}
     for key, seen in watch.digests.items():
         layer, expert = table.expert_id(key)

@@ -1,8 +1,7 @@
-"""What the maths really reads: the expert it asks for, the one its slot was filled for, and the bytes that lie there.
+"""Record what the kernels really read: the expert they ask for, the one loaded into its slot, and the bytes in it.
 
-`SlotWatch` puts a thin front before the engine's transfer, before each layer's kernels and before the views that these
-read slots through. They pass every call on and note it, so that what the engine believes about a slot can be held
-against what is in it.
+`SlotWatch` wraps the engine's transfer, each layer's kernels, and the views through which these read slots. They pass
+every call on and record it, so that the engine's belief about a slot can be compared with its content.
 """
 
 from collections.abc import Iterable, Sequence
@@ -19,10 +18,10 @@ from foreroute.transfer.base import Transfer
 
 
 class SlotUse(NamedTuple):
-    """One expert as the maths met it.
+    """One expert as the kernels read it.
 
-    asked: the key that it was computed as. told: the key that its slot was last filled for, -1 for none.
-    digest: of the bytes in the slot at that moment, see `expert_digest`.
+    asked: the key that it was computed as. told: the key that was last loaded into its slot, -1 for none.
+    digest: of the slot's bytes at that moment, see `expert_digest`.
     """
 
     asked: int
@@ -31,7 +30,7 @@ class SlotUse(NamedTuple):
 
 
 def digest(tensors: Iterable[torch.Tensor]) -> bytes:
-    """A hash (xxh3-128) of these tensors' bits, row-major, one after the other: -0.0 is not 0.0 here."""
+    """Hash (xxh3-128) the bits of tensors of any shape [...], row-major, one after the other: -0.0 differs from 0.0."""
     hasher = xxhash.xxh3_128()
     for tensor in tensors:
         raw: Any = tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()
@@ -40,21 +39,21 @@ def digest(tensors: Iterable[torch.Tensor]) -> bytes:
 
 
 def expert_digest(operands: Iterable[torch.Tensor]) -> bytes:
-    """A hash of one expert's parts in layout order, the same for weights as they lie and for their transposed views."""
+    """Hash one expert's parts ([rows, columns]) in layout order, the same for weights and their transposed views."""
     return digest(part if part.is_contiguous() else part.t() for part in operands)
 
 
 class SlotWatch:
-    """Watches the slots of an engine from now on. Nothing may have been loaded before.
+    """Watches the slots of an engine from now on; nothing may have been loaded before.
 
     Attributes:
-        digests: key -> the bytes that were last computed with in a slot filled for it.
+        digests: key -> the bytes last used in a slot that was loaded for it.
     Cost: a hash of every expert that is computed, which reads its bytes once more.
     """
 
     def __init__(self, engine: MoeStep) -> None:
         self.digests: dict[int, bytes] = {}
-        # By slot: the key that it was last filled for, and the one that is computed from it.
+        # By slot: the key that was last loaded into it, and the one that is computed from it.
         self.told: dict[int, int] = {}
         self.asked: dict[int, int] = {}
         self._uses: list[SlotUse] = []
@@ -67,12 +66,12 @@ class SlotWatch:
         engine.kernels = [cast(LayerKernels, _KernelsFront(layer, self)) for layer in engine.kernels]
 
     def take(self) -> tuple[SlotUse, ...]:
-        """The uses since the last call, in the order of computing."""
+        """Return the uses since the last call, in compute order."""
         uses, self._uses, self._last = tuple(self._uses), [], (-1, -1)
         return uses
 
     def note(self, slot: int, operands: Iterable[torch.Tensor]) -> None:
-        """The maths has got these operands out of `slot`."""
+        """Record that a kernel has read these operands (as for `expert_digest`, [rows, columns] each) from `slot`."""
         asked, told = self.asked[slot], self.told.get(slot, -1)
         # A family's own forward asks once for each part.
         if (asked, slot) == self._last:
@@ -93,7 +92,7 @@ class SlotWatch:
 
 
 class _Front:
-    """Passes on whatever a subclass does not note."""
+    """Passes on all calls that a subclass does not record."""
 
     def __init__(self, behind: Any, watch: SlotWatch) -> None:
         self._behind = behind

@@ -1,6 +1,6 @@
-"""What a model does with a prompt, step by step, as hashes: each MoE layer's experts' input and output, and the logits.
+"""Hash what a model computes for a prompt, step by step: input and output of each MoE layer's experts, and the logits.
 
-Works alike on transformers' resident model and on one of `foreroute.load`: all it needs is the experts modules' names.
+Works alike on transformers' resident model and on one from `foreroute.load`: it needs only the experts modules' names.
 """
 
 import inspect
@@ -16,7 +16,7 @@ from foreroute.verification.slot_watch import SlotUse, SlotWatch, digest
 
 
 class Exercise(NamedTuple):
-    """A prompt [1, tokens], and how many forward passes to make: its prefill, and one for each token but the last."""
+    """A prompt [1, tokens], and the number of forward passes: its prefill, and one for each new token but the last."""
 
     prompt_ids: torch.Tensor
     num_steps: int
@@ -41,7 +41,7 @@ class LayerPass(NamedTuple):
 class ForwardPass(NamedTuple):
     """One forward pass: its MoE layers in call order, the last position's logits [vocabulary], the likeliest token.
 
-    has_nan: some logit is not a number.
+    has_nan: some logit is NaN.
     """
 
     layers: tuple[LayerPass, ...]
@@ -59,12 +59,12 @@ def steps(
     fed: Sequence[int] | None = None,
     watch: SlotWatch | None = None,
 ) -> Iterator[ForwardPass]:
-    """Prefill the prompt, then go on token by token with the KV cache.
+    """Prefill the prompt of `exercise` with `model`, then continue token by token with the KV cache.
 
     Args:
         modules: names of the experts modules.
-        fed: the tokens to go on with, one per step but the last; the likeliest ones when None.
-        watch: notes the slots that are computed from.
+        fed: the tokens to continue with, one per step but the last; the likeliest ones when None.
+        watch: records the slots used.
     """
     takes = inspect.signature(type(model).forward).parameters
     # As generate() does it: logits of a whole prompt can be larger than the model.
@@ -82,21 +82,21 @@ def steps(
 
 
 def _announced(model: Any, info: StepInfo) -> AbstractContextManager[None]:
-    """The model's call inside is this step, where it has an engine to know it."""
+    """Announce the step to the model's engine, if it has one, for the call inside."""
     handle = getattr(model, "foreroute", None)
     return nullcontext() if handle is None else handle.step(info)
 
 
 @contextmanager
 def _tapped(model: Any, modules: Sequence[str], watch: SlotWatch | None) -> Iterator[list[LayerPass]]:
-    """While inside, every call of an experts module adds to the list."""
+    """While inside, record every call of an experts module in the list."""
     passes: list[LayerPass] = []
     inputs: dict[str, tuple[bytes, bytes, tuple[int, ...]]] = {}
 
     def before(name: str) -> Any:
         def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             hidden, ids, weights = (*args, *kwargs.values())
-            # Now, as the experts could change what they are given.
+            # Hashed before the call, as the experts could modify their inputs.
             inputs[name] = digest([hidden]), digest([ids, weights]), tuple(ids.unique().tolist())
             if watch is not None:
                 watch.take()

@@ -133,7 +133,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def resident_tokens(plan: Plan, prompt_ids: "torch.Tensor", max_new_tokens: int) -> tuple[int, ...]:
-    """Continue prompt_ids [1, tokens] by max_new_tokens, greedily, by transformers alone: eager, in the plan's dtype."""
+    """Continue prompt_ids [1, tokens] by max_new_tokens, greedily, by transformers alone: eager, dtype as in `plan`."""
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging

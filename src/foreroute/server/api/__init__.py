@@ -1,1 +1,1 @@
-"""What a client sends and reads: OpenAI's requests, answers, errors and streams."""
+"""The API's formats: OpenAI's requests, answers, errors and streams."""

@@ -1,4 +1,4 @@
-"""Requests on their way: from the event loop to the engine's thread and back, with everything freed at the end."""
+"""Pass requests from the event loop to the engine's thread and events back, and free everything at the end."""
 
 import asyncio
 import contextlib
@@ -19,14 +19,14 @@ from foreroute.server.watching.metrics import RequestClock, ServerMetrics
 
 
 class Answers:
-    """Several requests of one HTTP request, and their events as they come: `async for index, event in answers`.
+    """Several requests of one HTTP request, and their events as they arrive: `async for index, event in answers`.
 
-    Used in a `with`: what has not ended when it is left is cancelled.
+    Use it in a `with`: requests that have not ended at its exit are cancelled.
 
     Args:
-        engine: who answers. requests: one for each choice, in the order of their indices.
-        metrics: told when tokens come. settings: limits, and what 429 tells the client to wait.
-        param: the field that the prompts came in, for errors.
+        engine: computes the answers. requests: one for each choice, in the order of their indices.
+        metrics: called when tokens arrive. settings: limits, and the Retry-After of 429.
+        param: the field of the prompts, for errors.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Answers:
         try:
             for index, request in enumerate(self._requests):
                 clock = self._metrics.begin()
-                # The handle is put down in the loop's thread, before it can see an event.
+                # The handle is stored in the loop's thread, before that can see an event.
                 handle = self._engine.submit(request, partial(self._arrived, loop, clock, index))
                 self._open[index] = (handle, clock)
         except QueueFullError as error:
@@ -67,7 +67,7 @@ class Answers:
             raise ApiError(400, str(error), param=self._param, code="invalid_value") from error
 
     def close(self) -> None:
-        """Cancel what has not ended."""
+        """Cancel all requests that have not ended."""
         for handle, clock in self._open.values():
             self._engine.cancel(handle)
             clock.abandoned()
@@ -80,10 +80,10 @@ class Answers:
         self.close()
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, AnswerEvent]]:
-        """Events until every request has ended.
+        """Yield events until every request has ended.
 
         Raises:
-            ApiError: one of them failed.
+            ApiError: a request failed.
         """
         while self._open:
             index, event = await self._events.get()
@@ -97,16 +97,16 @@ class Answers:
             yield index, event
 
     def _arrived(self, loop: asyncio.AbstractEventLoop, clock: RequestClock, index: int, event: AnswerEvent) -> None:
-        """In the engine's thread."""
+        """Pass an event to the loop; runs in the engine's thread."""
         if isinstance(event, NewToken):
             clock.token()
-        # The loop ends before the engine does when the server stops.
+        # When the server stops, the loop ends before the engine does.
         with contextlib.suppress(RuntimeError):
             loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
 
 
 class Choice:
-    """What an answer has become so far: text and tokens, as its events tell."""
+    """The text and tokens of an answer so far, collected from its events."""
 
     def __init__(self) -> None:
         self.text = ""
@@ -115,7 +115,7 @@ class Choice:
         self.end: Finished | None = None
 
     def add(self, event: AnswerEvent) -> None:
-        """Take one event in."""
+        """Add one event."""
         if isinstance(event, NewToken):
             self.text += event.text
             self.steps.append(event)
@@ -127,10 +127,10 @@ class Choice:
 
 
 async def gather(http: HttpRequest, answers: Answers) -> list[Choice] | None:
-    """All choices in full; None when the client has left, which cancels them.
+    """Collect all choices of `answers` in full; None when the client of `http` has left, which cancels them.
 
     Raises:
-        ApiError: one of them failed.
+        ApiError: a request failed.
     """
 
     async def collect() -> list[Choice]:
@@ -152,7 +152,7 @@ async def gather(http: HttpRequest, answers: Answers) -> list[Choice] | None:
 
 
 def usage(choices: Sequence[Choice], num_choices: int = 1) -> dict[str, Any]:
-    """OpenAI's usage object. Choices of one prompt follow one another; its tokens count once."""
+    """Build OpenAI's usage object. `choices` go prompt by prompt, num_choices each; a prompt's tokens count once."""
     ends = [choice.end for choice in choices if choice.end is not None]
     prompts = ends[::num_choices]
     prompt_tokens = sum(end.prompt_tokens for end in prompts)
@@ -166,10 +166,10 @@ def usage(choices: Sequence[Choice], num_choices: int = 1) -> dict[str, Any]:
 
 
 def sampling_of(asked: ChatRequest | CompletionRequest, settings: ServerSettings, index: int) -> Sampling:
-    """How choice `index` of a prompt draws its tokens.
+    """Sampling of choice `index` of a prompt, as `asked`, else by `settings`.
 
     Raises:
-        ApiError: a logit_bias that is none.
+        ApiError: an invalid logit_bias.
     """
     seed = settings.seed if asked.seed is None else asked.seed
     return Sampling(
@@ -182,16 +182,16 @@ def sampling_of(asked: ChatRequest | CompletionRequest, settings: ServerSettings
         frequency_penalty=asked.frequency_penalty or 0.0,
         logit_bias=_bias(asked.logit_bias or {}, settings.limits.logit_bias),
         min_tokens=asked.min_tokens or 0,
-        # Other choices of a seeded request are other draws, and the same ones each time.
+        # Choices of a seeded request differ from each other, and are the same each time.
         seed=None if seed is None else (seed + index) % 2**63,
     )
 
 
 def check_counts(asked: ChatRequest | CompletionRequest, settings: ServerSettings) -> list[str]:
-    """The stop texts, after n, stop and min_tokens were found to be within the limits.
+    """Check that n, stop and min_tokens as `asked` are within the limits of `settings`, and return the stop texts.
 
     Raises:
-        ApiError: they are not.
+        ApiError: one of them is not.
     """
     limits = settings.limits
     if (asked.n or 1) > limits.choices:
@@ -203,24 +203,24 @@ def check_counts(asked: ChatRequest | CompletionRequest, settings: ServerSetting
         raise not_possible("stop", f"A stop text is longer than {limits.stop_chars} characters.")
     if asked.most_new is not None and (asked.min_tokens or 0) > asked.most_new:
         raise not_possible("min_tokens", f"min_tokens is {asked.min_tokens}, and at most {asked.most_new} are given.")
-    # lm-eval sends an empty one where a model has no end token: it would end everything before it began.
+    # lm-eval sends an empty stop text for models without an end token; obeying it would end every answer at once.
     return [text for text in dict.fromkeys(stop) if text]
 
 
 def biased_ids(asked: ChatRequest | CompletionRequest, settings: ServerSettings) -> list[int]:
-    """The tokens of logit_bias.
+    """Return the token ids of the logit_bias that was `asked`, valid by `settings`.
 
     Raises:
-        ApiError: it is none.
+        ApiError: an invalid logit_bias.
     """
     return list(_bias(asked.logit_bias or {}, settings.limits.logit_bias))
 
 
 def check_model(asked: str | None, settings: ServerSettings) -> str:
-    """The name that the answer bears.
+    """Return the model name for the answer: as `asked`, else the first of `settings`.
 
     Raises:
-        ApiError: 404: another model is asked for.
+        ApiError: 404: there is no model of this name.
     """
     if asked is None:
         return settings.served_names[0]

@@ -1,4 +1,4 @@
-"""POST /v1/chat/completions: a conversation in, the next message out, whole or as it comes."""
+"""POST /v1/chat/completions: answer a conversation with the next message, whole or streamed."""
 
 import math
 import time
@@ -31,10 +31,10 @@ from foreroute.server.watching.metrics import ServerMetrics
 async def complete_chat(
     asked: ChatRequest, http: HttpRequest, serving: Serving, metrics: ServerMetrics, settings: ServerSettings
 ) -> dict[str, Any] | EventStream | None:
-    """The answer, or a stream of its pieces; None when the client has left before.
+    """Answer `asked`, or stream, by `serving`; None when the client of `http` has left. metrics, settings: see `Answers`.
 
     Raises:
-        ApiError: what is asked cannot be had; nothing has been queued.
+        ApiError: the request cannot be served; nothing has been queued.
     """
     name, stop = check_model(asked.model, settings), check_counts(asked, settings)
     if len(asked.messages) > settings.limits.messages:
@@ -92,7 +92,7 @@ async def _chunks(
 
     with answers:
         choices = [Choice() for _ in range(asked.n or 1)]
-        # Tokens whose text has not been sent: half a character, or what may become a stop text.
+        # Tokens whose text is held back: part of a character, or what may become a stop text.
         held: list[list[NewToken]] = [[] for _ in choices]
         for index in range(len(choices)):
             yield chunk(index, {"role": "assistant", "content": ""}, [])
@@ -137,10 +137,10 @@ def _token(token_id: int, logprob: float | None, texts: TokenTexts) -> dict[str,
 
 
 def finite(logprob: float | None) -> float | None:
-    """JSON has no infinity; OpenAI's own least logprob stands for it.
+    """Replace infinity, which JSON lacks, by OpenAI's own least logprob.
 
     Raises:
-        ApiError: it is no logprob at all (NaN): what the model computed is not to be used.
+        ApiError: it is NaN: what the model computed is not usable.
     """
     if logprob is None:
         return None

@@ -1,4 +1,4 @@
-"""POST /v1/completions: prompts as text or token ids, continued; with echo their own logprobs too."""
+"""POST /v1/completions: continue prompts given as text or token ids; with echo, score the prompts too."""
 
 import time
 import uuid
@@ -33,12 +33,12 @@ _MOST_NEW = 16
 async def complete(
     asked: CompletionRequest, http: HttpRequest, serving: Serving, metrics: ServerMetrics, settings: ServerSettings
 ) -> dict[str, Any] | EventStream | None:
-    """The completions, or a stream of their pieces; None when the client has left before.
+    """Answer `asked`, or stream, by `serving`; None when the client of `http` has left. metrics, settings: see `Answers`.
 
     Choices are numbered prompt by prompt: choice j of prompt i is i * n + j.
 
     Raises:
-        ApiError: what is asked cannot be had; nothing has been queued.
+        ApiError: the request cannot be served; nothing has been queued.
     """
     name, stop = check_model(asked.model, settings), check_counts(asked, settings)
     serving.prompts.check_ids(biased_ids(asked, settings), "logit_bias")
@@ -78,10 +78,10 @@ async def complete(
 
 
 async def _prompts(asked: CompletionRequest, serving: Serving, settings: ServerSettings) -> list[tuple[list[int], str]]:
-    """Token ids and text of every prompt.
+    """Return token ids and text of every prompt.
 
     Raises:
-        ApiError: there is none, one is empty, there are too many, or the model has no such tokens.
+        ApiError: no prompt, an empty one, too many, or token ids that the model does not have.
     """
     given: list[Any] = [asked.prompt]
     if isinstance(asked.prompt, list) and (not asked.prompt or not isinstance(asked.prompt[0], int)):
@@ -104,18 +104,18 @@ async def _prompts(asked: CompletionRequest, serving: Serving, settings: ServerS
 
 
 class _Shown:
-    """How one choice is shown: what was asked about echo and logprobs, and how much text has been shown."""
+    """Formats one choice: with its echo and logprobs as requested, and how much text has been sent."""
 
     def __init__(self, asked: CompletionRequest, prompt: str, prompt_ids: list[int], texts: TokenTexts) -> None:
         self._echo = prompt if asked.echo else ""
         self._has_logprobs, self._prompt_ids, self._texts = asked.logprobs is not None, prompt_ids, texts
         self._has_echo = bool(asked.echo)
         self._offset = 0
-        # Tokens whose text has not been sent: half a character, or what may become a stop text.
+        # Tokens whose text is held back: part of a character, or what may become a stop text.
         self._held: list[NewToken] = []
 
     def whole(self, index: int, choice: Choice) -> dict[str, Any]:
-        """The choice, all at once."""
+        """Format the whole choice at once."""
         assert choice.end is not None
         logprobs = self._logprobs(choice.prompt, choice.steps)
         return {
@@ -123,12 +123,12 @@ class _Shown:
         }  # fmt: skip
 
     def start(self, index: int, scored: PromptScored | None) -> dict[str, Any]:
-        """A stream's first piece: the prompt, where it was to be repeated."""
+        """Format a stream's first piece: the prompt, where echo was requested."""
         logprobs = self._logprobs(scored, [])
         return {"index": index, "text": self._echo, "logprobs": logprobs, "finish_reason": None}
 
     def piece(self, index: int, event: NewToken | Finished) -> list[dict[str, Any]]:
-        """The pieces that a token or the end makes: none while its text is held."""
+        """Format the pieces for a token or the end: none while its text is held back."""
         if isinstance(event, NewToken):
             self._held.append(event)
         is_last = isinstance(event, Finished)
@@ -148,7 +148,7 @@ class _Shown:
 
     @property
     def has_echo(self) -> bool:
-        """Whether there is a first piece at all."""
+        """Whether there is a first piece."""
         return self._has_echo
 
     def _logprobs(self, scored: PromptScored | None, steps: Sequence[NewToken]) -> dict[str, Any] | None:
@@ -160,7 +160,7 @@ class _Shown:
         offsets = []
         for token_id, _, _ in rows:
             offsets.append(self._offset)
-            # A character begins with every byte that does not go on with one (UTF-8).
+            # In UTF-8, every byte that is no continuation byte starts a character.
             self._offset += sum(byte & 0xC0 != 0x80 for byte in self._texts.bytes(token_id))
         return {
             "tokens": [self._texts.name(token_id) for token_id, _, _ in rows],
@@ -170,7 +170,7 @@ class _Shown:
         }
 
     def _top(self, token_id: int, logprob: float | None, top: Top | None) -> dict[str, float | None]:
-        """The likeliest tokens and the one that came, by name."""
+        """The likeliest tokens and the chosen one, by name."""
         rows = dict(top or ())
         rows.setdefault(token_id, logprob if logprob is not None else 0.0)
         return dict(zip(self._texts.unique(list(rows)), map(finite, rows.values()), strict=True))

@@ -1,4 +1,4 @@
-"""Everything that goes wrong, in OpenAI's shape: {"error": {"message", "type", "param", "code"}}."""
+"""Format all errors as OpenAI does: {"error": {"message", "type", "param", "code"}}."""
 
 import logging
 import re
@@ -20,17 +20,17 @@ _TYPES = {
     503: "service_unavailable_error",
 }
 _MOST_CHARS, _MOST_PARAM_CHARS = 1000, 100
-# What pydantic calls the ways in which a value may be given; they are no places in a request.
+# pydantic's names of a union's alternatives, which are no places in a request.
 _WAY = re.compile(r"str|(list|function-\w+|constrained-\w+|nullable)\[.*")
 _CODES = {401: "invalid_api_key", 404: "not_found", 405: "method_not_allowed", 413: "body_too_large", 429: "queue_full"}
 
 
 class ApiError(Exception):
-    """An answer that is an error.
+    """An error that is sent as the answer.
 
     Args:
         status: HTTP status.
-        message: what is wrong and what to do; it may name fields, never repeat prompts or keys.
+        message: what is wrong and what to do; may name fields, must not repeat prompts or keys.
         param: the field at fault. code: a short name for programs.
         headers: more headers (Retry-After).
     """
@@ -45,14 +45,14 @@ class ApiError(Exception):
         headers: dict[str, str] | None = None,
     ) -> None:
         super().__init__(message)
-        # Names and numbers of a request are quoted, and may be as long as it is.
+        # Messages quote names and numbers of the request, which may be of any length.
         self.status, self.message, self.headers = status, _shortened(message, _MOST_CHARS), headers
         self.param = None if param is None else _shortened(param, _MOST_PARAM_CHARS)
         self.code = code or _CODES.get(status)
 
     @property
     def body(self) -> dict[str, Any]:
-        """The JSON object that is sent, as an answer or inside a stream."""
+        """The JSON object to send, as an answer or inside a stream."""
         return {
             "error": {
                 "message": self.message,
@@ -63,22 +63,22 @@ class ApiError(Exception):
         }
 
     def response(self) -> JSONResponse:
-        """As an HTTP answer."""
+        """The HTTP response."""
         return JSONResponse(self.body, self.status, self.headers)
 
 
 def not_possible(param: str, message: str) -> ApiError:
-    """400: a value that cannot be had."""
+    """Make a 400: `param` has a value that cannot be served, as `message` says."""
     return ApiError(400, message, param=param, code="invalid_value")
 
 
 def not_supported(param: str, message: str) -> ApiError:
-    """400: a field that other servers know and that would change the output here, were it obeyed."""
+    """Make a 400 with `message`: other servers know `param`, and it would change the output here if it were obeyed."""
     return ApiError(400, message, param=param, code="unsupported_parameter")
 
 
 def internal(error: BaseException) -> ApiError:
-    """500, logged by place and type: what an exception says may quote a prompt, so that it is told to nobody."""
+    """Make a 500, and log the error by place and type only: an exception's text may quote a prompt."""
     places = traceback.extract_tb(error.__traceback__)
     where = "; ".join(f"{place.filename}:{place.lineno} {place.name}" for place in places[-6:])
     _LOG.error("%s in a request, at %s", type(error).__name__, where)
@@ -86,7 +86,7 @@ def internal(error: BaseException) -> ApiError:
 
 
 def add_handlers(app: FastAPI) -> None:
-    """Let every error of the app leave in OpenAI's shape."""
+    """Send every error of the app in OpenAI's format."""
 
     async def api_error(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, ApiError)
@@ -116,8 +116,8 @@ def add_handlers(app: FastAPI) -> None:
 
 
 def from_validation(errors: Any) -> ApiError:
-    """400 for what pydantic found, its first finding: where it is, and what is wrong with it."""
-    # A value that may be given in several ways is wrong in each of them: the way that went furthest is the one meant.
+    """Make a 400 from pydantic's first finding: where it is, and what is wrong."""
+    # A value with several allowed forms is wrong in each of them: report the form that matched furthest.
     field = _place(errors[0])[:1]
     first = max((error for error in errors if _place(error)[:1] == field), key=_how_far)
     param = ".".join(_place(first)) or None
@@ -133,9 +133,9 @@ def _how_far(error: Any) -> tuple[int, list[int]]:
 
 
 def _place(error: Any) -> list[str]:
-    """Where in the request it is: names of fields, and positions in lists."""
+    """The place in the request: names of fields, and positions in lists."""
     *outer, last = [str(part) for part in error["loc"] if part != "body"] or [""]
-    # A field that does not exist may have any name.
+    # An unknown field may have any name.
     is_name = error["type"] == "extra_forbidden"
     return [part for part in outer if not _WAY.fullmatch(part)] + (
         [last] if is_name or not _WAY.fullmatch(last) else []

@@ -1,4 +1,4 @@
-"""What a request may hold. Unknown fields are refused by name, and those that would change the output."""
+"""The fields of requests. Unknown fields, and those that would change the output, are refused by name."""
 
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -6,14 +6,14 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 from foreroute.server.api.problems import not_possible, not_supported
 
-# They change nothing in an answer: accounting, caching and routing hints of OpenAI's own service.
+# Accepted and ignored, as they change no answer: accounting, caching and routing hints of OpenAI's own service.
 HARMLESS = frozenset(
     {
         "user", "metadata", "store", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "service_tier",
         "request_id", "priority",
     }
 )  # fmt: skip
-# Known elsewhere, and changing the output there. None, and the values given here, ask for nothing.
+# Refused, as they change the output elsewhere, except as None or with these values, which ask for nothing.
 REFUSED: dict[str, tuple[Any, ...]] = {
     "tools": ([],),
     "tool_choice": ("none", "auto"),
@@ -59,33 +59,33 @@ REFUSED: dict[str, tuple[Any, ...]] = {
 
 Probability = Annotated[float, Field(gt=0, le=1)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**64)]
-# Below what any model or context has, so that nothing is computed or written with a number of thousands of digits.
+# Above any vocabulary or context, so that numbers with thousands of digits are never computed with or printed.
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 NumTokens = Annotated[int, Field(ge=1, lt=2**31)]
 
 
-# The first wrong element ends a list: a million of them would take seconds and gigabytes to be told apart.
+# Validation of a list stops at its first wrong element: reporting a million would take seconds and gigabytes.
 _SHORT = Field(fail_fast=True)
 Tokens = Annotated[list[TokenId], _SHORT]
 _MOST_BIASES = 2**14
 
 
 def _few_biases(given: Any) -> Any:
-    # What one may really have is less, and checked later; this is for the time that wrong ones would take.
+    # The real limit is lower and checked later; this one bounds the time of validation.
     if isinstance(given, dict) and len(given) > _MOST_BIASES:
         raise not_possible("logit_bias", f"logit_bias has {len(given)} entries.")
     return given
 
 
 class _Strict(BaseModel):
-    """JSON's own types, no guessing ("5" is no number), no further fields."""
+    """Accepts only JSON's own types, without conversion ("5" is no number), and no further fields."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
     @model_validator(mode="before")
     @classmethod
     def _one_unknown(cls, given: Any) -> Any:
-        """Of fields that do not exist keep the first: it is what the answer names, and there may be a million."""
+        """Keep only the first unknown field: the answer names just that one, and there may be a million."""
         if not isinstance(given, dict) or len(given) <= len(cls.model_fields):
             return given
         kept = {name: value for name, value in given.items() if name in cls.model_fields}
@@ -94,14 +94,14 @@ class _Strict(BaseModel):
 
 
 class StreamOptions(_Strict):
-    """`stream_options`: a last chunk with the usage; obfuscation is not there to be left out."""
+    """`stream_options`: a last chunk with the usage; obfuscation is accepted and has no effect."""
 
     include_usage: bool | None = None
     include_obfuscation: Literal[False] | None = None
 
 
 class ResponseFormat(_Strict):
-    """`response_format`: text is the only one."""
+    """`response_format`: only text is supported."""
 
     type: Literal["text"]
 
@@ -115,14 +115,14 @@ class ResponseFormat(_Strict):
 
 
 class _Request(_Strict):
-    """What both completions take."""
+    """Fields of both kinds of completion."""
 
     model: str | None = Field(None, max_length=512)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: Probability | None = None
     top_k: int | None = Field(None, ge=-1, lt=2**31)
     min_p: float | None = Field(None, ge=0, le=1)
-    # Logits are divided by it: a smaller one takes them out of float32's range.
+    # Logits are divided by it: a smaller one would overflow float32.
     repetition_penalty: float | None = Field(None, ge=0.01, le=10)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
@@ -133,14 +133,14 @@ class _Request(_Strict):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
-    # vLLM's: the model's own end does not end the answer, or not yet. Benchmarks want answers of a given length.
+    # As in vLLM: the model's own end token does not end the answer, or not yet. For benchmarks with fixed lengths.
     ignore_eos: bool | None = None
     min_tokens: int | None = Field(None, ge=0, lt=2**31)
 
     @model_validator(mode="before")
     @classmethod
     def _screen(cls, given: Any) -> Any:
-        """Drop what is harmless, refuse by name what would be ignored."""
+        """Drop harmless fields, and refuse by name those that would be ignored."""
         if not isinstance(given, dict):
             return given
         kept = {}
@@ -184,7 +184,7 @@ class TextPart(_Strict):
 class ChatMessage(_Strict):
     """One message of a conversation."""
 
-    # An assistant's message comes back as clients got it: with these, empty.
+    # Fields that clients send back, empty, with an assistant's message.
     EMPTY: ClassVar = ("refusal", "audio", "annotations", "function_call", "tool_calls", "reasoning_content", "name")
 
     role: Literal["system", "developer", "user", "assistant"]
@@ -204,7 +204,7 @@ class ChatMessage(_Strict):
 
     @property
     def text(self) -> str:
-        """All of the content."""
+        """The whole content as text."""
         if self.content is None or isinstance(self.content, str):
             return self.content or ""
         return "".join(part.text for part in self.content)
@@ -229,7 +229,7 @@ class ChatRequest(_Request):
 
     @property
     def most_new(self) -> int | None:
-        """Tokens to generate at most; None: as many as the context holds."""
+        """Most tokens to generate; None: as many as the context holds."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
 
@@ -244,7 +244,7 @@ class CompletionRequest(_Request):
 
     @property
     def most_new(self) -> int | None:
-        """Tokens to generate at most; None: as many as a completion has."""
+        """Most tokens to generate; None: the default of a completion."""
         return self.max_tokens
 
     @model_validator(mode="after")

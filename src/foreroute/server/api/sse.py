@@ -1,4 +1,4 @@
-"""Server-sent events over ASGI: sent as they come, with comments while nothing comes, ended when the client is gone."""
+"""Server-sent events over ASGI: sent as they arrive, with comments while idle, ended when the client is gone."""
 
 import asyncio
 import json
@@ -21,17 +21,17 @@ _HEADERS = [
 
 
 def event(body: dict[str, Any]) -> bytes:
-    """One event with a JSON object.
+    """Format one event with a JSON object.
 
     Raises:
-        ValueError: it has a number that JSON does not have.
+        ValueError: it has a number that JSON lacks.
     """
     text = json.dumps(body, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return b"data: " + text.encode() + b"\n\n"
 
 
 class UntilGone(Response):
-    """A response that is sent as it comes, until it is whole, or its client has left or leaves unread what was sent."""
+    """A response that is streamed until it is complete, or its client has left or stopped reading."""
 
     async def __call__(
         self,
@@ -39,7 +39,7 @@ class UntilGone(Response):
         receive: Callable[[], Awaitable[MutableMapping[str, Any]]],
         send: Callable[[MutableMapping[str, Any]], Awaitable[None]],
     ) -> None:
-        """Send everything, or stop at once when the client has left."""
+        """Send everything, or stop when the client has left; scope, receive, send: see ASGI."""
         tasks = asyncio.ensure_future(self.send_all(send)), asyncio.ensure_future(until_gone(receive))
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -47,7 +47,7 @@ class UntilGone(Response):
             self.end()
             for task in tasks:
                 task.cancel()
-            # A reader that is too slow is left, like one that has left.
+            # A reader that is too slow is treated as gone.
             for task in tasks:
                 with suppress(asyncio.CancelledError, asyncio.TimeoutError, OSError):
                     await task
@@ -57,7 +57,7 @@ class UntilGone(Response):
         raise NotImplementedError
 
     def end(self) -> None:
-        """Called once, however it ends."""
+        """Clean up; called once, however the response ends."""
         raise NotImplementedError
 
 
@@ -71,10 +71,10 @@ class EventStream(UntilGone):
     """An answer made of events.
 
     Args:
-        events: what to send. An ApiError that it raises, or any other error, becomes an event; [DONE] follows whatever
-            happened.
-        settings: keep_alive_s, and how long a client may leave unread what was sent.
-        on_end: called in the end, also when the client left before the first event was asked for.
+        events: what to send. An ApiError or any other error that it raises is sent as an event; [DONE] follows in any
+            case.
+        settings: keep_alive_s, and how long sent data may stay unread.
+        on_end: called at the end, also when the client left before the first event was requested.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class EventStream(UntilGone):
         try:
             while True:
                 following = asyncio.ensure_future(_next(coming))
-                # The wait goes on with the same future: an event must not get lost to a comment.
+                # Keep waiting on the same future: a comment must not lose an event.
                 while not (await asyncio.wait({following}, timeout=self._settings.keep_alive_s))[0]:
                     await push(_KEEP_ALIVE)
                 try:

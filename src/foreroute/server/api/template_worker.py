@@ -1,8 +1,8 @@
 """The process that renders chat templates, one after another: `python -m foreroute.server.api.template_worker BYTES`.
 
-A template comes with a model, and may loop or grow without end. Here it can take no more memory than BYTES beyond what
-the process starts with, and whoever waits for it kills the process when time is up. Lines of JSON come in on standard
-input and go out on standard output:
+A template comes with a model, and may loop or grow without end. Here it can allocate at most BYTES beyond what the
+process starts with, and the parent kills the process at a timeout. JSON lines come in on standard input and go out on
+standard output:
 
     {"template": ..., "messages": [...], "variables": {...}, "most_chars": ..., "most_s": ...}
     {"text": ...} or {"error": ...}
@@ -19,7 +19,7 @@ from foreroute.memory.proc import process_bytes
 
 
 def render(asked: dict[str, Any]) -> dict[str, str]:
-    """One rendering, by transformers' own sandbox; whatever a template can raise becomes an error."""
+    """Render one template in transformers' own sandbox; whatever it raises becomes an error."""
     from jinja2 import TemplateError
     from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -52,13 +52,13 @@ def main() -> None:
     assert held is not None, "without it no limit can be set"
     resource.setrlimit(resource.RLIMIT_AS, (held + most_bytes, held + most_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    # What is written goes to the one who asked; a library that prints must not come between.
+    # Keep the real standard output for answers; prints of a library must not mix with them.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     print("{}", file=answers, flush=True)
     for line in sys.stdin.buffer:
         asked = json.loads(line)
-        signal.setitimer(signal.ITIMER_REAL, 2 * asked["most_s"])  # SIGALRM ends a process that does not expect it
+        signal.setitimer(signal.ITIMER_REAL, 2 * asked["most_s"])  # SIGALRM ends a process without a handler for it
         print(json.dumps(render(asked)), file=answers, flush=True)
         signal.setitimer(signal.ITIMER_REAL, 0)
 

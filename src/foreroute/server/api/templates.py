@@ -1,4 +1,4 @@
-"""Chat messages as a prompt: the model's own template, rendered where it can do no harm."""
+"""Render chat messages to a prompt: by the model's own template, isolated in another process."""
 
 import contextlib
 import json
@@ -13,8 +13,8 @@ from typing import Any
 from foreroute.server.api.problems import ApiError
 from foreroute.server.settings import Limits
 
-# Python would look for modules in the working folder first (-P needs 3.11): with `cd MODEL; foreroute serve .` that is
-# a folder that somebody else filled, and a jinja2.py in it would run.
+# Without this, Python would look for modules in the working folder first (-P needs 3.11): with `cd MODEL; foreroute
+# serve .` that folder is untrusted, and a jinja2.py in it would run.
 _START_WORKER = (
     "import sys; sys.path[:] = [folder for folder in sys.path if folder]; "
     "from foreroute.server.api.template_worker import main; main()"
@@ -22,14 +22,14 @@ _START_WORKER = (
 
 
 class TemplateRenderer:
-    """Renders a chat template in a process of its own, which is kept for the next request.
+    """Renders a chat template in a separate process, which is kept for the next request.
 
-    Only the messages and the tokenizer's special tokens reach the template, nothing else of a request.
+    Only the messages and the tokenizer's special tokens reach the template.
 
     Args:
         template: the model's chat template (Jinja).
         variables: the names of special tokens, as the tokenizer gives them to templates.
-        limits: template_s, template_bytes and template_chars hold for every rendering.
+        limits: template_s, template_bytes and template_chars apply to every rendering.
     """
 
     def __init__(self, template: str, variables: dict[str, str], limits: Limits) -> None:
@@ -44,10 +44,10 @@ class TemplateRenderer:
             self._ready_worker()
 
     def render(self, messages: list[dict[str, Any]]) -> str:
-        """The prompt that these messages make, the answer's beginning included. Blocks; one at a time.
+        """Render these messages to a prompt that ends where the answer begins. Blocks; one at a time.
 
         Raises:
-            ApiError: the template refuses the messages, or takes more time, memory or text than it may.
+            ApiError: the template refuses the messages, or exceeds its limits of time, memory or text.
         """
         asked = {"template": self._template, "messages": messages, "variables": self._variables}
         limits = {"most_chars": self._limits.template_chars, "most_s": self._limits.template_s}
@@ -90,14 +90,14 @@ class TemplateRenderer:
         return self._worker
 
     def _exchange(self, worker: subprocess.Popen[bytes], line: bytes, within_s: float) -> bytes | None:
-        """Send a line and wait for one; None when time is up or the process is gone."""
+        """Send a line and wait for one in reply; None at a timeout or when the process has ended."""
         assert worker.stdin is not None
         assert worker.stdout is not None
         until = time.monotonic() + within_s
         sending, reading = worker.stdin.fileno(), worker.stdout.fileno()
         os.set_blocking(sending, False)
         got = bytearray()
-        # Not `select`, which knows no descriptor past 1023: a server with so many connections has such.
+        # Not `select`, which cannot handle descriptors above 1023; a server with many connections has them.
         with selectors.PollSelector() as ready:
             ready.register(reading, selectors.EVENT_READ)
             if line:
@@ -118,7 +118,7 @@ class TemplateRenderer:
                     continue
                 part = os.read(reading, 2**20)
                 if not part:
-                    # Gone: let `poll` know.
+                    # It has ended: let `poll` notice.
                     with contextlib.suppress(subprocess.TimeoutExpired):
                         worker.wait(1)
                     return None

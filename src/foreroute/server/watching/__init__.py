@@ -1,1 +1,1 @@
-"""What a person sees: the live page, its feed, and metrics."""
+"""What people watch: the live page, its feed, and metrics."""

@@ -1,7 +1,7 @@
-"""The feed of the live page: a few pictures of the engine a second, as server-sent events, while somebody watches.
+"""The feed of the live page: a few snapshots of the engine a second, as server-sent events, while anyone watches.
 
-What the events hold: `LiveFeed.hello` and `LiveFeed.snapshot`. The engine records (recorder.py) from the first viewer's
-coming to the last one's going; a picture is made in the server's thread, once for all viewers.
+Contents of the events: `LiveFeed.hello` and `LiveFeed.snapshot`. The engine records (recorder.py) while there are
+viewers; a snapshot is made in the server's thread, once for all of them.
 """
 
 import asyncio
@@ -21,11 +21,11 @@ from foreroute.server.watching.recorder import Recorder, StepRecord, digest
 
 INTERVAL_S = 0.125
 MOST_VIEWERS = 16
-# So often a line is sent when nothing happens, so that a reader who has gone is noticed, and proxies stay patient.
+# When nothing happens, a line is sent this often, so that a closed connection is noticed and proxies keep it open.
 _KEEP_ALIVE_S = 10.0
-# A step that takes longer is shown while it goes.
+# A step that takes longer is shown before it ends.
 _LONG_STEP_S = 0.15
-# What to say first to a model that knows little.
+# Suggested prompts for a model with little knowledge.
 _EXAMPLES = {"foreroute-tiny": ("4735 + 281", "Sort: 31 12 87 45 60", "def read_lines(path):")}
 _as_json = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
 _COUNTS = tuple(field.name for field in fields(PhaseStats))
@@ -35,16 +35,16 @@ _CODE_OF = {FREE: _ABSENT, LOADING: _ON_ITS_WAY, READY: _THERE, PINNED: _THERE}
 
 
 class LiveFeed:
-    """Pictures of one model's engine.
+    """Snapshots of one model's engine.
 
     Args:
         engine, plan: of the loaded model.
         model: its name for people.
-        policy: what decoding waits for, asked each time.
+        policy: called each time; how decoding treats misses.
         has_chat: the model has a chat template.
-        is_over: the server stops, and every viewer's stream is to end.
-        is_running: requests are computed right now, asked each time; a step alone does not tell, as one that was broken
-            off never ends.
+        is_over: whether the server stops, which ends every viewer's stream.
+        is_running: called each time; whether requests are being computed. A step alone does not tell, as one that was
+            interrupted never ends.
         clock: the engine's.
     """
 
@@ -73,7 +73,7 @@ class LiveFeed:
         self._is_running = is_running
 
     def enter(self) -> bool:
-        """Take a viewer's place, and record from now on; False when there is none left. `leave` gives it back."""
+        """Add a viewer and start recording; False when there are too many. `leave` removes the viewer."""
         if self.num_viewers >= MOST_VIEWERS:
             return False
         self.num_viewers += 1
@@ -83,13 +83,13 @@ class LiveFeed:
         return True
 
     def leave(self) -> None:
-        """A viewer who had entered goes."""
+        """Remove a viewer."""
         self.num_viewers -= 1
         if not self.num_viewers:
             self._pool.remove_observer(self._recorder)
 
     async def events(self) -> AsyncIterator[bytes]:
-        """The server-sent events for a viewer who has entered, until the server stops."""
+        """Yield the server-sent events for a viewer who has entered, until the server stops."""
         yield _event("hello", self.hello())
         sent, sent_at = b"", self._clock()
         while not self._is_over():
@@ -103,7 +103,7 @@ class LiveFeed:
             await asyncio.sleep(INTERVAL_S)
 
     def hello(self) -> dict[str, Any]:
-        """What does not change: the model and its pool."""
+        """The model and its pool, which do not change."""
         plan, keys = self._plan, self._pool.keys
         return {
             "model": self._model,
@@ -121,7 +121,7 @@ class LiveFeed:
         }
 
     def _picture(self) -> bytes:
-        """The event of now: the same bytes while nothing happens."""
+        """Format the current event: the same bytes while nothing happens."""
         recorder, now = self._recorder, self._clock()
         step, current = recorder.last, recorder.current
         if current is not None and current is not step and now - current.began_s > _LONG_STEP_S:
@@ -130,14 +130,14 @@ class LiveFeed:
         is_busy = self._is_running() or (
             newest is not None and now - max(newest.began_s, newest.ended_s) < max(1.0, _length_s(newest) * 3)
         )
-        # A layer is counted from its begin: the last one's end is the step's.
+        # Layers are counted as they begin; the last one's end is the step's.
         state = (-1, is_busy, -1, 0.0) if step is None else (step.number, is_busy, len(step.layers), step.ended_s)
         if self._made is None or self._made[0] != state:
             self._made = state, _event("step", self.snapshot(step, is_busy=is_busy))
         return self._made[1]
 
     def snapshot(self, step: StepRecord | None, *, is_busy: bool) -> dict[str, Any]:
-        """One picture: the pool, the step's layers, guesses and reads, and all counts so far.
+        """Build one snapshot: pool, the step's layers, guesses and reads, all counts so far, and whether it is_busy.
 
         Times are milliseconds from the step's begin.
         """
@@ -163,12 +163,12 @@ class LiveFeed:
         """Two bits per key, four keys a byte, the first one lowest; base64."""
         residency = self._pool.residency
         codes = bytearray(map(_CODE_OF.__getitem__, map(residency.state, range(residency.num_keys))))
-        # `list` takes a dict's keys in one go: the engine's thread cannot come between.
+        # `list` copies a dict's keys atomically: the engine's thread cannot interrupt it.
         for key in list(residency.prefetched_ready):
             if codes[key] == _THERE:
                 codes[key] = _GUESSED
         codes += bytes(-len(codes) % 4)
-        # No code reaches into the next byte when it is shifted, so all bytes are shifted at once.
+        # Shifted codes stay within their bytes, so all bytes are shifted at once.
         packed = sum(int.from_bytes(codes[place::4], "little") << 2 * place for place in range(4))
         return base64.b64encode(packed.to_bytes(len(codes) // 4, "little")).decode()
 

@@ -1,4 +1,4 @@
-"""What /metrics says, under vLLM's names with our prefix. Engine and expert counts are read when somebody asks."""
+"""Content of /metrics, under vLLM's names with our prefix. Engine and expert counts are read at each scrape."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +16,7 @@ _REQUEST_S = (0.1, 0.3, 0.5, 1, 2, 5, 10, 20, 40, 60, 120, 240, 480, 960, 1920)
 
 
 class ServerMetrics:
-    """Counts and times of requests, in a registry of their own.
+    """Counts and times of requests, in a separate registry.
 
     Args:
         backend: whose engine and experts are read at each scrape.
@@ -52,16 +52,16 @@ class ServerMetrics:
         registry.register(_EngineCollector(backend))
 
     def begin(self) -> "RequestClock":
-        """A request has arrived."""
+        """Count an arriving request, and start its clock."""
         return RequestClock(self)
 
     def expose(self) -> bytes:
-        """Everything, in Prometheus' text format."""
+        """Format everything in Prometheus' text format."""
         return generate_latest(self._registry)
 
 
 class RequestClock:
-    """The times of one request. Costs about 2 us per token."""
+    """Times of one request. Costs about 2 us per token."""
 
     def __init__(self, metrics: ServerMetrics) -> None:
         self._metrics = metrics
@@ -70,7 +70,7 @@ class RequestClock:
         self._tokens = 0
 
     def token(self) -> None:
-        """A token has come."""
+        """Record a token."""
         now = self._metrics.clock()
         if self._tokens == 0:
             self._first_s = now
@@ -82,12 +82,12 @@ class RequestClock:
         self._metrics.generation_tokens.inc()
 
     def finished(self, reason: str, prompt_tokens: int, completion_tokens: int) -> None:
-        """The request has ended by itself."""
+        """Record an end with `reason`, after prompt_tokens and completion_tokens."""
         self._metrics.prompt_tokens.inc(prompt_tokens)
         self._end(reason if reason in ("stop", "length") else "abort")
 
     def abandoned(self) -> None:
-        """The client has left, or the request could not be queued."""
+        """Record that the client has left, or that the request could not be queued."""
         self._end("abort")
 
     def _end(self, reason: str) -> None:
@@ -98,7 +98,7 @@ class RequestClock:
 
 
 class _EngineCollector(Collector):
-    """Reads the engine at each scrape, and never in between."""
+    """Reads the engine only when scraped."""
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
@@ -116,14 +116,14 @@ class _EngineCollector(Collector):
             yield from expert_metrics(loaded.model.foreroute.engine.pool)
 
     def describe(self) -> list[Metric]:
-        """Nothing beforehand: the registry need not read the engine to know the names."""
+        """Return nothing: the registry must not read the engine just to learn the names."""
         return []
 
 
 def expert_metrics(pool: ExpertPool) -> Iterator[Metric]:
-    """What became of experts: of demands (found, late, missing) and of guesses; bytes and waits.
+    """Metrics of experts: hits, late hits and misses; outcomes of prefetches; bytes and stalls.
 
-    Reads counts that the engine's thread writes, each of them whole; `snapshot` would write, and is for that thread.
+    Reads counts that the engine's thread writes, each atomically; `snapshot` would write, and is for that thread only.
     """
     phases = (pool.stats.prefill, pool.stats.decode)
     residency = pool.residency

@@ -1,4 +1,4 @@
-"""The page at / and what it is fed with: static files of ours, and nothing from anywhere else."""
+"""Serve the page at / and its feed: static files of this package alone."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, MutableMapping
@@ -18,7 +18,7 @@ from foreroute.server.settings import ServerSettings
 from foreroute.server.watching.live import LiveFeed
 
 _KINDS = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
-# Nothing is loaded from, sent to or shown in another place, and no script runs that is not a file of ours.
+# Load from, send to and embed in no other site, and run no scripts but files of this package.
 _SAFE = {
     "Content-Security-Policy": "default-src 'self'; script-src 'self'; style-src 'self'; img-src 'self'; "
     "connect-src 'self'; object-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -39,21 +39,21 @@ _EVENTS = {
 
 
 def add_page(app: Starlette, backend: Backend, settings: ServerSettings) -> None:
-    """Add the page, its files and GET /live to the server; nothing where the settings allow no page."""
+    """Add the page, its files and the GET /live of `backend` to the `app`; nothing where `settings` allow no page."""
     if settings.allow_pages:
         app.router.routes.extend(page_routes(lambda: _feed_of(backend, settings), settings.limits.send_s))
 
 
 def page_routes(feed: Callable[[], LiveFeed], send_s: float) -> list[BaseRoute]:
-    """The routes.
+    """Make the routes.
 
     Args:
-        feed: gives the model's feed, or raises an ApiError while there is none.
-        send_s: how long a viewer may leave unread what was sent.
+        feed: returns the model's feed, or raises an ApiError while there is none.
+        send_s: how long sent data may stay unread by a viewer.
     """
 
     async def live(request: Request) -> Response:
-        # A browser says which site's page asks: no other one may watch, or take the places of those who may.
+        # Browsers tell which site's page asks: no other site may watch, or use up the viewers' places.
         if any(site.lower() not in ("same-origin", "none") for site in request.headers.getlist("sec-fetch-site")):
             raise ApiError(403, "Pages of other sites may not watch this server.", code="wrong_origin")
         found = feed()
@@ -76,10 +76,10 @@ def page_routes(feed: Callable[[], LiveFeed], send_s: float) -> list[BaseRoute]:
 
 
 class _Watching(UntilGone):
-    """The feed for a viewer who has entered: the place is free again however this ends.
+    """Streams the feed to a viewer who has entered, who is removed however this ends.
 
     Args:
-        send_s: a viewer who leaves what was sent unread for longer is left.
+        send_s: a viewer who leaves sent data unread for longer is disconnected.
     """
 
     def __init__(self, feed: LiveFeed, send_s: float) -> None:
@@ -104,7 +104,7 @@ class _Watching(UntilGone):
 
 
 def _feed_of(backend: Backend, settings: ServerSettings) -> LiveFeed:
-    """The feed of the model that answers, made when it is first asked for, and kept beside the model."""
+    """Return the loaded model's feed, made on first use and kept beside the model."""
     serving = backend.serving(settings.retry_after_s)
     if serving.model is None:
         raise ApiError(404, "There is no engine here to watch.")
@@ -135,7 +135,7 @@ def _content(name: str) -> bytes:
 
 @cache
 def _names() -> frozenset[str]:
-    """What may be asked for, so that a path leads nowhere else."""
+    """Names that may be requested, so that no path leads outside."""
     return frozenset(
         one.name for one in (files("foreroute.server") / "page").iterdir() if one.name.endswith(tuple(_KINDS))
     )

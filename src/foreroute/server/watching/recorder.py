@@ -1,9 +1,8 @@
-"""What the engine does with the token at hand, kept in memory while somebody watches.
+"""Record the engine's current step in memory while anyone watches.
 
-A `Recorder` is an observer of the pool (`ExpertPool.add_observer`). The engine's thread only notes what it is told; a
-`StepRecord` is interpreted (`digest`) where somebody looks at it, in the server's thread, a few times a second. What
-was noted never changes afterwards, so a reader needs no lock: at worst it sees a layer more or less. Cost:
-benchmarks/live_cost.py measures it.
+A `Recorder` is an observer of the pool (`ExpertPool.add_observer`). The engine's thread only notes the calls; readers
+interpret a `StepRecord` (`digest`) in the server's thread, a few times a second. Notes never change afterwards, so a
+reader needs no lock: at worst it sees a layer more or less. Cost: measured by benchmarks/live_cost.py.
 """
 
 import time
@@ -18,16 +17,15 @@ from foreroute.residency.slots import FREE
 from foreroute.transfer.base import Completion
 
 DEMAND, GUESS, DEFERRED = range(3)
-# The place in a LayerRecord that is written last.
+# Index of the field of a LayerRecord that is written last.
 _ENDED = 6
 
 
 class LayerRecord(NamedTuple):
     """One MoE layer of a step. Keys are expert keys; times are by the clock, in seconds.
 
-    found: demanded, and resident. late: prefetched, and still in flight. missing: read while the layer waited.
-    stood_in: not waited for. waits: (began, ended) of the times in which compute waited for bytes. ended_s: 0 while it
-    goes.
+    found: demanded and resident. late: prefetched and still in flight. missing: read while the layer waited.
+    stood_in: substituted. waits: (began, ended) of each stall. ended_s: 0 until it ends.
     """
 
     layer: int
@@ -41,15 +39,15 @@ class LayerRecord(NamedTuple):
 
 
 class StepRecord:
-    """One forward pass as it was told, while it goes and afterwards.
+    """One forward pass as observed, during and after it.
 
     Attributes:
         number: counted from when the recorder was attached. phase: "prefill" or "decode".
-        ended_s: when its last MoE layer was computed; 0 while it goes.
-        prefetched, prefetched_after: keys that were resident on a guess alone when it began and when it ended.
-        guesses: (layer, its experts that were guessed in this step, best first).
-        arrived: reads that were handed out in this step, as they came.
-        deferred: keys in flight, or queued in this step, that had been substituted.
+        ended_s: when its last MoE layer was computed; 0 until then.
+        prefetched, prefetched_after: keys with an unused prefetch that were resident at its begin and its end.
+        guesses: (layer, its experts guessed in this step, best first).
+        arrived: reads completed in this step, in order of completion.
+        deferred: keys of deferred loads in flight, or queued in this step.
     """
 
     __slots__ = (
@@ -68,7 +66,7 @@ class StepRecord:
         self.ended_s = 0.0
         self.prefetched = prefetched
         self.prefetched_after: Collection[int] = ()
-        # As of LayerRecord, which takes longer to make.
+        # Fields as in LayerRecord, which is slower to build.
         self.layers: list[list[Any]] = []
         self.guesses: list[tuple[int, Sequence[int]]] = []
         self.arrived: list[Sequence[Completion]] = []
@@ -76,11 +74,11 @@ class StepRecord:
 
 
 class Digest(NamedTuple):
-    """What a step's record means.
+    """A step's record, interpreted.
 
-    layers: those that are over. in_time: for each of them, what it found there because it had been guessed.
-    reads: (key, why, began, ended) of the reads that were handed out in the step, as they came.
-    wasted: keys that were read on a guess, and given up in the step before anybody asked for them.
+    layers: those that have ended. in_time: for each of them, its hits that were prefetched.
+    reads: (key, why, began, ended) of the reads completed in the step, in order.
+    wasted: keys that were prefetched, and evicted in the step before any demand.
     """
 
     layers: Sequence[LayerRecord]
@@ -90,7 +88,7 @@ class Digest(NamedTuple):
 
 
 def digest(step: StepRecord, state: Callable[[int], int]) -> Digest:
-    """Any thread, while the step goes or afterwards. state: of a key, in the pool now."""
+    """Interpret `step`, from any thread, during or after it. state: of a key, in the pool now."""
     begun = [LayerRecord(*layer) for layer in list(step.layers)]
     layers = [layer for layer in begun if layer.ended_s]
     reads, guessed, evicted = _reads_of(step, {key for layer in begun for key in layer.missing})
@@ -107,13 +105,13 @@ def digest(step: StepRecord, state: Callable[[int], int]) -> Digest:
 def _reads_of(
     step: StepRecord, missing: Collection[int]
 ) -> tuple[list[tuple[int, int, float, float]], Collection[int], list[int]]:
-    """The step's reads as of `Digest`; the keys that were resident on a guess; those that were evicted and read again.
+    """Return the step's reads as in `Digest`, the keys resident by unused prefetch, and those evicted and read again.
 
     Args:
-        missing: keys that were read on demand.
+        missing: keys read on demand.
     """
     arrived = [one for some in list(step.arrived) for one in some]
-    # A guess that was evicted before its layer came is read again, on demand: that is its last read in the step.
+    # A prefetch that was evicted before its layer is read again on demand: its last read in the step.
     last = {one.key: at for at, one in enumerate(arrived)}
     reads: list[tuple[int, int, float, float]] = []
     guessed = dict.fromkeys(step.prefetched)
@@ -126,7 +124,7 @@ def _reads_of(
             why = DEFERRED
         elif one.error is None:
             if one.key in guessed:
-                # What was resident and is read again had been evicted.
+                # It was resident and is read again, so it had been evicted.
                 evicted.append(one.key)
             guessed[one.key] = None
         reads.append((one.key, why, one.begun_s, one.ended_s))
@@ -134,14 +132,14 @@ def _reads_of(
 
 
 class Recorder(StepObserver):
-    """Keeps the last step and the one at hand. Made anew for each time of watching.
+    """Keeps the last step and the current one. Made anew each time watching starts.
 
     Args:
-        clock: the one that the readers time themselves by.
+        clock: the one that times the reads.
 
     Attributes:
-        last: the last step that is over. current: the one that goes, or went last.
-        timed_steps, timed_s: decode steps that followed on another one, and the seconds from begin to begin.
+        last: the last step that has ended. current: the one that runs, or ran last.
+        timed_steps, timed_s: decode steps that directly followed another one, and the seconds from begin to begin.
     """
 
     def __init__(self, pool: ExpertPool, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -169,7 +167,7 @@ class Recorder(StepObserver):
         self._step = self.current = step
 
     def begin_layer(self, layer: int, routed: Sequence[Sequence[int]], weights: torch.Tensor) -> None:
-        """See `StepObserver`."""
+        """See `StepObserver`; weights [tokens, k]."""
         self._found, self._waits = ([], [], [], []), []
         self._layer = [layer, *self._found, self._clock(), 0.0, self._waits]
         self._step.layers.append(self._layer)
