@@ -20,7 +20,7 @@ from foreroute.units import format_memory
 
 @dataclass(frozen=True)
 class Asked:
-    """What a benchmark was asked to measure.
+    """The measurements that a user asked for.
 
     memories: budgets as `load` takes them. may_drop: leave out budgets too small for the model, else raise for them.
     prompts: tokens of each, in order; new_tokens: after the first of them, 0 for none. repeats: timed runs besides one
@@ -40,7 +40,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Settled:
-    """What will be measured, after checking.
+    """The measurements that will be made, after checking.
 
     asked: without what cannot be measured; remarks say what was left out.
     cases: the tests, in order. budgets: memory as asked -> bytes. plan: of the smallest budget.

@@ -48,7 +48,7 @@ class Oracle:
         return self._of(self._pass, layer + 1)
 
     def guess_first(self, token_ids: torch.Tensor) -> Sequence[int]:
-        """Experts of MoE layer 0 in the pass that begins; token_ids [rows, tokens] is ignored."""
+        """Experts of MoE layer 0 in the pass that begins; token_ids [tokens] are ignored."""
         return self._of(self._pass + 1, 0)
 
     def see_first(self, hidden: torch.Tensor, num_rows: int) -> None:

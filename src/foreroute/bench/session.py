@@ -56,7 +56,7 @@ class TokenMismatch:
 
 @dataclass
 class Measurements:
-    """What was measured so far.
+    """The measurements so far.
 
     plans, peak_rss_bytes: by (memory, rung). routes: by (case, repeat). disk: in the order measured.
     interleaved: all rungs of a budget took turns. is_interrupted: by Ctrl-C.

@@ -33,7 +33,11 @@ def run(
     about: Mapping[str, Any],
     show: "NamedProgress",
 ) -> int:
-    """Compute the rows that an earlier run did not finish, and show all; return the exit code."""
+    """Compute the rows that an earlier run did not finish, and show all; return the exit code.
+
+    args, config, `about` (what else decides the figures) and `show` come from the command; tokenizer, material: see
+    `run_policies`; folder: the model's.
+    """
     import torch
     import transformers
 

@@ -51,7 +51,7 @@ def busy(what: str, is_quiet: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def loading(config: EngineConfig, is_quiet: bool) -> Iterator[Callable[[int, int], None]]:
-    """While a model is loaded: a bar, called with (done, total), if `config` fills host memory; else as `busy`."""
+    """While a model is loaded: a bar of (done, total) if `config` fills host memory, else `busy`; none if is_quiet."""
     if config.device == "cpu" and config.control == "host" and config.host_memory is None:
         with busy("Loading the model", is_quiet):
             yield lambda done, total: None

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from foreroute.errors import EvaluationError
 
 HELD_OUT_PARTS = 8
-# After so many draws in a row without a new item, there are no more.
+# A kind counts as exhausted after this many draws in a row without a new item.
 _MOST_FRUITLESS = 20_000
 _SHOWN_ENTRIES = 4
 

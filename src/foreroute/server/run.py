@@ -15,7 +15,7 @@ from foreroute.server.backend import Backend
 from foreroute.server.connections import patient
 from foreroute.server.settings import ServerSettings
 
-# Requests in progress are told to end when the server stops; clients that do not read are dropped after this.
+# When the server stops, requests in progress are ended; clients that do not read are dropped after this time.
 _GRACE_S = 5
 _BACKLOG = 256
 
@@ -67,7 +67,7 @@ class Server(uvicorn.Server):
 
 
 def make_server(backend: Backend, settings: ServerSettings, more: Sequence[AddRoutes] = ()) -> Server:
-    """Make uvicorn's server of `create_app(backend, settings, more)`, without logs: these would hold paths and prompts."""
+    """Make a server of `create_app(backend, settings, more)`, without logs, which would hold paths and prompts."""
     config = uvicorn.Config(
         create_app(backend, settings, more),
         http=patient(settings.limits),

@@ -44,7 +44,7 @@ class ServerSettings:
     """Settings of the server.
 
     Args:
-        served_names: listed by /v1/models; a request may use any of them, answers use the first.
+        served_names: listed by /v1/models; a request may use any of them; the first is the default.
         host: the address to listen on. port: 0 lets the system choose.
         api_keys: a request must carry one of them; without any, no key is needed.
         allowed_hosts: further names of this server, perhaps with a port; see `hosts` and `host_name`.

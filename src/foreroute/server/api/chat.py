@@ -31,7 +31,7 @@ from foreroute.server.watching.metrics import ServerMetrics
 async def complete_chat(
     asked: ChatRequest, http: HttpRequest, serving: Serving, metrics: ServerMetrics, settings: ServerSettings
 ) -> dict[str, Any] | EventStream | None:
-    """Answer `asked`, or stream, by `serving`; None when the client of `http` has left. metrics, settings: see `Answers`.
+    """Answer `asked` by `serving`, or stream; None if the client of `http` has left. metrics, settings: see `Answers`.
 
     Raises:
         ApiError: the request cannot be served; nothing has been queued.

@@ -33,7 +33,7 @@ _MOST_NEW = 16
 async def complete(
     asked: CompletionRequest, http: HttpRequest, serving: Serving, metrics: ServerMetrics, settings: ServerSettings
 ) -> dict[str, Any] | EventStream | None:
-    """Answer `asked`, or stream, by `serving`; None when the client of `http` has left. metrics, settings: see `Answers`.
+    """Answer `asked` by `serving`, or stream; None if the client of `http` has left. metrics, settings: see `Answers`.
 
     Choices are numbered prompt by prompt: choice j of prompt i is i * n + j.
 

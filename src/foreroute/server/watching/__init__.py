@@ -1,1 +1,1 @@
-"""What people watch: the live page, its feed, and metrics."""
+"""Monitoring: the live page, its feed, and metrics."""
