@@ -35,8 +35,7 @@ def run(
 ) -> int:
     """Compute the rows that an earlier run did not finish, and show all; return the exit code.
 
-    args, config, `about` (what else decides the figures) and `show` come from the command; tokenizer, material: see
-    `run_policies`; folder: the model's.
+    folder: of the model. args, config, about, show: the command's. tokenizer, material: see `run_policies`.
     """
     import torch
     import transformers

@@ -120,8 +120,7 @@ def check_exposure(host: str, api_keys: tuple[str, ...], *, is_insecure: bool) -
     """Refuse to be reachable by others without a key, unless is_insecure.
 
     Raises:
-        ServerError: `host` is not a loopback address, and there is neither a key nor --insecure; or one of api_keys
-            cannot be sent.
+        ServerError: `host` is no loopback address, without api_keys or --insecure; or a key cannot be sent.
     """
     for key in api_keys:
         if not key or not key.isascii() or any(char.isspace() or not char.isprintable() for char in key):

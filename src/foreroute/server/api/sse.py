@@ -71,8 +71,7 @@ class EventStream(UntilGone):
     """An answer made of events.
 
     Args:
-        events: what to send. An ApiError or any other error that it raises is sent as an event; [DONE] follows in any
-            case.
+        events: what to send. Any error that it raises is sent as an event too; [DONE] follows in any case.
         settings: keep_alive_s, and how long sent data may stay unread.
         on_end: called at the end, also when the client left before the first event was requested.
     """
