@@ -30,7 +30,7 @@ def answer(
     Args:
         tokenizer: of transformers. progress: called with (items done, all items).
     Raises:
-        EvaluationError: no chat template, or it refuses the prompt. PromptError: several templates, no default.
+        EvaluationError: `model` has no chat template, or it refuses the prompt. PromptError: several, and no default.
     """
     if default_template(tokenizer) is None:
         raise EvaluationError("This model has no chat template to ask through. Evaluate it on text: --text FILE.")
