@@ -1,1 +1,1 @@
-"""What comes next? Predictors that guess the next MoE layer's experts, and how they are scored."""
+"""Which experts come next? Predictors of the next MoE layer's experts, and how they are scored."""

@@ -1,16 +1,16 @@
-"""The one protocol of all predictors: from what a MoE layer knows to the experts that the next one may want."""
+"""The protocol of all predictors: from what a MoE layer knows to the experts that the next one is likely to use."""
 
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
 
-# Up to here, counting in Python takes less time than the calls that count.
+# Up to this many votes, counting in Python is quicker than the tensor calls that count.
 _FEW_VOTES = 256
 
 
 class RouterSample(NamedTuple):
-    """What a router saw and said at one MoE layer, and all that a predictor may read.
+    """Router input, choice and optional residual of one MoE layer: all that a predictor may read.
 
     hidden: [tokens, hidden], the router's input. ids: [tokens, k] int64. weights: [tokens, k] gate weights.
     residual: [tokens, hidden], the residual stream after this layer's attention; None where it is not known.
@@ -28,39 +28,39 @@ class RouterSample(NamedTuple):
 
 
 class TokenGuess(NamedTuple):
-    """Per token the experts expected, best first.
+    """The experts predicted for each token, best first.
 
-    ids: [tokens, width] int64; those that are no expert of the layer are to be ignored.
-    weights: [tokens, width], the gate weights expected of them.
+    ids: [tokens, width] int64; ids outside the layer's experts are ignored.
+    weights: [tokens, width], their predicted gate weights.
     """
 
     ids: torch.Tensor
     weights: torch.Tensor
 
 
-# (scores [tokens, experts], higher is likelier; width) -> the guess that they are.
+# (scores [tokens, experts], higher is likelier; width) -> the guess that the scores stand for.
 Select = Callable[[torch.Tensor, int], TokenGuess]
 
 
 class Predictor(Protocol):
-    """Guesses MoE layer `layer + 1` from what layer `layer` knows. Batched; nothing is read back to the host."""
+    """Predicts the experts of MoE layer `layer + 1` from what layer `layer` saw. Batched; no read-back to the host."""
 
     def guess(self, layer: int, seen: RouterSample, width: int) -> TokenGuess | None:
-        """The guess for MoE layer `layer + 1`, at most `width` experts per token; None where it has nothing to say."""
+        """Guess MoE layer `layer + 1` from `seen` at `layer`: at most `width` experts per token, or None."""
         ...
 
 
 def guess_from_scores(scores: torch.Tensor, width: int) -> TokenGuess:
-    """The `width` best of `scores` [tokens, experts], weighted by their softmax among themselves."""
+    """Take the `width` best of `scores` [tokens, experts], weighted by their softmax among themselves."""
     best = torch.topk(scores, min(width, scores.shape[-1]))
     return TokenGuess(best.indices, torch.softmax(best.values, -1))
 
 
 def most_wanted(ids: torch.Tensor, num_experts: int) -> list[int]:
-    """Distinct experts of several tokens' guesses, the most wanted first: a token's vote counts by its rank.
+    """Merge several tokens' guesses into distinct experts, most wanted first: a token's vote counts by its rank.
 
     Args:
-        ids: [tokens, width], best first; those that are no expert are left out.
+        ids: [tokens, width], best first; ids of `num_experts` or above are left out.
     Cost: one read-back.
     """
     if len(ids) == 1:

@@ -1,4 +1,4 @@
-"""From a model's layers and what was fitted for it to predictors; shared by `load`, `fit` and `score`."""
+"""Build predictors from a model's layers and its sidecar; shared by `load`, `fit` and `score`."""
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +23,7 @@ from foreroute.predict.selection import Selection, selection_of
 from foreroute.predict.sidecar import Sidecar, find_sidecar
 from foreroute.predict.token_table import TokenTable
 
-# Where guesses are worth two more experts, by the held-out text of the fit. Chosen on foreroute-tiny.
+# Where the held-out text of the fit says that two more experts are worth predicting. Chosen on foreroute-tiny.
 _GOOD_RECALL, _MUCH_MISSED = 0.95, 0.07
 _FIT_AGAIN = "Fit again (`foreroute fit --force`), or ignore them: --predictor no."
 LOOKAHEAD, DEFAULT_VECTORS, RIDGE, HYBRID = "lookahead", "default vectors", "ridge", "hybrid"
@@ -31,7 +31,7 @@ ESTIMATOR, TOKEN_TABLE = "estimator", "token table"
 
 
 def open_sidecar(folder: Path, index: CheckpointIndex, asked: EngineConfig) -> Sidecar | None:
-    """The fitted predictors that the configuration asks for, if any.
+    """Open the sidecar that `asked` names, or the one in `folder`; None without one. It must fit `index`'s checkpoint.
 
     Raises:
         PredictorError: the file is absent, damaged, or fitted to another model.
@@ -45,11 +45,12 @@ def open_sidecar(folder: Path, index: CheckpointIndex, asked: EngineConfig) -> S
 def check_layout(
     sidecar: Sidecar | None, layers: Sequence[MoeLayer], hidden: int, vocabulary: int | None = None
 ) -> None:
-    """See that what was fitted has the shapes of the model as this transformers builds it.
+    """Check that the sidecar's tensors fit `layers` as this transformers builds them.
 
     Args:
-        hidden: width of the router's input. vocabulary: tokens of the model; None does not look at the token table's.
+        hidden: width of the router's input. vocabulary: tokens of the model; None skips the token table.
     Raises:
+        PredictorError: some shape differs.
         PredictorError: it has others.
     """
     if sidecar is None:
@@ -87,7 +88,7 @@ def check_layout(
 def _shapes(
     experts: Sequence[int], hidden: int, vocabulary: int, stored: Mapping[str, tuple[int, ...]]
 ) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor that a sidecar of this model may have. The estimator's widths are its own."""
+    """The shape of every tensor that a sidecar of this model may have. The estimator sets its inner widths itself."""
     wanted: dict[str, tuple[int, ...]] = {
         "token_table.scores": (vocabulary, experts[0]),
         "token_table.from_context": (hidden, experts[0]),
@@ -115,10 +116,11 @@ def prefetch_guesses(
     sidecar: Sidecar | None,
     learner: Predictor | None = None,
 ) -> PrefetchGuesses | None:
-    """What the engine asks for guesses; None when it is off.
+    """Build the source of the engine's guesses; None when prefetch is off.
 
     Args:
-        sidecar: its choice per layer; without one, `learner`, or else the lookahead.
+        asked: the configuration. layers: the MoE layers. dtype: of compute.
+        sidecar: its choice per layer is used; without one, `learner`, or else the lookahead.
     """
     if asked.prefetch == "none":
         return None
@@ -146,7 +148,7 @@ def prefetch_guesses(
 
 
 def _choice_by_tokens(router: Router | None) -> Callable[[torch.Tensor], torch.Tensor | None] | None:
-    """What the router will choose for token ids; None where it reads the hidden state too."""
+    """A function that gives the router's choice for token ids; None where the router reads the hidden state too."""
     if router is None or router.last_call is None or not router.by_tokens:
         return None
     ids_at, run = router.ids_at, router.last_call.run_on_tokens
@@ -159,8 +161,8 @@ def _choice_by_tokens(router: Router | None) -> Callable[[torch.Tensor], torch.T
 
 
 def _widths_without_waiting(sidecar: Sidecar, widths: Sequence[int]) -> list[int]:
-    """Two more than `widths` where the held-out text says that a guess misses much: in layer 0, which waits, of the
-    experts; in the others of the gate mass."""
+    """Two more than `widths` where the held-out text says that guesses miss much: of layer 0, which always waits, in
+    experts; of the others in gate mass."""
     held_out = sidecar.about.get("held_out", {})
     wider = []
     for layer, width in enumerate(widths):
@@ -173,7 +175,8 @@ def _widths_without_waiting(sidecar: Sidecar, widths: Sequence[int]) -> list[int
 
 
 def fitted(layers: Sequence[MoeLayer], dtype: torch.dtype, sidecar: Sidecar) -> dict[str, Predictor]:
-    """Every predictor that can be had, by name, simplest first. Those that read the residual need a `ResidualTap`."""
+    """Every predictor that `layers` (in `dtype`) and `sidecar` allow, by name, simplest first. Those that read the
+    residual need a `ResidualTap`."""
     known: dict[str, Predictor] = {
         LOOKAHEAD: lookahead(layers, dtype),
         DEFAULT_VECTORS: default_vectors(layers, sidecar),
@@ -186,12 +189,12 @@ def fitted(layers: Sequence[MoeLayer], dtype: torch.dtype, sidecar: Sidecar) -> 
 
 
 def hybrid(layers: Sequence[MoeLayer], dtype: torch.dtype, sidecar: Sidecar) -> Hybrid:
-    """Per layer the predictor that was best on held-out tokens."""
+    """Build, per layer, the predictor of `fitted(layers, dtype, sidecar)` that was best on held-out tokens."""
     return Hybrid(fitted(layers, dtype, sidecar), sidecar.choice)
 
 
 def lookahead(layers: Sequence[MoeLayer], dtype: torch.dtype) -> RouterLookahead:
-    """The next layer's router on this layer's router input."""
+    """Run each next layer's router on this layer's router input, for `layers` that compute in `dtype`."""
     following: list[NextRouter | None] = []
     inputs: dict[int, Callable[[], torch.Tensor | None]] = {}
     for layer, after in itertools.pairwise(layers):
@@ -216,7 +219,7 @@ def _last_input(router: Router) -> Callable[[], torch.Tensor | None]:
 
 
 def _router_as_last_called(layer: MoeLayer, scale: torch.Tensor | None) -> NextRouter | None:
-    """The layer's router where it takes more than the hidden state: the rest as in its last call."""
+    """The layer's router where it takes more than the hidden state: its other arguments are those of its last call."""
     if layer.router is None or layer.router.last_call is None:
         return None
     last_call = layer.router.last_call
@@ -225,7 +228,7 @@ def _router_as_last_called(layer: MoeLayer, scale: torch.Tensor | None) -> NextR
 
 
 def own_router(layer: MoeLayer, scale: torch.Tensor | None = None) -> NextRouter | None:
-    """The layer's router, to be run on its own; None where it cannot."""
+    """The layer's router, to run ahead on inputs times `scale` [hidden]; None where it needs more than its input."""
     router = layer.router
     if router is None or router.takes_more_than_hidden:
         return None
@@ -250,18 +253,18 @@ def _next_router(
 
 
 def selections(layers: Sequence[MoeLayer], dtype: torch.dtype) -> list[Selection]:
-    """Per MoE layer how a linear guess of it is fitted and read."""
+    """Decide for each of `layers` how a linear guess in `dtype` is fitted and read."""
     return [selection_of(own_router(layer), layer.router.input_width if layer.router else 0, dtype) for layer in layers]
 
 
 def default_vectors(layers: Sequence[MoeLayer], sidecar: Sidecar) -> DefaultVectors:
-    """The paper's guess, where the residual after attention is known on both sides."""
+    """The paper's predictor with `sidecar`'s vectors, for `layers` where both residuals after attention are known."""
     states = [quasi_hidden(layers, layer, vectors) for layer, vectors in enumerate(sidecar.default_vectors)]
     return DefaultVectors(states, [*(own_router(layer) for layer in layers[1:]), None])
 
 
 def quasi_hidden(layers: Sequence[MoeLayer], layer: int, vectors: torch.Tensor | None) -> QuasiHiddenLayer | None:
-    """The quasi-hidden state of MoE layer `layer + 1`; None after the last, or where a norm or `vectors` are missing.
+    """Build the quasi-hidden state of `layers[layer + 1]`; None after the last, or without a norm or `vectors`.
 
     Args:
         vectors: [experts, hidden] default vectors of `layer`.
@@ -271,12 +274,15 @@ def quasi_hidden(layers: Sequence[MoeLayer], layer: int, vectors: torch.Tensor |
     after = layers[layer + 1].norm
     if after is None:
         return None
-    # `forward` itself: the tap on the norm must not take a guess for the residual.
+    # `forward` itself, without hooks: the tap on the norm must not take this call for the residual.
     return QuasiHiddenLayer(with_no_expert(vectors), after.forward)
 
 
 def estimator_inputs(layers: Sequence[MoeLayer], vectors: Sequence[torch.Tensor | None]) -> Inputs:
-    """What the estimator reads: the quasi-hidden state, or the router's input where there is none."""
+    """What the estimator reads, [tokens, hidden]: the quasi-hidden state of `layers`, else the router's input.
+
+    vectors: per MoE layer [experts, hidden] default vectors, or None.
+    """
     states = [quasi_hidden(layers, layer, entry) for layer, entry in enumerate(vectors)]
 
     def inputs(layer: int, seen: RouterSample) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The paper's guess: the next router on the residual plus what the routed experts usually add (arXiv 2603.19289)."""
+"""The paper's predictor: the next router on the residual plus the experts' default vectors (arXiv 2603.19289)."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,10 +12,10 @@ from foreroute.predict.lookahead import NextRouter
 
 @dataclass(frozen=True)
 class QuasiHiddenLayer:
-    """What one MoE layer needs to form the next one's quasi-hidden state.
+    """Forms the next layer's quasi-hidden state from one MoE layer.
 
     default_vectors: [experts + 1, hidden]: mean output of each expert over the calibration tokens that selected it,
-        unweighted; zero for an expert never seen, and in the last row, where ids that are no expert point.
+        unweighted; zero for an expert never seen, and in the last row, for ids outside the layer's experts.
     next_norm: the norm in front of the next MoE block.
     """
 
@@ -30,11 +30,11 @@ class QuasiHiddenLayer:
 
 
 class DefaultVectors:
-    """The next router on the quasi-hidden state.
+    """Runs the next router on the quasi-hidden state.
 
     Args:
-        layers, routers: per MoE layer, its quasi-hidden state and the next layer's router; None where the residual is
-            not known or the router cannot be run ahead.
+        layers: per MoE layer its quasi-hidden state; None where the residual is not known.
+        routers: per MoE layer the next layer's router; None where it cannot be run ahead.
     """
 
     def __init__(self, layers: Sequence[QuasiHiddenLayer | None], routers: Sequence[NextRouter | None]) -> None:
@@ -49,12 +49,12 @@ class DefaultVectors:
 
 
 def with_no_expert(vectors: torch.Tensor) -> torch.Tensor:
-    """Default vectors [experts, width] with one row more, zero, where ids that are no expert point."""
+    """Append a zero row to default vectors [experts, width], for ids outside the layer's experts."""
     return torch.cat([vectors, torch.zeros(1, vectors.shape[1], dtype=torch.float32)])
 
 
 def weighted_rows(rows: torch.Tensor, seen: RouterSample) -> torch.Tensor:
-    """Per token the sum of `rows` [experts + 1, width] over its experts, by gate weight; the last row is for no expert.
+    """Sum `rows` [experts + 1, width] over each token's experts in `seen`, by gate weight; other ids use the last row.
 
     Returns:
         [tokens, width]: the gate weights as a vector over the experts, times `rows`.
@@ -64,17 +64,17 @@ def weighted_rows(rows: torch.Tensor, seen: RouterSample) -> torch.Tensor:
 
 
 class DefaultVectorSums:
-    """Adds up the outputs of one layer's experts; `means` are the default vectors."""
+    """Running sums of the outputs of one layer's experts; `means` gives the default vectors."""
 
     def __init__(self, num_experts: int, hidden: int) -> None:
         self.sums = torch.zeros(num_experts, hidden, dtype=torch.float64)
         self.counts = torch.zeros(num_experts, dtype=torch.int64)
 
     def add(self, expert: int, rows: torch.Tensor) -> None:
-        """`rows` [tokens, hidden]: outputs of one expert, before its gate weights."""
+        """Add `rows` [tokens, hidden]: outputs of `expert` before its gate weights."""
         self.sums[expert] += rows.double().sum(0)
         self.counts[expert] += rows.shape[0]
 
     def means(self) -> torch.Tensor:
-        """[experts, hidden] float32; zero for an expert that no token selected."""
+        """The default vectors [experts, hidden], float32; zero for an expert that no token selected."""
         return (self.sums / self.counts.clamp(min=1)[:, None]).float()

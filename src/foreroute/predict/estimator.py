@@ -1,7 +1,7 @@
 """The paper's trained estimator: one small network for all layers, from the quasi-hidden state to router logits.
 
 Linear d -> d/m, plus a learned embedding of the layer, a SiLU MLP d/m -> n d/m -> d/m with residual, LayerNorm, and a
-head to the expert logits (arXiv 2603.19289). Trained by KL divergence to what the next router says.
+head to the expert logits (arXiv 2603.19289). Trained by KL divergence to the next router's distribution.
 """
 
 import math
@@ -20,11 +20,11 @@ _BETAS, _EPSILON, _WARMUP_SHARE = (0.9, 0.99), 1e-8, 0.02
 
 @dataclass(frozen=True)
 class EstimatorSettings:
-    """Sizes and training.
+    """Sizes and training settings.
 
     shrink: m, hidden width over inner width. widen: n, the MLP's width over the inner width.
-    epochs: times that each kept token is trained on. batch: rows per step. peak_rate: of Adam; falls to 0 as a cosine.
-    buffer_bytes: of activations kept at a time; what exceeds it is trained on in turns.
+    epochs: passes over each kept token. batch: rows per step. peak_rate: of Adam; falls to 0 as a cosine.
+    buffer_bytes: activations kept at a time; more than that is trained on in turns.
     """
 
     shrink: int = 2
@@ -37,7 +37,8 @@ class EstimatorSettings:
 
 
 def new_weights(hidden: int, num_layers: int, num_experts: int, settings: EstimatorSettings) -> dict[str, torch.Tensor]:
-    """Random weights by name, float32; the same for the same seed."""
+    """Random float32 weights by name (embed [num_layers, d], head [num_experts, d], ...; d = hidden / settings.shrink);
+    the same for the same seed."""
     generator = torch.Generator().manual_seed(settings.seed)
     inner = max(1, hidden // settings.shrink)
     wide = inner * settings.widen
@@ -60,7 +61,8 @@ def new_weights(hidden: int, num_layers: int, num_experts: int, settings: Estima
 
 
 def estimate(weights: Mapping[str, torch.Tensor], inputs: torch.Tensor, layer: torch.Tensor | int) -> torch.Tensor:
-    """Expert logits [tokens, experts] for `inputs` [tokens, hidden] of MoE layer `layer` (or one per token)."""
+    """Compute expert logits [tokens, experts] of `inputs` [tokens, hidden] with `weights`, for MoE layer `layer` or one
+    layer per token [tokens]."""
     inner = inputs.float() @ weights["down"] + weights["layer"][layer]
     wide = F.silu(torch.addmm(weights["up_bias"], inner, weights["up"]))
     inner = inner + torch.addmm(weights["back_bias"], wide, weights["back"])
@@ -69,10 +71,10 @@ def estimate(weights: Mapping[str, torch.Tensor], inputs: torch.Tensor, layer: t
 
 
 class Estimator:
-    """The trained network as a predictor.
+    """Predicts with the trained network.
 
     Args:
-        weights: see `new_weights`. inputs: what it was trained on. num_experts: per MoE layer.
+        weights: see `new_weights`, e.g. embed [layers, d]. inputs: as in training. num_experts: per MoE layer.
     """
 
     def __init__(self, weights: Mapping[str, torch.Tensor], inputs: Inputs, num_experts: list[int]) -> None:
@@ -81,7 +83,7 @@ class Estimator:
         self._num_experts = num_experts
 
     def guess(self, layer: int, seen: RouterSample, width: int) -> TokenGuess | None:
-        """See `Predictor`. Cost: the network's parameters times the tokens, in fp32."""
+        """See `Predictor`. Cost: parameters of the network x tokens multiply-adds in fp32."""
         if layer + 1 >= len(self._num_experts):
             return None
         scores = estimate(self._weights, self._inputs(layer, seen), layer)
@@ -89,12 +91,12 @@ class Estimator:
 
 
 class EstimatorTraining:
-    """Keeps activations in a bounded buffer and trains whenever it is full, and at the end.
+    """Collects activations in a bounded buffer and trains whenever it is full, and at the end.
 
-    Everything that training depends on is in `tensors`, so that it can be stopped between passes and taken up again.
+    `tensors` holds all that training depends on, so that it can be stopped between passes and resumed.
 
     Args:
-        num_experts: per MoE layer. total_tokens: that will be shown, for the learning rate.
+        num_experts: per MoE layer. total_tokens: tokens that will be added, for the learning rate.
     """
 
     def __init__(self, hidden: int, num_experts: list[int], total_tokens: int, settings: EstimatorSettings) -> None:
@@ -115,12 +117,12 @@ class EstimatorTraining:
         self._counts = torch.zeros(3, dtype=torch.int64)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The whole state by name, not copies."""
+        """The whole state by name, not copies: weights, Adam's moments, and buffers [layers, rows, width]."""
         named = {"inputs": self._inputs, "targets": self._targets, "counts": self._counts}
         return {**named, **{f"weights.{name}": w for name, w in self.weights.items()}, **self._moments}
 
     def add(self, layer: int, inputs: torch.Tensor, target: torch.Tensor) -> None:
-        """Keep a layer's tokens of the pass that runs.
+        """Buffer the tokens of layer `layer` in the current pass.
 
         Args:
             inputs: [tokens, hidden], as the estimator will read them.
@@ -138,7 +140,7 @@ class EstimatorTraining:
             self._counts[0] += len(kept)
 
     def train(self) -> None:
-        """Train on what the buffer holds, and empty it."""
+        """Train on the buffered tokens, and empty the buffer."""
         filled, num_layers = int(self._counts[0]), len(self._inputs)
         if not filled:
             return

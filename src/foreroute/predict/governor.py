@@ -1,10 +1,10 @@
-"""How many experts are guessed, decided by what guesses are measured to gain. Pure: told times, it reads no clock.
+"""Choose how many experts are predicted by measuring what prefetch gains. Pure: times are passed in, no clock is read.
 
-Guesses can lose: where experts are small, a guess costs more than the read that it hides, and where the disk is busy
-all the time, a wrong one delays a read that somebody waits for. So the governor tries. It decodes some steps with
-guesses at full width, some at half, some without, in an order that runs there and back, so that a drift (a cache that
-warms up, another program) touches all alike, and stays with what was quickest. It tries again after a while, ever more
-rarely while the answer stays the same, and at once when steps take another time than they did.
+Prefetch can lose: where experts are small, a prediction costs more than the read that it hides, and where the disk is
+always busy, a wrong one delays a demand load. So the governor runs trials: some decode steps at full width, some at
+half, some without prefetch, in an order that runs there and back, so that a drift (a cache that warms up, another
+program) affects all alike, and keeps the quickest. It tries again after a while, more rarely while the answer stays the
+same, and at once when step times change.
 """
 
 from collections.abc import Sequence
@@ -13,25 +13,25 @@ from dataclasses import dataclass, field
 FULL, HALF, OFF = 1.0, 0.5, 0.0
 SHARES = (FULL, HALF, OFF)
 
-# Steps of a trial that count, after one that does not: it has the reads of the trial before.
+# Steps of a trial that count, after one that does not: it still has reads of the trial before.
 _BLOCK_STEPS = 7
-# Trials of each share before a decision, at most: two, and more while several are near each other.
+# Trials per share before a decision, at most: two, and more while the means are close.
 _MOST_TRIALS = 6
-# A share is left for another one that is so much quicker; of those nearer to each other the one that reads less stays.
+# Another share must be this much quicker to be chosen; among closer ones the narrowest, which reads least, stays.
 _CLEARLY = 0.97
-# A difference is no chance from so many standard errors on.
+# Differences above this number of standard errors are not chance.
 _CHANCE = 2.5
-# Steps that a decision holds at first, and at most: it doubles each time it is confirmed.
+# Steps that the first decision holds, and the most that any holds: it doubles each time it is confirmed.
 _FIRST_HOLD, _LAST_HOLD = 128, 2048
-# Steps over which a change is noticed, and how large it must be.
+# Steps over which a change of step time is noticed, and the ratio that counts as one.
 _WATCHED_STEPS, _CHANGED = 48, 1.3
-# Waiting less than this share of a step leaves nothing to gain.
+# If less than this share of a step is stall, prefetch has nothing to gain.
 _NOTHING_WAITED = 0.02
 
 
 @dataclass
 class _Tried:
-    """What steps took at one share, in seconds."""
+    """Step times at one share, in seconds."""
 
     steps: list[float] = field(default_factory=list)
     trials: int = 0
@@ -42,7 +42,7 @@ class _Tried:
 
     @property
     def error(self) -> float:
-        """Of the mean: what it would vary by if it were measured again."""
+        """Standard error of the mean."""
         kept = _usual(self.steps)
         mean = sum(kept) / len(kept)
         return (sum((one - mean) ** 2 for one in kept) / (len(kept) - 1) / len(kept)) ** 0.5
@@ -53,14 +53,14 @@ class Governor:
 
     Args:
         shares: of the guess's full width, to choose from, widest first.
-        trusted_steps: so many steps at full width come before the first trial: where guesses are known to pay, a short
-            answer need not be spent on finding out.
+        trusted_steps: steps at full width before the first trial: where guesses are known to pay, a short answer need
+            not be spent on trials.
 
     Attributes:
-        share: of the full width that is guessed now, in a trial too; 0 is off.
-        chosen: the share that was decided on last, full width before any decision.
-        changes: times that a decision changed it; trials not counted.
-        why: the last decision in words.
+        share: of the full width in the next step, in a trial too; 0 is off.
+        chosen: the share decided on last; full width before any decision.
+        changes: decisions that changed `chosen`; trials not counted.
+        why: reason for the last decision.
     """
 
     def __init__(self, shares: Sequence[float] = SHARES, trusted_steps: int = 0) -> None:
@@ -86,14 +86,14 @@ class Governor:
 
     @property
     def is_trying(self) -> bool:
-        """Trials are under way."""
+        """Whether trials are under way."""
         return bool(self._plan)
 
     def step(self, seconds: float, waited_s: float) -> bool:
-        """A decode step took `seconds`, of which it waited `waited_s` for experts.
+        """Record a decode step of `seconds`, of which `waited_s` were stall.
 
         Returns:
-            True when `share` has changed, or a trial has become a decision.
+            True when `share` changed or a decision ended the trials.
         """
         before = self.share, self.is_trying
         if self._plan:
@@ -103,11 +103,11 @@ class Governor:
         return (self.share, self.is_trying) != before
 
     def fresh(self) -> "Governor":
-        """Another one like this, that has tried nothing yet."""
+        """A new governor with the same settings and no measurements."""
         return Governor(self._shares, self._trusted_steps)
 
     def pause(self) -> None:
-        """The next step follows no decode step: a prompt came between. That step does not count, those before it do."""
+        """Note a prompt between decode steps: the next step does not count, earlier ones still do."""
         self._is_first = True
 
     def _begin_block(self) -> None:
@@ -140,7 +140,7 @@ class Governor:
             self._decide()
 
     def _is_quickest(self, share: float) -> bool:
-        """Of those that have been tried so far."""
+        """Whether `share` is the quickest tried so far."""
         return all(self._tried[share].mean <= tried.mean for tried in self._tried.values() if tried.steps)
 
     def _decide(self) -> None:
@@ -152,7 +152,7 @@ class Governor:
             return
         # Among those that are near the quickest the narrowest reads least.
         near = [share for share in open_still if self._tried[share].mean * _CLEARLY <= quickest.mean]
-        # A choice is left for a clearly better one alone.
+        # The current choice is left only for a clearly better one.
         chosen = self.chosen if self._settled_s and self.chosen in near else min(near)
         told = ", ".join(
             f"{_name(share)} {1e3 * tried.mean:.2f}" for share, tried in sorted(self._tried.items(), reverse=True)
@@ -171,7 +171,7 @@ class Governor:
         self._left -= 1
         self._recent.append(seconds)
         if self._left <= 0:
-            # The one beside it decides whether it still is the best; all, where nothing was tried yet.
+            # Try its neighbours first, to see whether it is still the best; all shares where nothing was tried yet.
             self._begin_trials(self._neighbours() if self._settled_s else self._shares)
         elif len(self._recent) >= _WATCHED_STEPS:
             recent, self._recent = _typical(self._recent), []
@@ -185,7 +185,7 @@ class Governor:
 
 
 def _usual(seconds: Sequence[float]) -> list[float]:
-    """Without the slowest seventh: one slow step says more of the machine than of the guesses."""
+    """Drop the slowest seventh: one slow step says more about the machine than about prefetch."""
     return sorted(seconds)[: len(seconds) - len(seconds) // _BLOCK_STEPS]
 
 
@@ -195,7 +195,7 @@ def _typical(seconds: Sequence[float]) -> float:
 
 
 def _is_slower(tried: _Tried, quickest: _Tried) -> bool:
-    """By more than a little, and by more than chance."""
+    """Slower by more than a little, and by more than chance."""
     apart = tried.mean - quickest.mean
     return apart > (1 - _CLEARLY) * quickest.mean and apart > _CHANCE * (tried.error**2 + quickest.error**2) ** 0.5
 

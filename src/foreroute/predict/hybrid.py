@@ -1,4 +1,4 @@
-"""Each layer by the predictor that was best for it on held-out tokens."""
+"""Uses for each layer the predictor that was best on held-out tokens."""
 
 from collections.abc import Mapping, Sequence
 
@@ -10,7 +10,7 @@ class Hybrid:
 
     Args:
         predictors: by name.
-        choice: per MoE layer the name of the one that guesses the next layer; None for no guess.
+        choice: per MoE layer the name of the predictor of the next layer; None for no guess.
     """
 
     def __init__(self, predictors: Mapping[str, Predictor], choice: Sequence[str | None]) -> None:
@@ -23,10 +23,10 @@ class Hybrid:
 
 
 def choose(missed_mass: Mapping[str, Sequence[float | None]]) -> list[str | None]:
-    """Per layer the name with the least missed gate mass; the first of equals, None where nobody guesses.
+    """Choose per layer the name with the least missed gate mass; the first of equals, None where all are None.
 
     Args:
-        missed_mass: by name, per layer; None where that predictor has nothing to say. All of one length.
+        missed_mass: by name, per layer; None where that predictor gives no guess. All of one length.
     """
     choice: list[str | None] = []
     for at in range(len(next(iter(missed_mass.values())))):

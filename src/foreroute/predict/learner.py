@@ -1,9 +1,9 @@
-"""Better guesses without a fit: the ridge is learnt from what passes by, in the time that compute waits for the disk.
+"""Learn the ridge predictor online, without a fit, in time that compute stalls on reads.
 
-Where nothing was fitted, the lookahead guesses at once. Meanwhile rows of what each layer saw, and what the next
-router said, go to a small buffer; a wait for an expert is used to add some of them to the layer's normal equations.
-A layer that has enough is solved in a thread, and replaces the lookahead if it guesses better on rows kept aside.
-Memory is bounded, but for the ridges themselves: layers are learnt in groups, one group after the other.
+Without a sidecar the lookahead predicts at once. Meanwhile rows of each layer's router input, and the next router's
+logits, go to a small buffer; while compute waits for an expert, some of them are added to the layer's normal equations.
+A layer with enough rows is solved in a thread, and replaces the lookahead if it predicts better on held-out rows.
+Memory is bounded, except for the ridges themselves: layers are learnt in groups, one group after the other.
 """
 
 import itertools
@@ -29,14 +29,14 @@ from foreroute.predict.ridge import (
 ENOUGH_TOKENS = 8192
 _BUFFER_ROWS = 256
 _ROWS_ASIDE = 256
-# Rows and features that are added in one go: some 2 ms at a hidden width of 2048, which a read of such an expert hides.
+# Rows and features added at a time: about 2 ms at a hidden width of 2048, which the read of such an expert hides.
 _PART_ROWS, _PART_FEATURES = 128, 256
 _PENALTY = 1e-3
 _FLOAT_BYTES, _DOUBLE_BYTES = 4, 8
 
 
 def learning_bytes(layers: Sequence[MoeLayer], hidden: int) -> list[int]:
-    """Memory that learning each layer's guess of the next one takes: sums, buffer, and rows kept aside.
+    """Bytes that learning takes for each of `layers` (router input `hidden` wide): sums, buffer and held-out rows.
 
     One layer at a time is solved, which takes `solving_bytes` more.
     """
@@ -48,20 +48,20 @@ def learning_bytes(layers: Sequence[MoeLayer], hidden: int) -> list[int]:
 
 
 def solving_bytes(layers: Sequence[MoeLayer], hidden: int) -> int:
-    """Memory that solving the widest layer takes, while it lasts."""
+    """Bytes that solving the widest of `layers` (router input `hidden` wide) takes meanwhile."""
     return max(2 * (hidden + layer.experts.num_offloaded + 1) ** 2 * _DOUBLE_BYTES for layer in layers)
 
 
 class Learner:
-    """Learns, and guesses: a `Predictor` that is the lookahead until a layer's ridge is there.
+    """A `Predictor` that starts as the lookahead and replaces it layer by layer with learnt ridges.
 
     Args:
-        first: guesses until then.
-        max_bytes: that sums, buffers and solving may take; less than one layer's need turns learning off.
+        first: the predictor until then.
+        max_bytes: limit for sums, buffers and solving; less than one layer's need turns learning off.
         enough_tokens: rows per layer before it is solved.
 
     Attributes:
-        num_learnt: layers whose ridge has taken over.
+        num_learnt: layers whose ridge is in use.
     """
 
     def __init__(
@@ -100,11 +100,14 @@ class Learner:
 
     @property
     def is_learning(self) -> bool:
-        """There is a layer that has not seen enough."""
+        """Whether some layer still needs rows."""
         return bool(self._group)
 
     def see(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> None:
-        """Every MoE layer of every step, when its routing is known. Cost: some row copies for a layer in the group."""
+        """Collect rows of MoE layer `layer`, once routed: `hidden` [tokens, hidden], `ids`, `weights` [tokens, k].
+
+        Call it in every step. Cost: some row copies for a layer in the current group.
+        """
         if self._is_paused:
             return
         rows = self._group.get(layer - 1)
@@ -117,7 +120,7 @@ class Learner:
         self._before = (layer, RouterSample(hidden, ids, weights)) if layer in self._group else None
 
     def work(self) -> bool:
-        """Do a little of what is to be done, while compute waits; False when there is nothing."""
+        """Do a small part of the pending work while compute waits; False when none is pending."""
         if self._is_paused:
             return False
         if next(self._todo, True) is None:
@@ -138,7 +141,7 @@ class Learner:
         return False
 
     def close(self) -> None:
-        """Stop listening; wait for a layer that is being solved."""
+        """Remove the hooks, and wait for a layer that is being solved."""
         self._stop_listening()
         self._group = {}
         thread = self._thread
@@ -146,7 +149,7 @@ class Learner:
             thread.join()
 
     def _solve(self, layer: int, rows: "_LayerRows") -> None:
-        """In a thread: the layer's ridge, and whether it is better than what it would replace."""
+        """In a thread: solve the layer's ridge, and use it if it is better than the current predictor."""
         try:
             with torch.no_grad():
                 ridge = layer_of(rows.equations, self._hidden, _PENALTY)
@@ -160,7 +163,7 @@ class Learner:
                 self._ridge[layer] = ridge
                 self.num_learnt += 1
         except ValueError:
-            # States that are not finite: the layer keeps the guess that it has.
+            # States that are not finite: the layer keeps its current predictor.
             pass
         finally:
             self._thread = None
@@ -168,19 +171,19 @@ class Learner:
     def _next_group(self) -> None:
         self._stop_listening()
         group = self._groups.pop(0) if self._groups else []
-        self._group = {}  # before the next one takes its memory
+        self._group = {}  # frees its memory before the next one is allocated
         self._group = {layer: _LayerRows(self._hidden, self._layers[layer], self._layers[layer + 1]) for layer in group}
         if not self._is_paused:
             self._listen()
 
     def pause(self) -> None:
-        """Nobody wants guesses now: nothing is seen, and no router is listened to, until `resume`."""
+        """Stop collecting and remove the routers' hooks until `resume`, while no guesses are used."""
         if not self._is_paused:
             self._is_paused, self._before = True, None
             self._stop_listening()
 
     def resume(self) -> None:
-        """Guesses are wanted again."""
+        """Collect again."""
         if self._is_paused:
             self._is_paused = False
             self._listen()
@@ -209,7 +212,7 @@ def _found(guess: TokenGuess, chosen: torch.Tensor) -> int:
 
 
 def _groups(needed: Sequence[int], max_bytes: int) -> list[list[int]]:
-    """Layers in order, as many together as fit; none where not even the largest fits."""
+    """Layers in order, as many per group as fit; none where not even the largest fits alone."""
     if not needed or max(needed) > max_bytes:
         return []
     groups: list[list[int]] = [[]]
@@ -232,7 +235,7 @@ class _Block:
 
 
 class _LayerRows:
-    """One layer's rows: those kept aside, those in the buffer, and the sums of the others."""
+    """One layer's rows: held-out ones, buffered ones, and the sums of the others."""
 
     def __init__(self, hidden: int, layer: MoeLayer, after: MoeLayer) -> None:
         self._num_experts = layer.experts.num_offloaded
@@ -252,11 +255,11 @@ class _LayerRows:
 
     @property
     def wants_more(self) -> bool:
-        """There is room in the buffer."""
+        """Whether the buffer has room."""
         return self.num_buffered < _BUFFER_ROWS and not self.is_solved
 
     def keep(self, seen: RouterSample, targets: torch.Tensor) -> None:
-        """As many of the tokens as there is room for; every eighth goes aside until there are enough."""
+        """Store as many of the tokens as fit; every eighth is held out until there are enough."""
         num_rows = min(len(targets), _BUFFER_ROWS - self.num_buffered)
         hidden, gates = (
             seen.hidden[:num_rows],
@@ -287,20 +290,20 @@ class _LayerRows:
                     self.equations.add_part(rows[some], targets[some], part)
                     yield None
         except BaseException:
-            # Cut off midway: sums of which only some parts have these rows are worth nothing.
+            # Interrupted: sums of which only some parts have these rows are useless.
             self.equations.gram.zero_()
             self.equations.cross.zero_()
             self.num_added = 0
             raise
         self.num_added += num_rows
-        # Rows that came meanwhile went behind these.
+        # Rows that arrived meanwhile were appended after these.
         late = self.num_buffered - num_rows
         for block in (self._buffer.rows, self._buffer.targets):
             block[:late] = block[num_rows : self.num_buffered].clone()
         self.num_buffered = late
 
     def aside(self) -> tuple[RouterSample, torch.Tensor]:
-        """The rows kept aside as what was seen, and what the next router said of them."""
+        """The held-out rows: this layer's samples, and the next router's logits on them."""
         rows = self._aside.rows[: self._num_aside]
         ids = torch.arange(self._num_experts).expand(len(rows), -1)
         seen = RouterSample(rows[:, : self._hidden], ids, rows[:, self._hidden : -1])

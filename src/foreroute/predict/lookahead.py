@@ -1,4 +1,4 @@
-"""Guess the next layer's experts by running its router early, on what this layer's router reads."""
+"""Predict the next layer's experts by running its router early, on this layer's router input."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,11 +12,11 @@ from foreroute.predict.base import RouterSample, TokenGuess
 class NextRouter:
     """A MoE layer's router, ready to be run ahead.
 
-    route: router input [tokens, hidden] -> the router's outputs; None where it cannot be run just now.
+    route: router input [tokens, hidden] -> the router's outputs; None where it cannot run at the moment.
     ids_at, weights_at: positions of the expert ids and gate weights [tokens, k] among them. logits_at: of the gate
         logits [tokens, >= E], or -1.
-    scale: [hidden] by which the previous layer's router input is multiplied to become what this layer's norm would
-        have made of the same residual: this norm's weight over that one's. None where the norms are not known.
+    scale: [hidden]: turns the previous layer's router input into what this layer's norm would make of the same
+        residual: this norm's weight over that one's. None where the norms are not known.
     is_sorted: the router's choice comes best first.
     """
 
@@ -29,10 +29,10 @@ class NextRouter:
     is_sorted: bool = False
 
     def guess(self, router_input: torch.Tensor, width: int) -> TokenGuess | None:
-        """The router's own choice on `router_input` [tokens, hidden], cut to `width` or lengthened by the next best.
+        """Run the router on `router_input` [tokens, hidden]; its choice, cut or extended to `width` experts.
 
-        The router's own selection rule decides first, groups and corrections included; only what lies beyond its
-        top-k is ranked by plain logits, and weighs what their softmax gives it.
+        The router's own selection rule comes first, groups and corrections included; only experts beyond its top-k are
+        ranked by plain logits, and weighted by their softmax.
         """
         outputs = self.route(router_input)
         if outputs is None:
@@ -64,7 +64,7 @@ class RouterLookahead:
 
     Args:
         following: per MoE layer, the router of the next one; None where it cannot be run ahead.
-        inputs: by MoE layer, what its router read [tokens, width], where that is not what the experts get.
+        inputs: by MoE layer, its router's input [tokens, width], where it differs from the experts' input.
     """
 
     def __init__(
@@ -83,5 +83,5 @@ class RouterLookahead:
         read = self._inputs.get(layer)
         hidden = seen.hidden if read is None else read()
         if hidden is None or len(hidden) != len(seen.hidden):
-            return None  # what is asked about is not the step that runs
+            return None  # the saved input is of another step
         return following.guess(hidden if following.scale is None else hidden * following.scale, width)

@@ -1,4 +1,4 @@
-"""What the engine asks while it decodes: the experts to fetch early, as plain lists."""
+"""Turn predictions into plain lists of experts to prefetch while decoding."""
 
 from collections.abc import Callable, Sequence
 
@@ -7,29 +7,29 @@ import torch
 from foreroute.predict.base import Predictor, RouterSample, Select, guess_from_scores, most_wanted
 from foreroute.predict.token_table import RunningContext, TokenTable
 
-# Of a token's guessed gate mass: what weighs less is not fetched where it need not be waited for.
+# Experts with less of a token's predicted gate mass are not prefetched where misses are not waited for.
 _LEAST_WEIGHT = 0.05
 
 
 def no_residual(layer: int) -> torch.Tensor | None:
-    """The residual of a MoE layer where no predictor reads it."""
+    """A `residual_of` for models where no predictor reads the residual; its [tokens, hidden] is always None."""
     return None
 
 
 class PrefetchGuesses:
-    """A predictor's guesses over all tokens of a step, read back to the host.
+    """Merges a predictor's guesses over all tokens of a step and reads them back to the host.
 
     Args:
         num_experts: per MoE layer. widths: per MoE layer, experts guessed per token.
-        first: guesses layer 0 from the tokens, when there is one; select: reads its scores.
-        residual_of: MoE layer -> the step's residual stream after its attention; where no predictor reads it, nothing.
-        first_by_tokens: layer 0's own choice for token ids [tokens], where it goes by them alone, or None just now; it
-            is asked in place of `first`.
-        widths_without_waiting: those that hold while `without_waiting` is True; `widths` when left out.
+        first: predicts layer 0 from the tokens, where given; select: reads its scores.
+        residual_of: MoE layer -> residual stream of the step after its attention; None where no predictor reads it.
+        first_by_tokens: layer 0's choice for token ids [tokens], where they alone decide it, or None just now; asked
+            before `first`.
+        widths_without_waiting: used in place of `widths` while `without_waiting` is True.
 
     Attributes:
-        without_waiting: some misses will not be waited for. What is likely is then worth more than the router's
-            top-k: a guess of little weight is left out, as little is lost without it.
+        without_waiting: some misses will be substituted. Likely experts beyond the router's top-k then pay, and those
+            of little gate weight are left out, as little is lost without them.
     """
 
     def __init__(
@@ -55,7 +55,11 @@ class PrefetchGuesses:
         self._residual_of = residual_of
 
     def guess(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Sequence[int]:
-        """Experts of MoE layer `layer + 1`, distinct, best first. Arguments as of `RouterSample`. Cost: a read-back."""
+        """Predict MoE layer `layer + 1`: distinct experts, best first. Cost: a read-back.
+
+        Args:
+            hidden: [tokens, hidden], input of layer `layer`'s router. ids, weights: [tokens, k], its choice.
+        """
         widths = self._widths_without_waiting if self.without_waiting else self._widths
         guess = self._predictor.guess(
             layer, RouterSample(hidden, ids, weights, self._residual_of(layer)), widths[layer + 1]
@@ -68,12 +72,12 @@ class PrefetchGuesses:
                 guess.weights < _LEAST_WEIGHT * guess.weights.sum(-1, keepdim=True), num_experts
             )
         if len(ids) > 1:
-            # What no expert computes is padding, all of it alike: it would outvote the others.
+            # Tokens without any expert are padding, all of it alike: it would outvote the others.
             likely = likely[(ids < self._num_experts[layer]).any(-1)]
         return most_wanted(likely, num_experts)
 
     def guess_first(self, token_ids: torch.Tensor) -> Sequence[int]:
-        """Experts of MoE layer 0 for the step's `token_ids` [tokens], distinct, best first."""
+        """Predict MoE layer 0 for the step's `token_ids` [tokens]: distinct experts, best first."""
         if self._first_by_tokens is not None:
             ids = self._first_by_tokens(token_ids)
             return () if ids is None else most_wanted(ids, self._num_experts[0])
@@ -85,6 +89,6 @@ class PrefetchGuesses:
         return most_wanted(guess.ids, self._num_experts[0])
 
     def see_first(self, hidden: torch.Tensor, num_rows: int) -> None:
-        """Layer 0's router input of a step, [rows x positions, hidden]: what the next guess of it leans on."""
+        """Note a step's input of layer 0's router, [num_rows x positions, hidden]: context of its next guess."""
         if self._first is not None:
             self._context.see(hidden, num_rows)

@@ -1,6 +1,6 @@
-"""A linear guess per layer, and its solver: [router input, gate weights over the experts] -> the next router's logits.
+"""A linear predictor per layer, and its solver: [router input, gate weights] -> the next router's logits.
 
-What crosses the seam carries as much as the paper's quasi-hidden state, and needs neither the residual nor the norms.
+Its inputs carry as much as the paper's quasi-hidden state, and need neither the residual nor the norms.
 The normal equations are added up while tokens pass; activations are never kept.
 """
 
@@ -12,17 +12,17 @@ import torch
 from foreroute.predict.base import RouterSample, Select, TokenGuess, guess_from_scores
 from foreroute.predict.default_vector import weighted_rows
 
-# Rows turned to float64 at a time: bounds the temporaries to a few tens of MB for a hidden width of 2048.
+# Rows converted to float64 at a time: bounds the temporaries to a few tens of MB for a hidden width of 2048.
 _BLOCK_ROWS = 1024
 # A variance of less than this share of a feature's mean square is rounding: the feature was constant.
 _VARIANCE_FLOOR = {torch.float64: 1e-12, torch.float32: 1e-5}
 
 
 class NormalEquations:
-    """X^T X and X^T Y of a linear regression with a bias, added up as rows pass.
+    """X^T X and X^T Y of a linear regression with a bias, accumulated row by row.
 
     Args:
-        dtype: float64, or float32 where memory and time count more than the last digits.
+        dtype: float64, or float32 where memory and time matter more than the last digits.
     Memory: (features + 1) x (features + 1 + outputs) numbers; 40 MB for a hidden width of 2048 and 128 experts.
     """
 
@@ -47,7 +47,7 @@ class NormalEquations:
             self.cross.addmm_(rows.t(), y.double())
 
     def add_part(self, rows: torch.Tensor, targets: torch.Tensor, part: slice) -> None:
-        """Add the rows' share of some features alone: all parts of the same rows together are one `add`.
+        """Add the rows' products for some features only: all parts of the same rows together equal one `add`.
 
         Args:
             rows: [rows, features + 1] in the dtype of the sums, the last column 1. targets: [rows, outputs], likewise.
@@ -88,10 +88,10 @@ class NormalEquations:
 
 @dataclass(frozen=True)
 class RidgeLayer:
-    """The linear guess from one MoE layer to the next, all float32.
+    """A linear map from one MoE layer to the next, all float32.
 
-    from_hidden: [hidden, next experts]. from_gates: [experts + 1, next experts], the last row zero, where ids that are
-    no expert point. bias: [next experts].
+    from_hidden: [hidden, next experts]. from_gates: [experts + 1, next experts]; its last row is zero, for ids outside
+    the layer's experts. bias: [next experts].
     """
 
     from_hidden: torch.Tensor
@@ -99,17 +99,17 @@ class RidgeLayer:
     bias: torch.Tensor
 
     def scores(self, seen: RouterSample) -> torch.Tensor:
-        """[tokens, next experts], higher is likelier."""
+        """Scores [tokens, next experts], higher is likelier."""
         scores = torch.addmm(self.bias, seen.hidden.float(), self.from_hidden)
         return scores.add_(weighted_rows(self.from_gates, seen))
 
 
 class Ridge:
-    """A linear guess per layer.
+    """Predicts with one linear map per layer.
 
     Args:
         layers: per MoE layer; None where none was fitted.
-        selects: per MoE layer, how its scores of the next one are read; by the best scores when left out.
+        selects: per MoE layer, how scores of the next one are read; the best scores when left out.
     """
 
     def __init__(self, layers: Sequence[RidgeLayer | None], selects: Sequence[Select] | None = None) -> None:
@@ -123,17 +123,17 @@ class Ridge:
 
 
 def gate_vector(seen: RouterSample, num_experts: int) -> torch.Tensor:
-    """The gate weights as a vector over the experts: [tokens, experts] float32; ids that are no expert left out."""
+    """Gate weights of `seen` as a dense [tokens, num_experts] float32 tensor; ids outside the experts are left out."""
     dense = torch.zeros(seen.ids.shape[0], num_experts + 1, dtype=torch.float32)
     dense.scatter_add_(1, seen.ids.clamp(max=num_experts), seen.weights.float())
     return dense[:, :num_experts]
 
 
 class RidgeFit:
-    """Collects one layer's normal equations; `solve` gives its guess of the next layer.
+    """Accumulates one layer's normal equations; `solve` gives its `RidgeLayer`.
 
     Args:
-        num_experts: of the layer that guesses. num_targets: experts of the next one.
+        num_experts: of this layer. num_targets: experts of the next one.
     """
 
     def __init__(self, hidden: int, num_experts: int, num_targets: int) -> None:
@@ -142,17 +142,17 @@ class RidgeFit:
         self.equations = NormalEquations(hidden + num_experts, num_targets)
 
     def add(self, seen: RouterSample, targets: torch.Tensor) -> None:
-        """`targets` [tokens, next experts]: the next router's logits on the same tokens."""
+        """Add tokens `seen` with `targets` [tokens, next experts]: the next router's logits on them."""
         features = torch.cat([seen.hidden.float(), gate_vector(seen, self._num_experts)], 1)
         self.equations.add(features, targets)
 
     def solve(self, penalty: float) -> RidgeLayer:
-        """The layer's guess; see `NormalEquations.solve`."""
+        """Solve for the layer's map; see `NormalEquations.solve`."""
         return layer_of(self.equations, self._hidden, penalty)
 
 
 def layer_of(equations: NormalEquations, hidden: int, penalty: float) -> RidgeLayer:
-    """The solution as a layer's guess; the first `hidden` features are the router's input, the others gate weights."""
+    """Solve `equations` (see there for `penalty`); their first `hidden` features are router input, the others gates."""
     weights, bias = equations.solve(penalty)
     gates = torch.cat([weights[hidden:], torch.zeros(1, weights.shape[1], dtype=torch.float64)])
     return RidgeLayer(weights[:hidden].float().contiguous(), gates.float(), bias.float())

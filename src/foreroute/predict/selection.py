@@ -1,8 +1,8 @@
-"""How a linear guess of a router is fitted and read: by logits where logits decide, and by the router's own rule.
+"""How a linear guess of a router is fitted and read: by its logits where they decide, else by the router's own rule.
 
-Most routers choose their best logits. Others add corrections, or choose groups first: a guess of their logits is read
-by letting the router itself choose. Its logits are linear in its input, so an input that has the guessed logits is one
-product away, and the rule behind it, whatever it is, need not be known.
+Most routers choose their best logits. Others add corrections, or choose groups first: their guessed logits are read by
+letting the router itself choose. Its logits are linear in its input, so one product gives an input with the guessed
+logits, and the rule that follows need not be known.
 """
 
 from dataclasses import dataclass
@@ -13,20 +13,20 @@ from foreroute.predict.base import TokenGuess, guess_from_scores
 from foreroute.predict.lookahead import NextRouter
 
 _PROBED_STATES = 256
-# A correction is no matter for large logits, and all that matters for small ones: both are asked.
+# A correction hardly matters for large logits, and decides for small ones: both are tested.
 _PROBED_SCALES = (1.0, 0.02)
-# A router is plain when it chooses its best logits for so many tokens: equal ones may be ordered otherwise.
+# A router is plain when it chooses its best logits for this share of tokens: equal ones may be ordered otherwise.
 _PLAIN_SHARE = 0.99
 _LINEAR_TOLERANCE = 1e-3
-# Of routers that need nothing but the hidden state.
+# For routers that need only the hidden state.
 _ALWAYS = "a router that runs on its own always runs"
 
 
 @dataclass(frozen=True)
 class OwnRule:
-    """A router's choice on logits that it is given: it is asked about an input that has them.
+    """Applies a router's selection rule to given logits, by running it on an input that produces them.
 
-    to_input: [experts, hidden] float32: from logits to that input. at_zero: [experts] float32: the logits of no input.
+    to_input: [experts, hidden] float32: from logits to that input. at_zero: [experts] float32: logits of a zero input.
     """
 
     router: NextRouter
@@ -35,7 +35,7 @@ class OwnRule:
     dtype: torch.dtype
 
     def __call__(self, logits: torch.Tensor, width: int) -> TokenGuess:
-        """The choice for `logits` [tokens, experts]. Cost: one [experts, hidden] product, and the router."""
+        """Choose `width` experts per row of `logits` [tokens, experts]. Cost: [experts, hidden] product, router."""
         guess = self.router.guess(((logits - self.at_zero) @ self.to_input).to(self.dtype), width)
         assert guess is not None, _ALWAYS
         return guess
@@ -43,24 +43,24 @@ class OwnRule:
 
 @dataclass(frozen=True)
 class Selection:
-    """One layer's way: fitted to its logits or to its choices, and read by the best scores or by its own rule."""
+    """How one layer's guess is fitted (to logits or choices) and read (by the best scores or the router's rule)."""
 
     reads_logits: bool
     rule: OwnRule | None = None
 
     def targets(self, logits: torch.Tensor | None, ids: torch.Tensor, num_experts: int) -> torch.Tensor:
-        """What a guess should read, [tokens, experts] float32: the gate logits, or else 1 for each chosen expert."""
+        """Fitting targets [tokens, num_experts], float32: the gate `logits`, or else 1 for each of `ids`."""
         if self.reads_logits and logits is not None and len(logits) == len(ids):
             return logits[:, :num_experts].float()
         return chosen_experts(ids, num_experts)
 
     def __call__(self, scores: torch.Tensor, width: int) -> TokenGuess:
-        """The guess that `scores` [tokens, experts] are."""
+        """Read `scores` [tokens, experts] as a guess of `width` experts per token."""
         return guess_from_scores(scores, width) if self.rule is None else self.rule(scores, width)
 
 
 def selection_of(router: NextRouter | None, hidden: int, dtype: torch.dtype) -> Selection:
-    """Ask the router about random states: the same answer for the same weights.
+    """Find the router's kind by running it on random states: the same answer for the same weights.
 
     Args:
         router: None where it cannot be run on its own. hidden: width of its input. dtype: of its input.
@@ -86,7 +86,7 @@ def _is_plain(router: NextRouter, states: torch.Tensor) -> bool:
 
 
 def _own_rule(router: NextRouter, states: torch.Tensor) -> OwnRule | None:
-    """From the router's answers on the unit vectors; None where its logits are not linear in its input."""
+    """Build the rule from the router's outputs on unit vectors; None where its logits are not linear in its input."""
     hidden = states.shape[1]
     at_zero = _logits(router, torch.zeros_like(states[:1]))[0]
     weights = _logits(router, torch.eye(hidden, dtype=states.dtype)) - at_zero
@@ -105,6 +105,6 @@ def _logits(router: NextRouter, states: torch.Tensor) -> torch.Tensor:
 
 
 def chosen_experts(ids: torch.Tensor, num_experts: int) -> torch.Tensor:
-    """[tokens, experts] float32: 1 for each of `ids` [tokens, k], 0 elsewhere; ids that are no expert left out."""
+    """[tokens, num_experts] float32: 1 for each of `ids` [tokens, k], 0 elsewhere; ids outside the experts left out."""
     chosen = torch.zeros(len(ids), num_experts + 1, dtype=torch.float32)
     return chosen.scatter_(1, ids.clamp(max=num_experts), 1.0)[:, :num_experts]

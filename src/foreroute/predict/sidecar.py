@@ -1,6 +1,6 @@
-"""What was fitted, on disk: one safetensors file beside the checkpoint, which fits that checkpoint and no other.
+"""The sidecar: fitted predictors in one safetensors file beside the checkpoint, valid for that checkpoint alone.
 
-The bytes are a function of the model, the text and the settings alone: no time, no path, no order of a hash map.
+Its bytes depend only on the model, the text and the settings: no time, no path, no order of a hash map.
 """
 
 import json
@@ -23,7 +23,7 @@ from foreroute.writing import atomic_write
 
 SIDECAR_NAME = "predictor.foreroute.safetensors"
 FORMAT = 3
-# All metadata under one key: safetensors writes several in the order of a hash map.
+# All metadata under one key: safetensors writes several keys in the order of a hash map.
 _KEY = "foreroute"
 _ESTIMATOR = "estimator."
 _TABLE = "token_table."
@@ -33,11 +33,10 @@ _TABLE = "token_table."
 class Sidecar:
     """Fitted predictors of one model.
 
-    fingerprint: of the checkpoint (CheckpointIndex.fingerprint). about: how it was made and how good it is: corpus,
-    settings, held-out scores.
-    ridge: per MoE layer its guess of the next. default_vectors: per MoE layer [experts, hidden], empty when no expert
-    could be observed. token_table: guesses layer 0. popularity: per MoE layer [experts] int64.
-    choice: per MoE layer the name of the predictor that guesses the next one; None for no guess.
+    fingerprint: of the checkpoint (CheckpointIndex.fingerprint). about: corpus, settings, held-out scores.
+    ridge: per MoE layer its map to the next. default_vectors: per MoE layer [experts, hidden], empty when no expert
+    could be observed. token_table: predicts layer 0. popularity: per MoE layer [experts] int64.
+    choice: per MoE layer the name of the predictor of the next one; None for no guess.
     estimator: its weights by name; empty when none was trained.
     """
 
@@ -51,7 +50,7 @@ class Sidecar:
     estimator: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Everything fitted, by name."""
+        """Everything fitted, by name: e.g. each layer's default vectors [experts, hidden]."""
         named: dict[str, torch.Tensor] = {}
         for layer, entry in enumerate(self.ridge):
             if entry is not None:
@@ -69,7 +68,7 @@ class Sidecar:
         return {name: tensor.contiguous() for name, tensor in sorted(named.items())}
 
     def save(self, path: Path) -> None:
-        """Write the file; it gets its name when it is whole.
+        """Write the file under a temporary name and rename it when it is complete.
 
         Raises:
             PredictorError: it cannot be written.
@@ -86,12 +85,12 @@ class Sidecar:
 
     @classmethod
     def load(cls, path: Path, fingerprint: str) -> "Sidecar":
-        """Read and check a file written by `save`, of this version or of an earlier one of the same format.
+        """Read and check the file at `path`, written by `save` in this version or an earlier one of the same format.
 
         What earlier versions fitted besides, a guess from before each layer's own attention, is left out.
 
         Args:
-            fingerprint: of the checkpoint that it is wanted for.
+            fingerprint: of the checkpoint in use.
         Raises:
             PredictorError: not such a file, truncated, damaged, or fitted to another model.
         """
@@ -120,7 +119,7 @@ class Sidecar:
 
 
 def find_sidecar(folder: Path, asked: str) -> Path | None:
-    """The sidecar to use: "auto" is the one beside the checkpoint if it is there, "no" none, else a file or a folder.
+    """Find the sidecar: `asked` is "auto" (the one in `folder`, if any), "no" (none), or a file or folder.
 
     Raises:
         PredictorError: `asked` names a file that does not exist.
@@ -139,7 +138,7 @@ def find_sidecar(folder: Path, asked: str) -> Path | None:
 
 
 def write_whole(path: Path, tensors: Mapping[str, torch.Tensor], about: Mapping[str, Any]) -> None:
-    """Write a safetensors file that is whole or not there.
+    """Write `tensors` of any shape [...] and the metadata `about` to `path`; a failed write leaves no file there.
 
     Raises:
         PredictorError: it cannot be written.
@@ -152,7 +151,7 @@ def write_whole(path: Path, tensors: Mapping[str, torch.Tensor], about: Mapping[
 
 
 def read_whole(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The tensors and the metadata of a file written by `write_whole`.
+    """Read a file written by `write_whole`: its tensors, of any shape [...], and its metadata.
 
     Raises:
         PredictorError: not such a file, a git-LFS pointer, or truncated.
@@ -160,7 +159,7 @@ def read_whole(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     check_no_pointer(path, PredictorError)
     wrong = f"{path} is truncated or no file of `foreroute fit`"
     with named(wrong, PredictorError, _fit_again()):
-        # Not mapped: a mapped file that is cut off ends the process, one that is written over changes what was read.
+        # Not mapped: a mapped file that is truncated kills the process; overwriting one changes tensors read from it.
         raw = path.read_bytes()
         header_nbytes = int.from_bytes(raw[:8], "little")
         metadata = parse_object(raw[8 : 8 + header_nbytes], wrong, PredictorError, _fit_again()).get("__metadata__")
@@ -172,7 +171,7 @@ def read_whole(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
 
 
 def _why_no_account(about: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> str:
-    """What the metadata of a sidecar lack; "" where they are whole."""
+    """What a sidecar's metadata lacks; "" where it is complete."""
     choice, made = about.get("choice"), about.get("about")
     if not isinstance(choice, list) or not all(isinstance(name, str | None) for name in choice):
         return f"its choice of predictors is {choice!r:.40}"

@@ -1,7 +1,7 @@
-"""Layer 0 has no layer before it: its experts are guessed from the token, by a table token -> logits, and the context.
+"""Predict layer 0's experts, which no layer precedes, from the token (a table token -> logits) and its context.
 
-The context of a token is what layer 0's router read at the tokens before it, the recent ones most: its attention mixes
-something like it into what the router will read. Known before the step begins, as the table is.
+The context of a token is the router input of layer 0 at the tokens before it, the recent ones most: its attention mixes
+something like it into the router's input. Both are known before the step begins.
 """
 
 from dataclasses import dataclass
@@ -11,9 +11,9 @@ import torch
 from foreroute.predict.base import Select, TokenGuess, guess_from_scores
 from foreroute.predict.ridge import NormalEquations
 
-# A token seen so often is believed as much as what its embedding says.
+# A token seen this often counts as much as the prediction from its embedding.
 _PRIOR_COUNT = 1.0
-# What a token counts in the context, beside the one after it.
+# Weight of a token in the context, relative to the one after it.
 _DECAY = 0.8
 # Older ones count less than a millionth.
 _MOST_POSITIONS = 64
@@ -32,15 +32,15 @@ def context_before(hidden: torch.Tensor) -> torch.Tensor:
 
 
 class RunningContext:
-    """The context of the next token of each row, while a text is decoded."""
+    """The context of each row's next token during decoding."""
 
     def __init__(self) -> None:
         self._rows: torch.Tensor | None = None
 
     def see(self, hidden: torch.Tensor, num_rows: int) -> None:
-        """Layer 0's router input of a step, [rows x positions, width]; several positions are the start of a text.
+        """Add layer 0's router input `hidden` [num_rows x positions, width] of a step; several positions start a text.
 
-        What is no whole number of positions for each row is of some other call, and is not known.
+        If the tokens are not a whole number of positions per row, the call is another one and the context is unknown.
         """
         if len(hidden) % num_rows:
             self._rows = None
@@ -55,18 +55,18 @@ class RunningContext:
         self._rows = torch.lerp(rows[:, -1], self._rows, _DECAY)
 
     def of_rows(self, num_rows: int) -> torch.Tensor | None:
-        """[rows, width]; None where nothing of so many rows was seen."""
+        """The context [rows, width]; None unless the last step had `num_rows` rows."""
         return self._rows if self._rows is not None and len(self._rows) == num_rows else None
 
 
 @dataclass(frozen=True)
 class TokenTable:
-    """Scores of MoE layer 0's experts.
+    """Scores MoE layer 0's experts by token and context.
 
-    scores: [vocabulary, experts], any float dtype, by token, in the contexts in which it was seen.
-    from_context: [width, experts] float32, what a context adds to them as it differs from mean_context [width], that
-    of all tokens. A token whose own contexts are unlike others' is shifted by that difference twice: sums of contexts
-    by token would mend it, and take vocabulary x width numbers.
+    scores: [vocabulary, experts], any float dtype: by token, in the contexts in which it was seen.
+    from_context: [width, experts] float32: added for the difference between a context and mean_context [width], the
+    mean over all tokens. A token whose own contexts are unlike others' is shifted by that difference twice: sums of
+    contexts by token would correct it, and take vocabulary x width numbers.
     """
 
     scores: torch.Tensor
@@ -76,7 +76,7 @@ class TokenTable:
     def guess(
         self, token_ids: torch.Tensor, context: torch.Tensor | None, width: int, select: Select = guess_from_scores
     ) -> TokenGuess:
-        """The guess for `token_ids` [tokens] in their `context` [tokens, width], or in a usual one.
+        """Predict for `token_ids` [tokens] in `context` [tokens, width] (None: the mean); `select` reads the scores.
 
         Cost: one row per token, and one [tokens, width] x [width, experts] product in fp32.
         """
@@ -87,7 +87,7 @@ class TokenTable:
 
 
 class TokenTableFit:
-    """Mean logits of layer 0 by token, leaning on a linear map from the token's embedding where few were seen.
+    """Mean logits of layer 0 by token, shrunk to a linear map of the token's embedding where few were seen.
 
     Memory: vocabulary x experts doubles (156 MB for 152k tokens and 128 experts), and the normal equations of a linear
     map from embedding and context (134 MB at widths of 2048).
@@ -105,13 +105,13 @@ class TokenTableFit:
     def add(
         self, token_ids: torch.Tensor, embeddings: torch.Tensor, context: torch.Tensor, targets: torch.Tensor
     ) -> None:
-        """Add `token_ids` [tokens], their input `embeddings` and `context` [tokens, width], and layer 0's `targets`."""
+        """Add `token_ids` [tokens], their `embeddings` and `context` [tokens, width], `targets` [tokens, experts]."""
         self.sums.index_add_(0, token_ids, targets.double())
         self.counts += torch.bincount(token_ids, minlength=len(self.counts))
         self.equations.add(torch.cat([embeddings.float(), context.float()], 1), targets)
 
     def solve(self, embeddings: torch.Tensor, penalty: float) -> TokenTable:
-        """The table, float16, for the input `embeddings` [vocabulary, embedding] of all tokens."""
+        """Solve for the float16 table: all tokens' `embeddings` [vocabulary, embedding], the ridge's `penalty`."""
         weights, bias = self.equations.solve(penalty)
         from_embedding, from_context = weights[: self._embedding], weights[self._embedding :]
         mean_context = self.equations.gram[-1, self._embedding : -1] / self.equations.num_rows
