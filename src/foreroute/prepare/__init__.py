@@ -1,1 +1,1 @@
-"""What is made once, beside a checkpoint? Packed stores, fitted predictors and their scores."""
+"""What is prepared once beside a checkpoint? Packed stores, fitted predictors and their scores."""

@@ -1,7 +1,7 @@
-"""What a predictor must beat, and what shows that the measurement itself is sound.
+"""Baselines that a predictor must beat, and controls that show that the measurement is sound.
 
-A recall means little alone: experts that are always popular, or that the previous token used, give some for nothing.
-The oracle must read exactly 100 %; a guess shuffled over the tokens must fall to what popularity gives.
+Recall alone means little: always popular experts, or those that the previous token used, already reach some.
+The oracle must read exactly 100 %; a guess shuffled over the tokens must fall to popularity's recall.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,11 +15,11 @@ from foreroute.predict.token_table import TokenTable, context_before
 
 
 class Moment(NamedTuple):
-    """A MoE layer on the tokens of one forward pass, when its routing is known and can be compared with a guess.
+    """One MoE layer on the tokens of one forward pass, with its routing known, to be compared with a guess.
 
-    layer: the layer that is guessed. num_experts: its experts. now: what it saw and chose: the truth.
-    before: what the MoE layer before it saw; None for layer 0. token_ids: [tokens]. context: positions per row; tokens
-    are rows of the batch, one after the other. pass_index: counts forward passes.
+    layer: the predicted layer. num_experts: its experts. now: its input and choice: the truth.
+    before: the sample of the MoE layer before it; None for layer 0. token_ids: [tokens]. context: positions per row;
+    tokens are rows of the batch, one after the other. pass_index: counts forward passes.
     """
 
     layer: int
@@ -31,12 +31,12 @@ class Moment(NamedTuple):
     pass_index: int
 
 
-# A guess for a moment: (moment, width) -> at most `width` experts per token, None where there is nothing to say.
+# Predicts a moment: (moment, width) -> at most `width` experts per token, or None for no guess.
 Guesser = Callable[[Moment, int], TokenGuess | None]
 
 
 def of_predictor(predictor: Predictor, first: Guesser | None = None) -> Guesser:
-    """A predictor as a guesser; `first` guesses layer 0."""
+    """Wrap `predictor` as a guesser; `first` predicts layer 0."""
 
     def guess(moment: Moment, width: int) -> TokenGuess | None:
         if moment.before is None:
@@ -47,7 +47,7 @@ def of_predictor(predictor: Predictor, first: Guesser | None = None) -> Guesser:
 
 
 def first_only(table: TokenTable, select: Select) -> Guesser:
-    """The token table alone: layer 0, and no other."""
+    """Predict layer 0 from the token `table`, with `select` reading its scores; None for the other layers."""
 
     def guess(moment: Moment, width: int) -> TokenGuess | None:
         return table.guess(moment.token_ids, context_of(moment), width, select) if moment.layer == 0 else None
@@ -56,13 +56,13 @@ def first_only(table: TokenTable, select: Select) -> Guesser:
 
 
 def context_of(moment: Moment) -> torch.Tensor:
-    """[tokens, hidden]: the context of each token at layer 0, by what its router read at the tokens before."""
+    """The context [tokens, hidden] of each token at layer 0, from the router's input at the tokens before."""
     hidden = moment.now.hidden
     return context_before(hidden.view(-1, moment.context, hidden.shape[-1])).flatten(0, 1)
 
 
 def oracle(routers: Sequence[NextRouter | None]) -> Guesser:
-    """Zero staleness: the layer's own router on its own input. What is not exactly 100 % is an error of measurement."""
+    """Run each layer's own router on its own input; less than exactly 100 % recall is an error of measurement."""
 
     def guess(moment: Moment, width: int) -> TokenGuess | None:
         router = routers[moment.layer]
@@ -72,7 +72,7 @@ def oracle(routers: Sequence[NextRouter | None]) -> Guesser:
 
 
 def uniform(seed: int = 0) -> Guesser:
-    """Experts drawn at random: recall is width / experts."""
+    """Draw experts at random by `seed`: recall is width / experts."""
 
     def guess(moment: Moment, width: int) -> TokenGuess:
         scores = torch.rand(
@@ -84,7 +84,7 @@ def uniform(seed: int = 0) -> Guesser:
 
 
 def shuffled(guesser: Guesser, seed: int = 0) -> Guesser:
-    """`guesser`'s guesses, each given to another token of the pass: what is left is not about the token."""
+    """Give each of `guesser`'s guesses to another token of the pass, by `seed`: recall left is not the token's."""
 
     def guess(moment: Moment, width: int) -> TokenGuess | None:
         made = guesser(moment, width)
@@ -97,10 +97,10 @@ def shuffled(guesser: Guesser, seed: int = 0) -> Guesser:
 
 
 class Popularity:
-    """The experts that each layer routed most tokens to so far, in the text that is scored and in `counts`.
+    """Predicts the experts that each layer routed most tokens to so far, in the scored text and in `counts`.
 
     Args:
-        counts: per MoE layer [experts], from calibration; zeros where nothing is known.
+        counts: per MoE layer [experts], from calibration; zeros where unknown.
     """
 
     def __init__(self, counts: Sequence[torch.Tensor]) -> None:
@@ -112,21 +112,21 @@ class Popularity:
         return _equal_weights(best.expand(len(moment.token_ids), -1))
 
     def learn(self, moment: Moment) -> None:
-        """Count a moment, after all guesses for it have been made."""
+        """Count a moment's routing, after all guesses for it were made."""
         self._counts[moment.layer] += expert_counts(moment.now.ids, moment.num_experts)
 
     def scores(self, layer: int) -> torch.Tensor:
-        """[experts], each expert's share of the routed, 0 to 1."""
+        """Each expert's share of the layer's routing, [experts], 0 to 1."""
         counts = self._counts[layer].float()
         return counts / counts.sum().clamp(min=1)
 
 
 def previous_token(popularity: Popularity) -> Guesser:
-    """What the layer chose for the token before; then, and for the first token of a row, what is popular."""
+    """Predict the choice for the token before, then `popularity`'s; those alone for a row's first token."""
 
     def guess(moment: Moment, width: int) -> TokenGuess:
         scores = popularity.scores(moment.layer).expand(len(moment.token_ids), -1)
-        # One column more takes the ids that are no expert.
+        # One more column, for ids outside the experts.
         chosen = torch.zeros(len(moment.token_ids), moment.num_experts + 1, dtype=torch.float32)
         weights = moment.now.weights.float()
         ranks = weights.argsort(-1).argsort(-1).float() + 2.0  # above any share
@@ -141,7 +141,7 @@ def previous_token(popularity: Popularity) -> Guesser:
 
 
 def expert_counts(ids: torch.Tensor, num_experts: int) -> torch.Tensor:
-    """[experts] int64: how often each expert was chosen; ids that are no expert are left out."""
+    """Count how often each expert was chosen, [num_experts] int64; other `ids` [tokens, k] are left out."""
     return torch.bincount(ids.flatten().clamp(max=num_experts), minlength=num_experts + 1)[:num_experts]
 
 
@@ -150,5 +150,5 @@ def _equal_weights(ids: torch.Tensor) -> TokenGuess:
 
 
 def _generator(seed: int, moment: Moment) -> torch.Generator:
-    """Of its own for each moment: the order in which predictors are asked changes no number."""
+    """A generator per moment, so that the order in which predictors run changes no number."""
     return torch.Generator().manual_seed((seed * 1_000_003 + moment.pass_index) * 4099 + moment.layer)

@@ -1,4 +1,4 @@
-"""From text files to windows of tokens, the same ones every time."""
+"""Cut text files into windows of tokens, reproducibly."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,13 +11,13 @@ import xxhash
 from foreroute.errors import PredictorError
 from foreroute.reading import read_text
 
-# Only so much text is tokenised: a token is rarely longer than this on the average.
+# At most this many characters per wanted token are tokenised: tokens are rarely longer on average.
 _CHARS_PER_TOKEN = 12
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Text as token ids [windows, context], in the order of the files; `digest` tells it from any other."""
+    """Text as token ids [windows, context], in the order of the files; `digest` identifies it."""
 
     windows: torch.Tensor
     digest: str
@@ -28,7 +28,7 @@ class Corpus:
         return self.windows.numel()
 
     def split(self, every: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The windows less every `every`-th, and those, which are held out; at least one on each side."""
+        """Hold out every `every`-th window: (others, held out), each [windows, context] and not empty."""
         held_out = torch.zeros(len(self.windows), dtype=torch.bool)
         held_out[every - 1 :: every] = True
         if not held_out.any():
@@ -37,10 +37,10 @@ class Corpus:
 
 
 def read_corpus(tokenizer: Any, files: Sequence[Path], num_tokens: int | None, context: int) -> Corpus:
-    """Cut text into windows of `context` tokens; where there is more than asked for, windows are spread evenly over it.
+    """Cut `files` into windows of `context` tokens by `tokenizer`; from a longer text, windows are spread evenly.
 
     Args:
-        num_tokens: at most so many; None for all.
+        num_tokens: the most tokens; None for all.
     Raises:
         PredictorError: a file cannot be read, is not UTF-8, or there is less than two windows of text.
     """

@@ -1,4 +1,4 @@
-"""Fit a model's predictors from any text, in one pass: sums over most windows, then a choice on those held out."""
+"""Fit a model's predictors to any text, in one pass: sums over most windows, then a choice on the held-out ones."""
 
 import time
 from collections.abc import Callable
@@ -24,12 +24,12 @@ from foreroute.types import Progress
 
 @dataclass(frozen=True)
 class FitSettings:
-    """What, besides the model and the text, decides the bytes of the result.
+    """All settings that decide the bytes of the result, besides the model and the text.
 
-    rows: windows per forward pass. held_out_every: of so many windows one is held out. penalty: of the ridge, relative
-    to each feature's variance. estimator: also train the paper's estimator, so; None for not.
-    on_policy: fit a second time, on the states of a run that never waits: experts that the first fit did not guess are
-    stood in for by their default vectors.
+    rows: windows per forward pass. held_out_every: one window of this number is held out. penalty: of the ridge,
+    relative to each feature's variance. estimator: settings to train the paper's estimator too; None not to.
+    on_policy: fit a second time, on the states of a run that never waits: experts that the first fit did not predict
+    are substituted.
     """
 
     rows: int = 8
@@ -40,12 +40,12 @@ class FitSettings:
 
 
 def exact_path(path: Path) -> Path:
-    """Where a fit in two rounds keeps the result of its first."""
+    """Path where a fit in two rounds keeps the result of its first."""
     return path.with_name(path.name + ".exact")
 
 
 def partial_path(path: Path) -> Path:
-    """Where an unfinished fit keeps its sums."""
+    """Path where an unfinished fit keeps its sums."""
     return path.with_name(path.name + ".partial")
 
 
@@ -63,13 +63,13 @@ def fit(
 ) -> Sidecar:
     """Fit everything to `model` and write the sidecar `path`; works with the experts offloaded.
 
-    A fit that was stopped goes on from where its sums were last saved, and ends with the same bytes. The number of
-    torch threads is part of what must be the same: sums of another order differ in their last bits.
+    A stopped fit continues from its last saved sums, and ends with the same bytes, if the number of torch threads is
+    the same: sums in another order differ in their last bits.
 
     Args:
-        model: of `foreroute.load`. fingerprint: of its checkpoint.
-        progress: called with (tokens done, all tokens) after each forward pass.
-        save_every_s: how often the sums are saved, in seconds.
+        model: of `foreroute.load`. fingerprint: of its checkpoint. corpus: the text. settings: None for the defaults.
+        progress: called with (tokens done, all tokens) after each forward pass. resume: False starts anew.
+        save_every_s: how often the sums are saved, in seconds by `clock`.
     Raises:
         PredictorError: a file cannot be written.
     Cost: a prefill of the text, and rows x features^2 multiply-adds per layer. Memory: see `Sums`.
@@ -115,7 +115,7 @@ def fit(
 
 
 def _first_round(path: Path, fingerprint: str, about: dict[str, Any]) -> Sidecar | None:
-    """What the exact round of the same fit left, when it was stopped in its second."""
+    """Read the exact round's result of the same fit, if that was stopped in its second round."""
     try:
         saved = Sidecar.load(path, fingerprint)
     except PredictorError:
@@ -133,7 +133,7 @@ def _round(
     stand_ins: StandIns | None,
     progress: Callable[[int], None],
 ) -> Sidecar:
-    """Sums over most windows, a solution, and a choice on the held-out ones: on exact states, or on a policy's."""
+    """Sum over most windows, solve, and choose on the held-out ones: on exact states, or with substitutes."""
     train, held_out = corpus.split(settings.held_out_every)
     sums = Sums(model, settings.estimator, num_tokens=train.numel())
     keeper = keeper_of(sums)
@@ -148,12 +148,12 @@ def _round(
         run_passes(run, train, settings.rows, lambda done, _: progress(done))
     sidecar = _solved(model, sums, fingerprint, settings)
     scorer = _scored(model, sidecar, held_out, settings.rows, stand_ins, lambda done, _: progress(train.numel() + done))
-    # The guess of layer 0 comes at another time: it is no alternative.
+    # The token table predicts layer 0 alone, so that it is no alternative here.
     of_next = [name for name in scorer.tallies if name != known.TOKEN_TABLE]
     missed = {name: scorer.tallies[name].as_dict()["missed_mass"] for name in of_next}
     return replace(
         sidecar,
-        # A layer's guess is of the layer after it.
+        # A layer predicts the layer after it.
         choice=[*choose({name: layers[1:] for name, layers in missed.items()}), None],
         about={
             **about,
@@ -165,7 +165,7 @@ def _round(
 
 
 def _solved(model: Any, sums: Sums, fingerprint: str, settings: FitSettings) -> Sidecar:
-    """Predictors from sums; nothing chosen yet."""
+    """Solve the sums for predictors, without choosing between them."""
     if sums.estimator is not None:
         sums.estimator.train()
     return Sidecar(
@@ -182,7 +182,7 @@ def _solved(model: Any, sums: Sums, fingerprint: str, settings: FitSettings) -> 
 def _scored(
     model: Any, sidecar: Sidecar, held_out: torch.Tensor, rows: int, stand_ins: StandIns | None, progress: Progress
 ) -> Scorer:
-    """Every predictor of the sidecar on the held-out windows."""
+    """Score every predictor of the sidecar on the held-out windows."""
     candidates = known.fitted(model.foreroute.layers, model.dtype, sidecar)
     scorer = Scorer(
         guessers_of(candidates, sidecar, known.selections(model.foreroute.layers, model.dtype)), len(sidecar.choice)
@@ -193,7 +193,7 @@ def _scored(
 
 
 class _Keeper:
-    """Saves the sums from time to time, and finds them again."""
+    """Saves the sums at intervals, and restores them."""
 
     def __init__(
         self,
@@ -210,7 +210,7 @@ class _Keeper:
         self._save_every_s = save_every_s
         self._clock = clock
         self._saved_at = clock()
-        # Passes that saved sums of the same model, text, settings and round hold.
+        # Forward passes in the saved sums of the same model, text, settings and round.
         self.num_passes = self._resume() if resume else 0
 
     def _resume(self) -> int:
@@ -219,7 +219,7 @@ class _Keeper:
         try:
             saved, about = read_whole(self._path)
         except PredictorError:
-            # A damaged file of another crash costs its passes, not the fit.
+            # A damaged file of an earlier crash costs its passes, not the fit.
             return 0
         passes, sums = about.get("passes"), self._sums.tensors()
         if about.get("of") != self._about or type(passes) is not int:
@@ -231,7 +231,7 @@ class _Keeper:
         return passes
 
     def after_pass(self, num_passes: int) -> None:
-        """Save when it is time."""
+        """Save if the interval has passed."""
         if self._clock() - self._saved_at >= self._save_every_s:
             write_whole(self._path, self._sums.tensors(), {"of": self._about, "passes": num_passes})
             self._saved_at = self._clock()

@@ -1,7 +1,7 @@
-"""The states that an approximate policy sees: a routed expert that was not guessed is stood in for, never waited for.
+"""Produce the states of an approximate policy: routed experts that were not predicted are substituted.
 
-A predictor fitted to exact states meets others when a policy runs without some experts. Running the text this way,
-and fitting again, shows it the states that it will meet.
+A predictor fitted to exact states meets others when a policy runs without some experts. Running the text so, and
+fitting again, shows it those states.
 """
 
 from collections.abc import Sequence
@@ -13,11 +13,11 @@ from foreroute.predict.default_vector import weighted_rows, with_no_expert
 
 
 class StandIns:
-    """Decides which experts a layer lacks, and what stands in for them.
+    """Decides which of a layer's experts are missing, and substitutes their default vectors.
 
     Args:
-        predictor: its top-k guess for a layer is all that is there; a layer without a guess has everything.
-        default_vectors: per MoE layer [experts, hidden]; a layer without them has everything.
+        predictor: only its top-k guess for a layer counts as resident; without a guess, all experts do.
+        default_vectors: per MoE layer [experts, hidden]; without them, all experts of the layer count as resident.
     """
 
     def __init__(self, predictor: Predictor, default_vectors: Sequence[torch.Tensor | None]) -> None:
@@ -25,10 +25,10 @@ class StandIns:
         self._rows = [None if vectors is None else with_no_expert(vectors) for vectors in default_vectors]
 
     def missing(self, layer: int, before: RouterSample | None, ids: torch.Tensor) -> torch.Tensor | None:
-        """[tokens, k] bool: which of the routed `ids` are not there; None where nothing is missing.
+        """Which of the routed `ids` are missing, [tokens, k] bool; None where none is.
 
         Args:
-            before: what the MoE layer before saw; None for layer 0, which waits.
+            before: sample of the MoE layer before; None for layer 0, which waits.
         """
         if before is None or self._rows[layer] is None:
             return None
@@ -36,7 +36,7 @@ class StandIns:
         return None if guess is None else ~(ids[:, :, None] == guess.ids[:, None, :]).any(-1)
 
     def sum_of(self, layer: int, seen: RouterSample) -> torch.Tensor:
-        """[tokens, hidden]: the default vectors of `seen`'s experts by gate weight, in its hidden states' dtype."""
+        """Sum the default vectors of `seen`'s experts in `layer` by gate weight: [tokens, hidden] in its dtype."""
         rows = self._rows[layer]
         assert rows is not None, "nothing stands in for this layer"
         return weighted_rows(rows, seen).to(seen.hidden.dtype)

@@ -1,4 +1,4 @@
-"""Write a packed store: every expert is read once, a few at a time, and written as it will lie in a slot."""
+"""Write a packed store: read every expert once, a few at a time, and write it in its slot's layout."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from foreroute.transfer.memory import allocate_slots
 from foreroute.types import Progress
 from foreroute.writing import Claim
 
-# Experts in memory at once: one being written while the next ones are read.
+# Experts in memory at once: one is written while the next ones are read.
 _RING_SLOTS = 4
 
 
@@ -26,16 +26,16 @@ def pack(
     quantiser: Quantiser | None = None,
     claim: Claim | None = None,
 ) -> int:
-    """Write the store at `path` and return its size in bytes; quantised, where there is a quantiser of `table`.
+    """Write the experts of `table` to a store at `path`, encoded by `quantiser` if given; return its size in bytes.
 
-    A partial file left by a crash is continued; an interrupt removes it unless `keep_partial`.
+    A partial file left by a crash is continued if `resume`; an interrupt removes it unless `keep_partial`.
 
     Args:
-        claim: of `claim_store`, where the caller has it already; given up in the end.
+        progress: called with (experts done, all). claim: of `claim_store`, if the caller has one; given up at the end.
     Raises:
         StoreError: the disk is full or cannot be written, or another process is writing this store.
         ReadError: an expert could not be read; named.
-        ChangedFileError: the checkpoint was replaced or written to meanwhile; what was written is removed.
+        ChangedFileError: the checkpoint was replaced or written to meanwhile; the partial file is removed.
     """
     keys = table.keys.all()
     kind: dict[str, Any] = {}
@@ -46,7 +46,7 @@ def pack(
         try:
             _read_and_write(table, keys, writer, progress, quantiser)
         except (KeyboardInterrupt, ChangedFileError) as error:
-            # Of a checkpoint that is not what it was nothing is kept: going on with it would mix two models.
+            # Keep nothing of a checkpoint that changed: continuing would mix two models.
             if isinstance(error, ChangedFileError) or not keep_partial:
                 writer.discard()
             raise

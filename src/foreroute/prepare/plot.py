@@ -1,4 +1,4 @@
-"""Recall per layer as a picture, one line per predictor."""
+"""Plot recall per layer, one line per predictor."""
 
 import importlib.util
 from pathlib import Path
@@ -13,10 +13,10 @@ _CONTROLS = ("oracle", "shuffled", "previous token", "popularity", "random")
 
 
 def check(path: Path) -> None:
-    """Say what is missing before minutes are spent on measuring.
+    """Check that `draw` can work, before minutes are spent on measuring.
 
     Raises:
-        ForerouteError: matplotlib is not installed, or there is no such folder.
+        ForerouteError: matplotlib is not installed, or the folder does not exist.
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise ForerouteError("Plots need matplotlib: pip install matplotlib, or leave --png out.")
@@ -27,12 +27,12 @@ def check(path: Path) -> None:
 def _style(name: str) -> dict[str, Any]:
     if name in _CONTROLS:
         return {"linestyle": ":", "linewidth": 1.0}
-    # It lies on the line of whichever predictor it chose: that one must show through.
+    # It lies on the line of whichever predictor it chose: that one must stay visible.
     return {"linestyle": "--", "linewidth": 1.5, "color": "black"} if name == HYBRID else {"linewidth": 2.5}
 
 
 def draw(scores: Scores, path: Path, title: str) -> None:
-    """Write the picture (the suffix of `path` chooses the format).
+    """Write the picture of `scores` under `title` (the suffix of `path` chooses the format).
 
     Raises:
         ForerouteError: it cannot be written.

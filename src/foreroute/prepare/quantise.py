@@ -1,4 +1,4 @@
-"""From experts as the checkpoint stores them to experts as a quantised store holds them, one at a time."""
+"""Encode experts from the checkpoint's layout to that of a quantised store, one at a time."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ from foreroute.kernels.torch.quant import Matrix, decode, encode, order_of
 
 @dataclass
 class LayerError:
-    """How far a layer's quantised matrices are from its own: sums of squares over the experts that were measured."""
+    """Quantisation error of a layer's matrices: sums of squares over the measured experts."""
 
     lost: float = 0.0
     whole: float = 0.0
@@ -23,7 +23,7 @@ class LayerError:
 
     @property
     def relative(self) -> float:
-        """The error of an output for inputs without a direction, as a share of the output: root mean square."""
+        """Root mean square error of an output, as a share of the output, for inputs with no preferred direction."""
         return (self.lost / self.whole) ** 0.5 if self.whole else 0.0
 
 
@@ -32,11 +32,11 @@ class Quantiser:
     """Encodes experts of `source` for a store.
 
     source: the experts as the checkpoint stores them. is_transposed: per layer, matrices are stored as [in, out].
-    measured: experts of each layer that are turned back and compared.
+    measured: experts per layer that are decoded again and compared.
 
     Raises:
         StoreError: a matrix whose shape the codec cannot take.
-        UnsupportedModelError: a family whose experts could be packed so, and not computed.
+        UnsupportedModelError: a family whose quantised experts could be packed, but not computed.
     """
 
     source: ExpertTable
@@ -55,14 +55,14 @@ class Quantiser:
 
     @property
     def is_measured(self) -> bool:
-        """Every layer's error is known; not after a pack that went on in the middle of a layer or behind it."""
+        """Whether every layer's error is known; not after a resumed pack that skipped a measured expert."""
         return all(
             error.measured == min(self.measured, layer.num_experts)
             for error, layer in zip(self.errors, self.table.layers, strict=True)
         )
 
     def encode(self, layer: int, slot: memoryview) -> memoryview:
-        """The record of an expert of `layer` whose own bytes are in `slot`; good until the next call."""
+        """Encode the expert of `layer` whose stored bytes are in `slot`; the record is valid until the next call."""
         self._payload[:] = bytes(len(self._payload))
         codec, error = self.codec, self.errors[layer]
         target = iter(self.table.layers[layer].layout.parts)
@@ -81,7 +81,7 @@ class Quantiser:
         return memoryview(self._payload)
 
     def _family_tensors(self, layer: int, slot: memoryview) -> Iterator[torch.Tensor]:
-        """The family's tensors of the expert in `slot`, one at a time; of a quantised one its numbers in float32."""
+        """The family's tensors of the expert in `slot`, one at a time; quantised ones are decoded to float32."""
         described = self.source.layers[layer]
         stored = [_tensor(slot, part) for part in described.layout.parts]
         if not described.parts:
@@ -100,7 +100,7 @@ class Quantiser:
 
 
 def _check_family(source: ExpertTable) -> None:
-    """Raises UnsupportedModelError where experts have parts that no maths here knows: found at `load` otherwise."""
+    """Raises UnsupportedModelError where experts have parts unknown to our kernels, before `load` would."""
     for layer in source.layers:
         names = {part.name for part in layer.family_layout.parts}
         up = "gate_up_proj" if "gate_up_proj" in names else "up_proj"

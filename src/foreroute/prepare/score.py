@@ -1,4 +1,4 @@
-"""How good is each predictor of a model on a text, beside the controls, and what does a guess cost?"""
+"""Score each predictor of a model on a text, beside the controls, and measure what a guess costs."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -31,10 +31,9 @@ _COST_REPEATS = 30
 
 @dataclass(frozen=True)
 class Scores:
-    """What `score` measured.
+    """Results of `score`.
 
-    tallies: by predictor or control. cost_us: by predictor, microseconds per token over all layers, one token at a
-    time.
+    tallies: by predictor or control. cost_us: by predictor, microseconds per token over all layers, for one token.
     """
 
     top_k: int
@@ -43,7 +42,7 @@ class Scores:
     cost_us: dict[str, float]
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain numbers, for --json."""
+        """The scores as plain numbers, for --json."""
         return {
             "k": self.top_k,
             "tokens": self.num_tokens,
@@ -54,14 +53,14 @@ class Scores:
 
 
 class Scorer:
-    """Asks guessers at every moment and adds up what they got right."""
+    """Runs guessers at every moment and tallies their scores."""
 
     def __init__(self, guessers: Mapping[str, Guesser], num_layers: int) -> None:
         self._guessers = guessers
         self.tallies = {name: LayerTallies.of(num_layers) for name in guessers}
 
     def on_moment(self, moment: Moment, logits: torch.Tensor | None) -> None:
-        """Score one MoE layer's tokens."""
+        """Score every guesser on `moment`'s tokens; the gate `logits` [tokens, experts] are not used."""
         width = widths_of(moment.now.ids.shape[1])[-1]
         for name, guesser in self._guessers.items():
             guess = guesser(moment, width)
@@ -77,11 +76,11 @@ def score(
     rows: int,
     progress: Progress = lambda done, total: None,
 ) -> Scores:
-    """Score every predictor of the model and every control.
+    """Score every predictor of the model and of `sidecar`, and every control.
 
     Args:
         model: of `foreroute.load`. windows: [windows, context] token ids that nothing was fitted to.
-        rows: windows per forward pass.
+        rows: windows per forward pass. progress: called with (tokens done, all tokens).
     """
     layers = model.foreroute.layers
     popularity = Popularity(
@@ -91,7 +90,7 @@ def score(
     )
     candidates = candidates_of(model, sidecar)
     guessers = guessers_of(candidates, sidecar, known.selections(layers, model.dtype))
-    # The one that the engine would use.
+    # The predictor that the engine would use.
     main = guessers[list(candidates)[-1]]
     guessers |= {
         "oracle": oracle([known.own_router(layer) for layer in layers]),
@@ -116,7 +115,7 @@ def score(
 
 
 def candidates_of(model: Any, sidecar: Sidecar | None) -> dict[str, Predictor]:
-    """The model's predictors by name, the one that the engine uses last."""
+    """Predictors of the model and of `sidecar` by name, the one that the engine uses last."""
     layers, dtype = model.foreroute.layers, model.dtype
     if sidecar is None:
         return {known.LOOKAHEAD: known.lookahead(layers, dtype)}
@@ -126,7 +125,8 @@ def candidates_of(model: Any, sidecar: Sidecar | None) -> dict[str, Predictor]:
 def guessers_of(
     candidates: Mapping[str, Predictor], sidecar: Sidecar | None, selections: Sequence[Select]
 ) -> dict[str, Guesser]:
-    """Guessers by name; the token table, a guesser of its own, guesses layer 0 for the hybrid too, as in the engine."""
+    """Wrap `candidates` as guessers by name. `sidecar`'s token table, read by `selections`, is one too, and predicts
+    layer 0 for the hybrid, as in the engine."""
     guessers = {name: of_predictor(predictor) for name, predictor in candidates.items()}
     if sidecar is not None and sidecar.token_table is not None:
         first = guessers[known.TOKEN_TABLE] = first_only(sidecar.token_table, selections[0])
@@ -136,14 +136,14 @@ def guessers_of(
 
 
 def run_passes(run: Callable[[torch.Tensor, int], None], windows: torch.Tensor, rows: int, progress: Progress) -> None:
-    """Run all windows, `rows` at a time."""
+    """Call `run` on all `windows` [windows, context], `rows` at a time; `progress` after each call."""
     for index, start in enumerate(range(0, len(windows), rows)):
         run(windows[start : start + rows], index)
         progress(min(start + rows, len(windows)) * windows.shape[1], windows.numel())
 
 
 def cost_us(predictor: Predictor, last: Mapping[int, RouterSample], layers: Any) -> float:
-    """Microseconds that one token's guesses take over all layers: per layer the median of some calls."""
+    """Microseconds of `predictor`'s guesses for one token over all `layers`, on the samples `last`: sum of medians."""
     total = 0.0
     for layer in range(len(layers) - 1):
         seen, width = last[layer], layers[layer + 1].top_k

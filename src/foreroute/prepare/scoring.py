@@ -1,4 +1,4 @@
-"""How good is a guess? Recall by slot, by exact set and by gate mass, added up per layer."""
+"""Measure guesses: recall of single experts, of exact sets and of gate mass, summed per layer."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -6,12 +6,12 @@ from typing import Any
 
 from foreroute.predict.base import RouterSample, TokenGuess
 
-# Beyond a layer's top-k: how many experts are guessed per token, as (name, k -> width).
+# Guess widths up from a layer's top-k: experts predicted per token, as (name, k -> width).
 WIDTHS = ("k", "k2", "2k")
 
 
 def widths_of(top_k: int) -> tuple[int, int, int]:
-    """The guess widths that are scored: k, k + 2 and 2k."""
+    """The guess widths to score: k, k + 2 and 2k."""
     return (top_k, top_k + 2, 2 * top_k)
 
 
@@ -19,7 +19,7 @@ def widths_of(top_k: int) -> tuple[int, int, int]:
 class LayerTally:
     """Sums over the tokens of one layer. Lists are per width, in the order of WIDTHS.
 
-    covered: routed experts that the guess named. whole: tokens whose every expert was named. mass: gate mass named.
+    covered: routed experts in the guess. whole: tokens with all experts in it. mass: gate mass in it.
     """
 
     tokens: int = 0
@@ -30,7 +30,7 @@ class LayerTally:
     mass: list[float] = field(default_factory=lambda: [0.0] * len(WIDTHS))
 
     def add(self, guess: TokenGuess, truth: RouterSample, num_experts: int) -> None:
-        """Compare a guess [tokens, width] with what was routed; ids that are no expert do not count on either side."""
+        """Compare a guess [tokens, width] with the routing `truth`; ids from `num_experts` up do not count."""
         is_expert = truth.ids < num_experts
         named = (guess.ids[:, :, None] == truth.ids[:, None, :]) & is_expert[:, None, :]
         weights = truth.weights.double() * is_expert
@@ -44,15 +44,15 @@ class LayerTally:
             self.mass[at] += float((weights * found).sum())
 
     def recall(self, width_at: int) -> float:
-        """Share of the routed experts that the guess named, 0 to 1."""
+        """Share of the routed experts in the guess, 0 to 1."""
         return self.covered[width_at] / self.slots
 
     def exact_set(self, width_at: int) -> float:
-        """Share of the tokens all of whose experts the guess named, 0 to 1."""
+        """Share of the tokens with all experts in the guess, 0 to 1."""
         return self.whole[width_at] / self.tokens
 
     def missed_mass(self, width_at: int = 0) -> float:
-        """Share of the gate mass that the guess did not name, 0 to 1."""
+        """Share of the gate mass outside the guess, 0 to 1."""
         return 1.0 - self.mass[width_at] / self.total_mass
 
 
@@ -64,11 +64,11 @@ class LayerTallies:
 
     @classmethod
     def of(cls, num_layers: int) -> "LayerTallies":
-        """Empty."""
+        """Empty tallies for `num_layers` layers."""
         return cls([LayerTally() for _ in range(num_layers)])
 
     def as_dict(self) -> dict[str, Any]:
-        """Per figure one number per layer (None where nothing was guessed), and "mean" of each over layers >= 1."""
+        """Per figure one number per layer (None where there was no guess), and its "mean" over layers >= 1."""
         figures: dict[str, list[float | None]] = {}
         for at, width in enumerate(WIDTHS):
             figures[f"recall_{width}"] = [t.recall(at) if t.slots else None for t in self.layers]
@@ -79,6 +79,6 @@ class LayerTallies:
 
 
 def mean_past_first(layers: Sequence[float | None]) -> float | None:
-    """The mean over layers 1 and up of those that have a number; None where none has."""
+    """The mean over layers 1 and up that have a number; None where none has."""
     known = [value for value in layers[1:] if value is not None]
     return sum(known) / len(known) if known else None

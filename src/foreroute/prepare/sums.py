@@ -1,4 +1,4 @@
-"""All that is added up while the text passes: what predictors are solved from, and what is saved to go on later."""
+"""Sums accumulated while the text passes: the input of all solvers, saved so that a fit can be resumed."""
 
 import itertools
 from typing import Any
@@ -25,8 +25,8 @@ class Sums:
 
     Args:
         model: of `foreroute.load`.
-        estimator: settings of the estimator that is trained as well; None for none.
-        num_tokens: that will be shown.
+        estimator: settings to train the estimator too; None not to.
+        num_tokens: tokens that will be added.
     """
 
     def __init__(self, model: Any, estimator: EstimatorSettings | None = None, *, num_tokens: int = 0) -> None:
@@ -45,7 +45,7 @@ class Sums:
         self._selections = selections(self._layers, model.dtype)
 
     def on_moment(self, moment: Moment, logits: torch.Tensor | None) -> None:
-        """Add a MoE layer's tokens.
+        """Add the tokens of `moment`, with the gate `logits` [tokens, experts] of its router, if known.
 
         Raises:
             PredictorError: the model's states are not finite.
@@ -68,28 +68,28 @@ class Sums:
 
     def _show_estimator(self, layer: int, seen: RouterSample, targets: torch.Tensor, ids: torch.Tensor) -> None:
         assert self.estimator is not None
-        # The default vectors so far: this pass's outputs of the layer are among them.
+        # The default vectors so far, this pass's outputs of the layer included.
         state = quasi_hidden(self._layers, layer, self.outputs[layer].means())
         following = self._selections[layer + 1]
         if following.reads_logits and following.rule is None:
             distribution = torch.softmax(targets, -1)
         else:
-            # Its softmax is free of a constant, which corrections are not: it learns the choice itself.
+            # Softmax ignores a constant added to all logits, but not corrections: fit the choice itself.
             distribution = chosen_experts(ids, targets.shape[-1])
             distribution = distribution / distribution.sum(-1, keepdim=True).clamp(min=1)
         self.estimator.add(layer, seen.hidden if state is None else state(seen), distribution)
 
     def on_rows(self, layer: int, expert: int, rows: torch.Tensor) -> None:
-        """Add an expert's outputs."""
+        """Add outputs `rows` [tokens, hidden] of one expert of `layer`, before gate weights."""
         self.outputs[layer].add(expert, rows)
 
     def all_embeddings(self) -> torch.Tensor:
-        """[vocabulary, width]: the input embedding of every token, as the model makes it."""
+        """The input embeddings of all tokens as the model makes them, [vocabulary, width]."""
         with torch.no_grad():
             return self._embed(torch.arange(len(self._embed.weight)))
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The sums themselves by name, not copies: save them, or copy saved ones into them."""
+        """The sums by name, such as grams [features + 1, features + 1]; not copies, so saved ones can be copied in."""
         named = {"table.sums": self.table.sums, "table.counts": self.table.counts}
         named["table.gram"], named["table.cross"] = self.table.equations.gram, self.table.equations.cross
         for layer, fit in enumerate(self.ridge):
@@ -103,5 +103,5 @@ class Sums:
 
     @property
     def nbytes(self) -> int:
-        """Memory that the sums take."""
+        """Bytes of all sums."""
         return sum(tensor.nbytes for tensor in self.tensors().values())

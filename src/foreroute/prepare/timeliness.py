@@ -1,4 +1,4 @@
-"""Do guesses come in time? Counted in a real run: text continued token by token, on the budget that was asked for."""
+"""Measure whether prefetches arrive in time, in a real run: greedy decoding within the given budget."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,11 +9,11 @@ import torch
 
 @dataclass(frozen=True)
 class Timeliness:
-    """What became of the experts that were fetched on a guess, and of those that were not, over `tokens` decoded.
+    """Outcomes of prefetches, and of demanded experts without one, over `tokens` decoded.
 
-    in_time: were there when the router asked. late: were on their way. wasted: given up before anybody asked. The rest
-    of `fetched` is still there, undecided. missed: demanded experts whose load nothing had issued. resident: demanded
-    experts that an earlier token had left there.
+    in_time: resident when the router asked. late: in flight then. wasted: evicted before any use. The rest of
+    `fetched` is still resident, undecided. missed: demanded experts without any read issued. resident: demanded
+    experts left in a slot by an earlier token.
     """
 
     tokens: int
@@ -31,10 +31,10 @@ def timeliness(
     new_tokens: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Timeliness:
-    """Continue every prompt greedily by `new_tokens` and count.
+    """Continue every prompt greedily by `new_tokens`, and count outcomes.
 
     Args:
-        model: of `foreroute.load`, with guesses in decode alone. prompts: [prompts, length] token ids.
+        model: of `foreroute.load`, with prefetch in decode alone. prompts: [prompts, length] token ids.
         progress: called with (tokens decoded, all tokens).
     """
     before = model.foreroute.stats()
@@ -51,7 +51,7 @@ def timeliness(
         )
         progress(number * new_tokens, len(prompts) * new_tokens)
     decode = model.foreroute.stats().minus(before).decode
-    # Within a decode step whatever is demanded arrives: an expert that is found on its way was guessed.
+    # Within a decode step all demands are served, so that an expert found in flight was prefetched.
     in_time = decode.prefetch_used - decode.late
     return Timeliness(
         tokens=decode.tokens,

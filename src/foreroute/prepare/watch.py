@@ -1,4 +1,4 @@
-"""Watching a model run over text: every MoE layer's input, routing and gate logits, as they pass."""
+"""Observe a model run over text: every MoE layer's input, routing and gate logits."""
 
 import inspect
 from collections.abc import Callable, Iterator
@@ -21,7 +21,7 @@ Computing = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class Watch:
-    """Runs windows of tokens through a model of `foreroute.load` and shows what happens; see `watching`."""
+    """Runs windows of tokens through a model of `foreroute.load` and reports every MoE layer; see `watching`."""
 
     def __init__(self, model: Any, on_moment: MomentListener) -> None:
         self._model = model
@@ -32,19 +32,19 @@ class Watch:
         self._windows = torch.empty(0, 0, dtype=torch.int64)
         self._pass_index = -1
         self.tap = ResidualTap(self._layers)
-        # The logits of the vocabulary are the largest tensor of all, and not wanted.
+        # The vocabulary's logits are the largest tensor of all, and not needed.
         takes = inspect.signature(type(model).forward).parameters
         self._options: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
 
     def run(self, windows: torch.Tensor, pass_index: int) -> None:
-        """One forward pass over `windows` [rows, context]; `pass_index` seeds the controls."""
+        """Run one forward pass over `windows` [rows, context]; `pass_index` seeds the controls."""
         self._windows, self._pass_index, self._before = windows, pass_index, None
         with torch.no_grad():
             self._model(input_ids=windows, use_cache=False, **self._options)
         self._before = None
 
     def observe(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> None:
-        """The engine's observer."""
+        """Observe MoE `layer`: its input `hidden` [tokens, hidden], and `ids` and gate `weights` [tokens, k]."""
         seen = RouterSample(hidden, ids, weights, self.tap(layer))
         width = self._layers[layer].experts.num_offloaded
         moment = Moment(
@@ -61,7 +61,7 @@ class Watch:
         self._on_moment(moment, None if logits is None else logits[:, :width])
 
     def without_missing(self, layer: int, compute: Computing, stand_ins: StandIns) -> Computing:
-        """The layer's experts under a policy that waits for nothing; it is observed with the true routing."""
+        """Wrap `layer`'s `compute`: substitute what `stand_ins` calls missing; observe the true routing."""
 
         def forward(hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
             before = self._before
@@ -75,7 +75,7 @@ class Watch:
         return forward
 
     def catch_logits(self, layer: int, at: int) -> Any:
-        """A forward hook for the layer's router."""
+        """A forward hook for `layer`'s router, whose logits are output number `at`."""
 
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             self._logits[layer] = output[at].flatten(0, -2)
@@ -87,11 +87,11 @@ class Watch:
 def watching(
     model: Any, on_moment: MomentListener, on_rows: RowsListener | None = None, stand_ins: StandIns | None = None
 ) -> Iterator[Watch]:
-    """Watch a model; inside, `run` shows every MoE layer to `on_moment` and every expert's outputs to `on_rows`.
+    """Observe a model; inside, `run` reports every MoE layer to `on_moment` and every expert's outputs to `on_rows`.
 
-    With `stand_ins` the model runs as under a policy that does not wait; what is shown are the states it then has.
+    With `stand_ins` the model runs as under a policy that does not wait; the reported states are those of that run.
 
-    Memory: what two neighbouring layers know, and the gate logits of one.
+    Memory: the samples of two neighbouring layers, and the gate logits of one.
     """
     watch = Watch(model, on_moment)
     engine = model.foreroute.engine
