@@ -1,1 +1,1 @@
-"""What fits? Budgets of RAM, of a GPU and of a server, turned into numbers of slots and tokens."""
+"""What fits in memory? Turns budgets of RAM, of a GPU and of a server into numbers of slots and tokens."""

@@ -1,4 +1,4 @@
-"""How many slots a memory budget buys, said so that the user can act on it."""
+"""Compute how many slots a memory budget buys, with errors that tell the user what to change."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,10 +9,10 @@ from foreroute.units import format_memory
 
 @dataclass(frozen=True, slots=True)
 class SlotPlan:
-    """The pool that a budget buys.
+    """The slot pool that a budget buys.
 
     num_slots: slots in the pool.
-    staging_slots: the most of them that guesses may take.
+    staging_slots: the most of them that prefetched experts may take before they are used.
     token_demand_slots: distinct experts that one token uses, over all layers.
     slot_bytes: length of one slot.
     """
@@ -36,20 +36,20 @@ def plan_slots(
     *,
     reserved_bytes: int = 0,
 ) -> SlotPlan:
-    """The largest pool within the budget, never larger than there are experts.
+    """Plan the largest pool within the budget, with at most one slot per expert.
 
-    Staging is an eighth of the pool, but at least one layer's top-k (a whole guess fits) and at most two (guesses for
-    one layer arrive while those for the layer before are used). It shrinks where the rest could not hold one layer's
-    top-k, and is 0 when every expert is resident: there is nothing left to guess.
+    Staging is an eighth of the pool, but at least one layer's top-k (a whole guess fits) and at most two (prefetches
+    for one layer arrive while those for the layer before are used). It shrinks where the rest could not hold one
+    layer's top-k, and is 0 when every expert is resident: nothing is left to prefetch.
 
     Args:
-        budget_bytes: what the user allows.
+        budget_bytes: the budget.
         slot_bytes: length of one slot.
         num_experts_total: experts in all layers.
         per_layer_top_k: experts that one token uses, per MoE layer.
         reserved_bytes: the part of the budget that is not for slots.
     Raises:
-        BudgetError: the pool cannot hold what one token needs, so that under LRU it would hit nothing.
+        BudgetError: the pool cannot hold what one token needs, so that LRU would never hit.
     """
     assert slot_bytes > 0, "a slot has a length"
     assert min(per_layer_top_k, default=0) > 0, "there are MoE layers, and each uses an expert"
@@ -60,7 +60,7 @@ def plan_slots(
     if num_slots < token_demand_slots:
         enough = format_memory(reserved_bytes + token_demand_slots * slot_bytes, round_up=True)
         if budget_bytes == 0:
-            # Nobody asks for none: it was chosen.
+            # Users never ask for 0 bytes: this budget was chosen automatically.
             raise BudgetError(
                 "Too little RAM is free to choose --memory: none is left for experts beside the dense weights and a "
                 f"reserve, and one token needs {token_demand_slots}. Close other programs, raise the limit if this is "

@@ -1,8 +1,8 @@
-"""What control groups, as a container is one, leave this process of the machine's memory and processors.
+"""Read the memory and CPU limits that control groups (containers, for example) put on this process.
 
-A process is in one group of each hierarchy: one of version 2, and up to one for each controller of version 1; systems
-have either, or both. Each group above it up to the root may have a limit as well, and the tightest holds. Inside a
-container the tree may begin at the container's own group: what lies above is not to be seen.
+A process is in one group of each hierarchy: one of version 2, and up to one per controller of version 1; systems have
+either, or both. Each group above it up to the root may have a limit as well, and the tightest holds. Inside a container
+the tree may begin at the container's own group: groups above it are not visible.
 """
 
 import re
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from foreroute.memory.proc import read_text
 
-# By version: the files that hold a limit, and the one that holds what is taken.
+# By version: the files with a limit, and the one with current use.
 _MEMORY_FILES = {
     1: (("memory.limit_in_bytes",), "memory.usage_in_bytes"),
     2: (("memory.max", "memory.high"), "memory.current"),
@@ -21,7 +21,7 @@ _MEMORY_FILES = {
 
 @dataclass(frozen=True)
 class MemoryLimit:
-    """A group's memory. left_bytes: of limit_bytes, what is not taken. name: of the setting."""
+    """A group's memory limit. left_bytes: the part of limit_bytes that is not used. name: of the setting."""
 
     limit_bytes: int
     left_bytes: int
@@ -30,7 +30,7 @@ class MemoryLimit:
 
 @dataclass(frozen=True)
 class CpuLimit:
-    """Processors' worth of time that a group may use; may be a fraction. name: of the setting."""
+    """CPU time that a group may use, in processors; may be a fraction. name: of the setting."""
 
     cpus: float
     name: str
@@ -42,18 +42,18 @@ class _Group:
     version: int
 
     def number(self, name: str) -> int | None:
-        """What a file holds; None for "max", for an unreadable file, and where there is none."""
+        """Read a number from file `name`; None for "max", and for an unreadable or absent file."""
         text = (read_text(self.folder / name) or "").strip()
         return int(text) if text.isdecimal() else None
 
     def table(self, name: str) -> dict[str, int]:
-        """The numbers of a file whose lines are names and numbers."""
+        """Read a file whose lines are names and numbers."""
         pairs = [line.split() for line in (read_text(self.folder / name) or "").splitlines()]
         return {pair[0]: int(pair[1]) for pair in pairs if len(pair) == 2 and pair[1].isdecimal()}
 
 
 def memory_limits(root: Path) -> list[MemoryLimit]:
-    """Every limit of this process's groups and of those above them.
+    """Every memory limit of this process's groups and of those above them.
 
     Args:
         root: where /proc and /sys lie.
@@ -63,7 +63,7 @@ def memory_limits(root: Path) -> list[MemoryLimit]:
 
 
 def cpu_limits(root: Path) -> list[CpuLimit]:
-    """The same of processors' time; those a process may run on at all are told by its affinity."""
+    """Every CPU limit of these groups, found below `root`; which CPUs may be used is a matter of affinity."""
     found = [_cpu_limit(group) for group in _groups(root, "cpu")]
     return [limit for limit in found if limit is not None]
 
@@ -73,14 +73,13 @@ def _memory_limit(group: _Group) -> MemoryLimit | None:
     stat = group.table("memory.stat")
     limits = {name: limit for name in names if (limit := group.number(name)) is not None}
     if "hierarchical_memory_limit" in stat:
-        # Of version 1: the tightest of the groups above, also of those that cannot be seen from here.
+        # Version 1: the tightest of all groups above, including those not visible from here.
         limits["hierarchical_memory_limit"] = stat["hierarchical_memory_limit"]
     if not limits:
         return None
     name = min(limits, key=lambda name: limits[name])
     used = group.number(used_name) or 0
-    # These go when memory is wanted, and count as free as they do in MemAvailable. "total_" is version 1's with groups
-    # below.
+    # Reclaimable when memory is needed: counts as free, as in MemAvailable. Version 1's "total_" includes child groups.
     going = ("inactive_file", "active_file", "slab_reclaimable")
     taken = max(0, used - sum(stat.get(f"total_{name}", stat.get(name, 0)) for name in going))
     return MemoryLimit(limits[name], max(0, limits[name] - taken), f"{name} of its control group")
@@ -100,7 +99,7 @@ def _cpu_limit(group: _Group) -> CpuLimit | None:
 
 
 def _groups(root: Path, controller: str) -> Iterator[_Group]:
-    """This process's groups that a controller may have limits in, each followed by those above it."""
+    """This process's groups in which `controller` may have limits, each followed by those above it."""
     own = _own_groups(root)
     for line in (read_text(root / "proc/self/mountinfo") or "").splitlines():
         mount, _, kind = line.partition(" - ")
@@ -131,7 +130,7 @@ def _own_groups(root: Path) -> dict[str, str]:
 
 
 def _parts_below(path: str, mounted: str) -> tuple[str, ...]:
-    """A group's folders below the one that is mounted; none where it lies elsewhere: what is mounted must do."""
+    """A group's folders below the mounted one; none where it lies elsewhere: the mounted one must do."""
     whole, above = Path(path), Path(mounted)
     if ".." in whole.parts or not whole.is_relative_to(above):
         return ()
@@ -139,5 +138,5 @@ def _parts_below(path: str, mounted: str) -> tuple[str, ...]:
 
 
 def _unescaped(field: str) -> str:
-    """A path of mountinfo, in which blanks are octal."""
+    """A path of mountinfo, where spaces are octal escapes."""
     return re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), field)

@@ -1,4 +1,4 @@
-"""What a model wants of a device beside its experts, and what is left for them; then the dense part moves there."""
+"""Divide a GPU's memory between the dense part, buffers and experts; then move the dense part there."""
 
 from typing import Any
 
@@ -20,14 +20,14 @@ from foreroute.model.expert_set import ExpertSet
 from foreroute.transfer.cuda import memory_of, out_of_memory_named
 from foreroute.transfer.placing import LESS_MEMORY
 
-# Tokens of the KV cache for which a GPU keeps memory where nobody says how many.
+# Tokens of KV cache that a GPU reserves memory for by default.
 DEVICE_KV_TOKENS = 4096
 # Rows of the largest decode graph (device/graph_decoder.py).
 MAX_GRAPH_ROWS = 8
 
 
 def check_store(store: PackedStore | None, stored: str) -> None:
-    """See that the experts can be computed on a device.
+    """Check that the experts of `store` are in the codec `stored`, which a device can compute.
 
     Raises:
         DeviceError: they are quantised for the CPU.
@@ -40,8 +40,10 @@ def check_store(store: PackedStore | None, stored: str) -> None:
 
 
 def check_room(device: torch.device, asked: EngineConfig, config: Any, dense_bytes: int) -> None:
-    """Before any weight is read: see that all but the experts may fit; the KV cache is not known yet.
+    """Before any weight is read: check that everything but experts and KV cache, which is unknown yet, may fit.
 
+    Args:
+        device: the GPU. asked: the configuration. config: of the model. dense_bytes: of the dense part.
     Raises:
         DeviceError: it cannot.
     """
@@ -51,7 +53,7 @@ def check_room(device: torch.device, asked: EngineConfig, config: Any, dense_byt
 
 
 def choose_budget(device: torch.device, asked: EngineConfig, model: Any, experts: ExpertSet) -> int:
-    """Bytes of the device for experts, beside the dense part and all that computing takes.
+    """Bytes of `device` for `experts`, beside the dense part of `model` and all memory of computing, within `asked`.
 
     Raises:
         DeviceError, BudgetError: it does not fit.
@@ -71,17 +73,17 @@ def choose_budget(device: torch.device, asked: EngineConfig, model: Any, experts
 
 
 def move_dense(model: Any, device: torch.device) -> None:
-    """Move the dense part to the device.
+    """Move the dense part of `model` to `device`.
 
     Raises:
-        DeviceError: it does not fit in fact.
+        DeviceError: the allocation failed.
     """
     with out_of_memory_named("the dense weights", LESS_MEMORY):
         model.to(device)
 
 
 def host_records(asked: EngineConfig, available_bytes: int, table: ExpertTable) -> int:
-    """Experts that host memory holds. Raises: as `choose_host_records`."""
+    """Experts of `table` to hold in host RAM (`available_bytes` free), as `asked`. Raises: `choose_host_records`'."""
     return choose_host_records(
         asked.host_memory,
         available_bytes,

@@ -1,6 +1,6 @@
-"""What of a GPU's memory experts may have, and what of the host's: said so that the user can act on it.
+"""Compute how much GPU and host memory experts may take, with errors that tell the user what to change.
 
-Everything else that a run will want is counted first, so that nothing runs out of memory after the first token.
+Everything else that a run needs is counted first, so that memory does not run out after the first token.
 """
 
 from dataclasses import dataclass
@@ -8,21 +8,21 @@ from dataclasses import dataclass
 from foreroute.errors import BudgetError, DeviceError
 from foreroute.units import format_memory, parse_memory
 
-# Allocations come in blocks, and free ones do not fit each other: of the whole memory, and at least.
+# Allocations come in blocks, and freed ones do not always fit new ones: share of the whole memory, and the least.
 _FRAGMENTED_SHARE, _LEAST_FRAGMENTED_BYTES = 0.03, 256 * 2**20
-# cuBLAS workspaces, kernels' code and the like, which no allocator shows. An estimate.
+# cuBLAS workspaces, kernel code and the like, which no allocator reports. An estimate.
 _LIBRARY_BYTES = 192 * 2**20
-# What the private pool of captured graphs holds per row of the largest batch, beside its logits. An estimate.
+# The private pool of captured graphs per row of the largest batch, without its logits. An estimate.
 _GRAPH_ROW_BYTES = 8 * 2**20
-# Left to the system and to Python where the host's share is chosen here.
+# Left for the system and for Python where the host's share is chosen automatically.
 _HOST_RESERVE_BYTES = 4 * 2**30
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceNeeds:
-    """What a model wants of a GPU beside its experts; all in bytes.
+    """GPU memory that a model needs beside its experts; all in bytes.
 
-    dense_bytes: weights that are no experts. kv_bytes: the cache of the whole context, for every row.
+    dense_bytes: the dense part. kv_bytes: the KV cache of the whole context, for every row.
     prefill_bytes: activations and logits of one chunk. buffer_bytes: prefill's layer buffers.
     max_rows: largest captured batch, 0 without graphs.
     """
@@ -39,21 +39,22 @@ class DeviceNeeds:
         return self.max_rows * _GRAPH_ROW_BYTES
 
     def all_bytes(self, total_bytes: int) -> int:
-        """All of it, with what a GPU of so much memory loses to libraries and fragmentation."""
+        """The sum, with what a GPU of `total_bytes` loses to libraries and fragmentation."""
         lost = max(int(total_bytes * _FRAGMENTED_SHARE), _LEAST_FRAGMENTED_BYTES) + _LIBRARY_BYTES
         return self.dense_bytes + self.kv_bytes + self.prefill_bytes + self.buffer_bytes + self.graph_bytes + lost
 
 
 def prefill_bytes(chunk: int, hidden: int, vocabulary: int, itemsize: int) -> int:
-    """Activations and logits of a chunk of so many tokens: logits once as computed and once in fp32. An estimate."""
+    """Activations (`hidden` wide) and logits (`vocabulary` wide, in fp32 too) of a prefill of `chunk` tokens, at
+    `itemsize` bytes a number. An estimate."""
     return chunk * (16 * hidden * itemsize + vocabulary * (itemsize + 4))
 
 
 def check_dense(needs: DeviceNeeds, free_bytes: int, total_bytes: int) -> None:
-    """See that what is no expert fits.
+    """Check that `needs` fit in `free_bytes` of a GPU of `total_bytes`.
 
     Raises:
-        DeviceError: it does not; says what would.
+        DeviceError: they do not; says what would.
     """
     wanted = needs.all_bytes(total_bytes)
     if wanted > free_bytes:
@@ -69,10 +70,10 @@ def check_dense(needs: DeviceNeeds, free_bytes: int, total_bytes: int) -> None:
 def choose_device_memory(
     asked: int | str | None, needs: DeviceNeeds, free_bytes: int, total_bytes: int, whole_bytes: int, least_bytes: int
 ) -> int:
-    """Bytes for experts on the GPU: what was asked for, or all that is left.
+    """Bytes for experts on the GPU: as asked, or all that `needs` leave of `free_bytes` (GPU: `total_bytes`).
 
     Args:
-        asked: as --memory. whole_bytes: of all experts' slots. least_bytes: of one token's.
+        asked: as --memory. whole_bytes: all experts' slots. least_bytes: one token's.
     Raises:
         DeviceError: the rest does not fit, or leaves too little for one token.
         BudgetError: not an amount, or more than is left.
@@ -98,11 +99,11 @@ def choose_device_memory(
 def choose_host_records(
     asked: int | str | None, available_bytes: int, record_bytes: int, num_records: int, *, must_hold_all: bool
 ) -> int:
-    """Experts that the host's memory holds; the others stay on disk.
+    """Number of experts to hold in host memory; the others stay on disk.
 
     Args:
-        asked: as --host-memory. available_bytes: free RAM. num_records: experts in all.
-        must_hold_all: the device fetches by itself, and cannot ask a disk.
+        asked: as --host-memory. available_bytes: free RAM. record_bytes: per expert. num_records: all experts.
+        must_hold_all: the device fetches experts itself, and cannot read a disk.
     Raises:
         DeviceError: too little. BudgetError: not an amount.
     """
@@ -132,7 +133,7 @@ def choose_host_records(
 
 
 def _advice(needs: DeviceNeeds) -> str:
-    """What takes the most is what to lessen first."""
+    """Advise to reduce what takes the most first."""
     if needs.kv_bytes > needs.dense_bytes:
         return "Lower --kv-tokens, or use a larger GPU."
     if needs.prefill_bytes > needs.dense_bytes:

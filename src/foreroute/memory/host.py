@@ -1,7 +1,7 @@
-"""The host's memory and processors: how much this process may have, and what of the memory the experts get.
+"""The host's RAM and CPUs: how much this process may use, and how much RAM experts get.
 
-The machine's own figures, and every limit that is put on this process: by control groups (as of a container), by
-`ulimit`, and by the processors it may run on. The tightest holds. What others ask of the host they ask here.
+Reads the machine's figures and every limit on this process: control groups (of a container, for example), `ulimit`, and
+CPU affinity. The tightest holds. Other modules ask here.
 """
 
 import math
@@ -16,15 +16,15 @@ from foreroute.memory.proc import ROOT, machine_bytes, process_bytes, soft_limit
 from foreroute.memory.serving_budget import CHOSEN_RESERVE_BYTES
 from foreroute.units import format_memory, parse_memory
 
-# (as /proc/self/limits has it, what of it is taken, as a shell has it)
+# (name in /proc/self/limits, its current use in /proc/self/status, the shell's name for it)
 _PROCESS_LIMITS = (("Max address space", "VmSize", "ulimit -v"), ("Max data size", "VmData", "ulimit -d"))
 
 
 @dataclass(frozen=True)
 class Ram:
-    """RAM that this process may use. total_bytes: whether taken or not; free_bytes: without the system swapping.
+    """RAM that this process may use. total_bytes: used or not; free_bytes: available without swapping.
 
-    limit: the setting that makes total_bytes less than the machine has; None where nothing does.
+    limit: the setting that makes total_bytes less than the machine's RAM; None without one.
     """
 
     total_bytes: int
@@ -32,19 +32,19 @@ class Ram:
     limit: str | None
 
     def __str__(self) -> str:
-        """How much there is in all, and who says so: for messages."""
+        """The total and the limit behind it, for messages."""
         if self.limit is None:
             return f"this machine's RAM ({format_memory(self.total_bytes)})"
         return f"the RAM that this process may use ({format_memory(self.total_bytes)}, by {self.limit})"
 
 
 def ram(root: Path = ROOT) -> Ram:
-    """What there is now.
+    """Measure the RAM now.
 
     Args:
         root: where /proc and /sys lie.
     Raises:
-        BudgetError: the system does not say.
+        BudgetError: the system does not report it.
     """
     total, free = machine_bytes("MemTotal", root), machine_bytes("MemAvailable", root)
     if total is None or free is None:
@@ -58,20 +58,20 @@ def ram(root: Path = ROOT) -> Ram:
 
 
 def available_ram() -> int:
-    """Bytes that this process can have without the system swapping, and without being killed for them."""
+    """Bytes that this process can allocate without swapping and without being killed."""
     return ram().free_bytes
 
 
 def cpu_limit(root: Path = ROOT) -> CpuLimit | None:
-    """Processors' worth of time that control groups leave to this process, where that is less than it may run on."""
+    """The tightest CPU limit of control groups below `root`, if lower than the CPUs this process may run on."""
     limits = [limit for limit in cpu_limits(root) if limit.cpus < _runs_on()]
     return min(limits, key=lambda limit: limit.cpus, default=None)
 
 
 def usable_cpus(root: Path = ROOT) -> int:
-    """Threads that this process can have computing at the same time; at least 1.
+    """Threads of this process that can compute at the same time; at least 1.
 
-    A limit of 1.5 processors is 2: two threads use it up, one does not.
+    A limit of 1.5 CPUs gives 2: one thread would not use it up.
     """
     limit = cpu_limit(root)
     return _runs_on() if limit is None else max(1, math.ceil(limit.cpus))
@@ -84,11 +84,11 @@ def choose_memory(
     beside_bytes: int = 0,
     free_ram_bytes: int | None = None,
 ) -> int:
-    """The budget in bytes: what was asked for, or what free RAM leaves beside the dense weights and a reserve.
+    """Choose the budget in bytes: as asked, or the free RAM beside the dense part and a reserve.
 
     Args:
-        table: the experts as they are kept. dense_bytes: of the other weights.
-        beside_bytes: for keys and values, where memory is kept for them. free_ram_bytes: now, when None.
+        asked: as --memory. table: the experts. dense_bytes: of the dense part.
+        beside_bytes: of KV cache, where it is reserved. free_ram_bytes: None measures it now.
     Raises:
         BudgetError: not a size, or more than this process may have.
     """
@@ -117,5 +117,5 @@ def _process_limits(root: Path) -> list[MemoryLimit]:
 
 
 def _runs_on() -> int:
-    """Processors that this process may run on: of a cpuset, of taskset, or all."""
+    """CPUs that this process may run on: by cpuset or taskset, or all."""
     return len(os.sched_getaffinity(0))

@@ -1,6 +1,6 @@
-"""How much memory keys and values take: measured on the model itself, as families keep them in many ways.
+"""Measure how much memory the KV cache takes by running the model, as families store it in many ways.
 
-Latent attention keeps one narrow vector per token, some layers have heads of their own width, linear attention keeps a
+Latent attention keeps one narrow vector per token, some layers have their own head width, linear attention keeps a
 state that does not grow: no formula over a config was right for all families.
 """
 
@@ -16,9 +16,9 @@ _TOKEN = 1
 
 
 def kv_bytes_per_token(model: Any) -> int:
-    """Bytes by which the cache grows per token and row, while no sliding window is full; 0 where nothing grows.
+    """Bytes by which `model`'s cache grows per token and row, while no sliding window is full; 0 without growth.
 
-    Two tokens' less one's: a state of constant size does not count. Experts must answer. Cost: two forward passes.
+    Two tokens' less one's: constant state does not count. Experts must be computable. Cost: two forward passes.
     """
     sizes = []
     with torch.no_grad():
@@ -31,7 +31,7 @@ def kv_bytes_per_token(model: Any) -> int:
 
 
 def kv_bytes_without_experts(model: Any, layers: Sequence[MoeLayer]) -> int:
-    """The same before the experts can answer: they say nothing, which takes no part in how large a cache is."""
+    """The same before experts can be computed: `layers` of `model` return zeros, which changes no cache size."""
 
     def nothing(hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         return torch.zeros_like(hidden)
@@ -46,6 +46,6 @@ def kv_bytes_without_experts(model: Any, layers: Sequence[MoeLayer]) -> int:
 
 
 def planned_kv_bytes_per_token(model: Any) -> int:
-    """What was measured when the model was loaded with kv_tokens, or is now."""
+    """The value measured when `model` was loaded with kv_tokens, else measured now."""
     known = model.foreroute.plan.kv_bytes_per_token
     return kv_bytes_per_token(model) if known is None else int(known)

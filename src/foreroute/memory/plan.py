@@ -1,4 +1,4 @@
-"""How the fast memory is divided, decided once: experts' slots, KV cache, host memory behind a GPU, learning."""
+"""Divide the fast memory once, at load: expert slots, KV cache, host memory behind a GPU, online learning."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -21,9 +21,9 @@ from foreroute.policy import Policy
 
 @dataclass(frozen=True)
 class RoomBefore:
-    """What was known before any weight was read, on the host; both in bytes.
+    """Host memory figures from before any weight was read; both in bytes.
 
-    free_bytes: RAM that was free. budget_bytes: of it for experts, as asked or as chosen without a KV cache.
+    free_bytes: RAM that was free. budget_bytes: its part for experts, as asked or as chosen without a KV cache.
     """
 
     free_bytes: int
@@ -34,10 +34,10 @@ class RoomBefore:
 class MemoryPlan:
     """The division of memory.
 
-    budget_bytes: of the fast tier for experts. slots: the pool that it buys. staging_slots: the most of them that
-    prefetched experts may take. host_records: experts that host memory holds behind the pool; 0 where the disk is
-    right behind it. kv_tokens: tokens of KV cache that memory is reserved for. kv_bytes_per_token: None where it was
-    not measured. learning_bytes: the most that the online learner may take.
+    budget_bytes: fast tier for experts. slots: the pool that it buys. staging_slots: the most of them that prefetched
+    experts may take. host_records: experts in host memory behind the pool; 0 where only the disk is behind it.
+    kv_tokens: tokens of KV cache to reserve memory for. kv_bytes_per_token: None where it was not measured.
+    learning_bytes: the most that the online learner may take.
     """
 
     budget_bytes: int
@@ -52,10 +52,11 @@ class MemoryPlan:
 def check_before(
     asked: EngineConfig, target: torch.device, kept: ExpertTable, store: PackedStore | None, config: Any, dense: int
 ) -> RoomBefore | None:
-    """See that what cannot fit is not read first; on the host also what is free now. None where a GPU holds the pool.
+    """Check early that the model can fit, and on the host measure free RAM. None where a GPU (`target`) holds the pool.
 
     Args:
-        kept: the experts as they will be read. config: of the model. dense: bytes of the dense part.
+        asked: the configuration. kept: the experts as they will be read, from `store` if given. config: of the model.
+        dense: bytes of the dense part.
     Raises:
         BudgetError, DeviceError: it cannot fit; or the store cannot be computed on the device.
     """
@@ -66,7 +67,7 @@ def check_before(
     free = host.available_ram()
     budget = host.choose_memory(asked.memory, kept, dense, free_ram_bytes=free)
     if asked.kv_tokens is not None and asked.memory is not None:
-        # Keys and values are not known yet.
+        # The KV cache is not known yet.
         whole = kept.total_slots * kept.slot_bytes
         check_serving(ServingNeeds(dense, min(budget, whole), 0, 0, 0), free, 0)
     return RoomBefore(free, budget)
@@ -75,7 +76,10 @@ def check_before(
 def plan_memory(
     asked: EngineConfig, target: torch.device, model: Any, experts: ExpertSet, before: RoomBefore | None
 ) -> MemoryPlan:
-    """Divide the memory, now that the dense part is in host memory; on a GPU it is counted, and moves there next.
+    """Divide memory once the dense part is in host memory; on a GPU it is counted, and moves there next.
+
+    Args:
+        asked: the configuration. target: the device of the slots. model, experts: as built. before: of `check_before`.
 
     Raises:
         BudgetError, DeviceError: it does not fit; names what to lower.
@@ -105,7 +109,7 @@ def plan_memory(
 def _beside_kv_cache(
     asked: EngineConfig, model: Any, experts: ExpertSet, before: RoomBefore, kv_bytes_per_token: int
 ) -> int:
-    """The budget that leaves room for the reserved KV cache, in bytes."""
+    """The budget in bytes that leaves room for the reserved KV cache."""
     behind = 0
     if asked.host_memory is not None:
         behind = host_records(asked, before.free_bytes, experts.table) * experts.table.slot_bytes

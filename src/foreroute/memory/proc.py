@@ -1,11 +1,11 @@
-"""What the kernel tells in /proc of this machine and of this process. Nothing is told where there is no such file."""
+"""Read figures of this machine and process from /proc; None where a file does not exist."""
 
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-# Where /proc and /sys are looked for; tests put them elsewhere.
+# Root of /proc and /sys; tests replace it.
 ROOT = Path("/")
 _MAPPING = re.compile(r"([0-9a-f]+)-([0-9a-f]+) \S+ \S+ \S+ \d+\s*(.*)")
 _RESIDENT = re.compile(r"Rss:\s+(\d+) kB")
@@ -13,7 +13,7 @@ _RESIDENT = re.compile(r"Rss:\s+(\d+) kB")
 
 @dataclass(frozen=True)
 class Mapping:
-    """A stretch of this process's addresses. path: of the file that is mapped there, "" for none."""
+    """A mapped address range of this process. path: of the mapped file, "" for none."""
 
     addresses: range
     path: str
@@ -21,7 +21,7 @@ class Mapping:
 
 
 def read_text(path: Path) -> str | None:
-    """A file of the kernel; None where it is absent or not to be read."""
+    """Read a kernel file; None where it is absent or unreadable."""
     try:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -29,17 +29,17 @@ def read_text(path: Path) -> str | None:
 
 
 def machine_bytes(name: str, root: Path = ROOT) -> int | None:
-    """A field of /proc/meminfo (MemTotal, MemAvailable), in bytes."""
+    """The field `name` of /proc/meminfo below `root` (MemTotal, MemAvailable), in bytes."""
     return _kib_field(root / "proc/meminfo", name)
 
 
 def process_bytes(name: str, root: Path = ROOT) -> int | None:
-    """A field of this process's /proc/self/status (VmRSS, VmHWM, VmSize), in bytes."""
+    """The field `name` of this process's /proc/self/status below `root` (VmRSS, VmHWM, VmSize), in bytes."""
     return _kib_field(root / "proc/self/status", name)
 
 
 def soft_limit(name: str, root: Path = ROOT) -> int | None:
-    """A limit of this process ("Max address space"), in bytes; None where there is none."""
+    """The soft limit `name` of this process ("Max address space") below `root`, in bytes; None without one."""
     for line in (read_text(root / "proc/self/limits") or "").splitlines():
         if line.startswith(f"{name} "):
             value = line[len(name) :].split()[0]
@@ -48,7 +48,7 @@ def soft_limit(name: str, root: Path = ROOT) -> int | None:
 
 
 def reset_peak() -> bool:
-    """Have VmHWM, the peak of resident bytes, begin anew; False where the system has no such thing."""
+    """Reset VmHWM, the peak of resident bytes; False where the system cannot."""
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     except OSError:
@@ -57,7 +57,7 @@ def reset_peak() -> bool:
 
 
 def mappings() -> Iterator[Mapping]:
-    """This process's memory, mapping by mapping, with what of each is in RAM."""
+    """This process's mappings, with the bytes of each that are in RAM."""
     found: re.Match[str] | None = None
     for line in (read_text(ROOT / "proc/self/smaps") or "").splitlines():
         if begun := _MAPPING.fullmatch(line):

@@ -1,4 +1,4 @@
-"""What of the RAM is left for experts when requests are to be served, and what serving will take in all."""
+"""Compute the expert budget that serving leaves, and the RAM that serving needs."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -21,19 +21,19 @@ from foreroute.memory.serving_budget import (
 from foreroute.model.caches import can_be_continued, is_ordinary, new_cache
 from foreroute.model.expert_set import ExpertSet
 
-# What learning guesses while serving may take beside the budget.
+# Limits of the online learner's memory while serving, beside the budget: share of it, least, most.
 _LEARNING_SHARE, _LEAST_LEARNING_BYTES, _MOST_LEARNING_BYTES = 8, 16 * 2**20, 256 * 2**20
-# Tokens of keys and values that there is memory for before they come.
+# Tokens of KV cache allocated ahead of their use.
 _COLUMNS_AHEAD = 1024
 
 
 def learning_limit(budget_bytes: int) -> int:
-    """The most that learning may take beside a budget for experts."""
+    """The most bytes that the online learner may take beside a budget for experts."""
     return min(_MOST_LEARNING_BYTES, max(_LEAST_LEARNING_BYTES, budget_bytes // _LEARNING_SHARE))
 
 
 def keeps_prompts(model: Any) -> bool:
-    """Whether keys and values of a prompt can be kept for the next one, and a prompt be computed in chunks."""
+    """Whether `model`'s KV cache can be kept for later prompts, and its prompts be computed in chunks."""
     cache = new_cache(model)
     return cache is not None and is_ordinary(model) and can_be_continued(model, cache)
 
@@ -47,13 +47,13 @@ def fit_serving(
     kv_bytes_per_token: int,
     host_bytes: int = 0,
 ) -> int:
-    """The budget for experts, once it is known what keys and values of asked.kv_tokens tokens take.
+    """The budget for `experts` of `model`, once the size of a KV cache of asked.kv_tokens tokens is known.
 
     Args:
-        budget_bytes: what was asked for, or would be chosen without keys and values.
-        free_ram_bytes: before the dense weights were there. host_bytes: of experts behind the budget, in RAM as well.
+        budget_bytes: as asked, or as chosen without a KV cache. kv_bytes_per_token: measured on the model.
+        free_ram_bytes: before the dense part was read. host_bytes: experts in RAM behind the budget.
     Returns:
-        The same where it was asked for; else what is left.
+        `budget_bytes` where it was asked for; else what is left.
     Raises:
         BudgetError: it does not fit together; names what to lower.
     """
@@ -73,10 +73,10 @@ def fit_serving(
 
 
 def serving_needs(model: Any, kv_tokens: int) -> ServingNeeds:
-    """What serving with so many tokens of keys and values takes of the RAM, most of which comes later.
+    """RAM that serving `model` with a KV cache of `kv_tokens` tokens needs, most of which is allocated later.
 
-    The rest, beside dense weights, experts, keys and values, is what this process has taken so far (Python, torch,
-    other libraries), as measured now; and, calculated, the most that learning and one chunk of a prompt take.
+    Beside dense part, experts and KV cache that is what this process takes so far (Python, torch, other libraries),
+    measured now; and, calculated, the most that the learner and one chunk of a prompt take.
     """
     plan = model.foreroute.plan
     per_token = planned_kv_bytes_per_token(model)
@@ -87,17 +87,17 @@ def serving_needs(model: Any, kv_tokens: int) -> ServingNeeds:
 
 
 def _needs(model: Any, experts: int, kv_tokens: int, kv_bytes_per_token: int, working: int, dense: int) -> ServingNeeds:
-    """The same with what computing takes for each token."""
+    """The same, with the memory of computing per token."""
     text, keeps = model.config.get_text_config(), keeps_prompts(model)
     each = moving_bytes(kv_bytes_per_token, text.num_hidden_layers)
     if not keeps:
-        # A prompt is computed at once.
+        # The whole prompt is computed in one step.
         each += activation_bytes(1, text.hidden_size, model.dtype.itemsize)
     return ServingNeeds(dense, experts, kv_tokens, kv_bytes_per_token, working, keeps, each)
 
 
 def _request_bytes(model: Any, chunk: int, kv_tokens: int, kv_bytes_per_token: int) -> int:
-    """What computing requests takes beside their keys and values, and beside what each token takes (see _needs)."""
+    """Bytes of computing requests, beside their KV cache and what is counted per token (see _needs)."""
     text, itemsize = model.config.get_text_config(), model.dtype.itemsize
     ahead = _COLUMNS_AHEAD * kv_bytes_per_token
     if not keeps_prompts(model):
@@ -112,12 +112,12 @@ def _dense_bytes(model: Any) -> int:
 
 
 def _program_bytes(model: Any) -> int:
-    """What of this process is in RAM and is neither a dense weight nor an expert.
+    """Bytes of this process in RAM that are neither dense weights nor experts.
 
-    Dense weights may be pages of the checkpoint's files, which are in RAM as far as they have been used.
+    Dense weights may be pages of the checkpoint's files, in RAM once they have been used.
     """
     place = Path(model.foreroute.plan.folder)
-    # A hub's folder holds links.
+    # The hub cache's folders hold links.
     paths = {str(path.resolve()) for path in (place.iterdir() if place.is_dir() else [place])}
     everything = list(mappings())
     files = [mapping.addresses for mapping in everything if mapping.path in paths]

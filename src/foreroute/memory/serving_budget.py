@@ -1,6 +1,6 @@
-"""What serving takes of the RAM beside the experts, and whether all of it fits: said so that the user can act on it.
+"""Compute the RAM that serving needs beside experts, and check that all fits, with errors that say what to change.
 
-Keys and values are counted in tokens of all rows together; `kv_bytes_per_token` turns them into bytes.
+The KV cache is counted in tokens of all rows together; `kv_bytes_per_token` turns them into bytes.
 """
 
 from dataclasses import dataclass
@@ -9,29 +9,29 @@ from math import ceil
 from foreroute.errors import BudgetError
 from foreroute.units import format_memory
 
-# Scores want the logits of every position of a prompt, [tokens, vocabulary]: no more at once.
+# The most positions scored at once: scoring needs logits of every position of a prompt, [tokens, vocabulary].
 SCORED_AT_ONCE = 512
-# Of a model that computes a prompt at once, no longer one is scored.
+# The longest prompt that is scored where a model computes prompts in one step.
 MOST_SCORED_WHOLE = 2048
-# Tokens that each of several requests has room for, where the context is longer.
+# Tokens per row when several rows share the cache and the context is longer.
 _USUAL_TOKENS = 4096
 _MOST_KEPT_BYTES = 2**30
-# Of what comes after the model: the tokenizer, oneDNN's kernels, buffers of requests. An estimate: on a small model
-# it was 100 MiB.
+# Allocated after the model is loaded: the tokenizer, oneDNN's kernels, request buffers. An estimate: 100 MiB on a
+# small model.
 _LATER_BYTES = 256 * 2**20
 _LEAST_TOKENS = 16
-# Left free when the budget is chosen: activations, Python itself, other programs; and keys and values where no memory
-# is kept for them by --kv-tokens.
+# Left free when the budget is chosen automatically: activations, Python, other programs; and the KV cache without
+# --kv-tokens.
 CHOSEN_RESERVE_BYTES = 2 * 2**30
 
 
 @dataclass(frozen=True, slots=True)
 class ServingNeeds:
-    """What a server takes of the RAM; all in bytes but for kv_tokens.
+    """RAM that a server needs; all in bytes except kv_tokens.
 
-    dense_bytes: weights that are no experts. expert_bytes: all slots. kv_tokens: of all rows together.
-    working_bytes: everything else that does not go with kv_tokens. keeps_prompts: whether keys and values of earlier
-    prompts are kept. working_bytes_per_token: what computing takes for each of kv_tokens, beside keys and values.
+    dense_bytes: the dense part. expert_bytes: all slots. kv_tokens: of all rows together.
+    working_bytes: the rest that does not grow with kv_tokens. keeps_prompts: whether the KV caches of earlier prompts
+    are kept. working_bytes_per_token: computing per token of kv_tokens, beside its KV cache.
     """
 
     dense_bytes: int
@@ -44,37 +44,37 @@ class ServingNeeds:
 
     @property
     def kv_bytes(self) -> int:
-        """Keys and values of the requests that are computed."""
+        """KV cache of the running requests."""
         return self.kv_tokens * self.kv_bytes_per_token
 
     @property
     def kept_bytes(self) -> int:
-        """Keys and values of earlier prompts."""
+        """KV cache of earlier prompts."""
         return kept_prompt_bytes(self.kv_bytes) if self.keeps_prompts else 0
 
     @property
     def all_working_bytes(self) -> int:
-        """Everything beside weights, keys and values."""
+        """Everything except weights and KV cache."""
         return self.working_bytes + self.kv_tokens * self.working_bytes_per_token
 
     @property
     def total_bytes(self) -> int:
-        """All of it."""
+        """The sum."""
         return self.dense_bytes + self.expert_bytes + self.kv_bytes + self.kept_bytes + self.all_working_bytes
 
     @property
     def tokens_bytes(self) -> int:
-        """What goes with kv_tokens."""
+        """Everything that grows with kv_tokens."""
         return self.total_bytes - self.dense_bytes - self.expert_bytes - self.working_bytes
 
 
 def choose_kv_tokens(asked: int | None, context: int, rows: int) -> int:
-    """Tokens of keys and values: what was asked for, or for each row the context or 4096, and for one row the context.
+    """Choose the tokens of KV cache: as asked, or per row the context or 4096, at least one row's whole context.
 
     Args:
         asked: as --kv-tokens. context: tokens of one request. rows: requests computed at once.
     Raises:
-        BudgetError: one request alone could not have its context.
+        BudgetError: it cannot hold the context of one request.
     """
     if asked is None:
         return max(context, rows * min(context, _USUAL_TOKENS))
@@ -87,35 +87,35 @@ def choose_kv_tokens(asked: int | None, context: int, rows: int) -> int:
 
 
 def kept_prompt_bytes(kv_bytes: int) -> int:
-    """The most that is kept of earlier prompts, beside the keys and values of those that are computed."""
+    """The most bytes of KV cache kept for earlier prompts, where running requests have `kv_bytes`."""
     return min(_MOST_KEPT_BYTES, kv_bytes)
 
 
 def activation_bytes(tokens: int, hidden: int, itemsize: int) -> int:
-    """Of so many prompt tokens computed at once. An estimate."""
+    """Activations of `tokens` prompt tokens in one step, `hidden` wide, `itemsize` bytes each number. An estimate."""
     return 16 * hidden * tokens * itemsize
 
 
 def logit_bytes(tokens: int, vocabulary: int, itemsize: int) -> int:
-    """Of so many prompt tokens scored at once."""
+    """Logits of `tokens` prompt tokens scored at once: `vocabulary` numbers of `itemsize` bytes each."""
     return vocabulary * tokens * itemsize
 
 
 def moving_bytes(kv_bytes_per_token: int, num_layers: int) -> int:
-    """For each token of keys and values: one layer's are there twice while rows move."""
+    """Extra bytes per token while rows move: one of `num_layers` layers' share of `kv_bytes_per_token` exists twice."""
     return ceil(kv_bytes_per_token / num_layers)
 
 
 def working_bytes(request_bytes: int, learning_bytes: int) -> int:
-    """What will be taken beside weights, experts, keys and values, before anything of it is there. An estimate."""
+    """Bytes to allocate beside weights and KV cache: `request_bytes`, `learning_bytes`, libraries. An estimate."""
     return request_bytes + learning_bytes + _LATER_BYTES
 
 
 def check_serving(needs: ServingNeeds, available_bytes: int, least_expert_bytes: int) -> None:
-    """See that everything fits the RAM that is free.
+    """Check that everything fits in the free RAM, `available_bytes`.
 
     Args:
-        least_expert_bytes: of one token's experts.
+        needs: of the server. least_expert_bytes: of one token's experts.
     Raises:
         BudgetError: it does not; names what to lower, and how far.
     """
@@ -131,7 +131,7 @@ def check_serving(needs: ServingNeeds, available_bytes: int, least_expert_bytes:
 
 
 def _advice(needs: ServingNeeds, available_bytes: int, least_expert_bytes: int) -> str:
-    """Every single step that is enough, or both together; where they are not, that."""
+    """Name every single change that is enough; else both together, or that even those are not."""
     experts_fit = available_bytes - (needs.total_bytes - needs.expert_bytes)
     left = available_bytes - needs.dense_bytes - needs.working_bytes
     tokens_fit = _tokens_within(left - needs.expert_bytes, needs)
@@ -147,7 +147,7 @@ def _advice(needs: ServingNeeds, available_bytes: int, least_expert_bytes: int) 
 
 
 def _tokens_within(room_bytes: int, needs: ServingNeeds) -> int:
-    """Tokens that take at most so much: keys and values, as much again for earlier prompts, working memory."""
+    """Tokens whose KV cache, as much again for earlier prompts, and working memory fit in `room_bytes`."""
     if room_bytes <= 0 or needs.kv_bytes_per_token == 0:
         return 0
     each = needs.kv_bytes_per_token + needs.working_bytes_per_token
