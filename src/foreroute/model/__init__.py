@@ -1,1 +1,1 @@
-"""Where does foreroute meet transformers? The seam: a model without experts, its routers and expert modules."""
+"""Where does foreroute meet transformers? Builds a model without experts, with its routers and expert modules."""

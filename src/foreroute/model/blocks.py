@@ -1,7 +1,7 @@
-"""The probe: one tiny forward that finds every MoE block's router, outputs and inputs, never by name.
+"""The probe: one tiny forward pass that finds every MoE block's router, outputs and inputs, never by name.
 
-The experts' own call is the fixed point: it receives the expert ids. Whatever module returned that very tensor is the
-router; where its other outputs lie is read off the same call. What cannot be found is left out, and costs prediction
+It starts from the call of the experts, which receives the expert ids: the module that returned that very tensor is the
+router, and its other outputs are identified in the same call. What cannot be found is left out, which costs prediction
 only: the engine starts at the experts' call in any case.
 """
 
@@ -22,13 +22,13 @@ _PROBE_TOKENS = 5
 
 @dataclass(frozen=True)
 class Router:
-    """A block's router and where its outputs lie.
+    """A block's router and the positions of its outputs.
 
-    ids_at, weights_at, logits_at: positions in the tuple that the router returns; logits_at is -1 when there are none.
-    takes_more_than_hidden: the block passes it further arguments, so that it cannot be run ahead on its own.
-    input_width: of its input. reads_experts_input: that is the tensor that the experts get.
+    ids_at, weights_at, logits_at: positions in the router's returned tuple; logits_at is -1 without logits.
+    takes_more_than_hidden: the block passes further arguments, so that it cannot be run ahead by hidden state alone.
+    input_width: of its input. reads_experts_input: its input is the tensor that the experts get.
     is_sorted: its choice came best first. by_tokens: it chooses by token ids alone, as hash routers do.
-    last_call: what it was given last; kept of routers that take more, or read another tensor than the experts.
+    last_call: its latest arguments; kept for routers that take more, or read another tensor than the experts.
     """
 
     name: str
@@ -46,12 +46,12 @@ class Router:
 
 @dataclass(frozen=True)
 class MoeLayer:
-    """One MoE layer as the probe saw it, in the order in which the model calls them.
+    """One MoE layer as the probe found it; layers are in the order of the model's calls.
 
     top_k: experts per token in a real routing, whatever the config says.
-    router: None when the block routes in itself.
-    norm_weight: [hidden] scale of the norm whose output the router reads, when that norm is a plain RMS norm.
-    norm: that norm, of whatever kind, when its input is the residual stream that the block's output is added to.
+    router: None when the block computes its routing inline.
+    norm_weight: [hidden] scale of the norm in front of the router, when that is a plain RMS norm.
+    norm: that norm, of any kind, when it reads the residual stream that the block's output is added to.
     """
 
     index: int
@@ -65,9 +65,9 @@ class MoeLayer:
 
 @dataclass
 class _Calls:
-    """What ran since the last experts call: modules with their inputs and outputs, in order.
+    """Modules run since the last experts call, with their inputs and outputs, in order.
 
-    norm, residual: the module that made the last router's input, and its own input; None where there was none.
+    norm, residual: the module that made the last router's input, and its own input; None without one.
     """
 
     records: list[tuple[str, nn.Module, tuple[Any, ...], dict[str, Any], Any]] = field(default_factory=list)
@@ -76,13 +76,13 @@ class _Calls:
 
 
 def probe(model: nn.Module, offloaded: dict[str, OffloadedExperts]) -> list[MoeLayer]:
-    """Run a few tokens through the model without experts and describe its MoE layers.
+    """Run a few tokens through the model without experts, and describe its MoE layers.
 
     Args:
         model: the loaded skeleton; its experts return zeros while the probe runs.
         offloaded: its experts modules by name.
     Returns:
-        The layers in call order, which is the order of MoE layers from here on.
+        The layers in call order, which defines the order of MoE layers everywhere.
     Raises:
         UnsupportedModelError: some experts are never called by a plain forward, or several times.
         CheckpointError: the model cannot compute a token as its config has it, or chooses no expert.
@@ -140,7 +140,7 @@ def probe(model: nn.Module, offloaded: dict[str, OffloadedExperts]) -> list[MoeL
 
 
 def _check_numbers(logits: torch.Tensor, source: str) -> None:
-    """Raises CheckpointError for logits [1, tokens, vocabulary] that are no numbers, though no expert had a part in."""
+    """Raises CheckpointError if logits [1, tokens, vocabulary] are not finite, though no expert took part."""
     if bool(logits.isnan().any()):
         raise CheckpointError(
             f"{source}: without its experts the model computes NaN: its dense weights are damaged, a number in "
@@ -174,7 +174,7 @@ def _with_last_calls(layers: list[MoeLayer], model: nn.Module) -> list[MoeLayer]
 
 
 def on_device(layers: list[MoeLayer], device: torch.device) -> list[MoeLayer]:
-    """The layers after the model has been moved there: what the probe kept of its weights comes along."""
+    """Replace the weights that the probe kept in `layers` once the model has been moved to `device`."""
     return [
         layer if layer.norm_weight is None else replace(layer, norm_weight=layer.norm_weight.to(device))
         for layer in layers
@@ -244,7 +244,7 @@ def _role(value: Any, experts: OffloadedExperts, ids: torch.Tensor, weights: tor
 
 
 def _note_norm(calls: _Calls, router_input: torch.Tensor) -> None:
-    """Remember the module that made the router's input; whether it read the residual shows after the block."""
+    """Remember the module that made the router's input; after the block it shows whether that read the residual."""
     for _, module, args, _, output in reversed(calls.records):
         if _same(output, router_input) and len(args) == 1 and args[0].shape[-1] == router_input.shape[-1]:
             calls.norm, calls.residual = module, args[0].clone()
@@ -252,7 +252,7 @@ def _note_norm(calls: _Calls, router_input: torch.Tensor) -> None:
 
 
 def _with_norm(layer: MoeLayer, calls: _Calls) -> MoeLayer:
-    """`layer` with its norm, if what the norm read is what the block's output was added to."""
+    """Add the norm to `layer`, if the norm's input is what the block's output was added to."""
     if calls.norm is None or calls.residual is None:
         return layer
     residual, enclosing = calls.residual, []
@@ -262,7 +262,7 @@ def _with_norm(layer: MoeLayer, calls: _Calls) -> MoeLayer:
             enclosing.append(first.reshape(residual.shape).float())
     if len(enclosing) < 2:
         return layer
-    # Innermost first: the block's own output, then that of the layer around it.
+    # Innermost first: the block's own output, then that of the enclosing layer.
     of_block, of_layer = enclosing[:2]
     is_added = torch.allclose(of_layer - residual.float(), of_block, rtol=2e-2, atol=1e-3)
     return replace(layer, norm=calls.norm) if is_added else layer

@@ -1,4 +1,4 @@
-"""config.json as transformers' config of the model, or an error that names the file and the key."""
+"""Read config.json as transformers' config of the model, with errors that name the file and the key."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from foreroute.reading import read_object
 
 
 def read_config(folder: Path) -> Any:
-    """transformers' config of the checkpoint in `folder`; no remote code is run.
+    """Read transformers' config of the checkpoint in `folder`; no remote code is run.
 
     Raises:
         CheckpointError: no config.json, one that is not JSON, or one with impossible values; named.

@@ -1,4 +1,4 @@
-"""The experts of one loaded model: where each lies, how it is computed, and the layers that call them."""
+"""The experts of one loaded model: where their bytes are, how they are computed, and the layers that call them."""
 
 from dataclasses import dataclass, replace
 
@@ -12,13 +12,13 @@ from foreroute.model.blocks import MoeLayer, on_device
 
 @dataclass(frozen=True)
 class ExpertSet:
-    """What every part of the engine asks about the experts; layers and table are in the order the model calls them.
+    """Experts of a model for every part of the engine; layers and table are in the order of the model's calls.
 
-    layers: the MoE layers as the probe saw them.
-    table: the experts as they are read: from the packed store where there is one, else from the checkpoint.
+    layers: the MoE layers that the probe found.
+    table: the experts as they are read: from the packed store if there is one, else from the checkpoint.
     source: the experts as the checkpoint stores them. store: the packed store, or None.
     math: per layer our kernels; None where they could not be proven equal to the family's.
-    dtype: the compute dtype. device: where the dense part is, and the slots.
+    dtype: of compute. device: of the dense part and the slots.
     """
 
     layers: tuple[MoeLayer, ...]
@@ -36,19 +36,19 @@ class ExpertSet:
 
     @property
     def total_bytes(self) -> int:
-        """Slots for all experts, in bytes."""
+        """Bytes of slots for all experts."""
         return self.table.total_slots * self.table.slot_bytes
 
     @property
     def token_demand_bytes(self) -> int:
-        """Slots for the experts that one token uses, in bytes."""
+        """Bytes of slots for the experts that one token uses."""
         return sum(self.top_k) * self.table.slot_bytes
 
     @property
     def has_own_math(self) -> bool:
-        """Whether our kernels compute every layer, so that single experts can be left out or computed apart."""
+        """Whether our kernels compute every layer, so that experts can be skipped or computed one by one."""
         return all(entry is not None for entry in self.math)
 
     def on(self, device: torch.device) -> "ExpertSet":
-        """The same once the dense part has been moved to `device`."""
+        """The same set after the dense part has been moved to `device`."""
         return replace(self, layers=tuple(on_device(list(self.layers), device)), device=device)

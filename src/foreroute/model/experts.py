@@ -1,7 +1,7 @@
-"""The class that takes the place of a family's experts: the same module without its weights.
+"""Replace a family's experts class: the same module without its weights.
 
 It keeps whatever the family's constructor sets (config, activation, gating, flags, norms) and drops the expert
-parameters, which never exist in memory. Its forward is handed over to the engine, which knows where the bytes are.
+parameters, which are never allocated. Its forward calls the engine, which knows where the bytes are.
 """
 
 import inspect
@@ -22,21 +22,21 @@ ExpertsForward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tens
 
 @dataclass(frozen=True, slots=True)
 class ExpertParameter:
-    """A parameter that the experts module would have had: its name and one expert's shape."""
+    """A parameter that the family's experts module would have: its name and one expert's shape."""
 
     name: str
     shape: tuple[int, ...]
 
 
 def is_experts_class(cls: type) -> bool:
-    """True for a class whose forward was decorated with transformers' `use_experts_implementation`."""
+    """Whether transformers' `use_experts_implementation` decorated the class's forward."""
     forward = getattr(cls, "forward", None)
     own = getattr(forward, "__globals__", {}).get("__name__") == _SEAM_MODULE
     return own and hasattr(forward, "__wrapped__")
 
 
 def family_forward(module: nn.Module) -> Callable[..., torch.Tensor]:
-    """The family's own eager forward, under the decorator and under our replacement; takes `module` first."""
+    """The family's eager forward under decorator and replacement: (`module`, hidden [tokens, hidden], ids, weights)."""
     for cls in type(module).__mro__:
         if not issubclass(cls, OffloadedExperts) and is_experts_class(cls):
             wrapped: Callable[..., torch.Tensor] = vars(cls)["forward"].__wrapped__
@@ -45,9 +45,9 @@ def family_forward(module: nn.Module) -> Callable[..., torch.Tensor]:
 
 
 def refuse_compiled() -> None:
-    """Raise when torch.compile is at work on the caller.
+    """Raise if torch.compile is tracing the caller.
 
-    `torch.compiler.is_compiling` does not tell: what cannot be traced, a raise among it, is run again as plain Python.
+    `torch.compiler.is_compiling` is not enough: untraceable code, a raise included, is run again as plain Python.
     Cost: 0.1 us.
     """
     if torch._C._dynamo.eval_frame.get_eval_frame_callback() is not None:
@@ -58,8 +58,8 @@ class OffloadedExperts(nn.Module):
     """Mixin in front of a family's experts class. Built by `offloaded_class`, never directly.
 
     Attributes:
-        expert_parameters: what the family would have allocated, in its order.
-        num_offloaded: how many experts the module has.
+        expert_parameters: parameters that the family would have allocated, in its order.
+        num_offloaded: number of experts in the module.
     """
 
     expert_parameters: tuple[ExpertParameter, ...]
@@ -68,7 +68,7 @@ class OffloadedExperts(nn.Module):
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         with torch.device("meta"):
             super().__init__(config, *args, **kwargs)
-        # nn.Module's own tables are used: attributes of families' classes may shadow names.
+        # Use nn.Module's own tables: attributes of families' classes may shadow names.
         fused = {name: p for name, p in self._parameters.items() if p is not None and p.ndim >= 2}
         self.num_offloaded = int(next(iter(fused.values())).shape[0])
         self.expert_parameters = tuple(
@@ -76,14 +76,14 @@ class OffloadedExperts(nn.Module):
         )
         for parameter in self.expert_parameters:
             del self._parameters[parameter.name]
-        # transformers would otherwise initialise "missing" weights through the family's own initialiser.
+        # Otherwise transformers would initialise "missing" weights through the family's own initialiser.
         self._is_hf_initialized = not self._parameters and not self._buffers
         parameters = list(inspect.signature(family_forward(self)).parameters)
         self._call_names = tuple(parameters[1:4])
         self.engine_forward: ExpertsForward | None = None
 
     def forward(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
-        """Compute the routed experts' weighted sum through the engine that `load` attached."""
+        """Compute the routed experts' weighted sum [tokens, hidden] through the engine that `load` attached."""
         refuse_compiled()
         if kwargs:
             args = (*args, *(kwargs[name] for name in self._call_names[len(args) :]))
@@ -98,5 +98,5 @@ class OffloadedExperts(nn.Module):
 
 
 def offloaded_class(experts_class: type[nn.Module]) -> type[OffloadedExperts]:
-    """A subclass of `experts_class` that allocates no expert; same name and module, so that nothing else notices."""
+    """Make a subclass of `experts_class` without experts, under its name and module so that it passes for it."""
     return type(experts_class.__name__, (OffloadedExperts, experts_class), {"__module__": experts_class.__module__})

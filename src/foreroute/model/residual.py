@@ -1,4 +1,4 @@
-"""The residual stream after a layer's attention, caught where the norm in front of the MoE block reads it."""
+"""Capture the residual stream after a layer's attention, at the norm in front of the MoE block."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,9 +10,9 @@ from foreroute.model.blocks import MoeLayer
 
 
 class ResidualTap:
-    """Keeps the latest layer's residual; `remove` takes the hooks off again.
+    """Keeps the latest layer's residual; `remove` removes the hooks.
 
-    Cost: one Python call per layer; the memory of one residual.
+    Cost: one Python call per layer; memory for one residual.
     """
 
     def __init__(self, layers: Sequence[MoeLayer]) -> None:
@@ -22,13 +22,13 @@ class ResidualTap:
         ]
 
     def __call__(self, layer: int) -> torch.Tensor | None:
-        """[tokens, hidden] of MoE layer `layer`, while that layer is the latest; None where it has no such residual."""
+        """The residual [tokens, hidden] of MoE layer `layer`, if that is the latest one and has one; else None."""
         if self._latest is None or self._latest[0] != layer:
             return None
         return self._latest[1].flatten(0, -2)
 
     def remove(self) -> None:
-        """Stop catching."""
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
 

@@ -1,7 +1,7 @@
-"""What a router was given last: for routers that take more than the hidden state, or read another than the experts do.
+"""Keep a router's last arguments: for routers that take more than the hidden state, or read another than the experts.
 
-A hook keeps the arguments of each call. To run such a router ahead, the hidden state is guessed and the rest is that of
-its last call; token ids, which hash routers look up, are known before any layer runs and are always the step's own.
+A hook stores the arguments of each call. To run such a router ahead, its hidden state is predicted and the rest is that
+of its last call; token ids, which hash routers look up, are known before any layer runs and are always the step's own.
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ from torch import nn
 
 
 class StepTokens:
-    """The token ids of the step that runs, caught where the model looks up their embeddings; None before any."""
+    """Token ids of the current step, captured at the model's embedding lookup; None before any."""
 
     def __init__(self, embeddings: nn.Module) -> None:
         self.ids: torch.Tensor | None = None
@@ -36,13 +36,13 @@ class LastCall:
 
     @property
     def hidden(self) -> torch.Tensor | None:
-        """[tokens, width] that it read last; None before its first call."""
+        """The hidden state [tokens, width] of its last call; None before its first."""
         return self._args[0].reshape(-1, self._args[0].shape[-1]) if self._args else None
 
     def run_ahead(self, hidden: torch.Tensor) -> tuple[torch.Tensor, ...] | None:
-        """The router's outputs on `hidden` [tokens, width]; None where its last call was of another number of tokens.
+        """Run the router on `hidden` [tokens, width]; None where its last call had another number of tokens.
 
-        What came with those tokens is then of another shape, as on the first token after a prompt.
+        Its other arguments then have another shape, as on the first token after a prompt.
         """
         if not self._args or self._args[0].numel() != hidden.numel():
             return None
@@ -54,10 +54,10 @@ class LastCall:
     def run_on_tokens(
         self, token_ids: torch.Tensor, hidden: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, ...] | None:
-        """The outputs for `token_ids` [tokens] of a router that chooses by them alone; None before its first call.
+        """Run a router that chooses by `token_ids` [tokens] alone; None before its first call.
 
         Args:
-            hidden: [tokens, width], from which its gate weights come; they mean nothing without it.
+            hidden: [tokens, width], for its gate weights, which are meaningless without it.
         """
         if not self._args:
             return None
@@ -70,7 +70,7 @@ class LastCall:
         return outputs
 
     def run_on_step(self, hidden: torch.Tensor) -> tuple[torch.Tensor, ...] | None:
-        """`run_on_tokens` for those of the step that runs; None where `hidden` [tokens, width] is not of it."""
+        """Run `run_on_tokens` on the current step's ids; None where `hidden` [tokens, width] does not belong to it."""
         ids = self._tokens.ids
         return self.run_on_tokens(ids.flatten(), hidden) if ids is not None and ids.numel() == len(hidden) else None
 
@@ -84,10 +84,10 @@ class LastCall:
 def chooses_by_tokens(
     router: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], ids_at: int, token_ids: torch.Tensor
 ) -> bool:
-    """The router, called with `args` and `kwargs`, takes token ids beside the hidden state, and chooses by them alone.
+    """Whether `router`, in a call with `args` and `kwargs`, takes token ids and chooses by them alone.
 
     Args:
-        ids_at: position of its choice among its outputs. token_ids: [tokens] of that call.
+        ids_at: position of its choice in its outputs. token_ids: [tokens] of that call.
     """
     more = [*args[1:], *kwargs.values()]
     if len(more) != 1 or not isinstance(more[0], torch.Tensor) or more[0].is_floating_point() or not args:

@@ -1,4 +1,4 @@
-"""The files that a tokenizer is made of, looked at before transformers reads them: it passes over some faults."""
+"""Check a tokenizer's files before transformers reads them, as it ignores some faults."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,14 +14,14 @@ _MOST_TEMPLATE_CHARS = 2**18
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether there is a file that a tokenizer could be made of."""
+    """Whether `folder` has a file that a tokenizer could be made of."""
     return any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")) or any(
         next(folder.glob(pattern), None) for pattern in _VOCABULARIES
     )
 
 
 def check_tokenizer_files(folder: Path) -> None:
-    """See that every file of the tokenizer that is there is whole, as far as a file by itself can tell.
+    """Check that every tokenizer file in `folder` is complete, as far as a file by itself can tell.
 
     Raises:
         CorruptCheckpointError: one is cut off, a git-LFS pointer, no JSON object, or a chat template that does not
@@ -44,10 +44,10 @@ def check_tokenizer_files(folder: Path) -> None:
 
 
 def check_vocabulary(path: Path) -> None:
-    """See that a tokenizer.json, where there is one, is a tokenizer's. Cost: reads it, up to a second for a large one.
+    """Check that a tokenizer.json, if it exists, is a tokenizer's. Cost: reads it, up to a second for a large one.
 
     Raises:
-        CorruptCheckpointError: it is none.
+        CorruptCheckpointError: it is not.
     """
     from tokenizers import Tokenizer
 
@@ -62,7 +62,7 @@ def _matching(folder: Path, patterns: tuple[str, ...]) -> Iterator[Path]:
 
 
 def _templates_in(settings: dict[str, Any], path: Path) -> Iterator[tuple[str, str]]:
-    """The chat templates in tokenizer_config.json, each with what tells it from others."""
+    """The chat templates in tokenizer_config.json, each with a name for messages."""
     found = settings.get("chat_template")
     if isinstance(found, str):
         yield "", found
@@ -81,17 +81,17 @@ def _templates_in(settings: dict[str, Any], path: Path) -> Iterator[tuple[str, s
 
 
 def check_template(text: str, source: str) -> None:
-    """See that a chat template can be parsed. Nothing of it is run, nor computed in advance.
+    """Check that the chat template `text` of `source` can be parsed. Nothing in it is run or constant-folded.
 
     Raises:
-        CorruptCheckpointError: it cannot: a block is open where it ends, as in a file that was cut off.
+        CorruptCheckpointError: it cannot: a block is open at its end, for example, as in a truncated file.
     """
     from jinja2 import Environment, nodes
     from jinja2.ext import Extension, loopcontrols
     from jinja2.parser import Parser
 
     class Generation(Extension):
-        """transformers' own block around what the model wrote."""
+        """transformers' own block around the model's answer."""
 
         tags = {"generation"}  # noqa: RUF012 - as jinja2 declares it
 
@@ -106,10 +106,10 @@ def check_template(text: str, source: str) -> None:
 
 
 def default_template(tokenizer: Any) -> str | None:
-    """The chat template that is used when none is named; None where the tokenizer has no template at all.
+    """The chat template used when none is named; None where the tokenizer has no template.
 
     Raises:
-        PromptError: it has several, and none of them is the default.
+        PromptError: it has several, and none is the default.
     """
     found = getattr(tokenizer, "chat_template", None)
     if not isinstance(found, dict):

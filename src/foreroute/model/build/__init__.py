@@ -1,1 +1,1 @@
-"""What makes a transformers model without its experts: configs, names, dense weights, the map to stored bytes."""
+"""Build a transformers model without its experts: configs, names, dense weights, the map to stored bytes."""

@@ -1,6 +1,6 @@
-"""Whether the sizes in a config are such as its weights can have; asked before a model is built of them.
+"""Check that a config's sizes are plausible for its weights, before a model is built from them.
 
-A config of 2**62 layers makes lists as long before anybody asks whether there are such weights.
+A config of 2**62 layers would create lists of that length before its weights are looked for.
 """
 
 import re
@@ -11,7 +11,7 @@ from typing import Any
 from foreroute.checkpoint.index import CheckpointIndex
 from foreroute.errors import CheckpointError, CorruptCheckpointError
 
-# Ten times what any model has; whether these weights have so many is asked once their names are known.
+# Ten times the largest known models; the exact check against the weights follows once their names are known.
 _MOST_LAYERS, _MOST_EXPERTS = 10_000, 100_000
 _LAYERS = re.compile(r"(num_|n_)?((hidden|decoder|encoder|nextn_predict|hash|mtp)_)?layers?|block_count|depth")
 _EXPERTS = re.compile(r"(moe_)?(num|n)_(local_|routed_|shared_)?experts|expert_count")
@@ -21,23 +21,23 @@ _CHOSEN = re.compile(
 )
 # A fused parameter may be stored as two or three matrices, each in up to four tensors where it is quantised.
 _TENSORS_PER_PARAMETER, _MORE_TENSORS = 12, 1000
-# A layer more than the weights' names count, in a model that numbers something else first, is left to the exact check.
+# This many layers more than the weights' names suggest are left to the exact check: some models number other parts.
 _SLACK_LAYERS = 64
 _NUMBER = re.compile(r"(?<![^.])\d{1,9}(?![^.])")
 
 
 def check_sizes(settings: Mapping[str, Any], source: Path) -> None:
-    """See that counts of layers and experts are such as a model can have, before anything is made of them.
+    """Check that the counts of layers and experts in `settings` are plausible, before anything is built from them.
 
     Raises:
-        CheckpointError: one is not; named, with the file it is from.
+        CheckpointError: one is not; named, with the file `source`.
     """
     waiting = [settings]
     while waiting:
         for name, value in waiting.pop().items():
             if isinstance(value, Mapping):
                 waiting.append(value)
-            # Other kinds of values are for the config's own class to judge.
+            # Other types of values are left to the config's own class.
             elif type(value) is int and _LAYERS.fullmatch(name) and not -1 <= value <= _MOST_LAYERS:
                 raise CheckpointError(f"{source}: {name} is {value}; no model has so many layers.")
             elif type(value) is int and _is_of_experts(name) and not -1 <= value <= _MOST_EXPERTS:
@@ -49,14 +49,13 @@ def _is_of_experts(name: str) -> bool:
 
 
 def check_against(config: Any, index: CheckpointIndex) -> None:
-    """See that config.json speaks of about as much as the files hold, before the model is built.
+    """Check that `config` has about as many layers and experts as the files of `index`, before the model is built.
 
-    What it costs to build is then bounded by the files. Whether every tensor is there, and of the right shape, is found
-    with the model.
+    The files thus bound the cost of building. Presence and shape of every tensor are checked with the model.
 
     Raises:
-        CorruptCheckpointError: it speaks of far more layers or experts.
-        CheckpointError: a window, or the context, has no place for a token.
+        CorruptCheckpointError: it has far more layers or experts.
+        CheckpointError: a window, or the context, holds no token.
     """
     text = config.get_text_config()
     numbers = [_NUMBER.findall(name) for name in index.tensors]
@@ -73,7 +72,7 @@ def check_against(config: Any, index: CheckpointIndex) -> None:
 
 
 def _check_least(text: Any, index: CheckpointIndex) -> None:
-    """Settings that a model is built with whatever they are, and then computes nothing with, or nothing of worth."""
+    """Check settings that any model is built with, but that leave it computing nothing, or nothing useful."""
     has_windows = "sliding_attention" in (getattr(text, "layer_types", None) or ())
     for name in ("max_position_embeddings", "topk_group", *(("sliding_window",) if has_windows else ())):
         value = getattr(text, name, None)
@@ -82,12 +81,12 @@ def _check_least(text: Any, index: CheckpointIndex) -> None:
 
 
 def check_number(index: CheckpointIndex, num_parameters: int) -> None:
-    """See that the files hold about as many tensors as the model has, before each one's name is looked up in it.
+    """Check that the files hold about as many tensors as the model, before each name is looked up in it.
 
     Args:
-        num_parameters: of the model, each expert's counted.
+        index: of the files. num_parameters: of the model, each expert's counted.
     Raises:
-        CorruptCheckpointError: there are far more.
+        CorruptCheckpointError: the files hold far more.
     """
     if len(index.tensors) > _TENSORS_PER_PARAMETER * num_parameters + _MORE_TENSORS:
         raise CorruptCheckpointError(
@@ -97,10 +96,10 @@ def check_number(index: CheckpointIndex, num_parameters: int) -> None:
 
 
 def check_choice(config: Any, num_experts: int, source: Path) -> None:
-    """See that a token is computed by at least one expert, and by no more than there are.
+    """Check that each token uses at least one expert, and no more than exist.
 
     Args:
-        num_experts: of the layer that has most. source: of the config, for the message.
+        num_experts: of the layer with the most. source: of `config`, for the message.
     Raises:
         CheckpointError: the config says otherwise; its key is named.
     """

@@ -1,7 +1,7 @@
-"""Dense weights of a quantised checkpoint, as transformers shall load them: numbers, made one tensor at a time.
+"""Dense weights of a quantised checkpoint, dequantised one tensor at a time for transformers to load.
 
-transformers dequantises too, but not every format on every machine, and not blocks that a matrix cuts off (the 576 rows
-of DeepSeek-V3's kv_a_proj_with_mqa). What it does to names, and what it refuses, stays its own.
+transformers dequantises too, but not every format on every machine, and not blocks that a matrix truncates (576 rows of
+DeepSeek-V3's kv_a_proj_with_mqa). Its renaming and its checks still apply.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -25,13 +25,13 @@ from foreroute.errors import CorruptCheckpointError, UnsupportedModelError
 from foreroute.kernels.torch.dequantise import decode_matrix
 from foreroute.model.build.from_state import LazyTensor, read_tensor
 
-# GPTQ's tensor that says which group each column is of; 4 bytes a column, and read before anything else is.
+# GPTQ's tensor with the group of each column; 4 bytes a column, and read before anything else.
 _ORDER = "g_idx"
 _ORDER_READERS = 8
 
 
 class LazyMatrix:
-    """A quantised matrix of the checkpoint: its components are read, and made into numbers, when it is indexed."""
+    """A quantised matrix of the checkpoint; indexing it reads and dequantises its components."""
 
     def __init__(self, index: CheckpointIndex, names: tuple[str, ...], coding: Coding, dtype: torch.dtype) -> None:
         self._index, self._names, self._coding, self._dtype = index, names, coding, dtype
@@ -55,12 +55,13 @@ def dense_state(
     dtype: torch.dtype,
     ignored: Collection[str] = (),
 ) -> dict[str, Any]:
-    """Every tensor of the checkpoint by the name that the model knows, but for the ignored; nothing is read yet.
+    """Every tensor of the checkpoint `index` by the model's name, except `ignored`; nothing is read yet.
 
-    Experts are among them, and never read: the model has no place for them.
+    Experts are included but never read, as the model has no parameters for them. `form`, `matrices` and `components`
+    are those of `quantised_matrices`; `dtype` is that of dequantised numbers.
     """
     state: dict[str, Any] = {name: LazyTensor(index, name) for name in index.tensors if name not in components}
-    if form.coding.kind != MXFP4:  # which holds experts alone
+    if form.coding.kind != MXFP4:  # MXFP4 holds experts only
         state |= {name: LazyMatrix(index, names, form.coding_of(name), dtype) for name, names in matrices.items()}
     return {name: tensor for name, tensor in state.items() if name not in ignored}
 
@@ -73,13 +74,16 @@ def dense_growth(
     table: ExpertTable,
     ignored: Collection[str] = (),
 ) -> int:
-    """Bytes by which what is not experts grows when it becomes numbers of two bytes; what is ignored goes."""
+    """Extra bytes of the weights outside `table` (the experts) after dequantisation to 16 bit, without the `ignored`.
+
+    `index`, `form`, `matrices`, `components`: as in `dense_state`.
+    """
     growth = -sum(index.tensors[name].nbytes for name in ignored if name in index.tensors and name not in components)
     if form is None or form.coding.kind == MXFP4:
         return growth
     groups = [group for layer in table.layers for source in layer.sources for group in source.groups]
     of_experts = {name for group in groups for name in group}
-    # What says nothing here is read by nobody.
+    # Components that no matrix uses are never read.
     growth -= sum(index.tensors[name].nbytes for name in components.difference(*matrices.values()))
     for name, names in matrices.items():
         if names[0] in of_experts:
@@ -96,13 +100,13 @@ def dense_growth(
 def quantised_matrices(
     folder: Path, index: CheckpointIndex
 ) -> tuple[QuantisedFormat | None, Mapping[str, tuple[str, ...]], frozenset[str]]:
-    """How the checkpoint's weights are quantised, its quantised matrices, and the stored names that belong to them.
+    """Find how `index`'s weights are quantised, by `folder`'s config: format, matrices, stored names of components.
 
     Returns:
         The format, or None; and what its `split` returns.
     Raises:
-        UnsupportedModelError: a format, or a variant of one, that is not read.
-        CheckpointError: the declaration makes no sense, or components are absent or of another kind.
+        UnsupportedModelError: an unsupported format or variant.
+        CheckpointError: the declaration makes no sense, or components are absent or have other dtypes or shapes.
     """
     declared = read_format(folder, index)
     if declared is None:
@@ -114,7 +118,7 @@ def quantised_matrices(
     for name, names in matrices.items():
         coding, shapes = form.coding_of(name), [index.tensors[one].shape for one in names]
         check_dtypes(coding, names, index)
-        if coding.kind != MXFP4 and len(shapes[0]) == 2:  # of experts in one tensor each is looked at later
+        if coding.kind != MXFP4 and len(shapes[0]) == 2:  # fused experts are checked later
             matrix_shape(coding, shapes, names[0])
     return form, matrices, components
 
@@ -122,15 +126,15 @@ def quantised_matrices(
 def with_order(
     index: CheckpointIndex, form: QuantisedFormat, matrices: Mapping[str, tuple[str, ...]]
 ) -> QuantisedFormat:
-    """The format with g_idx among its components, where GPTQ's columns are of other groups than their neighbours.
+    """Add g_idx to the format's components where GPTQ's columns are not grouped by position.
 
-    What counts is what is stored, whatever desc_act says: older writers set it where the order is the ordinary one.
+    The stored g_idx of `index` decides, not desc_act: older writers set it for the ordinary order too.
 
     Args:
-        form, matrices: as declared, and as it splits the stored names.
+        form, matrices: the declared format, and its `split` of the stored names.
     Raises:
-        CorruptCheckpointError: g_idx is absent though columns are said to be in another order, or names no group.
-    Cost: reads every g_idx (4 bytes per column of each matrix), by a few threads.
+        CorruptCheckpointError: g_idx is absent for declared reordering, or has an invalid group.
+    Cost: reads every g_idx (4 bytes per column of each matrix), in a few threads.
     """
     if form.coding.kind != GPTQ_INT4:
         return form
@@ -162,10 +166,10 @@ def _has_reordered(
     matrices: Mapping[str, tuple[str, ...]],
     share: Sequence[tuple[str, int, str, str]],
 ) -> bool:
-    """Whether the columns of one of these matrices are of other groups than their neighbours.
+    """Whether some of these matrices have columns that are not grouped by position.
 
     Args:
-        share: of each the file, the offset and the name of its g_idx, and its name in the model.
+        share: per matrix, file, offset and name of its g_idx, and its name in the model.
     """
     is_other = False
     for path, of_file in groupby(share, key=lambda one: one[0]):
@@ -195,15 +199,15 @@ def _check_groups(folder: Path, order: str, stored: bytes, num_groups: int) -> N
 
 @lru_cache(maxsize=64)
 def _ordinary(num_columns: int, per_group: int) -> bytes:
-    """The g_idx of columns whose groups are neighbours."""
+    """The g_idx of columns grouped by position."""
     return (np.arange(num_columns, dtype="<i4") // max(per_group, 1)).astype("<i4").tobytes()
 
 
 def idle_biases(index: CheckpointIndex, matrices: Mapping[str, tuple[str, ...]], known: Collection[str]) -> set[str]:
-    """Biases of quantised matrices that are nought, and that the model does not have: older writers gave each one.
+    """All-zero biases of quantised `matrices` in `index` that the model lacks: older writers gave each matrix one.
 
     Args:
-        known: the model's own tensors. Cost: reads those biases, of all experts too.
+        known: names of the model's tensors. Cost: reads those biases, of all experts too.
     """
     by_file: dict[str, list[str]] = {}
     for name in matrices:

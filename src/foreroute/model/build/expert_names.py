@@ -1,4 +1,4 @@
-"""From the names of stored tensors to a family's experts: transformers' own renaming, asked for each name."""
+"""Map names of stored tensors to a family's experts, by transformers' own renaming of each name."""
 
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -13,12 +13,12 @@ from foreroute.model.experts import ExpertParameter
 
 
 def num_experts(module: nn.Module) -> int:
-    """Experts of an experts module."""
+    """Number of experts in an experts module."""
     return int(next(p for p in module._parameters.values() if p is not None and p.ndim >= 2).shape[0])
 
 
 def expert_parameters(module: nn.Module) -> tuple[ExpertParameter, ...]:
-    """Its parameters that every expert has a share of."""
+    """The module's parameters that hold a part of every expert."""
     count = num_experts(module)
     return tuple(
         ExpertParameter(name, tuple(p.shape[1:]))
@@ -30,10 +30,10 @@ def expert_parameters(module: nn.Module) -> tuple[ExpertParameter, ...]:
 def map_sources(
     meta_model: nn.Module, modules: Mapping[str, nn.Module], stored_names: Collection[str]
 ) -> tuple[dict[str, PartSource], dict[str, tuple[str, ...]], dict[str, torch.Tensor]]:
-    """For every expert parameter, by full name: the stored tensors that make it, as transformers would collect them.
+    """Find the stored tensors of every expert parameter of `modules`, by its full name, as transformers collects them.
 
-    Beside them the stored names that the model has no place for, with the names that transformers gives each; and those
-    that become a tensor of the model as they are, with that tensor.
+    Returns also the `stored_names` without a place in `meta_model`, with transformers' names for each; and the stored
+    names that become a model tensor unchanged, with that tensor (any shape [...], on the meta device).
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
@@ -68,7 +68,7 @@ def map_sources(
 def _source(
     part: str, shape: tuple[int, ...], by_pattern: Mapping[str | None, list[str]], converter: Any
 ) -> PartSource:
-    """What makes an experts' parameter: stored names by the pattern that they match, and transformers' converter."""
+    """The source of an expert parameter, from stored names by matched pattern and transformers' converter."""
     if converter is None:
         ordered, steps = list(by_pattern.values()), []
     else:

@@ -1,4 +1,4 @@
-"""generation_config.json: where tokens end, and how they are chosen. transformers passes over one it cannot read."""
+"""Check generation_config.json, the settings of sampling and end tokens: transformers ignores one it cannot read."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -23,25 +23,25 @@ _SWITCHES = frozenset({
 })  # fmt: skip
 _TOKENS = frozenset({"eos_token_id", "pad_token_id", "bos_token_id", "forced_eos_token_id"})
 _TOKEN_LISTS = frozenset({"suppress_tokens", "begin_suppress_tokens"})
-# Least and most of those that transformers would refuse later, in the middle of an answer or of all answers.
+# Allowed ranges of settings that transformers would refuse only later, while answering.
 _RANGES: Mapping[str, tuple[float, float]] = {
     "temperature": (0, math.inf), "top_p": (0, 1), "min_p": (0, 1), "typical_p": (1e-9, 1), "top_h": (1e-9, 1),
     "top_k": (0, 2**31 - 1), "repetition_penalty": (1e-6, math.inf), "max_new_tokens": (1, math.inf),
     "min_length": (0, math.inf), "min_new_tokens": (0, math.inf), "num_beams": (1, 1000),
     "num_return_sequences": (1, 1000), "no_repeat_ngram_size": (0, 2**31 - 1),
 }  # fmt: skip
-# Of these transformers takes no whole number but one that means nothing.
+# transformers refuses integers for these, except a neutral 0 or 1.
 _WITH_A_POINT = frozenset({"temperature", "repetition_penalty", "encoder_repetition_penalty"})
-# Ids reach a tensor of int64; -1 stands for "none" in some older files.
+# Ids go to an int64 tensor; -1 means "none" in some older files.
 _LEAST_TOKEN, _MOST_TOKEN = -1, 2**31 - 1
 
 
 def check_generation_settings(folder: Path) -> None:
-    """See that generation_config.json, where there is one, is whole and of values that answers can be made with.
+    """Check that generation_config.json, if `folder` has one, is complete and has usable values.
 
     Raises:
-        CorruptCheckpointError: it is cut off, a git-LFS pointer, or no JSON object.
-        CheckpointError: a setting has a value that means nothing; file and key are named.
+        CorruptCheckpointError: it is truncated, a git-LFS pointer, or not a JSON object.
+        CheckpointError: a setting has a meaningless value; file and key are named.
     """
     path = folder / "generation_config.json"
     if not path.is_file():
@@ -58,7 +58,7 @@ def check_generation_settings(folder: Path) -> None:
 
 
 def _try_processors(settings: Mapping[str, Any]) -> None:
-    """Make of the settings what is made of them for an answer, where the values are too many to check one by one."""
+    """Build what an answer builds from the settings, where the values are too many to check one by one."""
     from transformers.generation import logits_process
 
     makers: Mapping[str, Callable[[Any], Any]] = {
@@ -74,7 +74,7 @@ def _try_processors(settings: Mapping[str, Any]) -> None:
 
 
 def check_token_ids(settings: Mapping[str, Any], path: Path) -> None:
-    """See that the tokens that begin and end an answer, as config.json has them, are tokens' numbers.
+    """Check that the begin and end tokens in `settings`, those of config.json at `path`, are token ids.
 
     Raises:
         CheckpointError: one is not; file and key are named.
@@ -90,7 +90,7 @@ def _check_values(settings: Mapping[str, Any], names: Iterable[str], path: Path)
 
 
 def _wanted(name: str, value: Any) -> str | None:
-    """What the value should be; None where it is."""
+    """What the value should be; None if it is valid."""
     kinds: tuple[tuple[frozenset[str], Callable[[Any], bool], str], ...] = (
         (_WHOLE, lambda one: type(one) is int, "a whole number"),
         (_NUMBERS, _is_number, "a number"),

@@ -1,7 +1,7 @@
-"""A GGUF file as transformers wants it: a config, and the dense tensors as numbers.
+"""Convert a GGUF file for transformers: to a config, and to dequantised dense tensors.
 
-Settings are read from the file's own metadata, not through transformers' table for GGUF, which leaves out the width of
-a head and of an expert (5.23), and so gives models of another shape.
+Settings come from the file's metadata, not from transformers' table for GGUF, which lacks the head width and the expert
+width (5.23), and so gives models of other shapes.
 """
 
 import math
@@ -17,10 +17,10 @@ from foreroute.model.build.config_sizes import check_sizes
 
 
 def gguf_config(index: GgufIndex) -> Any:
-    """transformers' config of the model in the file.
+    """Make transformers' config of the model in the file.
 
     Raises:
-        CheckpointError: the metadata describe no model.
+        CheckpointError: the metadata do not describe a model.
     """
     from transformers import AutoConfig
 
@@ -31,14 +31,14 @@ def gguf_config(index: GgufIndex) -> Any:
 
 
 def gguf_dense_nbytes(index: GgufIndex) -> int:
-    """Bytes that the dense weights will take as numbers of two bytes."""
+    """Bytes of the dense weights when dequantised to 16 bit."""
     return sum(2 * math.prod(index.shapes[name]) for name in dense_names(index))
 
 
 def gguf_state(index: GgufIndex, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Every dense tensor by transformers' name, in `dtype`; experts are not read.
+    """Read every dense tensor of `index` in `dtype` and the model's shape [...], by transformers' name; no experts.
 
-    Numbers are those of the gguf package's dequantiser. Cost: one dense tensor in fp32 beside the result.
+    The gguf package dequantises them. Cost: one dense tensor in fp32 beside the result.
 
     Raises:
         ReadError: the file changed since its header was read, ends too early, or the disk failed.

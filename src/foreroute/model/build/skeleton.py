@@ -1,8 +1,8 @@
-"""A transformers model without its experts, and the map from its experts to the checkpoint's bytes.
+"""Build a transformers model without its experts, and map its experts to the checkpoint's bytes.
 
 While `from_pretrained` runs, each experts class is replaced in its own modeling module by a subclass that allocates
-nothing; afterwards, also after a failure, the module is as it was. transformers loads all that is left as it always
-does. Names are translated by transformers' own renaming functions, so that a family needs no table here.
+nothing; afterwards, also after a failure, the module is restored. transformers loads the rest as always. Names are
+translated by transformers' own renaming functions, so that no family needs a table here.
 """
 
 import contextlib
@@ -33,22 +33,22 @@ from foreroute.model.build.unplaced import Ignored, sort_unplaced, tell
 from foreroute.model.config_file import read_config
 from foreroute.model.experts import ExpertParameter, OffloadedExperts, is_experts_class, offloaded_class
 
-# The swap replaces a name in a module that every thread sees: one load at a time.
+# The swap replaces a name in a module shared by all threads: one load at a time.
 _SWAP_LOCK = threading.RLock()
 
 
 @dataclass(frozen=True)
 class Outline:
-    """What is known of a model before any weight is read.
+    """Facts about a model before any weight is read.
 
     config: transformers' config.
     experts: names of the experts modules, in module order.
     table: where every expert's bytes are; layers in the order of `experts`.
     expert_targets: the fused parameters that must not be loaded, by full name.
     is_transposed: per layer, matrices are stored as [in, out].
-    form: how the checkpoint's weights are quantised; None where they are not. matrices, components: the stored names
-        of its quantised matrices, as QuantisedFormat.split has them.
-    ignored: stored tensors that are left unread.
+    form: the format of quantised weights, or None. matrices, components: stored names of its quantised matrices, as
+        in QuantisedFormat.split.
+    ignored: stored tensors that are not read.
     """
 
     config: Any
@@ -64,12 +64,12 @@ class Outline:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What of the checkpoint is not used as it asks for it, a line each."""
+        """Declared settings of the checkpoint that are ignored here, a line each."""
         return (*(() if self.form is None else self.form.notes), *self.ignored.notes)
 
     @property
     def dense_nbytes(self) -> int:
-        """Bytes that the other weights will take: as stored, and of quantised ones as many as their numbers."""
+        """Bytes that the non-expert weights will take: as stored, or dequantised."""
         index = self.table.index
         if isinstance(index, GgufIndex):
             return gguf_dense_nbytes(index)
@@ -78,15 +78,15 @@ class Outline:
 
 
 def outline(folder: Path, index: CheckpointIndex) -> Outline:
-    """Build the model on the meta device, find its experts and map them to stored bytes.
+    """Build the model of `folder` on the meta device, and map its experts to the bytes of `index`.
 
     Raises:
-        UnsupportedModelError: the model is dense, its experts are off the seam, or it is no causal language model.
-        CorruptCheckpointError: expert tensors are absent, or of another shape than the config says.
+        UnsupportedModelError: the model is dense, its experts cannot be replaced, or it is no causal language model.
+        CorruptCheckpointError: expert tensors are absent, or their shapes differ from the config.
     """
     if isinstance(index, GgufIndex):
         return _outline_gguf(index)
-    # First, as transformers' own config of a quantisation that makes no sense says nothing of it.
+    # First, as transformers' config gives no useful error for an invalid quantisation.
     form, matrices, components = quantised_matrices(folder, index)
     config = read_config(folder)
     is_quantised = form is not None or getattr(config, "quantization_config", None) is not None
@@ -146,16 +146,16 @@ def _outline_gguf(index: GgufIndex) -> Outline:
 
 
 def load_skeleton(folder: Path, sketch: Outline, dtype: torch.dtype | str, **kwargs: Any) -> nn.Module:
-    """Load everything but the experts with transformers' `from_pretrained`, from the files that the outline is of.
+    """Load everything but the experts of `sketch` with transformers' `from_pretrained`, from its files in `folder`.
 
     Args:
         dtype: compute dtype of the dense weights, or "auto" for the checkpoint's.
-        kwargs: passed on to `from_pretrained` (attn_implementation, ...).
+        kwargs: for `from_pretrained` (attn_implementation, ...).
     Raises:
-        CheckpointError: transformers cannot load it like this.
-        CorruptCheckpointError: keys are missing, unexpected or of another shape, ours excepted; or
+        CheckpointError: transformers cannot load it.
+        CorruptCheckpointError: keys other than the experts' are missing, unexpected or of another shape; or
             generation_config.json is damaged.
-        ReadError: a file is not what it was when its header was read, or cannot be read.
+        ReadError: a file changed since its header was read, or cannot be read.
     """
     check_generation_settings(folder)
     model_class, config = _model_class(folder, sketch.config)
@@ -169,7 +169,7 @@ def load_skeleton(folder: Path, sketch: Outline, dtype: torch.dtype | str, **kwa
 
 
 def _dense_state(sketch: Outline, dtype: torch.dtype | str) -> tuple[Mapping[str, Any], torch.dtype | str]:
-    """The weights by name, and the dtype that they are computed in; quantised ones are made numbers in that."""
+    """The weights by name, and their compute dtype, to which quantised ones are dequantised."""
     index = sketch.table.index
     if sketch.form is None and not isinstance(index, GgufIndex):
         return stored_state(index), dtype
@@ -183,7 +183,7 @@ def _dense_state(sketch: Outline, dtype: torch.dtype | str) -> tuple[Mapping[str
 
 
 def _forget_quantisation(config: Any) -> None:
-    """What is quantised is read here; transformers shall see a model of numbers."""
+    """Remove the quantisation settings: weights are dequantised here, so that transformers sees a plain model."""
     for one in {id(config): config, id(config.get_text_config()): config.get_text_config()}.values():
         if hasattr(one, "quantization_config"):
             del one.quantization_config
@@ -191,7 +191,7 @@ def _forget_quantisation(config: Any) -> None:
 
 @contextlib.contextmanager
 def swapped_experts(classes: frozenset[type[nn.Module]]) -> Iterator[None]:
-    """While inside, each class's modeling module holds the class without weights under the same name."""
+    """Within the context, each class's modeling module has the class without weights under the same name."""
     with _SWAP_LOCK:
         replaced: list[tuple[Any, str, type[nn.Module]]] = []
         try:
@@ -208,7 +208,7 @@ def swapped_experts(classes: frozenset[type[nn.Module]]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet_loading() -> Iterator[None]:
-    """Silence transformers' load report and progress bar: the loading info is checked here, and more strictly."""
+    """Silence transformers' load report and progress bar: the loading info is checked here, more strictly."""
     from transformers.utils import logging as transformers_logging
 
     previous_level, had_bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
@@ -223,11 +223,11 @@ def _quiet_loading() -> Iterator[None]:
 
 
 def _auto_class(folder: Path, config: Any) -> Any:
-    """transformers' Auto class that makes a model which continues text: multimodal ones do, given text alone."""
+    """Choose transformers' Auto class for text generation: multimodal models generate too, given text alone."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, GenerationMixin
 
     for auto_class in (AutoModelForCausalLM, AutoModelForImageTextToText):
-        # Not `can_generate`: that is true of models which write in another way than token by token.
+        # Not `can_generate`: it is also true of models that do not generate token by token.
         if type(config) in auto_class._model_mapping and issubclass(_candidate(auto_class, config), GenerationMixin):
             return auto_class
     raise UnsupportedModelError(
@@ -236,7 +236,7 @@ def _auto_class(folder: Path, config: Any) -> Any:
 
 
 def _model_class(folder: Path, config: Any) -> tuple[Any, Any]:
-    """The class that the Auto class makes of the config, and what of the config it takes: the text's alone, or all."""
+    """The class that the Auto class makes of the config, and the config that it takes: the text part, or all."""
     found = _candidate(_auto_class(folder, config), config)
     text_class = config.sub_configs.get("text_config")
     takes_text = text_class is not None and found.config_class is text_class
@@ -244,7 +244,7 @@ def _model_class(folder: Path, config: Any) -> tuple[Any, Any]:
 
 
 def _candidate(auto_class: Any, config: Any) -> Any:
-    """Of the classes that the Auto class has for the config: the one that the config names, else the first."""
+    """The Auto class's candidate that the config names, else the first."""
     found = auto_class._model_mapping[type(config)]
     if not isinstance(found, (list, tuple)):
         return found
@@ -256,14 +256,14 @@ def _meta_model(folder: Path, config: Any, index: CheckpointIndex) -> nn.Module:
     auto_class = _auto_class(folder, config)
     check_against(config, index)
     wrong = f"{_source(folder)} describes no {config.model_type} model that can be built"
-    # Another thread's load may have classes swapped: a model built meanwhile would have no experts to find.
+    # Another thread may have swapped classes: a model built meanwhile would have no experts to find.
     with named(wrong, CheckpointError), _SWAP_LOCK, torch.device("meta"):
         model: nn.Module = auto_class.from_config(config)
         return model
 
 
 def _source(folder: Path) -> Path:
-    """The file that says what the model is like."""
+    """The file that describes the model."""
     return folder if is_gguf(folder) else folder / "config.json"
 
 
@@ -281,7 +281,7 @@ def _why_no_experts(folder: Path, config: Any, model: nn.Module) -> str:
 
 
 def _check_shapes(folder: Path, dense: Mapping[str, torch.Tensor], stored: Mapping[str, Sequence[int]]) -> None:
-    """Raises CorruptCheckpointError where transformers would make a tensor anew, of whatever size the config says."""
+    """Raises CorruptCheckpointError where transformers would reinitialise a tensor, of whatever size the config has."""
     for name, shape in stored.items():
         if name in dense and tuple(shape) != tuple(dense[name].shape):
             raise CorruptCheckpointError(

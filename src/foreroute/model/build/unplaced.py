@@ -1,9 +1,9 @@
-"""Stored tensors that the model has no place for: which of them mean nothing here, and which are a fault.
+"""Sort stored tensors that the model has no place for: those that can be ignored, and those that are errors.
 
-Three kinds mean nothing: what transformers itself leaves unread for a family; layers that predict several tokens at
-once (MTP, nextn), which come behind the model's own; and the scales of quantised keys and values, which are kept as
-numbers here. transformers names the layers by their number in the published model (61, 46, 92), which a model of
-another depth does not have: here they are known by the model's own depth. Anything else is an error.
+Three kinds are ignored: tensors that transformers itself leaves unread for a family; layers that predict several tokens
+at once (MTP, nextn), after the model's own; and scales of a quantised KV cache, which is not quantised here.
+transformers identifies such layers by their number in the published model (61, 46, 92), which differs at another depth:
+here the model's own depth decides. All other tensors are errors.
 """
 
 import logging
@@ -22,26 +22,26 @@ from foreroute.reading import read_object
 _LOG = logging.getLogger(__name__)
 
 _LAYER = re.compile(r"^(?P<stack>|.*?\.)layers\.(?P<number>\d+)\.")
-# Modules of their own, or parts of a layer, that only multi-token prediction has.
+# Modules, or parts of a layer, that only multi-token prediction has.
 _PREDICTION = re.compile(r"(^|\.)(mtp|nextn)(_\w+)?\.")
 _PREDICTION_PART = re.compile(r"\.(eh_proj|enorm|hnorm|shared_head|(mtp|nextn)(_\w+)?)\.")
-# As config.json says how many such layers there are.
+# Keys of config.json for the number of such layers.
 _PREDICTION_KEYS = (
     "num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers", "mtp_num_layers", "num_mtp_modules",
 )  # fmt: skip
 _CACHE_SCALE = re.compile(
     r"\.((q|k|v|kv|qk|qkv|prob)_(scale|zero_point)|(q|k|v|qkv)_proj\.output_(scale|zero_point)|prob_output_scale)$"
 )
-# A pattern of transformers that means one layer by its number.
+# A pattern of transformers that selects one layer by its number.
 _NUMBERED_LAYER = re.compile(r"layers\\?\.\d")
 
 
 @dataclass(frozen=True)
 class Ignored:
-    """Tensors that are left unread though they are stored.
+    """Stored tensors that are not read.
 
-    names: as the checkpoint has them, of quantised matrices as the model would know them. targets: the same as
-    transformers would have them. notes: a line about each kind, for people.
+    names: as in the checkpoint; quantised matrices by the model's name. targets: the same by transformers' names.
+    notes: a line about each kind, for users.
     """
 
     names: frozenset[str] = frozenset()
@@ -51,7 +51,7 @@ class Ignored:
 
 @dataclass
 class _Depths:
-    """How many layers each stack of layers of the model has, by the name before `layers.`."""
+    """Number of layers in each stack of layers, by the name before `layers.`."""
 
     of_stack: dict[str, int] = field(default_factory=dict)
 
@@ -64,7 +64,7 @@ class _Depths:
         return depths
 
     def find(self, stack: str) -> int | None:
-        """The depth of this stack; its name may lack the prefix that the model has, or have one more."""
+        """The depth of a stack; its name may lack the model's prefix, or have one more."""
         if stack in self.of_stack:
             return self.of_stack[stack]
         found = {depth for known, depth in self.of_stack.items() if _is_end(stack, known) or _is_end(known, stack)}
@@ -78,20 +78,19 @@ def sort_unplaced(
     *,
     is_quantised: bool,
 ) -> Ignored:
-    """See that every stored tensor without a place in the model is one of those that mean nothing here.
+    """Check that every stored tensor without a place in the model can be ignored.
 
     Args:
-        model: on the meta device. unplaced: the tensors' stored names, and the names that transformers makes of
-            each.
+        folder: of config.json. model: on the meta device. unplaced: by stored name, transformers' names for each.
         is_quantised: config.json declares a quantisation.
     Raises:
-        CorruptCheckpointError: a tensor is none of those; the first is named.
+        CorruptCheckpointError: a tensor cannot; the first is named.
     """
     depths, patterns = _Depths.of(model.state_dict().keys()), tuple(_family_patterns(model))
     count = _declared_layers(folder)
     layers = {
         _layer_of(targets[0]) for targets in unplaced.values() if _PREDICTION_PART.search(targets[0])
-    }  # which have a part that no other layer has
+    }  # parts that no other layer has
     prediction: list[str] = []
     scales: list[str] = []
     unknown: list[str] = []
@@ -116,7 +115,7 @@ def sort_unplaced(
 
 
 def _beyond(depths: _Depths, target: str) -> int | None:
-    """How many layers past the end of its stack the tensor's layer is; None where it is not past it."""
+    """Layers between the end of its stack and the tensor's layer; None if it is not past the end."""
     stack, number = _layer_of(target)
     if number is None:
         return None
@@ -125,7 +124,7 @@ def _beyond(depths: _Depths, target: str) -> int | None:
 
 
 def tell(notes: Collection[str], folder: Path) -> None:
-    """Say each note in a line, as a warning of this module's logger; once, however often the model is loaded."""
+    """Log each of `notes` on `folder` in a line, as a warning; only once, however often the model is loaded."""
     for note in notes:
         _say(folder, note)
 
@@ -147,7 +146,7 @@ def _count(names: list[str]) -> str:
 
 
 def _family_patterns(model: nn.Module) -> Iterator[str]:
-    """What transformers leaves unread: what the family says, and buffers that earlier versions stored."""
+    """Patterns that transformers leaves unread: the family's, and those of buffers that earlier versions stored."""
     yield from getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
     buffers = [name for name, _ in model.named_buffers()]
     if any(name.endswith("rotary_emb.inv_freq") for name in buffers):
@@ -157,7 +156,7 @@ def _family_patterns(model: nn.Module) -> Iterator[str]:
 
 
 def _declared_layers(folder: Path) -> int:
-    """How many layers of multi-token prediction config.json itself declares, whatever its class takes for granted."""
+    """Layers of multi-token prediction in config.json itself, without its class's defaults."""
     content = read_object(folder / "config.json", CheckpointError)
     inner = content.get("text_config")
     told = {**content, **(inner if isinstance(inner, dict) else {})}
@@ -165,7 +164,7 @@ def _declared_layers(folder: Path) -> int:
 
 
 def _layer_of(name: str) -> tuple[str, int | None]:
-    """The stack of layers that the tensor is in, by the name before `layers.`, and the layer's number."""
+    """The stack of layers of a tensor, by the name before `layers.`, and its layer number."""
     found = _LAYER.match(name)
     return (found["stack"], int(found["number"])) if found else ("", None)
 
