@@ -1,1 +1,1 @@
-"""Where are the bytes? Checkpoint files and packed stores: which range of which file holds an expert."""
+"""Where are the bytes? Finds which range of which file, checkpoint or packed store, holds an expert."""

@@ -1,9 +1,9 @@
-"""How one expert's tensors are put together from stored bytes, worked out without touching a byte.
+"""Work out how stored bytes are assembled into one expert's tensors, without reading a byte.
 
 transformers describes the way from a checkpoint to its fused tensors as operations on real tensors. Here the same
-operations act on *where bytes come from*: an `Assembled` tensor is a set of pieces, each a strided view of a stored
-tensor with its place in the result. All tensors carry a leading expert dimension of extent 1, so that the dimensions
-in the operations mean what they mean in transformers.
+operations act on *byte ranges*: an `Assembled` tensor is a set of pieces, each a strided view of a stored tensor with
+its place in the result. All tensors carry a leading expert dimension of extent 1, so that the operations' dimensions
+mean the same as in transformers.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ _KNOWN = frozenset({"MergeModulelist", "Concatenate", "Transpose", "Interleave",
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """One step from stored tensors to a fused one: the kind (transformers' class name) and its settings."""
+    """One step from stored tensors to a fused one: its kind (transformers' class name) and settings."""
 
     kind: str
     dim: int = 0
@@ -30,7 +30,7 @@ class Operation:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A strided view of a stored tensor (`src_*` in bytes) and where its items land (`start`, `step` in items)."""
+    """A strided view of a stored tensor (`src_*` in bytes) and its place in the result (`start`, `step` in items)."""
 
     entry: TensorEntry
     src_offset: int
@@ -49,7 +49,7 @@ class Assembled:
 
 
 def whole(entry: TensorEntry, expert: int | None = None) -> Assembled:
-    """The stored tensor as one piece: all of it (a tensor per expert), or row `expert` of a fused one."""
+    """Take the stored tensor `entry` as one piece: all of it (one per expert), or row `expert` of a fused one."""
     shape = entry.shape if expert is None else entry.shape[1:]
     strides, stride = [], ITEMSIZE[entry.dtype]
     for extent in reversed(shape):
@@ -68,8 +68,8 @@ def assemble(inputs: Sequence[Assembled], operations: Sequence[Operation], targe
     Args:
         target_shape: the expert's shape in the model, without the expert dimension.
     Raises:
-        UnsupportedModelError: an operation that is not known here, named.
-        CorruptCheckpointError: the result has another shape than the model's tensor.
+        UnsupportedModelError: an unknown operation; named.
+        CorruptCheckpointError: the result's shape is not that of the model's tensor.
     """
     check_known(operations)
     tensors = list(inputs)
@@ -87,7 +87,7 @@ def assemble(inputs: Sequence[Assembled], operations: Sequence[Operation], targe
 
 
 def check_known(operations: Sequence[Operation]) -> None:
-    """Raises UnsupportedModelError: one of transformers' operations that is not known here, named."""
+    """Raises UnsupportedModelError if one of transformers' operations is not supported; named."""
     for operation in operations:
         if operation.kind not in _KNOWN:
             raise UnsupportedModelError(
@@ -98,7 +98,7 @@ def check_known(operations: Sequence[Operation]) -> None:
 
 def _apply(operation: Operation, tensors: list[Assembled], expected: tuple[int, ...]) -> list[Assembled]:
     if operation.kind == "MergeModulelist":
-        return tensors  # the inputs already carry the expert dimension that it adds
+        return tensors  # the inputs already have the expert dimension that it adds
     if operation.dim == 0 and operation.kind in ("Concatenate", "Interleave", "Chunk", "Transpose"):
         raise UnsupportedModelError(
             f"The checkpoint's experts need {operation.kind} across experts, which is not known."
@@ -140,7 +140,7 @@ def _transpose(tensor: Assembled, dim: int, other_dim: int) -> Assembled:
 
 
 def _interleave(tensor: Assembled, dim: int, inverse: bool) -> Assembled:
-    """Items 0 1 2 3 .. along `dim` become 0 2 .. 1 3 .. (or back, when `inverse`)."""
+    """Reorder items 0 1 2 3 .. along `dim` to 0 2 .. 1 3 .. (or back, when `inverse`)."""
     extent = tensor.shape[dim]
     half = extent // 2
     pieces: list[Piece] = []

@@ -1,9 +1,9 @@
-"""How experts are stored: as they are, or quantised to 8 or 4 bits. Sizes and shapes only; quant.py computes.
+"""Storage codecs of experts: unchanged, or quantised to 8 or 4 bits. Sizes and shapes only; quant.py computes.
 
     int8        one scale per output row
     int4        groups of 32 columns of a row, each with a scale and a zero point; int4-g128: groups of 128
 
-A quantised matrix is stored as [out, in] whatever the family stores, as the kernels want it. Biases stay as they are.
+A quantised matrix is stored as [out, in] in every family, as the kernels want it. Biases are unchanged.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,15 +16,15 @@ from foreroute.errors import StoreError
 
 STORED = "stored"
 SCALES = ".scales"
-# What the kernels take the scales in, and what they compute in.
+# Dtype of the scales, and in which the kernels compute.
 SCALE_DTYPE = "BF16"
-# The int4 kernel takes rows in blocks of so many; the int8 kernel columns, and reads past the end of a row of others.
+# The int4 kernel needs rows in blocks of 16; the int8 kernel columns, else it reads past the end of a row.
 _INT4_ROWS, _INT8_COLUMNS = 16, 16
 
 
 @dataclass(frozen=True)
 class Codec:
-    """bits per weight, 16 for as they are. group: columns that share a scale; 0 for a whole row."""
+    """bits per weight; 16 when unchanged. group: columns that share a scale; 0 for a whole row."""
 
     name: str
     bits: int
@@ -38,7 +38,7 @@ CODECS = {
 
 
 def encoded_table(table: ExpertTable, codec: Codec, is_transposed: Sequence[bool]) -> ExpertTable:
-    """The same experts as they lie in a store of this codec. It has no sources: the store is what is read.
+    """Lay out the experts of `table` as a store of `codec` does, without sources: the store is what is read.
 
     Args:
         is_transposed: per layer, whether the family stores its matrices as [in, out].
@@ -54,13 +54,10 @@ def encoded_table(table: ExpertTable, codec: Codec, is_transposed: Sequence[bool
 
 
 def described_table(described: Mapping[str, Any], table: ExpertTable) -> ExpertTable | None:
-    """The experts of `table` as the header of a quantised store describes them.
+    """Find the layout of `table`'s experts that a quantised store's header, `described`, gives; None if it fits none.
 
-    A layout is not believed but found among those that the codec makes of these experts: what a header says of offsets
-    and shapes decides where bytes are written.
-
-    Returns:
-        None where it describes other experts, or none at all.
+    The header is not trusted but compared with the layouts that the codec can make of these experts: its offsets and
+    shapes decide where bytes are written.
     """
     codec, layers = CODECS.get(described["codec"]), described.get("layers")
     if codec is None or not isinstance(layers, list) or len(layers) != len(table.layers):
@@ -95,7 +92,7 @@ def _layout(layer: LayerExperts, codec: Codec, transposed: bool) -> ExpertLayout
 
 
 def _encoded(part: Part, codec: Codec, transposed: bool) -> list[tuple[str, tuple[int, ...], str]]:
-    """(name, shape, dtype) of what a part becomes."""
+    """(name, shape, dtype) of each tensor that a part is encoded to."""
     if len(part.shape) == 1:
         return [(part.name, part.shape, SCALE_DTYPE)]
     rows, cols = _rows_and_cols(part, transposed)
@@ -111,10 +108,10 @@ def _rows_and_cols(part: Part, transposed: bool) -> tuple[int, int]:
 
 
 def check_shapes(table: ExpertTable, codec: Codec, is_transposed: Sequence[bool]) -> None:
-    """See that the codec's kernels can take every matrix of these experts, as the checkpoint stores them.
+    """Check that the codec's kernels can take every matrix of the experts of `table`, stored as `is_transposed` says.
 
     Raises:
-        StoreError: one they cannot; named, with the codecs that can.
+        StoreError: one that they cannot; named, with the codecs that can.
     """
     matrices = [
         (layer.name, part.name, _rows_and_cols(part, transposed))
@@ -139,7 +136,7 @@ def check_shapes(table: ExpertTable, codec: Codec, is_transposed: Sequence[bool]
 
 
 def _not_met(codec: Codec, rows: int, cols: int) -> str:
-    """What the codec's kernels ask of a matrix [rows, cols] that it has not; "" where it has all."""
+    """What a matrix [rows, cols] lacks for the codec's kernels; "" where it fits."""
     if codec.bits == 8:
         return f"columns must be whole blocks of {_INT8_COLUMNS}" if cols % _INT8_COLUMNS else ""
     if codec.bits == 4 and (cols % codec.group or rows % _INT4_ROWS):

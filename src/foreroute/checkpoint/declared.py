@@ -1,7 +1,7 @@
-"""What a checkpoint's files declare of its quantisation, value by value, each held to its type.
+"""Read what a checkpoint's files declare of its quantisation, with each value checked against its type.
 
-config.json says it as `quantization_config`. Quantisers write a file of their own beside it, which older checkpoints
-have alone: quantize_config.json (AutoGPTQ, GPTQModel) and quant_config.json (AutoAWQ).
+config.json has it as `quantization_config`. Quantisers also write their own file, and older checkpoints have only that:
+quantize_config.json (AutoGPTQ, GPTQModel) or quant_config.json (AutoAWQ).
 """
 
 from collections.abc import Mapping
@@ -14,18 +14,18 @@ from foreroute.errors import CheckpointError
 from foreroute.reading import read_object
 
 _CONFIG = "config.json"
-# The quantisers' own files: the method where the file names none, and the keys that are called otherwise there.
+# The quantisers' own files: the method if the file names none, and its keys that differ from config.json's.
 _OWN_FILES: Mapping[str, tuple[str, Mapping[str, str]]] = {
     "quantize_config.json": ("gptq", {}),
     "quant_config.json": ("awq", {"w_bit": "bits", "q_group_size": "group_size"}),
 }
-# Keys that say how stored numbers are to be read: two files that differ in one cannot both be right.
+# Keys that decide how stored numbers are read: two files that differ in one cannot both be right.
 _DECISIVE = ("bits", "group_size", "checkpoint_format", "dynamic", "zero_point", "version")
 
 
 @dataclass(frozen=True)
 class Declaration:
-    """A JSON object that declares something, and where it stands.
+    """A JSON object with declared settings, and its location.
 
     file: the file. path: the object's place in it ("quantization_config"); "" for the whole file.
     """
@@ -35,7 +35,7 @@ class Declaration:
     content: Mapping[str, Any]
 
     def nonsense(self, key: str, wanted: str) -> CheckpointError:
-        """The error for a value that cannot be; `wanted` says what could."""
+        """Make the error for an impossible value of `key`; `wanted` says what is possible."""
         told = repr(self.content[key]) if key in self.content else "absent"
         place = f"{self.path}.{key}" if self.path else key
         return CheckpointError(
@@ -44,11 +44,8 @@ class Declaration:
         )
 
     def whole(self, key: str, default: int | None = None, *, least: int = 1, others: tuple[int, ...] = ()) -> int:
-        """A whole number of at least `least`, or one of `others`.
-
-        Raises:
-            CheckpointError: it is something else, or absent where there is no default.
-        """
+        """Read `key` as an integer of at least `least`, or one of `others`; `default` if absent.
+        Raises: CheckpointError for other values, and if absent without a default."""
         value = self.content.get(key, default)
         if not is_whole(value) or (value < least and value not in others):
             also = "".join(f", or {other}" for other in others)
@@ -56,11 +53,7 @@ class Declaration:
         return int(value)
 
     def text(self, key: str, default: str = "") -> str:
-        """A text in lower case; the default where it is null or absent.
-
-        Raises:
-            CheckpointError: it is something else.
-        """
+        """Read `key` as a string in lower case; `default` if null or absent. Raises: CheckpointError for others."""
         value = self.content.get(key)
         if value is None:
             return default
@@ -69,11 +62,7 @@ class Declaration:
         return value.lower()
 
     def flag(self, key: str, *, default: bool) -> bool:
-        """True or false; the default where it is null or absent.
-
-        Raises:
-            CheckpointError: it is something else.
-        """
+        """Read `key` as a boolean; `default` if null or absent. Raises: CheckpointError for other values."""
         value = self.content.get(key)
         if value is None:
             return default
@@ -82,22 +71,14 @@ class Declaration:
         return value
 
     def within(self, key: str) -> "Declaration":
-        """An object; an empty one where it is null or absent.
-
-        Raises:
-            CheckpointError: it is something else.
-        """
+        """Read `key` as an object, empty if null or absent. Raises: CheckpointError for other values."""
         value = self.content.get(key)
         if value is not None and not isinstance(value, dict):
             raise self.nonsense(key, "an object")
         return Declaration(self.file, f"{self.path}.{key}" if self.path else key, value or {})
 
     def pair(self, key: str) -> tuple[int, int] | None:
-        """Two whole numbers of at least 1; None where it is null or absent.
-
-        Raises:
-            CheckpointError: it is something else.
-        """
+        """Read `key` as two integers of at least 1; None if null or absent. Raises: CheckpointError for others."""
         value = self.content.get(key)
         if value is None:
             return None
@@ -107,20 +88,20 @@ class Declaration:
 
 
 def is_whole(value: Any) -> bool:
-    """A whole number, as JSON has it: true and false are none."""
+    """Whether a JSON value is an integer; booleans are not."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def read_declaration(folder: Path, index: CheckpointIndex) -> Declaration | None:
-    """What the checkpoint in `folder` declares of its quantisation; None where it declares nothing.
+    """Read the quantisation that the checkpoint `index` in `folder` declares; None without a declaration.
 
     A key that config.json leaves out is taken from the quantiser's own file.
 
     Raises:
-        CheckpointError: a file is no JSON object, or two of them contradict each other.
+        CheckpointError: a file is not a JSON object, or two of them contradict each other.
     """
     declared = _of_config(folder)
-    # Others than quantisers have files of these names: they count where words of integers are stored.
+    # Other tools use these file names too: they count only where words of integers are stored.
     has_words = any(name.endswith("qweight") for name in index.tensors)
     for name, (method, renamed) in _OWN_FILES.items():
         if not has_words or not (folder / name).is_file():
@@ -141,7 +122,7 @@ def _of_config(folder: Path) -> Declaration | None:
     try:
         config = read_object(folder / _CONFIG, CheckpointError)
     except CheckpointError:
-        return None  # which is said, with what to do, where the model's config is read
+        return None  # reading the model's config reports it, with what to do
     for path, holder in (("", config), ("text_config.", config.get("text_config"))):
         for key in ("quantization_config", "compression_config"):
             declared = holder.get(key) if isinstance(holder, dict) else None
@@ -154,7 +135,7 @@ def _of_config(folder: Path) -> Declaration | None:
 
 
 def _completed(declared: Declaration, own: Declaration) -> Declaration:
-    """What config.json declares, and what the quantiser's own file adds to it."""
+    """Add to config.json's declaration what the quantiser's own file has besides."""
     for key in _DECISIVE:
         told, also_told = (one.content.get(key) for one in (declared, own))
         if told is None or also_told is None:

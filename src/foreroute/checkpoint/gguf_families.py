@@ -1,4 +1,4 @@
-"""What a GGUF file calls things, and what transformers calls them: settings, dense tensors, experts."""
+"""Map GGUF names to transformers' names: settings, dense tensors, experts."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -24,9 +24,9 @@ _ATTENTION = {
 
 @dataclass(frozen=True)
 class _Family:
-    """model_type: transformers'. dense: of a block's tensors. settings: transformers' names for some of the metadata.
+    """model_type: transformers'. dense: names of a block's tensors. settings: transformers' names of metadata.
 
-    fixed: settings that the architecture implies and the metadata does not say.
+    fixed: settings implied by the architecture and absent from the metadata.
     is_interleaved: gate and up rows alternate. is_transposed: matrices are [in, out] in the model.
     """
 
@@ -48,7 +48,7 @@ _COMMON_SETTINGS = {
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
     "expert_used_count": "num_experts_per_tok",
 }
-# YaRN's settings in the metadata: transformers' name, or None and the only value that means what transformers does.
+# YaRN's settings in the metadata: transformers' name, or None and the only value with transformers' meaning.
 _YARN = {"beta_fast": 32.0, "beta_slow": 1.0}
 _YARN_SETTINGS: Mapping[str, tuple[str | None, float]] = {
     "yarn_beta_fast": ("beta_fast", 32.0),
@@ -58,7 +58,7 @@ _YARN_SETTINGS: Mapping[str, tuple[str | None, float]] = {
     "attn_factor": (None, 1.0),
     "yarn_log_multiplier": (None, 0.0),
 }
-# Read, or of no meaning to numbers.
+# Either read, or without effect on numbers.
 _SCALING_SETTINGS = frozenset({"type", "factor", "original_context_length", "finetuned", *_YARN_SETTINGS})
 _FAMILIES = {
     "qwen3moe": _Family(
@@ -96,10 +96,10 @@ _FAMILIES = {
 
 
 def settings_of(index: GgufIndex) -> tuple[str, dict[str, Any]]:
-    """The model type, and the arguments of transformers' config.
+    """Convert the metadata to the model type and arguments of transformers' config.
 
     Raises:
-        CorruptCheckpointError: a setting is absent. UnsupportedModelError: positions are scaled in an unknown way.
+        CorruptCheckpointError: a setting is absent. UnsupportedModelError: unknown scaling of positions.
     """
     family = _FAMILIES[index.architecture]
     found: dict[str, Any] = dict(family.fixed)
@@ -131,7 +131,7 @@ def _positions(index: GgufIndex, family: _Family) -> dict[str, Any]:
         if name.startswith(f"{index.architecture}.rope.scaling.")
     }
     theta = float(index.settings.get(f"{index.architecture}.rope.freq_base", 10000.0))
-    # To llama.cpp a factor without a type scales linearly, as does the older scale_linear.
+    # In llama.cpp a factor without a type means linear scaling, as does the older scale_linear.
     factor = float(said.get("factor", index.settings.get(f"{index.architecture}.rope.scale_linear", 1.0)))
     kind = said.get("type", "linear")
     if kind == "none" or (kind == "linear" and factor in (0.0, 1.0)):
@@ -166,10 +166,10 @@ def _setting(index: GgufIndex, name: str) -> Any:
 
 
 def dense_names(index: GgufIndex) -> dict[str, str]:
-    """For every tensor that is no expert's: transformers' name.
+    """transformers' name for every tensor that is not an expert's.
 
     Raises:
-        UnsupportedModelError: a tensor that has none.
+        UnsupportedModelError: a tensor without one.
     """
     family = _FAMILIES[index.architecture]
     named: dict[str, str] = {}
@@ -191,12 +191,12 @@ def dense_names(index: GgufIndex) -> dict[str, str]:
 def gguf_layer(
     name: str, num_experts: int, parameters: Sequence[tuple[str, tuple[int, ...]]], index: GgufIndex
 ) -> LayerExperts:
-    """Lay one layer's experts out as the file has them: gate, up and down in blocks, each of them one range.
+    """Lay out one layer's experts as the file `index` has them: gate, up and down in blocks, each of them one range.
 
     Args:
-        name: of the experts module. parameters: name and one expert's shape, in the module's order.
+        name: of the module with `num_experts` experts. parameters: name and one expert's shape, in the module's order.
     Raises:
-        CorruptCheckpointError: a tensor is absent, or of another shape than the metadata say.
+        CorruptCheckpointError: a tensor is absent, or its shape differs from the metadata.
     """
     family, found = _FAMILIES[index.architecture], _LAYER_NAME.search(name)
     assert found is not None, f"{name} is in no layer"

@@ -1,8 +1,8 @@
-"""A GGUF file: its settings, and where its tensors lie. No tensor is read.
+"""Read a GGUF file's settings and the location of its tensors. No tensor is read.
 
-What the `gguf` package's reader finds is turned into the index that safetensors have too, so that everything behind it
-is the same. Blocks are bytes there: a tensor of [experts, rows, columns] in Q4_K has the dtype U8 and as its last
-dimension the bytes of a row; `kinds` says what they are.
+The `gguf` package's reader is converted to the index that safetensors have too, so that all later code is the same. It
+treats blocks as bytes: a tensor of [experts, rows, columns] in Q4_K has the dtype U8 and as its last dimension the
+bytes of a row; `kinds` names the quantisation.
 """
 
 import re
@@ -17,7 +17,7 @@ from foreroute.errors import CheckpointError, CorruptCheckpointError, Unsupporte
 from foreroute.reading import check_no_pointer
 
 SUFFIX = ".gguf"
-# Kinds that an expert may be stored in: (weights, bytes) of a block. kernels/torch/gguf_blocks.py dequantises them.
+# Quantisations of experts: (weights, bytes) of a block. kernels/torch/gguf_blocks.py dequantises them.
 EXPERT_BLOCKS: Mapping[str, tuple[int, int]] = {
     "F32": (1, 4), "F16": (1, 2), "BF16": (1, 2), "Q8_0": (32, 34), "MXFP4": (32, 17), "Q4_0": (32, 18),
     "Q4_K": (256, 144), "Q5_K": (256, 176), "Q6_K": (256, 210),
@@ -30,8 +30,8 @@ _SPLIT_NAME = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
 class GgufIndex(CheckpointIndex):
     """The tensors of one GGUF file; `folder` is the file.
 
-    settings: the metadata, without arrays. kinds: of every tensor, the name of its quantisation.
-    shapes: of every tensor in weights, row-major.
+    settings: the metadata, without arrays. kinds: each tensor's quantisation, by name.
+    shapes: each tensor's shape in weights, row-major.
     """
 
     settings: Mapping[str, Any]
@@ -40,22 +40,22 @@ class GgufIndex(CheckpointIndex):
 
     @property
     def kind(self) -> str:
-        """What the file is."""
+        """Name of the file format."""
         return "gguf"
 
     @property
     def architecture(self) -> str:
-        """As llama.cpp names it."""
+        """llama.cpp's name of the architecture."""
         return str(self.settings["general.architecture"])
 
 
 def is_gguf(path: Path) -> bool:
-    """By its name: a file that ends in .gguf."""
+    """Whether the file's name ends in .gguf."""
     return path.suffix == SUFFIX and path.is_file()
 
 
 def gguf_package() -> Any:
-    """The `gguf` package.
+    """Import the `gguf` package.
 
     Raises:
         CheckpointError: it is not installed.
@@ -73,8 +73,8 @@ def read_gguf(path: Path) -> GgufIndex:
     """Read the header of the GGUF file at `path`.
 
     Raises:
-        UnsupportedModelError: one of several files, another architecture, or a quantisation that is not read; named.
-        CorruptCheckpointError: no GGUF file, or one that is cut off.
+        UnsupportedModelError: one of several files, another architecture, or an unsupported quantisation; named.
+        CorruptCheckpointError: not a GGUF file, or truncated.
         ReadError: it cannot be read, or was replaced or written to meanwhile.
     """
     gguf = gguf_package()
@@ -90,7 +90,7 @@ def read_gguf(path: Path) -> GgufIndex:
             if field.types and field.types[0] != gguf.GGUFValueType.ARRAY
         }
         is_split = int(settings.get("split.count", 1)) > 1
-    # The reader opened it by its name: it may have been another file.
+    # The reader opened the file by name: check that it was the same file.
     SourceFile(path, file.stamp).close()
     if is_split:
         raise _split(path)
@@ -122,7 +122,7 @@ def read_gguf(path: Path) -> GgufIndex:
 
 
 def _exact(value: Any) -> Any:
-    """A float32 as it was written down: 1e-05, not 9.99999974e-06."""
+    """Restore a float32 as it was written: 1e-05, not 9.99999974e-06."""
     import numpy
 
     return float(str(numpy.float32(value))) if isinstance(value, float) else value

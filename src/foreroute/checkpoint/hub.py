@@ -1,8 +1,8 @@
-"""A checkpoint from the hub: the files that are read here and no others, by huggingface_hub into its own cache.
+"""Download a checkpoint from the hub: only the files that are read here, by huggingface_hub into its own cache.
 
-Its cache, its resumption of downloads, its bars, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE hold as they do everywhere.
-What is added is which files: the one file (or those that the index names), the config, the tokenizer and the chat
-template, from the top folder alone. Pickles, other formats and second copies ("original/", "consolidated") stay there.
+Its cache, resumed downloads, progress bars, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE work as everywhere. This module
+chooses the files: the one file (or those that the index names), config, tokenizer and chat template, from the top
+folder only. Pickles, other formats and second copies ("original/", "consolidated") are not downloaded.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from foreroute.errors import CheckpointError, UnsupportedModelError
 from foreroute.reading import read_object
 from foreroute.units import format_memory
 
-# Beside the weights. Names ending so that are no settings of a model (an index of pickles) are left out.
+# Files beside the weights, except those that match _NOT_SETTINGS (an index of pickles, for example).
 _SETTINGS = ("*.json", "*.jinja", "*.model", "*.txt")
 _NOT_SETTINGS = ("*/*", "*.bin.index.json", "*.msgpack.index.json", "*.h5.index.json", "consolidated*")
 _FREE_BESIDE_BYTES = 64 * 2**20
@@ -27,10 +27,9 @@ _FREE_BESIDE_BYTES = 64 * 2**20
 
 @dataclass(frozen=True)
 class HubAccess:
-    """How the hub is asked, where it is not as the environment says.
+    """How to access the hub, where it differs from the environment.
 
-    token: of an account, or True for the one that is saved. local_files_only: take what the cache has. cache_dir: the
-    cache's folder.
+    token: of an account, or True for the saved one. local_files_only: use the cache alone. cache_dir: its folder.
     """
 
     token: str | bool | None = field(default=None, repr=False)
@@ -39,7 +38,7 @@ class HubAccess:
 
     @property
     def cache(self) -> Path:
-        """Where models are kept."""
+        """The cache folder."""
         from huggingface_hub import constants
 
         return Path(constants.HF_HUB_CACHE).expanduser() if self.cache_dir is None else self.cache_dir
@@ -49,16 +48,16 @@ _AS_SET = HubAccess()
 
 
 def fetch(hub_id: str, revision: str | None = None, *, quiet: bool = False, access: HubAccess = _AS_SET) -> Path:
-    """The local folder of `hub_id` at `revision` (a branch, tag or commit; the hub's main branch when None).
+    """Download `hub_id` at `revision` (branch, tag or commit; None for the main branch) and return its local folder.
 
-    Files that are in the cache are not fetched again; half of one is gone on with. Without a network, or with
-    HF_HUB_OFFLINE, what the cache has is taken.
+    Cached files are not downloaded again; partial ones are resumed. Without a network, or with HF_HUB_OFFLINE, the
+    cache is used as it is.
 
     Args:
-        quiet: without progress bars. access: a token, a cache; those of the environment where it does not say.
+        quiet: no progress bars. access: token and cache; those of the environment by default.
     Raises:
-        UnsupportedModelError: there are no safetensors in it.
-        CheckpointError: no such repository or revision, no access, no network, or too little disk; which, is said.
+        UnsupportedModelError: it has no safetensors.
+        CheckpointError: no such repository or revision, no access, no network, or too little disk; says which.
     """
     from huggingface_hub import constants, resolve_revision, snapshot_download
 
@@ -66,11 +65,11 @@ def fetch(hub_id: str, revision: str | None = None, *, quiet: bool = False, acce
     is_offline = constants.HF_HUB_OFFLINE or access.local_files_only
     told: dict[str, Any] = {"token": access.token, "cache_dir": access.cache}
     with _bars(quiet), _explained(label, access):
-        # Once, and by its commit from here on: a branch may move on after its files were listed.
+        # Resolve once and use the commit from here on: a branch may move after its files were listed.
         commit = resolve_revision(hub_id, revision=revision, local_files_only=is_offline, **told).resolved
         sizes = None if is_offline else _sizes(hub_id, commit, access)
         if sizes is None:
-            # Whether all shards are there, read_index finds out.
+            # read_index finds out whether all shards are present.
             wanted, is_online = ["config.json", INDEX], False
         else:
             wanted, is_online = _wanted(hub_id, commit, label, sizes, access), True
@@ -82,7 +81,7 @@ def fetch(hub_id: str, revision: str | None = None, *, quiet: bool = False, acce
 
 
 def _sizes(hub_id: str, commit: str, access: HubAccess) -> dict[str, int] | None:
-    """Bytes of every file in the repository; None where the hub cannot be asked."""
+    """Bytes of every file in the repository; None if the hub cannot be reached."""
     from huggingface_hub import HfApi
 
     try:
@@ -95,7 +94,7 @@ def _sizes(hub_id: str, commit: str, access: HubAccess) -> dict[str, int] | None
 
 
 def _wanted(hub_id: str, commit: str, label: str, there: Mapping[str, int], access: HubAccess) -> list[str]:
-    """Of the repository's files those that are read."""
+    """The repository's files to download."""
     wanted = [name for name in there if _is_like(name, _SETTINGS) and not _is_like(name, _NOT_SETTINGS)]
     weights = _weights(hub_id, commit, label, there, access)
     absent = [name for name in weights if name not in there]
@@ -105,8 +104,8 @@ def _wanted(hub_id: str, commit: str, label: str, there: Mapping[str, int], acce
 
 
 def _weights(hub_id: str, commit: str, label: str, there: Mapping[str, int], access: HubAccess) -> list[str]:
-    """The files of weights, chosen as transformers and locate.py choose them: the one that the config names, else the
-    single file, else those of the index. Where there are several choices, all but that one may be out of date."""
+    """Choose the weight files as transformers and locate.py do: the one that the config names, else the single file,
+    else those of the index. Where there are several choices, the other files may be out of date."""
     from huggingface_hub import hf_hub_download
 
     candidates = [name for name in (SINGLE, INDEX) if name in there]
@@ -143,7 +142,7 @@ def _no_weights(label: str, names: list[str]) -> str:
 
 
 def _check_room(hub_id: str, commit: str, label: str, files: Mapping[str, int], cache: Path) -> None:
-    """Before a download, as huggingface_hub itself finds out when the disk is full. Raises CheckpointError."""
+    """Check the disk before a download: huggingface_hub finds out only when it is full. Raises CheckpointError."""
     from huggingface_hub import try_to_load_from_cache
 
     is_cached = {name: isinstance(try_to_load_from_cache(hub_id, name, cache, commit), str) for name in files}
@@ -161,7 +160,7 @@ def _check_room(hub_id: str, commit: str, label: str, files: Mapping[str, int], 
 
 @contextlib.contextmanager
 def _explained(label: str, access: HubAccess) -> Iterator[None]:
-    """Turns huggingface_hub's errors into CheckpointError, which says what to do."""
+    """Turn huggingface_hub's errors into CheckpointError, which says what to do."""
     from huggingface_hub import constants
     from huggingface_hub.errors import LocalEntryNotFoundError, RevisionResolutionError
 
@@ -182,14 +181,14 @@ def _explained(label: str, access: HubAccess) -> Iterator[None]:
 
 
 def _http_error() -> type[Exception]:
-    """The base of every error of the HTTP library, which is another one with each major version of huggingface_hub."""
+    """The base of all HTTP library errors, which differs between major versions of huggingface_hub."""
     from huggingface_hub.errors import HfHubHTTPError
 
     return cast(type[Exception], HfHubHTTPError.__mro__[1])
 
 
 def _is_away(error: Exception) -> bool:
-    """No answer came, or one that says that the hub is down; other errors are answers."""
+    """Whether there was no answer, or one that says that the hub is down."""
     response = getattr(error, "response", None)
     if response is not None:
         return bool(response.status_code >= 500)

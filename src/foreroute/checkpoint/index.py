@@ -1,7 +1,7 @@
-"""Where every tensor of a safetensors checkpoint lies, learnt from the headers alone.
+"""Index the tensors of a safetensors checkpoint from its headers alone.
 
-No tensor is read: a header says name, dtype, shape and byte range, and everything that can be wrong with a folder
-(absent shards, truncated files, overlapping ranges, pickles in place of safetensors) is found here, before any work.
+No tensor is read: a header has name, dtype, shape and byte range, and all faults of a folder (absent shards, truncated
+files, overlapping ranges, pickles in place of safetensors) are found here, before any work.
 """
 
 import math
@@ -18,7 +18,7 @@ from foreroute.checkpoint.source_files import FileStamp, SourceFile
 from foreroute.errors import CheckpointError, CorruptCheckpointError, ForerouteError
 from foreroute.reading import parse_object, read_object, refuse_pointer
 
-# What transformers calls the weights that are one file, and the index of those that are several.
+# transformers' names for the single weights file, and for the index of several.
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Bytes per item of the dtypes that safetensors can hold and that an expert may be stored in.
 ITEMSIZE: Mapping[str, int] = {
@@ -26,9 +26,9 @@ ITEMSIZE: Mapping[str, int] = {
     "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1, "U16": 2, "U32": 4, "U64": 8,
 }  # fmt: skip
 _MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
-# As safetensors spells dtypes; those that are not in ITEMSIZE are nobody's experts.
+# Spelling of safetensors' dtypes; those that are not in ITEMSIZE cannot be experts.
 _DTYPE = re.compile(r"[A-Z][A-Z0-9_]{0,31}")
-# Of one file; the largest models have as many in all their files together.
+# Per file; the largest models have this many in all their files together.
 _MOST_TENSORS = 2**18
 _MOST_DIMS, _MOST_BYTES = 32, 2**63
 _INDEX = "a safetensors index"
@@ -50,7 +50,7 @@ class TensorEntry:
 
 
 def merged(entry: TensorEntry, ndim: int) -> TensorEntry:
-    """The tensor with its last dimensions taken as one, so that it has `ndim` of them (a scalar has one)."""
+    """Merge the last dimensions of `entry` into one, so that it has `ndim` of them (a scalar has one)."""
     shape = entry.shape or (1,)
     if len(shape) > ndim:
         shape = (*shape[: ndim - 1], math.prod(shape[ndim - 1 :]))
@@ -59,9 +59,9 @@ def merged(entry: TensorEntry, ndim: int) -> TensorEntry:
 
 @dataclass(frozen=True)
 class CheckpointIndex:
-    """Every tensor of a checkpoint folder by name, and the files that hold them.
+    """Every tensor of a checkpoint folder by name, and their files.
 
-    files: each file's stamp from when its header was read; all that is read of it later is held against that.
+    files: each file's stamp from when its header was read; later reads are checked against it.
     """
 
     folder: Path
@@ -70,7 +70,7 @@ class CheckpointIndex:
 
     @property
     def kind(self) -> str:
-        """What the files are."""
+        """Name of the file format."""
         return "safetensors"
 
     @property
@@ -79,13 +79,13 @@ class CheckpointIndex:
         return sum(entry.nbytes for entry in self.tensors.values())
 
     def fingerprint(self) -> str:
-        """A short hash that tells this checkpoint from others, also from a fine-tune of the same shape.
+        """A short hash that identifies this checkpoint, also among fine-tunes of the same shape.
 
         Covers every tensor's name, dtype and shape, and 4 KiB from the middle of 64 tensors spread over the names.
         Cost: 64 small reads.
 
         Raises:
-            ChangedFileError: a file is not what it was when its header was read. ReadError: it cannot be read.
+            ChangedFileError: a file changed since its header was read. ReadError: it cannot be read.
         """
         digest = xxhash.xxh3_128()
         names = sorted(self.tensors)
@@ -102,15 +102,15 @@ class CheckpointIndex:
 
 
 def named_weights(folder: Path) -> str | None:
-    """The file in `folder` that its config.json names as `transformers_weights`; None where it names none.
+    """The file in `folder` that config.json names as `transformers_weights`; None if it names none.
 
     Raises:
-        CheckpointError: what it names is no safetensors file or index, or lies elsewhere.
+        CheckpointError: the named file is not a safetensors file or index, or lies elsewhere.
     """
     try:
         named = read_object(folder / "config.json").get("transformers_weights")
     except (OSError, ForerouteError):
-        return None  # whoever reads the config says what is wrong with it
+        return None  # reading the model's config reports the fault
     if named is None:
         return None
     if not str(named).endswith((".safetensors", ".safetensors.index.json")) or Path(str(named)).name != named:
@@ -121,13 +121,13 @@ def named_weights(folder: Path) -> str | None:
 
 
 def read_sharded(index_file: Path) -> CheckpointIndex:
-    """Every tensor of the shards that `index_file` names, from their headers.
+    """Read the headers of all shards that `index_file` names.
 
-    As in transformers, which takes of the index file which shards there are, and of them all that they hold.
+    As in transformers, the index only says which shards exist; all tensors in them count.
 
     Raises:
-        CorruptCheckpointError: a shard is absent or malformed, does not hold what the index says, or holds a tensor
-            that another one holds too.
+        CorruptCheckpointError: a shard is absent or malformed, lacks tensors of the index, or holds one that another
+            shard holds too.
     """
     folder = index_file.parent
     weight_map = shards_of(read_object(index_file, what=_INDEX), str(index_file))
@@ -166,7 +166,7 @@ def _refuse_twice(earlier: TensorEntry | None, entry: TensorEntry) -> None:
 
 
 def read_single(path: Path) -> CheckpointIndex:
-    """Every tensor of a checkpoint that is one file."""
+    """Read the header of a checkpoint that is one file."""
     entries, stamp = read_header(path)
     return CheckpointIndex(path.parent, {entry.name: entry for entry in entries}, files={str(path): stamp})
 
@@ -174,12 +174,12 @@ def read_single(path: Path) -> CheckpointIndex:
 def shards_of(
     index: Mapping[str, Any], name: str, error: type[ForerouteError] = CorruptCheckpointError
 ) -> dict[str, str]:
-    """What a safetensors index maps: tensor names to names of files in its own folder.
+    """Check a safetensors index: it must map tensor names to names of files in its own folder. Returns the map.
 
     Args:
         name: of the index, for the message.
     Raises:
-        error: it maps something else.
+        error: it does not.
     """
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict):
@@ -195,7 +195,7 @@ def shards_of(
 
 
 def _is_file_name(value: Any) -> bool:
-    """A path within the folder: an index does not say which other files of this machine are read."""
+    """Whether it is a path within the folder: an index must not choose other files of this machine."""
     if not isinstance(value, str) or not 0 < len(value) < 1024 or "\0" in value:
         return False
     path = PurePosixPath(value)
@@ -203,11 +203,11 @@ def _is_file_name(value: Any) -> bool:
 
 
 def read_header(path: str | Path) -> tuple[list[TensorEntry], FileStamp]:
-    """The tensors of one safetensors file, in file order, and what file it was.
+    """Read the tensors of one safetensors file, in file order, and its stamp.
 
     Raises:
-        CorruptCheckpointError: the file is truncated, a git-LFS pointer, its header is malformed, ranges overlap, or a
-            range does not have the length that dtype and shape say.
+        CorruptCheckpointError: it is truncated, a git-LFS pointer, its header is malformed, ranges overlap, or the
+            length of a range does not fit its dtype and shape.
         ReadError: it cannot be read, or was written to meanwhile.
     """
     path = Path(path)
@@ -250,7 +250,7 @@ def _entries(path: Path, header: dict[str, Any], data_start: int) -> Iterator[Te
 
 
 def _why_no_tensor(info: Any) -> str:
-    """What is wrong with a tensor's entry in a header; "" where nothing is."""
+    """What is wrong with a tensor's entry in a header; "" if nothing."""
     if not isinstance(info, dict):
         return "it is no object"
     dtype, shape, offsets = info.get("dtype"), info.get("shape"), info.get("data_offsets")
@@ -258,7 +258,7 @@ def _why_no_tensor(info: Any) -> str:
         return f"its dtype is {dtype!r:.40}"
     if not _is_list_of_whole(shape, _MOST_DIMS, least=0):
         return f"its shape is {shape!r:.40}"
-    # A range before the data is found below, with the tensor that it overlaps.
+    # A range before the data is found below, as it overlaps another tensor.
     if not _is_list_of_whole(offsets, 2, least=-_MOST_BYTES) or offsets != sorted(offsets) or len(offsets) < 2:
         return f"its data_offsets are {offsets!r:.40}"
     return ""

@@ -1,6 +1,6 @@
-"""What one expert is made of, where its parts lie in a slot, and which bytes of the checkpoint fill them.
+"""Lay out an expert's parts in a slot, and find which bytes of the checkpoint they come from.
 
-Names and operations come from transformers (model/build/skeleton.py asks for them); here is the arithmetic alone.
+Names and operations come from transformers (model/build/skeleton.py asks for them); this is the arithmetic alone.
 """
 
 import math
@@ -14,9 +14,9 @@ from foreroute.checkpoint.stored_parts import StoredPart
 from foreroute.errors import CorruptCheckpointError, UnsupportedModelError
 from foreroute.types import Copy, ExpertId, ExpertKeys, ExpertReads, Read
 
-# Alignment of a part inside a slot: matrix kernels give other bits off 16 bytes, and 64 is a cache line.
+# Alignment of a part inside a slot: matrix kernels give different bits off 16 bytes, and 64 is a cache line.
 PART_ALIGNMENT = 64
-# O_DIRECT wants file offsets, lengths and addresses in units of a page.
+# O_DIRECT needs file offsets, lengths and addresses in units of a page.
 PAGE = 4096
 # Two ranges this near in a file are read together: one request costs more than the bytes between them.
 _COALESCE_GAP_BYTES = 4096
@@ -24,7 +24,7 @@ _FLOAT_DTYPES = ("F32", "F16", "BF16")
 
 
 def round_up(value: int, multiple: int) -> int:
-    """The least multiple of `multiple` that is not below `value`."""
+    """The least multiple of `multiple` that is at least `value`."""
     return -(-value // multiple) * multiple
 
 
@@ -47,18 +47,18 @@ class ExpertLayout:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the expert's tensors have: what one load must move."""
+        """Bytes of the expert's tensors: what one load must move."""
         return sum(part.nbytes for part in self.parts)
 
     @property
     def record_bytes(self) -> int:
-        """Bytes from the first part to the end of the last one, gaps included: a packed record's payload."""
+        """Bytes from the first part to the end of the last, gaps included: the payload of a packed record."""
         last = self.parts[-1]
         return last.offset + last.nbytes
 
     @property
     def slot_bytes(self) -> int:
-        """Bytes that a slot takes: the record, rounded up to pages."""
+        """Bytes of a slot: the record, rounded up to pages."""
         return round_up(self.record_bytes, PAGE)
 
 
@@ -70,7 +70,7 @@ class PartSource:
     shape: one expert's shape in the model.
     groups: per source pattern, the stored tensors' names: one per expert in expert order, or a single fused one.
     operations: what transformers does to them, in order.
-    dtypes: those that they may be stored in.
+    dtypes: those that the stored tensors may have.
     """
 
     part: str
@@ -82,10 +82,10 @@ class PartSource:
 
 @dataclass(frozen=True)
 class LayerExperts:
-    """All experts of one MoE layer: how many, their layout, and their sources.
+    """All experts of one MoE layer: their number, layout and sources.
 
-    parts: the family's tensors, made of what the layout holds; none where the layout holds them themselves.
-    stored_as: the format's name, where there are such parts.
+    parts: the family's tensors, made from those of the layout; empty where the layout holds them directly.
+    stored_as: the format's name, if there are such parts.
     """
 
     name: str
@@ -97,35 +97,35 @@ class LayerExperts:
 
     @property
     def family_layout(self) -> ExpertLayout:
-        """The family's own tensors, whatever is stored: of a quantised layer the names and shapes mean something."""
+        """The layout of the family's own tensors, however stored; of a quantised layer, only names and shapes count."""
         if not self.parts:
             return self.layout
         return ExpertLayout(tuple(Part(part.name, 0, 0, part.shape, "F32") for part in self.parts))
 
     @property
     def nbytes(self) -> int:
-        """Stored bytes of all its experts."""
+        """Stored bytes of all experts of the layer."""
         return self.num_experts * self.expert_nbytes
 
     @property
     def expert_nbytes(self) -> int:
-        """Stored bytes of one of its experts."""
+        """Stored bytes of one expert of the layer."""
         return self.layout.nbytes
 
 
 def layer_experts(name: str, num_experts: int, sources: Sequence[PartSource], index: CheckpointIndex) -> LayerExperts:
-    """Check one layer's sources against the stored tensors and lay its experts out.
+    """Check the `sources` of layer `name` against the stored tensors of `index`, and lay out its `num_experts` experts.
 
-    Every stored tensor of the layer is checked for presence, dtype and shape; no byte of them is read.
+    Every stored tensor of the layer is checked for presence, dtype and shape; none is read.
 
     Raises:
         CorruptCheckpointError: a tensor is absent, or has another shape or dtype than its peers or the model.
-        UnsupportedModelError: the stored dtype, or an operation on the way to the model's tensors, is not known.
+        UnsupportedModelError: unknown stored dtype, or unknown operation on the way to the model's tensors.
     """
     parts: list[Part] = []
     offset = 0
     for source in sources:
-        check_known(source.operations)  # before what else is amiss: such a checkpoint stores other tensors too
+        check_known(source.operations)  # first: a checkpoint with unknown operations has other tensors too
         dtype = _check_source(name, num_experts, source, index)
         nbytes = math.prod(source.shape) * ITEMSIZE[dtype]
         parts.append(Part(source.part, offset, nbytes, source.shape, dtype))
@@ -176,12 +176,12 @@ def _check_alike(entries: Sequence[TensorEntry]) -> None:
 
 
 def _is_fused(source: PartSource, group: Sequence[str], index: CheckpointIndex) -> bool:
-    """One tensor holds all experts."""
+    """Whether one tensor holds all experts."""
     return len(group) == 1 and len(index.tensors[group[0]].shape) > len(source.shape)
 
 
 def _entry(source: PartSource, group: Sequence[str], expert: int, index: CheckpointIndex) -> TensorEntry:
-    """The tensor that holds this expert, its last dimensions taken as one where it has more than the source."""
+    """The tensor that holds this expert, its last dimensions merged where it has more than the source."""
     if _is_fused(source, group, index):
         return merged(index.tensors[group[0]], len(source.shape) + 1)
     return merged(index.tensors[group[expert]], len(source.shape))
@@ -205,7 +205,7 @@ class ExpertTable:
 
     @cached_property
     def keys(self) -> ExpertKeys:
-        """The arithmetic of the flat keys."""
+        """Conversion between flat keys and (layer, expert)."""
         return ExpertKeys.of([layer.num_experts for layer in self.layers])
 
     @property
@@ -215,7 +215,7 @@ class ExpertTable:
 
     @property
     def num_keys(self) -> int:
-        """How many flat keys there are, those of narrower layers' absent experts included."""
+        """Number of flat keys, including those of experts that narrower layers lack."""
         return self.num_experts * len(self.layers)
 
     @property
@@ -225,7 +225,7 @@ class ExpertTable:
 
     @property
     def key_nbytes(self) -> list[int]:
-        """Stored bytes of each expert, by flat key; 0 for narrower layers' absent experts."""
+        """Stored bytes of each expert, by flat key; 0 for experts that narrower layers lack."""
         found = [0] * self.num_keys
         for at, layer in enumerate(self.layers):
             first = self.keys.key(at, 0)
@@ -234,12 +234,12 @@ class ExpertTable:
 
     @property
     def total_slots(self) -> int:
-        """Experts in all: this many slots hold the whole model."""
+        """Number of experts: slots that hold the whole model."""
         return sum(layer.num_experts for layer in self.layers)
 
     @property
     def stored_as(self) -> str:
-        """The format of a quantised checkpoint's experts; "" where they are stored as numbers."""
+        """The format of a quantised checkpoint's experts; "" for unquantised ones."""
         return next((layer.stored_as for layer in self.layers if layer.stored_as), "")
 
     @property
@@ -262,7 +262,7 @@ class ExpertTable:
         return f"expert {expert} of MoE layer {layer} ({self.layers[layer].name})"
 
     def reads(self, key: int) -> ExpertReads:
-        """What to read and where it goes, to fill a slot with expert `key`; worked out once per expert."""
+        """The reads that fill a slot with expert `key`, and where their bytes go; computed once per expert."""
         reads = self._reads.get(key)
         if reads is None:
             layer, expert = self.expert_id(key)
@@ -271,7 +271,7 @@ class ExpertTable:
 
 
 def expert_reads(layer: LayerExperts, expert: int, index: CheckpointIndex) -> ExpertReads:
-    """The reads for one expert: adjacent ranges joined, in file order."""
+    """The reads for one `expert` of `layer` in `index`'s files: adjacent ranges joined, in file order."""
     moves: list[tuple[str, int, int, Copy]] = []
     for source, part in zip(layer.sources, layer.layout.parts, strict=True):
         strides = _row_major_strides(part)
@@ -312,11 +312,11 @@ def _row_major_strides(part: Part) -> tuple[int, ...]:
 
 
 def _copies(piece: Piece, part: Part, dst_strides: Sequence[int]) -> list[tuple[int, Copy]]:
-    """The piece as (file offset, copy) pairs: one when its source is contiguous, else one per source row."""
+    """Split the piece into (file offset, copy) pairs: one if its source is contiguous, else one per source row."""
     itemsize = ITEMSIZE[part.dtype]
     dst_offset = part.offset + sum(start * stride for start, stride in zip(piece.start, dst_strides, strict=True))
     steps = [step * stride for step, stride in zip(piece.step, dst_strides, strict=True)]
-    # Walk in the source's own order, so that its bytes are read as they lie; the expert dimension (first) is 1.
+    # Walk in the order of the source, so that bytes are read sequentially; the expert dimension (first) is 1.
     axes = sorted(range(1, len(piece.extents)), key=lambda axis: -piece.src_strides[axis])
     if len(axes) > 2:
         raise UnsupportedModelError(f"{piece.entry.name}: an expert's tensor has more than two dimensions.")

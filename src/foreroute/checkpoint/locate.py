@@ -1,4 +1,4 @@
-"""From what the user typed to a local path: a folder or a GGUF file as it is, or a hub id through the hub's cache."""
+"""Find a checkpoint's local path: a folder or GGUF file as given, or a hub id through the hub's cache."""
 
 import logging
 import re
@@ -12,7 +12,7 @@ from foreroute.errors import CheckpointError, UnsupportedModelError
 
 _LOG = logging.getLogger(__name__)
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-# Written by transformers' distributed training, and taken before every other file.
+# Written by transformers' distributed training, and preferred by transformers over every other file.
 _DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 
 
@@ -23,12 +23,12 @@ def locate(
     quiet: bool = False,
     access: HubAccess | None = None,
 ) -> Path:
-    """The local folder (or .gguf file) of a checkpoint; downloads it when it is a hub id (`org/name`) not cached.
+    """Find the local folder (or .gguf file) of `path_or_hub_id`; download a hub id (`org/name`) that is not cached.
 
     Args:
-        revision: branch, tag or commit of a hub id. quiet: a download shows no bars. access: see HubAccess.
+        revision: branch, tag or commit of a hub id. quiet: no progress bars. access: see HubAccess.
     Raises:
-        CheckpointError: neither a folder, a GGUF file nor a hub id; a revision of a folder; or the download failed.
+        CheckpointError: not a folder, GGUF file or hub id; a revision of a folder; or the download failed.
     """
     path = Path(path_or_hub_id).expanduser()
     text = str(path_or_hub_id)
@@ -65,16 +65,16 @@ def _is_text(path: str) -> bool:
 def read_index(folder: str | Path) -> CheckpointIndex:
     """Read the headers of every safetensors file of the checkpoint in `folder`, chosen as transformers chooses them.
 
-    That is: the file that config.json names as `transformers_weights`; else `model.safetensors`; else the shards that
-    `model.safetensors.index.json` names. Dense weights and experts are read from these files and from no others.
+    In order: the file that config.json names as `transformers_weights`; `model.safetensors`; the shards that
+    `model.safetensors.index.json` names. Dense weights and experts are read from these files only.
 
     Args:
-        folder: a local folder; or a GGUF file.
+        folder: a local folder, or a GGUF file.
     Raises:
         CheckpointError: not a folder, or a folder without weights.
-        UnsupportedModelError: the weights are pickles, or transformers would take others: an adapter, or the shards of
+        UnsupportedModelError: the weights are pickles, or transformers would load others: an adapter, or the shards of
             a distributed checkpoint.
-        CorruptCheckpointError: a shard is absent, truncated, malformed, or does not hold what the index names.
+        CorruptCheckpointError: a shard is absent, truncated, malformed, or lacks tensors of the index.
         ReadError: a file cannot be read.
     """
     folder = Path(folder)
@@ -108,7 +108,7 @@ def read_index(folder: str | Path) -> CheckpointIndex:
 
 
 def _refuse_others(folder: Path) -> None:
-    """What transformers would load beside or in place of the files that are read here."""
+    """Refuse files that transformers would load beside or in place of those read here."""
     if (folder / "adapter_config.json").is_file():
         raise UnsupportedModelError(
             f"{folder} holds an adapter (adapter_config.json), which transformers would put on the model and foreroute "

@@ -1,4 +1,4 @@
-"""Checkpoints that were published quantised: which formats are read as they are, and what the others are told.
+"""Formats of checkpoints that were published quantised: those supported, and the errors for others.
 
     mxfp4                 blocks of 32 four-bit floats with a power of two each (gpt-oss)
     fp8                   eight-bit floats with a scale per block of 128 x 128 (DeepSeek-V3, Qwen3-*-FP8)
@@ -6,8 +6,8 @@
     gptq                  four-bit integers in groups with zero points, eight to a word along the input
     awq                   the same along the output, and in another order within a word
 
-Everything here is names and settings: no tensor is read. Which matrices are quantised, the stored names say; lists of
-exceptions (modules_to_not_convert, ignore, lm_head) are not needed for that. docs/formats.md is the table for people.
+Only names and settings are handled: no tensor is read. Stored names tell which matrices are quantised, so that lists of
+exceptions (modules_to_not_convert, ignore, lm_head) are not needed. docs/formats.md has the table for users.
 """
 
 import re
@@ -21,16 +21,16 @@ from foreroute.errors import CheckpointError, CorruptCheckpointError, Unsupporte
 
 MXFP4, FP8, FP8_SCALED, PACKED_INT4 = "mxfp4", "fp8", "fp8-scaled", "packed-int4"
 GPTQ_INT4, AWQ_INT4 = "gptq-int4", "awq-int4"
-# GPTQ whose columns are of groups as g_idx says, in place of neighbours.
+# GPTQ whose columns belong to groups by g_idx, not by position.
 GPTQ_REORDERED = "gptq-int4-reordered"
 
-# What to take in place of a format that is not read, said in every refusal.
+# Alternatives to an unsupported format, part of every refusal.
 _INSTEAD = (
     "Take the checkpoint in bf16 (`foreroute pack --quant int4` makes its experts small), or one in MXFP4, FP8 with "
     "block scales, GPTQ or AWQ int4, or compressed-tensors (docs/formats.md)."
 )
-# What a rule for single modules may say of how they were quantised, which their stored tensors do not depend on, or
-# say themselves (the order of columns, zero points).
+# Keys of a module's rule that change nothing: stored tensors do not depend on them, or record them themselves (order of
+# columns, zero points).
 _MEANS_NOTHING = frozenset({
     "desc_act", "sym", "static_groups", "act_group_aware", "damp_percent", "damp_auto_increment", "true_sequential",
     "mse", "hyb_act", "fallback", "failsafe", "gptaq", "v2", "v2_alpha",
@@ -39,9 +39,9 @@ _MEANS_NOTHING = frozenset({
 
 @dataclass(frozen=True)
 class ModuleRule:
-    """What is declared of modules whose name begins with `pattern`: GPTQModel's `dynamic`; the first that fits holds.
+    """Settings of modules whose name begins with `pattern`: GPTQModel's `dynamic`; the first match applies.
 
-    is_plain: they are not quantised. bits, group: theirs; None where they are as everywhere.
+    is_plain: they are not quantised. bits, group: theirs; None for the general setting.
     """
 
     pattern: re.Pattern[str]
@@ -54,14 +54,14 @@ class ModuleRule:
 class QuantisedFormat:
     """How a checkpoint's quantised matrices are stored.
 
-    name: for people and stats. coding: how a matrix becomes numbers.
-    components: suffixes of the tensors that make up one matrix, in the order that the coding wants them.
-    base: what stands in place of the first component's suffix in the name that the model knows.
-    optional: suffixes that may be there and mean nothing here.
+    name: for users and stats. coding: how a matrix is dequantised.
+    components: suffixes of a matrix's tensors, in the coding's order.
+    base: replaces the first component's suffix in the model's name of the matrix.
+    optional: suffixes that may exist and are ignored.
     is_transposed: the model's fused tensor is the matrices' transposition.
-    rules: what is declared of single modules.
-    needs_order: g_idx must be stored, as columns are said to be in another order (desc_act).
-    notes: what the declaration asks for and is not done here, for people.
+    rules: settings of single modules.
+    needs_order: g_idx must be stored, as columns are declared to be reordered (desc_act).
+    notes: declared settings that are ignored here, for users.
     """
 
     name: str
@@ -75,10 +75,10 @@ class QuantisedFormat:
     notes: tuple[str, ...] = ()
 
     def coding_of(self, name: str) -> Coding:
-        """The coding of the matrix with this name in the model: the format's, but for the rules.
+        """The coding of the matrix with the model's name `name`: the format's, unless a rule applies.
 
         Raises:
-            UnsupportedModelError: its rule says other bits, which are not read.
+            UnsupportedModelError: its rule has other bits, which are not supported.
             CorruptCheckpointError: its rule says that it is not quantised.
         """
         module = name.removesuffix(self.base).rstrip(".")
@@ -98,14 +98,14 @@ class QuantisedFormat:
         return self.coding if rule.group is None else replace(self.coding, block=(1, rule.group))
 
     def split(self, index: CheckpointIndex) -> tuple[dict[str, tuple[str, ...]], frozenset[str]]:
-        """Sort the stored names.
+        """Group stored names by quantised matrix.
 
         Returns:
-            For every quantised matrix its name in the model, with the stored names of its components; and all stored
-            names that belong to one.
+            The stored names of each quantised matrix's components, by its name in the model; and all stored names that
+            belong to one.
         Raises:
             CheckpointError: a matrix lacks one of its components.
-            CorruptCheckpointError: an eight-bit float that is no component: it would be taken for a number.
+            CorruptCheckpointError: an eight-bit float that is no component: it would be taken for a plain weight.
         """
         first, *others = self.components
         matrices: dict[str, tuple[str, ...]] = {}
@@ -130,10 +130,10 @@ class QuantisedFormat:
 
 
 def read_format(folder: Path, index: CheckpointIndex) -> QuantisedFormat | None:
-    """The format that the checkpoint declares; None for one whose weights are not quantised.
+    """Read the format that the checkpoint `index` in `folder` declares; None if its weights are not quantised.
 
     Raises:
-        UnsupportedModelError: a format, or a variant of one, that is not read; named, with what would do.
+        UnsupportedModelError: an unsupported format or variant; named, with alternatives.
         CheckpointError: the declaration makes no sense.
     """
     declared = read_declaration(folder, index)
@@ -188,7 +188,7 @@ def _compressed_tensors(declared: Declaration) -> QuantisedFormat | str | None:
     named = [groups.within(name) for name in groups.content]
     weights = [(group, group.within("weights")) for group in named if group.within("weights").content]
     if not named and declared.within("kv_cache_scheme").content:
-        return None  # keys and values alone
+        return None  # only the KV cache is quantised
     if len(weights) != 1:
         return f"{len(weights)} kinds of weights"
     ((group, weight),) = weights
@@ -217,7 +217,7 @@ def _compressed_weights(layout: str, weight: Declaration) -> QuantisedFormat | s
     if layout == "pack-quantized" and (kind, bits) == ("int", 4):
         if not weight.flag("symmetric", default=True):
             return "zero points"
-        # "weight" is an order of rounding alone: the columns lie as ever, and no g_idx is stored.
+        # "weight" is an order of rounding alone: columns keep their places, and no g_idx is stored.
         if weight.content.get("actorder") not in (None, False, "weight", "static"):
             return "columns in another order (actorder)"
         if strategy not in ("group", "channel"):
@@ -233,7 +233,7 @@ def _gptq(declared: Declaration) -> QuantisedFormat | str:
     bits = declared.whole("bits")
     if bits != 4:
         return f"{bits} bits"
-    # GPTQModel's later versions say "format".
+    # Later versions of GPTQModel use the key "format".
     layout = declared.text("checkpoint_format") or declared.text("format") or "gptq"
     if declared.flag("is_marlin_format", default=False):
         layout = "marlin"
@@ -266,7 +266,7 @@ def _awq(declared: Declaration) -> QuantisedFormat | str:
 
 
 def _more_than_numbers(declared: Declaration) -> str:
-    """What GPTQModel's settings ask for beside what the stored words say; "" where that is all."""
+    """Settings of GPTQModel that need more than the stored words; "" if none."""
     word = declared.text("pack_dtype", "int32")
     if word.removeprefix("torch.") != "int32":
         return f"words of another size (pack_dtype {word})"
@@ -277,16 +277,16 @@ def _more_than_numbers(declared: Declaration) -> str:
 
 
 def _group_size(declared: Declaration) -> int:
-    """Columns of a group, as GPTQ and AWQ say it: -1, here 0, is the whole row."""
+    """Columns per group; -1 in GPTQ and AWQ, 0 here, is the whole row."""
     return max(declared.whole("group_size", 128, others=(-1,)), 0)
 
 
 def _module_rules(declared: Declaration) -> tuple[ModuleRule, ...]:
-    """GPTQModel's `dynamic`: "-:pattern" for modules that are not quantised, "+:pattern" for those quantised otherwise.
+    """Read GPTQModel's `dynamic`: "-:pattern" for unquantised modules, "+:pattern" for those quantised otherwise.
 
     Raises:
-        CheckpointError: a pattern is no regular expression, or a value makes no sense.
-        UnsupportedModelError: a rule sets something that is not known here.
+        CheckpointError: a pattern is not a regular expression, or a value makes no sense.
+        UnsupportedModelError: a rule has an unknown setting.
     """
     dynamic, rules = declared.within("dynamic"), list[ModuleRule]()
     for key in dynamic.content:

@@ -1,4 +1,4 @@
-"""Experts of a quantised checkpoint: which stored tensors lie in a slot, and what the family's are made of."""
+"""Lay out experts of a quantised checkpoint: which stored tensors go to a slot, and which family tensors they make."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ from foreroute.checkpoint.stored_parts import Coding, StoredMatrix, StoredPart
 from foreroute.errors import CorruptCheckpointError, UnsupportedModelError
 
 _FLOATS = ("F32", "F16", "BF16")
-# Per coding, of each component: the dtypes that it may have.
+# Per coding, the dtypes that each component may have.
 _DTYPES: Mapping[str, tuple[tuple[str, ...], ...]] = {
     MXFP4: (("U8",), ("U8",)),
     FP8: (("F8_E4M3",), _FLOATS),
@@ -41,13 +41,14 @@ def quantised_layer(
     form: QuantisedFormat | None,
     matrices: Mapping[str, tuple[str, ...]],
 ) -> LayerExperts:
-    """Lay one layer's experts out as they are stored; as `layer_experts`, for a quantised checkpoint.
+    """Lay out one layer's experts as they are stored; the counterpart of `layer_experts` for a quantised checkpoint.
 
     Args:
-        sources: of the family's tensors, by the names that the model knows. matrices: of those names the stored ones.
+        name, num_experts: of the layer. sources: of the family's tensors, by the model's names. index: of the
+            checkpoint. form: its format, if declared. matrices: stored names of each quantised matrix's components.
     Raises:
         CorruptCheckpointError: a tensor is absent, or has another shape or dtype than its peers or the model.
-        UnsupportedModelError: a matrix is put together in a way that is not known here.
+        UnsupportedModelError: a matrix is assembled in an unknown way.
     """
     if form is None or not any(group and group[0] in matrices for source in sources for group in source.groups):
         return layer_experts(name, num_experts, sources, index)
@@ -94,7 +95,7 @@ def _components(
     index: CheckpointIndex,
     num_experts: int,
 ) -> list[PartSource]:
-    """One source for each component of a matrix, for all experts."""
+    """One source per component of a matrix, for all experts."""
     absent = [one for one in group if one not in matrices]
     if absent:
         raise CorruptCheckpointError(f"{absent[0]} is not quantised as {group[0]} is, or its scales are absent.")
@@ -137,7 +138,7 @@ def _part(
 
 
 def _is_transposed(source: PartSource, num_matrices: int) -> bool:
-    """What transformers does to the matrices: one below the other, perhaps transposed afterwards."""
+    """Whether transformers transposes the matrices after stacking their rows."""
     steps = [(op.kind, op.dim, op.other_dim) for op in source.operations if op.kind != "MergeModulelist"]
     if num_matrices > 1:
         if not steps or steps[0][:2] != ("Concatenate", 1):
@@ -156,10 +157,10 @@ def _is_transposed(source: PartSource, num_matrices: int) -> bool:
 
 
 def matrix_shape(coding: Coding, shapes: Sequence[tuple[int, ...]], name: str) -> tuple[int, int]:
-    """Rows and columns of the matrix whose components have these shapes.
+    """Rows and columns of the matrix `name` in this `coding`, from its components' `shapes`.
 
     Raises:
-        CorruptCheckpointError: they do not fit each other.
+        CorruptCheckpointError: the shapes do not fit each other.
     """
     first, scales = shapes[0], shapes[1]
     rows, cols = first if len(first) == 2 else (0, 0)
@@ -188,19 +189,19 @@ def matrix_shape(coding: Coding, shapes: Sequence[tuple[int, ...]], name: str) -
 
 
 def _scale_shapes(coding: Coding, rows: int, cols: int) -> tuple[tuple[int, ...], ...]:
-    """How the scales of blocks may be stored; a block of 0 rows or columns is all of them."""
+    """Allowed shapes of block scales; a block of 0 rows or columns covers all of them."""
     grid = (-(-rows // (coding.block[0] or rows)), -(-cols // (coding.block[1] or cols)))
     return grid, (rows,) if coding.block[0] == 1 else (1,)
 
 
 def _num_groups(coding: Coding, cols: int, name: str) -> int:
-    """Groups of a row.
+    """Groups per row.
 
-    GPTQ numbers a column's group by division, so that the last group may be a shorter one, and a group longer than the
-    row is the row; the others want whole groups, and say -1 where they mean the row.
+    GPTQ computes a column's group by division, so that the last group may be shorter, and one longer than the row is
+    the row; the others need whole groups, and write -1 for the row.
     """
     group = coding.block[1] or cols
-    # Eight of GPTQ's columns are one word, and are decoded together.
+    # Eight of GPTQ's columns share one word, and are decoded together.
     misfit = {GPTQ_INT4: min(group, cols) % _PER_WORD, GPTQ_REORDERED: 0}.get(coding.kind, cols % group)
     if misfit:
         raise CorruptCheckpointError(
@@ -211,7 +212,7 @@ def _num_groups(coding: Coding, cols: int, name: str) -> int:
 
 
 def check_dtypes(coding: Coding, names: Sequence[str], index: CheckpointIndex) -> None:
-    """See that a matrix's components are stored in dtypes that its coding has.
+    """Check that the matrix's components (`names` in `index`) are stored in dtypes that its `coding` allows.
 
     Raises:
         UnsupportedModelError: one is not; named.

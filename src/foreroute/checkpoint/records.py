@@ -2,10 +2,10 @@
 
     magic (8 bytes) | header bytes (u64) | header checksum (u64) | header (JSON) | 0..
     page-aligned: checksum table, one xxh3-64 per record (u64; 0 = not written yet)
-    page-aligned: records, `record_stride` bytes each, in key order: the slot's own bytes, so that a read needs no copy
+    page-aligned: records, `record_stride` bytes each, in key order, laid out like a slot, so that a read needs no copy
 
-It is written under another name, synced, and renamed when it is whole: a store that has its final name is complete.
-A half-written one is taken up where it stopped.
+It is written under another name, synced, and renamed when complete, so that a file with the final name is complete. A
+partial file is resumed where it stopped.
 """
 
 import dataclasses
@@ -34,12 +34,12 @@ _PARTIAL_SUFFIX = ".partial"
 _MAGIC = b"FOREROUT"
 _PREAMBLE = struct.Struct("<8sQQ")
 _VERSION = 1
-# A codec of earlier versions: int8 for the experts used most, int4 for the others.
+# A codec of earlier versions: int8 for the most used experts, int4 for the others.
 _MIXED = "mixed"
 _PACK_AGAIN = "Remove it and run `foreroute pack` again."
 _QUANTISE_AGAIN = "Pack again, with `foreroute pack --quant int4` (or int8), and load with --packed int4."
 _MOST_HEADER_BYTES = 64 * 2**20
-# The table follows the data to disk in steps: what it names has been synced before.
+# The checksum table is written in steps, after the records that it covers were synced.
 _SYNC_EVERY_BYTES = 256 * 2**20
 
 
@@ -64,7 +64,7 @@ def _header(table: ExpertTable, codec: str, order: str) -> bytes:
 
 @dataclasses.dataclass(frozen=True)
 class _Geometry:
-    """Where things lie in a store whose header has so many bytes."""
+    """Offsets in a store whose header has `header_nbytes` bytes."""
 
     table_start: int
     data_start: int
@@ -81,16 +81,16 @@ class _Geometry:
 
 
 class PackedStore:
-    """A complete store that belongs to the model at hand; hands out reads in place of the checkpoint's own.
+    """A complete store of the current model's experts; its reads replace those of the checkpoint.
 
     Args:
-        path: the store's file. table: the experts of the model it must belong to, as the checkpoint stores them.
+        path: the store's file. table: the model's experts as the checkpoint stores them; the store must match it.
     Attributes:
-        codec: how the experts are stored: a name of codecs.py. table: the experts as they lie here.
-        order: what tells the order of numbers that kernels of this machine want from that of another's; "" for none.
+        codec: a name of codecs.py. table: the experts as the store holds them.
+        order: identifies the order of numbers that this machine's kernels need; "" where it does not matter.
         files: the file's stamp from when its header was read, by its path.
     Raises:
-        StoreError: not a store, damaged header, another model's, another version's, or half written.
+        StoreError: not a store, a damaged header, of another model or version, or incomplete.
     """
 
     def __init__(self, path: Path, table: ExpertTable) -> None:
@@ -124,7 +124,7 @@ class PackedStore:
         _check_codec(self.path, self.codec)
         if self.codec != STORED:
             known = described_table(described, table)
-            if known is None:  # laid out as no codec here does it: the headers differ in the codec at least
+            if known is None:  # a layout that no codec here makes: the headers differ in the codec at least
                 _check_same_model(self.path, stored, _header(table, STORED, ""))
             table = known or table
         header = _header(table, self.codec, self.order)
@@ -135,7 +135,7 @@ class PackedStore:
         self._geometry = _Geometry.of(len(header), table)
 
     def reads_of(self, table: ExpertTable) -> Callable[[int], ExpertReads]:
-        """A function from the flat keys of `table` to the one read that fills a slot.
+        """A function from flat keys of `table` to the one read that fills a slot.
 
         Args:
             table: the model's experts; its layers may be in another order than those of the store.
@@ -154,13 +154,13 @@ class PackedStore:
 
 
 def open_store(folder: Path, asked: str, table: ExpertTable) -> PackedStore | None:
-    """The packed store to read from: the one beside the checkpoint ("auto"), none ("no"), or the one at a path.
+    """Open the packed store: beside the checkpoint in `folder` ("auto"), none ("no"), or at the path `asked`.
 
-    A quantised one, which changes the output, is never found by itself: its codec ("int4") or its path asks for it.
+    A quantised store changes the output, so that it is used only if `asked` is its codec ("int4") or its path.
 
     Raises:
-        StoreError: a store that was named is absent, or the store found cannot be used. It is never passed over
-            silently: say "no" to read the safetensors.
+        StoreError: a named store is absent, or it cannot be used with `table`. It is never ignored silently: "no" reads
+            the safetensors.
     """
     if asked == "no":
         return None
@@ -179,21 +179,21 @@ def open_store(folder: Path, asked: str, table: ExpertTable) -> PackedStore | No
 
 
 def store_name(codec: str) -> str:
-    """The file's name beside the checkpoint."""
+    """Name of a store's file beside the checkpoint."""
     stem, suffix = STORE_NAME.split(".")
     return STORE_NAME if codec == STORED else f"{stem}.{codec}.{suffix}"
 
 
 def partial_path(path: Path) -> Path:
-    """Where a store that will be `path` is while it is being written."""
+    """Path of the unfinished store that will become `path`."""
     return path.with_name(path.name + _PARTIAL_SUFFIX)
 
 
 def claim_store(path: Path) -> Claim:
-    """The right to write the store that will be at `path`, by its partial file.
+    """Claim the right to write the store `path`, by locking its partial file.
 
     Raises:
-        StoreError: another process is writing it, or nothing can be written there.
+        StoreError: another process is writing it, or the folder is not writable.
     """
     partial = partial_path(path)
     try:
@@ -208,17 +208,17 @@ def claim_store(path: Path) -> Claim:
 
 
 class StoreWriter:
-    """Writes a store record by record under a partial name; `finish` makes it a store.
+    """Writes a store record by record under a partial name; `finish` renames it.
 
-    A partial file of the same model, and newer than it, is continued: `next_record` is the first that is missing.
+    A partial file of the same model, if newer than it, is continued: `next_record` is the first missing record.
 
     Args:
-        path: the final name. table: the experts to be stored, in their order.
-        codec, order: see PackedStore. resume: False starts anew. claim: of `claim_store`, where there is one
-            already; given up in the end.
+        path: the final name. table: the experts to store, in their order.
+        codec, order: see PackedStore. resume: False starts anew. claim: of `claim_store`, if the caller has one; given
+            up at the end.
     Raises:
-        StoreError: there is no room on the disk (checked and reserved first), or it cannot be written, or another
-            process is writing it.
+        StoreError: the disk has no room (checked and reserved first), it cannot be written, or another process is
+            writing it.
     """
 
     def __init__(
@@ -250,7 +250,7 @@ class StoreWriter:
             raise
 
     def write(self, record: int, payload: memoryview, nbytes: int) -> None:
-        """Write record number `record`: the slot's bytes (a stride or more), of which `nbytes` are checksummed."""
+        """Write record `record`: `payload` is the slot (a stride or more), of which `nbytes` are checksummed."""
         payload = payload[: self._geometry.stride]
         assert len(payload) >= nbytes
         checksum = xxhash.xxh3_64_intdigest(payload[:nbytes]) or 1
@@ -261,7 +261,7 @@ class StoreWriter:
             self._guarded(self._sync)
 
     def finish(self) -> None:
-        """Sync everything and give the store its name."""
+        """Sync everything and rename the file to its final name."""
         assert 0 not in self._checksums, "every record is written before the store is finished"
         self._guarded(self._sync)
         self._guarded(lambda: self._claim.rename(self.path))
@@ -271,7 +271,7 @@ class StoreWriter:
         self._claim.discard()
 
     def close(self) -> None:
-        """Leave the partial file as it is, with what was written noted in its table."""
+        """Close the partial file and keep it, with finished records noted in its table."""
         if self._claim.fd >= 0:
             self._guarded(self._sync)
             self._claim.close()
@@ -285,7 +285,7 @@ class StoreWriter:
     def _begin(self) -> None:
         os.ftruncate(self._claim.fd, 0)
         try:
-            # Reserved at once: a disk that is too full says so now, not after an hour.
+            # Reserve all space at once: a disk that is too full fails now, not after an hour.
             os.posix_fallocate(self._claim.fd, 0, self.nbytes)
         except KeyboardInterrupt:
             self._claim.discard()
@@ -349,7 +349,7 @@ def _read_header(path: Path, preamble: bytes, read: Callable[[int], bytes]) -> b
 
 
 def _described(path: Path, stored: bytes) -> dict[str, Any]:
-    """What a header says; its codec and order are there and of their types."""
+    """Parse a header; its codec and order exist and have their types."""
     described = parse_object(stored, f"{path} has a damaged header", StoreError, _PACK_AGAIN)
     described = {"codec": STORED, "order": "", **described}
     for name in ("codec", "order"):
@@ -359,7 +359,7 @@ def _described(path: Path, stored: bytes) -> dict[str, Any]:
 
 
 def _check_codec(path: Path, codec: str) -> None:
-    """Raises StoreError for experts in a codec that is not read here, such as one that an earlier version had."""
+    """Raises StoreError for experts in an unsupported codec, such as one of an earlier version."""
     if codec not in CODECS:
         raise StoreError(
             f"{path} holds experts in the codec {codec:.40}, which this version does not read. {_QUANTISE_AGAIN}"

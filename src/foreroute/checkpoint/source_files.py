@@ -1,8 +1,8 @@
-"""Files that hold weights, opened only as what they were when their headers were read.
+"""Open weight files and check that they have not changed since their headers were read.
 
-A file can be replaced (its name leads to another inode) or written over (the same inode, at another time). Reading on
-would mix the weights of two models without a word, so that every open and every read is held against what `fstat` said
-when the header was read: device, inode, size, and the time of the last change.
+A file can be replaced (another inode under its name) or overwritten (the same inode, modified later). Reading on would
+silently mix the weights of two models, so that every open and every read is checked against `fstat` from when the
+header was read: device, inode, size, and modification time.
 """
 
 import contextlib
@@ -20,20 +20,20 @@ from foreroute.errors import ChangedFileError, ReadError
 
 _LOG = logging.getLogger(__name__)
 
-# What may go well when it is tried again: a disk that resets, a network file system whose server is back.
+# Errors that a retry may pass: a disk that resets, a network file system whose server comes back.
 PASSING_ERRORS = frozenset(
     {errno.EIO, errno.EREMOTEIO, errno.EAGAIN, errno.EINTR, errno.ETIMEDOUT, errno.ESTALE, errno.ENOBUFS}
 )
 # Before the second, third and fourth attempt: a bus reset takes some hundred milliseconds, and a token waits for this.
 RETRY_PAUSES_S = (0.01, 0.05, 0.25)
 TOO_MANY_OPEN = (errno.EMFILE, errno.ENFILE)
-# Descriptors that are left to the rest of the process: libraries, sockets, other models.
+# Descriptors reserved for the rest of the process: libraries, sockets, other models.
 _LEFT_TO_OTHERS = 64
 _LEAST_OPEN = 4
 
 
 class FileStamp(NamedTuple):
-    """What tells a file from another one of the same name, and from itself before it was written to."""
+    """Identifies a file among others of the same name, and before it is written to."""
 
     device: int
     inode: int
@@ -42,16 +42,16 @@ class FileStamp(NamedTuple):
 
     @classmethod
     def of(cls, fd: int) -> "FileStamp":
-        """Of an open file."""
+        """The stamp of an open file."""
         found = os.fstat(fd)
         return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
 
 
 def open_as(path: str, stamp: FileStamp | None, flags: int = 0) -> tuple[int, FileStamp]:
-    """Open a file to read it: its descriptor, and its stamp, which is `stamp` where one is given.
+    """Open the file `path` for reading (with extra `flags`): its descriptor and stamp, which must be `stamp` if given.
 
     Raises:
-        ChangedFileError: the file is another one than the stamp's. OSError: it cannot be opened.
+        ChangedFileError: another file than the stamp's. OSError: it cannot be opened.
     """
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | flags)
     try:
@@ -62,13 +62,13 @@ def open_as(path: str, stamp: FileStamp | None, flags: int = 0) -> tuple[int, Fi
 
 
 def check_stamp(fd: int, path: str, stamp: FileStamp | None) -> FileStamp:
-    """The open file's stamp, which is `stamp` where one is given.
+    """Return the stamp of `fd`, the open file `path`, after comparing it with `stamp` if given.
 
-    Called after a read it covers the bytes that were read: a system sets the time of a change before it makes it.
+    Called after a read, it covers that read: a system sets the modification time before it writes.
     Cost: an `fstat`, 1 to 3 microseconds.
 
     Raises:
-        ChangedFileError: it is another one.
+        ChangedFileError: they differ.
     """
     found = FileStamp.of(fd)
     if stamp is not None and found != stamp:
@@ -88,10 +88,10 @@ def _difference(before: FileStamp, now: FileStamp) -> str:
 
 
 def retried(read: Callable[[], int], path: str, noted: Callable[[], None] = lambda: None) -> int:
-    """The result of `read`, tried up to four times where it fails for a reason that may pass; each retry is logged.
+    """Call `read`, up to four times if it fails for a reason that may pass, and return its result; retries are logged.
 
     Args:
-        noted: called before each retry.
+        path: for the log. noted: called before each retry.
     Raises:
         OSError: the last attempt's.
     """
@@ -108,7 +108,7 @@ def retried(read: Callable[[], int], path: str, noted: Callable[[], None] = lamb
 
 
 def explained(error: OSError) -> str:
-    """What failed while a file was opened or read, and what to do about it."""
+    """Describe an error of opening or reading a file, and what to do about it."""
     if error.errno in TOO_MANY_OPEN:
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         return (
@@ -120,7 +120,7 @@ def explained(error: OSError) -> str:
 
 
 def room_for_files(wanted: int) -> int:
-    """How many of `wanted` files may stay open at once; raises the process's soft limit where that is too low."""
+    """How many of `wanted` files can stay open at once; raises the process's soft limit if that is too low."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY:
         return wanted
@@ -128,15 +128,15 @@ def room_for_files(wanted: int) -> int:
     needed = used + wanted + _LEFT_TO_OTHERS
     raised = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
     if raised > soft:
-        with contextlib.suppress(OSError, ValueError):  # a sandbox may forbid it
+        with contextlib.suppress(OSError, ValueError):  # forbidden in some sandboxes
             resource.setrlimit(resource.RLIMIT_NOFILE, (raised, hard))
             soft = raised
-    # Where even the hard limit is too low: half of what is free, the rest is for sockets and for other models.
+    # Even the hard limit is too low: take half of what is free, and leave the rest for sockets and other models.
     return wanted if soft >= needed else max(_LEAST_OPEN, (soft - used) // 2)
 
 
 def _num_descriptors(limit: int) -> int:
-    """How many this process has open; `limit` where there is none left to look."""
+    """Descriptors that this process has open; `limit` if none is free to look."""
     try:
         return len(os.listdir("/proc/self/fd"))
     except OSError:
@@ -144,11 +144,11 @@ def _num_descriptors(limit: int) -> int:
 
 
 class SourceFile:
-    """One file, open for reading by one thread through the page cache. Never mapped: a mapped file that is cut off
-    ends the process.
+    """One file, open for reading by one thread through the page cache. Never mapped: truncating a mapped file kills the
+    process.
 
     Args:
-        stamp: what the file must be; None takes it as it is, and holds it to that from then on.
+        stamp: the expected stamp; None accepts the file as it is, and checks it from then on.
     Raises:
         ChangedFileError: it is another file. ReadError: it cannot be opened.
     """
@@ -187,16 +187,16 @@ class SourceFile:
         self.check()
 
     def read(self, offset: int, nbytes: int) -> bytearray:
-        """So many bytes from `offset`; fewer where the file ends before."""
+        """Read `nbytes` bytes from `offset`; fewer where the file ends before."""
         buffer = bytearray(max(0, min(nbytes, self.stamp.nbytes - offset)))
         self.read_into(offset, memoryview(buffer))
         return buffer
 
     def check(self) -> None:
-        """See that the file is what it was.
+        """Check that the file has not changed.
 
         Raises:
-            ChangedFileError: it is not.
+            ChangedFileError: it has.
         """
         check_stamp(self._fd, self.path, self.stamp)
 

@@ -1,18 +1,18 @@
-"""How a family's tensors are made of stored ones, for checkpoints whose weights are quantised as they were published.
+"""Describe how a family's tensors are made of stored ones, for checkpoints that were published quantised.
 
-A slot holds what the checkpoint stores (blocks, scales, zero points); numbers are made of it when an expert is
-computed. Which numbers, says a `Coding`; kernels/torch/dequantise.py turns it into them.
+A slot holds what the checkpoint stores (blocks, scales, zero points), dequantised when an expert is computed. A
+`Coding` says how; kernels/torch/dequantise.py does it.
 """
 
 from dataclasses import dataclass
 
-# Codings of GGUF's blocks are named so, with the quantisation's name behind it.
+# Prefix of the codings of GGUF's blocks, before the quantisation's name.
 GGUF_PREFIX = "gguf:"
 
 
 @dataclass(frozen=True, slots=True)
 class Coding:
-    """What a stored matrix needs to become numbers.
+    """How to dequantise a stored matrix.
 
     kind: a name that kernels/torch/dequantise.py knows.
     block: rows and columns that share a scale; 0 for all of them.
@@ -38,10 +38,10 @@ class StoredMatrix:
 class StoredPart:
     """One of the family's tensors of an expert.
 
-    shape: as the family has it. matrices: one below the other; none where the tensor is stored as it is.
-    at: its position among the stored parts, where it is stored as it is.
+    shape: as the family has it. matrices: stacked by rows; none where the tensor is stored unquantised.
+    at: its position among the stored parts, if stored unquantised.
     is_transposed: the family's tensor is the matrices' transposition.
-    is_interleaved: the matrices' rows take turns, in place of one matrix below the other.
+    is_interleaved: the matrices' rows alternate, in place of being stacked.
     """
 
     name: str
