@@ -20,7 +20,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from foreroute.evals.text import Windows, bits_per_char, cut_windows
+from foreroute.evals.text import TextWindows, bits_per_char, cut_windows
 from models import attention, experts
 from models.data import IGNORE, Rows, held_out
 from models.families import Recipe
@@ -196,7 +196,7 @@ def restore(path: Path, shared: Shared) -> tuple[int, list[dict[str, float]]]:
     return state["step"], state["history"]
 
 
-def held_out_windows(work: Path, recipe: Recipe, per_source: int) -> list[Windows]:
+def held_out_windows(work: Path, recipe: Recipe, per_source: int) -> list[TextWindows]:
     """Held-out windows as long as the recipe's rows, `per_source` of each source."""
     text = held_out(work)
     return cut_windows(text.texts, text.shares, load_tokenizer(work), recipe.seq_len, per_source)

@@ -52,9 +52,13 @@ def add_engine_options(parser: argparse.ArgumentParser, without: Sequence[str] =
     _HelpAll.hide(ablations)
 
 
-def engine_config(args: argparse.Namespace) -> EngineConfig:
-    """Build the EngineConfig from the flags of `add_engine_options`; fields without a flag keep their defaults."""
-    given = vars(args)
+def engine_config(args: argparse.Namespace, without: Sequence[str] = ()) -> EngineConfig:
+    """Build the EngineConfig from the flags of `add_engine_options`; fields without a flag keep their defaults.
+
+    Args:
+        args: parsed flags. without: fields whose flag is the command's own and means something else.
+    """
+    given = {name: value for name, value in vars(args).items() if name not in without}
     return EngineConfig(**{field.name: given[field.name] for field in fields(EngineConfig) if field.name in given})
 
 

@@ -185,7 +185,7 @@ def asked_by(args: argparse.Namespace) -> "Asked":
         repeats=given("repeats"),
         rungs=rungs,
         dtype=args.dtype,
-        config=options.engine_config(args),
+        config=options.engine_config(args, without=("memory",)),
     )
 
 

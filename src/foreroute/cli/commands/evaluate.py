@@ -59,7 +59,7 @@ The builtin suite is what the models that ship are trained for: another model
 reads its tasks without having seen their form. Its text is made by
 `make held-out` in a checkout. The same model, flags and --threads give the same
 figures. --lm-eval needs: pip install 'foreroute[eval]'. Its tasks that run what
-the model writes (humaneval, mbpp) do so on this machine, as this user, without a
+the model writes (humaneval, mbpp) do so on this machine, as this user, with no
 sandbox, and only with --confirm-run-unsafe-code and HF_ALLOW_CODE_EVAL=1."""
 
 
@@ -145,7 +145,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the command; return its exit code."""
     _refuse_misfits(args)
     memory = args.memory[0] if args.memory and not args.policies else None
-    config = dataclasses.replace(options.engine_config(args), memory=memory)
+    config = dataclasses.replace(options.engine_config(args, without=("memory",)), memory=memory)
     folder = options.find_model(args)
     options.quiet_libraries(args)
     with figures.busy("Loading", args.json):
