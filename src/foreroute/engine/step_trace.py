@@ -56,7 +56,7 @@ class StepTrace(StepObserver):
         )  # fmt: skip
 
     def begin_layer(self, layer: int, routed: Sequence[Sequence[int]], weights: torch.Tensor) -> None:
-        """See `StepObserver`."""
+        """See `StepObserver`. weights: [tokens, k]."""
         self._layer = layer
         self._found = {"hits": [], "late": [], "misses": [], "stood_in": []}
         self._open = {"t": self._trace.now(), "layer": layer}
