@@ -10,9 +10,9 @@ from typing import Protocol
 
 import torch
 
-# (expert key, slot): an expert whose bytes are in memory, and stay there until the sum is complete.
+# (expert key, slot): a resident expert, pinned until the sum is complete.
 Placed = tuple[int, int]
-# Called with (layer, expert, its outputs [rows, hidden] before gate weights), for experts that are streamed.
+# Called with (layer, expert, its outputs [rows, hidden] before gate weights), for streamed experts.
 ExpertListener = Callable[[int, int, torch.Tensor], None]
 
 

@@ -57,7 +57,7 @@ class SlotViews:
         ]
 
     def operands(self, layer: int, slot: int) -> tuple[torch.Tensor, ...]:
-        """Return the operands of the expert in `slot` for MoE layer `layer`, in the compute dtype: weights [in, out]."""
+        """Return the operands (weights [in, out]) of MoE layer `layer`'s expert in `slot`, in the compute dtype."""
         views = self._views[layer].get(slot)
         if views is None:
             views = self._views[layer][slot] = self._make(layer, slot)
@@ -66,7 +66,7 @@ class SlotViews:
         return tuple(view.to(self._compute_dtype) for view in views)
 
     def most_at_once(self, layer: int) -> int | None:
-        """Number of MoE layer `layer`'s experts whose operands may be held at once; None: all, as views cost nothing."""
+        """Number of `layer`'s experts whose operands may be held at once; None: all, as they are views."""
         if self._is_stored_so[layer]:
             return None
         num_values = sum(scalar_math.prod(part.shape) for part in self._layouts[layer].parts)

@@ -100,8 +100,7 @@ def _times(
 
 @triton.jit
 def _work_of(slots, pair, slot, num_tokens, top_k, TOKENS: tl.constexpr, CHOICES: tl.constexpr):
-    """For the pair's block of tokens: their pairs with this slot, a mask of those that have one, and whether `pair` is
-    the first."""
+    """Return the pair's block of tokens, each one's pair with this slot, whether it has one, and if `pair` is first."""
     token = pair // top_k // TOKENS * TOKENS + tl.arange(0, TOKENS)
     choice = tl.arange(0, CHOICES)
     at = token[:, None] * top_k + choice[None, :]
