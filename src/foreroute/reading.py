@@ -37,7 +37,7 @@ def refuse_pointer(path: Path, head: bytes, error: type[ForerouteError] = Corrup
 
 
 def check_no_pointer(path: Path, error: type[ForerouteError] = CorruptCheckpointError) -> None:
-    """Raise `error` as `refuse_pointer`, if `path` (read by other code later) is a pointer. Ignores unreadable files."""
+    """Raise `error` as `refuse_pointer`, if `path` (to be read by other code) is a pointer. Skips unreadable files."""
     try:
         with open(path, "rb") as file:
             head = file.read(_POINTER_MOST_BYTES)

@@ -139,7 +139,7 @@ class Claim:
 
 
 def _holder(fd: int) -> int | None:
-    """The process that has a file locked, by /proc/locks; None where that cannot be found out."""
+    """Return the id of the process that has a file locked, by /proc/locks; None if unknown."""
     status = os.fstat(fd)
     file = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
     try:
@@ -152,7 +152,7 @@ def _holder(fd: int) -> int | None:
 
 
 def _sync(path: Path) -> None:
-    """Have a file, or a folder's names, on the disk and not in memory only."""
+    """Flush a file, or a folder's entries, to disk."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)

@@ -56,7 +56,11 @@ def _as_words(rows: torch.Tensor) -> torch.Tensor:
 
 
 def decode_mxfp4(components: Sequence[torch.Tensor], out: torch.Tensor, coding: Coding) -> None:
-    """Dequantise blocks [rows, columns / 2], two FP4 numbers a byte, with exponents [rows, columns / 32]."""
+    """Dequantise blocks [rows, columns / 2], two FP4 numbers a byte, with exponents [rows, columns / 32].
+
+    For this and the functions below, `components` are the tensors named, and as `Dequantiser` says `out` is
+    [rows, columns] and `coding` gives the block.
+    """
     blocks, exponents = components
     scales = _powers_of_two()[exponents.int()].unsqueeze(-1)
     grouped = out.view(*exponents.shape, _MXFP4_GROUP)
