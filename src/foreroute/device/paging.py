@@ -237,7 +237,7 @@ class _Pool:
         self.staged_at[slot] = 0
 
     def victims(self, num_cold: int, num_staged: int, kept: set[int] | frozenset[int] = frozenset()) -> list[int]:
-        """Free up to `num_cold` slots, free ones and then the coldest; then the oldest staged up to `num_staged` in all."""
+        """Take up to `num_cold` slots, free ones, then the coldest; then the oldest staged up to `num_staged` in all."""
         leased = int(self._state.marks[LEASED])
         found: list[int] = []
         idle = [

@@ -11,7 +11,7 @@ from foreroute.kernels.torch.sums import RowsSum
 
 
 class PlainSlotMath:
-    """Computes one expert after another, ascending, with the bits of transformers' eager experts. Copies ids to host."""
+    """Computes expert after expert, ascending, with the bits of transformers' eager experts. Copies ids to the host."""
 
     def __init__(self, views: SlotViews, math: Sequence[ExpertMath]) -> None:
         self._views = views
