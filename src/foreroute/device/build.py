@@ -31,13 +31,12 @@ from foreroute.types import Progress
 def build_tier(
     asked: EngineConfig, experts: ExpertSet, slots: SlotPlan, approximation: Approximation, progress: Progress
 ) -> DeviceTier:
-    """Build the tier, with its arena loaded.
+    """Build the tier of `experts`, and load its arena.
 
     Args:
         asked: the config. slots: the pool's size. approximation: the policies. progress: (done, of all) of loading.
     Raises:
-        DeviceError: how to compute the experts is not known, or memory cannot be allocated or pinned.
-        ReadError, ChecksumError: an expert could not be read.
+        DeviceError: math unknown, or memory cannot be allocated or pinned. ReadError, ChecksumError: of an expert.
     """
     layers, table, dtype, device = experts.layers, experts.table, experts.dtype, experts.device
     own_math = [entry for entry in experts.math if entry is not None]
@@ -78,8 +77,7 @@ def assemble_tier(
     """Build the tier over a loaded arena with records in the order of `keys`.
 
     Args:
-        layers, table: the model's MoE layers and their stored experts. num_slots: of the pool on the device.
-        staging_slots: the most prefetched, not yet demanded experts. math: per layer, in `dtype`.
+        layers, table, math: per MoE layer. num_slots, staging_slots: of the pool. dtype: of compute.
         approximation: the policies. guess: predicts the next layer's experts, `width` per row; None: top-k.
     Raises:
         DeviceError: the device has too little memory.

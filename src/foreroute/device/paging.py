@@ -59,9 +59,9 @@ class PagingState:
         staging_slots: int,
         device: torch.device | str = "cpu",
     ) -> "PagingState":
-        """Make an empty pool on `device`, with `num_experts` keys of `num_keys` per layer.
+        """Make an empty pool on `device`: num_slots slots, num_keys keys, num_experts of them per layer.
 
-        With num_slots >= n + staging_slots, a demand of n keys never lacks a slot.
+        With n + staging_slots slots, a demand of n keys always fits.
         """
         assert num_slots > 0, "a pool needs a slot"
         assert 0 <= staging_slots <= num_slots, f"{staging_slots} staging slots of {num_slots}"
@@ -237,7 +237,7 @@ class _Pool:
         self.staged_at[slot] = 0
 
     def victims(self, num_cold: int, num_staged: int, kept: set[int] | frozenset[int] = frozenset()) -> list[int]:
-        """Take up to `num_cold` slots, free ones, then the coldest; then the oldest staged up to `num_staged` in all."""
+        """Take up to `num_cold` free or else coldest slots, then the oldest staged ones up to `num_staged` in all."""
         leased = int(self._state.marks[LEASED])
         found: list[int] = []
         idle = [

@@ -47,9 +47,9 @@ class Paging(Protocol):
         *,
         record_bytes: int,
     ) -> None:
-        """Copy the records of `copies` into `slots` [num_slots, slot_bytes].
+        """Copy the listed records into `slots`; arguments as of `paging.fetch`.
 
-        See `paging.fetch`: arena_address, record_offsets [num_keys], record_bytes.
+        arena_address, record_offsets [num_keys], copies, slots [num_slots, slot_bytes], record_bytes.
         """
 
     def release(self, state: PagingState) -> None:

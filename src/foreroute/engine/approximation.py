@@ -119,12 +119,10 @@ class Approximation:
         weights: torch.Tensor,
         is_there: Callable[[int], bool],
     ) -> list[int]:
-        """Return those of `layer`'s `keys`, in their order, that are missing and not waited for. See `waited_for`.
+        """Return those of `layer`'s `keys`, in order, that are missing and not waited for; else as `waited_for`.
 
         Layer 0, and layers without default vectors, wait. Cost: a copy of the gate weights to the host on a miss.
-
-        Args:
-            routed: per token its expert keys. weights: [tokens, k]. is_there: whether a key is resident.
+        routed: per token its expert keys. weights: [tokens, k]. is_there: whether a key is resident.
         """
         policies = self.of_rows(len(routed))
         if layer == 0 or not any(policy.stands_in for policy in policies) or self._vectors[layer] is None:

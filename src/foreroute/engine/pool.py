@@ -146,10 +146,7 @@ class ExpertPool:
             self.residency.drop(keys)
 
     def settle(self) -> None:
-        """Process finished reads, without waiting. A failed prefetch raises no error.
-
-        If its expert is needed, it is demanded again, and a second failure raises there.
-        """
+        """Process finished reads, without waiting. A failed prefetch raises only when its demand fails too."""
         if self.transfer.num_in_flight:
             self._settle(self.transfer.completed(), {})
 

@@ -41,7 +41,7 @@ def place(
 ) -> SlotMemory:
     """Allocate `num_slots` slots in RAM, loaded from the checkpoint, or from the packed `store` if given.
 
-    asked: the config. table: where the experts' parts are. trace: gets the loads; None: no trace.
+    asked: the config. table: the experts as stored. trace: records the loads; None: no trace.
     """
     memory, slots = allocate_slots(num_slots, table.slot_bytes)
     disk = open_disk(asked, table, store, slots.__getitem__, asked.readers(table.slot_bytes))
@@ -59,10 +59,10 @@ def place_behind_arena(
     num_records: int,
     progress: Progress,
 ) -> SlotMemory:
-    """Allocate `num_slots` slots on `device`, loaded from an arena of `num_records` experts in host memory.
+    """Allocate slots on `device`, loaded from an arena of `num_records` experts in host memory.
 
-    With fewer records than experts, the arena is loaded from disk on demand. asked, table, store, trace: as in `place`.
-    progress: (done, of all) while the arena is loaded.
+    With fewer records than experts, the arena is loaded from disk on demand; else now, with `progress`.
+    asked, table, store, num_slots, trace: as of `place`.
 
     Raises:
         DeviceError: memory cannot be allocated or pinned. ReadError, ChecksumError: an expert could not be read.
@@ -90,7 +90,7 @@ def fill_arena(
 ) -> tuple[Arena, list[int]]:
     """Make an arena of `num_records` experts; return it and the keys in it: all if they fit, else none yet.
 
-    asked, table, store, progress: as above. is_pinned: register it with CUDA.
+    asked, table, store, progress: as of `place_behind_arena`. is_pinned: register it with CUDA.
     """
     arena = Arena(num_records, table.slot_bytes, is_pinned=is_pinned)
     keys = all_keys(table)
@@ -119,9 +119,7 @@ def open_disk(
     slot_memory: Callable[[int], memoryview],
     num_threads: int,
 ) -> DiskTransfer:
-    """Start `num_threads` readers of the checkpoint's `table`, or of its packed `store`.
-
-    asked: the config. slot_memory: a slot's bytes.
+    """Start `num_threads` readers of `table`'s checkpoint or its packed `store` into `slot_memory`, as `asked`.
 
     Raises:
         ReadError: a file has changed since its header was read, or cannot be opened.

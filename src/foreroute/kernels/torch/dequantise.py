@@ -14,7 +14,7 @@ from foreroute.checkpoint.stored_parts import Coding, StoredMatrix, StoredPart
 from foreroute.kernels.torch.experts import ExpertMath, Operands
 from foreroute.kernels.torch.gguf_blocks import GGUF_DECODERS
 
-# (components, out, coding): dequantises a matrix's components into `out` [rows, columns], contiguous, compute dtype.
+# (components, out [rows, columns], coding): dequantises a matrix's components, which each decoder names, into `out`.
 Dequantiser = Callable[[Sequence[torch.Tensor], torch.Tensor, Coding], None]
 
 _FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
@@ -56,11 +56,7 @@ def _as_words(rows: torch.Tensor) -> torch.Tensor:
 
 
 def decode_mxfp4(components: Sequence[torch.Tensor], out: torch.Tensor, coding: Coding) -> None:
-    """Dequantise blocks [rows, columns / 2], two FP4 numbers a byte, with exponents [rows, columns / 32].
-
-    For this and the functions below, `components` are the tensors named, and as `Dequantiser` says `out` is
-    [rows, columns] and `coding` gives the block.
-    """
+    """Dequantise blocks [rows, columns / 2], two FP4 numbers a byte, with exponents [rows, columns / 32]."""
     blocks, exponents = components
     scales = _powers_of_two()[exponents.int()].unsqueeze(-1)
     grouped = out.view(*exponents.shape, _MXFP4_GROUP)
