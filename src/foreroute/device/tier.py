@@ -47,10 +47,7 @@ class Paging(Protocol):
         *,
         record_bytes: int,
     ) -> None:
-        """Copy the listed records into `slots`; arguments as of `paging.fetch`.
-
-        arena_address, record_offsets [num_keys], copies, slots [num_slots, slot_bytes], record_bytes.
-        """
+        """See `paging.fetch`. slots: [num_slots, slot_bytes]. record_offsets: [num_keys]."""
 
     def release(self, state: PagingState) -> None:
         """Release the last plan's experts."""

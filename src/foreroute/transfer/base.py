@@ -71,10 +71,7 @@ class Transfer(Protocol):
         """Block until a request finishes, then return all finished ones. Something has to be in flight."""
 
     def reset(self) -> None:
-        """Cancel what has not started, wait for what has, and drop all completions: nothing is in flight then.
-
-        Safe also after an interrupt has left a call half done.
-        """
+        """Cancel what has not started, wait for what has, drop all completions. Safe after an interrupted call."""
 
     def close(self) -> None:
         """Cancel what has not started, finish what has, and stop. A second call does nothing."""

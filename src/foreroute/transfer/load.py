@@ -48,10 +48,7 @@ class Load:
         self._error: Exception | None = None
 
     def read(self, key: int, slot: int) -> None:
-        """Read all bytes of expert `key`: straight into `slot` if stored in that form, else into the bounce buffer.
-
-        Never raises: `finish` returns the error.
-        """
+        """Read expert `key`: into `slot` if stored in that form, else a bounce buffer. `finish` returns any error."""
         self._key, self._slot, self._parts, self._error = key, slot, [], None
         self._begun_s = perf_counter()
         try:
