@@ -1,8 +1,8 @@
-"""What is waited for? Every policy's rule on plain lists; other implementations are held equal to these by tests.
+"""Decide which misses decoding waits for: each policy's rule on plain lists, the reference for tests.
 
-A token's *misses* are the experts that its router chose and that are not there when that is known. A miss is either
-waited for, or its default vector, the expert's mean output, stands in for it. The router always decides, but under
-`paper`, where the guess made one layer earlier takes the router's place (arXiv 2603.19289).
+A token's *misses* are the experts that its router chose and that are not resident then. A miss is either waited for,
+or substituted by its default vector, the expert's mean output. The router always decides, except under `paper`, where
+the guess made one layer earlier replaces its choice (arXiv 2603.19289).
 """
 
 from collections.abc import Callable, Sequence
@@ -16,9 +16,9 @@ NAMES = (EXACT, TOLERANCE, SPECULATIVE, PAPER)
 
 @dataclass(frozen=True)
 class Policy:
-    """One way to treat misses; `str()` gives what `parse` reads.
+    """One way to treat misses; `parse` reads its `str()`.
 
-    name: of NAMES. tau: of `tolerance`, the gate mass that may be stood in for, as a share of the token's; else 0.
+    name: of NAMES. tau: of `tolerance`, the gate mass that may be substituted, as a share of the token's; else 0.
     """
 
     name: str = EXACT
@@ -34,7 +34,7 @@ class Policy:
 
     @classmethod
     def parse(cls, text: str) -> "Policy":
-        """`exact`, `tolerance:0.1`, `speculative` or `paper`.
+        """Parse `exact`, `tolerance:0.1`, `speculative` or `paper`.
 
         Raises:
             PolicyError: anything else, or a tau outside [0, 1].
@@ -60,22 +60,22 @@ class Policy:
 
     @property
     def stands_in(self) -> bool:
-        """Some misses are not waited for."""
+        """Whether some misses are substituted."""
         return self.name in (TOLERANCE, SPECULATIVE)
 
     @property
     def replaces_route(self) -> bool:
-        """The guess is executed in place of the router's choice."""
+        """Whether the guess is executed instead of the router's choice."""
         return self.name == PAPER
 
 
 def stood_in(policy: Policy, weights: Sequence[float], misses: Sequence[int]) -> list[int]:
-    """Which of a token's misses its policy does not wait for.
+    """Return which of a token's misses its policy substitutes.
 
-    Greedy: the smallest first, while their gate mass is at most tau of the token's; the first of equals first.
+    Greedy: the smallest first, while their gate mass is at most tau of the token's; ties by position.
 
     Args:
-        weights: the token's gate weights, by position. misses: positions that are not there.
+        weights: the token's gate weights, by position. misses: positions of the misses.
     Returns:
         Positions, smallest weight first.
     """
@@ -83,7 +83,7 @@ def stood_in(policy: Policy, weights: Sequence[float], misses: Sequence[int]) ->
         return sorted(misses, key=lambda at: (weights[at], at))
     if policy.name != TOLERANCE:
         return []
-    # Added one by one, as tensors do: newer Pythons' sum() is more exact than that.
+    # Added one by one, as tensors do: sum() of newer Pythons is more exact.
     total = mass = 0.0
     for weight in weights:
         total += weight
@@ -103,13 +103,13 @@ def waited_for(
     weights: Sequence[Sequence[float]],
     is_there: Callable[[int], bool],
 ) -> set[int]:
-    """The experts that a step waits for. Those neither there nor waited for are stood in for, in every token.
+    """Return the missing experts that a step waits for. The other missing ones are substituted, in every token.
 
-    What one token waits for is there for all of them: a miss is stood in for only where no token's policy waits.
+    An expert that one token waits for is loaded for all: a miss is substituted only if no token's policy waits for it.
 
     Args:
         policies: one per token. routed: the keys that each token's router chose; negative ones are no expert.
-        weights: their gate weights. is_there: a key -> its bytes are there.
+        weights: their gate weights. is_there: whether a key is resident.
     """
     waited: set[int] = set()
     for policy, keys, row in zip(policies, routed, weights, strict=True):

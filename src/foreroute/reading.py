@@ -1,7 +1,7 @@
-"""Text and JSON beside the weights: read whole, as UTF-8; what is wrong with a file is said in a line that names it.
+"""Read the text and JSON files beside the weights, as UTF-8, with one-line errors that name the file.
 
-A clone without git-LFS leaves a pointer of three lines in place of each large file. It is told from the file itself
-wherever one is read, as it would pass for a text, and often for nothing at all.
+A clone without git-LFS leaves a three-line pointer instead of each large file. Every read checks for it, as it would
+pass for a text file, or for an empty one.
 """
 
 import json
@@ -11,7 +11,7 @@ from typing import Any
 
 from foreroute.errors import CorruptCheckpointError, ForerouteError
 
-# No file of settings, vocabulary or index is as large; what is would only fill the memory.
+# No config, vocabulary or index is as large; reading a larger file would only fill the memory.
 _MOST_BYTES = 2**29
 _POINTERS = (b"version https://git-lfs.github.com/spec/", b"version https://hawser.github.com/spec/")
 _POINTER_MOST_BYTES = 1024
@@ -19,10 +19,10 @@ _POINTER_SIZE = re.compile(rb"^size (\d{1,20})$", re.MULTILINE)
 
 
 def refuse_pointer(path: Path, head: bytes, error: type[ForerouteError] = CorruptCheckpointError) -> None:
-    """See that a file is itself, and no git-LFS pointer to it.
+    """Raise if the file at `path` is a git-LFS pointer.
 
     Args:
-        head: the file's first bytes, as many as there are or some hundreds.
+        head: the file's first bytes, all or some hundreds.
     Raises:
         error: it is a pointer; the message says which command fetches the file.
     """
@@ -37,7 +37,7 @@ def refuse_pointer(path: Path, head: bytes, error: type[ForerouteError] = Corrup
 
 
 def check_no_pointer(path: Path, error: type[ForerouteError] = CorruptCheckpointError) -> None:
-    """As `refuse_pointer`, for a file that somebody else will read. One that cannot be opened is left to them."""
+    """Raise `error` as `refuse_pointer`, if `path` (to be read by other code) is a pointer. Skips unreadable files."""
     try:
         with open(path, "rb") as file:
             head = file.read(_POINTER_MOST_BYTES)
@@ -47,10 +47,10 @@ def check_no_pointer(path: Path, error: type[ForerouteError] = CorruptCheckpoint
 
 
 def read_bytes(path: Path, error: type[ForerouteError] = CorruptCheckpointError) -> bytes:
-    """A file's bytes.
+    """Read the bytes of the file at `path`.
 
     Raises:
-        error: it cannot be read, is larger than any file of settings, or a git-LFS pointer.
+        error: it cannot be read, is too large, or a git-LFS pointer.
     """
     try:
         with open(path, "rb") as file:
@@ -64,7 +64,7 @@ def read_bytes(path: Path, error: type[ForerouteError] = CorruptCheckpointError)
 
 
 def read_text(path: Path, error: type[ForerouteError] = CorruptCheckpointError) -> str:
-    """A file's text.
+    """Read the text of the file at `path`.
 
     Raises:
         error: as `read_bytes`, or it is not UTF-8.
@@ -79,12 +79,12 @@ def read_text(path: Path, error: type[ForerouteError] = CorruptCheckpointError) 
 def read_object(
     path: Path, error: type[ForerouteError] = CorruptCheckpointError, what: str = "a JSON object"
 ) -> dict[str, Any]:
-    """The JSON object in a file.
+    """Read the JSON object in the file at `path`.
 
     Args:
-        what: the file should be, for the message.
+        what: the expected content, for the message.
     Raises:
-        error: as `read_bytes`, or it is not such an object: damaged, cut off, not UTF-8, nested without end.
+        error: as `read_bytes`, or it is not such an object: damaged, truncated, not UTF-8, nested too deep.
     """
     return parse_object(read_bytes(path, error), f"{path} is not {what}", error)
 
@@ -95,12 +95,12 @@ def parse_object(
     error: type[ForerouteError] = CorruptCheckpointError,
     advice: str = "Download it again.",
 ) -> dict[str, Any]:
-    """The JSON object in these bytes.
+    """Parse the JSON object in `raw`.
 
     Args:
-        wrong: how the message begins; the reason follows in parentheses, and then the advice.
+        wrong: start of the message; the reason follows in parentheses, and then the advice.
     Raises:
-        error: there is none.
+        error: it is no JSON object.
     """
     try:
         found = json.loads(raw.decode("utf-8"), parse_constant=_constant)

@@ -1,7 +1,7 @@
-"""What happens, written down while it happens: `--trace FILE`. The events and their fields: docs/trace.md.
+"""Write a run's events to a file: `--trace FILE`. The events and their fields: docs/trace.md.
 
-Nothing here is touched when nobody asked for a trace. FILE.jsonl is one event a line, which `foreroute replay` reads;
-FILE.json is a Chrome trace, for Perfetto.
+Costs nothing without `--trace`. FILE.jsonl has one event a line, for `foreroute replay`; FILE.json is a Chrome trace,
+for Perfetto.
 """
 
 import fcntl
@@ -17,31 +17,31 @@ from foreroute.errors import TraceError
 
 VERSION = 1
 _JSON_LINES, _CHROME = ".jsonl", ".json"
-# What a file of either kind begins with: such a one may be written over.
+# The first bytes of a file of either kind: only such a file may be overwritten.
 _FIRST_BYTES = (b'{"event":"header"', b'[{"name":"foreroute"')
 
 
 class Sink(Protocol):
-    """Where events go."""
+    """Writes events in one file format."""
 
     def begin(self) -> None:
-        """The first event follows."""
+        """Prepare for the first event."""
         ...
 
     def write(self, event: dict[str, Any]) -> None:
-        """One event, as in docs/trace.md."""
+        """Write one event, as in docs/trace.md."""
         ...
 
     def close(self) -> None:
-        """There are no more."""
+        """Finish the file."""
         ...
 
 
 class Trace:
-    """The events of one loaded model, with the seconds since it began.
+    """Writes the events of one loaded model to `sink`, timed in seconds since the trace began.
 
     Args:
-        clock: seconds, monotonic; the one that the engine times itself by.
+        clock: seconds, monotonic; the engine's clock.
     """
 
     def __init__(self, sink: Sink, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -55,17 +55,17 @@ class Trace:
         return self.at(self._clock())
 
     def at(self, clock_s: float) -> float:
-        """The same for a reading of the clock."""
+        """Convert a reading of the clock to seconds since the trace began."""
         return round(clock_s - self._began_s, 6)
 
     def begin(self, **fields: Any) -> None:
-        """Write the header; what the file held before is gone now, and not earlier."""
+        """Write the header, truncating the file only now."""
         self._sink.begin()
         self._began_s = self._clock()
         self.emit("header", **fields)
 
     def emit(self, event: str, **fields: Any) -> None:
-        """Write one event; nothing after a first one that could not be written, as `close` tells."""
+        """Write one event; after a failed write do nothing, and `close` raises."""
         if self._failure is None:
             try:
                 self._sink.write({"event": event, **fields})
@@ -73,10 +73,10 @@ class Trace:
                 self._failure = error
 
     def close(self) -> None:
-        """There are no more events.
+        """Finish the trace.
 
         Raises:
-            TraceError: not all of them could be written; the file is cut off.
+            TraceError: not all events could be written; the file is truncated.
         """
         try:
             self._sink.close()
@@ -88,10 +88,10 @@ class Trace:
 
 
 def open_trace(path: str | Path) -> Trace:
-    """A trace that is written to `path`: .jsonl for `foreroute replay`, .json for Perfetto. An older trace is replaced.
+    """Open a trace at `path`: .jsonl for `foreroute replay`, .json for Perfetto. Replaces an older trace.
 
     Raises:
-        TraceError: another ending, a file that is no trace, or one that cannot be written.
+        TraceError: another suffix, an existing file that is no trace, or one that cannot be written.
     """
     path = Path(path)
     if path.suffix not in (_JSON_LINES, _CHROME):
@@ -101,7 +101,7 @@ def open_trace(path: str | Path) -> Trace:
             with path.open("rb") as older:
                 if not older.read(64).startswith(_FIRST_BYTES):
                     raise TraceError(f"--trace {path}: that file is there, and is no trace. Choose another name.")
-        # A path may hold bytes that are no text: as an escape, which JSON has too.
+        # A path may hold bytes that are no text: written as an escape, which JSON has too.
         file = path.open("a", encoding="utf-8", errors="backslashreplace")
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -128,12 +128,12 @@ os.register_at_fork(after_in_child=_after_fork)
 
 
 def as_line(event: dict[str, Any]) -> str:
-    """An event as it stands in a file."""
+    """Format an event as JSON without spaces."""
     return json.dumps(event, separators=(",", ":"), ensure_ascii=False)
 
 
 class JsonLines:
-    """One event a line."""
+    """A `Sink` that writes one event a line."""
 
     def __init__(self, file: TextIO) -> None:
         self._file = file
@@ -152,7 +152,7 @@ class JsonLines:
 
 
 class ChromeTrace:
-    """The same as a JSON array of Chrome's trace events."""
+    """A `Sink` that writes a JSON array of Chrome's trace events."""
 
     def __init__(self, file: TextIO) -> None:
         self._file = file
@@ -175,7 +175,7 @@ class ChromeTrace:
             self._file.close()
 
 
-# Rows of the picture, from the top.
+# Rows of the timeline, from the top.
 _STEPS, _LAYERS, _STALLS, _READS, _POOL = range(1, 6)
 _ROWS = {
     _STEPS: "steps", _LAYERS: "experts' layers", _STALLS: "stalls: compute waits", _READS: "reads", _POOL: "pool",
@@ -183,7 +183,7 @@ _ROWS = {
 
 
 def chrome_events(event: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """One event of docs/trace.md as Chrome's: spans for layers, stalls and reads, marks for the rest."""
+    """Convert one event of docs/trace.md to Chrome's: spans for layers, stalls and reads, marks for the rest."""
     kind = event["event"]
     if kind == "header":
         yield {"name": "foreroute", "ph": "i", "s": "g", "ts": 0, "pid": 1, "tid": _STEPS, "args": event}

@@ -1,15 +1,15 @@
-"""The few types that every layer shares. Neither torch nor threads here.
+"""Types shared by all modules: expert keys, and the reads that load an expert. No torch, no threads.
 
-A *MoE layer* is counted by itself: layer 0 is the first layer that has experts, whatever its index in the model.
-An *expert key* is the flat int that the hot path uses in place of an (layer, expert) pair:
-`key = layer * num_experts + expert`, with `num_experts` the widest layer's; `ExpertKeys` does that arithmetic.
+*MoE layers* are numbered by themselves: layer 0 is the first layer with experts, whatever its index in the model.
+An *expert key* is the int that the hot path uses instead of a (layer, expert) pair:
+`key = layer * num_experts + expert`, with `num_experts` the widest layer's; see `ExpertKeys`.
 """
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-# Told how far a long piece of work is: (done, of all). The other: of which piece, (what, done, of all).
+# Called with the progress of long work: (done, of all). NamedProgress: (name of the work, done, of all).
 Progress = Callable[[int, int], None]
 NamedProgress = Callable[[str, int, int], None]
 
@@ -26,7 +26,7 @@ class ExpertId(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ExpertKeys:
-    """The arithmetic of expert keys.
+    """Converts between expert keys and (layer, expert).
 
     widths: experts of each MoE layer. per_layer: keys of a layer, the experts of the widest one.
     """
@@ -36,47 +36,47 @@ class ExpertKeys:
 
     @classmethod
     def of(cls, widths: Sequence[int]) -> "ExpertKeys":
-        """The keys of MoE layers with so many experts each."""
+        """Make the keys of MoE layers with `widths` experts."""
         return cls(tuple(widths), max(widths))
 
     @property
     def num_keys(self) -> int:
-        """How many keys there are, those of narrower layers' absent experts included."""
+        """Number of keys, including unused ones of narrower layers."""
         return self.per_layer * len(self.widths)
 
     def all(self) -> list[int]:
-        """The keys of all experts that there are, ascending."""
+        """Return the keys of all experts, ascending."""
         return [self.key(layer, expert) for layer, width in enumerate(self.widths) for expert in range(width)]
 
     def key(self, layer: int, expert: int) -> int:
-        """The key of one expert."""
+        """Return the key of expert `expert` of `layer`."""
         return layer * self.per_layer + expert
 
     def layer_of(self, key: int) -> int:
-        """The MoE layer of a key."""
+        """Return the MoE layer of a key."""
         return key // self.per_layer
 
     def expert_id(self, key: int) -> ExpertId:
-        """The (layer, expert) pair of a key."""
+        """Return the (layer, expert) pair of a key."""
         return ExpertId(*divmod(key, self.per_layer))
 
     def keys_of(self, layer: int, rows: Sequence[Sequence[int]]) -> list[list[int]]:
-        """Per token the keys of its routed experts; ids that are no expert of the layer become -1, which no key is."""
+        """Return per token the keys of its expert ids in `rows`; ids out of `layer`'s range become -1."""
         width, base = self.widths[layer], layer * self.per_layer
         return [[base + expert if 0 <= expert < width else -1 for expert in row] for row in rows]
 
     def experts_of(self, layer: int, keys: Iterable[int]) -> list[int]:
-        """The expert indices of keys of `layer`; -1 for a negative key."""
+        """Return the expert ids of `keys` of `layer`; -1 for a negative key."""
         base = layer * self.per_layer
         return [key - base if key >= 0 else -1 for key in keys]
 
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """One rectangular move from a read's bytes into a slot; all offsets and strides in bytes.
+    """One rectangular copy from a read's bytes into a slot; all offsets and strides in bytes.
 
-    The source is `rows` x `cols` items of `itemsize` bytes, contiguous. The destination may be strided: that is how
-    concatenated, interleaved and transposed tensors are put together while they are copied.
+    The source is `rows` x `cols` items of `itemsize` bytes, contiguous. The destination may be strided, to
+    concatenate, interleave or transpose tensors while they are copied.
     """
 
     src_offset: int
@@ -89,12 +89,12 @@ class Copy:
 
     @property
     def nbytes(self) -> int:
-        """Bytes moved."""
+        """Bytes copied."""
         return self.rows * self.cols * self.itemsize
 
     @property
     def is_flat(self) -> bool:
-        """True when the destination is contiguous in the source's own order: one plain copy of bytes."""
+        """Whether the destination is contiguous in the source's order: one plain copy of bytes."""
         return self.dst_col_stride == self.itemsize and (
             self.rows == 1 or self.dst_row_stride == self.cols * self.itemsize
         )
@@ -102,9 +102,9 @@ class Copy:
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """One contiguous range of a file that holds (a part of) an expert, and where its bytes go in the slot.
+    """One contiguous range of a file that holds (a part of) an expert, and its copies into the slot.
 
-    checksum: xxh3-64 of the whole range, or None where the file carries none (plain safetensors).
+    checksum: xxh3-64 of the whole range, or None if the file has none (plain safetensors).
     """
 
     path: str
@@ -115,9 +115,9 @@ class Read:
 
     @property
     def is_direct(self) -> bool:
-        """True when the bytes can land in the slot as they are: one flat copy from 0 to 0."""
+        """Whether the bytes can be read straight into the slot: one flat copy to offset 0."""
         return len(self.copies) == 1 and self.copies[0].is_flat and self.copies[0].dst_offset == 0
 
 
-# All that is needed to fill one slot with one expert.
+# All reads that load one expert into a slot.
 ExpertReads = tuple[Read, ...]

@@ -1,4 +1,4 @@
-"""Numbers as people read them: sizes of memory, parsed and formatted; speeds, shares and other figures."""
+"""Parse sizes of memory, and format sizes, speeds, shares and other numbers for people."""
 
 import re
 from fractions import Fraction
@@ -25,11 +25,11 @@ _ACCEPTED = (
 
 
 def format_memory(num_bytes: int, *, round_up: bool = False) -> str:
-    """Bytes as `parse_memory` reads them, one decimal in the largest unit that fits: "1.2 GiB".
+    """Format bytes for `parse_memory`, with one decimal in the largest unit that fits: "1.2 GiB".
 
     Args:
         num_bytes: not negative.
-        round_up: True where the text must stand for at least so many bytes; else it is the nearest.
+        round_up: round up, so that the text stands for at least `num_bytes`; else to the nearest.
     """
     for unit in ("TiB", "GiB", "MiB", "KiB"):
         unit_bytes = _UNIT_BYTES[unit.lower()]
@@ -40,10 +40,10 @@ def format_memory(num_bytes: int, *, round_up: bool = False) -> str:
 
 
 def number(value: float | int | None, unit: str = "", decimals: int | None = None) -> str:
-    """Three significant digits, or as many as there are before the point; a dash where there is no value.
+    """Format `value` with three significant digits, or all before the point, and its `unit`; a dash for None.
 
     Args:
-        decimals: as many behind the point, in place of that.
+        decimals: digits behind the point, instead of that rule.
     """
     if value is None:
         return NO_VALUE
@@ -53,34 +53,34 @@ def number(value: float | int | None, unit: str = "", decimals: int | None = Non
 
 
 def span(low: float, high: float, unit: str) -> str:
-    """A range, or one number where both ends read the same."""
+    """Format a range from `low` to `high` with its `unit`; one number if both ends read the same."""
     ends = number(low), number(high)
     return f"{ends[0]} {unit}" if ends[0] == ends[1] else f"{ends[0]} to {ends[1]} {unit}"
 
 
 def percent(share: float | int | None, decimals: int | None = None, unit: str = "%") -> str:
-    """A share of 0 to 1 as per cent; without a unit where a table's head has it."""
+    """Format a `share` of 0 to 1 as per cent, with `decimals` as of `number`; `unit` "" where a table's head has it."""
     return number(None if share is None else share * 100, unit, decimals)
 
 
 def megabytes(num_bytes: float) -> str:
-    """Bytes in megabytes (10**6), without the unit; small models read little."""
+    """Format bytes in megabytes (10**6), without the unit; three decimals below 1 MB."""
     return number(num_bytes / 1e6, decimals=3 if num_bytes < 1e6 else None)
 
 
 def format_speed(bytes_per_s: float) -> str:
-    """Bytes per second: "2.00 GB/s", "350 MB/s"."""
+    """Format bytes per second: "2.00 GB/s", "350 MB/s"."""
     return number(bytes_per_s / 1e9, "GB/s") if bytes_per_s >= 1e9 else number(bytes_per_s / 1e6, "MB/s")
 
 
 def parse_memory(memory: str | int, total_expert_bytes: int) -> int:
-    """Bytes that the user asked for, rounded down.
+    """Parse an amount of memory to bytes, rounded down.
 
     Args:
         memory: bytes, or text: "8GiB" (2**30), "8GB" (10**9), "1.5 GiB", "512MiB", "25%"; case does not matter.
-        total_expert_bytes: what 100 % stands for.
+        total_expert_bytes: 100 %.
     Raises:
-        BudgetError: it is none of these, not above zero, or above 100 %.
+        BudgetError: it is none of these, below one byte, or above 100 %.
     """
     if not isinstance(memory, str | int):
         raise BudgetError(f"{memory!r} is not an amount of memory. {_ACCEPTED}")

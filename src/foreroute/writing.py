@@ -1,4 +1,4 @@
-"""Files that are whole or not there, however the one who writes them ends; and that one process writes at a time."""
+"""Write files atomically (complete or not at all, even after a crash), and lock files that one process may write."""
 
 import contextlib
 import fcntl
@@ -11,16 +11,16 @@ from typing import Any
 
 from foreroute.errors import ForerouteError
 
-# What of a file's name its temporary one begins with: names have at most 255 bytes.
+# Characters of a file's name kept in its temporary one: names have at most 255 bytes.
 _KEPT_CHARACTERS = 40
 
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """A new file to write: at the end of the block it is synced and takes the place of `path`.
+    """Yield a temporary file to write; at the end of the block it is synced and replaces `path`.
 
-    Where the block is left by an error (Ctrl-C is one), `path` stays as it was and nothing is left beside it. Whoever
-    reads it sees the older file or the newer one. Several may write at once: the last to end stays.
+    If the block raises (also Ctrl-C), `path` stays unchanged and the temporary file is removed. Readers see the old
+    file or the new one. Of several concurrent writers the last to finish wins.
 
     Raises:
         OSError: it cannot be written.
@@ -30,7 +30,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
         os.close(os.open(beside, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         mode = stat.S_IMODE((path if path.is_file() else beside).stat().st_mode)
         yield beside
-        # Libraries make a file of their own in its place, with other permissions.
+        # Libraries may have replaced it by a new file with other permissions.
         os.chmod(beside, mode)
         _sync(beside)
         os.replace(beside, path)
@@ -41,10 +41,10 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def save_figure(figure: Any, path: Path) -> None:
-    """Write a figure of matplotlib as the kind of picture that the name says; PNG where it says none.
+    """Write a matplotlib figure to `path` in the format of its suffix; PNG without one.
 
     Raises:
-        ForerouteError: it cannot be written, or there is no such kind.
+        ForerouteError: it cannot be written, or the format is unknown.
     """
     path = path if path.suffix else path.with_suffix(".png")
     try:
@@ -57,7 +57,7 @@ def save_figure(figure: Any, path: Path) -> None:
 
 
 class ClaimedError(Exception):
-    """Another process has the claim. process_id: which, where the system says."""
+    """Another process has the claim. process_id: its id, if the system gives it."""
 
     def __init__(self, process_id: int | None) -> None:
         super().__init__(process_id)
@@ -65,13 +65,13 @@ class ClaimedError(Exception):
 
 
 class Claim:
-    """The right to write a file, which is made where it is not there; held by one process, or one object, at a time.
+    """The exclusive right to write a file (made if missing), held by one process, or one object, at a time.
 
-    It is a lock on the file itself, so that none outlives its process. A lock is on what was opened, not on a name: one
-    that was got after its file had been renamed or removed is no claim, and the name is opened again.
+    It is a lock on the file itself, so that it ends with its process. A lock is on an open file, not on a name: if the
+    file was renamed or removed before the lock was acquired, the name is opened again.
 
     Attributes:
-        path, fd: of the file; fd is -1 when the claim is given up.
+        path, fd: of the file; fd is -1 after the claim was released.
     Raises:
         ClaimedError: another has it. OSError: the file cannot be opened for writing, or cannot be locked.
     """
@@ -83,21 +83,21 @@ class Claim:
             pass
 
     def rename(self, path: Path) -> None:
-        """Give the file, synced, its final name, and the claim up."""
+        """Sync the file, rename it to `path` and release the claim."""
         os.fsync(self.fd)
         os.replace(self.path, path)
         _sync(path.parent)
         self.close()
 
     def discard(self) -> None:
-        """Remove the file, and give the claim up."""
-        # Renamed, the name may be another's by now.
+        """Remove the file and release the claim."""
+        # After a rename, the name may belong to another file.
         if self.fd >= 0 and self._is_at_its_name():
             self.path.unlink()
         self.close()
 
     def close(self) -> None:
-        """Give the claim up; the file stays. An empty one does not: nothing was begun."""
+        """Release the claim; the file stays, unless it is empty."""
         if self.fd < 0:
             return
         if os.fstat(self.fd).st_size == 0 and self._is_at_its_name():
@@ -111,7 +111,7 @@ class Claim:
         self.close()
 
     def _take(self) -> bool:
-        """True when the lock was got and is a claim; False when it is to be tried again."""
+        """Try to lock the file; False if it was renamed or removed meanwhile, to try again."""
         self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -139,7 +139,7 @@ class Claim:
 
 
 def _holder(fd: int) -> int | None:
-    """The process that has a file locked, by /proc/locks; None where that cannot be found out."""
+    """Return the id of the process that has a file locked, by /proc/locks; None if unknown."""
     status = os.fstat(fd)
     file = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
     try:
@@ -152,7 +152,7 @@ def _holder(fd: int) -> int | None:
 
 
 def _sync(path: Path) -> None:
-    """Have a file, or a folder's names, on the disk and not in memory only."""
+    """Flush a file, or a folder's entries, to disk."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)

@@ -1,1 +1,1 @@
-"""What if the GPU pages for itself? The device tier: slots, tables and plans that live on the device."""
+"""The device tier: a GPU that pages experts for itself, with slots, tables and plans on the device."""

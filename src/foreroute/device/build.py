@@ -1,4 +1,4 @@
-"""Builds the device control plane of a model: arena, pool, operations and maths, for a GPU or the CPU of the tests."""
+"""Build the device control plane of a model: arena, pool, paging and math, for a GPU or for CPU tests."""
 
 import importlib
 from collections.abc import Callable, Sequence
@@ -31,10 +31,12 @@ from foreroute.types import Progress
 def build_tier(
     asked: EngineConfig, experts: ExpertSet, slots: SlotPlan, approximation: Approximation, progress: Progress
 ) -> DeviceTier:
-    """The tier, its arena filled.
+    """Build the tier of `experts`, and load its arena.
 
+    Args:
+        asked: the config. slots: the pool's size. approximation: the policies. progress: (done, of all) of loading.
     Raises:
-        DeviceError: the experts' maths is not known, or memory cannot be had or pinned. ReadError, ChecksumError.
+        DeviceError: math unknown, or memory cannot be allocated or pinned. ReadError, ChecksumError: of an expert.
     """
     layers, table, dtype, device = experts.layers, experts.table, experts.dtype, experts.device
     own_math = [entry for entry in experts.math if entry is not None]
@@ -72,10 +74,13 @@ def assemble_tier(
     guess: GuessNext,
     width: int | None = None,
 ) -> DeviceTier:
-    """The tier over an arena that is filled, its records in the order of `keys`.
+    """Build the tier over a loaded arena with records in the order of `keys`.
 
+    Args:
+        layers, table, math: per MoE layer. num_slots, staging_slots: of the pool. dtype: of compute.
+        approximation: the policies. guess: predicts the next layer's experts, `width` per row; None: top-k.
     Raises:
-        DeviceError: the device's memory does not hold it.
+        DeviceError: the device has too little memory.
     """
     with out_of_memory_named(f"{num_slots} experts' slots and two layers' buffers", LESS_MEMORY):
         pool = torch.empty(num_slots, table.slot_bytes, dtype=torch.uint8, device=device)
@@ -112,7 +117,7 @@ def _operations(
     math: Sequence[ExpertMath],
     dtype: torch.dtype,
 ) -> tuple[Paging, SlotMath, Callable[[], None]]:
-    """Paging, maths, and what lets go of the pool: Triton's kernels on a GPU, the plain ones elsewhere.
+    """Return the paging operations, the math, and what drops the math's pool: Triton's on a GPU, else plain ones.
 
     Raises:
         DeviceError: the kernels cannot be imported.

@@ -1,7 +1,7 @@
-"""Decoding with one CUDA graph per batch size: a token is one launch, and nothing on its way waits for the host.
+"""Decode with one CUDA graph per batch size: a token is one launch, and no part of it waits for the host.
 
-The model's own forward is captured, over a cache of fixed size whose position is a tensor that the graph moves on. On
-the CPU the same step runs without a graph, for the tests.
+The model's own forward is captured, over a cache of fixed size whose position is a tensor that the graph advances. On
+the CPU the same step runs without a graph, for tests.
 """
 
 from typing import Any, cast
@@ -25,9 +25,9 @@ _WARM_UP_STEPS = 2
 
 
 class _ScalarsOnDevice(TorchFunctionMode):
-    """While active, `torch.tensor(number)` fills memory on the device in place of copying it there from the host.
+    """While active, `torch.tensor(number)` fills device memory instead of copying from the host.
 
-    transformers makes some masks so (5.17), and such a copy cannot be captured. The values are the same.
+    transformers makes some masks that way (5.17), and such a copy cannot be captured. The values are the same.
     """
 
     def __torch_function__(
@@ -40,7 +40,7 @@ class _ScalarsOnDevice(TorchFunctionMode):
 
 
 class GraphDecoder:
-    """One batch of texts of equal length, decoded by a graph. Prompts are computed eagerly.
+    """Decodes one batch of texts of equal length by a graph. Prompts are computed eagerly.
 
     Args:
         model: of `foreroute.load(..., control="device")`.
@@ -51,7 +51,7 @@ class GraphDecoder:
         max_length: tokens that the cache holds.
 
     Raises:
-        RefusedError: the model has another control plane, or there is no graph for so many rows.
+        RefusedError: the model has another control plane, or this number of rows has no graph.
         DeviceError: the cache or the graph does not fit the GPU.
     """
 
@@ -80,14 +80,14 @@ class GraphDecoder:
 
     @property
     def is_captured(self) -> bool:
-        """Steps are one launch of a graph."""
+        """Whether the graph has been captured, so that a step is one launch."""
         return self._graph is not None
 
     def prefill(self, ids: torch.Tensor, chunk: int | None = None) -> torch.Tensor:
-        """Forget the text before, and compute the prompts `ids` [rows, tokens]; the last tokens' logits.
+        """Start over with prompts `ids` [rows, tokens], in chunks of `chunk`; return last logits [rows, vocabulary].
 
         Raises:
-            PromptError: the cache is too short for it.
+            PromptError: the prompts do not fit the cache.
         """
         with self._model.foreroute.lock, torch_modes.kept():
             return self._prefill(ids, chunk)
@@ -95,7 +95,7 @@ class GraphDecoder:
     def _prefill(self, ids: torch.Tensor, chunk: int | None) -> torch.Tensor:
         self._check_length(ids.shape[1])
         ids = ids.to(self._device)
-        # In place: a graph reads this memory.
+        # In place: the graph reads this memory.
         for layer in self._cache.layers:
             if layer.is_initialized:
                 layer.cumulative_length.zero_()
@@ -112,7 +112,7 @@ class GraphDecoder:
         return self.logits
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Append `tokens` [rows, 1]; the logits that follow. Launches, and does not wait for it.
+        """Append `tokens` [rows, 1]; return the next logits [rows, vocabulary]. Does not wait for the device.
 
         Raises:
             PromptError: the cache is full. DeviceError: the graph, made at the first step, does not fit.
@@ -137,7 +137,7 @@ class GraphDecoder:
         return self.logits
 
     def greedy(self, ids: torch.Tensor, new_tokens: int, chunk: int | None = None) -> torch.Tensor:
-        """The likeliest tokens [rows, new_tokens] after the prompts `ids`; read back once, at the end."""
+        """Decode greedily after prompts `ids` [rows, tokens] (chunks of `chunk`): [rows, new_tokens], on the host."""
         token = self.prefill(ids, chunk).argmax(-1, keepdim=True)
         chosen = [token]
         for _ in range(new_tokens - 1):
@@ -147,13 +147,13 @@ class GraphDecoder:
 
     def _new_cache(self) -> StaticCache:
         cache = StaticCache(config=self._model.config, max_cache_len=self.max_length)
-        # Whole layers in place of sliding windows, whose own bookkeeping in Python a graph would freeze: the mask keeps
-        # to the window all the same.
+        # Full layers instead of sliding windows, whose bookkeeping in Python a graph would freeze: the mask still
+        # applies the window.
         cache.layers = [StaticLayer(max_cache_len=self.max_length) for _ in cache.layers]
         return cache
 
     def _forward(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        # The step has begun: to guess what begins reads the cache's length back.
+        # The step has begun: inferring what begins would copy the cache's length to the host.
         output = self._model.foreroute.entry.within_step(
             lambda: self._model.forward(
                 input_ids=tokens,
@@ -166,14 +166,14 @@ class GraphDecoder:
         return cast(torch.Tensor, output.logits)
 
     def _run(self) -> torch.Tensor:
-        """One step, as it is captured."""
+        """Run one step, as captured."""
         with torch.no_grad(), _ScalarsOnDevice():
             logits = self._forward(self._tokens, self._positions)[:, -1]
             self._positions.add_(1)
         return logits
 
     def _capture(self) -> None:
-        """Run the step a few times, as capturing wants it, put back what that moved on, and record it."""
+        """Warm up with a few steps, as capturing requires, restore the state they changed, and capture the graph."""
         self._tier.begin_step(self._decode_step)
         lengths = [layer.cumulative_length for layer in self._cache.layers]
         counted = [self._positions, self._tier.state.counters, *lengths]
@@ -183,7 +183,7 @@ class GraphDecoder:
         with torch.cuda.stream(stream):
             for _ in range(_WARM_UP_STEPS):
                 self._run()
-                # What was written behind the text's end is written again.
+                # Cache entries written behind the text's end are overwritten by the real step.
                 for tensor, value in zip(counted, before, strict=True):
                     tensor.copy_(value)
         torch.cuda.current_stream(self._device).wait_stream(stream)
@@ -198,14 +198,14 @@ class GraphDecoder:
 
 
 def is_paged(model: Any) -> bool:
-    """The model's experts are paged by its device, so that answers go through a decoder."""
+    """Whether the model's experts are paged by its device, so that a `GraphDecoder` decodes."""
     return isinstance(model.foreroute.engine, DeviceTier)
 
 
 def decoder_of(model: Any, max_length: int) -> GraphDecoder | None:
-    """The decoder of one row that the model keeps, for texts of up to `max_length` tokens; None where it has none.
+    """Return the model's one-row decoder for texts of up to `max_length` tokens; None without the device tier.
 
-    Made at the first answer, for as many tokens as room is kept for, and anew for a longer one.
+    Made at the first answer, for the plan's `kv_tokens` at least, and again for a longer text.
 
     Raises:
         DeviceError: its cache does not fit.
@@ -214,6 +214,6 @@ def decoder_of(model: Any, max_length: int) -> GraphDecoder | None:
         return None
     handle = model.foreroute
     if handle.decoder is None or handle.decoder.max_length < max_length:
-        handle.decoder = None  # its memory first
+        handle.decoder = None  # free its memory first
         handle.decoder = GraphDecoder(model, 1, max(max_length, handle.plan.kv_tokens))
     return handle.decoder

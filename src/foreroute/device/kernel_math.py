@@ -1,4 +1,4 @@
-"""The maths of kernels that read experts through their slots: which form a family's experts have, found by trying."""
+"""Compute experts by kernels that read them from their slots; find the form of a family's experts by trying."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,10 +14,10 @@ _ROWS, _WIDTH = 5, 64
 
 
 class KernelSlotMath:
-    """A `device_tier.SlotMath` that calls `experts` of kernels/, with each layer's form.
+    """A `tier.SlotMath` that calls `experts` of kernels/triton, with each layer's form.
 
     Args:
-        experts: `kernels.triton_experts.experts`, or the reference of the same arguments.
+        experts: `kernels.triton.experts.experts`, or the reference with the same arguments.
         pool: uint8 [num_slots, slot_bytes]. forms: one per MoE layer.
     """
 
@@ -27,22 +27,22 @@ class KernelSlotMath:
         self._forms = list(forms)
 
     def clear(self) -> None:
-        """Let go of the pool."""
+        """Drop the reference to the pool."""
         self._pool = None
 
     def __call__(
         self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
-        """The weighted sum [tokens, hidden]."""
+        """Return the weighted sum [tokens, hidden]; ids, slots, weights: [tokens, k]."""
         return self._experts(self._forms[layer], hidden, ids, slots, weights, self._pool)
 
 
 def form_of(module: Any, layout: ExpertLayout, math: ExpertMath, dtype: torch.dtype) -> ExpertForm | None:
-    """How the experts of a layer lie and are gated; None where no form that the kernels know gives their numbers.
+    """Find the kernels' form of a layer's experts (layout and gate); None if no form gives the family's results.
 
     Args:
-        module: the family's experts module, for the constants of its gate.
-        dtype: of compute; experts that are stored in another have no form.
+        module: the family's experts module, for its gate's constants. layout, math: of its experts.
+        dtype: of compute; experts stored in another have no form.
     """
     if any(TORCH_DTYPES[part.dtype] != dtype for part in layout.parts):
         return None
@@ -71,7 +71,7 @@ def _matrix(layout: ExpertLayout, at: int, bias_at: int, is_transposed: bool) ->
 
 
 def _gates_alike(form: ExpertForm, math: ExpertMath) -> bool:
-    """The form's gate says what the family's own says, on numbers that reach past its limit."""
+    """Whether the form's gate equals the family's, on numbers that exceed its limit."""
     inner = torch.randn(_ROWS, 2 * _WIDTH, generator=torch.Generator().manual_seed(0), dtype=torch.float32) * 6
     if form.is_interleaved:
         gate, up = inner[:, ::2], inner[:, 1::2]

@@ -1,17 +1,16 @@
-"""Experts paged by the device itself: its state, and what each operation does to it, in plain Python.
+"""State and operations of a device that pages experts for itself: the reference, in plain Python.
 
-This is residency/'s pool with LRU, kept in tensors, so that a decode step never waits for the host. The functions
-here are the reference and run on the CPU; device/triton_paging.py has the same ones for a GPU, with the same
-signatures, and tests hold both to residency/.
+This is residency/'s pool with LRU, kept in tensors, so that a decode step never waits for the host. The functions here
+run on the CPU; device/triton_paging.py has the same ones for a GPU, with the same signatures, and tests compare both
+with residency/.
 
-What differs from residency/: nothing tells the device that a copy is done. A slot that `plan_prefetch` hands out is in
-flight until an operation is told `arrived=True`: everything that was copied for earlier lists is there. The copies of
-`plan` have to be there before the experts are computed, and its keys are leased until `release` or the next `plan`. A
-staged key is as old as its last guess, not as its arrival. Free slots go lowest first, and a demand's keys are served
-in ascending order.
+Differences from residency/: the device gets no completions. A slot assigned by `plan_prefetch` is in flight until an
+operation gets `arrived=True`: all copies of earlier lists are done. The copies of `plan` have to be done before the
+experts are computed, and its keys are pinned until `release` or the next `plan`. A staged key's age counts from its
+last guess, not its arrival. Free slots are used lowest first, and a demand's keys are served in ascending order.
 
-Order, for whoever composes them: planners change the tables and therefore run in one stream, one after the other;
-`fetch` reads its own list and the arena alone, and may run beside everything but what reads the slots it fills.
+Ordering for callers: planners change the tables and therefore run in one stream, one after the other; `fetch` reads
+only its own list and the arena, and may overlap with everything that does not read the slots it writes.
 """
 
 import ctypes
@@ -33,11 +32,11 @@ class PagingState:
     """Which expert is in which slot, on the device. All tensors are changed in place.
 
     slot_of_key: int32 [num_keys], -1 where the key is absent. key_of_slot: int32 [num_slots], -1 where free.
-    stamp: int64 [num_slots], the clock at the last demand. staged_at: int64 [num_slots], 0 where not staged, else
-        growing with the last guess. in_flight: int32 [num_slots], THERE, or IN_FLIGHT while a copy may be under way.
-    marks: int64 [3]: CLOCK, SEQUENCE (of guesses), LEASED (slots of this stamp are).
-    counters: int64, in the order of COUNTERS. A shortage is a demanded key that got no slot: the step is void.
-    num_experts: keys of a layer. staging_slots: as residency/ has them.
+    stamp: int64 [num_slots], the clock at the last demand. staged_at: int64 [num_slots], 0 where not staged, else the
+        sequence number of the last guess. in_flight: int32 [num_slots], THERE, or IN_FLIGHT while a copy may run.
+    marks: int64 [3]: CLOCK, SEQUENCE (of guesses), LEASED (slots with this stamp are pinned).
+    counters: int64, in the order of COUNTERS. A shortage is a demanded key that got no slot: the step is invalid.
+    num_experts: keys of a layer. staging_slots: as in residency/.
     """
 
     slot_of_key: torch.Tensor
@@ -60,7 +59,10 @@ class PagingState:
         staging_slots: int,
         device: torch.device | str = "cpu",
     ) -> "PagingState":
-        """An empty pool. A demand of n keys never falls short with n + staging_slots slots."""
+        """Make an empty pool on `device`: num_slots slots, num_keys keys, num_experts of them per layer.
+
+        With n + staging_slots slots, a demand of n keys always fits.
+        """
         assert num_slots > 0, "a pool needs a slot"
         assert 0 <= staging_slots <= num_slots, f"{staging_slots} staging slots of {num_slots}"
         assert num_keys % num_experts == 0, f"{num_keys} keys are no whole layers of {num_experts}"
@@ -78,11 +80,11 @@ class PagingState:
 
     @property
     def num_slots(self) -> int:
-        """Slots in the pool."""
+        """Number of slots in the pool."""
         return len(self.key_of_slot)
 
     def clear(self) -> None:
-        """Every slot is free and nothing is remembered, counts included. Does not wait for the device."""
+        """Free every slot and reset all state and counters. Does not wait for the device."""
         self.slot_of_key.fill_(-1)
         self.key_of_slot.fill_(-1)
         for tensor in (self.stamp, self.staged_at, self.in_flight, self.marks, self.counters):
@@ -90,13 +92,13 @@ class PagingState:
         release(self)
 
     def counts(self) -> dict[str, int]:
-        """The counters by name. Waits for the device: never within a step."""
+        """Return the counters by name. Waits for the device: never call it within a step."""
         return dict(zip(COUNTERS, self.counters.tolist(), strict=True))
 
 
 @dataclass(frozen=True)
 class CopyList:
-    """Records to be copied: the first `count` of `keys` go to the same of `slots`. What is behind them is undefined.
+    """Records to copy: the first `count` of `keys`, each into the slot at the same index. The rest is undefined.
 
     keys, slots: int32 [capacity]. count: int32 [1].
     """
@@ -107,12 +109,12 @@ class CopyList:
 
     @classmethod
     def create(cls, capacity: int, device: torch.device | str = "cpu") -> "CopyList":
-        """An empty list; `capacity` is the most keys that a call can ask for."""
+        """Make an empty list on `device`; `capacity` is the most keys of one call."""
         keys, slots = torch.zeros(2, max(capacity, 1), dtype=torch.int32, device=device)
         return cls(keys, slots, torch.zeros(1, dtype=torch.int32, device=device))
 
     def pairs(self) -> list[tuple[int, int]]:
-        """(key, slot). Waits for the device."""
+        """Return the (key, slot) pairs. Waits for the device."""
         count = int(self.count)
         return list(zip(self.keys[:count].tolist(), self.slots[:count].tolist(), strict=True))
 
@@ -120,12 +122,12 @@ class CopyList:
 def plan(
     state: PagingState, layer: int, ids: torch.Tensor, slots: torch.Tensor, copies: CopyList, *, arrived: bool
 ) -> None:
-    """Find a slot for every expert that a layer's step uses; `Residency.demand`. Ends the lease of the plan before.
+    """Pin and find a slot for every expert that a layer's step uses, as `Residency.demand`; releases the last plan's.
 
     Args:
-        ids: int [tokens, k] experts of the layer; those < 0 or >= num_experts are none.
-        slots: out, int32 [tokens, k]: the experts' slots, -1 for none.
-        copies: out: what has to be copied before they are used; capacity >= the distinct experts.
+        state: changed in place. ids: int [tokens, k] experts of the layer; those < 0 or >= num_experts are ignored.
+        slots: out, int32 [tokens, k]: the experts' slots, -1 for ignored ids.
+        copies: out: records to copy before use; capacity >= the number of distinct experts.
         arrived: the copies of all earlier lists are done.
     """
     pool = _Pool(state, arrived)
@@ -153,13 +155,13 @@ def plan(
 
 
 def plan_prefetch(state: PagingState, layer: int, guesses: torch.Tensor, copies: CopyList, *, arrived: bool) -> None:
-    """Find slots for guessed experts that have none, and stage them; `Residency.prefetch`.
+    """Find slots for guessed experts that have none, and stage them, as `Residency.prefetch`.
 
-    Takes nothing that is leased, in flight or guessed here; staged keys stay within `staging_slots`.
+    Evicts no key that is pinned, in flight or guessed here; staged keys stay within `staging_slots`.
 
     Args:
-        guesses: int [n] experts of the layer, best first; what comes twice counts once, and < 0 or >= num_experts not.
-        copies: out: what has to be copied, best first. arrived: as for `plan`.
+        state: changed in place. guesses: int [n] experts of the layer, best first; duplicates and ids < 0 or
+            >= num_experts are ignored. copies: out: records to copy, best first. arrived: as for `plan`.
     """
     pool = _Pool(state, arrived)
     base = layer * state.num_experts
@@ -184,7 +186,7 @@ def plan_prefetch(state: PagingState, layer: int, guesses: torch.Tensor, copies:
 
 
 def release(state: PagingState) -> None:
-    """The experts of the last plan are no longer computed with. Capturable: no kernel of its own is needed."""
+    """Release the experts of the last plan. Can be captured in a graph."""
     state.marks[LEASED:].fill_(-1)
 
 
@@ -197,14 +199,14 @@ def fetch(
     record_bytes: int,
     num_programs: int = 16,
 ) -> None:
-    """Copy the listed records from the host's arena into their slots.
+    """Copy the records listed in `copies` from the host's arena into their slots.
 
     Args:
-        arena_address: the arena's address as the device sees it; 16-byte aligned.
-        record_offsets: int64 [num_keys] where a key's record starts in the arena, in bytes; whole 16s.
-        slots: uint8 [num_slots, slot_bytes]; slot_bytes in whole 16s.
-        record_bytes: bytes of a record, whole 16s, at most slot_bytes.
-        num_programs: how many programs share the work, each on a SM of its own; nothing here.
+        arena_address: the arena's address as seen by the device; 16-byte aligned.
+        record_offsets: int64 [num_keys], start of a key's record in the arena, in bytes; a multiple of 16.
+        slots: uint8 [num_slots, slot_bytes]; slot_bytes a multiple of 16.
+        record_bytes: bytes of a record, a multiple of 16, at most slot_bytes.
+        num_programs: programs that share the work, each on its own SM; unused here.
     """
     for key, slot in copies.pairs():
         source = arena_address + int(record_offsets[key])
@@ -212,7 +214,7 @@ def fetch(
 
 
 class _Pool:
-    """The state as lists, for one operation. Slots leave it through `victims`, and are filled by `place`."""
+    """The state as lists, for one operation: `victims` frees slots, `place` assigns them."""
 
     def __init__(self, state: PagingState, arrived: bool) -> None:
         self._state = state
@@ -230,12 +232,12 @@ class _Pool:
         self._state.counters[counter] += int(by)
 
     def touch(self, slot: int, now: int) -> None:
-        """Demanded: as young as can be, and staged no longer."""
+        """Mark the slot as demanded now, and no longer staged."""
         self.stamp[slot] = now
         self.staged_at[slot] = 0
 
     def victims(self, num_cold: int, num_staged: int, kept: set[int] | frozenset[int] = frozenset()) -> list[int]:
-        """Up to `num_cold` slots, free ones and then the coldest; then the oldest staged up to `num_staged` in all."""
+        """Take up to `num_cold` free or else coldest slots, then the oldest staged ones up to `num_staged` in all."""
         leased = int(self._state.marks[LEASED])
         found: list[int] = []
         idle = [
@@ -259,11 +261,11 @@ class _Pool:
             self.slot_of[key] = -1
             self.count(EVICTIONS)
             self.count(WASTED, self.staged_at[slot] > 0)
-        self.key_of[slot] = -2  # neither free nor anyone's, until it is placed
+        self.key_of[slot] = -2  # neither free nor in use, until it is placed
         self.staged_at[slot] = 0
 
     def place(self, keys: Sequence[int], slots: Sequence[int]) -> list[tuple[int, int]]:
-        """The first of the keys get the slots, all of which are used."""
+        """Assign all slots to the first of the keys; return the (key, slot) pairs."""
         pairs = list(zip(keys, slots))  # noqa: B905 - there may be fewer slots
         assert len(pairs) == len(slots)
         for key, slot in pairs:

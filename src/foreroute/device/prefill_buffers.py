@@ -1,7 +1,7 @@
-"""Prefill with the device control plane: two buffers of a whole layer each, filled in turn while the other is computed.
+"""Prefill with the device control plane: two buffers of a layer each; one is loaded while the other is computed.
 
-The pool of slots is left alone, so that a long prompt does not push out what decoding lives on; what the prompt used
-most is put into it afterwards (device/tier.py).
+The pool of slots is not used, so that a long prompt does not evict the experts that decoding needs; the experts that
+the prompt used most are put into it afterwards (device/tier.py).
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from foreroute.kernels.slot_views import SlotViews
 from foreroute.kernels.torch.experts import ExpertMath
 from foreroute.kernels.torch.layer import group_by_expert
 
-# Of a layer's experts: from this share on the whole layer is copied at once, and ahead of its turn.
+# From this share of used experts, the next layer is copied as a whole, ahead of its use.
 _WHOLE_LAYER_FROM = 0.5
 
 
@@ -49,17 +49,17 @@ class LayerBuffers:
         layouts = [layer.layout for layer in table.layers]
         self._views = [SlotViews(buffer.view(-1), table.slot_bytes, layouts, math, dtype) for buffer in self._buffers]
         self._branch = branch_of(device)
-        self._coming = -1  # the layer that is being copied as a whole
+        self._coming = -1  # the layer being copied as a whole
         self.uses = torch.zeros(len(table.layers), widest + 1, dtype=torch.int64, device=device)
         self.whole_layers = self.single_experts = 0
 
     def begin(self) -> None:
-        """A forward pass begins: what was copied ahead for another one is not waited for by name."""
+        """Begin a forward pass: wait for a layer copied ahead for an earlier pass, and discard it."""
         self._branch.join()
         self._coming = -1
 
     def compute(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """The routed experts' weighted sum [tokens, hidden]; arguments as of `MoeEngine.compute`. Waits for the ids."""
+        """Compute `layer`'s weighted sum [tokens, hidden]; ids, weights: [tokens, k]. Waits for the ids on the host."""
         width, at = self._widths[layer], layer % 2
         is_expert = (ids >= 0) & (ids < width)
         counts = torch.where(is_expert, ids, len(self.uses[layer]) - 1).flatten()
@@ -70,7 +70,7 @@ class LayerBuffers:
             self._copy_some(layer, used)
         following = layer + 1
         if following < len(self._widths) and len(used) >= _WHOLE_LAYER_FROM * width:
-            # Its buffer was read by the layer before this one, which the main line has been given already.
+            # Its buffer was last read by the layer before this one, which is already launched on the main stream.
             self._branch.fork(lambda: self._copy_whole(following))
             self._coming = following
         total = torch.zeros_like(hidden)
@@ -80,11 +80,11 @@ class LayerBuffers:
         return total
 
     def forget(self) -> None:
-        """Count uses anew."""
+        """Reset the counts of uses."""
         self.uses.zero_()
 
     def close(self) -> None:
-        """Let go of the memory."""
+        """Drop all references to the memory."""
         self.begin()
         for views in self._views:
             views.clear()

@@ -1,4 +1,4 @@
-"""Work beside the main line: on a GPU a forked stream, which a graph records as a branch; on the CPU, later."""
+"""Run work on a side CUDA stream, which a graph captures as a branch; on the CPU, deferred until it is joined."""
 
 from collections.abc import Callable
 from typing import Protocol
@@ -7,35 +7,35 @@ import torch
 
 
 class Branch(Protocol):
-    """At most one piece of work beside the main line at a time."""
+    """Runs one piece of work at a time concurrently with the main stream."""
 
     def fork(self, work: Callable[[], None]) -> None:
-        """Run `work` after all that the main line has been given so far, beside what it is given from now on."""
+        """Run `work` after all work launched so far on the main stream, concurrently with what follows."""
 
     def join(self) -> None:
-        """What the main line is given from now on comes after the forked work. Nothing happens without any."""
+        """Order the main stream's next work after the forked work. Does nothing without any."""
 
 
 class LateBranch:
-    """On the CPU: forked work runs when it is joined, the latest that it may, so that a missing join shows."""
+    """On the CPU: runs forked work when it is joined, as late as allowed, so that tests notice a missing join."""
 
     def __init__(self) -> None:
         self._work: Callable[[], None] | None = None
 
     def fork(self, work: Callable[[], None]) -> None:
-        """Keep it."""
+        """Keep `work` for `join`."""
         assert self._work is None, "the last piece of work has not been joined"
         self._work = work
 
     def join(self) -> None:
-        """Run it."""
+        """Run the kept work."""
         work, self._work = self._work, None
         if work is not None:
             work()
 
 
 class StreamBranch:
-    """On a GPU: a stream of its own. Nothing here waits on the host, and all of it can be captured."""
+    """On a GPU: a side stream. Never blocks the host, and can be captured in a graph."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -43,7 +43,7 @@ class StreamBranch:
         self._is_forked = False
 
     def fork(self, work: Callable[[], None]) -> None:
-        """Launch it on the stream, behind the current one."""
+        """Launch `work` on the side stream, behind the current stream's work."""
         assert not self._is_forked, "the last piece of work has not been joined"
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
@@ -51,12 +51,12 @@ class StreamBranch:
         self._is_forked = True
 
     def join(self) -> None:
-        """The current stream waits for it."""
+        """Make the current stream wait for the side stream."""
         if self._is_forked:
             torch.cuda.current_stream(self._device).wait_stream(self._stream)
             self._is_forked = False
 
 
 def branch_of(device: torch.device) -> Branch:
-    """The branch for a device."""
+    """Make the branch for a device."""
     return StreamBranch(device) if device.type == "cuda" else LateBranch()

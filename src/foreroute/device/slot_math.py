@@ -1,4 +1,4 @@
-"""Experts computed where they lie in the pool, for the device control plane: the plain way, and one for graphs."""
+"""Compute experts from their slots in the pool, for the device control plane: plainly, or capturable in a graph."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ from foreroute.kernels.torch.sums import RowsSum
 
 
 class PlainSlotMath:
-    """Expert after expert in ascending order, as transformers' eager experts: bits are the same. Reads slots back."""
+    """Computes expert after expert, ascending, with the bits of transformers' eager experts. Copies ids to the host."""
 
     def __init__(self, views: SlotViews, math: Sequence[ExpertMath]) -> None:
         self._views = views
@@ -20,7 +20,7 @@ class PlainSlotMath:
     def __call__(
         self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
-        """See `device_tier.SlotMath`."""
+        """See `tier.SlotMath`. hidden: [tokens, hidden]. ids, slots, weights: [tokens, k]."""
         slot_of: dict[int, int] = {}
         routed = []
         for experts, places in zip(ids.tolist(), slots.tolist(), strict=True):
@@ -40,10 +40,10 @@ class PlainSlotMath:
 
 
 class GatheredSlotMath:
-    """Torch's own operations, batched over a step's experts and without a read-back: a graph can hold it.
+    """Batched torch operations over a step's experts, without a copy to the host: a graph can capture it.
 
-    The experts are gathered from the pool first, which reads and writes them once more than a kernel that reads through
-    the slots would. Sums go in ascending expert id, as the resident model's do; products may be summed otherwise.
+    The experts are gathered from the pool first, which reads and writes them once more than a kernel that reads slots
+    directly. Outputs are summed in ascending expert id, as in the resident model; products may round differently.
 
     Args:
         pool: uint8 [num_slots, slot_bytes]. layouts, math: one per MoE layer. dtype: of compute.
@@ -61,13 +61,13 @@ class GatheredSlotMath:
         self._parts = [of_layout[layout] for layout in layouts]
 
     def clear(self) -> None:
-        """Let go of the pool."""
+        """Drop the views of the pool."""
         self._parts.clear()
 
     def __call__(
         self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
-        """See `device_tier.SlotMath`."""
+        """See `tier.SlotMath`. hidden: [tokens, hidden]. ids, slots, weights: [tokens, k]."""
         math, (num_rows, top_k) = self._math[layer], ids.shape
         order = ids.argsort(-1)
         slots = slots.gather(-1, order)
@@ -84,7 +84,7 @@ class GatheredSlotMath:
         rows = hidden.repeat_interleave(top_k, 0)
         inner = math.gate(product(rows, math.up_at, math.up_bias_at))
         outputs = product(inner, math.down_at, math.down_bias_at).view(num_rows, top_k, -1)
-        # A slot that was made up above may hold anything, infinities too.
+        # A slot clamped above may hold anything, infinities too.
         weighted = torch.where(is_expert[..., None], outputs * weights[..., None], 0).to(hidden.dtype)
         total = torch.zeros_like(hidden)
         for place in weighted.unbind(1):
@@ -93,7 +93,7 @@ class GatheredSlotMath:
 
 
 def _parts_of_all(pool: torch.Tensor, layout: ExpertLayout) -> list[torch.Tensor]:
-    """Each part of whatever experts the slots hold: [num_slots, *shape], views of the pool."""
+    """View each part of all slots' experts: [num_slots, *shape] over the pool."""
     return [
         pool[:, part.offset : part.offset + part.nbytes].view(TORCH_DTYPES[part.dtype]).unflatten(1, part.shape)
         for part in layout.parts

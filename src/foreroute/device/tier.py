@@ -1,10 +1,9 @@
-"""The device control plane: a decode step whose experts are found, fetched and computed without asking the host.
+"""The device control plane: decode steps that find, copy and compute experts on the device, without the host.
 
-It stands where `MoeStep` (engine/moe_step.py) stands for the host. Per MoE layer (`DeviceTier._decode`): the planner
-finds a slot for every expert that is routed to, and what has to be copied is copied; then guesses for the next layer
-are copied beside this layer's maths, and are waited for by the next layer's. On a GPU nothing of this reads a tensor
-back, so that a whole step can be one CUDA graph (device/graph_decoder.py); in the CPU tests the same lines run with
-plain operations.
+It is the counterpart of the host's `MoeStep` (engine/moe_step.py). Per MoE layer (`DeviceTier._decode`): the planner
+finds a slot for every routed expert, and missing ones are copied; then prefetches for the next layer are copied during
+this layer's compute, and the next layer waits for them. On a GPU no tensor is copied to the host, so that a whole step
+can be one CUDA graph (device/graph_decoder.py); CPU tests run the same code with plain operations.
 """
 
 import copy
@@ -27,17 +26,17 @@ from foreroute.transfer.arena import Arena
 
 
 class Paging(Protocol):
-    """The operations of device/paging.py, or those of a GPU with the same signatures."""
+    """The operations of device/paging.py, or a GPU's with the same signatures."""
 
     def plan(
         self, state: PagingState, layer: int, ids: torch.Tensor, slots: torch.Tensor, copies: CopyList, *, arrived: bool
     ) -> None:
-        """Find a slot for each routed expert."""
+        """Find a slot for each of `layer`'s `ids` [tokens, k]; see `paging.plan`: state, slots, copies, arrived."""
 
     def plan_prefetch(
         self, state: PagingState, layer: int, guesses: torch.Tensor, copies: CopyList, *, arrived: bool
     ) -> None:
-        """Find slots for guessed experts."""
+        """Find slots for `layer`'s `guesses` [n]; see `paging.plan_prefetch`: state, copies, arrived."""
 
     def fetch(
         self,
@@ -48,22 +47,22 @@ class Paging(Protocol):
         *,
         record_bytes: int,
     ) -> None:
-        """Copy what a list says."""
+        """See `paging.fetch`. slots: [num_slots, slot_bytes]. record_offsets: [num_keys]."""
 
     def release(self, state: PagingState) -> None:
-        """End the last plan's lease."""
+        """Release the last plan's experts."""
 
 
 # (layer, hidden [tokens, hidden], ids [tokens, k], their slots int32 [tokens, k], weights [tokens, k])
-# -> the weighted sum [tokens, hidden]; slots are -1 where an id is no expert.
+# -> the weighted sum [tokens, hidden]; slots are -1 for ids that are no expert.
 SlotMath = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-# (layer, what crosses the seam there, width) -> the guess for the next layer; None where there is none.
+# (layer, its router's input and output, width) -> the guess for the next layer, or None.
 GuessNext = Callable[[int, RouterSample, int], TokenGuess | None]
 
 
 @dataclass(frozen=True)
 class _RowBuffers:
-    """What the operations of one batch size write to: made once, so that a graph can be replayed.
+    """Output buffers for one batch size, made once, so that a graph can be replayed.
 
     slots: per layer int32 [rows, k]. demanded, guessed: per layer.
     """
@@ -74,18 +73,18 @@ class _RowBuffers:
 
 
 class DeviceTier:
-    """Experts of one loaded model, paged by its device: a `MoeEngine`.
+    """A `MoeEngine` whose device pages the experts of one loaded model.
 
     Args:
         pool: uint8 [num_slots, slot_bytes] on the device. arena: holds every expert, in the order of `keys`.
-        top_k: per MoE layer. guess: None guesses nothing. width: experts guessed per row; top-k when None.
-        slot_math: computes experts where they lie in the pool.
-        clear: lets go of what slot_math holds of the pool.
+        top_k: per MoE layer. guess: None prefetches nothing. width: experts guessed per row; top-k when None.
+        slot_math: computes experts from their slots in the pool.
+        clear: drops slot_math's references to the pool.
 
     Attributes:
-        is_prefill: the step at hand, or the last one, is a prompt's.
-        policies: exact alone. governor: None, as nothing governs how much is guessed here.
-        most_rows: rows of a decode step that the pool can serve; more go the way of prefill.
+        is_prefill: whether the current (or last) step computes a prompt.
+        policies: only exact. governor: None, as prefetch is not governed here.
+        most_rows: the most rows of a decode step that the pool can serve; larger ones are computed as prefill.
     """
 
     def __init__(
@@ -123,7 +122,7 @@ class DeviceTier:
         self._last_layer = len(table.layers) - 1
         self._branch: Branch = branch_of(pool.device)
         self._rows: dict[int, _RowBuffers] = {}
-        # Whether the layer at hand was guessed by the one before it, so that copies of it may be under way.
+        # Whether the layer before prefetched for the current one, so that copies may be in flight.
         self._is_guessed = False
         self._has_seeds = False
         offsets = torch.full((table.num_keys,), -1, dtype=torch.int64)
@@ -139,7 +138,7 @@ class DeviceTier:
         phase = self._stats.prefill if self.is_prefill else self._stats.decode
         phase.steps += 1
         phase.tokens += info.num_tokens
-        # A step before this one may have been broken off anywhere.
+        # The step before may have been interrupted anywhere.
         self._branch.join()
         self._is_guessed = False
         if self.is_prefill:
@@ -149,13 +148,13 @@ class DeviceTier:
             self.prepare_decode()
 
     def prepare_decode(self) -> None:
-        """What has to be done on the host before a decode step, once after each prompt."""
+        """Do the host's work before a decode step: after a prompt, load the experts it used most into the pool."""
         self.is_prefill = False
         if self._has_seeds:
             self.seed()
 
     def compute(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """See `MoeEngine`."""
+        """See `MoeEngine`. hidden: [tokens, hidden]. ids, weights: [tokens, k]."""
         if self.is_prefill or len(ids) > self.most_rows:
             return self.buffers.compute(layer, hidden, ids, weights)
         return self._decode(layer, hidden, ids, weights)
@@ -165,7 +164,7 @@ class DeviceTier:
         slots, demanded = rows.slots[layer], rows.demanded[layer]
         self._paging.plan(self.state, layer, ids, slots, demanded, arrived=not self._is_guessed)
         self._fetch(demanded)
-        # The guesses for this layer: what follows reads their slots.
+        # Wait for this layer's prefetches: the code below reads their slots.
         self._branch.join()
         self._is_guessed = False
         guess = None
@@ -173,15 +172,15 @@ class DeviceTier:
             guess = self._guess(layer, RouterSample(hidden, ids, weights), self._guess_widths[layer + 1])
         if guess is not None:
             guessed = rows.guessed[layer]
-            # The first choices of all rows, then their second ones, and so on.
+            # Ordered by rank: the first choices of all rows, then their second ones, and so on.
             self._paging.plan_prefetch(self.state, layer + 1, guess.ids.t().flatten(), guessed, arrived=True)
-            # Behind the demand's copies, beside this layer's maths.
+            # Behind the demand's copies, concurrently with this layer's compute.
             self._branch.fork(lambda: self._fetch(guessed))
             self._is_guessed = True
         return self._slot_math(layer, hidden, ids, slots, weights)
 
     def seed(self) -> None:
-        """Put into the pool what prompts have used most since the last time. Waits for the device."""
+        """Load the experts that prompts used most since the last call into the pool. Waits for the device."""
         self._has_seeds = False
         num_experts = self.table.num_experts
         uses = self.buffers.uses[:, :num_experts].clone().cpu()
@@ -199,16 +198,16 @@ class DeviceTier:
             self._paging.plan(self.state, layer, ids, slots, copies, arrived=True)
             self._fetch(copies)
         self._paging.release(self.state)
-        # Nobody asked for these.
+        # These loads are not demands: restore the counters.
         self.state.counters.copy_(counters)
 
     def replayed(self, num_rows: int) -> None:
-        """A captured step has been launched: nothing above has run for it."""
+        """Count a captured step of `num_rows` that was launched without `begin_step`."""
         self._stats.decode.steps += 1
         self._stats.decode.tokens += num_rows
 
     def snapshot(self) -> EngineStats:
-        """A copy of all counts since the model was loaded. Waits for the device."""
+        """Return a copy of all counts since the model was loaded. Waits for the device."""
         counts, stats = self.state.counts(), self._stats
         assert counts["shortages"] == 0, f"the pool was too small for a step that was computed all the same: {counts}"
         nbytes = self.table.slot_bytes
@@ -227,7 +226,7 @@ class DeviceTier:
         return copy.deepcopy(stats)
 
     def close(self) -> None:
-        """Let go of the pool and of host memory, after the device has finished. A second call does nothing."""
+        """Free the pool and host memory, after the device has finished. A second call does nothing."""
         if self._pool is None:
             return
         self._branch.join()

@@ -1,14 +1,14 @@
-"""device/paging.py's operations as Triton kernels: same names, same arguments, same decisions.
+"""The operations of device/paging.py as Triton kernels: same names, same arguments, same decisions.
 
-Nothing here reads anything back, allocates, or has a shape that depends on data, so that all of it can be captured in a
-CUDA graph. Planners of one state have to be in one stream; why they have no races is in triton_planners.py.
+Nothing here copies to the host, allocates, or has a shape that depends on data, so that all of it can be captured in a
+CUDA graph. Planners of one state have to run in one stream; triton_planners.py says why they have no races.
 
 `fetch` is bound by the link. It needs bytes in flight (bandwidth times latency, about 100 KiB for PCIe 5), not many
 SMs: 16 programs with 16 KiB each are in flight. Its programs write disjoint pieces of disjoint slots.
 """
 
 # mypy: disable-error-code="no-untyped-def"
-# Triton's parameters are tensors or numbers as it sees fit.
+# Triton decides which parameters are tensors and which numbers.
 
 import torch
 import triton
@@ -30,7 +30,7 @@ def _fetch(
 ):  # fmt: skip
     word = tl.arange(0, WORDS)
     blocks = tl.cdiv(record_words, WORDS)
-    # All programs work on one record after the other, so that the first of the list is there first.
+    # All programs work on one record after the other, so that the list's first record is complete first.
     for block in range(tl.program_id(0), tl.load(copy_count) * blocks, tl.num_programs(0)):
         at = block // blocks
         offset = tl.load(record_offsets + tl.load(copy_keys + at))
@@ -38,7 +38,7 @@ def _fetch(
         words = (block % blocks) * WORDS + word
         # A key without a record has a negative offset. Not `&`: the interpreter makes no mask of a vector and a scalar.
         mask = words < tl.where(offset >= 0, record_words, 0)
-        # Said of the pointer itself: what is known of the address is lost when it becomes one, and 4-byte loads follow.
+        # Hinted on the pointer: the cast loses the address's alignment, and 4-byte loads would follow.
         record = tl.multiple_of((arena_address + offset).to(tl.pointer_type(tl.int32)), 16)
         source = record + words
         values = tl.load(source, mask, eviction_policy="evict_first")
@@ -48,7 +48,7 @@ def _fetch(
 def plan(
     state: PagingState, layer: int, ids: torch.Tensor, slots: torch.Tensor, copies: CopyList, *, arrived: bool
 ) -> None:
-    """See `paging.plan`."""
+    """See `paging.plan`. ids, slots: [tokens, k]."""
     assert copies.keys.numel() >= min(ids.numel(), state.num_experts), "a demand may be longer than its list"
     plan_kernel[(1,)](
         ids.contiguous(), ids.numel(), layer * state.num_experts, state.num_experts, state.num_slots,
@@ -60,7 +60,7 @@ def plan(
 
 
 def plan_prefetch(state: PagingState, layer: int, guesses: torch.Tensor, copies: CopyList, *, arrived: bool) -> None:
-    """See `paging.plan_prefetch`. Guesses are compared pairwise: at most 256 of them."""
+    """See `paging.plan_prefetch`. guesses: [n], compared pairwise: n <= 256."""
     assert guesses.numel() <= 256, f"{guesses.numel()} guesses"
     assert copies.keys.numel() >= min(guesses.numel(), state.num_experts), "guesses may be more than their list holds"
     prefetch_kernel[(1,)](
@@ -81,7 +81,7 @@ def fetch(
     record_bytes: int,
     num_programs: int = 16,
 ) -> None:
-    """See `paging.fetch`. Sixteen bytes a lane and load, 16 KiB a program at a time."""
+    """See `paging.fetch`. slots: [num_slots, slot_bytes]. Loads 16 bytes a lane, 16 KiB a program at a time."""
     slot_bytes = slots.shape[1]
     assert record_bytes % 16 == 0, f"records of {record_bytes} bytes are no whole 16s"
     assert record_bytes <= slot_bytes, f"records of {record_bytes} bytes in slots of {slot_bytes}"
@@ -97,5 +97,5 @@ def _chunk(ids: torch.Tensor) -> int:
 
 
 def _warps(state: PagingState) -> int:
-    """Enough that the order of the slots stays in registers."""
+    """Number of warps that keep the order of the slots in registers."""
     return min(max(triton.next_power_of_2(state.num_slots) // 512, 4), 16)

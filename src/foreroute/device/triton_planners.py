@@ -1,31 +1,30 @@
-"""Triton kernels that plan which expert gets which slot; triton_paging.py launches them.
+"""Triton kernels that assign slots to experts; triton_paging.py launches them.
 
-Every planner is one program: what has to be decided one after the other is decided by one block, and no other program
-touches the tables.
+Every planner is one program: one block makes all sequential decisions, and no other program touches the tables.
 
-Why there is no race within one: it works on the values it loaded and on scalars that all its threads have; what it
-stores is read again in one place only, the order of the slots, behind a barrier (`debug_barrier` is __syncthreads,
-which orders a block's global accesses too). A slot is handed out once, because it is struck from `order` when it is
-taken; scattered stores go to distinct slots, because distinct keys have distinct slots.
+It has no races within: it works on the values it loaded and on scalars that all its threads have; its stores are read
+again in one place only, the order of the slots, behind a barrier (`debug_barrier` is __syncthreads, which orders a
+block's global accesses too). A slot is assigned once, because it is removed from `order` when taken; scattered stores
+go to distinct slots, because distinct keys have distinct slots.
 
-Bound by launch and latency, some microseconds. Each slot given up is one reduction over all slots, about 1 us, where
-the copy that follows takes 20 to 200.
+Bound by launch and latency, some microseconds. Each eviction is one reduction over all slots, about 1 us, where the
+copy that follows takes 20 to 200.
 """
 
 # mypy: disable-error-code="no-untyped-def"
-# Triton's parameters are tensors or numbers as it sees fit.
+# Triton decides which parameters are tensors and which numbers.
 
 import triton
 import triton.language as tl
 
-# Where slots come in the order of giving up: free ones, then cold ones by stamp and key, then staged ones by age.
+# Ranges of the eviction order: free slots, then cold ones by stamp and key, then staged ones by age.
 _FREE = tl.constexpr(-(2**62))
 _STAGED = tl.constexpr(2**61)
 _NEVER = tl.constexpr(2**63 - 1)
 # Bits of a key in the order of cold slots.
 _KEY_BITS = tl.constexpr(24)
 
-# The places of paging.COUNTERS, marks and in_flight; tests/kernels holds them equal.
+# Indices in paging.COUNTERS and marks, and values of in_flight; tests/kernels checks that they agree.
 _HITS, _LATE, _MISSES, _PREFETCHED = (tl.constexpr(at) for at in range(4))
 _USED, _WASTED, _EVICTIONS, _SHORTAGES = (tl.constexpr(at) for at in range(4, 8))
 _CLOCK, _SEQUENCE, _LEASED = (tl.constexpr(at) for at in range(3))
@@ -34,13 +33,13 @@ _THERE, _IN_FLIGHT = (tl.constexpr(at) for at in range(2))
 
 @triton.jit
 def _count(counters, counter, by):
-    """Count."""
+    """Add `by` to a counter."""
     tl.store(counters + counter, tl.load(counters + counter) + by)
 
 
 @triton.jit
 def _is_wanted(ids, num_ids, num_experts, experts, CHUNK: tl.constexpr):
-    """Which of `experts` are among the ids: duplicates count once, and ids that are no expert not at all."""
+    """Return a mask of `experts` that are among the ids; ids out of range are ignored."""
     wanted = tl.zeros_like(experts)
     for start in range(0, num_ids, CHUNK):
         at = start + tl.arange(0, CHUNK)
@@ -51,7 +50,7 @@ def _is_wanted(ids, num_ids, num_experts, experts, CHUNK: tl.constexpr):
 
 @triton.jit
 def _order_of(key_of_slot, stamp, staged_at, in_flight, slot, num_slots, leased, ARRIVED: tl.constexpr):
-    """When each slot is given up: the lowest first, _NEVER for those that are in use."""
+    """Return each slot's eviction order: the lowest first, _NEVER for slots in use."""
     is_slot = slot < num_slots
     key = tl.load(key_of_slot + slot, is_slot, 0).to(tl.int64)
     stamped = tl.load(stamp + slot, is_slot, 0)
@@ -66,7 +65,7 @@ def _order_of(key_of_slot, stamp, staged_at, in_flight, slot, num_slots, leased,
 
 @triton.jit
 def _vacate(slot_of_key, key_of_slot, victim):
-    """The slot's key leaves it, if it holds one. What `key_of_slot` says is stored anew by the caller."""
+    """Remove the victim's key, if it holds one, from `slot_of_key`. The caller overwrites `key_of_slot`."""
     key = tl.load(key_of_slot + victim)
     tl.store(slot_of_key + key, -1, key >= 0)
 
@@ -92,7 +91,7 @@ def plan_kernel(
     else:
         late = hit & (tl.load(in_flight + place, hit, 0) != _THERE)
     used = hit & (tl.load(staged_at + place, hit, 0) > 0)
-    # Every thread has read what staging was before some of them change it.
+    # All threads read the old staging before any of them changes it.
     tl.debug_barrier()
     # Hits are touched before misses are inserted.
     tl.store(stamp + place, tl.zeros_like(place).to(tl.int64) + now, hit)
@@ -113,7 +112,7 @@ def plan_kernel(
             place = tl.where(miss & (rank == nth), victim, place)
             num_placed += 1
     placed = miss & (place >= 0)
-    # The scalar loads of `_vacate` come before what they would read is overwritten.
+    # The scalar loads of `_vacate` come before the stores that overwrite the same values.
     tl.debug_barrier()
     tl.store(slot_of_key + base + expert, place, placed)
     tl.store(key_of_slot + place, base + expert, placed)
@@ -152,7 +151,7 @@ def prefetch_kernel(
     slot = tl.arange(0, SLOTS)
     id = tl.load(guesses + at, at < num_guesses, -1).to(tl.int32)
     is_expert = (id >= 0) & (id < num_experts)
-    # What comes twice counts where it comes first.
+    # Of duplicates the first counts.
     again = tl.sum(((id[:, None] == id[None, :]) & (at[None, :] < at[:, None])).to(tl.int32), 1)
     guessed = is_expert & (again == 0)
     key = base + id
@@ -167,18 +166,18 @@ def prefetch_kernel(
     renewed = is_there & (tl.load(staged_at + place, present, 0) > 0)
     num_staged = tl.sum((tl.load(staged_at + slot, slot < num_slots, 0) > 0).to(tl.int32), 0)
     order = _order_of(key_of_slot, stamp, staged_at, in_flight, slot, num_slots, tl.load(marks + _LEASED), ARRIVED)
-    # No guess is given up for another one; before its age changes, so that nothing has to be read again.
+    # No guess is evicted for another one. Computed before ages change, so that nothing has to be read again.
     num_absent = tl.sum(absent.to(tl.int32), 0)
     num_kept = tl.sum(present.to(tl.int32), 0)
     absent_rank = tl.cumsum(absent.to(tl.int32), 0) - 1
     room = tl.minimum(staging_slots - num_staged, num_absent)
     num_cold, num_taken, num_evicted, num_wasted = 0, 0, 0, 0
     for _ in range(num_absent + num_kept):
-        # Cold ones while there is room, then staged ones in exchange.
+        # Evict cold ones while there is room, then staged ones.
         candidates = tl.where((order >= _STAGED) == (num_cold >= room), order, _NEVER)
         lowest = tl.min(candidates, 0)
         if (lowest == _NEVER) & (num_cold < room):
-            # Nothing is cold: from now on staged ones alone.
+            # Nothing is cold: only staged ones from now on.
             room = num_cold
             lowest = tl.min(tl.where(order >= _STAGED, order, _NEVER), 0)
         if (lowest != _NEVER) & (num_taken < num_absent):

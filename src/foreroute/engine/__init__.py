@@ -1,1 +1,1 @@
-"""How is one MoE layer computed? The step that a token takes, and the pool of experts that it takes them from."""
+"""The step that computes one MoE layer, and the pool of experts it uses."""

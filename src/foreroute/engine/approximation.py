@@ -1,4 +1,4 @@
-"""The policies of a loaded model as its step asks for them: what is waited for, what is substituted by what."""
+"""Apply a loaded model's policies in its step: which misses to wait for, and what to substitute for the others."""
 
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -11,36 +11,36 @@ from foreroute.predict.base import Predictor, RouterSample, TokenGuess
 
 
 class Tap(Protocol):
-    """Catches the residual stream of the step at hand."""
+    """Captures the residual stream of the current step."""
 
     def __call__(self, layer: int) -> torch.Tensor | None:
-        """[tokens, hidden] of MoE layer `layer` after its attention, while that is the latest."""
+        """Return the residual [tokens, hidden] after attention of MoE layer `layer`, if it is the latest captured."""
         ...
 
     def remove(self) -> None:
-        """Stop catching."""
+        """Stop capturing."""
         ...
 
 
 class WideningGuesses(Protocol):
-    """What is fetched early, and may be more of it where some misses are not waited for."""
+    """A prefetch source that may guess more experts when some misses are not waited for."""
 
     without_waiting: bool
 
 
 class Approximation:
-    """Everything that a policy other than exact needs, and the policies that hold now.
+    """The current policies, and what those other than exact need.
 
     Args:
-        make_vectors: per MoE layer [experts, hidden] default vectors in the compute dtype; None where nothing may be
+        make_vectors: makes per MoE layer [experts, hidden] default vectors in the compute dtype, None where none may be
             substituted. Called when a policy first needs them: exact decoding takes no memory for them.
-        make_paper: what guesses the next layer's route for `paper`; likewise.
-        make_tap: begins to catch the residual stream, which `paper` alone reads.
-        why_not: why a policy cannot be had, by its name; empty when all can.
-        guesses: what is fetched early; it is told when some misses are not waited for.
+        make_paper: makes the predictor of the next layer's route for `paper`; likewise.
+        make_tap: begins to capture the residual stream, which only `paper` reads.
+        why_not: policy name -> why this model cannot use it; empty when it can use all.
+        guesses: the prefetch source; its `without_waiting` is set when some misses are not waited for.
 
     Attributes:
-        policies: that hold now. is_exact: they all wait for everything; asked in every layer.
+        policies: the current ones. is_exact: they all wait for every miss; read in every layer.
     """
 
     def __init__(
@@ -62,10 +62,10 @@ class Approximation:
         self.is_exact = True
 
     def set(self, policies: Sequence[Policy]) -> None:
-        """From the next step on: one policy for every row, or one per row of the batch.
+        """Set the policies from the next step on: one for all rows, or one per row of the batch.
 
         Raises:
-            PolicyError: one of them cannot be had with this model; nothing has been changed.
+            PolicyError: this model cannot use one of them; nothing has been changed.
         """
         if not policies:
             raise PolicyError("No policy is given. Give one, or one per row of the batch.")
@@ -88,7 +88,7 @@ class Approximation:
             self._guesses.without_waiting = stands_in
 
     def check(self, policy: Policy) -> None:
-        """Whether the policy can be had with this model.
+        """Check that this model can use the policy.
 
         Raises:
             PolicyError: it cannot; the message says why.
@@ -97,10 +97,10 @@ class Approximation:
             raise PolicyError(f"Policy {policy}: {self._why_not[policy.name]}")
 
     def of_rows(self, num_rows: int) -> Sequence[Policy]:
-        """One per token of a decode step.
+        """Return one policy per row of a decode step.
 
         Raises:
-            PolicyError: there is another number of rows than of policies.
+            PolicyError: the number of rows differs from the number of policies.
         """
         if len(self.policies) == 1:
             return self.policies * num_rows
@@ -119,9 +119,10 @@ class Approximation:
         weights: torch.Tensor,
         is_there: Callable[[int], bool],
     ) -> list[int]:
-        """Those of the step's `keys` that default vectors stand in for, in their order. See `waited_for`.
+        """Return those of `layer`'s `keys`, in order, that are missing and not waited for; else as `waited_for`.
 
-        Layer 0, and a layer without default vectors, waits. Cost: a read-back of the gate weights if a key is missing.
+        Layer 0, and layers without default vectors, wait. Cost: a copy of the gate weights to the host on a miss.
+        routed: per token its expert keys. weights: [tokens, k]. is_there: whether a key is resident.
         """
         policies = self.of_rows(len(routed))
         if layer == 0 or not any(policy.stands_in for policy in policies) or self._vectors[layer] is None:
@@ -133,16 +134,16 @@ class Approximation:
         return [key for key in missing if key not in waited]
 
     def vectors(self, layer: int, experts: Sequence[int]) -> torch.Tensor:
-        """[experts, hidden]: what stands in for these experts of the layer, before their gate weights."""
+        """Return the default vectors [experts, hidden] of these `experts` of `layer`, before gate weights."""
         vectors = self._vectors[layer]
         assert vectors is not None, "nothing stands in for this layer"
         return vectors[list(experts)]
 
     def route(self, layer: int, ids: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The route to execute: rows under `paper` take the guess made one layer before; layer 0 its router's.
+        """Return the route to execute: for rows under `paper` the guess made one layer before, else the router's.
 
         Args and returns:
-            ids, weights: [tokens, k].
+            ids, weights: [tokens, k], of `layer`.
         """
         made, self._guess = self._guess, None
         if made is None or made[0] != layer or len(made[1].ids) != len(ids):
@@ -152,10 +153,9 @@ class Approximation:
         return torch.where(replaced, guess.ids, ids), torch.where(replaced, guess.weights.to(weights.dtype), weights)
 
     def see(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> TokenGuess | None:
-        """What the layer executes of a decode step; under `paper` its guess is the next layer's route.
+        """Under `paper`, guess the next layer's route from `layer`'s in a decode step, and return it; else None.
 
-        Returns:
-            That guess, if it was made.
+        hidden: [tokens, hidden]. ids, weights: [tokens, k].
         """
         if self._paper is None or self._tap is None:
             return None

@@ -1,13 +1,13 @@
-"""How a prompt is cut into the chunks that are computed at once."""
+"""Split a prompt into chunks."""
 
 import torch
 
 
 def split_prompt(ids: torch.Tensor, chunk: int | None) -> list[torch.Tensor]:
-    """`ids` [1, tokens] in chunks of `chunk` tokens and a rest.
+    """Split `ids` [1, tokens] into chunks of `chunk` tokens and a remainder.
 
-    A rest of a single token takes one from the chunk before: a loop that announces no step, and whose steps are guessed
-    from their shape, would have it taken for a decoded one. So chunks are the same in every loop, and their bits too.
+    A remainder of one token takes one more from the chunk before: a loop that announces no steps has their phase
+    inferred from their shape, and one token would count as decode. So every loop has the same chunks and bits.
     """
     num_tokens = ids.shape[1]
     if chunk is None or num_tokens <= chunk:

@@ -1,21 +1,21 @@
-"""Many tokens at once: the experts that a chunk needs pass by in ascending order, each read once.
+"""Stream the experts that a prompt's chunk needs through the pool in ascending order, reading each once.
 
-What the pool holds is used where it is. What it lacks goes to slots that are free, and then through a small ring of
-borrowed ones, so that a long prompt does not push out the experts that decoding lives on.
+Resident experts are used in place. Missing ones are read into free slots, and then through a small ring of borrowed
+slots, so that a long prompt does not evict the experts that decoding needs.
 """
 
 from collections.abc import Sequence
 
 from foreroute.engine.pool import ExpertPool
 
-# Reads kept in flight ahead of the maths: more hide no more, they only take slots.
+# Reads kept in flight ahead of compute: more would hide no more time, and only take slots.
 _RING_SLOTS = 4
 
 
 class ExpertStream:
-    """The experts `keys` (ascending) of one layer: ask for their slots in that order, then `close`.
+    """Slots of one layer's experts `keys` (ascending): call `slot_of` in that order, then `close`.
 
-    At most one expert is lent at a time: asking for the next one gives the previous one back.
+    Only one expert is held at a time: asking for the next one releases the previous one.
     """
 
     def __init__(self, pool: ExpertPool, layer: int, keys: Sequence[int]) -> None:
@@ -28,10 +28,10 @@ class ExpertStream:
         self._top_up()
 
     def slot_of(self, key: int) -> int:
-        """The slot of expert `key`; blocks until its bytes are there.
+        """Return the slot of expert `key`; blocks until it is loaded.
 
         Raises:
-            ReadError, ChecksumError: they could not be read.
+            ReadError, ChecksumError: it could not be read.
         """
         if key != self._current:
             self._release_current()
@@ -43,7 +43,7 @@ class ExpertStream:
         return self._ready[key]
 
     def close(self) -> None:
-        """Give every slot back, after the reads into them have ended."""
+        """Wait for the reads to end, then return all borrowed slots and release pinned experts."""
         self._release_current()
         self._pool.give_back(list(self._ring))
         self._pool.release([key for key, slot in self._ready.items() if slot not in self._ring])
@@ -58,7 +58,7 @@ class ExpertStream:
         self._current = -1
 
     def _top_up(self) -> None:
-        """Start the next reads for which the ring has room."""
+        """Start reads while the ring has free slots."""
         while self._queue and self._free:
             key, slot = self._queue.pop(0), self._free.pop()
             self._waiting[key] = slot

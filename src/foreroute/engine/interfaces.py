@@ -1,4 +1,4 @@
-"""Protocols around the step: what a model asks of its engine, and the predictor, learner and observers it is given."""
+"""Protocols around the step: the engine that a model calls, and the engine's predictor, learner and observers."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,13 +16,12 @@ Phase = Literal["prefill", "decode"]
 
 @dataclass(frozen=True, slots=True)
 class StepInfo:
-    """One forward pass of [num_rows, num_positions] tokens, as the loop that runs it knows it.
+    """One forward pass of [num_rows, num_positions] tokens, as described by the loop that runs it.
 
-    phase: "prefill" computes a prompt or a chunk of one, of a single token too; "decode" one chosen token per row.
-    token_ids: [num_rows, num_positions] int64; None where there are embeddings in their place.
-    padding: [num_rows x num_positions] bool, which positions are padding: no expert computes them, and nothing is
-        learnt from them. None where there is none.
-    is_start: nothing was computed before it.
+    phase: "prefill" computes a prompt or a chunk of one, even of one token; "decode" one new token per row.
+    token_ids: [num_rows, num_positions] int64; None when embeddings are given instead.
+    padding: [num_rows x num_positions] bool, True at padding, which experts and learner skip; None: no padding.
+    is_start: no step precedes it in its sequence.
     """
 
     phase: Phase
@@ -36,27 +35,27 @@ class StepInfo:
     def of(
         cls, phase: Phase, token_ids: torch.Tensor, padding: torch.Tensor | None = None, *, is_start: bool = False
     ) -> "StepInfo":
-        """The step that computes `token_ids` [rows, positions]."""
+        """Make the `phase` step of `token_ids` [rows, positions]; padding [rows x positions], is_start as above."""
         num_rows, num_positions = token_ids.shape
         return cls(phase, num_rows, num_positions, token_ids, padding, is_start)
 
     @property
     def is_prefill(self) -> bool:
-        """A prompt, or a chunk of one, is computed."""
+        """Whether the step computes a prompt, or a chunk of one."""
         return self.phase == "prefill"
 
     @property
     def num_tokens(self) -> int:
-        """Positions that are no padding. Cost: a read-back where there is padding."""
+        """Number of positions without padding. Cost: a copy from device to host if there is padding."""
         num_padding = 0 if self.padding is None else int(self.padding.sum())
         return self.num_rows * self.num_positions - num_padding
 
 
 class MoeEngine(Protocol):
-    """What a loaded model asks of its engine: `MoeStep` on the host, `DeviceTier` on a device that pages for itself.
+    """The engine of a loaded model: `MoeStep` on the host, `DeviceTier` on a GPU that pages for itself.
 
     Attributes:
-        policies: what decoding waits for. governor: decides how much is prefetched; None where nobody does.
+        policies: how decoding treats misses. governor: decides how much is prefetched; None: not governed.
     """
 
     @property
@@ -67,11 +66,11 @@ class MoeEngine(Protocol):
 
     @property
     def is_prefill(self) -> bool:
-        """The step at hand, or the last one, is a prompt's."""
+        """Whether the current (or last) step computes a prompt."""
         ...
 
     def begin_step(self, info: StepInfo) -> None:
-        """A forward pass begins.
+        """Begin a forward pass.
 
         Raises:
             PolicyError: policies were set for another number of rows.
@@ -79,59 +78,59 @@ class MoeEngine(Protocol):
         ...
 
     def compute(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """The routed experts' weighted sum [tokens, hidden] for MoE layer `layer`.
+        """Compute the weighted sum [tokens, hidden] of the routed experts of MoE layer `layer`.
 
         Args:
             hidden: [tokens, hidden]. weights: [tokens, k].
-            ids: [tokens, k] int64; those that are no expert of the layer are ignored.
+            ids: [tokens, k] int64; those out of the layer's range are ignored.
         """
         ...
 
     def snapshot(self) -> EngineStats:
-        """A copy of all counts since the model was loaded."""
+        """Return a copy of all counts since the model was loaded."""
         ...
 
     def close(self) -> None:
-        """Stop the readers and free the pool; the model's experts can no longer be computed."""
+        """Stop the readers and free the pool; experts cannot be computed afterwards."""
         ...
 
 
 class PrefetchSource(Protocol):
-    """Guesses the experts of the MoE layer after `layer` from what crosses the seam there, as plain lists."""
+    """Guesses the experts of the next MoE layer from one layer's router input and routing, as plain lists."""
 
     def guess(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Sequence[int]:
-        """Expert indices of MoE layer `layer + 1`, distinct, best first; empty when there is nothing to say.
+        """Return expert ids of MoE layer `layer + 1`, distinct, best first; empty without a guess.
 
-        hidden: [tokens, hidden], the router's input. ids, weights: [tokens, k], its answer.
+        hidden: [tokens, hidden], the router's input. ids, weights: [tokens, k], its routing.
         """
         ...
 
     def guess_first(self, token_ids: torch.Tensor) -> Sequence[int]:
-        """Expert indices of MoE layer 0 for the step's `token_ids` [tokens], as above."""
+        """Return expert ids of MoE layer 0 for the step's `token_ids` [tokens], as above."""
         ...
 
     def see_first(self, hidden: torch.Tensor, num_rows: int) -> None:
-        """The router input of MoE layer 0, [rows x positions, hidden], of every step."""
+        """Take the router input `hidden` [num_rows x positions, hidden] of MoE layer 0, in every step."""
         ...
 
 
 class OnlineLearner(Protocol):
-    """Improves guesses with the routing that passes by, in the time that compute waits for bytes."""
+    """Trains the predictor on the run's routing, while compute waits for reads."""
 
     def see(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> None:
-        """A layer's routing is known; arguments as of `PrefetchSource.guess`."""
+        """Take `layer`'s routing: hidden [tokens, hidden], the router's input; ids, weights [tokens, k]."""
         ...
 
     def work(self) -> bool:
-        """Do a little; False when there is nothing to do."""
+        """Do one short unit of work; False when there is none."""
         ...
 
     def pause(self) -> None:
-        """Guesses are switched off: learn nothing until `resume`."""
+        """Learn nothing until `resume`, as prefetch is off."""
         ...
 
     def resume(self) -> None:
-        """Guesses are wanted again; nothing happens where they were not switched off."""
+        """Learn again; does nothing unless paused."""
         ...
 
     def close(self) -> None:
@@ -140,37 +139,37 @@ class OnlineLearner(Protocol):
 
 
 class StepObserver:
-    """Is told what the engine does, by the engine's thread and as it happens; a subclass overrides what it wants.
+    """Callbacks for what a step does, called on the engine's thread as it happens; subclasses override some.
 
-    An observer must change nothing, and an error that it raises breaks the step off. Keys are expert keys.
+    An observer must change nothing, and an error that it raises ends the step. Keys are expert keys.
     """
 
     def begin_step(self, info: StepInfo) -> None:
         """A forward pass begins."""
 
     def begin_layer(self, layer: int, routed: Sequence[Sequence[int]], weights: torch.Tensor) -> None:
-        """A MoE layer begins. routed: per token its expert keys, negative where none. weights: [tokens, k]."""
+        """MoE layer `layer` begins. routed: per token its expert keys, negative: none. weights: [tokens, k]."""
 
     def looked_up(self, hits: Sequence[int], in_flight: Sequence[int], misses: Sequence[int]) -> None:
-        """Demanded keys: resident, being read already, absent. More than once where some arrive in the end."""
+        """Demanded keys: hits, in_flight (late hits), misses. Called again for those that arrive before substitute."""
 
     def substituted(self, keys: Sequence[int]) -> None:
-        """Default vectors took the place of these demanded experts."""
+        """These demanded experts were substituted."""
 
     def guessed(self, layer: int, experts: Sequence[int]) -> None:
-        """These experts of `layer` are expected, best first; those that are absent are prefetched."""
+        """These experts of `layer` were guessed, best first; those that are absent are prefetched."""
 
     def deferred(self, keys: Sequence[int]) -> None:
-        """Deferred loads of these experts, which had been substituted, were queued."""
+        """Deferred loads of these substituted experts were queued."""
 
     def arrived(self, completions: Sequence[Completion]) -> None:
-        """These reads are over."""
+        """These reads have completed or failed."""
 
     def stalled(self, began_s: float, ended_s: float) -> None:
-        """Compute waited for bytes between these readings of the engine's clock."""
+        """Compute waited for reads from `began_s` to `ended_s` of the engine's clock."""
 
     def governed(self, share: float, why: str) -> None:
-        """From now on this share of the full width is guessed."""
+        """The governor prefetches this `share` of the full width from now on; `why` in one word."""
 
     def end_layer(self) -> None:
         """The layer's experts have been computed."""

@@ -1,8 +1,8 @@
 """The forward pass of one MoE layer: use resident experts, load missing ones, prefetch for the next layer.
 
-Read `_compute_pinned` first: that is a decoded token. Outputs are added up in ascending expert id, which is the order
-of transformers' eager experts and so gives its bits. Prompts, and steps whose demand is larger than the pool, take the
-other way (`_compute_streamed`): their experts pass by one after the other.
+Read `_compute_pinned` first: it computes a decoded token. Outputs are summed in ascending expert id, the order of
+transformers' eager experts, for the same bits. Prompts, and steps that demand more experts than the pool holds, take
+`_compute_streamed`: their experts pass through the pool one after the other.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,17 +25,17 @@ class MoeStep:
     """The engine of one loaded model: a `MoeEngine` that runs on the host. Built by loading/load.py.
 
     Args:
-        kernels: per MoE layer, what computes its experts.
-        policies: what decoding waits for.
-        learner: sees every routing and works while compute waits; None where there is nothing to learn.
+        kernels: one per MoE layer; computes its experts.
+        policies: how decoding treats misses.
+        learner: sees every routing and trains while compute waits; None learns nothing.
         free_slots: frees the pool's memory, after the readers have stopped.
         hits_first: compute resident experts while the others are read; False waits for all of them first.
-        prefill_guesses_from: routed tokens per expert of a layer from which prompts prefetch too: 0 always.
+        prefill_guesses_from: routed tokens per expert of a layer from which prompts prefetch too; 0: always.
 
     Attributes:
-        is_prefill: the step at hand, or the last one, is a prompt's.
-        routing_listener, expert_listener: are shown each layer's routing, and the outputs of streamed experts; None,
-            and free, until somebody listens. They must change nothing.
+        is_prefill: whether the current (or last) step computes a prompt.
+        routing_listener, expert_listener: called with each layer's routing, and with the outputs of streamed experts;
+            None by default. They must change nothing.
     """
 
     def __init__(
@@ -62,20 +62,20 @@ class MoeStep:
         self._prefill_guesses_from = prefill_guesses_from
         self._info = StepInfo("decode", 1, 1)
         self.is_prefill = False
-        # Still True where a step begins: the one before was cut off, by an error or by Ctrl-C, between any two lines.
+        # Still True when a step begins: the one before was interrupted by an error or Ctrl-C, at any line.
         self._is_mid_step = False
-        # A step's whole demand must fit beside the prefetches that are in flight.
+        # A step's whole demand must fit beside the prefetches in flight.
         self._most_pinned = pool.residency.num_slots - pool.residency.staging_slots
         if learner is not None:
             pool.idle_work = learner.work
 
     @property
     def governor(self) -> Governor | None:
-        """Decides how much is prefetched; None where nobody does."""
+        """The current governor of prefetch; None when prefetch is not governed."""
         return self.prefetcher.governor
 
     def begin_step(self, info: StepInfo) -> None:
-        """A forward pass begins.
+        """Begin a forward pass.
 
         Raises:
             PolicyError: policies were set for another number of rows.
@@ -90,15 +90,15 @@ class MoeStep:
         self._is_mid_step = False
 
     def compute(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """The routed experts' weighted sum for MoE layer `layer`.
+        """Compute the weighted sum of the routed experts of MoE layer `layer`.
 
         Args:
             hidden: [tokens, hidden]. weights: [tokens, k].
-            ids: [tokens, k] int64; those that are no expert of the layer are ignored.
+            ids: [tokens, k] int64; those out of the layer's range are ignored.
         Returns:
             [tokens, hidden], in `hidden`'s dtype.
         Raises:
-            ReadError, ChecksumError: an expert could not be read; the model is usable, its pool starts over.
+            ReadError, ChecksumError: an expert could not be read; the model stays usable, and its pool is emptied.
         """
         pool, padding = self.pool, self._info.padding
         if self._is_mid_step:
@@ -106,7 +106,7 @@ class MoeStep:
         self._is_mid_step = True
         if padding is not None:
             ids = ids.masked_fill(padding[:, None], pool.keys.widths[layer])
-        # The one read-back of the layer.
+        # The layer's only copy from device to host.
         routed = pool.keys.keys_of(layer, ids.tolist())
         if pool.observers:
             pool.begin_layer(layer, routed, weights)
@@ -120,11 +120,11 @@ class MoeStep:
         return total
 
     def snapshot(self) -> EngineStats:
-        """A copy of all counts since the model was loaded."""
+        """Return a copy of all counts since the model was loaded."""
         return self.pool.snapshot()
 
     def close(self) -> None:
-        """Stop the readers and free the pool; the model's experts can no longer be computed."""
+        """Stop the readers and free the pool; experts cannot be computed afterwards."""
         if self.learner is not None:
             self.learner.close()
         try:
@@ -135,7 +135,7 @@ class MoeStep:
             self._free_slots()
 
     def _show(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> None:
-        """What the layer's router chose, to all who listen or learn."""
+        """Pass the layer's routing to the listener, the learner and the predictor."""
         if self.routing_listener is not None:
             self.routing_listener(layer, hidden, ids, weights)
         if self._info.padding is not None:
@@ -176,13 +176,13 @@ class MoeStep:
         weights: torch.Tensor,
         policies: Approximation | None,
     ) -> torch.Tensor:
-        """Every expert that the layer waits for is pinned at once, and computed as it arrives."""
+        """Pin all experts that the layer waits for at once, and compute each as it arrives."""
         pool, absent = self.pool, list[int]()
         if policies is not None:
             absent = policies.not_waited_for(layer, keys, routed, weights, pool.residency.contains_ready)
             keys = [key for key in keys if key not in absent]
         ready, waiting = pool.demand(layer, keys)
-        # Demand first: a guess must never delay a needed copy.
+        # Demand first: a prefetch must never delay a needed read.
         self._prefetch_next(layer, hidden, ids, weights, policies)
         while waiting and not self._hits_first:
             ready += pool.wait(waiting)
@@ -205,7 +205,7 @@ class MoeStep:
         weights: torch.Tensor,
         policies: Approximation | None,
     ) -> None:
-        """Guess the next layer's experts; where its route is fixed already (`paper`), prefetch these."""
+        """Prefetch for the next layer: its guessed experts, or its route where that is fixed already (`paper`)."""
         route = None if policies is None else policies.see(layer, hidden, ids, weights)
         if route is None:
             self.prefetcher.guess_next(layer, hidden, ids, weights)
@@ -215,11 +215,11 @@ class MoeStep:
     def _compute_streamed(
         self, layer: int, keys: list[int], hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
-        """The experts pass by in ascending order, each read at most once."""
+        """Stream the experts in ascending order, reading each at most once."""
         stream = ExpertStream(self.pool, layer, keys)
         width = self.pool.keys.widths[layer]
         if self.is_prefill and int((ids < width).sum()) >= self._prefill_guesses_from * width:
-            # Behind this layer's queued reads: it delays those that the ring asks for later by at most itself.
+            # Queued behind this layer's reads: it delays those that the ring asks for later by one read at most.
             self.prefetcher.guess_next(layer, hidden, ids, weights)
         total = self.kernels[layer].stream(stream, keys, hidden, ids, weights, self.expert_listener)
         stream.close()
@@ -227,6 +227,6 @@ class MoeStep:
 
 
 def _distinct(routed: Sequence[Sequence[int]]) -> list[int]:
-    """The keys that any token is routed to, ascending; negative ones are no expert."""
+    """Return the distinct keys that any token is routed to, ascending; negative ones (no expert) are left out."""
     keys = sorted(set(routed[0]) if len(routed) == 1 else {key for row in routed for key in row})
     return keys if not keys or keys[0] >= 0 else [key for key in keys if key >= 0]

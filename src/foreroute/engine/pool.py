@@ -1,7 +1,7 @@
 """The pool of experts: slots, reads, counts, observers and clock of one loaded model. Read `demand` and `wait` first.
 
-A change of an expert's place is four things: the residency's state, a request to a reader, a count, and a line to the
-observers. They happen here together, and nowhere else; who needs an expert asks the pool.
+Moving an expert takes four updates: the residency's state, a request to a reader, a count, and a call of each observer.
+They are made here together, and only here: all other code asks the pool for experts.
 """
 
 import copy
@@ -21,18 +21,18 @@ from foreroute.types import ExpertKeys
 
 
 class ExpertPool:
-    """Where every expert is, and all that moves it. One thread at a time, but for adding and removing observers.
+    """Track which experts are resident, and load, pin and evict them. Not thread-safe, but for add/remove_observer.
 
     Args:
         keys: of the model's experts. key_nbytes: stored bytes of each expert, by its key.
-        residency, transfer: the pool's own from now on.
+        residency, transfer: owned by the pool from now on.
         keeps_across_tokens: False evicts every expert after its layer (on-demand loading).
         clock: seconds, monotonic.
 
     Attributes:
-        stats: all counts. phase: those of prefill or decode, whichever runs.
-        observers: are told what happens in the step at hand; empty, and free, until one is added.
-        idle_work: does a little useful work while compute waits for bytes, and returns False when there is none left.
+        stats: all counts. phase: those of the current phase, prefill or decode.
+        observers: called on each event of the current step; empty, and without cost, until one is added.
+        idle_work: does one short unit of work while compute waits for reads; returns False when none is left.
     """
 
     def __init__(
@@ -55,22 +55,22 @@ class ExpertPool:
         self.idle_work: Callable[[], bool] | None = None
         self._key_nbytes = key_nbytes
         self._keeps_across_tokens = keeps_across_tokens
-        # Whoever adds or removes an observer replaces the second; it becomes the first where a step begins.
+        # add_observer and remove_observer change this list alone; `observers` becomes it when the next step begins.
         self._next_observers: tuple[StepObserver, ...] = ()
         self._observers_lock = Lock()
-        # Prefetches for a layer that were queued and that its router has not confirmed or contradicted yet.
+        # Per layer, the queued prefetches that its router has not confirmed or contradicted yet.
         self._guessed: list[list[int]] = [[] for _ in keys.widths]
         # Used and wasted prefetches, as the residency had counted them when they were last added to a phase.
         self._recorded = (0, 0)
-        # Experts that were substituted, and not read since.
+        # Experts that were substituted and not read since.
         self._substituted: set[int] = set()
-        # Of the deferred loads, those that were queued as such; the others were guesses that came too late.
+        # The deferred loads that were queued as such; the others began as prefetches that came too late.
         self._queued_deferred: set[int] = set()
-        # Keys that are read into borrowed slots, of which the residency knows nothing.
+        # Keys being read into borrowed slots, which the residency does not track.
         self._loading_borrowed: set[int] = set()
 
     def begin_step(self, info: StepInfo) -> None:
-        """A forward pass begins: observers come and go here, frequencies decay, finished reads are taken in."""
+        """Begin a forward pass: update the observers, decay frequencies and process finished reads."""
         self.observers = self._next_observers
         self.record_outcomes()
         self.phase = phase = self.stats.prefill if info.is_prefill else self.stats.decode
@@ -84,22 +84,22 @@ class ExpertPool:
             self.residency.drop(self.residency.ready_keys())
 
     def begin_layer(self, layer: int, routed: Sequence[Sequence[int]], weights: torch.Tensor) -> None:
-        """A MoE layer begins; arguments as of `StepObserver.begin_layer`."""
+        """Tell the observers that `layer` begins. routed: per token its expert keys. weights: [tokens, k]."""
         for observer in self.observers:
             observer.begin_layer(layer, routed, weights)
 
     def end_layer(self) -> None:
-        """The layer's experts have been computed."""
+        """Tell the observers that the layer's experts have been computed."""
         for observer in self.observers:
             observer.end_layer()
 
     def demand(self, layer: int, keys: Sequence[int]) -> tuple[list[Placed], dict[int, int]]:
-        """Pin the resident ones of a layer's routed experts, and start to load the others.
+        """Pin the resident experts among `keys`, which `layer` routed to, and start to load the others.
 
         Args:
-            keys: distinct; together they fit the pool beside what is prefetched.
+            keys: distinct; together they fit the pool beside the prefetched experts.
         Returns:
-            ready: (key, slot) of those that can be computed now. waiting: key -> slot of the others, for `wait`.
+            ready: (key, slot) of the pinned experts. waiting: key -> slot of the others, for `wait`.
         """
         hits, in_flight, misses = self.residency.demand(keys)
         self._count_lookup(layer, hits, in_flight, misses)
@@ -112,7 +112,7 @@ class ExpertPool:
         return hits, dict(in_flight + misses)
 
     def wait(self, waiting: dict[int, int]) -> list[Placed]:
-        """Block until at least one of `waiting` is there; those that are get pinned, and leave `waiting`.
+        """Block until at least one expert of `waiting` is loaded; pin those that are, and remove them from `waiting`.
 
         Raises:
             ReadError, ChecksumError: one of them could not be read.
@@ -126,7 +126,7 @@ class ExpertPool:
         return arrived
 
     def pin_arrived(self, keys: Sequence[int]) -> list[Placed]:
-        """Pin those of `keys` that are there by now, without waiting; they count as hits."""
+        """Pin those of `keys` that have been loaded by now, without waiting; they count as hits."""
         residency = self.residency
         if any(residency.state(key) == LOADING for key in keys):
             self.settle()
@@ -140,16 +140,13 @@ class ExpertPool:
         return arrived
 
     def release(self, keys: Sequence[int]) -> None:
-        """These experts have been computed: their slots may be used again."""
+        """Release these experts after they have been computed; they may be evicted again."""
         self.residency.release(keys)
         if not self._keeps_across_tokens:
             self.residency.drop(keys)
 
     def settle(self) -> None:
-        """Take in what the readers have finished, without waiting. A failed prefetch is forgotten.
-
-        If its expert is needed it is demanded again, and fails there if it must.
-        """
+        """Process finished reads, without waiting. A failed prefetch raises only when its demand fails too."""
         if self.transfer.num_in_flight:
             self._settle(self.transfer.completed(), {})
 
@@ -162,12 +159,12 @@ class ExpertPool:
             self.stalled_since(began_s)
 
     def can_prefetch(self, layer: int) -> bool:
-        """Some expert of the layer is neither resident nor loading, and a guess could bring it."""
+        """Whether prefetch is on and some expert of the layer is neither resident nor loading."""
         residency = self.residency
         return residency.staging_slots > 0 and residency.resident_per_layer[layer] < self.keys.widths[layer]
 
     def prefetch(self, layer: int, experts: Sequence[int]) -> None:
-        """Queue reads of guessed experts (distinct, best first), of those that are absent and have room."""
+        """Queue prefetches of `layer`'s guessed `experts` (distinct, best first) that are absent and have room."""
         for observer in self.observers:
             observer.guessed(layer, experts)
         base = self.keys.key(layer, 0)
@@ -178,7 +175,7 @@ class ExpertPool:
         self._guessed[layer].extend(key for key, _ in loads)
 
     def substitute(self, keys: Sequence[int]) -> None:
-        """Default vectors take the place of these absent experts, which are read when there is time."""
+        """Count these absent experts as substituted, and queue deferred loads of them."""
         self.phase.stood_in += len(keys)
         for observer in self.observers:
             observer.substituted(keys)
@@ -186,15 +183,15 @@ class ExpertPool:
             self.defer(keys)
 
     def defer(self, keys: Sequence[int]) -> None:
-        """Read substituted experts behind everything else, the second time: else they might never be resident.
+        """Queue deferred loads of experts that are substituted the second time: else they might never be resident.
 
-        Their second time, not the first: that halves these reads, and costs little, as guesses bring most that recur.
+        The second time, not the first: that halves these reads and costs little, as most that recur are prefetched.
         """
         again = [key for key in keys if key in self._substituted]
         self._substituted.update(keys)
         if not again:
             return
-        # Those for which there is no room now keep their turn.
+        # Those without room now are tried again when they are next substituted.
         loads = self.residency.defer(again)
         self._substituted.difference_update(key for key, _ in loads)
         self._queued_deferred &= self.residency.deferred
@@ -206,7 +203,7 @@ class ExpertPool:
             self._count_deferred(key)
 
     def cancel_mispredicted(self, layer: int, wanted: Collection[int]) -> None:
-        """Withdraw queued prefetches for this layer whose keys its router did not choose."""
+        """Cancel queued prefetches for `layer` whose keys its router did not choose (are not in `wanted`)."""
         guessed = self._guessed[layer]
         for key in guessed:
             if key not in wanted and self.transfer.cancel(key):
@@ -216,7 +213,7 @@ class ExpertPool:
         guessed.clear()
 
     def cancel_queued(self) -> None:
-        """Withdraw every prefetch and deferred load that no reader has begun."""
+        """Cancel every prefetch and deferred load that no reader has started."""
         for layer in range(len(self._guessed)):
             self.cancel_mispredicted(layer, ())
         for key in list(self.residency.deferred):
@@ -228,11 +225,11 @@ class ExpertPool:
     def admit(
         self, layer: int, keys: Sequence[int], most_borrowed: int
     ) -> tuple[list[Placed], dict[int, int], list[int], list[int]]:
-        """Begin a layer whose experts (`keys`, distinct) pass by: withdraw what is queued, and place what fits.
+        """Begin to stream `layer`'s experts (`keys`, distinct): cancel queued reads, and pin or load what fits.
 
         Returns:
             ready: (key, slot), resident and pinned. waiting: key -> slot, loading into slots that were free.
-            rest: keys without a slot. borrowed: up to `most_borrowed` slots for them to pass through.
+            rest: keys without a slot. borrowed: up to `most_borrowed` slots to stream them through.
         """
         residency = self.residency
         in_flight = {key for key in keys if residency.state(key) == LOADING}
@@ -242,7 +239,7 @@ class ExpertPool:
         ready = residency.demand(resident[: max(0, residency.num_slots - most_borrowed)]).hits
         pinned = {key for key, _ in ready}
         absent = [key for key in keys if key not in pinned]
-        # What was being read when the layer began is late, though it is there by now.
+        # Reads in flight when the layer began are late hits, though `drain` has completed them.
         late = [one for one in ready if one[0] in in_flight]
         hits = [one for one in ready if one[0] not in in_flight] if late else ready
         self._count_lookup(layer, hits, late, [(key, -1) for key in absent])
@@ -258,45 +255,45 @@ class ExpertPool:
         return ready, waiting, [key for key in absent if key not in waiting], borrowed
 
     def load_borrowed(self, key: int, slot: int) -> None:
-        """Start to load an expert into a borrowed slot; `wait` tells when it is there."""
+        """Start to load expert `key` into a borrowed `slot`; `wait` returns it once it is loaded."""
         self._loading_borrowed.add(key)
         self._load(key, slot)
 
     def give_back(self, slots: Sequence[int]) -> None:
-        """Return borrowed slots, after the reads into them have ended."""
+        """Wait for the reads into borrowed slots to end, then return `slots`."""
         while self._loading_borrowed:
             self._settle(self.transfer.wait(), {})
         self.residency.give_back(slots)
 
     def add_observer(self, observer: StepObserver) -> None:
-        """Tell this observer what happens, from the next step on; nothing happens where it was added. Any thread."""
+        """Call this observer from the next step on; a second call does nothing. Any thread."""
         with self._observers_lock:
             others = [one for one in self._next_observers if one is not observer]
             self._next_observers = (*others, observer)
 
     def remove_observer(self, observer: StepObserver) -> None:
-        """Tell it no more, from the next step on; nothing happens where it was not added. Any thread."""
+        """Stop calling this observer, from the next step on; does nothing if it was not added. Any thread."""
         with self._observers_lock:
             self._next_observers = tuple(one for one in self._next_observers if one is not observer)
 
     def count_unguessed_step(self) -> None:
-        """The governor has switched guesses off for the step at hand."""
+        """Count a step in which the governor has switched prefetch off."""
         self.phase.unguessed_steps += 1
 
     def governed(self, share: float, why: str) -> None:
-        """The governor has chosen: this share of the full width is guessed from now on."""
+        """Tell the observers that the governor prefetches this `share` of the full width from now on, and `why`."""
         for observer in self.observers:
             observer.governed(share, why)
 
     def stalled_since(self, began_s: float) -> None:
-        """Compute has waited for bytes from then, by the clock, until now."""
+        """Record a stall from `began_s` (by the clock) until now."""
         ended_s = self.clock()
         self.phase.stall_s += ended_s - began_s
         for observer in self.observers:
             observer.stalled(began_s, ended_s)
 
     def record_outcomes(self) -> None:
-        """Add prefetches that were used or wasted since the last call to the phase that runs."""
+        """Add used and wasted prefetches since the last call to the current phase."""
         self._recorded = self._add_outcomes(self.phase)
 
     def _add_outcomes(self, phase: PhaseStats) -> tuple[int, int]:
@@ -306,7 +303,7 @@ class ExpertPool:
         return used, wasted
 
     def snapshot(self) -> EngineStats:
-        """A copy of all counts since the model was loaded. Changes nothing, so that any thread may ask at any time."""
+        """Return a copy of all counts since the model was loaded. Thread-safe, as it changes nothing."""
         stats = copy.deepcopy(self.stats)
         self._add_outcomes(stats.prefill if self.phase is self.stats.prefill else stats.decode)
         stats.read_bytes, stats.read_s = self.transfer.bytes_read, self.transfer.busy_s
@@ -314,7 +311,7 @@ class ExpertPool:
         return stats
 
     def reset(self) -> None:
-        """Empty the pool after a step was broken off: right wherever that was. The counts stay."""
+        """Empty the pool after an interrupted step, whatever line it stopped at. The counts stay."""
         self.transfer.reset()
         self.residency.clear()
         for guessed in self._guessed:
@@ -324,7 +321,7 @@ class ExpertPool:
         self._loading_borrowed.clear()
 
     def close(self) -> None:
-        """Stop the readers, and tell the observers that it is over. A second call does nothing."""
+        """Stop the readers and end the observers. A second call does nothing."""
         self.transfer.close()
         with self._observers_lock:
             observers, self._next_observers = self._next_observers, ()
@@ -365,7 +362,7 @@ class ExpertPool:
         self.transfer.demand(key, slot)
 
     def _next_completions(self) -> Sequence[Completion]:
-        """Block until a reader has finished something; meanwhile the idle work is done, a little at a time."""
+        """Block until a read has completed; meanwhile do idle work, one short unit at a time."""
         while self.idle_work is not None:
             completions = self.transfer.completed()
             if completions:
@@ -375,7 +372,7 @@ class ExpertPool:
         return self.transfer.wait()
 
     def _settle(self, completions: Sequence[Completion], waiting: dict[int, int]) -> list[Placed]:
-        """Take in finished reads; those of `waiting` are pinned, leave it, and are returned."""
+        """Process finished reads; pin those of `waiting`, remove them from it and return them."""
         arrived: list[Placed] = []
         failure: Exception | None = None
         if completions:

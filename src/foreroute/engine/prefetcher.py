@@ -1,4 +1,4 @@
-"""How many of the next layer's experts are prefetched, and which: the predictor's guess within the governor's share."""
+"""Prefetch experts of the next layer: those the predictor guesses, as many as the governor allows."""
 
 from collections.abc import Sequence
 from math import ceil
@@ -13,16 +13,16 @@ from foreroute.predict.governor import Governor
 
 
 class Prefetcher:
-    """Asks the predictor one layer ahead and queues what it says, as much of it as the governor allows.
+    """Ask the predictor one layer ahead and queue prefetches of its guess, as many as the governor allows.
 
     Args:
         predictor: None prefetches nothing.
-        policies: under others than exact, guesses decide what is resident and so the output: these are not governed.
-        governor: None always prefetches all that is guessed.
-        learner: pauses while guesses are switched off, as its cost belongs to them.
+        policies: only exact is governed: under others prefetches decide what is resident, and so the output.
+        governor: None always prefetches the whole guess.
+        learner: pauses while prefetch is off, as its cost is part of prefetch's.
 
     Attributes:
-        share: of the full width, what is prefetched now, 0 to 1.
+        share: current share of the full width that is prefetched, 0 to 1.
     """
 
     def __init__(
@@ -41,13 +41,13 @@ class Prefetcher:
         self._policies = policies
         self._learner = learner
         self._num_layers = len(pool.keys.widths)
-        # One for each number of rows: steps of other batches take other times.
+        # One per number of rows, as step times differ by batch size.
         self._governors: dict[int, Governor] = {}
         self._is_governed = False
         self._began_s = self._stalled_before_s = 0.0
 
     def begin_step(self, info: StepInfo) -> None:
-        """A step begins: choose the share, and prefetch for layer 0 from the tokens of a decode step."""
+        """Choose the step's share, and in decode prefetch for layer 0 from its tokens."""
         self._is_governed = self.governor is not None and not info.is_prefill and self._policies.is_exact
         self.share = 1.0
         if self.governor is not None:
@@ -73,12 +73,12 @@ class Prefetcher:
             (self._learner.resume if self.share else self._learner.pause)()
 
     def see_first(self, hidden: torch.Tensor, num_rows: int) -> None:
-        """The router input of MoE layer 0, [rows x positions, hidden]: what the next guess of it leans on."""
+        """Pass the predictor layer 0's router input `hidden` [num_rows x positions, hidden], for its next guess."""
         if self.predictor is not None:
             self.predictor.see_first(hidden, num_rows)
 
     def guess_next(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> None:
-        """Prefetch for the layer after `layer` by what its router saw and said; as of `PrefetchSource.guess`."""
+        """Prefetch for `layer + 1` from this layer's routing: hidden [tokens, hidden], ids, weights [tokens, k]."""
         predictor, following = self.predictor, layer + 1
         if predictor is None or following >= self._num_layers or not self.share:
             return
@@ -86,19 +86,19 @@ class Prefetcher:
             self.prefetch(following, predictor.guess(layer, hidden, ids, weights))
 
     def prefetch_route(self, layer: int, ids: torch.Tensor) -> None:
-        """Prefetch for `layer` what it is known to route to: `ids` [tokens, width], best first."""
+        """Prefetch `layer`'s experts `ids` [tokens, width], best first, whose route is known."""
         if self._pool.can_prefetch(layer):
             self.prefetch(layer, most_wanted(ids, self._pool.keys.widths[layer]))
 
     def prefetch(self, layer: int, experts: Sequence[int]) -> None:
-        """Queue those of the guessed experts, best first, that are absent: as many of the guess as the share allows."""
+        """Queue prefetches of `layer`'s guessed `experts` (best first) that are absent, within the current share."""
         self._pool.prefetch(layer, experts[: ceil(len(experts) * self.share)])
 
     def end_step(self) -> None:
-        """The last layer has been computed: what the step took is the governor's measure."""
+        """Report the step's time to the governor, after the last layer."""
         governor, pool = self.governor, self._pool
         if governor is None or not self._is_governed or pool.residency.num_free > pool.residency.staging_slots:
-            # While the pool fills, steps take less time each time, whoever guesses.
+            # While the pool fills, steps get faster with or without prefetch.
             return
         waited_s = pool.phase.stall_s - self._stalled_before_s
         if governor.step(pool.clock() - self._began_s, waited_s):

@@ -1,4 +1,4 @@
-"""Counts of a run, while it runs: experts found and fetched, bytes moved, time waited."""
+"""Counters of a run: hits and misses, prefetches, bytes read, stalls."""
 
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -8,17 +8,16 @@ from typing import Any
 class PhaseStats:
     """Counts of one phase (prefill or decode).
 
-    steps: forward passes. tokens: positions computed; padding counts where a batch has it, not where a
-    server fills prompts up.
+    steps: forward passes. tokens: positions computed, with a batch's padding but not that of a server's prompts.
     prefetch_used / prefetch_wasted: prefetched experts that this phase demanded / evicted before any demand.
     hits / late / misses: demanded experts that were resident / in flight / absent.
-    demand_loads: experts read because a router asked. prefetch_loads: experts read on a guess.
+    demand_loads: experts read because a router asked. prefetch_loads: experts read because of a guess.
     layers / stalled_layers: MoE layers computed / those that waited for an expert. Decode alone.
-    first_waited: of the late ones and misses, those of layer 0. Decode alone.
-    stood_in: demanded experts that default vectors substituted; not among hits, late and misses.
-    fill_loads: deferred loads: those of them that were read afterwards.
-    unguessed_steps: decode steps in which the governor had switched guesses off.
-    stall_s: seconds in which compute waited for bytes.
+    first_waited: late hits and misses of layer 0. Decode alone.
+    stood_in: demanded experts that were substituted; not among hits, late and misses.
+    fill_loads: deferred loads of substituted experts.
+    unguessed_steps: decode steps in which the governor had switched prefetch off.
+    stall_s: seconds in which compute waited for reads.
     """
 
     steps: int = 0
@@ -44,16 +43,16 @@ class PhaseStats:
 
     @property
     def hit_rate(self) -> float:
-        """Share of demanded experts that were resident, 0 to 1; late ones are not hits."""
+        """Share of demanded experts that were resident, 0 to 1; late hits do not count."""
         demanded = self.hits + self.late + self.misses + self.stood_in
         return self.hits / demanded if demanded else 0.0
 
 
 @dataclass(slots=True)
 class EngineStats:
-    """Both phases, and the pool's own counts since the last reset.
+    """Counters of both phases, and of the pool since the last reset.
 
-    read_retries: reads that failed for a reason that may pass (an I/O error, a stale handle), and were tried again.
+    read_retries: reads that failed transiently (an I/O error, a stale handle), and were retried.
     """
 
     prefill: PhaseStats = field(default_factory=PhaseStats)
@@ -74,11 +73,11 @@ class EngineStats:
         return self.prefill.prefetch_wasted + self.decode.prefetch_wasted
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain numbers, for --json."""
+        """All counters as a nested dict, for --json."""
         return asdict(self)
 
     def minus(self, earlier: "EngineStats") -> "EngineStats":
-        """The counts between `earlier` and now."""
+        """Return the counts between `earlier` and now."""
         return EngineStats(
             _difference(self.prefill, earlier.prefill),
             _difference(self.decode, earlier.decode),

@@ -1,4 +1,4 @@
-"""The trace file as an observer of the step; what moves experts writes its own lines (transfer/traced.py)."""
+"""An observer that writes the steps to a trace file; transfer/traced.py writes the lines of reads."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ _WEIGHT_DIGITS = 4
 
 
 def header_of(plan: Plan, asked: EngineConfig, table: ExpertTable, fingerprint: str) -> dict[str, Any]:
-    """The fields of a trace's first line: what later readers must know of the model and the engine."""
+    """Return the fields of a trace's first line: the model (`fingerprint`, `table`), its `plan`, the `asked` config."""
     return {
         "version": VERSION,
         "model": plan.folder.rstrip("/").rsplit("/", 1)[-1],
@@ -37,7 +37,7 @@ def header_of(plan: Plan, asked: EngineConfig, table: ExpertTable, fingerprint: 
 
 
 class StepTrace(StepObserver):
-    """Writes each step to a trace file (docs/trace.md): a layer when it is over, the rest at once."""
+    """Writes each step to a trace file (docs/trace.md): a layer's line at its end, all others at once."""
 
     def __init__(self, trace: Trace, keys: ExpertKeys) -> None:
         self._trace = trace
@@ -56,7 +56,7 @@ class StepTrace(StepObserver):
         )  # fmt: skip
 
     def begin_layer(self, layer: int, routed: Sequence[Sequence[int]], weights: torch.Tensor) -> None:
-        """See `StepObserver`."""
+        """See `StepObserver`. weights: [tokens, k]."""
         self._layer = layer
         self._found = {"hits": [], "late": [], "misses": [], "stood_in": []}
         self._open = {"t": self._trace.now(), "layer": layer}

@@ -1,4 +1,4 @@
-"""Default vectors in the place of experts that are absent when the rest of their layer has been computed."""
+"""Substitute default vectors for experts that are still absent after the rest of their layer has been computed."""
 
 from collections.abc import Sequence
 
@@ -10,15 +10,14 @@ from foreroute.kernels.layer import LayerSum
 def substitute_missing(
     pool: ExpertPool, policies: Approximation, layer: int, absent: Sequence[int], output: LayerSum
 ) -> list[int]:
-    """Complete a layer's sum with its `absent` experts, without waiting for any of them.
+    """Add a layer's `absent` experts to its `output` sum, without waiting for any of them.
 
-    Those that arrived while others were computed are used after all: it cost no wait. Default vectors take the place of
-    the rest, which is read later.
+    Those loaded by now are computed after all, as that costs no wait. The others are substituted, with deferred loads.
 
     Args:
-        absent: keys of the layer that are not waited for.
+        pool, policies: of the model. absent: keys of `layer` that the policies do not wait for.
     Returns:
-        The keys that were pinned, and that the caller releases.
+        The keys that were pinned, for the caller to release.
     """
     missing, pinned = list(absent), list[int]()
     while arrived := pool.pin_arrived(missing):

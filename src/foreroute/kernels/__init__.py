@@ -1,1 +1,1 @@
-"""How are experts computed? The maths of one expert or many, on the CPU and on the GPU."""
+"""Compute experts, one or many, on the CPU and on the GPU."""

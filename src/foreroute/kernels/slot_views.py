@@ -1,4 +1,4 @@
-"""Slots as torch tensors: views into the pool's memory, one set per slot and kind of layer, made once."""
+"""View slots as torch tensors over the pool's memory, one set per slot and kind of layer, made once."""
 
 import math as scalar_math
 import mmap
@@ -16,19 +16,19 @@ TORCH_DTYPES = {
 }  # fmt: skip
 
 
-# Experts that are converted may be held converted up to so much, and one of them in any case.
+# Most bytes of experts held converted at once; one expert is always allowed.
 _CONVERTED_BYTES = 2**24
 
 
 class SlotViews:
-    """The parts of whatever expert a slot holds, as tensors over the slot's own bytes.
+    """The parts of the expert that a slot holds, as tensors over the slot's bytes.
 
     Args:
-        memory: the pool, num_slots * slot_bytes long, 4096-byte aligned; kept alive by the views. On a device, a tensor
-            of bytes.
+        memory: the pool, num_slots * slot_bytes long, 4096-byte aligned; kept alive by the views. On a device, a uint8
+            tensor [num_slots * slot_bytes].
         layouts: one per MoE layer.
-        math: one per MoE layer; says how it wants its operands. None takes the parts as they lie.
-        compute_dtype: parts stored in another dtype are converted when asked for, each time.
+        math: one per MoE layer; decides the form of its operands. None takes the parts as stored.
+        compute_dtype: parts stored in another dtype are converted at each call.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class SlotViews:
         ]
 
     def operands(self, layer: int, slot: int) -> tuple[torch.Tensor, ...]:
-        """What the maths of MoE layer `layer` reads of the expert in `slot`, in the compute dtype."""
+        """Return the operands (weights [in, out]) of MoE layer `layer`'s expert in `slot`, in the compute dtype."""
         views = self._views[layer].get(slot)
         if views is None:
             views = self._views[layer][slot] = self._make(layer, slot)
@@ -66,19 +66,19 @@ class SlotViews:
         return tuple(view.to(self._compute_dtype) for view in views)
 
     def most_at_once(self, layer: int) -> int | None:
-        """Experts of MoE layer `layer` whose operands may be held at once: all where they are no copies (None)."""
+        """Number of `layer`'s experts whose operands may be held at once; None: all, as they are views."""
         if self._is_stored_so[layer]:
             return None
         num_values = sum(scalar_math.prod(part.shape) for part in self._layouts[layer].parts)
         return max(1, _CONVERTED_BYTES // (num_values * self._compute_dtype.itemsize))
 
     def as_family(self, layer: int, operands: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        """The family's tensors of an expert with these operands: those themselves, but for a quantised checkpoint."""
+        """Return the family's tensors ([out, in] weights) of an expert of `layer`: `operands`, or dequantised ones."""
         math = self._math[layer]
         return math.family_parts(operands) if isinstance(math, DequantisingMath) else operands
 
     def clear(self) -> None:
-        """Forget all views, so that the pool's memory can go back to the system."""
+        """Drop all views, so that the pool's memory can be freed."""
         for views in self._views:
             views.clear()
         self._memory = None

@@ -1,4 +1,4 @@
-"""Which expert is where: the pool of slots, and the order of eviction.
+"""Track which expert is in which slot, and choose what to evict.
 
 Pure Python: no torch, no threads, no clock.
 """

@@ -1,7 +1,7 @@
 """Belady's bound: the fewest loads that any cache could have made, had it known all demands from the start.
 
-A *step* is what is demanded together (the experts of one layer of one token): all of it is in the pool at once, as
-when the layer is computed. What is evicted is the key whose next step is farthest, never one of the step itself.
+A *step* is a set of keys demanded together (one layer's experts for one token): all are in the pool at once, as when
+the layer is computed. The key whose next step is farthest is evicted, never one of the current step.
 """
 
 from collections.abc import Iterable, Sequence
@@ -11,17 +11,16 @@ from foreroute.errors import BudgetError
 
 
 def belady_misses(demands: Sequence[Iterable[int]], num_slots: int, resident: Iterable[int] = ()) -> list[list[int]]:
-    """Replay demands with an eviction that knows the future.
+    """Replay demands with optimal eviction, which knows the future.
 
     Args:
-        demands: expert keys (any ints) of each step, in order; doubles within a step count once.
+        demands: expert keys (any ints) of each step, in order; duplicates within a step count once.
         num_slots: keys that the pool holds.
-        resident: keys that are in the pool before the first step, at most `num_slots`; none by default. When the first
-            content may be any, the bound is the number of misses less the slots (or 0): the first `num_slots` misses of
-            an empty pool are those that fill it.
+        resident: keys in the pool before the first step, at most `num_slots`; none by default. For the best initial
+            content, the bound is max(0, misses - num_slots): the first `num_slots` misses of an empty pool load it.
     Returns:
-        One list per step: the keys that had to be loaded, in the step's own order. No schedule has fewer in all, with
-        prefetch or without: a guess that comes true is a load like any other.
+        One list per step: the keys that had to be loaded, in the step's order. No schedule has fewer in all, with
+        prefetch or without: a correct prefetch is a load too.
     Raises:
         BudgetError: a step demands more keys than there are slots.
     Cost: O(n log n) in the number of demanded keys.
@@ -32,8 +31,8 @@ def belady_misses(demands: Sequence[Iterable[int]], num_slots: int, resident: It
     first_steps = {key: step for step in reversed(range(len(steps))) for key in steps[step]}
     in_pool = {key: first_steps.get(key, never) for key in resident}
     assert len(in_pool) <= num_slots, f"{len(in_pool)} keys cannot be in {num_slots} slots"
-    # Farthest first. A key that was demanded again has a newer entry. The older ones name steps that have passed, and
-    # those of the step at hand name itself: both are nearer than any key that can be evicted, and never come up.
+    # Farthest first. A key that was demanded again has a newer entry. Its stale ones name past steps, and the current
+    # step's keys name that step: both are nearer than any key that can be evicted, and are never popped.
     farthest = [(-step, key) for key, step in in_pool.items()]
     heapify(farthest)
     misses: list[list[int]] = []
@@ -54,7 +53,7 @@ def belady_misses(demands: Sequence[Iterable[int]], num_slots: int, resident: It
 
 
 def _next_steps(steps: Sequence[Sequence[int]], never: int) -> list[list[int]]:
-    """For each key of each step, the next step that demands it, `never` where none does."""
+    """Return, for each key of each step, the next step that demands it, or `never`."""
     seen: dict[int, int] = {}
     found: list[list[int]] = []
     for step in reversed(range(len(steps))):

@@ -1,15 +1,15 @@
-"""Which resident expert is given up first: LRU, LFU with decay, and by turns.
+"""Eviction policies: LRU, LFU with decay, and by turns.
 
-The first two are one number per expert key, its *score*, that only ever grows; the victim is the lowest score, ties by
-the lowest key. Scores of absent keys are kept, so an expert that comes back remembers how hot it was.
+The first two keep one number per expert key, its *score*, that only ever grows; the victim has the lowest score, ties
+by the lowest key. Scores of absent keys are kept, so an expert that is loaded again has its old score.
 
 A `min()` over the pool would cost milliseconds per token. Instead a heap holds at most one entry per key, with the
-score the key had when it was pushed. A touch changes the score alone; the entry goes stale. Since scores only grow, a
-stale entry is never too high, so it can only surface too early: then it is put back with its current score. What
-surfaces with a score that is still current is the minimum.
+score the key had when it was pushed. A touch changes only the score; the entry goes stale. Since scores only grow, a
+stale entry is never too high, so it can only surface too early: then it is pushed again with its current score. An
+entry that surfaces with a current score is the minimum.
 
 An entry is one int, the score shifted left with the key in the low bits: a heap of ints costs half of one of tuples,
-and the ties are in it. Scores are kept in that form too.
+and ties break by key. Scores are kept in that form too.
 """
 
 from collections.abc import Iterable
@@ -17,18 +17,18 @@ from heapq import heapify, heappop, heappush, heapreplace
 
 from foreroute.residency.order import Eviction
 
-# The worth of a use in LFU scores, in bits: where it starts and where it is scaled back. A use that has decayed to
-# less than 2**-32 of a fresh one may then count for nothing, and its key's turn goes by the key.
+# The weight of a use in LFU scores, in bits: where it starts, and where all are scaled back. A use that has decayed to
+# less than 2**-32 of a new one may then count as 0, and ties go by key.
 _FIRST_USE_BITS = 32
 _LAST_USE_BITS = 96
 
-# `Turns`: what a use is worth that comes a whole round of layers later.
+# `Turns`: the weight of a use that comes a whole round of layers later.
 _ROUND_LATER = 0.6
 _NEVER = float("inf")
 
 
 class _LazyHeap:
-    """Candidates by score; see the module's docstring for why a stale entry is harmless."""
+    """A heap of candidates by score; the module's docstring says why stale entries are harmless."""
 
     __slots__ = ("_entries", "_heap", "_key_bits", "_key_mask", "_listed")
 
@@ -83,13 +83,13 @@ class Lru(_LazyHeap):
             entries[key] = now | key
 
     def tick(self) -> None:
-        """Recency knows no decay."""
+        """Do nothing: recency does not decay."""
 
 
 class Lfu(_LazyHeap):
-    """Least frequently used; each decode step makes every earlier use worth `decay` of what it was worth.
+    """Least frequently used; each step multiplies the weight of every earlier use by `decay`.
 
-    The decay is applied by making the next use worth 1 / decay as much, so that no score has to be lowered.
+    The decay is applied by giving the next use 1 / decay of the weight, so that no score has to be lowered.
 
     Args:
         decay: in [0.5, 1]; 1 counts all uses alike.
@@ -121,7 +121,7 @@ class Lfu(_LazyHeap):
         self._use_in_place = int(use) << self._key_bits
 
     def _scale_back(self, bits: int) -> None:
-        """Divide all scores alike; those that become equal are ordered anew by their keys."""
+        """Divide all scores by 2**bits; those that become equal are ordered by key."""
         listed = [entry & self._key_mask for entry in self._heap]
         self._entries = [
             entry >> (self._key_bits + bits) << self._key_bits | key for key, entry in enumerate(self._entries)
@@ -132,20 +132,20 @@ class Lfu(_LazyHeap):
 
 
 class Turns:
-    """Frequency with decay, as a model runs: layer after layer, each with one turn per step.
+    """LFU with decay, corrected for the order of layers: each has one turn per step.
 
     Scores are those of `Lfu`, with two corrections. An expert that was used at its layer's last turn counts as if it
     had been used `fresh` times more, until the next turn: most reuse is by the next token. And the further off an
-    expert's layer is, the less it counts, a layer that was just passed .6 of the one that comes next. The least goes,
-    ties by the key.
+    expert's layer is, the less it counts: a layer just passed counts .6 of the one that comes next. The lowest is
+    evicted, ties by key.
 
     A heap per layer holds its candidates by score: within a layer the second correction is the same for all. Losing the
-    first lowers a score, so the lower entry is pushed and the old one is passed over when it surfaces. A heap of the
-    layers' lowest, made anew each step, finds the lowest of all.
+    first lowers a score, so the lower entry is pushed, and the old one is skipped when it surfaces. A heap of the
+    layers' lowest, rebuilt each step, finds the lowest of all.
 
     Args:
         keys_per_layer: width of a layer in keys.
-        decay: per step, in [0.5, 1]. fresh: uses that the last turn's count for more.
+        decay: per step, in [0.5, 1]. fresh: extra uses that a use at the last turn counts as.
     Cost: a victim O(log n), amortised; a touched key O(log n); a step O(layers).
     Source: measured on the traces of three trained models (benchmarks/eviction_study.py).
     """
@@ -172,19 +172,19 @@ class Turns:
         self._entries = list(range(num_keys))  # every score is 0
         self._listed = bytearray(num_keys)
         self._heaps: list[list[int]] = [[] for _ in range(num_layers)]
-        self._lowest: list[float] = [_NEVER] * num_layers  # per layer: nothing there counts for less
-        self._order: list[tuple[float, int]] = []  # the same, lowest first; what has changed since is passed over
+        self._lowest: list[float] = [_NEVER] * num_layers  # per layer: a lower bound of its scores
+        self._order: list[tuple[float, int]] = []  # the same, lowest first; stale entries are skipped
         self._is_passed = bytearray(num_layers)
         self._weights_ahead = [_ROUND_LATER ** (layer / num_layers) for layer in range(num_layers)]
-        # What is in a layer that is passed has gone without a use for a turn more than what is in those to come.
+        # Experts of a passed layer have gone one turn longer without a use than those of layers to come.
         self._weights_passed = [_ROUND_LATER * self._decay * weight for weight in self._weights_ahead]
         self._weights = list(self._weights_ahead)
         self._fresh_keys: list[list[int]] = [[] for _ in range(num_layers)]
-        self._bonus = [0] * num_layers  # what each of them is worth more, as it stands in entries
+        self._bonus = [0] * num_layers  # the extra score of each of them, shifted as in entries
         self._set_use(2.0**_FIRST_USE_BITS)
 
     def touch(self, keys: Iterable[int]) -> None:
-        """These keys were demanded together, resident or not. The first touch in a step is their layer's turn."""
+        """Score these keys, demanded together, resident or not. The first touch in a step is their layer's turn."""
         keys = list(keys)
         if not keys:
             return
@@ -209,7 +209,7 @@ class Turns:
                 fresh.append(key)
 
     def add(self, keys: Iterable[int]) -> None:
-        """These keys may be chosen from now on."""
+        """Make these keys candidates for eviction."""
         listed = self._listed
         for key in keys:
             if not listed[key]:
@@ -217,7 +217,7 @@ class Turns:
                 self._push(key)
 
     def pop(self) -> int:
-        """Remove the coldest candidate and return it, -1 when there is none."""
+        """Remove and return the coldest candidate, -1 if there is none."""
         entries, listed, lowest, key_mask = self._entries, self._listed, self._lowest, self._key_mask
         order = self._order
         while order:
@@ -252,7 +252,7 @@ class Turns:
         return -1
 
     def tick(self) -> None:
-        """One decode step has passed: every layer is to come. Cost: O(layers), amortised."""
+        """Decay the scores and begin a step, with every layer to come. Cost: O(layers), amortised."""
         if self._use > 2.0**_LAST_USE_BITS:
             self._scale_back(_LAST_USE_BITS - _FIRST_USE_BITS)
         self._set_use(self._use / self._decay)
@@ -269,7 +269,7 @@ class Turns:
         self._use_in_place = int(use) << self._key_bits
 
     def _take_turn(self, layer: int, keys: list[int]) -> None:
-        """The layer is passed; those that were used at its last turn are fresh no longer."""
+        """Mark the layer as passed, and take the bonus from keys used at its last turn."""
         self._is_passed[layer] = 1
         self._weights[layer] = self._weights_passed[layer]
         entries, bonus, heap = self._entries, self._bonus[layer], self._heaps[layer]
@@ -281,7 +281,7 @@ class Turns:
         self._fresh_keys[layer] = []
         self._bonus[layer] = self._fresh * self._use_in_place
         if len(heap) > 4 * self._width:
-            # Entries that were passed over in their turn, while nothing had to go.
+            # Stale entries have piled up while nothing was evicted.
             self._rebuild(layer)
         heap = self._heaps[layer]
         self._lowest[layer] = _NEVER
@@ -303,9 +303,9 @@ class Turns:
         heapify(self._heaps[layer])
 
     def _scale_back(self, bits: int) -> None:
-        """Divide all scores alike; those that become equal are ordered anew by their keys."""
+        """Divide all scores by 2**bits; those that become equal are ordered by key."""
         shift = self._key_bits + bits
-        # What a fresh key is without its bonus has to stay what it will be when that goes.
+        # Scale score and bonus apart, so that a fresh key's score without the bonus is exact when that is taken.
         for layer, fresh in enumerate(self._fresh_keys):
             for key in fresh:
                 self._entries[key] -= self._bonus[layer]
@@ -320,7 +320,7 @@ class Turns:
 
 
 def eviction_of(name: str, keys_per_layer: int) -> Eviction:
-    """The eviction that `--eviction NAME` asks for, for layers of that many keys."""
+    """Make the eviction policy `name` (of `--eviction`), for layers of `keys_per_layer` keys."""
     if name == "turns":
         return Turns(keys_per_layer)
     assert name in ("lru", "lfu"), f"no eviction is called {name}"

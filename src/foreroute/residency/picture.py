@@ -1,17 +1,17 @@
-"""A pool as a person reads it: in assertions, errors and debuggers."""
+"""Describe a pool for assertions, errors and debuggers."""
 
 from collections.abc import Collection, Sequence
 
 from foreroute.residency.states import STATE_NAMES
 
-# A picture of more slots than this is not a picture.
+# Above this number of slots, they are counted by state instead of listed.
 _MOST_SLOTS = 32
 
 
 def picture_of(
     num_slots: int, borrowed: Collection[int], slot_of: Sequence[int], state: Sequence[int], prefetched: Collection[int]
 ) -> str:
-    """What every slot holds; for a large pool, how many slots are in which state.
+    """Describe what each of `num_slots` slots holds; for a large pool, count the slots per state.
 
     Args:
         borrowed: slots. slot_of, state: by key; -1 for a key without a slot. prefetched: keys.

@@ -1,8 +1,8 @@
-"""Which expert is in which slot: one global pool over all expert keys. What may happen to a slot: states.py.
+"""Track which expert is in which slot: one global pool over all expert keys. A slot's states: states.py.
 
 A key is *prefetched* from `prefetch` until its first demand. Prefetched keys never take more than `staging_slots`
-slots, so that wrong guesses cannot push out the experts that are known to be hot; they are evicted among themselves,
-oldest first. Only the decode thread calls any of this; readers move bytes and never look here.
+slots, so that wrong guesses cannot evict experts known to be hot; they evict each other, oldest first. Only the decode
+thread uses this module; reader threads never do.
 """
 
 from collections.abc import Iterable, Sequence
@@ -35,24 +35,24 @@ from foreroute.residency.states import (
     NoVictim,
 )  # fmt: skip
 
-# The states of a key are half of the pool's interface.
+# Callers read a key's state, so the states are exported too.
 __all__ = ["FREE", "LOADING", "PINNED", "READY", "IllegalEvent", "LookupResult", "NoVictim", "Residency"]
 
 
 class Residency:
-    """The pool: num_slots slots shared by keys 0..num_keys-1.
+    """The state of the pool: num_slots slots shared by keys 0..num_keys-1.
 
     Args:
         num_slots: slots in the pool.
-        num_keys: expert keys; more than there are experts when layers differ in width.
-        eviction: the order of giving up; reset here, owned by the pool from now on.
+        num_keys: expert keys; more than experts when layers differ in width.
+        eviction: the eviction policy; reset here, owned by the pool from now on.
         staging_slots: the most slots that prefetched, not yet demanded keys may take; 0 turns prefetch off.
         deferred_slots: the most slots that `defer` may have loading at a time; 0 turns deferred loads off.
         keys_per_layer: width of a layer in keys, for `resident_per_layer`; None counts all keys as one layer.
     Attributes (read only):
-        evictions: keys given up so far, prefetched ones too.
+        evictions: keys evicted so far, prefetched ones too.
         prefetch_used: prefetched keys that were demanded while prefetched, loaded already or not.
-        prefetch_wasted: prefetched keys that were loaded, and given up before any demand.
+        prefetch_wasted: prefetched keys that were loaded, and evicted before any demand.
         prefetched_ready: the prefetched keys that are loaded, oldest first.
         resident_per_layer: keys that have a slot, loaded or loading.
         deferred: keys that `defer` has loading.
@@ -83,7 +83,7 @@ class Residency:
         self.clear()
 
     def clear(self) -> None:
-        """Every slot is FREE and nothing is remembered but the counts. Right also when some call was cut off midway."""
+        """Make every slot FREE and forget all but the counts. Safe also after a call was interrupted midway."""
         self._eviction.reset(self.num_keys)
         self._state = [FREE] * self.num_keys
         self._slot_of = [-1] * self.num_keys
@@ -95,18 +95,18 @@ class Residency:
         self.deferred: set[int] = set()
         self.resident_per_layer = [0] * -(-self.num_keys // self._keys_per_layer)
 
-    # The decode step, in the order in which it happens.
+    # The decode step, in order of use.
 
     def demand(self, keys: Sequence[int]) -> LookupResult:
         """Pin resident keys, allocate slots for misses, and update the order of eviction (all keys, hits first).
 
         A miss gets a FREE slot, else that of the coldest READY key that is not prefetched, else that of the oldest
-        prefetched READY key; never that of a key of this demand.
+        prefetched READY key; never that of another demanded key.
 
         Args:
             keys: distinct, none of them PINNED.
         Raises:
-            NoVictim: fewer slots can be had than there are misses; nothing has been changed.
+            NoVictim: fewer slots are FREE or READY than misses need; nothing has been changed.
             IllegalEvent: a key is PINNED; nothing has been changed.
         """
         assert len(set(keys)) == len(keys), f"keys are demanded twice: {keys}"
@@ -135,16 +135,16 @@ class Residency:
         return LookupResult(hits, in_flight, self._load(absent, self._slots_for_demand(len(absent))) if absent else [])
 
     def prefetch(self, keys: Sequence[int]) -> list[tuple[int, int]]:
-        """Allocate slots for those of the guessed keys that have none, and mark these as prefetched.
+        """Allocate slots for guessed keys that have none, and mark these as prefetched.
 
         While fewer than `staging_slots` are prefetched, a key gets a FREE slot, else that of the coldest READY key that
-        is not prefetched; else it takes the place of the oldest prefetched READY key. A guessed key is never evicted
-        for another guess, and one that is prefetched already counts as young again.
+        is not prefetched; after that it evicts the oldest prefetched READY key. A guessed key is never evicted for
+        another of `keys`, and one that is prefetched already becomes the youngest.
 
         Args:
             keys: distinct, best first.
         Returns:
-            (key, slot) that the caller has to load, best first; fewer than asked for when there is no room.
+            (key, slot) that the caller has to load, best first; fewer when there is no room.
         """
         state, prefetched_ready = self._state, self.prefetched_ready
         absent: list[int] = []
@@ -171,10 +171,10 @@ class Residency:
         return loads
 
     def defer(self, keys: Sequence[int]) -> list[tuple[int, int]]:
-        """Allocate slots for keys (distinct, FREE or LOADING) that were demanded and are not waited for.
+        """Allocate slots for deferred loads of keys (distinct, FREE or LOADING) that were demanded and substituted.
 
-        All are touched. A key gets a FREE slot, else that of the coldest READY key that is not prefetched, and enters
-        the pool as demanded ones do; so does a guess that is LOADING, within `deferred_slots`. Returns as `prefetch`.
+        All are touched. A key gets a FREE slot, else that of the coldest READY key that is not prefetched, and counts
+        as demanded; so does a prefetch still LOADING, within `deferred_slots`. Returns as `prefetch`.
         """
         self._eviction.touch(keys)
         loading = [key for key in keys if key in self._prefetched_loading][: self.deferred_slots - len(self.deferred)]
@@ -186,7 +186,7 @@ class Residency:
         return loads
 
     def loaded(self, key: int) -> None:
-        """The key's bytes are in its slot: LOADING -> READY."""
+        """Mark the key as loaded: LOADING -> READY."""
         after = AFTER_LOADED[self._state[key]]
         if after < 0:
             self._refuse(key, LOADED)
@@ -200,7 +200,7 @@ class Residency:
             self._eviction.add((key,))
 
     def pin(self, key: int) -> None:
-        """The key is computed with from now on: READY -> PINNED. Counts as a demand when the key is prefetched."""
+        """Pin the key: READY -> PINNED. Counts as a demand when the key is prefetched."""
         after = AFTER_PIN[self._state[key]]
         if after < 0:
             self._refuse(key, PIN)
@@ -212,7 +212,7 @@ class Residency:
             self.prefetch_used += 1
 
     def release(self, keys: Sequence[int]) -> None:
-        """The keys are no longer computed with: PINNED -> READY."""
+        """Release the keys after compute: PINNED -> READY."""
         state, after_release = self._state, AFTER_RELEASE
         for key in keys:
             after = after_release[state[key]]
@@ -223,19 +223,19 @@ class Residency:
         self._eviction.add(keys)
 
     def cancel(self, key: int) -> None:
-        """The key's load was withdrawn before it started: LOADING -> FREE."""
+        """Free the slot of a key whose load was cancelled before it started: LOADING -> FREE."""
         self._drop_loading(key, CANCEL)
 
     def fail(self, key: int) -> None:
-        """The key's load failed: LOADING -> FREE."""
+        """Free the slot of a key whose load failed: LOADING -> FREE."""
         self._drop_loading(key, FAIL)
 
     def tick(self) -> None:
-        """One decode step has passed: frequencies decay."""
+        """Decay frequencies, once per step."""
         self._eviction.tick()
 
     def drop(self, keys: Sequence[int]) -> None:
-        """Give the keys up at once, whatever their frequency: READY -> FREE. Counts as an eviction."""
+        """Evict the keys at once, whatever their frequency: READY -> FREE."""
         for key in keys:
             self._free.append(self._evict(key))
 
@@ -270,26 +270,26 @@ class Residency:
         return self._slot_of[key]
 
     def contains_ready(self, key: int) -> bool:
-        """True when the key's bytes are there, READY or PINNED."""
+        """Whether the key is loaded: READY or PINNED."""
         return self._state[key] in (READY, PINNED)
 
     def ready_keys(self) -> list[int]:
-        """Keys whose bytes are there and that nobody computes with. Cost: a look at every key."""
+        """Keys that are loaded and not pinned. Cost: O(num_keys)."""
         return [key for key, state in enumerate(self._state) if state == READY]
 
     @property
     def num_free(self) -> int:
-        """Slots that hold nothing."""
+        """Number of FREE slots."""
         return len(self._free)
 
     @property
     def num_resident(self) -> int:
-        """Keys that have a slot, loaded or loading."""
+        """Number of keys that have a slot, loaded or loading."""
         return self.num_slots - len(self._free) - len(self._borrowed)
 
     @property
     def num_prefetched(self) -> int:
-        """Keys that were prefetched and not demanded yet, LOADING or READY."""
+        """Number of prefetched keys not demanded yet, LOADING or READY."""
         return len(self._prefetched_loading) + len(self.prefetched_ready)
 
     def __repr__(self) -> str:
@@ -297,16 +297,16 @@ class Residency:
         picture = picture_of(self.num_slots, self._borrowed, self._slot_of, self._state, prefetched)
         return f"Residency({picture}; {self.num_prefetched}/{self.staging_slots} prefetched)"
 
-    # How slots change hands.
+    # Slot transitions.
 
     def _refuse(self, key: int, event: int) -> NoReturn:
         raise IllegalEvent(f"{EVENT_NAMES[event]} of key {key}, which is {STATE_NAMES[self._state[key]]}: {self!r}")
 
     def _load(self, keys: Iterable[int], slots: Iterable[int]) -> list[tuple[int, int]]:
-        """These FREE slots get the first of these absent keys to load: the pairs."""
+        """Assign `slots` (FREE) to the first of `keys` (absent) as LOADING; return the (key, slot) pairs."""
         state, slot_of, loading = self._state, self._slot_of, FREE_LOAD
         per_layer, keys_per_layer = self.resident_per_layer, self._keys_per_layer
-        # Fewer slots than keys is the case of a guess without room.
+        # Fewer slots than keys: a prefetch without room.
         pairs = list(zip(keys, slots))  # noqa: B905
         for key, slot in pairs:
             state[key] = loading
@@ -323,7 +323,7 @@ class Residency:
         self._free.append(self._vacate(key, after))
 
     def _vacate(self, key: int, after: int) -> int:
-        """The key leaves its slot, which is returned and is not in the list of free ones yet."""
+        """Remove the key from its slot; return the slot, which is not in the free list yet."""
         slot = self._slot_of[key]
         self._state[key] = after
         self._slot_of[key] = -1
@@ -335,7 +335,7 @@ class Residency:
         return [free.pop() for _ in range(min(num_slots, len(free)))]
 
     def _take(self, num_slots: int, kept: Sequence[int] = ()) -> list[int]:
-        """Up to so many slots: FREE ones, then those of the coldest keys."""
+        """Take up to `num_slots` slots: FREE ones, then those of the coldest keys."""
         slots = self._take_free(num_slots) if self._free else []
         return slots + self._give_up_coldest(num_slots - len(slots), kept)
 
@@ -346,10 +346,10 @@ class Residency:
         return slots
 
     def _give_up_coldest(self, num_slots: int, kept: Sequence[int] = ()) -> list[int]:
-        """Evict up to so many of the coldest READY keys that are neither prefetched nor in `kept`; their slots.
+        """Evict up to `num_slots` of the coldest READY keys, neither prefetched nor in `kept`; return their slots.
 
-        Candidates that are PINNED drop out of the order here, and enter it again at their release. So do those that
-        were dropped and are back by a new load or guess; they enter it again when they are loaded or demanded.
+        PINNED candidates leave the eviction order here, and enter it again at their release. So do keys that were
+        dropped and then loaded or prefetched anew; they enter it again once loaded or demanded.
         """
         state, slot_of, prefetched_ready, pop = self._state, self._slot_of, self.prefetched_ready, self._eviction.pop
         per_layer, keys_per_layer = self.resident_per_layer, self._keys_per_layer
@@ -361,7 +361,7 @@ class Residency:
             if key in kept:
                 passed_over.append(key)
                 continue
-            # As _evict does, without a call per key: this is where a miss spends its time.
+            # As _evict does, inlined: this is the hot part of a miss.
             state[key] = READY_EVICT
             slots.append(slot_of[key])
             slot_of[key] = -1
@@ -373,7 +373,7 @@ class Residency:
         return slots
 
     def _evict(self, key: int) -> int:
-        """One READY key goes, prefetched or not; its slot."""
+        """Evict one READY key, prefetched or not; return its slot."""
         after = TABLE[self._state[key]][EVICT]
         if after < 0:
             self._refuse(key, EVICT)
@@ -385,11 +385,11 @@ class Residency:
         return self._vacate(key, after)
 
     def _give_up_prefetched(self) -> int:
-        """Evict the oldest prefetched READY key; its slot. There must be one."""
+        """Evict the oldest prefetched READY key; return its slot. One must exist."""
         return self._evict(next(iter(self.prefetched_ready)))
 
     def _unmark_prefetched(self, ready: Sequence[tuple[int, int]], loading: Sequence[tuple[int, int]]) -> None:
-        """Those of the keys that are prefetched have been demanded: they were worth their prefetch."""
+        """Count the prefetched ones of these demanded keys as used, and unmark them."""
         prefetched_ready, prefetched_loading = self.prefetched_ready, self._prefetched_loading
         num_prefetched = len(prefetched_ready) + len(prefetched_loading)
         for key, _ in ready:

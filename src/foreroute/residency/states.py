@@ -1,4 +1,4 @@
-"""What may happen to a slot. The table is the whole truth; an event that a state does not list raises.
+"""State machine of a slot. An event that the table does not list for a state raises.
 
     state     LOAD      LOADED  PIN     RELEASE  EVICT  CANCEL  FAIL   BORROW    RETURN
     FREE      LOADING   .       .       .        .      .       .      BORROWED  .
@@ -7,9 +7,9 @@
     PINNED    .         .       .       READY    .      .       .      .         .
     BORROWED  .         .       .       .        .      .       .      .         FREE
 
-LOADING: a reader may be writing to it. READY: the bytes are there and may be evicted. PINNED: they are being computed
-with. BORROWED: it holds no expert; prefill uses it as a ring. A LOADING, READY or PINNED slot holds one key, and
-its state is kept with that key; an absent key's state is FREE.
+LOADING: a reader may be writing to it. READY: loaded, may be evicted. PINNED: loaded and in use by compute. BORROWED:
+holds no key of the pool; prefill uses it as a ring. A LOADING, READY or PINNED slot holds one key, and its state is
+kept with that key; an absent key's state is FREE.
 """
 
 from typing import NamedTuple
@@ -30,7 +30,7 @@ TABLE = (
 )
 
 
-# The hot path's columns and cells of it.
+# Columns and cells of the table for the hot path.
 AFTER_LOADED = tuple(row[LOADED] for row in TABLE)
 AFTER_PIN = tuple(row[PIN] for row in TABLE)
 AFTER_RELEASE = tuple(row[RELEASE] for row in TABLE)
@@ -38,15 +38,15 @@ FREE_LOAD, READY_PIN, READY_EVICT = TABLE[FREE][LOAD], TABLE[READY][PIN], TABLE[
 
 
 class IllegalEvent(AssertionError):
-    """A slot was sent an event that its state does not list: our bug, never the user's."""
+    """A slot got an event that its state does not allow: our bug, never the user's."""
 
 
 class NoVictim(AssertionError):
-    """More slots were demanded than can be given up; the caller has to leave room. Nothing has been changed."""
+    """More slots were demanded than can be evicted; the caller has to leave room. Nothing has been changed."""
 
 
 class LookupResult(NamedTuple):
-    """The demanded keys and their slots, as (key, slot).
+    """Demanded keys by what was found, as (key, slot).
 
     hits: were READY and are PINNED now.
     in_flight: were LOADING already; the caller waits for them, then calls `loaded` and `pin`.

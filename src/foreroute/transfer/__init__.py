@@ -1,6 +1,6 @@
-"""Who moves experts: the order of requests, and the threads that read files into slots.
+"""Move experts into slots: the queue of requests, and the threads that read files.
 
-numpy copies, threads read; torch is imported by copier.py alone, and by an arena that is made.
+numpy copies and threads read; only copier.py, and making an arena, import torch.
 """
 
 from foreroute.transfer.base import Completion, Transfer

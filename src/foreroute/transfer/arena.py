@@ -1,7 +1,7 @@
 """Experts in host memory: records side by side in one mapping, pinned where a GPU reads them.
 
-Pinned by registering the mapping, not by a pinned allocation: the latter rounds up to a power of two. A record is as
-long as a slot and starts on a page, so that the disk reads straight into it and a copy to a slot is one copy.
+Pinned by registering the mapping, not by a pinned allocation, which rounds up to a power of two. A record is as long as
+a slot and page-aligned, so that the disk reads straight into it and moving it to a slot is one copy.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from foreroute.units import format_memory
 if TYPE_CHECKING:
     import torch
 
-# cudaHostRegisterPortable | cudaHostRegisterMapped: for every context, and readable by kernels.
+# cudaHostRegisterPortable | cudaHostRegisterMapped: valid in every context, and readable by kernels.
 _REGISTER_FLAGS = 0x1 | 0x2
 # Reads queued at once while the arena is loaded: enough that no reader waits for this thread.
 _READS_AHEAD = 64
 
 
 class Arena:
-    """`num_records` records of `record_bytes` each, zero until they are loaded.
+    """Allocate `num_records` records of `record_bytes` each, zero until they are loaded.
 
     Args:
         record_bytes: a multiple of 4096.
@@ -37,7 +37,7 @@ class Arena:
         tensor: all of them, uint8 [num_records, record_bytes]; the same memory.
 
     Raises:
-        DeviceError: the memory cannot be had or pinned.
+        DeviceError: the memory cannot be allocated or pinned.
     """
 
     def __init__(self, num_records: int, record_bytes: int, *, is_pinned: bool = False) -> None:
@@ -60,11 +60,11 @@ class Arena:
 
     @property
     def address(self) -> int:
-        """Where the first record begins. Of pinned memory, also the address under which a kernel reads it."""
+        """Address of the first record; for pinned memory, a kernel's too."""
         return self.tensor.data_ptr()
 
     def close(self) -> None:
-        """Let go of the memory. Nothing may be reading it. A second call does nothing."""
+        """Free the memory. Nothing may be reading it. A second call does nothing."""
         if self._memory is None:
             return
         if self.is_pinned:
@@ -98,10 +98,10 @@ def _too_large(nbytes: int, verb: str, why: str) -> str:
 
 
 def load_records(disk: Transfer, keys: Iterable[int], progress: Progress = lambda done, total: None) -> None:
-    """Read experts into the records of the same number as their place in `keys`, in parallel.
+    """Read the experts `keys` in parallel, each into the record of its index in `keys`.
 
     Args:
-        disk: fills records; its errors are raised here, after what runs has ended.
+        disk: reads into records; its errors are raised here, after running reads end. progress: (done, of all).
     Raises:
         ReadError, ChecksumError: an expert could not be read.
     """

@@ -1,15 +1,15 @@
-"""What every mover of experts offers to the engine, and how it reports."""
+"""Protocol of a transfer, which reads experts into slots in the background, and of its completions."""
 
 from typing import NamedTuple, Protocol
 
 
 class Completion(NamedTuple):
-    """One request that is over.
+    """One completed or failed request.
 
-    key, slot: the expert and where it went.
+    key, slot: the expert and its slot.
     error: why the slot does not hold the expert, None when it does.
     nbytes: the expert's stored bytes, 0 after an error.
-    begun_s, ended_s: when it was read, by time.perf_counter; 0 where nobody looked.
+    begun_s, ended_s: start and end of the read, by time.perf_counter; 0 when not measured.
     """
 
     key: int
@@ -21,16 +21,16 @@ class Completion(NamedTuple):
 
 
 class Transfer(Protocol):
-    """Fills slots with experts, in the background. All methods are called by one thread, the decode thread.
+    """Reads experts into slots in the background. All methods are called by one thread, the decode thread.
 
-    A request is *in flight* from `demand`, `prefetch` or `fill` until its completion has been handed out, or until a
-    `cancel` that returned True. A key is requested again only after that.
+    A request is *in flight* from `demand`, `prefetch` or `fill` until its completion has been returned, or until a
+    `cancel` that returned True. A key may be requested again only after that.
 
     Attributes:
         bytes_read: bytes read so far, padding to the block size included.
         reads: contiguous ranges read so far.
         busy_s: seconds spent in reading alone, summed over threads.
-        retries: reads that failed for a reason that may pass, and were tried again.
+        retries: reads that failed transiently, and were retried.
     """
 
     @property
@@ -47,41 +47,38 @@ class Transfer(Protocol):
 
     @property
     def num_in_flight(self) -> int:
-        """Requests whose completion has not been handed out yet."""
+        """Number of requests whose completion has not been returned yet."""
 
     def demand(self, key: int, slot: int) -> None:
-        """Fill the slot with the key; somebody waits for it. Served before every prefetch. Does not block."""
+        """Queue a demand load of `key` into `slot`, before all prefetches. Does not block."""
 
     def prefetch(self, key: int, slot: int) -> None:
-        """Fill the slot with the key when no demand is queued. Does not block."""
+        """Queue a prefetch of `key` into `slot`, behind all demand loads. Does not block."""
 
     def fill(self, key: int, slot: int) -> None:
-        """Fill the slot with the key when there is time: nobody needs it now. Does not block."""
+        """Queue a deferred load of `key` into `slot`, behind the others. Does not block."""
 
     def promote(self, key: int) -> None:
-        """A prefetch or fill that has not started becomes the last of the demands; nothing happens to other keys."""
+        """Turn a prefetch or deferred load that has not started into the last demand; ignores other keys."""
 
     def cancel(self, key: int) -> bool:
-        """Withdraw a request. True when it had not started and is gone; else it goes on and completes."""
+        """Cancel a request. True if it had not started and is removed; False if it goes on to complete."""
 
     def completed(self) -> list[Completion]:
-        """Hand out what is over, in the order of completion. Does not block."""
+        """Return finished requests, in order of completion. Does not block."""
 
     def wait(self) -> list[Completion]:
-        """Block until something is over, then hand out all that is. Something has to be in flight."""
+        """Block until a request finishes, then return all finished ones. Something has to be in flight."""
 
     def reset(self) -> None:
-        """Withdraw what has not started, wait for what has, and forget all that is over: nothing is in flight then.
-
-        Right also when an interrupt has left a call half done.
-        """
+        """Cancel what has not started, wait for what has, drop all completions. Safe after an interrupted call."""
 
     def close(self) -> None:
-        """Drop what has not started, finish what has, stop. A second call does nothing."""
+        """Cancel what has not started, finish what has, and stop. A second call does nothing."""
 
 
 class TransferProxy:
-    """A `Transfer` that hands every call on to another one: the base of those that change or watch some of them."""
+    """A `Transfer` that forwards every call to another one: base class of those that change or record some calls."""
 
     def __init__(self, inner: Transfer) -> None:
         self._inner = inner

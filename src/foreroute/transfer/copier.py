@@ -1,10 +1,10 @@
-"""Copies from an arena into slots: in memory, or over a link to a CUDA device on a stream of their own."""
+"""Copy experts from an arena into slots: within host memory, or to a CUDA device on a side stream."""
 
 import torch
 
 
 class MemoryCopier:
-    """Slots in the same memory: a copy is over when it has begun.
+    """Copies into slots in host memory, synchronously.
 
     Args:
         arena: uint8 [records, record bytes]. slots: uint8 [slots, slot bytes], records as long as slots.
@@ -15,28 +15,28 @@ class MemoryCopier:
         self._slots: torch.Tensor | None = slots
 
     def start(self, record: int, slot: int) -> None:
-        """Copy."""
+        """Copy `record` into `slot`."""
         assert self._arena is not None, "the copier is closed"
         assert self._slots is not None, "the copier is closed"
         self._slots[slot].copy_(self._arena[record])
 
     def is_done(self, ticket: None) -> bool:
-        """It is."""
+        """True, as `start` copies synchronously."""
         return True
 
     def wait(self, ticket: None) -> None:
-        """Nothing to wait for."""
+        """Do nothing, as `start` copies synchronously."""
 
     def close(self) -> None:
-        """Let go of the memory."""
+        """Drop the references to the memory."""
         self._arena = self._slots = None
 
 
 class CudaCopier:
-    """Slots on a GPU: cudaMemcpyAsync from pinned memory, on a side stream, an event after each copy.
+    """Copies into slots on a GPU: cudaMemcpyAsync from pinned memory on a side stream, with an event after each copy.
 
-    A slot that was given up may still be read by kernels that wait in the compute stream: a copy starts after all that
-    stands there when it is asked for.
+    Kernels queued in the compute stream may still read an evicted slot: a copy starts after all that is queued there
+    when it is requested.
 
     Args:
         arena: uint8 [records, record bytes], pinned. slots: uint8 [slots, slot bytes] on the device.
@@ -49,7 +49,7 @@ class CudaCopier:
         self._stream = torch.cuda.Stream(slots.device)
 
     def start(self, record: int, slot: int) -> torch.cuda.Event:
-        """Queue the copy and an event behind it."""
+        """Queue a copy of `record` into `slot`; return the event behind it."""
         assert self._arena is not None, "the copier is closed"
         assert self._slots is not None, "the copier is closed"
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
@@ -60,14 +60,14 @@ class CudaCopier:
         return event
 
     def is_done(self, ticket: torch.cuda.Event) -> bool:
-        """Whether the event has passed: kernels that are launched from now on find the bytes."""
+        """Whether the copy is complete, for kernels launched from now on."""
         return bool(ticket.query())
 
     def wait(self, ticket: torch.cuda.Event) -> None:
-        """Block until the event has passed."""
+        """Block until the copy is complete."""
         ticket.synchronize()
 
     def close(self) -> None:
-        """Wait for the stream, and let go of the memory."""
+        """Wait for the stream, and drop the references to the memory."""
         self._stream.synchronize()
         self._arena = self._slots = None

@@ -1,7 +1,7 @@
-"""Bytes from a bounce buffer to their places in a slot, by numpy.
+"""Copy bytes from a bounce buffer to their places in a slot, by numpy.
 
 Never by torch: its first operation in a thread starts a second OpenMP team, which takes the cores from the decode
-thread. numpy lets go of the interpreter lock while it copies; assigning to a memoryview would hold it.
+thread. numpy releases the interpreter lock while it copies; assigning to a memoryview would hold it.
 """
 
 from collections.abc import Iterable
@@ -20,11 +20,11 @@ _TILE = 128
 
 
 def apply_copies(copies: Iterable[Copy], source: Bytes, slot: memoryview) -> None:
-    """Move each copy's bytes.
+    """Perform the copies.
 
     Args:
         copies: within both buffers.
-        source: the bytes of one read, from its first on.
+        source: the bytes of one read, from its start.
         slot: the slot's bytes, writable.
     """
     destination = np.frombuffer(slot, dtype=np.uint8)
@@ -45,13 +45,13 @@ def _copy_strided(copy: Copy, part: Bytes, slot: memoryview) -> None:
     if dtype is None:
         dtype = _WHOLE_ITEM[1]
         shape, strides = (*shape, copy.itemsize), (*strides, 1)
-    # numpy checks the extent of the destination against the slot.
+    # numpy checks that the destination lies within the slot.
     destination = np.ndarray(shape, dtype, buffer=slot, offset=copy.dst_offset, strides=strides)
     source = np.ndarray(shape, dtype, buffer=part)
     if copy.dst_col_stride <= copy.dst_row_stride:
         np.copyto(destination, source)
         return
-    # A transposition in one go misses the cache at every item: tiles take 3.2 ms where that takes 5.5 (6 MB of bf16).
+    # Transposing in one pass misses the cache at every item: tiles take 3.2 ms instead of 5.5 (6 MB of bf16).
     for row in range(0, copy.rows, _TILE):
         for col in range(0, copy.cols, _TILE):
             np.copyto(destination[row : row + _TILE, col : col + _TILE], source[row : row + _TILE, col : col + _TILE])

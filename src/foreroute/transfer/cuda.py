@@ -1,4 +1,4 @@
-"""The GPU's memory: how much is free, and an error that says what did not fit."""
+"""GPU memory: its size and free bytes, and an error that names what did not fit."""
 
 import contextlib
 from collections.abc import Iterator
@@ -9,14 +9,14 @@ from foreroute.errors import DeviceError
 
 
 def memory_of(device: torch.device) -> tuple[int, int]:
-    """Bytes of the GPU: free, and in all."""
+    """Return the GPU's free and total bytes."""
     free, total = torch.cuda.mem_get_info(device)
     return int(free), int(total)
 
 
 @contextlib.contextmanager
 def out_of_memory_named(what: str, advice: str) -> Iterator[None]:
-    """While inside, a GPU that runs out of memory is a DeviceError that says what did not fit, and what to do."""
+    """Turn running out of GPU memory inside the block into a DeviceError with `what` did not fit, and `advice`."""
     try:
         yield
     except torch.OutOfMemoryError as error:

@@ -1,9 +1,9 @@
-"""Experts from files into slots, by O_DIRECT reads in threads.
+"""Read experts from files into slots, by O_DIRECT reads in threads.
 
-A packed record is read straight into its slot. Anything else is read, in whole blocks, into the thread's own bounce
-buffer and copied from there. One read at a time nearly saturates a disk, and more would make an urgent one share it.
-But what was read has to be checked and copied, so there is a finishing thread, which does that while the next expert is
-being read. With nothing left to read the reading thread does it itself, and spares the way through another thread.
+A packed record is read straight into its slot. Anything else is read, in whole blocks, into the thread's bounce buffer
+and copied from there. One read at a time nearly saturates a disk, and more would slow down an urgent one. But each read
+has to be checked and copied: a finishing thread does so while the next expert is being read. With nothing left to read,
+the reading thread does it itself, to save the handover.
 """
 
 import contextlib
@@ -24,18 +24,18 @@ _LOCK_PATIENCE_S = 2.0
 class DiskTransfer:
     """A `Transfer` that reads files.
 
-    Failures travel in the completions and leave the threads alive: ReadError (the disk failed several times in a row,
-    a file is too short or is not what it was), ChecksumError (the bytes are not those that were packed).
+    Failures are reported in the completions, and the threads go on: ReadError (the disk failed several times in a row,
+    a file is too short or has changed), ChecksumError (the bytes are not those that were packed).
 
-    Interrupts: Ctrl-C reaches the decode thread only, the readers go on. In `wait` it leaves everything as it was.
+    Interrupts: Ctrl-C reaches the decode thread only; the readers go on. In `wait` it changes no state.
 
     Args:
-        reads_of: what fills a slot with this key; called by the reading thread.
+        reads_of: a key -> the reads that load it; called by the reading thread.
         slot_memory: a slot's bytes: writable, 4096-byte aligned, a multiple of 4096 long.
-        num_threads: reads at once.
+        num_threads: concurrent reads.
         direct: use O_DIRECT where the files allow it.
         label: a key's name in messages.
-        stamps: the files to be read, as they were when their headers were; opened at once and held to that.
+        stamps: the files to be read, with their state when their headers were read; opened at once, checked against it.
     Raises:
         ReadError: one of those files cannot be opened, or has changed.
     """
@@ -55,13 +55,13 @@ class DiskTransfer:
         self._files = files
         self._queue = TransferQueue()
         self._lock = threading.Lock()  # guards _queue, and is never held during I/O
-        self._num_in_flight = 0  # the decode thread's own
+        self._num_in_flight = 0  # used by the decode thread alone
         self._closed = False
         # One token per request wakes one reader; False ends it. SimpleQueue and a bare lock, not a Condition:
         # Ctrl-C inside a Condition's own Python code can leave its lock taken or released twice.
         self._wake: SimpleQueue[bool] = SimpleQueue()
         self._done: SimpleQueue[Completion] = SimpleQueue()
-        # A free one is taken before the request is chosen: no demand waits behind a guess that was chosen too early.
+        # A free Load is taken before the request is chosen: no demand waits behind a prefetch chosen too early.
         source = Source(files, reads_of, slot_memory, label)
         self._loads = [Load(source) for _ in range(num_threads + 1)]
         self._free: SimpleQueue[Load] = SimpleQueue()
@@ -83,7 +83,7 @@ class DiskTransfer:
 
     @property
     def retries(self) -> int:
-        """Reads that failed for a reason that may pass, and were tried again."""
+        """Reads that failed transiently, and were retried."""
         return self._files.retries
 
     @property
@@ -93,40 +93,40 @@ class DiskTransfer:
 
     @property
     def buffered_paths(self) -> list[str]:
-        """Files that are read through the page cache: all when `direct` is False, else those that refused O_DIRECT."""
+        """Files read through the page cache: all when `direct` is False, else those that refused O_DIRECT."""
         return self._files.buffered_paths
 
     @property
     def num_in_flight(self) -> int:
-        """Requests whose completion has not been handed out yet."""
+        """Number of requests whose completion has not been returned yet."""
         return self._num_in_flight
 
     def demand(self, key: int, slot: int) -> None:
-        """Fill the slot with the key, before every prefetch."""
+        """Queue a demand load of `key` into `slot`, before all prefetches."""
         self._submit(self._queue.demand, key, slot)
 
     def prefetch(self, key: int, slot: int) -> None:
-        """Fill the slot with the key when no demand is queued."""
+        """Queue a prefetch of `key` into `slot`, behind all demand loads."""
         self._submit(self._queue.prefetch, key, slot)
 
     def fill(self, key: int, slot: int) -> None:
-        """Fill the slot with the key when there is time."""
+        """Queue a deferred load of `key` into `slot`, behind the others."""
         self._submit(self._queue.fill, key, slot)
 
     def promote(self, key: int) -> None:
-        """A prefetch or fill that has not started becomes a demand."""
+        """Turn a prefetch or deferred load that has not started into a demand."""
         with self._lock:
             self._queue.promote(key)
 
     def cancel(self, key: int) -> bool:
-        """Withdraw a request; False when its read has started."""
+        """Cancel a request; False when its read has started."""
         with self._lock:
             cancelled = self._queue.cancel(key)
             self._num_in_flight -= cancelled
         return cancelled
 
     def completed(self) -> list[Completion]:
-        """Hand out what is over."""
+        """Return finished requests."""
         completions: list[Completion] = []
         try:
             while True:
@@ -136,14 +136,14 @@ class DiskTransfer:
         return completions
 
     def wait(self) -> list[Completion]:
-        """Block until something is over, then hand out all that is."""
+        """Block until a request finishes, then return all finished ones."""
         assert self._num_in_flight > 0, "nothing is in flight: this would wait for ever"
         first = self._done.get()
         self._num_in_flight -= 1
         return [first, *self.completed()]
 
     def reset(self) -> None:
-        """Withdraw what has not started, wait for what has, and forget all that is over."""
+        """Cancel what has not started, wait for what has, and drop all completions."""
         with self._regained_lock():
             self._queue.clear()
         while self._is_running():
@@ -153,7 +153,7 @@ class DiskTransfer:
         self._num_in_flight = 0
 
     def close(self) -> None:
-        """Drop what has not started, finish what has, join the threads, close the files."""
+        """Cancel what has not started, finish what has, join the threads, close the files."""
         if self._closed:
             return
         with self._regained_lock():
@@ -173,16 +173,16 @@ class DiskTransfer:
     def _submit(self, queue: Callable[[int, int], None], key: int, slot: int) -> None:
         assert not self._closed, "the transfer is closed"
         with self._lock:
-            # The token first: an interrupt between the two leaves a token too many, never a request that sleeps.
+            # The token first: an interrupt between the two leaves a spare token, never a request that no reader sees.
             self._wake.put(True)
             queue(key, slot)
             self._num_in_flight += 1
 
     @contextlib.contextmanager
     def _regained_lock(self) -> Iterator[None]:
-        """The lock, also when an interrupt struck the decode thread between taking it and letting go of it.
+        """Acquire the lock, even if an interrupt hit the decode thread between acquiring and releasing it.
 
-        The other threads hold it for microseconds and never during I/O, so what is held for seconds has lost its owner.
+        Other threads hold it for microseconds and never during I/O, so a lock held for seconds has lost its owner.
         """
         self._lock.acquire(timeout=_LOCK_PATIENCE_S)
         try:
@@ -205,7 +205,7 @@ class DiskTransfer:
             with self._lock:
                 request = self._queue.next()
                 others_wait = len(self._queue) > 0
-            if request is None:  # its token outlived it: it was cancelled
+            if request is None:  # it was cancelled after its token was put
                 continue
             load.read(*request)
             if others_wait and load.needs_finishing:
@@ -224,5 +224,5 @@ class DiskTransfer:
         completion = load.finish()
         with self._lock:
             self._queue.finished(completion.key)
-            # Inside the lock: `reset` relies on it that what does not run any more has been put.
+            # Inside the lock: `reset` relies on every request that no longer runs having been put.
             self._done.put(completion)

@@ -1,4 +1,4 @@
-"""Files opened for O_DIRECT where they allow it, read in whole blocks."""
+"""Read whole blocks of files, with O_DIRECT where a file allows it."""
 
 import errno
 import os
@@ -16,24 +16,24 @@ from foreroute.checkpoint.source_files import (
 )
 from foreroute.errors import ReadError
 
-# The largest block size of common disks and file systems, and the page size that O_DIRECT buffers keep to.
+# The largest block size of common disks and file systems, and the alignment of O_DIRECT buffers.
 BLOCK_BYTES = 4096
 
 
 def round_up(num_bytes: int) -> int:
-    """The next multiple of the block size."""
+    """Round up to a multiple of the block size."""
     return -(-num_bytes // BLOCK_BYTES) * BLOCK_BYTES
 
 
 def round_down(num_bytes: int) -> int:
-    """The last multiple of the block size."""
+    """Round down to a multiple of the block size."""
     return num_bytes // BLOCK_BYTES * BLOCK_BYTES
 
 
 class _OpenFile:
-    """One file's descriptor, read by any thread that has said so; closed and opened again where there are too many.
+    """One file's descriptor, shared by threads counted in `users`; closed and reopened when too many files are open.
 
-    The first open takes the file's stamp where none is given, and every later one holds the file to it.
+    The first open takes the file's stamp unless one is given, and every later one checks the file against it.
     """
 
     def __init__(self, path: str, stamp: FileStamp | None, *, direct: bool) -> None:
@@ -43,7 +43,7 @@ class _OpenFile:
         self.fd = -1
         self.users = 0
         self.last_used = 0
-        self._replaced: list[int] = []  # another thread may still be reading from them
+        self._replaced: list[int] = []  # old descriptors that another thread may still read from
 
     @property
     def num_open(self) -> int:
@@ -62,7 +62,7 @@ class _OpenFile:
             fd, self.stamp = open_as(self.path, self.stamp)
         if self.fd >= 0:
             self._replaced.append(self.fd)
-        # In this order: a thread that finds it buffered finds the descriptor that is.
+        # In this order: a thread that sees is_direct False sees the buffered descriptor too.
         self.fd = fd
         self.is_direct = is_direct
 
@@ -81,20 +81,20 @@ class _OpenFile:
 
 
 class BlockFiles:
-    """Reads whole blocks of files by path. Any thread may call it.
+    """Reads whole blocks of files by path. Thread-safe.
 
-    A file stays open, so that one that is replaced afterwards is read on as it was; after each read it is held against
-    its stamp (some microseconds beside reads of 20 to 1000), so that one that is written over is found out.
-    Where the process may not open so many, those used least lately are closed, and opened again if they are the same.
+    Files stay open, so that one replaced later is still read as it was; after each read a file is checked against its
+    stamp (some microseconds beside reads of 20 to 1000), which detects one that was overwritten. At the process's limit
+    of open files, the least recently used are closed, and reopened if unchanged.
 
     Args:
         direct: try O_DIRECT; a file that refuses it is read through the page cache and listed in `buffered_paths`.
-        stamps: of files that will be read, from when their headers were; each is opened at once. Others are opened at
-            their first read, and taken as they are then.
+        stamps: of files to be read, taken when their headers were read; each is opened at once. Other files are opened,
+            and stamped, at their first read.
     Attributes:
-        retries: reads that failed and were tried again.
+        retries: reads that failed and were retried.
     Raises:
-        ChangedFileError: a file is not its stamp's. ReadError: it cannot be opened.
+        ChangedFileError: a file does not match its stamp. ReadError: it cannot be opened.
     """
 
     def __init__(self, direct: bool, stamps: Mapping[str, FileStamp] | None = None) -> None:
@@ -117,23 +117,23 @@ class BlockFiles:
 
     @property
     def buffered_paths(self) -> list[str]:
-        """Files that are read through the page cache, in the order in which they were first opened."""
+        """Files read through the page cache, in the order of their first open."""
         with self._lock:
             return [path for path, file in self._files.items() if not file.is_direct]
 
     def read(self, path: str, offset: int, block: memoryview, needed: int) -> int:
-        """Fill a buffer from a file.
+        """Read from a file into a buffer.
 
         Args:
             path: the file.
             offset: where to begin, a multiple of the block size.
             block: 4096-byte aligned, its length a multiple of that.
-            needed: how many bytes of it have to be there; the rest may lie beyond the end of the file.
+            needed: bytes that must be read; the rest of `block` may lie beyond the end of the file.
         Returns:
             Bytes read, at least `needed`.
         Raises:
-            ChangedFileError: the file is not what it was. ReadError: it ends before that.
-            OSError: the file system's own, of the last attempt where it may have passed.
+            ChangedFileError: the file has changed. ReadError: it ends before `needed` bytes.
+            OSError: of the file system; if transient, of the last attempt.
         """
         file = self._begin_use(path)
         try:
@@ -144,7 +144,7 @@ class BlockFiles:
                     check_stamp(file.fd, path, file.stamp)
                     raise ReadError(f"the file ends at byte {offset + filled}, {needed - filled} bytes too early")
                 filled = start + num_bytes
-                # A direct read has to go on at a block's start, so the last block may be read twice.
+                # A direct read has to resume at a block's start, so the last block may be read twice.
                 start = round_down(filled) if file.is_direct else filled
             check_stamp(file.fd, path, file.stamp)
             return filled
@@ -178,7 +178,7 @@ class BlockFiles:
             self.retries += 1
 
     def _open_again(self, file: _OpenFile, fd: int, *, direct: bool) -> None:
-        """Open it in place of `fd`, unless another thread has done so."""
+        """Reopen the file to replace `fd`, unless another thread has done so."""
         with self._lock:
             if file.fd == fd:
                 self._open(file, direct=direct)
@@ -209,7 +209,7 @@ class BlockFiles:
             file.open_descriptor(direct=direct)
 
     def _close_idle(self, down_to: int) -> int:
-        """Close files that nobody reads, least lately used first, until so many are open; how many were closed."""
+        """Close idle files, least recently used first, until `down_to` are open; return how many were closed."""
         surplus = sum(file.num_open for file in self._files.values()) - down_to
         idle = sorted((f for f in self._files.values() if f.fd >= 0 and not f.users), key=lambda f: f.last_used)
         closed = idle[: max(0, surplus)]

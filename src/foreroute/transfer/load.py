@@ -1,4 +1,4 @@
-"""One expert from its files into its slot, in two halves: the disk's, then the processor's."""
+"""Load one expert from its files into its slot, in two halves: read, then check and copy."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,10 +18,10 @@ from foreroute.types import Read
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """What a load is told about experts, and where it reads them.
+    """Where and how loads read experts.
 
     files: the files, opened once.
-    reads_of: what fills a slot with this key.
+    reads_of: a key -> the reads that load it.
     slot_memory: a slot's bytes.
     label: a key's name in messages.
     """
@@ -33,7 +33,7 @@ class Source:
 
 
 class Load:
-    """One expert on its way, its bounce buffer and counters; used again for the next, by one thread at a time."""
+    """One expert being loaded, with bounce buffer and counters; reused for the next, by one thread at a time."""
 
     def __init__(self, source: Source) -> None:
         self.bytes_read = 0
@@ -48,10 +48,7 @@ class Load:
         self._error: Exception | None = None
 
     def read(self, key: int, slot: int) -> None:
-        """Bring all of the expert's bytes into memory: into the slot where they can stay, else into the bounce buffer.
-
-        Never raises: what goes wrong is told by `finish`.
-        """
+        """Read expert `key`: into `slot` if stored in that form, else a bounce buffer. `finish` returns any error."""
         self._key, self._slot, self._parts, self._error = key, slot, [], None
         self._begun_s = perf_counter()
         try:
@@ -61,16 +58,16 @@ class Load:
                 self._read_into_slot(reads[0])
             else:
                 self._read_into_bounce(reads)
-        except Exception as error:  # noqa: BLE001  whatever it is, the decode thread raises it; this thread lives on
+        except Exception as error:  # noqa: BLE001  the decode thread raises it, whatever it is; this thread goes on
             self._error = error
 
     @property
     def needs_finishing(self) -> bool:
-        """True when `finish` has bytes to check or to copy; else it is over at once."""
+        """Whether `finish` has bytes to check or to copy; else it returns at once."""
         return self._error is None and (not self._in_place or self._parts[0][0].checksum is not None)
 
     def finish(self) -> Completion:
-        """Check the bytes that were read, and copy those that are not in place. Never raises."""
+        """Check the bytes that were read, and copy those not in their slot yet. Never raises."""
         try:
             if self._error is None:
                 self._place()
@@ -131,7 +128,7 @@ class Load:
 
 
 def _fits_as_it_is(reads: tuple[Read, ...]) -> bool:
-    """True for a packed record: whole blocks may be read over the slot, the padding behind the last byte included."""
+    """Whether this is a packed record: whole blocks can be read into the slot, with the padding behind the end."""
     return (
         len(reads) == 1
         and reads[0].is_direct

@@ -1,14 +1,14 @@
-"""Reads by logical time: what an earlier step asked for has arrived, whatever the clock says."""
+"""Reads in logical time: what an earlier step requested has arrived, whatever the clock says."""
 
 from foreroute.transfer.base import Completion, Transfer, TransferProxy
 
 
 class LogicalTransfer(TransferProxy):
-    """A `Transfer` whose completions depend on what was asked for alone, not on how long it took.
+    """A `Transfer` whose completions depend only on the requests, not on how long they take.
 
-    `completed` waits for everything in flight and hands it out. `wait` waits for what is demanded, and hands out that
-    alone; with nothing demanded, everything. Both in the order of keys. Nothing is ever cancelled. Two runs that ask
-    for the same see the same: for evaluations that have to repeat, at the price of their speed.
+    `completed` waits for everything in flight and returns it. `wait` waits for and returns the demand loads alone, or
+    everything if there are none. Both in key order. Nothing is ever cancelled. Runs with the same requests get the same
+    completions: for evaluations that have to be reproducible, at the cost of speed.
     """
 
     def __init__(self, inner: Transfer) -> None:
@@ -18,31 +18,31 @@ class LogicalTransfer(TransferProxy):
 
     @property
     def num_in_flight(self) -> int:
-        """Requests whose completion has not been handed out yet."""
+        """Number of requests whose completion has not been returned yet."""
         return self._inner.num_in_flight + len(self._held)
 
     def demand(self, key: int, slot: int) -> None:
-        """Fill the slot with the key, before every prefetch."""
+        """Queue a demand load of `key` into `slot`, before all prefetches."""
         self._demanded.add(key)
         self._inner.demand(key, slot)
 
     def promote(self, key: int) -> None:
-        """A prefetch or fill becomes a demand."""
+        """Turn a prefetch or deferred load into a demand."""
         self._demanded.add(key)
         self._inner.promote(key)
 
     def cancel(self, key: int) -> bool:
-        """Whether a read has started is a question of time: it goes on."""
+        """False: no read is cancelled, as whether it has started depends on time."""
         return False
 
     def completed(self) -> list[Completion]:
-        """Wait for everything in flight, and hand it out."""
+        """Wait for everything in flight, and return it."""
         while self._inner.num_in_flight:
             self._held.extend(self._inner.wait())
         return self._hand_out(self._held)
 
     def wait(self) -> list[Completion]:
-        """Wait for everything demanded, and hand it out; with nothing demanded, everything."""
+        """Wait for all demand loads and return them; without any, for everything."""
         if not self._demanded:
             return self.completed()
         while not self._demanded <= {one.key for one in self._held}:
@@ -50,7 +50,7 @@ class LogicalTransfer(TransferProxy):
         return self._hand_out([one for one in self._held if one.key in self._demanded])
 
     def reset(self) -> None:
-        """Withdraw what has not started, wait for what has, and forget all that is over."""
+        """Cancel what has not started, wait for what has, and drop all completions."""
         self._demanded.clear()
         self._held.clear()
         self._inner.reset()

@@ -8,11 +8,11 @@ _HUGE_PAGE_BYTES = 2 * 2**20
 
 
 def map_memory(num_bytes: int) -> mmap.mmap:
-    """At least so much anonymous memory, 4096-byte aligned, zero, taken from the system as it is touched.
+    """Map at least `num_bytes` of anonymous memory: 4096-byte aligned, zero, committed as it is touched.
 
-    On huge pages where the system has them: O_DIRECT pins every page that it writes to, and on small ones that halves
-    the rate of a fast disk (1.1 against 2.3 GB/s, benchmarks/disk.py). They are given to private memory only, where
-    Python's default is shared, and in full only to a mapping that is a whole number of them long.
+    On huge pages where available: O_DIRECT pins every page that it writes to, which on small ones halves the rate of a
+    fast disk (1.1 against 2.3 GB/s, benchmarks/disk.py). The system gives them to private mappings only (Python's
+    default is shared), and throughout only to one whose length is a whole number of them.
     """
     if num_bytes < _HUGE_PAGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
         return mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -23,11 +23,11 @@ def map_memory(num_bytes: int) -> mmap.mmap:
 
 
 def allocate_slots(num_slots: int, slot_bytes: int) -> tuple[mmap.mmap, list[memoryview]]:
-    """Memory for a pool, and each slot's part of it.
+    """Allocate a pool's memory; return it and a view of each slot.
 
     Args:
         num_slots: slots in the pool.
-        slot_bytes: length of one, a multiple of 4096, so that a disk can write to it directly.
+        slot_bytes: length of one, a multiple of 4096 for direct reads.
     """
     assert slot_bytes > 0, "a slot has a length"
     assert slot_bytes % BLOCK_BYTES == 0, f"{slot_bytes} is not a multiple of {BLOCK_BYTES}"

@@ -1,4 +1,4 @@
-"""Where slots lie and what is behind them: RAM with the disk behind, or a device with an arena in host memory."""
+"""Allocate the slot pool and its backing tier: RAM backed by disk, or a device backed by an arena in host memory."""
 
 import mmap
 import time
@@ -22,14 +22,14 @@ from foreroute.transfer.tiered import TieredTransfer
 from foreroute.transfer.traced import TracedTransfer
 from foreroute.types import Progress
 
-# Readers while an arena is loaded: nothing computes meanwhile, so that checks and copies may take more cores.
+# Reader threads while an arena is loaded: nothing computes meanwhile, so checks and copies may take more cores.
 _LOADING_THREADS = 4
 LESS_MEMORY = "Lower --memory, --kv-tokens or --prefill-chunk, or close other programs that use the GPU."
 
 
 @dataclass(frozen=True)
 class SlotMemory:
-    """The pool of slots: its memory, what fills it, and how to let go of it after the transfer has been closed."""
+    """The pool of slots: its memory, the transfer that loads it, and what frees it after the transfer was closed."""
 
     memory: mmap.mmap | torch.Tensor
     transfer: Transfer
@@ -39,7 +39,10 @@ class SlotMemory:
 def place(
     asked: EngineConfig, table: ExpertTable, store: PackedStore | None, num_slots: int, trace: Trace | None
 ) -> SlotMemory:
-    """Slots in RAM, filled from disk."""
+    """Allocate `num_slots` slots in RAM, loaded from the checkpoint, or from the packed `store` if given.
+
+    asked: the config. table: the experts as stored. trace: records the loads; None: no trace.
+    """
     memory, slots = allocate_slots(num_slots, table.slot_bytes)
     disk = open_disk(asked, table, store, slots.__getitem__, asked.readers(table.slot_bytes))
     return SlotMemory(memory, _dressed(disk, asked, table, trace), slots.clear)
@@ -56,16 +59,18 @@ def place_behind_arena(
     num_records: int,
     progress: Progress,
 ) -> SlotMemory:
-    """Slots on `device`, filled from `num_records` records in host memory, and those from disk where they are fewer
-    than the experts.
+    """Allocate slots on `device`, loaded from an arena of `num_records` experts in host memory.
+
+    With fewer records than experts, the arena is loaded from disk on demand; else now, with `progress`.
+    asked, table, store, num_slots, trace: as of `place`.
 
     Raises:
-        DeviceError: memory cannot be had, or not be pinned. ReadError, ChecksumError: an expert could not be read.
+        DeviceError: memory cannot be allocated or pinned. ReadError, ChecksumError: an expert could not be read.
     """
     with out_of_memory_named(f"{num_slots} experts' slots", LESS_MEMORY):
         slots = torch.empty(num_slots, table.slot_bytes, dtype=torch.uint8, device=device)
     arena, keys = fill_arena(asked, table, store, num_records, is_pinned=device.type == "cuda", progress=progress)
-    # A pool of some experts starts empty: what a prompt uses is a better choice than any made here.
+    # An arena for some of the experts starts empty: what a prompt uses is a better choice than any made here.
     disk = None
     if not keys:
         disk = open_disk(asked, table, store, arena.records.__getitem__, asked.readers(table.slot_bytes))
@@ -83,7 +88,10 @@ def fill_arena(
     is_pinned: bool,
     progress: Progress,
 ) -> tuple[Arena, list[int]]:
-    """Host memory for so many experts, and the keys of its records: all experts where they fit, else none yet."""
+    """Make an arena of `num_records` experts; return it and the keys in it: all if they fit, else none yet.
+
+    asked, table, store, progress: as of `place_behind_arena`. is_pinned: register it with CUDA.
+    """
     arena = Arena(num_records, table.slot_bytes, is_pinned=is_pinned)
     keys = all_keys(table)
     if num_records < len(keys):
@@ -100,7 +108,7 @@ def fill_arena(
 
 
 def all_keys(table: ExpertTable) -> list[int]:
-    """The keys of all experts that there are, ascending."""
+    """Return the keys of all experts, ascending."""
     return table.keys.all()
 
 
@@ -111,10 +119,10 @@ def open_disk(
     slot_memory: Callable[[int], memoryview],
     num_threads: int,
 ) -> DiskTransfer:
-    """Readers of the checkpoint, or of its packed store.
+    """Start `num_threads` readers of `table`'s checkpoint or its packed `store` into `slot_memory`, as `asked`.
 
     Raises:
-        ReadError: a file is not what it was when its header was read, or cannot be opened.
+        ReadError: a file has changed since its header was read, or cannot be opened.
     """
     return DiskTransfer(
         table.reads if store is None else store.reads_of(table),

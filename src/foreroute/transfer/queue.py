@@ -1,16 +1,16 @@
-"""Which request is served next. Decisions only: no thread, no lock, no file."""
+"""Choose the next request to serve. Decisions only: no thread, no lock, no file."""
 
 from collections import OrderedDict
 
-# Prefetches in a row that a fill lets pass.
+# Prefetches in a row that may overtake a deferred load.
 _MOST_PASSED = 3
 
 
 class TransferQueue:
-    """Demands first, first in first out; then prefetches, then fills, likewise.
+    """Serve demands first, in order of arrival; then prefetches, then deferred loads (`fill`), likewise.
 
-    Nobody waits for a fill, so that it gives way; that it may not give way for ever, every fourth request that is no
-    demand is a fill, if there is one. A request is queued, then running, then finished and forgotten.
+    So that prefetches do not starve deferred loads, every fourth request that is no demand is a deferred load, if there
+    is one. A request is queued, then running, then finished and forgotten.
     """
 
     def __init__(self) -> None:
@@ -21,31 +21,31 @@ class TransferQueue:
         self._running: set[int] = set()
 
     def __len__(self) -> int:
-        """Requests that have not started."""
+        """Number of requests that have not started."""
         return len(self._demands) + len(self._prefetches) + len(self._fills)
 
     @property
     def num_running(self) -> int:
-        """Requests that have started and not finished."""
+        """Number of requests that have started and not finished."""
         return len(self._running)
 
     def demand(self, key: int, slot: int) -> None:
-        """Queue behind the other demands."""
+        """Queue a load of `key` into `slot` behind the other demands."""
         self._refuse_known(key)
         self._demands[key] = slot
 
     def prefetch(self, key: int, slot: int) -> None:
-        """Queue behind the other prefetches."""
+        """Queue a load of `key` into `slot` behind the other prefetches."""
         self._refuse_known(key)
         self._prefetches[key] = slot
 
     def fill(self, key: int, slot: int) -> None:
-        """Queue behind the other fills."""
+        """Queue a load of `key` into `slot` behind the other deferred loads."""
         self._refuse_known(key)
         self._fills[key] = slot
 
     def promote(self, key: int) -> bool:
-        """A queued prefetch or fill goes behind the demands. False for any other key."""
+        """Move a queued prefetch or deferred load behind the demands. False for any other key."""
         slot = self._prefetches.pop(key, None)
         if slot is None:
             slot = self._fills.pop(key, None)
@@ -55,11 +55,11 @@ class TransferQueue:
         return True
 
     def cancel(self, key: int) -> bool:
-        """Take a queued request out. False when it is running or unknown."""
+        """Remove a queued request. False when it is running or unknown."""
         return any(queue.pop(key, None) is not None for queue in (self._demands, self._prefetches, self._fills))
 
     def next(self) -> tuple[int, int] | None:
-        """Start the next request: its (key, slot), None when nothing is queued."""
+        """Start the next request; return its (key, slot), None when nothing is queued."""
         queue = self._demands or self._next_unawaited()
         if not queue:
             return None
@@ -68,11 +68,11 @@ class TransferQueue:
         return key, slot
 
     def finished(self, key: int) -> None:
-        """A running request is over; its key may be queued again."""
+        """Mark a running request as finished; its key may be queued again."""
         self._running.remove(key)
 
     def clear(self) -> int:
-        """Drop all that has not started; how many those were."""
+        """Drop all requests that have not started; return their number."""
         dropped = len(self)
         self._demands.clear()
         self._prefetches.clear()

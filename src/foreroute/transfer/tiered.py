@@ -1,7 +1,7 @@
-"""Experts from host memory into slots elsewhere, and from disk into host memory first where that holds some only.
+"""Copy experts from host memory into device slots, and read those missing in host memory from disk first.
 
-The decode thread does it all: each call moves on what can move. Copies are few at a time, demands before guesses, so
-that a demand waits for few copies that were begun before it.
+All work is on the decode thread: each call advances the requests that can advance. Few copies run at a time, demands
+before prefetches, so that a demand waits for few earlier copies.
 """
 
 from collections import OrderedDict, deque
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 from foreroute.transfer.base import Completion, Transfer
 from foreroute.transfer.queue import TransferQueue
 
-# Begun and not over: enough that the link does not idle between two calls, few enough that a demand waits little.
+# In flight at once: enough that the link does not idle between two calls, few enough that a demand waits little.
 MOST_COPIES = 4
 MOST_READS = 4
 
@@ -21,16 +21,16 @@ class Copier(Protocol):
     """Copies records of an arena into slots."""
 
     def start(self, record: int, slot: int) -> Any:
-        """Begin a copy, after all that compute has been given so far; returns a ticket. Does not block."""
+        """Queue a copy of `record` into `slot` behind all compute launched so far; return a ticket. Does not block."""
 
     def is_done(self, ticket: Any) -> bool:
-        """Whether the slot holds the record, for all that compute is given from now on. Does not block."""
+        """Whether the slot holds the record, for compute launched from now on. Does not block."""
 
     def wait(self, ticket: Any) -> None:
-        """Block until it is so."""
+        """Block until the copy is done."""
 
     def close(self) -> None:
-        """No more copies; those that were begun are over."""
+        """Stop, after all copies have completed."""
 
 
 class _Copying(NamedTuple):
@@ -44,10 +44,10 @@ class TieredTransfer:
     """A `Transfer` from an arena of records.
 
     Args:
-        copier: moves a record into a slot.
-        keys: those that are in the records already, in this order.
+        copier: copies a record into a slot.
+        keys: the experts in the first records already, in this order.
         num_records: records in the arena.
-        disk: fills records with the experts that are not there. None where all are.
+        disk: reads missing experts into records; None when the arena holds all.
         nbytes_of: a key's stored bytes.
     """
 
@@ -62,12 +62,12 @@ class TieredTransfer:
         self._copier = copier
         self._disk = disk
         self._nbytes_of = nbytes_of
-        # Least recently used first. A key that is being read has no record here yet.
+        # Least recently used first. A key being read from disk is not in it yet.
         self._record_of: OrderedDict[int, int] = OrderedDict((key, record) for record, key in enumerate(keys))
         self._free = list(range(num_records - 1, len(keys) - 1, -1))
-        self._from_disk = TransferQueue()  # asked for, not in memory, not being read
-        self._from_memory = TransferQueue()  # asked for, in memory, not being copied
-        self._slot_of: dict[int, int] = {}  # of all that is asked for and not over
+        self._from_disk = TransferQueue()  # requested, not in memory, not being read
+        self._from_memory = TransferQueue()  # requested, in memory, not being copied
+        self._slot_of: dict[int, int] = {}  # of all requests in flight
         self._reading: dict[int, int] = {}  # key -> record
         self._copying: deque[_Copying] = deque()
         self._failed: list[Completion] = []
@@ -79,40 +79,40 @@ class TieredTransfer:
 
     @property
     def retries(self) -> int:
-        """Reads from disk that failed for a reason that may pass, and were tried again."""
+        """Reads from disk that failed transiently, and were retried."""
         return 0 if self._disk is None else self._disk.retries
 
     @property
     def num_in_flight(self) -> int:
-        """Requests whose completion has not been handed out yet."""
+        """Number of requests whose completion has not been returned yet."""
         return len(self._slot_of)
 
     def demand(self, key: int, slot: int) -> None:
-        """Fill the slot with the key, before every prefetch."""
+        """Queue a demand load of `key` into `slot`, before all prefetches."""
         self._submit(self._queue_of(key).demand, key, slot)
 
     def prefetch(self, key: int, slot: int) -> None:
-        """Fill the slot with the key when no demand is queued."""
+        """Queue a prefetch of `key` into `slot`, behind all demand loads."""
         self._submit(self._queue_of(key).prefetch, key, slot)
 
     def fill(self, key: int, slot: int) -> None:
-        """Fill the slot with the key when there is time."""
+        """Queue a deferred load of `key` into `slot`, behind the others."""
         self._submit(self._queue_of(key).fill, key, slot)
 
     def promote(self, key: int) -> None:
-        """A prefetch or fill that has not started becomes a demand."""
+        """Turn a prefetch or deferred load that has not started into a demand."""
         if not self._from_memory.promote(key):
             self._from_disk.promote(key)
 
     def cancel(self, key: int) -> bool:
-        """Withdraw a request; False when it is being read or copied."""
+        """Cancel a request; False when it is being read or copied."""
         is_gone = self._from_memory.cancel(key) or self._from_disk.cancel(key)
         if is_gone:
             del self._slot_of[key]
         return is_gone
 
     def completed(self) -> list[Completion]:
-        """Hand out what is over, and begin what can begin."""
+        """Return finished requests, and start those that can start."""
         if self._disk is not None and self._disk.num_in_flight:
             self._settle(self._disk.completed())
         over, self._failed = self._failed, []
@@ -124,7 +124,7 @@ class TieredTransfer:
         return over
 
     def wait(self) -> list[Completion]:
-        """Block until something is over, then hand out all that is."""
+        """Block until a request finishes, then return all finished ones."""
         assert self._slot_of, "nothing is in flight: this would wait for ever"
         while not (over := self.completed()):
             if self._copying:
@@ -135,7 +135,7 @@ class TieredTransfer:
         return over
 
     def reset(self) -> None:
-        """Withdraw what has not started, wait for what has, and forget all that is over."""
+        """Cancel what has not started, wait for what has, and drop all completions."""
         self._from_memory.clear()
         self._from_disk.clear()
         while self._copying:
@@ -143,14 +143,14 @@ class TieredTransfer:
             self._end_copy()
         if self._disk is not None:
             self._disk.reset()
-        # What was being read may be there or not: it is read again.
+        # Interrupted reads may be complete or not: they are read again.
         self._free.extend(self._reading.values())
         self._reading.clear()
         self._failed.clear()
         self._slot_of.clear()
 
     def close(self) -> None:
-        """Drop what has not started, finish what has, stop. A second call does nothing."""
+        """Cancel what has not started, finish what has, and stop. A second call does nothing."""
         if self.is_closed:
             return
         self.is_closed = True
@@ -192,7 +192,7 @@ class TieredTransfer:
             self._disk.demand(key, record)
 
     def _take_record(self) -> int:
-        """A free record, or that of the least recently used key that nobody asks for; -1 when there is none."""
+        """Take a free record, or that of the least recently used key not requested now; -1 if there is none."""
         if self._free:
             return self._free.pop()
         for key in self._record_of:
@@ -201,7 +201,7 @@ class TieredTransfer:
         return -1
 
     def _settle(self, completions: Sequence[Completion]) -> None:
-        """What the disk has read is copied next: somebody has waited for it long enough to come before guesses."""
+        """Move finished disk reads to the copy queue as demands: after their wait they go ahead of prefetches."""
         for completion in completions:
             key, record = completion.key, self._reading.pop(completion.key)
             slot = self._slot_of[key]

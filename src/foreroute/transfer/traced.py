@@ -1,4 +1,4 @@
-"""A transfer that writes down what it moves, when, why, and what had to go for it."""
+"""A transfer that traces its loads (when and why), cancellations and evictions."""
 
 from collections.abc import Callable
 
@@ -10,10 +10,10 @@ DEMAND, PREFETCH, FILL = "demand", "prefetch", "fill"
 
 
 class TracedTransfer(TransferProxy):
-    """A `Transfer` around another one: loads, cancelled loads and evictions go to the trace.
+    """Wraps a `Transfer` and writes loads, cancelled loads and evictions to the trace.
 
     Args:
-        expert_id: of a key.
+        expert_id: a key -> its (layer, expert).
         clock: the trace's.
     """
 
@@ -24,27 +24,27 @@ class TracedTransfer(TransferProxy):
         self._trace = trace
         self._expert_id = expert_id
         self._clock = clock
-        self._asked: dict[int, tuple[str, int, float]] = {}  # key -> why, slot, when
-        self._holds: dict[int, int] = {}  # slot -> the key that was loaded into it last
+        self._asked: dict[int, tuple[str, int, float]] = {}  # key -> why, slot, time of the request
+        self._holds: dict[int, int] = {}  # slot -> the key last loaded into it
         self._slot_of: dict[int, int] = {}
 
     def demand(self, key: int, slot: int) -> None:
-        """Fill the slot with the key, before every prefetch."""
+        """Queue a demand load of `key` into `slot`, before all prefetches."""
         self._ask(DEMAND, key, slot)
         self._inner.demand(key, slot)
 
     def prefetch(self, key: int, slot: int) -> None:
-        """Fill the slot with the key when no demand is queued."""
+        """Queue a prefetch of `key` into `slot`, behind all demand loads."""
         self._ask(PREFETCH, key, slot)
         self._inner.prefetch(key, slot)
 
     def fill(self, key: int, slot: int) -> None:
-        """Fill the slot with the key when there is time."""
+        """Queue a deferred load of `key` into `slot`, behind the others."""
         self._ask(FILL, key, slot)
         self._inner.fill(key, slot)
 
     def cancel(self, key: int) -> bool:
-        """Withdraw a request that has not started."""
+        """Cancel a request that has not started."""
         is_gone = self._inner.cancel(key)
         if is_gone:
             self._asked.pop(key, None)
@@ -52,15 +52,15 @@ class TracedTransfer(TransferProxy):
         return is_gone
 
     def completed(self) -> list[Completion]:
-        """Hand out what is over."""
+        """Return finished requests."""
         return self._seen(self._inner.completed())
 
     def wait(self) -> list[Completion]:
-        """Block until something is over, then hand out all that is."""
+        """Block until a request finishes, then return all finished ones."""
         return self._seen(self._inner.wait())
 
     def reset(self) -> None:
-        """Withdraw what has not started, wait for what has, and forget all that is over; nothing is resident then."""
+        """Cancel what has not started, wait for what has, and drop all completions; nothing is resident then."""
         self._inner.reset()
         now = self._trace.now()
         for key in self._asked:

@@ -1,8 +1,7 @@
-"""Experts that are stored quantised, as they were published: made into numbers when they are computed.
+"""Dequantise experts on use, from the quantised form in which they were published.
 
-The numbers are those that transformers' own dequantisers make, bit for bit, and lie as its resident model has them, so
-that the products that follow are the family's. What is kept is what is stored: one matrix at a time is numbers, in
-memory that the next one takes again.
+The results equal transformers' own dequantisers bit for bit, in the layout of its resident model, so that the products
+that follow are the family's. Slots keep the stored form: one matrix at a time is dequantised, in reused memory.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,32 +14,32 @@ from foreroute.checkpoint.stored_parts import Coding, StoredMatrix, StoredPart
 from foreroute.kernels.torch.experts import ExpertMath, Operands
 from foreroute.kernels.torch.gguf_blocks import GGUF_DECODERS
 
-# Writes the numbers of a matrix's components to `out` [rows, columns], contiguous, of the compute dtype.
+# (components, out [rows, columns], coding): dequantises a matrix's components, which each decoder names, into `out`.
 Dequantiser = Callable[[Sequence[torch.Tensor], torch.Tensor, Coding], None]
 
 _FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 _MXFP4_GROUP = 32
-# 2 ** 128, which no product can take as a number: torch.ldexp can, and takes 14 times as long.
+# The exponent of 2 ** 128, which float32 does not hold: torch.ldexp handles it, and takes 14 times as long.
 _EXPONENT_BEYOND = 255
-# One for each of a word's eight four-bit integers.
+# A 1 in each of a word's eight four-bit integers.
 _ONE_EACH = 0x11111111
-# Where in a word the numbers of eight outputs are: AWQ's order, made for its kernel.
+# Bit offsets in a word of eight outputs' numbers: AWQ's order, made for its kernel.
 _AWQ_SHIFTS = (0, 16, 4, 20, 8, 24, 12, 28)
-# Rows that are scaled at a time where a temporary is needed: it stays in the cache.
+# Rows that are scaled at a time if that needs a temporary, so that it stays in the cache.
 _ROWS_AT_ONCE = 128
 _WORDS_AT_ONCE = 16
 
 
 @lru_cache
 def _fp4_pairs(dtype: torch.dtype) -> torch.Tensor:
-    """For every byte the two numbers that it holds, low half first, as one item of an integer dtype."""
+    """Table of each byte's two numbers, low half first, as one item of an integer dtype."""
     numbers = torch.tensor(_FP4, dtype=dtype)
     return _as_words(torch.stack([numbers.repeat(16), numbers.repeat_interleave(16)], -1))
 
 
 @lru_cache
 def _fp4_fours(dtype: torch.dtype) -> torch.Tensor:
-    """The same for every two bytes: half as many look-ups."""
+    """The same table for every two bytes: half as many look-ups."""
     pairs = _fp4_pairs(dtype)
     return _as_words(torch.stack([pairs.repeat(256), pairs.repeat_interleave(256)], -1))
 
@@ -57,7 +56,7 @@ def _as_words(rows: torch.Tensor) -> torch.Tensor:
 
 
 def decode_mxfp4(components: Sequence[torch.Tensor], out: torch.Tensor, coding: Coding) -> None:
-    """Blocks [rows, columns / 2] of two four-bit floats to a byte, and an exponent [rows, columns / 32] per block."""
+    """Dequantise blocks [rows, columns / 2], two FP4 numbers a byte, with exponents [rows, columns / 32]."""
     blocks, exponents = components
     scales = _powers_of_two()[exponents.int()].unsqueeze(-1)
     grouped = out.view(*exponents.shape, _MXFP4_GROUP)
@@ -69,14 +68,14 @@ def decode_mxfp4(components: Sequence[torch.Tensor], out: torch.Tensor, coding: 
     if int(exponents.max()) == _EXPONENT_BEYOND:
         torch.ldexp(grouped, (exponents.int() - 127).unsqueeze(-1), out=grouped)
     elif out.dtype == torch.float16:
-        # Its range is too small for the scales themselves.
+        # Its range is too small to hold the scales.
         grouped.copy_(grouped.float() * scales)
     else:
         grouped.mul_(scales.to(out.dtype))
 
 
 def decode_fp8(components: Sequence[torch.Tensor], out: torch.Tensor, coding: Coding) -> None:
-    """Float8 [rows, columns] and a scale for each block of rows and columns; the last blocks may be cut off."""
+    """Dequantise float8 [rows, columns] with a scale per block of rows and columns; the last blocks may be partial."""
     values, scales = components
     per_column = _spread(scales.float(), coding.block[1], values.shape[1])
     for at, first in enumerate(range(0, len(values), coding.block[0])):
@@ -85,7 +84,7 @@ def decode_fp8(components: Sequence[torch.Tensor], out: torch.Tensor, coding: Co
 
 
 def decode_fp8_scaled(components: Sequence[torch.Tensor], out: torch.Tensor, coding: Coding) -> None:
-    """Float8 [rows, columns] whose numbers are in the scales' own dtype: one scale for all, per row, or per block."""
+    """Dequantise float8 [rows, columns] in the scales' dtype: one scale for all, per row, or per block."""
     values, scales = components
     rows_at_once = coding.block[0] or len(values)
     grid = scales.view(-(-len(values) // rows_at_once), -1)
@@ -101,7 +100,7 @@ def decode_fp8_scaled(components: Sequence[torch.Tensor], out: torch.Tensor, cod
 
 
 def decode_packed_int4(components: Sequence[torch.Tensor], out: torch.Tensor, coding: Coding) -> None:
-    """Words [rows, columns / 8] of eight four-bit integers, 8 standing for zero, and a scale per group of a row."""
+    """Dequantise words [rows, columns / 8] of eight four-bit integers (8 is zero) with a scale per group of a row."""
     words, scales = components
     shifts = torch.arange(0, 32, 4, dtype=torch.int32)
     for first in range(0, len(words), _ROWS_AT_ONCE):
@@ -113,7 +112,7 @@ def decode_packed_int4(components: Sequence[torch.Tensor], out: torch.Tensor, co
 
 
 def decode_gptq_int4(components: Sequence[torch.Tensor], out: torch.Tensor, coding: Coding) -> None:
-    """Words [columns / 8, rows]: eight four-bit integers along the input to a word; scales and zeros per group.
+    """Dequantise words [columns / 8, rows], eight four-bit integers along the input each; scales, zeros per group.
 
     The last group may have fewer columns.
     """
@@ -128,7 +127,7 @@ def decode_gptq_int4(components: Sequence[torch.Tensor], out: torch.Tensor, codi
 
 
 def decode_gptq_reordered(components: Sequence[torch.Tensor], out: torch.Tensor, coding: Coding) -> None:
-    """The same, and for each column the group that it is of, in whatever order (desc_act)."""
+    """Dequantise as `decode_gptq_int4`, with each column's group given in `groups` [columns], any order (desc_act)."""
     words, scales, zero_words, groups = components
     shifts = torch.arange(0, 32, 4, dtype=torch.int32)
     zeros = _gptq_zeros(zero_words, scales, coding)
@@ -140,16 +139,16 @@ def decode_gptq_reordered(components: Sequence[torch.Tensor], out: torch.Tensor,
 
 
 def _gptq_zeros(zero_words: torch.Tensor, scales: torch.Tensor, coding: Coding) -> torch.Tensor:
-    """Zero points [groups, rows]."""
+    """Unpack the zero points [groups, rows]."""
     if coding.is_zero_shifted:
-        # To whole words, as one was taken from them: a zero point of nought borrowed from the next one.
+        # Added to whole words, as 1 was subtracted from them: a zero point of 0 borrowed from the next one.
         zero_words = zero_words + _ONE_EACH
     shifts = torch.arange(0, 32, 4, dtype=torch.int32)
     return ((zero_words.unsqueeze(-1) >> shifts) & 15).view(scales.shape)
 
 
 def decode_awq_int4(components: Sequence[torch.Tensor], out: torch.Tensor, coding: Coding) -> None:
-    """Words [columns, rows / 8]: eight four-bit integers along the output to a word; scales and zeros per group."""
+    """Dequantise words [columns, rows / 8], eight four-bit integers along the output each; scales, zeros per group."""
     words, scales, zero_words = components
     shifts = torch.tensor(_AWQ_SHIFTS, dtype=torch.int32)
     zeros = ((zero_words.unsqueeze(-1) >> shifts) & 15).view(scales.shape)
@@ -160,7 +159,7 @@ def decode_awq_int4(components: Sequence[torch.Tensor], out: torch.Tensor, codin
 
 
 def _spread(grid: torch.Tensor, columns_at_once: int, num_columns: int) -> torch.Tensor:
-    """The scales of a grid for every column."""
+    """Repeat a grid's scales for every column."""
     return grid.repeat_interleave(columns_at_once, 1)[:, :num_columns]
 
 
@@ -178,35 +177,35 @@ DECODERS: Mapping[str, Dequantiser] = {
 
 @dataclass
 class Workspaces:
-    """Memory for numbers that are made and used at once, by purpose, shape and dtype. Not for two threads at once."""
+    """Reused scratch memory, by purpose, shape and dtype. Not thread-safe."""
 
     _taken: dict[tuple[str, tuple[int, ...], torch.dtype], torch.Tensor] = field(default_factory=dict, repr=False)
 
     def take(self, purpose: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """Memory of this shape; what it held is whatever was put there last."""
+        """Return memory [*shape] of `dtype` for `purpose`, with any content."""
         key = (purpose, shape, dtype)
         if key not in self._taken:
-            # Also where a caller's inference mode is on: the next one may have it off.
+            # A normal tensor even if the caller's inference mode is on: the next caller's may be off.
             with torch.inference_mode(False):
                 self._taken[key] = torch.empty(shape, dtype=dtype)
         return self._taken[key]
 
 
 def decode_matrix(matrix: StoredMatrix, stored: Sequence[torch.Tensor], out: torch.Tensor) -> None:
-    """Write the matrix's numbers to `out` [rows, cols]; `stored` are all stored parts of its expert."""
+    """Dequantise the matrix into `out` [rows, cols]; `stored` are all stored parts of its expert."""
     DECODERS[matrix.coding.kind]([stored[at] for at in matrix.at], out, matrix.coding)
 
 
 def decode_part(
     part: StoredPart, stored: Sequence[torch.Tensor], dtype: torch.dtype, workspaces: Workspaces
 ) -> torch.Tensor:
-    """One of the family's tensors, as the family has it.
+    """Dequantise `part`, one of the family's tensors, in the family's layout.
 
     Args:
-        stored: all stored parts of the expert.
+        stored: all stored parts of the expert. dtype: of the result.
     Returns:
-        A tensor [*part.shape] in `workspaces`, good until the next one of its shape; of a part that is stored as it
-        is the tensor itself, where its dtype is the one wanted.
+        A tensor [*part.shape] in `workspaces`, valid until the next one of its shape; for a part that is not quantised
+        and has that dtype, the stored tensor itself.
     """
     if not part.matrices:
         return stored[part.at].to(dtype)
@@ -219,13 +218,13 @@ def decode_part(
         first += matrix.rows
     if not part.is_transposed:
         return numbers.view(part.shape)
-    # Laid out anew: a product with a transposed view can have other bits.
+    # Copied: a product with a transposed view can have other bits.
     return workspaces.take("columns", part.shape, dtype).copy_(numbers.t())
 
 
 @dataclass(frozen=True)
 class DequantisingMath(ExpertMath):
-    """A family's expert whose operands are what is stored; its tensors are made of them one at a time.
+    """A family's expert whose operands are the stored parts; its tensors are dequantised one at a time.
 
     parts: the family's tensors. dtype: the compute dtype.
     """
@@ -235,37 +234,37 @@ class DequantisingMath(ExpertMath):
     workspaces: Workspaces = field(default_factory=Workspaces, compare=False)
 
     def operands(self, parts: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        """An expert's stored parts, as they are."""
+        """Return an expert's stored parts unchanged; a family tensor has [out, in] or [in, out] weights."""
         return tuple(parts)
 
     @property
     def operand_kind(self) -> tuple[int, int, bool]:
-        """Two maths of one kind share their operands' views."""
+        """Maths of equal kind share their operands' views."""
         return (self.up_at, self.down_at, False)
 
     @property
     def takes_stored(self) -> bool:
-        """The operands are what is stored."""
+        """True: the operands are the stored parts."""
         return True
 
     def widths(self, shapes: Sequence[Sequence[int]]) -> tuple[int, int]:
-        """Columns of the first and of the second product."""
+        """Return the columns of the first and the second product."""
         return super().widths([part.shape for part in self.parts])
 
     def multiply(self, rows: torch.Tensor, operands: Operands, part_at: int) -> torch.Tensor:
-        """`rows` [n, in] times the expert's matrix that is part `part_at`."""
+        """Multiply `rows` [n, in] by matrix `part_at` of the expert's `operands`: [n, out]."""
         return torch.mm(rows, self._matrix(operands, part_at))
 
     def multiply_into(self, out: torch.Tensor, rows: torch.Tensor, operands: Operands, part_at: int) -> None:
-        """The same, written to `out`."""
+        """Write the product of `rows` [n, in] and matrix `part_at` of `operands` to `out` [n, out]."""
         torch.mm(rows, self._matrix(operands, part_at), out=out)
 
     def bias(self, operands: Operands, part_at: int) -> torch.Tensor:
-        """The expert's bias that is part `part_at`."""
+        """Return bias `part_at` [out] of the expert's `operands`."""
         return decode_part(self.parts[part_at], operands, self.dtype, self.workspaces)
 
     def family_parts(self, operands: Operands) -> tuple[torch.Tensor, ...]:
-        """All of the family's tensors of an expert, in memory of their own."""
+        """Return all of the family's tensors of an expert, [*part.shape] each, as copies."""
         return tuple(decode_part(part, operands, self.dtype, self.workspaces).clone() for part in self.parts)
 
     def _matrix(self, operands: Operands, part_at: int) -> torch.Tensor:
@@ -276,7 +275,7 @@ class DequantisingMath(ExpertMath):
 def dequantising(
     math: ExpertMath | None, parts: tuple[StoredPart, ...], dtype: torch.dtype, workspaces: Workspaces
 ) -> DequantisingMath:
-    """The family's maths over stored parts; without maths, only what makes the family's tensors of them."""
+    """Make `math` over stored `parts`, dequantised to `dtype` in `workspaces`; None only dequantises."""
     if math is None:
         return DequantisingMath(_no_gate, -1, -1, parts=parts, dtype=dtype, workspaces=workspaces)
     return DequantisingMath(

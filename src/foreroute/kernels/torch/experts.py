@@ -1,8 +1,8 @@
-"""The maths of experts on the CPU, bit for bit what transformers' eager experts do.
+"""Compute experts on the CPU, bit for bit as transformers' eager experts.
 
-A family is described by the flags that transformers' decorator sets and by its own gating function. Families differ in
-small ways all the same, so that what is written here is not trusted but proven at load, by comparing bits with the
-family's own forward (loading/math_check.py).
+A family is described by the flags that transformers' decorator sets and by its own gating function. As families differ
+in small ways all the same, this code is checked at load, by comparing bits with the family's own forward
+(loading/math_check.py).
 """
 
 from collections.abc import Callable, Sequence
@@ -14,12 +14,12 @@ import torch
 # One expert's tensors in the layout's order, in the compute dtype, weights as [in, out] (see ExpertMath.operands).
 Operands = Sequence[torch.Tensor]
 
-# Numbers in two of the widest vectors (bf16 in 512 bits), which torch's elementwise loops take at a time; as bytes a
-# multiple of its alignment.
+# Numbers in two of the widest vectors (bf16 in 512 bits), one iteration of torch's elementwise loops; in bytes a
+# multiple of torch's alignment.
 _WHOLE_VECTORS = 64
-# Where a tensor of its own begins.
+# Alignment of newly allocated tensors.
 _ALIGNED_BYTES = 64
-# Up to here torch gives an elementwise call to one thread (its grain size).
+# Torch runs elementwise calls of up to this many numbers on one thread (its grain size).
 _UNDIVIDED_NUMBERS = 32768
 
 
@@ -28,8 +28,8 @@ class ExpertMath:
     """How a family computes one expert.
 
     gate: [rows, gate_up] -> [rows, intermediate]; the family's own activation and gating.
-    up_at, down_at, up_bias_at, down_bias_at: positions of the tensors among an expert's parts; -1 where absent.
-    is_transposed: weights are stored as [in, out] in place of [out, in].
+    up_at, down_at, up_bias_at, down_bias_at: positions of the tensors among an expert's parts; -1 if absent.
+    is_transposed: weights are stored as [in, out] instead of [out, in].
     """
 
     gate: Callable[[torch.Tensor], torch.Tensor]
@@ -40,7 +40,7 @@ class ExpertMath:
     is_transposed: bool = False
 
     def operands(self, parts: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        """An expert's parts as the products want them: weights as [in, out] views, biases as they are. No copy."""
+        """Return an expert's parts in the form for products: weights as [in, out] views, biases unchanged. No copy."""
         if self.is_transposed:
             return tuple(parts)
         weights = (self.up_at, self.down_at)
@@ -48,33 +48,33 @@ class ExpertMath:
 
     @property
     def operand_kind(self) -> tuple[int, int, bool]:
-        """Two maths of one kind share their operands' views."""
+        """Maths of equal kind share their operands' views."""
         return (self.up_at, self.down_at, self.is_transposed)
 
     def widths(self, shapes: Sequence[Sequence[int]]) -> tuple[int, int]:
-        """Columns of the first and of the second product, for parts of these shapes."""
+        """Return the columns of the first and the second product, for parts of these shapes."""
         out_dim = 1 if self.is_transposed else 0
         return shapes[self.up_at][out_dim], shapes[self.down_at][out_dim]
 
     @property
     def takes_stored(self) -> bool:
-        """The operands are what is stored, in whatever dtypes; else they are wanted in the compute dtype."""
+        """Whether the operands are the stored parts in any dtype; else they must be in the compute dtype."""
         return False
 
     def multiply(self, rows: torch.Tensor, operands: Operands, part_at: int) -> torch.Tensor:
-        """`rows` [n, in] times the expert's matrix that is part `part_at`."""
+        """Multiply `rows` [n, in] by matrix `part_at` of the expert's `operands`: [n, out]."""
         return torch.mm(rows, operands[part_at])
 
     def multiply_into(self, out: torch.Tensor, rows: torch.Tensor, operands: Operands, part_at: int) -> None:
-        """The same, written to `out`."""
+        """Write the product of `rows` [n, in] and matrix `part_at` of `operands` to `out` [n, out]."""
         torch.mm(rows, operands[part_at], out=out)
 
     def bias(self, operands: Operands, part_at: int) -> torch.Tensor:
-        """The expert's bias that is part `part_at`."""
+        """Return bias `part_at` [out] of the expert's `operands`."""
         return operands[part_at]
 
     def __call__(self, rows: torch.Tensor, operands: Operands) -> torch.Tensor:
-        """The expert's output [rows, hidden] for `rows` [rows, hidden], before its gate weight."""
+        """Compute the expert (`operands`) for `rows` [rows, hidden]: outputs [rows, hidden] before gate weights."""
         inner = self.multiply(rows, operands, self.up_at)
         if self.up_bias_at >= 0:
             inner = inner + self.bias(operands, self.up_bias_at)
@@ -83,10 +83,10 @@ class ExpertMath:
 
 
 def gate_rows(gate: Callable[[torch.Tensor], torch.Tensor], up: torch.Tensor) -> Sequence[torch.Tensor]:
-    """`up` [rows, gate_up] gated: [1, intermediate] each, with the bits of a row that is gated alone.
+    """Apply `gate` to `up` [rows, gate_up]: [1, intermediate] each, with the bits of a row that is gated alone.
 
-    One call for all rows where that is the same. It is not where vectors run across rows: what no whole vector of a
-    call is left for, at its end or where threads divide it, is computed by other code, with other roundings.
+    In one call for all rows where the bits are the same. They differ where vectors run across rows: the remainder of a
+    call that fills no whole vector, at its end or where threads divide it, takes other code, which rounds differently.
     """
     # A gated row is as wide as its input, or half as wide: whole vectors in either case.
     if up.numel() <= _UNDIVIDED_NUMBERS and up.shape[1] % (2 * _WHOLE_VECTORS) == 0:
@@ -95,7 +95,7 @@ def gate_rows(gate: Callable[[torch.Tensor], torch.Tensor], up: torch.Tensor) ->
 
 
 def _gate_several(gate: Callable[[torch.Tensor], torch.Tensor], ups: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-    """Each of `ups` [rows, gate_up] gated; in one call where that has the bits of a call each, see `gate_rows`."""
+    """Gate each of `ups` [rows, gate_up]; in one call where that has the bits of separate calls, see `gate_rows`."""
     if len(ups) == 1 or ups[0].shape[1] % (2 * _WHOLE_VECTORS) or sum(map(torch.numel, ups)) > _UNDIVIDED_NUMBERS:
         return [gate(up) for up in ups]
     return gate(torch.cat(list(ups))).split([len(up) for up in ups])
@@ -104,10 +104,10 @@ def _gate_several(gate: Callable[[torch.Tensor], torch.Tensor], ups: Sequence[to
 def compute_several(
     math: ExpertMath, rows: Sequence[torch.Tensor], operands: Sequence[Operands]
 ) -> Sequence[torch.Tensor]:
-    """Several experts, each for `rows` [n, hidden] of its own: what a call of `math` each would give, bit for bit.
+    """Compute several experts (`operands`), each for its `rows` [n, hidden], bit for bit as one call of `math` each.
 
     Args:
-        rows: of each expert, aligned (`rows_are_aligned`).
+        rows: per expert, aligned (`rows_are_aligned`).
     """
     ups = [math.multiply(some, expert, math.up_at) for some, expert in zip(rows, operands, strict=True)]
     if math.up_bias_at >= 0:
@@ -120,21 +120,21 @@ def compute_several(
 
 
 def rows_are_aligned(rows: torch.Tensor) -> bool:
-    """Each row of [n, width] lies as a tensor of its own would: products may round otherwise elsewhere."""
+    """Whether each row of `rows` [n, width] is aligned like a new tensor: else products may round differently."""
     return rows.shape[1] * rows.element_size() % _ALIGNED_BYTES == 0
 
 
 def _aligned_rows(num_rows: int, width: int, dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:
-    """[num_rows, width], each row aligned as a tensor of its own is: products may round otherwise elsewhere."""
+    """Allocate [num_rows, width], each row aligned like a new tensor: else products may round differently."""
     whole = ceil(width / _WHOLE_VECTORS) * _WHOLE_VECTORS
     return torch.empty(num_rows, whole, dtype=dtype, device=device)[:, :width]
 
 
 class OneToken:
-    """One token through several experts, which come in any order and are summed in ascending order.
+    """Runs one token through several experts, in any order, and sums them in ascending order.
 
-    What a token's step costs beside reading the weights is calls: products write into rows of one buffer, so that the
-    gating, the gate weights and the sum are one call each for all experts. Not for two threads at once.
+    Besides reading weights, a token's cost is the number of calls: products write into rows of one buffer, so that the
+    gating, the gate weights and the sum are one call each for all experts. Not thread-safe.
 
     Args:
         max_experts: the most experts of a token.
@@ -157,12 +157,12 @@ class OneToken:
         self._routed: Sequence[int] = ()
 
     def begin(self, routed: Sequence[int]) -> None:
-        """A new token's step, with the key at each place of its top-k."""
+        """Begin a new token, with the key at each position of its top-k."""
         self._keys.clear()
         self._routed = routed
 
     def run(self, math: ExpertMath, hidden: torch.Tensor, keys: Sequence[int], operands: Sequence[Operands]) -> None:
-        """Compute the experts `keys` for `hidden` [1, hidden]."""
+        """Compute the experts `keys` with `operands` by `math`, for `hidden` [1, hidden]."""
         multiply_into = math.multiply_into
         first = len(self._keys)
         last = first + len(keys)
@@ -181,13 +181,13 @@ class OneToken:
                 row.add_(math.bias(expert, math.down_bias_at))
 
     def put(self, keys: Sequence[int], rows: torch.Tensor) -> None:
-        """Take `rows` [keys, hidden] for the outputs of these experts, before their gate weights."""
+        """Use `rows` [keys, hidden] as the outputs of experts `keys`, before gate weights."""
         first = len(self._keys)
         self._keys.extend(keys)
         self._out[first : first + len(keys)] = rows
 
     def total(self, weights: torch.Tensor) -> torch.Tensor:
-        """The weighted sum [1, hidden] over the experts that were run or put, in ascending order of their keys.
+        """Return the weighted sum [1, hidden] of the experts that were run or put, in ascending order of keys.
 
         Args:
             weights: [1, k] gate weights.

@@ -1,4 +1,4 @@
-"""GGUF's blocks to fp32, with the bits of the gguf package's own dequantiser, in torch's vectorised operations.
+"""Dequantise GGUF blocks to fp32 with vectorised torch operations, bit for bit as the gguf package does.
 
 Q8_0     32 weights, 34 bytes    fp16 scale, int8
 MXFP4    32 weights, 17 bytes    power of two, four-bit floats: the low halves of the bytes first, then the high ones
@@ -19,7 +19,7 @@ _MXFP4_VALUES = torch.tensor([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8
 
 
 def dequantise_gguf(kind: str, raw: torch.Tensor) -> torch.Tensor:
-    """Make numbers of one stored matrix.
+    """Dequantise one stored matrix.
 
     Args:
         kind: the quantisation's name in GGUF. raw: uint8 [rows, bytes of a row].
@@ -33,7 +33,7 @@ def dequantise_gguf(kind: str, raw: torch.Tensor) -> torch.Tensor:
 
 
 def _half(raw: torch.Tensor) -> torch.Tensor:
-    """fp16 scales [blocks, 1] out of two bytes each."""
+    """Decode fp16 scales [blocks, 1] from two bytes each."""
     return raw.contiguous().view(torch.float16).float()
 
 
@@ -43,7 +43,7 @@ def _q8_0(blocks: torch.Tensor) -> torch.Tensor:
 
 def _mxfp4(blocks: torch.Tensor) -> torch.Tensor:
     exponent = blocks[:, :1].int()
-    # Half the power of two, by its bits; the two smallest are subnormal.
+    # The bits of half the power of two; the two smallest are subnormal.
     bits = torch.where(exponent < 2, 0x00200000 << exponent, (exponent - 1) << 23)
     return _MXFP4_VALUES[_halves(blocks[:, 1:]).int()] * bits.view(torch.float32)
 
@@ -53,7 +53,7 @@ def _q4_0(blocks: torch.Tensor) -> torch.Tensor:
 
 
 def _halves(packed: torch.Tensor) -> torch.Tensor:
-    """The four low bits of every byte, and after them the four high ones."""
+    """Return the four low bits of all bytes, followed by the four high bits of all bytes."""
     return torch.cat((packed & 0x0F, packed >> 4), dim=1)
 
 
@@ -67,13 +67,13 @@ def _q5_k(blocks: torch.Tensor) -> torch.Tensor:
 
 
 def _pairs(packed: torch.Tensor) -> torch.Tensor:
-    """Groups of 32 codes [blocks, 8, 32]: of every 32 bytes the low halves, then the high ones."""
+    """Unpack groups of 32 codes [blocks, 8, 32]: of every 32 bytes the low halves, then the high ones."""
     rows = packed.reshape(len(packed), 4, 32)
     return torch.stack((rows & 0x0F, rows >> 4), dim=2).view(len(packed), 8, 32)
 
 
 def _in_groups(blocks: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
-    """Codes [blocks, 8, 32] by the factors of their groups, which lie in the blocks' first 16 bytes."""
+    """Scale codes [blocks, 8, 32] by the factors of their groups, which are in the blocks' first 16 bytes."""
     scale, offset = _half(blocks[:, :2]), _half(blocks[:, 2:4])
     low_d, low_m, high = blocks[:, 4:8], blocks[:, 8:12], blocks[:, 12:16]
     factors = torch.cat((low_d & 0x3F, (high & 0x0F) | ((low_d >> 2) & 0x30)), dim=1)
@@ -102,5 +102,5 @@ def _decode(components: Sequence[torch.Tensor], out: torch.Tensor, coding: Codin
     out.copy_(dequantise_gguf(coding.kind.removeprefix(GGUF_PREFIX), components[0]))
 
 
-# As kernels/torch/dequantise.py wants them, by the coding's name.
+# For kernels/torch/dequantise.py, by the coding's name.
 GGUF_DECODERS = {GGUF_PREFIX + kind: _decode for kind in (*_FLOATS, *_BLOCKS)}

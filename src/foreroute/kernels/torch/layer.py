@@ -1,4 +1,4 @@
-"""A MoE layer by torch, bit for bit what transformers' eager experts compute."""
+"""Compute a MoE layer by torch, bit for bit as transformers' eager experts."""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -9,14 +9,14 @@ from foreroute.kernels.slot_views import SlotViews
 from foreroute.kernels.torch.experts import ExpertMath, Operands
 from foreroute.kernels.torch.sums import RowsSum, TokenSum, Workspace, is_distinct
 
-# The family's own forward: (expert key -> its operands, asked for in ascending order; hidden, ids, weights) -> the sum.
+# The family's own forward: (expert key -> operands, called in ascending order; hidden, ids, weights) -> the sum.
 FamilyForward = Callable[[Callable[[int], Operands], torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def group_by_expert(
     ids: torch.Tensor, keys: Sequence[int], base: int
 ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-    """For each of `keys`, ascending: the tokens routed to it and their positions in the top-k.
+    """Yield, for each of `keys` (ascending), the tokens routed to it and their positions in the top-k.
 
     Sorted by position and then token, as transformers' eager experts order them: the order of rows in a product can
     change its bits.
@@ -37,12 +37,12 @@ def group_by_expert(
 
 
 class TorchLayer:
-    """One MoE layer's experts as torch computes them: see `LayerKernels`.
+    """Computes one MoE layer's experts by torch: see `LayerKernels`.
 
     Args:
         layer: its index among the MoE layers. base: the key of its expert 0.
         views: the slots as tensors, shared by all layers.
-        math: how one expert is computed; None where ours is not proven equal to the family's.
+        math: computes one expert; None where ours is not proven equal to the family's.
         workspace: for one token, shared by layers of one shape; None where `math` is.
         family_forward: computes the layer where `math` is None.
 
@@ -73,7 +73,7 @@ class TorchLayer:
         self._token = None if math is None or workspace is None else TokenSum(workspace, math, operands_of)
 
     def begin(self, hidden: torch.Tensor, routed: Sequence[Sequence[int]], weights: torch.Tensor) -> LayerSum:
-        """See `LayerKernels`."""
+        """See `LayerKernels`. hidden: [tokens, hidden]. weights: [tokens, k]."""
         assert self._math is not None, "a layer without maths of ours is streamed"
         if len(routed) == 1 and self._token is not None and is_distinct(routed[0]):
             return self._token.begin(hidden, routed[0], weights)
@@ -88,7 +88,7 @@ class TorchLayer:
         weights: torch.Tensor,
         listener: ExpertListener | None = None,
     ) -> torch.Tensor:
-        """See `LayerKernels`."""
+        """See `LayerKernels`. hidden: [tokens, hidden]. ids, weights: [tokens, k]."""
         if self._math is None:
             return self._family_forward(lambda key: self._operands(experts.slot_of(key)), hidden, ids, weights)
         total = torch.zeros_like(hidden)

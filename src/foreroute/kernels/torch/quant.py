@@ -1,7 +1,7 @@
-"""Quantised experts on the CPU: torch's own int8 and int4 kernels, straight from the slot's memory, in bfloat16.
+"""Compute quantised experts on the CPU: torch's int8 and int4 kernels, straight from the slot's memory, in bfloat16.
 
-For few rows their cost is reading the weights. For many they lose to a plain product, so that there an int8 matrix is
-turned back first; the order of int4's numbers is the kernel's own, and another on another kind of CPU.
+For few rows their cost is reading the weights. For many they are slower than a plain product, so an int8 matrix is
+dequantised first; the kernel packs int4 in an order that depends on the kind of CPU.
 """
 
 from collections.abc import Sequence
@@ -15,17 +15,17 @@ from foreroute.checkpoint.layouts import ExpertTable
 from foreroute.errors import StoreError, UnsupportedModelError
 from foreroute.kernels.torch.experts import ExpertMath, Operands, gate_rows
 
-# Rows from which turning an int8 matrix back and multiplying plainly is quicker.
+# Rows from which dequantising an int8 matrix and a plain product are faster.
 _MANY_ROWS = 128
 _INT8_MOST, _INT4_MOST, _INT4_MIDDLE = 127, 15, 8
-# Times that scale and zero of an int4 group are fitted to its steps. The error of a product is 7.9 % with none, and
-# 7.5, 7.4 and 7.3 % with 1, 2 and 3, of weights that training gave and of normal ones.
+# How often the scale and zero of an int4 group are refitted to its steps. A product's error is 7.9 % without, and 7.5,
+# 7.4 and 7.3 % with 1, 2 and 3 fits, for trained weights and for normally distributed ones.
 _FITS = 2
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """One quantised matrix [out, in]: `values` and `scales` as the kernels of `bits` and `group` take them."""
+    """One quantised matrix [out, in]: `values` and `scales` in the form of the kernels for `bits` and `group`."""
 
     values: torch.Tensor
     scales: torch.Tensor
@@ -34,14 +34,14 @@ class Matrix:
 
 
 def encode(weights: torch.Tensor, bits: int, group: int, num_fits: int = _FITS) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantise `weights` [out, in], any float dtype.
+    """Quantise `weights` [out, in], any float dtype, to 8 or 4 `bits` (int4 in groups of `group` columns).
 
     Args:
-        num_fits: times that an int4 group's scale and zero, which span its range at first, are chosen anew: those of
-            the least squared error for the steps that its weights have, which then take the nearest step again.
+        num_fits: how often an int4 group's scale and zero, which span its range at first, are refitted: to the least
+            squared error for its weights' steps; then each weight takes its nearest step again.
     Returns:
-        int8: values [out, in] int8, scales [out]. int4: values [out, in / 2] uint8 in the kernel's own order, scales
-        [in / group, out, 2]: scale and zero point. Scales in bfloat16; values are chosen for the rounded ones.
+        int8: values [out, in] int8, scales [out]. int4: values [out, in / 2] uint8 in the kernel's order, scales
+        [in / group, out, 2]: scale and zero point. Scales in bfloat16; values are chosen for the rounded scales.
     """
     rows = weights.float()
     if bits == 8:
@@ -57,7 +57,7 @@ def encode(weights: torch.Tensor, bits: int, group: int, num_fits: int = _FITS) 
         middle = steps.mean(-1)
         spread = steps.square().sum(-1) - group * middle.square()
         common = (steps * grouped).sum(-1) - group * middle * mean
-        # Steps that are all the same have no spread, and leave the scale as it is.
+        # Steps that are all equal have no spread, and leave the scale unchanged.
         fitted = torch.where(spread > 0.5, common / spread.clamp(min=0.5), scale.float())
         scale = fitted.clamp(min=torch.finfo(torch.bfloat16).tiny).bfloat16()
         zero = (mean - scale.float() * middle).bfloat16()
@@ -67,22 +67,22 @@ def encode(weights: torch.Tensor, bits: int, group: int, num_fits: int = _FITS) 
 
 
 def _nearest_steps(grouped: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
-    """Of weights [rows, groups, group] the steps -8..7 from the zero point, in float32."""
+    """Return the nearest steps -8..7 from the zero point of weights [rows, groups, group], in float32."""
     steps = (grouped - zero.float()[..., None]) / scale.float()[..., None]
     return steps.round_().clamp_(-_INT4_MIDDLE, _INT4_MOST - _INT4_MIDDLE)
 
 
 def decode(matrix: Matrix) -> torch.Tensor:
-    """The matrix [in, out] that the kernels multiply with, in bfloat16."""
+    """Dequantise to the matrix [in, out] that the kernels multiply by, in bfloat16."""
     if matrix.bits == 8:
         return (matrix.values.bfloat16() * matrix.scales[:, None]).t()
     columns = matrix.values.shape[1] * 2
-    # The kernel itself knows its order: it is asked for the products with unit vectors.
+    # Only the kernel knows its order: multiplying by the identity gives the matrix.
     return product(torch.eye(columns, dtype=torch.bfloat16), matrix)
 
 
 def order_of(bits: int, group: int) -> str:
-    """Tells one order of packed numbers from another; "" where they lie in rows and columns."""
+    """Identify this CPU's order of packed numbers for `bits` and `group`; "" for plain rows and columns."""
     if bits == 8:
         return ""
     known = torch.arange(64 * 128, dtype=torch.float32).view(64, 128).sin()
@@ -91,7 +91,7 @@ def order_of(bits: int, group: int) -> str:
 
 
 def product(rows: torch.Tensor, matrix: Matrix) -> torch.Tensor:
-    """`rows` [n, in] bfloat16 times the matrix: [n, out], by the kernel."""
+    """Multiply `rows` [n, in] bfloat16 by `matrix` with the kernel: [n, out]."""
     if matrix.bits == 8:
         return torch._weight_int8pack_mm(rows, matrix.values, matrix.scales)
     return torch._weight_int4pack_mm_for_cpu(rows, matrix.values, matrix.group, matrix.scales)
@@ -99,9 +99,9 @@ def product(rows: torch.Tensor, matrix: Matrix) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class QuantisedMath(ExpertMath):
-    """A family's expert with both matrices quantised. An expert's operands are its matrices and biases.
+    """A family's expert with both matrices quantised. Its operands are its matrices, scales and biases.
 
-    bits, group: of the codec. positions: of the family's parts among the stored ones, which have scales between them.
+    bits, group: of the codec. positions: of the family's parts among the stored ones, where scales lie between them.
     """
 
     bits: int = 8
@@ -109,50 +109,50 @@ class QuantisedMath(ExpertMath):
     positions: tuple[int, ...] = ()
 
     def operands(self, parts: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        """An expert's stored parts, as they are: matrices followed by their scales."""
+        """Return an expert's stored parts unchanged: matrices [out, in], each followed by its scales."""
         return tuple(parts)
 
     @property
     def operand_kind(self) -> tuple[int, int, bool]:
-        """Two maths of one kind share their operands' views."""
+        """Maths of equal kind share their operands' views."""
         return (self.up_at, self.down_at, False)
 
     def widths(self, shapes: Sequence[Sequence[int]]) -> tuple[int, int]:
-        """Columns of the first and of the second product."""
+        """Return the columns of the first and the second product."""
         return shapes[self.positions[self.up_at]][0], shapes[self.positions[self.down_at]][0]
 
     @property
     def takes_stored(self) -> bool:
-        """The operands are what is stored."""
+        """True: the operands are the stored parts."""
         return True
 
     def matrix(self, operands: Operands, part_at: int) -> Matrix:
-        """The matrix that was the family's part `part_at`."""
+        """Return the quantised matrix of the family's part `part_at`, from the expert's `operands`."""
         at = self.positions[part_at]
         return Matrix(operands[at], operands[at + 1], self.bits, self.group)
 
     def bias(self, operands: Operands, part_at: int) -> torch.Tensor:
-        """The bias that was the family's part `part_at`."""
+        """Return bias `part_at` [out] of the expert's `operands`."""
         return operands[self.positions[part_at]]
 
     def multiply(self, rows: torch.Tensor, operands: Operands, part_at: int) -> torch.Tensor:
-        """`rows` [n, in] times the expert's matrix."""
+        """Multiply `rows` [n, in] by matrix `part_at` of the expert's `operands`: [n, out]."""
         matrix = self.matrix(operands, part_at)
         if matrix.bits == 8 and len(rows) >= _MANY_ROWS:
             return torch.mm(rows, decode(matrix))
         return product(rows, matrix)
 
     def multiply_into(self, out: torch.Tensor, rows: torch.Tensor, operands: Operands, part_at: int) -> None:
-        """The same, written to `out`."""
+        """Write the product of `rows` [n, in] and matrix `part_at` of `operands` to `out` [n, out]."""
         out.copy_(self.multiply(rows, operands, part_at))
 
 
 class QuantisedToken:
-    """One token through several quantised experts: as `OneToken`, without a bit of a resident model to keep to.
+    """Runs one token through several quantised experts: as `OneToken`, with no resident model's bits to reproduce.
 
-    Outputs go to their places in the top-k, whatever order they come in, and are summed at once: the same bits in every
-    order of arrival, and no call per expert beyond its two products. Not by a product in fp32: its library's threads
-    and the kernels' wait for each other, 240 us each time.
+    Outputs go to their positions in the top-k in any order of arrival, and are summed at once: always the same bits,
+    and no call per expert beyond its two products. Not by a product in fp32: its library's threads and the kernels'
+    wait for each other, 240 us each time.
 
     Args:
         max_experts: the most experts of a token.
@@ -163,12 +163,12 @@ class QuantisedToken:
         self._routed: Sequence[int] = ()
 
     def begin(self, routed: Sequence[int]) -> None:
-        """A new token's step, with the key at each place of its top-k."""
+        """Begin a new token, with the key at each position of its top-k."""
         self._routed = routed
         self._rows = [None] * len(routed)
 
     def run(self, math: QuantisedMath, hidden: torch.Tensor, keys: Sequence[int], operands: Sequence[Operands]) -> None:
-        """Compute the experts `keys` for `hidden` [1, hidden]."""
+        """Compute the experts `keys` with `operands` by `math`, for `hidden` [1, hidden]."""
         up_at, down_at = math.positions[math.up_at], math.positions[math.down_at]
         group = math.group
         kernel = _int8_product if math.bits == 8 else torch._weight_int4pack_mm_for_cpu
@@ -185,7 +185,7 @@ class QuantisedToken:
         self._place(keys, out)
 
     def put(self, keys: Sequence[int], rows: torch.Tensor) -> None:
-        """Take `rows` [keys, hidden] for the outputs of these experts, before their gate weights."""
+        """Use `rows` [keys, hidden] as the outputs of experts `keys`, before gate weights."""
         self._place(keys, rows.split(1))
 
     def _place(self, keys: Sequence[int], rows: Sequence[torch.Tensor]) -> None:
@@ -194,7 +194,7 @@ class QuantisedToken:
             places[place_of(key)] = row
 
     def total(self, weights: torch.Tensor) -> torch.Tensor:
-        """The weighted sum [1, hidden]; what was neither run nor put counts for nothing.
+        """Return the weighted sum [1, hidden] of the experts that were run or put.
 
         Args:
             weights: [1, k] gate weights.
@@ -211,7 +211,7 @@ def _int8_product(rows: torch.Tensor, values: torch.Tensor, group: int, scales: 
 
 
 def quantised(math: ExpertMath, num_parts: Sequence[int], bits: int, group: int) -> QuantisedMath:
-    """A family's maths over quantised parts.
+    """Make a family's `math` over parts quantised to `bits` in groups of `group`.
 
     Args:
         num_parts: stored parts that each of the family's parts became: 2 for a matrix, 1 for a bias.
@@ -226,12 +226,13 @@ def quantised(math: ExpertMath, num_parts: Sequence[int], bits: int, group: int)
 def math_of(
     codec: Codec, order: str, math: Sequence[ExpertMath | None], source: ExpertTable, compute_dtype: torch.dtype
 ) -> list[QuantisedMath]:
-    """Each layer's maths over quantised parts.
+    """Make each layer's math over parts quantised by `codec`.
 
     Args:
-        order: of the store. math: the families' own. source: the experts as the checkpoint stores them.
+        order: of the store. math: the family's, per layer. source: the experts as the checkpoint stores them.
+        compute_dtype: must be bfloat16.
     Raises:
-        UnsupportedModelError: a family whose maths is not known here.
+        UnsupportedModelError: how the family computes an expert is not known.
         StoreError: the store was packed on another kind of CPU, or the compute dtype is not bfloat16.
     """
     if order != order_of(codec.bits, codec.group):
@@ -252,6 +253,6 @@ def math_of(
             )
         num_parts = [min(len(part.shape), 2) for part in layer.family_layout.parts]
         made.append(quantised(entry, num_parts, codec.bits, codec.group))
-    # Its kernels would read past the ends of rows that are not whole blocks.
+    # The kernels would read past the ends of rows that are not whole blocks.
     check_shapes(source, codec, [entry.is_transposed for entry in made])
     return made

@@ -1,4 +1,4 @@
-"""A layer's weighted sum for few tokens: experts computed as they arrive, outputs added up in ascending expert id."""
+"""Compute a layer's weighted sum for few tokens: experts as they arrive, outputs summed in ascending expert id."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -8,34 +8,34 @@ import torch
 from foreroute.kernels.layer import Placed
 from foreroute.kernels.torch.experts import ExpertMath, Operands, compute_several, rows_are_aligned
 
-# A slot -> the operands of the expert that it holds.
+# A slot -> the operands of its expert.
 OperandsOf = Callable[[int], Operands]
 
 
 class Workspace(Protocol):
-    """One token through several experts, in any order: kernels/torch/experts.py and quant.py."""
+    """Runs one token through several experts, in any order: kernels/torch/experts.py and quant.py."""
 
     def begin(self, routed: Sequence[int]) -> None:
-        """A new token's step, with the key at each position of its top-k."""
+        """Begin a new token, with the key at each position of its top-k."""
         ...
 
     def run(self, math: Any, hidden: torch.Tensor, keys: Sequence[int], operands: Sequence[Operands]) -> None:
-        """Compute the experts `keys` for `hidden` [1, hidden]."""
+        """Compute the experts `keys` with `operands` by `math`, for `hidden` [1, hidden]."""
         ...
 
     def put(self, keys: Sequence[int], rows: torch.Tensor) -> None:
-        """Take `rows` [keys, hidden] for the outputs of these experts, before their gate weights."""
+        """Use `rows` [keys, hidden] as the outputs of experts `keys`, before gate weights."""
         ...
 
     def total(self, weights: torch.Tensor) -> torch.Tensor:
-        """The weighted sum [1, hidden], for gate weights [1, k]."""
+        """Return the weighted sum [1, hidden], for gate weights [1, k]."""
         ...
 
 
 def is_distinct(routed: Sequence[int]) -> bool:
-    """A token names no expert twice, as a hash table may; negative keys, which are no expert, may come again.
+    """Whether a token's keys are distinct (hash routing may repeat one); negative keys, no expert, may repeat.
 
-    Families multiply such a token's row twice in one product, and add both: a `RowsSum` does so too.
+    Families multiply a repeated expert's row twice in one product, and add both: a `RowsSum` does so too.
     """
     if len(set(routed)) == len(routed):
         return True
@@ -44,9 +44,9 @@ def is_distinct(routed: Sequence[int]) -> bool:
 
 
 class TokenSum:
-    """One token that names no expert twice: everything but the products is one call for all experts together.
+    """A `LayerSum` of one token with distinct experts: all but the products is one call for all experts together.
 
-    A `LayerSum` that is begun anew for each token.
+    Reused: `begin` starts the next token.
     """
 
     def __init__(self, workspace: Workspace, math: ExpertMath, operands_of: OperandsOf) -> None:
@@ -56,7 +56,7 @@ class TokenSum:
         self._hidden = self._weights = torch.empty(0, dtype=torch.float32)
 
     def begin(self, hidden: torch.Tensor, routed: Sequence[int], weights: torch.Tensor) -> "TokenSum":
-        """The next token's sum: `hidden` [1, hidden], the key at each position of its top-k, `weights` [1, k]."""
+        """Begin the next token: `hidden` [1, hidden], `routed` keys by top-k position, gate `weights` [1, k]."""
         self._hidden = hidden
         self._weights = weights
         self._workspace.begin(routed)
@@ -70,23 +70,23 @@ class TokenSum:
         )
 
     def substitute(self, keys: Sequence[int], vectors: torch.Tensor) -> None:
-        """Take `vectors` [keys, hidden] for the outputs of these experts."""
+        """Use `vectors` [keys, hidden] as the outputs of experts `keys`."""
         self._workspace.put(keys, vectors)
 
     def total(self) -> torch.Tensor:
-        """The weighted sum [1, hidden]."""
+        """Return the weighted sum [1, hidden]."""
         return self._workspace.total(self._weights)
 
 
 class RowsSum:
-    """Several tokens: each expert takes the rows routed to it, and what is no product is one call for many experts.
+    """A `LayerSum` of several tokens: a product per expert for its rows; all else is one call for many experts.
 
     Rows are ordered by position in the top-k and then by token, as eager experts order them: the order of rows in a
     product can change its bits.
 
     Args:
-        routed: per token its keys; negative ones are no expert.
-        most_at_once: experts whose operands are asked for together; None for as many as an `add` has.
+        hidden: [tokens, hidden]. weights: [tokens, k]. routed: per token its keys; negative ones are no expert.
+        most_at_once: experts whose operands are held together; None: all of an `add`.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class RowsSum:
         self._weights = weights
         self._most_at_once = most_at_once
         self._outputs: dict[int, torch.Tensor] = {}
-        # Per expert its assignments. An assignment is a position in a token's top-k, counted through all tokens.
+        # Per expert its assignments: token * top_k + position in the token's top-k.
         self._top_k = top_k = len(routed[0])
         assignments: dict[int, list[int]] = {}
         for position in range(top_k):
@@ -130,12 +130,12 @@ class RowsSum:
             self._outputs.update(zip(keys, compute_several(self._math, rows, operands), strict=True))
 
     def substitute(self, keys: Sequence[int], vectors: torch.Tensor) -> None:
-        """Take `vectors` [keys, hidden] for the outputs of these experts, for every token routed to them."""
+        """Use `vectors` [keys, hidden] as the outputs of experts `keys`, for every token routed to them."""
         for key, vector in zip(keys, vectors, strict=True):
             self._outputs[key] = vector.expand(len(self._assignments[key]), -1)
 
     def total(self) -> torch.Tensor:
-        """The weighted sum [tokens, hidden]."""
+        """Return the weighted sum [tokens, hidden]."""
         hidden, top_k = self._hidden, self._top_k
         if not self._outputs:
             return torch.zeros_like(hidden)
@@ -155,7 +155,7 @@ class RowsSum:
         return total
 
     def _gathered(self) -> dict[int, torch.Tensor]:
-        """For each expert the rows of `hidden` that are routed to it."""
+        """Gather for each expert the rows of `hidden` routed to it."""
         hidden, of_experts = self._hidden, self._assignments.values()
         tokens = [one // self._top_k for assignments in of_experts for one in assignments]
         index = torch.tensor(tokens, dtype=torch.int64, device=hidden.device)
@@ -167,11 +167,11 @@ class RowsSum:
         return dict(zip(self._assignments, rows, strict=True))
 
     def _passes(self, keys: Sequence[int]) -> list[list[tuple[int, int]]]:
-        """Accumulation passes, each of them one addition: (row among the outputs of `keys`, assignment).
+        """Split the sum into accumulation passes, one addition each, of (row of the outputs of `keys`, assignment).
 
-        As eager does, sums are rounded to the activation dtype after each expert, in ascending order. Only a token's
-        own experts matter to it, so that the first ones of all tokens are one pass, whichever they are, and then the
-        second ones. What a token names twice eager adds in one call, which rounds once: then each expert is a pass.
+        As eager does, sums are rounded to the activation dtype after each expert, in ascending order. A token's bits
+        depend on its own experts only, so the first experts of all tokens are one pass, then the second ones, and so
+        on. Eager adds a repeated expert's rows in one call, which rounds once: then each expert is a pass.
         """
         of_experts: list[list[tuple[int, int]]] = []
         row = 0

@@ -1,4 +1,4 @@
-"""How an expert lies in its slot, as a kernel reads it; and the experts' maths over slots, in plain torch.
+"""Describe an expert's layout in its slot for kernels, and compute experts over slots in plain torch.
 
 `experts` here is the reference of kernels/triton/experts.py. Both round where transformers' eager experts do: after
 each product, each bias, the gate, and each expert's share of the sum, which goes in ascending expert id.
@@ -22,10 +22,10 @@ class MatrixForm:
     kind: FLOAT: `dtype`, row-major, or [in, out] where `is_transposed`.
         INT8: values [out, in], scales bfloat16 [out], as the CPU's codec.
         INT4: values uint8 [out, in / 2], the even column in the low nibble, scales bfloat16 [in / group, out, 2]: scale
-        and zero point of (step - 8). Rows and columns as they are: the CPU's codec packs in an order of its own.
+        and zero point of (step - 8). In plain rows and columns, where the CPU's codec packs in another order.
         MXFP4: as gpt-oss stores it: blocks uint8 [out, in / 32, 16], the even column in the low nibble, and scales
         uint8 [out, in / 32], exponents biased by 127.
-    bias_at: -1 without one.
+    bias_at: -1 without a bias.
     """
 
     kind: int
@@ -67,12 +67,12 @@ def experts(
     stood_in: torch.Tensor | None = None,
     vectors: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The routed experts' weighted sum [tokens, hidden].
+    """Compute the weighted sum [tokens, hidden] of routed experts of this `form`.
 
     Args:
         hidden: [tokens, hidden]. ids, slots, weights: [tokens, k]; a slot < 0 contributes nothing.
         pool: uint8 [num_slots, slot_bytes].
-        stood_in: int32 [tokens, k]: experts for which `vectors` [experts, hidden] stand in, -1 elsewhere.
+        stood_in: int32 [tokens, k]: experts to substitute by `vectors` [experts, hidden], -1 elsewhere.
     """
     total = torch.zeros_like(hidden)
     for token in range(len(hidden)):
@@ -106,7 +106,7 @@ def _times(form: MatrixForm, row: torch.Tensor, slot: torch.Tensor) -> torch.Ten
 
 
 def decoded(form: MatrixForm, slot: torch.Tensor) -> torch.Tensor:
-    """The matrix [out, in] that the slot, uint8 [slot_bytes], holds, in float32."""
+    """Decode the matrix [out, in] of this `form` from `slot`, uint8 [slot_bytes], to float32."""
     rows, cols = form.rows, form.cols
     if form.kind == FLOAT:
         shape = (cols, rows) if form.is_transposed else (rows, cols)

@@ -1,18 +1,17 @@
-"""Experts computed through the slot table, as Triton kernels: kernels/triton/expert_form.py's `experts`, for a GPU.
+"""Compute experts through the slot table, as Triton kernels: kernels/triton/expert_form.py's `experts`, for a GPU.
 
-Three launches: up and gate, down, the weighted sum. Nothing is read back, no shape depends on data, and no two programs
-write the same place, so that a graph can hold it and every run gives the same bits.
+Three launches: up and gate, down, the weighted sum. Nothing is copied to the host, no shape depends on data, and no two
+programs write the same address, so that a CUDA graph can capture it and every run gives the same bits.
 
-Memory-bound for the few tokens of a decode step: a program reads some rows of one expert once for all tokens that are
-routed there, whether they are (token, choice) pair or not: the first pair of a slot does the work of the others. One
-token is multiplied on plain lanes; more go through the tensor cores, 16 at a time, whose other columns are idle. What
-4-bit records cost beside their bytes is arithmetic: about eight operations a weight, which a GPU that is otherwise idle
-has, but which may be the bound where every expert is resident. A whole prompt's tokens are better multiplied layer by
-layer elsewhere: each block of 16 tokens reads the experts it uses anew.
+Memory-bound for the few tokens of a decode step: a program reads some rows of one expert once for all tokens routed to
+it: the first (token, choice) pair of a slot does the work of the others. One token is multiplied on plain lanes; more
+go through the tensor cores, 16 at a time, whose other columns are idle. 4-bit records also cost arithmetic, about eight
+operations a weight: free on a GPU that is otherwise idle, but perhaps the bound where every expert is resident. A whole
+prompt is better computed layer by layer elsewhere: here each block of 16 tokens reads its experts again.
 """
 
 # mypy: disable-error-code="no-untyped-def"
-# Triton's parameters are tensors or numbers as it sees fit.
+# Triton decides which parameters are tensors and which numbers.
 
 import torch
 import triton
@@ -34,7 +33,7 @@ def _rounded(values, DTYPE: tl.constexpr):
 
 @triton.jit
 def _sum_of_products(matrix, columns, DOT: tl.constexpr):
-    """[rows, n] times [n, tokens] in float32."""
+    """Multiply [rows, n] by [n, tokens] in float32."""
     if DOT:
         return tl.dot(matrix.to(columns.dtype), columns, input_precision="ieee")
     return tl.sum(matrix.to(tl.float32)[:, :, None] * columns.to(tl.float32)[None, :, :], 1)
@@ -42,7 +41,7 @@ def _sum_of_products(matrix, columns, DOT: tl.constexpr):
 
 @triton.jit
 def _e2m1(nibble):
-    """The number of a 4-bit code: sign, two bits of exponent, one of mantissa."""
+    """Decode a 4-bit float: sign, two bits of exponent, one of mantissa."""
     code = nibble & 7
     twice = tl.where(code < 4, code, (2 | (code & 1)) << (tl.maximum(code >> 1, 1) - 1))
     return tl.where(nibble > 7, -0.5, 0.5) * twice.to(tl.float32)
@@ -54,7 +53,7 @@ def _times(
     KIND: tl.constexpr, TRANSPOSED: tl.constexpr, GROUP: tl.constexpr, HAS_BIAS: tl.constexpr,
     DTYPE: tl.constexpr, COLS: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """Rows `row` of one matrix times the inputs at x + x_at [tokens]: [rows, tokens], rounded, biased, rounded."""
+    """Multiply rows `row` of one matrix by the inputs at x + x_at [tokens]: [rows, tokens]; round, add bias, round."""
     is_row = row < rows
     acc = tl.zeros([row.shape[0], x_at.shape[0]], tl.float32)
     if KIND <= _INT8:
@@ -85,7 +84,7 @@ def _times(
             else:
                 at = row[:, None] * (cols // GROUP) + group[None, :]
                 exponent = tl.load(scales + at, mask, 127).to(tl.int32)
-                # A float's exponent is biased by 127 too; its least one is no power of two.
+                # A float's exponent is biased by 127 too; but its least one, 0, encodes no power of two.
                 bits = tl.where(exponent > 0, exponent << 23, 1 << 22)
                 scale = bits.to(tl.float32, bitcast=True)
                 even, odd = _e2m1(low) * scale, _e2m1(high) * scale
@@ -101,7 +100,7 @@ def _times(
 
 @triton.jit
 def _work_of(slots, pair, slot, num_tokens, top_k, TOKENS: tl.constexpr, CHOICES: tl.constexpr):
-    """Of the pair's block of tokens: their pairs with this slot, whether they have one, and whether `pair` is first."""
+    """Return the pair's block of tokens, each one's pair with this slot, whether it has one, and if `pair` is first."""
     token = pair // top_k // TOKENS * TOKENS + tl.arange(0, TOKENS)
     choice = tl.arange(0, CHOICES)
     at = token[:, None] * top_k + choice[None, :]
@@ -120,7 +119,7 @@ def up_kernel(
     INTERLEAVED: tl.constexpr, GATE: tl.constexpr,
     TOKENS: tl.constexpr, CHOICES: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """The gated intermediate [pairs, rows / 2] of inputs [tokens, cols]."""
+    """Compute the gated intermediate [pairs, rows / 2] of inputs [tokens, cols]."""
     pair = tl.program_id(0)
     slot = tl.load(slots + pair).to(tl.int64)
     token, out_pair, is_token, is_first = _work_of(slots, pair, slot, num_tokens, top_k, TOKENS, CHOICES)
@@ -136,7 +135,7 @@ def up_kernel(
         gate_row, up_row = row, row + half
         if INTERLEAVED:
             gate_row, up_row = row * 2, row * 2 + 1
-        # A gate's row past the half would be another's up.
+        # A gate's row past the half would be another row's up.
         gate_row, up_row = tl.where(row < half, gate_row, rows), tl.where(row < half, up_row, rows)
         gate = _times(x, token * cols, is_token, values, scales, biases, gate_row, rows, cols,
                       KIND, TRANSPOSED, GROUP, HAS_BIAS, DTYPE, COLS, DOT)  # fmt: skip
@@ -161,7 +160,7 @@ def down_kernel(
     KIND: tl.constexpr, TRANSPOSED: tl.constexpr, GROUP: tl.constexpr, HAS_BIAS: tl.constexpr,
     TOKENS: tl.constexpr, CHOICES: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """The experts' outputs [pairs, rows] of the intermediate [pairs, cols]."""
+    """Compute the experts' outputs [pairs, rows] from the intermediate [pairs, cols]."""
     pair = tl.program_id(0)
     slot = tl.load(slots + pair).to(tl.int64)
     _, at_pair, is_token, is_first = _work_of(slots, pair, slot, num_tokens, top_k, TOKENS, CHOICES)
@@ -184,7 +183,7 @@ def sum_kernel(
     outputs, ids, slots, weights, stood_in, vectors, out, top_k, width,
     STANDS_IN: tl.constexpr, CHOICES: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """A token's weighted sum in ascending expert id, rounded after each."""
+    """Compute a token's weighted sum in ascending expert id, rounded after each expert."""
     DTYPE: tl.constexpr = out.dtype.element_ty
     token = tl.program_id(0)
     col = tl.program_id(1) * COLS + tl.arange(0, COLS)
@@ -218,7 +217,7 @@ def experts(
     stood_in: torch.Tensor | None = None,
     vectors: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """See `expert_form.experts`."""
+    """See `expert_form.experts`. hidden: [tokens, hidden]. ids, slots, weights: [tokens, k]."""
     num_tokens, top_k = ids.shape
     pairs, inner_width = ids.numel(), form.up.rows // 2
     hidden, slots = hidden.contiguous(), slots.contiguous()
@@ -249,7 +248,7 @@ def experts(
 
 
 def _parts(form: MatrixForm, pool: torch.Tensor) -> tuple[torch.Tensor | int, ...]:
-    """Values, scales and biases of slot 0, and how far it is to those of the next one, in their own items."""
+    """Return values, scales and biases of slot 0, and the stride of each to the next slot, in items."""
     value_dtypes = {expert_form.FLOAT: form.dtype, expert_form.INT8: torch.int8}
     scale_dtype = torch.uint8 if form.kind == expert_form.MXFP4 else torch.bfloat16
     views = [
@@ -269,6 +268,6 @@ def _kind(form: MatrixForm) -> dict[str, int | bool]:
 
 
 def _columns(form: MatrixForm, is_dot: bool) -> int:
-    """Columns, or pairs of them, that are multiplied at a time: 16 bytes a lane for whole rows."""
+    """Number of columns (or pairs of them) multiplied at a time: 16 bytes a lane for whole rows."""
     most = 64 if is_dot else 256
     return max(min(triton.next_power_of_2(form.cols), most), 16)
