@@ -14,8 +14,9 @@ import foreroute
 from foreroute.batching.engine import BatchEngine
 from foreroute.batching.requests import Request, Sampling
 from foreroute.checkpoint.gguf_file import GgufIndex
+from foreroute.errors import CheckpointError
 from foreroute.generation.generate import generate
-from foreroute.model.endings import SpecialTokens, complete_generation_config
+from foreroute.model.endings import SpecialTokens, complete_generation_config, end_tokens
 from foreroute.model.text import encode_prompt, load_tokenizer
 from tests.batching.test_engine import Heard
 from tests.support.checkpoints import edit_json
@@ -285,3 +286,19 @@ def test_a_text_that_begins_with_the_start_token_has_one(copied):
     # Two that are written down are meant.
     assert encode_prompt(tokenizer, "<bos><bos>ab", chat=False)[0].tolist() == [start, *plain]
     assert torch.equal(encode_prompt(tokenizer, "ab", chat=False), torch.tensor([plain]))
+
+
+@pytest.mark.parametrize("spoilt", [5, "x", [1], [{"id": "2", "content": "</s>"}], [{"id": 1e308, "content": "</s>"}]])
+def test_tokens_of_another_form_are_passed_over(tmp_path, spoilt):
+    """`load_tokenizer` says what is wrong with them; the ends that can be read are found all the same."""
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"added_tokens": spoilt, "model": spoilt}), encoding="utf-8")
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<end>": 7, "<odd>": "8"}), encoding="utf-8")
+    settings = {"eos_token": "<end>", "added_tokens_decoder": spoilt, "chat_template": [3, {"name": "default"}]}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    assert SpecialTokens.read(tmp_path).ends() == [7]
+
+
+@pytest.mark.parametrize("said", [1.5, "2", [1, "2"], {"a": 1}, True])
+def test_an_end_that_is_no_id_is_named(said):
+    with pytest.raises(CheckpointError, match="eos_token_id"):
+        end_tokens(SimpleNamespace(eos_token_id=said))

@@ -9,9 +9,10 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from foreroute.checkpoint.gguf_file import GgufIndex
+from foreroute.errors import CheckpointError
 
 _QUESTION, _ANSWER = "QUESTION", "ANSWER"
 # Of a GGUF file: the end of the text, of a turn, of a message that calls a tool.
@@ -66,9 +67,16 @@ def _ends_of_files(config: Any, folder: Path, index: Any) -> Iterator[int]:
 
 
 def _ids(said: Any) -> list[int]:
-    if said is None:
-        return []
-    return [said] if isinstance(said, int) else [int(one) for one in said]
+    found = [] if said is None else list(said) if isinstance(said, list | tuple) else [said]
+    if not all(_is_id(one) for one in found):
+        raise CheckpointError(
+            f"eos_token_id of the model's settings is {said!r:.60}; it must be an id or a list of ids."
+        )
+    return found
+
+
+def _is_id(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
@@ -91,8 +99,10 @@ class SpecialTokens:
         eos = named.get("eos_token")
         if eos is not None and eos not in ids:
             # An ordinary entry of the vocabulary.
-            vocabulary = _object(folder / "tokenizer.json").get("model", {}).get("vocab", {})
-            ids.update({eos: vocabulary[eos]} if isinstance(vocabulary, dict) and eos in vocabulary else {})
+            model = _object(folder / "tokenizer.json").get("model")
+            vocabulary = model.get("vocab") if isinstance(model, dict) else None
+            found = vocabulary.get(eos) if isinstance(vocabulary, dict) else None
+            ids.update({eos: found} if _is_id(found) else {})
         return cls(ids, named, _template(folder, config))
 
     def ends(self) -> list[int]:
@@ -145,10 +155,10 @@ def _content(token: Any) -> str | None:
 
 def _added(folder: Path) -> Iterator[tuple[str, int]]:
     """Every added token and its id. Of tokenizer.json only their list is parsed: its vocabulary is some megabytes."""
-    yield from _object(folder / "added_tokens.json").items()
-    decoder = _object(folder / "tokenizer_config.json").get("added_tokens_decoder", {})
-    for number, entry in decoder.items():
-        if number.isdecimal() and (token := _content(entry)):
+    yield from ((token, number) for token, number in _object(folder / "added_tokens.json").items() if _is_id(number))
+    decoder = _object(folder / "tokenizer_config.json").get("added_tokens_decoder")
+    for number, entry in decoder.items() if isinstance(decoder, dict) else ():
+        if number.isdecimal() and len(number) < 20 and (token := _content(entry)):
             yield token, int(number)
     try:
         raw = (folder / "tokenizer.json").read_bytes()
@@ -156,8 +166,8 @@ def _added(folder: Path) -> Iterator[tuple[str, int]]:
         entries = json.JSONDecoder().raw_decode(listed)[0] if _ADDED in raw else []
     except (OSError, ValueError, RecursionError):
         return
-    for entry in entries:
-        if isinstance(entry, dict) and (token := _content(entry)) and isinstance(entry.get("id"), int):
+    for entry in entries if isinstance(entries, list) else ():
+        if isinstance(entry, dict) and (token := _content(entry)) and _is_id(entry.get("id")):
             yield token, entry["id"]
 
 
@@ -167,5 +177,6 @@ def _template(folder: Path, config: Mapping[str, Any]) -> str | None:
     except (OSError, ValueError):
         found = config.get("chat_template")
     if isinstance(found, list):
-        found = next((one.get("template") for one in found if one.get("name") == "default"), None)
+        named = [one for one in found if isinstance(one, dict) and one.get("name") == "default"]
+        found = named[0].get("template") if named else None
     return found if isinstance(found, str) else None
