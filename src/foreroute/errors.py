@@ -24,6 +24,7 @@ people raise on a damaged file is turned into one of these where they are called
 """
 
 import contextlib
+import traceback
 from collections.abc import Iterator
 
 
@@ -127,8 +128,16 @@ def named(what: str, error: type[ForerouteError] = CorruptCheckpointError, advic
     except BaseException as failure:
         if not isinstance(failure, _RAISED) and _RAISED_BY_NAME.isdisjoint(_names(failure)):
             raise
+        if isinstance(failure, AssertionError | NameError) and _is_our_bug(failure):
+            raise
         reason = reason_of(failure)
         raise error(f"{what}: {reason}{'' if reason.endswith('...') else '.'} {advice}".rstrip()) from failure
+
+
+def _is_our_bug(failure: BaseException) -> bool:
+    """Whether it was raised by a line of this package, and so is no parser's word on a file."""
+    frames = traceback.walk_tb(failure.__traceback__)
+    return str([frame for frame, _ in frames][-1].f_globals.get("__name__")).startswith("foreroute.")
 
 
 def reason_of(failure: BaseException) -> str:

@@ -1,6 +1,7 @@
 """Write files atomically (complete or not at all, even after a crash), and lock files that one process may write."""
 
 import contextlib
+import errno
 import fcntl
 import os
 import secrets
@@ -153,8 +154,17 @@ def _holder(fd: int) -> int | None:
 
 def _sync(path: Path) -> None:
     """Flush a file, or a folder's entries, to disk."""
-    fd = os.open(path, os.O_RDONLY)
+    try:
+        fd = os.open(path, os.O_RDONLY)
+    except PermissionError:
+        if path.is_dir():
+            return  # it may be written to and not read: what is in it has its name all the same
+        raise
     try:
         os.fsync(fd)
+    except OSError as error:
+        # Some file systems do not sync folders.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
+            raise
     finally:
         os.close(fd)

@@ -138,3 +138,12 @@ def test_predictors_of_the_older_weights(checkpoints, both, load):
     Sidecar(fingerprint, [None] * 3, [None] * 3, None, [], [None] * 3).save(both / SIDECAR_NAME)
     with pytest.raises(PredictorError, match="fitted to another model or to other weights"):
         load(both)
+
+
+def test_names_that_cannot_be_looked_up_are_named():
+    from foreroute.checkpoint.locate import locate
+    from foreroute.errors import CheckpointError
+
+    for name in ("a" * 300, "~nobody-of-this-name/model"):
+        with pytest.raises(CheckpointError, match="cannot be opened"):
+            locate(name)

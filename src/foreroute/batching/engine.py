@@ -323,7 +323,11 @@ class BatchEngine:
             ids = ids[: len(answer.request.prompt_ids)]
         # More of it than is kept is copied where windows are; before it is, there is room for it.
         if self._kept.make_room(len(ids) * self.kv_bytes // self.kv_tokens):
-            self._kept.keep(self._model, ids, rows.row(at))
+            try:
+                self._kept.keep(self._model, ids, rows.row(at))
+            except (RuntimeError, MemoryError):
+                # Only a copy for later requests: where the device has no room for it, running ones go on.
+                _LOG.warning("A prompt was not kept for the next request", exc_info=True)
 
     def _end(self, answer: Answer, end: Finished) -> None:
         with self._changed:

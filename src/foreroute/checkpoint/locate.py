@@ -30,13 +30,18 @@ def locate(
     Raises:
         CheckpointError: not a folder, GGUF file or hub id; a revision of a folder; or the download failed.
     """
-    path = Path(path_or_hub_id).expanduser()
     text = str(path_or_hub_id)
+    try:
+        path = Path(path_or_hub_id).expanduser()
+        is_here = path.exists()
+    except (OSError, RuntimeError) as error:  # a name that is too long, a user or a folder that cannot be looked into
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise CheckpointError(f"{text[:200]} cannot be opened: {reason}.") from error
     if not text:
         raise CheckpointError(
             "The model has no name. Give the folder of a checkpoint, or a hub id (organisation/name)."
         )
-    if path.exists():
+    if is_here:
         if not _is_text(str(path)):
             raise CheckpointError(
                 f"{text} has a name that is no text in this locale, so that its tokenizer cannot be opened. Rename it, "

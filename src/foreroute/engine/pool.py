@@ -294,18 +294,14 @@ class ExpertPool:
 
     def record_outcomes(self) -> None:
         """Add used and wasted prefetches since the last call to the current phase."""
-        self._recorded = self._add_outcomes(self.phase)
-
-    def _add_outcomes(self, phase: PhaseStats) -> tuple[int, int]:
-        used, wasted = self.residency.prefetch_used, self.residency.prefetch_wasted
-        phase.prefetch_used += used - self._recorded[0]
-        phase.prefetch_wasted += wasted - self._recorded[1]
-        return used, wasted
+        before, self._recorded = self._recorded, (self.residency.prefetch_used, self.residency.prefetch_wasted)
+        _add_outcomes(self.phase, before, self._recorded)
 
     def snapshot(self) -> EngineStats:
         """Return a copy of all counts since the model was loaded. Thread-safe, as it changes nothing."""
         stats = copy.deepcopy(self.stats)
-        self._add_outcomes(stats.prefill if self.phase is self.stats.prefill else stats.decode)
+        now = self.residency.prefetch_used, self.residency.prefetch_wasted
+        _add_outcomes(stats.prefill if self.phase is self.stats.prefill else stats.decode, self._recorded, now)
         stats.read_bytes, stats.read_s = self.transfer.bytes_read, self.transfer.busy_s
         stats.evictions, stats.read_retries = self.residency.evictions, self.transfer.retries
         return stats
@@ -396,3 +392,8 @@ class ExpertPool:
         if failure is not None:
             raise failure
         return arrived
+
+
+def _add_outcomes(phase: PhaseStats, before: tuple[int, int], now: tuple[int, int]) -> None:
+    phase.prefetch_used += now[0] - before[0]
+    phase.prefetch_wasted += now[1] - before[1]

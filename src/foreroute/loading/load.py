@@ -82,6 +82,7 @@ def load(
     before = check_before(asked, target, checkpoint.kept, checkpoint.store, sketch.config, sketch.dense_nbytes)
     sidecar = _sidecar(asked, target, checkpoint)
     model: Any = load_skeleton(checkpoint.folder, sketch, call.dtype, **call.model_kwargs)
+    complete_generation_config(model, checkpoint.folder, checkpoint.index)
     experts = find_experts(model, checkpoint)
     division = plan_memory(asked, target, model, experts, before)
     if target.type == "cuda":
@@ -94,7 +95,6 @@ def load(
         trace.begin(**header_of(plan, asked, experts.table, checkpoint.index.fingerprint()))
         assert isinstance(engine, MoeStep), "no trace is written where the device pages for itself: see open_device"
         engine.pool.add_observer(StepTrace(trace, experts.table.keys))
-    complete_generation_config(model, checkpoint.folder, checkpoint.index)
     entry = StepEntry(engine, len(experts.layers), Bounds.of(model), target)
     for layer in experts.layers:
         layer.experts.engine_forward = partial(entry.compute, layer.index)

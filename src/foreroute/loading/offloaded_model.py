@@ -185,7 +185,7 @@ def make_offloaded(model: nn.Module, handle: ForerouteHandle) -> nn.Module:
             own["generate"] = _one_at_a_time(cls.generate)
         module.__class__ = type(cls.__name__, (OffloadedModel, cls), own)
         object.__setattr__(module, "foreroute", handle)
-    weakref.finalize(model, _close_unless_forked, handle.engine, os.getpid())
+    weakref.finalize(handle, _close_unless_forked, handle.engine, os.getpid())
     return model
 
 

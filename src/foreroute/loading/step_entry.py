@@ -176,9 +176,9 @@ class StepEntry:
         """MoE layer `layer`'s experts; see `MoeEngine.compute`. Outside of a forward pass: a prompt's."""
         if self._inside == threading.get_ident():
             if self._is_ordinary:
-                return self._engine().compute(layer, hidden, ids, weights)
+                return self._living_engine().compute(layer, hidden, ids, weights)
             with torch_modes.kept():
-                return self._engine().compute(layer, hidden, ids, weights)
+                return self._living_engine().compute(layer, hidden, ids, weights)
         with self.lock:
             self._check()
             try:
@@ -186,9 +186,9 @@ class StepEntry:
                 # Layers that are called one after the other are one step.
                 with torch_modes.kept():
                     if layer <= self._lone_layer:
-                        self._engine().begin_step(StepInfo("prefill", 1, len(hidden), is_start=True))
+                        self._living_engine().begin_step(StepInfo("prefill", 1, len(hidden), is_start=True))
                     self._lone_layer = layer
-                    return self._engine().compute(layer, hidden, ids, weights)
+                    return self._living_engine().compute(layer, hidden, ids, weights)
             finally:
                 self._inside = _NOBODY
 
@@ -204,8 +204,14 @@ class StepEntry:
         self._lone_layer = self._num_layers
         self._is_ordinary = torch_modes.is_ordinary()
         with torch_modes.kept():
-            self._engine().begin_step(self._announced.pop(thread, None) or guess_step(tokens, cache))
+            self._living_engine().begin_step(self._announced.pop(thread, None) or guess_step(tokens, cache))
         return thread
+
+    def _living_engine(self) -> Any:
+        engine = self._engine()
+        if engine is None:
+            raise RefusedError(_CLOSED)
+        return engine
 
     def _check(self) -> None:
         refuse_compiled()

@@ -48,7 +48,7 @@ def ram(root: Path = ROOT) -> Ram:
     """
     total, free = machine_bytes("MemTotal", root), machine_bytes("MemAvailable", root)
     if total is None or free is None:
-        raise BudgetError("This system does not say how much RAM is free (/proc/meminfo). Give --memory.")
+        raise BudgetError("This system does not say how much RAM is free (/proc/meminfo).")
     limits = [*memory_limits(root), *_process_limits(root)]
     tightest = min(limits, key=lambda limit: limit.limit_bytes, default=None)
     free = min([free, *(limit.left_bytes for limit in limits)])

@@ -33,7 +33,8 @@ def complete_generation_config(model: Any, folder: Path, index: Any) -> None:
     """
     settings = model.generation_config
     said = _ids(settings.eos_token_id)
-    ends = list(dict.fromkeys([*said, *_ends_of_files(model.config, folder, index)]))
+    # A list in generation_config.json was chosen: some models write a turn's end between the parts of one answer too.
+    ends = list(dict.fromkeys([*said, *_ends_of_files(model.config, folder, index, with_turns=len(said) < 2)]))
     if ends != said:
         if settings.pad_token_id is None:
             # What generate() takes to fill up ended rows, and says so each time.
@@ -54,14 +55,14 @@ def stop_strings(settings: Any) -> tuple[str, ...]:
     return tuple(one for one in ((said,) if isinstance(said, str) else said) if one)
 
 
-def _ends_of_files(config: Any, folder: Path, index: Any) -> Iterator[int]:
+def _ends_of_files(config: Any, folder: Path, index: Any, *, with_turns: bool) -> Iterator[int]:
     text_config = config.get_text_config()
     named = [*_ids(getattr(config, "eos_token_id", None)), *_ids(getattr(text_config, "eos_token_id", None))]
     if isinstance(index, GgufIndex):
         for name in _GGUF_ENDS:
             named += _ids(index.settings.get(f"tokenizer.ggml.{name}"))
     special = SpecialTokens.read(folder.parent if folder.is_file() else folder)
-    named += special.ends()
+    named += special.ends(with_turns=with_turns)
     # A tokenizer may have tokens that the model has not.
     return (token for token in named if 0 <= token < text_config.vocab_size)
 
@@ -105,9 +106,9 @@ class SpecialTokens:
             ids.update({eos: found} if _is_id(found) else {})
         return cls(ids, named, _template(folder, config))
 
-    def ends(self) -> list[int]:
-        """The tokens that end an answer: the one named for it, and the one that ends the assistant's turn."""
-        found = [self.ids.get(self.named.get("eos_token", "")), self._turn_end()]
+    def ends(self, *, with_turns: bool = True) -> list[int]:
+        """The tokens that end an answer: the one named for it and, `with_turns`, the one that ends a turn."""
+        found = [self.ids.get(self.named.get("eos_token", "")), self._turn_end() if with_turns else None]
         return [token for token in found if token is not None]
 
     def _turn_end(self) -> int | None:

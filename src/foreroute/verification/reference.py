@@ -25,7 +25,7 @@ from foreroute.config import EngineConfig
 from foreroute.errors import BudgetError, CheckpointError, ForerouteError, UnsupportedModelError
 from foreroute.loading.load import load
 from foreroute.memory.host import available_ram
-from foreroute.model.build.skeleton import Outline
+from foreroute.model.build.skeleton import Outline, auto_class
 from foreroute.types import Progress
 from foreroute.units import format_memory
 from foreroute.verification.slot_watch import SlotWatch, digest, expert_digest
@@ -229,7 +229,6 @@ def _no_weights(folder: Path) -> list[str]:
 
 
 def _load_resident(folder: Path, sketch: Outline, dtype: str) -> Any:
-    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -237,9 +236,11 @@ def _load_resident(folder: Path, sketch: Outline, dtype: str) -> Any:
     compute = dtype if dtype == "auto" else getattr(torch, dtype)
     # Where only the KV cache is quantised, transformers must see an unquantised model, as `load` does.
     config = None if sketch.form is not None else copy.deepcopy(sketch.config)
-    return AutoModelForCausalLM.from_pretrained(
-        folder, config=config, dtype=compute, experts_implementation="eager", use_safetensors=True
-    ).eval()
+    return (
+        auto_class(folder, sketch.config)
+        .from_pretrained(folder, config=config, dtype=compute, experts_implementation="eager", use_safetensors=True)
+        .eval()
+    )
 
 
 def _resident_experts(model: Any, table: ExpertTable) -> dict[tuple[str, int], bytes]:

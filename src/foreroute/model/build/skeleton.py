@@ -222,14 +222,14 @@ def _quiet_loading() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _auto_class(folder: Path, config: Any) -> Any:
+def auto_class(folder: Path, config: Any) -> Any:
     """Choose transformers' Auto class for text generation: multimodal models generate too, given text alone."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, GenerationMixin
 
-    for auto_class in (AutoModelForCausalLM, AutoModelForImageTextToText):
+    for found in (AutoModelForCausalLM, AutoModelForImageTextToText):
         # Not `can_generate`: it is also true of models that do not generate token by token.
-        if type(config) in auto_class._model_mapping and issubclass(_candidate(auto_class, config), GenerationMixin):
-            return auto_class
+        if type(config) in found._model_mapping and issubclass(_candidate(found, config), GenerationMixin):
+            return found
     raise UnsupportedModelError(
         f"{folder}: {config.model_type} is no causal language model in transformers; foreroute runs those only."
     )
@@ -237,7 +237,7 @@ def _auto_class(folder: Path, config: Any) -> Any:
 
 def _model_class(folder: Path, config: Any) -> tuple[Any, Any]:
     """The class that the Auto class makes of the config, and the config that it takes: the text part, or all."""
-    found = _candidate(_auto_class(folder, config), config)
+    found = _candidate(auto_class(folder, config), config)
     text_class = config.sub_configs.get("text_config")
     takes_text = text_class is not None and found.config_class is text_class
     return found, config.get_text_config() if takes_text else config
@@ -253,12 +253,12 @@ def _candidate(auto_class: Any, config: Any) -> Any:
 
 
 def _meta_model(folder: Path, config: Any, index: CheckpointIndex) -> nn.Module:
-    auto_class = _auto_class(folder, config)
+    model_classes = auto_class(folder, config)
     check_against(config, index)
     wrong = f"{_source(folder)} describes no {config.model_type} model that can be built"
     # Another thread may have swapped classes: a model built meanwhile would have no experts to find.
     with named(wrong, CheckpointError), _SWAP_LOCK, torch.device("meta"):
-        model: nn.Module = auto_class.from_config(config)
+        model: nn.Module = model_classes.from_config(config)
         return model
 
 
