@@ -16,6 +16,7 @@ from foreroute.device.build import assemble_tier
 from foreroute.device.graph_decoder import GraphDecoder
 from foreroute.device.tier import DeviceTier
 from foreroute.engine.approximation import Approximation
+from foreroute.loading.step_entry import Bounds, StepEntry
 from foreroute.model.residual import ResidualTap
 from foreroute.predict.base import RouterSample, TokenGuess
 from foreroute.predict.lookahead import RouterLookahead
@@ -132,7 +133,7 @@ def run(
 ) -> Measured:
     """Decode under the routes: half of them to fill the pool, the rest timed step by step."""
     tier = tier_of(shape, rung, routes, device)
-    shape.model.foreroute = _Handle(tier)
+    shape.model.foreroute = _Handle(tier, shape.model, device)
     try:
         decoder = GraphDecoder(shape.model, 1, _PROMPT_TOKENS + len(routes.chosen) + 8)
         if rung.share == 1.0:
@@ -164,8 +165,10 @@ def run(
 class _Handle:
     """What `GraphDecoder` asks of a model of `load`."""
 
-    def __init__(self, tier: DeviceTier) -> None:
+    def __init__(self, tier: DeviceTier, model: Any, device: torch.device) -> None:
         self.engine = tier
+        self.entry = StepEntry(tier, len(tier.table.layers), Bounds.of(model), device)
+        self.lock = self.entry.lock
 
 
 def _timed(decoder: GraphDecoder, token: torch.Tensor, device: torch.device) -> float:
