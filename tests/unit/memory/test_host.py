@@ -218,7 +218,7 @@ def test_ulimit(machine: Machine, name: str, taken: str, shown: str) -> None:
 
 
 def test_a_system_that_does_not_say(tmp_path: Path) -> None:
-    with pytest.raises(BudgetError, match="Give --memory"):
+    with pytest.raises(BudgetError, match="how much RAM is free"):
         ram(tmp_path)
 
 
