@@ -117,7 +117,7 @@ _MOST_CHARS = 300
 
 @contextlib.contextmanager
 def named(what: str, error: type[ForerouteError] = CorruptCheckpointError, advice: str = "") -> Iterator[None]:
-    """While inside, an error of somebody else's parser is raised as `error`: "{what}: its reason. {advice}".
+    """While inside, an error of a library's parser is raised as `error`: "{what}: its reason. {advice}".
 
     Our own errors and Ctrl-C pass.
     """

@@ -302,3 +302,29 @@ def test_tokens_of_another_form_are_passed_over(tmp_path, spoilt):
 def test_an_end_that_is_no_id_is_named(said):
     with pytest.raises(CheckpointError, match="eos_token_id"):
         end_tokens(SimpleNamespace(eos_token_id=said))
+
+
+@pytest.mark.parametrize(("said", "ends"), [(None, [7, 8]), (9, [9, 7, 8]), ([9, 7], [9, 7])])
+def test_a_list_of_ends_is_not_added_to_by_the_template(tmp_path, said, ends):
+    """Some models write a turn's end between the parts of one answer, and list the ends that are meant."""
+    settings = {
+        "eos_token": "<end>",
+        "chat_template": "{% for m in messages %}{{ m['role'] }}{{ m['content'] }}<turn>{% endfor %}",
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<end>": 7, "<turn>": 8}), encoding="utf-8")
+    config = SimpleNamespace(eos_token_id=None, vocab_size=10)
+    config.get_text_config = lambda: config
+    generation = SimpleNamespace(eos_token_id=said, pad_token_id=None, use_cache=True)
+    complete_generation_config(SimpleNamespace(config=config, generation_config=generation), tmp_path, None)
+    assert generation.eos_token_id == ends
+
+
+def test_a_stack_outlives_the_model_around_it(folder):
+    """Its experts are closed with the last of the modules that are entered, not with the outermost."""
+    import gc
+
+    stack = foreroute.load(folder, "30%", config=CONFIG).model
+    gc.collect()
+    assert stack(IDS).last_hidden_state.isfinite().all()
+    stack.foreroute.close()

@@ -63,13 +63,13 @@ class ForerouteHandle:
     def stats(self) -> EngineStats:
         """A copy of all counts since the model was loaded; `.minus(earlier)` gives those of a span.
 
-        Waits for nobody: while another thread generates, the figures are those of the moment.
+        Does not block: while another thread generates, the figures are those of the moment.
         """
         return self.engine.snapshot()
 
     @property
     def governor(self) -> Governor | None:
-        """What decides how much is guessed; None where nobody does (see EngineConfig.governor)."""
+        """The governor of prefetch; None where it is off (see EngineConfig.governor)."""
         return self.engine.governor
 
     @property

@@ -26,7 +26,7 @@ _TOKEN_LISTS = frozenset({"suppress_tokens", "begin_suppress_tokens"})
 # Allowed ranges of settings that transformers would refuse only later, while answering.
 _RANGES: Mapping[str, tuple[float, float]] = {
     "temperature": (0, math.inf), "top_p": (0, 1), "min_p": (0, 1), "typical_p": (1e-9, 1), "top_h": (1e-9, 1),
-    "top_k": (-1, 2**31 - 1), "repetition_penalty": (1e-6, math.inf), "max_new_tokens": (1, math.inf),
+    "top_k": (0, 2**31 - 1), "repetition_penalty": (1e-6, math.inf), "max_new_tokens": (1, math.inf),
     "min_length": (0, math.inf), "min_new_tokens": (0, math.inf), "num_beams": (1, 1000),
     "num_return_sequences": (1, 1000), "no_repeat_ngram_size": (0, 2**31 - 1),
 }  # fmt: skip
