@@ -107,6 +107,12 @@ class EngineConfig:
         is_ablation=True,
     )
     direct_io: bool = _option(True, "read with O_DIRECT where the file system allows it", is_ablation=True)
+    math: str = _option(
+        "auto",
+        "how weights stored in blocks (GGUF) are multiplied: as they lie, by ggml's kernels, or dequantised by torch, "
+        "bit for bit as transformers; auto is ggml where it can be had",
+        ("auto", "ggml", "torch"),
+    )
     trace: str | None = _option(
         None,
         "write events to a file: .jsonl for foreroute replay, .json for Perfetto; see docs/trace.md",

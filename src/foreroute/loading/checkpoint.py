@@ -12,7 +12,8 @@ from foreroute.checkpoint.index import CheckpointIndex
 from foreroute.checkpoint.layouts import ExpertTable
 from foreroute.checkpoint.locate import locate, read_index
 from foreroute.checkpoint.records import PackedStore, open_store
-from foreroute.loading.expert_math import math_of_layers
+from foreroute.kernels.ggml.library import Library
+from foreroute.loading.expert_math import forms_of_layers, math_of_layers
 from foreroute.model.blocks import probe
 from foreroute.model.build.skeleton import Outline, offloaded_modules, outline
 from foreroute.model.expert_set import ExpertSet
@@ -57,8 +58,11 @@ def open_checkpoint(
     return Checkpoint(folder, index, sketch, open_store(folder, packed, sketch.table))
 
 
-def find_experts(model: Any, checkpoint: Checkpoint) -> ExpertSet:
+def find_experts(model: Any, checkpoint: Checkpoint, library: Library | None = None) -> ExpertSet:
     """The experts of a model without them: layers in call order, where each lies, and which kernels compute it.
+
+    Args:
+        library: ggml's, where it computes what is stored in blocks.
 
     Raises:
         UnsupportedModelError: some experts are never called by a plain forward.
@@ -66,5 +70,7 @@ def find_experts(model: Any, checkpoint: Checkpoint) -> ExpertSet:
     layers = probe(model, offloaded_modules(model))
     order = [layer.name for layer in layers]
     source, table = checkpoint.outline.table.reordered(order), checkpoint.kept.reordered(order)
-    math = math_of_layers(layers, source, checkpoint.store, model.dtype)
-    return ExpertSet(tuple(layers), table, source, checkpoint.store, tuple(math), model.dtype, torch.device("cpu"))
+    forms = forms_of_layers(layers, table, library)
+    math = math_of_layers(layers, source, checkpoint.store, model.dtype, forms)
+    device = torch.device("cpu")
+    return ExpertSet(tuple(layers), table, source, checkpoint.store, tuple(math), tuple(forms), model.dtype, device)

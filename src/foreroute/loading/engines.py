@@ -1,5 +1,6 @@
 """The three engines that a model can get: experts on disk, behind a host tier, or on a GPU that pages for itself."""
 
+import mmap
 from collections.abc import Callable
 from math import inf
 
@@ -11,6 +12,10 @@ from foreroute.engine.interfaces import MoeEngine
 from foreroute.engine.moe_step import MoeStep
 from foreroute.engine.pool import ExpertPool
 from foreroute.engine.prefetcher import Prefetcher
+from foreroute.kernels.ggml.experts import ExpertGraphs, HostSlots
+from foreroute.kernels.ggml.graph import shared_runner
+from foreroute.kernels.ggml.layer import GgmlLayer
+from foreroute.kernels.layer import LayerKernels
 from foreroute.kernels.slot_views import SlotViews
 from foreroute.kernels.torch.experts import OneToken
 from foreroute.kernels.torch.layer import TorchLayer
@@ -110,7 +115,7 @@ def _step_over(
     governor = _governor(asked, experts) if guidance.predictor is not None else None
     return MoeStep(
         pool,
-        _torch_layers(experts, placed),
+        _layers(experts, placed),
         Prefetcher(pool, guidance.predictor, guidance.policies, governor=governor, learner=guidance.learner),
         guidance.policies,
         learner=guidance.learner,
@@ -118,6 +123,22 @@ def _step_over(
         hits_first=asked.hits_first,
         prefill_guesses_from=inf if asked.deterministic else _PREFILL_GUESSES_FROM[asked.prefetch_prefill],
     )
+
+
+def _layers(experts: ExpertSet, placed: SlotMemory) -> list[LayerKernels]:
+    """The backend of each layer: ggml's where its experts are stored in blocks that it multiplies, else torch's."""
+    layers: list[LayerKernels] = [*_torch_layers(experts, placed)]
+    if any(form is not None for form in experts.forms):
+        assert isinstance(placed.memory, mmap.mmap), "ggml computes on the CPU"
+        table = experts.table
+        runner = shared_runner(torch.get_num_threads())
+        graphs = ExpertGraphs(
+            runner, HostSlots(placed.memory, table.slot_bytes, len(placed.memory) // table.slot_bytes)
+        )
+        for at, form in enumerate(experts.forms):
+            if form is not None:
+                layers[at] = GgmlLayer(at, table.keys.key(at, 0), form, graphs)
+    return layers
 
 
 def _torch_layers(experts: ExpertSet, placed: SlotMemory) -> list[TorchLayer]:

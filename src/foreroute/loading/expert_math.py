@@ -12,6 +12,8 @@ import torch
 from foreroute.checkpoint.codecs import CODECS, STORED
 from foreroute.checkpoint.layouts import ExpertTable
 from foreroute.checkpoint.records import PackedStore
+from foreroute.kernels.ggml.form import ExpertForm, form_of
+from foreroute.kernels.ggml.library import Library
 from foreroute.kernels.torch.dequantise import Workspaces, dequantising
 from foreroute.kernels.torch.experts import ExpertMath, Operands
 from foreroute.kernels.torch.layer import FamilyForward
@@ -21,12 +23,17 @@ from foreroute.model.blocks import MoeLayer
 
 
 def math_of_layers(
-    layers: Sequence[MoeLayer], source: ExpertTable, store: PackedStore | None, dtype: torch.dtype
+    layers: Sequence[MoeLayer],
+    source: ExpertTable,
+    store: PackedStore | None,
+    dtype: torch.dtype,
+    forms: Sequence[ExpertForm | None],
 ) -> list[ExpertMath | None]:
     """Per layer our maths; None where it is not proven, so that the family's own forward runs.
 
     Args:
-        source: the experts as the checkpoint stores them. dtype: the compute dtype.
+        source: the experts as the checkpoint stores them. dtype: the compute dtype. forms: where ggml computes a layer:
+            it needs no proof, as its numbers are not the family's bits.
     """
     if store is not None and store.codec != STORED:
         described = [describe_math(layer.experts) for layer in layers]
@@ -34,7 +41,10 @@ def math_of_layers(
     proven: dict[Any, bool] = {}
     workspaces = Workspaces()
     made: list[ExpertMath | None] = []
-    for layer, described_layer in zip(layers, source.layers, strict=True):
+    for layer, described_layer, form in zip(layers, source.layers, forms, strict=True):
+        if form is not None:
+            made.append(dequantising(describe_math(layer.experts), described_layer.parts, dtype, workspaces))
+            continue
         kind = (type(layer.experts), described_layer.layout)
         if kind not in proven:
             proven[kind] = prove_math(layer.experts, described_layer.family_layout, dtype)
@@ -43,6 +53,21 @@ def math_of_layers(
             entry = dequantising(entry, described_layer.parts, dtype, workspaces)
         made.append(entry)
     return made
+
+
+def forms_of_layers(layers: Sequence[MoeLayer], table: ExpertTable, library: Library | None) -> list[ExpertForm | None]:
+    """Per layer how ggml reads its experts in a slot; None where torch computes them.
+
+    Args:
+        table: the experts as they are read.
+    """
+    if library is None:
+        return [None] * len(layers)
+    found = [
+        form_of(stored, describe_math(layer.experts), library)
+        for layer, stored in zip(layers, table.layers, strict=True)
+    ]
+    return [None if isinstance(form, str) else form for form in found]
 
 
 def stored_operands(

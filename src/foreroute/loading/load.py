@@ -15,6 +15,7 @@ from foreroute.config import EngineConfig, Plan
 from foreroute.engine.moe_step import MoeStep
 from foreroute.engine.step_trace import StepTrace, header_of
 from foreroute.loading.arguments import read_arguments
+from foreroute.loading.block_kernels import open_block_kernels
 from foreroute.loading.checkpoint import Checkpoint, find_experts, open_checkpoint
 from foreroute.loading.engines import builder_for
 from foreroute.loading.guidance import Guidance, guidance_for
@@ -79,18 +80,24 @@ def load(
     trace = None if asked.trace is None else open_trace(asked.trace)
     checkpoint = open_checkpoint(path_or_hub_id, revision, asked.packed, call.hub)
     sketch = checkpoint.outline
-    before = check_before(asked, target, checkpoint.kept, checkpoint.store, sketch.config, sketch.dense_nbytes)
+    kernels, _ = open_block_kernels(asked, checkpoint, target)
+    dense_nbytes = sketch.dense_nbytes if kernels is None else kernels.dense_nbytes(checkpoint.index)
+    before = check_before(asked, target, checkpoint.kept, checkpoint.store, sketch.config, dense_nbytes)
     sidecar = _sidecar(asked, target, checkpoint)
-    model: Any = load_skeleton(checkpoint.folder, sketch, call.dtype, **call.model_kwargs)
+    dtype, blocks = (call.dtype, None) if kernels is None else kernels.dense_blocks(checkpoint.index, call.dtype)
+    model: Any = load_skeleton(checkpoint.folder, sketch, dtype, blocks, **call.model_kwargs)
     complete_generation_config(model, checkpoint.folder, checkpoint.index)
-    experts = find_experts(model, checkpoint)
+    experts = find_experts(model, checkpoint, None if kernels is None else kernels.runner.library)
     division = plan_memory(asked, target, model, experts, before)
     if target.type == "cuda":
         move_dense(model, target)
         experts = experts.on(target)
     guidance = guidance_for(asked, model, experts, division, sidecar)
     engine = builder_for(asked, target)(asked, experts, division, guidance, trace, progress)
-    plan = _plan(asked, target, model, checkpoint, experts, division, guidance, is_fitted=sidecar is not None)
+    dense_bytes = sum(p.numel() * p.element_size() for p in model.parameters()) + (blocks.nbytes if blocks else 0)
+    plan = _plan(
+        asked, target, model, checkpoint, experts, division, guidance, dense_bytes, is_fitted=sidecar is not None
+    )
     if trace is not None:
         trace.begin(**header_of(plan, asked, experts.table, checkpoint.index.fingerprint()))
         assert isinstance(engine, MoeStep), "no trace is written where the device pages for itself: see open_device"
@@ -116,6 +123,7 @@ def _plan(
     experts: ExpertSet,
     memory: MemoryPlan,
     guidance: Guidance,
+    dense_bytes: int,
     *,
     is_fitted: bool,
 ) -> Plan:
@@ -129,7 +137,7 @@ def _plan(
         top_k=experts.top_k,
         expert_bytes=max(layer.expert_nbytes for layer in table.layers),
         total_expert_bytes=table.expert_nbytes,
-        dense_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
+        dense_bytes=dense_bytes,
         memory_bytes=memory.budget_bytes,
         memory_was_chosen=asked.memory is None,
         slot_bytes=table.slot_bytes,
@@ -141,7 +149,7 @@ def _plan(
         stored_dtype=checkpoint.stored_dtype,
         compute_dtype=str(model.dtype).removeprefix("torch."),
         predictor="fitted" if is_fitted else asked.prefetch,
-        math="own" if experts.has_own_math else "family",
+        math=experts.math_name,
         prefill_chunk=asked.prefill_chunk,
         device=str(target),
         host_records=memory.host_records,

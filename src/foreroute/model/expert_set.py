@@ -6,6 +6,7 @@ import torch
 
 from foreroute.checkpoint.layouts import ExpertTable
 from foreroute.checkpoint.records import PackedStore
+from foreroute.kernels.ggml.form import ExpertForm
 from foreroute.kernels.torch.experts import ExpertMath
 from foreroute.model.blocks import MoeLayer, on_device
 
@@ -18,6 +19,7 @@ class ExpertSet:
     table: the experts as they are read: from the packed store if there is one, else from the checkpoint.
     source: the experts as the checkpoint stores them. store: the packed store, or None.
     math: per layer our kernels; None where they could not be proven equal to the family's.
+    forms: per layer how ggml's kernels read an expert in its slot; None where torch computes it.
     dtype: of compute. device: of the dense part and the slots.
     """
 
@@ -26,6 +28,7 @@ class ExpertSet:
     source: ExpertTable
     store: PackedStore | None
     math: tuple[ExpertMath | None, ...]
+    forms: tuple[ExpertForm | None, ...]
     dtype: torch.dtype
     device: torch.device
 
@@ -48,6 +51,13 @@ class ExpertSet:
     def has_own_math(self) -> bool:
         """Whether our kernels compute every layer, so that experts can be skipped or computed one by one."""
         return all(entry is not None for entry in self.math)
+
+    @property
+    def math_name(self) -> str:
+        """Which kernels compute the experts, for the plan: "ggml", "own" (torch's), or the "family"'s own forward."""
+        if all(form is not None for form in self.forms):
+            return "ggml"
+        return "own" if self.has_own_math else "family"
 
     def on(self, device: torch.device) -> "ExpertSet":
         """The same set after the dense part has been moved to `device`."""

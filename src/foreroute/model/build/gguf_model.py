@@ -35,26 +35,36 @@ def gguf_dense_nbytes(index: GgufIndex) -> int:
     return sum(2 * math.prod(index.shapes[name]) for name in dense_names(index))
 
 
-def gguf_state(index: GgufIndex, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Read every dense tensor of `index` in `dtype` and the model's shape [...], by transformers' name; no experts.
+class LazyGgufTensor:
+    """A dense tensor of the file, read and dequantised by the gguf package when it is indexed."""
 
-    The gguf package dequantises them. Cost: one dense tensor in fp32 beside the result.
+    def __init__(self, index: GgufIndex, name: str, dtype: torch.dtype) -> None:
+        self._index, self._name, self.dtype = index, name, dtype
+
+    def is_floating_point(self) -> bool:
+        """As in torch's tensors."""
+        return True
+
+    def __getitem__(self, at: Any) -> torch.Tensor:
+        import numpy
+
+        gguf, index, name = gguf_package(), self._index, self._name
+        entry, kind = index.tensors[name], gguf.GGMLQuantizationType[index.kinds[name]]
+        raw = numpy.empty(entry.nbytes, dtype=numpy.uint8)
+        with SourceFile(entry.path, index.files.get(entry.path)) as file:
+            file.read_into(entry.offset, raw.data)
+        shape = index.shapes[name]
+        plain = {"F32": numpy.float32, "F16": numpy.float16}.get(kind.name)
+        numbers = raw.view(plain) if plain else gguf.quants.dequantize(raw.reshape(*shape[:-1], -1), kind)
+        return torch.from_numpy(numpy.array(numbers)).view(shape).to(self.dtype)[at]
+
+
+def gguf_state(index: GgufIndex, dtype: torch.dtype) -> dict[str, LazyGgufTensor]:
+    """Every dense tensor of `index` by transformers' name, in `dtype` and the model's shape; no experts.
+
+    Each is read when transformers loads it, which costs one in fp32 beside the result.
 
     Raises:
-        ReadError: the file changed since its header was read, ends too early, or the disk failed.
+        ReadError: when read: the file changed since its header was read, ends too early, or the disk failed.
     """
-    import numpy
-
-    gguf = gguf_package()
-    state: dict[str, torch.Tensor] = {}
-    path = str(index.folder)
-    with SourceFile(path, index.files.get(path)) as file:
-        for name, ours in dense_names(index).items():
-            entry, kind = index.tensors[name], gguf.GGMLQuantizationType[index.kinds[name]]
-            raw = numpy.empty(entry.nbytes, dtype=numpy.uint8)
-            file.read_into(entry.offset, raw.data)
-            shape = index.shapes[name]
-            plain = {"F32": numpy.float32, "F16": numpy.float16}.get(kind.name)
-            numbers = raw.view(plain) if plain else gguf.quants.dequantize(raw.reshape(*shape[:-1], -1), kind)
-            state[ours] = torch.from_numpy(numpy.array(numbers)).view(shape).to(dtype)
-    return state
+    return {ours: LazyGgufTensor(index, name, dtype) for name, ours in dense_names(index).items()}

@@ -24,6 +24,7 @@ from foreroute.checkpoint.quantised_formats import QuantisedFormat
 from foreroute.checkpoint.quantised_layout import quantised_layer
 from foreroute.errors import CheckpointError, CorruptCheckpointError, UnsupportedModelError, named
 from foreroute.model.build.config_sizes import check_against, check_choice, check_number
+from foreroute.model.build.dense_blocks import DenseBlocks
 from foreroute.model.build.dense_state import dense_growth, dense_state, idle_biases, quantised_matrices
 from foreroute.model.build.expert_names import expert_parameters, map_sources, num_experts
 from foreroute.model.build.from_state import from_state, stored_state
@@ -145,11 +146,14 @@ def _outline_gguf(index: GgufIndex) -> Outline:
     return Outline(config, tuple(modules), ExpertTable(tuple(layers), index), frozenset(targets), classes, transposed)
 
 
-def load_skeleton(folder: Path, sketch: Outline, dtype: torch.dtype | str, **kwargs: Any) -> nn.Module:
+def load_skeleton(
+    folder: Path, sketch: Outline, dtype: torch.dtype | str, blocks: DenseBlocks | None = None, **kwargs: Any
+) -> nn.Module:
     """Load everything but the experts of `sketch` with transformers' `from_pretrained`, from its files in `folder`.
 
     Args:
         dtype: compute dtype of the dense weights, or "auto" for the checkpoint's.
+        blocks: the dense weights that stay in blocks, or None.
         kwargs: for `from_pretrained` (attn_implementation, ...).
     Raises:
         CheckpointError: transformers cannot load it.
@@ -162,10 +166,30 @@ def load_skeleton(folder: Path, sketch: Outline, dtype: torch.dtype | str, **kwa
     state, compute = _dense_state(sketch, dtype)
     wrong = f"{folder} cannot be loaded by transformers"
     with named(wrong, CheckpointError), swapped_experts(sketch.experts_classes), _quiet_loading():
-        model, info = from_state(model_class, folder, state, config=config, dtype=compute, **kwargs)
-    _check_loading_info(folder, info, sketch.expert_targets | sketch.ignored.targets)
+        if blocks is None:
+            model, info = from_state(model_class, folder, state, config=config, dtype=compute, **kwargs)
+        else:
+            model, info = _with_blocks(blocks, model_class, folder, state, config=config, dtype=compute, **kwargs)
+    kept = frozenset() if blocks is None else blocks.kept
+    _check_loading_info(folder, info, sketch.expert_targets | sketch.ignored.targets | kept)
     tell(sketch.notes, folder)
     return model.eval()
+
+
+def _with_blocks(
+    blocks: DenseBlocks, model_class: Any, folder: Path, state: Mapping[str, Any], *, config: Any, **kwargs: Any
+) -> tuple[nn.Module, dict[str, Any]]:
+    """`from_state` of a model whose dense matrices stay in blocks."""
+    is_tied = config.tie_word_embeddings
+    config.tie_word_embeddings = False  # there are no parameters to tie: the two layers share their blocks
+    try:
+        model, info = from_state(blocks.build(model_class), folder, state, config=config, **kwargs)
+    finally:
+        config.tie_word_embeddings = is_tied
+    made: Any = model
+    made.config.tie_word_embeddings = is_tied
+    made.__class__ = model_class
+    return made, info
 
 
 def _dense_state(sketch: Outline, dtype: torch.dtype | str) -> tuple[Mapping[str, Any], torch.dtype | str]:

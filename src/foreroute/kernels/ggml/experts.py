@@ -1,0 +1,176 @@
+"""Graphs that run rows through experts in slots: built once per form and number of rows, for all layers alike.
+
+A slot's number is the id of an expert in ggml's products: slots lie one after the other in the pool, so that experts
+are multiplied where they were read to. The memory between the products is shared by all graphs.
+"""
+
+import mmap
+from collections import OrderedDict
+
+import numpy as np
+import torch
+
+from foreroute.kernels.ggml.form import OAI_ALPHA, OAI_LIMIT, ExpertForm, SlotMatrix, join
+from foreroute.kernels.ggml.graph import Graph, Runner, TensorRef, place
+from foreroute.kernels.ggml.types import F32, I32
+
+# Graphs kept: one for each form and shape of a step. Some 10 KB each.
+_MOST_GRAPHS = 512
+_FIRST = ("gate", "up")
+
+
+class HostSlots:
+    """The pool's memory: slot s begins `s * slot_bytes` after `address`.
+
+    Args:
+        memory: kept as long as this object.
+    """
+
+    def __init__(self, memory: mmap.mmap, slot_bytes: int, num_slots: int) -> None:
+        self._bytes = torch.frombuffer(memory, dtype=torch.uint8)
+        self.address = self._bytes.data_ptr()
+        self.slot_bytes, self.num_slots = slot_bytes, num_slots
+
+
+class Scratch:
+    """Memory between products, by name, for as many numbers as any graph has had; `generation` rises when it moves."""
+
+    def __init__(self) -> None:
+        self.generation = 0
+        self._arrays: dict[str, np.ndarray] = {}
+
+    def reserve(self, name: str, count: int) -> None:
+        """Have room for `count` floats."""
+        if name not in self._arrays or self._arrays[name].size < count:
+            self._arrays[name] = np.empty(count, dtype=np.float32)
+            self.generation += 1
+
+    def address(self, name: str) -> int:
+        """Where this memory is now."""
+        return int(self._arrays[name].ctypes.data)
+
+    def tensor(self, name: str, rows: int, width: int) -> torch.Tensor:
+        """This memory as [rows, width]."""
+        return torch.from_numpy(self._arrays[name][: rows * width].reshape(rows, width))
+
+
+class ExpertGraph:
+    """Computes `rows` rows, each through `per_row` experts: out [rows, per_row, hidden], before gate weights.
+
+    Where ggml lacks the family's gating, there are two graphs with the family's own in between. Not thread-safe.
+
+    Attributes:
+        ids: int32 [rows, per_row], the slots of each row's experts, to be written before `run`.
+    """
+
+    def __init__(
+        self, runner: Runner, form: ExpertForm, slots: HostSlots, rows: int, per_row: int, scratch: Scratch
+    ) -> None:
+        self.ids = np.zeros((rows, per_row), dtype=np.int32)
+        self._form, self._slots, self._scratch = form, slots, scratch
+        self._count = rows * per_row
+        self._generation = -1
+        # Tensors that lie in one memory: a product, and the sum of it and a bias.
+        self._placed: dict[str, list[TensorRef]] = {}
+        graph = self._first = Graph(runner, 24)
+        self._x = graph.tensor(F32, (form.first[0].columns, 1, rows))
+        ids = self._id_tensor(graph)
+        biases = form.first_biases or (-1,) * len(form.first)
+        inner = [
+            self._product(graph, matrix, self._x, ids, bias, name)
+            for name, matrix, bias in zip(_FIRST, form.first, biases, strict=False)
+        ]
+        if form.gating.kind == "torch":
+            graph.finish(*inner)
+            graph = Graph(runner, 12)
+            ids = self._id_tensor(graph)
+            gated = graph.tensor(F32, (form.intermediate, per_row, rows))
+        else:
+            gated = _gate(graph, form.gating.kind, *inner)
+        self._second = graph
+        self._placed["gated"] = [gated]
+        scratch.reserve("gated", self._count * form.intermediate)
+        graph.finish(self._product(graph, form.down, gated, ids, form.down_bias, "out"))
+
+    def run(self, x: int, out: int) -> None:
+        """Compute the rows at address `x` (f32 [rows, hidden]) through the experts in `ids`, into address `out`."""
+        if self._generation != self._scratch.generation:
+            self._place_scratch()
+        place(self._x, x)
+        for tensor in self._placed["out"]:
+            place(tensor, out)
+        self._first.run()
+        if self._second is not self._first:
+            self._gate_by_family()
+            self._second.run()
+
+    def _id_tensor(self, graph: Graph) -> TensorRef:
+        ids = graph.tensor(I32, (self.ids.shape[1], self.ids.shape[0]))
+        place(ids, self.ids.ctypes.data)
+        return ids
+
+    def _product(
+        self, graph: Graph, matrix: SlotMatrix, x: TensorRef, ids: TensorRef, bias: int, name: str
+    ) -> TensorRef:
+        """The product, with the bias at offset `bias` of a slot added where there is one."""
+        slots, library = self._slots, graph.library
+        weights = graph.matrices(
+            matrix.kind,
+            (matrix.rows, matrix.columns),
+            slots.num_slots,
+            (matrix.row_stride, slots.slot_bytes),
+            slots.address + matrix.offset,
+        )
+        product = library.ggml_mul_mat_id(graph.context, weights, x, ids)
+        tensors = self._placed[name] = [product]
+        if bias >= 0:
+            values = graph.tensor(F32, (matrix.rows, slots.num_slots))
+            values.contents.nb[1] = slots.slot_bytes
+            place(values, slots.address + bias)
+            tensors.append(library.ggml_add_id(graph.context, product, values, ids))
+        if name != "out":
+            self._scratch.reserve(name, self._count * matrix.rows)
+        return tensors[-1]
+
+    def _place_scratch(self) -> None:
+        for name, tensors in self._placed.items():
+            if name != "out":
+                for tensor in tensors:
+                    place(tensor, self._scratch.address(name))
+        self._generation = self._scratch.generation
+
+    def _gate_by_family(self) -> None:
+        form, scratch = self._form, self._scratch
+        inner = [
+            scratch.tensor(name, self._count, matrix.rows)
+            for name, matrix in zip(_FIRST, form.first, strict=False)
+        ]  # fmt: skip
+        given = inner[0] if len(inner) == 1 else join(inner[0], inner[1], form.gating.is_interleaved)
+        scratch.tensor("gated", self._count, form.intermediate).copy_(form.gating.family(given))
+
+
+def _gate(graph: Graph, kind: str, gate: TensorRef, up: TensorRef) -> TensorRef:
+    library = graph.library
+    if kind == "swiglu_oai":
+        return library.ggml_swiglu_oai(graph.context, gate, up, OAI_ALPHA, OAI_LIMIT)
+    join_of = library.ggml_swiglu_split if kind == "swiglu" else library.ggml_geglu_split
+    return join_of(graph.context, gate, up)
+
+
+class ExpertGraphs:
+    """The graphs of one pool, made as they are needed; the least recently used is dropped first."""
+
+    def __init__(self, runner: Runner, slots: HostSlots) -> None:
+        self._runner, self._slots = runner, slots
+        self._scratch = Scratch()
+        self._graphs: OrderedDict[tuple[ExpertForm, int, int], ExpertGraph] = OrderedDict()
+
+    def of(self, form: ExpertForm, rows: int, per_row: int) -> ExpertGraph:
+        """The graph of `rows` rows with `per_row` experts each."""
+        key = (form, rows, per_row)
+        graph = self._graphs.get(key)
+        if graph is None:
+            if len(self._graphs) >= _MOST_GRAPHS:
+                self._graphs.popitem(last=False)
+            graph = self._graphs[key] = ExpertGraph(self._runner, form, self._slots, rows, per_row, self._scratch)
+        return graph

@@ -1,0 +1,84 @@
+"""Known answers: what a type's blocks mean here and in the gguf package, before a model is computed with them."""
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+
+from foreroute.kernels.ggml.graph import Graph, place, shared_runner
+from foreroute.kernels.ggml.library import GgmlError, Library, open_library
+from foreroute.kernels.ggml.types import F32, BlockType
+
+_ROWS, _COLUMNS = 4, 512
+# Activations are rounded to 8 bits inside a product: some 1 % of its size. Another format is off by more than all.
+_MOST_ERROR = 0.05
+
+
+def check_types(library: Library, names: Sequence[str]) -> None:
+    """Compare dequantised blocks and a product with the gguf package's numbers, for each type that ggml knows.
+
+    Raises:
+        GgmlError: a type whose numbers differ; named.
+    """
+    for name in names:
+        if name in library.types and library is open_library():
+            _check(name)
+
+
+@lru_cache(maxsize=64)
+def _check(name: str) -> None:
+    library = open_library()
+    kind = library.types[name]
+    blocks = _some_blocks(library, kind)
+    theirs = _reference(name, blocks)
+    if theirs is None:
+        return
+    ours = np.empty_like(theirs)
+    if name == "F32":
+        ours[:] = blocks.view(np.float32)
+    else:
+        library.traits(name).to_float(blocks.ctypes.data, ours.ctypes.data, ours.size)
+    if not np.allclose(ours, theirs, rtol=1e-5, atol=1e-6):
+        raise GgmlError(f"ggml {library.version} makes other numbers of {name} than the gguf package does.")
+    x = np.random.default_rng(1).standard_normal(_COLUMNS, dtype=np.float32)
+    product, expected = _product(kind, blocks, x), theirs @ x
+    if not np.linalg.norm(product - expected) <= _MOST_ERROR * np.linalg.norm(expected):
+        raise GgmlError(f"ggml {library.version} gives wrong products of {name}.")
+
+
+def _some_blocks(library: Library, kind: BlockType) -> np.ndarray:
+    """A random matrix [rows, bytes of a row] in blocks of `kind`."""
+    weights = np.random.default_rng(0).standard_normal((_ROWS, _COLUMNS), dtype=np.float32)
+    blocks = np.zeros((_ROWS, kind.row_bytes(_COLUMNS)), dtype=np.uint8)
+    importance = np.ones(_COLUMNS, dtype=np.float32)
+    library.ggml_quantize_chunk(
+        kind.number, weights.ctypes.data, blocks.ctypes.data, 0, _ROWS, _COLUMNS, importance.ctypes.data
+    )
+    return blocks
+
+
+def _reference(name: str, blocks: np.ndarray) -> np.ndarray | None:
+    """The gguf package's numbers; None where it is not installed or does not know the type."""
+    try:
+        import gguf
+    except ImportError:
+        return None
+    kind = getattr(gguf.GGMLQuantizationType, name, None)
+    if kind is None:
+        return None
+    try:
+        return np.asarray(gguf.quants.dequantize(blocks, kind), dtype=np.float32).reshape(_ROWS, _COLUMNS)
+    except NotImplementedError:
+        return None
+
+
+def _product(kind: BlockType, blocks: np.ndarray, x: np.ndarray) -> np.ndarray:
+    graph = Graph(shared_runner(1), 4)
+    weights, row = graph.tensor(kind.number, (_COLUMNS, _ROWS)), graph.tensor(F32, (_COLUMNS, 1))
+    product = np.zeros(_ROWS, dtype=np.float32)
+    out = graph.library.ggml_mul_mat(graph.context, weights, row)
+    for tensor, array in ((weights, blocks), (row, x), (out, product)):
+        place(tensor, array.ctypes.data)
+    graph.finish(out)
+    graph.run()
+    return product

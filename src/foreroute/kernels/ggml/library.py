@@ -1,0 +1,146 @@
+"""Find ggml's shared libraries, check that they are the version that structs.py describes, and open them once.
+
+They come from the package `libggml-python`, or from the folder that FOREROUTE_GGML names. What cannot be used is
+refused by name (`GgmlError`), and the torch backend dequantises in its place.
+"""
+
+import ctypes as c
+import os
+import platform
+import sys
+from functools import cached_property, lru_cache
+from importlib import util
+from pathlib import Path
+from typing import Any
+
+from foreroute.errors import ForerouteError
+from foreroute.kernels.ggml.structs import BASE_FUNCTIONS, CPU_FUNCTIONS, Address, Tensor, TypeTraits
+from foreroute.kernels.ggml.types import TYPE_NUMBERS, BlockType
+
+# The minor whose structs are described here; patches keep them.
+_VERSION = "0.20."
+_FOLDER_VARIABLE = "FOREROUTE_GGML"
+_SUFFIX = {"darwin": "dylib", "win32": "dll"}.get(sys.platform, "so")
+_PREFIX = "" if sys.platform == "win32" else "lib"
+# sizeof(struct ggml_object), which ggml_tensor_overhead() counts with each tensor.
+_OBJECT_BYTES = 32
+_REPACK_BUFFER = b"CPU_REPACK"
+
+
+class GgmlError(ForerouteError):
+    """ggml's kernels cannot be used here; the message says why."""
+
+
+class Library:
+    """ggml's functions as attributes (`library.ggml_mul_mat`), and what its build supports.
+
+    Args:
+        folder: with libggml-base and libggml-cpu.
+    Attributes:
+        folder, version: of the libraries.
+    Raises:
+        GgmlError: absent, broken, of another version, or with other structs.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        _check_cpu()
+        base, cpu = _open(folder, "ggml-base"), _open(folder, "ggml-cpu")
+        self._declare(base, "ggml-base", BASE_FUNCTIONS)
+        self._declare(cpu, "ggml-cpu", CPU_FUNCTIONS)
+        self.version: str = self.ggml_version().decode()
+        if not self.version.startswith(_VERSION):
+            raise GgmlError(f"{folder} holds ggml {self.version}; foreroute calls {_VERSION}x. {_INSTALL}")
+        if self.ggml_tensor_overhead() != c.sizeof(Tensor) + _OBJECT_BYTES:
+            raise GgmlError(f"{folder}: ggml {self.version} was built with other structs. {_INSTALL}")
+        self.ggml_cpu_init()
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"ggml has no {name} in structs.py")
+
+    def _declare(self, library: c.CDLL, name: str, functions: dict[str, tuple[object, list[object]]]) -> None:
+        for function_name, (result, arguments) in functions.items():
+            function = getattr(library, function_name, None)
+            if function is None:
+                raise GgmlError(f"{self.folder}: lib{name} lacks {function_name}. {_INSTALL}")
+            function.restype, function.argtypes = result, arguments
+            self.__dict__[function_name] = function
+
+    @cached_property
+    def types(self) -> dict[str, BlockType]:
+        """The types that this build has, by name."""
+        found = {}
+        for name, number in TYPE_NUMBERS.items():
+            spelled = self.ggml_type_name(number)
+            if spelled is not None and spelled.decode().upper() == name:
+                found[name] = BlockType(name, number, self.ggml_blck_size(number), self.ggml_type_size(number))
+        return found
+
+    def traits(self, name: str) -> TypeTraits:
+        """The functions of a type."""
+        traits: TypeTraits = self.ggml_get_type_traits(TYPE_NUMBERS[name]).contents
+        return traits
+
+    @cached_property
+    def repack_buffer_type(self) -> int | None:
+        """ggml's buffer type of matrices with eight rows side by side; None where this build has none."""
+        registry = self.ggml_backend_cpu_reg()
+        device = self.ggml_backend_reg_dev_get(registry, 0)
+        address = self.ggml_backend_reg_get_proc_address(registry, b"ggml_backend_dev_get_extra_bufts")
+        if not address:
+            return None
+        found = c.CFUNCTYPE(c.POINTER(Address), Address)(address)(device)
+        at = 0
+        while found and found[at]:
+            if self.ggml_backend_buft_name(found[at]) == _REPACK_BUFFER:
+                return found[at]
+            at += 1
+        return None
+
+
+_INSTALL = "Install it as foreroute does: pip install 'libggml-python==0.20.2.post1'."
+
+
+@lru_cache(maxsize=1)
+def open_library() -> Library:
+    """Open the libraries once for the process.
+
+    Raises:
+        GgmlError: see `Library`.
+    """
+    return Library(_folder())
+
+
+def _folder() -> Path:
+    asked = os.environ.get(_FOLDER_VARIABLE)
+    if asked:
+        folder = Path(asked).expanduser()
+        if not folder.is_dir():
+            raise GgmlError(f"{_FOLDER_VARIABLE} is {asked}, which is no folder. Give the one with libggml-base.")
+        return folder
+    package = util.find_spec("libggml")
+    if package is None or not package.submodule_search_locations:
+        raise GgmlError(f"libggml-python is not installed. {_INSTALL}")
+    root = Path(package.submodule_search_locations[0])
+    return next((root / name for name in ("lib64", "lib", "bin") if (root / name).is_dir()), root)
+
+
+def _open(folder: Path, name: str) -> c.CDLL:
+    path = folder / f"{_PREFIX}{name}.{_SUFFIX}"
+    if not path.is_file():
+        raise GgmlError(f"{path} is not there. {_INSTALL}")
+    try:
+        # Global, so that libggml-cpu finds the functions of libggml-base wherever it looks for that file.
+        return c.CDLL(str(path), c.RTLD_GLOBAL)
+    except OSError as error:
+        raise GgmlError(f"{path} cannot be opened: {error}. {_INSTALL}") from error
+
+
+def _check_cpu() -> None:
+    """The package's build uses AVX2 without asking; on another CPU its first product would end the process."""
+    if platform.machine().lower() not in ("x86_64", "amd64") or not Path("/proc/cpuinfo").is_file():
+        return
+    flags = next((line for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines() if "flags" in line), "")
+    missing = [flag for flag in ("avx2", "fma", "f16c", "bmi2") if flag not in flags.split()]
+    if missing:
+        raise GgmlError(f"This CPU lacks {', '.join(missing)}, which ggml's kernels were built for.")

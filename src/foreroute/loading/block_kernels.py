@@ -1,0 +1,70 @@
+"""Whether ggml's kernels compute a model's blocks, and why not where they do not."""
+
+from dataclasses import dataclass
+
+import torch
+
+from foreroute.checkpoint.gguf_file import GgufIndex
+from foreroute.checkpoint.index import CheckpointIndex
+from foreroute.config import EngineConfig
+from foreroute.errors import UnsupportedModelError
+from foreroute.kernels.ggml.graph import Runner, shared_runner
+from foreroute.kernels.ggml.known_answers import check_types
+from foreroute.kernels.ggml.library import GgmlError, open_library
+from foreroute.kernels.ggml.linear import BlockProducts
+from foreroute.loading.checkpoint import Checkpoint
+from foreroute.model.build.dense_blocks import DenseBlocks, dense_block_nbytes
+
+
+@dataclass(frozen=True)
+class BlockKernels:
+    """ggml's kernels, opened and tested for the types of one checkpoint."""
+
+    runner: Runner
+    products: BlockProducts
+
+    def dense_nbytes(self, index: CheckpointIndex) -> int:
+        """Bytes of the dense weights of `index` in memory."""
+        assert isinstance(index, GgufIndex)
+        return dense_block_nbytes(index, self.products)
+
+    def dense_blocks(self, index: CheckpointIndex, dtype: torch.dtype | str) -> tuple[torch.dtype, DenseBlocks]:
+        """The compute dtype, f32 unless another one was asked for, and the dense weights of `index` in blocks."""
+        assert isinstance(index, GgufIndex)
+        compute = dtype if isinstance(dtype, torch.dtype) else torch.float32
+        return compute, DenseBlocks(index, self.products, compute)
+
+
+def open_block_kernels(
+    asked: EngineConfig, checkpoint: Checkpoint, target: torch.device
+) -> tuple[BlockKernels | None, str]:
+    """Open ggml for a checkpoint whose weights are stored in blocks: the kernels, or None and the reason.
+
+    Raises:
+        GgmlError, UnsupportedModelError: --math ggml was asked for and cannot be had.
+    """
+    reason = _why_not(asked, checkpoint, target)
+    if not reason:
+        assert isinstance(checkpoint.index, GgufIndex)
+        try:
+            library = open_library()
+            check_types(library, sorted(set(checkpoint.index.kinds.values())))
+            runner = shared_runner(torch.get_num_threads())
+            return BlockKernels(runner, BlockProducts(runner)), ""
+        except GgmlError as error:
+            if asked.math == "ggml":
+                raise
+            return None, str(error)
+    if asked.math == "ggml":
+        raise UnsupportedModelError(f"--math ggml: {reason}.")
+    return None, ""
+
+
+def _why_not(asked: EngineConfig, checkpoint: Checkpoint, target: torch.device) -> str:
+    if asked.math == "torch":
+        return "torch was asked for"
+    if target.type != "cpu" or asked.control == "device":
+        return "ggml's kernels here run on the CPU"
+    if not isinstance(checkpoint.index, GgufIndex):
+        return "the weights are not stored in blocks, as those of a GGUF file are"
+    return ""
