@@ -15,6 +15,10 @@ from foreroute.kernels.ggml.linear import BlockProducts
 from foreroute.loading.checkpoint import Checkpoint
 from foreroute.model.build.dense_blocks import DenseBlocks, dense_block_nbytes
 
+# torch's threads while a token is decoded: its products are ggml's then, whose threads poll for the next graph, and two
+# pools that spin on the same cores stop each other (docs/LOG.md).
+DECODE_THREADS = 1
+
 
 @dataclass(frozen=True)
 class BlockKernels:

@@ -15,7 +15,7 @@ from foreroute.config import EngineConfig, Plan
 from foreroute.engine.moe_step import MoeStep
 from foreroute.engine.step_trace import StepTrace, header_of
 from foreroute.loading.arguments import read_arguments
-from foreroute.loading.block_kernels import open_block_kernels
+from foreroute.loading.block_kernels import DECODE_THREADS, open_block_kernels
 from foreroute.loading.checkpoint import Checkpoint, find_experts, open_checkpoint
 from foreroute.loading.engines import builder_for
 from foreroute.loading.guidance import Guidance, guidance_for
@@ -102,7 +102,8 @@ def load(
         trace.begin(**header_of(plan, asked, experts.table, checkpoint.index.fingerprint()))
         assert isinstance(engine, MoeStep), "no trace is written where the device pages for itself: see open_device"
         engine.pool.add_observer(StepTrace(trace, experts.table.keys))
-    entry = StepEntry(engine, len(experts.layers), Bounds.of(model), target)
+    decode_threads = None if kernels is None else DECODE_THREADS
+    entry = StepEntry(engine, len(experts.layers), Bounds.of(model), target, decode_threads)
     for layer in experts.layers:
         layer.experts.engine_forward = partial(entry.compute, layer.index)
     return make_offloaded(model, ForerouteHandle(plan, engine, list(experts.layers), experts.table, entry))

@@ -85,14 +85,23 @@ class StepEntry:
     Args:
         engine: computes the experts; it is not kept alive. num_layers: MoE layers.
         bounds: of prompts. device: that the model computes on.
+        decode_threads: torch's threads while a token is decoded; None leaves them.
     """
 
-    def __init__(self, engine: MoeEngine, num_layers: int, bounds: Bounds, device: torch.device) -> None:
+    def __init__(
+        self,
+        engine: MoeEngine,
+        num_layers: int,
+        bounds: Bounds,
+        device: torch.device,
+        decode_threads: int | None = None,
+    ) -> None:
         # None is not among what it gives: it lives as long as the model.
         self._engine: Callable[[], Any] = weakref.ref(engine)
         self._num_layers = num_layers
         self._bounds = bounds
         self._device = device
+        self._decode_threads = decode_threads
         self._lock = threading.RLock()
         self._is_forked = self._is_closed = False
         # The thread, which holds the lock, whose forward pass has begun a step.
@@ -144,12 +153,15 @@ class StepEntry:
             if self._inside:
                 return forward(module, *args, **kwargs)
             self._check()
+            threads = None if self._decode_threads is None else torch.get_num_threads()
             try:
                 self._inside = self._begin({**dict(zip(names, args, strict=False)), **kwargs})
                 with torch.no_grad():
                     return forward(module, *args, **kwargs)
             finally:
                 self._inside = _NOBODY
+                if threads is not None:
+                    torch.set_num_threads(threads)
 
     @contextmanager
     def announced(self, info: StepInfo) -> Iterator[None]:
@@ -203,8 +215,11 @@ class StepEntry:
             self._bounds.check(tokens, cache)
         self._lone_layer = self._num_layers
         self._is_ordinary = torch_modes.is_ordinary()
+        info = self._announced.pop(thread, None) or guess_step(tokens, cache)
         with torch_modes.kept():
-            self._living_engine().begin_step(self._announced.pop(thread, None) or guess_step(tokens, cache))
+            self._living_engine().begin_step(info)
+        if self._decode_threads is not None and info.phase == "decode":
+            torch.set_num_threads(self._decode_threads)
         return thread
 
     def _living_engine(self) -> Any:

@@ -9,18 +9,22 @@ import threading
 import weakref
 from collections.abc import Sequence
 from functools import lru_cache
+from math import inf
+from time import perf_counter
 from typing import Any
 
 import numpy as np
 
 from foreroute.kernels.ggml.library import GgmlError, Library, open_library
 from foreroute.kernels.ggml.structs import ComputePlan, ContextParams
+from foreroute.kernels.ggml.threads import ThreadCount, idle_s, running_threads, waited_s
 from foreroute.kernels.ggml.types import BlockType
 
 # A pointer to a Tensor; ctypes types such pointers by value only.
 TensorRef = Any
-# How long a thread polls for the next graph before it sleeps, in ggml's units (0 sleeps at once, 100 the longest).
-_POLL = 50
+# How long a thread polls for the next graph before it sleeps, in ggml's units of 131,072 polls, some 3 ms: longer than
+# what torch does between two products, shorter than a wait for the disk.
+_POLL = 1
 
 
 class Runner:
@@ -28,29 +32,56 @@ class Runner:
 
     Args:
         library: see library.py. poll: how long its threads poll between graphs, 0 to 100.
+    Attributes:
+        threads: how many are used now: fewer while other programs use the cores.
     """
 
     def __init__(self, library: Library, num_threads: int, poll: int = _POLL) -> None:
         self.library = library
         self.num_threads = num_threads
-        params = library.ggml_threadpool_params_default(num_threads)
-        params.poll = poll
-        self.pool = library.ggml_threadpool_new(c.byref(params))
-        if not self.pool:
-            raise GgmlError(f"ggml could not start {num_threads} threads.")
+        self._pools = {count: self._start(count, poll) for count in _halvings(num_threads)}
         self._work = np.empty(1 << 20, dtype=np.uint8)
         self._lock = threading.Lock()
-        weakref.finalize(self, library.ggml_threadpool_free, self.pool)
+        self.threads = ThreadCount(num_threads, lambda: waited_s(self._waiters), idle_s, perf_counter)
 
-    def compute(self, graph: int, plan: ComputePlan) -> None:
-        """Compute a graph; its inputs must be written, and its outputs are when this returns."""
+    def plan(self, graph: int) -> ComputePlan:
+        """How a graph is computed by all threads."""
+        plan: ComputePlan = self.library.ggml_graph_plan(graph, self.num_threads, self._pools[self.num_threads][0])
+        return plan
+
+    def compute(self, graph: "Graph", address: int, plan: ComputePlan) -> None:
+        """Compute the graph at `address`; its inputs must be written, and its outputs are when this returns."""
         with self._lock:
+            threads = self.threads
             if plan.work_size > len(self._work):
                 self._work = np.empty(int(plan.work_size), dtype=np.uint8)
-            plan.work_data = self._work.ctypes.data
-            status = self.library.ggml_graph_compute(graph, c.byref(plan))
+            started = perf_counter()
+            threads.before_run(started)
+            plan.work_data, plan.n_threads = self._work.ctypes.data, threads.active
+            plan.threadpool = self._pools[threads.active][0]
+            status = self.library.ggml_graph_compute(address, c.byref(plan))
+            took = perf_counter() - started
+            if took < graph.quickest_s:
+                graph.quickest_s = took
+            elif threads.is_slow(took, graph.quickest_s):
+                threads.look(took)
         if status:
             raise GgmlError(f"ggml could not compute a graph (status {status}).")
+
+    @property
+    def _waiters(self) -> list[int]:
+        return [*(worker for _, workers in self._pools.values() for worker in workers), threading.get_native_id()]
+
+    def _start(self, count: int, poll: int) -> tuple[int, list[int]]:
+        """A pool of `count` threads, the caller counted, and the ids of the others."""
+        params = self.library.ggml_threadpool_params_default(count)
+        params.poll = poll
+        before = running_threads()
+        pool = self.library.ggml_threadpool_new(c.byref(params))
+        if not pool:
+            raise GgmlError(f"ggml could not start {count} threads.")
+        weakref.finalize(self, self.library.ggml_threadpool_free, pool)
+        return pool, sorted(running_threads() - before)
 
 
 class Graph:
@@ -60,6 +91,8 @@ class Graph:
 
     Args:
         num_tensors: the most tensors, operations included.
+    Attributes:
+        quickest_s: the least time of a run.
     """
 
     def __init__(self, runner: Runner, num_tensors: int) -> None:
@@ -71,6 +104,7 @@ class Graph:
             raise GgmlError("ggml could not allocate a graph.")
         weakref.finalize(self, library.ggml_free, self.context)
         self._num_tensors = num_tensors
+        self.quickest_s = inf
         self._graph = 0
         self._plan = ComputePlan()
 
@@ -101,11 +135,16 @@ class Graph:
         self._graph = library.ggml_new_graph_custom(self.context, self._num_tensors, False)
         for output in outputs:
             library.ggml_build_forward_expand(self._graph, output)
-        self._plan = library.ggml_graph_plan(self._graph, self._runner.num_threads, self._runner.pool)
+        self._plan = self._runner.plan(self._graph)
 
     def run(self) -> None:
         """Compute the outputs from what lies in the inputs' memory now."""
-        self._runner.compute(self._graph, self._plan)
+        self._runner.compute(self, self._graph, self._plan)
+
+
+def _halvings(most: int) -> list[int]:
+    """`most`, its half, and so on to 1."""
+    return [most >> shift for shift in range(most.bit_length())]
 
 
 def place(tensor: TensorRef, address: int) -> None:
