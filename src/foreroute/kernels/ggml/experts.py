@@ -10,6 +10,7 @@ from collections import OrderedDict
 import numpy as np
 import torch
 
+from foreroute.kernels.ggml.bf16 import Bf16Products, is_quicker
 from foreroute.kernels.ggml.form import OAI_ALPHA, OAI_LIMIT, ExpertForm, SlotMatrix, join
 from foreroute.kernels.ggml.graph import Graph, Runner, TensorRef, place
 from foreroute.kernels.ggml.types import F32, I32
@@ -30,6 +31,11 @@ class HostSlots:
         self._bytes = torch.frombuffer(memory, dtype=torch.uint8)
         self.address = self._bytes.data_ptr()
         self.slot_bytes, self.num_slots = slot_bytes, num_slots
+
+    def floats(self, slot: int, offset: int, count: int) -> torch.Tensor:
+        """The `count` floats at an offset in a slot."""
+        start = slot * self.slot_bytes + offset
+        return self._bytes[start : start + 4 * count].view(torch.float32)
 
 
 class Scratch:
@@ -163,7 +169,31 @@ class ExpertGraphs:
     def __init__(self, runner: Runner, slots: HostSlots) -> None:
         self._runner, self._slots = runner, slots
         self._scratch = Scratch()
+        self._bf16 = Bf16Products(runner)
         self._graphs: OrderedDict[tuple[ExpertForm, int, int], ExpertGraph] = OrderedDict()
+
+    def stream(self, form: ExpertForm, rows: torch.Tensor, slot: int) -> torch.Tensor:
+        """Compute the expert in `slot` for f32 `rows` [rows, hidden]: [rows, hidden], in bf16 where that is quicker."""
+        if all(is_quicker(matrix.kind, len(rows)) for matrix in (*form.first, form.down)):
+            return self._in_bf16(form, rows, slot)
+        outputs = torch.empty_like(rows)
+        graph = self.of(form, len(rows), 1)
+        graph.ids.fill(slot)
+        graph.run(rows.data_ptr(), outputs.data_ptr())
+        return outputs
+
+    def _in_bf16(self, form: ExpertForm, rows: torch.Tensor, slot: int) -> torch.Tensor:
+        start = self._slots.address + slot * self._slots.slot_bytes
+
+        def product(x: torch.Tensor, matrix: SlotMatrix, bias: int) -> torch.Tensor:
+            assert matrix.row_stride == matrix.kind.row_bytes(matrix.columns), "rows lie one after the other"
+            out = self._bf16(x.to(torch.bfloat16), matrix.kind, start + matrix.offset, (matrix.rows, matrix.columns))
+            return out if bias < 0 else out.add_(self._slots.floats(slot, bias, matrix.rows))
+
+        biases = form.first_biases or (-1,) * len(form.first)
+        inner = [product(rows, matrix, bias) for matrix, bias in zip(form.first, biases, strict=True)]
+        given = inner[0] if len(inner) == 1 else join(inner[0], inner[1], form.gating.is_interleaved)
+        return product(form.gating.family(given), form.down, form.down_bias)
 
     def of(self, form: ExpertForm, rows: int, per_row: int) -> ExpertGraph:
         """The graph of `rows` rows with `per_row` experts each."""

@@ -48,11 +48,7 @@ class GgmlLayer:
         floats, gates = hidden.float(), weights.float()
         total = torch.zeros_like(floats)
         for key, tokens, positions in group_by_expert(ids, keys, self._base):
-            rows = floats.index_select(0, tokens)
-            outputs = torch.empty_like(rows)
-            graph = self._graphs.of(self._form, len(rows), 1)
-            graph.ids.fill(experts.slot_of(key))
-            graph.run(rows.data_ptr(), outputs.data_ptr())
+            outputs = self._graphs.stream(self._form, floats.index_select(0, tokens), experts.slot_of(key))
             if listener is not None:
                 listener(self._layer, key - self._base, outputs.to(hidden.dtype))
             total.index_add_(0, tokens, outputs * gates[tokens, positions, None])

@@ -5,16 +5,18 @@ refused by name (`GgmlError`), and the torch backend dequantises in its place.
 """
 
 import ctypes as c
+import logging
 import os
 import platform
 import sys
+from collections.abc import Callable
 from functools import cached_property, lru_cache
 from importlib import util
 from pathlib import Path
 from typing import Any
 
 from foreroute.errors import ForerouteError
-from foreroute.kernels.ggml.structs import BASE_FUNCTIONS, CPU_FUNCTIONS, Address, Tensor, TypeTraits
+from foreroute.kernels.ggml.structs import BASE_FUNCTIONS, CPU_FUNCTIONS, Address, LogCallback, Tensor, TypeTraits
 from foreroute.kernels.ggml.types import TYPE_NUMBERS, BlockType
 
 # The minor whose structs are described here; patches keep them.
@@ -24,6 +26,8 @@ _SUFFIX = {"darwin": "dylib", "win32": "dll"}.get(sys.platform, "so")
 _PREFIX = "" if sys.platform == "win32" else "lib"
 # sizeof(struct ggml_object), which ggml_tensor_overhead() counts with each tensor.
 _OBJECT_BYTES = 32
+# ggml's warnings and errors.
+_TOLD_LEVELS = (3, 4)
 _REPACK_BUFFER = b"CPU_REPACK"
 
 
@@ -53,6 +57,7 @@ class Library:
             raise GgmlError(f"{folder} holds ggml {self.version}; foreroute calls {_VERSION}x. {_INSTALL}")
         if self.ggml_tensor_overhead() != c.sizeof(Tensor) + _OBJECT_BYTES:
             raise GgmlError(f"{folder}: ggml {self.version} was built with other structs. {_INSTALL}")
+        self.ggml_log_set(_LOG, None)
         self.ggml_cpu_init()
 
     def __getattr__(self, name: str) -> Any:
@@ -81,6 +86,13 @@ class Library:
         traits: TypeTraits = self.ggml_get_type_traits(TYPE_NUMBERS[name]).contents
         return traits
 
+    def to_float(self, name: str) -> Callable[[int, int, int], None]:
+        """A type's dequantiser: (address of blocks, address of floats, number of weights)."""
+        if name == "F32":
+            return _copy_floats
+        convert: Callable[[int, int, int], None] = self.traits(name).to_float
+        return convert
+
     @cached_property
     def repack_buffer_type(self) -> int | None:
         """ggml's buffer type of matrices with eight rows side by side; None where this build has none."""
@@ -96,6 +108,19 @@ class Library:
                 return found[at]
             at += 1
         return None
+
+
+def _log(level: int, text: bytes, _: object) -> None:
+    if level in _TOLD_LEVELS:
+        logging.getLogger("foreroute.ggml").warning(text.decode(errors="replace").strip())
+
+
+# Kept as long as the process, as ggml calls it.
+_LOG = LogCallback(_log)
+
+
+def _copy_floats(blocks: int, floats: int, count: int) -> None:
+    c.memmove(floats, blocks, 4 * count)
 
 
 _INSTALL = "Install it as foreroute does: pip install 'libggml-python==0.20.2.post1'."

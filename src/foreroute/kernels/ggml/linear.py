@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from foreroute.kernels.ggml.bf16 import Bf16Products, is_quicker
 from foreroute.kernels.ggml.graph import Graph, Runner, TensorRef, place
 from foreroute.kernels.ggml.types import F32, BlockType
 
@@ -62,10 +63,17 @@ class BlockProducts:
     def __init__(self, runner: Runner) -> None:
         self.library = runner.library
         self._runner = runner
+        self._in_bf16 = Bf16Products(runner)
         self._graphs: OrderedDict[tuple[object, ...], _LinearGraph] = OrderedDict()
 
     def __call__(self, x: torch.Tensor, matrices: Sequence[BlockMatrix]) -> list[torch.Tensor]:
         """Multiply `x` [rows, columns], f32 and contiguous, by matrices of as many columns: f32 [rows, out] each."""
+        if all(is_quicker(matrix.kind, len(x)) for matrix in matrices):
+            narrow = x.to(torch.bfloat16)
+            return [
+                self._in_bf16(narrow, matrix.kind, matrix.blocks.data_ptr(), (matrix.rows, matrix.columns))
+                for matrix in matrices
+            ]
         forms = tuple((matrix.kind, matrix.rows, matrix.columns) for matrix in matrices)
         key = (forms, len(x))
         graph = self._graphs.get(key)
@@ -144,18 +152,14 @@ class BlockEmbedding(nn.Module):
         super().__init__()
         self.num_embeddings, self.embedding_dim, self.padding_idx = matrix.rows, matrix.columns, padding_idx
         self.matrix = matrix
-        self._library = products.library
+        self._to_float = products.library.to_float(matrix.kind.name)
         self._dtype = dtype
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Look up token ids [...]: [..., width]."""
         blocks = self.matrix.blocks.index_select(0, ids.reshape(-1))
         rows = torch.empty(len(blocks), self.embedding_dim, dtype=torch.float32)
-        if self.matrix.kind.name == "F32":
-            rows.copy_(blocks.view(torch.float32))
-        else:
-            to_float = self._library.traits(self.matrix.kind.name).to_float
-            to_float(blocks.data_ptr(), rows.data_ptr(), rows.numel())
+        self._to_float(blocks.data_ptr(), rows.data_ptr(), rows.numel())
         return rows.view(*ids.shape, self.embedding_dim).to(self._dtype)
 
     def extra_repr(self) -> str:

@@ -51,10 +51,13 @@ class TypeTraits(c.Structure):
 
 
 TensorPointer = c.POINTER(Tensor)
+# (level, text, user data).
+LogCallback = c.CFUNCTYPE(None, c.c_int, c.c_char_p, Address)
 # Name -> result, arguments.
 _T, _I, _L, _Z = TensorPointer, c.c_int, c.c_int64, c.c_size_t
 BASE_FUNCTIONS: dict[str, tuple[object, list[object]]] = {
     "ggml_version": (c.c_char_p, []),
+    "ggml_log_set": (None, [LogCallback, Address]),
     "ggml_init": (Address, [ContextParams]),
     "ggml_free": (None, [Address]),
     "ggml_tensor_overhead": (_Z, []),

@@ -1,0 +1,98 @@
+"""Products of many rows: blocks become bf16 once, a panel at a time, and torch multiplies them.
+
+With hardware for bf16 a core multiplies so three to five times as fast as ggml's 8-bit products; making the bf16 costs
+as much as some dozen rows. From how many rows on it is taken depends on type and CPU alone, never on a clock: two loads
+of one model give the same bits.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+
+import torch
+
+from foreroute.kernels.ggml.graph import Runner
+from foreroute.kernels.ggml.types import BlockType
+
+# Rows from which bf16 is quicker, by type (benchmarks/block_products.py); for types that are not listed, the last.
+_ROWS_FROM = {"BF16": 4, "F16": 16, "Q8_0": 12, "Q4_0": 8, "Q4_1": 12, "Q4_K": 16, "Q5_K": 16, "MXFP4": 16, "Q6_K": 48}
+_OTHERS_FROM = 48
+# Weights of a panel: 16 MB of bf16. Rows that are converted at once: their floats stay in the cache.
+_PANEL_WEIGHTS = 2**23
+_TILE_WEIGHTS = 2**17
+
+
+@cache
+def has_bf16() -> bool:
+    """Whether this CPU multiplies bf16 in hardware."""
+    cpu = torch.cpu
+    return bool(cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported())
+
+
+def is_quicker(kind: BlockType, num_rows: int) -> bool:
+    """Whether `num_rows` rows are multiplied by matrices of this type in bf16."""
+    return has_bf16() and num_rows >= _ROWS_FROM.get(kind.name, _OTHERS_FROM)
+
+
+class Bf16Products:
+    """Multiplies rows by matrices of blocks in bf16, on torch's threads. Not thread-safe.
+
+    Args:
+        runner: whose threads convert.
+    """
+
+    def __init__(self, runner: Runner) -> None:
+        self._library = runner.library
+        self._num_threads = runner.num_threads
+        self._panel = torch.empty(0, dtype=torch.bfloat16)
+        self._tiles = [torch.empty(0, dtype=torch.float32) for _ in range(runner.num_threads)]
+        self._workers: ThreadPoolExecutor | None = None
+
+    def __call__(self, x: torch.Tensor, kind: BlockType, address: int, shape: tuple[int, int]) -> torch.Tensor:
+        """Multiply `x` [n, columns] in bf16 by the matrix of `shape` [rows, columns] at `address`: f32 [n, rows]."""
+        rows, columns = shape
+        out = torch.empty(len(x), rows, dtype=torch.float32)
+        panel_rows = max(1, _PANEL_WEIGHTS // columns)
+        for first in range(0, rows, panel_rows):
+            last = min(rows, first + panel_rows)
+            panel = self._converted(kind, address + first * kind.row_bytes(columns), last - first, columns)
+            out[:, first:last] = torch.mm(x, panel.t())
+        return out
+
+    def _converted(self, kind: BlockType, address: int, rows: int, columns: int) -> torch.Tensor:
+        """These rows in bf16, in memory that is used again."""
+        if self._panel.numel() < rows * columns:
+            self._panel = torch.empty(rows * columns, dtype=torch.bfloat16)
+        panel = self._panel[: rows * columns].view(rows, columns)
+        share = -(-rows // self._num_threads)
+        bounds = [(at, min(rows, at + share)) for at in range(0, rows, share)]
+        waiting = [
+            self._pool().submit(self._convert, kind, address, panel, span, self._tile(number + 1, columns))
+            for number, span in enumerate(bounds[1:])
+        ]
+        self._convert(kind, address, panel, bounds[0], self._tile(0, columns))
+        for one in waiting:
+            one.result()
+        return panel
+
+    def _convert(
+        self, kind: BlockType, address: int, panel: torch.Tensor, span: tuple[int, int], tile: torch.Tensor
+    ) -> None:
+        """Convert the rows `span` of the blocks at `address`; ggml's code runs without Python's lock."""
+        to_float: Callable[[int, int, int], None] = self._library.to_float(kind.name)
+        columns, row_bytes = panel.shape[1], kind.row_bytes(panel.shape[1])
+        for first in range(span[0], span[1], len(tile)):
+            count = min(len(tile), span[1] - first)
+            to_float(address + first * row_bytes, tile.data_ptr(), count * columns)
+            panel[first : first + count] = tile[:count]
+
+    def _tile(self, number: int, columns: int) -> torch.Tensor:
+        rows = max(1, _TILE_WEIGHTS // columns)
+        if self._tiles[number].numel() < rows * columns:
+            self._tiles[number] = torch.empty(rows * columns, dtype=torch.float32)
+        return self._tiles[number][: rows * columns].view(rows, columns)
+
+    def _pool(self) -> ThreadPoolExecutor:
+        if self._workers is None:
+            self._workers = ThreadPoolExecutor(max(1, self._num_threads - 1), "foreroute-convert")
+        return self._workers
