@@ -161,6 +161,33 @@ def run_foreroute(job: Job, meter: Meter) -> dict[str, Any]:
     return {**told, "stats": model.foreroute.stats().as_dict()}
 
 
+def run_foreroute_gguf(job: Job, meter: Meter) -> dict[str, Any]:
+    """foreroute on a GGUF file: its own loop, fed the given tokens."""
+    import foreroute  # before torch, which then spins less (foreroute/__init__.py)
+
+    # isort: split
+    import torch
+
+    from foreroute.engine.interfaces import StepInfo
+
+    torch.set_num_threads(job.threads)
+    memory = "100%" if job.memory is None else job.memory
+    model = foreroute.load(job.model, memory=memory, config=foreroute.EngineConfig(**job.options))
+    meter.mark()
+    chosen: list[int] = []
+    tokens, cache = torch.tensor([job.prompt]), None
+    with torch.inference_mode():
+        for step in range(job.new_tokens):
+            phase = "decode" if step else "prefill"
+            with model.foreroute.step(StepInfo.of(phase, tokens, is_start=not step)):
+                output = model(input_ids=tokens, cache=cache, use_cache=True, logits_to_keep=1)
+            cache = output.cache
+            chosen.append(int(output.logits[0, -1].argmax()))
+            meter.mark()
+            tokens = torch.tensor([[job.feed[step] if job.feed else chosen[-1]]])
+    return {"tokens": chosen, "stats": model.foreroute.stats().as_dict()}
+
+
 def generate(model: Any, job: Job, meter: Meter) -> dict[str, Any]:
     """Decode with transformers' generate(); the clock is a streamer, the given tokens come by a logits processor."""
     import torch
@@ -246,6 +273,7 @@ def run_llama_cpp(job: Job, meter: Meter) -> dict[str, Any]:
 
 ENGINES: dict[str, Callable[[Job, Meter], dict[str, Any]]] = {
     "foreroute": run_foreroute,
+    "foreroute-gguf": run_foreroute_gguf,
     "accelerate": run_accelerate,
     "transformers": run_transformers,
     "transformers-eager": run_transformers_eager,

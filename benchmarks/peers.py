@@ -177,7 +177,11 @@ def run_engine(engine: str, limited: bool, args: argparse.Namespace) -> Run:
 def run_job(job: dict[str, Any], args: argparse.Namespace) -> Run:
     """Start the runner, hand it the job, read its answer; or the last line of what went wrong."""
     done = subprocess.run(
-        [sys.executable if job["engine"] == "foreroute" else args.peers_python, "-m", "benchmarks.peer_runner"],
+        [
+            sys.executable if job["engine"].startswith("foreroute") else args.peers_python,
+            "-m",
+            "benchmarks.peer_runner",
+        ],
         cwd=RESULTS.parents[1],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(("src", "."))},
         input=json.dumps(job),

@@ -14,9 +14,10 @@ import torch
 from foreroute.kernels.ggml.graph import Runner
 from foreroute.kernels.ggml.types import BlockType
 
-# Rows from which bf16 is quicker, by type (benchmarks/block_products.py); for types that are not listed, the last.
-_ROWS_FROM = {"BF16": 4, "F16": 16, "Q8_0": 12, "Q4_0": 8, "Q4_1": 12, "Q4_K": 16, "Q5_K": 16, "MXFP4": 16, "Q6_K": 48}
-_OTHERS_FROM = 48
+# Rows from which bf16 is quicker, for types that are slow to convert, and for all others. More than the rows of any
+# usual batch: while decoding, a row's bits are its own.
+_SLOW_FROM = {"Q6_K": 48, "IQ4_NL": 64, "IQ4_XS": 64, "Q3_K": 48, "Q2_K": 48}
+_OTHERS_FROM = 24
 # Weights of a panel: 16 MB of bf16. Rows that are converted at once: their floats stay in the cache.
 _PANEL_WEIGHTS = 2**23
 _TILE_WEIGHTS = 2**17
@@ -31,7 +32,7 @@ def has_bf16() -> bool:
 
 def is_quicker(kind: BlockType, num_rows: int) -> bool:
     """Whether `num_rows` rows are multiplied by matrices of this type in bf16."""
-    return has_bf16() and num_rows >= _ROWS_FROM.get(kind.name, _OTHERS_FROM)
+    return has_bf16() and num_rows >= _SLOW_FROM.get(kind.name, _OTHERS_FROM)
 
 
 class Bf16Products:
@@ -62,7 +63,7 @@ class Bf16Products:
     def _converted(self, kind: BlockType, address: int, rows: int, columns: int) -> torch.Tensor:
         """These rows in bf16, in memory that is used again."""
         if self._panel.numel() < rows * columns:
-            self._panel = torch.empty(rows * columns, dtype=torch.bfloat16)
+            self._panel = _kept(rows * columns, torch.bfloat16)
         panel = self._panel[: rows * columns].view(rows, columns)
         share = -(-rows // self._num_threads)
         bounds = [(at, min(rows, at + share)) for at in range(0, rows, share)]
@@ -89,10 +90,16 @@ class Bf16Products:
     def _tile(self, number: int, columns: int) -> torch.Tensor:
         rows = max(1, _TILE_WEIGHTS // columns)
         if self._tiles[number].numel() < rows * columns:
-            self._tiles[number] = torch.empty(rows * columns, dtype=torch.float32)
+            self._tiles[number] = _kept(rows * columns, torch.float32)
         return self._tiles[number][: rows * columns].view(rows, columns)
 
     def _pool(self) -> ThreadPoolExecutor:
         if self._workers is None:
             self._workers = ThreadPoolExecutor(max(1, self._num_threads - 1), "foreroute-convert")
         return self._workers
+
+
+def _kept(count: int, dtype: torch.dtype) -> torch.Tensor:
+    """Memory for later calls too: a normal tensor even if this caller's inference mode is on."""
+    with torch.inference_mode(False):
+        return torch.empty(count, dtype=dtype)

@@ -1,0 +1,199 @@
+"""ggml's backend computes a MoE layer from blocks in slots: right numbers, and bits that no other row changes."""
+
+import mmap
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import pytest
+import torch
+
+from foreroute.kernels.ggml.experts import ExpertGraphs, HostSlots
+from foreroute.kernels.ggml.form import ExpertForm, Gating, SlotMatrix
+from foreroute.kernels.ggml.graph import shared_runner
+from foreroute.kernels.ggml.layer import GgmlLayer
+from tests.kernels.ggml_matrices import error, random_blocks, random_rows, types
+
+HIDDEN, INNER, EXPERTS, TOP_K = 256, 256, 5, 3
+# Activations are rounded to 8 bits in blocks; weights are compared as they are.
+MOST_ERROR = 0.03
+
+
+@dataclass
+class Layer:
+    """A layer whose expert e lies in slot `slot_of[e]`, and its numbers in f64."""
+
+    kernels: GgmlLayer
+    memory: mmap.mmap
+    slot_of: list[int]
+    weights: list[list[np.ndarray]]
+    biases: list[np.ndarray]
+    gating: str
+
+    def expected(self, hidden: torch.Tensor, routed: list[list[int]], gates: torch.Tensor) -> torch.Tensor:
+        rows = []
+        for x, experts, shares in zip(hidden.double().numpy(), routed, gates.double().numpy(), strict=True):
+            total = np.zeros(HIDDEN)
+            for expert, share in zip(experts, shares, strict=True):
+                if expert < 0:
+                    continue
+                (gate, up, down), bias = self.weights[expert], self.biases[expert]
+                inner, linear = gate @ x + bias[:INNER], up @ x + bias[INNER : 2 * INNER]
+                total += share * (down @ self._joined(inner, linear) + bias[2 * INNER :])
+            rows.append(total)
+        return torch.from_numpy(np.stack(rows)).float()
+
+    def _joined(self, gate: np.ndarray, up: np.ndarray) -> np.ndarray:
+        if self.gating == "swiglu_oai":
+            gate, up = np.minimum(gate, 7), np.clip(up, -7, 7) + 1
+            return gate / (1 + np.exp(-1.702 * gate)) * up
+        return gate / (1 + np.exp(-gate)) * up
+
+    def slot(self, key: int) -> int:
+        return self.slot_of[key]
+
+    def compute(
+        self, hidden: torch.Tensor, routed: list[list[int]], gates: torch.Tensor, *groups: list[int]
+    ) -> torch.Tensor:
+        """The layer's sum, its experts added group by group; one group of all where none is given."""
+        total = self.kernels.begin(hidden, routed, gates)
+        keys = sorted({key for row in routed for key in row if key >= 0})
+        for group in groups or (keys,):
+            total.add([(key, self.slot_of[key]) for key in group if key in keys])
+        return total.total()
+
+
+@lru_cache(maxsize=64)
+def layer_of(name: str, down_name: str | None = None, gating: str = "swiglu", biased: bool = False) -> Layer:
+    down_name = down_name or name
+    shapes = ((name, INNER, HIDDEN), (name, INNER, HIDDEN), (down_name, HIDDEN, INNER))
+    parts = [
+        [random_blocks(*shape, seed=10 * expert + at) for at, shape in enumerate(shapes)] for expert in range(EXPERTS)
+    ]
+    offsets = [0]
+    for part in parts[0]:
+        offsets.append(-(-(offsets[-1] + part.blocks.nbytes) // 64) * 64)
+    slot_bytes = -(-(offsets[-1] + 4 * (2 * INNER + HIDDEN)) // 4096) * 4096
+    slots = EXPERTS + 2
+    memory = mmap.mmap(-1, slots * slot_bytes)
+    array = np.frombuffer(memory, dtype=np.uint8)
+    slot_of = [6, 0, 3, 5, 1]
+    biases = []
+    for expert, matrices in enumerate(parts):
+        bias = np.random.default_rng(expert).standard_normal(2 * INNER + HIDDEN).astype(np.float32) * biased
+        biases.append(bias)
+        start = slot_of[expert] * slot_bytes
+        for part, offset in zip(matrices, offsets, strict=False):
+            array[start + offset : start + offset + part.blocks.nbytes] = part.blocks.ravel()
+        array[start + offsets[3] : start + offsets[3] + bias.nbytes] = bias.view(np.uint8)
+    first = tuple(
+        SlotMatrix(part.kind, INNER, HIDDEN, offset, part.blocks.shape[1])
+        for part, offset in zip(parts[0][:2], offsets, strict=False)
+    )
+    down = SlotMatrix(parts[0][2].kind, HIDDEN, INNER, offsets[2], parts[0][2].blocks.shape[1])
+    start = offsets[3]
+    form = ExpertForm(
+        first,
+        down,
+        Gating("torch" if gating == "family" else gating, _family),  # type: ignore[arg-type]
+        (start, start + 4 * INNER) if biased else (),
+        start + 8 * INNER if biased else -1,
+    )
+    graphs = ExpertGraphs(shared_runner(2), HostSlots(memory, slot_bytes, slots))
+    numbers = [[part.numbers.astype(np.float64) for part in matrices] for matrices in parts]
+    return Layer(GgmlLayer(0, 0, form, graphs), memory, slot_of, numbers, biases, gating)
+
+
+def _family(joined: torch.Tensor) -> torch.Tensor:
+    gate, up = joined.chunk(2, dim=-1)
+    return torch.nn.functional.silu(gate) * up
+
+
+def step(tokens: int = 6) -> tuple[torch.Tensor, list[list[int]], torch.Tensor]:
+    """Hidden states, experts with one that is none, and gate weights."""
+    rng = np.random.default_rng(tokens)
+    routed = [rng.permutation(EXPERTS)[:TOP_K].tolist() for _ in range(tokens)]
+    routed[-1][1] = -1
+    return random_rows(tokens, HIDDEN), routed, random_rows(tokens, TOP_K, seed=1).abs()
+
+
+@pytest.mark.parametrize("name", types())
+def test_a_layer_in_every_type(name: str) -> None:
+    layer, (hidden, routed, gates) = layer_of(name), step()
+    assert error(layer.compute(hidden, routed, gates), layer.expected(hidden, routed, gates)) < MOST_ERROR
+
+
+@pytest.mark.parametrize("name", types())
+def test_a_row_has_the_same_bits_whatever_shares_its_step(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("foreroute.kernels.ggml.experts.is_quicker", lambda kind, rows: False)
+    layer, (hidden, routed, gates) = layer_of(name), step()
+    together = layer.compute(hidden, routed, gates)
+    for token, row in enumerate(routed):
+        one = slice(token, token + 1)
+        keys = [key for key in row if key >= 0]
+        for groups in ([keys], [keys[-1:], keys[:-1]], [[key] for key in keys]):
+            alone = layer.compute(hidden[one], [row], gates[one], *groups)
+            assert torch.equal(alone, together[one]), (token, groups)
+    assert torch.equal(layer.compute(hidden, routed, gates, [4, 0], [1, 2, 3]), together)
+    streamed = layer.kernels.stream(_Streamed(layer), [*range(EXPERTS)], hidden, torch.tensor(routed), gates)
+    assert torch.equal(streamed, together)
+
+
+class _Streamed:
+    def __init__(self, layer: Layer) -> None:
+        self.slot_of = layer.slot
+
+
+def test_a_swapped_slot_is_seen() -> None:
+    layer, (hidden, routed, gates) = layer_of("Q8_0"), step()
+    right = layer.compute(hidden, routed, gates)
+    layer.slot_of[0], layer.slot_of[1] = layer.slot_of[1], layer.slot_of[0]
+    try:
+        assert error(layer.compute(hidden, routed, gates), right) > 10 * MOST_ERROR
+    finally:
+        layer.slot_of[0], layer.slot_of[1] = layer.slot_of[1], layer.slot_of[0]
+
+
+@pytest.mark.parametrize("gating", ["swiglu", "swiglu_oai", "family"])
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_biases_and_gatings(gating: str, tokens: int) -> None:
+    layer, (hidden, routed, gates) = layer_of("MXFP4", "Q4_0", gating, biased=True), step(tokens)
+    assert error(layer.compute(hidden, routed, gates), layer.expected(hidden, routed, gates)) < MOST_ERROR
+
+
+def test_an_expert_named_twice_counts_twice() -> None:
+    layer, (hidden, _, gates) = layer_of("Q8_0"), step(1)
+    routed = [[2, 2, 4]]
+    assert error(layer.compute(hidden, routed, gates), layer.expected(hidden, routed, gates)) < MOST_ERROR
+
+
+def test_a_substitute_takes_the_expert_s_place() -> None:
+    layer, (hidden, _, gates) = layer_of("Q8_0"), step(2)
+    routed, vector = [[0, 1, 2], [1, 3, 4]], random_rows(1, HIDDEN, seed=7)
+    total = layer.kernels.begin(hidden, routed, gates)
+    total.add([(key, layer.slot_of[key]) for key in (0, 2, 3, 4)])
+    total.substitute([1], vector)
+    without = layer.expected(hidden, [[0, -1, 2], [-1, 3, 4]], gates)
+    expected = without + vector * torch.stack((gates[0, 1], gates[1, 0]))[:, None]
+    assert error(total.total(), expected) < MOST_ERROR
+
+
+def test_nothing_routed_is_zero() -> None:
+    layer, (hidden, _, gates) = layer_of("Q8_0"), step(1)
+    assert not layer.kernels.begin(hidden, [[-1, -1, -1]], gates).total().any()
+
+
+def test_in_bf16_a_prompt_s_rows_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = layer_of("Q4_K", "Q6_K", biased=True)
+    hidden, routed, gates = step(40)
+    monkeypatch.setattr("foreroute.kernels.ggml.experts.is_quicker", lambda kind, rows: rows >= 8)
+    streamed = layer.kernels.stream(_Streamed(layer), [*range(EXPERTS)], hidden, torch.tensor(routed), gates)
+    assert error(streamed, layer.expected(hidden, routed, gates)) < MOST_ERROR
+    assert not torch.equal(streamed, layer.compute(hidden, routed, gates)), "bf16 was to be taken"
+
+
+def test_half_precision_states_give_half_precision_sums() -> None:
+    layer, (hidden, routed, gates) = layer_of("Q8_0"), step()
+    total = layer.compute(hidden.bfloat16(), routed, gates.bfloat16())
+    assert total.dtype == torch.bfloat16
+    assert error(total.float(), layer.expected(hidden, routed, gates)) < MOST_ERROR

@@ -1,0 +1,204 @@
+"""Dense layers over blocks, in graphs and in bf16; matrices with rows side by side; the library itself."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+
+from foreroute.kernels.ggml import bf16, library
+from foreroute.kernels.ggml.graph import Graph, place, shared_runner
+from foreroute.kernels.ggml.interleaved import ROWS, fingerprint, interleaver
+from foreroute.kernels.ggml.known_answers import check_types
+from foreroute.kernels.ggml.library import GgmlError, Library, open_library
+from foreroute.kernels.ggml.linear import BlockEmbedding, BlockLinear, BlockMatrix, BlockProducts, compute_together
+from foreroute.kernels.ggml.threads import ThreadCount
+from foreroute.kernels.ggml.types import F32
+from tests.kernels.ggml_matrices import Blocks, error, random_blocks, random_rows, types
+
+OUT, IN = 48, 512
+
+
+@pytest.fixture(scope="module")
+def products() -> BlockProducts:
+    return BlockProducts(shared_runner(2))
+
+
+def matrix_of(blocks: Blocks) -> BlockMatrix:
+    return BlockMatrix(blocks.kind, blocks.columns, torch.from_numpy(blocks.blocks.copy()))
+
+
+def expected(blocks: Blocks, x: torch.Tensor) -> torch.Tensor:
+    return x @ torch.from_numpy(blocks.numbers).t()
+
+
+@pytest.mark.parametrize("name", types())
+def test_a_linear_layer_in_every_type(name: str, products: BlockProducts) -> None:
+    blocks, x = random_blocks(name, OUT, IN), random_rows(7, IN)
+    layer = BlockLinear(matrix_of(blocks), products, bias=False, dtype=torch.float32)
+    assert error(layer(x), expected(blocks, x)) < 0.03
+    rows = torch.cat([layer(row[None]) for row in x])
+    assert torch.equal(rows, layer(x)), "a row's bits are its own"
+
+
+@pytest.mark.parametrize("name", types())
+def test_known_answers(name: str) -> None:
+    check_types(open_library(), [name])
+
+
+def test_types_have_the_gguf_package_s_sizes() -> None:
+    for name, kind in open_library().types.items():
+        assert (kind.weights, kind.nbytes) == gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]], name
+
+
+def test_layers_of_one_input_are_one_graph(products: BlockProducts) -> None:
+    matrices = [random_blocks("Q8_0", rows, IN, seed=rows) for rows in (64, 32, 32)]
+    layers = [BlockLinear(matrix_of(one), products, bias=True, dtype=torch.float32) for one in matrices]
+    for layer in layers:
+        assert layer.bias is not None
+        layer.bias.data = random_rows(1, layer.out_features, seed=5)[0]
+    alone = [layer(random_rows(3, IN)) for layer in layers]
+    compute_together(layers)
+    x, other = random_rows(3, IN), random_rows(3, IN, seed=9)
+    for _ in range(2):
+        for layer, right in zip(layers, alone, strict=True):
+            assert torch.equal(layer(x), right)
+    layers[0](x)
+    assert error(layers[1](other) - layers[1].bias, expected(matrices[1], other)) < 0.03, "another input is its own"
+
+
+def test_a_linear_layer_keeps_dtype_and_shape(products: BlockProducts) -> None:
+    blocks = random_blocks("Q8_0", OUT, IN)
+    layer = BlockLinear(matrix_of(blocks), products, bias=False, dtype=torch.float32)
+    found = layer(random_rows(6, IN).view(2, 3, IN).bfloat16())
+    assert found.shape == (2, 3, OUT)
+    assert found.dtype == torch.bfloat16
+    assert not list(layer.parameters())
+
+
+@pytest.mark.parametrize("name", ["F32", "F16", "Q8_0", "Q6_K", "MXFP4"])
+def test_an_embedding_looks_up_rows(name: str, products: BlockProducts) -> None:
+    blocks = random_blocks(name, 40, IN)
+    ids = torch.tensor([[3, 39], [0, 3]])
+    found = BlockEmbedding(matrix_of(blocks), products, None, torch.float32)(ids)
+    assert torch.equal(found, torch.from_numpy(blocks.numbers)[ids])
+
+
+@pytest.mark.parametrize("name", ["Q4_K", "Q8_0", "F32"])
+def test_bf16_products(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bf16, "_PANEL_WEIGHTS", 40 * IN)  # panels, the last one narrower
+    monkeypatch.setattr(bf16, "_TILE_WEIGHTS", 7 * IN)
+    blocks, x = random_blocks(name, OUT, IN), random_rows(20, IN)
+    make = bf16.Bf16Products(shared_runner(2))
+    with torch.inference_mode():
+        make(x[:1].bfloat16(), blocks.kind, blocks.blocks.ctypes.data, (OUT, IN))
+    found = make(x.bfloat16(), blocks.kind, blocks.blocks.ctypes.data, (OUT, IN))
+    assert error(found, expected(blocks, x)) < 0.01
+
+
+def test_bf16_is_taken_by_rows_and_type_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = open_library().types["Q4_K"]
+    monkeypatch.setattr(bf16, "has_bf16", lambda: True)
+    assert not bf16.is_quicker(kind, 2)
+    assert bf16.is_quicker(kind, 512)
+    monkeypatch.setattr(bf16, "has_bf16", lambda: False)
+    assert not bf16.is_quicker(kind, 512)
+
+
+@pytest.mark.parametrize("name", ["Q4_0", "Q4_K", "IQ4_NL", "MXFP4"])
+def test_rows_side_by_side_give_the_same_products(name: str) -> None:
+    blocks, x = random_blocks(name, OUT, IN), random_rows(1, IN).numpy()
+    side_by_side = interleaver(name, IN)
+    if not side_by_side.is_possible:
+        pytest.skip(f"this CPU's build of ggml has no such form of {name}")
+    converted = side_by_side.convert(blocks.blocks)
+    assert not np.array_equal(converted, blocks.blocks)
+    assert fingerprint(name) == fingerprint(name) != ""
+    found = []
+    for array, is_converted in ((blocks.blocks, False), (converted, True)):
+        graph = Graph(shared_runner(1), 4)
+        weights, row = graph.tensor(blocks.kind.number, (IN, OUT)), graph.tensor(F32, (IN, 1))
+        if is_converted:
+            side_by_side.mark(weights)
+        product = graph.library.ggml_mul_mat(graph.context, weights, row)
+        out = np.zeros((1, OUT), dtype=np.float32)
+        for tensor, memory in ((weights, array), (row, x), (product, out)):
+            place(tensor, memory.ctypes.data)
+        graph.finish(product)
+        graph.run()
+        found.append(torch.from_numpy(out))
+    assert OUT % ROWS == 0
+    assert error(found[1], found[0]) < 1e-5
+
+
+class Machine:
+    """A clock, the time that threads waited for cores, and the time that cores were idle, set by hand."""
+
+    def __init__(self) -> None:
+        self.now = self.waited = self.idle = 0.0
+        self.count = ThreadCount(4, lambda: self.waited, lambda: self.idle, lambda: self.now)
+
+
+def test_threads_that_wait_for_cores_are_halved_and_come_back() -> None:
+    machine = Machine()
+    assert machine.count.active == 4
+    assert machine.count.is_slow(0.1, 0.001)
+    assert not machine.count.is_slow(0.0011, 0.001)
+    machine.count.look(0.1)
+    assert machine.count.active == 4, "slow, but no thread waited for a core: a page fault, a larger step"
+    machine.waited = 0.08
+    machine.count.look(0.1)
+    assert machine.count.active == 2
+    machine.count.look(0.1)
+    assert machine.count.active == 2, "nothing was waited for since"
+    machine.now, machine.idle = 0.4, 4.0
+    machine.count.before_run(machine.now)
+    assert machine.count.active == 2, "too early"
+    machine.now, machine.idle = 1.0, 0.5
+    machine.count.before_run(machine.now)
+    assert machine.count.active == 2, "half a core was idle, two are wanted"
+    machine.now, machine.idle = 3.0, 4.5
+    machine.count.before_run(machine.now)
+    assert machine.count.active == 4
+
+
+@pytest.fixture
+def no_library() -> Iterator[None]:
+    open_library.cache_clear()
+    yield
+    open_library.cache_clear()
+
+
+@pytest.mark.usefixtures("no_library")
+def test_a_library_that_cannot_be_used_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FOREROUTE_GGML", str(tmp_path / "absent"))
+    with pytest.raises(GgmlError, match="no folder"):
+        open_library()
+    with pytest.raises(GgmlError, match=r"ggml-base\S* is not there"):
+        Library(tmp_path)
+    for name in ("libggml-base.so", "libggml-cpu.so"):
+        (tmp_path / name).write_text("no library")
+    with pytest.raises(GgmlError, match="cannot be opened"):
+        Library(tmp_path)
+
+
+def test_another_version_and_other_structs_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = open_library().folder
+    monkeypatch.setattr(library, "_VERSION", "0.99.")
+    with pytest.raises(GgmlError, match=r"holds ggml 0\.20"):
+        Library(folder)
+    monkeypatch.undo()
+    monkeypatch.setattr(library, "_OBJECT_BYTES", 40)
+    with pytest.raises(GgmlError, match="other structs"):
+        Library(folder)
+
+
+def test_a_cpu_without_the_instructions_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    if os.uname().machine != "x86_64":
+        pytest.skip("the flags are those of x86")
+    monkeypatch.setattr(Path, "read_text", lambda *_: "flags\t\t: fpu avx fma f16c bmi2")
+    with pytest.raises(GgmlError, match="lacks avx2"):
+        library._check_cpu()
