@@ -6,6 +6,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
+from foreroute.kernels.ggml.known_answers import some_blocks
 from foreroute.kernels.ggml.library import open_library
 from foreroute.kernels.ggml.types import MATRIX_TYPES, BlockType
 
@@ -27,7 +28,10 @@ class Blocks:
 
 @lru_cache(maxsize=256)
 def random_blocks(name: str, rows: int, columns: int, seed: int = 0) -> Blocks:
-    """Normal weights of a spread that keeps products near 1, quantised by ggml; rows repeat, as some types take long."""
+    """Normal weights of a spread that keeps products near 1, quantised by ggml; rows repeat.
+
+    Types whose quantiser takes seconds to begin have random bytes, as in known_answers.py.
+    """
     if rows > _DISTINCT:
         few = random_blocks(name, _DISTINCT, columns, seed)
         at = np.random.default_rng(seed).integers(0, _DISTINCT, rows)
@@ -37,11 +41,9 @@ def random_blocks(name: str, rows: int, columns: int, seed: int = 0) -> Blocks:
     weights = np.random.default_rng(seed).standard_normal((rows, columns), dtype=np.float32) * columns**-0.5
     if name == "F32":
         return Blocks(kind, weights.view(np.uint8), weights)
-    blocks = np.empty((rows, kind.row_bytes(columns)), dtype=np.uint8)
-    importance = np.ones(columns, dtype=np.float32)
-    library.ggml_quantize_chunk(
-        kind.number, weights.ctypes.data, blocks.ctypes.data, 0, rows, columns, importance.ctypes.data
-    )
+    blocks = some_blocks(kind, rows, columns, seed)
+    if not name.startswith(("IQ1", "IQ2", "IQ3")):
+        library.ggml_quantize_chunk(kind.number, weights.ctypes.data, blocks.ctypes.data, 0, rows, columns, None)
     numbers = np.empty((rows, columns), dtype=np.float32)
     library.to_float(name)(blocks.ctypes.data, numbers.ctypes.data, numbers.size)
     return Blocks(kind, blocks, numbers)
