@@ -13,6 +13,7 @@ import torch
 from foreroute.kernels.ggml.bf16 import Bf16Products, is_quicker
 from foreroute.kernels.ggml.form import OAI_ALPHA, OAI_LIMIT, ExpertForm, SlotMatrix, join
 from foreroute.kernels.ggml.graph import Graph, Runner, TensorRef, place
+from foreroute.kernels.ggml.interleaved import interleaver
 from foreroute.kernels.ggml.types import F32, I32
 
 # Graphs kept: one for each form and shape of a step. Some 10 KB each.
@@ -127,6 +128,8 @@ class ExpertGraph:
             (matrix.row_stride, slots.slot_bytes),
             slots.address + matrix.offset,
         )
+        if matrix.is_interleaved:
+            interleaver(matrix.kind.name, matrix.columns).mark(weights)
         product = library.ggml_mul_mat_id(graph.context, weights, x, ids)
         tensors = self._placed[name] = [product]
         if bias >= 0:
@@ -174,8 +177,12 @@ class ExpertGraphs:
 
     def stream(self, form: ExpertForm, rows: torch.Tensor, slot: int) -> torch.Tensor:
         """Compute the expert in `slot` for f32 `rows` [rows, hidden]: [rows, hidden], in bf16 where that is quicker."""
-        if all(is_quicker(matrix.kind, len(rows)) for matrix in (*form.first, form.down)):
+        matrices = (*form.first, form.down)
+        if not any(one.is_interleaved for one in matrices) and all(is_quicker(one.kind, len(rows)) for one in matrices):
             return self._in_bf16(form, rows, slot)
+        return self._in_blocks(form, rows, slot)
+
+    def _in_blocks(self, form: ExpertForm, rows: torch.Tensor, slot: int) -> torch.Tensor:
         outputs = torch.empty_like(rows)
         graph = self.of(form, len(rows), 1)
         graph.ids.fill(slot)

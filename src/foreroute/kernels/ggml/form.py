@@ -21,13 +21,17 @@ _PROBE_ROWS, _PROBE_WIDTH = 8, 64
 
 @dataclass(frozen=True)
 class SlotMatrix:
-    """A matrix [rows, columns] of blocks, `offset` bytes into a slot, its rows `row_stride` bytes apart."""
+    """A matrix [rows, columns] of blocks, `offset` bytes into a slot, its rows `row_stride` bytes apart.
+
+    is_interleaved: eight rows lie side by side (interleaved.py).
+    """
 
     kind: BlockType
     rows: int
     columns: int
     offset: int
     row_stride: int
+    is_interleaved: bool = False
 
 
 @dataclass(frozen=True)

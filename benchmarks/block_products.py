@@ -1,0 +1,166 @@
+"""What ggml's products cost at the shapes of published models: experts of one token, and of a prompt's rows.
+
+    python -m benchmarks.block_products            # one token: blocks as GGUF has them, and eight rows side by side
+    python -m benchmarks.block_products --rows     # a prompt: from how many rows on bf16 is quicker
+
+Experts are taken from more memory than the caches hold. Forms take turns; medians.
+"""
+
+import argparse
+import mmap
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+
+import foreroute  # noqa: F401  before torch spins
+from benchmarks._harness import record, rounded
+from benchmarks.published import memory_rate
+from benchmarks.published_files import stock
+from foreroute.kernels.ggml.experts import ExpertGraphs, HostSlots
+from foreroute.kernels.ggml.form import ExpertForm, Gating, SlotMatrix
+from foreroute.kernels.ggml.graph import Runner
+from foreroute.kernels.ggml.interleaved import interleaver
+from foreroute.kernels.ggml.library import open_library
+from foreroute.memory.host import usable_cpus
+
+# Hidden, intermediate, experts per token.
+SHAPES = {"gpt-oss-20b": (2880, 2880, 4), "Qwen3-30B-A3B": (2048, 768, 8)}
+CASES = {"gpt-oss-20b": ("MXFP4", "Q4_0", "Q8_0"), "Qwen3-30B-A3B": ("Q4_K", "Q6_K", "Q4_0", "IQ4_NL", "Q5_K", "Q8_0")}
+POOL_BYTES = 2**30
+ROWS = (8, 16, 24, 32, 48, 64, 128)
+
+
+# Slots full of experts, the form that reads them, and how many there are.
+Pool = tuple[ExpertGraphs, ExpertForm, int]
+
+
+def pool_of(model: str, name: str, runner: Runner, is_interleaved: bool) -> Pool:
+    """Slots full of random experts, the form that reads them, and how many there are."""
+    hidden, inner, _ = SHAPES[model]
+    kind = open_library().types[name]
+    shapes = ((inner, hidden), (inner, hidden), (hidden, inner))
+    parts, offset = [], 0
+    for rows, columns in shapes:
+        parts.append(SlotMatrix(kind, rows, columns, offset, kind.row_bytes(columns), is_interleaved))
+        offset += -(-rows * kind.row_bytes(columns) // 64) * 64
+    slot_bytes = -(-offset // 4096) * 4096
+    slots = POOL_BYTES // slot_bytes
+    memory = mmap.mmap(-1, slots * slot_bytes)
+    array = np.frombuffer(memory, dtype=np.uint8).reshape(slots, slot_bytes)
+    for part in parts:
+        blocks = stock(name, part.columns, part.columns**-0.5)[: part.rows * part.row_stride]
+        blocks = blocks.reshape(part.rows, part.row_stride)
+        if is_interleaved:
+            blocks = interleaver(name, part.columns).convert(blocks)
+        array[:, part.offset : part.offset + blocks.nbytes] = blocks.ravel()
+    form = ExpertForm((parts[0], parts[1]), parts[2], Gating("swiglu", _swiglu))
+    return ExpertGraphs(runner, HostSlots(memory, slot_bytes, slots)), form, slots
+
+
+def _swiglu(joined: torch.Tensor) -> torch.Tensor:
+    gate, up = joined.chunk(2, dim=-1)
+    return torch.nn.functional.silu(gate) * up
+
+
+def token_run(model: str, graphs: ExpertGraphs, form: ExpertForm, slots: int) -> Callable[[], float]:
+    """One token's experts of one layer; the seconds that they took."""
+    hidden, _, top_k = SHAPES[model]
+    graph = graphs.of(form, 1, top_k)
+    x, out = torch.randn(1, hidden), torch.empty(top_k, hidden)
+    rng = np.random.default_rng(0)
+
+    def run() -> float:
+        graph.ids[0] = np.sort(rng.permutation(slots)[:top_k])
+        started = time.perf_counter()
+        graph.run(x.data_ptr(), out.data_ptr())
+        return time.perf_counter() - started
+
+    return run
+
+
+def measured(runs: dict[str, Callable[[], float]], repeats: int) -> dict[str, float]:
+    """Median seconds of each, taken in turns."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for repeat in range(repeats):
+        for name in list(runs) if repeat % 2 else list(runs)[::-1]:
+            times[name].append(runs[name]())
+    return {name: median(some[len(some) // 4 :]) for name, some in times.items()}
+
+
+def tokens(threads: int) -> list[dict[str, Any]]:
+    """Blocks as GGUF has them beside rows side by side, a token at a time."""
+    rows = []
+    for model, names in CASES.items():
+        hidden, inner, top_k = SHAPES[model]
+        for name in names:
+            runner = Runner(open_library(), threads)
+            forms = {"plain": False, "interleaved": True} if interleaver(name, hidden).is_possible else {"plain": False}
+            pools = {label: pool_of(model, name, runner, flag) for label, flag in forms.items()}
+            took = measured({label: token_run(model, *pool) for label, pool in pools.items()}, 120)
+            nbytes = (
+                top_k * 3 * hidden * inner // open_library().types[name].weights * open_library().types[name].nbytes
+            )
+            row = {"model": model, "type": name, "threads": threads}
+            row |= {f"{label}_us": 1e6 * seconds for label, seconds in took.items()}
+            row |= {f"{label}_gb_per_s": nbytes / seconds / 1e9 for label, seconds in took.items()}
+            print(rounded(row), flush=True)
+            rows.append(row)
+    return rows
+
+
+def row_run(pool: Pool, way: str, x: torch.Tensor) -> Callable[[], float]:
+    """A random expert for the rows `x`; the seconds that it took."""
+    graphs, form, slots = pool
+    rng = np.random.default_rng(0)
+
+    def run() -> float:
+        slot = int(rng.integers(0, slots))
+        started = time.perf_counter()
+        getattr(graphs, way)(form, x, slot)
+        return time.perf_counter() - started
+
+    return run
+
+
+def prompt_rows(threads: int) -> list[dict[str, Any]]:
+    """An expert for a prompt's rows: in blocks, side by side, and in bf16."""
+    rows = []
+    for model, names in CASES.items():
+        hidden = SHAPES[model][0]
+        for name in names:
+            runner = Runner(open_library(), threads)
+            plain = pool_of(model, name, runner, False)
+            beside = pool_of(model, name, runner, True) if interleaver(name, hidden).is_possible else None
+            for count in ROWS:
+                x = torch.randn(count, hidden)
+                runs = {"blocks": row_run(plain, "_in_blocks", x), "bf16": row_run(plain, "_in_bf16", x)}
+                if beside is not None:
+                    runs["interleaved"] = row_run(beside, "_in_blocks", x)
+                took = measured(runs, 12)
+                row = {"model": model, "type": name, "rows": count, "threads": threads}
+                row |= {f"{label}_us": 1e6 * seconds for label, seconds in took.items()}
+                print(rounded(row), flush=True)
+                rows.append(row)
+    return rows
+
+
+def main() -> None:
+    """Measure and record."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--rows", action="store_true", help="a prompt's rows in place of a token")
+    parser.add_argument("--threads", type=int, default=usable_cpus())
+    parser.add_argument("--trial", action="store_true", help="keep nothing under results/")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    with torch.inference_mode():
+        rows = prompt_rows(args.threads) if args.rows else tokens(args.threads)
+    name = "block-products-rows" if args.rows else "block-products"
+    record(name, rounded({"memory_bytes_per_s": memory_rate(), "rows": rows}), keep=not args.trial)
+
+
+if __name__ == "__main__":
+    main()
