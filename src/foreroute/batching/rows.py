@@ -35,7 +35,7 @@ def why_not_batched(model: Any) -> str:
 
 def can_be_padded(model: Any) -> bool:
     """Whether padding can be kept from the experts, so that prompts of different lengths may share a step."""
-    return isinstance(model.foreroute.engine, MoeStep) and bool(model.foreroute.plan.math == "own")
+    return isinstance(model.foreroute.engine, MoeStep) and bool(model.foreroute.plan.math != "family")
 
 
 class RowsCache:

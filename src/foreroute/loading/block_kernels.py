@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from foreroute.checkpoint.codecs import STORED
 from foreroute.checkpoint.gguf_file import GgufIndex
 from foreroute.checkpoint.index import CheckpointIndex
 from foreroute.config import EngineConfig
@@ -64,6 +65,16 @@ def open_block_kernels(
     return None, ""
 
 
+def dense_nbytes_at_load(asked: EngineConfig, checkpoint: Checkpoint, target: torch.device) -> int:
+    """Bytes of the dense weights in memory, as `load` counts them before it reads them.
+
+    Raises:
+        GgmlError, UnsupportedModelError: as `open_block_kernels`.
+    """
+    kernels, _ = open_block_kernels(asked, checkpoint, target)
+    return checkpoint.outline.dense_nbytes if kernels is None else kernels.dense_nbytes(checkpoint.index)
+
+
 def _why_not(asked: EngineConfig, checkpoint: Checkpoint, target: torch.device) -> str:
     if asked.math == "torch":
         return "torch was asked for"
@@ -71,4 +82,6 @@ def _why_not(asked: EngineConfig, checkpoint: Checkpoint, target: torch.device) 
         return "ggml's kernels here run on the CPU"
     if not isinstance(checkpoint.index, GgufIndex):
         return "the weights are not stored in blocks, as those of a GGUF file are"
+    if checkpoint.store is not None and checkpoint.store.codec != STORED:
+        return f"a packed store of {checkpoint.store.codec} experts is computed by torch"
     return ""
