@@ -1,6 +1,9 @@
 """Whether ggml's kernels compute a model's blocks, and why not where they do not."""
 
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -11,9 +14,12 @@ from foreroute.config import EngineConfig
 from foreroute.errors import UnsupportedModelError
 from foreroute.kernels.ggml.graph import Runner, shared_runner
 from foreroute.kernels.ggml.known_answers import check_types
+from foreroute.kernels.ggml.layer import GgmlLayer
 from foreroute.kernels.ggml.library import GgmlError, open_library
 from foreroute.kernels.ggml.linear import BlockProducts
+from foreroute.kernels.ggml.router import keep_router_alike
 from foreroute.loading.checkpoint import Checkpoint
+from foreroute.model.blocks import MoeLayer
 from foreroute.model.build.dense_blocks import DenseBlocks, dense_block_nbytes
 
 # torch's threads while a token is decoded: its products are ggml's then, whose threads poll for the next graph, and two
@@ -38,6 +44,25 @@ class BlockKernels:
         assert isinstance(index, GgufIndex)
         compute = dtype if isinstance(dtype, torch.dtype) else torch.float32
         return compute, DenseBlocks(index, self.products, compute)
+
+    def keep_rows_alike(self, engine: Any, layers: Sequence[MoeLayer]) -> None:
+        """Give each row of a step of single tokens the bits that it has alone, in dense products, routers and experts.
+
+        Args:
+            engine: says which kind of step runs; it is not kept alive.
+        """
+        step: Callable[[], Any] = weakref.ref(engine)
+
+        def decodes() -> bool:
+            return not getattr(step(), "is_prefill", True)
+
+        self.products.decodes = decodes
+        for kernel in engine.kernels:
+            if isinstance(kernel, GgmlLayer):
+                kernel.decodes = decodes
+        for layer in layers:
+            if layer.router is not None:
+                keep_router_alike(layer.router.module, self.products)
 
 
 def open_block_kernels(
