@@ -1,4 +1,7 @@
-"""GGUF files: blocks as gguf's own dequantiser has them, tokens as the dequantised resident model has them."""
+"""GGUF files: blocks as gguf's own dequantiser has them, tokens as the dequantised resident model has them.
+
+That model's bits are torch's (math="torch"); what ggml's kernels give is held in tests/gates/test_blocks.py.
+"""
 
 import copy
 import json
@@ -120,7 +123,7 @@ def test_tokens_are_those_of_the_dequantised_resident_model(
     case: str, written: Writing, load: Callable[..., Any]
 ) -> None:
     made, bits = written(case), CASES[case][-1]
-    model = load(made.path, "40%", dtype="float32", learn=False)
+    model = load(made.path, "40%", dtype="float32", learn=False, math="torch")
     ours, theirs = generate(model), generate(made.resident)
     assert_same_bits(ours, theirs)
     assert theirs.num_distinct > 5
@@ -144,7 +147,7 @@ def _biases_of_block_0(made: Written) -> list[str]:
 
 def test_bf16_is_what_auto_means_and_gives_the_resident_models_bits(written: Writing, load: Callable[..., Any]) -> None:
     made = write_gguf(written("gpt-oss-mxfp4").path.parent / "bf16", "gpt-oss", Kind.MXFP4, dense=Kind.Q8_0)
-    model = load(made.path, "40%", learn=False)
+    model = load(made.path, "40%", learn=False, math="torch")
     assert model.dtype == torch.bfloat16
     for parameter in made.resident.parameters():
         parameter.data = parameter.data.to(torch.bfloat16)  # not the buffers: frequencies stay as they are
@@ -197,7 +200,7 @@ def test_where_yarn_begins_and_ends_comes_from_the_metadata(
     config.rope_parameters = {**config.rope_parameters, "beta_fast": 6.0, "beta_slow": 0.5}
     theirs = type(made.resident)(config).eval()
     theirs.load_state_dict(made.resident.state_dict())
-    model = load(path, "40%", dtype="float32", learn=False)
+    model = load(path, "40%", dtype="float32", learn=False, math="torch")
     assert model.config.rope_parameters == config.rope_parameters
     out = generate(theirs)
     assert_same_bits(generate(model), out)
@@ -357,7 +360,8 @@ def test_without_the_package_it_is_said_how_to_get_it(
 
 def test_the_command_line_takes_the_file(written: Writing, capsys: pytest.CaptureFixture[str]) -> None:
     path = str(written("gpt-oss-mxfp4").path)
-    asked = ["--memory", "40%", "--dtype", "float32", "--max-new-tokens", "6", "--no-do-sample", "--json"]
+    asked = ["--memory", "40%", "--dtype", "float32", "--math", "torch", "--max-new-tokens", "6"]
+    asked += ["--no-do-sample", "--json"]
     assert main(["generate", path, "Hello", *asked]) == 0
     told = json.loads(capsys.readouterr().out)
     ids = torch.tensor([load_tokenizer(path).encode("Hello")])

@@ -1,18 +1,25 @@
 """Whether ggml's kernels compute a model's blocks, and why not where they do not."""
 
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from foreroute.checkpoint.codecs import STORED
 from foreroute.checkpoint.gguf_file import GgufIndex
 from foreroute.checkpoint.index import CheckpointIndex
 from foreroute.config import EngineConfig
 from foreroute.errors import UnsupportedModelError
 from foreroute.kernels.ggml.graph import Runner, shared_runner
 from foreroute.kernels.ggml.known_answers import check_types
+from foreroute.kernels.ggml.layer import GgmlLayer
 from foreroute.kernels.ggml.library import GgmlError, open_library
 from foreroute.kernels.ggml.linear import BlockProducts
+from foreroute.kernels.ggml.router import keep_router_alike
 from foreroute.loading.checkpoint import Checkpoint
+from foreroute.model.blocks import MoeLayer
 from foreroute.model.build.dense_blocks import DenseBlocks, dense_block_nbytes
 
 # torch's threads while a token is decoded: its products are ggml's then, whose threads poll for the next graph, and two
@@ -37,6 +44,25 @@ class BlockKernels:
         assert isinstance(index, GgufIndex)
         compute = dtype if isinstance(dtype, torch.dtype) else torch.float32
         return compute, DenseBlocks(index, self.products, compute)
+
+    def keep_rows_alike(self, engine: Any, layers: Sequence[MoeLayer]) -> None:
+        """Give each row of a step of single tokens the bits that it has alone, in dense products, routers and experts.
+
+        Args:
+            engine: says which kind of step runs; it is not kept alive.
+        """
+        step: Callable[[], Any] = weakref.ref(engine)
+
+        def decodes() -> bool:
+            return not getattr(step(), "is_prefill", True)
+
+        self.products.decodes = decodes
+        for kernel in engine.kernels:
+            if isinstance(kernel, GgmlLayer):
+                kernel.decodes = decodes
+        for layer in layers:
+            if layer.router is not None:
+                keep_router_alike(layer.router.module, self.products)
 
 
 def open_block_kernels(
@@ -64,6 +90,16 @@ def open_block_kernels(
     return None, ""
 
 
+def dense_nbytes_at_load(asked: EngineConfig, checkpoint: Checkpoint, target: torch.device) -> int:
+    """Bytes of the dense weights in memory, as `load` counts them before it reads them.
+
+    Raises:
+        GgmlError, UnsupportedModelError: as `open_block_kernels`.
+    """
+    kernels, _ = open_block_kernels(asked, checkpoint, target)
+    return checkpoint.outline.dense_nbytes if kernels is None else kernels.dense_nbytes(checkpoint.index)
+
+
 def _why_not(asked: EngineConfig, checkpoint: Checkpoint, target: torch.device) -> str:
     if asked.math == "torch":
         return "torch was asked for"
@@ -71,4 +107,6 @@ def _why_not(asked: EngineConfig, checkpoint: Checkpoint, target: torch.device) 
         return "ggml's kernels here run on the CPU"
     if not isinstance(checkpoint.index, GgufIndex):
         return "the weights are not stored in blocks, as those of a GGUF file are"
+    if checkpoint.store is not None and checkpoint.store.codec != STORED:
+        return f"a packed store of {checkpoint.store.codec} experts is computed by torch"
     return ""

@@ -27,6 +27,7 @@ from foreroute.memory.host import usable_cpus
 from foreroute.memory.plan import MemoryPlan, check_before, plan_memory
 from foreroute.model import torch_modes
 from foreroute.model.build.skeleton import load_skeleton
+from foreroute.model.dense_weights import dense_nbytes
 from foreroute.model.endings import complete_generation_config
 from foreroute.model.expert_set import ExpertSet
 from foreroute.policy import Policy
@@ -81,8 +82,8 @@ def load(
     checkpoint = open_checkpoint(path_or_hub_id, revision, asked.packed, call.hub)
     sketch = checkpoint.outline
     kernels, _ = open_block_kernels(asked, checkpoint, target)
-    dense_nbytes = sketch.dense_nbytes if kernels is None else kernels.dense_nbytes(checkpoint.index)
-    before = check_before(asked, target, checkpoint.kept, checkpoint.store, sketch.config, dense_nbytes)
+    dense_before = sketch.dense_nbytes if kernels is None else kernels.dense_nbytes(checkpoint.index)
+    before = check_before(asked, target, checkpoint.kept, checkpoint.store, sketch.config, dense_before)
     sidecar = _sidecar(asked, target, checkpoint)
     dtype, blocks = (call.dtype, None) if kernels is None else kernels.dense_blocks(checkpoint.index, call.dtype)
     model: Any = load_skeleton(checkpoint.folder, sketch, dtype, blocks, **call.model_kwargs)
@@ -94,14 +95,13 @@ def load(
         experts = experts.on(target)
     guidance = guidance_for(asked, model, experts, division, sidecar)
     engine = builder_for(asked, target)(asked, experts, division, guidance, trace, progress)
-    dense_bytes = sum(p.numel() * p.element_size() for p in model.parameters()) + (blocks.nbytes if blocks else 0)
-    plan = _plan(
-        asked, target, model, checkpoint, experts, division, guidance, dense_bytes, is_fitted=sidecar is not None
-    )
+    plan = _plan(asked, target, model, checkpoint, experts, division, guidance, is_fitted=sidecar is not None)
     if trace is not None:
         trace.begin(**header_of(plan, asked, experts.table, checkpoint.index.fingerprint()))
         assert isinstance(engine, MoeStep), "no trace is written where the device pages for itself: see open_device"
         engine.pool.add_observer(StepTrace(trace, experts.table.keys))
+    if kernels is not None:
+        kernels.keep_rows_alike(engine, experts.layers)
     decode_threads = None if kernels is None else DECODE_THREADS
     entry = StepEntry(engine, len(experts.layers), Bounds.of(model), target, decode_threads)
     for layer in experts.layers:
@@ -124,7 +124,6 @@ def _plan(
     experts: ExpertSet,
     memory: MemoryPlan,
     guidance: Guidance,
-    dense_bytes: int,
     *,
     is_fitted: bool,
 ) -> Plan:
@@ -138,7 +137,7 @@ def _plan(
         top_k=experts.top_k,
         expert_bytes=max(layer.expert_nbytes for layer in table.layers),
         total_expert_bytes=table.expert_nbytes,
-        dense_bytes=dense_bytes,
+        dense_bytes=dense_nbytes(model),
         memory_bytes=memory.budget_bytes,
         memory_was_chosen=asked.memory is None,
         slot_bytes=table.slot_bytes,

@@ -19,6 +19,7 @@ from foreroute.memory.serving_budget import (
     working_bytes,
 )
 from foreroute.model.caches import can_be_continued, is_ordinary, new_cache
+from foreroute.model.dense_weights import dense_nbytes, dense_weights
 from foreroute.model.expert_set import ExpertSet
 
 # Limits of the online learner's memory while serving, beside the budget: share of it, least, most.
@@ -64,7 +65,7 @@ def fit_serving(
     if asked.memory is None:
         working = max(working, CHOSEN_RESERVE_BYTES)
     expert_bytes = min(budget_bytes, whole) + host_bytes
-    needs = _needs(model, expert_bytes, asked.kv_tokens, kv_bytes_per_token, working, _dense_bytes(model))
+    needs = _needs(model, expert_bytes, asked.kv_tokens, kv_bytes_per_token, working, dense_nbytes(model))
     if asked.memory is None:
         budget_bytes = min(whole, max(0, free_ram_bytes - host_bytes - (needs.total_bytes - expert_bytes)))
         needs = replace(needs, expert_bytes=max(least, budget_bytes) + host_bytes)
@@ -107,10 +108,6 @@ def _request_bytes(model: Any, chunk: int, kv_tokens: int, kv_bytes_per_token: i
     return ahead + activation_bytes(chunk, text.hidden_size, itemsize) + scored
 
 
-def _dense_bytes(model: Any) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in model.parameters())
-
-
 def _program_bytes(model: Any) -> int:
     """Bytes of this process in RAM that are neither dense weights nor experts.
 
@@ -124,7 +121,7 @@ def _program_bytes(model: Any) -> int:
     resident = sum(mapping.resident_bytes for mapping in everything if mapping.path not in paths)
     own = sum(
         tensor.numel() * tensor.element_size()
-        for tensor in model.parameters()
+        for _, tensor in dense_weights(model)
         if not any(tensor.data_ptr() in addresses for addresses in files)
     )
     plan, residency = model.foreroute.plan, model.foreroute.engine.pool.residency

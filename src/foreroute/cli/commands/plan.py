@@ -97,21 +97,19 @@ def find(folder: Path, args: argparse.Namespace, config: EngineConfig) -> Findin
     """Load the model in `folder` with `config` but without its experts, and measure what the flags `args` ask for."""
     import foreroute
     from foreroute.bench.bandwidth import measure_bandwidth
-    from foreroute.checkpoint.locate import read_index
-    from foreroute.checkpoint.records import open_store
     from foreroute.cli import probes
+    from foreroute.loading.block_kernels import dense_nbytes_at_load
+    from foreroute.loading.checkpoint import open_checkpoint
+    from foreroute.loading.open_device import open_device
     from foreroute.memory.host import available_ram, choose_memory
     from foreroute.memory.kv import planned_kv_bytes_per_token
-    from foreroute.model.build.skeleton import outline
 
     options.apply_threads(args)
     config, context = _with_room(folder, args, config)
-    index = read_index(folder)
     # Measured before the dense weights are in RAM, as `load` does.
     free_ram = available_ram()
-    sketch = outline(folder, index)
-    source = sketch.table
-    store = open_store(folder, config.packed, source)
+    checkpoint = open_checkpoint(folder, None, config.packed)
+    store = checkpoint.store
     model = foreroute.load(folder, dtype=args.dtype, config=config)
     try:
         plan, table = model.foreroute.plan, model.foreroute.table
@@ -126,9 +124,9 @@ def find(folder: Path, args: argparse.Namespace, config: EngineConfig) -> Findin
         bandwidth = measure_link(plan.slot_bytes)
         found = _found(plan, config, kv_bytes, plan.memory_bytes, bandwidth, compute_ms, reads_per_expert=1)
         return replace(found, context=context)
-    kept = source if store is None else store.table
     beside = 0 if serving is None else serving.tokens_bytes
-    chosen = choose_memory(None, kept, sketch.dense_nbytes, beside, free_ram)
+    dense_bytes = dense_nbytes_at_load(config, checkpoint, open_device(config))
+    chosen = choose_memory(None, checkpoint.kept, dense_bytes, beside, free_ram)
     reads_of = table.reads if store is None else store.reads_of(table)
     keys = table.keys.all()
     bandwidth = measure_bandwidth(

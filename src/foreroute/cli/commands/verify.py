@@ -219,7 +219,7 @@ def _complaints(outcome: _Outcome) -> list[str]:
     complaints = []
     if plan.num_slots < plan.total_slots and not stats.evictions:
         complaints.append("But no expert was evicted: this run proves little. Take less --memory or more --tokens.")
-    if plan.staging_slots and plan.math == "own" and not stats.prefetch_used:
+    if plan.staging_slots and plan.math != "family" and not stats.prefetch_used:
         complaints.append("But no guess was used: this run proves little. Take more --tokens.")
     return complaints
 

@@ -175,10 +175,15 @@ class ExpertGraphs:
         self._bf16 = Bf16Products(runner)
         self._graphs: OrderedDict[tuple[ExpertForm, int, int], ExpertGraph] = OrderedDict()
 
-    def stream(self, form: ExpertForm, rows: torch.Tensor, slot: int) -> torch.Tensor:
-        """Compute the expert in `slot` for f32 `rows` [rows, hidden]: [rows, hidden], in bf16 where that is quicker."""
-        matrices = (*form.first, form.down)
-        if not any(one.is_interleaved for one in matrices) and all(is_quicker(one.kind, len(rows)) for one in matrices):
+    def stream(self, form: ExpertForm, rows: torch.Tensor, slot: int, *, may_convert: bool) -> torch.Tensor:
+        """Compute the expert in `slot` for f32 `rows` [rows, hidden]: [rows, hidden].
+
+        Args:
+            may_convert: in bf16 where that is quicker.
+        """
+        if may_convert and all(
+            not matrix.is_interleaved and is_quicker(matrix.kind, len(rows)) for matrix in (*form.first, form.down)
+        ):
             return self._in_bf16(form, rows, slot)
         return self._in_blocks(form, rows, slot)
 

@@ -4,7 +4,7 @@ A row's products have the same bits whichever rows and experts share its step, s
 change no output. Sums are in f32, in ascending expert key.
 """
 
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 
 import numpy as np
 import torch
@@ -21,6 +21,9 @@ class GgmlLayer:
     Args:
         layer: its index among the MoE layers. base: the key of its expert 0.
         form: of its experts in a slot. graphs: of the pool, shared by all layers.
+    Attributes:
+        decodes: whether a step of single tokens runs: its rows keep blocks, so that their bits are the same in any
+            company.
     """
 
     streams_only = False
@@ -28,6 +31,7 @@ class GgmlLayer:
     def __init__(self, layer: int, base: int, form: ExpertForm, graphs: ExpertGraphs) -> None:
         self._layer, self._base, self._form = layer, base, form
         self._graphs: ExpertGraphs | None = graphs
+        self.decodes: Callable[[], bool] = lambda: False
 
     def begin(self, hidden: torch.Tensor, routed: Sequence[Sequence[int]], weights: torch.Tensor) -> LayerSum:
         """See `LayerKernels`. hidden: [tokens, hidden]. weights: [tokens, k]."""
@@ -45,10 +49,11 @@ class GgmlLayer:
     ) -> torch.Tensor:
         """See `LayerKernels`. hidden: [tokens, hidden]. ids, weights: [tokens, k]."""
         assert self._graphs is not None, "the pool has been closed"
-        floats, gates = hidden.float(), weights.float()
+        floats, gates, may_convert = hidden.float(), weights.float(), not self.decodes()
         total = torch.zeros_like(floats)
         for key, tokens, positions in group_by_expert(ids, keys, self._base):
-            outputs = self._graphs.stream(self._form, floats.index_select(0, tokens), experts.slot_of(key))
+            rows, slot = floats.index_select(0, tokens), experts.slot_of(key)
+            outputs = self._graphs.stream(self._form, rows, slot, may_convert=may_convert)
             if listener is not None:
                 listener(self._layer, key - self._base, outputs.to(hidden.dtype))
             total.index_add_(0, tokens, outputs * gates[tokens, positions, None])

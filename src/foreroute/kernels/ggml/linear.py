@@ -5,7 +5,7 @@ are computed by one graph, when the first of them is called.
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,12 +63,14 @@ class BlockProducts:
     def __init__(self, runner: Runner) -> None:
         self.library = runner.library
         self._runner = runner
+        # Whether a step of single tokens runs: its rows keep blocks, so that their bits are the same in any company.
+        self.decodes: Callable[[], bool] = lambda: False
         self._in_bf16 = Bf16Products(runner)
         self._graphs: OrderedDict[tuple[object, ...], _LinearGraph] = OrderedDict()
 
     def __call__(self, x: torch.Tensor, matrices: Sequence[BlockMatrix]) -> list[torch.Tensor]:
         """Multiply `x` [rows, columns], f32 and contiguous, by matrices of as many columns: f32 [rows, out] each."""
-        if all(is_quicker(matrix.kind, len(x)) for matrix in matrices):
+        if not self.decodes() and all(is_quicker(matrix.kind, len(x)) for matrix in matrices):
             narrow = x.to(torch.bfloat16)
             return [
                 self._in_bf16(narrow, matrix.kind, matrix.blocks.data_ptr(), (matrix.rows, matrix.columns))
