@@ -1,6 +1,7 @@
 """The header of a GGUF file: read without making objects of its vocabulary, and refused where that is cut off."""
 
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -55,7 +56,7 @@ def test_no_object_is_made_of_a_token(tmp_path: Path, monkeypatch: pytest.Monkey
     calls = 0
     get = gguf.GGUFReader._get
 
-    def counted(*args: object, **kwargs: object) -> object:
+    def counted(*args: Any, **kwargs: Any) -> Any:
         nonlocal calls
         calls += 1
         return get(*args, **kwargs)

@@ -13,6 +13,7 @@ from foreroute.units import format_memory, format_speed
 
 if TYPE_CHECKING:
     from foreroute.bench.bandwidth import Bandwidth
+    from foreroute.cli.probes import ComputeTime
 
 _EPILOG = """\
 examples:
@@ -31,7 +32,8 @@ the figures:
   guesses      the most slots that hold experts fetched on a guess
   disk         measured for one second on this model's own experts, in random
                order, read as the engine reads them
-  compute      measured: one token with its experts in memory
+  compute      measured: one token with its experts in memory, for three seconds
+               at most; where a token takes longer, from some of its layers
   long prompt  prefill uses nearly every expert: this long it reads, once
   TPOT         time per output token: forecast, not measured, from disk, compute
                and the miss rates of another model. From reads that hide
@@ -55,7 +57,7 @@ class Findings:
     kv_bytes_per_token: int
     chosen_memory_bytes: int
     bandwidth: "Bandwidth"
-    compute_ms: float
+    compute: "ComputeTime"
     cases: tuple[Forecast, ...]
     serving: ServingNeeds | None = None
     context: int | None = None
@@ -115,7 +117,7 @@ def find(folder: Path, args: argparse.Namespace, config: EngineConfig) -> Findin
     model = foreroute.load(folder, dtype=args.dtype, config=config)
     try:
         plan, table = model.foreroute.plan, model.foreroute.table
-        compute_ms, kv_bytes = probes.compute_ms(model), planned_kv_bytes_per_token(model)
+        compute, kv_bytes = probes.measure_compute(model), planned_kv_bytes_per_token(model)
         # Last: what it measures grows with what has been computed.
         serving = None if context is None else requests.needs_of(model, context)
     finally:
@@ -124,7 +126,7 @@ def find(folder: Path, args: argparse.Namespace, config: EngineConfig) -> Findin
         from foreroute.bench.link import measure_link
 
         bandwidth = measure_link(plan.slot_bytes)
-        found = _found(plan, config, kv_bytes, plan.memory_bytes, bandwidth, compute_ms, reads_per_expert=1)
+        found = _found(plan, config, kv_bytes, plan.memory_bytes, bandwidth, compute, reads_per_expert=1)
         return replace(found, context=context)
     kept = source if store is None else store.table
     beside = 0 if serving is None else serving.tokens_bytes
@@ -139,7 +141,7 @@ def find(folder: Path, args: argparse.Namespace, config: EngineConfig) -> Findin
         direct=config.direct_io,
         label=table.label,
     )
-    found = _found(plan, config, kv_bytes, chosen, bandwidth, compute_ms, len(reads_of(keys[0])))
+    found = _found(plan, config, kv_bytes, chosen, bandwidth, compute, len(reads_of(keys[0])))
     return replace(found, serving=serving, context=context)
 
 
@@ -156,7 +158,7 @@ def _found(
     kv_bytes: int,
     chosen_memory_bytes: int,
     bandwidth: "Bandwidth",
-    compute_ms: float,
+    compute: "ComputeTime",
     reads_per_expert: int,
 ) -> Findings:
     cases = forecast(
@@ -164,12 +166,10 @@ def _found(
         plan.token_demand_slots,
         plan.expert_bytes,
         bandwidth.bytes_per_s,
-        compute_ms,
+        compute.ms,
         "lru" if config.control == "device" else config.eviction,
     )
-    return Findings(
-        plan, config.eviction, reads_per_expert, kv_bytes, chosen_memory_bytes, bandwidth, compute_ms, cases
-    )
+    return Findings(plan, config.eviction, reads_per_expert, kv_bytes, chosen_memory_bytes, bandwidth, compute, cases)
 
 
 def advice(found: Findings, model: str) -> list[str]:
@@ -252,7 +252,12 @@ def as_json(found: Findings) -> dict[str, Any]:
             "chosen_memory_bytes": found.chosen_memory_bytes,
         },
         "serving": None if found.serving is None else {"context": found.context, **requests.as_json(found.serving)},
-        "measured": {"disk": asdict(found.bandwidth), "compute_ms": found.compute_ms},
+        "measured": {
+            "disk": asdict(found.bandwidth),
+            "compute_ms": found.compute.ms,
+            "compute_passes": found.compute.num_passes,
+            "compute_layers": found.compute.num_layers,
+        },
         "forecast": {case.name: asdict(case) for case in found.cases},
     }
 
@@ -328,14 +333,19 @@ def _speed_rows(found: Findings) -> list[figures.Row]:
     return [
         (name, format_speed(disk.bytes_per_s),
          f"measured: {disk.num_experts:,} random experts in {disk.elapsed_s:.1f} s, {way}"),
-        ("compute", figures.number(found.compute_ms, "ms"), f"measured: one token, its experts in memory, {_on(plan)}"),
+        ("compute", figures.number(found.compute.ms, "ms"), _how_computed(found)),
         ("long prompt", figures.number(absent_bytes / disk.bytes_per_s, "s"), "of reading: it uses every expert once"),
     ]  # fmt: skip
 
 
-def _on(plan: Plan) -> str:
-    """Name the device that computes."""
-    return f"{plan.threads} threads" if plan.device == "cpu" else "on the GPU"
+def _how_computed(found: Findings) -> str:
+    """What of a token was computed, and by what."""
+    plan, compute = found.plan, found.compute
+    what = "measured: one token, its experts in memory"
+    if not compute.num_passes:
+        what = f"from {compute.num_layers} of {plan.num_layers} layers, measured"
+    by = "on the GPU" if plan.device != "cpu" else f"{plan.threads} thread{'s' if plan.threads > 1 else ''}"
+    return f"{what}, {by}{', ggml' if plan.math == 'ggml' else ''}"
 
 
 def _forecast_rows(found: Findings) -> list[tuple[str, ...]]:
