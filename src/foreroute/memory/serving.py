@@ -22,7 +22,7 @@ from foreroute.model.caches import can_be_continued, is_ordinary, new_cache
 from foreroute.model.expert_set import ExpertSet
 
 # Limits of the online learner's memory while serving, beside the budget: share of it, least, most.
-_LEARNING_SHARE, _LEAST_LEARNING_BYTES, _MOST_LEARNING_BYTES = 8, 16 * 2**20, 256 * 2**20
+_LEARNING_SHARE, _LEAST_LEARNING_BYTES, _MOST_LEARNING_BYTES = 8, 16 * 2**20, 128 * 2**20
 # Tokens of KV cache allocated ahead of their use.
 _COLUMNS_AHEAD = 1024
 

@@ -130,7 +130,9 @@ def find(folder: Path, args: argparse.Namespace, config: EngineConfig) -> Findin
         return replace(found, context=context)
     kept = source if store is None else store.table
     beside = 0 if serving is None else serving.tokens_bytes
-    chosen = choose_memory(None, kept, sketch.dense_nbytes, beside, free_ram)
+    # ggml's kernels keep the dense weights in blocks, of which the outline knows nothing.
+    dense_nbytes = plan.dense_bytes if plan.math == "ggml" else sketch.dense_nbytes
+    chosen = choose_memory(None, kept, dense_nbytes, beside, free_ram)
     reads_of = table.reads if store is None else store.reads_of(table)
     keys = table.keys.all()
     bandwidth = measure_bandwidth(
@@ -277,7 +279,7 @@ def show(found: Findings, hints: list[str]) -> None:
 def _model_rows(found: Findings) -> list[figures.Row]:
     plan = found.plan
     top_k = "/".join(str(k) for k in sorted(set(plan.top_k)))
-    is_converted = figures.dtype_name(plan.stored_dtype) != plan.compute_dtype
+    is_converted = plan.math != "ggml" and figures.dtype_name(plan.stored_dtype) != plan.compute_dtype
     cache = format_memory(found.kv_bytes_per_token * 1000) if found.kv_bytes_per_token else "none"
     return [
         ("model", plan.model_type, f"{plan.num_layers} MoE layers x {plan.num_experts} experts, top-{top_k}"),
