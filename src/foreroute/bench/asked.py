@@ -95,7 +95,7 @@ def settle(folder: Path, asked: Asked) -> Settled:
     store = open_store(folder, asked.config.packed, sketch.table)
     kept = sketch.table if store is None else store.table
     dense_bytes = sketch.dense_nbytes
-    whole_bytes = kept.total_slots * kept.slot_bytes
+    whole_bytes = kept.whole_bytes
     budgets = {memory: choose_memory(memory, kept, dense_bytes) for memory in asked.memories}
     if any(rung.name == RESIDENT for rung in asked.rungs):
         room = choose_memory(None, kept, dense_bytes)

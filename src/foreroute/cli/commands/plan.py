@@ -179,8 +179,7 @@ def advice(found: Findings, model: str) -> list[str]:
     plan, hints = found.plan, list[str]()
     if plan.device != "cpu":
         return _gpu_advice(plan)
-    whole = plan.total_slots * plan.slot_bytes
-    demand = plan.token_demand_slots * plan.slot_bytes
+    whole, demand = plan.all_slot_bytes, plan.token_slot_bytes
     chosen = format_memory(found.chosen_memory_bytes)
     if plan.memory_bytes > found.chosen_memory_bytes and not plan.memory_was_chosen:
         hints.append(
@@ -283,13 +282,19 @@ def _model_rows(found: Findings) -> list[figures.Row]:
     cache = format_memory(found.kv_bytes_per_token * 1000) if found.kv_bytes_per_token else "none"
     return [
         ("model", plan.model_type, f"{plan.num_layers} MoE layers x {plan.num_experts} experts, top-{top_k}"),
-        ("one expert", format_memory(plan.expert_bytes), f"{plan.stored_dtype}, computed in {plan.compute_dtype}"
+        ("one expert", format_memory(plan.expert_bytes),
+         f"{_sizes(plan)}{plan.stored_dtype}, computed in {plan.compute_dtype}"
          + (" (converted at every use)" if is_converted else "")),
         ("all experts", format_memory(plan.total_expert_bytes), f"on disk, {_source(plan)}"),
         ("dense weights", format_memory(plan.dense_bytes),
          f"always {'in RAM' if plan.device == 'cpu' else 'on the GPU'}, beside --memory"),
         ("KV cache", cache, "per 1,000 tokens, beside --memory"),
     ]  # fmt: skip
+
+
+def _sizes(plan: Plan) -> str:
+    """Say that layers' experts differ in size, where they do."""
+    return "on average; " if len(plan.slot_classes) > 1 else ""
 
 
 def _memory_rows(found: Findings) -> list[figures.Row]:
