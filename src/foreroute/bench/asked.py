@@ -93,7 +93,7 @@ def settle(folder: Path, asked: Asked) -> Settled:
     cases = _cases(asked, getattr(text_config, "max_position_embeddings", None), remarks)
     kept = checkpoint.kept
     dense_bytes = dense_nbytes_at_load(asked.config, checkpoint, open_device(asked.config))
-    whole_bytes = kept.total_slots * kept.slot_bytes
+    whole_bytes = kept.whole_bytes
     budgets = {memory: choose_memory(memory, kept, dense_bytes) for memory in asked.memories}
     if any(rung.name == RESIDENT for rung in asked.rungs):
         room = choose_memory(None, kept, dense_bytes)

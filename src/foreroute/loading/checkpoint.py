@@ -1,6 +1,6 @@
 """A checkpoint opened: its files found, their headers read, its experts mapped to bytes; no weight is read yet."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +21,22 @@ from foreroute.model.expert_set import ExpertSet
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """folder: of the checkpoint, or its GGUF file. outline: of the model. store: its packed store, or None."""
+    """folder: of the checkpoint, or its GGUF file. outline: of the model. store: its packed store, or None.
+
+    has_one_slot_length: see `ExpertTable`; of `kept`.
+    """
 
     folder: Path
     index: CheckpointIndex
     outline: Outline
     store: PackedStore | None
+    has_one_slot_length: bool = False
 
     @property
     def kept(self) -> ExpertTable:
         """The experts as they will be read."""
-        return self.outline.table if self.store is None else self.store.table
+        table = self.outline.table if self.store is None else self.store.table
+        return replace(table, has_one_slot_length=self.has_one_slot_length)
 
     @property
     def stored_dtype(self) -> str:

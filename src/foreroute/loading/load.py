@@ -5,6 +5,7 @@ headers, the room for it, the model, the division of memory.
 """
 
 import os
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from foreroute.engine.step_trace import StepTrace, header_of
 from foreroute.loading.arguments import read_arguments
 from foreroute.loading.block_kernels import DECODE_THREADS, open_block_kernels
 from foreroute.loading.checkpoint import Checkpoint, find_experts, open_checkpoint
-from foreroute.loading.engines import builder_for
+from foreroute.loading.engines import builder_for, disk_engine
 from foreroute.loading.guidance import Guidance, guidance_for
 from foreroute.loading.offloaded_model import ForerouteHandle, make_offloaded
 from foreroute.loading.open_device import open_device
@@ -79,7 +80,10 @@ def load(
     Policy.parse(asked.policy)  # refused here where it is none, before anything is read
     target = open_device(asked)
     trace = None if asked.trace is None else open_trace(asked.trace)
+    builder = builder_for(asked, target)
     checkpoint = open_checkpoint(path_or_hub_id, revision, asked.packed, call.hub)
+    # An arena's records, and a device's slots, are of one length.
+    checkpoint = replace(checkpoint, has_one_slot_length=builder is not disk_engine)
     sketch = checkpoint.outline
     kernels, _ = open_block_kernels(asked, checkpoint, target)
     dense_before = sketch.dense_nbytes if kernels is None else kernels.dense_nbytes(checkpoint.index)
@@ -94,7 +98,7 @@ def load(
         move_dense(model, target)
         experts = experts.on(target)
     guidance = guidance_for(asked, model, experts, division, sidecar)
-    engine = builder_for(asked, target)(asked, experts, division, guidance, trace, progress)
+    engine = builder(asked, experts, division, guidance, trace, progress)
     plan = _plan(asked, target, model, checkpoint, experts, division, guidance, is_fitted=sidecar is not None)
     if trace is not None:
         trace.begin(**header_of(plan, asked, experts.table, checkpoint.index.fingerprint()))
@@ -135,13 +139,16 @@ def _plan(
         num_layers=len(experts.layers),
         num_experts=table.num_experts,
         top_k=experts.top_k,
-        expert_bytes=max(layer.expert_nbytes for layer in table.layers),
+        expert_bytes=experts.expert_bytes,
         total_expert_bytes=table.expert_nbytes,
         dense_bytes=dense_nbytes(model),
         memory_bytes=memory.budget_bytes,
         memory_was_chosen=asked.memory is None,
+        slot_classes=tuple((one.slot_bytes, one.num_slots) for one in memory.slots.classes),
         slot_bytes=table.slot_bytes,
         num_slots=memory.slots.num_slots,
+        token_slot_bytes=memory.slots.token_bytes,
+        all_slot_bytes=table.whole_bytes,
         total_slots=table.total_slots,
         token_demand_slots=memory.slots.token_demand_slots,
         staging_slots=memory.staging_slots,

@@ -15,6 +15,7 @@ from foreroute.kernels.ggml.form import OAI_ALPHA, OAI_LIMIT, ExpertForm, SlotMa
 from foreroute.kernels.ggml.graph import Graph, Runner, TensorRef, place
 from foreroute.kernels.ggml.interleaved import interleaver
 from foreroute.kernels.ggml.types import F32, I32
+from foreroute.types import SlotClass
 
 # Graphs kept: one for each form and shape of a step. Some 10 KB each.
 _MOST_GRAPHS = 512
@@ -22,20 +23,22 @@ _FIRST = ("gate", "up")
 
 
 class HostSlots:
-    """The pool's memory: slot s begins `s * slot_bytes` after `address`.
+    """The pool's slots of one length: slot s, of those below `num_slots`, begins `s * slot_bytes` after `address`.
 
     Args:
-        memory: kept as long as this object.
+        memory: the whole pool's, kept as long as this object. slots: those of this length.
     """
 
-    def __init__(self, memory: mmap.mmap, slot_bytes: int, num_slots: int) -> None:
-        self._bytes = torch.frombuffer(memory, dtype=torch.uint8)
-        self.address = self._bytes.data_ptr()
-        self.slot_bytes, self.num_slots = slot_bytes, num_slots
+    def __init__(self, memory: mmap.mmap | torch.Tensor, slots: SlotClass) -> None:
+        self._bytes = memory if isinstance(memory, torch.Tensor) else torch.frombuffer(memory, dtype=torch.uint8)
+        self._slots = slots
+        # Slots of other lengths may lie before them: their numbers never become ids here.
+        self.address = self._bytes.data_ptr() + slots.start
+        self.slot_bytes, self.num_slots = slots.slot_bytes, slots.first + slots.num_slots
 
     def floats(self, slot: int, offset: int, count: int) -> torch.Tensor:
         """The `count` floats at an offset in a slot."""
-        start = slot * self.slot_bytes + offset
+        start = self._slots.offset(slot) + offset
         return self._bytes[start : start + 4 * count].view(torch.float32)
 
 
