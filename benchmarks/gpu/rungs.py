@@ -13,9 +13,9 @@ import torch
 from benchmarks.gpu.routes import Routes
 from benchmarks.gpu.shapes import Shape
 from foreroute.device.build import assemble_tier
-from foreroute.device.graph_decoder import GraphDecoder
 from foreroute.device.tier import DeviceTier
 from foreroute.engine.approximation import Approximation
+from foreroute.generation.graph_decoder import GraphDecoder
 from foreroute.loading.step_entry import Bounds, StepEntry
 from foreroute.model.residual import ResidualTap
 from foreroute.predict.base import RouterSample, TokenGuess

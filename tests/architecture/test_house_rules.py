@@ -146,7 +146,24 @@ def test_numbers_are_made_of_a_dtype_that_is_said(path: Path) -> None:
     assert not without_a_dtype(path.read_text())
 
 
+def models_of_any_type(source: str) -> list[int]:
+    """Lines whose `model`, an argument or a variable, is annotated as Any."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        named = isinstance(node, ast.arg) and node.arg == "model"
+        named |= isinstance(node, ast.AnnAssign) and ast.unparse(node.target).split(".")[-1] == "model"
+        if named and node.annotation is not None and ast.unparse(node.annotation) == "Any":
+            found.append(node.lineno)
+    return sorted(found)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_a_loaded_model_has_a_type(path: Path) -> None:
+    assert not models_of_any_type(path.read_text()), "OffloadedModel, or PreTrainedModel: see docs/structure.md"
+
+
 def test_the_rules_go_red() -> None:
+    assert models_of_any_type("def f(model: Any, n: Any):\n  self.model: Any = 0\n  model: list[Any] = 1\n") == [1, 2]
     assert without_a_dtype("torch.zeros(3)") == ["torch.zeros(3)"]
     assert not without_a_dtype("torch.zeros(3, dtype=torch.float32)")
     assert without_encoding("open(p)\np.open('w')\np.read_text()\np.write_text(x)\nopen(p, mode='r')") == [

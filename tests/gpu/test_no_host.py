@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from foreroute.device.graph_decoder import GraphDecoder
 from foreroute.errors import DeviceError
+from foreroute.generation.graph_decoder import GraphDecoder
 from foreroute.transfer.arena import Arena
 from tests.support.runs import ONE_PROMPT
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from foreroute.device.graph_decoder import GraphDecoder
+from foreroute.generation.graph_decoder import GraphDecoder
 from tests.support.runs import ONE_PROMPT, THREE_PROMPTS
 
 NEW_TOKENS = 64

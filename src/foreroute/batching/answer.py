@@ -8,6 +8,7 @@ import torch
 
 from foreroute.batching.requests import AnswerEvent, Finished, NewToken, PromptProgress, PromptScored, Request, Top
 from foreroute.batching.sampler import Sampler, score
+from foreroute.loading.offloaded_model import OffloadedModel
 from foreroute.model.endings import stop_strings
 from foreroute.model.text import StopText, TextPieces
 
@@ -43,7 +44,7 @@ class Answer:
             self.why_cancelled = why
             self.is_cancelled = True
 
-    def begin(self, tokenizer: Any, model: Any, num_cached: int) -> None:
+    def begin(self, tokenizer: Any, model: OffloadedModel, num_cached: int) -> None:
         """Make ready to compute the prompt, but for `num_cached` tokens of which there are keys and values."""
         self.num_cached = self.num_computed = num_cached
         if not self.wants_none:

@@ -17,6 +17,7 @@ from foreroute.batching.rows import UNREADABLE, OneRow, RowsCache, can_be_padded
 from foreroute.engine.interfaces import Phase
 from foreroute.errors import ContextLengthError, ForerouteError, PromptError, QueueFullError
 from foreroute.generation.prefix_cache import PromptCache
+from foreroute.loading.offloaded_model import OffloadedModel, handle_of
 from foreroute.memory.kv import planned_kv_bytes_per_token
 from foreroute.memory.serving import keeps_prompts
 from foreroute.memory.serving_budget import MOST_SCORED_WHOLE, SCORED_AT_ONCE, choose_kv_tokens, kept_prompt_bytes
@@ -45,7 +46,7 @@ class BatchEngine:
 
     def __init__(
         self,
-        model: Any,
+        model: OffloadedModel,
         tokenizer: Any,
         context: int,
         max_num_seqs: int = 8,
@@ -56,7 +57,7 @@ class BatchEngine:
         self.why_one_row = why_not_batched(model)
         self.rows = 1 if self.why_one_row else max_num_seqs
         self.kv_tokens = kv_tokens or choose_kv_tokens(None, context, self.rows)
-        self.kv_bytes = self.kv_tokens * planned_kv_bytes_per_token(model)
+        self.kv_bytes = self.kv_tokens * planned_kv_bytes_per_token(model, handle_of(model).plan)
         self._context = min(context, self.kv_tokens)
         self._most_open = max_num_seqs + max_waiting
         self._ends = end_tokens(model.generation_config)

@@ -12,13 +12,14 @@ from foreroute.batching.row_layers import RowLayer, RowLengths
 from foreroute.engine.interfaces import Phase, StepInfo
 from foreroute.engine.moe_step import MoeStep
 from foreroute.errors import ChecksumError, ForerouteError, ReadError
+from foreroute.loading.offloaded_model import OffloadedModel
 from foreroute.model.caches import cache_argument, cache_of, can_be_continued, is_ordinary, new_cache
 
 # An expert's bytes are not to be had: errors of those who want it, and of nobody else.
 UNREADABLE = (ReadError, ChecksumError)
 
 
-def why_not_batched(model: Any) -> str:
+def why_not_batched(model: OffloadedModel) -> str:
     """Why requests cannot share steps of this model; "" where they can."""
     cache = new_cache(model)
     if cache is None or not is_ordinary(model):
@@ -33,7 +34,7 @@ def why_not_batched(model: Any) -> str:
     return ""
 
 
-def can_be_padded(model: Any) -> bool:
+def can_be_padded(model: OffloadedModel) -> bool:
     """Whether padding can be kept from the experts, so that prompts of different lengths may share a step."""
     return isinstance(model.foreroute.engine, MoeStep) and bool(model.foreroute.plan.math == "own")
 
@@ -48,7 +49,7 @@ class RowsCache:
         lengths: tokens of each row.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: OffloadedModel) -> None:
         self._model = model
         template = new_cache(model)
         assert template is not None, "the model's requests can be batched"
@@ -185,7 +186,7 @@ class RowsCache:
 class OneRow:
     """In the place of `RowsCache` for a model that cannot be batched: one row, its state as the family keeps it."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: OffloadedModel) -> None:
         self._model = model
         self._cache: Any = None
         self._keeps_last = "logits_to_keep" in inspect.signature(model.forward).parameters

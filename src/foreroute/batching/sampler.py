@@ -7,6 +7,7 @@ import torch
 from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
 
 from foreroute.batching.requests import Sampling, Top
+from foreroute.loading.offloaded_model import OffloadedModel
 
 # Below it, a difference of two logits in float32 (1e-7 and more) makes one of the tokens impossible.
 _COLD = 1e-9
@@ -42,7 +43,7 @@ class Sampler:
         is_greedy: it takes the likeliest token as the model has it, and `draw` need not be asked.
     """
 
-    def __init__(self, model: Any, asked: Sampling, prompt_ids: Sequence[int], most_new: int) -> None:
+    def __init__(self, model: OffloadedModel, asked: Sampling, prompt_ids: Sequence[int], most_new: int) -> None:
         self._length = len(prompt_ids)
         self._ids = torch.empty((1, self._length + most_new), dtype=torch.int64)
         self._ids[0, : self._length] = torch.tensor(prompt_ids)
@@ -68,7 +69,7 @@ class Sampler:
         return token
 
 
-def processors_of(model: Any, ids: torch.Tensor, options: Mapping[str, Any]) -> LogitsProcessorList:
+def processors_of(model: OffloadedModel, ids: torch.Tensor, options: Mapping[str, Any]) -> LogitsProcessorList:
     """What generate() puts between a model's logits and the draw, for a prompt `ids` [1, tokens]; nothing is computed.
 
     Args:
@@ -76,7 +77,9 @@ def processors_of(model: Any, ids: torch.Tensor, options: Mapping[str, Any]) -> 
     """
     found: list[LogitsProcessorList] = []
 
-    def take(model: Any, input_ids: torch.Tensor, logits_processor: LogitsProcessorList, **_: Any) -> torch.Tensor:
+    def take(
+        model: OffloadedModel, input_ids: torch.Tensor, logits_processor: LogitsProcessorList, **_: Any
+    ) -> torch.Tensor:
         found.append(logits_processor)
         return input_ids
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from foreroute.evals.builtin import SuiteSettings
     from foreroute.evals.policies import Material, OtherTasks
     from foreroute.evals.text import HeldOut
+    from foreroute.loading.offloaded_model import OffloadedModel
     from foreroute.types import NamedProgress
 
 _NOTES = """\
@@ -69,7 +70,7 @@ def run(
     if done := len(wanted & finished.rows.keys()):
         figures.stderr_console().print(f"Going on after {done} of {len(wanted)} rows.", style="dim")
 
-    def load(memory: str) -> Any:
+    def load(memory: str) -> "OffloadedModel":
         model = foreroute.load(folder, memory, args.dtype, config=config)
         model.foreroute.set_policy("exact")
         return model

@@ -2,16 +2,19 @@
 
 import statistics
 import time
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from foreroute.loading.offloaded_model import OffloadedModel
 
 _WARM_UP_PASSES = 2
 _TIMED_PASSES = 7
 _TOKEN = 1
 
 
-def compute_ms(model: Any) -> float:
+def compute_ms(model: "OffloadedModel") -> float:
     """Median milliseconds of one token's forward pass with its experts in memory, without stalls.
 
     The same token each time routes to the same experts, so they are resident after the first pass.

@@ -3,7 +3,7 @@
 It is the counterpart of the host's `MoeStep` (engine/moe_step.py). Per MoE layer (`DeviceTier._decode`): the planner
 finds a slot for every routed expert, and missing ones are copied; then prefetches for the next layer are copied during
 this layer's compute, and the next layer waits for them. On a GPU no tensor is copied to the host, so that a whole step
-can be one CUDA graph (device/graph_decoder.py); CPU tests run the same code with plain operations.
+can be one CUDA graph (generation/graph_decoder.py); CPU tests run the same code with plain operations.
 """
 
 import copy

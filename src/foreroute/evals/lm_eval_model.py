@@ -19,6 +19,7 @@ from foreroute.config import EngineConfig
 from foreroute.errors import EvaluationError
 from foreroute.evals.lm_eval import NAME
 from foreroute.loading.load import load
+from foreroute.loading.offloaded_model import OffloadedModel
 from foreroute.model.text import load_tokenizer
 
 try:
@@ -169,7 +170,7 @@ def _runs_code(manager: TaskManager, name: str) -> bool:
 
 
 def run_lm_eval(
-    model: Any,
+    model: OffloadedModel,
     tokenizer: Any,
     tasks: Sequence[str],
     include_path: Path | None = None,

@@ -16,6 +16,7 @@ from foreroute.evals.answers import answer, wilson
 from foreroute.evals.fetched_only import fetched_only
 from foreroute.evals.pricing import Cost, Divergence, Texts, price_decoding, price_fetched_only, windows_with_chars
 from foreroute.evals.tasks import Item, accuracy_by_kind
+from foreroute.loading.offloaded_model import OffloadedModel
 from foreroute.policy import Policy
 from foreroute.predict.sidecar import Sidecar
 from foreroute.types import NamedProgress
@@ -26,7 +27,7 @@ NO_CACHE = "none"
 _PROMPT_SHARE = 8
 
 # Tasks of another harness: model -> accuracy by task.
-OtherTasks = Callable[[Any], Mapping[str, float]]
+OtherTasks = Callable[[OffloadedModel], Mapping[str, float]]
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,7 @@ def _check(load: Callable[[str], Any], sidecar: Sidecar | None, rows: Rows) -> N
             model.foreroute.close()
 
 
-def _keep_reference(model: Any, texts: Texts, scratch: Path, progress: NamedProgress) -> None:
+def _keep_reference(model: OffloadedModel, texts: Texts, scratch: Path, progress: NamedProgress) -> None:
     """Record the exact logits that all rows with a cache are compared with."""
     try:
         texts.keep_exact(scratch, model.config.get_text_config().vocab_size)
@@ -229,7 +230,7 @@ class _Row:
     def _named(self, what: str) -> Callable[[int, int], None]:
         return _named(self.progress, f"{self.name}: {what}")
 
-    def _answers(self, model: Any, batch: int) -> dict[str, Any]:
+    def _answers(self, model: OffloadedModel, batch: int) -> dict[str, Any]:
         items = self.material.items
         if not items:
             return {"accuracy": {}, "interval": {}}

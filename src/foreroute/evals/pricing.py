@@ -16,6 +16,7 @@ import torch
 
 from foreroute.errors import EvaluationError
 from foreroute.evals.fetched_only import FetchCounts, fetched_only
+from foreroute.loading.offloaded_model import OffloadedModel
 from foreroute.model.caches import cache_argument, cache_of
 from foreroute.policy import Policy
 from foreroute.predict.sidecar import Sidecar
@@ -157,7 +158,7 @@ def windows_with_chars(tokenizer: Any, ids: torch.Tensor, given: int) -> Texts:
 
 @torch.no_grad()
 def price_fetched_only(
-    model: Any, sidecar: Sidecar, policy: Policy, ids: torch.Tensor, chars: int, progress: Progress
+    model: OffloadedModel, sidecar: Sidecar, policy: Policy, ids: torch.Tensor, chars: int, progress: Progress
 ) -> tuple[Divergence, Cost]:
     """Measure a policy without a cache on windows `ids` [windows, context + 1] of `chars` characters; all are decoded.
 
@@ -183,7 +184,7 @@ def price_fetched_only(
 
 @torch.no_grad()
 def price_decoding(
-    model: Any, policy: Policy, texts: Texts, progress: Progress, *, is_reference: bool = False
+    model: OffloadedModel, policy: Policy, texts: Texts, progress: Progress, *, is_reference: bool = False
 ) -> tuple[Divergence, Cost]:
     """Measure a policy with the model's own cache of experts: the windows of `texts` are fed token by token.
 

@@ -103,9 +103,11 @@ def cut_windows(
 
 @torch.no_grad()
 def bits_per_char(
-    model: Any, windows: list[TextWindows], progress: Callable[[int, int], None] = lambda done, total: None
+    model: Callable[..., Any],
+    windows: list[TextWindows],
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, float]:
-    """Bits per character of `model` by source, and "all": their mean weighted by the sources' shares.
+    """Bits per character of `model`, of any kind, by source, and "all": their mean weighted by the sources' shares.
 
     Nats of all scored tokens / ln 2 / characters; every window starts with an empty context.
 

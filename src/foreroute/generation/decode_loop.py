@@ -17,6 +17,7 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 from foreroute.engine.chunks import split_prompt
 from foreroute.engine.interfaces import Phase, StepInfo
 from foreroute.errors import CheckpointError
+from foreroute.loading.offloaded_model import OffloadedModel
 from foreroute.model.caches import CACHE_NAME, cache_argument, is_ordinary
 
 # Settings that say how a token is chosen from its scores, or when to end: transformers turns them into the processors
@@ -58,7 +59,7 @@ _NO_NUMBERS = (
 )
 
 
-def serves(model: Any, cache: DynamicCache | None, options: dict[str, Any]) -> bool:
+def serves(model: OffloadedModel, cache: DynamicCache | None, options: dict[str, Any]) -> bool:
     """Whether this loop does what generate() would do with the model, an empty cache for it, and these options."""
     settings = model.generation_config
     return (
@@ -75,7 +76,7 @@ def serves(model: Any, cache: DynamicCache | None, options: dict[str, Any]) -> b
 
 
 class Decoder(Protocol):
-    """Computes a text in a cache of its own: device/graph_decoder.py."""
+    """Computes a text in a cache of its own: generation/graph_decoder.py."""
 
     def prefill(self, ids: torch.Tensor, chunk: int | None = None) -> torch.Tensor:
         """Forget the text before and compute `ids` [1, tokens]; the last token's logits [1, vocabulary]."""
@@ -114,7 +115,7 @@ class LeanLoop:
 
     def __call__(
         self,
-        model: Any,
+        model: OffloadedModel,
         input_ids: torch.Tensor,
         logits_processor: Any,
         stopping_criteria: StoppingCriteriaList,

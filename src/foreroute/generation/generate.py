@@ -17,12 +17,13 @@ import torch
 from transformers.cache_utils import DynamicCache
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 
-from foreroute.device.graph_decoder import decoder_of, is_paged
 from foreroute.engine.stats import EngineStats
 from foreroute.errors import PromptError
 from foreroute.generation.decode_loop import LeanLoop, serves
+from foreroute.generation.graph_decoder import decoder_of, is_paged
 from foreroute.generation.prefix_cache import PromptCache
 from foreroute.generation.recorder import StopWhen, TokenRecorder
+from foreroute.loading.offloaded_model import OffloadedModel, handle_of
 from foreroute.model.caches import cache_argument, can_be_continued, is_ordinary, new_cache
 from foreroute.model.endings import stop_strings
 
@@ -110,7 +111,7 @@ def _ratio(part: float, whole: float | None) -> float | None:
 
 
 def generate(
-    model: Any,
+    model: OffloadedModel,
     tokenizer: Any,
     prompt_ids: torch.Tensor,
     *,
@@ -138,17 +139,18 @@ def generate(
         The report. Ctrl-C ends the answer too, at once: finish_reason is then "interrupted", the model stays usable.
         While another thread uses the model, it is waited for; that time is not the answer's.
     Raises:
-        PromptError: the prompt is empty or leaves no room in the context.
+        PromptError: the prompt is empty or leaves no room in the context. RefusedError: the model is not one of `load`.
         ReadError, ChecksumError: an expert could not be read.
     """
+    handle = handle_of(model)
     prompt_ids = prompt_ids.to(model.device)
     room = _room_in_context(model, prompt_ids.shape[1])
     if prefill_chunk is not None and prefill_chunk < 2:
         raise PromptError(f"prefill_chunk is {prefill_chunk}: choose 8 tokens or more (512 to 8192 are usual).")
     most_new = max_new_tokens if room is None else min(max_new_tokens, room)
     stop = _stop_strings(model, options)
-    with model.foreroute.lock:
-        chunk = prefill_chunk or model.foreroute.plan.prefill_chunk
+    with handle.lock:
+        chunk = prefill_chunk or handle.plan.prefill_chunk
         answer = _Answer(model, prompt_ids, options, reuse, chunk)
         return _timed(answer, TokenRecorder(tokenizer, on_text, clock, stop), clock, should_stop, most_new)
 
@@ -161,8 +163,8 @@ def _timed(
     most_new: int,
 ) -> GenerationReport:
     """Run the answer, and report on it."""
-    model, reuse = answer.model, answer.reuse
-    before, started_s = model.foreroute.stats(), clock()
+    model, reuse, handle = answer.model, answer.reuse, answer.model.foreroute
+    before, started_s = handle.stats(), clock()
     is_interrupted = False
     try:
         answer.run(recorder, should_stop, most_new)
@@ -173,7 +175,7 @@ def _timed(
     ended_s = clock()
     # Ctrl-C may fall between the two.
     times_s = recorder.times_s[: len(recorder.ids)]
-    governor = model.foreroute.governor if _is_exact(model) else None
+    governor = handle.governor if _is_exact(model) else None
     return GenerationReport(
         text="".join(recorder.written),
         token_ids=tuple(recorder.ids),
@@ -182,8 +184,8 @@ def _timed(
         ttft_s=times_s[0] - started_s if times_s else None,
         tpot_s=(times_s[-1] - times_s[0]) / (len(times_s) - 1) if len(times_s) > 1 else None,
         total_s=ended_s - started_s,
-        stats=model.foreroute.stats().minus(before),
-        expert_bytes=model.foreroute.plan.expert_bytes,
+        stats=handle.stats().minus(before),
+        expert_bytes=handle.plan.expert_bytes,
         peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         loop="generate" if answer.loop is None else "lean",
         prompt_tokens_reused=answer.num_reused,
@@ -202,7 +204,12 @@ class _Answer:
     """
 
     def __init__(
-        self, model: Any, prompt_ids: torch.Tensor, options: dict[str, Any], reuse: PromptCache | None, chunk: int
+        self,
+        model: OffloadedModel,
+        prompt_ids: torch.Tensor,
+        options: dict[str, Any],
+        reuse: PromptCache | None,
+        chunk: int,
     ) -> None:
         self.model = model
         self.prompt_ids = prompt_ids
@@ -263,7 +270,7 @@ class _Answer:
         self.reuse.keep(self.model, ids[: self.loop.num_computed], self._cache)
 
 
-def _is_exact(model: Any) -> bool:
+def _is_exact(model: OffloadedModel) -> bool:
     return not any(policy.stands_in or policy.replaces_route for policy in model.foreroute.policies)
 
 
@@ -278,7 +285,7 @@ def _without_a_single_one(num_tokens: int, chunk: int) -> int:
 
 
 def stream(
-    model: Any, tokenizer: Any, prompt_ids: torch.Tensor, **options: Any
+    model: OffloadedModel, tokenizer: Any, prompt_ids: torch.Tensor, **options: Any
 ) -> Generator[str, None, GenerationReport]:
     """Like `generate`, as an iterator over the pieces: `report = yield from stream(...)`.
 
@@ -313,7 +320,7 @@ def stream(
     return result
 
 
-def _room_in_context(model: Any, prompt_tokens: int) -> int | None:
+def _room_in_context(model: OffloadedModel, prompt_tokens: int) -> int | None:
     """Tokens that still fit the model's context; None where it has no known end."""
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if not context:
@@ -323,7 +330,7 @@ def _room_in_context(model: Any, prompt_tokens: int) -> int | None:
     return int(context) - prompt_tokens
 
 
-def _stop_strings(model: Any, options: dict[str, Any]) -> tuple[str, ...]:
+def _stop_strings(model: OffloadedModel, options: dict[str, Any]) -> tuple[str, ...]:
     """The texts that end the answer, which are taken out of the options: the caller's, or else the model's own."""
     asked = options.pop("stop_strings", None)
     given = options.get("generation_config")

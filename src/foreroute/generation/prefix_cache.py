@@ -13,6 +13,7 @@ from typing import Any
 
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from foreroute.loading.offloaded_model import OffloadedModel
 from foreroute.model.caches import can_be_cut
 
 
@@ -58,7 +59,7 @@ class PromptCache:
         with self._lock:
             self._kept.clear()
 
-    def take(self, model: Any, ids: list[int], at_most: int) -> tuple[DynamicCache | None, int]:
+    def take(self, model: OffloadedModel, ids: list[int], at_most: int) -> tuple[DynamicCache | None, int]:
         """A cache that holds the longest beginning of `ids` known for this model, and how many tokens that is.
 
         Args:
@@ -93,7 +94,7 @@ class PromptCache:
                 held -= self._kept.pop(0).nbytes
         return True
 
-    def keep(self, model: Any, ids: list[int], cache: DynamicCache) -> bool:
+    def keep(self, model: OffloadedModel, ids: list[int], cache: DynamicCache) -> bool:
         """Keep what holds at least the tokens `ids`; more is cut off, as a step that was interrupted leaves it.
 
         Returns:

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from foreroute.checkpoint.codecs import STORED
 from foreroute.checkpoint.hub import HubAccess
@@ -57,7 +57,7 @@ def open_checkpoint(
     return Checkpoint(folder, index, sketch, open_store(folder, packed, sketch.table))
 
 
-def find_experts(model: Any, checkpoint: Checkpoint) -> ExpertSet:
+def find_experts(model: PreTrainedModel, checkpoint: Checkpoint) -> ExpertSet:
     """The experts of a model without them: layers in call order, where each lies, and which kernels compute it.
 
     Raises:

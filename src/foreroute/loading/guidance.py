@@ -1,7 +1,8 @@
 """What guides the engine: who predicts the next layer's experts, who learns, and the policies that can be had."""
 
 from dataclasses import dataclass
-from typing import Any
+
+from transformers import PreTrainedModel
 
 from foreroute.config import EngineConfig
 from foreroute.engine.approximation import Approximation
@@ -25,7 +26,7 @@ class Guidance:
 
 
 def guidance_for(
-    asked: EngineConfig, model: Any, experts: ExpertSet, memory: MemoryPlan, sidecar: Sidecar | None
+    asked: EngineConfig, model: PreTrainedModel, experts: ExpertSet, memory: MemoryPlan, sidecar: Sidecar | None
 ) -> Guidance:
     """Predictor, learner and policies of a model, with the asked policy set.
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from foreroute.config import EngineConfig, Plan
 from foreroute.engine.moe_step import MoeStep
@@ -18,7 +19,7 @@ from foreroute.loading.arguments import read_arguments
 from foreroute.loading.checkpoint import Checkpoint, find_experts, open_checkpoint
 from foreroute.loading.engines import builder_for
 from foreroute.loading.guidance import Guidance, guidance_for
-from foreroute.loading.offloaded_model import ForerouteHandle, make_offloaded
+from foreroute.loading.offloaded_model import ForerouteHandle, OffloadedModel, make_offloaded
 from foreroute.loading.open_device import open_device
 from foreroute.loading.step_entry import Bounds, StepEntry
 from foreroute.memory.device import move_dense
@@ -50,7 +51,7 @@ def load(
     revision: str | None = None,
     progress: Progress = lambda done, total: None,
     **model_kwargs: Any,
-) -> Any:
+) -> OffloadedModel:
     """Load a Mixture-of-Experts model whose experts stay on disk and visit memory as they are needed.
 
     With device "cuda" they stay in host memory, and on disk as far as that does not hold them, and visit the GPU's.
@@ -81,7 +82,7 @@ def load(
     sketch = checkpoint.outline
     before = check_before(asked, target, checkpoint.kept, checkpoint.store, sketch.config, sketch.dense_nbytes)
     sidecar = _sidecar(asked, target, checkpoint)
-    model: Any = load_skeleton(checkpoint.folder, sketch, call.dtype, **call.model_kwargs)
+    model = load_skeleton(checkpoint.folder, sketch, call.dtype, **call.model_kwargs)
     complete_generation_config(model, checkpoint.folder, checkpoint.index)
     experts = find_experts(model, checkpoint)
     division = plan_memory(asked, target, model, experts, before)
@@ -111,7 +112,7 @@ def _sidecar(asked: EngineConfig, target: torch.device, checkpoint: Checkpoint) 
 def _plan(
     asked: EngineConfig,
     target: torch.device,
-    model: Any,
+    model: PreTrainedModel,
     checkpoint: Checkpoint,
     experts: ExpertSet,
     memory: MemoryPlan,

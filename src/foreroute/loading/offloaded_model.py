@@ -3,9 +3,9 @@
 import functools
 import os
 import weakref
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -14,10 +14,12 @@ from transformers import PreTrainedModel
 from foreroute.checkpoint.layouts import ExpertTable
 from foreroute.config import Plan
 from foreroute.engine.interfaces import MoeEngine, StepInfo
+from foreroute.engine.moe_step import MoeStep
 from foreroute.engine.stats import EngineStats
 from foreroute.errors import RefusedError
 from foreroute.loading.step_entry import StepEntry, entered
 from foreroute.model.blocks import MoeLayer
+from foreroute.model.experts import CLOSED, ExpertsForward
 from foreroute.policy import Policy
 from foreroute.predict.governor import Governor
 
@@ -30,7 +32,7 @@ class ForerouteHandle:
         engine: what computes the experts, for those who look inside.
         layers: the MoE layers, as the probe saw them. table: their experts, by key.
         entry: its lock, and what begins its steps.
-        decoder: of answers, where the device pages experts (device/graph_decoder.py); made with the first one.
+        decoder: of answers, where the device pages experts (generation/graph_decoder.py); made with the first one.
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class ForerouteHandle:
         self.layers = layers
         self.table = table
         self.entry = entry
+        # generation/ makes it, which this room does not know.
         self.decoder: Any = None
 
     def step(self, info: StepInfo) -> AbstractContextManager[None]:
@@ -52,6 +55,20 @@ class ForerouteHandle:
         return self.entry.announced(info)
 
     @property
+    def host_engine(self) -> MoeStep:
+        """The engine, where the host decides: with its pool, its prefetcher and its listeners.
+
+        Raises:
+            RefusedError: the device pages for itself.
+        """
+        if not isinstance(self.engine, MoeStep):
+            raise RefusedError(
+                'This looks into the host\'s pool, and with control="device" there is none. Load the model with '
+                'EngineConfig(control="host").'
+            )
+        return self.engine
+
+    @property
     def lock(self) -> Any:
         """The model's lock, re-entrant: `with model.foreroute.lock:` keeps other threads out for more than one call.
 
@@ -59,6 +76,25 @@ class ForerouteHandle:
             RefusedError: this process was forked from the one that loaded the model.
         """
         return self.entry.lock
+
+    @contextmanager
+    def computing(self, wrapped: Callable[[int, ExpertsForward], ExpertsForward]) -> Iterator[None]:
+        """Inside, `wrapped(layer, compute)` computes the experts of each MoE layer in place of its own `compute`.
+
+        Raises:
+            RefusedError: the model is closed.
+        """
+        modules = [layer.experts for layer in self.layers]
+        own = [module.engine_forward for module in modules]
+        try:
+            for layer, (module, compute) in enumerate(zip(modules, own, strict=True)):
+                if compute is None:
+                    raise RefusedError(CLOSED)
+                module.engine_forward = wrapped(layer, compute)
+            yield
+        finally:
+            for module, compute in zip(modules, own, strict=True):
+                module.engine_forward = compute
 
     def stats(self) -> EngineStats:
         """A copy of all counts since the model was loaded; `.minus(earlier)` gives those of a span.
@@ -125,9 +161,23 @@ _AS_LOADED = "experts are kept as stored. Choose the dtype when loading: forerou
 
 
 class OffloadedModel:
-    """Mixin in front of a transformers model class. Defines what would otherwise be silently wrong."""
+    """A model of `load`: a mixin in front of transformers' class. Defines what would otherwise be silently wrong."""
 
     foreroute: ForerouteHandle
+
+    # For type checkers alone, as transformers reads the annotations of its classes: what this package uses of the
+    # model, and that it has all else its family has.
+    if TYPE_CHECKING:
+        config: Any
+        generation_config: Any
+        device: torch.device
+        dtype: torch.dtype
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any: ...
+
+        def __getattr__(self, name: str) -> Any: ...
 
     save_pretrained = _refuse("save_pretrained", _NOT_ALL_HERE)
     push_to_hub = _refuse("push_to_hub", _NOT_ALL_HERE)
@@ -146,11 +196,10 @@ class OffloadedModel:
         """Accepted when nothing changes (the device and dtype it has); refused otherwise."""
         parsed: Any = torch._C._nn._parse_to(*args, **kwargs)
         device, dtype = parsed[:2]
-        own: Any = self
-        if device is not None and device.type != own.device.type:
-            raise RefusedError(f"The model was loaded for {own.device}; its experts cannot follow it to {device}.")
-        if dtype is not None and dtype != own.dtype:
-            raise RefusedError(f"The model computes in {own.dtype}; {_AS_LOADED}")
+        if device is not None and device.type != self.device.type:
+            raise RefusedError(f"The model was loaded for {self.device}; its experts cannot follow it to {device}.")
+        if dtype is not None and dtype != self.dtype:
+            raise RefusedError(f"The model computes in {self.dtype}; {_AS_LOADED}")
         return self
 
     def cpu(self) -> Any:
@@ -165,7 +214,22 @@ class OffloadedModel:
         return own.train(False)
 
 
-def make_offloaded(model: nn.Module, handle: ForerouteHandle) -> nn.Module:
+def handle_of(model: OffloadedModel) -> ForerouteHandle:
+    """The handle of a model that a caller gave, which may be any; models known to be ours have it as `foreroute`.
+
+    Raises:
+        RefusedError: the model is not one of `load`.
+    """
+    handle: ForerouteHandle | None = getattr(model, "foreroute", None)
+    if handle is None:
+        raise RefusedError(
+            f"This {type(model).__name__} is no model of foreroute.load: all its experts are in memory, and nothing "
+            "counts or moves them. Load it with foreroute.load(path, memory=...)."
+        )
+    return handle
+
+
+def make_offloaded(model: PreTrainedModel, handle: ForerouteHandle) -> OffloadedModel:
     """Turn the model, in place, into an `OffloadedModel` of the same class name, with `foreroute` attached.
 
     The same becomes of the models inside it that hold its MoE layers: they are called on their own too.
@@ -186,7 +250,7 @@ def make_offloaded(model: nn.Module, handle: ForerouteHandle) -> nn.Module:
         module.__class__ = type(cls.__name__, (OffloadedModel, cls), own)
         object.__setattr__(module, "foreroute", handle)
     weakref.finalize(handle, _close_unless_forked, handle.engine, os.getpid())
-    return model
+    return cast(OffloadedModel, model)
 
 
 def _is_within(name: str, outer: str) -> bool:

@@ -17,16 +17,16 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from foreroute.engine.interfaces import MoeEngine, StepInfo
 from foreroute.errors import PromptError, RefusedError
 from foreroute.model import torch_modes
 from foreroute.model.caches import given_cache
-from foreroute.model.experts import refuse_compiled
+from foreroute.model.experts import CLOSED, refuse_compiled
 
 T = TypeVar("T")
 
-_CLOSED = "This model's experts have been closed; load the model again."
 _FORKED = (
     "This process was forked from the one that loaded the model, and has no threads that read its experts. Load the "
     "model in this process, or start it in another way than by a fork (multiprocessing: 'spawn')."
@@ -45,7 +45,7 @@ class Bounds:
     vocabulary: int | None = None
 
     @classmethod
-    def of(cls, model: Any) -> "Bounds":
+    def of(cls, model: PreTrainedModel) -> "Bounds":
         """Those of a transformers model."""
         context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         return cls(context, getattr(model.get_input_embeddings(), "num_embeddings", None))
@@ -210,13 +210,13 @@ class StepEntry:
     def _living_engine(self) -> Any:
         engine = self._engine()
         if engine is None:
-            raise RefusedError(_CLOSED)
+            raise RefusedError(CLOSED)
         return engine
 
     def _check(self) -> None:
         refuse_compiled()
         if self._is_closed:
-            raise RefusedError(_CLOSED)
+            raise RefusedError(CLOSED)
         torch_modes.refuse_autocast(self._device)
 
     def __deepcopy__(self, memo: Any) -> Any:

@@ -2,9 +2,10 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from foreroute.config import EngineConfig
+from transformers import PreTrainedModel
+
+from foreroute.config import EngineConfig, Plan
 from foreroute.memory.kv import planned_kv_bytes_per_token
 from foreroute.memory.proc import mappings
 from foreroute.memory.serving_budget import (
@@ -32,7 +33,7 @@ def learning_limit(budget_bytes: int) -> int:
     return min(_MOST_LEARNING_BYTES, max(_LEAST_LEARNING_BYTES, budget_bytes // _LEARNING_SHARE))
 
 
-def keeps_prompts(model: Any) -> bool:
+def keeps_prompts(model: PreTrainedModel) -> bool:
     """Whether `model`'s KV cache can be kept for later prompts, and its prompts be computed in chunks."""
     cache = new_cache(model)
     return cache is not None and is_ordinary(model) and can_be_continued(model, cache)
@@ -40,7 +41,7 @@ def keeps_prompts(model: Any) -> bool:
 
 def fit_serving(
     asked: EngineConfig,
-    model: Any,
+    model: PreTrainedModel,
     experts: ExpertSet,
     budget_bytes: int,
     free_ram_bytes: int,
@@ -72,21 +73,23 @@ def fit_serving(
     return budget_bytes
 
 
-def serving_needs(model: Any, kv_tokens: int) -> ServingNeeds:
+def serving_needs(model: PreTrainedModel, plan: Plan, num_resident: int, kv_tokens: int) -> ServingNeeds:
     """RAM that serving `model` with a KV cache of `kv_tokens` tokens needs, most of which is allocated later.
 
+    plan: what loading it decided. num_resident: its experts that are in slots now.
     Beside dense part, experts and KV cache that is what this process takes so far (Python, torch, other libraries),
     measured now; and, calculated, the most that the learner and one chunk of a prompt take.
     """
-    plan = model.foreroute.plan
-    per_token = planned_kv_bytes_per_token(model)
+    per_token = planned_kv_bytes_per_token(model, plan)
     requests = _request_bytes(model, plan.prefill_chunk, kv_tokens, per_token)
-    working = _program_bytes(model) + plan.learning_bytes + requests
+    working = _program_bytes(model, plan, num_resident) + plan.learning_bytes + requests
     experts = (plan.num_slots + plan.host_records) * plan.slot_bytes
     return _needs(model, experts, kv_tokens, per_token, working, plan.dense_bytes)
 
 
-def _needs(model: Any, experts: int, kv_tokens: int, kv_bytes_per_token: int, working: int, dense: int) -> ServingNeeds:
+def _needs(
+    model: PreTrainedModel, experts: int, kv_tokens: int, kv_bytes_per_token: int, working: int, dense: int
+) -> ServingNeeds:
     """The same, with the memory of computing per token."""
     text, keeps = model.config.get_text_config(), keeps_prompts(model)
     each = moving_bytes(kv_bytes_per_token, text.num_hidden_layers)
@@ -96,7 +99,7 @@ def _needs(model: Any, experts: int, kv_tokens: int, kv_bytes_per_token: int, wo
     return ServingNeeds(dense, experts, kv_tokens, kv_bytes_per_token, working, keeps, each)
 
 
-def _request_bytes(model: Any, chunk: int, kv_tokens: int, kv_bytes_per_token: int) -> int:
+def _request_bytes(model: PreTrainedModel, chunk: int, kv_tokens: int, kv_bytes_per_token: int) -> int:
     """Bytes of computing requests, beside their KV cache and what is counted per token (see _needs)."""
     text, itemsize = model.config.get_text_config(), model.dtype.itemsize
     ahead = _COLUMNS_AHEAD * kv_bytes_per_token
@@ -107,16 +110,16 @@ def _request_bytes(model: Any, chunk: int, kv_tokens: int, kv_bytes_per_token: i
     return ahead + activation_bytes(chunk, text.hidden_size, itemsize) + scored
 
 
-def _dense_bytes(model: Any) -> int:
+def _dense_bytes(model: PreTrainedModel) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in model.parameters())
 
 
-def _program_bytes(model: Any) -> int:
+def _program_bytes(model: PreTrainedModel, plan: Plan, num_resident: int) -> int:
     """Bytes of this process in RAM that are neither dense weights nor experts.
 
     Dense weights may be pages of the checkpoint's files, in RAM once they have been used.
     """
-    place = Path(model.foreroute.plan.folder)
+    place = Path(plan.folder)
     # The hub cache's folders hold links.
     paths = {str(path.resolve()) for path in (place.iterdir() if place.is_dir() else [place])}
     everything = list(mappings())
@@ -127,6 +130,5 @@ def _program_bytes(model: Any) -> int:
         for tensor in model.parameters()
         if not any(tensor.data_ptr() in addresses for addresses in files)
     )
-    plan, residency = model.foreroute.plan, model.foreroute.engine.pool.residency
-    experts = (int(residency.num_resident) + plan.host_records) * plan.slot_bytes
+    experts = (num_resident + plan.host_records) * plan.slot_bytes
     return max(0, resident - own - experts)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from transformers import GenerationMixin
+from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -25,7 +25,7 @@ _NOT_OVERRIDDEN = (
 _LENGTH_DEPENDENT_ROPES = frozenset({"dynamic", "longrope"})
 
 
-def is_ordinary(model: Any) -> bool:
+def is_ordinary(model: PreTrainedModel) -> bool:
     """Whether the family prepares its forward's inputs in the standard way: token ids, positions and a cache."""
     cls = type(model)
     return all(getattr(cls, name, None) is getattr(GenerationMixin, name, None) for name in _NOT_OVERRIDDEN)
@@ -47,14 +47,14 @@ def given_cache(arguments: Mapping[str, Any]) -> Any:
     return arguments.get(_OLD_NAME) if cache is None else cache
 
 
-def new_cache(model: Any) -> DynamicCache | None:
+def new_cache(model: PreTrainedModel) -> DynamicCache | None:
     """An empty cache of the class that generate() would make; None where the family uses its own class."""
     if "mamba" in type(model).__name__.lower() or not model._supports_default_dynamic_cache():
         return None
     return DynamicCache(config=model.config.get_text_config(decoder=True))
 
 
-def can_be_continued(model: Any, cache: DynamicCache) -> bool:
+def can_be_continued(model: PreTrainedModel, cache: DynamicCache) -> bool:
     """Whether several tokens may follow those in `cache`: fixed positions in `model`, all cache layers known."""
     config = model.config.get_text_config(decoder=True)
     ropes = _rope_types(getattr(config, "rope_parameters", None))

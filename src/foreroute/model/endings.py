@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from transformers import PreTrainedModel
+
 from foreroute.checkpoint.gguf_file import GgufIndex
 from foreroute.errors import CheckpointError
 
@@ -22,7 +24,7 @@ _ADDED, _MOST_LISTED = b'"added_tokens":', 2**22
 _NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
-def complete_generation_config(model: Any, folder: Path, index: Any) -> None:
+def complete_generation_config(model: PreTrainedModel, folder: Path, index: Any) -> None:
     """Let `model.generation_config` name every token that ends an answer, and keep the cache of keys and values on.
 
     A checkpoint that was saved in training says `use_cache: false`: each token would compute the whole text again. Who

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from foreroute.errors import PredictorError
+from foreroute.loading.offloaded_model import OffloadedModel, handle_of
 from foreroute.predict import build as known
 from foreroute.predict.estimator import EstimatorSettings
 from foreroute.predict.hybrid import choose
@@ -50,7 +51,7 @@ def partial_path(path: Path) -> Path:
 
 
 def fit(
-    model: Any,
+    model: OffloadedModel,
     fingerprint: str,
     corpus: Corpus,
     path: Path,
@@ -71,10 +72,10 @@ def fit(
         progress: called with (tokens done, all tokens) after each forward pass. resume: False starts anew.
         save_every_s: how often the sums are saved, in seconds by `clock`.
     Raises:
-        PredictorError: a file cannot be written.
+        PredictorError: a file cannot be written. RefusedError: the model is not one of `load`.
     Cost: a prefill of the text, and rows x features^2 multiply-adds per layer. Memory: see `Sums`.
     """
-    settings = settings or FitSettings()
+    layers, settings = handle_of(model).layers, settings or FitSettings()
     about = {
         "corpus": corpus.digest,
         "context": corpus.windows.shape[1],
@@ -105,7 +106,7 @@ def fit(
             exact = round_of(0, None)
             exact.save(first_path)
             partial_path(path).unlink(missing_ok=True)
-        policy = StandIns(known.hybrid(model.foreroute.layers, model.dtype, exact), exact.default_vectors)
+        policy = StandIns(known.hybrid(layers, model.dtype, exact), exact.default_vectors)
         sidecar = round_of(1, policy)
     sidecar.save(path)
     partial_path(path).unlink(missing_ok=True)
@@ -124,7 +125,7 @@ def _first_round(path: Path, fingerprint: str, about: dict[str, Any]) -> Sidecar
 
 
 def _round(
-    model: Any,
+    model: OffloadedModel,
     fingerprint: str,
     corpus: Corpus,
     settings: FitSettings,
@@ -164,7 +165,7 @@ def _round(
     )
 
 
-def _solved(model: Any, sums: Sums, fingerprint: str, settings: FitSettings) -> Sidecar:
+def _solved(model: OffloadedModel, sums: Sums, fingerprint: str, settings: FitSettings) -> Sidecar:
     """Solve the sums for predictors, without choosing between them."""
     if sums.estimator is not None:
         sums.estimator.train()
@@ -180,7 +181,12 @@ def _solved(model: Any, sums: Sums, fingerprint: str, settings: FitSettings) -> 
 
 
 def _scored(
-    model: Any, sidecar: Sidecar, held_out: torch.Tensor, rows: int, stand_ins: StandIns | None, progress: Progress
+    model: OffloadedModel,
+    sidecar: Sidecar,
+    held_out: torch.Tensor,
+    rows: int,
+    stand_ins: StandIns | None,
+    progress: Progress,
 ) -> Scorer:
     """Score every predictor of the sidecar on the held-out windows."""
     candidates = known.fitted(model.foreroute.layers, model.dtype, sidecar)

@@ -2,9 +2,10 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+
+from foreroute.loading.offloaded_model import OffloadedModel
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Timeliness:
 
 
 def timeliness(
-    model: Any,
+    model: OffloadedModel,
     prompts: torch.Tensor,
     new_tokens: int,
     progress: Callable[[int, int], None] = lambda done, total: None,

@@ -6,9 +6,9 @@ output differs, and which expert's slot held other bytes than the checkpoint, or
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from foreroute.checkpoint.layouts import ExpertTable
+from foreroute.loading.offloaded_model import OffloadedModel, handle_of
 from foreroute.types import Progress
 from foreroute.verification.reference import RESIDENT, Reference, dense_digests
 from foreroute.verification.slot_watch import SlotUse, SlotWatch
@@ -62,15 +62,15 @@ class Verdict:
         return self.first_difference is None and self.same_tokens == self.tokens
 
 
-def verify(model: Any, exercises: Sequence[Exercise], reference: Reference, progress: Progress) -> Verdict:
+def verify(model: OffloadedModel, exercises: Sequence[Exercise], reference: Reference, progress: Progress) -> Verdict:
     """Run the model through the reference's steps and compare each of them.
 
     Args:
         model: from `foreroute.load`, and not used yet.
         exercises: the reference's. progress: called with (steps done, all).
     """
-    watch = SlotWatch(model.foreroute.engine)
-    table = model.foreroute.table
+    handle = handle_of(model)
+    watch, table = SlotWatch(handle.host_engine), handle.table
     names = [layer.name for layer in table.layers]
     first: FirstDifference | None = None
     done = same_tokens = layers_compared = 0
@@ -106,7 +106,7 @@ def differing(reference: ForwardPass, ours: ForwardPass) -> tuple[str, int] | No
 
 
 def _describe(
-    model: Any,
+    model: OffloadedModel,
     reference: Reference,
     table: ExpertTable,
     step: ForwardPass,

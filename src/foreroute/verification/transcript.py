@@ -9,8 +9,10 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
+from transformers import PreTrainedModel
 
 from foreroute.engine.interfaces import StepInfo
+from foreroute.loading.offloaded_model import OffloadedModel
 from foreroute.model.caches import cache_argument, cache_of
 from foreroute.verification.slot_watch import SlotUse, SlotWatch, digest
 
@@ -52,7 +54,7 @@ class ForwardPass(NamedTuple):
 
 @torch.no_grad()
 def steps(
-    model: Any,
+    model: PreTrainedModel,
     modules: Sequence[str],
     exercise: Exercise,
     *,
@@ -81,14 +83,13 @@ def steps(
             ids = torch.tensor([[token if fed is None else fed[at]]])
 
 
-def _announced(model: Any, info: StepInfo) -> AbstractContextManager[None]:
+def _announced(model: PreTrainedModel, info: StepInfo) -> AbstractContextManager[None]:
     """Announce the step to the model's engine, if it has one, for the call inside."""
-    handle = getattr(model, "foreroute", None)
-    return nullcontext() if handle is None else handle.step(info)
+    return model.foreroute.step(info) if isinstance(model, OffloadedModel) else nullcontext()
 
 
 @contextmanager
-def _tapped(model: Any, modules: Sequence[str], watch: SlotWatch | None) -> Iterator[list[LayerPass]]:
+def _tapped(model: PreTrainedModel, modules: Sequence[str], watch: SlotWatch | None) -> Iterator[list[LayerPass]]:
     """While inside, record every call of an experts module in the list."""
     passes: list[LayerPass] = []
     inputs: dict[str, tuple[bytes, bytes, tuple[int, ...]]] = {}

@@ -14,6 +14,7 @@ from foreroute.errors import ForerouteError, PromptError
 
 if TYPE_CHECKING:
     from foreroute.generation.generate import GenerationReport
+    from foreroute.loading.offloaded_model import OffloadedModel
 
 _MAX_NEW_TOKENS = 512
 
@@ -117,7 +118,9 @@ class Chat:
         is_markdown: render answers as markdown.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, name: str, conversation: Conversation, *, is_markdown: bool) -> None:
+    def __init__(
+        self, model: "OffloadedModel", tokenizer: Any, name: str, conversation: Conversation, *, is_markdown: bool
+    ) -> None:
         from foreroute.generation.prefix_cache import PromptCache
 
         self._model = model

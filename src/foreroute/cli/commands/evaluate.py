@@ -19,10 +19,11 @@ from foreroute.policy import Policy
 if TYPE_CHECKING:
     from foreroute.evals.builtin import SuiteSettings
     from foreroute.evals.text import HeldOut
+    from foreroute.loading.offloaded_model import OffloadedModel
     from foreroute.types import NamedProgress
 
     # (model, tokenizer, progress) -> accuracy by task.
-    OtherTasks = Callable[[Any, Any, NamedProgress], dict[str, float]]
+    OtherTasks = Callable[[OffloadedModel, Any, NamedProgress], dict[str, float]]
 
 # Flags that need another flag; then their defaults where not None.
 _BELONGS_TO = {
@@ -186,7 +187,9 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _ask_others(others: "OtherTasks", tokenizer: Any, show: "NamedProgress", model: Any) -> dict[str, float]:
+def _ask_others(
+    others: "OtherTasks", tokenizer: Any, show: "NamedProgress", model: "OffloadedModel"
+) -> dict[str, float]:
     return others(model, tokenizer, show)
 
 

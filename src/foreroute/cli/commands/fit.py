@@ -10,6 +10,7 @@ from foreroute.errors import PredictorError
 from foreroute.units import format_memory
 
 if TYPE_CHECKING:
+    from foreroute.loading.offloaded_model import OffloadedModel
     from foreroute.predict.sidecar import Sidecar
 
 _EPILOG = """\
@@ -144,7 +145,7 @@ def _check_place(path: Path, *, force: bool) -> None:
         raise PredictorError(f"{path.parent} is not a folder. Choose another --out.")
 
 
-def _fit(args: argparse.Namespace, model: Any, fingerprint: str, corpus: Any, path: Path) -> "Sidecar":
+def _fit(args: argparse.Namespace, model: "OffloadedModel", fingerprint: str, corpus: Any, path: Path) -> "Sidecar":
     from foreroute.predict.estimator import EstimatorSettings
     from foreroute.prepare.fit import FitSettings, fit
 

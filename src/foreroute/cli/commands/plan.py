@@ -115,7 +115,7 @@ def find(folder: Path, args: argparse.Namespace, config: EngineConfig) -> Findin
     model = foreroute.load(folder, dtype=args.dtype, config=config)
     try:
         plan, table = model.foreroute.plan, model.foreroute.table
-        compute_ms, kv_bytes = probes.compute_ms(model), planned_kv_bytes_per_token(model)
+        compute_ms, kv_bytes = probes.compute_ms(model), planned_kv_bytes_per_token(model, plan)
         # Last: what it measures grows with what has been computed.
         serving = None if context is None else requests.needs_of(model, context)
     finally:

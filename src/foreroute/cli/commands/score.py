@@ -11,6 +11,7 @@ from foreroute.config import EngineConfig
 if TYPE_CHECKING:
     import torch
 
+    from foreroute.loading.offloaded_model import OffloadedModel
     from foreroute.prepare.score import Scores
     from foreroute.prepare.timeliness import Timeliness
 
@@ -101,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _decode(model: Any, windows: "torch.Tensor", num_tokens: int, is_quiet: bool) -> "Timeliness":
+def _decode(model: "OffloadedModel", windows: "torch.Tensor", num_tokens: int, is_quiet: bool) -> "Timeliness":
     """Continue the beginnings of some windows, by `num_tokens` in all."""
     from foreroute.prepare.timeliness import timeliness
 

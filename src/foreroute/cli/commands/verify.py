@@ -209,8 +209,7 @@ def _plan(folder: Path, dtype: str, config: EngineConfig) -> Plan:
 
     model = foreroute.load(folder, dtype=dtype, config=config)
     model.foreroute.close()
-    plan: Plan = model.foreroute.plan
-    return plan
+    return model.foreroute.plan
 
 
 def _complaints(outcome: _Outcome) -> list[str]:

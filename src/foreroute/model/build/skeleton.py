@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from foreroute.checkpoint.gguf_families import dense_names, gguf_layer
 from foreroute.checkpoint.gguf_file import GgufIndex, is_gguf
@@ -145,7 +146,7 @@ def _outline_gguf(index: GgufIndex) -> Outline:
     return Outline(config, tuple(modules), ExpertTable(tuple(layers), index), frozenset(targets), classes, transposed)
 
 
-def load_skeleton(folder: Path, sketch: Outline, dtype: torch.dtype | str, **kwargs: Any) -> nn.Module:
+def load_skeleton(folder: Path, sketch: Outline, dtype: torch.dtype | str, **kwargs: Any) -> PreTrainedModel:
     """Load everything but the experts of `sketch` with transformers' `from_pretrained`, from its files in `folder`.
 
     Args:

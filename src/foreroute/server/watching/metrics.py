@@ -113,7 +113,7 @@ class _EngineCollector(Collector):
         share = state.kv_blocks_used / state.kv_blocks if state.kv_blocks else 0.0
         yield GaugeMetricFamily("foreroute_kv_cache_usage_perc", "KV cache in use, 0 to 1.", share)
         if loaded.model is not None:
-            yield from expert_metrics(loaded.model.foreroute.engine.pool)
+            yield from expert_metrics(loaded.model.foreroute.host_engine.pool)
 
     def describe(self) -> list[Metric]:
         """Return nothing: the registry must not read the engine just to learn the names."""
