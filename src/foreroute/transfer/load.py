@@ -11,9 +11,9 @@ from foreroute.checkpoint.source_files import explained
 from foreroute.errors import ChangedFileError, ChecksumError, ReadError
 from foreroute.transfer.base import Completion
 from foreroute.transfer.copies import apply_copies
-from foreroute.transfer.files import BLOCK_BYTES, BlockFiles, round_down, round_up
+from foreroute.transfer.files import BlockFiles
 from foreroute.transfer.memory import map_memory
-from foreroute.types import Read
+from foreroute.types import BLOCK_BYTES, Read, round_down, round_up
 
 
 @dataclass(frozen=True, slots=True)
