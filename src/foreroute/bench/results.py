@@ -73,11 +73,11 @@ def budgets(settled: Settled, seen: Measurements) -> list[dict[str, Any]]:
                 if test["rungs"]
             ]
             if tests:
-                found.append({**_pool(settled, seen, memory), "batch": batch, "tests": tests})
+                found.append({**_pool(seen, memory), "batch": batch, "tests": tests})
     return found
 
 
-def _pool(settled: Settled, seen: Measurements, memory: str) -> dict[str, Any]:
+def _pool(seen: Measurements, memory: str) -> dict[str, Any]:
     """Slots that the budget buys, taken from any rung that ran with it."""
     plans = [plan for (at, name), plan in seen.plans.items() if at == memory and name != RESIDENT]
     plan = (plans or [plan for (at, _), plan in seen.plans.items() if at == memory])[0]

@@ -1,9 +1,6 @@
 """The three engines that a model can get: experts on disk, behind a host tier, or on a GPU that pages for itself."""
 
-from collections.abc import Callable
 from math import inf
-
-import torch
 
 from foreroute.config import EngineConfig
 from foreroute.device.build import build_tier
@@ -36,62 +33,30 @@ _PREFILL_GUESSES_FROM = {"on": 0.0, "auto": 24.0, "off": inf}
 # Experts of this size take a millisecond to read: prefetching was measured to pay. At 74 KB it lost (docs/LOG.md).
 _LARGE_EXPERT_BYTES, _TRUSTED_STEPS = 2**20, 128
 
-# (asked, experts, memory, guidance, trace, progress) -> the engine, its readers started.
-EngineBuilder = Callable[[EngineConfig, ExpertSet, MemoryPlan, Guidance, Trace | None, Progress], MoeEngine]
 
+def start_engine(
+    asked: EngineConfig,
+    experts: ExpertSet,
+    memory: MemoryPlan,
+    guidance: Guidance,
+    trace: Trace | None,
+    progress: Progress,
+) -> MoeEngine:
+    """Start the engine that is asked for, and its readers.
 
-def builder_for(asked: EngineConfig, device: torch.device) -> EngineBuilder:
-    """Which of the three engines the configuration asks for."""
+    A GPU that pages for itself (`DeviceTier`); or a `MoeStep` over slots in RAM with the experts on disk, or over slots
+    on `experts.device` with the experts in host memory, and on disk as far as that does not hold them.
+    """
     if asked.control == "device":
-        return device_engine
-    return tiered_engine if device.type == "cuda" or asked.host_memory is not None else disk_engine
-
-
-def disk_engine(
-    asked: EngineConfig,
-    experts: ExpertSet,
-    memory: MemoryPlan,
-    guidance: Guidance,
-    trace: Trace | None,
-    progress: Progress,
-) -> MoeEngine:
-    """Slots in RAM, experts on disk."""
-    placed = place(asked, experts.table, experts.store, memory.slots.num_slots, trace)
+        return build_tier(asked, experts, memory.slots, guidance.policies, progress)
+    table, store, num_slots, device = experts.table, experts.store, memory.slots.num_slots, experts.device
+    if device.type == "cpu" and asked.host_memory is None:
+        placed = place(asked, table, store, num_slots, trace)
+    else:
+        placed = place_behind_arena(
+            asked, table, store, num_slots, trace, device=device, num_records=memory.host_records, progress=progress
+        )
     return _step_over(placed, asked, experts, memory, guidance)
-
-
-def tiered_engine(
-    asked: EngineConfig,
-    experts: ExpertSet,
-    memory: MemoryPlan,
-    guidance: Guidance,
-    trace: Trace | None,
-    progress: Progress,
-) -> MoeEngine:
-    """Slots on the device, experts in host memory, and on disk as far as that does not hold them."""
-    placed = place_behind_arena(
-        asked,
-        experts.table,
-        experts.store,
-        memory.slots.num_slots,
-        trace,
-        device=experts.device,
-        num_records=memory.host_records,
-        progress=progress,
-    )
-    return _step_over(placed, asked, experts, memory, guidance)
-
-
-def device_engine(
-    asked: EngineConfig,
-    experts: ExpertSet,
-    memory: MemoryPlan,
-    guidance: Guidance,
-    trace: Trace | None,
-    progress: Progress,
-) -> MoeEngine:
-    """Slots on the device, which requests experts from host memory itself, within its graph."""
-    return build_tier(asked, experts, memory.slots, guidance.policies, progress)
 
 
 def _step_over(

@@ -17,7 +17,7 @@ from foreroute.engine.moe_step import MoeStep
 from foreroute.engine.step_trace import StepTrace, header_of
 from foreroute.loading.arguments import read_arguments
 from foreroute.loading.checkpoint import Checkpoint, find_experts, open_checkpoint
-from foreroute.loading.engines import builder_for
+from foreroute.loading.engines import start_engine
 from foreroute.loading.guidance import Guidance, guidance_for
 from foreroute.loading.offloaded_model import ForerouteHandle, OffloadedModel, make_offloaded
 from foreroute.loading.open_device import open_device
@@ -90,7 +90,7 @@ def load(
         move_dense(model, target)
         experts = experts.on(target)
     guidance = guidance_for(asked, model, experts, division, sidecar)
-    engine = builder_for(asked, target)(asked, experts, division, guidance, trace, progress)
+    engine = start_engine(asked, experts, division, guidance, trace, progress)
     plan = _plan(asked, target, model, checkpoint, experts, division, guidance, is_fitted=sidecar is not None)
     if trace is not None:
         trace.begin(**header_of(plan, asked, experts.table, checkpoint.index.fingerprint()))

@@ -147,7 +147,7 @@ def _round(
                 keeper.after_pass(index + 1)
 
         run_passes(run, train, settings.rows, lambda done, _: progress(done))
-    sidecar = _solved(model, sums, fingerprint, settings)
+    sidecar = _solved(sums, fingerprint, settings)
     scorer = _scored(model, sidecar, held_out, settings.rows, stand_ins, lambda done, _: progress(train.numel() + done))
     # The token table predicts layer 0 alone, so that it is no alternative here.
     of_next = [name for name in scorer.tallies if name != known.TOKEN_TABLE]
@@ -165,7 +165,7 @@ def _round(
     )
 
 
-def _solved(model: OffloadedModel, sums: Sums, fingerprint: str, settings: FitSettings) -> Sidecar:
+def _solved(sums: Sums, fingerprint: str, settings: FitSettings) -> Sidecar:
     """Solve the sums for predictors, without choosing between them."""
     if sums.estimator is not None:
         sums.estimator.train()

@@ -50,7 +50,7 @@ def test_times(serve: Serve) -> None:
         now[0] = at
         clock.token()
     now[0] = 5.0
-    clock.finished("stop", 10, 3)
+    clock.finished("stop", 10)
     left = metrics.begin()
     left.abandoned()
     found = values(metrics.expose().decode())

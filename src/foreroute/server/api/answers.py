@@ -89,7 +89,7 @@ class Answers:
             index, event = await self._events.get()
             if isinstance(event, Finished):
                 _, clock = self._open.pop(index)
-                clock.finished(event.reason, event.prompt_tokens, event.completion_tokens)
+                clock.finished(event.reason, event.prompt_tokens)
                 if event.reason not in ("stop", "length"):
                     what = event.error or f"The answer was ended: {event.reason}."
                     status = 503 if event.reason == "cancelled" else 500

@@ -81,8 +81,8 @@ class RequestClock:
         self._tokens += 1
         self._metrics.generation_tokens.inc()
 
-    def finished(self, reason: str, prompt_tokens: int, completion_tokens: int) -> None:
-        """Record an end with `reason`, after prompt_tokens and completion_tokens."""
+    def finished(self, reason: str, prompt_tokens: int) -> None:
+        """Record an end with `reason`, after prompt_tokens."""
         self._metrics.prompt_tokens.inc(prompt_tokens)
         self._end(reason if reason in ("stop", "length") else "abort")
 
