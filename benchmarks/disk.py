@@ -24,7 +24,8 @@ import numpy as np
 import xxhash
 
 from benchmarks._harness import interleave, record, rounded, summary
-from foreroute.transfer import DiskTransfer, allocate_slots
+from foreroute.transfer.disk import DiskTransfer
+from foreroute.transfer.memory import allocate_slots
 from foreroute.types import Copy, ExpertReads, Read
 
 PART_BYTES = 768 * 2048 * 2

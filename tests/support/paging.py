@@ -7,8 +7,8 @@ import torch
 
 from foreroute.device import paging
 from foreroute.device.paging import CopyList, PagingState
-from foreroute.residency import Lru, Residency
-from foreroute.residency.slots import LOADING, PINNED, READY
+from foreroute.residency.eviction import Lru
+from foreroute.residency.slots import LOADING, PINNED, READY, Residency
 
 LAYERS, EXPERTS, TOP_K, TOKENS = 3, 8, 2, 2
 KEYS = LAYERS * EXPERTS

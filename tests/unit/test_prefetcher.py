@@ -11,7 +11,8 @@ from foreroute.engine.interfaces import StepInfo
 from foreroute.engine.pool import ExpertPool
 from foreroute.engine.prefetcher import Prefetcher
 from foreroute.predict.governor import Governor
-from foreroute.residency import Lru, Residency
+from foreroute.residency.eviction import Lru
+from foreroute.residency.slots import Residency
 from foreroute.types import ExpertKeys
 from tests.support.fake_transfer import FakeTransfer
 

@@ -8,8 +8,8 @@ import torch
 
 from foreroute.engine.pool import ExpertPool
 from foreroute.engine.substitution import substitute_missing
-from foreroute.residency import Lru, Residency
-from foreroute.residency.slots import LOADING, PINNED
+from foreroute.residency.eviction import Lru
+from foreroute.residency.slots import LOADING, PINNED, Residency
 from foreroute.types import ExpertKeys
 from tests.support.fake_transfer import FakeTransfer
 

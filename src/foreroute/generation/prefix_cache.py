@@ -103,9 +103,7 @@ class PromptCache:
         whole = _cut_to(cache, len(ids)) if ids else None
         if whole is None:
             return False
-        nbytes = sum(
-            part.numel() * part.element_size() for layer in whole.layers for part in (layer.keys, layer.values)
-        )
+        nbytes = sum(part.nbytes for layer in whole.layers for part in (layer.keys, layer.values))
         new = _Kept(weakref.ref(model), tuple(ids), whole, nbytes)
         if nbytes > self.max_bytes:
             return False

@@ -130,7 +130,7 @@ def _plan(
         top_k=experts.top_k,
         expert_bytes=max(layer.expert_nbytes for layer in table.layers),
         total_expert_bytes=table.expert_nbytes,
-        dense_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
+        dense_bytes=sum(p.nbytes for p in model.parameters()),
         memory_bytes=memory.budget_bytes,
         memory_was_chosen=asked.memory is None,
         slot_bytes=table.slot_bytes,

@@ -62,7 +62,7 @@ def choose_budget(device: torch.device, asked: EngineConfig, model: PreTrainedMo
     text, itemsize = model.config.get_text_config(), experts.dtype.itemsize
     table = experts.table
     needs = DeviceNeeds(
-        dense_bytes=sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers())),
+        dense_bytes=sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())),
         kv_bytes=kv_bytes_without_experts(model, experts.layers)
         * (asked.kv_tokens or min(DEVICE_KV_TOKENS, _longest(text))),
         prefill_bytes=prefill_bytes(asked.prefill_chunk, text.hidden_size, text.vocab_size, itemsize),

@@ -27,7 +27,7 @@ def kv_bytes_per_token(model: PreTrainedModel) -> int:
             output = model(input_ids=torch.full((1, num_tokens), _TOKEN, device=model.device), use_cache=True)
             layers = getattr(getattr(output, CACHE_NAME, None), "layers", [])
             held = [value for layer in layers for value in vars(layer).values() if isinstance(value, torch.Tensor)]
-            sizes.append(sum(tensor.numel() * tensor.element_size() for tensor in held))
+            sizes.append(sum(tensor.nbytes for tensor in held))
     return sizes[1] - sizes[0]
 
 

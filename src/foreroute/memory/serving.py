@@ -65,7 +65,8 @@ def fit_serving(
     if asked.memory is None:
         working = max(working, CHOSEN_RESERVE_BYTES)
     expert_bytes = min(budget_bytes, whole) + host_bytes
-    needs = _needs(model, expert_bytes, asked.kv_tokens, kv_bytes_per_token, working, _dense_bytes(model))
+    dense_bytes = sum(tensor.nbytes for tensor in model.parameters())
+    needs = _needs(model, expert_bytes, asked.kv_tokens, kv_bytes_per_token, working, dense_bytes)
     if asked.memory is None:
         budget_bytes = min(whole, max(0, free_ram_bytes - host_bytes - (needs.total_bytes - expert_bytes)))
         needs = replace(needs, expert_bytes=max(least, budget_bytes) + host_bytes)
@@ -110,10 +111,6 @@ def _request_bytes(model: PreTrainedModel, chunk: int, kv_tokens: int, kv_bytes_
     return ahead + activation_bytes(chunk, text.hidden_size, itemsize) + scored
 
 
-def _dense_bytes(model: PreTrainedModel) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in model.parameters())
-
-
 def _program_bytes(model: PreTrainedModel, plan: Plan, num_resident: int) -> int:
     """Bytes of this process in RAM that are neither dense weights nor experts.
 
@@ -126,9 +123,7 @@ def _program_bytes(model: PreTrainedModel, plan: Plan, num_resident: int) -> int
     files = [mapping.addresses for mapping in everything if mapping.path in paths]
     resident = sum(mapping.resident_bytes for mapping in everything if mapping.path not in paths)
     own = sum(
-        tensor.numel() * tensor.element_size()
-        for tensor in model.parameters()
-        if not any(tensor.data_ptr() in addresses for addresses in files)
+        tensor.nbytes for tensor in model.parameters() if not any(tensor.data_ptr() in addresses for addresses in files)
     )
     experts = (num_resident + plan.host_records) * plan.slot_bytes
     return max(0, resident - own - experts)

@@ -2,9 +2,20 @@
 
 import pytest
 
-from foreroute.residency import IllegalEvent, Lfu, LookupResult, Lru, NoVictim, Residency
 from foreroute.residency import states as states_module
-from foreroute.residency.states import EVENT_NAMES, FREE, LOADING, PINNED, READY, STATE_NAMES, TABLE
+from foreroute.residency.eviction import Lfu, Lru
+from foreroute.residency.slots import LookupResult, Residency
+from foreroute.residency.states import (
+    EVENT_NAMES,
+    FREE,
+    LOADING,
+    PINNED,
+    READY,
+    STATE_NAMES,
+    TABLE,
+    IllegalEvent,
+    NoVictim,
+)
 
 
 def make_pool(num_slots=4, staging_slots=2, num_keys=20, eviction=None):

@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from foreroute.residency import Lfu, Residency, Turns
+from foreroute.residency.eviction import Lfu, Turns
+from foreroute.residency.slots import Residency
 
 NUM_KEYS, WIDTH = 10, 4  # three layers, the last one narrower
 one_layer = st.integers(0, 2).flatmap(

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from foreroute.types import NamedProgress
 
     # (model, tokenizer, progress) -> accuracy by task.
-    OtherTasks = Callable[[OffloadedModel, Any, NamedProgress], dict[str, float]]
+    OtherTasks = Callable[[Any, OffloadedModel], dict[str, float]]
 
 # Flags that need another flag; then their defaults where not None.
 _BELONGS_TO = {
@@ -172,7 +172,7 @@ def run(args: argparse.Namespace) -> int:
             shares = dict.fromkeys(texts, 1.0)
             if held_out is not None:
                 texts, shares = dict(held_out.texts), dict(held_out.shares)
-            of_model = None if others is None else partial(_ask_others, others, tokenizer, show)
+            of_model = None if others is None else partial(others, tokenizer)
             material = evaluate_policies.material_of(
                 tokenizer, texts, shares, held_out, settings, of_model, others_in_prompts=bool(args.lm_eval)
             )
@@ -185,12 +185,6 @@ def run(args: argparse.Namespace) -> int:
     else:
         _print(found)
     return 0
-
-
-def _ask_others(
-    others: "OtherTasks", tokenizer: Any, show: "NamedProgress", model: "OffloadedModel"
-) -> dict[str, float]:
-    return others(model, tokenizer, show)
 
 
 def _refuse_misfits(args: argparse.Namespace) -> None:
@@ -234,7 +228,7 @@ def _other_tasks(args: argparse.Namespace) -> "OtherTasks | None":
 
     allow_code = args.confirm_run_unsafe_code
     manager = check_tasks(args.lm_eval, args.include_path, allow_code=allow_code)
-    return lambda model, tokenizer, show: (
+    return lambda tokenizer, model: (
         run_lm_eval(model, tokenizer, args.lm_eval, limit=args.limit, allow_code=allow_code, manager=manager).primary
     )
 
@@ -257,7 +251,7 @@ def _plain(
     model = foreroute.load(folder, dtype=args.dtype, config=config)
     try:
         if others is not None:
-            found: dict[str, Any] = {"tasks": others(model, tokenizer, show)}
+            found: dict[str, Any] = {"tasks": others(tokenizer, model)}
         elif held_out is None:
             found = run_text(model, tokenizer, list(texts.items()), settings, show)
         else:
