@@ -27,7 +27,7 @@ from foreroute.kernels.triton.expert_form import CLAMPED, SILU
 from foreroute.loading.math_check import describe_math
 from foreroute.model.text import load_tokenizer
 from foreroute.predict.base import TokenGuess
-from tests.support.runs import ONE_PROMPT, THREE_PROMPTS, assert_same_bits, generate, make_batch
+from tests.support.runs import ONE_PROMPT, THREE_PROMPTS, assert_same_bits, decode_greedily, generate, make_batch
 
 
 def counts(model) -> dict[str, int]:
@@ -126,10 +126,10 @@ def test_the_step_of_a_graph_without_the_graph(checkpoints, references, load, fa
     decoder = GraphDecoder(model, 1, 64)
     expected = references.output(folder).tokens[:, ONE_PROMPT.ids.shape[1] :]
     for _ in range(2):  # the second text finds the cache of the first
-        assert decoder.greedy(ONE_PROMPT.ids, expected.shape[1]).tolist() == expected.tolist()
+        assert decode_greedily(decoder, ONE_PROMPT.ids, expected.shape[1]).tolist() == expected.tolist()
     assert not decoder.is_captured
     assert model.foreroute.stats().decode.steps == 2 * (expected.shape[1] - 1)
-    two = GraphDecoder(model, 2, 40).greedy(ONE_PROMPT.ids.expand(2, -1), 8)
+    two = decode_greedily(GraphDecoder(model, 2, 40), ONE_PROMPT.ids.expand(2, -1), 8)
     assert two.tolist() == expected[:, :8].expand(2, -1).tolist()
 
 
@@ -209,7 +209,7 @@ def test_what_a_graph_cannot_do_is_said(checkpoints, load):
         GraphDecoder(model, 8, 64)
     decoder = GraphDecoder(model, 1, 15)
     with pytest.raises(PromptError, match="holds 15 tokens; 16"):
-        decoder.greedy(ONE_PROMPT.ids, 3)
+        decode_greedily(decoder, ONE_PROMPT.ids, 3)
     with pytest.raises(RefusedError, match="device control plane"):
         GraphDecoder(load(folder, "25%"), 1, 64)
 

@@ -137,15 +137,6 @@ class GraphDecoder:
         self._length += 1
         return self.logits
 
-    def greedy(self, ids: torch.Tensor, new_tokens: int, chunk: int | None = None) -> torch.Tensor:
-        """Decode greedily after prompts `ids` [rows, tokens] (chunks of `chunk`): [rows, new_tokens], on the host."""
-        token = self.prefill(ids, chunk).argmax(-1, keepdim=True)
-        chosen = [token]
-        for _ in range(new_tokens - 1):
-            token = self.step(token).argmax(-1, keepdim=True)
-            chosen.append(token)
-        return torch.cat(chosen, 1).cpu()
-
     def _new_cache(self) -> StaticCache:
         cache = StaticCache(config=self._model.config, max_cache_len=self.max_length)
         # Full layers instead of sliding windows, whose bookkeeping in Python a graph would freeze: the mask still

@@ -1,4 +1,4 @@
-"""What guides the engine: who predicts the next layer's experts, who learns, and which policies can be had, and why not."""
+"""What guides the engine: who predicts the next layer's experts, who learns, which policies there are, or why not."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -28,14 +28,7 @@ class SlotPlan:
         return self.num_slots * self.slot_bytes
 
 
-def plan_slots(
-    budget_bytes: int,
-    slot_bytes: int,
-    num_experts_total: int,
-    per_layer_top_k: Sequence[int],
-    *,
-    reserved_bytes: int = 0,
-) -> SlotPlan:
+def plan_slots(budget_bytes: int, slot_bytes: int, num_experts_total: int, per_layer_top_k: Sequence[int]) -> SlotPlan:
     """Plan the largest pool within the budget, with at most one slot per expert.
 
     Staging is an eighth of the pool, but at least one layer's top-k (a whole guess fits) and at most two (prefetches
@@ -47,7 +40,6 @@ def plan_slots(
         slot_bytes: length of one slot.
         num_experts_total: experts in all layers.
         per_layer_top_k: experts that one token uses, per MoE layer.
-        reserved_bytes: the part of the budget that is not for slots.
     Raises:
         BudgetError: the pool cannot hold what one token needs, so that LRU would never hit.
     """
@@ -56,9 +48,9 @@ def plan_slots(
     top_k = max(per_layer_top_k)
     token_demand_slots = sum(per_layer_top_k)
     assert token_demand_slots <= num_experts_total, "a token uses no expert twice"
-    num_slots = min(num_experts_total, max(0, budget_bytes - reserved_bytes) // slot_bytes)
+    num_slots = min(num_experts_total, budget_bytes // slot_bytes)
     if num_slots < token_demand_slots:
-        enough = format_memory(reserved_bytes + token_demand_slots * slot_bytes, round_up=True)
+        enough = format_memory(token_demand_slots * slot_bytes, round_up=True)
         if budget_bytes == 0:
             # Users never ask for 0 bytes: this budget was chosen automatically.
             raise BudgetError(
