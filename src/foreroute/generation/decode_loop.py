@@ -7,7 +7,7 @@ scores, and sampling draws from the same generator.
 
 import math
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from transformers.cache_utils import DynamicCache
@@ -17,6 +17,7 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 from foreroute.engine.chunks import split_prompt
 from foreroute.engine.interfaces import Phase, StepInfo
 from foreroute.errors import CheckpointError
+from foreroute.generation.graph_decoder import GraphDecoder
 from foreroute.loading.offloaded_model import OffloadedModel
 from foreroute.model.caches import CACHE_NAME, cache_argument, is_ordinary
 
@@ -75,18 +76,6 @@ def serves(model: OffloadedModel, cache: DynamicCache | None, options: dict[str,
     )
 
 
-class Decoder(Protocol):
-    """Computes a text in a cache of its own: generation/graph_decoder.py."""
-
-    def prefill(self, ids: torch.Tensor, chunk: int | None = None) -> torch.Tensor:
-        """Forget the text before and compute `ids` [1, tokens]; the last token's logits [1, vocabulary]."""
-        ...
-
-    def step(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Append `tokens` [1, 1]; the logits that follow."""
-        ...
-
-
 class LeanLoop:
     """One answer; generate() calls it once.
 
@@ -105,7 +94,7 @@ class LeanLoop:
         on_token: Callable[[int], None],
         should_stop: Callable[[], bool] | None,
         chunk: int | None,
-        decoder: Decoder | None = None,
+        decoder: GraphDecoder | None = None,
     ) -> None:
         self._on_token = on_token
         self._should_stop = should_stop
