@@ -13,7 +13,7 @@ from foreroute.engine.interfaces import Phase, StepInfo
 from foreroute.engine.moe_step import MoeStep
 from foreroute.errors import ChecksumError, ForerouteError, ReadError
 from foreroute.loading.offloaded_model import OffloadedModel
-from foreroute.model.caches import cache_argument, cache_of, can_be_continued, is_ordinary, new_cache
+from foreroute.model.caches import cache_argument, cache_of, can_be_continued, is_ordinary, last_logits_only, new_cache
 
 # An expert's bytes are not to be had: errors of those who want it, and of nobody else.
 UNREADABLE = (ReadError, ChecksumError)
@@ -57,7 +57,7 @@ class RowsCache:
         self._rows = RowLengths()
         self._cache = copy.copy(template)
         self._cache.layers = [RowLayer(self._rows, getattr(layer, "sliding_window", None)) for layer in template.layers]
-        self._keeps_last = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._last_only = last_logits_only(model)
 
     @property
     def lengths(self) -> list[int]:
@@ -137,8 +137,8 @@ class RowsCache:
         kwargs: dict[str, Any] = {"position_ids": (total - 1 - from_end).clamp(min=0)}
         if min(rows.had[at] + rows.new[at] for at in range(len(tokens))) < width:
             kwargs["attention_mask"] = (torch.arange(width, device=device)[None] >= width - total).long()
-        if self._keeps_last and not all_logits:
-            kwargs["logits_to_keep"] = 1
+        if not all_logits:
+            kwargs |= self._last_only
         ids = torch.tensor([[0] * (most - len(one)) + list(one) for one in tokens], device=device)
         padding = None
         if min(rows.new) < most:
@@ -189,7 +189,7 @@ class OneRow:
     def __init__(self, model: OffloadedModel) -> None:
         self._model = model
         self._cache: Any = None
-        self._keeps_last = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._last_only = last_logits_only(model)
         self.lengths: list[int] = []
 
     def arrange(self, kept: Sequence[int], new: Sequence[tuple[Any, int]]) -> None:
@@ -214,7 +214,7 @@ class OneRow:
 
     def step(self, tokens: Sequence[Sequence[int]], phase: Phase, *, all_logits: bool = False) -> torch.Tensor:
         """Its next tokens; as of `RowsCache`."""
-        kwargs = {"logits_to_keep": 1} if self._keeps_last and not all_logits else {}
+        kwargs = {} if all_logits else self._last_only
         ids = torch.tensor([list(tokens[0])], device=self._model.device)
         cache = new_cache(self._model) if self._cache is None else self._cache
         is_start = cache is None or cache.get_seq_length() == 0

@@ -1,10 +1,8 @@
 """Time one run: a prompt and the tokens after it, fed from a text, with the engine's counts."""
 
-import inspect
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -12,7 +10,7 @@ from foreroute.engine.chunks import split_prompt
 from foreroute.engine.interfaces import StepInfo
 from foreroute.engine.stats import PhaseStats
 from foreroute.loading.offloaded_model import OffloadedModel
-from foreroute.model.caches import cache_argument, cache_of
+from foreroute.model.caches import cache_argument, cache_of, last_logits_only
 
 
 @dataclass(frozen=True)
@@ -62,9 +60,7 @@ def run_once(
     Args:
         window: [rows, prompt_tokens + new_tokens] token ids. case: how they divide. clock: in seconds.
     """
-    takes = inspect.signature(type(model).forward).parameters
-    # As generate() does it: logits of a whole prompt can be larger than the model.
-    options: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+    options = last_logits_only(model)
     before = model.foreroute.stats()
     started_s = clock()
     cache = None

@@ -1,5 +1,6 @@
-"""Which KV caches a model works with, and whether they can be continued and cut."""
+"""Which KV caches a model works with, and whether they can be continued and cut; and what else its calls take."""
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
@@ -39,6 +40,14 @@ def cache_argument(cache: Any) -> dict[str, Any]:
 def cache_of(output: Any) -> Any:
     """The cache in a model's output; None where the model keeps none."""
     return getattr(output, CACHE_NAME)
+
+
+def last_logits_only(model: PreTrainedModel) -> dict[str, Any]:
+    """The argument for the last position's logits alone, as generate() gives it: a prompt's can be larger than `model`.
+
+    Empty for a family that takes none.
+    """
+    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(type(model).forward).parameters else {}
 
 
 def given_cache(arguments: Mapping[str, Any]) -> Any:

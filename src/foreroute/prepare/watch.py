@@ -1,6 +1,5 @@
 """Observe a model run over text: every MoE layer's input, routing and gate logits."""
 
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -10,6 +9,7 @@ import torch
 from torch import nn
 
 from foreroute.loading.offloaded_model import OffloadedModel
+from foreroute.model.caches import last_logits_only
 from foreroute.model.experts import ExpertsForward
 from foreroute.model.residual import ResidualTap
 from foreroute.predict.base import RouterSample
@@ -34,8 +34,7 @@ class Watch:
         self._pass_index = -1
         self.tap = ResidualTap(self._layers)
         # The vocabulary's logits are the largest tensor of all, and not needed.
-        takes = inspect.signature(type(model).forward).parameters
-        self._options: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+        self._options = last_logits_only(model)
 
     def run(self, windows: torch.Tensor, pass_index: int) -> None:
         """Run one forward pass over `windows` [rows, context]; `pass_index` seeds the controls."""

@@ -3,7 +3,6 @@
 Works alike on transformers' resident model and on one from `foreroute.load`: it needs only the experts modules' names.
 """
 
-import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
@@ -13,7 +12,7 @@ from transformers import PreTrainedModel
 
 from foreroute.engine.interfaces import StepInfo
 from foreroute.loading.offloaded_model import OffloadedModel
-from foreroute.model.caches import cache_argument, cache_of
+from foreroute.model.caches import cache_argument, cache_of, last_logits_only
 from foreroute.verification.slot_watch import SlotUse, SlotWatch, digest
 
 
@@ -68,9 +67,7 @@ def steps(
         fed: the tokens to continue with, one per step but the last; the likeliest ones when None.
         watch: records the slots used.
     """
-    takes = inspect.signature(type(model).forward).parameters
-    # As generate() does it: logits of a whole prompt can be larger than the model.
-    options: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+    options = last_logits_only(model)
     ids, cache = exercise.prompt_ids, None
     with _tapped(model, modules, watch) as passes:
         for at in range(exercise.num_steps):
