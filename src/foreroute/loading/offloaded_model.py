@@ -214,7 +214,7 @@ class OffloadedModel:
         return own.train(False)
 
 
-def handle_of(model: OffloadedModel) -> ForerouteHandle:
+def handle_of(model: object) -> ForerouteHandle:
     """The handle of a model that a caller gave, which may be any; models known to be ours have it as `foreroute`.
 
     Raises:
