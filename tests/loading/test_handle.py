@@ -39,7 +39,7 @@ DOORS = {
 @pytest.mark.parametrize("door", DOORS)
 def test_a_model_that_is_not_ours_is_refused_by_name(door: str, references: Any, checkpoints: Any) -> None:
     resident = references.model(checkpoints.get("olmoe"))
-    with pytest.raises(RefusedError, match=r"OlmoeForCausalLM is no model of foreroute\.load: .* Load it with"):
+    with pytest.raises(RefusedError, match=r"OlmoeForCausalLM was not loaded by foreroute\.load.* Load it with"):
         DOORS[door](resident)
 
 

@@ -139,7 +139,7 @@ def generate(
         The report. Ctrl-C ends the answer too, at once: finish_reason is then "interrupted", the model stays usable.
         While another thread uses the model, it is waited for; that time is not the answer's.
     Raises:
-        PromptError: the prompt is empty or leaves no room in the context. RefusedError: the model is not one of `load`.
+        PromptError: the prompt is empty or leaves no room in the context. RefusedError: not a model of `load`.
         ReadError, ChecksumError: an expert could not be read.
     """
     handle = handle_of(model)

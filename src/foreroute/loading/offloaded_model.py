@@ -43,7 +43,7 @@ class ForerouteHandle:
         self.layers = layers
         self.table = table
         self.entry = entry
-        # generation/ makes it, which this room does not know.
+        # A GraphDecoder, of a folder above this one.
         self.decoder: Any = None
 
     def step(self, info: StepInfo) -> AbstractContextManager[None]:
@@ -56,15 +56,15 @@ class ForerouteHandle:
 
     @property
     def host_engine(self) -> MoeStep:
-        """The engine, where the host decides: with its pool, its prefetcher and its listeners.
+        """The engine as a `MoeStep`, which has a pool, a prefetcher and listeners.
 
         Raises:
             RefusedError: the device pages for itself.
         """
         if not isinstance(self.engine, MoeStep):
             raise RefusedError(
-                'This looks into the host\'s pool, and with control="device" there is none. Load the model with '
-                'EngineConfig(control="host").'
+                'This needs the pool of the host\'s control plane, which control="device" does not have. Load the model '
+                'with EngineConfig(control="host").'
             )
         return self.engine
 
@@ -79,7 +79,7 @@ class ForerouteHandle:
 
     @contextmanager
     def computing(self, wrapped: Callable[[int, ExpertsForward], ExpertsForward]) -> Iterator[None]:
-        """Inside, `wrapped(layer, compute)` computes the experts of each MoE layer in place of its own `compute`.
+        """While inside, MoE layers compute their experts by `wrapped(layer, compute)`; `compute` is the layer's own.
 
         Raises:
             RefusedError: the model is closed.
@@ -161,12 +161,12 @@ _AS_LOADED = "experts are kept as stored. Choose the dtype when loading: forerou
 
 
 class OffloadedModel:
-    """A model of `load`: a mixin in front of transformers' class. Defines what would otherwise be silently wrong."""
+    """A model of `load`: a mixin in front of transformers' class, for what would otherwise be silently wrong."""
 
     foreroute: ForerouteHandle
 
-    # For type checkers alone, as transformers reads the annotations of its classes: what this package uses of the
-    # model, and that it has all else its family has.
+    # Not at runtime, where transformers reads annotations of `config`: what this package uses of a model; other
+    # attributes are the family's.
     if TYPE_CHECKING:
         config: Any
         generation_config: Any
@@ -215,16 +215,16 @@ class OffloadedModel:
 
 
 def handle_of(model: object) -> ForerouteHandle:
-    """The handle of a model that a caller gave, which may be any; models known to be ours have it as `foreroute`.
+    """Return the handle of a caller's `model`, which may be any object; an `OffloadedModel` has it as `foreroute`.
 
     Raises:
-        RefusedError: the model is not one of `load`.
+        RefusedError: it was not loaded by `load`.
     """
     handle: ForerouteHandle | None = getattr(model, "foreroute", None)
     if handle is None:
         raise RefusedError(
-            f"This {type(model).__name__} is no model of foreroute.load: all its experts are in memory, and nothing "
-            "counts or moves them. Load it with foreroute.load(path, memory=...)."
+            f"This {type(model).__name__} was not loaded by foreroute.load, so that it has no engine for its experts. "
+            "Load it with foreroute.load(path, memory=...)."
         )
     return handle
 

@@ -72,7 +72,7 @@ def fit(
         progress: called with (tokens done, all tokens) after each forward pass. resume: False starts anew.
         save_every_s: how often the sums are saved, in seconds by `clock`.
     Raises:
-        PredictorError: a file cannot be written. RefusedError: the model is not one of `load`.
+        PredictorError: a file cannot be written. RefusedError: not a model of `load`.
     Cost: a prefill of the text, and rows x features^2 multiply-adds per layer. Memory: see `Sums`.
     """
     layers, settings = handle_of(model).layers, settings or FitSettings()

@@ -83,7 +83,7 @@ def score(
         model: of `foreroute.load`. windows: [windows, context] token ids that nothing was fitted to.
         rows: windows per forward pass. progress: called with (tokens done, all tokens).
     Raises:
-        RefusedError: the model is not one of `load`.
+        RefusedError: not a model of `load`.
     """
     layers = handle_of(model).layers
     popularity = Popularity(
