@@ -63,8 +63,8 @@ class ForerouteHandle:
         """
         if not isinstance(self.engine, MoeStep):
             raise RefusedError(
-                'This needs the pool of the host\'s control plane, which control="device" does not have. Load the model '
-                'with EngineConfig(control="host").'
+                'This needs the pool of experts on the host, which control="device" does not have. Load the model with '
+                'EngineConfig(control="host").'
             )
         return self.engine
 
