@@ -71,7 +71,7 @@ def decode(model: Any, prompts: torch.Tensor, new_tokens: int) -> tuple[dict[str
     phase = stats.decode
     return {
         "misses": phase.misses / phase.tokens,
-        "late": phase.late / phase.tokens,
+        "late_hits": phase.late_hits / phase.tokens,
         "hits": phase.hits / phase.tokens,
         "demand_mb": phase.demand_bytes / phase.tokens / 1e6,
         "guessed_mb": phase.prefetch_bytes / phase.tokens / 1e6,

@@ -72,7 +72,7 @@ class Prompts:
         seconds = time.perf_counter() - started
         stats = model.foreroute.stats().minus(before).prefill
         if name in self.seen:
-            distinct = (stats.hits + stats.late + stats.misses) * model.foreroute.plan.expert_bytes
+            distinct = (stats.hits + stats.late_hits + stats.misses) * model.foreroute.plan.expert_bytes
             read = stats.demand_bytes + stats.prefetch_bytes
             self.seen[name].append({"read_bytes": read, "read_of_distinct": read / distinct, "stall_s": stats.stall_s})
         return seconds

@@ -59,7 +59,7 @@ class Policy:
         return f"{self.name}:{short if float(short) == self.tau else repr(self.tau)}"
 
     @property
-    def stands_in(self) -> bool:
+    def substitutes(self) -> bool:
         """Whether some misses are substituted."""
         return self.name in (TOLERANCE, SPECULATIVE)
 
@@ -69,7 +69,7 @@ class Policy:
         return self.name == PAPER
 
 
-def stood_in(policy: Policy, weights: Sequence[float], misses: Sequence[int]) -> list[int]:
+def misses_to_substitute(policy: Policy, weights: Sequence[float], misses: Sequence[int]) -> list[int]:
     """Return which of a token's misses its policy substitutes.
 
     Greedy: the smallest first, while their gate mass is at most tau of the token's; ties by position.
@@ -115,6 +115,6 @@ def waited_for(
     for policy, keys, row in zip(policies, routed, weights, strict=True):
         misses = [at for at, key in enumerate(keys) if key >= 0 and not is_there(key)]
         masses = [weight if key >= 0 else 0.0 for key, weight in zip(keys, row, strict=True)]
-        dropped = stood_in(policy, masses, misses)
+        dropped = misses_to_substitute(policy, masses, misses)
         waited.update(keys[at] for at in misses if at not in dropped)
     return waited

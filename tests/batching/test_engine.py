@@ -167,7 +167,7 @@ def test_what_several_rows_want_is_demanded_once(tiny, tokenizer, engine_of):
     for heard in [ask(engine, ids) for ids in prompts_of(tokenizer, 8)]:
         heard.wait()
     decode = tiny.foreroute.stats().minus(before).decode
-    demanded = decode.hits + decode.late + decode.misses
+    demanded = decode.hits + decode.late_hits + decode.misses
     assert 0 < demanded < 0.8 * decode.tokens * tiny.foreroute.plan.top_k[0] * tiny.foreroute.plan.num_layers
     assert decode.misses == decode.demand_loads
 

@@ -123,6 +123,15 @@ def test_a_hidden_switch_is_parsed_as_ever() -> None:
     assert (config.governor, config.eviction) == (False, "lru")
 
 
+def test_the_flag_that_allowed_code_in_a_sandbox_is_no_alias_of_the_one_without(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        build_parser().parse_args(["eval", "MODEL", "--human-eval", "--allow-code-execution"])
+    assert ended.value.code == 2
+    assert "--confirm-run-unsafe-code" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("flags", "told"),
     [

@@ -39,7 +39,7 @@ def test_a_complete_store_is_left_alone(run, copied: Path) -> None:
         "store_bytes": (copied / STORE_NAME).stat().st_size,
         "experts": NUM_LAYERS * NUM_EXPERTS,
         "codec": "stored",
-        "was_there": False,
+        "existed": False,
         "found_automatically": True,
         "layer_errors": None,
         "quality": None,

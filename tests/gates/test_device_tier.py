@@ -46,7 +46,7 @@ def test_bits_are_those_of_the_resident_model(checkpoints, references, load, fam
     assert seen["misses"] > 0
     assert seen["shortages"] == 0
     assert (seen["prefetch_used"] > 0) == (seen["evictions"] > 0) == (memory != "100%")
-    assert (seen["late"] > 0) == (memory != "100%")
+    assert (seen["late_hits"] > 0) == (memory != "100%")
     assert tier.buffers.whole_layers > 0
     assert tier.buffers.single_experts > 0
     stats = model.foreroute.stats()
@@ -58,7 +58,7 @@ def test_on_demand_without_guesses(checkpoints, references, load):
     folder = checkpoints.get("deepseek_v3")
     model = load(folder, "25%", control="device", prefetch="none")
     assert_same_bits(generate(model), references.output(folder))
-    assert counts(model)["prefetched"] == counts(model)["late"] == 0
+    assert counts(model)["prefetched"] == counts(model)["late_hits"] == 0
 
 
 def test_first_choices_of_all_rows_are_guessed_first(checkpoints, load, monkeypatch):

@@ -82,7 +82,7 @@ def assert_fired(model, budget, prefetch, borrowed):
         assert stats.decode.prefetch_loads == 0
     else:
         assert stats.prefetch_used > 0
-        assert stats.decode.late + stats.decode.hits > stats.prefetch_used // 2
+        assert stats.decode.late_hits + stats.decode.hits > stats.prefetch_used // 2
 
 
 # With all experts resident there is nothing to guess: prefetch on shows that nothing is, and off would be the same.
@@ -243,7 +243,7 @@ def test_g10_late_hits(checkpoints, references, load, family, hits_first, monkey
     for batch in (ONE_PROMPT, THREE_PROMPTS):
         assert_same(model, folder, references, batch)
     decode = model.foreroute.stats().decode
-    assert decode.late > 0
+    assert decode.late_hits > 0
     assert decode.prefetch_cancelled > 0
 
 

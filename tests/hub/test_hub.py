@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.hub.stand_in import COMMIT, LATER_COMMIT, StandIn, serving
+from tests.hub.fake_hub import COMMIT, LATER_COMMIT, FakeHub, serving
 
 Found = tuple[Path | None, str]
 
@@ -62,7 +62,7 @@ def look_up(tmp_path: Path) -> Callable[..., Found]:
     """(hub, id, revision) -> the folder, or None; and what was said on standard error. `access`: see HubAccess."""
 
     def run(
-        hub: StandIn | str,
+        hub: FakeHub | str,
         hub_id: str = "org/tiny",
         revision: str = "",
         bars: str = "quiet",

@@ -15,7 +15,7 @@ from foreroute.predict.base import RouterSample, TokenGuess
 from foreroute.predict.sidecar import SIDECAR_NAME, Sidecar
 from foreroute.prepare.corpus import Corpus
 from foreroute.prepare.fit import fit, partial_path
-from foreroute.prepare.on_policy import StandIns
+from foreroute.prepare.on_policy import Substitutes
 from foreroute.prepare.score import score
 from foreroute.prepare.watch import Watch, watching
 from tests.prepare.conftest import CONTEXT, SETTINGS
@@ -208,7 +208,7 @@ def test_stand_ins_replace_what_was_not_guessed_and_nothing_else(folder: Path, f
     vectors = [torch.ones(layer.experts.num_offloaded, model.config.hidden_size) for layer in layers]
     moments: list[Any] = []
     for width in (16, 0):
-        with watching(model, lambda moment, _: moments.append(moment), None, StandIns(Knows(width), vectors)):
+        with watching(model, lambda moment, _: moments.append(moment), None, Substitutes(Knows(width), vectors)):
             seen = model(input_ids=windows, use_cache=False).logits
         assert torch.equal(seen, logits) == (width == 16)
     assert torch.equal(model(input_ids=windows, use_cache=False).logits, logits)
@@ -234,7 +234,7 @@ def test_what_is_there_is_computed_and_the_rest_is_stood_in_for(folder: Path, lo
         return 100 * weights.sum(-1, keepdim=True).expand_as(hidden)
 
     vectors = [torch.ones(width, hidden.shape[1])] * len(model.foreroute.layers)
-    forward = watch.without_missing(1, compute, StandIns(KnowsTheFirstEight(), vectors))
+    forward = watch.without_missing(1, compute, Substitutes(KnowsTheFirstEight(), vectors))
     watch._windows = torch.zeros(1, 5, dtype=torch.int64)
     watch._before = RouterSample(hidden, ids, weights)
     there = (weights * (ids < 8)).sum(-1, keepdim=True)

@@ -58,15 +58,15 @@ def test_every_demanded_expert_is_a_hit_late_or_missed_as_the_engine_counted(run
     for is_prefill, phase in phases.items():
         own = [event for event in layers if ("counts" in event) == is_prefill]
         assert own
-        counted = [sum(len(event[kind]) for event in own) for kind in ("hits", "late", "misses")]
-        assert counted == [phase.hits, phase.late, phase.misses]
+        counted = [sum(len(event[kind]) for event in own) for kind in ("hits", "late_hits", "misses")]
+        assert counted == [phase.hits, phase.late_hits, phase.misses]
         for event in own:
             routed = (
                 {expert for expert, _ in event["counts"]}
                 if is_prefill
                 else {expert for row in event["ids"] for expert in row}
             )
-            assert sorted(event["hits"] + event["late"] + event["misses"]) == sorted(routed)
+            assert sorted(event["hits"] + event["late_hits"] + event["misses"]) == sorted(routed)
 
 
 def test_loads_are_those_that_were_counted_and_lie_in_time(run) -> None:

@@ -319,7 +319,7 @@ class BatchEngine:
             return
         ids = answer.ids[: answer.num_computed]
         # A stand-in leaves its mark on what is computed after it; the prompt is exact always.
-        if any(policy.stands_in or policy.replaces_route for policy in self._model.foreroute.policies):
+        if any(policy.substitutes or policy.replaces_route for policy in self._model.foreroute.policies):
             ids = ids[: len(answer.request.prompt_ids)]
         # More of it than is kept is copied where windows are; before it is, there is room for it.
         if self._kept.make_room(len(ids) * self.kv_bytes // self.kv_tokens):

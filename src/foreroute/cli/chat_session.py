@@ -48,7 +48,7 @@ SETTINGS: dict[str, tuple[Callable[[str], Setting], str]] = {
     "repetition_penalty": (_within(1e-3, 100), "above 1 repeats less"),
     "max_new_tokens": (_whole(1), "longest answer, in tokens"),
     "seed": (_whole(0), "the same seed draws the same tokens, from the next answer on"),
-    "policy": (str, "what a token waits for: exact, tolerance:0.1, speculative, paper"),
+    "policy": (str, "how misses are treated: exact, tolerance:0.1, speculative, paper"),
 }
 
 

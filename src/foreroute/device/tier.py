@@ -212,7 +212,7 @@ class DeviceTier:
         assert counts["shortages"] == 0, f"the pool was too small for a step that was computed all the same: {counts}"
         nbytes = self.table.slot_bytes
         decode = stats.decode
-        decode.hits, decode.late, decode.misses = counts["hits"], counts["late"], counts["misses"]
+        decode.hits, decode.late_hits, decode.misses = counts["hits"], counts["late_hits"], counts["misses"]
         decode.demand_loads, decode.demand_bytes = counts["misses"], counts["misses"] * nbytes
         decode.prefetch_loads, decode.prefetch_bytes = counts["prefetched"], counts["prefetched"] * nbytes
         decode.prefetch_used, decode.prefetch_wasted = counts["prefetch_used"], counts["prefetch_wasted"]

@@ -176,7 +176,7 @@ class ExpertPool:
 
     def substitute(self, keys: Sequence[int]) -> None:
         """Count these absent experts as substituted, and queue deferred loads of them."""
-        self.phase.stood_in += len(keys)
+        self.phase.substituted += len(keys)
         for observer in self.observers:
             observer.substituted(keys)
         if self._keeps_across_tokens:
@@ -198,7 +198,7 @@ class ExpertPool:
         for observer in self.observers:
             observer.deferred([key for key, _ in loads])
         for key, slot in loads:
-            self.transfer.fill(key, slot)
+            self.transfer.defer(key, slot)
             self._queued_deferred.add(key)
             self._count_deferred(key)
 
@@ -276,9 +276,9 @@ class ExpertPool:
         with self._observers_lock:
             self._next_observers = tuple(one for one in self._next_observers if one is not observer)
 
-    def count_unguessed_step(self) -> None:
+    def count_step_without_prefetch(self) -> None:
         """Count a step in which the governor has switched prefetch off."""
-        self.phase.unguessed_steps += 1
+        self.phase.steps_without_prefetch += 1
 
     def governed(self, share: float, why: str) -> None:
         """Tell the observers that the governor prefetches this `share` of the full width from now on, and `why`."""
@@ -334,7 +334,7 @@ class ExpertPool:
         if phase is self.stats.decode:
             phase.layers += 1
         if in_flight or misses:
-            phase.late += len(in_flight)
+            phase.late_hits += len(in_flight)
             phase.misses += len(misses)
             if phase is self.stats.decode:
                 phase.stalled_layers += 1
@@ -349,8 +349,8 @@ class ExpertPool:
         self.phase.prefetch_bytes += by * self._key_nbytes[key]
 
     def _count_deferred(self, key: int, by: int = 1) -> None:
-        self.phase.fill_loads += by
-        self.phase.fill_bytes += by * self._key_nbytes[key]
+        self.phase.deferred_loads += by
+        self.phase.deferred_bytes += by * self._key_nbytes[key]
 
     def _load(self, key: int, slot: int) -> None:
         self.phase.demand_loads += 1

@@ -38,8 +38,8 @@ class GenerationReport:
     stats: the engine's counts of this answer alone. expert_bytes: stored bytes of one expert.
     peak_rss_bytes: of the process so far, loading included.
     loop: "lean", or "generate" where transformers' own loop ran, which reuses nothing.
-    guess_share: of the full width of guesses, what the governor has chosen (0: off), and guess_why its reason, or that
-        it is trying; None and "" where no governor decides.
+    prefetch_share: of the full width of guesses, the share that the governor prefetches now (0: off); prefetch_why: its
+        reason, or "trying". None and "" without a governor.
     prompt_tokens_reused: of the prompt, those that were not computed again. prompt_cache_bytes: kept afterwards.
     """
 
@@ -56,17 +56,17 @@ class GenerationReport:
     loop: str
     prompt_tokens_reused: int
     prompt_cache_bytes: int
-    guess_share: float | None
-    guess_why: str
+    prefetch_share: float | None
+    prefetch_why: str
 
     def figures(self) -> dict[str, float | int | None]:
-        """Every figure by a name with its unit; rates are 0 to 1, and None stands where nothing was measured.
+        """Every figure by a name with its unit; rates are 0 to 1, and None where nothing was measured.
 
         Hits, loads, bytes and stalls per token are those of decode: one forward pass per token after the first.
-        Guessed bytes are used (demanded later), wasted (given up first), or, for the rest, still there undecided.
+        Prefetched bytes are used (demanded), wasted (evicted before), or, for the rest, resident and unused so far.
         """
         decode, prefill, mb = self.stats.decode, self.stats.prefill, self.expert_bytes / 1e6
-        demanded = decode.hits + decode.late + decode.misses + decode.stood_in
+        demanded = decode.hits + decode.late_hits + decode.misses + decode.substituted
         return {
             "prompt_tokens": self.prompt_tokens,
             "prompt_tokens_reused": self.prompt_tokens_reused,
@@ -79,28 +79,28 @@ class GenerationReport:
             "prefill_tokens_per_s": _ratio(self.prompt_tokens - self.prompt_tokens_reused, self.ttft_s),
             "prefill_read_mb": prefill.demand_bytes / 1e6,
             "hits": decode.hits,
-            "late_hits": decode.late,
+            "late_hits": decode.late_hits,
             "misses": decode.misses,
             "hit_rate": _ratio(decode.hits, demanded),
-            "late_hit_rate": _ratio(decode.late, demanded),
+            "late_hit_rate": _ratio(decode.late_hits, demanded),
             "miss_rate": _ratio(decode.misses, demanded),
-            "stood_in": decode.stood_in,
-            "stood_in_rate": _ratio(decode.stood_in, demanded),
+            "substituted": decode.substituted,
+            "substituted_rate": _ratio(decode.substituted, demanded),
             "stalled_layer_rate": _ratio(decode.stalled_layers, decode.layers),
-            "fill_mb_per_token": _ratio(decode.fill_bytes / 1e6, decode.tokens),
+            "deferred_mb_per_token": _ratio(decode.deferred_bytes / 1e6, decode.tokens),
             "demand_mb_per_token": _ratio(decode.demand_bytes / 1e6, decode.tokens),
-            "speculative_mb_per_token": _ratio(decode.prefetch_bytes / 1e6, decode.tokens),
-            "speculative_used_mb_per_token": _ratio(decode.prefetch_used * mb, decode.tokens),
-            "speculative_wasted_mb_per_token": _ratio(decode.prefetch_wasted * mb, decode.tokens),
+            "prefetch_mb_per_token": _ratio(decode.prefetch_bytes / 1e6, decode.tokens),
+            "prefetch_used_mb_per_token": _ratio(decode.prefetch_used * mb, decode.tokens),
+            "prefetch_wasted_mb_per_token": _ratio(decode.prefetch_wasted * mb, decode.tokens),
             "stall_ms_per_token": _ratio(decode.stall_s * 1e3, decode.tokens),
             "prefill_stall_s": prefill.stall_s,
-            "prefill_speculative_mb": prefill.prefetch_bytes / 1e6,
+            "prefill_prefetch_mb": prefill.prefetch_bytes / 1e6,
             "evictions": self.stats.evictions,
             "prefetch_loads": decode.prefetch_loads,
             "prefetch_used": decode.prefetch_used,
             "prefetch_wasted": decode.prefetch_wasted,
-            "guess_share": self.guess_share,
-            "unguessed_steps": decode.unguessed_steps,
+            "prefetch_share": self.prefetch_share,
+            "steps_without_prefetch": decode.steps_without_prefetch,
             "peak_rss_bytes": self.peak_rss_bytes,
         }
 
@@ -188,8 +188,8 @@ def _timed(
         loop="generate" if answer.loop is None else "lean",
         prompt_tokens_reused=answer.num_reused,
         prompt_cache_bytes=0 if reuse is None else reuse.nbytes,
-        guess_share=None if governor is None else governor.chosen,
-        guess_why="" if governor is None else "trying" if governor.is_trying else governor.why,
+        prefetch_share=None if governor is None else governor.chosen,
+        prefetch_why="" if governor is None else "trying" if governor.is_trying else governor.why,
     )
 
 
@@ -264,7 +264,7 @@ class _Answer:
 
 
 def _is_exact(model: Any) -> bool:
-    return not any(policy.stands_in or policy.replaces_route for policy in model.foreroute.policies)
+    return not any(policy.substitutes or policy.replaces_route for policy in model.foreroute.policies)
 
 
 def _without_a_single_one(num_tokens: int, chunk: int) -> int:

@@ -143,7 +143,7 @@ def _governor(asked: EngineConfig, experts: ExpertSet) -> Governor | None:
     Under other policies prefetches decide what is resident, and so the output: they are not for the clock to switch.
     """
     policy = Policy.parse(asked.policy)
-    is_exact = not policy.stands_in and not policy.replaces_route
+    is_exact = not policy.substitutes and not policy.replaces_route
     if not asked.governor or asked.prefetch_width is not None or not is_exact or asked.deterministic:
         return None
     is_large = max(layer.layout.nbytes for layer in experts.table.layers) >= _LARGE_EXPERT_BYTES

@@ -54,7 +54,7 @@ def approximation(
 
 
 def _why_no_substitutes(asked: EngineConfig, *, can_leave_out: bool) -> dict[str, str]:
-    """Why default vectors cannot stand in for missing experts; nothing where they can."""
+    """Why default vectors cannot replace missing experts; empty where they can."""
     if not can_leave_out:
         reason = "this model's experts are computed by its family's own code, all at once. Use exact."
     elif asked.prefetch == "none" and not asked.cache:

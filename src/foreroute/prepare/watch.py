@@ -11,7 +11,7 @@ from torch import nn
 from foreroute.model.residual import ResidualTap
 from foreroute.predict.base import RouterSample
 from foreroute.prepare.controls import Moment
-from foreroute.prepare.on_policy import StandIns
+from foreroute.prepare.on_policy import Substitutes
 
 # (moment, gate logits [tokens, experts] or None where the router returns none).
 MomentListener = Callable[[Moment, torch.Tensor | None], None]
@@ -60,17 +60,17 @@ class Watch:
         self._before = seen
         self._on_moment(moment, None if logits is None else logits[:, :width])
 
-    def without_missing(self, layer: int, compute: Computing, stand_ins: StandIns) -> Computing:
-        """Wrap `layer`'s `compute`: substitute what `stand_ins` calls missing; observe the true routing."""
+    def without_missing(self, layer: int, compute: Computing, substitutes: Substitutes) -> Computing:
+        """Wrap `layer`'s `compute`: replace missing experts by `substitutes`, and observe the true routing."""
 
         def forward(hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
             before = self._before
             self.observe(layer, hidden, ids, weights)
-            missing = stand_ins.missing(layer, before, ids)
+            missing = substitutes.missing(layer, before, ids)
             if missing is None:
                 return compute(hidden, ids, weights)
             total = compute(hidden, ids, weights.masked_fill(missing, 0))
-            return total + stand_ins.sum_of(layer, RouterSample(hidden, ids, weights * missing))
+            return total + substitutes.sum_of(layer, RouterSample(hidden, ids, weights * missing))
 
         return forward
 
@@ -85,11 +85,11 @@ class Watch:
 
 @contextmanager
 def watching(
-    model: Any, on_moment: MomentListener, on_rows: RowsListener | None = None, stand_ins: StandIns | None = None
+    model: Any, on_moment: MomentListener, on_rows: RowsListener | None = None, substitutes: Substitutes | None = None
 ) -> Iterator[Watch]:
     """Observe a model; inside, `run` reports every MoE layer to `on_moment` and every expert's outputs to `on_rows`.
 
-    With `stand_ins` the model runs as under a policy that does not wait; the reported states are those of that run.
+    With `substitutes` the model runs as under a policy that does not wait; the reported states are those of that run.
 
     Memory: the samples of two neighbouring layers, and the gate logits of one.
     """
@@ -102,11 +102,11 @@ def watching(
     ]
     engine.expert_listener = on_rows
     exact = [layer.experts.engine_forward for layer in model.foreroute.layers]
-    if stand_ins is None:
+    if substitutes is None:
         engine.routing_listener = watch.observe
     else:
         for layer in model.foreroute.layers:
-            layer.experts.engine_forward = watch.without_missing(layer.index, exact[layer.index], stand_ins)
+            layer.experts.engine_forward = watch.without_missing(layer.index, exact[layer.index], substitutes)
     try:
         yield watch
     finally:

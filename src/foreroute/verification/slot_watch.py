@@ -114,9 +114,9 @@ class _TransferFront(_Front):
         self._watch.told[slot] = key
         self._behind.prefetch(key, slot)
 
-    def fill(self, key: int, slot: int) -> None:
+    def defer(self, key: int, slot: int) -> None:
         self._watch.told[slot] = key
-        self._behind.fill(key, slot)
+        self._behind.defer(key, slot)
 
 
 class _KernelsFront(_Front):

@@ -18,7 +18,7 @@ def asked(order):
     transfer = LogicalTransfer(inner)
     transfer.prefetch(5, 0)
     transfer.demand(9, 1)
-    transfer.fill(3, 2)
+    transfer.defer(3, 2)
     transfer.demand(1, 3)
     transfer.prefetch(7, 4)
     ends = iter(order)

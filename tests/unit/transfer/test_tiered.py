@@ -146,7 +146,7 @@ def test_at_most_so_many_reads_at_once() -> None:
     disk = FakeTransfer()
     transfer = TieredTransfer(SlowCopier(), [], 20, disk, lambda key: 1)
     for key in range(10):
-        transfer.fill(key, key)
+        transfer.defer(key, key)
     transfer.demand(20, 20)
     assert len(disk.calls) == MOST_READS
     disk.finish(disk.begin())
@@ -166,8 +166,8 @@ def test_any_order_of_requests_brings_the_right_bytes(files, num_records: int) -
     for _ in range(600):
         free = [slot for slot in range(8) if slot not in asked.values()]
         key = chance.randrange(NUM_KEYS)
-        action = chance.choice(["demand", "prefetch", "fill", "cancel", "promote", "wait", "completed"])
-        if action in ("demand", "prefetch", "fill") and free and key not in asked:
+        action = chance.choice(["demand", "prefetch", "defer", "cancel", "promote", "wait", "completed"])
+        if action in ("demand", "prefetch", "defer") and free and key not in asked:
             getattr(transfer, action)(key, free[0])
             asked[key] = free[0]
         elif action == "cancel" and key in asked and transfer.cancel(key):

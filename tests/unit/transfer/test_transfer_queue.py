@@ -43,7 +43,7 @@ def test_a_promoted_prefetch_goes_behind_the_demands():
 def test_fills_give_way_but_not_for_ever():
     queue = TransferQueue()
     for key in (1, 2):
-        queue.fill(key, key)
+        queue.defer(key, key)
     for key in (11, 12, 13, 14, 15, 16, 17):
         queue.prefetch(key, key)
     queue.demand(21, 21)
@@ -54,13 +54,13 @@ def test_fills_give_way_but_not_for_ever():
 def test_a_fill_can_be_promoted_and_cancelled():
     queue = TransferQueue()
     for key in (1, 2, 3):
-        queue.fill(key, key)
+        queue.defer(key, key)
     queue.demand(4, 4)
     assert queue.promote(3)
     assert queue.cancel(1)
     assert not queue.cancel(1)
     assert served(queue) == [4, 3, 2]
-    queue.fill(5, 5)
+    queue.defer(5, 5)
     assert queue.clear() == 1
     assert queue.next() is None
 

@@ -24,27 +24,28 @@ examples:
   foreroute pack MODEL --quant int4       use: generate ... --packed int4
   foreroute pack MODEL --quant int4 --text book.txt   and what it costs
 
-In a checkpoint an expert is several tensors, which lie where no aligned read
-can begin. In the store it is one read, straight to where it is computed.
-The checkpoint stays as it is, and stays needed: tokenizer, config and dense
-weights are read from it. The store takes the room of all experts once more;
-that is checked first. It gets its name when it is whole, and every record
-carries a checksum.
+In a checkpoint an expert is several tensors at unaligned offsets. In the store
+it is one aligned read, straight into the slot where it is computed.
+The checkpoint is not changed, and is still needed: tokenizer, config and dense
+weights are read from it. The store takes as much disk as all experts; the free
+space is checked first. It gets its name when it is complete, and every record
+has a checksum.
 --quant int8 (a scale per row) or int4 (groups of 32; int4-g128: 128) makes the
-store 2 or 3.2 times smaller, and every read as much faster. The output changes,
-so that it is used only where it is asked for. The error printed is that of a
-layer's products, as a share of them; with --text, perplexity and bits per
-character on that text say what it does to the output, beside the model as
-stored. Computed in bfloat16, on the kind of CPU that packed it.
+store 2 or 3.2 times smaller, and every read that much faster. The output
+changes, so such a store is used only where --packed asks for it. The error
+printed is that of a layer's products, as a share of them; with --text,
+perplexity and bits per character on that text show the effect on the output,
+beside the model as stored. Computed in bfloat16, on the kind of CPU that packed
+it.
 A run that crashed or was killed is continued. Ctrl-C removes what was written,
-unless --keep-partial: then the next `pack` goes on there."""
+unless --keep-partial: then the next `pack` continues there."""
 
 
 def add_parser(commands: Any) -> None:
     """Add `pack` to the commands."""
     parser = commands.add_parser(
         "pack",
-        help="make later runs faster: one read per expert",
+        help="write experts to one file, so that later runs read faster",
         usage="foreroute pack MODEL [flags]",
         description="Write a packed store: one page-aligned record per expert.",
         epilog=_EPILOG,
@@ -60,7 +61,7 @@ def add_parser(commands: Any) -> None:
         "--resume", action=argparse.BooleanOptionalAction, default=True, help="continue a partial file (default: yes)"
     )
     parser.add_argument("--keep-partial", action="store_true", help="on Ctrl-C, keep what was written")
-    parser.add_argument("--force", action="store_true", help="pack again, even where a store is there")
+    parser.add_argument("--force", action="store_true", help="pack again, even where a store exists")
     pack_quantised.add_options(parser)
     options.add_common_options(parser)
 
@@ -198,7 +199,7 @@ def _pack(
         def show(done: int, total: int) -> None:
             nonlocal is_first
             if is_first and done and not args.json:
-                console.print(f"Continuing a partial file: {done} of {total} experts are there.")
+                console.print(f"Continuing a partial file: {done} of {total} experts are done.")
             is_first = False
             bar.update(task, completed=done * table.slot_bytes)
 
@@ -244,7 +245,7 @@ def _tell_json(
         store_bytes=store.path.stat().st_size,
         experts=store.table.total_slots,
         codec=store.codec,
-        was_there=is_there,
+        existed=is_there,
         found_automatically=is_beside and args.quant is None,
         layer_errors=None if quantiser is None else [error.relative for error in quantiser.errors],
         quality=quality,
