@@ -197,9 +197,9 @@ def test_what_a_layer_takes_back_was_never_there(window):
         before, end = held(), layer._end
         add(*new)
         # The other one was not reached by the step.
-        other.take_back()
-        layer.take_back()
-        layer.take_back()
+        other.undo_step()
+        layer.undo_step()
+        layer.undo_step()
         rows.set(rows.had)
         assert [torch.equal(*pair) for pair in zip(before, held(), strict=True)] == [True] * len(before)
         assert layer.get_seq_length() == max(rows.had)

@@ -209,15 +209,15 @@ def test_rows_are_taken_over_without_a_second_copy(tiny: Any):
     prompts.arrange([], [(None, 0)] * 2)
     prompts.step([[5, 6, 7], [8, 9]], "prefill")
     keys = prompts._cache.layers[0].keys
-    decoding.take_over(prompts, [0, 1])
+    decoding.append_from(prompts, [0, 1])
     assert decoding._cache.layers[0].keys is keys, "nothing was there: not even a copy"
     assert (decoding.lengths, prompts.lengths) == ([3, 2], [])
     prompts.arrange([], [(None, 0)] * 2)
     prompts.step([[15, 16], [17, 18, 19, 20]], "prefill")
-    decoding.take_over(prompts, [1])
+    decoding.append_from(prompts, [1])
     assert (decoding.lengths, prompts.lengths) == ([3, 2, 4], [2, 4])
     prompts.arrange([0], [])
-    decoding.take_over(prompts, [0])
+    decoding.append_from(prompts, [0])
     assert all(layer.keys is None for layer in prompts._cache.layers)
     logits = decoding.step([[11]] * 4, "decode")[:, -1]
     for row, ids in enumerate(([5, 6, 7], [8, 9], [17, 18, 19, 20], [15, 16])):

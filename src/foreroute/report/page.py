@@ -112,7 +112,8 @@ def _summary(report: Report) -> str:
         f'<div class="cards">{boxes}</div>'
         f'<p class="quiet">Recorded with eviction {escape(header.eviction)}, prefetch {escape(header.prefetch)}, '
         f"policy {escape(header.policy)}, experts stored as {escape(header.codec)}. "
-        f"{len(report.route.steps):,} tokens were decoded; the first {report.route.warm_up:,} fill the memory and are not counted above.</p>"
+        f"{len(report.route.steps):,} tokens were decoded; the first {report.route.warm_up:,} fill the memory and are "
+        "not counted above.</p>"
     )
 
 
