@@ -1,8 +1,8 @@
-"""Timed generation of one answer: text as it comes, and afterwards the figures.
+"""Timed generation of one answer: text as it comes, and then the figures.
 
-`generate` calls back with each piece and runs in the caller's thread, so that Ctrl-C stops it at once; `stream` gives
-the pieces to iterate over and runs in a thread of its own. transformers' generate() prepares and checks everything; the
-loop itself is ours (lean_loop.py) where that does the same, and transformers' own elsewhere. The report says which.
+`generate` calls back with each piece and runs in the caller's thread, so that Ctrl-C stops it at once; `stream` is an
+iterator over the pieces and runs in a separate thread. transformers' generate() prepares and checks everything; the
+loop is ours (decode_loop.py) where it does the same, else transformers' own. The report says which.
 """
 
 import resource
@@ -29,18 +29,18 @@ from foreroute.model.endings import stop_strings
 
 @dataclass(frozen=True)
 class GenerationReport:
-    """One answer and what it took.
+    """One answer and its costs.
 
-    token_ids: the new tokens, as the model chose them; `text` is what they say, without a half character at the end.
-    finish_reason: "stop" (the model ended, or a text came that ends an answer), "length", "stopped" (should_stop) or
-        "interrupted" (Ctrl-C).
+    token_ids: the new tokens. text: their text, without an incomplete character at the end.
+    finish_reason: "stop" (an end token, or a stop string), "length", "stopped" (should_stop) or "interrupted"
+        (Ctrl-C).
     ttft_s: from the start of generate() to the first token. tpot_s: (last - first) / (n - 1). None: too few tokens.
     stats: the engine's counts of this answer alone. expert_bytes: stored bytes of one expert.
     peak_rss_bytes: of the process so far, loading included.
-    loop: "lean", or "generate" where transformers' own loop ran, which reuses nothing.
+    loop: "lean", or "generate" for transformers' own loop, which reuses nothing.
     prefetch_share: of the full width of guesses, the share that the governor prefetches now (0: off); prefetch_why: its
         reason, or "trying". None and "" without a governor.
-    prompt_tokens_reused: of the prompt, those that were not computed again. prompt_cache_bytes: kept afterwards.
+    prompt_tokens_reused: prompt tokens that were not computed again. prompt_cache_bytes: kept for later prompts.
     """
 
     text: str
@@ -126,17 +126,17 @@ def generate(
 
     Args:
         prompt_ids: [1, tokens] int64; see `model.text.encode_prompt`.
-        on_text: called with each piece of text, whole characters only, as soon as it is there.
-        should_stop: asked after every token; True ends the answer.
-        max_new_tokens: fewer where the model's context ends before.
-        reuse: what earlier prompts left; the beginning that this one shares with them is not computed again, and what
-            this one computes is left there. Bits are those of the same tokens computed in the same pieces.
+        on_text: called with each piece of text, whole characters only, as soon as it is complete.
+        should_stop: called after every token; True ends the answer.
+        max_new_tokens: fewer if the model's context ends before.
+        reuse: KV caches of earlier prompts; the longest shared beginning is not computed again, and this answer's
+            cache is kept there. Bits are those of the same tokens computed in the same chunks.
         prefill_chunk: most prompt tokens computed at once; the model's own (EngineConfig) when None.
-        options: transformers' own (do_sample, temperature, top_p, top_k, repetition_penalty, ...). Texts that end an
-            answer (stop_strings, the model's own where none are given) are no part of its text.
+        options: transformers' own (do_sample, temperature, top_p, top_k, repetition_penalty, ...). Stop strings
+            (stop_strings, or else the model's own) are not part of the text.
     Returns:
         The report. Ctrl-C ends the answer too, at once: finish_reason is then "interrupted", the model stays usable.
-        While another thread uses the model, it is waited for; that time is not the answer's.
+        Waits while another thread uses the model; that time does not count as the answer's.
     Raises:
         PromptError: the prompt is empty or leaves no room in the context.
         ReadError, ChecksumError: an expert could not be read.
@@ -194,11 +194,11 @@ def _timed(
 
 
 class _Answer:
-    """Which loop runs, over which cache, in which chunks; and what of it is kept.
+    """One answer's loop, cache and chunks, and what is kept of them.
 
     Attributes:
-        loop: the lean one, from when it runs; None where transformers' own does.
-        num_reused: prompt tokens that need not be computed.
+        loop: ours, once it runs; None for transformers' own.
+        num_reused: prompt tokens whose keys and values are reused.
     """
 
     def __init__(
@@ -215,13 +215,13 @@ class _Answer:
         self._can_continue = cache is not None and is_ordinary(model) and can_be_continued(model, cache)
         self._chunk = chunk if self._can_continue else None
         self._cache: DynamicCache | None = cache if self._is_lean else None
-        # A stand-in leaves its mark on what is computed after it: such an answer is not the exact prompt of the next.
+        # A substitute changes all later keys and values: after one, the answer's are not those of an exact prompt.
         self._is_exact = _is_exact(model)
-        # Not what a decoder computes in a cache of its own.
+        # A decoder has its own cache, which is not kept.
         self._keeps = not is_paged(model)
 
     def run(self, recorder: TokenRecorder, should_stop: Callable[[], bool] | None, max_new_tokens: int) -> None:
-        """Generate; tokens go to the recorder."""
+        """Generate, and pass tokens to the recorder."""
 
         def is_over() -> bool:
             return recorder.is_over or (should_stop is not None and should_stop())
@@ -231,7 +231,7 @@ class _Answer:
             "max_new_tokens": max_new_tokens,
             "num_beams": 1,
             "disable_compile": True,
-            # The recorder looks for them, in the text that it has anyway.
+            # The recorder looks for stop strings, as it has the text anyway.
             "stop_strings": None,
             **self.options,
         }
@@ -253,7 +253,7 @@ class _Answer:
         recorder.end()
 
     def keep(self, new_ids: list[int]) -> None:
-        """Leave what was computed for the next prompt: after an error or Ctrl-C, what is certain of it."""
+        """Keep the KV cache for later prompts; after an error or Ctrl-C, only what finished steps have added."""
         has_reuse = self.reuse is not None and self._keeps and self._can_continue
         if not has_reuse or self.reuse is None or self.loop is None or self._cache is None:
             return
@@ -268,9 +268,9 @@ def _is_exact(model: Any) -> bool:
 
 
 def _without_a_single_one(num_tokens: int, chunk: int) -> int:
-    """At most `chunk`, and such that no single token is left over.
+    """Return a chunk length of at most `chunk` that leaves no single token over.
 
-    transformers' own loop announces no step: a single token would be taken for a decoded one.
+    transformers' own loop does not announce its steps: a single token would be taken for a decoded one.
     """
     while num_tokens % chunk == 1 and chunk > 2:
         chunk -= 1
@@ -282,8 +282,7 @@ def stream(
 ) -> Generator[str, None, GenerationReport]:
     """Like `generate`, as an iterator over the pieces: `report = yield from stream(...)`.
 
-    The model runs in another thread, and others wait for it. Closing the iterator ends the answer after the token at
-    hand, and waits for that.
+    The model runs in another thread. Closing the iterator ends the answer after the current token, and waits for it.
     """
     pieces: SimpleQueue[str | None] = SimpleQueue()
     is_closed = threading.Event()
@@ -314,7 +313,7 @@ def stream(
 
 
 def _room_in_context(model: Any, prompt_tokens: int) -> int | None:
-    """Tokens that still fit the model's context; None where it has no known end."""
+    """Number of tokens that still fit the model's context; None if its length is not known."""
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if not context:
         return None
@@ -324,7 +323,7 @@ def _room_in_context(model: Any, prompt_tokens: int) -> int | None:
 
 
 def _stop_strings(model: Any, options: dict[str, Any]) -> tuple[str, ...]:
-    """The texts that end the answer, which are taken out of the options: the caller's, or else the model's own."""
+    """Remove stop strings from the options, and return them, or else the model's own."""
     asked = options.pop("stop_strings", None)
     given = options.get("generation_config")
     if asked is not None:
@@ -333,7 +332,7 @@ def _stop_strings(model: Any, options: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _finish_reason(answer: _Answer, recorder: TokenRecorder, most_new: int) -> str:
-    """Why an answer ended that nobody interrupted; "stopped": by should_stop, or by a criterion of the caller."""
+    """Why an answer ended that was not interrupted; "stopped": by should_stop, or by a criterion of the caller."""
     ids = recorder.ids
     eos = answer.options.get("eos_token_id", answer.model.generation_config.eos_token_id)
     ends = eos if isinstance(eos, list) else [eos]
