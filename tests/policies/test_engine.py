@@ -315,7 +315,7 @@ def test_a_policy_without_default_vectors_is_refused(policy, load, checkpoints):
 
 
 def test_a_policy_that_can_show_nothing_is_refused(load_fitted):
-    with pytest.raises(PolicyError, match="nothing would ever be there"):
+    with pytest.raises(PolicyError, match="no expert would ever be resident"):
         load_fitted("qwen3_moe", policy="speculative", cache=False, prefetch="none")
 
 

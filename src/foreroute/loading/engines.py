@@ -1,4 +1,4 @@
-"""The three engines that a model can get: experts on disk, behind a host tier, or on a GPU that pages for itself."""
+"""Build a model's engine, one of three: experts on disk, behind a host tier, or paged by the GPU itself."""
 
 from collections.abc import Callable
 from math import inf
@@ -41,7 +41,7 @@ EngineBuilder = Callable[[EngineConfig, ExpertSet, MemoryPlan, Guidance, Trace |
 
 
 def builder_for(asked: EngineConfig, device: torch.device) -> EngineBuilder:
-    """Which of the three engines the configuration asks for."""
+    """Choose the engine that the configuration asks for."""
     if asked.control == "device":
         return device_engine
     return tiered_engine if device.type == "cuda" or asked.host_memory is not None else disk_engine
@@ -55,7 +55,7 @@ def disk_engine(
     trace: Trace | None,
     progress: Progress,
 ) -> MoeEngine:
-    """Slots in RAM, experts on disk."""
+    """Build the engine with slots in RAM and experts on disk."""
     placed = place(asked, experts.table, experts.store, memory.slots.num_slots, trace)
     return _step_over(placed, asked, experts, memory, guidance)
 
@@ -68,7 +68,7 @@ def tiered_engine(
     trace: Trace | None,
     progress: Progress,
 ) -> MoeEngine:
-    """Slots on the device, experts in host memory, and on disk as far as that does not hold them."""
+    """Build the engine with slots on the device and experts in host memory, and on disk those that do not fit."""
     placed = place_behind_arena(
         asked,
         experts.table,
@@ -90,7 +90,7 @@ def device_engine(
     trace: Trace | None,
     progress: Progress,
 ) -> MoeEngine:
-    """Slots on the device, which requests experts from host memory itself, within its graph."""
+    """Build the engine with slots on the device, which requests experts from host memory itself, within its graph."""
     return build_tier(asked, experts, memory.slots, guidance.policies, progress)
 
 
@@ -121,7 +121,7 @@ def _step_over(
 
 
 def _torch_layers(experts: ExpertSet, placed: SlotMemory) -> list[TorchLayer]:
-    """The torch backend over these slots."""
+    """Build the torch backend over these slots."""
     table = experts.table
     views = SlotViews(
         placed.memory,
@@ -138,9 +138,9 @@ def _torch_layers(experts: ExpertSet, placed: SlotMemory) -> list[TorchLayer]:
 
 
 def _governor(asked: EngineConfig, experts: ExpertSet) -> Governor | None:
-    """Where prefetches change nothing but time, and their width was not asked for, their measured gain decides.
+    """Make a governor where prefetches change only the time, and their width was not asked for; else None.
 
-    Under other policies prefetches decide what is resident, and so the output: they are not for the clock to switch.
+    Under other policies, prefetches decide what is resident, and so the output, which must not depend on the clock.
     """
     policy = Policy.parse(asked.policy)
     is_exact = not policy.substitutes and not policy.replaces_route
@@ -151,7 +151,7 @@ def _governor(asked: EngineConfig, experts: ExpertSet) -> Governor | None:
 
 
 def _workspaces(experts: ExpertSet) -> list[Workspace | None]:
-    """Per layer the buffers of a token's step, shared by layers of one shape; None where our kernels do not run."""
+    """Make each layer's buffers for a decode step, shared by layers of one shape; None where our kernels do not run."""
     shared: dict[tuple[int, int, int], Workspace] = {}
     workspaces: list[Workspace | None] = []
     for layer, described, entry in zip(experts.layers, experts.table.layers, experts.math, strict=True):

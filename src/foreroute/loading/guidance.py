@@ -1,4 +1,4 @@
-"""What guides the engine: who predicts the next layer's experts, who learns, and the policies that can be had."""
+"""Build a model's predictor of the next layer's experts, its online learner, and the policies that it supports."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +17,7 @@ from foreroute.predict.sidecar import Sidecar
 
 @dataclass(frozen=True)
 class Guidance:
-    """predictor: of prefetches; None where there are none. learner: improves it; None where it cannot be improved."""
+    """predictor: of prefetches; None: prefetch is off. learner: trains the predictor while running; None: not."""
 
     predictor: PrefetchGuesses | None
     learner: Learner | None
@@ -31,7 +31,7 @@ def guidance_for(
 
     Raises:
         PredictorError: the fitted predictors have other shapes than the model.
-        PolicyError: the policy is not to be had with this model.
+        PolicyError: this model does not support the policy.
     """
     hidden = model.config.get_text_config().hidden_size
     check_layout(sidecar, experts.layers, hidden, model.config.get_text_config().vocab_size)
@@ -43,7 +43,7 @@ def guidance_for(
 
 
 def _learner(asked: EngineConfig, experts: ExpertSet, hidden: int, memory: MemoryPlan) -> Learner | None:
-    """Learning beside the budget: bounded by a share of it, and off where not even one layer fits that."""
+    """Make the online learner, bounded by a share of the budget; None if not even one layer fits that."""
     is_on = asked.learn and asked.prefetch != "none" and not asked.deterministic
     is_on_host = experts.device.type == "cpu" and asked.control == "host"
     if not is_on or not is_on_host or not memory.staging_slots:

@@ -1,4 +1,4 @@
-"""Is there a GPU that can do what is asked? Found out before anything is loaded, and said in words that help."""
+"""Check before anything is loaded that the device can do what is asked; errors say what to change."""
 
 import importlib.util
 
@@ -14,7 +14,7 @@ _ON_THE_CPU = "Or leave --device out: the model runs on the CPU."
 
 
 def open_device(asked: EngineConfig) -> torch.device:
-    """The device that the configuration asks for, ready to be used.
+    """Return the device that the configuration asks for, ready to be used.
 
     Raises:
         DeviceError: no CUDA, a driver that is too old, a GPU that is, or no Triton where it is needed.
@@ -46,7 +46,7 @@ def open_device(asked: EngineConfig) -> torch.device:
 
 
 def _check_asked(asked: EngineConfig) -> None:
-    """What no device could do."""
+    """Refuse what no device supports."""
     on_device = asked.device == "cuda" or asked.control == "device"
     if on_device and Policy.parse(asked.policy) != Policy.parse("exact"):
         raise DeviceError(

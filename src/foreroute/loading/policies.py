@@ -1,4 +1,4 @@
-"""Which policies a loaded model can decode under, and what each of them needs."""
+"""Find which policies a loaded model supports, and build what they need."""
 
 from collections.abc import Sequence
 
@@ -24,11 +24,11 @@ def approximation(
     *,
     own_math: bool,
 ) -> Approximation:
-    """What policies other than exact need of the model, and why some cannot be had.
+    """Build what policies other than exact need, with the reasons why some are not supported.
 
     Args:
-        guesses: that are fetched; they are told when some misses are not waited for.
-        own_math: all experts are computed one by one here, so that some of them can be left out.
+        guesses: the source of prefetches; may widen when some misses are not waited for.
+        own_math: our kernels compute all experts, one by one, so that some of them can be left out.
     """
     if sidecar is None:
         reason = "it needs default vectors, and none are fitted. Run `foreroute fit MODEL --text FILES...` first."
@@ -39,7 +39,7 @@ def approximation(
             )
         why_not = dict.fromkeys((TOLERANCE, SPECULATIVE, PAPER), reason)
         return Approximation(list, lambda: RouterLookahead([]), lambda: ResidualTap(layers), why_not, guesses)
-    # A layer that nobody guesses waits: little would be there.
+    # A layer without a predictor waits: few of its experts would be resident.
     waits = [asked.prefetch != "none" and not choice for choice in [None, *sidecar.choice[:-1]]]
     vectors = [None if wait else rows for rows, wait in zip(sidecar.default_vectors, waits, strict=True)]
     has_substitutes = any(rows is not None for rows in vectors[1:])
@@ -58,14 +58,14 @@ def _why_no_substitutes(asked: EngineConfig, *, can_leave_out: bool) -> dict[str
     if not can_leave_out:
         reason = "this model's experts are computed by its family's own code, all at once. Use exact."
     elif asked.prefetch == "none" and not asked.cache:
-        reason = "with cache off and prefetch none nothing would ever be there. Turn one of them on."
+        reason = "with cache off and prefetch none no expert would ever be resident. Turn one of them on."
     else:
         return {}
     return dict.fromkeys((TOLERANCE, SPECULATIVE), reason)
 
 
 def _why_no_paper(layers: Sequence[MoeLayer], sidecar: Sidecar) -> dict[str, str]:
-    """Why routes cannot be replaced by guesses; nothing where they can."""
+    """Why routes cannot be replaced by guesses; empty where they can."""
     blind = [layer for layer in range(len(layers) - 1) if not _has_paper_guess(layers, layer, sidecar)]
     if not blind:
         return {}
@@ -77,7 +77,7 @@ def _why_no_paper(layers: Sequence[MoeLayer], sidecar: Sidecar) -> dict[str, str
 
 
 def _has_paper_guess(layers: Sequence[MoeLayer], layer: int, sidecar: Sidecar) -> bool:
-    """From that layer the next one's route can be guessed as the paper does."""
+    """Whether the next layer's route can be guessed from `layer` as the paper does."""
     has_vectors = sidecar.default_vectors[layer] is not None
     has_norms = layers[layer].norm is not None and layers[layer + 1].norm is not None
     return has_vectors and has_norms and own_router(layers[layer + 1]) is not None
