@@ -155,7 +155,7 @@ class TestTheModel:
         (folder / "mine.py").write_text("raise SystemExit('code of the checkpoint was run')")
         edit_json(folder / "config.json", model_type="mine", auto_map={"AutoConfig": "mine.MyConfig"})
         monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on the terminal"))
-        refused(folder, UnsupportedModelError, "mine", r"config\.json", "code of its own")
+        refused(folder, UnsupportedModelError, "mine", r"config\.json", "its own code")
 
 
 class TestTheFiles:

@@ -215,7 +215,7 @@ def read_header(path: str | Path) -> tuple[list[TensorEntry], FileStamp]:
         raw_header = _raw_header(path, file)
     header = parse_object(raw_header, f"{path} has a malformed header")
     if len(header) > _MOST_TENSORS:
-        raise CorruptCheckpointError(f"{path} has {len(header):,} tensors; no file of a checkpoint has so many.")
+        raise CorruptCheckpointError(f"{path} has {len(header):,} tensors; no checkpoint file has that many.")
     data_start = 8 + len(raw_header)
     entries = sorted(_entries(path, header, data_start), key=lambda entry: (entry.offset, entry.nbytes))
     _check_ranges(path, entries, data_start, file.stamp.nbytes)

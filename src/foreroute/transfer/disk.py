@@ -50,7 +50,7 @@ class DiskTransfer:
         label: Callable[[int], str] = "expert key {}".format,
         stamps: Mapping[str, FileStamp] | None = None,
     ) -> None:
-        assert num_threads > 0, "somebody has to read"
+        assert num_threads > 0, "at least one reader"
         files = BlockFiles(direct, stamps)
         self._files = files
         self._queue = TransferQueue()

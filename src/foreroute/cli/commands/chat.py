@@ -138,7 +138,7 @@ class Chat:
         self._tell(f"{self._name}: {plan.num_slots} of {plan.total_slots} experts in memory. /help lists commands.")
         if self._is_plain_text:
             self._tell(
-                "This model has no chat template: it was not made to answer. It goes on with your text, line by line."
+                "This model has no chat template: it was not trained to answer. It continues your text, line by line."
             )
 
     def take(self, line: str) -> bool:
