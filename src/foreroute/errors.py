@@ -81,7 +81,7 @@ class ChangedFileError(ReadError):
 
 
 class TraceError(ForerouteError):
-    """A trace cannot be written, or the file is no trace that a report can be made of."""
+    """A trace cannot be written, or the file is not a trace that a report can be made of."""
 
 
 class PromptError(ForerouteError):

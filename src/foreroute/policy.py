@@ -49,7 +49,7 @@ class Policy:
         try:
             tau = float(rest)
         except ValueError:
-            raise PolicyError(f"Policy {text!r}: {rest!r} is no number. Write it as tolerance:0.1.") from None
+            raise PolicyError(f"Policy {text!r}: {rest!r} is not a number. Write it as tolerance:0.1.") from None
         return cls(name, tau)
 
     def __str__(self) -> str:

@@ -92,7 +92,7 @@ def open_trace(path: str | Path) -> Trace:
     """Open a trace at `path`: .jsonl for `foreroute replay`, .json for Perfetto. Replaces an older trace.
 
     Raises:
-        TraceError: another suffix, an existing file that is no trace, or one that cannot be written.
+        TraceError: another suffix, an existing file that is not a trace, or one that cannot be written.
     """
     path = Path(path)
     if path.suffix not in (_JSON_LINES, _CHROME):

@@ -144,7 +144,7 @@ class TestTheModel:
         from transformers import ViTConfig
 
         sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-        refused(saved(ViTConfig(image_size=32, **sizes)), UnsupportedModelError, "vit", "no causal language model")
+        refused(saved(ViTConfig(image_size=32, **sizes)), UnsupportedModelError, "vit", "not a causal language model")
 
     def test_unknown_to_transformers(self, refused, folder):
         edit_json(folder / "config.json", model_type="next_years_moe")

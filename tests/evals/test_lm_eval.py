@@ -103,7 +103,7 @@ def test_a_model_that_is_loaded(module: Any, tasks: Path, load: Any) -> None:
     with pytest.raises(EvaluationError, match="no task called local_chess"):
         module.run_lm_eval(model, tokenizer, ["local_chess"], tasks)
     (tasks / "local_sums.jsonl").unlink()
-    with pytest.raises(EvaluationError, match="local_sums cannot be had"):
+    with pytest.raises(EvaluationError, match="local_sums cannot be loaded"):
         module.run_lm_eval(model, tokenizer, ["local_sums"], tasks)
 
 

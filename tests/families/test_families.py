@@ -52,7 +52,7 @@ def test_refused(tmp_path: Path, family: Family) -> None:
     else:
         save_tiny(family, folder)
     with pytest.raises(
-        ForerouteError, match="no causal language model" if family.model_type in WRITE_NO_TEXT else None
+        ForerouteError, match="not a causal language model" if family.model_type in WRITE_NO_TEXT else None
     ):
         load_tight(folder)
 

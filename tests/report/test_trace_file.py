@@ -54,7 +54,7 @@ WHOLE = (step(0.0), layer(0.0, 0.1, 0, misses=[0, 1]), layer(0.1, 0.2, 1, misses
 @pytest.mark.parametrize(
     ("events", "complaint"),
     [
-        ([step(0.0)], "no trace: its first line is no header"),
+        ([step(0.0)], "not a trace: its first line is not a header"),
         ([header(version=3)], "line 1 says version 3; this foreroute reads versions 1 and 2"),
         ([header(top_k=[2])], "line 1 has lists of different lengths"),
         ([header(top_k=[2, 5])], "line 1 describes no model"),
@@ -91,7 +91,7 @@ def test_files_that_are_no_traces(tmp_path: Path) -> None:
     with pytest.raises(TraceError, match="looks like a Chrome trace"):
         read_recording(path)
     path.write_bytes(b"\xff\xfe\x00" * 100)
-    with pytest.raises(TraceError, match="no trace"):
+    with pytest.raises(TraceError, match="not a trace"):
         read_recording(path)
 
 

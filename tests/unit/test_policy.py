@@ -25,8 +25,8 @@ def test_a_policy_is_written_as_it_is_read(text):
     ("text", "says"),
     [
         ("tolerance", "tolerance:TAU"),
-        ("tolerance:", "no number"),
-        ("tolerance:much", "'much' is no number"),
+        ("tolerance:", "not a number"),
+        ("tolerance:much", "'much' is not a number"),
         ("tolerance:1.5", "from 0 to 1"),
         ("tolerance:-0.1", "from 0 to 1"),
         ("tolerance:nan", "from 0 to 1"),

@@ -114,7 +114,7 @@ def test_another_ending_and_a_file_that_is_no_trace_are_refused(tmp_path: Path) 
         open_trace(tmp_path / "run.txt")
     mine = tmp_path / "mine.json"
     mine.write_text('{"precious": 1}')
-    with pytest.raises(TraceError, match="is no trace"):
+    with pytest.raises(TraceError, match="is not a trace"):
         open_trace(mine)
     assert mine.read_text() == '{"precious": 1}'
     with pytest.raises(TraceError, match="cannot be written"):

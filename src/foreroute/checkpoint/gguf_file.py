@@ -81,7 +81,7 @@ def read_gguf(path: Path) -> GgufIndex:
     if _SPLIT_NAME.search(path.name):
         raise _split(path)
     check_no_pointer(path)
-    with SourceFile(path) as file, named(f"{path} is no whole GGUF file", advice="Download it again."):
+    with SourceFile(path) as file, named(f"{path} is not a complete GGUF file", advice="Download it again."):
         reader = gguf.GGUFReader(path)
         file.check()
         settings = {

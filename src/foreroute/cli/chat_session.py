@@ -143,7 +143,7 @@ class Conversation:
         if not isinstance(messages, list) or not isinstance(settings, dict):
             raise PromptError(f"{path} is damaged: it has no list of messages, or no settings.")
         if not (system is None or isinstance(system, str)):
-            raise PromptError(f"{path} is damaged: its system message is no text.")
+            raise PromptError(f"{path} is damaged: its system message is not text.")
         for at, turn in enumerate(messages):
             is_turn = isinstance(turn, dict) and turn.get("role") in _ROLES and isinstance(turn.get("content"), str)
             if not is_turn:
@@ -159,9 +159,9 @@ def _read(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise PromptError(f"{path} cannot be read: {error.strerror}.") from error
     except (ValueError, RecursionError):
-        raise PromptError(f"{path} is no saved chat: it is not JSON. Choose another name.") from None
+        raise PromptError(f"{path} is not a saved chat: it is not JSON. Choose another name.") from None
     if not isinstance(whole, dict) or whole.get("format") != _FORMAT:
-        raise PromptError(f"{path} is JSON, but no saved chat. Choose another name.")
+        raise PromptError(f"{path} is JSON, but not a saved chat. Choose another name.")
     if whole.get("version") != _VERSION:
         raise PromptError(f"{path} was written by another version of foreroute ({whole.get('version')!r}).")
     return whole

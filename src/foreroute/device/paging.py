@@ -65,7 +65,7 @@ class PagingState:
         """
         assert num_slots > 0, "a pool needs a slot"
         assert 0 <= staging_slots <= num_slots, f"{staging_slots} staging slots of {num_slots}"
-        assert num_keys % num_experts == 0, f"{num_keys} keys are no whole layers of {num_experts}"
+        assert num_keys % num_experts == 0, f"{num_keys} keys are not a multiple of {num_experts}"
 
         def zeros(count: int, dtype: torch.dtype) -> torch.Tensor:
             return torch.zeros(count, dtype=dtype, device=device)

@@ -48,7 +48,7 @@ def check(folder: Path) -> None:
         raise ForerouteError(f"--out {folder} is a file. Choose a folder.")
     parent = folder if folder.exists() else folder.absolute().parent
     if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise ForerouteError(f"--out {folder}: {parent} is no folder that can be written to. Choose another.")
+        raise ForerouteError(f"--out {folder}: {parent} is not a writable folder. Choose another.")
 
 
 def write(report: Report, folder: Path, token: int | None = None) -> list[Path]:

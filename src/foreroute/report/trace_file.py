@@ -111,7 +111,7 @@ class _Reader:
             check_no_pointer(self._path, TraceError)
             is_chrome = line.lstrip()[:1] == b"[" or b"traceEvents" in line
             hint = "It looks like a Chrome trace: record FILE.jsonl for replay." if is_chrome else _HOW
-            raise TraceError(f"{self._path} is no trace: its first line is no header. {hint}")
+            raise TraceError(f"{self._path} is not a trace: its first line is not a header. {hint}")
         self._version = version = self._get(fields, "version", int)
         if version not in READ_VERSIONS:
             known = " and ".join(map(str, READ_VERSIONS))

@@ -171,7 +171,7 @@ def _owner(use: SlotUse, table: ExpertTable, reference: Reference) -> str:
     if owners:
         layer, expert = owners[0]
         return f"they are those of expert {expert} of MoE layer {layer}."
-    return "they are no expert's." if reference.kind == RESIDENT else "they are of none that was used."
+    return "they belong to no expert." if reference.kind == RESIDENT else "they are of none that was used."
 
 
 def _tensors_sentence(tensors: Sequence[str]) -> str:

@@ -273,7 +273,7 @@ class Chat:
 
     def _stats(self, rest: str) -> None:
         if self._last is None:
-            raise PromptError("There is no answer yet to tell figures of.")
+            raise PromptError("There is no answer yet, so no figures.")
         plan = self._model.foreroute.plan
         figures.print_rows(self._console, chat_view.stats_rows(self._last, plan, self._num_answers))
 

@@ -148,7 +148,8 @@ def _rate(text: str) -> float:
             raise BudgetError(text)
         return float(parse_memory(text.strip().removesuffix("/s"), 1))
     except BudgetError:
-        raise TraceError(f'--bandwidth {text!r} is no speed. Write "1.5GB/s", "800MB/s" or bytes per second.') from None
+        how = 'Write "1.5GB/s", "800MB/s" or bytes per second.'
+        raise TraceError(f"--bandwidth {text!r} is not a speed. {how}") from None
 
 
 def _check_model(recording: "Recording", model: str) -> None:
