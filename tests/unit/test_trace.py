@@ -44,7 +44,7 @@ def test_tracing_changes_no_bit(run, checkpoints: Any) -> None:
 def test_a_trace_begins_with_its_model_and_ends_with_its_counts(run) -> None:
     _, stats, events = run
     header, last = events[0], events[-1]
-    assert (header["event"], header["version"], header["model_type"]) == ("header", 1, "qwen3_moe")
+    assert (header["event"], header["version"], header["model_type"]) == ("header", 2, "qwen3_moe")
     assert len(header["experts_per_layer"]) == len(header["top_k"]) == len(header["expert_bytes"]) > 1
     assert last["event"] == "end"
     assert last["stats"]["decode"]["hits"] == stats.decode.hits
