@@ -1,11 +1,11 @@
-"""What guesses are worth in exact mode: misses that nothing had been done about, late ones, and the bytes they cost.
+"""What guesses are worth in exact mode: misses, late hits, and the bytes they cost.
 
     python -m benchmarks.prefetch models/foreroute-tiny [--memory 25% 50%] [--prompts 24] [--new-tokens 64]
 
 For every budget and eviction rule the same prompts (held-out text) are continued greedily without guesses, with the
 lookahead and with fitted predictors (fitted to the other half of the held-out text). A *miss* is a demanded expert
-whose load had not been issued when the router asked; a *late* one had been, and was still on its way. Tokens must be
-equal, or the benchmark fails. Whether a late one is late depends on the disk and on who else uses the machine; misses
+whose load had not been issued when the router asked; a *late hit*'s load was in flight. Tokens must be
+equal, or the benchmark fails. Whether a hit is late depends on the disk and on who else uses the machine; misses
 and bytes hardly do.
 """
 
@@ -52,7 +52,7 @@ def config_of(kind: str, eviction: str, sidecar: Path) -> EngineConfig:
     if kind == "none":
         return EngineConfig(prefetch="none", eviction=eviction)
     predictor = str(sidecar) if kind == "fitted" else "no"
-    # Decode alone is counted: what a guess in prefill brings in would be bytes that nobody sees.
+    # Decode alone is counted: bytes prefetched in prefill would not show.
     return EngineConfig(predictor=predictor, eviction=eviction, learn=False, prefetch_prefill="off")
 
 

@@ -1,4 +1,4 @@
-"""One rung of the ladder on one shape: a tier of so many slots, decoded under given routes, timed."""
+"""One rung of the ladder on one shape: a tier of a given number of slots, decoded under given routes, timed."""
 
 import statistics
 import time

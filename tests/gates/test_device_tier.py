@@ -113,7 +113,7 @@ def test_a_long_prompt_leaves_the_pool_alone_and_then_seeds_it(checkpoints, refe
     held = tier.state.key_of_slot[tier.state.key_of_slot >= 0].tolist()
     most = tier.state.num_slots - tier.state.staging_slots
     assert sorted(held) == sorted(uses.sort(descending=True, stable=True).indices[:most].tolist())
-    assert sum(counts(model).values()) == 0, "nobody asked for them"
+    assert sum(counts(model).values()) == 0, "no expert was demanded"
     theirs = generate(references.model(folder), batch, 6, prefill_chunk_size=16)
     assert_same_bits(generate(model, batch, 6, prefill_chunk_size=16), theirs)
 

@@ -22,7 +22,7 @@ class FakeHub:
     cut_at: bytes after which the first answer with a file of at least twice as many breaks off; 0 for none.
     token: what a request must bring; "" for nothing. gated: as the hub says that terms are to be accepted.
     down: answers 503 to all.
-    moves_to: what `main` is once somebody has asked about it: another folder, at LATER_COMMIT. None: it stays.
+    moves_to: what `main` is once it has been asked for: another folder, at LATER_COMMIT. None: it stays.
     """
 
     folder: Path

@@ -1,4 +1,4 @@
-"""What each policy promises, on the engine itself: exact stays exact, nothing waits that must not, nobody starves."""
+"""What each policy promises, on the engine itself: exact is exact, nothing waits that must not, no expert starves."""
 
 import random
 import time
@@ -41,7 +41,7 @@ class TestEveryFamily:
         exact = references.output(checkpoints.get(family), ONE_PROMPT)
         approximate = generate(model)
         assert model.foreroute.stats().decode.substituted > 0
-        assert not same_bits(approximate, exact), "stand-ins changed nothing: the test shows nothing"
+        assert not same_bits(approximate, exact), "substitutes changed nothing: the test shows nothing"
         for policy in ("exact", "tolerance:0"):
             before = model.foreroute.stats().decode.substituted
             model.foreroute.set_policy(policy)
@@ -90,7 +90,7 @@ class TestEveryFamily:
             stats = model.foreroute.stats().as_dict()
             for phase in ("prefill", "decode"):
                 stats[phase].pop("stall_s")
-            # The last guesses may still be on their way.
+            # The last prefetches may still be in flight.
             stats.pop("read_s")
             stats.pop("read_bytes")
             runs.append((output, stats))
@@ -119,8 +119,8 @@ class TestEveryFamily:
         if not asked.replaces_route:
             assert decode.misses + decode.late_hits == tally.waited + tally.first_waited > 0
 
-    def test_what_is_stood_in_for_comes_in_the_end(self, family, load_fitted):
-        """With nobody guessing, fills alone bring experts of later layers."""
+    def test_substituted_experts_are_loaded_in_the_end(self, family, load_fitted):
+        """Without prefetch, only deferred loads bring experts of later layers."""
         model = load_fitted(family, "50%", policy="speculative", prefetch="none", deterministic=True)
         generate(model, new_tokens=40)
         first = model.foreroute.stats()
@@ -174,7 +174,7 @@ def test_each_row_has_its_policy(load_fitted):
     assert_same_bits(generate(model, two), exact)
 
 
-def test_batches_find_slots_while_guesses_and_fills_are_on_their_way(load_fitted, monkeypatch):
+def test_batches_find_slots_while_prefetches_and_deferred_loads_are_in_flight(load_fitted, monkeypatch):
     """Reads that take their time, two readers, rows that want much: a demand has room all the same."""
     read, delays = Load.read, random.Random(0)
 
@@ -210,7 +210,7 @@ def test_a_prompt_of_one_token_is_a_prompt(load_fitted):
 
 
 def test_a_last_token_that_is_said_to_be_a_prompts_is_exact(load_fitted):
-    """A chunk of one token under a policy that waits for nothing; where nobody says so, it is a decoded one."""
+    """A chunk of one token under a policy that waits for nothing; undeclared, it is a decoded one."""
     model, ids = load_fitted("qwen3_moe", policy="speculative", deterministic=True), ONE_PROMPT.ids
     last, handle, logits = ids[:, -1:], model.foreroute, {}
     for policy, phase in (("exact", "decode"), ("speculative", "prefill"), ("speculative", None)):

@@ -129,7 +129,7 @@ def test_calls_after_close_say_so(speculative):
 
 @torch.no_grad()
 def test_a_layer_whose_experts_nearly_fill_the_pool_passes_twice(load, checkpoints, resident):
-    """More of them are there than are leased at once, and slots are free for the others: these are not loaded again."""
+    """More of them are resident than are pinned at once, and slots are free for the others: they are not read again."""
     folder = checkpoints.get("qwen3_moe")
     model = load(folder, slots_memory(folder, 14), prefetch="none")
     hidden, ids = torch.randn(4, 64, generator=torch.Generator().manual_seed(1)), torch.arange(12).view(4, 3)

@@ -30,7 +30,7 @@ class Walk:
         self.late_hits: list[int] = []
 
     def run(self, num_steps: int) -> None:
-        """So many operations."""
+        """Run this many operations."""
         for step in range(num_steps):
             which = self.random.random()
             if which < 0.45:
@@ -85,7 +85,7 @@ class Walk:
         layer, arrived = self.random.randrange(LAYERS), self._arrive()
         guesses = self._ids((self.random.randint(1, 5),))
         if not arrived:
-            # Guessed again while others are on their way: here and there ages differ, see paging's docstring.
+            # Guessed again while others are in flight: here and there ages differ, see paging's docstring.
             for at, id in enumerate(guesses.tolist()):
                 if 0 <= id < EXPERTS and self.pool.state(layer * EXPERTS + id) == READY:
                     guesses[at] = -1

@@ -139,7 +139,7 @@ def test_a_prompt_takes_back_what_has_not_started() -> None:
     assert deferred(transfer)[-1] == 9, "it keeps its turn"
 
 
-def test_a_late_guess_that_was_deferred_is_taken_back_as_the_guess_that_it_was() -> None:
+def test_a_prefetch_in_flight_that_was_deferred_is_cancelled_as_a_prefetch() -> None:
     pool, _, _ = made_pool()
     pool.defer([9])
     pool.prefetch(1, [1])
@@ -230,7 +230,7 @@ def test_a_stream_reads_each_expert_once_and_gives_every_slot_back() -> None:
     assert {8, 11} <= set(residency.ready_keys()), "what was resident stays so"
 
 
-def test_what_was_being_read_when_a_stream_began_is_late() -> None:
+def test_what_was_being_read_when_a_stream_began_is_a_late_hit() -> None:
     pool, transfer, notes = made_pool()
     pool.begin_step(PROMPT)
     pool.prefetch(1, [0])

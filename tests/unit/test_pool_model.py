@@ -21,7 +21,7 @@ class Broken(Exception):
 
 
 def breaking(target: Any, name: str, after: int) -> Callable[[], None]:
-    """The call so many calls from now on raises; returns what mends it."""
+    """Make the `after`th call from now on raise; return a function that restores it."""
     original, calls = getattr(target, name), itertools.count()
 
     def call(*arguments: Any) -> Any:
@@ -209,6 +209,6 @@ def test_a_deferred_load_that_it_forgot_is_not_taken_for_one() -> None:
     pool.cancel_mispredicted(1, [9])
     for _ in range(2):
         pool.defer([9])
-    assert pool.residency.deferred == {9}, "a guess that comes too late"
+    assert pool.residency.deferred == {9}, "a prefetch that comes too late"
     pool.cancel_queued()
     assert (pool.phase.prefetch_loads, pool.phase.deferred_loads) == (0, 1)

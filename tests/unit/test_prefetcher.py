@@ -76,7 +76,7 @@ def test_the_governor_is_told_what_a_step_took_and_waited_once_the_pool_is_full(
     governor.step = lambda seconds, waited_s: told.append((seconds, waited_s)) or False
     reads.begin_step(DECODE)
     reads.end_step()
-    assert told == [], "while the pool fills, steps get quicker whoever guesses"
+    assert told == [], "while the pool fills, steps get faster with or without prefetch"
     pool.residency.demand(list(range(12)))
     pool.phase.stall_s = 3.0
     reads.begin_step(DECODE)

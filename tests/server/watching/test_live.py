@@ -190,7 +190,7 @@ def test_the_picture_is_of_the_pool_and_the_last_token(load: Callable[..., Any],
     assert picture["counts"]["decode"]["tokens"] == 11
 
 
-def test_a_trace_goes_on_being_written_while_somebody_watches(load: Callable[..., Any], folder: Path, tmp_path) -> None:
+def test_a_trace_is_written_on_while_the_page_is_watched(load: Callable[..., Any], folder: Path, tmp_path) -> None:
     model = load(folder, "50%", trace=str(tmp_path / "t.jsonl"))
     pool = model.foreroute.engine.pool
     recorder = Recorder(pool)

@@ -61,7 +61,7 @@ def test_times(serve: Serve) -> None:
     assert found['foreroute_request_success_total{finished_reason="abort"}'] == 1
 
 
-def test_the_engine_is_read_when_somebody_asks(serve: Serve) -> None:
+def test_the_engine_is_read_at_each_scrape_only(serve: Serve) -> None:
     served = serve()
     asked: list[int] = []
     real = served.engine.state
@@ -107,7 +107,7 @@ def test_a_demand_is_a_hit_or_a_late_hit_or_a_miss(load: Any) -> None:
     assert total["stall_seconds"] > 0
 
 
-def test_the_dashboard_asks_for_what_is_there(serve: Serve, load: Any) -> None:
+def test_the_dashboard_asks_for_existing_metrics(serve: Serve, load: Any) -> None:
     model = load(demo.find_model(), "30%", predictor="no")
     served = serve()
     assert served.backend.loaded is not None

@@ -1,4 +1,4 @@
-"""The page in a browser, against a real server: it answers, shows the engine, and asks nobody else for anything."""
+"""The page in a browser, against a real server: it answers, shows the engine, and asks no other server."""
 
 import shutil
 from collections.abc import Callable, Iterator

@@ -40,7 +40,7 @@ def test_a_promoted_prefetch_goes_behind_the_demands():
     assert served(queue) == [4, 3, 5, 1, 2]
 
 
-def test_fills_give_way_but_not_for_ever():
+def test_deferred_loads_wait_but_not_for_ever():
     queue = TransferQueue()
     for key in (1, 2):
         queue.defer(key, key)
@@ -51,7 +51,7 @@ def test_fills_give_way_but_not_for_ever():
     assert served(queue) == [21, 11, 12, 13, 1, 14, 15, 16, 2, 17]
 
 
-def test_a_fill_can_be_promoted_and_cancelled():
+def test_a_deferred_load_can_be_promoted_and_cancelled():
     queue = TransferQueue()
     for key in (1, 2, 3):
         queue.defer(key, key)
