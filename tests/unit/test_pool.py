@@ -143,7 +143,7 @@ def test_a_prefetch_in_flight_that_was_deferred_is_cancelled_as_a_prefetch() -> 
     pool, _, _ = made_pool()
     pool.defer([9])
     pool.prefetch(1, [1])
-    pool._guessed[1].clear()  # its layer has passed
+    pool._unconfirmed[1].clear()  # its layer has passed
     pool.defer([9])
     assert pool.residency.deferred == {9}
     pool.cancel_queued()

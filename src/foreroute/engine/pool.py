@@ -59,7 +59,7 @@ class ExpertPool:
         self._next_observers: tuple[StepObserver, ...] = ()
         self._observers_lock = Lock()
         # Per layer, the queued prefetches that its router has not confirmed or contradicted yet.
-        self._guessed: list[list[int]] = [[] for _ in keys.widths]
+        self._unconfirmed: list[list[int]] = [[] for _ in keys.widths]
         # Used and wasted prefetches, as the residency had counted them when they were last added to a phase.
         self._recorded = (0, 0)
         # Experts that were substituted and not read since.
@@ -172,7 +172,7 @@ class ExpertPool:
         for key, slot in loads:
             self.transfer.prefetch(key, slot)
             self._count_prefetch(key)
-        self._guessed[layer].extend(key for key, _ in loads)
+        self._unconfirmed[layer].extend(key for key, _ in loads)
 
     def substitute(self, keys: Sequence[int]) -> None:
         """Count these absent experts as substituted, and queue deferred loads of them."""
@@ -204,17 +204,17 @@ class ExpertPool:
 
     def cancel_mispredicted(self, layer: int, wanted: Collection[int]) -> None:
         """Cancel queued prefetches for `layer` whose keys its router did not choose (are not in `wanted`)."""
-        guessed = self._guessed[layer]
-        for key in guessed:
+        unconfirmed = self._unconfirmed[layer]
+        for key in unconfirmed:
             if key not in wanted and self.transfer.cancel(key):
                 self.residency.cancel(key)
                 self.phase.prefetch_cancelled += 1
                 self._count_prefetch(key, -1)
-        guessed.clear()
+        unconfirmed.clear()
 
     def cancel_queued(self) -> None:
         """Cancel every prefetch and deferred load that no reader has started."""
-        for layer in range(len(self._guessed)):
+        for layer in range(len(self._unconfirmed)):
             self.cancel_mispredicted(layer, ())
         for key in list(self.residency.deferred):
             if self.transfer.cancel(key):
@@ -310,8 +310,8 @@ class ExpertPool:
         """Empty the pool after an interrupted step, whatever line it stopped at. The counts stay."""
         self.transfer.reset()
         self.residency.clear()
-        for guessed in self._guessed:
-            guessed.clear()
+        for unconfirmed in self._unconfirmed:
+            unconfirmed.clear()
         self._substituted.clear()
         self._queued_deferred.clear()
         self._loading_borrowed.clear()

@@ -32,7 +32,7 @@ from foreroute.types import Progress
 _DEFERRED_SHARE = 8
 # Routed slots per expert from which prefetching pays in prefill: nearly every expert is used then, so few are wrong.
 # Measured on two models: it loses up to 16, and wins from 32 (benchmarks/prefill.py).
-_PREFILL_GUESSES_FROM = {"on": 0.0, "auto": 24.0, "off": inf}
+_PREFILL_PREFETCH_FROM = {"on": 0.0, "auto": 24.0, "off": inf}
 # Experts of this size take a millisecond to read: prefetching was measured to pay. At 74 KB it lost (docs/LOG.md).
 _LARGE_EXPERT_BYTES, _TRUSTED_STEPS = 2**20, 128
 
@@ -116,7 +116,7 @@ def _step_over(
         learner=guidance.learner,
         free_slots=placed.free,
         hits_first=asked.hits_first,
-        prefill_guesses_from=inf if asked.deterministic else _PREFILL_GUESSES_FROM[asked.prefetch_prefill],
+        prefill_prefetch_from=inf if asked.deterministic else _PREFILL_PREFETCH_FROM[asked.prefetch_prefill],
     )
 
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 _EPILOG = """\
 examples:
-  foreroute fit MODEL --text notes/*.txt   beside the checkpoint: used by itself
+  foreroute fit MODEL --text notes/*.txt   beside the checkpoint: used automatically
   foreroute fit MODEL --text book.txt --out p.safetensors
   foreroute generate MODEL ... --predictor p.safetensors
 
@@ -181,7 +181,7 @@ def _tell(args: argparse.Namespace, sidecar: "Sidecar", path: Path, *, is_beside
         )
         return
     console = figures.stdout_console()
-    how = "used by itself from now on" if is_beside else f"use it with --predictor {path}"
+    how = "used automatically from now on" if is_beside else f"use it with --predictor {path}"
     console.print(f"Wrote {path}: {format_memory(path.stat().st_size)}, {how}.", soft_wrap=True)
     rows: list[figures.Row] = [
         ("tokens", f"{about['tokens']['fitted']:,}", f"+ {about['tokens']['held_out']:,} held out")

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _EPILOG = """\
 examples:
-  foreroute pack MODEL                    beside the checkpoint: found by itself
+  foreroute pack MODEL                    beside the checkpoint: used automatically
   foreroute pack MODEL --out /fast/disk   use: generate ... --packed /fast/disk
   foreroute pack MODEL --quant int4       use: generate ... --packed int4
   foreroute pack MODEL --quant int4 --text book.txt   and what it costs
@@ -214,7 +214,7 @@ def _pack(
                 claim.discard()
             claim.close()
             if partial_path(path).exists() and not args.json:
-                console.print(f"Kept {partial_path(path)}: `foreroute pack` goes on there.")
+                console.print(f"Kept {partial_path(path)}: `foreroute pack` continues there.")
             raise
 
 
@@ -228,7 +228,7 @@ def _tell(args: argparse.Namespace, store: "PackedStore", *, is_there: bool, is_
     if args.quant is not None:
         print(f"Use it with --packed {args.quant if is_beside else path}")
         return
-    print("It is used by itself, as it lies beside the checkpoint." if is_beside else f"Use it with --packed {path}")
+    print("It is used automatically, as it is beside the checkpoint." if is_beside else f"Use it with --packed {path}")
 
 
 def _tell_json(

@@ -114,13 +114,13 @@ def _decode(model: Any, windows: "torch.Tensor", num_tokens: int, is_quiet: bool
 
 
 def _print_timeliness(timely: "Timeliness") -> None:
-    demanded = timely.resident + timely.in_time + timely.late_hits + timely.missed
+    demanded = timely.resident + timely.in_time + timely.late_hits + timely.misses
     rows: list[figures.Row] = [
         ("decoded", f"{timely.tokens:,}", f"tokens; {demanded:,} experts demanded, {timely.resident:,} still resident"),
-        ("in time", f"{timely.in_time:,}", f"of {timely.fetched:,} experts prefetched"),
+        ("in time", f"{timely.in_time:,}", f"of {timely.prefetched:,} experts prefetched"),
         ("late hits", f"{timely.late_hits:,}", "prefetched, and still in flight when they were demanded"),
         ("wasted", f"{timely.wasted:,}", "prefetched, and evicted before any demand"),
-        ("missed", f"{timely.missed:,}", "demanded without a prefetch"),
+        ("misses", f"{timely.misses:,}", "demanded, with no read in flight"),
     ]
     console = figures.stdout_console()
     console.print()

@@ -37,7 +37,7 @@ export class Chat {
   /** The model has no chat template: say so. */
   plain() {
     this.isChat = false;
-    this.text.placeholder = "A text for the model to go on with";
+    this.text.placeholder = "A text for the model to continue";
     this.welcome.querySelector(".lead").textContent = "Begin a text.";
   }
 
