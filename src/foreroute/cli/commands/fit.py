@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 _EPILOG = """\
 examples:
-  foreroute fit MODEL --text notes/*.txt   beside the checkpoint: used automatically
+  foreroute fit MODEL --text notes/*.txt   beside MODEL: used automatically
   foreroute fit MODEL --text book.txt --out p.safetensors
   foreroute generate MODEL ... --predictor p.safetensors
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _EPILOG = """\
 examples:
-  foreroute pack MODEL                    beside the checkpoint: used automatically
+  foreroute pack MODEL                    beside MODEL: used automatically
   foreroute pack MODEL --out /fast/disk   use: generate ... --packed /fast/disk
   foreroute pack MODEL --quant int4       use: generate ... --packed int4
   foreroute pack MODEL --quant int4 --text book.txt   and what it costs
