@@ -101,7 +101,7 @@ def waited_for(
     policies: Sequence[Policy],
     routed: Sequence[Sequence[int]],
     weights: Sequence[Sequence[float]],
-    is_there: Callable[[int], bool],
+    is_resident: Callable[[int], bool],
 ) -> set[int]:
     """Return the missing experts that a step waits for. The other missing ones are substituted, in every token.
 
@@ -109,11 +109,11 @@ def waited_for(
 
     Args:
         policies: one per token. routed: the keys that each token's router chose; negative ones are no expert.
-        weights: their gate weights. is_there: whether a key is resident.
+        weights: their gate weights. is_resident: whether a key is resident.
     """
     waited: set[int] = set()
     for policy, keys, row in zip(policies, routed, weights, strict=True):
-        misses = [at for at, key in enumerate(keys) if key >= 0 and not is_there(key)]
+        misses = [at for at, key in enumerate(keys) if key >= 0 and not is_resident(key)]
         masses = [weight if key >= 0 else 0.0 for key, weight in zip(keys, row, strict=True)]
         dropped = misses_to_substitute(policy, masses, misses)
         waited.update(keys[at] for at in misses if at not in dropped)

@@ -201,7 +201,7 @@ class TestFaults:
         monkeypatch.setattr(Residency, "demand", lying)
         first = verified("qwen3_moe", expect=1)["first_difference"]
         assert (first["moe_layer"], first["experts"]) == (LAYER, [EXPERT])
-        assert "it was computed from a slot that was filled for expert" in first["reasons"][0]
+        assert "it was computed from a slot that was loaded for expert" in first["reasons"][0]
 
     def test_maths(self, verified, monkeypatch):
         """Not a slot's fault: nothing else is left."""

@@ -160,10 +160,10 @@ def prefetch_kernel(
     absent = guessed & (place < 0)
     if ARRIVED:
         tl.store(in_flight + slot, tl.zeros_like(slot), slot < num_slots)
-        is_there = present
+        is_loaded = present
     else:
-        is_there = present & (tl.load(in_flight + place, present, 0) == _LOADED)
-    renewed = is_there & (tl.load(staged_at + place, present, 0) > 0)
+        is_loaded = present & (tl.load(in_flight + place, present, 0) == _LOADED)
+    renewed = is_loaded & (tl.load(staged_at + place, present, 0) > 0)
     num_staged = tl.sum((tl.load(staged_at + slot, slot < num_slots, 0) > 0).to(tl.int32), 0)
     order = _order_of(key_of_slot, stamp, staged_at, in_flight, slot, num_slots, tl.load(marks + _PINNED), ARRIVED)
     # No guess is evicted for another one. Computed before ages change, so that nothing has to be read again.

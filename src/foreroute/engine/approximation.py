@@ -117,20 +117,20 @@ class Approximation:
         keys: Sequence[int],
         routed: Sequence[Sequence[int]],
         weights: torch.Tensor,
-        is_there: Callable[[int], bool],
+        is_resident: Callable[[int], bool],
     ) -> list[int]:
         """Return those of `layer`'s `keys`, in order, that are missing and not waited for; else as `waited_for`.
 
         Layer 0, and layers without default vectors, wait. Cost: a copy of the gate weights to the host on a miss.
-        routed: per token its expert keys. weights: [tokens, k]. is_there: whether a key is resident.
+        routed: per token its expert keys. weights: [tokens, k]. is_resident: whether a key is resident.
         """
         policies = self.of_rows(len(routed))
         if layer == 0 or not any(policy.substitutes for policy in policies) or self._vectors[layer] is None:
             return []
-        missing = [key for key in keys if not is_there(key)]
+        missing = [key for key in keys if not is_resident(key)]
         if not missing:
             return []
-        waited = waited_for(policies, routed, weights.tolist(), is_there)
+        waited = waited_for(policies, routed, weights.tolist(), is_resident)
         return [key for key in missing if key not in waited]
 
     def vectors(self, layer: int, experts: Sequence[int]) -> torch.Tensor:

@@ -84,29 +84,29 @@ def run(args: argparse.Namespace) -> int:
         quality = pack_quantised.quality_of(args, folder, sketch)
     table, name = sketch.table, store_name(args.quant or STORED)
     path = options.place_beside(folder, name, args.out, StoreError)
-    is_there, quantiser = _is_there(args, path, table), None
-    if not is_there:
+    existed, quantiser = _exists_already(args, path, table), None
+    if not existed:
         with claim_store(path) as claim:
             # Another `pack` may have finished just now.
-            is_there = _is_there(args, path, table)
-            if not is_there:
+            existed = _exists_already(args, path, table)
+            if not existed:
                 quantiser = _quantiser(args, sketch, path)
                 _pack(args, table, path, quantiser, claim)
     measured = quantiser if quantiser is not None and quantiser.is_measured else None
     store = PackedStore(path, table)
     if not args.json:
-        _tell(args, store, is_there=is_there, is_beside=path == folder / name)
+        _tell(args, store, existed=existed, is_beside=path == folder / name)
         if measured is not None:
             _tell_errors(measured)
     found = quality.price(path)
     if args.json:
-        _tell_json(args, store, measured, found, is_there=is_there, is_beside=path == folder / name)
+        _tell_json(args, store, measured, found, existed=existed, is_beside=path == folder / name)
     elif found is not None:
         pack_quantised.tell_quality(found, args.quant)
     return 0
 
 
-def _is_there(args: argparse.Namespace, path: Path, table: "ExpertTable") -> bool:
+def _exists_already(args: argparse.Namespace, path: Path, table: "ExpertTable") -> bool:
     """Whether the requested store exists already. Raises: as `_is_ours`."""
     return not args.force and _is_ours(args, path, table)
 
@@ -218,10 +218,10 @@ def _pack(
             raise
 
 
-def _tell(args: argparse.Namespace, store: "PackedStore", *, is_there: bool, is_beside: bool) -> None:
+def _tell(args: argparse.Namespace, store: "PackedStore", *, existed: bool, is_beside: bool) -> None:
     path = store.path
     size = f"{store.table.total_slots} experts, {format_memory(path.stat().st_size)}"
-    if is_there:
+    if existed:
         print(f"{path} is complete and belongs to this model ({size}): nothing to do. --force packs it again.")
     else:
         print(f"Wrote {path}: {size}.")
@@ -237,7 +237,7 @@ def _tell_json(
     quantiser: "Quantiser | None",
     quality: "dict[str, Any] | None",
     *,
-    is_there: bool,
+    existed: bool,
     is_beside: bool,
 ) -> None:
     figures.print_json(
@@ -245,7 +245,7 @@ def _tell_json(
         store_bytes=store.path.stat().st_size,
         experts=store.table.total_slots,
         codec=store.codec,
-        existed=is_there,
+        existed=existed,
         found_automatically=is_beside and args.quant is None,
         layer_errors=None if quantiser is None else [error.relative for error in quantiser.errors],
         quality=quality,
