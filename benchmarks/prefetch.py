@@ -74,7 +74,7 @@ def decode(model: Any, prompts: torch.Tensor, new_tokens: int) -> tuple[dict[str
         "late_hits": phase.late_hits / phase.tokens,
         "hits": phase.hits / phase.tokens,
         "demand_mb": phase.demand_bytes / phase.tokens / 1e6,
-        "guessed_mb": phase.prefetch_bytes / phase.tokens / 1e6,
+        "prefetch_mb": phase.prefetch_bytes / phase.tokens / 1e6,
         "stall_ms": 1e3 * phase.stall_s / phase.tokens,
         "ms_with_prefill": 1e3 * seconds / phase.tokens,
     }, tokens
@@ -112,7 +112,7 @@ def main() -> None:
                 for entry in runs.values():
                     entry["misses_less_share"] = 1 - entry["misses"] / base["misses"] if base["misses"] else 0.0
                     entry["more_bytes_share"] = (
-                        (entry["demand_mb"] + entry["guessed_mb"]) / base["demand_mb"] - 1 if base["demand_mb"] else 0.0
+                        (entry["demand_mb"] + entry["prefetch_mb"]) / base["demand_mb"] - 1 if base["demand_mb"] else 0.0
                     )
                     print(memory, eviction, {key: round(value, 3) for key, value in entry.items()}, flush=True)
                 found[f"{memory} {eviction}"] = runs

@@ -130,7 +130,7 @@ def main() -> None:
         "memory": asked.memory,
         "tokens": asked.tokens,
         "threads": asked.threads,
-        "guesses": asked.prefetch_prefill,
+        "prefetch": asked.prefetch_prefill,
         "same_logits": is_same,
         "disk_gb_per_s": _harness.summary([rate / 1e9 for rate in figures["bytes_per_s"]]),
         "compute_floor_ms": _harness.summary([1e3 * seconds for seconds in figures["resident"]]),
