@@ -76,7 +76,7 @@ def test_timeliness_counts_every_demanded_expert_once(run, copied: Path, text: P
     assert timely["misses"] > 0
     code, out, err = run(*asked)
     assert code == 0, err
-    assert "demanded without a guess" in out
+    assert "demanded, with no read in flight" in out
 
 
 def test_a_fit_that_is_there_is_not_replaced_unasked(run, copied: Path, text: Path) -> None:
