@@ -146,7 +146,7 @@ def _check_kinds(path: Path, gguf: Any, kinds: Mapping[str, str]) -> None:
         except NotImplementedError:
             name = next(name for name, found in kinds.items() if found == kind)
             raise UnsupportedModelError(
-                f"{path}: {name} is stored as {kind}, which the gguf package cannot make numbers of."
+                f"{path}: {name} is stored as {kind}, which the gguf package cannot dequantise."
             ) from None
 
 

@@ -174,7 +174,7 @@ def open_store(folder: Path, asked: str, table: ExpertTable) -> PackedStore | No
             return None
         how = f"--quant {asked}" if asked in CODECS else f"--out {asked}"
         begun = " That continues the one that was begun." if partial_path(path).is_file() else ""
-        raise StoreError(f"{path} is not there. Make it with `foreroute pack {folder} {how}`.{begun}")
+        raise StoreError(f"{path} does not exist. Make it with `foreroute pack {folder} {how}`.{begun}")
     return PackedStore(path, table)
 
 

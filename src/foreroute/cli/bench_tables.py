@@ -25,7 +25,7 @@ def show(found: Mapping[str, Any]) -> None:
     console = figures.stdout_console()
     difference = found["difference"]
     if difference is not None:
-        console.print("The rungs do not choose the same tokens, so no time is worth reading.", style="bold red")
+        console.print("The rungs do not choose the same tokens, so their times cannot be compared.", style="bold red")
         console.print(_where(difference), markup=False)
         return
     _print_head(console, found)
@@ -46,7 +46,7 @@ def show(found: Mapping[str, Any]) -> None:
             "The rungs do not fit the free RAM together: they ran one after another, not in turn. Compare with care."
         )
     if found["text"] == "random ids":
-        remarks.append("The model has no tokenizer: it read random tokens, which are routed like no text.")
+        remarks.append("The model has no tokenizer: it read random tokens, which are not routed as text is.")
     if remarks:
         console.print()
         figures.print_list(console, remarks)

@@ -131,7 +131,7 @@ class OffloadedModel:
 
     save_pretrained = _refuse("save_pretrained", _NOT_ALL_HERE)
     push_to_hub = _refuse("push_to_hub", _NOT_ALL_HERE)
-    compile = _refuse("compile", "its experts come and go between kernels.")
+    compile = _refuse("compile", "its experts are loaded and evicted between kernels.")
     half = _refuse("half", _AS_LOADED)
     float = _refuse("float", _AS_LOADED)
     double = _refuse("double", _AS_LOADED)

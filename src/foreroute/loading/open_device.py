@@ -50,11 +50,11 @@ def _check_asked(asked: EngineConfig) -> None:
     on_device = asked.device == "cuda" or asked.control == "device"
     if on_device and Policy.parse(asked.policy) != Policy.parse("exact"):
         raise DeviceError(
-            f"--policy {asked.policy} is not there yet with experts on a GPU: use exact, or leave --device out."
+            f"--policy {asked.policy} is not supported yet with experts on a GPU: use exact, or leave --device out."
         )
     if on_device and asked.predictor not in ("auto", "no"):
         raise DeviceError(
-            "Fitted predictors are not there yet with experts on a GPU: leave --predictor out (the next router, run "
+            "Fitted predictors are not supported yet with experts on a GPU: leave --predictor out (the next router, run "
             "early, guesses), or leave --device out."
         )
     if asked.control == "device" and (not asked.cache or asked.trace is not None or asked.deterministic):

@@ -202,7 +202,7 @@ class Chat:
             talk.say("assistant", report.text)
         else:
             talk.messages.pop()
-        ends = {"interrupted": "stopped; what was said stays", "length": "cut off: /set max_new_tokens takes more"}
+        ends = {"interrupted": "stopped; what was said stays", "length": "cut off: raise it with /set max_new_tokens"}
         if report.finish_reason in ends:
             self._tell(ends[report.finish_reason])
         elif not report.text:

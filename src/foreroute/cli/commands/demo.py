@@ -75,7 +75,7 @@ def find_model() -> Path:
         if (place / "config.json").is_file():
             return place
     raise CheckpointError(
-        f"The demo's model is not there: neither {places[0]} nor {places[1]} holds it. "
+        f"The demo's model is missing: neither {places[0]} nor {places[1]} holds it. "
         "Run the demo from the repository, or name a Mixture-of-Experts model with --model."
     )
 
@@ -172,7 +172,7 @@ def _introduction(plan: Plan) -> str:
     top_k = "/".join(str(k) for k in sorted(set(plan.top_k)))
     return (
         f"{Path(plan.folder).name} has {plan.total_slots} experts in {plan.num_layers} layers; a token uses {top_k} in "
-        f"each. They take {format_memory(plan.total_expert_bytes)} and lie on disk. There is memory for "
+        f"each. They take {format_memory(plan.total_expert_bytes)} on disk. There is memory for "
         f"{plan.num_slots} of them, {format_memory(plan.memory_bytes)}."
     )
 

@@ -134,7 +134,7 @@ def _tell_errors(quantiser: "Quantiser") -> None:
     worst = max(range(len(errors)), key=errors.__getitem__)
     mean = sum(errors) / len(errors)
     console.print(
-        f"Error of a layer's products, as a share of them: {100 * mean:.2f} % on the average, "
+        f"Error of a layer's products, as a share of them: {100 * mean:.2f} % on average, "
         f"{100 * errors[worst]:.2f} % in MoE layer {worst} ({quantiser.measured} experts of each layer)."
     )
 

@@ -183,7 +183,7 @@ def advice(found: Findings, model: str) -> list[str]:
     if plan.memory_bytes > found.chosen_memory_bytes and not plan.memory_was_chosen:
         hints.append(
             f"This memory, the dense weights and 2 GiB for the rest exceed the free RAM: the system may swap. "
-            f"--memory {_flag(found.chosen_memory_bytes)} would not, nor does leaving it out."
+            f"--memory {_flag(found.chosen_memory_bytes)} fits, as does leaving it out."
             if found.chosen_memory_bytes >= demand
             else f"There is too little free RAM beside the dense weights (room for {chosen}): close other programs."
         )

@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the command; return its exit code."""
     config = options.engine_config(args)
     if getattr(args, "policy", "exact") != "exact":
-        raise ForerouteError("verify holds exact mode against its reference. Leave --policy out.")
+        raise ForerouteError("verify compares exact mode with its reference. Leave --policy out.")
     texts = read_prompts(args.prompts)
     folder = options.find_model(args)
     options.quiet_libraries(args)
