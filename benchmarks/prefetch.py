@@ -111,9 +111,8 @@ def main() -> None:
                 base = runs["none"]
                 for entry in runs.values():
                     entry["misses_less_share"] = 1 - entry["misses"] / base["misses"] if base["misses"] else 0.0
-                    entry["more_bytes_share"] = (
-                        (entry["demand_mb"] + entry["prefetch_mb"]) / base["demand_mb"] - 1 if base["demand_mb"] else 0.0
-                    )
+                    read_mb = entry["demand_mb"] + entry["prefetch_mb"]
+                    entry["more_bytes_share"] = read_mb / base["demand_mb"] - 1 if base["demand_mb"] else 0.0
                     print(memory, eviction, {key: round(value, 3) for key, value in entry.items()}, flush=True)
                 found[f"{memory} {eviction}"] = runs
     result = {"model": asked.model.name, "same_tokens": not different, "runs": found}

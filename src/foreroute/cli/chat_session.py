@@ -42,10 +42,10 @@ def _within(low: float, high: float) -> Callable[[str], float]:
 # Settings of `/set`: how a value is parsed, and what the setting does.
 SETTINGS: dict[str, tuple[Callable[[str], Setting], str]] = {
     "temperature": (_within(0, 100), "higher is more random; 0 takes the likeliest token"),
-    "top_k": (_whole(1), "draw from the N likeliest"),
+    "top_k": (_whole(1), "sample from the N likeliest tokens"),
     "top_p": (_within(1e-6, 1), "sample from the likeliest tokens that have this probability together"),
     "min_p": (_within(0, 1), "leave out tokens below X times the likeliest one's probability"),
-    "repetition_penalty": (_within(1e-3, 100), "above 1 repeats less"),
+    "repetition_penalty": (_within(1e-3, 100), "above 1: tokens seen before become less likely"),
     "max_new_tokens": (_whole(1), "longest answer, in tokens"),
     "seed": (_whole(0), "the same seed samples the same tokens, from the next answer on"),
     "policy": (str, "how misses are treated: exact, tolerance:0.1, speculative, paper"),

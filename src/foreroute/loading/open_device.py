@@ -54,8 +54,8 @@ def _check_asked(asked: EngineConfig) -> None:
         )
     if on_device and asked.predictor not in ("auto", "no"):
         raise DeviceError(
-            "Fitted predictors are not supported yet with experts on a GPU: leave --predictor out (the next router, run "
-            "early, guesses), or leave --device out."
+            "Fitted predictors are not supported yet with experts on a GPU: leave --predictor out (the "
+            "lookahead is used), or leave --device out."
         )
     if asked.control == "device" and (not asked.cache or asked.trace is not None or asked.deterministic):
         raise DeviceError(

@@ -216,8 +216,8 @@ def advice(found: Findings, model: str) -> list[str]:
         )
     if plan.threads > plan.usable_cpus:
         hints.append(
-            f"torch has {plan.threads} threads and this process the time of {plan.usable_cpus} processors: threads "
-            f"stop each other. --threads {plan.usable_cpus} (in Python: torch.set_num_threads) has them all run."
+            f"torch has {plan.threads} threads, and this process may use {plan.usable_cpus} processors: threads block "
+            f"each other. Use --threads {plan.usable_cpus} (in Python: torch.set_num_threads)."
         )
     return hints
 
