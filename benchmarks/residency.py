@@ -74,7 +74,7 @@ def run_route(steps: list[Step], eviction: Eviction, *, prefetch: bool) -> tuple
         "layers": (len(steps) - warm) * LAYERS,
         "keys_per_layer": demands / ((len(steps) - warm) * LAYERS),
         "miss_rate": 1 - (hits + late) / demands,
-        "late_rate": late / demands,
+        "late_hit_rate": late / demands,
         "prefetch_used": pool.prefetch_used - used,
         "prefetch_wasted": pool.prefetch_wasted - wasted,
     }

@@ -93,7 +93,7 @@ def test_every_folder_of_the_package_is_one_that_git_and_the_wheel_have() -> Non
 
 def test_folders_can_be_looked_over() -> None:
     files = Counter(path.parent for path in PYTHON_FILES if path.name != "__init__.py")
-    # Of benchmarks/ and models/ each file is a program, beside others: nobody has to know them all.
+    # Of benchmarks/ and models/ each file is a program, independent of the others.
     rooms = {folder: count for folder, count in files.items() if name_of(folder).startswith(("src", "tests"))}
     assert {name_of(folder): count for folder, count in rooms.items() if count > MAX_FILES} == {}
 

@@ -46,7 +46,7 @@ def test_bits_are_those_of_the_resident_model(checkpoints, references, load, fam
     assert seen["misses"] > 0
     assert seen["shortages"] == 0
     assert (seen["prefetch_used"] > 0) == (seen["evictions"] > 0) == (memory != "100%")
-    assert (seen["late"] > 0) == (memory != "100%")
+    assert (seen["late_hits"] > 0) == (memory != "100%")
     assert tier.buffers.whole_layers > 0
     assert tier.buffers.single_experts > 0
     stats = model.foreroute.stats()
@@ -58,7 +58,7 @@ def test_on_demand_without_guesses(checkpoints, references, load):
     folder = checkpoints.get("deepseek_v3")
     model = load(folder, "25%", control="device", prefetch="none")
     assert_same_bits(generate(model), references.output(folder))
-    assert counts(model)["prefetched"] == counts(model)["late"] == 0
+    assert counts(model)["prefetched"] == counts(model)["late_hits"] == 0
 
 
 def test_first_choices_of_all_rows_are_guessed_first(checkpoints, load, monkeypatch):
@@ -113,7 +113,7 @@ def test_a_long_prompt_leaves_the_pool_alone_and_then_seeds_it(checkpoints, refe
     held = tier.state.key_of_slot[tier.state.key_of_slot >= 0].tolist()
     most = tier.state.num_slots - tier.state.staging_slots
     assert sorted(held) == sorted(uses.sort(descending=True, stable=True).indices[:most].tolist())
-    assert sum(counts(model).values()) == 0, "nobody asked for them"
+    assert sum(counts(model).values()) == 0, "no expert was demanded"
     theirs = generate(references.model(folder), batch, 6, prefill_chunk_size=16)
     assert_same_bits(generate(model, batch, 6, prefill_chunk_size=16), theirs)
 

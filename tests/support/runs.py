@@ -126,7 +126,7 @@ def expert_table(folder: Path) -> ExpertTable:
 
 
 def slots_memory(folder: Path, num_slots: int) -> int:
-    """A memory budget, in bytes, of exactly so many slots."""
+    """A memory budget, in bytes, of exactly `num_slots` slots."""
     return num_slots * expert_table(folder).slot_bytes
 
 

@@ -56,7 +56,7 @@ def test_what_arrived_is_computed_and_the_rest_substituted() -> None:
     assert pinned == output.ran == [LATE]
     assert output.substituted == [LATER, GONE]
     assert pool._substituted == {LATER, GONE}, "they are read the next time"
-    assert (pool.phase.hits, pool.phase.stood_in) == (1, 2)
+    assert (pool.phase.hits, pool.phase.substituted) == (1, 2)
     assert pool.residency.state(LATE) == PINNED
     assert pool.residency.state(LATER) == LOADING
 

@@ -173,8 +173,8 @@ def open_store(folder: Path, asked: str, table: ExpertTable) -> PackedStore | No
         if asked == "auto":
             return None
         how = f"--quant {asked}" if asked in CODECS else f"--out {asked}"
-        begun = " That goes on with the one that was begun." if partial_path(path).is_file() else ""
-        raise StoreError(f"{path} is not there. Make it with `foreroute pack {folder} {how}`.{begun}")
+        begun = " That continues the one that was begun." if partial_path(path).is_file() else ""
+        raise StoreError(f"{path} does not exist. Make it with `foreroute pack {folder} {how}`.{begun}")
     return PackedStore(path, table)
 
 

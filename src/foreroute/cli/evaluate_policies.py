@@ -55,7 +55,7 @@ def run(
         if not len(material.windows) and Policy() not in rows.policies:
             raise EvaluationError("--png draws what is lost beside exact: add exact to --policies, or text.")
     # Without prefetch, a policy's default vectors are read only where such a policy is asked for.
-    standing = next((str(policy) for policy in rows.policies if policy.stands_in), config.policy)
+    standing = next((str(policy) for policy in rows.policies if policy.substitutes), config.policy)
     config = dataclasses.replace(config, policy=standing if config.prefetch == "none" else config.policy)
     index = read_index(folder)
     sidecar = open_sidecar(folder, index, config)

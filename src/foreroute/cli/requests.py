@@ -28,7 +28,7 @@ def add_request_options(group: "_ArgumentGroup", max_num_seqs: int | None = MAX_
     )  # fmt: skip
     group.add_argument(
         "--max-num-seqs", type=options.at_least(1), default=max_num_seqs, metavar="N",
-        help=f"requests computed together, sharing what is read (default: {MAX_NUM_SEQS})",
+        help=f"most requests computed together, which share reads (default: {MAX_NUM_SEQS})",
     )  # fmt: skip
 
 

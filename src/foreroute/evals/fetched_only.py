@@ -40,15 +40,15 @@ class FetchCounts:
     stalled: int = 0
 
 
-def stood_in_rows(policy: Policy, weights: torch.Tensor, missing: torch.Tensor) -> torch.Tensor:
-    """[tokens, k] bool: the misses to substitute by default vectors; `policy.stood_in` for many tokens at once.
+def mask_to_substitute(policy: Policy, weights: torch.Tensor, missing: torch.Tensor) -> torch.Tensor:
+    """Return which misses to substitute, [tokens, k] bool: `policy.misses_to_substitute` for many tokens at once.
 
     Args:
         weights: [tokens, k] gate weights. missing: [tokens, k] bool.
     """
     if policy.name == SPECULATIVE:
         return missing
-    if not policy.stands_in:
+    if not policy.substitutes:
         return torch.zeros_like(missing)
     masses = weights.double()
     order = masses.masked_fill(~missing, torch.inf).argsort(dim=-1, stable=True)
@@ -116,7 +116,7 @@ class FetchedOnly:
         dropped = torch.zeros_like(missing)
         if rows is not None:
             # Padding ids have no mass.
-            dropped = stood_in_rows(self._policy, weights * (ids < self._widths[layer]), missing)
+            dropped = mask_to_substitute(self._policy, weights * (ids < self._widths[layer]), missing)
         waited = missing & ~dropped
         tally.missed += int(missing.sum())
         tally.waited += int(waited.sum())

@@ -199,7 +199,7 @@ def run_lm_eval(
             confirm_run_unsafe_code=allow_code,
         )  # fmt: skip
     except OSError as error:
-        raise EvaluationError(f"The data of {', '.join(tasks)} cannot be had: {error}") from error
+        raise EvaluationError(f"The data of {', '.join(tasks)} cannot be loaded: {error}") from error
     except ValueError as error:
         # Required besides by the metric of tasks that run code.
         if "HF_ALLOW_CODE_EVAL" not in str(error):

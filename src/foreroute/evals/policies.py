@@ -148,7 +148,7 @@ def _check(load: Callable[[str], Any], sidecar: Sidecar | None, rows: Rows) -> N
     """Check that every row can be computed, on a model loaded for this."""
     if NO_CACHE in rows.memories and sidecar is None:
         raise EvaluationError(
-            f"--memory {NO_CACHE} shows what guesses alone bring: it needs fitted predictors. Run `foreroute fit`."
+            f"--memory {NO_CACHE} shows the effect of guesses alone: it needs fitted predictors. Run `foreroute fit`."
         )
     memories = ["100%" if memory == NO_CACHE else memory for memory in rows.memories]
     for memory in dict.fromkeys(memories):

@@ -93,9 +93,9 @@ class Cost:
     @classmethod
     def of_stats(cls, stats: Any, seconds: float | None) -> Cost:
         """Costs from `stats`, a `PhaseStats` of decoding, and its seconds."""
-        moved = stats.demand_bytes + stats.prefetch_bytes + stats.fill_bytes
-        waited = stats.late + stats.misses - stats.first_waited
-        missed = waited + stats.stood_in
+        moved = stats.demand_bytes + stats.prefetch_bytes + stats.deferred_bytes
+        waited = stats.late_hits + stats.misses - stats.first_waited
+        missed = waited + stats.substituted
         return cls(stats.tokens, stats.layers, stats.stalled_layers, missed, waited, moved, seconds)
 
     def figures(self) -> dict[str, float | None]:

@@ -54,7 +54,7 @@ def read_held_out(path: Path) -> HeldOut:
             raise ValueError("its texts and their shares do not go together")
         words = [*held_out.texts.values(), *held_out.glossary, *held_out.glossary.values()]
         if not all(isinstance(text, str) for text in words):
-            raise ValueError("a text of it is none")
+            raise ValueError("one of its texts is not a string")
         return held_out
     except FileNotFoundError:
         raise EvaluationError(
@@ -62,7 +62,7 @@ def read_held_out(path: Path) -> HeldOut:
             "through apt). Or evaluate on text of your own: --text FILE."
         ) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise EvaluationError(f"{path} is no file of held-out text ({error}). `make held-out` writes it.") from error
+        raise EvaluationError(f"{path} is not a file of held-out text ({error}). `make held-out` writes it.") from error
 
 
 @dataclass(frozen=True)

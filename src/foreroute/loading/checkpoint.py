@@ -1,4 +1,4 @@
-"""A checkpoint opened: its files found, their headers read, its experts mapped to bytes; no weight is read yet."""
+"""Open a checkpoint: find its files, read their headers, map its experts to bytes; no weight is read yet."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +47,7 @@ def open_checkpoint(
     """Find a checkpoint and read its headers; a hub id is downloaded first.
 
     Args:
-        packed: as EngineConfig.packed. access: to the hub, where it is not as the environment says.
+        packed: as EngineConfig.packed. access: to the hub, if not by the environment's settings.
     Raises:
         CheckpointError, UnsupportedModelError, StoreError: see errors.py.
     """
@@ -58,7 +58,7 @@ def open_checkpoint(
 
 
 def find_experts(model: PreTrainedModel, checkpoint: Checkpoint) -> ExpertSet:
-    """The experts of a model without them: layers in call order, where each lies, and which kernels compute it.
+    """Describe the experts of a model that was built without them: layers in call order, bytes, and kernels.
 
     Raises:
         UnsupportedModelError: some experts are never called by a plain forward.

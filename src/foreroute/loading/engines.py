@@ -1,4 +1,4 @@
-"""The three engines that a model can get: experts on disk, behind a host tier, or on a GPU that pages for itself."""
+"""Build a model's engine, one of three: experts on disk, behind a host tier, or paged by the GPU itself."""
 
 from math import inf
 
@@ -29,7 +29,7 @@ from foreroute.types import Progress
 _DEFERRED_SHARE = 8
 # Routed slots per expert from which prefetching pays in prefill: nearly every expert is used then, so few are wrong.
 # Measured on two models: it loses up to 16, and wins from 32 (benchmarks/prefill.py).
-_PREFILL_GUESSES_FROM = {"on": 0.0, "auto": 24.0, "off": inf}
+_PREFILL_PREFETCH_FROM = {"on": 0.0, "auto": 24.0, "off": inf}
 # Experts of this size take a millisecond to read: prefetching was measured to pay. At 74 KB it lost (docs/LOG.md).
 _LARGE_EXPERT_BYTES, _TRUSTED_STEPS = 2**20, 128
 
@@ -81,12 +81,12 @@ def _step_over(
         learner=guidance.learner,
         free_slots=placed.free,
         hits_first=asked.hits_first,
-        prefill_guesses_from=inf if asked.deterministic else _PREFILL_GUESSES_FROM[asked.prefetch_prefill],
+        prefill_prefetch_from=inf if asked.deterministic else _PREFILL_PREFETCH_FROM[asked.prefetch_prefill],
     )
 
 
 def _torch_layers(experts: ExpertSet, placed: SlotMemory) -> list[TorchLayer]:
-    """The torch backend over these slots."""
+    """Build the torch backend over these slots."""
     table = experts.table
     views = SlotViews(
         placed.memory,
@@ -103,12 +103,12 @@ def _torch_layers(experts: ExpertSet, placed: SlotMemory) -> list[TorchLayer]:
 
 
 def _governor(asked: EngineConfig, experts: ExpertSet) -> Governor | None:
-    """Where prefetches change nothing but time, and their width was not asked for, their measured gain decides.
+    """Make a governor where prefetches change only the time, and their width was not asked for; else None.
 
-    Under other policies prefetches decide what is resident, and so the output: they are not for the clock to switch.
+    Under other policies, prefetches decide what is resident, and so the output, which must not depend on the clock.
     """
     policy = Policy.parse(asked.policy)
-    is_exact = not policy.stands_in and not policy.replaces_route
+    is_exact = not policy.substitutes and not policy.replaces_route
     if not asked.governor or asked.prefetch_width is not None or not is_exact or asked.deterministic:
         return None
     is_large = max(layer.layout.nbytes for layer in experts.table.layers) >= _LARGE_EXPERT_BYTES
@@ -116,7 +116,7 @@ def _governor(asked: EngineConfig, experts: ExpertSet) -> Governor | None:
 
 
 def _workspaces(experts: ExpertSet) -> list[Workspace | None]:
-    """Per layer the buffers of a token's step, shared by layers of one shape; None where our kernels do not run."""
+    """Make each layer's buffers for a decode step, shared by layers of one shape; None where our kernels do not run."""
     shared: dict[tuple[int, int, int], Workspace] = {}
     workspaces: list[Workspace | None] = []
     for layer, described, entry in zip(experts.layers, experts.table.layers, experts.math, strict=True):

@@ -1,4 +1,4 @@
-"""What guides the engine: who predicts the next layer's experts, who learns, which policies there are, or why not."""
+"""Build a model's predictor of the next layer's experts, its online learner, and the policies that it supports."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from foreroute.predict.sidecar import Sidecar
 
 @dataclass(frozen=True)
 class Guidance:
-    """predictor: of prefetches; None where there are none. learner: improves it; None where it cannot be improved."""
+    """predictor: of prefetches; None: prefetch is off. learner: trains the predictor while running; None: not."""
 
     predictor: PrefetchGuesses | None
     learner: Learner | None
@@ -36,7 +36,7 @@ def guidance_for(
 
     Raises:
         PredictorError: the fitted predictors have other shapes than the model.
-        PolicyError: the policy is not to be had with this model.
+        PolicyError: this model does not support the policy.
     """
     hidden = model.config.get_text_config().hidden_size
     check_layout(sidecar, experts.layers, hidden, model.config.get_text_config().vocab_size)
@@ -48,7 +48,7 @@ def guidance_for(
 
 
 def _learner(asked: EngineConfig, experts: ExpertSet, hidden: int, memory: MemoryPlan) -> Learner | None:
-    """Learning beside the budget: bounded by a share of it, and off where not even one layer fits that."""
+    """Make the online learner, bounded by a share of the budget; None if not even one layer fits that."""
     is_on = asked.learn and asked.prefetch != "none" and not asked.deterministic
     is_on_host = experts.device.type == "cpu" and asked.control == "host"
     if not is_on or not is_on_host or not memory.staging_slots:
@@ -67,11 +67,11 @@ def _approximation(
     *,
     own_math: bool,
 ) -> Approximation:
-    """What policies other than exact need of the model, and why some cannot be had.
+    """Build what policies other than exact need, with the reasons why some are not supported.
 
     Args:
-        guesses: that are fetched; they are told when some misses are not waited for.
-        own_math: all experts are computed one by one here, so that some of them can be left out.
+        guesses: the source of prefetches; may widen when some misses are not waited for.
+        own_math: our kernels compute all experts, one by one, so that some of them can be left out.
     """
     if sidecar is None:
         reason = "it needs default vectors, and none are fitted. Run `foreroute fit MODEL --text FILES...` first."
@@ -82,7 +82,7 @@ def _approximation(
             )
         why_not = dict.fromkeys((TOLERANCE, SPECULATIVE, PAPER), reason)
         return Approximation(list, lambda: RouterLookahead([]), lambda: ResidualTap(layers), why_not, guesses)
-    # A layer that nobody guesses waits: little would be there.
+    # A layer without a predictor waits: few of its experts would be resident.
     waits = [asked.prefetch != "none" and not choice for choice in [None, *sidecar.choice[:-1]]]
     vectors = [None if wait else rows for rows, wait in zip(sidecar.default_vectors, waits, strict=True)]
     has_substitutes = any(rows is not None for rows in vectors[1:])
@@ -97,18 +97,18 @@ def _approximation(
 
 
 def _why_no_substitutes(asked: EngineConfig, *, can_leave_out: bool) -> dict[str, str]:
-    """Why default vectors cannot stand in for missing experts; nothing where they can."""
+    """Why default vectors cannot replace missing experts; empty where they can."""
     if not can_leave_out:
         reason = "this model's experts are computed by its family's own code, all at once. Use exact."
     elif asked.prefetch == "none" and not asked.cache:
-        reason = "with cache off and prefetch none nothing would ever be there. Turn one of them on."
+        reason = "with cache off and prefetch none no expert would ever be resident. Turn one of them on."
     else:
         return {}
     return dict.fromkeys((TOLERANCE, SPECULATIVE), reason)
 
 
 def _why_no_paper(layers: Sequence[MoeLayer], sidecar: Sidecar) -> dict[str, str]:
-    """Why routes cannot be replaced by guesses; nothing where they can."""
+    """Why routes cannot be replaced by guesses; empty where they can."""
     blind = [layer for layer in range(len(layers) - 1) if not _has_paper_guess(layers, layer, sidecar)]
     if not blind:
         return {}
@@ -120,7 +120,7 @@ def _why_no_paper(layers: Sequence[MoeLayer], sidecar: Sidecar) -> dict[str, str
 
 
 def _has_paper_guess(layers: Sequence[MoeLayer], layer: int, sidecar: Sidecar) -> bool:
-    """From that layer the next one's route can be guessed as the paper does."""
+    """Whether the next layer's route can be guessed from `layer` as the paper does."""
     has_vectors = sidecar.default_vectors[layer] is not None
     has_norms = layers[layer].norm is not None and layers[layer + 1].norm is not None
     return has_vectors and has_norms and own_router(layers[layer + 1]) is not None

@@ -1,7 +1,7 @@
-"""The composition root: from a path and a budget to a transformers model whose experts are loaded as they are needed.
+"""The composition root: from a path and a budget to a transformers model whose experts are loaded when needed.
 
-Everything that can be wrong is found before the first expert is read, in this order: the arguments, the checkpoint's
-headers, the room for it, the model, the division of memory.
+All errors are found before the first expert is read, in this order: the arguments, the checkpoint's headers, memory for
+it, the model, the division of memory.
 """
 
 import os
@@ -52,9 +52,9 @@ def load(
     progress: Progress = lambda done, total: None,
     **model_kwargs: Any,
 ) -> OffloadedModel:
-    """Load a Mixture-of-Experts model whose experts stay on disk and visit memory as they are needed.
+    """Load a Mixture-of-Experts model whose experts stay on disk and are loaded into memory when needed.
 
-    With device "cuda" they stay in host memory, and on disk as far as that does not hold them, and visit the GPU's.
+    With device "cuda" they stay in host memory, those that do not fit on disk, and are loaded into the GPU's memory.
 
     Args:
         path_or_hub_id: folder of a Hugging Face checkpoint (safetensors), or `org/name`. revision: of the latter.
@@ -63,7 +63,7 @@ def load(
         dtype: compute dtype; "auto" is the checkpoint's. Experts are kept as stored and converted when computed.
         config: the other switches; `memory` above and `device` win over its own.
         device: "cpu" or "cuda", or a torch.device of that kind.
-        progress: told how many of how many experts are in host memory, while it is filled.
+        progress: called with (experts in host memory, all of them) while it is filled.
         model_kwargs: attn_implementation, for transformers; token, local_files_only and cache_dir, for a hub id;
             torch_dtype, which is dtype. Others are refused by name (loading/arguments.py).
     Returns:
@@ -71,7 +71,7 @@ def load(
     Raises:
         ForerouteError: see errors.py; each names what is wrong and what to do.
     """
-    # Read by oneDNN at its first product; what the user has set stays.
+    # Read by oneDNN at its first product; the user's own value stays.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", _KERNELS_KEPT)
     call = read_arguments(path_or_hub_id, memory, dtype, config, device, revision, progress, model_kwargs)
     asked = call.config
@@ -103,7 +103,7 @@ def load(
 
 
 def _sidecar(asked: EngineConfig, target: torch.device, checkpoint: Checkpoint) -> Sidecar | None:
-    """The fitted predictors; none on a GPU yet."""
+    """Find the fitted predictors; none on a GPU yet."""
     if target.type == "cuda" or asked.control == "device":
         return None
     return open_sidecar(checkpoint.folder, checkpoint.index, asked)
@@ -120,7 +120,7 @@ def _plan(
     *,
     is_fitted: bool,
 ) -> Plan:
-    """What was decided, for people and programs."""
+    """Describe what was decided, for people and programs."""
     table = experts.table
     return Plan(
         folder=str(checkpoint.folder),

@@ -1,4 +1,4 @@
-"""What becomes of a transformers model whose experts belong to the engine: what it may still do, and what not."""
+"""The transformers model whose experts belong to the engine: what it still does, and what it refuses."""
 
 import functools
 import os
@@ -25,14 +25,14 @@ from foreroute.predict.governor import Governor
 
 
 class ForerouteHandle:
-    """`model.foreroute`: the plan, the counts, and the way to let go.
+    """`model.foreroute`: the plan, the counts, the policies, and `close`.
 
     Attributes:
         plan: what `load` decided.
-        engine: what computes the experts, for those who look inside.
-        layers: the MoE layers, as the probe saw them. table: their experts, by key.
-        entry: its lock, and what begins its steps.
-        decoder: of answers, where the device pages experts (generation/graph_decoder.py); made with the first one.
+        engine: computes the experts; internal.
+        layers: the MoE layers that the probe found. table: their experts, by key.
+        entry: the model's lock; begins its steps.
+        decoder: of answers, if the device pages experts (generation/graph_decoder.py); made with the first answer.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class ForerouteHandle:
         self.decoder: Any = None
 
     def step(self, info: StepInfo) -> AbstractContextManager[None]:
-        """The model's next call of this thread, inside, is this step; without it what it computes is guessed.
+        """Within the context, declare the step of this thread's next model call; else it is guessed from the shape.
 
         with model.foreroute.step(StepInfo("prefill", 1, ids.shape[1], ids)):
             logits = model(ids, past_key_values=cache).logits
@@ -70,7 +70,7 @@ class ForerouteHandle:
 
     @property
     def lock(self) -> Any:
-        """The model's lock, re-entrant: `with model.foreroute.lock:` keeps other threads out for more than one call.
+        """The model's lock, re-entrant: `with model.foreroute.lock:` keeps other threads waiting for several calls.
 
         Raises:
             RefusedError: this process was forked from the one that loaded the model.
@@ -97,46 +97,46 @@ class ForerouteHandle:
                 module.engine_forward = compute
 
     def stats(self) -> EngineStats:
-        """A copy of all counts since the model was loaded; `.minus(earlier)` gives those of a span.
+        """Return a copy of all counts since the model was loaded; `.minus(earlier)` gives those since then.
 
-        Does not block: while another thread generates, the figures are those of the moment.
+        Does not wait: while another thread generates, the counts are the current ones.
         """
         return self.engine.snapshot()
 
     @property
     def governor(self) -> Governor | None:
-        """The governor of prefetch; None where it is off (see EngineConfig.governor)."""
+        """The governor of prefetch; None if it is off (see EngineConfig.governor)."""
         return self.engine.governor
 
     @property
     def policies(self) -> tuple[Policy, ...]:
-        """What decoding waits for: one policy for every row, or one per row."""
+        """The current policies: one for every row, or one per row."""
         return self.engine.policies.policies
 
     def set_policy(self, *policies: str | Policy) -> None:
         """Decode under these policies from the next step on: one for every row, or one per row of the batch.
 
-        Prompts are always exact. While another thread generates, it is waited for.
+        Prompts are always exact. Waits while another thread generates.
 
         Raises:
-            PolicyError: not known, or not to be had with this model; nothing has been changed.
+            PolicyError: not known, or not supported by this model; nothing has been changed.
         """
         with self.lock:
             self.engine.policies.set([Policy.parse(one) if isinstance(one, str) else one for one in policies])
 
     def check_policy(self, policy: Policy) -> None:
-        """Whether the policy can be had with this model.
+        """Check that this model supports the policy.
 
         Raises:
-            PolicyError: it cannot; the message says why.
+            PolicyError: it does not; the message says why.
         """
         self.engine.policies.check(policy)
 
     def close(self) -> None:
         """Stop the readers and free the pool. The model's experts cannot be computed afterwards.
 
-        While another thread generates, it is waited for. In a process that was forked from the one that loaded the
-        model there is nothing to stop.
+        Waits while another thread generates. Does nothing in a process that was forked from the one that loaded the
+        model.
         """
         if self.entry.is_forked:
             return
@@ -181,7 +181,7 @@ class OffloadedModel:
 
     save_pretrained = _refuse("save_pretrained", _NOT_ALL_HERE)
     push_to_hub = _refuse("push_to_hub", _NOT_ALL_HERE)
-    compile = _refuse("compile", "its experts come and go between kernels.")
+    compile = _refuse("compile", "its experts are loaded and evicted between kernels.")
     half = _refuse("half", _AS_LOADED)
     float = _refuse("float", _AS_LOADED)
     double = _refuse("double", _AS_LOADED)
@@ -203,11 +203,11 @@ class OffloadedModel:
         return self
 
     def cpu(self) -> Any:
-        """Nothing to do: it is there."""
+        """Return the model, which is on the CPU already."""
         return self.to("cpu")
 
     def train(self, mode: bool = True) -> Any:
-        """Evaluation mode only: an expert's slot is another expert's by the time gradients would be computed."""
+        """Refuse training mode: by the time of a backward pass, an expert's slot holds another expert."""
         if mode:
             raise RefusedError("A model with offloaded experts cannot be trained. Train it with transformers itself.")
         own: Any = super()
@@ -232,7 +232,7 @@ def handle_of(model: object) -> ForerouteHandle:
 def make_offloaded(model: PreTrainedModel, handle: ForerouteHandle) -> OffloadedModel:
     """Turn the model, in place, into an `OffloadedModel` of the same class name, with `foreroute` attached.
 
-    The same becomes of the models inside it that hold its MoE layers: they are called on their own too.
+    Inner models that hold its MoE layers are turned too, as users call them directly.
     """
     inside = [
         module
@@ -258,13 +258,13 @@ def _is_within(name: str, outer: str) -> bool:
 
 
 def _one_at_a_time(generate: Callable[..., Any]) -> Callable[..., Any]:
-    """transformers' generate() under the model's lock, and under that of an assistant."""
+    """Run transformers' generate() under the model's lock, and under that of an assistant."""
 
     @functools.wraps(generate)
     def waiting(self: Any, *args: Any, **kwargs: Any) -> Any:
         handle = self.foreroute
         other = getattr(kwargs.get("assistant_model"), "foreroute", handle)
-        # In one order for all: two models may be each other's assistants, in two threads.
+        # Always in one order: two models may be each other's assistants, in two threads.
         first, second = sorted((handle.entry, other.entry), key=id)
         with first.lock, second.lock:
             return generate(self, *args, **kwargs)

@@ -35,8 +35,8 @@ def check_store(store: PackedStore | None, stored: str) -> None:
     """
     if store is not None and store.codec != stored:
         raise DeviceError(
-            f"{store.codec} stores are packed for the CPU's products and are not there yet with experts on a GPU. Use "
-            "--packed no, or leave --device out."
+            f"{store.codec} stores are packed for the CPU's products and are not supported yet with experts on a GPU. "
+            "Use --packed no, or leave --device out."
         )
 
 

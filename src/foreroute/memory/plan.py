@@ -99,7 +99,7 @@ def plan_memory(
     return MemoryPlan(
         budget,
         slots,
-        staging_slots=slots.staging_slots if asked.prefetch != "none" or Policy.parse(asked.policy).stands_in else 0,
+        staging_slots=slots.staging_slots if asked.prefetch != "none" or Policy.parse(asked.policy).substitutes else 0,
         host_records=host_records(asked, host.available_ram(), experts.table) if has_host_tier else 0,
         kv_tokens=asked.kv_tokens or (DEVICE_KV_TOKENS if target.type == "cuda" or pages_itself else 0),
         kv_bytes_per_token=kv_bytes,

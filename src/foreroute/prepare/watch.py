@@ -14,7 +14,7 @@ from foreroute.model.experts import ExpertsForward
 from foreroute.model.residual import ResidualTap
 from foreroute.predict.base import RouterSample
 from foreroute.prepare.controls import Moment
-from foreroute.prepare.on_policy import StandIns
+from foreroute.prepare.on_policy import Substitutes
 
 # (moment, gate logits [tokens, experts] or None where the router returns none).
 MomentListener = Callable[[Moment, torch.Tensor | None], None]
@@ -60,17 +60,17 @@ class Watch:
         self._before = seen
         self._on_moment(moment, None if logits is None else logits[:, :width])
 
-    def without_missing(self, layer: int, compute: ExpertsForward, stand_ins: StandIns) -> ExpertsForward:
-        """Wrap `layer`'s `compute`: substitute what `stand_ins` calls missing; observe the true routing."""
+    def without_missing(self, layer: int, compute: ExpertsForward, substitutes: Substitutes) -> ExpertsForward:
+        """Wrap `layer`'s `compute`: replace missing experts by `substitutes`, and observe the true routing."""
 
         def forward(hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
             before = self._before
             self.observe(layer, hidden, ids, weights)
-            missing = stand_ins.missing(layer, before, ids)
+            missing = substitutes.missing(layer, before, ids)
             if missing is None:
                 return compute(hidden, ids, weights)
             total = compute(hidden, ids, weights.masked_fill(missing, 0))
-            return total + stand_ins.sum_of(layer, RouterSample(hidden, ids, weights * missing))
+            return total + substitutes.sum_of(layer, RouterSample(hidden, ids, weights * missing))
 
         return forward
 
@@ -88,11 +88,11 @@ def watching(
     model: OffloadedModel,
     on_moment: MomentListener,
     on_rows: RowsListener | None = None,
-    stand_ins: StandIns | None = None,
+    substitutes: Substitutes | None = None,
 ) -> Iterator[Watch]:
     """Observe a model; inside, `run` reports every MoE layer to `on_moment` and every expert's outputs to `on_rows`.
 
-    With `stand_ins` the model runs as under a policy that does not wait; the reported states are those of that run.
+    With `substitutes` the model runs as under a policy that does not wait; the reported states are those of that run.
 
     Memory: the samples of two neighbouring layers, and the gate logits of one.
     """
@@ -105,11 +105,11 @@ def watching(
         if layer.router is not None and layer.router.logits_at >= 0
     ]
     engine.expert_listener = on_rows
-    if stand_ins is None:
+    if substitutes is None:
         engine.routing_listener = watch.observe
         computing: AbstractContextManager[None] = nullcontext()
     else:
-        computing = handle.computing(partial(watch.without_missing, stand_ins=stand_ins))
+        computing = handle.computing(partial(watch.without_missing, substitutes=substitutes))
     try:
         with computing:
             yield watch

@@ -82,7 +82,7 @@ def order_of(eviction):
     return [eviction.pop() for _ in range(NUM_KEYS)]
 
 
-def test_a_layer_that_is_passed_gives_way_before_one_that_is_to_come():
+def test_a_layer_that_is_passed_is_evicted_before_one_that_is_to_come():
     eviction = Turns(WIDTH)
     eviction.reset(NUM_KEYS)
     eviction.touch([1])

@@ -38,7 +38,7 @@ def pauses(monkeypatch):
 
 @pytest.fixture
 def failing(monkeypatch):
-    """The next so many reads fail with this errno."""
+    """The next `times` reads fail with this errno."""
 
     def fail(code, times):
         real, left = os.preadv, [times]

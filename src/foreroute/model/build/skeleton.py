@@ -82,7 +82,7 @@ def outline(folder: Path, index: CheckpointIndex) -> Outline:
     """Build the model of `folder` on the meta device, and map its experts to the bytes of `index`.
 
     Raises:
-        UnsupportedModelError: the model is dense, its experts cannot be replaced, or it is no causal language model.
+        UnsupportedModelError: the model is dense, its experts cannot be replaced, or it is not a causal language model.
         CorruptCheckpointError: expert tensors are absent, or their shapes differ from the config.
     """
     if isinstance(index, GgufIndex):
@@ -232,7 +232,7 @@ def auto_class(folder: Path, config: Any) -> Any:
         if type(config) in found._model_mapping and issubclass(_candidate(found, config), GenerationMixin):
             return found
     raise UnsupportedModelError(
-        f"{folder}: {config.model_type} is no causal language model in transformers; foreroute runs those only."
+        f"{folder}: {config.model_type} is not a causal language model in transformers; foreroute runs those only."
     )
 
 

@@ -239,5 +239,5 @@ def _bias(asked: dict[str, float], most: int) -> dict[int, float]:
         raise not_possible("logit_bias", "The values of logit_bias must be within -100 and 100.")
     bias = {int(name): value for name, value in asked.items()}
     if len(bias) < len(asked):
-        raise not_possible("logit_bias", "logit_bias has a token more than once (a leading 0 is no other token).")
+        raise not_possible("logit_bias", "logit_bias has a token more than once (leading zeros do not count).")
     return bias
