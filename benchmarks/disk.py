@@ -24,7 +24,8 @@ import numpy as np
 import xxhash
 
 from benchmarks._harness import interleave, record, rounded, summary
-from foreroute.transfer import DiskTransfer, allocate_slots
+from foreroute.transfer.disk import DiskTransfer
+from foreroute.transfer.memory import allocate_slots
 from foreroute.types import Copy, ExpertReads, Read
 
 PART_BYTES = 768 * 2048 * 2
@@ -73,7 +74,7 @@ def unpacked_reads(path: str) -> Callable[[int], ExpertReads]:
 
 
 class Disk:
-    """The contenders; each run reads so many experts in a new random order and returns GB/s."""
+    """The contenders; each run reads `reads_per_run` experts in a new random order and returns GB/s."""
 
     def __init__(self, path: str, reads_per_run: int) -> None:
         self.path = path
@@ -151,7 +152,7 @@ class Disk:
 
 
 def compare(disk: Disk, num_threads: int, checksums: list[int], repeats: int) -> dict[str, list[float]]:
-    """GB/s of the bare loop and ours with so many reads at once, in turns."""
+    """GB/s of the bare loop and ours with `num_threads` reads at once, in turns."""
     ours = {
         "packed": packed_reads(disk.path, checksums),
         "packed_unchecked": packed_reads(disk.path, None),

@@ -29,7 +29,7 @@ from foreroute.errors import BudgetError
 from foreroute.report.offline import replay_belady, replay_eviction
 from foreroute.report.route import Route, pool_of, route_of
 from foreroute.report.trace_file import read_recording
-from foreroute.residency import Lfu, Lru, Turns
+from foreroute.residency.eviction import Lfu, Lru, Turns
 
 SHARES = ("12.5%", "25%", "50%")
 DECAYS = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.995)

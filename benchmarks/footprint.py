@@ -54,7 +54,7 @@ def main() -> None:
         "read_gb_per_s": stats.read_bytes / max(stats.read_s, 1e-9) / 1e9,
         "decode": {
             "hits": stats.decode.hits,
-            "late": stats.decode.late,
+            "late_hits": stats.decode.late_hits,
             "misses": stats.decode.misses,
             "demand_mb_per_token": stats.decode.demand_bytes / stats.decode.steps / 1e6,
             "prefetch_mb_per_token": stats.decode.prefetch_bytes / stats.decode.steps / 1e6,

@@ -105,7 +105,7 @@ class Switching:
             self.blocks.append(
                 Block(*((one - old) * 1e3 / self._length for one, old in zip(now, self._before, strict=True)))
             )
-            assert bool(self._pool.observers) == self._watcher.is_on, "who is not watched is told to nobody"
+            assert bool(self._pool.observers) == self._watcher.is_on, "without a viewer there are no observers"
             self._watcher.switch()
         self._left -= 1
         self._before = time.perf_counter(), time.thread_time(), time.process_time()

@@ -27,7 +27,7 @@ from typing import Any
 from benchmarks.spoilt_files import KINDS, Spoilt, spoil
 
 COMMANDS = ("generate", "plan", "pack", "serve", "load")
-# A run that takes so many times its limit by the clock is stopped.
+# A run that takes this many times its limit by the clock is stopped.
 _PATIENCE = 10
 _TEMPLATE = (
     "{%- for message in messages -%}{{ '<|' + message['role'] + '|>' + message['content'] }}{%- endfor -%}"

@@ -96,7 +96,7 @@ def main() -> None:
         shares = row["accuracy"].values()
         row["accuracy_mean"] = sum(shares) / len(shares) if shares else None
         print({key: row.get(key) for key in SHOWN}, flush=True)
-    result = {"model": asked.model.name, "fitted_to": asked.tokens, "rows": rows, "lru_without_guesses": plain}
+    result = {"model": asked.model.name, "fitted_to": asked.tokens, "rows": rows, "lru_without_prefetch": plain}
     _harness.record(name, _harness.rounded(result, 6), {})
 
 

@@ -1,11 +1,11 @@
-"""What guesses are worth in exact mode: misses that nothing had been done about, late ones, and the bytes they cost.
+"""What guesses are worth in exact mode: misses, late hits, and the bytes they cost.
 
     python -m benchmarks.prefetch models/foreroute-tiny [--memory 25% 50%] [--prompts 24] [--new-tokens 64]
 
 For every budget and eviction rule the same prompts (held-out text) are continued greedily without guesses, with the
 lookahead and with fitted predictors (fitted to the other half of the held-out text). A *miss* is a demanded expert
-whose load had not been issued when the router asked; a *late* one had been, and was still on its way. Tokens must be
-equal, or the benchmark fails. Whether a late one is late depends on the disk and on who else uses the machine; misses
+whose load had not been issued when the router asked; a *late hit*'s load was in flight. Tokens must be
+equal, or the benchmark fails. Whether a hit is late depends on the disk and on who else uses the machine; misses
 and bytes hardly do.
 """
 
@@ -52,7 +52,7 @@ def config_of(kind: str, eviction: str, sidecar: Path) -> EngineConfig:
     if kind == "none":
         return EngineConfig(prefetch="none", eviction=eviction)
     predictor = str(sidecar) if kind == "fitted" else "no"
-    # Decode alone is counted: what a guess in prefill brings in would be bytes that nobody sees.
+    # Decode alone is counted: bytes prefetched in prefill would not show.
     return EngineConfig(predictor=predictor, eviction=eviction, learn=False, prefetch_prefill="off")
 
 
@@ -71,10 +71,10 @@ def decode(model: Any, prompts: torch.Tensor, new_tokens: int) -> tuple[dict[str
     phase = stats.decode
     return {
         "misses": phase.misses / phase.tokens,
-        "late": phase.late / phase.tokens,
+        "late_hits": phase.late_hits / phase.tokens,
         "hits": phase.hits / phase.tokens,
         "demand_mb": phase.demand_bytes / phase.tokens / 1e6,
-        "guessed_mb": phase.prefetch_bytes / phase.tokens / 1e6,
+        "prefetch_mb": phase.prefetch_bytes / phase.tokens / 1e6,
         "stall_ms": 1e3 * phase.stall_s / phase.tokens,
         "ms_with_prefill": 1e3 * seconds / phase.tokens,
     }, tokens
@@ -111,9 +111,8 @@ def main() -> None:
                 base = runs["none"]
                 for entry in runs.values():
                     entry["misses_less_share"] = 1 - entry["misses"] / base["misses"] if base["misses"] else 0.0
-                    entry["more_bytes_share"] = (
-                        (entry["demand_mb"] + entry["guessed_mb"]) / base["demand_mb"] - 1 if base["demand_mb"] else 0.0
-                    )
+                    read_mb = entry["demand_mb"] + entry["prefetch_mb"]
+                    entry["more_bytes_share"] = read_mb / base["demand_mb"] - 1 if base["demand_mb"] else 0.0
                     print(memory, eviction, {key: round(value, 3) for key, value in entry.items()}, flush=True)
                 found[f"{memory} {eviction}"] = runs
     result = {"model": asked.model.name, "same_tokens": not different, "runs": found}

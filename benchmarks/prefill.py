@@ -64,7 +64,7 @@ def main() -> None:
             "ratio": statistics.median(ratios),
             "stall_s": {name: one.stall_s for name, one in stats.items()},
             "read_mb": {name: (one.demand_bytes + one.prefetch_bytes) / 1e6 for name, one in stats.items()},
-            "guessed_mb": stats["with"].prefetch_bytes / 1e6,
+            "prefetch_mb": stats["with"].prefetch_bytes / 1e6,
         }
         raw[str(length)] = times
         print(length, _harness.rounded(found[str(length)]), flush=True)

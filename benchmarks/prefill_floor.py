@@ -72,7 +72,7 @@ class Prompts:
         seconds = time.perf_counter() - started
         stats = model.foreroute.stats().minus(before).prefill
         if name in self.seen:
-            distinct = (stats.hits + stats.late + stats.misses) * model.foreroute.plan.expert_bytes
+            distinct = (stats.hits + stats.late_hits + stats.misses) * model.foreroute.plan.expert_bytes
             read = stats.demand_bytes + stats.prefetch_bytes
             self.seen[name].append({"read_bytes": read, "read_of_distinct": read / distinct, "stall_s": stats.stall_s})
         return seconds
@@ -130,7 +130,7 @@ def main() -> None:
         "memory": asked.memory,
         "tokens": asked.tokens,
         "threads": asked.threads,
-        "guesses": asked.prefetch_prefill,
+        "prefetch": asked.prefetch_prefill,
         "same_logits": is_same,
         "disk_gb_per_s": _harness.summary([rate / 1e9 for rate in figures["bytes_per_s"]]),
         "compute_floor_ms": _harness.summary([1e3 * seconds for seconds in figures["resident"]]),

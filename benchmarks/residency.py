@@ -16,8 +16,8 @@ from time import process_time
 import numpy as np
 
 from benchmarks._harness import interleave, record, rounded, summary
-from foreroute.residency import Lfu, Lru, Residency, Turns
-from foreroute.residency.eviction import Eviction
+from foreroute.residency.eviction import Eviction, Lfu, Lru, Turns
+from foreroute.residency.slots import Residency
 
 LAYERS, EXPERTS, TOP_K = 48, 128, 8
 RESIDENT_SHARE, RECALL = 0.25, 0.84
@@ -74,7 +74,7 @@ def run_route(steps: list[Step], eviction: Eviction, *, prefetch: bool) -> tuple
         "layers": (len(steps) - warm) * LAYERS,
         "keys_per_layer": demands / ((len(steps) - warm) * LAYERS),
         "miss_rate": 1 - (hits + late) / demands,
-        "late_rate": late / demands,
+        "late_hit_rate": late / demands,
         "prefetch_used": pool.prefetch_used - used,
         "prefetch_wasted": pool.prefetch_wasted - wasted,
     }

@@ -101,7 +101,7 @@ def missing_files(cell: Cell) -> list[str]:
 
 
 class Turns:
-    """Takes a lock file's lock for so many rounds in a row, then lets others have it; without a file: nothing."""
+    """Takes a lock file's lock for `rounds` rounds in a row, then lets others have it; without a file: nothing."""
 
     def __init__(self, path: Path | None, rounds: int) -> None:
         self._path = path

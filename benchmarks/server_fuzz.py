@@ -73,7 +73,7 @@ def main() -> None:
 
     from tests.server.process import serving
 
-    # A short context, so that an answer whose length nobody limited is short too.
+    # A short context, so that an answer without a length limit is short too.
     with serving("--ctx-size", "64", model=asked.model) as served:
         schema = schemathesis.openapi.from_url(f"{served.url}/openapi.json")
         began = time.perf_counter()

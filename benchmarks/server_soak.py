@@ -14,7 +14,7 @@ The context is kept short, so that the plan holds little that is never used and 
 minutes or more, memory may also not grow by more than 5 % after the first one. The process that renders chat templates
 is not counted.
 
-Given back: when all clients are gone, requests open, tokens of the KV cache in use, slots leased or borrowed, asyncio's
+Given back: when all clients are gone, requests open, tokens of the KV cache in use, slots pinned or borrowed, asyncio's
 tasks, threads and open files must be what they were when the server had answered its first requests. Threads of
 asyncio's pool, of which there are a fixed number, are left out: they come when they are first needed.
 
@@ -69,7 +69,7 @@ def tell(number, frame):
     held = {
         "requests": state.running + state.waiting,
         "kv_tokens": state.kv_blocks_used,
-        "slots_leased": sum(residency.state(key) == PINNED for key in range(keys)),
+        "slots_pinned": sum(residency.state(key) == PINNED for key in range(keys)),
         "slots_borrowed": len(residency._borrowed),
         "tasks": len(asyncio.all_tasks()),
         "threads": sum(not thread.name.startswith("asyncio_") for thread in threading.enumerate()),

@@ -1,4 +1,4 @@
-"""One rung of the ladder on one shape: a tier of so many slots, decoded under given routes, timed."""
+"""One rung of the ladder on one shape: a tier of a given number of slots, decoded under given routes, timed."""
 
 import statistics
 import time
@@ -13,9 +13,9 @@ import torch
 from benchmarks.gpu.routes import Routes
 from benchmarks.gpu.shapes import Shape
 from foreroute.device.build import assemble_tier
-from foreroute.device.graph_decoder import GraphDecoder
 from foreroute.device.tier import DeviceTier
 from foreroute.engine.approximation import Approximation
+from foreroute.generation.graph_decoder import GraphDecoder
 from foreroute.loading.step_entry import Bounds, StepEntry
 from foreroute.model.residual import ResidualTap
 from foreroute.predict.base import RouterSample, TokenGuess
@@ -154,11 +154,11 @@ def run(
             layer.experts.engine_forward = None
     moved = {name: (after[name] - before[name]) / steps for name in after}
     moved_bytes = (moved["misses"] + moved["prefetched"]) * shape.table.slot_bytes
-    demanded = moved["hits"] + moved["late"] + moved["misses"]
+    demanded = moved["hits"] + moved["late_hits"] + moved["misses"]
     return Measured(
         shape.name, routes.name, rung.name, tier.state.num_slots, statistics.median(seconds) * 1e3,
         min(seconds) * 1e3, max(seconds) * 1e3, moved_bytes / 1e6, moved_bytes / link_bytes_per_s * 1e3,
-        (moved["hits"] + moved["late"]) / demanded, decoder.is_captured,
+        (moved["hits"] + moved["late_hits"]) / demanded, decoder.is_captured,
     )  # fmt: skip
 
 

@@ -9,19 +9,19 @@ from typing import Any, get_args, get_type_hints
 
 from foreroute.errors import ForerouteError
 
-# A read of so few bytes waits for the disk longer than it moves them, so that two at once take little longer than one.
+# Reads up to this size take mostly latency, so that two at once take little longer than one.
 _SMALL_EXPERT_BYTES = 2**19
 # Fields whose text may be a path.
 _PATHS = ("predictor", "packed", "trace")
 
 
 def _option(default: Any, help_text: str, choices: tuple[str, ...] = (), *, is_ablation: bool = False) -> Any:
-    """A field with what its flag says of it; ablation switches are shown by --help-all only."""
+    """Make a field with its flag's help; ablation switches are shown by --help-all only."""
     return field(default=default, metadata={"help": help_text, "choices": choices, "is_ablation": is_ablation})
 
 
 def _check_type(name: str, value: Any, hint: Any) -> None:
-    """See that a field has a value of its type; a path stands for its text."""
+    """Check that a field has a value of its type; a path is accepted for its text."""
     kinds = get_args(hint) or (hint,)
     if isinstance(value, bool):
         fits = bool in kinds
@@ -167,7 +167,7 @@ class EngineConfig:
             raise ForerouteError(f"reader_threads is {self.reader_threads}; choose 1 to 16 (1 or 2 are enough).")
 
     def readers(self, slot_bytes: int) -> int:
-        """Threads that read experts of so many bytes while the model computes: as asked, else two for small ones."""
+        """Number of threads that read experts of `slot_bytes`: as asked, else two for small ones and one for large."""
         return self.reader_threads or (2 if slot_bytes <= _SMALL_EXPERT_BYTES else 1)
 
 
@@ -178,10 +178,11 @@ class Plan:
     num_slots slots of slot_bytes hold experts; where layers' experts differ in size, slot_bytes is the longest, and
     slot_classes says (bytes of a slot, number of slots) by length. total_slots would hold them all, in all_slot_bytes;
     token_demand_slots is what one token uses, in token_slot_bytes. expert_bytes are stored of an expert that a token
-    uses, on average. staging_slots are open to guesses. source says where experts are read from. host_records experts
-    fit host memory behind the slots; 0 where the disk is right behind them. Memory is kept for kv_tokens of keys and
-    values; kv_bytes_per_token is None where it was not measured. learning_bytes: the most that learning guesses takes.
-    threads are torch's, of which usable_cpus can run at once: fewer where a container's limit is below them.
+    uses, on average. staging_slots: the most that prefetched experts take before they are used. source: where experts
+    are read from. host_records: experts in host memory behind the slots; 0: only the disk is behind them. Memory is
+    reserved for kv_tokens of KV cache; kv_bytes_per_token is None where it was not measured. learning_bytes: the most
+    that the online learner takes. threads are torch's, of which usable_cpus can run at once (a container may limit
+    them).
     """
 
     folder: str

@@ -15,7 +15,7 @@
     ├── TraceError               a trace cannot be written, or read for a report
     ├── PromptError              the prompt cannot be run (empty, longer than the context)
     ├── ServerError              the server cannot be started like this (address, keys)
-    ├── QueueFullError           so many requests wait already that another one is not taken
+    ├── QueueFullError           the queue of requests is full
     ├── ContextLengthError       prompt and answer do not fit the context
     └── RefusedError             an operation that an offloaded model cannot do
 
@@ -81,7 +81,7 @@ class ChangedFileError(ReadError):
 
 
 class TraceError(ForerouteError):
-    """A trace cannot be written, or the file is no trace that a report can be made of."""
+    """A trace cannot be written, or the file is not a trace that a report can be made of."""
 
 
 class PromptError(ForerouteError):
@@ -93,7 +93,7 @@ class ServerError(ForerouteError):
 
 
 class QueueFullError(ForerouteError):
-    """So many requests wait already that another one is not taken."""
+    """The queue of requests is full."""
 
 
 class ContextLengthError(ForerouteError):

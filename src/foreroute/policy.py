@@ -49,7 +49,7 @@ class Policy:
         try:
             tau = float(rest)
         except ValueError:
-            raise PolicyError(f"Policy {text!r}: {rest!r} is no number. Write it as tolerance:0.1.") from None
+            raise PolicyError(f"Policy {text!r}: {rest!r} is not a number. Write it as tolerance:0.1.") from None
         return cls(name, tau)
 
     def __str__(self) -> str:
@@ -59,7 +59,7 @@ class Policy:
         return f"{self.name}:{short if float(short) == self.tau else repr(self.tau)}"
 
     @property
-    def stands_in(self) -> bool:
+    def substitutes(self) -> bool:
         """Whether some misses are substituted."""
         return self.name in (TOLERANCE, SPECULATIVE)
 
@@ -69,7 +69,7 @@ class Policy:
         return self.name == PAPER
 
 
-def stood_in(policy: Policy, weights: Sequence[float], misses: Sequence[int]) -> list[int]:
+def misses_to_substitute(policy: Policy, weights: Sequence[float], misses: Sequence[int]) -> list[int]:
     """Return which of a token's misses its policy substitutes.
 
     Greedy: the smallest first, while their gate mass is at most tau of the token's; ties by position.
@@ -101,7 +101,7 @@ def waited_for(
     policies: Sequence[Policy],
     routed: Sequence[Sequence[int]],
     weights: Sequence[Sequence[float]],
-    is_there: Callable[[int], bool],
+    is_resident: Callable[[int], bool],
 ) -> set[int]:
     """Return the missing experts that a step waits for. The other missing ones are substituted, in every token.
 
@@ -109,12 +109,12 @@ def waited_for(
 
     Args:
         policies: one per token. routed: the keys that each token's router chose; negative ones are no expert.
-        weights: their gate weights. is_there: whether a key is resident.
+        weights: their gate weights. is_resident: whether a key is resident.
     """
     waited: set[int] = set()
     for policy, keys, row in zip(policies, routed, weights, strict=True):
-        misses = [at for at, key in enumerate(keys) if key >= 0 and not is_there(key)]
+        misses = [at for at, key in enumerate(keys) if key >= 0 and not is_resident(key)]
         masses = [weight if key >= 0 else 0.0 for key, weight in zip(keys, row, strict=True)]
-        dropped = stood_in(policy, masses, misses)
+        dropped = misses_to_substitute(policy, masses, misses)
         waited.update(keys[at] for at in misses if at not in dropped)
     return waited

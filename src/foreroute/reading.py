@@ -100,7 +100,7 @@ def parse_object(
     Args:
         wrong: start of the message; the reason follows in parentheses, and then the advice.
     Raises:
-        error: it is no JSON object.
+        error: it is not a JSON object.
     """
     try:
         found = json.loads(raw.decode("utf-8"), parse_constant=_constant)

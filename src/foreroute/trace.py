@@ -15,7 +15,8 @@ from typing import Any, Protocol, TextIO
 
 from foreroute.errors import TraceError
 
-VERSION = 1
+# 2: `late_hits`, `substituted` and loads that are "deferred" were `late`, `stood_in` and "fill" before.
+VERSION = 2
 _JSON_LINES, _CHROME = ".jsonl", ".json"
 # The first bytes of a file of either kind: only such a file may be overwritten.
 _FIRST_BYTES = (b'{"event":"header"', b'[{"name":"foreroute"')
@@ -91,7 +92,7 @@ def open_trace(path: str | Path) -> Trace:
     """Open a trace at `path`: .jsonl for `foreroute replay`, .json for Perfetto. Replaces an older trace.
 
     Raises:
-        TraceError: another suffix, an existing file that is no trace, or one that cannot be written.
+        TraceError: another suffix, an existing file that is not a trace, or one that cannot be written.
     """
     path = Path(path)
     if path.suffix not in (_JSON_LINES, _CHROME):
@@ -100,7 +101,7 @@ def open_trace(path: str | Path) -> Trace:
         if path.exists() and path.stat().st_size:
             with path.open("rb") as older:
                 if not older.read(64).startswith(_FIRST_BYTES):
-                    raise TraceError(f"--trace {path}: that file is there, and is no trace. Choose another name.")
+                    raise TraceError(f"--trace {path}: that file exists and is not a trace. Choose another name.")
         # A path may hold bytes that are no text: written as an escape, which JSON has too.
         file = path.open("a", encoding="utf-8", errors="backslashreplace")
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -203,7 +204,7 @@ def chrome_events(event: dict[str, Any]) -> Iterator[dict[str, Any]]:
     elif kind in ("guess", "cancel", "evict"):
         yield _mark(event, f"{kind} layer {event['layer']} {event.get('expert', '')}".rstrip(), _POOL)
     elif kind == "governor":
-        yield {"name": "guessed share", "ph": "C", "ts": _us(event["t"]), "pid": 1, "args": {"share": event["share"]}}
+        yield {"name": "prefetch share", "ph": "C", "ts": _us(event["t"]), "pid": 1, "args": {"share": event["share"]}}
 
 
 def _us(seconds: float) -> float:

@@ -15,6 +15,19 @@ from typing import NamedTuple
 Progress = Callable[[int, int], None]
 NamedProgress = Callable[[str, int, int], None]
 
+# Unit of O_DIRECT's file offsets, lengths and addresses: the largest block size of common disks and file systems.
+BLOCK_BYTES = 4096
+
+
+def round_up(num_bytes: int, multiple: int = BLOCK_BYTES) -> int:
+    """The least multiple of `multiple` that is at least `num_bytes`."""
+    return -(-num_bytes // multiple) * multiple
+
+
+def round_down(num_bytes: int) -> int:
+    """The most whole blocks that are at most `num_bytes`, in bytes."""
+    return num_bytes // BLOCK_BYTES * BLOCK_BYTES
+
 
 class ExpertId(NamedTuple):
     """One expert: the MoE layer (0-based, counted over MoE layers only) and the expert's index in it."""

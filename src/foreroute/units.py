@@ -96,5 +96,5 @@ def parse_memory(memory: str | int, total_expert_bytes: int) -> int:
     else:
         wanted = number * _UNIT_BYTES[unit]
     if wanted < 1:
-        raise BudgetError(f"{memory!r} is no memory at all. {_ACCEPTED}")
+        raise BudgetError(f"{memory!r} is not an amount of memory. {_ACCEPTED}")
     return int(wanted)

@@ -93,7 +93,7 @@ def test_every_folder_of_the_package_is_one_that_git_and_the_wheel_have() -> Non
 
 def test_folders_can_be_looked_over() -> None:
     files = Counter(path.parent for path in PYTHON_FILES if path.name != "__init__.py")
-    # Of benchmarks/ and models/ each file is a program, beside others: nobody has to know them all.
+    # Of benchmarks/ and models/ each file is a program, independent of the others.
     rooms = {folder: count for folder, count in files.items() if name_of(folder).startswith(("src", "tests"))}
     assert {name_of(folder): count for folder, count in rooms.items() if count > MAX_FILES} == {}
 
@@ -146,7 +146,24 @@ def test_numbers_are_made_of_a_dtype_that_is_said(path: Path) -> None:
     assert not without_a_dtype(path.read_text())
 
 
+def models_of_any_type(source: str) -> list[int]:
+    """Lines whose `model`, an argument or a variable, is annotated as Any."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        named = isinstance(node, ast.arg) and node.arg == "model"
+        named |= isinstance(node, ast.AnnAssign) and ast.unparse(node.target).split(".")[-1] == "model"
+        if named and node.annotation is not None and ast.unparse(node.annotation) == "Any":
+            found.append(node.lineno)
+    return sorted(found)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_a_loaded_model_has_a_type(path: Path) -> None:
+    assert not models_of_any_type(path.read_text()), "OffloadedModel, or PreTrainedModel: see docs/structure.md"
+
+
 def test_the_rules_go_red() -> None:
+    assert models_of_any_type("def f(model: Any, n: Any):\n  self.model: Any = 0\n  model: list[Any] = 1\n") == [1, 2]
     assert without_a_dtype("torch.zeros(3)") == ["torch.zeros(3)"]
     assert not without_a_dtype("torch.zeros(3, dtype=torch.float32)")
     assert without_encoding("open(p)\np.open('w')\np.read_text()\np.write_text(x)\nopen(p, mode='r')") == [

@@ -331,7 +331,7 @@ class TestFewDescriptors:
         block = memoryview(map_memory(4096))
         files.read(paths[0], 0, block, 4096)
         with no_descriptor_left():
-            # One is closed for it: the one that nobody reads.
+            # One is closed for it: one that is not being read.
             files.read(paths[1], 0, block, 4096)
             with pytest.raises(ReadError, match=r"Too many open files; the limit is \d+ .*ulimit -n"):
                 BlockFiles(direct=False, stamps={paths[2]: source_files.FileStamp(0, 0, 0, 0)})

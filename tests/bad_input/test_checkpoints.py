@@ -144,7 +144,7 @@ class TestTheModel:
         from transformers import ViTConfig
 
         sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-        refused(saved(ViTConfig(image_size=32, **sizes)), UnsupportedModelError, "vit", "no causal language model")
+        refused(saved(ViTConfig(image_size=32, **sizes)), UnsupportedModelError, "vit", "not a causal language model")
 
     def test_unknown_to_transformers(self, refused, folder):
         edit_json(folder / "config.json", model_type="next_years_moe")
@@ -155,7 +155,7 @@ class TestTheModel:
         (folder / "mine.py").write_text("raise SystemExit('code of the checkpoint was run')")
         edit_json(folder / "config.json", model_type="mine", auto_map={"AutoConfig": "mine.MyConfig"})
         monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on the terminal"))
-        refused(folder, UnsupportedModelError, "mine", r"config\.json", "code of its own")
+        refused(folder, UnsupportedModelError, "mine", r"config\.json", "its own code")
 
 
 class TestTheFiles:

@@ -143,7 +143,7 @@ class TestConfig:
          ("eos_token_id", 2**62), ("eos_token_id", "</s>")],
     )  # fmt: skip
     def test_a_size_that_the_files_cannot_have(self, folder: Path, key: str, value: Any) -> None:
-        """Some made lists of 2**62 layers, or a model as large, before anybody looked."""
+        """Some made lists of 2**62 layers, or a model as large, before any check."""
         edit_json(folder / "config.json", **{key: value})
         refused(lambda: foreroute.load(folder), r"config\.json", str(value))
 

@@ -69,7 +69,7 @@ def assert_names(error, folder):
 def test_a_disk_that_fails_for_a_while(load, folder, expected, monkeypatch, good_reads, prefetch):
     model = load(folder, "50%", prefetch=prefetch)
     preadv, done = os.preadv, []
-    # Experts that are there from before are used, and read errors come later in the step.
+    # Resident experts are used, and read errors come later in the step.
     generate(model, new_tokens=2)
 
     def failing(*args):
@@ -274,7 +274,7 @@ def run_to_line(number, act):
     return seen
 
 
-def test_a_guess_that_fails_in_prefill_is_no_error(load, folder, expected, monkeypatch):
+def test_a_prefetch_that_fails_in_prefill_is_no_error(load, folder, expected, monkeypatch):
     model = load(folder, "50%", prefetch_prefill="on")
     transfer = model.foreroute.engine.pool.transfer
     guessed, failed = set(), []
@@ -293,7 +293,7 @@ def test_a_guess_that_fails_in_prefill_is_no_error(load, folder, expected, monke
     monkeypatch.setattr(transfer, "prefetch", noting)
     monkeypatch.setattr(transfer, "completed", lambda: spoilt(completed()))
     monkeypatch.setattr(transfer, "wait", lambda: spoilt(wait()))
-    # A late guess in decode is waited for, and its failure is one: prefill alone.
+    # A late hit in decode is waited for, and its failure is an error: prefill alone.
     generate(model, THREE_PROMPTS, 1)
     assert failed
     monkeypatch.undo()

@@ -233,7 +233,7 @@ class TestNotToTheEnd:
         """And the message says that nothing done is lost."""
         path = made(folder)
         path.replace(partial_path(path))
-        with pytest.raises(StoreError, match=r"is not there. Make it with .*--quant int4`. That goes on"):
+        with pytest.raises(StoreError, match=r"does not exist. Make it with .*--quant int4`. That continues"):
             load(folder, packed="int4")
 
     def test_two_at_once(self, folder):

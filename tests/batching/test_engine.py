@@ -167,7 +167,7 @@ def test_what_several_rows_want_is_demanded_once(tiny, tokenizer, engine_of):
     for heard in [ask(engine, ids) for ids in prompts_of(tokenizer, 8)]:
         heard.wait()
     decode = tiny.foreroute.stats().minus(before).decode
-    demanded = decode.hits + decode.late + decode.misses
+    demanded = decode.hits + decode.late_hits + decode.misses
     assert 0 < demanded < 0.8 * decode.tokens * tiny.foreroute.plan.top_k[0] * tiny.foreroute.plan.num_layers
     assert decode.misses == decode.demand_loads
 
@@ -287,7 +287,7 @@ def test_an_error_ends_the_step_and_not_the_engine(tiny, tokenizer, engine_of, m
     assert engine.state().kv_blocks_used == 0
 
 
-def test_an_error_between_steps_leaves_nobody_waiting(tiny, tokenizer, engine_of, monkeypatch):
+def test_an_error_between_steps_leaves_no_request_waiting(tiny, tokenizer, engine_of, monkeypatch):
     engine = engine_of(tiny, max_num_seqs=2)
     expected = ask(engine, [5] * 8, 8).wait().tokens
 
@@ -347,7 +347,7 @@ def test_who_comes_while_others_are_looked_through_breaks_nothing(tiny, tokenize
     assert [heard.wait().end.reason for heard in more] == ["length"] * len(more)
 
 
-def test_an_empty_prompt_is_refused_and_ends_nobody_else(tiny, tokenizer, engine_of):
+def test_an_empty_prompt_is_refused_and_ends_no_other_request(tiny, tokenizer, engine_of):
     engine = engine_of(tiny, max_num_seqs=2)
     other = ask(engine, [5] * 8, 30)
     with pytest.raises(PromptError, match="empty"):

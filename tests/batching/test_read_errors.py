@@ -97,7 +97,7 @@ def test_who_needs_it_fails_and_the_others_go_on(asked, engine_of, phase):
     possible = (in_prompts if phase == "prefill" else in_tokens - in_prompts) - first
     bad = max(possible, key=lambda key: (-sum(key in one for one in wants), key))
     fails = [bad in one for one in wants]
-    assert 0 < sum(fails) < len(fails), "all want it, or nobody: the test shows nothing"
+    assert 0 < sum(fails) < len(fails), "all demand it, or none: the test shows nothing"
     # Nothing of the prompts is kept, and the bad one is not in memory.
     engine._kept.clear()
     model.foreroute.engine.pool.residency.clear()
@@ -117,7 +117,7 @@ def test_who_needs_it_fails_and_the_others_go_on(asked, engine_of, phase):
 
 
 @pytest.mark.parametrize("every", [3, 11])
-def test_a_passing_error_ends_nobody(asked, engine_of, every):
+def test_a_transient_error_ends_no_request(asked, engine_of, every):
     """Each time that the disk fails it is well again when rows are computed one by one."""
     model, prompts = asked
     engine, reads = engine_of(model), 0
@@ -197,9 +197,9 @@ def test_what_a_layer_takes_back_was_never_there(window):
         before, end = held(), layer._end
         add(*new)
         # The other one was not reached by the step.
-        other.take_back()
-        layer.take_back()
-        layer.take_back()
+        other.undo_step()
+        layer.undo_step()
+        layer.undo_step()
         rows.set(rows.had)
         assert [torch.equal(*pair) for pair in zip(before, held(), strict=True)] == [True] * len(before)
         assert layer.get_seq_length() == max(rows.had)

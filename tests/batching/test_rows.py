@@ -53,7 +53,7 @@ class Tape:
         assert before + most == max(map(len, self.rows)) == width + first
         for states, sign in zip(found, (1, -1), strict=True):
             assert states.shape[:3] == (len(news), HEADS, width)
-            assert states.isfinite().all(), "padding is multiplied, though by nought"
+            assert states.isfinite().all(), "padding is multiplied, though by zero"
             for at, num in enumerate(news):
                 # Of a window, what the row's first new token sees, and what comes after it.
                 seen = len(self.rows[at]) if self.window is None else min(num + self.window - 1, len(self.rows[at]))
@@ -106,7 +106,7 @@ def test_every_row_keeps_its_own(window, events):
         tape.check_rows()
 
 
-def test_memory_is_let_go():
+def test_memory_is_freed():
     tape = Tape(None)
     tape.join(3)
     tape.join(4000)
@@ -121,7 +121,7 @@ def test_memory_is_let_go():
 
 
 def test_a_row_comes_where_a_longer_one_has_left():
-    """Longer than the rows that are there, shorter than what one before them had."""
+    """Longer than the current rows, shorter than what one before them had."""
     tape = Tape(None)
     tape.join(400)
     tape.join(10)
@@ -147,7 +147,7 @@ def tiny():
 
 
 def test_padding_is_computed_by_no_expert(tiny: Any):
-    """Nor does anybody learn from it; the real tokens are what they are alone."""
+    """Nor does the learner learn from it; the real tokens are what they are alone."""
     engine, routed = tiny.foreroute.engine, []
     width = tiny.foreroute.plan.num_experts
     learner_rows: list[int] = []
@@ -167,8 +167,8 @@ def test_padding_is_computed_by_no_expert(tiny: Any):
     assert len(learner_rows) > 0, "without padding it sees"
 
 
-def test_what_another_row_left_is_multiplied_by_nobody(tiny: Any):
-    """A place that is used again may have held what is no number."""
+def test_what_another_row_left_changes_no_row(tiny: Any):
+    """A place that is used again may have held NaN."""
     cache = RowsCache(tiny)
     cache.arrange([], [(None, 0)] * 3)
     cache.step([[7] * 30, [5, 6, 9], [4] * 30], "prefill")
@@ -209,15 +209,15 @@ def test_rows_are_taken_over_without_a_second_copy(tiny: Any):
     prompts.arrange([], [(None, 0)] * 2)
     prompts.step([[5, 6, 7], [8, 9]], "prefill")
     keys = prompts._cache.layers[0].keys
-    decoding.take_over(prompts, [0, 1])
+    decoding.append_from(prompts, [0, 1])
     assert decoding._cache.layers[0].keys is keys, "nothing was there: not even a copy"
     assert (decoding.lengths, prompts.lengths) == ([3, 2], [])
     prompts.arrange([], [(None, 0)] * 2)
     prompts.step([[15, 16], [17, 18, 19, 20]], "prefill")
-    decoding.take_over(prompts, [1])
+    decoding.append_from(prompts, [1])
     assert (decoding.lengths, prompts.lengths) == ([3, 2, 4], [2, 4])
     prompts.arrange([0], [])
-    decoding.take_over(prompts, [0])
+    decoding.append_from(prompts, [0])
     assert all(layer.keys is None for layer in prompts._cache.layers)
     logits = decoding.step([[11]] * 4, "decode")[:, -1]
     for row, ids in enumerate(([5, 6, 7], [8, 9], [17, 18, 19, 20], [15, 16])):

@@ -1,4 +1,4 @@
-"""The engine that answers one by one: texts that end an answer, draws, and requests that are given up."""
+"""The engine that answers one by one: texts that end an answer, draws, and requests that are cancelled."""
 
 import threading
 from collections.abc import Callable
@@ -68,9 +68,9 @@ def draws(model: Any, logits: list[float], count: int = 200, **asked: Any) -> li
 
 
 @pytest.mark.parametrize("temperature", [1e-8, 1e-10, 1e-40, 5e-324])
-def test_a_temperature_next_to_nought_takes_the_likeliest(model: Any, temperature: float) -> None:
+def test_a_temperature_near_zero_takes_the_likeliest(model: Any, temperature: float) -> None:
     assert set(draws(model, [3.0, 2.0, 40.0, -9.0], temperature=temperature)) == {2}
-    # And those that are as likely, by chance: nought itself takes the first.
+    # And those that are as likely, by chance: zero itself takes the first.
     assert set(draws(model, [3.0, 40.0, 40.0, -9.0], temperature=temperature)) == {1, 2}
     # After the least penalty that a request may have.
     assert set(draws(model, [80.0, -80.0], 1, temperature=temperature, repetition_penalty=0.01)) == {0}
@@ -94,7 +94,7 @@ def test_draws(model: Any) -> None:
 
 def test_what_a_request_leaves_open_the_model_says(model: Any, own: Callable[..., None]) -> None:
     wide = [2.0 - at / 100 for at in range(80)]
-    assert len(set(draws(model, wide, 2000))) > 50, "transformers' own top_k of 50 is not asked for by anybody"
+    assert len(set(draws(model, wide, 2000))) > 50, "transformers' default top_k of 50 does not apply"
     own(do_sample=True, temperature=0.5, top_k=2)
     assert set(draws(model, wide, temperature=None)) == {0, 1}
     assert draws(model, wide, temperature=None, top_k=2) == draws(model, wide, temperature=None)

@@ -39,12 +39,12 @@ def test_every_rung_of_every_budget_and_batch(tiny, run, tmp_path):
     tokens = found["budgets"][0]["tests"][1]["rungs"]
     assert tokens["on-demand"]["miss_rate"] == 1
     assert 0 < tokens["cache"]["hit_rate"] < 1
-    assert tokens["prefetch"]["speculative_mb_per_token"] > 0
+    assert tokens["prefetch"]["prefetch_mb_per_token"] > 0
     assert tokens["oracle"]["miss_rate"] == 0
-    assert tokens["oracle"]["speculative_wasted_mb_per_token"] == 0
+    assert tokens["oracle"]["prefetch_wasted_mb_per_token"] == 0
     assert tokens["resident"]["hit_rate"] == 1
     bound = tokens["belady"]["demand_mb_per_token"]
-    moved = [rung["demand_mb_per_token"] + rung["speculative_mb_per_token"]
+    moved = [rung["demand_mb_per_token"] + rung["prefetch_mb_per_token"]
              for name, rung in tokens.items() if name not in ("belady", "resident")]  # fmt: skip
     assert 0 < bound <= min(moved)
     # 2 budgets x 6 rungs and 1 x 1, of 2 batches x 2 prompts, three times.

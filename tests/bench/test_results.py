@@ -43,9 +43,9 @@ def seen() -> Measurements:
         run_of(ON_DEMAND, 0, 90.0, 90.0, misses=99), run_of(CACHE, 0, 90.0, 90.0, misses=99),
         run_of(ON_DEMAND, 1, 2.0, 0.4, misses=4, demand_bytes=4000, stall_s=1.0),
         run_of(ON_DEMAND, 2, 2.0, 0.8, misses=4, demand_bytes=4000, stall_s=3.0),
-        run_of(CACHE, 2, 1.0, 0.4, hits=2, late=1, misses=1, demand_bytes=1000, prefetch_bytes=3000, prefetch_used=2,
-               prefetch_wasted=1),
-        run_of(CACHE, 1, 1.0, 0.1, hits=3, late=0, misses=1, demand_bytes=1000),
+        run_of(CACHE, 2, 1.0, 0.4, hits=2, late_hits=1, misses=1, demand_bytes=1000, prefetch_bytes=3000,
+               prefetch_used=2, prefetch_wasted=1),
+        run_of(CACHE, 1, 1.0, 0.1, hits=3, late_hits=0, misses=1, demand_bytes=1000),
     ]  # fmt: skip
     plans = {("50%", name): PLAN for name in (ON_DEMAND, CACHE)}
     disk = Bandwidth(bytes_per_s=10_000.0, expert_ms=1.0, num_experts=1, num_reads=1, elapsed_s=1.0, is_direct=True)
@@ -67,9 +67,9 @@ def test_tokens_of_all_rows_count_and_the_run_that_warms_up_does_not(settled, se
     assert on_demand["cold_tokens_per_s"] == pytest.approx(2 / 90)
     assert on_demand["demand_mb_per_token"] == pytest.approx(8000 / 16 / 1e6)
     assert on_demand["stall_ms_per_step"] == pytest.approx(4000 / 8)
-    assert (cache["hit_rate"], cache["late_rate"], cache["miss_rate"]) == (5 / 8, 1 / 8, 2 / 8)
-    assert cache["speculative_used_mb_per_token"] == pytest.approx(2000 / 16 / 1e6)
-    assert cache["speculative_wasted_mb_per_token"] == pytest.approx(1000 / 16 / 1e6)
+    assert (cache["hit_rate"], cache["late_hit_rate"], cache["miss_rate"]) == (5 / 8, 1 / 8, 2 / 8)
+    assert cache["prefetch_used_mb_per_token"] == pytest.approx(2000 / 16 / 1e6)
+    assert cache["prefetch_wasted_mb_per_token"] == pytest.approx(1000 / 16 / 1e6)
 
 
 def test_a_rung_is_compared_with_the_one_below_within_a_round(settled, seen):

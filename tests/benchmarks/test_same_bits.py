@@ -101,7 +101,7 @@ def test_engines_of_a_round_go_forwards_and_backwards(model: Path, monkeypatch: 
     assert kept == [5, 9]
 
 
-def test_the_lock_is_let_go_between_turns(tmp_path: Path) -> None:
+def test_the_lock_is_released_between_turns(tmp_path: Path) -> None:
     lock = tmp_path / "lock"
 
     def is_free() -> bool:

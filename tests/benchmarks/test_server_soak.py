@@ -4,7 +4,7 @@ import pytest
 
 from benchmarks.server_soak import faults
 
-HELD = {"requests": 0, "slots_leased": 0, "tasks": 2, "threads": 4, "files": 11}
+HELD = {"requests": 0, "slots_pinned": 0, "tasks": 2, "threads": 4, "files": 11}
 SERVED = {"reads 200": 5, "leaves 0": 1, "leaves 200": 3, "slow 200": 3, "slow 429": 2}
 GOOD = {
     "answers": SERVED, "rss_peak_bytes": 1050, "plan_bytes": 1000,

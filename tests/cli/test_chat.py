@@ -88,7 +88,7 @@ def test_a_chat_is_kept_and_gone_on_with(chat, tmp_path: Path) -> None:
     [
         (None, "cannot be read"),
         ("hello", "it is not JSON"),
-        ("[1]", "no saved chat"),
+        ("[1]", "not a saved chat"),
         ('{"format": "foreroute-chat", "version": 9}', "another version"),
         ('{"format": "foreroute-chat", "version": 1, "messages": [{"role": "cat"}]}', "message 1 has no role"),
         ('{"format": "foreroute-chat", "version": 1, "messages": [], "settings": {"x": 1}}', "no setting 'x'"),

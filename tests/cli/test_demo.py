@@ -45,11 +45,11 @@ def test_verdicts(tokenizer, ours: list[int], expected: list[int], verdict: str)
 
 
 def test_a_run_in_which_nothing_happened_proves_nothing(run, tiny: Path) -> None:
-    # One new token: no decode step, so no guess can be used.
+    # One new token: no decode step, so no prefetch can be used.
     ran = run("demo", "hello", "--model", tiny, "--threads", "1", "--max-new-tokens", "1")
     assert ran.code == 1
     assert "yes (1 of 1)" in ran.out
-    assert "no guess was used" in ran.out
+    assert "no prefetch was used" in ran.out
 
 
 def test_everything_in_memory_has_nothing_to_evict(run, tiny: Path) -> None:

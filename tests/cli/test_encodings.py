@@ -77,7 +77,7 @@ def test_a_path_that_is_no_text(tiny: Path, tmp_path: Path) -> None:
     folder = os.fsencode(tmp_path) + b"/mod\xe8le"
     is_one_line(start("plan", folder), "mod\\udce8le", "not a folder")
     os.symlink(tiny, folder)
-    is_one_line(start("plan", folder), "mod\\udce8le", "no text in this locale", "LC_ALL")
+    is_one_line(start("plan", folder), "mod\\udce8le", "not text in this locale", "LC_ALL")
 
 
 def test_an_argument_is_taken_for_utf8() -> None:

@@ -29,7 +29,9 @@ def test_text_goes_to_stdout_and_figures_to_stderr(run, tiny: Path, tokenizer) -
     _, text = resident_text(tiny, tokenizer, tokenizer.encode("hello"), 20)
     assert text
     assert ran.out == text + "\n"
-    for name in ("TTFT", "TPOT", "tokens/s", "hits", "late", "misses", "MB/token", "stall", "evictions", "peak RSS"):
+    for name in (
+        "TTFT", "TPOT", "tokens/s", "hits", "late hits", "misses", "MB/token", "stall", "evictions", "peak RSS",
+    ):  # fmt: skip
         assert name in ran.err
     assert f"16 of {NUM_LAYERS * NUM_EXPERTS} experts" in ran.err
     assert max(map(len, ran.err.splitlines())) <= 80
@@ -46,15 +48,15 @@ def test_json_is_one_object_with_units_in_its_names(run, tiny: Path, tokenizer) 
     assert (ran.code, ran.err) == (0, "")
     ids, text = resident_text(tiny, tokenizer, tokenizer.encode("hello"), 20)
     answer = ran.json
-    assert set(answer) == {"model", "text", "finish_reason", "loop", "guess_why", "token_ids", "figures", "plan"}
+    assert set(answer) == {"model", "text", "finish_reason", "loop", "prefetch_why", "token_ids", "figures", "plan"}
     assert (answer["text"], answer["token_ids"], answer["finish_reason"]) == (text, ids, "length")
     found = answer["figures"]
     assert (found["prompt_tokens"], found["new_tokens"]) == (5, 20)
     assert all(found[name] > 0 for name in ("ttft_s", "tpot_ms", "tokens_per_s", "prefill_tokens_per_s", "evictions"))
     assert all(
         isinstance(found[name], int | float)
-        for name in ("hit_rate", "demand_mb_per_token", "speculative_mb_per_token", "speculative_used_mb_per_token",
-                     "speculative_wasted_mb_per_token", "stall_ms_per_token", "prefetch_used", "peak_rss_bytes")
+        for name in ("hit_rate", "demand_mb_per_token", "prefetch_mb_per_token", "prefetch_used_mb_per_token",
+                     "prefetch_wasted_mb_per_token", "stall_ms_per_token", "prefetch_used", "peak_rss_bytes")
     )  # fmt: skip
     assert answer["plan"]["num_slots"] == 16
 

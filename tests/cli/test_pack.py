@@ -16,7 +16,7 @@ def test_a_store_beside_the_checkpoint_is_found_by_itself(run, copied: Path) -> 
     ran = run("pack", copied)
     assert ran.code == 0, ran.err
     assert f"Wrote {copied / STORE_NAME}: {SIZE}" in ran.out
-    assert "used by itself" in ran.out
+    assert "used automatically" in ran.out
     assert "packing" in ran.err
     packed = run("generate", copied, "hello", "--json", "--memory", "25%", "--max-new-tokens", "5", "--threads", "1")
     plain = run("generate", copied, "hello", "--json", "--memory", "25%", "--max-new-tokens", "5", "--threads", "1",
@@ -39,7 +39,7 @@ def test_a_complete_store_is_left_alone(run, copied: Path) -> None:
         "store_bytes": (copied / STORE_NAME).stat().st_size,
         "experts": NUM_LAYERS * NUM_EXPERTS,
         "codec": "stored",
-        "was_there": False,
+        "existed": False,
         "found_automatically": True,
         "layer_errors": None,
         "quality": None,

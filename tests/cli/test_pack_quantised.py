@@ -32,7 +32,7 @@ def test_a_pack_is_priced_on_text(run, copied: Path, text: Path) -> None:
     # A store that is there is priced, and not packed again.
     before = (copied / store_name("int4")).stat().st_mtime_ns
     again = run("pack", copied, "--quant", "int4", "--text", text, *SHORT, "--json")
-    assert again.json["was_there"]
+    assert again.json["existed"]
     assert (copied / store_name("int4")).stat().st_mtime_ns == before
     found = again.json["quality"]
     assert again.err == ""

@@ -77,7 +77,7 @@ def test_the_cache_is_measured_without_experts(tiny: Path) -> None:
     model = foreroute.load(tiny, "50%")
     expected = kv_bytes_per_token(model)
     slow = SlowLayers(model, 1.0)
-    assert planned_kv_bytes_per_token(model) == expected > 0
+    assert planned_kv_bytes_per_token(model, model.foreroute.plan, model.foreroute.layers) == expected > 0
     assert slow.num_computed == 0
     kv_bytes_per_token(model)
     assert slow.num_computed == 2 * NUM_LAYERS, "and experts are computed again afterwards"

@@ -74,7 +74,7 @@ def test_a_kept_partial_file_is_continued(copied: Path, run, tmp_path: Path) -> 
     process = start("pack", copied, "--keep-partial", before=SLOW_WRITES)
     _, err = interrupt_when(process, partial_path(copied / STORE_NAME))
     assert process.returncode == 130, err
-    assert "goes on there" in err
+    assert "continues there" in err
     assert partial_path(copied / STORE_NAME).exists()
 
     resumed = run("pack", copied)

@@ -128,7 +128,7 @@ class TestTheSame:
         assert "40 of 40" in ran.out
         assert "what transformers gives with every expert in memory" in ran.out
         ran = run("verify", folder, "--reference", "on-demand", *FAST)
-        assert "Cache, eviction, guesses and packed store change nothing" in ran.out
+        assert "Cache, eviction, prefetches and packed store change nothing" in ran.out
 
 
 class TestFaults:
@@ -201,7 +201,7 @@ class TestFaults:
         monkeypatch.setattr(Residency, "demand", lying)
         first = verified("qwen3_moe", expect=1)["first_difference"]
         assert (first["moe_layer"], first["experts"]) == (LAYER, [EXPERT])
-        assert "it was computed from a slot that was filled for expert" in first["reasons"][0]
+        assert "it was computed from a slot that was loaded for expert" in first["reasons"][0]
 
     def test_maths(self, verified, monkeypatch):
         """Not a slot's fault: nothing else is left."""
@@ -320,10 +320,10 @@ class TestMemory:
         assert ran.code == 2
         assert "Raise --memory" in ran.err
 
-    def test_a_run_in_which_nothing_was_guessed_says_so(self, run, checkpoints):
+    def test_a_run_in_which_nothing_was_prefetched_says_so(self, run, checkpoints):
         ran = run("verify", checkpoints.get("qwen3_moe"), "--tokens", "1", "--threads", "1")
         assert ran.code == 0, ran.err
-        assert "no guess was used: this run proves little" in ran.out
+        assert "no prefetch was used: this run proves little" in ran.out
 
 
 class TestBadInput:

@@ -103,7 +103,7 @@ def test_a_model_that_is_loaded(module: Any, tasks: Path, load: Any) -> None:
     with pytest.raises(EvaluationError, match="no task called local_chess"):
         module.run_lm_eval(model, tokenizer, ["local_chess"], tasks)
     (tasks / "local_sums.jsonl").unlink()
-    with pytest.raises(EvaluationError, match="local_sums cannot be had"):
+    with pytest.raises(EvaluationError, match="local_sums cannot be loaded"):
         module.run_lm_eval(model, tokenizer, ["local_sums"], tasks)
 
 
@@ -157,7 +157,7 @@ def test_lm_eval_is_told_what_was_confirmed(
     ("command", "autoload"), [("lm_eval", "1"), ("foreroute.evals.lm_eval", "0")], ids=["lm_eval", "ours"]
 )
 def test_the_command_line(tasks: Path, command: str, autoload: str) -> None:
-    """lm-eval's own command finds the model type through torch; where torch calls nobody, ours registers it."""
+    """lm-eval's own command finds the model type through torch; where torch calls none, ours registers it."""
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TORCH_DEVICE_BACKEND_AUTOLOAD": autoload}
     model_args = f"pretrained={demo.find_model()},dtype=float32,memory=50%,prefetch=none"
     done = subprocess.run(

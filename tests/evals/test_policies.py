@@ -207,5 +207,4 @@ def test_what_nothing_beats() -> None:
 
 def test_the_mean_over_tasks() -> None:
     assert mean_accuracy({"accuracy": {"a": 1.0, "b": 0.5}}) == 0.75
-    assert mean_accuracy({"accuracy": {"a": 1.0, "b": 0.5}}, ["b"]) == 0.5
     assert mean_accuracy({"accuracy": {}}) is None

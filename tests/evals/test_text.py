@@ -68,7 +68,7 @@ def test_the_file_is_read_back_and_others_are_refused(tmp_path: Path) -> None:
     unequal = [whole % pair for pair in (('{"a": "b"}', "{}"), ("{}", "{}"), ("[]", "[]"), ('{"a": "b"}', '{"a": 0}'))]
     for content in ("{}", "[]", "not json", '{"format": 2}', '{"format": 1, "texts": {}}', *unequal):
         (tmp_path / "bad.json").write_text(content)
-        with pytest.raises(EvaluationError, match=r"bad\.json is no file of held-out text"):
+        with pytest.raises(EvaluationError, match=r"bad\.json is not a file of held-out text"):
             read_held_out(tmp_path / "bad.json")
 
 

@@ -7,7 +7,7 @@ _HEAD = """# Families
 
 Model types of transformers {version} whose experts go through its shared experts interface. Each that works is proven
 by `pytest tests/families`: a tiny random model, experts evicted, the tokens and fp32 logits of transformers' own, bit
-for bit, and experts fetched on guesses unless noted. Multimodal types run on text. *At once*: whether requests to
+for bit, and experts prefetched unless noted. Multimodal types run on text. *At once*: whether requests to
 `serve` share steps, each within 1e-4 of what it is alone (fp32). This file is made by
 `python -m tests.families.report > docs/families.md`.
 """

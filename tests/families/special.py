@@ -46,7 +46,7 @@ _INKLING2_LOOP = (
 
 # Why a model type cannot work, each of them refused before work starts (test_families.py).
 CANNOT: dict[str, str] = {
-    "diffusion_gemma": "it writes by diffusion, many tokens at a time: no causal language model",
+    "diffusion_gemma": "it writes by diffusion, many tokens at a time: not a causal language model",
     "ernie4_5_vl_moe": "its text and vision experts are stored as one and split while loading",
     "inkling2_loop": _INKLING2_LOOP,
     "inkling2_loop_text": _INKLING2_LOOP,

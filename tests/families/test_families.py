@@ -37,7 +37,7 @@ def test_family(tmp_path: Path, family: Family, record_property: Callable[[str, 
     routes_itself = all(layer.router is None for layer in layers)
     assert not routes_itself or family.model_type in ROUTE_THEMSELVES, "the probe finds no router"
     if not routes_itself and family.model_type not in UNGUESSED:
-        assert stats.decode.prefetch_loads > 0, "no expert was fetched on a guess"
+        assert stats.decode.prefetch_loads > 0, "no expert was prefetched"
     record_property("family", family.module)
 
 
@@ -52,7 +52,7 @@ def test_refused(tmp_path: Path, family: Family) -> None:
     else:
         save_tiny(family, folder)
     with pytest.raises(
-        ForerouteError, match="no causal language model" if family.model_type in WRITE_NO_TEXT else None
+        ForerouteError, match="not a causal language model" if family.model_type in WRITE_NO_TEXT else None
     ):
         load_tight(folder)
 

@@ -77,7 +77,7 @@ class Written:
 
 
 def random_q4_k(rows: int, columns: int, generator: np.random.Generator) -> np.ndarray:
-    """Valid blocks that nobody quantised: small scales, the rest at random."""
+    """Valid blocks, not quantised from numbers: small scales, the rest at random."""
     blocks = generator.integers(0, 256, (rows * columns // 256, 144), dtype=np.uint8)
     scales = generator.uniform(0.0005, 0.002, (len(blocks), 2)).astype(np.float16)
     scales[:, 1] *= 7  # the offset: the middle of 0 .. 15

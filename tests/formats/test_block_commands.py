@@ -104,6 +104,9 @@ def test_requests_may_share_steps_and_blocks_are_counted_once(
     checkpoint = open_checkpoint(made.path, None, "no")
     assert dense_nbytes_at_load(EngineConfig(), checkpoint, torch.device("cpu")) == dense_nbytes(model)
     monkeypatch.setattr(serving, "mappings", lambda: [Mapping(range(0), "", 2**30)])
-    ours, theirs = (serving.serving_needs(one, 64) for one in (model, apart))
+    ours, theirs = (
+        serving.serving_needs(one, one.foreroute.plan, one.foreroute.layers, one.foreroute.engine.pool.residency, 64)
+        for one in (model, apart)
+    )
     assert ours.dense_bytes == dense_nbytes(model)
     assert ours.dense_bytes + ours.working_bytes == theirs.dense_bytes + theirs.working_bytes

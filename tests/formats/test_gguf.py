@@ -327,7 +327,7 @@ def test_damage_is_named(written: Writing, tmp_path: Path, load: Callable[..., A
     with pytest.raises(CorruptCheckpointError, match="Download it again"):
         load(tmp_path / "cut.gguf")
     (tmp_path / "other.gguf").write_bytes(b"not a GGUF file at all, but long enough to be one" * 10)
-    with pytest.raises(CorruptCheckpointError, match="no whole GGUF file"):
+    with pytest.raises(CorruptCheckpointError, match="not a complete GGUF file"):
         load(tmp_path / "other.gguf")
 
 

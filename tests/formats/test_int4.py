@@ -63,8 +63,8 @@ def test_a_last_group_of_fewer_columns(checkpoints, references, load, tmp_path, 
 
 
 @pytest.mark.parametrize("is_shifted", [True, False])
-def test_gptq_zero_points_of_nought(is_shifted):
-    """GPTQ's first format keeps zero points less one: of nought, by a borrow from the word's next one."""
+def test_gptq_zero_points_of_zero(is_shifted):
+    """GPTQ's first format keeps zero points less one: of zero, by a borrow from the word's next one."""
     zeros = torch.tensor([[0, 8, 15, 0, 0, 7, 1, 0]])
     steps = torch.arange(64).view(8, 8) % 16  # [input, output]
     scales = torch.full((1, 8), 0.5, dtype=torch.float16)
@@ -111,7 +111,7 @@ def with_biases(value: float) -> Callable[[State], State]:
     return change
 
 
-def test_biases_of_nought_that_the_model_does_not_have(published, load, references, tmp_path):
+def test_zero_biases_that_the_model_lacks(published, load, references, tmp_path):
     """Older writers of GPTQ gave every matrix a bias, Qwen1.5-MoE's among them."""
     plain_folder = plain(published(write_gptq, "qwen3_moe"), "gptq", tmp_path / "plain")
     biased = rewritten(published(write_gptq, "qwen3_moe"), tmp_path / "biased", with_biases(0.0))

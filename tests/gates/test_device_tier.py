@@ -13,13 +13,13 @@ from foreroute import EngineConfig
 from foreroute.checkpoint.layouts import ExpertLayout, Part
 from foreroute.device import paging
 from foreroute.device import tier as device_tier
-from foreroute.device.graph_decoder import GraphDecoder
 from foreroute.device.kernel_math import KernelSlotMath, form_of
 from foreroute.device.side_stream import LateBranch
 from foreroute.device.slot_math import GatheredSlotMath
 from foreroute.engine.interfaces import StepInfo
 from foreroute.errors import DeviceError, PromptError, RefusedError
 from foreroute.generation.generate import generate as answer
+from foreroute.generation.graph_decoder import GraphDecoder
 from foreroute.generation.prefix_cache import PromptCache
 from foreroute.kernels.torch.experts import ExpertMath
 from foreroute.kernels.triton import expert_form
@@ -27,7 +27,7 @@ from foreroute.kernels.triton.expert_form import CLAMPED, SILU
 from foreroute.loading.math_check import describe_math
 from foreroute.model.text import load_tokenizer
 from foreroute.predict.base import TokenGuess
-from tests.support.runs import ONE_PROMPT, THREE_PROMPTS, assert_same_bits, generate, make_batch
+from tests.support.runs import ONE_PROMPT, THREE_PROMPTS, assert_same_bits, decode_greedily, generate, make_batch
 
 
 def counts(model) -> dict[str, int]:
@@ -46,7 +46,7 @@ def test_bits_are_those_of_the_resident_model(checkpoints, references, load, fam
     assert seen["misses"] > 0
     assert seen["shortages"] == 0
     assert (seen["prefetch_used"] > 0) == (seen["evictions"] > 0) == (memory != "100%")
-    assert (seen["late"] > 0) == (memory != "100%")
+    assert (seen["late_hits"] > 0) == (memory != "100%")
     assert tier.buffers.whole_layers > 0
     assert tier.buffers.single_experts > 0
     stats = model.foreroute.stats()
@@ -58,7 +58,7 @@ def test_on_demand_without_guesses(checkpoints, references, load):
     folder = checkpoints.get("deepseek_v3")
     model = load(folder, "25%", control="device", prefetch="none")
     assert_same_bits(generate(model), references.output(folder))
-    assert counts(model)["prefetched"] == counts(model)["late"] == 0
+    assert counts(model)["prefetched"] == counts(model)["late_hits"] == 0
 
 
 def test_first_choices_of_all_rows_are_guessed_first(checkpoints, load, monkeypatch):
@@ -113,7 +113,7 @@ def test_a_long_prompt_leaves_the_pool_alone_and_then_seeds_it(checkpoints, refe
     held = tier.state.key_of_slot[tier.state.key_of_slot >= 0].tolist()
     most = tier.state.num_slots - tier.state.staging_slots
     assert sorted(held) == sorted(uses.sort(descending=True, stable=True).indices[:most].tolist())
-    assert sum(counts(model).values()) == 0, "nobody asked for them"
+    assert sum(counts(model).values()) == 0, "no expert was demanded"
     theirs = generate(references.model(folder), batch, 6, prefill_chunk_size=16)
     assert_same_bits(generate(model, batch, 6, prefill_chunk_size=16), theirs)
 
@@ -126,10 +126,10 @@ def test_the_step_of_a_graph_without_the_graph(checkpoints, references, load, fa
     decoder = GraphDecoder(model, 1, 64)
     expected = references.output(folder).tokens[:, ONE_PROMPT.ids.shape[1] :]
     for _ in range(2):  # the second text finds the cache of the first
-        assert decoder.greedy(ONE_PROMPT.ids, expected.shape[1]).tolist() == expected.tolist()
+        assert decode_greedily(decoder, ONE_PROMPT.ids, expected.shape[1]).tolist() == expected.tolist()
     assert not decoder.is_captured
     assert model.foreroute.stats().decode.steps == 2 * (expected.shape[1] - 1)
-    two = GraphDecoder(model, 2, 40).greedy(ONE_PROMPT.ids.expand(2, -1), 8)
+    two = decode_greedily(GraphDecoder(model, 2, 40), ONE_PROMPT.ids.expand(2, -1), 8)
     assert two.tolist() == expected[:, :8].expand(2, -1).tolist()
 
 
@@ -209,7 +209,7 @@ def test_what_a_graph_cannot_do_is_said(checkpoints, load):
         GraphDecoder(model, 8, 64)
     decoder = GraphDecoder(model, 1, 15)
     with pytest.raises(PromptError, match="holds 15 tokens; 16"):
-        decoder.greedy(ONE_PROMPT.ids, 3)
+        decode_greedily(decoder, ONE_PROMPT.ids, 3)
     with pytest.raises(RefusedError, match="device control plane"):
         GraphDecoder(load(folder, "25%"), 1, 64)
 

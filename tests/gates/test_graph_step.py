@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from foreroute.device.graph_decoder import GraphDecoder, _ScalarsOnDevice
 from foreroute.device.slot_math import GatheredSlotMath
 from foreroute.engine.interfaces import StepInfo
+from foreroute.generation.graph_decoder import GraphDecoder, _ScalarsOnDevice
 from foreroute.loading.math_check import describe_math
 from tests.support.runs import ONE_PROMPT
 

@@ -13,7 +13,7 @@ RECORD = 8192
 
 @pytest.fixture(scope="module")
 def kernels():
-    return pytest.importorskip("foreroute.device.triton_paging", reason="the kernels are not there yet")
+    return pytest.importorskip("foreroute.device.triton_paging", reason="the kernels do not exist yet")
 
 
 def states() -> list[PagingState]:

@@ -1,10 +1,10 @@
-"""On a GPU: a decode step waits for the host nowhere, and memory is pinned, read by kernels and let go."""
+"""On a GPU: a decode step waits for the host nowhere, and memory is pinned, read by kernels and freed."""
 
 import pytest
 import torch
 
-from foreroute.device.graph_decoder import GraphDecoder
 from foreroute.errors import DeviceError
+from foreroute.generation.graph_decoder import GraphDecoder
 from foreroute.transfer.arena import Arena
 from tests.support.runs import ONE_PROMPT
 
@@ -55,7 +55,7 @@ def test_the_sync_check_goes_red():
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_an_arena_is_pinned_and_let_go():
+def test_an_arena_is_pinned_and_freed():
     for _ in range(2):  # the second one could not register what the first one left registered
         arena = Arena(4, 4096, is_pinned=True)
         assert arena.is_pinned

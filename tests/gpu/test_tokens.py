@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from foreroute.device.graph_decoder import GraphDecoder
-from tests.support.runs import ONE_PROMPT, THREE_PROMPTS
+from foreroute.generation.graph_decoder import GraphDecoder
+from tests.support.runs import ONE_PROMPT, THREE_PROMPTS, decode_greedily
 
 NEW_TOKENS = 64
 FAMILIES = ["qwen3_moe", "gpt_oss", "deepseek_v3"]
@@ -74,7 +74,7 @@ def test_tokens_of_a_graph(checkpoints, resident, load, family, dtype, residency
     decoder = GraphDecoder(model, 1, 128)
     expected = resident(folder, ONE_PROMPT).tolist()
     for _ in range(2):
-        assert decoder.greedy(ONE_PROMPT.ids, NEW_TOKENS).tolist() == expected
+        assert decode_greedily(decoder, ONE_PROMPT.ids, NEW_TOKENS).tolist() == expected
     assert decoder.is_captured
     assert model.foreroute.stats().decode.misses > 0
 
@@ -86,7 +86,7 @@ def test_a_graph_per_batch_size(checkpoints, resident, load, rows):
     assert rows <= model.foreroute.engine.most_rows
     decoder = GraphDecoder(model, rows, 128)
     expected = resident(folder, ONE_PROMPT).expand(rows, -1).tolist()
-    assert decoder.greedy(ONE_PROMPT.ids.expand(rows, -1), NEW_TOKENS).tolist() == expected
+    assert decode_greedily(decoder, ONE_PROMPT.ids.expand(rows, -1), NEW_TOKENS).tolist() == expected
 
 
 def test_three_tiers(checkpoints, resident, load):

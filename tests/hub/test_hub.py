@@ -1,4 +1,4 @@
-"""Hub ids: which files are fetched, what is not fetched twice, and what is said when they cannot be had.
+"""Hub ids: which files are fetched, what is not fetched twice, and errors when they cannot be downloaded.
 
 Each look-up runs in a process of its own, as huggingface_hub reads its settings when it is imported.
 """
@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.hub.stand_in import COMMIT, LATER_COMMIT, StandIn, serving
+from tests.hub.fake_hub import COMMIT, LATER_COMMIT, FakeHub, serving
 
 Found = tuple[Path | None, str]
 
@@ -62,7 +62,7 @@ def look_up(tmp_path: Path) -> Callable[..., Found]:
     """(hub, id, revision) -> the folder, or None; and what was said on standard error. `access`: see HubAccess."""
 
     def run(
-        hub: StandIn | str,
+        hub: FakeHub | str,
         hub_id: str = "org/tiny",
         revision: str = "",
         bars: str = "quiet",
@@ -107,7 +107,7 @@ def test_what_is_needed_is_fetched_once_and_nothing_else(repository: Path, look_
         assert offline == folder, said
         num_asked = len(hub.asked)
         look_up(hub, HF_HUB_OFFLINE="1")
-        assert len(hub.asked) == num_asked, "offline asks nobody"
+        assert len(hub.asked) == num_asked, "offline asks no server"
         hub.down = True
         assert look_up(hub)[0] == folder, "the cache does where the hub is down"
     away, said = look_up(hub.endpoint)
@@ -222,7 +222,7 @@ def test_a_token_and_a_cache_of_the_call_itself(
         absent, said = look_up(hub, access={"local_files_only": True})
         assert absent is None
         assert "local_files_only is set" in said
-        assert len(hub.asked) == num_asked, "nobody was asked"
+        assert len(hub.asked) == num_asked, "no server was asked"
 
 
 def test_what_cannot_be_had_is_said(repository: Path, look_up: Callable[..., Found]) -> None:

@@ -67,7 +67,7 @@ def test_a_conflict_is_told_in_pips_words() -> None:
 
 
 def test_an_index_that_is_not_reached_is_no_success_and_no_conflict(monkeypatch: pytest.MonkeyPatch) -> None:
-    """pip itself, with a proxy that nobody answers for: it calls every package unknown."""
+    """pip itself, with a proxy that does not answer: it calls every package unknown."""
     for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     for name in ("NO_PROXY", "no_proxy"):

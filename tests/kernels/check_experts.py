@@ -76,9 +76,9 @@ def case(kind, tokens, dtype, *, gate=SILU, interleaved=False, bias=False, trans
     return form, x, ids, slots, weights, pool
 
 
-def assert_alike(args, **stand_ins) -> None:
-    expected = expert_form.experts(*args, **stand_ins)
-    found = triton_experts.experts(*args, **stand_ins)
+def assert_alike(args) -> None:
+    expected = expert_form.experts(*args)
+    found = triton_experts.experts(*args)
     assert expected.float().abs().max() > 0.05
     # fp16: rounded in the same places, so that they differ by a rounding now and then; multiplied on tensor cores,
     # 4-bit weights are rounded to it first.
@@ -105,17 +105,6 @@ def test_every_gate(gate: int, interleaved: bool, bias: bool, transposed: bool) 
 
 def test_more_tokens_than_a_block() -> None:
     assert_alike(case(FLOAT, 21, torch.float32, seed=3))
-
-
-def test_default_vectors_stand_in() -> None:
-    args = case(FLOAT, 4, torch.float32, seed=4)
-    ids, slots = args[2], args[3]
-    assert (slots < 0).any()
-    stood_in = torch.where(slots < 0, ids, -1).int()
-    stood_in[slots < 0] = torch.where(torch.arange(int((slots < 0).sum())) % 3 == 2, -1, stood_in[slots < 0])
-    vectors = torch.randn(6, args[1].shape[1])
-    assert_alike(args, stood_in=stood_in, vectors=vectors)
-    assert not torch.equal(triton_experts.experts(*args), triton_experts.experts(*args, stood_in, vectors))
 
 
 def test_the_sum_is_rounded_after_each_expert_in_ascending_order() -> None:

@@ -44,9 +44,11 @@ def test_a_demand_without_a_slot_is_counted() -> None:
 
 
 def test_numbers_mean_the_same_in_both_files() -> None:
-    for at, name in enumerate(("HITS", "LATE", "MISSES", "PREFETCHED", "USED", "WASTED", "EVICTIONS", "SHORTAGES")):
+    for at, name in enumerate(
+        ("HITS", "LATE_HITS", "MISSES", "PREFETCHED", "USED", "WASTED", "EVICTIONS", "SHORTAGES")
+    ):
         assert getattr(triton_planners, f"_{name}").value == getattr(paging, name) == at
-    assert [triton_planners._CLOCK.value, triton_planners._SEQUENCE.value, triton_planners._LEASED.value] == [
-        paging.CLOCK, paging.SEQUENCE, paging.LEASED,
+    assert [triton_planners._CLOCK.value, triton_planners._SEQUENCE.value, triton_planners._PINNED.value] == [
+        paging.CLOCK, paging.SEQUENCE, paging.PINNED,
     ]  # fmt: skip
-    assert (triton_planners._THERE.value, triton_planners._IN_FLIGHT.value) == (paging.THERE, paging.IN_FLIGHT)
+    assert (triton_planners._LOADED.value, triton_planners._IN_FLIGHT.value) == (paging.LOADED, paging.IN_FLIGHT)

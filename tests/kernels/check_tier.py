@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from foreroute.device import triton_paging
-from foreroute.device.graph_decoder import GraphDecoder
 from foreroute.device.kernel_math import KernelSlotMath, form_of
+from foreroute.generation.graph_decoder import GraphDecoder
 from foreroute.kernels.triton import experts as triton_experts
 from foreroute.loading.math_check import describe_math
-from tests.support.runs import ONE_PROMPT
+from tests.support.runs import ONE_PROMPT, decode_greedily
 
 NEW_TOKENS = 5
 
@@ -30,7 +30,7 @@ def test_tokens_and_decisions(checkpoints, references, load, family):
                 for layer, described in zip(model.foreroute.layers, tier.table.layers, strict=True)
             ]
             tier._slot_math = KernelSlotMath(triton_experts.experts, tier._pool, forms)
-        tokens = GraphDecoder(model, 1, 32).greedy(ONE_PROMPT.ids, NEW_TOKENS).tolist()
+        tokens = decode_greedily(GraphDecoder(model, 1, 32), ONE_PROMPT.ids, NEW_TOKENS).tolist()
         found.append((tokens, tier.state.counts(), tier.state.key_of_slot.tolist()))
     length = ONE_PROMPT.ids.shape[1]
     assert found[0][0] == references.output(folder).tokens[:, length : length + NEW_TOKENS].tolist()

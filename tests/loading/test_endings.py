@@ -140,7 +140,7 @@ def test_an_answer_ends_where_one_file_says_so(name_end, copied, load, free_run,
         lambda folder: (folder / "chat_template.jinja").write_text("{% for %}"),
     ],
 )
-def test_a_tokenizer_that_cannot_be_read_hinders_nobody(spoil, copied, load, free_run):
+def test_an_unreadable_tokenizer_does_not_stop_a_load(spoil, copied, load, free_run):
     spoil(copied)
     model = load(copied, "30%", packed="no")
     options = {"attention_mask": ONE_PROMPT.mask, "max_new_tokens": 3, "do_sample": False}

@@ -79,7 +79,7 @@ def test_every_use_in_a_forked_process_is_refused(folder, tmp_path):
             assert model.foreroute.stats().decode.steps
             model.foreroute.close()
         in_a_fork(uses)
-        # While another thread uses it: its lock is nobody's in the child.
+        # While another thread uses it: its lock has no holder in the child.
         inside, on = threading.Event(), threading.Event()
         class Held:
             def put(self, value):

@@ -270,7 +270,7 @@ def test_ctrl_c_while_waiting_leaves_nothing_locked(model, call):
 
 @pytest.fixture
 def interrupted() -> Iterator[Callable[[Callable[[], Any], float], bool]]:
-    """Calls something, and interrupts it after so many seconds of computing; whether it got so far."""
+    """Calls something, and interrupts it after `seconds` of computing; whether it got so far."""
     is_armed = False
 
     def interrupt(number: int, frame: Any) -> None:

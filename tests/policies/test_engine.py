@@ -1,4 +1,4 @@
-"""What each policy promises, on the engine itself: exact stays exact, nothing waits that must not, nobody starves."""
+"""What each policy promises, on the engine itself: exact is exact, nothing waits that must not, no expert starves."""
 
 import random
 import time
@@ -40,20 +40,20 @@ class TestEveryFamily:
         model = load_fitted(family, policy="speculative", deterministic=True)
         exact = references.output(checkpoints.get(family), ONE_PROMPT)
         approximate = generate(model)
-        assert model.foreroute.stats().decode.stood_in > 0
-        assert not same_bits(approximate, exact), "stand-ins changed nothing: the test shows nothing"
+        assert model.foreroute.stats().decode.substituted > 0
+        assert not same_bits(approximate, exact), "substitutes changed nothing: the test shows nothing"
         for policy in ("exact", "tolerance:0"):
-            before = model.foreroute.stats().decode.stood_in
+            before = model.foreroute.stats().decode.substituted
             model.foreroute.set_policy(policy)
             assert_same_bits(generate(model), exact)
-            assert model.foreroute.stats().decode.stood_in == before
+            assert model.foreroute.stats().decode.substituted == before
 
     def test_tolerance_of_all_is_speculative(self, family, load_fitted):
         outputs = []
         for policy in ("tolerance:1", "speculative"):
             model = load_fitted(family, policy=policy, deterministic=True)
             outputs.append(generate(model))
-            assert model.foreroute.stats().decode.stood_in > 0
+            assert model.foreroute.stats().decode.substituted > 0
         assert_same_bits(*outputs)
 
     def test_it_waits_in_layer_0_alone(self, family, load_fitted, monkeypatch):
@@ -90,7 +90,7 @@ class TestEveryFamily:
             stats = model.foreroute.stats().as_dict()
             for phase in ("prefill", "decode"):
                 stats[phase].pop("stall_s")
-            # The last guesses may still be on their way.
+            # The last prefetches may still be in flight.
             stats.pop("read_s")
             stats.pop("read_bytes")
             runs.append((output, stats))
@@ -114,20 +114,20 @@ class TestEveryFamily:
         found = decoded(model, ids, given)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
         decode = model.foreroute.stats().decode
-        if asked.stands_in:
-            assert decode.stood_in == tally.missed - tally.waited > 0
+        if asked.substitutes:
+            assert decode.substituted == tally.missed - tally.waited > 0
         if not asked.replaces_route:
-            assert decode.misses + decode.late == tally.waited + tally.first_waited > 0
+            assert decode.misses + decode.late_hits == tally.waited + tally.first_waited > 0
 
-    def test_what_is_stood_in_for_comes_in_the_end(self, family, load_fitted):
-        """With nobody guessing, fills alone bring experts of later layers."""
+    def test_substituted_experts_are_loaded_in_the_end(self, family, load_fitted):
+        """Without prefetch, only deferred loads bring experts of later layers."""
         model = load_fitted(family, "50%", policy="speculative", prefetch="none", deterministic=True)
         generate(model, new_tokens=40)
         first = model.foreroute.stats()
-        assert first.decode.fill_loads > 0
+        assert first.decode.deferred_loads > 0
         generate(model, new_tokens=40)
         second = model.foreroute.stats().minus(first).decode
-        assert second.stood_in < first.decode.stood_in
+        assert second.substituted < first.decode.substituted
         per_layer = model.foreroute.engine.pool.residency.resident_per_layer
         assert all(per_layer), f"a layer was starved: {per_layer}"
 
@@ -138,7 +138,7 @@ class TestEveryFamily:
         for policy in ("speculative", "tolerance:0.2"):
             model.foreroute.set_policy(policy)
             assert_same_bits(generate(model), exact)
-            assert model.foreroute.stats().decode.stood_in == 0
+            assert model.foreroute.stats().decode.substituted == 0
 
 
 def decoded(model: Any, ids: torch.Tensor, given: int) -> torch.Tensor:
@@ -164,7 +164,7 @@ def test_each_row_has_its_policy(load_fitted):
     model = load_fitted("qwen3_moe", deterministic=True)
     model.foreroute.set_policy("exact", "speculative")
     mixed = generate(model, two)
-    assert model.foreroute.stats().decode.stood_in > 0
+    assert model.foreroute.stats().decode.substituted > 0
     assert mixed.tokens[0].tolist() == exact.tokens[0].tolist()
     for ours, theirs in zip(mixed.logits, exact.logits, strict=True):
         torch.testing.assert_close(ours[0], theirs[0], rtol=1e-4, atol=1e-5)
@@ -174,7 +174,7 @@ def test_each_row_has_its_policy(load_fitted):
     assert_same_bits(generate(model, two), exact)
 
 
-def test_batches_find_slots_while_guesses_and_fills_are_on_their_way(load_fitted, monkeypatch):
+def test_batches_find_slots_while_prefetches_and_deferred_loads_are_in_flight(load_fitted, monkeypatch):
     """Reads that take their time, two readers, rows that want much: a demand has room all the same."""
     read, delays = Load.read, random.Random(0)
 
@@ -187,7 +187,7 @@ def test_batches_find_slots_while_guesses_and_fills_are_on_their_way(load_fitted
     for rows in (2, 3, 5):
         generate(model, make_batch(*[9] * rows, seed=rows), new_tokens=12)
     decode = model.foreroute.stats().decode
-    assert decode.fill_loads > 0
+    assert decode.deferred_loads > 0
     assert decode.prefetch_loads > 0
 
 
@@ -206,11 +206,11 @@ def test_a_prompt_of_one_token_is_a_prompt(load_fitted):
     model = load_fitted("qwen3_moe", policy="speculative")
     model(torch.tensor([[9]]), use_cache=False)
     stats = model.foreroute.stats()
-    assert (stats.prefill.tokens, stats.decode.tokens, stats.decode.stood_in) == (1, 0, 0)
+    assert (stats.prefill.tokens, stats.decode.tokens, stats.decode.substituted) == (1, 0, 0)
 
 
 def test_a_last_token_that_is_said_to_be_a_prompts_is_exact(load_fitted):
-    """A chunk of one token under a policy that waits for nothing; where nobody says so, it is a decoded one."""
+    """A chunk of one token under a policy that waits for nothing; undeclared, it is a decoded one."""
     model, ids = load_fitted("qwen3_moe", policy="speculative", deterministic=True), ONE_PROMPT.ids
     last, handle, logits = ids[:, -1:], model.foreroute, {}
     for policy, phase in (("exact", "decode"), ("speculative", "prefill"), ("speculative", None)):
@@ -271,7 +271,7 @@ def test_prompts_are_exact(load_fitted, references, checkpoints):
     first = generate(model, new_tokens=1)
     theirs = references.output(checkpoints.get("qwen3_moe"), ONE_PROMPT)
     assert torch.equal(first.logits[0], theirs.logits[0])
-    assert model.foreroute.stats().prefill.stood_in == 0
+    assert model.foreroute.stats().prefill.substituted == 0
 
 
 def test_paper_executes_the_guess(load_fitted):
@@ -315,7 +315,7 @@ def test_a_policy_without_default_vectors_is_refused(policy, load, checkpoints):
 
 
 def test_a_policy_that_can_show_nothing_is_refused(load_fitted):
-    with pytest.raises(PolicyError, match="nothing would ever be there"):
+    with pytest.raises(PolicyError, match="no expert would ever be resident"):
         load_fitted("qwen3_moe", policy="speculative", cache=False, prefetch="none")
 
 
@@ -325,7 +325,7 @@ def test_a_wrong_policy_is_named_before_anything_is_loaded(load, tmp_path):
 
 
 def test_paper_needs_the_residual_stream(load_fitted, monkeypatch):
-    from foreroute.loading import policies as predictors
+    from foreroute.loading import guidance as predictors
 
     monkeypatch.setattr(predictors, "_has_paper_guess", lambda layers, layer, sidecar: layer != 1)
     with pytest.raises(PolicyError, match="after MoE layer 1 of this model"):

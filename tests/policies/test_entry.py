@@ -48,7 +48,7 @@ def test_a_prompt_is_exact_and_counted_however_it_is_called(speculative, residen
     done = speculative.foreroute.stats().minus(before)
     assert torch.equal(found, expected)
     assert (done.prefill.steps, done.prefill.tokens) == (1, IDS.numel())
-    assert (done.decode.steps, done.decode.stood_in) == (0, 0)
+    assert (done.decode.steps, done.decode.substituted) == (0, 0)
 
 
 @pytest.mark.parametrize("stack", [lambda model: model, lambda model: model.model], ids=["model", "stack"])
@@ -60,7 +60,7 @@ def test_a_decoded_token_goes_by_the_policy_however_it_is_called(speculative, st
         stack(speculative).forward(torch.tensor([[token]]), use_cache=True, **cache_argument(cache))
     decode = speculative.foreroute.stats().minus(before).decode
     assert (decode.steps, decode.tokens) == (20, 20)
-    assert decode.stood_in > 0
+    assert decode.substituted > 0
 
 
 @torch.no_grad()
@@ -71,7 +71,7 @@ def test_layers_that_are_called_alone_are_a_prompts(speculative, resident):
         for ours, theirs in zip(speculative.model.layers, resident.model.layers, strict=True):
             assert torch.equal(ours.mlp(states[None]), theirs.mlp(states[None]))
     done = speculative.foreroute.stats().minus(before)
-    assert (done.prefill.steps, done.prefill.tokens, done.decode.stood_in) == (9, 9, 0)
+    assert (done.prefill.steps, done.prefill.tokens, done.decode.substituted) == (9, 9, 0)
     # And what follows begins a step of its own.
     assert torch.equal(CALLS["stack"](speculative), CALLS["stack"](resident))
 
@@ -129,7 +129,7 @@ def test_calls_after_close_say_so(speculative):
 
 @torch.no_grad()
 def test_a_layer_whose_experts_nearly_fill_the_pool_passes_twice(load, checkpoints, resident):
-    """More of them are there than are leased at once, and slots are free for the others: these are not loaded again."""
+    """More of them are resident than are pinned at once, and slots are free for the others: they are not read again."""
     folder = checkpoints.get("qwen3_moe")
     model = load(folder, slots_memory(folder, 14), prefetch="none")
     hidden, ids = torch.randn(4, 64, generator=torch.Generator().manual_seed(1)), torch.arange(12).view(4, 3)
@@ -153,8 +153,8 @@ def test_what_was_fitted_is_used_under_any_of_torchs_modes(load, checkpoints, si
                 before = model.foreroute.stats()
                 output = generate(model)
             decode = model.foreroute.stats().minus(before).decode
-            found.append((output.tokens.tolist(), decode.stood_in > 0 or policy == "paper"))
-    assert all(stood_in for _, stood_in in found)
+            found.append((output.tokens.tolist(), decode.substituted > 0 or policy == "paper"))
+    assert all(substituted for _, substituted in found)
     # What the pool holds when an answer begins differs; the first answers begin alike.
     assert found[0] == found[4] == found[8]
 

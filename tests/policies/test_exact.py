@@ -32,7 +32,7 @@ def test_every_predictor_is_exact(
         stats = model.foreroute.stats()
         assert stats.decode.prefetch_used > 0
         assert stats.evictions > 0
-        assert stats.decode.stood_in == 0
+        assert stats.decode.substituted == 0
 
 
 @pytest.mark.parametrize("family", FAMILIES)

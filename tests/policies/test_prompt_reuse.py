@@ -10,7 +10,7 @@ from tests.support.conversations import PROMPT, answer, assert_same, empty_cache
 
 @pytest.mark.parametrize("policy", ["speculative", "paper"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_stand_ins_leave_no_trace_in_the_next_prompt(family, policy, checkpoints, sidecars, load, references):
+def test_substitutes_leave_no_trace_in_the_next_prompt(family, policy, checkpoints, sidecars, load, references):
     """Of an answer that was not exact, the prompt alone is kept: where a window has slid, nothing."""
     folder = checkpoints.get(family)
     model = load(folder, predictor=str(sidecars(family)), policy=policy, deterministic=True)
@@ -26,4 +26,4 @@ def test_stand_ins_leave_no_trace_in_the_next_prompt(family, policy, checkpoints
     assert ours[0].prompt_tokens_reused == known
     pieces = [piece for piece in torch.tensor_split(following, [known], dim=1) if piece.shape[1]]
     assert_same(ours, *fed(reference, pieces, empty_cache(reference)))
-    assert family == "gpt_oss" or list(approximate) != tokens, "stand-ins changed nothing: the test shows nothing"
+    assert family == "gpt_oss" or list(approximate) != tokens, "substitutes changed nothing: the test shows nothing"

@@ -70,13 +70,13 @@ def test_timeliness_counts_every_demanded_expert_once(run, copied: Path, text: P
     assert code == 0, err
     timely = json.loads(out)["timeliness"]
     assert timely["tokens"] == 2 * 63
-    demanded = timely["resident"] + timely["in_time"] + timely["late"] + timely["missed"]
+    demanded = timely["resident"] + timely["in_time"] + timely["late_hits"] + timely["misses"]
     assert demanded == timely["tokens"] * 3 * 3
-    assert 0 < timely["in_time"] + timely["late"] <= timely["fetched"]
-    assert timely["missed"] > 0
+    assert 0 < timely["in_time"] + timely["late_hits"] <= timely["prefetched"]
+    assert timely["misses"] > 0
     code, out, err = run(*asked)
     assert code == 0, err
-    assert "demanded without a guess" in out
+    assert "demanded, with no read in flight" in out
 
 
 def test_a_fit_that_is_there_is_not_replaced_unasked(run, copied: Path, text: Path) -> None:

@@ -15,7 +15,7 @@ from foreroute.predict.base import RouterSample, TokenGuess
 from foreroute.predict.sidecar import SIDECAR_NAME, Sidecar
 from foreroute.prepare.corpus import Corpus
 from foreroute.prepare.fit import fit, partial_path
-from foreroute.prepare.on_policy import StandIns
+from foreroute.prepare.on_policy import Substitutes
 from foreroute.prepare.score import score
 from foreroute.prepare.watch import Watch, watching
 from tests.prepare.conftest import CONTEXT, SETTINGS
@@ -146,7 +146,7 @@ def test_controls_read_what_they_must(folder: Path, sidecar: Path, corpus: Corpu
     assert predictors["hybrid"]["cost_us"] > 0
 
 
-def test_nobody_watches_after_a_fit(folder: Path, sidecar: Path, corpus: Corpus, load: Any) -> None:
+def test_nothing_is_observed_after_a_fit(folder: Path, sidecar: Path, corpus: Corpus, load: Any) -> None:
     model = load(folder, "50%", predictor="no")
     hooks = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]
     score(model, corpus.windows[:2], None, rows=2)
@@ -165,7 +165,7 @@ def test_a_second_round_on_a_policys_states_is_resumed_and_ends_with_the_same_by
     fingerprint = read_index(folder).fingerprint()
     exact, twice = (Sidecar.load(tmp_path / name, fingerprint) for name in ("exact", "twice"))
     assert (exact.about["states"], twice.about["states"]) == ("exact", "speculative")
-    # Layer 0 is exact in both; what follows saw stand-ins.
+    # Layer 0 is exact in both; later layers saw substitutes.
     assert exact.ridge[0] is not None
     assert twice.ridge[0] is not None
     torch.testing.assert_close(exact.ridge[0].from_hidden, twice.ridge[0].from_hidden)
@@ -189,7 +189,7 @@ def test_a_second_round_on_a_policys_states_is_resumed_and_ends_with_the_same_by
     assert {path.name for path in tmp_path.iterdir()} == {"exact", "twice", "resumed"}
 
 
-def test_stand_ins_replace_what_was_not_guessed_and_nothing_else(folder: Path, fit_to: Any, load: Any) -> None:
+def test_experts_that_were_not_guessed_are_substituted_and_no_others(folder: Path, fit_to: Any, load: Any) -> None:
     model = load(folder, "50%", predictor="no")
     layers = model.foreroute.layers
     windows = torch.arange(24).view(1, 24)
@@ -208,7 +208,7 @@ def test_stand_ins_replace_what_was_not_guessed_and_nothing_else(folder: Path, f
     vectors = [torch.ones(layer.experts.num_offloaded, model.config.hidden_size) for layer in layers]
     moments: list[Any] = []
     for width in (16, 0):
-        with watching(model, lambda moment, _: moments.append(moment), None, StandIns(Knows(width), vectors)):
+        with watching(model, lambda moment, _: moments.append(moment), None, Substitutes(Knows(width), vectors)):
             seen = model(input_ids=windows, use_cache=False).logits
         assert torch.equal(seen, logits) == (width == 16)
     assert torch.equal(model(input_ids=windows, use_cache=False).logits, logits)
@@ -219,7 +219,7 @@ def test_stand_ins_replace_what_was_not_guessed_and_nothing_else(folder: Path, f
     assert (without[1].now.weights > 0).all()
 
 
-def test_what_is_there_is_computed_and_the_rest_is_stood_in_for(folder: Path, load: Any) -> None:
+def test_resident_experts_are_computed_and_the_rest_substituted(folder: Path, load: Any) -> None:
     model = load(folder, "50%", predictor="no")
     watch = Watch(model, lambda moment, _: None)
     hidden, width = torch.randn(5, model.config.hidden_size), model.foreroute.layers[1].experts.num_offloaded
@@ -234,7 +234,7 @@ def test_what_is_there_is_computed_and_the_rest_is_stood_in_for(folder: Path, lo
         return 100 * weights.sum(-1, keepdim=True).expand_as(hidden)
 
     vectors = [torch.ones(width, hidden.shape[1])] * len(model.foreroute.layers)
-    forward = watch.without_missing(1, compute, StandIns(KnowsTheFirstEight(), vectors))
+    forward = watch.without_missing(1, compute, Substitutes(KnowsTheFirstEight(), vectors))
     watch._windows = torch.zeros(1, 5, dtype=torch.int64)
     watch._before = RouterSample(hidden, ids, weights)
     there = (weights * (ids < 8)).sum(-1, keepdim=True)

@@ -36,11 +36,11 @@ def test_the_recorded_row_is_what_the_engine_counted(traced, run) -> None:
     assert ran.code == 0, ran.err
     figures, recorded = said["figures"], ran.json["recorded"]
     assert recorded["tokens"] == 39
-    for ours, theirs in (("hits", "hits"), ("late", "late_hits"), ("misses", "misses")):
+    for ours, theirs in (("hits", "hits"), ("late_hits", "late_hits"), ("misses", "misses")):
         assert recorded[ours] == figures[theirs]
-    assert recorded["hits"] + recorded["late"] + recorded["misses"] == 39 * NUM_LAYERS * TOP_K
+    assert recorded["hits"] + recorded["late_hits"] + recorded["misses"] == 39 * NUM_LAYERS * TOP_K
     assert recorded["demand_bytes"] == pytest.approx(1e6 * figures["demand_mb_per_token"])
-    assert recorded["prefetch_bytes"] == pytest.approx(1e6 * figures["speculative_mb_per_token"], rel=0.02)
+    assert recorded["prefetch_bytes"] == pytest.approx(1e6 * figures["prefetch_mb_per_token"], rel=0.02)
     assert ran.json["timing"]["tpot_ms"] == pytest.approx(figures["tpot_ms"], rel=0.25)
     assert ran.json["timing"]["stall_ms"] == pytest.approx(figures["stall_ms_per_token"], rel=0.01, abs=0.01)
     assert recorded["num_slots"] == int(0.4 * NUM_LAYERS * NUM_EXPERTS)
@@ -49,9 +49,9 @@ def test_the_recorded_row_is_what_the_engine_counted(traced, run) -> None:
         fewest = budget["policies"]["belady"]["misses_per_token"]
         assert all(policy["misses_per_token"] >= fewest for policy in budget["policies"].values())
     assert budgets[0.25]["policies"]["lru"]["misses_per_token"] > budgets[0.75]["policies"]["lru"]["misses_per_token"]
-    guesses = ran.json["guesses"]
-    assert guesses["in_time"] + guesses["late"] + guesses["later"] > 0
-    assert guesses["late"] == figures["late_hits"]
+    prefetches = ran.json["prefetches"]
+    assert prefetches["in_time"] + prefetches["late_hits"] + prefetches["later"] > 0
+    assert prefetches["late_hits"] == figures["late_hits"]
 
 
 def test_tables_say_what_was_asked(traced, run) -> None:
@@ -114,12 +114,12 @@ def test_half_a_trace_with_and_without_partial(tmp_path: Path, run) -> None:
     [
         (["--memory", "10%"], "holds 0 slots; one token needs 4. Raise --memory to 4.0 KiB"),
         (["--memory", "much"], "'much' is not an amount of memory"),
-        (["--bandwidth", "fast"], "--bandwidth 'fast' is no speed"),
-        (["--bandwidth", "100%"], "--bandwidth '100%' is no speed"),
+        (["--bandwidth", "fast"], "--bandwidth 'fast' is not a speed"),
+        (["--bandwidth", "100%"], "--bandwidth '100%' is not a speed"),
         (["--warm-up", "25"], "a warm-up of 25 leaves none to count"),
         (["--token", "25"], "--token 25: the trace has 25 decode steps, counted from 0"),
         (["--out", "run.jsonl"], "is a file. Choose a folder"),
-        (["--out", "no/such/folder"], "is no folder that can be written to"),
+        (["--out", "no/such/folder"], "is not a writable folder"),
         (["--chrome", "run.jsonl"], "choose another name, one that ends in .json"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from foreroute.errors import BudgetError
 from foreroute.report.offline import RandomEviction, replay_belady, replay_eviction, replay_static, replays
 from foreroute.report.route import Route, pool_of, smallest_pool
-from foreroute.residency import Lfu, Lru
+from foreroute.residency.eviction import Lfu, Lru
 
 NUM_LAYERS, NUM_EXPERTS = 2, 3
 layers = st.tuples(

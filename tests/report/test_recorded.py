@@ -32,12 +32,12 @@ RUN = (
     load(1, 2, 1.05, 1.08, "prefetch"),  # late
     load(1, 3, 1.06, 1.10, "prefetch"),  # never wanted
     load(1, 0, 1.06, 1.08),
-    layer(1.05, 1.10, 1, late=[2], misses=[0]),
+    layer(1.05, 1.10, 1, late_hits=[2], misses=[0]),
     step(1.2),
     layer(1.2, 1.25, 0, hits=[0, 3]),
     gone("evict", 1.26, 1, 3),
-    load(1, 1, 1.26, 1.30, "fill"),
-    layer(1.25, 1.3, 1, hits=[2], stood_in=[1]),
+    load(1, 1, 1.26, 1.30, "deferred"),
+    layer(1.25, 1.3, 1, hits=[2], substituted=[1]),
     step(1.5),
     layer(1.5, 1.55, 0, hits=[0, 3]),
     guess(1.55, 1, [3, 1]),
@@ -65,12 +65,12 @@ def test_a_step_lasts_until_the_next_of_its_text(recording) -> None:
 
 def test_counts_and_bytes_are_those_of_decode_after_the_warm_up(recording) -> None:
     did = recorded_of(recording, 0)
-    assert (did.hits, did.late, did.misses, did.stood_in, did.tokens) == (13, 1, 1, 1, 4)
+    assert (did.hits, did.late_hits, did.misses, did.substituted, did.tokens) == (13, 1, 1, 1, 4)
     assert did.demanded == 16
     # Prefill's load is not decode's.
-    assert (did.demand_bytes, did.prefetch_bytes, did.fill_bytes) == (250, 1250, 250)
+    assert (did.demand_bytes, did.prefetch_bytes, did.deferred_bytes) == (250, 1250, 250)
     later = recorded_of(recording, 1)
-    assert (later.hits, later.late, later.misses, later.stood_in, later.tokens) == (11, 0, 0, 1, 3)
+    assert (later.hits, later.late_hits, later.misses, later.substituted, later.tokens) == (11, 0, 0, 1, 3)
     assert later.bytes_per_token == pytest.approx(2000 / 3)
 
 
@@ -86,7 +86,7 @@ def test_times_are_means_and_the_bandwidth_is_that_of_the_reads(recording) -> No
 
 def test_every_guessed_read_has_one_fate(recording) -> None:
     fates = fates_of(recording)
-    assert (fates.in_time, fates.late, fates.later, fates.wasted, fates.open) == (1, 1, 1, 1, 1)
+    assert (fates.in_time, fates.late_hits, fates.later, fates.wasted, fates.open) == (1, 1, 1, 1, 1)
     assert fates.cancelled == 1
     assert fates.loads == 5
 
@@ -106,7 +106,7 @@ def test_a_token_is_drawn_with_what_each_read_was_for(recording) -> None:
     assert picture.duration_ms == pytest.approx(200)
     assert picture.stall_ms == pytest.approx(20)
     kinds = {(load.layer, load.expert): kind for _, _, _, kind, load in picture.reads}
-    assert kinds == {(0, 2): "in_time", (0, 3): "later", (1, 2): "late", (1, 3): "wasted", (1, 0): "demand"}
+    assert kinds == {(0, 2): "in_time", (0, 3): "later", (1, 2): "late_hit", (1, 3): "wasted", (1, 0): "demand"}
     for lane in {read[2] for read in picture.reads}:
         spans = sorted(read[:2] for read in picture.reads if read[2] == lane)
         assert all(before[1] <= after[0] for before, after in pairwise(spans))
@@ -166,5 +166,5 @@ def test_traces_that_cannot_be_replayed(tmp_path: Path) -> None:
 
 def test_steps_that_passed_through_the_pool_are_refused(tmp_path: Path) -> None:
     recording = read_recording(routed(tmp_path / "run.jsonl", [[[0, 1, 2, 3], [0, 1]]] * 10, num_slots=3))
-    with pytest.raises(TraceError, match="wanted 4 experts at once, more than the 3 slots"):
+    with pytest.raises(TraceError, match="demanded 4 experts at once, more than the 3 slots"):
         make_report(recording)

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from foreroute.errors import TraceError
+from foreroute.report.chrome import write_chrome
+from foreroute.report.timing import recorded_of
 from foreroute.report.trace_file import read_recording
 from tests.report.traces import end, gone, guess, header, layer, load, routed, stall, step, write
 
@@ -21,7 +23,8 @@ def test_every_event_is_read(tmp_path: Path) -> None:
         guess(1.0, 1, [2, 0]),
         load(0, 3, 1.0, 1.1, "prefetch", asked=0.9),
         stall(1.0, 1.25, 0),
-        layer(1.0, 1.3, 0, hits=[1], late=[3], misses=[2], stood_in=[0]) | {"ids": [[1, 3]], "weights": [[0.5, 0.5]]},
+        layer(1.0, 1.3, 0, hits=[1], late_hits=[3], misses=[2], substituted=[0])
+        | {"ids": [[1, 3]], "weights": [[0.5, 0.5]]},
         gone("evict", 1.3, 0, 2),
         gone("cancel", 1.3, 1, 2),
         {"event": "governor", "t": 1.3, "share": 0.0, "why": "reads do not pay"},
@@ -51,8 +54,8 @@ WHOLE = (step(0.0), layer(0.0, 0.1, 0, misses=[0, 1]), layer(0.1, 0.2, 1, misses
 @pytest.mark.parametrize(
     ("events", "complaint"),
     [
-        ([step(0.0)], "no trace: its first line is no header"),
-        ([header(version=2)], "line 1 says version 2; this foreroute reads version 1"),
+        ([step(0.0)], "not a trace: its first line is not a header"),
+        ([header(version=3)], "line 1 says version 3; this foreroute reads versions 1 and 2"),
         ([header(top_k=[2])], "line 1 has lists of different lengths"),
         ([header(top_k=[2, 5])], "line 1 describes no model"),
         ([header(num_slots=0)], "line 1 describes no pool"),
@@ -65,7 +68,7 @@ WHOLE = (step(0.0), layer(0.0, 0.1, 0, misses=[0, 1]), layer(0.1, 0.2, 1, misses
         ([header(), step(0.0), layer(0, 1, 1)], "line 3 is of layer 1 where layer 0 was due"),
         ([header(), step(0.0), layer(0, 1, 2)], "line 3 names layer 2; there are 2"),
         ([header(), step(0.0), layer(0, 1, 0, hits=[4])], "line 3 names expert 4 of layer 0, which has 4"),
-        ([header(), step(0.0), layer(0, 1, 0, hits=[1], late=[1])], "line 3 demands an expert twice"),
+        ([header(), step(0.0), layer(0, 1, 0, hits=[1], late_hits=[1])], "line 3 demands an expert twice"),
         ([header(), step(0.0), layer("soon", 1, 0)], "line 3 lacks the time 't'"),
         ([header(), step(0.0, "training")], "line 2 is a step of phase 'training'"),
         ([header(), load(0, 0, 0, 1, bytes=1.5)], "line 2 lacks 'bytes'"),
@@ -88,7 +91,7 @@ def test_files_that_are_no_traces(tmp_path: Path) -> None:
     with pytest.raises(TraceError, match="looks like a Chrome trace"):
         read_recording(path)
     path.write_bytes(b"\xff\xfe\x00" * 100)
-    with pytest.raises(TraceError, match="no trace"):
+    with pytest.raises(TraceError, match="not a trace"):
         read_recording(path)
 
 
@@ -126,3 +129,30 @@ def test_progress_ends_where_the_file_ends(tmp_path: Path) -> None:
     assert len(seen) > 2
     assert seen == sorted(seen)
     assert seen[-1] == (path.stat().st_size, path.stat().st_size)
+
+
+def test_a_trace_of_version_1_is_read_under_the_names_of_today(tmp_path: Path) -> None:
+    layers = [
+        {"event": "layer", "t": 0.0, "end": 0.1, "layer": 0, "hits": [1], "late": [3], "misses": [2], "stood_in": []},
+        {"event": "layer", "t": 0.1, "end": 0.2, "layer": 1, "hits": [], "late": [], "misses": [], "stood_in": [0, 2]},
+    ]
+    counts = {"late": 1, "stood_in": 2, "fill_loads": 1, "fill_bytes": 1000, "unguessed_steps": 0, "hits": 1}
+    stats = {"prefill": {}, "decode": counts, "evictions": 3}
+    path = write(
+        tmp_path / "old.jsonl", header(version=1), step(0.0), load(1, 0, 0.1, 0.2, "fill"), *layers,
+        end() | {"stats": stats},
+    )  # fmt: skip
+    recording = read_recording(path)
+    first, second = recording.decode_steps[0].layers
+    assert (first.hits, first.late_hits, first.misses) == ((1,), (3,), (2,))
+    assert second.substituted == (0, 2)
+    assert recording.stats["decode"] == {
+        "late_hits": 1, "substituted": 2, "deferred_loads": 1, "deferred_bytes": 1000, "steps_without_prefetch": 0,
+        "hits": 1,
+    }  # fmt: skip
+    assert recorded_of(recording, 0).deferred_bytes == 1000
+    write_chrome(path, tmp_path / "old.json")
+    converted = json.loads((tmp_path / "old.json").read_text())
+    assert converted[0]["args"]["version"] == 2
+    assert any(event["name"].startswith("deferred: ") for event in converted)
+    assert "stood_in" not in (tmp_path / "old.json").read_text()

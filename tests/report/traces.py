@@ -11,7 +11,7 @@ NUM_LAYERS, NUM_EXPERTS, TOP_K, EXPERT_BYTES = 2, 4, 2, 1000
 
 def header(**changes: Any) -> Event:
     return {
-        "event": "header", "version": 1, "model": "made-up", "model_type": "none", "fingerprint": "0" * 32,
+        "event": "header", "version": 2, "model": "made-up", "model_type": "none", "fingerprint": "0" * 32,
         "experts_per_layer": [NUM_EXPERTS] * NUM_LAYERS, "top_k": [TOP_K] * NUM_LAYERS,
         "expert_bytes": [EXPERT_BYTES] * NUM_LAYERS, "num_slots": 5, "slot_bytes": 1024, "staging_slots": 1,
         "codec": "BF16", "eviction": "lru", "prefetch": "lookahead", "policy": "exact",
@@ -23,8 +23,8 @@ def step(t: float, phase: str = "decode", rows: int = 1, positions: int = 1, is_
 
 
 def layer(t: float, end: float, at: int, **lists: Sequence[int]) -> Event:
-    """lists: hits, late, misses, stood_in; those left out are empty."""
-    found = {name: list(lists.get(name, ())) for name in ("hits", "late", "misses", "stood_in")}
+    """lists: hits, late_hits, misses, substituted; those left out are empty."""
+    found = {name: list(lists.get(name, ())) for name in ("hits", "late_hits", "misses", "substituted")}
     return {"event": "layer", "t": t, "end": end, "layer": at, **found}
 
 

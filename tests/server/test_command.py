@@ -43,7 +43,7 @@ def test_help_is_quick_and_narrow(capsys: pytest.CaptureFixture[str], monkeypatc
         (["--api-key", "has space"], "printable"),
         (["--host", "256.1.1.1", "--insecure"], "cannot be listened on"),
         (["-m", "MODEL"], "two models"),
-        (["--allowed-host", "box", "--allowed-host", "https://box"], "no name of a host"),
+        (["--allowed-host", "box", "--allowed-host", "https://box"], "not a host name"),
     ],
 )
 def test_refused_before_anything_is_loaded(

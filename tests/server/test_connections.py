@@ -197,7 +197,7 @@ def _answers(connection: socket.socket, count: int) -> bool:
     return True
 
 
-def test_an_answer_that_nobody_fetches_is_thrown_away(engine: FakeEngine, prompts: Prompts) -> None:
+def test_an_answer_that_is_not_read_is_dropped(engine: FakeEngine, prompts: Prompts) -> None:
     settings = ServerSettings(limits=Limits(head_s=0.3, send_s=0.5))
     with running(Backend(Serving(engine, prompts, engine.context)), settings) as url:
         connection = post(url, "/tokenize", {"prompt": "x" * 4_000_000}, receive_bytes=4096)
@@ -224,7 +224,7 @@ def test_stopping_ends_what_runs(engine: FakeEngine, prompts: Prompts) -> None:
     assert engine.state().running == 0
 
 
-def test_so_many_at_once_and_no_more(engine: FakeEngine, prompts: Prompts) -> None:
+def test_no_more_at_once_than_the_limit(engine: FakeEngine, prompts: Prompts) -> None:
     engine.gate.clear()
     settings = ServerSettings(limits=Limits(in_flight=2))
     with running(Backend(Serving(engine, prompts, engine.context)), settings) as url:

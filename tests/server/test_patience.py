@@ -75,9 +75,9 @@ async def _cut_off(unread: list[int], *, is_closed: bool, resumes_at: int | None
         ([100_000, 80_000, 50_000, 50_000], False, None, 3),
         # A byte now and then.
         ([100_000, 99_000], False, None, 1),
-        # Read far enough for more to be written: nobody looks.
+        # Read far enough for more to be written: no timer runs.
         ([100_000, 15_000, 15_000, 15_000], False, 1, None),
-        # The same, with an answer that is over or given up: the rest is waited for, not for ever.
+        # The same, with an answer that is over or cancelled: the rest is waited for, not for ever.
         ([100_000, 15_000, 15_000], True, 1, 2),
         ([100_000, 15_000, 0], True, 1, None),
     ],

@@ -14,7 +14,7 @@ class FakeTransfer:
         finish_on_wait: `wait` finishes the next request itself, demands first, instead of failing the test.
 
     Attributes:
-        calls: what was asked for, in order: ("demand", key, slot), ("prefetch", key, slot), ("fill", key, slot),
+        calls: what was asked for, in order: ("demand", key, slot), ("prefetch", key, slot), ("defer", key, slot),
             ("promote", key),
             ("cancel", key), ("reset",).
         closed: True after `close`.
@@ -53,11 +53,11 @@ class FakeTransfer:
         self._queue.prefetch(key, slot)
         self._slots[key] = slot
 
-    def fill(self, key: int, slot: int) -> None:
+    def defer(self, key: int, slot: int) -> None:
         """Record and queue it."""
         assert not self.closed, "the transfer is closed"
-        self.calls.append(("fill", key, slot))
-        self._queue.fill(key, slot)
+        self.calls.append(("defer", key, slot))
+        self._queue.defer(key, slot)
         self._slots[key] = slot
 
     def promote(self, key: int) -> None:

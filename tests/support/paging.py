@@ -7,8 +7,8 @@ import torch
 
 from foreroute.device import paging
 from foreroute.device.paging import CopyList, PagingState
-from foreroute.residency import Lru, Residency
-from foreroute.residency.slots import LOADING, PINNED, READY
+from foreroute.residency.eviction import Lru
+from foreroute.residency.slots import LOADING, PINNED, READY, Residency
 
 LAYERS, EXPERTS, TOP_K, TOKENS = 3, 8, 2, 2
 KEYS = LAYERS * EXPERTS
@@ -25,12 +25,12 @@ class Walk:
         num_slots = TOKENS * TOP_K + staging + self.random.choice([0, 1, 3, 20])
         self.state = PagingState.create(num_slots, KEYS, EXPERTS, staging_slots=staging)
         self.pool = Residency(num_slots, KEYS, eviction=Lru(), staging_slots=staging)
-        self.counts = dict.fromkeys(("hits", "late", "misses", "prefetched", "releases"), 0)
-        self.leased: list[int] = []
-        self.late: list[int] = []
+        self.counts = dict.fromkeys(("hits", "late_hits", "misses", "prefetched", "releases"), 0)
+        self.pinned: list[int] = []
+        self.late_hits: list[int] = []
 
     def run(self, num_steps: int) -> None:
-        """So many operations."""
+        """Run this many operations."""
         for step in range(num_steps):
             which = self.random.random()
             if which < 0.45:
@@ -48,11 +48,11 @@ class Walk:
             # In the order in which they were asked for: that is how old a staged key is.
             for key in self.on_their_way():
                 self.pool.loaded(key)
-                if key in self.late:
+                if key in self.late_hits:
                     # The demand that it was late for is computed with it.
                     self.pool.pin(key)
-                    self.leased.append(key)
-                    self.late.remove(key)
+                    self.pinned.append(key)
+                    self.late_hits.remove(key)
         return arrived
 
     def on_their_way(self) -> list[int]:
@@ -73,19 +73,19 @@ class Walk:
             self.pool.slot_of(layer * EXPERTS + id) if 0 <= id < EXPERTS else -1 for id in ids.flatten().tolist()
         ]
         assert slots.flatten().tolist() == expected
-        for name, there in (("hits", found.hits), ("late", found.in_flight), ("misses", found.misses)):
+        for name, there in (("hits", found.hits), ("late_hits", found.in_flight), ("misses", found.misses)):
             self.counts[name] += len(there)
         for key, _ in found.misses:
             self.pool.loaded(key)
             self.pool.pin(key)
-        self.leased = [key for key, _ in found.hits + found.misses]
-        self.late = [key for key, _ in found.in_flight]
+        self.pinned = [key for key, _ in found.hits + found.misses]
+        self.late_hits = [key for key, _ in found.in_flight]
 
     def _prefetch(self) -> None:
         layer, arrived = self.random.randrange(LAYERS), self._arrive()
         guesses = self._ids((self.random.randint(1, 5),))
         if not arrived:
-            # Guessed again while others are on their way: here and there ages differ, see paging's docstring.
+            # Guessed again while others are in flight: here and there ages differ, see paging's docstring.
             for at, id in enumerate(guesses.tolist()):
                 if 0 <= id < EXPERTS and self.pool.state(layer * EXPERTS + id) == READY:
                     guesses[at] = -1
@@ -101,8 +101,8 @@ class Walk:
         self.counts["releases"] += 1
 
     def _let_go(self) -> None:
-        self.pool.release([key for key in self.leased if self.pool.state(key) == PINNED])
-        self.leased, self.late = [], []
+        self.pool.release([key for key in self.pinned if self.pool.state(key) == PINNED])
+        self.pinned, self.late_hits = [], []
 
     def _ids(self, shape: tuple[int, ...]) -> torch.Tensor:
         ids = [self.random.choice([-1, EXPERTS, EXPERTS + 3]) if self.random.random() < 0.1 else
@@ -122,7 +122,7 @@ class Walk:
         assert (counts["evictions"], counts["prefetch_used"], counts["prefetch_wasted"], counts["shortages"]) == (
             self.pool.evictions, self.pool.prefetch_used, self.pool.prefetch_wasted, 0,
         )  # fmt: skip
-        assert {name: counts[name] for name in ("hits", "late", "misses", "prefetched")} == {
+        assert {name: counts[name] for name in ("hits", "late_hits", "misses", "prefetched")} == {
             name: count for name, count in self.counts.items() if name != "releases"
         }
 

@@ -8,7 +8,8 @@ import torch
 
 from foreroute.engine.interfaces import StepInfo, StepObserver
 from foreroute.engine.pool import ExpertPool
-from foreroute.residency import Lru, Residency
+from foreroute.residency.eviction import Lru
+from foreroute.residency.slots import Residency
 from foreroute.types import ExpertKeys
 from tests.support.fake_transfer import FakeTransfer
 

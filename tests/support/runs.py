@@ -71,6 +71,14 @@ def generate(model: Any, batch: Batch = ONE_PROMPT, new_tokens: int = NEW_TOKENS
     return Output(made.sequences, made.logits)
 
 
+def decode_greedily(decoder: Any, ids: torch.Tensor, new_tokens: int) -> torch.Tensor:
+    """The `GraphDecoder`'s likeliest tokens [rows, new_tokens] after prompts `ids` [rows, tokens], on the host."""
+    chosen = [decoder.prefill(ids).argmax(-1, keepdim=True)]
+    while len(chosen) < new_tokens:
+        chosen.append(decoder.step(chosen[-1]).argmax(-1, keepdim=True))
+    return torch.cat(chosen, 1).cpu()
+
+
 def assert_same_bits(ours: Output, theirs: Output) -> None:
     """The same tokens, and the same bits in all logits: -0.0 is not 0.0 here."""
     assert ours.tokens.tolist() == theirs.tokens.tolist()
@@ -118,7 +126,7 @@ def expert_table(folder: Path) -> ExpertTable:
 
 
 def slots_memory(folder: Path, num_slots: int) -> int:
-    """A memory budget, in bytes, of exactly so many slots."""
+    """A memory budget, in bytes, of exactly `num_slots` slots."""
     return num_slots * expert_table(folder).slot_bytes
 
 

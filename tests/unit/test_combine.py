@@ -1,4 +1,4 @@
-"""One token or several: experts computed and vectors that stand in are summed alike, in ascending order."""
+"""One token or several: computed experts and default vectors are summed alike, in ascending order."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ def expert(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("num_tokens", [1, 3])
-def test_vectors_stand_in_with_their_tokens_gate_weights(num_tokens: int) -> None:
+def test_default_vectors_are_weighted_by_their_tokens_gate_weights(num_tokens: int) -> None:
     math = ExpertMath(torch.relu, 0, 1, is_transposed=True)
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(num_tokens, HIDDEN, generator=generator)

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from foreroute.errors import PolicyError
-from foreroute.evals.fetched_only import stood_in_rows
-from foreroute.policy import Policy, stood_in, waited_for
+from foreroute.evals.fetched_only import mask_to_substitute
+from foreroute.policy import Policy, misses_to_substitute, waited_for
 
 EXACT, SPECULATIVE, PAPER = Policy("exact"), Policy("speculative"), Policy("paper")
 
@@ -25,8 +25,8 @@ def test_a_policy_is_written_as_it_is_read(text):
     ("text", "says"),
     [
         ("tolerance", "tolerance:TAU"),
-        ("tolerance:", "no number"),
-        ("tolerance:much", "'much' is no number"),
+        ("tolerance:", "not a number"),
+        ("tolerance:much", "'much' is not a number"),
         ("tolerance:1.5", "from 0 to 1"),
         ("tolerance:-0.1", "from 0 to 1"),
         ("tolerance:nan", "from 0 to 1"),
@@ -42,33 +42,33 @@ def test_what_is_no_policy_is_named(text, says):
 
 def test_tolerance_drops_the_smallest_while_they_fit():
     weights = [0.5, 0.25, 0.125, 0.125]
-    assert stood_in(tolerance(0.25), weights, [1, 2, 3]) == [2, 3]
-    assert stood_in(tolerance(0.24), weights, [1, 2, 3]) == [2]
-    assert stood_in(tolerance(0.25), weights, [0, 1]) == [1]
-    assert stood_in(tolerance(0.0), weights, [1, 2, 3]) == []
-    assert stood_in(tolerance(1.0), weights, [0, 1, 2, 3]) == [2, 3, 1, 0]
+    assert misses_to_substitute(tolerance(0.25), weights, [1, 2, 3]) == [2, 3]
+    assert misses_to_substitute(tolerance(0.24), weights, [1, 2, 3]) == [2]
+    assert misses_to_substitute(tolerance(0.25), weights, [0, 1]) == [1]
+    assert misses_to_substitute(tolerance(0.0), weights, [1, 2, 3]) == []
+    assert misses_to_substitute(tolerance(1.0), weights, [0, 1, 2, 3]) == [2, 3, 1, 0]
 
 
 def test_it_stops_at_the_first_that_does_not_fit():
     """A larger one behind it is not tried: the loss is bounded by tau, and the order is by weight."""
-    assert stood_in(tolerance(0.25), [0.2, 0.1, 0.7], [0, 1]) == [1]
+    assert misses_to_substitute(tolerance(0.25), [0.2, 0.1, 0.7], [0, 1]) == [1]
 
 
 def test_tau_is_a_share_whatever_the_weights_sum_to():
     weights = [4.0, 3.0, 2.0, 1.0]
-    assert stood_in(tolerance(0.3), weights, [1, 2, 3]) == [3, 2]
+    assert misses_to_substitute(tolerance(0.3), weights, [1, 2, 3]) == [3, 2]
 
 
 def test_equal_weights_go_by_position():
-    assert stood_in(tolerance(0.5), [0.25] * 4, [3, 1, 2]) == [1, 2]
+    assert misses_to_substitute(tolerance(0.5), [0.25] * 4, [3, 1, 2]) == [1, 2]
 
 
 def test_exact_and_paper_wait_and_speculative_does_not():
-    assert stood_in(EXACT, [0.9, 0.1], [1]) == []
-    assert stood_in(PAPER, [0.9, 0.1], [1]) == []
-    assert stood_in(SPECULATIVE, [0.9, 0.1], [0, 1]) == [1, 0]
+    assert misses_to_substitute(EXACT, [0.9, 0.1], [1]) == []
+    assert misses_to_substitute(PAPER, [0.9, 0.1], [1]) == []
+    assert misses_to_substitute(SPECULATIVE, [0.9, 0.1], [0, 1]) == [1, 0]
     # What weighs nothing is waited for too: the bits are those of the expert itself.
-    assert stood_in(EXACT, [1.0, 0.0], [1]) == []
+    assert misses_to_substitute(EXACT, [1.0, 0.0], [1]) == []
 
 
 def test_a_step_waits_for_what_one_of_its_tokens_waits_for():
@@ -105,6 +105,6 @@ def test_what_is_no_expert_has_no_mass():
 def test_the_rule_on_tensors_is_the_rule(weights, tau, name, data):
     missing = data.draw(st.lists(st.booleans(), min_size=len(weights), max_size=len(weights)))
     policy = Policy(name, tau if name == "tolerance" else 0.0)
-    plain = stood_in(policy, weights, [at for at, is_missing in enumerate(missing) if is_missing])
-    rows = stood_in_rows(policy, torch.tensor([weights], dtype=torch.float64), torch.tensor([missing]))
+    plain = misses_to_substitute(policy, weights, [at for at, is_missing in enumerate(missing) if is_missing])
+    rows = mask_to_substitute(policy, torch.tensor([weights], dtype=torch.float64), torch.tensor([missing]))
     assert rows[0].nonzero().flatten().tolist() == sorted(plain)

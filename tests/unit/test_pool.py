@@ -24,7 +24,7 @@ def test_a_demand_is_pinned_loaded_counted_and_told() -> None:
     assert waiting == {11: pool.residency.slot_of(11), 12: pool.residency.slot_of(12)}
     assert transfer.calls[-2:] == [("promote", 11), ("demand", 12, waiting[12])]
     assert notes.of("looked_up") == [([], [], [8, 9]), ([8], [11], [12])]
-    assert counts(pool, "hits", "late", "misses", "demand_loads", "demand_bytes") == (1, 1, 3, 3, 3 * NBYTES)
+    assert counts(pool, "hits", "late_hits", "misses", "demand_loads", "demand_bytes") == (1, 1, 3, 3, 3 * NBYTES)
     assert counts(pool, "layers", "stalled_layers", "first_waited") == (2, 2, 0)
     assert counts(pool, "prefetch_loads", "prefetch_bytes") == (1, NBYTES)
 
@@ -91,7 +91,7 @@ def test_a_layer_that_is_resident_needs_no_guess() -> None:
 
 
 def deferred(transfer: Any) -> list[int]:
-    return [call[1] for call in transfer.calls if call[0] == "fill"]
+    return [call[1] for call in transfer.calls if call[0] == "defer"]
 
 
 def arrive(pool: ExpertPool, transfer: Any, key: int) -> None:
@@ -105,7 +105,7 @@ def test_the_second_time_and_then_again_the_second_time() -> None:
     assert deferred(transfer) == []
     pool.defer([9])
     assert deferred(transfer) == [9]
-    assert counts(pool, "fill_loads", "fill_bytes") == (1, NBYTES)
+    assert counts(pool, "deferred_loads", "deferred_bytes") == (1, NBYTES)
     assert notes.of("deferred") == [([9],)]
     arrive(pool, transfer, 9)
     pool.residency.drop([9])
@@ -134,27 +134,27 @@ def test_a_prompt_takes_back_what_has_not_started() -> None:
     pool.cancel_queued()
     assert pool.residency.deferred == set()
     assert transfer.in_flight == [19]
-    assert counts(pool, "fill_loads", "fill_bytes", "prefetch_loads") == (0, 0, 1)
+    assert counts(pool, "deferred_loads", "deferred_bytes", "prefetch_loads") == (0, 0, 1)
     pool.defer([9])
     assert deferred(transfer)[-1] == 9, "it keeps its turn"
 
 
-def test_a_late_guess_that_was_deferred_is_taken_back_as_the_guess_that_it_was() -> None:
+def test_a_prefetch_in_flight_that_was_deferred_is_cancelled_as_a_prefetch() -> None:
     pool, _, _ = made_pool()
     pool.defer([9])
     pool.prefetch(1, [1])
-    pool._guessed[1].clear()  # its layer has passed
+    pool._unconfirmed[1].clear()  # its layer has passed
     pool.defer([9])
     assert pool.residency.deferred == {9}
     pool.cancel_queued()
-    assert counts(pool, "prefetch_loads", "prefetch_bytes", "fill_loads") == (0, 0, 0)
+    assert counts(pool, "prefetch_loads", "prefetch_bytes", "deferred_loads") == (0, 0, 0)
 
 
 def test_substituted_experts_are_counted_told_and_deferred() -> None:
     pool, transfer, notes = made_pool()
     pool.substitute([9])
     pool.substitute([9, 10])
-    assert counts(pool, "stood_in") == (3,)
+    assert counts(pool, "substituted") == (3,)
     assert notes.of("substituted") == [([9],), ([9, 10],)]
     assert deferred(transfer) == [9]
 
@@ -222,7 +222,7 @@ def test_a_stream_reads_each_expert_once_and_gives_every_slot_back() -> None:
         assert stream.slot_of(key) == slots[-1], "a family's own forward asks once for each part"
     stream.close()
     assert transfer.num_in_flight == 0
-    assert counts(pool, "hits", "late", "misses", "demand_loads", "prefetch_cancelled") == (2, 0, 6, 6, 1)
+    assert counts(pool, "hits", "late_hits", "misses", "demand_loads", "prefetch_cancelled") == (2, 0, 6, 6, 1)
     assert notes.of("looked_up")[-1] == ([8, 11], [], [9, 10, 12, 13, 14, 15])
     residency = pool.residency
     assert not any(residency.state(key) in (PINNED, LOADING) for key in range(residency.num_keys))
@@ -230,14 +230,14 @@ def test_a_stream_reads_each_expert_once_and_gives_every_slot_back() -> None:
     assert {8, 11} <= set(residency.ready_keys()), "what was resident stays so"
 
 
-def test_what_was_being_read_when_a_stream_began_is_late() -> None:
+def test_what_was_being_read_when_a_stream_began_is_a_late_hit() -> None:
     pool, transfer, notes = made_pool()
     pool.begin_step(PROMPT)
     pool.prefetch(1, [0])
     transfer.begin()
     ExpertStream(pool, 1, [8, 9]).close()
     assert notes.of("looked_up") == [([], [8], [9])]
-    assert counts(pool, "hits", "late", "misses") == (0, 1, 1)
+    assert counts(pool, "hits", "late_hits", "misses") == (0, 1, 1)
 
 
 def test_a_prefetch_that_ends_while_a_stream_waits_is_taken_in() -> None:

@@ -21,7 +21,7 @@ class Broken(Exception):
 
 
 def breaking(target: Any, name: str, after: int) -> Callable[[], None]:
-    """The call so many calls from now on raises; returns what mends it."""
+    """Make the `after`th call from now on raise; return a function that restores it."""
     original, calls = getattr(target, name), itertools.count()
 
     def call(*arguments: Any) -> Any:
@@ -60,7 +60,7 @@ def a_step(pool: ExpertPool) -> None:
 POINTS = [
     *(("residency", name) for name in ("demand", "prefetch", "defer", "loaded", "pin", "release", "tick", "borrow")),
     ("residency", "give_back"),
-    *(("transfer", name) for name in ("demand", "prefetch", "fill", "promote", "cancel", "completed", "wait")),
+    *(("transfer", name) for name in ("demand", "prefetch", "defer", "promote", "cancel", "completed", "wait")),
 ]
 
 
@@ -178,11 +178,11 @@ class PoolMachine(RuleBasedStateMachine):
     @invariant()
     def counts_are_what_was_told(self) -> None:
         phase, found = self.pool.stats.decode, self.notes.of("looked_up")
-        assert [phase.hits, phase.late, phase.misses] == [sum(len(one[at]) for one in found) for at in range(3)]
+        assert [phase.hits, phase.late_hits, phase.misses] == [sum(len(one[at]) for one in found) for at in range(3)]
         assert phase.demand_loads == phase.misses
-        assert phase.stood_in == sum(len(keys) for (keys,) in self.notes.of("substituted"))
+        assert phase.substituted == sum(len(keys) for (keys,) in self.notes.of("substituted"))
         assert phase.prefetch_bytes == NBYTES * phase.prefetch_loads
-        assert phase.fill_loads == sum(len(keys) for (keys,) in self.notes.of("deferred"))
+        assert phase.deferred_loads == sum(len(keys) for (keys,) in self.notes.of("deferred"))
         assert phase.layers == len(found)
 
 
@@ -209,6 +209,6 @@ def test_a_deferred_load_that_it_forgot_is_not_taken_for_one() -> None:
     pool.cancel_mispredicted(1, [9])
     for _ in range(2):
         pool.defer([9])
-    assert pool.residency.deferred == {9}, "a guess that comes too late"
+    assert pool.residency.deferred == {9}, "a prefetch that comes too late"
     pool.cancel_queued()
-    assert (pool.phase.prefetch_loads, pool.phase.fill_loads) == (0, 1)
+    assert (pool.phase.prefetch_loads, pool.phase.deferred_loads) == (0, 1)

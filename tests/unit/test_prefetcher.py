@@ -11,7 +11,8 @@ from foreroute.engine.interfaces import StepInfo
 from foreroute.engine.pool import ExpertPool
 from foreroute.engine.prefetcher import Prefetcher
 from foreroute.predict.governor import Governor
-from foreroute.residency import Lru, Residency
+from foreroute.residency.eviction import Lru
+from foreroute.residency.slots import Residency
 from foreroute.types import ExpertKeys
 from tests.support.fake_transfer import FakeTransfer
 
@@ -54,7 +55,7 @@ def test_the_governor_decides_how_much_of_a_guess_is_fetched(share: float, keys:
     reads.guess_next(0, None, None, None)
     assert prefetched(pool) == keys
     assert guesses.asked == (share > 0), "a guess that is not fetched is not made"
-    assert pool.phase.unguessed_steps == (share == 0)
+    assert pool.phase.steps_without_prefetch == (share == 0)
 
 
 @pytest.mark.parametrize("case", [{"is_prefill": True}, {"is_exact": False}], ids=str)
@@ -67,7 +68,7 @@ def test_prompts_and_other_policies_are_not_governed(case: dict[str, bool]) -> N
     reads.end_step()
     assert prefetched(pool) == [9, 10, 11, 12]
     assert told == []
-    assert pool.phase.unguessed_steps == 0
+    assert pool.phase.steps_without_prefetch == 0
 
 
 def test_the_governor_is_told_what_a_step_took_and_waited_once_the_pool_is_full() -> None:
@@ -76,7 +77,7 @@ def test_the_governor_is_told_what_a_step_took_and_waited_once_the_pool_is_full(
     governor.step = lambda seconds, waited_s: told.append((seconds, waited_s)) or False
     reads.begin_step(DECODE)
     reads.end_step()
-    assert told == [], "while the pool fills, steps get quicker whoever guesses"
+    assert told == [], "while the pool fills, steps get faster with or without prefetch"
     pool.residency.demand(list(range(12)))
     pool.phase.stall_s = 3.0
     reads.begin_step(DECODE)

@@ -1,4 +1,4 @@
-"""generation/prefix_cache.py: what is kept, what gives way, and what must never be continued."""
+"""generation/prefix_cache.py: what is kept, what is dropped, and what must never be continued."""
 
 from typing import Any
 
@@ -66,7 +66,7 @@ def test_the_longest_beginning_is_found_and_is_what_it_says(conversations, ids, 
     assert again is None or tokens_in(again) == [ids[:known]] * 4
 
 
-def test_the_oldest_gives_way() -> None:
+def test_the_oldest_is_dropped() -> None:
     model, kept = kept_of([1, 1, 1], [2, 2, 2], max_bytes=7 * TOKEN_BYTES)
     assert (len(kept), kept.nbytes) == (2, 6 * TOKEN_BYTES)
     kept.take(model, [1, 1, 1, 4], 3)

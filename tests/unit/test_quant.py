@@ -106,7 +106,7 @@ class TestEveryCodec:
 def assert_sum_keeps_places(
     math: QuantisedMath, token: torch.Tensor, stored: list[torch.Tensor], expected: torch.Tensor
 ):
-    """Experts 3, 5 and 9 in every order of arrival, 9 stood in for, 7 neither run nor put."""
+    """Experts 3, 5 and 9 in every order of arrival, 9 substituted, 7 neither run nor put."""
     weights, other = torch.tensor([[0.5, 0.25, 0.125, 0.75]]).bfloat16(), torch.full_like(token, 8.0)
     doubled = [part * 2 if at == len(stored) - 1 else part for at, part in enumerate(stored)]  # its last bias
     totals = []

@@ -90,9 +90,9 @@ class TestNamed:
                 raise error
             assert caught.value is error
 
-    def test_what_nobody_listed_passes(self) -> None:
+    def test_what_is_not_listed_passes(self) -> None:
         class Unknown(Exception):
-            """Of nobody."""
+            """Not listed."""
 
         with pytest.raises(Unknown), named("file"):
             raise Unknown

@@ -8,8 +8,8 @@ import torch
 
 from foreroute.engine.pool import ExpertPool
 from foreroute.engine.substitution import substitute_missing
-from foreroute.residency import Lru, Residency
-from foreroute.residency.slots import LOADING, PINNED
+from foreroute.residency.eviction import Lru
+from foreroute.residency.slots import LOADING, PINNED, Residency
 from foreroute.types import ExpertKeys
 from tests.support.fake_transfer import FakeTransfer
 
@@ -56,7 +56,7 @@ def test_what_arrived_is_computed_and_the_rest_substituted() -> None:
     assert pinned == output.ran == [LATE]
     assert output.substituted == [LATER, GONE]
     assert pool._substituted == {LATER, GONE}, "they are read the next time"
-    assert (pool.phase.hits, pool.phase.stood_in) == (1, 2)
+    assert (pool.phase.hits, pool.phase.substituted) == (1, 2)
     assert pool.residency.state(LATE) == PINNED
     assert pool.residency.state(LATER) == LOADING
 

@@ -44,7 +44,7 @@ def test_tracing_changes_no_bit(run, checkpoints: Any) -> None:
 def test_a_trace_begins_with_its_model_and_ends_with_its_counts(run) -> None:
     _, stats, events = run
     header, last = events[0], events[-1]
-    assert (header["event"], header["version"], header["model_type"]) == ("header", 1, "qwen3_moe")
+    assert (header["event"], header["version"], header["model_type"]) == ("header", 2, "qwen3_moe")
     assert len(header["experts_per_layer"]) == len(header["top_k"]) == len(header["expert_bytes"]) > 1
     assert last["event"] == "end"
     assert last["stats"]["decode"]["hits"] == stats.decode.hits
@@ -58,15 +58,15 @@ def test_every_demanded_expert_is_a_hit_late_or_missed_as_the_engine_counted(run
     for is_prefill, phase in phases.items():
         own = [event for event in layers if ("counts" in event) == is_prefill]
         assert own
-        counted = [sum(len(event[kind]) for event in own) for kind in ("hits", "late", "misses")]
-        assert counted == [phase.hits, phase.late, phase.misses]
+        counted = [sum(len(event[kind]) for event in own) for kind in ("hits", "late_hits", "misses")]
+        assert counted == [phase.hits, phase.late_hits, phase.misses]
         for event in own:
             routed = (
                 {expert for expert, _ in event["counts"]}
                 if is_prefill
                 else {expert for row in event["ids"] for expert in row}
             )
-            assert sorted(event["hits"] + event["late"] + event["misses"]) == sorted(routed)
+            assert sorted(event["hits"] + event["late_hits"] + event["misses"]) == sorted(routed)
 
 
 def test_loads_are_those_that_were_counted_and_lie_in_time(run) -> None:
@@ -114,7 +114,7 @@ def test_another_ending_and_a_file_that_is_no_trace_are_refused(tmp_path: Path) 
         open_trace(tmp_path / "run.txt")
     mine = tmp_path / "mine.json"
     mine.write_text('{"precious": 1}')
-    with pytest.raises(TraceError, match="is no trace"):
+    with pytest.raises(TraceError, match="is not a trace"):
         open_trace(mine)
     assert mine.read_text() == '{"precious": 1}'
     with pytest.raises(TraceError, match="cannot be written"):

@@ -1,4 +1,4 @@
-"""One request from when it is taken to its last event: its prompt's chunks, its tokens, its text."""
+"""The state of one request, from its admission to its last event: prompt chunks, tokens, text."""
 
 import logging
 from collections.abc import Callable, Collection
@@ -8,6 +8,7 @@ import torch
 
 from foreroute.batching.requests import AnswerEvent, Finished, NewToken, PromptProgress, PromptScored, Request, Top
 from foreroute.batching.sampler import Sampler, score
+from foreroute.loading.offloaded_model import OffloadedModel
 from foreroute.model.endings import stop_strings
 from foreroute.model.text import StopText, TextPieces
 
@@ -15,15 +16,15 @@ _LOG = logging.getLogger(__name__)
 
 
 class Answer:
-    """What the engine knows of one request. Its thread alone uses it, but for `cancel`.
+    """The engine's state of one request. Only the engine's thread uses it, except `cancel`.
 
     Args:
-        most_new: tokens that may come.
+        most_new: most tokens of the answer.
 
     Attributes:
-        ids: the prompt, and the tokens that came. reserved: tokens that its row may come to hold.
-        num_computed: tokens whose keys and values there are.
-        num_cached: those of them that an earlier request had left.
+        ids: the prompt and the answer so far. reserved: most tokens that its row can come to hold.
+        num_computed: tokens with keys and values in the cache.
+        num_cached: those of them that came from an earlier request.
     """
 
     def __init__(self, request: Request, on_event: Callable[[AnswerEvent], None], most_new: int) -> None:
@@ -38,13 +39,13 @@ class Answer:
         self._tops: list[Top | None] = [None]
 
     def cancel(self, why: str) -> None:
-        """Mark it as one to end; the first reason counts."""
+        """Mark it as cancelled; the first reason counts."""
         if not self.is_cancelled:
             self.why_cancelled = why
             self.is_cancelled = True
 
-    def begin(self, tokenizer: Any, model: Any, num_cached: int) -> None:
-        """Make ready to compute the prompt, but for `num_cached` tokens of which there are keys and values."""
+    def begin(self, tokenizer: Any, model: OffloadedModel, num_cached: int) -> None:
+        """Prepare to compute the prompt after its first `num_cached` tokens, whose keys and values are cached."""
         self.num_cached = self.num_computed = num_cached
         if not self.wants_none:
             self._sampler = Sampler(model, self.request.sampling, self.ids, self._most_new)
@@ -52,14 +53,14 @@ class Answer:
         self._pieces, self._text = TextPieces(tokenizer), StopText((*self.request.stop, *own))
 
     def next_chunk(self, most: int) -> list[int]:
-        """What is to be computed next of the prompt, at most `most` tokens."""
+        """Return the prompt's next tokens to compute, at most `most`."""
         return self.ids[self.num_computed : min(self.num_computed + most, self._num_prompt)]
 
     def took(self, num_tokens: int, logits: torch.Tensor) -> bool:
-        """So many tokens of the prompt have been computed; whether that was all of it.
+        """Count `num_tokens` computed tokens of the prompt; return whether it is complete.
 
         Args:
-            logits: [positions, vocabulary]; of every one of these tokens where scores are wanted.
+            logits: [positions, vocabulary]; of every one of these tokens if the request wants scores.
         """
         if self.request.wants_prompt_scores:
             self._score(logits[-num_tokens:])
@@ -72,7 +73,7 @@ class Answer:
         return True
 
     def _score(self, logits: torch.Tensor) -> None:
-        """Of the chunk at hand, what was thought of the tokens that follow in the prompt."""
+        """Score the prompt tokens that follow the current chunk's. logits: [tokens, vocabulary] of the chunk."""
         following = self.ids[self.num_computed + 1 : self.num_computed + 1 + len(logits)]
         for row, token in zip(logits, following, strict=False):
             logprob, top = score(row.float(), token, self.request.num_top_logprobs or 0)
@@ -81,16 +82,16 @@ class Answer:
 
     @property
     def wants_none(self) -> bool:
-        """The prompt's scores are all that is wanted."""
+        """Whether only the prompt's scores are asked for."""
         return self._most_new == 0
 
     def advance(self, logits: torch.Tensor, likeliest: int, ends: Collection[int]) -> Finished | None:
-        """Choose the next token, and tell it.
+        """Choose the next token, and send its event.
 
         Args:
             logits: [vocabulary] fp32. likeliest: their argmax. ends: tokens that end an answer.
         Returns:
-            The last event, where that was the last token.
+            The last event, if that was the last token.
         """
         token = likeliest if self._sampler.is_greedy else self._sampler.draw(logits)
         self.ids.append(token)
@@ -110,7 +111,7 @@ class Answer:
         return Finished(reason, self._num_prompt, len(self.ids) - self._num_prompt, self.num_cached, tail, error)
 
     def tell(self, event: AnswerEvent) -> None:
-        """Hand an event on. Who cannot take it has no further use for the answer."""
+        """Send an event; a receiver that fails cancels the request."""
         try:
             self._on_event(event)
         except Exception:  # noqa: BLE001  the others' answers go on

@@ -1,6 +1,6 @@
 """Several requests at once on one model: a chunk of the prompts, then one token for all rows, and again.
 
-Each step is one forward pass of several rows, so that an expert that several of them want is read once for them all.
+Each step is one forward pass of several rows, so that an expert that several of them demand is read once for all.
 """
 
 import logging
@@ -17,6 +17,7 @@ from foreroute.batching.rows import UNREADABLE, OneRow, RowsCache, can_be_padded
 from foreroute.engine.interfaces import Phase
 from foreroute.errors import ContextLengthError, ForerouteError, PromptError, QueueFullError
 from foreroute.generation.prefix_cache import PromptCache
+from foreroute.loading.offloaded_model import OffloadedModel, handle_of
 from foreroute.memory.kv import planned_kv_bytes_per_token
 from foreroute.memory.serving import keeps_prompts
 from foreroute.memory.serving_budget import MOST_SCORED_WHOLE, SCORED_AT_ONCE, choose_kv_tokens, kept_prompt_bytes
@@ -29,23 +30,23 @@ _CHUNK_BESIDE_OTHERS = 512
 
 
 class BatchEngine:
-    """Answers requests, several at once, in the order in which they came. All methods: see requests.Engine.
+    """Answers requests, several at once, first come first served. All methods: see requests.Engine.
 
     Args:
-        model: of `foreroute.load`; whoever else uses it, and the steps here, take turns. tokenizer: of transformers.
+        model: of `foreroute.load`; its other users wait for the steps here, and these for them. tokenizer: its own.
         context: tokens of prompt and answer together.
-        max_num_seqs: requests computed at once. max_waiting: further ones that may wait.
-        kv_tokens: of keys and values, rows times the longest of them, padding included. When left out, each row has
-            room for the context or 4096 tokens, and one alone for the whole context.
+        max_num_seqs: most requests computed at once. max_waiting: most further ones that may wait.
+        kv_tokens: capacity of the KV cache: rows times the longest of them, padding included. None: the context or
+            4096 tokens for each row, and at least one whole context.
 
     Attributes:
-        rows: requests computed at once: 1 where the model cannot be batched. why_one_row: the reason, or "".
-        kv_tokens: as above. kv_bytes: of so many tokens, at most.
+        rows: most requests computed at once: 1 where the model cannot be batched. why_one_row: the reason, or "".
+        kv_tokens: as above. kv_bytes: of the full KV cache.
     """
 
     def __init__(
         self,
-        model: Any,
+        model: OffloadedModel,
         tokenizer: Any,
         context: int,
         max_num_seqs: int = 8,
@@ -56,20 +57,21 @@ class BatchEngine:
         self.why_one_row = why_not_batched(model)
         self.rows = 1 if self.why_one_row else max_num_seqs
         self.kv_tokens = kv_tokens or choose_kv_tokens(None, context, self.rows)
-        self.kv_bytes = self.kv_tokens * planned_kv_bytes_per_token(model)
+        handle = handle_of(model)
+        self.kv_bytes = self.kv_tokens * planned_kv_bytes_per_token(model, handle.plan, handle.layers)
         self._context = min(context, self.kv_tokens)
         self._most_open = max_num_seqs + max_waiting
         self._ends = end_tokens(model.generation_config)
         self._can_continue = keeps_prompts(model)
         self._can_pad = not self.why_one_row and can_be_padded(model)
         self._kept = PromptCache(kept_prompt_bytes(self.kv_bytes)) if self._can_continue else None
-        # The lock guards these; computing needs none, as one thread does it.
+        # The lock guards these; computing needs none, as only one thread computes.
         self._changed = threading.Condition()
         self._waiting: deque[Answer] = deque()
         self._joining: list[Answer] = []
         self._running: list[Answer] = []
         self._is_closed = False
-        # Those whose prompts are computed, and those that decode: places as in _joining and in _running.
+        # Rows in prefill and rows that decode; places as in _joining and in _running.
         self._prompts: Any = self._no_rows()
         self._batch: Any = self._no_rows()
         self._thread = threading.Thread(target=self._work, name="foreroute-engine", daemon=True)
@@ -81,7 +83,7 @@ class BatchEngine:
         Raises:
             RefusedError: this process was forked from the one that loaded the model.
         """
-        # Whoever answers is not in a forked process; and whoever held the engine's own lock.
+        # Raises in a forked process, which has no thread to answer.
         _ = self._model.foreroute.lock
         num_prompt, most_new = len(request.prompt_ids), request.max_new_tokens
         if not num_prompt:
@@ -98,7 +100,7 @@ class BatchEngine:
                 "Shorten the prompt or ask for fewer."
             )
         if most_new is None:
-            # A fair share, so that who says nothing does not keep all others waiting.
+            # A fair share, so that a request without a limit does not keep all others waiting.
             share = self.kv_tokens // self.rows
             most_new = min(self._context - num_prompt, max(share - num_prompt, share // 4, 1))
         answer = Answer(request, on_event, most_new)
@@ -111,7 +113,7 @@ class BatchEngine:
         return answer
 
     def cancel(self, handle: Answer) -> None:
-        """See requests.Engine. What it holds is free before the next step."""
+        """See requests.Engine. Its memory is free before the next step."""
         handle.cancel("The request was cancelled.")
 
     def state(self) -> EngineState:
@@ -125,7 +127,7 @@ class BatchEngine:
             )
 
     def close(self) -> None:
-        """See requests.Engine. Waits for the forward pass that runs."""
+        """See requests.Engine. Waits for the current forward pass."""
         if self._model.foreroute.entry.is_forked:
             return
         with self._changed:
@@ -136,7 +138,7 @@ class BatchEngine:
         self._thread.join()
 
     def _held(self, *more: Answer) -> int:
-        """Tokens that the rows which are admitted, and these, may come to hold, padding included."""
+        """Most tokens that the admitted rows, and these, can come to hold, padding included."""
         lengths = [answer.reserved for answer in (*self._joining, *self._running, *more)]
         return len(lengths) * max(lengths, default=0)
 
@@ -150,13 +152,13 @@ class BatchEngine:
                     self._prefill()
                 if self._running:
                     self._decode()
-            except Exception as error:  # noqa: BLE001  a thread that died would leave everybody waiting for ever
+            except Exception as error:  # noqa: BLE001  without the thread, all requests would wait for ever
                 _LOG.exception("the engine failed between steps; its requests are ended")
                 self._fail([*self._joining, *self._running], error)
                 self._prompts, self._batch = self._no_rows(), self._no_rows()
 
     def _await_work(self) -> bool:
-        """False when the engine is closed and all requests have ended."""
+        """Wait for requests; False when the engine is closed and all have ended."""
         with self._changed:
             while not (self._waiting or self._joining or self._running):
                 if self._is_closed:
@@ -176,7 +178,7 @@ class BatchEngine:
         self._take_out(of(self._running))
 
     def _admit(self) -> None:
-        """Those that waited longest, while there are rows and room for them."""
+        """Admit waiting requests in order, while rows and KV cache are free."""
         most_prompts = self.rows if self._can_pad else 1
         while self._waiting and len(self._joining) + len(self._running) < self.rows:
             if len(self._joining) >= most_prompts:
@@ -187,12 +189,12 @@ class BatchEngine:
             with self._changed:
                 self._waiting.popleft()
                 self._joining.append(answer)
-            # What rows have left counts no more, and is there until somebody needs it.
+            # Memory of rows that have left is not counted any more; it is freed only now.
             self._prompts.trim()
             self._batch.trim()
             try:
                 self._begin(answer)
-            except Exception as error:  # noqa: BLE001  told to the one that it concerns
+            except Exception as error:  # noqa: BLE001  reported to its request
                 self._end(answer, _failed(answer, error))
 
     def _begin(self, answer: Answer) -> None:
@@ -204,13 +206,13 @@ class BatchEngine:
         self._prompts.arrange(range(len(self._joining) - 1), [(cache, num_cached)])
 
     def _prefill(self) -> None:
-        """The next chunk of every prompt that there is."""
+        """Compute the next chunk of every prompt in prefill."""
         answers = list(self._joining)
         chunks = [answer.next_chunk(self._most_at_once(answers)) for answer in answers]
         wants_scores = any(answer.request.wants_prompt_scores for answer in answers)
         try:
             outcomes = self._step(self._prompts, chunks, "prefill", all_logits=wants_scores)
-        except Exception as error:  # noqa: BLE001  told to those that it concerns
+        except Exception as error:  # noqa: BLE001  reported to the requests in prefill
             self._fail(self._joining, error)
             self._prompts = self._no_rows()
             return
@@ -222,18 +224,18 @@ class BatchEngine:
             try:
                 if answer.took(len(chunk), logits):
                     done[answer] = self._first_token(answer, logits[-1].float().cpu())
-            except Exception as error:  # noqa: BLE001  told to the one that it concerns
+            except Exception as error:  # noqa: BLE001  reported to its request
                 done[answer] = _failed(answer, error)
         going = [at for at, answer in enumerate(answers) if answer in done and done[answer] is None]
         try:
             if going:
-                self._batch.take_over(self._prompts, going)
-        except Exception as error:  # noqa: BLE001  told to those that it concerns: the rows that decode go on
+                self._batch.append_from(self._prompts, going)
+        except Exception as error:  # noqa: BLE001  reported to these requests: the rows that decode go on
             done.update({answers[at]: _failed(answers[at], error) for at in going})
         self._leave_prompts(done)
 
     def _most_at_once(self, answers: Sequence[Answer]) -> int:
-        """Tokens of each prompt in the next step."""
+        """Most tokens of each prompt in the next step."""
         if not self._can_continue:
             return self._context
         most: int = self._model.foreroute.plan.prefill_chunk
@@ -249,7 +251,7 @@ class BatchEngine:
         return answer.advance(logits, int(logits.argmax()), self._ends)
 
     def _leave_prompts(self, left: Mapping[Answer, Finished | None]) -> None:
-        """The prompts of these are not computed any more: None for one that decodes from now on."""
+        """Remove these from prefill; those with None decode from now on, the others end."""
         if not left:
             return
         for at, answer in enumerate(self._joining):
@@ -267,10 +269,10 @@ class BatchEngine:
                 self._end(answer, end)
 
     def _decode(self) -> None:
-        """One token for every row."""
+        """Compute one token for every row."""
         try:
             outcomes = self._step(self._batch, [answer.ids[-1:] for answer in self._running], "decode")
-        except Exception as error:  # noqa: BLE001  told to those that it concerns
+        except Exception as error:  # noqa: BLE001  reported to the requests that decode
             self._fail(self._running, error)
             self._batch = self._no_rows()
             return
@@ -286,13 +288,13 @@ class BatchEngine:
         try:
             row = logits.float().cpu()
             return answer.advance(row, int(row.argmax()), self._ends)
-        except Exception as error:  # noqa: BLE001  told to the one that it concerns
+        except Exception as error:  # noqa: BLE001  reported to its request
             return _failed(answer, error)
 
     def _step(
         self, rows: RowsCache | OneRow, tokens: Sequence[Sequence[int]], phase: Phase, *, all_logits: bool = False
     ) -> Sequence[torch.Tensor | ForerouteError]:
-        """Per row its logits [positions, vocabulary]; or why it alone has none, where an expert could not be read."""
+        """Return per row its logits [positions, vocabulary], or the error where one of its experts cannot be read."""
         try:
             return list(rows.step(tokens, phase, all_logits=all_logits))
         except UNREADABLE:
@@ -302,7 +304,7 @@ class BatchEngine:
             return rows.step_apart(tokens, phase, all_logits=all_logits)
 
     def _take_out(self, ended: dict[Answer, Finished]) -> None:
-        """These rows are not computed any more."""
+        """Remove ended rows from decoding."""
         if not ended:
             return
         for at, answer in enumerate(self._running):
@@ -313,20 +315,20 @@ class BatchEngine:
             self._end(answer, end)
 
     def _keep(self, answer: Answer, rows: RowsCache | OneRow, at: int, end: Finished) -> None:
-        """Leave what was computed for the next prompt that begins alike."""
+        """Keep the row's keys and values for later prompts with the same beginning."""
         nothing = self._kept is None or end.reason == "error" or not answer.num_computed
         if self._kept is None or nothing or answer.request.wants_prompt_scores:
             return
         ids = answer.ids[: answer.num_computed]
-        # A stand-in leaves its mark on what is computed after it; the prompt is exact always.
-        if any(policy.stands_in or policy.replaces_route for policy in self._model.foreroute.policies):
+        # A substitute changes all later keys and values; the prompt's are always exact.
+        if any(policy.substitutes or policy.replaces_route for policy in self._model.foreroute.policies):
             ids = ids[: len(answer.request.prompt_ids)]
-        # More of it than is kept is copied where windows are; before it is, there is room for it.
+        # Make room before the copy, which with sliding windows is larger than what is kept.
         if self._kept.make_room(len(ids) * self.kv_bytes // self.kv_tokens):
             try:
                 self._kept.keep(self._model, ids, rows.row(at))
             except (RuntimeError, MemoryError):
-                # Only a copy for later requests: where the device has no room for it, running ones go on.
+                # Only a copy for later requests: without memory for it, running ones go on.
                 _LOG.warning("A prompt was not kept for the next request", exc_info=True)
 
     def _end(self, answer: Answer, end: Finished) -> None:

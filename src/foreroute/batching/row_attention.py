@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 
 from foreroute.batching.row_layers import RowLayer
 
@@ -19,13 +19,13 @@ _KNOWN = ("eager", "sdpa")
 
 
 class RowAttention:
-    """Stands in for a model's own attention while several rows get one token each.
+    """Replaces a model's own attention while several rows get one token each.
 
     Args:
         model: `can_attend_by_row` of it is true.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         self._config = model.config.get_text_config(decoder=True)
         self._own = self._config._attn_implementation
 
@@ -65,7 +65,7 @@ class RowAttention:
         return own
 
 
-def can_attend_by_row(model: Any) -> bool:
+def can_attend_by_row(model: PreTrainedModel) -> bool:
     """Whether every attention of `model` asks transformers' interface for its function, by one config."""
     config = model.config.get_text_config(decoder=True)
     attentions = [module for module in model.modules() if hasattr(module, "layer_idx") and hasattr(module, "o_proj")]

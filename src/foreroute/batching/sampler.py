@@ -1,4 +1,4 @@
-"""How a request's next token is drawn, and how it is scored."""
+"""Sample a request's next token, and compute logprobs."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -7,16 +7,17 @@ import torch
 from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
 
 from foreroute.batching.requests import Sampling, Top
+from foreroute.loading.offloaded_model import OffloadedModel
 
 # Below it, a difference of two logits in float32 (1e-7 and more) makes one of the tokens impossible.
 _COLD = 1e-9
 
 
 def score(logits: torch.Tensor, token: int, num_top: int | None) -> tuple[float | None, Top]:
-    """A token's logprob and the likeliest ones, of the model's own distribution; nothing where None are wanted.
+    """Return a token's logprob and the `num_top` likeliest ones, by the model's own distribution.
 
     Args:
-        logits: [vocabulary] fp32, before any penalty or temperature.
+        logits: [vocabulary] fp32, before any penalty or temperature. num_top: None computes nothing.
     """
     if num_top is None:
         return None, ()
@@ -30,19 +31,19 @@ def score(logits: torch.Tensor, token: int, num_top: int | None) -> tuple[float 
 class Sampler:
     """Draws one answer's tokens as transformers' generate() does: with its processors, in its order, made once.
 
-    Penalties of OpenAI's, which transformers has not, come behind its own and before temperature, top-k, top-p and
-    min-p. Draws are from a generator of the request's own: who shares its steps changes no draw.
+    OpenAI's penalties, which transformers lacks, come after its own and before temperature, top-k, top-p and min-p.
+    Each request has its own generator, so that requests in the same steps do not change its draws.
 
     Args:
-        model: its generation_config says what the request leaves open; its generate() makes the processors.
-        prompt_ids: a repetition penalty holds for them too.
-        most_new: tokens that may come.
+        model: its generation_config has the defaults; its generate() makes the processors.
+        prompt_ids: a repetition penalty applies to them too.
+        most_new: most tokens of the answer.
 
     Attributes:
-        is_greedy: it takes the likeliest token as the model has it, and `draw` need not be asked.
+        is_greedy: the next token is the argmax of the model's logits, without `draw`.
     """
 
-    def __init__(self, model: Any, asked: Sampling, prompt_ids: Sequence[int], most_new: int) -> None:
+    def __init__(self, model: OffloadedModel, asked: Sampling, prompt_ids: Sequence[int], most_new: int) -> None:
         self._length = len(prompt_ids)
         self._ids = torch.empty((1, self._length + most_new), dtype=torch.int64)
         self._ids[0, : self._length] = torch.tensor(prompt_ids)
@@ -57,7 +58,7 @@ class Sampler:
             self._generator.manual_seed(asked.seed)
 
     def draw(self, logits: torch.Tensor) -> int:
-        """The next token, from logits [vocabulary] fp32, which stay as they are."""
+        """Draw the next token from logits [vocabulary] fp32, which are not changed."""
         scores = self._processors(self._ids[:, : self._length], logits[None].clone())
         if self._draws:
             token = int(torch.multinomial(torch.softmax(scores, dim=-1), 1, generator=self._generator))
@@ -68,15 +69,13 @@ class Sampler:
         return token
 
 
-def processors_of(model: Any, ids: torch.Tensor, options: Mapping[str, Any]) -> LogitsProcessorList:
-    """What generate() puts between a model's logits and the draw, for a prompt `ids` [1, tokens]; nothing is computed.
-
-    Args:
-        options: of generate().
-    """
+def processors_of(model: OffloadedModel, ids: torch.Tensor, options: Mapping[str, Any]) -> LogitsProcessorList:
+    """Return generate()'s logits processors for a prompt `ids` [1, tokens] and its `options`; computes nothing."""
     found: list[LogitsProcessorList] = []
 
-    def take(model: Any, input_ids: torch.Tensor, logits_processor: LogitsProcessorList, **_: Any) -> torch.Tensor:
+    def take(
+        model: OffloadedModel, input_ids: torch.Tensor, logits_processor: LogitsProcessorList, **_: Any
+    ) -> torch.Tensor:
         found.append(logits_processor)
         return input_ids
 
@@ -86,7 +85,7 @@ def processors_of(model: Any, ids: torch.Tensor, options: Mapping[str, Any]) -> 
 
 
 def _options(asked: Sampling, own: Any) -> dict[str, Any]:
-    """What generate() is told; `own` is the model's generation_config."""
+    """Return options for generate(); `own` is the model's generation_config."""
     options: dict[str, Any] = {
         "do_sample": bool(own.do_sample) if asked.temperature is None else asked.temperature > 0,
         "repetition_penalty": asked.repetition_penalty,
@@ -98,11 +97,11 @@ def _options(asked: Sampling, own: Any) -> dict[str, Any]:
             "temperature": asked.temperature,
             "top_p": asked.top_p,
             "min_p": asked.min_p,
-            # None at all, where neither the request nor the model has one: not transformers' 50.
+            # 0 (off), where neither the request nor the model has one: not transformers' default of 50.
             "top_k": asked.top_k if asked.top_k is not None else own.top_k or 0,
         }
         if asked.temperature is not None and asked.temperature < _COLD:
-            # So near to 0 a quotient is beyond float32: what is left is the likeliest, and those that equal it.
+            # So near to 0 that logits overflow float32: only the likeliest, and those equal to it, can be drawn.
             options |= {"temperature": 1.0, "top_k": 1}
     wants_float = ("temperature", "repetition_penalty")
     return {
@@ -118,14 +117,14 @@ def _penalties(asked: Sampling) -> Iterator[LogitsProcessor]:
 
 
 class CountPenalty(LogitsProcessor):
-    """OpenAI's penalties on tokens of the answer: `presence` once, and `frequency` each time that one came."""
+    """OpenAI's penalties on tokens of the answer: `presence` once, and `frequency` per occurrence."""
 
     def __init__(self, presence: float, frequency: float) -> None:
         self._presence, self._frequency = presence, frequency
         self._num_prompt: int | None = None
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Scores [rows, vocabulary] of ids [rows, tokens]; the first call has the prompt alone."""
+        """Penalise scores [rows, vocabulary] by ids [rows, tokens]; the first call has the prompt alone."""
         if self._num_prompt is None:
             self._num_prompt = input_ids.shape[1]
         new = input_ids[:, self._num_prompt :]
@@ -134,12 +133,12 @@ class CountPenalty(LogitsProcessor):
 
 
 class TokenBias(LogitsProcessor):
-    """OpenAI's logit_bias: what is added to the logits of some tokens."""
+    """OpenAI's logit_bias: constants added to the logits of some tokens."""
 
     def __init__(self, bias: Mapping[int, float]) -> None:
         self._ids = torch.tensor(list(bias))
         self._values = torch.tensor(list(bias.values()), dtype=torch.float32)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Scores [rows, vocabulary], each row with the bias."""
+        """Add the bias to each row of scores [rows, vocabulary]."""
         return scores.index_add(1, self._ids, self._values.expand(len(scores), -1))

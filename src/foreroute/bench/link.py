@@ -11,9 +11,9 @@ _COPIED_BYTES = 2**30
 _REPEATS = 5
 
 
-def measure_link(record_bytes: int, nbytes: int = _COPIED_BYTES) -> Bandwidth:
-    """Copy `nbytes` in records of `record_bytes` from pinned memory to the GPU; the median of a few rounds."""
-    num_records = max(1, nbytes // record_bytes)
+def measure_link(record_bytes: int) -> Bandwidth:
+    """Copy a gigabyte in records of `record_bytes` from pinned memory to the GPU; the median of a few rounds."""
+    num_records = max(1, _COPIED_BYTES // record_bytes)
     host = torch.empty(num_records, record_bytes, dtype=torch.uint8, pin_memory=True)
     there = torch.empty_like(host, device="cuda", pin_memory=False)
 

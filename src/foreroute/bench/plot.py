@@ -65,7 +65,7 @@ def _points(budgets: Sequence[Mapping[str, Any]], kind: str) -> list[dict[str, A
         test = next((test for test in budget["tests"] if test["kind"] == kind), None)
         for name, figures in test["rungs"].items() if test else ():
             speed = figures["tokens_per_s"]
-            read_mb = figures.get("demand_mb_per_token", 0.0) + figures.get("speculative_mb_per_token", 0.0)
+            read_mb = figures.get("demand_mb_per_token", 0.0) + figures.get("prefetch_mb_per_token", 0.0)
             points.append(
                 {
                     "memory": budget["memory"], "share": 100 * budget["resident_share"], "rung": name,

@@ -73,11 +73,11 @@ def budgets(settled: Settled, seen: Measurements) -> list[dict[str, Any]]:
                 if test["rungs"]
             ]
             if tests:
-                found.append({**_pool(settled, seen, memory), "batch": batch, "tests": tests})
+                found.append({**_pool(seen, memory), "batch": batch, "tests": tests})
     return found
 
 
-def _pool(settled: Settled, seen: Measurements, memory: str) -> dict[str, Any]:
+def _pool(seen: Measurements, memory: str) -> dict[str, Any]:
     """Slots that the budget buys, taken from any rung that ran with it."""
     plans = [plan for (at, name), plan in seen.plans.items() if at == memory and name != RESIDENT]
     plan = (plans or [plan for (at, _), plan in seen.plans.items() if at == memory])[0]
@@ -123,8 +123,8 @@ def _prompt_figures(runs: Sequence[Run], expert_bytes: int) -> Figures:
         "tokens_per_s": summary([_tokens_per_s(run, PROMPT) for run in runs]),
         "ttft_ms": summary([1e3 * run.timed.ttft_s for run in runs]),
         "read_mb": (phase.demand_bytes + phase.prefetch_bytes) / len(runs) / 1e6,
-        "speculative_mb": phase.prefetch_bytes / len(runs) / 1e6,
-        "speculative_wasted_mb": phase.prefetch_wasted * expert_bytes / len(runs) / 1e6,
+        "prefetch_mb": phase.prefetch_bytes / len(runs) / 1e6,
+        "prefetch_wasted_mb": phase.prefetch_wasted * expert_bytes / len(runs) / 1e6,
         "stall_ms": 1e3 * phase.stall_s / len(runs),
     }
 
@@ -132,17 +132,17 @@ def _prompt_figures(runs: Sequence[Run], expert_bytes: int) -> Figures:
 def _token_figures(runs: Sequence[Run], expert_bytes: int) -> Figures:
     """Figures of new tokens. Megabytes per token; stalls and TPOT per step, which gives several tokens in a batch."""
     phase = _summed([run.timed.decode for run in runs])
-    demanded = phase.hits + phase.late + phase.misses
+    demanded = phase.hits + phase.late_hits + phase.misses
     return {
         "tokens_per_s": summary([_tokens_per_s(run, TOKENS) for run in runs]),
         "tpot_ms": summary([1e3 * (run.timed.tpot_s or 0.0) for run in runs]),
         "hit_rate": phase.hits / demanded if demanded else None,
-        "late_rate": phase.late / demanded if demanded else None,
+        "late_hit_rate": phase.late_hits / demanded if demanded else None,
         "miss_rate": phase.misses / demanded if demanded else None,
         "demand_mb_per_token": phase.demand_bytes / phase.tokens / 1e6,
-        "speculative_mb_per_token": phase.prefetch_bytes / phase.tokens / 1e6,
-        "speculative_used_mb_per_token": phase.prefetch_used * expert_bytes / phase.tokens / 1e6,
-        "speculative_wasted_mb_per_token": phase.prefetch_wasted * expert_bytes / phase.tokens / 1e6,
+        "prefetch_mb_per_token": phase.prefetch_bytes / phase.tokens / 1e6,
+        "prefetch_used_mb_per_token": phase.prefetch_used * expert_bytes / phase.tokens / 1e6,
+        "prefetch_wasted_mb_per_token": phase.prefetch_wasted * expert_bytes / phase.tokens / 1e6,
         "stall_ms_per_step": 1e3 * phase.stall_s / phase.steps,
     }
 

@@ -1,17 +1,16 @@
 """Time one run: a prompt and the tokens after it, fed from a text, with the engine's counts."""
 
-import inspect
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from foreroute.engine.chunks import split_prompt
 from foreroute.engine.interfaces import StepInfo
 from foreroute.engine.stats import PhaseStats
-from foreroute.model.caches import cache_argument, cache_of
+from foreroute.loading.offloaded_model import OffloadedModel
+from foreroute.model.caches import cache_argument, cache_of, last_logits_only
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,9 @@ class Timed:
 
 
 @torch.no_grad()
-def run_once(model: Any, window: torch.Tensor, case: Case, clock: Callable[[], float] = time.perf_counter) -> Timed:
+def run_once(
+    model: OffloadedModel, window: torch.Tensor, case: Case, clock: Callable[[], float] = time.perf_counter
+) -> Timed:
     """Prefill the prompt, in the engine's chunks, then feed the text's next tokens one by one.
 
     The text is fed rather than the model's choice, so that routes are those of text and the same for all contenders.
@@ -59,9 +60,7 @@ def run_once(model: Any, window: torch.Tensor, case: Case, clock: Callable[[], f
     Args:
         window: [rows, prompt_tokens + new_tokens] token ids. case: how they divide. clock: in seconds.
     """
-    takes = inspect.signature(type(model).forward).parameters
-    # As generate() does it: logits of a whole prompt can be larger than the model.
-    options: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+    options = last_logits_only(model)
     before = model.foreroute.stats()
     started_s = clock()
     cache = None
@@ -89,25 +88,25 @@ def run_once(model: Any, window: torch.Tensor, case: Case, clock: Callable[[], f
 
 
 @torch.no_grad()
-def fill_pool(model: Any, tokens: torch.Tensor) -> None:
+def fill_pool(model: OffloadedModel, tokens: torch.Tensor) -> None:
     """Load every expert of `model` once, layer by layer, as far as the pool has room.
 
     Args:
         tokens: [1, n] token ids of any text, which give each layer's input its shape.
     """
-    handle, inputs = model.foreroute, {}
+    engine, inputs = model.foreroute.host_engine, {}
 
     def note(layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> None:
         inputs[layer] = (hidden[:1].clone(), ids[:1, :1].clone(), weights[:1, :1].clone())
 
-    handle.engine.routing_listener = note
+    engine.routing_listener = note
     try:
         model(input_ids=tokens, use_cache=False)
     finally:
-        handle.engine.routing_listener = None
+        engine.routing_listener = None
     for layer, (hidden, ids, weights) in inputs.items():
-        num_experts = handle.table.layers[layer].num_experts
+        num_experts = model.foreroute.table.layers[layer].num_experts
         every = torch.arange(num_experts, dtype=ids.dtype)[:, None]
-        handle.engine.compute(
+        engine.compute(
             layer, hidden.expand(num_experts, -1).contiguous(), every, weights.expand(num_experts, -1).contiguous()
         )

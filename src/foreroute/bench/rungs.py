@@ -22,8 +22,8 @@ class Rung:
 LADDER = (
     Rung(ON_DEMAND, "on-demand", "every expert is read when a token needs it, and not kept"),
     Rung(CACHE, "+ cache", "experts stay until others need their place"),
-    Rung(HITS_FIRST, "+ hits first", "those that are there are computed while others arrive"),
-    Rung(PREFETCH, "+ prefetch", "the next layer's are guessed and read ahead: foreroute as it is"),
+    Rung(HITS_FIRST, "+ hits first", "resident experts are computed while others are read"),
+    Rung(PREFETCH, "+ prefetch", "the next layer's are guessed and prefetched: foreroute as it is"),
     Rung(ORACLE, "oracle prefetch", "the next layer's are known and read ahead, always"),
     Rung(BELADY, "Belady bound", "arithmetic: nothing reads less, nor faster than the disk", is_measured=False),
     Rung(RESIDENT, "fully resident", "every expert in memory from the start"),

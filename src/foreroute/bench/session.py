@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
@@ -87,12 +86,12 @@ class _Loaded:
         asked = settled.asked
         budget = "100%" if rung.name == RESIDENT else memory
         with peak:
-            self.model: Any = load(settled.folder, budget, asked.dtype, config=config_of(rung, asked.config))
+            self.model = load(settled.folder, budget, asked.dtype, config=config_of(rung, asked.config))
             if rung.name == RESIDENT:
                 fill_pool(self.model, text)
         if self.oracle is not None:
             # Replaces the lookahead, which the configuration has asked for.
-            self.model.foreroute.engine.prefetcher.predictor = self.oracle
+            self.model.foreroute.host_engine.prefetcher.predictor = self.oracle
 
 
 class Session:
@@ -177,7 +176,7 @@ class Session:
                 for repeat, window in enumerate(self._ids[case]):
                     self._tell("looking at the routes")
                     recorder = RouteRecorder(self._settled.num_experts)
-                    model.foreroute.engine.routing_listener = recorder
+                    model.foreroute.host_engine.routing_listener = recorder
                     timed = run_once(model, window, case)
                     self.seen.routes[case, repeat] = recorder.routes
                     self._compare(f"the first look at {memory}", case, repeat, timed.choices)

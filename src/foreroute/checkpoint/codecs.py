@@ -11,8 +11,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from foreroute.checkpoint.index import ITEMSIZE
-from foreroute.checkpoint.layouts import PART_ALIGNMENT, ExpertLayout, ExpertTable, LayerExperts, Part, round_up
+from foreroute.checkpoint.layouts import PART_ALIGNMENT, ExpertLayout, ExpertTable, LayerExperts, Part
 from foreroute.errors import StoreError
+from foreroute.types import round_up
 
 STORED = "stored"
 SCALES = ".scales"

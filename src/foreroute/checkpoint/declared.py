@@ -43,13 +43,13 @@ class Declaration:
             "Correct it, or download the file again."
         )
 
-    def whole(self, key: str, default: int | None = None, *, least: int = 1, others: tuple[int, ...] = ()) -> int:
-        """Read `key` as an integer of at least `least`, or one of `others`; `default` if absent.
+    def whole(self, key: str, default: int | None = None, *, others: tuple[int, ...] = ()) -> int:
+        """Read `key` as an integer of at least 1, or one of `others`; `default` if absent.
         Raises: CheckpointError for other values, and if absent without a default."""
         value = self.content.get(key, default)
-        if not is_whole(value) or (value < least and value not in others):
+        if not is_whole(value) or (value < 1 and value not in others):
             also = "".join(f", or {other}" for other in others)
-            raise self.nonsense(key, f"a whole number of at least {least}{also}")
+            raise self.nonsense(key, f"a whole number of at least 1{also}")
         return int(value)
 
     def text(self, key: str, default: str = "") -> str:

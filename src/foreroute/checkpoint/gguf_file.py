@@ -83,7 +83,7 @@ def read_gguf(path: Path) -> GgufIndex:
     if _SPLIT_NAME.search(path.name):
         raise _split(path)
     check_no_pointer(path)
-    with SourceFile(path) as file, named(f"{path} is no whole GGUF file", advice="Download it again."):
+    with SourceFile(path) as file, named(f"{path} is not a complete GGUF file", advice="Download it again."):
         reader = _reader(gguf, path)
         file.check()
         settings = {
@@ -190,7 +190,7 @@ def _check_kinds(path: Path, gguf: Any, kinds: Mapping[str, str]) -> None:
         except NotImplementedError:
             name = next(name for name, found in kinds.items() if found == kind)
             raise UnsupportedModelError(
-                f"{path}: {name} is stored as {kind}, which the gguf package cannot make numbers of."
+                f"{path}: {name} is stored as {kind}, which the gguf package cannot dequantise."
             ) from None
 
 

@@ -190,7 +190,7 @@ def shards_of(
         unfit = next((at for at, file in weight_map.items() if not _is_file_name(file)), None)
         if unfit is None:
             return weight_map
-        reason = f"weight_map has {weight_map[unfit]!r:.100} for {unfit}, which is no file name"
+        reason = f"weight_map has {weight_map[unfit]!r:.100} for {unfit}, which is not a file name"
     raise error(f"{name} is not {_INDEX} ({reason}). Download it again.")
 
 
@@ -215,7 +215,7 @@ def read_header(path: str | Path) -> tuple[list[TensorEntry], FileStamp]:
         raw_header = _raw_header(path, file)
     header = parse_object(raw_header, f"{path} has a malformed header")
     if len(header) > _MOST_TENSORS:
-        raise CorruptCheckpointError(f"{path} has {len(header):,} tensors; no file of a checkpoint has so many.")
+        raise CorruptCheckpointError(f"{path} has {len(header):,} tensors; no checkpoint file has that many.")
     data_start = 8 + len(raw_header)
     entries = sorted(_entries(path, header, data_start), key=lambda entry: (entry.offset, entry.nbytes))
     _check_ranges(path, entries, data_start, file.stamp.nbytes)
@@ -240,7 +240,7 @@ def _entries(path: Path, header: dict[str, Any], data_start: int) -> Iterator[Te
     for name, info in header.items():
         if name == "__metadata__":
             if not isinstance(info, dict) or not all(isinstance(value, str) for value in info.values()):
-                raise CorruptCheckpointError(f"{path} has a malformed header (__metadata__ is no map of texts).")
+                raise CorruptCheckpointError(f"{path} has a malformed header (__metadata__ is not a map of strings).")
             continue
         wrong = _why_no_tensor(info)
         if wrong:
@@ -252,7 +252,7 @@ def _entries(path: Path, header: dict[str, Any], data_start: int) -> Iterator[Te
 def _why_no_tensor(info: Any) -> str:
     """What is wrong with a tensor's entry in a header; "" if nothing."""
     if not isinstance(info, dict):
-        return "it is no object"
+        return "it is not an object"
     dtype, shape, offsets = info.get("dtype"), info.get("shape"), info.get("data_offsets")
     if not isinstance(dtype, str) or not _DTYPE.fullmatch(dtype):
         return f"its dtype is {dtype!r:.40}"

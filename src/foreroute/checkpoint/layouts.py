@@ -12,20 +12,13 @@ from foreroute.checkpoint.assembly import Assembled, Operation, Piece, assemble,
 from foreroute.checkpoint.index import ITEMSIZE, CheckpointIndex, TensorEntry, merged
 from foreroute.checkpoint.stored_parts import StoredPart
 from foreroute.errors import CorruptCheckpointError, UnsupportedModelError
-from foreroute.types import Copy, ExpertId, ExpertKeys, ExpertReads, Read, choose_slot_lengths
+from foreroute.types import Copy, ExpertId, ExpertKeys, ExpertReads, Read, choose_slot_lengths, round_up
 
 # Alignment of a part inside a slot: matrix kernels give different bits off 16 bytes, and 64 is a cache line.
 PART_ALIGNMENT = 64
-# O_DIRECT needs file offsets, lengths and addresses in units of a page.
-PAGE = 4096
 # Two ranges this near in a file are read together: one request costs more than the bytes between them.
 _COALESCE_GAP_BYTES = 4096
 _FLOAT_DTYPES = ("F32", "F16", "BF16")
-
-
-def round_up(value: int, multiple: int) -> int:
-    """The least multiple of `multiple` that is at least `value`."""
-    return -(-value // multiple) * multiple
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +34,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class ExpertLayout:
-    """The parts of one expert and the bytes of a slot that holds them (whole pages)."""
+    """The parts of one expert and the bytes of a slot that holds them (whole blocks)."""
 
     parts: tuple[Part, ...]
 
@@ -58,8 +51,8 @@ class ExpertLayout:
 
     @property
     def slot_bytes(self) -> int:
-        """Bytes of a slot: the record, rounded up to pages."""
-        return round_up(self.record_bytes, PAGE)
+        """Bytes of a slot: the record, rounded up to blocks."""
+        return round_up(self.record_bytes)
 
 
 @dataclass(frozen=True, slots=True)

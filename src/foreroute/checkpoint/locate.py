@@ -44,8 +44,8 @@ def locate(
     if is_here:
         if not _is_text(str(path)):
             raise CheckpointError(
-                f"{text} has a name that is no text in this locale, so that its tokenizer cannot be opened. Rename it, "
-                "or set LC_ALL=C.UTF-8."
+                f"{text} has a name that is not text in this locale, so that its tokenizer cannot be opened. Rename "
+                "it, or set LC_ALL=C.UTF-8."
             )
         if revision is not None:
             raise CheckpointError(f"{text} is here on this machine: a revision (--revision) is for hub ids.")

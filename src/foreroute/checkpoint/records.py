@@ -21,11 +21,11 @@ from typing import Any
 import xxhash
 
 from foreroute.checkpoint.codecs import CODECS, STORED, described_table
-from foreroute.checkpoint.layouts import PAGE, ExpertTable, round_up
+from foreroute.checkpoint.layouts import ExpertTable
 from foreroute.checkpoint.source_files import FileStamp
 from foreroute.errors import StoreError
 from foreroute.reading import parse_object, refuse_pointer
-from foreroute.types import Copy, ExpertReads, Read
+from foreroute.types import BLOCK_BYTES, Copy, ExpertReads, Read, round_up
 from foreroute.units import format_memory
 from foreroute.writing import Claim, ClaimedError
 
@@ -72,8 +72,8 @@ class _Geometry:
 
     @classmethod
     def of(cls, header_nbytes: int, table: ExpertTable) -> "_Geometry":
-        table_start = round_up(_PREAMBLE.size + header_nbytes, PAGE)
-        data_start = round_up(table_start + 8 * table.total_slots, PAGE)
+        table_start = round_up(_PREAMBLE.size + header_nbytes)
+        data_start = round_up(table_start + 8 * table.total_slots)
         return cls(table_start, data_start, table.slot_bytes)
 
     def offset(self, record: int) -> int:
@@ -173,8 +173,8 @@ def open_store(folder: Path, asked: str, table: ExpertTable) -> PackedStore | No
         if asked == "auto":
             return None
         how = f"--quant {asked}" if asked in CODECS else f"--out {asked}"
-        begun = " That goes on with the one that was begun." if partial_path(path).is_file() else ""
-        raise StoreError(f"{path} is not there. Make it with `foreroute pack {folder} {how}`.{begun}")
+        begun = " That continues the one that was begun." if partial_path(path).is_file() else ""
+        raise StoreError(f"{path} does not exist. Make it with `foreroute pack {folder} {how}`.{begun}")
     return PackedStore(path, table)
 
 
@@ -338,7 +338,7 @@ def _write_all(fd: int, payload: memoryview, offset: int) -> None:
 
 def _read_header(path: Path, preamble: bytes, read: Callable[[int], bytes]) -> bytes:
     if preamble.startswith(b"version "):
-        refuse_pointer(path, preamble + read(PAGE), StoreError)
+        refuse_pointer(path, preamble + read(BLOCK_BYTES), StoreError)
     if len(preamble) != _PREAMBLE.size or preamble[:8] != _MAGIC:
         raise StoreError(f"{path} is not a packed store. Remove it, or make it with `foreroute pack`.")
     _, header_nbytes, checksum = _PREAMBLE.unpack(preamble)

@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 # 80 columns in all.
-_TOKEN_HEAD = ("", "t/s", "±", "x", "TPOT", "hit", "late", "MB", "guess", "waste", "stall", "RSS")
-_PROMPT_HEAD = ("", "t/s", "±", "x", "TTFT", "MB", "guess", "stall", "RSS")
+_TOKEN_HEAD = ("", "t/s", "±", "x", "TPOT", "hit", "late", "MB", "prefetch", "waste", "stall", "RSS")
+_PROMPT_HEAD = ("", "t/s", "±", "x", "TTFT", "MB", "prefetch", "stall", "RSS")
 
 
 def show(found: Mapping[str, Any]) -> None:
@@ -25,7 +25,7 @@ def show(found: Mapping[str, Any]) -> None:
     console = figures.stdout_console()
     difference = found["difference"]
     if difference is not None:
-        console.print("The rungs do not choose the same tokens, so no time is worth reading.", style="bold red")
+        console.print("The rungs do not choose the same tokens, so their times cannot be compared.", style="bold red")
         console.print(_where(difference), markup=False)
         return
     _print_head(console, found)
@@ -46,7 +46,7 @@ def show(found: Mapping[str, Any]) -> None:
             "The rungs do not fit the free RAM together: they ran one after another, not in turn. Compare with care."
         )
     if found["text"] == "random ids":
-        remarks.append("The model has no tokenizer: it read random tokens, which are routed like no text.")
+        remarks.append("The model has no tokenizer: it read random tokens, which are not routed as text is.")
     if remarks:
         console.print()
         figures.print_list(console, remarks)
@@ -91,9 +91,9 @@ def _rows(budgets: Sequence[Mapping[str, Any]], kind: str, row: Any, width: int)
 def _token_row(name: str, entry: Mapping[str, Any], peak_bytes: int | None) -> list[str]:
     return [
         _label(name), *_speed(entry), figures.number(entry["tpot_ms"]["median"]),
-        percent(entry.get("hit_rate"), 0, ""), percent(entry.get("late_rate"), 0, ""),
-        _megabytes(entry.get("demand_mb_per_token")), _megabytes(entry.get("speculative_mb_per_token")),
-        _megabytes(entry.get("speculative_wasted_mb_per_token")), figures.number(entry.get("stall_ms_per_step")),
+        percent(entry.get("hit_rate"), 0, ""), percent(entry.get("late_hit_rate"), 0, ""),
+        _megabytes(entry.get("demand_mb_per_token")), _megabytes(entry.get("prefetch_mb_per_token")),
+        _megabytes(entry.get("prefetch_wasted_mb_per_token")), figures.number(entry.get("stall_ms_per_step")),
         _peak(peak_bytes),
     ]  # fmt: skip
 
@@ -101,7 +101,7 @@ def _token_row(name: str, entry: Mapping[str, Any], peak_bytes: int | None) -> l
 def _prompt_row(name: str, entry: Mapping[str, Any], peak_bytes: int | None) -> list[str]:
     return [
         _label(name), *_speed(entry), figures.number(entry["ttft_ms"]["median"]), _megabytes(entry.get("read_mb")),
-        _megabytes(entry.get("speculative_mb")), figures.number(entry.get("stall_ms")), _peak(peak_bytes),
+        _megabytes(entry.get("prefetch_mb")), figures.number(entry.get("stall_ms")), _peak(peak_bytes),
     ]  # fmt: skip
 
 

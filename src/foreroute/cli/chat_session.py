@@ -41,14 +41,14 @@ def _within(low: float, high: float) -> Callable[[str], float]:
 
 # Settings of `/set`: how a value is parsed, and what the setting does.
 SETTINGS: dict[str, tuple[Callable[[str], Setting], str]] = {
-    "temperature": (_within(0, 100), "higher is wilder; 0 takes the likeliest token"),
-    "top_k": (_whole(1), "draw from the N likeliest"),
-    "top_p": (_within(1e-6, 1), "draw from the likeliest that make up this probability"),
-    "min_p": (_within(0, 1), "drop what is X times less likely"),
-    "repetition_penalty": (_within(1e-3, 100), "above 1 repeats less"),
+    "temperature": (_within(0, 100), "higher is more random; 0 takes the likeliest token"),
+    "top_k": (_whole(1), "sample from the N likeliest tokens"),
+    "top_p": (_within(1e-6, 1), "sample from the likeliest tokens that have this probability together"),
+    "min_p": (_within(0, 1), "leave out tokens below X times the likeliest one's probability"),
+    "repetition_penalty": (_within(1e-3, 100), "above 1: tokens seen before become less likely"),
     "max_new_tokens": (_whole(1), "longest answer, in tokens"),
-    "seed": (_whole(0), "the same seed draws the same tokens, from the next answer on"),
-    "policy": (str, "what a token waits for: exact, tolerance:0.1, speculative, paper"),
+    "seed": (_whole(0), "the same seed samples the same tokens, from the next answer on"),
+    "policy": (str, "how misses are treated: exact, tolerance:0.1, speculative, paper"),
 }
 
 
@@ -143,7 +143,7 @@ class Conversation:
         if not isinstance(messages, list) or not isinstance(settings, dict):
             raise PromptError(f"{path} is damaged: it has no list of messages, or no settings.")
         if not (system is None or isinstance(system, str)):
-            raise PromptError(f"{path} is damaged: its system message is no text.")
+            raise PromptError(f"{path} is damaged: its system message is not text.")
         for at, turn in enumerate(messages):
             is_turn = isinstance(turn, dict) and turn.get("role") in _ROLES and isinstance(turn.get("content"), str)
             if not is_turn:
@@ -159,9 +159,9 @@ def _read(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise PromptError(f"{path} cannot be read: {error.strerror}.") from error
     except (ValueError, RecursionError):
-        raise PromptError(f"{path} is no saved chat: it is not JSON. Choose another name.") from None
+        raise PromptError(f"{path} is not a saved chat: it is not JSON. Choose another name.") from None
     if not isinstance(whole, dict) or whole.get("format") != _FORMAT:
-        raise PromptError(f"{path} is JSON, but no saved chat. Choose another name.")
+        raise PromptError(f"{path} is JSON, but not a saved chat. Choose another name.")
     if whole.get("version") != _VERSION:
         raise PromptError(f"{path} was written by another version of foreroute ({whole.get('version')!r}).")
     return whole

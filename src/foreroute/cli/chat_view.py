@@ -2,7 +2,7 @@
 
 import sys
 from types import TracebackType
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from foreroute.cli import figures
 from foreroute.units import format_memory
@@ -15,21 +15,8 @@ if TYPE_CHECKING:
 _FENCES = ("```", "~~~")
 
 
-class AnswerView(Protocol):
-    """Shows one answer while it is generated: `with view: view.write(piece) ...`."""
-
-    def __enter__(self) -> "AnswerView": ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
-
-    def write(self, piece: str) -> None:
-        """Show the next piece of text; it ends with a whole character."""
-
-
 class PlainAnswer:
-    """Writes the pieces unchanged, and a newline at the end."""
+    """Shows one answer while it is generated: writes the pieces unchanged, and a newline at the end."""
 
     def __init__(self) -> None:
         self._write = figures.writer(sys.stdout)
@@ -44,7 +31,7 @@ class PlainAnswer:
             self._write("\n")
 
     def write(self, piece: str) -> None:
-        """See `AnswerView`."""
+        """Show the next piece of text; it ends with a whole character."""
         self._write(piece)
 
 
@@ -78,7 +65,7 @@ class MarkdownAnswer:
             self._live.console.print(_markdown(self._text[self._shown_at :]))
 
     def write(self, piece: str) -> None:
-        """See `AnswerView`."""
+        """Show the next piece of text; it ends with a whole character."""
         self._text += figures.printable(piece)
         end = finished_blocks(self._text, self._shown_at)
         if end > self._shown_at:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from foreroute.evals.builtin import SuiteSettings
     from foreroute.evals.policies import Material, OtherTasks
     from foreroute.evals.text import HeldOut
+    from foreroute.loading.offloaded_model import OffloadedModel
     from foreroute.types import NamedProgress
 
 _NOTES = """\
@@ -54,7 +55,7 @@ def run(
         if not len(material.windows) and Policy() not in rows.policies:
             raise EvaluationError("--png draws what is lost beside exact: add exact to --policies, or text.")
     # Without prefetch, a policy's default vectors are read only where such a policy is asked for.
-    standing = next((str(policy) for policy in rows.policies if policy.stands_in), config.policy)
+    standing = next((str(policy) for policy in rows.policies if policy.substitutes), config.policy)
     config = dataclasses.replace(config, policy=standing if config.prefetch == "none" else config.policy)
     index = read_index(folder)
     sidecar = open_sidecar(folder, index, config)
@@ -69,7 +70,7 @@ def run(
     if done := len(wanted & finished.rows.keys()):
         figures.stderr_console().print(f"Going on after {done} of {len(wanted)} rows.", style="dim")
 
-    def load(memory: str) -> Any:
+    def load(memory: str) -> "OffloadedModel":
         model = foreroute.load(folder, memory, args.dtype, config=config)
         model.foreroute.set_policy("exact")
         return model

@@ -145,26 +145,27 @@ def report_rows(report: "GenerationReport", plan: Plan) -> list[Row]:
     """Rows of one answer's figures from `report` and `plan`; a dash for what too few tokens left unmeasured."""
     f = report.figures()
     policy: list[Row] = []
-    if f["stood_in"]:
-        share = number(f["fill_mb_per_token"], "MB/token")
-        policy = [("stood in for", _count(f["stood_in"], f["stood_in_rate"]), f"not waited for; {share} read later")]
+    if f["substituted"]:
+        deferred = number(f["deferred_mb_per_token"], "MB/token")
+        count = _count(f["substituted"], f["substituted_rate"])
+        policy = [("substituted", count, f"not waited for; deferred loads {deferred}")]
     ends = {"stop": "the model ended", "length": "the limit was reached", "interrupted": "stopped by Ctrl-C"}
     return [
         ("tokens", f"{f['prompt_tokens']} + {f['new_tokens']}",
          f"prompt + new; {ends.get(report.finish_reason, 'stopped')}"),
         ("TTFT", number(f["ttft_s"], "s"), f"prefill {number(f['prefill_tokens_per_s'], 'tokens/s')}"),
         ("TPOT", number(f["tpot_ms"], "ms"), number(f["tokens_per_s"], "tokens/s")),
-        ("hits", _count(f["hits"], f["hit_rate"]), f"late {_count(f['late_hits'], f['late_hit_rate'])}, "
+        ("hits", _count(f["hits"], f["hit_rate"]), f"late hits {_count(f['late_hits'], f['late_hit_rate'])}, "
          f"misses {_count(f['misses'], f['miss_rate'])}"),
         *policy,
-        ("read", number(f["demand_mb_per_token"], "MB/token"), f"demanded, + {number(f['speculative_mb_per_token'])} "
-         f"guessed ({number(f['speculative_used_mb_per_token'])} used, "
-         f"{number(f['speculative_wasted_mb_per_token'])} wasted)"),
+        ("read", number(f["demand_mb_per_token"], "MB/token"), f"on demand, + {number(f['prefetch_mb_per_token'])} "
+         f"prefetched ({number(f['prefetch_used_mb_per_token'])} used, "
+         f"{number(f['prefetch_wasted_mb_per_token'])} wasted)"),
         ("stall", number(f["stall_ms_per_token"], "ms/token"),
          f"waiting for the disk, in {percent(f['stalled_layer_rate'])} of the MoE layers"),
         ("evictions", f"{f['evictions']:,}",
          f"{plan.num_slots} of {plan.total_slots} experts fit {format_memory(plan.memory_bytes)}"),
-        ("prefetches", f"{f['prefetch_used']:,} used", f"of {f['prefetch_loads']:,} experts fetched on a guess"),
+        ("prefetches", f"{f['prefetch_used']:,} used", f"of {f['prefetch_loads']:,} experts prefetched"),
         *_governor_rows(report),
         ("peak RSS", format_memory(report.peak_rss_bytes), ""),
     ]  # fmt: skip
@@ -172,11 +173,11 @@ def report_rows(report: "GenerationReport", plan: Plan) -> list[Row]:
 
 def _governor_rows(report: "GenerationReport") -> list[Row]:
     """Rows on the current prefetch width, where the governor sets it."""
-    if report.guess_share is None:
+    if report.prefetch_share is None:
         return []
-    now = {0.0: "off", 1.0: "full"}.get(report.guess_share, f"{report.guess_share:.0%}")
-    off, steps = report.stats.decode.unguessed_steps, report.stats.decode.steps
-    return [("guesses", "trying" if report.guess_why == "trying" else now, f"off in {off} of {steps} steps")]
+    now = {0.0: "off", 1.0: "full"}.get(report.prefetch_share, f"{report.prefetch_share:.0%}")
+    off, steps = report.stats.decode.steps_without_prefetch, report.stats.decode.steps
+    return [("prefetching", "trying" if report.prefetch_why == "trying" else now, f"off in {off} of {steps} steps")]
 
 
 def dtype_name(stored: str) -> str:

@@ -16,8 +16,8 @@ _MISS_RATES = {
 ASSUMPTIONS = (
     "Miss rates, by the share of experts in memory, are those measured on one small trained model (8 layers x 32 "
     "experts, top-4). Yours may differ: `foreroute generate` shows it.",
-    "One sequence, a short context. What wrong guesses read is not counted.",
-    "A range goes from reads that hide behind compute to reads that do not.",
+    "One sequence, a short context. Wasted prefetches are not counted.",
+    "A range goes from reads that overlap compute fully to reads that do not overlap it.",
 )
 
 

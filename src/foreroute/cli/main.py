@@ -23,20 +23,20 @@ EXIT_TERMINATED = 143  # 128 + SIGTERM
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
 
 _DESCRIPTION = """\
-Runs Mixture-of-Experts models whose experts do not fit the memory: they stay on
-disk, those in use are kept in a pool of the size that you set, and the ones that
-the next layer will want are fetched before it asks. MODEL is the folder of a
-Hugging Face checkpoint (safetensors), or a hub id."""
+Runs Mixture-of-Experts models whose experts do not fit in memory. Experts stay
+on disk; a pool of the size that you set keeps those in use, and those that the
+next layer will probably need are prefetched. MODEL is the folder of a Hugging
+Face checkpoint (safetensors), a .gguf file, or a hub id."""
 
 _EPILOG = """\
 Start with these:
-  foreroute demo                                        see it work, and prove it
+  foreroute demo                                        see it work, checked
   foreroute plan MODEL --memory 8GiB                    what would fit, how fast
   foreroute generate MODEL "Once upon a time"           text, and what it took
 
 `foreroute COMMAND --help` explains a command, its flags and its figures.
 Exit codes: 0 done; 1 verify, bench or demo found a difference;
-2 an error, said in one line; 130 stopped by Ctrl-C, 143 by SIGTERM."""
+2 an error, explained in one line; 130 stopped by Ctrl-C, 143 by SIGTERM."""
 
 
 def build_parser() -> argparse.ArgumentParser:

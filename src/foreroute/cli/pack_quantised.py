@@ -23,11 +23,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         type=Path,
         nargs="+",
         metavar="FILE",
-        help="UTF-8 text on which the store is priced, also one that is there",
+        help="UTF-8 text on which the store's loss is measured; also for a store that exists",
     )
     group.add_argument(
         "--windows", type=options.at_least(1), default=28, metavar="N",
-        help="at most so many windows of each file (default: 28)",
+        help="most windows of each file (default: 28)",
     )  # fmt: skip
     group.add_argument(
         "--context", type=options.at_least(2), metavar="N", help="tokens per window (default: 512, or the model's)"

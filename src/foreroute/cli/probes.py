@@ -4,11 +4,14 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from foreroute.engine.interfaces import StepInfo
+
+if TYPE_CHECKING:
+    from foreroute.loading.offloaded_model import OffloadedModel
 
 _WARM_UP_PASSES = 2
 _TIMED_PASSES = 7
@@ -55,7 +58,7 @@ class _Watch:
 
 
 def measure_compute(
-    model: Any, *, limit_s: float = _LIMIT_S, clock: Callable[[], float] = time.perf_counter
+    model: "OffloadedModel", *, limit_s: float = _LIMIT_S, clock: Callable[[], float] = time.perf_counter
 ) -> ComputeTime:
     """Measure one token's forward pass as decoding computes it, with its experts in memory, without stalls.
 
@@ -84,7 +87,7 @@ def measure_compute(
     return ComputeTime(statistics.median(timed), len(timed), len(layers))
 
 
-def _pass_ms(model: Any, watch: _Watch, clock: Callable[[], float]) -> float:
+def _pass_ms(model: "OffloadedModel", watch: _Watch, clock: Callable[[], float]) -> float:
     """Milliseconds of one pass, or of its part before time was up, without stalls."""
     token = torch.tensor([[_TOKEN]], device=model.device)
     watch.num_done = 0

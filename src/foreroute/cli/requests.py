@@ -13,6 +13,8 @@ from foreroute.units import format_memory
 if TYPE_CHECKING:
     from argparse import _ArgumentGroup
 
+    from foreroute.loading.offloaded_model import OffloadedModel
+
 MAX_NUM_SEQS = 8
 # Default length of a request where neither the user nor the model gives one.
 _CONTEXT = 4096
@@ -26,7 +28,7 @@ def add_request_options(group: "_ArgumentGroup", max_num_seqs: int | None = MAX_
     )  # fmt: skip
     group.add_argument(
         "--max-num-seqs", type=options.at_least(1), default=max_num_seqs, metavar="N",
-        help=f"requests computed together, sharing what is read (default: {MAX_NUM_SEQS})",
+        help=f"most requests computed together, which share reads (default: {MAX_NUM_SEQS})",
     )  # fmt: skip
 
 
@@ -44,7 +46,7 @@ def with_room(folder: Path, config: EngineConfig, args: argparse.Namespace) -> t
     return replace(config, kv_tokens=kv_tokens), context
 
 
-def needs_of(model: Any, context: int) -> ServingNeeds | None:
+def needs_of(model: "OffloadedModel", context: int) -> ServingNeeds | None:
     """RAM that serving takes with a model from `with_room`, for requests of `context`; None for experts on a GPU."""
     from foreroute.batching.rows import why_not_batched
     from foreroute.memory.serving import serving_needs
@@ -52,7 +54,9 @@ def needs_of(model: Any, context: int) -> ServingNeeds | None:
     plan = model.foreroute.plan
     if plan.kv_bytes_per_token is None:
         return None
-    return serving_needs(model, min(plan.kv_tokens, context) if why_not_batched(model) else plan.kv_tokens)
+    kv_tokens = min(plan.kv_tokens, context) if why_not_batched(model) else plan.kv_tokens
+    residency = model.foreroute.host_engine.pool.residency
+    return serving_needs(model, plan, model.foreroute.layers, residency, kv_tokens)
 
 
 def in_words(needs: ServingNeeds) -> str:

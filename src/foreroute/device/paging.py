@@ -20,11 +20,11 @@ from dataclasses import dataclass
 import torch
 
 COUNTERS = (
-    "hits", "late", "misses", "prefetched", "prefetch_used", "prefetch_wasted", "evictions", "shortages",
+    "hits", "late_hits", "misses", "prefetched", "prefetch_used", "prefetch_wasted", "evictions", "shortages",
 )  # fmt: skip
-HITS, LATE, MISSES, PREFETCHED, USED, WASTED, EVICTIONS, SHORTAGES = range(len(COUNTERS))
-CLOCK, SEQUENCE, LEASED = range(3)
-THERE, IN_FLIGHT = range(2)
+HITS, LATE_HITS, MISSES, PREFETCHED, USED, WASTED, EVICTIONS, SHORTAGES = range(len(COUNTERS))
+CLOCK, SEQUENCE, PINNED = range(3)
+LOADED, IN_FLIGHT = range(2)
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class PagingState:
 
     slot_of_key: int32 [num_keys], -1 where the key is absent. key_of_slot: int32 [num_slots], -1 where free.
     stamp: int64 [num_slots], the clock at the last demand. staged_at: int64 [num_slots], 0 where not staged, else the
-        sequence number of the last guess. in_flight: int32 [num_slots], THERE, or IN_FLIGHT while a copy may run.
-    marks: int64 [3]: CLOCK, SEQUENCE (of guesses), LEASED (slots with this stamp are pinned).
+        sequence number of the last guess. in_flight: int32 [num_slots], LOADED, or IN_FLIGHT while a copy may run.
+    marks: int64 [3]: CLOCK, SEQUENCE (of guesses), PINNED (slots with this stamp are pinned).
     counters: int64, in the order of COUNTERS. A shortage is a demanded key that got no slot: the step is invalid.
     num_experts: keys of a layer. staging_slots: as in residency/.
     """
@@ -65,7 +65,7 @@ class PagingState:
         """
         assert num_slots > 0, "a pool needs a slot"
         assert 0 <= staging_slots <= num_slots, f"{staging_slots} staging slots of {num_slots}"
-        assert num_keys % num_experts == 0, f"{num_keys} keys are no whole layers of {num_experts}"
+        assert num_keys % num_experts == 0, f"{num_keys} keys are not a multiple of {num_experts}"
 
         def zeros(count: int, dtype: torch.dtype) -> torch.Tensor:
             return torch.zeros(count, dtype=dtype, device=device)
@@ -138,11 +138,11 @@ def plan(
     absent = [key for key in keys if pool.slot_of[key] < 0]
     for key in hits:
         slot = pool.slot_of[key]
-        is_late = pool.in_flight[slot] != THERE
-        pool.count(LATE if is_late else HITS)
+        is_late_hit = pool.in_flight[slot] != LOADED
+        pool.count(LATE_HITS if is_late_hit else HITS)
         pool.count(USED, pool.staged_at[slot] > 0)
         pool.touch(slot, now)
-    state.marks[LEASED] = now
+    state.marks[PINNED] = now
     pairs = pool.place(absent, pool.victims(len(absent), len(absent)))
     for _, slot in pairs:
         pool.touch(slot, now)
@@ -171,7 +171,7 @@ def plan_prefetch(state: PagingState, layer: int, guesses: torch.Tensor, copies:
     num_staged = sum(at > 0 for at in pool.staged_at)
     for key in guessed:
         slot = pool.slot_of[key]
-        if slot >= 0 and pool.staged_at[slot] > 0 and pool.in_flight[slot] == THERE:
+        if slot >= 0 and pool.staged_at[slot] > 0 and pool.in_flight[slot] == LOADED:
             pool.staged_at[slot] = pool.tick(SEQUENCE)
     room = max(min(state.staging_slots - num_staged, len(absent)), 0)
     victims = pool.victims(room, 0, kept)
@@ -187,7 +187,7 @@ def plan_prefetch(state: PagingState, layer: int, guesses: torch.Tensor, copies:
 
 def release(state: PagingState) -> None:
     """Release the experts of the last plan. Can be captured in a graph."""
-    state.marks[LEASED:].fill_(-1)
+    state.marks[PINNED:].fill_(-1)
 
 
 def fetch(
@@ -222,7 +222,7 @@ class _Pool:
         self.key_of: list[int] = state.key_of_slot.tolist()
         self.stamp: list[int] = state.stamp.tolist()
         self.staged_at: list[int] = state.staged_at.tolist()
-        self.in_flight: list[int] = [THERE] * state.num_slots if arrived else state.in_flight.tolist()
+        self.in_flight: list[int] = [LOADED] * state.num_slots if arrived else state.in_flight.tolist()
 
     def tick(self, mark: int) -> int:
         self._state.marks[mark] += 1
@@ -238,14 +238,14 @@ class _Pool:
 
     def victims(self, num_cold: int, num_staged: int, kept: set[int] | frozenset[int] = frozenset()) -> list[int]:
         """Take up to `num_cold` free or else coldest slots, then the oldest staged ones up to `num_staged` in all."""
-        leased = int(self._state.marks[LEASED])
+        pinned = int(self._state.marks[PINNED])
         found: list[int] = []
         idle = [
             slot
             for slot, key in enumerate(self.key_of)
-            if key >= 0 and slot not in kept and self.in_flight[slot] == THERE
+            if key >= 0 and slot not in kept and self.in_flight[slot] == LOADED
         ]
-        cold = [slot for slot in idle if not self.staged_at[slot] and self.stamp[slot] != leased]
+        cold = [slot for slot in idle if not self.staged_at[slot] and self.stamp[slot] != pinned]
         cold.sort(key=lambda slot: (self.stamp[slot], self.key_of[slot]))
         free = [slot for slot, key in enumerate(self.key_of) if key == -1]
         found = (free + cold)[:num_cold]

@@ -3,7 +3,7 @@
 It is the counterpart of the host's `MoeStep` (engine/moe_step.py). Per MoE layer (`DeviceTier._decode`): the planner
 finds a slot for every routed expert, and missing ones are copied; then prefetches for the next layer are copied during
 this layer's compute, and the next layer waits for them. On a GPU no tensor is copied to the host, so that a whole step
-can be one CUDA graph (device/graph_decoder.py); CPU tests run the same code with plain operations.
+can be one CUDA graph (generation/graph_decoder.py); CPU tests run the same code with plain operations.
 """
 
 import copy
@@ -64,12 +64,12 @@ GuessNext = Callable[[int, RouterSample, int], TokenGuess | None]
 class _RowBuffers:
     """Output buffers for one batch size, made once, so that a graph can be replayed.
 
-    slots: per layer int32 [rows, k]. demanded, guessed: per layer.
+    slots: per layer int32 [rows, k]. demanded, prefetches: per layer, what to copy.
     """
 
     slots: list[torch.Tensor]
     demanded: list[CopyList]
-    guessed: list[CopyList]
+    prefetches: list[CopyList]
 
 
 class DeviceTier:
@@ -123,7 +123,7 @@ class DeviceTier:
         self._branch: Branch = branch_of(pool.device)
         self._rows: dict[int, _RowBuffers] = {}
         # Whether the layer before prefetched for the current one, so that copies may be in flight.
-        self._is_guessed = False
+        self._is_prefetching = False
         self._has_seeds = False
         offsets = torch.full((table.num_keys,), -1, dtype=torch.int64)
         offsets[torch.tensor(keys)] = torch.arange(len(keys)) * arena.record_bytes
@@ -140,7 +140,7 @@ class DeviceTier:
         phase.tokens += info.num_tokens
         # The step before may have been interrupted anywhere.
         self._branch.join()
-        self._is_guessed = False
+        self._is_prefetching = False
         if self.is_prefill:
             self.buffers.begin()
             self._has_seeds = True
@@ -162,21 +162,21 @@ class DeviceTier:
     def _decode(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         rows = self._row_buffers(len(ids))
         slots, demanded = rows.slots[layer], rows.demanded[layer]
-        self._paging.plan(self.state, layer, ids, slots, demanded, arrived=not self._is_guessed)
+        self._paging.plan(self.state, layer, ids, slots, demanded, arrived=not self._is_prefetching)
         self._fetch(demanded)
         # Wait for this layer's prefetches: the code below reads their slots.
         self._branch.join()
-        self._is_guessed = False
+        self._is_prefetching = False
         guess = None
         if self._guess is not None and layer < self._last_layer:
             guess = self._guess(layer, RouterSample(hidden, ids, weights), self._guess_widths[layer + 1])
         if guess is not None:
-            guessed = rows.guessed[layer]
+            prefetches = rows.prefetches[layer]
             # Ordered by rank: the first choices of all rows, then their second ones, and so on.
-            self._paging.plan_prefetch(self.state, layer + 1, guess.ids.t().flatten(), guessed, arrived=True)
+            self._paging.plan_prefetch(self.state, layer + 1, guess.ids.t().flatten(), prefetches, arrived=True)
             # Behind the demand's copies, concurrently with this layer's compute.
-            self._branch.fork(lambda: self._fetch(guessed))
-            self._is_guessed = True
+            self._branch.fork(lambda: self._fetch(prefetches))
+            self._is_prefetching = True
         return self._slot_math(layer, hidden, ids, slots, weights)
 
     def seed(self) -> None:
@@ -212,7 +212,7 @@ class DeviceTier:
         assert counts["shortages"] == 0, f"the pool was too small for a step that was computed all the same: {counts}"
         nbytes = self.table.slot_bytes
         decode = stats.decode
-        decode.hits, decode.late, decode.misses = counts["hits"], counts["late"], counts["misses"]
+        decode.hits, decode.late_hits, decode.misses = counts["hits"], counts["late_hits"], counts["misses"]
         decode.demand_loads, decode.demand_bytes = counts["misses"], counts["misses"] * nbytes
         decode.prefetch_loads, decode.prefetch_bytes = counts["prefetched"], counts["prefetched"] * nbytes
         decode.prefetch_used, decode.prefetch_wasted = counts["prefetch_used"], counts["prefetch_wasted"]

@@ -83,9 +83,9 @@ def fetch(
 ) -> None:
     """See `paging.fetch`. slots: [num_slots, slot_bytes]. Loads 16 bytes a lane, 16 KiB a program at a time."""
     slot_bytes = slots.shape[1]
-    assert record_bytes % 16 == 0, f"records of {record_bytes} bytes are no whole 16s"
+    assert record_bytes % 16 == 0, f"records of {record_bytes} bytes: not a multiple of 16"
     assert record_bytes <= slot_bytes, f"records of {record_bytes} bytes in slots of {slot_bytes}"
-    assert slot_bytes % 16 == arena_address % 16 == 0, "slots and arena are no whole 16s"
+    assert slot_bytes % 16 == arena_address % 16 == 0, "slots and arena are not aligned to 16"
     _fetch[(num_programs,)](
         arena_address, record_offsets, copies.keys, copies.slots, copies.count, slots.view(torch.int32),
         slot_bytes // 4, record_bytes // 4, WORDS=_FETCH_WORDS, num_warps=8,

@@ -25,10 +25,10 @@ _NEVER = tl.constexpr(2**63 - 1)
 _KEY_BITS = tl.constexpr(24)
 
 # Indices in paging.COUNTERS and marks, and values of in_flight; tests/kernels checks that they agree.
-_HITS, _LATE, _MISSES, _PREFETCHED = (tl.constexpr(at) for at in range(4))
+_HITS, _LATE_HITS, _MISSES, _PREFETCHED = (tl.constexpr(at) for at in range(4))
 _USED, _WASTED, _EVICTIONS, _SHORTAGES = (tl.constexpr(at) for at in range(4, 8))
-_CLOCK, _SEQUENCE, _LEASED = (tl.constexpr(at) for at in range(3))
-_THERE, _IN_FLIGHT = (tl.constexpr(at) for at in range(2))
+_CLOCK, _SEQUENCE, _PINNED = (tl.constexpr(at) for at in range(3))
+_LOADED, _IN_FLIGHT = (tl.constexpr(at) for at in range(2))
 
 
 @triton.jit
@@ -49,16 +49,16 @@ def _is_wanted(ids, num_ids, num_experts, experts, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def _order_of(key_of_slot, stamp, staged_at, in_flight, slot, num_slots, leased, ARRIVED: tl.constexpr):
+def _order_of(key_of_slot, stamp, staged_at, in_flight, slot, num_slots, pinned, ARRIVED: tl.constexpr):
     """Return each slot's eviction order: the lowest first, _NEVER for slots in use."""
     is_slot = slot < num_slots
     key = tl.load(key_of_slot + slot, is_slot, 0).to(tl.int64)
     stamped = tl.load(stamp + slot, is_slot, 0)
     staged = tl.load(staged_at + slot, is_slot, 0)
     order = tl.where(staged > 0, _STAGED + staged, (stamped << _KEY_BITS) | key)
-    order = tl.where((staged == 0) & (stamped == leased), _NEVER, order)
+    order = tl.where((staged == 0) & (stamped == pinned), _NEVER, order)
     if not ARRIVED:
-        order = tl.where(tl.load(in_flight + slot, is_slot, 0) != _THERE, _NEVER, order)
+        order = tl.where(tl.load(in_flight + slot, is_slot, 0) != _LOADED, _NEVER, order)
     order = tl.where(key < 0, _FREE + slot.to(tl.int64), order)
     return tl.where(is_slot, order, _NEVER)
 
@@ -89,7 +89,7 @@ def plan_kernel(
         late = hit & (place < 0)
         tl.store(in_flight + slot, tl.zeros_like(slot), slot < num_slots)
     else:
-        late = hit & (tl.load(in_flight + place, hit, 0) != _THERE)
+        late = hit & (tl.load(in_flight + place, hit, 0) != _LOADED)
     used = hit & (tl.load(staged_at + place, hit, 0) > 0)
     # All threads read the old staging before any of them changes it.
     tl.debug_barrier()
@@ -127,16 +127,16 @@ def plan_kernel(
         found = tl.max(tl.where((id[:, None] == expert[None, :]) & wanted[None, :], place[None, :], -1), 1)
         tl.store(slots_out + at, found, at < num_ids)
     num_hits = tl.sum(hit.to(tl.int32), 0)
-    num_late = tl.sum(late.to(tl.int32), 0)
-    _count(counters, _HITS, num_hits - num_late)
-    _count(counters, _LATE, num_late)
+    num_late_hits = tl.sum(late.to(tl.int32), 0)
+    _count(counters, _HITS, num_hits - num_late_hits)
+    _count(counters, _LATE_HITS, num_late_hits)
     _count(counters, _MISSES, num_misses)
     _count(counters, _USED, tl.sum(used.to(tl.int32), 0))
     _count(counters, _SHORTAGES, num_misses - num_placed)
     _count(counters, _EVICTIONS, num_evicted)
     _count(counters, _WASTED, num_wasted)
     tl.store(marks + _CLOCK, now)
-    tl.store(marks + _LEASED, now)
+    tl.store(marks + _PINNED, now)
 
 
 @triton.jit
@@ -160,12 +160,12 @@ def prefetch_kernel(
     absent = guessed & (place < 0)
     if ARRIVED:
         tl.store(in_flight + slot, tl.zeros_like(slot), slot < num_slots)
-        is_there = present
+        is_loaded = present
     else:
-        is_there = present & (tl.load(in_flight + place, present, 0) == _THERE)
-    renewed = is_there & (tl.load(staged_at + place, present, 0) > 0)
+        is_loaded = present & (tl.load(in_flight + place, present, 0) == _LOADED)
+    renewed = is_loaded & (tl.load(staged_at + place, present, 0) > 0)
     num_staged = tl.sum((tl.load(staged_at + slot, slot < num_slots, 0) > 0).to(tl.int32), 0)
-    order = _order_of(key_of_slot, stamp, staged_at, in_flight, slot, num_slots, tl.load(marks + _LEASED), ARRIVED)
+    order = _order_of(key_of_slot, stamp, staged_at, in_flight, slot, num_slots, tl.load(marks + _PINNED), ARRIVED)
     # No guess is evicted for another one. Computed before ages change, so that nothing has to be read again.
     num_absent = tl.sum(absent.to(tl.int32), 0)
     num_kept = tl.sum(present.to(tl.int32), 0)

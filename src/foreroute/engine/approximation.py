@@ -71,12 +71,12 @@ class Approximation:
             raise PolicyError("No policy is given. Give one, or one per row of the batch.")
         for policy in policies:
             self.check(policy)
-        stands_in = any(policy.stands_in for policy in policies)
+        substitutes = any(policy.substitutes for policy in policies)
         replaces_route = any(policy.replaces_route for policy in policies)
         self.policies = tuple(policies)
-        self.is_exact = not (stands_in or replaces_route)
+        self.is_exact = not (substitutes or replaces_route)
         self._guess = None
-        if not self._vectors and stands_in:
+        if not self._vectors and substitutes:
             self._vectors = list(self._make_vectors())
         if replaces_route:
             self._paper = self._paper or self._make_paper()
@@ -85,7 +85,7 @@ class Approximation:
             self._tap.remove()
             self._tap = None
         if self._guesses is not None:
-            self._guesses.without_waiting = stands_in
+            self._guesses.without_waiting = substitutes
 
     def check(self, policy: Policy) -> None:
         """Check that this model can use the policy.
@@ -117,26 +117,26 @@ class Approximation:
         keys: Sequence[int],
         routed: Sequence[Sequence[int]],
         weights: torch.Tensor,
-        is_there: Callable[[int], bool],
+        is_resident: Callable[[int], bool],
     ) -> list[int]:
         """Return those of `layer`'s `keys`, in order, that are missing and not waited for; else as `waited_for`.
 
         Layer 0, and layers without default vectors, wait. Cost: a copy of the gate weights to the host on a miss.
-        routed: per token its expert keys. weights: [tokens, k]. is_there: whether a key is resident.
+        routed: per token its expert keys. weights: [tokens, k]. is_resident: whether a key is resident.
         """
         policies = self.of_rows(len(routed))
-        if layer == 0 or not any(policy.stands_in for policy in policies) or self._vectors[layer] is None:
+        if layer == 0 or not any(policy.substitutes for policy in policies) or self._vectors[layer] is None:
             return []
-        missing = [key for key in keys if not is_there(key)]
+        missing = [key for key in keys if not is_resident(key)]
         if not missing:
             return []
-        waited = waited_for(policies, routed, weights.tolist(), is_there)
+        waited = waited_for(policies, routed, weights.tolist(), is_resident)
         return [key for key in missing if key not in waited]
 
     def vectors(self, layer: int, experts: Sequence[int]) -> torch.Tensor:
         """Return the default vectors [experts, hidden] of these `experts` of `layer`, before gate weights."""
         vectors = self._vectors[layer]
-        assert vectors is not None, "nothing stands in for this layer"
+        assert vectors is not None, "this layer has no default vectors"
         return vectors[list(experts)]
 
     def route(self, layer: int, ids: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

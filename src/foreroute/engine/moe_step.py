@@ -30,7 +30,7 @@ class MoeStep:
         learner: sees every routing and trains while compute waits; None learns nothing.
         free_slots: frees the pool's memory, after the readers have stopped.
         hits_first: compute resident experts while the others are read; False waits for all of them first.
-        prefill_guesses_from: routed tokens per expert of a layer from which prompts prefetch too; 0: always.
+        prefill_prefetch_from: routed tokens per expert of a layer from which prompts prefetch too; 0: always.
 
     Attributes:
         is_prefill: whether the current (or last) step computes a prompt.
@@ -48,7 +48,7 @@ class MoeStep:
         learner: OnlineLearner | None = None,
         free_slots: Callable[[], None] = lambda: None,
         hits_first: bool = True,
-        prefill_guesses_from: float = inf,
+        prefill_prefetch_from: float = inf,
     ) -> None:
         self.pool = pool
         self.kernels = list(kernels)
@@ -59,7 +59,7 @@ class MoeStep:
         self.expert_listener: ExpertListener | None = None
         self._free_slots = free_slots
         self._hits_first = hits_first
-        self._prefill_guesses_from = prefill_guesses_from
+        self._prefill_prefetch_from = prefill_prefetch_from
         self._info = StepInfo("decode", 1, 1)
         self.is_prefill = False
         # Still True when a step begins: the one before was interrupted by an error or Ctrl-C, at any line.
@@ -218,7 +218,7 @@ class MoeStep:
         """Stream the experts in ascending order, reading each at most once."""
         stream = ExpertStream(self.pool, layer, keys)
         width = self.pool.keys.widths[layer]
-        if self.is_prefill and int((ids < width).sum()) >= self._prefill_guesses_from * width:
+        if self.is_prefill and int((ids < width).sum()) >= self._prefill_prefetch_from * width:
             # Queued behind this layer's reads: it delays those that the ring asks for later by one read at most.
             self.prefetcher.guess_next(layer, hidden, ids, weights)
         total = self.kernels[layer].stream(stream, keys, hidden, ids, weights, self.expert_listener)

@@ -60,7 +60,7 @@ class ExpertPool:
         self._next_observers: tuple[StepObserver, ...] = ()
         self._observers_lock = Lock()
         # Per layer, the queued prefetches that its router has not confirmed or contradicted yet.
-        self._guessed: list[list[int]] = [[] for _ in keys.widths]
+        self._unconfirmed: list[list[int]] = [[] for _ in keys.widths]
         # Used and wasted prefetches, as the residency had counted them when they were last added to a phase.
         self._recorded = (0, 0)
         # Experts that were substituted and not read since.
@@ -173,11 +173,11 @@ class ExpertPool:
         for key, slot in loads:
             self.transfer.prefetch(key, slot)
             self._count_prefetch(key)
-        self._guessed[layer].extend(key for key, _ in loads)
+        self._unconfirmed[layer].extend(key for key, _ in loads)
 
     def substitute(self, keys: Sequence[int]) -> None:
         """Count these absent experts as substituted, and queue deferred loads of them."""
-        self.phase.stood_in += len(keys)
+        self.phase.substituted += len(keys)
         for observer in self.observers:
             observer.substituted(keys)
         if self._keeps_across_tokens:
@@ -199,23 +199,23 @@ class ExpertPool:
         for observer in self.observers:
             observer.deferred([key for key, _ in loads])
         for key, slot in loads:
-            self.transfer.fill(key, slot)
+            self.transfer.defer(key, slot)
             self._queued_deferred.add(key)
             self._count_deferred(key)
 
     def cancel_mispredicted(self, layer: int, wanted: Collection[int]) -> None:
         """Cancel queued prefetches for `layer` whose keys its router did not choose (are not in `wanted`)."""
-        guessed = self._guessed[layer]
-        for key in guessed:
+        unconfirmed = self._unconfirmed[layer]
+        for key in unconfirmed:
             if key not in wanted and self.transfer.cancel(key):
                 self.residency.cancel(key)
                 self.phase.prefetch_cancelled += 1
                 self._count_prefetch(key, -1)
-        guessed.clear()
+        unconfirmed.clear()
 
     def cancel_queued(self) -> None:
         """Cancel every prefetch and deferred load that no reader has started."""
-        for layer in range(len(self._guessed)):
+        for layer in range(len(self._unconfirmed)):
             self.cancel_mispredicted(layer, ())
         for key in list(self.residency.deferred):
             if self.transfer.cancel(key):
@@ -277,9 +277,9 @@ class ExpertPool:
         with self._observers_lock:
             self._next_observers = tuple(one for one in self._next_observers if one is not observer)
 
-    def count_unguessed_step(self) -> None:
+    def count_step_without_prefetch(self) -> None:
         """Count a step in which the governor has switched prefetch off."""
-        self.phase.unguessed_steps += 1
+        self.phase.steps_without_prefetch += 1
 
     def governed(self, share: float, why: str) -> None:
         """Tell the observers that the governor prefetches this `share` of the full width from now on, and `why`."""
@@ -311,8 +311,8 @@ class ExpertPool:
         """Empty the pool after an interrupted step, whatever line it stopped at. The counts stay."""
         self.transfer.reset()
         self.residency.clear()
-        for guessed in self._guessed:
-            guessed.clear()
+        for unconfirmed in self._unconfirmed:
+            unconfirmed.clear()
         self._substituted.clear()
         self._queued_deferred.clear()
         self._loading_borrowed.clear()
@@ -335,7 +335,7 @@ class ExpertPool:
         if phase is self.stats.decode:
             phase.layers += 1
         if in_flight or misses:
-            phase.late += len(in_flight)
+            phase.late_hits += len(in_flight)
             phase.misses += len(misses)
             if phase is self.stats.decode:
                 phase.stalled_layers += 1
@@ -350,8 +350,8 @@ class ExpertPool:
         self.phase.prefetch_bytes += by * self._key_nbytes[key]
 
     def _count_deferred(self, key: int, by: int = 1) -> None:
-        self.phase.fill_loads += by
-        self.phase.fill_bytes += by * self._key_nbytes[key]
+        self.phase.deferred_loads += by
+        self.phase.deferred_bytes += by * self._key_nbytes[key]
 
     def _load(self, key: int, slot: int) -> None:
         self.phase.demand_loads += 1

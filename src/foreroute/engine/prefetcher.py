@@ -68,7 +68,7 @@ class Prefetcher:
             governor.pause()
         self._began_s, self._stalled_before_s = self._pool.clock(), self._pool.phase.stall_s
         if not self.share:
-            self._pool.count_unguessed_step()
+            self._pool.count_step_without_prefetch()
         if self._learner is not None and not info.is_prefill:
             (self._learner.resume if self.share else self._learner.pause)()
 

@@ -10,20 +10,20 @@ class PhaseStats:
 
     steps: forward passes. tokens: positions computed, with a batch's padding but not that of a server's prompts.
     prefetch_used / prefetch_wasted: prefetched experts that this phase demanded / evicted before any demand.
-    hits / late / misses: demanded experts that were resident / in flight / absent.
+    hits / late_hits / misses: demanded experts that were resident / in flight / absent.
     demand_loads: experts read because a router asked. prefetch_loads: experts read because of a guess.
     layers / stalled_layers: MoE layers computed / those that waited for an expert. Decode alone.
     first_waited: late hits and misses of layer 0. Decode alone.
-    stood_in: demanded experts that were substituted; not among hits, late and misses.
-    fill_loads: deferred loads of substituted experts.
-    unguessed_steps: decode steps in which the governor had switched prefetch off.
+    substituted: demanded experts that were substituted; not among hits, late hits and misses.
+    deferred_loads: reads of substituted experts, for later tokens.
+    steps_without_prefetch: decode steps in which the governor had switched prefetch off.
     stall_s: seconds in which compute waited for reads.
     """
 
     steps: int = 0
     tokens: int = 0
     hits: int = 0
-    late: int = 0
+    late_hits: int = 0
     misses: int = 0
     demand_loads: int = 0
     demand_bytes: int = 0
@@ -35,16 +35,16 @@ class PhaseStats:
     layers: int = 0
     stalled_layers: int = 0
     first_waited: int = 0
-    stood_in: int = 0
-    fill_loads: int = 0
-    fill_bytes: int = 0
-    unguessed_steps: int = 0
+    substituted: int = 0
+    deferred_loads: int = 0
+    deferred_bytes: int = 0
+    steps_without_prefetch: int = 0
     stall_s: float = 0.0
 
     @property
     def hit_rate(self) -> float:
         """Share of demanded experts that were resident, 0 to 1; late hits do not count."""
-        demanded = self.hits + self.late + self.misses + self.stood_in
+        demanded = self.hits + self.late_hits + self.misses + self.substituted
         return self.hits / demanded if demanded else 0.0
 
 

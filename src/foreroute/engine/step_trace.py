@@ -58,7 +58,7 @@ class StepTrace(StepObserver):
     def begin_layer(self, layer: int, routed: Sequence[Sequence[int]], weights: torch.Tensor) -> None:
         """See `StepObserver`. weights: [tokens, k]."""
         self._layer = layer
-        self._found = {"hits": [], "late": [], "misses": [], "stood_in": []}
+        self._found = {"hits": [], "late_hits": [], "misses": [], "substituted": []}
         self._open = {"t": self._trace.now(), "layer": layer}
         experts = [self._keys.experts_of(layer, row) for row in routed]
         if self._is_prefill:
@@ -71,12 +71,12 @@ class StepTrace(StepObserver):
     def looked_up(self, hits: Sequence[int], in_flight: Sequence[int], misses: Sequence[int]) -> None:
         """See `StepObserver`."""
         self._found["hits"] += hits
-        self._found["late"] += in_flight
+        self._found["late_hits"] += in_flight
         self._found["misses"] += misses
 
     def substituted(self, keys: Sequence[int]) -> None:
         """See `StepObserver`."""
-        self._found["stood_in"] += keys
+        self._found["substituted"] += keys
 
     def end_layer(self) -> None:
         """See `StepObserver`."""

@@ -10,6 +10,7 @@ import torch
 
 from foreroute.errors import EvaluationError, named
 from foreroute.evals.tasks import Item
+from foreroute.loading.offloaded_model import OffloadedModel
 from foreroute.model.tokenizer_files import default_template
 
 # Extra tokens beyond the right answer, so that an answer that continues is seen to be wrong.
@@ -19,7 +20,7 @@ _NORMAL_95 = 1.959964
 
 @torch.no_grad()
 def answer(
-    model: Any,
+    model: OffloadedModel,
     tokenizer: Any,
     items: Sequence[Item],
     batch: int = 50,

@@ -10,6 +10,7 @@ from foreroute.errors import EvaluationError
 from foreroute.evals.answers import answer, wilson
 from foreroute.evals.tasks import Kind, accuracy_by_kind, held_out_suite, kinds
 from foreroute.evals.text import HeldOut, bits_per_char, cut_windows
+from foreroute.loading.offloaded_model import OffloadedModel
 from foreroute.types import NamedProgress
 
 
@@ -43,7 +44,7 @@ def check_kinds(held_out: HeldOut, only: Sequence[str]) -> dict[str, Kind]:
 
 
 def run_suite(
-    model: Any,
+    model: OffloadedModel,
     tokenizer: Any,
     held_out: HeldOut,
     settings: SuiteSettings,
@@ -83,7 +84,7 @@ def run_suite(
 
 
 def run_text(
-    model: Any,
+    model: OffloadedModel,
     tokenizer: Any,
     texts: Sequence[tuple[str, str]],
     settings: SuiteSettings,

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 
 from foreroute.errors import PolicyError
+from foreroute.loading.offloaded_model import OffloadedModel, handle_of
+from foreroute.model.experts import ExpertsForward
 from foreroute.model.residual import ResidualTap
 from foreroute.policy import SPECULATIVE, Policy
 from foreroute.predict import build as known
@@ -19,7 +21,6 @@ from foreroute.predict.base import RouterSample, TokenGuess
 from foreroute.predict.default_vector import weighted_rows, with_no_expert
 from foreroute.predict.sidecar import Sidecar
 from foreroute.predict.token_table import RunningContext, context_before
-from foreroute.prepare.watch import Computing
 
 
 @dataclass
@@ -39,15 +40,15 @@ class FetchCounts:
     stalled: int = 0
 
 
-def stood_in_rows(policy: Policy, weights: torch.Tensor, missing: torch.Tensor) -> torch.Tensor:
-    """[tokens, k] bool: the misses to substitute by default vectors; `policy.stood_in` for many tokens at once.
+def mask_to_substitute(policy: Policy, weights: torch.Tensor, missing: torch.Tensor) -> torch.Tensor:
+    """Return which misses to substitute, [tokens, k] bool: `policy.misses_to_substitute` for many tokens at once.
 
     Args:
         weights: [tokens, k] gate weights. missing: [tokens, k] bool.
     """
     if policy.name == SPECULATIVE:
         return missing
-    if not policy.stands_in:
+    if not policy.substitutes:
         return torch.zeros_like(missing)
     masses = weights.double()
     order = masses.masked_fill(~missing, torch.inf).argsort(dim=-1, stable=True)
@@ -59,9 +60,9 @@ def stood_in_rows(policy: Policy, weights: torch.Tensor, missing: torch.Tensor) 
 class FetchedOnly:
     """Replaces the experts of a loaded model by those available under a policy; see `fetched_only`."""
 
-    def __init__(self, model: Any, sidecar: Sidecar, policy: Policy, *, in_prompts: bool) -> None:
+    def __init__(self, model: OffloadedModel, sidecar: Sidecar, policy: Policy, *, in_prompts: bool) -> None:
         layers, dtype = model.foreroute.layers, model.dtype
-        self._engine = model.foreroute.engine
+        self._engine = model.foreroute.host_engine
         self._policy = policy
         self._in_prompts = in_prompts
         self._widths = [layer.experts.num_offloaded for layer in layers]
@@ -79,7 +80,7 @@ class FetchedOnly:
         """Start a forward pass of `token_ids` [rows, positions]."""
         self._token_ids, self._before = token_ids, None
 
-    def of_layer(self, layer: int, compute: Computing) -> Computing:
+    def of_layer(self, layer: int, compute: ExpertsForward) -> ExpertsForward:
         """Wrap a layer's experts, given `compute`, which computes them all."""
 
         def forward(hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -100,7 +101,7 @@ class FetchedOnly:
         predictor = self._paper if self._policy.replaces_route else self._predictor
         return predictor.guess(layer, self._before, width)
 
-    def _approximate(self, layer: int, compute: Computing, seen: RouterSample, guess: TokenGuess) -> torch.Tensor:
+    def _approximate(self, layer: int, compute: ExpertsForward, seen: RouterSample, guess: TokenGuess) -> torch.Tensor:
         hidden, ids, weights, _ = seen
         tally, num_guessed = self.tally, int((guess.ids < self._widths[layer]).sum())
         tally.layers += len(ids)
@@ -115,7 +116,7 @@ class FetchedOnly:
         dropped = torch.zeros_like(missing)
         if rows is not None:
             # Padding ids have no mass.
-            dropped = stood_in_rows(self._policy, weights * (ids < self._widths[layer]), missing)
+            dropped = mask_to_substitute(self._policy, weights * (ids < self._widths[layer]), missing)
         waited = missing & ~dropped
         tally.missed += int(missing.sum())
         tally.waited += int(waited.sum())
@@ -155,7 +156,7 @@ class FetchedOnly:
 
 
 @contextmanager
-def fetched_only(model: Any, sidecar: Sidecar, policy: Policy, *, in_prompts: bool) -> Iterator[FetchCounts]:
+def fetched_only(model: OffloadedModel, sidecar: Sidecar, policy: Policy, *, in_prompts: bool) -> Iterator[FetchCounts]:
     """While inside, compute the model under `policy` without a cache, and count what that would have cost.
 
     Args:
@@ -164,7 +165,7 @@ def fetched_only(model: Any, sidecar: Sidecar, policy: Policy, *, in_prompts: bo
     Raises:
         PolicyError: this model does not support the policy.
     """
-    handle = model.foreroute
+    handle = handle_of(model)
     handle.check_policy(policy)
     if len(handle.policies) != 1 or handle.policies[0] != Policy():
         raise PolicyError(f"The model decodes under {', '.join(map(str, handle.policies))}; set it to exact first.")
@@ -175,13 +176,9 @@ def fetched_only(model: Any, sidecar: Sidecar, policy: Policy, *, in_prompts: bo
         only.begin(kwargs["input_ids"] if "input_ids" in kwargs else args[0])
 
     hook = model.register_forward_pre_hook(begin, with_kwargs=True)
-    exact = [layer.experts.engine_forward for layer in handle.layers]
-    for layer, compute in zip(handle.layers, exact, strict=True):
-        layer.experts.engine_forward = only.of_layer(layer.index, compute)
     try:
-        yield only.tally
+        with handle.computing(only.of_layer):
+            yield only.tally
     finally:
         hook.remove()
         only.tap.remove()
-        for layer, compute in zip(handle.layers, exact, strict=True):
-            layer.experts.engine_forward = compute

@@ -19,6 +19,7 @@ from foreroute.config import EngineConfig
 from foreroute.errors import EvaluationError
 from foreroute.evals.lm_eval import NAME
 from foreroute.loading.load import load
+from foreroute.loading.offloaded_model import OffloadedModel
 from foreroute.model.text import load_tokenizer
 
 try:
@@ -169,7 +170,7 @@ def _runs_code(manager: TaskManager, name: str) -> bool:
 
 
 def run_lm_eval(
-    model: Any,
+    model: OffloadedModel,
     tokenizer: Any,
     tasks: Sequence[str],
     include_path: Path | None = None,
@@ -198,7 +199,7 @@ def run_lm_eval(
             confirm_run_unsafe_code=allow_code,
         )  # fmt: skip
     except OSError as error:
-        raise EvaluationError(f"The data of {', '.join(tasks)} cannot be had: {error}") from error
+        raise EvaluationError(f"The data of {', '.join(tasks)} cannot be loaded: {error}") from error
     except ValueError as error:
         # Required besides by the metric of tasks that run code.
         if "HF_ALLOW_CODE_EVAL" not in str(error):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from foreroute.evals.answers import answer, wilson
 from foreroute.evals.fetched_only import fetched_only
 from foreroute.evals.pricing import Cost, Divergence, Texts, price_decoding, price_fetched_only, windows_with_chars
 from foreroute.evals.tasks import Item, accuracy_by_kind
+from foreroute.loading.offloaded_model import OffloadedModel
 from foreroute.policy import Policy
 from foreroute.predict.sidecar import Sidecar
 from foreroute.types import NamedProgress
@@ -26,7 +27,7 @@ NO_CACHE = "none"
 _PROMPT_SHARE = 8
 
 # Tasks of another harness: model -> accuracy by task.
-OtherTasks = Callable[[Any], Mapping[str, float]]
+OtherTasks = Callable[[OffloadedModel], Mapping[str, float]]
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ def _check(load: Callable[[str], Any], sidecar: Sidecar | None, rows: Rows) -> N
     """Check that every row can be computed, on a model loaded for this."""
     if NO_CACHE in rows.memories and sidecar is None:
         raise EvaluationError(
-            f"--memory {NO_CACHE} shows what guesses alone bring: it needs fitted predictors. Run `foreroute fit`."
+            f"--memory {NO_CACHE} shows the effect of guesses alone: it needs fitted predictors. Run `foreroute fit`."
         )
     memories = ["100%" if memory == NO_CACHE else memory for memory in rows.memories]
     for memory in dict.fromkeys(memories):
@@ -159,7 +160,7 @@ def _check(load: Callable[[str], Any], sidecar: Sidecar | None, rows: Rows) -> N
             model.foreroute.close()
 
 
-def _keep_reference(model: Any, texts: Texts, scratch: Path, progress: NamedProgress) -> None:
+def _keep_reference(model: OffloadedModel, texts: Texts, scratch: Path, progress: NamedProgress) -> None:
     """Record the exact logits that all rows with a cache are compared with."""
     try:
         texts.keep_exact(scratch, model.config.get_text_config().vocab_size)
@@ -229,7 +230,7 @@ class _Row:
     def _named(self, what: str) -> Callable[[int, int], None]:
         return _named(self.progress, f"{self.name}: {what}")
 
-    def _answers(self, model: Any, batch: int) -> dict[str, Any]:
+    def _answers(self, model: OffloadedModel, batch: int) -> dict[str, Any]:
         items = self.material.items
         if not items:
             return {"accuracy": {}, "interval": {}}
@@ -259,7 +260,7 @@ def _chars(tokenizer: Any, ids: torch.Tensor) -> int:
     return sum(len(tokenizer.decode(row[1:], skip_special_tokens=False)) for row in ids)
 
 
-def mean_accuracy(row: Mapping[str, Any], kinds: Sequence[str] = ()) -> float | None:
-    """Mean over the row's tasks, or over those of `kinds`; None where there are none."""
-    shares = [share for kind, share in row["accuracy"].items() if not kinds or kind in kinds]
+def mean_accuracy(row: Mapping[str, Any]) -> float | None:
+    """Mean over the row's tasks; None where there are none."""
+    shares = list(row["accuracy"].values())
     return sum(shares) / len(shares) if shares else None

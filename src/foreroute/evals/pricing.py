@@ -16,6 +16,7 @@ import torch
 
 from foreroute.errors import EvaluationError
 from foreroute.evals.fetched_only import FetchCounts, fetched_only
+from foreroute.loading.offloaded_model import OffloadedModel
 from foreroute.model.caches import cache_argument, cache_of
 from foreroute.policy import Policy
 from foreroute.predict.sidecar import Sidecar
@@ -92,9 +93,9 @@ class Cost:
     @classmethod
     def of_stats(cls, stats: Any, seconds: float | None) -> Cost:
         """Costs from `stats`, a `PhaseStats` of decoding, and its seconds."""
-        moved = stats.demand_bytes + stats.prefetch_bytes + stats.fill_bytes
-        waited = stats.late + stats.misses - stats.first_waited
-        missed = waited + stats.stood_in
+        moved = stats.demand_bytes + stats.prefetch_bytes + stats.deferred_bytes
+        waited = stats.late_hits + stats.misses - stats.first_waited
+        missed = waited + stats.substituted
         return cls(stats.tokens, stats.layers, stats.stalled_layers, missed, waited, moved, seconds)
 
     def figures(self) -> dict[str, float | None]:
@@ -157,7 +158,7 @@ def windows_with_chars(tokenizer: Any, ids: torch.Tensor, given: int) -> Texts:
 
 @torch.no_grad()
 def price_fetched_only(
-    model: Any, sidecar: Sidecar, policy: Policy, ids: torch.Tensor, chars: int, progress: Progress
+    model: OffloadedModel, sidecar: Sidecar, policy: Policy, ids: torch.Tensor, chars: int, progress: Progress
 ) -> tuple[Divergence, Cost]:
     """Measure a policy without a cache on windows `ids` [windows, context + 1] of `chars` characters; all are decoded.
 
@@ -183,7 +184,7 @@ def price_fetched_only(
 
 @torch.no_grad()
 def price_decoding(
-    model: Any, policy: Policy, texts: Texts, progress: Progress, *, is_reference: bool = False
+    model: OffloadedModel, policy: Policy, texts: Texts, progress: Progress, *, is_reference: bool = False
 ) -> tuple[Divergence, Cost]:
     """Measure a policy with the model's own cache of experts: the windows of `texts` are fed token by token.
 

@@ -47,7 +47,7 @@ def read(folder: Path, packed: str, windows: list[TextWindows], memory: str | No
         ForerouteError: the model or the store cannot be loaded.
     """
     config = EngineConfig(packed=packed, prefetch="none", predictor="no", learn=False)
-    model: Any = load(folder, memory, dtype="bfloat16", config=config)
+    model = load(folder, memory, dtype="bfloat16", config=config)
     try:
         by_source = bits_per_char(model, windows, progress)
     finally:

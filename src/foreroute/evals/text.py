@@ -54,7 +54,7 @@ def read_held_out(path: Path) -> HeldOut:
             raise ValueError("its texts and their shares do not go together")
         words = [*held_out.texts.values(), *held_out.glossary, *held_out.glossary.values()]
         if not all(isinstance(text, str) for text in words):
-            raise ValueError("a text of it is none")
+            raise ValueError("one of its texts is not a string")
         return held_out
     except FileNotFoundError:
         raise EvaluationError(
@@ -62,7 +62,7 @@ def read_held_out(path: Path) -> HeldOut:
             "through apt). Or evaluate on text of your own: --text FILE."
         ) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise EvaluationError(f"{path} is no file of held-out text ({error}). `make held-out` writes it.") from error
+        raise EvaluationError(f"{path} is not a file of held-out text ({error}). `make held-out` writes it.") from error
 
 
 @dataclass(frozen=True)
@@ -103,9 +103,11 @@ def cut_windows(
 
 @torch.no_grad()
 def bits_per_char(
-    model: Any, windows: list[TextWindows], progress: Callable[[int, int], None] = lambda done, total: None
+    model: Callable[..., Any],
+    windows: list[TextWindows],
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, float]:
-    """Bits per character of `model` by source, and "all": their mean weighted by the sources' shares.
+    """Bits per character of `model`, of any kind, by source, and "all": their mean weighted by the sources' shares.
 
     Nats of all scored tokens / ln 2 / characters; every window starts with an empty context.
 

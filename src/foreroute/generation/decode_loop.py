@@ -1,13 +1,13 @@
-"""The loop around the model for one row: the prompt in chunks, then token by token, and little else in between.
+"""The decoding loop for one row: the prompt in chunks, then token by token, with little overhead.
 
-transformers' generate() prepares everything (settings, logits processors, stopping criteria) and calls this loop in
-place of its own, through its `custom_generate`. Tokens are the same as its own loop's: the same processors see the same
-scores, and sampling draws from the same generator.
+transformers' generate() prepares everything (settings, logits processors, stopping criteria) and calls this loop
+instead of its own, through its `custom_generate`. Tokens are the same as its own loop's: the same processors see the
+same scores, and sampling draws from the same generator.
 """
 
 import math
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from transformers.cache_utils import DynamicCache
@@ -17,10 +17,12 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 from foreroute.engine.chunks import split_prompt
 from foreroute.engine.interfaces import Phase, StepInfo
 from foreroute.errors import CheckpointError
+from foreroute.generation.graph_decoder import GraphDecoder
+from foreroute.loading.offloaded_model import OffloadedModel
 from foreroute.model.caches import CACHE_NAME, cache_argument, is_ordinary
 
-# Settings that say how a token is chosen from its scores, or when to end: transformers turns them into the processors
-# and criteria that this loop is given. With any other one, generate() keeps its own loop.
+# Settings of how a token is chosen from its scores, or when to end: transformers turns them into the processors and
+# criteria that this loop takes. With any other setting, generate() keeps its own loop.
 _UNDERSTOOD = frozenset(
     [
         "do_sample",
@@ -58,8 +60,8 @@ _NO_NUMBERS = (
 )
 
 
-def serves(model: Any, cache: DynamicCache | None, options: dict[str, Any]) -> bool:
-    """Whether this loop does what generate() would do with the model, an empty cache for it, and these options."""
+def serves(model: OffloadedModel, cache: DynamicCache | None, options: dict[str, Any]) -> bool:
+    """Whether this loop does what generate() would do with `model`, an empty cache for it, and these options."""
     settings = model.generation_config
     return (
         cache is not None
@@ -74,29 +76,17 @@ def serves(model: Any, cache: DynamicCache | None, options: dict[str, Any]) -> b
     )
 
 
-class Decoder(Protocol):
-    """Computes a text in a cache of its own: device/graph_decoder.py."""
-
-    def prefill(self, ids: torch.Tensor, chunk: int | None = None) -> torch.Tensor:
-        """Forget the text before and compute `ids` [1, tokens]; the last token's logits [1, vocabulary]."""
-        ...
-
-    def step(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Append `tokens` [1, 1]; the logits that follow."""
-        ...
-
-
 class LeanLoop:
-    """One answer; generate() calls it once.
+    """Generates one answer; generate() calls it once.
 
     Args:
         on_token: called with each new token as soon as it is chosen.
-        should_stop: asked after every token; True ends the answer.
+        should_stop: called after every token; True ends the answer.
         chunk: most prompt tokens computed at once; None computes them all.
-        decoder: computes in place of calls of the model, whose cache then stays empty; None for such calls.
+        decoder: computes instead of the model, whose cache then stays empty; None calls the model.
 
     Attributes:
-        num_computed: tokens, from the start of the prompt, that the cache holds for certain: steps that ended.
+        num_computed: tokens, from the start of the prompt, whose steps have ended, so that the cache holds them.
     """
 
     def __init__(
@@ -104,7 +94,7 @@ class LeanLoop:
         on_token: Callable[[int], None],
         should_stop: Callable[[], bool] | None,
         chunk: int | None,
-        decoder: Decoder | None = None,
+        decoder: GraphDecoder | None = None,
     ) -> None:
         self._on_token = on_token
         self._should_stop = should_stop
@@ -114,14 +104,14 @@ class LeanLoop:
 
     def __call__(
         self,
-        model: Any,
+        model: OffloadedModel,
         input_ids: torch.Tensor,
         logits_processor: Any,
         stopping_criteria: StoppingCriteriaList,
         generation_config: Any,
         **model_kwargs: Any,
     ) -> torch.Tensor:
-        """Compute `input_ids` [1, tokens] past what the cache holds, then new tokens until an end; returns them all."""
+        """Compute `input_ids` [1, tokens] after those in the cache, then new tokens until an end; return all tokens."""
         length, end = input_ids.shape[1], stopping_criteria.max_length
         assert end is not None, "generate() always says how many tokens at most"
         cache = model_kwargs.pop(CACHE_NAME)
@@ -168,14 +158,14 @@ class LeanLoop:
 
 
 def _chosen(scores: torch.Tensor, *, do_sample: bool) -> torch.Tensor:
-    """The next token [1, 1] by its scores [1, vocabulary].
+    """Choose the next token [1, 1] by its scores [1, vocabulary].
 
     Raises:
-        CheckpointError: they are not numbers: any token would be as good. Not looked for on a GPU, where it would wait.
+        CheckpointError: they are NaN. Not checked on a GPU, where that would wait for the device.
     """
     if not do_sample:
         token = torch.argmax(scores, dim=-1, keepdim=True)
-        # NaN is the greatest there is to argmax.
+        # argmax takes NaN for the largest.
         if scores.is_cpu and math.isnan(scores[0, token[0, 0]]):
             raise CheckpointError(_NO_NUMBERS)
         return token
@@ -188,7 +178,7 @@ def _chosen(scores: torch.Tensor, *, do_sample: bool) -> torch.Tensor:
 
 
 def _split(criteria: StoppingCriteriaList) -> tuple[frozenset[int], StoppingCriteriaList]:
-    """The tokens that end an answer, and the criteria that have to be asked; its length the loop knows itself."""
+    """Return the tokens that end an answer, and the criteria to call; the loop counts the length itself."""
     ends: set[int] = set()
     others = StoppingCriteriaList()
     for one in criteria:

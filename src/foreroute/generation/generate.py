@@ -1,8 +1,8 @@
-"""Timed generation of one answer: text as it comes, and afterwards the figures.
+"""Timed generation of one answer: text as it comes, and then the figures.
 
-`generate` calls back with each piece and runs in the caller's thread, so that Ctrl-C stops it at once; `stream` gives
-the pieces to iterate over and runs in a thread of its own. transformers' generate() prepares and checks everything; the
-loop itself is ours (lean_loop.py) where that does the same, and transformers' own elsewhere. The report says which.
+`generate` calls back with each piece and runs in the caller's thread, so that Ctrl-C stops it at once; `stream` is an
+iterator over the pieces and runs in a separate thread. transformers' generate() prepares and checks everything; the
+loop is ours (decode_loop.py) where it does the same, else transformers' own. The report says which.
 """
 
 import resource
@@ -17,30 +17,31 @@ import torch
 from transformers.cache_utils import DynamicCache
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 
-from foreroute.device.graph_decoder import decoder_of, is_paged
 from foreroute.engine.stats import EngineStats
 from foreroute.errors import PromptError
 from foreroute.generation.decode_loop import LeanLoop, serves
+from foreroute.generation.graph_decoder import decoder_of, is_paged
 from foreroute.generation.prefix_cache import PromptCache
 from foreroute.generation.recorder import StopWhen, TokenRecorder
+from foreroute.loading.offloaded_model import OffloadedModel, handle_of
 from foreroute.model.caches import cache_argument, can_be_continued, is_ordinary, new_cache
 from foreroute.model.endings import stop_strings
 
 
 @dataclass(frozen=True)
 class GenerationReport:
-    """One answer and what it took.
+    """One answer and its costs.
 
-    token_ids: the new tokens, as the model chose them; `text` is what they say, without a half character at the end.
-    finish_reason: "stop" (the model ended, or a text came that ends an answer), "length", "stopped" (should_stop) or
-        "interrupted" (Ctrl-C).
+    token_ids: the new tokens. text: their text, without an incomplete character at the end.
+    finish_reason: "stop" (an end token, or a stop string), "length", "stopped" (should_stop) or "interrupted"
+        (Ctrl-C).
     ttft_s: from the start of generate() to the first token. tpot_s: (last - first) / (n - 1). None: too few tokens.
     stats: the engine's counts of this answer alone. expert_bytes: stored bytes of one expert.
     peak_rss_bytes: of the process so far, loading included.
-    loop: "lean", or "generate" where transformers' own loop ran, which reuses nothing.
-    guess_share: of the full width of guesses, what the governor has chosen (0: off), and guess_why its reason, or that
-        it is trying; None and "" where no governor decides.
-    prompt_tokens_reused: of the prompt, those that were not computed again. prompt_cache_bytes: kept afterwards.
+    loop: "lean", or "generate" for transformers' own loop, which reuses nothing.
+    prefetch_share: of the full width of guesses, the share that the governor prefetches now (0: off); prefetch_why: its
+        reason, or "trying". None and "" without a governor.
+    prompt_tokens_reused: prompt tokens that were not computed again. prompt_cache_bytes: kept for later prompts.
     """
 
     text: str
@@ -56,17 +57,17 @@ class GenerationReport:
     loop: str
     prompt_tokens_reused: int
     prompt_cache_bytes: int
-    guess_share: float | None
-    guess_why: str
+    prefetch_share: float | None
+    prefetch_why: str
 
     def figures(self) -> dict[str, float | int | None]:
-        """Every figure by a name with its unit; rates are 0 to 1, and None stands where nothing was measured.
+        """Every figure by a name with its unit; rates are 0 to 1, and None where nothing was measured.
 
         Hits, loads, bytes and stalls per token are those of decode: one forward pass per token after the first.
-        Guessed bytes are used (demanded later), wasted (given up first), or, for the rest, still there undecided.
+        Prefetched bytes are used (demanded), wasted (evicted before), or, for the rest, resident and unused so far.
         """
         decode, prefill, mb = self.stats.decode, self.stats.prefill, self.expert_bytes / 1e6
-        demanded = decode.hits + decode.late + decode.misses + decode.stood_in
+        demanded = decode.hits + decode.late_hits + decode.misses + decode.substituted
         return {
             "prompt_tokens": self.prompt_tokens,
             "prompt_tokens_reused": self.prompt_tokens_reused,
@@ -79,28 +80,28 @@ class GenerationReport:
             "prefill_tokens_per_s": _ratio(self.prompt_tokens - self.prompt_tokens_reused, self.ttft_s),
             "prefill_read_mb": prefill.demand_bytes / 1e6,
             "hits": decode.hits,
-            "late_hits": decode.late,
+            "late_hits": decode.late_hits,
             "misses": decode.misses,
             "hit_rate": _ratio(decode.hits, demanded),
-            "late_hit_rate": _ratio(decode.late, demanded),
+            "late_hit_rate": _ratio(decode.late_hits, demanded),
             "miss_rate": _ratio(decode.misses, demanded),
-            "stood_in": decode.stood_in,
-            "stood_in_rate": _ratio(decode.stood_in, demanded),
+            "substituted": decode.substituted,
+            "substituted_rate": _ratio(decode.substituted, demanded),
             "stalled_layer_rate": _ratio(decode.stalled_layers, decode.layers),
-            "fill_mb_per_token": _ratio(decode.fill_bytes / 1e6, decode.tokens),
+            "deferred_mb_per_token": _ratio(decode.deferred_bytes / 1e6, decode.tokens),
             "demand_mb_per_token": _ratio(decode.demand_bytes / 1e6, decode.tokens),
-            "speculative_mb_per_token": _ratio(decode.prefetch_bytes / 1e6, decode.tokens),
-            "speculative_used_mb_per_token": _ratio(decode.prefetch_used * mb, decode.tokens),
-            "speculative_wasted_mb_per_token": _ratio(decode.prefetch_wasted * mb, decode.tokens),
+            "prefetch_mb_per_token": _ratio(decode.prefetch_bytes / 1e6, decode.tokens),
+            "prefetch_used_mb_per_token": _ratio(decode.prefetch_used * mb, decode.tokens),
+            "prefetch_wasted_mb_per_token": _ratio(decode.prefetch_wasted * mb, decode.tokens),
             "stall_ms_per_token": _ratio(decode.stall_s * 1e3, decode.tokens),
             "prefill_stall_s": prefill.stall_s,
-            "prefill_speculative_mb": prefill.prefetch_bytes / 1e6,
+            "prefill_prefetch_mb": prefill.prefetch_bytes / 1e6,
             "evictions": self.stats.evictions,
             "prefetch_loads": decode.prefetch_loads,
             "prefetch_used": decode.prefetch_used,
             "prefetch_wasted": decode.prefetch_wasted,
-            "guess_share": self.guess_share,
-            "unguessed_steps": decode.unguessed_steps,
+            "prefetch_share": self.prefetch_share,
+            "steps_without_prefetch": decode.steps_without_prefetch,
             "peak_rss_bytes": self.peak_rss_bytes,
         }
 
@@ -110,7 +111,7 @@ def _ratio(part: float, whole: float | None) -> float | None:
 
 
 def generate(
-    model: Any,
+    model: OffloadedModel,
     tokenizer: Any,
     prompt_ids: torch.Tensor,
     *,
@@ -126,29 +127,30 @@ def generate(
 
     Args:
         prompt_ids: [1, tokens] int64; see `model.text.encode_prompt`.
-        on_text: called with each piece of text, whole characters only, as soon as it is there.
-        should_stop: asked after every token; True ends the answer.
-        max_new_tokens: fewer where the model's context ends before.
-        reuse: what earlier prompts left; the beginning that this one shares with them is not computed again, and what
-            this one computes is left there. Bits are those of the same tokens computed in the same pieces.
+        on_text: called with each piece of text, whole characters only, as soon as it is complete.
+        should_stop: called after every token; True ends the answer.
+        max_new_tokens: fewer if the model's context ends before.
+        reuse: KV caches of earlier prompts; the longest shared beginning is not computed again, and this answer's
+            cache is kept there. Bits are those of the same tokens computed in the same chunks.
         prefill_chunk: most prompt tokens computed at once; the model's own (EngineConfig) when None.
-        options: transformers' own (do_sample, temperature, top_p, top_k, repetition_penalty, ...). Texts that end an
-            answer (stop_strings, the model's own where none are given) are no part of its text.
+        options: transformers' own (do_sample, temperature, top_p, top_k, repetition_penalty, ...). Stop strings
+            (stop_strings, or else the model's own) are not part of the text.
     Returns:
         The report. Ctrl-C ends the answer too, at once: finish_reason is then "interrupted", the model stays usable.
-        While another thread uses the model, it is waited for; that time is not the answer's.
+        Waits while another thread uses the model; that time does not count as the answer's.
     Raises:
-        PromptError: the prompt is empty or leaves no room in the context.
+        PromptError: the prompt is empty or leaves no room in the context. RefusedError: not a model of `load`.
         ReadError, ChecksumError: an expert could not be read.
     """
+    handle = handle_of(model)
     prompt_ids = prompt_ids.to(model.device)
     room = _room_in_context(model, prompt_ids.shape[1])
     if prefill_chunk is not None and prefill_chunk < 2:
         raise PromptError(f"prefill_chunk is {prefill_chunk}: choose 8 tokens or more (512 to 8192 are usual).")
     most_new = max_new_tokens if room is None else min(max_new_tokens, room)
     stop = _stop_strings(model, options)
-    with model.foreroute.lock:
-        chunk = prefill_chunk or model.foreroute.plan.prefill_chunk
+    with handle.lock:
+        chunk = prefill_chunk or handle.plan.prefill_chunk
         answer = _Answer(model, prompt_ids, options, reuse, chunk)
         return _timed(answer, TokenRecorder(tokenizer, on_text, clock, stop), clock, should_stop, most_new)
 
@@ -161,8 +163,8 @@ def _timed(
     most_new: int,
 ) -> GenerationReport:
     """Run the answer, and report on it."""
-    model, reuse = answer.model, answer.reuse
-    before, started_s = model.foreroute.stats(), clock()
+    model, reuse, handle = answer.model, answer.reuse, answer.model.foreroute
+    before, started_s = handle.stats(), clock()
     is_interrupted = False
     try:
         answer.run(recorder, should_stop, most_new)
@@ -173,7 +175,7 @@ def _timed(
     ended_s = clock()
     # Ctrl-C may fall between the two.
     times_s = recorder.times_s[: len(recorder.ids)]
-    governor = model.foreroute.governor if _is_exact(model) else None
+    governor = handle.governor if _is_exact(model) else None
     return GenerationReport(
         text="".join(recorder.written),
         token_ids=tuple(recorder.ids),
@@ -182,27 +184,32 @@ def _timed(
         ttft_s=times_s[0] - started_s if times_s else None,
         tpot_s=(times_s[-1] - times_s[0]) / (len(times_s) - 1) if len(times_s) > 1 else None,
         total_s=ended_s - started_s,
-        stats=model.foreroute.stats().minus(before),
-        expert_bytes=model.foreroute.plan.expert_bytes,
+        stats=handle.stats().minus(before),
+        expert_bytes=handle.plan.expert_bytes,
         peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         loop="generate" if answer.loop is None else "lean",
         prompt_tokens_reused=answer.num_reused,
         prompt_cache_bytes=0 if reuse is None else reuse.nbytes,
-        guess_share=None if governor is None else governor.chosen,
-        guess_why="" if governor is None else "trying" if governor.is_trying else governor.why,
+        prefetch_share=None if governor is None else governor.chosen,
+        prefetch_why="" if governor is None else "trying" if governor.is_trying else governor.why,
     )
 
 
 class _Answer:
-    """Which loop runs, over which cache, in which chunks; and what of it is kept.
+    """One answer's loop, cache and chunks, and what is kept of them.
 
     Attributes:
-        loop: the lean one, from when it runs; None where transformers' own does.
-        num_reused: prompt tokens that need not be computed.
+        loop: ours, once it runs; None for transformers' own.
+        num_reused: prompt tokens whose keys and values are reused.
     """
 
     def __init__(
-        self, model: Any, prompt_ids: torch.Tensor, options: dict[str, Any], reuse: PromptCache | None, chunk: int
+        self,
+        model: OffloadedModel,
+        prompt_ids: torch.Tensor,
+        options: dict[str, Any],
+        reuse: PromptCache | None,
+        chunk: int,
     ) -> None:
         self.model = model
         self.prompt_ids = prompt_ids
@@ -215,13 +222,13 @@ class _Answer:
         self._can_continue = cache is not None and is_ordinary(model) and can_be_continued(model, cache)
         self._chunk = chunk if self._can_continue else None
         self._cache: DynamicCache | None = cache if self._is_lean else None
-        # A stand-in leaves its mark on what is computed after it: such an answer is not the exact prompt of the next.
+        # A substitute changes all later keys and values: after one, the answer's are not those of an exact prompt.
         self._is_exact = _is_exact(model)
-        # Not what a decoder computes in a cache of its own.
+        # A decoder has its own cache, which is not kept.
         self._keeps = not is_paged(model)
 
     def run(self, recorder: TokenRecorder, should_stop: Callable[[], bool] | None, max_new_tokens: int) -> None:
-        """Generate; tokens go to the recorder."""
+        """Generate, and pass tokens to the recorder."""
 
         def is_over() -> bool:
             return recorder.is_over or (should_stop is not None and should_stop())
@@ -231,7 +238,7 @@ class _Answer:
             "max_new_tokens": max_new_tokens,
             "num_beams": 1,
             "disable_compile": True,
-            # The recorder looks for them, in the text that it has anyway.
+            # The recorder looks for stop strings, as it has the text anyway.
             "stop_strings": None,
             **self.options,
         }
@@ -253,7 +260,7 @@ class _Answer:
         recorder.end()
 
     def keep(self, new_ids: list[int]) -> None:
-        """Leave what was computed for the next prompt: after an error or Ctrl-C, what is certain of it."""
+        """Keep the KV cache for later prompts; after an error or Ctrl-C, only what finished steps have added."""
         has_reuse = self.reuse is not None and self._keeps and self._can_continue
         if not has_reuse or self.reuse is None or self.loop is None or self._cache is None:
             return
@@ -263,14 +270,14 @@ class _Answer:
         self.reuse.keep(self.model, ids[: self.loop.num_computed], self._cache)
 
 
-def _is_exact(model: Any) -> bool:
-    return not any(policy.stands_in or policy.replaces_route for policy in model.foreroute.policies)
+def _is_exact(model: OffloadedModel) -> bool:
+    return not any(policy.substitutes or policy.replaces_route for policy in model.foreroute.policies)
 
 
 def _without_a_single_one(num_tokens: int, chunk: int) -> int:
-    """At most `chunk`, and such that no single token is left over.
+    """Return a chunk length of at most `chunk` that leaves no single token over.
 
-    transformers' own loop announces no step: a single token would be taken for a decoded one.
+    transformers' own loop does not announce its steps: a single token would be taken for a decoded one.
     """
     while num_tokens % chunk == 1 and chunk > 2:
         chunk -= 1
@@ -278,12 +285,11 @@ def _without_a_single_one(num_tokens: int, chunk: int) -> int:
 
 
 def stream(
-    model: Any, tokenizer: Any, prompt_ids: torch.Tensor, **options: Any
+    model: OffloadedModel, tokenizer: Any, prompt_ids: torch.Tensor, **options: Any
 ) -> Generator[str, None, GenerationReport]:
     """Like `generate`, as an iterator over the pieces: `report = yield from stream(...)`.
 
-    The model runs in another thread, and others wait for it. Closing the iterator ends the answer after the token at
-    hand, and waits for that.
+    The model runs in another thread. Closing the iterator ends the answer after the current token, and waits for it.
     """
     pieces: SimpleQueue[str | None] = SimpleQueue()
     is_closed = threading.Event()
@@ -313,8 +319,8 @@ def stream(
     return result
 
 
-def _room_in_context(model: Any, prompt_tokens: int) -> int | None:
-    """Tokens that still fit the model's context; None where it has no known end."""
+def _room_in_context(model: OffloadedModel, prompt_tokens: int) -> int | None:
+    """Number of tokens that still fit the model's context; None if its length is not known."""
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if not context:
         return None
@@ -323,8 +329,8 @@ def _room_in_context(model: Any, prompt_tokens: int) -> int | None:
     return int(context) - prompt_tokens
 
 
-def _stop_strings(model: Any, options: dict[str, Any]) -> tuple[str, ...]:
-    """The texts that end the answer, which are taken out of the options: the caller's, or else the model's own."""
+def _stop_strings(model: OffloadedModel, options: dict[str, Any]) -> tuple[str, ...]:
+    """Remove stop strings from the options, and return them, or else the model's own."""
     asked = options.pop("stop_strings", None)
     given = options.get("generation_config")
     if asked is not None:
@@ -333,7 +339,7 @@ def _stop_strings(model: Any, options: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _finish_reason(answer: _Answer, recorder: TokenRecorder, most_new: int) -> str:
-    """Why an answer ended that nobody interrupted; "stopped": by should_stop, or by a criterion of the caller."""
+    """Why an answer ended that was not interrupted; "stopped": by should_stop, or by a criterion of the caller."""
     ids = recorder.ids
     eos = answer.options.get("eos_token_id", answer.model.generation_config.eos_token_id)
     ends = eos if isinstance(eos, list) else [eos]

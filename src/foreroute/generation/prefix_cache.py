@@ -1,8 +1,8 @@
-"""Prompts that begin alike: keys and values of what was computed are kept, and given to the next prompt.
+"""Reuse of shared prefixes: keys and values of earlier prompts are kept, and given to prompts that begin alike.
 
-Only caches whose every layer is of a kind known here are kept or continued: plain attention, which can be cut anywhere,
-and a sliding window, which can be cut until something has left the window. States of linear attention are neither: most
-families forget them when several tokens follow, so that to continue them would be wrong, not merely different bits.
+Only caches whose layers are all of a known kind are kept or continued: plain attention, which can be cut anywhere, and
+a sliding window, which can be cut until a token has left the window. States of linear attention are neither: most
+families drop them when several tokens follow, so that continuing them would be wrong, not just other bits.
 """
 
 import copy
@@ -13,12 +13,13 @@ from typing import Any
 
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from foreroute.loading.offloaded_model import OffloadedModel
 from foreroute.model.caches import can_be_cut
 
 
 @dataclass(frozen=True, eq=False)
 class _Kept:
-    """Tokens, and the cache that holds exactly these; never changed, only replaced."""
+    """Tokens, and the cache of exactly these; never changed, only replaced."""
 
     model: weakref.ref[Any]
     ids: tuple[int, ...]
@@ -29,12 +30,12 @@ class _Kept:
 class PromptCache:
     """Keeps the keys and values of recent conversations, the latest first; made for `generate(..., reuse=...)`.
 
-    One serves any number of conversations, in any order, and may be shared by threads. What it gives out are copies
-    that share memory with what it keeps, so that an answer which is cut off spoils nothing.
+    It serves any number of conversations, in any order, and may be shared by threads. `take` returns copies that share
+    memory with what is kept but do not change it, so that an interrupted answer does no harm.
 
     Args:
-        max_bytes: of keys and values kept; the conversations used least recently go first, and one that is larger is
-            not kept at all. This memory comes on top of the experts' budget.
+        max_bytes: most bytes of keys and values; the least recently used conversations are dropped first, and one that
+            is larger is not kept. This memory comes on top of the experts' budget.
     """
 
     def __init__(self, max_bytes: int = 2**30) -> None:
@@ -54,17 +55,17 @@ class PromptCache:
             return len(self._kept)
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Drop everything."""
         with self._lock:
             self._kept.clear()
 
-    def take(self, model: Any, ids: list[int], at_most: int) -> tuple[DynamicCache | None, int]:
-        """A cache that holds the longest beginning of `ids` known for this model, and how many tokens that is.
+    def take(self, model: OffloadedModel, ids: list[int], at_most: int) -> tuple[DynamicCache | None, int]:
+        """Return a cache of the longest kept prefix of `ids` for this model, and its number of tokens.
 
         Args:
-            at_most: tokens; the rest is to be computed, whatever is known.
+            at_most: most tokens; the rest shall be computed in any case.
         Returns:
-            (None, 0) where nothing is known.
+            (None, 0) if nothing is kept.
         """
         with self._lock:
             self._kept = [kept for kept in self._kept if kept.model() is not None]
@@ -81,9 +82,9 @@ class PromptCache:
         return _branch(best.cache, len(best.ids) - most), most
 
     def make_room(self, nbytes: int) -> bool:
-        """Forget what was used least recently until so much more fits; False, and nothing is lost, where it never does.
+        """Drop what was used least recently until `nbytes` more fit; False, and nothing is dropped, if they never do.
 
-        For one whose keys and values are copied before they are kept.
+        For a caller that copies keys and values before `keep`.
         """
         if nbytes > self.max_bytes:
             return False
@@ -93,18 +94,16 @@ class PromptCache:
                 held -= self._kept.pop(0).nbytes
         return True
 
-    def keep(self, model: Any, ids: list[int], cache: DynamicCache) -> bool:
-        """Keep what holds at least the tokens `ids`; more is cut off, as a step that was interrupted leaves it.
+    def keep(self, model: OffloadedModel, ids: list[int], cache: DynamicCache) -> bool:
+        """Keep a cache that holds at least the tokens `ids`; more, of an interrupted step, is cut off.
 
         Returns:
-            False, and nothing is kept, where that cannot be done without a doubt.
+            False, and nothing is kept, if it cannot be cut safely.
         """
         whole = _cut_to(cache, len(ids)) if ids else None
         if whole is None:
             return False
-        nbytes = sum(
-            part.numel() * part.element_size() for layer in whole.layers for part in (layer.keys, layer.values)
-        )
+        nbytes = sum(part.nbytes for layer in whole.layers for part in (layer.keys, layer.values))
         new = _Kept(weakref.ref(model), tuple(ids), whole, nbytes)
         if nbytes > self.max_bytes:
             return False
@@ -114,7 +113,7 @@ class PromptCache:
             kept = [new]
             for old in reversed(self._kept):
                 is_part = old.model() is model and old.ids == new.ids[: len(old.ids)]
-                # A beginning of the new one is to be had from it, unless it can no longer be cut.
+                # The new one contains its prefix, unless that one can no longer be cut.
                 if is_part and (can_replace or len(old.ids) == len(new.ids)):
                     continue
                 room -= old.nbytes
@@ -126,7 +125,7 @@ class PromptCache:
 
 
 def _cut_to(cache: DynamicCache, length: int) -> DynamicCache | None:
-    """A cache of exactly `length` tokens in every layer; None where some layer cannot be brought there for certain."""
+    """Return a cache of exactly `length` tokens in every layer; None if some layer cannot be cut safely."""
     excess = []
     for layer in cache.layers:
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or not layer.is_initialized:
@@ -149,7 +148,7 @@ def _cut_to(cache: DynamicCache, length: int) -> DynamicCache | None:
 
 
 def _branch(cache: DynamicCache, too_many: int) -> DynamicCache:
-    """A cache without the last tokens that goes its own way: layers put new tensors in the place of old ones."""
+    """Return an independent cache without the last tokens: its layers replace tensors instead of changing them."""
     branch = copy.copy(cache)
     branch.layers = [copy.copy(layer) for layer in cache.layers]
     if too_many:

@@ -1,4 +1,4 @@
-"""What is told of one answer's tokens: their times, their text as it comes, and whether a text came that ends it."""
+"""Record one answer's tokens: their times, their text as it comes, and whether a stop string has come."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,13 +11,13 @@ from foreroute.model.text import StopText, TextPieces
 
 
 class TokenRecorder(BaseStreamer):
-    """What transformers calls with the prompt and then with every token: notes the time, hands the text on.
+    """A transformers streamer: called with the prompt and then with every token, it notes the time and passes text on.
 
     Args:
-        stop: texts that end the answer, and are not handed on.
+        stop: stop strings; they are not passed on.
 
     Attributes:
-        ids, times_s: of the tokens so far; Ctrl-C may leave a time more. written: the text that was handed on.
+        ids, times_s: of the tokens so far; Ctrl-C may leave one more time. written: the text passed on so far.
     """
 
     def __init__(
@@ -33,26 +33,26 @@ class TokenRecorder(BaseStreamer):
         self._prompt_is_next = True
 
     def put(self, value: torch.Tensor) -> None:
-        """The prompt, the first time; then a token each."""
+        """Take the prompt, in the first call; then one token per call."""
         if self._prompt_is_next:
             self._prompt_is_next = False
             return
         self.add(int(value))
 
     def add(self, token_id: int) -> None:
-        """A new token has been chosen."""
+        """Take a new token."""
         self.times_s.append(self._clock())
         self.ids.append(token_id)
         self._write(self._pieces.push(token_id))
 
     def end(self) -> None:
-        """There are no more tokens: what was held back is handed on."""
+        """Pass on the text that was held back, after the last token."""
         self._write(self._pieces.finish())
         self._say(self._stop.rest())
 
     @property
     def is_over(self) -> bool:
-        """A text has come that ends the answer."""
+        """Whether a stop string has come."""
         return self._stop.is_over
 
     def _write(self, piece: str) -> None:
@@ -65,7 +65,7 @@ class TokenRecorder(BaseStreamer):
 
 
 class StopWhen(StoppingCriteria):
-    """Ends all rows when `should_stop` says so; asked after every token."""
+    """A stopping criterion that ends all rows when `should_stop` returns True; called after every token."""
 
     def __init__(self, should_stop: Callable[[], bool]) -> None:
         self._should_stop = should_stop

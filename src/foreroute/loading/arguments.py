@@ -1,7 +1,7 @@
-"""What `load` is called with: each argument is honoured, or refused by name with what to do in its place.
+"""Check the arguments of `load`: each is honoured, or refused by name with what to do instead.
 
-Most names are those of transformers' from_pretrained, which people bring along. One that would change nothing here is
-taken where its value says what happens anyway, and refused where it asks for something else.
+Most names are those of transformers' from_pretrained, which users know. One that has no effect here is accepted if its
+value asks for what happens anyway, and refused if it asks for something else.
 """
 
 import difflib
@@ -71,7 +71,7 @@ _REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
 
 @dataclass(frozen=True)
 class Arguments:
-    """What a call of `load` asks for.
+    """The checked arguments of a call of `load`.
 
     config: with the call's own memory and device. dtype: the compute dtype, or "auto". hub: how a hub id is fetched.
     model_kwargs: for transformers.
@@ -93,12 +93,12 @@ def read_arguments(
     progress: Any,
     others: Mapping[str, Any],
 ) -> Arguments:
-    """Check everything that `load` was given; nothing is read or loaded.
+    """Check all arguments of `load`; nothing is read or loaded.
 
     Args:
-        others: what came by name beyond the signature.
+        others: keyword arguments beyond the signature.
     Raises:
-        ForerouteError: an argument of the wrong kind, one that is not known, or one that cannot be honoured.
+        ForerouteError: an argument of the wrong type, an unknown one, or one that cannot be honoured.
     """
     if not isinstance(path_or_hub_id, str | os.PathLike) or not os.fspath(path_or_hub_id):
         raise ForerouteError(f"load({path_or_hub_id!r:.60}): give the folder of a checkpoint, or a hub id (org/name).")
@@ -155,7 +155,7 @@ def _check_other(name: str, value: Any) -> None:
 
 
 def _dtype(dtype: Any, torch_dtype: Any) -> torch.dtype | str:
-    """The compute dtype; `torch_dtype` is its older name in transformers."""
+    """Return the compute dtype; `torch_dtype` is its older name in transformers."""
     if torch_dtype is not None:
         if dtype not in ("auto", None) and _one_dtype(dtype) != _one_dtype(torch_dtype):
             raise ForerouteError(f"dtype={dtype} and torch_dtype={torch_dtype} are different. Give dtype alone.")
@@ -173,7 +173,7 @@ def _one_dtype(dtype: Any) -> torch.dtype | str:
 
 
 def _device(device: Any) -> str:
-    """The kind of device, for EngineConfig, which says which there are. A GPU is the current one."""
+    """Return the kind of device, for EngineConfig, which checks it. Of several GPUs the current one is used."""
     if not isinstance(device, str | torch.device):
         raise ForerouteError(f'device is {device!r:.60}: give "cpu" or "cuda".')
     kind, _, number = str(device).partition(":")

@@ -1,10 +1,10 @@
-"""A checkpoint opened: its files found, their headers read, its experts mapped to bytes; no weight is read yet."""
+"""Open a checkpoint: find its files, read their headers, map its experts to bytes; no weight is read yet."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from foreroute.checkpoint.codecs import STORED
 from foreroute.checkpoint.hub import HubAccess
@@ -53,7 +53,7 @@ def open_checkpoint(
     """Find a checkpoint and read its headers; a hub id is downloaded first.
 
     Args:
-        packed: as EngineConfig.packed. access: to the hub, where it is not as the environment says.
+        packed: as EngineConfig.packed. access: to the hub, if not by the environment's settings.
     Raises:
         CheckpointError, UnsupportedModelError, StoreError: see errors.py.
     """
@@ -63,8 +63,8 @@ def open_checkpoint(
     return Checkpoint(folder, index, sketch, open_store(folder, packed, sketch.table))
 
 
-def find_experts(model: Any, checkpoint: Checkpoint, library: Library | None = None) -> ExpertSet:
-    """The experts of a model without them: layers in call order, where each lies, and which kernels compute it.
+def find_experts(model: PreTrainedModel, checkpoint: Checkpoint, library: Library | None = None) -> ExpertSet:
+    """Describe the experts of a model that was built without them: layers in call order, bytes, and kernels.
 
     Args:
         library: ggml's, where it computes what is stored in blocks.

@@ -1,6 +1,6 @@
-"""The three engines that a model can get: experts on disk, behind a host tier, or on a GPU that pages for itself."""
+"""Build a model's engine, one of three: experts on disk, behind a host tier, or paged by the GPU itself."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from math import inf
 
@@ -37,66 +37,49 @@ from foreroute.types import Progress, SlotClass
 _DEFERRED_SHARE = 8
 # Routed slots per expert from which prefetching pays in prefill: nearly every expert is used then, so few are wrong.
 # Measured on two models: it loses up to 16, and wins from 32 (benchmarks/prefill.py).
-_PREFILL_GUESSES_FROM = {"on": 0.0, "auto": 24.0, "off": inf}
+_PREFILL_PREFETCH_FROM = {"on": 0.0, "auto": 24.0, "off": inf}
 # Experts of this size take a millisecond to read: prefetching was measured to pay. At 74 KB it lost (docs/LOG.md).
 _LARGE_EXPERT_BYTES, _TRUSTED_STEPS = 2**20, 128
 
-# (asked, experts, memory, guidance, trace, progress) -> the engine, its readers started.
-EngineBuilder = Callable[[EngineConfig, ExpertSet, MemoryPlan, Guidance, Trace | None, Progress], MoeEngine]
+
+def has_one_slot_length(asked: EngineConfig, device: torch.device) -> bool:
+    """Whether all slots of the engine that is asked for, with its slots on `device`, are of one length.
+
+    A device's slots and an arena's records are; only slots in RAM with the experts on disk have several lengths.
+    """
+    return asked.control == "device" or device.type != "cpu" or asked.host_memory is not None
 
 
-def builder_for(asked: EngineConfig, device: torch.device) -> EngineBuilder:
-    """Which of the three engines the configuration asks for."""
+def start_engine(
+    asked: EngineConfig,
+    experts: ExpertSet,
+    memory: MemoryPlan,
+    guidance: Guidance,
+    trace: Trace | None,
+    progress: Progress,
+) -> MoeEngine:
+    """Start the engine that is asked for, and its readers.
+
+    A GPU that pages for itself (`DeviceTier`); or a `MoeStep` over slots in RAM with the experts on disk, or over slots
+    on `experts.device` with the experts in host memory, and on disk as far as that does not hold them.
+    """
     if asked.control == "device":
-        return device_engine
-    return tiered_engine if device.type == "cuda" or asked.host_memory is not None else disk_engine
-
-
-def disk_engine(
-    asked: EngineConfig,
-    experts: ExpertSet,
-    memory: MemoryPlan,
-    guidance: Guidance,
-    trace: Trace | None,
-    progress: Progress,
-) -> MoeEngine:
-    """Slots in RAM, experts on disk."""
-    placed = place(asked, experts.table, experts.store, memory.slots.classes, trace)
+        return build_tier(asked, experts, memory.slots, guidance.policies, progress)
+    table, store, slots, device = experts.table, experts.store, memory.slots, experts.device
+    if not has_one_slot_length(asked, device):
+        placed = place(asked, table, store, slots.classes, trace)
+    else:
+        placed = place_behind_arena(
+            asked,
+            table,
+            store,
+            slots.num_slots,
+            trace,
+            device=device,
+            num_records=memory.host_records,
+            progress=progress,
+        )
     return _step_over(placed, asked, experts, memory, guidance)
-
-
-def tiered_engine(
-    asked: EngineConfig,
-    experts: ExpertSet,
-    memory: MemoryPlan,
-    guidance: Guidance,
-    trace: Trace | None,
-    progress: Progress,
-) -> MoeEngine:
-    """Slots on the device, experts in host memory, and on disk as far as that does not hold them."""
-    placed = place_behind_arena(
-        asked,
-        experts.table,
-        experts.store,
-        memory.slots.num_slots,
-        trace,
-        device=experts.device,
-        num_records=memory.host_records,
-        progress=progress,
-    )
-    return _step_over(placed, asked, experts, memory, guidance)
-
-
-def device_engine(
-    asked: EngineConfig,
-    experts: ExpertSet,
-    memory: MemoryPlan,
-    guidance: Guidance,
-    trace: Trace | None,
-    progress: Progress,
-) -> MoeEngine:
-    """Slots on the device, which requests experts from host memory itself, within its graph."""
-    return build_tier(asked, experts, memory.slots, guidance.policies, progress)
 
 
 def _step_over(
@@ -123,12 +106,12 @@ def _step_over(
         learner=guidance.learner,
         free_slots=placed.free,
         hits_first=asked.hits_first,
-        prefill_guesses_from=inf if asked.deterministic else _PREFILL_GUESSES_FROM[asked.prefetch_prefill],
+        prefill_prefetch_from=inf if asked.deterministic else _PREFILL_PREFETCH_FROM[asked.prefetch_prefill],
     )
 
 
 def _layers(experts: ExpertSet, placed: SlotMemory, classes: Sequence[SlotClass]) -> list[LayerKernels]:
-    """The backend of each layer: ggml's where its experts are stored in blocks that it multiplies, else torch's."""
+    """Build each layer's backend: ggml's where its experts are stored in blocks that it multiplies, else torch's."""
     layers: list[LayerKernels] = [*_torch_layers(experts, placed, classes)]
     if any(form is not None for form in experts.forms):
         runner = shared_runner(torch.get_num_threads())
@@ -141,7 +124,7 @@ def _layers(experts: ExpertSet, placed: SlotMemory, classes: Sequence[SlotClass]
 
 
 def _torch_layers(experts: ExpertSet, placed: SlotMemory, classes: Sequence[SlotClass]) -> list[TorchLayer]:
-    """The torch backend over these slots."""
+    """Build the torch backend over these slots."""
     table = experts.table
     slots_of = {layer: one for one in classes for layer in one.layers}
     views = SlotViews(
@@ -159,12 +142,12 @@ def _torch_layers(experts: ExpertSet, placed: SlotMemory, classes: Sequence[Slot
 
 
 def _governor(asked: EngineConfig, experts: ExpertSet) -> Governor | None:
-    """Where prefetches change nothing but time, and their width was not asked for, their measured gain decides.
+    """Make a governor where prefetches change only the time, and their width was not asked for; else None.
 
-    Under other policies prefetches decide what is resident, and so the output: they are not for the clock to switch.
+    Under other policies, prefetches decide what is resident, and so the output, which must not depend on the clock.
     """
     policy = Policy.parse(asked.policy)
-    is_exact = not policy.stands_in and not policy.replaces_route
+    is_exact = not policy.substitutes and not policy.replaces_route
     if not asked.governor or asked.prefetch_width is not None or not is_exact or asked.deterministic:
         return None
     is_large = max(layer.layout.nbytes for layer in experts.table.layers) >= _LARGE_EXPERT_BYTES
@@ -172,7 +155,7 @@ def _governor(asked: EngineConfig, experts: ExpertSet) -> Governor | None:
 
 
 def _workspaces(experts: ExpertSet) -> list[Workspace | None]:
-    """Per layer the buffers of a token's step, shared by layers of one shape; None where our kernels do not run."""
+    """Make each layer's buffers for a decode step, shared by layers of one shape; None where our kernels do not run."""
     shared: dict[tuple[int, int, int], Workspace] = {}
     workspaces: list[Workspace | None] = []
     for layer, described, entry in zip(experts.layers, experts.table.layers, experts.math, strict=True):

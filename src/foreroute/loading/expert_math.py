@@ -1,7 +1,7 @@
-"""How each layer's experts are computed: by our maths where it is the family's bit for bit, or by the family's own.
+"""Choose how each layer's experts are computed: by our kernels if they equal the family's bit for bit, else by these.
 
-What is stored may be the family's tensors, or quantised ones: by our own codecs (prepare/quantise.py), or as the
-checkpoint was published (kernels/torch/dequantise.py).
+Stored tensors may be the family's, or quantised: by our own codecs (prepare/quantise.py), or as the checkpoint was
+published (kernels/torch/dequantise.py).
 """
 
 from collections.abc import Callable, Sequence
@@ -29,7 +29,7 @@ def math_of_layers(
     dtype: torch.dtype,
     forms: Sequence[ExpertForm | None],
 ) -> list[ExpertMath | None]:
-    """Per layer our maths; None where it is not proven, so that the family's own forward runs.
+    """Return per layer our kernels; None where they are not proven equal, so that the family's own forward runs.
 
     Args:
         source: the experts as the checkpoint stores them. dtype: the compute dtype. forms: where ggml computes a layer:
@@ -73,7 +73,7 @@ def forms_of_layers(layers: Sequence[MoeLayer], table: ExpertTable, library: Lib
 def stored_operands(
     math: Sequence[ExpertMath | None], table: ExpertTable, dtype: torch.dtype
 ) -> list[ExpertMath | None]:
-    """What says how an expert's operands are viewed: the maths, and where there is none, that they are as stored."""
+    """Return how each layer's operands are viewed in a slot: by our kernels, or as stored where there are none."""
     return [
         dequantising(None, layer.parts, dtype, Workspaces()) if entry is None and layer.parts else entry
         for entry, layer in zip(math, table.layers, strict=True)
@@ -81,7 +81,7 @@ def stored_operands(
 
 
 def family_forward_over(layers: Sequence[MoeLayer], table: ExpertTable, dtype: torch.dtype) -> list[FamilyForward]:
-    """Per layer the family's own forward over experts that pass by, for layers whose maths is not proven."""
+    """Return per layer the family's own forward over streamed experts, for `layers` without our kernels."""
     workspaces = Workspaces()
     return [_lending(layer, table, dtype, workspaces) for layer in layers]
 

@@ -1,7 +1,7 @@
-"""The composition root: from a path and a budget to a transformers model whose experts are loaded as they are needed.
+"""The composition root: from a path and a budget to a transformers model whose experts are loaded when needed.
 
-Everything that can be wrong is found before the first expert is read, in this order: the arguments, the checkpoint's
-headers, the room for it, the model, the division of memory.
+All errors are found before the first expert is read, in this order: the arguments, the checkpoint's headers, memory for
+it, the model, the division of memory.
 """
 
 import os
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from foreroute.config import EngineConfig, Plan
 from foreroute.engine.moe_step import MoeStep
@@ -18,9 +19,9 @@ from foreroute.engine.step_trace import StepTrace, header_of
 from foreroute.loading.arguments import read_arguments
 from foreroute.loading.block_kernels import DECODE_THREADS, open_block_kernels
 from foreroute.loading.checkpoint import Checkpoint, find_experts, open_checkpoint
-from foreroute.loading.engines import builder_for, disk_engine
+from foreroute.loading.engines import has_one_slot_length, start_engine
 from foreroute.loading.guidance import Guidance, guidance_for
-from foreroute.loading.offloaded_model import ForerouteHandle, make_offloaded
+from foreroute.loading.offloaded_model import ForerouteHandle, OffloadedModel, make_offloaded
 from foreroute.loading.open_device import open_device
 from foreroute.loading.step_entry import Bounds, StepEntry
 from foreroute.memory.device import move_dense
@@ -53,10 +54,10 @@ def load(
     revision: str | None = None,
     progress: Progress = lambda done, total: None,
     **model_kwargs: Any,
-) -> Any:
-    """Load a Mixture-of-Experts model whose experts stay on disk and visit memory as they are needed.
+) -> OffloadedModel:
+    """Load a Mixture-of-Experts model whose experts stay on disk and are loaded into memory when needed.
 
-    With device "cuda" they stay in host memory, and on disk as far as that does not hold them, and visit the GPU's.
+    With device "cuda" they stay in host memory, those that do not fit on disk, and are loaded into the GPU's memory.
 
     Args:
         path_or_hub_id: folder of a Hugging Face checkpoint (safetensors), or `org/name`. revision: of the latter.
@@ -65,7 +66,7 @@ def load(
         dtype: compute dtype; "auto" is the checkpoint's. Experts are kept as stored and converted when computed.
         config: the other switches; `memory` above and `device` win over its own.
         device: "cpu" or "cuda", or a torch.device of that kind.
-        progress: told how many of how many experts are in host memory, while it is filled.
+        progress: called with (experts in host memory, all of them) while it is filled.
         model_kwargs: attn_implementation, for transformers; token, local_files_only and cache_dir, for a hub id;
             torch_dtype, which is dtype. Others are refused by name (loading/arguments.py).
     Returns:
@@ -73,24 +74,22 @@ def load(
     Raises:
         ForerouteError: see errors.py; each names what is wrong and what to do.
     """
-    # Read by oneDNN at its first product; what the user has set stays.
+    # Read by oneDNN at its first product; the user's own value stays.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", _KERNELS_KEPT)
     call = read_arguments(path_or_hub_id, memory, dtype, config, device, revision, progress, model_kwargs)
     asked = call.config
     Policy.parse(asked.policy)  # refused here where it is none, before anything is read
     target = open_device(asked)
     trace = None if asked.trace is None else open_trace(asked.trace)
-    builder = builder_for(asked, target)
     checkpoint = open_checkpoint(path_or_hub_id, revision, asked.packed, call.hub)
-    # An arena's records, and a device's slots, are of one length.
-    checkpoint = replace(checkpoint, has_one_slot_length=builder is not disk_engine)
+    checkpoint = replace(checkpoint, has_one_slot_length=has_one_slot_length(asked, target))
     sketch = checkpoint.outline
     kernels, _ = open_block_kernels(asked, checkpoint, target)
     dense_before = sketch.dense_nbytes if kernels is None else kernels.dense_nbytes(checkpoint.index)
     before = check_before(asked, target, checkpoint.kept, checkpoint.store, sketch.config, dense_before)
     sidecar = _sidecar(asked, target, checkpoint)
     dtype, blocks = (call.dtype, None) if kernels is None else kernels.dense_blocks(checkpoint.index, call.dtype)
-    model: Any = load_skeleton(checkpoint.folder, sketch, dtype, blocks, **call.model_kwargs)
+    model = load_skeleton(checkpoint.folder, sketch, dtype, blocks, **call.model_kwargs)
     complete_generation_config(model, checkpoint.folder, checkpoint.index)
     experts = find_experts(model, checkpoint, None if kernels is None else kernels.runner.library)
     division = plan_memory(asked, target, model, experts, before)
@@ -98,7 +97,7 @@ def load(
         move_dense(model, target)
         experts = experts.on(target)
     guidance = guidance_for(asked, model, experts, division, sidecar)
-    engine = builder(asked, experts, division, guidance, trace, progress)
+    engine = start_engine(asked, experts, division, guidance, trace, progress)
     plan = _plan(asked, target, model, checkpoint, experts, division, guidance, is_fitted=sidecar is not None)
     if trace is not None:
         trace.begin(**header_of(plan, asked, experts.table, checkpoint.index.fingerprint()))
@@ -114,7 +113,7 @@ def load(
 
 
 def _sidecar(asked: EngineConfig, target: torch.device, checkpoint: Checkpoint) -> Sidecar | None:
-    """The fitted predictors; none on a GPU yet."""
+    """Find the fitted predictors; none on a GPU yet."""
     if target.type == "cuda" or asked.control == "device":
         return None
     return open_sidecar(checkpoint.folder, checkpoint.index, asked)
@@ -123,7 +122,7 @@ def _sidecar(asked: EngineConfig, target: torch.device, checkpoint: Checkpoint) 
 def _plan(
     asked: EngineConfig,
     target: torch.device,
-    model: Any,
+    model: PreTrainedModel,
     checkpoint: Checkpoint,
     experts: ExpertSet,
     memory: MemoryPlan,
@@ -131,7 +130,7 @@ def _plan(
     *,
     is_fitted: bool,
 ) -> Plan:
-    """What was decided, for people and programs."""
+    """Describe what was decided, for people and programs."""
     table = experts.table
     return Plan(
         folder=str(checkpoint.folder),

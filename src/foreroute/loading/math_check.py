@@ -1,7 +1,7 @@
-"""Is our maths the family's maths? Compared bit for bit at load, on random numbers of the real shapes.
+"""Compare our kernels with the family's own forward at load, bit for bit, on random numbers of the real shapes.
 
-Families differ in small ways: a linear with bias or a product and a sum, the order of gating. What is not equal is not
-used: such a layer runs the family's own forward over streamed experts, which is right by construction, and slower.
+Families differ in small ways: a linear with bias or a product and a sum, the order of gating. A layer whose bits differ
+runs the family's own forward over streamed experts, which is right by construction, and slower.
 """
 
 import math as scalar_math
@@ -16,7 +16,7 @@ from foreroute.model.experts import OffloadedExperts, family_forward
 
 
 class _Lent:
-    """Stands where the family's forward looks for a fused parameter; indexing it lends one expert's tensor."""
+    """Replaces a fused parameter in the family's forward; indexing it returns one expert's tensor."""
 
     def __init__(self, parts_of: Callable[[int], Sequence[torch.Tensor]], part_at: int) -> None:
         self._parts_of = parts_of
@@ -33,10 +33,10 @@ def run_family_forward(
     ids: torch.Tensor,
     weights: torch.Tensor,
 ) -> torch.Tensor:
-    """The family's own eager forward with experts lent one at a time.
+    """Run the family's own eager forward with one expert's tensors at a time.
 
     Args:
-        parts_of: expert index -> its parts in layout order; asked for experts in ascending order.
+        parts_of: expert index -> its parts in layout order; called for experts in ascending order.
     """
     for at, parameter in enumerate(module.expert_parameters):
         # In the instance's own table: nn.Module looks there first, and would refuse it as a parameter.
@@ -49,7 +49,7 @@ def run_family_forward(
 
 
 def describe_math(module: OffloadedExperts) -> ExpertMath | None:
-    """The family's maths by the flags that transformers' decorator left on the module; None when they do not tell."""
+    """Describe the family's maths by the flags of transformers' decorator on the module; None without them."""
     at = {parameter.name: position for position, parameter in enumerate(module.expert_parameters)}
     flags: Any = module  # set by transformers' decorator
     has_gate = bool(flags.has_gate)
@@ -71,10 +71,10 @@ def describe_math(module: OffloadedExperts) -> ExpertMath | None:
 
 
 def prove_math(module: OffloadedExperts, layout: ExpertLayout, compute_dtype: torch.dtype) -> bool:
-    """True when our maths for this experts module gives the bits of the family's own forward.
+    """Whether our kernels for this experts module give the bits of the family's own forward.
 
-    Three tokens through one expert, one token through three, and several experts for rows of their own: the ways that
-    the engine computes. Random numbers of the real shapes; one expert's tensors serve for all.
+    Tried as the engine computes: three tokens with one expert, one token with three, and several experts for different
+    rows. Random numbers of the real shapes; one expert's tensors are used for all experts.
     """
     math = describe_math(module)
     if math is None:

@@ -1,11 +1,11 @@
-"""What becomes of a transformers model whose experts belong to the engine: what it may still do, and what not."""
+"""The transformers model whose experts belong to the engine: what it still does, and what it refuses."""
 
 import functools
 import os
 import weakref
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -14,23 +14,25 @@ from transformers import PreTrainedModel
 from foreroute.checkpoint.layouts import ExpertTable
 from foreroute.config import Plan
 from foreroute.engine.interfaces import MoeEngine, StepInfo
+from foreroute.engine.moe_step import MoeStep
 from foreroute.engine.stats import EngineStats
 from foreroute.errors import RefusedError
 from foreroute.loading.step_entry import StepEntry, entered
 from foreroute.model.blocks import MoeLayer
+from foreroute.model.experts import CLOSED, ExpertsForward
 from foreroute.policy import Policy
 from foreroute.predict.governor import Governor
 
 
 class ForerouteHandle:
-    """`model.foreroute`: the plan, the counts, and the way to let go.
+    """`model.foreroute`: the plan, the counts, the policies, and `close`.
 
     Attributes:
         plan: what `load` decided.
-        engine: what computes the experts, for those who look inside.
-        layers: the MoE layers, as the probe saw them. table: their experts, by key.
-        entry: its lock, and what begins its steps.
-        decoder: of answers, where the device pages experts (device/graph_decoder.py); made with the first one.
+        engine: computes the experts; internal.
+        layers: the MoE layers that the probe found. table: their experts, by key.
+        entry: the model's lock; begins its steps.
+        decoder: of answers, if the device pages experts (generation/graph_decoder.py); made with the first answer.
     """
 
     def __init__(
@@ -41,10 +43,11 @@ class ForerouteHandle:
         self.layers = layers
         self.table = table
         self.entry = entry
+        # A GraphDecoder, of a folder above this one.
         self.decoder: Any = None
 
     def step(self, info: StepInfo) -> AbstractContextManager[None]:
-        """The model's next call of this thread, inside, is this step; without it what it computes is guessed.
+        """Within the context, declare the step of this thread's next model call; else it is guessed from the shape.
 
         with model.foreroute.step(StepInfo("prefill", 1, ids.shape[1], ids)):
             logits = model(ids, past_key_values=cache).logits
@@ -52,55 +55,88 @@ class ForerouteHandle:
         return self.entry.announced(info)
 
     @property
+    def host_engine(self) -> MoeStep:
+        """The engine as a `MoeStep`, which has a pool, a prefetcher and listeners.
+
+        Raises:
+            RefusedError: the device pages for itself.
+        """
+        if not isinstance(self.engine, MoeStep):
+            raise RefusedError(
+                'This needs the pool of experts on the host, which control="device" does not have. Load the model with '
+                'EngineConfig(control="host").'
+            )
+        return self.engine
+
+    @property
     def lock(self) -> Any:
-        """The model's lock, re-entrant: `with model.foreroute.lock:` keeps other threads out for more than one call.
+        """The model's lock, re-entrant: `with model.foreroute.lock:` keeps other threads waiting for several calls.
 
         Raises:
             RefusedError: this process was forked from the one that loaded the model.
         """
         return self.entry.lock
 
-    def stats(self) -> EngineStats:
-        """A copy of all counts since the model was loaded; `.minus(earlier)` gives those of a span.
+    @contextmanager
+    def computing(self, wrapped: Callable[[int, ExpertsForward], ExpertsForward]) -> Iterator[None]:
+        """While inside, MoE layers compute their experts by `wrapped(layer, compute)`; `compute` is the layer's own.
 
-        Does not block: while another thread generates, the figures are those of the moment.
+        Raises:
+            RefusedError: the model is closed.
+        """
+        modules = [layer.experts for layer in self.layers]
+        own = [module.engine_forward for module in modules]
+        try:
+            for layer, (module, compute) in enumerate(zip(modules, own, strict=True)):
+                if compute is None:
+                    raise RefusedError(CLOSED)
+                module.engine_forward = wrapped(layer, compute)
+            yield
+        finally:
+            for module, compute in zip(modules, own, strict=True):
+                module.engine_forward = compute
+
+    def stats(self) -> EngineStats:
+        """Return a copy of all counts since the model was loaded; `.minus(earlier)` gives those since then.
+
+        Does not wait: while another thread generates, the counts are the current ones.
         """
         return self.engine.snapshot()
 
     @property
     def governor(self) -> Governor | None:
-        """The governor of prefetch; None where it is off (see EngineConfig.governor)."""
+        """The governor of prefetch; None if it is off (see EngineConfig.governor)."""
         return self.engine.governor
 
     @property
     def policies(self) -> tuple[Policy, ...]:
-        """What decoding waits for: one policy for every row, or one per row."""
+        """The current policies: one for every row, or one per row."""
         return self.engine.policies.policies
 
     def set_policy(self, *policies: str | Policy) -> None:
         """Decode under these policies from the next step on: one for every row, or one per row of the batch.
 
-        Prompts are always exact. While another thread generates, it is waited for.
+        Prompts are always exact. Waits while another thread generates.
 
         Raises:
-            PolicyError: not known, or not to be had with this model; nothing has been changed.
+            PolicyError: not known, or not supported by this model; nothing has been changed.
         """
         with self.lock:
             self.engine.policies.set([Policy.parse(one) if isinstance(one, str) else one for one in policies])
 
     def check_policy(self, policy: Policy) -> None:
-        """Whether the policy can be had with this model.
+        """Check that this model supports the policy.
 
         Raises:
-            PolicyError: it cannot; the message says why.
+            PolicyError: it does not; the message says why.
         """
         self.engine.policies.check(policy)
 
     def close(self) -> None:
         """Stop the readers and free the pool. The model's experts cannot be computed afterwards.
 
-        While another thread generates, it is waited for. In a process that was forked from the one that loaded the
-        model there is nothing to stop.
+        Waits while another thread generates. Does nothing in a process that was forked from the one that loaded the
+        model.
         """
         if self.entry.is_forked:
             return
@@ -125,13 +161,27 @@ _AS_LOADED = "experts are kept as stored. Choose the dtype when loading: forerou
 
 
 class OffloadedModel:
-    """Mixin in front of a transformers model class. Defines what would otherwise be silently wrong."""
+    """A model of `load`: a mixin in front of transformers' class, for what would otherwise be silently wrong."""
 
     foreroute: ForerouteHandle
 
+    # Not at runtime, where transformers reads annotations of `config`: what this package uses of a model; other
+    # attributes are the family's.
+    if TYPE_CHECKING:
+        config: Any
+        generation_config: Any
+        device: torch.device
+        dtype: torch.dtype
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any: ...
+
+        def __getattr__(self, name: str) -> Any: ...
+
     save_pretrained = _refuse("save_pretrained", _NOT_ALL_HERE)
     push_to_hub = _refuse("push_to_hub", _NOT_ALL_HERE)
-    compile = _refuse("compile", "its experts come and go between kernels.")
+    compile = _refuse("compile", "its experts are loaded and evicted between kernels.")
     half = _refuse("half", _AS_LOADED)
     float = _refuse("float", _AS_LOADED)
     double = _refuse("double", _AS_LOADED)
@@ -146,29 +196,43 @@ class OffloadedModel:
         """Accepted when nothing changes (the device and dtype it has); refused otherwise."""
         parsed: Any = torch._C._nn._parse_to(*args, **kwargs)
         device, dtype = parsed[:2]
-        own: Any = self
-        if device is not None and device.type != own.device.type:
-            raise RefusedError(f"The model was loaded for {own.device}; its experts cannot follow it to {device}.")
-        if dtype is not None and dtype != own.dtype:
-            raise RefusedError(f"The model computes in {own.dtype}; {_AS_LOADED}")
+        if device is not None and device.type != self.device.type:
+            raise RefusedError(f"The model was loaded for {self.device}; its experts cannot follow it to {device}.")
+        if dtype is not None and dtype != self.dtype:
+            raise RefusedError(f"The model computes in {self.dtype}; {_AS_LOADED}")
         return self
 
     def cpu(self) -> Any:
-        """Nothing to do: it is there."""
+        """Return the model, which is on the CPU already."""
         return self.to("cpu")
 
     def train(self, mode: bool = True) -> Any:
-        """Evaluation mode only: an expert's slot is another expert's by the time gradients would be computed."""
+        """Refuse training mode: by the time of a backward pass, an expert's slot holds another expert."""
         if mode:
             raise RefusedError("A model with offloaded experts cannot be trained. Train it with transformers itself.")
         own: Any = super()
         return own.train(False)
 
 
-def make_offloaded(model: nn.Module, handle: ForerouteHandle) -> nn.Module:
+def handle_of(model: object) -> ForerouteHandle:
+    """Return the handle of a caller's `model`, which may be any object; an `OffloadedModel` has it as `foreroute`.
+
+    Raises:
+        RefusedError: it was not loaded by `load`.
+    """
+    handle: ForerouteHandle | None = getattr(model, "foreroute", None)
+    if handle is None:
+        raise RefusedError(
+            f"This {type(model).__name__} was not loaded by foreroute.load, so that it has no engine for its experts. "
+            "Load it with foreroute.load(path, memory=...)."
+        )
+    return handle
+
+
+def make_offloaded(model: PreTrainedModel, handle: ForerouteHandle) -> OffloadedModel:
     """Turn the model, in place, into an `OffloadedModel` of the same class name, with `foreroute` attached.
 
-    The same becomes of the models inside it that hold its MoE layers: they are called on their own too.
+    Inner models that hold its MoE layers are turned too, as users call them directly.
     """
     inside = [
         module
@@ -186,7 +250,7 @@ def make_offloaded(model: nn.Module, handle: ForerouteHandle) -> nn.Module:
         module.__class__ = type(cls.__name__, (OffloadedModel, cls), own)
         object.__setattr__(module, "foreroute", handle)
     weakref.finalize(handle, _close_unless_forked, handle.engine, os.getpid())
-    return model
+    return cast(OffloadedModel, model)
 
 
 def _is_within(name: str, outer: str) -> bool:
@@ -194,13 +258,13 @@ def _is_within(name: str, outer: str) -> bool:
 
 
 def _one_at_a_time(generate: Callable[..., Any]) -> Callable[..., Any]:
-    """transformers' generate() under the model's lock, and under that of an assistant."""
+    """Run transformers' generate() under the model's lock, and under that of an assistant."""
 
     @functools.wraps(generate)
     def waiting(self: Any, *args: Any, **kwargs: Any) -> Any:
         handle = self.foreroute
         other = getattr(kwargs.get("assistant_model"), "foreroute", handle)
-        # In one order for all: two models may be each other's assistants, in two threads.
+        # Always in one order: two models may be each other's assistants, in two threads.
         first, second = sorted((handle.entry, other.entry), key=id)
         with first.lock, second.lock:
             return generate(self, *args, **kwargs)

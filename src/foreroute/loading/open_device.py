@@ -1,4 +1,4 @@
-"""Is there a GPU that can do what is asked? Found out before anything is loaded, and said in words that help."""
+"""Check before anything is loaded that the device can do what is asked; errors say what to change."""
 
 import importlib.util
 
@@ -14,7 +14,7 @@ _ON_THE_CPU = "Or leave --device out: the model runs on the CPU."
 
 
 def open_device(asked: EngineConfig) -> torch.device:
-    """The device that the configuration asks for, ready to be used.
+    """Return the device that the configuration asks for, ready to be used.
 
     Raises:
         DeviceError: no CUDA, a driver that is too old, a GPU that is, or no Triton where it is needed.
@@ -46,16 +46,16 @@ def open_device(asked: EngineConfig) -> torch.device:
 
 
 def _check_asked(asked: EngineConfig) -> None:
-    """What no device could do."""
+    """Refuse what no device supports."""
     on_device = asked.device == "cuda" or asked.control == "device"
     if on_device and Policy.parse(asked.policy) != Policy.parse("exact"):
         raise DeviceError(
-            f"--policy {asked.policy} is not there yet with experts on a GPU: use exact, or leave --device out."
+            f"--policy {asked.policy} is not supported yet with experts on a GPU: use exact, or leave --device out."
         )
     if on_device and asked.predictor not in ("auto", "no"):
         raise DeviceError(
-            "Fitted predictors are not there yet with experts on a GPU: leave --predictor out (the next router, run "
-            "early, guesses), or leave --device out."
+            "Fitted predictors are not supported yet with experts on a GPU: leave --predictor out (the "
+            "lookahead is used), or leave --device out."
         )
     if asked.control == "device" and (not asked.cache or asked.trace is not None or asked.deterministic):
         raise DeviceError(

@@ -1,8 +1,8 @@
-"""Where a model is entered: by one thread at a time, and its outermost forward pass begins the engine's step.
+"""Enter a model: one thread at a time, and its outermost forward pass begins the engine's step.
 
 Users call a model in many ways: `model(...)`, `model.forward(...)` (wrappers such as PEFT's do), the decoder stack
-inside it alone (`model.model(...)`, for embeddings), or one of its layers. Whatever they call, a step begins with the
-outermost call, and one that tells nothing of its tokens is taken for a prompt, which every policy computes exactly.
+inside it alone (`model.model(...)`, for embeddings), or one of its layers. In each case the outermost call begins a
+step, and one without known tokens is taken for a prompt, which every policy computes exactly.
 """
 
 import functools
@@ -17,44 +17,44 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from foreroute.engine.interfaces import MoeEngine, StepInfo
 from foreroute.errors import PromptError, RefusedError
 from foreroute.model import torch_modes
 from foreroute.model.caches import given_cache
-from foreroute.model.experts import refuse_compiled
+from foreroute.model.experts import CLOSED, refuse_compiled
 
 T = TypeVar("T")
 
-_CLOSED = "This model's experts have been closed; load the model again."
 _FORKED = (
     "This process was forked from the one that loaded the model, and has no threads that read its experts. Load the "
     "model in this process, or start it in another way than by a fork (multiprocessing: 'spawn')."
 )
-_NOBODY = 0
+_NO_THREAD = 0
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """What prompts a model can be given.
+    """Limits of a model's prompts.
 
-    context: positions that it was made for. vocabulary: tokens that it has. None where that is not known.
+    context: most positions. vocabulary: number of tokens. None: not known.
     """
 
     context: int | None = None
     vocabulary: int | None = None
 
     @classmethod
-    def of(cls, model: Any) -> "Bounds":
-        """Those of a transformers model."""
+    def of(cls, model: PreTrainedModel) -> "Bounds":
+        """Read the limits of a transformers model."""
         context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         return cls(context, getattr(model.get_input_embeddings(), "num_embeddings", None))
 
     def check(self, tokens: torch.Tensor, cache: Any) -> None:
-        """See that a prompt can be computed; a decoded token is not checked: past the context is the caller's choice.
+        """Check that a prompt can be computed. Decoded tokens are not checked: callers may go past the context.
 
         Args:
-            tokens: ids [rows, positions], or embeddings [rows, positions, hidden]. cache: what comes before them.
+            tokens: ids [rows, positions], or embeddings [rows, positions, hidden]. cache: of the tokens before.
         Raises:
             PromptError: it cannot; the message says why.
         """
@@ -68,7 +68,7 @@ class Bounds:
             )
         if self.vocabulary is None or tokens.is_floating_point():
             return
-        # The embedding would stop with an index, or the GPU for good.
+        # Else the embedding raises an IndexError, or the GPU fails until the process ends.
         least, most = (int(bound) for bound in tokens.aminmax())
         if least < 0 or most >= self.vocabulary:
             raise PromptError(
@@ -78,13 +78,13 @@ class Bounds:
 
 
 class StepEntry:
-    """A model's lock, and what begins its steps.
+    """A model's lock; begins the engine's steps.
 
-    The lock is re-entrant, and taken by `with` alone: Python lets no Ctrl-C fall between taking it and the block.
+    The lock is re-entrant, and taken by `with` only: Ctrl-C then cannot come between taking it and the block.
 
     Args:
-        engine: computes the experts; it is not kept alive. num_layers: MoE layers.
-        bounds: of prompts. device: that the model computes on.
+        engine: computes the experts; not kept alive by this. num_layers: MoE layers.
+        bounds: of prompts. device: where the model computes.
         decode_threads: torch's threads while a token is decoded; None leaves them.
     """
 
@@ -96,7 +96,7 @@ class StepEntry:
         device: torch.device,
         decode_threads: int | None = None,
     ) -> None:
-        # None is not among what it gives: it lives as long as the model.
+        # The engine lives as long as the model: after that the reference gives None.
         self._engine: Callable[[], Any] = weakref.ref(engine)
         self._num_layers = num_layers
         self._bounds = bounds
@@ -104,11 +104,11 @@ class StepEntry:
         self._decode_threads = decode_threads
         self._lock = threading.RLock()
         self._is_forked = self._is_closed = False
-        # The thread, which holds the lock, whose forward pass has begun a step.
-        self._inside = _NOBODY
-        # None of torch's modes was on that changes what is kept, when that step began.
+        # The thread (it holds the lock) whose forward pass has begun a step.
+        self._inside = _NO_THREAD
+        # Whether, when that step began, no mode of torch was on that changes kept tensors.
         self._is_ordinary = True
-        # By thread, the step that it has said its next call is.
+        # By thread, the declared step of its next call.
         self._announced: dict[int, StepInfo] = {}
         # The last MoE layer that was called outside of any forward pass; `num_layers`: a step has begun since.
         self._lone_layer = num_layers
@@ -127,21 +127,21 @@ class StepEntry:
 
     @property
     def is_forked(self) -> bool:
-        """This process was forked from the one that loaded the model."""
+        """Whether this process was forked from the one that loaded the model."""
         return self._is_forked
 
     def close(self) -> None:
-        """No step begins from now on."""
+        """Refuse to begin any further step."""
         self._is_closed = True
 
     def forked(self) -> None:
-        """This process has been forked: whoever held the lock is not in it, nor is any reader."""
-        self._is_forked, self._inside = True, _NOBODY
+        """Note that this process has been forked: the lock's holder and the readers do not exist in it."""
+        self._is_forked, self._inside = True, _NO_THREAD
 
     def forward(
         self, forward: Callable[..., T], names: tuple[str, ...], module: nn.Module, args: Any, kwargs: Any
     ) -> T:
-        """Call the module's own `forward`; if it is the outermost one, a step begins before.
+        """Call the module's own `forward`; the outermost call begins a step first.
 
         Args:
             names: of its parameters, in order.
@@ -159,13 +159,13 @@ class StepEntry:
                 with torch.no_grad():
                     return forward(module, *args, **kwargs)
             finally:
-                self._inside = _NOBODY
+                self._inside = _NO_THREAD
                 if threads is not None:
                     torch.set_num_threads(threads)
 
     @contextmanager
     def announced(self, info: StepInfo) -> Iterator[None]:
-        """The next forward pass of this thread, inside, is this step."""
+        """Within the context, declare the step of this thread's next forward pass."""
         thread = threading.get_ident()
         self._announced[thread] = info
         try:
@@ -174,7 +174,7 @@ class StepEntry:
             self._announced.pop(thread, None)
 
     def within_step(self, compute: Callable[[], T]) -> T:
-        """`compute()`, whose step the caller has begun: forward passes inside begin none."""
+        """Call `compute` within a step that the caller has begun: forward passes in it begin none."""
         with self.lock:
             before = self._inside
             try:
@@ -185,7 +185,7 @@ class StepEntry:
                 self._inside = before
 
     def compute(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """MoE layer `layer`'s experts; see `MoeEngine.compute`. Outside of a forward pass: a prompt's."""
+        """Compute MoE layer `layer`'s experts; see `MoeEngine.compute`. Outside of a forward pass, as for a prompt."""
         if self._inside == threading.get_ident():
             if self._is_ordinary:
                 return self._living_engine().compute(layer, hidden, ids, weights)
@@ -202,14 +202,14 @@ class StepEntry:
                     self._lone_layer = layer
                     return self._living_engine().compute(layer, hidden, ids, weights)
             finally:
-                self._inside = _NOBODY
+                self._inside = _NO_THREAD
 
     def _begin(self, arguments: Mapping[str, Any]) -> int:
-        """Begin the step of these arguments of a forward pass; this thread, or nobody where they tell of no tokens."""
+        """Begin the step of a forward pass with these arguments; return this thread, or _NO_THREAD without tokens."""
         tokens, thread = arguments.get("input_ids"), threading.get_ident()
         tokens = arguments.get("inputs_embeds") if tokens is None else tokens
         if tokens is None:
-            return _NOBODY
+            return _NO_THREAD
         cache = given_cache(arguments)
         if tokens.shape[1] != 1:
             self._bounds.check(tokens, cache)
@@ -225,13 +225,13 @@ class StepEntry:
     def _living_engine(self) -> Any:
         engine = self._engine()
         if engine is None:
-            raise RefusedError(_CLOSED)
+            raise RefusedError(CLOSED)
         return engine
 
     def _check(self) -> None:
         refuse_compiled()
         if self._is_closed:
-            raise RefusedError(_CLOSED)
+            raise RefusedError(CLOSED)
         torch_modes.refuse_autocast(self._device)
 
     def __deepcopy__(self, memo: Any) -> Any:
@@ -242,7 +242,7 @@ class StepEntry:
 
 
 def guess_step(tokens: torch.Tensor, cache: Any) -> StepInfo:
-    """What a call computes of which nobody said it, by its shape: several positions, or a text's first, are a prompt.
+    """Guess an undeclared call's step by its shape: several positions, or a text's first one, are a prompt.
 
     Args:
         tokens: ids [rows, positions], or embeddings [rows, positions, hidden].
@@ -257,7 +257,7 @@ def guess_step(tokens: torch.Tensor, cache: Any) -> StepInfo:
 
 
 def entered(forward: Callable[..., T]) -> Callable[..., T]:
-    """A class's forward, entered by way of the `StepEntry` that its instances hold as `foreroute.entry`."""
+    """Wrap a class's forward, to be entered through its instances' `foreroute.entry`."""
     names = tuple(inspect.signature(forward).parameters)[1:]
 
     @functools.wraps(forward)

@@ -58,14 +58,7 @@ class _Demand:
         return self.num_experts * self.slot_bytes
 
 
-def plan_slots(
-    budget_bytes: int,
-    slot_bytes: int,
-    num_experts_total: int,
-    per_layer_top_k: Sequence[int],
-    *,
-    reserved_bytes: int = 0,
-) -> SlotPlan:
+def plan_slots(budget_bytes: int, slot_bytes: int, num_experts_total: int, per_layer_top_k: Sequence[int]) -> SlotPlan:
     """Plan the largest pool within the budget, of slots of one length, with at most one slot per expert.
 
     Staging is an eighth of the pool, but at least one layer's top-k (a whole guess fits) and at most two (prefetches
@@ -77,7 +70,6 @@ def plan_slots(
         slot_bytes: length of one slot.
         num_experts_total: experts in all layers.
         per_layer_top_k: experts that one token uses, per MoE layer.
-        reserved_bytes: the part of the budget that is not for slots.
     Raises:
         BudgetError: the pool cannot hold what one token needs, so that LRU would never hit.
     """
@@ -85,7 +77,7 @@ def plan_slots(
     assert min(per_layer_top_k, default=0) > 0, "there are MoE layers, and each uses an expert"
     layers = tuple(range(len(per_layer_top_k)))
     demand = _Demand(slot_bytes, layers, num_experts_total, sum(per_layer_top_k), max(per_layer_top_k))
-    return _planned(budget_bytes, [demand], reserved_bytes)
+    return _planned(budget_bytes, [demand])
 
 
 def plan_pool(
@@ -106,18 +98,17 @@ def plan_pool(
         layers = tuple(layer for layer, own in enumerate(slot_lengths) if own == length)
         top_k = [per_layer_top_k[layer] for layer in layers]
         demands.append(_Demand(length, layers, sum(num_experts[layer] for layer in layers), sum(top_k), max(top_k)))
-    return _planned(budget_bytes, demands, 0)
+    return _planned(budget_bytes, demands)
 
 
-def _planned(budget_bytes: int, demands: Sequence[_Demand], reserved_bytes: int) -> SlotPlan:
+def _planned(budget_bytes: int, demands: Sequence[_Demand]) -> SlotPlan:
     token_slots = sum(demand.token_slots for demand in demands)
     token_bytes = sum(demand.token_slots * demand.slot_bytes for demand in demands)
     assert all(demand.token_slots <= demand.num_experts for demand in demands), "a token uses no expert twice"
-    room = max(0, budget_bytes - reserved_bytes)
-    if room < token_bytes:
-        raise _too_small(budget_bytes, room * token_slots // token_bytes, token_slots, reserved_bytes + token_bytes)
+    if budget_bytes < token_bytes:
+        raise _too_small(budget_bytes, budget_bytes * token_slots // token_bytes, token_slots, token_bytes)
     classes, first, offset = [], 0, 0
-    for demand, num_slots in zip(demands, _shares(room, demands), strict=True):
+    for demand, num_slots in zip(demands, _shares(budget_bytes, demands), strict=True):
         staging = min(max(num_slots // 8, demand.top_k), 2 * demand.top_k, num_slots - demand.top_k)
         if num_slots == demand.num_experts:
             staging = 0

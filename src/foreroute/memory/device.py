@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from foreroute.checkpoint.layouts import ExpertTable
 from foreroute.checkpoint.records import PackedStore
@@ -22,7 +23,7 @@ from foreroute.transfer.placing import LESS_MEMORY
 
 # Tokens of KV cache that a GPU reserves memory for by default.
 DEVICE_KV_TOKENS = 4096
-# Rows of the largest decode graph (device/graph_decoder.py).
+# Rows of the largest decode graph (generation/graph_decoder.py).
 MAX_GRAPH_ROWS = 8
 
 
@@ -34,8 +35,8 @@ def check_store(store: PackedStore | None, stored: str) -> None:
     """
     if store is not None and store.codec != stored:
         raise DeviceError(
-            f"{store.codec} stores are packed for the CPU's products and are not there yet with experts on a GPU. Use "
-            "--packed no, or leave --device out."
+            f"{store.codec} stores are packed for the CPU's products and are not supported yet with experts on a GPU. "
+            "Use --packed no, or leave --device out."
         )
 
 
@@ -52,7 +53,7 @@ def check_room(device: torch.device, asked: EngineConfig, config: Any, dense_byt
     check_dense(DeviceNeeds(dense_bytes, 0, chunk), *memory_of(device))
 
 
-def choose_budget(device: torch.device, asked: EngineConfig, model: Any, experts: ExpertSet) -> int:
+def choose_budget(device: torch.device, asked: EngineConfig, model: PreTrainedModel, experts: ExpertSet) -> int:
     """Bytes of `device` for `experts`, beside the dense part of `model` and all memory of computing, within `asked`.
 
     Raises:
@@ -61,7 +62,7 @@ def choose_budget(device: torch.device, asked: EngineConfig, model: Any, experts
     text, itemsize = model.config.get_text_config(), experts.dtype.itemsize
     table = experts.table
     needs = DeviceNeeds(
-        dense_bytes=sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers())),
+        dense_bytes=sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())),
         kv_bytes=kv_bytes_without_experts(model, experts.layers)
         * (asked.kv_tokens or min(DEVICE_KV_TOKENS, _longest(text))),
         prefill_bytes=prefill_bytes(asked.prefill_chunk, text.hidden_size, text.vocab_size, itemsize),
@@ -72,7 +73,7 @@ def choose_budget(device: torch.device, asked: EngineConfig, model: Any, experts
     return choose_device_memory(asked.memory, needs, *free_and_total, experts.total_bytes, experts.token_demand_bytes)
 
 
-def move_dense(model: Any, device: torch.device) -> None:
+def move_dense(model: PreTrainedModel, device: torch.device) -> None:
     """Move the dense part of `model` to `device`.
 
     Raises:

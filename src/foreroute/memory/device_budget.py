@@ -121,7 +121,7 @@ def choose_host_records(
     if held < num_records and must_hold_all:
         raise DeviceError(
             f"The host has room for {held} of {num_records} experts ({format_memory(wanted)} of "
-            f"{format_memory(whole)}), and with --control device all of them have to be there. Use --control host: it "
+            f"{format_memory(whole)}), and with --control device all of them must fit. Use --control host: it "
             "reads the others from disk. Or pack the experts with fewer bits (foreroute pack --codec int4)."
         )
     if held < 1:

@@ -5,17 +5,18 @@ state that does not grow: no formula over a config was right for all families.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
+from foreroute.config import Plan
 from foreroute.model.blocks import MoeLayer
 from foreroute.model.caches import CACHE_NAME
 
 _TOKEN = 1
 
 
-def kv_bytes_per_token(model: Any) -> int:
+def kv_bytes_per_token(model: PreTrainedModel) -> int:
     """Bytes by which `model`'s cache grows per token and row, while no sliding window is full; 0 without growth.
 
     Two tokens' less one's: constant state does not count. Experts must be computable. Cost: two forward passes.
@@ -26,11 +27,11 @@ def kv_bytes_per_token(model: Any) -> int:
             output = model(input_ids=torch.full((1, num_tokens), _TOKEN, device=model.device), use_cache=True)
             layers = getattr(getattr(output, CACHE_NAME, None), "layers", [])
             held = [value for layer in layers for value in vars(layer).values() if isinstance(value, torch.Tensor)]
-            sizes.append(sum(tensor.numel() * tensor.element_size() for tensor in held))
+            sizes.append(sum(tensor.nbytes for tensor in held))
     return sizes[1] - sizes[0]
 
 
-def kv_bytes_without_experts(model: Any, layers: Sequence[MoeLayer]) -> int:
+def kv_bytes_without_experts(model: PreTrainedModel, layers: Sequence[MoeLayer]) -> int:
     """The same while `layers` of `model` return zeros in place of their experts, which changes no cache size."""
 
     def nothing(hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -46,7 +47,7 @@ def kv_bytes_without_experts(model: Any, layers: Sequence[MoeLayer]) -> int:
             layer.experts.engine_forward = forward
 
 
-def planned_kv_bytes_per_token(model: Any) -> int:
-    """The value measured when `model` was loaded with kv_tokens, else measured now."""
-    known = model.foreroute.plan.kv_bytes_per_token
-    return kv_bytes_without_experts(model, model.foreroute.layers) if known is None else int(known)
+def planned_kv_bytes_per_token(model: PreTrainedModel, plan: Plan, layers: Sequence[MoeLayer]) -> int:
+    """The value measured when `model` was loaded with kv_tokens, as its `plan` says, else measured now (see above)."""
+    known = plan.kv_bytes_per_token
+    return kv_bytes_without_experts(model, layers) if known is None else known

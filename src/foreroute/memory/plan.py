@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from foreroute.checkpoint.codecs import STORED
 from foreroute.checkpoint.layouts import ExpertTable
@@ -73,7 +74,7 @@ def check_before(
 
 
 def plan_memory(
-    asked: EngineConfig, target: torch.device, model: Any, experts: ExpertSet, before: RoomBefore | None
+    asked: EngineConfig, target: torch.device, model: PreTrainedModel, experts: ExpertSet, before: RoomBefore | None
 ) -> MemoryPlan:
     """Divide memory once the dense part is in host memory; on a GPU it is counted, and moves there next.
 
@@ -98,7 +99,7 @@ def plan_memory(
     return MemoryPlan(
         budget,
         slots,
-        staging_slots=slots.staging_slots if asked.prefetch != "none" or Policy.parse(asked.policy).stands_in else 0,
+        staging_slots=slots.staging_slots if asked.prefetch != "none" or Policy.parse(asked.policy).substitutes else 0,
         host_records=host_records(asked, host.available_ram(), table) if has_host_tier else 0,
         kv_tokens=asked.kv_tokens or (DEVICE_KV_TOKENS if target.type == "cuda" or pages_itself else 0),
         kv_bytes_per_token=kv_bytes,
@@ -107,7 +108,7 @@ def plan_memory(
 
 
 def _beside_kv_cache(
-    asked: EngineConfig, model: Any, experts: ExpertSet, before: RoomBefore, kv_bytes_per_token: int
+    asked: EngineConfig, model: PreTrainedModel, experts: ExpertSet, before: RoomBefore, kv_bytes_per_token: int
 ) -> int:
     """The budget in bytes that leaves room for the reserved KV cache."""
     behind = 0

@@ -1,10 +1,12 @@
 """Compute the expert budget that serving leaves, and the RAM that serving needs."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from foreroute.config import EngineConfig
+from transformers import PreTrainedModel
+
+from foreroute.config import EngineConfig, Plan
 from foreroute.memory.kv import planned_kv_bytes_per_token
 from foreroute.memory.proc import mappings
 from foreroute.memory.serving_budget import (
@@ -18,10 +20,12 @@ from foreroute.memory.serving_budget import (
     moving_bytes,
     working_bytes,
 )
+from foreroute.model.blocks import MoeLayer
 from foreroute.model.caches import can_be_continued, is_ordinary, new_cache
 from foreroute.model.dense_weights import dense_nbytes, dense_weights
 from foreroute.model.expert_set import ExpertSet
-from foreroute.residency.sized import parts_of
+from foreroute.residency.sized import SizedResidency, parts_of
+from foreroute.residency.slots import Residency
 
 # Limits of the online learner's memory while serving, beside the budget: share of it, least, most.
 _LEARNING_SHARE, _LEAST_LEARNING_BYTES, _MOST_LEARNING_BYTES = 8, 16 * 2**20, 128 * 2**20
@@ -34,7 +38,7 @@ def learning_limit(budget_bytes: int) -> int:
     return min(_MOST_LEARNING_BYTES, max(_LEAST_LEARNING_BYTES, budget_bytes // _LEARNING_SHARE))
 
 
-def keeps_prompts(model: Any) -> bool:
+def keeps_prompts(model: PreTrainedModel) -> bool:
     """Whether `model`'s KV cache can be kept for later prompts, and its prompts be computed in chunks."""
     cache = new_cache(model)
     return cache is not None and is_ordinary(model) and can_be_continued(model, cache)
@@ -42,7 +46,7 @@ def keeps_prompts(model: Any) -> bool:
 
 def fit_serving(
     asked: EngineConfig,
-    model: Any,
+    model: PreTrainedModel,
     experts: ExpertSet,
     budget_bytes: int,
     free_ram_bytes: int,
@@ -74,21 +78,29 @@ def fit_serving(
     return budget_bytes
 
 
-def serving_needs(model: Any, kv_tokens: int) -> ServingNeeds:
+def serving_needs(
+    model: PreTrainedModel,
+    plan: Plan,
+    layers: Sequence[MoeLayer],
+    residency: Residency | SizedResidency,
+    kv_tokens: int,
+) -> ServingNeeds:
     """RAM that serving `model` with a KV cache of `kv_tokens` tokens needs, most of which is allocated later.
 
+    plan: what loading it decided. layers: its MoE layers. residency: which of its experts are in slots now.
     Beside dense part, experts and KV cache that is what this process takes so far (Python, torch, other libraries),
     measured now; and, calculated, the most that the learner and one chunk of a prompt take.
     """
-    plan = model.foreroute.plan
-    per_token = planned_kv_bytes_per_token(model)
+    per_token = planned_kv_bytes_per_token(model, plan, layers)
     requests = _request_bytes(model, plan.prefill_chunk, kv_tokens, per_token)
-    working = _program_bytes(model) + plan.learning_bytes + requests
+    working = _program_bytes(model, plan, residency) + plan.learning_bytes + requests
     experts = plan.pool_bytes + plan.host_records * plan.slot_bytes
     return _needs(model, experts, kv_tokens, per_token, working, plan.dense_bytes)
 
 
-def _needs(model: Any, experts: int, kv_tokens: int, kv_bytes_per_token: int, working: int, dense: int) -> ServingNeeds:
+def _needs(
+    model: PreTrainedModel, experts: int, kv_tokens: int, kv_bytes_per_token: int, working: int, dense: int
+) -> ServingNeeds:
     """The same, with the memory of computing per token."""
     text, keeps = model.config.get_text_config(), keeps_prompts(model)
     each = moving_bytes(kv_bytes_per_token, text.num_hidden_layers)
@@ -98,7 +110,7 @@ def _needs(model: Any, experts: int, kv_tokens: int, kv_bytes_per_token: int, wo
     return ServingNeeds(dense, experts, kv_tokens, kv_bytes_per_token, working, keeps, each)
 
 
-def _request_bytes(model: Any, chunk: int, kv_tokens: int, kv_bytes_per_token: int) -> int:
+def _request_bytes(model: PreTrainedModel, chunk: int, kv_tokens: int, kv_bytes_per_token: int) -> int:
     """Bytes of computing requests, beside their KV cache and what is counted per token (see _needs)."""
     text, itemsize = model.config.get_text_config(), model.dtype.itemsize
     ahead = _COLUMNS_AHEAD * kv_bytes_per_token
@@ -109,23 +121,22 @@ def _request_bytes(model: Any, chunk: int, kv_tokens: int, kv_bytes_per_token: i
     return ahead + activation_bytes(chunk, text.hidden_size, itemsize) + scored
 
 
-def _program_bytes(model: Any) -> int:
+def _program_bytes(model: PreTrainedModel, plan: Plan, residency: Residency | SizedResidency) -> int:
     """Bytes of this process in RAM that are neither dense weights nor experts.
 
     Dense weights may be pages of the checkpoint's files, in RAM once they have been used.
     """
-    place = Path(model.foreroute.plan.folder)
+    place = Path(plan.folder)
     # The hub cache's folders hold links.
     paths = {str(path.resolve()) for path in (place.iterdir() if place.is_dir() else [place])}
     everything = list(mappings())
     files = [mapping.addresses for mapping in everything if mapping.path in paths]
     resident = sum(mapping.resident_bytes for mapping in everything if mapping.path not in paths)
     own = sum(
-        tensor.numel() * tensor.element_size()
+        tensor.nbytes
         for _, tensor in dense_weights(model)
         if not any(tensor.data_ptr() in addresses for addresses in files)
     )
-    plan = model.foreroute.plan
-    parts = parts_of(model.foreroute.engine.pool.residency)
+    parts = parts_of(residency)
     slots = sum(part.num_resident * length for part, (length, _) in zip(parts, plan.slot_classes, strict=True))
     return max(0, resident - own - slots - plan.host_records * plan.slot_bytes)

@@ -1,10 +1,11 @@
-"""Which KV caches a model works with, and whether they can be continued and cut."""
+"""Which KV caches a model works with, and whether they can be continued and cut; and what else its calls take."""
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from transformers import GenerationMixin
+from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -25,7 +26,7 @@ _NOT_OVERRIDDEN = (
 _LENGTH_DEPENDENT_ROPES = frozenset({"dynamic", "longrope"})
 
 
-def is_ordinary(model: Any) -> bool:
+def is_ordinary(model: PreTrainedModel) -> bool:
     """Whether the family prepares its forward's inputs in the standard way: token ids, positions and a cache."""
     cls = type(model)
     return all(getattr(cls, name, None) is getattr(GenerationMixin, name, None) for name in _NOT_OVERRIDDEN)
@@ -41,20 +42,28 @@ def cache_of(output: Any) -> Any:
     return getattr(output, CACHE_NAME)
 
 
+def last_logits_only(model: PreTrainedModel) -> dict[str, Any]:
+    """The argument for the last position's logits alone, as generate() gives it: a prompt's can be larger than `model`.
+
+    Empty for a family that takes none.
+    """
+    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(type(model).forward).parameters else {}
+
+
 def given_cache(arguments: Mapping[str, Any]) -> Any:
     """Find the cache in a caller's keyword arguments, under any name that this transformers takes; None without one."""
     cache = arguments.get(CACHE_NAME)
     return arguments.get(_OLD_NAME) if cache is None else cache
 
 
-def new_cache(model: Any) -> DynamicCache | None:
+def new_cache(model: PreTrainedModel) -> DynamicCache | None:
     """An empty cache of the class that generate() would make; None where the family uses its own class."""
     if "mamba" in type(model).__name__.lower() or not model._supports_default_dynamic_cache():
         return None
     return DynamicCache(config=model.config.get_text_config(decoder=True))
 
 
-def can_be_continued(model: Any, cache: DynamicCache) -> bool:
+def can_be_continued(model: PreTrainedModel, cache: DynamicCache) -> bool:
     """Whether several tokens may follow those in `cache`: fixed positions in `model`, all cache layers known."""
     config = model.config.get_text_config(decoder=True)
     ropes = _rope_types(getattr(config, "rope_parameters", None))

@@ -30,7 +30,7 @@ def read_config(folder: Path) -> Any:
     stored = read_object(config_file, CheckpointError)
     model_type = stored.get("model_type")
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
-        own_code = " It comes with code of its own, which foreroute does not run." if "auto_map" in stored else ""
+        own_code = " It comes with its own code, which foreroute does not run." if "auto_map" in stored else ""
         raise UnsupportedModelError(
             f"{config_file}: transformers {transformers.__version__} does not know model type "
             f"{model_type!r:.60}.{own_code}"

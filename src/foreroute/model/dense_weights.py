@@ -1,14 +1,14 @@
 """A model's dense weights: torch's parameters, and the matrices that stay in blocks, which are none."""
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from foreroute.kernels.ggml.linear import BlockEmbedding, BlockLinear
 
 
-def dense_weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+def dense_weights(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield every dense weight of `model` with its name, each memory once; blocks are uint8 [rows, bytes of a row]."""
     yield from model.named_parameters()
     seen: set[int] = set()
@@ -18,6 +18,6 @@ def dense_weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
             yield f"{name}.weight", module.matrix.blocks
 
 
-def dense_nbytes(model: Any) -> int:
+def dense_nbytes(model: PreTrainedModel) -> int:
     """Bytes of those."""
-    return sum(tensor.numel() * tensor.element_size() for _, tensor in dense_weights(model))
+    return sum(tensor.nbytes for _, tensor in dense_weights(model))

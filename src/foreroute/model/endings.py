@@ -1,4 +1,4 @@
-"""What ends an answer: the tokens that a checkpoint's files name for it, each file a part of them.
+"""Find what ends an answer: end tokens, of which each of a checkpoint's files names only some, and stop strings.
 
 generation_config.json and config.json name some, the tokenizer one (`eos_token`), a GGUF file up to three; and a chat
 template ends the assistant's turn with one that may be named nowhere else. A model stops at all of them. The
@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from transformers import PreTrainedModel
+
 from foreroute.checkpoint.gguf_file import GgufIndex
 from foreroute.errors import CheckpointError
 
@@ -22,14 +24,14 @@ _ADDED, _MOST_LISTED = b'"added_tokens":', 2**22
 _NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
-def complete_generation_config(model: Any, folder: Path, index: Any) -> None:
-    """Let `model.generation_config` name every token that ends an answer, and keep the cache of keys and values on.
+def complete_generation_config(model: PreTrainedModel, folder: Path, index: Any) -> None:
+    """Complete `model.generation_config`: all end tokens, and use_cache on.
 
-    A checkpoint that was saved in training says `use_cache: false`: each token would compute the whole text again. Who
-    passes use_cache=False to generate() still has it so.
+    A checkpoint that was saved in training says `use_cache: false`: each token would compute the whole text again.
+    use_cache=False passed to generate() still works.
 
     Args:
-        folder, index: the checkpoint, as `locate` and `read_index` found it.
+        folder, index: the checkpoint, from `locate` and `read_index`.
     """
     settings = model.generation_config
     said = _ids(settings.eos_token_id)
@@ -37,7 +39,7 @@ def complete_generation_config(model: Any, folder: Path, index: Any) -> None:
     ends = list(dict.fromkeys([*said, *_ends_of_files(model.config, folder, index, with_turns=len(said) < 2)]))
     if ends != said:
         if settings.pad_token_id is None:
-            # What generate() takes to fill up ended rows, and says so each time.
+            # generate() would take it to pad ended rows, with a warning each time.
             settings.pad_token_id = ends[0]
         settings.eos_token_id = ends[0] if len(ends) == 1 else ends
     if settings.use_cache is False:
@@ -45,12 +47,12 @@ def complete_generation_config(model: Any, folder: Path, index: Any) -> None:
 
 
 def end_tokens(settings: Any) -> frozenset[int]:
-    """The tokens that end an answer by these settings (a GenerationConfig)."""
+    """Return the end tokens in these settings (a GenerationConfig)."""
     return frozenset(_ids(settings.eos_token_id))
 
 
 def stop_strings(settings: Any) -> tuple[str, ...]:
-    """The texts that end an answer by these settings (a GenerationConfig)."""
+    """Return the stop strings in these settings (a GenerationConfig)."""
     said = settings.stop_strings or ()
     return tuple(one for one in ((said,) if isinstance(said, str) else said) if one)
 
@@ -63,7 +65,7 @@ def _ends_of_files(config: Any, folder: Path, index: Any, *, with_turns: bool) -
             named += _ids(index.settings.get(f"tokenizer.ggml.{name}"))
     special = SpecialTokens.read(folder.parent if folder.is_file() else folder)
     named += special.ends(with_turns=with_turns)
-    # A tokenizer may have tokens that the model has not.
+    # A tokenizer may have tokens that the model lacks.
     return (token for token in named if 0 <= token < text_config.vocab_size)
 
 
@@ -93,7 +95,7 @@ class SpecialTokens:
 
     @classmethod
     def read(cls, folder: Path) -> "SpecialTokens":
-        """Of the tokenizer in `folder`. What is absent or cannot be read is left out: `load_tokenizer` says so."""
+        """Read those of the tokenizer in `folder`; absent or unreadable files are left to `load_tokenizer`."""
         config = {**_object(folder / "special_tokens_map.json"), **_object(folder / "tokenizer_config.json")}
         named = {name: token for name in _NAMED if (token := _content(config.get(name)))}
         ids = dict(_added(folder))
@@ -107,15 +109,15 @@ class SpecialTokens:
         return cls(ids, named, _template(folder, config))
 
     def ends(self, *, with_turns: bool = True) -> list[int]:
-        """The tokens that end an answer: the one named for it and, `with_turns`, the one that ends a turn."""
+        """Return the end tokens: the one named so and, `with_turns`, the one that ends a turn."""
         found = [self.ids.get(self.named.get("eos_token", "")), self._turn_end() if with_turns else None]
         return [token for token in found if token is not None]
 
     def _turn_end(self) -> int | None:
-        """The token behind what the assistant says, in a chat that ends with it.
+        """Return the token after the assistant's message, in a chat that ends with one.
 
-        Where nothing is, the one in front of the next turn. In this order: gpt-oss ends turns that are over with a
-        token that in an answer stands between its parts.
+        If there is none, the one before the next turn. In this order, as gpt-oss ends past turns with a token that in
+        an answer separates its parts.
         """
         chat = [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}]
         for messages in (chat, [*chat, chat[0]]):
@@ -136,7 +138,7 @@ class SpecialTokens:
             # Without a vocabulary: it puts the text together, and no tokens are asked of it.
             tokenizer: Any = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()), **self.named)
             text: str = tokenizer.apply_chat_template(messages, chat_template=self.template, tokenize=False)
-        except Exception:  # noqa: BLE001  a template is a program: what refuses this chat says nothing about ends
+        except Exception:  # noqa: BLE001  a template that refuses this chat just names no end
             return ""
         return text.rpartition(_ANSWER)[2].lstrip()
 
@@ -155,7 +157,7 @@ def _content(token: Any) -> str | None:
 
 
 def _added(folder: Path) -> Iterator[tuple[str, int]]:
-    """Every added token and its id. Of tokenizer.json only their list is parsed: its vocabulary is some megabytes."""
+    """Return every added token and its id. Of tokenizer.json only their list is parsed, as the vocabulary is large."""
     yield from ((token, number) for token, number in _object(folder / "added_tokens.json").items() if _is_id(number))
     decoder = _object(folder / "tokenizer_config.json").get("added_tokens_decoder")
     for number, entry in decoder.items() if isinstance(decoder, dict) else ():

@@ -19,6 +19,8 @@ _SEAM_MODULE = "transformers.integrations.moe"
 # Called with (hidden [tokens, hidden], expert ids [tokens, k] int64, weights [tokens, k]); returns [tokens, hidden].
 ExpertsForward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
+CLOSED = "This model's experts have been closed; load the model again."
+
 
 @dataclass(frozen=True, slots=True)
 class ExpertParameter:
@@ -88,7 +90,7 @@ class OffloadedExperts(nn.Module):
         if kwargs:
             args = (*args, *(kwargs[name] for name in self._call_names[len(args) :]))
         if self.engine_forward is None:
-            raise RefusedError("This model's experts have been closed; load the model again.")
+            raise RefusedError(CLOSED)
         if args[0].requires_grad:
             raise RefusedError(
                 "Gradients cannot pass through offloaded experts: their slots are used again at once. "

@@ -1,4 +1,4 @@
-"""Between text and tokens: a model's tokenizer, a prompt for it, whole characters out of tokens, and texts that end."""
+"""Convert between text and tokens: a model's tokenizer, prompts, whole characters from tokens, stop strings."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,11 +16,11 @@ _REPLACEMENT = "\ufffd"
 
 
 def load_tokenizer(folder: str | Path) -> Any:
-    """transformers' tokenizer of the checkpoint in `folder`; no remote code is run.
+    """Load transformers' tokenizer of the checkpoint in `folder`; no remote code is run.
 
     Raises:
-        CheckpointError: there is none; or config.json, which names its class, is no config.
-        CorruptCheckpointError: there is one, and it cannot be read.
+        CheckpointError: there is none; or config.json, which names its class, is not a config.
+        CorruptCheckpointError: it cannot be read.
     """
     path = Path(folder)
     if is_gguf(path):
@@ -57,20 +57,20 @@ def _from_pretrained(folder: str, **settings: Any) -> Any:
             # False, not left out: transformers would ask on the terminal whether code of the folder may be run.
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **settings)
         except Exception:
-            # Of the two files it is this one more often; where it is, the message is said of it alone.
+            # This one of the two files is damaged more often; then the message names it alone.
             check_vocabulary(Path(folder) / "tokenizer.json")
             raise
 
 
 def _gguf_tokenizer(path: Path) -> Any:
-    """The one in the file's folder, if there is one; else as transformers makes it of the file's metadata."""
+    """Load the tokenizer in the file's folder, or else from the file's metadata, by transformers."""
     from transformers import PreTrainedTokenizerFast
 
     vocabulary = read_config(path).vocab_size
     if (path.parent / "tokenizer.json").is_file():
         tokenizer = _tokenizer_in(path.parent)
     else:
-        # Not the Auto class: it makes a config first, which stumbles over positions by YaRN (5.23).
+        # Not the Auto class: it makes a config first, which fails for YaRN positions (5.23).
         with named(f"{path} has no tokenizer that transformers can read"):
             tokenizer = PreTrainedTokenizerFast.from_pretrained(path.parent, gguf_file=path.name)
     if not 0 < max(tokenizer.get_vocab().values(), default=-1) < vocabulary:
@@ -82,7 +82,7 @@ def _gguf_tokenizer(path: Path) -> Any:
 
 
 def encode_prompt(tokenizer: Any, prompt: str, *, chat: bool | None = None, system: str | None = None) -> torch.Tensor:
-    """The prompt's tokens [1, tokens].
+    """Encode a prompt to tokens [1, tokens].
 
     Args:
         chat: put the prompt into the model's chat template; None does so when it has one.
@@ -107,9 +107,9 @@ def encode_prompt(tokenizer: Any, prompt: str, *, chat: bool | None = None, syst
 
 
 def with_one_start(tokenizer: Any, text: str, ids: list[int]) -> list[int]:
-    """The tokens `ids` of a text, without the start token that the tokenizer puts before one that the text begins with.
+    """Return the tokens `ids` of a text without a second start token.
 
-    As a text does that a chat template has made. A model has seen one of them, and answers two less well.
+    The tokenizer adds one, and a text from a chat template begins with one already. Models are trained with one.
     """
     start = getattr(tokenizer, "bos_token", None)
     is_double = start is not None and text.startswith(start) and ids[:2] == [tokenizer.bos_token_id] * 2
@@ -122,7 +122,7 @@ def _chat_ids(tokenizer: Any, prompt: str, system: str | None) -> torch.Tensor:
 
 
 def chat_ids(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> torch.Tensor:
-    """The tokens [1, tokens] of a chat up to where the answer begins, by the model's chat template.
+    """Encode a chat up to where the answer begins, by the model's chat template, to tokens [1, tokens].
 
     Raises:
         PromptError: the template refuses the messages, or fails on them.
@@ -136,9 +136,9 @@ def chat_ids(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> torch.Ten
 
 
 class TextPieces:
-    """Turns tokens into text piece by piece; a character whose bytes come in several tokens is held until it is whole.
+    """Decodes tokens piece by piece; a character that spans several tokens is held back until it is complete.
 
-    The pieces together are what decoding all tokens at once gives, less a half character at the very end.
+    The pieces together equal all tokens decoded at once, without an incomplete character at the end.
 
     Args:
         tokenizer: a transformers tokenizer.
@@ -151,7 +151,7 @@ class TextPieces:
         self._context_at = self._pending_at = 0
 
     def push(self, token_id: int) -> str:
-        """The text that this token completes; "" while a character is half there."""
+        """Return the text that this token completes; "" within a character."""
         self._ids.append(token_id)
         text = self._pending()
         if not text or text.endswith(_REPLACEMENT):
@@ -160,7 +160,7 @@ class TextPieces:
         return text
 
     def finish(self) -> str:
-        """What was still held, without a half character."""
+        """Return the text that was held back, without an incomplete character."""
         text = self._pending().rstrip(_REPLACEMENT)
         self._pending_at = len(self._ids)
         return text
@@ -174,17 +174,17 @@ class TextPieces:
 
 
 class StopText:
-    """Holds text back while it may become one of the texts that end an answer.
+    """Holds text back while it may become a stop string.
 
     Attributes:
-        is_over: one of them has come.
+        is_over: a stop string has come.
     """
 
     def __init__(self, stop: Sequence[str]) -> None:
         self._stop, self._held, self.is_over = stop, "", False
 
     def push(self, piece: str) -> str:
-        """What may be said now that `piece` has come."""
+        """Return the text that may be shown now that `piece` has come."""
         if self.is_over:
             return ""
         self._held += piece
@@ -197,10 +197,10 @@ class StopText:
         return said
 
     def rest(self) -> str:
-        """What was still held back, at the answer's end."""
+        """Return the text that was held back, at the answer's end."""
         held, self._held = self._held, ""
         return held
 
     def _beginning_of(self, stop: str) -> int:
-        """How many of the last characters are the beginning of `stop`."""
+        """Return how many of the last characters are a beginning of `stop`."""
         return next((n for n in range(min(len(stop) - 1, len(self._held)), 0, -1) if self._held.endswith(stop[:n])), 0)

@@ -52,7 +52,7 @@ def check_vocabulary(path: Path) -> None:
     from tokenizers import Tokenizer
 
     if path.is_file():
-        with named(f"{path} is no tokenizer that can be read", advice="Download it again."):
+        with named(f"{path} is not a readable tokenizer", advice="Download it again."):
             Tokenizer.from_file(str(path))
 
 
@@ -101,7 +101,7 @@ def check_template(text: str, source: str) -> None:
 
     if len(text) > _MOST_TEMPLATE_CHARS:
         raise CorruptCheckpointError(f"{source} has {len(text):,} characters; no chat template is as long.")
-    with named(f"{source} is no chat template that can be parsed", advice="Download it again."):
+    with named(f"{source} is not a chat template that can be parsed", advice="Download it again."):
         Environment(extensions=[loopcontrols, Generation]).parse(text)
 
 

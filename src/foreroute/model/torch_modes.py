@@ -1,7 +1,7 @@
-"""What the caller has switched on in torch for a while: what of it the engine works under, and what not.
+"""Torch modes that callers switch on for a while: which of them the engine works under, and which it refuses.
 
 Everything that the engine keeps (slots, buffers, sums, graphs) is made and changed outside of inference mode, and on
-the device that the code names or the CPU: else the next caller, who has none of it switched on, could not use it.
+the device that the code names or the CPU: otherwise a later caller without these modes could not use it.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ def is_ordinary() -> bool:
 
 
 def kept() -> contextlib.AbstractContextManager[None]:
-    """Inside, tensors may be made that are kept: not in inference mode, nor on another default device; no gradients."""
+    """Within the context, make tensors that are kept: no inference mode, no other default device, no gradients."""
     return contextlib.nullcontext() if is_ordinary() else _ordinary()
 
 
@@ -34,9 +34,9 @@ def _ordinary() -> Iterator[None]:
 
 @contextlib.contextmanager
 def as_if_alone() -> Iterator[None]:
-    """The same for loading, where autocast is off too: what is measured there shall hold at any time.
+    """The same for loading, where autocast is off too, so that measurements made there hold at any time.
 
-    Gradients stay as they are: what is loaded has `requires_grad` as transformers sets it.
+    Gradients stay on or off: loaded tensors have `requires_grad` as transformers sets it.
     """
     with contextlib.ExitStack() as stack:
         if torch.is_inference_mode_enabled():

@@ -73,7 +73,7 @@ def check_layout(
     }
     if unknown:
         raise PredictorError(
-            f"The fitted predictors choose {min(map(str, unknown))!r:.40}, which is none. {_FIT_AGAIN}"
+            f"The fitted predictors choose {min(map(str, unknown))!r:.40}, which is unknown. {_FIT_AGAIN}"
         )
     stored = {name: tuple(tensor.shape) for name, tensor in sidecar.tensors().items()}
     table = stored.get("token_table.scores", (0,))[0]

@@ -24,7 +24,7 @@ class QuasiHiddenLayer:
 
     def __call__(self, seen: RouterSample) -> torch.Tensor:
         """norm_{l+1}(r_l + sum of gate weight x default vector), [tokens, hidden]."""
-        assert seen.residual is not None, "nobody taps the residual"
+        assert seen.residual is not None, "the residual is not captured"
         usual = weighted_rows(self.default_vectors, seen).to(seen.residual.dtype)
         return self.next_norm(seen.residual + usual)
 

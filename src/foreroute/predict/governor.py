@@ -133,7 +133,7 @@ class Governor:
         self._begin_block()
         del self._plan[0]
         if self.share == OFF and waits_little and self._is_quickest(OFF):
-            self._settle(OFF, "without guesses nothing waits")
+            self._settle(OFF, "without prefetch nothing waits")
         elif self._plan:
             self.share = self._plan[0]
         else:

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 
 from foreroute.errors import PredictorError
+from foreroute.loading.offloaded_model import OffloadedModel, handle_of
 from foreroute.predict import build as known
 from foreroute.predict.estimator import EstimatorSettings
 from foreroute.predict.hybrid import choose
 from foreroute.predict.sidecar import Sidecar, read_whole, write_whole
 from foreroute.prepare.corpus import Corpus
-from foreroute.prepare.on_policy import StandIns
+from foreroute.prepare.on_policy import Substitutes
 from foreroute.prepare.score import Scorer, guessers_of, run_passes
 from foreroute.prepare.sums import Sums
 from foreroute.prepare.watch import watching
@@ -50,7 +51,7 @@ def partial_path(path: Path) -> Path:
 
 
 def fit(
-    model: Any,
+    model: OffloadedModel,
     fingerprint: str,
     corpus: Corpus,
     path: Path,
@@ -71,10 +72,10 @@ def fit(
         progress: called with (tokens done, all tokens) after each forward pass. resume: False starts anew.
         save_every_s: how often the sums are saved, in seconds by `clock`.
     Raises:
-        PredictorError: a file cannot be written.
+        PredictorError: a file cannot be written. RefusedError: not a model of `load`.
     Cost: a prefill of the text, and rows x features^2 multiply-adds per layer. Memory: see `Sums`.
     """
-    settings = settings or FitSettings()
+    layers, settings = handle_of(model).layers, settings or FitSettings()
     about = {
         "corpus": corpus.digest,
         "context": corpus.windows.shape[1],
@@ -86,14 +87,14 @@ def fit(
     total = num_rounds * corpus.num_tokens
     first_path = exact_path(path)
 
-    def round_of(number: int, stand_ins: StandIns | None) -> Sidecar:
+    def round_of(number: int, substitutes: Substitutes | None) -> Sidecar:
         keeper_of = partial(
             _Keeper, partial_path(path), about={**about, "fingerprint": fingerprint, "round": number},
             save_every_s=save_every_s, clock=clock, resume=resume,
         )  # fmt: skip
         done_before = number * corpus.num_tokens
         return _round(
-            model, fingerprint, corpus, settings, keeper_of, about, stand_ins,
+            model, fingerprint, corpus, settings, keeper_of, about, substitutes,
             lambda done: progress(done_before + done, total),
         )  # fmt: skip
 
@@ -105,7 +106,7 @@ def fit(
             exact = round_of(0, None)
             exact.save(first_path)
             partial_path(path).unlink(missing_ok=True)
-        policy = StandIns(known.hybrid(model.foreroute.layers, model.dtype, exact), exact.default_vectors)
+        policy = Substitutes(known.hybrid(layers, model.dtype, exact), exact.default_vectors)
         sidecar = round_of(1, policy)
     sidecar.save(path)
     partial_path(path).unlink(missing_ok=True)
@@ -124,13 +125,13 @@ def _first_round(path: Path, fingerprint: str, about: dict[str, Any]) -> Sidecar
 
 
 def _round(
-    model: Any,
+    model: OffloadedModel,
     fingerprint: str,
     corpus: Corpus,
     settings: FitSettings,
     keeper_of: Callable[[Sums], "_Keeper"],
     about: dict[str, Any],
-    stand_ins: StandIns | None,
+    substitutes: Substitutes | None,
     progress: Callable[[int], None],
 ) -> Sidecar:
     """Sum over most windows, solve, and choose on the held-out ones: on exact states, or with substitutes."""
@@ -138,7 +139,7 @@ def _round(
     sums = Sums(model, settings.estimator, num_tokens=train.numel())
     keeper = keeper_of(sums)
     num_resumed = keeper.num_passes
-    with watching(model, sums.on_moment, sums.on_rows, stand_ins) as watch:
+    with watching(model, sums.on_moment, sums.on_rows, substitutes) as watch:
 
         def run(windows: torch.Tensor, index: int) -> None:
             if index >= num_resumed:
@@ -146,8 +147,10 @@ def _round(
                 keeper.after_pass(index + 1)
 
         run_passes(run, train, settings.rows, lambda done, _: progress(done))
-    sidecar = _solved(model, sums, fingerprint, settings)
-    scorer = _scored(model, sidecar, held_out, settings.rows, stand_ins, lambda done, _: progress(train.numel() + done))
+    sidecar = _solved(sums, fingerprint, settings)
+    scorer = _scored(
+        model, sidecar, held_out, settings.rows, substitutes, lambda done, _: progress(train.numel() + done)
+    )
     # The token table predicts layer 0 alone, so that it is no alternative here.
     of_next = [name for name in scorer.tallies if name != known.TOKEN_TABLE]
     missed = {name: scorer.tallies[name].as_dict()["missed_mass"] for name in of_next}
@@ -157,14 +160,14 @@ def _round(
         choice=[*choose({name: layers[1:] for name, layers in missed.items()}), None],
         about={
             **about,
-            "states": "exact" if stand_ins is None else "speculative",
+            "states": "exact" if substitutes is None else "speculative",
             "tokens": {"fitted": train.numel(), "held_out": held_out.numel()},
             "held_out": {name: tally.as_dict() for name, tally in scorer.tallies.items()},
         },
     )
 
 
-def _solved(model: Any, sums: Sums, fingerprint: str, settings: FitSettings) -> Sidecar:
+def _solved(sums: Sums, fingerprint: str, settings: FitSettings) -> Sidecar:
     """Solve the sums for predictors, without choosing between them."""
     if sums.estimator is not None:
         sums.estimator.train()
@@ -180,14 +183,19 @@ def _solved(model: Any, sums: Sums, fingerprint: str, settings: FitSettings) -> 
 
 
 def _scored(
-    model: Any, sidecar: Sidecar, held_out: torch.Tensor, rows: int, stand_ins: StandIns | None, progress: Progress
+    model: OffloadedModel,
+    sidecar: Sidecar,
+    held_out: torch.Tensor,
+    rows: int,
+    substitutes: Substitutes | None,
+    progress: Progress,
 ) -> Scorer:
     """Score every predictor of the sidecar on the held-out windows."""
     candidates = known.fitted(model.foreroute.layers, model.dtype, sidecar)
     scorer = Scorer(
         guessers_of(candidates, sidecar, known.selections(model.foreroute.layers, model.dtype)), len(sidecar.choice)
     )
-    with watching(model, scorer.on_moment, stand_ins=stand_ins) as watch:
+    with watching(model, scorer.on_moment, substitutes=substitutes) as watch:
         run_passes(watch.run, held_out, rows, progress)
     return scorer
 

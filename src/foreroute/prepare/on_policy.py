@@ -12,7 +12,7 @@ from foreroute.predict.base import Predictor, RouterSample
 from foreroute.predict.default_vector import weighted_rows, with_no_expert
 
 
-class StandIns:
+class Substitutes:
     """Decides which of a layer's experts are missing, and substitutes their default vectors.
 
     Args:
@@ -38,5 +38,5 @@ class StandIns:
     def sum_of(self, layer: int, seen: RouterSample) -> torch.Tensor:
         """Sum the default vectors of `seen`'s experts in `layer` by gate weight: [tokens, hidden] in its dtype."""
         rows = self._rows[layer]
-        assert rows is not None, "nothing stands in for this layer"
+        assert rows is not None, "this layer has no default vectors"
         return weighted_rows(rows, seen).to(seen.hidden.dtype)

@@ -31,7 +31,7 @@ def pack(
     A partial file left by a crash is continued if `resume`; an interrupt removes it unless `keep_partial`.
 
     Args:
-        progress: called with (experts done, all). claim: of `claim_store`, if the caller has one; given up at the end.
+        progress: called with (experts done, all). claim: of `claim_store`, if the caller has one; released at the end.
     Raises:
         StoreError: the disk is full or cannot be written, or another process is writing this store.
         ReadError: an expert could not be read; named.

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from foreroute.loading.offloaded_model import OffloadedModel, handle_of
 from foreroute.predict import build as known
 from foreroute.predict.base import Predictor, RouterSample, Select
 from foreroute.predict.sidecar import Sidecar
@@ -69,7 +70,7 @@ class Scorer:
 
 
 def score(
-    model: Any,
+    model: OffloadedModel,
     windows: torch.Tensor,
     sidecar: Sidecar | None,
     *,
@@ -81,8 +82,10 @@ def score(
     Args:
         model: of `foreroute.load`. windows: [windows, context] token ids that nothing was fitted to.
         rows: windows per forward pass. progress: called with (tokens done, all tokens).
+    Raises:
+        RefusedError: not a model of `load`.
     """
-    layers = model.foreroute.layers
+    layers = handle_of(model).layers
     popularity = Popularity(
         [torch.zeros(layer.experts.num_offloaded, dtype=torch.int64) for layer in layers]
         if sidecar is None
@@ -114,7 +117,7 @@ def score(
     return Scores(layers[-1].top_k, windows.numel(), tallies, costs)
 
 
-def candidates_of(model: Any, sidecar: Sidecar | None) -> dict[str, Predictor]:
+def candidates_of(model: OffloadedModel, sidecar: Sidecar | None) -> dict[str, Predictor]:
     """Predictors of the model and of `sidecar` by name, the one that the engine uses last."""
     layers, dtype = model.foreroute.layers, model.dtype
     if sidecar is None:

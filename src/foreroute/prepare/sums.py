@@ -1,11 +1,11 @@
 """Sums accumulated while the text passes: the input of all solvers, saved so that a fit can be resumed."""
 
 import itertools
-from typing import Any
 
 import torch
 
 from foreroute.errors import PredictorError
+from foreroute.loading.offloaded_model import OffloadedModel
 from foreroute.predict.base import RouterSample
 from foreroute.predict.build import quasi_hidden, selections
 from foreroute.predict.default_vector import DefaultVectorSums
@@ -29,7 +29,9 @@ class Sums:
         num_tokens: tokens that will be added.
     """
 
-    def __init__(self, model: Any, estimator: EstimatorSettings | None = None, *, num_tokens: int = 0) -> None:
+    def __init__(
+        self, model: OffloadedModel, estimator: EstimatorSettings | None = None, *, num_tokens: int = 0
+    ) -> None:
         self._embed = model.get_input_embeddings()
         # Not the shape of a weight: an embedding in blocks has none.
         vocabulary, embedding_width = self._embed.num_embeddings, self._embed.embedding_dim

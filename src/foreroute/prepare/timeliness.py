@@ -2,31 +2,32 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+
+from foreroute.loading.offloaded_model import OffloadedModel
 
 
 @dataclass(frozen=True)
 class Timeliness:
     """Outcomes of prefetches, and of demanded experts without one, over `tokens` decoded.
 
-    in_time: resident when the router asked. late: in flight then. wasted: evicted before any use. The rest of
-    `fetched` is still resident, undecided. missed: demanded experts without any read issued. resident: demanded
+    in_time: resident when the router asked. late_hits: in flight then. wasted: evicted before any use. The rest of
+    `prefetched` is still resident, undecided. misses: demanded experts that were absent. resident: demanded
     experts left in a slot by an earlier token.
     """
 
     tokens: int
-    fetched: int
+    prefetched: int
     in_time: int
-    late: int
+    late_hits: int
     wasted: int
-    missed: int
+    misses: int
     resident: int
 
 
 def timeliness(
-    model: Any,
+    model: OffloadedModel,
     prompts: torch.Tensor,
     new_tokens: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -52,13 +53,13 @@ def timeliness(
         progress(number * new_tokens, len(prompts) * new_tokens)
     decode = model.foreroute.stats().minus(before).decode
     # Within a decode step all demands are served, so that an expert found in flight was prefetched.
-    in_time = decode.prefetch_used - decode.late
+    in_time = decode.prefetch_used - decode.late_hits
     return Timeliness(
         tokens=decode.tokens,
-        fetched=decode.prefetch_loads,
+        prefetched=decode.prefetch_loads,
         in_time=in_time,
-        late=decode.late,
+        late_hits=decode.late_hits,
         wasted=decode.prefetch_wasted,
-        missed=decode.misses,
+        misses=decode.misses,
         resident=decode.hits - in_time,
     )

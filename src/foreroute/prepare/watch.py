@@ -1,29 +1,30 @@
 """Observe a model run over text: every MoE layer's input, routing and gate logits."""
 
-import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from foreroute.loading.offloaded_model import OffloadedModel
+from foreroute.model.caches import last_logits_only
+from foreroute.model.experts import ExpertsForward
 from foreroute.model.residual import ResidualTap
 from foreroute.predict.base import RouterSample
 from foreroute.prepare.controls import Moment
-from foreroute.prepare.on_policy import StandIns
+from foreroute.prepare.on_policy import Substitutes
 
 # (moment, gate logits [tokens, experts] or None where the router returns none).
 MomentListener = Callable[[Moment, torch.Tensor | None], None]
 RowsListener = Callable[[int, int, torch.Tensor], None]
-# (hidden [tokens, hidden], ids [tokens, k], weights [tokens, k]) -> [tokens, hidden].
-Computing = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class Watch:
     """Runs windows of tokens through a model of `foreroute.load` and reports every MoE layer; see `watching`."""
 
-    def __init__(self, model: Any, on_moment: MomentListener) -> None:
+    def __init__(self, model: OffloadedModel, on_moment: MomentListener) -> None:
         self._model = model
         self._on_moment = on_moment
         self._layers = model.foreroute.layers
@@ -33,8 +34,7 @@ class Watch:
         self._pass_index = -1
         self.tap = ResidualTap(self._layers)
         # The vocabulary's logits are the largest tensor of all, and not needed.
-        takes = inspect.signature(type(model).forward).parameters
-        self._options: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+        self._options = last_logits_only(model)
 
     def run(self, windows: torch.Tensor, pass_index: int) -> None:
         """Run one forward pass over `windows` [rows, context]; `pass_index` seeds the controls."""
@@ -60,17 +60,17 @@ class Watch:
         self._before = seen
         self._on_moment(moment, None if logits is None else logits[:, :width])
 
-    def without_missing(self, layer: int, compute: Computing, stand_ins: StandIns) -> Computing:
-        """Wrap `layer`'s `compute`: substitute what `stand_ins` calls missing; observe the true routing."""
+    def without_missing(self, layer: int, compute: ExpertsForward, substitutes: Substitutes) -> ExpertsForward:
+        """Wrap `layer`'s `compute`: replace missing experts by `substitutes`, and observe the true routing."""
 
         def forward(hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
             before = self._before
             self.observe(layer, hidden, ids, weights)
-            missing = stand_ins.missing(layer, before, ids)
+            missing = substitutes.missing(layer, before, ids)
             if missing is None:
                 return compute(hidden, ids, weights)
             total = compute(hidden, ids, weights.masked_fill(missing, 0))
-            return total + stand_ins.sum_of(layer, RouterSample(hidden, ids, weights * missing))
+            return total + substitutes.sum_of(layer, RouterSample(hidden, ids, weights * missing))
 
         return forward
 
@@ -85,34 +85,36 @@ class Watch:
 
 @contextmanager
 def watching(
-    model: Any, on_moment: MomentListener, on_rows: RowsListener | None = None, stand_ins: StandIns | None = None
+    model: OffloadedModel,
+    on_moment: MomentListener,
+    on_rows: RowsListener | None = None,
+    substitutes: Substitutes | None = None,
 ) -> Iterator[Watch]:
     """Observe a model; inside, `run` reports every MoE layer to `on_moment` and every expert's outputs to `on_rows`.
 
-    With `stand_ins` the model runs as under a policy that does not wait; the reported states are those of that run.
+    With `substitutes` the model runs as under a policy that does not wait; the reported states are those of that run.
 
     Memory: the samples of two neighbouring layers, and the gate logits of one.
     """
     watch = Watch(model, on_moment)
-    engine = model.foreroute.engine
-    handles = [
+    handle = model.foreroute
+    engine = handle.host_engine
+    hooks = [
         layer.router.module.register_forward_hook(watch.catch_logits(layer.index, layer.router.logits_at))
-        for layer in model.foreroute.layers
+        for layer in handle.layers
         if layer.router is not None and layer.router.logits_at >= 0
     ]
     engine.expert_listener = on_rows
-    exact = [layer.experts.engine_forward for layer in model.foreroute.layers]
-    if stand_ins is None:
+    if substitutes is None:
         engine.routing_listener = watch.observe
+        computing: AbstractContextManager[None] = nullcontext()
     else:
-        for layer in model.foreroute.layers:
-            layer.experts.engine_forward = watch.without_missing(layer.index, exact[layer.index], stand_ins)
+        computing = handle.computing(partial(watch.without_missing, substitutes=substitutes))
     try:
-        yield watch
+        with computing:
+            yield watch
     finally:
         engine.routing_listener = engine.expert_listener = None
-        for layer, forward in zip(model.foreroute.layers, exact, strict=True):
-            layer.experts.engine_forward = forward
         watch.tap.remove()
-        for handle in handles:
-            handle.remove()
+        for hook in hooks:
+            hook.remove()

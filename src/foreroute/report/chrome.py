@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from foreroute.errors import TraceError
+from foreroute.report.older import modernised
 from foreroute.trace import open_trace
 
 
@@ -26,12 +27,14 @@ def write_chrome(source: Path, path: Path) -> None:
     trace = open_trace(path)
     try:
         with source.open(encoding="utf-8") as lines:
-            fields = json.loads(next(lines))
+            header = json.loads(next(lines))
+            is_old = header["version"] == 1
+            fields = modernised(header) if is_old else header
             fields.pop("event")
             trace.begin(**fields)
             for line in lines:
                 if line.endswith("\n"):
-                    event = json.loads(line)
+                    event = modernised(json.loads(line)) if is_old else json.loads(line)
                     trace.emit(event.pop("event"), **event)
         trace.close()
     except OSError as error:

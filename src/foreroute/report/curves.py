@@ -27,7 +27,7 @@ def draw_residency(report: Report, path: Path) -> None:
             time.plot(shares, [span[0] for span in spans if span], color=colour, linewidth=1, linestyle=":")
     at = 100 * report.recorded_budget.share
     star = {"color": RED, "marker": "*", "markersize": 15, "linestyle": "none", "zorder": 5}
-    read.plot([at], [report.recorded.bytes_per_token / 1e6], label="the recorded run, guesses included", **star)
+    read.plot([at], [report.recorded.bytes_per_token / 1e6], label="the recorded run, with its prefetches", **star)
     time.plot([at], [report.timing.step_ms], **star)
     read.set(title="What is read per token", xlabel="experts in memory (%)", ylabel="MB per token")
     time.set(title="What a token takes", xlabel="experts in memory (%)", ylabel="ms per token (TPOT)")
@@ -49,8 +49,8 @@ def _explain_time(axes: Any, report: Report) -> None:
     axes.annotate("compute alone", (0.99, report.timing.compute_ms), xycoords=("axes fraction", "data"),
                   xytext=(0, -4), textcoords="offset points", ha="right", va="top", color=INK, fontsize=8)  # fmt: skip
     rate = format_speed(report.timing.bytes_per_s)
-    told = f"at {rate}\nsolid: no read hides behind compute\ndotted: all that can hide does"
-    axes.text(0.99, 0.98, told, ha="right", va="top", transform=axes.transAxes, color=INK, fontsize=8)
+    note = f"at {rate}\nsolid: no read overlaps compute\ndotted: reads overlap compute fully"
+    axes.text(0.99, 0.98, note, ha="right", va="top", transform=axes.transAxes, color=INK, fontsize=8)
 
 
 def draw_layers(report: Report, path: Path) -> None:
@@ -68,19 +68,19 @@ def draw_layers(report: Report, path: Path) -> None:
             if layer.uses[expert]:
                 hits[layer.layer, column] = 100 * layer.hits[expert] / layer.uses[expert]
     figure = new_figure(12, min(max(2.6 + 0.24 * len(layers), 4.0), 12))
-    wanted, found, guessed = figure.subplots(1, 3, sharey=True, width_ratios=(1, 1, 0.62))
+    demanded, found, guessed = figure.subplots(1, 3, sharey=True, width_ratios=(1, 1, 0.62))
     for axes, values, title, label, top in (
-        (wanted, uses, "How often each expert was wanted", "% of tokens", None),
+        (demanded, uses, "How often each expert was demanded", "% of tokens", None),
         (found, hits, "How often it was in memory then", "% of its uses", 100),
     ):
         image = axes.imshow(values, aspect="auto", cmap="cividis", interpolation="nearest", vmin=0, vmax=top)
         axes.set_facecolor("white")
-        axes.set(title=title, xlabel="experts of the layer, most wanted first")
+        axes.set(title=title, xlabel="experts of the layer, most demanded first")
         axes.set_xticks([])
         figure.colorbar(image, ax=axes, label=label, location="bottom", shrink=0.8, aspect=30, pad=0.03)
-    wanted.set_ylabel("MoE layer")
+    demanded.set_ylabel("MoE layer")
     step = -(-len(layers) // _MOST_LABELS)
-    wanted.set_yticks(range(0, len(layers), step))
+    demanded.set_yticks(range(0, len(layers), step))
     _draw_recall(guessed, report)
     figure.legend(*guessed.get_legend_handles_labels(), loc="lower right", frameon=False, fontsize=9)
     save_figure(figure, path)
@@ -89,11 +89,11 @@ def draw_layers(report: Report, path: Path) -> None:
 def _draw_recall(axes: Any, report: Report) -> None:
     recalls = [(layer.layer, 100 * layer.recall, 100 * (layer.found or 0.0) * layer.recall)
                for layer in report.layers if layer.recall is not None]  # fmt: skip
-    axes.set(title="How well it was guessed", xlabel="% of the experts wanted", xlim=(0, 100))
+    axes.set(title="How well it was guessed", xlabel="% of the demanded experts", xlim=(0, 100))
     tidy(axes)
     if not recalls:
         axes.text(50, (len(report.layers) - 1) / 2, "nothing was guessed", ha="center", va="center", color=INK)
         return
     at, named, found = zip(*recalls, strict=True)
-    axes.barh(at, named, color=ORANGE, height=0.75, label="named by the guess")
-    axes.barh(at, found, color=BLUE, height=0.45, label="of them, there when asked for")
+    axes.barh(at, named, color=ORANGE, height=0.75, label="in the guess")
+    axes.barh(at, found, color=BLUE, height=0.45, label="of them, resident when demanded")

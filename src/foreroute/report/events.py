@@ -44,14 +44,14 @@ class LayerDone:
     end_s: float
     layer: int
     hits: tuple[int, ...]
-    late: tuple[int, ...]
+    late_hits: tuple[int, ...]
     misses: tuple[int, ...]
-    stood_in: tuple[int, ...]
+    substituted: tuple[int, ...]
 
     @property
     def demanded(self) -> tuple[int, ...]:
         """All demanded experts."""
-        return self.hits + self.late + self.misses + self.stood_in
+        return self.hits + self.late_hits + self.misses + self.substituted
 
 
 @dataclass(frozen=True, slots=True)

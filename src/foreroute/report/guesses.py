@@ -29,13 +29,13 @@ class LayerUse:
 class Fates:
     """Prefetches started in decode, by outcome.
 
-    in_time: resident when the token that they were guessed for demanded them. late: then in flight. later: by a later
-    token. wasted: evicted before any demand. open: not demanded by the end. cancelled: in the queue, never read;
-    not among the others.
+    in_time: resident when the token that they were guessed for demanded them. late_hits: then in flight. later: by a
+    later token. wasted: evicted before any demand. open: not demanded by the end. cancelled: in the queue, never
+    read; not among the others.
     """
 
     in_time: int
-    late: int
+    late_hits: int
     later: int
     wasted: int
     open: int
@@ -44,7 +44,7 @@ class Fates:
     @property
     def loads(self) -> int:
         """Number of prefetches that were read."""
-        return self.in_time + self.late + self.later + self.wasted + self.open
+        return self.in_time + self.late_hits + self.later + self.wasted + self.open
 
 
 def layers_of(recording: Recording) -> list[LayerUse]:
@@ -93,7 +93,7 @@ def recall_of(layers: list[LayerUse]) -> float | None:
     return sum(recalls) / len(recalls) if recalls else None
 
 
-IN_TIME, LATE, LATER, WASTED, OPEN = "in_time", "late", "later", "wasted", "open"
+IN_TIME, LATE_HIT, LATER, WASTED, OPEN = "in_time", "late_hit", "later", "wasted", "open"
 
 
 def fate_of_loads(recording: Recording) -> dict[int, str]:
@@ -112,7 +112,7 @@ def fate_of_loads(recording: Recording) -> dict[int, str]:
                 staged[event.layer][event.expert] = id(event)
                 fates[id(event)] = OPEN
         elif isinstance(event, LayerDone):
-            for fate, experts in ((IN_TIME, event.hits), (LATE, event.late)):
+            for fate, experts in ((IN_TIME, event.hits), (LATE_HIT, event.late_hits)):
                 for expert in experts:
                     load = staged[event.layer].pop(expert, None)
                     if load is not None:
@@ -135,4 +135,4 @@ def fates_of(recording: Recording) -> Fates:
             is_decode = event.is_decode
         elif isinstance(event, Cancelled):
             num_cancelled += is_decode
-    return Fates(counts[IN_TIME], counts[LATE], counts[LATER], counts[WASTED], counts[OPEN], num_cancelled)
+    return Fates(counts[IN_TIME], counts[LATE_HIT], counts[LATER], counts[WASTED], counts[OPEN], num_cancelled)

@@ -109,11 +109,11 @@ def replay_belady(route: Route, num_slots: int) -> Outcome:
     bounds every eviction, whatever it did before. Fewest misses are fewest bytes where all experts are of one length.
     """
     groups = [keys for step in route.steps[route.warm_up :] for keys in step]
-    there: list[int] = []
+    resident: list[int] = []
     if route.warm_up:
         first_use = {key: at for at in range(len(groups) - 1, -1, -1) for key in groups[at]}
-        there = sorted(first_use, key=lambda key: (first_use[key], key))[:num_slots]
-    missed = Counter(key // route.keys_per_layer for keys in belady_misses(groups, num_slots, there) for key in keys)
+        resident = sorted(first_use, key=lambda key: (first_use[key], key))[:num_slots]
+    missed = Counter(key // route.keys_per_layer for keys in belady_misses(groups, num_slots, resident) for key in keys)
     return _outcome(route, sum(map(len, groups)) - missed.total(), missed)
 
 
@@ -128,15 +128,15 @@ def replay_static(route: Route, num_slots: int) -> Outcome:
     num_pinned = num_slots if num_slots >= route.num_experts else num_slots - route.most_at_once
     pinned = set(sorted(uses, key=lambda key: (-uses[key], key))[:num_pinned])
     # Without a warm-up, the kept experts had to be loaded too, once.
-    there = set(pinned) if route.warm_up else set()
+    resident = set(pinned) if route.warm_up else set()
     hits = 0
     missed: Counter[int] = Counter()
     for step in steps:
         for layer, keys in enumerate(step):
-            found = there.intersection(keys)
+            found = resident.intersection(keys)
             hits += len(found)
             missed[layer] += len(keys) - len(found)
-            there.update(pinned.intersection(keys))
+            resident.update(pinned.intersection(keys))
     return _outcome(route, hits, missed)
 
 

@@ -48,7 +48,7 @@ def check(folder: Path) -> None:
         raise ForerouteError(f"--out {folder} is a file. Choose a folder.")
     parent = folder if folder.exists() else folder.absolute().parent
     if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise ForerouteError(f"--out {folder}: {parent} is no folder that can be written to. Choose another.")
+        raise ForerouteError(f"--out {folder}: {parent} is not a writable folder. Choose another.")
 
 
 def write(report: Report, folder: Path, token: int | None = None) -> list[Path]:
@@ -96,23 +96,24 @@ def _summary(report: Report) -> str:
     cards = [
         (f"{timing.step_ms:.1f} ms", f"per token, {timing.stall_ms:.1f} ms of it waiting for the disk"),
         (f"{share:.0f} %", f"of the experts fit into memory: {header.num_slots} of {header.num_experts}"),
-        (f"{100 * did.hits / max(did.demanded, 1):.0f} %", "of the wanted experts were there when they were asked for"),
+        (f"{100 * did.hits / max(did.demanded, 1):.0f} %", "of the demanded experts were in memory (hits)"),
         (f"{megabytes(did.bytes_per_token)} MB", "read per token"
          + ("" if over is None else f", {over:.2f} times the least possible on demand")),
     ]  # fmt: skip
     if report.recall is not None:
-        cards.append((f"{100 * report.recall:.0f} %", "of the wanted experts had been guessed"))
-    told = "".join(f'<div class="card"><b>{value}</b><span>{text}</span></div>' for value, text in cards)
+        cards.append((f"{100 * report.recall:.0f} %", "of the demanded experts had been guessed"))
+    boxes = "".join(f'<div class="card"><b>{value}</b><span>{text}</span></div>' for value, text in cards)
     return (
         "<p>This model is a <em>mixture of experts</em>: each of its "
         f"{header.num_layers} MoE layers has up to {max(header.experts_per_layer)} experts (blocks of weights of "
         f"{megabytes(max(header.expert_bytes))} MB), and each token uses {max(header.top_k)} of them per layer. Not "
-        "all experts fit into memory. Those that are wanted and not there have to be read from the disk, and the token "
-        "waits, unless they were guessed and read early.</p>"
-        f'<div class="cards">{told}</div>'
-        f'<p class="quiet">Recorded with eviction {escape(header.eviction)}, guesses {escape(header.prefetch)}, policy '
-        f"{escape(header.policy)}, experts stored as {escape(header.codec)}. {len(report.route.steps):,} tokens were "
-        f"decoded; the first {report.route.warm_up:,} fill the memory and are not counted above.</p>"
+        "all experts fit into memory. The others are read from the disk when a token needs them, and the token waits, "
+        "unless they were guessed and prefetched.</p>"
+        f'<div class="cards">{boxes}</div>'
+        f'<p class="quiet">Recorded with eviction {escape(header.eviction)}, prefetch {escape(header.prefetch)}, '
+        f"policy {escape(header.policy)}, experts stored as {escape(header.codec)}. "
+        f"{len(report.route.steps):,} tokens were decoded; the first {report.route.warm_up:,} fill the memory and are "
+        "not counted above.</p>"
     )
 
 
@@ -120,8 +121,8 @@ def _token(picture: TokenPicture, path: Path) -> str:
     return (
         "<h2>One token, millisecond by millisecond</h2>"
         "<p>Time runs to the right. The upper row is the processor: blue where it computes experts, grey where it does "
-        "everything else, hatched where it stands still because an expert's bytes are not there yet. Below, each box "
-        "is one expert on its way from the disk (L3 is one of layer 3), in the colour of what it was for. A good run "
+        "everything else, hatched where it waits for an expert to be read. Below, each box is "
+        "one read of an expert from the disk (L3 is one of layer 3), in the colour of its purpose. A good run "
         "has green boxes under blue and grey, and nothing hatched. Boxes lie in two rows where one read begins while "
         "the one before it is still being finished.</p>"
         + _image(path, f"Timeline of decode step {picture.number}: computing above, reads below")
@@ -138,20 +139,20 @@ def _memory(report: Report, path: Path) -> str:
     )
     return (
         "<h2>What more memory would buy</h2>"
-        "<p>The experts that the tokens wanted are known, so any other memory, and any other rule for which expert has "
-        "to go when it is full, can be tried on paper. The green line is the bound: a rule that knows the future. No "
-        "rule reads less. The star is what the engine really did"
+        "<p>The trace says which experts the tokens demanded, so any other memory size and eviction policy can be "
+        "simulated. The green line is Belady's bound, an eviction that knows the future: no policy reads less. The "
+        "star is what the engine did"
         + (
-            ": its guesses read some experts in vain, but most of them while it computed, so that it reads more and "
-            "waits less.</p>"
+            ": its prefetches read some experts in vain, but mostly during compute, so that it reads more and waits "
+            "less.</p>"
             if report.fates.loads
             else ", on demand alone.</p>"
         )
         + _image(path, "MB read per token and ms per token over the share of experts in memory, one line per policy")
         + tables
-        + '<p class="quiet">Misses are experts read per token because they were not there; for the recorded run those '
-        "that nobody had guessed. The time per token ranges from reads that hide behind compute entirely to reads that "
-        "do not hide at all.</p>"
+        + '<p class="quiet">Misses are experts read per token because they were absent; in the recorded run, those '
+        "that had not been prefetched. The time per token ranges from reads that overlap compute fully to reads that "
+        "do not overlap it.</p>"
     )
 
 
@@ -169,7 +170,7 @@ def _budget_table(report: Report, budget: Budget) -> str:
                  megabytes(did.bytes_per_token), number(budget.over_belady(did.bytes_per_token), decimals=2),
                  f"{report.timing.step_ms:.1f}"]  # fmt: skip
         rows.append(("did", cells))
-    return _table(("rule", "found", "misses", "MB per token", "x bound", "ms per token"), rows)
+    return _table(("policy", "hits", "misses", "MB per token", "x bound", "ms per token"), rows)
 
 
 def _layers(report: Report, path: Path) -> str:
@@ -177,22 +178,22 @@ def _layers(report: Report, path: Path) -> str:
     rows = [("", [f"layer {layer.layer}", percent(layer.recall), percent(layer.found),
                   "–" if layer.width is None else f"{layer.width:.1f}",
                   percent(sum(layer.hits) / max(sum(layer.uses), 1))]) for layer in report.layers]  # fmt: skip
-    told = (
-        f"<p>Of {fates.loads:,} experts read on a guess while decoding, {fates.in_time:,} were there in time, "
-        f"{fates.late:,} came late, {fates.later:,} were wrong and served a later token, {fates.wasted:,} were given "
-        f"up unused and {fates.open:,} were still waiting at the end. {fates.cancelled:,} more were taken back before "
-        "they were read.</p>"
+    outcomes = (
+        f"<p>Of {fates.loads:,} experts prefetched in decoding, {fates.in_time:,} came in time, {fates.late_hits:,} "
+        f"were late hits, {fates.later:,} were used by a later token, {fates.wasted:,} were evicted unused and "
+        f"{fates.open:,} were not used until the end. {fates.cancelled:,} more were cancelled before they were read."
+        "</p>"
         if fates.loads
-        else "<p>Nothing was read on a guess.</p>"
+        else "<p>Nothing was prefetched.</p>"
     )
     return (
-        "<h2>Layer by layer: what was wanted, what was guessed</h2>"
-        "<p>Each row is a layer, each cell an expert. On the left, bright experts are wanted often; a layer with a few "
-        "bright ones is easy to serve from memory, an even one is hard. In the middle, dark experts had to be read "
-        "most of the times they were wanted. On the right, how many of the wanted experts the guess had named.</p>"
+        "<h2>Layer by layer: what was demanded, what was guessed</h2>"
+        "<p>Each row is a layer, each cell an expert. On the left, bright experts are demanded often; a layer with a "
+        "few bright ones is easy to serve from memory, an even one is hard. In the middle, dark experts were misses "
+        "most of the times they were demanded. On the right, the share of the demanded experts that was guessed.</p>"
         + _image(path, "Heat maps of uses and hits per layer and expert, and the recall of guesses per layer")
-        + told
-        + _table(("", "guessed", "of them in time", "named per guess", "found in memory"), rows)
+        + outcomes
+        + _table(("", "guessed", "of them in time", "experts per guess", "hits"), rows)
     )
 
 
@@ -201,10 +202,10 @@ def _small_print(report: Report) -> str:
     read = "not known, as nothing was read" if timing.bytes_per_s is None else format_speed(timing.bytes_per_s)
     source = "as given" if timing.is_bandwidth_given else "bytes over time of the recorded run's own reads"
     items = [
-        "Only decoding is replayed: the experts of a prompt pass by without staying, whatever the rule.",
+        "Only decoding is replayed: a prompt's experts pass through the pool, whatever the policy.",
         f"The first {report.route.warm_up:,} decode steps fill the memory and are not counted. The bound then begins "
         "with the experts that serve it best.",
-        "Replays read on demand alone. Guesses read more, and hide it.",
+        "Replays have demand loads alone. Prefetches read more, and overlap compute.",
         f"Reading speed: {read} ({source}). Compute: {timing.compute_ms:.2f} ms per token, the recorded time without "
         "its waiting.",
     ]
@@ -212,8 +213,8 @@ def _small_print(report: Report) -> str:
         items.append(f"Not shown: {', '.join(report.left_out)} of the experts, which is less than one token needs.")
     if not report.recording.is_whole:
         items.append("The trace was cut off: what it has is used.")
-    if report.recorded.stood_in:
-        items.append("Where default vectors stood in for experts, replays load them.")
+    if report.recorded.substituted:
+        items.append("Experts that were substituted by default vectors are loaded in replays.")
     return "<h2>How this was made</h2><ul>" + "".join(f"<li>{escape(item)}</li>" for item in items) + "</ul>"
 
 

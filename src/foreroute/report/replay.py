@@ -81,7 +81,8 @@ class Report:
             },
             "budgets": [self._budget_dict(budget) for budget in self.budgets],
             "left_out": list(self.left_out),
-            "guesses": {"recall": self.recall, **asdict(self.fates), "per_layer": [asdict(one) for one in self.layers]},
+            "guesses": {"recall": self.recall, "per_layer": [asdict(one) for one in self.layers]},
+            "prefetches": asdict(self.fates),
         }
 
     def _budget_dict(self, budget: Budget) -> dict[str, Any]:
@@ -136,7 +137,7 @@ def make_report(
     recorded = recording.header.num_slots
     if recorded < route.most_at_once:
         raise TraceError(
-            f"{recording.path}: a layer of a step of {max(route.rows)} rows wanted {route.most_at_once} experts at "
+            f"{recording.path}: a layer of a step of {max(route.rows)} rows demanded {route.most_at_once} experts at "
             f"once, more than the {recorded} slots, so that they passed through the pool, and no eviction decided. "
             "Record fewer rows, or with more memory."
         )

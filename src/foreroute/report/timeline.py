@@ -6,20 +6,20 @@ from statistics import median_low
 from typing import Any
 
 from foreroute.report.events import LayerDone, LoadDone, RecordedStep, Recording
-from foreroute.report.guesses import IN_TIME, LATE, LATER, OPEN, WASTED, fate_of_loads
+from foreroute.report.guesses import IN_TIME, LATE_HIT, LATER, OPEN, WASTED, fate_of_loads
 from foreroute.report.style import BLUE, GREEN, GREY, INK, ORANGE, PALE, PURPLE, RED, SKY, new_figure
 from foreroute.report.timing import durations
 from foreroute.writing import save_figure
 
 # Reason of a read -> colour, hatch, and description.
 READS = {
-    "demand": (RED, "", "read on demand: the token waits"),
-    LATE: (ORANGE, "", "guessed rightly, but late: the token waits"),
-    IN_TIME: (GREEN, "", "guessed rightly, in time: nobody waits"),
-    LATER: (SKY, "", "guessed wrongly, used by a later token"),
-    WASTED: (GREY, "////", "guessed wrongly, never used"),
-    OPEN: (GREY, "....", "guessed wrongly, not used until the end"),
-    "fill": (PURPLE, "", "read afterwards, for later tokens"),
+    "demand": (RED, "", "demand load: the token waits"),
+    LATE_HIT: (ORANGE, "", "prefetch, late hit: the token waits for the rest"),
+    IN_TIME: (GREEN, "", "prefetch, in time: no wait"),
+    LATER: (SKY, "", "prefetch, used by a later token"),
+    WASTED: (GREY, "////", "prefetch, evicted unused"),
+    OPEN: (GREY, "....", "prefetch, not used until the end"),
+    "deferred": (PURPLE, "", "deferred load, for later tokens"),
 }
 _STALL = RED
 _LAYER_Y, _TOP, _BOTTOM = 0.0, -1.55, 1.0
@@ -114,7 +114,7 @@ def draw_timeline(recording: Recording, picture: TokenPicture, path: Path) -> No
     shown = {read[3] for read in picture.reads}
     handles = [
         Patch(facecolor=BLUE, label="experts of MoE layer L0, L1, ..."),
-        Patch(facecolor=PALE, label="attention, routers, guesses, everything else"),
+        Patch(facecolor=PALE, label="attention, routers, predictors, everything else"),
         Patch(facecolor="white", edgecolor=_STALL, hatch="xxxx", label="waiting for the disk"),
         *(Patch(facecolor=colour, hatch=hatch, edgecolor="white" if hatch else colour, label=label)
           for kind, (colour, hatch, label) in READS.items() if kind in shown),
@@ -142,12 +142,12 @@ def _draw_read(axes: Any, picture: TokenPicture, begun: float, end: float, y: fl
     middle = (max(begun, 0) + min(end, picture.duration_ms)) / 2
     if min(end, picture.duration_ms) - max(begun, 0) > 0.013 * picture.duration_ms:
         axes.text(middle, y, label, ha="center", va="center", fontsize=7.5, zorder=4,
-                  color=INK if kind in (LATE, LATER) or hatch else "white",
+                  color=INK if kind in (LATE_HIT, LATER) or hatch else "white",
                   bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8} if hatch else None)  # fmt: skip
 
 
 def _annotate(axes: Any, picture: TokenPicture, lowest: float) -> None:
-    """Explain one guess that came in time, below, and the longest stall, above."""
+    """Explain one prefetch that came in time, below, and the longest stall, above."""
     style = {"fontsize": 9, "color": INK, "arrowprops": {"arrowstyle": "->", "color": INK, "linewidth": 1}}
     timely = [read for read in picture.reads if read[3] == IN_TIME and read[2] < _MOST_LANES and read[0] >= 0]
     if timely:
@@ -155,8 +155,8 @@ def _annotate(axes: Any, picture: TokenPicture, lowest: float) -> None:
         asking = next((at for at, _, done in picture.layers if done.layer == load.layer and at >= end), None)
         when = "" if asking is None else f", {asking - end:.2f} ms before its layer asks"
         axes.annotate(
-            f"expert {load.expert} of layer L{load.layer} was guessed and read\nwhile others computed: "
-            f"it is there{when}",
+            f"expert {load.expert} of layer L{load.layer} was prefetched\nwhile other layers computed: "
+            f"it is resident{when}",
             ((begun + end) / 2, _BOTTOM + _LANE * lane + 0.3), xytext=_beside(begun, picture, lowest + 0.6), **style,
         )  # fmt: skip
     if picture.stalls:
@@ -165,11 +165,10 @@ def _annotate(axes: Any, picture: TokenPicture, lowest: float) -> None:
         waited, layer = max(waits)
         begun, end, _ = max((stall for stall in picture.stalls if stall[2] == layer), key=lambda it: it[1] - it[0])
         kinds = [read[3] for read in picture.reads if read[4].layer == layer and read[1] >= begun - 1e-6]
-        asked, late = kinds.count("demand"), kinds.count(LATE)
-        causes = ((asked, "nobody had guessed"), (late, "guessed too late"))
+        causes = ((kinds.count("demand"), "not prefetched"), (kinds.count(LATE_HIT), "prefetched too late"))
         why = [f"{count} {text}" for count, text in causes if count]
         axes.annotate(
-            f"the longest wait: layer L{layer} stands still for {waited:.2f} ms"
+            f"the longest stall: layer L{layer} waits for {waited:.2f} ms"
             + (f"\nuntil its experts are read: {', '.join(why)}" if why else ""),
             ((begun + end) / 2, _LAYER_Y - 0.37), xytext=_beside(begun, picture, _TOP + 0.35), **style,
         )  # fmt: skip

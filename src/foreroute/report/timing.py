@@ -47,23 +47,23 @@ class Recorded:
 
     num_slots: int
     hits: int
-    late: int
+    late_hits: int
     misses: int
-    stood_in: int
+    substituted: int
     tokens: int
     demand_bytes: float
     prefetch_bytes: float
-    fill_bytes: float
+    deferred_bytes: float
 
     @property
     def demanded(self) -> int:
         """Experts that the routers demanded."""
-        return self.hits + self.late + self.misses + self.stood_in
+        return self.hits + self.late_hits + self.misses + self.substituted
 
     @property
     def bytes_per_token(self) -> float:
         """Bytes of all reads."""
-        return self.demand_bytes + self.prefetch_bytes + self.fill_bytes
+        return self.demand_bytes + self.prefetch_bytes + self.deferred_bytes
 
 
 def durations(recording: Recording) -> list[float]:
@@ -108,13 +108,13 @@ def recorded_of(recording: Recording, warm_up: int) -> Recorded:
     return Recorded(
         recording.header.num_slots,
         hits=sum(len(done.hits) for done in layers),
-        late=sum(len(done.late) for done in layers),
+        late_hits=sum(len(done.late_hits) for done in layers),
         misses=sum(len(done.misses) for done in layers),
-        stood_in=sum(len(done.stood_in) for done in layers),
+        substituted=sum(len(done.substituted) for done in layers),
         tokens=tokens,
         demand_bytes=read("demand"),
         prefetch_bytes=read("prefetch"),
-        fill_bytes=read("fill"),
+        deferred_bytes=read("deferred"),
     )
 
 

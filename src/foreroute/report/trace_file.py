@@ -20,7 +20,7 @@ from foreroute.report.events import (
     Stall,
     TraceEvent,
 )
-from foreroute.trace import VERSION
+from foreroute.report.older import READ_VERSIONS, modernised
 
 _PHASES = ("prefill", "decode")
 _HOW = "`foreroute generate MODEL --trace FILE.jsonl` makes one."
@@ -35,7 +35,7 @@ def read_recording(
         is_partial: accept a file that was cut off, up to there.
         progress: called with (bytes read, all bytes).
     Raises:
-        TraceError: not a trace, of another version, damaged, or cut off.
+        TraceError: not a trace, of an unknown version, damaged, or cut off.
     """
     reader = _Reader(path)
     try:
@@ -59,6 +59,7 @@ class _Reader:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._header: Header | None = None
+        self._version = 0
         self._steps: list[RecordedStep] = []
         self._events: list[TraceEvent] = []
         self._stats: dict[str, Any] | None = None
@@ -69,7 +70,7 @@ class _Reader:
         """Take one line; its number counts from 1."""
         self._number = number
         if self._half is not None:
-            raise self._error(self._half, "is damaged: it is no JSON object, and others follow it")
+            raise self._error(self._half, "is damaged: it is not a JSON object, and others follow it")
         if self._stats is not None:
             raise self._error(number, "comes after the trace's end: this file is more than one trace")
         try:
@@ -80,10 +81,8 @@ class _Reader:
             self._header = self._read_header(fields, line)
         elif not isinstance(fields, dict) or not line.endswith(b"\n"):
             self._half = number
-        elif fields.get("event") == "end":
-            self._stats = self._get(fields, "stats", dict)
         else:
-            self._read_event(fields)
+            self._read_event(modernised(fields) if self._version == 1 else fields)
 
     def finish(self, is_partial: bool) -> Recording:
         """Check that the trace is complete, and return it."""
@@ -112,10 +111,11 @@ class _Reader:
             check_no_pointer(self._path, TraceError)
             is_chrome = line.lstrip()[:1] == b"[" or b"traceEvents" in line
             hint = "It looks like a Chrome trace: record FILE.jsonl for replay." if is_chrome else _HOW
-            raise TraceError(f"{self._path} is no trace: its first line is no header. {hint}")
-        version = self._get(fields, "version", int)
-        if version != VERSION:
-            raise self._error(1, f"says version {version}; this foreroute reads version {VERSION}. Record it again")
+            raise TraceError(f"{self._path} is not a trace: its first line is not a header. {hint}")
+        self._version = version = self._get(fields, "version", int)
+        if version not in READ_VERSIONS:
+            known = " and ".join(map(str, READ_VERSIONS))
+            raise self._error(1, f"says version {version}; this foreroute reads versions {known}. Record it again")
         asked: dict[str, Any] = {}
         for name, kind in get_type_hints(Header).items():
             asked[name] = self._get(fields, name, kind) if kind in (str, int) else self._ints(fields, name)
@@ -135,6 +135,9 @@ class _Reader:
         kind = fields.get("event")
         if kind == "header":
             raise self._error(self._number, "is a second header: this file is more than one trace")
+        if kind == "end":
+            self._stats = self._get(fields, "stats", dict)
+            return
         read = self._READERS.get(kind) if isinstance(kind, str) else None
         if read is not None:
             self._events.append(read(self, fields))
@@ -155,7 +158,7 @@ class _Reader:
 
     def _layer_done(self, fields: dict[str, Any]) -> LayerDone:
         layer = self._layer(fields)
-        lists = [self._experts(fields, name, layer) for name in ("hits", "late", "misses", "stood_in")]
+        lists = [self._experts(fields, name, layer) for name in ("hits", "late_hits", "misses", "substituted")]
         done = LayerDone(self._time(fields, "t"), self._time(fields, "end"), layer, *lists)
         if len(set(done.demanded)) != len(done.demanded):
             raise self._error(self._number, "demands an expert twice")

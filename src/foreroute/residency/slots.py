@@ -9,7 +9,6 @@ from collections.abc import Iterable, Sequence
 from typing import NoReturn
 
 from foreroute.residency.order import Eviction
-from foreroute.residency.picture import picture_of
 from foreroute.residency.states import (
     AFTER_LOADED,
     AFTER_PIN,
@@ -33,6 +32,7 @@ from foreroute.residency.states import (
     IllegalEvent,
     LookupResult,
     NoVictim,
+    picture_of,
 )
 
 # Callers read a key's state, so the states are exported too.

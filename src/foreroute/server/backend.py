@@ -5,13 +5,17 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from foreroute.batching.requests import Engine
 from foreroute.server.api.problems import ApiError, not_possible
 from foreroute.server.api.templates import TemplateRenderer
 from foreroute.server.api.token_text import TokenTexts
 from foreroute.server.settings import Limits
+
+if TYPE_CHECKING:
+    from foreroute.loading.offloaded_model import OffloadedModel
+    from foreroute.server.watching.live import LiveFeed
 
 
 class Prompts:
@@ -103,14 +107,16 @@ class Serving:
     """A model that is ready to answer.
 
     context: tokens of prompt and answer together. info: the answer of /tokenizer_info. model: as loaded, or None
-    (tests); expert metrics and the live page read its `foreroute`. created: when it was loaded.
+    (tests); expert metrics and the live page read its `foreroute`. live_feed: the live page's, from its first viewer
+    on. created: when it was loaded.
     """
 
     engine: Engine
     prompts: Prompts
     context: int
     info: dict[str, Any] = field(default_factory=dict)
-    model: Any = None
+    model: "OffloadedModel | None" = None
+    live_feed: "LiveFeed | None" = None
     created: int = field(default_factory=lambda: int(time.time()))
 
 

@@ -210,7 +210,7 @@ def _single_headers(scope: MutableMapping[str, Any]) -> dict[bytes, bytes]:
     headers: dict[bytes, bytes] = {}
     for name, value in scope["headers"]:
         if name in headers and name in (b"host", b"authorization", b"content-type", b"content-length", b"origin"):
-            raise ApiError(400, f"The header {name.decode('latin-1')} is there more than once.", code="invalid_header")
+            raise ApiError(400, f"The header {name.decode('latin-1')} occurs more than once.", code="invalid_header")
         headers[name] = value
     return headers
 

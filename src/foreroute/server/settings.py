@@ -101,7 +101,7 @@ def _name(name: str, text: str) -> str:
         return f"[{ipaddress.IPv6Address(name.strip('[]'))}]"
     except ValueError:
         raise ServerError(
-            f"{text!r} is no name of a host. Give it without http:// and path, as in llm.example.org or "
+            f"{text!r} is not a host name. Give it without http:// and path, as in llm.example.org or "
             "llm.example.org:8443."
         ) from None
 

@@ -111,7 +111,7 @@ def load_records(disk: Transfer, keys: Iterable[int], progress: Progress = lambd
         while waiting or disk.num_in_flight:
             while waiting and disk.num_in_flight < _READS_AHEAD:
                 record, key = waiting.pop()
-                disk.fill(key, record)
+                disk.defer(key, record)
             for completion in disk.wait():
                 if completion.error is not None:
                     raise completion.error

@@ -23,7 +23,7 @@ class Completion(NamedTuple):
 class Transfer(Protocol):
     """Reads experts into slots in the background. All methods are called by one thread, the decode thread.
 
-    A request is *in flight* from `demand`, `prefetch` or `fill` until its completion has been returned, or until a
+    A request is *in flight* from `demand`, `prefetch` or `defer` until its completion has been returned, or until a
     `cancel` that returned True. A key may be requested again only after that.
 
     Attributes:
@@ -55,7 +55,7 @@ class Transfer(Protocol):
     def prefetch(self, key: int, slot: int) -> None:
         """Queue a prefetch of `key` into `slot`, behind all demand loads. Does not block."""
 
-    def fill(self, key: int, slot: int) -> None:
+    def defer(self, key: int, slot: int) -> None:
         """Queue a deferred load of `key` into `slot`, behind the others. Does not block."""
 
     def promote(self, key: int) -> None:
@@ -116,9 +116,9 @@ class TransferProxy:
         """See `Transfer`."""
         self._inner.prefetch(key, slot)
 
-    def fill(self, key: int, slot: int) -> None:
+    def defer(self, key: int, slot: int) -> None:
         """See `Transfer`."""
-        self._inner.fill(key, slot)
+        self._inner.defer(key, slot)
 
     def promote(self, key: int) -> None:
         """See `Transfer`."""

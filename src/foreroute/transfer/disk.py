@@ -50,7 +50,7 @@ class DiskTransfer:
         label: Callable[[int], str] = "expert key {}".format,
         stamps: Mapping[str, FileStamp] | None = None,
     ) -> None:
-        assert num_threads > 0, "somebody has to read"
+        assert num_threads > 0, "at least one reader"
         files = BlockFiles(direct, stamps)
         self._files = files
         self._queue = TransferQueue()
@@ -109,9 +109,9 @@ class DiskTransfer:
         """Queue a prefetch of `key` into `slot`, behind all demand loads."""
         self._submit(self._queue.prefetch, key, slot)
 
-    def fill(self, key: int, slot: int) -> None:
+    def defer(self, key: int, slot: int) -> None:
         """Queue a deferred load of `key` into `slot`, behind the others."""
-        self._submit(self._queue.fill, key, slot)
+        self._submit(self._queue.defer, key, slot)
 
     def promote(self, key: int) -> None:
         """Turn a prefetch or deferred load that has not started into a demand."""

@@ -15,19 +15,7 @@ from foreroute.checkpoint.source_files import (
     room_for_files,
 )
 from foreroute.errors import ReadError
-
-# The largest block size of common disks and file systems, and the alignment of O_DIRECT buffers.
-BLOCK_BYTES = 4096
-
-
-def round_up(num_bytes: int) -> int:
-    """Round up to a multiple of the block size."""
-    return -(-num_bytes // BLOCK_BYTES) * BLOCK_BYTES
-
-
-def round_down(num_bytes: int) -> int:
-    """Round down to a multiple of the block size."""
-    return num_bytes // BLOCK_BYTES * BLOCK_BYTES
+from foreroute.types import round_down
 
 
 class _OpenFile:

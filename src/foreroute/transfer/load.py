@@ -1,19 +1,30 @@
-"""Load one expert from its files into its slot, in two halves: read, then check and copy."""
+"""Load one expert from its files into its slot, in two halves: read, then check and copy.
 
-from collections.abc import Callable
+Copied by numpy, never by torch, whose first operation in a thread starts a second OpenMP team, which takes the cores
+from the decode thread. numpy releases the interpreter lock while it copies; assigning to a memoryview would hold it.
+"""
+
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from time import perf_counter
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import xxhash
 
 from foreroute.checkpoint.source_files import explained
 from foreroute.errors import ChangedFileError, ChecksumError, ReadError
 from foreroute.transfer.base import Completion
-from foreroute.transfer.copies import apply_copies
-from foreroute.transfer.files import BLOCK_BYTES, BlockFiles, round_down, round_up
+from foreroute.transfer.files import BlockFiles
 from foreroute.transfer.memory import map_memory
-from foreroute.types import Read
+from foreroute.types import BLOCK_BYTES, Copy, Read, round_down, round_up
+
+Bytes = npt.NDArray[np.uint8]
+
+_WHOLE_ITEM: dict[int, np.dtype[Any]] = {nbytes: np.dtype(f"u{nbytes}") for nbytes in (1, 2, 4, 8)}
+
+_TILE = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,3 +147,41 @@ def _fits_as_it_is(reads: tuple[Read, ...]) -> bool:
         and reads[0].copies[0].nbytes == reads[0].nbytes
         and reads[0].offset % BLOCK_BYTES == 0
     )
+
+
+def apply_copies(copies: Iterable[Copy], source: Bytes, slot: memoryview) -> None:
+    """Perform the copies.
+
+    Args:
+        copies: within both buffers.
+        source: the bytes of one read, from its start.
+        slot: the slot's bytes, writable.
+    """
+    destination = np.frombuffer(slot, dtype=np.uint8)
+    for copy in copies:
+        end = copy.src_offset + copy.nbytes
+        assert end <= len(source), f"{copy} ends beyond the {len(source)} bytes that were read"
+        part = source[copy.src_offset : end]
+        if copy.is_flat:
+            np.copyto(destination[copy.dst_offset : copy.dst_offset + copy.nbytes], part)
+        else:
+            _copy_strided(copy, part, slot)
+
+
+def _copy_strided(copy: Copy, part: Bytes, slot: memoryview) -> None:
+    shape: tuple[int, ...] = (copy.rows, copy.cols)
+    strides: tuple[int, ...] = (copy.dst_row_stride, copy.dst_col_stride)
+    dtype = _WHOLE_ITEM.get(copy.itemsize)
+    if dtype is None:
+        dtype = _WHOLE_ITEM[1]
+        shape, strides = (*shape, copy.itemsize), (*strides, 1)
+    # numpy checks that the destination lies within the slot.
+    destination = np.ndarray(shape, dtype, buffer=slot, offset=copy.dst_offset, strides=strides)
+    source = np.ndarray(shape, dtype, buffer=part)
+    if copy.dst_col_stride <= copy.dst_row_stride:
+        np.copyto(destination, source)
+        return
+    # Transposing in one pass misses the cache at every item: tiles take 3.2 ms instead of 5.5 (6 MB of bf16).
+    for row in range(0, copy.rows, _TILE):
+        for col in range(0, copy.cols, _TILE):
+            np.copyto(destination[row : row + _TILE, col : col + _TILE], source[row : row + _TILE, col : col + _TILE])

@@ -3,8 +3,7 @@
 import mmap
 from collections.abc import Sequence
 
-from foreroute.transfer.files import BLOCK_BYTES
-from foreroute.types import SlotClass
+from foreroute.types import BLOCK_BYTES, SlotClass, round_up
 
 _HUGE_PAGE_BYTES = 2 * 2**20
 
@@ -18,7 +17,7 @@ def map_memory(num_bytes: int) -> mmap.mmap:
     """
     if num_bytes < _HUGE_PAGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
         return mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    num_bytes = -(-num_bytes // _HUGE_PAGE_BYTES) * _HUGE_PAGE_BYTES
+    num_bytes = round_up(num_bytes, _HUGE_PAGE_BYTES)
     memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_HUGEPAGE)
     return memory

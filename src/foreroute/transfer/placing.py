@@ -97,7 +97,7 @@ def fill_arena(
     asked, table, store, progress: as of `place_behind_arena`. is_pinned: register it with CUDA.
     """
     arena = Arena(num_records, table.slot_bytes, is_pinned=is_pinned)
-    keys = all_keys(table)
+    keys = table.keys.all()
     if num_records < len(keys):
         return arena, []
     disk = open_disk(asked, table, store, arena.records.__getitem__, max(asked.reader_threads or 1, _LOADING_THREADS))
@@ -109,11 +109,6 @@ def fill_arena(
         raise
     disk.close()
     return arena, keys
-
-
-def all_keys(table: ExpertTable) -> list[int]:
-    """Return the keys of all experts, ascending."""
-    return table.keys.all()
 
 
 def open_disk(

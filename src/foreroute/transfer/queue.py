@@ -7,7 +7,7 @@ _MOST_PASSED = 3
 
 
 class TransferQueue:
-    """Serve demands first, in order of arrival; then prefetches, then deferred loads (`fill`), likewise.
+    """Serve demands first, in order of arrival; then prefetches, then deferred loads, likewise.
 
     So that prefetches do not starve deferred loads, every fourth request that is no demand is a deferred load, if there
     is one. A request is queued, then running, then finished and forgotten.
@@ -16,13 +16,13 @@ class TransferQueue:
     def __init__(self) -> None:
         self._demands: OrderedDict[int, int] = OrderedDict()
         self._prefetches: OrderedDict[int, int] = OrderedDict()
-        self._fills: OrderedDict[int, int] = OrderedDict()
+        self._deferred: OrderedDict[int, int] = OrderedDict()
         self._num_passed = 0
         self._running: set[int] = set()
 
     def __len__(self) -> int:
         """Number of requests that have not started."""
-        return len(self._demands) + len(self._prefetches) + len(self._fills)
+        return len(self._demands) + len(self._prefetches) + len(self._deferred)
 
     @property
     def num_running(self) -> int:
@@ -39,16 +39,16 @@ class TransferQueue:
         self._refuse_known(key)
         self._prefetches[key] = slot
 
-    def fill(self, key: int, slot: int) -> None:
+    def defer(self, key: int, slot: int) -> None:
         """Queue a load of `key` into `slot` behind the other deferred loads."""
         self._refuse_known(key)
-        self._fills[key] = slot
+        self._deferred[key] = slot
 
     def promote(self, key: int) -> bool:
         """Move a queued prefetch or deferred load behind the demands. False for any other key."""
         slot = self._prefetches.pop(key, None)
         if slot is None:
-            slot = self._fills.pop(key, None)
+            slot = self._deferred.pop(key, None)
         if slot is None:
             return False
         self._demands[key] = slot
@@ -56,7 +56,7 @@ class TransferQueue:
 
     def cancel(self, key: int) -> bool:
         """Remove a queued request. False when it is running or unknown."""
-        return any(queue.pop(key, None) is not None for queue in (self._demands, self._prefetches, self._fills))
+        return any(queue.pop(key, None) is not None for queue in (self._demands, self._prefetches, self._deferred))
 
     def next(self) -> tuple[int, int] | None:
         """Start the next request; return its (key, slot), None when nothing is queued."""
@@ -76,16 +76,16 @@ class TransferQueue:
         dropped = len(self)
         self._demands.clear()
         self._prefetches.clear()
-        self._fills.clear()
+        self._deferred.clear()
         return dropped
 
     def _next_unawaited(self) -> OrderedDict[int, int]:
-        if not self._fills or (self._prefetches and self._num_passed < _MOST_PASSED):
-            self._num_passed += bool(self._fills)
+        if not self._deferred or (self._prefetches and self._num_passed < _MOST_PASSED):
+            self._num_passed += bool(self._deferred)
             return self._prefetches
         self._num_passed = 0
-        return self._fills
+        return self._deferred
 
     def _refuse_known(self, key: int) -> None:
-        known = key in self._demands or key in self._prefetches or key in self._fills or key in self._running
+        known = key in self._demands or key in self._prefetches or key in self._deferred or key in self._running
         assert not known, f"key {key} was requested while a request for it is in flight"

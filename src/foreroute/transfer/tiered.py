@@ -95,9 +95,9 @@ class TieredTransfer:
         """Queue a prefetch of `key` into `slot`, behind all demand loads."""
         self._submit(self._queue_of(key).prefetch, key, slot)
 
-    def fill(self, key: int, slot: int) -> None:
+    def defer(self, key: int, slot: int) -> None:
         """Queue a deferred load of `key` into `slot`, behind the others."""
-        self._submit(self._queue_of(key).fill, key, slot)
+        self._submit(self._queue_of(key).defer, key, slot)
 
     def promote(self, key: int) -> None:
         """Turn a prefetch or deferred load that has not started into a demand."""

@@ -6,7 +6,7 @@ from foreroute.trace import Trace
 from foreroute.transfer.base import Completion, Transfer, TransferProxy
 from foreroute.types import ExpertId
 
-DEMAND, PREFETCH, FILL = "demand", "prefetch", "fill"
+DEMAND, PREFETCH, DEFERRED = "demand", "prefetch", "deferred"
 
 
 class TracedTransfer(TransferProxy):
@@ -38,10 +38,10 @@ class TracedTransfer(TransferProxy):
         self._ask(PREFETCH, key, slot)
         self._inner.prefetch(key, slot)
 
-    def fill(self, key: int, slot: int) -> None:
+    def defer(self, key: int, slot: int) -> None:
         """Queue a deferred load of `key` into `slot`, behind the others."""
-        self._ask(FILL, key, slot)
-        self._inner.fill(key, slot)
+        self._ask(DEFERRED, key, slot)
+        self._inner.defer(key, slot)
 
     def cancel(self, key: int) -> bool:
         """Cancel a request that has not started."""

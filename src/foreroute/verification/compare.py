@@ -6,9 +6,9 @@ output differs, and which expert's slot held other bytes than the checkpoint, or
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from foreroute.checkpoint.layouts import ExpertTable
+from foreroute.loading.offloaded_model import OffloadedModel, handle_of
 from foreroute.types import Progress
 from foreroute.verification.reference import RESIDENT, Reference, dense_digests
 from foreroute.verification.slot_watch import SlotUse, SlotWatch
@@ -62,15 +62,15 @@ class Verdict:
         return self.first_difference is None and self.same_tokens == self.tokens
 
 
-def verify(model: Any, exercises: Sequence[Exercise], reference: Reference, progress: Progress) -> Verdict:
+def verify(model: OffloadedModel, exercises: Sequence[Exercise], reference: Reference, progress: Progress) -> Verdict:
     """Run the model through the reference's steps and compare each of them.
 
     Args:
         model: from `foreroute.load`, and not used yet.
         exercises: the reference's. progress: called with (steps done, all).
     """
-    watch = SlotWatch(model.foreroute.engine)
-    table = model.foreroute.table
+    handle = handle_of(model)
+    watch, table = SlotWatch(handle.host_engine), handle.table
     names = [layer.name for layer in table.layers]
     first: FirstDifference | None = None
     done = same_tokens = layers_compared = 0
@@ -106,7 +106,7 @@ def differing(reference: ForwardPass, ours: ForwardPass) -> tuple[str, int] | No
 
 
 def _describe(
-    model: Any,
+    model: OffloadedModel,
     reference: Reference,
     table: ExpertTable,
     step: ForwardPass,
@@ -142,17 +142,19 @@ def expert_faults(layer_pass: LayerPass, layer: int, table: ExpertTable, referen
     base, name = table.keys.key(layer, 0), layer_pass.module
     faults: dict[int, str] = {}
     for use in layer_pass.uses:
-        expert = use.asked - base
+        expert = use.computed_as - base
         expected = reference.experts.get((name, expert))
-        if use.asked != use.told:
-            told = "none" if use.told < 0 else table.label(use.told)
-            faults[expert] = f"{_label(table, use.asked)}: it was computed from a slot that was filled for {told}."
+        if use.computed_as != use.loaded:
+            loaded = "none" if use.loaded < 0 else table.label(use.loaded)
+            label = _label(table, use.computed_as)
+            faults[expert] = f"{label}: it was computed from a slot that was loaded for {loaded}."
         elif expected is not None and use.digest != expected:
             owner = _owner(use, table, reference)
-            faults[expert] = f"{_label(table, use.asked)}: its slot holds other bytes than the checkpoint; {owner}"
-    asked = {use.asked - base for use in layer_pass.uses}
+            label = _label(table, use.computed_as)
+            faults[expert] = f"{label}: its slot holds other bytes than the checkpoint; {owner}"
+    computed = {use.computed_as - base for use in layer_pass.uses}
     for expert in layer_pass.experts:
-        if expert < table.layers[layer].num_experts and expert not in asked:
+        if expert < table.layers[layer].num_experts and expert not in computed:
             faults[expert] = f"{_label(table, base + expert)}: no slot was read for it."
     return faults
 
@@ -171,7 +173,7 @@ def _owner(use: SlotUse, table: ExpertTable, reference: Reference) -> str:
     if owners:
         layer, expert = owners[0]
         return f"they are those of expert {expert} of MoE layer {layer}."
-    return "they are no expert's." if reference.kind == RESIDENT else "they are of none that was used."
+    return "they belong to no expert." if reference.kind == RESIDENT else "they are of none that was used."
 
 
 def _tensors_sentence(tensors: Sequence[str]) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from foreroute.checkpoint.index import CheckpointIndex
 from foreroute.checkpoint.layouts import ExpertTable
@@ -24,6 +25,7 @@ from foreroute.checkpoint.source_files import room_for_files
 from foreroute.config import EngineConfig
 from foreroute.errors import BudgetError, CheckpointError, ForerouteError, UnsupportedModelError
 from foreroute.loading.load import load
+from foreroute.loading.offloaded_model import OffloadedModel
 from foreroute.memory.host import available_ram
 from foreroute.model.build.skeleton import Outline, auto_class
 from foreroute.types import Progress
@@ -144,7 +146,9 @@ def record_reference(
 
 
 @contextlib.contextmanager
-def _reference_model(kind: str, folder: Path, sketch: Outline, dtype: str, memory: int | str) -> Iterator[Any]:
+def _reference_model(
+    kind: str, folder: Path, sketch: Outline, dtype: str, memory: int | str
+) -> Iterator[PreTrainedModel]:
     if kind == RESIDENT:
         yield _load_resident(folder, sketch, dtype)
         return
@@ -156,9 +160,11 @@ def _reference_model(kind: str, folder: Path, sketch: Outline, dtype: str, memor
             model.foreroute.close()
 
 
-def _recorded(kind: str, model: Any, sketch: Outline, exercises: Sequence[Exercise], progress: Progress) -> Reference:
+def _recorded(
+    kind: str, model: PreTrainedModel, sketch: Outline, exercises: Sequence[Exercise], progress: Progress
+) -> Reference:
     names = [layer.name for layer in sketch.table.layers]
-    watch = None if kind == RESIDENT else SlotWatch(model.foreroute.engine)
+    watch = SlotWatch(model.foreroute.host_engine) if isinstance(model, OffloadedModel) else None
     transcripts: list[tuple[ForwardPass, ...]] = []
     done, num_steps = 0, sum(exercise.num_steps for exercise in exercises)
     for exercise in exercises:
@@ -174,7 +180,7 @@ def _recorded(kind: str, model: Any, sketch: Outline, exercises: Sequence[Exerci
     return Reference(kind, model.dtype, tuple(transcripts), experts, dense_digests(model, sketch.expert_targets))
 
 
-def dense_digests(model: Any, expert_targets: frozenset[str] = frozenset()) -> dict[str, bytes]:
+def dense_digests(model: PreTrainedModel, expert_targets: frozenset[str] = frozenset()) -> dict[str, bytes]:
     """Hash every parameter and buffer of `model` except the experts (expert_targets), by name."""
     tensors = [*model.named_parameters(), *model.named_buffers()]
     return {name: digest([tensor]) for name, tensor in tensors if name not in expert_targets}
@@ -243,7 +249,7 @@ def _load_resident(folder: Path, sketch: Outline, dtype: str) -> Any:
     )
 
 
-def _resident_experts(model: Any, table: ExpertTable) -> dict[tuple[str, int], bytes]:
+def _resident_experts(model: PreTrainedModel, table: ExpertTable) -> dict[tuple[str, int], bytes]:
     """Hash every expert as transformers has assembled it."""
     digests = {}
     for layer in table.layers:

@@ -20,12 +20,12 @@ from foreroute.transfer.base import Transfer
 class SlotUse(NamedTuple):
     """One expert as the kernels read it.
 
-    asked: the key that it was computed as. told: the key that was last loaded into its slot, -1 for none.
+    computed_as: the key that it was computed as. loaded: the key that was last loaded into its slot, -1 for none.
     digest: of the slot's bytes at that moment, see `expert_digest`.
     """
 
-    asked: int
-    told: int
+    computed_as: int
+    loaded: int
     digest: bytes
 
 
@@ -54,8 +54,8 @@ class SlotWatch:
     def __init__(self, engine: MoeStep) -> None:
         self.digests: dict[int, bytes] = {}
         # By slot: the key that was last loaded into it, and the one that is computed from it.
-        self.told: dict[int, int] = {}
-        self.asked: dict[int, int] = {}
+        self.loaded: dict[int, int] = {}
+        self.computed: dict[int, int] = {}
         self._uses: list[SlotUse] = []
         self._last = (-1, -1)
         engine.pool.transfer = cast(Transfer, _TransferFront(engine.pool.transfer, self))
@@ -72,13 +72,13 @@ class SlotWatch:
 
     def note(self, slot: int, operands: Iterable[torch.Tensor]) -> None:
         """Record that a kernel has read these operands (as for `expert_digest`, [rows, columns] each) from `slot`."""
-        asked, told = self.asked[slot], self.told.get(slot, -1)
+        computed_as, loaded = self.computed[slot], self.loaded.get(slot, -1)
         # A family's own forward asks once for each part.
-        if (asked, slot) == self._last:
+        if (computed_as, slot) == self._last:
             return
-        self._last = (asked, slot)
-        self._uses.append(SlotUse(asked, told, expert_digest(operands)))
-        self.digests[told] = self._uses[-1].digest
+        self._last = (computed_as, slot)
+        self._uses.append(SlotUse(computed_as, loaded, expert_digest(operands)))
+        self.digests[loaded] = self._uses[-1].digest
 
     def _watch_views(self, views: SlotViews) -> None:
         read = views.operands
@@ -107,16 +107,16 @@ class _Front:
 
 class _TransferFront(_Front):
     def demand(self, key: int, slot: int) -> None:
-        self._watch.told[slot] = key
+        self._watch.loaded[slot] = key
         self._behind.demand(key, slot)
 
     def prefetch(self, key: int, slot: int) -> None:
-        self._watch.told[slot] = key
+        self._watch.loaded[slot] = key
         self._behind.prefetch(key, slot)
 
-    def fill(self, key: int, slot: int) -> None:
-        self._watch.told[slot] = key
-        self._behind.fill(key, slot)
+    def defer(self, key: int, slot: int) -> None:
+        self._watch.loaded[slot] = key
+        self._behind.defer(key, slot)
 
 
 class _KernelsFront(_Front):
@@ -130,12 +130,12 @@ class _KernelsFront(_Front):
 
 class _SumFront(_Front):
     def add(self, experts: Sequence[Placed]) -> None:
-        self._watch.asked.update((slot, key) for key, slot in experts)
+        self._watch.computed.update((slot, key) for key, slot in experts)
         self._behind.add(experts)
 
 
 class _SlotsFront(_Front):
     def slot_of(self, key: int) -> int:
         slot: int = self._behind.slot_of(key)
-        self._watch.asked[slot] = key
+        self._watch.computed[slot] = key
         return slot

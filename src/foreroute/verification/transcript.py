@@ -3,15 +3,16 @@
 Works alike on transformers' resident model and on one from `foreroute.load`: it needs only the experts modules' names.
 """
 
-import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
+from transformers import PreTrainedModel
 
 from foreroute.engine.interfaces import StepInfo
-from foreroute.model.caches import cache_argument, cache_of
+from foreroute.loading.offloaded_model import OffloadedModel
+from foreroute.model.caches import cache_argument, cache_of, last_logits_only
 from foreroute.verification.slot_watch import SlotUse, SlotWatch, digest
 
 
@@ -52,7 +53,7 @@ class ForwardPass(NamedTuple):
 
 @torch.no_grad()
 def steps(
-    model: Any,
+    model: PreTrainedModel,
     modules: Sequence[str],
     exercise: Exercise,
     *,
@@ -66,9 +67,7 @@ def steps(
         fed: the tokens to continue with, one per step but the last; the likeliest ones when None.
         watch: records the slots used.
     """
-    takes = inspect.signature(type(model).forward).parameters
-    # As generate() does it: logits of a whole prompt can be larger than the model.
-    options: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+    options = last_logits_only(model)
     ids, cache = exercise.prompt_ids, None
     with _tapped(model, modules, watch) as passes:
         for at in range(exercise.num_steps):
@@ -81,14 +80,13 @@ def steps(
             ids = torch.tensor([[token if fed is None else fed[at]]])
 
 
-def _announced(model: Any, info: StepInfo) -> AbstractContextManager[None]:
+def _announced(model: PreTrainedModel, info: StepInfo) -> AbstractContextManager[None]:
     """Announce the step to the model's engine, if it has one, for the call inside."""
-    handle = getattr(model, "foreroute", None)
-    return nullcontext() if handle is None else handle.step(info)
+    return model.foreroute.step(info) if isinstance(model, OffloadedModel) else nullcontext()
 
 
 @contextmanager
-def _tapped(model: Any, modules: Sequence[str], watch: SlotWatch | None) -> Iterator[list[LayerPass]]:
+def _tapped(model: PreTrainedModel, modules: Sequence[str], watch: SlotWatch | None) -> Iterator[list[LayerPass]]:
     """While inside, record every call of an experts module in the list."""
     passes: list[LayerPass] = []
     inputs: dict[str, tuple[bytes, bytes, tuple[int, ...]]] = {}

@@ -21,7 +21,7 @@ from foreroute.residency.slots import FREE, LOADING
 from foreroute.server.settings import ServerSettings
 from foreroute.server.watching.live import MOST_VIEWERS, LiveFeed
 from foreroute.server.watching.metrics import ServerMetrics
-from foreroute.server.watching.recorder import DEMAND, GUESS, Recorder, digest
+from foreroute.server.watching.recorder import DEMAND, PREFETCH, Recorder, digest
 from tests.cli.harness import NUM_EXPERTS, NUM_LAYERS, TOP_K, make_tokenizer, save_model
 
 PROMPT = torch.arange(10, 30)[None]
@@ -78,14 +78,14 @@ def test_a_record_adds_up_to_what_the_engine_counted(load: Callable[..., Any], f
         return sum(1 for told in digests for _, one, _, _ in told.reads if one == why)
 
     assert all(len(told.layers) == NUM_LAYERS for told in digests)
-    assert total("found") == after.hits - before.hits
-    assert total("late") == after.late - before.late
-    assert total("missing") == after.misses - before.misses == reads(DEMAND)
-    assert total("found", "late", "missing") == 39 * NUM_LAYERS * TOP_K
-    # What is on its way at either end is at most the readers' business.
-    assert abs(reads(GUESS) - (after.prefetch_loads - before.prefetch_loads)) <= pool.residency.staging_slots
+    assert total("hits") == after.hits - before.hits
+    assert total("late_hits") == after.late_hits - before.late_hits
+    assert total("misses") == after.misses - before.misses == reads(DEMAND)
+    assert total("hits", "late_hits", "misses") == 39 * NUM_LAYERS * TOP_K
+    # What is in flight at either end is at most the readers' business.
+    assert abs(reads(PREFETCH) - (after.prefetch_loads - before.prefetch_loads)) <= pool.residency.staging_slots
     in_time = sum(len(keys) for told in digests for keys in told.in_time)
-    assert in_time + total("late") == after.prefetch_used - before.prefetch_used > 0
+    assert in_time + total("late_hits") == after.prefetch_used - before.prefetch_used > 0
     assert sum(len(told.wasted) for told in digests) == after.prefetch_wasted - before.prefetch_wasted > 0
     for step, told in zip(decoded, digests, strict=True):
         assert step.began_s <= told.layers[0].began_s <= told.layers[-1].ended_s == step.ended_s
@@ -183,14 +183,14 @@ def test_the_picture_is_of_the_pool_and_the_last_token(load: Callable[..., Any],
     step = picture["step"]
     assert (step["phase"], [layer["layer"] for layer in step["layers"]]) == ("decode", list(range(NUM_LAYERS)))
     for layer in step["layers"]:
-        asked = [expert for kind in ("there", "in_time", "late", "missing") for expert in layer[kind]]
+        asked = [expert for kind in ("hits", "in_time", "late_hits", "misses") for expert in layer[kind]]
         assert len(set(asked)) == TOP_K
         assert all(0 <= expert < NUM_EXPERTS for expert in asked)
         assert 0 <= layer["t"] <= layer["end"] <= step["end"]
     assert picture["counts"]["decode"]["tokens"] == 11
 
 
-def test_a_trace_goes_on_being_written_while_somebody_watches(load: Callable[..., Any], folder: Path, tmp_path) -> None:
+def test_a_trace_is_written_on_while_the_page_is_watched(load: Callable[..., Any], folder: Path, tmp_path) -> None:
     model = load(folder, "50%", trace=str(tmp_path / "t.jsonl"))
     pool = model.foreroute.engine.pool
     recorder = Recorder(pool)
@@ -203,7 +203,7 @@ def test_a_trace_goes_on_being_written_while_somebody_watches(load: Callable[...
     kinds = [json.loads(line) for line in (tmp_path / "t.jsonl").read_text().splitlines()]
     layers = [event for event in kinds if event["event"] == "layer" and "ids" in event]
     assert len(layers) == 3 * 3 * NUM_LAYERS
-    assert all(len(event["hits"] + event["late"] + event["misses"]) == TOP_K for event in layers)
+    assert all(len(event["hits"] + event["late_hits"] + event["misses"]) == TOP_K for event in layers)
     assert kinds[-1]["event"] == "end"
 
 
@@ -237,7 +237,7 @@ def test_who_comes_in_the_middle_of_a_layer_takes_nothing_from_a_trace(
     assert num_come >= 6
     assert len(layers) == 11 * NUM_LAYERS
     for event in layers:
-        assert sorted(event["hits"] + event["late"] + event["misses"]) == sorted(event["ids"][0])
+        assert sorted(event["hits"] + event["late_hits"] + event["misses"]) == sorted(event["ids"][0])
     assert recorder.last is not None
     assert len(recorder.last.layers) == NUM_LAYERS, "it sees whole steps"
 

@@ -1,4 +1,4 @@
-"""The page in a browser, against a real server: it answers, shows the engine, and asks nobody else for anything."""
+"""The page in a browser, against a real server: it answers, shows the engine, and asks no other server."""
 
 import shutil
 from collections.abc import Callable, Iterator
@@ -84,7 +84,7 @@ def test_a_message_is_answered_and_the_machine_is_seen_at_work(open_page, url: s
     expect(page.locator("#caption")).to_contain_text("64 of 256 experts are in memory", timeout=10_000)
     for name in ("hit-rate", "read-mb", "stall-ms", "tpot-ms"):
         assert float(page.inner_text(f"#{name}").split()[0].replace(",", "")) > 0, name
-    kinds = [int(page.inner_text(f"#n-{kind}")) for kind in ("there", "in_time", "late", "missing")]
+    kinds = [int(page.inner_text(f"#n-{kind}")) for kind in ("hits", "in_time", "late_hits", "misses")]
     assert sum(kinds) == 8 * 4, "every token asks for 4 experts in each of 8 layers"
     assert colours_of(page, "grid") > 5
     assert page.evaluate("document.getElementById('timeline').toDataURL()") != empty

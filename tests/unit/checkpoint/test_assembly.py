@@ -18,7 +18,7 @@ from foreroute.checkpoint.layouts import ExpertTable, PartSource, layer_experts
 from foreroute.checkpoint.locate import read_index
 from foreroute.errors import CorruptCheckpointError, UnsupportedModelError
 from foreroute.model.build.expert_names import _operation
-from foreroute.transfer.copies import apply_copies
+from foreroute.transfer.load import apply_copies
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 CONVERTER = SimpleNamespace(target_patterns=["target"])

@@ -97,22 +97,21 @@ def test_too_small_a_budget_says_what_would_do():
     slot_bytes=st.integers(1, 2**31),
     top_k=st.lists(st.integers(1, 16), min_size=1, max_size=60),
     budget_share=st.floats(0, 1.2),
-    reserved_bytes=st.integers(0, 2**34),
     spare=st.integers(0, 4000),
 )
-def test_the_advice_works_when_passed_back(slot_bytes, top_k, budget_share, reserved_bytes, spare):
+def test_the_advice_works_when_passed_back(slot_bytes, top_k, budget_share, spare):
     num_experts = sum(top_k) + spare
-    budget = int(budget_share * (sum(top_k) * slot_bytes + reserved_bytes))
+    budget = int(budget_share * sum(top_k) * slot_bytes)
     assume(budget > 0)
     try:
-        plan = plan_slots(budget, slot_bytes, num_experts, top_k, reserved_bytes=reserved_bytes)
+        plan = plan_slots(budget, slot_bytes, num_experts, top_k)
     except BudgetError as error:
         told = re.search(r"Raise --memory to (.*)\.$", str(error))
         assert told is not None
         budget = parse_memory(told[1], num_experts * slot_bytes)
-        plan = plan_slots(budget, slot_bytes, num_experts, top_k, reserved_bytes=reserved_bytes)
+        plan = plan_slots(budget, slot_bytes, num_experts, top_k)
     assert plan.token_demand_slots == sum(top_k) <= plan.num_slots <= num_experts
-    assert plan.pool_bytes + reserved_bytes <= budget
+    assert plan.pool_bytes <= budget
     assert plan.num_slots - plan.staging_slots >= max(top_k)
     assert (plan.staging_slots == 0) or plan.num_slots < num_experts
     assert plan.staging_slots <= 2 * max(top_k)

@@ -274,7 +274,7 @@ def test_a_real_group() -> None:
     """Made by systemd, for the time of one process."""
     scope = ["systemd-run", "--scope", "--quiet", "-p", "MemoryMax=300M", "-p", "CPUQuota=100%"]
     if shutil.which("systemd-run") is None or not Path("/run/systemd/system").is_dir():
-        pytest.skip("systemd does not run here: there is nobody to ask for a control group")
+        pytest.skip("systemd does not run here: it cannot make a control group")
     ways = ([*scope, "--"], [*scope, "--user", "--"])
     allowed = [way for way in ways if subprocess.run([*way, "true"], capture_output=True, check=False).returncode == 0]
     if not allowed:

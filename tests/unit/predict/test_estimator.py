@@ -1,4 +1,4 @@
-"""The estimator learns what is there to learn, layer by layer, in turns or at once, and the same way every time."""
+"""The estimator learns the routes, layer by layer, in turns or at once, and the same way every time."""
 
 from dataclasses import replace
 

@@ -71,7 +71,7 @@ def test_among_equals_the_narrowest_is_chosen_and_the_choice_stays() -> None:
     assert shares.count(OFF) > 0.9 * len(shares)
 
 
-def test_a_cache_that_warms_up_favours_nobody() -> None:
+def test_a_cache_that_warms_up_favours_no_share() -> None:
     """Steps get quicker all the time: whoever is tried last would win, if trials did not run there and back."""
     governor = Governor()
     run(governor, lambda share, step: {FULL: 0.85, HALF: 1.0, OFF: 1.0}[share] * (2.0 - min(step, 400) / 400), 500)

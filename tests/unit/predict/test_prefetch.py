@@ -1,4 +1,4 @@
-"""What the engine is told to fetch: more where guesses are poor, nothing that weighs little, once nobody waits."""
+"""What the engine prefetches: more where guesses are poor, nothing of little weight once no token waits."""
 
 import torch
 

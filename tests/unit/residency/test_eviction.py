@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from foreroute.residency import Lfu, Lru
+from foreroute.residency.eviction import Lfu, Lru
 from tests.unit.residency.naive import NaiveScores
 
 NUM_KEYS = 12

@@ -2,9 +2,20 @@
 
 import pytest
 
-from foreroute.residency import IllegalEvent, Lfu, LookupResult, Lru, NoVictim, Residency
 from foreroute.residency import states as states_module
-from foreroute.residency.states import EVENT_NAMES, FREE, LOADING, PINNED, READY, STATE_NAMES, TABLE
+from foreroute.residency.eviction import Lfu, Lru
+from foreroute.residency.slots import LookupResult, Residency
+from foreroute.residency.states import (
+    EVENT_NAMES,
+    FREE,
+    LOADING,
+    PINNED,
+    READY,
+    STATE_NAMES,
+    TABLE,
+    IllegalEvent,
+    NoVictim,
+)
 
 
 def make_pool(num_slots=4, staging_slots=2, num_keys=20, eviction=None):
@@ -12,7 +23,7 @@ def make_pool(num_slots=4, staging_slots=2, num_keys=20, eviction=None):
 
 
 def fill(pool, keys):
-    """Bring keys in as a decode step does, and let go of them."""
+    """Load keys as a decode step does, and release them."""
     demand = pool.demand(keys)
     for key, _ in [*demand.misses, *demand.in_flight]:
         pool.loaded(key)
@@ -90,7 +101,7 @@ def test_a_demand_beside_a_hit_does_not_count_the_hit_as_room():
     assert pool.state(1) == READY
 
 
-def test_a_leased_key_cannot_be_demanded():
+def test_a_pinned_key_cannot_be_demanded():
     pool = make_pool()
     pool.demand([1])
     pool.loaded(1)
@@ -105,7 +116,7 @@ def test_a_key_demanded_twice_at_once_is_refused():
         make_pool().demand([1, 1])
 
 
-def test_a_late_guess_becomes_a_demand_and_leaves_staging():
+def test_a_late_hit_becomes_a_demand_and_leaves_staging():
     pool = make_pool(staging_slots=1)
     assert pool.prefetch([11, 12]) == [(11, 0)]
     assert pool.demand([11]) == LookupResult([], [(11, 0)], [])
@@ -174,7 +185,7 @@ def test_no_staging_no_prefetch():
     assert pool.prefetch([1, 2]) == []
 
 
-def test_a_leased_key_that_was_passed_over_can_be_evicted_after_its_release():
+def test_a_pinned_key_that_was_passed_over_can_be_evicted_after_its_release():
     pool = make_pool(num_slots=2, staging_slots=1)
     fill(pool, [1, 2])
     pool.demand([1])
@@ -197,7 +208,7 @@ def test_cancel_and_fail_free_the_slot():
     assert pool.evictions == 0
 
 
-def test_lease_of_a_staged_key_is_its_demand():
+def test_pinning_a_prefetched_key_is_its_demand():
     pool = make_pool(num_slots=2, staging_slots=1)
     stage(pool, [11])
     fill(pool, [1])
@@ -273,31 +284,31 @@ def deferring_pool(num_slots=12, staging_slots=4, deferred_slots=2):
     return Residency(num_slots, 40, eviction=Lru(), staging_slots=staging_slots, deferred_slots=deferred_slots)
 
 
-def test_fills_and_guesses_keep_to_their_own_slots_so_that_a_demand_finds_room():
+def test_deferred_loads_and_prefetches_leave_slots_for_a_demand():
     pool = deferring_pool()
     for key, _ in pool.prefetch([1, 2, 3, 4]):
         pool.loaded(key)
     assert [key for key, _ in pool.defer([11, 12, 13, 14])] == [11, 12]
     assert [key for key, _ in pool.prefetch([5, 6, 7, 8])] == [5, 6, 7, 8]
-    # Four guesses and two fills are on their way: the other six can be had.
+    # Four prefetches and two deferred loads are in flight: the other six slots are available.
     assert len(pool.demand([31, 32, 33, 34, 35, 36]).misses) == 6
     assert pool.deferred == {11, 12}
 
 
-def test_a_fill_enters_as_a_demanded_key_does():
+def test_a_deferred_load_enters_as_a_demanded_key_does():
     pool = deferring_pool(num_slots=3, staging_slots=1)
     fill(pool, [1])
     fill(pool, [2])
     fill(pool, [3])
     assert [key for key, _ in pool.defer([9])] == [9]
-    assert pool.state(1) == FREE, "the coldest gave way"
+    assert pool.state(1) == FREE, "the coldest was evicted"
     pool.loaded(9)
     assert pool.deferred == set()
     assert [key for key, _ in pool.demand([9]).hits] == [9]
     assert pool.prefetch_used == pool.prefetch_wasted == 0
 
 
-def test_a_late_guess_that_is_stood_in_for_is_no_guess_any_more():
+def test_a_prefetch_in_flight_whose_expert_is_substituted_becomes_deferred():
     pool = deferring_pool()
     pool.prefetch([5])
     assert pool.defer([5]) == []
@@ -306,8 +317,8 @@ def test_a_late_guess_that_is_stood_in_for_is_no_guess_any_more():
     assert [key for key, _ in pool.demand([5]).hits] == [5]
 
 
-def test_late_guesses_that_are_stood_in_for_never_fill_the_pool():
-    """Round after round nobody waits for what is on its way; a demand finds its room all the same."""
+def test_prefetches_whose_experts_are_substituted_never_fill_the_pool():
+    """Round after round the reads in flight are not waited for; a demand finds a slot all the same."""
     pool = deferring_pool()
     for first in (0, 4, 8, 12):
         guessed = list(range(first, first + 4))
@@ -317,7 +328,7 @@ def test_late_guesses_that_are_stood_in_for_never_fill_the_pool():
     assert len(pool.demand([31, 32, 33, 34, 35, 36]).misses) == 6
 
 
-def test_a_fill_that_is_demanded_meanwhile_is_late():
+def test_a_deferred_load_that_is_demanded_in_flight_is_a_late_hit():
     pool = deferring_pool()
     ((key, slot),) = pool.defer([9])
     assert pool.demand([9]).in_flight == [(9, slot)]

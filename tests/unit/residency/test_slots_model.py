@@ -5,8 +5,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from foreroute.residency import IllegalEvent, Lfu, Lru, NoVictim, Residency
-from foreroute.residency.states import FREE, LOADING, PINNED, READY
+from foreroute.residency.eviction import Lfu, Lru
+from foreroute.residency.slots import Residency
+from foreroute.residency.states import FREE, LOADING, PINNED, READY, IllegalEvent, NoVictim
 from tests.unit.residency.naive import NaivePool
 
 NUM_KEYS, KEYS_PER_LAYER = 14, 5

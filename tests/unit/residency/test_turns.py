@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from foreroute.residency import Lfu, Residency, Turns
+from foreroute.residency.eviction import Lfu, Turns
+from foreroute.residency.slots import Residency
 
 NUM_KEYS, WIDTH = 10, 4  # three layers, the last one narrower
 one_layer = st.integers(0, 2).flatmap(
@@ -81,7 +82,7 @@ def order_of(eviction):
     return [eviction.pop() for _ in range(NUM_KEYS)]
 
 
-def test_a_layer_that_is_passed_gives_way_before_one_that_is_to_come():
+def test_a_layer_that_is_passed_is_evicted_before_one_that_is_to_come():
     eviction = Turns(WIDTH)
     eviction.reset(NUM_KEYS)
     eviction.touch([1])

@@ -5,7 +5,7 @@ import random
 
 import xxhash
 
-from foreroute.transfer import allocate_slots
+from foreroute.transfer.memory import allocate_slots
 from foreroute.types import Copy, Read
 
 SLOT_BYTES = 16384

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from foreroute.transfer.copies import apply_copies
+from foreroute.transfer.load import apply_copies
 from foreroute.types import Copy
 from tests.unit.transfer.expert_files import flat
 

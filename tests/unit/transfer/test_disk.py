@@ -8,7 +8,7 @@ import random
 import pytest
 
 from foreroute.errors import ChecksumError, ReadError
-from foreroute.transfer import DiskTransfer
+from foreroute.transfer.disk import DiskTransfer
 from foreroute.types import Copy, Read
 from tests.unit.transfer.expert_files import SLOT_BYTES, digest, flat, make_slots, whole, write_file
 

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from foreroute.transfer import DiskTransfer
+from foreroute.transfer.disk import DiskTransfer
 from foreroute.transfer.load import Load
 from tests.unit.transfer.expert_files import digest, make_slots, whole, write_file
 

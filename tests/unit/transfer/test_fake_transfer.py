@@ -2,7 +2,7 @@
 
 import pytest
 
-from foreroute.transfer import Completion
+from foreroute.transfer.base import Completion
 from tests.support.fake_transfer import FakeTransfer
 
 

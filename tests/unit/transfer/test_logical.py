@@ -13,12 +13,12 @@ def keys_of(completions):
 
 
 def asked(order):
-    """Two demands, two prefetches and a fill; the copies end in this order when somebody waits."""
+    """Two demands, two prefetches and a deferred load; the copies end in this order in `wait`."""
     inner = FakeTransfer()
     transfer = LogicalTransfer(inner)
     transfer.prefetch(5, 0)
     transfer.demand(9, 1)
-    transfer.fill(3, 2)
+    transfer.defer(3, 2)
     transfer.demand(1, 3)
     transfer.prefetch(7, 4)
     ends = iter(order)
@@ -29,7 +29,7 @@ def asked(order):
 @pytest.mark.parametrize("order", list(itertools.permutations([5, 9, 3, 1, 7])))
 def test_every_order_looks_alike(order):
     transfer = asked(order)
-    # Those that somebody waits for, by key; what else is over is not there yet.
+    # Awaited ones, by key; others that have ended do not show yet.
     assert keys_of(transfer.wait()) == [1, 9]
     assert transfer.num_in_flight == 3
     assert keys_of(transfer.completed()) == [3, 5, 7]

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from foreroute.transfer import allocate_slots
+from foreroute.transfer.memory import allocate_slots
 
 
 def test_slots_are_aligned_apart_and_zero():

@@ -8,7 +8,7 @@ import pytest
 
 from foreroute.checkpoint import source_files
 from foreroute.errors import ChangedFileError, ReadError
-from foreroute.transfer import DiskTransfer
+from foreroute.transfer.disk import DiskTransfer
 from tests.support.broken import replace
 from tests.unit.transfer.expert_files import make_slots, whole, write_file
 
@@ -38,7 +38,7 @@ def pauses(monkeypatch):
 
 @pytest.fixture
 def failing(monkeypatch):
-    """The next so many reads fail with this errno."""
+    """The next `times` reads fail with this errno."""
 
     def fail(code, times):
         real, left = os.preadv, [times]

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from foreroute.errors import DeviceError, ReadError
-from foreroute.transfer import DiskTransfer
 from foreroute.transfer.arena import Arena, load_records
 from foreroute.transfer.copier import MemoryCopier
+from foreroute.transfer.disk import DiskTransfer
 from foreroute.transfer.tiered import MOST_COPIES, MOST_READS, TieredTransfer
 from tests.support.fake_transfer import FakeTransfer
 from tests.unit.transfer.expert_files import whole, write_file
@@ -87,7 +87,7 @@ def test_reset_forgets_and_close_closes() -> None:
     assert copier.closed
 
 
-def test_what_is_not_in_memory_comes_from_disk_and_the_least_recently_used_gives_way() -> None:
+def test_what_is_not_in_memory_comes_from_disk_and_the_least_recently_used_is_evicted() -> None:
     copier, disk = SlowCopier(), FakeTransfer()
     transfer = TieredTransfer(copier, [], 2, disk, lambda key: 1)
     transfer.demand(7, 70)
@@ -107,7 +107,7 @@ def test_what_is_not_in_memory_comes_from_disk_and_the_least_recently_used_gives
     assert [one.slot for one in transfer.completed()] == [71]
     assert len(disk.calls) == 2, "both records are asked for: 9 waits"
     transfer.completed()
-    assert disk.calls[2] == ("demand", 9, disk.calls[0][2]), "7 gives way to 9"
+    assert disk.calls[2] == ("demand", 9, disk.calls[0][2]), "7 is evicted for 9"
 
 
 def test_what_was_asked_for_again_stays_and_a_reset_loses_no_record() -> None:
@@ -142,11 +142,11 @@ def test_an_error_of_the_disk_travels_with_its_slot() -> None:
     assert len(disk.calls) == 2, "its record is free again"
 
 
-def test_at_most_so_many_reads_at_once() -> None:
+def test_reads_at_once_are_bounded() -> None:
     disk = FakeTransfer()
     transfer = TieredTransfer(SlowCopier(), [], 20, disk, lambda key: 1)
     for key in range(10):
-        transfer.fill(key, key)
+        transfer.defer(key, key)
     transfer.demand(20, 20)
     assert len(disk.calls) == MOST_READS
     disk.finish(disk.begin())
@@ -166,8 +166,8 @@ def test_any_order_of_requests_brings_the_right_bytes(files, num_records: int) -
     for _ in range(600):
         free = [slot for slot in range(8) if slot not in asked.values()]
         key = chance.randrange(NUM_KEYS)
-        action = chance.choice(["demand", "prefetch", "fill", "cancel", "promote", "wait", "completed"])
-        if action in ("demand", "prefetch", "fill") and free and key not in asked:
+        action = chance.choice(["demand", "prefetch", "defer", "cancel", "promote", "wait", "completed"])
+        if action in ("demand", "prefetch", "defer") and free and key not in asked:
             getattr(transfer, action)(key, free[0])
             asked[key] = free[0]
         elif action == "cancel" and key in asked and transfer.cancel(key):
@@ -202,7 +202,7 @@ def test_loading_tells_how_far_it_is_and_raises_what_the_disk_says(files, tmp_pa
     disk.close()
 
 
-def test_memory_that_cannot_be_pinned_is_said_and_let_go(monkeypatch) -> None:
+def test_memory_that_cannot_be_pinned_is_reported_and_freed(monkeypatch) -> None:
     class Runtime:
         def cudaHostRegister(self, address, nbytes, flags) -> int:
             assert nbytes == 3 * RECORD

@@ -5,7 +5,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from foreroute.transfer import TransferQueue
+from foreroute.transfer.queue import TransferQueue
 
 
 def served(queue):
@@ -40,10 +40,10 @@ def test_a_promoted_prefetch_goes_behind_the_demands():
     assert served(queue) == [4, 3, 5, 1, 2]
 
 
-def test_fills_give_way_but_not_for_ever():
+def test_deferred_loads_wait_but_not_for_ever():
     queue = TransferQueue()
     for key in (1, 2):
-        queue.fill(key, key)
+        queue.defer(key, key)
     for key in (11, 12, 13, 14, 15, 16, 17):
         queue.prefetch(key, key)
     queue.demand(21, 21)
@@ -51,16 +51,16 @@ def test_fills_give_way_but_not_for_ever():
     assert served(queue) == [21, 11, 12, 13, 1, 14, 15, 16, 2, 17]
 
 
-def test_a_fill_can_be_promoted_and_cancelled():
+def test_a_deferred_load_can_be_promoted_and_cancelled():
     queue = TransferQueue()
     for key in (1, 2, 3):
-        queue.fill(key, key)
+        queue.defer(key, key)
     queue.demand(4, 4)
     assert queue.promote(3)
     assert queue.cancel(1)
     assert not queue.cancel(1)
     assert served(queue) == [4, 3, 2]
-    queue.fill(5, 5)
+    queue.defer(5, 5)
     assert queue.clear() == 1
     assert queue.next() is None
 

@@ -38,11 +38,11 @@ examples:
 
 the ladder, each rung with one thing more than the one below:
   on-demand        every expert is read when a token needs it, and not kept
-  + cache          experts stay until others need their place
-  + hits first     those that are there are computed while others arrive
-  + prefetch       the next layer's are guessed and read ahead, where that is
-                   found to gain (--governor): foreroute as it is
-  oracle prefetch  the next layer's are known and read ahead, always
+  + cache          experts stay in memory until they are evicted
+  + hits first     resident experts are computed while others are read
+  + prefetch       the next layer's experts are guessed and prefetched, where
+                   that gains time (--governor): foreroute as it is
+  oracle prefetch  the next layer's experts are known and prefetched, always
   Belady bound     arithmetic, not a run: the fewest bytes that any cache could
                    have read, at the disk's best speed, or the time of compute
                    alone where that is longer
@@ -59,13 +59,13 @@ the columns:
   x            how many times as fast as the rung above it in the table (the
                lower rung), by the repeats of one round
   TPOT, TTFT   ms per step of new tokens, ms until the first one
-  hit, late    experts that were there, or on their way, when asked for, in %;
-               the others are misses
-  MB           read on demand; guess: on a guess; waste: of those, given up
+  hit, late    hits and late hits, in %: experts that were resident, or whose
+               prefetch was in flight, when demanded; the others are misses
+  MB           read on demand; prefetch: prefetched; waste: of those, evicted
                before any use. Per token, for prompts per prompt
   stall        ms in which nothing was computed, per step or prompt
   RSS          peak memory in GiB, as if this rung ran alone
-Rungs take turns (A-B-B-A), each with a model of its own. One run warms up: it
+Rungs take turns (A-B-B-A), each with a separate model. One run warms up: it
 is the cold one, with an empty pool, in --json. Experts are read past the page
 cache (O_DIRECT). The disk's speed is measured on this model's own experts, in
 between. Random weights show mechanics only: their routes are not a model's.
@@ -78,9 +78,9 @@ def add_parser(commands: Any) -> None:
     """Add `bench` to the commands."""
     parser = commands.add_parser(
         "bench",
-        help="how fast here, and what each part is worth",
+        help="measure the speed here, and what each part gains",
         usage="foreroute bench MODEL [flags]",
-        description="Measure a model on this machine, from on-demand reads to all experts in memory.",
+        description="Measure a model here, from on-demand loading to all experts in memory.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -98,7 +98,7 @@ def add_parser(commands: Any) -> None:
     )  # fmt: skip
     parser.add_argument("-b", "--batch", type=count, nargs="+", metavar="N", help=_help("rows at once", "batch"))
     parser.add_argument(
-        "-r", "--repeats", type=count, metavar="N", help=_help("runs of each, beside the one that warms up", "repeats")
+        "-r", "--repeats", type=count, metavar="N", help=_help("runs of each case, after one that warms up", "repeats")
     )
     parser.add_argument(
         "--rungs", nargs="+", choices=RUNGS, default=list(RUNGS), metavar="RUNG",
@@ -107,7 +107,9 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--text", type=Path, metavar="FILE", help="UTF-8 text to read (default: a passage that is built in)"
     )
-    parser.add_argument("--quick", action="store_true", help="little of everything; other flags still hold")
+    parser.add_argument(
+        "--quick", action="store_true", help="a short run: fewer cases and repeats; other flags still hold"
+    )
     parser.add_argument("--png", type=Path, metavar="FILE", help="draw the ladder, and speed over memory")
     options.add_common_options(parser)
     options.add_model_options(parser)

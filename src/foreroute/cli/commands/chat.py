@@ -14,15 +14,16 @@ from foreroute.errors import ForerouteError, PromptError
 
 if TYPE_CHECKING:
     from foreroute.generation.generate import GenerationReport
+    from foreroute.loading.offloaded_model import OffloadedModel
 
 _MAX_NEW_TOKENS = 512
 
 _COMMANDS = {
     "/help": "this list",
-    "/system": "[TEXT]  set the system message; alone, take it away",
-    "/set": "[KEY VALUE]  a setting of the next answers; alone, show them",
-    "/save": "FILE  keep the chat as JSON",
-    "/load": "FILE  go on with a kept chat",
+    "/system": "[TEXT]  set the system message; without TEXT, remove it",
+    "/set": "[KEY VALUE]  change a setting of the next answers; without KEY, show all",
+    "/save": "FILE  write the chat as JSON",
+    "/load": "FILE  continue a saved chat",
     "/stats": "what the last answer took: hits, MB per token, stall, TPOT",
     "/clear": "begin anew; settings and system message stay",
     "/exit": "leave, as Ctrl-D does",
@@ -30,10 +31,10 @@ _COMMANDS = {
 
 _EPILOG = """\
 in the chat:
-  /help lists the commands; a line that ends in \\ goes on in the next one.
-  Ctrl-C stops an answer, and what was said of it stays; Ctrl-D leaves.
-  Keys and values of the chat so far are kept: a turn computes what is new in
-  it, and /stats tells how much that was.
+  /help lists the commands; a line that ends in \\ continues on the next one.
+  Ctrl-C stops an answer, and keeps what was written of it; Ctrl-D leaves.
+  Keys and values of the chat so far are kept, so that a turn computes only its
+  new tokens; /stats shows how many.
 
 examples:
   foreroute chat MODEL --memory 8GiB
@@ -41,23 +42,23 @@ examples:
   printf 'Hello\\n/stats\\n' | foreroute chat MODEL --plain
 
 Answers go to standard output, all else to standard error. A model without a
-chat template goes on with the text of the chat; nothing makes it answer."""
+chat template continues the text of the chat; it may not answer."""
 
 
 def add_parser(commands: Any) -> None:
     """Add `chat` to the commands."""
     parser = commands.add_parser(
         "chat",
-        help="a conversation in the terminal",
+        help="chat in the terminal",
         usage="foreroute chat MODEL [flags]",
-        description="Talk with a model: answers as they come, its beginning computed once.",
+        description="Chat with a model; earlier turns are not computed again.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(run=run)
-    parser.add_argument("model", metavar="MODEL", help="folder of a checkpoint, or a hub id")
+    parser.add_argument("model", metavar="MODEL", help="folder of a checkpoint, a .gguf file, or a hub id")
     parser.add_argument("--system", metavar="TEXT", help="system message of the chat")
-    parser.add_argument("--load", type=Path, metavar="FILE", help="go on with a chat that /save kept")
+    parser.add_argument("--load", type=Path, metavar="FILE", help="continue a chat that /save wrote")
     parser.add_argument(
         "--plain", action="store_true", help="answers as they are, not as markdown (default: off a terminal)"
     )
@@ -117,7 +118,9 @@ class Chat:
         is_markdown: render answers as markdown.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, name: str, conversation: Conversation, *, is_markdown: bool) -> None:
+    def __init__(
+        self, model: "OffloadedModel", tokenizer: Any, name: str, conversation: Conversation, *, is_markdown: bool
+    ) -> None:
         from foreroute.generation.prefix_cache import PromptCache
 
         self._model = model
@@ -138,7 +141,7 @@ class Chat:
         self._tell(f"{self._name}: {plan.num_slots} of {plan.total_slots} experts in memory. /help lists commands.")
         if self._is_plain_text:
             self._tell(
-                "This model has no chat template: it was not made to answer. It goes on with your text, line by line."
+                "This model has no chat template: it was not trained to answer. It continues your text, line by line."
             )
 
     def take(self, line: str) -> bool:
@@ -202,7 +205,7 @@ class Chat:
             talk.say("assistant", report.text)
         else:
             talk.messages.pop()
-        ends = {"interrupted": "stopped; what was said stays", "length": "cut off: /set max_new_tokens takes more"}
+        ends = {"interrupted": "stopped; what was said stays", "length": "cut off: raise it with /set max_new_tokens"}
         if report.finish_reason in ends:
             self._tell(ends[report.finish_reason])
         elif not report.text:
@@ -273,7 +276,7 @@ class Chat:
 
     def _stats(self, rest: str) -> None:
         if self._last is None:
-            raise PromptError("There is no answer yet to tell figures of.")
+            raise PromptError("There is no answer yet, so no figures.")
         plan = self._model.foreroute.plan
         figures.print_rows(self._console, chat_view.stats_rows(self._last, plan, self._num_answers))
 

@@ -32,11 +32,12 @@ transformers, every expert in memory (experts_implementation="eager"), generates
 again and compares the tokens one by one. Greedy, the same dtype and threads.
 
 the figures:
-  evictions    experts that gave way to others: 0 means the memory was not small
-  prefetches   experts fetched on a guess and then needed: 0 means that nothing
-               was foreseen
+  evictions    experts that lost their place in memory to others: 0 means that
+               the memory was not small
+  prefetches   prefetched experts that were then demanded: 0 means that no
+               prefetch was of use
   same tokens  the comparison; "no" names the first token that differs
-Exit code 1 when tokens differ, or when nothing was evicted or foreseen although
+Exit code 1 when tokens differ, or when nothing was evicted or prefetched though
 memory and flags called for it: the comparison would then prove nothing."""
 
 
@@ -44,9 +45,9 @@ def add_parser(commands: Any) -> None:
     """Add `demo` to the commands."""
     parser = commands.add_parser(
         "demo",
-        help="see it work, and prove it",
+        help="run the shipped model, and check that its tokens are the same",
         usage="foreroute demo [PROMPT] [flags]",
-        description="Run the model that ships with a quarter of its experts in memory; check it.",
+        description="Run the shipped model with a quarter of its experts in memory; check it.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -74,7 +75,7 @@ def find_model() -> Path:
         if (place / "config.json").is_file():
             return place
     raise CheckpointError(
-        f"The demo's model is not there: neither {places[0]} nor {places[1]} holds it. "
+        f"The demo's model is missing: neither {places[0]} nor {places[1]} holds it. "
         "Run the demo from the repository, or name a Mixture-of-Experts model with --model."
     )
 
@@ -171,21 +172,21 @@ def _introduction(plan: Plan) -> str:
     top_k = "/".join(str(k) for k in sorted(set(plan.top_k)))
     return (
         f"{Path(plan.folder).name} has {plan.total_slots} experts in {plan.num_layers} layers; a token uses {top_k} in "
-        f"each. They take {format_memory(plan.total_expert_bytes)} and lie on disk. There is memory for "
+        f"each. They take {format_memory(plan.total_expert_bytes)} on disk. There is memory for "
         f"{plan.num_slots} of them, {format_memory(plan.memory_bytes)}."
     )
 
 
 def _account(report: "GenerationReport") -> list[figures.Row]:
     decode = report.stats.decode
-    demanded = decode.hits + decode.late + decode.misses
+    demanded = decode.hits + decode.late_hits + decode.misses
     return [
         ("new tokens", f"{len(report.token_ids)}", figures.number(report.figures()["tokens_per_s"], "tokens/s")),
-        ("experts asked for", f"{demanded:,}",
-         f"{decode.hits:,} in memory, {decode.late:,} on their way, {decode.misses:,} absent"),
-        ("evictions", f"{report.stats.evictions:,}", "experts that gave way to others"),
+        ("experts demanded", f"{demanded:,}",
+         f"{decode.hits:,} hits, {decode.late_hits:,} late hits, {decode.misses:,} misses"),
+        ("evictions", f"{report.stats.evictions:,}", "experts that lost their place in memory"),
         ("prefetches used", f"{report.stats.decode.prefetch_used:,}",
-         f"of {decode.prefetch_loads:,} experts fetched before the router asked"),
+         f"of {decode.prefetch_loads:,} experts prefetched"),
     ]  # fmt: skip
 
 
@@ -196,5 +197,5 @@ def _inert_features(report: "GenerationReport", plan: Plan) -> list[str]:
         complaints.append("But no expert was evicted: this run proves little. Take less --memory or more tokens.")
     if plan.staging_slots and not report.stats.decode.prefetch_used:
         remedy = "Take more tokens." if plan.math != "family" else "Take --dtype float32."
-        complaints.append(f"But no guess was used: this run proves little. {remedy}")
+        complaints.append(f"But no prefetch was used: this run proves little. {remedy}")
     return complaints

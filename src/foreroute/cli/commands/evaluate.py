@@ -19,10 +19,11 @@ from foreroute.policy import Policy
 if TYPE_CHECKING:
     from foreroute.evals.builtin import SuiteSettings
     from foreroute.evals.text import HeldOut
+    from foreroute.loading.offloaded_model import OffloadedModel
     from foreroute.types import NamedProgress
 
     # (model, tokenizer, progress) -> accuracy by task.
-    OtherTasks = Callable[[Any, Any, NamedProgress], dict[str, float]]
+    OtherTasks = Callable[[Any, OffloadedModel], dict[str, float]]
 
 # Flags that need another flag; then their defaults where not None.
 _BELONGS_TO = {
@@ -48,28 +49,38 @@ the figures:
               context before them; "all" weighs sources as training did
 
 with --policies, one row for each policy and memory:
-  memory none has no cache: at each layer what was guessed for it is there, and
-  nothing else. Other memories decode token by token with a pool of that size.
+  memory none has no cache: at each layer, only the experts guessed for it are
+  resident. Other memories decode token by token with a pool of that size.
   Every row is compared with exact decoding of the same tokens. --deterministic
-  decides by logical time (guesses have arrived), so that two runs are equal;
-  without it the disk decides, and TPOT is measured. docs/policies.md says more.
-  A run that was stopped goes on with the rows that are missing.
+  uses logical time (prefetches always arrive in time), so that two runs are
+  equal; without it the disk's speed decides, and TPOT is measured. See
+  docs/policies.md. A run that was stopped continues with the missing rows.
 
-The builtin suite is what the models that ship are trained for: another model
-reads its tasks without having seen their form. Its text is made by
+The shipped models are trained for the builtin suite; other models meet the form
+of its tasks for the first time. Its text is made by
 `make held-out` in a checkout. The same model, flags and --threads give the same
 figures. --lm-eval needs: pip install 'foreroute[eval]'. Its tasks that run what
 the model writes (humaneval, mbpp) do so on this machine, as this user, with no
 sandbox, and only with --confirm-run-unsafe-code and HF_ALLOW_CODE_EVAL=1."""
 
 
+class _NoSandbox(argparse.Action):
+    """An old flag that allowed code in a sandbox, which is gone: an alias would allow more than was asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        parser.error(
+            "--allow-code-execution allowed code in a sandbox, which foreroute has no longer. lm-eval runs it without "
+            "one: --confirm-run-unsafe-code allows that."
+        )
+
+
 def add_parser(commands: Any) -> None:
     """Add `eval` to the commands."""
     parser = commands.add_parser(
         "eval",
-        help="how good the output is: tasks and held-out text; what policies cost",
+        help="measure the output's quality, and what policies cost",
         usage="foreroute eval MODEL (--suite builtin | --text FILE... | ...) [flags]",
-        description="Measure a model's answers and its grasp of text, and price policies.",
+        description="Measure a model's answers and its perplexity on text, and what policies cost.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -86,11 +97,12 @@ def add_parser(commands: Any) -> None:
     _add_suite_options(parser)
     harness = parser.add_argument_group("lm-eval")
     harness.add_argument("--include-path", type=Path, metavar="FOLDER", help="more lm-eval tasks (YAML)")
-    harness.add_argument("--limit", type=options.at_least(1), metavar="N", help="of each task at most so many items")
+    harness.add_argument("--limit", type=options.at_least(1), metavar="N", help="most items of each task")
     harness.add_argument(
         "--confirm-run-unsafe-code", action="store_true",
         help="run what the model writes, on this machine and without a sandbox, where a task asks for it",
     )  # fmt: skip
+    harness.add_argument("--allow-code-execution", action=_NoSandbox, nargs=0, help=argparse.SUPPRESS)
     options.add_common_options(parser)
     options.add_model_options(parser)
     options.add_engine_options(parser, without=("memory", "trace", *options.GPU_FIELDS))
@@ -116,7 +128,7 @@ def _add_suite_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--windows", type=options.at_least(0), default=28, metavar="N",
-        help="at most so many windows of each source or file (default: 28; 0: no text)",
+        help="most windows of each source or file (default: 28; 0: no text)",
     )  # fmt: skip
     parser.add_argument(
         "--context", type=options.at_least(2), metavar="N", help="tokens per window (default: 512, or the model's)"
@@ -171,7 +183,7 @@ def run(args: argparse.Namespace) -> int:
             shares = dict.fromkeys(texts, 1.0)
             if held_out is not None:
                 texts, shares = dict(held_out.texts), dict(held_out.shares)
-            of_model = None if others is None else partial(_ask_others, others, tokenizer, show)
+            of_model = None if others is None else partial(others, tokenizer)
             material = evaluate_policies.material_of(
                 tokenizer, texts, shares, held_out, settings, of_model, others_in_prompts=bool(args.lm_eval)
             )
@@ -184,10 +196,6 @@ def run(args: argparse.Namespace) -> int:
     else:
         _print(found)
     return 0
-
-
-def _ask_others(others: "OtherTasks", tokenizer: Any, show: "NamedProgress", model: Any) -> dict[str, float]:
-    return others(model, tokenizer, show)
 
 
 def _refuse_misfits(args: argparse.Namespace) -> None:
@@ -231,7 +239,7 @@ def _other_tasks(args: argparse.Namespace) -> "OtherTasks | None":
 
     allow_code = args.confirm_run_unsafe_code
     manager = check_tasks(args.lm_eval, args.include_path, allow_code=allow_code)
-    return lambda model, tokenizer, show: (
+    return lambda tokenizer, model: (
         run_lm_eval(model, tokenizer, args.lm_eval, limit=args.limit, allow_code=allow_code, manager=manager).primary
     )
 
@@ -254,7 +262,7 @@ def _plain(
     model = foreroute.load(folder, dtype=args.dtype, config=config)
     try:
         if others is not None:
-            found: dict[str, Any] = {"tasks": others(model, tokenizer, show)}
+            found: dict[str, Any] = {"tasks": others(tokenizer, model)}
         elif held_out is None:
             found = run_text(model, tokenizer, list(texts.items()), settings, show)
         else:

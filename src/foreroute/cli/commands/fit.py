@@ -10,27 +10,28 @@ from foreroute.errors import PredictorError
 from foreroute.units import format_memory
 
 if TYPE_CHECKING:
+    from foreroute.loading.offloaded_model import OffloadedModel
     from foreroute.predict.sidecar import Sidecar
 
 _EPILOG = """\
 examples:
-  foreroute fit MODEL --text notes/*.txt   beside the checkpoint: used by itself
+  foreroute fit MODEL --text notes/*.txt   beside MODEL: used automatically
   foreroute fit MODEL --text book.txt --out p.safetensors
   foreroute generate MODEL ... --predictor p.safetensors
 
-One pass over the text, with the experts offloaded as ever. An eighth of the
-text is held out: on it each layer's best predictor is chosen. Some ten
-thousand tokens of the kind that the model will see are enough. The sums take
-memory beside the experts: 2.2 GB for Qwen3-30B-A3B. A fit that was
-stopped is continued by the same command. What is generated stays the same to
-the bit: guesses only fetch early."""
+One pass over the text, with the experts offloaded as usual. An eighth of the
+text is held out, to choose each layer's best predictor. Some ten thousand
+tokens of the kind that the model will read are enough. The fit needs memory
+beside the experts: 2.2 GB for Qwen3-30B-A3B. The same command continues a fit
+that was stopped. The output stays the same to the bit: guesses only decide what
+is prefetched."""
 
 
 def add_parser(commands: Any) -> None:
     """Add `fit` to the commands."""
     parser = commands.add_parser(
         "fit",
-        help="better guesses: learn from text what comes next",
+        help="fit predictors to text, for better guesses",
         usage="foreroute fit MODEL --text FILE... [flags]",
         description="Fit predictors of the next layer's experts to a model.",
         epilog=_EPILOG,
@@ -39,7 +40,7 @@ def add_parser(commands: Any) -> None:
     parser.set_defaults(run=run)
     add_text_options(parser, tokens=65536)
     parser.add_argument("--out", type=Path, metavar="PATH", help="file or folder (default: beside the checkpoint)")
-    parser.add_argument("--force", action="store_true", help="fit again, even where a fit is there")
+    parser.add_argument("--force", action="store_true", help="fit again, even where a fit exists")
     parser.add_argument(
         "--resume", action=argparse.BooleanOptionalAction, default=True, help="continue a stopped fit (default: yes)"
     )
@@ -81,7 +82,7 @@ def add_text_options(parser: argparse.ArgumentParser, tokens: int) -> None:
         type=options.at_least(2),
         default=tokens,
         metavar="N",
-        help=f"at most so many, spread evenly over the text (default: {tokens:,})",
+        help=f"most tokens to use, spread evenly over the text (default: {tokens:,})",
     )
     parser.add_argument(
         "--context", type=options.at_least(2), metavar="N", help="tokens per window (default: 512, or the model's)"
@@ -139,12 +140,12 @@ def run(args: argparse.Namespace) -> int:
 
 def _check_place(path: Path, *, force: bool) -> None:
     if path.exists() and not force:
-        raise PredictorError(f"{path} is there already. --force fits again and replaces it.")
+        raise PredictorError(f"{path} exists already. --force fits again and replaces it.")
     if not path.parent.is_dir():
         raise PredictorError(f"{path.parent} is not a folder. Choose another --out.")
 
 
-def _fit(args: argparse.Namespace, model: Any, fingerprint: str, corpus: Any, path: Path) -> "Sidecar":
+def _fit(args: argparse.Namespace, model: "OffloadedModel", fingerprint: str, corpus: Any, path: Path) -> "Sidecar":
     from foreroute.predict.estimator import EstimatorSettings
     from foreroute.prepare.fit import FitSettings, fit
 
@@ -181,7 +182,7 @@ def _tell(args: argparse.Namespace, sidecar: "Sidecar", path: Path, *, is_beside
         )
         return
     console = figures.stdout_console()
-    how = "used by itself from now on" if is_beside else f"use it with --predictor {path}"
+    how = "used automatically from now on" if is_beside else f"use it with --predictor {path}"
     console.print(f"Wrote {path}: {format_memory(path.stat().st_size)}, {how}.", soft_wrap=True)
     rows: list[figures.Row] = [
         ("tokens", f"{about['tokens']['fitted']:,}", f"+ {about['tokens']['held_out']:,} held out")

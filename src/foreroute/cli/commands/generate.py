@@ -19,14 +19,15 @@ the figures (on standard error, after the text):
   TPOT         time per output token after that: (last - first) / (n - 1)
   hits         experts that were in memory when a token (after the first)
                needed them
-  late         experts that were on their way; the token waited for the rest
-  misses       experts that had to be fetched while the token waited
-  read         MB per token: demanded, and fetched on a guess. A guess is used
-               when its expert is needed, wasted when it is given up before
+  late hits    experts whose prefetch was in flight; the token waited for the
+               rest of the read
+  misses       experts that were read while the token waited
+  read         MB per token: demand loads, and prefetches. A prefetch is used
+               when its expert is demanded, wasted when it is evicted before
   stall        ms per token in which nothing was computed, waiting for the disk
-  evictions    experts that gave way to others
-  guesses      how many are fetched now: the governor tries full width, half
-               and none, and keeps the quickest (--no-governor: full always)
+  evictions    experts that lost their place in memory to others
+  prefetching  how much is prefetched now: the governor tries full width, half
+               and none, and keeps the fastest (--no-governor: full always)
   peak RSS     the most memory this process had, loading included
 Only the text goes to standard output. Ctrl-C ends the answer, and shows the
 figures too."""
@@ -36,9 +37,9 @@ def add_parser(commands: Any) -> None:
     """Add `generate` to the commands."""
     parser = commands.add_parser(
         "generate",
-        help="text from a prompt, as it comes",
+        help="generate text from a prompt",
         usage="foreroute generate MODEL [PROMPT] [flags]",
-        description="Continue or answer a prompt: the text as it comes, then the figures.",
+        description="Continue or answer a prompt: print the text as it comes, then figures.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -52,7 +53,7 @@ def add_parser(commands: Any) -> None:
         help="put the prompt into the model's chat template (default: when the model has one)",
     )
     parser.add_argument("--system", metavar="TEXT", help="system message of the chat")
-    parser.add_argument("--quiet", action="store_true", help="text alone, without figures")
+    parser.add_argument("--quiet", action="store_true", help="print the text alone, without figures")
     options.add_common_options(parser)
     add_sampling(parser)
     options.add_model_options(parser)
@@ -61,7 +62,9 @@ def add_parser(commands: Any) -> None:
 
 def add_sampling(parser: argparse.ArgumentParser, max_new_tokens: int = 128) -> None:
     """Add the sampling flags to `parser`; `max_new_tokens` is the default length limit of an answer."""
-    group = parser.add_argument_group("sampling", "transformers' names; left out, the model's own settings hold")
+    group = parser.add_argument_group(
+        "sampling", "named as in transformers; without them, the model's own settings hold"
+    )
     group.add_argument(
         "--max-new-tokens",
         type=options.at_least(1),
@@ -70,19 +73,29 @@ def add_sampling(parser: argparse.ArgumentParser, max_new_tokens: int = 128) -> 
         help=f"most tokens of an answer (default: {max_new_tokens})",
     )
     group.add_argument(
-        "--do-sample", action=argparse.BooleanOptionalAction, help="draw tokens; --no-do-sample takes the likeliest"
+        "--do-sample", action=argparse.BooleanOptionalAction, help="sample tokens; --no-do-sample takes the likeliest"
     )
     group.add_argument(
-        "--temperature", type=options.between(0), metavar="X", help="higher is wilder; 0 does not sample"
+        "--temperature", type=options.between(0), metavar="X", help="higher is more random; 0 does not sample"
     )
-    group.add_argument("--top-k", type=options.at_least(1), metavar="N", help="draw from the N likeliest")
+    group.add_argument("--top-k", type=options.at_least(1), metavar="N", help="sample from the N likeliest tokens")
     share = options.between(0, 1, open_below=True)
-    group.add_argument("--top-p", type=share, metavar="X", help="draw from the likeliest that make up this probability")
-    group.add_argument("--min-p", type=options.between(0, 1), metavar="X", help="drop what is X times less likely")
     group.add_argument(
-        "--repetition-penalty", type=options.between(0, open_below=True), metavar="X", help="above 1 repeats less"
+        "--top-p", type=share, metavar="X", help="sample from the likeliest tokens that have this probability together"
     )
-    group.add_argument("--seed", type=options.at_least(0), metavar="N", help="the same seed draws the same tokens")
+    group.add_argument(
+        "--min-p",
+        type=options.between(0, 1),
+        metavar="X",
+        help="leave out tokens below X times the likeliest one's probability",
+    )
+    group.add_argument(
+        "--repetition-penalty",
+        type=options.between(0, open_below=True),
+        metavar="X",
+        help="above 1: tokens seen before become less likely",
+    )
+    group.add_argument("--seed", type=options.at_least(0), metavar="N", help="the same seed samples the same tokens")
 
 
 def sampling(args: argparse.Namespace) -> dict[str, Any]:
@@ -147,7 +160,7 @@ def run(args: argparse.Namespace) -> int:
             text=report.text,
             finish_reason=report.finish_reason,
             loop=report.loop,
-            guess_why=report.guess_why,
+            prefetch_why=report.prefetch_why,
             token_ids=report.token_ids,
             figures=report.figures(),
             plan=model.foreroute.plan,

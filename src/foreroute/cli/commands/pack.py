@@ -19,32 +19,33 @@ if TYPE_CHECKING:
 
 _EPILOG = """\
 examples:
-  foreroute pack MODEL                    beside the checkpoint: found by itself
+  foreroute pack MODEL                    beside MODEL: used automatically
   foreroute pack MODEL --out /fast/disk   use: generate ... --packed /fast/disk
   foreroute pack MODEL --quant int4       use: generate ... --packed int4
   foreroute pack MODEL --quant int4 --text book.txt   and what it costs
 
-In a checkpoint an expert is several tensors, which lie where no aligned read
-can begin. In the store it is one read, straight to where it is computed.
-The checkpoint stays as it is, and stays needed: tokenizer, config and dense
-weights are read from it. The store takes the room of all experts once more;
-that is checked first. It gets its name when it is whole, and every record
-carries a checksum.
+In a checkpoint an expert is several tensors at unaligned offsets. In the store
+it is one aligned read, straight into the slot where it is computed.
+The checkpoint is not changed, and is still needed: tokenizer, config and dense
+weights are read from it. The store takes as much disk as all experts; the free
+space is checked first. It gets its name when it is complete, and every record
+has a checksum.
 --quant int8 (a scale per row) or int4 (groups of 32; int4-g128: 128) makes the
-store 2 or 3.2 times smaller, and every read as much faster. The output changes,
-so that it is used only where it is asked for. The error printed is that of a
-layer's products, as a share of them; with --text, perplexity and bits per
-character on that text say what it does to the output, beside the model as
-stored. Computed in bfloat16, on the kind of CPU that packed it.
+store 2 or 3.2 times smaller, and every read that much faster. The output
+changes, so such a store is used only where --packed asks for it. The error
+printed is that of a layer's products, as a share of them; with --text,
+perplexity and bits per character on that text show the effect on the output,
+beside the model as stored. Computed in bfloat16, on the kind of CPU that packed
+it.
 A run that crashed or was killed is continued. Ctrl-C removes what was written,
-unless --keep-partial: then the next `pack` goes on there."""
+unless --keep-partial: then the next `pack` continues there."""
 
 
 def add_parser(commands: Any) -> None:
     """Add `pack` to the commands."""
     parser = commands.add_parser(
         "pack",
-        help="make later runs faster: one read per expert",
+        help="write experts to one file, so that later runs read faster",
         usage="foreroute pack MODEL [flags]",
         description="Write a packed store: one page-aligned record per expert.",
         epilog=_EPILOG,
@@ -60,7 +61,7 @@ def add_parser(commands: Any) -> None:
         "--resume", action=argparse.BooleanOptionalAction, default=True, help="continue a partial file (default: yes)"
     )
     parser.add_argument("--keep-partial", action="store_true", help="on Ctrl-C, keep what was written")
-    parser.add_argument("--force", action="store_true", help="pack again, even where a store is there")
+    parser.add_argument("--force", action="store_true", help="pack again, even where a store exists")
     pack_quantised.add_options(parser)
     options.add_common_options(parser)
 
@@ -83,29 +84,29 @@ def run(args: argparse.Namespace) -> int:
         quality = pack_quantised.quality_of(args, folder, sketch)
     table, name = sketch.table, store_name(args.quant or STORED)
     path = options.place_beside(folder, name, args.out, StoreError)
-    is_there, quantiser = _is_there(args, path, table), None
-    if not is_there:
+    existed, quantiser = _exists_already(args, path, table), None
+    if not existed:
         with claim_store(path) as claim:
             # Another `pack` may have finished just now.
-            is_there = _is_there(args, path, table)
-            if not is_there:
+            existed = _exists_already(args, path, table)
+            if not existed:
                 quantiser = _quantiser(args, sketch, path)
                 _pack(args, table, path, quantiser, claim)
     measured = quantiser if quantiser is not None and quantiser.is_measured else None
     store = PackedStore(path, table)
     if not args.json:
-        _tell(args, store, is_there=is_there, is_beside=path == folder / name)
+        _tell(args, store, existed=existed, is_beside=path == folder / name)
         if measured is not None:
             _tell_errors(measured)
     found = quality.price(path)
     if args.json:
-        _tell_json(args, store, measured, found, is_there=is_there, is_beside=path == folder / name)
+        _tell_json(args, store, measured, found, existed=existed, is_beside=path == folder / name)
     elif found is not None:
         pack_quantised.tell_quality(found, args.quant)
     return 0
 
 
-def _is_there(args: argparse.Namespace, path: Path, table: "ExpertTable") -> bool:
+def _exists_already(args: argparse.Namespace, path: Path, table: "ExpertTable") -> bool:
     """Whether the requested store exists already. Raises: as `_is_ours`."""
     return not args.force and _is_ours(args, path, table)
 
@@ -133,7 +134,7 @@ def _tell_errors(quantiser: "Quantiser") -> None:
     worst = max(range(len(errors)), key=errors.__getitem__)
     mean = sum(errors) / len(errors)
     console.print(
-        f"Error of a layer's products, as a share of them: {100 * mean:.2f} % on the average, "
+        f"Error of a layer's products, as a share of them: {100 * mean:.2f} % on average, "
         f"{100 * errors[worst]:.2f} % in MoE layer {worst} ({quantiser.measured} experts of each layer)."
     )
 
@@ -198,7 +199,7 @@ def _pack(
         def show(done: int, total: int) -> None:
             nonlocal is_first
             if is_first and done and not args.json:
-                console.print(f"Continuing a partial file: {done} of {total} experts are there.")
+                console.print(f"Continuing a partial file: {done} of {total} experts are done.")
             is_first = False
             bar.update(task, completed=done * table.slot_bytes)
 
@@ -213,21 +214,21 @@ def _pack(
                 claim.discard()
             claim.close()
             if partial_path(path).exists() and not args.json:
-                console.print(f"Kept {partial_path(path)}: `foreroute pack` goes on there.")
+                console.print(f"Kept {partial_path(path)}: `foreroute pack` continues there.")
             raise
 
 
-def _tell(args: argparse.Namespace, store: "PackedStore", *, is_there: bool, is_beside: bool) -> None:
+def _tell(args: argparse.Namespace, store: "PackedStore", *, existed: bool, is_beside: bool) -> None:
     path = store.path
     size = f"{store.table.total_slots} experts, {format_memory(path.stat().st_size)}"
-    if is_there:
+    if existed:
         print(f"{path} is complete and belongs to this model ({size}): nothing to do. --force packs it again.")
     else:
         print(f"Wrote {path}: {size}.")
     if args.quant is not None:
         print(f"Use it with --packed {args.quant if is_beside else path}")
         return
-    print("It is used by itself, as it lies beside the checkpoint." if is_beside else f"Use it with --packed {path}")
+    print("It is used automatically, as it is beside the checkpoint." if is_beside else f"Use it with --packed {path}")
 
 
 def _tell_json(
@@ -236,7 +237,7 @@ def _tell_json(
     quantiser: "Quantiser | None",
     quality: "dict[str, Any] | None",
     *,
-    is_there: bool,
+    existed: bool,
     is_beside: bool,
 ) -> None:
     figures.print_json(
@@ -244,7 +245,7 @@ def _tell_json(
         store_bytes=store.path.stat().st_size,
         experts=store.table.total_slots,
         codec=store.codec,
-        was_there=is_there,
+        existed=existed,
         found_automatically=is_beside and args.quant is None,
         layer_errors=None if quantiser is None else [error.relative for error in quantiser.errors],
         quality=quality,

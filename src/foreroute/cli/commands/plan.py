@@ -23,22 +23,22 @@ examples:
   foreroute plan MODEL --max-num-seqs 8 --ctx-size 8192    what serve takes
 
 the figures:
-  slots        places in memory that hold one expert each
-  one token    the experts that one token uses, over all layers. A memory that
-               holds few tokens' demand finds few experts again
+  slots        regions of memory that hold one expert each
+  one token    the experts that one token uses, over all layers. If the memory
+               holds those of few tokens, there are few hits
   in all       with --max-num-seqs, --ctx-size or --kv-tokens: the most that
                serve takes of the RAM. Working memory is this process, as
                measured, and what learning and a chunk of a prompt may take
-  guesses      the most slots that hold experts fetched on a guess
+  prefetches   the most slots that prefetched experts take before they are used
   disk         measured for one second on this model's own experts, in random
                order, read as the engine reads them
   compute      measured: one token with its experts in memory, for three seconds
                at most; where a token takes longer, from some of its layers
-  long prompt  prefill uses nearly every expert: this long it reads, once
+  long prompt  prefill uses nearly every expert: time to read them all once
   TPOT         time per output token: forecast, not measured, from disk, compute
-               and the miss rates of another model. From reads that hide
-               behind compute entirely to reads that do not hide at all
-The model is loaded for this, without its experts: no text is generated."""
+               and the miss rates of another model. The range is from reads that
+               overlap compute fully to reads that do not overlap it
+The model is loaded without its experts, and no text is generated."""
 
 # A pool that holds fewer tokens' demand than this is called small.
 _SMALL_POOL_DEMANDS = 2.0
@@ -67,9 +67,9 @@ def add_parser(commands: Any) -> None:
     """Add `plan` to the commands."""
     parser = commands.add_parser(
         "plan",
-        help="what fits, how fast it may be, what to change",
+        help="show what fits, a forecast of the speed, and what to change",
         usage="foreroute plan MODEL [flags]",
-        description="Say what fits, measure disk and CPU, forecast the time per token.",
+        description="Show what fits, measure disk and CPU, forecast the time per token.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -115,7 +115,10 @@ def find(folder: Path, args: argparse.Namespace, config: EngineConfig) -> Findin
     model = foreroute.load(folder, dtype=args.dtype, config=config)
     try:
         plan, table = model.foreroute.plan, model.foreroute.table
-        compute, kv_bytes = probes.measure_compute(model), planned_kv_bytes_per_token(model)
+        compute, kv_bytes = (
+            probes.measure_compute(model),
+            planned_kv_bytes_per_token(model, plan, model.foreroute.layers),
+        )
         # Last: what it measures grows with what has been computed.
         serving = None if context is None else requests.needs_of(model, context)
     finally:
@@ -180,7 +183,7 @@ def advice(found: Findings, model: str) -> list[str]:
     if plan.memory_bytes > found.chosen_memory_bytes and not plan.memory_was_chosen:
         hints.append(
             f"This memory, the dense weights and 2 GiB for the rest exceed the free RAM: the system may swap. "
-            f"--memory {_flag(found.chosen_memory_bytes)} would not, nor does leaving it out."
+            f"--memory {_flag(found.chosen_memory_bytes)} fits, as does leaving it out."
             if found.chosen_memory_bytes >= demand
             else f"There is too little free RAM beside the dense weights (room for {chosen}): close other programs."
         )
@@ -213,8 +216,8 @@ def advice(found: Findings, model: str) -> list[str]:
         )
     if plan.threads > plan.usable_cpus:
         hints.append(
-            f"torch has {plan.threads} threads and this process the time of {plan.usable_cpus} processors: threads "
-            f"stop each other. --threads {plan.usable_cpus} (in Python: torch.set_num_threads) has them all run."
+            f"torch has {plan.threads} threads, and this process may use {plan.usable_cpus} processors: threads block "
+            f"each other. Use --threads {plan.usable_cpus} (in Python: torch.set_num_threads)."
         )
     return hints
 
@@ -303,7 +306,7 @@ def _memory_rows(found: Findings) -> list[figures.Row]:
          f"{plan.num_slots} slots, {figures.percent(plan.resident_share)} of the experts{chosen}"),
         ("one token", format_memory(plan.token_demand_bytes),
          f"{plan.token_demand_slots} experts: the memory holds {demands:.1f} tokens' demand"),
-        ("guesses", f"{plan.staging_slots} slots", f"at most; predictor: {plan.predictor}"),
+        ("prefetches", f"{plan.staging_slots} slots", f"at most; predictor: {plan.predictor}"),
         *_serving_rows(found),
     ]  # fmt: skip
 

@@ -24,36 +24,36 @@ examples:
   foreroute replay run.jsonl --out report          plots, and report/index.html
 
 what is replayed:
-  the experts that decoding demanded, on demand alone: nobody guesses, each miss
-  is read while the token waits. Prefill is left out, as its experts pass by the
-  pool. The pool starts empty; the warm-up's tokens fill it and are not counted.
+  the experts that decoding demanded, by demand loads alone: nothing is
+  prefetched, each miss is read while the token waits. Prefill is left out, as
+  its experts only pass through the pool. The pool starts empty; the warm-up's
+  tokens fill it and are not counted.
 
-the policies:
+the eviction policies:
   lru, lfu,    the engine's own code, as --eviction chooses it
   turns
-  random       gives up any expert: what remembering nothing gives
-  static       the most used experts stay, chosen with hindsight: no fixed
-               choice does better
-  belady       gives up what is needed again last: it knows the future, and no
-               eviction reads less
-  recorded     what the engine did in the recorded run, guesses included
+  random       evicts any expert, without any memory of their use
+  static       the most used experts stay, chosen with hindsight: the best fixed
+               choice
+  belady       evicts the expert that is needed again last: it knows the future,
+               and no eviction reads less
+  recorded     what the engine did in the recorded run, with its prefetches
 
 the figures:
   hits         share of demanded experts that were in memory
-  misses       experts read per token because they were not; for the recorded
-               run without the late ones, which were on their way
+  misses       experts read per token because they were absent; in the recorded
+               run, late hits are not among them
   MB/token     read per token; x belady: as a multiple of the bound
   TPOT         ms per token, from compute as recorded (step less stall) and
-               reads at the bandwidth: from reads that hide behind compute
-               entirely to reads that do not hide at all. For the recorded run:
-               measured"""
+               reads at the bandwidth: from reads that overlap compute fully to
+               reads that do not overlap it. For the recorded run: measured"""
 
 
 def add_parser(commands: Any) -> None:
     """Add `replay` to the commands."""
     parser = commands.add_parser(
         "replay",
-        help="what other evictions and budgets would have made of a run",
+        help="simulate a recorded run with other evictions and budgets",
         usage="foreroute replay TRACE [flags]",
         description="Replay a trace without its model: tables, plots and a page.",
         epilog=_EPILOG,
@@ -148,7 +148,8 @@ def _rate(text: str) -> float:
             raise BudgetError(text)
         return float(parse_memory(text.strip().removesuffix("/s"), 1))
     except BudgetError:
-        raise TraceError(f'--bandwidth {text!r} is no speed. Write "1.5GB/s", "800MB/s" or bytes per second.') from None
+        how = 'Write "1.5GB/s", "800MB/s" or bytes per second.'
+        raise TraceError(f"--bandwidth {text!r} is not a speed. {how}") from None
 
 
 def _check_model(recording: "Recording", model: str) -> None:
@@ -199,15 +200,15 @@ def _print_run(console: "Console", report: "Report") -> None:
     rows: list[figures.Row] = [
         ("model", header.model, f"{header.num_layers} MoE layers, {header.num_experts} experts of "
          f"{format_memory(max(header.expert_bytes))} ({header.codec})"),
-        ("recorded with", f"{header.num_slots} slots", f"eviction {header.eviction}, guesses {header.prefetch}, policy "
-         f"{header.policy}"),
+        ("recorded with", f"{header.num_slots} slots", f"eviction {header.eviction}, prefetch {header.prefetch}, "
+         f"policy {header.policy}"),
         ("decode steps", f"{len(report.route.steps):,}", f"the first {report.route.warm_up:,} fill the pool and are "
          "not counted"),
         ("TPOT", figures.number(timing.step_ms, "ms"), f"compute {figures.number(timing.compute_ms)}, waiting for "
          f"bytes {figures.number(timing.stall_ms)}"),
         ("bandwidth", read, "as given" if timing.is_bandwidth_given else "of the recorded run's reads"),
         ("recall", figures.percent(report.recall), "of the demanded experts were guessed, mean over guessed layers"),
-        ("guessed reads", f"{fates.loads:,}", f"{fates.in_time:,} in time, {fates.late:,} late, {fates.later:,} "
+        ("prefetches", f"{fates.loads:,}", f"{fates.in_time:,} in time, {fates.late_hits:,} late hits, {fates.later:,} "
          f"for a later token, {fates.wasted:,} wasted, {fates.open:,} undecided; {fates.cancelled:,} more cancelled "
          "in the queue"),
     ]  # fmt: skip
@@ -241,20 +242,18 @@ def _rows(report: "Report", budget: "Budget") -> list[list[str]]:
 
 def _remarks(report: "Report") -> list[str]:
     did, remarks = report.recorded, []
-    mb = [megabytes(nbytes) for nbytes in (did.demand_bytes, did.prefetch_bytes, did.fill_bytes)]
-    share = figures.percent(did.late / max(did.demanded, 1))
+    mb = [megabytes(nbytes) for nbytes in (did.demand_bytes, did.prefetch_bytes, did.deferred_bytes)]
+    share = figures.percent(did.late_hits / max(did.demanded, 1))
     remarks.append(
-        f"The recorded run read {mb[0]} MB/token on demand, {mb[1]} on guesses and {mb[2]} afterwards; {share} of its "
-        "demand was late."
+        f"The recorded run read {mb[0]} MB/token on demand, {mb[1]} prefetched and {mb[2]} deferred; {share} of its "
+        "demanded experts were late hits."
     )
-    if did.stood_in:
-        remarks.append(
-            f"It stood in for {did.stood_in / did.tokens:.2f} experts per token; replays load what it did not."
-        )
+    if did.substituted:
+        remarks.append(f"It substituted {did.substituted / did.tokens:.2f} experts per token; replays load these too.")
     if report.left_out:
         remarks.append(f"{', '.join(report.left_out)} left out: less than one token's demand.")
     if report.recording.num_broken:
-        remarks.append(f"{report.recording.num_broken} steps were broken off and are not counted.")
+        remarks.append(f"{report.recording.num_broken} steps were interrupted and are not counted.")
     if not report.recording.is_whole:
         remarks.append(f"The trace was cut off: its {len(report.recording.steps)} whole steps are used.")
     return remarks

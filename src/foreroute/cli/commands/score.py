@@ -11,6 +11,7 @@ from foreroute.config import EngineConfig
 if TYPE_CHECKING:
     import torch
 
+    from foreroute.loading.offloaded_model import OffloadedModel
     from foreroute.prepare.score import Scores
     from foreroute.prepare.timeliness import Timeliness
 
@@ -23,7 +24,7 @@ examples:
   foreroute score MODEL --text held-out.txt --memory 25% --decode 256
 
 the figures:
-  @k, @k+2, @2k  share of the routed experts that are among so many guessed
+  @k, @k+2, @2k  share of the routed experts that are in a guess of that width
   set            share of tokens all of whose experts are among the k guessed
   missed         share of the gate weight that was not among the k guessed
   layer 0        @k of the first MoE layer, guessed from token and context
@@ -32,14 +33,14 @@ All are means over the MoE layers after the first. The oracle is the router on
 its own input and must read 100 %; random reads k / experts; shuffled is the
 best predictor's guess given to another token.
 
-Score text that nothing was fitted to."""
+Use text that nothing was fitted to."""
 
 
 def add_parser(commands: Any) -> None:
     """Add `score` to the commands."""
     parser = commands.add_parser(
         "score",
-        help="how good the guesses are, on your text",
+        help="measure how good the guesses are, on your text",
         usage="foreroute score MODEL --text FILE... [flags]",
         description="Score a model's predictors, and controls, on text.",
         epilog=_EPILOG,
@@ -53,7 +54,7 @@ def add_parser(commands: Any) -> None:
         type=options.at_least(0),
         default=0,
         metavar="N",
-        help="also continue the text by N tokens, at --memory, and count the guesses that came in time (default: 0)",
+        help="also continue the text by N tokens, at --memory, and count the prefetches that came in time (default: 0)",
     )
     parser.add_argument("--png", type=Path, metavar="FILE", help="plot recall per layer (needs matplotlib)")
     options.add_common_options(parser)
@@ -101,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _decode(model: Any, windows: "torch.Tensor", num_tokens: int, is_quiet: bool) -> "Timeliness":
+def _decode(model: "OffloadedModel", windows: "torch.Tensor", num_tokens: int, is_quiet: bool) -> "Timeliness":
     """Continue the beginnings of some windows, by `num_tokens` in all."""
     from foreroute.prepare.timeliness import timeliness
 
@@ -114,13 +115,13 @@ def _decode(model: Any, windows: "torch.Tensor", num_tokens: int, is_quiet: bool
 
 
 def _print_timeliness(timely: "Timeliness") -> None:
-    demanded = timely.resident + timely.in_time + timely.late + timely.missed
+    demanded = timely.resident + timely.in_time + timely.late_hits + timely.misses
     rows: list[figures.Row] = [
         ("decoded", f"{timely.tokens:,}", f"tokens; {demanded:,} experts demanded, {timely.resident:,} still resident"),
-        ("in time", f"{timely.in_time:,}", f"of {timely.fetched:,} experts fetched on a guess"),
-        ("late", f"{timely.late:,}", "guessed, and still on their way when they were demanded"),
-        ("wasted", f"{timely.wasted:,}", "guessed, and given up before anybody asked"),
-        ("missed", f"{timely.missed:,}", "demanded without a guess"),
+        ("in time", f"{timely.in_time:,}", f"of {timely.prefetched:,} experts prefetched"),
+        ("late hits", f"{timely.late_hits:,}", "prefetched, and still in flight when they were demanded"),
+        ("wasted", f"{timely.wasted:,}", "prefetched, and evicted before any demand"),
+        ("misses", f"{timely.misses:,}", "demanded, with no read in flight"),
     ]
     console = figures.stdout_console()
     console.print()

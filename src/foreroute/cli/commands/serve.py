@@ -28,30 +28,30 @@ examples:
 
   client = openai.OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none")
 
-It listens at once; GET /health says when the model is there. Then:
+It listens at once; GET /health says when the model is ready. Then:
   /v1/chat/completions  /v1/completions  /v1/models      OpenAI's API
   /tokenize  /detokenize  /tokenizer_info                 lm-eval's, vLLM's
   /metrics (Prometheus)  /version  /openapi.json  / (the page)
-What would change an answer and cannot be had is refused by name. Ctrl-C ends
-what is running and stops.
+A parameter that would change an answer and is not supported is refused by name.
+Ctrl-C ends running answers and stops.
 
-Others can reach it only with --host, which needs a key or --insecure. A key in
-FOREROUTE_API_KEY is not seen in the list of processes. There is no TLS: put
-a proxy in front."""
+Other machines can reach it only with --host, which needs a key or --insecure. A
+key in FOREROUTE_API_KEY does not show in the list of processes. There is no
+TLS: put a proxy in front."""
 
 
 def add_parser(commands: Any) -> None:
     """Add `serve` to the commands."""
     parser = commands.add_parser(
         "serve",
-        help="OpenAI's API for existing clients, and a page",
+        help="serve OpenAI's API, and a page that shows the engine at work",
         usage="foreroute serve MODEL [flags]",
-        description="Serve a model to the clients that speak OpenAI's API.",
+        description="Serve a model over OpenAI's API.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(run=run)
-    parser.add_argument("model", metavar="MODEL", nargs="?", help="folder of a checkpoint, or a hub id")
+    parser.add_argument("model", metavar="MODEL", nargs="?", help="folder of a checkpoint, a .gguf file, or a hub id")
     parser.add_argument("-m", "--model", dest="model_flag", metavar="MODEL", help="the same, as a flag")
     options.add_common_options(parser)
     _add_server_options(parser)
@@ -66,13 +66,13 @@ def _add_server_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--api-key", action="append", metavar="KEY", help=f"requests must bring it (default: ${KEY_VARIABLE})"
     )
-    group.add_argument("--insecure", action="store_true", help="let others come without a key")
+    group.add_argument("--insecure", action="store_true", help="accept other machines without a key")
     group.add_argument(
         "--served-model-name", nargs="+", metavar="NAME", help="names that requests may use (default: the folder's)"
     )
     group.add_argument(
         "--allowed-host", action="append", default=[], metavar="NAME[:PORT]",
-        help="a name, and a port that is not 80 or 443, that a proxy is reached by (again for another)",
+        help="name under which a proxy is reached, with its port unless that is 80 or 443 (repeat for others)",
     )  # fmt: skip
     group.add_argument("--no-ui", action="store_true", help="no page at /")
     group = parser.add_argument_group("requests")
@@ -82,10 +82,10 @@ def _add_server_options(parser: argparse.ArgumentParser) -> None:
         help="requests that may wait their turn; further ones get 429 (default: 64)",
     )  # fmt: skip
     group.add_argument(
-        "--temperature", type=options.between(0, 2), metavar="X", help="where a request has none (default: the model's)"
+        "--temperature", type=options.between(0, 2), metavar="X", help="for requests without one (default: the model's)"
     )
     group.add_argument(
-        "--seed", type=options.at_least(0), metavar="N", help="where a request has none (default: chance)"
+        "--seed", type=options.at_least(0), metavar="N", help="for requests without one (default: random)"
     )
 
 

@@ -50,9 +50,9 @@ the reference:
               Taken when the model fits the free RAM. Equal bits prove that
               exact mode changes nothing at all
   on-demand   every expert read from the checkpoint's own files each time it is
-              needed, nothing kept, nothing guessed. Equal bits prove that
-              cache, eviction, guesses and packed store change nothing; that the
-              maths is transformers' own is tested at load, on random numbers
+              needed, nothing kept, nothing prefetched. Equal bits prove that
+              cache, eviction, prefetches and packed store change nothing; that
+              the maths is transformers' own is tested at load
 A difference is named: prompt, step, MoE layer; then the expert whose slot held
 other bytes than the checkpoint, or the dense tensor that has other values.
 
@@ -63,7 +63,7 @@ def add_parser(commands: Any) -> None:
     """Add `verify` to the commands."""
     parser = commands.add_parser(
         "verify",
-        help="prove that your model gives the same bits",
+        help="check that your model gives the same bits as the resident one",
         usage="foreroute verify MODEL [flags]",
         description="Compare a model run from disk with the whole model, bit for bit.",
         epilog=_EPILOG,
@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the command; return its exit code."""
     config = options.engine_config(args)
     if getattr(args, "policy", "exact") != "exact":
-        raise ForerouteError("verify holds exact mode against its reference. Leave --policy out.")
+        raise ForerouteError("verify compares exact mode with its reference. Leave --policy out.")
     texts = read_prompts(args.prompts)
     folder = options.find_model(args)
     options.quiet_libraries(args)
@@ -209,8 +209,7 @@ def _plan(folder: Path, dtype: str, config: EngineConfig) -> Plan:
 
     model = foreroute.load(folder, dtype=dtype, config=config)
     model.foreroute.close()
-    plan: Plan = model.foreroute.plan
-    return plan
+    return model.foreroute.plan
 
 
 def _complaints(outcome: _Outcome) -> list[str]:
@@ -220,7 +219,7 @@ def _complaints(outcome: _Outcome) -> list[str]:
     if plan.num_slots < plan.total_slots and not stats.evictions:
         complaints.append("But no expert was evicted: this run proves little. Take less --memory or more --tokens.")
     if plan.staging_slots and plan.math != "family" and not stats.prefetch_used:
-        complaints.append("But no guess was used: this run proves little. Take more --tokens.")
+        complaints.append("But no prefetch was used: this run proves little. Take more --tokens.")
     return complaints
 
 
@@ -247,8 +246,8 @@ def _account(outcome: _Outcome, num_prompts: int) -> list[figures.Row]:
         ("reference", outcome.reference.kind, f"{kinds[outcome.reference.kind]}, {plan.compute_dtype}"),
         ("engine", f"{plan.num_slots} of {plan.total_slots} experts fit",
          f"{format_memory(plan.pool_bytes)}, read from {sources[plan.source]}"),
-        ("evictions", f"{stats.evictions:,}", "experts that gave way to others"),
-        ("prefetches used", f"{stats.prefetch_used:,}", "experts that were guessed and then needed"),
+        ("evictions", f"{stats.evictions:,}", "experts that lost their place in memory"),
+        ("prefetches used", f"{stats.prefetch_used:,}", "experts that were prefetched and then demanded"),
         ("compared", f"{verdict.layers_compared:,} MoE layers",
          f"in {verdict.tokens:,} steps, after {num_prompts} {'prompt' if num_prompts == 1 else 'prompts'}"),
         ("tokens", f"{verdict.same_tokens:,} of {verdict.tokens:,}", "the same"),
@@ -280,6 +279,6 @@ def _proof(kind: str) -> str:
     if kind == "resident":
         return "Exact mode gives what transformers gives with every expert in memory."
     return (
-        "Cache, eviction, guesses and packed store change nothing. That the maths is transformers' own was tested at "
-        "load; --reference resident would prove it, in enough RAM."
+        "Cache, eviction, prefetches and packed store change nothing. That the maths is transformers' own was tested "
+        "at load; --reference resident would prove it, in enough RAM."
     )

@@ -64,15 +64,12 @@ def experts(
     slots: torch.Tensor,
     weights: torch.Tensor,
     pool: torch.Tensor,
-    stood_in: torch.Tensor | None = None,
-    vectors: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Compute the weighted sum [tokens, hidden] of routed experts of this `form`.
 
     Args:
         hidden: [tokens, hidden]. ids, slots, weights: [tokens, k]; a slot < 0 contributes nothing.
         pool: uint8 [num_slots, slot_bytes].
-        stood_in: int32 [tokens, k]: experts to substitute by `vectors` [experts, hidden], -1 elsewhere.
     """
     total = torch.zeros_like(hidden)
     for token in range(len(hidden)):
@@ -80,11 +77,7 @@ def experts(
             slot = int(slots[token, at])
             if slot >= 0:
                 row = _expert(form, hidden[token : token + 1], pool[slot])[0]
-            elif stood_in is not None and vectors is not None and stood_in[token, at] >= 0:
-                row = vectors[int(stood_in[token, at])].to(hidden.dtype)
-            else:
-                continue
-            total[token] += (row * weights[token, at]).to(hidden.dtype)
+                total[token] += (row * weights[token, at]).to(hidden.dtype)
     return total
 
 

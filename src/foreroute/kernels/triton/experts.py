@@ -180,8 +180,7 @@ def down_kernel(
 
 @triton.jit
 def sum_kernel(
-    outputs, ids, slots, weights, stood_in, vectors, out, top_k, width,
-    STANDS_IN: tl.constexpr, CHOICES: tl.constexpr, COLS: tl.constexpr,
+    outputs, ids, slots, weights, out, top_k, width, CHOICES: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """Compute a token's weighted sum in ascending expert id, rounded after each expert."""
     DTYPE: tl.constexpr = out.dtype.element_ty
@@ -198,11 +197,6 @@ def sum_kernel(
         slot = tl.load(slots + pair)
         weight = tl.load(weights + pair).to(tl.float32)
         value = tl.load(outputs + pair * width + col, col < tl.where(slot >= 0, width, 0), 0.0).to(tl.float32)
-        if STANDS_IN:
-            expert = tl.load(stood_in + pair)
-            at = expert.to(tl.int64) * width + col
-            vector = tl.load(vectors + at, col < tl.where((slot < 0) & (expert >= 0), width, 0), 0.0)
-            value += _rounded(vector, DTYPE)
         total = _rounded(total + _rounded(value * weight, DTYPE), DTYPE)
     tl.store(out + token * width + col, total.to(DTYPE), col < width)
 
@@ -214,8 +208,6 @@ def experts(
     slots: torch.Tensor,
     weights: torch.Tensor,
     pool: torch.Tensor,
-    stood_in: torch.Tensor | None = None,
-    vectors: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `expert_form.experts`. hidden: [tokens, hidden]. ids, slots, weights: [tokens, k]."""
     num_tokens, top_k = ids.shape
@@ -238,11 +230,9 @@ def experts(
         inner, slots, outputs, *_parts(form.down, pool), num_tokens, top_k, form.down.rows, form.down.cols,
         **_kind(form.down), COLS=_columns(form.down, is_dot), **tile,
     )  # fmt: skip
-    stands_in = stood_in is not None and vectors is not None
     sum_kernel[(num_tokens, triton.cdiv(form.down.rows, _SUM_COLUMNS))](
-        outputs, ids.contiguous(), slots, weights.contiguous(), stood_in if stands_in else slots,
-        vectors if stands_in else outputs, total, top_k, form.down.rows,
-        STANDS_IN=stands_in, CHOICES=choices, COLS=_SUM_COLUMNS, num_warps=2,
+        outputs, ids.contiguous(), slots, weights.contiguous(), total, top_k, form.down.rows,
+        CHOICES=choices, COLS=_SUM_COLUMNS, num_warps=2,
     )  # fmt: skip
     return total
 

@@ -39,9 +39,9 @@ def check_sizes(settings: Mapping[str, Any], source: Path) -> None:
                 waiting.append(value)
             # Other types of values are left to the config's own class.
             elif type(value) is int and _LAYERS.fullmatch(name) and not -1 <= value <= _MOST_LAYERS:
-                raise CheckpointError(f"{source}: {name} is {value}; no model has so many layers.")
+                raise CheckpointError(f"{source}: {name} is {value}; no model has that many layers.")
             elif type(value) is int and _is_of_experts(name) and not -1 <= value <= _MOST_EXPERTS:
-                raise CheckpointError(f"{source}: {name} is {value}; no model has so many experts.")
+                raise CheckpointError(f"{source}: {name} is {value}; no model has that many experts.")
 
 
 def _is_of_experts(name: str) -> bool:

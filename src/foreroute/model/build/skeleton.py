@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from foreroute.checkpoint.gguf_families import dense_names, gguf_layer
 from foreroute.checkpoint.gguf_file import GgufIndex, is_gguf
@@ -82,7 +83,7 @@ def outline(folder: Path, index: CheckpointIndex) -> Outline:
     """Build the model of `folder` on the meta device, and map its experts to the bytes of `index`.
 
     Raises:
-        UnsupportedModelError: the model is dense, its experts cannot be replaced, or it is no causal language model.
+        UnsupportedModelError: the model is dense, its experts cannot be replaced, or it is not a causal language model.
         CorruptCheckpointError: expert tensors are absent, or their shapes differ from the config.
     """
     if isinstance(index, GgufIndex):
@@ -148,7 +149,7 @@ def _outline_gguf(index: GgufIndex) -> Outline:
 
 def load_skeleton(
     folder: Path, sketch: Outline, dtype: torch.dtype | str, blocks: DenseBlocks | None = None, **kwargs: Any
-) -> nn.Module:
+) -> PreTrainedModel:
     """Load everything but the experts of `sketch` with transformers' `from_pretrained`, from its files in `folder`.
 
     Args:
@@ -255,7 +256,7 @@ def auto_class(folder: Path, config: Any) -> Any:
         if type(config) in found._model_mapping and issubclass(_candidate(found, config), GenerationMixin):
             return found
     raise UnsupportedModelError(
-        f"{folder}: {config.model_type} is no causal language model in transformers; foreroute runs those only."
+        f"{folder}: {config.model_type} is not a causal language model in transformers; foreroute runs those only."
     )
 
 

@@ -89,7 +89,7 @@ class Answers:
             index, event = await self._events.get()
             if isinstance(event, Finished):
                 _, clock = self._open.pop(index)
-                clock.finished(event.reason, event.prompt_tokens, event.completion_tokens)
+                clock.finished(event.reason, event.prompt_tokens)
                 if event.reason not in ("stop", "length"):
                     what = event.error or f"The answer was ended: {event.reason}."
                     status = 503 if event.reason == "cancelled" else 500
@@ -239,5 +239,5 @@ def _bias(asked: dict[str, float], most: int) -> dict[int, float]:
         raise not_possible("logit_bias", "The values of logit_bias must be within -100 and 100.")
     bias = {int(name): value for name, value in asked.items()}
     if len(bias) < len(asked):
-        raise not_possible("logit_bias", "logit_bias has a token more than once (a leading 0 is no other token).")
+        raise not_possible("logit_bias", "logit_bias has a token more than once (leading zeros do not count).")
     return bias

@@ -110,7 +110,7 @@ class ResponseFormat(_Strict):
     def _name_the_others(cls, given: Any) -> Any:
         kind = given.get("type") if isinstance(given, dict) else None
         if kind in ("json_object", "json_schema"):
-            raise not_supported("response_format", f"response_format {kind} cannot be had: answers are free text.")
+            raise not_supported("response_format", f"response_format {kind} is not supported: answers are free text.")
         return given
 
 

@@ -8,7 +8,7 @@ const EXAMPLES = ["Once upon a time", "What is 7 + 8?", "Tell me about the sea."
 export class Chat {
   constructor() {
     this.turns = [];
-    this.isChat = true; // false: the model has no chat template, and goes on with a text
+    this.isChat = true; // false: the model has no chat template, and continues a text
     this.model = null;
     this.going = null;
     this.talk = document.getElementById("talk");
@@ -37,7 +37,7 @@ export class Chat {
   /** The model has no chat template: say so. */
   plain() {
     this.isChat = false;
-    this.text.placeholder = "A text for the model to go on with";
+    this.text.placeholder = "A text for the model to continue";
     this.welcome.querySelector(".lead").textContent = "Begin a text.";
   }
 
@@ -130,7 +130,7 @@ export class Chat {
     return this.model;
   }
 
-  /** Keep the end in sight, unless somebody reads further up. */
+  /** Scroll to the end, unless the reader has scrolled up. */
   follow() {
     const left = this.talk.scrollHeight - this.talk.scrollTop - this.talk.clientHeight;
     if (left < 80) this.talk.scrollTop = this.talk.scrollHeight;

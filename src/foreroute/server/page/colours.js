@@ -1,7 +1,7 @@
 // The colours of style.css for the pictures, and canvases that are as sharp as the screen.
 
-const NAMES = ["ink", "soft", "line", "panel", "ground", "absent", "resident", "there", "in_time", "late", "missing", "pending",
-  "wasted", "stood_in", "other"];
+const NAMES = ["ink", "soft", "line", "panel", "ground", "absent", "resident", "hits", "in_time", "late_hits", "misses", "pending",
+  "wasted", "substituted", "other"];
 let colours = null;
 const dark = matchMedia("(prefers-color-scheme: dark)");
 

@@ -55,7 +55,7 @@ export async function* events(answer) {
   }
 }
 
-/** Watch the engine while the page is seen: `on` has hello(data), step(data) and lost(). Nobody watches a hidden page. */
+/** Watch the engine while the page is visible: `on` has hello(data), step(data) and lost(). */
 export function watch(on) {
   let stop = null, pause = 500;
   async function run(signal) {

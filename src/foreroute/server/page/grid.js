@@ -2,20 +2,20 @@
 
 import { context, onTheme, palette } from "./colours.js";
 
-const ABSENT = 0, COMING = 1, RESIDENT = 2, GUESSED = 3;
-const KINDS = ["there", "in_time", "late", "missing", "stood_in", "wasted"];
+const ABSENT = 0, RESIDENT = 2;
+const KINDS = ["hits", "in_time", "late_hits", "misses", "substituted", "wasted"];
 // How strongly a mark is shown, by its age in pictures.
 const FADE = [1, 0.5, 0.26, 0.13];
 const GUTTER = 26, TALLEST = 430, LARGEST = 22, SMALLEST = 3;
 const WORDS = {
-  there: "the last token asked for it, and it was there",
-  in_time: "it had been guessed, and was there in time",
-  late: "it had been guessed, but came late: the token waited for the rest of it",
-  missing: "the last token asked for it, and waited until it was read",
-  stood_in: "the last token asked for it, and did not wait: an estimate stood in for it",
-  wasted: "it had been read on a guess, and was given up before anybody asked for it",
+  hits: "the last token used it: a hit",
+  in_time: "the last token used it: a hit, prefetched in time",
+  late_hits: "the last token used it: a late hit, which waited for the rest of the prefetch",
+  misses: "the last token used it: a miss, which waited for the whole read",
+  substituted: "the last token did not wait for it: a default vector was its substitute",
+  wasted: "it had been prefetched, and was evicted before any token used it",
 };
-const STATES = ["on disk", "being read", "in memory", "in memory on a guess, not asked for yet"];
+const STATES = ["on disk", "being read", "in memory", "in memory, prefetched and not used yet"];
 const still = matchMedia("(prefers-reduced-motion: reduce)");
 
 /** One square of kind `mark` at (x, y), `size` wide. */
@@ -43,7 +43,7 @@ export function square(pen, mark, x, y, size, colours) {
   }
   fill(mark);
   if (!isLarge) return;
-  // A shape each, so that nobody needs the colours.
+  // A shape each, so that they can be told apart without colours.
   const middle = size / 2, reach = size / 5;
   pen.strokeStyle = pen.fillStyle = colours.panel;
   pen.lineWidth = Math.max(1.4, size / 9);
@@ -53,18 +53,18 @@ export function square(pen, mark, x, y, size, colours) {
     pen.lineTo(x + middle - reach * 0.25, y + middle + reach * 0.8);
     pen.lineTo(x + middle + reach, y + middle - reach * 0.75);
     pen.stroke();
-  } else if (mark === "late") {
+  } else if (mark === "late_hits") {
     pen.moveTo(x + middle, y + middle - reach);
     pen.lineTo(x + middle, y + middle);
     pen.lineTo(x + middle + reach * 0.9, y + middle);
     pen.stroke();
-  } else if (mark === "missing") {
+  } else if (mark === "misses") {
     pen.moveTo(x + middle - reach, y + middle - reach);
     pen.lineTo(x + middle + reach, y + middle + reach);
     pen.moveTo(x + middle + reach, y + middle - reach);
     pen.lineTo(x + middle - reach, y + middle + reach);
     pen.stroke();
-  } else if (mark === "stood_in") {
+  } else if (mark === "substituted") {
     pen.fillRect(x + middle - reach, y + middle - 1, reach * 2, 2);
   }
 }
@@ -123,8 +123,8 @@ export class Grid {
       for (const [layer, expert] of step.wasted) if (this.states[layer * this.perLayer + expert] === ABSENT) this.mark(layer, expert, "wasted");
     }
     this.draw();
-    const there = this.states.reduce((sum, state) => sum + (state >= RESIDENT), 0);
-    this.canvas.setAttribute("aria-label", `${there} of ${this.widths.reduce((sum, width) => sum + width, 0)} experts are in memory`);
+    const resident = this.states.reduce((sum, state) => sum + (state >= RESIDENT), 0);
+    this.canvas.setAttribute("aria-label", `${resident} of ${this.widths.reduce((sum, width) => sum + width, 0)} experts are in memory`);
     if (this.cursor) this.tell();
   }
 

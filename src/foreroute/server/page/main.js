@@ -26,7 +26,7 @@ watch({
       timeline.show(picture.step);
       const sum = counts(picture.step);
       for (const [kind, count] of Object.entries(sum)) document.getElementById(`n-${kind}`).textContent = count;
-      if (sum.stood_in) document.getElementById("li-stood_in").hidden = false;
+      if (sum.substituted) document.getElementById("li-substituted").hidden = false;
     }
     if (picture.is_busy && picture.step) caption.step(picture);
     else caption.idle(about, grid.states.reduce((sum, state) => sum + (state >= 2), 0));
@@ -42,9 +42,9 @@ function explain(hello) {
     `The model is made of ${hello.total_slots} experts in ${layers} layers. A token, a piece of a word, needs only ${k} in each; memory holds ${hello.num_slots}, the others lie on disk.`;
   if (hello.policy !== "exact") {
     document.getElementById("why-3").textContent =
-      `A right guess saves a wait. Under the policy "${hello.policy}" a token does not wait for everything: for what is missing an estimate stands in, so answers may differ.`;
+      `A right guess saves a wait. Under the policy "${hello.policy}" a token does not wait for every missing expert: default vectors are substituted, so answers may differ.`;
   }
-  if (hello.guesses === "none") document.getElementById("guess-what").textContent = "are switched off";
+  if (hello.predictor === "none") document.getElementById("prefetch-what").textContent = "are switched off";
 }
 
 function megabytes(bytes) {

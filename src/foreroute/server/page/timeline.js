@@ -3,8 +3,8 @@
 import { context, onTheme, palette } from "./colours.js";
 
 const LANE = 22, READ = 11, GAP = 7, AXIS = 20, LABEL = 68;
-const [DEMAND, GUESS] = [0, 1];
-const READS = ["read on demand", "read on a guess", "read for later"];
+const [DEMAND, PREFETCH] = [0, 1];
+const READS = ["demand load", "prefetch", "deferred load"];
 
 export class Timeline {
   constructor() {
@@ -27,9 +27,9 @@ export class Timeline {
   say() {
     const step = this.step, end = endOf(step);
     const waited = step.layers.reduce((sum, layer) => sum + layer.waits.reduce((all, [from, to]) => all + to - from, 0), 0);
-    const guessed = step.reads.filter((read) => read[2] === GUESS).length;
+    const prefetches = step.reads.filter((read) => read[2] === PREFETCH).length;
     const what = step.phase === "prefill" ? `The prompt, ${step.positions} tokens at once: ` : step.rows > 1 ? `A token for each of ${step.rows} answers: ` : "";
-    this.words.textContent = `${what}${number(end)} ms, of which ${number(waited)} ms waiting; ${step.reads.length} reads, ${guessed} of them on a guess.`;
+    this.words.textContent = `${what}${number(end)} ms, of which ${number(waited)} ms waiting; ${step.reads.length} reads, ${prefetches} of them prefetches.`;
   }
 
   draw() {
@@ -37,7 +37,7 @@ export class Timeline {
     if (!width) return;
     const narrow = width < 480, left = narrow ? 0 : LABEL, step = this.step;
     const lanes = step ? stacked(step.reads.filter((read) => read[4] > 0 && read[3] < endOf(step))) : [];
-    const rows = [GUESS, DEMAND].map((why) => Math.max(1, ...lanes.filter((read) => isOf(read, why)).map((read) => read.lane + 1)));
+    const rows = [PREFETCH, DEMAND].map((why) => Math.max(1, ...lanes.filter((read) => isOf(read, why)).map((read) => read.lane + 1)));
     const head = narrow ? 15 : 0;
     const tops = [head, head + LANE + GAP + head, 0];
     tops[2] = tops[1] + rows[0] * READ + GAP + head;
@@ -47,7 +47,7 @@ export class Timeline {
     pen.textBaseline = "middle";
     pen.textAlign = "left";
     pen.fillStyle = colours.soft;
-    const names = narrow ? ["compute", "reads on a guess", "reads on demand"] : ["compute", "guessed", "demanded"];
+    const names = ["compute", "prefetches", narrow ? "demand loads" : "demand"];
     const heights = [LANE, rows[0] * READ, rows[1] * READ];
     names.forEach((name, at) => pen.fillText(name, 0, narrow ? tops[at] - 7 : tops[at] + heights[at] / 2));
     heights.forEach((tall, at) => { pen.fillStyle = colours.absent; pen.globalAlpha = 0.6; pen.fillRect(left, tops[at], width - left, tall); pen.globalAlpha = 1; });
@@ -56,8 +56,8 @@ export class Timeline {
     this.axis(pen, colours, x, end, bottom, height);
     this.compute(pen, colours, x, end, tops[0], bottom);
     for (const read of lanes) {
-      const [, , why, from, to] = read, top = why === GUESS ? tops[1] : tops[2];
-      pen.fillStyle = why === GUESS ? colours.in_time : colours.missing;
+      const [, , why, from, to] = read, top = why === PREFETCH ? tops[1] : tops[2];
+      pen.fillStyle = why === PREFETCH ? colours.in_time : colours.misses;
       pen.fillRect(x(from), top + read.lane * READ + 1, Math.max(1.5, x(to) - x(from) - 0.5), READ - 2);
     }
     this.say();
@@ -69,7 +69,7 @@ export class Timeline {
     pen.fillRect(x(0), top, x(end) - x(0), LANE);
     const layers = this.step.layers, every = Math.ceil((layers.length * 20) / (x(end) - x(0)));
     for (const layer of layers) {
-      pen.fillStyle = colours.there;
+      pen.fillStyle = colours.hits;
       pen.fillRect(x(layer.t), top, Math.max(1, x(layer.end) - x(layer.t)), LANE);
       for (const [from, to] of layer.waits) hatch(pen, colours, x(from), top, x(to) - x(from), LANE);
       // Where a layer begins, down through the reads: what ran under it is seen.
@@ -99,14 +99,14 @@ export class Timeline {
 }
 
 function isOf(read, why) {
-  return why === GUESS ? read[2] === GUESS : read[2] !== GUESS;
+  return why === PREFETCH ? read[2] === PREFETCH : read[2] !== PREFETCH;
 }
 
 /** Reads that run at the same time lie under each other: their `lane`. */
 function stacked(reads) {
   const ends = { true: [], false: [] };
   return [...reads].sort((one, two) => one[3] - two[3]).map((read) => {
-    const busy = ends[read[2] === GUESS];
+    const busy = ends[read[2] === PREFETCH];
     let lane = busy.findIndex((end) => end <= read[3] + 1e-6);
     if (lane < 0) lane = Math.min(busy.length, 2);
     busy[lane] = read[4];
@@ -135,7 +135,7 @@ function hatch(pen, colours, x, y, width, height) {
   pen.clip();
   pen.fillStyle = colours.panel;
   pen.fillRect(x, y, width, height);
-  pen.strokeStyle = colours.missing;
+  pen.strokeStyle = colours.misses;
   pen.lineWidth = 2;
   pen.beginPath();
   for (let at = x - height; at < x + width; at += 6) {

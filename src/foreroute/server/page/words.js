@@ -27,14 +27,14 @@ export class Figures {
     if (this.seen.length < 2) return;
     const first = this.seen[0].counts, newest = this.seen[this.seen.length - 1].counts;
     const grown = (name) => newest[name] - first[name], tokens = grown("tokens");
-    const demanded = grown("hits") + grown("late") + grown("misses") + grown("stood_in");
+    const demanded = grown("hits") + grown("late_hits") + grown("misses") + grown("substituted");
     put("hit-rate", demanded ? number((100 * grown("hits")) / demanded) : "–", "%");
-    put("read-mb", tokens ? number((grown("demand_bytes") + grown("prefetch_bytes") + grown("fill_bytes")) / tokens / 1e6) : "–", "MB/token");
+    put("read-mb", tokens ? number((grown("demand_bytes") + grown("prefetch_bytes") + grown("deferred_bytes")) / tokens / 1e6) : "–", "MB/token");
     put("stall-ms", tokens ? number((1e3 * grown("stall_s")) / tokens) : "–", "ms/token");
     if (grown("timed_steps") > 0) put("tpot-ms", number((1e3 * grown("timed_s")) / grown("timed_steps")), "ms");
     const settled = grown("prefetch_used") + grown("prefetch_wasted");
-    if (picture.guess_share === 0 && !settled) put("guess-rate", "off", "");
-    else put("guess-rate", settled ? number((100 * grown("prefetch_used")) / settled) : "–", settled ? "%" : "");
+    if (picture.prefetch_share === 0 && !settled) put("prefetch-rate", "off", "");
+    else put("prefetch-rate", settled ? number((100 * grown("prefetch_used")) / settled) : "–", settled ? "%" : "");
   }
 }
 
@@ -65,31 +65,31 @@ export class Caption {
     }));
   }
 
-  idle(hello, there) {
-    this.show("idle", there ? ["Nothing is computed now. ", there, " of ", hello.total_slots, " experts are in memory, those that were of use last. Say something, and watch which ones it takes."]
+  idle(hello, resident) {
+    this.show("idle", resident ? ["Nothing is computed now. ", resident, " of ", hello.total_slots, " experts are in memory, those that were of use last. Say something, and watch which ones it takes."]
       : ["Nothing is computed now, and memory is still empty. Say something, and watch the experts come."]);
   }
 
   step(picture) {
     const step = picture.step, sum = counts(step);
-    const asked = sum.there + sum.in_time + sum.late + sum.missing + sum.stood_in;
+    const asked = sum.hits + sum.in_time + sum.late_hits + sum.misses + sum.substituted;
     if (step.phase === "prefill") {
       this.show("prefill", ["Reading the prompt: ", step.positions, step.positions === 1 ? " token asks" : " tokens at once ask", " for many of the experts, so they pass by one after the other."]);
       return;
     }
-    const first = [step.rows > 1 ? `${step.rows} answers asked for ` : "This token asked for ", asked, " experts: ", sum.there, " were there"];
-    const guessed = sum.in_time ? [", ", sum.in_time, " came in time because they had been guessed"] : [];
-    const late = sum.late ? [", ", sum.late, " guessed ones came late"] : [];
-    const stood = sum.stood_in ? [", ", sum.stood_in, " were replaced by an estimate"] : [];
-    const missing = sum.missing ? [sum.late || sum.in_time ? ", and for " : ", for ", sum.missing, " it waited."] : [". It waited for nothing else."];
-    const off = picture.guess_share === 0 ? " Guessing is off now: it was measured to be quicker so on this machine." : "";
-    this.show(picture.guess_share === 0 ? "off" : "decode", [...first, ...guessed, ...late, ...stood, ...missing, off]);
+    const first = [step.rows > 1 ? `${step.rows} answers asked for ` : "This token asked for ", asked, " experts: ", sum.hits, " were in memory"];
+    const inTime = sum.in_time ? [", ", sum.in_time, " had been prefetched in time"] : [];
+    const late = sum.late_hits ? [", ", sum.late_hits, " were late hits"] : [];
+    const substituted = sum.substituted ? [", ", sum.substituted, " were substituted by default vectors"] : [];
+    const misses = sum.misses ? [sum.late_hits || sum.in_time ? ", and for " : ", for ", sum.misses, " it waited."] : [". It waited for nothing else."];
+    const off = picture.prefetch_share === 0 ? " Prefetch is off now: decoding without it was measured to be faster on this machine." : "";
+    this.show(picture.prefetch_share === 0 ? "off" : "decode", [...first, ...inTime, ...late, ...substituted, ...misses, off]);
   }
 }
 
 /** How many experts of each kind a step asked for. */
 export function counts(step) {
-  const kinds = ["there", "in_time", "late", "missing", "stood_in"];
+  const kinds = ["hits", "in_time", "late_hits", "misses", "substituted"];
   const sum = Object.fromEntries(kinds.map((kind) => [kind, step.layers.reduce((all, layer) => all + layer[kind].length, 0)]));
   return { ...sum, wasted: step.wasted.length };
 }

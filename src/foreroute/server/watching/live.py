@@ -30,8 +30,8 @@ _EXAMPLES = {"foreroute-tiny": ("4735 + 281", "Sort: 31 12 87 45 60", "def read_
 _as_json = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
 _COUNTS = tuple(field.name for field in fields(PhaseStats))
 # Two bits per expert.
-_ABSENT, _ON_ITS_WAY, _THERE, _GUESSED = range(4)
-_CODE_OF = {FREE: _ABSENT, LOADING: _ON_ITS_WAY, READY: _THERE, PINNED: _THERE}
+_ABSENT, _LOADING, _RESIDENT, _PREFETCHED = range(4)
+_CODE_OF = {FREE: _ABSENT, LOADING: _LOADING, READY: _RESIDENT, PINNED: _RESIDENT}
 
 
 class LiveFeed:
@@ -114,7 +114,7 @@ class LiveFeed:
             "num_slots": plan.num_slots,
             "total_slots": plan.total_slots,
             "memory_bytes": plan.memory_bytes,
-            "guesses": plan.predictor if plan.staging_slots else "none",
+            "predictor": plan.predictor if plan.staging_slots else "none",
             "policy": self._policy(),
             "has_chat": self._has_chat,
             "examples": list(_EXAMPLES.get(self._model.rstrip("/").rsplit("/", 1)[-1], ())),
@@ -152,7 +152,7 @@ class LiveFeed:
                 "timed_steps": recorder.timed_steps,
                 "timed_s": round(recorder.timed_s, 6),
             },
-            "guess_share": prefetcher.share if prefetcher.predictor is not None else 0.0,
+            "prefetch_share": prefetcher.share if prefetcher.predictor is not None else 0.0,
             "policy": self._policy(),
         }
         if step is not None:
@@ -165,8 +165,8 @@ class LiveFeed:
         codes = bytearray(map(_CODE_OF.__getitem__, map(residency.state, range(residency.num_keys))))
         # `list` copies a dict's keys atomically: the engine's thread cannot interrupt it.
         for key in list(residency.prefetched_ready):
-            if codes[key] == _THERE:
-                codes[key] = _GUESSED
+            if codes[key] == _RESIDENT:
+                codes[key] = _PREFETCHED
         codes += bytes(-len(codes) % 4)
         # Shifted codes stay within their bytes, so all bytes are shifted at once.
         packed = sum(int.from_bytes(codes[place::4], "little") << 2 * place for place in range(4))
@@ -187,14 +187,15 @@ def _step(step: StepRecord, keys_per_layer: int, state: Callable[[int], int]) ->
     def spans(times: Sequence[tuple[float, float]]) -> list[list[float]]:
         return [[ms(began), ms(ended)] for began, ended in times]
 
-    told = digest(step, state)
+    digested = digest(step, state)
     layers = [
         {
             "layer": one.layer, "t": ms(one.began_s), "end": ms(one.ended_s), "waits": spans(one.waits),
-            "there": experts(one.found, but=in_time), "in_time": experts(in_time), "late": experts(one.late),
-            "missing": experts(one.missing), "stood_in": experts(one.stood_in),
+            # "hits" without those that a prefetch brought in time.
+            "hits": experts(one.hits, but=in_time), "in_time": experts(in_time), "late_hits": experts(one.late_hits),
+            "misses": experts(one.misses), "substituted": experts(one.substituted),
         }
-        for one, in_time in zip(told.layers, told.in_time, strict=True)
+        for one, in_time in zip(digested.layers, digested.in_time, strict=True)
     ]  # fmt: skip
     return {
         "number": step.number,
@@ -204,8 +205,10 @@ def _step(step: StepRecord, keys_per_layer: int, state: Callable[[int], int]) ->
         "end": ms(step.ended_s) if step.ended_s else None,
         "layers": layers,
         "guesses": {str(layer): list(guessed) for layer, guessed in list(step.guesses)},
-        "reads": [[*divmod(key, keys_per_layer), why, ms(began), ms(ended)] for key, why, began, ended in told.reads],
-        "wasted": [list(divmod(key, keys_per_layer)) for key in told.wasted],
+        "reads": [
+            [*divmod(key, keys_per_layer), why, ms(began), ms(ended)] for key, why, began, ended in digested.reads
+        ],
+        "wasted": [list(divmod(key, keys_per_layer)) for key in digested.wasted],
     }
 
 

@@ -81,8 +81,8 @@ class RequestClock:
         self._tokens += 1
         self._metrics.generation_tokens.inc()
 
-    def finished(self, reason: str, prompt_tokens: int, completion_tokens: int) -> None:
-        """Record an end with `reason`, after prompt_tokens and completion_tokens."""
+    def finished(self, reason: str, prompt_tokens: int) -> None:
+        """Record an end with `reason`, after prompt_tokens."""
         self._metrics.prompt_tokens.inc(prompt_tokens)
         self._end(reason if reason in ("stop", "length") else "abort")
 
@@ -113,7 +113,7 @@ class _EngineCollector(Collector):
         share = state.kv_blocks_used / state.kv_blocks if state.kv_blocks else 0.0
         yield GaugeMetricFamily("foreroute_kv_cache_usage_perc", "KV cache in use, 0 to 1.", share)
         if loaded.model is not None:
-            yield from expert_metrics(loaded.model.foreroute.engine.pool)
+            yield from expert_metrics(loaded.model.foreroute.host_engine.pool)
 
     def describe(self) -> list[Metric]:
         """Return nothing: the registry must not read the engine just to learn the names."""
@@ -132,19 +132,20 @@ def expert_metrics(pool: ExpertPool) -> Iterator[Metric]:
         return sum(getattr(phase, name) for phase in phases)
 
     counts = {
-        "cache_hits": ("Demanded experts that were in memory.", total("hits")),
-        "cache_late": ("Demanded experts that were on their way, guessed: the rest was waited for.", total("late")),
+        "cache_hits": ("Demanded experts that were resident.", total("hits")),
+        "cache_late_hits": ("Demanded experts whose prefetch was in flight.", total("late_hits")),
         "cache_misses": ("Demanded experts that were absent.", total("misses")),
-        "cache_evictions": ("Experts that gave way to others.", residency.evictions),
-        "prefetch_issued": ("Guessed experts that were queued.", total("prefetch_loads") + total("prefetch_cancelled")),
-        "prefetch_useful": ("Guessed experts that were demanded.", residency.prefetch_used),
-        "prefetch_late": ("Guessed experts that were demanded while on their way.", total("late")),
-        "prefetch_wasted": ("Guessed experts that were given up unused.", residency.prefetch_wasted),
+        "cache_evictions": ("Experts that were evicted.", residency.evictions),
+        "prefetch_issued": ("Prefetches that were queued.", total("prefetch_loads") + total("prefetch_cancelled")),
+        "prefetch_used": ("Prefetched experts that were demanded.", residency.prefetch_used),
+        "prefetch_late_hits": ("Prefetched experts that were demanded while in flight.", total("late_hits")),
+        "prefetch_wasted": ("Prefetched experts that were evicted before any demand.", residency.prefetch_wasted),
         "stall_seconds": ("Time in which compute waited for experts.", total("stall_s")),
     }
     for name, (meaning, value) in counts.items():
         yield CounterMetricFamily(f"foreroute_expert_{name}", meaning, value)
     read = CounterMetricFamily("foreroute_expert_bytes", "Bytes of experts that were read.", labels=["kind"])
     read.add_metric(["demand"], total("demand_bytes"))
-    read.add_metric(["speculative"], total("prefetch_bytes") + total("fill_bytes"))
+    read.add_metric(["prefetch"], total("prefetch_bytes"))
+    read.add_metric(["deferred"], total("deferred_bytes"))
     yield read

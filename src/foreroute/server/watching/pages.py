@@ -109,10 +109,9 @@ def _feed_of(backend: Backend, settings: ServerSettings) -> LiveFeed:
     if serving.model is None:
         raise ApiError(404, "There is no engine here to watch.")
     handle = serving.model.foreroute
-    feed: LiveFeed | None = getattr(handle, "live_feed", None)
-    if feed is None:
-        feed = handle.live_feed = LiveFeed(
-            handle.engine,
+    if serving.live_feed is None:
+        serving.live_feed = LiveFeed(
+            handle.host_engine,
             handle.plan,
             settings.served_names[0],
             policy=lambda: str(handle.policies[0]),
@@ -120,7 +119,7 @@ def _feed_of(backend: Backend, settings: ServerSettings) -> LiveFeed:
             is_over=lambda: backend.phase == "stopping",
             is_running=lambda: serving.engine.state().running > 0,
         )
-    return feed
+    return serving.live_feed
 
 
 def _file(name: str) -> Response:

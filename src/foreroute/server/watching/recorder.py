@@ -16,7 +16,7 @@ from foreroute.engine.pool import ExpertPool
 from foreroute.residency.slots import FREE
 from foreroute.transfer.base import Completion
 
-DEMAND, GUESS, DEFERRED = range(3)
+DEMAND, PREFETCH, DEFERRED = range(3)
 # Index of the field of a LayerRecord that is written last.
 _ENDED = 6
 
@@ -24,15 +24,15 @@ _ENDED = 6
 class LayerRecord(NamedTuple):
     """One MoE layer of a step. Keys are expert keys; times are by the clock, in seconds.
 
-    found: demanded and resident. late: prefetched and still in flight. missing: read while the layer waited.
-    stood_in: substituted. waits: (began, ended) of each stall. ended_s: 0 until it ends.
+    hits, late_hits, misses: demanded experts that were resident, in flight, absent.
+    substituted: demanded experts that were not waited for. waits: (began, ended) of each stall. ended_s: 0 until then.
     """
 
     layer: int
-    found: Sequence[int]
-    late: Sequence[int]
-    missing: Sequence[int]
-    stood_in: Sequence[int]
+    hits: Sequence[int]
+    late_hits: Sequence[int]
+    misses: Sequence[int]
+    substituted: Sequence[int]
     began_s: float
     ended_s: float
     waits: Sequence[tuple[float, float]]
@@ -91,14 +91,14 @@ def digest(step: StepRecord, state: Callable[[int], int]) -> Digest:
     """Interpret `step`, from any thread, during or after it. state: of a key, in the pool now."""
     begun = [LayerRecord(*layer) for layer in list(step.layers)]
     layers = [layer for layer in begun if layer.ended_s]
-    reads, guessed, evicted = _reads_of(step, {key for layer in begun for key in layer.missing})
-    demanded = {key for layer in begun for keys in (layer.found, layer.late, layer.stood_in) for key in keys}
+    reads, prefetched, evicted = _reads_of(step, {key for layer in begun for key in layer.misses})
+    demanded = {key for layer in begun for keys in (layer.hits, layer.late_hits, layer.substituted) for key in keys}
 
     def is_gone(key: int) -> bool:
         return key not in step.prefetched_after if step.ended_s else state(key) == FREE
 
-    wasted = evicted + [key for key in guessed if key not in demanded and is_gone(key)]
-    in_time = [[key for key in layer.found if key in guessed] for layer in layers]
+    wasted = evicted + [key for key in prefetched if key not in demanded and is_gone(key)]
+    in_time = [[key for key in layer.hits if key in prefetched] for layer in layers]
     return Digest(layers, in_time, reads, wasted)
 
 
@@ -114,21 +114,21 @@ def _reads_of(
     # A prefetch that was evicted before its layer is read again on demand: its last read in the step.
     last = {one.key: at for at, one in enumerate(arrived)}
     reads: list[tuple[int, int, float, float]] = []
-    guessed = dict.fromkeys(step.prefetched)
+    prefetched = dict.fromkeys(step.prefetched)
     evicted: list[int] = []
     for at, one in enumerate(arrived):
-        why = GUESS
+        why = PREFETCH
         if one.key in missing and last[one.key] == at:
             why = DEMAND
         elif one.key in step.deferred:
             why = DEFERRED
         elif one.error is None:
-            if one.key in guessed:
+            if one.key in prefetched:
                 # It was resident and is read again, so it had been evicted.
                 evicted.append(one.key)
-            guessed[one.key] = None
+            prefetched[one.key] = None
         reads.append((one.key, why, one.begun_s, one.ended_s))
-    return reads, guessed, evicted
+    return reads, prefetched, evicted
 
 
 class Recorder(StepObserver):

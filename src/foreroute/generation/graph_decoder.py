@@ -15,6 +15,7 @@ from foreroute.device.tier import DeviceTier
 from foreroute.engine.chunks import split_prompt
 from foreroute.engine.interfaces import StepInfo
 from foreroute.errors import PromptError, RefusedError
+from foreroute.loading.offloaded_model import OffloadedModel
 from foreroute.model import torch_modes
 from foreroute.model.caches import cache_argument
 from foreroute.transfer.cuda import out_of_memory_named
@@ -55,7 +56,7 @@ class GraphDecoder:
         DeviceError: the cache or the graph does not fit the GPU.
     """
 
-    def __init__(self, model: Any, rows: int, max_length: int) -> None:
+    def __init__(self, model: OffloadedModel, rows: int, max_length: int) -> None:
         tier = model.foreroute.engine
         if not isinstance(tier, DeviceTier):
             raise RefusedError('Graphs need the device control plane: EngineConfig(control="device").')
@@ -136,15 +137,6 @@ class GraphDecoder:
         self._length += 1
         return self.logits
 
-    def greedy(self, ids: torch.Tensor, new_tokens: int, chunk: int | None = None) -> torch.Tensor:
-        """Decode greedily after prompts `ids` [rows, tokens] (chunks of `chunk`): [rows, new_tokens], on the host."""
-        token = self.prefill(ids, chunk).argmax(-1, keepdim=True)
-        chosen = [token]
-        for _ in range(new_tokens - 1):
-            token = self.step(token).argmax(-1, keepdim=True)
-            chosen.append(token)
-        return torch.cat(chosen, 1).cpu()
-
     def _new_cache(self) -> StaticCache:
         cache = StaticCache(config=self._model.config, max_cache_len=self.max_length)
         # Full layers instead of sliding windows, whose bookkeeping in Python a graph would freeze: the mask still
@@ -197,12 +189,12 @@ class GraphDecoder:
             raise PromptError(f"The cache holds {self.max_length} tokens; {length} are needed. Make it longer.")
 
 
-def is_paged(model: Any) -> bool:
+def is_paged(model: OffloadedModel) -> bool:
     """Whether the model's experts are paged by its device, so that a `GraphDecoder` decodes."""
     return isinstance(model.foreroute.engine, DeviceTier)
 
 
-def decoder_of(model: Any, max_length: int) -> GraphDecoder | None:
+def decoder_of(model: OffloadedModel, max_length: int) -> GraphDecoder | None:
     """Return the model's one-row decoder for texts of up to `max_length` tokens; None without the device tier.
 
     Made at the first answer, for the plan's `kv_tokens` at least, and again for a longer text.

@@ -16,13 +16,13 @@ LATER_COMMIT = "89abcdef0123456789abcdef0123456789abcdef"
 
 
 @dataclass
-class StandIn:
+class FakeHub:
     """A hub with one repository, `org/tiny`, at branch `main` and tag `v1`; everybody may ask what it was asked.
 
     cut_at: bytes after which the first answer with a file of at least twice as many breaks off; 0 for none.
     token: what a request must bring; "" for nothing. gated: as the hub says that terms are to be accepted.
     down: answers 503 to all.
-    moves_to: what `main` is once somebody has asked about it: another folder, at LATER_COMMIT. None: it stays.
+    moves_to: what `main` is once it has been asked for: another folder, at LATER_COMMIT. None: it stays.
     """
 
     folder: Path
@@ -52,7 +52,7 @@ class StandIn:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    hub: StandIn
+    hub: FakeHub
 
     def log_message(self, *_: Any) -> None:
         """Say nothing."""
@@ -150,9 +150,9 @@ def _etag(path: Path) -> str:
 
 
 @contextmanager
-def serving(folder: Path, **settings: Any) -> Iterator[StandIn]:
+def serving(folder: Path, **settings: Any) -> Iterator[FakeHub]:
     """The hub of `folder` while inside."""
-    hub = StandIn(folder, **settings)
+    hub = FakeHub(folder, **settings)
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
