@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from foreroute.prepare.pack import pack
-from foreroute.residency import SizedResidency
+from foreroute.residency.sized import SizedResidency
 from tests.support.runs import ONE_PROMPT, THREE_PROMPTS, Output, assert_same_bits, expert_table, generate
 
 gguf_writer = pytest.importorskip("tests.formats.gguf_writer")

@@ -7,9 +7,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from foreroute.residency import IllegalEvent, Lfu, Lru, NoVictim, Residency, SizedResidency
-from foreroute.residency.sized import by_layer, parts_of, residency_of
-from foreroute.residency.states import FREE, LOADING, PINNED, READY
+from foreroute.residency.eviction import Lfu, Lru
+from foreroute.residency.sized import SizedResidency, by_layer, parts_of, residency_of
+from foreroute.residency.slots import Residency
+from foreroute.residency.states import FREE, LOADING, PINNED, READY, IllegalEvent, NoVictim
 from foreroute.types import SlotClass
 
 LAYERS, WIDTH = 4, 4
