@@ -70,7 +70,7 @@ def test_no_object_is_made_of_a_token(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_a_file_cut_off_in_its_vocabulary_is_refused(tmp_path: Path, at: float) -> None:
     content = _write(tmp_path / "whole.gguf").read_bytes()
     (tmp_path / "cut.gguf").write_bytes(content[: int(len(content) * at)])
-    with pytest.raises(CorruptCheckpointError, match=r"cut\.gguf is no whole GGUF file: .* Download it again"):
+    with pytest.raises(CorruptCheckpointError, match=r"cut\.gguf is not a complete GGUF file: .* Download it again"):
         read_gguf(tmp_path / "cut.gguf")
 
 
@@ -79,5 +79,5 @@ def test_a_length_that_leads_out_of_the_file_is_refused(tmp_path: Path) -> None:
     at = content.index(b"token 17") - 8
     content[at : at + 8] = (2**62).to_bytes(8, "little")
     (tmp_path / "bad.gguf").write_bytes(content)
-    with pytest.raises(CorruptCheckpointError, match=r"bad\.gguf is no whole GGUF file"):
+    with pytest.raises(CorruptCheckpointError, match=r"bad\.gguf is not a complete GGUF file"):
         read_gguf(tmp_path / "bad.gguf")
