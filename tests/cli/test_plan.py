@@ -81,7 +81,7 @@ def test_what_is_found_is_what_the_model_has(found) -> None:
     assert found.plan.token_demand_bytes == NUM_LAYERS * TOP_K * EXPERT_BYTES
     assert found.kv_bytes_per_token == 2 * NUM_LAYERS * 2 * 16 * 4  # keys and values, 2 heads of 16, float32
     assert found.bandwidth.num_experts > 0
-    assert (found.compute.ms > 0, found.compute.num_passes, found.compute.num_layers) == (True, 7, NUM_LAYERS)
+    assert found.compute.ms > 0
     assert [case.name for case in found.cases] == ["best", "likely", "worst"]
 
 
@@ -218,10 +218,11 @@ LIMIT_S = 3.0
 
 
 class SlowLayers:
-    """A model's MoE layers, each of which takes `layer_s` by a clock of its own."""
+    """A model's MoE layers, each of which takes `layer_s` by a clock that the engine has too."""
 
     def __init__(self, model: Any, layer_s: float) -> None:
         self.now_s = self.num_computed = 0.0
+        model.foreroute.engine.pool.clock = self.clock
         for layer in model.foreroute.layers:
             layer.experts.engine_forward = self._slow(layer.experts.engine_forward, layer_s)
 
@@ -242,6 +243,7 @@ class SlowLayers:
 @pytest.mark.parametrize(
     ("layer_s", "ms", "passes", "layers", "computed"),
     [
+        (0.01, 40, 7, NUM_LAYERS, 9 * NUM_LAYERS),
         (0.25, 1000, 1, NUM_LAYERS, 3 * NUM_LAYERS),  # two to warm up, one that is timed
         (0.5, 2000, 1, NUM_LAYERS, NUM_LAYERS + 2),  # the second one is cut
         (2.0, 8000, 0, 2, 2),
@@ -255,7 +257,7 @@ def test_no_layer_is_begun_after_the_limit(
     slow = SlowLayers(model, layer_s)
     measured = measure_compute(model, limit_s=LIMIT_S, clock=slow.clock)
     assert (measured.num_passes, measured.num_layers, slow.num_computed) == (passes, layers, computed)
-    assert measured.ms == pytest.approx(ms, rel=0.1)  # less what reads took by the engine's clock
+    assert measured.ms == pytest.approx(ms)
     model.foreroute.close()
 
 
