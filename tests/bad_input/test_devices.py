@@ -139,7 +139,7 @@ def test_what_the_model_wants_is_counted_on_the_model_itself(fake_gpu, checkpoin
     wanted = weights + kv + chunk + (256 + 192) * 2**20
     room = 20 * table.slot_bytes
     fake_gpu.setattr(torch.cuda, "mem_get_info", lambda device=None: (wanted + room, 2**30))
-    experts = ExpertSet(tuple(layers), table, table, None, (), model.dtype, torch.device("cpu"))
+    experts = ExpertSet(tuple(layers), table, table, None, (), (), model.dtype, torch.device("cpu"))
     assert sizing.choose_budget(torch.device("cpu"), asked, model, experts) == room
     paged = replace(asked, control="device")
     with pytest.raises(DeviceError, match=r"one token's experts need|without a single expert"):

@@ -2,17 +2,21 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+import foreroute
 from foreroute.bench.bandwidth import measure_bandwidth
 from foreroute.cli import options
 from foreroute.cli.commands import plan as plan_command
 from foreroute.cli.forecast import forecast
+from foreroute.cli.probes import ComputeTime, measure_compute
 from foreroute.errors import BudgetError, ReadError
 from foreroute.memory import host
 from foreroute.memory.host import Ram
+from foreroute.memory.kv import kv_bytes_per_token, planned_kv_bytes_per_token
 from foreroute.types import Copy, Read
 from tests.cli.harness import NUM_EXPERTS, NUM_LAYERS, TOP_K
 
@@ -77,7 +81,7 @@ def test_what_is_found_is_what_the_model_has(found) -> None:
     assert found.plan.token_demand_bytes == NUM_LAYERS * TOP_K * EXPERT_BYTES
     assert found.kv_bytes_per_token == 2 * NUM_LAYERS * 2 * 16 * 4  # keys and values, 2 heads of 16, float32
     assert found.bandwidth.num_experts > 0
-    assert (found.compute.ms > 0, found.compute.num_passes, found.compute.num_layers) == (True, 7, NUM_LAYERS)
+    assert found.compute.ms > 0
     assert [case.name for case in found.cases] == ["best", "likely", "worst"]
 
 
@@ -206,3 +210,87 @@ def test_threads_that_have_no_processor_are_told_of(found) -> None:
     assert plan_command.as_json(found)["plan"]["threads"] == found.plan.threads == torch.get_num_threads()
     rows = {row[0]: row for row in plan_command._speed_rows(replace(found, plan=plan))}
     assert rows["compute"][2].endswith("2 threads")
+
+
+# The limit of time.
+
+LIMIT_S = 3.0
+
+
+class SlowLayers:
+    """A model's MoE layers, each of which takes `layer_s` by a clock that the engine has too."""
+
+    def __init__(self, model: Any, layer_s: float) -> None:
+        self.now_s = self.num_computed = 0.0
+        model.foreroute.engine.pool.clock = self.clock
+        for layer in model.foreroute.layers:
+            layer.experts.engine_forward = self._slow(layer.experts.engine_forward, layer_s)
+
+    def clock(self) -> float:
+        """Seconds."""
+        return self.now_s
+
+    def _slow(self, forward: Any, layer_s: float) -> Any:
+        def slow(*args: Any) -> torch.Tensor:
+            self.now_s += layer_s
+            self.num_computed += 1
+            result: torch.Tensor = forward(*args)
+            return result
+
+        return slow
+
+
+@pytest.mark.parametrize(
+    ("layer_s", "ms", "passes", "layers", "computed"),
+    [
+        (0.01, 40, 7, NUM_LAYERS, 9 * NUM_LAYERS),
+        (0.25, 1000, 1, NUM_LAYERS, 3 * NUM_LAYERS),  # two to warm up, one that is timed
+        (0.5, 2000, 1, NUM_LAYERS, NUM_LAYERS + 2),  # the second one is cut
+        (2.0, 8000, 0, 2, 2),
+        (60.0, 240_000, 0, 1, 1),
+    ],
+)
+def test_no_layer_is_begun_after_the_limit(
+    tiny: Path, layer_s: float, ms: float, passes: int, layers: int, computed: int
+) -> None:
+    model = foreroute.load(tiny, "50%")
+    slow = SlowLayers(model, layer_s)
+    measured = measure_compute(model, limit_s=LIMIT_S, clock=slow.clock)
+    assert (measured.num_passes, measured.num_layers, slow.num_computed) == (passes, layers, computed)
+    assert measured.ms == pytest.approx(ms)
+    model.foreroute.close()
+
+
+def test_a_model_whose_pass_was_cut_computes_on(tiny: Path) -> None:
+    ids = torch.tensor([[5, 6, 7]])
+    model, other = foreroute.load(tiny, "50%"), foreroute.load(tiny, "50%")
+    forwards = [layer.experts.engine_forward for layer in model.foreroute.layers]
+    measure_compute(model, limit_s=LIMIT_S, clock=SlowLayers(model, 2.0).clock)
+    for layer, forward in zip(model.foreroute.layers, forwards, strict=True):
+        layer.experts.engine_forward = forward
+    assert torch.equal(model(ids).logits, other(ids).logits)
+    model.foreroute.close()
+    other.foreroute.close()
+
+
+def test_the_cache_is_measured_without_experts(tiny: Path) -> None:
+    """Two more forward passes would take as long as two tokens."""
+    model = foreroute.load(tiny, "50%")
+    expected = kv_bytes_per_token(model)
+    slow = SlowLayers(model, 1.0)
+    assert planned_kv_bytes_per_token(model, model.foreroute.plan, model.foreroute.layers) == expected > 0
+    assert slow.num_computed == 0
+    kv_bytes_per_token(model)
+    assert slow.num_computed == 2 * NUM_LAYERS, "and experts are computed again afterwards"
+    model.foreroute.close()
+
+
+def test_what_is_extrapolated_is_said(found, capsys) -> None:
+    plan_command.show(replace(found, compute=ComputeTime(8000.0, 0, 2)), [])
+    text = capsys.readouterr().out
+    assert f"from 2 of {NUM_LAYERS} layers, measured" in text
+    assert "measured: one token" not in text
+    measured = plan_command.as_json(replace(found, compute=ComputeTime(8000.0, 0, 2)))["measured"]
+    assert (measured["compute_ms"], measured["compute_passes"], measured["compute_layers"]) == (8000.0, 0, 2)
+    plan_command.show(found, [])
+    assert "measured: one token, its experts in memory" in capsys.readouterr().out

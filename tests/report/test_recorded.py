@@ -2,10 +2,11 @@
 
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from foreroute.errors import TraceError
+from foreroute.errors import BudgetError, TraceError
 from foreroute.report.guesses import fates_of, layers_of
 from foreroute.report.replay import make_report
 from foreroute.report.route import route_of
@@ -168,3 +169,43 @@ def test_steps_that_passed_through_the_pool_are_refused(tmp_path: Path) -> None:
     recording = read_recording(routed(tmp_path / "run.jsonl", [[[0, 1, 2, 3], [0, 1]]] * 10, num_slots=3))
     with pytest.raises(TraceError, match="demanded 4 experts at once, more than the 3 slots"):
         make_report(recording)
+
+
+MIXED = {"expert_bytes": [1000, 2000], "slot_bytes": 2048, "layer_slot_bytes": [1024, 2048], "class_slots": [2, 3]}
+
+
+def test_slots_of_each_length_are_replayed_as_pools_of_their_own(tmp_path: Path) -> None:
+    """Layer 0 goes round its four experts in three slots, layer 1 has two experts in two slots."""
+    steps = [[[at % 4, (at + 1) % 4], [0, 1]] for at in range(20)]
+    report = make_report(read_recording(routed(tmp_path / "run.jsonl", steps, num_slots=5, **MIXED)), warm_up=4)
+    recorded = report.recorded_budget
+    assert (recorded.num_slots, recorded.pool_bytes) == (5, 2 * 2048 + 3 * 1024)
+    lru = recorded.outcomes["lru"]
+    assert (lru.misses, lru.miss_bytes) == (16, 16 * 1000), "one new expert of layer 0 a step, of layer 1 none"
+    assert lru.hits == 16 * 3
+    assert recorded.outcomes["belady"].misses <= lru.misses
+    assert [(one.num_slots, one.pool_bytes) for one in report.budgets if not one.is_recorded] == [
+        (4, 2 * 2048 + 2 * 1024), (6, 3 * 2048 + 3 * 1024), (8, 4 * 2048 + 4 * 1024),
+    ]  # fmt: skip
+    whole = make_report(read_recording(routed(tmp_path / "run.jsonl", steps, num_slots=5, **MIXED)), memories=["6KiB"])
+    assert {one.pool_bytes for one in whole.budgets} == {2 * 2048 + 2 * 1024, recorded.pool_bytes}
+
+
+def test_a_layer_that_wants_more_than_its_lengths_slots(tmp_path: Path) -> None:
+    steps = [[[0, 1], [0, 1, 2]]] * 10
+    with pytest.raises(TraceError, match="wanted 3 experts at once, more than the 2 slots"):
+        make_report(read_recording(routed(tmp_path / "run.jsonl", steps, num_slots=5, **MIXED)))
+    recording = read_recording(routed(tmp_path / "run.jsonl", steps, num_slots=6, **MIXED | {"class_slots": [3, 3]}))
+    with pytest.raises(BudgetError, match=r"holds 2 slots; .* needs 3\. Raise --memory to 9\.0 KiB"):
+        make_report(recording, memories=["50%"])
+    assert make_report(recording, memories=["9KiB"]).budgets
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"layer_slot_bytes": [1024, 1024]}, {"layer_slot_bytes": [2048, 1024]}, {"class_slots": [5]},
+     {"class_slots": [2, 2]}, {"class_slots": [5, 0]}],
+)  # fmt: skip
+def test_a_header_whose_pool_makes_no_sense(tmp_path: Path, changes: dict[str, Any]) -> None:
+    with pytest.raises(TraceError, match="line 1 describes no pool"):
+        read_recording(write(tmp_path / "run.jsonl", header(num_slots=5, **MIXED | changes)))

@@ -28,6 +28,8 @@ def header_of(plan: Plan, asked: EngineConfig, table: ExpertTable, fingerprint: 
         "expert_bytes": [layer.expert_nbytes for layer in table.layers],
         "num_slots": plan.num_slots,
         "slot_bytes": plan.slot_bytes,
+        "layer_slot_bytes": list(table.slot_lengths),
+        "class_slots": [num_slots for _, num_slots in plan.slot_classes],
         "staging_slots": plan.staging_slots,
         "codec": plan.stored_dtype,
         "eviction": asked.eviction,

@@ -1,14 +1,19 @@
 """A recorded run as plain data: the events of docs/trace.md, and the steps that they form."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
+
+from foreroute.types import SlotClass
 
 
 @dataclass(frozen=True)
 class Header:
     """The model and pool of the run. Lists have one entry per MoE layer; bytes are those of the codec in use.
 
-    num_slots slots of slot_bytes hold experts; up to staging_slots of them may hold unused prefetches.
+    num_slots slots of slot_bytes hold experts; up to staging_slots of them may hold unused prefetches. Where layers'
+    experts differ in size, slot_bytes is the longest slot's, layer_slot_bytes is each layer's, and class_slots counts
+    the slots by length, the longest first; traces that lack these have slots of one length.
     """
 
     model: str
@@ -19,6 +24,8 @@ class Header:
     expert_bytes: tuple[int, ...]
     num_slots: int
     slot_bytes: int
+    layer_slot_bytes: tuple[int, ...]
+    class_slots: tuple[int, ...]
     staging_slots: int
     codec: str
     eviction: str
@@ -31,9 +38,30 @@ class Header:
         return len(self.experts_per_layer)
 
     @property
+    def classes(self) -> tuple[SlotClass, ...]:
+        """The recorded pool, by slot length."""
+        return tuple(
+            SlotClass(length, num_slots, tuple(at for at, own in enumerate(self.layer_slot_bytes) if own == length), 0)
+            for length, num_slots in zip(_lengths(self.layer_slot_bytes), self.class_slots, strict=True)
+        )
+
+    @property
+    def describes_a_pool(self) -> bool:
+        """Whether there are slots, and every expert fits one of its layer's."""
+        fit = all(own >= stored for own, stored in zip(self.layer_slot_bytes, self.expert_bytes, strict=True))
+        lengths = _lengths(self.layer_slot_bytes)
+        counts = len(lengths) == len(self.class_slots) and sum(self.class_slots) == self.num_slots
+        return fit and counts and lengths[0] == self.slot_bytes and min(self.class_slots) >= 1
+
+    @property
     def num_experts(self) -> int:
         """Experts over all layers: with a slot for each, all are resident."""
         return sum(self.experts_per_layer)
+
+
+def _lengths(of_layers: Iterable[int]) -> list[int]:
+    """The slot lengths, the longest first."""
+    return sorted(set(of_layers), reverse=True)
 
 
 @dataclass(frozen=True, slots=True)

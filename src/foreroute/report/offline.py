@@ -6,7 +6,7 @@ steps are not counted. Evictions that the engine offers run on the engine's own 
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from foreroute.report.route import Route
@@ -43,6 +43,16 @@ class Outcome:
     def bytes_per_token(self) -> float:
         """Stored bytes loaded per token."""
         return self.miss_bytes / self.tokens
+
+
+def sum_of(outcomes: Sequence[Outcome]) -> Outcome:
+    """What came of the same steps in pools of their own, for other layers each."""
+    return Outcome(
+        sum(one.hits for one in outcomes),
+        sum(one.misses for one in outcomes),
+        sum(one.miss_bytes for one in outcomes),
+        outcomes[0].tokens,
+    )
 
 
 class RandomEviction:

@@ -4,11 +4,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from foreroute.errors import TraceError
+from foreroute.errors import BudgetError, TraceError
 from foreroute.report.events import Recording
 from foreroute.report.guesses import Fates, LayerUse, fates_of, layers_of, recall_of
-from foreroute.report.offline import BELADY, Outcome, replays
-from foreroute.report.route import Route, pool_of, route_of, smallest_pool
+from foreroute.report.offline import BELADY, Outcome, replays, sum_of
+from foreroute.report.route import Route, pool_of, route_of, smallest_pool, too_few
 from foreroute.report.timing import Recorded, Timing, recorded_of, timing_of
 
 DEFAULT_SHARES = ("12.5%", "25%", "37.5%", "50%", "75%", "100%")
@@ -126,39 +126,41 @@ def make_report(
         TraceError: nothing to replay, or a step demands more than the pool holds. BudgetError: a budget cannot work.
     """
     route = route_of(recording, warm_up)
-    asked = [(memory, pool_of(route, memory)) for memory in memories]
+    asked = [pool_of(route, memory).classes for memory in memories]
     left_out: list[str] = []
     for memory in () if memories else DEFAULT_SHARES:
-        slots = route.num_experts * float(memory.rstrip("%")) / 100
-        if slots < smallest_pool(route):
+        try:
+            asked.append(pool_of(route, memory).classes)
+        except BudgetError:
             left_out.append(memory)
-        else:
-            asked.append((memory, pool_of(route, memory)))
-    recorded = recording.header.num_slots
-    if recorded < route.most_at_once:
+    recorded = recording.header.classes
+    tight = too_few(route, recorded)
+    if tight is not None:
         raise TraceError(
-            f"{recording.path}: a layer of a step of {max(route.rows)} rows demanded {route.most_at_once} experts at "
-            f"once, more than the {recorded} slots, so that they passed through the pool, and no eviction decided. "
-            "Record fewer rows, or with more memory."
+            f"{recording.path}: a layer of a step of {max(route.rows)} rows demanded "
+            f"{route.of(tight.layers).most_at_once} experts at once, more than the {tight.num_slots} slots, so that "
+            "they passed through the pool, and no eviction decided. Record fewer rows, or with more memory."
         )
-    sizes = sorted({slots.num_slots for _, slots in asked} | {recorded})
+    pools = {tuple(one.num_slots for one in classes): classes for classes in [*asked, recorded]}
+    parts = {one.layers: route.of(one.layers) for one in recorded}
     policies = replays(seed)
     budgets = []
-    for done, num_slots in enumerate(sizes):
+    for done, counts in enumerate(sorted(pools, key=lambda counts: (sum(counts), counts))):
         outcomes = {}
         for at, (name, policy) in enumerate(policies.items()):
-            progress(done * len(policies) + at, len(sizes) * len(policies))
-            outcomes[name] = policy(route, num_slots)
+            progress(done * len(policies) + at, len(pools) * len(policies))
+            # Slots of one length are a pool of their own.
+            outcomes[name] = sum_of([policy(parts[one.layers], one.num_slots) for one in pools[counts]])
         budgets.append(
             Budget(
-                num_slots,
-                num_slots * route.slot_bytes,
-                num_slots / route.num_experts,
-                num_slots == recording.header.num_slots,
+                sum(counts),
+                sum(one.nbytes for one in pools[counts]),
+                sum(counts) / route.num_experts,
+                counts == recording.header.class_slots,
                 outcomes,
             )
         )
-    progress(len(sizes) * len(policies), len(sizes) * len(policies))
+    progress(len(pools) * len(policies), len(pools) * len(policies))
     return Report(
         recording,
         route,

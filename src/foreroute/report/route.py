@@ -1,10 +1,12 @@
 """The experts that decoding demanded, without hits and misses: the input of every replay."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from foreroute.errors import BudgetError, TraceError
-from foreroute.memory.budget import SlotPlan, plan_slots
+from foreroute.memory.budget import SlotPlan, plan_pool
 from foreroute.report.events import Recording
+from foreroute.types import SlotClass
 from foreroute.units import format_memory, parse_memory
 
 # Default share of the decode steps that warm up the pool and are not counted.
@@ -19,6 +21,8 @@ class Route:
 
     steps: [step][layer] -> distinct keys, ascending; empty for a layer that demanded none.
     rows: tokens of each step. warm_up: number of first steps that fill the pool and are not counted.
+    slot_bytes: of the longest slot. slot_lengths: of each layer's slots; empty where all are of slot_bytes.
+    layers: those whose demands are in the steps; empty for all.
     """
 
     experts_per_layer: tuple[int, ...]
@@ -28,6 +32,8 @@ class Route:
     steps: tuple[tuple[tuple[int, ...], ...], ...]
     rows: tuple[int, ...]
     warm_up: int
+    slot_lengths: tuple[int, ...] = ()
+    layers: tuple[int, ...] = ()
 
     @property
     def keys_per_layer(self) -> int:
@@ -41,8 +47,25 @@ class Route:
 
     @property
     def num_experts(self) -> int:
-        """Number of experts over all layers."""
-        return sum(self.experts_per_layer)
+        """Number of experts over all of its layers."""
+        return sum(self.experts_per_layer[layer] for layer in self.layers or range(len(self.experts_per_layer)))
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Bytes of a slot, by layer."""
+        return self.slot_lengths or (self.slot_bytes,) * len(self.experts_per_layer)
+
+    @property
+    def whole_bytes(self) -> int:
+        """Bytes of slots that hold every expert."""
+        return sum(count * length for count, length in zip(self.experts_per_layer, self.lengths, strict=True))
+
+    def of(self, layers: Sequence[int]) -> "Route":
+        """The demands of these layers alone: slots of their length are a pool of their own."""
+        if len(layers) == len(self.experts_per_layer):
+            return self
+        steps = tuple(tuple(keys if at in layers else () for at, keys in enumerate(step)) for step in self.steps)
+        return replace(self, steps=steps, layers=tuple(layers))
 
     @property
     def counted_tokens(self) -> int:
@@ -87,6 +110,7 @@ def route_of(recording: Recording, warm_up: int | None = None) -> Route:
         ),
         tuple(step.rows for step in steps),
         warm_up,
+        header.layer_slot_bytes,
     )
 
 
@@ -96,17 +120,27 @@ def pool_of(route: Route, memory: str | int) -> SlotPlan:
     Raises:
         BudgetError: it cannot be parsed, or holds less than one token's demand or than one layer of a step.
     """
-    budget = parse_memory(memory, route.num_experts * route.slot_bytes)
-    slots = plan_slots(budget, route.slot_bytes, route.num_experts, route.top_k)
-    if slots.num_slots < route.most_at_once:
-        enough = format_memory(route.most_at_once * route.slot_bytes, round_up=True)
+    slots = plan_pool(parse_memory(memory, route.whole_bytes), route.lengths, route.experts_per_layer, route.top_k)
+    tight = too_few(route, slots.classes)
+    if tight is not None:
+        needed = route.of(tight.layers).most_at_once
+        # Of more memory, slots of other lengths get their share too.
+        held = sum(route.experts_per_layer[layer] for layer in tight.layers)
+        enough = format_memory(-(-route.whole_bytes * needed // held), round_up=True)
         raise BudgetError(
-            f"{memory} holds {slots.num_slots} slots; one layer of a step of {max(route.rows)} rows needs "
-            f"{route.most_at_once}. Raise --memory to {enough}."
+            f"{memory} holds {tight.num_slots} slots; one layer of a step of {max(route.rows)} rows needs "
+            f"{needed}. Raise --memory to {enough}."
         )
     return slots
 
 
+def too_few(route: Route, classes: Sequence[SlotClass]) -> SlotClass | None:
+    """The slots that a layer of one of the steps needs more of; None where there are enough."""
+    return next((one for one in classes if one.num_slots < route.of(one.layers).most_at_once), None)
+
+
 def smallest_pool(route: Route) -> int:
     """Fewest slots that hold one token's demand, and any layer of any step."""
-    return max(sum(route.top_k), route.most_at_once)
+    lengths = route.lengths
+    layers_of = [[layer for layer, own in enumerate(lengths) if own == length] for length in dict.fromkeys(lengths)]
+    return sum(max(sum(route.top_k[at] for at in layers), route.of(layers).most_at_once) for layers in layers_of)

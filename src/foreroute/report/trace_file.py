@@ -116,18 +116,27 @@ class _Reader:
         if version not in READ_VERSIONS:
             known = " and ".join(map(str, READ_VERSIONS))
             raise self._error(1, f"says version {version}; this foreroute reads versions {known}. Record it again")
+        # Traces from before slots had several lengths.
+        num_layers = len(fields["expert_bytes"]) if isinstance(fields.get("expert_bytes"), list) else 0
+        fields = {
+            "layer_slot_bytes": [fields.get("slot_bytes")] * num_layers,
+            "class_slots": [fields.get("num_slots")],
+            **fields,
+        }
         asked: dict[str, Any] = {}
         for name, kind in get_type_hints(Header).items():
             asked[name] = self._get(fields, name, kind) if kind in (str, int) else self._ints(fields, name)
         header = Header(**asked)
-        lengths = {len(header.experts_per_layer), len(header.top_k), len(header.expert_bytes)}
-        if lengths != {header.num_layers} or not header.num_layers:
-            raise self._error(1, "has lists of different lengths: experts_per_layer, top_k and expert_bytes")
+        lists = (header.experts_per_layer, header.top_k, header.expert_bytes, header.layer_slot_bytes)
+        if {len(one) for one in lists} != {header.num_layers} or not header.num_layers:
+            raise self._error(
+                1, "has lists of different lengths: experts_per_layer, top_k, expert_bytes and layer_slot_bytes"
+            )
         if min(header.top_k + header.expert_bytes) < 1 or any(
             k > experts for k, experts in zip(header.top_k, header.experts_per_layer, strict=True)
         ):
             raise self._error(1, "describes no model: a layer routes to no expert, or to more than it has")
-        if not header.num_slots >= 1 or header.slot_bytes < max(header.expert_bytes):
+        if not header.describes_a_pool:
             raise self._error(1, "describes no pool: it has no slot, or an expert does not fit one")
         return header
 

@@ -1,4 +1,4 @@
-"""Track which expert is in which slot: one pool over all expert keys, or several (sized.py).
+"""Track which expert is in which slot: one pool over all expert keys, or several (sized.py). Slot states: states.py.
 
 A key is *prefetched* from `prefetch` until its first demand. Prefetched keys never take more than `staging_slots`
 slots, so that wrong guesses cannot evict experts known to be hot; they evict each other, oldest first. Only the decode
@@ -75,9 +75,7 @@ class Residency:
         self.num_keys = num_keys
         self.staging_slots = staging_slots
         self.deferred_slots = deferred_slots
-        self.evictions = 0
-        self.prefetch_used = 0
-        self.prefetch_wasted = 0
+        self.evictions = self.prefetch_used = self.prefetch_wasted = 0
         self._eviction = eviction
         self.slots = range(first_slot, first_slot + num_slots)
         self._keys_per_layer = keys_per_layer or max(num_keys, 1)
