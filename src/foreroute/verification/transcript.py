@@ -4,7 +4,7 @@ Works alike on transformers' resident model and on one from `foreroute.load`: it
 """
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -58,13 +58,14 @@ def steps(
     *,
     fed: Sequence[int] | None = None,
     watch: SlotWatch | None = None,
+    on_logits: Callable[[torch.Tensor], None] | None = None,
 ) -> Iterator[ForwardPass]:
     """Prefill the prompt of `exercise` with `model`, then continue token by token with the KV cache.
 
     Args:
         modules: names of the experts modules.
         fed: the tokens to continue with, one per step but the last; the likeliest ones when None.
-        watch: records the slots used.
+        watch: records the slots used. on_logits: called with each step's logits [vocabulary].
     """
     takes = inspect.signature(type(model).forward).parameters
     # As generate() does it: logits of a whole prompt can be larger than the model.
@@ -76,6 +77,8 @@ def steps(
                 out = model(input_ids=ids, **cache_argument(cache), use_cache=True, **options)
             cache, logits = cache_of(out), out.logits[0, -1]
             token = int(logits.argmax())
+            if on_logits is not None:
+                on_logits(logits)
             yield ForwardPass(tuple(passes), digest([logits]), token, bool(logits.isnan().any()))
             passes.clear()
             ids = torch.tensor([[token if fed is None else fed[at]]])
