@@ -1,12 +1,12 @@
-"""The same GGUF files through foreroute and llama.cpp: greedy tokens, and how far the distributions of the next lie apart.
+"""The same GGUF files through foreroute and llama.cpp: greedy tokens, and how far apart their distributions lie.
 
     python -m benchmarks.beside_llama_cpp --peers-python build/peers/bin/python
 
-For each type a file is made of models/foreroute-tiny, whose rows of 192 and 64 weights take blocks of 32: everything but
-vectors and routers is in it. 100 prompts of the evaluation's tasks go on for 32 tokens, greedily, in both engines; then
-both are fed foreroute's tokens, and their logits are compared. llama.cpp runs as it comes, with keys and values in F16
-("llama.cpp"), and with them in F32 as foreroute keeps them ("llama.cpp-f32"). Beside them runs foreroute's other math
-(--math torch, the dequantised numbers in float32), also on held-out text.
+For each type a file is made of models/foreroute-tiny, whose rows of 192 and 64 weights take blocks of 32 (so Q4_0, not
+Q4_K): everything but vectors and routers is in it. 100 prompts of the evaluation's tasks go on for 32 tokens, greedily,
+in both engines; then both are fed foreroute's tokens, and their logits are compared. llama.cpp runs as it comes, with
+keys and values in F16 ("llama.cpp"), and with them in F32 as foreroute keeps them ("llama.cpp-f32"). Beside them runs
+foreroute's other math (--math torch, the dequantised numbers in float32), also on text of this repository.
 
 A prompt's first token that differs is listed with the gap of the two likeliest logits in both engines: where that is
 less than --tie, it counts as a tie.
@@ -64,7 +64,7 @@ def run_llama(job: Mapping[str, Any]) -> None:
     np.savez(job["out"], tokens=np.array(tokens), logits=np.array(logits, dtype=np.float32))
 
 
-# ---------------------------------------------------------------------------------------------------- and in foreroute's
+# --------------------------------------------------------------------------------------------------- and in foreroute's
 def run_ours(path: Path, math: str, prompts: Sequence[Sequence[int]], new: int, feed: Any, threads: int) -> Said:
     """The same with foreroute, half of the experts in memory."""
     import foreroute
@@ -73,6 +73,7 @@ def run_ours(path: Path, math: str, prompts: Sequence[Sequence[int]], new: int, 
     import torch
 
     from foreroute.engine.interfaces import StepInfo
+    from foreroute.model.caches import cache_argument, cache_of
 
     torch.set_num_threads(threads)
     config = foreroute.EngineConfig(math=math)
@@ -83,8 +84,8 @@ def run_ours(path: Path, math: str, prompts: Sequence[Sequence[int]], new: int, 
             given, cache, row, seen = torch.tensor([list(prompt)]), None, [], []
             for step in range(new):
                 with model.foreroute.step(StepInfo.of("decode" if step else "prefill", given, is_start=not step)):
-                    out = model(input_ids=given, past_key_values=cache, use_cache=True, logits_to_keep=1)
-                cache = out.past_key_values
+                    out = model(input_ids=given, **cache_argument(cache), use_cache=True, logits_to_keep=1)
+                cache = cache_of(out)
                 seen.append(out.logits[0, -1].float().numpy().copy())
                 row.append(int(seen[-1].argmax()))
                 given = torch.tensor([[int(feed[at][step]) if feed is not None else row[-1]]])
@@ -182,7 +183,7 @@ def compare(kind: str, path: Path, args: argparse.Namespace, scratch: Path) -> d
     torch_math = run_ours(path, "torch", prompts, args.tokens, feed, args.threads)
     told: dict[str, Any] = {"torch": near(ours, torch_math)}
     told["bits_per_char"] = {math: bits_per_char(path, math, args.threads) for math in ("ggml", "torch")}
-    for name, keys in LLAMA.items():
+    for name, keys in LLAMA.items() if args.peers_python else ():
         said = {}
         for which, fed in (("greedy", []), ("fed", feed)):
             out = scratch / "said.npz"
@@ -191,10 +192,10 @@ def compare(kind: str, path: Path, args: argparse.Namespace, scratch: Path) -> d
             subprocess.run([args.peers_python, __file__, "--job"], input=json.dumps(job), text=True, check=True)
             with np.load(out) as made:
                 said[which] = Said(made["tokens"], made["logits"])
-        told[name] = {**same_greedy(ours, said["greedy"], args.tie), **near(ours, said["fed"])}
+        told[name] = {"greedy": same_greedy(ours, said["greedy"], args.tie), **near(ours, said["fed"])}
         told[f"{name} from torch"] = near(said["fed"], torch_math)
     for name, figures in told.items():
-        print(f"{kind} {name}: {json.dumps({k: v for k, v in figures.items() if k != 'differences'})}", flush=True)
+        print(f"{kind} {name}: {json.dumps(figures)}", flush=True)
     return told
 
 
@@ -204,7 +205,7 @@ def main() -> None:
     from benchmarks._harness import record
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peers-python", required=True, help="an interpreter that has llama-cpp-python")
+    parser.add_argument("--peers-python", help="an interpreter with llama-cpp-python; without it, our two maths alone")
     parser.add_argument("--types", nargs="+", choices=sorted(to_gguf.DENSE), default=["q8_0", "q4_0"])
     parser.add_argument("--prompts", type=int, default=100)
     parser.add_argument("--tokens", type=int, default=32)

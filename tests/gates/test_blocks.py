@@ -181,12 +181,43 @@ def test_what_gives_a_row_other_bits_in_company(written: Any, load: Any, monkeyp
         patch.setattr("foreroute.batching.rows.can_attend_by_row", lambda model: False)
         assert first_difference(decoded_together(model), alone)
     with monkeypatch.context() as patch:  # products in bf16 from some rows on
-        patch.setattr("foreroute.kernels.ggml.linear.is_quicker", lambda kind, rows: rows >= 4)
+        linear = [module for module in model.modules() if isinstance(module, BlockLinear)]
+        for module in linear:
+            patch.setattr(module._group, "bf16_from", 4)
         alone = decoded_alone(model)
         assert first_difference(decoded_together(model), alone) == ""
-        linear = next(module for module in model.modules() if isinstance(module, BlockLinear))
-        patch.setattr(linear._products, "decodes", lambda: False)
+        patch.setattr(linear[0]._products, "decodes", lambda: False)
         assert first_difference(decoded_together(model), alone)
+
+
+def test_two_models_decode_at_once(written: Any, load: Any) -> None:
+    """Attention by row is of the model whose step runs, also where two threads are in the midst of one each."""
+    models = [whole(load, written(name)) for name in ("Q8_0", "MXFP4")]
+    alone = [decoded_alone(model) for model in models]
+    found: dict[int, str] = {}
+
+    def decode(at: int) -> None:
+        found[at] = first_difference(decoded_together(models[at]), alone[at])
+
+    threads = [threading.Thread(target=decode, args=(at,)) for at in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(WAIT_S)
+    assert found == {0: "", 1: ""}
+
+
+def test_another_thread_calls_the_model_while_rows_share_steps(written: Any, load: Any) -> None:
+    model = whole(load, written("Q8_0"))
+    alone, expected = decoded_alone(model), generate(model, THREE_PROMPTS, NEW_TOKENS)
+    found: list[Output] = []
+    other = threading.Thread(target=lambda: found.extend(generate(model, THREE_PROMPTS, NEW_TOKENS) for _ in range(3)))
+    other.start()
+    assert first_difference(decoded_together(model), alone) == ""
+    other.join(WAIT_S)
+    assert len(found) == 3
+    for one in found:
+        assert_same_bits(one, expected)
 
 
 def answers(engine: BatchEngine, *, together: bool) -> list[list[NewToken]]:
