@@ -4,8 +4,8 @@
     python -m benchmarks.to_gguf build/synth128 build/synth128-q4_0.gguf --experts q4_0
 
 F16 by default, which llama.cpp's CPU code multiplies on any x86; the bytes per expert are the same. BF16 weights of
-ordinary size are exact in F16. --experts q8_0 or q4_0 quantises the experts alone, by the gguf package's own code: the
-dense weights stay 16 bits wide, as foreroute keeps them, so that both engines have the same bits everywhere. (Q8_0 is
+ordinary size are exact in F16. --experts q8_0 or q4_0 quantises the experts alone, by the gguf package's own code, and
+--dtype q8_0 or q4_0 everything but vectors and routers, as llama-quantize does. (Q8_0 is
 8.5 bits per weight, Q4_0 is 4.5; foreroute's int8 is 8.0 and its int4, of groups of 32 with a zero point, is 5.0.)
 
 One expert's tensor is in memory at a time. The tokenizer goes with it.
@@ -27,8 +27,8 @@ from gguf.quants import quantize
 from safetensors import safe_open
 
 Kind = gguf.GGMLQuantizationType
-DENSE = {"f16": Kind.F16, "bf16": Kind.BF16}
-EXPERTS = {**DENSE, "q8_0": Kind.Q8_0, "q4_0": Kind.Q4_0}
+DENSE = {"f16": Kind.F16, "bf16": Kind.BF16, "q8_0": Kind.Q8_0, "q4_0": Kind.Q4_0}
+EXPERTS = DENSE
 FILE_TYPES = {
     Kind.F16: gguf.LlamaFileType.MOSTLY_F16,
     Kind.BF16: gguf.LlamaFileType.MOSTLY_BF16,
@@ -121,13 +121,18 @@ def add_tokenizer(writer: gguf.GGUFWriter, folder: Path, vocab_size: int) -> Non
 
 
 class Checkpoint:
-    """Tensors of a sharded safetensors folder by name; the file of the last one asked for stays mapped."""
+    """Tensors of a safetensors folder by name; the file of the last one asked for stays mapped."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
-        self.file_of: dict[str, str] = index["weight_map"]
         self._opened: tuple[str, Any] = ("", None)
+        index = folder / "model.safetensors.index.json"
+        self.file_of: dict[str, str] = {}
+        if index.is_file():
+            self.file_of.update(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        else:
+            with safe_open(folder / "model.safetensors", framework="pt") as file:
+                self.file_of.update(dict.fromkeys(file.keys(), "model.safetensors"))
 
     def shape(self, name: str) -> list[int]:
         """Shape by the header alone."""

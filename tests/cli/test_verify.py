@@ -106,6 +106,7 @@ class TestTheSame:
             "layers_compared": 16 * layers,
             "first_difference": None,
             "complaints": [],
+            "beside_torch": None,
         }
 
     @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])

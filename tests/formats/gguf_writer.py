@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from gguf.quants import dequantize, quantize
 
+from foreroute.kernels.ggml.library import open_library
 from tests.support.checkpoints import random_model, save_tokenizer
 
 Kind = gguf.GGMLQuantizationType
@@ -26,28 +27,31 @@ _BLOCK: Mapping[str, Mapping[str, str]] = {
 }  # fmt: skip
 
 
-def qwen3_moe_config() -> Any:
+def qwen3_moe_config(**others: Any) -> Any:
     """Rows of 256 weights, as the K-quants want them."""
     from transformers import Qwen3MoeConfig
 
-    return Qwen3MoeConfig(
-        vocab_size=264, hidden_size=256, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
-        num_hidden_layers=3, intermediate_size=96, moe_intermediate_size=256, num_experts=8, num_experts_per_tok=2,
-        norm_topk_prob=True, mlp_only_layers=[], max_position_embeddings=192, tie_word_embeddings=False,
-        pad_token_id=256, bos_token_id=None, eos_token_id=None,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-    )  # fmt: skip
+    settings: dict[str, Any] = {
+        "vocab_size": 264, "hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
+        "num_hidden_layers": 3, "intermediate_size": 96, "moe_intermediate_size": 256, "num_experts": 8,
+        "num_experts_per_tok": 2, "norm_topk_prob": True, "mlp_only_layers": [], "max_position_embeddings": 192,
+        "tie_word_embeddings": False, "pad_token_id": 256, "bos_token_id": None, "eos_token_id": None,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+    }  # fmt: skip
+    return Qwen3MoeConfig(**{**settings, **others})
 
 
-def gpt_oss_config() -> Any:
+def gpt_oss_config(**others: Any) -> Any:
     """Windows that slide within a prompt, positions by YaRN."""
     from transformers import GptOssConfig
 
-    return GptOssConfig(
-        vocab_size=264, hidden_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
-        num_hidden_layers=4, intermediate_size=96, num_local_experts=12, num_experts_per_tok=2, sliding_window=8,
-        max_position_embeddings=192, tie_word_embeddings=False, pad_token_id=256, bos_token_id=None, eos_token_id=None,
-    )  # fmt: skip
+    settings: dict[str, Any] = {
+        "vocab_size": 264, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
+        "num_hidden_layers": 4, "intermediate_size": 96, "num_local_experts": 12, "num_experts_per_tok": 2,
+        "sliding_window": 8, "max_position_embeddings": 192, "tie_word_embeddings": False, "pad_token_id": 256,
+        "bos_token_id": None, "eos_token_id": None,
+    }  # fmt: skip
+    return GptOssConfig(**{**settings, **others})
 
 
 @dataclass(frozen=True)
@@ -94,13 +98,13 @@ def random_q6_k(rows: int, columns: int, generator: np.random.Generator) -> np.n
 
 def write_gguf(
     folder: Path, architecture: str, kind: Kind, *, dense: Kind = Kind.F32, down: Kind | Sequence[Kind] | None = None,
-    seed: int = 0, tokenizer: bool = True,
+    seed: int = 0, tokenizer: bool = True, **settings: Any,
 ) -> Written:  # fmt: skip
     """Write `folder`/model.gguf: experts in `kind` (their down matrices in `down`, one for all layers or one for each),
-    other matrices in `dense`.
+    other matrices in `dense`. `settings` are the config's.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    config = qwen3_moe_config() if architecture == "qwen3moe" else gpt_oss_config()
+    config = (qwen3_moe_config if architecture == "qwen3moe" else gpt_oss_config)(**settings)
     config._experts_implementation = "eager"
     model = random_model(config, seed)
     state = dict(model.state_dict())
@@ -121,6 +125,18 @@ def write_gguf(
     if tokenizer:
         save_tokenizer(folder)
     return Written(path, model, experts)
+
+
+def in_blocks(tensor: torch.Tensor, kind: Kind) -> np.ndarray:
+    """A tensor [..., columns] in `kind`, by the gguf package; by ggml's quantiser where that one has none."""
+    try:
+        return np.asarray(quantize(tensor.numpy(), kind))
+    except NotImplementedError:
+        library, numbers = open_library(), np.ascontiguousarray(tensor.numpy().reshape(-1, tensor.shape[-1]))
+        blocks = np.zeros((len(numbers), library.types[kind.name].row_bytes(numbers.shape[1])), dtype=np.uint8)
+        shape = (0, *numbers.shape)
+        library.ggml_quantize_chunk(int(kind), numbers.ctypes.data, blocks.ctypes.data, *shape, None)
+        return blocks.reshape(*tensor.shape[:-1], -1)
 
 
 def add_settings(writer: gguf.GGUFWriter, config: Any, architecture: str) -> None:
@@ -151,7 +167,7 @@ def _add(writer: gguf.GGUFWriter, name: str, tensor: torch.Tensor, kind: Kind) -
     """Store a dense tensor, and give back the numbers that are in the file."""
     if tensor.ndim == 1 or "ffn_gate_inp" in name:
         kind = Kind.F32
-    raw = quantize(tensor.numpy(), kind)
+    raw = in_blocks(tensor, kind)
     writer.add_tensor(name, raw, raw_dtype=kind)
     return torch.from_numpy(np.array(dequantize(raw, kind))).view(tensor.shape)
 
@@ -191,7 +207,7 @@ def _add_experts(
             make = random_q4_k if of_this == Kind.Q4_K else random_q6_k
             raw = make(shape[0] * shape[1], shape[2], generator)
         else:
-            raw = quantize(tensor.contiguous().view(-1, shape[2]).numpy(), of_this)
+            raw = in_blocks(tensor.contiguous().view(-1, shape[2]), of_this)
         raw = raw.reshape(shape[0], shape[1], -1)
         full = f"blk.{layer}.ffn_{name}_exps.weight"
         writer.add_tensor(full, raw, raw_dtype=of_this)

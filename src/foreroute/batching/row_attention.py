@@ -5,17 +5,21 @@ layer costs some 20 us.
 """
 
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface
 
 from foreroute.batching.row_layers import RowLayer
+from foreroute.loading.offloaded_model import OffloadedModel
 
 _NAME = "foreroute_rows"
 _KNOWN = ("eager", "sdpa")
+# Per thread the step that runs in it: transformers' interface has one function of a name for all models.
+_running = threading.local()
 
 
 class RowAttention:
@@ -25,47 +29,60 @@ class RowAttention:
         model: `can_attend_by_row` of it is true.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: OffloadedModel) -> None:
+        self._model = model
         self._config = model.config.get_text_config(decoder=True)
         self._own = self._config._attn_implementation
+        AttentionInterface.register(_NAME, _attend)
 
     @contextmanager
     def over(self, layers: Sequence[RowLayer]) -> Iterator[None]:
-        """Inside, the model's attention is computed by row, over what `layers` hold; no mask may be given."""
-        calls = 0
+        """Inside, the model's attention is computed by row, over what `layers` hold; no mask may be given.
 
-        def attend(
-            module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **kwargs: Any
-        ) -> tuple[torch.Tensor, None]:
-            nonlocal calls
-            calls += 1
-            assert mask is None, "all that a row holds is seen"
-            assert query.shape[2] == 1, "one token per row"
-            own = self._function(module)
-            outputs = []
-            for at in range(len(query)):
-                seen = slice(key.shape[2] - layers[module.layer_idx].num_seen(at), None)
-                one = slice(at, at + 1)
-                outputs.append(own(module, query[one], key[one, :, seen], value[one, :, seen], None, **kwargs)[0])
-            return torch.cat(outputs), None
+        Other threads wait for the model meanwhile, as its config names this attention.
+        """
+        with self._model.foreroute.lock:
+            step = _running.step = _Step(self._own, layers)
+            self._config._attn_implementation = _NAME
+            try:
+                yield
+            finally:
+                self._config._attn_implementation = self._own
+                _running.step = None
+        assert step.calls == len(layers), "a layer's attention was not computed by row: it saw padding"
 
-        AttentionInterface.register(_NAME, attend)
-        self._config._attn_implementation = _NAME
-        try:
-            yield
-        finally:
-            self._config._attn_implementation = self._own
-        assert calls == len(layers), "a layer's attention was not computed by row: it saw padding"
 
-    def _function(self, module: Any) -> Callable[..., Any]:
-        if self._own == "eager":
+class _Step:
+    """The model's own attention by name, its layers, and how many of them were computed."""
+
+    def __init__(self, own: str, layers: Sequence[RowLayer]) -> None:
+        self.own, self.layers, self.calls = own, layers, 0
+
+    def function(self, module: Any) -> Callable[..., Any]:
+        """The model's own attention."""
+        if self.own == "eager":
             eager: Callable[..., Any] = sys.modules[type(module).__module__].eager_attention_forward
             return eager
-        own: Callable[..., Any] = AttentionInterface()[self._own]
+        own: Callable[..., Any] = AttentionInterface()[self.own]
         return own
 
 
-def can_attend_by_row(model: PreTrainedModel) -> bool:
+def _attend(
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **kwargs: Any
+) -> tuple[torch.Tensor, None]:
+    """As transformers' attention functions: query [rows, heads, 1, size]; keys, values [rows, heads, columns, size]."""
+    step: _Step = _running.step
+    step.calls += 1
+    assert mask is None, "all that a row holds is seen"
+    assert query.shape[2] == 1, "one token per row"
+    own, layer, outputs = step.function(module), step.layers[module.layer_idx], []
+    for at in range(len(query)):
+        one, seen = slice(at, at + 1), slice(key.shape[2] - layer.num_seen(at), None)
+        outputs.append(own(module, query[one], key[one, :, seen], value[one, :, seen], None, **kwargs)[0])
+    return torch.cat(outputs), None
+
+
+def can_attend_by_row(model: OffloadedModel) -> bool:
     """Whether every attention of `model` asks transformers' interface for its function, by one config."""
     config = model.config.get_text_config(decoder=True)
     attentions = [module for module in model.modules() if hasattr(module, "layer_idx") and hasattr(module, "o_proj")]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from foreroute.checkpoint.layouts import ExpertTable
 from foreroute.loading.offloaded_model import OffloadedModel, handle_of
 from foreroute.types import Progress
-from foreroute.verification.reference import RESIDENT, Reference, dense_digests
+from foreroute.verification.reference import Reference, dense_digests
 from foreroute.verification.slot_watch import SlotUse, SlotWatch
 from foreroute.verification.transcript import Exercise, ForwardPass, LayerPass, steps
 
@@ -173,7 +173,7 @@ def _owner(use: SlotUse, table: ExpertTable, reference: Reference) -> str:
     if owners:
         layer, expert = owners[0]
         return f"they are those of expert {expert} of MoE layer {layer}."
-    return "they belong to no expert." if reference.kind == RESIDENT else "they are of none that was used."
+    return "they belong to no expert." if reference.has_all_experts else "they are of none that was used."
 
 
 def _tensors_sentence(tensors: Sequence[str]) -> str:

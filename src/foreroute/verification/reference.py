@@ -1,6 +1,7 @@
-"""Record what exact mode is compared with: transformers' resident model, or on-demand loading where RAM is too small.
+"""Record what exact mode is compared with: the resident model, or on-demand loading where RAM is too small.
 
-A reference is run once and freed. Only hashes are kept: of every step, every expert and every dense tensor.
+The resident model is transformers' where torch multiplies, and where ggml does one with the same kernels and every
+expert in memory. A reference is run once and freed. Only hashes are kept: of every step, expert and dense tensor.
 """
 
 import contextlib
@@ -11,7 +12,7 @@ import inspect
 import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,13 @@ from foreroute.checkpoint.index import CheckpointIndex
 from foreroute.checkpoint.layouts import ExpertTable
 from foreroute.checkpoint.quantised_formats import FP8, MXFP4
 from foreroute.checkpoint.source_files import room_for_files
-from foreroute.config import EngineConfig
+from foreroute.config import EngineConfig, Plan
 from foreroute.errors import BudgetError, CheckpointError, ForerouteError, UnsupportedModelError
 from foreroute.loading.load import load
 from foreroute.loading.offloaded_model import OffloadedModel
 from foreroute.memory.host import available_ram
 from foreroute.model.build.skeleton import Outline, auto_class
+from foreroute.model.dense_weights import dense_weights
 from foreroute.types import Progress
 from foreroute.units import format_memory
 from foreroute.verification.slot_watch import SlotWatch, digest, expert_digest
@@ -36,7 +38,9 @@ from foreroute.verification.transcript import Exercise, ForwardPass, steps
 RESIDENT, ON_DEMAND = "resident", "on-demand"
 # RAM left free beside a resident model: activations, KV cache, overhead of loading, other programs.
 _RESERVE_BYTES = 2 * 2**30
-_ON_DEMAND_LOADING = EngineConfig(cache=False, prefetch="none", predictor="no", learn=False, packed="no")
+_PLAIN_LOADING = EngineConfig(prefetch="none", predictor="no", learn=False, packed="no", math="torch")
+# As in Plan.math.
+GGML = "ggml"
 
 
 @dataclass(frozen=True)
@@ -45,15 +49,21 @@ class Reference:
 
     kind: RESIDENT or ON_DEMAND. dtype: the compute dtype.
     transcripts: per prompt its steps, prefill first.
-    experts: (experts module, expert) -> hash of its parts; only of those that were used when ON_DEMAND.
-    dense: parameter or buffer -> hash.
+    experts: (experts module, expert) -> hash of its parts; only of those that were used unless has_all_experts.
+    dense: weight or buffer -> hash.
     """
 
     kind: str
+    has_all_experts: bool
     dtype: torch.dtype
     transcripts: tuple[tuple[ForwardPass, ...], ...]
     experts: Mapping[tuple[str, int], bytes]
     dense: Mapping[str, bytes]
+
+    @property
+    def tokens(self) -> list[list[int]]:
+        """Per prompt the token that each step chose."""
+        return [[step.token for step in transcript] for transcript in self.transcripts]
 
     @property
     def num_steps(self) -> int:
@@ -61,16 +71,18 @@ class Reference:
         return sum(len(transcript) for transcript in self.transcripts)
 
 
-def choose_reference(asked: str, index: CheckpointIndex, sketch: Outline, dtype: str) -> str:
+def choose_reference(asked: str, index: CheckpointIndex, sketch: Outline, dtype: str, plan: Plan) -> str:
     """Choose RESIDENT where the model (`sketch`) fits the free RAM beside a reserve, else ON_DEMAND; or as `asked`.
 
     Args:
         asked: "auto", RESIDENT or ON_DEMAND. index: of the checkpoint.
-        dtype: the compute dtype's name, or "auto".
+        dtype: the compute dtype's name, or "auto". plan: of the model that is verified.
     Raises:
         BudgetError: RESIDENT was asked for and cannot fit.
         UnsupportedModelError: RESIDENT was asked for, and transformers cannot dequantise the checkpoint here.
     """
+    if plan.math == GGML:
+        return _by_room(asked, plan.dense_bytes + plan.total_expert_bytes)
     if index.kind == "gguf" and asked == RESIDENT:
         raise ForerouteError("transformers has no resident model of a GGUF file's bits. Take --reference on-demand.")
     if asked == ON_DEMAND or index.kind == "gguf":
@@ -80,7 +92,14 @@ def choose_reference(asked: str, index: CheckpointIndex, sketch: Outline, dtype:
         raise UnsupportedModelError(f"No resident model of {index.folder}: {hindrance}. Take --reference on-demand.")
     if hindrance:
         return ON_DEMAND
-    wanted, free = resident_bytes(index, sketch, dtype), available_ram()
+    return _by_room(asked, resident_bytes(index, sketch, dtype))
+
+
+def _by_room(asked: str, wanted: int) -> str:
+    """RESIDENT where a model of `wanted` bytes fits or was asked for, else ON_DEMAND."""
+    if asked == ON_DEMAND:
+        return ON_DEMAND
+    free = available_ram()
     if asked == RESIDENT and wanted > free:
         raise BudgetError(
             f"The resident model needs {format_memory(wanted, round_up=True)}; {format_memory(free)} of RAM is free. "
@@ -124,36 +143,53 @@ def record_reference(
     folder: Path,
     sketch: Outline,
     dtype: str,
-    memory: int | str,
+    plan: Plan,
     exercises: Sequence[Exercise],
     progress: Progress,
 ) -> Reference:
     """Load the reference from `folder`, let it continue each of `exercises` greedily, and free it.
 
     On-demand loading (`kind`) evicts every expert after its layer, prefetches nothing, and reads the checkpoint's own
-    files as transformers chooses them, from a folder without any others, so that a different choice of ours shows.
+    files as transformers chooses them, from a folder without any others, so that a different choice of ours shows. So
+    does the resident model that has ggml's kernels.
 
     Args:
-        sketch: the model's outline. dtype: compute dtype. memory: budget of on-demand loading. progress: (done, all).
+        sketch: the model's outline. dtype: compute dtype. progress: (done, all).
+        plan: of the model that is verified: its budget is that of on-demand loading, its kernels are the reference's.
     Raises:
         ForerouteError: its logits are NaN, so that a comparison would mean nothing.
     """
     try:
-        with _reference_model(kind, folder, sketch, dtype, memory) as model:
+        with _reference_model(kind, folder, sketch, dtype, plan) as model:
             return _recorded(kind, model, sketch, exercises, progress)
     finally:
         gc.collect()
 
 
 @contextlib.contextmanager
-def _reference_model(
-    kind: str, folder: Path, sketch: Outline, dtype: str, memory: int | str
-) -> Iterator[PreTrainedModel]:
-    if kind == RESIDENT:
+def _reference_model(kind: str, folder: Path, sketch: Outline, dtype: str, plan: Plan) -> Iterator[PreTrainedModel]:
+    if kind == RESIDENT and plan.math != GGML:
         yield _load_resident(folder, sketch, dtype)
         return
+    config = replace(_PLAIN_LOADING, cache=kind == RESIDENT, math=GGML if plan.math == GGML else "torch")
+    with _opened(folder, sketch, "100%" if kind == RESIDENT else plan.memory_bytes, dtype, config) as model:
+        yield model
+
+
+@contextlib.contextmanager
+def torch_model(folder: Path, sketch: Outline, plan: Plan) -> Iterator[OffloadedModel]:
+    """Yield the model of `folder` whose blocks torch dequantises; in the memory and the compute dtype of `plan`."""
+    with _opened(folder, sketch, plan.memory_bytes, plan.compute_dtype, _PLAIN_LOADING) as model:
+        yield model
+
+
+@contextlib.contextmanager
+def _opened(
+    folder: Path, sketch: Outline, memory: int | str, dtype: str, config: EngineConfig
+) -> Iterator[OffloadedModel]:
+    """Yield a model of the files that transformers chooses in `folder`; close it afterwards."""
     with chosen_by_transformers(folder, sketch) as only:
-        model = load(only, memory, dtype, config=_ON_DEMAND_LOADING)
+        model = load(only, memory, dtype, config=config)
         try:
             yield model
         finally:
@@ -177,12 +213,13 @@ def _recorded(
             progress(done, num_steps)
         transcripts.append(tuple(transcript))
     experts = _resident_experts(model, sketch.table) if watch is None else _seen_experts(watch, model.foreroute.table)
-    return Reference(kind, model.dtype, tuple(transcripts), experts, dense_digests(model, sketch.expert_targets))
+    dense = dense_digests(model, sketch.expert_targets)
+    return Reference(kind, watch is None, model.dtype, tuple(transcripts), experts, dense)
 
 
 def dense_digests(model: PreTrainedModel, expert_targets: frozenset[str] = frozenset()) -> dict[str, bytes]:
-    """Hash every parameter and buffer of `model` except the experts (expert_targets), by name."""
-    tensors = [*model.named_parameters(), *model.named_buffers()]
+    """Hash every dense weight and buffer of `model`, by name; its parameters without the experts (expert_targets)."""
+    tensors = [*dense_weights(model), *model.named_buffers()]
     return {name: digest([tensor]) for name, tensor in tensors if name not in expert_targets}
 
 

@@ -1,20 +1,25 @@
 """Record what the kernels really read: the expert they ask for, the one loaded into its slot, and the bytes in it.
 
-`SlotWatch` wraps the engine's transfer, each layer's kernels, and the views through which these read slots. They pass
-every call on and record it, so that the engine's belief about a slot can be compared with its content.
+`SlotWatch` wraps the engine's transfer, each layer's kernels, and the views through which torch's read slots; ggml's
+say themselves what they read. They pass every call on and record it, so that the engine's belief about a slot can be
+compared with its content.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
 import xxhash
 
 from foreroute.engine.moe_step import MoeStep
+from foreroute.kernels.ggml.layer import GgmlLayer
 from foreroute.kernels.layer import ExpertSlots, LayerKernels, Placed
 from foreroute.kernels.slot_views import SlotViews
 from foreroute.kernels.torch.layer import TorchLayer
 from foreroute.transfer.base import Transfer
+
+# Slot -> the tensors that kernels read of it.
+Stored = Callable[[int], Iterable[torch.Tensor]]
 
 
 class SlotUse(NamedTuple):
@@ -121,21 +126,39 @@ class _TransferFront(_Front):
 
 class _KernelsFront(_Front):
     def begin(self, *step: Any) -> Any:
-        return _SumFront(self._behind.begin(*step), self._watch)
+        return _SumFront(self._behind.begin(*step), self._watch, self._stored)
 
     def stream(self, experts: ExpertSlots, *step: Any) -> torch.Tensor:
-        total: torch.Tensor = self._behind.stream(_SlotsFront(experts, self._watch), *step)
+        total: torch.Tensor = self._behind.stream(_SlotsFront(experts, self._watch, self._stored), *step)
         return total
 
+    @property
+    def _stored(self) -> Stored | None:
+        return self._behind.stored if isinstance(self._behind, GgmlLayer) else None
 
-class _SumFront(_Front):
+
+class _Reading(_Front):
+    """Records what is read of a slot before it is: `stored` says it, or None where views do."""
+
+    def __init__(self, behind: Any, watch: SlotWatch, stored: Stored | None) -> None:
+        super().__init__(behind, watch)
+        self._stored = stored
+
+    def _asks(self, key: int, slot: int) -> None:
+        self._watch.computed[slot] = key
+        if self._stored is not None:
+            self._watch.note(slot, self._stored(slot))
+
+
+class _SumFront(_Reading):
     def add(self, experts: Sequence[Placed]) -> None:
-        self._watch.computed.update((slot, key) for key, slot in experts)
+        for key, slot in experts:
+            self._asks(key, slot)
         self._behind.add(experts)
 
 
-class _SlotsFront(_Front):
+class _SlotsFront(_Reading):
     def slot_of(self, key: int) -> int:
         slot: int = self._behind.slot_of(key)
-        self._watch.computed[slot] = key
+        self._asks(key, slot)
         return slot

@@ -3,7 +3,7 @@
 Works alike on transformers' resident model and on one from `foreroute.load`: it needs only the experts modules' names.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -59,13 +59,14 @@ def steps(
     *,
     fed: Sequence[int] | None = None,
     watch: SlotWatch | None = None,
+    on_logits: Callable[[torch.Tensor], None] | None = None,
 ) -> Iterator[ForwardPass]:
     """Prefill the prompt of `exercise` with `model`, then continue token by token with the KV cache.
 
     Args:
         modules: names of the experts modules.
         fed: the tokens to continue with, one per step but the last; the likeliest ones when None.
-        watch: records the slots used.
+        watch: records the slots used. on_logits: called with each step's logits [vocabulary].
     """
     options = last_logits_only(model)
     ids, cache = exercise.prompt_ids, None
@@ -75,6 +76,8 @@ def steps(
                 out = model(input_ids=ids, **cache_argument(cache), use_cache=True, **options)
             cache, logits = cache_of(out), out.logits[0, -1]
             token = int(logits.argmax())
+            if on_logits is not None:
+                on_logits(logits)
             yield ForwardPass(tuple(passes), digest([logits]), token, bool(logits.isnan().any()))
             passes.clear()
             ids = torch.tensor([[token if fed is None else fed[at]]])

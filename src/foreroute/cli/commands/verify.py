@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from foreroute.engine.stats import EngineStats
     from foreroute.verification.compare import FirstDifference, Verdict
+    from foreroute.verification.distance import Distance
     from foreroute.verification.reference import Reference
     from foreroute.verification.transcript import Exercise
 
@@ -48,15 +49,20 @@ the reference:
   resident    plain transformers, every expert in memory, eager experts
               (experts_implementation="eager"), the same dtype and threads.
               Taken when the model fits the free RAM. Equal bits prove that
-              exact mode changes nothing at all
+              exact mode changes nothing at all. Where ggml's kernels multiply
+              (--math), a second model with the same kernels and every expert
+              in memory, loaded from the checkpoint's own files
   on-demand   every expert read from the checkpoint's own files each time it is
               needed, nothing kept, nothing prefetched. Equal bits prove that
-              cache, eviction, prefetches and packed store change nothing; that
-              the maths is transformers' own is tested at load
+              cache, eviction, prefetches and packed store change nothing; that the
+              maths is transformers' own is tested at load, on random numbers
+Where ggml's kernels multiply, some steps are compared with torch's math too: its
+bits differ, as ggml rounds activations inside a product, but the distributions
+of the next token must be near (--beside-torch).
 A difference is named: prompt, step, MoE layer; then the expert whose slot held
 other bytes than the checkpoint, or the dense tensor that has other values.
 
-Exit code 0: everything is the same. 1: something differs. 2: it could not run."""
+Exit code 0: everything is the same. 1: something differs, or is far from torch. 2: it could not run."""
 
 
 def add_parser(commands: Any) -> None:
@@ -83,6 +89,13 @@ def add_parser(commands: Any) -> None:
         default="auto",
         help="what to compare with (default: auto, the resident model if it fits)",
     )
+    parser.add_argument(
+        "--beside-torch",
+        type=options.at_least(0),
+        default=20,
+        metavar="N",
+        help="with ggml's kernels, steps that are compared with torch's math too; 0: none (default: 20)",
+    )
     options.add_common_options(parser)
     options.add_model_options(parser)
     options.add_engine_options(parser, without=("trace", *options.GPU_FIELDS), memory=DEFAULT_MEMORY)
@@ -96,6 +109,11 @@ class _Outcome:
     verdict: "Verdict"
     plan: Plan
     stats: "EngineStats"
+    beside_torch: "Distance | None" = None
+
+    @property
+    def is_right(self) -> bool:
+        return self.verdict.same and (self.beside_torch is None or self.beside_torch.agrees)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -118,13 +136,14 @@ def run(args: argparse.Namespace) -> int:
             layers_compared=verdict.layers_compared,
             first_difference=verdict.first_difference,
             complaints=complaints,
+            beside_torch=outcome.beside_torch,
             evictions=outcome.stats.evictions,
             prefetch_used=outcome.stats.prefetch_used,
             plan=outcome.plan,
         )
     else:
         _show(outcome, texts, complaints)
-    return 0 if verdict.same else 1
+    return 0 if outcome.is_right else 1
 
 
 def read_prompts(path: Path | None) -> list[str]:
@@ -146,7 +165,8 @@ def _verify(args: argparse.Namespace, config: EngineConfig, folder: Path, texts:
         from foreroute.model.build.skeleton import outline
         from foreroute.model.text import encode_prompt, load_tokenizer
         from foreroute.verification.compare import verify
-        from foreroute.verification.reference import RESIDENT, choose_reference, record_reference
+        from foreroute.verification.distance import distance, logits_of, shortened
+        from foreroute.verification.reference import GGML, RESIDENT, choose_reference, record_reference, torch_model
 
         options.apply_threads(args)
         # Errors are reported before the reference runs, which can take long.
@@ -155,19 +175,30 @@ def _verify(args: argparse.Namespace, config: EngineConfig, folder: Path, texts:
         tokenizer = load_tokenizer(folder)
         prompts = [encode_prompt(tokenizer, text, chat=False) for text in texts]
         exercises = within_context(prompts, args.tokens, sketch.config.get_text_config())
-        kind = choose_reference(args.reference, index, sketch, args.dtype)
-        memory = settle_memory(folder, args.dtype, config)
+        plan = settle(folder, args.dtype, config)
+        kind = choose_reference(args.reference, index, sketch, args.dtype, plan)
     what = "the resident model" if kind == RESIDENT else "on-demand loading"
     with figures.counting_bar(what, sum(exercise.num_steps for exercise in exercises), "tokens", args.json) as show:
-        reference = record_reference(kind, folder, sketch, args.dtype, memory, exercises, show)
+        reference = record_reference(kind, folder, sketch, args.dtype, plan, exercises, show)
     with figures.busy("Loading the model", args.json):
-        model = foreroute.load(folder, memory, args.dtype, config=config)
+        model = foreroute.load(folder, plan.memory_bytes, args.dtype, config=config)
     try:
         with figures.counting_bar("from disk", reference.num_steps, "tokens", args.json) as show:
             verdict = verify(model, exercises, reference, show)
-        return _Outcome(reference, verdict, model.foreroute.plan, model.foreroute.stats())
+        outcome = _Outcome(reference, verdict, model.foreroute.plan, model.foreroute.stats())
+        if plan.math != GGML or not args.beside_torch:
+            return outcome
+        short, fed = shortened(exercises, args.beside_torch), reference.tokens
+        names = [layer.name for layer in model.foreroute.table.layers]
+        ours = logits_of(model, names, short, fed, lambda done, total: None)
     finally:
         model.foreroute.close()
+    with (
+        figures.counting_bar("torch's math", len(ours), "tokens", args.json) as show,
+        torch_model(folder, sketch, outcome.plan) as model,
+    ):
+        theirs = logits_of(model, names, short, fed, show)
+    return replace(outcome, beside_torch=distance(ours, theirs))
 
 
 def within_context(prompts: "list[torch.Tensor]", num_tokens: int, config: Any) -> "list[Exercise]":
@@ -187,8 +218,8 @@ def within_context(prompts: "list[torch.Tensor]", num_tokens: int, config: Any) 
     return [Exercise(prompt, int(min(num_tokens, context - prompt.shape[1] + 1))) for prompt in prompts]
 
 
-def settle_memory(folder: Path, dtype: str, config: EngineConfig) -> int:
-    """Return the budget in bytes: that of `config`; the default is raised to what one token needs.
+def settle(folder: Path, dtype: str, config: EngineConfig) -> Plan:
+    """Return the plan with the budget of `config`; the default budget is raised to what one token needs.
 
     The model in `folder` is loaded in `dtype` and closed again for this, which also finds whatever is wrong with it.
 
@@ -196,12 +227,12 @@ def settle_memory(folder: Path, dtype: str, config: EngineConfig) -> int:
         ForerouteError: as `foreroute.load`.
     """
     try:
-        return _plan(folder, dtype, config).memory_bytes
+        return _plan(folder, dtype, config)
     except BudgetError:
         if config.memory != DEFAULT_MEMORY:
             raise
     plan = _plan(folder, dtype, replace(config, memory="100%"))
-    return plan.token_slot_bytes
+    return _plan(folder, dtype, replace(config, memory=str(plan.token_slot_bytes)))
 
 
 def _plan(folder: Path, dtype: str, config: EngineConfig) -> Plan:
@@ -233,7 +264,9 @@ def _show(outcome: _Outcome, texts: list[str], complaints: list[str]) -> None:
         console.print(where(first, texts[first.prompt - 1]), markup=False)
         figures.print_list(console, [*first.reasons, *_remedies(first, outcome.plan)])
     else:
-        console.print(_proof(outcome.reference.kind), markup=False)
+        console.print(_proof(outcome.reference.kind, outcome.plan.math), markup=False)
+    if outcome.beside_torch is not None and not outcome.beside_torch.agrees:
+        console.print(_far(outcome.beside_torch), markup=False)
     for complaint in complaints:
         console.print(complaint, markup=False)
 
@@ -242,7 +275,9 @@ def _account(outcome: _Outcome, num_prompts: int) -> list[figures.Row]:
     plan, stats, verdict = outcome.plan, outcome.stats, outcome.verdict
     sources = {"safetensors": "the checkpoint", "gguf": "the GGUF file", "packed": "the packed store"}
     kinds = {"resident": "plain transformers, eager", "on-demand": "each expert read when needed"}
-    return [
+    if plan.math == "ggml":
+        kinds["resident"] = "the same kernels, all experts in memory"
+    rows: list[figures.Row] = [
         ("reference", outcome.reference.kind, f"{kinds[outcome.reference.kind]}, {plan.compute_dtype}"),
         ("engine", f"{plan.num_slots} of {plan.total_slots} experts fit",
          f"{format_memory(plan.pool_bytes)}, read from {sources[plan.source]}"),
@@ -252,6 +287,13 @@ def _account(outcome: _Outcome, num_prompts: int) -> list[figures.Row]:
          f"in {verdict.tokens:,} steps, after {num_prompts} {'prompt' if num_prompts == 1 else 'prompts'}"),
         ("tokens", f"{verdict.same_tokens:,} of {verdict.tokens:,}", "the same"),
     ]  # fmt: skip
+    apart = outcome.beside_torch
+    if apart is not None:
+        rows.append(
+            ("beside torch", f"KL {apart.median_kl:.2g} nats",
+             f"median of {apart.steps:,} steps, at most {apart.worst_kl:.2g}; same top token in {apart.same_top:,}")
+        )  # fmt: skip
+    return rows
 
 
 def where(first: "FirstDifference", text: str) -> str:
@@ -275,7 +317,19 @@ def _remedies(first: "FirstDifference", plan: Plan) -> list[str]:
     return ["Experts came from a packed store: pack again (foreroute pack MODEL --force), or verify with --packed no."]
 
 
-def _proof(kind: str) -> str:
+def _far(apart: "Distance") -> str:
+    from foreroute.verification.distance import MOST_KL
+
+    return (
+        f"But torch's math gives other distributions: a median KL of {apart.median_kl:.2g} nats, where rounding gives "
+        f"less than {MOST_KL}. Take --math torch, and report it with the file's name."
+    )
+
+
+def _proof(kind: str, math: str) -> str:
+    if math == "ggml":
+        what = "" if kind == "resident" else "; --reference resident would prove it of every byte, in enough RAM"
+        return f"Exact mode gives what the same kernels give with every expert in memory{what}."
     if kind == "resident":
         return "Exact mode gives what transformers gives with every expert in memory."
     return (

@@ -37,10 +37,14 @@ class HostSlots:
         self.address = self._bytes.data_ptr() + slots.start
         self.slot_bytes, self.num_slots = slots.slot_bytes, slots.first + slots.num_slots
 
+    def stored(self, slot: int, offset: int, nbytes: int) -> torch.Tensor:
+        """The bytes at an offset in a slot."""
+        start = self._slots.offset(slot) + offset
+        return self._bytes[start : start + nbytes]
+
     def floats(self, slot: int, offset: int, count: int) -> torch.Tensor:
         """The `count` floats at an offset in a slot."""
-        start = self._slots.offset(slot) + offset
-        return self._bytes[start : start + 4 * count].view(torch.float32)
+        return self.stored(slot, offset, 4 * count).view(torch.float32)
 
 
 class Scratch:
@@ -196,6 +200,10 @@ class FormGraphs:
         if len(self.outputs) < top_k:
             self.outputs = np.empty((top_k, self.form.hidden), dtype=np.float32)
             self.address = int(self.outputs.ctypes.data)
+
+    def stored(self, slot: int) -> list[torch.Tensor]:
+        """The bytes that are read of the expert in `slot`: matrices, then biases."""
+        return [self._slots.stored(slot, offset, nbytes) for offset, nbytes in self.form.regions]
 
     def of(self, rows: int, per_row: int) -> ExpertGraph:
         """The graph of `rows` rows with `per_row` experts each."""

@@ -70,6 +70,14 @@ class ExpertForm:
         """Width between the products."""
         return self.down.columns
 
+    @property
+    def regions(self) -> tuple[tuple[int, int], ...]:
+        """(offset, bytes) of all that is read of a slot: matrices, then biases."""
+        matrices = [(one.offset, one.rows * one.row_stride) for one in (*self.first, self.down)]
+        biases = [(at, 4 * one.rows) for at, one in zip(self.first_biases, self.first, strict=False)]
+        last = [] if self.down_bias < 0 else [(self.down_bias, 4 * self.down.rows)]
+        return (*matrices, *biases, *last)
+
 
 def form_of(layer: LayerExperts, math: ExpertMath | None, library: Library) -> ExpertForm | str:
     """Describe a layer's experts for ggml's kernels, or say in a few words why they cannot compute it.

@@ -59,6 +59,11 @@ class GgmlLayer:
             total.index_add_(0, tokens, outputs * gates[tokens, positions, None])
         return total.to(hidden.dtype)
 
+    def stored(self, slot: int) -> list[torch.Tensor]:
+        """The bytes that the kernels read of the expert in `slot`: matrices, then biases."""
+        assert self._graphs is not None, "the pool has been closed"
+        return self._graphs.stored(slot)
+
     def close(self) -> None:
         """See `LayerKernels`."""
         self._graphs = None
