@@ -21,7 +21,7 @@ from benchmarks._harness import record, rounded
 from benchmarks.published import memory_rate
 from benchmarks.published_files import stock
 from foreroute.kernels.ggml.experts import ExpertGraphs, HostSlots
-from foreroute.kernels.ggml.form import ExpertForm, Gating, SlotMatrix
+from foreroute.kernels.ggml.form import BlockForm, Gating, SlotMatrix
 from foreroute.kernels.ggml.graph import Runner
 from foreroute.kernels.ggml.interleaved import interleaver
 from foreroute.kernels.ggml.library import open_library
@@ -36,7 +36,7 @@ ROWS = (8, 16, 24, 32, 48, 64, 128)
 
 
 # Slots full of experts, the form that reads them, and how many there are.
-Pool = tuple[ExpertGraphs, ExpertForm, int]
+Pool = tuple[ExpertGraphs, BlockForm, int]
 
 
 def pool_of(model: str, name: str, runner: Runner, is_interleaved: bool) -> Pool:
@@ -58,7 +58,7 @@ def pool_of(model: str, name: str, runner: Runner, is_interleaved: bool) -> Pool
         if is_interleaved:
             blocks = interleaver(name, part.columns).convert(blocks)
         array[:, part.offset : part.offset + blocks.nbytes] = blocks.ravel()
-    form = ExpertForm((parts[0], parts[1]), parts[2], Gating("swiglu", _swiglu))
+    form = BlockForm((parts[0], parts[1]), parts[2], Gating("swiglu", _swiglu))
     return ExpertGraphs(runner, HostSlots(memory, SlotClass(slot_bytes, slots, (0,), 0))), form, slots
 
 
@@ -67,7 +67,7 @@ def _swiglu(joined: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.silu(gate) * up
 
 
-def token_run(model: str, graphs: ExpertGraphs, form: ExpertForm, slots: int) -> Callable[[], float]:
+def token_run(model: str, graphs: ExpertGraphs, form: BlockForm, slots: int) -> Callable[[], float]:
     """One token's experts of one layer; the seconds that they took."""
     hidden, _, top_k = SHAPES[model]
     graph = graphs.of(form).of(1, top_k)

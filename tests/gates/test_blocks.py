@@ -178,7 +178,7 @@ def test_what_gives_a_row_other_bits_in_company(written: Any, load: Any, monkeyp
         patch.setattr(router, "_product", lambda weight, x, bias=None: torch.nn.functional.linear(x, weight, bias))
         assert first_difference(decoded_together(model), alone)
     with monkeypatch.context() as patch:  # attention over padded keys
-        patch.setattr("foreroute.batching.rows.can_attend_by_row", lambda model: False)
+        patch.setattr("foreroute.batching.rows.attends_by_interface", lambda model: False)
         assert first_difference(decoded_together(model), alone)
     with monkeypatch.context() as patch:  # products in bf16 from some rows on
         linear = [module for module in model.modules() if isinstance(module, BlockLinear)]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from foreroute.kernels.ggml.experts import ExpertGraphs, HostSlots
-from foreroute.kernels.ggml.form import ExpertForm, Gating, SlotMatrix
+from foreroute.kernels.ggml.form import BlockForm, Gating, SlotMatrix
 from foreroute.kernels.ggml.graph import shared_runner
 from foreroute.kernels.ggml.layer import GgmlLayer
 from foreroute.types import SlotClass
@@ -94,7 +94,7 @@ def layer_of(name: str, down_name: str | None = None, gating: str = "swiglu", bi
     )
     down = SlotMatrix(parts[0][2].kind, HIDDEN, INNER, offsets[2], parts[0][2].blocks.shape[1])
     start = offsets[3]
-    form = ExpertForm(
+    form = BlockForm(
         first,
         down,
         Gating("torch" if gating == "family" else gating, _family),  # type: ignore[arg-type]

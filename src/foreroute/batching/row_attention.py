@@ -4,9 +4,8 @@ Over the padded keys of all rows they are not: sums are split by columns, and pa
 layer costs some 20 us.
 """
 
-import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,9 +14,9 @@ from transformers import AttentionInterface
 
 from foreroute.batching.row_layers import RowLayer
 from foreroute.loading.offloaded_model import OffloadedModel
+from foreroute.model.decode_attention import function_of
 
 _NAME = "foreroute_rows"
-_KNOWN = ("eager", "sdpa")
 # Per thread the step that runs in it: transformers' interface has one function of a name for all models.
 _running = threading.local()
 
@@ -26,7 +25,7 @@ class RowAttention:
     """Replaces a model's own attention while several rows get one token each.
 
     Args:
-        model: `can_attend_by_row` of it is true.
+        model: `attends_by_interface` of it is true.
     """
 
     def __init__(self, model: OffloadedModel) -> None:
@@ -58,14 +57,6 @@ class _Step:
     def __init__(self, own: str, layers: Sequence[RowLayer]) -> None:
         self.own, self.layers, self.calls = own, layers, 0
 
-    def function(self, module: Any) -> Callable[..., Any]:
-        """The model's own attention."""
-        if self.own == "eager":
-            eager: Callable[..., Any] = sys.modules[type(module).__module__].eager_attention_forward
-            return eager
-        own: Callable[..., Any] = AttentionInterface()[self.own]
-        return own
-
 
 def _attend(
     module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **kwargs: Any
@@ -75,22 +66,8 @@ def _attend(
     step.calls += 1
     assert mask is None, "all that a row holds is seen"
     assert query.shape[2] == 1, "one token per row"
-    own, layer, outputs = step.function(module), step.layers[module.layer_idx], []
+    own, layer, outputs = function_of(module, step.own), step.layers[module.layer_idx], []
     for at in range(len(query)):
         one, seen = slice(at, at + 1), slice(key.shape[2] - layer.num_seen(at), None)
         outputs.append(own(module, query[one], key[one, :, seen], value[one, :, seen], None, **kwargs)[0])
     return torch.cat(outputs), None
-
-
-def can_attend_by_row(model: OffloadedModel) -> bool:
-    """Whether every attention of `model` asks transformers' interface for its function, by one config."""
-    config = model.config.get_text_config(decoder=True)
-    attentions = [module for module in model.modules() if hasattr(module, "layer_idx") and hasattr(module, "o_proj")]
-    is_one = len(attentions) == config.num_hidden_layers and all(one.config is config for one in attentions)
-    is_known = config._attn_implementation in _KNOWN
-    return is_one and is_known and all(_has_function(one) for one in attentions)
-
-
-def _has_function(module: Any) -> bool:
-    home = sys.modules[type(module).__module__]
-    return hasattr(home, "eager_attention_forward") and hasattr(home, "ALL_ATTENTION_FUNCTIONS")

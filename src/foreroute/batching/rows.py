@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicCache
 
-from foreroute.batching.row_attention import RowAttention, can_attend_by_row
+from foreroute.batching.row_attention import RowAttention
 from foreroute.batching.row_layers import RowLayer, RowLengths
 from foreroute.engine.interfaces import Phase, StepInfo
 from foreroute.engine.moe_step import MoeStep
 from foreroute.errors import ChecksumError, ForerouteError, ReadError
 from foreroute.loading.offloaded_model import OffloadedModel
 from foreroute.model.caches import cache_argument, cache_of, can_be_continued, is_ordinary, last_logits_only, new_cache
+from foreroute.model.decode_attention import attends_by_interface
 
 # An expert cannot be read: errors of the rows that demand it alone.
 UNREADABLE = (ReadError, ChecksumError)
@@ -61,7 +62,7 @@ class RowsCache:
         self._cache.layers = [RowLayer(self._rows, getattr(layer, "sliding_window", None)) for layer in template.layers]
         self._last_only = last_logits_only(model)
         # Other kernels round a row differently in a batch than alone: attention by row would gain nothing there.
-        is_alike = model.foreroute.plan.math == "ggml" and can_attend_by_row(model)
+        is_alike = model.foreroute.plan.math == "ggml" and attends_by_interface(model)
         self._attention = RowAttention(model) if is_alike else None
 
     @property

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from foreroute.checkpoint.codecs import STORED
 from foreroute.checkpoint.gguf_file import GgufIndex
@@ -21,6 +22,8 @@ from foreroute.kernels.ggml.router import keep_router_alike
 from foreroute.loading.checkpoint import Checkpoint
 from foreroute.model.blocks import MoeLayer
 from foreroute.model.build.dense_blocks import DenseBlocks, dense_block_nbytes
+from foreroute.model.decode_attention import group_heads
+from foreroute.model.norms import fuse_norms
 
 # torch's threads while a token is decoded: its products are ggml's then, whose threads poll for the next graph, and two
 # pools that spin on the same cores stop each other (docs/LOG.md).
@@ -44,6 +47,11 @@ class BlockKernels:
         assert isinstance(index, GgufIndex)
         compute = dtype if isinstance(dtype, torch.dtype) else torch.float32
         return compute, DenseBlocks(index, self.products, compute)
+
+    def quicken(self, model: PreTrainedModel) -> None:
+        """Take less time for what is beside the products while a token is decoded: norms and attention."""
+        fuse_norms(model)
+        group_heads(model, self.runner.num_threads)
 
     def keep_rows_alike(self, engine: Any, layers: Sequence[MoeLayer]) -> None:
         """Give each row of a step of single tokens the bits that it has alone, in dense products, routers and experts.

@@ -12,7 +12,7 @@ import torch
 from foreroute.checkpoint.codecs import CODECS, STORED
 from foreroute.checkpoint.layouts import ExpertTable
 from foreroute.checkpoint.records import PackedStore
-from foreroute.kernels.ggml.form import ExpertForm, form_of
+from foreroute.kernels.ggml.form import BlockForm, form_of
 from foreroute.kernels.ggml.library import Library
 from foreroute.kernels.torch.dequantise import Workspaces, dequantising
 from foreroute.kernels.torch.experts import ExpertMath, Operands
@@ -27,7 +27,7 @@ def math_of_layers(
     source: ExpertTable,
     store: PackedStore | None,
     dtype: torch.dtype,
-    forms: Sequence[ExpertForm | None],
+    forms: Sequence[BlockForm | None],
 ) -> list[ExpertMath | None]:
     """Return per layer our kernels; None where they are not proven equal, so that the family's own forward runs.
 
@@ -55,7 +55,7 @@ def math_of_layers(
     return made
 
 
-def forms_of_layers(layers: Sequence[MoeLayer], table: ExpertTable, library: Library | None) -> list[ExpertForm | None]:
+def forms_of_layers(layers: Sequence[MoeLayer], table: ExpertTable, library: Library | None) -> list[BlockForm | None]:
     """Per layer how ggml reads its experts in a slot; None where torch computes them.
 
     Args:

@@ -92,6 +92,8 @@ def load(
     model = load_skeleton(checkpoint.folder, sketch, dtype, blocks, **call.model_kwargs)
     complete_generation_config(model, checkpoint.folder, checkpoint.index)
     experts = find_experts(model, checkpoint, None if kernels is None else kernels.runner.library)
+    if kernels is not None:
+        kernels.quicken(model)
     division = plan_memory(asked, target, model, experts, before)
     if target.type == "cuda":
         move_dense(model, target)

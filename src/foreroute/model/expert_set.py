@@ -6,7 +6,7 @@ import torch
 
 from foreroute.checkpoint.layouts import ExpertTable
 from foreroute.checkpoint.records import PackedStore
-from foreroute.kernels.ggml.form import ExpertForm
+from foreroute.kernels.ggml.form import BlockForm
 from foreroute.kernels.torch.experts import ExpertMath
 from foreroute.model.blocks import MoeLayer, on_device
 
@@ -28,7 +28,7 @@ class ExpertSet:
     source: ExpertTable
     store: PackedStore | None
     math: tuple[ExpertMath | None, ...]
-    forms: tuple[ExpertForm | None, ...]
+    forms: tuple[BlockForm | None, ...]
     dtype: torch.dtype
     device: torch.device
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from foreroute.kernels.ggml.bf16 import Bf16Products, rows_in_bf16
-from foreroute.kernels.ggml.form import OAI_ALPHA, OAI_LIMIT, ExpertForm, SlotMatrix, join
+from foreroute.kernels.ggml.form import OAI_ALPHA, OAI_LIMIT, BlockForm, SlotMatrix, join
 from foreroute.kernels.ggml.graph import Graph, Runner, TensorRef, place
 from foreroute.kernels.ggml.interleaved import interleaver
 from foreroute.kernels.ggml.types import F32, I32
@@ -79,7 +79,7 @@ class ExpertGraph:
     """
 
     def __init__(
-        self, runner: Runner, form: ExpertForm, slots: HostSlots, rows: int, per_row: int, scratch: Scratch
+        self, runner: Runner, form: BlockForm, slots: HostSlots, rows: int, per_row: int, scratch: Scratch
     ) -> None:
         self.ids = np.zeros((rows, per_row), dtype=np.int32)
         self._form, self._slots, self._scratch = form, slots, scratch
@@ -183,9 +183,7 @@ class FormGraphs:
             is where it lies.
     """
 
-    def __init__(
-        self, runner: Runner, form: ExpertForm, slots: HostSlots, scratch: Scratch, bf16: Bf16Products
-    ) -> None:
+    def __init__(self, runner: Runner, form: BlockForm, slots: HostSlots, scratch: Scratch, bf16: Bf16Products) -> None:
         self.form = form
         self._runner, self._slots, self._scratch, self._bf16 = runner, slots, scratch, bf16
         matrices = (*form.first, form.down)
@@ -254,9 +252,9 @@ class ExpertGraphs:
     def __init__(self, runner: Runner, slots: HostSlots) -> None:
         self._runner, self._slots = runner, slots
         self._scratch, self._bf16 = Scratch(), Bf16Products(runner)
-        self._by_form: dict[ExpertForm, FormGraphs] = {}
+        self._by_form: dict[BlockForm, FormGraphs] = {}
 
-    def of(self, form: ExpertForm) -> FormGraphs:
+    def of(self, form: BlockForm) -> FormGraphs:
         """The graphs of a form."""
         if form not in self._by_form:
             self._by_form[form] = FormGraphs(self._runner, form, self._slots, self._scratch, self._bf16)

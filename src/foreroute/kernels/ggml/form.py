@@ -48,7 +48,7 @@ class Gating:
 
 
 @dataclass(frozen=True)
-class ExpertForm:
+class BlockForm:
     """An expert in a slot: up to two matrices before the gating and one after it; biases by offset, -1 where absent.
 
     first: gate and up, or the only one. down: [hidden, intermediate]. biases are F32.
@@ -79,7 +79,7 @@ class ExpertForm:
         return (*matrices, *biases, *last)
 
 
-def form_of(layer: LayerExperts, math: ExpertMath | None, library: Library) -> ExpertForm | str:
+def form_of(layer: LayerExperts, math: ExpertMath | None, library: Library) -> BlockForm | str:
     """Describe a layer's experts for ggml's kernels, or say in a few words why they cannot compute it.
 
     Args:
@@ -101,7 +101,7 @@ def form_of(layer: LayerExperts, math: ExpertMath | None, library: Library) -> E
     gating = _gating(math, len(first), up.is_interleaved)
     matrices = [one for one in first if not isinstance(one, str)]
     (only,) = (one for one in last if not isinstance(one, str))
-    return ExpertForm(tuple(matrices), only, gating, *biases)
+    return BlockForm(tuple(matrices), only, gating, *biases)
 
 
 def _slot_matrix(matrix: StoredMatrix, layout: ExpertLayout, library: Library) -> SlotMatrix | str:
