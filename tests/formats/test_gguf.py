@@ -15,7 +15,7 @@ import torch
 from gguf.quants import dequantize, quantize
 
 from foreroute.checkpoint.gguf_families import settings_of
-from foreroute.checkpoint.gguf_file import read_gguf
+from foreroute.checkpoint.gguf_file import EXPERT_BLOCKS, read_gguf
 from foreroute.checkpoint.layouts import ExpertTable
 from foreroute.checkpoint.locate import read_index
 from foreroute.cli.main import main
@@ -26,6 +26,8 @@ from foreroute.errors import (
     ForerouteError,
     UnsupportedModelError,
 )
+from foreroute.kernels.ggml.library import open_library
+from foreroute.kernels.ggml.types import MATRIX_TYPES
 from foreroute.kernels.slot_views import TORCH_DTYPES
 from foreroute.kernels.torch.dequantise import Workspaces, decode_part
 from foreroute.kernels.torch.gguf_blocks import dequantise_gguf
@@ -47,6 +49,8 @@ CASES = {
     "qwen3moe-q4_k_m": ("qwen3moe", Kind.Q4_K, Kind.Q6_K, Kind.Q8_0, (2 * 4.5 + 6.5625) / 3),
     "gpt-oss-mxfp4": ("gpt-oss", Kind.MXFP4, None, Kind.Q8_0, 4.25),
     "gpt-oss-f16": ("gpt-oss", Kind.F16, Kind.BF16, Kind.F32, 16.0),
+    # Types that the gguf package makes numbers of, not torch.
+    "qwen3moe-q5_1": ("qwen3moe", Kind.Q5_1, Kind.TQ2_0, Kind.Q4_1, (2 * 6 + 2.0625) / 3),
 }
 
 
@@ -64,7 +68,7 @@ def written(_torch_setup: None, tmp_path_factory: pytest.TempPathFactory) -> Wri
     return get
 
 
-@pytest.mark.parametrize("kind", ["Q8_0", "MXFP4", "Q4_0", "Q4_K", "Q5_K", "Q6_K", "F32", "F16", "BF16"])
+@pytest.mark.parametrize("kind", EXPERT_BLOCKS)
 def test_blocks_become_the_numbers_that_gguf_makes_of_them(kind: str) -> None:
     """All bytes at random: also infinite scales, subnormal powers of two and both zeros."""
     number = Kind[kind]
@@ -77,6 +81,17 @@ def test_blocks_become_the_numbers_that_gguf_makes_of_them(kind: str) -> None:
     assert ours.shape == theirs.shape
     assert same.all(), f"{(~same).sum()} of {same.size}"
     assert np.isfinite(theirs).mean() > 0.8
+    if kind != "F32":
+        ggml, out = open_library().traits(kind).to_float, np.empty_like(ours)
+        ggml(raw.ctypes.data, out.ctypes.data, out.size)
+        same = (ours.view(np.uint32) == out.view(np.uint32)) | (np.isnan(ours) & np.isnan(out))
+        assert same.all(), f"{(~same).sum()} of {same.size} differ from ggml's"
+
+
+def test_every_type_that_ggml_multiplies_is_read_and_has_the_size_that_ggml_says() -> None:
+    types = open_library().types
+    assert set(EXPERT_BLOCKS) == set(MATRIX_TYPES)
+    assert {name: (types[name].weights, types[name].nbytes) for name in EXPERT_BLOCKS} == dict(EXPERT_BLOCKS)
 
 
 def _decoded(table: ExpertTable, key: int) -> dict[str, torch.Tensor]:
@@ -120,7 +135,7 @@ def test_tokens_are_those_of_the_dequantised_resident_model(
     case: str, written: Writing, load: Callable[..., Any]
 ) -> None:
     made, bits = written(case), CASES[case][-1]
-    model = load(made.path, "40%", dtype="float32", learn=False)
+    model = load(made.path, "40%", dtype="float32", learn=False, math="torch")
     ours, theirs = generate(model), generate(made.resident)
     assert_same_bits(ours, theirs)
     assert theirs.num_distinct > 5
@@ -144,7 +159,7 @@ def _biases_of_block_0(made: Written) -> list[str]:
 
 def test_bf16_is_what_auto_means_and_gives_the_resident_models_bits(written: Writing, load: Callable[..., Any]) -> None:
     made = write_gguf(written("gpt-oss-mxfp4").path.parent / "bf16", "gpt-oss", Kind.MXFP4, dense=Kind.Q8_0)
-    model = load(made.path, "40%", learn=False)
+    model = load(made.path, "40%", learn=False, math="torch")
     assert model.dtype == torch.bfloat16
     for parameter in made.resident.parameters():
         parameter.data = parameter.data.to(torch.bfloat16)  # not the buffers: frequencies stay as they are
@@ -197,7 +212,7 @@ def test_where_yarn_begins_and_ends_comes_from_the_metadata(
     config.rope_parameters = {**config.rope_parameters, "beta_fast": 6.0, "beta_slow": 0.5}
     theirs = type(made.resident)(config).eval()
     theirs.load_state_dict(made.resident.state_dict())
-    model = load(path, "40%", dtype="float32", learn=False)
+    model = load(path, "40%", dtype="float32", learn=False, math="torch")
     assert model.config.rope_parameters == config.rope_parameters
     out = generate(theirs)
     assert_same_bits(generate(model), out)
@@ -296,9 +311,23 @@ def _minimal(
     return path
 
 
+def _retyped(path: Path, kind: int, other: int) -> Path:
+    """The file with the number of the first expert tensor's type replaced."""
+    content = path.read_bytes()
+    name = content.index(b"_exps.weight") + len(b"_exps.weight")
+    at = name + 4 + 3 * 8  # the number of extents, and three of them
+    assert content[at : at + 4] == int(kind).to_bytes(4, "little")
+    path.write_bytes(content[:at] + int(other).to_bytes(4, "little") + content[at + 4 :])
+    return path
+
+
 def test_what_is_not_read_is_refused_by_name_before_any_work(tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedModelError, match=r"ffn_up_exps.weight is quantised as Q5_1.*Q4_K"):
-        read_gguf(_minimal(tmp_path / "quant.gguf", kind=Kind.Q5_1))
+    with pytest.raises(UnsupportedModelError, match=r"ffn_up_exps.weight is quantised as Q1_0.*Q4_K"):
+        read_gguf(_retyped(_minimal(tmp_path / "quant.gguf", kind=Kind.Q5_1), Kind.Q5_1, Kind.Q1_0))
+    with pytest.raises(
+        UnsupportedModelError, match=r"type 99, which the gguf package .* does not know.*pip install -U"
+    ):
+        read_gguf(_retyped(_minimal(tmp_path / "newer.gguf", kind=Kind.Q5_1), Kind.Q5_1, 99))
     with pytest.raises(UnsupportedModelError, match="architecture deepseek2 are not read; qwen3moe and gpt-oss are"):
         read_gguf(_minimal(tmp_path / "family.gguf", "deepseek2"))
     with pytest.raises(UnsupportedModelError, match="llama-gguf-split --merge"):
@@ -357,7 +386,18 @@ def test_without_the_package_it_is_said_how_to_get_it(
 
 def test_the_command_line_takes_the_file(written: Writing, capsys: pytest.CaptureFixture[str]) -> None:
     path = str(written("gpt-oss-mxfp4").path)
-    asked = ["--memory", "40%", "--dtype", "float32", "--max-new-tokens", "6", "--no-do-sample", "--json"]
+    asked = [
+        "--memory",
+        "40%",
+        "--dtype",
+        "float32",
+        "--max-new-tokens",
+        "6",
+        "--no-do-sample",
+        "--math",
+        "torch",
+        "--json",
+    ]
     assert main(["generate", path, "Hello", *asked]) == 0
     told = json.loads(capsys.readouterr().out)
     ids = torch.tensor([load_tokenizer(path).encode("Hello")])
