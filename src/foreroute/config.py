@@ -179,6 +179,7 @@ class Plan:
     uses. staging_slots of the pool are open to guesses. source says where experts are read from. host_records experts
     fit host memory behind the slots; 0 where the disk is right behind them. Memory is kept for kv_tokens of keys and
     values; kv_bytes_per_token is None where it was not measured. learning_bytes: the most that learning guesses takes.
+    math is "ggml", torch's ("own"), or the "family"'s own forward; math_note says why not ggml's, where it might be.
     threads are torch's, of which usable_cpus can run at once: fewer where a container's limit is below them.
     """
 
@@ -210,6 +211,7 @@ class Plan:
     learning_bytes: int = 0
     threads: int = 1
     usable_cpus: int = 1
+    math_note: str = ""
 
     @property
     def token_demand_bytes(self) -> int:

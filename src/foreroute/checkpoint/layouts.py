@@ -80,11 +80,25 @@ class PartSource:
     dtypes: tuple[str, ...] = _FLOAT_DTYPES
 
 
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """How a source's items, contiguous in the file, are spread in a slot: as in `Copy`; rows times cols are all."""
+
+    source: PartSource
+    dst_offset: int
+    rows: int
+    cols: int
+    itemsize: int
+    dst_row_stride: int
+    dst_col_stride: int
+
+
 @dataclass(frozen=True)
 class LayerExperts:
     """All experts of one MoE layer: their number, layout and sources.
 
     parts: the family's tensors, made from those of the layout; empty where the layout holds them directly.
+    spreads: where the bytes of each source go; empty where each of them is the layout's part at its own position.
     stored_as: the format's name, if there are such parts.
     """
 
@@ -94,6 +108,7 @@ class LayerExperts:
     sources: tuple[PartSource, ...]
     parts: tuple[StoredPart, ...] = ()
     stored_as: str = ""
+    spreads: tuple[Spread, ...] = ()
 
     @property
     def family_layout(self) -> ExpertLayout:
@@ -273,7 +288,19 @@ class ExpertTable:
 def expert_reads(layer: LayerExperts, expert: int, index: CheckpointIndex) -> ExpertReads:
     """The reads for one `expert` of `layer` in `index`'s files: adjacent ranges joined, in file order."""
     moves: list[tuple[str, int, int, Copy]] = []
-    for source, part in zip(layer.sources, layer.layout.parts, strict=True):
+    for spread in layer.spreads:
+        (piece,) = _assembled(spread.source, expert, index).pieces
+        copy = Copy(
+            0,
+            spread.dst_offset,
+            spread.rows,
+            spread.cols,
+            spread.itemsize,
+            spread.dst_row_stride,
+            spread.dst_col_stride,
+        )
+        moves.append((piece.entry.path, piece.src_offset, copy.nbytes, copy))
+    for source, part in zip(layer.sources, layer.layout.parts, strict=True) if not layer.spreads else ():
         strides = _row_major_strides(part)
         for piece in _assembled(source, expert, index).pieces:
             for src_offset, copy in _copies(piece, part, strides):

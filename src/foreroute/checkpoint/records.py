@@ -22,6 +22,7 @@ import xxhash
 
 from foreroute.checkpoint.codecs import CODECS, STORED, described_table
 from foreroute.checkpoint.layouts import PAGE, ExpertTable, round_up
+from foreroute.checkpoint.quantised_layout import in_blocks
 from foreroute.checkpoint.source_files import FileStamp
 from foreroute.errors import StoreError
 from foreroute.reading import parse_object, refuse_pointer
@@ -122,7 +123,10 @@ class PackedStore:
         self.codec: str = described["codec"]
         self.order: str = described["order"]
         _check_codec(self.path, self.codec)
-        if self.codec != STORED:
+        if self.codec == STORED:  # `pack` lays MXFP4 out in blocks; earlier versions did not
+            others = (one for one in (in_blocks(table),) if _header(one, STORED, "") == stored)
+            table = next(others, table)
+        else:
             known = described_table(described, table)
             if known is None:  # a layout that no codec here makes: the headers differ in the codec at least
                 _check_same_model(self.path, stored, _header(table, STORED, ""))

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 
 # Prefix of the codings of GGUF's blocks, before the quantisation's name.
 GGUF_PREFIX = "gguf:"
+# Hugging Face's MXFP4 in blocks as large as ggml's: an exponent, then 32 four-bit floats, two neighbours to a byte.
+MXFP4_IN_BLOCKS = "mxfp4-in-blocks"
+MXFP4_BLOCK_BYTES = 17
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,8 @@ import torch
 
 from foreroute.checkpoint.gguf_file import GgufIndex
 from foreroute.checkpoint.index import CheckpointIndex
+from foreroute.checkpoint.quantised_layout import in_blocks
+from foreroute.checkpoint.stored_parts import GGUF_PREFIX, MXFP4_IN_BLOCKS
 from foreroute.config import EngineConfig
 from foreroute.errors import UnsupportedModelError
 from foreroute.kernels.ggml.graph import Runner, shared_runner
@@ -14,6 +16,7 @@ from foreroute.kernels.ggml.library import GgmlError, open_library
 from foreroute.kernels.ggml.linear import BlockProducts
 from foreroute.loading.checkpoint import Checkpoint
 from foreroute.model.build.dense_blocks import DenseBlocks, dense_block_nbytes
+from foreroute.model.build.skeleton import Outline
 
 # torch's threads while a token is decoded: its products are ggml's then, whose threads poll for the next graph, and two
 # pools that spin on the same cores stop each other (docs/LOG.md).
@@ -27,14 +30,17 @@ class BlockKernels:
     runner: Runner
     products: BlockProducts
 
-    def dense_nbytes(self, index: CheckpointIndex) -> int:
-        """Bytes of the dense weights of `index` in memory."""
-        assert isinstance(index, GgufIndex)
-        return dense_block_nbytes(index, self.products)
+    def dense_nbytes(self, sketch: Outline) -> int:
+        """Bytes of the dense weights of the model in memory."""
+        index = sketch.table.index
+        return dense_block_nbytes(index, self.products) if isinstance(index, GgufIndex) else sketch.dense_nbytes
 
-    def dense_blocks(self, index: CheckpointIndex, dtype: torch.dtype | str) -> tuple[torch.dtype, DenseBlocks]:
-        """The compute dtype, f32 unless another one was asked for, and the dense weights of `index` in blocks."""
-        assert isinstance(index, GgufIndex)
+    def dense_blocks(
+        self, index: CheckpointIndex, dtype: torch.dtype | str
+    ) -> tuple[torch.dtype | str, DenseBlocks | None]:
+        """The compute dtype, f32 for blocks unless another one was asked for; and the dense weights that are blocks."""
+        if not isinstance(index, GgufIndex):
+            return dtype, None
         compute = dtype if isinstance(dtype, torch.dtype) else torch.float32
         return compute, DenseBlocks(index, self.products, compute)
 
@@ -42,33 +48,68 @@ class BlockKernels:
 def open_block_kernels(
     asked: EngineConfig, checkpoint: Checkpoint, target: torch.device
 ) -> tuple[BlockKernels | None, str]:
-    """Open ggml for a checkpoint whose weights are stored in blocks: the kernels, or None and the reason.
+    """Open ggml for a checkpoint whose weights are or can be laid out in blocks: the kernels, or None and the reason.
+
+    The reason is empty where nobody need be told: torch was asked for, or there are no blocks.
 
     Raises:
         GgmlError, UnsupportedModelError: --math ggml was asked for and cannot be had.
     """
-    reason = _why_not(asked, checkpoint, target)
-    if not reason:
-        assert isinstance(checkpoint.index, GgufIndex)
-        try:
-            library = open_library()
-            check_types(library, sorted(set(checkpoint.index.kinds.values())))
-            runner = shared_runner(torch.get_num_threads())
-            return BlockKernels(runner, BlockProducts(runner)), ""
-        except GgmlError as error:
-            if asked.math == "ggml":
-                raise
-            return None, str(error)
-    if asked.math == "ggml":
-        raise UnsupportedModelError(f"--math ggml: {reason}.")
-    return None, ""
-
-
-def _why_not(asked: EngineConfig, checkpoint: Checkpoint, target: torch.device) -> str:
     if asked.math == "torch":
-        return "torch was asked for"
-    if target.type != "cpu" or asked.control == "device":
-        return "ggml's kernels here run on the CPU"
-    if not isinstance(checkpoint.index, GgufIndex):
-        return "the weights are not stored in blocks, as those of a GGUF file are"
+        return None, ""
+    where, kinds = _why_not_here(asked, target), _kinds(checkpoint)
+    reason = where or _why_no_blocks(checkpoint, kinds)
+    if reason and asked.math == "ggml":
+        raise UnsupportedModelError(f"--math ggml: {reason}.")
+    if reason:
+        return None, reason if _is_packed_apart(checkpoint) and not where else ""
+    try:
+        library = open_library()
+        check_types(library, sorted(kinds))
+        runner = shared_runner(torch.get_num_threads())
+        return BlockKernels(runner, BlockProducts(runner)), ""
+    except GgmlError as error:
+        if asked.math == "ggml":
+            raise
+        return None, str(error).rstrip(".")
+
+
+def note_of(asked: EngineConfig, reason: str) -> str:
+    """The line for users where torch computes what ggml's kernels might; "" without a reason.
+
+    Raises:
+        UnsupportedModelError: --math ggml was asked for.
+    """
+    if reason and asked.math == "ggml":
+        raise UnsupportedModelError(f"--math ggml: {reason}.")
+    if not reason:
+        return ""
+    return f"Weights in blocks are dequantised by torch at each use, much slower than ggml's kernels: {reason}."
+
+
+def _why_not_here(asked: EngineConfig, target: torch.device) -> str:
+    return "ggml's kernels here run on the CPU" if target.type != "cpu" or asked.control == "device" else ""
+
+
+def _why_no_blocks(checkpoint: Checkpoint, kinds: set[str]) -> str:
+    if _is_packed_apart(checkpoint):
+        return (
+            "the packed store has MXFP4's blocks and exponents apart, as earlier versions packed them; "
+            "`foreroute pack --force` packs it for them"
+        )
+    if not kinds:
+        return "the weights are not stored in blocks, as those of a GGUF file or of `foreroute pack --quant` are"
     return ""
+
+
+def _is_packed_apart(checkpoint: Checkpoint) -> bool:
+    return checkpoint.store is not None and in_blocks(checkpoint.kept) is not checkpoint.kept
+
+
+def _kinds(checkpoint: Checkpoint) -> set[str]:
+    """The types of blocks in which weights are stored: of experts as they will be read, and of a GGUF's dense part."""
+    kept = checkpoint.in_blocks().kept
+    codings = {matrix.coding.kind for layer in kept.layers for part in layer.parts for matrix in part.matrices}
+    kinds = {kind.removeprefix(GGUF_PREFIX) for kind in codings if kind.startswith(GGUF_PREFIX)}
+    dense = checkpoint.index.kinds.values() if isinstance(checkpoint.index, GgufIndex) else ()
+    return kinds | {*dense} | ({"MXFP4"} if MXFP4_IN_BLOCKS in codings else set())

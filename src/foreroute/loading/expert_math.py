@@ -55,19 +55,24 @@ def math_of_layers(
     return made
 
 
-def forms_of_layers(layers: Sequence[MoeLayer], table: ExpertTable, library: Library | None) -> list[ExpertForm | None]:
-    """Per layer how ggml reads its experts in a slot; None where torch computes them.
+def forms_of_layers(
+    layers: Sequence[MoeLayer], table: ExpertTable, library: Library | None
+) -> tuple[list[ExpertForm | None], str]:
+    """Per layer how ggml reads its experts in a slot, None where torch computes them; and why one of them has none.
 
     Args:
         table: the experts as they are read.
     """
     if library is None:
-        return [None] * len(layers)
+        return [None] * len(layers), ""
     found = [
         form_of(stored, describe_math(layer.experts), library)
         for layer, stored in zip(layers, table.layers, strict=True)
     ]
-    return [None if isinstance(form, str) else form for form in found]
+    reason = next(
+        (f"{layer.name}: {form}" for layer, form in zip(layers, found, strict=True) if isinstance(form, str)), ""
+    )
+    return [None if isinstance(form, str) else form for form in found], reason
 
 
 def stored_operands(

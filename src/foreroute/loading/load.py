@@ -5,6 +5,7 @@ headers, the room for it, the model, the division of memory.
 """
 
 import os
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from foreroute.config import EngineConfig, Plan
 from foreroute.engine.moe_step import MoeStep
 from foreroute.engine.step_trace import StepTrace, header_of
 from foreroute.loading.arguments import read_arguments
-from foreroute.loading.block_kernels import DECODE_THREADS, open_block_kernels
+from foreroute.loading.block_kernels import DECODE_THREADS, note_of, open_block_kernels
 from foreroute.loading.checkpoint import Checkpoint, find_experts, open_checkpoint
 from foreroute.loading.engines import builder_for
 from foreroute.loading.guidance import Guidance, guidance_for
@@ -27,6 +28,7 @@ from foreroute.memory.host import usable_cpus
 from foreroute.memory.plan import MemoryPlan, check_before, plan_memory
 from foreroute.model import torch_modes
 from foreroute.model.build.skeleton import load_skeleton
+from foreroute.model.build.unplaced import tell
 from foreroute.model.endings import complete_generation_config
 from foreroute.model.expert_set import ExpertSet
 from foreroute.policy import Policy
@@ -80,14 +82,18 @@ def load(
     trace = None if asked.trace is None else open_trace(asked.trace)
     checkpoint = open_checkpoint(path_or_hub_id, revision, asked.packed, call.hub)
     sketch = checkpoint.outline
-    kernels, _ = open_block_kernels(asked, checkpoint, target)
-    dense_nbytes = sketch.dense_nbytes if kernels is None else kernels.dense_nbytes(checkpoint.index)
+    kernels, why_torch = open_block_kernels(asked, checkpoint, target)
+    if kernels is not None:
+        checkpoint = checkpoint.in_blocks()
+    dense_nbytes = sketch.dense_nbytes if kernels is None else kernels.dense_nbytes(sketch)
     before = check_before(asked, target, checkpoint.kept, checkpoint.store, sketch.config, dense_nbytes)
     sidecar = _sidecar(asked, target, checkpoint)
     dtype, blocks = (call.dtype, None) if kernels is None else kernels.dense_blocks(checkpoint.index, call.dtype)
     model: Any = load_skeleton(checkpoint.folder, sketch, dtype, blocks, **call.model_kwargs)
     complete_generation_config(model, checkpoint.folder, checkpoint.index)
     experts = find_experts(model, checkpoint, None if kernels is None else kernels.runner.library)
+    math_note = note_of(asked, why_torch or experts.no_form)
+    tell((math_note,) if math_note else (), checkpoint.folder)
     division = plan_memory(asked, target, model, experts, before)
     if target.type == "cuda":
         move_dense(model, target)
@@ -98,6 +104,7 @@ def load(
     plan = _plan(
         asked, target, model, checkpoint, experts, division, guidance, dense_bytes, is_fitted=sidecar is not None
     )
+    plan = replace(plan, math_note=math_note)
     if trace is not None:
         trace.begin(**header_of(plan, asked, experts.table, checkpoint.index.fingerprint()))
         assert isinstance(engine, MoeStep), "no trace is written where the device pages for itself: see open_device"

@@ -73,6 +73,7 @@ def run(args: argparse.Namespace) -> int:
     with figures.busy("Reading the checkpoint's headers", args.json):
         from foreroute.checkpoint.codecs import check_shapes
         from foreroute.checkpoint.locate import read_index
+        from foreroute.checkpoint.quantised_layout import in_blocks
         from foreroute.checkpoint.records import PackedStore, claim_store, store_name
         from foreroute.model.build.skeleton import outline
         from foreroute.model.build.unplaced import tell
@@ -90,7 +91,8 @@ def run(args: argparse.Namespace) -> int:
             is_there = _is_there(args, path, table)
             if not is_there:
                 quantiser = _quantiser(args, sketch, path)
-                _pack(args, table, path, quantiser, claim)
+                # Where that moves bytes only, records lie as ggml's kernels multiply them.
+                _pack(args, in_blocks(table) if args.quant is None else table, path, quantiser, claim)
     measured = quantiser if quantiser is not None and quantiser.is_measured else None
     store = PackedStore(path, table)
     if not args.json:

@@ -79,17 +79,19 @@ class ExpertGraph:
         self._generation = -1
         # Tensors that lie in one memory: a product, and the sum of it and a bias.
         self._placed: dict[str, list[TensorRef]] = {}
-        graph = self._first = Graph(runner, 24)
-        self._x = graph.tensor(F32, (form.first[0].columns, 1, rows))
+        graph = self._first = Graph(runner, 48)
+        x = graph.tensor(F32, (form.first[0].columns, 1, rows))
+        self._placed["x"] = [x]
+        x = self._in_order(graph, x, "x")
         ids = self._id_tensor(graph)
         biases = form.first_biases or (-1,) * len(form.first)
         inner = [
-            self._product(graph, matrix, self._x, ids, bias, name)
+            self._product(graph, matrix, x, ids, bias, name)
             for name, matrix, bias in zip(_FIRST, form.first, biases, strict=False)
         ]
         if form.gating.kind == "torch":
             graph.finish(*inner)
-            graph = Graph(runner, 12)
+            graph = Graph(runner, 24)
             ids = self._id_tensor(graph)
             gated = graph.tensor(F32, (form.intermediate, per_row, rows))
         else:
@@ -97,19 +99,40 @@ class ExpertGraph:
         self._second = graph
         self._placed["gated"] = [gated]
         scratch.reserve("gated", self._count * form.intermediate)
+        gated = self._in_order(graph, gated, "gated")
         graph.finish(self._product(graph, form.down, gated, ids, form.down_bias, "out"))
 
     def run(self, x: int, out: int) -> None:
         """Compute the rows at address `x` (f32 [rows, hidden]) through the experts in `ids`, into address `out`."""
         if self._generation != self._scratch.generation:
             self._place_scratch()
-        place(self._x, x)
-        for tensor in self._placed["out"]:
-            place(tensor, out)
+        for name, address in (("x", x), ("out", out)):
+            for tensor in self._placed[name]:
+                place(tensor, address)
         self._first.run()
         if self._second is not self._first:
             self._gate_by_family()
             self._second.run()
+
+    def _in_order(self, graph: Graph, rows: TensorRef, name: str) -> TensorRef:
+        """`rows` with the numbers of every 32 in the order of the matrices' blocks.
+
+        A block whose bytes hold neighbours is ggml's block of the same weights in another order: the even ones, then
+        the odd ones.
+        """
+        if not self._form.is_paired:
+            return rows
+        library, context = graph.library, graph.context
+        width, *others = rows.contents.ne[:3]
+        count = width * others[0] * others[1]
+        pairs = library.ggml_reshape_3d(context, rows, 2, 16, count // 32)
+        halves = library.ggml_permute(context, pairs, 1, 0, 2, 3)
+        self._placed[name] += [pairs, halves]
+        ordered = library.ggml_cont(context, halves)
+        again = library.ggml_reshape_3d(context, ordered, width, *others)
+        self._placed[f"{name} in order"] = [ordered, again]
+        self._scratch.reserve(f"{name} in order", count)
+        return again
 
     def _id_tensor(self, graph: Graph) -> TensorRef:
         ids = graph.tensor(I32, (self.ids.shape[1], self.ids.shape[0]))
@@ -133,17 +156,32 @@ class ExpertGraph:
         product = library.ggml_mul_mat_id(graph.context, weights, x, ids)
         tensors = self._placed[name] = [product]
         if bias >= 0:
-            values = graph.tensor(F32, (matrix.rows, slots.num_slots))
+            values = graph.tensor(self._form.bias_type, (matrix.rows, slots.num_slots))
             values.contents.nb[1] = slots.slot_bytes
             place(values, slots.address + bias)
-            tensors.append(library.ggml_add_id(graph.context, product, values, ids))
+            if self._form.bias_type == F32:
+                tensors.append(library.ggml_add_id(graph.context, product, values, ids))
+            else:
+                tensors.append(library.ggml_add(graph.context, product, self._floats(graph, values, name)))
         if name != "out":
             self._scratch.reserve(name, self._count * matrix.rows)
         return tensors[-1]
 
+    def _floats(self, graph: Graph, values: TensorRef, name: str) -> TensorRef:
+        """The rows of 16-bit `values` that the ids name, as floats, for each row and expert."""
+        library = graph.library
+        ids = graph.tensor(I32, (self._count, 1))
+        place(ids, self.ids.ctypes.data)
+        picked = library.ggml_get_rows(graph.context, values, ids)
+        width, (num_rows, per_row) = values.contents.ne[0], self.ids.shape
+        shaped = library.ggml_reshape_3d(graph.context, picked, width, per_row, num_rows)
+        self._placed[f"{name} bias"] = [picked, shaped]
+        self._scratch.reserve(f"{name} bias", self._count * width)
+        return shaped
+
     def _place_scratch(self) -> None:
         for name, tensors in self._placed.items():
-            if name != "out":
+            if name not in ("x", "out"):
                 for tensor in tensors:
                     place(tensor, self._scratch.address(name))
         self._generation = self._scratch.generation
