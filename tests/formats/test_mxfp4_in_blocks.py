@@ -111,22 +111,10 @@ def test_the_bits_are_the_same_at_every_budget_and_in_a_batch(
     assert model.foreroute.stats().evictions > 0
 
 
-def test_a_bias_or_an_order_that_is_wrong_is_seen(folder: Path, load: Callable[..., Any]) -> None:
-    """What the comparison above is worth: activations in their own order give other numbers."""
-    model = load(folder, "100%", dtype="float32", learn=False)
-    form = model.foreroute.engine.kernels[0]._form
-    assert form.is_paired
-    assert form.bias_type != 0
-    before = generate(model)
-    object.__setattr__(form, "is_paired", False)
-    model.foreroute.engine.kernels[0]._graphs._graphs.clear()
-    assert not torch.equal(generate(model).logits[0], before.logits[0])
-
-
 def test_copies_put_blocks_beside_their_exponents(folder: Path) -> None:
     table = in_blocks(expert_table(folder))
     part = table.layers[0].layout.parts[0]
-    (spreads) = [one for one in table.layers[0].spreads if one.dst_offset < part.nbytes]
+    spreads = [one for one in table.layers[0].spreads if one.dst_offset < part.nbytes]
     assert {one.itemsize for one in spreads} == {1, 16}
     slot = bytearray(table.slot_bytes)
     for read in table.reads(3):

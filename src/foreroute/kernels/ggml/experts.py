@@ -11,14 +11,15 @@ import numpy as np
 import torch
 
 from foreroute.kernels.ggml.bf16 import Bf16Products, is_quicker
-from foreroute.kernels.ggml.form import OAI_ALPHA, OAI_LIMIT, ExpertForm, SlotMatrix, join
+from foreroute.kernels.ggml.form import OAI_ALPHA, OAI_LIMIT, ExpertForm, SlotMatrix, in_order, join
 from foreroute.kernels.ggml.graph import Graph, Runner, TensorRef, place
 from foreroute.kernels.ggml.interleaved import interleaver
-from foreroute.kernels.ggml.types import F32, I32
+from foreroute.kernels.ggml.types import F32, I32, TYPE_NUMBERS
 
 # Graphs kept: one for each form and shape of a step. Some 10 KB each.
 _MOST_GRAPHS = 512
 _FIRST = ("gate", "up")
+_DTYPES = {F32: torch.float32, TYPE_NUMBERS["F16"]: torch.float16, TYPE_NUMBERS["BF16"]: torch.bfloat16}
 
 
 class HostSlots:
@@ -33,10 +34,10 @@ class HostSlots:
         self.address = self._bytes.data_ptr()
         self.slot_bytes, self.num_slots = slot_bytes, num_slots
 
-    def floats(self, slot: int, offset: int, count: int) -> torch.Tensor:
-        """The `count` floats at an offset in a slot."""
-        start = slot * self.slot_bytes + offset
-        return self._bytes[start : start + 4 * count].view(torch.float32)
+    def floats(self, slot: int, offset: int, count: int, number: int) -> torch.Tensor:
+        """The `count` numbers of ggml's type `number` at an offset in a slot, in f32."""
+        start, dtype = slot * self.slot_bytes + offset, _DTYPES[number]
+        return self._bytes[start : start + dtype.itemsize * count].view(dtype).float()
 
 
 class Scratch:
@@ -230,15 +231,23 @@ class ExpertGraphs:
     def _in_bf16(self, form: ExpertForm, rows: torch.Tensor, slot: int) -> torch.Tensor:
         start = self._slots.address + slot * self._slots.slot_bytes
 
-        def product(x: torch.Tensor, matrix: SlotMatrix, bias: int) -> torch.Tensor:
+        def product(x: torch.Tensor, matrix: SlotMatrix) -> torch.Tensor:
             assert matrix.row_stride == matrix.kind.row_bytes(matrix.columns), "rows lie one after the other"
-            out = self._bf16(x.to(torch.bfloat16), matrix.kind, start + matrix.offset, (matrix.rows, matrix.columns))
-            return out if bias < 0 else out.add_(self._slots.floats(slot, bias, matrix.rows))
+            x = in_order(x) if form.is_paired else x
+            return self._bf16(x.to(torch.bfloat16), matrix.kind, start + matrix.offset, (matrix.rows, matrix.columns))
+
+        def biased(out: torch.Tensor, bias: int) -> torch.Tensor:
+            return out if bias < 0 else out.add_(self._slots.floats(slot, bias, out.shape[1], form.bias_type))
 
         biases = form.first_biases or (-1,) * len(form.first)
-        inner = [product(rows, matrix, bias) for matrix, bias in zip(form.first, biases, strict=True)]
+        if form.in_turns is not None:
+            both = product(rows, form.in_turns)
+            for which, bias in enumerate(biases):
+                biased(both[:, which::2], bias)
+            return biased(product(form.gating.family(both), form.down), form.down_bias)
+        inner = [biased(product(rows, matrix), bias) for matrix, bias in zip(form.first, biases, strict=True)]
         given = inner[0] if len(inner) == 1 else join(inner[0], inner[1], form.gating.is_interleaved)
-        return product(form.gating.family(given), form.down, form.down_bias)
+        return biased(product(form.gating.family(given), form.down), form.down_bias)
 
     def of(self, form: ExpertForm, rows: int, per_row: int) -> ExpertGraph:
         """The graph of `rows` rows with `per_row` experts each."""

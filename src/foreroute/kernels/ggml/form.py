@@ -66,6 +66,15 @@ class ExpertForm:
     is_paired: bool = False
 
     @property
+    def in_turns(self) -> SlotMatrix | None:
+        """Gate and up as one matrix, if their rows alternate in the slot."""
+        gate = self.first[0]
+        row_bytes = gate.kind.row_bytes(gate.columns)
+        if gate.row_stride != 2 * row_bytes:
+            return None
+        return SlotMatrix(gate.kind, 2 * gate.rows, gate.columns, gate.offset, row_bytes)
+
+    @property
     def hidden(self) -> int:
         """Width of the input and of the output."""
         return self.down.rows
@@ -187,6 +196,11 @@ def join(gate: torch.Tensor, up: torch.Tensor, is_interleaved: bool) -> torch.Te
     if is_interleaved:
         return torch.stack((gate, up), -1).flatten(-2)
     return torch.cat((gate, up), -1)
+
+
+def in_order(rows: torch.Tensor) -> torch.Tensor:
+    """`rows` [n, columns] with every 32 numbers in the order of the blocks of a form that `is_paired`."""
+    return rows.view(len(rows), -1, 16, 2).transpose(2, 3).reshape(len(rows), -1)
 
 
 def _swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
