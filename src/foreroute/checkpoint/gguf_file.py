@@ -6,7 +6,8 @@ bytes of a row; `kinds` names the quantisation.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -86,8 +87,9 @@ def read_gguf(path: Path) -> GgufIndex:
     if _SPLIT_NAME.search(path.name):
         raise _split(path)
     check_no_pointer(path)
-    with SourceFile(path) as file, named(f"{path} is no whole GGUF file", advice="Download it again."):
-        reader = _reader(gguf, path)
+    wrong = named(f"{path} is no whole GGUF file", advice="Download it again.")
+    with SourceFile(path) as file, wrong, _naming_newer_types(path):
+        reader = gguf.GGUFReader(path)
         file.check()
         settings = {
             name: _exact(field.contents())
@@ -126,9 +128,11 @@ def read_gguf(path: Path) -> GgufIndex:
     return GgufIndex(path, tensors, settings, kinds, shapes, files={str(path): file.stamp})
 
 
-def _reader(gguf: Any, path: Path) -> Any:
+@contextmanager
+def _naming_newer_types(path: Path) -> Iterator[None]:
+    """While inside, the package's error about a type that it does not know says so."""
     try:
-        return gguf.GGUFReader(path)
+        yield
     except ValueError as error:
         newer = _NEWER_TYPE.search(str(error))
         if newer is None:
