@@ -69,9 +69,7 @@ def gguf_package() -> Any:
     try:
         import gguf
     except ImportError:
-        raise CheckpointError(
-            "GGUF files need the gguf package, which is not installed: pip install 'foreroute[gguf]'."
-        ) from None
+        raise CheckpointError("GGUF files need the gguf package, which is not installed: pip install gguf.") from None
     return gguf
 
 
