@@ -4,15 +4,18 @@ A row's products have the same bits whichever rows and experts share its step, s
 change no output. Sums are in f32, in ascending expert key.
 """
 
-from collections.abc import Container, Sequence
+import math
+from collections.abc import Callable, Container, Sequence
 
 import numpy as np
 import torch
 
+from foreroute.errors import CorruptCheckpointError
 from foreroute.kernels.ggml.experts import ExpertGraphs
 from foreroute.kernels.ggml.form import ExpertForm
 from foreroute.kernels.layer import ExpertListener, ExpertSlots, LayerSum, Placed
 from foreroute.kernels.torch.layer import group_by_expert
+from foreroute.types import ExpertId
 
 
 class GgmlLayer:
@@ -32,7 +35,7 @@ class GgmlLayer:
     def begin(self, hidden: torch.Tensor, routed: Sequence[Sequence[int]], weights: torch.Tensor) -> LayerSum:
         """See `LayerKernels`. hidden: [tokens, hidden]. weights: [tokens, k]."""
         assert self._graphs is not None, "the pool has been closed"
-        return BlockSum(self._graphs, self._form, hidden, routed, weights)
+        return BlockSum(self._graphs, self._form, hidden, routed, weights, self._check)
 
     def stream(
         self,
@@ -48,7 +51,9 @@ class GgmlLayer:
         floats, gates = hidden.float(), weights.float()
         total = torch.zeros_like(floats)
         for key, tokens, positions in group_by_expert(ids, keys, self._base):
-            outputs = self._graphs.stream(self._form, floats.index_select(0, tokens), experts.slot_of(key))
+            rows = floats.index_select(0, tokens)
+            outputs = self._graphs.stream(self._form, rows, experts.slot_of(key))
+            self._check(key, rows, outputs)
             if listener is not None:
                 listener(self._layer, key - self._base, outputs.to(hidden.dtype))
             total.index_add_(0, tokens, outputs * gates[tokens, positions, None])
@@ -57,6 +62,18 @@ class GgmlLayer:
     def close(self) -> None:
         """See `LayerKernels`."""
         self._graphs = None
+
+    def _check(self, key: int, rows: torch.Tensor, outputs: torch.Tensor) -> None:
+        """Raises CorruptCheckpointError: outputs [n, hidden] of an expert are no numbers, where its inputs `rows` are."""
+        # NaN and infinities last through a sum.
+        if math.isfinite(outputs.sum()):
+            return
+        if (~outputs.isfinite().all(1) & rows.isfinite().all(1)).any():
+            raise CorruptCheckpointError(
+                f"{ExpertId(self._layer, key - self._base)} gives outputs that are no numbers, of inputs that are: a scale "
+                "in its blocks is NaN, infinite or far too large. The file is damaged, or its quantiser was at fault: "
+                "download it again, or take another."
+            )
 
 
 class BlockSum:
@@ -73,7 +90,9 @@ class BlockSum:
         hidden: torch.Tensor,
         routed: Sequence[Sequence[int]],
         weights: torch.Tensor,
+        check: Callable[[int, torch.Tensor, torch.Tensor], None],
     ) -> None:
+        self._check = check
         self._graphs, self._form, self._dtype = graphs, form, hidden.dtype
         self._hidden = hidden.float().contiguous()
         self._weights = weights
@@ -112,7 +131,15 @@ class BlockSum:
             if order:
                 weighted = self._outputs[token, : len(order)] * gates[token, order, None]
                 np.add.reduce(weighted, axis=0, out=total[token])
+        if not math.isfinite(total.sum()):
+            self._find_no_numbers()
         return torch.from_numpy(total).to(self._dtype)
+
+    def _find_no_numbers(self) -> None:
+        for token, order in enumerate(self._order):
+            for rank, at in enumerate(order):
+                row = slice(token, token + 1)
+                self._check(self._routed[token][at], self._hidden[row], torch.from_numpy(self._outputs[row, rank]))
 
     def _places(self, keys: Container[int]) -> list[tuple[int, int, int]]:
         """(token, rank among its experts, key) of every row that these experts compute, by token."""
