@@ -175,8 +175,10 @@ class EngineConfig:
 class Plan:
     """What `load` decided, all sizes in bytes.
 
-    num_slots slots of slot_bytes hold experts; total_slots would hold them all; token_demand_slots is what one token
-    uses. staging_slots of the pool are open to guesses. source says where experts are read from. host_records experts
+    num_slots slots of slot_bytes hold experts; where layers' experts differ in size, slot_bytes is the longest, and
+    slot_classes says (bytes of a slot, number of slots) by length. total_slots would hold them all, in all_slot_bytes;
+    token_demand_slots is what one token uses, in token_slot_bytes. expert_bytes are stored of an expert that a token
+    uses, on average. staging_slots are open to guesses. source says where experts are read from. host_records experts
     fit host memory behind the slots; 0 where the disk is right behind them. Memory is kept for kv_tokens of keys and
     values; kv_bytes_per_token is None where it was not measured. learning_bytes: the most that learning guesses takes.
     math is "ggml", torch's ("own"), or the "family"'s own forward; math_note says why not ggml's, where it might be.
@@ -193,8 +195,11 @@ class Plan:
     dense_bytes: int
     memory_bytes: int
     memory_was_chosen: bool
+    slot_classes: tuple[tuple[int, int], ...]
     slot_bytes: int
     num_slots: int
+    token_slot_bytes: int
+    all_slot_bytes: int
     total_slots: int
     token_demand_slots: int
     staging_slots: int
@@ -217,6 +222,11 @@ class Plan:
     def token_demand_bytes(self) -> int:
         """Stored bytes of the distinct experts that one token uses."""
         return self.token_demand_slots * self.expert_bytes
+
+    @property
+    def pool_bytes(self) -> int:
+        """Bytes of all slots of the pool."""
+        return sum(slot_bytes * num_slots for slot_bytes, num_slots in self.slot_classes)
 
     @property
     def resident_share(self) -> float:

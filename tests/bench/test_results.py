@@ -18,6 +18,7 @@ CASE = Case(2, 10, 5)
 PLAN = Plan(
     folder="m", model_type="t", num_layers=1, num_experts=4, top_k=(1,), expert_bytes=1000, total_expert_bytes=4000,
     dense_bytes=0, memory_bytes=2000, memory_was_chosen=False, slot_bytes=1000, num_slots=2, total_slots=4,
+    slot_classes=((1000, 2),), token_slot_bytes=1000, all_slot_bytes=4000,
     token_demand_slots=1, staging_slots=1, source="packed", stored_dtype="BF16", compute_dtype="bfloat16",
     predictor="lookahead", math="own", prefill_chunk=2048,
 )  # fmt: skip

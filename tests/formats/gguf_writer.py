@@ -1,6 +1,6 @@
 """Tiny GGUF files with random weights, and the resident models of the same numbers."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,10 +93,12 @@ def random_q6_k(rows: int, columns: int, generator: np.random.Generator) -> np.n
 
 
 def write_gguf(
-    folder: Path, architecture: str, kind: Kind, *, dense: Kind = Kind.F32, down: Kind | None = None, seed: int = 0,
-    tokenizer: bool = True,
+    folder: Path, architecture: str, kind: Kind, *, dense: Kind = Kind.F32, down: Kind | Sequence[Kind] | None = None,
+    seed: int = 0, tokenizer: bool = True,
 ) -> Written:  # fmt: skip
-    """Write `folder`/model.gguf: experts in `kind` (their down matrices in `down`), other matrices in `dense`."""
+    """Write `folder`/model.gguf: experts in `kind` (their down matrices in `down`, one for all layers or one for each),
+    other matrices in `dense`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     config = qwen3_moe_config() if architecture == "qwen3moe" else gpt_oss_config()
     config._experts_implementation = "eager"
@@ -108,8 +110,9 @@ def write_gguf(
     _add_dense(writer, config, architecture, state, dense)
     experts: dict[str, tuple[np.ndarray, Kind]] = {}
     generator = np.random.default_rng(seed)
+    downs = down if isinstance(down, Sequence) else [down or kind] * config.num_hidden_layers
     for layer in range(config.num_hidden_layers):
-        _add_experts(writer, layer, architecture, state, {"down": down or kind}, kind, generator, experts)
+        _add_experts(writer, layer, architecture, state, {"down": downs[layer]}, kind, generator, experts)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

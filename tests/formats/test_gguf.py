@@ -1,4 +1,7 @@
-"""GGUF files: blocks as gguf's own dequantiser has them, tokens as the dequantised resident model has them."""
+"""GGUF files: blocks as gguf's own dequantiser has them, tokens as the dequantised resident model has them.
+
+That model's bits are torch's (math="torch"); what ggml's kernels give is held in tests/gates/test_blocks.py.
+"""
 
 import copy
 import json
@@ -386,18 +389,8 @@ def test_without_the_package_it_is_said_how_to_get_it(
 
 def test_the_command_line_takes_the_file(written: Writing, capsys: pytest.CaptureFixture[str]) -> None:
     path = str(written("gpt-oss-mxfp4").path)
-    asked = [
-        "--memory",
-        "40%",
-        "--dtype",
-        "float32",
-        "--max-new-tokens",
-        "6",
-        "--no-do-sample",
-        "--math",
-        "torch",
-        "--json",
-    ]
+    asked = ["--memory", "40%", "--dtype", "float32", "--math", "torch", "--max-new-tokens", "6"]
+    asked += ["--no-do-sample", "--json"]
     assert main(["generate", path, "Hello", *asked]) == 0
     told = json.loads(capsys.readouterr().out)
     ids = torch.tensor([load_tokenizer(path).encode("Hello")])

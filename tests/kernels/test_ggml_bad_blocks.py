@@ -11,8 +11,11 @@ import pytest
 import torch
 
 from foreroute.checkpoint.gguf_file import read_gguf
-from foreroute.errors import CorruptCheckpointError
+from foreroute.errors import CheckpointError, CorruptCheckpointError
+from foreroute.kernels.ggml.library import open_library
+from foreroute.kernels.ggml.scales import has_bad_scale
 from tests.formats.gguf_writer import Kind, write_gguf
+from tests.kernels.ggml_matrices import types
 from tests.kernels.test_ggml_experts import EXPERTS, Layer, _Streamed, layer_of, step
 from tests.support.runs import generate
 
@@ -58,6 +61,45 @@ def test_a_file_with_such_a_scale(scale: bytes, load: Callable[..., Any], tmp_pa
             file.write(scale)
     model = load(made.path, "40%")
     with pytest.raises(CorruptCheckpointError, match=r"expert \d of MoE layer 1 gives outputs .* download it again"):
+        generate(model)
+
+
+@pytest.mark.parametrize("name", types())
+def test_a_scale_that_is_no_number_is_found(name: str) -> None:
+    """Found wherever the numbers that ggml makes of random bytes are none; and nowhere else, but that the largest power
+    of two is no number in MXFP4, where ggml has one."""
+    kind = open_library().types[name]
+    rows = np.random.default_rng(0).integers(0, 256, (3000, kind.nbytes), dtype=np.uint8)
+    numbers = np.empty((len(rows), kind.weights), dtype=np.float32)
+    open_library().to_float(name)(rows.ctypes.data, numbers.ctypes.data, numbers.size)
+    bad = ~np.isfinite(numbers).all(1)
+    if name in ("IQ1_M", "NVFP4", "F32"):
+        assert not has_bad_scale(kind, rows[~bad])
+        return
+    bad = rows[:, 0] == 255 if name == "MXFP4" else bad
+    assert 0 < bad.sum() < 600
+    assert not has_bad_scale(kind, rows[~bad])
+    assert all(has_bad_scale(kind, np.concatenate((rows[~bad][:5], one[None]))) for one in rows[bad][:40])
+
+
+def test_a_dense_matrix_with_such_a_scale_is_refused_at_load(load: Callable[..., Any], tmp_path: Path) -> None:
+    made = write_gguf(tmp_path, "qwen3moe", Kind.Q8_0, dense=Kind.Q8_0)
+    entry = read_gguf(made.path).tensors["blk.2.attn_k.weight"]
+    with open(made.path, "r+b") as file:
+        file.seek(entry.offset + 34 * 9)
+        file.write(NAN)
+    with pytest.raises(CorruptCheckpointError, match=r"blk\.2\.attn_k\.weight has a scale that is no number"):
+        load(made.path, "40%")
+
+
+def test_a_head_passes_on_what_is_no_number(load: Callable[..., Any], tmp_path: Path) -> None:
+    """An activation that is none, from anywhere, ends in logits that are none: no token is made of it."""
+    made = write_gguf(tmp_path, "qwen3moe", Kind.Q8_0, dense=Kind.Q8_0)
+    model = load(made.path, "40%")
+    assert model.lm_head.is_head
+    with torch.no_grad():
+        model.model.norm.weight[3] = float("nan")
+    with pytest.raises(CheckpointError, match="logits are not numbers"):
         generate(model)
 
 

@@ -112,6 +112,11 @@ class RowLayer(DynamicLayer):
 
     # What a cache of rows asks.
 
+    def num_seen(self, at: int) -> int:
+        """Columns that the row's last new token sees, in a step: all that it has, or a window of them."""
+        held = self._rows.had[at] + self._rows.new[at]
+        return held if self._window is None else min(held, self._window)
+
     def join(self, new: Sequence[tuple[DynamicLayer | None, int]]) -> None:
         """Put rows behind those that are there: a layer that holds one row, and how many tokens that row has had."""
         if not new:

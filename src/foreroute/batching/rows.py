@@ -3,11 +3,13 @@
 import copy
 import inspect
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from transformers.cache_utils import DynamicCache
 
+from foreroute.batching.row_attention import RowAttention, can_attend_by_row
 from foreroute.batching.row_layers import RowLayer, RowLengths
 from foreroute.engine.interfaces import Phase, StepInfo
 from foreroute.engine.moe_step import MoeStep
@@ -35,7 +37,7 @@ def why_not_batched(model: Any) -> str:
 
 def can_be_padded(model: Any) -> bool:
     """Whether padding can be kept from the experts, so that prompts of different lengths may share a step."""
-    return isinstance(model.foreroute.engine, MoeStep) and bool(model.foreroute.plan.math == "own")
+    return isinstance(model.foreroute.engine, MoeStep) and bool(model.foreroute.plan.math != "family")
 
 
 class RowsCache:
@@ -57,6 +59,9 @@ class RowsCache:
         self._cache = copy.copy(template)
         self._cache.layers = [RowLayer(self._rows, getattr(layer, "sliding_window", None)) for layer in template.layers]
         self._keeps_last = "logits_to_keep" in inspect.signature(model.forward).parameters
+        # Other kernels round a row otherwise among others than alone: there it would buy nothing.
+        is_alike = model.foreroute.plan.math == "ggml" and can_attend_by_row(model)
+        self._attention = RowAttention(model) if is_alike else None
 
     @property
     def lengths(self) -> list[int]:
@@ -134,7 +139,9 @@ class RowsCache:
         total = torch.tensor([had + new for had, new in zip(rows.had, rows.new, strict=True)], device=device)[:, None]
         from_end = torch.arange(most - 1, -1, -1, device=device)[None]
         kwargs: dict[str, Any] = {"position_ids": (total - 1 - from_end).clamp(min=0)}
-        if min(rows.had[at] + rows.new[at] for at in range(len(tokens))) < width:
+        by_row = self._attention if phase == "decode" and most == 1 and len(tokens) > 1 else None
+        is_padded = min(rows.had[at] + rows.new[at] for at in range(len(tokens))) < width
+        if is_padded and by_row is None:
             kwargs["attention_mask"] = (torch.arange(width, device=device)[None] >= width - total).long()
         if self._keeps_last and not all_logits:
             kwargs["logits_to_keep"] = 1
@@ -145,7 +152,8 @@ class RowsCache:
             padding = (from_end >= real).flatten()
         info = StepInfo.of(phase, ids, padding, is_start=self._cache.get_seq_length() == 0)
         try:
-            with model.foreroute.step(info):
+            layers: list[Any] = self._cache.layers
+            with model.foreroute.step(info), nullcontext() if by_row is None else by_row.over(layers):
                 out = model(input_ids=ids, **cache_argument(self._cache), use_cache=True, return_dict=True, **kwargs)
         except UNREADABLE:
             self._take_back()

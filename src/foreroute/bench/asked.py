@@ -7,13 +7,13 @@ from pathlib import Path
 from foreroute.bench.run import Case
 from foreroute.bench.rungs import RESIDENT, Rung
 from foreroute.checkpoint.layouts import ExpertTable
-from foreroute.checkpoint.locate import read_index
-from foreroute.checkpoint.records import open_store
 from foreroute.config import EngineConfig, Plan
 from foreroute.errors import BudgetError, PromptError
+from foreroute.loading.block_kernels import dense_nbytes_at_load
+from foreroute.loading.checkpoint import open_checkpoint
 from foreroute.loading.load import load
+from foreroute.loading.open_device import open_device
 from foreroute.memory.host import choose_memory
-from foreroute.model.build.skeleton import outline
 from foreroute.types import ExpertReads
 from foreroute.units import format_memory
 
@@ -87,15 +87,13 @@ def settle(folder: Path, asked: Asked) -> Settled:
         PromptError: no requested test fits the model's context.
         ForerouteError: as `foreroute.load`.
     """
-    index = read_index(folder)
-    sketch = outline(folder, index)
-    text_config = sketch.config.get_text_config()
+    checkpoint = open_checkpoint(folder, None, asked.config.packed)
+    text_config = checkpoint.outline.config.get_text_config()
     remarks: list[str] = []
     cases = _cases(asked, getattr(text_config, "max_position_embeddings", None), remarks)
-    store = open_store(folder, asked.config.packed, sketch.table)
-    kept = sketch.table if store is None else store.table
-    dense_bytes = sketch.dense_nbytes
-    whole_bytes = kept.total_slots * kept.slot_bytes
+    kept = checkpoint.kept
+    dense_bytes = dense_nbytes_at_load(asked.config, checkpoint, open_device(asked.config))
+    whole_bytes = kept.whole_bytes
     budgets = {memory: choose_memory(memory, kept, dense_bytes) for memory in asked.memories}
     if any(rung.name == RESIDENT for rung in asked.rungs):
         room = choose_memory(None, kept, dense_bytes)
@@ -118,7 +116,7 @@ def settle(folder: Path, asked: Asked) -> Settled:
         vocab_size=text_config.vocab_size,
         num_experts=tuple(layer.num_experts for layer in table.layers),
         expert_bytes=tuple(layer.expert_nbytes for layer in table.layers),
-        reads_of=table.reads if store is None else store.reads_of(table),
+        reads_of=table.reads if checkpoint.store is None else checkpoint.store.reads_of(table),
         label=table.label,
     )
 

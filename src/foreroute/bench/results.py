@@ -83,7 +83,7 @@ def _pool(settled: Settled, seen: Measurements, memory: str) -> dict[str, Any]:
     plan = (plans or [plan for (at, _), plan in seen.plans.items() if at == memory])[0]
     return {
         "memory": memory,
-        "memory_bytes": plan.num_slots * plan.slot_bytes,
+        "memory_bytes": plan.pool_bytes,
         "num_slots": plan.num_slots,
         "total_slots": plan.total_slots,
         "resident_share": plan.resident_share,

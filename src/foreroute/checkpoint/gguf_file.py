@@ -6,6 +6,8 @@ bytes of a row; `kinds` names the quantisation.
 """
 
 import re
+import struct
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -87,7 +89,7 @@ def read_gguf(path: Path) -> GgufIndex:
     check_no_pointer(path)
     wrong = named(f"{path} is no whole GGUF file", advice="Download it again.")
     with SourceFile(path) as file, wrong, _naming_newer_types(path):
-        reader = gguf.GGUFReader(path)
+        reader = _reader(gguf, path)
         file.check()
         settings = {
             name: _exact(field.contents())
@@ -139,6 +141,48 @@ def _naming_newer_types(path: Path) -> Iterator[None]:
             f"{path}: a tensor is stored as type {newer[1]}, which the gguf package {version('gguf')} does not know. "
             "Take a file in a type of docs/formats.md, or a newer package, if it knows more: pip install -U gguf."
         ) from error
+
+
+def _reader(gguf: Any, path: Path) -> Any:
+    """The package's reader, which passes over arrays: it would make two objects of each of a vocabulary's 300,000
+    strings, for seconds, and none is needed here.
+    """
+    kinds = gguf.GGUFValueType
+    plain = gguf.GGUFReader.gguf_scalar_to_np
+
+    class HeaderReader(gguf.GGUFReader):
+        def _get_field_parts(self, orig_offs: int, raw_type: int) -> tuple[int, list[Any], list[int], list[Any]]:
+            if self.byte_order == "S":
+                raise UnsupportedModelError(
+                    f"{path} was written in the byte order of another kind of machine, which is not read. Take a "
+                    f"{sys.byteorder}-endian file."
+                )
+            if raw_type != kinds.ARRAY:
+                return super()._get_field_parts(orig_offs, raw_type)
+            item, count = kinds(int(self._get(orig_offs, "u4")[0])), int(self._get(orig_offs + 4, "u8")[0])
+            start = orig_offs + 12
+            if item == kinds.STRING:
+                end = _end_of_strings(memoryview(self.data), start, count)
+            elif item in plain:
+                end = start + count * plain[item]().itemsize
+            else:
+                return super()._get_field_parts(orig_offs, raw_type)
+            if end > len(self.data):
+                raise ValueError(f"an array ends at byte {end}, the file at {len(self.data)}")
+            return end - orig_offs, [], [], [kinds.ARRAY]
+
+    return HeaderReader(path)
+
+
+def _end_of_strings(file: memoryview, offset: int, count: int) -> int:
+    """Where `count` strings end that begin at `offset`, each behind its length."""
+    length_at = struct.Struct("=Q").unpack_from
+    last = len(file) - 8
+    for _ in range(count):
+        if offset > last:
+            raise ValueError(f"a string begins at byte {offset}, the file ends at {len(file)}")
+        offset += 8 + length_at(file, offset)[0]
+    return offset
 
 
 def _exact(value: Any) -> Any:

@@ -12,7 +12,7 @@ from foreroute.checkpoint.assembly import Assembled, Operation, Piece, assemble,
 from foreroute.checkpoint.index import ITEMSIZE, CheckpointIndex, TensorEntry, merged
 from foreroute.checkpoint.stored_parts import StoredPart
 from foreroute.errors import CorruptCheckpointError, UnsupportedModelError
-from foreroute.types import Copy, ExpertId, ExpertKeys, ExpertReads, Read
+from foreroute.types import Copy, ExpertId, ExpertKeys, ExpertReads, Read, choose_slot_lengths
 
 # Alignment of a part inside a slot: matrix kernels give different bits off 16 bytes, and 64 is a cache line.
 PART_ALIGNMENT = 64
@@ -212,10 +212,14 @@ def _assembled(source: PartSource, expert: int, index: CheckpointIndex) -> Assem
 
 @dataclass
 class ExpertTable:
-    """Every expert of a model by its flat key (`layer * num_experts + expert`), with the reads that fill a slot."""
+    """Every expert of a model by its flat key (`layer * num_experts + expert`), with the reads that fill a slot.
+
+    has_one_slot_length: slots are as long for all layers, whatever these store: for engines that know one length only.
+    """
 
     layers: tuple[LayerExperts, ...]
     index: CheckpointIndex
+    has_one_slot_length: bool = False
     _reads: dict[int, ExpertReads] = field(default_factory=dict, repr=False)
 
     @cached_property
@@ -237,6 +241,20 @@ class ExpertTable:
     def slot_bytes(self) -> int:
         """Bytes of a slot that holds any expert of the model."""
         return max(layer.layout.slot_bytes for layer in self.layers)
+
+    @cached_property
+    def slot_lengths(self) -> tuple[int, ...]:
+        """Bytes of a slot, by layer."""
+        if self.has_one_slot_length:
+            return (self.slot_bytes,) * len(self.layers)
+        return choose_slot_lengths(
+            [layer.layout.slot_bytes for layer in self.layers], [layer.num_experts for layer in self.layers]
+        )
+
+    @property
+    def whole_bytes(self) -> int:
+        """Bytes of slots that hold every expert."""
+        return sum(layer.num_experts * length for layer, length in zip(self.layers, self.slot_lengths, strict=True))
 
     @property
     def key_nbytes(self) -> list[int]:
@@ -265,7 +283,7 @@ class ExpertTable:
     def reordered(self, names: Sequence[str]) -> "ExpertTable":
         """The same experts with the layers in the order of `names`."""
         by_name = {layer.name: layer for layer in self.layers}
-        return ExpertTable(tuple(by_name[name] for name in names), self.index)
+        return ExpertTable(tuple(by_name[name] for name in names), self.index, self.has_one_slot_length)
 
     def expert_id(self, key: int) -> ExpertId:
         """The (layer, expert) pair of a flat key."""

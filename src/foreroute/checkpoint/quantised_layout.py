@@ -255,7 +255,7 @@ def in_blocks(table: ExpertTable) -> ExpertTable:
         `table` itself where no expert is in MXFP4.
     """
     layers = tuple(_layer_in_blocks(layer) for layer in table.layers)
-    return table if layers == table.layers else ExpertTable(layers, table.index)
+    return table if layers == table.layers else replace(table, layers=layers, _reads={})
 
 
 def _layer_in_blocks(layer: LayerExperts) -> LayerExperts:

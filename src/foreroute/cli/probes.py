@@ -2,29 +2,100 @@
 
 import statistics
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from foreroute.engine.interfaces import StepInfo
+
 _WARM_UP_PASSES = 2
 _TIMED_PASSES = 7
 _TOKEN = 1
+# After so long no layer is begun: `plan` answers within seconds, whatever the model.
+_LIMIT_S = 3.0
 
 
-def compute_ms(model: Any) -> float:
-    """Median milliseconds of one token's forward pass with its experts in memory, without stalls.
+@dataclass(frozen=True)
+class ComputeTime:
+    """The time to compute one token whose experts are resident.
+
+    num_passes: passes of which it is the median; 0 where time ran out within the first, which reads its experts: then
+    it is the time of the first num_layers MoE layers (of all, otherwise) without waiting, times all layers by these.
+    """
+
+    ms: float
+    num_passes: int
+    num_layers: int
+
+
+class _OutOfTime(Exception):
+    """Ends a pass between two layers."""
+
+
+class _Watch:
+    """Counts the MoE layers of a pass, and ends it between two of them once time is up."""
+
+    def __init__(self, num_layers: int, limit_s: float, clock: Callable[[], float]) -> None:
+        self._num_layers, self._clock = num_layers, clock
+        self._ends_s = clock() + limit_s
+        self.num_done = 0
+
+    @property
+    def is_over(self) -> bool:
+        """Whether time is up."""
+        return self._clock() >= self._ends_s
+
+    def __call__(self, *_: object) -> None:
+        """A layer has been computed: a forward hook of its experts."""
+        self.num_done += 1
+        if self.num_done < self._num_layers and self.is_over:
+            raise _OutOfTime
+
+
+def measure_compute(
+    model: Any, *, limit_s: float = _LIMIT_S, clock: Callable[[], float] = time.perf_counter
+) -> ComputeTime:
+    """Measure one token's forward pass as decoding computes it, with its experts in memory, without stalls.
 
     The same token each time routes to the same experts, so they are resident after the first pass.
+
+    Args:
+        limit_s: no layer is begun after it; one layer at least is computed. clock: seconds, monotonic.
     """
+    layers = model.foreroute.layers
+    watch = _Watch(len(layers), limit_s, clock)
+    hooks = [layer.experts.register_forward_hook(watch) for layer in layers]
+    passes_ms: list[float] = []
+    try:
+        while len(passes_ms) < _WARM_UP_PASSES + _TIMED_PASSES and not (passes_ms and watch.is_over):
+            elapsed_ms = _pass_ms(model, watch, clock)
+            if watch.num_done < len(layers):
+                if not passes_ms:
+                    return ComputeTime(elapsed_ms * len(layers) / watch.num_done, 0, watch.num_done)
+                break
+            passes_ms.append(elapsed_ms)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    # Where few passes were made, the last of them is the warmest.
+    timed = passes_ms[_WARM_UP_PASSES:] or passes_ms[-1:]
+    return ComputeTime(statistics.median(timed), len(timed), len(layers))
+
+
+def _pass_ms(model: Any, watch: _Watch, clock: Callable[[], float]) -> float:
+    """Milliseconds of one pass, or of its part before time was up, without stalls."""
     token = torch.tensor([[_TOKEN]], device=model.device)
-    passes_ms = []
-    with torch.inference_mode():
-        for _ in range(_WARM_UP_PASSES + _TIMED_PASSES):
-            stalled_s = model.foreroute.stats().decode.stall_s
-            started_s = time.perf_counter()
+    watch.num_done = 0
+    stalled_s = model.foreroute.stats().decode.stall_s
+    started_s = clock()
+    try:
+        with torch.inference_mode(), model.foreroute.step(StepInfo("decode", 1, 1)):
             model(input_ids=token, use_cache=False)
-            if model.device.type == "cuda":
-                torch.cuda.synchronize()
-            elapsed_s = time.perf_counter() - started_s
-            passes_ms.append((elapsed_s - (model.foreroute.stats().decode.stall_s - stalled_s)) * 1e3)
-    return statistics.median(passes_ms[_WARM_UP_PASSES:])
+    except _OutOfTime:
+        pass
+    if model.device.type == "cuda":
+        torch.cuda.synchronize()
+    elapsed_s = clock() - started_s
+    return float(elapsed_s - (model.foreroute.stats().decode.stall_s - stalled_s)) * 1e3

@@ -65,7 +65,7 @@ class MoeStep:
         # Still True when a step begins: the one before was interrupted by an error or Ctrl-C, at any line.
         self._is_mid_step = False
         # A step's whole demand must fit beside the prefetches in flight.
-        self._most_pinned = pool.residency.num_slots - pool.residency.staging_slots
+        self._most_pinned = [part.num_slots - part.staging_slots for part in pool.by_layer]
         if learner is not None:
             pool.idle_work = learner.work
 
@@ -159,7 +159,7 @@ class MoeStep:
             return torch.zeros_like(hidden)
         self.pool.settle()
         self.pool.cancel_mispredicted(layer, keys)
-        room = self._most_pinned - len(self.pool.residency.deferred)
+        room = self._most_pinned[layer] - len(self.pool.by_layer[layer].deferred)
         if self.is_prefill or self.kernels[layer].streams_only or len(keys) > room:
             if policies is not None:
                 policies.see(layer, hidden, ids, weights)

@@ -15,6 +15,7 @@ import torch
 from foreroute.engine.interfaces import StepInfo, StepObserver
 from foreroute.engine.stats import EngineStats, PhaseStats
 from foreroute.kernels.layer import Placed
+from foreroute.residency.sized import SizedResidency, by_layer
 from foreroute.residency.slots import FREE, LOADING, READY, Residency
 from foreroute.transfer.base import Completion, Transfer
 from foreroute.types import ExpertKeys
@@ -26,11 +27,10 @@ class ExpertPool:
     Args:
         keys: of the model's experts. key_nbytes: stored bytes of each expert, by its key.
         residency, transfer: owned by the pool from now on.
-        keeps_across_tokens: False evicts every expert after its layer (on-demand loading).
-        clock: seconds, monotonic.
+        keeps_across_tokens: False evicts every expert after its layer (on-demand loading). clock: seconds, monotonic.
 
     Attributes:
-        stats: all counts. phase: those of the current phase, prefill or decode.
+        by_layer: each MoE layer's residency. stats: all counts. phase: those of the current phase, prefill or decode.
         observers: called on each event of the current step; empty, and without cost, until one is added.
         idle_work: does one short unit of work while compute waits for reads; returns False when none is left.
     """
@@ -39,7 +39,7 @@ class ExpertPool:
         self,
         keys: ExpertKeys,
         key_nbytes: Sequence[int],
-        residency: Residency,
+        residency: Residency | SizedResidency,
         transfer: Transfer,
         *,
         keeps_across_tokens: bool = True,
@@ -47,6 +47,7 @@ class ExpertPool:
     ) -> None:
         self.keys = keys
         self.residency = residency
+        self.by_layer = by_layer(residency, len(keys.widths))
         self.transfer = transfer
         self.clock = clock
         self.stats = EngineStats()
@@ -101,7 +102,7 @@ class ExpertPool:
         Returns:
             ready: (key, slot) of the pinned experts. waiting: key -> slot of the others, for `wait`.
         """
-        hits, in_flight, misses = self.residency.demand(keys)
+        hits, in_flight, misses = self.by_layer[layer].demand(keys)
         self._count_lookup(layer, hits, in_flight, misses)
         if not (in_flight or misses):
             return hits, {}
@@ -160,7 +161,7 @@ class ExpertPool:
 
     def can_prefetch(self, layer: int) -> bool:
         """Whether prefetch is on and some expert of the layer is neither resident nor loading."""
-        residency = self.residency
+        residency = self.by_layer[layer]
         return residency.staging_slots > 0 and residency.resident_per_layer[layer] < self.keys.widths[layer]
 
     def prefetch(self, layer: int, experts: Sequence[int]) -> None:
@@ -168,7 +169,7 @@ class ExpertPool:
         for observer in self.observers:
             observer.guessed(layer, experts)
         base = self.keys.key(layer, 0)
-        loads = self.residency.prefetch([base + expert for expert in experts])
+        loads = self.by_layer[layer].prefetch([base + expert for expert in experts])
         for key, slot in loads:
             self.transfer.prefetch(key, slot)
             self._count_prefetch(key)
@@ -231,7 +232,7 @@ class ExpertPool:
             ready: (key, slot), resident and pinned. waiting: key -> slot, loading into slots that were free.
             rest: keys without a slot. borrowed: up to `most_borrowed` slots to stream them through.
         """
-        residency = self.residency
+        residency = self.by_layer[layer]
         in_flight = {key for key in keys if residency.state(key) == LOADING}
         self.cancel_queued()
         self.drain()

@@ -9,6 +9,7 @@ import torch
 from foreroute.checkpoint.layouts import ExpertLayout, Part
 from foreroute.kernels.torch.dequantise import DequantisingMath
 from foreroute.kernels.torch.experts import ExpertMath
+from foreroute.types import SlotClass
 
 TORCH_DTYPES = {
     "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I8": torch.int8, "U8": torch.uint8,
@@ -24,8 +25,8 @@ class SlotViews:
     """The parts of the expert that a slot holds, as tensors over the slot's bytes.
 
     Args:
-        memory: the pool, num_slots * slot_bytes long, 4096-byte aligned; kept alive by the views. On a device, a uint8
-            tensor [num_slots * slot_bytes].
+        memory: the pool, 4096-byte aligned; kept alive by the views. On a device, a uint8 tensor [bytes].
+        slots: one per MoE layer, or the length of all slots.
         layouts: one per MoE layer.
         math: one per MoE layer; decides the form of its operands. None takes the parts as stored.
         compute_dtype: parts stored in another dtype are converted at each call.
@@ -34,14 +35,14 @@ class SlotViews:
     def __init__(
         self,
         memory: mmap.mmap | torch.Tensor,
-        slot_bytes: int,
+        slots: Sequence[SlotClass] | int,
         layouts: Sequence[ExpertLayout],
         math: Sequence[ExpertMath | None],
         compute_dtype: torch.dtype,
     ) -> None:
         self._memory: mmap.mmap | torch.Tensor | None = memory
-        self._slot_bytes = slot_bytes
         self._layouts = list(layouts)
+        self._slots = [SlotClass(slots, 0, (), 0)] * len(layouts) if isinstance(slots, int) else list(slots)
         self._math = list(math)
         # Slot -> views, shared by layers whose experts look alike.
         tables: dict[object, dict[int, tuple[torch.Tensor, ...]]] = {}
@@ -85,7 +86,7 @@ class SlotViews:
 
     def _make(self, layer: int, slot: int) -> tuple[torch.Tensor, ...]:
         assert self._memory is not None, "the pool has been closed"
-        start = slot * self._slot_bytes
+        start = self._slots[layer].offset(slot)
         parts = [_part(self._memory, part, start + part.offset) for part in self._layouts[layer].parts]
         math = self._math[layer]
         return tuple(parts) if math is None else math.operands(parts)

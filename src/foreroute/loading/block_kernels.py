@@ -1,9 +1,13 @@
 """Whether ggml's kernels compute a model's blocks, and why not where they do not."""
 
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from foreroute.checkpoint.codecs import STORED
 from foreroute.checkpoint.gguf_file import GgufIndex
 from foreroute.checkpoint.index import CheckpointIndex
 from foreroute.checkpoint.quantised_layout import in_blocks
@@ -12,9 +16,12 @@ from foreroute.config import EngineConfig
 from foreroute.errors import UnsupportedModelError
 from foreroute.kernels.ggml.graph import Runner, shared_runner
 from foreroute.kernels.ggml.known_answers import check_types
+from foreroute.kernels.ggml.layer import GgmlLayer
 from foreroute.kernels.ggml.library import GgmlError, open_library
 from foreroute.kernels.ggml.linear import BlockProducts
+from foreroute.kernels.ggml.router import keep_router_alike
 from foreroute.loading.checkpoint import Checkpoint
+from foreroute.model.blocks import MoeLayer
 from foreroute.model.build.dense_blocks import DenseBlocks, dense_block_nbytes
 from foreroute.model.build.skeleton import Outline
 
@@ -43,6 +50,25 @@ class BlockKernels:
             return dtype, None
         compute = dtype if isinstance(dtype, torch.dtype) else torch.float32
         return compute, DenseBlocks(index, self.products, compute)
+
+    def keep_rows_alike(self, engine: Any, layers: Sequence[MoeLayer]) -> None:
+        """Give each row of a step of single tokens the bits that it has alone, in dense products, routers and experts.
+
+        Args:
+            engine: says which kind of step runs; it is not kept alive.
+        """
+        step: Callable[[], Any] = weakref.ref(engine)
+
+        def decodes() -> bool:
+            return not getattr(step(), "is_prefill", True)
+
+        self.products.decodes = decodes
+        for kernel in engine.kernels:
+            if isinstance(kernel, GgmlLayer):
+                kernel.decodes = decodes
+        for layer in layers:
+            if layer.router is not None:
+                keep_router_alike(layer.router.module, self.products)
 
 
 def open_block_kernels(
@@ -97,13 +123,26 @@ def _why_no_blocks(checkpoint: Checkpoint, kinds: set[str]) -> str:
             "the packed store has MXFP4's blocks and exponents apart, as earlier versions packed them; "
             "`foreroute pack --force` packs it for them"
         )
+    if checkpoint.store is not None and checkpoint.store.codec != STORED and not checkpoint.kept.layers[0].parts:
+        return f"a packed store of {checkpoint.store.codec} experts is computed by torch"
     if not kinds:
         return "the weights are not stored in blocks, as those of a GGUF file or of `foreroute pack --quant` are"
     return ""
 
 
+def dense_nbytes_at_load(asked: EngineConfig, checkpoint: Checkpoint, target: torch.device) -> int:
+    """Bytes of the dense weights in memory, as `load` counts them before it reads them.
+
+    Raises:
+        GgmlError, UnsupportedModelError: as `open_block_kernels`.
+    """
+    kernels, _ = open_block_kernels(asked, checkpoint, target)
+    return checkpoint.outline.dense_nbytes if kernels is None else kernels.dense_nbytes(checkpoint.outline)
+
+
 def _is_packed_apart(checkpoint: Checkpoint) -> bool:
-    return checkpoint.store is not None and in_blocks(checkpoint.kept) is not checkpoint.kept
+    kept = checkpoint.kept
+    return checkpoint.store is not None and in_blocks(kept) is not kept
 
 
 def _kinds(checkpoint: Checkpoint) -> set[str]:

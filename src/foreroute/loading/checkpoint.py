@@ -24,7 +24,7 @@ from foreroute.model.expert_set import ExpertSet
 class Checkpoint:
     """folder: of the checkpoint, or its GGUF file. outline: of the model. store: its packed store, or None.
 
-    table: the experts as the checkpoint's files are read.
+    table: the experts as the checkpoint's files are read. has_one_slot_length: see `ExpertTable`; of `kept`.
     """
 
     folder: Path
@@ -32,11 +32,13 @@ class Checkpoint:
     outline: Outline
     store: PackedStore | None
     table: ExpertTable
+    has_one_slot_length: bool = False
 
     @property
     def kept(self) -> ExpertTable:
         """The experts as they will be read."""
-        return self.table if self.store is None else self.store.table
+        table = self.table if self.store is None else self.store.table
+        return replace(table, has_one_slot_length=self.has_one_slot_length)
 
     def in_blocks(self) -> "Checkpoint":
         """The same with experts laid out as ggml's kernels multiply them, where that moves bytes only."""

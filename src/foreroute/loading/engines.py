@@ -1,7 +1,7 @@
 """The three engines that a model can get: experts on disk, behind a host tier, or on a GPU that pages for itself."""
 
-import mmap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from math import inf
 
 import torch
@@ -28,10 +28,10 @@ from foreroute.model.expert_set import ExpertSet
 from foreroute.policy import Policy
 from foreroute.predict.governor import Governor
 from foreroute.residency.eviction import eviction_of
-from foreroute.residency.slots import Residency
+from foreroute.residency.sized import residency_of
 from foreroute.trace import Trace
 from foreroute.transfer.placing import SlotMemory, place, place_behind_arena
-from foreroute.types import Progress
+from foreroute.types import Progress, SlotClass
 
 # Of the pool, the most that deferred loads may take; and never more than a layer's top-k.
 _DEFERRED_SHARE = 8
@@ -61,7 +61,7 @@ def disk_engine(
     progress: Progress,
 ) -> MoeEngine:
     """Slots in RAM, experts on disk."""
-    placed = place(asked, experts.table, experts.store, memory.slots.num_slots, trace)
+    placed = place(asked, experts.table, experts.store, memory.slots.classes, trace)
     return _step_over(placed, asked, experts, memory, guidance)
 
 
@@ -102,20 +102,22 @@ def device_engine(
 def _step_over(
     placed: SlotMemory, asked: EngineConfig, experts: ExpertSet, memory: MemoryPlan, guidance: Guidance
 ) -> MoeStep:
-    table, num_slots = experts.table, memory.slots.num_slots
-    residency = Residency(
-        num_slots,
+    table, classes = experts.table, memory.slots.classes
+    residency = residency_of(
+        classes,
         table.num_keys,
-        eviction=eviction_of(asked.eviction, table.num_experts),
-        staging_slots=memory.staging_slots,
-        deferred_slots=min(max(experts.top_k), num_slots // _DEFERRED_SHARE),
-        keys_per_layer=table.num_experts,
+        table.num_experts,
+        partial(eviction_of, asked.eviction, table.num_experts),
+        prefetches=memory.staging_slots > 0,
+        deferred_slots=[
+            min(max(experts.top_k[layer] for layer in one.layers), one.num_slots // _DEFERRED_SHARE) for one in classes
+        ],
     )
     pool = ExpertPool(table.keys, table.key_nbytes, residency, placed.transfer, keeps_across_tokens=asked.cache)
     governor = _governor(asked, experts) if guidance.predictor is not None else None
     return MoeStep(
         pool,
-        _layers(experts, placed),
+        _layers(experts, placed, classes),
         Prefetcher(pool, guidance.predictor, guidance.policies, governor=governor, learner=guidance.learner),
         guidance.policies,
         learner=guidance.learner,
@@ -125,28 +127,26 @@ def _step_over(
     )
 
 
-def _layers(experts: ExpertSet, placed: SlotMemory) -> list[LayerKernels]:
+def _layers(experts: ExpertSet, placed: SlotMemory, classes: Sequence[SlotClass]) -> list[LayerKernels]:
     """The backend of each layer: ggml's where its experts are stored in blocks that it multiplies, else torch's."""
-    layers: list[LayerKernels] = [*_torch_layers(experts, placed)]
+    layers: list[LayerKernels] = [*_torch_layers(experts, placed, classes)]
     if any(form is not None for form in experts.forms):
-        assert isinstance(placed.memory, mmap.mmap), "ggml computes on the CPU"
-        table = experts.table
         runner = shared_runner(torch.get_num_threads())
-        graphs = ExpertGraphs(
-            runner, HostSlots(placed.memory, table.slot_bytes, len(placed.memory) // table.slot_bytes)
-        )
-        for at, form in enumerate(experts.forms):
-            if form is not None:
-                layers[at] = GgmlLayer(at, table.keys.key(at, 0), form, graphs)
+        for one in classes:
+            graphs = ExpertGraphs(runner, HostSlots(placed.memory, one))
+            for at in one.layers:
+                if (form := experts.forms[at]) is not None:
+                    layers[at] = GgmlLayer(at, experts.table.keys.key(at, 0), form, graphs)
     return layers
 
 
-def _torch_layers(experts: ExpertSet, placed: SlotMemory) -> list[TorchLayer]:
+def _torch_layers(experts: ExpertSet, placed: SlotMemory, classes: Sequence[SlotClass]) -> list[TorchLayer]:
     """The torch backend over these slots."""
     table = experts.table
+    slots_of = {layer: one for one in classes for layer in one.layers}
     views = SlotViews(
         placed.memory,
-        table.slot_bytes,
+        [slots_of[layer] for layer in range(len(table.layers))],
         [layer.layout for layer in table.layers],
         stored_operands(experts.math, table, experts.dtype),
         experts.dtype,

@@ -18,7 +18,7 @@ from foreroute.engine.step_trace import StepTrace, header_of
 from foreroute.loading.arguments import read_arguments
 from foreroute.loading.block_kernels import DECODE_THREADS, note_of, open_block_kernels
 from foreroute.loading.checkpoint import Checkpoint, find_experts, open_checkpoint
-from foreroute.loading.engines import builder_for
+from foreroute.loading.engines import builder_for, disk_engine
 from foreroute.loading.guidance import Guidance, guidance_for
 from foreroute.loading.offloaded_model import ForerouteHandle, make_offloaded
 from foreroute.loading.open_device import open_device
@@ -29,6 +29,7 @@ from foreroute.memory.plan import MemoryPlan, check_before, plan_memory
 from foreroute.model import torch_modes
 from foreroute.model.build.skeleton import load_skeleton
 from foreroute.model.build.unplaced import tell
+from foreroute.model.dense_weights import dense_nbytes
 from foreroute.model.endings import complete_generation_config
 from foreroute.model.expert_set import ExpertSet
 from foreroute.policy import Policy
@@ -80,13 +81,16 @@ def load(
     Policy.parse(asked.policy)  # refused here where it is none, before anything is read
     target = open_device(asked)
     trace = None if asked.trace is None else open_trace(asked.trace)
+    builder = builder_for(asked, target)
     checkpoint = open_checkpoint(path_or_hub_id, revision, asked.packed, call.hub)
+    # An arena's records, and a device's slots, are of one length.
+    checkpoint = replace(checkpoint, has_one_slot_length=builder is not disk_engine)
     sketch = checkpoint.outline
     kernels, why_torch = open_block_kernels(asked, checkpoint, target)
     if kernels is not None:
         checkpoint = checkpoint.in_blocks()
-    dense_nbytes = sketch.dense_nbytes if kernels is None else kernels.dense_nbytes(sketch)
-    before = check_before(asked, target, checkpoint.kept, checkpoint.store, sketch.config, dense_nbytes)
+    dense_before = sketch.dense_nbytes if kernels is None else kernels.dense_nbytes(sketch)
+    before = check_before(asked, target, checkpoint.kept, checkpoint.store, sketch.config, dense_before)
     sidecar = _sidecar(asked, target, checkpoint)
     dtype, blocks = (call.dtype, None) if kernels is None else kernels.dense_blocks(checkpoint.index, call.dtype)
     model: Any = load_skeleton(checkpoint.folder, sketch, dtype, blocks, **call.model_kwargs)
@@ -99,16 +103,15 @@ def load(
         move_dense(model, target)
         experts = experts.on(target)
     guidance = guidance_for(asked, model, experts, division, sidecar)
-    engine = builder_for(asked, target)(asked, experts, division, guidance, trace, progress)
-    dense_bytes = sum(p.numel() * p.element_size() for p in model.parameters()) + (blocks.nbytes if blocks else 0)
-    plan = _plan(
-        asked, target, model, checkpoint, experts, division, guidance, dense_bytes, is_fitted=sidecar is not None
-    )
+    engine = builder(asked, experts, division, guidance, trace, progress)
+    plan = _plan(asked, target, model, checkpoint, experts, division, guidance, is_fitted=sidecar is not None)
     plan = replace(plan, math_note=math_note)
     if trace is not None:
         trace.begin(**header_of(plan, asked, experts.table, checkpoint.index.fingerprint()))
         assert isinstance(engine, MoeStep), "no trace is written where the device pages for itself: see open_device"
         engine.pool.add_observer(StepTrace(trace, experts.table.keys))
+    if kernels is not None:
+        kernels.keep_rows_alike(engine, experts.layers)
     decode_threads = None if kernels is None else DECODE_THREADS
     entry = StepEntry(engine, len(experts.layers), Bounds.of(model), target, decode_threads)
     for layer in experts.layers:
@@ -131,7 +134,6 @@ def _plan(
     experts: ExpertSet,
     memory: MemoryPlan,
     guidance: Guidance,
-    dense_bytes: int,
     *,
     is_fitted: bool,
 ) -> Plan:
@@ -143,13 +145,16 @@ def _plan(
         num_layers=len(experts.layers),
         num_experts=table.num_experts,
         top_k=experts.top_k,
-        expert_bytes=max(layer.expert_nbytes for layer in table.layers),
+        expert_bytes=experts.expert_bytes,
         total_expert_bytes=table.expert_nbytes,
-        dense_bytes=dense_bytes,
+        dense_bytes=dense_nbytes(model),
         memory_bytes=memory.budget_bytes,
         memory_was_chosen=asked.memory is None,
+        slot_classes=tuple((one.slot_bytes, one.num_slots) for one in memory.slots.classes),
         slot_bytes=table.slot_bytes,
         num_slots=memory.slots.num_slots,
+        token_slot_bytes=memory.slots.token_bytes,
+        all_slot_bytes=table.whole_bytes,
         total_slots=table.total_slots,
         token_demand_slots=memory.slots.token_demand_slots,
         staging_slots=memory.staging_slots,

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from foreroute.errors import BudgetError
+from foreroute.types import SlotClass
 from foreroute.units import format_memory
 
 
@@ -11,21 +12,50 @@ from foreroute.units import format_memory
 class SlotPlan:
     """The slot pool that a budget buys.
 
-    num_slots: slots in the pool.
-    staging_slots: the most of them that prefetched experts may take before they are used.
+    classes: its slots by length, the longest first; one where all layers' experts are of about one length.
     token_demand_slots: distinct experts that one token uses, over all layers.
-    slot_bytes: length of one slot.
+    token_bytes: bytes of the slots that hold these.
     """
 
-    num_slots: int
-    staging_slots: int
+    classes: tuple[SlotClass, ...]
     token_demand_slots: int
-    slot_bytes: int
+    token_bytes: int
+
+    @property
+    def num_slots(self) -> int:
+        """Slots in the pool."""
+        return sum(one.num_slots for one in self.classes)
+
+    @property
+    def staging_slots(self) -> int:
+        """The most slots that prefetched experts may take before they are used."""
+        return sum(one.staging_slots for one in self.classes)
+
+    @property
+    def slot_bytes(self) -> int:
+        """Length of the longest slots."""
+        return max(one.slot_bytes for one in self.classes)
 
     @property
     def pool_bytes(self) -> int:
         """Bytes of all slots."""
-        return self.num_slots * self.slot_bytes
+        return sum(one.nbytes for one in self.classes)
+
+
+@dataclass(frozen=True, slots=True)
+class _Demand:
+    """Layers whose experts have slots of one length. num_experts, token_slots: of all these layers together."""
+
+    slot_bytes: int
+    layers: tuple[int, ...]
+    num_experts: int
+    token_slots: int
+    top_k: int
+
+    @property
+    def all_bytes(self) -> int:
+        """Bytes of slots for all experts."""
+        return self.num_experts * self.slot_bytes
 
 
 def plan_slots(
@@ -36,7 +66,7 @@ def plan_slots(
     *,
     reserved_bytes: int = 0,
 ) -> SlotPlan:
-    """Plan the largest pool within the budget, with at most one slot per expert.
+    """Plan the largest pool within the budget, of slots of one length, with at most one slot per expert.
 
     Staging is an eighth of the pool, but at least one layer's top-k (a whole guess fits) and at most two (prefetches
     for one layer arrive while those for the layer before are used). It shrinks where the rest could not hold one
@@ -53,25 +83,88 @@ def plan_slots(
     """
     assert slot_bytes > 0, "a slot has a length"
     assert min(per_layer_top_k, default=0) > 0, "there are MoE layers, and each uses an expert"
-    top_k = max(per_layer_top_k)
-    token_demand_slots = sum(per_layer_top_k)
-    assert token_demand_slots <= num_experts_total, "a token uses no expert twice"
-    num_slots = min(num_experts_total, max(0, budget_bytes - reserved_bytes) // slot_bytes)
-    if num_slots < token_demand_slots:
-        enough = format_memory(reserved_bytes + token_demand_slots * slot_bytes, round_up=True)
-        if budget_bytes == 0:
-            # Users never ask for 0 bytes: this budget was chosen automatically.
-            raise BudgetError(
-                "Too little RAM is free to choose --memory: none is left for experts beside the dense weights and a "
-                f"reserve, and one token needs {token_demand_slots}. Close other programs, raise the limit if this is "
-                f"a container's, or say what to take all the same: --memory {enough.replace(' ', '')}."
-            )
-        held = f"{num_slots} slot" if num_slots == 1 else f"{num_slots} slots"
-        raise BudgetError(
-            f"{format_memory(budget_bytes)} holds {held}; one token needs {token_demand_slots}. "
-            f"Raise --memory to {enough}."
+    layers = tuple(range(len(per_layer_top_k)))
+    demand = _Demand(slot_bytes, layers, num_experts_total, sum(per_layer_top_k), max(per_layer_top_k))
+    return _planned(budget_bytes, [demand], reserved_bytes)
+
+
+def plan_pool(
+    budget_bytes: int, slot_lengths: Sequence[int], num_experts: Sequence[int], per_layer_top_k: Sequence[int]
+) -> SlotPlan:
+    """Plan the largest pool within the budget where layers have slots of their own length: see `plan_slots`.
+
+    Each length gets slots for the same share of its experts, as far as this holds what one token uses, and one layer's
+    top-k of prefetches beside: of a byte more for one length or for another, as much less is read.
+
+    Args:
+        slot_lengths, num_experts, per_layer_top_k: by MoE layer.
+    Raises:
+        BudgetError: see `plan_slots`.
+    """
+    demands = []
+    for length in sorted(set(slot_lengths), reverse=True):
+        layers = tuple(layer for layer, own in enumerate(slot_lengths) if own == length)
+        top_k = [per_layer_top_k[layer] for layer in layers]
+        demands.append(_Demand(length, layers, sum(num_experts[layer] for layer in layers), sum(top_k), max(top_k)))
+    return _planned(budget_bytes, demands, 0)
+
+
+def _planned(budget_bytes: int, demands: Sequence[_Demand], reserved_bytes: int) -> SlotPlan:
+    token_slots = sum(demand.token_slots for demand in demands)
+    token_bytes = sum(demand.token_slots * demand.slot_bytes for demand in demands)
+    assert all(demand.token_slots <= demand.num_experts for demand in demands), "a token uses no expert twice"
+    room = max(0, budget_bytes - reserved_bytes)
+    if room < token_bytes:
+        raise _too_small(budget_bytes, room * token_slots // token_bytes, token_slots, reserved_bytes + token_bytes)
+    classes, first, offset = [], 0, 0
+    for demand, num_slots in zip(demands, _shares(room, demands), strict=True):
+        staging = min(max(num_slots // 8, demand.top_k), 2 * demand.top_k, num_slots - demand.top_k)
+        if num_slots == demand.num_experts:
+            staging = 0
+        start = offset - first * demand.slot_bytes
+        classes.append(SlotClass(demand.slot_bytes, num_slots, demand.layers, staging, first, start))
+        first, offset = first + num_slots, offset + num_slots * demand.slot_bytes
+    return SlotPlan(tuple(classes), token_slots, token_bytes)
+
+
+def _shares(room_bytes: int, demands: Sequence[_Demand]) -> list[int]:
+    """Slots of each length: for the same share of its experts, but not fewer than the least that each needs."""
+    least = [min(demand.num_experts, max(demand.token_slots, 2 * demand.top_k)) for demand in demands]
+    if sum(count * demand.slot_bytes for count, demand in zip(least, demands, strict=True)) > room_bytes:
+        least = [demand.token_slots for demand in demands]
+    shares = list(least)
+    open_ones = list(range(len(demands)))
+    while open_ones:
+        left = room_bytes - sum(
+            shares[at] * demands[at].slot_bytes for at in range(len(demands)) if at not in open_ones
         )
-    staging_slots = min(max(num_slots // 8, top_k), 2 * top_k, num_slots - top_k)
-    if num_slots == num_experts_total:
-        staging_slots = 0
-    return SlotPlan(num_slots, staging_slots, token_demand_slots, slot_bytes)
+        wanted = sum(demands[at].all_bytes for at in open_ones)
+        proportional = {at: min(left, wanted) * demands[at].num_experts // wanted for at in open_ones}
+        too_few = [at for at in open_ones if proportional[at] < least[at]]
+        if not too_few:
+            for at in open_ones:
+                shares[at] = proportional[at]
+            break
+        open_ones = [at for at in open_ones if at not in too_few]
+    # What the divisions left over: less than one slot of each length.
+    left = room_bytes - sum(count * demand.slot_bytes for count, demand in zip(shares, demands, strict=True))
+    for at, demand in enumerate(demands):
+        more = min(left // demand.slot_bytes, demand.num_experts - shares[at])
+        shares[at] += more
+        left -= more * demand.slot_bytes
+    return shares
+
+
+def _too_small(budget_bytes: int, num_slots: int, token_slots: int, enough_bytes: int) -> BudgetError:
+    enough = format_memory(enough_bytes, round_up=True)
+    if budget_bytes == 0:
+        # Users never ask for 0 bytes: this budget was chosen automatically.
+        return BudgetError(
+            "Too little RAM is free to choose --memory: none is left for experts beside the dense weights and a "
+            f"reserve, and one token needs {token_slots}. Close other programs, raise the limit if this is "
+            f"a container's, or say what to take all the same: --memory {enough.replace(' ', '')}."
+        )
+    held = f"{num_slots} slot" if num_slots == 1 else f"{num_slots} slots"
+    return BudgetError(
+        f"{format_memory(budget_bytes)} holds {held}; one token needs {token_slots}. Raise --memory to {enough}."
+    )

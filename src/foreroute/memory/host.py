@@ -92,7 +92,7 @@ def choose_memory(
     Raises:
         BudgetError: not a size, or more than this process may have.
     """
-    whole = table.total_slots * table.slot_bytes
+    whole = table.whole_bytes
     if asked is not None:
         budget, there = parse_memory(asked, whole), ram()
         if budget > there.total_bytes and budget > whole:

@@ -31,21 +31,22 @@ def kv_bytes_per_token(model: Any) -> int:
 
 
 def kv_bytes_without_experts(model: Any, layers: Sequence[MoeLayer]) -> int:
-    """The same before experts can be computed: `layers` of `model` return zeros, which changes no cache size."""
+    """The same while `layers` of `model` return zeros in place of their experts, which changes no cache size."""
 
     def nothing(hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         return torch.zeros_like(hidden)
 
+    forwards = [layer.experts.engine_forward for layer in layers]
     for layer in layers:
         layer.experts.engine_forward = nothing
     try:
         return kv_bytes_per_token(model)
     finally:
-        for layer in layers:
-            layer.experts.engine_forward = None
+        for layer, forward in zip(layers, forwards, strict=True):
+            layer.experts.engine_forward = forward
 
 
 def planned_kv_bytes_per_token(model: Any) -> int:
     """The value measured when `model` was loaded with kv_tokens, else measured now."""
     known = model.foreroute.plan.kv_bytes_per_token
-    return kv_bytes_per_token(model) if known is None else int(known)
+    return kv_bytes_without_experts(model, model.foreroute.layers) if known is None else int(known)

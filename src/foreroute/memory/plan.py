@@ -10,7 +10,7 @@ from foreroute.checkpoint.layouts import ExpertTable
 from foreroute.checkpoint.records import PackedStore
 from foreroute.config import EngineConfig
 from foreroute.memory import host
-from foreroute.memory.budget import SlotPlan, plan_slots
+from foreroute.memory.budget import SlotPlan, plan_pool
 from foreroute.memory.device import DEVICE_KV_TOKENS, check_room, check_store, choose_budget, host_records
 from foreroute.memory.kv import kv_bytes_without_experts
 from foreroute.memory.serving import fit_serving, learning_limit
@@ -68,8 +68,7 @@ def check_before(
     budget = host.choose_memory(asked.memory, kept, dense, free_ram_bytes=free)
     if asked.kv_tokens is not None and asked.memory is not None:
         # The KV cache is not known yet.
-        whole = kept.total_slots * kept.slot_bytes
-        check_serving(ServingNeeds(dense, min(budget, whole), 0, 0, 0), free, 0)
+        check_serving(ServingNeeds(dense, min(budget, kept.whole_bytes), 0, 0, 0), free, 0)
     return RoomBefore(free, budget)
 
 
@@ -93,13 +92,14 @@ def plan_memory(
         if asked.kv_tokens is not None and not pages_itself:
             kv_bytes = kv_bytes_without_experts(model, experts.layers)
             budget = _beside_kv_cache(asked, model, experts, before, kv_bytes)
-    slots = plan_slots(budget, experts.table.slot_bytes, experts.table.total_slots, experts.top_k)
+    table = experts.table
+    slots = plan_pool(budget, table.slot_lengths, table.keys.widths, experts.top_k)
     has_host_tier = target.type == "cuda" or pages_itself or asked.host_memory is not None
     return MemoryPlan(
         budget,
         slots,
         staging_slots=slots.staging_slots if asked.prefetch != "none" or Policy.parse(asked.policy).stands_in else 0,
-        host_records=host_records(asked, host.available_ram(), experts.table) if has_host_tier else 0,
+        host_records=host_records(asked, host.available_ram(), table) if has_host_tier else 0,
         kv_tokens=asked.kv_tokens or (DEVICE_KV_TOKENS if target.type == "cuda" or pages_itself else 0),
         kv_bytes_per_token=kv_bytes,
         learning_bytes=learning_limit(budget),

@@ -19,10 +19,12 @@ from foreroute.memory.serving_budget import (
     working_bytes,
 )
 from foreroute.model.caches import can_be_continued, is_ordinary, new_cache
+from foreroute.model.dense_weights import dense_nbytes, dense_weights
 from foreroute.model.expert_set import ExpertSet
+from foreroute.residency.sized import parts_of
 
 # Limits of the online learner's memory while serving, beside the budget: share of it, least, most.
-_LEARNING_SHARE, _LEAST_LEARNING_BYTES, _MOST_LEARNING_BYTES = 8, 16 * 2**20, 256 * 2**20
+_LEARNING_SHARE, _LEAST_LEARNING_BYTES, _MOST_LEARNING_BYTES = 8, 16 * 2**20, 128 * 2**20
 # Tokens of KV cache allocated ahead of their use.
 _COLUMNS_AHEAD = 1024
 
@@ -64,7 +66,7 @@ def fit_serving(
     if asked.memory is None:
         working = max(working, CHOSEN_RESERVE_BYTES)
     expert_bytes = min(budget_bytes, whole) + host_bytes
-    needs = _needs(model, expert_bytes, asked.kv_tokens, kv_bytes_per_token, working, _dense_bytes(model))
+    needs = _needs(model, expert_bytes, asked.kv_tokens, kv_bytes_per_token, working, dense_nbytes(model))
     if asked.memory is None:
         budget_bytes = min(whole, max(0, free_ram_bytes - host_bytes - (needs.total_bytes - expert_bytes)))
         needs = replace(needs, expert_bytes=max(least, budget_bytes) + host_bytes)
@@ -82,7 +84,7 @@ def serving_needs(model: Any, kv_tokens: int) -> ServingNeeds:
     per_token = planned_kv_bytes_per_token(model)
     requests = _request_bytes(model, plan.prefill_chunk, kv_tokens, per_token)
     working = _program_bytes(model) + plan.learning_bytes + requests
-    experts = (plan.num_slots + plan.host_records) * plan.slot_bytes
+    experts = plan.pool_bytes + plan.host_records * plan.slot_bytes
     return _needs(model, experts, kv_tokens, per_token, working, plan.dense_bytes)
 
 
@@ -107,10 +109,6 @@ def _request_bytes(model: Any, chunk: int, kv_tokens: int, kv_bytes_per_token: i
     return ahead + activation_bytes(chunk, text.hidden_size, itemsize) + scored
 
 
-def _dense_bytes(model: Any) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in model.parameters())
-
-
 def _program_bytes(model: Any) -> int:
     """Bytes of this process in RAM that are neither dense weights nor experts.
 
@@ -124,9 +122,10 @@ def _program_bytes(model: Any) -> int:
     resident = sum(mapping.resident_bytes for mapping in everything if mapping.path not in paths)
     own = sum(
         tensor.numel() * tensor.element_size()
-        for tensor in model.parameters()
+        for _, tensor in dense_weights(model)
         if not any(tensor.data_ptr() in addresses for addresses in files)
     )
-    plan, residency = model.foreroute.plan, model.foreroute.engine.pool.residency
-    experts = (int(residency.num_resident) + plan.host_records) * plan.slot_bytes
-    return max(0, resident - own - experts)
+    plan = model.foreroute.plan
+    parts = parts_of(model.foreroute.engine.pool.residency)
+    slots = sum(part.num_resident * length for part, (length, _) in zip(parts, plan.slot_classes, strict=True))
+    return max(0, resident - own - slots - plan.host_records * plan.slot_bytes)

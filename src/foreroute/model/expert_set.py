@@ -42,12 +42,18 @@ class ExpertSet:
     @property
     def total_bytes(self) -> int:
         """Bytes of slots for all experts."""
-        return self.table.total_slots * self.table.slot_bytes
+        return self.table.whole_bytes
 
     @property
     def token_demand_bytes(self) -> int:
         """Bytes of slots for the experts that one token uses."""
-        return sum(self.top_k) * self.table.slot_bytes
+        return sum(k * length for k, length in zip(self.top_k, self.table.slot_lengths, strict=True))
+
+    @property
+    def expert_bytes(self) -> int:
+        """Stored bytes of an expert: the mean of those that a token uses, where layers' experts differ in size."""
+        token = sum(k * layer.expert_nbytes for k, layer in zip(self.top_k, self.table.layers, strict=True))
+        return round(token / sum(self.top_k))
 
     @property
     def has_own_math(self) -> bool:

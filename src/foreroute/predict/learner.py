@@ -49,7 +49,7 @@ def learning_bytes(layers: Sequence[MoeLayer], hidden: int) -> list[int]:
 
 def solving_bytes(layers: Sequence[MoeLayer], hidden: int) -> int:
     """Bytes that solving the widest of `layers` (router input `hidden` wide) takes meanwhile."""
-    return max(2 * (hidden + layer.experts.num_offloaded + 1) ** 2 * _DOUBLE_BYTES for layer in layers)
+    return max((hidden + layer.experts.num_offloaded + 1) ** 2 * _DOUBLE_BYTES for layer in layers)
 
 
 class Learner:

@@ -64,7 +64,7 @@ class NormalEquations:
             penalty: relative to each feature's own variance, so that the scale of a feature does not matter.
         Raises:
             ValueError: the sums are not finite.
-        Memory: two float64 copies of the features' square.
+        Memory: one float64 copy of the features' square.
         """
         assert self.num_rows > 0, "no row was added"
         sums, cross = self.gram[-1].double(), self.cross.double()
@@ -79,10 +79,14 @@ class NormalEquations:
         scale = torch.where(varies, variance, 1.0).rsqrt() * varies
         system = covariance.mul_(scale[:, None]).mul_(scale)
         system.diagonal().fill_(1.0 + penalty)
-        factor, failed_at = torch.linalg.cholesky_ex(system)
+        # Factored where it is: symmetric, so that its transpose has the order of memory that LAPACK works in.
+        factor = system.mT
+        failed_at = torch.empty((), dtype=torch.int32)
+        torch.linalg.cholesky_ex(factor, out=(factor, failed_at))
         if int(failed_at):
             raise ValueError("the sums are not finite, or not those of any rows")
-        weights = torch.cholesky_solve(joint * scale[:, None], factor) * scale[:, None]
+        half = torch.linalg.solve_triangular(factor, joint * scale[:, None], upper=False)
+        weights = torch.linalg.solve_triangular(factor.mT, half, upper=True) * scale[:, None]
         return weights, mean_y - mean_x @ weights
 
 

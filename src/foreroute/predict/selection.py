@@ -5,6 +5,7 @@ letting the router itself choose. Its logits are linear in its input, so one pro
 logits, and the rule that follows need not be known.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -80,7 +81,7 @@ def _is_plain(router: NextRouter, states: torch.Tensor) -> bool:
     outputs = router.route(states)
     assert outputs is not None, _ALWAYS
     ids = outputs[router.ids_at]
-    best = torch.topk(_logits(router, states), ids.shape[1]).indices
+    best = torch.topk(_logits_in(outputs, router), ids.shape[1]).indices
     same = (best.sort(-1).values == ids.sort(-1).values).all(-1)
     return float(same.float().mean()) >= _PLAIN_SHARE
 
@@ -101,6 +102,10 @@ def _own_rule(router: NextRouter, states: torch.Tensor) -> OwnRule | None:
 def _logits(router: NextRouter, states: torch.Tensor) -> torch.Tensor:
     outputs = router.route(states)
     assert outputs is not None, _ALWAYS
+    return _logits_in(outputs, router)
+
+
+def _logits_in(outputs: Sequence[torch.Tensor], router: NextRouter) -> torch.Tensor:
     return outputs[router.logits_at][:, : router.num_experts].float()
 
 

@@ -31,7 +31,8 @@ class Sums:
 
     def __init__(self, model: Any, estimator: EstimatorSettings | None = None, *, num_tokens: int = 0) -> None:
         self._embed = model.get_input_embeddings()
-        vocabulary, embedding_width = self._embed.weight.shape
+        # Not the shape of a weight: an embedding in blocks has none.
+        vocabulary, embedding_width = self._embed.num_embeddings, self._embed.embedding_dim
         widths = [layer.experts.num_offloaded for layer in model.foreroute.layers]
         hidden = model.config.get_text_config().hidden_size
         self.ridge = [RidgeFit(hidden, here, after) for here, after in itertools.pairwise(widths)]
@@ -86,7 +87,7 @@ class Sums:
     def all_embeddings(self) -> torch.Tensor:
         """The input embeddings of all tokens as the model makes them, [vocabulary, width]."""
         with torch.no_grad():
-            return self._embed(torch.arange(len(self._embed.weight)))
+            return self._embed(torch.arange(self._embed.num_embeddings))
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The sums by name, such as grams [features + 1, features + 1]; not copies, so saved ones can be copied in."""

@@ -5,6 +5,7 @@ Pure Python: no torch, no threads, no clock.
 
 from foreroute.residency.eviction import Lfu, Lru, Turns, eviction_of
 from foreroute.residency.order import Eviction
+from foreroute.residency.sized import SizedResidency
 from foreroute.residency.slots import LookupResult, Residency
 from foreroute.residency.states import IllegalEvent, NoVictim
 
@@ -16,6 +17,7 @@ __all__ = [
     "Lru",
     "NoVictim",
     "Residency",
+    "SizedResidency",
     "Turns",
     "eviction_of",
 ]

@@ -9,20 +9,23 @@ _MOST_SLOTS = 32
 
 
 def picture_of(
-    num_slots: int, borrowed: Collection[int], slot_of: Sequence[int], state: Sequence[int], prefetched: Collection[int]
+    slots: range, borrowed: Collection[int], slot_of: Sequence[int], state: Sequence[int], prefetched: Collection[int]
 ) -> str:
-    """Describe what each of `num_slots` slots holds; for a large pool, count the slots per state.
+    """Describe what each of `slots` holds; for a large pool, count the slots per state.
 
     Args:
-        borrowed: slots. slot_of, state: by key; -1 for a key without a slot. prefetched: keys.
+        slots: their numbers. borrowed: those of them that are. prefetched: keys.
+        slot_of, state: by key; -1 for a key without a slot.
     """
-    pictures = ["free"] * num_slots
+    pictures = ["free"] * len(slots)
     for slot in borrowed:
-        pictures[slot] = "borrowed"
+        pictures[slot - slots.start] = "borrowed"
     for key, slot in enumerate(slot_of):
         if slot >= 0:
-            pictures[slot] = f"{key} {'prefetched ' if key in prefetched else ''}{STATE_NAMES[state[key]]}"
-    if num_slots > _MOST_SLOTS:
+            pictures[slot - slots.start] = (
+                f"{key} {'prefetched ' if key in prefetched else ''}{STATE_NAMES[state[key]]}"
+            )
+    if len(slots) > _MOST_SLOTS:
         states = [picture.split()[-1] for picture in pictures]
         pictures = [f"{states.count(name)} {name}" for name in STATE_NAMES if name in states]
     return ", ".join(pictures)

@@ -1,4 +1,4 @@
-"""Track which expert is in which slot: one global pool over all expert keys. A slot's states: states.py.
+"""Track which expert is in which slot: one pool over all expert keys, or several (sized.py).
 
 A key is *prefetched* from `prefetch` until its first demand. Prefetched keys never take more than `staging_slots`
 slots, so that wrong guesses cannot evict experts known to be hot; they evict each other, oldest first. Only the decode
@@ -33,7 +33,7 @@ from foreroute.residency.states import (
     IllegalEvent,
     LookupResult,
     NoVictim,
-)  # fmt: skip
+)
 
 # Callers read a key's state, so the states are exported too.
 __all__ = ["FREE", "LOADING", "PINNED", "READY", "IllegalEvent", "LookupResult", "NoVictim", "Residency"]
@@ -43,19 +43,18 @@ class Residency:
     """The state of the pool: num_slots slots shared by keys 0..num_keys-1.
 
     Args:
-        num_slots: slots in the pool.
-        num_keys: expert keys; more than experts when layers differ in width.
+        num_slots: slots in the pool. num_keys: expert keys; more than experts when layers differ in width.
         eviction: the eviction policy; reset here, owned by the pool from now on.
         staging_slots: the most slots that prefetched, not yet demanded keys may take; 0 turns prefetch off.
         deferred_slots: the most slots that `defer` may have loading at a time; 0 turns deferred loads off.
         keys_per_layer: width of a layer in keys, for `resident_per_layer`; None counts all keys as one layer.
+        first_slot: number of its first slot, where these are a part of all slots.
     Attributes (read only):
-        evictions: keys evicted so far, prefetched ones too.
+        slots: their numbers. evictions: keys evicted so far, prefetched ones too.
         prefetch_used: prefetched keys that were demanded while prefetched, loaded already or not.
         prefetch_wasted: prefetched keys that were loaded, and evicted before any demand.
-        prefetched_ready: the prefetched keys that are loaded, oldest first.
+        prefetched_ready: the prefetched keys that are loaded, oldest first. deferred: keys that `defer` has loading.
         resident_per_layer: keys that have a slot, loaded or loading.
-        deferred: keys that `defer` has loading.
     Cost: benchmarks/residency.py measures it, per layer from demand to release.
     """
 
@@ -68,6 +67,7 @@ class Residency:
         staging_slots: int,
         deferred_slots: int = 0,
         keys_per_layer: int | None = None,
+        first_slot: int = 0,
     ) -> None:
         assert num_slots > 0, "a pool needs a slot"
         assert 0 <= staging_slots <= num_slots, f"{staging_slots} staging slots of {num_slots}"
@@ -79,6 +79,7 @@ class Residency:
         self.prefetch_used = 0
         self.prefetch_wasted = 0
         self._eviction = eviction
+        self.slots = range(first_slot, first_slot + num_slots)
         self._keys_per_layer = keys_per_layer or max(num_keys, 1)
         self.clear()
 
@@ -87,7 +88,7 @@ class Residency:
         self._eviction.reset(self.num_keys)
         self._state = [FREE] * self.num_keys
         self._slot_of = [-1] * self.num_keys
-        self._free = list(range(self.num_slots - 1, -1, -1))
+        self._free = list(reversed(self.slots))
         self._borrowed: set[int] = set()
         self._num_ready = 0
         self._prefetched_loading: set[int] = set()
@@ -294,7 +295,7 @@ class Residency:
 
     def __repr__(self) -> str:
         prefetched = self._prefetched_loading.union(self.prefetched_ready)
-        picture = picture_of(self.num_slots, self._borrowed, self._slot_of, self._state, prefetched)
+        picture = picture_of(self.slots, self._borrowed, self._slot_of, self._state, prefetched)
         return f"Residency({picture}; {self.num_prefetched}/{self.staging_slots} prefetched)"
 
     # Slot transitions.

@@ -1,8 +1,10 @@
 """Page-aligned memory for slots and bounce buffers."""
 
 import mmap
+from collections.abc import Sequence
 
 from foreroute.transfer.files import BLOCK_BYTES
+from foreroute.types import SlotClass
 
 _HUGE_PAGE_BYTES = 2 * 2**20
 
@@ -29,8 +31,18 @@ def allocate_slots(num_slots: int, slot_bytes: int) -> tuple[mmap.mmap, list[mem
         num_slots: slots in the pool.
         slot_bytes: length of one, a multiple of 4096 for direct reads.
     """
-    assert slot_bytes > 0, "a slot has a length"
-    assert slot_bytes % BLOCK_BYTES == 0, f"{slot_bytes} is not a multiple of {BLOCK_BYTES}"
-    memory = map_memory(num_slots * slot_bytes)
+    return allocate_pool([SlotClass(slot_bytes, num_slots, (), 0)])
+
+
+def allocate_pool(classes: Sequence[SlotClass]) -> tuple[mmap.mmap, list[memoryview]]:
+    """Allocate a pool's memory for slots of several lengths; return it and a view of each slot, by its number."""
+    for one in classes:
+        assert one.slot_bytes > 0, "a slot has a length"
+        assert one.slot_bytes % BLOCK_BYTES == 0, f"{one.slot_bytes} is not a multiple of {BLOCK_BYTES}"
+    memory = map_memory(sum(one.nbytes for one in classes))
     whole = memoryview(memory)
-    return memory, [whole[slot * slot_bytes : (slot + 1) * slot_bytes] for slot in range(num_slots)]
+    slots = []
+    for one in classes:
+        starts = (one.offset(slot) for slot in range(one.first, one.first + one.num_slots))
+        slots += [whole[start : start + one.slot_bytes] for start in starts]
+    return memory, slots

@@ -2,7 +2,7 @@
 
 import mmap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,10 +17,10 @@ from foreroute.transfer.copier import CudaCopier, MemoryCopier
 from foreroute.transfer.cuda import out_of_memory_named
 from foreroute.transfer.disk import DiskTransfer
 from foreroute.transfer.logical import LogicalTransfer
-from foreroute.transfer.memory import allocate_slots
+from foreroute.transfer.memory import allocate_pool
 from foreroute.transfer.tiered import TieredTransfer
 from foreroute.transfer.traced import TracedTransfer
-from foreroute.types import Progress
+from foreroute.types import Progress, SlotClass
 
 # Reader threads while an arena is loaded: nothing computes meanwhile, so checks and copies may take more cores.
 _LOADING_THREADS = 4
@@ -37,13 +37,17 @@ class SlotMemory:
 
 
 def place(
-    asked: EngineConfig, table: ExpertTable, store: PackedStore | None, num_slots: int, trace: Trace | None
+    asked: EngineConfig,
+    table: ExpertTable,
+    store: PackedStore | None,
+    classes: Sequence[SlotClass],
+    trace: Trace | None,
 ) -> SlotMemory:
-    """Allocate `num_slots` slots in RAM, loaded from the checkpoint, or from the packed `store` if given.
+    """Allocate slots in RAM, of one length or several, loaded from the checkpoint, or from the packed `store` if given.
 
     asked: the config. table: the experts as stored. trace: records the loads; None: no trace.
     """
-    memory, slots = allocate_slots(num_slots, table.slot_bytes)
+    memory, slots = allocate_pool(classes)
     disk = open_disk(asked, table, store, slots.__getitem__, asked.readers(table.slot_bytes))
     return SlotMemory(memory, _dressed(disk, asked, table, trace), slots.clear)
 

@@ -226,8 +226,7 @@ def test_a_system_that_does_not_say(tmp_path: Path) -> None:
 class Experts:
     """As much of a table as is asked for."""
 
-    total_slots: int = 1000
-    slot_bytes: int = 21 * MIB
+    whole_bytes: int = 21_000 * MIB
 
 
 def test_memory_is_chosen_from_what_a_container_has(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,10 @@
 """The ridge finds what was planted, in whatever pieces the rows come, and no id that is no expert disturbs it."""
 
+from typing import Any, ClassVar
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from foreroute.predict.base import RouterSample
 from foreroute.predict.ridge import NormalEquations, Ridge, RidgeFit
@@ -105,3 +108,33 @@ def test_one_token_scores_as_it_does_among_others() -> None:
     layer, seen = fitted().solve(1e-6), seen_of(9, seed=4)
     alone = torch.cat([layer.scores(RouterSample(*(part[at : at + 1] for part in seen[:3]))) for at in range(9)])
     torch.testing.assert_close(alone, layer.scores(seen), rtol=1e-5, atol=1e-5)
+
+
+def test_solving_takes_one_square_of_doubles_as_the_learner_counts() -> None:
+    features = 64
+
+    class Squares(TorchDispatchMode):
+        """Where the features' squares in float64 lie that any operation gave."""
+
+        found: ClassVar[set[int]] = set()
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            for one in result if isinstance(result, tuple | list) else [result]:
+                if isinstance(one, torch.Tensor) and one.dtype == torch.float64 and one.numel() == features**2:
+                    self.found.add(one.untyped_storage().data_ptr())
+            return result
+
+    equations = NormalEquations(features, 3)
+    generator = torch.Generator().manual_seed(0)
+    equations.add(torch.randn(500, features, generator=generator), torch.randn(500, 3, generator=generator))
+    with Squares() as squares:
+        equations.solve(1e-3)
+    assert len(squares.found - {equations.gram.untyped_storage().data_ptr()}) == 1
+
+
+def test_sums_that_are_not_finite_are_refused() -> None:
+    equations = NormalEquations(4, 2)
+    equations.add(torch.full((8, 4), float("nan")), torch.zeros(8, 2))
+    with pytest.raises(ValueError, match="not finite"):
+        equations.solve(1e-3)

@@ -195,6 +195,6 @@ def _inert_features(report: "GenerationReport", plan: Plan) -> list[str]:
     if plan.num_slots < plan.total_slots and not report.stats.evictions:
         complaints.append("But no expert was evicted: this run proves little. Take less --memory or more tokens.")
     if plan.staging_slots and not report.stats.decode.prefetch_used:
-        remedy = "Take more tokens." if plan.math == "own" else "Take --dtype float32."
+        remedy = "Take more tokens." if plan.math != "family" else "Take --dtype float32."
         complaints.append(f"But no guess was used: this run proves little. {remedy}")
     return complaints

@@ -13,6 +13,7 @@ from foreroute.units import format_memory, format_speed
 
 if TYPE_CHECKING:
     from foreroute.bench.bandwidth import Bandwidth
+    from foreroute.cli.probes import ComputeTime
 
 _EPILOG = """\
 examples:
@@ -31,7 +32,8 @@ the figures:
   guesses      the most slots that hold experts fetched on a guess
   disk         measured for one second on this model's own experts, in random
                order, read as the engine reads them
-  compute      measured: one token with its experts in memory
+  compute      measured: one token with its experts in memory, for three seconds
+               at most; where a token takes longer, from some of its layers
   long prompt  prefill uses nearly every expert: this long it reads, once
   TPOT         time per output token: forecast, not measured, from disk, compute
                and the miss rates of another model. From reads that hide
@@ -55,7 +57,7 @@ class Findings:
     kv_bytes_per_token: int
     chosen_memory_bytes: int
     bandwidth: "Bandwidth"
-    compute_ms: float
+    compute: "ComputeTime"
     cases: tuple[Forecast, ...]
     serving: ServingNeeds | None = None
     context: int | None = None
@@ -97,25 +99,23 @@ def find(folder: Path, args: argparse.Namespace, config: EngineConfig) -> Findin
     """Load the model in `folder` with `config` but without its experts, and measure what the flags `args` ask for."""
     import foreroute
     from foreroute.bench.bandwidth import measure_bandwidth
-    from foreroute.checkpoint.locate import read_index
-    from foreroute.checkpoint.records import open_store
     from foreroute.cli import probes
+    from foreroute.loading.block_kernels import dense_nbytes_at_load
+    from foreroute.loading.checkpoint import open_checkpoint
+    from foreroute.loading.open_device import open_device
     from foreroute.memory.host import available_ram, choose_memory
     from foreroute.memory.kv import planned_kv_bytes_per_token
-    from foreroute.model.build.skeleton import outline
 
     options.apply_threads(args)
     config, context = _with_room(folder, args, config)
-    index = read_index(folder)
     # Measured before the dense weights are in RAM, as `load` does.
     free_ram = available_ram()
-    sketch = outline(folder, index)
-    source = sketch.table
-    store = open_store(folder, config.packed, source)
+    checkpoint = open_checkpoint(folder, None, config.packed)
+    store = checkpoint.store
     model = foreroute.load(folder, dtype=args.dtype, config=config)
     try:
         plan, table = model.foreroute.plan, model.foreroute.table
-        compute_ms, kv_bytes = probes.compute_ms(model), planned_kv_bytes_per_token(model)
+        compute, kv_bytes = probes.measure_compute(model), planned_kv_bytes_per_token(model)
         # Last: what it measures grows with what has been computed.
         serving = None if context is None else requests.needs_of(model, context)
     finally:
@@ -124,11 +124,11 @@ def find(folder: Path, args: argparse.Namespace, config: EngineConfig) -> Findin
         from foreroute.bench.link import measure_link
 
         bandwidth = measure_link(plan.slot_bytes)
-        found = _found(plan, config, kv_bytes, plan.memory_bytes, bandwidth, compute_ms, reads_per_expert=1)
+        found = _found(plan, config, kv_bytes, plan.memory_bytes, bandwidth, compute, reads_per_expert=1)
         return replace(found, context=context)
-    kept = source if store is None else store.table
     beside = 0 if serving is None else serving.tokens_bytes
-    chosen = choose_memory(None, kept, sketch.dense_nbytes, beside, free_ram)
+    dense_bytes = dense_nbytes_at_load(config, checkpoint, open_device(config))
+    chosen = choose_memory(None, checkpoint.kept, dense_bytes, beside, free_ram)
     reads_of = table.reads if store is None else store.reads_of(table)
     keys = table.keys.all()
     bandwidth = measure_bandwidth(
@@ -139,7 +139,7 @@ def find(folder: Path, args: argparse.Namespace, config: EngineConfig) -> Findin
         direct=config.direct_io,
         label=table.label,
     )
-    found = _found(plan, config, kv_bytes, chosen, bandwidth, compute_ms, len(reads_of(keys[0])))
+    found = _found(plan, config, kv_bytes, chosen, bandwidth, compute, len(reads_of(keys[0])))
     return replace(found, serving=serving, context=context)
 
 
@@ -156,7 +156,7 @@ def _found(
     kv_bytes: int,
     chosen_memory_bytes: int,
     bandwidth: "Bandwidth",
-    compute_ms: float,
+    compute: "ComputeTime",
     reads_per_expert: int,
 ) -> Findings:
     cases = forecast(
@@ -164,12 +164,10 @@ def _found(
         plan.token_demand_slots,
         plan.expert_bytes,
         bandwidth.bytes_per_s,
-        compute_ms,
+        compute.ms,
         "lru" if config.control == "device" else config.eviction,
     )
-    return Findings(
-        plan, config.eviction, reads_per_expert, kv_bytes, chosen_memory_bytes, bandwidth, compute_ms, cases
-    )
+    return Findings(plan, config.eviction, reads_per_expert, kv_bytes, chosen_memory_bytes, bandwidth, compute, cases)
 
 
 def advice(found: Findings, model: str) -> list[str]:
@@ -177,8 +175,7 @@ def advice(found: Findings, model: str) -> list[str]:
     plan, hints = found.plan, list[str]()
     if plan.device != "cpu":
         return _gpu_advice(plan)
-    whole = plan.total_slots * plan.slot_bytes
-    demand = plan.token_demand_slots * plan.slot_bytes
+    whole, demand = plan.all_slot_bytes, plan.token_slot_bytes
     chosen = format_memory(found.chosen_memory_bytes)
     if plan.memory_bytes > found.chosen_memory_bytes and not plan.memory_was_chosen:
         hints.append(
@@ -254,7 +251,12 @@ def as_json(found: Findings) -> dict[str, Any]:
             "chosen_memory_bytes": found.chosen_memory_bytes,
         },
         "serving": None if found.serving is None else {"context": found.context, **requests.as_json(found.serving)},
-        "measured": {"disk": asdict(found.bandwidth), "compute_ms": found.compute_ms},
+        "measured": {
+            "disk": asdict(found.bandwidth),
+            "compute_ms": found.compute.ms,
+            "compute_passes": found.compute.num_passes,
+            "compute_layers": found.compute.num_layers,
+        },
         "forecast": {case.name: asdict(case) for case in found.cases},
     }
 
@@ -274,17 +276,23 @@ def show(found: Findings, hints: list[str]) -> None:
 def _model_rows(found: Findings) -> list[figures.Row]:
     plan = found.plan
     top_k = "/".join(str(k) for k in sorted(set(plan.top_k)))
-    is_converted = figures.dtype_name(plan.stored_dtype) != plan.compute_dtype
+    is_converted = plan.math != "ggml" and figures.dtype_name(plan.stored_dtype) != plan.compute_dtype
     cache = format_memory(found.kv_bytes_per_token * 1000) if found.kv_bytes_per_token else "none"
     return [
         ("model", plan.model_type, f"{plan.num_layers} MoE layers x {plan.num_experts} experts, top-{top_k}"),
-        ("one expert", format_memory(plan.expert_bytes), f"{plan.stored_dtype}, computed in {plan.compute_dtype}"
+        ("one expert", format_memory(plan.expert_bytes),
+         f"{_sizes(plan)}{plan.stored_dtype}, computed in {plan.compute_dtype}"
          + (" (converted at every use)" if is_converted else "")),
         ("all experts", format_memory(plan.total_expert_bytes), f"on disk, {_source(plan)}"),
         ("dense weights", format_memory(plan.dense_bytes),
          f"always {'in RAM' if plan.device == 'cpu' else 'on the GPU'}, beside --memory"),
         ("KV cache", cache, "per 1,000 tokens, beside --memory"),
     ]  # fmt: skip
+
+
+def _sizes(plan: Plan) -> str:
+    """Say that layers' experts differ in size, where they do."""
+    return "on average; " if len(plan.slot_classes) > 1 else ""
 
 
 def _memory_rows(found: Findings) -> list[figures.Row]:
@@ -330,14 +338,19 @@ def _speed_rows(found: Findings) -> list[figures.Row]:
     return [
         (name, format_speed(disk.bytes_per_s),
          f"measured: {disk.num_experts:,} random experts in {disk.elapsed_s:.1f} s, {way}"),
-        ("compute", figures.number(found.compute_ms, "ms"), f"measured: one token, its experts in memory, {_on(plan)}"),
+        ("compute", figures.number(found.compute.ms, "ms"), _how_computed(found)),
         ("long prompt", figures.number(absent_bytes / disk.bytes_per_s, "s"), "of reading: it uses every expert once"),
     ]  # fmt: skip
 
 
-def _on(plan: Plan) -> str:
-    """Name the device that computes."""
-    return f"{plan.threads} threads" if plan.device == "cpu" else "on the GPU"
+def _how_computed(found: Findings) -> str:
+    """What of a token was computed, and by what."""
+    plan, compute = found.plan, found.compute
+    what = "measured: one token, its experts in memory"
+    if not compute.num_passes:
+        what = f"from {compute.num_layers} of {plan.num_layers} layers, measured"
+    by = "on the GPU" if plan.device != "cpu" else f"{plan.threads} thread{'s' if plan.threads > 1 else ''}"
+    return f"{what}, {by}{', ggml' if plan.math == 'ggml' else ''}"
 
 
 def _forecast_rows(found: Findings) -> list[tuple[str, ...]]:

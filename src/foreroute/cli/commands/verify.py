@@ -201,7 +201,7 @@ def settle_memory(folder: Path, dtype: str, config: EngineConfig) -> int:
         if config.memory != DEFAULT_MEMORY:
             raise
     plan = _plan(folder, dtype, replace(config, memory="100%"))
-    return plan.token_demand_slots * plan.slot_bytes
+    return plan.token_slot_bytes
 
 
 def _plan(folder: Path, dtype: str, config: EngineConfig) -> Plan:
@@ -219,7 +219,7 @@ def _complaints(outcome: _Outcome) -> list[str]:
     complaints = []
     if plan.num_slots < plan.total_slots and not stats.evictions:
         complaints.append("But no expert was evicted: this run proves little. Take less --memory or more --tokens.")
-    if plan.staging_slots and plan.math == "own" and not stats.prefetch_used:
+    if plan.staging_slots and plan.math != "family" and not stats.prefetch_used:
         complaints.append("But no guess was used: this run proves little. Take more --tokens.")
     return complaints
 
@@ -246,7 +246,7 @@ def _account(outcome: _Outcome, num_prompts: int) -> list[figures.Row]:
     return [
         ("reference", outcome.reference.kind, f"{kinds[outcome.reference.kind]}, {plan.compute_dtype}"),
         ("engine", f"{plan.num_slots} of {plan.total_slots} experts fit",
-         f"{format_memory(plan.num_slots * plan.slot_bytes)}, read from {sources[plan.source]}"),
+         f"{format_memory(plan.pool_bytes)}, read from {sources[plan.source]}"),
         ("evictions", f"{stats.evictions:,}", "experts that gave way to others"),
         ("prefetches used", f"{stats.prefetch_used:,}", "experts that were guessed and then needed"),
         ("compared", f"{verdict.layers_compared:,} MoE layers",

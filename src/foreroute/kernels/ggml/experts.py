@@ -4,6 +4,8 @@ A slot's number is the id of an expert in ggml's products: slots lie one after t
 are multiplied where they were read to. The memory between the products is shared by all graphs.
 """
 
+import ctypes
+import math
 import mmap
 from collections import OrderedDict
 
@@ -15,6 +17,7 @@ from foreroute.kernels.ggml.form import OAI_ALPHA, OAI_LIMIT, ExpertForm, SlotMa
 from foreroute.kernels.ggml.graph import Graph, Runner, TensorRef, place
 from foreroute.kernels.ggml.interleaved import interleaver
 from foreroute.kernels.ggml.types import F32, I32, TYPE_NUMBERS
+from foreroute.types import SlotClass
 
 # Graphs kept: one for each form and shape of a step. Some 10 KB each.
 _MOST_GRAPHS = 512
@@ -23,20 +26,22 @@ _DTYPES = {F32: torch.float32, TYPE_NUMBERS["F16"]: torch.float16, TYPE_NUMBERS[
 
 
 class HostSlots:
-    """The pool's memory: slot s begins `s * slot_bytes` after `address`.
+    """The pool's slots of one length: slot s, of those below `num_slots`, begins `s * slot_bytes` after `address`.
 
     Args:
-        memory: kept as long as this object.
+        memory: the whole pool's, kept as long as this object. slots: those of this length.
     """
 
-    def __init__(self, memory: mmap.mmap, slot_bytes: int, num_slots: int) -> None:
-        self._bytes = torch.frombuffer(memory, dtype=torch.uint8)
-        self.address = self._bytes.data_ptr()
-        self.slot_bytes, self.num_slots = slot_bytes, num_slots
+    def __init__(self, memory: mmap.mmap | torch.Tensor, slots: SlotClass) -> None:
+        self._bytes = memory if isinstance(memory, torch.Tensor) else torch.frombuffer(memory, dtype=torch.uint8)
+        self._slots = slots
+        # Slots of other lengths may lie before them: their numbers never become ids here.
+        self.address = self._bytes.data_ptr() + slots.start
+        self.slot_bytes, self.num_slots = slots.slot_bytes, slots.first + slots.num_slots
 
     def floats(self, slot: int, offset: int, count: int, number: int) -> torch.Tensor:
         """The `count` numbers of ggml's type `number` at an offset in a slot, in f32."""
-        start, dtype = slot * self.slot_bytes + offset, _DTYPES[number]
+        start, dtype = self._slots.offset(slot) + offset, _DTYPES[number]
         return self._bytes[start : start + dtype.itemsize * count].view(dtype).float()
 
 
@@ -57,9 +62,13 @@ class Scratch:
         """Where this memory is now."""
         return int(self._arrays[name].ctypes.data)
 
+    def array(self, name: str, rows: int, width: int) -> np.ndarray:
+        """This memory as [rows, width]."""
+        return self._arrays[name][: rows * width].reshape(rows, width)
+
     def tensor(self, name: str, rows: int, width: int) -> torch.Tensor:
         """This memory as [rows, width]."""
-        return torch.from_numpy(self._arrays[name][: rows * width].reshape(rows, width))
+        return torch.from_numpy(self.array(name, rows, width))
 
 
 class ExpertGraph:
@@ -104,7 +113,10 @@ class ExpertGraph:
         graph.finish(self._product(graph, form.down, gated, ids, form.down_bias, "out"))
 
     def run(self, x: int, out: int) -> None:
-        """Compute the rows at address `x` (f32 [rows, hidden]) through the experts in `ids`, into address `out`."""
+        """Compute the rows at address `x` (f32 [rows, hidden]) through the experts in `ids`, into address `out`.
+
+        What is no number between the products gives an output that is none: the second product would round it to one.
+        """
         if self._generation != self._scratch.generation:
             self._place_scratch()
         for name, address in (("x", x), ("out", out)):
@@ -114,6 +126,10 @@ class ExpertGraph:
         if self._second is not self._first:
             self._gate_by_family()
             self._second.run()
+        gated = self._scratch.array("gated", self._count, self._form.intermediate)
+        if not math.isfinite(gated.sum()):
+            outputs = np.ctypeslib.as_array((ctypes.c_float * (self._count * self._form.hidden)).from_address(out))
+            outputs.reshape(self._count, -1)[~np.isfinite(gated).all(1)] = np.nan
 
     def _in_order(self, graph: Graph, rows: TensorRef, name: str) -> TensorRef:
         """`rows` with the numbers of every 32 in the order of the matrices' blocks.
@@ -214,10 +230,15 @@ class ExpertGraphs:
         self._bf16 = Bf16Products(runner)
         self._graphs: OrderedDict[tuple[ExpertForm, int, int], ExpertGraph] = OrderedDict()
 
-    def stream(self, form: ExpertForm, rows: torch.Tensor, slot: int) -> torch.Tensor:
-        """Compute the expert in `slot` for f32 `rows` [rows, hidden]: [rows, hidden], in bf16 where that is quicker."""
-        matrices = (*form.first, form.down)
-        if not any(one.is_interleaved for one in matrices) and all(is_quicker(one.kind, len(rows)) for one in matrices):
+    def stream(self, form: ExpertForm, rows: torch.Tensor, slot: int, *, may_convert: bool) -> torch.Tensor:
+        """Compute the expert in `slot` for f32 `rows` [rows, hidden]: [rows, hidden].
+
+        Args:
+            may_convert: in bf16 where that is quicker.
+        """
+        if may_convert and all(
+            not matrix.is_interleaved and is_quicker(matrix.kind, len(rows)) for matrix in (*form.first, form.down)
+        ):
             return self._in_bf16(form, rows, slot)
         return self._in_blocks(form, rows, slot)
 

@@ -24,6 +24,9 @@ class GgmlLayer:
     Args:
         layer: its index among the MoE layers. base: the key of its expert 0.
         form: of its experts in a slot. graphs: of the pool, shared by all layers.
+    Attributes:
+        decodes: whether a step of single tokens runs: its rows keep blocks, so that their bits are the same in any
+            company.
     """
 
     streams_only = False
@@ -31,6 +34,7 @@ class GgmlLayer:
     def __init__(self, layer: int, base: int, form: ExpertForm, graphs: ExpertGraphs) -> None:
         self._layer, self._base, self._form = layer, base, form
         self._graphs: ExpertGraphs | None = graphs
+        self.decodes: Callable[[], bool] = lambda: False
 
     def begin(self, hidden: torch.Tensor, routed: Sequence[Sequence[int]], weights: torch.Tensor) -> LayerSum:
         """See `LayerKernels`. hidden: [tokens, hidden]. weights: [tokens, k]."""
@@ -48,11 +52,11 @@ class GgmlLayer:
     ) -> torch.Tensor:
         """See `LayerKernels`. hidden: [tokens, hidden]. ids, weights: [tokens, k]."""
         assert self._graphs is not None, "the pool has been closed"
-        floats, gates = hidden.float(), weights.float()
+        floats, gates, may_convert = hidden.float(), weights.float(), not self.decodes()
         total = torch.zeros_like(floats)
         for key, tokens, positions in group_by_expert(ids, keys, self._base):
-            rows = floats.index_select(0, tokens)
-            outputs = self._graphs.stream(self._form, rows, experts.slot_of(key))
+            rows, slot = floats.index_select(0, tokens), experts.slot_of(key)
+            outputs = self._graphs.stream(self._form, rows, slot, may_convert=may_convert)
             self._check(key, rows, outputs)
             if listener is not None:
                 listener(self._layer, key - self._base, outputs.to(hidden.dtype))
@@ -64,15 +68,15 @@ class GgmlLayer:
         self._graphs = None
 
     def _check(self, key: int, rows: torch.Tensor, outputs: torch.Tensor) -> None:
-        """Raises CorruptCheckpointError: outputs [n, hidden] of an expert are no numbers, where its inputs `rows` are."""
+        """Raises CorruptCheckpointError: an expert's `outputs` [n, hidden] are no numbers, though its `rows` are."""
         # NaN and infinities last through a sum.
         if math.isfinite(outputs.sum()):
             return
         if (~outputs.isfinite().all(1) & rows.isfinite().all(1)).any():
             raise CorruptCheckpointError(
-                f"{ExpertId(self._layer, key - self._base)} gives outputs that are no numbers, of inputs that are: a scale "
-                "in its blocks is NaN, infinite or far too large. The file is damaged, or its quantiser was at fault: "
-                "download it again, or take another."
+                f"{ExpertId(self._layer, key - self._base)} gives outputs that are no numbers, of inputs that are: a "
+                "scale in its blocks is NaN, infinite or far too large. The file is damaged, or its quantiser was at "
+                "fault: download it again, or take another."
             )
 
 

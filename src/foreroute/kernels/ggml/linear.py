@@ -4,8 +4,9 @@ Weights are no parameters: a block has no dtype of torch's. Layers that are give
 are computed by one graph, when the first of them is called.
 """
 
+import math
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,12 +64,14 @@ class BlockProducts:
     def __init__(self, runner: Runner) -> None:
         self.library = runner.library
         self._runner = runner
+        # Whether a step of single tokens runs: its rows keep blocks, so that their bits are the same in any company.
+        self.decodes: Callable[[], bool] = lambda: False
         self._in_bf16 = Bf16Products(runner)
         self._graphs: OrderedDict[tuple[object, ...], _LinearGraph] = OrderedDict()
 
     def __call__(self, x: torch.Tensor, matrices: Sequence[BlockMatrix]) -> list[torch.Tensor]:
         """Multiply `x` [rows, columns], f32 and contiguous, by matrices of as many columns: f32 [rows, out] each."""
-        if all(is_quicker(matrix.kind, len(x)) for matrix in matrices):
+        if not self.decodes() and all(is_quicker(matrix.kind, len(x)) for matrix in matrices):
             narrow = x.to(torch.bfloat16)
             return [
                 self._in_bf16(narrow, matrix.kind, matrix.blocks.data_ptr(), (matrix.rows, matrix.columns))
@@ -98,7 +101,11 @@ class BlockLinear(nn.Module):
         dtype: of the bias.
     Attributes:
         together: the layers that are given the same input, this one among them, in the order of their calls.
+        is_head: rows that are no numbers give outputs that are none, as torch has it, where ggml's product would
+            round them to some.
     """
+
+    is_head = False
 
     def __init__(self, matrix: BlockMatrix, products: BlockProducts, bias: bool, dtype: torch.dtype) -> None:
         super().__init__()
@@ -131,6 +138,8 @@ class BlockLinear(nn.Module):
         own, *others = self._products(rows, [layer.matrix for layer in layers])
         for layer, product in zip(layers[1:], others, strict=True):
             layer._ready = (x, product)
+        if self.is_head and not math.isfinite(rows.sum()):
+            own[~rows.isfinite().all(1)] = math.nan
         return own
 
     def extra_repr(self) -> str:

@@ -13,7 +13,9 @@ from torch import nn
 from foreroute.checkpoint.gguf_families import dense_names
 from foreroute.checkpoint.gguf_file import GgufIndex
 from foreroute.checkpoint.source_files import SourceFile
+from foreroute.errors import CorruptCheckpointError
 from foreroute.kernels.ggml.linear import BlockEmbedding, BlockLinear, BlockMatrix, BlockProducts, compute_together
+from foreroute.kernels.ggml.scales import has_bad_scale
 from foreroute.kernels.ggml.types import BlockType
 
 # Layers of one parent that are given the same input, in the order in which families call them.
@@ -55,7 +57,7 @@ class DenseBlocks:
         own = {"__module__": model_class.__module__, "__init__": construct}
         return type(model_class.__name__, (model_class,), own)
 
-    def replace(self, model: nn.Module) -> None:
+    def replace(self, model: Any) -> None:
         """Replace the layers of `model` whose weights stay in blocks."""
         with torch.device("cpu"), torch.inference_mode(False):
             for name, module in [*model.named_modules()]:
@@ -64,6 +66,9 @@ class DenseBlocks:
                     parent, _, child = name.rpartition(".")
                     setattr(model.get_submodule(parent), child, self._module(module, matrix))
         self.kept = frozenset(self._matrices)
+        head = model.get_output_embeddings()
+        if isinstance(head, BlockLinear):
+            head.is_head = True
         for parent_module in model.modules():
             for names in _TOGETHER:
                 layers = [getattr(parent_module, name, None) for name in names]
@@ -116,4 +121,9 @@ def _read(index: GgufIndex, name: str, kind: BlockType, rows: int, columns: int)
     blocks = memory[start : start + entry.nbytes]
     with SourceFile(entry.path, index.files.get(entry.path)) as file:
         file.read_into(entry.offset, blocks.numpy().data)
+    if has_bad_scale(kind, blocks.numpy()):
+        raise CorruptCheckpointError(
+            f"{entry.path}: {name} has a scale that is no number (NaN or infinite). The file is damaged, or its "
+            "quantiser was at fault: download it again, or take another."
+        )
     return blocks.view(rows, kind.row_bytes(columns))

@@ -22,8 +22,8 @@ from tests.support.runs import THREE_PROMPTS, assert_same_bits, expert_table, ge
 
 
 @pytest.fixture(scope="module")
-def folder(published: Callable[..., Path]) -> Path:
-    return published(write_mxfp4, "gpt_oss")
+def folder(checkpoints: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_mxfp4(checkpoints.get("gpt_oss", "bf16"), tmp_path_factory.mktemp("mxfp4") / "model")
 
 
 def test_every_byte_and_every_exponent_is_the_same_number_in_ggmls_block() -> None:
