@@ -26,6 +26,7 @@ from foreroute.kernels.ggml.graph import Runner
 from foreroute.kernels.ggml.interleaved import interleaver
 from foreroute.kernels.ggml.library import open_library
 from foreroute.memory.host import usable_cpus
+from foreroute.types import SlotClass
 
 # Hidden, intermediate, experts per token.
 SHAPES = {"gpt-oss-20b": (2880, 2880, 4), "Qwen3-30B-A3B": (2048, 768, 8)}
@@ -58,7 +59,7 @@ def pool_of(model: str, name: str, runner: Runner, is_interleaved: bool) -> Pool
             blocks = interleaver(name, part.columns).convert(blocks)
         array[:, part.offset : part.offset + blocks.nbytes] = blocks.ravel()
     form = ExpertForm((parts[0], parts[1]), parts[2], Gating("swiglu", _swiglu))
-    return ExpertGraphs(runner, HostSlots(memory, slot_bytes, slots)), form, slots
+    return ExpertGraphs(runner, HostSlots(memory, SlotClass(slot_bytes, slots, (0,), 0))), form, slots
 
 
 def _swiglu(joined: torch.Tensor) -> torch.Tensor:
@@ -69,7 +70,7 @@ def _swiglu(joined: torch.Tensor) -> torch.Tensor:
 def token_run(model: str, graphs: ExpertGraphs, form: ExpertForm, slots: int) -> Callable[[], float]:
     """One token's experts of one layer; the seconds that they took."""
     hidden, _, top_k = SHAPES[model]
-    graph = graphs.of(form, 1, top_k)
+    graph = graphs.of(form).of(1, top_k)
     x, out = torch.randn(1, hidden), torch.empty(top_k, hidden)
     rng = np.random.default_rng(0)
 
@@ -120,7 +121,7 @@ def row_run(pool: Pool, way: str, x: torch.Tensor) -> Callable[[], float]:
     def run() -> float:
         slot = int(rng.integers(0, slots))
         started = time.perf_counter()
-        getattr(graphs, way)(form, x, slot)
+        getattr(graphs.of(form), way)(x, slot)
         return time.perf_counter() - started
 
     return run
@@ -137,9 +138,9 @@ def prompt_rows(threads: int) -> list[dict[str, Any]]:
             beside = pool_of(model, name, runner, True) if interleaver(name, hidden).is_possible else None
             for count in ROWS:
                 x = torch.randn(count, hidden)
-                runs = {"blocks": row_run(plain, "_in_blocks", x), "bf16": row_run(plain, "_in_bf16", x)}
+                runs = {"blocks": row_run(plain, "in_blocks", x), "bf16": row_run(plain, "in_bf16", x)}
                 if beside is not None:
-                    runs["interleaved"] = row_run(beside, "_in_blocks", x)
+                    runs["interleaved"] = row_run(beside, "in_blocks", x)
                 took = measured(runs, 12)
                 row = {"model": model, "type": name, "rows": count, "threads": threads}
                 row |= {f"{label}_us": 1e6 * seconds for label, seconds in took.items()}

@@ -12,6 +12,7 @@ from foreroute.kernels.ggml.experts import ExpertGraphs, HostSlots
 from foreroute.kernels.ggml.form import ExpertForm, Gating, SlotMatrix
 from foreroute.kernels.ggml.graph import shared_runner
 from foreroute.kernels.ggml.layer import GgmlLayer
+from foreroute.types import SlotClass
 from tests.kernels.ggml_matrices import error, random_blocks, random_rows, types
 
 HIDDEN, INNER, EXPERTS, TOP_K = 256, 256, 5, 3
@@ -100,9 +101,9 @@ def layer_of(name: str, down_name: str | None = None, gating: str = "swiglu", bi
         (start, start + 4 * INNER) if biased else (),
         start + 8 * INNER if biased else -1,
     )
-    graphs = ExpertGraphs(shared_runner(2), HostSlots(memory, slot_bytes, slots))
+    graphs = ExpertGraphs(shared_runner(2), HostSlots(memory, SlotClass(slot_bytes, slots, (0,), 0)))
     numbers = [[part.numbers.astype(np.float64) for part in matrices] for matrices in parts]
-    return Layer(GgmlLayer(0, 0, form, graphs), memory, slot_of, numbers, biases, gating)
+    return Layer(GgmlLayer(0, 0, graphs.of(form)), memory, slot_of, numbers, biases, gating)
 
 
 def _family(joined: torch.Tensor) -> torch.Tensor:
@@ -126,8 +127,8 @@ def test_a_layer_in_every_type(name: str) -> None:
 
 @pytest.mark.parametrize("name", types())
 def test_a_row_has_the_same_bits_whatever_shares_its_step(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("foreroute.kernels.ggml.experts.is_quicker", lambda kind, rows: False)
-    layer, (hidden, routed, gates) = layer_of(name), step()
+    monkeypatch.setattr("foreroute.kernels.ggml.experts.rows_in_bf16", lambda kind: float("inf"))
+    layer, (hidden, routed, gates) = layer_of.__wrapped__(name), step()
     together = layer.compute(hidden, routed, gates)
     for token, row in enumerate(routed):
         one = slice(token, token + 1)
@@ -185,9 +186,9 @@ def test_nothing_routed_is_zero() -> None:
 
 
 def test_in_bf16_a_prompt_s_rows_agree(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer = layer_of("Q4_K", "Q6_K", biased=True)
+    monkeypatch.setattr("foreroute.kernels.ggml.experts.rows_in_bf16", lambda kind: 8)
+    layer = layer_of.__wrapped__("Q4_K", "Q6_K", biased=True)
     hidden, routed, gates = step(40)
-    monkeypatch.setattr("foreroute.kernels.ggml.experts.is_quicker", lambda kind, rows: rows >= 8)
     streamed = layer.kernels.stream(_Streamed(layer), [*range(EXPERTS)], hidden, torch.tensor(routed), gates)
     assert error(streamed, layer.expected(hidden, routed, gates)) < MOST_ERROR
     assert not torch.equal(streamed, layer.compute(hidden, routed, gates)), "bf16 was to be taken"

@@ -12,6 +12,7 @@ from foreroute.kernels.ggml.form import ExpertForm, Gating, SlotMatrix
 from foreroute.kernels.ggml.graph import shared_runner
 from foreroute.kernels.ggml.layer import GgmlLayer
 from foreroute.kernels.ggml.types import TYPE_NUMBERS
+from foreroute.types import SlotClass
 from tests.kernels.ggml_matrices import error, random_blocks
 from tests.kernels.test_ggml_experts import EXPERTS, HIDDEN, INNER, MOST_ERROR, Layer, _Streamed, layer_of, step
 
@@ -55,8 +56,9 @@ def _as_published(gating: str, *, paired: bool = True, in_turns: bool = True, bi
         TYPE_NUMBERS[bias],
         paired,
     )
-    graphs = ExpertGraphs(shared_runner(2), HostSlots(memory, slot_bytes, EXPERTS + 2))
-    return replace(plain, kernels=GgmlLayer(0, 0, form, graphs), memory=memory, biases=biases)
+    slots = HostSlots(memory, SlotClass(slot_bytes, EXPERTS + 2, (0,), 0))
+    graphs = ExpertGraphs(shared_runner(2), slots)
+    return replace(plain, kernels=GgmlLayer(0, 0, graphs.of(form)), memory=memory, biases=biases)
 
 
 def _silu(given: torch.Tensor) -> torch.Tensor:
@@ -93,7 +95,9 @@ def test_a_row_has_the_same_bits_alone() -> None:
 @pytest.mark.parametrize("paired", [True, False])
 def test_prompts_in_bf16(paired: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     layer, (hidden, routed, gates) = _as_published("swiglu_oai", paired=paired), step(40)
-    monkeypatch.setattr("foreroute.kernels.ggml.experts.is_quicker", lambda kind, rows: rows >= 8)
+    graphs = layer.kernels._graphs
+    assert graphs is not None
+    monkeypatch.setattr(graphs, "_bf16_from", 8)
     streamed = layer.kernels.stream(_Streamed(layer), [*range(EXPERTS)], hidden, torch.tensor(routed), gates)
     assert error(streamed, layer.expected(hidden, routed, gates)) < MOST_ERROR
     assert not torch.equal(streamed, layer.compute(hidden, routed, gates)), "bf16 was to be taken"
@@ -101,7 +105,8 @@ def test_prompts_in_bf16(paired: bool, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_order_of_neighbours_matters() -> None:
     layer, (hidden, routed, gates) = _as_published("swiglu_oai"), step(3)
-    form = replace(layer.kernels._form, is_paired=False)
-    assert layer.kernels._graphs is not None
-    wrong = replace(layer, kernels=GgmlLayer(0, 0, form, layer.kernels._graphs))
+    graphs = layer.kernels._graphs
+    assert graphs is not None
+    form = replace(graphs.form, is_paired=False)
+    wrong = replace(layer, kernels=GgmlLayer(0, 0, ExpertGraphs(shared_runner(2), graphs._slots).of(form)))
     assert error(wrong.compute(hidden, routed, gates), layer.expected(hidden, routed, gates)) > 10 * MOST_ERROR

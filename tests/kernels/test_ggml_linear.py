@@ -102,10 +102,9 @@ def test_bf16_products(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_bf16_is_taken_by_rows_and_type_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     kind = open_library().types["Q4_K"]
     monkeypatch.setattr(bf16, "has_bf16", lambda: True)
-    assert not bf16.is_quicker(kind, 2)
-    assert bf16.is_quicker(kind, 512)
+    assert 2 < bf16.rows_in_bf16(kind) < 512
     monkeypatch.setattr(bf16, "has_bf16", lambda: False)
-    assert not bf16.is_quicker(kind, 512)
+    assert bf16.rows_in_bf16(kind) == float("inf")
 
 
 @pytest.mark.parametrize("name", ["Q4_0", "Q4_K", "IQ4_NL", "MXFP4"])

@@ -136,7 +136,7 @@ def _layers(experts: ExpertSet, placed: SlotMemory, classes: Sequence[SlotClass]
             graphs = ExpertGraphs(runner, HostSlots(placed.memory, one))
             for at in one.layers:
                 if (form := experts.forms[at]) is not None:
-                    layers[at] = GgmlLayer(at, experts.table.keys.key(at, 0), form, graphs)
+                    layers[at] = GgmlLayer(at, experts.table.keys.key(at, 0), graphs.of(form))
     return layers
 
 

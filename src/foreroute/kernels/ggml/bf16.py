@@ -8,6 +8,7 @@ of one model give the same bits.
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from math import inf
 
 import torch
 
@@ -30,9 +31,9 @@ def has_bf16() -> bool:
     return bool(cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported())
 
 
-def is_quicker(kind: BlockType, num_rows: int) -> bool:
-    """Whether `num_rows` rows are multiplied by matrices of this type in bf16."""
-    return has_bf16() and num_rows >= _SLOW_FROM.get(kind.name, _OTHERS_FROM)
+def rows_in_bf16(kind: BlockType) -> float:
+    """The number of rows from which matrices of this type are multiplied in bf16; infinite without hardware for it."""
+    return _SLOW_FROM.get(kind.name, _OTHERS_FROM) if has_bf16() else inf
 
 
 class Bf16Products:

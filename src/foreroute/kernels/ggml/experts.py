@@ -8,19 +8,20 @@ import ctypes
 import math
 import mmap
 from collections import OrderedDict
+from math import inf
 
 import numpy as np
 import torch
 
-from foreroute.kernels.ggml.bf16 import Bf16Products, is_quicker
+from foreroute.kernels.ggml.bf16 import Bf16Products, rows_in_bf16
 from foreroute.kernels.ggml.form import OAI_ALPHA, OAI_LIMIT, ExpertForm, SlotMatrix, in_order, join
 from foreroute.kernels.ggml.graph import Graph, Runner, TensorRef, place
 from foreroute.kernels.ggml.interleaved import interleaver
 from foreroute.kernels.ggml.types import F32, I32, TYPE_NUMBERS
 from foreroute.types import SlotClass
 
-# Graphs kept: one for each form and shape of a step. Some 10 KB each.
-_MOST_GRAPHS = 512
+# Graphs kept of a form: one for each shape of a step. Some 10 KB each.
+_MOST_GRAPHS = 256
 _FIRST = ("gate", "up")
 _DTYPES = {F32: torch.float32, TYPE_NUMBERS["F16"]: torch.float16, TYPE_NUMBERS["BF16"]: torch.bfloat16}
 
@@ -111,6 +112,9 @@ class ExpertGraph:
         scratch.reserve("gated", self._count * form.intermediate)
         gated = self._in_order(graph, gated, "gated")
         graph.finish(self._product(graph, form.down, gated, ids, form.down_bias, "out"))
+        # The structs behind the pointers, which each run changes.
+        self._x, self._out = ([tensor.contents for tensor in self._placed.pop(name)] for name in ("x", "out"))
+        self._gated = np.empty((0, 0), dtype=np.float32)
 
     def run(self, x: int, out: int) -> None:
         """Compute the rows at address `x` (f32 [rows, hidden]) through the experts in `ids`, into address `out`.
@@ -119,17 +123,18 @@ class ExpertGraph:
         """
         if self._generation != self._scratch.generation:
             self._place_scratch()
-        for name, address in (("x", x), ("out", out)):
-            for tensor in self._placed[name]:
-                place(tensor, address)
+        for tensor in self._x:
+            tensor.data = x
+        for tensor in self._out:
+            tensor.data = out
         self._first.run()
         if self._second is not self._first:
             self._gate_by_family()
             self._second.run()
-        gated = self._scratch.array("gated", self._count, self._form.intermediate)
-        if not math.isfinite(gated.sum()):
+        # NaN and infinities last through a sum.
+        if not math.isfinite(self._gated.sum()):
             outputs = np.ctypeslib.as_array((ctypes.c_float * (self._count * self._form.hidden)).from_address(out))
-            outputs.reshape(self._count, -1)[~np.isfinite(gated).all(1)] = np.nan
+            outputs.reshape(self._count, -1)[~np.isfinite(self._gated).all(1)] = np.nan
 
     def _in_order(self, graph: Graph, rows: TensorRef, name: str) -> TensorRef:
         """`rows` with the numbers of every 32 in the order of the matrices' blocks.
@@ -198,9 +203,9 @@ class ExpertGraph:
 
     def _place_scratch(self) -> None:
         for name, tensors in self._placed.items():
-            if name not in ("x", "out"):
-                for tensor in tensors:
-                    place(tensor, self._scratch.address(name))
+            for tensor in tensors:
+                place(tensor, self._scratch.address(name))
+        self._gated = self._scratch.array("gated", self._count, self._form.intermediate)
         self._generation = self._scratch.generation
 
     def _gate_by_family(self) -> None:
@@ -221,36 +226,63 @@ def _gate(graph: Graph, kind: str, gate: TensorRef, up: TensorRef) -> TensorRef:
     return join_of(graph.context, gate, up)
 
 
-class ExpertGraphs:
-    """The graphs of one pool, made as they are needed; the least recently used is dropped first."""
+class FormGraphs:
+    """The graphs of one form of experts, made as they are needed; the oldest is dropped first.
 
-    def __init__(self, runner: Runner, slots: HostSlots) -> None:
-        self._runner, self._slots = runner, slots
-        self._scratch = Scratch()
-        self._bf16 = Bf16Products(runner)
-        self._graphs: OrderedDict[tuple[ExpertForm, int, int], ExpertGraph] = OrderedDict()
+    Attributes:
+        form: of the experts. outputs: f32 [most experts of a token, hidden], for the one token of a step; `address`
+            is where it lies.
+    """
 
-    def stream(self, form: ExpertForm, rows: torch.Tensor, slot: int, *, may_convert: bool) -> torch.Tensor:
+    def __init__(
+        self, runner: Runner, form: ExpertForm, slots: HostSlots, scratch: Scratch, bf16: Bf16Products
+    ) -> None:
+        self.form = form
+        self._runner, self._slots, self._scratch, self._bf16 = runner, slots, scratch, bf16
+        matrices = (*form.first, form.down)
+        is_plain = not any(matrix.is_interleaved for matrix in matrices)
+        self._bf16_from = max(rows_in_bf16(matrix.kind) for matrix in matrices) if is_plain else inf
+        self._graphs: OrderedDict[tuple[int, int], ExpertGraph] = OrderedDict()
+        self.outputs = np.empty((1, form.hidden), dtype=np.float32)
+        self.address = int(self.outputs.ctypes.data)
+
+    def reserve(self, top_k: int) -> None:
+        """Have room for the outputs of a token's experts."""
+        if len(self.outputs) < top_k:
+            self.outputs = np.empty((top_k, self.form.hidden), dtype=np.float32)
+            self.address = int(self.outputs.ctypes.data)
+
+    def of(self, rows: int, per_row: int) -> ExpertGraph:
+        """The graph of `rows` rows with `per_row` experts each."""
+        key = (rows, per_row)
+        graph = self._graphs.get(key)
+        if graph is None:
+            if len(self._graphs) >= _MOST_GRAPHS:
+                self._graphs.popitem(last=False)
+            graph = self._graphs[key] = ExpertGraph(
+                self._runner, self.form, self._slots, rows, per_row, self._scratch
+            )  # fmt: skip
+        return graph
+
+    def stream(self, rows: torch.Tensor, slot: int, *, may_convert: bool) -> torch.Tensor:
         """Compute the expert in `slot` for f32 `rows` [rows, hidden]: [rows, hidden].
 
         Args:
             may_convert: in bf16 where that is quicker.
         """
-        if may_convert and all(
-            not matrix.is_interleaved and is_quicker(matrix.kind, len(rows)) for matrix in (*form.first, form.down)
-        ):
-            return self._in_bf16(form, rows, slot)
-        return self._in_blocks(form, rows, slot)
+        return self.in_bf16(rows, slot) if may_convert and len(rows) >= self._bf16_from else self.in_blocks(rows, slot)
 
-    def _in_blocks(self, form: ExpertForm, rows: torch.Tensor, slot: int) -> torch.Tensor:
+    def in_blocks(self, rows: torch.Tensor, slot: int) -> torch.Tensor:
+        """The same, as the weights lie."""
         outputs = torch.empty_like(rows)
-        graph = self.of(form, len(rows), 1)
+        graph = self.of(len(rows), 1)
         graph.ids.fill(slot)
         graph.run(rows.data_ptr(), outputs.data_ptr())
         return outputs
 
-    def _in_bf16(self, form: ExpertForm, rows: torch.Tensor, slot: int) -> torch.Tensor:
-        start = self._slots.address + slot * self._slots.slot_bytes
+    def in_bf16(self, rows: torch.Tensor, slot: int) -> torch.Tensor:
+        """The same, by weights in bf16."""
+        form, start = self.form, self._slots.address + slot * self._slots.slot_bytes
 
         def product(x: torch.Tensor, matrix: SlotMatrix) -> torch.Tensor:
             assert matrix.row_stride == matrix.kind.row_bytes(matrix.columns), "rows lie one after the other"
@@ -270,12 +302,17 @@ class ExpertGraphs:
         given = inner[0] if len(inner) == 1 else join(inner[0], inner[1], form.gating.is_interleaved)
         return biased(product(form.gating.family(given), form.down), form.down_bias)
 
-    def of(self, form: ExpertForm, rows: int, per_row: int) -> ExpertGraph:
-        """The graph of `rows` rows with `per_row` experts each."""
-        key = (form, rows, per_row)
-        graph = self._graphs.get(key)
-        if graph is None:
-            if len(self._graphs) >= _MOST_GRAPHS:
-                self._graphs.popitem(last=False)
-            graph = self._graphs[key] = ExpertGraph(self._runner, form, self._slots, rows, per_row, self._scratch)
-        return graph
+
+class ExpertGraphs:
+    """The graphs of one pool, by form: layers of one form share them, and all share the memory between products."""
+
+    def __init__(self, runner: Runner, slots: HostSlots) -> None:
+        self._runner, self._slots = runner, slots
+        self._scratch, self._bf16 = Scratch(), Bf16Products(runner)
+        self._by_form: dict[ExpertForm, FormGraphs] = {}
+
+    def of(self, form: ExpertForm) -> FormGraphs:
+        """The graphs of a form."""
+        if form not in self._by_form:
+            self._by_form[form] = FormGraphs(self._runner, form, self._slots, self._scratch, self._bf16)
+        return self._by_form[form]

@@ -1,7 +1,7 @@
 """Where an expert's matrices and biases lie in a slot, and how the family joins gate and up."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -106,7 +106,9 @@ def form_of(layer: LayerExperts, math: ExpertMath | None, library: Library) -> E
         return "the orders of its matrices' weights differ"
     *first, last = (one for one in found if not isinstance(one, str))
     gating = _gating(math, len(first), up.is_interleaved, first[0].rows == 2 * last.columns)
-    if len(first) == 1 and gating.kind != "torch":
+    if len(first) == 1 and first[0].is_interleaved:
+        gating = replace(gating, kind="torch")
+    elif len(first) == 1 and gating.kind != "torch":
         first = _halves(first[0], gating.is_interleaved)
     biases = _biases(layer, math, len(first), gating)
     if isinstance(biases, str):

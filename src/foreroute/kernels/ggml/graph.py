@@ -41,6 +41,8 @@ class Runner:
         self.num_threads = num_threads
         self._pools = {count: self._start(count, poll) for count in _halvings(num_threads)}
         self._work = np.empty(1 << 20, dtype=np.uint8)
+        self._work_address = int(self._work.ctypes.data)
+        self._compute = library.ggml_graph_compute
         self._lock = threading.Lock()
         self.threads = ThreadCount(num_threads, lambda: waited_s(self._waiters), idle_s, perf_counter)
 
@@ -49,17 +51,15 @@ class Runner:
         plan: ComputePlan = self.library.ggml_graph_plan(graph, self.num_threads, self._pools[self.num_threads][0])
         return plan
 
-    def compute(self, graph: "Graph", address: int, plan: ComputePlan) -> None:
-        """Compute the graph at `address`; its inputs must be written, and its outputs are when this returns."""
+    def compute(self, graph: "Graph") -> None:
+        """Compute a finished graph; its inputs must be written, and its outputs are when this returns."""
         with self._lock:
             threads = self.threads
-            if plan.work_size > len(self._work):
-                self._work = np.empty(int(plan.work_size), dtype=np.uint8)
             started = perf_counter()
             threads.before_run(started)
-            plan.work_data, plan.n_threads = self._work.ctypes.data, threads.active
-            plan.threadpool = self._pools[threads.active][0]
-            status = self.library.ggml_graph_compute(address, c.byref(plan))
+            if graph.planned_for != (threads.active, self._work_address):
+                self._prepare(graph)
+            status = self._compute(graph.address, graph.plan_ref)
             took = perf_counter() - started
             if took < graph.quickest_s:
                 graph.quickest_s = took
@@ -67,6 +67,15 @@ class Runner:
                 threads.look(took)
         if status:
             raise GgmlError(f"ggml could not compute a graph (status {status}).")
+
+    def _prepare(self, graph: "Graph") -> None:
+        """Give a graph's plan the threads of now and the memory that all graphs share."""
+        plan, active = graph.plan, self.threads.active
+        if plan.work_size > len(self._work):
+            self._work = np.empty(int(plan.work_size), dtype=np.uint8)
+            self._work_address = int(self._work.ctypes.data)
+        plan.work_data, plan.n_threads, plan.threadpool = self._work_address, active, self._pools[active][0]
+        graph.planned_for = (active, self._work_address)
 
     @property
     def _waiters(self) -> list[int]:
@@ -92,7 +101,7 @@ class Graph:
     Args:
         num_tensors: the most tensors, operations included.
     Attributes:
-        quickest_s: the least time of a run.
+        quickest_s: the least time of a run. address, plan, plan_ref, planned_for: for the runner.
     """
 
     def __init__(self, runner: Runner, num_tensors: int) -> None:
@@ -105,8 +114,10 @@ class Graph:
         weakref.finalize(self, library.ggml_free, self.context)
         self._num_tensors = num_tensors
         self.quickest_s = inf
-        self._graph = 0
-        self._plan = ComputePlan()
+        self.address = 0
+        self.plan = ComputePlan()
+        self.plan_ref = c.byref(self.plan)
+        self.planned_for = (0, 0)
 
     def tensor(self, number: int, extents: Sequence[int]) -> TensorRef:
         """A tensor of type `number` with two or three `extents`, from the innermost."""
@@ -132,14 +143,15 @@ class Graph:
     def finish(self, *outputs: TensorRef) -> None:
         """Make the graph of all operations that `outputs` need."""
         library = self.library
-        self._graph = library.ggml_new_graph_custom(self.context, self._num_tensors, False)
+        self.address = library.ggml_new_graph_custom(self.context, self._num_tensors, False)
         for output in outputs:
-            library.ggml_build_forward_expand(self._graph, output)
-        self._plan = self._runner.plan(self._graph)
+            library.ggml_build_forward_expand(self.address, output)
+        self.plan = self._runner.plan(self.address)
+        self.plan_ref = c.byref(self.plan)
 
     def run(self) -> None:
         """Compute the outputs from what lies in the inputs' memory now."""
-        self._runner.compute(self, self._graph, self._plan)
+        self._runner.compute(self)
 
 
 def _halvings(most: int) -> list[int]:

@@ -11,11 +11,13 @@ import numpy as np
 import torch
 
 from foreroute.errors import CorruptCheckpointError
-from foreroute.kernels.ggml.experts import ExpertGraphs
-from foreroute.kernels.ggml.form import ExpertForm
+from foreroute.kernels.ggml.experts import FormGraphs
 from foreroute.kernels.layer import ExpertListener, ExpertSlots, LayerSum, Placed
 from foreroute.kernels.torch.layer import group_by_expert
 from foreroute.types import ExpertId
+
+# (an expert's key, inputs [n, hidden], outputs [n, hidden])
+Check = Callable[[int, torch.Tensor, torch.Tensor], None]
 
 
 class GgmlLayer:
@@ -23,7 +25,7 @@ class GgmlLayer:
 
     Args:
         layer: its index among the MoE layers. base: the key of its expert 0.
-        form: of its experts in a slot. graphs: of the pool, shared by all layers.
+        graphs: of its form of experts, shared by layers of the same.
     Attributes:
         decodes: whether a step of single tokens runs: its rows keep blocks, so that their bits are the same in any
             company.
@@ -31,15 +33,16 @@ class GgmlLayer:
 
     streams_only = False
 
-    def __init__(self, layer: int, base: int, form: ExpertForm, graphs: ExpertGraphs) -> None:
-        self._layer, self._base, self._form = layer, base, form
-        self._graphs: ExpertGraphs | None = graphs
+    def __init__(self, layer: int, base: int, graphs: FormGraphs) -> None:
+        self._layer, self._base = layer, base
+        self._graphs: FormGraphs | None = graphs
         self.decodes: Callable[[], bool] = lambda: False
 
     def begin(self, hidden: torch.Tensor, routed: Sequence[Sequence[int]], weights: torch.Tensor) -> LayerSum:
         """See `LayerKernels`. hidden: [tokens, hidden]. weights: [tokens, k]."""
         assert self._graphs is not None, "the pool has been closed"
-        return BlockSum(self._graphs, self._form, hidden, routed, weights, self._check)
+        kind = TokenSum if len(routed) == 1 and min(routed[0]) >= 0 else BlockSum
+        return kind(self._graphs, hidden, routed, weights, self._check)
 
     def stream(
         self,
@@ -56,8 +59,9 @@ class GgmlLayer:
         total = torch.zeros_like(floats)
         for key, tokens, positions in group_by_expert(ids, keys, self._base):
             rows, slot = floats.index_select(0, tokens), experts.slot_of(key)
-            outputs = self._graphs.stream(self._form, rows, slot, may_convert=may_convert)
-            self._check(key, rows, outputs)
+            outputs = self._graphs.stream(rows, slot, may_convert=may_convert)
+            if not math.isfinite(outputs.sum()):
+                self._check(key, rows, outputs)
             if listener is not None:
                 listener(self._layer, key - self._base, outputs.to(hidden.dtype))
             total.index_add_(0, tokens, outputs * gates[tokens, positions, None])
@@ -69,9 +73,6 @@ class GgmlLayer:
 
     def _check(self, key: int, rows: torch.Tensor, outputs: torch.Tensor) -> None:
         """Raises CorruptCheckpointError: an expert's `outputs` [n, hidden] are no numbers, though its `rows` are."""
-        # NaN and infinities last through a sum.
-        if math.isfinite(outputs.sum()):
-            return
         if (~outputs.isfinite().all(1) & rows.isfinite().all(1)).any():
             raise CorruptCheckpointError(
                 f"{ExpertId(self._layer, key - self._base)} gives outputs that are no numbers, of inputs that are: a "
@@ -80,43 +81,104 @@ class GgmlLayer:
             )
 
 
-class BlockSum:
-    """A `LayerSum`: outputs lie in ascending expert key per token, and are added in that order.
+class TokenSum:
+    """A `LayerSum` of one token: its experts' outputs lie in ascending key, and are added in that order.
 
     Args:
-        hidden: [tokens, hidden]. weights: [tokens, k]. routed: per token its keys; negative ones are no expert.
+        hidden: [1, hidden]. weights: [1, k]. routed: the token's keys, all of them experts.
+        check: given an expert's key, inputs and outputs, raises where only the outputs are no numbers.
     """
 
     def __init__(
         self,
-        graphs: ExpertGraphs,
-        form: ExpertForm,
+        graphs: FormGraphs,
         hidden: torch.Tensor,
         routed: Sequence[Sequence[int]],
         weights: torch.Tensor,
-        check: Callable[[int, torch.Tensor, torch.Tensor], None],
+        check: Check,
     ) -> None:
         self._check = check
-        self._graphs, self._form, self._dtype = graphs, form, hidden.dtype
+        self._graphs, self._dtype, self._weights = graphs, hidden.dtype, weights
+        self._hidden = hidden.float().contiguous()
+        row = routed[0]
+        self._order = sorted(range(len(row)), key=row.__getitem__)
+        self._keys = [row[at] for at in self._order]
+        graphs.reserve(len(row))
+
+    def add(self, experts: Sequence[Placed]) -> None:
+        """Compute these experts, straight to their places where they are neighbours."""
+        slots = dict(experts)
+        ranks = [rank for rank, key in enumerate(self._keys) if key in slots]
+        if not ranks:
+            return
+        graphs, count, first = self._graphs, len(ranks), ranks[0]
+        graph = graphs.of(1, count)
+        graph.ids[0] = [slots[self._keys[rank]] for rank in ranks]
+        if ranks[-1] - first + 1 == count:
+            graph.run(self._hidden.data_ptr(), graphs.address + 4 * graphs.form.hidden * first)
+            return
+        apart = torch.empty((count, graphs.form.hidden), dtype=torch.float32)
+        graph.run(self._hidden.data_ptr(), apart.data_ptr())
+        graphs.outputs[ranks] = apart.numpy()
+
+    def substitute(self, keys: Sequence[int], vectors: torch.Tensor) -> None:
+        """Use `vectors` [keys, hidden] as the outputs of experts `keys`."""
+        for key, vector in zip(keys, vectors.float().numpy(), strict=True):
+            for rank, own in enumerate(self._keys):
+                if own == key:
+                    self._graphs.outputs[rank] = vector
+
+    def total(self) -> torch.Tensor:
+        """Return the weighted sum [1, hidden]."""
+        gates = self._weights.float().numpy()[0, self._order]
+        total = _weighted_sum(self._graphs.outputs[: len(gates)], gates)
+        # NaN and infinities last through sums.
+        if not math.isfinite(total.sum()):
+            for rank, key in enumerate(self._keys):
+                self._check(key, self._hidden, torch.from_numpy(self._graphs.outputs[rank : rank + 1]))
+        return torch.from_numpy(total)[None].to(self._dtype)
+
+
+def _weighted_sum(outputs: np.ndarray, gates: np.ndarray) -> np.ndarray:
+    """Sum `outputs` [experts, hidden] by `gates` [experts], row after row: [hidden]."""
+    total: np.ndarray = np.add.reduce(outputs * gates[:, None], axis=0)
+    return total
+
+
+class BlockSum:
+    """A `LayerSum` of several tokens: outputs lie in ascending expert key per token, and are added in that order.
+
+    Args:
+        hidden: [tokens, hidden]. weights: [tokens, k]. routed: per token its keys; negative ones are no expert.
+        check: see `TokenSum`.
+    """
+
+    def __init__(
+        self,
+        graphs: FormGraphs,
+        hidden: torch.Tensor,
+        routed: Sequence[Sequence[int]],
+        weights: torch.Tensor,
+        check: Check,
+    ) -> None:
+        self._check = check
+        self._graphs, self._dtype = graphs, hidden.dtype
         self._hidden = hidden.float().contiguous()
         self._weights = weights
         # Per token the positions of its top-k in ascending key.
         self._order = [sorted((at for at, key in enumerate(row) if key >= 0), key=row.__getitem__) for row in routed]
         self._routed = routed
-        self._outputs = np.empty((len(routed), len(routed[0]), form.hidden), dtype=np.float32)
+        self._outputs = np.empty((len(routed), len(routed[0]), graphs.form.hidden), dtype=np.float32)
 
     def add(self, experts: Sequence[Placed]) -> None:
         """Compute these experts for their rows."""
-        if not experts:
-            return
-        if len(self._routed) == 1:
-            self._add_to_token(experts)
-            return
         slots = dict(experts)
         places = self._places(slots)
+        if not places:
+            return
         rows = self._hidden.index_select(0, torch.tensor([token for token, _, _ in places]))
-        outputs = np.empty((len(places), self._form.hidden), dtype=np.float32)
-        graph = self._graphs.of(self._form, len(places), 1)
+        outputs = np.empty((len(places), self._graphs.form.hidden), dtype=np.float32)
+        graph = self._graphs.of(len(places), 1)
         graph.ids[:, 0] = [slots[key] for _, _, key in places]
         graph.run(rows.data_ptr(), outputs.ctypes.data)
         self._outputs[[token for token, _, _ in places], [rank for _, rank, _ in places]] = outputs
@@ -133,17 +195,13 @@ class BlockSum:
         gates = self._weights.float().numpy()
         for token, order in enumerate(self._order):
             if order:
-                weighted = self._outputs[token, : len(order)] * gates[token, order, None]
-                np.add.reduce(weighted, axis=0, out=total[token])
+                total[token] = _weighted_sum(self._outputs[token, : len(order)], gates[token, order])
         if not math.isfinite(total.sum()):
-            self._find_no_numbers()
-        return torch.from_numpy(total).to(self._dtype)
-
-    def _find_no_numbers(self) -> None:
-        for token, order in enumerate(self._order):
-            for rank, at in enumerate(order):
+            for token, order in enumerate(self._order):
                 row = slice(token, token + 1)
-                self._check(self._routed[token][at], self._hidden[row], torch.from_numpy(self._outputs[row, rank]))
+                for rank, at in enumerate(order):
+                    self._check(self._routed[token][at], self._hidden[row], torch.from_numpy(self._outputs[row, rank]))
+        return torch.from_numpy(total).to(self._dtype)
 
     def _places(self, keys: Container[int]) -> list[tuple[int, int, int]]:
         """(token, rank among its experts, key) of every row that these experts compute, by token."""
@@ -153,18 +211,3 @@ class BlockSum:
             for rank, at in enumerate(order)
             if row[at] in keys
         ]
-
-    def _add_to_token(self, experts: Sequence[Placed]) -> None:
-        """For one token: a row through all these experts, straight to its place where they are neighbours."""
-        slots = dict(experts)
-        row = self._routed[0]
-        ranks = [rank for rank, at in enumerate(self._order[0]) if row[at] in slots]
-        graph = self._graphs.of(self._form, 1, len(ranks))
-        graph.ids[0] = [slots[row[self._order[0][rank]]] for rank in ranks]
-        outputs = self._outputs[0]
-        if ranks[-1] - ranks[0] + 1 == len(ranks):
-            graph.run(self._hidden.data_ptr(), outputs[ranks[0] :].ctypes.data)
-            return
-        apart = np.empty((len(ranks), self._form.hidden), dtype=np.float32)
-        graph.run(self._hidden.data_ptr(), apart.ctypes.data)
-        outputs[ranks] = apart

@@ -7,31 +7,31 @@ are computed by one graph, when the first of them is called.
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from foreroute.kernels.ggml.bf16 import Bf16Products, is_quicker
-from foreroute.kernels.ggml.graph import Graph, Runner, TensorRef, place
+from foreroute.kernels.ggml.bf16 import Bf16Products, rows_in_bf16
+from foreroute.kernels.ggml.graph import Graph, Runner
 from foreroute.kernels.ggml.types import F32, BlockType
 
-_MOST_GRAPHS = 256
+# Graphs kept, of some 3 KB each: of all forms, and by one group of matrices.
+_MOST_GRAPHS, _MOST_OF_GROUP = 256, 32
 
 
-@dataclass(frozen=True, eq=False)
 class BlockMatrix:
-    """A matrix in memory: `blocks` uint8 [rows, bytes of a row]."""
+    """A matrix in memory.
 
-    kind: BlockType
-    columns: int
-    blocks: torch.Tensor
+    Args:
+        blocks: uint8 [rows, bytes of a row].
+    Attributes:
+        rows: outputs of a linear layer, or tokens of an embedding. address: of the blocks.
+    """
 
-    @property
-    def rows(self) -> int:
-        """Rows: outputs of a linear layer, or tokens of an embedding."""
-        return len(self.blocks)
+    def __init__(self, kind: BlockType, columns: int, blocks: torch.Tensor) -> None:
+        self.kind, self.columns, self.blocks = kind, columns, blocks
+        self.rows, self.address = int(blocks.shape[0]), blocks.data_ptr()
 
 
 class _LinearGraph:
@@ -39,23 +39,34 @@ class _LinearGraph:
 
     def __init__(self, runner: Runner, forms: Sequence[tuple[BlockType, int, int]], num_rows: int) -> None:
         graph = self._graph = Graph(runner, 1 + 2 * len(forms))
-        self._x = graph.tensor(F32, (forms[0][2], num_rows))
-        self._weights: list[TensorRef] = []
-        self._products: list[TensorRef] = []
-        for kind, rows, columns in forms:
-            weights = graph.tensor(kind.number, (columns, rows))
-            self._weights.append(weights)
-            self._products.append(graph.library.ggml_mul_mat(graph.context, weights, self._x))
-        graph.finish(*self._products)
+        x = graph.tensor(F32, (forms[0][2], num_rows))
+        weights = [graph.tensor(kind.number, (columns, rows)) for kind, rows, columns in forms]
+        products = [graph.library.ggml_mul_mat(graph.context, one, x) for one in weights]
+        graph.finish(*products)
+        # The structs behind the pointers: looking them up at each run would cost as much as the call.
+        self._x, self._weights, self._products = (
+            x.contents, [one.contents for one in weights], [one.contents for one in products]
+        )  # fmt: skip
 
-    def run(self, x: int, weights: Sequence[int], products: Sequence[int]) -> None:
-        """Compute from and into these addresses."""
-        place(self._x, x)
+    def run(self, x: torch.Tensor, weights: Sequence[int], products: Sequence[torch.Tensor]) -> None:
+        """Compute into `products` [rows, out] each."""
+        self._x.data = x.data_ptr()
         for tensor, address in zip(self._weights, weights, strict=True):
-            place(tensor, address)
-        for tensor, address in zip(self._products, products, strict=True):
-            place(tensor, address)
+            tensor.data = address
+        for tensor, product in zip(self._products, products, strict=True):
+            tensor.data = product.data_ptr()
         self._graph.run()
+
+
+class BlockGroup:
+    """Matrices of as many columns, multiplied by the same rows in one graph."""
+
+    def __init__(self, matrices: Sequence[BlockMatrix]) -> None:
+        self.matrices = tuple(matrices)
+        self.forms = tuple((matrix.kind, matrix.rows, matrix.columns) for matrix in matrices)
+        self.addresses = [matrix.address for matrix in matrices]
+        self.bf16_from = max(rows_in_bf16(matrix.kind) for matrix in matrices)
+        self.graphs: dict[int, _LinearGraph] = {}
 
 
 class BlockProducts:
@@ -69,28 +80,32 @@ class BlockProducts:
         self._in_bf16 = Bf16Products(runner)
         self._graphs: OrderedDict[tuple[object, ...], _LinearGraph] = OrderedDict()
 
-    def __call__(self, x: torch.Tensor, matrices: Sequence[BlockMatrix]) -> list[torch.Tensor]:
-        """Multiply `x` [rows, columns], f32 and contiguous, by matrices of as many columns: f32 [rows, out] each."""
-        if not self.decodes() and all(is_quicker(matrix.kind, len(x)) for matrix in matrices):
+    def __call__(self, x: torch.Tensor, group: BlockGroup) -> list[torch.Tensor]:
+        """Multiply `x` [rows, columns], f32 and contiguous, by the matrices of `group`: f32 [rows, out] each."""
+        num_rows = x.shape[0]
+        if num_rows >= group.bf16_from and not self.decodes():
             narrow = x.to(torch.bfloat16)
             return [
-                self._in_bf16(narrow, matrix.kind, matrix.blocks.data_ptr(), (matrix.rows, matrix.columns))
-                for matrix in matrices
+                self._in_bf16(narrow, matrix.kind, matrix.address, (matrix.rows, matrix.columns))
+                for matrix in group.matrices
             ]
-        forms = tuple((matrix.kind, matrix.rows, matrix.columns) for matrix in matrices)
-        key = (forms, len(x))
+        products = [torch.empty((num_rows, matrix.rows), dtype=torch.float32) for matrix in group.matrices]
+        graph = group.graphs.get(num_rows)
+        (graph or self._graph(group, num_rows)).run(x, group.addresses, products)
+        return products
+
+    def _graph(self, group: BlockGroup, num_rows: int) -> _LinearGraph:
+        """The graph of the group's form, and from now on the group's; of each the oldest goes."""
+        key = (group.forms, num_rows)
         graph = self._graphs.get(key)
         if graph is None:
             if len(self._graphs) >= _MOST_GRAPHS:
                 self._graphs.popitem(last=False)
-            graph = self._graphs[key] = _LinearGraph(self._runner, forms, len(x))
-        products = [torch.empty(len(x), matrix.rows, dtype=torch.float32) for matrix in matrices]
-        graph.run(
-            x.data_ptr(),
-            [matrix.blocks.data_ptr() for matrix in matrices],
-            [product.data_ptr() for product in products],
-        )
-        return products
+            graph = self._graphs[key] = _LinearGraph(self._runner, group.forms, num_rows)
+        if len(group.graphs) >= _MOST_OF_GROUP:
+            group.graphs.pop(next(iter(group.graphs)))
+        group.graphs[num_rows] = graph
+        return graph
 
 
 class BlockLinear(nn.Module):
@@ -100,7 +115,6 @@ class BlockLinear(nn.Module):
         matrix: [out, in]. products: computes them. bias: whether there is one; it is loaded like any parameter.
         dtype: of the bias.
     Attributes:
-        together: the layers that are given the same input, this one among them, in the order of their calls.
         is_head: rows that are no numbers give outputs that are none, as torch has it, where ggml's product would
             round them to some.
     """
@@ -113,34 +127,44 @@ class BlockLinear(nn.Module):
         self.matrix = matrix
         self._products = products
         self.bias = nn.Parameter(torch.empty(matrix.rows, dtype=dtype), requires_grad=False) if bias else None
-        self.together: list[BlockLinear] = [self]
-        # (input, output) computed together with an earlier layer's.
+        self._group = BlockGroup([matrix])
+        # Layers behind this one that are given the same input; `_ready`: an (input, output) of such a one.
+        self._followers: tuple[BlockLinear, ...] = ()
         self._ready: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # Not a list of submodules: the others are where the model has them.
-        if name in ("together", "matrix", "_products", "_ready"):
+        # What changes at each call is no parameter, and followers are no submodules.
+        if name in ("_followers", "_ready"):
             self.__dict__[name] = value
         else:
             super().__setattr__(name, value)
 
+    def followed_by(self, layers: "Sequence[BlockLinear]") -> None:
+        """From now on compute `layers` too, which are called next and with the same input."""
+        self._followers = tuple(layers)
+        self._group = BlockGroup([self.matrix, *(layer.matrix for layer in layers)])
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Multiply x [..., in]: [..., out], in the dtype of `x`."""
-        ready, self._ready = self._ready, None
+        ready = self._ready
+        if ready is not None:
+            self._ready = None
         product = ready[1] if ready is not None and ready[0] is x else self._compute(x)
         if self.bias is not None:
             product = product + self.bias
-        return product.view(*x.shape[:-1], self.out_features).to(x.dtype)
+        product = product.view(*x.shape[:-1], self.out_features)
+        return product if x.dtype == torch.float32 else product.to(x.dtype)
 
     def _compute(self, x: torch.Tensor) -> torch.Tensor:
-        rows = x.reshape(-1, self.in_features).float().contiguous()
-        layers = self.together[self.together.index(self) :]
-        own, *others = self._products(rows, [layer.matrix for layer in layers])
-        for layer, product in zip(layers[1:], others, strict=True):
+        rows = x.reshape(-1, self.in_features)
+        if rows.dtype != torch.float32 or not rows.is_contiguous():
+            rows = rows.float().contiguous()
+        products = self._products(rows, self._group)
+        for layer, product in zip(self._followers, products[1:], strict=True):
             layer._ready = (x, product)
         if self.is_head and not math.isfinite(rows.sum()):
-            own[~rows.isfinite().all(1)] = math.nan
-        return own
+            products[0][~rows.isfinite().all(1)] = math.nan
+        return products[0]
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
@@ -178,5 +202,5 @@ class BlockEmbedding(nn.Module):
 
 def compute_together(layers: Sequence[BlockLinear]) -> None:
     """Let layers that are given the same input, called in this order, be computed by one graph."""
-    for layer in layers:
-        layer.together = list(layers)
+    for at, layer in enumerate(layers):
+        layer.followed_by(layers[at + 1 :])

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from foreroute.kernels.ggml.linear import BlockMatrix, BlockProducts
+from foreroute.kernels.ggml.linear import BlockGroup, BlockMatrix, BlockProducts
 
 
 class RouterWeight(nn.Parameter):
     """A float32 weight [experts, hidden] that F.linear multiplies by ggml while tokens are decoded."""
 
     products: BlockProducts
-    matrix: BlockMatrix
+    group: BlockGroup
 
     @classmethod
     def __torch_function__(
@@ -43,13 +43,14 @@ def keep_router_alike(router: nn.Module, products: BlockProducts) -> None:
                 kind = products.library.types["F32"]
                 weight = RouterWeight(parameter.detach(), requires_grad=False)
                 weight.products = products
-                weight.matrix = BlockMatrix(kind, parameter.shape[1], parameter.detach().view(torch.uint8))
+                blocks = parameter.detach().view(torch.uint8)
+                weight.group = BlockGroup([BlockMatrix(kind, parameter.shape[1], blocks)])
                 setattr(module, name, weight)
 
 
 def _product(weight: RouterWeight, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     rows = x.reshape(-1, x.shape[-1]).float().contiguous()
-    (product,) = weight.products(rows, [weight.matrix])
+    (product,) = weight.products(rows, weight.group)
     if bias is not None:
         product = product + bias
     return product.view(*x.shape[:-1], product.shape[-1]).to(x.dtype)
