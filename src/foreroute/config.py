@@ -109,8 +109,8 @@ class EngineConfig:
     direct_io: bool = _option(True, "read with O_DIRECT where the file system allows it", is_ablation=True)
     math: str = _option(
         "auto",
-        "how weights stored in blocks (GGUF) are multiplied: as they lie, by ggml's kernels, or dequantised by torch, "
-        "bit for bit as transformers; auto is ggml where it can be had",
+        "how weights stored in blocks (GGUF, pack --quant) are multiplied: as they lie, by ggml's kernels, or "
+        "dequantised by torch, bit for bit as transformers; auto is ggml where it can be had",
         ("auto", "ggml", "torch"),
     )
     trace: str | None = _option(
@@ -140,7 +140,7 @@ class EngineConfig:
     )
     packed: str = _option(
         "auto",
-        'the packed store: "auto" uses the one beside the checkpoint, "no" ignores it; "int8", "int4" uses a '
+        'the packed store: "auto" uses the one beside the checkpoint, "no" ignores it; "q8_0", "q4_k" and so on use a '
         "quantised one there; or give a path",
     )
 

@@ -8,8 +8,8 @@ translated by transformers' own renaming functions, so that no family needs a ta
 import contextlib
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from foreroute.model.build.generation_file import check_generation_settings
 from foreroute.model.build.gguf_model import gguf_config, gguf_dense_nbytes, gguf_state
 from foreroute.model.build.unplaced import Ignored, sort_unplaced, tell
 from foreroute.model.config_file import read_config
-from foreroute.model.experts import ExpertParameter, OffloadedExperts, is_experts_class, offloaded_class
+from foreroute.model.experts import ExpertParameter, OffloadedExperts, family_form, is_experts_class, offloaded_class
 
 # The swap replaces a name in a module shared by all threads: one load at a time.
 _SWAP_LOCK = threading.RLock()
@@ -46,7 +46,6 @@ class Outline:
     experts: names of the experts modules, in module order.
     table: where every expert's bytes are; layers in the order of `experts`.
     expert_targets: the fused parameters that must not be loaded, by full name.
-    is_transposed: per layer, matrices are stored as [in, out].
     form: the format of quantised weights, or None. matrices, components: stored names of its quantised matrices, as
         in QuantisedFormat.split.
     ignored: stored tensors that are not read.
@@ -57,7 +56,6 @@ class Outline:
     table: ExpertTable
     expert_targets: frozenset[str]
     experts_classes: frozenset[type[nn.Module]]
-    is_transposed: tuple[bool, ...]
     form: QuantisedFormat | None = None
     matrices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     components: frozenset[str] = frozenset()
@@ -108,11 +106,17 @@ def outline(folder: Path, index: CheckpointIndex) -> Outline:
     ignored = sort_unplaced(folder, meta_model, unplaced, is_quantised=is_quantised)
     _check_shapes(folder, dense, {name: index.tensors[name].shape for name in dense.keys() & index.tensors.keys()})
     classes = frozenset(type(module) for module in modules.values())
-    # Set by transformers' decorator.
-    transposed = tuple(bool(getattr(module, "is_transposed", False)) for module in modules.values())
-    table = ExpertTable(tuple(layers), index)
+    table = ExpertTable(_formed(layers, modules.values()), index)
     return Outline(
-        config, tuple(modules), table, frozenset(targets), classes, transposed, form, matrices, components, ignored
+        config,
+        tuple(modules),
+        table,
+        frozenset(targets),
+        classes,
+        form,
+        matrices,
+        components,
+        ignored,
     )
 
 
@@ -126,6 +130,12 @@ def _experts_modules(folder: Path, config: Any, meta_model: nn.Module) -> dict[s
         raise CheckpointError(f"{_source(folder)} gives the model no experts.")
     check_choice(config, most, _source(folder))
     return modules
+
+
+def _formed(layers: Sequence[LayerExperts], modules: Collection[nn.Module]) -> tuple[LayerExperts, ...]:
+    """The layers with how the family of their modules keeps matrices."""
+    forms = {type(module): family_form(module) for module in modules}
+    return tuple(replace(layer, form=forms[type(module)]) for layer, module in zip(layers, modules, strict=True))
 
 
 def _outline_gguf(index: GgufIndex) -> Outline:
@@ -142,8 +152,9 @@ def _outline_gguf(index: GgufIndex) -> Outline:
     _check_shapes(index.folder, dense, index.shapes)
     targets = {f"{name}.{p.name}" for name, module in modules.items() for p in expert_parameters(module)}
     classes = frozenset(type(module) for module in modules.values())
-    transposed = tuple(bool(getattr(module, "is_transposed", False)) for module in modules.values())
-    return Outline(config, tuple(modules), ExpertTable(tuple(layers), index), frozenset(targets), classes, transposed)
+    return Outline(
+        config, tuple(modules), ExpertTable(_formed(layers, modules.values()), index), frozenset(targets), classes
+    )
 
 
 def load_skeleton(
