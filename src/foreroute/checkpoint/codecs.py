@@ -12,12 +12,9 @@ from foreroute.checkpoint.gguf_file import EXPERT_BLOCKS
 from foreroute.checkpoint.layouts import PART_ALIGNMENT, ExpertLayout, ExpertTable, LayerExperts, Part, round_up
 from foreroute.checkpoint.stored_parts import GGUF_PREFIX, Coding, FamilyForm, StoredMatrix, StoredPart
 from foreroute.errors import StoreError
+from foreroute.types import QUANTISED_TYPES
 
 STORED = "stored"
-# Types of a matrix that ggml quantises without a matrix of importances.
-_KINDS = (
-    "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4",
-)  # fmt: skip
 # What llama.cpp takes for rows that are no whole blocks of 256; here it is advice.
 _SMALLER = {
     "Q2_K": "iq4_nl", "Q3_K": "iq4_nl", "IQ4_XS": "iq4_nl", "Q4_K": "q5_0", "Q5_K": "q5_1", "Q6_K": "q8_0",
@@ -52,7 +49,7 @@ CODECS = {
     codec.name: codec
     for codec in (
         Codec(STORED),
-        *(Codec(kind.lower(), kind) for kind in _KINDS),
+        *(Codec(kind.lower(), kind) for kind in QUANTISED_TYPES),
         Codec("q4_k_m", "Q4_K", "Q6_K"),
     )
 }

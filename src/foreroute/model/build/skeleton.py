@@ -25,6 +25,7 @@ from foreroute.checkpoint.quantised_layout import quantised_layer
 from foreroute.errors import CheckpointError, CorruptCheckpointError, UnsupportedModelError, named
 from foreroute.model.build.config_sizes import check_against, check_choice, check_number
 from foreroute.model.build.dense_blocks import DenseBlocks
+from foreroute.model.build.dense_names import DenseMatrices, dense_matrices
 from foreroute.model.build.dense_state import dense_growth, dense_state, idle_biases, quantised_matrices
 from foreroute.model.build.expert_names import expert_parameters, map_sources, num_experts
 from foreroute.model.build.from_state import from_state, stored_state
@@ -48,7 +49,7 @@ class Outline:
     expert_targets: the fused parameters that must not be loaded, by full name.
     form: the format of quantised weights, or None. matrices, components: stored names of its quantised matrices, as
         in QuantisedFormat.split.
-    ignored: stored tensors that are not read.
+    ignored: stored tensors that are not read. linear: the dense matrices of safetensors that can be kept in blocks.
     """
 
     config: Any
@@ -60,6 +61,7 @@ class Outline:
     matrices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     components: frozenset[str] = frozenset()
     ignored: Ignored = field(default_factory=Ignored)
+    linear: DenseMatrices = field(default_factory=DenseMatrices)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -95,7 +97,7 @@ def outline(folder: Path, index: CheckpointIndex) -> Outline:
     of_experts = sum(num_experts(module) * len(expert_parameters(module)) for module in modules.values())
     check_number(index, len(meta_model.state_dict()) + of_experts)
     components |= idle_biases(index, matrices, meta_model.state_dict().keys())
-    sources, unplaced, dense = map_sources(meta_model, modules, {*(set(index.tensors) - components), *matrices})
+    sources, unplaced, placed = map_sources(meta_model, modules, {*(set(index.tensors) - components), *matrices})
     layers: list[LayerExperts] = []
     targets: set[str] = set()
     for name, module in modules.items():
@@ -104,6 +106,8 @@ def outline(folder: Path, index: CheckpointIndex) -> Outline:
         targets.update(f"{name}.{p.name}" for p in parameters)
         layers.append(quantised_layer(name, num_experts(module), layer_sources, index, form, matrices))
     ignored = sort_unplaced(folder, meta_model, unplaced, is_quantised=is_quantised)
+    state = meta_model.state_dict()
+    dense = {name: state[target] for name, target in placed.items()}
     _check_shapes(folder, dense, {name: index.tensors[name].shape for name in dense.keys() & index.tensors.keys()})
     classes = frozenset(type(module) for module in modules.values())
     table = ExpertTable(_formed(layers, modules.values()), index)
@@ -117,6 +121,7 @@ def outline(folder: Path, index: CheckpointIndex) -> Outline:
         matrices,
         components,
         ignored,
+        dense_matrices(meta_model, placed, max(layer.num_experts for layer in layers)),
     )
 
 
@@ -192,9 +197,12 @@ def _with_blocks(
 ) -> tuple[nn.Module, dict[str, Any]]:
     """`from_state` of a model whose dense matrices stay in blocks."""
     is_tied = config.tie_word_embeddings
-    config.tie_word_embeddings = False  # there are no parameters to tie: the two layers share their blocks
+    if blocks.holds_embedding:
+        config.tie_word_embeddings = False  # there are no parameters to tie: the two layers share their blocks
     try:
-        model, info = from_state(blocks.build(model_class), folder, state, config=config, **kwargs)
+        model, info = from_state(
+            blocks.build(model_class, state, is_tied=is_tied), folder, state, config=config, **kwargs
+        )
     finally:
         config.tie_word_embeddings = is_tied
     made: Any = model
