@@ -123,7 +123,9 @@ def _encoded(layer: LayerExperts, codec: Codec, at: int, num_layers: int) -> Lay
                 is_interleaved=count == 2 and form.gates == "alternating",
             )
         )
-    return LayerExperts(layer.name, layer.num_experts, ExpertLayout(tuple(stored)), (), tuple(parts), codec.name, form)
+    return LayerExperts(
+        layer.name, layer.num_experts, ExpertLayout(tuple(stored)), (), tuple(parts), codec.name, form=form
+    )
 
 
 def _rows_and_columns(part: Part, form: FamilyForm) -> tuple[int, int]:
