@@ -8,6 +8,7 @@ from os import PathLike
 from typing import Any, get_args, get_type_hints
 
 from foreroute.errors import ForerouteError
+from foreroute.types import QUANTISED_TYPES
 
 # A read of so few bytes waits for the disk longer than it moves them, so that two at once take little longer than one.
 _SMALL_EXPERT_BYTES = 2**19
@@ -109,9 +110,15 @@ class EngineConfig:
     direct_io: bool = _option(True, "read with O_DIRECT where the file system allows it", is_ablation=True)
     math: str = _option(
         "auto",
-        "how weights stored in blocks (GGUF) are multiplied: as they lie, by ggml's kernels, or dequantised by torch, "
-        "bit for bit as transformers; auto is ggml where it can be had",
+        "how weights stored in blocks (GGUF, pack --quant) are multiplied: as they lie, by ggml's kernels, or "
+        "dequantised by torch, bit for bit as transformers; auto is ggml where it can be had",
         ("auto", "ggml", "torch"),
+    )
+    dense: str = _option(
+        "stored",
+        "quantise the dense weights of safetensors when they are loaded, for ggml's kernels: q8_0 makes them half as "
+        "large as bfloat16 does. The output changes (foreroute eval says how much); stored keeps them",
+        ("stored", *(kind.lower() for kind in QUANTISED_TYPES)),
     )
     trace: str | None = _option(
         None,
@@ -140,7 +147,7 @@ class EngineConfig:
     )
     packed: str = _option(
         "auto",
-        'the packed store: "auto" uses the one beside the checkpoint, "no" ignores it; "int8", "int4" uses a '
+        'the packed store: "auto" uses the one beside the checkpoint, "no" ignores it; "q8_0", "q4_k" and so on use a '
         "quantised one there; or give a path",
     )
 

@@ -10,7 +10,7 @@ from functools import cached_property
 
 from foreroute.checkpoint.assembly import Assembled, Operation, Piece, assemble, check_known, whole
 from foreroute.checkpoint.index import ITEMSIZE, CheckpointIndex, TensorEntry, merged
-from foreroute.checkpoint.stored_parts import StoredPart
+from foreroute.checkpoint.stored_parts import FamilyForm, StoredPart
 from foreroute.errors import CorruptCheckpointError, UnsupportedModelError
 from foreroute.types import Copy, ExpertId, ExpertKeys, ExpertReads, Read, choose_slot_lengths
 
@@ -20,6 +20,7 @@ PART_ALIGNMENT = 64
 PAGE = 4096
 # Two ranges this near in a file are read together: one request costs more than the bytes between them.
 _COALESCE_GAP_BYTES = 4096
+_PLAIN_FORM = FamilyForm()
 _FLOAT_DTYPES = ("F32", "F16", "BF16")
 
 
@@ -99,7 +100,7 @@ class LayerExperts:
 
     parts: the family's tensors, made from those of the layout; empty where the layout holds them directly.
     spreads: where the bytes of each source go; empty where each of them is the layout's part at its own position.
-    stored_as: the format's name, if there are such parts.
+    stored_as: the format's name, if there are such parts. form: how the family keeps its matrices.
     """
 
     name: str
@@ -109,6 +110,7 @@ class LayerExperts:
     parts: tuple[StoredPart, ...] = ()
     stored_as: str = ""
     spreads: tuple[Spread, ...] = ()
+    form: FamilyForm = _PLAIN_FORM
 
     @property
     def family_layout(self) -> ExpertLayout:

@@ -2,14 +2,13 @@
 
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from foreroute.checkpoint.codecs import STORED
 from foreroute.checkpoint.gguf_file import GgufIndex
-from foreroute.checkpoint.index import CheckpointIndex
 from foreroute.checkpoint.quantised_layout import in_blocks
 from foreroute.checkpoint.stored_parts import GGUF_PREFIX, MXFP4_IN_BLOCKS
 from foreroute.config import EngineConfig
@@ -20,9 +19,18 @@ from foreroute.kernels.ggml.layer import GgmlLayer
 from foreroute.kernels.ggml.library import GgmlError, open_library
 from foreroute.kernels.ggml.linear import BlockProducts
 from foreroute.kernels.ggml.router import keep_router_alike
+from foreroute.kernels.ggml.types import BlockType
 from foreroute.loading.checkpoint import Checkpoint
 from foreroute.model.blocks import MoeLayer
-from foreroute.model.build.dense_blocks import DenseBlocks, dense_block_nbytes
+from foreroute.model.build.dense_blocks import (
+    DenseBlocks,
+    GgufMatrices,
+    MatrixSource,
+    QuantisedMatrices,
+    check_rows,
+    dense_block_nbytes,
+    quantised_nbytes,
+)
 from foreroute.model.build.skeleton import Outline
 
 # torch's threads while a token is decoded: its products are ggml's then, whose threads poll for the next graph, and two
@@ -32,24 +40,43 @@ DECODE_THREADS = 1
 
 @dataclass(frozen=True)
 class BlockKernels:
-    """ggml's kernels, opened and tested for the types of one checkpoint."""
+    """ggml's kernels, opened and tested for the types of one checkpoint.
+
+    has_expert_blocks: experts are stored in blocks. dense: the type that dense weights of safetensors are to have; None
+    as they are stored.
+    """
 
     runner: Runner
     products: BlockProducts
+    has_expert_blocks: bool
+    dense: BlockType | None = None
 
     def dense_nbytes(self, sketch: Outline) -> int:
         """Bytes of the dense weights of the model in memory."""
         index = sketch.table.index
-        return dense_block_nbytes(index, self.products) if isinstance(index, GgufIndex) else sketch.dense_nbytes
+        if isinstance(index, GgufIndex):
+            return dense_block_nbytes(index, self.products)
+        if self.dense is None:
+            return sketch.dense_nbytes
+        return quantised_nbytes(sketch.linear, self.dense, index, sketch.dense_nbytes)
 
-    def dense_blocks(
-        self, index: CheckpointIndex, dtype: torch.dtype | str
-    ) -> tuple[torch.dtype | str, DenseBlocks | None]:
-        """The compute dtype, f32 for blocks unless another one was asked for; and the dense weights that are blocks."""
-        if not isinstance(index, GgufIndex):
+    def dense_blocks(self, sketch: Outline, dtype: torch.dtype | str) -> tuple[torch.dtype | str, DenseBlocks | None]:
+        """The compute dtype, and the dense weights that are blocks.
+
+        Where experts are in blocks too it is f32 unless another one was asked for: ggml's products begin and end there.
+        """
+        index = sketch.table.index
+        source: MatrixSource
+        if isinstance(index, GgufIndex):
+            source = GgufMatrices(index, self.products)
+        elif self.dense is not None:
+            source = QuantisedMatrices(sketch.linear, self.dense, self.products, self.runner.num_threads)
+        else:
             return dtype, None
-        compute = dtype if isinstance(dtype, torch.dtype) else torch.float32
-        return compute, DenseBlocks(index, self.products, compute)
+        # Experts in floats are computed as they are stored: another dtype would convert them at every use.
+        usual = torch.float32 if self.has_expert_blocks else sketch.config.dtype
+        compute = next(one for one in (dtype, usual, torch.float32) if isinstance(one, torch.dtype))
+        return compute, DenseBlocks(source, self.products, compute)
 
     def keep_rows_alike(self, engine: Any, layers: Sequence[MoeLayer]) -> None:
         """Give each row of a step of single tokens the bits that it has alone, in dense products, routers and experts.
@@ -79,25 +106,46 @@ def open_block_kernels(
     The reason is empty where nobody need be told: torch was asked for, or there are no blocks.
 
     Raises:
-        GgmlError, UnsupportedModelError: --math ggml was asked for and cannot be had.
+        GgmlError, UnsupportedModelError: --math ggml or --dense was asked for and cannot be had.
     """
-    if asked.math == "torch":
+    dense = "" if asked.dense == "stored" else asked.dense.upper()
+    if asked.math == "torch" and not dense:
         return None, ""
     where, kinds = _why_not_here(asked, target), _kinds(checkpoint)
-    reason = where or _why_no_blocks(checkpoint, kinds)
-    if reason and asked.math == "ggml":
-        raise UnsupportedModelError(f"--math ggml: {reason}.")
+    reason = where or ("" if dense else _why_no_blocks(checkpoint, kinds))
+    if reason and (dense or asked.math == "ggml"):
+        raise UnsupportedModelError(f"{_asked_for(asked)}: {reason}.")
     if reason:
         return None, reason if _is_packed_apart(checkpoint) and not where else ""
     try:
         library = open_library()
-        check_types(library, sorted(kinds))
+        check_types(library, sorted({*kinds, *([dense] if dense else [])}))
         runner = shared_runner(torch.get_num_threads())
-        return BlockKernels(runner, BlockProducts(runner)), ""
+        kernels = BlockKernels(runner, BlockProducts(runner), bool(kinds))
+        return _with_dense(kernels, dense, checkpoint.outline), ""
     except GgmlError as error:
-        if asked.math == "ggml":
+        if dense or asked.math == "ggml":
             raise
         return None, str(error).rstrip(".")
+
+
+def _asked_for(asked: EngineConfig) -> str:
+    return "--math ggml" if asked.math == "ggml" else f"--dense {asked.dense}, which ggml's kernels compute"
+
+
+def _with_dense(kernels: BlockKernels, dense: str, sketch: Outline) -> BlockKernels:
+    """The kernels for dense weights in the type `dense`, if there is one. Raises: see `open_block_kernels`."""
+    if not dense:
+        return kernels
+    if isinstance(sketch.table.index, GgufIndex):
+        raise UnsupportedModelError(
+            f"--dense {dense.lower()}: the dense weights of a GGUF file stay in its own blocks. Leave it out."
+        )
+    kind = kernels.runner.library.types.get(dense)
+    if kind is None:
+        raise GgmlError(f"ggml {kernels.runner.library.version} has no {dense}. Take another --dense.")
+    check_rows(sketch.linear, kind, kernels.products)
+    return replace(kernels, dense=kind)
 
 
 def note_of(asked: EngineConfig, reason: str) -> str:
@@ -114,6 +162,8 @@ def note_of(asked: EngineConfig, reason: str) -> str:
 
 
 def _why_not_here(asked: EngineConfig, target: torch.device) -> str:
+    if asked.math == "torch":
+        return "torch was asked for"
     return "ggml's kernels here run on the CPU" if target.type != "cpu" or asked.control == "device" else ""
 
 

@@ -82,8 +82,7 @@ def find_experts(model: Any, checkpoint: Checkpoint, library: Library | None = N
     order = [layer.name for layer in layers]
     source, table = checkpoint.outline.table.reordered(order), checkpoint.kept.reordered(order)
     forms, no_form = forms_of_layers(layers, table, library)
-    is_encoded = checkpoint.store is not None and checkpoint.store.codec != STORED
-    math = math_of_layers(layers, source if is_encoded else table, checkpoint.store, model.dtype, forms)
+    math = math_of_layers(layers, table, model.dtype, forms)
     device = torch.device("cpu")
     return ExpertSet(
         tuple(layers), table, source, checkpoint.store, tuple(math), tuple(forms), model.dtype, device, no_form

@@ -1,7 +1,7 @@
 """How each layer's experts are computed: by our maths where it is the family's bit for bit, or by the family's own.
 
-What is stored may be the family's tensors, or quantised ones: by our own codecs (prepare/quantise.py), or as the
-checkpoint was published (kernels/torch/dequantise.py).
+What is stored may be the family's tensors, or quantised ones: by `foreroute pack --quant`, or as the checkpoint was
+published (kernels/torch/dequantise.py).
 """
 
 from collections.abc import Callable, Sequence
@@ -9,39 +9,32 @@ from typing import Any
 
 import torch
 
-from foreroute.checkpoint.codecs import CODECS, STORED
 from foreroute.checkpoint.layouts import ExpertTable
-from foreroute.checkpoint.records import PackedStore
 from foreroute.kernels.ggml.form import ExpertForm, form_of
 from foreroute.kernels.ggml.library import Library
 from foreroute.kernels.torch.dequantise import Workspaces, dequantising
 from foreroute.kernels.torch.experts import ExpertMath, Operands
 from foreroute.kernels.torch.layer import FamilyForward
-from foreroute.kernels.torch.quant import math_of
 from foreroute.loading.math_check import describe_math, prove_math, run_family_forward
 from foreroute.model.blocks import MoeLayer
 
 
 def math_of_layers(
     layers: Sequence[MoeLayer],
-    source: ExpertTable,
-    store: PackedStore | None,
+    table: ExpertTable,
     dtype: torch.dtype,
     forms: Sequence[ExpertForm | None],
 ) -> list[ExpertMath | None]:
     """Per layer our maths; None where it is not proven, so that the family's own forward runs.
 
     Args:
-        source: the experts as the checkpoint stores them. dtype: the compute dtype. forms: where ggml computes a layer:
+        table: the experts as they are read. dtype: the compute dtype. forms: where ggml computes a layer:
             it needs no proof, as its numbers are not the family's bits.
     """
-    if store is not None and store.codec != STORED:
-        described = [describe_math(layer.experts) for layer in layers]
-        return [*math_of(CODECS[store.codec], store.order, described, source, dtype)]
     proven: dict[Any, bool] = {}
     workspaces = Workspaces()
     made: list[ExpertMath | None] = []
-    for layer, described_layer, form in zip(layers, source.layers, forms, strict=True):
+    for layer, described_layer, form in zip(layers, table.layers, forms, strict=True):
         if form is not None:
             made.append(dequantising(describe_math(layer.experts), described_layer.parts, dtype, workspaces))
             continue

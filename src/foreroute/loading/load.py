@@ -92,7 +92,7 @@ def load(
     dense_before = sketch.dense_nbytes if kernels is None else kernels.dense_nbytes(sketch)
     before = check_before(asked, target, checkpoint.kept, checkpoint.store, sketch.config, dense_before)
     sidecar = _sidecar(asked, target, checkpoint)
-    dtype, blocks = (call.dtype, None) if kernels is None else kernels.dense_blocks(checkpoint.index, call.dtype)
+    dtype, blocks = (call.dtype, None) if kernels is None else kernels.dense_blocks(sketch, call.dtype)
     model: Any = load_skeleton(checkpoint.folder, sketch, dtype, blocks, **call.model_kwargs)
     complete_generation_config(model, checkpoint.folder, checkpoint.index)
     experts = find_experts(model, checkpoint, None if kernels is None else kernels.runner.library)

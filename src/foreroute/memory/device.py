@@ -34,7 +34,7 @@ def check_store(store: PackedStore | None, stored: str) -> None:
     """
     if store is not None and store.codec != stored:
         raise DeviceError(
-            f"{store.codec} stores are packed for the CPU's products and are not there yet with experts on a GPU. Use "
+            f"{store.codec} stores are computed by kernels of the CPU, and not yet with experts on a GPU. Use "
             "--packed no, or leave --device out."
         )
 
