@@ -126,3 +126,20 @@ def test_copies_put_blocks_beside_their_exponents(folder: Path) -> None:
     found = np.frombuffer(slot, np.uint8)[: part.nbytes].reshape(-1, 17)
     assert (found[:, 0] == state[f"{name}.gate_up_proj_scales"][3].numpy().reshape(-1)).all()
     assert (found[:, 1:] == state[f"{name}.gate_up_proj_blocks"][3].numpy().reshape(-1, 16)).all()
+
+
+def test_dense_matrices_stay_in_sixteen_bits(folder: Path, load: Callable[..., Any]) -> None:
+    """Multiplied by ggml too, as torch has one thread while a token is decoded; in as much memory as in the file."""
+    model = load(folder, "100%")
+    attention = model.model.layers[0].self_attn
+    assert attention.q_proj.matrix.kind.name == model.lm_head.matrix.kind.name == "BF16"
+    assert model.foreroute.plan.compute_dtype == "float32"
+    stored = load_file(folder / "model.safetensors")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert torch.equal(attention.q_proj.matrix.blocks.reshape(-1), stored[name].view(torch.uint8).reshape(-1))
+    by_torch = load(folder, "100%", math="torch", dtype="float32")
+    assert by_torch.foreroute.plan.dense_bytes > 1.5 * model.foreroute.plan.dense_bytes
+    ids = torch.arange(1, 9)[None]
+    with torch.no_grad():
+        ours, theirs = model(ids).logits, by_torch(ids).logits
+    assert float((ours - theirs).norm() / theirs.norm()) < 0.05

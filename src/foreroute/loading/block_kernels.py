@@ -25,6 +25,7 @@ from foreroute.model.blocks import MoeLayer
 from foreroute.model.build.dense_blocks import (
     DenseBlocks,
     GgufMatrices,
+    HalfMatrices,
     MatrixSource,
     QuantisedMatrices,
     check_rows,
@@ -56,9 +57,10 @@ class BlockKernels:
         index = sketch.table.index
         if isinstance(index, GgufIndex):
             return dense_block_nbytes(index, self.products)
-        if self.dense is None:
+        kind = self.dense or (self.runner.library.types["BF16"] if self.has_expert_blocks else None)
+        if kind is None:
             return sketch.dense_nbytes
-        return quantised_nbytes(sketch.linear, self.dense, index, sketch.dense_nbytes)
+        return quantised_nbytes(sketch.linear, kind, index, sketch.dense_nbytes)
 
     def dense_blocks(self, sketch: Outline, dtype: torch.dtype | str) -> tuple[torch.dtype | str, DenseBlocks | None]:
         """The compute dtype, and the dense weights that are blocks.
@@ -71,6 +73,9 @@ class BlockKernels:
             source = GgufMatrices(index, self.products)
         elif self.dense is not None:
             source = QuantisedMatrices(sketch.linear, self.dense, self.products, self.runner.num_threads)
+        elif self.has_expert_blocks:
+            # torch has one thread while a token is decoded.
+            source = HalfMatrices(sketch.linear, index, self.products)
         else:
             return dtype, None
         # Experts in floats are computed as they are stored: another dtype would convert them at every use.
@@ -119,7 +124,8 @@ def open_block_kernels(
         return None, reason if _is_packed_apart(checkpoint) and not where else ""
     try:
         library = open_library()
-        check_types(library, sorted({*kinds, *([dense] if dense else [])}))
+        halves = {"BF16", "F16"} if kinds else set()  # of dense weights
+        check_types(library, sorted({*kinds, *halves, *([dense] if dense else [])}))
         runner = shared_runner(torch.get_num_threads())
         kernels = BlockKernels(runner, BlockProducts(runner), bool(kinds))
         return _with_dense(kernels, dense, checkpoint.outline), ""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from foreroute.checkpoint.layouts import ExpertTable
-from foreroute.kernels.ggml.form import ExpertForm, form_of
+from foreroute.kernels.ggml.form import ExpertForm, form_of, is_in_blocks
 from foreroute.kernels.ggml.library import Library
 from foreroute.kernels.torch.dequantise import Workspaces, dequantising
 from foreroute.kernels.torch.experts import ExpertMath, Operands
@@ -62,9 +62,12 @@ def forms_of_layers(
         form_of(stored, describe_math(layer.experts), library)
         for layer, stored in zip(layers, table.layers, strict=True)
     ]
-    reason = next(
-        (f"{layer.name}: {form}" for layer, form in zip(layers, found, strict=True) if isinstance(form, str)), ""
+    refused = (
+        f"{layer.name}: {form}"
+        for layer, stored, form in zip(layers, table.layers, found, strict=True)
+        if isinstance(form, str) and is_in_blocks(stored)
     )
+    reason = next(refused, "")
     return [None if isinstance(form, str) else form for form in found], reason
 
 

@@ -116,6 +116,12 @@ def form_of(layer: LayerExperts, math: ExpertMath | None, library: Library) -> E
     return ExpertForm(tuple(first), last, gating, *biases, is_paired=paired.pop())
 
 
+def is_in_blocks(layer: LayerExperts) -> bool:
+    """Whether a layer stores a matrix in blocks of ggml's."""
+    kinds = [matrix.coding.kind for part in layer.parts for matrix in part.matrices]
+    return any(kind.startswith(GGUF_PREFIX) or kind == MXFP4_IN_BLOCKS for kind in kinds)
+
+
 def _slot_matrix(matrix: StoredMatrix, layout: ExpertLayout, library: Library) -> SlotMatrix | str:
     kind = matrix.coding.kind
     if not kind.startswith(GGUF_PREFIX) and kind != MXFP4_IN_BLOCKS:

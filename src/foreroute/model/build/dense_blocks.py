@@ -29,6 +29,7 @@ _TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 _EMBEDDING = "model.embed_tokens.weight"
 # Floats of torch's own: norms, biases, routers.
 _PLAIN = "F32"
+_HALVES = {torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 class MatrixSource(Protocol):
@@ -98,6 +99,33 @@ class QuantisedMatrices:
         except UnfitWeightError as error:
             raise CorruptCheckpointError(f"{self._stored[name]}: {error}. Load without --dense.") from None
         return BlockMatrix(self._kind, numbers.shape[1], blocks)
+
+
+class HalfMatrices:
+    """Matrices of safetensors in 16 bits, as they are stored, where experts are blocks: see `MatrixSource`."""
+
+    def __init__(self, matrices: DenseMatrices, index: CheckpointIndex, products: BlockProducts) -> None:
+        self.embedding = matrices.embedding
+        self._types = products.library.types
+        self._stored = {
+            ours: name
+            for ours, name in matrices.stored.items()
+            if name in index.tensors and index.tensors[name].dtype in _HALVES.values()
+        }
+
+    @property
+    def names(self) -> Collection[str]:
+        """See `MatrixSource`."""
+        return self._stored
+
+    def read(self, name: str, state: Mapping[str, Any]) -> BlockMatrix:
+        """See `MatrixSource`."""
+        numbers = state[self._stored[name]][...]
+        kind = self._types[_HALVES[numbers.dtype]]
+        rows, columns = numbers.shape
+        blocks = aligned_blocks(rows, kind.row_bytes(columns))
+        blocks.copy_(numbers.contiguous().view(torch.uint8))
+        return BlockMatrix(kind, columns, blocks)
 
 
 class DenseBlocks:
