@@ -13,7 +13,7 @@ import torch
 from foreroute.checkpoint.gguf_file import read_gguf
 from foreroute.errors import CorruptCheckpointError
 from foreroute.kernels.ggml.library import open_library
-from foreroute.kernels.ggml.scales import has_bad_scale
+from foreroute.kernels.ggml.types import has_bad_scale
 from tests.formats.gguf_writer import Kind, write_gguf
 from tests.kernels.ggml_matrices import types
 from tests.kernels.test_ggml_experts import EXPERTS, Layer, _Streamed, layer_of, step

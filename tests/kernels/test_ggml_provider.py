@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from foreroute.errors import ForerouteError
-from foreroute.kernels.ggml import library, trial
+from foreroute.kernels.ggml import known_answers, library
 from foreroute.kernels.ggml.library import REFUSED, GgmlError, Library, open_library, try_out
 from foreroute.model.build import unplaced
 from tests.formats.gguf_writer import Kind, write_gguf
@@ -79,9 +79,9 @@ def test_a_library_that_ends_the_process_is_refused(program: str, said: str) -> 
 
 
 def test_a_trial_names_wrong_numbers(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert trial.main([str(PINNED)]) == 0
+    assert known_answers.main([str(PINNED)]) == 0
     monkeypatch.setattr("foreroute.kernels.ggml.known_answers._MOST_ERROR", -1.0)
-    assert trial.main([str(PINNED)]) == REFUSED
+    assert known_answers.main([str(PINNED)]) == REFUSED
     assert "gives wrong products of BF16" in capsys.readouterr().err
 
 

@@ -116,23 +116,28 @@ def open_block_kernels(
     dense = "" if asked.dense == "stored" else asked.dense.upper()
     if asked.math == "torch" and not dense:
         return None, ""
+    must = bool(dense) or asked.math == "ggml"
     where, kinds = _why_not_here(asked, target), _kinds(checkpoint)
     reason = where or ("" if dense else _why_no_blocks(checkpoint, kinds))
-    if reason and (dense or asked.math == "ggml"):
+    if reason and must:
         raise UnsupportedModelError(f"{_asked_for(asked)}: {reason}.")
     if reason:
         return None, reason if _is_packed_apart(checkpoint) and not where else ""
     try:
-        library = open_library()
-        halves = {"BF16", "F16"} if kinds else set()  # of dense weights
-        check_types(library, sorted({*kinds, *halves, *([dense] if dense else [])}))
-        runner = shared_runner(torch.get_num_threads())
-        kernels = BlockKernels(runner, BlockProducts(runner), bool(kinds))
-        return _with_dense(kernels, dense, checkpoint.outline), ""
+        return _opened(checkpoint, kinds, dense), ""
     except GgmlError as error:
-        if dense or asked.math == "ggml":
+        if must:
             raise
         return None, str(error).rstrip(".")
+
+
+def _opened(checkpoint: Checkpoint, kinds: set[str], dense: str) -> BlockKernels:
+    """ggml's kernels, tested for these `kinds`. Raises: see `open_block_kernels`."""
+    library = open_library()
+    halves = {"BF16", "F16"} if kinds else set()  # of dense weights
+    check_types(library, sorted(kinds | halves | ({dense} if dense else set())))
+    runner = shared_runner(torch.get_num_threads())
+    return _with_dense(BlockKernels(runner, BlockProducts(runner), bool(kinds)), dense, checkpoint.outline)
 
 
 def _asked_for(asked: EngineConfig) -> str:

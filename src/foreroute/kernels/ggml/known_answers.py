@@ -1,12 +1,19 @@
-"""Known answers: what a type's blocks mean here and in the gguf package, before a model is computed with them."""
+"""Known answers: what a type's blocks mean here and in the gguf package, before a model is computed with them.
 
+Also a program, which library.py runs before it opens libraries that are not the pinned package's: should they end the
+process, it is that one. Exit code 0: the libraries in the folder that it is given can be used. REFUSED: the reason is
+on standard error.
+"""
+
+import sys
 from collections.abc import Sequence
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 
 from foreroute.kernels.ggml.graph import Graph, Runner, place
-from foreroute.kernels.ggml.library import GgmlError, Library
+from foreroute.kernels.ggml.library import REFUSED, GgmlError, Library
 from foreroute.kernels.ggml.types import F32, BlockType
 
 _ROWS, _COLUMNS = 4, 512
@@ -107,3 +114,18 @@ def _product(library: Library, kind: BlockType, blocks: np.ndarray, x: np.ndarra
     graph.finish(out)
     graph.run()
     return product
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Try out the libraries in the folder `arguments`[0]."""
+    try:
+        library = Library(Path(arguments[0]))
+        check_types(library, sorted(library.types.keys() - {"I32"}))
+    except GgmlError as error:
+        print(error, file=sys.stderr)
+        return REFUSED
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

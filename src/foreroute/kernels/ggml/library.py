@@ -3,7 +3,7 @@
 They come from the folder that FOREROUTE_GGML names, from the package `libggml-python`, or from an installed
 llama-cpp-python that has the same ggml. What cannot be used is refused by name (`GgmlError`), and the torch backend
 dequantises in its place. Only the pinned package is opened unseen: what another build would do, such as to end the
-process, it does first in a process of its own (trial.py).
+process, it does first in a process of its own (known_answers.py).
 """
 
 import ctypes as c
@@ -32,7 +32,7 @@ _OBJECT_BYTES = 32
 # ggml's warnings and errors.
 _TOLD_LEVELS = (3, 4)
 _REPACK_BUFFER = b"CPU_REPACK"
-# Exit code of trial.py where it refuses the libraries, and how long it may take.
+# Exit code of known_answers.py where it refuses the libraries, and how long it may take.
 REFUSED = 3
 _TRIAL_S = 120
 
@@ -148,7 +148,9 @@ def open_library() -> Library:
     return Library(folder)
 
 
-def try_out(folder: Path, command: Sequence[str] = (sys.executable, "-m", "foreroute.kernels.ggml.trial")) -> None:
+def try_out(
+    folder: Path, command: Sequence[str] = (sys.executable, "-m", "foreroute.kernels.ggml.known_answers")
+) -> None:
     """Open the libraries of `folder` in a process of its own, and compare their numbers there for every type.
 
     Args:

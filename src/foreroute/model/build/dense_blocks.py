@@ -19,8 +19,7 @@ from foreroute.checkpoint.source_files import SourceFile
 from foreroute.errors import CorruptCheckpointError, UnsupportedModelError
 from foreroute.kernels.ggml.linear import BlockEmbedding, BlockLinear, BlockMatrix, BlockProducts, compute_together
 from foreroute.kernels.ggml.quantiser import UnfitWeightError, aligned_blocks, quantise_in_threads
-from foreroute.kernels.ggml.scales import has_bad_scale
-from foreroute.kernels.ggml.types import BlockType
+from foreroute.kernels.ggml.types import BlockType, has_bad_scale
 from foreroute.model.build.dense_names import DenseMatrices
 from foreroute.types import QUANTISED_TYPES
 
