@@ -12,7 +12,10 @@ from safetensors.torch import load_file
 from foreroute.checkpoint.quantised_layout import in_blocks
 from foreroute.checkpoint.records import PackedStore
 from foreroute.cli.main import main
+from foreroute.config import EngineConfig
 from foreroute.kernels.ggml.library import open_library
+from foreroute.loading.block_kernels import dense_nbytes_at_load
+from foreroute.loading.checkpoint import open_checkpoint
 from foreroute.prepare.pack import pack
 from foreroute.transfer.copies import apply_copies
 from tests.formats.checks import numbers_of
@@ -137,6 +140,8 @@ def test_dense_matrices_stay_in_sixteen_bits(folder: Path, load: Callable[..., A
     stored = load_file(folder / "model.safetensors")
     name = "model.layers.0.self_attn.q_proj.weight"
     assert torch.equal(attention.q_proj.matrix.blocks.reshape(-1), stored[name].view(torch.uint8).reshape(-1))
+    counted = dense_nbytes_at_load(EngineConfig(), open_checkpoint(folder, None, "no"), torch.device("cpu"))
+    assert model.foreroute.plan.dense_bytes == pytest.approx(counted, rel=0.02)
     by_torch = load(folder, "100%", math="torch", dtype="float32")
     assert by_torch.foreroute.plan.dense_bytes > 1.5 * model.foreroute.plan.dense_bytes
     ids = torch.arange(1, 9)[None]
