@@ -1,7 +1,7 @@
 """What requests gain from each other's company: tokens per second, one after another and all at once.
 
     python -m benchmarks.concurrent models/foreroute-tiny [--memory 25%] [--at-once 8]
-    python -m benchmarks.concurrent build/synth128 --packed build/synth128.int4.foreroute --random-text --trace TRACE
+    python -m benchmarks.concurrent build/synth128 --packed build/synth128.q4_k.foreroute --random-text --trace TRACE
 
 The same engine (batching/) answers the same number of prompts both ways, A-B-B-A, in one load: alone means that the
 next request is sent when the one before has ended. Every round has texts of its own, so that no prompt is found

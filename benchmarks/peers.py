@@ -9,7 +9,7 @@ holds nothing of the model. Engines take turns, forwards and backwards (A-B-B-A)
 the engines with every weight in memory: the ceiling. The disk's own rate is measured in the same run. What a part of
 foreroute is worth is seen by naming it without: --limited foreroute,foreroute:prefetch=none,foreroute:cache=False.
 
-An engine's options follow its name: foreroute's are the fields of EngineConfig (packed=build/synth.int4.foreroute),
+An engine's options follow its name: foreroute's are the fields of EngineConfig (packed=build/synth.q4_k.foreroute),
 llama.cpp's are the file (gguf=PATH in place of --gguf), mmap=False, and repack=True, which lets it rewrite weights for
 this CPU in memory of its own. read_ahead_kib=128 sets the disk's read-ahead while that engine runs, and needs root: a
 mapped file is read in pieces of about that size, so it decides how many bytes llama.cpp reads. Quantised experts, with

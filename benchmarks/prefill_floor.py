@@ -1,6 +1,6 @@
 """How near does a prompt come to what disk and processor allow? Its time beside both floors, measured in the same run.
 
-    python -m benchmarks.prefill_floor build/synth [--packed build/synth.int4.foreroute] [--memory 25%] [--tokens 512]
+    python -m benchmarks.prefill_floor build/synth [--packed build/synth.q4_k.foreroute] [--memory 25%] [--tokens 512]
 
 In turns (A-B-B-A), a new random prompt per round for all: foreroute from an empty pool (cold) and from what the
 prompt before left (warm); the same prompt with every expert in memory, which is the compute floor; and a bare loop of

@@ -1,8 +1,8 @@
-"""What fewer bits are worth: one model as stored, in int8 and in int4, decoding with the same memory, interleaved.
+"""What fewer bits are worth: one model as stored, in q8_0 and in q4_k, decoding with the same memory, interleaved.
 
     python -m benchmarks.quant build/synth --memory 1.5GiB [--tokens 24] [--repeats 4]
 
-Stores are packed under --work, where they are missing. Tokens may differ: that is what `foreroute eval --packed int4`
+Stores are packed under --work, where they are missing. Tokens may differ: that is what `foreroute eval --packed q4_k`
 prices.
 """
 
@@ -22,6 +22,7 @@ from benchmarks import _harness
 from foreroute import EngineConfig
 from foreroute.checkpoint.codecs import CODECS, STORED
 from foreroute.checkpoint.locate import read_index
+from foreroute.kernels.ggml.library import open_library
 from foreroute.model.build.skeleton import outline
 from foreroute.model.caches import cache_argument, cache_of
 from foreroute.prepare.pack import pack
@@ -34,7 +35,9 @@ def store_of(model: Path, codec: str, work: Path) -> Path:
     if not path.exists():
         sketch = outline(model, read_index(model))
         quantiser = (
-            None if codec == STORED else Quantiser(sketch.table, CODECS[codec], sketch.is_transposed, measured=0)
+            None
+            if codec == STORED
+            else Quantiser(sketch.table, CODECS[codec], open_library(), torch.get_num_threads(), measured=0)
         )
         pack(sketch.table, path, progress=lambda done, total: None, quantiser=quantiser)
         print(f"packed {path.name}", flush=True)
@@ -59,13 +62,13 @@ def main() -> None:
     parser.add_argument("--memory", default="1.5GiB")
     parser.add_argument("--tokens", type=int, default=24)
     parser.add_argument("--repeats", type=int, default=4)
-    parser.add_argument("--codecs", nargs="+", default=[STORED, "int8", "int4"])
+    parser.add_argument("--codecs", nargs="+", default=[STORED, "q8_0", "q4_k"])
     parser.add_argument("--work", type=Path, default=Path("build"))
     asked = parser.parse_args()
     models: dict[str, Any] = {}
     for codec in asked.codecs:
         store = store_of(asked.model, codec, asked.work)
-        models[codec] = foreroute.load(asked.model, asked.memory, "bfloat16", config=EngineConfig(packed=str(store)))
+        models[codec] = foreroute.load(asked.model, asked.memory, config=EngineConfig(packed=str(store)))
         gc.collect()
     generator = torch.Generator().manual_seed(0)
     vocabulary = next(iter(models.values())).config.vocab_size

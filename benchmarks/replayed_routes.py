@@ -1,7 +1,7 @@
 """A large model's experts paged under a trained model's routes: bytes against Belady's, time against the bound.
 
     python -m benchmarks.record_traces models/foreroute-tiny --memory 25% --text ... --out build/traces      # once
-    python -m benchmarks.replayed_routes build/synth128 --packed build/synth128.int4.foreroute \
+    python -m benchmarks.replayed_routes build/synth128 --packed build/synth128.q4_k.foreroute \
         --trace build/traces/foreroute-tiny-25.jsonl --memory 25% 50%
 
 The model has random weights and the shape of Qwen3-30B-A3B's experts (benchmarks/make_synthetic.py): its own router

@@ -3,8 +3,8 @@
 Once, 53 GB of disk, and 20 more while accelerate runs, which writes all experts once more (make Q8_0 after that):
 
     python -m benchmarks.make_synthetic --layers 16 --experts 128 --attention-gain 0.6 --out build/synth128
-    foreroute pack build/synth128 --quant int4 --out build/synth128.int4.foreroute
-    foreroute pack build/synth128 --quant int8 --out build/synth128.int8.foreroute
+    foreroute pack build/synth128 --quant q4_0 --out build/synth128.q4_0.foreroute
+    foreroute pack build/synth128 --quant q8_0 --out build/synth128.q8_0.foreroute
     build/peers/bin/python -m benchmarks.to_gguf build/synth128 build/synth128-q4_0.gguf --experts q4_0
     build/peers/bin/python -m benchmarks.to_gguf build/synth128 build/synth128-q8_0.gguf --experts q8_0
 
@@ -22,7 +22,7 @@ best (READ_AHEAD_KIB; 32 to 256 were tried), which needs root; once, in the firs
 maps all experts and has the memory as page cache: with whole layers resident it ran out of memory while it loaded.
 
 A cell's raw runs are kept as results/<date>-same-bits-CELL.json after every round; the table, results/same-bits.md, is
-made of the newest of each cell, so that a cell can be run again by itself (--cells int4-25). --lock FILE holds that
+made of the newest of each cell, so that a cell can be run again by itself (--cells q4_0-25). --lock FILE holds that
 file's lock for --turn-rounds rounds at a time, so that several benchmarks of one machine take turns.
 
 The weights are random: routes are nearly even, and nothing here tells the hit rate of a trained model.
@@ -45,7 +45,7 @@ from benchmarks._harness import RESULTS, record, rounded
 GIB = 2**30
 MIN_LEFT_GIB = 3.0
 OURS = "foreroute"
-READ_AHEAD_KIB = {"int4": 64, "int8": 128}  # what llama.cpp was fastest with
+READ_AHEAD_KIB = {"q4_0": 64, "q8_0": 128}  # what llama.cpp was fastest with
 
 
 @dataclass(frozen=True)
@@ -67,15 +67,15 @@ class Cell:
 
 
 def all_cells(model: Path, read_ahead_kib: int | None = None) -> list[Cell]:
-    """int4 and int8 at 25 and 50 %, and accelerate's at 25 % of what was published."""
+    """q4_0 and q8_0 at 25 and 50 %, and accelerate's at 25 % of what was published."""
     base = str(model)
     cells = []
-    for codec, gguf_type in (("int4", "q4_0"), ("int8", "q8_0")):
+    for codec, gguf_type in (("q4_0", "q4_0"), ("q8_0", "q8_0")):
         llama = f"llama.cpp:gguf={base}-{gguf_type}.gguf"
         kib = read_ahead_kib or READ_AHEAD_KIB[codec]
         engines = (f"{OURS}:packed={base}.{codec}.foreroute", f"{llama}:read_ahead_kib={kib}")
         cells += [Cell(f"{codec}-{percent}", codec, percent / 100, engines, (llama,)) for percent in (25, 50)]
-    engines = (f"{OURS}:packed=no", f"{OURS}:packed={base}.int4.foreroute", "accelerate:resident_layers=0")
+    engines = (f"{OURS}:packed=no", f"{OURS}:packed={base}.q4_0.foreroute", "accelerate:resident_layers=0")
     return [*cells, Cell("accelerate-25", "bf16", 0.25, engines)]
 
 
@@ -129,7 +129,7 @@ def run_cell(cell: Cell, args: argparse.Namespace, turns: Turns) -> None:
     memory, left = memory_of(cell, args.model, args.allowance)
     setting = {"memory": memory, "left": left, "feed": "text", "cold": True, "gguf": None}
     given = argparse.Namespace(**{**vars(args), **setting})
-    store = Path(f"{args.model}.{'int4' if cell.codec == 'bf16' else cell.codec}.foreroute")
+    store = Path(f"{args.model}.{'q4_0' if cell.codec == 'bf16' else cell.codec}.foreroute")
     rates: list[float | None] = []
     runs: list[peers.Run] = []
     for number in range(args.rounds):
@@ -248,7 +248,7 @@ def parse_args() -> argparse.Namespace:
     """Options; the defaults make the published table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("model", type=Path, help="build/synth128; stores and GGUF files lie beside it")
-    parser.add_argument("--cells", help="names with commas between, e.g. int4-25,int8-50; all when left out")
+    parser.add_argument("--cells", help="names with commas between, e.g. q4_0-25,q8_0-50; all when left out")
     parser.add_argument("--rounds", type=int, default=3, help="each runs every engine twice, forwards and backwards")
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--prompt-tokens", type=int, default=24)

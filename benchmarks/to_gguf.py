@@ -5,8 +5,8 @@
 
 F16 by default, which llama.cpp's CPU code multiplies on any x86; the bytes per expert are the same. BF16 weights of
 ordinary size are exact in F16. --experts q8_0 or q4_0 quantises the experts alone, by the gguf package's own code, and
---dtype q8_0 or q4_0 everything but vectors and routers, as llama-quantize does. (Q8_0 is
-8.5 bits per weight, Q4_0 is 4.5; foreroute's int8 is 8.0 and its int4, of groups of 32 with a zero point, is 5.0.)
+--dtype q8_0 or q4_0 everything but vectors and routers, as llama-quantize does. (Q8_0 is 8.5 bits per weight, Q4_0 is
+4.5, in a file as in a store of `foreroute pack --quant`.)
 
 One expert's tensor is in memory at a time. The tokenizer goes with it.
 """

@@ -8,6 +8,7 @@ from os import PathLike
 from typing import Any, get_args, get_type_hints
 
 from foreroute.errors import ForerouteError
+from foreroute.types import QUANTISED_TYPES
 
 # Reads up to this size take mostly latency, so that two at once take little longer than one.
 _SMALL_EXPERT_BYTES = 2**19
@@ -109,9 +110,15 @@ class EngineConfig:
     direct_io: bool = _option(True, "read with O_DIRECT where the file system allows it", is_ablation=True)
     math: str = _option(
         "auto",
-        "how weights stored in blocks (GGUF) are multiplied: as they lie, by ggml's kernels, or dequantised by torch, "
-        "bit for bit as transformers; auto is ggml where it can be had",
+        "how weights stored in blocks (GGUF, pack --quant) are multiplied: as they lie, by ggml's kernels, or "
+        "dequantised by torch, bit for bit as transformers; auto is ggml where it can be had",
         ("auto", "ggml", "torch"),
+    )
+    dense: str = _option(
+        "stored",
+        "quantise the dense weights of safetensors when they are loaded, for ggml's kernels: q8_0 makes them half as "
+        "large as bfloat16 does. The output changes (foreroute eval says how much); stored keeps them",
+        ("stored", *(kind.lower() for kind in QUANTISED_TYPES)),
     )
     trace: str | None = _option(
         None,
@@ -140,7 +147,7 @@ class EngineConfig:
     )
     packed: str = _option(
         "auto",
-        'the packed store: "auto" uses the one beside the checkpoint, "no" ignores it; "int8", "int4" uses a '
+        'the packed store: "auto" uses the one beside the checkpoint, "no" ignores it; "q8_0", "q4_k" and so on use a '
         "quantised one there; or give a path",
     )
 
@@ -181,7 +188,8 @@ class Plan:
     uses, on average. staging_slots: the most that prefetched experts take before they are used. source: where experts
     are read from. host_records: experts in host memory behind the slots; 0: only the disk is behind them. Memory is
     reserved for kv_tokens of KV cache; kv_bytes_per_token is None where it was not measured. learning_bytes: the most
-    that the online learner takes. threads are torch's, of which usable_cpus can run at once (a container may limit
+    that the online learner takes. math is "ggml", torch's ("own"), or the "family"'s own forward; math_note: why
+    not ggml's, where it might be. threads are torch's, of which usable_cpus can run at once (a container may limit
     them).
     """
 
@@ -216,6 +224,7 @@ class Plan:
     learning_bytes: int = 0
     threads: int = 1
     usable_cpus: int = 1
+    math_note: str = ""
 
     @property
     def token_demand_bytes(self) -> int:

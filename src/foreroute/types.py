@@ -11,6 +11,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
+# ggml's types that floats can be quantised to without a matrix of importances, as GGUF names them.
+QUANTISED_TYPES = (
+    "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4",
+)  # fmt: skip
 # Called with the progress of long work: (done, of all). NamedProgress: (name of the work, done, of all).
 Progress = Callable[[int, int], None]
 NamedProgress = Callable[[str, int, int], None]

@@ -1,6 +1,5 @@
 """Quantised packs that cannot be, or do not end well: each named, before work where it can be known before."""
 
-import dataclasses
 import errno
 import json
 import os
@@ -13,27 +12,18 @@ from typing import Any
 
 import pytest
 import xxhash
+from safetensors.torch import load_file, save_file
 
-from foreroute.checkpoint import codecs
-from foreroute.checkpoint.codecs import CODECS
-from foreroute.checkpoint.layouts import ExpertLayout, ExpertTable
-from foreroute.checkpoint.locate import read_index
 from foreroute.checkpoint.records import StoreWriter, partial_path, store_name
-from foreroute.errors import StoreError, UnsupportedModelError
-from foreroute.kernels.torch import quant
-from foreroute.model.build.skeleton import outline
+from foreroute.errors import StoreError
 from foreroute.prepare.pack import pack
-from foreroute.prepare.quantise import Quantiser
 from tests.support.broken import copied
 from tests.support.checkpoints import random_model, save_checkpoint, save_tokenizer
 from tests.support.families import FAMILIES
+from tests.support.packs import pack_quantised, quantiser_of
 from tests.support.runs import watch_reads
 
 ROOT = Path(__file__).parents[2]
-
-
-def quiet(done: int, total: int) -> None:
-    """No progress."""
 
 
 @pytest.fixture
@@ -41,15 +31,8 @@ def folder(checkpoints, tmp_path) -> Path:
     return copied(checkpoints.get("qwen3_moe", "bf16"), tmp_path / "model")
 
 
-def quantiser_of(folder: Path, quant: str = "int4") -> Quantiser:
-    sketch = outline(folder, read_index(folder))
-    return Quantiser(sketch.table, CODECS[quant], sketch.is_transposed)
-
-
-def made(folder: Path, quant: str = "int4") -> Path:
-    quantiser, path = quantiser_of(folder, quant), folder / store_name(quant)
-    pack(quantiser.source, path, progress=quiet, quantiser=quantiser)
-    return path
+def made(folder: Path, quant: str = "q4_0") -> Path:
+    return pack_quantised(folder, quant)
 
 
 def odd_model(folder: Path, **sizes: int) -> Path:
@@ -65,15 +48,14 @@ class TestShapes:
     @pytest.mark.parametrize(
         ("inner", "quant", "fragments"),
         [
-            (48, "int4", ["down_proj", "48 columns", "whole groups of 32", "--quant int8 can"]),
-            (96, "int4-g128", ["whole groups of 128", "--quant int8 or int4 can"]),
-            (40, "int8", ["down_proj", "40 columns", "whole blocks of 16", "pack without --quant"]),
-            (8, "int4", ["8 columns", "pack without --quant"]),
+            (48, "q4_0", ["down_proj", "rows have 48 weights", "blocks of 32", "No type here can: pack without"]),
+            (64, "q4_k", ["gate_up_proj", "64 weights", "blocks of 256", "q8_0, iq4_nl or mxfp4 can", "takes q5_0 in"]),
+            (96, "q4_k_m", ["gate_up_proj", "64 weights", "blocks of 256", "--quant q4_0, q4_1"]),
+            (96, "iq4_xs", ["blocks of 256", "llama.cpp takes iq4_nl in its place"]),
         ],
     )
     @pytest.mark.usefixtures("_torch_setup")
-    def test_what_the_kernels_cannot_take(self, tmp_path, inner, quant, fragments):
-        """Of int8 the kernel would read past the end of a row of 40, and end the process."""
+    def test_rows_that_are_no_whole_blocks(self, tmp_path, inner, quant, fragments):
         folder = odd_model(tmp_path / "odd", moe_intermediate_size=inner)
         with watch_reads() as reads, pytest.raises(StoreError) as caught:
             quantiser_of(folder, quant)
@@ -81,25 +63,19 @@ class TestShapes:
             assert fragment in str(caught.value), caught.value
         assert not reads.paths
 
-    def test_a_store_with_such_a_matrix_is_not_computed_with(self, tmp_path, load, monkeypatch):
-        """Made by whom did not know."""
-        folder = odd_model(tmp_path / "odd", moe_intermediate_size=40)
-        with monkeypatch.context() as unchecked:
-            unchecked.setattr(codecs, "_INT8_COLUMNS", 1)
-            unchecked.setattr(Quantiser, "_measure", lambda *args: None)
-            made(folder, "int8")
-        with pytest.raises(StoreError, match=r"int8 cannot take .*down_proj.* 40 columns"):
-            load(folder, packed="int8")
 
-    def test_a_family_whose_maths_is_not_known(self, folder):
-        """Packing it would take its time, and then nothing could use the store."""
-        sketch = outline(folder, read_index(folder))
-        first = sketch.table.layers[0]
-        odd = dataclasses.replace(first.layout.parts[0], name="odd_proj")
-        layout = ExpertLayout((odd, *first.layout.parts[1:]))
-        table = ExpertTable((dataclasses.replace(first, layout=layout),), sketch.table.index)
-        with pytest.raises(UnsupportedModelError, match=r"odd_proj is not known.*Pack without --quant"):
-            Quantiser(table, CODECS["int8"], sketch.is_transposed[:1])
+class TestWeights:
+    """Some that no block can hold: the expert is named, and nothing is left that looks whole."""
+
+    @pytest.mark.parametrize(("weight", "said"), [(float("nan"), "nan"), (float("-inf"), "inf"), (1e6, "9994")])
+    def test_a_weight_that_is_no_number(self, folder, weight, said):
+        name = "model.layers.1.mlp.experts.3.up_proj.weight"
+        state = load_file(folder / "model.safetensors")
+        state[name][2, 7] = weight
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(StoreError, match=rf"expert 3 of MoE layer 1 .*gate_up_proj: a weight is {said}.*Pack with"):
+            made(folder)
+        assert not (folder / store_name("q4_0")).exists()
 
 
 class TestOfAnother:
@@ -107,68 +83,94 @@ class TestOfAnother:
 
     def test_other_weights(self, load, folder, checkpoints, tmp_path):
         other = copied(checkpoints.get("qwen3_moe", "bf16", seed=1), tmp_path / "other")
-        made(other).replace(folder / store_name("int4"))
+        made(other).replace(folder / store_name("q4_0"))
         with pytest.raises(StoreError, match="packed from other weights"):
-            load(folder, packed="int4")
+            load(folder, packed="q4_0")
 
     def test_another_codec_than_its_name_says_is_said(self, load, folder):
         """The header decides, not the file's name."""
-        made(folder, "int8").replace(folder / store_name("int4"))
-        assert load(folder, packed="int4").foreroute.plan.stored_dtype == "int8"
-
-    def test_another_kind_of_cpu(self, load, folder, monkeypatch):
-        made(folder)
-        monkeypatch.setattr(quant, "order_of", lambda bits, group: "another")
-        with pytest.raises(StoreError, match=r"another kind of CPU.*foreroute pack --force"):
-            load(folder, packed="int4")
-
-    @pytest.mark.parametrize("dtype", ["float32", "float16"])
-    def test_another_dtype(self, load, folder, dtype):
-        made(folder)
-        with pytest.raises(StoreError, match=r"int4 experts is computed in bfloat16.*--dtype bfloat16, or --packed no"):
-            load(folder, packed="int4", dtype=dtype)
+        made(folder, "q8_0").replace(folder / store_name("q4_0"))
+        assert load(folder, packed="q4_0").foreroute.plan.stored_dtype == "q8_0"
 
     @pytest.mark.parametrize("keep", [0, 100, 4096, -1])
     def test_cut_off(self, load, folder, keep):
         path = made(folder)
         os.truncate(path, keep if keep >= 0 else path.stat().st_size - 4096)
         with pytest.raises(StoreError, match="Remove it"):
-            load(folder, packed="int4")
+            load(folder, packed="q4_0")
 
 
 class TestOfEarlierVersions:
-    """Stores of mixed bits, which `pack` made once: refused by name, never read as something else."""
+    """Stores for torch's kernels, which `pack` made once: refused by name, never read as something else."""
 
-    @pytest.fixture
-    def mixed(self, folder) -> Path:
-        """As such a store began: its codec, and per layer the experts that have the other layout."""
-        path = made(folder, "int4").replace(folder / store_name("mixed"))
+    @pytest.fixture(params=["int8", "int4", "int4-g128", "mixed"])
+    def old(self, folder, request) -> Path:
+        """As such a store began."""
+        path = made(folder).replace(folder / store_name(request.param))
         raw = path.read_bytes()
         magic, nbytes, _ = struct.unpack_from("<8sQQ", raw)
-        header = json.loads(raw[24 : 24 + nbytes])
-        header |= {"codec": "mixed", "choice": {"int8_share": 0.25, "by": "text", "uses": 9, "share_of_uses": 0.5}}
-        header["layers"] = [{**layer, "others": [1], "other_parts": layer["parts"]} for layer in header["layers"]]
+        header = {**json.loads(raw[24 : 24 + nbytes]), "codec": request.param, "order": "0123456789abcdef"}
         text = json.dumps(header, sort_keys=True).encode()
         path.write_bytes(struct.pack("<8sQQ", magic, len(text), xxhash.xxh3_64_intdigest(text)) + text)
         return path
 
-    @pytest.mark.parametrize("asked", ["mixed", "path"])
-    def test_a_store_of_mixed_bits(self, load, folder, mixed, asked):
-        with pytest.raises(StoreError, match=r"mixed.* not read.*`foreroute pack --quant int4`.*--packed int4"):
-            load(folder, packed=str(mixed) if asked == "path" else asked)
+    @pytest.mark.parametrize("by", ["name", "path"])
+    def test_an_old_store(self, load, folder, old, by):
+        codec = old.name.split(".")[1]
+        again = "q8_0`" if codec == "int8" else r"q4_k` \(or q4_0\)"
+        with pytest.raises(
+            StoreError, match=rf"the codec {codec}, which .* not read. Pack again with .*--quant {again}"
+        ):
+            load(folder, packed=codec if by == "name" else str(old))
 
-    def test_mixed_bits_without_a_store(self, load, folder):
-        with pytest.raises(StoreError, match=r"--packed mixed: .*not read any more.*`foreroute pack --quant int4`"):
+    def test_a_new_one_beside_it_is_taken(self, load, folder, old):
+        codec = old.name.split(".")[1]
+        made(folder, "q8_0" if codec == "int8" else "q4_0")
+        assert load(folder, packed=codec).foreroute.plan.stored_dtype in ("q8_0", "q4_0")
+
+    def test_none_at_all(self, load, folder):
+        with pytest.raises(
+            StoreError, match=r"q4_k.foreroute is not there. Make it with `foreroute pack .*--quant q4_k`"
+        ):
             load(folder, packed="mixed")
 
-    def test_pack_does_not_write_over_it_unasked(self, folder, mixed):
+    @pytest.mark.parametrize("old", ["int4"], indirect=True)
+    def test_pack_does_not_write_over_it_unasked(self, folder, old):
         found = subprocess.run(
-            [sys.executable, "-m", "foreroute.cli.main", "pack", str(folder), "--quant", "int4", "--out", str(mixed)],
+            [sys.executable, "-m", "foreroute.cli.main", "pack", str(folder), "--quant", "q4_0", "--out", str(old)],
             env={**os.environ, "PYTHONPATH": str(ROOT / "src")}, capture_output=True, text=True, check=False,
         )  # fmt: skip
         assert found.returncode == 2
-        assert "codec mixed" in found.stderr
+        assert "in the codec" in found.stderr
         assert "--force packs over it" in found.stderr
+
+
+class TestHeaders:
+    """What a header says of its layers is compared, not believed: it decides where bytes are written."""
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda layer: layer["parts"][0].update(offset=64),
+            lambda layer: layer["parts"][0].update(nbytes=10**9),
+            lambda layer: layer["tensors"][0].update(blocks=["Q8_0", "Q8_0"]),
+            lambda layer: layer["tensors"][0].update(is_interleaved=True),
+            lambda layer: layer["tensors"][1].update(is_transposed=True),
+            lambda layer: layer.update(tensors=[]),
+            lambda layer: layer.pop("tensors"),
+            lambda layer: layer.update(tensors=7),
+        ],
+    )
+    def test_another_layout(self, load, folder, change):
+        path = made(folder)
+        raw = path.read_bytes()
+        magic, nbytes, _ = struct.unpack_from("<8sQQ", raw)
+        header = json.loads(raw[24 : 24 + nbytes])
+        change(header["layers"][1])
+        text = json.dumps(header, sort_keys=True).encode()
+        path.write_bytes(struct.pack("<8sQQ", magic, len(text), xxhash.xxh3_64_intdigest(text)) + text + raw[4096:])
+        with pytest.raises(StoreError, match="laid out differently"):
+            load(folder, packed="q4_0")
 
 
 KILLED = """
@@ -179,18 +181,19 @@ from foreroute.checkpoint.codecs import CODECS
 from foreroute.checkpoint.locate import read_index
 from foreroute.prepare.pack import pack
 from foreroute.prepare.quantise import Quantiser
+from foreroute.kernels.ggml.library import open_library
 from foreroute.model.build.skeleton import outline
 
 records._SYNC_EVERY_BYTES = 1
 folder = Path(sys.argv[1])
 sketch = outline(folder, read_index(folder))
-quantiser = Quantiser(sketch.table, CODECS["int4"], sketch.is_transposed)
+quantiser = Quantiser(sketch.table, CODECS["q4_0"], open_library(), 2)
 
 def progress(done, total):
     if done == 20:
         os.kill(os.getpid(), signal.SIGKILL)
 
-pack(sketch.table, folder / records.store_name("int4"), progress=progress, quantiser=quantiser)
+pack(sketch.table, folder / records.store_name("q4_0"), progress=progress, quantiser=quantiser)
 """
 
 
@@ -203,7 +206,7 @@ class TestNotToTheEnd:
             check=False,
         )
         assert done.returncode == -signal.SIGKILL
-        path, quantiser = folder / store_name("int4"), quantiser_of(folder)
+        path, quantiser = folder / store_name("q4_0"), quantiser_of(folder, "q4_0")
         assert not path.exists()
         assert partial_path(path).exists()
         steps: list[int] = []
@@ -233,14 +236,13 @@ class TestNotToTheEnd:
         """And the message says that nothing done is lost."""
         path = made(folder)
         path.replace(partial_path(path))
-        with pytest.raises(StoreError, match=r"does not exist. Make it with .*--quant int4`. That continues"):
-            load(folder, packed="int4")
+        with pytest.raises(StoreError, match=r"does not exist. Make it with .*--quant q4_0`. That continues"):
+            load(folder, packed="q4_0")
 
     def test_two_at_once(self, folder):
         """The second must not write into what the first is writing, and leaves it alone."""
-        quantiser, path = quantiser_of(folder), folder / store_name("int4")
-        order = {"codec": "int4", "order": quantiser.order}
-        with StoreWriter(path, quantiser.table, **order):
+        quantiser, path = quantiser_of(folder, "q4_0"), folder / store_name("q4_0")
+        with StoreWriter(path, quantiser.table, codec="q4_0"):
             before = partial_path(path).read_bytes()
             with pytest.raises(StoreError, match=r"being written by another `foreroute pack`\. Wait for it"):
                 made(folder)

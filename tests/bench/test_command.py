@@ -79,10 +79,10 @@ def test_a_model_without_a_tokenizer_reads_random_tokens(without_tokenizer, run)
 
 
 def test_quantised_experts(copied, run):
-    assert run("pack", copied, "--quant", "int8").code == 0
-    done = run("bench", copied, *LITTLE, "--packed", "int8", "--dtype", "bfloat16", "--json")
+    assert run("pack", copied, "--quant", "q8_0").code == 0
+    done = run("bench", copied, *LITTLE, "--packed", "q8_0", "--json")
     assert done.code == 0, done.err
-    assert done.json["experts"]["stored_dtype"] == "int8"
+    assert done.json["experts"]["stored_dtype"] == "q8_0"
 
 
 def test_what_is_too_long_for_the_context_is_left_out(tiny, run):
@@ -122,7 +122,7 @@ def test_a_default_budget_that_is_too_small_is_left_out(tiny, run, monkeypatch):
         (["--rungs", "magic"], "invalid choice"),
         (["--text", "absent"], "cannot be read"),
         (["--png", "absent/x.png"], "not a folder"),
-        (["--packed", "int4"], "foreroute pack"),
+        (["--packed", "q4_k"], "foreroute pack"),
         (["--policy", "speculative"], "unrecognized"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,

@@ -26,7 +26,7 @@ def test_options_are_read_from_the_name(tmp_path: Path, monkeypatch: pytest.Monk
         "prefetch_width": 3,
         "eviction": "lru",
     }
-    assert peers.options_of("foreroute:packed=int4") == {"packed": "int4"}
+    assert peers.options_of("foreroute:packed=q4_0") == {"packed": "q4_0"}
     assert peers.options_of("llama.cpp") == {}
 
 

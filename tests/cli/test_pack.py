@@ -97,21 +97,21 @@ def test_ctrl_c_before_packing_has_begun_leaves_nothing(run, copied: Path, monke
 
 
 def test_quantised_experts_are_used_when_they_are_asked_for(run, copied: Path) -> None:
-    ran = run("pack", copied, "--quant", "int8")
+    ran = run("pack", copied, "--quant", "q8_0")
     assert ran.code == 0, ran.err
-    assert f"Wrote {copied / store_name('int8')}: {SIZE}" in ran.out
-    assert "--packed int8" in ran.out
+    assert f"Wrote {copied / store_name('q8_0')}: {SIZE}" in ran.out
+    assert "--packed q8_0" in ran.out
     assert "Error of a layer's products" in ran.out
     short = ("--json", "--memory", "25%", "--max-new-tokens", "3", "--threads", "1")
-    asked = run("generate", copied, "hello", *short, "--packed", "int8", "--dtype", "bfloat16")
+    asked = run("generate", copied, "hello", *short, "--packed", "q8_0")
     assert asked.code == 0, asked.err
-    assert (asked.json["plan"]["source"], asked.json["plan"]["stored_dtype"]) == ("packed", "int8")
+    assert (asked.json["plan"]["source"], asked.json["plan"]["stored_dtype"]) == ("packed", "q8_0")
     assert run("generate", copied, "hello", *short).json["plan"]["source"] == "safetensors"
-    found = run("plan", copied, "--memory", "50%", "--packed", "int8", "--dtype", "bfloat16", "--json")
+    found = run("plan", copied, "--memory", "50%", "--packed", "q8_0", "--json")
     assert found.code == 0, found.err
-    assert "nothing to do" in run("pack", copied, "--quant", "int8").out
-    again = run("pack", copied, "--quant", "int8", "--force", "--json")
-    assert again.json["codec"] == "int8"
+    assert "nothing to do" in run("pack", copied, "--quant", "q8_0").out
+    again = run("pack", copied, "--quant", "q8_0", "--force", "--json")
+    assert again.json["codec"] == "q8_0"
     assert not again.json["found_automatically"]
     assert len(again.json["layer_errors"]) == NUM_LAYERS
     assert all(0 < error < 0.02 for error in again.json["layer_errors"])
@@ -119,12 +119,31 @@ def test_quantised_experts_are_used_when_they_are_asked_for(run, copied: Path) -
 
 def test_another_codec_is_not_overwritten(run, copied: Path, tmp_path: Path) -> None:
     out = tmp_path / "store"
-    assert run("pack", copied, "--quant", "int8", "--out", out).code == 0
+    assert run("pack", copied, "--quant", "q8_0", "--out", out).code == 0
     ran = run("pack", copied, "--out", out)
     assert ran.code == 2
-    assert "holds int8 experts, not stored" in ran.err
-    assert run("pack", copied, "--quant", "int4", "--out", out, "--force").code == 0
-    assert run("generate", copied, "hello", "--packed", out, "--dtype", "float32").code == 2
+    assert "holds q8_0 experts, not stored" in ran.err
+    assert run("pack", copied, "--quant", "q4_0", "--out", out, "--force").code == 0
+    assert run("generate", copied, "hello", "--packed", out, "--max-new-tokens", "2").code == 0
+
+
+def test_names_of_earlier_versions(run, copied: Path) -> None:
+    """Rows of 64 weights are no whole blocks of q4_k."""
+    for old, new in (("int8", "q8_0"), ("int4", "q4_0"), ("int4-g128", "q4_0")):
+        ran = run("pack", copied, "--quant", old, "--force")
+        assert ran.code == 0, ran.err
+        assert f"--quant {old} is {new} now" in ran.err
+        assert ("whole blocks of 256" in " ".join(ran.err.split())) == (new == "q4_0")
+        assert f"Wrote {copied / store_name(new)}" in ran.out
+    assert run("pack", copied, "--quant", "int4", "--force", "--json").err == ""
+
+
+def test_rows_that_are_no_whole_blocks(run, copied: Path) -> None:
+    ran = run("pack", copied, "--quant", "q4_k")
+    assert ran.code == 2
+    assert "rows have 64 weights" in ran.err
+    assert "(llama.cpp takes q5_0 in its place)" in ran.err
+    assert [path for path in copied.iterdir() if ".foreroute" in path.name] == []
 
 
 def test_a_second_pack_leaves_the_first_alone(run, copied: Path, monkeypatch) -> None:
@@ -132,7 +151,7 @@ def test_a_second_pack_leaves_the_first_alone(run, copied: Path, monkeypatch) ->
     path = copied / STORE_NAME
     with claim_store(path) as claim:
         os.write(claim.fd, b"the first one's")
-        for flags in ((), ("--force",), ("--quant", "int8", "--out", path)):
+        for flags in ((), ("--force",), ("--quant", "q8_0", "--out", path)):
             ran = run("pack", copied, *flags)
             assert ran.code == 2
             said = ran.err.splitlines()[-1]

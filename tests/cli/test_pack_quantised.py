@@ -22,18 +22,18 @@ def text(tmp_path: Path) -> Path:
 
 
 def test_a_pack_is_priced_on_text(run, copied: Path, text: Path) -> None:
-    ran = run("pack", copied, "--quant", "int4", "--text", text, *SHORT)
+    ran = run("pack", copied, "--quant", "q4_0", "--text", text, *SHORT)
     assert ran.code == 0, ran.err
     assert "120 tokens" in ran.out
-    for name in ("as stored", "int4", "difference", "perplexity", "bits/char"):
+    for name in ("as stored", "q4_0", "difference", "perplexity", "bits/char"):
         assert name in ran.out
     assert "reading as stored" in ran.err
-    assert "reading in int4" in ran.err
+    assert "reading in q4_0" in ran.err
     # A store that is there is priced, and not packed again.
-    before = (copied / store_name("int4")).stat().st_mtime_ns
-    again = run("pack", copied, "--quant", "int4", "--text", text, *SHORT, "--json")
+    before = (copied / store_name("q4_0")).stat().st_mtime_ns
+    again = run("pack", copied, "--quant", "q4_0", "--text", text, *SHORT, "--json")
     assert again.json["existed"]
-    assert (copied / store_name("int4")).stat().st_mtime_ns == before
+    assert (copied / store_name("q4_0")).stat().st_mtime_ns == before
     found = again.json["quality"]
     assert again.err == ""
     stored, packed = found["stored"], found["packed"]
@@ -50,9 +50,9 @@ def test_a_pack_is_priced_on_text(run, copied: Path, text: Path) -> None:
 
 def test_the_figures_are_those_of_eval(run, copied: Path, text: Path) -> None:
     """The same windows through `foreroute eval`, with the store and without."""
-    priced = run("pack", copied, "--quant", "int8", "--text", text, *SHORT, "--json").json["quality"]
-    for packed, mine in (("no", "stored"), ("int8", "packed")):
-        ran = run("eval", copied, "--text", text, *SHORT, "--packed", packed, "--dtype", "bfloat16", "--json")
+    priced = run("pack", copied, "--quant", "q8_0", "--text", text, *SHORT, "--json").json["quality"]
+    for packed, mine in (("no", "stored"), ("q8_0", "packed")):
+        ran = run("eval", copied, "--text", text, *SHORT, "--packed", packed, "--json")
         assert ran.code == 0, ran.err
         assert ran.json["bits_per_char"][str(text)] == pytest.approx(priced[mine]["by_file"][str(text)], abs=1e-9)
     assert abs(priced["perplexity_delta"]) < 0.01
@@ -63,7 +63,7 @@ def test_a_full_disk_is_noticed_before_text_is_read(run, copied: Path, text: Pat
 
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100_000))
     monkeypatch.setattr(quantised, "read", lambda *args, **options: pytest.fail("the text was read"))
-    ran = run("pack", copied, "--quant", "int4", "--text", text, *SHORT)
+    ran = run("pack", copied, "--quant", "q4_0", "--text", text, *SHORT)
     assert ran.code == 2
     assert "97.7 KiB free" in ran.err
     assert "Nothing was written" in ran.err
@@ -74,8 +74,8 @@ def test_a_full_disk_is_noticed_before_text_is_read(run, copied: Path, text: Pat
     [
         (("--text", "TEXT"), "Without --quant"),
         (("--quant", "mixed"), "invalid choice: 'mixed'"),
-        (("--quant", "int4", "--text", "TEXT", "--context", "5000"), "The text"),
-        (("--quant", "int4", "--text", "gone.txt"), "gone.txt cannot be read"),
+        (("--quant", "q4_0", "--text", "TEXT", "--context", "5000"), "The text"),
+        (("--quant", "q4_0", "--text", "gone.txt"), "gone.txt cannot be read"),
     ],
 )
 def test_what_cannot_be_is_refused_before_work(run, copied: Path, text: Path, flags, fragment) -> None:

@@ -26,7 +26,7 @@ from tests.support.runs import (
 def check_same(load: Any, folder: Path, resident: Callable[[Any], Any], stored_as: str, store: str) -> Any:
     """Generate at a quarter of the experts and compare with what `resident` says of a batch; returns the model."""
     packed = str(packed_store(folder)) if store == "packed" else "no"
-    model = load(folder, "25%", packed=packed)
+    model = load(folder, "25%", packed=packed, math="torch")
     with watch_reads() as reads:
         for batch in (ONE_PROMPT, THREE_PROMPTS):
             theirs = resident(batch)

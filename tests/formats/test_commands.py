@@ -8,18 +8,16 @@ from typing import Any
 import pytest
 import torch
 
-from foreroute.checkpoint.codecs import CODECS
 from foreroute.checkpoint.locate import read_index
+from foreroute.checkpoint.records import PackedStore
 from foreroute.cli.main import EXIT_ERROR, main
 from foreroute.kernels.torch import dequantise
 from foreroute.kernels.torch.dequantise import decode_fp8
-from foreroute.kernels.torch.quant import Matrix, decode, encode
 from foreroute.model.build.skeleton import outline
 from foreroute.prepare.pack import pack
-from foreroute.prepare.quantise import Quantiser
-from foreroute.residency.slots import READY
 from tests.cli.harness import Ran
 from tests.formats.checks import numbers_of
+from tests.support.packs import numbers_again, pack_quantised, quantiser_of, quiet
 from tests.support.quantised import rewritten, write_fp8, write_gptq, write_mxfp4
 
 FAST = ("--threads", "1", "--json")
@@ -51,8 +49,9 @@ def run(capfd: pytest.CaptureFixture[str]) -> Any:
 def test_verify(published, run, name, asked, kind):
     """Every expert as transformers dequantises it, every dense weight, and every step."""
     write, family = FORMATS[name]
+    math = ("--math", "torch") if asked == "resident" else ()  # whose numbers are the resident model's
     answer = run(
-        "verify", published(write, family), "--reference", asked, "--tokens", "6", "--memory", "30%", *FAST
+        "verify", published(write, family), "--reference", asked, "--tokens", "6", "--memory", "30%", *math, *FAST
     ).json
     assert (answer["same"], answer["reference"], answer["complaints"]) == (True, kind, [])
     assert answer["plan"]["stored_dtype"] == name
@@ -93,29 +92,47 @@ def test_dense_bytes_are_those_of_numbers(published, load):
     for name in ("fp8", "gptq", "mxfp4"):
         write, family = FORMATS[name]
         folder = published(write, family)
-        expected = load(folder).foreroute.plan.dense_bytes
+        expected = load(folder, math="torch").foreroute.plan.dense_bytes
         assert math.isclose(outline(folder, read_index(folder)).dense_nbytes, expected, rel_tol=0.02)
 
 
-def test_pack_from_fp8_to_int4(published, load, tmp_path):
-    """A store of our own codec from a quantised checkpoint: what is encoded are its numbers."""
-    write, family = FORMATS["fp8"]
+@pytest.mark.parametrize("name", ["fp8", "mxfp4", "gptq"])
+def test_pack_quantises_the_numbers_a_second_time(published, load, tmp_path, name):
+    """What is quantised are the numbers of the checkpoint, by row, in the family's order."""
+    write, family = FORMATS[name]
     folder = published(write, family)
-    sketch = outline(folder, read_index(folder))
-    quantiser = Quantiser(sketch.table, CODECS["int4"], sketch.is_transposed)
-    pack(sketch.table, tmp_path / "int4", progress=lambda done, total: None, quantiser=quantiser)
-    assert all(0 < error.relative < 0.1 for error in quantiser.errors)
-    model = load(folder, "25%", packed=str(tmp_path / "int4"))
-    up, _ = numbers_of(sketch.table, 3, sketch.table.reads, torch.float32)
+    packed = pack_quantised(folder, "q8_0", tmp_path / "q8_0", 2)
+    sketch, quantiser = outline(folder, read_index(folder)), quantiser_of(folder, "q8_0")
+    store = PackedStore(packed, sketch.table)
+    key = sketch.table.keys.key(1, 3)
+    numbers = numbers_of(sketch.table, key, sketch.table.reads, torch.float32)
+    made = numbers_of(quantiser.table, key, store.reads_of(quantiser.table), torch.float32)
+    for part, before, after in zip(quantiser.table.layers[1].parts, numbers, made, strict=True):
+        rows = before if before.ndim == 1 or not part.is_transposed else before.t()
+        expected = before if before.ndim == 1 else numbers_again(rows, "Q8_0")
+        assert torch.equal(after, expected.t() if part.is_transposed else expected)
+    model = load(folder, "25%", packed=str(packed))
+    assert model.foreroute.plan.math == "ggml"
     with torch.no_grad():
         assert model(torch.arange(9)[None]).logits.isfinite().all()
-    engine, table = model.foreroute.engine, model.foreroute.table
-    views, residency = engine.kernels[0].views, engine.pool.residency
-    key = next(key for key in range(table.num_experts) if residency.state(key) == READY)
-    operands = views.operands(0, residency.slot_of(key))
-    up, _ = numbers_of(sketch.table, key, sketch.table.reads, torch.float32)
-    again = Matrix(*encode(up, 4, 32), 4, 32)
-    assert torch.equal(decode(Matrix(operands[0], operands[1], 4, 32)), decode(again))
+
+
+def test_pack_says_that_it_is_the_second_time(published, run, capfd, tmp_path):
+    write, family = FORMATS["mxfp4"]
+    folder = str(published(write, family))
+    assert main(["pack", folder, "--quant", "q8_0", "--out", str(tmp_path / "store"), "--threads", "1"]) == 0
+    said = " ".join(capfd.readouterr().err.split())
+    assert "quantised already (mxfp4), and --quant q8_0 quantises them a second time" in said
+    assert main(["pack", folder, "--out", str(tmp_path / "plain"), "--threads", "1"]) == 0
+    assert "second time" not in capfd.readouterr().err
+
+
+def test_mxfp4_stays_the_same_numbers_in_ggmls_order(published, tmp_path):
+    write, family = FORMATS["mxfp4"]
+    folder = published(write, family)
+    quantiser = quantiser_of(folder, "mxfp4")
+    pack(quantiser.source, tmp_path / "store", progress=quiet, quantiser=quantiser)
+    assert [error.relative for error in quantiser.errors] == [0.0] * 4
 
 
 def test_fit_and_generate(published, run, tmp_path):

@@ -80,7 +80,7 @@ def test_where_the_familys_own_forward_runs(published, references, load, monkeyp
     """Its tensors are made of what is stored, one expert at a time."""
     monkeypatch.setattr("foreroute.loading.expert_math.prove_math", lambda *_: False)
     folder = published(write_mxfp4, "gpt_oss")
-    model = load(folder, "25%")
+    model = load(folder, "25%", math="torch")
     assert model.foreroute.plan.math == "family"
     assert_same_bits(generate(model, THREE_PROMPTS), references.output(folder, THREE_PROMPTS))
     assert model.foreroute.stats().evictions > 0

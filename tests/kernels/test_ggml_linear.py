@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from foreroute.checkpoint.gguf_file import EXPERT_BLOCKS
 from foreroute.kernels.ggml import bf16, library
 from foreroute.kernels.ggml.graph import Graph, place, shared_runner
 from foreroute.kernels.ggml.interleaved import ROWS, fingerprint, interleaver
@@ -16,7 +17,7 @@ from foreroute.kernels.ggml.known_answers import check_types
 from foreroute.kernels.ggml.library import GgmlError, Library, open_library
 from foreroute.kernels.ggml.linear import BlockEmbedding, BlockLinear, BlockMatrix, BlockProducts, compute_together
 from foreroute.kernels.ggml.threads import ThreadCount
-from foreroute.kernels.ggml.types import F32
+from foreroute.kernels.ggml.types import F32, MATRIX_TYPES
 from tests.kernels.ggml_matrices import Blocks, error, random_blocks, random_rows, types
 
 OUT, IN = 48, 512
@@ -52,6 +53,12 @@ def test_known_answers(name: str) -> None:
 def test_types_have_the_gguf_package_s_sizes() -> None:
     for name, kind in open_library().types.items():
         assert (kind.weights, kind.nbytes) == gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]], name
+
+
+def test_every_type_of_matrices_is_read_from_a_gguf_with_the_size_that_ggml_says() -> None:
+    types = open_library().types
+    assert set(EXPERT_BLOCKS) == set(MATRIX_TYPES)
+    assert {name: (types[name].weights, types[name].nbytes) for name in EXPERT_BLOCKS} == dict(EXPERT_BLOCKS)
 
 
 def test_layers_of_one_input_are_one_graph(products: BlockProducts) -> None:

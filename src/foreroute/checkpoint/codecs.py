@@ -1,145 +1,176 @@
-"""Storage codecs of experts: unchanged, or quantised to 8 or 4 bits. Sizes and shapes only; quant.py computes.
+"""Codecs of packed stores: experts as they are, or quantised to GGUF's blocks. Sizes and shapes only; ggml quantises.
 
-    int8        one scale per output row
-    int4        groups of 32 columns of a row, each with a scale and a zero point; int4-g128: groups of 128
-
-A quantised matrix is stored as [out, in] in every family, as the kernels want it. Biases are unchanged.
+A quantised matrix is stored as rows of blocks, [out, in] in every family, gate and up one after the other; biases are
+stored as float32. Such a store is the same bytes on every machine.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from foreroute.checkpoint.index import ITEMSIZE
+from foreroute.checkpoint.gguf_file import EXPERT_BLOCKS
 from foreroute.checkpoint.layouts import PART_ALIGNMENT, ExpertLayout, ExpertTable, LayerExperts, Part
+from foreroute.checkpoint.stored_parts import GGUF_PREFIX, Coding, FamilyForm, StoredMatrix, StoredPart
 from foreroute.errors import StoreError
-from foreroute.types import round_up
+from foreroute.types import QUANTISED_TYPES, round_up
 
 STORED = "stored"
-SCALES = ".scales"
-# Dtype of the scales, and in which the kernels compute.
-SCALE_DTYPE = "BF16"
-# The int4 kernel needs rows in blocks of 16; the int8 kernel columns, else it reads past the end of a row.
-_INT4_ROWS, _INT8_COLUMNS = 16, 16
+# What llama.cpp takes for rows that are no whole blocks of 256; here it is advice.
+_SMALLER = {
+    "Q2_K": "iq4_nl", "Q3_K": "iq4_nl", "IQ4_XS": "iq4_nl", "Q4_K": "q5_0", "Q5_K": "q5_1", "Q6_K": "q8_0",
+}  # fmt: skip
+# Codecs of earlier versions, computed by torch's kernels: the one to take in their place, and the one for rows that
+# are no whole blocks of it.
+EARLIER: Mapping[str, tuple[str, ...]] = {
+    "int8": ("q8_0",), "int4": ("q4_k", "q4_0"), "int4-g128": ("q4_k", "q4_0"), "mixed": ("q4_k", "q4_0"),
+}  # fmt: skip
+_DOWN, _GATE_UP = "down_proj", "gate_up_proj"
 
 
 @dataclass(frozen=True)
 class Codec:
-    """bits per weight; 16 when unchanged. group: columns that share a scale; 0 for a whole row."""
+    """kind: the type of every matrix; "" when unchanged. more: that of down matrices in `_has_more`'s layers."""
 
     name: str
-    bits: int
-    group: int = 0
+    kind: str = ""
+    more: str = ""
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """All its types of blocks."""
+        return (self.kind, self.more) if self.more else (self.kind,)
+
+    def kind_of(self, part: str, layer: int, num_layers: int) -> str:
+        """The type of the family's matrix `part` in MoE layer `layer` of `num_layers`."""
+        return self.more if self.more and part == _DOWN and _has_more(layer, num_layers) else self.kind
 
 
 CODECS = {
     codec.name: codec
-    for codec in (Codec(STORED, 16), Codec("int8", 8), Codec("int4", 4, 32), Codec("int4-g128", 4, 128))
+    for codec in (
+        Codec(STORED),
+        *(Codec(kind.lower(), kind) for kind in QUANTISED_TYPES),
+        Codec("q4_k_m", "Q4_K", "Q6_K"),
+    )
 }
+QUANTS = tuple(name for name in CODECS if name != STORED)
 
 
-def encoded_table(table: ExpertTable, codec: Codec, is_transposed: Sequence[bool]) -> ExpertTable:
+def _has_more(layer: int, num_layers: int) -> bool:
+    """Layers whose down matrices get more bits: the first and the last eighth, and every third between them.
+
+    Source: llama.cpp, src/llama-quant.cpp, use_more_bits, by which its Q4_K_M chooses Q6_K for ffn_down. Layers are
+    counted among MoE layers.
+    """
+    eighth = num_layers // 8
+    return layer < eighth or layer >= 7 * num_layers // 8 or (layer - eighth) % 3 == 2
+
+
+def encoded_table(table: ExpertTable, codec: Codec) -> ExpertTable:
     """Lay out the experts of `table` as a store of `codec` does, without sources: the store is what is read.
 
-    Args:
-        is_transposed: per layer, whether the family stores its matrices as [in, out].
     Raises:
-        StoreError: a matrix whose shape the codec cannot take; named, with the codecs that can.
+        StoreError: a matrix whose rows are no whole blocks; named, with the codecs that can take it.
     """
-    check_shapes(table, codec, is_transposed)
-    layers = tuple(
-        LayerExperts(layer.name, layer.num_experts, _layout(layer, codec, transposed), ())
-        for layer, transposed in zip(table.layers, is_transposed, strict=True)
-    )
+    check_shapes(table, codec)
+    layers = tuple(_encoded(layer, codec, at, len(table.layers)) for at, layer in enumerate(table.layers))
     return ExpertTable(layers, table.index)
 
 
-def described_table(described: Mapping[str, Any], table: ExpertTable) -> ExpertTable | None:
-    """Find the layout of `table`'s experts that a quantised store's header, `described`, gives; None if it fits none.
-
-    The header is not trusted but compared with the layouts that the codec can make of these experts: its offsets and
-    shapes decide where bytes are written.
-    """
-    codec, layers = CODECS.get(described["codec"]), described.get("layers")
-    if codec is None or not isinstance(layers, list) or len(layers) != len(table.layers):
-        return None
-    made = [_described_layer(found, layer, codec) for found, layer in zip(layers, table.layers, strict=True)]
-    known = tuple(layer for layer in made if layer is not None)
-    return ExpertTable(known, table.index) if len(known) == len(made) else None
-
-
-def _described_layer(found: Any, layer: LayerExperts, codec: Codec) -> LayerExperts | None:
-    parts = found.get("parts") if isinstance(found, dict) else None
-    for transposed in (False, True):
-        layout = _layout(layer, codec, transposed)
-        if [{**asdict(part), "shape": list(part.shape)} for part in layout.parts] == parts:
-            return LayerExperts(layer.name, layer.num_experts, layout, ())
-    return None
+def describe(layer: LayerExperts) -> dict[str, Any]:
+    """A layer as a store's header has it: of a quantised one also how its parts make the family's tensors."""
+    found: dict[str, Any] = {
+        "name": layer.name,
+        "num_experts": layer.num_experts,
+        "parts": [{**asdict(part), "shape": list(part.shape)} for part in layer.layout.parts],
+    }
+    if layer.parts and not layer.sources:  # of a codec, not of a published format
+        found["tensors"] = [
+            {
+                "name": part.name,
+                "is_transposed": part.is_transposed,
+                "is_interleaved": part.is_interleaved,
+                "blocks": [matrix.coding.kind.removeprefix(GGUF_PREFIX) for matrix in part.matrices],
+            }
+            for part in layer.parts
+        ]
+    return found
 
 
-def _layout(layer: LayerExperts, codec: Codec, transposed: bool) -> ExpertLayout:
-    described: list[tuple[str, tuple[int, ...], str]] = []
-    for part in layer.family_layout.parts:
-        described += _encoded(part, codec, transposed)
-    parts: list[Part] = []
+def _encoded(layer: LayerExperts, codec: Codec, at: int, num_layers: int) -> LayerExperts:
+    form = layer.form
+    stored: list[Part] = []
+    parts: list[StoredPart] = []
     offset = 0
-    for name, shape, dtype in described:
-        nbytes = ITEMSIZE[dtype]
-        for extent in shape:
-            nbytes *= extent
-        parts.append(Part(name, offset, nbytes, shape, dtype))
-        offset = round_up(offset + nbytes, PART_ALIGNMENT)
-    return ExpertLayout(tuple(parts))
+    for part in layer.family_layout.parts:
+        is_bias = len(part.shape) == 1
+        rows, columns = (part.shape[0], 1) if is_bias else _rows_and_columns(part, form)
+        kind = "F32" if is_bias else codec.kind_of(part.name, at, num_layers)
+        count = 2 if form.gates and part.name.startswith(_GATE_UP) else 1
+        weights, nbytes = EXPERT_BLOCKS[kind]
+        shape = (rows // count, columns // weights * nbytes)
+        matrices = []
+        for which in range(count):
+            matrices.append(StoredMatrix(Coding(GGUF_PREFIX + kind), (len(stored),), shape[0], columns))
+            stored.append(Part(f"{part.name}.{which}", offset, shape[0] * shape[1], shape, "U8"))
+            offset = round_up(offset + stored[-1].nbytes, PART_ALIGNMENT)
+        parts.append(
+            StoredPart(
+                part.name,
+                part.shape,
+                tuple(matrices),
+                is_transposed=form.is_transposed and not is_bias,
+                is_interleaved=count == 2 and form.gates == "alternating",
+            )
+        )
+    return LayerExperts(
+        layer.name, layer.num_experts, ExpertLayout(tuple(stored)), (), tuple(parts), codec.name, form=form
+    )
 
 
-def _encoded(part: Part, codec: Codec, transposed: bool) -> list[tuple[str, tuple[int, ...], str]]:
-    """(name, shape, dtype) of each tensor that a part is encoded to."""
-    if len(part.shape) == 1:
-        return [(part.name, part.shape, SCALE_DTYPE)]
-    rows, cols = _rows_and_cols(part, transposed)
-    if codec.bits == 8:
-        return [(part.name, (rows, cols), "I8"), (part.name + SCALES, (rows,), SCALE_DTYPE)]
-    groups = (cols // codec.group, rows, 2)
-    return [(part.name, (rows, cols // 2), "U8"), (part.name + SCALES, groups, SCALE_DTYPE)]
+def _rows_and_columns(part: Part, form: FamilyForm) -> tuple[int, int]:
+    rows, columns = reversed(part.shape) if form.is_transposed else part.shape
+    return rows, columns
 
 
-def _rows_and_cols(part: Part, transposed: bool) -> tuple[int, int]:
-    rows, cols = reversed(part.shape) if transposed else part.shape
-    return rows, cols
+def _matrices(layer: LayerExperts) -> list[tuple[str, int]]:
+    """Name and columns of every matrix."""
+    parts = layer.family_layout.parts
+    return [(part.name, _rows_and_columns(part, layer.form)[1]) for part in parts if len(part.shape) == 2]
 
 
-def check_shapes(table: ExpertTable, codec: Codec, is_transposed: Sequence[bool]) -> None:
-    """Check that the codec's kernels can take every matrix of the experts of `table`, stored as `is_transposed` says.
+def check_shapes(table: ExpertTable, codec: Codec) -> None:
+    """Check that rows of every matrix of `table` are whole blocks of the codec's types.
 
     Raises:
-        StoreError: one that they cannot; named, with the codecs that can.
+        StoreError: one whose rows are not; named, with the codecs that can take all of them.
     """
-    matrices = [
-        (layer.name, part.name, _rows_and_cols(part, transposed))
-        for layer, transposed in zip(table.layers, is_transposed, strict=True)
-        for part in layer.family_layout.parts
-        if len(part.shape) > 1
-    ]
-    for layer_name, part_name, (rows, cols) in matrices:
-        wanted = _not_met(codec, rows, cols)
-        if wanted:
-            shapes = [shape for _, _, shape in matrices]
-            others = [
-                other.name
-                for other in CODECS.values()
-                if other.name != STORED and not any(_not_met(other, *shape) for shape in shapes)
-            ]
-            instead = f"--quant {' or '.join(others)} can" if others else "No codec here can: pack without --quant"
-            raise StoreError(
-                f"{codec.name} cannot take {layer_name}.{part_name}, which has {rows} rows and {cols} columns: "
-                f"{wanted}. {instead}."
-            )
+    for layer in table.layers:
+        for name, columns in _matrices(layer):
+            kind = _misfit(codec, name, columns)
+            if kind:
+                raise StoreError(
+                    f"{codec.name} cannot take {layer.name}.{name}: its rows have {columns} weights, which are no "
+                    f"whole blocks of {EXPERT_BLOCKS[kind][0]}. {_instead(table, kind)}"
+                )
 
 
-def _not_met(codec: Codec, rows: int, cols: int) -> str:
-    """What a matrix [rows, cols] lacks for the codec's kernels; "" where it fits."""
-    if codec.bits == 8:
-        return f"columns must be whole blocks of {_INT8_COLUMNS}" if cols % _INT8_COLUMNS else ""
-    if codec.bits == 4 and (cols % codec.group or rows % _INT4_ROWS):
-        return f"columns must be whole groups of {codec.group}, and rows whole blocks of {_INT4_ROWS}"
-    return ""
+def _misfit(codec: Codec, name: str, columns: int) -> str:
+    """The codec's type of which these columns are no whole blocks; "" where they fit."""
+    kinds = codec.kinds if name == _DOWN else (codec.kind,)
+    return next((kind for kind in kinds if kind and columns % EXPERT_BLOCKS[kind][0]), "")
+
+
+def codecs_that_fit(table: ExpertTable) -> list[str]:
+    """Names of the codecs that can take every matrix of `table`."""
+    matrices = {one for layer in table.layers for one in _matrices(layer)}
+    return [name for name in QUANTS if not any(_misfit(CODECS[name], *one) for one in matrices)]
+
+
+def _instead(table: ExpertTable, kind: str) -> str:
+    others = codecs_that_fit(table)
+    if not others:
+        return "No type here can: pack without --quant."
+    named = _SMALLER.get(kind, "")
+    advice = f" (llama.cpp takes {named} in its place)" if named in others else ""
+    return f"--quant {', '.join(others[:-1])} or {others[-1]} can{advice}."

@@ -8,8 +8,10 @@ bytes of a row; `kinds` names the quantisation.
 import re
 import struct
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +21,16 @@ from foreroute.errors import CheckpointError, CorruptCheckpointError, Unsupporte
 from foreroute.reading import check_no_pointer
 
 SUFFIX = ".gguf"
-# Quantisations of experts: (weights, bytes) of a block. kernels/torch/gguf_blocks.py dequantises them.
+# Quantisations of experts, facts of the format: (weights, bytes) of a block. kernels/torch/gguf_blocks.py dequantises.
 EXPERT_BLOCKS: Mapping[str, tuple[int, int]] = {
-    "F32": (1, 4), "F16": (1, 2), "BF16": (1, 2), "Q8_0": (32, 34), "MXFP4": (32, 17), "Q4_0": (32, 18),
-    "Q4_K": (256, 144), "Q5_K": (256, 176), "Q6_K": (256, 210),
+    "F32": (1, 4), "F16": (1, 2), "BF16": (1, 2), "Q4_0": (32, 18), "Q4_1": (32, 20), "Q5_0": (32, 22),
+    "Q5_1": (32, 24), "Q8_0": (32, 34), "Q2_K": (256, 84), "Q3_K": (256, 110), "Q4_K": (256, 144), "Q5_K": (256, 176),
+    "Q6_K": (256, 210), "IQ1_S": (256, 50), "IQ1_M": (256, 56), "IQ2_XXS": (256, 66), "IQ2_XS": (256, 74),
+    "IQ2_S": (256, 82), "IQ3_XXS": (256, 98), "IQ3_S": (256, 110), "IQ4_NL": (32, 18), "IQ4_XS": (256, 136),
+    "TQ1_0": (256, 54), "TQ2_0": (256, 66), "MXFP4": (32, 17), "NVFP4": (64, 36),
 }  # fmt: skip
 ARCHITECTURES = ("qwen3moe", "gpt-oss")
+_NEWER_TYPE = re.compile(r"(\d+)\)? is not a valid GGMLQuantizationType")
 _SPLIT_NAME = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
 
 
@@ -65,9 +71,7 @@ def gguf_package() -> Any:
     try:
         import gguf
     except ImportError:
-        raise CheckpointError(
-            "GGUF files need the gguf package, which is not installed: pip install 'foreroute[gguf]'."
-        ) from None
+        raise CheckpointError("GGUF files need the gguf package, which is not installed: pip install gguf.") from None
     return gguf
 
 
@@ -83,7 +87,8 @@ def read_gguf(path: Path) -> GgufIndex:
     if _SPLIT_NAME.search(path.name):
         raise _split(path)
     check_no_pointer(path)
-    with SourceFile(path) as file, named(f"{path} is not a complete GGUF file", advice="Download it again."):
+    wrong = named(f"{path} is not a complete GGUF file", advice="Download it again.")
+    with SourceFile(path) as file, wrong, _naming_newer_types(path):
         reader = _reader(gguf, path)
         file.check()
         settings = {
@@ -121,6 +126,21 @@ def read_gguf(path: Path) -> GgufIndex:
         tensors[name] = TensorEntry(name, str(path), offset, nbytes, "U8", stored)
     _check_kinds(path, gguf, kinds)
     return GgufIndex(path, tensors, settings, kinds, shapes, files={str(path): file.stamp})
+
+
+@contextmanager
+def _naming_newer_types(path: Path) -> Iterator[None]:
+    """While inside, the package's error about a type that it does not know says so."""
+    try:
+        yield
+    except ValueError as error:
+        newer = _NEWER_TYPE.search(str(error))
+        if newer is None:
+            raise
+        raise UnsupportedModelError(
+            f"{path}: a tensor is stored as type {newer[1]}, which the gguf package {version('gguf')} does not know. "
+            "Take a file in a type of docs/formats.md, or a newer package, if it knows more: pip install -U gguf."
+        ) from error
 
 
 def _reader(gguf: Any, path: Path) -> Any:

@@ -10,7 +10,7 @@ from functools import cached_property
 
 from foreroute.checkpoint.assembly import Assembled, Operation, Piece, assemble, check_known, whole
 from foreroute.checkpoint.index import ITEMSIZE, CheckpointIndex, TensorEntry, merged
-from foreroute.checkpoint.stored_parts import StoredPart
+from foreroute.checkpoint.stored_parts import FamilyForm, StoredPart
 from foreroute.errors import CorruptCheckpointError, UnsupportedModelError
 from foreroute.types import Copy, ExpertId, ExpertKeys, ExpertReads, Read, choose_slot_lengths, round_up
 
@@ -18,6 +18,7 @@ from foreroute.types import Copy, ExpertId, ExpertKeys, ExpertReads, Read, choos
 PART_ALIGNMENT = 64
 # Two ranges this near in a file are read together: one request costs more than the bytes between them.
 _COALESCE_GAP_BYTES = 4096
+_PLAIN_FORM = FamilyForm()
 _FLOAT_DTYPES = ("F32", "F16", "BF16")
 
 
@@ -73,12 +74,26 @@ class PartSource:
     dtypes: tuple[str, ...] = _FLOAT_DTYPES
 
 
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """How a source's items, contiguous in the file, are spread in a slot: as in `Copy`; rows times cols are all."""
+
+    source: PartSource
+    dst_offset: int
+    rows: int
+    cols: int
+    itemsize: int
+    dst_row_stride: int
+    dst_col_stride: int
+
+
 @dataclass(frozen=True)
 class LayerExperts:
     """All experts of one MoE layer: their number, layout and sources.
 
     parts: the family's tensors, made from those of the layout; empty where the layout holds them directly.
-    stored_as: the format's name, if there are such parts.
+    spreads: where the bytes of each source go; empty where each of them is the layout's part at its own position.
+    stored_as: the format's name, if there are such parts. form: how the family keeps its matrices.
     """
 
     name: str
@@ -87,6 +102,8 @@ class LayerExperts:
     sources: tuple[PartSource, ...]
     parts: tuple[StoredPart, ...] = ()
     stored_as: str = ""
+    spreads: tuple[Spread, ...] = ()
+    form: FamilyForm = _PLAIN_FORM
 
     @property
     def family_layout(self) -> ExpertLayout:
@@ -284,7 +301,19 @@ class ExpertTable:
 def expert_reads(layer: LayerExperts, expert: int, index: CheckpointIndex) -> ExpertReads:
     """The reads for one `expert` of `layer` in `index`'s files: adjacent ranges joined, in file order."""
     moves: list[tuple[str, int, int, Copy]] = []
-    for source, part in zip(layer.sources, layer.layout.parts, strict=True):
+    for spread in layer.spreads:
+        (piece,) = _assembled(spread.source, expert, index).pieces
+        copy = Copy(
+            0,
+            spread.dst_offset,
+            spread.rows,
+            spread.cols,
+            spread.itemsize,
+            spread.dst_row_stride,
+            spread.dst_col_stride,
+        )
+        moves.append((piece.entry.path, piece.src_offset, copy.nbytes, copy))
+    for source, part in zip(layer.sources, layer.layout.parts, strict=True) if not layer.spreads else ():
         strides = _row_major_strides(part)
         for piece in _assembled(source, expert, index).pieces:
             for src_offset, copy in _copies(piece, part, strides):

@@ -2,9 +2,19 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
-from foreroute.checkpoint.index import CheckpointIndex
-from foreroute.checkpoint.layouts import LayerExperts, PartSource, layer_experts
+from foreroute.checkpoint.index import ITEMSIZE, CheckpointIndex
+from foreroute.checkpoint.layouts import (
+    PART_ALIGNMENT,
+    ExpertLayout,
+    ExpertTable,
+    LayerExperts,
+    Part,
+    PartSource,
+    Spread,
+    layer_experts,
+)
 from foreroute.checkpoint.quantised_formats import (
     AWQ_INT4,
     FP8,
@@ -15,8 +25,16 @@ from foreroute.checkpoint.quantised_formats import (
     PACKED_INT4,
     QuantisedFormat,
 )
-from foreroute.checkpoint.stored_parts import Coding, StoredMatrix, StoredPart
+from foreroute.checkpoint.stored_parts import (
+    GGUF_PREFIX,
+    MXFP4_BLOCK_BYTES,
+    MXFP4_IN_BLOCKS,
+    Coding,
+    StoredMatrix,
+    StoredPart,
+)
 from foreroute.errors import CorruptCheckpointError, UnsupportedModelError
+from foreroute.types import round_up
 
 _FLOATS = ("F32", "F16", "BF16")
 # Per coding, the dtypes that each component may have.
@@ -223,3 +241,79 @@ def check_dtypes(coding: Coding, names: Sequence[str], index: CheckpointIndex) -
                 f"{name} is stored as {index.tensors[name].dtype}; in {coding.kind} foreroute reads it in "
                 f"{', '.join(dtypes)}."
             )
+
+
+def in_blocks(table: ExpertTable) -> ExpertTable:
+    """The experts of `table` with those in Hugging Face's MXFP4 laid out in blocks that ggml's kernels multiply.
+
+    A file has an expert's four-bit floats in one tensor and their exponents in another; ggml has an exponent and the 32
+    floats that share it side by side, 17 bytes. Only where bytes lie in a slot, or a packed record, changes: they are
+    spread while they are copied there. The order within the 16 bytes stays: kernels/ggml reorders activations in its
+    place. Biases of gate and up, which alternate in the file, are taken apart.
+
+    Returns:
+        `table` itself where no expert is in MXFP4.
+    """
+    layers = tuple(_layer_in_blocks(layer) for layer in table.layers)
+    return table if layers == table.layers else replace(table, layers=layers, _reads={})
+
+
+def _layer_in_blocks(layer: LayerExperts) -> LayerExperts:
+    plain = [layer.sources[part.at] for part in layer.parts if not part.matrices]
+    is_mxfp4 = any(matrix.coding.kind == MXFP4 for part in layer.parts for matrix in part.matrices)
+    if not is_mxfp4 or any(source.operations for source in plain):
+        return layer
+    made = _Made()
+    for part in layer.parts:
+        if part.matrices:
+            _add_blocks(made, layer, part)
+        else:
+            _add_bias(made, layer, part)
+    layout = ExpertLayout(tuple(made.stored))
+    return replace(layer, layout=layout, parts=tuple(made.parts), spreads=tuple(made.spreads))
+
+
+class _Made:
+    """What has been laid out so far: parts of the slot, the family's tensors, and where bytes go."""
+
+    def __init__(self) -> None:
+        self.stored: list[Part] = []
+        self.parts: list[StoredPart] = []
+        self.spreads: list[Spread] = []
+
+    def add(self, name: str, shape: tuple[int, ...]) -> int:
+        """Lay out the next stored part, of bytes; return where it begins."""
+        offset = round_up(self.stored[-1].offset + self.stored[-1].nbytes, PART_ALIGNMENT) if self.stored else 0
+        self.stored.append(Part(name, offset, math.prod(shape), shape, "U8"))
+        return offset
+
+
+def _add_blocks(made: _Made, layer: LayerExperts, part: StoredPart) -> None:
+    matrices = []
+    for matrix in part.matrices:
+        assert matrix.coding.kind == MXFP4, "a checkpoint has one format"
+        blocks, exponents = (layer.sources[at] for at in matrix.at)
+        per_row = matrix.cols // _MXFP4_GROUP
+        num_blocks, data_bytes = matrix.rows * per_row, MXFP4_BLOCK_BYTES - 1
+        matrices.append(replace(matrix, coding=Coding(MXFP4_IN_BLOCKS), at=(len(made.stored),)))
+        start = made.add(blocks.part, (matrix.rows, per_row * MXFP4_BLOCK_BYTES))
+        for source, offset, nbytes in ((blocks, 1, data_bytes), (exponents, 0, 1)):
+            made.spreads.append(Spread(source, start + offset, 1, num_blocks, nbytes, 0, MXFP4_BLOCK_BYTES))
+    made.parts.append(replace(part, matrices=tuple(matrices)))
+
+
+def _add_bias(made: _Made, layer: LayerExperts, part: StoredPart) -> None:
+    """Lay out a bias: alternating numbers of gate and up one after the other, any other as it is, all in order."""
+    source, dtype = layer.sources[part.at], layer.layout.parts[part.at].dtype
+    itemsize, count = ITEMSIZE[dtype], math.prod(part.shape)
+    num_matrices = 2 if part.name.startswith("gate_up_proj") else 1
+    rows = count // num_matrices
+    starts = []
+    matrices = []
+    for which in range(num_matrices):
+        at = len(made.stored)
+        starts.append(made.add(f"{part.name}.{which}", (rows, itemsize)))
+        matrices.append(StoredMatrix(Coding(GGUF_PREFIX + dtype), (at,), rows, 1))
+    step = starts[-1] - starts[0] or itemsize
+    made.spreads.append(Spread(source, starts[0], rows, num_matrices, itemsize, itemsize, step))
+    made.parts.append(replace(part, at=-1, matrices=tuple(matrices), is_interleaved=num_matrices > 1))

@@ -20,8 +20,9 @@ from typing import Any
 
 import xxhash
 
-from foreroute.checkpoint.codecs import CODECS, STORED, described_table
+from foreroute.checkpoint.codecs import CODECS, EARLIER, STORED, describe, encoded_table
 from foreroute.checkpoint.layouts import ExpertTable
+from foreroute.checkpoint.quantised_layout import in_blocks
 from foreroute.checkpoint.source_files import FileStamp
 from foreroute.errors import StoreError
 from foreroute.reading import parse_object, refuse_pointer
@@ -34,30 +35,19 @@ _PARTIAL_SUFFIX = ".partial"
 _MAGIC = b"FOREROUT"
 _PREAMBLE = struct.Struct("<8sQQ")
 _VERSION = 1
-# A codec of earlier versions: int8 for the most used experts, int4 for the others.
-_MIXED = "mixed"
 _PACK_AGAIN = "Remove it and run `foreroute pack` again."
-_QUANTISE_AGAIN = "Pack again, with `foreroute pack --quant int4` (or int8), and load with --packed int4."
 _MOST_HEADER_BYTES = 64 * 2**20
 # The checksum table is written in steps, after the records that it covers were synced.
 _SYNC_EVERY_BYTES = 256 * 2**20
 
 
-def _header(table: ExpertTable, codec: str, order: str) -> bytes:
+def _header(table: ExpertTable, codec: str) -> bytes:
     described = {
         "version": _VERSION,
         "codec": codec,
-        **({"order": order} if order else {}),
         "fingerprint": table.index.fingerprint(),
         "record_stride": table.slot_bytes,
-        "layers": [
-            {
-                "name": layer.name,
-                "num_experts": layer.num_experts,
-                "parts": [dataclasses.asdict(part) for part in layer.layout.parts],
-            }
-            for layer in table.layers
-        ],
+        "layers": [describe(layer) for layer in table.layers],
     }
     return json.dumps(described, sort_keys=True).encode()
 
@@ -87,7 +77,6 @@ class PackedStore:
         path: the store's file. table: the model's experts as the checkpoint stores them; the store must match it.
     Attributes:
         codec: a name of codecs.py. table: the experts as the store holds them.
-        order: identifies the order of numbers that this machine's kernels need; "" where it does not matter.
         files: the file's stamp from when its header was read, by its path.
     Raises:
         StoreError: not a store, a damaged header, of another model or version, or incomplete.
@@ -120,14 +109,13 @@ class PackedStore:
     def _take_header(self, stored: bytes, table: ExpertTable) -> None:
         described = _described(self.path, stored)
         self.codec: str = described["codec"]
-        self.order: str = described["order"]
         _check_codec(self.path, self.codec)
-        if self.codec != STORED:
-            known = described_table(described, table)
-            if known is None:  # a layout that no codec here makes: the headers differ in the codec at least
-                _check_same_model(self.path, stored, _header(table, STORED, ""))
-            table = known or table
-        header = _header(table, self.codec, self.order)
+        if self.codec == STORED:  # `pack` lays MXFP4 out in blocks; earlier versions did not
+            others = (one for one in (in_blocks(table),) if _header(one, STORED) == stored)
+            table = next(others, table)
+        else:
+            table = encoded_table(table, CODECS[self.codec])
+        header = _header(table, self.codec)
         _check_same_model(self.path, stored, header)
         self.table = table
         self._layers = table.layers
@@ -156,7 +144,7 @@ class PackedStore:
 def open_store(folder: Path, asked: str, table: ExpertTable) -> PackedStore | None:
     """Open the packed store: beside the checkpoint in `folder` ("auto"), none ("no"), or at the path `asked`.
 
-    A quantised store changes the output, so that it is used only if `asked` is its codec ("int4") or its path.
+    A quantised store changes the output, so that it is used only if `asked` is its codec ("q4_k") or its path.
 
     Raises:
         StoreError: a named store is absent, or it cannot be used with `table`. It is never ignored silently: "no" reads
@@ -164,18 +152,28 @@ def open_store(folder: Path, asked: str, table: ExpertTable) -> PackedStore | No
     """
     if asked == "no":
         return None
-    path = folder / store_name(asked) if asked in CODECS else folder / STORE_NAME if asked == "auto" else Path(asked)
-    if path.is_dir():
-        path = path / STORE_NAME
-    if asked == _MIXED and not path.exists():
-        raise StoreError(f"--packed {_MIXED}: stores of mixed bits are not read any more. {_QUANTISE_AGAIN}")
+    path = _path_of(folder, asked)
     if not path.is_file():
         if asked == "auto":
             return None
-        how = f"--quant {asked}" if asked in CODECS else f"--out {asked}"
+        quant = EARLIER.get(asked, (asked,))[0]
+        how = f"--quant {quant}" if quant in CODECS else f"--out {asked}"
         begun = " That continues the one that was begun." if partial_path(path).is_file() else ""
         raise StoreError(f"{path} does not exist. Make it with `foreroute pack {folder} {how}`.{begun}")
     return PackedStore(path, table)
+
+
+def _path_of(folder: Path, asked: str) -> Path:
+    """The file that `asked` means: a codec's beside the checkpoint, or the one at a path."""
+    if asked in EARLIER:
+        # By the names of earlier versions: what `pack` makes of them now, before a store that is not read any more.
+        found = [folder / store_name(name) for name in EARLIER[asked]]
+        old = folder / store_name(asked)
+        return next((path for path in (*found, old) if path.is_file()), found[0])
+    if asked in CODECS:
+        return folder / store_name(asked)
+    path = folder / STORE_NAME if asked == "auto" else Path(asked)
+    return path / STORE_NAME if path.is_dir() else path
 
 
 def store_name(codec: str) -> str:
@@ -214,7 +212,7 @@ class StoreWriter:
 
     Args:
         path: the final name. table: the experts to store, in their order.
-        codec, order: see PackedStore. resume: False starts anew. claim: of `claim_store`, if the caller has one; given
+        codec: see PackedStore. resume: False starts anew. claim: of `claim_store`, if the caller has one; given
             up at the end.
     Raises:
         StoreError: the disk has no room (checked and reserved first), it cannot be written, or another process is
@@ -227,13 +225,12 @@ class StoreWriter:
         table: ExpertTable,
         *,
         codec: str = STORED,
-        order: str = "",
         resume: bool = True,
         claim: Claim | None = None,
     ) -> None:
         self.path = path
         self.partial_path = partial_path(path)
-        self._header = _header(table, codec, order)
+        self._header = _header(table, codec)
         self._num_records = table.total_slots
         self._sources_changed_ns = max((stamp.mtime_ns for stamp in table.index.files.values()), default=0)
         self._geometry = _Geometry.of(len(self._header), table)
@@ -349,12 +346,10 @@ def _read_header(path: Path, preamble: bytes, read: Callable[[int], bytes]) -> b
 
 
 def _described(path: Path, stored: bytes) -> dict[str, Any]:
-    """Parse a header; its codec and order exist and have their types."""
-    described = parse_object(stored, f"{path} has a damaged header", StoreError, _PACK_AGAIN)
-    described = {"codec": STORED, "order": "", **described}
-    for name in ("codec", "order"):
-        if not isinstance(described[name], str):
-            raise StoreError(f"{path} has a damaged header ({name} is {described[name]!r:.40}). {_PACK_AGAIN}")
+    """Parse a header; its codec exists and has its type."""
+    described = {"codec": STORED, **parse_object(stored, f"{path} has a damaged header", StoreError, _PACK_AGAIN)}
+    if not isinstance(described["codec"], str):
+        raise StoreError(f"{path} has a damaged header (codec is {described['codec']!r:.40}). {_PACK_AGAIN}")
     return described
 
 
@@ -362,8 +357,16 @@ def _check_codec(path: Path, codec: str) -> None:
     """Raises StoreError for experts in an unsupported codec, such as one of an earlier version."""
     if codec not in CODECS:
         raise StoreError(
-            f"{path} holds experts in the codec {codec:.40}, which this version does not read. {_QUANTISE_AGAIN}"
+            f"{path} holds experts in the codec {codec:.40}, which this version does not read. {_quantise_again(codec)}"
         )
+
+
+def _quantise_again(codec: str) -> str:
+    """What to do about a store in a codec of an earlier version, or an unknown one."""
+    names = EARLIER.get(codec, ("q8_0", "q4_k", "q4_0"))
+    return f"Pack again with `foreroute pack --quant {names[0]}`" + (
+        f" (or {' or '.join(names[1:])})." if names[1:] else "."
+    )
 
 
 def _check_same_model(path: Path, stored: bytes, expected: bytes) -> None:

@@ -5,9 +5,26 @@ A slot holds what the checkpoint stores (blocks, scales, zero points), dequantis
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 # Prefix of the codings of GGUF's blocks, before the quantisation's name.
 GGUF_PREFIX = "gguf:"
+# Hugging Face's MXFP4 in blocks as large as ggml's: an exponent, then 32 four-bit floats, two neighbours to a byte.
+MXFP4_IN_BLOCKS = "mxfp4-in-blocks"
+MXFP4_BLOCK_BYTES = 17
+
+
+# How gate and up share a matrix of the family: one above the other, or row by row in turn; "" is one matrix, or an
+# order that is not known, which then stays one matrix.
+Gates = Literal["", "halves", "alternating"]
+
+
+@dataclass(frozen=True, slots=True)
+class FamilyForm:
+    """How a family keeps an expert's matrices. is_transposed: as [in, out]. gates: how gate and up are joined."""
+
+    is_transposed: bool = False
+    gates: Gates = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from foreroute.checkpoint.codecs import EARLIER, codecs_that_fit
 from foreroute.cli import figures, options
 from foreroute.errors import EvaluationError, StoreError
 
@@ -13,6 +14,9 @@ if TYPE_CHECKING:
     from foreroute.evals.quantised import Reading
     from foreroute.evals.text import TextWindows
     from foreroute.model.build.skeleton import Outline
+
+# Names of --quant in earlier versions that are still understood.
+RENAMED = tuple(name for name in EARLIER if name != "mixed")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -36,6 +40,30 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--threads", type=options.at_least(1), metavar="N", help="torch threads (default: one per usable core)"
     )
+
+
+def choose_codec(args: argparse.Namespace, sketch: "Outline") -> None:
+    """Set `args.quant`, where it is an earlier version's name, to the codec that this model's rows can take; say so.
+
+    Says also when the checkpoint is quantised already.
+    """
+    if args.quant is None:
+        return
+    notes = []
+    if args.quant in RENAMED:
+        fitting = codecs_that_fit(sketch.table)
+        names = EARLIER[args.quant]
+        chosen = next((name for name in names if name in fitting), names[0])
+        why = "" if chosen == names[0] else f" ({names[0]} needs rows of whole blocks of 256 weights)"
+        notes.append(f"--quant {args.quant} is {chosen} now{why}, in GGUF's blocks.")
+        args.quant = chosen
+    if sketch.table.stored_as:
+        notes.append(
+            f"This checkpoint's experts are quantised already ({sketch.table.stored_as}), and --quant {args.quant} "
+            "quantises them a second time. `foreroute pack` alone keeps them as they are."
+        )
+    for note in notes if not args.json else ():
+        figures.stderr_console().print(note)
 
 
 def refuse_misfits(args: argparse.Namespace) -> None:

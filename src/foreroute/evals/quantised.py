@@ -38,7 +38,7 @@ class Reading:
 
 
 def read(folder: Path, packed: str, windows: list[TextWindows], memory: str | None, progress: Progress) -> Reading:
-    """Load the model of `folder` in bfloat16, the dtype of quantised experts, and score the windows with it.
+    """Load the model of `folder`, and score the windows with it.
 
     Args:
         packed: as EngineConfig has it. memory: budget for experts; chosen when None.
@@ -47,7 +47,7 @@ def read(folder: Path, packed: str, windows: list[TextWindows], memory: str | No
         ForerouteError: the model or the store cannot be loaded.
     """
     config = EngineConfig(packed=packed, prefetch="none", predictor="no", learn=False)
-    model = load(folder, memory, dtype="bfloat16", config=config)
+    model = load(folder, memory, config=config)
     try:
         by_source = bits_per_char(model, windows, progress)
     finally:

@@ -2,7 +2,7 @@
 
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 
 from foreroute.checkpoint.codecs import STORED
 from foreroute.checkpoint.gguf_file import GgufIndex
-from foreroute.checkpoint.index import CheckpointIndex
+from foreroute.checkpoint.quantised_layout import in_blocks
+from foreroute.checkpoint.stored_parts import GGUF_PREFIX, MXFP4_IN_BLOCKS
 from foreroute.config import EngineConfig
 from foreroute.errors import UnsupportedModelError
 from foreroute.kernels.ggml.graph import Runner, shared_runner
@@ -19,9 +20,20 @@ from foreroute.kernels.ggml.layer import GgmlLayer
 from foreroute.kernels.ggml.library import GgmlError, open_library
 from foreroute.kernels.ggml.linear import BlockProducts
 from foreroute.kernels.ggml.router import keep_router_alike
+from foreroute.kernels.ggml.types import BlockType
 from foreroute.loading.checkpoint import Checkpoint
 from foreroute.model.blocks import MoeLayer
-from foreroute.model.build.dense_blocks import DenseBlocks, dense_block_nbytes
+from foreroute.model.build.dense_blocks import (
+    DenseBlocks,
+    GgufMatrices,
+    HalfMatrices,
+    MatrixSource,
+    QuantisedMatrices,
+    check_rows,
+    dense_block_nbytes,
+    quantised_nbytes,
+)
+from foreroute.model.build.skeleton import Outline
 from foreroute.model.decode_attention import group_heads
 from foreroute.model.norms import fuse_norms
 
@@ -32,21 +44,47 @@ DECODE_THREADS = 1
 
 @dataclass(frozen=True)
 class BlockKernels:
-    """ggml's kernels, opened and tested for the types of one checkpoint."""
+    """ggml's kernels, opened and tested for the types of one checkpoint.
+
+    has_expert_blocks: experts are stored in blocks. dense: the type that dense weights of safetensors are to have; None
+    as they are stored.
+    """
 
     runner: Runner
     products: BlockProducts
+    has_expert_blocks: bool
+    dense: BlockType | None = None
 
-    def dense_nbytes(self, index: CheckpointIndex) -> int:
-        """Bytes of the dense weights of `index` in memory."""
-        assert isinstance(index, GgufIndex)
-        return dense_block_nbytes(index, self.products)
+    def dense_nbytes(self, sketch: Outline) -> int:
+        """Bytes of the dense weights of the model in memory."""
+        index = sketch.table.index
+        if isinstance(index, GgufIndex):
+            return dense_block_nbytes(index, self.products)
+        kind = self.dense or (self.runner.library.types["BF16"] if self.has_expert_blocks else None)
+        if kind is None:
+            return sketch.dense_nbytes
+        return quantised_nbytes(sketch.linear, kind, index, sketch.dense_nbytes)
 
-    def dense_blocks(self, index: CheckpointIndex, dtype: torch.dtype | str) -> tuple[torch.dtype, DenseBlocks]:
-        """The compute dtype, f32 unless another one was asked for, and the dense weights of `index` in blocks."""
-        assert isinstance(index, GgufIndex)
-        compute = dtype if isinstance(dtype, torch.dtype) else torch.float32
-        return compute, DenseBlocks(index, self.products, compute)
+    def dense_blocks(self, sketch: Outline, dtype: torch.dtype | str) -> tuple[torch.dtype | str, DenseBlocks | None]:
+        """The compute dtype, and the dense weights that are blocks.
+
+        Where experts are in blocks too it is f32 unless another one was asked for: ggml's products begin and end there.
+        """
+        index = sketch.table.index
+        source: MatrixSource
+        if isinstance(index, GgufIndex):
+            source = GgufMatrices(index, self.products)
+        elif self.dense is not None:
+            source = QuantisedMatrices(sketch.linear, self.dense, self.products, self.runner.num_threads)
+        elif self.has_expert_blocks:
+            # torch has one thread while a token is decoded.
+            source = HalfMatrices(sketch.linear, index, self.products)
+        else:
+            return dtype, None
+        # Experts in floats are computed as they are stored: another dtype would convert them at every use.
+        usual = torch.float32 if self.has_expert_blocks else sketch.config.dtype
+        compute = next(one for one in (dtype, usual, torch.float32) if isinstance(one, torch.dtype))
+        return compute, DenseBlocks(source, self.products, compute)
 
     def quicken(self, model: PreTrainedModel) -> None:
         """Take less time for what is beside the products while a token is decoded: norms and attention."""
@@ -76,26 +114,89 @@ class BlockKernels:
 def open_block_kernels(
     asked: EngineConfig, checkpoint: Checkpoint, target: torch.device
 ) -> tuple[BlockKernels | None, str]:
-    """Open ggml for a checkpoint whose weights are stored in blocks: the kernels, or None and the reason.
+    """Open ggml for a checkpoint whose weights are or can be laid out in blocks: the kernels, or None and the reason.
+
+    The reason is empty where nobody need be told: torch was asked for, or there are no blocks.
 
     Raises:
-        GgmlError, UnsupportedModelError: --math ggml was asked for and cannot be had.
+        GgmlError, UnsupportedModelError: --math ggml or --dense was asked for and cannot be had.
     """
-    reason = _why_not(asked, checkpoint, target)
-    if not reason:
-        assert isinstance(checkpoint.index, GgufIndex)
-        try:
-            library = open_library()
-            check_types(library, sorted(set(checkpoint.index.kinds.values())))
-            runner = shared_runner(torch.get_num_threads())
-            return BlockKernels(runner, BlockProducts(runner)), ""
-        except GgmlError as error:
-            if asked.math == "ggml":
-                raise
-            return None, str(error)
-    if asked.math == "ggml":
+    dense = "" if asked.dense == "stored" else asked.dense.upper()
+    if asked.math == "torch" and not dense:
+        return None, ""
+    must = bool(dense) or asked.math == "ggml"
+    where, kinds = _why_not_here(asked, target), _kinds(checkpoint)
+    reason = where or ("" if dense else _why_no_blocks(checkpoint, kinds))
+    if reason and must:
+        raise UnsupportedModelError(f"{_asked_for(asked)}: {reason}.")
+    if reason:
+        return None, reason if _is_packed_apart(checkpoint) and not where else ""
+    try:
+        return _opened(checkpoint, kinds, dense), ""
+    except GgmlError as error:
+        if must:
+            raise
+        return None, str(error).rstrip(".")
+
+
+def _opened(checkpoint: Checkpoint, kinds: set[str], dense: str) -> BlockKernels:
+    """ggml's kernels, tested for these `kinds`. Raises: see `open_block_kernels`."""
+    library = open_library()
+    halves = {"BF16", "F16"} if kinds else set()  # of dense weights
+    check_types(library, sorted(kinds | halves | ({dense} if dense else set())))
+    runner = shared_runner(torch.get_num_threads())
+    return _with_dense(BlockKernels(runner, BlockProducts(runner), bool(kinds)), dense, checkpoint.outline)
+
+
+def _asked_for(asked: EngineConfig) -> str:
+    return "--math ggml" if asked.math == "ggml" else f"--dense {asked.dense}, which ggml's kernels compute"
+
+
+def _with_dense(kernels: BlockKernels, dense: str, sketch: Outline) -> BlockKernels:
+    """The kernels for dense weights in the type `dense`, if there is one. Raises: see `open_block_kernels`."""
+    if not dense:
+        return kernels
+    if isinstance(sketch.table.index, GgufIndex):
+        raise UnsupportedModelError(
+            f"--dense {dense.lower()}: the dense weights of a GGUF file stay in its own blocks. Leave it out."
+        )
+    kind = kernels.runner.library.types.get(dense)
+    if kind is None:
+        raise GgmlError(f"ggml {kernels.runner.library.version} has no {dense}. Take another --dense.")
+    check_rows(sketch.linear, kind, kernels.products)
+    return replace(kernels, dense=kind)
+
+
+def note_of(asked: EngineConfig, reason: str) -> str:
+    """The line for users where torch computes what ggml's kernels might; "" without a reason.
+
+    Raises:
+        UnsupportedModelError: --math ggml was asked for.
+    """
+    if reason and asked.math == "ggml":
         raise UnsupportedModelError(f"--math ggml: {reason}.")
-    return None, ""
+    if not reason:
+        return ""
+    return f"Weights in blocks are dequantised by torch at each use, much slower than ggml's kernels: {reason}."
+
+
+def _why_not_here(asked: EngineConfig, target: torch.device) -> str:
+    if asked.math == "torch":
+        return "torch was asked for"
+    return "ggml's kernels here run on the CPU" if target.type != "cpu" or asked.control == "device" else ""
+
+
+def _why_no_blocks(checkpoint: Checkpoint, kinds: set[str]) -> str:
+    if _is_packed_apart(checkpoint):
+        return (
+            "the packed store has MXFP4's blocks and exponents apart, as earlier versions packed them; "
+            "`foreroute pack --force` packs it for them"
+        )
+    if checkpoint.store is not None and checkpoint.store.codec != STORED and not checkpoint.kept.layers[0].parts:
+        return f"a packed store of {checkpoint.store.codec} experts is computed by torch"
+    if not kinds:
+        return "the weights are not stored in blocks, as those of a GGUF file or of `foreroute pack --quant` are"
+    return ""
 
 
 def dense_nbytes_at_load(asked: EngineConfig, checkpoint: Checkpoint, target: torch.device) -> int:
@@ -105,16 +206,18 @@ def dense_nbytes_at_load(asked: EngineConfig, checkpoint: Checkpoint, target: to
         GgmlError, UnsupportedModelError: as `open_block_kernels`.
     """
     kernels, _ = open_block_kernels(asked, checkpoint, target)
-    return checkpoint.outline.dense_nbytes if kernels is None else kernels.dense_nbytes(checkpoint.index)
+    return checkpoint.outline.dense_nbytes if kernels is None else kernels.dense_nbytes(checkpoint.outline)
 
 
-def _why_not(asked: EngineConfig, checkpoint: Checkpoint, target: torch.device) -> str:
-    if asked.math == "torch":
-        return "torch was asked for"
-    if target.type != "cpu" or asked.control == "device":
-        return "ggml's kernels here run on the CPU"
-    if not isinstance(checkpoint.index, GgufIndex):
-        return "the weights are not stored in blocks, as those of a GGUF file are"
-    if checkpoint.store is not None and checkpoint.store.codec != STORED:
-        return f"a packed store of {checkpoint.store.codec} experts is computed by torch"
-    return ""
+def _is_packed_apart(checkpoint: Checkpoint) -> bool:
+    kept = checkpoint.kept
+    return checkpoint.store is not None and in_blocks(kept) is not kept
+
+
+def _kinds(checkpoint: Checkpoint) -> set[str]:
+    """The types of blocks in which weights are stored: of experts as they will be read, and of a GGUF's dense part."""
+    kept = checkpoint.in_blocks().kept
+    codings = {matrix.coding.kind for layer in kept.layers for part in layer.parts for matrix in part.matrices}
+    kinds = {kind.removeprefix(GGUF_PREFIX) for kind in codings if kind.startswith(GGUF_PREFIX)}
+    dense = checkpoint.index.kinds.values() if isinstance(checkpoint.index, GgufIndex) else ()
+    return kinds | {*dense} | ({"MXFP4"} if MXFP4_IN_BLOCKS in codings else set())

@@ -11,6 +11,7 @@ from foreroute.checkpoint.hub import HubAccess
 from foreroute.checkpoint.index import CheckpointIndex
 from foreroute.checkpoint.layouts import ExpertTable
 from foreroute.checkpoint.locate import locate, read_index
+from foreroute.checkpoint.quantised_layout import in_blocks
 from foreroute.checkpoint.records import PackedStore, open_store
 from foreroute.kernels.ggml.library import Library
 from foreroute.loading.expert_math import forms_of_layers, math_of_layers
@@ -23,20 +24,25 @@ from foreroute.model.expert_set import ExpertSet
 class Checkpoint:
     """folder: of the checkpoint, or its GGUF file. outline: of the model. store: its packed store, or None.
 
-    has_one_slot_length: see `ExpertTable`; of `kept`.
+    table: the experts as the checkpoint's files are read. has_one_slot_length: see `ExpertTable`; of `kept`.
     """
 
     folder: Path
     index: CheckpointIndex
     outline: Outline
     store: PackedStore | None
+    table: ExpertTable
     has_one_slot_length: bool = False
 
     @property
     def kept(self) -> ExpertTable:
         """The experts as they will be read."""
-        table = self.outline.table if self.store is None else self.store.table
+        table = self.table if self.store is None else self.store.table
         return replace(table, has_one_slot_length=self.has_one_slot_length)
+
+    def in_blocks(self) -> "Checkpoint":
+        """The same with experts laid out as ggml's kernels multiply them, where that moves bytes only."""
+        return replace(self, table=in_blocks(self.table))
 
     @property
     def stored_dtype(self) -> str:
@@ -60,7 +66,7 @@ def open_checkpoint(
     folder = locate(path_or_hub_id, revision=revision, access=access)
     index = read_index(folder)
     sketch = outline(folder, index)
-    return Checkpoint(folder, index, sketch, open_store(folder, packed, sketch.table))
+    return Checkpoint(folder, index, sketch, open_store(folder, packed, sketch.table), sketch.table)
 
 
 def find_experts(model: PreTrainedModel, checkpoint: Checkpoint, library: Library | None = None) -> ExpertSet:
@@ -75,7 +81,9 @@ def find_experts(model: PreTrainedModel, checkpoint: Checkpoint, library: Librar
     layers = probe(model, offloaded_modules(model))
     order = [layer.name for layer in layers]
     source, table = checkpoint.outline.table.reordered(order), checkpoint.kept.reordered(order)
-    forms = forms_of_layers(layers, table, library)
-    math = math_of_layers(layers, source, checkpoint.store, model.dtype, forms)
+    forms, no_form = forms_of_layers(layers, table, library)
+    math = math_of_layers(layers, table, model.dtype, forms)
     device = torch.device("cpu")
-    return ExpertSet(tuple(layers), table, source, checkpoint.store, tuple(math), tuple(forms), model.dtype, device)
+    return ExpertSet(
+        tuple(layers), table, source, checkpoint.store, tuple(math), tuple(forms), model.dtype, device, no_form
+    )

@@ -19,7 +19,6 @@ from foreroute.kernels.layer import LayerKernels
 from foreroute.kernels.slot_views import SlotViews
 from foreroute.kernels.torch.experts import OneToken
 from foreroute.kernels.torch.layer import TorchLayer
-from foreroute.kernels.torch.quant import QuantisedMath, QuantisedToken
 from foreroute.kernels.torch.sums import Workspace
 from foreroute.loading.expert_math import family_forward_over, stored_operands
 from foreroute.loading.guidance import Guidance
@@ -164,9 +163,6 @@ def _workspaces(experts: ExpertSet) -> list[Workspace | None]:
             continue
         shape = (layer.top_k, *entry.widths([part.shape for part in described.layout.parts]))
         if shape not in shared:
-            is_quantised = isinstance(entry, QuantisedMath)
-            shared[shape] = (
-                QuantisedToken(layer.top_k) if is_quantised else OneToken(*shape, experts.dtype, experts.device)
-            )
+            shared[shape] = OneToken(*shape, experts.dtype, experts.device)
         workspaces.append(shared[shape])
     return workspaces

@@ -1,6 +1,6 @@
 """Choose how each layer's experts are computed: by our kernels if they equal the family's bit for bit, else by these.
 
-Stored tensors may be the family's, or quantised: by our own codecs (prepare/quantise.py), or as the checkpoint was
+Stored tensors may be the family's, or quantised: by `foreroute pack --quant`, or as the checkpoint was
 published (kernels/torch/dequantise.py).
 """
 
@@ -9,39 +9,32 @@ from typing import Any
 
 import torch
 
-from foreroute.checkpoint.codecs import CODECS, STORED
 from foreroute.checkpoint.layouts import ExpertTable
-from foreroute.checkpoint.records import PackedStore
-from foreroute.kernels.ggml.form import BlockForm, form_of
+from foreroute.kernels.ggml.form import BlockForm, form_of, is_in_blocks
 from foreroute.kernels.ggml.library import Library
 from foreroute.kernels.torch.dequantise import Workspaces, dequantising
 from foreroute.kernels.torch.experts import ExpertMath, Operands
 from foreroute.kernels.torch.layer import FamilyForward
-from foreroute.kernels.torch.quant import math_of
 from foreroute.loading.math_check import describe_math, prove_math, run_family_forward
 from foreroute.model.blocks import MoeLayer
 
 
 def math_of_layers(
     layers: Sequence[MoeLayer],
-    source: ExpertTable,
-    store: PackedStore | None,
+    table: ExpertTable,
     dtype: torch.dtype,
     forms: Sequence[BlockForm | None],
 ) -> list[ExpertMath | None]:
     """Return per layer our kernels; None where they are not proven equal, so that the family's own forward runs.
 
     Args:
-        source: the experts as the checkpoint stores them. dtype: the compute dtype. forms: where ggml computes a layer:
+        table: the experts as they are read. dtype: the compute dtype. forms: where ggml computes a layer:
             it needs no proof, as its numbers are not the family's bits.
     """
-    if store is not None and store.codec != STORED:
-        described = [describe_math(layer.experts) for layer in layers]
-        return [*math_of(CODECS[store.codec], store.order, described, source, dtype)]
     proven: dict[Any, bool] = {}
     workspaces = Workspaces()
     made: list[ExpertMath | None] = []
-    for layer, described_layer, form in zip(layers, source.layers, forms, strict=True):
+    for layer, described_layer, form in zip(layers, table.layers, forms, strict=True):
         if form is not None:
             made.append(dequantising(describe_math(layer.experts), described_layer.parts, dtype, workspaces))
             continue
@@ -55,19 +48,27 @@ def math_of_layers(
     return made
 
 
-def forms_of_layers(layers: Sequence[MoeLayer], table: ExpertTable, library: Library | None) -> list[BlockForm | None]:
-    """Per layer how ggml reads its experts in a slot; None where torch computes them.
+def forms_of_layers(
+    layers: Sequence[MoeLayer], table: ExpertTable, library: Library | None
+) -> tuple[list[BlockForm | None], str]:
+    """Per layer how ggml reads its experts in a slot, None where torch computes them; and why one of them has none.
 
     Args:
         table: the experts as they are read.
     """
     if library is None:
-        return [None] * len(layers)
+        return [None] * len(layers), ""
     found = [
         form_of(stored, describe_math(layer.experts), library)
         for layer, stored in zip(layers, table.layers, strict=True)
     ]
-    return [None if isinstance(form, str) else form for form in found]
+    refused = (
+        f"{layer.name}: {form}"
+        for layer, stored, form in zip(layers, table.layers, found, strict=True)
+        if isinstance(form, str) and is_in_blocks(stored)
+    )
+    reason = next(refused, "")
+    return [None if isinstance(form, str) else form for form in found], reason
 
 
 def stored_operands(

@@ -17,7 +17,7 @@ from foreroute.config import EngineConfig, Plan
 from foreroute.engine.moe_step import MoeStep
 from foreroute.engine.step_trace import StepTrace, header_of
 from foreroute.loading.arguments import read_arguments
-from foreroute.loading.block_kernels import DECODE_THREADS, open_block_kernels
+from foreroute.loading.block_kernels import DECODE_THREADS, note_of, open_block_kernels
 from foreroute.loading.checkpoint import Checkpoint, find_experts, open_checkpoint
 from foreroute.loading.engines import has_one_slot_length, start_engine
 from foreroute.loading.guidance import Guidance, guidance_for
@@ -29,6 +29,7 @@ from foreroute.memory.host import usable_cpus
 from foreroute.memory.plan import MemoryPlan, check_before, plan_memory
 from foreroute.model import torch_modes
 from foreroute.model.build.skeleton import load_skeleton
+from foreroute.model.build.unplaced import tell
 from foreroute.model.dense_weights import dense_nbytes
 from foreroute.model.endings import complete_generation_config
 from foreroute.model.expert_set import ExpertSet
@@ -84,14 +85,18 @@ def load(
     checkpoint = open_checkpoint(path_or_hub_id, revision, asked.packed, call.hub)
     checkpoint = replace(checkpoint, has_one_slot_length=has_one_slot_length(asked, target))
     sketch = checkpoint.outline
-    kernels, _ = open_block_kernels(asked, checkpoint, target)
-    dense_before = sketch.dense_nbytes if kernels is None else kernels.dense_nbytes(checkpoint.index)
+    kernels, why_torch = open_block_kernels(asked, checkpoint, target)
+    if kernels is not None:
+        checkpoint = checkpoint.in_blocks()
+    dense_before = sketch.dense_nbytes if kernels is None else kernels.dense_nbytes(sketch)
     before = check_before(asked, target, checkpoint.kept, checkpoint.store, sketch.config, dense_before)
     sidecar = _sidecar(asked, target, checkpoint)
-    dtype, blocks = (call.dtype, None) if kernels is None else kernels.dense_blocks(checkpoint.index, call.dtype)
+    dtype, blocks = (call.dtype, None) if kernels is None else kernels.dense_blocks(sketch, call.dtype)
     model = load_skeleton(checkpoint.folder, sketch, dtype, blocks, **call.model_kwargs)
     complete_generation_config(model, checkpoint.folder, checkpoint.index)
     experts = find_experts(model, checkpoint, None if kernels is None else kernels.runner.library)
+    math_note = note_of(asked, why_torch or experts.no_form)
+    tell((math_note,) if math_note else (), checkpoint.folder)
     if kernels is not None:
         kernels.quicken(model)
     division = plan_memory(asked, target, model, experts, before)
@@ -101,6 +106,7 @@ def load(
     guidance = guidance_for(asked, model, experts, division, sidecar)
     engine = start_engine(asked, experts, division, guidance, trace, progress)
     plan = _plan(asked, target, model, checkpoint, experts, division, guidance, is_fitted=sidecar is not None)
+    plan = replace(plan, math_note=math_note)
     if trace is not None:
         trace.begin(**header_of(plan, asked, experts.table, checkpoint.index.fingerprint()))
         assert isinstance(engine, MoeStep), "no trace is written where the device pages for itself: see open_device"

@@ -35,7 +35,7 @@ def check_store(store: PackedStore | None, stored: str) -> None:
     """
     if store is not None and store.codec != stored:
         raise DeviceError(
-            f"{store.codec} stores are packed for the CPU's products and are not supported yet with experts on a GPU. "
+            f"{store.codec} stores are computed by kernels of the CPU and are not supported yet with experts on a GPU. "
             "Use --packed no, or leave --device out."
         )
 

@@ -20,7 +20,8 @@ class ExpertSet:
     source: the experts as the checkpoint stores them. store: the packed store, or None.
     math: per layer our kernels; None where they could not be proven equal to the family's.
     forms: per layer how ggml's kernels read an expert in its slot; None where torch computes it.
-    dtype: of compute. device: of the dense part and the slots.
+    dtype: of compute. device: of the dense part and the slots. no_form: why a layer that is stored in blocks has no
+        form; "" where there is none such.
     """
 
     layers: tuple[MoeLayer, ...]
@@ -31,6 +32,7 @@ class ExpertSet:
     forms: tuple[BlockForm | None, ...]
     dtype: torch.dtype
     device: torch.device
+    no_form: str = ""
 
     @property
     def top_k(self) -> tuple[int, ...]:

@@ -12,8 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from foreroute.checkpoint.stored_parts import FamilyForm, Gates
 from foreroute.errors import RefusedError
 
+# Numbers of gate and up that are tried, and how far one is moved: within every family's clamps.
+_PROBE_WIDTH, _PROBE_STEP = 8, 0.05
 _SEAM_MODULE = "transformers.integrations.moe"
 
 # Called with (hidden [tokens, hidden], expert ids [tokens, k] int64, weights [tokens, k]); returns [tokens, hidden].
@@ -44,6 +47,27 @@ def family_forward(module: nn.Module) -> Callable[..., torch.Tensor]:
             wrapped: Callable[..., torch.Tensor] = vars(cls)["forward"].__wrapped__
             return wrapped
     raise AssertionError(f"{type(module).__name__} is not an experts module")
+
+
+def family_form(module: nn.Module) -> FamilyForm:
+    """How the family keeps the matrices of this experts module."""
+    # Set by transformers' decorator.
+    return FamilyForm(bool(getattr(module, "is_transposed", False)), _gate_order(module))
+
+
+def _gate_order(module: nn.Module) -> Gates:
+    """How the family's gating finds gate and up in one row: by moving one number after the other."""
+    flags: Any = module  # set by transformers' decorator
+    if not getattr(flags, "has_gate", False):
+        return ""
+    width = _PROBE_WIDTH
+    row = torch.linspace(0.2, 0.8, 2 * width).view(1, -1)
+    with torch.no_grad():
+        moved = row + _PROBE_STEP * torch.eye(2 * width)
+        changed = [(flags._apply_gate(one[None]) != flags._apply_gate(row)).nonzero()[:, -1].tolist() for one in moved]
+    if changed == [[at % width] for at in range(2 * width)]:
+        return "halves"
+    return "alternating" if changed == [[at // 2] for at in range(2 * width)] else ""
 
 
 def refuse_compiled() -> None:

@@ -1,16 +1,25 @@
-"""Encode experts from the checkpoint's layout to that of a quantised store, one at a time."""
+"""Quantise experts from what the checkpoint stores to GGUF's blocks, by ggml's quantiser, several experts at once."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+import math
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from foreroute.checkpoint.codecs import Codec, encoded_table
-from foreroute.checkpoint.layouts import ExpertTable, Part
-from foreroute.errors import UnsupportedModelError
+from foreroute.checkpoint.layouts import ExpertTable, LayerExperts, Part
+from foreroute.checkpoint.stored_parts import GGUF_PREFIX, StoredPart
+from foreroute.errors import StoreError
+from foreroute.kernels.ggml.library import Library
+from foreroute.kernels.ggml.quantiser import UnfitWeightError, dequantise, quantise
 from foreroute.kernels.slot_views import TORCH_DTYPES
 from foreroute.kernels.torch.dequantise import Workspaces, decode_part
-from foreroute.kernels.torch.quant import Matrix, decode, encode, order_of
+
+# Weights that are turned into float32 at a time, so that they stay in the cache.
+_CHUNK_WEIGHTS = 2**18
+# Memory for experts that are quantised at once; one is always allowed.
+_MOST_BYTES = 2 * 2**30
 
 
 @dataclass
@@ -29,29 +38,30 @@ class LayerError:
 
 @dataclass
 class Quantiser:
-    """Encodes experts of `source` for a store.
+    """Quantises experts of `source` for a store of `codec`; `encode` may be called by several threads.
 
-    source: the experts as the checkpoint stores them. is_transposed: per layer, matrices are stored as [in, out].
-    measured: experts per layer that are decoded again and compared.
+    source: the experts as the checkpoint stores them.
+    library: ggml's. num_threads: the most experts at once. measured: experts per layer whose error is measured.
+    table: the experts as the store has them.
 
     Raises:
-        StoreError: a matrix whose shape the codec cannot take.
-        UnsupportedModelError: a family whose quantised experts could be packed, but not computed.
+        StoreError: a matrix whose rows are no whole blocks; or, from `encode`, a weight that no block can hold.
     """
 
     source: ExpertTable
     codec: Codec
-    is_transposed: Sequence[bool]
+    library: Library
+    num_threads: int = 1
     measured: int = 4
     errors: list[LayerError] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        _check_family(self.source)
-        self.table = encoded_table(self.source, self.codec, self.is_transposed)
-        self.order = order_of(self.codec.bits, self.codec.group)
+        self.table = encoded_table(self.source, self.codec)
         self.errors = [LayerError() for _ in self.table.layers]
-        self._payload = bytearray(self.table.slot_bytes)
-        self._workspaces = Workspaces()
+        self._lock = threading.Lock()  # guards `errors`
+        self._local = threading.local()
+        each = self.source.slot_bytes + self.table.slot_bytes + max(map(_decoded_nbytes, self.source.layers))
+        self.num_threads = max(1, min(self.num_threads, _MOST_BYTES // each))
 
     @property
     def is_measured(self) -> bool:
@@ -61,54 +71,97 @@ class Quantiser:
             for error, layer in zip(self.errors, self.table.layers, strict=True)
         )
 
-    def encode(self, layer: int, slot: memoryview) -> memoryview:
-        """Encode the expert of `layer` whose stored bytes are in `slot`; the record is valid until the next call."""
-        self._payload[:] = bytes(len(self._payload))
-        codec, error = self.codec, self.errors[layer]
-        target = iter(self.table.layers[layer].layout.parts)
-        is_measured = error.measured < self.measured
-        error.measured += is_measured
-        for tensor in self._family_tensors(layer, slot):
-            if tensor.ndim == 1:
-                self._put(next(target), tensor.bfloat16())
-                continue
-            weights = (tensor.t() if self.is_transposed[layer] else tensor).contiguous()
-            values, scales = encode(weights, codec.bits, codec.group)
-            self._put(next(target), values)
-            self._put(next(target), scales)
-            if is_measured:
-                self._measure(error, weights, Matrix(values, scales, codec.bits, codec.group))
-        return memoryview(self._payload)
+    def encode(self, key: int, slot: memoryview) -> memoryview:
+        """Quantise expert `key`, whose stored bytes are in `slot`; return its record, as long as a slot of the store.
 
-    def _family_tensors(self, layer: int, slot: memoryview) -> Iterator[torch.Tensor]:
-        """The family's tensors of the expert in `slot`, one at a time; quantised ones are decoded to float32."""
+        Raises:
+            StoreError: a weight that is no number, or too large for its blocks.
+        """
+        layer, expert = self.source.expert_id(key)
+        payload = bytearray(self.table.slot_bytes)
+        memory = torch.frombuffer(payload, dtype=torch.uint8)
         described = self.source.layers[layer]
         stored = [_tensor(slot, part) for part in described.layout.parts]
-        if not described.parts:
-            yield from stored
-        for part in described.parts:
-            yield decode_part(part, stored, torch.float32, self._workspaces)
+        error = LayerError(measured=1) if expert < self.measured else None
+        for at, part in enumerate(self.table.layers[layer].parts):
+            try:
+                self._encode_part(memory, layer, at, stored, error if len(part.shape) > 1 else None)
+            except UnfitWeightError as unfit:
+                raise StoreError(f"{self.source.label(key)}, {part.name}: {unfit}. Pack without --quant.") from None
+        if error is not None:
+            with self._lock:
+                known = self.errors[layer]
+                self.errors[layer] = LayerError(known.lost + error.lost, known.whole + error.whole, known.measured + 1)
+        return memoryview(payload)
 
-    def _put(self, part: Part, tensor: torch.Tensor) -> None:
-        raw = tensor.contiguous().view(torch.uint8).flatten().numpy().tobytes()
-        assert (tuple(tensor.shape), len(raw)) == (part.shape, part.nbytes), f"{part} is not {tuple(tensor.shape)}"
-        self._payload[part.offset : part.offset + part.nbytes] = raw
+    def _encode_part(
+        self, memory: torch.Tensor, layer: int, at: int, stored: Sequence[torch.Tensor], error: LayerError | None
+    ) -> None:
+        """Quantise the family's part `at` into its places of a record's `memory`."""
+        target, described = self.table.layers[layer], self.source.layers[layer]
+        part = target.parts[at]
+        places = [target.layout.parts[matrix.at[0]] for matrix in part.matrices]
+        if described.parts and _is_alike(part, described.parts[at]):
+            # In these blocks already: quantising them again could move them.
+            for place, matrix in zip(places, described.parts[at].matrices, strict=True):
+                memory[place.offset : place.offset + place.nbytes] = stored[matrix.at[0]].reshape(-1)
+            return
+        rows = self._rows(described, at, stored)
+        first = 0
+        for which, (place, matrix) in enumerate(zip(places, part.matrices, strict=True)):
+            of_matrix = rows[which :: len(places)] if part.is_interleaved else rows[first : first + matrix.rows]
+            first += matrix.rows
+            blocks = memory[place.offset : place.offset + place.nbytes].view(place.shape)
+            self._quantise(matrix.coding.kind.removeprefix(GGUF_PREFIX), of_matrix, blocks, error)
 
-    def _measure(self, error: LayerError, weights: torch.Tensor, matrix: Matrix) -> None:
-        error.lost += float((decode(matrix).t().float() - weights.float()).square().sum())
-        error.whole += float(weights.float().square().sum())
+    def _rows(self, described: LayerExperts, at: int, stored: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The family's part `at` as rows [out, in], any float dtype; of a bias [out, 1]."""
+        part = described.parts[at] if described.parts else None
+        if part is None or not part.matrices:
+            return _upright(stored[at if part is None else part.at], described.form.is_transposed)
+        # As the matrices lie, without turning them to the family's order and back.
+        shape = part.shape[::-1] if part.is_transposed and len(part.shape) > 1 else part.shape
+        numbers = decode_part(replace(part, shape=shape, is_transposed=False), stored, torch.float32, self._workspaces)
+        return _upright(numbers, part.is_transposed != described.form.is_transposed)
+
+    @property
+    def _workspaces(self) -> Workspaces:
+        """This thread's own."""
+        found: Workspaces | None = getattr(self._local, "workspaces", None)
+        if found is None:
+            found = self._local.workspaces = Workspaces()
+        return found
+
+    def _quantise(self, kind_name: str, rows: torch.Tensor, blocks: torch.Tensor, error: LayerError | None) -> None:
+        """Quantise `rows` [n, columns], any float dtype, into `blocks` [n, bytes of a row], some rows at a time."""
+        kind, columns = self.library.types[kind_name], rows.shape[1]
+        num_rows = max(1, _CHUNK_WEIGHTS // columns)
+        for first in range(0, len(rows), num_rows):
+            some, into = rows[first : first + num_rows], blocks[first : first + num_rows]
+            floats = self._workspaces.take("chunk", tuple(some.shape), torch.float32).copy_(some)
+            quantise(self.library, kind, floats, into)
+            if error is not None:
+                error.lost += float((dequantise(self.library, kind, into, columns) - floats).square().sum())
+                error.whole += float(floats.square().sum())
 
 
-def _check_family(source: ExpertTable) -> None:
-    """Raises UnsupportedModelError where experts have parts unknown to our kernels, before `load` would."""
-    for layer in source.layers:
-        names = {part.name for part in layer.family_layout.parts}
-        up = "gate_up_proj" if "gate_up_proj" in names else "up_proj"
-        if not {up, "down_proj"} <= names <= {up, "down_proj", f"{up}_bias", "down_proj_bias"}:
-            raise UnsupportedModelError(
-                f"{layer.name}: how this family computes an expert of {', '.join(sorted(names))} is not known, so that "
-                "a quantised store could not be used. Pack without --quant."
-            )
+def _upright(numbers: torch.Tensor, is_transposed: bool) -> torch.Tensor:
+    """A matrix as [out, in]; a bias as [out, 1]."""
+    if numbers.ndim == 1:
+        return numbers[:, None]
+    return numbers.t() if is_transposed else numbers
+
+
+def _is_alike(part: StoredPart, stored: StoredPart) -> bool:
+    """Whether a part is stored already in the blocks that it is to have."""
+    return (part.is_interleaved, part.is_transposed) == (stored.is_interleaved, stored.is_transposed) and [
+        (matrix.coding, matrix.rows, matrix.cols) for matrix in part.matrices
+    ] == [(matrix.coding, matrix.rows, matrix.cols) for matrix in stored.matrices]
+
+
+def _decoded_nbytes(layer: LayerExperts) -> int:
+    """Bytes of the numbers of a published format that one expert takes while it is quantised."""
+    return 4 * sum(math.prod(part.shape) for part in layer.parts if part.matrices)
 
 
 def _tensor(slot: memoryview, part: Part) -> torch.Tensor:

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 from statistics import median
-from typing import Any
 
 import torch
 
@@ -42,7 +41,11 @@ def shortened(exercises: Sequence[Exercise], num_steps: int) -> list[Exercise]:
 
 
 def logits_of(
-    model: Any, names: Sequence[str], exercises: Sequence[Exercise], fed: Sequence[Sequence[int]], progress: Progress
+    model: OffloadedModel,
+    names: Sequence[str],
+    exercises: Sequence[Exercise],
+    fed: Sequence[Sequence[int]],
+    progress: Progress,
 ) -> list[torch.Tensor]:
     """Each step's logits [vocabulary], in float32.
 

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from foreroute.checkpoint.codecs import CODECS, STORED
+from foreroute.checkpoint.codecs import CODECS, QUANTS, STORED
 from foreroute.cli import figures, options, pack_quantised
 from foreroute.errors import StoreError
 from foreroute.units import format_memory
@@ -21,8 +21,8 @@ _EPILOG = """\
 examples:
   foreroute pack MODEL                    beside MODEL: used automatically
   foreroute pack MODEL --out /fast/disk   use: generate ... --packed /fast/disk
-  foreroute pack MODEL --quant int4       use: generate ... --packed int4
-  foreroute pack MODEL --quant int4 --text book.txt   and what it costs
+  foreroute pack MODEL --quant q4_k       use: generate ... --packed q4_k
+  foreroute pack MODEL --quant q4_k --text book.txt   and what it costs
 
 In a checkpoint an expert is several tensors at unaligned offsets. In the store
 it is one aligned read, straight into the slot where it is computed.
@@ -30,13 +30,15 @@ The checkpoint is not changed, and is still needed: tokenizer, config and dense
 weights are read from it. The store takes as much disk as all experts; the free
 space is checked first. It gets its name when it is complete, and every record
 has a checksum.
---quant int8 (a scale per row) or int4 (groups of 32; int4-g128: 128) makes the
-store 2 or 3.2 times smaller, and every read that much faster. The output
+--quant makes the store smaller, and every read as much faster: q8_0 by half
+beside bfloat16, q4_k to 28 %. These are llama.cpp's types, quantised by ggml and
+computed by its kernels; the store is the same on every machine. q4_k_m has the
+down matrices of half of the layers in q6_k, as llama.cpp's Q4_K_M has. The output
 changes, so such a store is used only where --packed asks for it. The error
 printed is that of a layer's products, as a share of them; with --text,
 perplexity and bits per character on that text show the effect on the output,
-beside the model as stored. Computed in bfloat16, on the kind of CPU that packed
-it.
+beside the model as stored. A checkpoint that is quantised already is quantised a
+second time by it; without --quant its experts stay as they are.
 A run that crashed or was killed is continued. Ctrl-C removes what was written,
 unless --keep-partial: then the next `pack` continues there."""
 
@@ -55,7 +57,7 @@ def add_parser(commands: Any) -> None:
     options.add_model(parser)
     parser.add_argument("--out", type=Path, metavar="PATH", help="file or folder (default: beside the checkpoint)")
     parser.add_argument(
-        "--quant", choices=tuple(name for name in CODECS if name != STORED), help="quantise the experts (default: no)"
+        "--quant", type=_quant, metavar="TYPE", help=f"quantise the experts: {', '.join(QUANTS)} (default: no)"
     )
     parser.add_argument(
         "--resume", action=argparse.BooleanOptionalAction, default=True, help="continue a partial file (default: yes)"
@@ -66,6 +68,12 @@ def add_parser(commands: Any) -> None:
     options.add_common_options(parser)
 
 
+def _quant(name: str) -> str:
+    if name not in QUANTS and name not in pack_quantised.RENAMED:
+        raise argparse.ArgumentTypeError(f"invalid choice: {name!r} (choose from {', '.join(QUANTS)})")
+    return name
+
+
 def run(args: argparse.Namespace) -> int:
     """Run the command; return its exit code."""
     pack_quantised.refuse_misfits(args)
@@ -74,13 +82,15 @@ def run(args: argparse.Namespace) -> int:
     with figures.busy("Reading the checkpoint's headers", args.json):
         from foreroute.checkpoint.codecs import check_shapes
         from foreroute.checkpoint.locate import read_index
+        from foreroute.checkpoint.quantised_layout import in_blocks
         from foreroute.checkpoint.records import PackedStore, claim_store, store_name
         from foreroute.model.build.skeleton import outline
         from foreroute.model.build.unplaced import tell
 
         sketch = outline(folder, read_index(folder))
         tell(sketch.notes, folder)
-        check_shapes(sketch.table, CODECS[args.quant or STORED], sketch.is_transposed)
+        pack_quantised.choose_codec(args, sketch)
+        check_shapes(sketch.table, CODECS[args.quant or STORED])
         quality = pack_quantised.quality_of(args, folder, sketch)
     table, name = sketch.table, store_name(args.quant or STORED)
     path = options.place_beside(folder, name, args.out, StoreError)
@@ -91,7 +101,8 @@ def run(args: argparse.Namespace) -> int:
             existed = _exists_already(args, path, table)
             if not existed:
                 quantiser = _quantiser(args, sketch, path)
-                _pack(args, table, path, quantiser, claim)
+                # Where that moves bytes only, records lie as ggml's kernels multiply them.
+                _pack(args, in_blocks(table) if args.quant is None else table, path, quantiser, claim)
     measured = quantiser if quantiser is not None and quantiser.is_measured else None
     store = PackedStore(path, table)
     if not args.json:
@@ -120,10 +131,16 @@ def _quantiser(args: argparse.Namespace, sketch: "Outline", path: Path) -> "Quan
     if args.quant is None:
         _check_room(path, sketch.table)
         return None
+    import torch
+
+    from foreroute.kernels.ggml.known_answers import check_types
+    from foreroute.kernels.ggml.library import open_library
     from foreroute.prepare.quantise import Quantiser
 
     options.apply_threads(args)
-    quantiser = Quantiser(sketch.table, CODECS[args.quant], sketch.is_transposed)
+    codec, library = CODECS[args.quant], open_library()
+    check_types(library, codec.kinds)
+    quantiser = Quantiser(sketch.table, codec, library, num_threads=torch.get_num_threads())
     _check_room(path, quantiser.table)
     return quantiser
 

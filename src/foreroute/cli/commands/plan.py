@@ -209,6 +209,8 @@ def advice(found: Findings, model: str) -> list[str]:
             "Experts are read through the page cache, not with O_DIRECT: the disk's figure above may be that of RAM. "
             "A file system that allows O_DIRECT (ext4, xfs) keeps the RAM for the experts."
         )
+    if plan.math_note:
+        hints.append(plan.math_note)
     if plan.math == "family":
         hints.append(
             "In this dtype the family's own experts code runs, one expert at a time, and nothing is prefetched. "

@@ -4,6 +4,8 @@ A slot's number is the id of an expert in ggml's products: slots lie one after t
 are multiplied where they were read to. The memory between the products is shared by all graphs.
 """
 
+import ctypes
+import math
 import mmap
 from collections import OrderedDict
 from math import inf
@@ -12,15 +14,16 @@ import numpy as np
 import torch
 
 from foreroute.kernels.ggml.bf16 import Bf16Products, rows_in_bf16
-from foreroute.kernels.ggml.form import OAI_ALPHA, OAI_LIMIT, BlockForm, SlotMatrix, join
+from foreroute.kernels.ggml.form import OAI_ALPHA, OAI_LIMIT, BlockForm, SlotMatrix, in_order, join
 from foreroute.kernels.ggml.graph import Graph, Runner, TensorRef, place
 from foreroute.kernels.ggml.interleaved import interleaver
-from foreroute.kernels.ggml.types import F32, I32
+from foreroute.kernels.ggml.types import F32, I32, TYPE_NUMBERS
 from foreroute.types import SlotClass
 
 # Graphs kept of a form: one for each shape of a step. Some 10 KB each.
 _MOST_GRAPHS = 256
 _FIRST = ("gate", "up")
+_DTYPES = {F32: torch.float32, TYPE_NUMBERS["F16"]: torch.float16, TYPE_NUMBERS["BF16"]: torch.bfloat16}
 
 
 class HostSlots:
@@ -42,9 +45,10 @@ class HostSlots:
         start = self._slots.offset(slot) + offset
         return self._bytes[start : start + nbytes]
 
-    def floats(self, slot: int, offset: int, count: int) -> torch.Tensor:
-        """The `count` floats at an offset in a slot."""
-        return self.stored(slot, offset, 4 * count).view(torch.float32)
+    def floats(self, slot: int, offset: int, count: int, number: int) -> torch.Tensor:
+        """The `count` numbers of ggml's type `number` at an offset in a slot, in f32."""
+        dtype = _DTYPES[number]
+        return self.stored(slot, offset, dtype.itemsize * count).view(dtype).float()
 
 
 class Scratch:
@@ -64,9 +68,13 @@ class Scratch:
         """Where this memory is now."""
         return int(self._arrays[name].ctypes.data)
 
+    def array(self, name: str, rows: int, width: int) -> np.ndarray:
+        """This memory as [rows, width]."""
+        return self._arrays[name][: rows * width].reshape(rows, width)
+
     def tensor(self, name: str, rows: int, width: int) -> torch.Tensor:
         """This memory as [rows, width]."""
-        return torch.from_numpy(self._arrays[name][: rows * width].reshape(rows, width))
+        return torch.from_numpy(self.array(name, rows, width))
 
 
 class ExpertGraph:
@@ -87,8 +95,10 @@ class ExpertGraph:
         self._generation = -1
         # Tensors that lie in one memory: a product, and the sum of it and a bias.
         self._placed: dict[str, list[TensorRef]] = {}
-        graph = self._first = Graph(runner, 24)
+        graph = self._first = Graph(runner, 48)
         x = graph.tensor(F32, (form.first[0].columns, 1, rows))
+        self._placed["x"] = [x]
+        x = self._in_order(graph, x, "x")
         ids = self._id_tensor(graph)
         biases = form.first_biases or (-1,) * len(form.first)
         inner = [
@@ -97,7 +107,7 @@ class ExpertGraph:
         ]
         if form.gating.kind == "torch":
             graph.finish(*inner)
-            graph = Graph(runner, 12)
+            graph = Graph(runner, 24)
             ids = self._id_tensor(graph)
             gated = graph.tensor(F32, (form.intermediate, per_row, rows))
         else:
@@ -105,21 +115,51 @@ class ExpertGraph:
         self._second = graph
         self._placed["gated"] = [gated]
         scratch.reserve("gated", self._count * form.intermediate)
+        gated = self._in_order(graph, gated, "gated")
         graph.finish(self._product(graph, form.down, gated, ids, form.down_bias, "out"))
         # The structs behind the pointers, which each run changes.
-        self._x, self._out = x.contents, [tensor.contents for tensor in self._placed.pop("out")]
+        self._x, self._out = ([tensor.contents for tensor in self._placed.pop(name)] for name in ("x", "out"))
+        self._gated = np.empty((0, 0), dtype=np.float32)
 
     def run(self, x: int, out: int) -> None:
-        """Compute the rows at address `x` (f32 [rows, hidden]) through the experts in `ids`, into address `out`."""
+        """Compute the rows at address `x` (f32 [rows, hidden]) through the experts in `ids`, into address `out`.
+
+        What is no number between the products gives an output that is none: the second product would round it to one.
+        """
         if self._generation != self._scratch.generation:
             self._place_scratch()
-        self._x.data = x
+        for tensor in self._x:
+            tensor.data = x
         for tensor in self._out:
             tensor.data = out
         self._first.run()
         if self._second is not self._first:
             self._gate_by_family()
             self._second.run()
+        # NaN and infinities last through a sum.
+        if not math.isfinite(self._gated.sum()):
+            outputs = np.ctypeslib.as_array((ctypes.c_float * (self._count * self._form.hidden)).from_address(out))
+            outputs.reshape(self._count, -1)[~np.isfinite(self._gated).all(1)] = np.nan
+
+    def _in_order(self, graph: Graph, rows: TensorRef, name: str) -> TensorRef:
+        """`rows` with the numbers of every 32 in the order of the matrices' blocks.
+
+        A block whose bytes hold neighbours is ggml's block of the same weights in another order: the even ones, then
+        the odd ones.
+        """
+        if not self._form.is_paired:
+            return rows
+        library, context = graph.library, graph.context
+        width, *others = rows.contents.ne[:3]
+        count = width * others[0] * others[1]
+        pairs = library.ggml_reshape_3d(context, rows, 2, 16, count // 32)
+        halves = library.ggml_permute(context, pairs, 1, 0, 2, 3)
+        self._placed[name] += [pairs, halves]
+        ordered = library.ggml_cont(context, halves)
+        again = library.ggml_reshape_3d(context, ordered, width, *others)
+        self._placed[f"{name} in order"] = [ordered, again]
+        self._scratch.reserve(f"{name} in order", count)
+        return again
 
     def _id_tensor(self, graph: Graph) -> TensorRef:
         ids = graph.tensor(I32, (self.ids.shape[1], self.ids.shape[0]))
@@ -143,18 +183,34 @@ class ExpertGraph:
         product = library.ggml_mul_mat_id(graph.context, weights, x, ids)
         tensors = self._placed[name] = [product]
         if bias >= 0:
-            values = graph.tensor(F32, (matrix.rows, slots.num_slots))
+            values = graph.tensor(self._form.bias_type, (matrix.rows, slots.num_slots))
             values.contents.nb[1] = slots.slot_bytes
             place(values, slots.address + bias)
-            tensors.append(library.ggml_add_id(graph.context, product, values, ids))
+            if self._form.bias_type == F32:
+                tensors.append(library.ggml_add_id(graph.context, product, values, ids))
+            else:
+                tensors.append(library.ggml_add(graph.context, product, self._floats(graph, values, name)))
         if name != "out":
             self._scratch.reserve(name, self._count * matrix.rows)
         return tensors[-1]
+
+    def _floats(self, graph: Graph, values: TensorRef, name: str) -> TensorRef:
+        """The rows of 16-bit `values` that the ids name, as floats, for each row and expert."""
+        library = graph.library
+        ids = graph.tensor(I32, (self._count, 1))
+        place(ids, self.ids.ctypes.data)
+        picked = library.ggml_get_rows(graph.context, values, ids)
+        width, (num_rows, per_row) = values.contents.ne[0], self.ids.shape
+        shaped = library.ggml_reshape_3d(graph.context, picked, width, per_row, num_rows)
+        self._placed[f"{name} bias"] = [picked, shaped]
+        self._scratch.reserve(f"{name} bias", self._count * width)
+        return shaped
 
     def _place_scratch(self) -> None:
         for name, tensors in self._placed.items():
             for tensor in tensors:
                 place(tensor, self._scratch.address(name))
+        self._gated = self._scratch.array("gated", self._count, self._form.intermediate)
         self._generation = self._scratch.generation
 
     def _gate_by_family(self) -> None:
@@ -235,15 +291,23 @@ class FormGraphs:
         """The same, by weights in bf16."""
         form, start = self.form, self._slots.address + slot * self._slots.slot_bytes
 
-        def product(x: torch.Tensor, matrix: SlotMatrix, bias: int) -> torch.Tensor:
+        def product(x: torch.Tensor, matrix: SlotMatrix) -> torch.Tensor:
             assert matrix.row_stride == matrix.kind.row_bytes(matrix.columns), "rows lie one after the other"
-            out = self._bf16(x.to(torch.bfloat16), matrix.kind, start + matrix.offset, (matrix.rows, matrix.columns))
-            return out if bias < 0 else out.add_(self._slots.floats(slot, bias, matrix.rows))
+            x = in_order(x) if form.is_paired else x
+            return self._bf16(x.to(torch.bfloat16), matrix.kind, start + matrix.offset, (matrix.rows, matrix.columns))
+
+        def biased(out: torch.Tensor, bias: int) -> torch.Tensor:
+            return out if bias < 0 else out.add_(self._slots.floats(slot, bias, out.shape[1], form.bias_type))
 
         biases = form.first_biases or (-1,) * len(form.first)
-        inner = [product(rows, matrix, bias) for matrix, bias in zip(form.first, biases, strict=True)]
+        if form.in_turns is not None:
+            both = product(rows, form.in_turns)
+            for which, bias in enumerate(biases):
+                biased(both[:, which::2], bias)
+            return biased(product(form.gating.family(both), form.down), form.down_bias)
+        inner = [biased(product(rows, matrix), bias) for matrix, bias in zip(form.first, biases, strict=True)]
         given = inner[0] if len(inner) == 1 else join(inner[0], inner[1], form.gating.is_interleaved)
-        return product(form.gating.family(given), form.down, form.down_bias)
+        return biased(product(form.gating.family(given), form.down), form.down_bias)
 
 
 class ExpertGraphs:

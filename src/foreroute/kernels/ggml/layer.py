@@ -4,14 +4,20 @@ A row's products have the same bits whichever rows and experts share its step, s
 change no output. Sums are in f32, in ascending expert key.
 """
 
+import math
 from collections.abc import Callable, Container, Sequence
 
 import numpy as np
 import torch
 
+from foreroute.errors import CorruptCheckpointError
 from foreroute.kernels.ggml.experts import FormGraphs
 from foreroute.kernels.layer import ExpertListener, ExpertSlots, LayerSum, Placed
 from foreroute.kernels.torch.layer import group_by_expert
+from foreroute.types import ExpertId
+
+# (an expert's key, inputs [n, hidden], outputs [n, hidden])
+Check = Callable[[int, torch.Tensor, torch.Tensor], None]
 
 
 class GgmlLayer:
@@ -36,7 +42,7 @@ class GgmlLayer:
         """See `LayerKernels`. hidden: [tokens, hidden]. weights: [tokens, k]."""
         assert self._graphs is not None, "the pool has been closed"
         kind = TokenSum if len(routed) == 1 and min(routed[0]) >= 0 else BlockSum
-        return kind(self._graphs, hidden, routed, weights)
+        return kind(self._graphs, hidden, routed, weights, self._check)
 
     def stream(
         self,
@@ -54,6 +60,8 @@ class GgmlLayer:
         for key, tokens, positions in group_by_expert(ids, keys, self._base):
             rows, slot = floats.index_select(0, tokens), experts.slot_of(key)
             outputs = self._graphs.stream(rows, slot, may_convert=may_convert)
+            if not math.isfinite(outputs.sum()):
+                self._check(key, rows, outputs)
             if listener is not None:
                 listener(self._layer, key - self._base, outputs.to(hidden.dtype))
             total.index_add_(0, tokens, outputs * gates[tokens, positions, None])
@@ -68,17 +76,33 @@ class GgmlLayer:
         """See `LayerKernels`."""
         self._graphs = None
 
+    def _check(self, key: int, rows: torch.Tensor, outputs: torch.Tensor) -> None:
+        """Raises CorruptCheckpointError: an expert's `outputs` [n, hidden] are no numbers, though its `rows` are."""
+        if (~outputs.isfinite().all(1) & rows.isfinite().all(1)).any():
+            raise CorruptCheckpointError(
+                f"{ExpertId(self._layer, key - self._base)} gives outputs that are no numbers, of inputs that are: a "
+                "scale in its blocks is NaN, infinite or far too large. The file is damaged, or its quantiser was at "
+                "fault: download it again, or take another."
+            )
+
 
 class TokenSum:
     """A `LayerSum` of one token: its experts' outputs lie in ascending key, and are added in that order.
 
     Args:
         hidden: [1, hidden]. weights: [1, k]. routed: the token's keys, all of them experts.
+        check: given an expert's key, inputs and outputs, raises where only the outputs are no numbers.
     """
 
     def __init__(
-        self, graphs: FormGraphs, hidden: torch.Tensor, routed: Sequence[Sequence[int]], weights: torch.Tensor
+        self,
+        graphs: FormGraphs,
+        hidden: torch.Tensor,
+        routed: Sequence[Sequence[int]],
+        weights: torch.Tensor,
+        check: Check,
     ) -> None:
+        self._check = check
         self._graphs, self._dtype, self._weights = graphs, hidden.dtype, weights
         self._hidden = hidden.float().contiguous()
         row = routed[0]
@@ -113,6 +137,10 @@ class TokenSum:
         """Return the weighted sum [1, hidden]."""
         gates = self._weights.float().numpy()[0, self._order]
         total = _weighted_sum(self._graphs.outputs[: len(gates)], gates)
+        # NaN and infinities last through sums.
+        if not math.isfinite(total.sum()):
+            for rank, key in enumerate(self._keys):
+                self._check(key, self._hidden, torch.from_numpy(self._graphs.outputs[rank : rank + 1]))
         return torch.from_numpy(total)[None].to(self._dtype)
 
 
@@ -127,6 +155,7 @@ class BlockSum:
 
     Args:
         hidden: [tokens, hidden]. weights: [tokens, k]. routed: per token its keys; negative ones are no expert.
+        check: see `TokenSum`.
     """
 
     def __init__(
@@ -135,7 +164,9 @@ class BlockSum:
         hidden: torch.Tensor,
         routed: Sequence[Sequence[int]],
         weights: torch.Tensor,
+        check: Check,
     ) -> None:
+        self._check = check
         self._graphs, self._dtype = graphs, hidden.dtype
         self._hidden = hidden.float().contiguous()
         self._weights = weights
@@ -170,6 +201,11 @@ class BlockSum:
         for token, order in enumerate(self._order):
             if order:
                 total[token] = _weighted_sum(self._outputs[token, : len(order)], gates[token, order])
+        if not math.isfinite(total.sum()):
+            for token, order in enumerate(self._order):
+                row = slice(token, token + 1)
+                for rank, at in enumerate(order):
+                    self._check(self._routed[token][at], self._hidden[row], torch.from_numpy(self._outputs[row, rank]))
         return torch.from_numpy(total).to(self._dtype)
 
     def _places(self, keys: Container[int]) -> list[tuple[int, int, int]]:

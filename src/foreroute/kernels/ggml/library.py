@@ -1,17 +1,20 @@
 """Find ggml's shared libraries, check that they are the version that structs.py describes, and open them once.
 
-They come from the package `libggml-python`, or from the folder that FOREROUTE_GGML names. What cannot be used is
-refused by name (`GgmlError`), and the torch backend dequantises in its place.
+They come from the folder that FOREROUTE_GGML names, from the package `libggml-python`, or from an installed
+llama-cpp-python that has the same ggml. What cannot be used is refused by name (`GgmlError`), and the torch backend
+dequantises in its place. Only the pinned package is opened unseen: what another build would do, such as to end the
+process, it does first in a process of its own (known_answers.py).
 """
 
 import ctypes as c
 import logging
 import os
 import platform
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property, lru_cache
-from importlib import util
+from importlib import metadata, util
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,9 @@ _OBJECT_BYTES = 32
 # ggml's warnings and errors.
 _TOLD_LEVELS = (3, 4)
 _REPACK_BUFFER = b"CPU_REPACK"
+# Exit code of known_answers.py where it refuses the libraries, and how long it may take.
+REFUSED = 3
+_TRIAL_S = 120
 
 
 class GgmlError(ForerouteError):
@@ -48,7 +54,6 @@ class Library:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        _check_cpu()
         base, cpu = _open(folder, "ggml-base"), _open(folder, "ggml-cpu")
         self._declare(base, "ggml-base", BASE_FUNCTIONS)
         self._declare(cpu, "ggml-cpu", CPU_FUNCTIONS)
@@ -123,7 +128,9 @@ def _copy_floats(blocks: int, floats: int, count: int) -> None:
     c.memmove(floats, blocks, 4 * count)
 
 
-_INSTALL = "Install it as foreroute does: pip install 'libggml-python==0.20.2.post1'."
+_PINNED = "0.20.2.post1"
+_INSTALL = f"Install it as foreroute does: pip install 'libggml-python=={_PINNED}'."
+_CPU_INFO = Path("/proc/cpuinfo")
 
 
 @lru_cache(maxsize=1)
@@ -133,25 +140,79 @@ def open_library() -> Library:
     Raises:
         GgmlError: see `Library`.
     """
-    return Library(_folder())
+    folder, is_pinned = _provider()
+    if is_pinned:
+        _check_cpu()
+    else:
+        try_out(folder)
+    return Library(folder)
 
 
-def _folder() -> Path:
+def try_out(
+    folder: Path, command: Sequence[str] = (sys.executable, "-m", "foreroute.kernels.ggml.known_answers")
+) -> None:
+    """Open the libraries of `folder` in a process of its own, and compare their numbers there for every type.
+
+    Args:
+        command: the program, which is given the folder.
+    Raises:
+        GgmlError: they cannot be used; or the process ended in another way, which is said.
+    """
+    # This very package, wherever it was imported from.
+    paths = [str(Path(__file__).parents[3]), os.environ.get("PYTHONPATH", "")]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
+    try:
+        ran = subprocess.run([*command, str(folder)], capture_output=True, timeout=_TRIAL_S, check=False, env=env)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise GgmlError(f"{folder}: its ggml could not be tried out: {error}. {_INSTALL}") from error
+    if ran.returncode == 0:
+        return
+    said = ran.stderr.decode(errors="replace").strip()
+    if ran.returncode == REFUSED:
+        raise GgmlError(said)
+    told = said.splitlines()[-1] if said else "it said nothing"
+    how = f"signal {-ran.returncode}" if ran.returncode < 0 else f"exit code {ran.returncode}"
+    raise GgmlError(f"{folder}: its ggml ended the process that tried it out ({how}: {told:.200}). {_INSTALL}")
+
+
+def _provider() -> tuple[Path, bool]:
+    """The folder to open, and whether it is that of the pinned package."""
     asked = os.environ.get(_FOLDER_VARIABLE)
     if asked:
         folder = Path(asked).expanduser()
         if not folder.is_dir():
             raise GgmlError(f"{_FOLDER_VARIABLE} is {asked}, which is no folder. Give the one with libggml-base.")
-        return folder
-    package = util.find_spec("libggml")
-    if package is None or not package.submodule_search_locations:
-        raise GgmlError(f"libggml-python is not installed. {_INSTALL}")
-    root = Path(package.submodule_search_locations[0])
-    return next((root / name for name in ("lib64", "lib", "bin") if (root / name).is_dir()), root)
+        return folder, False
+    root = _package("libggml")
+    if root is not None:
+        folder = next((root / name for name in ("lib64", "lib", "bin") if (root / name).is_dir()), root)
+        return folder, _installed_version() == _PINNED
+    root = _package("llama_cpp")
+    if root is not None and _file(root / "lib", "ggml-base").is_file():
+        return root / "lib", False
+    raise GgmlError(f"libggml-python is not installed. {_INSTALL}")
+
+
+def _package(name: str) -> Path | None:
+    """Where a package is installed; it is not imported."""
+    found = util.find_spec(name)
+    locations = None if found is None else found.submodule_search_locations
+    return Path(locations[0]) if locations else None
+
+
+def _installed_version() -> str:
+    try:
+        return metadata.version("libggml-python")
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def _file(folder: Path, name: str) -> Path:
+    return folder / f"{_PREFIX}{name}.{_SUFFIX}"
 
 
 def _open(folder: Path, name: str) -> c.CDLL:
-    path = folder / f"{_PREFIX}{name}.{_SUFFIX}"
+    path = _file(folder, name)
     if not path.is_file():
         raise GgmlError(f"{path} is not there. {_INSTALL}")
     try:
@@ -163,9 +224,13 @@ def _open(folder: Path, name: str) -> c.CDLL:
 
 def _check_cpu() -> None:
     """The package's build uses AVX2 without asking; on another CPU its first product would end the process."""
-    if platform.machine().lower() not in ("x86_64", "amd64") or not Path("/proc/cpuinfo").is_file():
+    if platform.machine().lower() not in ("x86_64", "amd64") or not _CPU_INFO.is_file():
         return
-    flags = next((line for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines() if "flags" in line), "")
+    lines = _CPU_INFO.read_text("utf-8", "replace").splitlines()
+    flags = next((line for line in lines if line.startswith("flags")), "")
     missing = [flag for flag in ("avx2", "fma", "f16c", "bmi2") if flag not in flags.split()]
     if missing:
-        raise GgmlError(f"This CPU lacks {', '.join(missing)}, which ggml's kernels were built for.")
+        raise GgmlError(
+            f"This CPU lacks {', '.join(missing)}, for which libggml-python was built. {_FOLDER_VARIABLE} may name the "
+            "folder of a build without."
+        )

@@ -4,6 +4,7 @@ Weights are no parameters: a block has no dtype of torch's. Layers that are give
 are computed by one graph, when the first of them is called.
 """
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -113,7 +114,12 @@ class BlockLinear(nn.Module):
     Args:
         matrix: [out, in]. products: computes them. bias: whether there is one; it is loaded like any parameter.
         dtype: of the bias.
+    Attributes:
+        is_head: rows that are no numbers give outputs that are none, as torch has it, where ggml's product would
+            round them to some.
     """
+
+    is_head = False
 
     def __init__(self, matrix: BlockMatrix, products: BlockProducts, bias: bool, dtype: torch.dtype) -> None:
         super().__init__()
@@ -156,6 +162,8 @@ class BlockLinear(nn.Module):
         products = self._products(rows, self._group)
         for layer, product in zip(self._followers, products[1:], strict=True):
             layer._ready = (x, product)
+        if self.is_head and not math.isfinite(rows.sum()):
+            products[0][~rows.isfinite().all(1)] = math.nan
         return products[0]
 
     def extra_repr(self) -> str:

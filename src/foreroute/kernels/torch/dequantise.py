@@ -10,7 +10,7 @@ from functools import lru_cache
 
 import torch
 
-from foreroute.checkpoint.stored_parts import Coding, StoredMatrix, StoredPart
+from foreroute.checkpoint.stored_parts import MXFP4_BLOCK_BYTES, MXFP4_IN_BLOCKS, Coding, StoredMatrix, StoredPart
 from foreroute.kernels.torch.experts import ExpertMath, Operands
 from foreroute.kernels.torch.gguf_blocks import GGUF_DECODERS
 
@@ -72,6 +72,12 @@ def decode_mxfp4(components: Sequence[torch.Tensor], out: torch.Tensor, coding: 
         grouped.copy_(grouped.float() * scales)
     else:
         grouped.mul_(scales.to(out.dtype))
+
+
+def decode_mxfp4_in_blocks(components: Sequence[torch.Tensor], out: torch.Tensor, coding: Coding) -> None:
+    """Dequantise blocks [rows, columns / 32 * 17]: an exponent and 16 bytes each, as `decode_mxfp4` has them apart."""
+    blocks = components[0].view(*out.shape[:1], -1, MXFP4_BLOCK_BYTES)
+    decode_mxfp4([blocks[..., 1:].reshape(len(blocks), -1), blocks[..., 0]], out, coding)
 
 
 def decode_fp8(components: Sequence[torch.Tensor], out: torch.Tensor, coding: Coding) -> None:
@@ -165,6 +171,7 @@ def _spread(grid: torch.Tensor, columns_at_once: int, num_columns: int) -> torch
 
 DECODERS: Mapping[str, Dequantiser] = {
     "mxfp4": decode_mxfp4,
+    MXFP4_IN_BLOCKS: decode_mxfp4_in_blocks,
     "fp8": decode_fp8,
     "fp8-scaled": decode_fp8_scaled,
     "packed-int4": decode_packed_int4,

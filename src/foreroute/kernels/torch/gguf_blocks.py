@@ -1,4 +1,4 @@
-"""Dequantise GGUF blocks to fp32 with vectorised torch operations, bit for bit as the gguf package does.
+"""Dequantise GGUF blocks to fp32, bit for bit as the gguf package does: common types with vectorised torch operations.
 
 Q8_0     32 weights, 34 bytes    fp16 scale, int8
 MXFP4    32 weights, 17 bytes    power of two, four-bit floats: the low halves of the bytes first, then the high ones
@@ -6,12 +6,16 @@ Q4_0     32 weights, 18 bytes    fp16 scale, four-bit integers from -8: low halv
 Q4_K    256 weights, 144 bytes   fp16 scale and fp16 offset, 8 groups with 6-bit factors of both, four-bit integers
 Q5_K    256 weights, 176 bytes   the same with a fifth bit, of all eight groups in 32 bytes
 Q6_K    256 weights, 210 bytes   four low bits, two high bits, 16 groups with int8 factors of one fp16 scale
+
+The package itself dequantises the others, with numpy.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
 import torch
 
+from foreroute.checkpoint.gguf_file import EXPERT_BLOCKS, gguf_package
 from foreroute.checkpoint.stored_parts import GGUF_PREFIX, Coding
 
 # Twice the values of E2M1; the scale is half its own, so that the product is exact.
@@ -28,8 +32,17 @@ def dequantise_gguf(kind: str, raw: torch.Tensor) -> torch.Tensor:
     """
     if kind in _FLOATS:
         return raw.contiguous().view(_FLOATS[kind]).float()
+    if kind not in _BLOCKS:
+        return _by_package(kind, raw)
     make, block_bytes = _BLOCKS[kind]
     return make(raw.reshape(-1, block_bytes)).view(raw.shape[0], -1)
+
+
+def _by_package(kind: str, raw: torch.Tensor) -> torch.Tensor:
+    gguf = gguf_package()
+    with np.errstate(all="ignore"):  # scales that are infinite or no numbers
+        numbers = gguf.quants.dequantize(raw.numpy(), gguf.GGMLQuantizationType[kind])
+    return torch.from_numpy(np.ascontiguousarray(numbers, dtype=np.float32)).view(raw.shape[0], -1)
 
 
 def _half(raw: torch.Tensor) -> torch.Tensor:
@@ -103,4 +116,4 @@ def _decode(components: Sequence[torch.Tensor], out: torch.Tensor, coding: Codin
 
 
 # For kernels/torch/dequantise.py, by the coding's name.
-GGUF_DECODERS = {GGUF_PREFIX + kind: _decode for kind in (*_FLOATS, *_BLOCKS)}
+GGUF_DECODERS = {GGUF_PREFIX + kind: _decode for kind in EXPERT_BLOCKS}

@@ -13,7 +13,7 @@ OperandsOf = Callable[[int], Operands]
 
 
 class Workspace(Protocol):
-    """Runs one token through several experts, in any order: kernels/torch/experts.py and quant.py."""
+    """Runs one token through several experts, in any order: `OneToken` in kernels/torch/experts.py."""
 
     def begin(self, routed: Sequence[int]) -> None:
         """Begin a new token, with the key at each position of its top-k."""

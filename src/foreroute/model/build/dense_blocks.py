@@ -1,69 +1,188 @@
-"""Keep the dense weights of a GGUF file in their blocks: linear layers and embeddings over them, in place of torch's.
+"""Keep dense weights in blocks: linear layers and embeddings over them, in place of torch's.
 
 transformers builds the model by its own constructor; what that made for a matrix in blocks is replaced before weights
-are loaded, so that such a matrix is read once, as it is stored, and never becomes floats.
+are loaded, so that such a matrix is read once. The blocks are those of a GGUF file, or are made of the floats that
+safetensors hold (--dense).
 """
 
 import math
-from typing import Any
+from collections.abc import Collection, Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from foreroute.checkpoint.gguf_families import dense_names
 from foreroute.checkpoint.gguf_file import GgufIndex
+from foreroute.checkpoint.index import CheckpointIndex
 from foreroute.checkpoint.source_files import SourceFile
+from foreroute.errors import CorruptCheckpointError, UnsupportedModelError
 from foreroute.kernels.ggml.linear import BlockEmbedding, BlockLinear, BlockMatrix, BlockProducts, compute_together
-from foreroute.kernels.ggml.types import BlockType
+from foreroute.kernels.ggml.quantiser import UnfitWeightError, aligned_blocks, quantise_in_threads
+from foreroute.kernels.ggml.types import BlockType, has_bad_scale
+from foreroute.model.build.dense_names import DenseMatrices
+from foreroute.types import QUANTISED_TYPES
 
 # Layers of one parent that are given the same input, in the order in which families call them.
 _TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+_EMBEDDING = "model.embed_tokens.weight"
 # Floats of torch's own: norms, biases, routers.
 _PLAIN = "F32"
-_ALIGNMENT = 64
+_HALVES = {torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+class MatrixSource(Protocol):
+    """Where dense matrices in blocks come from.
+
+    names: the model's names of those weights. embedding: that of the input's embedding, even if it is none of them.
+    """
+
+    @property
+    def names(self) -> Collection[str]: ...
+
+    @property
+    def embedding(self) -> str: ...
+
+    def read(self, name: str, state: Mapping[str, Any]) -> BlockMatrix:
+        """The matrix `name`. state: the stored weights by name, read by indexing."""
+
+
+class GgufMatrices:
+    """The matrices of a GGUF file, as they are stored: see `MatrixSource`."""
+
+    embedding = _EMBEDDING
+
+    def __init__(self, index: GgufIndex, products: BlockProducts) -> None:
+        self._index, self._types = index, products.library.types
+        self._stored = {ours: name for name, ours in dense_names(index).items() if is_kept(index, name, products)}
+
+    @property
+    def names(self) -> Collection[str]:
+        """See `MatrixSource`."""
+        return self._stored
+
+    def read(self, name: str, state: Mapping[str, Any]) -> BlockMatrix:
+        """See `MatrixSource`."""
+        stored = self._stored[name]
+        kind = self._types[self._index.kinds[stored]]
+        rows, columns = self._index.shapes[stored]
+        return BlockMatrix(kind, columns, _read(self._index, stored, kind, rows, columns))
+
+
+class QuantisedMatrices:
+    """Matrices of safetensors, quantised as they are read: see `MatrixSource`.
+
+    Args:
+        kind: the type that they get. num_threads: of the quantiser.
+    """
+
+    def __init__(self, matrices: DenseMatrices, kind: BlockType, products: BlockProducts, num_threads: int) -> None:
+        self.embedding = matrices.embedding
+        self._stored, self._kind, self._num_threads = matrices.stored, kind, num_threads
+        self._library = products.library
+
+    @property
+    def names(self) -> Collection[str]:
+        """See `MatrixSource`."""
+        return self._stored
+
+    def read(self, name: str, state: Mapping[str, Any]) -> BlockMatrix:
+        """See `MatrixSource`.
+
+        Raises:
+            CorruptCheckpointError: a weight is no number, or too large.
+        """
+        numbers = state[self._stored[name]][...]
+        try:
+            blocks = quantise_in_threads(self._library, self._kind, numbers, self._num_threads)
+        except UnfitWeightError as error:
+            raise CorruptCheckpointError(f"{self._stored[name]}: {error}. Load without --dense.") from None
+        return BlockMatrix(self._kind, numbers.shape[1], blocks)
+
+
+class HalfMatrices:
+    """Matrices of safetensors in 16 bits, as they are stored, where experts are blocks: see `MatrixSource`."""
+
+    def __init__(self, matrices: DenseMatrices, index: CheckpointIndex, products: BlockProducts) -> None:
+        self.embedding = matrices.embedding
+        self._types = products.library.types
+        self._stored = {
+            ours: name
+            for ours, name in matrices.stored.items()
+            if name in index.tensors and index.tensors[name].dtype in _HALVES.values()
+        }
+
+    @property
+    def names(self) -> Collection[str]:
+        """See `MatrixSource`."""
+        return self._stored
+
+    def read(self, name: str, state: Mapping[str, Any]) -> BlockMatrix:
+        """See `MatrixSource`."""
+        numbers = state[self._stored[name]][...]
+        kind = self._types[_HALVES[numbers.dtype]]
+        rows, columns = numbers.shape
+        blocks = aligned_blocks(rows, kind.row_bytes(columns))
+        blocks.copy_(numbers.contiguous().view(torch.uint8))
+        return BlockMatrix(kind, columns, blocks)
 
 
 class DenseBlocks:
-    """The dense matrices of a file that stay in blocks.
+    """The dense matrices of a model that stay in blocks.
 
     Args:
         products: computes with them. dtype: of biases and of an embedding's rows.
     Attributes:
-        kept: names of the weights that stay in blocks, once the model was made.
+        kept: names of the parameters that blocks replace, once the model was made.
     """
 
-    def __init__(self, index: GgufIndex, products: BlockProducts, dtype: torch.dtype) -> None:
-        self._index, self._products, self._dtype = index, products, dtype
-        self._stored = {ours: name for name, ours in dense_names(index).items() if is_kept(index, name, products)}
+    def __init__(self, source: MatrixSource, products: BlockProducts, dtype: torch.dtype) -> None:
+        self._source, self._products, self._dtype = source, products, dtype
         self._matrices: dict[str, BlockMatrix] = {}
         self.kept: frozenset[str] = frozenset()
+
+    @property
+    def holds_embedding(self) -> bool:
+        """Whether the input's embedding stays in blocks, which a tied head then shares."""
+        return self._source.embedding in self._source.names
 
     @property
     def nbytes(self) -> int:
         """Bytes of the matrices that are in memory."""
         return sum(matrix.blocks.nbytes for matrix in self._matrices.values())
 
-    def build(self, model_class: type[Any]) -> type[Any]:
-        """A subclass of transformers' `model_class` that passes for it, whose constructor replaces those layers."""
+    def build(self, model_class: type[Any], state: Mapping[str, Any], *, is_tied: bool) -> type[Any]:
+        """A subclass of transformers' `model_class` that passes for it, whose constructor replaces those layers.
+
+        Args:
+            state: the stored weights by name. is_tied: the head's weight is the embedding's.
+        """
         blocks = self
 
         def construct(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
             model_class.__init__(self, config, *args, **kwargs)
-            blocks.replace(self)
+            blocks.replace(self, state, is_tied=is_tied)
 
         own = {"__module__": model_class.__module__, "__init__": construct}
         return type(model_class.__name__, (model_class,), own)
 
-    def replace(self, model: nn.Module) -> None:
-        """Replace the layers of `model` whose weights stay in blocks."""
-        with torch.device("cpu"), torch.inference_mode(False):
+    def replace(self, model: nn.Module, state: Mapping[str, Any], *, is_tied: bool) -> None:
+        """Replace the layers of `model` whose weights stay in blocks. Arguments: see `build`."""
+        head = model.get_output_embeddings() if is_tied else None
+        replaced: list[str] = []
+        with torch.device("cpu"), torch.inference_mode(False), torch.no_grad():
             for name, module in [*model.named_modules()]:
-                matrix = self._matrix(f"{name}.weight", module)
+                if type(module) not in (nn.Linear, nn.Embedding):
+                    continue
+                matrix = self._matrix(self._source.embedding if module is head else f"{name}.weight", state)
                 if matrix is not None:
                     parent, _, child = name.rpartition(".")
                     setattr(model.get_submodule(parent), child, self._module(module, matrix))
-        self.kept = frozenset(self._matrices)
+                    replaced.append(f"{name}.weight")
+        self.kept = frozenset(replaced)
+        head = model.get_output_embeddings()
+        if isinstance(head, BlockLinear):
+            head.is_head = True
         for parent_module in model.modules():
             for names in _TOGETHER:
                 layers = [getattr(parent_module, name, None) for name in names]
@@ -71,19 +190,11 @@ class DenseBlocks:
                 if len(linear) == len(names) and len({layer.in_features for layer in linear}) == 1:
                     compute_together(linear)
 
-    def _matrix(self, name: str, module: nn.Module) -> BlockMatrix | None:
-        """The blocks of `module`'s weight, read; None where it does not stay in blocks."""
-        if type(module) not in (nn.Linear, nn.Embedding):
-            return None
-        if name == _HEAD and name not in self._stored and _HEAD not in dense_names(self._index).values():
-            return self._matrices.get(_EMBEDDING)  # tied
-        if name not in self._stored:
-            return None
-        stored = self._stored[name]
-        kind = self._products.library.types[self._index.kinds[stored]]
-        rows, columns = self._index.shapes[stored]
-        self._matrices[name] = BlockMatrix(kind, columns, _read(self._index, stored, kind, rows, columns))
-        return self._matrices[name]
+    def _matrix(self, name: str, state: Mapping[str, Any]) -> BlockMatrix | None:
+        """The blocks of a weight, read once; None where it does not stay in blocks."""
+        if name not in self._matrices and name in self._source.names:
+            self._matrices[name] = self._source.read(name, state)
+        return self._matrices.get(name)
 
     def _module(self, module: nn.Module, matrix: BlockMatrix) -> nn.Module:
         if isinstance(module, nn.Embedding):
@@ -108,12 +219,49 @@ def dense_block_nbytes(index: GgufIndex, products: BlockProducts) -> int:
     )
 
 
+def check_rows(matrices: DenseMatrices, kind: BlockType, products: BlockProducts) -> None:
+    """Check that rows of all matrices are whole blocks of `kind`.
+
+    Raises:
+        UnsupportedModelError: one whose rows are not; named, with the types that can take all of them.
+    """
+    for name, (_, columns) in matrices.shapes.items():
+        if columns % kind.weights:
+            types = products.library.types
+            others = [
+                one.lower()
+                for one in QUANTISED_TYPES
+                if one in types and not any(columns % types[one].weights for _, columns in matrices.shapes.values())
+            ]
+            raise UnsupportedModelError(
+                f"--dense {kind.name.lower()} cannot take {name}: its rows have {columns} weights, which are no whole "
+                f"blocks of {kind.weights}. --dense {', '.join(others[:-1])} or {others[-1]} can."
+            )
+
+
+def quantised_nbytes(matrices: DenseMatrices, kind: BlockType, index: CheckpointIndex, dense_nbytes: int) -> int:
+    """Bytes of the dense weights of `index` with these matrices in blocks, and all else in f32.
+
+    Args:
+        dense_nbytes: as they are stored.
+    """
+    stored = [index.tensors[name] for name in matrices.stored.values() if name in index.tensors]
+    itemsize = 4 if any(entry.dtype == "F32" for entry in stored) else 2
+    numbers = sum(rows * columns for rows, columns in matrices.shapes.values())
+    blocks = sum(rows * kind.row_bytes(columns) for rows, columns in matrices.shapes.values())
+    return blocks + max(0, dense_nbytes - itemsize * numbers) * 4 // itemsize
+
+
 def _read(index: GgufIndex, name: str, kind: BlockType, rows: int, columns: int) -> torch.Tensor:
     """The stored bytes [rows, bytes of a row], aligned to a cache line."""
     entry = index.tensors[name]
-    memory = torch.empty(entry.nbytes + _ALIGNMENT, dtype=torch.uint8)
-    start = -memory.data_ptr() % _ALIGNMENT
-    blocks = memory[start : start + entry.nbytes]
+    blocks = aligned_blocks(rows, kind.row_bytes(columns))
+    assert blocks.nbytes == entry.nbytes, f"{name} has {entry.nbytes} bytes in place of {blocks.nbytes}"
     with SourceFile(entry.path, index.files.get(entry.path)) as file:
-        file.read_into(entry.offset, blocks.numpy().data)
-    return blocks.view(rows, kind.row_bytes(columns))
+        file.read_into(entry.offset, blocks.view(-1).numpy().data)
+    if has_bad_scale(kind, blocks.view(-1).numpy()):
+        raise CorruptCheckpointError(
+            f"{entry.path}: {name} has a scale that is no number (NaN or infinite). The file is damaged, or its "
+            "quantiser was at fault: download it again, or take another."
+        )
+    return blocks

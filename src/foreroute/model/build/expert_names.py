@@ -3,7 +3,6 @@
 from collections.abc import Collection, Mapping
 from typing import Any
 
-import torch
 from torch import nn
 
 from foreroute.checkpoint.assembly import Operation
@@ -29,11 +28,11 @@ def expert_parameters(module: nn.Module) -> tuple[ExpertParameter, ...]:
 
 def map_sources(
     meta_model: nn.Module, modules: Mapping[str, nn.Module], stored_names: Collection[str]
-) -> tuple[dict[str, PartSource], dict[str, tuple[str, ...]], dict[str, torch.Tensor]]:
+) -> tuple[dict[str, PartSource], dict[str, tuple[str, ...]], dict[str, str]]:
     """Find the stored tensors of every expert parameter of `modules`, by its full name, as transformers collects them.
 
     Returns also the `stored_names` without a place in `meta_model`, with transformers' names for each; and the stored
-    names that become a model tensor unchanged, with that tensor (any shape [...], on the meta device).
+    names that become a tensor of the model unchanged, with its name there.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
@@ -46,7 +45,7 @@ def map_sources(
     shapes = {f"{name}.{p.name}": (p.name, p.shape) for name, m in modules.items() for p in expert_parameters(m)}
     groups: dict[str, dict[str | None, list[str]]] = {}
     unplaced: dict[str, tuple[str, ...]] = {}
-    placed: dict[str, torch.Tensor] = {}
+    placed: dict[str, str] = {}
     for stored_name in sorted(stored_names, key=dot_natural_key):
         target, pattern = rename_source_key(stored_name, renamings, converters, prefix, state)
         if target not in state and stored_name in state:
@@ -55,7 +54,7 @@ def map_sources(
             converted = [target] if pattern is None else by_pattern[pattern].target_patterns
             unplaced[stored_name] = tuple(target.replace(converted[0], one) for one in converted)
         elif pattern is None and target not in shapes:
-            placed[stored_name] = state[target]
+            placed[stored_name] = target
         if target in shapes:
             groups.setdefault(target, {}).setdefault(pattern, []).append(stored_name)
     sources = {

@@ -8,8 +8,8 @@ translated by transformers' own renaming functions, so that no family needs a ta
 import contextlib
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from foreroute.checkpoint.quantised_layout import quantised_layer
 from foreroute.errors import CheckpointError, CorruptCheckpointError, UnsupportedModelError, named
 from foreroute.model.build.config_sizes import check_against, check_choice, check_number
 from foreroute.model.build.dense_blocks import DenseBlocks
+from foreroute.model.build.dense_names import DenseMatrices, dense_matrices
 from foreroute.model.build.dense_state import dense_growth, dense_state, idle_biases, quantised_matrices
 from foreroute.model.build.expert_names import expert_parameters, map_sources, num_experts
 from foreroute.model.build.from_state import from_state, stored_state
@@ -33,7 +34,7 @@ from foreroute.model.build.generation_file import check_generation_settings
 from foreroute.model.build.gguf_model import gguf_config, gguf_dense_nbytes, gguf_state
 from foreroute.model.build.unplaced import Ignored, sort_unplaced, tell
 from foreroute.model.config_file import read_config
-from foreroute.model.experts import ExpertParameter, OffloadedExperts, is_experts_class, offloaded_class
+from foreroute.model.experts import ExpertParameter, OffloadedExperts, family_form, is_experts_class, offloaded_class
 
 # The swap replaces a name in a module shared by all threads: one load at a time.
 _SWAP_LOCK = threading.RLock()
@@ -47,10 +48,9 @@ class Outline:
     experts: names of the experts modules, in module order.
     table: where every expert's bytes are; layers in the order of `experts`.
     expert_targets: the fused parameters that must not be loaded, by full name.
-    is_transposed: per layer, matrices are stored as [in, out].
     form: the format of quantised weights, or None. matrices, components: stored names of its quantised matrices, as
         in QuantisedFormat.split.
-    ignored: stored tensors that are not read.
+    ignored: stored tensors that are not read. linear: the dense matrices of safetensors that can be kept in blocks.
     """
 
     config: Any
@@ -58,11 +58,11 @@ class Outline:
     table: ExpertTable
     expert_targets: frozenset[str]
     experts_classes: frozenset[type[nn.Module]]
-    is_transposed: tuple[bool, ...]
     form: QuantisedFormat | None = None
     matrices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     components: frozenset[str] = frozenset()
     ignored: Ignored = field(default_factory=Ignored)
+    linear: DenseMatrices = field(default_factory=DenseMatrices)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -98,7 +98,7 @@ def outline(folder: Path, index: CheckpointIndex) -> Outline:
     of_experts = sum(num_experts(module) * len(expert_parameters(module)) for module in modules.values())
     check_number(index, len(meta_model.state_dict()) + of_experts)
     components |= idle_biases(index, matrices, meta_model.state_dict().keys())
-    sources, unplaced, dense = map_sources(meta_model, modules, {*(set(index.tensors) - components), *matrices})
+    sources, unplaced, placed = map_sources(meta_model, modules, {*(set(index.tensors) - components), *matrices})
     layers: list[LayerExperts] = []
     targets: set[str] = set()
     for name, module in modules.items():
@@ -107,13 +107,22 @@ def outline(folder: Path, index: CheckpointIndex) -> Outline:
         targets.update(f"{name}.{p.name}" for p in parameters)
         layers.append(quantised_layer(name, num_experts(module), layer_sources, index, form, matrices))
     ignored = sort_unplaced(folder, meta_model, unplaced, is_quantised=is_quantised)
+    state = meta_model.state_dict()
+    dense = {name: state[target] for name, target in placed.items()}
     _check_shapes(folder, dense, {name: index.tensors[name].shape for name in dense.keys() & index.tensors.keys()})
     classes = frozenset(type(module) for module in modules.values())
-    # Set by transformers' decorator.
-    transposed = tuple(bool(getattr(module, "is_transposed", False)) for module in modules.values())
-    table = ExpertTable(tuple(layers), index)
+    table = ExpertTable(_formed(layers, modules.values()), index)
     return Outline(
-        config, tuple(modules), table, frozenset(targets), classes, transposed, form, matrices, components, ignored
+        config,
+        tuple(modules),
+        table,
+        frozenset(targets),
+        classes,
+        form,
+        matrices,
+        components,
+        ignored,
+        dense_matrices(meta_model, placed, max(layer.num_experts for layer in layers)),
     )
 
 
@@ -127,6 +136,12 @@ def _experts_modules(folder: Path, config: Any, meta_model: nn.Module) -> dict[s
         raise CheckpointError(f"{_source(folder)} gives the model no experts.")
     check_choice(config, most, _source(folder))
     return modules
+
+
+def _formed(layers: Sequence[LayerExperts], modules: Collection[nn.Module]) -> tuple[LayerExperts, ...]:
+    """The layers with how the family of their modules keeps matrices."""
+    forms = {type(module): family_form(module) for module in modules}
+    return tuple(replace(layer, form=forms[type(module)]) for layer, module in zip(layers, modules, strict=True))
 
 
 def _outline_gguf(index: GgufIndex) -> Outline:
@@ -143,8 +158,9 @@ def _outline_gguf(index: GgufIndex) -> Outline:
     _check_shapes(index.folder, dense, index.shapes)
     targets = {f"{name}.{p.name}" for name, module in modules.items() for p in expert_parameters(module)}
     classes = frozenset(type(module) for module in modules.values())
-    transposed = tuple(bool(getattr(module, "is_transposed", False)) for module in modules.values())
-    return Outline(config, tuple(modules), ExpertTable(tuple(layers), index), frozenset(targets), classes, transposed)
+    return Outline(
+        config, tuple(modules), ExpertTable(_formed(layers, modules.values()), index), frozenset(targets), classes
+    )
 
 
 def load_skeleton(
@@ -182,9 +198,12 @@ def _with_blocks(
 ) -> tuple[nn.Module, dict[str, Any]]:
     """`from_state` of a model whose dense matrices stay in blocks."""
     is_tied = config.tie_word_embeddings
-    config.tie_word_embeddings = False  # there are no parameters to tie: the two layers share their blocks
+    if blocks.holds_embedding:
+        config.tie_word_embeddings = False  # there are no parameters to tie: the two layers share their blocks
     try:
-        model, info = from_state(blocks.build(model_class), folder, state, config=config, **kwargs)
+        model, info = from_state(
+            blocks.build(model_class, state, is_tied=is_tied), folder, state, config=config, **kwargs
+        )
     finally:
         config.tie_word_embeddings = is_tied
     made: Any = model

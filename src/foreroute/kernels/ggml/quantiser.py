@@ -1,0 +1,87 @@
+"""ggml's own quantiser: floats to blocks and back, a row at a time, the same bits on every machine and thread count.
+
+The calls release Python's lock, so that threads quantise at once.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from foreroute.errors import ForerouteError
+from foreroute.kernels.ggml.library import Library
+from foreroute.kernels.ggml.types import BlockType
+
+# The scales of most types are 16-bit floats; a larger weight, or NaN, would become a scale that is no number.
+_MOST = 65504.0
+# Weights that are float32 at a time where a whole matrix is quantised.
+_PIECE_WEIGHTS = 2**24
+_ALIGNMENT = 64
+
+
+class UnfitWeightError(ForerouteError):
+    """A weight that no block can hold: NaN, infinite or larger than 16-bit scales."""
+
+
+def quantise(library: Library, kind: BlockType, rows: torch.Tensor, out: torch.Tensor) -> None:
+    """Quantise `rows` [n, columns], contiguous float32, into `out`, contiguous uint8 [n, bytes of a row].
+
+    Raises:
+        UnfitWeightError: a weight that is no number, or too large.
+    """
+    if kind.name != "F32":
+        _check_weights(kind, rows)
+    _quantise_checked(library, kind, rows, out)
+
+
+def quantise_in_threads(library: Library, kind: BlockType, rows: torch.Tensor, num_threads: int) -> torch.Tensor:
+    """Quantise `rows` [n, columns] of any float dtype on several threads: uint8 [n, bytes of a row], aligned.
+
+    Raises:
+        UnfitWeightError: a weight that is no number, or too large.
+    """
+    count, columns = rows.shape
+    blocks = aligned_blocks(count, kind.row_bytes(columns))
+    at_once = max(num_threads, _PIECE_WEIGHTS // columns)
+    with ThreadPoolExecutor(num_threads) as pool:
+        for first in range(0, count, at_once):
+            floats = rows[first : first + at_once].float().contiguous()
+            _check_weights(kind, floats)
+            parts = zip(floats.chunk(num_threads), blocks[first : first + at_once].chunk(num_threads), strict=True)
+            list(pool.map(lambda part: _quantise_checked(library, kind, *part), parts))
+    return blocks
+
+
+def aligned_blocks(rows: int, row_bytes: int) -> torch.Tensor:
+    """Memory for blocks [rows, row_bytes], aligned to a cache line."""
+    memory = torch.empty(rows * row_bytes + _ALIGNMENT, dtype=torch.uint8)
+    start = -memory.data_ptr() % _ALIGNMENT
+    return memory[start : start + rows * row_bytes].view(rows, row_bytes)
+
+
+def _check_weights(kind: BlockType, rows: torch.Tensor) -> None:
+    low, high = torch.aminmax(rows)
+    largest = max(-float(low), float(high))
+    if not largest <= _MOST:
+        raise UnfitWeightError(f"a weight is {largest}, which the scales of {kind.name} cannot hold")
+
+
+def _quantise_checked(library: Library, kind: BlockType, rows: torch.Tensor, out: torch.Tensor) -> None:
+    count, columns = rows.shape
+    assert rows.dtype == torch.float32, f"ggml quantises float32, not {rows.dtype}"
+    assert rows.is_contiguous()
+    assert out.is_contiguous()
+    assert out.shape == (count, kind.row_bytes(columns)), f"{tuple(out.shape)} does not hold {tuple(rows.shape)}"
+    if kind.name == "F32":
+        out.copy_(rows.view(torch.uint8))
+        return
+    written = library.ggml_quantize_chunk(kind.number, rows.data_ptr(), out.data_ptr(), 0, count, columns, None)
+    assert written == out.nbytes, f"ggml wrote {written} bytes in place of {out.nbytes}"
+
+
+def dequantise(library: Library, kind: BlockType, blocks: torch.Tensor, columns: int) -> torch.Tensor:
+    """Make numbers [n, columns], float32, of `blocks`, contiguous uint8 [n, bytes of a row]."""
+    if kind.name == "F32":
+        return blocks.view(torch.float32)
+    numbers = torch.empty(len(blocks), columns, dtype=torch.float32)
+    library.traits(kind.name).to_float(blocks.data_ptr(), numbers.data_ptr(), numbers.numel())
+    return numbers
