@@ -7,6 +7,7 @@ from statistics import median
 
 import torch
 
+from foreroute.loading.offloaded_model import OffloadedModel
 from foreroute.types import Progress
 from foreroute.verification.transcript import Exercise, steps
 

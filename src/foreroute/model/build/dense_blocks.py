@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from foreroute.checkpoint.gguf_families import dense_names
 from foreroute.checkpoint.gguf_file import GgufIndex
@@ -166,7 +167,7 @@ class DenseBlocks:
         own = {"__module__": model_class.__module__, "__init__": construct}
         return type(model_class.__name__, (model_class,), own)
 
-    def replace(self, model: nn.Module, state: Mapping[str, Any], *, is_tied: bool) -> None:
+    def replace(self, model: PreTrainedModel, state: Mapping[str, Any], *, is_tied: bool) -> None:
         """Replace the layers of `model` whose weights stay in blocks. Arguments: see `build`."""
         head = model.get_output_embeddings() if is_tied else None
         replaced: list[str] = []

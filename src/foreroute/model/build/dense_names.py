@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from torch import nn
+from transformers import PreTrainedModel
 
 # Last names of layers that decide between experts, which stay floats as in llama.cpp: a route is a matter of last bits.
 _ROUTERS = frozenset({"gate", "router", "classifier", "shared_expert_gate"})
@@ -20,7 +21,7 @@ class DenseMatrices:
     embedding: str = ""
 
 
-def dense_matrices(model: nn.Module, placed: Mapping[str, str], num_experts: int) -> DenseMatrices:
+def dense_matrices(model: PreTrainedModel, placed: Mapping[str, str], num_experts: int) -> DenseMatrices:
     """Find the weights of `model` (on the meta device) that its linear layers and embeddings take from one tensor.
 
     Args:
