@@ -61,9 +61,9 @@ def _gate_order(module: nn.Module) -> Gates:
     if not getattr(flags, "has_gate", False):
         return ""
     width = _PROBE_WIDTH
-    row = torch.linspace(0.2, 0.8, 2 * width).view(1, -1)
+    row = torch.linspace(0.2, 0.8, 2 * width, dtype=torch.float32).view(1, -1)
     with torch.no_grad():
-        moved = row + _PROBE_STEP * torch.eye(2 * width)
+        moved = row + _PROBE_STEP * torch.eye(2 * width, dtype=torch.float32)
         changed = [(flags._apply_gate(one[None]) != flags._apply_gate(row)).nonzero()[:, -1].tolist() for one in moved]
     if changed == [[at % width] for at in range(2 * width)]:
         return "halves"

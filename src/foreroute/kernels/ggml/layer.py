@@ -41,7 +41,7 @@ class GgmlLayer:
     def begin(self, hidden: torch.Tensor, routed: Sequence[Sequence[int]], weights: torch.Tensor) -> LayerSum:
         """See `LayerKernels`. hidden: [tokens, hidden]. weights: [tokens, k]."""
         assert self._graphs is not None, "the pool has been closed"
-        kind = TokenSum if len(routed) == 1 and min(routed[0]) >= 0 else BlockSum
+        kind = TokenBlockSum if len(routed) == 1 and min(routed[0]) >= 0 else BlockSum
         return kind(self._graphs, hidden, routed, weights, self._check)
 
     def stream(
@@ -86,7 +86,7 @@ class GgmlLayer:
             )
 
 
-class TokenSum:
+class TokenBlockSum:
     """A `LayerSum` of one token: its experts' outputs lie in ascending key, and are added in that order.
 
     Args:
@@ -155,7 +155,7 @@ class BlockSum:
 
     Args:
         hidden: [tokens, hidden]. weights: [tokens, k]. routed: per token its keys; negative ones are no expert.
-        check: see `TokenSum`.
+        check: see `TokenBlockSum`.
     """
 
     def __init__(
