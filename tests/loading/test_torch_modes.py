@@ -13,6 +13,7 @@ from foreroute.batching.requests import Finished, NewToken, Request, Sampling
 from foreroute.errors import RefusedError
 from foreroute.generation.generate import generate
 from foreroute.generation.prefix_cache import PromptCache
+from foreroute.model import torch_modes
 from foreroute.model.text import load_tokenizer
 from tests.batching.test_engine import Heard
 from tests.support.conversations import Words, longer
@@ -121,6 +122,15 @@ def test_what_pages_for_itself_may_be_made_under_a_mode(load, checkpoints):
             tokens.append(generate(model, Words(), ONE_PROMPT.ids, **options).token_ids)
         tokens.append(generate(model, Words(), ONE_PROMPT.ids, **options).token_ids)
     assert len(set(tokens)) == 1
+
+
+def test_no_default_device_is_set_where_none_is_on():
+    """It would slow down each operation of each MoE layer."""
+    with torch.inference_mode(), torch_modes.kept():
+        assert torch._C._len_torch_function_stack() == 0
+        assert not torch.ones(1).is_inference()
+    with default_device("meta"), torch_modes.kept():
+        assert torch.ones(1).device.type == "cpu"
 
 
 def test_sampling_many_at_once_does_not_read_the_default_dtype(plain, folder):
