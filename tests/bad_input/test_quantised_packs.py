@@ -117,7 +117,7 @@ class TestOfEarlierVersions:
     @pytest.mark.parametrize("by", ["name", "path"])
     def test_an_old_store(self, load, folder, old, by):
         codec = old.name.split(".")[1]
-        again = "q8_0`" if codec == "int8" else r"q4_k` \(or q4_0\)"
+        again = "q8_0`" if codec == "int8" else r"q4_k` \(or q4_1\)"
         with pytest.raises(
             StoreError, match=rf"the codec {codec}, which .* not read. Pack again with .*--quant {again}"
         ):
@@ -125,8 +125,8 @@ class TestOfEarlierVersions:
 
     def test_a_new_one_beside_it_is_taken(self, load, folder, old):
         codec = old.name.split(".")[1]
-        made(folder, "q8_0" if codec == "int8" else "q4_0")
-        assert load(folder, packed=codec).foreroute.plan.stored_dtype in ("q8_0", "q4_0")
+        made(folder, "q8_0" if codec == "int8" else "q4_1")
+        assert load(folder, packed=codec).foreroute.plan.stored_dtype in ("q8_0", "q4_1")
 
     def test_none_at_all(self, load, folder):
         with pytest.raises(

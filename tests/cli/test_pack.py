@@ -129,11 +129,11 @@ def test_another_codec_is_not_overwritten(run, copied: Path, tmp_path: Path) -> 
 
 def test_names_of_earlier_versions(run, copied: Path) -> None:
     """Rows of 64 weights are no whole blocks of q4_k."""
-    for old, new in (("int8", "q8_0"), ("int4", "q4_0"), ("int4-g128", "q4_0")):
+    for old, new in (("int8", "q8_0"), ("int4", "q4_1"), ("int4-g128", "q4_1")):
         ran = run("pack", copied, "--quant", old, "--force")
         assert ran.code == 0, ran.err
         assert f"--quant {old} is {new} now" in ran.err
-        assert ("whole blocks of 256" in " ".join(ran.err.split())) == (new == "q4_0")
+        assert ("whole blocks of 256" in " ".join(ran.err.split())) == (new == "q4_1")
         assert f"Wrote {copied / store_name(new)}" in ran.out
     assert run("pack", copied, "--quant", "int4", "--force", "--json").err == ""
 

@@ -22,7 +22,7 @@ _SMALLER = {
 # Codecs of earlier versions, computed by torch's kernels: the one to take in their place, and the one for rows that
 # are no whole blocks of it.
 EARLIER: Mapping[str, tuple[str, ...]] = {
-    "int8": ("q8_0",), "int4": ("q4_k", "q4_0"), "int4-g128": ("q4_k", "q4_0"), "mixed": ("q4_k", "q4_0"),
+    "int8": ("q8_0",), "int4": ("q4_k", "q4_1"), "int4-g128": ("q4_k", "q4_1"), "mixed": ("q4_k", "q4_1"),
 }  # fmt: skip
 _DOWN, _GATE_UP = "down_proj", "gate_up_proj"
 

@@ -363,7 +363,7 @@ def _check_codec(path: Path, codec: str) -> None:
 
 def _quantise_again(codec: str) -> str:
     """What to do about a store in a codec of an earlier version, or an unknown one."""
-    names = EARLIER.get(codec, ("q8_0", "q4_k", "q4_0"))
+    names = EARLIER.get(codec, ("q8_0", "q4_k", "q4_1"))
     return f"Pack again with `foreroute pack --quant {names[0]}`" + (
         f" (or {' or '.join(names[1:])})." if names[1:] else "."
     )
