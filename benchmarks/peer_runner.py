@@ -27,6 +27,7 @@ class Job:
     prompt: token ids.
     feed: the tokens that follow, whatever the engine would have chosen; empty for greedy decoding.
     new_tokens: tokens to make; the first of them ends the TTFT.
+    warm_up: token ids of a prompt that is computed before, so that its experts are resident; of engines on a GGUF file.
     scratch: an empty folder on the same disk, for engines that write the weights in a form of their own.
     options: fields of foreroute's EngineConfig, for what each of its parts is worth; accelerate's resident_layers;
         llama.cpp's mmap and repack.
@@ -41,6 +42,7 @@ class Job:
     threads: int
     scratch: str
     options: dict[str, Any] = field(default_factory=dict)
+    warm_up: list[int] = field(default_factory=list)
 
 
 @dataclass
@@ -173,10 +175,15 @@ def run_foreroute_gguf(job: Job, meter: Meter) -> dict[str, Any]:
     torch.set_num_threads(job.threads)
     memory = "100%" if job.memory is None else job.memory
     model = foreroute.load(job.model, memory=memory, config=foreroute.EngineConfig(**job.options))
-    meter.mark()
     chosen: list[int] = []
     tokens, cache = torch.tensor([job.prompt]), None
+    loaded_at = Meter(job.model)
+    loaded_at.mark()
     with torch.inference_mode():
+        if job.warm_up:
+            with model.foreroute.step(StepInfo("prefill", 1, len(job.warm_up), is_start=True)):
+                model(input_ids=torch.tensor([job.warm_up]), use_cache=False, logits_to_keep=1)
+        meter.mark()
         for step in range(job.new_tokens):
             phase = "decode" if step else "prefill"
             with model.foreroute.step(StepInfo.of(phase, tokens, is_start=not step)):
@@ -185,7 +192,8 @@ def run_foreroute_gguf(job: Job, meter: Meter) -> dict[str, Any]:
             chosen.append(int(output.logits[0, -1].argmax()))
             meter.mark()
             tokens = torch.tensor([[job.feed[step] if job.feed else chosen[-1]]])
-    return {"tokens": chosen, "stats": model.foreroute.stats().as_dict()}
+    load_s = loaded_at.marks[0]["time_s"] - meter.marks[0]["time_s"]
+    return {"tokens": chosen, "load_s": load_s, "stats": model.foreroute.stats().as_dict()}
 
 
 def generate(model: Any, job: Job, meter: Meter) -> dict[str, Any]:
@@ -252,13 +260,17 @@ def run_llama_cpp(job: Job, meter: Meter) -> dict[str, Any]:
     llama_cpp.llama_cpp.llama_model_default_params = with_repack_said  # Llama() has no argument for it
     model = Llama(
         job.model,
-        n_ctx=512,
+        n_ctx=1024,
         n_threads=job.threads,
         n_threads_batch=job.threads,
         use_mmap=job.options.get("mmap", True),
         verbose=False,
     )
     os.sync()
+    load_s = time.perf_counter() - meter.marks[0]["time_s"]
+    if job.warm_up:
+        model.eval(job.warm_up)
+        model.reset()
     meter.mark()
     chosen: list[int] = []
     tokens = job.prompt
@@ -268,7 +280,7 @@ def run_llama_cpp(job: Job, meter: Meter) -> dict[str, Any]:
         chosen.append(int(logits.argmax()))
         meter.mark()
         tokens = [job.feed[step] if job.feed else chosen[-1]]
-    return {"tokens": chosen, "system_info": llama_print_system_info().decode()}
+    return {"tokens": chosen, "load_s": load_s, "system_info": llama_print_system_info().decode()}
 
 
 ENGINES: dict[str, Callable[[Job, Meter], dict[str, Any]]] = {

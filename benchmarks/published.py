@@ -30,6 +30,8 @@ from benchmarks.peers import direct_read_rate, drop_from_page_cache, read_ahead,
 from foreroute.memory.host import usable_cpus
 
 VOCABULARY = 8000
+# So many tokens route to every expert of a layer.
+WARM_UP_TOKENS = 512
 Run = dict[str, Any]
 
 
@@ -71,6 +73,7 @@ def run(engine: str, args: argparse.Namespace) -> Run:
         "feed": np.random.default_rng(4).integers(100, VOCABULARY, args.new_tokens).tolist(),
         "new_tokens": args.new_tokens,
         "threads": args.threads,
+        "warm_up": [] if is_limited else np.random.default_rng(5).integers(100, VOCABULARY, WARM_UP_TOKENS).tolist(),
         "scratch": "",
     }
     kib = args.read_ahead if is_limited and name == "llama.cpp" else None
