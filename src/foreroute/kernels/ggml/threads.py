@@ -33,7 +33,7 @@ class ThreadCount:
     ) -> None:
         self.active = self._most = most
         self._waited_s, self._idle_s, self._now_s = waited_s, idle_s, now_s
-        self._waited_before = waited_s()
+        self._waited_before, self._looked_at = waited_s(), now_s()
         self._retry_s = _RETRY_S
         self._retry_at, self._reduced_at, self._idle_before = 0.0, 0.0, 0.0
 
@@ -44,8 +44,11 @@ class ThreadCount:
     def look(self, took_s: float) -> None:
         """After a slow run: halve the threads if they waited for cores in it."""
         waited, before = self._waited_s(), self._waited_before
-        self._waited_before = waited
-        if self.active > 1 and waited - before > _MOST_WAIT * took_s:
+        now = self._now_s()
+        # Threads wait a little at every wake-up: what counts is the share of all the time since the last look.
+        elapsed_s = max(took_s, now - self._looked_at)
+        self._waited_before, self._looked_at = waited, now
+        if self.active > 1 and waited - before > _MOST_WAIT * elapsed_s:
             self.active //= 2
             self._idle_before, self._reduced_at = self._idle_s(), self._now_s()
             self._retry_at = self._reduced_at + self._retry_s
@@ -59,7 +62,7 @@ class ThreadCount:
         self._idle_before, self._reduced_at = idle, now_s
         if idle_cores > (self._most - self.active) * (1 - _MOST_WAIT):
             self.active, self._retry_s = self._most, _RETRY_S
-            self._waited_before = self._waited_s()
+            self._waited_before, self._looked_at = self._waited_s(), now_s
         else:
             self._retry_s = min(2 * self._retry_s, _MOST_RETRY_S)
         self._retry_at = now_s + self._retry_s
