@@ -11,7 +11,7 @@ import torch
 
 from foreroute.cli.main import main
 from foreroute.engine.moe_step import MoeStep
-from foreroute.kernels.ggml.form import ExpertForm
+from foreroute.kernels.ggml.form import BlockForm
 from foreroute.kernels.ggml.library import open_library
 from foreroute.kernels.ggml.linear import BlockLinear
 from foreroute.loading import checkpoint
@@ -68,12 +68,12 @@ def test_it_says_what_it_proves(verified: Any) -> None:
     assert "Cache, eviction, guesses and packed store change nothing" in said
 
 
-def plant(monkeypatch: pytest.MonkeyPatch, fault: Callable[[ExpertForm], ExpertForm], *, everywhere: bool) -> None:
+def plant(monkeypatch: pytest.MonkeyPatch, fault: Callable[[BlockForm], BlockForm], *, everywhere: bool) -> None:
     """Layer LAYER is computed by a form with this fault, in the verified model or in the reference too."""
     forms_of_layers = checkpoint.forms_of_layers
     loads = 0
 
-    def faulty(*args: Any) -> list[ExpertForm | None]:
+    def faulty(*args: Any) -> list[BlockForm | None]:
         nonlocal loads
         loads += 1
         forms = forms_of_layers(*args)
@@ -86,11 +86,11 @@ def plant(monkeypatch: pytest.MonkeyPatch, fault: Callable[[ExpertForm], ExpertF
     monkeypatch.setattr(checkpoint, "forms_of_layers", faulty)
 
 
-def other_stride(form: ExpertForm) -> ExpertForm:
+def other_stride(form: BlockForm) -> BlockForm:
     return replace(form, down=replace(form.down, row_stride=form.down.row_stride - form.down.kind.nbytes))
 
 
-def other_type(form: ExpertForm) -> ExpertForm:
+def other_type(form: BlockForm) -> BlockForm:
     kind = open_library().types["IQ4_NL"]
     assert kind.nbytes == form.down.kind.nbytes
     return replace(form, down=replace(form.down, kind=kind))
