@@ -65,7 +65,7 @@ def test_it_says_what_it_proves(verified: Any) -> None:
     assert "beside torch" in said
     said = verified("--math", "torch")
     assert "beside torch" not in said
-    assert "Cache, eviction, guesses and packed store change nothing" in said
+    assert "Cache, eviction, prefetches and packed store change nothing" in said
 
 
 def plant(monkeypatch: pytest.MonkeyPatch, fault: Callable[[BlockForm], BlockForm], *, everywhere: bool) -> None:
@@ -73,15 +73,15 @@ def plant(monkeypatch: pytest.MonkeyPatch, fault: Callable[[BlockForm], BlockFor
     forms_of_layers = checkpoint.forms_of_layers
     loads = 0
 
-    def faulty(*args: Any) -> list[BlockForm | None]:
+    def faulty(*args: Any) -> tuple[list[BlockForm | None], str]:
         nonlocal loads
         loads += 1
-        forms = forms_of_layers(*args)
+        forms, reason = forms_of_layers(*args)
         form = forms[LAYER]
         # To plan, then the reference, then the model.
         if form is not None and (everywhere or loads > 2):
             forms[LAYER] = fault(form)
-        return forms
+        return forms, reason
 
     monkeypatch.setattr(checkpoint, "forms_of_layers", faulty)
 

@@ -55,7 +55,8 @@ the reference:
   on-demand   every expert read from the checkpoint's own files each time it is
               needed, nothing kept, nothing prefetched. Equal bits prove that
               cache, eviction, prefetches and packed store change nothing; that
-              the maths is transformers' own is tested at load, on random numbers
+              the maths is transformers' own is tested at load, on random
+              numbers
 Where ggml's kernels multiply, some steps are compared with torch's math too:
 its bits differ, as ggml rounds activations inside a product, but the
 distributions of the next token must be near (--beside-torch).
