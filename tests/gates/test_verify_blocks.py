@@ -147,7 +147,7 @@ def test_a_swapped_slot_is_named(verified: Any, made: Written, monkeypatch: pyte
     first = verified("--json", expect=1)["first_difference"]
     assert (first["part"], first["moe_layer"]) == ("experts", LAYER)
     assert swapped[0] in first["experts"]
-    assert any("filled for expert" in reason for reason in first["reasons"])
+    assert any("slot that was loaded for" in reason for reason in first["reasons"])
 
 
 def test_a_dense_matrix_with_other_blocks_is_named(verified: Any, monkeypatch: pytest.MonkeyPatch) -> None:
