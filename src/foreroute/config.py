@@ -117,7 +117,8 @@ class EngineConfig:
     dense: str = _option(
         "stored",
         "quantise the dense weights of safetensors when they are loaded, for ggml's kernels: q8_0 makes them half as "
-        "large as bfloat16 does. The output changes (foreroute eval says how much); stored keeps them",
+        "large as bfloat16 does. The output changes (foreroute eval says how much); stored keeps them. One of "
+        f"stored, {', '.join(kind.lower() for kind in QUANTISED_TYPES)}",
         ("stored", *(kind.lower() for kind in QUANTISED_TYPES)),
     )
     trace: str | None = _option(

@@ -130,7 +130,7 @@ class TestOfEarlierVersions:
 
     def test_none_at_all(self, load, folder):
         with pytest.raises(
-            StoreError, match=r"q4_k.foreroute is not there. Make it with `foreroute pack .*--quant q4_k`"
+            StoreError, match=r"q4_k.foreroute does not exist. Make it with `foreroute pack .*--quant q4_k`"
         ):
             load(folder, packed="mixed")
 

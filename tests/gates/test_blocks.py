@@ -140,7 +140,7 @@ def decoded_together(model: Any) -> list[list[torch.Tensor]]:
         rows = RowsCache(model)
         rows.arrange([], [(None, 0)])
         first = rows.step([ids], "prefill")[0, -1]
-        together.take_over(rows, [0])
+        together.append_from(rows, [0])
         steps.append([first])
         decode()
     while len(steps[-1]) <= NEW_TOKENS:

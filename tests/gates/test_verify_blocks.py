@@ -11,7 +11,7 @@ import torch
 
 from foreroute.cli.main import main
 from foreroute.engine.moe_step import MoeStep
-from foreroute.kernels.ggml.form import ExpertForm
+from foreroute.kernels.ggml.form import BlockForm
 from foreroute.kernels.ggml.library import open_library
 from foreroute.kernels.ggml.linear import BlockLinear
 from foreroute.loading import checkpoint
@@ -65,32 +65,32 @@ def test_it_says_what_it_proves(verified: Any) -> None:
     assert "beside torch" in said
     said = verified("--math", "torch")
     assert "beside torch" not in said
-    assert "Cache, eviction, guesses and packed store change nothing" in said
+    assert "Cache, eviction, prefetches and packed store change nothing" in said
 
 
-def plant(monkeypatch: pytest.MonkeyPatch, fault: Callable[[ExpertForm], ExpertForm], *, everywhere: bool) -> None:
+def plant(monkeypatch: pytest.MonkeyPatch, fault: Callable[[BlockForm], BlockForm], *, everywhere: bool) -> None:
     """Layer LAYER is computed by a form with this fault, in the verified model or in the reference too."""
     forms_of_layers = checkpoint.forms_of_layers
     loads = 0
 
-    def faulty(*args: Any) -> list[ExpertForm | None]:
+    def faulty(*args: Any) -> tuple[list[BlockForm | None], str]:
         nonlocal loads
         loads += 1
-        forms = forms_of_layers(*args)
+        forms, reason = forms_of_layers(*args)
         form = forms[LAYER]
         # To plan, then the reference, then the model.
         if form is not None and (everywhere or loads > 2):
             forms[LAYER] = fault(form)
-        return forms
+        return forms, reason
 
     monkeypatch.setattr(checkpoint, "forms_of_layers", faulty)
 
 
-def other_stride(form: ExpertForm) -> ExpertForm:
+def other_stride(form: BlockForm) -> BlockForm:
     return replace(form, down=replace(form.down, row_stride=form.down.row_stride - form.down.kind.nbytes))
 
 
-def other_type(form: ExpertForm) -> ExpertForm:
+def other_type(form: BlockForm) -> BlockForm:
     kind = open_library().types["IQ4_NL"]
     assert kind.nbytes == form.down.kind.nbytes
     return replace(form, down=replace(form.down, kind=kind))
@@ -147,7 +147,7 @@ def test_a_swapped_slot_is_named(verified: Any, made: Written, monkeypatch: pyte
     first = verified("--json", expect=1)["first_difference"]
     assert (first["part"], first["moe_layer"]) == ("experts", LAYER)
     assert swapped[0] in first["experts"]
-    assert any("filled for expert" in reason for reason in first["reasons"])
+    assert any("slot that was loaded for" in reason for reason in first["reasons"])
 
 
 def test_a_dense_matrix_with_other_blocks_is_named(verified: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -106,12 +106,19 @@ def test_bf16_products(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert error(found, expected(blocks, x)) < 0.01
 
 
-def test_bf16_is_taken_by_rows_and_type_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    kind = open_library().types["Q4_K"]
+@pytest.mark.parametrize("name", ["Q4_K", "Q8_0", "BF16"])
+def test_bf16_is_taken_by_rows_and_type_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = open_library().types[name]
     monkeypatch.setattr(bf16, "has_bf16", lambda: True)
     assert 2 < bf16.rows_in_bf16(kind) < 512
     monkeypatch.setattr(bf16, "has_bf16", lambda: False)
     assert bf16.rows_in_bf16(kind) == float("inf")
+
+
+@pytest.mark.parametrize("name", ["F32", "F16"])
+def test_finer_numbers_than_bf16_are_never_rounded_to_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bf16, "has_bf16", lambda: True)
+    assert bf16.rows_in_bf16(open_library().types[name]) == float("inf")
 
 
 @pytest.mark.parametrize("name", ["Q4_0", "Q4_K", "IQ4_NL", "MXFP4"])

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from foreroute.transfer.copies import apply_copies
 from safetensors.torch import load_file
 
 from foreroute.checkpoint.quantised_layout import in_blocks
@@ -18,6 +17,7 @@ from foreroute.kernels.ggml.library import open_library
 from foreroute.loading.block_kernels import dense_nbytes_at_load
 from foreroute.loading.checkpoint import open_checkpoint
 from foreroute.prepare.pack import pack
+from foreroute.transfer.load import apply_copies
 from tests.formats.checks import numbers_of
 from tests.formats.test_mxfp4 import reference
 from tests.support.quantised import write_mxfp4

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from foreroute.batching.rows import can_be_padded
-from foreroute.cli.main import EXIT_ERROR, main
+from foreroute.cli.main import main
 from foreroute.config import EngineConfig
 from foreroute.loading.block_kernels import dense_nbytes_at_load
 from foreroute.loading.checkpoint import open_checkpoint
@@ -72,14 +72,13 @@ def test_eval_and_bench(made: Written, run: Any, tmp_path: Path) -> None:
     assert told["dense_bytes"] == dense
 
 
-def test_a_store_of_our_own_codec_is_computed_in_its_dtype(made: Written, run: Any, tmp_path: Path) -> None:
+def test_a_store_by_a_codecs_earlier_name_is_blocks_too(made: Written, run: Any, tmp_path: Path) -> None:
     store = tmp_path / "int4.foreroute"
     run("pack", made.path, "--quant", "int4", "--out", store, *FAST)
     asked = ["generate", made.path, "Hello", "--memory", "40%", "--packed", store, "--max-new-tokens", "3", *FAST]
     plan = run(*asked)["plan"]
-    assert (plan["math"], plan["compute_dtype"], plan["stored_dtype"]) == ("own", "bfloat16", "int4")
-    said = run(*asked, "--math", "ggml", expect=EXIT_ERROR)
-    assert "a packed store of int4 experts is computed by torch" in said
+    assert (plan["math"], plan["compute_dtype"], plan["stored_dtype"]) == ("ggml", "float32", "q4_1")
+    assert run(*asked, "--math", "ggml")["plan"]["math"] == "ggml"
 
 
 def test_a_store_of_the_files_own_blocks(made: Written, run: Any, tmp_path: Path) -> None:

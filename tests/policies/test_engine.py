@@ -243,7 +243,7 @@ def test_paper_holds_where_a_layer_is_streamed(load_fitted, monkeypatch):
     """Rows that want more than the pool holds."""
     model = load_fitted("qwen3_moe", "25%", policy="paper", prefetch="none")
     engine = model.foreroute.engine
-    monkeypatch.setattr(engine, "_most_pinned", 0)
+    monkeypatch.setattr(engine, "_most_pinned", [0] * len(model.foreroute.layers))
     streamed, made = [], []
     see, inner = engine.policies.see, engine._compute_streamed
 

@@ -193,7 +193,7 @@ def test_slots_of_each_length_are_replayed_as_pools_of_their_own(tmp_path: Path)
 
 def test_a_layer_that_wants_more_than_its_lengths_slots(tmp_path: Path) -> None:
     steps = [[[0, 1], [0, 1, 2]]] * 10
-    with pytest.raises(TraceError, match="wanted 3 experts at once, more than the 2 slots"):
+    with pytest.raises(TraceError, match="demanded 3 experts at once, more than the 2 slots"):
         make_report(read_recording(routed(tmp_path / "run.jsonl", steps, num_slots=5, **MIXED)))
     recording = read_recording(routed(tmp_path / "run.jsonl", steps, num_slots=6, **MIXED | {"class_slots": [3, 3]}))
     with pytest.raises(BudgetError, match=r"holds 2 slots; .* needs 3\. Raise --memory to 9\.0 KiB"):

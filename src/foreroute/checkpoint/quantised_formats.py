@@ -26,7 +26,7 @@ GPTQ_REORDERED = "gptq-int4-reordered"
 
 # Alternatives to an unsupported format, part of every refusal.
 _INSTEAD = (
-    "Take the checkpoint in bf16 (`foreroute pack --quant int4` makes its experts small), or one in MXFP4, FP8 with "
+    "Take the checkpoint in bf16 (`foreroute pack --quant q4_k` makes its experts small), or one in MXFP4, FP8 with "
     "block scales, GPTQ or AWQ int4, or compressed-tensors (docs/formats.md)."
 )
 # Keys of a module's rule that change nothing: stored tensors do not depend on them, or record them themselves (order of

@@ -18,6 +18,8 @@ from foreroute.reading import read_bytes
 # Fields of EngineConfig for experts on a GPU, or for a server; commands whose inputs stay on the CPU omit them.
 GPU_FIELDS = ("device", "control", "host_memory", "kv_tokens")
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+# Characters of choices that are shown behind a flag, within 80 columns.
+_WIDEST_CHOICES = 60
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -46,6 +48,8 @@ def add_engine_options(parser: argparse.ArgumentParser, without: Sequence[str] =
             settings["action"] = argparse.BooleanOptionalAction
         elif field.metadata["choices"]:
             settings["choices"] = field.metadata["choices"]
+            if len(",".join(settings["choices"])) > _WIDEST_CHOICES:  # the help text lists them
+                settings["metavar"] = "TYPE"
         else:
             settings.update(type=kind, metavar="N" if kind is int else field.name.upper())
         (ablations if field.metadata["is_ablation"] else group).add_argument(_flag(field.name), **settings)

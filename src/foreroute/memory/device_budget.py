@@ -122,7 +122,7 @@ def choose_host_records(
         raise DeviceError(
             f"The host has room for {held} of {num_records} experts ({format_memory(wanted)} of "
             f"{format_memory(whole)}), and with --control device all of them must fit. Use --control host: it "
-            "reads the others from disk. Or pack the experts with fewer bits (foreroute pack --codec int4)."
+            "reads the others from disk. Or pack the experts with fewer bits (foreroute pack --quant q4_k)."
         )
     if held < 1:
         raise DeviceError(

@@ -33,7 +33,7 @@ examples:
   foreroute bench MODEL --png ladder.png        everything; minutes to hours
   foreroute bench MODEL --memory 8GiB -p 512 -b 1 --rungs prefetch resident
                                                 one budget, as it will be used
-  foreroute bench MODEL --packed int4 --quick   quantised experts (see pack)
+  foreroute bench MODEL --packed q4_k --quick   quantised experts (see pack)
   foreroute bench MODEL --json > runs.json      every figure and every raw run
 
 the ladder, each rung with one thing more than the one below:

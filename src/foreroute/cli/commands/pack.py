@@ -31,14 +31,14 @@ weights are read from it. The store takes as much disk as all experts; the free
 space is checked first. It gets its name when it is complete, and every record
 has a checksum.
 --quant makes the store smaller, and every read as much faster: q8_0 by half
-beside bfloat16, q4_k to 28 %. These are llama.cpp's types, quantised by ggml and
-computed by its kernels; the store is the same on every machine. q4_k_m has the
-down matrices of half of the layers in q6_k, as llama.cpp's Q4_K_M has. The output
-changes, so such a store is used only where --packed asks for it. The error
-printed is that of a layer's products, as a share of them; with --text,
+beside bfloat16, q4_k to 28 %. These are llama.cpp's types, quantised by ggml
+and computed by its kernels; the store is the same on every machine. q4_k_m has
+the down matrices of half of the layers in q6_k, as llama.cpp's Q4_K_M has. The
+output changes, so such a store is used only where --packed asks for it. The
+error printed is that of a layer's products, as a share of them; with --text,
 perplexity and bits per character on that text show the effect on the output,
-beside the model as stored. A checkpoint that is quantised already is quantised a
-second time by it; without --quant its experts stay as they are.
+beside the model as stored. A checkpoint that is quantised already is quantised
+a second time by it; without --quant its experts stay as they are.
 A run that crashed or was killed is continued. Ctrl-C removes what was written,
 unless --keep-partial: then the next `pack` continues there."""
 

@@ -54,15 +54,17 @@ the reference:
               in memory, loaded from the checkpoint's own files
   on-demand   every expert read from the checkpoint's own files each time it is
               needed, nothing kept, nothing prefetched. Equal bits prove that
-              cache, eviction, prefetches and packed store change nothing; that the
-              maths is transformers' own is tested at load, on random numbers
-Where ggml's kernels multiply, some steps are compared with torch's math too: its
-bits differ, as ggml rounds activations inside a product, but the distributions
-of the next token must be near (--beside-torch).
+              cache, eviction, prefetches and packed store change nothing; that
+              the maths is transformers' own is tested at load, on random
+              numbers
+Where ggml's kernels multiply, some steps are compared with torch's math too:
+its bits differ, as ggml rounds activations inside a product, but the
+distributions of the next token must be near (--beside-torch).
 A difference is named: prompt, step, MoE layer; then the expert whose slot held
 other bytes than the checkpoint, or the dense tensor that has other values.
 
-Exit code 0: everything is the same. 1: something differs, or is far from torch. 2: it could not run."""
+Exit code 0: everything is the same. 1: something differs, or is far from
+torch. 2: it could not run."""
 
 
 def add_parser(commands: Any) -> None:

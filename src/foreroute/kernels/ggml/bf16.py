@@ -19,6 +19,8 @@ from foreroute.kernels.ggml.types import BlockType
 # usual batch: while decoding, a row's bits are its own.
 _SLOW_FROM = {"Q6_K": 48, "IQ4_NL": 64, "IQ4_XS": 64, "Q3_K": 48, "Q2_K": 48}
 _OTHERS_FROM = 24
+# Types of more exact numbers than bf16's: rounding them would lose what the file holds.
+_FINER = frozenset({"F32", "F16"})
 # Weights of a panel: 16 MB of bf16. Rows that are converted at once: their floats stay in the cache.
 _PANEL_WEIGHTS = 2**23
 _TILE_WEIGHTS = 2**17
@@ -32,8 +34,13 @@ def has_bf16() -> bool:
 
 
 def rows_in_bf16(kind: BlockType) -> float:
-    """The number of rows from which matrices of this type are multiplied in bf16; infinite without hardware for it."""
-    return _SLOW_FROM.get(kind.name, _OTHERS_FROM) if has_bf16() else inf
+    """The number of rows from which matrices of this type are multiplied in bf16.
+
+    Infinite for types with finer numbers than bf16, and without hardware for it.
+    """
+    if kind.name in _FINER or not has_bf16():
+        return inf
+    return _SLOW_FROM.get(kind.name, _OTHERS_FROM)
 
 
 class Bf16Products:
