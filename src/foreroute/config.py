@@ -181,9 +181,9 @@ class Plan:
     token_demand_slots is what one token uses, in token_slot_bytes. expert_bytes are stored of an expert that a token
     uses, on average. staging_slots: the most that prefetched experts take before they are used. source: where experts
     are read from. host_records: experts in host memory behind the slots; 0: only the disk is behind them. Memory is
-    reserved for kv_tokens of KV cache; kv_bytes_per_token is None where it was not measured. math is "ggml", torch's ("own"), or the "family"'s own forward; math_note: why
-    not ggml's, where it might be. threads are torch's, of which usable_cpus can run at once (a container may limit
-    them).
+    reserved for kv_tokens of KV cache; kv_bytes_per_token is None where it was not measured. math is "ggml", torch's
+    ("own"), or the "family"'s own forward; math_note: why not ggml's, where it might be. threads are torch's, of which
+    usable_cpus can run at once (a container may limit them).
     """
 
     folder: str

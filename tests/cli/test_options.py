@@ -30,6 +30,8 @@ ASKED = {
     "reader_threads": (["--reader-threads", "2"], 2),
     "direct_io": (["--no-direct-io"], False),
     "packed": (["--packed", "no"], "no"),
+    "math": (["--math", "torch"], "torch"),
+    "dense": (["--dense", "q8_0"], "q8_0"),
     "device": (["--device", "cuda"], "cuda"),
     "control": (["--control", "device"], "device"),
     "host_memory": (["--host-memory", "48GiB"], "48GiB"),
