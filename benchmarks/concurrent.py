@@ -114,7 +114,7 @@ class TrainedRoutes:
         return self._most_wanted(0)
 
     def see_first(self, hidden: torch.Tensor, num_rows: int) -> None:
-        """Nothing is learnt here."""
+        """The routes are known."""
 
     def _most_wanted(self, layer: int) -> list[int]:
         votes: dict[int, int] = {}
@@ -129,7 +129,7 @@ class Bench:
 
     def __init__(self, asked: argparse.Namespace) -> None:
         self.asked = asked
-        config = EngineConfig(packed=asked.packed, learn=asked.trace is None)
+        config = EngineConfig(packed=asked.packed)
         self.model: Any = foreroute.load(asked.model, asked.memory, asked.dtype, config=config)
         routes = None if asked.trace is None else TrainedRoutes(asked.trace, self.model)
         self._prompts = iter(self._texts(asked.at_once * 2 * (asked.repeats + 1)))

@@ -11,7 +11,8 @@ worth now, and the least worth goes.
     next use       LFU's rate -> expected tokens until the next use, and the layers until the expert's turn
     gate weight    LFU that counts uses by their gate weight
     guesses count  LFU in which a wrong guess counts a part of a use
-    last turn, order   the two parts of `turns`, alone
+    last turn      LFU that counts a use at the layer's last turn 5 times, until the next turn
+    order          ... and an expert less, the further off its layer is
     learned        the worth of 7 frequencies and of the last turn, fitted to this trace's first half, counted on the
                    second (as are all others in the column "second half")
 """
@@ -29,7 +30,7 @@ from foreroute.errors import BudgetError
 from foreroute.report.offline import replay_belady, replay_eviction
 from foreroute.report.route import Route, pool_of, route_of
 from foreroute.report.trace_file import read_recording
-from foreroute.residency.eviction import Lfu, Lru, Turns
+from foreroute.residency.eviction import Lfu, Lru
 
 SHARES = ("12.5%", "25%", "50%")
 DECAYS = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.995)
@@ -160,28 +161,25 @@ def contenders(route: Route, path: Path) -> dict[str, Callable[[Route, int], flo
     """Every eviction by its name -> misses per token."""
     guesses, weights = guesses_and_weights(path, route)
 
-    def engine(make: Callable[[], Lru | Lfu | Turns]) -> Callable[[Route, int], float]:
+    def engine(make: Callable[[], Lru | Lfu]) -> Callable[[Route, int], float]:
         return lambda on, num_slots: replay_eviction(on, num_slots, make()).misses_per_token
 
     def design(*args: Sequence[float], **options: object) -> Callable[[Route, int], float]:
         return lambda on, num_slots: misses_per_token(on, num_slots, Design(on, *args, **options))
 
     fitted = learned(route, len(route.steps) // 2, 0.5)
-    width = route.keys_per_layer
     return {
         "belady": lambda on, num_slots: replay_belady(on, num_slots).misses_per_token,
         "lru": engine(Lru),
         **{f"lfu {decay}": engine(lambda decay=decay: Lfu(decay)) for decay in (0.8, 0.9, 0.95, 0.97, 0.99)},
-        "turns": engine(lambda: Turns(width)),
-        "turns, decay .9": engine(lambda: Turns(width, 0.9)),
-        "order alone": engine(lambda: Turns(width, fresh=0)),
-        "last turn alone": design((0.0, 0.95), (4.0, 1.0)),
+        "last turn": design((0.0, 0.95), (4.0, 1.0)),
+        "order": design((0.0, 0.95), (4.0, 1.0), order=0.6),
         "lfu .97 guarded": design(per_step=True, guesses=guesses, guard=True),
         "next use": design((0.95,), per_step=True, next_use=True),
         "next use, guarded": design((0.95,), per_step=True, next_use=True, guesses=guesses, guard=True),
         "gate weight": design(per_step=True, weights=weights),
         "guesses count .5": design((0.95,), per_step=True, guesses=guesses, guess_use=0.5),
-        "turns, guarded": design((0.0, 0.95), (4.0, 1.0), order=0.6, guesses=guesses, guard=True),
+        "order, guarded": design((0.0, 0.95), (4.0, 1.0), order=0.6, guesses=guesses, guard=True),
         "learned": design(DECAYS, fitted, order=0.6),
     }
 

@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=40)
     parser.add_argument("--repeats", type=int, default=5)
     asked = parser.parse_args()
-    model = foreroute.load(asked.model, "100%", config=EngineConfig(packed=str(asked.packed), learn=False))
+    model = foreroute.load(asked.model, "100%", config=EngineConfig(packed=str(asked.packed)))
     fill(model)
     decode(model, asked.tokens)
     engine = model.foreroute.engine

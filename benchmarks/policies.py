@@ -52,7 +52,7 @@ def prepare(model: Path, held_out_file: Path, tokens: int, scratch: Path) -> tup
     """Predictors fitted to the first halves, and a file of held-out text with the second."""
     held_out = read_held_out(held_out_file)
     first, second = halves(held_out_file, scratch)
-    loaded = foreroute.load(model, "100%", dtype="float32", config=EngineConfig(learn=False, prefetch="none"))
+    loaded = foreroute.load(model, "100%", dtype="float32", config=EngineConfig(prefetch="none"))
     corpus = read_corpus(load_tokenizer(model), first, tokens, 512)
     fit(loaded, read_index(model).fingerprint(), corpus, scratch / "sidecar.safetensors")
     loaded.foreroute.close()

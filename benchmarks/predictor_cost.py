@@ -62,7 +62,7 @@ class Clocked:
 
 def fitted(folder: Path, tokens: int, path: Path) -> Sidecar:
     """Predictors fitted to random tokens: of the right shapes."""
-    model = foreroute.load(folder, "100%", config=EngineConfig(learn=False, prefetch="none"))
+    model = foreroute.load(folder, "100%", config=EngineConfig(prefetch="none"))
     generator = torch.Generator().manual_seed(0)
     windows = torch.randint(1, model.config.vocab_size, (tokens // 256, 256), generator=generator)
     settings = FitSettings(estimator=EstimatorSettings(epochs=1))
@@ -85,7 +85,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         path = Path(name) / "fit"
         sidecar = fitted(asked.model, asked.fit_tokens, path)
-        configs = {"lookahead": EngineConfig(predictor="no", learn=False), "off": EngineConfig(prefetch="none")}
+        configs = {"lookahead": EngineConfig(predictor="no"), "off": EngineConfig(prefetch="none")}
         for choice in ("ridge", "default vectors", "estimator"):
             chosen = Path(name) / choice
             replace(sidecar, choice=[*[choice] * (len(sidecar.choice) - 1), None]).save(chosen)

@@ -46,7 +46,7 @@ def halves(held_out: Path, folder: Path) -> tuple[list[Path], list[Path]]:
 
 def measure(folder: Path, files: tuple[list[Path], list[Path]], tokens: int, scratch: Path) -> tuple[Scores, list[Any]]:
     """Fit everything to the model in `folder` and score it; with the choice per layer."""
-    model = foreroute.load(folder, "100%", dtype="float32", config=EngineConfig(learn=False, prefetch="none"))
+    model = foreroute.load(folder, "100%", dtype="float32", config=EngineConfig(prefetch="none"))
     tokenizer = load_tokenizer(folder)
     context = min(512, model.config.get_text_config().max_position_embeddings)
     corpus = read_corpus(tokenizer, files[0], tokens, context)

@@ -40,7 +40,7 @@ def prompts_of(folder: Path, files: list[Path], count: int, length: int) -> torc
 
 def fitted_to(folder: Path, files: list[Path], tokens: int, path: Path) -> Path:
     """A sidecar of the model, outside its folder."""
-    model = foreroute.load(folder, "100%", config=EngineConfig(learn=False, prefetch="none"))
+    model = foreroute.load(folder, "100%", config=EngineConfig(prefetch="none"))
     corpus = read_corpus(load_tokenizer(folder), files, tokens, 512)
     fit(model, read_index(folder).fingerprint(), corpus, path)
     model.foreroute.close()
@@ -53,7 +53,7 @@ def config_of(kind: str, eviction: str, sidecar: Path) -> EngineConfig:
         return EngineConfig(prefetch="none", eviction=eviction)
     predictor = str(sidecar) if kind == "fitted" else "no"
     # Decode alone is counted: bytes prefetched in prefill would not show.
-    return EngineConfig(predictor=predictor, eviction=eviction, learn=False, prefetch_prefill="off")
+    return EngineConfig(predictor=predictor, eviction=eviction, prefetch_prefill="off")
 
 
 def decode(model: Any, prompts: torch.Tensor, new_tokens: int) -> tuple[dict[str, float], list[list[int]]]:

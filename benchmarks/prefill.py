@@ -36,7 +36,7 @@ def main() -> None:
         name: foreroute.load(
             asked.model,
             asked.memory,
-            config=EngineConfig(prefetch_prefill=on, predictor=asked.predictor, learn=False),
+            config=EngineConfig(prefetch_prefill=on, predictor=asked.predictor),
         )
         for name, on in (("without", "off"), ("with", "auto" if asked.auto else "on"))
     }

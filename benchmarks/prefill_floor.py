@@ -98,7 +98,7 @@ def main() -> None:
     torch.set_num_threads(asked.threads)
 
     def load(memory: str) -> Any:
-        config = EngineConfig(packed=asked.packed, predictor="no", learn=False, prefetch_prefill=asked.prefetch_prefill)
+        config = EngineConfig(packed=asked.packed, predictor="no", prefetch_prefill=asked.prefetch_prefill)
         return foreroute.load(asked.model, memory, config=config)
 
     offloaded, resident = load(asked.memory), load("100%")

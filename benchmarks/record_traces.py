@@ -56,7 +56,6 @@ def main() -> None:
                 eviction=asked.eviction,
                 prefetch="none" if asked.no_guesses else "lookahead",
                 predictor=str(sidecar) if sidecar.exists() and not asked.no_guesses else "no",
-                learn=False,
                 prefetch_prefill="off",
             )
             record(folder, memory, asked.text, asked.tokens, config)

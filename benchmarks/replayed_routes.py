@@ -140,14 +140,14 @@ class Replay:
         return self.now[0][1]
 
     def see_first(self, hidden: torch.Tensor, num_rows: int) -> None:
-        """Nothing is learnt here."""
+        """The routes are known."""
 
 
 class Rung:
     """One configuration, loaded, under the replayed routes."""
 
     def __init__(self, asked: argparse.Namespace, memory: str, config: dict[str, Any], replay: Replay) -> None:
-        config = {"packed": str(asked.packed), "eviction": asked.eviction, "learn": False, **config}
+        config = {"packed": str(asked.packed), "eviction": asked.eviction, **config}
         self.model: Any = foreroute.load(asked.model, memory, "bfloat16", config=EngineConfig(**config))
         self.replay = replay
         prefetcher = self.model.foreroute.engine.prefetcher

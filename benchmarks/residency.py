@@ -16,13 +16,13 @@ from time import process_time
 import numpy as np
 
 from benchmarks._harness import interleave, record, rounded, summary
-from foreroute.residency.eviction import Eviction, Lfu, Lru, Turns
+from foreroute.residency.eviction import Eviction, Lfu, Lru
 from foreroute.residency.slots import Residency
 
 LAYERS, EXPERTS, TOP_K = 48, 128, 8
 RESIDENT_SHARE, RECALL = 0.25, 0.84
 LIMIT_US = {1: 20.0, 4: 60.0}
-POLICIES: dict[str, Callable[[], Eviction]] = {"lru": Lru, "lfu": Lfu, "turns": lambda: Turns(EXPERTS)}
+POLICIES: dict[str, Callable[[], Eviction]] = {"lru": Lru, "lfu": Lfu}
 
 Step = list[tuple[list[int], list[int]]]  # per layer: the keys routed to, and the guess for the layer after it
 

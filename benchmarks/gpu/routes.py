@@ -73,7 +73,7 @@ def trained_routes(steps: int, num_layers: int, num_experts: int, top_k: int) ->
 
 def record(folder: Path, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Decode `tokens` tokens with the trained model: its choices and the lookahead's guesses, best first."""
-    config = foreroute.EngineConfig(predictor="no", learn=False, prefetch="none")
+    config = foreroute.EngineConfig(predictor="no", prefetch="none")
     model = foreroute.load(folder, "100%", "float32", config=config)
     layers = model.foreroute.layers
     ahead: Callable[..., object] = lookahead(layers, model.dtype).guess

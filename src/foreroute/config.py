@@ -46,9 +46,8 @@ class EngineConfig:
     )
     eviction: str = _option(
         "lfu",
-        "which expert is evicted when the pool is full: the least frequently used, the least recently used, or "
-        "least frequently used with the order of layers in mind (turns)",
-        ("lfu", "lru", "turns"),
+        "which expert is evicted when the pool is full: the least frequently used or the least recently used",
+        ("lfu", "lru"),
         is_ablation=True,
     )
     prefetch: str = _option(
@@ -72,11 +71,6 @@ class EngineConfig:
         2048,
         "prompt tokens computed at once: a smaller chunk takes less memory, a larger one reads each expert less often "
         "(once per chunk)",
-    )
-    learn: bool = _option(
-        True,
-        "without fitted predictors: learn better predictions while running, in the time that compute waits for reads",
-        is_ablation=True,
     )
     policy: str = _option(
         "exact",
@@ -188,10 +182,9 @@ class Plan:
     token_demand_slots is what one token uses, in token_slot_bytes. expert_bytes are stored of an expert that a token
     uses, on average. staging_slots: the most that prefetched experts take before they are used. source: where experts
     are read from. host_records: experts in host memory behind the slots; 0: only the disk is behind them. Memory is
-    reserved for kv_tokens of KV cache; kv_bytes_per_token is None where it was not measured. learning_bytes: the most
-    that the online learner takes. math is "ggml", torch's ("own"), or the "family"'s own forward; math_note: why
-    not ggml's, where it might be. threads are torch's, of which usable_cpus can run at once (a container may limit
-    them).
+    reserved for kv_tokens of KV cache; kv_bytes_per_token is None where it was not measured. math is "ggml", torch's
+    ("own"), or the "family"'s own forward; math_note: why not ggml's, where it might be. threads are torch's, of which
+    usable_cpus can run at once (a container may limit them).
     """
 
     folder: str
@@ -222,7 +215,6 @@ class Plan:
     host_records: int = 0
     kv_tokens: int = 0
     kv_bytes_per_token: int | None = None
-    learning_bytes: int = 0
     threads: int = 1
     usable_cpus: int = 1
     math_note: str = ""

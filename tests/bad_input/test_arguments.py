@@ -116,8 +116,9 @@ def test_dtype_and_its_older_name(load: Any, folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("prefetch_width", "5"), ("policy", 5), ("learn", 1), ("learn", "no"), ("prefill_chunk", None), ("memory", []),
-     ("memory", True), ("reader_threads", 1.5), ("packed", 3), ("eviction", []), ("policy", Path("exact"))],
+    [("prefetch_width", "5"), ("policy", 5), ("governor", 1), ("governor", "no"), ("prefill_chunk", None),
+     ("memory", []), ("memory", True), ("reader_threads", 1.5), ("packed", 3), ("eviction", []),
+     ("policy", Path("exact"))],
 )  # fmt: skip
 def test_a_field_of_another_type(name: str, value: Any) -> None:
     with pytest.raises(ForerouteError, match=name):

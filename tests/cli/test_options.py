@@ -23,7 +23,6 @@ ASKED = {
     "predictor": (["--predictor", "no"], "no"),
     "prefetch_prefill": (["--prefetch-prefill", "on"], "on"),
     "prefill_chunk": (["--prefill-chunk", "512"], 512),
-    "learn": (["--no-learn"], False),
     "prefetch_width": (["--prefetch-width", "6"], 6),
     "governor": (["--no-governor"], False),
     "cache": (["--no-cache"], False),
@@ -31,6 +30,8 @@ ASKED = {
     "reader_threads": (["--reader-threads", "2"], 2),
     "direct_io": (["--no-direct-io"], False),
     "packed": (["--packed", "no"], "no"),
+    "math": (["--math", "torch"], "torch"),
+    "dense": (["--dense", "q8_0"], "q8_0"),
     "device": (["--device", "cuda"], "cuda"),
     "control": (["--control", "device"], "device"),
     "host_memory": (["--host-memory", "48GiB"], "48GiB"),
@@ -123,6 +124,14 @@ def test_a_hidden_switch_is_parsed_as_ever() -> None:
     args = build_parser().parse_args(["generate", "MODEL", "hi", "--no-governor", "--eviction", "lru"])
     config = options.engine_config(args)
     assert (config.governor, config.eviction) == (False, "lru")
+
+
+@pytest.mark.parametrize("flag", ["--learn", "--no-learn"])
+def test_a_flag_of_what_was_removed_changes_nothing_and_says_so(flag, capsys: pytest.CaptureFixture[str]) -> None:
+    assert options.engine_config(parsed(flag)) == EngineConfig()
+    printed = capsys.readouterr()
+    assert (printed.out, printed.err) == ("", f"Note: {flag} does nothing: the online learner was removed.\n")
+    assert "learn" not in help_of("generate", "--help-all", capsys)
 
 
 def test_the_flag_that_allowed_code_in_a_sandbox_is_no_alias_of_the_one_without(

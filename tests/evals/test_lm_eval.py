@@ -174,9 +174,9 @@ def test_the_command_line(tasks: Path, command: str, autoload: str) -> None:
 
 
 def test_every_field_is_an_argument(module: Any) -> None:
-    given = {"memory": "25%", "cache": "off", "learn": False, "reader_threads": "2", "prefetch_width": "None"}
+    given = {"memory": "25%", "cache": "off", "governor": False, "reader_threads": "2", "prefetch_width": "None"}
     config = module.engine_config(given)
-    assert (config.memory, config.cache, config.learn, config.reader_threads) == ("25%", False, False, 2)
+    assert (config.memory, config.cache, config.governor, config.reader_threads) == ("25%", False, False, 2)
     assert config.prefetch_width is None
     assert module.engine_config({"memory": 2**30, "packed": "no"}) == module.EngineConfig(memory=2**30, packed="no")
     assert module.engine_config({}) == module.EngineConfig()
@@ -233,7 +233,7 @@ def test_eval_asks_lm_eval_under_every_policy(
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
     folder, sidecar = demo.find_model(), tmp_path / "tiny.safetensors"
-    model = foreroute.load(folder, "100%", config=foreroute.EngineConfig(predictor="no", learn=False))
+    model = foreroute.load(folder, "100%", config=foreroute.EngineConfig(predictor="no"))
     ids = load_tokenizer(folder)(Path(__file__).read_text(), add_special_tokens=False)["input_ids"]
     windows = torch.tensor(ids[: len(ids) // 64 * 64]).view(-1, 64)
     fit(model, read_index(folder).fingerprint(), Corpus(windows, "this"), sidecar, settings=FitSettings())

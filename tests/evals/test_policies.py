@@ -31,7 +31,7 @@ def sidecar(_torch_setup: None, tmp_path_factory: pytest.TempPathFactory) -> Pat
     from foreroute.model.text import load_tokenizer
 
     folder, path = demo.find_model(), tmp_path_factory.mktemp("fitted") / "tiny.safetensors"
-    model = foreroute.load(folder, "100%", config=foreroute.EngineConfig(predictor="no", learn=False))
+    model = foreroute.load(folder, "100%", config=foreroute.EngineConfig(predictor="no"))
     ids = load_tokenizer(folder)((ROOT / "README.md").read_text(), add_special_tokens=False)["input_ids"]
     windows = torch.tensor(ids[: len(ids) // 128 * 128]).view(-1, 128)
     fit(model, read_index(folder).fingerprint(), Corpus(windows, "readme"), path, settings=FitSettings())

@@ -131,7 +131,7 @@ def test_tokens_are_those_of_the_dequantised_resident_model(
     case: str, written: Writing, load: Callable[..., Any]
 ) -> None:
     made, bits = written(case), CASES[case][-1]
-    model = load(made.path, "40%", dtype="float32", learn=False, math="torch")
+    model = load(made.path, "40%", dtype="float32", math="torch")
     ours, theirs = generate(model), generate(made.resident)
     assert_same_bits(ours, theirs)
     assert theirs.num_distinct > 5
@@ -155,7 +155,7 @@ def _biases_of_block_0(made: Written) -> list[str]:
 
 def test_bf16_is_what_auto_means_and_gives_the_resident_models_bits(written: Writing, load: Callable[..., Any]) -> None:
     made = write_gguf(written("gpt-oss-mxfp4").path.parent / "bf16", "gpt-oss", Kind.MXFP4, dense=Kind.Q8_0)
-    model = load(made.path, "40%", learn=False, math="torch")
+    model = load(made.path, "40%", math="torch")
     assert model.dtype == torch.bfloat16
     for parameter in made.resident.parameters():
         parameter.data = parameter.data.to(torch.bfloat16)  # not the buffers: frequencies stay as they are
@@ -208,7 +208,7 @@ def test_where_yarn_begins_and_ends_comes_from_the_metadata(
     config.rope_parameters = {**config.rope_parameters, "beta_fast": 6.0, "beta_slow": 0.5}
     theirs = type(made.resident)(config).eval()
     theirs.load_state_dict(made.resident.state_dict())
-    model = load(path, "40%", dtype="float32", learn=False, math="torch")
+    model = load(path, "40%", dtype="float32", math="torch")
     assert model.config.rope_parameters == config.rope_parameters
     out = generate(theirs)
     assert_same_bits(generate(model), out)

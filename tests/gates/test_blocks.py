@@ -1,6 +1,6 @@
 """What "exact" means with ggml's kernels: the bits of the same model with everything resident, at every budget.
 
-That holds with and without prefetching and learning, from a packed store, and for a token that is decoded among
+That holds with and without prefetching, from a packed store, and for a token that is decoded among
 others. A prompt has the bits of the pieces that it is computed in.
 """
 
@@ -31,8 +31,8 @@ TYPES = {
     "Q6_K": "qwen3moe", "Q2_K": "qwen3moe", "Q3_K": "qwen3moe", "IQ4_XS": "qwen3moe",
 }  # fmt: skip
 READ = [name for name in TYPES if name in EXPERT_BLOCKS]
-# Budget, prefetching, learning. The first is little more than what one token needs.
-BUDGETS = (("15%", "lookahead", True), ("25%", "none", False), ("50%", "lookahead", False), ("100%", "none", False))
+# Budget, prefetching. The first is little more than what one token needs.
+BUDGETS = (("15%", "lookahead"), ("25%", "none"), ("50%", "lookahead"), ("100%", "none"))
 NEW_TOKENS = 16
 LENGTHS = (5, 14, 9, 30, 2, 11, 23, 17)
 # Where the two likeliest tokens are nearer than this they may change places: prompts that share a step are products of
@@ -61,7 +61,7 @@ def written(_torch_setup: None, tmp_path_factory: pytest.TempPathFactory) -> Cal
 
 def whole(load: Any, made: Written) -> Any:
     """The reference: the same kernels, everything resident."""
-    model = load(made.path, "100%", prefetch="none", learn=False)
+    model = load(made.path, "100%", prefetch="none")
     assert model.foreroute.plan.math == "ggml"
     return model
 
@@ -75,8 +75,8 @@ def test_the_same_bits_at_every_budget(name: str, written: Any, load: Any) -> No
     made = written(name)
     expected = outputs(whole(load, made))
     assert expected[1].num_distinct > 6, "a model that repeats itself tests little"
-    for memory, prefetch, learn in BUDGETS:
-        model = load(made.path, memory, prefetch=prefetch, learn=learn)
+    for memory, prefetch in BUDGETS:
+        model = load(made.path, memory, prefetch=prefetch)
         for ours, theirs in zip(outputs(model), expected, strict=True):
             assert_same_bits(ours, theirs)
         stats, plan = model.foreroute.stats(), model.foreroute.plan

@@ -132,7 +132,7 @@ def test_g04_the_default_differs_from_eager(checkpoints, references):
 
 
 @pytest.mark.parametrize("family", ["deepseek_v3", "gpt_oss"])
-@pytest.mark.parametrize("eviction", ["lru", "lfu", "turns"])
+@pytest.mark.parametrize("eviction", ["lru", "lfu"])
 def test_g05_eviction(checkpoints, references, load, family, eviction):
     folder = checkpoints.get(family)
     model = load(folder, "25%", eviction=eviction)

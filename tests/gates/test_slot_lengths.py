@@ -32,7 +32,7 @@ def resident(mixed: Any) -> dict[str, Output]:
 
 
 BATCHES = {"one": ONE_PROMPT, "three": THREE_PROMPTS}
-ON_TORCH = {"dtype": "float32", "math": "torch", "learn": False}
+ON_TORCH = {"dtype": "float32", "math": "torch"}
 
 
 def test_slots_are_as_long_as_their_layers_experts(mixed: Any, load: Callable[..., Any]) -> None:
@@ -65,9 +65,9 @@ def test_tokens_are_the_resident_models(
 @pytest.mark.parametrize("batch", BATCHES)
 def test_ggml_multiplies_in_slots_of_each_length(mixed: Any, load: Callable[..., Any], batch: str) -> None:
     pytest.importorskip("libggml")
-    expected = generate(load(mixed.path, "100%", math="ggml", learn=False), BATCHES[batch])
+    expected = generate(load(mixed.path, "100%", math="ggml"), BATCHES[batch])
     for memory, prefetch in (("40%", "none"), ("60%", "lookahead")):
-        model = load(mixed.path, memory, math="ggml", prefetch=prefetch, learn=False)
+        model = load(mixed.path, memory, math="ggml", prefetch=prefetch)
         assert model.foreroute.plan.math == "ggml"
         assert len(model.foreroute.plan.slot_classes) == 2
         assert_same_bits(generate(model, BATCHES[batch]), expected)
@@ -89,7 +89,7 @@ def test_a_packed_store_is_read_into_them(
 def test_behind_a_host_tier_slots_are_of_one_length(mixed: Any, load: Callable[..., Any], math: str) -> None:
     if math == "ggml":
         pytest.importorskip("libggml")
-    settings = {"dtype": "float32", "math": math, "learn": False}
+    settings = {"dtype": "float32", "math": math}
     model = load(mixed.path, "50%", host_memory="80%", **settings)
     assert model.foreroute.plan.slot_classes == ((LONG, LAYERS * EXPERTS // 2),)
     assert model.foreroute.plan.all_slot_bytes == LAYERS * EXPERTS * LONG

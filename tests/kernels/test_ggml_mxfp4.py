@@ -90,7 +90,7 @@ def test_outputs_are_those_of_the_dequantised_experts(folder: Path, load: Callab
     """Each layer's output from ggml's kernels is within the rounding of 8-bit activations of torch's."""
     seen: dict[str, list[torch.Tensor]] = {}
     for math in ("torch", "ggml"):
-        model = load(folder, "100%", math=math, dtype="float32", learn=False)
+        model = load(folder, "100%", math=math, dtype="float32")
         assert model.foreroute.plan.math == {"torch": "own", "ggml": "ggml"}[math]
         hidden = torch.randn(5, model.config.hidden_size, generator=torch.Generator().manual_seed(3))
         ids = torch.tensor([[0, 3], [1, 2], [3, 0], [2, 1], [0, 1]])
@@ -107,7 +107,7 @@ def test_outputs_are_those_of_the_dequantised_experts(folder: Path, load: Callab
 def test_the_bits_are_the_same_at_every_budget_and_in_a_batch(
     folder: Path, load: Callable[..., Any], dtype: str, memory: str, tmp_path: Path
 ) -> None:
-    resident = load(folder, "100%", dtype=dtype, learn=False)
+    resident = load(folder, "100%", dtype=dtype)
     model = load(folder, memory, dtype=dtype)
     assert model.foreroute.plan.math == "ggml"
     assert_same_bits(generate(model, THREE_PROMPTS), generate(resident, THREE_PROMPTS))

@@ -27,7 +27,7 @@ def sidecars(checkpoints: Any, tmp_path_factory: pytest.TempPathFactory) -> Call
     def path_of(family: str) -> Path:
         path, checkpoint = folder / f"{family}.safetensors", checkpoints.get(family)
         if not path.exists():
-            model = foreroute.load(checkpoint, "100%", config=foreroute.EngineConfig(predictor="no", learn=False))
+            model = foreroute.load(checkpoint, "100%", config=foreroute.EngineConfig(predictor="no"))
             ids = torch.randint(5, 240, (24, 32), generator=torch.Generator().manual_seed(2))
             fit(model, read_index(checkpoint).fingerprint(), Corpus(ids, "random"), path, settings=SETTINGS)
             model.foreroute.close()

@@ -33,12 +33,3 @@ def test_every_predictor_is_exact(
         assert stats.decode.prefetch_used > 0
         assert stats.evictions > 0
         assert stats.decode.substituted == 0
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_learning_is_exact(family: str, load: Any, checkpoints: Any, references: Any) -> None:
-    folder = checkpoints.get(family)
-    model = load(folder, "25%", predictor="no")
-    assert model.foreroute.engine.learner is not None
-    for batch in (ONE_PROMPT, THREE_PROMPTS):
-        assert_same_bits(generate(model, batch), references.output(folder, batch))

@@ -190,22 +190,6 @@ def test_a_snapshot_is_a_copy() -> None:
     assert pool.snapshot().minus(before).decode.misses == 1
 
 
-def test_idle_work_is_done_while_compute_waits() -> None:
-    pool, transfer, _ = made_pool(waits=False)
-    _, waiting = pool.demand(0, [1])
-    worked: list[int] = []
-
-    def work() -> bool:
-        worked.append(len(worked))
-        if len(worked) == 3:
-            transfer.finish(1)
-        return True
-
-    pool.idle_work = work
-    pool.wait(waiting)
-    assert worked == [0, 1, 2]
-
-
 # Experts that pass by.
 
 

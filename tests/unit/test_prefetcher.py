@@ -33,7 +33,7 @@ class Guesses:
         return [5, 6]
 
 
-def governed(share: float, *, is_exact: bool = True, learner: Any = None) -> tuple[Prefetcher, Any, Governor, Guesses]:
+def governed(share: float, *, is_exact: bool = True) -> tuple[Prefetcher, Any, Governor, Guesses]:
     """A prefetcher with a governor that has chosen `share`; its clock ticks once a reading."""
     residency = Residency(12, 24, eviction=Lru(), staging_slots=4, deferred_slots=2, keys_per_layer=8)
     seconds = itertools.count()
@@ -41,7 +41,7 @@ def governed(share: float, *, is_exact: bool = True, learner: Any = None) -> tup
     pool = ExpertPool(keys, [100] * 24, residency, transfer, clock=lambda: float(next(seconds)))
     governor, guesses, policies = Governor(), Guesses(), SimpleNamespace(is_exact=is_exact)
     governor.share = share
-    return Prefetcher(pool, guesses, policies, governor=governor, learner=learner), pool, governor, guesses
+    return Prefetcher(pool, guesses, policies, governor=governor), pool, governor, guesses
 
 
 def prefetched(pool: Any) -> list[int]:
@@ -84,19 +84,6 @@ def test_the_governor_is_told_what_a_step_took_and_waited_once_the_pool_is_full(
     pool.phase.stall_s += 0.25
     reads.end_step()
     assert told == [(1.0, 0.25)]
-
-
-def test_learning_stops_and_goes_on_with_the_guesses() -> None:
-    heard: list[str] = []
-    learner = SimpleNamespace(pause=lambda: heard.append("pause"), resume=lambda: heard.append("resume"))
-    reads, _, governor, _ = governed(1.0, learner=learner)
-    for share in (0.0, 0.5):
-        governor.share = share
-        reads.begin_step(DECODE)
-    governor.share = 0.0
-    reads._policies.is_exact = False  # other policies live by their guesses, whatever the governor had chosen
-    reads.begin_step(DECODE)
-    assert heard == ["pause", "resume", "resume"]
 
 
 def test_steps_of_other_batches_are_another_governors() -> None:

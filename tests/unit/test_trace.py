@@ -17,7 +17,7 @@ from tests.support.runs import Output, assert_same_bits, generate
 
 def traced(folder: Path, trace: Path | None, **config: Any) -> tuple[Output, Any]:
     """A generation with a quarter of the experts, and the engine's counts of it."""
-    asked = EngineConfig(trace=None if trace is None else str(trace), learn=False, **config)
+    asked = EngineConfig(trace=None if trace is None else str(trace), **config)
     model = foreroute.load(folder, "25%", "float32", config=asked)
     output = generate(model)
     stats = model.foreroute.stats()
@@ -134,9 +134,7 @@ def test_an_older_trace_stays_until_there_is_a_new_one(checkpoints: Any, tmp_pat
 
 def test_a_full_disk_ends_the_trace_and_not_the_run(checkpoints: Any, tmp_path: Path, run: Any) -> None:
     path = tmp_path / "run.jsonl"
-    model = foreroute.load(
-        checkpoints.get("qwen3_moe"), "25%", "float32", config=EngineConfig(trace=str(path), learn=False)
-    )
+    model = foreroute.load(checkpoints.get("qwen3_moe"), "25%", "float32", config=EngineConfig(trace=str(path)))
 
     def full(event: dict[str, Any]) -> None:
         raise OSError(errno.ENOSPC, "no room")
@@ -162,7 +160,7 @@ def test_a_step_that_breaks_off_empties_the_pool_in_the_trace_too(
     checkpoints: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "run.jsonl"
-    asked = EngineConfig(trace=str(path), learn=False)
+    asked = EngineConfig(trace=str(path))
     model = foreroute.load(checkpoints.get("qwen3_moe"), "25%", "float32", config=asked)
     views, calls = model.foreroute.engine.kernels[0].views, []
 

@@ -38,7 +38,7 @@ def rungs_named(names: Sequence[str]) -> tuple[Rung, ...]:
 
 def plain_config(asked: EngineConfig) -> EngineConfig:
     """The same engine without prefetch."""
-    return replace(asked, prefetch="none", learn=False, predictor="no")
+    return replace(asked, prefetch="none", predictor="no")
 
 
 def config_of(rung: Rung, asked: EngineConfig) -> EngineConfig:
@@ -46,8 +46,8 @@ def config_of(rung: Rung, asked: EngineConfig) -> EngineConfig:
     if rung.name == PREFETCH:
         return asked
     if rung.name == ORACLE:
-        # The oracle predicts instead: nothing is fitted or learnt, and no prediction is left out.
-        return replace(asked, learn=False, predictor="no", governor=False)
+        # The oracle predicts instead: nothing is fitted, and no prediction is left out.
+        return replace(asked, predictor="no", governor=False)
     without = plain_config(asked)
     if rung.name in (HITS_FIRST, RESIDENT):
         return without

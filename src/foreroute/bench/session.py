@@ -20,7 +20,7 @@ from foreroute.types import NamedProgress
 
 # Share of the free RAM that all rungs together may take; above it they are measured one after another.
 _RAM_SHARE = 0.8
-# Besides a rung's slots and dense weights: the online learner, activations, the KV cache.
+# Besides a rung's slots and dense weights: activations, the KV cache.
 _BESIDE_BYTES = 512 * 2**20
 _DISK_SECONDS = 0.7
 # Tokens of text that show the input of each layer's experts, before all experts are loaded.

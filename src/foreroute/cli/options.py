@@ -53,6 +53,7 @@ def add_engine_options(parser: argparse.ArgumentParser, without: Sequence[str] =
         else:
             settings.update(type=kind, metavar="N" if kind is int else field.name.upper())
         (ablations if field.metadata["is_ablation"] else group).add_argument(_flag(field.name), **settings)
+    group.add_argument("--learn", "--no-learn", action=_Removed, help="the online learner was removed")
     _HelpAll.hide(ablations)
 
 
@@ -209,6 +210,17 @@ def apply_threads(args: argparse.Namespace) -> None:
         torch.set_num_threads(args.threads)
     elif not any(os.environ.get(name) for name in _THREAD_VARIABLES):
         torch.set_num_threads(min(torch.get_num_threads(), usable_cpus()))
+
+
+class _Removed(argparse.Action):
+    """A flag of older versions: it changes nothing, and says on stderr why (its help, which --help leaves out)."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str) -> None:
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+        self._why = help
+
+    def __call__(self, parser: argparse.ArgumentParser, args: object, values: object, flag: str | None = None) -> None:
+        print(f"Note: {flag} does nothing: {self._why}.", file=sys.stderr)
 
 
 class _HelpAll(argparse.Action):

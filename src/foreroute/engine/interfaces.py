@@ -1,4 +1,4 @@
-"""Protocols around the step: the engine that a model calls, and the engine's predictor, learner and observers."""
+"""Protocols around the step: the engine that a model calls, and the engine's predictor and observers."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ class StepInfo:
 
     phase: "prefill" computes a prompt or a chunk of one, even of one token; "decode" one new token per row.
     token_ids: [num_rows, num_positions] int64; None when embeddings are given instead.
-    padding: [num_rows x num_positions] bool, True at padding, which experts and learner skip; None: no padding.
+    padding: [num_rows x num_positions] bool, True at padding, which experts skip; None: no padding.
     is_start: no step precedes it in its sequence.
     """
 
@@ -111,30 +111,6 @@ class PrefetchSource(Protocol):
 
     def see_first(self, hidden: torch.Tensor, num_rows: int) -> None:
         """Take the router input `hidden` [num_rows x positions, hidden] of MoE layer 0, in every step."""
-        ...
-
-
-class OnlineLearner(Protocol):
-    """Trains the predictor on the run's routing, while compute waits for reads."""
-
-    def see(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> None:
-        """Take `layer`'s routing: hidden [tokens, hidden], the router's input; ids, weights [tokens, k]."""
-        ...
-
-    def work(self) -> bool:
-        """Do one short unit of work; False when there is none."""
-        ...
-
-    def pause(self) -> None:
-        """Learn nothing until `resume`, as prefetch is off."""
-        ...
-
-    def resume(self) -> None:
-        """Learn again; does nothing unless paused."""
-        ...
-
-    def close(self) -> None:
-        """Stop learning and free its buffers."""
         ...
 
 

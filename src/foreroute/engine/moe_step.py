@@ -12,7 +12,7 @@ import torch
 
 from foreroute.engine.approximation import Approximation
 from foreroute.engine.expert_stream import ExpertStream
-from foreroute.engine.interfaces import OnlineLearner, RoutingListener, StepInfo
+from foreroute.engine.interfaces import RoutingListener, StepInfo
 from foreroute.engine.pool import ExpertPool
 from foreroute.engine.prefetcher import Prefetcher
 from foreroute.engine.stats import EngineStats
@@ -27,7 +27,6 @@ class MoeStep:
     Args:
         kernels: one per MoE layer; computes its experts.
         policies: how decoding treats misses.
-        learner: sees every routing and trains while compute waits; None learns nothing.
         free_slots: frees the pool's memory, after the readers have stopped.
         hits_first: compute resident experts while the others are read; False waits for all of them first.
         prefill_prefetch_from: routed tokens per expert of a layer from which prompts prefetch too; 0: always.
@@ -45,7 +44,6 @@ class MoeStep:
         prefetcher: Prefetcher,
         policies: Approximation,
         *,
-        learner: OnlineLearner | None = None,
         free_slots: Callable[[], None] = lambda: None,
         hits_first: bool = True,
         prefill_prefetch_from: float = inf,
@@ -54,7 +52,6 @@ class MoeStep:
         self.kernels = list(kernels)
         self.prefetcher = prefetcher
         self.policies = policies
-        self.learner = learner
         self.routing_listener: RoutingListener | None = None
         self.expert_listener: ExpertListener | None = None
         self._free_slots = free_slots
@@ -66,8 +63,6 @@ class MoeStep:
         self._is_mid_step = False
         # A step's whole demand must fit beside the prefetches in flight.
         self._most_pinned = [part.num_slots - part.staging_slots for part in pool.by_layer]
-        if learner is not None:
-            pool.idle_work = learner.work
 
     @property
     def governor(self) -> Governor | None:
@@ -125,8 +120,6 @@ class MoeStep:
 
     def close(self) -> None:
         """Stop the readers and free the pool; experts cannot be computed afterwards."""
-        if self.learner is not None:
-            self.learner.close()
         try:
             self.pool.close()
         finally:
@@ -135,14 +128,10 @@ class MoeStep:
             self._free_slots()
 
     def _show(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> None:
-        """Pass the layer's routing to the listener, the learner and the predictor."""
+        """Pass the layer's routing to the listener and the predictor."""
         if self.routing_listener is not None:
             self.routing_listener(layer, hidden, ids, weights)
-        if self._info.padding is not None:
-            return
-        if self.learner is not None:
-            self.learner.see(layer, hidden, ids, weights)
-        if layer == 0:
+        if layer == 0 and self._info.padding is None:
             self.prefetcher.see_first(hidden, self._info.num_rows)
 
     def _compute(

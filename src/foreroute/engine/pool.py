@@ -32,7 +32,6 @@ class ExpertPool:
     Attributes:
         by_layer: each MoE layer's residency. stats: all counts. phase: those of the current phase, prefill or decode.
         observers: called on each event of the current step; empty, and without cost, until one is added.
-        idle_work: does one short unit of work while compute waits for reads; returns False when none is left.
     """
 
     def __init__(
@@ -53,7 +52,6 @@ class ExpertPool:
         self.stats = EngineStats()
         self.phase: PhaseStats = self.stats.decode
         self.observers: tuple[StepObserver, ...] = ()
-        self.idle_work: Callable[[], bool] | None = None
         self._key_nbytes = key_nbytes
         self._keeps_across_tokens = keeps_across_tokens
         # add_observer and remove_observer change this list alone; `observers` becomes it when the next step begins.
@@ -120,7 +118,7 @@ class ExpertPool:
         """
         began_s = self.clock()
         try:
-            while not (arrived := self._settle(self._next_completions(), waiting)):
+            while not (arrived := self._settle(self.transfer.wait(), waiting)):
                 pass
         finally:
             self.stalled_since(began_s)
@@ -156,7 +154,7 @@ class ExpertPool:
         if self.transfer.num_in_flight:
             began_s = self.clock()
             while self.transfer.num_in_flight:
-                self._settle(self._next_completions(), {})
+                self._settle(self.transfer.wait(), {})
             self.stalled_since(began_s)
 
     def can_prefetch(self, layer: int) -> bool:
@@ -357,16 +355,6 @@ class ExpertPool:
         self.phase.demand_loads += 1
         self.phase.demand_bytes += self._key_nbytes[key]
         self.transfer.demand(key, slot)
-
-    def _next_completions(self) -> Sequence[Completion]:
-        """Block until a read has completed; meanwhile do idle work, one short unit at a time."""
-        while self.idle_work is not None:
-            completions = self.transfer.completed()
-            if completions:
-                return completions
-            if not self.idle_work():
-                break
-        return self.transfer.wait()
 
     def _settle(self, completions: Sequence[Completion], waiting: dict[int, int]) -> list[Placed]:
         """Process finished reads; pin those of `waiting`, remove them from it and return them."""

@@ -6,7 +6,7 @@ from math import ceil
 import torch
 
 from foreroute.engine.approximation import Approximation
-from foreroute.engine.interfaces import OnlineLearner, PrefetchSource, StepInfo
+from foreroute.engine.interfaces import PrefetchSource, StepInfo
 from foreroute.engine.pool import ExpertPool
 from foreroute.predict.base import most_wanted
 from foreroute.predict.governor import Governor
@@ -19,7 +19,6 @@ class Prefetcher:
         predictor: None prefetches nothing.
         policies: only exact is governed: under others prefetches decide what is resident, and so the output.
         governor: None always prefetches the whole guess.
-        learner: pauses while prefetch is off, as its cost is part of prefetch's.
 
     Attributes:
         share: current share of the full width that is prefetched, 0 to 1.
@@ -32,14 +31,12 @@ class Prefetcher:
         policies: Approximation,
         *,
         governor: Governor | None = None,
-        learner: OnlineLearner | None = None,
     ) -> None:
         self.predictor = predictor
         self.governor = governor
         self.share = 1.0 if governor is None else governor.share
         self._pool = pool
         self._policies = policies
-        self._learner = learner
         self._num_layers = len(pool.keys.widths)
         # One per number of rows, as step times differ by batch size.
         self._governors: dict[int, Governor] = {}
@@ -69,8 +66,6 @@ class Prefetcher:
         self._began_s, self._stalled_before_s = self._pool.clock(), self._pool.phase.stall_s
         if not self.share:
             self._pool.count_step_without_prefetch()
-        if self._learner is not None and not info.is_prefill:
-            (self._learner.resume if self.share else self._learner.pause)()
 
     def see_first(self, hidden: torch.Tensor, num_rows: int) -> None:
         """Pass the predictor layer 0's router input `hidden` [num_rows x positions, hidden], for its next guess."""

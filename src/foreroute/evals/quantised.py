@@ -46,7 +46,7 @@ def read(folder: Path, packed: str, windows: list[TextWindows], memory: str | No
     Raises:
         ForerouteError: the model or the store cannot be loaded.
     """
-    config = EngineConfig(packed=packed, prefetch="none", predictor="no", learn=False)
+    config = EngineConfig(packed=packed, prefetch="none", predictor="no")
     model = load(folder, memory, config=config)
     try:
         by_source = bits_per_char(model, windows, progress)

@@ -89,7 +89,7 @@ def _step_over(
         classes,
         table.num_keys,
         table.num_experts,
-        partial(eviction_of, asked.eviction, table.num_experts),
+        partial(eviction_of, asked.eviction),
         prefetches=memory.staging_slots > 0,
         deferred_slots=[
             min(max(experts.top_k[layer] for layer in one.layers), one.num_slots // _DEFERRED_SHARE) for one in classes
@@ -100,9 +100,8 @@ def _step_over(
     return MoeStep(
         pool,
         _layers(experts, placed, classes),
-        Prefetcher(pool, guidance.predictor, guidance.policies, governor=governor, learner=guidance.learner),
+        Prefetcher(pool, guidance.predictor, guidance.policies, governor=governor),
         guidance.policies,
-        learner=guidance.learner,
         free_slots=placed.free,
         hits_first=asked.hits_first,
         prefill_prefetch_from=inf if asked.deterministic else _PREFILL_PREFETCH_FROM[asked.prefetch_prefill],

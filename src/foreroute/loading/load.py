@@ -103,7 +103,7 @@ def load(
     if target.type == "cuda":
         move_dense(model, target)
         experts = experts.on(target)
-    guidance = guidance_for(asked, model, experts, division, sidecar)
+    guidance = guidance_for(asked, model, experts, sidecar)
     engine = start_engine(asked, experts, division, guidance, trace, progress)
     plan = _plan(asked, target, model, checkpoint, experts, division, guidance, is_fitted=sidecar is not None)
     plan = replace(plan, math_note=math_note)
@@ -169,7 +169,6 @@ def _plan(
         host_records=memory.host_records,
         kv_tokens=memory.kv_tokens,
         kv_bytes_per_token=memory.kv_bytes_per_token,
-        learning_bytes=0 if guidance.learner is None else memory.learning_bytes,
         threads=torch.get_num_threads(),
         usable_cpus=usable_cpus(),
     )

@@ -1,4 +1,4 @@
-"""Divide the fast memory once, at load: expert slots, KV cache, host memory behind a GPU, online learning."""
+"""Divide the fast memory once, at load: expert slots, KV cache, host memory behind a GPU."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +14,7 @@ from foreroute.memory import host
 from foreroute.memory.budget import SlotPlan, plan_pool
 from foreroute.memory.device import DEVICE_KV_TOKENS, check_room, check_store, choose_budget, host_records
 from foreroute.memory.kv import kv_bytes_without_experts
-from foreroute.memory.serving import fit_serving, learning_limit
+from foreroute.memory.serving import fit_serving
 from foreroute.memory.serving_budget import ServingNeeds, check_serving
 from foreroute.model.expert_set import ExpertSet
 from foreroute.policy import Policy
@@ -38,7 +38,6 @@ class MemoryPlan:
     budget_bytes: fast tier for experts. slots: the pool that it buys. staging_slots: the most of them that prefetched
     experts may take. host_records: experts in host memory behind the pool; 0 where only the disk is behind it.
     kv_tokens: tokens of KV cache to reserve memory for. kv_bytes_per_token: None where it was not measured.
-    learning_bytes: the most that the online learner may take.
     """
 
     budget_bytes: int
@@ -47,7 +46,6 @@ class MemoryPlan:
     host_records: int
     kv_tokens: int
     kv_bytes_per_token: int | None
-    learning_bytes: int
 
 
 def check_before(
@@ -103,7 +101,6 @@ def plan_memory(
         host_records=host_records(asked, host.available_ram(), table) if has_host_tier else 0,
         kv_tokens=asked.kv_tokens or (DEVICE_KV_TOKENS if target.type == "cuda" or pages_itself else 0),
         kv_bytes_per_token=kv_bytes,
-        learning_bytes=learning_limit(budget),
     )
 
 

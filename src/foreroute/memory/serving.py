@@ -27,15 +27,8 @@ from foreroute.model.expert_set import ExpertSet
 from foreroute.residency.sized import SizedResidency, parts_of
 from foreroute.residency.slots import Residency
 
-# Limits of the online learner's memory while serving, beside the budget: share of it, least, most.
-_LEARNING_SHARE, _LEAST_LEARNING_BYTES, _MOST_LEARNING_BYTES = 8, 16 * 2**20, 128 * 2**20
 # Tokens of KV cache allocated ahead of their use.
 _COLUMNS_AHEAD = 1024
-
-
-def learning_limit(budget_bytes: int) -> int:
-    """The most bytes that the online learner may take beside a budget for experts."""
-    return min(_MOST_LEARNING_BYTES, max(_LEAST_LEARNING_BYTES, budget_bytes // _LEARNING_SHARE))
 
 
 def keeps_prompts(model: PreTrainedModel) -> bool:
@@ -64,9 +57,8 @@ def fit_serving(
         BudgetError: it does not fit together; names what to lower.
     """
     assert asked.kv_tokens is not None, "memory is to be kept"
-    learning = learning_limit(budget_bytes) if asked.learn and asked.prefetch != "none" else 0
     whole, least = experts.total_bytes, experts.token_demand_bytes
-    working = working_bytes(_request_bytes(model, asked.prefill_chunk, asked.kv_tokens, kv_bytes_per_token), learning)
+    working = working_bytes(_request_bytes(model, asked.prefill_chunk, asked.kv_tokens, kv_bytes_per_token))
     if asked.memory is None:
         working = max(working, CHOSEN_RESERVE_BYTES)
     expert_bytes = min(budget_bytes, whole) + host_bytes
@@ -89,11 +81,11 @@ def serving_needs(
 
     plan: what loading it decided. layers: its MoE layers. residency: which of its experts are in slots now.
     Beside dense part, experts and KV cache that is what this process takes so far (Python, torch, other libraries),
-    measured now; and, calculated, the most that the learner and one chunk of a prompt take.
+    measured now; and, calculated, the most that one chunk of a prompt takes.
     """
     per_token = planned_kv_bytes_per_token(model, plan, layers)
     requests = _request_bytes(model, plan.prefill_chunk, kv_tokens, per_token)
-    working = _program_bytes(model, plan, residency) + plan.learning_bytes + requests
+    working = _program_bytes(model, plan, residency) + requests
     experts = plan.pool_bytes + plan.host_records * plan.slot_bytes
     return _needs(model, experts, kv_tokens, per_token, working, plan.dense_bytes)
 

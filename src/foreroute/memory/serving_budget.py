@@ -106,9 +106,9 @@ def moving_bytes(kv_bytes_per_token: int, num_layers: int) -> int:
     return ceil(kv_bytes_per_token / num_layers)
 
 
-def working_bytes(request_bytes: int, learning_bytes: int) -> int:
-    """Bytes to allocate beside weights and KV cache: `request_bytes`, `learning_bytes`, libraries. An estimate."""
-    return request_bytes + learning_bytes + _LATER_BYTES
+def working_bytes(request_bytes: int) -> int:
+    """Bytes to allocate beside weights and KV cache: `request_bytes` and libraries. An estimate."""
+    return request_bytes + _LATER_BYTES
 
 
 def check_serving(needs: ServingNeeds, available_bytes: int, least_expert_bytes: int) -> None:

@@ -114,17 +114,16 @@ def prefetch_guesses(
     layers: Sequence[MoeLayer],
     dtype: torch.dtype,
     sidecar: Sidecar | None,
-    learner: Predictor | None = None,
 ) -> PrefetchGuesses | None:
     """Build the source of the engine's guesses; None when prefetch is off.
 
     Args:
         asked: the configuration. layers: the MoE layers. dtype: of compute.
-        sidecar: its choice per layer is used; without one, `learner`, or else the lookahead.
+        sidecar: its choice per layer is used; without one, the lookahead.
     """
     if asked.prefetch == "none":
         return None
-    predictor: Predictor = learner or lookahead(layers, dtype)
+    predictor: Predictor = lookahead(layers, dtype)
     table: TokenTable | None = None
     select: Select = guess_from_scores
     residual_of: Callable[[int], torch.Tensor | None] = no_residual

@@ -15,21 +15,19 @@ from foreroute.predict.default_vector import weighted_rows
 # Rows converted to float64 at a time: bounds the temporaries to a few tens of MB for a hidden width of 2048.
 _BLOCK_ROWS = 1024
 # A variance of less than this share of a feature's mean square is rounding: the feature was constant.
-_VARIANCE_FLOOR = {torch.float64: 1e-12, torch.float32: 1e-5}
+_VARIANCE_FLOOR = 1e-12
 
 
 class NormalEquations:
-    """X^T X and X^T Y of a linear regression with a bias, accumulated row by row.
+    """X^T X and X^T Y of a linear regression with a bias, accumulated row by row in float64.
 
-    Args:
-        dtype: float64, or float32 where memory and time matter more than the last digits.
     Memory: (features + 1) x (features + 1 + outputs) numbers; 40 MB for a hidden width of 2048 and 128 experts.
     """
 
-    def __init__(self, num_features: int, num_outputs: int, dtype: torch.dtype = torch.float64) -> None:
+    def __init__(self, num_features: int, num_outputs: int) -> None:
         # The last feature is the constant 1: it carries the sums and the number of rows.
-        self.gram = torch.zeros(num_features + 1, num_features + 1, dtype=dtype)
-        self.cross = torch.zeros(num_features + 1, num_outputs, dtype=dtype)
+        self.gram = torch.zeros(num_features + 1, num_features + 1, dtype=torch.float64)
+        self.cross = torch.zeros(num_features + 1, num_outputs, dtype=torch.float64)
 
     @property
     def num_rows(self) -> int:
@@ -46,17 +44,6 @@ class NormalEquations:
             self.gram.addmm_(rows.t(), rows)
             self.cross.addmm_(rows.t(), y.double())
 
-    def add_part(self, rows: torch.Tensor, targets: torch.Tensor, part: slice) -> None:
-        """Add the rows' products for some features only: all parts of the same rows together equal one `add`.
-
-        Args:
-            rows: [rows, features + 1] in the dtype of the sums, the last column 1. targets: [rows, outputs], likewise.
-            part: of the features, the constant included.
-        """
-        turned = rows[:, part].t()
-        self.gram[part].addmm_(turned, rows)
-        self.cross[part].addmm_(turned, targets)
-
     def solve(self, penalty: float) -> tuple[torch.Tensor, torch.Tensor]:
         """The ridge solution: weights [features, outputs] and bias [outputs], float64. The bias is not penalised.
 
@@ -67,15 +54,15 @@ class NormalEquations:
         Memory: one float64 copy of the features' square.
         """
         assert self.num_rows > 0, "no row was added"
-        sums, cross = self.gram[-1].double(), self.cross.double()
+        sums, cross = self.gram[-1], self.cross
         count = sums[-1]
         mean_x, mean_y = sums[:-1] / count, cross[-1] / count
         # The one copy; it becomes the system in place.
-        covariance = self.gram[:-1, :-1].to(torch.float64, copy=True).div_(count).addr_(mean_x, mean_x, alpha=-1)
+        covariance = self.gram[:-1, :-1].clone().div_(count).addr_(mean_x, mean_x, alpha=-1)
         joint = cross[:-1] / count - torch.outer(mean_x, mean_y)
         variance = covariance.diagonal().clamp(min=0)  # a copy
         # Standardised: features that were constant get no weight, the others a unit diagonal.
-        varies = variance > _VARIANCE_FLOOR[self.gram.dtype] * self.gram.diagonal()[:-1].double() / count
+        varies = variance > _VARIANCE_FLOOR * self.gram.diagonal()[:-1] / count
         scale = torch.where(varies, variance, 1.0).rsqrt() * varies
         system = covariance.mul_(scale[:, None]).mul_(scale)
         system.diagonal().fill_(1.0 + penalty)
@@ -152,11 +139,6 @@ class RidgeFit:
 
     def solve(self, penalty: float) -> RidgeLayer:
         """Solve for the layer's map; see `NormalEquations.solve`."""
-        return layer_of(self.equations, self._hidden, penalty)
-
-
-def layer_of(equations: NormalEquations, hidden: int, penalty: float) -> RidgeLayer:
-    """Solve `equations` (see there for `penalty`); their first `hidden` features are router input, the others gates."""
-    weights, bias = equations.solve(penalty)
-    gates = torch.cat([weights[hidden:], torch.zeros(1, weights.shape[1], dtype=torch.float64)])
-    return RidgeLayer(weights[:hidden].float().contiguous(), gates.float(), bias.float())
+        weights, bias = self.equations.solve(penalty)
+        gates = torch.cat([weights[self._hidden :], torch.zeros(1, weights.shape[1], dtype=torch.float64)])
+        return RidgeLayer(weights[: self._hidden].float().contiguous(), gates.float(), bias.float())

@@ -154,10 +154,10 @@ def replays(seed: int) -> dict[str, Callable[[Route, int], Outcome]]:
     """Return every policy by its name, the bound last."""
 
     def engine(name: str) -> Callable[[Route, int], Outcome]:
-        return lambda route, num_slots: replay_eviction(route, num_slots, eviction_of(name, route.keys_per_layer))
+        return lambda route, num_slots: replay_eviction(route, num_slots, eviction_of(name))
 
     return {
-        **{name: engine(name) for name in ("lru", "lfu", "turns")},
+        **{name: engine(name) for name in ("lru", "lfu")},
         RANDOM: lambda route, num_slots: replay_eviction(route, num_slots, RandomEviction(seed)),
         STATIC: replay_static,
         BELADY: replay_belady,

@@ -13,7 +13,6 @@ INK, GREY, PALE = "#222222", "#8A8A8A", "#E4E4E4"
 POLICIES = {
     "lru": (SKY, "o", "LRU: the longest unused goes"),
     "lfu": (BLUE, "s", "LFU: the least used goes, older uses count less"),
-    "turns": (PURPLE, "v", "turns: LFU that knows the layers' order"),
     "random": (GREY, "x", "random: evicts any expert"),
     "static": (ORANGE, "^", "static: the most used stay, chosen with hindsight"),
     "belady": (GREEN, "D", "Belady: knows the future, nothing reads less"),

@@ -38,7 +38,7 @@ from foreroute.verification.transcript import Exercise, ForwardPass, steps
 RESIDENT, ON_DEMAND = "resident", "on-demand"
 # RAM left free beside a resident model: activations, KV cache, overhead of loading, other programs.
 _RESERVE_BYTES = 2 * 2**30
-_PLAIN_LOADING = EngineConfig(prefetch="none", predictor="no", learn=False, packed="no", math="torch")
+_PLAIN_LOADING = EngineConfig(prefetch="none", predictor="no", packed="no", math="torch")
 # As in Plan.math.
 GGML = "ggml"
 

@@ -110,7 +110,7 @@ def test_one_token_scores_as_it_does_among_others() -> None:
     torch.testing.assert_close(alone, layer.scores(seen), rtol=1e-5, atol=1e-5)
 
 
-def test_solving_takes_one_square_of_doubles_as_the_learner_counts() -> None:
+def test_solving_takes_one_square_of_doubles() -> None:
     features = 64
 
     class Squares(TorchDispatchMode):

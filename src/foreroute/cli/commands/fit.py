@@ -112,7 +112,7 @@ def context_of(config: Any, asked: int | None) -> int:
 def run(args: argparse.Namespace) -> int:
     """Run the command; return its exit code."""
     folder = options.find_model(args)
-    config = EngineConfig(memory=args.memory, packed=args.packed, predictor="no", learn=False)
+    config = EngineConfig(memory=args.memory, packed=args.packed, predictor="no")
     options.quiet_libraries(args)
     with figures.busy("Loading the model", args.json):
         import foreroute

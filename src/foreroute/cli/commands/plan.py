@@ -28,7 +28,7 @@ the figures:
                holds those of few tokens, there are few hits
   in all       with --max-num-seqs, --ctx-size or --kv-tokens: the most that
                serve takes of the RAM. Working memory is this process, as
-               measured, and what learning and a chunk of a prompt may take
+               measured, and what a chunk of a prompt may take
   prefetches   the most slots that prefetched experts take before they are used
   disk         measured for one second on this model's own experts, in random
                order, read as the engine reads them
@@ -326,7 +326,7 @@ def _serving_rows(found: Findings) -> list[figures.Row]:
     return [
         cache,
         ("", format_memory(needs.kept_bytes), "of earlier prompts, kept for those that begin alike"),
-        ("working", format_memory(needs.all_working_bytes), "memory: Python, torch, learning, one chunk of a prompt"),
+        ("working", format_memory(needs.all_working_bytes), "memory: Python, torch, one chunk of a prompt"),
         ("in all", format_memory(needs.total_bytes, round_up=True), "of RAM: experts, dense weights and these three"),
     ]  # fmt: skip
 

@@ -30,8 +30,7 @@ what is replayed:
   tokens fill it and are not counted.
 
 the eviction policies:
-  lru, lfu,    the engine's own code, as --eviction chooses it
-  turns
+  lru, lfu     the engine's own code, as --eviction chooses it
   random       evicts any expert, without any memory of their use
   static       the most used experts stay, chosen with hindsight: the best fixed
                choice

@@ -65,9 +65,7 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the command; return its exit code."""
     folder = options.find_model(args)
-    config = EngineConfig(
-        memory=args.memory, packed=args.packed, predictor=args.predictor, learn=False, prefetch_prefill="off"
-    )
+    config = EngineConfig(memory=args.memory, packed=args.packed, predictor=args.predictor, prefetch_prefill="off")
     options.quiet_libraries(args)
     with figures.busy("Loading the model", args.json):
         import foreroute
