@@ -39,8 +39,6 @@ ASKED = {
     "policy": (["--policy", "tolerance:0.1"], "tolerance:0.1"),
     "trace": (["--trace", "run.jsonl"], "run.jsonl"),
     "deterministic": (["--deterministic"], True),
-    "math": (["--math", "torch"], "torch"),
-    "dense": (["--dense", "q8_0"], "q8_0"),
 }
 
 
