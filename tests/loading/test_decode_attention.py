@@ -68,7 +68,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_logits_are_near_those_without(name: str, mask: Any, written: Any, load: Any, monkeypatch: Any) -> None:
     calls = counted(monkeypatch)
-    model = load(written[name].path, "100%", learn=False)
+    model = load(written[name].path, "100%")
     assert model.foreroute.plan.math == "ggml"
     assert attention_of(model).startswith("foreroute_")
     assert num_fused(model) > 0
@@ -76,7 +76,7 @@ def test_logits_are_near_those_without(name: str, mask: Any, written: Any, load:
     assert len(calls) == STEPS * model.config.num_hidden_layers
     with monkeypatch.context() as patch:
         without_either(patch)
-        plain = load(written[name].path, "100%", learn=False)
+        plain = load(written[name].path, "100%")
     assert (num_fused(plain), attention_of(plain).startswith("foreroute_")) == (0, False)
     calls.clear()
     theirs = decoded(plain, mask)
@@ -93,7 +93,7 @@ def test_eager_attention_that_was_asked_for_is_computed(written: Any, load: Any,
         heard.append(1)
         return eager(*given, **named)
 
-    model = load(written["qwen3moe"].path, "100%", learn=False, attn_implementation="eager")
+    model = load(written["qwen3moe"].path, "100%", attn_implementation="eager")
     monkeypatch.setattr(modeling_qwen3_moe, "eager_attention_forward", noting)
     decoded(model, PADDING)
     assert attention_of(model).endswith("eager")
