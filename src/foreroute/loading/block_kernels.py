@@ -116,7 +116,7 @@ def open_block_kernels(
 ) -> tuple[BlockKernels | None, str]:
     """Open ggml for a checkpoint whose weights are or can be laid out in blocks: the kernels, or None and the reason.
 
-    The reason is empty where nobody need be told: torch was asked for, or there are no blocks.
+    The reason is empty where there is nothing to tell: torch was asked for, or there are no blocks.
 
     Raises:
         GgmlError, UnsupportedModelError: --math ggml or --dense was asked for and cannot be had.

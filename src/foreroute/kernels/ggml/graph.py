@@ -166,5 +166,5 @@ def place(tensor: TensorRef, address: int) -> None:
 
 @lru_cache(maxsize=8)
 def shared_runner(num_threads: int) -> Runner:
-    """The process's runner with so many threads: models that are open together take turns on it."""
+    """Return the process's runner with `num_threads`; models that are open together take turns on it."""
     return Runner(open_library(), num_threads)

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 # Last names of layers that decide between experts, which stay floats as in llama.cpp: a route is a matter of last bits.
 _ROUTERS = frozenset({"gate", "router", "classifier", "shared_expert_gate"})
-# Every type's blocks are whole multiples of so many weights.
+# Every type's blocks are whole multiples of this number of weights.
 _LEAST_BLOCK = 32
 
 
