@@ -6,7 +6,7 @@
 
 Engines take turns, A-B-B-A, each run in a process of its own: foreroute straight from the file, and with --packed from
 a store; llama.cpp with its weights mapped, and as it comes, when it copies what it can into a quicker layout. Without
---left everything is resident and the file in the page cache. With it a ballast leaves that many GiB to each, the file is
+--left everything is resident and the file in the page cache. With it a ballast leaves those GiB to each, the file is
 dropped from the page cache, and llama.cpp's read-ahead is set as --read-ahead says (needs root), as it decides how much
 a mapped file reads. Weights are random: experts are routed to evenly, which no trained model does; see replayed_routes.
 """

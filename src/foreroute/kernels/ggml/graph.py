@@ -166,5 +166,5 @@ def place(tensor: TensorRef, address: int) -> None:
 
 @lru_cache(maxsize=8)
 def shared_runner(num_threads: int) -> Runner:
-    """Return the process's runner with `num_threads`; models that are open together take turns on it."""
+    """The process's runner with `num_threads`; models open together take turns on it."""
     return Runner(open_library(), num_threads)
