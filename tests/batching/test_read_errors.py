@@ -124,23 +124,25 @@ def test_a_transient_error_ends_no_request(asked, engine_of, every):
     expected = ask(engine, prompts)
     engine._kept.clear()
     model.foreroute.engine.pool.residency.clear()
-    apart, step_apart, is_apart = [], RowsCache.step_apart, False
+    apart, step_apart, is_apart, is_failing = [], RowsCache.step_apart, False, False
 
     def noting(rows, tokens, phase, **options):
-        nonlocal is_apart
+        nonlocal is_apart, is_failing
         apart.append(len(tokens))
-        is_apart = True
+        is_apart, is_failing = True, False
         try:
             return step_apart(rows, tokens, phase, **options)
         finally:
             is_apart = False
 
     def fails(key):
-        nonlocal reads
+        nonlocal reads, is_failing
         reads += 1
+        # Until a step fails by it: a guess that cannot be read ends no step.
+        is_failing = is_failing or reads % every == 0
         # Not while rows are apart, or where there is one: then nothing is left to try.
         return (
-            reads % every == 0
+            is_failing
             and not is_apart
             and min(len(one.lengths) != 1 for one in (engine._prompts, engine._batch))
         )
