@@ -167,15 +167,31 @@ def test_threads_that_wait_for_cores_are_halved_and_come_back() -> None:
     assert machine.count.active == 2
     machine.count.look(0.1)
     assert machine.count.active == 2, "nothing was waited for since"
-    machine.now, machine.idle = 0.4, 4.0
+    machine.now, machine.idle = 0.3, 0.6
     machine.count.before_run(machine.now)
     assert machine.count.active == 2, "too early"
-    machine.now, machine.idle = 1.0, 0.5
+    machine.now, machine.idle = 1.3, 0.6
     machine.count.before_run(machine.now)
     assert machine.count.active == 2, "half a core was idle, two are wanted"
-    machine.now, machine.idle = 3.0, 4.5
+    machine.now, machine.idle = 1.6, 1.2
     machine.count.before_run(machine.now)
-    assert machine.count.active == 4
+    assert machine.count.active == 4, "idle since the last look: what was before, a prompt, does not count"
+
+
+def test_threads_that_go_and_come_wait_longer_each_time() -> None:
+    machine = Machine()
+    waits = []
+    for _ in range(4):
+        machine.waited += 1.0
+        machine.count.look(0.1)
+        assert machine.count.active == 2
+        began = machine.now
+        while machine.count.active == 2:
+            machine.now += 0.1
+            machine.idle += 0.4
+            machine.count.before_run(machine.now)
+        waits.append(machine.now - began)
+    assert waits == pytest.approx([0.4, 0.8, 1.6, 3.2], abs=0.11)
 
 
 @pytest.fixture

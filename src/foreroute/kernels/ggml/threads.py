@@ -7,6 +7,7 @@ long as one (docs/LOG.md). So the time that threads wait for a core is looked at
 
 import os
 from collections.abc import Callable, Sequence
+from math import inf
 from pathlib import Path
 
 _TASKS = Path("/proc/self/task")
@@ -14,8 +15,8 @@ _TASKS = Path("/proc/self/task")
 _SLOW_FACTOR, _SLOW_S = 3.0, 0.002
 # Of a run's time, what its threads may have waited for cores before there are fewer of them.
 _MOST_WAIT = 0.25
-# Seconds until more threads are tried again: at first, and at most.
-_RETRY_S, _MOST_RETRY_S = 0.5, 8.0
+# Seconds between looks at idle cores, and before more threads are tried again: at first, and at most.
+_LOOK_S, _RETRY_S, _MOST_RETRY_S = 0.2, 0.4, 8.0
 
 
 class ThreadCount:
@@ -35,7 +36,7 @@ class ThreadCount:
         self._waited_s, self._idle_s, self._now_s = waited_s, idle_s, now_s
         self._waited_before, self._looked_at = waited_s(), now_s()
         self._retry_s = _RETRY_S
-        self._retry_at, self._reduced_at, self._idle_before = 0.0, 0.0, 0.0
+        self._retry_at, self._idle_before, self._idle_at, self._added_at = 0.0, 0.0, 0.0, -inf
 
     def is_slow(self, took_s: float, quickest_s: float) -> bool:
         """Whether a run should be looked into, by the quickest of the same graph."""
@@ -50,22 +51,23 @@ class ThreadCount:
         self._waited_before, self._looked_at = waited, now
         if self.active > 1 and waited - before > _MOST_WAIT * elapsed_s:
             self.active //= 2
-            self._idle_before, self._reduced_at = self._idle_s(), self._now_s()
-            self._retry_at = self._reduced_at + self._retry_s
+            # Soon after more threads were tried: the next try waits twice as long.
+            is_again = now - self._added_at < _MOST_RETRY_S
+            self._retry_s = min(2 * self._retry_s, _MOST_RETRY_S) if is_again else _RETRY_S
+            self._idle_before, self._idle_at = self._idle_s(), now
+            self._retry_at = now + self._retry_s
 
     def before_run(self, now_s: float) -> None:
         """With fewer threads than there are: take all again if cores for them have been idle."""
         if self.active == self._most or now_s < self._retry_at:
             return
         idle = self._idle_s()
-        idle_cores = (idle - self._idle_before) / max(now_s - self._reduced_at, 1e-9)
-        self._idle_before, self._reduced_at = idle, now_s
+        idle_cores = (idle - self._idle_before) / max(now_s - self._idle_at, 1e-9)
+        self._idle_before, self._idle_at = idle, now_s
+        self._retry_at = now_s + _LOOK_S
         if idle_cores > (self._most - self.active) * (1 - _MOST_WAIT):
-            self.active, self._retry_s = self._most, _RETRY_S
+            self.active, self._added_at = self._most, now_s
             self._waited_before, self._looked_at = self._waited_s(), now_s
-        else:
-            self._retry_s = min(2 * self._retry_s, _MOST_RETRY_S)
-        self._retry_at = now_s + self._retry_s
 
 
 def running_threads() -> frozenset[int]:
