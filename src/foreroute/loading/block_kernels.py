@@ -35,6 +35,7 @@ from foreroute.model.build.dense_blocks import (
 )
 from foreroute.model.build.skeleton import Outline
 from foreroute.model.decode_attention import group_heads
+from foreroute.model.decode_layers import fuse_layers
 from foreroute.model.norms import fuse_norms
 
 # torch's threads while a token is decoded: its products are ggml's then, whose threads poll for the next graph, and two
@@ -90,6 +91,7 @@ class BlockKernels:
         """Take less time for what is beside the products while a token is decoded: norms and attention."""
         fuse_norms(model)
         group_heads(model, self.runner.num_threads)
+        fuse_layers(model, self.products)
 
     def keep_rows_alike(self, engine: Any, layers: Sequence[MoeLayer]) -> None:
         """Give each row of a step of single tokens the bits that it has alone, in dense products, routers and experts.

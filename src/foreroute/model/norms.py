@@ -31,6 +31,15 @@ def fuse_norms(model: nn.Module) -> int:
     return num_fused
 
 
+def fused_norm(module: nn.Module | None) -> tuple[torch.Tensor, float] | None:
+    """Weight [width] and epsilon of a norm that torch's `rms_norm` computes; None for any other module."""
+    if module is None or not isinstance(module.__dict__.get("forward"), partial):
+        return None
+    weight: Any = module.weight
+    epsilon = _epsilon(module)
+    return None if epsilon is None else (weight.detach(), epsilon)
+
+
 def _fused(module: nn.Module) -> "partial[torch.Tensor]":
     weight: Any = module.weight
     return partial(

@@ -74,7 +74,7 @@ class BlockProducts:
 
     def __init__(self, runner: Runner) -> None:
         self.library = runner.library
-        self._runner = runner
+        self.runner = runner
         # Whether a step of single tokens runs: its rows keep blocks, so that their bits are the same in any company.
         self.decodes: Callable[[], bool] = lambda: False
         self._in_bf16 = Bf16Products(runner)
@@ -101,7 +101,7 @@ class BlockProducts:
         if graph is None:
             if len(self._graphs) >= _MOST_GRAPHS:
                 self._graphs.popitem(last=False)
-            graph = self._graphs[key] = _LinearGraph(self._runner, group.forms, num_rows)
+            graph = self._graphs[key] = _LinearGraph(self.runner, group.forms, num_rows)
         if len(group.graphs) >= _MOST_OF_GROUP:
             group.graphs.pop(next(iter(group.graphs)))
         group.graphs[num_rows] = graph

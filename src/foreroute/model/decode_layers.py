@@ -1,0 +1,213 @@
+"""Decoder layers of usual form in two graphs beside attention and experts, where a model's bits need not be
+transformers'.
+
+The form: h = x + attention(norm(x)); h + experts(norm(h)), where attention makes q, k and v by a product each, turns q
+and k by their positions, and asks transformers' interface for its function. Whether a family has it is seen by numbers.
+"""
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import DynamicCache, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from foreroute.kernels.ggml.decoder_layer import AfterAttention, AfterGraph, BeforeAttention, BeforeGraph, Norm, Scratch
+from foreroute.kernels.ggml.linear import BlockLinear, BlockProducts
+from foreroute.model.decode_attention import attends_by_interface, function_of
+from foreroute.model.norms import fused_norm
+
+# Products of blocks round their inputs to 8 bits: what differs in the last bit before may differ by this after.
+_MOST_DIFFERENCE = 5e-3
+_STEPS, _ROWS = 3, 3
+# Graphs kept of a layer: one for each number of rows.
+_MOST_GRAPHS = 32
+_NORMS = ("input_layernorm", "post_attention_layernorm")
+_MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+def fuse_layers(model: PreTrainedModel, products: BlockProducts) -> int:
+    """Let graphs compute the decoder layers of `model` that have the form, while tokens are decoded.
+
+    One layer of each class, form of attention and form of its norms is compared with transformers' own on random rows.
+
+    Returns:
+        how many layers.
+    """
+    if not attends_by_interface(model):
+        return 0
+    decoder, is_alike, num_fused, scratch = model.get_decoder(), dict[object, bool](), 0, Scratch()
+    for layer in getattr(decoder, "layers", ()):
+        parts = _parts(layer)
+        if parts is None:
+            continue
+        fused = _FusedLayer(layer, *parts, products, scratch)
+        attention = layer.self_attn
+        form = (type(layer), getattr(attention, "sliding_window", None), parts[0].bias is None, attention.scaling)
+        if form not in is_alike:
+            is_alike[form] = _is_alike(model, decoder, layer, fused)
+        if is_alike[form]:
+            # In the instance's own table, where nn.Module looks first.
+            layer.__dict__["forward"] = fused
+            num_fused += 1
+    return num_fused
+
+
+class _FusedLayer:
+    """Computes one decoder layer: by graphs while tokens are decoded, else by transformers' own code."""
+
+    def __init__(
+        self, layer: nn.Module, before: BeforeAttention, after: AfterAttention, products: BlockProducts,
+        scratch: Scratch,
+    ) -> None:  # fmt: skip
+        self._layer = weakref.ref(layer)
+        self._before, self._after, self._products, self._scratch = before, after, products, scratch
+        self._graphs: dict[tuple[int, int], tuple[BeforeGraph, AfterGraph]] = {}
+
+    def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """As the layer's own `forward`."""
+        layer: Any = self._layer()
+        is_decoded = self._products.decodes() and hidden_states.shape[1] == 1 and not args
+        # Hooks that transformers adds where attention's weights were asked for.
+        if not is_decoded or layer.self_attn._forward_hooks or hidden_states.dtype != torch.float32:
+            return type(layer).forward(layer, hidden_states, *args, **kwargs)
+        return self.compute(layer, hidden_states, **kwargs)
+
+    def compute(
+        self,
+        layer: Any,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        cache: Any = None,
+        past_key_values: Any = None,
+        position_embeddings: Any = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Compute [rows, 1, width] by graphs. Arguments: of transformers' decoder layers."""
+        attention, (num_rows, _, width) = layer.self_attn, hidden_states.shape
+        residual = hidden_states.reshape(num_rows, width).contiguous()
+        cosine, sine = (_per_row(one, num_rows) for one in position_embeddings)
+        before, after = self._graphs_of(num_rows, cosine.shape[-1])
+        query, keys, values = before.run(residual, cosine, sine)
+        cache = past_key_values if cache is None else cache
+        if cache is not None:
+            keys, values = cache.update(keys, values, attention.layer_idx)
+        name = attention.config._attn_implementation
+        attend = function_of(attention, name) if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
+        more = {"s_aux": attention.sinks} if hasattr(attention, "sinks") else {}
+        window = getattr(attention, "sliding_window", None)
+        attended, _ = attend(
+            attention, query, keys, values, attention_mask, dropout=0.0, scaling=attention.scaling,
+            sliding_window=window, **more, **kwargs,
+        )  # fmt: skip
+        stream, normed = after.run(attended.reshape(num_rows, -1).contiguous(), residual)
+        stream = stream.view(num_rows, 1, width)
+        norm = layer.post_attention_layernorm
+        for hook in norm._forward_pre_hooks.values():  # the residual tap's, which guesses ask
+            hook(norm, (stream,))
+        out = layer.mlp(normed.view(num_rows, 1, width))
+        return stream + (out[0] if isinstance(out, tuple) else out)
+
+    def _graphs_of(self, num_rows: int, cosines: int) -> tuple[BeforeGraph, AfterGraph]:
+        graphs = self._graphs.get((num_rows, cosines))
+        if graphs is None:
+            if len(self._graphs) >= _MOST_GRAPHS:
+                self._graphs.clear()
+            runner = self._products.runner
+            graphs = (
+                BeforeGraph(runner, self._before, num_rows, cosines, self._scratch),
+                AfterGraph(runner, self._after, num_rows),
+            )
+            self._graphs[num_rows, cosines] = graphs
+        return graphs
+
+
+def _per_row(angles: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """Cosines or sines [rows or 1, 1, width] as [rows, width]."""
+    if len(angles) != num_rows:
+        angles = angles.expand(num_rows, -1, -1)
+    return angles.reshape(num_rows, -1).float().contiguous()
+
+
+def _parts(layer: Any) -> tuple[BeforeAttention, AfterAttention] | None:
+    """What the layer's graphs compute; None where it lacks the form's modules."""
+    attention = getattr(layer, "self_attn", None)
+    matrices = [getattr(attention, name, None) for name in _MATRICES]
+    norms = [_norm_of(getattr(layer, name, None)) for name in _NORMS]
+    size = getattr(attention, "head_dim", None)
+    has_all = all(type(one) is BlockLinear for one in matrices) and None not in norms and hasattr(layer, "mlp")
+    if not has_all or not isinstance(size, int) or size % 2 or not hasattr(attention, "scaling"):
+        return None
+    q, k, v, o = matrices
+    heads = tuple(one.out_features // size for one in (q, k, v))
+    head_norm, is_usual = _head_norm(attention, heads, size)
+    biases = [one.bias for one in (q, k, v)]
+    if not is_usual or o.in_features != heads[0] * size or len({bias is None for bias in biases}) > 1:
+        return None
+    bias = None if biases[0] is None else torch.cat([one.detach().float() for one in biases])
+    before = BeforeAttention(norms[0], (q.matrix, k.matrix, v.matrix), bias, heads, size, head_norm)
+    return before, AfterAttention(o.matrix, None if o.bias is None else o.bias.detach().float(), norms[1])
+
+
+def _norm_of(module: Any) -> Norm | None:
+    found = fused_norm(module)
+    return None if found is None else Norm(*found)
+
+
+def _head_norm(attention: Any, heads: Any, size: int) -> tuple[Norm | None, bool]:
+    """The norm of the heads of q and k, if there is one; and whether it is of the usual form, or absent."""
+    modules = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
+    if modules == [None, None]:
+        return None, True
+    norms = [_norm_of(one) for one in modules]
+    if any(one is None or one.weight.shape != (size,) for one in norms) or norms[0].epsilon != norms[1].epsilon:
+        return None, False
+    rows = [one.weight.expand(num, size) for one, num in zip(norms, heads[:2], strict=True)]
+    return Norm(torch.cat(rows).contiguous(), norms[0].epsilon), True
+
+
+@torch.no_grad()
+def _is_alike(model: PreTrainedModel, decoder: Any, layer: Any, fused: _FusedLayer) -> bool:
+    """Whether graphs give what the layer's own code gives."""
+    for has_scores in (False, True):
+        try:
+            with _without_experts(layer, has_scores):
+                return _is_near(model, decoder, layer, fused)
+        except (TypeError, ValueError, AttributeError, RuntimeError):
+            continue  # router scores are wanted beside experts' outputs; or other arguments, other shapes
+    return False
+
+
+def _is_near(model: PreTrainedModel, decoder: Any, layer: Any, fused: _FusedLayer) -> bool:
+    """The same for tokens of some rows, one after the other. Raises what the layer's code may raise."""
+    generator = torch.Generator().manual_seed(0)
+    caches = [DynamicCache(config=model.config.get_text_config(decoder=True)) for _ in range(2)]
+    for at in range(_STEPS):
+        # More rows than a pair: what unpacks one must not unpack them.
+        hidden = torch.randn(_ROWS, 1, layer.self_attn.o_proj.out_features, generator=generator, dtype=torch.float32)
+        angles = decoder.rotary_emb(hidden, at + torch.arange(_ROWS)[:, None])
+        theirs, ours = (
+            compute(layer, hidden, attention_mask=None, position_embeddings=angles, cache=cache, use_cache=True)
+            for compute, cache in zip((type(layer).forward, fused.compute), caches, strict=True)
+        )
+        if not isinstance(theirs, torch.Tensor) or theirs.shape != ours.shape:
+            return False
+        if not float((theirs - ours).norm()) < _MOST_DIFFERENCE * float(theirs.norm()):
+            return False
+    return True
+
+
+@contextmanager
+def _without_experts(layer: Any, has_scores: bool) -> Iterator[None]:
+    """Inside, the layer's experts return their inputs, and router scores beside them if `has_scores`."""
+    table = layer.mlp.__dict__
+    own = {name: table.pop(name) for name in ("forward",) if name in table}
+    table["forward"] = lambda x, *args, **kwargs: (x, None) if has_scores else x
+    try:
+        yield
+    finally:
+        table.pop("forward")
+        table.update(own)
