@@ -35,7 +35,7 @@ from foreroute.model.build.dense_blocks import (
 )
 from foreroute.model.build.skeleton import Outline
 from foreroute.model.decode_attention import group_heads
-from foreroute.model.decode_layers import fuse_layers
+from foreroute.model.decode_layers import fuse_layers, fuse_routers
 from foreroute.model.norms import fuse_norms
 
 # torch's threads while a token is decoded: its products are ggml's then, whose threads poll for the next graph, and two
@@ -93,7 +93,7 @@ class BlockKernels:
         group_heads(model, self.runner.num_threads)
         fuse_layers(model, self.products)
 
-    def keep_rows_alike(self, engine: Any, layers: Sequence[MoeLayer]) -> None:
+    def keep_rows_alike(self, model: PreTrainedModel, engine: Any, layers: Sequence[MoeLayer]) -> None:
         """Give each row of a step of single tokens the bits that it has alone, in dense products, routers and experts.
 
         Args:
@@ -111,6 +111,7 @@ class BlockKernels:
         for layer in layers:
             if layer.router is not None:
                 keep_router_alike(layer.router.module, self.products)
+        fuse_routers(model)
 
 
 def open_block_kernels(

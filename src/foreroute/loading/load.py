@@ -112,7 +112,7 @@ def load(
         assert isinstance(engine, MoeStep), "no trace is written where the device pages for itself: see open_device"
         engine.pool.add_observer(StepTrace(trace, experts.table.keys))
     if kernels is not None:
-        kernels.keep_rows_alike(engine, experts.layers)
+        kernels.keep_rows_alike(model, engine, experts.layers)
     decode_threads = None if kernels is None else DECODE_THREADS
     entry = StepEntry(engine, len(experts.layers), Bounds.of(model), target, decode_threads)
     for layer in experts.layers:

@@ -102,10 +102,11 @@ def _grouped_sinks(
 ) -> torch.Tensor:
     """The same for gpt-oss, where each head has a sink that takes a share of its attention."""
     rows, heads, _, size = query.shape
-    shared = key.shape[1]
-    scores = torch.matmul(query.reshape(rows, shared, -1, size), key.transpose(2, 3)).mul_(scaling)
-    if mask is not None:
-        scores = scores + mask
-    sinks = module.sinks.to(scores.dtype).reshape(1, shared, -1, 1).expand(rows, -1, -1, -1)
-    shares = torch.softmax(torch.cat((scores, sinks), dim=-1), dim=-1)[..., :-1]
-    return torch.matmul(shares.to(value.dtype), value).reshape(rows, 1, heads, value.shape[-1])
+    shared, tokens = key.shape[1:3]
+    keys, queries = key.flatten(0, 1).transpose(1, 2), query.reshape(rows * shared, -1, size)
+    added = key.new_zeros(()) if mask is None else mask.expand(rows, shared, -1, -1).flatten(0, 1)
+    scores = torch.baddbmm(added, queries, keys, alpha=scaling)
+    sinks = module.sinks.to(scores.dtype).view(1, shared, -1, 1).expand(rows, -1, -1, -1).flatten(0, 1)
+    shares = torch.softmax(torch.cat((scores, sinks), dim=-1), dim=-1)[..., :tokens]
+    found = torch.bmm(shares.to(value.dtype), value.flatten(0, 1))
+    return found.view(rows, 1, heads, value.shape[-1])

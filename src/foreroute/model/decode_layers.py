@@ -8,6 +8,7 @@ and k by their positions, and asks transformers' interface for its function. Whe
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from foreroute.kernels.ggml.decoder_layer import AfterAttention, AfterGraph, BeforeAttention, BeforeGraph, Norm, Scratch
 from foreroute.kernels.ggml.linear import BlockLinear, BlockProducts
+from foreroute.kernels.ggml.router import RouterWeight
 from foreroute.model.decode_attention import attends_by_interface, function_of
 from foreroute.model.norms import fused_norm
 
@@ -56,6 +58,16 @@ def fuse_layers(model: PreTrainedModel, products: BlockProducts) -> int:
     return num_fused
 
 
+def fuse_routers(model: PreTrainedModel) -> None:
+    """Let the graphs of fused layers compute the one `RouterWeight` of their experts too."""
+    for layer in getattr(model.get_decoder(), "layers", ()):
+        fused = layer.__dict__.get("forward")
+        if isinstance(fused, _FusedLayer):
+            weights = [one for one in layer.mlp.parameters() if isinstance(one, RouterWeight)]
+            if len(weights) == 1:
+                fused.take_router(weights[0])
+
+
 class _FusedLayer:
     """Computes one decoder layer: by graphs while tokens are decoded, else by transformers' own code."""
 
@@ -66,6 +78,12 @@ class _FusedLayer:
         self._layer = weakref.ref(layer)
         self._before, self._after, self._products, self._scratch = before, after, products, scratch
         self._graphs: dict[tuple[int, int], tuple[BeforeGraph, AfterGraph]] = {}
+        self._router: RouterWeight | None = None
+
+    def take_router(self, weight: RouterWeight) -> None:
+        """From now on compute the product of the layer's router too."""
+        self._router = weight
+        self._graphs.clear()
 
     def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """As the layer's own `forward`."""
@@ -103,7 +121,9 @@ class _FusedLayer:
             attention, query, keys, values, attention_mask, dropout=0.0, scaling=attention.scaling,
             sliding_window=window, **more, **kwargs,
         )  # fmt: skip
-        stream, normed = after.run(attended.reshape(num_rows, -1).contiguous(), residual)
+        stream, normed, scores = after.run(attended.reshape(num_rows, -1).contiguous(), residual)
+        if self._router is not None:
+            self._router.ready = (normed, scores)
         stream = stream.view(num_rows, 1, width)
         norm = layer.post_attention_layernorm
         for hook in norm._forward_pre_hooks.values():  # the residual tap's, which guesses ask
@@ -116,10 +136,12 @@ class _FusedLayer:
         if graphs is None:
             if len(self._graphs) >= _MOST_GRAPHS:
                 self._graphs.clear()
-            runner = self._products.runner
+            runner, after = self._products.runner, self._after
+            if self._router is not None:
+                after = replace(after, router=self._router.matrix)
             graphs = (
                 BeforeGraph(runner, self._before, num_rows, cosines, self._scratch),
-                AfterGraph(runner, self._after, num_rows),
+                AfterGraph(runner, after, num_rows),
             )
             self._graphs[num_rows, cosines] = graphs
         return graphs

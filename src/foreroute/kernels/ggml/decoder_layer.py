@@ -48,11 +48,13 @@ class AfterAttention:
 
     Attributes:
         matrix: of the output. bias: f32, or None. norm: of the residual stream.
+        router: the matrix whose product chooses experts; None without.
     """
 
     matrix: BlockMatrix
     bias: torch.Tensor | None
     norm: Norm
+    router: BlockMatrix | None = None
 
 
 class Scratch:
@@ -73,17 +75,17 @@ class BeforeGraph:
     """Computes `part` for `num_rows` tokens, one of each row. Not thread-safe.
 
     Args:
-        turned: how many of a head's numbers have an angle; the cosines' width.
+        cosines: width of a row of cosines, at least half a head's.
     """
 
-    def __init__(
-        self, runner: Runner, part: BeforeAttention, num_rows: int, cosines: int, scratch: Scratch
-    ) -> None:
+    def __init__(self, runner: Runner, part: BeforeAttention, num_rows: int, cosines: int, scratch: Scratch) -> None:
         self._graph = graph = Graph(runner, 40)
         library, context = graph.library, graph.context
         width, half = sum(part.heads) * part.size, part.size // 2
         num_turned = part.heads[0] + part.heads[1]
         self._width, self._heads, self._size = width, part.heads, part.size
+        # Their memory is the graph's.
+        self._kept = (part, scratch)
         x = graph.tensor(F32, (part.norm.weight.shape[-1], num_rows))
         normed = _norm(graph, x, part.norm, scratch.address("normed", x.contents.ne[0] * num_rows))
         # Tensor -> bytes after the address of its memory: of q, k and v, which are made in one; of what is turned.
@@ -161,7 +163,7 @@ class AfterGraph:
     def __init__(self, runner: Runner, part: AfterAttention, num_rows: int) -> None:
         self._graph = graph = Graph(runner, 16)
         library, context, matrix = graph.library, graph.context, part.matrix
-        self._shape = (num_rows, matrix.rows)
+        self._shape, self._kept = (num_rows, matrix.rows), part
         attended, residual = (graph.tensor(F32, (width, num_rows)) for width in (matrix.columns, matrix.rows))
         weights = graph.tensor(matrix.kind.number, (matrix.columns, matrix.rows))
         place(weights, matrix.address)
@@ -171,20 +173,33 @@ class AfterGraph:
         sums.append(library.ggml_add(context, sums[-1], residual))
         scaled = library.ggml_rms_norm(context, sums[-1], part.norm.epsilon)
         normed = library.ggml_mul(context, scaled, _constant(graph, part.norm.weight))
-        graph.finish(normed)
+        routed = []
+        if part.router is not None:
+            router = graph.tensor(part.router.kind.number, (part.router.columns, part.router.rows))
+            place(router, part.router.address)
+            routed.append(library.ggml_mul_mat(context, router, normed))
+        graph.finish(normed, *routed)
+        self._scores = (num_rows, 0 if part.router is None else part.router.rows)
+        self._routed = [one.contents for one in routed]
         self._attended, self._residual = attended.contents, residual.contents
         self._sums, self._norms = [one.contents for one in sums], [scaled.contents, normed.contents]
 
-    def run(self, attended: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Compute the residual stream and its norm, [rows, width] each. attended: f32 [rows, heads * size]."""
-        stream, normed = torch.empty(self._shape, dtype=torch.float32), torch.empty(self._shape, dtype=torch.float32)
+    def run(self, attended: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Compute the residual stream, its norm, [rows, width] each, and the router's product [rows, experts].
+
+        Args:
+            attended: f32 [rows, heads * size].
+        """
+        stream, normed, scores = (
+            torch.empty(shape, dtype=torch.float32) for shape in (self._shape, self._shape, self._scores)
+        )
         self._attended.data, self._residual.data = attended.data_ptr(), residual.data_ptr()
-        for tensors, memory in ((self._sums, stream), (self._norms, normed)):
+        for tensors, memory in ((self._sums, stream), (self._norms, normed), (self._routed, scores)):
             address = memory.data_ptr()
             for tensor in tensors:
                 tensor.data = address
         self._graph.run()
-        return stream, normed
+        return stream, normed, scores
 
 
 def _norm(graph: Graph, x: TensorRef, norm: Norm, address: int) -> TensorRef:
@@ -197,7 +212,7 @@ def _norm(graph: Graph, x: TensorRef, norm: Norm, address: int) -> TensorRef:
 
 
 def _constant(graph: Graph, values: torch.Tensor) -> TensorRef:
-    """A tensor over contiguous f32 `values` [width] or [rows, width], which are kept by whoever has the graph."""
+    """A tensor over contiguous f32 `values` [width] or [rows, width], which must be kept."""
     tensor = graph.tensor(F32, (values.shape[-1], values.shape[0] if values.ndim > 1 else 1))
     place(tensor, values.data_ptr())
     return tensor

@@ -8,6 +8,7 @@ import ctypes
 import math
 import mmap
 from collections import OrderedDict
+from collections.abc import Sequence
 from math import inf
 
 import numpy as np
@@ -82,12 +83,22 @@ class ExpertGraph:
 
     Where ggml lacks the family's gating, there are two graphs with the family's own in between. Not thread-safe.
 
+    Args:
+        is_sum: for one row: the outputs are weighted by `set_gates` and added in the order of the ids: out [hidden].
     Attributes:
         ids: int32 [rows, per_row], the slots of each row's experts, to be written before `run`.
     """
 
     def __init__(
-        self, runner: Runner, form: BlockForm, slots: HostSlots, rows: int, per_row: int, scratch: Scratch
+        self,
+        runner: Runner,
+        form: BlockForm,
+        slots: HostSlots,
+        rows: int,
+        per_row: int,
+        scratch: Scratch,
+        *,
+        is_sum: bool = False,
     ) -> None:
         self.ids = np.zeros((rows, per_row), dtype=np.int32)
         self._form, self._slots, self._scratch = form, slots, scratch
@@ -95,7 +106,10 @@ class ExpertGraph:
         self._generation = -1
         # Tensors that lie in one memory: a product, and the sum of it and a bias.
         self._placed: dict[str, list[TensorRef]] = {}
-        graph = self._first = Graph(runner, 48)
+        # Rows of "summands", with the number of floats before each.
+        self._apart = list[tuple[TensorRef, int]]()
+        num_tensors = 48 + 4 * per_row if is_sum else 48
+        graph = self._first = Graph(runner, num_tensors)
         x = graph.tensor(F32, (form.first[0].columns, 1, rows))
         self._placed["x"] = [x]
         x = self._in_order(graph, x, "x")
@@ -107,7 +121,7 @@ class ExpertGraph:
         ]
         if form.gating.kind == "torch":
             graph.finish(*inner)
-            graph = Graph(runner, 24)
+            graph = Graph(runner, num_tensors)
             ids = self._id_tensor(graph)
             gated = graph.tensor(F32, (form.intermediate, per_row, rows))
         else:
@@ -116,7 +130,10 @@ class ExpertGraph:
         self._placed["gated"] = [gated]
         scratch.reserve("gated", self._count * form.intermediate)
         gated = self._in_order(graph, gated, "gated")
-        graph.finish(self._product(graph, form.down, gated, ids, form.down_bias, "out"))
+        outputs = self._product(graph, form.down, gated, ids, form.down_bias, "out")
+        self._gates = list[ctypes.c_float]()
+        steps = self._weighted_sum(graph, per_row) if is_sum else []
+        graph.finish(outputs, *steps)
         # The structs behind the pointers, which each run changes.
         self._x, self._out = ([tensor.contents for tensor in self._placed.pop(name)] for name in ("x", "out"))
         self._gated = np.empty((0, 0), dtype=np.float32)
@@ -138,8 +155,31 @@ class ExpertGraph:
             self._second.run()
         # NaN and infinities last through a sum.
         if not math.isfinite(self._gated.sum()):
-            outputs = np.ctypeslib.as_array((ctypes.c_float * (self._count * self._form.hidden)).from_address(out))
-            outputs.reshape(self._count, -1)[~np.isfinite(self._gated).all(1)] = np.nan
+            count = 1 if self._gates else self._count
+            outputs = np.ctypeslib.as_array((ctypes.c_float * (count * self._form.hidden)).from_address(out))
+            is_bad = ~np.isfinite(self._gated).all(1)
+            outputs.reshape(count, -1)[is_bad.any(keepdims=True) if self._gates else is_bad] = np.nan
+
+    def set_gates(self, gates: Sequence[float]) -> None:
+        """The weights of a sum's outputs, in the order of the ids."""
+        for place_of, gate in zip(self._gates, gates, strict=True):
+            place_of.value = gate
+
+    def _weighted_sum(self, graph: Graph, count: int) -> list[TensorRef]:
+        """The steps that weight each output and add it to those before, into the memory of "out"."""
+        library, hidden, steps = graph.library, self._form.hidden, list[TensorRef]()
+        products = self._placed["out"]
+        self._placed["summands"], self._placed["out"] = products, []
+        self._scratch.reserve("summands", count * hidden)
+        for at in range(count):
+            output = graph.tensor(F32, (hidden, 1))
+            weighted = library.ggml_scale(graph.context, output, 1.0)
+            self._gates.append(ctypes.c_float.from_buffer(weighted.contents.op_params))
+            self._apart += [(one, at * hidden) for one in ([output, weighted] if at else [output])]
+            total = library.ggml_add(graph.context, steps[-1], weighted) if at else weighted
+            self._placed["out"].append(total)
+            steps += [weighted, total] if at else [total]
+        return steps
 
     def _in_order(self, graph: Graph, rows: TensorRef, name: str) -> TensorRef:
         """`rows` with the numbers of every 32 in the order of the matrices' blocks.
@@ -210,6 +250,8 @@ class ExpertGraph:
         for name, tensors in self._placed.items():
             for tensor in tensors:
                 place(tensor, self._scratch.address(name))
+        for tensor, before in self._apart:
+            place(tensor, self._scratch.address("summands") + 4 * before)
         self._gated = self._scratch.array("gated", self._count, self._form.intermediate)
         self._generation = self._scratch.generation
 
@@ -245,7 +287,7 @@ class FormGraphs:
         matrices = (*form.first, form.down)
         is_plain = not any(matrix.is_interleaved for matrix in matrices)
         self._bf16_from = max(rows_in_bf16(matrix.kind) for matrix in matrices) if is_plain else inf
-        self._graphs: OrderedDict[tuple[int, int], ExpertGraph] = OrderedDict()
+        self._graphs: OrderedDict[tuple[int, int, bool], ExpertGraph] = OrderedDict()
         self.outputs = np.empty((1, form.hidden), dtype=np.float32)
         self.address = int(self.outputs.ctypes.data)
 
@@ -259,15 +301,15 @@ class FormGraphs:
         """The bytes that are read of the expert in `slot`: matrices, then biases."""
         return [self._slots.stored(slot, offset, nbytes) for offset, nbytes in self.form.regions]
 
-    def of(self, rows: int, per_row: int) -> ExpertGraph:
-        """The graph of `rows` rows with `per_row` experts each."""
-        key = (rows, per_row)
+    def of(self, rows: int, per_row: int, *, is_sum: bool = False) -> ExpertGraph:
+        """The graph of `rows` rows with `per_row` experts each; see `ExpertGraph`."""
+        key = (rows, per_row, is_sum)
         graph = self._graphs.get(key)
         if graph is None:
             if len(self._graphs) >= _MOST_GRAPHS:
                 self._graphs.popitem(last=False)
             graph = self._graphs[key] = ExpertGraph(
-                self._runner, self.form, self._slots, rows, per_row, self._scratch
+                self._runner, self.form, self._slots, rows, per_row, self._scratch, is_sum=is_sum
             )  # fmt: skip
         return graph
 

@@ -103,22 +103,32 @@ class TokenBlockSum:
         check: Check,
     ) -> None:
         self._check = check
-        self._graphs, self._dtype, self._weights = graphs, hidden.dtype, weights
+        self._graphs, self._dtype = graphs, hidden.dtype
         self._hidden = hidden.float().contiguous()
-        row = routed[0]
+        row, gates = routed[0], weights.tolist()[0]
         self._order = sorted(range(len(row)), key=row.__getitem__)
         self._keys = [row[at] for at in self._order]
+        self._gates = [gates[at] for at in self._order]
+        # The whole sum, where all experts came at once.
+        self._total: torch.Tensor | None = None
+        self._slots: dict[int, int] = {}
         graphs.reserve(len(row))
 
     def add(self, experts: Sequence[Placed]) -> None:
-        """Compute these experts, straight to their places where they are neighbours."""
+        """Compute these experts: straight to the sum where these are all, to their places where they are neighbours."""
         slots = dict(experts)
         ranks = [rank for rank, key in enumerate(self._keys) if key in slots]
         if not ranks:
             return
         graphs, count, first = self._graphs, len(ranks), ranks[0]
-        graph = graphs.of(1, count)
+        is_sum = count == len(self._keys)
+        graph = graphs.of(1, count, is_sum=is_sum)
         graph.ids[0] = [slots[self._keys[rank]] for rank in ranks]
+        if is_sum:
+            self._total, self._slots = torch.empty((1, graphs.form.hidden), dtype=torch.float32), slots
+            graph.set_gates(self._gates)
+            graph.run(self._hidden.data_ptr(), self._total.data_ptr())
+            return
         if ranks[-1] - first + 1 == count:
             graph.run(self._hidden.data_ptr(), graphs.address + 4 * graphs.form.hidden * first)
             return
@@ -135,13 +145,21 @@ class TokenBlockSum:
 
     def total(self) -> torch.Tensor:
         """Return the weighted sum [1, hidden]."""
-        gates = self._weights.float().numpy()[0, self._order]
-        total = _weighted_sum(self._graphs.outputs[: len(gates)], gates)
+        total = self._total
+        if total is None:
+            outputs = self._graphs.outputs[: len(self._gates)]
+            total = torch.from_numpy(_weighted_sum(outputs, np.array(self._gates, dtype=np.float32)))[None]
         # NaN and infinities last through sums.
         if not math.isfinite(total.sum()):
             for rank, key in enumerate(self._keys):
-                self._check(key, self._hidden, torch.from_numpy(self._graphs.outputs[rank : rank + 1]))
-        return torch.from_numpy(total)[None].to(self._dtype)
+                self._check(key, self._hidden, self._outputs_of(rank))
+        return total if self._dtype == torch.float32 else total.to(self._dtype)
+
+    def _outputs_of(self, rank: int) -> torch.Tensor:
+        """[1, hidden] of one expert; once more where only the sum is kept."""
+        if self._total is None:
+            return torch.from_numpy(self._graphs.outputs[rank : rank + 1])
+        return self._graphs.in_blocks(self._hidden, self._slots[self._keys[rank]])
 
 
 def _weighted_sum(outputs: np.ndarray, gates: np.ndarray) -> np.ndarray:

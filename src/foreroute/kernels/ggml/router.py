@@ -17,7 +17,10 @@ class RouterWeight(nn.Parameter):
     """A float32 weight [experts, hidden] that F.linear multiplies by ggml while tokens are decoded."""
 
     products: BlockProducts
+    matrix: BlockMatrix
     group: BlockGroup
+    # Inputs [rows, hidden] whose product with this weight is known, and the product.
+    ready: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @classmethod
     def __torch_function__(
@@ -44,13 +47,17 @@ def keep_router_alike(router: nn.Module, products: BlockProducts) -> None:
                 weight = RouterWeight(parameter.detach(), requires_grad=False)
                 weight.products = products
                 blocks = parameter.detach().view(torch.uint8)
-                weight.group = BlockGroup([BlockMatrix(kind, parameter.shape[1], blocks)])
+                weight.matrix = BlockMatrix(kind, parameter.shape[1], blocks)
+                weight.group = BlockGroup([weight.matrix])
                 setattr(module, name, weight)
 
 
 def _product(weight: RouterWeight, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    rows = x.reshape(-1, x.shape[-1]).float().contiguous()
-    (product,) = weight.products(rows, weight.group)
+    ready, weight.ready = weight.ready, None
+    if ready is not None and ready[0].data_ptr() == x.data_ptr() and ready[0].numel() == x.numel():
+        product = ready[1]
+    else:
+        (product,) = weight.products(x.reshape(-1, x.shape[-1]).float().contiguous(), weight.group)
     if bias is not None:
         product = product + bias
     return product.view(*x.shape[:-1], product.shape[-1]).to(x.dtype)

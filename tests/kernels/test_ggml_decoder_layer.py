@@ -1,0 +1,81 @@
+"""The graphs around attention: torch's numbers, and bits of a row that no other row changes."""
+
+import pytest
+import torch
+
+from foreroute.kernels.ggml.decoder_layer import AfterAttention, AfterGraph, BeforeAttention, BeforeGraph, Norm, Scratch
+from foreroute.kernels.ggml.graph import shared_runner
+from foreroute.kernels.ggml.linear import BlockMatrix
+from tests.kernels.ggml_matrices import error, random_blocks, random_rows
+
+WIDTH, SIZE, QUERIES, SHARED, EXPERTS, ROWS = 256, 32, 8, 2, 6, 5
+# Activations are rounded to 8 bits in blocks.
+MOST_ERROR = 0.03
+
+
+def matrix(rows: int, columns: int, seed: int, name: str = "Q8_0") -> tuple[BlockMatrix, torch.Tensor]:
+    blocks = random_blocks(name, rows, columns, seed=seed)
+    return BlockMatrix(blocks.kind, columns, torch.from_numpy(blocks.blocks.copy())), torch.from_numpy(blocks.numbers)
+
+
+def normed(x: torch.Tensor, norm: Norm) -> torch.Tensor:
+    return torch.nn.functional.rms_norm(x, x.shape[-1:], None, norm.epsilon) * norm.weight
+
+
+def angles(cosines: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines [rows, cosines], which repeat where there is one for each number of a head."""
+    some = random_rows(ROWS, SIZE // 2)
+    return some.cos().repeat(1, 2)[:, :cosines].contiguous(), some.sin().repeat(1, 2)[:, :cosines].contiguous()
+
+
+@pytest.mark.parametrize("cosines", [SIZE // 2, SIZE])
+@pytest.mark.parametrize(("has_bias", "has_head_norm"), [(False, False), (True, False), (False, True), (True, True)])
+def test_before_attention(has_bias: bool, has_head_norm: bool, cosines: int) -> None:
+    heads = (QUERIES, SHARED, SHARED)
+    made = [matrix(one * SIZE, WIDTH, seed) for seed, one in enumerate(heads)]
+    norm = Norm(random_rows(1, WIDTH)[0], 1e-5)
+    bias = random_rows(1, sum(heads) * SIZE)[0] * 9 if has_bias else None
+    head_norm = Norm(random_rows(QUERIES + SHARED, SIZE) + 1, 1e-6) if has_head_norm else None
+    part = BeforeAttention(norm, tuple(one for one, _ in made), bias, heads, SIZE, head_norm)  # type: ignore[arg-type]
+    x, (cosine, sine) = random_rows(ROWS, WIDTH), angles(cosines)
+    graph = BeforeGraph(shared_runner(2), part, ROWS, cosines, Scratch())
+    found = graph.run(x, cosine, sine)
+    product = normed(x, norm) @ torch.cat([numbers for _, numbers in made]).t()
+    q, k, v = (product if bias is None else product + bias).view(ROWS, -1, SIZE).split(heads, dim=1)
+    if head_norm is not None:
+        q, k = normed(torch.cat((q, k), 1), head_norm).split(heads[:2], dim=1)
+
+    def turned(states: torch.Tensor) -> torch.Tensor:
+        first, second = states.chunk(2, -1)
+        c, s = (one[:, None, : SIZE // 2] for one in (cosine, sine))
+        return torch.cat((first * c - second * s, second * c + first * s), -1)
+
+    for ours, theirs in zip(found, (turned(q), turned(k), v), strict=True):
+        assert ours.shape == (ROWS, theirs.shape[1], 1, SIZE)
+        assert error(ours.reshape(ROWS, -1), theirs.reshape(ROWS, -1)) < MOST_ERROR
+    alone = BeforeGraph(shared_runner(2), part, 1, cosines, Scratch())
+    for at in range(ROWS):
+        row = slice(at, at + 1)
+        for one, among in zip(alone.run(x[row], cosine[row], sine[row]), found, strict=True):
+            assert torch.equal(one, among[row])
+
+
+@pytest.mark.parametrize("has_router", [False, True])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_after_attention(has_bias: bool, has_router: bool) -> None:
+    output, numbers = matrix(WIDTH, QUERIES * SIZE, 3)
+    router, scores_of = matrix(EXPERTS, WIDTH, 4, "F32")
+    norm, bias = Norm(random_rows(1, WIDTH)[0], 1e-5), random_rows(1, WIDTH)[0] if has_bias else None
+    part = AfterAttention(output, bias, norm, router if has_router else None)
+    attended, residual = random_rows(ROWS, QUERIES * SIZE), random_rows(ROWS, WIDTH, seed=8)
+    found = AfterGraph(shared_runner(2), part, ROWS).run(attended, residual)
+    stream = residual + attended @ numbers.t() + (0 if bias is None else bias)
+    scores = normed(found[0], norm) @ scores_of.t() if has_router else torch.empty(ROWS, 0)
+    assert error(found[0], stream) < MOST_ERROR
+    assert torch.allclose(found[1], normed(found[0], norm), rtol=1e-5, atol=1e-6)
+    assert torch.allclose(found[2], scores, rtol=1e-4, atol=1e-4)
+    alone = AfterGraph(shared_runner(2), part, 1)
+    for at in range(ROWS):
+        row = slice(at, at + 1)
+        for one, among in zip(alone.run(attended[row], residual[row]), found, strict=True):
+            assert torch.equal(one, among[row])

@@ -1,0 +1,90 @@
+"""Decoder layers in graphs: taken where their numbers are the family's own, and left where anything else is asked."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from foreroute.model import decode_layers
+from foreroute.model.residual import ResidualTap
+from tests.formats.gguf_writer import Kind, Written, write_gguf
+from tests.loading.test_decode_attention import decoded
+
+ARCHITECTURES = ("qwen3moe", "gpt-oss")
+# Products round their inputs to 8 bits, by what may differ in its last.
+MOST_DIFFERENCE = 5e-3
+
+
+@pytest.fixture(scope="module")
+def written(_torch_setup: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Written]:
+    """Dense weights in blocks, which graphs multiply."""
+    return {name: write_gguf(tmp_path_factory.mktemp(name), name, Kind.Q8_0, dense=Kind.Q8_0) for name in ARCHITECTURES}
+
+
+def fused_layers(model: Any) -> list[Any]:
+    layers = [layer.__dict__.get("forward") for layer in model.get_decoder().layers]
+    return [one for one in layers if isinstance(one, decode_layers._FusedLayer)]
+
+
+def loaded_plain(load: Any, path: Any, monkeypatch: Any) -> Any:
+    with monkeypatch.context() as patch:
+        patch.setattr("foreroute.loading.block_kernels.fuse_layers", lambda model, products: 0)
+        model = load(path, "100%")
+    assert not fused_layers(model)
+    return model
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_graphs_are_near_the_family_s_own_layers(name: str, written: Any, load: Any, monkeypatch: Any) -> None:
+    model = load(written[name].path, "100%")
+    computed, compute = [], decode_layers._FusedLayer.compute
+
+    def noting(self: Any, layer: Any, hidden_states: torch.Tensor, **given: Any) -> torch.Tensor:
+        computed.append(hidden_states.shape)
+        return compute(self, layer, hidden_states, **given)
+
+    monkeypatch.setattr(decode_layers._FusedLayer, "compute", noting)
+    assert len(fused_layers(model)) == model.config.num_hidden_layers
+    ours = decoded(model, None)
+    assert len(computed) == (len(ours) - 1) * model.config.num_hidden_layers, "decoding alone"
+    assert all(fused._router is not None for fused in fused_layers(model))
+    theirs = decoded(loaded_plain(load, written[name].path, monkeypatch), None)
+    assert float((ours - theirs).norm() / theirs.norm()) < MOST_DIFFERENCE
+
+
+def test_a_tap_of_the_residual_stream_hears_it(written: Any, load: Any, monkeypatch: Any) -> None:
+    heard = []
+    for model in (
+        load(written["qwen3moe"].path, "100%"),
+        loaded_plain(load, written["qwen3moe"].path, monkeypatch),
+    ):
+        layers = model.foreroute.layers
+        tap = ResidualTap(layers)
+        decoded(model, None)
+        heard.append(tap(layers[-1].index))
+        tap.remove()
+    assert heard[0] is not None
+    assert heard[0].shape == (2, model.config.hidden_size)
+    assert float((heard[0] - heard[1]).norm() / heard[1].norm()) < MOST_DIFFERENCE
+
+
+def test_attention_weights_that_were_asked_for_come_from_the_family_s_own_code(written: Any, load: Any) -> None:
+    model = load(written["qwen3moe"].path, "100%", attn_implementation="eager")
+    assert fused_layers(model)
+    prompt = torch.tensor([[5, 17, 42]])
+    with torch.no_grad():
+        out = model(prompt, use_cache=True)
+        again = model(torch.tensor([[9]]), past_key_values=out.past_key_values, output_attentions=True)
+    assert [tuple(one.shape[-2:]) for one in again.attentions] == [(1, 4)] * model.config.num_hidden_layers
+
+
+def test_a_family_of_another_form_keeps_its_own_layers(written: Any, load: Any, monkeypatch: Any) -> None:
+    from transformers.models.qwen3_moe import modeling_qwen3_moe
+
+    own = modeling_qwen3_moe.Qwen3MoeDecoderLayer.forward
+
+    def other(self: Any, *args: Any, **given: Any) -> Any:
+        return 1.01 * own(self, *args, **given)
+
+    monkeypatch.setattr(modeling_qwen3_moe.Qwen3MoeDecoderLayer, "forward", other)
+    assert not fused_layers(load(written["qwen3moe"].path, "100%"))
