@@ -157,19 +157,20 @@ def _per_row(angles: torch.Tensor, num_rows: int) -> torch.Tensor:
 def _parts(layer: Any) -> tuple[BeforeAttention, AfterAttention] | None:
     """What the layer's graphs compute; None where it lacks the form's modules."""
     attention = getattr(layer, "self_attn", None)
-    matrices = [getattr(attention, name, None) for name in _MATRICES]
-    norms = [_norm_of(getattr(layer, name, None)) for name in _NORMS]
+    matrices = [one for name in _MATRICES if type(one := getattr(attention, name, None)) is BlockLinear]
+    norms = [norm for name in _NORMS if (norm := _norm_of(getattr(layer, name, None))) is not None]
     size = getattr(attention, "head_dim", None)
-    has_all = all(type(one) is BlockLinear for one in matrices) and None not in norms and hasattr(layer, "mlp")
-    if not has_all or not isinstance(size, int) or size % 2 or not hasattr(attention, "scaling"):
+    if len(matrices) < len(_MATRICES) or len(norms) < len(_NORMS) or not hasattr(layer, "mlp"):
+        return None
+    if not isinstance(size, int) or size % 2 or not hasattr(attention, "scaling"):
         return None
     q, k, v, o = matrices
-    heads = tuple(one.out_features // size for one in (q, k, v))
+    heads = (q.out_features // size, k.out_features // size, v.out_features // size)
     head_norm, is_usual = _head_norm(attention, heads, size)
-    biases = [one.bias for one in (q, k, v)]
-    if not is_usual or o.in_features != heads[0] * size or len({bias is None for bias in biases}) > 1:
+    biases = [one.bias.detach().float() for one in (q, k, v) if one.bias is not None]
+    if not is_usual or o.in_features != heads[0] * size or len(biases) not in (0, len(heads)):
         return None
-    bias = None if biases[0] is None else torch.cat([one.detach().float() for one in biases])
+    bias = torch.cat(biases) if biases else None
     before = BeforeAttention(norms[0], (q.matrix, k.matrix, v.matrix), bias, heads, size, head_norm)
     return before, AfterAttention(o.matrix, None if o.bias is None else o.bias.detach().float(), norms[1])
 
@@ -179,16 +180,18 @@ def _norm_of(module: Any) -> Norm | None:
     return None if found is None else Norm(*found)
 
 
-def _head_norm(attention: Any, heads: Any, size: int) -> tuple[Norm | None, bool]:
+def _head_norm(attention: Any, heads: tuple[int, int, int], size: int) -> tuple[Norm | None, bool]:
     """The norm of the heads of q and k, if there is one; and whether it is of the usual form, or absent."""
     modules = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
     if modules == [None, None]:
         return None, True
-    norms = [_norm_of(one) for one in modules]
-    if any(one is None or one.weight.shape != (size,) for one in norms) or norms[0].epsilon != norms[1].epsilon:
+    query, key = (_norm_of(one) for one in modules)
+    if query is None or key is None or query.epsilon != key.epsilon:
         return None, False
-    rows = [one.weight.expand(num, size) for one, num in zip(norms, heads[:2], strict=True)]
-    return Norm(torch.cat(rows).contiguous(), norms[0].epsilon), True
+    if query.weight.shape != (size,) or key.weight.shape != (size,):
+        return None, False
+    weights = [one.weight.expand(num, size) for one, num in zip((query, key), heads, strict=False)]
+    return Norm(torch.cat(weights).contiguous(), query.epsilon), True
 
 
 @torch.no_grad()
