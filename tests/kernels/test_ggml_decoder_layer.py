@@ -1,8 +1,9 @@
-"""The graphs around attention: torch's numbers, and bits of a row that no other row changes."""
+"""The graphs of attention and around it: torch's numbers, and bits of a row that no other row changes."""
 
 import pytest
 import torch
 
+from foreroute.kernels.ggml.attention import TokenAttention
 from foreroute.kernels.ggml.decoder_layer import AfterAttention, AfterGraph, BeforeAttention, BeforeGraph, Norm, Scratch
 from foreroute.kernels.ggml.graph import shared_runner
 from foreroute.kernels.ggml.linear import BlockMatrix
@@ -69,6 +70,7 @@ def test_after_attention(has_bias: bool, has_router: bool) -> None:
     part = AfterAttention(output, bias, norm, router if has_router else None)
     attended, residual = random_rows(ROWS, QUERIES * SIZE), random_rows(ROWS, WIDTH, seed=8)
     found = AfterGraph(shared_runner(2), part, ROWS).run(attended, residual)
+    found = [one.view(ROWS, -1) for one in found]
     stream = residual + attended @ numbers.t() + (0 if bias is None else bias)
     scores = normed(found[0], norm) @ scores_of.t() if has_router else torch.empty(ROWS, 0)
     assert error(found[0], stream) < MOST_ERROR
@@ -78,4 +80,43 @@ def test_after_attention(has_bias: bool, has_router: bool) -> None:
     for at in range(ROWS):
         row = slice(at, at + 1)
         for one, among in zip(alone.run(attended[row], residual[row]), found, strict=True):
-            assert torch.equal(one, among[row])
+            assert torch.equal(one.view(1, -1), among[row])
+
+
+@pytest.mark.parametrize("mask", [None, "added", "seen"])
+@pytest.mark.parametrize("has_sinks", [False, True])
+@pytest.mark.parametrize("tokens", [1, 9, 100, TokenAttention.MOST_TOKENS - 1])
+def test_attention_of_a_token(tokens: int, has_sinks: bool, mask: str | None) -> None:
+    query = random_rows(3 * QUERIES, SIZE).view(3, QUERIES, 1, SIZE)
+    # Of a longer cache, so that heads and tokens lie apart.
+    keys, values = (
+        random_rows(3 * SHARED * 600, SIZE, seed=at).view(3, SHARED, 600, SIZE)[:, :, :tokens] for at in (1, 2)
+    )
+    sinks = random_rows(1, QUERIES)[0] if has_sinks else None
+    seen = torch.ones(3, 1, 1, tokens, dtype=torch.bool)
+    if mask is not None:
+        seen[1, ..., : tokens // 3] = False
+    added = torch.where(seen, 0.0, torch.finfo(torch.float32).min)
+    given = {None: None, "added": added, "seen": seen}[mask]
+    attend = TokenAttention(shared_runner(2))
+    assert attend.takes(query, keys, values)
+    found = attend(query, keys, values, given, 0.3, sinks)
+    scores = query.view(3, SHARED, -1, SIZE) @ keys.transpose(2, 3) * 0.3 + added
+    if sinks is not None:
+        scores = torch.cat((scores, sinks.view(1, SHARED, -1, 1).expand(3, -1, -1, -1)), -1)
+    theirs = torch.softmax(scores, -1)[..., :tokens] @ values
+    assert torch.allclose(found, theirs.view(3, 1, QUERIES, SIZE), rtol=1e-4, atol=1e-5)
+    alone = TokenAttention(shared_runner(1))
+    for at in range(3):
+        row = slice(at, at + 1)
+        own = given if given is None else given[row]
+        assert torch.equal(alone(query[row], keys[row], values[row], own, 0.3, sinks), found[row]), "threads, rows"
+
+
+def test_longer_contexts_and_other_numbers_are_left_to_torch() -> None:
+    attend, query = TokenAttention(shared_runner(2)), torch.zeros(1, QUERIES, 1, SIZE)
+    states = torch.zeros(1, SHARED, TokenAttention.MOST_TOKENS, SIZE)
+    assert attend.takes(query, states[:, :, 1:], states[:, :, 1:])
+    assert not attend.takes(query, states, states)
+    assert not attend.takes(query.bfloat16(), states[:, :, 1:], states[:, :, 1:])
+    assert not attend.takes(query, states.transpose(2, 3), states.transpose(2, 3))

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from foreroute.kernels.ggml.attention import TokenAttention
 from foreroute.model import decode_attention
 from tests.formats.gguf_writer import Kind, Written, write_gguf
 
@@ -31,7 +32,7 @@ def num_fused(model: Any) -> int:
 
 
 def without_either(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr("foreroute.loading.block_kernels.group_heads", lambda model, num_threads: None)
+    patch.setattr("foreroute.loading.block_kernels.group_heads", lambda model, runner: None)
     patch.setattr("foreroute.loading.block_kernels.fuse_norms", lambda model: 0)
 
 
@@ -51,8 +52,15 @@ def decoded(model: Any, mask: torch.Tensor | None) -> torch.Tensor:
 
 
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The grouped functions note each call of theirs."""
+    """ggml's attention and the grouped functions note each call of theirs."""
     calls: list[str] = []
+    of_token = TokenAttention.__call__
+
+    def noting_graph(*given: Any, **named: Any) -> Any:
+        calls.append("ggml")
+        return of_token(*given, **named)
+
+    monkeypatch.setattr(TokenAttention, "__call__", noting_graph)
     for name in ("_grouped_sdpa", "_grouped_sinks"):
         own = getattr(decode_attention, name)
 
@@ -65,15 +73,21 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.mark.parametrize("mask", [None, PADDING], ids=["whole", "padded"])
+@pytest.mark.parametrize("by", ["ggml", "torch"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_logits_are_near_those_without(name: str, mask: Any, written: Any, load: Any, monkeypatch: Any) -> None:
+def test_logits_are_near_those_without(
+    name: str, by: str, mask: Any, written: Any, load: Any, monkeypatch: Any
+) -> None:  # fmt: skip
     calls = counted(monkeypatch)
+    if by == "torch":  # as for long contexts
+        monkeypatch.setattr(TokenAttention, "MOST_TOKENS", 0)
     model = load(written[name].path, "100%")
     assert model.foreroute.plan.math == "ggml"
     assert attention_of(model).startswith("foreroute_")
     assert num_fused(model) > 0
     ours = decoded(model, mask)
     assert len(calls) == STEPS * model.config.num_hidden_layers
+    assert all((call == "ggml") == (by == "ggml") for call in calls)
     with monkeypatch.context() as patch:
         without_either(patch)
         plain = load(written[name].path, "100%")

@@ -39,9 +39,9 @@ def test_graphs_are_near_the_family_s_own_layers(name: str, written: Any, load: 
     model = load(written[name].path, "100%")
     computed, compute = [], decode_layers._FusedLayer.compute
 
-    def noting(self: Any, layer: Any, hidden_states: torch.Tensor, **given: Any) -> torch.Tensor:
+    def noting(self: Any, hidden_states: torch.Tensor, **given: Any) -> torch.Tensor:
         computed.append(hidden_states.shape)
-        return compute(self, layer, hidden_states, **given)
+        return compute(self, hidden_states, **given)
 
     monkeypatch.setattr(decode_layers._FusedLayer, "compute", noting)
     assert len(fused_layers(model)) == model.config.num_hidden_layers

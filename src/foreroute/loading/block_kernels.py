@@ -90,7 +90,7 @@ class BlockKernels:
     def quicken(self, model: PreTrainedModel) -> None:
         """Take less time for what is beside the products while a token is decoded: norms and attention."""
         fuse_norms(model)
-        group_heads(model, self.runner.num_threads)
+        group_heads(model, self.runner)
         fuse_layers(model, self.products)
 
     def keep_rows_alike(self, model: PreTrainedModel, engine: Any, layers: Sequence[MoeLayer]) -> None:

@@ -12,7 +12,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -41,12 +40,12 @@ def fuse_layers(model: PreTrainedModel, products: BlockProducts) -> int:
     """
     if not attends_by_interface(model):
         return 0
-    decoder, is_alike, num_fused, scratch = model.get_decoder(), dict[object, bool](), 0, Scratch()
+    decoder, is_alike, num_fused, shared = model.get_decoder(), dict[object, bool](), 0, _Shared(products)
     for layer in getattr(decoder, "layers", ()):
         parts = _parts(layer)
         if parts is None:
             continue
-        fused = _FusedLayer(layer, *parts, products, scratch)
+        fused = _FusedLayer(layer, *parts, shared)
         attention = layer.self_attn
         form = (type(layer), getattr(attention, "sliding_window", None), parts[0].bias is None, attention.scaling)
         if form not in is_alike:
@@ -68,17 +67,39 @@ def fuse_routers(model: PreTrainedModel) -> None:
                 fused.take_router(weights[0])
 
 
+class _Shared:
+    """What the fused layers of a model have in common: products, memory, and the angles of the current step."""
+
+    def __init__(self, products: BlockProducts) -> None:
+        self.products, self.scratch = products, Scratch()
+        self._given: Any = None
+        self._angles: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def angles(self, given: Any, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines [rows or 1, 1, width] as [rows, width] each; layers are given the same."""
+        if self._angles is None or given is not self._given or len(self._angles[0]) != num_rows:
+            cosine, sine = (one.expand(num_rows, -1, -1)[:, 0].float().contiguous() for one in given)
+            self._given, self._angles = given, (cosine, sine)
+        return self._angles
+
+
 class _FusedLayer:
     """Computes one decoder layer: by graphs while tokens are decoded, else by transformers' own code."""
 
-    def __init__(
-        self, layer: nn.Module, before: BeforeAttention, after: AfterAttention, products: BlockProducts,
-        scratch: Scratch,
-    ) -> None:  # fmt: skip
+    def __init__(self, layer: Any, before: BeforeAttention, after: AfterAttention, shared: _Shared) -> None:
+        # Without a cycle, the layer's memory is freed with the model.
         self._layer = weakref.ref(layer)
-        self._before, self._after, self._products, self._scratch = before, after, products, scratch
+        self._attention, self._norm, self._mlp = layer.self_attn, layer.post_attention_layernorm, layer.mlp
+        self._before, self._after, self._shared = before, after, shared
         self._graphs: dict[tuple[int, int], tuple[BeforeGraph, AfterGraph]] = {}
         self._router: RouterWeight | None = None
+        attention = layer.self_attn
+        self._usual = {
+            "dropout": 0.0,
+            "scaling": attention.scaling,
+            "sliding_window": getattr(attention, "sliding_window", None),
+            **({"s_aux": attention.sinks} if hasattr(attention, "sinks") else {}),
+        }
 
     def take_router(self, weight: RouterWeight) -> None:
         """From now on compute the product of the layer's router too."""
@@ -87,16 +108,15 @@ class _FusedLayer:
 
     def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """As the layer's own `forward`."""
-        layer: Any = self._layer()
-        is_decoded = self._products.decodes() and hidden_states.shape[1] == 1 and not args
+        is_decoded = hidden_states.shape[1] == 1 and not args and self._shared.products.decodes()
         # Hooks that transformers adds where attention's weights were asked for.
-        if not is_decoded or layer.self_attn._forward_hooks or hidden_states.dtype != torch.float32:
+        if not is_decoded or self._attention._forward_hooks or hidden_states.dtype != torch.float32:
+            layer: Any = self._layer()
             return type(layer).forward(layer, hidden_states, *args, **kwargs)
-        return self.compute(layer, hidden_states, **kwargs)
+        return self.compute(hidden_states, **kwargs)
 
     def compute(
         self,
-        layer: Any,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         cache: Any = None,
@@ -105,30 +125,22 @@ class _FusedLayer:
         **kwargs: Any,
     ) -> torch.Tensor:
         """Compute [rows, 1, width] by graphs. Arguments: of transformers' decoder layers."""
-        attention, (num_rows, _, width) = layer.self_attn, hidden_states.shape
-        residual = hidden_states.reshape(num_rows, width).contiguous()
-        cosine, sine = (_per_row(one, num_rows) for one in position_embeddings)
-        before, after = self._graphs_of(num_rows, cosine.shape[-1])
+        attention, num_rows, residual = self._attention, len(hidden_states), hidden_states.contiguous()
+        cosine, sine = self._shared.angles(position_embeddings, num_rows)
+        before, after = self._graphs_of(num_rows, cosine.shape[1])
         query, keys, values = before.run(residual, cosine, sine)
         cache = past_key_values if cache is None else cache
         if cache is not None:
             keys, values = cache.update(keys, values, attention.layer_idx)
         name = attention.config._attn_implementation
         attend = function_of(attention, name) if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
-        more = {"s_aux": attention.sinks} if hasattr(attention, "sinks") else {}
-        window = getattr(attention, "sliding_window", None)
-        attended, _ = attend(
-            attention, query, keys, values, attention_mask, dropout=0.0, scaling=attention.scaling,
-            sliding_window=window, **more, **kwargs,
-        )  # fmt: skip
-        stream, normed, scores = after.run(attended.reshape(num_rows, -1).contiguous(), residual)
+        attended, _ = attend(attention, query, keys, values, attention_mask, **self._usual, **kwargs)
+        stream, normed, scores = after.run(attended.contiguous(), residual)
         if self._router is not None:
             self._router.ready = (normed, scores)
-        stream = stream.view(num_rows, 1, width)
-        norm = layer.post_attention_layernorm
-        for hook in norm._forward_pre_hooks.values():  # the residual tap's, which guesses ask
-            hook(norm, (stream,))
-        out = layer.mlp(normed.view(num_rows, 1, width))
+        for hook in self._norm._forward_pre_hooks.values():  # the residual tap's, which guesses ask
+            hook(self._norm, (stream,))
+        out = self._mlp(normed)
         return stream + (out[0] if isinstance(out, tuple) else out)
 
     def _graphs_of(self, num_rows: int, cosines: int) -> tuple[BeforeGraph, AfterGraph]:
@@ -136,22 +148,15 @@ class _FusedLayer:
         if graphs is None:
             if len(self._graphs) >= _MOST_GRAPHS:
                 self._graphs.clear()
-            runner, after = self._products.runner, self._after
+            runner, after = self._shared.products.runner, self._after
             if self._router is not None:
                 after = replace(after, router=self._router.matrix)
             graphs = (
-                BeforeGraph(runner, self._before, num_rows, cosines, self._scratch),
+                BeforeGraph(runner, self._before, num_rows, cosines, self._shared.scratch),
                 AfterGraph(runner, after, num_rows),
             )
             self._graphs[num_rows, cosines] = graphs
         return graphs
-
-
-def _per_row(angles: torch.Tensor, num_rows: int) -> torch.Tensor:
-    """Cosines or sines [rows or 1, 1, width] as [rows, width]."""
-    if len(angles) != num_rows:
-        angles = angles.expand(num_rows, -1, -1)
-    return angles.reshape(num_rows, -1).float().contiguous()
 
 
 def _parts(layer: Any) -> tuple[BeforeAttention, AfterAttention] | None:
@@ -214,10 +219,9 @@ def _is_near(model: PreTrainedModel, decoder: Any, layer: Any, fused: _FusedLaye
         # More rows than a pair: what unpacks one must not unpack them.
         hidden = torch.randn(_ROWS, 1, layer.self_attn.o_proj.out_features, generator=generator, dtype=torch.float32)
         angles = decoder.rotary_emb(hidden, at + torch.arange(_ROWS)[:, None])
-        theirs, ours = (
-            compute(layer, hidden, attention_mask=None, position_embeddings=angles, cache=cache, use_cache=True)
-            for compute, cache in zip((type(layer).forward, fused.compute), caches, strict=True)
-        )
+        given = {"attention_mask": None, "position_embeddings": angles, "use_cache": True}
+        theirs = type(layer).forward(layer, hidden, cache=caches[0], **given)
+        ours = fused.compute(hidden, cache=caches[1], **given)
         if not isinstance(theirs, torch.Tensor) or theirs.shape != ours.shape:
             return False
         if not float((theirs - ours).norm()) < _MOST_DIFFERENCE * float(theirs.norm()):

@@ -143,7 +143,7 @@ class BeforeGraph:
     def run(
         self, x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Compute q, k and v [rows, heads, 1, size], of rows `x` [rows, width] and their angles [rows, ...]."""
+        """Compute q, k and v [rows, heads, 1, size], of `x` [rows, ..., width], with angles [rows, cosines]."""
         num_rows, (queries, keys, _), size = len(x), self._heads, self._size
         made = torch.empty((num_rows, self._width), dtype=torch.float32)
         turned = torch.empty((num_rows, queries + keys, 1, size), dtype=torch.float32)
@@ -163,7 +163,7 @@ class AfterGraph:
     def __init__(self, runner: Runner, part: AfterAttention, num_rows: int) -> None:
         self._graph = graph = Graph(runner, 16)
         library, context, matrix = graph.library, graph.context, part.matrix
-        self._shape, self._kept = (num_rows, matrix.rows), part
+        self._shape, self._kept = (num_rows, 1, matrix.rows), part
         attended, residual = (graph.tensor(F32, (width, num_rows)) for width in (matrix.columns, matrix.rows))
         weights = graph.tensor(matrix.kind.number, (matrix.columns, matrix.rows))
         place(weights, matrix.address)
@@ -185,10 +185,10 @@ class AfterGraph:
         self._sums, self._norms = [one.contents for one in sums], [scaled.contents, normed.contents]
 
     def run(self, attended: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Compute the residual stream, its norm, [rows, width] each, and the router's product [rows, experts].
+        """Compute the residual stream, its norm, [rows, 1, width] each, and the router's product [rows, experts].
 
         Args:
-            attended: f32 [rows, heads * size].
+            attended: f32 [rows, ..., size], a row's heads one after the other. residual: f32 [rows, ..., width].
         """
         stream, normed, scores = (
             torch.empty(shape, dtype=torch.float32) for shape in (self._shape, self._shape, self._scores)

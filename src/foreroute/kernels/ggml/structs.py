@@ -72,6 +72,8 @@ BASE_FUNCTIONS: dict[str, tuple[object, list[object]]] = {
     "ggml_add": (_T, [Address, _T, _T]),
     "ggml_sub": (_T, [Address, _T, _T]),
     "ggml_mul": (_T, [Address, _T, _T]),
+    "ggml_flash_attn_ext": (_T, [Address, _T, _T, _T, _T, c.c_float, c.c_float, c.c_float]),
+    "ggml_flash_attn_ext_add_sinks": (None, [_T, _T]),
     "ggml_scale": (_T, [Address, _T, c.c_float]),
     "ggml_rms_norm": (_T, [Address, _T, c.c_float]),
     "ggml_get_rows": (_T, [Address, _T, _T]),
