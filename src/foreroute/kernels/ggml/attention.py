@@ -22,9 +22,8 @@ class TokenAttention:
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
         self._graphs: dict[_Form, _Graph] = {}
-        # The mask of the last call, and what is added to each row's scores: layers are given the same.
-        self._given: torch.Tensor | None = None
-        self._rows: list[torch.Tensor | None] = []
+        # The latest masks, and what is added to each row's scores: layers are given one of two.
+        self._seen: list[tuple[torch.Tensor, list[torch.Tensor | None]]] = []
 
     def takes(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> bool:
         """Whether these are f32, with few enough tokens and the numbers of a head one after the other."""
@@ -64,11 +63,14 @@ class TokenAttention:
 
     def _masks(self, mask: torch.Tensor, num_rows: int) -> list[torch.Tensor | None]:
         """What is added to each row's scores, f16 [tokens]; None where that is nothing."""
-        if mask is not self._given:
-            added = torch.where(mask, 0.0, -torch.inf) if mask.dtype == torch.bool else mask
-            rows = added.expand(num_rows, -1, -1, -1)[:, 0, 0].to(torch.float16).contiguous()
-            self._given, self._rows = mask, [row if row.any() else None for row in rows]
-        return self._rows
+        for given, rows in self._seen:
+            if given is mask and len(rows) == num_rows:
+                return rows
+        added = torch.where(mask, 0.0, -torch.inf) if mask.dtype == torch.bool else mask
+        narrow = added.expand(num_rows, -1, -1, -1)[:, 0, 0].to(torch.float16).contiguous()
+        found = [row if row.any() else None for row in narrow]
+        self._seen = [(mask, found), *self._seen[:1]]
+        return found
 
 
 class _Graph:

@@ -59,11 +59,13 @@ class Scratch:
         self.generation = 0
         self._arrays: dict[str, np.ndarray] = {}
 
-    def reserve(self, name: str, count: int) -> None:
-        """Have room for `count` floats."""
-        if name not in self._arrays or self._arrays[name].size < count:
-            self._arrays[name] = np.empty(count, dtype=np.float32)
-            self.generation += 1
+    def reserve(self, name: str, count: int) -> bool:
+        """Have room for `count` floats; whether that is new memory."""
+        if name in self._arrays and self._arrays[name].size >= count:
+            return False
+        self._arrays[name] = np.empty(count, dtype=np.float32)
+        self.generation += 1
+        return True
 
     def address(self, name: str) -> int:
         """Where this memory is now."""
@@ -87,6 +89,7 @@ class ExpertGraph:
         is_sum: for one row: the outputs are weighted by `set_gates` and added in the order of the ids: out [hidden].
     Attributes:
         ids: int32 [rows, per_row], the slots of each row's experts, to be written before `run`.
+        is_finite: of a sum, whether it is of numbers, after `run`.
     """
 
     def __init__(
@@ -131,9 +134,13 @@ class ExpertGraph:
         scratch.reserve("gated", self._count * form.intermediate)
         gated = self._in_order(graph, gated, "gated")
         outputs = self._product(graph, form.down, gated, ids, form.down_bias, "out")
-        self._gates = list[ctypes.c_float]()
+        self._gates, self.is_finite = list[ctypes.c_float](), True
         steps = self._weighted_sum(graph, per_row) if is_sum else []
-        graph.finish(outputs, *steps)
+        # NaN and infinities last through sums: of what is between the products, per row, and of the sum.
+        self._sums = np.zeros(self._count + 1, dtype=np.float32)
+        self._read_sums = self._sums.data
+        checked = [(gated, 0), *([(steps[-1], self._count)] if is_sum else [])]
+        graph.finish(outputs, *steps, *(self._sum_of(graph, *one) for one in checked))
         # The structs behind the pointers, which each run changes.
         self._x, self._out = ([tensor.contents for tensor in self._placed.pop(name)] for name in ("x", "out"))
         self._gated = np.empty((0, 0), dtype=np.float32)
@@ -153,12 +160,23 @@ class ExpertGraph:
         if self._second is not self._first:
             self._gate_by_family()
             self._second.run()
-        # NaN and infinities last through a sum.
-        if not math.isfinite(self._gated.sum()):
+        self.is_finite = math.isfinite(sum(self._read_sums))
+        if not self.is_finite and not np.isfinite(self._gated).all():
             count = 1 if self._gates else self._count
             outputs = np.ctypeslib.as_array((ctypes.c_float * (count * self._form.hidden)).from_address(out))
             is_bad = ~np.isfinite(self._gated).all(1)
             outputs.reshape(count, -1)[is_bad.any(keepdims=True) if self._gates else is_bad] = np.nan
+
+    def _sum_of(self, graph: Graph, rows: TensorRef, at: int) -> TensorRef:
+        """The sum of each of `rows`, to `at` among the sums."""
+        width = rows.contents.ne[0]
+        ones = graph.tensor(F32, (width, 1))
+        self._placed.setdefault("ones", []).append(ones)
+        if self._scratch.reserve("ones", width):
+            self._scratch.array("ones", 1, width).fill(1.0)
+        sums = graph.library.ggml_mul_mat(graph.context, ones, rows)
+        place(sums, self._sums.ctypes.data + 4 * at)
+        return sums
 
     def set_gates(self, gates: Sequence[float]) -> None:
         """The weights of a sum's outputs, in the order of the ids."""
