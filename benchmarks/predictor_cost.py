@@ -71,6 +71,11 @@ def fitted(folder: Path, tokens: int, path: Path) -> Sidecar:
     return sidecar
 
 
+def config_of(predictor: str) -> EngineConfig:
+    """The engine's switches; governed, steps would be counted in which the predictor is not asked."""
+    return EngineConfig(predictor=predictor, governor=False)
+
+
 def main() -> None:
     """Clock every predictor, and record it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -85,11 +90,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         path = Path(name) / "fit"
         sidecar = fitted(asked.model, asked.fit_tokens, path)
-        configs = {"lookahead": EngineConfig(predictor="no"), "off": EngineConfig(prefetch="none")}
+        configs = {"lookahead": config_of("no"), "off": EngineConfig(prefetch="none")}
         for choice in ("ridge", "default vectors", "estimator"):
             chosen = Path(name) / choice
             replace(sidecar, choice=[*[choice] * (len(sidecar.choice) - 1), None]).save(chosen)
-            configs[choice] = EngineConfig(predictor=str(chosen))
+            configs[choice] = config_of(str(chosen))
         resident = foreroute.load(asked.model, "100%", config=EngineConfig(prefetch="none"))
         prompt = torch.randint(1, resident.config.vocab_size, (1, 32), generator=generator)
         resident(torch.randint(1, resident.config.vocab_size, (1, 512), generator=generator))

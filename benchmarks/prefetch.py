@@ -52,8 +52,8 @@ def config_of(kind: str, eviction: str, sidecar: Path) -> EngineConfig:
     if kind == "none":
         return EngineConfig(prefetch="none", eviction=eviction)
     predictor = str(sidecar) if kind == "fitted" else "no"
-    # Decode alone is counted: bytes prefetched in prefill would not show.
-    return EngineConfig(predictor=predictor, eviction=eviction, prefetch_prefill="off")
+    # Decode alone is counted: bytes prefetched in prefill would not show. Governed, some steps would have no guesses.
+    return EngineConfig(predictor=predictor, eviction=eviction, prefetch_prefill="off", governor=False)
 
 
 def decode(model: Any, prompts: torch.Tensor, new_tokens: int) -> tuple[dict[str, float], list[list[int]]]:

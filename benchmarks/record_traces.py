@@ -3,7 +3,8 @@
     python -m benchmarks.record_traces models/foreroute-tiny ... --text held-out.txt ... --out build/traces
 
 Each passage's beginning is a prompt; the rest is fed as if the model had said it. One trace per model and budget. With
-fitted predictors (`--sidecars FOLDER`, one file per model, named as it) guesses are theirs, else the lookahead's.
+fitted predictors (`--sidecars FOLDER`, one file per model, named as it) guesses are theirs, else the lookahead's. Every
+decode step has all its guesses, as the governor is off: it narrows them by the time that this machine takes.
 """
 
 import argparse
@@ -57,6 +58,7 @@ def main() -> None:
                 prefetch="none" if asked.no_guesses else "lookahead",
                 predictor=str(sidecar) if sidecar.exists() and not asked.no_guesses else "no",
                 prefetch_prefill="off",
+                governor=False,
             )
             record(folder, memory, asked.text, asked.tokens, config)
             print(path, f"{path.stat().st_size / 1e6:.1f} MB", flush=True)

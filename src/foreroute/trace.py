@@ -9,7 +9,7 @@ import json
 import os
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
@@ -39,21 +39,16 @@ class Sink(Protocol):
 
 
 class Trace:
-    """Writes the events of one loaded model to `sink`, timed in seconds since the trace began.
+    """Writes the events of one loaded model to `sink`, timed by the engine's clock in seconds since the trace began."""
 
-    Args:
-        clock: seconds, monotonic; the engine's clock.
-    """
-
-    def __init__(self, sink: Sink, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(self, sink: Sink) -> None:
         self._sink = sink
-        self._clock = clock
-        self._began_s = clock()
+        self._began_s = time.perf_counter()
         self._failure: OSError | None = None
 
     def now(self) -> float:
         """Seconds since the trace began."""
-        return self.at(self._clock())
+        return self.at(time.perf_counter())
 
     def at(self, clock_s: float) -> float:
         """Convert a reading of the clock to seconds since the trace began."""
@@ -62,7 +57,7 @@ class Trace:
     def begin(self, **fields: Any) -> None:
         """Write the header, truncating the file only now."""
         self._sink.begin()
-        self._began_s = self._clock()
+        self._began_s = time.perf_counter()
         self.emit("header", **fields)
 
     def emit(self, event: str, **fields: Any) -> None:

@@ -215,6 +215,22 @@ class TestNotToTheEnd:
         assert path.read_bytes() == whole
         assert not quantiser.is_measured, "half of the layers were not seen"
 
+    def test_a_partial_one_of_another_type_is_not_taken_up(self, folder):
+        """Both go to one path, as --out may say."""
+        quantiser, path = quantiser_of(folder, "q8_0"), folder / "experts"
+
+        def stop(done: int, total: int) -> None:
+            if done == 9:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            pack(quantiser.source, path, progress=stop, keep_partial=True, quantiser=quantiser)
+        quantiser, steps = quantiser_of(folder, "q4_0"), []
+        pack(quantiser.source, path, progress=lambda done, total: steps.append(done), quantiser=quantiser)
+        assert steps[0] == 0
+        assert quantiser.is_measured
+        assert path.read_bytes() == made(folder).read_bytes()
+
     @pytest.mark.parametrize("call", ["posix_fallocate", "pwrite", "fdatasync"])
     def test_the_disk_is_full(self, folder, monkeypatch, call):
         original, calls = getattr(os, call), []

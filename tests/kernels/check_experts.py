@@ -7,9 +7,9 @@ import torch
 
 from foreroute.kernels.triton import expert_form
 from foreroute.kernels.triton import experts as triton_experts
-from foreroute.kernels.triton.expert_form import CLAMPED, FLOAT, INT4, INT8, MXFP4, SILU, ExpertForm, MatrixForm
+from foreroute.kernels.triton.expert_form import CLAMPED, FLOAT, MXFP4, SILU, ExpertForm, MatrixForm
 
-KINDS = {"float": FLOAT, "int8": INT8, "int4": INT4, "mxfp4": MXFP4}
+KINDS = {"float": FLOAT, "mxfp4": MXFP4}
 
 
 def matrix(
@@ -20,12 +20,12 @@ def matrix(
     def after(nbytes: int) -> int:
         return -(-nbytes // 64) * 64
 
-    nbytes = rows * cols * dtype.itemsize if kind == FLOAT else rows * cols if kind == INT8 else rows * cols // 2
+    nbytes = rows * cols * dtype.itemsize if kind == FLOAT else rows * cols // 2
     scales_at = at + after(nbytes)
-    scales = {FLOAT: 0, INT8: rows * 2, INT4: cols // 32 * rows * 4, MXFP4: rows * cols // 32}[kind]
+    scales = 0 if kind == FLOAT else rows * cols // 32
     bias_at = scales_at + after(scales)
     form = MatrixForm(
-        kind, rows, cols, at, scales_at, bias_at if has_bias else -1, dtype, dtype, 32, is_transposed and kind == FLOAT
+        kind, rows, cols, at, scales_at, bias_at if has_bias else -1, dtype, dtype, is_transposed and kind == FLOAT
     )
     return form, bias_at + after(rows * dtype.itemsize)
 
@@ -45,13 +45,7 @@ def fill(form: MatrixForm, slot: torch.Tensor, generator: torch.Generator) -> No
         shape = (cols, rows) if form.is_transposed else (rows, cols)
         put(form.at, (normal(*shape) * cols**-0.5).to(form.dtype))
     else:
-        count = rows * cols if form.kind == INT8 else rows * cols // 2
-        put(form.at, torch.randint(0, 256, (count,), dtype=torch.uint8, generator=generator))
-    if form.kind == INT8:
-        put(form.scales_at, (torch.rand(rows, generator=generator) * 0.01 + 0.005).bfloat16())
-    if form.kind == INT4:
-        put(form.scales_at, (normal(cols // 32, rows, 2) * 0.05).bfloat16())
-    if form.kind == MXFP4:
+        put(form.at, torch.randint(0, 256, (rows * cols // 2,), dtype=torch.uint8, generator=generator))
         put(form.scales_at, torch.randint(122, 126, (rows, cols // 32), dtype=torch.uint8, generator=generator))
     if form.bias_at >= 0:
         put(form.bias_at, normal(rows).to(form.bias_dtype))

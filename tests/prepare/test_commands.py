@@ -4,12 +4,15 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 import foreroute
 from foreroute.cli.main import main
+from foreroute.loading import engines
+from foreroute.predict.governor import Governor
 from foreroute.predict.sidecar import SIDECAR_NAME
 from tests.support.broken import replace
 
@@ -64,7 +67,11 @@ def test_fit_then_score(run, copied: Path, text: Path) -> None:
     assert "oracle" in out
 
 
-def test_timeliness_counts_every_demanded_expert_once(run, copied: Path, text: Path) -> None:
+def test_timeliness_counts_every_demanded_expert_once(
+    run, copied: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A governor that would switch prefetch off at once: what is scored is the predictor.
+    monkeypatch.setattr(engines, "Governor", partial(Governor, (0.0,)))
     asked = ("score", copied, "--text", text, "--tokens", 256, "--memory", "50%", "--decode", 128)
     code, out, err = run(*asked, "--json")
     assert code == 0, err

@@ -106,9 +106,9 @@ class TestNamed:
 
 def test_a_bug_of_ours_is_not_said_to_be_a_broken_file():
     """An assertion that a line of this package raises is no parser's word on a file; one of a library is."""
-    from foreroute.memory.budget import plan_slots
+    from foreroute.memory.budget import plan_pool
 
     with pytest.raises(AssertionError), named("a file"):
-        plan_slots(1, 0, 1, [1])
+        plan_pool(1, [0], [1], [1])
     with pytest.raises(CorruptCheckpointError, match="a file"), named("a file"):
         raise AssertionError("of a library")

@@ -7,7 +7,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from foreroute.errors import BudgetError
-from foreroute.memory.budget import plan_pool, plan_slots
+from foreroute.memory.budget import plan_pool
 from foreroute.transfer.memory import allocate_pool
 from foreroute.types import choose_slot_lengths
 from foreroute.units import parse_memory
@@ -106,14 +106,13 @@ def test_whatever_the_budget(layers: list[tuple[int, int, int]], share: float) -
 
 
 @given(budget=st.integers(1, 400), experts=st.integers(8, 64))
-def test_one_length_is_planned_as_ever(budget: int, experts: int) -> None:
-    def planned(plan: object, *rest: object) -> object:
-        try:
-            return plan(budget * PAGE, *rest)  # type: ignore[operator]
-        except BudgetError as error:
-            return str(error)
-
-    assert planned(plan_pool, [PAGE] * 3, [experts] * 3, [4, 2, 8]) == planned(plan_slots, PAGE, 3 * experts, [4, 2, 8])
+def test_layers_of_one_length_share_their_slots(budget: int, experts: int) -> None:
+    if budget < 14:
+        with pytest.raises(BudgetError, match="one token needs 14"):
+            plan_pool(budget * PAGE, [PAGE] * 3, [experts] * 3, [4, 2, 8])
+        return
+    (one,) = plan_pool(budget * PAGE, [PAGE] * 3, [experts] * 3, [4, 2, 8]).classes
+    assert (one.slot_bytes, one.num_slots, one.layers) == (PAGE, min(budget, 3 * experts), (0, 1, 2))
 
 
 def test_slots_lie_one_behind_the_other() -> None:

@@ -5,6 +5,7 @@ treats blocks as bytes: a tensor of [experts, rows, columns] in Q4_K has the dty
 bytes of a row; `kinds` names the quantisation.
 """
 
+import math
 import re
 import struct
 import sys
@@ -122,7 +123,7 @@ def read_gguf(path: Path) -> GgufIndex:
             )
         kinds[name], shapes[name] = kind, shape
         rows = shape[:-1] if ".bias" not in name else shape
-        stored = (*rows, nbytes // max(1, _product(rows)))
+        stored = (*rows, nbytes // max(1, math.prod(rows)))
         tensors[name] = TensorEntry(name, str(path), offset, nbytes, "U8", stored)
     _check_kinds(path, gguf, kinds)
     return GgufIndex(path, tensors, settings, kinds, shapes, files={str(path): file.stamp})
@@ -219,10 +220,3 @@ def _split(path: Path) -> UnsupportedModelError:
         f"{path} is one of several files of a model, which are not read. Join them with llama.cpp's "
         f"`llama-gguf-split --merge`, and give the one file."
     )
-
-
-def _product(extents: tuple[int, ...]) -> int:
-    found = 1
-    for extent in extents:
-        found *= extent
-    return found

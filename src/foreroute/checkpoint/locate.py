@@ -101,15 +101,20 @@ def read_index(folder: str | Path) -> CheckpointIndex:
         return read_single(single_file)
     if index_file.is_file():
         return read_sharded(index_file)
+    raise _no_weights(folder)
+
+
+def _no_weights(folder: Path) -> CheckpointError:
+    """The reason why `folder` has no weights that are read here."""
     pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in folder.glob(pattern))
     if pickles:
-        raise UnsupportedModelError(
+        return UnsupportedModelError(
             f"{folder} holds pickled weights ({pickles[0]}); foreroute reads safetensors only, as a pickle runs code. "
             "Convert it: load it once with transformers and save_pretrained() it."
         )
     loose = sorted(path.name for path in folder.glob("*.safetensors"))
     hint = f" It has {loose[0]}, but no model.safetensors.index.json that names it." if loose else ""
-    raise CheckpointError(f"{folder} has no model.safetensors and no model.safetensors.index.json.{hint}")
+    return CheckpointError(f"{folder} has no model.safetensors and no model.safetensors.index.json.{hint}")
 
 
 def _refuse_others(folder: Path) -> None:

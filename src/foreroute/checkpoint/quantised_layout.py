@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 
 from foreroute.checkpoint.index import ITEMSIZE, CheckpointIndex
 from foreroute.checkpoint.layouts import (
@@ -80,7 +81,7 @@ def quantised_layer(
             ]
             codings = [_coding_of(form, group) for group in source.groups]
             parts.append(_part(source, form, made, codings, len(stored)))
-            stored.extend(component for components in made for component in components)
+            stored.extend(chain.from_iterable(made))
         elif any(one in matrices for group in source.groups for one in group):
             raise UnsupportedModelError(
                 f"{name}.{source.part} is quantised in parts only: not known. Please report the model."

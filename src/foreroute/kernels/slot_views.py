@@ -12,7 +12,7 @@ from foreroute.kernels.torch.experts import ExpertMath
 from foreroute.types import SlotClass
 
 TORCH_DTYPES = {
-    "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I8": torch.int8, "U8": torch.uint8,
+    "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8,
     "I32": torch.int32, "F8_E4M3": torch.float8_e4m3fn,
 }  # fmt: skip
 

@@ -19,7 +19,6 @@ from foreroute.kernels.layer import LayerKernels
 from foreroute.kernels.slot_views import SlotViews
 from foreroute.kernels.torch.experts import OneToken
 from foreroute.kernels.torch.layer import TorchLayer
-from foreroute.kernels.torch.sums import Workspace
 from foreroute.loading.expert_math import family_forward_over, stored_operands
 from foreroute.loading.guidance import Guidance
 from foreroute.memory.plan import MemoryPlan
@@ -152,10 +151,10 @@ def _governor(asked: EngineConfig, experts: ExpertSet) -> Governor | None:
     return Governor(trusted_steps=_TRUSTED_STEPS if is_large else 0)
 
 
-def _workspaces(experts: ExpertSet) -> list[Workspace | None]:
+def _workspaces(experts: ExpertSet) -> list[OneToken | None]:
     """Make each layer's buffers for a decode step, shared by layers of one shape; None where our kernels do not run."""
-    shared: dict[tuple[int, int, int], Workspace] = {}
-    workspaces: list[Workspace | None] = []
+    shared: dict[tuple[int, int, int], OneToken] = {}
+    workspaces: list[OneToken | None] = []
     for layer, described, entry in zip(experts.layers, experts.table.layers, experts.math, strict=True):
         if entry is None:
             workspaces.append(None)

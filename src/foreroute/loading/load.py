@@ -20,7 +20,7 @@ from foreroute.loading.arguments import read_arguments
 from foreroute.loading.block_kernels import DECODE_THREADS, note_of, open_block_kernels
 from foreroute.loading.checkpoint import Checkpoint, find_experts, open_checkpoint
 from foreroute.loading.engines import has_one_slot_length, start_engine
-from foreroute.loading.guidance import Guidance, guidance_for
+from foreroute.loading.guidance import guidance_for
 from foreroute.loading.offloaded_model import ForerouteHandle, OffloadedModel, make_offloaded
 from foreroute.loading.open_device import open_device
 from foreroute.loading.step_entry import Bounds, StepEntry
@@ -105,7 +105,7 @@ def load(
         experts = experts.on(target)
     guidance = guidance_for(asked, model, experts, sidecar)
     engine = start_engine(asked, experts, division, guidance, trace, progress)
-    plan = _plan(asked, target, model, checkpoint, experts, division, guidance, is_fitted=sidecar is not None)
+    plan = _plan(asked, target, model, checkpoint, experts, division, is_fitted=sidecar is not None)
     plan = replace(plan, math_note=math_note)
     if trace is not None:
         trace.begin(**header_of(plan, asked, experts.table, checkpoint.index.fingerprint()))
@@ -134,7 +134,6 @@ def _plan(
     checkpoint: Checkpoint,
     experts: ExpertSet,
     memory: MemoryPlan,
-    guidance: Guidance,
     *,
     is_fitted: bool,
 ) -> Plan:

@@ -215,7 +215,7 @@ class StepEntry:
             self._bounds.check(tokens, cache)
         self._lone_layer = self._num_layers
         self._is_ordinary = torch_modes.is_ordinary()
-        info = self._announced.pop(thread, None) or guess_step(tokens, cache)
+        info = self._announced.pop(thread, None) or infer_step(tokens, cache)
         with torch_modes.kept():
             self._living_engine().begin_step(info)
         if self._decode_threads is not None and info.phase == "decode":
@@ -241,8 +241,8 @@ class StepEntry:
         raise RefusedError("pickling is not possible on a model with offloaded experts: load it where it is needed.")
 
 
-def guess_step(tokens: torch.Tensor, cache: Any) -> StepInfo:
-    """Guess an undeclared call's step by its shape: several positions, or a text's first one, are a prompt.
+def infer_step(tokens: torch.Tensor, cache: Any) -> StepInfo:
+    """Infer an undeclared call's step from its shape: several positions, or a text's first one, are a prompt.
 
     Args:
         tokens: ids [rows, positions], or embeddings [rows, positions, hidden].

@@ -58,50 +58,31 @@ class _Demand:
         return self.num_experts * self.slot_bytes
 
 
-def plan_slots(budget_bytes: int, slot_bytes: int, num_experts_total: int, per_layer_top_k: Sequence[int]) -> SlotPlan:
-    """Plan the largest pool within the budget, of slots of one length, with at most one slot per expert.
-
-    Staging is an eighth of the pool, but at least one layer's top-k (a whole guess fits) and at most two (prefetches
-    for one layer arrive while those for the layer before are used). It shrinks where the rest could not hold one
-    layer's top-k, and is 0 when every expert is resident: nothing is left to prefetch.
-
-    Args:
-        budget_bytes: the budget.
-        slot_bytes: length of one slot.
-        num_experts_total: experts in all layers.
-        per_layer_top_k: experts that one token uses, per MoE layer.
-    Raises:
-        BudgetError: the pool cannot hold what one token needs, so that LRU would never hit.
-    """
-    assert slot_bytes > 0, "a slot has a length"
-    assert min(per_layer_top_k, default=0) > 0, "there are MoE layers, and each uses an expert"
-    layers = tuple(range(len(per_layer_top_k)))
-    demand = _Demand(slot_bytes, layers, num_experts_total, sum(per_layer_top_k), max(per_layer_top_k))
-    return _planned(budget_bytes, [demand])
-
-
 def plan_pool(
     budget_bytes: int, slot_lengths: Sequence[int], num_experts: Sequence[int], per_layer_top_k: Sequence[int]
 ) -> SlotPlan:
-    """Plan the largest pool within the budget where layers have slots of their own length: see `plan_slots`.
+    """Plan the largest pool within the budget, with at most one slot per expert.
+
+    Staging is an eighth of the slots of a length, but at least one layer's top-k (a whole guess fits) and at most two
+    (prefetches for one layer arrive while those for the layer before are used). It shrinks where the rest could not
+    hold one layer's top-k, and is 0 when every expert is resident: nothing is left to prefetch.
 
     Each length gets slots for the same share of its experts, as far as this holds what one token uses, and one layer's
     top-k of prefetches beside: of a byte more for one length or for another, as much less is read.
 
     Args:
-        slot_lengths, num_experts, per_layer_top_k: by MoE layer.
+        slot_lengths, num_experts: by MoE layer.
+        per_layer_top_k: experts that one token uses, by MoE layer.
     Raises:
-        BudgetError: see `plan_slots`.
+        BudgetError: the pool cannot hold what one token needs, so that LRU would never hit.
     """
+    assert min(slot_lengths, default=0) > 0, "there are MoE layers, and a slot has a length"
+    assert min(per_layer_top_k, default=0) > 0, "each MoE layer uses an expert"
     demands = []
     for length in sorted(set(slot_lengths), reverse=True):
         layers = tuple(layer for layer, own in enumerate(slot_lengths) if own == length)
         top_k = [per_layer_top_k[layer] for layer in layers]
         demands.append(_Demand(length, layers, sum(num_experts[layer] for layer in layers), sum(top_k), max(top_k)))
-    return _planned(budget_bytes, demands)
-
-
-def _planned(budget_bytes: int, demands: Sequence[_Demand]) -> SlotPlan:
     token_slots = sum(demand.token_slots for demand in demands)
     token_bytes = sum(demand.token_slots * demand.slot_bytes for demand in demands)
     assert all(demand.token_slots <= demand.num_experts for demand in demands), "a token uses no expert twice"

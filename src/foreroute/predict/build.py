@@ -42,16 +42,13 @@ def open_sidecar(folder: Path, index: CheckpointIndex, asked: EngineConfig) -> S
     return None if path is None else Sidecar.load(path, index.fingerprint())
 
 
-def check_layout(
-    sidecar: Sidecar | None, layers: Sequence[MoeLayer], hidden: int, vocabulary: int | None = None
-) -> None:
+def check_layout(sidecar: Sidecar | None, layers: Sequence[MoeLayer], hidden: int, vocabulary: int) -> None:
     """Check that the sidecar's tensors fit `layers` as this transformers builds them.
 
     Args:
-        hidden: width of the router's input. vocabulary: tokens of the model; None skips the token table.
+        hidden: width of the router's input. vocabulary: tokens of the model.
     Raises:
-        PredictorError: some shape differs.
-        PredictorError: it has others.
+        PredictorError: some shape differs, or a layer's choice is an unknown predictor.
     """
     if sidecar is None:
         return
@@ -76,8 +73,7 @@ def check_layout(
             f"The fitted predictors choose {min(map(str, unknown))!r:.40}, which is unknown. {_FIT_AGAIN}"
         )
     stored = {name: tuple(tensor.shape) for name, tensor in sidecar.tensors().items()}
-    table = stored.get("token_table.scores", (0,))[0]
-    wanted = _shapes(here, hidden, table if vocabulary is None else vocabulary, stored)
+    wanted = _shapes(here, hidden, vocabulary, stored)
     for name, shape in stored.items():
         if wanted.get(name, shape) != shape:
             raise PredictorError(
@@ -96,7 +92,6 @@ def _shapes(
     }
     for layer, here in enumerate(experts):
         wanted |= {f"popularity.{layer}": (here,), f"default_vectors.{layer}": (here, hidden)}
-        wanted |= {f"entry.{layer}.weights": (hidden, here), f"entry.{layer}.bias": (here,)}
         after = experts[min(layer + 1, len(experts) - 1)]
         wanted[f"ridge.{layer}.from_hidden"] = (hidden, after)
         wanted[f"ridge.{layer}.from_gates"], wanted[f"ridge.{layer}.bias"] = (here + 1, after), (after,)

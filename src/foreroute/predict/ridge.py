@@ -113,7 +113,7 @@ class Ridge:
         return None if entry is None else self._selects[layer](entry.scores(seen), width)
 
 
-def gate_vector(seen: RouterSample, num_experts: int) -> torch.Tensor:
+def _gate_vector(seen: RouterSample, num_experts: int) -> torch.Tensor:
     """Gate weights of `seen` as a dense [tokens, num_experts] float32 tensor; ids outside the experts are left out."""
     dense = torch.zeros(seen.ids.shape[0], num_experts + 1, dtype=torch.float32)
     dense.scatter_add_(1, seen.ids.clamp(max=num_experts), seen.weights.float())
@@ -134,7 +134,7 @@ class RidgeFit:
 
     def add(self, seen: RouterSample, targets: torch.Tensor) -> None:
         """Add tokens `seen` with `targets` [tokens, next experts]: the next router's logits on them."""
-        features = torch.cat([seen.hidden.float(), gate_vector(seen, self._num_experts)], 1)
+        features = torch.cat([seen.hidden.float(), _gate_vector(seen, self._num_experts)], 1)
         self.equations.add(features, targets)
 
     def solve(self, penalty: float) -> RidgeLayer:

@@ -7,10 +7,15 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from foreroute.errors import BudgetError
-from foreroute.memory.budget import plan_slots
+from foreroute.memory.budget import SlotPlan, plan_pool
 from foreroute.units import format_memory, parse_memory
 
 GIB = 2**30
+
+
+def plan_slots(budget_bytes: int, slot_bytes: int, num_experts: int, top_k: list[int]) -> SlotPlan:
+    """With slots of one length for all layers, and `num_experts` in all."""
+    return plan_pool(budget_bytes, [slot_bytes] * len(top_k), [num_experts, *[0] * (len(top_k) - 1)], top_k)
 
 
 @pytest.mark.parametrize(

@@ -61,10 +61,10 @@ def decode_mxfp4(components: Sequence[torch.Tensor], out: torch.Tensor, coding: 
     scales = _powers_of_two()[exponents.int()].unsqueeze(-1)
     grouped = out.view(*exponents.shape, _MXFP4_GROUP)
     if out.element_size() == 2:
-        words, table, index = torch.int64, _fp4_fours(out.dtype), blocks.reshape(-1).view(torch.uint16)
+        table, index = _fp4_fours(out.dtype), blocks.reshape(-1).view(torch.uint16)
     else:
-        words, table, index = torch.int64, _fp4_pairs(out.dtype), blocks.reshape(-1)
-    torch.index_select(table, 0, index.int(), out=out.view(-1).view(words))
+        table, index = _fp4_pairs(out.dtype), blocks.reshape(-1)
+    torch.index_select(table, 0, index.int(), out=out.view(-1).view(torch.int64))
     if int(exponents.max()) == _EXPONENT_BEYOND:
         torch.ldexp(grouped, (exponents.int() - 127).unsqueeze(-1), out=grouped)
     elif out.dtype == torch.float16:

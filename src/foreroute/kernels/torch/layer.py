@@ -6,8 +6,8 @@ import torch
 
 from foreroute.kernels.layer import ExpertListener, ExpertSlots, LayerSum
 from foreroute.kernels.slot_views import SlotViews
-from foreroute.kernels.torch.experts import ExpertMath, Operands
-from foreroute.kernels.torch.sums import RowsSum, TokenSum, Workspace, is_distinct
+from foreroute.kernels.torch.experts import ExpertMath, OneToken, Operands
+from foreroute.kernels.torch.sums import RowsSum, TokenSum, is_distinct
 
 # The family's own forward: (expert key -> operands, called in ascending order; hidden, ids, weights) -> the sum.
 FamilyForward = Callable[[Callable[[int], Operands], torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -56,7 +56,7 @@ class TorchLayer:
         base: int,
         views: SlotViews,
         math: ExpertMath | None,
-        workspace: Workspace | None,
+        workspace: OneToken | None,
         family_forward: FamilyForward,
     ) -> None:
         self.views = views

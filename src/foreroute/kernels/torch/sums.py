@@ -1,35 +1,14 @@
 """Compute a layer's weighted sum for few tokens: experts as they arrive, outputs summed in ascending expert id."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
 
 import torch
 
 from foreroute.kernels.layer import Placed
-from foreroute.kernels.torch.experts import ExpertMath, Operands, compute_several, rows_are_aligned
+from foreroute.kernels.torch.experts import ExpertMath, OneToken, Operands, compute_several, rows_are_aligned
 
 # A slot -> the operands of its expert.
 OperandsOf = Callable[[int], Operands]
-
-
-class Workspace(Protocol):
-    """Runs one token through several experts, in any order: `OneToken` in kernels/torch/experts.py."""
-
-    def begin(self, routed: Sequence[int]) -> None:
-        """Begin a new token, with the key at each position of its top-k."""
-        ...
-
-    def run(self, math: Any, hidden: torch.Tensor, keys: Sequence[int], operands: Sequence[Operands]) -> None:
-        """Compute the experts `keys` with `operands` by `math`, for `hidden` [1, hidden]."""
-        ...
-
-    def put(self, keys: Sequence[int], rows: torch.Tensor) -> None:
-        """Use `rows` [keys, hidden] as the outputs of experts `keys`, before gate weights."""
-        ...
-
-    def total(self, weights: torch.Tensor) -> torch.Tensor:
-        """Return the weighted sum [1, hidden], for gate weights [1, k]."""
-        ...
 
 
 def is_distinct(routed: Sequence[int]) -> bool:
@@ -49,7 +28,7 @@ class TokenSum:
     Reused: `begin` starts the next token.
     """
 
-    def __init__(self, workspace: Workspace, math: ExpertMath, operands_of: OperandsOf) -> None:
+    def __init__(self, workspace: OneToken, math: ExpertMath, operands_of: OperandsOf) -> None:
         self._workspace = workspace
         self._math = math
         self._operands_of = operands_of

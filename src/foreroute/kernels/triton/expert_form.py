@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-FLOAT, INT8, INT4, MXFP4 = range(4)
+FLOAT, MXFP4 = range(2)
 SILU, CLAMPED = range(2)
 # Columns that share a scale in MXFP4.
 MXFP4_GROUP = 32
@@ -20,9 +20,6 @@ class MatrixForm:
     """One matrix [out, in] in a slot; offsets in bytes, whole 16s.
 
     kind: FLOAT: `dtype`, row-major, or [in, out] where `is_transposed`.
-        INT8: values [out, in], scales bfloat16 [out], as the CPU's codec.
-        INT4: values uint8 [out, in / 2], the even column in the low nibble, scales bfloat16 [in / group, out, 2]: scale
-        and zero point of (step - 8). In plain rows and columns, where the CPU's codec packs in another order.
         MXFP4: as gpt-oss stores it: blocks uint8 [out, in / 32, 16], the even column in the low nibble, and scales
         uint8 [out, in / 32], exponents biased by 127.
     bias_at: -1 without a bias.
@@ -36,7 +33,6 @@ class MatrixForm:
     bias_at: int = -1
     dtype: torch.dtype = torch.bfloat16
     bias_dtype: torch.dtype = torch.bfloat16
-    group: int = 0
     is_transposed: bool = False
 
 
@@ -105,15 +101,8 @@ def decoded(form: MatrixForm, slot: torch.Tensor) -> torch.Tensor:
         shape = (cols, rows) if form.is_transposed else (rows, cols)
         stored = _part(slot, form.at, shape, form.dtype).float()
         return stored.t() if form.is_transposed else stored
-    if form.kind == INT8:
-        scales = _part(slot, form.scales_at, (rows,), torch.bfloat16).float()
-        return _part(slot, form.at, (rows, cols), torch.int8).float() * scales[:, None]
     packed = _part(slot, form.at, (rows, cols // 2), torch.uint8)
     nibbles = torch.stack([packed & 15, packed >> 4], -1).view(rows, cols)
-    if form.kind == INT4:
-        scales = _part(slot, form.scales_at, (cols // form.group, rows, 2), torch.bfloat16).float()
-        scale, zero = (part.t().repeat_interleave(form.group, 1) for part in scales.unbind(-1))
-        return (nibbles.float() - 8) * scale + zero
     exponents = _part(slot, form.scales_at, (rows, cols // MXFP4_GROUP), torch.uint8).int() - 127
     values = torch.tensor(_E2M1)[nibbles.long()]
     return torch.ldexp(values, exponents.repeat_interleave(MXFP4_GROUP, 1))

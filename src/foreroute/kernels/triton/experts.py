@@ -20,8 +20,8 @@ import triton.language as tl
 from foreroute.kernels.triton import expert_form
 from foreroute.kernels.triton.expert_form import ExpertForm, MatrixForm
 
-_FLOAT, _INT8, _INT4 = (tl.constexpr(at) for at in (expert_form.FLOAT, expert_form.INT8, expert_form.INT4))
-_SILU = tl.constexpr(expert_form.SILU)
+_FLOAT, _SILU = tl.constexpr(expert_form.FLOAT), tl.constexpr(expert_form.SILU)
+_GROUP = tl.constexpr(expert_form.MXFP4_GROUP)
 _DOT_TOKENS = 16
 _ROWS, _SUM_COLUMNS = 16, 256
 
@@ -50,13 +50,13 @@ def _e2m1(nibble):
 @triton.jit
 def _times(
     x, x_at, is_token, values, scales, biases, row, rows, cols,
-    KIND: tl.constexpr, TRANSPOSED: tl.constexpr, GROUP: tl.constexpr, HAS_BIAS: tl.constexpr,
+    KIND: tl.constexpr, TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr,
     DTYPE: tl.constexpr, COLS: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """Multiply rows `row` of one matrix by the inputs at x + x_at [tokens]: [rows, tokens]; round, add bias, round."""
     is_row = row < rows
     acc = tl.zeros([row.shape[0], x_at.shape[0]], tl.float32)
-    if KIND <= _INT8:
+    if KIND == _FLOAT:
         for start in range(0, cols, COLS):
             col = start + tl.arange(0, COLS)
             if TRANSPOSED:
@@ -66,8 +66,6 @@ def _times(
             matrix = tl.load(values + at, is_row[:, None] & (col < cols)[None, :], 0)
             columns = tl.load(x + x_at[None, :] + col[:, None], is_token[None, :] & (col < cols)[:, None], 0.0)
             acc += _sum_of_products(matrix, columns, DOT)
-        if KIND == _INT8:
-            acc *= tl.load(scales + row, is_row, 0.0).to(tl.float32)[:, None]
     else:
         for start in range(0, cols // 2, COLS):
             pair = start + tl.arange(0, COLS)
@@ -75,19 +73,12 @@ def _times(
             mask = is_row[:, None] & is_pair[None, :]
             packed = tl.load(values + row[:, None] * (cols // 2) + pair[None, :], mask, 0).to(tl.int32)
             low, high = packed & 15, packed >> 4
-            group = pair * 2 // GROUP
-            if KIND == _INT4:
-                at = (group[None, :] * rows + row[:, None]) * 2
-                scale = tl.load(scales + at, mask, 0.0).to(tl.float32)
-                zero = tl.load(scales + at + 1, mask, 0.0).to(tl.float32)
-                even, odd = (low - 8).to(tl.float32) * scale + zero, (high - 8).to(tl.float32) * scale + zero
-            else:
-                at = row[:, None] * (cols // GROUP) + group[None, :]
-                exponent = tl.load(scales + at, mask, 127).to(tl.int32)
-                # A float's exponent is biased by 127 too; but its least one, 0, encodes no power of two.
-                bits = tl.where(exponent > 0, exponent << 23, 1 << 22)
-                scale = bits.to(tl.float32, bitcast=True)
-                even, odd = _e2m1(low) * scale, _e2m1(high) * scale
+            at = row[:, None] * (cols // _GROUP) + (pair * 2 // _GROUP)[None, :]
+            exponent = tl.load(scales + at, mask, 127).to(tl.int32)
+            # A float's exponent is biased by 127 too; but its least one, 0, encodes no power of two.
+            bits = tl.where(exponent > 0, exponent << 23, 1 << 22)
+            scale = bits.to(tl.float32, bitcast=True)
+            even, odd = _e2m1(low) * scale, _e2m1(high) * scale
             at = x_at[None, :] + pair[:, None] * 2
             mask = is_token[None, :] & is_pair[:, None]
             acc += _sum_of_products(even, tl.load(x + at, mask, 0.0), DOT)
@@ -115,7 +106,7 @@ def _work_of(slots, pair, slot, num_tokens, top_k, TOKENS: tl.constexpr, CHOICES
 def up_kernel(
     x, slots, out, values, scales, biases, values_stride, scales_stride, biases_stride,
     num_tokens, top_k, rows, cols, alpha, limit,
-    KIND: tl.constexpr, TRANSPOSED: tl.constexpr, GROUP: tl.constexpr, HAS_BIAS: tl.constexpr,
+    KIND: tl.constexpr, TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr,
     INTERLEAVED: tl.constexpr, GATE: tl.constexpr,
     TOKENS: tl.constexpr, CHOICES: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
@@ -138,9 +129,9 @@ def up_kernel(
         # A gate's row past the half would be another row's up.
         gate_row, up_row = tl.where(row < half, gate_row, rows), tl.where(row < half, up_row, rows)
         gate = _times(x, token * cols, is_token, values, scales, biases, gate_row, rows, cols,
-                      KIND, TRANSPOSED, GROUP, HAS_BIAS, DTYPE, COLS, DOT)  # fmt: skip
+                      KIND, TRANSPOSED, HAS_BIAS, DTYPE, COLS, DOT)  # fmt: skip
         up = _times(x, token * cols, is_token, values, scales, biases, up_row, rows, cols,
-                    KIND, TRANSPOSED, GROUP, HAS_BIAS, DTYPE, COLS, DOT)  # fmt: skip
+                    KIND, TRANSPOSED, HAS_BIAS, DTYPE, COLS, DOT)  # fmt: skip
         if GATE == _SILU:
             inner = _rounded(gate / (1.0 + tl.exp(-gate)), DTYPE) * up
         else:
@@ -157,7 +148,7 @@ def up_kernel(
 def down_kernel(
     x, slots, out, values, scales, biases, values_stride, scales_stride, biases_stride,
     num_tokens, top_k, rows, cols,
-    KIND: tl.constexpr, TRANSPOSED: tl.constexpr, GROUP: tl.constexpr, HAS_BIAS: tl.constexpr,
+    KIND: tl.constexpr, TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr,
     TOKENS: tl.constexpr, CHOICES: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """Compute the experts' outputs [pairs, rows] from the intermediate [pairs, cols]."""
@@ -173,7 +164,7 @@ def down_kernel(
         )
         row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
         result = _times(x, at_pair * cols, is_token, values, scales, biases, row, rows, cols,
-                        KIND, TRANSPOSED, GROUP, HAS_BIAS, DTYPE, COLS, DOT)  # fmt: skip
+                        KIND, TRANSPOSED, HAS_BIAS, DTYPE, COLS, DOT)  # fmt: skip
         at = at_pair[None, :] * rows + row[:, None]
         tl.store(out + at, result.to(DTYPE), is_token[None, :] & (row < rows)[:, None])
 
@@ -239,13 +230,12 @@ def experts(
 
 def _parts(form: MatrixForm, pool: torch.Tensor) -> tuple[torch.Tensor | int, ...]:
     """Return values, scales and biases of slot 0, and the stride of each to the next slot, in items."""
-    value_dtypes = {expert_form.FLOAT: form.dtype, expert_form.INT8: torch.int8}
-    scale_dtype = torch.uint8 if form.kind == expert_form.MXFP4 else torch.bfloat16
+    is_float = form.kind == expert_form.FLOAT
     views = [
         pool.view(dtype)[:, max(at, 0) // dtype.itemsize :]
         for at, dtype in (
-            (form.at, value_dtypes.get(form.kind, torch.uint8)),
-            (form.scales_at, scale_dtype),
+            (form.at, form.dtype if is_float else torch.uint8),
+            (form.scales_at, torch.uint8),
             (form.bias_at, form.bias_dtype),
         )
     ]
@@ -253,8 +243,7 @@ def _parts(form: MatrixForm, pool: torch.Tensor) -> tuple[torch.Tensor | int, ..
 
 
 def _kind(form: MatrixForm) -> dict[str, int | bool]:
-    group = form.group or expert_form.MXFP4_GROUP
-    return {"KIND": form.kind, "TRANSPOSED": form.is_transposed, "GROUP": group, "HAS_BIAS": form.bias_at >= 0}
+    return {"KIND": form.kind, "TRANSPOSED": form.is_transposed, "HAS_BIAS": form.bias_at >= 0}
 
 
 def _columns(form: MatrixForm, is_dot: bool) -> int:

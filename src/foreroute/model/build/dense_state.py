@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import lru_cache
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
@@ -78,23 +78,20 @@ def dense_growth(
 
     `index`, `form`, `matrices`, `components`: as in `dense_state`.
     """
-    growth = -sum(index.tensors[name].nbytes for name in ignored if name in index.tensors and name not in components)
-    if form is None or form.coding.kind == MXFP4:
-        return growth
-    groups = [group for layer in table.layers for source in layer.sources for group in source.groups]
-    of_experts = {name for group in groups for name in group}
-    # Components that no matrix uses are never read.
-    growth -= sum(index.tensors[name].nbytes for name in components.difference(*matrices.values()))
-    for name, names in matrices.items():
-        if names[0] in of_experts:
-            continue
-        if name in ignored:
-            growth -= sum(index.tensors[one].nbytes for one in names)
-        else:
-            entries = [merged(index.tensors[one], 2) for one in names]
-            rows, cols = matrix_shape(form.coding_of(name), [entry.shape for entry in entries], names[0])
-            growth += 2 * rows * cols - sum(entry.nbytes for entry in entries)
-    return growth
+    unread = [name for name in ignored if name in index.tensors and name not in components]
+    dequantised = 0
+    if form is not None and form.coding.kind != MXFP4:
+        unread += components.difference(*matrices.values())  # no matrix uses them
+        groups = (group for layer in table.layers for source in layer.sources for group in source.groups)
+        of_experts = set(chain.from_iterable(groups))
+        for name, names in matrices.items():
+            if name in ignored:
+                unread += names
+            elif names[0] not in of_experts:
+                entries = [merged(index.tensors[one], 2) for one in names]
+                rows, cols = matrix_shape(form.coding_of(name), [entry.shape for entry in entries], names[0])
+                dequantised += 2 * rows * cols - sum(entry.nbytes for entry in entries)
+    return dequantised - sum(index.tensors[name].nbytes for name in unread)
 
 
 def quantised_matrices(

@@ -53,10 +53,10 @@ def map_sources(
         if target not in state:
             converted = [target] if pattern is None else by_pattern[pattern].target_patterns
             unplaced[stored_name] = tuple(target.replace(converted[0], one) for one in converted)
-        elif pattern is None and target not in shapes:
-            placed[stored_name] = target
-        if target in shapes:
+        elif target in shapes:
             groups.setdefault(target, {}).setdefault(pattern, []).append(stored_name)
+        elif pattern is None:
+            placed[stored_name] = target
     sources = {
         target: _source(*shapes[target], by_source, by_pattern.get(next(iter(by_source))))
         for target, by_source in groups.items()

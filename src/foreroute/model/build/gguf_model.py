@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from foreroute.checkpoint.gguf_families import dense_names, settings_of
-from foreroute.checkpoint.gguf_file import GgufIndex, gguf_package
+from foreroute.checkpoint.gguf_file import GgufIndex
 from foreroute.checkpoint.source_files import SourceFile
 from foreroute.errors import CheckpointError, named
+from foreroute.kernels.torch.gguf_blocks import dequantise_gguf
 from foreroute.model.build.config_sizes import check_sizes
 
 
@@ -36,7 +37,7 @@ def gguf_dense_nbytes(index: GgufIndex) -> int:
 
 
 class LazyGgufTensor:
-    """A dense tensor of the file, read and dequantised by the gguf package when it is indexed."""
+    """A dense tensor of the file, read and dequantised when it is indexed."""
 
     def __init__(self, index: GgufIndex, name: str, dtype: torch.dtype) -> None:
         self._index, self._name, self.dtype = index, name, dtype
@@ -46,17 +47,12 @@ class LazyGgufTensor:
         return True
 
     def __getitem__(self, at: Any) -> torch.Tensor:
-        import numpy
-
-        gguf, index, name = gguf_package(), self._index, self._name
-        entry, kind = index.tensors[name], gguf.GGMLQuantizationType[index.kinds[name]]
-        raw = numpy.empty(entry.nbytes, dtype=numpy.uint8)
+        index, name = self._index, self._name
+        entry, shape = index.tensors[name], index.shapes[name]
+        raw = torch.empty(math.prod(shape[:-1]), entry.nbytes // math.prod(shape[:-1]), dtype=torch.uint8)
         with SourceFile(entry.path, index.files.get(entry.path)) as file:
-            file.read_into(entry.offset, raw.data)
-        shape = index.shapes[name]
-        plain = {"F32": numpy.float32, "F16": numpy.float16}.get(kind.name)
-        numbers = raw.view(plain) if plain else gguf.quants.dequantize(raw.reshape(*shape[:-1], -1), kind)
-        return torch.from_numpy(numpy.array(numbers)).view(shape).to(self.dtype)[at]
+            file.read_into(entry.offset, raw.view(-1).numpy().data)
+        return dequantise_gguf(index.kinds[name], raw).view(shape).to(self.dtype)[at]
 
 
 def gguf_state(index: GgufIndex, dtype: torch.dtype) -> dict[str, LazyGgufTensor]:
