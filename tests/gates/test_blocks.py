@@ -16,8 +16,8 @@ from foreroute.batching.engine import BatchEngine
 from foreroute.batching.requests import Finished, NewToken, Request, Sampling
 from foreroute.batching.rows import RowsCache
 from foreroute.checkpoint.gguf_file import EXPERT_BLOCKS
-from foreroute.kernels.ggml import router
-from foreroute.kernels.ggml.attention import TokenAttention
+from foreroute.kernels.ggml import linear as ggml_linear
+from foreroute.kernels.ggml.decoder_layer import TokenAttention
 from foreroute.kernels.ggml.layer import GgmlLayer
 from foreroute.kernels.ggml.linear import BlockLinear
 from foreroute.model.text import load_tokenizer
@@ -176,7 +176,9 @@ def test_what_gives_a_row_other_bits_in_company(written: Any, load: Any, monkeyp
     alone = decoded_alone(model)
     assert first_difference(decoded_together(model), alone) == ""
     with monkeypatch.context() as patch:  # torch's product in routers
-        patch.setattr(router, "_product", lambda weight, x, bias=None: torch.nn.functional.linear(x, weight, bias))
+        patch.setattr(
+            ggml_linear, "_router_product", lambda weight, x, bias=None: torch.nn.functional.linear(x, weight, bias)
+        )
         assert first_difference(decoded_together(model), alone)
     with monkeypatch.context() as patch:  # torch's attention, over padded keys
         patch.setattr(TokenAttention, "MOST_TOKENS", 0)

@@ -3,8 +3,15 @@
 import pytest
 import torch
 
-from foreroute.kernels.ggml.attention import TokenAttention
-from foreroute.kernels.ggml.decoder_layer import AfterAttention, AfterGraph, BeforeAttention, BeforeGraph, Norm, Scratch
+from foreroute.kernels.ggml.decoder_layer import (
+    AfterAttention,
+    AfterGraph,
+    BeforeAttention,
+    BeforeGraph,
+    Buffers,
+    Norm,
+    TokenAttention,
+)
 from foreroute.kernels.ggml.graph import shared_runner
 from foreroute.kernels.ggml.linear import BlockMatrix
 from tests.kernels.ggml_matrices import error, random_blocks, random_rows
@@ -39,7 +46,7 @@ def test_before_attention(has_bias: bool, has_head_norm: bool, cosines: int) -> 
     head_norm = Norm(random_rows(QUERIES + SHARED, SIZE) + 1, 1e-6) if has_head_norm else None
     part = BeforeAttention(norm, tuple(one for one, _ in made), bias, heads, SIZE, head_norm)  # type: ignore[arg-type]
     x, (cosine, sine) = random_rows(ROWS, WIDTH), angles(cosines)
-    graph = BeforeGraph(shared_runner(2), part, ROWS, cosines, Scratch())
+    graph = BeforeGraph(shared_runner(2), part, ROWS, cosines, Buffers())
     found = graph.run(x, cosine, sine)
     product = normed(x, norm) @ torch.cat([numbers for _, numbers in made]).t()
     q, k, v = (product if bias is None else product + bias).view(ROWS, -1, SIZE).split(heads, dim=1)
@@ -54,7 +61,7 @@ def test_before_attention(has_bias: bool, has_head_norm: bool, cosines: int) -> 
     for ours, theirs in zip(found, (turned(q), turned(k), v), strict=True):
         assert ours.shape == (ROWS, theirs.shape[1], 1, SIZE)
         assert error(ours.reshape(ROWS, -1), theirs.reshape(ROWS, -1)) < MOST_ERROR
-    alone = BeforeGraph(shared_runner(2), part, 1, cosines, Scratch())
+    alone = BeforeGraph(shared_runner(2), part, 1, cosines, Buffers())
     for at in range(ROWS):
         row = slice(at, at + 1)
         for one, among in zip(alone.run(x[row], cosine[row], sine[row]), found, strict=True):

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from foreroute.kernels.ggml.attention import TokenAttention
-from foreroute.model import decode_attention
+from foreroute.kernels.ggml.decoder_layer import TokenAttention
+from foreroute.model.decode import attention as decode_attention
 from tests.formats.gguf_writer import Kind, Written, write_gguf
 
 ARCHITECTURES = ("qwen3moe", "gpt-oss")

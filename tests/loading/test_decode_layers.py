@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from foreroute.model import decode_layers
+from foreroute.model.decode import layers as decode_layers
 from foreroute.model.residual import ResidualTap
 from tests.formats.gguf_writer import Kind, Written, write_gguf
 from tests.loading.test_decode_attention import decoded

@@ -14,7 +14,7 @@ from transformers import AttentionInterface
 
 from foreroute.batching.row_layers import RowLayer
 from foreroute.loading.offloaded_model import OffloadedModel
-from foreroute.model.decode_attention import function_of
+from foreroute.model.decode.attention import function_of
 
 _NAME = "foreroute_rows"
 # Per thread the step that runs in it: transformers' interface has one function of a name for all models.

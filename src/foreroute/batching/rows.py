@@ -16,7 +16,7 @@ from foreroute.engine.moe_step import MoeStep
 from foreroute.errors import ChecksumError, ForerouteError, ReadError
 from foreroute.loading.offloaded_model import OffloadedModel
 from foreroute.model.caches import cache_argument, cache_of, can_be_continued, is_ordinary, last_logits_only, new_cache
-from foreroute.model.decode_attention import attends_by_interface
+from foreroute.model.decode.attention import attends_by_interface
 
 # An expert cannot be read: errors of the rows that demand it alone.
 UNREADABLE = (ReadError, ChecksumError)

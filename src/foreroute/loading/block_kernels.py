@@ -18,8 +18,7 @@ from foreroute.kernels.ggml.graph import Runner, shared_runner
 from foreroute.kernels.ggml.known_answers import check_types
 from foreroute.kernels.ggml.layer import GgmlLayer
 from foreroute.kernels.ggml.library import GgmlError, open_library
-from foreroute.kernels.ggml.linear import BlockProducts
-from foreroute.kernels.ggml.router import keep_router_alike
+from foreroute.kernels.ggml.linear import BlockProducts, keep_router_alike
 from foreroute.kernels.ggml.types import BlockType
 from foreroute.loading.checkpoint import Checkpoint
 from foreroute.model.blocks import MoeLayer
@@ -34,9 +33,9 @@ from foreroute.model.build.dense_blocks import (
     quantised_nbytes,
 )
 from foreroute.model.build.skeleton import Outline
-from foreroute.model.decode_attention import group_heads
-from foreroute.model.decode_layers import fuse_layers, fuse_routers
-from foreroute.model.norms import fuse_norms
+from foreroute.model.decode.attention import group_heads
+from foreroute.model.decode.layers import fuse_layers, fuse_routers
+from foreroute.model.decode.norms import fuse_norms
 
 # torch's threads while a token is decoded: its products are ggml's then, whose threads poll for the next graph, and two
 # pools that spin on the same cores stop each other (docs/LOG.md).

@@ -14,7 +14,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
-from foreroute.kernels.ggml.attention import TokenAttention
+from foreroute.kernels.ggml.decoder_layer import TokenAttention
 from foreroute.kernels.ggml.graph import Runner
 
 # transformers' names of the functions that this replaces -> ours.

@@ -15,11 +15,10 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from foreroute.kernels.ggml.decoder_layer import AfterAttention, AfterGraph, BeforeAttention, BeforeGraph, Norm, Scratch
-from foreroute.kernels.ggml.linear import BlockLinear, BlockProducts
-from foreroute.kernels.ggml.router import RouterWeight
-from foreroute.model.decode_attention import attends_by_interface, function_of
-from foreroute.model.norms import fused_norm
+from foreroute.kernels.ggml.decoder_layer import AfterAttention, AfterGraph, BeforeAttention, BeforeGraph, Buffers, Norm
+from foreroute.kernels.ggml.linear import BlockLinear, BlockProducts, RouterWeight
+from foreroute.model.decode.attention import attends_by_interface, function_of
+from foreroute.model.decode.norms import fused_norm
 
 # Products of blocks round their inputs to 8 bits: what differs in the last bit before may differ by this after.
 _MOST_DIFFERENCE = 5e-3
@@ -71,7 +70,7 @@ class _Shared:
     """What the fused layers of a model have in common: products, memory, and the angles of the current step."""
 
     def __init__(self, products: BlockProducts) -> None:
-        self.products, self.scratch = products, Scratch()
+        self.products, self.buffers = products, Buffers()
         self._given: Any = None
         self._angles: tuple[torch.Tensor, torch.Tensor] | None = None
 
@@ -152,7 +151,7 @@ class _FusedLayer:
             if self._router is not None:
                 after = replace(after, router=self._router.matrix)
             graphs = (
-                BeforeGraph(runner, self._before, num_rows, cosines, self._shared.scratch),
+                BeforeGraph(runner, self._before, num_rows, cosines, self._shared.buffers),
                 AfterGraph(runner, after, num_rows),
             )
             self._graphs[num_rows, cosines] = graphs
