@@ -15,6 +15,7 @@ from foreroute.checkpoint.codecs import orders_of
 from foreroute.checkpoint.layouts import ExpertTable
 from foreroute.checkpoint.quantised_layout import in_blocks
 from foreroute.checkpoint.records import PackedStore
+from foreroute.cli.main import main
 from foreroute.errors import DeviceError, StoreError
 from foreroute.kernels.ggml import bf16
 from foreroute.kernels.ggml.interleaved import orders, plain_rows
@@ -166,9 +167,10 @@ def forms_of(model: Any) -> list[Any]:
 def test_a_token_among_eight_has_the_bits_that_it_has_alone(name: str, sources: Any, stores: Any, load: Any) -> None:
     packed = str(stores(name, True))
     alone = decoded_alone(load(sources(name), "100%", prefetch="none", packed=packed))
-    model = load(sources(name), "25%", packed=packed)
-    assert first_difference(decoded_together(model), alone) == ""
-    assert model.foreroute.stats().evictions > 0
+    for memory in ("15%", "25%", "50%", "100%"):
+        model = load(sources(name), memory, packed=packed)
+        assert first_difference(decoded_together(model), alone) == "", memory
+        assert (model.foreroute.stats().evictions > 0) == (memory != "100%")
 
 
 @pytest.mark.parametrize("name", MADE)
@@ -252,3 +254,42 @@ class TestRefused:
         store = PackedStore(stores("Q4_0", True), expert_table(sources("Q4_0")))
         with pytest.raises(DeviceError, match=r"--layout plain --force"):
             check_store(store, "stored")
+
+
+@pytest.mark.parametrize("name", ["Q4_K", "hub"])
+@pytest.mark.parametrize("kind", ["resident", "on-demand"])
+def test_verify(name: str, kind: str, sources: Any, stores: Any, capfd: Any) -> None:
+    code, said = verified(sources(name), stores(name, True), capfd, "--reference", kind)
+    assert code == 0, said
+    answer = json.loads(said)
+    assert (answer["same"], answer["plan"]["layout"]) == (True, "interleaved")
+    assert 0 < answer["beside_torch"]["median_kl"] < 0.02
+
+
+def test_verify_finds_a_store_of_other_bytes(sources: Any, stores: Any, tmp_path: Path, capfd: Any) -> None:
+    """A record whose checksum is right, and whose blocks are not the checkpoint's."""
+    store = tmp_path / "store"
+    store.write_bytes(stores("Q4_0", True).read_bytes())
+    found = PackedStore(store, expert_table(sources("Q4_0")))
+    reads, keys = found.reads_of(found.table), found.table.keys.all()
+    with open(store, "r+b") as file:
+        for record, key in enumerate(keys):
+            (read,) = reads(key)
+            file.seek(read.offset)
+            raw = bytearray(file.read(read.nbytes))
+            raw[200] ^= 1
+            file.seek(read.offset)
+            file.write(raw)
+            file.seek(found._geometry.table_start + 8 * record)
+            file.write(struct.pack("<Q", xxhash.xxh3_64_intdigest(raw)))
+    code, said = verified(sources("Q4_0"), store, capfd)
+    assert code == 2
+    assert "holds other bytes of expert" in " ".join(said.split())
+
+
+def verified(source: Path, store: Path, capfd: Any, *flags: str) -> tuple[int, str]:
+    threads = torch.get_num_threads()
+    code = main(["verify", str(source), "--packed", str(store), "--tokens", "6", "--threads", "1", "--json", *flags])
+    torch.set_num_threads(threads)
+    out, err = capfd.readouterr()
+    return code, out + err

@@ -146,6 +146,7 @@ def record_reference(
     plan: Plan,
     exercises: Sequence[Exercise],
     progress: Progress,
+    packed: str = "no",
 ) -> Reference:
     """Load the reference from `folder`, let it continue each of `exercises` greedily, and free it.
 
@@ -153,17 +154,52 @@ def record_reference(
     files as transformers chooses them, from a folder without any others, so that a different choice of ours shows. So
     does the resident model that has ggml's kernels.
 
+    Products of rows that lie side by side have other last bits than those of the checkpoint's rows. Where a store has
+    such rows, the steps are those of a second model, which reads that store, and the bytes of its experts are compared
+    with the first one's.
+
     Args:
         sketch: the model's outline. dtype: compute dtype. progress: (done, all).
         plan: of the model that is verified: its budget is that of on-demand loading, its kernels are the reference's.
+        packed: as in that model's configuration.
     Raises:
-        ForerouteError: its logits are NaN, so that a comparison would mean nothing.
+        ForerouteError: its logits are NaN, so that a comparison would mean nothing; or a store's rows that lie side by
+            side are not the checkpoint's.
     """
     try:
         with _reference_model(kind, folder, sketch, dtype, plan) as model:
-            return _recorded(kind, model, sketch, exercises, progress)
+            reference = _recorded(kind, model, sketch, exercises, progress)
+        if plan.math != GGML or plan.layout == "plain":
+            return reference
+        gc.collect()
+        model = load(folder, *_asked(kind, plan, dtype), config=_config(kind, plan, packed))
+        try:
+            stored = _recorded(kind, model, sketch, exercises, progress)
+        finally:
+            model.foreroute.close()
+        _check_bytes(stored.experts, reference.experts)
+        return replace(stored, experts=reference.experts)
     finally:
         gc.collect()
+
+
+def _check_bytes(stored: Mapping[tuple[str, int], bytes], expected: Mapping[tuple[str, int], bytes]) -> None:
+    for (name, expert), bits in stored.items():
+        if expected.get((name, expert), bits) != bits:
+            raise ForerouteError(
+                f"The packed store holds other bytes of expert {expert} of {name} than the checkpoint. Pack again "
+                "(`foreroute pack --force`), or verify with --packed no."
+            )
+
+
+def _asked(kind: str, plan: Plan, dtype: str) -> tuple[int | str, str]:
+    """Budget and compute dtype of a reference of ours."""
+    return "100%" if kind == RESIDENT else plan.memory_bytes, dtype
+
+
+def _config(kind: str, plan: Plan, packed: str) -> EngineConfig:
+    math_asked = GGML if plan.math == GGML else "torch"
+    return replace(_PLAIN_LOADING, cache=kind == RESIDENT, math=math_asked, packed=packed)
 
 
 @contextlib.contextmanager
@@ -171,8 +207,7 @@ def _reference_model(kind: str, folder: Path, sketch: Outline, dtype: str, plan:
     if kind == RESIDENT and plan.math != GGML:
         yield _load_resident(folder, sketch, dtype)
         return
-    config = replace(_PLAIN_LOADING, cache=kind == RESIDENT, math=GGML if plan.math == GGML else "torch")
-    with _opened(folder, sketch, "100%" if kind == RESIDENT else plan.memory_bytes, dtype, config) as model:
+    with _opened(folder, sketch, *_asked(kind, plan, dtype), _config(kind, plan, "no")) as model:
         yield model
 
 

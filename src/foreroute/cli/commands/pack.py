@@ -204,6 +204,7 @@ def _is_ours(args: argparse.Namespace, path: Path, table: "ExpertTable", orders:
         StoreError: the file is something else, and is not overwritten unless asked.
     """
     from foreroute.checkpoint.records import PackedStore
+    from foreroute.kernels.ggml.interleaved import check_orders
 
     if not path.exists():
         return False
@@ -211,10 +212,12 @@ def _is_ours(args: argparse.Namespace, path: Path, table: "ExpertTable", orders:
         found, codec = PackedStore(path, table), args.quant or STORED
         if found.codec != codec:
             raise StoreError(f"{path} holds {found.codec} experts, not {codec}.")
-        if orders_of(found.table) not in ([orders, {}] if args.layout == "auto" else [orders]):
+        if args.layout != "auto" and orders_of(found.table) != orders:
             raise StoreError(f"{path} has experts in another layout than --layout {args.layout} has on this machine.")
     except StoreError as error:
         raise StoreError(f"{error} --force packs over it.") from error
+    if args.layout == "auto":
+        check_orders(found.table, path)
     return True
 
 

@@ -181,7 +181,7 @@ def _verify(args: argparse.Namespace, config: EngineConfig, folder: Path, texts:
         kind = choose_reference(args.reference, index, sketch, args.dtype, plan)
     what = "the resident model" if kind == RESIDENT else "on-demand loading"
     with figures.counting_bar(what, sum(exercise.num_steps for exercise in exercises), "tokens", args.json) as show:
-        reference = record_reference(kind, folder, sketch, args.dtype, plan, exercises, show)
+        reference = record_reference(kind, folder, sketch, args.dtype, plan, exercises, show, config.packed)
     with figures.busy("Loading the model", args.json):
         model = foreroute.load(folder, plan.memory_bytes, args.dtype, config=config)
     try:
