@@ -283,8 +283,11 @@ def test_verify_finds_a_store_of_other_bytes(sources: Any, stores: Any, tmp_path
             file.seek(found._geometry.table_start + 8 * record)
             file.write(struct.pack("<Q", xxhash.xxh3_64_intdigest(raw)))
     code, said = verified(sources("Q4_0"), store, capfd)
-    assert code == 2
-    assert "holds other bytes of expert" in " ".join(said.split())
+    assert code == 1
+    answer = json.loads(said)
+    assert not answer["same"]
+    assert answer["first_difference"]["part"] == "experts"
+    assert "its slot holds other bytes than the checkpoint" in answer["first_difference"]["reasons"][0]
 
 
 def verified(source: Path, store: Path, capfd: Any, *flags: str) -> tuple[int, str]:

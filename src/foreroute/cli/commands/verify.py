@@ -59,7 +59,10 @@ the reference:
               numbers
 Where ggml's kernels multiply, some steps are compared with torch's math too:
 its bits differ, as ggml rounds activations inside a product, but the
-distributions of the next token must be near (--beside-torch).
+distributions of the next token must be near (--beside-torch). Of a packed
+store with eight rows side by side, whose products have other last bits, the
+reference is a model of that store, and every expert's bytes are compared with
+the checkpoint's.
 A difference is named: prompt, step, MoE layer; then the expert whose slot held
 other bytes than the checkpoint, or the dense tensor that has other values.
 
