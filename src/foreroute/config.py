@@ -184,7 +184,8 @@ class Plan:
     are read from. host_records: experts in host memory behind the slots; 0: only the disk is behind them. Memory is
     reserved for kv_tokens of KV cache; kv_bytes_per_token is None where it was not measured. math is "ggml", torch's
     ("own"), or the "family"'s own forward; math_note: why not ggml's, where it might be. threads are torch's, of which
-    usable_cpus can run at once (a container may limit them).
+    usable_cpus can run at once (a container may limit them). layout: "interleaved" where a packed store has eight rows
+    of its matrices side by side.
     """
 
     folder: str
@@ -218,6 +219,7 @@ class Plan:
     threads: int = 1
     usable_cpus: int = 1
     math_note: str = ""
+    layout: str = "plain"
 
     @property
     def token_demand_bytes(self) -> int:

@@ -5,8 +5,12 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
+
 from foreroute.checkpoint import records
 from foreroute.checkpoint.records import STORE_NAME, claim_store, partial_path, store_name
+from foreroute.cli.commands import pack
+from foreroute.kernels.ggml.interleaved import orders
 from tests.cli.harness import NUM_EXPERTS, NUM_LAYERS
 
 SIZE = f"{NUM_LAYERS * NUM_EXPERTS} experts"
@@ -39,6 +43,7 @@ def test_a_complete_store_is_left_alone(run, copied: Path) -> None:
         "store_bytes": (copied / STORE_NAME).stat().st_size,
         "experts": NUM_LAYERS * NUM_EXPERTS,
         "codec": "stored",
+        "layout": "plain",
         "existed": False,
         "found_automatically": True,
         "layer_errors": None,
@@ -190,3 +195,49 @@ def test_nothing_to_do_needs_no_right_to_write(run, copied: Path, monkeypatch) -
     run("pack", copied)
     monkeypatch.setattr(records, "claim_store", interrupted)
     assert "nothing to do" in run("pack", copied).out
+
+
+def test_a_layout_is_chosen_once(run, copied: Path) -> None:
+    """Another one than was asked for is not taken for it; "auto" takes whatever this machine reads."""
+    quant = ("--quant", "q4_0", "--threads", "1")
+    if "Q4_0" not in orders():
+        pytest.skip("ggml has no other layout of Q4_0 on this CPU")
+    assert run("pack", copied, *quant, "--layout", "plain", "--json").json["layout"] == "plain"
+    assert run("pack", copied, *quant, "--json").json["existed"]
+    refused = run("pack", copied, *quant, "--layout", "interleaved")
+    assert refused.code == 2
+    assert "another layout than --layout interleaved" in refused.err
+    assert "--force packs over it" in refused.err
+    made = run("pack", copied, *quant, "--layout", "interleaved", "--force")
+    assert "eight rows of Q4_0 side by side" in " ".join(made.out.split())
+    assert run("pack", copied, *quant, "--layout", "plain").code == 2
+    again = run("pack", copied, *quant, "--json").json
+    assert (again["existed"], again["layout"]) == (True, "interleaved")
+    plan = run("plan", copied, "--packed", "q4_0", "--threads", "1")
+    assert "packed store, eight rows side by side" in " ".join(plan.out.split())
+
+
+def test_a_layout_that_no_matrix_can_have(run, copied: Path) -> None:
+    for quant in ((), ("--quant", "q8_0")):
+        ran = run("pack", copied, *quant, "--layout", "interleaved")
+        assert ran.code == 2
+        assert "no matrix of the experts is such a one. Leave --layout out" in " ".join(ran.err.split())
+    assert not list(copied.glob("*.foreroute*"))
+
+
+@pytest.mark.parametrize("auto", ["plain", "interleaved"])
+def test_the_default_layout(run, copied: Path, monkeypatch, auto: str) -> None:
+    monkeypatch.setattr(pack, "AUTO_LAYOUT", auto)
+    expected = auto if "Q4_0" in orders() else "plain"
+    assert run("pack", copied, "--quant", "q4_0", "--threads", "1", "--json").json["layout"] == expected
+
+
+def test_a_store_of_another_machine(run, copied: Path, monkeypatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("foreroute.kernels.ggml.interleaved.orders", lambda: {"Q4_0": "another"})
+        if "Q4_0" not in orders():
+            pytest.skip("nothing is converted on this CPU")
+        run("pack", copied, "--quant", "q4_0", "--layout", "interleaved", "--threads", "1")
+    ran = run("pack", copied, "--quant", "q4_0", "--threads", "1")
+    assert ran.code == 2
+    assert "another CPU or build of ggml" in " ".join(ran.err.split())

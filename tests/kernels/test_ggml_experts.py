@@ -11,6 +11,7 @@ import torch
 from foreroute.kernels.ggml.experts import ExpertGraphs, HostSlots
 from foreroute.kernels.ggml.form import BlockForm, Gating, SlotMatrix
 from foreroute.kernels.ggml.graph import shared_runner
+from foreroute.kernels.ggml.interleaved import interleaver, orders
 from foreroute.kernels.ggml.layer import GgmlLayer
 from foreroute.types import SlotClass
 from tests.kernels.ggml_matrices import error, random_blocks, random_rows, types
@@ -66,7 +67,14 @@ class Layer:
 
 
 @lru_cache(maxsize=64)
-def layer_of(name: str, down_name: str | None = None, gating: str = "swiglu", biased: bool = False) -> Layer:
+def layer_of(
+    name: str,
+    down_name: str | None = None,
+    gating: str = "swiglu",
+    biased: bool = False,
+    interleaved: tuple[str, ...] = (),
+) -> Layer:
+    """Its experts' matrices have eight rows side by side where their type is one of `interleaved`."""
     down_name = down_name or name
     shapes = ((name, INNER, HIDDEN), (name, INNER, HIDDEN), (down_name, HIDDEN, INNER))
     parts = [
@@ -86,13 +94,17 @@ def layer_of(name: str, down_name: str | None = None, gating: str = "swiglu", bi
         biases.append(bias)
         start = slot_of[expert] * slot_bytes
         for part, offset in zip(matrices, offsets, strict=False):
-            array[start + offset : start + offset + part.blocks.nbytes] = part.blocks.ravel()
+            blocks = part.blocks
+            if part.kind.name in interleaved:
+                blocks = interleaver(part.kind.name, part.columns).convert(blocks)
+            array[start + offset : start + offset + blocks.nbytes] = blocks.ravel()
         array[start + offsets[3] : start + offsets[3] + bias.nbytes] = bias.view(np.uint8)
     first = tuple(
-        SlotMatrix(part.kind, INNER, HIDDEN, offset, part.blocks.shape[1])
+        SlotMatrix(part.kind, INNER, HIDDEN, offset, part.blocks.shape[1], part.kind.name in interleaved)
         for part, offset in zip(parts[0][:2], offsets, strict=False)
     )
-    down = SlotMatrix(parts[0][2].kind, HIDDEN, INNER, offsets[2], parts[0][2].blocks.shape[1])
+    kind, row_bytes = parts[0][2].kind, parts[0][2].blocks.shape[1]
+    down = SlotMatrix(kind, HIDDEN, INNER, offsets[2], row_bytes, kind.name in interleaved)
     start = offsets[3]
     form = BlockForm(
         first,
@@ -129,6 +141,38 @@ def test_a_layer_in_every_type(name: str) -> None:
 def test_a_row_has_the_same_bits_whatever_shares_its_step(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("foreroute.kernels.ggml.experts.rows_in_bf16", lambda kind: float("inf"))
     layer, (hidden, routed, gates) = layer_of.__wrapped__(name), step()
+    check_rows_keep_their_bits(layer, hidden, routed, gates)
+
+
+@pytest.mark.parametrize("name", orders())
+@pytest.mark.parametrize("tokens", [1, 6, 40])
+def test_rows_side_by_side_keep_a_row_s_bits(name: str, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An expert has up to some dozen rows: ggml's product of one tensor would take another way from four rows on."""
+    monkeypatch.setattr("foreroute.kernels.ggml.experts.rows_in_bf16", lambda kind: float("inf"))
+    layer, (hidden, routed, gates) = layer_of.__wrapped__(name, interleaved=(name,)), step(tokens)
+    check_rows_keep_their_bits(layer, hidden, routed, gates)
+    assert error(layer.compute(hidden, routed, gates), layer.expected(hidden, routed, gates)) < MOST_ERROR
+
+
+@pytest.mark.parametrize("name", orders())
+def test_rows_side_by_side_are_read_and_streamed_as_rows(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bytes that `verify` hashes, and bf16's products, are those of rows one after the other."""
+    monkeypatch.setattr("foreroute.kernels.ggml.experts.rows_in_bf16", lambda kind: 2)
+    hidden, routed, gates = step(40)
+    keys, ids = [*range(EXPERTS)], torch.tensor(routed)
+    found = []
+    for interleaved in ((), (name,)):
+        layer = layer_of.__wrapped__(name, "Q6_K", biased=True, interleaved=interleaved)
+        stored = [part for expert in keys for part in layer.kernels.stored(layer.slot(expert))]
+        streamed = layer.kernels.stream(_Streamed(layer), keys, hidden, ids, gates)
+        found.append((streamed, torch.cat([part.flatten() for part in stored])))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+
+
+def check_rows_keep_their_bits(
+    layer: Layer, hidden: torch.Tensor, routed: list[list[int]], gates: torch.Tensor
+) -> None:
     together = layer.compute(hidden, routed, gates)
     for token, row in enumerate(routed):
         one = slice(token, token + 1)

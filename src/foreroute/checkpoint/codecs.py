@@ -1,11 +1,12 @@
-"""Codecs of packed stores: experts as they are, or quantised to GGUF's blocks. Sizes and shapes only; ggml quantises.
+"""Codecs and layouts of packed stores: experts as they are, or quantised to GGUF's blocks. Sizes and shapes only.
 
 A quantised matrix is stored as rows of blocks, [out, in] in every family, gate and up one after the other; biases are
-stored as float32. Such a store is the same bytes on every machine.
+stored as float32. Such a store is the same bytes on every machine, unless eight rows of a matrix lie side by side, in
+the order of one build of ggml.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from foreroute.checkpoint.gguf_file import EXPERT_BLOCKS
@@ -25,6 +26,8 @@ EARLIER: Mapping[str, tuple[str, ...]] = {
     "int8": ("q8_0",), "int4": ("q4_k", "q4_1"), "int4-g128": ("q4_k", "q4_1"), "mixed": ("q4_k", "q4_1"),
 }  # fmt: skip
 _DOWN, _GATE_UP = "down_proj", "gate_up_proj"
+# Rows that lie side by side, in every build's orders.
+ROWS_TOGETHER = 8
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,9 @@ def describe(layer: LayerExperts) -> dict[str, Any]:
         "num_experts": layer.num_experts,
         "parts": [{**asdict(part), "shape": list(part.shape)} for part in layer.layout.parts],
     }
+    for matrix in _stored_matrices(layer):
+        if matrix.coding.order:
+            found["parts"][matrix.at[0]]["order"] = matrix.coding.order
     if layer.parts and not layer.sources:  # of a codec, not of a published format
         found["tensors"] = [
             {
@@ -126,6 +132,62 @@ def _encoded(layer: LayerExperts, codec: Codec, at: int, num_layers: int) -> Lay
     return LayerExperts(
         layer.name, layer.num_experts, ExpertLayout(tuple(stored)), (), tuple(parts), codec.name, form=form
     )
+
+
+def orders_of(table: ExpertTable) -> dict[str, str]:
+    """Types of blocks that have eight rows side by side in `table`, and the order of their bits."""
+    codings = {matrix.coding for layer in table.layers for matrix in _stored_matrices(layer)}
+    return {coding.block_type: coding.order for coding in codings if coding.order}
+
+
+def interleaved(table: ExpertTable, orders: Mapping[str, str]) -> ExpertTable:
+    """Lay out the experts of `table` with eight rows of a matrix side by side where `orders` (by type) has its type.
+
+    Gate and up whose rows alternate are taken apart for it. Matrices whose rows are no whole eights, or not known to be
+    gate and up, stay as they are.
+    """
+    layers = tuple(_interleaved(layer, orders) for layer in table.layers)
+    return table if layers == table.layers else replace(table, layers=layers, _reads={})
+
+
+def _interleaved(layer: LayerExperts, orders: Mapping[str, str]) -> LayerExperts:
+    stored: list[Part] = []
+
+    def place(part: Part, suffix: str = "", count: int = 1) -> int:
+        offset = round_up(stored[-1].offset + stored[-1].nbytes, PART_ALIGNMENT) if stored else 0
+        shape = (part.shape[0] // count, *part.shape[1:])
+        stored.append(Part(part.name + suffix, offset, part.nbytes // count, shape, part.dtype))
+        return len(stored) - 1
+
+    parts = []
+    for part in layer.parts:
+        matrices: list[StoredMatrix] = []
+        for matrix in part.matrices:
+            order = orders.get(matrix.coding.block_type, "")
+            pieces = _pieces(part, matrix, layer.form) if order else 0
+            coding = replace(matrix.coding, order=order) if pieces else matrix.coding
+            for which in range(pieces or 1):
+                suffix = f".{which}" if pieces > 1 else ""
+                at = tuple(place(layer.layout.parts[one], suffix, pieces or 1) for one in matrix.at)
+                matrices.append(replace(matrix, coding=coding, at=at, rows=matrix.rows // (pieces or 1)))
+        at_itself = -1 if part.matrices else place(layer.layout.parts[part.at])
+        is_interleaved = part.is_interleaved or len(matrices) > len(part.matrices)
+        parts.append(replace(part, at=at_itself, matrices=tuple(matrices), is_interleaved=is_interleaved))
+    return replace(layer, layout=ExpertLayout(tuple(stored)), parts=tuple(parts)) if layer.parts else layer
+
+
+def _pieces(part: StoredPart, matrix: StoredMatrix, form: FamilyForm) -> int:
+    """Into how many matrices one is taken apart for eight rows side by side; 0 where it must stay."""
+    if len(part.matrices) > 1 or not part.name.startswith(_GATE_UP):
+        return int(matrix.rows % ROWS_TOGETHER == 0)
+    # Gate and up, each of which has to be whole eights.
+    if not form.gates or matrix.rows % (2 * ROWS_TOGETHER):
+        return 0
+    return 2 if form.gates == "alternating" else 1
+
+
+def _stored_matrices(layer: LayerExperts) -> list[StoredMatrix]:
+    return [matrix for part in layer.parts for matrix in part.matrices]
 
 
 def _rows_and_columns(part: Part, form: FamilyForm) -> tuple[int, int]:

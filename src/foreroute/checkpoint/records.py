@@ -20,7 +20,7 @@ from typing import Any
 
 import xxhash
 
-from foreroute.checkpoint.codecs import CODECS, EARLIER, STORED, describe, encoded_table
+from foreroute.checkpoint.codecs import CODECS, EARLIER, STORED, describe, encoded_table, interleaved, orders_of
 from foreroute.checkpoint.layouts import ExpertTable
 from foreroute.checkpoint.quantised_layout import in_blocks
 from foreroute.checkpoint.source_files import FileStamp
@@ -49,6 +49,8 @@ def _header(table: ExpertTable, codec: str) -> bytes:
         "record_stride": table.slot_bytes,
         "layers": [describe(layer) for layer in table.layers],
     }
+    if orders := orders_of(table):
+        described["orders"] = orders
     return json.dumps(described, sort_keys=True).encode()
 
 
@@ -110,11 +112,13 @@ class PackedStore:
         described = _described(self.path, stored)
         self.codec: str = described["codec"]
         _check_codec(self.path, self.codec)
+        orders = described["orders"]
         if self.codec == STORED:  # `pack` lays MXFP4 out in blocks; earlier versions did not
-            others = (one for one in (in_blocks(table),) if _header(one, STORED) == stored)
+            table = interleaved(table, orders)
+            others = (one for one in (interleaved(in_blocks(table), orders),) if _header(one, STORED) == stored)
             table = next(others, table)
         else:
-            table = encoded_table(table, CODECS[self.codec])
+            table = interleaved(encoded_table(table, CODECS[self.codec]), orders)
         header = _header(table, self.codec)
         _check_same_model(self.path, stored, header)
         self.table = table
@@ -346,10 +350,14 @@ def _read_header(path: Path, preamble: bytes, read: Callable[[int], bytes]) -> b
 
 
 def _described(path: Path, stored: bytes) -> dict[str, Any]:
-    """Parse a header; its codec exists and has its type."""
-    described = {"codec": STORED, **parse_object(stored, f"{path} has a damaged header", StoreError, _PACK_AGAIN)}
-    if not isinstance(described["codec"], str):
-        raise StoreError(f"{path} has a damaged header (codec is {described['codec']!r:.40}). {_PACK_AGAIN}")
+    """Parse a header; its codec and its orders are there and have their types."""
+    parsed = parse_object(stored, f"{path} has a damaged header", StoreError, _PACK_AGAIN)
+    described = {"codec": STORED, "orders": {}, **parsed}
+    orders = described["orders"]
+    has_orders = isinstance(orders, dict) and all(isinstance(order, str) for order in orders.values())
+    for name, is_right in (("codec", isinstance(described["codec"], str)), ("orders", has_orders)):
+        if not is_right:
+            raise StoreError(f"{path} has a damaged header ({name} is {described[name]!r:.40}). {_PACK_AGAIN}")
     return described
 
 

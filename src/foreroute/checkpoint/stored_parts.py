@@ -34,11 +34,19 @@ class Coding:
     kind: a name that kernels/torch/dequantise.py knows.
     block: rows and columns that share a scale; 0 for all of them.
     is_zero_shifted: zero points are stored one too small (GPTQ's first format).
+    order: of blocks with eight rows side by side, the order of their bits (kernels/ggml/interleaved.py); "" for rows
+        one after the other.
     """
 
     kind: str
     block: tuple[int, int] = (0, 0)
     is_zero_shifted: bool = False
+    order: str = ""
+
+    @property
+    def block_type(self) -> str:
+        """ggml's name of the blocks; "" for other codings."""
+        return "MXFP4" if self.kind == MXFP4_IN_BLOCKS else self.kind.partition(GGUF_PREFIX)[2]
 
 
 @dataclass(frozen=True, slots=True)

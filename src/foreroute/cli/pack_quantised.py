@@ -69,7 +69,7 @@ def choose_codec(args: argparse.Namespace, sketch: "Outline") -> None:
 def refuse_misfits(args: argparse.Namespace) -> None:
     """Raise StoreError for flags that do not go together."""
     if args.text and args.quant is None:
-        raise StoreError("Without --quant the output stays the same to the bit: --text has nothing to price.")
+        raise StoreError("Without --quant the weights stay the same to the bit: --text has nothing to price.")
 
 
 @dataclass

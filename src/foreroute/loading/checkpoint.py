@@ -13,6 +13,7 @@ from foreroute.checkpoint.layouts import ExpertTable
 from foreroute.checkpoint.locate import locate, read_index
 from foreroute.checkpoint.quantised_layout import in_blocks
 from foreroute.checkpoint.records import PackedStore, open_store
+from foreroute.kernels.ggml.interleaved import check_orders
 from foreroute.kernels.ggml.library import Library
 from foreroute.loading.expert_math import forms_of_layers, math_of_layers
 from foreroute.model.blocks import probe
@@ -66,7 +67,10 @@ def open_checkpoint(
     folder = locate(path_or_hub_id, revision=revision, access=access)
     index = read_index(folder)
     sketch = outline(folder, index)
-    return Checkpoint(folder, index, sketch, open_store(folder, packed, sketch.table), sketch.table)
+    store = open_store(folder, packed, sketch.table)
+    if store is not None:
+        check_orders(store.table, store.path)
+    return Checkpoint(folder, index, sketch, store, sketch.table)
 
 
 def find_experts(model: PreTrainedModel, checkpoint: Checkpoint, library: Library | None = None) -> ExpertSet:

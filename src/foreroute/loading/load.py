@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from foreroute.checkpoint.codecs import orders_of
 from foreroute.config import EngineConfig, Plan
 from foreroute.engine.moe_step import MoeStep
 from foreroute.engine.step_trace import StepTrace, header_of
@@ -170,4 +171,5 @@ def _plan(
         kv_bytes_per_token=memory.kv_bytes_per_token,
         threads=torch.get_num_threads(),
         usable_cpus=usable_cpus(),
+        layout="interleaved" if orders_of(table) else "plain",
     )

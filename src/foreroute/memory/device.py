@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from foreroute.checkpoint.codecs import orders_of
 from foreroute.checkpoint.layouts import ExpertTable
 from foreroute.checkpoint.records import PackedStore
 from foreroute.config import EngineConfig
@@ -31,8 +32,13 @@ def check_store(store: PackedStore | None, stored: str) -> None:
     """Check that the experts of `store` are in the codec `stored`, which a device can compute.
 
     Raises:
-        DeviceError: they are quantised for the CPU.
+        DeviceError: they are quantised for the CPU, or laid out for its kernels.
     """
+    if store is not None and orders_of(store.table):
+        raise DeviceError(
+            f"{store.path} has eight rows of a matrix side by side, for kernels of the CPU. Pack the model again with "
+            "`foreroute pack --layout plain --force`, or use --packed no."
+        )
     if store is not None and store.codec != stored:
         raise DeviceError(
             f"{store.codec} stores are computed by kernels of the CPU and are not supported yet with experts on a GPU. "

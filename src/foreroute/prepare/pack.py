@@ -1,16 +1,19 @@
 """Write a packed store: read every expert once, a few at a time, and write it in its slot's layout."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
-from foreroute.checkpoint.codecs import STORED
-from foreroute.checkpoint.layouts import ExpertTable
+from foreroute.checkpoint.codecs import STORED, interleaved
+from foreroute.checkpoint.layouts import ExpertTable, Part
 from foreroute.checkpoint.records import StoreWriter
 from foreroute.errors import ChangedFileError
+from foreroute.kernels.ggml.interleaved import interleaver
 from foreroute.prepare.quantise import Quantiser
 from foreroute.transfer.disk import DiskTransfer
 from foreroute.transfer.memory import allocate_slots
@@ -21,6 +24,7 @@ from foreroute.writing import Claim
 _RING_SLOTS = 4
 # (expert key, its bytes as stored) -> its record, in the making.
 Encode = Callable[[int, memoryview], "Future[memoryview]"]
+_NO_ORDERS: Mapping[str, str] = {}
 
 
 def pack(
@@ -31,6 +35,7 @@ def pack(
     resume: bool = True,
     keep_partial: bool = False,
     quantiser: Quantiser | None = None,
+    orders: Mapping[str, str] = _NO_ORDERS,
     claim: Claim | None = None,
 ) -> int:
     """Write the experts of `table` to a store at `path`, encoded by `quantiser` if given; return its size in bytes.
@@ -38,6 +43,7 @@ def pack(
     A partial file left by a crash is continued if `resume`; an interrupt removes it unless `keep_partial`.
 
     Args:
+        orders: by type of blocks, this machine's order of eight rows side by side, for matrices that are to have it.
         progress: called with (experts done, all). claim: of `claim_store`, if the caller has one; released at the end.
     Raises:
         StoreError: the disk is full or cannot be written, or another process is writing this store.
@@ -45,10 +51,11 @@ def pack(
         ChangedFileError: the checkpoint was replaced or written to meanwhile; the partial file is removed.
     """
     keys = table.keys.all()
-    codec, stored = (STORED, table) if quantiser is None else (quantiser.codec.name, quantiser.table)
-    with StoreWriter(path, stored, codec=codec, resume=resume, claim=claim) as writer:
+    codec = STORED if quantiser is None else quantiser.codec.name
+    maker = _RecordMaker(table, quantiser, orders)
+    with StoreWriter(path, maker.table, codec=codec, resume=resume, claim=claim) as writer:
         try:
-            _read_and_write(table, keys, writer, progress, quantiser)
+            _read_and_write(table, keys, writer, progress, maker)
         except (KeyboardInterrupt, ChangedFileError) as error:
             # Keep nothing of a checkpoint that changed: continuing would mix two models.
             if isinstance(error, ChangedFileError) or not keep_partial:
@@ -57,16 +64,58 @@ def pack(
     return writer.nbytes
 
 
+class _RecordMaker:
+    """Makes records of experts as they are read: by `quantiser`, if given, then with rows side by side by `orders`.
+
+    Attributes:
+        table: the experts as the store has them. num_threads: how many make one at once; 0 where nothing changes.
+    """
+
+    def __init__(self, source: ExpertTable, quantiser: Quantiser | None, orders: Mapping[str, str]) -> None:
+        self._quantiser = quantiser
+        self._before = source if quantiser is None else quantiser.table
+        self.table = interleaved(self._before, orders)
+        is_same = self.table is self._before
+        self.num_threads = quantiser.num_threads if quantiser else 0 if is_same else torch.get_num_threads()
+
+    def make(self, key: int, slot: memoryview) -> memoryview:
+        """The record of expert `key`, whose bytes as they are read are in `slot`."""
+        record = slot if self._quantiser is None else self._quantiser.encode(key, slot)
+        if self.table is self._before:
+            return record
+        layer, _ = self.table.expert_id(key)
+        before, after = self._before.layers[layer], self.table.layers[layer]
+        made = np.zeros(self.table.slot_bytes, dtype=np.uint8)
+        for one, other in zip(before.parts, after.parts, strict=True):
+            for at, old in enumerate(one.matrices):
+                # One that was taken apart has become several.
+                count = len(other.matrices) // len(one.matrices)
+                for which, new in enumerate(other.matrices[at * count : (at + 1) * count]):
+                    for old_at, new_at in zip(old.at, new.at, strict=True):
+                        rows = _bytes(record, before.layout.parts[old_at])[which::count]
+                        if new.coding.order:
+                            rows = interleaver(new.coding.block_type, new.cols).convert(rows)
+                        _bytes(made, after.layout.parts[new_at])[:] = rows
+            if not one.matrices:
+                _bytes(made, after.layout.parts[other.at])[:] = _bytes(record, before.layout.parts[one.at])
+        return memoryview(made.data)
+
+
+def _bytes(record: Any, part: Part) -> np.ndarray:
+    """A part's rows in a record: uint8 [rows, bytes of a row]."""
+    whole = np.frombuffer(record, dtype=np.uint8)
+    return whole[part.offset : part.offset + part.nbytes].reshape(part.shape[0], -1)
+
+
 def _read_and_write(
-    table: ExpertTable, keys: list[int], writer: StoreWriter, progress: Progress, quantiser: Quantiser | None
+    table: ExpertTable, keys: list[int], writer: StoreWriter, progress: Progress, maker: _RecordMaker
 ) -> None:
-    num_slots = _RING_SLOTS + (0 if quantiser is None else quantiser.num_threads)
+    num_slots = _RING_SLOTS + maker.num_threads
     memory, slots = allocate_slots(num_slots, table.slot_bytes)
     transfer = DiskTransfer(table.reads, slots.__getitem__, label=table.label, stamps=table.index.files)
-    stored = table if quantiser is None else quantiser.table
     try:
-        with _encoder(quantiser) as encode:
-            _copy_all(stored, keys, writer, transfer, slots, progress, encode)
+        with _encoder(maker) as encode:
+            _copy_all(maker.table, keys, writer, transfer, slots, progress, encode)
         transfer.close()
         writer.finish()
     finally:
@@ -76,17 +125,17 @@ def _read_and_write(
 
 
 @contextmanager
-def _encoder(quantiser: Quantiser | None) -> Iterator[Encode]:
-    """What makes a record of a slot: in threads of its own, or, where nothing is quantised, at once."""
-    if quantiser is None:
+def _encoder(maker: _RecordMaker) -> Iterator[Encode]:
+    """What makes a record of a slot: in threads of its own, or, where nothing changes, at once."""
+    if not maker.num_threads:
         yield _unchanged
         return
     # One thread per expert, each with one of torch's.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    pool = ThreadPoolExecutor(quantiser.num_threads, "foreroute-quantise")
+    pool = ThreadPoolExecutor(maker.num_threads, "foreroute-quantise")
     try:
-        yield lambda key, slot: pool.submit(quantiser.encode, key, slot)
+        yield lambda key, slot: pool.submit(maker.make, key, slot)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
         torch.set_num_threads(threads)

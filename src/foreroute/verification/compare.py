@@ -78,7 +78,7 @@ def verify(model: OffloadedModel, exercises: Sequence[Exercise], reference: Refe
         fed = [step.token for step in transcript]
         ours = steps(model, names, exercise, fed=fed, watch=watch)
         for at, (left, right) in enumerate(zip(transcript, ours, strict=True)):
-            place = None if first is not None else differing(left, right)
+            place = None if first is not None else differing(left, right) or _misread(right, table, reference)
             if place is not None:
                 position = exercise.prompt_ids.shape[1] - 1 + at
                 first = _describe(model, reference, table, right, place, number, at + 1, position)
@@ -103,6 +103,14 @@ def differing(reference: ForwardPass, ours: ForwardPass) -> tuple[str, int] | No
         if left.output != right.output:
             return EXPERTS, layer
     return None if reference.logits == ours.logits else (HEAD, len(ours.layers))
+
+
+def _misread(step: ForwardPass, table: ExpertTable, reference: Reference) -> tuple[str, int] | None:
+    """As `differing`: the first MoE layer with experts of other bytes, where equal outputs do not show it."""
+    if not reference.is_of_store:
+        return None
+    faulty = (at for at, one in enumerate(step.layers) if expert_faults(one, at, table, reference))
+    return next(((EXPERTS, at) for at in faulty), None)
 
 
 def _describe(

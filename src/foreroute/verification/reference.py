@@ -50,7 +50,8 @@ class Reference:
     kind: RESIDENT or ON_DEMAND. dtype: the compute dtype.
     transcripts: per prompt its steps, prefill first.
     experts: (experts module, expert) -> hash of its parts; only of those that were used unless has_all_experts.
-    dense: weight or buffer -> hash.
+    dense: weight or buffer -> hash. is_of_store: the transcripts are of a packed store's experts, which have yet to be
+        compared with `experts`.
     """
 
     kind: str
@@ -59,6 +60,7 @@ class Reference:
     transcripts: tuple[tuple[ForwardPass, ...], ...]
     experts: Mapping[tuple[str, int], bytes]
     dense: Mapping[str, bytes]
+    is_of_store: bool = False
 
     @property
     def tokens(self) -> list[list[int]]:
@@ -146,6 +148,7 @@ def record_reference(
     plan: Plan,
     exercises: Sequence[Exercise],
     progress: Progress,
+    packed: str = "no",
 ) -> Reference:
     """Load the reference from `folder`, let it continue each of `exercises` greedily, and free it.
 
@@ -153,17 +156,40 @@ def record_reference(
     files as transformers chooses them, from a folder without any others, so that a different choice of ours shows. So
     does the resident model that has ggml's kernels.
 
+    Products of rows that lie side by side have other last bits than those of the checkpoint's rows. Where a store has
+    such rows, the steps are those of a second model, which reads that store; the experts' hashes stay the checkpoint's.
+
     Args:
         sketch: the model's outline. dtype: compute dtype. progress: (done, all).
         plan: of the model that is verified: its budget is that of on-demand loading, its kernels are the reference's.
+        packed: as in that model's configuration.
     Raises:
         ForerouteError: its logits are NaN, so that a comparison would mean nothing.
     """
     try:
         with _reference_model(kind, folder, sketch, dtype, plan) as model:
-            return _recorded(kind, model, sketch, exercises, progress)
+            reference = _recorded(kind, model, sketch, exercises, progress)
+        if plan.math != GGML or plan.layout == "plain":
+            return reference
+        gc.collect()
+        model = load(folder, *_asked(kind, plan, dtype), config=_config(kind, plan, packed))
+        try:
+            stored = _recorded(kind, model, sketch, exercises, progress)
+        finally:
+            model.foreroute.close()
+        return replace(stored, experts=reference.experts, is_of_store=True)
     finally:
         gc.collect()
+
+
+def _asked(kind: str, plan: Plan, dtype: str) -> tuple[int | str, str]:
+    """Budget and compute dtype of a reference of ours."""
+    return "100%" if kind == RESIDENT else plan.memory_bytes, dtype
+
+
+def _config(kind: str, plan: Plan, packed: str) -> EngineConfig:
+    math_asked = GGML if plan.math == GGML else "torch"
+    return replace(_PLAIN_LOADING, cache=kind == RESIDENT, math=math_asked, packed=packed)
 
 
 @contextlib.contextmanager
@@ -171,8 +197,7 @@ def _reference_model(kind: str, folder: Path, sketch: Outline, dtype: str, plan:
     if kind == RESIDENT and plan.math != GGML:
         yield _load_resident(folder, sketch, dtype)
         return
-    config = replace(_PLAIN_LOADING, cache=kind == RESIDENT, math=GGML if plan.math == GGML else "torch")
-    with _opened(folder, sketch, "100%" if kind == RESIDENT else plan.memory_bytes, dtype, config) as model:
+    with _opened(folder, sketch, *_asked(kind, plan, dtype), _config(kind, plan, "no")) as model:
         yield model
 
 

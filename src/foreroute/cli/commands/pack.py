@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from foreroute.checkpoint.codecs import CODECS, QUANTS, STORED
+from foreroute.checkpoint.codecs import CODECS, QUANTS, STORED, encoded_table, interleaved, orders_of
 from foreroute.cli import figures, options, pack_quantised
 from foreroute.errors import StoreError
 from foreroute.units import format_memory
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from foreroute.model.build.skeleton import Outline
     from foreroute.prepare.quantise import Quantiser
     from foreroute.writing import Claim
+
+# What `--layout auto` is: "interleaved" where it can be, or "plain".
+AUTO_LAYOUT = "interleaved"
 
 _EPILOG = """\
 examples:
@@ -32,13 +35,18 @@ space is checked first. It gets its name when it is complete, and every record
 has a checksum.
 --quant makes the store smaller, and every read as much faster: q8_0 by half
 beside bfloat16, q4_k to 28 %. These are llama.cpp's types, quantised by ggml
-and computed by its kernels; the store is the same on every machine. q4_k_m has
+and computed by its kernels, the same numbers on every machine. q4_k_m has
 the down matrices of half of the layers in q6_k, as llama.cpp's Q4_K_M has. The
 output changes, so such a store is used only where --packed asks for it. The
 error printed is that of a layer's products, as a share of them; with --text,
 perplexity and bits per character on that text show the effect on the output,
 beside the model as stored. A checkpoint that is quantised already is quantised
 a second time by it; without --quant its experts stay as they are.
+Matrices in blocks are written with eight rows side by side where ggml has
+quicker kernels for that here (on most x86: q4_0, q4_k, iq4_nl, mxfp4). Such a
+store is for this kind of CPU and this ggml, and not for a GPU; another machine
+refuses it. --layout plain writes one for every machine. The numbers are the
+same, and plain rows can be made of it again.
 A run that crashed or was killed is continued. Ctrl-C removes what was written,
 unless --keep-partial: then the next `pack` continues there."""
 
@@ -59,6 +67,11 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--quant", type=_quant, metavar="TYPE", help=f"quantise the experts: {', '.join(QUANTS)} (default: no)"
     )
+    parser.add_argument(
+        "--layout", choices=("auto", "plain", "interleaved"), default="auto",
+        help=f"of matrices in blocks: rows one after the other, or eight side by side (default: {AUTO_LAYOUT} where "
+        "this machine has kernels for it)",
+    )  # fmt: skip
     parser.add_argument(
         "--resume", action=argparse.BooleanOptionalAction, default=True, help="continue a partial file (default: yes)"
     )
@@ -94,15 +107,16 @@ def run(args: argparse.Namespace) -> int:
         quality = pack_quantised.quality_of(args, folder, sketch)
     table, name = sketch.table, store_name(args.quant or STORED)
     path = options.place_beside(folder, name, args.out, StoreError)
-    existed, quantiser = _exists_already(args, path, table), None
+    orders = _orders(args, in_blocks(table) if args.quant is None else encoded_table(table, CODECS[args.quant]))
+    existed, quantiser = _exists_already(args, path, table, orders), None
     if not existed:
         with claim_store(path) as claim:
             # Another `pack` may have finished just now.
-            existed = _exists_already(args, path, table)
+            existed = _exists_already(args, path, table, orders)
             if not existed:
                 quantiser = _quantiser(args, sketch, path)
                 # Where that moves bytes only, records lie as ggml's kernels multiply them.
-                _pack(args, in_blocks(table) if args.quant is None else table, path, quantiser, claim)
+                _pack(args, in_blocks(table) if args.quant is None else table, path, quantiser, orders, claim)
     measured = quantiser if quantiser is not None and quantiser.is_measured else None
     store = PackedStore(path, table)
     if not args.json:
@@ -117,9 +131,36 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _exists_already(args: argparse.Namespace, path: Path, table: "ExpertTable") -> bool:
+def _orders(args: argparse.Namespace, table: "ExpertTable") -> dict[str, str]:
+    """The types whose matrices in `table` are to have eight rows side by side, and this machine's orders of them.
+
+    Raises:
+        GgmlError, StoreError: that was asked for, and no matrix can have it.
+    """
+    if args.layout == "plain" or (args.layout, AUTO_LAYOUT) == ("auto", "plain"):
+        return {}
+    from foreroute.kernels.ggml.interleaved import orders
+    from foreroute.kernels.ggml.library import GgmlError
+
+    try:
+        known = orders()
+    except GgmlError:
+        if args.layout == "auto":
+            return {}
+        raise
+    found = orders_of(interleaved(table, known))
+    if args.layout == "interleaved" and not found:
+        names = ", ".join(name.lower() for name in known) or "no type"
+        raise StoreError(
+            f"--layout interleaved: ggml has it here for {names}, with rows by eights, and no matrix of the experts is "
+            "such a one. Leave --layout out."
+        )
+    return found
+
+
+def _exists_already(args: argparse.Namespace, path: Path, table: "ExpertTable", orders: dict[str, str]) -> bool:
     """Whether the requested store exists already. Raises: as `_is_ours`."""
-    return not args.force and _is_ours(args, path, table)
+    return not args.force and _is_ours(args, path, table, orders)
 
 
 def _quantiser(args: argparse.Namespace, sketch: "Outline", path: Path) -> "Quantiser | None":
@@ -156,13 +197,14 @@ def _tell_errors(quantiser: "Quantiser") -> None:
     )
 
 
-def _is_ours(args: argparse.Namespace, path: Path, table: "ExpertTable") -> bool:
-    """Whether `path` is a complete store of this very model and codec.
+def _is_ours(args: argparse.Namespace, path: Path, table: "ExpertTable", orders: dict[str, str]) -> bool:
+    """Whether `path` is a complete store of this very model, codec and layout; for "auto", one that this machine reads.
 
     Raises:
         StoreError: the file is something else, and is not overwritten unless asked.
     """
     from foreroute.checkpoint.records import PackedStore
+    from foreroute.kernels.ggml.interleaved import check_orders
 
     if not path.exists():
         return False
@@ -170,8 +212,12 @@ def _is_ours(args: argparse.Namespace, path: Path, table: "ExpertTable") -> bool
         found, codec = PackedStore(path, table), args.quant or STORED
         if found.codec != codec:
             raise StoreError(f"{path} holds {found.codec} experts, not {codec}.")
+        if args.layout != "auto" and orders_of(found.table) != orders:
+            raise StoreError(f"{path} has experts in another layout than --layout {args.layout} has on this machine.")
     except StoreError as error:
         raise StoreError(f"{error} --force packs over it.") from error
+    if args.layout == "auto":
+        check_orders(found.table, path)
     return True
 
 
@@ -194,7 +240,12 @@ def _check_room(path: Path, table: "ExpertTable") -> None:
 
 
 def _pack(
-    args: argparse.Namespace, table: "ExpertTable", path: Path, quantiser: "Quantiser | None", claim: "Claim"
+    args: argparse.Namespace,
+    table: "ExpertTable",
+    path: Path,
+    quantiser: "Quantiser | None",
+    orders: dict[str, str],
+    claim: "Claim",
 ) -> None:
     from rich import progress
 
@@ -223,7 +274,7 @@ def _pack(
         try:
             pack(
                 table, path, progress=show, resume=args.resume, keep_partial=args.keep_partial, quantiser=quantiser,
-                claim=claim,
+                orders=orders, claim=claim,
             )  # fmt: skip
         except KeyboardInterrupt:
             # Also when Ctrl-C came before `pack` had begun, or twice.
@@ -238,6 +289,8 @@ def _pack(
 def _tell(args: argparse.Namespace, store: "PackedStore", *, existed: bool, is_beside: bool) -> None:
     path = store.path
     size = f"{store.table.total_slots} experts, {format_memory(path.stat().st_size)}"
+    if orders := orders_of(store.table):
+        size += f", eight rows of {' and '.join(sorted(orders))} side by side"
     if existed:
         print(f"{path} is complete and belongs to this model ({size}): nothing to do. --force packs it again.")
     else:
@@ -262,6 +315,7 @@ def _tell_json(
         store_bytes=store.path.stat().st_size,
         experts=store.table.total_slots,
         codec=store.codec,
+        layout="interleaved" if orders_of(store.table) else "plain",
         existed=existed,
         found_automatically=is_beside and args.quant is None,
         layer_errors=None if quantiser is None else [error.relative for error in quantiser.errors],

@@ -370,4 +370,5 @@ def _forecast_rows(found: Findings) -> list[tuple[str, ...]]:
 
 
 def _source(plan: Plan) -> str:
-    return {"packed": "packed store", "gguf": "GGUF file"}.get(plan.source, plan.source)
+    rows = ", eight rows side by side" if plan.layout == "interleaved" else ""
+    return {"packed": f"packed store{rows}", "gguf": "GGUF file"}.get(plan.source, plan.source)

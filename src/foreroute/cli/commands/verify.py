@@ -59,7 +59,10 @@ the reference:
               numbers
 Where ggml's kernels multiply, some steps are compared with torch's math too:
 its bits differ, as ggml rounds activations inside a product, but the
-distributions of the next token must be near (--beside-torch).
+distributions of the next token must be near (--beside-torch). Of a packed
+store with eight rows side by side, whose products have other last bits, the
+reference is a model of that store, and every expert's bytes are compared with
+the checkpoint's.
 A difference is named: prompt, step, MoE layer; then the expert whose slot held
 other bytes than the checkpoint, or the dense tensor that has other values.
 
@@ -181,7 +184,7 @@ def _verify(args: argparse.Namespace, config: EngineConfig, folder: Path, texts:
         kind = choose_reference(args.reference, index, sketch, args.dtype, plan)
     what = "the resident model" if kind == RESIDENT else "on-demand loading"
     with figures.counting_bar(what, sum(exercise.num_steps for exercise in exercises), "tokens", args.json) as show:
-        reference = record_reference(kind, folder, sketch, args.dtype, plan, exercises, show)
+        reference = record_reference(kind, folder, sketch, args.dtype, plan, exercises, show, config.packed)
     with figures.busy("Loading the model", args.json):
         model = foreroute.load(folder, plan.memory_bytes, args.dtype, config=config)
     try:

@@ -5,14 +5,17 @@ as much as some dozen rows. From how many rows on it is taken depends on type an
 of one model give the same bits.
 """
 
+import ctypes
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from math import inf
 
+import numpy as np
 import torch
 
 from foreroute.kernels.ggml.graph import Runner
+from foreroute.kernels.ggml.interleaved import ROWS, interleaver
 from foreroute.kernels.ggml.types import BlockType
 
 # Rows from which bf16 is quicker, for types that are slow to convert, and for all others. More than the rows of any
@@ -21,6 +24,9 @@ _SLOW_FROM = {"Q6_K": 48, "IQ4_NL": 64, "IQ4_XS": 64, "Q3_K": 48, "Q2_K": 48}
 _OTHERS_FROM = 24
 # Types of more exact numbers than bf16's: rounding them would lose what the file holds.
 _FINER = frozenset({"F32", "F16"})
+# Whether matrices with eight rows side by side are converted too, by way of rows one after the other; else their
+# products of many rows are ggml's own.
+INTERLEAVED_IN_BF16 = True
 # Weights of a panel: 16 MB of bf16. Rows that are converted at once: their floats stay in the cache.
 _PANEL_WEIGHTS = 2**23
 _TILE_WEIGHTS = 2**17
@@ -57,29 +63,37 @@ class Bf16Products:
         self._tiles = [torch.empty(0, dtype=torch.float32) for _ in range(runner.num_threads)]
         self._workers: ThreadPoolExecutor | None = None
 
-    def __call__(self, x: torch.Tensor, kind: BlockType, address: int, shape: tuple[int, int]) -> torch.Tensor:
-        """Multiply `x` [n, columns] in bf16 by the matrix of `shape` [rows, columns] at `address`: f32 [n, rows]."""
+    def __call__(
+        self, x: torch.Tensor, kind: BlockType, address: int, shape: tuple[int, int], is_interleaved: bool = False
+    ) -> torch.Tensor:
+        """Multiply `x` [n, columns] in bf16 by the matrix of `shape` [rows, columns] at `address`: f32 [n, rows].
+
+        is_interleaved: eight of its rows lie side by side.
+        """
         rows, columns = shape
+        convert = self._convert_interleaved if is_interleaved else self._convert
         out = torch.empty(len(x), rows, dtype=torch.float32)
-        panel_rows = max(1, _PANEL_WEIGHTS // columns)
+        panel_rows = _eights(_PANEL_WEIGHTS // columns)
         for first in range(0, rows, panel_rows):
             last = min(rows, first + panel_rows)
-            panel = self._converted(kind, address + first * kind.row_bytes(columns), last - first, columns)
+            panel = self._converted(convert, kind, address + first * kind.row_bytes(columns), last - first, columns)
             out[:, first:last] = torch.mm(x, panel.t())
         return out
 
-    def _converted(self, kind: BlockType, address: int, rows: int, columns: int) -> torch.Tensor:
+    def _converted(
+        self, convert: Callable[..., None], kind: BlockType, address: int, rows: int, columns: int
+    ) -> torch.Tensor:
         """These rows in bf16, in memory that is used again."""
         if self._panel.numel() < rows * columns:
             self._panel = _kept(rows * columns, torch.bfloat16)
         panel = self._panel[: rows * columns].view(rows, columns)
-        share = -(-rows // self._num_threads)
+        share = _eights(-(-rows // self._num_threads))
         bounds = [(at, min(rows, at + share)) for at in range(0, rows, share)]
         waiting = [
-            self._pool().submit(self._convert, kind, address, panel, span, self._tile(number + 1, columns))
+            self._pool().submit(convert, kind, address, panel, span, self._tile(number + 1, columns))
             for number, span in enumerate(bounds[1:])
         ]
-        self._convert(kind, address, panel, bounds[0], self._tile(0, columns))
+        convert(kind, address, panel, bounds[0], self._tile(0, columns))
         for one in waiting:
             one.result()
         return panel
@@ -95,8 +109,20 @@ class Bf16Products:
             to_float(address + first * row_bytes, tile.data_ptr(), count * columns)
             panel[first : first + count] = tile[:count]
 
+    def _convert_interleaved(
+        self, kind: BlockType, address: int, panel: torch.Tensor, span: tuple[int, int], tile: torch.Tensor
+    ) -> None:
+        """The same with eight rows side by side; `span` begins and ends at whole eights."""
+        columns, row_bytes = panel.shape[1], kind.row_bytes(panel.shape[1])
+        rows_of = interleaver(kind.name, columns)
+        for first in range(span[0], span[1], len(tile)):
+            last = min(span[1], first + len(tile))
+            stored = (ctypes.c_uint8 * ((last - first) * row_bytes)).from_address(address + first * row_bytes)
+            blocks = rows_of.plain(np.ctypeslib.as_array(stored).reshape(-1, row_bytes))
+            self._convert(kind, blocks.ctypes.data, panel[first:last], (0, last - first), tile)
+
     def _tile(self, number: int, columns: int) -> torch.Tensor:
-        rows = max(1, _TILE_WEIGHTS // columns)
+        rows = _eights(_TILE_WEIGHTS // columns)
         if self._tiles[number].numel() < rows * columns:
             self._tiles[number] = _kept(rows * columns, torch.float32)
         return self._tiles[number][: rows * columns].view(rows, columns)
@@ -105,6 +131,11 @@ class Bf16Products:
         if self._workers is None:
             self._workers = ThreadPoolExecutor(max(1, self._num_threads - 1), "foreroute-convert")
         return self._workers
+
+
+def _eights(rows: int) -> int:
+    """`rows`, rounded up to whole eights; at least eight."""
+    return max(ROWS, rows - rows % -ROWS)
 
 
 def _kept(count: int, dtype: torch.dtype) -> torch.Tensor:

@@ -14,10 +14,10 @@ from math import inf
 import numpy as np
 import torch
 
-from foreroute.kernels.ggml.bf16 import Bf16Products, rows_in_bf16
+from foreroute.kernels.ggml.bf16 import INTERLEAVED_IN_BF16, Bf16Products, rows_in_bf16
 from foreroute.kernels.ggml.form import OAI_ALPHA, OAI_LIMIT, BlockForm, SlotMatrix, in_order, join
 from foreroute.kernels.ggml.graph import Graph, Runner, TensorRef, place
-from foreroute.kernels.ggml.interleaved import interleaver
+from foreroute.kernels.ggml.interleaved import interleaver, plain_rows
 from foreroute.kernels.ggml.types import F32, I32, TYPE_NUMBERS
 from foreroute.types import SlotClass
 
@@ -303,8 +303,8 @@ class FormGraphs:
         self.form = form
         self._runner, self._slots, self._scratch, self._bf16 = runner, slots, scratch, bf16
         matrices = (*form.first, form.down)
-        is_plain = not any(matrix.is_interleaved for matrix in matrices)
-        self._bf16_from = max(rows_in_bf16(matrix.kind) for matrix in matrices) if is_plain else inf
+        may_convert = INTERLEAVED_IN_BF16 or not any(matrix.is_interleaved for matrix in matrices)
+        self._bf16_from = max(rows_in_bf16(matrix.kind) for matrix in matrices) if may_convert else inf
         self._graphs: OrderedDict[tuple[int, int, bool], ExpertGraph] = OrderedDict()
         self.outputs = np.empty((1, form.hidden), dtype=np.float32)
         self.address = int(self.outputs.ctypes.data)
@@ -316,8 +316,21 @@ class FormGraphs:
             self.address = int(self.outputs.ctypes.data)
 
     def stored(self, slot: int) -> list[torch.Tensor]:
-        """The bytes that are read of the expert in `slot`: matrices, then biases."""
-        return [self._slots.stored(slot, offset, nbytes) for offset, nbytes in self.form.regions]
+        """The bytes that are read of the expert in `slot`: matrices [rows, bytes of a row], then biases [bytes].
+
+        Rows one after the other, as copies where they do not lie so.
+        """
+        form, biases = self.form, self.form.biases
+        itemsize = _DTYPES[form.bias_type].itemsize
+        matrices = [self._rows(slot, matrix) for matrix in (*form.first, form.down)]
+        return [*matrices, *(self._slots.stored(slot, offset, count * itemsize) for offset, count in biases)]
+
+    def _rows(self, slot: int, matrix: SlotMatrix) -> torch.Tensor:
+        row_bytes = matrix.kind.row_bytes(matrix.columns)
+        nbytes = (matrix.rows - 1) * matrix.row_stride + row_bytes
+        stored = self._slots.stored(slot, matrix.offset, nbytes)
+        rows = stored.as_strided((matrix.rows, row_bytes), (matrix.row_stride, 1)).contiguous()
+        return plain_rows(matrix.kind.name, rows) if matrix.is_interleaved else rows
 
     def of(self, rows: int, per_row: int, *, is_sum: bool = False) -> ExpertGraph:
         """The graph of `rows` rows with `per_row` experts each; see `ExpertGraph`."""
@@ -354,7 +367,8 @@ class FormGraphs:
         def product(x: torch.Tensor, matrix: SlotMatrix) -> torch.Tensor:
             assert matrix.row_stride == matrix.kind.row_bytes(matrix.columns), "rows lie one after the other"
             x = in_order(x) if form.is_paired else x
-            return self._bf16(x.to(torch.bfloat16), matrix.kind, start + matrix.offset, (matrix.rows, matrix.columns))
+            shape, is_interleaved = (matrix.rows, matrix.columns), matrix.is_interleaved
+            return self._bf16(x.to(torch.bfloat16), matrix.kind, start + matrix.offset, shape, is_interleaved)
 
         def biased(out: torch.Tensor, bias: int) -> torch.Tensor:
             return out if bias < 0 else out.add_(self._slots.floats(slot, bias, out.shape[1], form.bias_type))

@@ -85,12 +85,10 @@ class BlockForm:
         return self.down.columns
 
     @property
-    def regions(self) -> tuple[tuple[int, int], ...]:
-        """(offset, bytes) of all that is read of a slot: matrices, then biases."""
-        matrices = [(one.offset, one.rows * one.row_stride) for one in (*self.first, self.down)]
-        biases = [(at, 4 * one.rows) for at, one in zip(self.first_biases, self.first, strict=False)]
-        last = [] if self.down_bias < 0 else [(self.down_bias, 4 * self.down.rows)]
-        return (*matrices, *biases, *last)
+    def biases(self) -> tuple[tuple[int, int], ...]:
+        """(offset, numbers) of the biases in a slot."""
+        first = [(at, one.rows) for at, one in zip(self.first_biases, self.first, strict=False)]
+        return (*first, *(() if self.down_bias < 0 else ((self.down_bias, self.down.rows),)))
 
 
 def form_of(layer: LayerExperts, math: ExpertMath | None, library: Library) -> BlockForm | str:
@@ -114,7 +112,7 @@ def form_of(layer: LayerExperts, math: ExpertMath | None, library: Library) -> B
         return "the orders of its matrices' weights differ"
     *first, last = (one for one in found if not isinstance(one, str))
     gating = _gating(math, len(first), up.is_interleaved, first[0].rows == 2 * last.columns)
-    if len(first) == 1 and first[0].is_interleaved:
+    if len(first) == 1 and first[0].is_interleaved and gating.is_interleaved:
         gating = replace(gating, kind="torch")
     elif len(first) == 1 and gating.kind != "torch":
         first = _halves(first[0], gating.is_interleaved)
@@ -126,29 +124,28 @@ def form_of(layer: LayerExperts, math: ExpertMath | None, library: Library) -> B
 
 def is_in_blocks(layer: LayerExperts) -> bool:
     """Whether a layer stores a matrix in blocks of ggml's."""
-    kinds = [matrix.coding.kind for part in layer.parts for matrix in part.matrices]
-    return any(kind.startswith(GGUF_PREFIX) or kind == MXFP4_IN_BLOCKS for kind in kinds)
+    return any(matrix.coding.block_type for part in layer.parts for matrix in part.matrices)
 
 
 def _slot_matrix(matrix: StoredMatrix, layout: ExpertLayout, library: Library) -> SlotMatrix | str:
-    kind = matrix.coding.kind
-    if not kind.startswith(GGUF_PREFIX) and kind != MXFP4_IN_BLOCKS:
-        return f"ggml has no blocks for {kind}"
-    name = "MXFP4" if kind == MXFP4_IN_BLOCKS else kind.removeprefix(GGUF_PREFIX)
+    name = matrix.coding.block_type
+    if not name:
+        return f"ggml has no blocks for {matrix.coding.kind}"
     if name not in library.types:
         return f"ggml {library.version} has no {name}"
     block = library.types[name]
     if matrix.cols % block.weights:
         return f"rows of {matrix.cols} weights are no whole blocks of {name}"
     part = layout.parts[matrix.at[0]]
-    return SlotMatrix(block, matrix.rows, matrix.cols, part.offset, block.row_bytes(matrix.cols))
+    is_interleaved = bool(matrix.coding.order)
+    return SlotMatrix(block, matrix.rows, matrix.cols, part.offset, block.row_bytes(matrix.cols), is_interleaved)
 
 
 def _halves(both: SlotMatrix, is_interleaved: bool) -> list[SlotMatrix]:
     """Gate and up of a matrix that holds them in turns, or one after the other."""
     rows, row_bytes = both.rows // 2, both.row_stride
     step, second = (2 * row_bytes, row_bytes) if is_interleaved else (row_bytes, rows * row_bytes)
-    return [SlotMatrix(both.kind, rows, both.columns, both.offset + start, step) for start in (0, second)]
+    return [replace(both, rows=rows, offset=both.offset + start, row_stride=step) for start in (0, second)]
 
 
 def _biases(

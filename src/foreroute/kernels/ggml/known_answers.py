@@ -13,10 +13,11 @@ from pathlib import Path
 import numpy as np
 
 from foreroute.kernels.ggml.graph import Graph, Runner, place
+from foreroute.kernels.ggml.interleaved import Interleaver
 from foreroute.kernels.ggml.library import REFUSED, GgmlError, Library
 from foreroute.kernels.ggml.types import F32, BlockType
 
-_ROWS, _COLUMNS = 4, 512
+_ROWS, _COLUMNS = 8, 512
 # Activations are rounded to 8 bits inside a product: some 1 % of its size. Another format is off by more than all.
 _MOST_ERROR = 0.05
 # Random blocks per block that is used; bounds of their largest numbers.
@@ -55,6 +56,11 @@ def _check(library: Library, name: str) -> None:
     product, expected = _product(library, kind, blocks, x), theirs @ x
     if not np.linalg.norm(product - expected) <= _MOST_ERROR * np.linalg.norm(expected):
         raise GgmlError(f"ggml {library.version} gives wrong products of {name}.")
+    side_by_side = Interleaver(library, kind, _COLUMNS)
+    if side_by_side.is_possible:
+        product = _product(library, kind, side_by_side.convert(blocks), x, side_by_side)
+        if not np.linalg.norm(product - expected) <= _MOST_ERROR * np.linalg.norm(expected):
+            raise GgmlError(f"ggml {library.version} gives wrong products of {name} with rows side by side.")
 
 
 def some_blocks(kind: BlockType, rows: int, columns: int, seed: int = 0) -> np.ndarray:
@@ -104,9 +110,13 @@ def _runner(library: Library) -> Runner:
     return Runner(library, 1)
 
 
-def _product(library: Library, kind: BlockType, blocks: np.ndarray, x: np.ndarray) -> np.ndarray:
+def _product(
+    library: Library, kind: BlockType, blocks: np.ndarray, x: np.ndarray, form: Interleaver | None = None
+) -> np.ndarray:
     graph = Graph(_runner(library), 4)
     weights, row = graph.tensor(kind.number, (_COLUMNS, _ROWS)), graph.tensor(F32, (_COLUMNS, 1))
+    if form is not None:
+        form.mark(weights)
     product = np.zeros(_ROWS, dtype=np.float32)
     out = graph.library.ggml_mul_mat(graph.context, weights, row)
     for tensor, array in ((weights, blocks), (row, x), (out, product)):

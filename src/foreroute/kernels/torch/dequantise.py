@@ -11,6 +11,7 @@ from functools import lru_cache
 import torch
 
 from foreroute.checkpoint.stored_parts import MXFP4_BLOCK_BYTES, MXFP4_IN_BLOCKS, Coding, StoredMatrix, StoredPart
+from foreroute.kernels.ggml.interleaved import plain_rows
 from foreroute.kernels.torch.experts import ExpertMath, Operands
 from foreroute.kernels.torch.gguf_blocks import GGUF_DECODERS
 
@@ -77,7 +78,11 @@ def decode_mxfp4(components: Sequence[torch.Tensor], out: torch.Tensor, coding: 
 def decode_mxfp4_in_blocks(components: Sequence[torch.Tensor], out: torch.Tensor, coding: Coding) -> None:
     """Dequantise blocks [rows, columns / 32 * 17]: an exponent and 16 bytes each, as `decode_mxfp4` has them apart."""
     blocks = components[0].view(*out.shape[:1], -1, MXFP4_BLOCK_BYTES)
-    decode_mxfp4([blocks[..., 1:].reshape(len(blocks), -1), blocks[..., 0]], out, coding)
+    # Rows of gate and up may alternate in `out`.
+    numbers = out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
+    decode_mxfp4([blocks[..., 1:].reshape(len(blocks), -1), blocks[..., 0]], numbers, coding)
+    if numbers is not out:
+        out.copy_(numbers)
 
 
 def decode_fp8(components: Sequence[torch.Tensor], out: torch.Tensor, coding: Coding) -> None:
@@ -200,7 +205,10 @@ class Workspaces:
 
 def decode_matrix(matrix: StoredMatrix, stored: Sequence[torch.Tensor], out: torch.Tensor) -> None:
     """Dequantise the matrix into `out` [rows, cols]; `stored` are all stored parts of its expert."""
-    DECODERS[matrix.coding.kind]([stored[at] for at in matrix.at], out, matrix.coding)
+    components = [stored[at] for at in matrix.at]
+    if matrix.coding.order:
+        components = [plain_rows(matrix.coding.block_type, one) for one in components]
+    DECODERS[matrix.coding.kind](components, out, matrix.coding)
 
 
 def decode_part(
