@@ -19,7 +19,7 @@ from foreroute.checkpoint.index import CheckpointIndex
 from foreroute.checkpoint.source_files import SourceFile
 from foreroute.errors import CorruptCheckpointError, UnsupportedModelError
 from foreroute.kernels.ggml.linear import BlockEmbedding, BlockLinear, BlockMatrix, BlockProducts, compute_together
-from foreroute.kernels.ggml.quantiser import UnfitWeightError, aligned_blocks, quantise_in_threads
+from foreroute.kernels.ggml.quantiser import BlockMemory, UnfitWeightError, quantise_in_threads
 from foreroute.kernels.ggml.types import BlockType, has_bad_scale
 from foreroute.model.build.dense_names import DenseMatrices
 from foreroute.types import QUANTISED_TYPES
@@ -54,7 +54,7 @@ class GgufMatrices:
     embedding = _EMBEDDING
 
     def __init__(self, index: GgufIndex, products: BlockProducts) -> None:
-        self._index, self._types = index, products.library.types
+        self._index, self._types, self._memory = index, products.library.types, BlockMemory()
         self._stored = {ours: name for name, ours in dense_names(index).items() if is_kept(index, name, products)}
 
     @property
@@ -67,7 +67,9 @@ class GgufMatrices:
         stored = self._stored[name]
         kind = self._types[self._index.kinds[stored]]
         rows, columns = self._index.shapes[stored]
-        return BlockMatrix(kind, columns, _read(self._index, stored, kind, rows, columns))
+        return BlockMatrix(
+            kind, columns, _read(self._index, stored, kind, self._memory.take(rows, kind.row_bytes(columns)))
+        )
 
 
 class QuantisedMatrices:
@@ -80,7 +82,7 @@ class QuantisedMatrices:
     def __init__(self, matrices: DenseMatrices, kind: BlockType, products: BlockProducts, num_threads: int) -> None:
         self.embedding = matrices.embedding
         self._stored, self._kind, self._num_threads = matrices.stored, kind, num_threads
-        self._library = products.library
+        self._library, self._memory = products.library, BlockMemory()
 
     @property
     def names(self) -> Collection[str]:
@@ -95,7 +97,7 @@ class QuantisedMatrices:
         """
         numbers = state[self._stored[name]][...]
         try:
-            blocks = quantise_in_threads(self._library, self._kind, numbers, self._num_threads)
+            blocks = quantise_in_threads(self._library, self._kind, numbers, self._num_threads, self._memory)
         except UnfitWeightError as error:
             raise CorruptCheckpointError(f"{self._stored[name]}: {error}. Load without --dense.") from None
         return BlockMatrix(self._kind, numbers.shape[1], blocks)
@@ -106,7 +108,7 @@ class HalfMatrices:
 
     def __init__(self, matrices: DenseMatrices, index: CheckpointIndex, products: BlockProducts) -> None:
         self.embedding = matrices.embedding
-        self._types = products.library.types
+        self._types, self._memory = products.library.types, BlockMemory()
         self._stored = {
             ours: name
             for ours, name in matrices.stored.items()
@@ -123,7 +125,7 @@ class HalfMatrices:
         numbers = state[self._stored[name]][...]
         kind = self._types[_HALVES[numbers.dtype]]
         rows, columns = numbers.shape
-        blocks = aligned_blocks(rows, kind.row_bytes(columns))
+        blocks = self._memory.take(rows, kind.row_bytes(columns))
         blocks.copy_(numbers.contiguous().view(torch.uint8))
         return BlockMatrix(kind, columns, blocks)
 
@@ -253,10 +255,9 @@ def quantised_nbytes(matrices: DenseMatrices, kind: BlockType, index: Checkpoint
     return blocks + max(0, dense_nbytes - itemsize * numbers) * 4 // itemsize
 
 
-def _read(index: GgufIndex, name: str, kind: BlockType, rows: int, columns: int) -> torch.Tensor:
-    """The stored bytes [rows, bytes of a row], aligned to a cache line."""
+def _read(index: GgufIndex, name: str, kind: BlockType, blocks: torch.Tensor) -> torch.Tensor:
+    """Read the stored bytes into `blocks` [rows, bytes of a row], which are returned."""
     entry = index.tensors[name]
-    blocks = aligned_blocks(rows, kind.row_bytes(columns))
     assert blocks.nbytes == entry.nbytes, f"{name} has {entry.nbytes} bytes in place of {blocks.nbytes}"
     with SourceFile(entry.path, index.files.get(entry.path)) as file:
         file.read_into(entry.offset, blocks.view(-1).numpy().data)
