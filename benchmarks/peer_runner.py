@@ -181,6 +181,7 @@ def run_foreroute_gguf(job: Job, meter: Meter) -> dict[str, Any]:
     loaded_at.mark()
     with torch.inference_mode():
         if job.warm_up:
+            _load_all(model)
             with model.foreroute.step(StepInfo("prefill", 1, len(job.warm_up), is_start=True)):
                 model(input_ids=torch.tensor([job.warm_up]), use_cache=False, logits_to_keep=1)
         meter.mark()
@@ -194,6 +195,17 @@ def run_foreroute_gguf(job: Job, meter: Meter) -> dict[str, Any]:
             tokens = torch.tensor([[job.feed[step] if job.feed else chosen[-1]]])
     load_s = loaded_at.marks[0]["time_s"] - meter.marks[0]["time_s"]
     return {"tokens": chosen, "load_s": load_s, "stats": model.foreroute.stats().as_dict()}
+
+
+def _load_all(model: Any) -> None:
+    """Have every expert in memory, as far as there is room: routers of random weights leave some out for long."""
+    pool = model.foreroute.engine.pool
+    for layer, width in enumerate(pool.keys.widths):
+        for expert in range(width):
+            _, waiting = pool.demand(layer, [pool.keys.key(layer, expert)])
+            while waiting:
+                pool.wait(waiting)
+            pool.release([pool.keys.key(layer, expert)])
 
 
 def generate(model: Any, job: Job, meter: Meter) -> dict[str, Any]:

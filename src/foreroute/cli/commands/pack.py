@@ -69,8 +69,8 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument(
         "--layout", choices=("auto", "plain", "interleaved"), default="auto",
-        help=f"of matrices in blocks: rows one after the other, or eight side by side (default: {AUTO_LAYOUT} where "
-        "this machine has kernels for it)",
+        help="of matrices in blocks: rows one after the other, or eight side by side (default: "
+        f"{AUTO_LAYOUT} without a GPU, where this machine has kernels for it)",
     )  # fmt: skip
     parser.add_argument(
         "--resume", action=argparse.BooleanOptionalAction, default=True, help="continue a partial file (default: yes)"
@@ -137,7 +137,11 @@ def _orders(args: argparse.Namespace, table: "ExpertTable") -> dict[str, str]:
     Raises:
         GgmlError, StoreError: that was asked for, and no matrix can have it.
     """
-    if args.layout == "plain" or (args.layout, AUTO_LAYOUT) == ("auto", "plain"):
+    import torch
+
+    # A GPU's kernels read rows one after the other.
+    auto = "plain" if torch.cuda.is_available() else AUTO_LAYOUT
+    if args.layout == "plain" or (args.layout == "auto" and auto == "plain"):
         return {}
     from foreroute.kernels.ggml.interleaved import orders
     from foreroute.kernels.ggml.library import GgmlError

@@ -77,7 +77,8 @@ class Bf16Products:
         for first in range(0, rows, panel_rows):
             last = min(rows, first + panel_rows)
             panel = self._converted(convert, kind, address + first * kind.row_bytes(columns), last - first, columns)
-            out[:, first:last] = torch.mm(x, panel.t())
+            # The matrix first: torch lays out anew what comes second, and the rows are fewer.
+            out[:, first:last] = torch.mm(panel, x.t()).t()
         return out
 
     def _converted(
