@@ -124,6 +124,21 @@ def test_what_pages_for_itself_may_be_made_under_a_mode(load, checkpoints):
     assert len(set(tokens)) == 1
 
 
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])
+def test_gradients_are_as_they_were_after_what_is_kept(mode):
+    for fails in (False, True):
+        with contextlib.suppress(KeyError), mode(), torch_modes.kept():
+            kept = torch.zeros(3).add_(2)
+            if fails:
+                raise KeyError
+        assert not kept.is_inference()
+        x = torch.ones(3, requires_grad=True)
+        (x * kept).sum().backward()
+        assert x.grad.tolist() == [2, 2, 2]
+        with torch.inference_mode():
+            assert torch.ones(2).is_inference()
+
+
 def test_no_default_device_is_set_where_none_is_on():
     """It would slow down each operation of each MoE layer."""
     with torch.inference_mode(), torch_modes.kept():
