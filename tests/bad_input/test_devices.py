@@ -122,9 +122,10 @@ def test_running_out_of_memory_is_named() -> None:
 
 
 def test_quantised_for_the_cpu_is_refused() -> None:
+    plain = SimpleNamespace(layers=())
     with pytest.raises(DeviceError, match=r"q4_k stores.*--packed no"):
-        sizing.check_store(SimpleNamespace(codec="q4_k"), "stored")
-    sizing.check_store(SimpleNamespace(codec="stored"), "stored")
+        sizing.check_store(SimpleNamespace(codec="q4_k", table=plain), "stored")
+    sizing.check_store(SimpleNamespace(codec="stored", table=plain), "stored")
     sizing.check_store(None, "stored")
 
 
