@@ -88,3 +88,26 @@ def test_a_family_of_another_form_keeps_its_own_layers(written: Any, load: Any, 
 
     monkeypatch.setattr(modeling_qwen3_moe.Qwen3MoeDecoderLayer, "forward", other)
     assert not fused_layers(load(written["qwen3moe"].path, "100%"))
+
+
+def test_layers_of_other_settings_are_compared_by_themselves(written: Any, load: Any, monkeypatch: Any) -> None:
+    from transformers.models.qwen3_moe import modeling_qwen3_moe
+
+    own, init = modeling_qwen3_moe.Qwen3MoeAttention.forward, modeling_qwen3_moe.Qwen3MoeAttention.__init__
+
+    def with_setting(self: Any, config: Any, layer_idx: int) -> None:
+        init(self, config, layer_idx)
+        self.use_rope = layer_idx != 1
+
+    def other(self: Any, hidden_states: Any, position_embeddings: Any, *args: Any, **given: Any) -> Any:
+        if not self.use_rope:
+            position_embeddings = tuple(
+                torch.full_like(one, at) for at, one in zip((1, 0), position_embeddings, strict=True)
+            )
+        return own(self, hidden_states, position_embeddings, *args, **given)
+
+    monkeypatch.setattr(modeling_qwen3_moe.Qwen3MoeAttention, "__init__", with_setting)
+    monkeypatch.setattr(modeling_qwen3_moe.Qwen3MoeAttention, "forward", other)
+    model = load(written["qwen3moe"].path, "100%")
+    fused = ["forward" in layer.__dict__ for layer in model.get_decoder().layers]
+    assert fused == [at != 1 for at in range(model.config.num_hidden_layers)]

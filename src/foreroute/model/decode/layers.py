@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from types import NoneType
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ _MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj")
 def fuse_layers(model: PreTrainedModel, products: BlockProducts) -> int:
     """Let graphs compute the decoder layers of `model` that have the form, while tokens are decoded.
 
-    One layer of each class, form of attention and form of its norms is compared with transformers' own on random rows.
+    One layer of each class and settings is compared with transformers' own on random rows.
 
     Returns:
         how many layers.
@@ -45,8 +46,7 @@ def fuse_layers(model: PreTrainedModel, products: BlockProducts) -> int:
         if parts is None:
             continue
         fused = _FusedLayer(layer, *parts, shared)
-        attention = layer.self_attn
-        form = (type(layer), getattr(attention, "sliding_window", None), parts[0].bias is None, attention.scaling)
+        form = (type(layer), parts[0].bias is None, *_settings(layer), *_settings(layer.self_attn))
         if form not in is_alike:
             is_alike[form] = _is_alike(model, decoder, layer, fused)
         if is_alike[form]:
@@ -54,6 +54,15 @@ def fuse_layers(model: PreTrainedModel, products: BlockProducts) -> int:
             layer.__dict__["forward"] = fused
             num_fused += 1
     return num_fused
+
+
+def _settings(module: Any) -> tuple[object, ...]:
+    """What a module is set to, but for its number: whether it turns by positions, its window, its scales."""
+    return tuple(
+        (name, value)
+        for name, value in sorted(vars(module).items())
+        if isinstance(value, (bool, int, float, str, NoneType)) and name != "layer_idx"
+    )
 
 
 def fuse_routers(model: PreTrainedModel) -> None:
