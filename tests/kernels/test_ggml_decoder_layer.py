@@ -127,3 +127,29 @@ def test_longer_contexts_and_other_numbers_are_left_to_torch() -> None:
     assert not attend.takes(query, states, states)
     assert not attend.takes(query.bfloat16(), states[:, :, 1:], states[:, :, 1:])
     assert not attend.takes(query, states.transpose(2, 3), states.transpose(2, 3))
+
+
+def test_masks_that_weigh_tokens_or_hide_all_are_left_to_torch() -> None:
+    attend, query = TokenAttention(shared_runner(2)), random_rows(QUERIES, SIZE).view(1, QUERIES, 1, SIZE)
+    states = random_rows(SHARED * 4, SIZE).view(1, SHARED, 4, SIZE)
+
+    def takes(mask: torch.Tensor) -> bool:
+        attend.begin_step()
+        return attend.takes(query, states, states, mask.view(1, 1, 1, 4))
+
+    least = torch.finfo(torch.float32).min
+    assert takes(torch.tensor([0.0, least, -torch.inf, 0.0]))
+    assert takes(torch.tensor([True, False, True, False]))
+    assert not takes(torch.tensor([0.0, -0.5, 0.0, 0.0]))
+    assert not takes(torch.tensor([least, least, least, least]))
+    assert not takes(torch.tensor([0.0, torch.nan, 0.0, 0.0]))
+
+
+def test_a_mask_that_is_changed_in_place_is_seen_in_the_next_step() -> None:
+    attend, query = TokenAttention(shared_runner(2)), random_rows(QUERIES, SIZE).view(1, QUERIES, 1, SIZE)
+    states = random_rows(SHARED * 4, SIZE).view(1, SHARED, 4, SIZE)
+    mask = torch.tensor([True, False, False, False]).view(1, 1, 1, 4)
+    first = attend(query, states, states, mask, 1.0)
+    mask[..., 1] = True
+    attend.begin_step()
+    assert not torch.equal(first, attend(query, states, states, mask, 1.0))

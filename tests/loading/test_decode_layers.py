@@ -111,3 +111,65 @@ def test_layers_of_other_settings_are_compared_by_themselves(written: Any, load:
     model = load(written["qwen3moe"].path, "100%")
     fused = ["forward" in layer.__dict__ for layer in model.get_decoder().layers]
     assert fused == [at != 1 for at in range(model.config.num_hidden_layers)]
+
+
+@torch.no_grad()
+def decode_three(model: Any, **given: Any) -> torch.Tensor:
+    """Logits of three tokens after a prompt of three."""
+    out = model(torch.tensor([[5, 17, 42]], device="cpu"), use_cache=True)
+    logits = []
+    for token in (9, 8, 7):
+        out = model(torch.tensor([[token]], device="cpu"), past_key_values=out.past_key_values, use_cache=True, **given)
+        logits.append(out.logits[0, -1])
+    return torch.stack(logits)
+
+
+@pytest.mark.parametrize("name", ["o_proj", "q_norm", "input_layernorm", "post_attention_layernorm"])
+def test_hooks_of_replaced_modules_are_called(name: str, written: Any, load: Any) -> None:
+    model = load(written["qwen3moe"].path, "100%")
+    layer, heard = model.get_decoder().layers[1], []
+    module = getattr(layer, name, None) or getattr(layer.self_attn, name)
+    handle = module.register_forward_pre_hook(lambda module, args: heard.append(args[0].shape[1]))
+    decode_three(model)
+    handle.remove()
+    assert heard == [3, 1, 1, 1]
+
+
+def test_replaced_experts_are_called(written: Any, load: Any) -> None:
+    model = load(written["qwen3moe"].path, "100%")
+    before = decode_three(model)
+    layer = model.get_decoder().layers[1]
+    own, calls = layer.mlp, []
+
+    class Wrapper(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> Any:
+            calls.append(x.shape[1])
+            return own(x)
+
+    layer.mlp = Wrapper()
+    after = decode_three(model)
+    layer.mlp = own
+    assert calls == [3, 1, 1, 1]
+    assert float((after - before).norm() / before.norm()) < MOST_DIFFERENCE
+
+
+def test_another_default_device_changes_nothing(written: Any, load: Any) -> None:
+    model = load(written["qwen3moe"].path, "100%")
+    before = decode_three(model)
+    model = load(written["qwen3moe"].path, "100%")
+    token = model.get_decoder().layers[0].__dict__["forward"]
+    hidden = torch.zeros(1, 1, model.config.hidden_size) + 0.5
+    angles = model.get_decoder().rotary_emb(hidden, torch.tensor([[0]]))
+    with torch.device("meta"), torch.no_grad():
+        out = token._graphs_of(1, angles[0].shape[-1])[0].run(hidden, angles[0][0], angles[1][0])
+    assert all(one.device.type == "cpu" for one in out)
+    assert torch.equal(decode_three(model), before)
+
+
+def test_models_of_one_form_have_attention_of_their_own(written: Any, load: Any) -> None:
+    models = [load(written["qwen3moe"].path, "100%") for _ in range(2)]
+    own = [
+        {id(layer.self_attn.__dict__["_foreroute_of_token"]) for layer in one.get_decoder().layers} for one in models
+    ]
+    assert [len(one) for one in own] == [1, 1]
+    assert own[0] != own[1]

@@ -36,4 +36,6 @@ class ResidualTap:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             self._latest = (layer, args[0])
 
+        # model/decode/layers.py calls it where the norm is part of a graph.
+        hook.takes_residual = True  # type: ignore[attr-defined]
         return hook

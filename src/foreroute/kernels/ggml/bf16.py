@@ -72,7 +72,7 @@ class Bf16Products:
         """
         rows, columns = shape
         convert = self._convert_interleaved if is_interleaved else self._convert
-        out = torch.empty(len(x), rows, dtype=torch.float32)
+        out = torch.empty(len(x), rows, dtype=torch.float32, device="cpu")
         panel_rows = _eights(_PANEL_WEIGHTS // columns)
         for first in range(0, rows, panel_rows):
             last = min(rows, first + panel_rows)

@@ -70,7 +70,7 @@ class Buffers:
         """Where `count` floats of this name lie, now and always."""
         key = (name, count)
         if key not in self._buffers:
-            self._buffers[key] = torch.empty(count, dtype=torch.float32)
+            self._buffers[key] = torch.empty(count, dtype=torch.float32, device="cpu")
         return self._buffers[key].data_ptr()
 
 
@@ -148,8 +148,8 @@ class BeforeGraph:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Compute q, k and v [rows, heads, 1, size], of `x` [rows, ..., width], with angles [rows, cosines]."""
         num_rows, (queries, keys, _), size = len(x), self._heads, self._size
-        made = torch.empty((num_rows, self._width), dtype=torch.float32)
-        turned = torch.empty((num_rows, queries + keys, 1, size), dtype=torch.float32)
+        made = torch.empty((num_rows, self._width), dtype=torch.float32, device="cpu")
+        turned = torch.empty((num_rows, queries + keys, 1, size), dtype=torch.float32, device="cpu")
         self._x.data, self._cosine.data, self._sine.data = x.data_ptr(), cosine.data_ptr(), sine.data_ptr()
         for group, memory in ((self._made, made), (self._turned, turned)):
             address = memory.data_ptr()
@@ -194,7 +194,7 @@ class AfterGraph:
             attended: f32 [rows, ..., size], a row's heads one after the other. residual: f32 [rows, ..., width].
         """
         stream, normed, scores = (
-            torch.empty(shape, dtype=torch.float32) for shape in (self._shape, self._shape, self._scores)
+            torch.empty(shape, dtype=torch.float32, device="cpu") for shape in (self._shape, self._shape, self._scores)
         )
         self._attended.data, self._residual.data = attended.data_ptr(), residual.data_ptr()
         for tensors, memory in ((self._sums, stream), (self._norms, normed), (self._routed, scores)):
@@ -215,15 +215,23 @@ class TokenAttention:
     MOST_TOKENS = 512
 
     def __init__(self, runner: Runner) -> None:
-        self._runner = runner
+        self._runner, self.num_threads = runner, runner.num_threads
         self._graphs: dict[_Form, _AttentionGraph] = {}
-        # The latest masks, and what is added to each row's scores: layers are given one of two.
-        self._seen: list[tuple[torch.Tensor, list[torch.Tensor | None]]] = []
+        # The step's masks, and what is added to each row's scores: layers are given one of two.
+        self._seen: list[tuple[torch.Tensor, list[torch.Tensor | None] | None]] = []
 
-    def takes(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> bool:
-        """Whether these are f32, with few enough tokens and the numbers of a head one after the other."""
+    def begin_step(self) -> None:
+        """Forget the masks of the step before: a caller may change one in place."""
+        self._seen.clear()
+
+    def takes(
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None = None
+    ) -> bool:
+        """Whether these are f32, with few enough tokens and the numbers of a head one after the other; and the mask
+        shows or hides tokens, at least one to each row, and weighs none."""
         return (
-            query.dtype == keys.dtype == values.dtype == torch.float32
+            (mask is None or self._masks(mask, len(query)) is not None)
+            and query.dtype == keys.dtype == values.dtype == torch.float32
             and keys.shape[2] < self.MOST_TOKENS
             and keys.stride(-1) == values.stride(-1) == 1
         )
@@ -246,9 +254,9 @@ class TokenAttention:
         """
         num_rows, heads, _, size = query.shape
         query = query.contiguous()
-        out = torch.empty((num_rows, 1, heads, values.shape[-1]), dtype=torch.float32)
-        masks: list[torch.Tensor | None] = [None] * num_rows if mask is None else self._masks(mask, num_rows)
-        for row, added in enumerate(masks):
+        out = torch.empty((num_rows, 1, heads, values.shape[-1]), dtype=torch.float32, device="cpu")
+        masks = None if mask is None else self._masks(mask, num_rows)
+        for row, added in enumerate(masks or [None] * num_rows):
             form = (heads, keys.shape[1], size, values.shape[-1], scaling, sinks is not None, added is not None)
             graph = self._graphs.get(form)
             if graph is None:
@@ -256,14 +264,18 @@ class TokenAttention:
             graph.run(row, query, keys, values, out, added, sinks)
         return out
 
-    def _masks(self, mask: torch.Tensor, num_rows: int) -> list[torch.Tensor | None]:
-        """What is added to each row's scores, f16 [tokens]; None where that is nothing."""
+    def _masks(self, mask: torch.Tensor, num_rows: int) -> list[torch.Tensor | None] | None:
+        """What is added to each row's scores, f16 [tokens]; None where that is nothing. None for a mask that f16 cannot
+        say, or that hides all of a row."""
         for given, rows in self._seen:
-            if given is mask and len(rows) == num_rows:
+            if given is mask and (rows is None or len(rows) == num_rows):
                 return rows
         added = torch.where(mask, 0.0, -torch.inf) if mask.dtype == torch.bool else mask
         narrow = added.expand(num_rows, -1, -1, -1)[:, 0, 0].to(torch.float16).contiguous()
-        found = [row if row.any() else None for row in narrow]
+        is_seen = narrow == 0
+        found: list[torch.Tensor | None] | None = None
+        if bool((is_seen | narrow.isneginf()).all() and is_seen.any(1).all()):
+            found = [None if row_seen.all() else row for row, row_seen in zip(narrow, is_seen, strict=True)]
         self._seen = [(mask, found), *self._seen[:1]]
         return found
 

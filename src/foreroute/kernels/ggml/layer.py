@@ -126,7 +126,7 @@ class TokenBlockSum:
         graph = graphs.of(1, count, is_sum=is_sum)
         graph.ids[0] = [slots[self._keys[rank]] for rank in ranks]
         if is_sum:
-            self._total, self._slots = torch.empty((1, graphs.form.hidden), dtype=torch.float32), slots
+            self._total, self._slots = torch.empty((1, graphs.form.hidden), dtype=torch.float32, device="cpu"), slots
             graph.set_gates(self._gates)
             graph.run(self._hidden.data_ptr(), self._total.data_ptr())
             self._is_finite = graph.is_finite
@@ -134,7 +134,7 @@ class TokenBlockSum:
         if ranks[-1] - first + 1 == count:
             graph.run(self._hidden.data_ptr(), graphs.address + 4 * graphs.form.hidden * first)
             return
-        apart = torch.empty((count, graphs.form.hidden), dtype=torch.float32)
+        apart = torch.empty((count, graphs.form.hidden), dtype=torch.float32, device="cpu")
         graph.run(self._hidden.data_ptr(), apart.data_ptr())
         graphs.outputs[ranks] = apart.numpy()
 

@@ -89,7 +89,9 @@ class BlockProducts:
                 self._in_bf16(narrow, matrix.kind, matrix.address, (matrix.rows, matrix.columns))
                 for matrix in group.matrices
             ]
-        products = [torch.empty((num_rows, matrix.rows), dtype=torch.float32) for matrix in group.matrices]
+        products = [
+            torch.empty((num_rows, matrix.rows), dtype=torch.float32, device="cpu") for matrix in group.matrices
+        ]
         graph = group.graphs.get(num_rows)
         (graph or self._graph(group, num_rows)).run(x, group.addresses, products)
         return products
@@ -191,7 +193,7 @@ class BlockEmbedding(nn.Module):
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Look up token ids [...]: [..., width]."""
         blocks = self.matrix.blocks.index_select(0, ids.reshape(-1))
-        rows = torch.empty(len(blocks), self.embedding_dim, dtype=torch.float32)
+        rows = torch.empty(len(blocks), self.embedding_dim, dtype=torch.float32, device="cpu")
         self._to_float(blocks.data_ptr(), rows.data_ptr(), rows.numel())
         return rows.view(*ids.shape, self.embedding_dim).to(self._dtype)
 

@@ -96,6 +96,6 @@ def dequantise(library: Library, kind: BlockType, blocks: torch.Tensor, columns:
     """Make numbers [n, columns], float32, of `blocks`, contiguous uint8 [n, bytes of a row]."""
     if kind.name == "F32":
         return blocks.view(torch.float32)
-    numbers = torch.empty(len(blocks), columns, dtype=torch.float32)
+    numbers = torch.empty(len(blocks), columns, dtype=torch.float32, device="cpu")
     library.traits(kind.name).to_float(blocks.data_ptr(), numbers.data_ptr(), numbers.numel())
     return numbers

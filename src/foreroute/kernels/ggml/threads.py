@@ -42,6 +42,10 @@ class ThreadCount:
         """Whether a run should be looked into, by the quickest of the same graph."""
         return took_s > _SLOW_FACTOR * quickest_s + _SLOW_S
 
+    def begin(self) -> None:
+        """Count waits from now on: another thread calls, whose own waits before are none of these products'."""
+        self._waited_before, self._looked_at = self._waited_s(), self._now_s()
+
     def look(self, took_s: float) -> None:
         """After a slow run: halve the threads if they waited for cores in it."""
         waited, before = self._waited_s(), self._waited_before

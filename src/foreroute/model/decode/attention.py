@@ -19,6 +19,7 @@ from foreroute.kernels.ggml.graph import Runner
 
 # transformers' names of the functions that this replaces -> ours.
 _NAMES = {"sdpa": "foreroute_sdpa", "eager": "foreroute_eager"}
+_OF_TOKEN = "_foreroute_of_token"
 # Numbers of a layer's keys from which a second thread is worth being woken for: 1,024 tokens of 4 heads of 128.
 _PARALLEL_FROM = 2**19
 
@@ -38,20 +39,25 @@ def group_heads(model: PreTrainedModel, runner: Runner) -> None:
     if own not in _NAMES or not attends_by_interface(model):
         return
     grouped, of_token = _grouped_sdpa if own == "sdpa" else _grouped_sinks, TokenAttention(runner)
+    for module in _attentions(model):
+        # transformers' interface has one function of a name for all models: what is this model's is at its modules.
+        module.__dict__[_OF_TOKEN] = of_token
 
     def attend(
         module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if not _can_group(module, query, key, mask, kwargs, own):
             return function_of(module, own)(module, query, key, value, mask, **kwargs)
-        scaling = kwargs["scaling"]
-        if of_token.takes(query, key, value):
+        scaling, of_token = kwargs["scaling"], module.__dict__[_OF_TOKEN]
+        if module.layer_idx == 0:
+            of_token.begin_step()
+        if of_token.takes(query, key, value, mask):
             sinks = None if own == "sdpa" else module.sinks
             return of_token(query, key, value, mask, scaling, sinks), None
-        threads = torch.get_num_threads()
-        if key.numel() < _PARALLEL_FROM or threads >= runner.num_threads:
+        threads, most = torch.get_num_threads(), of_token.num_threads
+        if key.numel() < _PARALLEL_FROM or threads >= most:
             return grouped(module, query, key, value, mask, scaling), None
-        torch.set_num_threads(runner.num_threads)
+        torch.set_num_threads(most)
         try:
             return grouped(module, query, key, value, mask, scaling), None
         finally:
@@ -65,10 +71,14 @@ def group_heads(model: PreTrainedModel, runner: Runner) -> None:
 def attends_by_interface(model: PreTrainedModel) -> bool:
     """Whether every attention of `model` asks transformers' interface for its function, by one config."""
     config = model.config.get_text_config(decoder=True)
-    attentions = [module for module in model.modules() if hasattr(module, "layer_idx") and hasattr(module, "o_proj")]
+    attentions = _attentions(model)
     is_one = len(attentions) == config.num_hidden_layers and all(one.config is config for one in attentions)
     is_known = config._attn_implementation in (*_NAMES, *_NAMES.values())
     return is_one and is_known and all(_asks(one) for one in attentions)
+
+
+def _attentions(model: PreTrainedModel) -> list[Any]:
+    return [module for module in model.modules() if hasattr(module, "layer_idx") and hasattr(module, "o_proj")]
 
 
 def function_of(module: Any, name: str) -> Attention:

@@ -102,6 +102,9 @@ class _FusedLayer:
         self._graphs: dict[tuple[int, int], tuple[BeforeGraph, AfterGraph]] = {}
         self._router: RouterWeight | None = None
         attention = layer.self_attn
+        replaced = [layer.input_layernorm, *attention.modules()]
+        self._hooks = [one._forward_hooks for one in (*replaced, self._norm)]
+        self._hooks += [one._forward_pre_hooks for one in replaced]
         self._usual = {
             "dropout": 0.0,
             "scaling": attention.scaling,
@@ -116,12 +119,22 @@ class _FusedLayer:
 
     def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """As the layer's own `forward`."""
+        layer: Any = self._layer()
         is_decoded = hidden_states.shape[1] == 1 and not args and self._shared.products.decodes()
-        # Hooks that transformers adds where attention's weights were asked for.
-        if not is_decoded or self._attention._forward_hooks or hidden_states.dtype != torch.float32:
-            layer: Any = self._layer()
+        if not is_decoded or hidden_states.dtype != torch.float32 or self._is_changed(layer):
             return type(layer).forward(layer, hidden_states, *args, **kwargs)
         return self.compute(hidden_states, **kwargs)
+
+    def _is_changed(self, layer: Any) -> bool:
+        """Whether modules that graphs replace were replaced, or have hooks: transformers adds some where attention's
+        weights are asked for. The residual tap's is called here."""
+        modules = layer._modules
+        return (
+            modules["mlp"] is not self._mlp
+            or modules["self_attn"] is not self._attention
+            or any(self._hooks)
+            or not all(getattr(hook, "takes_residual", False) for hook in self._norm._forward_pre_hooks.values())
+        )
 
     def compute(
         self,
@@ -146,7 +159,7 @@ class _FusedLayer:
         stream, normed, scores = after.run(attended.contiguous(), residual)
         if self._router is not None:
             self._router.ready = (normed, scores)
-        for hook in self._norm._forward_pre_hooks.values():  # the residual tap's, which guesses ask
+        for hook in self._norm._forward_pre_hooks.values():
             hook(self._norm, (stream,))
         out = self._mlp(normed)
         return stream + (out[0] if isinstance(out, tuple) else out)
