@@ -67,6 +67,13 @@ def ask(engine, prompts) -> list[Heard]:
     return [one.wait() for one in heard]
 
 
+def forget(model, engine) -> None:
+    """Nothing of the prompts is kept, and no expert is resident; after the step that ended the last request."""
+    with model.foreroute.lock:
+        engine._kept.clear()
+        model.foreroute.engine.pool.reset()
+
+
 def keys_of(model, engine, ids) -> tuple[Heard, set[int], set[int]]:
     """One request alone: what it says, and the experts that its prompt and that its tokens want."""
     engine_of_model = model.foreroute.engine
@@ -98,9 +105,7 @@ def test_who_needs_it_fails_and_the_others_go_on(asked, engine_of, phase):
     bad = max(possible, key=lambda key: (-sum(key in one for one in wants), key))
     fails = [bad in one for one in wants]
     assert 0 < sum(fails) < len(fails), "all demand it, or none: the test shows nothing"
-    # Nothing of the prompts is kept, and the bad one is not in memory.
-    engine._kept.clear()
-    model.foreroute.engine.pool.residency.clear()
+    forget(model, engine)
     with unreadable(model, lambda key: key == bad) as failed:
         together = ask(engine, prompts)
     assert failed
@@ -122,8 +127,7 @@ def test_a_transient_error_ends_no_request(asked, engine_of, every):
     model, prompts = asked
     engine, reads = engine_of(model), 0
     expected = ask(engine, prompts)
-    engine._kept.clear()
-    model.foreroute.engine.pool.residency.clear()
+    forget(model, engine)
     apart, step_apart, is_apart, is_failing = [], RowsCache.step_apart, False, False
 
     def noting(rows, tokens, phase, **options):
@@ -156,7 +160,7 @@ def test_a_transient_error_ends_no_request(asked, engine_of, every):
 def test_one_request_alone_fails_at_once(tiny, tokenizer, engine_of):
     engine = engine_of(tiny)
     (expected,) = ask(engine, prompts_of(tokenizer, 1))
-    tiny.foreroute.engine.pool.residency.clear()
+    forget(tiny, engine)
     with unreadable(tiny, lambda key: True) as failed:
         (heard,) = ask(engine, prompts_of(tokenizer, 1))
     assert (heard.end.reason, "planted" in heard.end.error, len(failed) > 0) == ("error", True, True)
@@ -167,7 +171,7 @@ def test_all_fail_where_nothing_can_be_read(tiny, tokenizer, engine_of):
     engine = engine_of(tiny)
     expected = ask(engine, prompts_of(tokenizer, 4))
     engine._kept.clear()
-    tiny.foreroute.engine.pool.residency.clear()
+    forget(tiny, engine)
     with unreadable(tiny, lambda key: True):
         assert [one.end.reason for one in ask(engine, prompts_of(tokenizer, 4))] == ["error"] * 4
     for one, again in zip(expected, ask(engine, prompts_of(tokenizer, 4)), strict=True):
