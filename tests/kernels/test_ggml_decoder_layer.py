@@ -44,7 +44,8 @@ def test_before_attention(has_bias: bool, has_head_norm: bool, cosines: int) -> 
     norm = Norm(random_rows(1, WIDTH)[0], 1e-5)
     bias = random_rows(1, sum(heads) * SIZE)[0] * 9 if has_bias else None
     head_norm = Norm(random_rows(QUERIES + SHARED, SIZE) + 1, 1e-6) if has_head_norm else None
-    part = BeforeAttention(norm, tuple(one for one, _ in made), bias, heads, SIZE, head_norm)  # type: ignore[arg-type]
+    (query, _), (key, _), (value, _) = made
+    part = BeforeAttention(norm, (query, key, value), bias, heads, SIZE, head_norm)
     x, (cosine, sine) = random_rows(ROWS, WIDTH), angles(cosines)
     graph = BeforeGraph(shared_runner(2), part, ROWS, cosines, Buffers())
     found = graph.run(x, cosine, sine)

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import gguf
 import numpy as np
@@ -18,7 +17,7 @@ from foreroute.kernels.ggml.known_answers import check_types
 from foreroute.kernels.ggml.library import GgmlError, Library, open_library
 from foreroute.kernels.ggml.linear import BlockEmbedding, BlockLinear, BlockMatrix, BlockProducts, compute_together
 from foreroute.kernels.ggml.threads import ThreadCount
-from foreroute.kernels.ggml.types import F32, MATRIX_TYPES
+from foreroute.kernels.ggml.types import F32, MATRIX_TYPES, BlockType
 from tests.kernels.ggml_matrices import Blocks, error, random_blocks, random_rows, types
 
 OUT, IN = 48, 512
@@ -156,7 +155,7 @@ class Order(Interleaver):
 
     def __init__(self, bits: np.ndarray, flips: int) -> None:
         self._row_bytes, self._bits, self._flips = ROW_BYTES, bits, flips
-        self._kind, self._library = SimpleNamespace(name="Q9"), SimpleNamespace(version="9")  # type: ignore[assignment]
+        self._kind, self._library = BlockType("Q9", 0, 32, ROW_BYTES), open_library()
 
     def convert(self, blocks: np.ndarray) -> np.ndarray:
         groups = np.unpackbits(blocks.reshape(-1, ROWS * ROW_BYTES), axis=1, bitorder="little")
@@ -244,6 +243,17 @@ def test_threads_that_wait_for_cores_are_halved_and_come_back() -> None:
     machine.now, machine.idle = 1.6, 1.2
     machine.count.before_run(machine.now)
     assert machine.count.active == 4, "idle since the last look: what was before, a prompt, does not count"
+
+
+def test_what_another_calling_thread_waited_before_does_not_count() -> None:
+    machine = Machine()
+    machine.waited = 5.0  # of a thread that calls for the first time
+    machine.count.begin()
+    machine.count.look(0.1)
+    assert machine.count.active == 4
+    machine.waited += 0.08
+    machine.count.look(0.1)
+    assert machine.count.active == 2
 
 
 def test_threads_that_go_and_come_wait_longer_each_time() -> None:

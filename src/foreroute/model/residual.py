@@ -18,7 +18,7 @@ class ResidualTap:
     def __init__(self, layers: Sequence[MoeLayer]) -> None:
         self._latest: tuple[int, torch.Tensor] | None = None
         self._handles = [
-            layer.norm.register_forward_pre_hook(self._catching(layer.index)) for layer in layers if layer.norm
+            layer.norm.register_forward_pre_hook(ResidualHook(self, layer.index)) for layer in layers if layer.norm
         ]
 
     def __call__(self, layer: int) -> torch.Tensor | None:
@@ -32,10 +32,17 @@ class ResidualTap:
         for handle in self._handles:
             handle.remove()
 
-    def _catching(self, layer: int) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            self._latest = (layer, args[0])
+    def keep(self, layer: int, residual: torch.Tensor) -> None:
+        """Keep the residual [..., hidden] of MoE layer `layer`."""
+        self._latest = (layer, residual)
 
-        # model/decode/layers.py calls it where the norm is part of a graph.
-        hook.takes_residual = True  # type: ignore[attr-defined]
-        return hook
+
+class ResidualHook:
+    """Hears what the norm of one layer is given; model/decode/layers.py calls it where a graph computes that norm."""
+
+    def __init__(self, tap: ResidualTap, layer: int) -> None:
+        self._tap, self._layer = tap, layer
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """As torch calls a forward pre-hook."""
+        self._tap.keep(self._layer, args[0])

@@ -17,6 +17,7 @@ import torch
 from foreroute.kernels.ggml.graph import Runner
 from foreroute.kernels.ggml.interleaved import ROWS, interleaver
 from foreroute.kernels.ggml.types import BlockType
+from foreroute.types import round_up
 
 # Rows from which bf16 is quicker, for types that are slow to convert, and for all others. More than the rows of any
 # usual batch: while decoding, a row's bits are its own.
@@ -136,7 +137,7 @@ class Bf16Products:
 
 def _eights(rows: int) -> int:
     """`rows`, rounded up to whole eights; at least eight."""
-    return max(ROWS, rows - rows % -ROWS)
+    return max(ROWS, round_up(rows, ROWS))
 
 
 def _kept(count: int, dtype: torch.dtype) -> torch.Tensor:

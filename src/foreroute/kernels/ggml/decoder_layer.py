@@ -90,15 +90,13 @@ class BeforeGraph:
         # Their memory is the graph's.
         self._kept = (part, buffers)
         x = graph.tensor(F32, (part.norm.weight.shape[-1], num_rows))
-        normed = _norm(graph, x, part.norm, buffers.address("normed", x.contents.ne[0] * num_rows))
+        *_, normed = _norm(graph, x, part.norm, buffers.address("normed", x.contents.ne[0] * num_rows))
         # Tensor -> bytes after the address of its memory: of q, k and v, which are made in one; of what is turned.
         made: list[tuple[TensorRef, int]] = []
         turned: list[tuple[TensorRef, int]] = []
         steps, at = list[TensorRef](), 0
         for matrix in part.matrices:
-            weights = graph.tensor(matrix.kind.number, (matrix.columns, matrix.rows))
-            place(weights, matrix.address)
-            product = library.ggml_mul_mat(context, weights, normed)
+            product = library.ggml_mul_mat(context, _matrix(graph, matrix), normed)
             _set_strides(product, width, width * num_rows)
             made.append((product, _FLOAT * at))
             steps.append(product)
@@ -115,7 +113,7 @@ class BeforeGraph:
             _set_strides(heads, part.size, width)
             made.append((heads, 0))
             address, row = buffers.address("heads", part.size * num_turned * num_rows), part.size * num_turned
-            steps.append(_norm(graph, heads, part.head_norm, address))
+            steps.append(_norm(graph, heads, part.head_norm, address)[-1])
             inputs = None
         first, second = (graph.tensor(F32, (half, num_turned, num_rows)) for _ in range(2))
         for tensor, offset in ((first, 0), (second, _FLOAT * half)):
@@ -168,24 +166,19 @@ class AfterGraph:
         library, context, matrix = graph.library, graph.context, part.matrix
         self._shape, self._kept = (num_rows, 1, matrix.rows), part
         attended, residual = (graph.tensor(F32, (width, num_rows)) for width in (matrix.columns, matrix.rows))
-        weights = graph.tensor(matrix.kind.number, (matrix.columns, matrix.rows))
-        place(weights, matrix.address)
-        sums = [library.ggml_mul_mat(context, weights, attended)]
+        sums = [library.ggml_mul_mat(context, _matrix(graph, matrix), attended)]
         if part.bias is not None:
             sums.append(library.ggml_add(context, sums[-1], _constant(graph, part.bias)))
         sums.append(library.ggml_add(context, sums[-1], residual))
-        scaled = library.ggml_rms_norm(context, sums[-1], part.norm.epsilon)
-        normed = library.ggml_mul(context, scaled, _constant(graph, part.norm.weight))
+        norms = _norm(graph, sums[-1], part.norm)
         routed = []
         if part.router is not None:
-            router = graph.tensor(part.router.kind.number, (part.router.columns, part.router.rows))
-            place(router, part.router.address)
-            routed.append(library.ggml_mul_mat(context, router, normed))
-        graph.finish(normed, *routed)
+            routed.append(library.ggml_mul_mat(context, _matrix(graph, part.router), norms[-1]))
+        graph.finish(norms[-1], *routed)
         self._scores = (num_rows, 0 if part.router is None else part.router.rows)
         self._routed = [one.contents for one in routed]
         self._attended, self._residual = attended.contents, residual.contents
-        self._sums, self._norms = [one.contents for one in sums], [scaled.contents, normed.contents]
+        self._sums, self._norms = [one.contents for one in sums], [one.contents for one in norms]
 
     def run(self, attended: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Compute the residual stream, its norm, [rows, 1, width] each, and the router's product [rows, experts].
@@ -230,10 +223,10 @@ class TokenAttention:
         """Whether these are f32, with few enough tokens and the numbers of a head one after the other; and the mask
         shows or hides tokens, at least one to each row, and weighs none."""
         return (
-            (mask is None or self._masks(mask, len(query)) is not None)
-            and query.dtype == keys.dtype == values.dtype == torch.float32
+            query.dtype == keys.dtype == values.dtype == torch.float32
             and keys.shape[2] < self.MOST_TOKENS
             and keys.stride(-1) == values.stride(-1) == 1
+            and (mask is None or self._masks(mask, len(query)) is not None)
         )
 
     def __call__(
@@ -325,13 +318,20 @@ class _AttentionGraph:
         self._graph.run()
 
 
-def _norm(graph: Graph, x: TensorRef, norm: Norm, address: int) -> TensorRef:
-    """`x` normed, in memory at `address`."""
+def _norm(graph: Graph, x: TensorRef, norm: Norm, address: int = 0) -> list[TensorRef]:
+    """The steps that norm `x`, the last of which is the result, all in memory at `address`."""
     scaled = graph.library.ggml_rms_norm(graph.context, x, norm.epsilon)
-    normed = graph.library.ggml_mul(graph.context, scaled, _constant(graph, norm.weight))
-    place(scaled, address)
-    place(normed, address)
-    return normed
+    steps = [scaled, graph.library.ggml_mul(graph.context, scaled, _constant(graph, norm.weight))]
+    for one in steps:
+        place(one, address)
+    return steps
+
+
+def _matrix(graph: Graph, matrix: BlockMatrix) -> TensorRef:
+    """A tensor over a matrix, which must be kept."""
+    tensor = graph.tensor(matrix.kind.number, (matrix.columns, matrix.rows))
+    place(tensor, matrix.address)
+    return tensor
 
 
 def _constant(graph: Graph, values: torch.Tensor) -> TensorRef:
@@ -342,7 +342,7 @@ def _constant(graph: Graph, values: torch.Tensor) -> TensorRef:
 
 
 def _set_strides(tensor: Any, row: int, matrix: int) -> None:
-    """Let a tensor's rows, and matrices, lie so many floats apart."""
+    """Set the strides of a tensor's rows and matrices, in floats."""
     strides: Sequence[int] = (row, matrix, matrix * tensor.contents.ne[2])
     for at, stride in enumerate(strides, 1):
         tensor.contents.nb[at] = _FLOAT * stride

@@ -20,6 +20,7 @@ from foreroute.kernels.ggml.decoder_layer import AfterAttention, AfterGraph, Bef
 from foreroute.kernels.ggml.linear import BlockLinear, BlockProducts, RouterWeight
 from foreroute.model.decode.attention import attends_by_interface, function_of
 from foreroute.model.decode.norms import fused_norm
+from foreroute.model.residual import ResidualHook
 
 # Products of blocks round their inputs to 8 bits: what differs in the last bit before may differ by this after.
 _MOST_DIFFERENCE = 5e-3
@@ -133,7 +134,7 @@ class _FusedLayer:
             modules["mlp"] is not self._mlp
             or modules["self_attn"] is not self._attention
             or any(self._hooks)
-            or not all(getattr(hook, "takes_residual", False) for hook in self._norm._forward_pre_hooks.values())
+            or not all(isinstance(hook, ResidualHook) for hook in self._norm._forward_pre_hooks.values())
         )
 
     def compute(
