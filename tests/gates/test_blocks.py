@@ -17,7 +17,7 @@ from foreroute.batching.requests import Finished, NewToken, Request, Sampling
 from foreroute.batching.rows import RowsCache
 from foreroute.checkpoint.gguf_file import EXPERT_BLOCKS
 from foreroute.kernels.ggml import linear as ggml_linear
-from foreroute.kernels.ggml.decoder_layer import TokenAttention
+from foreroute.kernels.ggml.decoder.attention import TokenAttention
 from foreroute.kernels.ggml.layer import GgmlLayer
 from foreroute.kernels.ggml.linear import BlockLinear
 from foreroute.model.text import load_tokenizer

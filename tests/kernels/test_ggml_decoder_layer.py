@@ -3,15 +3,9 @@
 import pytest
 import torch
 
-from foreroute.kernels.ggml.decoder_layer import (
-    AfterAttention,
-    AfterGraph,
-    BeforeAttention,
-    BeforeGraph,
-    Buffers,
-    Norm,
-    TokenAttention,
-)
+from foreroute.kernels.ggml.decoder.attention import TokenAttention
+from foreroute.kernels.ggml.decoder.layer import AfterGraph, BeforeGraph, KeptTokens, LayerGraph
+from foreroute.kernels.ggml.decoder.parts import AfterAttention, Attention, BeforeAttention, Buffers, Norm, Route
 from foreroute.kernels.ggml.graph import shared_runner
 from foreroute.kernels.ggml.linear import BlockMatrix
 from tests.kernels.ggml_matrices import error, random_blocks, random_rows
@@ -77,14 +71,14 @@ def test_after_attention(has_bias: bool, has_router: bool) -> None:
     norm, bias = Norm(random_rows(1, WIDTH)[0], 1e-5), random_rows(1, WIDTH)[0] if has_bias else None
     part = AfterAttention(output, bias, norm, router if has_router else None)
     attended, residual = random_rows(ROWS, QUERIES * SIZE), random_rows(ROWS, WIDTH, seed=8)
-    found = AfterGraph(shared_runner(2), part, ROWS).run(attended, residual)
+    found = AfterGraph(shared_runner(2), part, ROWS, Buffers()).run(attended, residual)
     found = [one.view(ROWS, -1) for one in found]
     stream = residual + attended @ numbers.t() + (0 if bias is None else bias)
     scores = normed(found[0], norm) @ scores_of.t() if has_router else torch.empty(ROWS, 0)
     assert error(found[0], stream) < MOST_ERROR
     assert torch.allclose(found[1], normed(found[0], norm), rtol=1e-5, atol=1e-6)
     assert torch.allclose(found[2], scores, rtol=1e-4, atol=1e-4)
-    alone = AfterGraph(shared_runner(2), part, 1)
+    alone = AfterGraph(shared_runner(2), part, 1, Buffers())
     for at in range(ROWS):
         row = slice(at, at + 1)
         for one, among in zip(alone.run(attended[row], residual[row]), found, strict=True):
@@ -154,3 +148,55 @@ def test_a_mask_that_is_changed_in_place_is_seen_in_the_next_step() -> None:
     mask[..., 1] = True
     attend.begin_step()
     assert not torch.equal(first, attend(query, states, states, mask, 1.0))
+
+
+@pytest.mark.parametrize("is_share_of_all", [False, True])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_a_route_chooses_as_torch_does(has_bias: bool, is_share_of_all: bool) -> None:
+    top_k, (output, _), (router, scores_of) = 3, matrix(WIDTH, QUERIES * SIZE, 3), matrix(EXPERTS, WIDTH, 4, "F32")
+    bias = random_rows(1, EXPERTS)[0] if has_bias else None
+    norm = Norm(random_rows(1, WIDTH)[0], 1e-5)
+    part = AfterAttention(output, None, norm, router, Route(top_k, bias, is_share_of_all))
+    attended, residual = random_rows(ROWS, QUERIES * SIZE), random_rows(ROWS, WIDTH, seed=8)
+    found = AfterGraph(shared_runner(2), part, ROWS, Buffers()).run(attended, residual)
+    scores = found.normed.view(ROWS, WIDTH) @ scores_of.t() + (0 if bias is None else bias)
+    best = (scores.softmax(-1) if is_share_of_all else scores).topk(top_k)
+    assert found.ids.dtype == torch.int64
+    assert torch.equal(found.ids, best.indices)
+    weights = best.values if is_share_of_all else best.values.softmax(-1)
+    assert torch.allclose(found.weights, weights, rtol=1e-4, atol=1e-5)
+    alone = AfterGraph(shared_runner(2), part, 1, Buffers())
+    for at in range(ROWS):
+        row = slice(at, at + 1)
+        one = alone.run(attended[row], residual[row])
+        assert torch.equal(one.ids, found.ids[row])
+        assert torch.equal(one.weights, found.weights[row])
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 40, TokenAttention.MOST_TOKENS - 2])
+@pytest.mark.parametrize("has_sinks", [False, True])
+def test_a_layer_in_one_graph_has_the_bits_of_its_parts(has_sinks: bool, tokens: int) -> None:
+    runner, buffers, heads, scale = shared_runner(2), Buffers(), (QUERIES, SHARED, SHARED), 0.3
+    query, key, value = (matrix(one * SIZE, WIDTH, seed)[0] for seed, one in enumerate(heads))
+    norm = Norm(random_rows(1, WIDTH)[0], 1e-5)
+    before = BeforeAttention(norm, (query, key, value), random_rows(1, sum(heads) * SIZE)[0], heads, SIZE, None)
+    after = AfterAttention(
+        matrix(WIDTH, QUERIES * SIZE, 3)[0], None, norm, matrix(EXPERTS, WIDTH, 4, "F32")[0], Route(2, None, False)
+    )
+    sinks = random_rows(1, QUERIES)[0] if has_sinks else None
+    x, (cosine, sine) = random_rows(1, WIDTH), (one[:1] for one in angles(SIZE))
+    # Of longer tensors, from some token on.
+    start, longer = 7, [random_rows(SHARED * 600, SIZE, seed=at).view(1, SHARED, 600, SIZE) for at in (1, 2)]
+    states = [one.clone() for one in longer]
+    q, k, v = BeforeGraph(runner, before, 1, SIZE, buffers).run(x, cosine, sine)
+    for one, added in zip(states, (k, v), strict=True):
+        one[:, :, start + tokens] = added[:, :, 0]
+    keys, values = (one[:, :, start : start + tokens + 1] for one in states)
+    attended = TokenAttention(runner)(q, keys, values, None, scale, sinks)
+    expected = AfterGraph(runner, after, 1, buffers).run(attended, x)
+    whole = LayerGraph(runner, before, Attention(scale, sinks), after, SIZE, buffers)
+    first = [one.data_ptr() + 4 * SIZE * start for one in longer]
+    for _ in range(2):
+        found = whole.run(x, cosine, sine, KeptTokens(*first, 4 * SIZE * 600, tokens))
+        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+        assert all(torch.equal(one, other) for one, other in zip(longer, states, strict=True)), "one token is written"

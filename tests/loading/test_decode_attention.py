@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from foreroute.kernels.ggml.decoder_layer import TokenAttention
+from foreroute.kernels.ggml.decoder.attention import TokenAttention
 from foreroute.model.decode import attention as decode_attention
 from tests.formats.gguf_writer import Kind, Written, write_gguf
 

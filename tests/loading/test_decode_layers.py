@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 
+from foreroute.errors import RefusedError
 from foreroute.model.decode import layers as decode_layers
 from foreroute.model.residual import ResidualTap
 from tests.formats.gguf_writer import Kind, Written, write_gguf
@@ -173,3 +174,73 @@ def test_models_of_one_form_have_attention_of_their_own(written: Any, load: Any)
     ]
     assert [len(one) for one in own] == [1, 1]
     assert own[0] != own[1]
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_one_graph_up_to_the_experts_has_the_bits_of_its_parts(
+    name: str, written: Any, load: Any, monkeypatch: Any
+) -> None:
+    model = load(written[name].path, "100%")
+    ran, run = [], decode_layers.LayerGraph.run
+    monkeypatch.setattr(decode_layers.LayerGraph, "run", lambda *given: ran.append(0) or run(*given))
+    whole = decode_three(model)
+    assert len(ran) == 3 * model.config.num_hidden_layers
+    monkeypatch.setattr(decode_layers._FusedLayer, "_compute_whole", lambda *given: None)
+    assert torch.equal(decode_three(model), whole)
+    assert len(ran) == 3 * model.config.num_hidden_layers
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_graphs_choose_experts_as_the_family_s_routers_do(name: str, written: Any, load: Any, monkeypatch: Any) -> None:
+    model = load(written[name].path, "100%")
+    assert all(fused._routed is not None for fused in fused_layers(model))
+    ours = decode_three(model)
+    monkeypatch.setattr("foreroute.model.decode.layers.routed_experts", lambda *given: None)
+    by_module = load(written[name].path, "100%")
+    assert all(fused._routed is None for fused in fused_layers(by_module))
+    theirs = decode_three(by_module)
+    assert float((ours - theirs).norm() / theirs.norm()) < 1e-4, "the same experts and weights, but for rounding"
+
+
+def test_a_router_of_another_form_is_called_itself(written: Any, load: Any, monkeypatch: Any) -> None:
+    from transformers.models.qwen3_moe import modeling_qwen3_moe
+
+    own = modeling_qwen3_moe.Qwen3MoeTopKRouter.forward
+
+    def scaled(self: Any, hidden_states: torch.Tensor) -> Any:
+        logits, weights, ids = own(self, hidden_states)
+        return logits, 1.5 * weights, ids
+
+    monkeypatch.setattr(modeling_qwen3_moe.Qwen3MoeTopKRouter, "forward", scaled)
+    model = load(written["qwen3moe"].path, "100%")
+    assert fused_layers(model)
+    assert all(fused._routed is None for fused in fused_layers(model))
+
+
+@pytest.mark.parametrize("name", ["gate", "experts"])
+def test_hooks_within_a_moe_block_are_called(name: str, written: Any, load: Any) -> None:
+    model = load(written["qwen3moe"].path, "100%")
+    before, heard = decode_three(model), []
+    block = model.get_decoder().layers[1].mlp
+    handle = getattr(block, name).register_forward_hook(lambda module, args, out: heard.append(len(args[0])))
+    after = decode_three(model)
+    handle.remove()
+    assert heard == [3, 1, 1, 1]
+    assert float((after - before).norm() / before.norm()) < MOST_DIFFERENCE
+
+
+def test_another_attention_function_is_called(written: Any, load: Any, monkeypatch: Any) -> None:
+    model = load(written["qwen3moe"].path, "100%")
+    model.set_attn_implementation("eager")
+    asked, own = [], decode_layers.function_of
+    monkeypatch.setattr(decode_layers, "function_of", lambda module, name: asked.append(name) or own(module, name))
+    decode_three(model)
+    assert asked == ["eager"] * 3 * model.config.num_hidden_layers
+
+
+def test_closed_experts_say_so(written: Any, load: Any) -> None:
+    model = load(written["qwen3moe"].path, "100%")
+    decode_three(model)
+    model.foreroute.close()
+    with pytest.raises(RefusedError, match="closed"):
+        decode_three(model)

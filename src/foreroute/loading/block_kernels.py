@@ -110,7 +110,7 @@ class BlockKernels:
         for layer in layers:
             if layer.router is not None:
                 keep_router_alike(layer.router.module, self.products)
-        fuse_routers(model)
+        fuse_routers(model, layers)
 
 
 def open_block_kernels(

@@ -14,7 +14,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
-from foreroute.kernels.ggml.decoder_layer import TokenAttention
+from foreroute.kernels.ggml.decoder.attention import TokenAttention
 from foreroute.kernels.ggml.graph import Runner
 
 # transformers' names of the functions that this replaces -> ours.
@@ -90,6 +90,19 @@ def function_of(module: Any, name: str) -> Attention:
         return sdpa_attention_forward
     own: Attention = AttentionInterface()[name]
     return own
+
+
+def sees_all(module: Any, mask: Any, tokens: int) -> bool:
+    """Whether one row's new token sees all `tokens` before it, and ggml's operation computes that here."""
+    of_token: TokenAttention | None = module.__dict__.get(_OF_TOKEN)
+    if of_token is None or tokens + 1 >= of_token.MOST_TOKENS:
+        return False
+    # Otherwise the model asks for another function than `attend`, or `attend` for the family's.
+    if module.config._attn_implementation != _NAMES["eager" if hasattr(module, "sinks") else "sdpa"]:
+        return False
+    if module.layer_idx == 0:
+        of_token.begin_step()
+    return mask is None or of_token.hides_nothing(mask)
 
 
 def _asks(module: Any) -> bool:

@@ -1,12 +1,13 @@
-"""Decoder layers of usual form in two graphs beside attention and experts, where a model's bits need not be
-transformers'.
+"""Decoder layers of usual form in graphs beside experts, where a model's bits need not be transformers'.
 
 The form: h = x + attention(norm(x)); h + experts(norm(h)), where attention makes q, k and v by a product each, turns q
 and k by their positions, and asks transformers' interface for its function. Whether a family has it is seen by numbers.
+One token over a short context is one graph up to its experts; several rows, and long contexts, are two graphs and
+attention in between.
 """
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from types import NoneType
@@ -16,10 +17,14 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from foreroute.kernels.ggml.decoder_layer import AfterAttention, AfterGraph, BeforeAttention, BeforeGraph, Buffers, Norm
+from foreroute.kernels.ggml.decoder.layer import AfterGraph, BeforeGraph, Chosen, LayerGraph
+from foreroute.kernels.ggml.decoder.parts import AfterAttention, Attention, BeforeAttention, Buffers, Norm
 from foreroute.kernels.ggml.linear import BlockLinear, BlockProducts, RouterWeight
-from foreroute.model.decode.attention import attends_by_interface, function_of
+from foreroute.model.blocks import MoeLayer
+from foreroute.model.decode.attention import attends_by_interface, function_of, sees_all
+from foreroute.model.decode.kept_tokens import room_of
 from foreroute.model.decode.norms import fused_norm
+from foreroute.model.decode.routes import RoutedExperts, routed_experts
 from foreroute.model.residual import ResidualHook
 
 # Products of blocks round their inputs to 8 bits: what differs in the last bit before may differ by this after.
@@ -66,14 +71,17 @@ def _settings(module: Any) -> tuple[object, ...]:
     )
 
 
-def fuse_routers(model: PreTrainedModel) -> None:
-    """Let the graphs of fused layers compute the one `RouterWeight` of their experts too."""
+def fuse_routers(model: PreTrainedModel, layers: Sequence[MoeLayer]) -> None:
+    """Let the graphs of fused layers compute the one `RouterWeight` of their experts too, and choose where they can."""
+    by_experts = {id(one.experts): one for one in layers}
     for layer in getattr(model.get_decoder(), "layers", ()):
         fused = layer.__dict__.get("forward")
         if isinstance(fused, _FusedLayer):
             weights = [one for one in layer.mlp.parameters() if isinstance(one, RouterWeight)]
+            found = [by_experts[id(one)] for one in layer.mlp.modules() if id(one) in by_experts]
             if len(weights) == 1:
-                fused.take_router(weights[0])
+                routed = routed_experts(layer.mlp, found[0], weights[0]) if len(found) == 1 else None
+                fused.take_router(weights[0], routed)
 
 
 class _Shared:
@@ -101,7 +109,9 @@ class _FusedLayer:
         self._attention, self._norm, self._mlp = layer.self_attn, layer.post_attention_layernorm, layer.mlp
         self._before, self._after, self._shared = before, after, shared
         self._graphs: dict[tuple[int, int], tuple[BeforeGraph, AfterGraph]] = {}
+        self._whole: dict[int, LayerGraph] = {}
         self._router: RouterWeight | None = None
+        self._routed: RoutedExperts | None = None
         attention = layer.self_attn
         replaced = [layer.input_layernorm, *attention.modules()]
         self._hooks = [one._forward_hooks for one in (*replaced, self._norm)]
@@ -112,11 +122,15 @@ class _FusedLayer:
             "sliding_window": getattr(attention, "sliding_window", None),
             **({"s_aux": attention.sinks} if hasattr(attention, "sinks") else {}),
         }
+        sinks = attention.sinks.detach().float().contiguous() if hasattr(attention, "sinks") else None
+        self._scores = Attention(attention.scaling, sinks)
 
-    def take_router(self, weight: RouterWeight) -> None:
-        """From now on compute the product of the layer's router too."""
-        self._router = weight
+    def take_router(self, weight: RouterWeight, routed: RoutedExperts | None) -> None:
+        """From now on compute the product of the layer's router too; and its choice, if `routed` says how."""
+        self._router, self._routed = weight, routed
+        self._after = replace(self._after, router=weight.matrix, route=None if routed is None else routed.route)
         self._graphs.clear()
+        self._whole.clear()
 
     def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """As the layer's own `forward`."""
@@ -147,35 +161,67 @@ class _FusedLayer:
         **kwargs: Any,
     ) -> torch.Tensor:
         """Compute [rows, 1, width] by graphs. Arguments: of transformers' decoder layers."""
-        attention, num_rows, residual = self._attention, len(hidden_states), hidden_states.contiguous()
-        cosine, sine = self._shared.angles(position_embeddings, num_rows)
-        before, after = self._graphs_of(num_rows, cosine.shape[1])
-        query, keys, values = before.run(residual, cosine, sine)
+        residual = hidden_states.contiguous()
+        cosine, sine = self._shared.angles(position_embeddings, len(residual))
         cache = past_key_values if cache is None else cache
-        if cache is not None:
+        chosen = self._compute_whole(residual, attention_mask, cache, cosine, sine)
+        if chosen is None:
+            chosen = self._compute_parts(residual, attention_mask, cache, cosine, sine, kwargs)
+        for hook in self._norm._forward_pre_hooks.values():
+            hook(self._norm, (chosen.stream,))
+        if self._routed is not None and self._routed.is_plain():
+            return chosen.stream + self._routed(chosen.normed, chosen.ids, chosen.weights)
+        if self._router is not None and self._routed is None:
+            self._router.ready = (chosen.normed, chosen.scores)
+        out = self._mlp(chosen.normed)
+        return chosen.stream + (out[0] if isinstance(out, tuple) else out)
+
+    def _compute_whole(
+        self, x: torch.Tensor, mask: Any, cache: Any, cosine: torch.Tensor, sine: torch.Tensor
+    ) -> Chosen | None:
+        """The same up to its experts, as one graph; None where there are several rows, or a long context."""
+        attention = self._attention
+        queries, shared, _ = self._before.heads
+        found = room_of(cache, attention.layer_idx) if len(x) == 1 and queries > shared else None
+        if found is None or not sees_all(attention, mask, found[1].count):
+            return None
+        layer, room = found
+        cosines = cosine.shape[1]
+        graph = self._whole.get(cosines)
+        if graph is None:
+            graph = self._whole[cosines] = LayerGraph(
+                self._shared.products.runner, self._before, self._scores, self._after, cosines, self._shared.buffers
+            )
+        chosen = graph.run(x, cosine, sine, room.tokens())
+        room.written(layer)
+        return chosen
+
+    def _compute_parts(
+        self, x: torch.Tensor, mask: Any, cache: Any, cosine: torch.Tensor, sine: torch.Tensor, given: Any
+    ) -> Chosen:
+        """The same as two graphs, with attention's own function in between."""
+        attention = self._attention
+        before, after = self._graphs_of(len(x), cosine.shape[1])
+        query, keys, values = before.run(x, cosine, sine)
+        found = room_of(cache, attention.layer_idx)
+        if found is not None:
+            keys, values = found[1].append(found[0], keys, values)
+        elif cache is not None:
             keys, values = cache.update(keys, values, attention.layer_idx)
         name = attention.config._attn_implementation
         attend = function_of(attention, name) if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
-        attended, _ = attend(attention, query, keys, values, attention_mask, **self._usual, **kwargs)
-        stream, normed, scores = after.run(attended.contiguous(), residual)
-        if self._router is not None:
-            self._router.ready = (normed, scores)
-        for hook in self._norm._forward_pre_hooks.values():
-            hook(self._norm, (stream,))
-        out = self._mlp(normed)
-        return stream + (out[0] if isinstance(out, tuple) else out)
+        attended, _ = attend(attention, query, keys, values, mask, **self._usual, **given)
+        return after.run(attended.contiguous(), x)
 
     def _graphs_of(self, num_rows: int, cosines: int) -> tuple[BeforeGraph, AfterGraph]:
         graphs = self._graphs.get((num_rows, cosines))
         if graphs is None:
             if len(self._graphs) >= _MOST_GRAPHS:
                 self._graphs.clear()
-            runner, after = self._shared.products.runner, self._after
-            if self._router is not None:
-                after = replace(after, router=self._router.matrix)
+            runner, buffers = self._shared.products.runner, self._shared.buffers
             graphs = (
-                BeforeGraph(runner, self._before, num_rows, cosines, self._shared.buffers),
-                AfterGraph(runner, after, num_rows),
+                BeforeGraph(runner, self._before, num_rows, cosines, buffers),
+                AfterGraph(runner, self._after, num_rows, buffers),
             )
             self._graphs[num_rows, cosines] = graphs
         return graphs
@@ -234,13 +280,17 @@ def _is_alike(model: PreTrainedModel, decoder: Any, layer: Any, fused: _FusedLay
 
 
 def _is_near(model: PreTrainedModel, decoder: Any, layer: Any, fused: _FusedLayer) -> bool:
-    """The same for tokens of some rows, one after the other. Raises what the layer's code may raise."""
+    """The same for tokens of one row and of some, one after the other. Raises what the layer's code may raise."""
+    # More rows than a pair: what unpacks one must not unpack them.
+    return all(_is_near_in(model, decoder, layer, fused, num_rows) for num_rows in (1, _ROWS))
+
+
+def _is_near_in(model: PreTrainedModel, decoder: Any, layer: Any, fused: _FusedLayer, num_rows: int) -> bool:
     generator = torch.Generator().manual_seed(0)
     caches = [DynamicCache(config=model.config.get_text_config(decoder=True)) for _ in range(2)]
     for at in range(_STEPS):
-        # More rows than a pair: what unpacks one must not unpack them.
-        hidden = torch.randn(_ROWS, 1, layer.self_attn.o_proj.out_features, generator=generator, dtype=torch.float32)
-        angles = decoder.rotary_emb(hidden, at + torch.arange(_ROWS)[:, None])
+        hidden = torch.randn(num_rows, 1, layer.self_attn.o_proj.out_features, generator=generator, dtype=torch.float32)
+        angles = decoder.rotary_emb(hidden, at + torch.arange(num_rows)[:, None])
         given = {"attention_mask": None, "position_embeddings": angles, "use_cache": True}
         theirs = type(layer).forward(layer, hidden, cache=caches[0], **given)
         ours = fused.compute(hidden, cache=caches[1], **given)

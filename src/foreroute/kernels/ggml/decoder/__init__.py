@@ -1,0 +1,1 @@
+"""What a decoder layer computes beside its experts, as graphs."""
