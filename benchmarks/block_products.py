@@ -20,11 +20,12 @@ import foreroute  # noqa: F401  before torch spins
 from benchmarks._harness import record, rounded
 from benchmarks.published import memory_rate
 from benchmarks.published_files import stock
-from foreroute.kernels.ggml.experts import ExpertGraphs, HostSlots
+from foreroute.kernels.ggml.experts import ExpertGraphs
 from foreroute.kernels.ggml.form import BlockForm, Gating, SlotMatrix
 from foreroute.kernels.ggml.graph import Runner
 from foreroute.kernels.ggml.interleaved import interleaver
 from foreroute.kernels.ggml.library import open_library
+from foreroute.kernels.ggml.slots import HostSlots
 from foreroute.memory.host import usable_cpus
 from foreroute.types import SlotClass
 

@@ -1,6 +1,7 @@
 """ggml's backend computes a MoE layer from blocks in slots: right numbers, and bits that no other row changes."""
 
 import mmap
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -8,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from foreroute.kernels.ggml.experts import ExpertGraphs, HostSlots
+from foreroute.kernels.ggml.experts import ExpertGraphs
 from foreroute.kernels.ggml.form import BlockForm, Gating, SlotMatrix
 from foreroute.kernels.ggml.graph import shared_runner
 from foreroute.kernels.ggml.interleaved import interleaver, orders
 from foreroute.kernels.ggml.layer import GgmlLayer
+from foreroute.kernels.ggml.slots import HostSlots
 from foreroute.types import SlotClass
 from tests.kernels.ggml_matrices import error, random_blocks, random_rows, types
 
@@ -181,13 +183,20 @@ def check_rows_keep_their_bits(
             alone = layer.compute(hidden[one], [row], gates[one], *groups)
             assert torch.equal(alone, together[one]), (token, groups)
     assert torch.equal(layer.compute(hidden, routed, gates, [4, 0], [1, 2, 3]), together)
-    streamed = layer.kernels.stream(_Streamed(layer), [*range(EXPERTS)], hidden, torch.tensor(routed), gates)
-    assert torch.equal(streamed, together)
+    for resident in ((), (0, 2), range(EXPERTS)):
+        slots = _Streamed(layer, resident)
+        streamed = layer.kernels.stream(slots, [*range(EXPERTS)], hidden, torch.tensor(routed), gates)
+        assert torch.equal(streamed, together)
 
 
 class _Streamed:
-    def __init__(self, layer: Layer) -> None:
-        self.slot_of = layer.slot
+    """Gives slots one after the other, or those of `resident` at once."""
+
+    def __init__(self, layer: Layer, resident: Sequence[int] = ()) -> None:
+        self.slot_of, self._resident, self._layer = layer.slot, resident, layer
+
+    def resident(self, keys: Sequence[int]) -> dict[int, int]:
+        return {key: self._layer.slot(key) for key in keys if key in self._resident}
 
 
 def test_a_swapped_slot_is_seen() -> None:

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from foreroute.kernels.ggml.experts import ExpertGraphs, HostSlots
+from foreroute.kernels.ggml.experts import ExpertGraphs
 from foreroute.kernels.ggml.form import BlockForm, Gating, SlotMatrix
 from foreroute.kernels.ggml.graph import shared_runner
 from foreroute.kernels.ggml.layer import GgmlLayer
+from foreroute.kernels.ggml.slots import HostSlots
 from foreroute.kernels.ggml.types import TYPE_NUMBERS
 from foreroute.types import SlotClass
 from tests.kernels.ggml_matrices import error, random_blocks

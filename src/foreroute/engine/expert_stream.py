@@ -15,7 +15,8 @@ _RING_SLOTS = 4
 class ExpertStream:
     """Slots of one layer's experts `keys` (ascending): call `slot_of` in that order, then `close`.
 
-    Only one expert is held at a time: asking for the next one releases the previous one.
+    Resident experts are held from the beginning, read ones one at a time: asking for the next one releases the previous
+    one.
     """
 
     def __init__(self, pool: ExpertPool, layer: int, keys: Sequence[int]) -> None:
@@ -41,6 +42,10 @@ class ExpertStream:
             self._ready.update(self._pool.wait(self._waiting))
             self._top_up()
         return self._ready[key]
+
+    def resident(self, keys: Sequence[int]) -> dict[int, int]:
+        """Return key -> slot of those of `keys` that are pinned; asked before `slot_of` releases any."""
+        return {key: slot for key in keys if (slot := self._ready.get(key, -1)) >= 0 and slot not in self._ring}
 
     def close(self) -> None:
         """Wait for the reads to end, then return all borrowed slots and release pinned experts."""

@@ -39,6 +39,11 @@ class ExpertSlots(Protocol):
         """Return the slot of this expert; blocks until it is loaded. Valid until the next call."""
         ...
 
+    def resident(self, keys: Sequence[int]) -> dict[int, int]:
+        """Return those of `keys` that were resident when the layer began, and their slots: valid together until the
+        first call of `slot_of`."""
+        ...
+
 
 class LayerKernels(Protocol):
     """Computes the experts of one MoE layer. One step at a time: `begin` may return the same object each time.

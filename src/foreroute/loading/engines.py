@@ -12,9 +12,10 @@ from foreroute.engine.interfaces import MoeEngine
 from foreroute.engine.moe_step import MoeStep
 from foreroute.engine.pool import ExpertPool
 from foreroute.engine.prefetcher import Prefetcher
-from foreroute.kernels.ggml.experts import ExpertGraphs, HostSlots
+from foreroute.kernels.ggml.experts import ExpertGraphs
 from foreroute.kernels.ggml.graph import shared_runner
 from foreroute.kernels.ggml.layer import GgmlLayer
+from foreroute.kernels.ggml.slots import HostSlots
 from foreroute.kernels.layer import LayerKernels
 from foreroute.kernels.slot_views import SlotViews
 from foreroute.kernels.torch.experts import OneToken

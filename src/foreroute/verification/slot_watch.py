@@ -162,3 +162,9 @@ class _SlotsFront(_Reading):
         slot: int = self._behind.slot_of(key)
         self._asks(key, slot)
         return slot
+
+    def resident(self, keys: Sequence[int]) -> dict[int, int]:
+        found: dict[int, int] = self._behind.resident(keys)
+        for key, slot in found.items():
+            self._asks(key, slot)
+        return found

@@ -6,7 +6,6 @@ are multiplied where they were read to. The memory between the products is share
 
 import ctypes
 import math
-import mmap
 from collections import OrderedDict
 from collections.abc import Sequence
 from math import inf
@@ -18,66 +17,12 @@ from foreroute.kernels.ggml.bf16 import INTERLEAVED_IN_BF16, Bf16Products, rows_
 from foreroute.kernels.ggml.form import OAI_ALPHA, OAI_LIMIT, BlockForm, SlotMatrix, in_order, join
 from foreroute.kernels.ggml.graph import Graph, Runner, TensorRef, place
 from foreroute.kernels.ggml.interleaved import interleaver, plain_rows
-from foreroute.kernels.ggml.types import F32, I32, TYPE_NUMBERS
-from foreroute.types import SlotClass
+from foreroute.kernels.ggml.slots import FLOATS, HostSlots, Scratch
+from foreroute.kernels.ggml.types import F32, I32
 
 # Graphs kept of a form: one for each shape of a step. Some 10 KB each.
 _MOST_GRAPHS = 256
 _FIRST = ("gate", "up")
-_DTYPES = {F32: torch.float32, TYPE_NUMBERS["F16"]: torch.float16, TYPE_NUMBERS["BF16"]: torch.bfloat16}
-
-
-class HostSlots:
-    """The pool's slots of one length: slot s, of those below `num_slots`, begins `s * slot_bytes` after `address`.
-
-    Args:
-        memory: the whole pool's, kept as long as this object. slots: those of this length.
-    """
-
-    def __init__(self, memory: mmap.mmap | torch.Tensor, slots: SlotClass) -> None:
-        self._bytes = memory if isinstance(memory, torch.Tensor) else torch.frombuffer(memory, dtype=torch.uint8)
-        self._slots = slots
-        # Slots of other lengths may lie before them: their numbers never become ids here.
-        self.address = self._bytes.data_ptr() + slots.start
-        self.slot_bytes, self.num_slots = slots.slot_bytes, slots.first + slots.num_slots
-
-    def stored(self, slot: int, offset: int, nbytes: int) -> torch.Tensor:
-        """The bytes at an offset in a slot."""
-        start = self._slots.offset(slot) + offset
-        return self._bytes[start : start + nbytes]
-
-    def floats(self, slot: int, offset: int, count: int, number: int) -> torch.Tensor:
-        """The `count` numbers of ggml's type `number` at an offset in a slot, in f32."""
-        dtype = _DTYPES[number]
-        return self.stored(slot, offset, dtype.itemsize * count).view(dtype).float()
-
-
-class Scratch:
-    """Memory between products, by name, for as many numbers as any graph has had; `generation` rises when it moves."""
-
-    def __init__(self) -> None:
-        self.generation = 0
-        self._arrays: dict[str, np.ndarray] = {}
-
-    def reserve(self, name: str, count: int) -> bool:
-        """Have room for `count` floats; whether that is new memory."""
-        if name in self._arrays and self._arrays[name].size >= count:
-            return False
-        self._arrays[name] = np.empty(count, dtype=np.float32)
-        self.generation += 1
-        return True
-
-    def address(self, name: str) -> int:
-        """Where this memory is now."""
-        return int(self._arrays[name].ctypes.data)
-
-    def array(self, name: str, rows: int, width: int) -> np.ndarray:
-        """This memory as [rows, width]."""
-        return self._arrays[name][: rows * width].reshape(rows, width)
-
-    def tensor(self, name: str, rows: int, width: int) -> torch.Tensor:
-        """This memory as [rows, width]."""
-        return torch.from_numpy(self.array(name, rows, width))
 
 
 class ExpertGraph:
@@ -321,7 +266,7 @@ class FormGraphs:
         Rows one after the other, as copies where they do not lie so.
         """
         form, biases = self.form, self.form.biases
-        itemsize = _DTYPES[form.bias_type].itemsize
+        itemsize = FLOATS[form.bias_type].itemsize
         matrices = [self._rows(slot, matrix) for matrix in (*form.first, form.down)]
         return [*matrices, *(self._slots.stored(slot, offset, count * itemsize) for offset, count in biases)]
 
@@ -350,7 +295,11 @@ class FormGraphs:
         Args:
             may_convert: in bf16 where that is quicker.
         """
-        return self.in_bf16(rows, slot) if may_convert and len(rows) >= self._bf16_from else self.in_blocks(rows, slot)
+        return (self.in_bf16 if self.converts(len(rows), may_convert=may_convert) else self.in_blocks)(rows, slot)
+
+    def converts(self, num_rows: int, *, may_convert: bool) -> bool:
+        """Whether `stream` computes so many rows of an expert in bf16."""
+        return may_convert and num_rows >= self._bf16_from
 
     def in_blocks(self, rows: torch.Tensor, slot: int) -> torch.Tensor:
         """The same, as the weights lie."""

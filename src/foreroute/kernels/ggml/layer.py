@@ -16,6 +16,8 @@ from foreroute.kernels.layer import ExpertListener, ExpertSlots, LayerSum, Place
 from foreroute.kernels.torch.layer import group_by_expert
 from foreroute.types import ExpertId
 
+# Rows of all experts together that a short prompt computes in one graph, as far as memory goes: 8 KB each and more.
+_MOST_AT_ONCE = 2048
 # (an expert's key, inputs [n, hidden], outputs [n, hidden])
 Check = Callable[[int, torch.Tensor, torch.Tensor], None]
 
@@ -55,6 +57,13 @@ class GgmlLayer:
     ) -> torch.Tensor:
         """See `LayerKernels`. hidden: [tokens, hidden]. ids, weights: [tokens, k]."""
         assert self._graphs is not None, "the pool has been closed"
+        if listener is None and ids.numel() <= _MOST_AT_ONCE:
+            placed = self._all_in_blocks(experts, keys, ids)
+            if placed:
+                routed = [[key if (key := self._base + one) in placed else -1 for one in row] for row in ids.tolist()]
+                at_once = BlockSum(self._graphs, hidden, routed, weights, self._check)
+                at_once.add([*placed.items()])
+                return at_once.total()
         floats, gates, may_convert = hidden.float(), weights.float(), not self.decodes()
         total = torch.zeros_like(floats)
         for key, tokens, positions in group_by_expert(ids, keys, self._base):
@@ -66,6 +75,15 @@ class GgmlLayer:
                 listener(self._layer, key - self._base, outputs.to(hidden.dtype))
             total.index_add_(0, tokens, outputs * gates[tokens, positions, None])
         return total.to(hidden.dtype)
+
+    def _all_in_blocks(self, experts: ExpertSlots, keys: Sequence[int], ids: torch.Tensor) -> dict[int, int]:
+        """The slots of all `keys`, if all are resident and none has so many rows that bf16 is quicker; else none."""
+        assert self._graphs is not None, "the pool has been closed"
+        most = int(ids[(ids >= 0) & (ids <= keys[-1] - self._base)].bincount().max()) if keys else 0
+        if not keys or self._graphs.converts(most, may_convert=not self.decodes()):
+            return {}
+        placed = experts.resident(keys)
+        return placed if len(placed) == len(keys) else {}
 
     def stored(self, slot: int) -> list[torch.Tensor]:
         """The bytes that the kernels read of the expert in `slot`: matrices, then biases."""

@@ -146,6 +146,7 @@ class _After:
         scores, self._weights = list[TensorRef](), list[TensorRef]()
         self._chosen = (num_rows, 0 if part.route is None else part.route.top_k)
         self._order = np.empty((num_rows, 0), dtype=np.int32)
+        self._nothing = torch.empty((num_rows, 0), dtype=torch.float32, device="cpu")
         if part.router is not None:
             scores.append(library.ggml_mul_mat(context, weights_of(graph, part.router), norms[-1]))
             self.steps += scores
@@ -186,12 +187,11 @@ class _After:
 
     def write(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Memory for what the next run computes: stream, norm, scores, weights; see `Chosen`."""
-        shape = self._shape
-        stream, normed, scores, weights = made = (
-            torch.empty(shape, dtype=torch.float32, device="cpu"),
-            torch.empty(shape, dtype=torch.float32, device="cpu"),
-            torch.empty(self._scores, dtype=torch.float32, device="cpu"),
-            torch.empty(self._chosen, dtype=torch.float32, device="cpu"),
+        made = stream, normed, scores, weights = (
+            torch.empty(self._shape, dtype=torch.float32, device="cpu"),
+            torch.empty(self._shape, dtype=torch.float32, device="cpu"),
+            torch.empty(self._scores, dtype=torch.float32, device="cpu") if self._scores[1] else self._nothing,
+            torch.empty(self._chosen, dtype=torch.float32, device="cpu") if self._chosen[1] else self._nothing,
         )
         for tensors, memory in zip(self._out, made, strict=True):
             if tensors:
