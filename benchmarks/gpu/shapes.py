@@ -15,7 +15,7 @@ from foreroute.loading.math_check import describe_math
 from foreroute.model.blocks import MoeLayer, probe
 from foreroute.model.build.skeleton import offloaded_modules, swapped_experts
 from foreroute.model.experts import is_experts_class
-from foreroute.transfer.arena import Arena
+from foreroute.transfer.memory import Arena
 
 _STORED = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _ALIGNMENT = 64

@@ -12,7 +12,7 @@ from foreroute.loading import open_device as devices
 from foreroute.memory import device as sizing
 from foreroute.memory import kv as kv_memory
 from foreroute.model.expert_set import ExpertSet
-from foreroute.transfer.cuda import out_of_memory_named
+from foreroute.transfer.memory import out_of_memory_named
 
 CUDA = EngineConfig(device="cuda")
 DEVICE_CONTROL = EngineConfig(device="cuda", control="device")

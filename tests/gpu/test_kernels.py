@@ -5,7 +5,7 @@ import torch
 
 from foreroute.device import paging
 from foreroute.device.paging import CopyList, PagingState
-from foreroute.transfer.arena import Arena
+from foreroute.transfer.memory import Arena
 
 NUM_LAYERS, NUM_EXPERTS, NUM_SLOTS, STAGING, TOP_K = 3, 24, 20, 6, 4
 RECORD = 8192

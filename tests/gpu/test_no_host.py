@@ -5,7 +5,7 @@ import torch
 
 from foreroute.errors import DeviceError
 from foreroute.generation.graph_decoder import GraphDecoder
-from foreroute.transfer.arena import Arena
+from foreroute.transfer.memory import Arena
 from tests.support.runs import ONE_PROMPT
 
 
@@ -66,7 +66,7 @@ def test_an_arena_is_pinned_and_freed():
 
 
 def test_more_than_the_gpu_has_is_named(checkpoints, load):
-    from foreroute.transfer.cuda import out_of_memory_named
+    from foreroute.transfer.memory import out_of_memory_named
 
     with pytest.raises(DeviceError, match="ran out of memory for a test"), out_of_memory_named("a test", "Ask less."):
         torch.empty(2**50, dtype=torch.uint8, device="cuda")

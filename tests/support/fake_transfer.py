@@ -2,8 +2,7 @@
 
 from collections.abc import Callable
 
-from foreroute.transfer.base import Completion
-from foreroute.transfer.queue import TransferQueue
+from foreroute.transfer.base import Completion, TransferQueue
 
 
 class FakeTransfer:

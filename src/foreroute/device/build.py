@@ -22,8 +22,7 @@ from foreroute.memory.budget import SlotPlan
 from foreroute.model.blocks import MoeLayer
 from foreroute.model.expert_set import ExpertSet
 from foreroute.predict.build import lookahead
-from foreroute.transfer.arena import Arena
-from foreroute.transfer.cuda import out_of_memory_named
+from foreroute.transfer.memory import Arena, out_of_memory_named
 from foreroute.transfer.placing import LESS_MEMORY, fill_arena
 from foreroute.types import Progress
 

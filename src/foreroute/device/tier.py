@@ -22,7 +22,7 @@ from foreroute.engine.interfaces import StepInfo
 from foreroute.engine.stats import EngineStats
 from foreroute.predict.base import RouterSample, TokenGuess
 from foreroute.predict.governor import Governor
-from foreroute.transfer.arena import Arena
+from foreroute.transfer.memory import Arena
 
 
 class Paging(Protocol):

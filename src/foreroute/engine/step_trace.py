@@ -1,4 +1,4 @@
-"""An observer that writes the steps to a trace file; transfer/traced.py writes the lines of reads."""
+"""An observer that writes the steps to a trace file; transfer/wrappers.py writes the lines of reads."""
 
 from collections import Counter
 from collections.abc import Sequence

@@ -18,7 +18,7 @@ from foreroute.errors import PromptError, RefusedError
 from foreroute.loading.offloaded_model import OffloadedModel
 from foreroute.model import torch_modes
 from foreroute.model.caches import cache_argument
-from foreroute.transfer.cuda import out_of_memory_named
+from foreroute.transfer.memory import out_of_memory_named
 
 # Batch sizes that have a graph.
 BATCH_SIZES = (1, 2, 4, 8)

@@ -19,7 +19,7 @@ from foreroute.memory.device_budget import (
 )
 from foreroute.memory.kv import kv_bytes_without_experts
 from foreroute.model.expert_set import ExpertSet
-from foreroute.transfer.cuda import memory_of, out_of_memory_named
+from foreroute.transfer.memory import memory_of, out_of_memory_named
 from foreroute.transfer.placing import LESS_MEMORY
 
 # Tokens of KV cache that a GPU reserves memory for by default.

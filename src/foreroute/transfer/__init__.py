@@ -1,4 +1,4 @@
 """Move experts into slots: the queue of requests, and the threads that read files.
 
-numpy copies and threads read; only copier.py, and making an arena, import torch.
+Threads read, and numpy copies: torch only makes an arena, and copies from it.
 """

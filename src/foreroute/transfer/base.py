@@ -1,6 +1,13 @@
-"""Protocol of a transfer, which reads experts into slots in the background, and of its completions."""
+"""What a transfer is, which reads experts into slots in the background, and which request it serves next.
 
+Decisions only: no thread, no lock, no file.
+"""
+
+from collections import OrderedDict
 from typing import NamedTuple, Protocol
+
+# Prefetches in a row that may overtake a deferred load.
+_MOST_PASSED = 3
 
 
 class Completion(NamedTuple):
@@ -77,69 +84,86 @@ class Transfer(Protocol):
         """Cancel what has not started, finish what has, and stop. A second call does nothing."""
 
 
-class TransferProxy:
-    """A `Transfer` that forwards every call to another one: base class of those that change or record some calls."""
+class TransferQueue:
+    """Serve demands first, in order of arrival; then prefetches, then deferred loads, likewise.
 
-    def __init__(self, inner: Transfer) -> None:
-        self._inner = inner
+    So that prefetches do not starve deferred loads, every fourth request that is no demand is a deferred load, if there
+    is one. A request is queued, then running, then finished and forgotten.
+    """
 
-    @property
-    def bytes_read(self) -> int:
-        """See `Transfer`."""
-        return self._inner.bytes_read
+    def __init__(self) -> None:
+        self._demands: OrderedDict[int, int] = OrderedDict()
+        self._prefetches: OrderedDict[int, int] = OrderedDict()
+        self._deferred: OrderedDict[int, int] = OrderedDict()
+        self._num_passed = 0
+        self._running: set[int] = set()
 
-    @property
-    def reads(self) -> int:
-        """See `Transfer`."""
-        return self._inner.reads
-
-    @property
-    def busy_s(self) -> float:
-        """See `Transfer`."""
-        return self._inner.busy_s
+    def __len__(self) -> int:
+        """Number of requests that have not started."""
+        return len(self._demands) + len(self._prefetches) + len(self._deferred)
 
     @property
-    def retries(self) -> int:
-        """See `Transfer`."""
-        return self._inner.retries
-
-    @property
-    def num_in_flight(self) -> int:
-        """See `Transfer`."""
-        return self._inner.num_in_flight
+    def num_running(self) -> int:
+        """Number of requests that have started and not finished."""
+        return len(self._running)
 
     def demand(self, key: int, slot: int) -> None:
-        """See `Transfer`."""
-        self._inner.demand(key, slot)
+        """Queue a load of `key` into `slot` behind the other demands."""
+        self._refuse_known(key)
+        self._demands[key] = slot
 
     def prefetch(self, key: int, slot: int) -> None:
-        """See `Transfer`."""
-        self._inner.prefetch(key, slot)
+        """Queue a load of `key` into `slot` behind the other prefetches."""
+        self._refuse_known(key)
+        self._prefetches[key] = slot
 
     def defer(self, key: int, slot: int) -> None:
-        """See `Transfer`."""
-        self._inner.defer(key, slot)
+        """Queue a load of `key` into `slot` behind the other deferred loads."""
+        self._refuse_known(key)
+        self._deferred[key] = slot
 
-    def promote(self, key: int) -> None:
-        """See `Transfer`."""
-        self._inner.promote(key)
+    def promote(self, key: int) -> bool:
+        """Move a queued prefetch or deferred load behind the demands. False for any other key."""
+        slot = self._prefetches.pop(key, None)
+        if slot is None:
+            slot = self._deferred.pop(key, None)
+        if slot is None:
+            return False
+        self._demands[key] = slot
+        return True
 
     def cancel(self, key: int) -> bool:
-        """See `Transfer`."""
-        return self._inner.cancel(key)
+        """Remove a queued request. False when it is running or unknown."""
+        return any(queue.pop(key, None) is not None for queue in (self._demands, self._prefetches, self._deferred))
 
-    def completed(self) -> list[Completion]:
-        """See `Transfer`."""
-        return self._inner.completed()
+    def next(self) -> tuple[int, int] | None:
+        """Start the next request; return its (key, slot), None when nothing is queued."""
+        queue = self._demands or self._next_unawaited()
+        if not queue:
+            return None
+        key, slot = queue.popitem(last=False)
+        self._running.add(key)
+        return key, slot
 
-    def wait(self) -> list[Completion]:
-        """See `Transfer`."""
-        return self._inner.wait()
+    def finished(self, key: int) -> None:
+        """Mark a running request as finished; its key may be queued again."""
+        self._running.remove(key)
 
-    def reset(self) -> None:
-        """See `Transfer`."""
-        self._inner.reset()
+    def clear(self) -> int:
+        """Drop all requests that have not started; return their number."""
+        dropped = len(self)
+        self._demands.clear()
+        self._prefetches.clear()
+        self._deferred.clear()
+        return dropped
 
-    def close(self) -> None:
-        """See `Transfer`."""
-        self._inner.close()
+    def _next_unawaited(self) -> OrderedDict[int, int]:
+        if not self._deferred or (self._prefetches and self._num_passed < _MOST_PASSED):
+            self._num_passed += bool(self._deferred)
+            return self._prefetches
+        self._num_passed = 0
+        return self._deferred
+
+    def _refuse_known(self, key: int) -> None:
+        known = key in self._demands or key in self._prefetches or key in self._deferred or key in self._running
+        assert not known, f"key {key} was requested while a request for it is in flight"

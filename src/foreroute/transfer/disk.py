@@ -12,10 +12,9 @@ from collections.abc import Callable, Iterator, Mapping
 from queue import Empty, SimpleQueue
 
 from foreroute.checkpoint.source_files import FileStamp
-from foreroute.transfer.base import Completion
+from foreroute.transfer.base import Completion, TransferQueue
 from foreroute.transfer.files import BlockFiles
 from foreroute.transfer.load import Load, Source
-from foreroute.transfer.queue import TransferQueue
 from foreroute.types import ExpertReads
 
 _LOCK_PATIENCE_S = 2.0

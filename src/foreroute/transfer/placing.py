@@ -11,15 +11,11 @@ from foreroute.checkpoint.layouts import ExpertTable
 from foreroute.checkpoint.records import PackedStore
 from foreroute.config import EngineConfig
 from foreroute.trace import Trace
-from foreroute.transfer.arena import Arena, load_records
 from foreroute.transfer.base import Transfer
-from foreroute.transfer.copier import CudaCopier, MemoryCopier
-from foreroute.transfer.cuda import out_of_memory_named
 from foreroute.transfer.disk import DiskTransfer
-from foreroute.transfer.logical import LogicalTransfer
-from foreroute.transfer.memory import allocate_pool
-from foreroute.transfer.tiered import TieredTransfer
-from foreroute.transfer.traced import TracedTransfer
+from foreroute.transfer.memory import Arena, allocate_pool, load_records, out_of_memory_named
+from foreroute.transfer.tiered import CudaCopier, MemoryCopier, TieredTransfer
+from foreroute.transfer.wrappers import LogicalTransfer, TracedTransfer
 from foreroute.types import Progress, SlotClass
 
 # Reader threads while an arena is loaded: nothing computes meanwhile, so checks and copies may take more cores.

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from foreroute.transfer.logical import LogicalTransfer
+from foreroute.transfer.wrappers import LogicalTransfer
 from tests.support.fake_transfer import FakeTransfer
 
 

@@ -6,10 +6,9 @@ import pytest
 import torch
 
 from foreroute.errors import DeviceError, ReadError
-from foreroute.transfer.arena import Arena, load_records
-from foreroute.transfer.copier import MemoryCopier
 from foreroute.transfer.disk import DiskTransfer
-from foreroute.transfer.tiered import MOST_COPIES, MOST_READS, TieredTransfer
+from foreroute.transfer.memory import Arena, load_records
+from foreroute.transfer.tiered import MOST_COPIES, MOST_READS, MemoryCopier, TieredTransfer
 from tests.support.fake_transfer import FakeTransfer
 from tests.unit.transfer.expert_files import whole, write_file
 

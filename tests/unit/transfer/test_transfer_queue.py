@@ -5,7 +5,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from foreroute.transfer.queue import TransferQueue
+from foreroute.transfer.base import TransferQueue
 
 
 def served(queue):
