@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from foreroute.evals.tasks import kinds
-from foreroute.memory import proc
+from foreroute.memory import host
 from foreroute.memory.host import usable_cpus
 from models import sources
 from models.families import Recipe
@@ -23,7 +23,7 @@ def rounded(entry: Entry) -> Entry:
 
 def cpu_name() -> str:
     """The processor as /proc/cpuinfo names it, with the cores that this process may use."""
-    return f"{proc.cpu_name() or platform.processor()}, {usable_cpus()} cores"
+    return f"{host.cpu_name() or platform.processor()}, {usable_cpus()} cores"
 
 
 def plot(history: list[Entry], title: str, path: Path) -> None:

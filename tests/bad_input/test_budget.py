@@ -117,7 +117,7 @@ def test_what_does_not_fit_beside_keys_and_values(load, folder, monkeypatch):
 
 
 def test_keys_and_values_are_measured_without_experts(load, folder):
-    from foreroute.memory.kv import kv_bytes_per_token
+    from foreroute.memory.serving import kv_bytes_per_token
 
     model = load(folder, "100%", kv_tokens=64)
     assert model.foreroute.plan.kv_bytes_per_token == kv_bytes_per_token(model) > 0

@@ -9,8 +9,8 @@ import torch
 from foreroute import EngineConfig
 from foreroute.errors import DeviceError, ForerouteError, RefusedError
 from foreroute.loading import open_device as devices
-from foreroute.memory import device as sizing
-from foreroute.memory import kv as kv_memory
+from foreroute.memory.plan import check_store, choose_budget
+from foreroute.memory.serving import kv_bytes_per_token
 from foreroute.model.expert_set import ExpertSet
 from foreroute.transfer.memory import out_of_memory_named
 
@@ -124,9 +124,9 @@ def test_running_out_of_memory_is_named() -> None:
 def test_quantised_for_the_cpu_is_refused() -> None:
     plain = SimpleNamespace(layers=())
     with pytest.raises(DeviceError, match=r"q4_k stores.*--packed no"):
-        sizing.check_store(SimpleNamespace(codec="q4_k", table=plain), "stored")
-    sizing.check_store(SimpleNamespace(codec="stored", table=plain), "stored")
-    sizing.check_store(None, "stored")
+        check_store(SimpleNamespace(codec="q4_k", table=plain), "stored")
+    check_store(SimpleNamespace(codec="stored", table=plain), "stored")
+    check_store(None, "stored")
 
 
 def test_what_the_model_wants_is_counted_on_the_model_itself(fake_gpu, checkpoints, load) -> None:
@@ -135,16 +135,16 @@ def test_what_the_model_wants_is_counted_on_the_model_itself(fake_gpu, checkpoin
     table, layers, text = handle.table, handle.layers, model.config.get_text_config()
     asked = EngineConfig(device="cuda", kv_tokens=64, prefill_chunk=32)
     weights = sum(one.numel() * one.element_size() for one in (*model.parameters(), *model.buffers()))
-    kv = 64 * kv_memory.kv_bytes_per_token(model)
+    kv = 64 * kv_bytes_per_token(model)
     chunk = 32 * (16 * text.hidden_size * 4 + text.vocab_size * 8)
     wanted = weights + kv + chunk + (256 + 192) * 2**20
     room = 20 * table.slot_bytes
     fake_gpu.setattr(torch.cuda, "mem_get_info", lambda device=None: (wanted + room, 2**30))
     experts = ExpertSet(tuple(layers), table, table, None, (), (), model.dtype, torch.device("cpu"))
-    assert sizing.choose_budget(torch.device("cpu"), asked, model, experts) == room
+    assert choose_budget(torch.device("cpu"), asked, model, experts) == room
     paged = replace(asked, control="device")
     with pytest.raises(DeviceError, match=r"one token's experts need|without a single expert"):
-        sizing.choose_budget(torch.device("cpu"), paged, model, experts)
+        choose_budget(torch.device("cpu"), paged, model, experts)
 
 
 def test_values_that_make_no_sense() -> None:
@@ -157,4 +157,4 @@ def test_the_cache_is_measured_on_the_model_itself(checkpoints, load) -> None:
     model = load(checkpoints.get("qwen3_moe"), "100%")
     text = model.config.get_text_config()
     expected = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * 4
-    assert kv_memory.kv_bytes_per_token(model) == expected
+    assert kv_bytes_per_token(model) == expected

@@ -16,7 +16,7 @@ from foreroute.cli.probes import ComputeTime, measure_compute
 from foreroute.errors import BudgetError, ReadError
 from foreroute.memory import host
 from foreroute.memory.host import Ram
-from foreroute.memory.kv import kv_bytes_per_token, planned_kv_bytes_per_token
+from foreroute.memory.serving import kv_bytes_per_token, planned_kv_bytes_per_token
 from foreroute.types import Copy, Read
 from tests.cli.harness import NUM_EXPERTS, NUM_LAYERS, TOP_K
 

@@ -21,7 +21,7 @@ from foreroute.kernels.ggml import bf16
 from foreroute.kernels.ggml.interleaved import orders, plain_rows
 from foreroute.kernels.ggml.layer import GgmlLayer
 from foreroute.kernels.ggml.library import GgmlError
-from foreroute.memory.device import check_store
+from foreroute.memory.plan import check_store
 from foreroute.prepare.pack import pack
 from tests.formats.gguf_writer import Kind, write_gguf
 from tests.gates.test_blocks import BUDGETS, NEW_TOKENS, decoded_alone, decoded_together, first_difference, outputs

@@ -14,7 +14,7 @@ from foreroute.config import EngineConfig
 from foreroute.loading.block_kernels import dense_nbytes_at_load
 from foreroute.loading.checkpoint import open_checkpoint
 from foreroute.memory import serving
-from foreroute.memory.proc import Mapping
+from foreroute.memory.host import Mapping
 from foreroute.model.dense_weights import dense_nbytes, dense_weights
 from tests.formats.gguf_writer import Kind, Written, write_gguf
 

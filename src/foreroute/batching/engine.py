@@ -18,8 +18,7 @@ from foreroute.engine.interfaces import Phase
 from foreroute.errors import ContextLengthError, ForerouteError, PromptError, QueueFullError
 from foreroute.generation.prefix_cache import PromptCache
 from foreroute.loading.offloaded_model import OffloadedModel, handle_of
-from foreroute.memory.kv import planned_kv_bytes_per_token
-from foreroute.memory.serving import keeps_prompts
+from foreroute.memory.serving import keeps_prompts, planned_kv_bytes_per_token
 from foreroute.memory.serving_budget import MOST_SCORED_WHOLE, SCORED_AT_ONCE, choose_kv_tokens, kept_prompt_bytes
 from foreroute.model.endings import end_tokens
 

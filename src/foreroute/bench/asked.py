@@ -13,7 +13,7 @@ from foreroute.loading.block_kernels import dense_nbytes_at_load
 from foreroute.loading.checkpoint import open_checkpoint
 from foreroute.loading.load import load
 from foreroute.loading.open_device import open_device
-from foreroute.memory.host import choose_memory
+from foreroute.memory.plan import choose_memory
 from foreroute.types import ExpertReads
 from foreroute.units import format_memory
 

@@ -6,7 +6,7 @@ import time
 
 import torch
 
-from foreroute.memory.proc import process_bytes, reset_peak
+from foreroute.memory.host import process_bytes, reset_peak
 
 # Larger than any cache, so that memory itself is measured.
 _COPY_BYTES = 256 * 2**20

@@ -8,8 +8,7 @@ from collections.abc import Iterator, Sequence
 from importlib import metadata
 from typing import Any, TypeVar
 
-from foreroute.memory.host import ram, usable_cpus
-from foreroute.memory.proc import cpu_name
+from foreroute.memory.host import cpu_name, ram, usable_cpus
 
 _T = TypeVar("_T")
 

@@ -25,9 +25,8 @@ from foreroute.loading.guidance import guidance_for
 from foreroute.loading.offloaded_model import ForerouteHandle, OffloadedModel, make_offloaded
 from foreroute.loading.open_device import open_device
 from foreroute.loading.step_entry import Bounds, StepEntry
-from foreroute.memory.device import move_dense
 from foreroute.memory.host import usable_cpus
-from foreroute.memory.plan import MemoryPlan, check_before, plan_memory
+from foreroute.memory.plan import MemoryPlan, check_before, move_dense, plan_memory
 from foreroute.model import torch_modes
 from foreroute.model.build.skeleton import load_skeleton
 from foreroute.model.build.unplaced import tell

@@ -1,23 +1,227 @@
-"""The host's RAM and CPUs: how much this process may use, and how much RAM experts get.
+"""The host's RAM and CPUs: how much of them this process may use.
 
-Reads the machine's figures and every limit on this process: control groups (of a container, for example), `ulimit`, and
-CPU affinity. The tightest holds. Other modules ask here.
+Reads the machine's figures (/proc) and every limit on this process: control groups (of a container, for example),
+`ulimit`, and CPU affinity. The tightest holds. Other modules ask here.
+
+A process is in one group of each hierarchy: one of version 2, and up to one per controller of version 1; systems have
+either, or both. Each group above it up to the root may have a limit as well. Inside a container the tree may begin at
+the container's own group: groups above it are not visible.
 """
 
 import math
 import os
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from foreroute.checkpoint.layouts import ExpertTable
 from foreroute.errors import BudgetError
-from foreroute.memory.cgroups import CpuLimit, MemoryLimit, cpu_limits, memory_limits
-from foreroute.memory.proc import ROOT, machine_bytes, process_bytes, soft_limit
-from foreroute.memory.serving_budget import CHOSEN_RESERVE_BYTES
-from foreroute.units import format_memory, parse_memory
+from foreroute.units import format_memory
+
+# Root of /proc and /sys; tests replace it.
+ROOT = Path("/")
+_MAPPING = re.compile(r"([0-9a-f]+)-([0-9a-f]+) \S+ \S+ \S+ \d+\s*(.*)")
+_RESIDENT = re.compile(r"Rss:\s+(\d+) kB")
+
+# By version: the files with a limit, and the one with current use.
+_MEMORY_FILES = {
+    1: (("memory.limit_in_bytes",), "memory.usage_in_bytes"),
+    2: (("memory.max", "memory.high"), "memory.current"),
+}
 
 # (name in /proc/self/limits, its current use in /proc/self/status, the shell's name for it)
 _PROCESS_LIMITS = (("Max address space", "VmSize", "ulimit -v"), ("Max data size", "VmData", "ulimit -d"))
+
+
+@dataclass(frozen=True)
+class Mapping:
+    """A mapped address range of this process. path: of the mapped file, "" for none."""
+
+    addresses: range
+    path: str
+    resident_bytes: int
+
+
+def read_text(path: Path) -> str | None:
+    """Read a kernel file; None where it is absent or unreadable."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+
+
+def machine_bytes(name: str, root: Path = ROOT) -> int | None:
+    """The field `name` of /proc/meminfo below `root` (MemTotal, MemAvailable), in bytes."""
+    return _kib_field(root / "proc/meminfo", name)
+
+
+def process_bytes(name: str, root: Path = ROOT) -> int | None:
+    """The field `name` of this process's /proc/self/status below `root` (VmRSS, VmHWM, VmSize), in bytes."""
+    return _kib_field(root / "proc/self/status", name)
+
+
+def soft_limit(name: str, root: Path = ROOT) -> int | None:
+    """The soft limit `name` of this process ("Max address space") below `root`, in bytes; None without one."""
+    for line in (read_text(root / "proc/self/limits") or "").splitlines():
+        if line.startswith(f"{name} "):
+            value = line[len(name) :].split()[0]
+            return int(value) if value.isdecimal() else None
+    return None
+
+
+def reset_peak() -> bool:
+    """Reset VmHWM, the peak of resident bytes; False where the system cannot."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+    except OSError:
+        return False
+    return True
+
+
+def mappings() -> Iterator[Mapping]:
+    """This process's mappings, with the bytes of each that are in RAM."""
+    found: re.Match[str] | None = None
+    for line in (read_text(ROOT / "proc/self/smaps") or "").splitlines():
+        if begun := _MAPPING.fullmatch(line):
+            found = begun
+        elif found is not None and (resident := _RESIDENT.fullmatch(line)):
+            yield Mapping(range(int(found[1], 16), int(found[2], 16)), found[3], int(resident[1]) * 1024)
+
+
+def cpu_name() -> str | None:
+    """The processor's name."""
+    lines = (read_text(ROOT / "proc/cpuinfo") or "").splitlines()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), None)
+
+
+def _kib_field(path: Path, name: str) -> int | None:
+    for line in (read_text(path) or "").splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+@dataclass(frozen=True)
+class MemoryLimit:
+    """A group's memory limit. left_bytes: the part of limit_bytes that is not used. name: of the setting."""
+
+    limit_bytes: int
+    left_bytes: int
+    name: str
+
+
+@dataclass(frozen=True)
+class CpuLimit:
+    """CPU time that a group may use, in processors; may be a fraction. name: of the setting."""
+
+    cpus: float
+    name: str
+
+
+@dataclass(frozen=True)
+class _Group:
+    folder: Path
+    version: int
+
+    def number(self, name: str) -> int | None:
+        """Read a number from file `name`; None for "max", and for an unreadable or absent file."""
+        text = (read_text(self.folder / name) or "").strip()
+        return int(text) if text.isdecimal() else None
+
+    def table(self, name: str) -> dict[str, int]:
+        """Read a file whose lines are names and numbers."""
+        pairs = [line.split() for line in (read_text(self.folder / name) or "").splitlines()]
+        return {pair[0]: int(pair[1]) for pair in pairs if len(pair) == 2 and pair[1].isdecimal()}
+
+
+def memory_limits(root: Path) -> list[MemoryLimit]:
+    """Every memory limit of this process's groups and of those above them.
+
+    Args:
+        root: where /proc and /sys lie.
+    """
+    found = [_memory_limit(group) for group in _groups(root, "memory")]
+    return [limit for limit in found if limit is not None]
+
+
+def cpu_limits(root: Path) -> list[CpuLimit]:
+    """Every CPU limit of these groups, found below `root`; which CPUs may be used is a matter of affinity."""
+    found = [_cpu_limit(group) for group in _groups(root, "cpu")]
+    return [limit for limit in found if limit is not None]
+
+
+def _memory_limit(group: _Group) -> MemoryLimit | None:
+    names, used_name = _MEMORY_FILES[group.version]
+    stat = group.table("memory.stat")
+    limits = {name: limit for name in names if (limit := group.number(name)) is not None}
+    if "hierarchical_memory_limit" in stat:
+        # Version 1: the tightest of all groups above, including those not visible from here.
+        limits["hierarchical_memory_limit"] = stat["hierarchical_memory_limit"]
+    if not limits:
+        return None
+    name = min(limits, key=lambda name: limits[name])
+    used = group.number(used_name) or 0
+    # Reclaimable when memory is needed: counts as free, as in MemAvailable. Version 1's "total_" includes child groups.
+    going = ("inactive_file", "active_file", "slab_reclaimable")
+    taken = max(0, used - sum(stat.get(f"total_{name}", stat.get(name, 0)) for name in going))
+    return MemoryLimit(limits[name], max(0, limits[name] - taken), f"{name} of its control group")
+
+
+def _cpu_limit(group: _Group) -> CpuLimit | None:
+    if group.version == 2:
+        name = "cpu.max"
+        quota, period = [*(read_text(group.folder / name) or "").split(), "", ""][:2]
+    else:
+        name = "cpu.cfs_quota_us"
+        quota = (read_text(group.folder / name) or "").strip()
+        period = (read_text(group.folder / "cpu.cfs_period_us") or "").strip()
+    if not (quota.isdecimal() and period.isdecimal() and int(quota) and int(period)):
+        return None  # "max", -1, or no such file
+    return CpuLimit(int(quota) / int(period), f"{name} of its control group")
+
+
+def _groups(root: Path, controller: str) -> Iterator[_Group]:
+    """This process's groups in which `controller` may have limits, each followed by those above it."""
+    own = _own_groups(root)
+    for line in (read_text(root / "proc/self/mountinfo") or "").splitlines():
+        mount, _, kind = line.partition(" - ")
+        fields, kinds = mount.split(), kind.split()
+        if len(fields) < 5 or len(kinds) < 3:
+            continue
+        if kinds[0] == "cgroup2":
+            name, version = "", 2
+        elif kinds[0] == "cgroup" and controller in kinds[2].split(","):
+            name, version = controller, 1
+        else:
+            continue
+        if name in own:
+            top = root / _unescaped(fields[4]).lstrip("/")
+            parts = _parts_below(own[name], _unescaped(fields[3]))
+            for depth in range(len(parts), -1, -1):
+                yield _Group(top.joinpath(*parts[:depth]), version)
+
+
+def _own_groups(root: Path) -> dict[str, str]:
+    """This process's group by controller of version 1; "" for version 2."""
+    groups = {}
+    for line in (read_text(root / "proc/self/cgroup") or "").splitlines():
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        groups.update(dict.fromkeys(controllers.split(","), path))
+    return groups
+
+
+def _parts_below(path: str, mounted: str) -> tuple[str, ...]:
+    """A group's folders below the mounted one; none where it lies elsewhere: the mounted one must do."""
+    whole, above = Path(path), Path(mounted)
+    if ".." in whole.parts or not whole.is_relative_to(above):
+        return ()
+    return whole.relative_to(above).parts
+
+
+def _unescaped(field: str) -> str:
+    """A path of mountinfo, where spaces are octal escapes."""
+    return re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), field)
 
 
 @dataclass(frozen=True)
@@ -75,35 +279,6 @@ def usable_cpus(root: Path = ROOT) -> int:
     """
     limit = cpu_limit(root)
     return _runs_on() if limit is None else max(1, math.ceil(limit.cpus))
-
-
-def choose_memory(
-    asked: int | str | None,
-    table: ExpertTable,
-    dense_bytes: int,
-    beside_bytes: int = 0,
-    free_ram_bytes: int | None = None,
-) -> int:
-    """Choose the budget in bytes: as asked, or the free RAM beside the dense part and a reserve.
-
-    Args:
-        asked: as --memory. table: the experts. dense_bytes: of the dense part.
-        beside_bytes: of KV cache, where it is reserved. free_ram_bytes: None measures it now.
-    Raises:
-        BudgetError: not a size, or more than this process may have.
-    """
-    whole = table.whole_bytes
-    if asked is not None:
-        budget, there = parse_memory(asked, whole), ram()
-        if budget > there.total_bytes and budget > whole:
-            raise BudgetError(
-                f"--memory {asked} is more than {there}, and more than all experts need ({format_memory(whole)})."
-            )
-        if min(budget, whole) > there.total_bytes:
-            raise BudgetError(f"--memory {asked} is more than {there}. Leave --memory out to have it chosen.")
-        return budget
-    free = available_ram() if free_ram_bytes is None else free_ram_bytes
-    return min(whole, max(0, free - dense_bytes - CHOSEN_RESERVE_BYTES - beside_bytes))
 
 
 def _process_limits(root: Path) -> list[MemoryLimit]:

@@ -1,14 +1,18 @@
-"""Compute the expert budget that serving leaves, and the RAM that serving needs."""
+"""The RAM that serving needs: its KV cache, measured by running the model, and the experts' budget beside it.
+
+Families store keys and values in many ways: latent attention keeps one narrow vector per token, some layers have their
+own head width, linear attention keeps a state that does not grow. No formula over a config was right for all families.
+"""
 
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedModel
 
 from foreroute.config import EngineConfig, Plan
-from foreroute.memory.kv import planned_kv_bytes_per_token
-from foreroute.memory.proc import mappings
+from foreroute.memory.host import mappings
 from foreroute.memory.serving_budget import (
     CHOSEN_RESERVE_BYTES,
     MOST_SCORED_WHOLE,
@@ -21,14 +25,53 @@ from foreroute.memory.serving_budget import (
     working_bytes,
 )
 from foreroute.model.blocks import MoeLayer
-from foreroute.model.caches import can_be_continued, is_ordinary, new_cache
+from foreroute.model.caches import CACHE_NAME, can_be_continued, is_ordinary, new_cache
 from foreroute.model.dense_weights import dense_nbytes, dense_weights
 from foreroute.model.expert_set import ExpertSet
 from foreroute.residency.sized import SizedResidency, parts_of
 from foreroute.residency.slots import Residency
 
+_TOKEN = 1
+
 # Tokens of KV cache allocated ahead of their use.
 _COLUMNS_AHEAD = 1024
+
+
+def kv_bytes_per_token(model: PreTrainedModel) -> int:
+    """Bytes by which `model`'s cache grows per token and row, while no sliding window is full; 0 without growth.
+
+    Two tokens' less one's: constant state does not count. Experts must be computable. Cost: two forward passes.
+    """
+    sizes = []
+    with torch.no_grad():
+        for num_tokens in (1, 2):
+            output = model(input_ids=torch.full((1, num_tokens), _TOKEN, device=model.device), use_cache=True)
+            layers = getattr(getattr(output, CACHE_NAME, None), "layers", [])
+            held = [value for layer in layers for value in vars(layer).values() if isinstance(value, torch.Tensor)]
+            sizes.append(sum(tensor.nbytes for tensor in held))
+    return sizes[1] - sizes[0]
+
+
+def kv_bytes_without_experts(model: PreTrainedModel, layers: Sequence[MoeLayer]) -> int:
+    """The same while `layers` of `model` return zeros in place of their experts, which changes no cache size."""
+
+    def nothing(hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(hidden)
+
+    forwards = [layer.experts.engine_forward for layer in layers]
+    for layer in layers:
+        layer.experts.engine_forward = nothing
+    try:
+        return kv_bytes_per_token(model)
+    finally:
+        for layer, forward in zip(layers, forwards, strict=True):
+            layer.experts.engine_forward = forward
+
+
+def planned_kv_bytes_per_token(model: PreTrainedModel, plan: Plan, layers: Sequence[MoeLayer]) -> int:
+    """The value measured when `model` was loaded with kv_tokens, as its `plan` says, else measured now (see above)."""
+    known = plan.kv_bytes_per_token
+    return kv_bytes_without_experts(model, layers) if known is None else known
 
 
 def keeps_prompts(model: PreTrainedModel) -> bool:

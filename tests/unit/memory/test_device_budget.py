@@ -3,13 +3,7 @@
 import pytest
 
 from foreroute.errors import BudgetError, DeviceError
-from foreroute.memory.device_budget import (
-    DeviceNeeds,
-    check_dense,
-    choose_device_memory,
-    choose_host_records,
-    prefill_bytes,
-)
+from foreroute.memory.budget import DeviceNeeds, check_dense, choose_device_memory, choose_host_records, prefill_bytes
 
 GIB = 2**30
 NEEDS = DeviceNeeds(dense_bytes=3 * GIB, kv_bytes=GIB, prefill_bytes=GIB // 2, buffer_bytes=GIB // 2, max_rows=8)

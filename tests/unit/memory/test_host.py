@@ -12,6 +12,7 @@ import pytest
 from foreroute.errors import BudgetError
 from foreroute.memory import host
 from foreroute.memory.host import Ram, cpu_limit, ram, usable_cpus
+from foreroute.memory.plan import choose_memory
 
 ROOT = Path(__file__).parents[3]
 MIB, GIB = 2**20, 2**30
@@ -234,15 +235,15 @@ def test_memory_is_chosen_from_what_a_container_has(machine: Machine, monkeypatc
     machine.group("a", memory_max=6 * GIB, memory_current=GIB)
     whole = ram
     monkeypatch.setattr(host, "ram", lambda: whole(machine.root))
-    assert host.choose_memory(None, Experts(), dense_bytes=GIB) == 2 * GIB  # and 2 are left free
+    assert choose_memory(None, Experts(), dense_bytes=GIB) == 2 * GIB  # and 2 are left free
     machine.group("a", memory_max=450 * MIB, memory_current=100 * MIB)
-    assert host.choose_memory(None, Experts(), dense_bytes=GIB) == 0
+    assert choose_memory(None, Experts(), dense_bytes=GIB) == 0
     with pytest.raises(BudgetError) as caught:
-        host.choose_memory("20GiB", Experts(), dense_bytes=GIB)
+        choose_memory("20GiB", Experts(), dense_bytes=GIB)
     assert "the RAM that this process may use (450.0 MiB, by memory.max of its control group)" in str(caught.value)
     assert "Leave --memory out" in str(caught.value)
     with pytest.raises(BudgetError, match="more than all experts need"):
-        host.choose_memory("30GiB", Experts(), dense_bytes=GIB)
+        choose_memory("30GiB", Experts(), dense_bytes=GIB)
 
 
 # Limits that the kernel keeps: the same code in a process that has one.

@@ -15,7 +15,7 @@ import signal
 import sys
 from typing import Any
 
-from foreroute.memory.proc import process_bytes
+from foreroute.memory.host import process_bytes
 
 
 def render(asked: dict[str, Any]) -> dict[str, str]:
