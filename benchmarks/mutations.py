@@ -94,9 +94,8 @@ def _fit(folder: Path) -> None:
     import torch
 
     from foreroute.checkpoint.locate import read_index
-    from foreroute.predict.ridge import RidgeLayer
+    from foreroute.predict.fitted import RidgeLayer, TokenTable
     from foreroute.predict.sidecar import SIDECAR_NAME, Sidecar
-    from foreroute.predict.token_table import TokenTable
     from tests.support.families import VOCAB_SIZE
 
     layers, experts, hidden = 3, 16, 64

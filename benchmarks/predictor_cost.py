@@ -24,9 +24,9 @@ from benchmarks import _harness
 from benchmarks.overhead import decode
 from foreroute import EngineConfig
 from foreroute.checkpoint.locate import read_index
-from foreroute.predict.estimator import EstimatorSettings
 from foreroute.predict.sidecar import Sidecar
 from foreroute.prepare.corpus import Corpus
+from foreroute.prepare.estimator_training import EstimatorSettings
 from foreroute.prepare.fit import FitSettings, fit
 
 

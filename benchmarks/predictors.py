@@ -21,9 +21,9 @@ from foreroute.checkpoint.locate import read_index
 from foreroute.cli.commands.evaluate import default_held_out
 from foreroute.evals.text import read_held_out
 from foreroute.model.text import load_tokenizer
-from foreroute.predict.estimator import EstimatorSettings
 from foreroute.prepare import plot
 from foreroute.prepare.corpus import read_corpus
+from foreroute.prepare.estimator_training import EstimatorSettings
 from foreroute.prepare.fit import FitSettings, fit
 from foreroute.prepare.score import Scores, score
 from models.export import untrained

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from foreroute.checkpoint.locate import read_index
-from foreroute.predict.estimator import EstimatorSettings
 from foreroute.predict.sidecar import Sidecar
 from foreroute.prepare.corpus import Corpus
+from foreroute.prepare.estimator_training import EstimatorSettings
 from foreroute.prepare.fit import FitSettings, fit
 
 SETTINGS = FitSettings(rows=4, estimator=EstimatorSettings(epochs=1, batch=64))

@@ -9,9 +9,9 @@ import torch
 
 from foreroute.checkpoint.locate import read_index
 from foreroute.model.text import load_tokenizer
-from foreroute.predict.estimator import EstimatorSettings
 from foreroute.predict.sidecar import Sidecar
 from foreroute.prepare.corpus import Corpus, read_corpus
+from foreroute.prepare.estimator_training import EstimatorSettings
 from foreroute.prepare.fit import FitSettings, fit
 
 CONTEXT = 32

@@ -18,9 +18,9 @@ from foreroute.model.residual import ResidualTap
 from foreroute.policy import SPECULATIVE, Policy
 from foreroute.predict import build as known
 from foreroute.predict.base import RouterSample, TokenGuess
-from foreroute.predict.default_vector import weighted_rows, with_no_expert
+from foreroute.predict.fitted import RunningContext, context_before
+from foreroute.predict.lookahead import weighted_rows, with_no_expert
 from foreroute.predict.sidecar import Sidecar
-from foreroute.predict.token_table import RunningContext, context_before
 
 
 @dataclass

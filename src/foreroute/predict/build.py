@@ -13,15 +13,10 @@ from foreroute.model.blocks import MoeLayer, Router
 from foreroute.model.residual import ResidualTap
 from foreroute.policy import EXACT
 from foreroute.predict.base import Predictor, RouterSample, Select, guess_from_scores
-from foreroute.predict.default_vector import DefaultVectors, QuasiHiddenLayer, with_no_expert
-from foreroute.predict.estimator import Estimator, Inputs
-from foreroute.predict.hybrid import Hybrid
-from foreroute.predict.lookahead import NextRouter, RouterLookahead
+from foreroute.predict.fitted import Estimator, Hybrid, Inputs, Ridge, Selection, TokenTable, selection_of
+from foreroute.predict.lookahead import DefaultVectors, NextRouter, QuasiHiddenLayer, RouterLookahead, with_no_expert
 from foreroute.predict.prefetch import PrefetchGuesses, no_residual
-from foreroute.predict.ridge import Ridge
-from foreroute.predict.selection import Selection, selection_of
 from foreroute.predict.sidecar import Sidecar, find_sidecar
-from foreroute.predict.token_table import TokenTable
 
 # Where the held-out text of the fit says that two more experts are worth predicting. Chosen on foreroute-tiny.
 _GOOD_RECALL, _MUCH_MISSED = 0.95, 0.07

@@ -1,9 +1,14 @@
-"""Predict the next layer's experts by running its router early, on this layer's router input."""
+"""Predict the next layer's experts by running its router early.
+
+Either on this layer's router input, or on the quasi-hidden state: the residual plus the experts' default vectors, as
+the paper does (arXiv 2603.19289).
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from foreroute.predict.base import RouterSample, TokenGuess
 
@@ -85,3 +90,56 @@ class RouterLookahead:
         if hidden is None or len(hidden) != len(seen.hidden):
             return None  # the saved input is of another step
         return following.guess(hidden if following.scale is None else hidden * following.scale, width)
+
+
+@dataclass(frozen=True)
+class QuasiHiddenLayer:
+    """Forms the next layer's quasi-hidden state from one MoE layer.
+
+    default_vectors: [experts + 1, hidden]: mean output of each expert over the calibration tokens that selected it,
+        unweighted; zero for an expert never seen, and in the last row, for ids outside the layer's experts.
+    next_norm: the norm in front of the next MoE block.
+    """
+
+    default_vectors: torch.Tensor
+    next_norm: Callable[[torch.Tensor], torch.Tensor]
+
+    def __call__(self, seen: RouterSample) -> torch.Tensor:
+        """norm_{l+1}(r_l + sum of gate weight x default vector), [tokens, hidden]."""
+        assert seen.residual is not None, "the residual is not captured"
+        usual = weighted_rows(self.default_vectors, seen).to(seen.residual.dtype)
+        return self.next_norm(seen.residual + usual)
+
+
+class DefaultVectors:
+    """Runs the next router on the quasi-hidden state.
+
+    Args:
+        layers: per MoE layer its quasi-hidden state; None where the residual is not known.
+        routers: per MoE layer the next layer's router; None where it cannot be run ahead.
+    """
+
+    def __init__(self, layers: Sequence[QuasiHiddenLayer | None], routers: Sequence[NextRouter | None]) -> None:
+        self._layers = list(zip(layers, routers, strict=True))
+
+    def guess(self, layer: int, seen: RouterSample, width: int) -> TokenGuess | None:
+        """See `Predictor`. Cost: k rows of [hidden], a norm and the router."""
+        quasi_hidden, router = self._layers[layer] if layer < len(self._layers) else (None, None)
+        if quasi_hidden is None or router is None:
+            return None
+        return router.guess(quasi_hidden(seen), width)
+
+
+def with_no_expert(vectors: torch.Tensor) -> torch.Tensor:
+    """Append a zero row to default vectors [experts, width], for ids outside the layer's experts."""
+    return torch.cat([vectors, torch.zeros(1, vectors.shape[1], dtype=torch.float32)])
+
+
+def weighted_rows(rows: torch.Tensor, seen: RouterSample) -> torch.Tensor:
+    """Sum `rows` [experts + 1, width] over each token's experts in `seen`, by gate weight; other ids use the last row.
+
+    Returns:
+        [tokens, width]: the gate weights as a vector over the experts, times `rows`.
+    """
+    ids = seen.ids.clamp(max=rows.shape[0] - 1)
+    return F.embedding_bag(ids, rows, per_sample_weights=seen.weights.to(rows.dtype), mode="sum")

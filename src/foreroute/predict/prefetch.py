@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from foreroute.predict.base import Predictor, RouterSample, Select, guess_from_scores, most_wanted
-from foreroute.predict.token_table import RunningContext, TokenTable
+from foreroute.predict.fitted import RunningContext, TokenTable
 
 # Experts with less of a token's predicted gate mass are not prefetched where misses are not waited for.
 _LEAST_WEIGHT = 0.05

@@ -16,8 +16,7 @@ from safetensors.torch import load as deserialize
 from safetensors.torch import save_file
 
 from foreroute.errors import PredictorError, named
-from foreroute.predict.ridge import RidgeLayer
-from foreroute.predict.token_table import TokenTable
+from foreroute.predict.fitted import RidgeLayer, TokenTable
 from foreroute.reading import check_no_pointer, parse_object
 from foreroute.writing import atomic_write
 

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 
 from foreroute.predict.base import Predictor, RouterSample, Select, TokenGuess
+from foreroute.predict.fitted import TokenTable, context_before
 from foreroute.predict.lookahead import NextRouter
-from foreroute.predict.token_table import TokenTable, context_before
 
 
 class Moment(NamedTuple):

@@ -1,7 +1,7 @@
 """Fit a model's predictors to any text, in one pass: sums over most windows, then a choice on the held-out ones."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,10 +12,9 @@ import torch
 from foreroute.errors import PredictorError
 from foreroute.loading.offloaded_model import OffloadedModel, handle_of
 from foreroute.predict import build as known
-from foreroute.predict.estimator import EstimatorSettings
-from foreroute.predict.hybrid import choose
 from foreroute.predict.sidecar import Sidecar, read_whole, write_whole
 from foreroute.prepare.corpus import Corpus
+from foreroute.prepare.estimator_training import EstimatorSettings
 from foreroute.prepare.on_policy import Substitutes
 from foreroute.prepare.score import Scorer, guessers_of, run_passes
 from foreroute.prepare.sums import Sums
@@ -243,3 +242,16 @@ class _Keeper:
         if self._clock() - self._saved_at >= self._save_every_s:
             write_whole(self._path, self._sums.tensors(), {"of": self._about, "passes": num_passes})
             self._saved_at = self._clock()
+
+
+def choose(missed_mass: Mapping[str, Sequence[float | None]]) -> list[str | None]:
+    """Choose per layer the name with the least missed gate mass; the first of equals, None where all are None.
+
+    Args:
+        missed_mass: by name, per layer; None where that predictor gives no guess. All of one length.
+    """
+    choice: list[str | None] = []
+    for at in range(len(next(iter(missed_mass.values())))):
+        known = {name: value for name, layers in missed_mass.items() if (value := layers[at]) is not None}
+        choice.append(min(known, key=known.__getitem__) if known else None)
+    return choice

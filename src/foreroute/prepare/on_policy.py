@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from foreroute.predict.base import Predictor, RouterSample
-from foreroute.predict.default_vector import weighted_rows, with_no_expert
+from foreroute.predict.lookahead import weighted_rows, with_no_expert
 
 
 class Substitutes:

@@ -8,12 +8,10 @@ from foreroute.errors import PredictorError
 from foreroute.loading.offloaded_model import OffloadedModel
 from foreroute.predict.base import RouterSample
 from foreroute.predict.build import quasi_hidden, selections
-from foreroute.predict.default_vector import DefaultVectorSums
-from foreroute.predict.estimator import EstimatorSettings, EstimatorTraining
-from foreroute.predict.ridge import RidgeFit
-from foreroute.predict.selection import chosen_experts
-from foreroute.predict.token_table import TokenTableFit
+from foreroute.predict.fitted import chosen_experts
 from foreroute.prepare.controls import Moment, context_of, expert_counts
+from foreroute.prepare.estimator_training import EstimatorSettings, EstimatorTraining
+from foreroute.prepare.solvers import DefaultVectorSums, RidgeFit, TokenTableFit
 
 
 class Sums:

@@ -3,8 +3,8 @@
 import torch
 
 from foreroute.predict.base import RouterSample
-from foreroute.predict.default_vector import DefaultVectors, DefaultVectorSums, QuasiHiddenLayer
-from foreroute.predict.lookahead import NextRouter
+from foreroute.predict.lookahead import DefaultVectors, NextRouter, QuasiHiddenLayer
+from foreroute.prepare.solvers import DefaultVectorSums
 
 HIDDEN = 3
 

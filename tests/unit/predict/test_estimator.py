@@ -5,7 +5,8 @@ from dataclasses import replace
 import torch
 
 from foreroute.predict.base import RouterSample
-from foreroute.predict.estimator import Estimator, EstimatorSettings, EstimatorTraining, estimate
+from foreroute.predict.fitted import Estimator, estimate
+from foreroute.prepare.estimator_training import EstimatorSettings, EstimatorTraining
 
 HIDDEN, EXPERTS, TOKENS = 16, [8, 8, 6], 1200
 SETTINGS = EstimatorSettings(shrink=1, epochs=6, batch=64, peak_rate=1e-2)

@@ -7,7 +7,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from foreroute.predict.base import RouterSample
-from foreroute.predict.ridge import NormalEquations, Ridge, RidgeFit
+from foreroute.predict.fitted import Ridge
+from foreroute.prepare.solvers import NormalEquations, RidgeFit
 
 HIDDEN, EXPERTS, TARGETS, TOP_K = 12, 6, 5, 2
 

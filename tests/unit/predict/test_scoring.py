@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from foreroute.predict.base import RouterSample, TokenGuess
-from foreroute.predict.hybrid import choose
 from foreroute.prepare.controls import Moment, Popularity, previous_token, shuffled, uniform
+from foreroute.prepare.fit import choose
 from foreroute.prepare.scoring import LayerTallies, LayerTally
 
 EXPERTS = 16

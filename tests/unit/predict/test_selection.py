@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from foreroute.predict.base import guess_from_scores
+from foreroute.predict.fitted import selection_of
 from foreroute.predict.lookahead import NextRouter
-from foreroute.predict.selection import selection_of
 
 HIDDEN, EXPERTS, TOP_K = 24, 8, 2
 Rule = Callable[[torch.Tensor], torch.Tensor]

@@ -8,9 +8,8 @@ import torch
 
 from foreroute.errors import PredictorError
 from foreroute.predict import sidecar as sidecars
-from foreroute.predict.ridge import RidgeLayer
+from foreroute.predict.fitted import RidgeLayer, TokenTable
 from foreroute.predict.sidecar import SIDECAR_NAME, Sidecar, find_sidecar, read_whole, write_whole
-from foreroute.predict.token_table import TokenTable
 
 
 def sidecar() -> Sidecar:

@@ -2,7 +2,8 @@
 
 import torch
 
-from foreroute.predict.token_table import RunningContext, TokenTableFit, context_before
+from foreroute.predict.fitted import RunningContext, context_before
+from foreroute.prepare.solvers import TokenTableFit
 
 VOCABULARY, EMBEDDING, HIDDEN, EXPERTS = 40, 6, 3, 5
 

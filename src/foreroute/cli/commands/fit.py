@@ -146,7 +146,7 @@ def _check_place(path: Path, *, force: bool) -> None:
 
 
 def _fit(args: argparse.Namespace, model: "OffloadedModel", fingerprint: str, corpus: Any, path: Path) -> "Sidecar":
-    from foreroute.predict.estimator import EstimatorSettings
+    from foreroute.prepare.estimator_training import EstimatorSettings
     from foreroute.prepare.fit import FitSettings, fit
 
     estimator = None

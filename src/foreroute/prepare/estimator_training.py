@@ -1,20 +1,12 @@
-"""The paper's trained estimator: one small network for all layers, from the quasi-hidden state to router logits.
-
-Linear d -> d/m, plus a learned embedding of the layer, a SiLU MLP d/m -> n d/m -> d/m with residual, LayerNorm, and a
-head to the expert logits (arXiv 2603.19289). Trained by KL divergence to the next router's distribution.
-"""
+"""Train the paper's estimator (predict/) on text that passes: KL divergence to the next router's distribution, by Adam."""
 
 import math
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
-from foreroute.predict.base import RouterSample, TokenGuess, guess_from_scores
+from foreroute.predict.fitted import estimate
 
-# (layer, seen) -> [tokens, hidden]: what the estimator reads.
-Inputs = Callable[[int, RouterSample], torch.Tensor]
 _BETAS, _EPSILON, _WARMUP_SHARE = (0.9, 0.99), 1e-8, 0.02
 
 
@@ -58,36 +50,6 @@ def new_weights(hidden: int, num_layers: int, num_experts: int, settings: Estima
         "head": linear(inner, num_experts),
         "head_bias": torch.zeros(num_experts, dtype=torch.float32),
     }
-
-
-def estimate(weights: Mapping[str, torch.Tensor], inputs: torch.Tensor, layer: torch.Tensor | int) -> torch.Tensor:
-    """Compute expert logits [tokens, experts] of `inputs` [tokens, hidden] with `weights`, for MoE layer `layer` or one
-    layer per token [tokens]."""
-    inner = inputs.float() @ weights["down"] + weights["layer"][layer]
-    wide = F.silu(torch.addmm(weights["up_bias"], inner, weights["up"]))
-    inner = inner + torch.addmm(weights["back_bias"], wide, weights["back"])
-    normed = F.layer_norm(inner, inner.shape[-1:], weights["norm"], weights["norm_bias"])
-    return torch.addmm(weights["head_bias"], normed, weights["head"])
-
-
-class Estimator:
-    """Predicts with the trained network.
-
-    Args:
-        weights: see `new_weights`, e.g. embed [layers, d]. inputs: as in training. num_experts: per MoE layer.
-    """
-
-    def __init__(self, weights: Mapping[str, torch.Tensor], inputs: Inputs, num_experts: list[int]) -> None:
-        self._weights = weights
-        self._inputs = inputs
-        self._num_experts = num_experts
-
-    def guess(self, layer: int, seen: RouterSample, width: int) -> TokenGuess | None:
-        """See `Predictor`. Cost: parameters of the network x tokens multiply-adds in fp32."""
-        if layer + 1 >= len(self._num_experts):
-            return None
-        scores = estimate(self._weights, self._inputs(layer, seen), layer)
-        return guess_from_scores(scores[:, : self._num_experts[layer + 1]], width)
 
 
 class EstimatorTraining:

@@ -1,21 +1,20 @@
-"""A linear predictor per layer, and its solver: [router input, gate weights] -> the next router's logits.
+"""What is fitted in closed form from text: linear maps, layer 0's table and default vectors, from sums over its tokens.
 
-Its inputs carry as much as the paper's quasi-hidden state, and need neither the residual nor the norms.
 The normal equations are added up while tokens pass; activations are never kept.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 import torch
 
-from foreroute.predict.base import RouterSample, Select, TokenGuess, guess_from_scores
-from foreroute.predict.default_vector import weighted_rows
+from foreroute.predict.base import RouterSample
+from foreroute.predict.fitted import RidgeLayer, TokenTable
 
 # Rows converted to float64 at a time: bounds the temporaries to a few tens of MB for a hidden width of 2048.
 _BLOCK_ROWS = 1024
 # A variance of less than this share of a feature's mean square is rounding: the feature was constant.
 _VARIANCE_FLOOR = 1e-12
+
+# A token seen this often counts as much as the prediction from its embedding.
+_PRIOR_COUNT = 1.0
 
 
 class NormalEquations:
@@ -77,42 +76,6 @@ class NormalEquations:
         return weights, mean_y - mean_x @ weights
 
 
-@dataclass(frozen=True)
-class RidgeLayer:
-    """A linear map from one MoE layer to the next, all float32.
-
-    from_hidden: [hidden, next experts]. from_gates: [experts + 1, next experts]; its last row is zero, for ids outside
-    the layer's experts. bias: [next experts].
-    """
-
-    from_hidden: torch.Tensor
-    from_gates: torch.Tensor
-    bias: torch.Tensor
-
-    def scores(self, seen: RouterSample) -> torch.Tensor:
-        """Scores [tokens, next experts], higher is likelier."""
-        scores = torch.addmm(self.bias, seen.hidden.float(), self.from_hidden)
-        return scores.add_(weighted_rows(self.from_gates, seen))
-
-
-class Ridge:
-    """Predicts with one linear map per layer.
-
-    Args:
-        layers: per MoE layer; None where none was fitted.
-        selects: per MoE layer, how scores of the next one are read; the best scores when left out.
-    """
-
-    def __init__(self, layers: Sequence[RidgeLayer | None], selects: Sequence[Select] | None = None) -> None:
-        self._layers = list(layers)
-        self._selects = selects or [guess_from_scores] * len(self._layers)
-
-    def guess(self, layer: int, seen: RouterSample, width: int) -> TokenGuess | None:
-        """See `Predictor`. Cost: one [tokens, hidden] x [hidden, experts] product in fp32."""
-        entry = self._layers[layer] if layer < len(self._layers) else None
-        return None if entry is None else self._selects[layer](entry.scores(seen), width)
-
-
 def _gate_vector(seen: RouterSample, num_experts: int) -> torch.Tensor:
     """Gate weights of `seen` as a dense [tokens, num_experts] float32 tensor; ids outside the experts are left out."""
     dense = torch.zeros(seen.ids.shape[0], num_experts + 1, dtype=torch.float32)
@@ -142,3 +105,59 @@ class RidgeFit:
         weights, bias = self.equations.solve(penalty)
         gates = torch.cat([weights[self._hidden :], torch.zeros(1, weights.shape[1], dtype=torch.float64)])
         return RidgeLayer(weights[: self._hidden].float().contiguous(), gates.float(), bias.float())
+
+
+class TokenTableFit:
+    """Mean logits of layer 0 by token, shrunk to a linear map of the token's embedding where few were seen.
+
+    Memory: vocabulary x experts doubles (156 MB for 152k tokens and 128 experts), and the normal equations of a linear
+    map from embedding and context (134 MB at widths of 2048).
+
+    Args:
+        embedding, hidden: widths of the token's embedding and of the context.
+    """
+
+    def __init__(self, vocabulary: int, embedding: int, hidden: int, num_experts: int) -> None:
+        self._embedding = embedding
+        self.sums = torch.zeros(vocabulary, num_experts, dtype=torch.float64)
+        self.counts = torch.zeros(vocabulary, dtype=torch.int64)
+        self.equations = NormalEquations(embedding + hidden, num_experts)
+
+    def add(
+        self, token_ids: torch.Tensor, embeddings: torch.Tensor, context: torch.Tensor, targets: torch.Tensor
+    ) -> None:
+        """Add `token_ids` [tokens], their `embeddings` and `context` [tokens, width], `targets` [tokens, experts]."""
+        self.sums.index_add_(0, token_ids, targets.double())
+        self.counts += torch.bincount(token_ids, minlength=len(self.counts))
+        self.equations.add(torch.cat([embeddings.float(), context.float()], 1), targets)
+
+    def solve(self, embeddings: torch.Tensor, penalty: float) -> TokenTable:
+        """Solve for the float16 table: all tokens' `embeddings` [vocabulary, embedding], the ridge's `penalty`."""
+        weights, bias = self.equations.solve(penalty)
+        from_embedding, from_context = weights[: self._embedding], weights[self._embedding :]
+        mean_context = self.equations.gram[-1, self._embedding : -1] / self.equations.num_rows
+        bias = bias + mean_context @ from_context
+        table = torch.empty(self.sums.shape, dtype=torch.float16)
+        for start in range(0, len(table), 4096):
+            rows = slice(start, start + 4096)
+            prior = embeddings[rows].double() @ from_embedding + bias
+            counts = self.counts[rows, None]
+            table[rows] = ((self.sums[rows] + _PRIOR_COUNT * prior) / (counts + _PRIOR_COUNT)).half()
+        return TokenTable(table, from_context.float().contiguous(), mean_context.float())
+
+
+class DefaultVectorSums:
+    """Running sums of the outputs of one layer's experts; `means` gives the default vectors."""
+
+    def __init__(self, num_experts: int, hidden: int) -> None:
+        self.sums = torch.zeros(num_experts, hidden, dtype=torch.float64)
+        self.counts = torch.zeros(num_experts, dtype=torch.int64)
+
+    def add(self, expert: int, rows: torch.Tensor) -> None:
+        """Add `rows` [tokens, hidden]: outputs of `expert` before its gate weights."""
+        self.sums[expert] += rows.double().sum(0)
+        self.counts[expert] += rows.shape[0]
+
+    def means(self) -> torch.Tensor:
+        """The default vectors [experts, hidden], float32; zero for an expert that no token selected."""
+        return (self.sums / self.counts.clamp(min=1)[:, None]).float()
