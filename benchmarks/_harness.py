@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from foreroute.bench.repeats import machine, summary, turns
-from foreroute.writing import atomic_write
+from foreroute.whole_files import atomic_write
 
 __all__ = ["RESULTS", "interleave", "machine", "record", "rounded", "summary"]
 

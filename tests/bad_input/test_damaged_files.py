@@ -91,7 +91,7 @@ class TestPointers:
         refused(lambda: foreroute.load(tmp_path / "model.gguf"), r"model\.gguf is a git-LFS pointer", "git lfs pull")
 
     def test_a_text_that_speaks_of_pointers_is_none(self, folder: Path, tmp_path: Path) -> None:
-        from foreroute.reading import read_text
+        from foreroute.whole_files import read_text
 
         text = "In git-LFS a file begins with:\n" + POINTER.decode()
         (tmp_path / "text").write_text(text, encoding="utf-8")

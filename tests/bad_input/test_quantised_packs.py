@@ -14,7 +14,8 @@ import pytest
 import xxhash
 from safetensors.torch import load_file, save_file
 
-from foreroute.checkpoint.records import StoreWriter, partial_path, store_name
+from foreroute.checkpoint.records import partial_path, store_name
+from foreroute.checkpoint.store_writer import StoreWriter
 from foreroute.errors import StoreError
 from foreroute.prepare.pack import pack
 from tests.support.broken import copied
@@ -176,7 +177,7 @@ class TestHeaders:
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from foreroute.checkpoint import records
+from foreroute.checkpoint import records, store_writer
 from foreroute.checkpoint.codecs import CODECS
 from foreroute.checkpoint.locate import read_index
 from foreroute.prepare.pack import pack
@@ -184,7 +185,7 @@ from foreroute.prepare.quantise import Quantiser
 from foreroute.kernels.ggml.library import open_library
 from foreroute.model.build.skeleton import outline
 
-records._SYNC_EVERY_BYTES = 1
+store_writer._SYNC_EVERY_BYTES = 1
 folder = Path(sys.argv[1])
 sketch = outline(folder, read_index(folder))
 quantiser = Quantiser(sketch.table, CODECS["q4_0"], open_library(), 2)

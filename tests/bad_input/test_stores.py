@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from foreroute.checkpoint import source_files
-from foreroute.checkpoint.records import STORE_NAME, PackedStore, StoreWriter
+from foreroute.checkpoint.records import STORE_NAME, PackedStore
+from foreroute.checkpoint.store_writer import StoreWriter
 from foreroute.errors import ChecksumError, ReadError, StoreError
 from foreroute.prepare.pack import pack
 from tests.support.broken import copied, flip_byte, overwrite, read_parts, replace
@@ -167,12 +168,12 @@ def first_record_read(load, folder):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from foreroute.checkpoint import records
+from foreroute.checkpoint import records, store_writer
 from foreroute.checkpoint.locate import read_index
 from foreroute.prepare.pack import pack
 from foreroute.model.build.skeleton import outline
 
-records._SYNC_EVERY_BYTES = 1  # the table follows after every record, not after 256 MB
+store_writer._SYNC_EVERY_BYTES = 1  # the table follows after every record, not after 256 MB
 folder = Path(sys.argv[1])
 
 def progress(done, total):

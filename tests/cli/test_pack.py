@@ -7,8 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from foreroute.checkpoint import records
-from foreroute.checkpoint.records import STORE_NAME, claim_store, partial_path, store_name
+from foreroute.checkpoint import store_writer
+from foreroute.checkpoint.records import STORE_NAME, partial_path, store_name
+from foreroute.checkpoint.store_writer import claim_store
 from foreroute.cli.commands import pack
 from foreroute.kernels.ggml.interleaved import orders
 from tests.cli.harness import NUM_EXPERTS, NUM_LAYERS
@@ -164,7 +165,7 @@ def test_a_second_pack_leaves_the_first_alone(run, copied: Path, monkeypatch) ->
             assert f"(process {os.getpid()})" in said
             assert partial_path(path).read_bytes() == b"the first one's"
         with monkeypatch.context() as patched:
-            patched.setattr(records, "claim_store", interrupted)
+            patched.setattr(store_writer, "claim_store", interrupted)
             assert run("pack", copied).code == 130
         assert partial_path(path).read_bytes() == b"the first one's"
     assert run("pack", copied).code == 0
@@ -176,14 +177,14 @@ def interrupted(*args: object) -> None:
 
 def test_a_store_that_another_pack_has_just_finished(run, copied: Path, monkeypatch) -> None:
     """Between looking for it and the right to write it: it is there, and nothing is to be done."""
-    claim = records.claim_store
+    claim = store_writer.claim_store
 
     def late(path: Path) -> object:
-        monkeypatch.setattr(records, "claim_store", claim)
+        monkeypatch.setattr(store_writer, "claim_store", claim)
         assert run("pack", copied).code == 0
         return claim(path)
 
-    monkeypatch.setattr(records, "claim_store", late)
+    monkeypatch.setattr(store_writer, "claim_store", late)
     ran = run("pack", copied)
     assert ran.code == 0
     assert "nothing to do" in ran.out
@@ -193,7 +194,7 @@ def test_a_store_that_another_pack_has_just_finished(run, copied: Path, monkeypa
 def test_nothing_to_do_needs_no_right_to_write(run, copied: Path, monkeypatch) -> None:
     """As in a folder that is mounted read-only."""
     run("pack", copied)
-    monkeypatch.setattr(records, "claim_store", interrupted)
+    monkeypatch.setattr(store_writer, "claim_store", interrupted)
     assert "nothing to do" in run("pack", copied).out
 
 

@@ -12,7 +12,7 @@ from tests.cli.harness import NUM_EXPERTS, NUM_LAYERS, start
 
 SLOW_WRITES = """
 import time
-from foreroute.checkpoint.records import StoreWriter
+from foreroute.checkpoint.store_writer import StoreWriter
 write = StoreWriter.write
 StoreWriter.write = lambda *args: (time.sleep(0.1), write(*args))
 """

@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from foreroute.checkpoint.assembly import Coding
 from foreroute.checkpoint.records import PackedStore
-from foreroute.checkpoint.stored_parts import Coding
 from foreroute.kernels.torch.dequantise import decode_fp8
 from tests.formats.checks import check_bytes, check_same, numbers_of
 from tests.support.checkpoints import edit_json

@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from foreroute.checkpoint.assembly import Coding
 from foreroute.checkpoint.locate import read_index
 from foreroute.checkpoint.quantised_formats import QuantisedFormat, read_format
-from foreroute.checkpoint.stored_parts import Coding
 from foreroute.errors import CorruptCheckpointError
 from foreroute.kernels.torch.dequantise import decode_fp8_scaled, decode_gptq_int4
 from tests.formats.checks import check_bytes, check_same

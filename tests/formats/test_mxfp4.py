@@ -5,8 +5,8 @@ import inspect
 import pytest
 import torch
 
+from foreroute.checkpoint.assembly import Coding
 from foreroute.checkpoint.records import PackedStore
-from foreroute.checkpoint.stored_parts import Coding
 from foreroute.kernels.torch.dequantise import decode_mxfp4
 from tests.formats.checks import check_bytes, check_same, numbers_of
 from tests.support.quantised import write_mxfp4

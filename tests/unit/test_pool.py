@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from foreroute.engine.expert_stream import ExpertStream
 from foreroute.engine.interfaces import StepInfo, StepObserver
+from foreroute.engine.moe_step import ExpertStream
 from foreroute.engine.pool import ExpertPool
 from foreroute.residency.slots import FREE, LOADING, PINNED
 from foreroute.types import ExpertId, ExpertKeys

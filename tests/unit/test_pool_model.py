@@ -10,7 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from foreroute.engine.expert_stream import ExpertStream
+from foreroute.engine.moe_step import ExpertStream
 from foreroute.engine.pool import ExpertPool
 from foreroute.residency.slots import FREE, LOADING, PINNED, READY
 from tests.support.pools import DECODE, EXPERTS, LAYERS, NBYTES, PROMPT, WEIGHTS, made_pool

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from foreroute.errors import CheckpointError, CorruptCheckpointError, PromptError, StoreError, named, reason_of
-from foreroute.reading import parse_object, read_object, read_text, refuse_pointer
+from foreroute.whole_files import parse_object, read_object, read_text, refuse_pointer
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 def test_a_file_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("foreroute.reading._MOST_BYTES", 2**20)
+    monkeypatch.setattr("foreroute.whole_files._MOST_BYTES", 2**20)
     with pytest.raises(CorruptCheckpointError, match="more than 1 MiB"):
         read_text(Path("/dev/zero"))
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
+from foreroute.engine.moe_step import substitute_missing
 from foreroute.engine.pool import ExpertPool
-from foreroute.engine.substitution import substitute_missing
 from foreroute.residency.eviction import Lru
 from foreroute.residency.slots import LOADING, PINNED, Residency
 from foreroute.types import ExpertKeys

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from foreroute.errors import ForerouteError
-from foreroute.writing import Claim, ClaimedError, atomic_write, save_figure
+from foreroute.whole_files import Claim, ClaimedError, atomic_write, save_figure
 
 ROOT = Path(__file__).parents[2]
 
@@ -205,7 +205,7 @@ class TestClaim:
     def test_it_ends_with_its_process(self, tmp_path: Path) -> None:
         path = tmp_path / "file"
         script = (
-            "import sys, os, time\nfrom pathlib import Path\nfrom foreroute.writing import Claim\n"
+            "import sys, os, time\nfrom pathlib import Path\nfrom foreroute.whole_files import Claim\n"
             "claim = Claim(Path(sys.argv[1]))\nos.write(claim.fd, b'half')\n"
             "print('claimed', flush=True)\ntime.sleep(60)"
         )

@@ -9,7 +9,7 @@ from foreroute.bench.rungs import BELADY, LADDER, ORACLE, PREFETCH, RESIDENT
 from foreroute.errors import ForerouteError
 from foreroute.prepare.plot import check
 from foreroute.units import format_speed
-from foreroute.writing import save_figure
+from foreroute.whole_files import save_figure
 
 __all__ = ["check", "draw"]
 

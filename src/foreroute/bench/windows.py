@@ -9,7 +9,7 @@ from foreroute.bench.passage import PASSAGE
 from foreroute.bench.run import Case
 from foreroute.errors import CheckpointError, CorruptCheckpointError, PromptError
 from foreroute.model.text import load_tokenizer
-from foreroute.reading import read_text
+from foreroute.whole_files import read_text
 
 # Sources of the token ids.
 OWN_TEXT, GIVEN_TEXT, RANDOM = "built-in passage", "text file", "random ids"

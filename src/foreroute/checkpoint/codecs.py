@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from foreroute.checkpoint.assembly import GGUF_PREFIX, Coding, FamilyForm, StoredMatrix, StoredPart
 from foreroute.checkpoint.gguf_file import EXPERT_BLOCKS
 from foreroute.checkpoint.layouts import PART_ALIGNMENT, ExpertLayout, ExpertTable, LayerExperts, Part
-from foreroute.checkpoint.stored_parts import GGUF_PREFIX, Coding, FamilyForm, StoredMatrix, StoredPart
 from foreroute.errors import StoreError
 from foreroute.types import QUANTISED_TYPES, round_up
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from foreroute.checkpoint.index import CheckpointIndex
 from foreroute.errors import CheckpointError
-from foreroute.reading import read_object
+from foreroute.whole_files import read_object
 
 _CONFIG = "config.json"
 # The quantisers' own files: the method if the file names none, and its keys that differ from config.json's.

@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from foreroute.checkpoint.assembly import GGUF_PREFIX, Coding, StoredMatrix, StoredPart
 from foreroute.checkpoint.gguf_file import EXPERT_BLOCKS, GgufIndex
 from foreroute.checkpoint.layouts import LayerExperts, PartSource, layer_experts
-from foreroute.checkpoint.stored_parts import GGUF_PREFIX, Coding, StoredMatrix, StoredPart
 from foreroute.errors import CorruptCheckpointError, UnsupportedModelError
 
 _BLOCK_NAME = re.compile(r"blk\.(\d+)\.(.+)\.(weight|bias)")

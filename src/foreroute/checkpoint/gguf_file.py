@@ -19,7 +19,7 @@ from typing import Any
 from foreroute.checkpoint.index import CheckpointIndex, TensorEntry
 from foreroute.checkpoint.source_files import SourceFile
 from foreroute.errors import CheckpointError, CorruptCheckpointError, UnsupportedModelError, named
-from foreroute.reading import check_no_pointer
+from foreroute.whole_files import check_no_pointer
 
 SUFFIX = ".gguf"
 # Quantisations of experts, facts of the format: (weights, bytes) of a block. kernels/torch/gguf_blocks.py dequantises.

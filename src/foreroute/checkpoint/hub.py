@@ -16,8 +16,8 @@ from typing import Any, cast
 
 from foreroute.checkpoint.index import INDEX, SINGLE, named_weights, shards_of
 from foreroute.errors import CheckpointError, UnsupportedModelError
-from foreroute.reading import read_object
 from foreroute.units import format_memory
+from foreroute.whole_files import read_object
 
 # Files beside the weights, except those that match _NOT_SETTINGS (an index of pickles, for example).
 _SETTINGS = ("*.json", "*.jinja", "*.model", "*.txt")

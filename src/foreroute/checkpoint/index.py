@@ -16,7 +16,7 @@ import xxhash
 
 from foreroute.checkpoint.source_files import FileStamp, SourceFile
 from foreroute.errors import CheckpointError, CorruptCheckpointError, ForerouteError
-from foreroute.reading import parse_object, read_object, refuse_pointer
+from foreroute.whole_files import parse_object, read_object, refuse_pointer
 
 # transformers' names for the single weights file, and for the index of several.
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -8,9 +8,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from foreroute.checkpoint.assembly import Assembled, Operation, Piece, assemble, check_known, whole
+from foreroute.checkpoint.assembly import (
+    Assembled,
+    FamilyForm,
+    Operation,
+    Piece,
+    StoredPart,
+    assemble,
+    check_known,
+    whole,
+)
 from foreroute.checkpoint.index import ITEMSIZE, CheckpointIndex, TensorEntry, merged
-from foreroute.checkpoint.stored_parts import FamilyForm, StoredPart
 from foreroute.errors import CorruptCheckpointError, UnsupportedModelError
 from foreroute.types import Copy, ExpertId, ExpertKeys, ExpertReads, Read, choose_slot_lengths, round_up
 

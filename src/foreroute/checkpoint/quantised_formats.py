@@ -14,9 +14,9 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from foreroute.checkpoint.assembly import Coding
 from foreroute.checkpoint.declared import Declaration, read_declaration
 from foreroute.checkpoint.index import CheckpointIndex
-from foreroute.checkpoint.stored_parts import Coding
 from foreroute.errors import CheckpointError, CorruptCheckpointError, UnsupportedModelError
 
 MXFP4, FP8, FP8_SCALED, PACKED_INT4 = "mxfp4", "fp8", "fp8-scaled", "packed-int4"

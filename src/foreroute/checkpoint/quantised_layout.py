@@ -5,6 +5,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 
+from foreroute.checkpoint.assembly import (
+    GGUF_PREFIX,
+    MXFP4_BLOCK_BYTES,
+    MXFP4_IN_BLOCKS,
+    Coding,
+    StoredMatrix,
+    StoredPart,
+)
 from foreroute.checkpoint.index import ITEMSIZE, CheckpointIndex
 from foreroute.checkpoint.layouts import (
     PART_ALIGNMENT,
@@ -25,14 +33,6 @@ from foreroute.checkpoint.quantised_formats import (
     MXFP4,
     PACKED_INT4,
     QuantisedFormat,
-)
-from foreroute.checkpoint.stored_parts import (
-    GGUF_PREFIX,
-    MXFP4_BLOCK_BYTES,
-    MXFP4_IN_BLOCKS,
-    Coding,
-    StoredMatrix,
-    StoredPart,
 )
 from foreroute.errors import CorruptCheckpointError, UnsupportedModelError
 from foreroute.types import round_up

@@ -4,18 +4,15 @@
     page-aligned: checksum table, one xxh3-64 per record (u64; 0 = not written yet)
     page-aligned: records, `record_stride` bytes each, in key order, laid out like a slot, so that a read needs no copy
 
-It is written under another name, synced, and renamed when complete, so that a file with the final name is complete. A
-partial file is resumed where it stopped.
+A file with the final name is complete: it is written under another one (store_writer.py).
 """
 
 import dataclasses
 import itertools
 import json
-import os
 import struct
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import xxhash
@@ -25,23 +22,20 @@ from foreroute.checkpoint.layouts import ExpertTable
 from foreroute.checkpoint.quantised_layout import in_blocks
 from foreroute.checkpoint.source_files import FileStamp
 from foreroute.errors import StoreError
-from foreroute.reading import parse_object, refuse_pointer
 from foreroute.types import BLOCK_BYTES, Copy, ExpertReads, Read, round_up
-from foreroute.units import format_memory
-from foreroute.writing import Claim, ClaimedError
+from foreroute.whole_files import parse_object, refuse_pointer
 
 STORE_NAME = "experts.foreroute"
 _PARTIAL_SUFFIX = ".partial"
-_MAGIC = b"FOREROUT"
-_PREAMBLE = struct.Struct("<8sQQ")
+MAGIC = b"FOREROUT"
+PREAMBLE = struct.Struct("<8sQQ")
 _VERSION = 1
 _PACK_AGAIN = "Remove it and run `foreroute pack` again."
 _MOST_HEADER_BYTES = 64 * 2**20
-# The checksum table is written in steps, after the records that it covers were synced.
-_SYNC_EVERY_BYTES = 256 * 2**20
 
 
-def _header(table: ExpertTable, codec: str) -> bytes:
+def store_header(table: ExpertTable, codec: str) -> bytes:
+    """The header, JSON, of a store of `table`'s experts in `codec`; equal where two stores hold the same."""
     described = {
         "version": _VERSION,
         "codec": codec,
@@ -55,7 +49,7 @@ def _header(table: ExpertTable, codec: str) -> bytes:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Geometry:
+class StoreGeometry:
     """Offsets in a store whose header has `header_nbytes` bytes."""
 
     table_start: int
@@ -63,12 +57,14 @@ class _Geometry:
     stride: int
 
     @classmethod
-    def of(cls, header_nbytes: int, table: ExpertTable) -> "_Geometry":
-        table_start = round_up(_PREAMBLE.size + header_nbytes)
+    def of(cls, header_nbytes: int, table: ExpertTable) -> "StoreGeometry":
+        """Those of a store of `table`'s experts."""
+        table_start = round_up(PREAMBLE.size + header_nbytes)
         data_start = round_up(table_start + 8 * table.total_slots)
         return cls(table_start, data_start, table.slot_bytes)
 
     def offset(self, record: int) -> int:
+        """Where record `record` begins."""
         return self.data_start + record * self.stride
 
 
@@ -89,7 +85,7 @@ class PackedStore:
         try:
             with open(path, "rb") as file:
                 self.files = {str(path): (stamp := FileStamp.of(file.fileno()))}
-                stored = _read_header(path, file.read(_PREAMBLE.size), file.read)
+                stored = read_store_header(path, file.read(PREAMBLE.size), file.read)
                 self._take_header(stored, table)
                 file.seek(self._geometry.table_start)
                 raw_table = file.read(8 * self.table.total_slots)
@@ -115,16 +111,16 @@ class PackedStore:
         orders = described["orders"]
         if self.codec == STORED:  # `pack` lays MXFP4 out in blocks; earlier versions did not
             table = interleaved(table, orders)
-            others = (one for one in (interleaved(in_blocks(table), orders),) if _header(one, STORED) == stored)
+            others = (one for one in (interleaved(in_blocks(table), orders),) if store_header(one, STORED) == stored)
             table = next(others, table)
         else:
             table = interleaved(encoded_table(table, CODECS[self.codec]), orders)
-        header = _header(table, self.codec)
+        header = store_header(table, self.codec)
         _check_same_model(self.path, stored, header)
         self.table = table
         self._layers = table.layers
         self._first_record = _first_records(table)
-        self._geometry = _Geometry.of(len(header), table)
+        self._geometry = StoreGeometry.of(len(header), table)
 
     def reads_of(self, table: ExpertTable) -> Callable[[int], ExpertReads]:
         """A function from flat keys of `table` to the one read that fills a slot.
@@ -191,158 +187,21 @@ def partial_path(path: Path) -> Path:
     return path.with_name(path.name + _PARTIAL_SUFFIX)
 
 
-def claim_store(path: Path) -> Claim:
-    """Claim the right to write the store `path`, by locking its partial file.
-
-    Raises:
-        StoreError: another process is writing it, or the folder is not writable.
-    """
-    partial = partial_path(path)
-    try:
-        return Claim(partial)
-    except ClaimedError as error:
-        who = "" if error.process_id is None else f" (process {error.process_id})"
-        raise StoreError(
-            f"{partial} is being written by another `foreroute pack`. Wait for it{who}, or give another --out."
-        ) from None
-    except OSError as error:
-        raise StoreError(f"{partial} cannot be written: {error.strerror}. Choose another --out.") from error
-
-
-class StoreWriter:
-    """Writes a store record by record under a partial name; `finish` renames it.
-
-    A partial file of the same model, if newer than it, is continued: `next_record` is the first missing record.
-
-    Args:
-        path: the final name. table: the experts to store, in their order.
-        codec: see PackedStore. resume: False starts anew. claim: of `claim_store`, if the caller has one; given
-            up at the end.
-    Raises:
-        StoreError: the disk has no room (checked and reserved first), it cannot be written, or another process is
-            writing it.
-    """
-
-    def __init__(
-        self,
-        path: Path,
-        table: ExpertTable,
-        *,
-        codec: str = STORED,
-        resume: bool = True,
-        claim: Claim | None = None,
-    ) -> None:
-        self.path = path
-        self.partial_path = partial_path(path)
-        self._header = _header(table, codec)
-        self._num_records = table.total_slots
-        self._sources_changed_ns = max((stamp.mtime_ns for stamp in table.index.files.values()), default=0)
-        self._geometry = _Geometry.of(len(self._header), table)
-        self._checksums = [0] * self._num_records
-        self._unsynced_bytes = 0
-        self.next_record = 0
-        self.nbytes = self._geometry.offset(self._num_records)
-        self._claim = claim or claim_store(path)
-        try:
-            if not (resume and self._load_partial()):
-                self._guarded(self._begin)
-        except BaseException:
-            self._claim.close()
-            raise
-
-    def write(self, record: int, payload: memoryview, nbytes: int) -> None:
-        """Write record `record`: `payload` is the slot (a stride or more), of which `nbytes` are checksummed."""
-        payload = payload[: self._geometry.stride]
-        assert len(payload) >= nbytes
-        checksum = xxhash.xxh3_64_intdigest(payload[:nbytes]) or 1
-        self._guarded(lambda: _write_all(self._claim.fd, payload, self._geometry.offset(record)))
-        self._checksums[record] = checksum
-        self._unsynced_bytes += len(payload)
-        if self._unsynced_bytes >= _SYNC_EVERY_BYTES:
-            self._guarded(self._sync)
-
-    def finish(self) -> None:
-        """Sync everything and rename the file to its final name."""
-        assert 0 not in self._checksums, "every record is written before the store is finished"
-        self._guarded(self._sync)
-        self._guarded(lambda: self._claim.rename(self.path))
-
-    def discard(self) -> None:
-        """Remove the partial file."""
-        self._claim.discard()
-
-    def close(self) -> None:
-        """Close the partial file and keep it, with finished records noted in its table."""
-        if self._claim.fd >= 0:
-            self._guarded(self._sync)
-            self._claim.close()
-
-    def __enter__(self) -> "StoreWriter":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.close()
-
-    def _begin(self) -> None:
-        os.ftruncate(self._claim.fd, 0)
-        try:
-            # Reserve all space at once: a disk that is too full fails now, not after an hour.
-            os.posix_fallocate(self._claim.fd, 0, self.nbytes)
-        except KeyboardInterrupt:
-            self._claim.discard()
-            raise
-        preamble = _PREAMBLE.pack(_MAGIC, len(self._header), xxhash.xxh3_64_intdigest(self._header))
-        _write_all(self._claim.fd, memoryview(preamble + self._header), 0)
-
-    def _sync(self) -> None:
-        os.fdatasync(self._claim.fd)
-        table = struct.pack(f"<{self._num_records}Q", *self._checksums)
-        _write_all(self._claim.fd, memoryview(table), self._geometry.table_start)
-        self._unsynced_bytes = 0
-
-    def _load_partial(self) -> bool:
-        try:
-            with open(self.partial_path, "rb") as file:
-                is_newer = FileStamp.of(file.fileno()).mtime_ns >= self._sources_changed_ns
-                stored = _read_header(self.partial_path, file.read(_PREAMBLE.size), file.read)
-                file.seek(self._geometry.table_start)
-                raw = file.read(8 * self._num_records)
-        except (FileNotFoundError, StoreError):
-            return False
-        if not is_newer or stored != self._header or len(raw) != 8 * self._num_records:
-            return False
-        self._checksums = list(struct.unpack(f"<{self._num_records}Q", raw))
-        self.next_record = next((i for i, value in enumerate(self._checksums) if value == 0), self._num_records)
-        return True
-
-    def _guarded(self, act: Callable[[], None]) -> None:
-        try:
-            act()
-        except OSError as error:
-            self._claim.discard()
-            needed = format_memory(self.nbytes, round_up=True)
-            raise StoreError(
-                f"{self.path} cannot be written: {error.strerror}. It needs {needed}; "
-                "nothing was left behind. Make room or choose another --out."
-            ) from error
-
-
 def _first_records(table: ExpertTable) -> Sequence[int]:
     return list(itertools.accumulate((layer.num_experts for layer in table.layers), initial=0))[:-1]
 
 
-def _write_all(fd: int, payload: memoryview, offset: int) -> None:
-    while payload:
-        written = os.pwrite(fd, payload, offset)
-        payload, offset = payload[written:], offset + written
+def read_store_header(path: Path, preamble: bytes, read: Callable[[int], bytes]) -> bytes:
+    """Return the header behind `preamble`, the first PREAMBLE.size bytes of `path`; `read` gives the next bytes.
 
-
-def _read_header(path: Path, preamble: bytes, read: Callable[[int], bytes]) -> bytes:
+    Raises:
+        StoreError: not a store, or a damaged header.
+    """
     if preamble.startswith(b"version "):
         refuse_pointer(path, preamble + read(BLOCK_BYTES), StoreError)
-    if len(preamble) != _PREAMBLE.size or preamble[:8] != _MAGIC:
+    if len(preamble) != PREAMBLE.size or preamble[:8] != MAGIC:
         raise StoreError(f"{path} is not a packed store. Remove it, or make it with `foreroute pack`.")
-    _, header_nbytes, checksum = _PREAMBLE.unpack(preamble)
+    _, header_nbytes, checksum = PREAMBLE.unpack(preamble)
     header = read(header_nbytes) if header_nbytes <= _MOST_HEADER_BYTES else b""
     if len(header) != header_nbytes or xxhash.xxh3_64_intdigest(header) != checksum:
         raise StoreError(f"{path} has a damaged header. {_PACK_AGAIN}")

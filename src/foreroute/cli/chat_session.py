@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from foreroute.errors import PromptError
-from foreroute.reading import check_no_pointer
-from foreroute.writing import atomic_write
+from foreroute.whole_files import atomic_write, check_no_pointer
 
 if TYPE_CHECKING:
     import torch

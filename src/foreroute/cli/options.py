@@ -13,7 +13,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from foreroute.checkpoint.locate import locate
 from foreroute.config import EngineConfig
 from foreroute.errors import ForerouteError, PromptError
-from foreroute.reading import read_bytes
+from foreroute.whole_files import read_bytes
 
 # Fields of EngineConfig for experts on a GPU, or for a server; commands whose inputs stay on the CPU omit them.
 GPU_FIELDS = ("device", "control", "host_memory", "kv_tokens")

@@ -108,7 +108,7 @@ def quality_of(args: argparse.Namespace, folder: Path, sketch: "Outline") -> Qua
     from foreroute.cli.commands.fit import context_of
     from foreroute.evals.text import cut_windows
     from foreroute.model.text import load_tokenizer
-    from foreroute.reading import read_text
+    from foreroute.whole_files import read_text
 
     texts = {str(path): read_text(path, EvaluationError) for path in args.text}
     context = context_of(sketch.config, args.context)

@@ -11,14 +11,15 @@ from math import inf
 import torch
 
 from foreroute.engine.approximation import Approximation
-from foreroute.engine.expert_stream import ExpertStream
 from foreroute.engine.interfaces import RoutingListener, StepInfo
 from foreroute.engine.pool import ExpertPool
 from foreroute.engine.prefetcher import Prefetcher
 from foreroute.engine.stats import EngineStats
-from foreroute.engine.substitution import substitute_missing
-from foreroute.kernels.layer import ExpertListener, LayerKernels
+from foreroute.kernels.layer import ExpertListener, LayerKernels, LayerSum
 from foreroute.predict.governor import Governor
+
+# Reads kept in flight ahead of compute: more would hide no more time, and only take slots.
+_RING_SLOTS = 4
 
 
 class MoeStep:
@@ -219,3 +220,85 @@ def _distinct(routed: Sequence[Sequence[int]]) -> list[int]:
     """Return the distinct keys that any token is routed to, ascending; negative ones (no expert) are left out."""
     keys = sorted(set(routed[0]) if len(routed) == 1 else {key for row in routed for key in row})
     return keys if not keys or keys[0] >= 0 else [key for key in keys if key >= 0]
+
+
+def substitute_missing(
+    pool: ExpertPool, policies: Approximation, layer: int, absent: Sequence[int], output: LayerSum
+) -> list[int]:
+    """Add a layer's `absent` experts to its `output` sum, without waiting for any of them.
+
+    Those loaded by now are computed after all, as that costs no wait. The others are substituted, with deferred loads.
+
+    Args:
+        pool, policies: of the model. absent: keys of `layer` that the policies do not wait for.
+    Returns:
+        The keys that were pinned, for the caller to release.
+    """
+    missing, pinned = list(absent), list[int]()
+    while arrived := pool.pin_arrived(missing):
+        output.add(arrived)
+        pinned += [key for key, _ in arrived]
+        missing = [key for key in missing if key not in pinned]
+    if missing:
+        output.substitute(missing, policies.vectors(layer, pool.keys.experts_of(layer, missing)))
+        pool.substitute(missing)
+    return pinned
+
+
+class ExpertStream:
+    """Slots of one layer's experts `keys` (ascending), each read once: call `slot_of` in that order, then `close`.
+
+    Resident experts are used in place. Missing ones are read into free slots, and then through a small ring of borrowed
+    slots, so that a long prompt does not evict the experts that decoding needs. Resident experts are held from the
+    beginning, read ones one at a time: asking for the next one releases the previous one.
+    """
+
+    def __init__(self, pool: ExpertPool, layer: int, keys: Sequence[int]) -> None:
+        self._pool = pool
+        ready, self._waiting, self._queue, ring = pool.admit(layer, keys, _RING_SLOTS)
+        self._ready = dict(ready)  # key -> slot: pinned ones, and those in the ring
+        self._ring = frozenset(ring)
+        self._free = ring
+        self._current = -1
+        self._top_up()
+
+    def slot_of(self, key: int) -> int:
+        """Return the slot of expert `key`; blocks until it is loaded.
+
+        Raises:
+            ReadError, ChecksumError: it could not be read.
+        """
+        if key != self._current:
+            self._release_current()
+            self._current = key
+            self._top_up()
+        while key not in self._ready:
+            self._ready.update(self._pool.wait(self._waiting))
+            self._top_up()
+        return self._ready[key]
+
+    def resident(self, keys: Sequence[int]) -> dict[int, int]:
+        """Return key -> slot of those of `keys` that are pinned; asked before `slot_of` releases any."""
+        return {key: slot for key in keys if (slot := self._ready.get(key, -1)) >= 0 and slot not in self._ring}
+
+    def close(self) -> None:
+        """Wait for the reads to end, then return all borrowed slots and release pinned experts."""
+        self._release_current()
+        self._pool.give_back(list(self._ring))
+        self._pool.release([key for key, slot in self._ready.items() if slot not in self._ring])
+        self._ready = {}
+
+    def _release_current(self) -> None:
+        slot = self._ready.pop(self._current, -1)
+        if slot in self._ring:
+            self._free.append(slot)
+        elif slot >= 0:
+            self._pool.release([self._current])
+        self._current = -1
+
+    def _top_up(self) -> None:
+        """Start reads while the ring has free slots."""
+        while self._queue and self._free:
+            key, slot = self._queue.pop(0), self._free.pop()
+            self._waiting[key] = slot
+            self._pool.load_borrowed(key, slot)

@@ -7,7 +7,7 @@ from typing import Any
 from foreroute.evals.policies import mean_accuracy
 from foreroute.evals.pricing import pareto
 from foreroute.prepare.plot import check
-from foreroute.writing import save_figure
+from foreroute.whole_files import save_figure
 
 __all__ = ["check", "draw"]
 

@@ -20,7 +20,7 @@ from foreroute.loading.offloaded_model import OffloadedModel
 from foreroute.policy import Policy
 from foreroute.predict.sidecar import Sidecar
 from foreroute.types import NamedProgress
-from foreroute.writing import atomic_write
+from foreroute.whole_files import atomic_write
 
 # The budget of a run without a cache: at each layer, only the experts guessed for it are resident.
 NO_CACHE = "none"

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from foreroute.errors import EvaluationError
-from foreroute.reading import check_no_pointer
-from foreroute.writing import atomic_write
+from foreroute.whole_files import atomic_write, check_no_pointer
 
 FORMAT = 1
 # Windows per forward pass at most; fewer where a large vocabulary makes their logits large.

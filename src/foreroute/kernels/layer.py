@@ -33,7 +33,7 @@ class LayerSum(Protocol):
 
 
 class ExpertSlots(Protocol):
-    """Slots of experts streamed in ascending key, each once: engine/expert_stream.py."""
+    """Slots of experts streamed in ascending key, each once: engine/moe_step.py."""
 
     def slot_of(self, key: int) -> int:
         """Return the slot of this expert; blocks until it is loaded. Valid until the next call."""

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from foreroute.checkpoint.assembly import GGUF_PREFIX, MXFP4_IN_BLOCKS
 from foreroute.checkpoint.codecs import STORED
 from foreroute.checkpoint.gguf_file import GgufIndex
 from foreroute.checkpoint.quantised_layout import in_blocks
-from foreroute.checkpoint.stored_parts import GGUF_PREFIX, MXFP4_IN_BLOCKS
 from foreroute.config import EngineConfig
 from foreroute.errors import UnsupportedModelError
 from foreroute.kernels.ggml.graph import Runner, shared_runner

@@ -8,7 +8,7 @@ from foreroute.errors import CheckpointError, UnsupportedModelError, named
 from foreroute.model.build.config_sizes import check_sizes
 from foreroute.model.build.generation_file import check_token_ids
 from foreroute.model.build.gguf_model import gguf_config
-from foreroute.reading import read_object
+from foreroute.whole_files import read_object
 
 
 def read_config(folder: Path) -> Any:

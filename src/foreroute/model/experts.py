@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from foreroute.checkpoint.stored_parts import FamilyForm, Gates
+from foreroute.checkpoint.assembly import FamilyForm, Gates
 from foreroute.errors import RefusedError
 
 # Numbers of gate and up that are tried, and how far one is moved: within every family's clamps.

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from foreroute.errors import CorruptCheckpointError, PromptError, named
-from foreroute.reading import check_no_pointer, read_object, read_text
+from foreroute.whole_files import check_no_pointer, read_object, read_text
 
 _OBJECTS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
 _VOCABULARIES = ("*.model", "*.tiktoken", "*.spm", "vocab.txt", "merges.txt", "tekken.json")

@@ -17,8 +17,7 @@ from safetensors.torch import save_file
 
 from foreroute.errors import PredictorError, named
 from foreroute.predict.fitted import RidgeLayer, TokenTable
-from foreroute.reading import check_no_pointer, parse_object
-from foreroute.writing import atomic_write
+from foreroute.whole_files import atomic_write, check_no_pointer, parse_object
 
 SIDECAR_NAME = "predictor.foreroute.safetensors"
 FORMAT = 3

@@ -9,7 +9,7 @@ import torch
 import xxhash
 
 from foreroute.errors import PredictorError
-from foreroute.reading import read_text
+from foreroute.whole_files import read_text
 
 # At most this many characters per wanted token are tokenised: tokens are rarely longer on average.
 _CHARS_PER_TOKEN = 12

@@ -1,4 +1,4 @@
-"""Train the paper's estimator (predict/) on text that passes: KL divergence to the next router's distribution, by Adam."""
+"""Train the paper's estimator (predict/fitted.py) on text that passes: by Adam, on the next router's distribution."""
 
 import math
 from dataclasses import dataclass

@@ -11,14 +11,14 @@ import torch
 
 from foreroute.checkpoint.codecs import STORED, interleaved
 from foreroute.checkpoint.layouts import ExpertTable, Part
-from foreroute.checkpoint.records import StoreWriter
+from foreroute.checkpoint.store_writer import StoreWriter
 from foreroute.errors import ChangedFileError
 from foreroute.kernels.ggml.interleaved import interleaver
 from foreroute.prepare.quantise import Quantiser
 from foreroute.transfer.disk import DiskTransfer
 from foreroute.transfer.memory import allocate_slots
 from foreroute.types import Progress
-from foreroute.writing import Claim
+from foreroute.whole_files import Claim
 
 # Experts in memory at once, beside those that are quantised: one is written while the next ones are read.
 _RING_SLOTS = 4

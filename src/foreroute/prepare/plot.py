@@ -7,7 +7,7 @@ from typing import Any
 from foreroute.errors import ForerouteError
 from foreroute.predict.build import HYBRID
 from foreroute.prepare.score import Scores
-from foreroute.writing import save_figure
+from foreroute.whole_files import save_figure
 
 _CONTROLS = ("oracle", "shuffled", "previous token", "popularity", "random")
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from foreroute.checkpoint.assembly import GGUF_PREFIX, StoredPart
 from foreroute.checkpoint.codecs import Codec, encoded_table
 from foreroute.checkpoint.layouts import ExpertTable, LayerExperts, Part
-from foreroute.checkpoint.stored_parts import GGUF_PREFIX, StoredPart
 from foreroute.errors import StoreError
 from foreroute.kernels.ggml.library import Library
 from foreroute.kernels.ggml.quantiser import UnfitWeightError, dequantise, quantise

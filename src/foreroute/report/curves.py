@@ -6,7 +6,7 @@ from typing import Any
 from foreroute.report.replay import Report
 from foreroute.report.style import BLUE, GREY, INK, ORANGE, POLICIES, RED, new_figure, tidy
 from foreroute.units import format_speed
-from foreroute.writing import save_figure
+from foreroute.whole_files import save_figure
 
 # Up to this many layers, each row shows its layer's number.
 _MOST_LABELS = 16

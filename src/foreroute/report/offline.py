@@ -11,8 +11,7 @@ from dataclasses import dataclass
 
 from foreroute.report.route import Route
 from foreroute.residency.belady import belady_misses
-from foreroute.residency.eviction import eviction_of
-from foreroute.residency.order import Eviction
+from foreroute.residency.eviction import Eviction, eviction_of
 from foreroute.residency.slots import Residency
 
 BELADY = "belady"

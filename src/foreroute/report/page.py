@@ -12,7 +12,7 @@ from foreroute.report.replay import Budget, Report
 from foreroute.report.style import POLICIES, check_matplotlib
 from foreroute.report.timeline import TokenPicture, draw_timeline, token_picture, typical_token
 from foreroute.units import format_speed, megabytes, number, percent
-from foreroute.writing import atomic_write
+from foreroute.whole_files import atomic_write
 
 _CSS = """
 :root { color-scheme: light; }

@@ -9,7 +9,7 @@ from foreroute.report.events import LayerDone, LoadDone, RecordedStep, Recording
 from foreroute.report.guesses import IN_TIME, LATE_HIT, LATER, OPEN, WASTED, fate_of_loads
 from foreroute.report.style import BLUE, GREEN, GREY, INK, ORANGE, PALE, PURPLE, RED, SKY, new_figure
 from foreroute.report.timing import durations
-from foreroute.writing import save_figure
+from foreroute.whole_files import save_figure
 
 # Reason of a read -> colour, hatch, and description.
 READS = {

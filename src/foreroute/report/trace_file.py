@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, ClassVar, get_type_hints
 
 from foreroute.errors import TraceError
-from foreroute.reading import check_no_pointer
 from foreroute.report.events import (
     Cancelled,
     Evicted,
@@ -21,6 +20,7 @@ from foreroute.report.events import (
     TraceEvent,
 )
 from foreroute.report.older import READ_VERSIONS, modernised
+from foreroute.whole_files import check_no_pointer
 
 _PHASES = ("prefill", "decode")
 _HOW = "`foreroute generate MODEL --trace FILE.jsonl` makes one."

@@ -1,4 +1,4 @@
-"""Eviction policies: LRU, and LFU with decay.
+"""Which resident expert is evicted: LRU, and LFU with decay.
 
 Both keep one number per expert key, its *score*, that only ever grows; the victim has the lowest score, ties
 by the lowest key. Scores of absent keys are kept, so an expert that is loaded again has its old score.
@@ -14,13 +14,31 @@ and ties break by key. Scores are kept in that form too.
 
 from collections.abc import Iterable
 from heapq import heapify, heappop, heappush, heapreplace
-
-from foreroute.residency.order import Eviction
+from typing import Protocol
 
 # The weight of a use in LFU scores, in bits: where it starts, and where all are scaled back. A use that has decayed to
 # less than 2**-32 of a new one may then count as 0, and ties go by key.
 _FIRST_USE_BITS = 32
 _LAST_USE_BITS = 96
+
+
+class Eviction(Protocol):
+    """The order in which resident keys are evicted. Called by `Residency` alone, on one thread."""
+
+    def reset(self, num_keys: int) -> None:
+        """Forget everything; keys are 0..num_keys-1 from now on."""
+
+    def touch(self, keys: Iterable[int]) -> None:
+        """These keys were demanded together, resident or not. Cost: O(1) a key."""
+
+    def add(self, keys: Iterable[int]) -> None:
+        """Make these keys candidates for eviction; current candidates stay so. Cost: O(log n) a new key."""
+
+    def pop(self) -> int:
+        """Remove and return the coldest candidate, -1 if there is none. Cost: O(log n), amortised."""
+
+    def tick(self) -> None:
+        """One decode step has passed. Cost: O(1), amortised."""
 
 
 class _LazyHeap:

@@ -6,7 +6,7 @@ experts evict each other, and each length keeps the share of the memory that it 
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from foreroute.residency.order import Eviction
+from foreroute.residency.eviction import Eviction
 from foreroute.residency.slots import Residency
 from foreroute.types import SlotClass
 

@@ -8,7 +8,7 @@ thread uses this module; reader threads never do.
 from collections.abc import Iterable, Sequence
 from typing import NoReturn
 
-from foreroute.residency.order import Eviction
+from foreroute.residency.eviction import Eviction
 from foreroute.residency.states import (
     AFTER_LOADED,
     AFTER_PIN,

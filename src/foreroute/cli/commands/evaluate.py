@@ -165,7 +165,7 @@ def run(args: argparse.Namespace) -> int:
         from foreroute.evals.text import read_held_out
         from foreroute.model.config_file import read_config
         from foreroute.model.text import load_tokenizer
-        from foreroute.reading import read_text
+        from foreroute.whole_files import read_text
 
         options.apply_threads(args)
         held_out = read_held_out(args.held_out or default_held_out()) if args.suite else None

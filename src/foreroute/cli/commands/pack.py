@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from foreroute.checkpoint.records import PackedStore
     from foreroute.model.build.skeleton import Outline
     from foreroute.prepare.quantise import Quantiser
-    from foreroute.writing import Claim
+    from foreroute.whole_files import Claim
 
 # What `--layout auto` is: "interleaved" where it can be, or "plain".
 AUTO_LAYOUT = "interleaved"
@@ -96,7 +96,8 @@ def run(args: argparse.Namespace) -> int:
         from foreroute.checkpoint.codecs import check_shapes
         from foreroute.checkpoint.locate import read_index
         from foreroute.checkpoint.quantised_layout import in_blocks
-        from foreroute.checkpoint.records import PackedStore, claim_store, store_name
+        from foreroute.checkpoint.records import PackedStore, store_name
+        from foreroute.checkpoint.store_writer import claim_store
         from foreroute.model.build.skeleton import outline
         from foreroute.model.build.unplaced import tell
 

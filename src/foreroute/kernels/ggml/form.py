@@ -6,8 +6,8 @@ from typing import Literal
 
 import torch
 
+from foreroute.checkpoint.assembly import GGUF_PREFIX, MXFP4_IN_BLOCKS, StoredMatrix, StoredPart
 from foreroute.checkpoint.layouts import ExpertLayout, LayerExperts
-from foreroute.checkpoint.stored_parts import GGUF_PREFIX, MXFP4_IN_BLOCKS, StoredMatrix, StoredPart
 from foreroute.kernels.ggml.library import Library
 from foreroute.kernels.ggml.types import F32, TYPE_NUMBERS, BlockType
 from foreroute.kernels.torch.experts import ExpertMath

@@ -10,7 +10,7 @@ from functools import lru_cache
 
 import torch
 
-from foreroute.checkpoint.stored_parts import MXFP4_BLOCK_BYTES, MXFP4_IN_BLOCKS, Coding, StoredMatrix, StoredPart
+from foreroute.checkpoint.assembly import MXFP4_BLOCK_BYTES, MXFP4_IN_BLOCKS, Coding, StoredMatrix, StoredPart
 from foreroute.kernels.ggml.interleaved import plain_rows
 from foreroute.kernels.torch.experts import ExpertMath, Operands
 from foreroute.kernels.torch.gguf_blocks import GGUF_DECODERS

@@ -15,8 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import torch
 
+from foreroute.checkpoint.assembly import GGUF_PREFIX, Coding
 from foreroute.checkpoint.gguf_file import EXPERT_BLOCKS, gguf_package
-from foreroute.checkpoint.stored_parts import GGUF_PREFIX, Coding
 
 # Twice the values of E2M1; the scale is half its own, so that the product is exact.
 _MXFP4_VALUES = torch.tensor([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], dtype=torch.float32)

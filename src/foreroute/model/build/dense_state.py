@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from foreroute.checkpoint.assembly import Coding, StoredMatrix
 from foreroute.checkpoint.index import CheckpointIndex, merged
 from foreroute.checkpoint.layouts import ExpertTable
 from foreroute.checkpoint.quantised_formats import GPTQ_INT4, GPTQ_REORDERED, MXFP4, QuantisedFormat, read_format
 from foreroute.checkpoint.quantised_layout import check_dtypes, matrix_shape
 from foreroute.checkpoint.source_files import SourceFile
-from foreroute.checkpoint.stored_parts import Coding, StoredMatrix
 from foreroute.errors import CorruptCheckpointError, UnsupportedModelError
 from foreroute.kernels.torch.dequantise import decode_matrix
 from foreroute.model.build.from_state import LazyTensor, read_tensor

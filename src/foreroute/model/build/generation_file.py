@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from foreroute.errors import CheckpointError, named
-from foreroute.reading import read_object
+from foreroute.whole_files import read_object
 
 _WHOLE = frozenset({
     "max_length", "max_new_tokens", "min_length", "min_new_tokens", "num_beams", "num_return_sequences", "top_k",

@@ -17,7 +17,7 @@ from torch import nn
 
 from foreroute.checkpoint.declared import is_whole
 from foreroute.errors import CheckpointError, CorruptCheckpointError
-from foreroute.reading import read_object
+from foreroute.whole_files import read_object
 
 _LOG = logging.getLogger(__name__)
 
