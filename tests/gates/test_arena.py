@@ -9,7 +9,7 @@ import torch
 from foreroute.errors import DeviceError
 from foreroute.kernels.slot_views import SlotViews
 from foreroute.kernels.torch.experts import ExpertMath, OneToken
-from foreroute.kernels.torch.sums import RowsSum, TokenSum
+from foreroute.kernels.torch.layer import RowsSum, TokenSum
 from foreroute.transfer.tiered import TieredTransfer
 from tests.support.runs import ONE_PROMPT, THREE_PROMPTS, assert_same_bits, generate, packed_store, watch_reads
 

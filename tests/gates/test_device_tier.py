@@ -13,9 +13,8 @@ from foreroute import EngineConfig
 from foreroute.checkpoint.layouts import ExpertLayout, Part
 from foreroute.device import paging
 from foreroute.device import tier as device_tier
-from foreroute.device.kernel_math import KernelSlotMath, form_of
-from foreroute.device.side_stream import LateBranch
-from foreroute.device.slot_math import GatheredSlotMath
+from foreroute.device.overlap import LateBranch
+from foreroute.device.slot_math import GatheredSlotMath, KernelSlotMath, form_of
 from foreroute.engine.interfaces import StepInfo
 from foreroute.errors import DeviceError, PromptError, RefusedError
 from foreroute.generation.generate import generate as answer

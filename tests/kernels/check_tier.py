@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from foreroute.device import triton_paging
-from foreroute.device.kernel_math import KernelSlotMath, form_of
+from foreroute.device.slot_math import KernelSlotMath, form_of
 from foreroute.generation.graph_decoder import GraphDecoder
 from foreroute.kernels.triton import experts as triton_experts
 from foreroute.loading.math_check import describe_math

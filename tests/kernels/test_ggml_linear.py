@@ -11,12 +11,11 @@ import torch
 
 from foreroute.checkpoint.gguf_file import EXPERT_BLOCKS
 from foreroute.kernels.ggml import bf16, known_answers, library
-from foreroute.kernels.ggml.graph import Graph, place, shared_runner
+from foreroute.kernels.ggml.graph import Graph, ThreadCount, place, shared_runner
 from foreroute.kernels.ggml.interleaved import ROWS, Interleaver, fingerprint, interleaver, orders
 from foreroute.kernels.ggml.known_answers import check_types
 from foreroute.kernels.ggml.library import GgmlError, Library, open_library
 from foreroute.kernels.ggml.linear import BlockEmbedding, BlockLinear, BlockMatrix, BlockProducts, compute_together
-from foreroute.kernels.ggml.threads import ThreadCount
 from foreroute.kernels.ggml.types import F32, MATRIX_TYPES, BlockType
 from tests.kernels.ggml_matrices import Blocks, error, random_blocks, random_rows, types
 

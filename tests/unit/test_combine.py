@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from foreroute.kernels.torch.experts import ExpertMath, OneToken, compute_several, gate_rows
-from foreroute.kernels.torch.sums import RowsSum, TokenSum, is_distinct
+from foreroute.kernels.torch.layer import RowsSum, TokenSum, is_distinct
 
 HIDDEN, INNER = 6, 10
 

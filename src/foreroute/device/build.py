@@ -9,10 +9,9 @@ import torch
 from foreroute.checkpoint.layouts import ExpertTable
 from foreroute.config import EngineConfig
 from foreroute.device import paging
-from foreroute.device.kernel_math import KernelSlotMath, form_of
+from foreroute.device.overlap import LayerBuffers
 from foreroute.device.paging import PagingState
-from foreroute.device.prefill_buffers import LayerBuffers
-from foreroute.device.slot_math import GatheredSlotMath, PlainSlotMath
+from foreroute.device.slot_math import GatheredSlotMath, KernelSlotMath, PlainSlotMath, form_of
 from foreroute.device.tier import DeviceTier, GuessNext, Paging, SlotMath
 from foreroute.engine.approximation import Approximation
 from foreroute.errors import DeviceError

@@ -14,9 +14,8 @@ from typing import Protocol
 import torch
 
 from foreroute.checkpoint.layouts import ExpertTable
+from foreroute.device.overlap import Branch, LayerBuffers, branch_of
 from foreroute.device.paging import CopyList, PagingState
-from foreroute.device.prefill_buffers import LayerBuffers
-from foreroute.device.side_stream import Branch, branch_of
 from foreroute.engine.approximation import Approximation
 from foreroute.engine.interfaces import StepInfo
 from foreroute.engine.stats import EngineStats

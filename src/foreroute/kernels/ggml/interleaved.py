@@ -20,8 +20,7 @@ from foreroute.checkpoint.codecs import ROWS_TOGETHER, orders_of
 from foreroute.checkpoint.layouts import ExpertTable
 from foreroute.errors import StoreError
 from foreroute.kernels.ggml.library import GgmlError, Library, open_library
-from foreroute.kernels.ggml.structs import ContextParams, Tensor
-from foreroute.kernels.ggml.types import BlockType
+from foreroute.kernels.ggml.types import BlockType, ContextParams, Tensor
 
 ROWS = ROWS_TOGETHER
 _PROBE_BLOCKS = 2

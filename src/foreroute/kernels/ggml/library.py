@@ -1,4 +1,4 @@
-"""Find ggml's shared libraries, check that they are the version that structs.py describes, and open them once.
+"""Find ggml's shared libraries, check that they are the version that types.py describes, and open them once.
 
 They come from the folder that FOREROUTE_GGML names, from the package `libggml-python`, or from an installed
 llama-cpp-python that has the same ggml. What cannot be used is refused by name (`GgmlError`), and the torch backend
@@ -19,8 +19,16 @@ from pathlib import Path
 from typing import Any
 
 from foreroute.errors import ForerouteError
-from foreroute.kernels.ggml.structs import BASE_FUNCTIONS, CPU_FUNCTIONS, Address, LogCallback, Tensor, TypeTraits
-from foreroute.kernels.ggml.types import TYPE_NUMBERS, BlockType
+from foreroute.kernels.ggml.types import (
+    BASE_FUNCTIONS,
+    CPU_FUNCTIONS,
+    TYPE_NUMBERS,
+    Address,
+    BlockType,
+    LogCallback,
+    Tensor,
+    TypeTraits,
+)
 
 # The minor whose structs are described here; patches keep them.
 _VERSION = "0.20."
@@ -66,7 +74,7 @@ class Library:
         self.ggml_cpu_init()
 
     def __getattr__(self, name: str) -> Any:
-        raise AttributeError(f"ggml has no {name} in structs.py")
+        raise AttributeError(f"ggml has no {name} in types.py")
 
     def _declare(self, library: c.CDLL, name: str, functions: dict[str, tuple[object, list[object]]]) -> None:
         for function_name, (result, arguments) in functions.items():

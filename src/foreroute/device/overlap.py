@@ -1,21 +1,79 @@
-"""Prefill with the device control plane: two buffers of a layer each; one is loaded while the other is computed.
+"""Copies beside compute: work on a side stream, and a prompt's two buffers, one loaded while the other is computed.
 
-The pool of slots is not used, so that a long prompt does not evict the experts that decoding needs; the experts that
-the prompt used most are put into it afterwards (device/tier.py).
+A side stream is captured by a graph as a branch; on the CPU its work is deferred until it is joined.
+
+The buffers hold a layer each. The pool of slots is not used, so that a long prompt does not evict the experts that
+decoding needs; the experts that the prompt used most are put into it afterwards (device/tier.py).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 
 from foreroute.checkpoint.layouts import ExpertTable
-from foreroute.device.side_stream import branch_of
 from foreroute.kernels.slot_views import SlotViews
 from foreroute.kernels.torch.experts import ExpertMath
 from foreroute.kernels.torch.layer import group_by_expert
 
 # From this share of used experts, the next layer is copied as a whole, ahead of its use.
 _WHOLE_LAYER_FROM = 0.5
+
+
+class Branch(Protocol):
+    """Runs one piece of work at a time concurrently with the main stream."""
+
+    def fork(self, work: Callable[[], None]) -> None:
+        """Run `work` after all work launched so far on the main stream, concurrently with what follows."""
+
+    def join(self) -> None:
+        """Order the main stream's next work after the forked work. Does nothing without any."""
+
+
+class LateBranch:
+    """On the CPU: runs forked work when it is joined, as late as allowed, so that tests notice a missing join."""
+
+    def __init__(self) -> None:
+        self._work: Callable[[], None] | None = None
+
+    def fork(self, work: Callable[[], None]) -> None:
+        """Keep `work` for `join`."""
+        assert self._work is None, "the last piece of work has not been joined"
+        self._work = work
+
+    def join(self) -> None:
+        """Run the kept work."""
+        work, self._work = self._work, None
+        if work is not None:
+            work()
+
+
+class StreamBranch:
+    """On a GPU: a side stream. Never blocks the host, and can be captured in a graph."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+        self._is_forked = False
+
+    def fork(self, work: Callable[[], None]) -> None:
+        """Launch `work` on the side stream, behind the current stream's work."""
+        assert not self._is_forked, "the last piece of work has not been joined"
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            work()
+        self._is_forked = True
+
+    def join(self) -> None:
+        """Make the current stream wait for the side stream."""
+        if self._is_forked:
+            torch.cuda.current_stream(self._device).wait_stream(self._stream)
+            self._is_forked = False
+
+
+def branch_of(device: torch.device) -> Branch:
+    """Make the branch for a device."""
+    return StreamBranch(device) if device.type == "cuda" else LateBranch()
 
 
 class LayerBuffers:
