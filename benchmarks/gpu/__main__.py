@@ -28,7 +28,7 @@ from benchmarks.gpu.routes import Routes, random_routes, trained_routes
 from benchmarks.gpu.rungs import LADDER, Measured, run
 from foreroute import EngineConfig
 from foreroute.errors import DeviceError
-from foreroute.loading.open_device import open_device
+from foreroute.loading.arguments import open_device
 
 _STEPS, _WARM_STEPS = 32, 64
 _LIMIT_S = 570.0

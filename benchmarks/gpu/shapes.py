@@ -11,7 +11,7 @@ import torch
 from foreroute.checkpoint.index import CheckpointIndex
 from foreroute.checkpoint.layouts import ExpertLayout, ExpertTable, LayerExperts, Part
 from foreroute.kernels.torch.experts import ExpertMath
-from foreroute.loading.math_check import describe_math
+from foreroute.loading.expert_math import describe_math
 from foreroute.model.blocks import MoeLayer, probe
 from foreroute.model.build.skeleton import offloaded_modules, swapped_experts
 from foreroute.model.experts import is_experts_class

@@ -8,7 +8,7 @@ import torch
 
 from foreroute import EngineConfig
 from foreroute.errors import DeviceError, ForerouteError, RefusedError
-from foreroute.loading import open_device as devices
+from foreroute.loading import arguments as devices
 from foreroute.memory.plan import check_store, choose_budget
 from foreroute.memory.serving import kv_bytes_per_token
 from foreroute.model.expert_set import ExpertSet

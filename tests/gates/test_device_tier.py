@@ -23,7 +23,7 @@ from foreroute.generation.prefix_cache import PromptCache
 from foreroute.kernels.torch.experts import ExpertMath
 from foreroute.kernels.triton import expert_form
 from foreroute.kernels.triton.expert_form import CLAMPED, SILU
-from foreroute.loading.math_check import describe_math
+from foreroute.loading.expert_math import describe_math
 from foreroute.model.text import load_tokenizer
 from foreroute.predict.base import TokenGuess
 from tests.support.runs import ONE_PROMPT, THREE_PROMPTS, assert_same_bits, decode_greedily, generate, make_batch

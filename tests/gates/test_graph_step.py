@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from foreroute.device.slot_math import GatheredSlotMath
 from foreroute.engine.interfaces import StepInfo
 from foreroute.generation.graph_decoder import GraphDecoder, _ScalarsOnDevice
-from foreroute.loading.math_check import describe_math
+from foreroute.loading.expert_math import describe_math
 from tests.support.runs import ONE_PROMPT
 
 # Reads a value; has as many outputs as values say; comes from the host.

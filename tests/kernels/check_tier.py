@@ -10,7 +10,7 @@ from foreroute.device import triton_paging
 from foreroute.device.slot_math import KernelSlotMath, form_of
 from foreroute.generation.graph_decoder import GraphDecoder
 from foreroute.kernels.triton import experts as triton_experts
-from foreroute.loading.math_check import describe_math
+from foreroute.loading.expert_math import describe_math
 from tests.support.runs import ONE_PROMPT, decode_greedily
 
 NEW_TOKENS = 5

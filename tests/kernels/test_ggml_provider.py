@@ -14,7 +14,7 @@ import torch
 from foreroute.errors import ForerouteError
 from foreroute.kernels.ggml import known_answers, library
 from foreroute.kernels.ggml.library import REFUSED, GgmlError, Library, open_library, try_out
-from foreroute.model.build import unplaced
+from foreroute.model.build import stored_names
 from tests.formats.gguf_writer import Kind, write_gguf
 from tests.support.runs import assert_same_bits, generate
 
@@ -118,7 +118,7 @@ def test_without_ggml_torch_computes_and_it_is_said(
     path: Path, load: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(library, "_package", lambda name: None)
-    unplaced._say.cache_clear()
+    stored_names._say.cache_clear()
     with caplog.at_level(logging.WARNING):
         model = load(path, "40%", dtype="float32")
     assert model.foreroute.plan.math == "own"

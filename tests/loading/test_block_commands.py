@@ -15,7 +15,7 @@ from foreroute.loading.block_kernels import dense_nbytes_at_load
 from foreroute.loading.checkpoint import open_checkpoint
 from foreroute.memory import serving
 from foreroute.memory.host import Mapping
-from foreroute.model.dense_weights import dense_nbytes, dense_weights
+from foreroute.model.build.dense_blocks import dense_nbytes, dense_weights
 from tests.formats.gguf_writer import Kind, Written, write_gguf
 
 FAST = ("--threads", "1", "--json")

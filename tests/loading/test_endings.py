@@ -16,7 +16,7 @@ from foreroute.batching.requests import Request, Sampling
 from foreroute.checkpoint.gguf_file import GgufIndex
 from foreroute.errors import CheckpointError
 from foreroute.generation.generate import generate
-from foreroute.model.endings import SpecialTokens, complete_generation_config, end_tokens
+from foreroute.model.generation_settings import SpecialTokens, complete_generation_config, end_tokens
 from foreroute.model.text import encode_prompt, load_tokenizer
 from tests.batching.test_engine import Heard
 from tests.support.checkpoints import edit_json

@@ -9,7 +9,7 @@ import torch
 from foreroute.batching.requests import AnswerEvent, Finished, NewToken, PromptProgress, PromptScored, Request, Top
 from foreroute.batching.sampler import Sampler, score
 from foreroute.loading.offloaded_model import OffloadedModel
-from foreroute.model.endings import stop_strings
+from foreroute.model.generation_settings import stop_strings
 from foreroute.model.text import StopText, TextPieces
 
 _LOG = logging.getLogger(__name__)

@@ -20,7 +20,7 @@ from foreroute.generation.prefix_cache import PromptCache
 from foreroute.loading.offloaded_model import OffloadedModel, handle_of
 from foreroute.memory.serving import keeps_prompts, planned_kv_bytes_per_token
 from foreroute.memory.serving_budget import MOST_SCORED_WHOLE, SCORED_AT_ONCE, choose_kv_tokens, kept_prompt_bytes
-from foreroute.model.endings import end_tokens
+from foreroute.model.generation_settings import end_tokens
 
 _LOG = logging.getLogger(__name__)
 _LEAST_CHUNK = 8

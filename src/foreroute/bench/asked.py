@@ -9,10 +9,10 @@ from foreroute.bench.rungs import RESIDENT, Rung
 from foreroute.checkpoint.layouts import ExpertTable
 from foreroute.config import EngineConfig, Plan
 from foreroute.errors import BudgetError, PromptError
+from foreroute.loading.arguments import open_device
 from foreroute.loading.block_kernels import dense_nbytes_at_load
 from foreroute.loading.checkpoint import open_checkpoint
 from foreroute.loading.load import load
-from foreroute.loading.open_device import open_device
 from foreroute.memory.plan import choose_memory
 from foreroute.types import ExpertReads
 from foreroute.units import format_memory

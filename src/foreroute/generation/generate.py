@@ -25,7 +25,7 @@ from foreroute.generation.prefix_cache import PromptCache
 from foreroute.generation.recorder import StopWhen, TokenRecorder
 from foreroute.loading.offloaded_model import OffloadedModel, handle_of
 from foreroute.model.caches import cache_argument, can_be_continued, is_ordinary, new_cache
-from foreroute.model.endings import stop_strings
+from foreroute.model.generation_settings import stop_strings
 
 
 @dataclass(frozen=True)

@@ -17,22 +17,21 @@ from foreroute.checkpoint.codecs import orders_of
 from foreroute.config import EngineConfig, Plan
 from foreroute.engine.moe_step import MoeStep
 from foreroute.engine.step_trace import StepTrace, header_of
-from foreroute.loading.arguments import read_arguments
+from foreroute.loading.arguments import open_device, read_arguments
 from foreroute.loading.block_kernels import DECODE_THREADS, note_of, open_block_kernels
 from foreroute.loading.checkpoint import Checkpoint, find_experts, open_checkpoint
 from foreroute.loading.engines import has_one_slot_length, start_engine
 from foreroute.loading.guidance import guidance_for
 from foreroute.loading.offloaded_model import ForerouteHandle, OffloadedModel, make_offloaded
-from foreroute.loading.open_device import open_device
 from foreroute.loading.step_entry import Bounds, StepEntry
 from foreroute.memory.host import usable_cpus
 from foreroute.memory.plan import MemoryPlan, check_before, move_dense, plan_memory
 from foreroute.model import torch_modes
+from foreroute.model.build.dense_blocks import dense_nbytes
 from foreroute.model.build.skeleton import load_skeleton
-from foreroute.model.build.unplaced import tell
-from foreroute.model.dense_weights import dense_nbytes
-from foreroute.model.endings import complete_generation_config
+from foreroute.model.build.stored_names import tell
 from foreroute.model.expert_set import ExpertSet
+from foreroute.model.generation_settings import complete_generation_config
 from foreroute.policy import Policy
 from foreroute.predict.build import open_sidecar
 from foreroute.predict.sidecar import Sidecar

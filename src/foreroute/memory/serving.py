@@ -25,8 +25,8 @@ from foreroute.memory.serving_budget import (
     working_bytes,
 )
 from foreroute.model.blocks import MoeLayer
+from foreroute.model.build.dense_blocks import dense_nbytes, dense_weights
 from foreroute.model.caches import CACHE_NAME, can_be_continued, is_ordinary, new_cache
-from foreroute.model.dense_weights import dense_nbytes, dense_weights
 from foreroute.model.expert_set import ExpertSet
 from foreroute.residency.sized import SizedResidency, parts_of
 from foreroute.residency.slots import Residency

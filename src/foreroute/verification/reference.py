@@ -28,8 +28,8 @@ from foreroute.errors import BudgetError, CheckpointError, ForerouteError, Unsup
 from foreroute.loading.load import load
 from foreroute.loading.offloaded_model import OffloadedModel
 from foreroute.memory.host import available_ram
+from foreroute.model.build.dense_blocks import dense_weights
 from foreroute.model.build.skeleton import Outline, auto_class
-from foreroute.model.dense_weights import dense_weights
 from foreroute.types import Progress
 from foreroute.units import format_memory
 from foreroute.verification.slot_watch import SlotWatch, digest, expert_digest

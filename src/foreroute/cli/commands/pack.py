@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
         from foreroute.checkpoint.records import PackedStore, store_name
         from foreroute.checkpoint.store_writer import claim_store
         from foreroute.model.build.skeleton import outline
-        from foreroute.model.build.unplaced import tell
+        from foreroute.model.build.stored_names import tell
 
         sketch = outline(folder, read_index(folder))
         tell(sketch.notes, folder)

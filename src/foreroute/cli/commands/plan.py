@@ -100,9 +100,9 @@ def find(folder: Path, args: argparse.Namespace, config: EngineConfig) -> Findin
     import foreroute
     from foreroute.bench.bandwidth import measure_bandwidth
     from foreroute.cli import probes
+    from foreroute.loading.arguments import open_device
     from foreroute.loading.block_kernels import dense_nbytes_at_load
     from foreroute.loading.checkpoint import open_checkpoint
-    from foreroute.loading.open_device import open_device
     from foreroute.memory.host import available_ram
     from foreroute.memory.plan import choose_memory
     from foreroute.memory.serving import planned_kv_bytes_per_token

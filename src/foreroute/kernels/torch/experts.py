@@ -2,7 +2,7 @@
 
 A family is described by the flags that transformers' decorator sets and by its own gating function. As families differ
 in small ways all the same, this code is checked at load, by comparing bits with the family's own forward
-(loading/math_check.py).
+(loading/expert_math.py).
 """
 
 from collections.abc import Callable, Sequence

@@ -1,12 +1,13 @@
-"""Keep dense weights in blocks: linear layers and embeddings over them, in place of torch's.
+"""Keep dense weights in blocks: which can be, the modules over them in place of torch's, and the bytes of all.
 
-transformers builds the model by its own constructor; what that made for a matrix in blocks is replaced before weights
-are loaded, so that such a matrix is read once. The blocks are those of a GGUF file, or are made of the floats that
-safetensors hold (--dense).
+Those of safetensors that can be are of plain linear layers and embeddings. transformers builds the model by its own
+constructor; what that made for a matrix in blocks is replaced before weights are loaded, so that such a matrix is read
+once. The blocks are those of a GGUF file, or are made of the floats that safetensors hold (--dense).
 """
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -21,8 +22,12 @@ from foreroute.errors import CorruptCheckpointError, UnsupportedModelError
 from foreroute.kernels.ggml.linear import BlockEmbedding, BlockLinear, BlockMatrix, BlockProducts, compute_together
 from foreroute.kernels.ggml.quantiser import BlockMemory, UnfitWeightError, quantise_in_threads
 from foreroute.kernels.ggml.types import BlockType, has_bad_scale
-from foreroute.model.build.dense_names import DenseMatrices
 from foreroute.types import QUANTISED_TYPES
+
+# Last names of layers that decide between experts, which stay floats as in llama.cpp: a route is a matter of last bits.
+_ROUTERS = frozenset({"gate", "router", "classifier", "shared_expert_gate"})
+# Every type's blocks are whole multiples of this number of weights.
+_LEAST_BLOCK = 32
 
 # Layers of one parent that are given the same input, in the order in which families call them.
 _TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -30,6 +35,39 @@ _EMBEDDING = "model.embed_tokens.weight"
 # Floats of torch's own: norms, biases, routers.
 _PLAIN = "F32"
 _HALVES = {torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+@dataclass(frozen=True)
+class DenseMatrices:
+    """stored: by the model's name of a weight, its stored name. shapes: of each, [out, in]. embedding: the input's."""
+
+    stored: Mapping[str, str] = field(default_factory=dict)
+    shapes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    embedding: str = ""
+
+
+def dense_matrices(model: PreTrainedModel, placed: Mapping[str, str], num_experts: int) -> DenseMatrices:
+    """Find the weights of `model` (on the meta device) that its linear layers and embeddings take from one tensor.
+
+    Args:
+        placed: stored names that become a tensor of the model unchanged, with its name there.
+        num_experts: most of a layer; a linear layer with as many outputs is taken for a router.
+    """
+    stored_name = {target: name for name, target in placed.items()}
+    stored: dict[str, str] = {}
+    shapes: dict[str, tuple[int, int]] = {}
+    embedding = ""
+    for name, module in model.named_modules():
+        weight = f"{name}.weight"
+        if type(module) not in (nn.Linear, nn.Embedding) or weight not in stored_name:
+            continue
+        rows, columns = module.weight.shape
+        if rows == num_experts or name.rpartition(".")[2] in _ROUTERS or columns % _LEAST_BLOCK:
+            continue
+        stored[weight], shapes[weight] = stored_name[weight], (rows, columns)
+        if module is model.get_input_embeddings():
+            embedding = weight
+    return DenseMatrices(stored, shapes, embedding)
 
 
 class MatrixSource(Protocol):
@@ -267,3 +305,18 @@ def _read(index: GgufIndex, name: str, kind: BlockType, blocks: torch.Tensor) ->
             "quantiser was at fault: download it again, or take another."
         )
     return blocks
+
+
+def dense_weights(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield every dense weight of `model` with its name, each memory once; blocks are uint8 [rows, bytes of a row]."""
+    yield from model.named_parameters()
+    seen: set[int] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, BlockLinear | BlockEmbedding) and id(module.matrix) not in seen:
+            seen.add(id(module.matrix))  # a tied head shares the embedding's
+            yield f"{name}.weight", module.matrix.blocks
+
+
+def dense_nbytes(model: PreTrainedModel) -> int:
+    """Bytes of those."""
+    return sum(tensor.nbytes for _, tensor in dense_weights(model))

@@ -24,17 +24,13 @@ from foreroute.checkpoint.layouts import ExpertTable, LayerExperts, PartSource
 from foreroute.checkpoint.quantised_formats import QuantisedFormat
 from foreroute.checkpoint.quantised_layout import quantised_layer
 from foreroute.errors import CheckpointError, CorruptCheckpointError, UnsupportedModelError, named
-from foreroute.model.build.config_sizes import check_against, check_choice, check_number
-from foreroute.model.build.dense_blocks import DenseBlocks
-from foreroute.model.build.dense_names import DenseMatrices, dense_matrices
+from foreroute.model.build.dense_blocks import DenseBlocks, DenseMatrices, dense_matrices
 from foreroute.model.build.dense_state import dense_growth, dense_state, idle_biases, quantised_matrices
-from foreroute.model.build.expert_names import expert_parameters, map_sources, num_experts
-from foreroute.model.build.from_state import from_state, stored_state
-from foreroute.model.build.generation_file import check_generation_settings
-from foreroute.model.build.gguf_model import gguf_config, gguf_dense_nbytes, gguf_state
-from foreroute.model.build.unplaced import Ignored, sort_unplaced, tell
-from foreroute.model.config_file import read_config
+from foreroute.model.build.from_state import from_state, gguf_dense_nbytes, gguf_state, stored_state
+from foreroute.model.build.stored_names import Ignored, expert_parameters, map_sources, num_experts, sort_unplaced, tell
+from foreroute.model.config_file import check_against, check_choice, check_number, gguf_config, read_config
 from foreroute.model.experts import ExpertParameter, OffloadedExperts, family_form, is_experts_class, offloaded_class
+from foreroute.model.generation_settings import check_generation_settings
 
 # The swap replaces a name in a module shared by all threads: one load at a time.
 _SWAP_LOCK = threading.RLock()
