@@ -12,7 +12,7 @@ from foreroute.bench.run import Case, Timed
 from foreroute.bench.rungs import BELADY, CACHE, ON_DEMAND, RESIDENT, rungs_named
 from foreroute.bench.session import Measurements, Run, TokenMismatch
 from foreroute.config import Plan
-from foreroute.engine.stats import PhaseStats
+from foreroute.engine.interfaces import PhaseStats
 
 CASE = Case(2, 10, 5)
 PLAN = Plan(

@@ -325,7 +325,7 @@ def test_a_wrong_policy_is_named_before_anything_is_loaded(load, tmp_path):
 
 
 def test_paper_needs_the_residual_stream(load_fitted, monkeypatch):
-    from foreroute.loading import guidance as predictors
+    from foreroute.loading import engines as predictors
 
     monkeypatch.setattr(predictors, "_has_paper_guess", lambda layers, layer, sidecar: layer != 1)
     with pytest.raises(PolicyError, match="after MoE layer 1 of this model"):

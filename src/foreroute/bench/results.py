@@ -11,7 +11,7 @@ from foreroute.bench.repeats import machine, software, summary
 from foreroute.bench.run import Case
 from foreroute.bench.rungs import BELADY, LADDER, RESIDENT
 from foreroute.bench.session import Measurements, Run
-from foreroute.engine.stats import PhaseStats
+from foreroute.engine.interfaces import PhaseStats
 
 # One test's figures on one rung, by name; as in --json.
 Figures = dict[str, Any]

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from foreroute.engine.chunks import split_prompt
-from foreroute.engine.interfaces import StepInfo
-from foreroute.engine.stats import PhaseStats
+from foreroute.engine.interfaces import PhaseStats, StepInfo
 from foreroute.loading.offloaded_model import OffloadedModel
 from foreroute.model.caches import cache_argument, cache_of, last_logits_only
 

@@ -17,8 +17,7 @@ from foreroute.checkpoint.layouts import ExpertTable
 from foreroute.device.overlap import Branch, LayerBuffers, branch_of
 from foreroute.device.paging import CopyList, PagingState
 from foreroute.engine.approximation import Approximation
-from foreroute.engine.interfaces import StepInfo
-from foreroute.engine.stats import EngineStats
+from foreroute.engine.interfaces import EngineStats, StepInfo
 from foreroute.predict.base import RouterSample, TokenGuess
 from foreroute.predict.governor import Governor
 from foreroute.transfer.memory import Arena

@@ -11,10 +11,9 @@ from math import inf
 import torch
 
 from foreroute.engine.approximation import Approximation
-from foreroute.engine.interfaces import RoutingListener, StepInfo
+from foreroute.engine.interfaces import EngineStats, RoutingListener, StepInfo
 from foreroute.engine.pool import ExpertPool
 from foreroute.engine.prefetcher import Prefetcher
-from foreroute.engine.stats import EngineStats
 from foreroute.kernels.layer import ExpertListener, LayerKernels, LayerSum
 from foreroute.predict.governor import Governor
 

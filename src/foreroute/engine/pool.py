@@ -12,8 +12,7 @@ from threading import Lock
 
 import torch
 
-from foreroute.engine.interfaces import StepInfo, StepObserver
-from foreroute.engine.stats import EngineStats, PhaseStats
+from foreroute.engine.interfaces import EngineStats, PhaseStats, StepInfo, StepObserver
 from foreroute.kernels.layer import Placed
 from foreroute.residency.sized import SizedResidency, by_layer
 from foreroute.residency.slots import FREE, LOADING, READY, Residency

@@ -8,8 +8,7 @@ import torch
 
 from foreroute.checkpoint.layouts import ExpertTable
 from foreroute.config import EngineConfig, Plan
-from foreroute.engine.interfaces import StepInfo, StepObserver
-from foreroute.engine.stats import EngineStats
+from foreroute.engine.interfaces import EngineStats, StepInfo, StepObserver
 from foreroute.trace import VERSION, Trace
 from foreroute.types import ExpertKeys
 

@@ -17,7 +17,7 @@ import torch
 from transformers.cache_utils import DynamicCache
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 
-from foreroute.engine.stats import EngineStats
+from foreroute.engine.interfaces import EngineStats
 from foreroute.errors import PromptError
 from foreroute.generation.decode_loop import LeanLoop, serves
 from foreroute.generation.graph_decoder import decoder_of, is_paged

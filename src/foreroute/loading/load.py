@@ -20,8 +20,7 @@ from foreroute.engine.step_trace import StepTrace, header_of
 from foreroute.loading.arguments import open_device, read_arguments
 from foreroute.loading.block_kernels import DECODE_THREADS, note_of, open_block_kernels
 from foreroute.loading.checkpoint import Checkpoint, find_experts, open_checkpoint
-from foreroute.loading.engines import has_one_slot_length, start_engine
-from foreroute.loading.guidance import guidance_for
+from foreroute.loading.engines import guidance_for, has_one_slot_length, start_engine
 from foreroute.loading.offloaded_model import ForerouteHandle, OffloadedModel, make_offloaded
 from foreroute.loading.step_entry import Bounds, StepEntry
 from foreroute.memory.host import usable_cpus

@@ -13,9 +13,8 @@ from transformers import PreTrainedModel
 
 from foreroute.checkpoint.layouts import ExpertTable
 from foreroute.config import Plan
-from foreroute.engine.interfaces import MoeEngine, StepInfo
+from foreroute.engine.interfaces import EngineStats, MoeEngine, StepInfo
 from foreroute.engine.moe_step import MoeStep
-from foreroute.engine.stats import EngineStats
 from foreroute.errors import RefusedError
 from foreroute.loading.step_entry import StepEntry, entered
 from foreroute.model.blocks import MoeLayer

@@ -14,7 +14,7 @@ from foreroute.units import format_memory
 if TYPE_CHECKING:
     import torch
 
-    from foreroute.engine.stats import EngineStats
+    from foreroute.engine.interfaces import EngineStats
     from foreroute.verification.compare import FirstDifference, Verdict
     from foreroute.verification.distance import Distance
     from foreroute.verification.reference import Reference

@@ -14,8 +14,8 @@ from functools import partial
 from typing import Any
 
 from foreroute.config import Plan
+from foreroute.engine.interfaces import PhaseStats
 from foreroute.engine.moe_step import MoeStep
-from foreroute.engine.stats import PhaseStats
 from foreroute.residency.slots import FREE, LOADING, PINNED, READY
 from foreroute.server.watching.recorder import Recorder, StepRecord, digest
 
