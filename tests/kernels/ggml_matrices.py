@@ -6,7 +6,6 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from foreroute.kernels.ggml.known_answers import some_blocks
 from foreroute.kernels.ggml.library import open_library
 from foreroute.kernels.ggml.types import MATRIX_TYPES, BlockType
 
@@ -26,11 +25,20 @@ class Blocks:
         return self.numbers.shape[1]
 
 
+def some_blocks(kind: BlockType, rows: int, columns: int, seed: int = 0) -> np.ndarray:
+    """Random blocks of a matrix [rows, bytes of a row] whose numbers are all finite.
+
+    No byte is above 63, so that whatever it is a part of, fp16, bf16 or a power of two, is below 2. Not by ggml's
+    quantiser, which takes seconds to begin with some types.
+    """
+    return np.random.default_rng(seed).integers(0, 64, (rows, kind.row_bytes(columns)), dtype=np.uint8)
+
+
 @lru_cache(maxsize=256)
 def random_blocks(name: str, rows: int, columns: int, seed: int = 0) -> Blocks:
     """Normal weights of a spread that keeps products near 1, quantised by ggml; rows repeat.
 
-    Types whose quantiser takes seconds to begin have random bytes, as in known_answers.py.
+    Types whose quantiser takes seconds to begin have random bytes.
     """
     if rows > _DISTINCT:
         few = random_blocks(name, _DISTINCT, columns, seed)

@@ -63,15 +63,6 @@ def _check(library: Library, name: str) -> None:
             raise GgmlError(f"ggml {library.version} gives wrong products of {name} with rows side by side.")
 
 
-def some_blocks(kind: BlockType, rows: int, columns: int, seed: int = 0) -> np.ndarray:
-    """Random blocks of a matrix [rows, bytes of a row] whose numbers are all finite.
-
-    No byte is above 63, so that whatever it is a part of, fp16, bf16 or a power of two, is below 2. Not by ggml's
-    quantiser, which takes seconds to begin with some types.
-    """
-    return np.random.default_rng(seed).integers(0, 64, (rows, kind.row_bytes(columns)), dtype=np.uint8)
-
-
 def _comparable_blocks(kind: BlockType) -> np.ndarray | None:
     """A matrix [rows, bytes of a row] of any bytes, without blocks whose numbers are too large or too small to compare.
 
