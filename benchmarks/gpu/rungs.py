@@ -17,7 +17,7 @@ from foreroute.device.tier import DeviceTier
 from foreroute.engine.approximation import Approximation
 from foreroute.generation.graph_decoder import GraphDecoder
 from foreroute.loading.step_entry import Bounds, StepEntry
-from foreroute.model.residual import ResidualTap
+from foreroute.model.hooks import ResidualTap
 from foreroute.predict.base import RouterSample, TokenGuess
 from foreroute.predict.lookahead import RouterLookahead
 
@@ -105,7 +105,9 @@ def tier_of(shape: Shape, rung: Rung, routes: Routes, device: torch.device) -> D
         ids = injected.chosen(layer + 1) if rung.guess == "oracle" else injected.guessed(layer + 1)
         return TokenGuess(ids, torch.ones(ids.shape, device=device))
 
-    exact = Approximation(list, lambda: RouterLookahead([]), lambda: ResidualTap(shape.layers), {}, None)
+    exact = Approximation(
+        list, lambda: RouterLookahead([]), lambda: ResidualTap([layer.norm for layer in shape.layers]), {}, None
+    )
     tier = assemble_tier(
         shape.layers, shape.table, shape.arena, range(shape.table.total_slots), num_slots, staging, shape.math,
         shape.model.dtype, device, exact, guess=guess,

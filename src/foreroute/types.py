@@ -71,10 +71,6 @@ class ExpertKeys:
         """Return the key of expert `expert` of `layer`."""
         return layer * self.per_layer + expert
 
-    def layer_of(self, key: int) -> int:
-        """Return the MoE layer of a key."""
-        return key // self.per_layer
-
     def expert_id(self, key: int) -> ExpertId:
         """Return the (layer, expert) pair of a key."""
         return ExpertId(*divmod(key, self.per_layer))

@@ -7,7 +7,7 @@ import torch
 
 from foreroute.errors import RefusedError
 from foreroute.model.decode import layers as decode_layers
-from foreroute.model.residual import ResidualTap
+from foreroute.model.hooks import ResidualTap
 from tests.formats.gguf_writer import Kind, Written, write_gguf
 from tests.loading.test_decode_attention import decoded
 
@@ -60,7 +60,7 @@ def test_a_tap_of_the_residual_stream_hears_it(written: Any, load: Any, monkeypa
         loaded_plain(load, written["qwen3moe"].path, monkeypatch),
     ):
         layers = model.foreroute.layers
-        tap = ResidualTap(layers)
+        tap = ResidualTap([layer.norm for layer in layers])
         decoded(model, None)
         heard.append(tap(layers[-1].index))
         tap.remove()

@@ -69,7 +69,7 @@ class TestEveryFamily:
         for token in range(20, 40):
             model(torch.tensor([[token]]), **cache_argument(cache), use_cache=True)
         assert demanded, "layer 0 never waited: the test shows nothing"
-        assert {model.foreroute.table.keys.layer_of(key) for key in demanded} == {0}
+        assert {model.foreroute.table.keys.expert_id(key).layer for key in demanded} == {0}
         decode = model.foreroute.stats().decode
         assert 0 < decode.stalled_layers <= decode.layers // len(model.foreroute.layers)
 

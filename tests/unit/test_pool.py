@@ -314,5 +314,5 @@ def test_the_arithmetic_of_keys() -> None:
     assert keys.all() == [0, 1, 4, 5, 6, 7, 8, 9, 10]
     assert keys.keys_of(2, [[0, 3, 2], [-1, 7, 1]]) == [[8, -1, 10], [-1, -1, 9]]
     assert keys.experts_of(2, [8, -1, 10]) == [0, -1, 2]
-    assert [keys.layer_of(key) for key in (3, 4, 11)] == [0, 1, 2]
+    assert [keys.expert_id(key).layer for key in (3, 4, 11)] == [0, 1, 2]
     assert keys.expert_id(keys.key(1, 3)) == ExpertId(1, 3)

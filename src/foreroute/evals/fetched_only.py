@@ -14,7 +14,7 @@ import torch
 from foreroute.errors import PolicyError
 from foreroute.loading.offloaded_model import OffloadedModel, handle_of
 from foreroute.model.experts import ExpertsForward
-from foreroute.model.residual import ResidualTap
+from foreroute.model.hooks import ResidualTap
 from foreroute.policy import SPECULATIVE, Policy
 from foreroute.predict import build as known
 from foreroute.predict.base import RouterSample, TokenGuess
@@ -73,7 +73,7 @@ class FetchedOnly:
         self._before: RouterSample | None = None
         self._context = RunningContext()
         self._token_ids = torch.empty(0, 0, dtype=torch.int64)
-        self.tap = ResidualTap(layers)
+        self.tap = ResidualTap([layer.norm for layer in layers])
         self.tally = FetchCounts()
 
     def begin(self, token_ids: torch.Tensor) -> None:

@@ -31,7 +31,7 @@ from foreroute.loading.expert_math import family_forward_over, stored_operands
 from foreroute.memory.plan import MemoryPlan
 from foreroute.model.blocks import MoeLayer
 from foreroute.model.expert_set import ExpertSet
-from foreroute.model.residual import ResidualTap
+from foreroute.model.hooks import ResidualTap
 from foreroute.policy import EXACT, PAPER, SPECULATIVE, TOLERANCE, Policy
 from foreroute.predict.build import check_layout, default_vectors, own_router, prefetch_guesses
 from foreroute.predict.governor import Governor
@@ -99,7 +99,9 @@ def _approximation(
                 "model with the policy, and set it to exact until then."
             )
         why_not = dict.fromkeys((TOLERANCE, SPECULATIVE, PAPER), reason)
-        return Approximation(list, lambda: RouterLookahead([]), lambda: ResidualTap(layers), why_not, guesses)
+        return Approximation(
+            list, lambda: RouterLookahead([]), lambda: ResidualTap([layer.norm for layer in layers]), why_not, guesses
+        )
     # A layer without a predictor waits: few of its experts would be resident.
     waits = [asked.prefetch != "none" and not choice for choice in [None, *sidecar.choice[:-1]]]
     vectors = [None if wait else rows for rows, wait in zip(sidecar.default_vectors, waits, strict=True)]
@@ -108,7 +110,7 @@ def _approximation(
     return Approximation(
         lambda: [None if rows is None else rows.to(dtype) for rows in vectors],
         lambda: default_vectors(layers, sidecar),
-        lambda: ResidualTap(layers),
+        lambda: ResidualTap([layer.norm for layer in layers]),
         why_not,
         guesses,
     )

@@ -14,7 +14,7 @@ from torch import nn
 
 from foreroute.errors import CheckpointError, UnsupportedModelError, named
 from foreroute.model.experts import OffloadedExperts
-from foreroute.model.router import LastCall, StepTokens, chooses_by_tokens
+from foreroute.model.hooks import LastCall, StepTokens, chooses_by_tokens
 
 # Odd, so that no other extent of the shapes below is mistaken for the number of tokens.
 _PROBE_TOKENS = 5

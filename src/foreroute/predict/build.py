@@ -10,7 +10,7 @@ from foreroute.checkpoint.index import CheckpointIndex
 from foreroute.config import EngineConfig
 from foreroute.errors import PredictorError
 from foreroute.model.blocks import MoeLayer, Router
-from foreroute.model.residual import ResidualTap
+from foreroute.model.hooks import ResidualTap
 from foreroute.policy import EXACT
 from foreroute.predict.base import Predictor, RouterSample, Select, guess_from_scores
 from foreroute.predict.fitted import Estimator, Hybrid, Inputs, Ridge, Selection, TokenTable, selection_of
@@ -121,7 +121,7 @@ def prefetch_guesses(
         predictor = hybrid(layers, dtype, sidecar)
         table, select = sidecar.token_table, selections(layers[:1], dtype)[0]
         if not {DEFAULT_VECTORS, ESTIMATOR}.isdisjoint(sidecar.choice):
-            residual_of = ResidualTap(layers)
+            residual_of = ResidualTap([layer.norm for layer in layers])
     widths = [asked.prefetch_width or layer.top_k for layer in layers]
     without_waiting = None if sidecar is None or asked.prefetch_width else _widths_without_waiting(sidecar, widths)
     return PrefetchGuesses(

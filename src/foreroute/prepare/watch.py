@@ -11,7 +11,7 @@ from torch import nn
 from foreroute.loading.offloaded_model import OffloadedModel
 from foreroute.model.caches import last_logits_only
 from foreroute.model.experts import ExpertsForward
-from foreroute.model.residual import ResidualTap
+from foreroute.model.hooks import ResidualTap
 from foreroute.predict.base import RouterSample
 from foreroute.prepare.controls import Moment
 from foreroute.prepare.on_policy import Substitutes
@@ -32,7 +32,7 @@ class Watch:
         self._before: RouterSample | None = None
         self._windows = torch.empty(0, 0, dtype=torch.int64)
         self._pass_index = -1
-        self.tap = ResidualTap(self._layers)
+        self.tap = ResidualTap([layer.norm for layer in self._layers])
         # The vocabulary's logits are the largest tensor of all, and not needed.
         self._options = last_logits_only(model)
 

@@ -25,7 +25,7 @@ from foreroute.model.decode.attention import attends_by_interface, function_of, 
 from foreroute.model.decode.kept_tokens import room_of
 from foreroute.model.decode.norms import fused_norm
 from foreroute.model.decode.routes import RoutedExperts, routed_experts
-from foreroute.model.residual import ResidualHook
+from foreroute.model.hooks import ResidualHook
 
 # Products of blocks round their inputs to 8 bits: what differs in the last bit before may differ by this after.
 _MOST_DIFFERENCE = 5e-3

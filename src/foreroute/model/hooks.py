@@ -1,9 +1,11 @@
-"""Keep a router's last arguments: for routers that take more than the hidden state, or read another than the experts.
+"""What hooks keep of a forward pass: a router's last arguments, and the residual stream in front of a MoE block.
 
-A hook stores the arguments of each call. To run such a router ahead, its hidden state is predicted and the rest is that
-of its last call; token ids, which hash routers look up, are known before any layer runs and are always the step's own.
+Routers that take more than the hidden state, or read another than the experts: a hook stores the arguments of each
+call. To run such a router ahead, its hidden state is predicted and the rest is that of its last call; token ids, which
+hash routers look up, are known before any layer runs and are always the step's own.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -98,3 +100,44 @@ def chooses_by_tokens(
     others = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32).to(hidden.dtype)
     choices = [router.forward(given, *args[1:], **kwargs)[ids_at] for given in (hidden, others)]
     return torch.equal(*choices)
+
+
+class ResidualTap:
+    """Keeps the residual stream after the latest layer's attention; `remove` removes the hooks.
+
+    Args:
+        norms: per MoE layer the norm in front of its MoE block, where it reads the residual; else None.
+    Cost: one Python call per layer; memory for one residual.
+    """
+
+    def __init__(self, norms: Sequence[nn.Module | None]) -> None:
+        self._latest: tuple[int, torch.Tensor] | None = None
+        self._handles = [
+            norm.register_forward_pre_hook(ResidualHook(self, layer)) for layer, norm in enumerate(norms) if norm
+        ]
+
+    def __call__(self, layer: int) -> torch.Tensor | None:
+        """The residual [tokens, hidden] of MoE layer `layer`, if that is the latest one and has one; else None."""
+        if self._latest is None or self._latest[0] != layer:
+            return None
+        return self._latest[1].flatten(0, -2)
+
+    def remove(self) -> None:
+        """Remove the hooks."""
+        for handle in self._handles:
+            handle.remove()
+
+    def keep(self, layer: int, residual: torch.Tensor) -> None:
+        """Keep the residual [..., hidden] of MoE layer `layer`."""
+        self._latest = (layer, residual)
+
+
+class ResidualHook:
+    """Hears what the norm of one layer is given; model/decode/layers.py calls it where a graph computes that norm."""
+
+    def __init__(self, tap: ResidualTap, layer: int) -> None:
+        self._tap, self._layer = tap, layer
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """As torch calls a forward pre-hook."""
+        self._tap.keep(self._layer, args[0])
