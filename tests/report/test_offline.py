@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from foreroute.errors import BudgetError
 from foreroute.report.offline import RandomEviction, replay_belady, replay_eviction, replay_static, replays
-from foreroute.report.route import Route, pool_of, smallest_pool
+from foreroute.report.route import RecordedRoute, pool_of, smallest_pool
 from foreroute.residency.eviction import Lfu, Lru
 
 NUM_LAYERS, NUM_EXPERTS = 2, 3
@@ -23,11 +23,11 @@ layers = st.tuples(
 routes = st.lists(layers, min_size=1, max_size=6)
 
 
-def route_of(steps, warm_up: int = 0, top_k=(2, 2), expert_bytes=(10, 10)) -> Route:
-    return Route((NUM_EXPERTS,) * NUM_LAYERS, top_k, expert_bytes, 16, tuple(steps), (1,) * len(steps), warm_up)
+def route_of(steps, warm_up: int = 0, top_k=(2, 2), expert_bytes=(10, 10)) -> RecordedRoute:
+    return RecordedRoute((NUM_EXPERTS,) * NUM_LAYERS, top_k, expert_bytes, 16, tuple(steps), (1,) * len(steps), warm_up)
 
 
-def fewest_misses(route: Route, num_slots: int) -> int:
+def fewest_misses(route: RecordedRoute, num_slots: int) -> int:
     """By trying every choice of what to keep."""
     groups = [keys for step in route.steps[route.warm_up :] for keys in step]
     keys = range(route.num_keys)
@@ -66,7 +66,7 @@ def test_nothing_misses_less_than_belady_and_all_count_the_same_demand(steps, nu
         assert outcome.tokens == len(steps) - warm_up
 
 
-def naive_misses(route: Route, num_slots: int, worth) -> int:
+def naive_misses(route: RecordedRoute, num_slots: int, worth) -> int:
     """worth(key, uses): what a key is worth whose uses were these steps' and groups' numbers; the least worth goes."""
     held: set[int] = set()
     uses: dict[int, list[tuple[int, int]]] = {}

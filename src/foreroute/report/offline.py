@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from foreroute.report.route import Route
+from foreroute.report.route import RecordedRoute
 from foreroute.residency.belady import belady_misses
 from foreroute.residency.eviction import Eviction, eviction_of
 from foreroute.residency.slots import Residency
@@ -91,7 +91,7 @@ class RandomEviction:
         """See `Eviction`."""
 
 
-def replay_eviction(route: Route, num_slots: int, eviction: Eviction) -> Outcome:
+def replay_eviction(route: RecordedRoute, num_slots: int, eviction: Eviction) -> Outcome:
     """Replay `route` on demand alone, in the engine's pool of num_slots under that eviction."""
     pool = Residency(num_slots, route.num_keys, eviction=eviction, staging_slots=0, keys_per_layer=route.keys_per_layer)
     hits = 0
@@ -111,7 +111,7 @@ def replay_eviction(route: Route, num_slots: int, eviction: Eviction) -> Outcome
     return _outcome(route, hits, missed)
 
 
-def replay_belady(route: Route, num_slots: int) -> Outcome:
+def replay_belady(route: RecordedRoute, num_slots: int) -> Outcome:
     """Replay `route` with the fewest misses possible in num_slots: evict what is needed again last, or never.
 
     Counted steps after a warm-up start with the content that serves them best, as if the warm-up had loaded it: so this
@@ -126,7 +126,7 @@ def replay_belady(route: Route, num_slots: int) -> Outcome:
     return _outcome(route, sum(map(len, groups)) - missed.total(), missed)
 
 
-def replay_static(route: Route, num_slots: int) -> Outcome:
+def replay_static(route: RecordedRoute, num_slots: int) -> Outcome:
     """Keep the experts used most in the counted steps of `route` in num_slots; load all others at each use.
 
     The choice is made with hindsight: no fixed choice does better, so this bounds placements that are made once.
@@ -149,10 +149,10 @@ def replay_static(route: Route, num_slots: int) -> Outcome:
     return _outcome(route, hits, missed)
 
 
-def replays(seed: int) -> dict[str, Callable[[Route, int], Outcome]]:
+def replays(seed: int) -> dict[str, Callable[[RecordedRoute, int], Outcome]]:
     """Return every policy by its name, the bound last."""
 
-    def engine(name: str) -> Callable[[Route, int], Outcome]:
+    def engine(name: str) -> Callable[[RecordedRoute, int], Outcome]:
         return lambda route, num_slots: replay_eviction(route, num_slots, eviction_of(name))
 
     return {
@@ -163,7 +163,7 @@ def replays(seed: int) -> dict[str, Callable[[Route, int], Outcome]]:
     }
 
 
-def _outcome(route: Route, hits: int, missed: Counter[int]) -> Outcome:
+def _outcome(route: RecordedRoute, hits: int, missed: Counter[int]) -> Outcome:
     """Make an `Outcome`; missed: counts per layer."""
     miss_bytes = sum(count * route.expert_bytes[layer] for layer, count in missed.items())
     return Outcome(hits, missed.total(), miss_bytes, route.counted_tokens)

@@ -8,7 +8,7 @@ from foreroute.errors import BudgetError, TraceError
 from foreroute.report.events import Recording
 from foreroute.report.guesses import Fates, LayerUse, fates_of, layers_of, recall_of
 from foreroute.report.offline import BELADY, Outcome, replays, sum_of
-from foreroute.report.route import Route, pool_of, route_of, smallest_pool, too_few
+from foreroute.report.route import RecordedRoute, pool_of, route_of, smallest_pool, too_few
 from foreroute.report.timing import Recorded, Timing, recorded_of, timing_of
 
 DEFAULT_SHARES = ("12.5%", "25%", "37.5%", "50%", "75%", "100%")
@@ -35,7 +35,7 @@ class Report:
     """Everything that is shown. left_out: default budgets below one token's demand, as they were written."""
 
     recording: Recording
-    route: Route
+    route: RecordedRoute
     budgets: tuple[Budget, ...]
     left_out: tuple[str, ...]
     timing: Timing

@@ -14,7 +14,7 @@ _WARM_UP_SHARE = 0.2
 
 
 @dataclass(frozen=True)
-class Route:
+class RecordedRoute:
     """The experts demanded by each decode step, layer by layer, as keys: layer * keys_per_layer + expert.
 
     Prefill is not in it: its experts stream through the pool (docs/structure.md), whatever the eviction.
@@ -60,7 +60,7 @@ class Route:
         """Bytes of slots that hold every expert."""
         return sum(count * length for count, length in zip(self.experts_per_layer, self.lengths, strict=True))
 
-    def of(self, layers: Sequence[int]) -> "Route":
+    def of(self, layers: Sequence[int]) -> "RecordedRoute":
         """The demands of these layers alone: slots of their length are a pool of their own."""
         if len(layers) == len(self.experts_per_layer):
             return self
@@ -78,7 +78,7 @@ class Route:
         return max(len(keys) for step in self.steps for keys in step)
 
 
-def route_of(recording: Recording, warm_up: int | None = None) -> Route:
+def route_of(recording: Recording, warm_up: int | None = None) -> RecordedRoute:
     """Extract the decode steps of a recording.
 
     Args:
@@ -99,7 +99,7 @@ def route_of(recording: Recording, warm_up: int | None = None) -> Route:
             "Lower --warm-up."
         )
     widest = max(header.experts_per_layer)
-    return Route(
+    return RecordedRoute(
         header.experts_per_layer,
         header.top_k,
         header.expert_bytes,
@@ -114,7 +114,7 @@ def route_of(recording: Recording, warm_up: int | None = None) -> Route:
     )
 
 
-def pool_of(route: Route, memory: str | int) -> SlotPlan:
+def pool_of(route: RecordedRoute, memory: str | int) -> SlotPlan:
     """Compute the pool that a budget (`memory`) buys for `route`, as the engine does.
 
     Raises:
@@ -134,12 +134,12 @@ def pool_of(route: Route, memory: str | int) -> SlotPlan:
     return slots
 
 
-def too_few(route: Route, classes: Sequence[SlotClass]) -> SlotClass | None:
+def too_few(route: RecordedRoute, classes: Sequence[SlotClass]) -> SlotClass | None:
     """The slots that a layer of one of the steps needs more of; None where there are enough."""
     return next((one for one in classes if one.num_slots < route.of(one.layers).most_at_once), None)
 
 
-def smallest_pool(route: Route) -> int:
+def smallest_pool(route: RecordedRoute) -> int:
     """Fewest slots that hold one token's demand, and any layer of any step."""
     lengths = route.lengths
     layers_of = [[layer for layer, own in enumerate(lengths) if own == length] for length in dict.fromkeys(lengths)]

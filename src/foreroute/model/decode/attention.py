@@ -23,7 +23,7 @@ _OF_TOKEN = "_foreroute_of_token"
 # Numbers of a layer's keys from which a second thread is worth being woken for: 1,024 tokens of 4 heads of 128.
 _PARALLEL_FROM = 2**19
 
-Attention = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
+AttentionFunction = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 
 
 def group_heads(model: PreTrainedModel, runner: Runner) -> None:
@@ -81,14 +81,14 @@ def _attentions(model: PreTrainedModel) -> list[Any]:
     return [module for module in model.modules() if hasattr(module, "layer_idx") and hasattr(module, "o_proj")]
 
 
-def function_of(module: Any, name: str) -> Attention:
+def function_of(module: Any, name: str) -> AttentionFunction:
     """The attention function of this name, for the attention `module`."""
     if name == "eager":
-        eager: Attention = sys.modules[type(module).__module__].eager_attention_forward
+        eager: AttentionFunction = sys.modules[type(module).__module__].eager_attention_forward
         return eager
     if name == "sdpa":
         return sdpa_attention_forward
-    own: Attention = AttentionInterface()[name]
+    own: AttentionFunction = AttentionInterface()[name]
     return own
 
 
