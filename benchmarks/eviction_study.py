@@ -28,7 +28,7 @@ import numpy as np
 from benchmarks import _harness
 from foreroute.errors import BudgetError
 from foreroute.report.offline import replay_belady, replay_eviction
-from foreroute.report.route import Route, pool_of, route_of
+from foreroute.report.route import RecordedRoute, pool_of, route_of
 from foreroute.report.trace_file import read_recording
 from foreroute.residency.eviction import Lfu, Lru
 
@@ -37,7 +37,7 @@ DECAYS = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.995)
 Guesses = list[list[tuple[int, ...]]]  # [step][layer] -> keys
 
 
-def guesses_and_weights(path: Path, route: Route) -> tuple[Guesses, np.ndarray]:
+def guesses_and_weights(path: Path, route: RecordedRoute) -> tuple[Guesses, np.ndarray]:
     """Of every decode step: the keys guessed per layer, and [steps, keys] gate weights (0 where not routed)."""
     width, num_layers = route.keys_per_layer, len(route.top_k)
     weights = np.zeros((len(route.steps), route.num_keys))
@@ -69,7 +69,7 @@ class Design:
 
     def __init__(
         self,
-        route: Route,
+        route: RecordedRoute,
         decays: Sequence[float] = (0.97,),
         coefficients: Sequence[float] = (1.0,),
         *,
@@ -117,7 +117,7 @@ class Design:
         return worth
 
 
-def misses_per_token(route: Route, num_slots: int, design: Design) -> float:
+def misses_per_token(route: RecordedRoute, num_slots: int, design: Design) -> float:
     """Demand alone, the least worth of what the layer does not need goes."""
     there = np.zeros(route.num_keys, bool)
     num_missed = 0
@@ -137,7 +137,7 @@ def misses_per_token(route: Route, num_slots: int, design: Design) -> float:
     return num_missed / route.counted_tokens
 
 
-def learned(route: Route, upto: int, horizon: float) -> list[float]:
+def learned(route: RecordedRoute, upto: int, horizon: float) -> list[float]:
     """Least squares on the first `upto` steps: decayed counts -> uses to come, each turn later worth `horizon` less."""
     uses = np.zeros((upto, route.num_keys))
     for number, step in enumerate(route.steps[:upto]):
@@ -157,14 +157,14 @@ def learned(route: Route, upto: int, horizon: float) -> list[float]:
     return [float(coefficient) for coefficient in found[:-1]]
 
 
-def contenders(route: Route, path: Path) -> dict[str, Callable[[Route, int], float]]:
+def contenders(route: RecordedRoute, path: Path) -> dict[str, Callable[[RecordedRoute, int], float]]:
     """Every eviction by its name -> misses per token."""
     guesses, weights = guesses_and_weights(path, route)
 
-    def engine(make: Callable[[], Lru | Lfu]) -> Callable[[Route, int], float]:
+    def engine(make: Callable[[], Lru | Lfu]) -> Callable[[RecordedRoute, int], float]:
         return lambda on, num_slots: replay_eviction(on, num_slots, make()).misses_per_token
 
-    def design(*args: Sequence[float], **options: object) -> Callable[[Route, int], float]:
+    def design(*args: Sequence[float], **options: object) -> Callable[[RecordedRoute, int], float]:
         return lambda on, num_slots: misses_per_token(on, num_slots, Design(on, *args, **options))
 
     fitted = learned(route, len(route.steps) // 2, 0.5)
