@@ -8,7 +8,7 @@ Engines take turns, A-B-B-A, each run in a process of its own: foreroute straigh
 a store; llama.cpp with its weights mapped, and as it comes, when it copies what it can into a quicker layout. Without
 --left everything is resident and the file in the page cache. With it a ballast leaves those GiB to each, the file is
 dropped from the page cache, and llama.cpp's read-ahead is set as --read-ahead says (needs root), as it decides how much
-a mapped file reads. Weights are random: experts are routed to evenly, which no trained model does; see replayed_routes.
+a mapped file reads. Weights are random, and routes change from token to token as published_files.py sets it.
 """
 
 import argparse
@@ -101,6 +101,10 @@ def summarize(runs: list[Run]) -> Run:
         facts["prompt_s"] = summary([one["ttft_s"] for one in good])
         for name in ("load_s", "read_bytes_per_token", "peak_rss_bytes", "own_bytes"):
             facts[name] = median(one[name] for one in good)
+        reads = [one["stats"] for one in good if one.get("stats", {}).get("read_s")]
+        if reads:
+            # By the engine's own clock, prompt included: what the disk gave while it was read.
+            facts["read_bytes_per_s"] = median(one["read_bytes"] / one["read_s"] for one in reads)
     return facts
 
 
