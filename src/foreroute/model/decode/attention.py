@@ -95,16 +95,14 @@ def function_of(module: Any, name: str) -> AttentionFunction:
 def sees_all(module: Any, mask: Any, tokens: int) -> bool:
     """Whether one row's new token sees all `tokens` before it, and ggml's operation computes that here."""
     of_token: TokenAttention | None = module.__dict__.get(_OF_TOKEN)
-    if of_token is None:
+    if of_token is None or tokens + 1 >= of_token.MOST_TOKENS:
+        return False
+    # Otherwise the model asks for another function than `attend`, or `attend` for the family's.
+    if module.config._attn_implementation != _NAMES["eager" if hasattr(module, "sinks") else "sdpa"]:
         return False
     if module.layer_idx == 0:
         of_token.begin_step()
-        # Otherwise the model asks for another function than `attend`, or `attend` for the family's. One config is all
-        # layers', and asking it in each would take as long as all else here.
-        of_token.is_asked = (
-            module.config._attn_implementation == _NAMES["eager" if hasattr(module, "sinks") else "sdpa"]
-        )
-    return of_token.is_asked and tokens + 1 < of_token.MOST_TOKENS and (mask is None or of_token.hides_nothing(mask))
+    return mask is None or of_token.hides_nothing(mask)
 
 
 def _asks(module: Any) -> bool:

@@ -15,15 +15,12 @@ class TokenAttention:
 
     A head is computed by one thread: from that many tokens on ggml adds parts of several threads, in an order that
     depends on their number. torch is quicker by then.
-
-    Attributes:
-        is_asked: whether the current step's model asks for it.
     """
 
     MOST_TOKENS = 512
 
     def __init__(self, runner: Runner) -> None:
-        self._runner, self.num_threads, self.is_asked = runner, runner.num_threads, False
+        self._runner, self.num_threads = runner, runner.num_threads
         self._graphs: dict[_Form, _AttentionGraph] = {}
         # The step's masks, and what is added to each row's scores: layers are given one of two.
         self._seen: list[tuple[torch.Tensor, list[torch.Tensor | None] | None]] = []
