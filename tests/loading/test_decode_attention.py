@@ -124,3 +124,41 @@ def test_a_mask_of_each_head_is_left_to_transformers_own() -> None:
     assert can_group(None)
     assert can_group(torch.zeros(1, 1, 1, 5))
     assert not can_group(torch.zeros(1, 4, 1, 5))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("is_padded", [False, True])
+def test_a_token_that_sees_all_has_no_mask(
+    name: str, is_padded: bool, written: Any, load: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Logits are those of transformers' masks, in windows too; with padding, transformers' masks are made."""
+    made: list[bool] = []
+
+    def noted(make: Any) -> Any:
+        def noting(**given: Any) -> Any:
+            made.append(given["q_length"] == 1)
+            return make(**given)
+
+        return noting
+
+    for own in ("sdpa_mask", "eager_mask"):
+        monkeypatch.setattr(decode_attention, own, noted(getattr(decode_attention, own)))
+    model = load(written[name].path, "100%")
+    padding = PADDING[1:] if is_padded else None
+
+    def alone() -> torch.Tensor:
+        out = model(IDS[1:], attention_mask=padding, use_cache=True)
+        logits, seen = [], padding
+        for step in range(20):  # beyond gpt-oss's window
+            seen = None if seen is None else torch.cat((seen, torch.ones_like(seen[:, :1])), 1)
+            out = model(torch.tensor([[40 + step]]), attention_mask=seen, past_key_values=out.past_key_values)
+            logits.append(out.logits[0, -1])
+        return torch.stack(logits)
+
+    with torch.no_grad():
+        found = alone()
+        assert any(made) == is_padded
+        monkeypatch.setattr(decode_attention, "_mask", lambda own, **given: own(**given))
+        again = load(written[name].path, "100%")
+        monkeypatch.setattr(model, "forward", again.forward)
+        assert torch.equal(alone(), found)

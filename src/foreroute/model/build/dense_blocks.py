@@ -7,6 +7,7 @@ once. The blocks are those of a GGUF file, or are made of the floats that safete
 
 import math
 from collections.abc import Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -34,6 +35,8 @@ _TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 _EMBEDDING = "model.embed_tokens.weight"
 # Floats of torch's own: norms, biases, routers.
 _PLAIN = "F32"
+# Of a matrix, what a thread of its own reads.
+_LEAST_SHARE_BYTES = 2**20
 _HALVES = {torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
@@ -295,11 +298,25 @@ def quantised_nbytes(matrices: DenseMatrices, kind: BlockType, index: Checkpoint
 
 def _read(index: GgufIndex, name: str, kind: BlockType, blocks: torch.Tensor) -> torch.Tensor:
     """Read the stored bytes into `blocks` [rows, bytes of a row], which are returned."""
-    entry = index.tensors[name]
+    entry, row_bytes = index.tensors[name], blocks.shape[1]
     assert blocks.nbytes == entry.nbytes, f"{name} has {entry.nbytes} bytes in place of {blocks.nbytes}"
-    with SourceFile(entry.path, index.files.get(entry.path)) as file:
-        file.read_into(entry.offset, blocks.view(-1).numpy().data)
-    if has_bad_scale(kind, blocks.view(-1).numpy()):
+
+    def read(first: int, last: int) -> bool:
+        """Read these rows; whether they have a bad scale."""
+        span = blocks[first:last].view(-1).numpy()
+        with SourceFile(entry.path, index.files.get(entry.path)) as file:
+            file.read_into(entry.offset + first * row_bytes, span.data)
+        return has_bad_scale(kind, span)
+
+    # Copies from the page cache, and memory that is touched for the first time, take a core each.
+    threads = max(1, min(torch.get_num_threads(), blocks.nbytes // _LEAST_SHARE_BYTES))
+    bounds = [len(blocks) * at // threads for at in range(threads + 1)]
+    if threads == 1:
+        is_bad = read(0, len(blocks))
+    else:
+        with ThreadPoolExecutor(threads) as pool:
+            is_bad = any([*pool.map(read, bounds[:-1], bounds[1:])])
+    if is_bad:
         raise CorruptCheckpointError(
             f"{entry.path}: {name} has a scale that is no number (NaN or infinite). The file is damaged, or its "
             "quantiser was at fault: download it again, or take another."
