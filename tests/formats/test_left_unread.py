@@ -157,7 +157,9 @@ def test_static_scales_of_activations(published, load, tmp_path, caplog):
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         assert_same_bits(generate(load(folder, "25%"), ONE_PROMPT), theirs)
-    assert [record.getMessage().split(": ", 1)[1] for record in caplog.records] == [
+    told = [record.getMessage().split(": ", 1)[1] for record in caplog.records]
+    # The other line is that on ggml's kernels.
+    assert [one for one in told if not one.startswith("Quantised weights are dequantised by torch")] == [
         "The checkpoint asks for activations rounded to few bits (input_activations): "
         "here they stay in the compute dtype."
     ]

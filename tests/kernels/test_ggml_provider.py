@@ -124,7 +124,7 @@ def test_without_ggml_torch_computes_and_it_is_said(
     assert model.foreroute.plan.math == "own"
     note = model.foreroute.plan.math_note
     assert note in caplog.text
-    assert note.startswith("Weights in blocks are dequantised by torch at each use, much slower than ggml's kernels: ")
+    assert note.startswith("Quantised weights are dequantised by torch at each use, much slower than ggml's kernels: ")
     assert "pip install 'libggml-python==0.20.2.post1'" in note
     assert_same_bits(generate(model), generate(load(path, "40%", dtype="float32", math="torch")))
     assert load(path, "40%", math="torch").foreroute.plan.math_note == ""

@@ -13,7 +13,7 @@ from foreroute.kernels.ggml.library import open_library
 from foreroute.kernels.ggml.quantiser import quantise
 from foreroute.model.build.skeleton import outline
 from foreroute.prepare.pack import pack
-from foreroute.prepare.quantise import Quantiser
+from foreroute.prepare.quantise import HeldTypes, Int4Blocks, Quantiser, find_held
 
 
 def quiet(done: int, total: int) -> None:
@@ -31,6 +31,14 @@ def pack_quantised(folder: Path, quant: str, path: Path | None = None, num_threa
     quantiser, path = quantiser_of(folder, quant, num_threads), path or folder / store_name(quant)
     pack(quantiser.source, path, progress=quiet, quantiser=quantiser)
     return path
+
+
+def pack_exact(folder: Path, path: Path) -> HeldTypes:
+    """Pack the checkpoint in `folder` to `path` as `foreroute pack --layout plain` does, without --quant."""
+    table = outline(folder, read_index(folder)).table
+    held = find_held(table, quiet)
+    pack(table, path, progress=quiet, quantiser=Int4Blocks(table, held.types))
+    return held
 
 
 def by_ggml(rows: torch.Tensor, kind: str) -> np.ndarray:

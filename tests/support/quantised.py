@@ -149,8 +149,26 @@ def write_gptq(source: Path, folder: Path, group: int = 16) -> Path:
     return rewritten(source, folder, change, quantization_config=declared)
 
 
-def gptq_components(name: str, tensor: torch.Tensor, group: int) -> State:
-    """What GPTQ stores of the matrix `name` [rows, columns]."""
+def write_gptq_around(zero: int) -> Callable[[Path, Path], Path]:
+    """A writer of GPTQ in groups of 32 with one zero point for all: 8 is its `sym`."""
+
+    def write(source: Path, folder: Path) -> Path:
+        def change(state: State) -> State:
+            made = [
+                gptq_components(name, one, 32, zero) if is_linear(name, one) else {name: one}
+                for name, one in state.items()
+            ]
+            return {name: tensor for one in made for name, tensor in one.items()}
+
+        declared = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": zero == 8}
+        return rewritten(source, folder, change, quantization_config=declared)
+
+    write.__name__ = f"write_gptq_around_{zero}"
+    return write
+
+
+def gptq_components(name: str, tensor: torch.Tensor, group: int, zero: int | None = None) -> State:
+    """What GPTQ stores of the matrix `name` [rows, columns]. zero: of every group, if not chosen by its numbers."""
     columns = tensor.shape[1]
     per_group = min(group or columns, columns)
     # The last column again, which leaves the last group's range as it is.
@@ -159,6 +177,8 @@ def gptq_components(name: str, tensor: torch.Tensor, group: int) -> State:
     low, high = grouped.amin(2), grouped.amax(2)
     scales = ((high - low) / 15).half()
     zeros = (-low / scales.float()).round().clamp(1, 15)
+    if zero is not None:
+        zeros = torch.full_like(zeros, zero)
     steps = (grouped / scales.float().unsqueeze(-1) + zeros.unsqueeze(-1)).round().clamp(0, 15)
     stem = name.removesuffix("weight")
     return {

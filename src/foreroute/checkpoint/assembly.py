@@ -47,12 +47,15 @@ class Coding:
     is_zero_shifted: zero points are stored one too small (GPTQ's first format).
     order: of blocks with eight rows side by side, the order of their bits (kernels/ggml/interleaved.py); "" for rows
         one after the other.
+    rounded_to: the dtype that numbers are rounded to where torch dequantises them; "" for none. Of a published format
+        in blocks that hold it exactly: that of its scales, to which its own products are rounded.
     """
 
     kind: str
     block: tuple[int, int] = (0, 0)
     is_zero_shifted: bool = False
     order: str = ""
+    rounded_to: str = ""
 
     @property
     def block_type(self) -> str:

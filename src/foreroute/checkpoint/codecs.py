@@ -12,6 +12,7 @@ from typing import Any
 from foreroute.checkpoint.assembly import GGUF_PREFIX, Coding, FamilyForm, StoredMatrix, StoredPart
 from foreroute.checkpoint.gguf_file import EXPERT_BLOCKS
 from foreroute.checkpoint.layouts import PART_ALIGNMENT, ExpertLayout, ExpertTable, LayerExperts, Part
+from foreroute.checkpoint.quantised_formats import AWQ_INT4, GPTQ_INT4, GPTQ_REORDERED, PACKED_INT4
 from foreroute.errors import StoreError
 from foreroute.types import QUANTISED_TYPES, round_up
 
@@ -25,6 +26,11 @@ _SMALLER = {
 EARLIER: Mapping[str, tuple[str, ...]] = {
     "int8": ("q8_0",), "int4": ("q4_k", "q4_1"), "int4-g128": ("q4_k", "q4_1"), "mixed": ("q4_k", "q4_1"),
 }  # fmt: skip
+# ggml's types that hold four-bit integers of published formats exactly, smallest first (kernels/torch/int4_blocks.py).
+INT4_TYPES = ("Q4_0", "Q4_1", "Q5_0")
+_INT4_WEIGHTS = 32
+# The codings of such integers.
+INT4_CODINGS = frozenset({PACKED_INT4, GPTQ_INT4, GPTQ_REORDERED, AWQ_INT4})
 _DOWN, _GATE_UP = "down_proj", "gate_up_proj"
 # Rows that lie side by side, in every build's orders.
 ROWS_TOGETHER = 8
@@ -132,6 +138,88 @@ def _encoded(layer: LayerExperts, codec: Codec, at: int, num_layers: int) -> Lay
     return LayerExperts(
         layer.name, layer.num_experts, ExpertLayout(tuple(stored)), (), tuple(parts), codec.name, form=form
     )
+
+
+def in_types(table: ExpertTable, types: Mapping[str, Mapping[str, str]]) -> ExpertTable:
+    """Lay out published integers of `table` in blocks of ggml's that hold them exactly, without sources.
+
+    Args:
+        types: by layer and family's matrix, one of `INT4_TYPES`. Layers that are not named stay as they are.
+    """
+    layers = tuple(_in_types(layer, types[layer.name]) if layer.name in types else layer for layer in table.layers)
+    return table if layers == table.layers else replace(table, layers=layers, _reads={})
+
+
+def misfit_for_types(layer: LayerExperts) -> str:
+    """Why no type of `INT4_TYPES` can hold a layer's matrices, by their codings and shapes; "" where one may.
+
+    "other": they are no four-bit integers of a published format.
+    """
+    matrices = _stored_matrices(layer)
+    kinds = {matrix.coding.kind for matrix in matrices}
+    are_whole = all(part.matrices or len(part.shape) == 1 for part in layer.parts)
+    if not kinds or not are_whole or not kinds <= INT4_CODINGS:
+        return "other"
+    return next((why for matrix in matrices if (why := int4_misfit(matrix.coding, matrix.cols))), "")
+
+
+def int4_misfit(coding: Coding, columns: int) -> str:
+    """Why no type of `INT4_TYPES` can hold a matrix of `columns` in this `coding`; "" where one may, by its numbers."""
+    if coding.kind == GPTQ_REORDERED:
+        return "columns in another order (g_idx)"
+    group = min(coding.block[1] or columns, columns)
+    for extent, what in ((columns, "rows"), (group, "groups")):
+        if extent % _INT4_WEIGHTS:
+            return f"{what} of {extent} weights, which are no whole blocks of {_INT4_WEIGHTS}"
+    return ""
+
+
+def _in_types(layer: LayerExperts, types: Mapping[str, str]) -> LayerExperts:
+    if misfit_for_types(layer) or {part.name for part in layer.parts if part.matrices} != types.keys():
+        return layer
+    stored: list[Part] = []
+    parts: list[StoredPart] = []
+
+    def place(name: str, shape: tuple[int, ...], dtype: str, nbytes: int) -> int:
+        offset = round_up(stored[-1].offset + stored[-1].nbytes, PART_ALIGNMENT) if stored else 0
+        stored.append(Part(name, offset, nbytes, shape, dtype))
+        return len(stored) - 1
+
+    for part in layer.parts:
+        matrices = []
+        for which, matrix in enumerate(part.matrices):
+            weights, nbytes = EXPERT_BLOCKS[types[part.name]]
+            row_bytes = matrix.cols // weights * nbytes
+            at = place(f"{part.name}.{which}", (matrix.rows, row_bytes), "U8", matrix.rows * row_bytes)
+            scales = layer.layout.parts[matrix.at[1]].dtype
+            coding = Coding(GGUF_PREFIX + types[part.name], rounded_to="" if scales == "F32" else scales)
+            matrices.append(replace(matrix, coding=coding, at=(at,)))
+        plain = None if part.matrices else layer.layout.parts[part.at]
+        at_itself = -1 if plain is None else place(plain.name, plain.shape, plain.dtype, plain.nbytes)
+        parts.append(replace(part, at=at_itself, matrices=tuple(matrices)))
+    return replace(layer, layout=ExpertLayout(tuple(stored)), sources=(), parts=tuple(parts))
+
+
+def retype(table: ExpertTable, layers: Any) -> ExpertTable:
+    """`in_types` by the types that the `layers` of a store's header name; what makes no sense there is left out."""
+    found: dict[str, dict[str, str]] = {}
+    for layer in layers if isinstance(layers, list) else ():
+        tensors = layer.get("tensors") if isinstance(layer, dict) else None
+        described = [one for one in tensors if isinstance(one, dict)] if isinstance(tensors, list) else []
+        blocks = {str(one.get("name")): one.get("blocks") for one in described if one.get("blocks")}
+        types = {name: kinds[0] for name, kinds in blocks.items() if isinstance(kinds, list)}
+        if types and all(kind in INT4_TYPES for kind in types.values()):
+            found[str(layer.get("name"))] = types
+    return in_types(table, found)
+
+
+def types_in(table: ExpertTable) -> dict[str, dict[str, str]]:
+    """The types by which `in_types` laid out the experts of `table`."""
+    return {
+        layer.name: {part.name: part.matrices[0].coding.block_type for part in layer.parts if part.matrices}
+        for layer in table.layers
+        if layer.parts and not layer.sources
+    }
 
 
 def orders_of(table: ExpertTable) -> dict[str, str]:

@@ -17,7 +17,7 @@ from typing import Any
 
 import xxhash
 
-from foreroute.checkpoint.codecs import CODECS, EARLIER, STORED, describe, encoded_table, interleaved, orders_of
+from foreroute.checkpoint.codecs import CODECS, EARLIER, STORED, describe, encoded_table, interleaved, orders_of, retype
 from foreroute.checkpoint.layouts import ExpertTable
 from foreroute.checkpoint.quantised_layout import in_blocks
 from foreroute.checkpoint.source_files import FileStamp
@@ -110,7 +110,7 @@ class PackedStore:
         _check_codec(self.path, self.codec)
         orders = described["orders"]
         if self.codec == STORED:  # `pack` lays MXFP4 out in blocks; earlier versions did not
-            table = interleaved(table, orders)
+            table = interleaved(retype(table, described.get("layers")), orders)
             others = (one for one in (interleaved(in_blocks(table), orders),) if store_header(one, STORED) == stored)
             table = next(others, table)
         else:

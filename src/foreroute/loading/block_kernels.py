@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from foreroute.checkpoint.assembly import GGUF_PREFIX, MXFP4_IN_BLOCKS
-from foreroute.checkpoint.codecs import STORED
+from foreroute.checkpoint.codecs import INT4_CODINGS, INT4_TYPES, STORED, codecs_that_fit, misfit_for_types
 from foreroute.checkpoint.gguf_file import GgufIndex
 from foreroute.checkpoint.quantised_layout import in_blocks
 from foreroute.config import EngineConfig
@@ -25,11 +25,12 @@ from foreroute.model.blocks import MoeLayer
 from foreroute.model.build.dense_blocks import (
     DenseBlocks,
     GgufMatrices,
-    HalfMatrices,
     MatrixSource,
     QuantisedMatrices,
+    StoredMatrices,
     check_rows,
     dense_block_nbytes,
+    int4_saving,
     quantised_nbytes,
 )
 from foreroute.model.build.skeleton import Outline
@@ -63,7 +64,10 @@ class BlockKernels:
         kind = self.dense or (self.runner.library.types["BF16"] if self.has_expert_blocks else None)
         if kind is None:
             return sketch.dense_nbytes
-        return quantised_nbytes(sketch.linear, kind, index, sketch.dense_nbytes)
+        nbytes = quantised_nbytes(sketch.linear, kind, index, sketch.dense_nbytes)
+        if self.dense is None and sketch.form is not None:
+            nbytes -= int4_saving(sketch.linear, sketch.form, sketch.matrices, index, self.products)
+        return nbytes
 
     def dense_blocks(self, sketch: Outline, dtype: torch.dtype | str) -> tuple[torch.dtype | str, DenseBlocks | None]:
         """The compute dtype, and the dense weights that are blocks.
@@ -78,7 +82,7 @@ class BlockKernels:
             source = QuantisedMatrices(sketch.linear, self.dense, self.products, self.runner.num_threads)
         elif self.has_expert_blocks:
             # torch has one thread while a token is decoded.
-            source = HalfMatrices(sketch.linear, index, self.products)
+            source = StoredMatrices(sketch.linear, index, sketch.matrices, self.products)
         else:
             return dtype, None
         # Experts in floats are computed as they are stored: another dtype would convert them at every use.
@@ -132,7 +136,8 @@ def open_block_kernels(
     if reason and must:
         raise UnsupportedModelError(f"{_asked_for(asked)}: {reason}.")
     if reason:
-        return None, reason if _is_packed_apart(checkpoint) and not where else ""
+        is_slow = _is_packed_apart(checkpoint) or bool(_why_dequantised(checkpoint))
+        return None, reason if is_slow and not where else ""
     try:
         return _opened(checkpoint, kinds, dense), ""
     except GgmlError as error:
@@ -144,8 +149,11 @@ def open_block_kernels(
 def _opened(checkpoint: Checkpoint, kinds: set[str], dense: str) -> BlockKernels:
     """ggml's kernels, tested for these `kinds`. Raises: see `open_block_kernels`."""
     library = open_library()
-    halves = {"BF16", "F16"} if kinds else set()  # of dense weights
-    check_types(library, sorted(kinds | halves | ({dense} if dense else set())))
+    # Of dense weights, some after their numbers.
+    others = {"BF16", "F16"} if kinds else set()
+    if kinds and checkpoint.outline.form is not None and checkpoint.outline.form.coding.kind in INT4_CODINGS:
+        others |= {*INT4_TYPES}
+    check_types(library, sorted(kinds | others | ({dense} if dense else set())))
     runner = shared_runner(torch.get_num_threads())
     return _with_dense(BlockKernels(runner, BlockProducts(runner), bool(kinds)), dense, checkpoint.outline)
 
@@ -179,7 +187,7 @@ def note_of(asked: EngineConfig, reason: str) -> str:
         raise UnsupportedModelError(f"--math ggml: {reason}.")
     if not reason:
         return ""
-    return f"Weights in blocks are dequantised by torch at each use, much slower than ggml's kernels: {reason}."
+    return f"Quantised weights are dequantised by torch at each use, much slower than ggml's kernels: {reason}."
 
 
 def _why_not_here(asked: EngineConfig, target: torch.device) -> str:
@@ -197,8 +205,31 @@ def _why_no_blocks(checkpoint: Checkpoint, kinds: set[str]) -> str:
     if checkpoint.store is not None and checkpoint.store.codec != STORED and not checkpoint.kept.layers[0].parts:
         return f"a packed store of {checkpoint.store.codec} experts is computed by torch"
     if not kinds:
-        return "the weights are not stored in blocks, as those of a GGUF file or of `foreroute pack --quant` are"
+        return (
+            _why_dequantised(checkpoint)
+            or "the weights are not stored in blocks, as those of a GGUF file or of `foreroute pack --quant` are"
+        )
     return ""
+
+
+def _why_dequantised(checkpoint: Checkpoint) -> str:
+    """Why torch dequantises experts of a published format, and what to do; "" where none are in one, or nothing helps.
+
+    For checkpoints without blocks.
+    """
+    table, folder = checkpoint.outline.table, checkpoint.folder
+    fits = codecs_that_fit(table)
+    quant = next((name for name in ("q8_0", "q4_1") if name in fits), "")
+    if not table.stored_as or not quant:
+        return ""
+    quantise = f"`foreroute pack {folder} --quant {quant}` rounds them to blocks, for --packed {quant}"
+    if any(misfit_for_types(layer) == "" for layer in table.layers):
+        force = " --force" if checkpoint.store is not None else ""
+        exactly = f"`foreroute pack {folder}{force}` writes what its blocks hold exactly in these"
+        advice = f"{exactly}; {quantise}"
+    else:
+        advice = quantise
+    return f"it has no products of {table.stored_as}; {advice}"
 
 
 def dense_nbytes_at_load(asked: EngineConfig, checkpoint: Checkpoint, target: torch.device) -> int:

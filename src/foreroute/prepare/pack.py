@@ -14,7 +14,7 @@ from foreroute.checkpoint.layouts import ExpertTable, Part
 from foreroute.checkpoint.store_writer import StoreWriter
 from foreroute.errors import ChangedFileError
 from foreroute.kernels.ggml.interleaved import interleaver
-from foreroute.prepare.quantise import Quantiser
+from foreroute.prepare.quantise import Int4Blocks, Quantiser
 from foreroute.transfer.disk import DiskTransfer
 from foreroute.transfer.memory import allocate_slots
 from foreroute.types import Progress
@@ -34,11 +34,11 @@ def pack(
     progress: Progress,
     resume: bool = True,
     keep_partial: bool = False,
-    quantiser: Quantiser | None = None,
+    quantiser: Quantiser | Int4Blocks | None = None,
     orders: Mapping[str, str] = _NO_ORDERS,
     claim: Claim | None = None,
 ) -> int:
-    """Write the experts of `table` to a store at `path`, encoded by `quantiser` if given; return its size in bytes.
+    """Write the experts of `table` to a store at `path`, as `quantiser` has them if given; return its size in bytes.
 
     A partial file left by a crash is continued if `resume`; an interrupt removes it unless `keep_partial`.
 
@@ -52,7 +52,7 @@ def pack(
     """
     keys = table.keys.all()
     codec = STORED if quantiser is None else quantiser.codec.name
-    maker = _RecordMaker(table, quantiser, orders)
+    maker = RecordMaker(table, quantiser, orders)
     with StoreWriter(path, maker.table, codec=codec, resume=resume, claim=claim) as writer:
         try:
             _read_and_write(table, keys, writer, progress, maker)
@@ -64,14 +64,16 @@ def pack(
     return writer.nbytes
 
 
-class _RecordMaker:
+class RecordMaker:
     """Makes records of experts as they are read: by `quantiser`, if given, then with rows side by side by `orders`.
 
     Attributes:
         table: the experts as the store has them. num_threads: how many make one at once; 0 where nothing changes.
     """
 
-    def __init__(self, source: ExpertTable, quantiser: Quantiser | None, orders: Mapping[str, str]) -> None:
+    def __init__(
+        self, source: ExpertTable, quantiser: Quantiser | Int4Blocks | None, orders: Mapping[str, str]
+    ) -> None:
         self._quantiser = quantiser
         self._before = source if quantiser is None else quantiser.table
         self.table = interleaved(self._before, orders)
@@ -108,7 +110,7 @@ def _bytes(record: Any, part: Part) -> np.ndarray:
 
 
 def _read_and_write(
-    table: ExpertTable, keys: list[int], writer: StoreWriter, progress: Progress, maker: _RecordMaker
+    table: ExpertTable, keys: list[int], writer: StoreWriter, progress: Progress, maker: RecordMaker
 ) -> None:
     num_slots = _RING_SLOTS + maker.num_threads
     memory, slots = allocate_slots(num_slots, table.slot_bytes)
@@ -125,7 +127,7 @@ def _read_and_write(
 
 
 @contextmanager
-def _encoder(maker: _RecordMaker) -> Iterator[Encode]:
+def _encoder(maker: RecordMaker) -> Iterator[Encode]:
     """What makes a record of a slot: in threads of its own, or, where nothing changes, at once."""
     if not maker.num_threads:
         yield _unchanged

@@ -1,25 +1,37 @@
-"""Quantise experts from what the checkpoint stores to GGUF's blocks, by ggml's quantiser, several experts at once."""
+"""Make GGUF's blocks of what the checkpoint stores, several experts at once.
+
+`Quantiser` rounds, by ggml's quantiser. `Int4Blocks` does not: it finds published four-bit integers that blocks hold
+exactly, and writes them there.
+"""
 
 import math
 import threading
-from collections.abc import Sequence
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 
 from foreroute.checkpoint.assembly import GGUF_PREFIX, StoredPart
-from foreroute.checkpoint.codecs import Codec, encoded_table
-from foreroute.checkpoint.layouts import ExpertTable, LayerExperts, Part
+from foreroute.checkpoint.codecs import CODECS, INT4_TYPES, STORED, Codec, encoded_table, in_types, misfit_for_types
+from foreroute.checkpoint.layouts import ExpertTable, LayerExperts, Part, layer_experts
 from foreroute.errors import StoreError
 from foreroute.kernels.ggml.library import Library
 from foreroute.kernels.ggml.quantiser import UnfitWeightError, dequantise, quantise
 from foreroute.kernels.slot_views import TORCH_DTYPES
 from foreroute.kernels.torch.dequantise import Workspaces, decode_part
+from foreroute.kernels.torch.int4_blocks import into_blocks, types_that_hold
+from foreroute.transfer.disk import DiskTransfer
+from foreroute.transfer.memory import allocate_slots
+from foreroute.types import Progress
 
 # Weights that are turned into float32 at a time, so that they stay in the cache.
 _CHUNK_WEIGHTS = 2**18
 # Memory for experts that are quantised at once; one is always allowed.
 _MOST_BYTES = 2 * 2**30
+# Experts whose scales are read at once.
+_RING_SLOTS = 8
+_INEXACT_SCALE = "scales that are no float16"
 
 
 @dataclass
@@ -81,7 +93,7 @@ class Quantiser:
         payload = bytearray(self.table.slot_bytes)
         memory = torch.frombuffer(payload, dtype=torch.uint8)
         described = self.source.layers[layer]
-        stored = [_tensor(slot, part) for part in described.layout.parts]
+        stored = [stored_tensor(slot, part) for part in described.layout.parts]
         error = LayerError(measured=1) if expert < self.measured else None
         for at, part in enumerate(self.table.layers[layer].parts):
             try:
@@ -164,6 +176,132 @@ def _decoded_nbytes(layer: LayerExperts) -> int:
     return 4 * sum(math.prod(part.shape) for part in layer.parts if part.matrices)
 
 
-def _tensor(slot: memoryview, part: Part) -> torch.Tensor:
+def stored_tensor(slot: memoryview, part: Part) -> torch.Tensor:
+    """A part [*part.shape] of the expert whose bytes are in `slot`."""
     dtype = TORCH_DTYPES[part.dtype]
     return torch.frombuffer(slot, dtype=dtype, count=part.nbytes // dtype.itemsize, offset=part.offset).view(part.shape)
+
+
+@dataclass(frozen=True)
+class HeldTypes:
+    """Which layers' experts are held exactly by ggml's blocks.
+
+    types: by layer and family's matrix, the smallest type that holds it in every expert.
+    reasons: of the other layers of four-bit integers, by name, why none does.
+    """
+
+    types: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    reasons: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def note(self) -> str:
+        """A line for users on the layers that stay as they are; "" where there are none."""
+        if not self.reasons:
+            return ""
+        whys = Counter(self.reasons.values()).most_common()
+        told = "; ".join(f"{count} with {why}" for why, count in whys)
+        return (
+            f"{len(self.reasons)} of {len(self.reasons) + len(self.types)} MoE layers stay as published, and are "
+            f"dequantised by torch at every use, as no type of ggml's holds their numbers exactly: {told}. "
+            "--quant q8_0 or q4_k quantises them for ggml's kernels."
+        )
+
+
+def find_held(table: ExpertTable, progress: Progress) -> HeldTypes:
+    """Read the scales and zeros of every expert of `table` that is stored in four-bit integers, and choose types.
+
+    Args:
+        progress: called with (experts done, all that are read).
+    Raises:
+        ReadError, ChangedFileError: as `pack`.
+    Cost: 20 bits are read for every group of weights, in as many reads as there are such tensors.
+    """
+    misfits = {layer.name: misfit_for_types(layer) for layer in table.layers}
+    layers = [layer for layer in table.layers if not misfits[layer.name]]
+    reasons = {name: why for name, why in misfits.items() if why not in ("", "other")}
+    found = {layer.name: {part.name: set(INT4_TYPES) for part in layer.parts if part.matrices} for layer in layers}
+    if layers:
+        read = ExpertTable(tuple(_scales_and_zeros(layer, table) for layer in layers), table.index)
+        for done, (key, stored) in enumerate(_each(read), start=1):
+            layer, at = layers[read.expert_id(key)[0]], 0
+            for part in layer.parts:
+                for matrix in part.matrices:
+                    scales, *zeros = stored[at : at + len(matrix.at) - 1]
+                    found[layer.name][part.name] &= {
+                        *types_that_hold(matrix.coding, scales, zeros[0] if zeros else None)
+                    }
+                    at += len(matrix.at) - 1
+            progress(done, read.total_slots)
+    types = {
+        name: {part: next(kind for kind in INT4_TYPES if kind in kinds) for part, kinds in parts.items()}
+        for name, parts in found.items()
+        if all(parts.values())
+    }
+    return HeldTypes(types, {**reasons, **dict.fromkeys(found.keys() - types.keys(), _INEXACT_SCALE)})
+
+
+def _scales_and_zeros(layer: LayerExperts, table: ExpertTable) -> LayerExperts:
+    """The experts of `layer` without their words."""
+    sources = [layer.sources[at] for part in layer.parts for matrix in part.matrices for at in matrix.at[1:]]
+    return layer_experts(layer.name, layer.num_experts, sources, table.index)
+
+
+def _each(table: ExpertTable) -> Iterator[tuple[int, list[torch.Tensor]]]:
+    """Every expert's key and stored tensors, in any order; the tensors are valid until the next one."""
+    memory, slots = allocate_slots(_RING_SLOTS, table.slot_bytes)
+    transfer = DiskTransfer(table.reads, slots.__getitem__, label=table.label, stamps=table.index.files)
+    waiting, done = deque(table.keys.all()), 0
+    free = list(range(len(slots)))
+    try:
+        while done < table.total_slots:
+            while waiting and free:
+                transfer.demand(waiting.popleft(), free.pop())
+            for completion in transfer.wait():
+                if completion.error is not None:
+                    raise completion.error
+                layer, _ = table.expert_id(completion.key)
+                parts = table.layers[layer].layout.parts
+                yield completion.key, [stored_tensor(slots[completion.slot], part) for part in parts]
+                free.append(completion.slot)
+                done += 1
+    finally:
+        transfer.close()
+        slots.clear()
+        del memory
+
+
+@dataclass
+class Int4Blocks:
+    """Makes records of experts in the blocks that hold them; a `Quantiser` that loses nothing. Thread-safe.
+
+    source: the experts as the checkpoint stores them. types: see `HeldTypes`. num_threads: the most experts at once.
+    table: the experts as the store has them.
+    """
+
+    source: ExpertTable
+    types: Mapping[str, Mapping[str, str]]
+    num_threads: int = 1
+    codec = CODECS[STORED]
+
+    def __post_init__(self) -> None:
+        self.table = in_types(self.source, self.types)
+
+    def encode(self, key: int, slot: memoryview) -> memoryview:
+        """Make the record of expert `key`, whose stored bytes are in `slot`; it is as long as a slot of the store."""
+        layer, _ = self.source.expert_id(key)
+        before, after = self.source.layers[layer], self.table.layers[layer]
+        payload = bytearray(self.table.slot_bytes)
+        if before is after:
+            for part in before.layout.parts:
+                end = part.offset + part.nbytes
+                payload[part.offset : end] = slot[part.offset : end]
+            return memoryview(payload)
+        stored = [stored_tensor(slot, part) for part in before.layout.parts]
+        made = [stored_tensor(memoryview(payload), part) for part in after.layout.parts]
+        for old, new in zip(before.parts, after.parts, strict=True):
+            if not old.matrices:
+                made[new.at].copy_(stored[old.at])
+            for one, other in zip(old.matrices, new.matrices, strict=True):
+                kind = other.coding.kind.removeprefix(GGUF_PREFIX)
+                into_blocks(kind, one.coding, [stored[at] for at in one.at], made[other.at[0]])
+        return memoryview(payload)

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from foreroute.checkpoint.index import CheckpointIndex
 from foreroute.checkpoint.layouts import ExpertTable
 from foreroute.checkpoint.quantised_formats import FP8, MXFP4
+from foreroute.checkpoint.records import open_store
 from foreroute.checkpoint.source_files import room_for_files
 from foreroute.config import EngineConfig, Plan
 from foreroute.errors import BudgetError, CheckpointError, ForerouteError, UnsupportedModelError
@@ -32,6 +33,7 @@ from foreroute.model.build.dense_blocks import dense_weights
 from foreroute.model.build.skeleton import Outline, auto_class
 from foreroute.types import Progress
 from foreroute.units import format_memory
+from foreroute.verification.fresh_records import is_made_by_pack, other_records
 from foreroute.verification.slot_watch import SlotWatch, digest, expert_digest
 from foreroute.verification.transcript import Exercise, ForwardPass, steps
 
@@ -39,6 +41,8 @@ RESIDENT, ON_DEMAND = "resident", "on-demand"
 # RAM left free beside a resident model: activations, KV cache, overhead of loading, other programs.
 _RESERVE_BYTES = 2 * 2**30
 _PLAIN_LOADING = EngineConfig(prefetch="none", predictor="no", packed="no", math="torch")
+# The hash of an expert that nothing in a slot can equal.
+_NO_DIGEST = b""
 # As in Plan.math.
 GGML = "ggml"
 
@@ -158,6 +162,8 @@ def record_reference(
 
     Products of rows that lie side by side have other last bits than those of the checkpoint's rows. Where a store has
     such rows, the steps are those of a second model, which reads that store; the experts' hashes stay the checkpoint's.
+    Where the checkpoint has no blocks and `pack` made the store's, there is that second model alone, and each record
+    that it used is compared with what packing the checkpoint anew makes.
 
     Args:
         sketch: the model's outline. dtype: compute dtype. progress: (done, all).
@@ -167,19 +173,46 @@ def record_reference(
         ForerouteError: its logits are NaN, so that a comparison would mean nothing.
     """
     try:
+        if is_of_made_blocks(sketch, plan):
+            stored = _recorded_of_store(kind, folder, sketch, dtype, plan, exercises, progress, packed)
+            return replace(stored, experts=_as_packed_anew(stored.experts, folder, sketch, packed), is_of_store=True)
         with _reference_model(kind, folder, sketch, dtype, plan) as model:
             reference = _recorded(kind, model, sketch, exercises, progress)
         if plan.math != GGML or plan.layout == "plain":
             return reference
         gc.collect()
-        model = load(folder, *_asked(kind, plan, dtype), config=_config(kind, plan, packed))
-        try:
-            stored = _recorded(kind, model, sketch, exercises, progress)
-        finally:
-            model.foreroute.close()
+        stored = _recorded_of_store(kind, folder, sketch, dtype, plan, exercises, progress, packed)
         return replace(stored, experts=reference.experts, is_of_store=True)
     finally:
         gc.collect()
+
+
+def is_of_made_blocks(sketch: Outline, plan: Plan) -> bool:
+    """Whether ggml multiplies blocks that `pack` made, of a checkpoint that has none."""
+    return plan.math == GGML and plan.source == "packed" and is_made_by_pack(sketch.table)
+
+
+def _recorded_of_store(
+    kind: str, folder: Path, sketch: Outline, dtype: str, plan: Plan, exercises: Sequence[Exercise],
+    progress: Progress, packed: str,
+) -> Reference:  # fmt: skip
+    model = load(folder, *_asked(kind, plan, dtype), config=_config(kind, plan, packed))
+    try:
+        return _recorded(kind, model, sketch, exercises, progress)
+    finally:
+        model.foreroute.close()
+
+
+def _as_packed_anew(
+    experts: Mapping[tuple[str, int], bytes], folder: Path, sketch: Outline, packed: str
+) -> dict[tuple[str, int], bytes]:
+    """The hashes of a store's `experts`, of those alone whose records are what packing the checkpoint makes."""
+    table, store = sketch.table, open_store(folder, packed, sketch.table)
+    assert store is not None, "its experts were read"
+    at = {layer.name: place for place, layer in enumerate(table.layers)}
+    keys = {table.keys.key(at[name], expert): (name, expert) for name, expert in experts}
+    others = {keys[key] for key in other_records(store, table, keys)}
+    return {name: _NO_DIGEST if name in others else bits for name, bits in experts.items()}
 
 
 def _asked(kind: str, plan: Plan, dtype: str) -> tuple[int | str, str]:
@@ -202,8 +235,19 @@ def _reference_model(kind: str, folder: Path, sketch: Outline, dtype: str, plan:
 
 
 @contextlib.contextmanager
-def torch_model(folder: Path, sketch: Outline, plan: Plan) -> Iterator[OffloadedModel]:
-    """Yield the model of `folder` whose blocks torch dequantises; in the memory and the compute dtype of `plan`."""
+def torch_model(folder: Path, sketch: Outline, plan: Plan, packed: str = "no") -> Iterator[OffloadedModel]:
+    """Yield the model of `folder` whose blocks torch dequantises; in the memory and the compute dtype of `plan`.
+
+    Args:
+        packed: as in the configuration of the model that is verified; only blocks that `pack` made are read there.
+    """
+    if is_of_made_blocks(sketch, plan):
+        model = load(folder, plan.memory_bytes, plan.compute_dtype, config=replace(_PLAIN_LOADING, packed=packed))
+        try:
+            yield model
+        finally:
+            model.foreroute.close()
+        return
     with _opened(folder, sketch, plan.memory_bytes, plan.compute_dtype, _PLAIN_LOADING) as model:
         yield model
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from foreroute.checkpoint.layouts import ExpertTable
     from foreroute.checkpoint.records import PackedStore
     from foreroute.model.build.skeleton import Outline
-    from foreroute.prepare.quantise import Quantiser
+    from foreroute.prepare.quantise import Int4Blocks, Quantiser
     from foreroute.whole_files import Claim
 
 # What `--layout auto` is: "interleaved" where it can be, or "plain".
@@ -41,7 +41,9 @@ output changes, so such a store is used only where --packed asks for it. The
 error printed is that of a layer's products, as a share of them; with --text,
 perplexity and bits per character on that text show the effect on the output,
 beside the model as stored. A checkpoint that is quantised already is quantised
-a second time by it; without --quant its experts stay as they are.
+a second time by it; without --quant its experts stay as they are. Four-bit
+integers (GPTQ, AWQ, compressed-tensors) are written in the blocks of ggml's
+that hold them exactly: q4_0 where all zero points are 8, else q4_1 or q5_0.
 Matrices in blocks are written with eight rows side by side where ggml has
 quicker kernels for that here (on most x86: q4_0, q4_k, iq4_nl, mxfp4). Such a
 store is for this kind of CPU and this ggml, and not for a GPU; another machine
@@ -108,16 +110,19 @@ def run(args: argparse.Namespace) -> int:
         quality = pack_quantised.quality_of(args, folder, sketch)
     table, name = sketch.table, store_name(args.quant or STORED)
     path = options.place_beside(folder, name, args.out, StoreError)
-    orders = _orders(args, in_blocks(table) if args.quant is None else encoded_table(table, CODECS[args.quant]))
+    held = _held(args, path, table)
+    # Where that moves bytes only, records lie as ggml's kernels multiply them.
+    exact = in_blocks(table) if held is None else held.table
+    orders = _orders(args, exact if args.quant is None else encoded_table(table, CODECS[args.quant]))
     existed, quantiser = _exists_already(args, path, table, orders), None
     if not existed:
         with claim_store(path) as claim:
             # Another `pack` may have finished just now.
             existed = _exists_already(args, path, table, orders)
             if not existed:
-                quantiser = _quantiser(args, sketch, path)
-                # Where that moves bytes only, records lie as ggml's kernels multiply them.
-                _pack(args, in_blocks(table) if args.quant is None else table, path, quantiser, orders, claim)
+                quantiser = _quantiser(args, sketch, path, exact)
+                source = table if quantiser or held else exact
+                _pack(args, source, path, quantiser or held, orders, claim)
     measured = quantiser if quantiser is not None and quantiser.is_measured else None
     store = PackedStore(path, table)
     if not args.json:
@@ -130,6 +135,14 @@ def run(args: argparse.Namespace) -> int:
     elif found is not None:
         pack_quantised.tell_quality(found, args.quant)
     return 0
+
+
+def _held(args: argparse.Namespace, path: Path, table: "ExpertTable") -> "Int4Blocks | None":
+    """What writes published four-bit integers in blocks that hold them; None where there are none, or nothing to do."""
+    from foreroute.cli.pack_exact import int4_blocks_of
+
+    is_done = path.exists() and not args.force and args.layout == "auto"
+    return None if args.quant is not None or is_done else int4_blocks_of(args, table)
 
 
 def _orders(args: argparse.Namespace, table: "ExpertTable") -> dict[str, str]:
@@ -168,14 +181,16 @@ def _exists_already(args: argparse.Namespace, path: Path, table: "ExpertTable", 
     return not args.force and _is_ours(args, path, table, orders)
 
 
-def _quantiser(args: argparse.Namespace, sketch: "Outline", path: Path) -> "Quantiser | None":
+def _quantiser(args: argparse.Namespace, sketch: "Outline", path: Path, exact: "ExpertTable") -> "Quantiser | None":
     """Build the quantiser, if one is needed.
 
+    Args:
+        exact: the experts as they are stored without one.
     Raises:
         StoreError: the disk has too little room for the store.
     """
     if args.quant is None:
-        _check_room(path, sketch.table)
+        _check_room(path, exact)
         return None
     import torch
 
@@ -248,7 +263,7 @@ def _pack(
     args: argparse.Namespace,
     table: "ExpertTable",
     path: Path,
-    quantiser: "Quantiser | None",
+    quantiser: "Quantiser | Int4Blocks | None",
     orders: dict[str, str],
     claim: "Claim",
 ) -> None:

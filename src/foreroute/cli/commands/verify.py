@@ -62,7 +62,8 @@ its bits differ, as ggml rounds activations inside a product, but the
 distributions of the next token must be near (--beside-torch). Of a packed
 store with eight rows side by side, whose products have other last bits, the
 reference is a model of that store, and every expert's bytes are compared with
-the checkpoint's.
+the checkpoint's; of one in blocks that the checkpoint does not have, with what
+packing it again makes.
 A difference is named: prompt, step, MoE layer; then the expert whose slot held
 other bytes than the checkpoint, or the dense tensor that has other values.
 
@@ -200,7 +201,7 @@ def _verify(args: argparse.Namespace, config: EngineConfig, folder: Path, texts:
         model.foreroute.close()
     with (
         figures.counting_bar("torch's math", len(ours), "tokens", args.json) as show,
-        torch_model(folder, sketch, outcome.plan) as model,
+        torch_model(folder, sketch, outcome.plan, config.packed) as model,
     ):
         theirs = logits_of(model, names, short, fed, show)
     return replace(outcome, beside_torch=distance(ours, theirs))

@@ -13,7 +13,7 @@ import torch
 from foreroute.checkpoint.assembly import MXFP4_BLOCK_BYTES, MXFP4_IN_BLOCKS, Coding, StoredMatrix, StoredPart
 from foreroute.kernels.ggml.interleaved import plain_rows
 from foreroute.kernels.torch.experts import ExpertMath, Operands
-from foreroute.kernels.torch.gguf_blocks import GGUF_DECODERS
+from foreroute.kernels.torch.gguf_blocks import FLOATS, GGUF_DECODERS
 
 # (components, out [rows, columns], coding): dequantises a matrix's components, which each decoder names, into `out`.
 Dequantiser = Callable[[Sequence[torch.Tensor], torch.Tensor, Coding], None]
@@ -25,7 +25,7 @@ _EXPONENT_BEYOND = 255
 # A 1 in each of a word's eight four-bit integers.
 _ONE_EACH = 0x11111111
 # Bit offsets in a word of eight outputs' numbers: AWQ's order, made for its kernel.
-_AWQ_SHIFTS = (0, 16, 4, 20, 8, 24, 12, 28)
+AWQ_SHIFTS = (0, 16, 4, 20, 8, 24, 12, 28)
 # Rows that are scaled at a time if that needs a temporary, so that it stays in the cache.
 _ROWS_AT_ONCE = 128
 _WORDS_AT_ONCE = 16
@@ -129,7 +129,7 @@ def decode_gptq_int4(components: Sequence[torch.Tensor], out: torch.Tensor, codi
     """
     words, scales, zero_words = components
     shifts = torch.arange(0, 32, 4, dtype=torch.int32)
-    zeros = _gptq_zeros(zero_words, scales, coding)
+    zeros = gptq_zeros(zero_words, scales, coding)
     per_group = coding.block[1] // 8 or len(words)
     for at, first in enumerate(range(0, len(words), per_group)):
         steps = (words[first : first + per_group].unsqueeze(1) >> shifts[None, :, None]) & 15
@@ -141,7 +141,7 @@ def decode_gptq_reordered(components: Sequence[torch.Tensor], out: torch.Tensor,
     """Dequantise as `decode_gptq_int4`, with each column's group given in `groups` [columns], any order (desc_act)."""
     words, scales, zero_words, groups = components
     shifts = torch.arange(0, 32, 4, dtype=torch.int32)
-    zeros = _gptq_zeros(zero_words, scales, coding)
+    zeros = gptq_zeros(zero_words, scales, coding)
     for first in range(0, len(words), _WORDS_AT_ONCE):
         steps = (words[first : first + _WORDS_AT_ONCE].unsqueeze(1) >> shifts[None, :, None]) & 15
         of_columns = groups[8 * first : 8 * (first + _WORDS_AT_ONCE)].long()
@@ -149,8 +149,8 @@ def decode_gptq_reordered(components: Sequence[torch.Tensor], out: torch.Tensor,
         out[:, 8 * first : 8 * (first + _WORDS_AT_ONCE)] = columns.t()
 
 
-def _gptq_zeros(zero_words: torch.Tensor, scales: torch.Tensor, coding: Coding) -> torch.Tensor:
-    """Unpack the zero points [groups, rows]."""
+def gptq_zeros(zero_words: torch.Tensor, scales: torch.Tensor, coding: Coding) -> torch.Tensor:
+    """Unpack GPTQ's zero points [groups, rows], from words [groups, rows / 8]; `scales` has their shape."""
     if coding.is_zero_shifted:
         # Added to whole words, as 1 was subtracted from them: a zero point of 0 borrowed from the next one.
         zero_words = zero_words + _ONE_EACH
@@ -161,7 +161,7 @@ def _gptq_zeros(zero_words: torch.Tensor, scales: torch.Tensor, coding: Coding) 
 def decode_awq_int4(components: Sequence[torch.Tensor], out: torch.Tensor, coding: Coding) -> None:
     """Dequantise words [columns, rows / 8], eight four-bit integers along the output each; scales, zeros per group."""
     words, scales, zero_words = components
-    shifts = torch.tensor(_AWQ_SHIFTS, dtype=torch.int32)
+    shifts = torch.tensor(AWQ_SHIFTS, dtype=torch.int32)
     zeros = ((zero_words.unsqueeze(-1) >> shifts) & 15).view(scales.shape)
     per_group = len(words) // len(scales)
     for at, first in enumerate(range(0, len(words), per_group)):
@@ -208,6 +208,12 @@ def decode_matrix(matrix: StoredMatrix, stored: Sequence[torch.Tensor], out: tor
     components = [stored[at] for at in matrix.at]
     if matrix.coding.order:
         components = [plain_rows(matrix.coding.block_type, one) for one in components]
+    if matrix.coding.rounded_to:
+        # As the published format's own product of scale and step, which is in the scales' dtype, is rounded.
+        numbers = torch.empty(out.shape, dtype=FLOATS[matrix.coding.rounded_to], device=out.device)
+        DECODERS[matrix.coding.kind](components, numbers, matrix.coding)
+        out.copy_(numbers)
+        return
     DECODERS[matrix.coding.kind](components, out, matrix.coding)
 
 

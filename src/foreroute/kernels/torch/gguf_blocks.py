@@ -3,6 +3,8 @@
 Q8_0     32 weights, 34 bytes    fp16 scale, int8
 MXFP4    32 weights, 17 bytes    power of two, four-bit floats: the low halves of the bytes first, then the high ones
 Q4_0     32 weights, 18 bytes    fp16 scale, four-bit integers from -8: low halves first
+Q4_1     32 weights, 20 bytes    fp16 scale and fp16 offset, four-bit integers: low halves first
+Q5_0     32 weights, 22 bytes    fp16 scale, five-bit integers from -16: their top bits in 4 bytes, low halves first
 Q4_K    256 weights, 144 bytes   fp16 scale and fp16 offset, 8 groups with 6-bit factors of both, four-bit integers
 Q5_K    256 weights, 176 bytes   the same with a fifth bit, of all eight groups in 32 bytes
 Q6_K    256 weights, 210 bytes   four low bits, two high bits, 16 groups with int8 factors of one fp16 scale
@@ -30,8 +32,8 @@ def dequantise_gguf(kind: str, raw: torch.Tensor) -> torch.Tensor:
     Returns:
         float32 [rows, columns].
     """
-    if kind in _FLOATS:
-        return raw.contiguous().view(_FLOATS[kind]).float()
+    if kind in FLOATS:
+        return raw.contiguous().view(FLOATS[kind]).float()
     if kind not in _BLOCKS:
         return _by_package(kind, raw)
     make, block_bytes = _BLOCKS[kind]
@@ -63,6 +65,15 @@ def _mxfp4(blocks: torch.Tensor) -> torch.Tensor:
 
 def _q4_0(blocks: torch.Tensor) -> torch.Tensor:
     return _half(blocks[:, :2]) * (_halves(blocks[:, 2:]).float() - 8)
+
+
+def _q4_1(blocks: torch.Tensor) -> torch.Tensor:
+    return _half(blocks[:, :2]) * _halves(blocks[:, 4:]).float() + _half(blocks[:, 2:4])
+
+
+def _q5_0(blocks: torch.Tensor) -> torch.Tensor:
+    tops = torch.stack([(blocks[:, 2:6] >> shift) & 1 for shift in range(8)], dim=2).view(len(blocks), 32)
+    return _half(blocks[:, :2]) * ((_halves(blocks[:, 6:]) | (tops << 4)).float() - 16)
 
 
 def _halves(packed: torch.Tensor) -> torch.Tensor:
@@ -104,10 +115,10 @@ def _q6_k(blocks: torch.Tensor) -> torch.Tensor:
     return scales.unsqueeze(2) * numbers.view(num_blocks, 16, 16)
 
 
-_FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _BLOCKS: Mapping[str, tuple[Callable[[torch.Tensor], torch.Tensor], int]] = {
-    "Q8_0": (_q8_0, 34), "MXFP4": (_mxfp4, 17), "Q4_0": (_q4_0, 18), "Q4_K": (_q4_k, 144), "Q5_K": (_q5_k, 176),
-    "Q6_K": (_q6_k, 210),
+    "Q8_0": (_q8_0, 34), "MXFP4": (_mxfp4, 17), "Q4_0": (_q4_0, 18), "Q4_1": (_q4_1, 20), "Q5_0": (_q5_0, 22),
+    "Q4_K": (_q4_k, 144), "Q5_K": (_q5_k, 176), "Q6_K": (_q6_k, 210),
 }  # fmt: skip
 
 

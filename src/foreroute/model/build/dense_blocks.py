@@ -6,7 +6,7 @@ once. The blocks are those of a GGUF file, or are made of the floats that safete
 """
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -15,14 +15,19 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from foreroute.checkpoint.assembly import Coding
+from foreroute.checkpoint.codecs import INT4_CODINGS, INT4_TYPES, int4_misfit
 from foreroute.checkpoint.gguf_families import dense_names
 from foreroute.checkpoint.gguf_file import GgufIndex
 from foreroute.checkpoint.index import CheckpointIndex
+from foreroute.checkpoint.quantised_formats import QuantisedFormat
 from foreroute.checkpoint.source_files import SourceFile
 from foreroute.errors import CorruptCheckpointError, UnsupportedModelError
 from foreroute.kernels.ggml.linear import BlockEmbedding, BlockLinear, BlockMatrix, BlockProducts, compute_together
 from foreroute.kernels.ggml.quantiser import BlockMemory, UnfitWeightError, quantise_in_threads
 from foreroute.kernels.ggml.types import BlockType, has_bad_scale
+from foreroute.kernels.torch.int4_blocks import into_blocks, types_that_hold
+from foreroute.model.build.dense_state import LazyMatrix
 from foreroute.types import QUANTISED_TYPES
 
 # Last names of layers that decide between experts, which stay floats as in llama.cpp: a route is a matter of last bits.
@@ -144,16 +149,29 @@ class QuantisedMatrices:
         return BlockMatrix(self._kind, numbers.shape[1], blocks)
 
 
-class HalfMatrices:
-    """Matrices of safetensors in 16 bits, as they are stored, where experts are blocks: see `MatrixSource`."""
+class StoredMatrices:
+    """Matrices of safetensors where experts are blocks: 16-bit floats as they are stored; quantised ones as below.
 
-    def __init__(self, matrices: DenseMatrices, index: CheckpointIndex, products: BlockProducts) -> None:
+    Four-bit integers are put into ggml's blocks that hold them exactly. Others become floats of 16 bits, as torch's
+    math has them: of their scales' dtype, or bfloat16. See `MatrixSource`.
+
+    Args:
+        quantised: stored names of the quantised ones' components.
+    """
+
+    def __init__(
+        self,
+        matrices: DenseMatrices,
+        index: CheckpointIndex,
+        quantised: Mapping[str, tuple[str, ...]],
+        products: BlockProducts,
+    ) -> None:
         self.embedding = matrices.embedding
         self._types, self._memory = products.library.types, BlockMemory()
         self._stored = {
             ours: name
             for ours, name in matrices.stored.items()
-            if name in index.tensors and index.tensors[name].dtype in _HALVES.values()
+            if name in quantised or (name in index.tensors and index.tensors[name].dtype in _HALVES.values())
         }
 
     @property
@@ -163,12 +181,23 @@ class HalfMatrices:
 
     def read(self, name: str, state: Mapping[str, Any]) -> BlockMatrix:
         """See `MatrixSource`."""
-        numbers = state[self._stored[name]][...]
-        kind = self._types[_HALVES[numbers.dtype]]
-        rows, columns = numbers.shape
-        blocks = self._memory.take(rows, kind.row_bytes(columns))
-        blocks.copy_(numbers.contiguous().view(torch.uint8))
-        return BlockMatrix(kind, columns, blocks)
+        stored = state[self._stored[name]]
+        dtype = None
+        if isinstance(stored, LazyMatrix):
+            components, (rows, columns) = stored.components(), stored.shape
+            if kind := _held_in(stored.coding, columns, components):
+                matrix = self._new(kind, rows, columns)
+                into_blocks(kind, stored.coding, components, matrix.blocks)
+                return matrix
+            dtype = components[1].dtype if components[1].dtype in _HALVES else torch.bfloat16
+        numbers = stored[...].to(dtype)
+        matrix = self._new(_HALVES[numbers.dtype], *numbers.shape)
+        matrix.blocks.copy_(numbers.contiguous().view(torch.uint8))
+        return matrix
+
+    def _new(self, kind_name: str, rows: int, columns: int) -> BlockMatrix:
+        kind = self._types[kind_name]
+        return BlockMatrix(kind, columns, self._memory.take(rows, kind.row_bytes(columns)))
 
 
 class DenseBlocks:
@@ -248,6 +277,14 @@ class DenseBlocks:
             return BlockLinear(matrix, self._products, module.bias is not None, self._dtype)
 
 
+def _held_in(coding: Coding, columns: int, components: Sequence[torch.Tensor]) -> str:
+    """The smallest type of blocks that holds a matrix of `columns` exactly; "" where none does."""
+    if coding.kind not in INT4_CODINGS or int4_misfit(coding, columns):
+        return ""
+    scales, *zeros = components[1:]
+    return next(iter(types_that_hold(coding, scales, zeros[0] if zeros else None)), "")
+
+
 def is_kept(index: GgufIndex, name: str, products: BlockProducts) -> bool:
     """Whether a dense tensor is a matrix whose type ggml multiplies, and not one of plain floats."""
     kind = products.library.types.get(index.kinds[name])
@@ -287,13 +324,33 @@ def quantised_nbytes(matrices: DenseMatrices, kind: BlockType, index: Checkpoint
     """Bytes of the dense weights of `index` with these matrices in blocks, and all else in f32.
 
     Args:
-        dense_nbytes: as they are stored.
+        dense_nbytes: as they are stored; of quantised ones in 16 bits.
     """
     stored = [index.tensors[name] for name in matrices.stored.values() if name in index.tensors]
     itemsize = 4 if any(entry.dtype == "F32" for entry in stored) else 2
     numbers = sum(rows * columns for rows, columns in matrices.shapes.values())
     blocks = sum(rows * kind.row_bytes(columns) for rows, columns in matrices.shapes.values())
     return blocks + max(0, dense_nbytes - itemsize * numbers) * 4 // itemsize
+
+
+def int4_saving(
+    matrices: DenseMatrices, form: QuantisedFormat, quantised: Mapping[str, tuple[str, ...]], index: CheckpointIndex,
+    products: BlockProducts,
+) -> int:  # fmt: skip
+    """Bytes that four-bit integers of dense matrices, held by blocks, take less than 16 bits a weight; at least.
+
+    Args:
+        form: of the checkpoint. quantised: stored names of its matrices' components.
+    """
+    largest = products.library.types[INT4_TYPES[-1]]
+    shapes = [
+        matrices.shapes[ours]
+        for ours, name in matrices.stored.items()
+        # A float16 is held for certain; a scale of another dtype has to be read first.
+        if name in quantised and form.coding.kind in INT4_CODINGS and index.tensors[quantised[name][1]].dtype == "F16"
+        if not int4_misfit(form.coding_of(name), matrices.shapes[ours][1])
+    ]
+    return sum(rows * (2 * columns - largest.row_bytes(columns)) for rows, columns in shapes)
 
 
 def _read(index: GgufIndex, name: str, kind: BlockType, blocks: torch.Tensor) -> torch.Tensor:

@@ -31,19 +31,27 @@ _ORDER_READERS = 8
 
 
 class LazyMatrix:
-    """A quantised matrix of the checkpoint; indexing it reads and dequantises its components."""
+    """A quantised matrix of the checkpoint, in its `coding`; indexing it reads and dequantises its components."""
 
     def __init__(self, index: CheckpointIndex, names: tuple[str, ...], coding: Coding, dtype: torch.dtype) -> None:
-        self._index, self._names, self._coding, self._dtype = index, names, coding, dtype
+        self._index, self._names, self.coding, self._dtype = index, names, coding, dtype
+        self._entries = [merged(self._index.tensors[name], 2) for name in self._names]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Its rows and columns."""
+        return matrix_shape(self.coding, [entry.shape for entry in self._entries], self._names[0])
+
+    def components(self) -> list[torch.Tensor]:
+        """Its components as they are stored, in the coding's order."""
+        check_dtypes(self.coding, self._names, self._index)
+        return [LazyTensor(self._index, entry.name)[...].reshape(entry.shape) for entry in self._entries]
 
     def __getitem__(self, at: Any) -> torch.Tensor:
-        check_dtypes(self._coding, self._names, self._index)
-        entries = [merged(self._index.tensors[name], 2) for name in self._names]
-        rows, cols = matrix_shape(self._coding, [entry.shape for entry in entries], self._names[0])
-        matrix = StoredMatrix(self._coding, tuple(range(len(entries))), rows, cols)
+        rows, cols = self.shape
+        stored = self.components()
         out = torch.empty(rows, cols, dtype=self._dtype)
-        stored = [LazyTensor(self._index, entry.name)[...].reshape(entry.shape) for entry in entries]
-        decode_matrix(matrix, stored, out)
+        decode_matrix(StoredMatrix(self.coding, tuple(range(len(stored))), rows, cols), stored, out)
         return out[at]
 
 

@@ -1,0 +1,72 @@
+"""Compare a packed store's records with what packing the checkpoint anew would write, byte for byte."""
+
+from collections.abc import Callable, Collection
+
+from foreroute.checkpoint.codecs import CODECS, STORED, orders_of, types_in
+from foreroute.checkpoint.layouts import ExpertTable
+from foreroute.checkpoint.quantised_layout import in_blocks
+from foreroute.checkpoint.records import PackedStore
+from foreroute.kernels.ggml.form import is_in_blocks
+from foreroute.kernels.ggml.library import open_library
+from foreroute.prepare.pack import RecordMaker
+from foreroute.prepare.quantise import Int4Blocks, Quantiser
+from foreroute.transfer.disk import DiskTransfer
+from foreroute.transfer.memory import allocate_slots
+from foreroute.types import ExpertReads
+
+
+def is_made_by_pack(table: ExpertTable) -> bool:
+    """Whether blocks of these experts, as the checkpoint stores them, are made by `pack`: it has none of its own."""
+    return not any(is_in_blocks(layer) for layer in in_blocks(table).layers)
+
+
+def other_records(store: PackedStore, source: ExpertTable, keys: Collection[int]) -> set[int]:
+    """Find experts whose record in `store` is not what packing their bytes in the checkpoint would write.
+
+    Args:
+        source: the experts as the checkpoint stores them, by which the store was opened. keys: of those to compare.
+    Raises:
+        ReadError, ChecksumError: one cannot be read.
+    Cost: each of them is read twice, and quantised.
+    """
+    codec = CODECS[store.codec]
+    if codec.name == STORED:
+        encoder: Int4Blocks | Quantiser = Int4Blocks(source, types_in(store.table))
+    else:
+        encoder = Quantiser(source, codec, open_library(), measured=0)
+    maker = RecordMaker(source, encoder, orders_of(store.table))
+    found = set()
+    with (
+        _OneAtATime(source, source.reads) as of_source,
+        _OneAtATime(store.table, store.reads_of(store.table)) as of_store,
+    ):
+        for key in sorted(keys):
+            layer, _ = source.expert_id(key)
+            nbytes = store.table.layers[layer].layout.record_bytes
+            if maker.make(key, of_source.read(key))[:nbytes] != of_store.read(key)[:nbytes]:
+                found.add(key)
+    return found
+
+
+class _OneAtATime:
+    """Reads one expert after the other into a slot of its own."""
+
+    def __init__(self, table: ExpertTable, reads_of: Callable[[int], ExpertReads]) -> None:
+        self._memory, self._slots = allocate_slots(1, table.slot_bytes)
+        self._transfer = DiskTransfer(reads_of, self._slots.__getitem__, label=table.label)
+
+    def __enter__(self) -> "_OneAtATime":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._transfer.close()
+        self._slots.clear()
+        del self._memory
+
+    def read(self, key: int) -> memoryview:
+        """The bytes of expert `key`, valid until the next one is read."""
+        self._transfer.demand(key, 0)
+        (completion,) = self._transfer.wait()
+        if completion.error is not None:
+            raise completion.error
+        return self._slots[0]
