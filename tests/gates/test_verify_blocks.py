@@ -11,6 +11,7 @@ import torch
 
 from foreroute.cli.main import main
 from foreroute.engine.moe_step import MoeStep
+from foreroute.kernels.ggml.decoder.layer import _After
 from foreroute.kernels.ggml.form import BlockForm
 from foreroute.kernels.ggml.library import open_library
 from foreroute.kernels.ggml.linear import BlockLinear
@@ -179,3 +180,13 @@ def test_distance() -> None:
     assert far.median_kl == 0
     assert far.worst_kl == pytest.approx(1.357, rel=0.01)
     assert far.agrees
+
+
+def test_a_choice_of_a_graph_is_looked_at(verified: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs choose experts in every ordinary step, and in those that are compared: in all models alike, so that only
+    torch's numbers tell."""
+    own = _After.chosen
+    monkeypatch.setattr(_After, "chosen", lambda self: torch.arange(self._chosen[1])[None].expand_as(own(self)))
+    answer = verified("--json", expect=1)
+    assert answer["same"]
+    assert answer["beside_torch"]["median_kl"] > MOST_KL

@@ -162,3 +162,20 @@ def test_a_token_that_sees_all_has_no_mask(
         again = load(written[name].path, "100%")
         monkeypatch.setattr(model, "forward", again.forward)
         assert torch.equal(alone(), found)
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_a_padding_mask_that_ends_early_is_transformers_own(tokens: int) -> None:
+    """transformers takes what it does not speak of for padding."""
+    given = {
+        "batch_size": 1,
+        "q_length": 1,
+        "kv_length": 4,
+        "q_offset": 3,
+        "attention_mask": torch.ones(1, tokens, dtype=torch.bool),
+    }
+    theirs = decode_attention.sdpa_mask(**given)
+    ours = decode_attention._mask(decode_attention.sdpa_mask, **given)
+    assert theirs is not None
+    assert torch.equal(ours, theirs)
+    assert decode_attention._mask(decode_attention.sdpa_mask, **{**given, "attention_mask": None}) is None

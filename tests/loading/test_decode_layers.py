@@ -244,3 +244,107 @@ def test_closed_experts_say_so(written: Any, load: Any) -> None:
     model.foreroute.close()
     with pytest.raises(RefusedError, match="closed"):
         decode_three(model)
+
+
+class Passing(torch.nn.Module):
+    """A module in another's place, which counts the calls that it passes on."""
+
+    def __init__(self, own: torch.nn.Module, heard: list[int]) -> None:
+        super().__init__()
+        self._modules["own"], self._heard = own, heard
+        self.out_features = getattr(own, "out_features", 0)
+        self.weight = getattr(own, "weight", None)
+
+    def forward(self, *args: torch.Tensor) -> Any:
+        self._heard.append(args[0].shape[1] if args[0].ndim == 3 else args[0].shape[0])
+        return self._modules["own"](*args)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["mlp.gate", "mlp.experts", "self_attn.q_proj", "self_attn.o_proj", "post_attention_layernorm", "input_layernorm"],
+)
+def test_modules_replaced_after_load_are_called(name: str, written: Any, load: Any) -> None:
+    model = load(written["qwen3moe"].path, "100%")
+    before, heard = decode_three(model), list[int]()
+    layer = model.get_decoder().layers[1]
+    parent = layer.get_submodule(name.rpartition(".")[0])
+    last = name.rpartition(".")[2]
+    setattr(parent, last, Passing(getattr(parent, last), heard))
+    after = decode_three(model)
+    assert heard == [3, 1, 1, 1]
+    assert float((after - before).norm() / before.norm()) < MOST_DIFFERENCE
+
+
+@pytest.mark.parametrize("name", ["mlp.gate", "mlp.experts", "mlp", "self_attn"])
+def test_forwards_replaced_after_load_are_called(name: str, written: Any, load: Any) -> None:
+    model = load(written["qwen3moe"].path, "100%")
+    decode_three(model)
+    module, heard = model.get_decoder().layers[1].get_submodule(name), []
+    own = module.forward
+
+    def hearing(*args: Any, **given: Any) -> Any:
+        heard.append(1)
+        return own(*args, **given)
+
+    module.forward = hearing
+    decode_three(model)
+    assert len(heard) == 4
+
+
+def turn_router(gate: Any) -> None:
+    gate.weight = torch.nn.Parameter(-gate.weight.detach().as_subclass(torch.Tensor), requires_grad=False)
+
+
+def choose_one(gate: Any) -> None:
+    gate.top_k = 1
+
+
+@pytest.mark.parametrize("change", [turn_router, choose_one])
+def test_routers_changed_after_load_are_obeyed(change: Any, written: Any, load: Any, monkeypatch: Any) -> None:
+    found = []
+    for model in (
+        load(written["qwen3moe"].path, "100%"),
+        loaded_plain(load, written["qwen3moe"].path, monkeypatch),
+    ):
+        before = decode_three(model)
+        change(model.get_decoder().layers[1].mlp.gate)
+        found.append(decode_three(model))
+        assert not torch.equal(found[-1], before)
+    assert float((found[0] - found[1]).norm() / found[1].norm()) < MOST_DIFFERENCE
+
+
+def test_hooks_of_all_modules_are_called(written: Any, load: Any) -> None:
+    model = load(written["qwen3moe"].path, "100%")
+    decode_three(model)
+    heard: list[str] = []
+    handle = torch.nn.modules.module.register_module_forward_hook(
+        lambda module, args, out: heard.append(type(module).__name__)
+    )
+    decode_three(model)
+    handle.remove()
+    for name in ("TopKRouter", "Experts", "SparseMoeBlock", "Attention"):
+        assert heard.count(f"Qwen3Moe{name}") == 4 * model.config.num_hidden_layers
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_cache_begun_in_inference_mode_goes_on_outside(rows: int, written: Any, load: Any) -> None:
+    model = load(written["qwen3moe"].path, "100%")
+    prompt, token = torch.tensor([[5, 17, 42]] * rows), torch.tensor([[9]] * rows)
+    with torch.inference_mode():
+        out = model(prompt, use_cache=True)
+        out = model(token, past_key_values=out.past_key_values)
+    with torch.no_grad():
+        again = model(token, past_key_values=out.past_key_values).logits
+        out = model(prompt, use_cache=True)
+        for _ in range(2):
+            out = model(token, past_key_values=out.past_key_values)
+    assert torch.equal(again, out.logits)
+
+
+def test_a_row_does_not_go_on_a_cache_of_two(written: Any, load: Any) -> None:
+    model = load(written["qwen3moe"].path, "100%")
+    with torch.no_grad():
+        out = model(torch.tensor([[5, 17, 42]] * 2), use_cache=True)
+        with pytest.raises(RuntimeError):
+            model(torch.tensor([[9]]), past_key_values=out.past_key_values)

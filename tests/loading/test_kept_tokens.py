@@ -27,7 +27,7 @@ def cache_of(tokens: int, is_sliding: bool) -> DynamicCache:
 
 
 def append(cache: DynamicCache, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    found = room_of(cache, 0)
+    found = room_of(cache, 0, ROWS)
     assert found is not None
     return found[1].append(found[0], *states(1, seed))
 
@@ -95,14 +95,35 @@ def test_other_caches_keep_their_own_way() -> None:
         pass
 
     cache = cache_of(3, is_sliding=False)
-    assert room_of(None, 0) is None
-    assert room_of(cache, 1) is None, "a layer that holds nothing yet"
+    assert room_of(None, 0, ROWS) is None
+    assert room_of(cache, 1, ROWS) is None, "a layer that holds nothing yet"
     recorded = cache_of(3, is_sliding=True)
     recorded.layers[0].record_past = True
-    assert room_of(recorded, 0) is None
+    assert room_of(recorded, 0, ROWS) is None
     for layer in (Other(), DynamicLayer()):
         cache.layers[0] = layer
-        assert room_of(cache, 0) is None
+        assert room_of(cache, 0, ROWS) is None
     half = DynamicCache()
     half.update(*(one.bfloat16() for one in states(2, 0)), 0)
-    assert room_of(half, 0) is None
+    assert room_of(half, 0, ROWS) is None
+
+
+def test_past_that_is_recorded_from_now_on_is_transformers_own() -> None:
+    cache, theirs = (cache_of(9, is_sliding=True) for _ in range(2))
+    append(cache, 1)
+    theirs.update(*states(1, 1), 0)
+    for one in (cache, theirs):
+        one.layers[0].record_past = True
+        assert room_of(one, 0, ROWS) is None
+        for seed in (2, 3):
+            one.update(*states(1, seed), 0)
+        one.crop(-1)
+    assert all(torch.equal(one, other) for one, other in zip(held(cache), held(theirs), strict=True))
+
+
+def test_a_cache_of_other_rows_or_half_a_token_is_left_to_transformers() -> None:
+    cache = cache_of(3, is_sliding=False)
+    append(cache, 1)
+    assert room_of(cache, 0, 1) is None
+    cache.layers[0].keys = cache.layers[0].keys[:, :, :-1]  # as after an interrupt between keys and values
+    assert room_of(cache, 0, ROWS) is None

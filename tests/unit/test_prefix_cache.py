@@ -12,6 +12,7 @@ from transformers.cache_utils import DynamicCache
 from foreroute.engine.chunks import split_prompt
 from foreroute.generation.prefix_cache import PromptCache
 from foreroute.model.caches import can_be_continued, can_be_cut, new_cache
+from foreroute.model.decode.kept_tokens import room_of
 
 # Two layers, keys and values, 1 head of width 1, fp32.
 TOKEN_BYTES = 2 * 2 * 4
@@ -153,3 +154,19 @@ def test_a_prompt_is_split_without_a_single_token_left_over(num_tokens: int, chu
     assert min(sizes) > 1 or num_tokens == 1
     assert len(sizes) == -(-num_tokens // chunk)
     assert [piece.shape[1] for piece in split_prompt(ids, None)] == [num_tokens]
+
+
+def test_room_that_decoding_left_is_not_kept() -> None:
+    model, kept = Model(), PromptCache(10**6)
+    cache = filled(model, [1, 2, 3])
+    for index in range(2):
+        layer, room = room_of(cache, index, 1) or pytest.fail("no room")
+        room.append(layer, torch.full((1, 1, 1, 1), 4.0), torch.full((1, 1, 1, 1), 4.0))
+    assert kept.keep(model, [1, 2, 3, 4], cache)
+    assert kept.nbytes == 4 * TOKEN_BYTES
+    taken, known = kept.take(model, [1, 2, 3, 4, 5], 9)
+    assert taken is not None
+    assert known == 4
+    assert tokens_in(taken) == [[1, 2, 3, 4]] * 4
+    held = sum(part.untyped_storage().nbytes() for one in taken.layers for part in (one.keys, one.values))
+    assert held == kept.nbytes

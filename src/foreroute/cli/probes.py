@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from foreroute.engine.interfaces import StepInfo
+from foreroute.model.experts import ExpertsForward
 
 if TYPE_CHECKING:
     from foreroute.loading.offloaded_model import OffloadedModel
@@ -50,8 +51,8 @@ class _Watch:
         """Whether time is up."""
         return self._clock() >= self._ends_s
 
-    def __call__(self, *_: object) -> None:
-        """A layer has been computed: a forward hook of its experts."""
+    def __call__(self) -> None:
+        """A layer's experts have been computed."""
         self.num_done += 1
         if self.num_done < self._num_layers and self.is_over:
             raise _OutOfTime
@@ -69,9 +70,18 @@ def measure_compute(
     """
     layers = model.foreroute.layers
     watch = _Watch(len(layers), limit_s, clock)
-    hooks = [layer.experts.register_forward_hook(watch) for layer in layers]
     passes_ms: list[float] = []
-    try:
+
+    def wrapped(_: int, compute: ExpertsForward) -> ExpertsForward:
+        def watched(*args: torch.Tensor) -> torch.Tensor:
+            output = compute(*args)
+            watch()
+            return output
+
+        return watched
+
+    # Not by hooks, for which a graph would leave the choice of experts to the family's router.
+    with model.foreroute.computing(wrapped):
         while len(passes_ms) < _WARM_UP_PASSES + _TIMED_PASSES and not (passes_ms and watch.is_over):
             elapsed_ms = _pass_ms(model, watch, clock)
             if watch.num_done < len(layers):
@@ -79,9 +89,6 @@ def measure_compute(
                     return ComputeTime(elapsed_ms * len(layers) / watch.num_done, 0, watch.num_done)
                 break
             passes_ms.append(elapsed_ms)
-    finally:
-        for hook in hooks:
-            hook.remove()
     # Where few passes were made, the last of them is the warmest.
     timed = passes_ms[_WARM_UP_PASSES:] or passes_ms[-1:]
     return ComputeTime(statistics.median(timed), len(timed), len(layers))

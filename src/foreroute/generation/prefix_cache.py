@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from threading import Lock
 from typing import Any
 
+import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from foreroute.loading.offloaded_model import OffloadedModel
@@ -103,6 +104,9 @@ class PromptCache:
         whole = _cut_to(cache, len(ids)) if ids else None
         if whole is None:
             return False
+        for layer in whole.layers:
+            # Decoding leaves room for tokens to come (model/decode/kept_tokens.py), which is not kept.
+            layer.keys, layer.values = (_without_room(part) for part in (layer.keys, layer.values))
         nbytes = sum(part.nbytes for layer in whole.layers for part in (layer.keys, layer.values))
         new = _Kept(weakref.ref(model), tuple(ids), whole, nbytes)
         if nbytes > self.max_bytes:
@@ -145,6 +149,12 @@ def _cut_to(cache: DynamicCache, length: int) -> DynamicCache | None:
         if too_many:
             layer.crop(-too_many)
     return branch
+
+
+def _without_room(states: torch.Tensor) -> torch.Tensor:
+    """The same in a tensor of its own, if they are part of a larger one."""
+    is_part = states.untyped_storage().nbytes() > states.nbytes
+    return states.clone(memory_format=torch.contiguous_format) if is_part else states
 
 
 def _branch(cache: DynamicCache, too_many: int) -> DynamicCache:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from foreroute.checkpoint.codecs import STORED
 from foreroute.checkpoint.index import CheckpointIndex
 from foreroute.checkpoint.layouts import ExpertTable
 from foreroute.checkpoint.quantised_formats import FP8, MXFP4
@@ -239,9 +240,11 @@ def torch_model(folder: Path, sketch: Outline, plan: Plan, packed: str = "no") -
     """Yield the model of `folder` whose blocks torch dequantises; in the memory and the compute dtype of `plan`.
 
     Args:
-        packed: as in the configuration of the model that is verified; only blocks that `pack` made are read there.
+        packed: as in the configuration of the model that is verified; only what `pack` quantised is read there. Blocks
+            that hold a checkpoint's own numbers exactly are compared with these.
     """
-    if is_of_made_blocks(sketch, plan):
+    store = open_store(folder, packed, sketch.table) if is_of_made_blocks(sketch, plan) else None
+    if store is not None and store.codec != STORED:
         model = load(folder, plan.memory_bytes, plan.compute_dtype, config=replace(_PLAIN_LOADING, packed=packed))
         try:
             yield model

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from foreroute.engine.interfaces import StepInfo
 from foreroute.loading.offloaded_model import OffloadedModel
 from foreroute.model.caches import cache_argument, cache_of, last_logits_only
+from foreroute.model.experts import ExpertsForward
 from foreroute.verification.slot_watch import SlotUse, SlotWatch, digest
 
 
@@ -90,7 +91,11 @@ def _announced(model: PreTrainedModel, info: StepInfo) -> AbstractContextManager
 
 @contextmanager
 def _tapped(model: PreTrainedModel, modules: Sequence[str], watch: SlotWatch | None) -> Iterator[list[LayerPass]]:
-    """While inside, record every call of an experts module in the list."""
+    """While inside, record every call of an experts module in the list.
+
+    Of our models the engine's call, which a graph that chooses experts makes too: with hooks on their modules it would
+    leave the choice to the family's router, and never be looked at.
+    """
     passes: list[LayerPass] = []
     inputs: dict[str, tuple[bytes, bytes, tuple[int, ...]]] = {}
 
@@ -112,6 +117,24 @@ def _tapped(model: PreTrainedModel, modules: Sequence[str], watch: SlotWatch | N
 
         return hook
 
+    if isinstance(model, OffloadedModel):
+        layers = model.foreroute.layers
+
+        def wrapped(layer: int, compute: ExpertsForward) -> ExpertsForward:
+            name = layers[layer].name
+            hear, note = before(name), after(name)
+
+            def tapped(*args: torch.Tensor) -> torch.Tensor:
+                hear(None, args, {})
+                output = compute(*args)
+                note(None, args, {}, output)
+                return output
+
+            return tapped if name in modules else compute
+
+        with model.foreroute.computing(wrapped):
+            yield passes
+        return
     handles = []
     try:
         for name in modules:

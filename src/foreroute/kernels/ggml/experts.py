@@ -297,6 +297,11 @@ class FormGraphs:
         """
         return (self.in_bf16 if self.converts(len(rows), may_convert=may_convert) else self.in_blocks)(rows, slot)
 
+    def scratch_bytes(self, num_rows: int) -> int:
+        """Memory for what is between the products, inputs and outputs of so many rows, of one expert each."""
+        form = self.form
+        return 4 * num_rows * (sum(matrix.rows for matrix in form.first) + form.intermediate + 3 * form.hidden)
+
     def converts(self, num_rows: int, *, may_convert: bool) -> bool:
         """Whether `stream` computes so many rows of an expert in bf16."""
         return may_convert and num_rows >= self._bf16_from

@@ -16,8 +16,8 @@ from foreroute.kernels.layer import ExpertListener, ExpertSlots, LayerSum, Place
 from foreroute.kernels.torch.layer import group_by_expert
 from foreroute.types import ExpertId
 
-# Rows of all experts together that a short prompt computes in one graph, as far as memory goes: 8 KB each and more.
-_MOST_AT_ONCE = 2048
+# Memory for the rows of all experts that a short prompt computes in one graph.
+_MOST_AT_ONCE_BYTES = 2**26
 # (an expert's key, inputs [n, hidden], outputs [n, hidden])
 Check = Callable[[int, torch.Tensor, torch.Tensor], None]
 
@@ -57,7 +57,7 @@ class GgmlLayer:
     ) -> torch.Tensor:
         """See `LayerKernels`. hidden: [tokens, hidden]. ids, weights: [tokens, k]."""
         assert self._graphs is not None, "the pool has been closed"
-        if listener is None and ids.numel() <= _MOST_AT_ONCE:
+        if listener is None and self._graphs.scratch_bytes(ids.numel()) <= _MOST_AT_ONCE_BYTES:
             placed = self._all_in_blocks(experts, keys, ids)
             if placed:
                 routed = [[key if (key := self._base + one) in placed else -1 for one in row] for row in ids.tolist()]

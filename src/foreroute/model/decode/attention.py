@@ -87,7 +87,11 @@ def _mask(
     # A window's cache returns no more than its tokens; a chunk's may return some of the chunk before.
     sees_window = local_size is None or kv_length <= local_size
     is_window = getattr(config, "attention_chunk_size", None) is None
-    is_whole = attention_mask is None or (attention_mask.ndim == 2 and bool(attention_mask.all()))
+    # transformers takes a shorter one's missing tokens for padding.
+    end = kv_length + int(others.get("kv_offset", 0))
+    is_whole = attention_mask is None or (
+        attention_mask.ndim == 2 and attention_mask.shape[-1] >= end and bool(attention_mask.all())
+    )
     if q_length == 1 and allow_is_causal_skip and sees_window and is_window and is_whole:
         return None
     return own(

@@ -34,7 +34,7 @@ class Room:
         return (type(None), ())
 
     def is_of(self, layer: Any) -> bool:
-        """Whether these are the layer's tensors now, and one more token fits."""
+        """Whether these are the layer's tensors now, and one more token of each row fits."""
         is_shown = layer.keys is self.keys and layer.values is self.values
         return is_shown and self._layer() is layer and self._end < self._keys.shape[-2]
 
@@ -54,8 +54,9 @@ class Room:
     def append(self, layer: Any, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Add a token [rows, heads, 1, size]; return all that it sees, itself included."""
         start, end = self._start, self._end
-        for states, added in ((self._keys, keys), (self._values, values)):
-            states[:, :, end : end + 1] = added
+        with torch.no_grad():
+            for states, added in ((self._keys, keys), (self._values, values)):
+                states[:, :, end : end + 1] = added
         self.written(layer)
         return self._keys[:, :, start : end + 1], self._values[:, :, start : end + 1]
 
@@ -74,20 +75,28 @@ class Room:
         )  # fmt: skip
 
 
-def room_of(cache: Any, index: int) -> tuple[Any, Room] | None:
-    """A cache's layer and its tensors with room for a token; None where they are of a kind that is not known."""
+def room_of(cache: Any, index: int, num_rows: int) -> tuple[Any, Room] | None:
+    """A cache's layer and its tensors with room for a token of `num_rows` rows; None where transformers has to add it.
+
+    That is so for other classes of caches and tensors, and where it would refuse: other rows, values of other tokens.
+    """
     if type(cache) is not DynamicCache or index >= len(cache.layers):
         return None
     layer = cache.layers[index]
-    room = layer.__dict__.get(_ATTRIBUTE)
-    if room is not None and room.is_of(layer):
-        return layer, room
     is_sliding = type(layer) is DynamicSlidingWindowLayer
     if not is_sliding and type(layer) is not DynamicLayer:
         return None
     if not layer.is_initialized or (is_sliding and getattr(layer, "record_past", False)):
         return None
-    if not all(one.device.type == "cpu" and one.dtype == torch.float32 for one in (layer.keys, layer.values)):
+    keys, values = layer.keys, layer.values
+    if len(keys) != num_rows:
+        return None
+    room = layer.__dict__.get(_ATTRIBUTE)
+    if room is not None and room.is_of(layer):
+        return layer, room
+    if not all(one.device.type == "cpu" and one.dtype == torch.float32 for one in (keys, values)):
+        return None
+    if keys.shape[:3] != values.shape[:3]:
         return None
     room = layer.__dict__[_ATTRIBUTE] = Room(layer)
     return layer, room
@@ -95,6 +104,9 @@ def room_of(cache: Any, index: int) -> tuple[Any, Room] | None:
 
 def _longer(states: torch.Tensor, tokens: int) -> torch.Tensor:
     rows, heads, held, size = states.shape
-    longer = torch.empty((rows, heads, tokens, size), dtype=states.dtype, device="cpu")
-    longer[:, :, :held] = states
+    # A normal tensor even if this caller's inference mode is on: the next token may come outside of it.
+    with torch.inference_mode(False), torch.no_grad():
+        longer = torch.empty((rows, heads, tokens, size), dtype=states.dtype, device="cpu")
+        longer[:, :, :held] = states
+        longer[:, :, held:] = 0  # saved caches contain it
     return longer

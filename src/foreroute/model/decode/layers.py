@@ -21,6 +21,7 @@ from foreroute.kernels.ggml.decoder.layer import AfterGraph, BeforeGraph, Chosen
 from foreroute.kernels.ggml.decoder.parts import AfterAttention, Attention, BeforeAttention, Buffers, Norm
 from foreroute.kernels.ggml.linear import BlockLinear, BlockProducts, RouterWeight
 from foreroute.model.blocks import MoeLayer
+from foreroute.model.decode.as_made import AsMade
 from foreroute.model.decode.attention import attends_by_interface, function_of, sees_all
 from foreroute.model.decode.kept_tokens import room_of
 from foreroute.model.decode.norms import fused_norm
@@ -114,8 +115,10 @@ class _FusedLayer:
         self._routed: RoutedExperts | None = None
         attention = layer.self_attn
         replaced = [layer.input_layernorm, *attention.modules()]
-        self._hooks = [one._forward_hooks for one in (*replaced, self._norm)]
-        self._hooks += [one._forward_pre_hooks for one in replaced]
+        self._is_as_made = AsMade(replaced)
+        self._own = [(layer._modules, name, child) for name, child in layer._modules.items()]
+        self._own += [(self._norm._parameters, name, one) for name, one in self._norm._parameters.items()]
+        self._own.append((self._norm.__dict__, "forward", self._norm.__dict__.get("forward")))
         self._usual = {
             "dropout": 0.0,
             "scaling": attention.scaling,
@@ -136,19 +139,21 @@ class _FusedLayer:
         """As the layer's own `forward`."""
         layer: Any = self._layer()
         is_decoded = hidden_states.shape[1] == 1 and not args and self._shared.products.decodes()
-        if not is_decoded or hidden_states.dtype != torch.float32 or self._is_changed(layer):
+        if not is_decoded or hidden_states.dtype != torch.float32 or self._is_changed():
             return type(layer).forward(layer, hidden_states, *args, **kwargs)
         return self.compute(hidden_states, **kwargs)
 
-    def _is_changed(self, layer: Any) -> bool:
-        """Whether modules that graphs replace were replaced, or have hooks: transformers adds some where attention's
+    def _is_changed(self) -> bool:
+        """Whether modules that graphs stand for were changed, or have hooks: transformers adds some where attention's
         weights are asked for. The residual tap's is called here."""
-        modules = layer._modules
+        for table, name, value in self._own:
+            if table.get(name) is not value:
+                return True
+        hooks = self._norm._forward_pre_hooks
         return (
-            modules["mlp"] is not self._mlp
-            or modules["self_attn"] is not self._attention
-            or any(self._hooks)
-            or not all(isinstance(hook, ResidualHook) for hook in self._norm._forward_pre_hooks.values())
+            not self._is_as_made()
+            or bool(self._norm._forward_hooks)
+            or (bool(hooks) and not all(isinstance(hook, ResidualHook) for hook in hooks.values()))
         )
 
     def compute(
@@ -182,7 +187,7 @@ class _FusedLayer:
         """The same up to its experts, as one graph; None where there are several rows, or a long context."""
         attention = self._attention
         queries, shared, _ = self._before.heads
-        found = room_of(cache, attention.layer_idx) if len(x) == 1 and queries > shared else None
+        found = room_of(cache, attention.layer_idx, 1) if len(x) == 1 and queries > shared else None
         if found is None or not sees_all(attention, mask, found[1].count):
             return None
         layer, room = found
@@ -203,7 +208,7 @@ class _FusedLayer:
         attention = self._attention
         before, after = self._graphs_of(len(x), cosine.shape[1])
         query, keys, values = before.run(x, cosine, sine)
-        found = room_of(cache, attention.layer_idx)
+        found = room_of(cache, attention.layer_idx, len(x))
         if found is not None:
             keys, values = found[1].append(found[0], keys, values)
         elif cache is not None:

@@ -1,7 +1,6 @@
 """How a MoE block chooses its experts, where that is a form that a graph computes; seen by numbers, never by name."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -9,6 +8,7 @@ from torch import nn
 from foreroute.kernels.ggml.decoder.parts import Route
 from foreroute.kernels.ggml.linear import RouterWeight
 from foreroute.model.blocks import MoeLayer
+from foreroute.model.decode.as_made import AsMade
 from foreroute.model.experts import OffloadedExperts
 
 _ROWS, _MOST_DIFFERENCE = 5, 1e-5
@@ -18,16 +18,12 @@ _ROWS, _MOST_DIFFERENCE = 5, 1e-5
 class RoutedExperts:
     """A MoE block that passes its input to its experts, by a choice of the form `route`, and returns their sum.
 
-    parts: the block's modules, whose hooks are heeded.
+    is_plain: whether the block is as it was when that was seen, and nobody hears it.
     """
 
     route: Route
     experts: OffloadedExperts
-    hooks: tuple[dict[Any, Any], ...]
-
-    def is_plain(self) -> bool:
-        """Whether nobody hears the block's modules."""
-        return not any(self.hooks)
+    is_plain: AsMade
 
     def __call__(self, normed: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Compute experts `ids`, weighted, [rows, k] each, of `normed` [rows, 1, width]: [rows, 1, width]."""
@@ -72,9 +68,7 @@ def routed_experts(block: nn.Module, layer: MoeLayer, weight: RouterWeight) -> R
         for is_share_of_all in (False, True):
             route = Route(layer.top_k, bias, is_share_of_all)
             if _is_alike(route, hidden, weight.detach(), ids, weights):
-                modules = [*block.modules()]
-                hooks = [one._forward_hooks for one in modules] + [one._forward_pre_hooks for one in modules]
-                return RoutedExperts(route, experts, tuple(hooks))
+                return RoutedExperts(route, experts, AsMade(block.modules()))
     return None
 
 
