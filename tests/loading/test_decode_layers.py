@@ -7,6 +7,7 @@ import torch
 
 from foreroute.errors import RefusedError
 from foreroute.model.decode import layers as decode_layers
+from foreroute.model.decode.routes import RoutedExperts
 from foreroute.model.hooks import ResidualTap
 from tests.formats.gguf_writer import Kind, Written, write_gguf
 from tests.loading.test_decode_attention import decoded
@@ -194,7 +195,10 @@ def test_one_graph_up_to_the_experts_has_the_bits_of_its_parts(
 def test_graphs_choose_experts_as_the_family_s_routers_do(name: str, written: Any, load: Any, monkeypatch: Any) -> None:
     model = load(written[name].path, "100%")
     assert all(fused._routed is not None for fused in fused_layers(model))
+    calls, compute = [], RoutedExperts.__call__
+    monkeypatch.setattr(RoutedExperts, "__call__", lambda *given: calls.append(1) or compute(*given))
     ours = decode_three(model)
+    assert len(calls) == 3 * model.config.num_hidden_layers
     monkeypatch.setattr("foreroute.model.decode.layers.routed_experts", lambda *given: None)
     by_module = load(written[name].path, "100%")
     assert all(fused._routed is None for fused in fused_layers(by_module))

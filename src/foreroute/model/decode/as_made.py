@@ -1,13 +1,13 @@
 """Whether modules are still what they were when a graph took over what they compute."""
 
 from collections.abc import Iterable
-from types import NoneType
 from typing import Any
 
 from torch import nn
 from torch.nn.modules import module as torch_module
 
-_SETTINGS = (bool, int, float, str, NoneType)
+# What is None, such as the experts' way to the engine, may be set later.
+_SETTINGS = (bool, int, float, str)
 
 
 class AsMade:
