@@ -6,6 +6,7 @@ others. A prompt has the bits of the pieces that it is computed in.
 
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ from foreroute.kernels.ggml import linear as ggml_linear
 from foreroute.kernels.ggml.decoder.attention import TokenAttention
 from foreroute.kernels.ggml.layer import GgmlLayer
 from foreroute.kernels.ggml.linear import BlockLinear
-from foreroute.model.decode.routes import RoutedExperts
 from foreroute.model.text import load_tokenizer
 from foreroute.prepare.pack import pack
 from tests.formats.gguf_writer import Kind, Written, write_gguf
@@ -177,7 +177,9 @@ def test_what_gives_a_row_other_bits_in_company(written: Any, load: Any, monkeyp
     alone = decoded_alone(model)
     assert first_difference(decoded_together(model), alone) == ""
     with monkeypatch.context() as patch:  # torch's product in routers, as where a graph does not choose
-        patch.setattr(RoutedExperts, "is_plain", lambda self: False)
+        for layer in model.get_decoder().layers:
+            fused = layer.__dict__["forward"]
+            patch.setattr(fused, "_routed", replace(fused._routed, is_plain=lambda: False))
         patch.setattr(
             ggml_linear, "_router_product", lambda weight, x, bias=None: torch.nn.functional.linear(x, weight, bias)
         )
