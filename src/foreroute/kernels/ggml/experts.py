@@ -298,12 +298,12 @@ class FormGraphs:
         return (self.in_bf16 if self.converts(len(rows), may_convert=may_convert) else self.in_blocks)(rows, slot)
 
     def scratch_bytes(self, num_rows: int) -> int:
-        """Memory for what is between the products, inputs and outputs of so many rows, of one expert each."""
+        """Bytes of intermediate activations, inputs and outputs of `num_rows` rows, each routed to one expert."""
         form = self.form
         return 4 * num_rows * (sum(matrix.rows for matrix in form.first) + form.intermediate + 3 * form.hidden)
 
     def converts(self, num_rows: int, *, may_convert: bool) -> bool:
-        """Whether `stream` computes so many rows of an expert in bf16."""
+        """Whether `stream` multiplies an expert's `num_rows` rows in bf16."""
         return may_convert and num_rows >= self._bf16_from
 
     def in_blocks(self, rows: torch.Tensor, slot: int) -> torch.Tensor:

@@ -11,7 +11,7 @@ _SETTINGS = (bool, int, float, str)
 
 
 class AsMade:
-    """Tells whether `modules` have the submodules, parameters, settings and forwards of now, and whether any is heard.
+    """Tells whether `modules` still have their submodules, parameters, settings and forwards, and no hooks.
 
     A graph that computes in their place asks at each step: someone may have replaced a projection, turned a router's
     weight, set its top-k, or hung a hook on it.
@@ -31,7 +31,7 @@ class AsMade:
         self._hooks += [hooks for one in every for hooks in (one._forward_hooks, one._forward_pre_hooks)]
 
     def __call__(self) -> bool:
-        """Whether nothing was changed, and nobody listens. Cost: 2 us for a layer's attention."""
+        """Whether nothing was changed, and no hook is registered."""
         for table, name, value in self._made:
             if table.get(name) is not value:
                 return False

@@ -137,9 +137,9 @@ class _FusedLayer:
 
     def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """As the layer's own `forward`."""
-        layer: Any = self._layer()
         is_decoded = hidden_states.shape[1] == 1 and not args and self._shared.products.decodes()
         if not is_decoded or hidden_states.dtype != torch.float32 or self._is_changed():
+            layer: Any = self._layer()
             return type(layer).forward(layer, hidden_states, *args, **kwargs)
         return self.compute(hidden_states, **kwargs)
 

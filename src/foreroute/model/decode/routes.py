@@ -18,7 +18,7 @@ _ROWS, _MOST_DIFFERENCE = 5, 1e-5
 class RoutedExperts:
     """A MoE block that passes its input to its experts, by a choice of the form `route`, and returns their sum.
 
-    is_plain: whether the block is as it was when that was seen, and nobody hears it.
+    is_plain: whether the block is unchanged since that was seen, without hooks.
     """
 
     route: Route
@@ -27,9 +27,7 @@ class RoutedExperts:
 
     def __call__(self, normed: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Compute experts `ids`, weighted, [rows, k] each, of `normed` [rows, 1, width]: [rows, 1, width]."""
-        compute = self.experts.engine_forward
-        if compute is None:
-            return self.experts(normed.flatten(0, 1), ids, weights).view_as(normed)  # says that they are closed
+        compute = self.experts.engine_forward or self.experts  # closed experts raise what says so
         return compute(normed.flatten(0, 1), ids, weights).view_as(normed)
 
 
