@@ -77,7 +77,7 @@ class GgmlLayer:
         return total.to(hidden.dtype)
 
     def _all_in_blocks(self, experts: ExpertSlots, keys: Sequence[int], ids: torch.Tensor) -> dict[int, int]:
-        """Key -> slot of all `keys` if every one is resident and below the number of rows that take bf16; else empty."""
+        """Key -> slot of all `keys` if every one is resident and has too few rows for bf16; else empty."""
         assert self._graphs is not None, "the pool has been closed"
         most = int(ids[(ids >= 0) & (ids <= keys[-1] - self._base)].bincount().max()) if keys else 0
         if not keys or self._graphs.converts(most, may_convert=not self.decodes()):
