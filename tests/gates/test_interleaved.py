@@ -187,8 +187,8 @@ def test_torch_dequantises_it_to_the_same_bits(name: str, sources: Any, stores: 
 def test_a_long_prompt(name: str, has_bf16: bool, sources: Any, stores: Any, load: Any, monkeypatch: Any) -> None:
     """In bf16 the bits of plain rows, as both become the same numbers; else nearly those."""
     monkeypatch.setattr(bf16, "has_bf16", lambda: has_bf16)
-    monkeypatch.setattr(bf16, "_OTHERS_FROM", 1)
-    monkeypatch.setattr(bf16, "_SLOW_FROM", {})
+    monkeypatch.setattr(bf16, "_FEWEST", 1)
+    monkeypatch.setattr(bf16, "_COSTS", dict.fromkeys(bf16._COSTS, (0.0, 1.0)))
     ids = torch.randint(5, 240, (1, 60), generator=torch.Generator().manual_seed(4))
     found = []
     for is_so in (False, True):

@@ -1,6 +1,7 @@
 """ggml's backend computes a MoE layer from blocks in slots: right numbers, and bits that no other row changes."""
 
 import mmap
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -75,6 +76,7 @@ def layer_of(
     gating: str = "swiglu",
     biased: bool = False,
     interleaved: tuple[str, ...] = (),
+    threads: int = 2,
 ) -> Layer:
     """Its experts' matrices have eight rows side by side where their type is one of `interleaved`."""
     down_name = down_name or name
@@ -115,7 +117,7 @@ def layer_of(
         (start, start + 4 * INNER) if biased else (),
         start + 8 * INNER if biased else -1,
     )
-    graphs = ExpertGraphs(shared_runner(2), HostSlots(memory, SlotClass(slot_bytes, slots, (0,), 0)))
+    graphs = ExpertGraphs(shared_runner(threads), HostSlots(memory, SlotClass(slot_bytes, slots, (0,), 0)))
     numbers = [[part.numbers.astype(np.float64) for part in matrices] for matrices in parts]
     return Layer(GgmlLayer(0, 0, graphs.of(form)), memory, slot_of, numbers, biases, gating)
 
@@ -141,7 +143,7 @@ def test_a_layer_in_every_type(name: str) -> None:
 
 @pytest.mark.parametrize("name", types())
 def test_a_row_has_the_same_bits_whatever_shares_its_step(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("foreroute.kernels.ggml.experts.rows_in_bf16", lambda kind: float("inf"))
+    monkeypatch.setattr("foreroute.kernels.ggml.experts.rows_in_bf16", lambda *_: float("inf"))
     layer, (hidden, routed, gates) = layer_of.__wrapped__(name), step()
     check_rows_keep_their_bits(layer, hidden, routed, gates)
 
@@ -150,7 +152,7 @@ def test_a_row_has_the_same_bits_whatever_shares_its_step(name: str, monkeypatch
 @pytest.mark.parametrize("tokens", [1, 6, 40])
 def test_rows_side_by_side_keep_a_row_s_bits(name: str, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """An expert has up to some dozen rows: ggml's product of one tensor would take another way from four rows on."""
-    monkeypatch.setattr("foreroute.kernels.ggml.experts.rows_in_bf16", lambda kind: float("inf"))
+    monkeypatch.setattr("foreroute.kernels.ggml.experts.rows_in_bf16", lambda *_: float("inf"))
     layer, (hidden, routed, gates) = layer_of.__wrapped__(name, interleaved=(name,)), step(tokens)
     check_rows_keep_their_bits(layer, hidden, routed, gates)
     assert error(layer.compute(hidden, routed, gates), layer.expected(hidden, routed, gates)) < MOST_ERROR
@@ -159,7 +161,7 @@ def test_rows_side_by_side_keep_a_row_s_bits(name: str, tokens: int, monkeypatch
 @pytest.mark.parametrize("name", orders())
 def test_rows_side_by_side_are_read_and_streamed_as_rows(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The bytes that `verify` hashes, and bf16's products, are those of rows one after the other."""
-    monkeypatch.setattr("foreroute.kernels.ggml.experts.rows_in_bf16", lambda kind: 2)
+    monkeypatch.setattr("foreroute.kernels.ggml.experts.rows_in_bf16", lambda *_: 2)
     hidden, routed, gates = step(40)
     keys, ids = [*range(EXPERTS)], torch.tensor(routed)
     found = []
@@ -192,11 +194,63 @@ def check_rows_keep_their_bits(
 class _Streamed:
     """Gives slots one after the other, or those of `resident` at once."""
 
-    def __init__(self, layer: Layer, resident: Sequence[int] = ()) -> None:
-        self.slot_of, self._resident, self._layer = layer.slot, resident, layer
+    def __init__(self, layer: Layer, resident: Sequence[int] = (), held: int = 9) -> None:
+        self.slot_of, self._resident, self._layer, self._held = layer.slot, resident, layer, held
+
+    def hold(self, count: int) -> int:
+        return min(count, self._held)
 
     def resident(self, keys: Sequence[int]) -> dict[int, int]:
         return {key: self._layer.slot(key) for key in keys if key in self._resident}
+
+
+@pytest.mark.parametrize("converts", [True, False])
+@pytest.mark.parametrize("held", [1, 2, 9])
+def test_the_number_of_lanes_and_of_slots_that_are_held_changes_no_bit(
+    converts: bool, held: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("foreroute.kernels.ggml.experts.rows_in_bf16", lambda *_: 2 if converts else float("inf"))
+    monkeypatch.setattr("foreroute.kernels.ggml.layer._MOST_AT_ONCE_BYTES", 0)
+    hidden, routed, gates = step(40)
+    found = []
+    for threads in (1, 2, 3):
+        layer = layer_of.__wrapped__("Q4_K", threads=threads)
+        slots = _Streamed(layer, held=held)
+        found.append(layer.kernels.stream(slots, [*range(EXPERTS)], hidden, torch.tensor(routed), gates))
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+    assert error(found[0], layer.expected(hidden, routed, gates)) < MOST_ERROR
+
+
+def test_lanes_are_done_with_their_slots_when_a_read_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("foreroute.kernels.ggml.layer._MOST_AT_ONCE_BYTES", 0)
+    layer, (hidden, routed, gates) = layer_of.__wrapped__("Q8_0"), step(40)
+    under_way, graphs = [0], layer.kernels._graphs
+    assert graphs is not None
+    on_lane = graphs.on_lane
+
+    def slow(rows: torch.Tensor, slot: int, *, may_convert: bool) -> torch.Tensor:
+        under_way[0] += 1
+        time.sleep(0.05)
+        outputs = on_lane(rows, slot, may_convert=may_convert)
+        under_way[0] -= 1
+        return outputs
+
+    monkeypatch.setattr(graphs, "on_lane", slow)
+
+    class Failing(_Streamed):
+        def __init__(self) -> None:
+            super().__init__(layer)
+            self.slot_of = self.fail_at_the_third
+
+        def fail_at_the_third(self, key: int) -> int:
+            if key == 2:
+                raise OSError("gone")
+            return layer.slot(key)
+
+    with pytest.raises(OSError, match="gone"):
+        layer.kernels.stream(Failing(), [*range(EXPERTS)], hidden, torch.tensor(routed), gates)
+    assert under_way == [0]
 
 
 def test_a_swapped_slot_is_seen() -> None:
@@ -239,7 +293,7 @@ def test_nothing_routed_is_zero() -> None:
 
 
 def test_in_bf16_a_prompt_s_rows_agree(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("foreroute.kernels.ggml.experts.rows_in_bf16", lambda kind: 8)
+    monkeypatch.setattr("foreroute.kernels.ggml.experts.rows_in_bf16", lambda *_: 8)
     layer = layer_of.__wrapped__("Q4_K", "Q6_K", biased=True)
     hidden, routed, gates = step(40)
     streamed = layer.kernels.stream(_Streamed(layer), [*range(EXPERTS)], hidden, torch.tensor(routed), gates)

@@ -3,6 +3,8 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import gguf
 import numpy as np
@@ -14,6 +16,7 @@ from foreroute.kernels.ggml import bf16, known_answers, library
 from foreroute.kernels.ggml.graph import Graph, ThreadCount, place, shared_runner
 from foreroute.kernels.ggml.interleaved import ROWS, Interleaver, fingerprint, interleaver, orders
 from foreroute.kernels.ggml.known_answers import check_types
+from foreroute.kernels.ggml.lanes import shared_lanes
 from foreroute.kernels.ggml.library import GgmlError, Library, open_library
 from foreroute.kernels.ggml.linear import BlockEmbedding, BlockLinear, BlockMatrix, BlockProducts, compute_together
 from foreroute.kernels.ggml.types import F32, MATRIX_TYPES, BlockType
@@ -101,26 +104,50 @@ def test_bf16_products(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bf16, "_PANEL_WEIGHTS", 40 * IN)  # panels, the last one narrower
     monkeypatch.setattr(bf16, "_TILE_WEIGHTS", 7 * IN)
     blocks, x = random_blocks(name, OUT, IN), random_rows(20, IN)
-    make = bf16.Bf16Products(shared_runner(2))
+    make = bf16.Bf16Products(shared_lanes(2))
     with torch.inference_mode():
         make(x[:1].bfloat16(), blocks.kind, blocks.blocks.ctypes.data, (OUT, IN))
-    found = make(x.bfloat16(), blocks.kind, blocks.blocks.ctypes.data, (OUT, IN))
+    given = (x.bfloat16(), blocks.kind, blocks.blocks.ctypes.data, (OUT, IN))
+    found = make(*given)
     assert error(found, expected(blocks, x)) < 0.01
+    assert torch.equal(make.alone(*given), found)
 
 
 @pytest.mark.parametrize("name", ["Q4_K", "Q8_0", "BF16"])
 def test_bf16_is_taken_by_rows_and_type_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     kind = open_library().types[name]
     monkeypatch.setattr(bf16, "has_bf16", lambda: True)
-    assert 2 < bf16.rows_in_bf16(kind) < 512
+    assert 2 < bf16.rows_in_bf16([(kind, 512)], open_library()) < 512
     monkeypatch.setattr(bf16, "has_bf16", lambda: False)
-    assert bf16.rows_in_bf16(kind) == float("inf")
+    assert bf16.rows_in_bf16([(kind, 512)], open_library()) == float("inf")
+
+
+def test_the_slower_to_convert_the_more_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An expert of several types takes one way for all: between those of its types, by their sizes."""
+    monkeypatch.setattr(bf16, "has_bf16", lambda: True)
+    library = open_library()
+    quick, slow = library.types["Q4_K"], library.types["Q6_K"]
+    first, both, more, last = (
+        bf16.rows_in_bf16(given, library)
+        for given in ([(quick, 1)], [(quick, 2), (slow, 1)], [(quick, 1), (slow, 2)], [(slow, 1)])
+    )
+    assert first < both < more < last
+
+
+@pytest.mark.parametrize(("name", "is_quick"), [("Q4_K", True), ("IQ4_XS", True), ("Q4_0", False), ("MXFP4", False)])
+def test_a_build_that_is_as_quick_in_blocks_keeps_them(
+    name: str, is_quick: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bf16, "has_bf16", lambda: True)
+    library = SimpleNamespace(ggml_cpu_has_avx512_vnni=lambda: 1)
+    found = bf16.rows_in_bf16([(open_library().types[name], 512)], cast(Any, library))
+    assert (found == float("inf")) == is_quick
 
 
 @pytest.mark.parametrize("name", ["F32", "F16"])
 def test_finer_numbers_than_bf16_are_never_rounded_to_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bf16, "has_bf16", lambda: True)
-    assert bf16.rows_in_bf16(open_library().types[name]) == float("inf")
+    assert bf16.rows_in_bf16([(open_library().types[name], 512)], open_library()) == float("inf")
 
 
 @pytest.mark.parametrize("name", ["Q4_0", "Q4_K", "IQ4_NL", "MXFP4"])
@@ -293,7 +320,7 @@ def test_a_library_that_cannot_be_used_is_refused_by_name(tmp_path: Path, monkey
 
 def test_another_version_and_other_structs_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     folder = open_library().folder
-    monkeypatch.setattr(library, "_VERSION", "0.99.")
+    monkeypatch.setattr(library, "_VERSIONS", ("0.99.",))
     with pytest.raises(GgmlError, match=r"holds ggml 0\.20"):
         Library(folder)
     monkeypatch.undo()

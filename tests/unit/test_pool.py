@@ -214,6 +214,35 @@ def test_a_stream_reads_each_expert_once_and_gives_every_slot_back() -> None:
     assert {8, 11} <= set(residency.ready_keys()), "what was resident stays so"
 
 
+@pytest.mark.parametrize(("num_slots", "wanted", "held"), [(7, 2, 2), (7, 9, 3), (4, 9, 3)])
+def test_a_stream_holds_several_slots_while_one_is_left_to_read_into(num_slots: int, wanted: int, held: int) -> None:
+    pool, _, _ = made_pool(num_slots=num_slots)
+    pool.begin_step(PROMPT)
+    keys = list(range(8, 16))
+    stream = ExpertStream(pool, 1, keys)
+    assert stream.hold(wanted) == held
+    asked = list[int]()
+    for key in keys:
+        asked.append(stream.slot_of(key))
+        last = asked[-held:]
+        assert len(set(last)) == len(last), "a slot that is held was given to another expert"
+        for before, slot in zip(keys[len(asked) - len(last) :], last, strict=False):
+            assert stream.slot_of(before) == slot
+    stream.close()
+    residency = pool.residency
+    assert residency.num_free + residency.num_resident == residency.num_slots
+    assert not any(residency.state(key) in (PINNED, LOADING) for key in range(residency.num_keys))
+
+
+def test_all_that_is_resident_may_be_held() -> None:
+    pool, _, _ = made_pool(num_slots=7)
+    compute(pool, 1, [8, 9, 10])
+    pool.begin_step(PROMPT)
+    stream = ExpertStream(pool, 1, [8, 9, 10])
+    assert stream.hold(5) == 5
+    stream.close()
+
+
 def test_what_was_being_read_when_a_stream_began_is_a_late_hit() -> None:
     pool, transfer, notes = made_pool()
     pool.begin_step(PROMPT)

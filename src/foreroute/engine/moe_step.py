@@ -249,7 +249,7 @@ class ExpertStream:
 
     Resident experts are used in place. Missing ones are read into free slots, and then through a small ring of borrowed
     slots, so that a long prompt does not evict the experts that decoding needs. Resident experts are held from the
-    beginning, read ones one at a time: asking for the next one releases the previous one.
+    beginning, read ones a few at a time: asking for the next one releases the previous one, or the first of `hold`.
     """
 
     def __init__(self, pool: ExpertPool, layer: int, keys: Sequence[int]) -> None:
@@ -258,8 +258,14 @@ class ExpertStream:
         self._ready = dict(ready)  # key -> slot: pinned ones, and those in the ring
         self._ring = frozenset(ring)
         self._free = ring
-        self._current = -1
+        self._held, self._most_held = list[int](), 1
         self._top_up()
+
+    def hold(self, count: int) -> int:
+        """Keep the slots of the last `count` experts valid together, or of fewer, so that one slot is left to read
+        into: returned."""
+        self._most_held = count if not self._ring else max(1, min(count, len(self._ring) - 1))
+        return self._most_held
 
     def slot_of(self, key: int) -> int:
         """Return the slot of expert `key`; blocks until it is loaded.
@@ -267,9 +273,10 @@ class ExpertStream:
         Raises:
             ReadError, ChecksumError: it could not be read.
         """
-        if key != self._current:
-            self._release_current()
-            self._current = key
+        if key not in self._held:
+            if len(self._held) == self._most_held:
+                self._release_first()
+            self._held.append(key)
             self._top_up()
         while key not in self._ready:
             self._ready.update(self._pool.wait(self._waiting))
@@ -282,18 +289,19 @@ class ExpertStream:
 
     def close(self) -> None:
         """Wait for the reads to end, then return all borrowed slots and release pinned experts."""
-        self._release_current()
+        while self._held:
+            self._release_first()
         self._pool.give_back(list(self._ring))
         self._pool.release([key for key, slot in self._ready.items() if slot not in self._ring])
         self._ready = {}
 
-    def _release_current(self) -> None:
-        slot = self._ready.pop(self._current, -1)
+    def _release_first(self) -> None:
+        key = self._held.pop(0)
+        slot = self._ready.pop(key, -1)
         if slot in self._ring:
             self._free.append(slot)
         elif slot >= 0:
-            self._pool.release([self._current])
-        self._current = -1
+            self._pool.release([key])
 
     def _top_up(self) -> None:
         """Start reads while the ring has free slots."""

@@ -36,7 +36,13 @@ class ExpertSlots(Protocol):
     """Slots of experts streamed in ascending key, each once: engine/moe_step.py."""
 
     def slot_of(self, key: int) -> int:
-        """Return the slot of this expert; blocks until it is loaded. Valid until the next call."""
+        """Return the slot of this expert; blocks until it is loaded. Valid until another one is asked for, or as many
+        as `hold` returned."""
+        ...
+
+    def hold(self, count: int) -> int:
+        """From now on keep the slots of the last `count` experts valid together, or of as many as there are slots for:
+        returned, at least 1."""
         ...
 
     def resident(self, keys: Sequence[int]) -> dict[int, int]:

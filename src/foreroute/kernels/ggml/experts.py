@@ -6,6 +6,7 @@ are multiplied where they were read to. The memory between the products is share
 
 import ctypes
 import math
+import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from math import inf
@@ -17,6 +18,7 @@ from foreroute.kernels.ggml.bf16 import INTERLEAVED_IN_BF16, Bf16Products, rows_
 from foreroute.kernels.ggml.form import OAI_ALPHA, OAI_LIMIT, BlockForm, SlotMatrix, in_order, join
 from foreroute.kernels.ggml.graph import Graph, Runner, TensorRef, place
 from foreroute.kernels.ggml.interleaved import interleaver, plain_rows
+from foreroute.kernels.ggml.lanes import shared_lanes
 from foreroute.kernels.ggml.slots import FLOATS, HostSlots, Scratch
 from foreroute.kernels.ggml.types import F32, I32
 
@@ -247,9 +249,13 @@ class FormGraphs:
     def __init__(self, runner: Runner, form: BlockForm, slots: HostSlots, scratch: Scratch, bf16: Bf16Products) -> None:
         self.form = form
         self._runner, self._slots, self._scratch, self._bf16 = runner, slots, scratch, bf16
+        self.lanes = bf16.lanes
+        # Of each lane: graphs of its own.
+        self._own = threading.local()
         matrices = (*form.first, form.down)
         may_convert = INTERLEAVED_IN_BF16 or not any(matrix.is_interleaved for matrix in matrices)
-        self._bf16_from = max(rows_in_bf16(matrix.kind) for matrix in matrices) if may_convert else inf
+        weights = [(matrix.kind, matrix.rows * matrix.columns) for matrix in matrices]
+        self._bf16_from = rows_in_bf16(weights, runner.library) if may_convert else inf
         self._graphs: OrderedDict[tuple[int, int, bool], ExpertGraph] = OrderedDict()
         self.outputs = np.empty((1, form.hidden), dtype=np.float32)
         self.address = int(self.outputs.ctypes.data)
@@ -289,13 +295,18 @@ class FormGraphs:
             )  # fmt: skip
         return graph
 
-    def stream(self, rows: torch.Tensor, slot: int, *, may_convert: bool) -> torch.Tensor:
-        """Compute the expert in `slot` for f32 `rows` [rows, hidden]: [rows, hidden].
+    def on_lane(self, rows: torch.Tensor, slot: int, *, may_convert: bool) -> torch.Tensor:
+        """Compute the expert in `slot` for f32 `rows` [rows, hidden], called by a lane: [rows, hidden].
 
         Args:
             may_convert: in bf16 where that is quicker.
         """
-        return (self.in_bf16 if self.converts(len(rows), may_convert=may_convert) else self.in_blocks)(rows, slot)
+        if self.converts(len(rows), may_convert=may_convert):
+            return self.in_bf16(rows, slot)
+        if not hasattr(self._own, "graphs"):
+            self._own.graphs = FormGraphs(self.lanes.runner, self.form, self._slots, Scratch(), self._bf16)
+        graphs: FormGraphs = self._own.graphs
+        return graphs.in_blocks(rows, slot)
 
     def scratch_bytes(self, num_rows: int) -> int:
         """Bytes of intermediate activations, inputs and outputs of `num_rows` rows, each routed to one expert."""
@@ -303,11 +314,11 @@ class FormGraphs:
         return 4 * num_rows * (sum(matrix.rows for matrix in form.first) + form.intermediate + 3 * form.hidden)
 
     def converts(self, num_rows: int, *, may_convert: bool) -> bool:
-        """Whether `stream` multiplies an expert's `num_rows` rows in bf16."""
+        """Whether `on_lane` multiplies an expert's `num_rows` rows in bf16."""
         return may_convert and num_rows >= self._bf16_from
 
     def in_blocks(self, rows: torch.Tensor, slot: int) -> torch.Tensor:
-        """The same, as the weights lie."""
+        """Compute the expert in `slot` for f32 `rows` [rows, hidden] as its weights lie: [rows, hidden]."""
         outputs = torch.empty_like(rows)
         graph = self.of(len(rows), 1)
         graph.ids.fill(slot)
@@ -315,14 +326,14 @@ class FormGraphs:
         return outputs
 
     def in_bf16(self, rows: torch.Tensor, slot: int) -> torch.Tensor:
-        """The same, by weights in bf16."""
+        """The same by weights in bf16, on the calling thread."""
         form, start = self.form, self._slots.address + slot * self._slots.slot_bytes
 
         def product(x: torch.Tensor, matrix: SlotMatrix) -> torch.Tensor:
             assert matrix.row_stride == matrix.kind.row_bytes(matrix.columns), "rows lie one after the other"
             x = in_order(x) if form.is_paired else x
             shape, is_interleaved = (matrix.rows, matrix.columns), matrix.is_interleaved
-            return self._bf16(x.to(torch.bfloat16), matrix.kind, start + matrix.offset, shape, is_interleaved)
+            return self._bf16.alone(x.to(torch.bfloat16), matrix.kind, start + matrix.offset, shape, is_interleaved)
 
         def biased(out: torch.Tensor, bias: int) -> torch.Tensor:
             return out if bias < 0 else out.add_(self._slots.floats(slot, bias, out.shape[1], form.bias_type))
@@ -343,7 +354,7 @@ class ExpertGraphs:
 
     def __init__(self, runner: Runner, slots: HostSlots) -> None:
         self._runner, self._slots = runner, slots
-        self._scratch, self._bf16 = Scratch(), Bf16Products(runner)
+        self._scratch, self._bf16 = Scratch(), Bf16Products(shared_lanes(runner.num_threads))
         self._by_form: dict[BlockForm, FormGraphs] = {}
 
     def of(self, form: BlockForm) -> FormGraphs:

@@ -5,19 +5,24 @@ change no output. Sums are in f32, in ascending expert key.
 """
 
 import math
+from collections import deque
 from collections.abc import Callable, Container, Sequence
+from concurrent.futures import Future, wait
 
 import numpy as np
 import torch
 
 from foreroute.errors import CorruptCheckpointError
 from foreroute.kernels.ggml.experts import FormGraphs
+from foreroute.kernels.ggml.lanes import one_thread
 from foreroute.kernels.layer import ExpertListener, ExpertSlots, LayerSum, Placed
 from foreroute.kernels.torch.layer import group_by_expert
 from foreroute.types import ExpertId
 
 # Memory for the rows of all experts that a short prompt computes in one graph.
 _MOST_AT_ONCE_BYTES = 2**26
+# Of an expert: its inputs and outputs [n, hidden], the outputs by gate weights, and whether they are all numbers.
+_Computed = tuple[torch.Tensor, torch.Tensor, torch.Tensor, bool]
 # (an expert's key, inputs [n, hidden], outputs [n, hidden])
 Check = Callable[[int, torch.Tensor, torch.Tensor], None]
 
@@ -64,16 +69,51 @@ class GgmlLayer:
                 at_once = BlockSum(self._graphs, hidden, routed, weights, self._check)
                 at_once.add([*placed.items()])
                 return at_once.total()
+        with one_thread():
+            return self._on_lanes(self._graphs, experts, keys, hidden, ids, weights, listener)
+
+    def _on_lanes(
+        self,
+        graphs: FormGraphs,
+        experts: ExpertSlots,
+        keys: Sequence[int],
+        hidden: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        listener: ExpertListener | None,
+    ) -> torch.Tensor:
+        """The same sum, one expert per lane at a time; see `stream`."""
         floats, gates, may_convert = hidden.float(), weights.float(), not self.decodes()
         total = torch.zeros_like(floats)
-        for key, tokens, positions in group_by_expert(ids, keys, self._base):
-            rows, slot = floats.index_select(0, tokens), experts.slot_of(key)
-            outputs = self._graphs.stream(rows, slot, may_convert=may_convert)
-            if not math.isfinite(outputs.sum()):
+        # One more than are computed: a lane that ends has the next at once.
+        most = experts.hold(graphs.lanes.count + 1)
+        under_way = deque[tuple[int, torch.Tensor, Future[_Computed]]]()
+
+        def add_first() -> None:
+            key, tokens, computed = under_way.popleft()
+            rows, outputs, weighted, is_finite = computed.result()
+            if not is_finite:
                 self._check(key, rows, outputs)
             if listener is not None:
                 listener(self._layer, key - self._base, outputs.to(hidden.dtype))
-            total.index_add_(0, tokens, outputs * gates[tokens, positions, None])
+            total.index_add_(0, tokens, weighted)
+
+        def compute(slot: int, tokens: torch.Tensor, positions: torch.Tensor) -> _Computed:
+            rows = floats.index_select(0, tokens)
+            outputs = graphs.on_lane(rows, slot, may_convert=may_convert)
+            return rows, outputs, outputs * gates[tokens, positions, None], math.isfinite(outputs.sum())
+
+        try:
+            for key, tokens, positions in group_by_expert(ids, keys, self._base):
+                if len(under_way) == most:
+                    add_first()
+                slot = experts.slot_of(key)
+                under_way.append((key, tokens, graphs.lanes.submit(compute, slot, tokens, positions)))
+            while under_way:
+                add_first()
+        finally:
+            # After an error too: what a lane reads may not be freed under it.
+            wait([computed for _, _, computed in under_way])
         return total.to(hidden.dtype)
 
     def _all_in_blocks(self, experts: ExpertSlots, keys: Sequence[int], ids: torch.Tensor) -> dict[int, int]:

@@ -1,9 +1,9 @@
 """Find ggml's shared libraries, check that they are the version that types.py describes, and open them once.
 
 They come from the folder that FOREROUTE_GGML names, from the package `libggml-python`, or from an installed
-llama-cpp-python that has the same ggml. What cannot be used is refused by name (`GgmlError`), and the torch backend
-dequantises in its place. Only the pinned package is opened unseen: what another build would do, such as to end the
-process, it does first in a process of its own (known_answers.py).
+llama-cpp-python whose ggml is one of those versions. What cannot be used is refused by name (`GgmlError`), and the
+torch backend dequantises in its place. Only the pinned package is opened unseen: what another build would do, such as
+to end the process, it does first in a process of its own (known_answers.py).
 """
 
 import ctypes as c
@@ -30,8 +30,9 @@ from foreroute.kernels.ggml.types import (
     TypeTraits,
 )
 
-# The minor whose structs are described here; patches keep them.
-_VERSION = "0.20."
+# The minors whose structs and functions are as types.py describes them, by their headers; patches keep them. The
+# pinned package has the first, llama-cpp-python 0.3.36 the second.
+_VERSIONS = ("0.20.", "0.25.")
 _FOLDER_VARIABLE = "FOREROUTE_GGML"
 _SUFFIX = {"darwin": "dylib", "win32": "dll"}.get(sys.platform, "so")
 _PREFIX = "" if sys.platform == "win32" else "lib"
@@ -66,8 +67,9 @@ class Library:
         self._declare(base, "ggml-base", BASE_FUNCTIONS)
         self._declare(cpu, "ggml-cpu", CPU_FUNCTIONS)
         self.version: str = self.ggml_version().decode()
-        if not self.version.startswith(_VERSION):
-            raise GgmlError(f"{folder} holds ggml {self.version}; foreroute calls {_VERSION}x. {_INSTALL}")
+        if not self.version.startswith(_VERSIONS):
+            called = " and ".join(f"{one}x" for one in _VERSIONS)
+            raise GgmlError(f"{folder} holds ggml {self.version}; foreroute calls {called}. {_INSTALL}")
         if self.ggml_tensor_overhead() != c.sizeof(Tensor) + _OBJECT_BYTES:
             raise GgmlError(f"{folder}: ggml {self.version} was built with other structs. {_INSTALL}")
         self.ggml_log_set(_LOG, None)

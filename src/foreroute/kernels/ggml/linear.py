@@ -14,6 +14,8 @@ from torch import nn
 
 from foreroute.kernels.ggml.bf16 import Bf16Products, rows_in_bf16
 from foreroute.kernels.ggml.graph import Graph, Runner
+from foreroute.kernels.ggml.lanes import shared_lanes
+from foreroute.kernels.ggml.library import Library
 from foreroute.kernels.ggml.types import F32, BlockType
 
 # Graphs kept, of some 3 KB each: of all forms, and by one group of matrices.
@@ -61,11 +63,11 @@ class _LinearGraph:
 class BlockGroup:
     """Matrices of as many columns, multiplied by the same rows in one graph."""
 
-    def __init__(self, matrices: Sequence[BlockMatrix]) -> None:
+    def __init__(self, matrices: Sequence[BlockMatrix], library: Library) -> None:
         self.matrices = tuple(matrices)
         self.forms = tuple((matrix.kind, matrix.rows, matrix.columns) for matrix in matrices)
         self.addresses = [matrix.address for matrix in matrices]
-        self.bf16_from = max(rows_in_bf16(matrix.kind) for matrix in matrices)
+        self.bf16_from = rows_in_bf16([(matrix.kind, matrix.rows * matrix.columns) for matrix in matrices], library)
         self.graphs: dict[int, _LinearGraph] = {}
 
 
@@ -77,7 +79,7 @@ class BlockProducts:
         self.runner = runner
         # Whether a step of single tokens runs: its rows keep blocks, so that their bits are the same in any company.
         self.decodes: Callable[[], bool] = lambda: False
-        self._in_bf16 = Bf16Products(runner)
+        self._in_bf16 = Bf16Products(shared_lanes(runner.num_threads))
         self._graphs: OrderedDict[tuple[object, ...], _LinearGraph] = OrderedDict()
 
     def __call__(self, x: torch.Tensor, group: BlockGroup) -> list[torch.Tensor]:
@@ -129,7 +131,7 @@ class BlockLinear(nn.Module):
         self.matrix = matrix
         self._products = products
         self.bias = nn.Parameter(torch.empty(matrix.rows, dtype=dtype), requires_grad=False) if bias else None
-        self._group = BlockGroup([matrix])
+        self._group = BlockGroup([matrix], products.library)
         # Layers behind this one that are given the same input; `_ready`: an (input, output) of such a one.
         self._followers: tuple[BlockLinear, ...] = ()
         self._ready: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -144,7 +146,7 @@ class BlockLinear(nn.Module):
     def followed_by(self, layers: "Sequence[BlockLinear]") -> None:
         """From now on compute `layers` too, which are called next and with the same input."""
         self._followers = tuple(layers)
-        self._group = BlockGroup([self.matrix, *(layer.matrix for layer in layers)])
+        self._group = BlockGroup([self.matrix, *(layer.matrix for layer in layers)], self._products.library)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Multiply x [..., in]: [..., out], in the dtype of `x`."""
@@ -247,7 +249,7 @@ def keep_router_alike(router: nn.Module, products: BlockProducts) -> None:
                 weight.products = products
                 blocks = parameter.detach().view(torch.uint8)
                 weight.matrix = BlockMatrix(kind, parameter.shape[1], blocks)
-                weight.group = BlockGroup([weight.matrix])
+                weight.group = BlockGroup([weight.matrix], products.library)
                 setattr(module, name, weight)
 
 

@@ -179,4 +179,5 @@ CPU_FUNCTIONS: dict[str, tuple[object, list[object]]] = {
     "ggml_threadpool_pause": (None, [Address]),
     "ggml_threadpool_resume": (None, [Address]),
     "ggml_backend_cpu_reg": (Address, []),
+    "ggml_cpu_has_avx512_vnni": (c.c_int, []),
 }
