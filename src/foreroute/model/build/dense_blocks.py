@@ -222,11 +222,6 @@ class DenseBlocks:
         """Whether the input's embedding stays in blocks, which a tied head then shares."""
         return self._source.embedding in self._source.names
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the matrices that are in memory."""
-        return sum(matrix.blocks.nbytes for matrix in self._matrices.values())
-
     def build(self, model_class: type[Any], state: Mapping[str, Any], *, is_tied: bool) -> type[Any]:
         """A subclass of transformers' `model_class` that passes for it, whose constructor replaces those layers.
 
@@ -250,7 +245,8 @@ class DenseBlocks:
             for name, module in [*model.named_modules()]:
                 if type(module) not in (nn.Linear, nn.Embedding):
                     continue
-                matrix = self._matrix(self._source.embedding if module is head else f"{name}.weight", state)
+                weight = f"{name}.weight"
+                matrix = self._tied(weight, state) if module is head else self._matrix(weight, state)
                 if matrix is not None:
                     parent, _, child = name.rpartition(".")
                     setattr(model.get_submodule(parent), child, self._module(module, matrix))
@@ -265,6 +261,12 @@ class DenseBlocks:
                 linear = [layer for layer in layers if isinstance(layer, BlockLinear)]
                 if len(linear) == len(names) and len({layer.in_features for layer in linear}) == 1:
                     compute_together(linear)
+
+    def _tied(self, name: str, state: Mapping[str, Any]) -> BlockMatrix | None:
+        """The blocks of a tied head: the embedding's, unless others are stored for it, which transformers takes."""
+        embedding, own = self._matrix(self._source.embedding, state), self._matrix(name, state)
+        is_another = own is not None and embedding is not None and not torch.equal(own.blocks, embedding.blocks)
+        return own if is_another else embedding
 
     def _matrix(self, name: str, state: Mapping[str, Any]) -> BlockMatrix | None:
         """The blocks of a weight, read once; None where it does not stay in blocks."""
