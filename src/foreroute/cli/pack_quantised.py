@@ -21,7 +21,7 @@ RENAMED = tuple(name for name in EARLIER if name != "mixed")
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the flags of --quant: the text, and how it is cut."""
-    group = parser.add_argument_group("quality of --quant")
+    group = parser.add_argument_group("quality of --quant and --dense")
     group.add_argument(
         "--text",
         type=Path,

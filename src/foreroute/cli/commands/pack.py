@@ -32,10 +32,10 @@ examples:
 
 In a checkpoint an expert is several tensors at unaligned offsets. In the store
 it is one aligned read, straight into the slot where it is computed.
-The checkpoint is not changed, and is still needed: tokenizer, config and the
-weights that are not in the store are read from it. The store takes as much disk as all experts; the free
-space is checked first. It gets its name when it is complete, and every record
-has a checksum.
+The checkpoint is not changed, and is still needed: tokenizer, config and
+weights that are not in the store are read from it. The store takes as much
+disk as all experts; the free space is checked first. It gets its name when it
+is complete, and every record has a checksum.
 --quant makes the store smaller, and every read as much faster: q8_0 by half
 beside bfloat16, q4_k to 28 %. These are llama.cpp's types, quantised by ggml
 and computed by its kernels, the same numbers on every machine. q4_k_m has
@@ -52,12 +52,12 @@ quicker kernels for that here (on most x86: q4_0, q4_k, iq4_nl, mxfp4). Such a
 store is for this kind of CPU and this ggml, and not for a GPU; another machine
 refuses it. --layout plain writes one for every machine. The numbers are the
 same, and plain rows can be made of it again.
---dense quantises the weights that every token uses, into the same store: linear
-layers, embedding and output, which take half of the RAM in q8_0, and half of
-the time that reading them from RAM takes. Norms, biases and routers stay
-floats. generate --dense does the same at every load, from all weights of the
-checkpoint; a store is read as it lies. A GGUF file's dense weights stay in its
-own blocks, four-bit integers in those that hold them: --dense refuses both.
+--dense quantises the weights that every token uses, into the same store:
+linear layers, embedding and output, which q8_0 makes half as large as bfloat16
+does, in RAM and in what is read of it for each token. Norms, biases and routers
+stay floats. The output changes as with --quant. generate --dense makes the same
+of the checkpoint at every load. A GGUF file's dense weights stay in its own
+blocks, four-bit integers in those that hold them: --dense refuses both.
 A run that crashed or was killed is continued. Ctrl-C removes what was written,
 unless --keep-partial: then the next `pack` continues there."""
 
