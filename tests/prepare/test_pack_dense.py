@@ -168,8 +168,9 @@ class TestRefused:
         for name, flags in (("q4_0-dense-q8_0", "--quant q4_0 --dense q8_0"), ("dense-q8_0", "--dense q8_0")):
             with pytest.raises(StoreError, match=rf"does not exist. Make it with `foreroute pack \S+ {flags}`"):
                 load(folder, packed=name)
-        with pytest.raises(StoreError, match="--out q4_0-dense-q9"):
-            load(folder, packed="q4_0-dense-q9")
+        for name in ("q4_0-dense-q9", "dense-Q8_0", "q4_0-dense-"):  # no names, so paths
+            with pytest.raises(StoreError, match=f"--out {name}`"):
+                load(folder, packed=name)
 
     def test_a_weight_that_is_no_number(self, folder):
         state = load_file(folder / "model.safetensors")

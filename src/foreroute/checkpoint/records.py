@@ -265,7 +265,7 @@ def _parsed(packed: str) -> tuple[str, str]:
     """Codec and type of dense weights by a name of `packed_as`, "" for none; ("", "") where it is no such name."""
     codec, _, dense = packed.partition(_DENSE)
     codec = codec.removesuffix("-")
-    is_name = (not codec or codec in QUANTS) and (not dense or dense.upper() in QUANTISED_TYPES)
+    is_name = (not codec or codec in QUANTS) and (not dense or (dense.islower() and dense.upper() in QUANTISED_TYPES))
     return (codec, dense) if is_name and packed == packed_as(codec or STORED, dense) else ("", "")
 
 

@@ -177,7 +177,7 @@ def _opened(checkpoint: Checkpoint, kinds: set[str], dense: str) -> BlockKernels
     runner = shared_runner(torch.get_num_threads())
     kernels = BlockKernels(runner, BlockProducts(runner), bool(kinds))
     if packed:
-        return replace(kernels, dense=library.types[packed], packed=checkpoint.store)
+        return replace(kernels, dense=_type_of(packed, library), packed=checkpoint.store)
     return replace(kernels, dense=dense_type(dense, checkpoint.outline, library)) if dense else kernels
 
 
@@ -198,11 +198,15 @@ def dense_type(dense: str, sketch: Outline, library: Library) -> BlockType:
         already = f"this checkpoint are four-bit integers ({form.name}) already, which blocks hold"
     if already:
         raise UnsupportedModelError(f"--dense {dense.lower()}: the dense weights of {already}. Leave it out.")
-    kind = library.types.get(dense)
-    if kind is None:
-        raise GgmlError(f"ggml {library.version} has no {dense}. Take another --dense.")
+    kind = _type_of(dense, library)
     check_rows(sketch.linear, kind, library.types)
     return kind
+
+
+def _type_of(name: str, library: Library) -> BlockType:
+    if name not in library.types:
+        raise GgmlError(f"ggml {library.version} has no {name}. Take another --dense.")
+    return library.types[name]
 
 
 def format_of_dense(sketch: Outline) -> QuantisedFormat | None:

@@ -10,6 +10,7 @@ from foreroute.checkpoint.quantised_layout import in_blocks
 from foreroute.checkpoint.records import PackedStore
 from foreroute.kernels.ggml.form import is_in_blocks
 from foreroute.kernels.ggml.library import open_library
+from foreroute.loading.block_kernels import dense_type
 from foreroute.model.build.skeleton import Outline
 from foreroute.prepare.pack import RecordMaker
 from foreroute.prepare.quantise import DenseQuantiser, Int4Blocks, Quantiser
@@ -65,7 +66,8 @@ def other_dense(store: PackedStore, sketch: Outline) -> set[str]:
     if not store.dense.kind:
         return set()
     library = open_library()
-    quantiser = DenseQuantiser(sketch, library.types[store.dense.kind], library, torch.get_num_threads())
+    kind = dense_type(store.dense.kind, sketch, library)
+    quantiser = DenseQuantiser(sketch, kind, library, torch.get_num_threads())
     found = set()
     for ours, stored in sketch.linear.stored.items():
         fresh = quantiser.blocks(stored)

@@ -15,8 +15,9 @@ from foreroute.model.build.dense_blocks import DenseMatrices
 
 
 def dense_records(matrices: DenseMatrices, kind: str) -> DenseRecords:
-    """How a store describes these matrices in blocks of the type `kind`."""
-    return DenseRecords(kind, {stored: matrices.shapes[ours] for ours, stored in matrices.stored.items()})
+    """How a store describes these matrices in blocks of the type `kind`: by name, whatever order modules come in."""
+    shapes = {stored: matrices.shapes[ours] for ours, stored in matrices.stored.items()}
+    return DenseRecords(kind, dict(sorted(shapes.items())))
 
 
 def check_packed(store: PackedStore, matrices: DenseMatrices) -> None:
