@@ -82,11 +82,13 @@ def _pack(folder: Path) -> None:
     from foreroute.kernels.ggml.library import open_library
     from foreroute.model.build.skeleton import outline
     from foreroute.prepare.pack import pack
-    from foreroute.prepare.quantise import Quantiser
+    from foreroute.prepare.quantise import DenseQuantiser, Quantiser
 
     sketch = outline(folder, read_index(folder))
-    quantiser = Quantiser(sketch.table, CODECS["q4_0"], open_library())
-    pack(sketch.table, folder / store_name("q4_0"), progress=lambda done, total: None, quantiser=quantiser)
+    library = open_library()
+    quantiser = Quantiser(sketch.table, CODECS["q4_0"], library)
+    dense, path = DenseQuantiser(sketch, library.types["Q8_0"], library), folder / store_name("q4_0", "q8_0")
+    pack(sketch.table, path, progress=lambda done, total: None, quantiser=quantiser, dense=dense)
 
 
 def _fit(folder: Path) -> None:
@@ -129,13 +131,13 @@ def with_spoilt(whole: Path, spoilt: Spoilt, to: Path) -> Path:
 
 def arguments(command: str, model: Path, spoilt: Spoilt) -> list[str]:
     """The command line for the spoilt model."""
-    packed = ["--packed", "q4_0"] if spoilt.kind == "store header" else []
+    packed = ["--packed", "q4_0-dense-q8_0"] if spoilt.kind == "store header" else []
     engine = ["--memory", "50%", *packed]
     if command == "generate":
         return ["generate", str(model), "What is this?", "--max-new-tokens", "3", "--json", *engine]
     if command == "pack":
         beside = ["--out", str(model.parent / "packed.foreroute")]
-        return ["pack", str(model), "--json", *(["--quant", "q4_0"] if packed else beside)]
+        return ["pack", str(model), "--json", *(["--quant", "q4_0", "--dense", "q8_0"] if packed else beside)]
     if command == "serve":
         return ["serve", str(model), "--port", "0", "--json", *engine]
     return ["plan", str(model), "--json", *engine]
@@ -177,7 +179,7 @@ def _run(command: str, model: Path, spoilt: Spoilt) -> tuple[Any, str]:
     import foreroute
     from foreroute.errors import ForerouteError
 
-    packed = "q4_0" if spoilt.kind == "store header" else "auto"
+    packed = "q4_0-dense-q8_0" if spoilt.kind == "store header" else "auto"
     try:
         loaded = foreroute.load(model, "50%", config=foreroute.EngineConfig(packed=packed))
     except ForerouteError as error:

@@ -100,7 +100,7 @@ KINDS: Mapping[str, Kind] = {
         Kind("index", "model.safetensors.index.json"),
         Kind("chat template", "chat_template.jinja", is_json=False),
         Kind("safetensors header", "", take=_safetensors_header, put=_with_safetensors_header),
-        Kind("store header", "experts.q4_0.foreroute", take=_store_header, put=_with_store_header),
+        Kind("store header", "experts.q4_0-dense-q8_0.foreroute", take=_store_header, put=_with_store_header),
         Kind("sidecar", "predictor.foreroute.safetensors", take=_account, put=_with_account),
         Kind("gguf header", "model.gguf", is_json=False,
              take=lambda whole: whole[:_GGUF_HEADER], put=lambda whole, text: text + whole[_GGUF_HEADER:]),

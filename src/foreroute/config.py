@@ -111,7 +111,8 @@ class EngineConfig:
     dense: str = _option(
         "stored",
         "quantise the dense weights of safetensors when they are loaded, for ggml's kernels: q8_0 makes them half as "
-        "large as bfloat16 does. The output changes (foreroute eval says how much); stored keeps them. One of "
+        "large as bfloat16 does (pack --dense does so once). The output changes (foreroute eval says how much); stored "
+        "keeps them. One of "
         f"stored, {', '.join(kind.lower() for kind in QUANTISED_TYPES)}",
         ("stored", *(kind.lower() for kind in QUANTISED_TYPES)),
     )
@@ -143,7 +144,7 @@ class EngineConfig:
     packed: str = _option(
         "auto",
         'the packed store: "auto" uses the one beside the checkpoint, "no" ignores it; "q8_0", "q4_k" and so on use a '
-        "quantised one there; or give a path",
+        'quantised one there, "q4_k-dense-q8_0" or "dense-q8_0" one with quantised dense weights; or give a path',
     )
 
     def __post_init__(self) -> None:
@@ -185,7 +186,8 @@ class Plan:
     reserved for kv_tokens of KV cache; kv_bytes_per_token is None where it was not measured. math is "ggml", torch's
     ("own"), or the "family"'s own forward; math_note: why not ggml's, where it might be. threads are torch's, of which
     usable_cpus can run at once (a container may limit them). layout: "interleaved" where a packed store has eight rows
-    of its matrices side by side.
+    of its matrices side by side. dense: the type to which dense weights were quantised, by `pack` or at load; else
+    "stored".
     """
 
     folder: str
@@ -220,6 +222,7 @@ class Plan:
     usable_cpus: int = 1
     math_note: str = ""
     layout: str = "plain"
+    dense: str = "stored"
 
     @property
     def token_demand_bytes(self) -> int:

@@ -45,6 +45,7 @@ def test_a_complete_store_is_left_alone(run, copied: Path) -> None:
         "experts": NUM_LAYERS * NUM_EXPERTS,
         "codec": "stored",
         "layout": "plain",
+        "dense": None,
         "existed": False,
         "found_automatically": True,
         "layer_errors": None,

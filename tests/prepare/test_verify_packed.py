@@ -11,7 +11,7 @@ import torch
 from foreroute.cli.main import main
 from foreroute.prepare.quantise import Int4Blocks, Quantiser
 from foreroute.verification.distance import MOST_KL
-from tests.support.quantised import write_gptq_around
+from tests.support.quantised import write_fp8, write_gptq_around, write_mxfp4
 
 # The expert whose record is another than the checkpoint's.
 LAYER, EXPERT = 1, 5
@@ -95,3 +95,18 @@ def test_a_record_of_other_numbers_is_named(
     first = verified(folder, quant, expect=1)["first_difference"]
     assert (first["part"], first["moe_layer"], first["experts"]) == ("experts", LAYER, [EXPERT])
     assert "its slot holds other bytes than the checkpoint" in first["reasons"][0]
+
+
+@pytest.mark.parametrize(
+    ("write", "family", "math"), [(write_mxfp4, "gpt_oss", "ggml"), (write_fp8, "qwen3_moe", "own")]
+)
+def test_quantised_dense_weights_beside_experts_of_the_checkpoint(
+    run: Any, verified: Any, checkpoints: Any, tmp_path: Path, write: Any, family: str, math: str
+) -> None:
+    """MXFP4's blocks, with rows side by side where this machine has that, and FP8, which torch computes."""
+    folder = write(checkpoints.get(family, "bf16"), tmp_path / "model")
+    run("pack", folder, "--dense", "q8_0")
+    answer = verified(folder, "dense-q8_0", expect=0)
+    plan = answer["plan"]
+    assert (answer["same"], plan["math"], plan["dense"], plan["source"]) == (True, math, "q8_0", "packed")
+    assert 0 < answer["beside_torch"]["median_kl"] < MOST_KL

@@ -6,14 +6,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from foreroute.checkpoint.codecs import CODECS
+from foreroute.checkpoint.codecs import CODECS, STORED
 from foreroute.checkpoint.locate import read_index
+from foreroute.checkpoint.quantised_layout import in_blocks
 from foreroute.checkpoint.records import store_name
 from foreroute.kernels.ggml.library import open_library
 from foreroute.kernels.ggml.quantiser import quantise
+from foreroute.loading.block_kernels import dense_type
 from foreroute.model.build.skeleton import outline
 from foreroute.prepare.pack import pack
-from foreroute.prepare.quantise import HeldTypes, Int4Blocks, Quantiser, find_held
+from foreroute.prepare.quantise import DenseQuantiser, HeldTypes, Int4Blocks, Quantiser, find_held
 
 
 def quiet(done: int, total: int) -> None:
@@ -78,3 +80,20 @@ def dequantised(folder: Path, quant: str) -> Any:
             back = numbers_again(expert.t() if is_transposed else expert, kind)
             expert.copy_(back.t() if is_transposed else back)
     return model
+
+
+def dense_quantiser_of(folder: Path, dense: str, num_threads: int = 1) -> DenseQuantiser:
+    """What quantises the dense weights of the checkpoint in `folder`."""
+    library = open_library()
+    sketch = outline(folder, read_index(folder))
+    return DenseQuantiser(sketch, dense_type(dense.upper(), sketch, library), library, num_threads)
+
+
+def pack_dense(folder: Path, dense: str, quant: str | None = None, num_threads: int = 1, **options: Any) -> Path:
+    """Pack the checkpoint in `folder` with its dense weights, beside it."""
+    quantiser = None if quant is None else quantiser_of(folder, quant, num_threads)
+    path = folder / store_name(quant or STORED, dense)
+    table = in_blocks(outline(folder, read_index(folder)).table) if quantiser is None else quantiser.source
+    of_dense = dense_quantiser_of(folder, dense, num_threads)
+    pack(table, path, **{"progress": quiet, "quantiser": quantiser, "dense": of_dense, **options})
+    return path

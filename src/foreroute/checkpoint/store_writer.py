@@ -13,7 +13,16 @@ import xxhash
 
 from foreroute.checkpoint.codecs import STORED
 from foreroute.checkpoint.layouts import ExpertTable
-from foreroute.checkpoint.records import MAGIC, PREAMBLE, StoreGeometry, partial_path, read_store_header, store_header
+from foreroute.checkpoint.records import (
+    MAGIC,
+    NO_DENSE,
+    PREAMBLE,
+    DenseRecords,
+    StoreGeometry,
+    partial_path,
+    read_store_header,
+    store_header,
+)
 from foreroute.checkpoint.source_files import FileStamp
 from foreroute.errors import StoreError
 from foreroute.units import format_memory
@@ -47,7 +56,7 @@ class StoreWriter:
     A partial file of the same model, if newer than it, is continued: `next_record` is the first missing record.
 
     Args:
-        path: the final name. table: the experts to store, in their order.
+        path: the final name. table: the experts to store, in their order. dense: the dense weights, behind them.
         codec: see PackedStore. resume: False starts anew. claim: of `claim_store`, if the caller has one; given
             up at the end.
     Raises:
@@ -61,19 +70,20 @@ class StoreWriter:
         table: ExpertTable,
         *,
         codec: str = STORED,
+        dense: DenseRecords = NO_DENSE,
         resume: bool = True,
         claim: Claim | None = None,
     ) -> None:
         self.path = path
         self.partial_path = partial_path(path)
-        self._header = store_header(table, codec)
-        self._num_records = table.total_slots
+        self._header = store_header(table, codec, dense)
         self._sources_changed_ns = max((stamp.mtime_ns for stamp in table.index.files.values()), default=0)
-        self._geometry = StoreGeometry.of(len(self._header), table)
+        self._geometry = StoreGeometry.of(len(self._header), table, dense)
+        self._num_records = self._geometry.num_records
         self._checksums = [0] * self._num_records
         self._unsynced_bytes = 0
         self.next_record = 0
-        self.nbytes = self._geometry.offset(self._num_records)
+        self.nbytes = self._geometry.nbytes
         self._claim = claim or claim_store(path)
         try:
             if not (resume and self._load_partial()):
@@ -83,11 +93,12 @@ class StoreWriter:
             raise
 
     def write(self, record: int, payload: memoryview, nbytes: int) -> None:
-        """Write record `record`: `payload` is the slot (a stride or more), of which `nbytes` are checksummed."""
-        payload = payload[: self._geometry.stride]
+        """Write `payload` as record `record`: a slot (a stride or more) or a dense matrix; `nbytes` are checksummed."""
+        offset, end = self._geometry.offsets[record : record + 2]
+        payload = payload[: end - offset]
         assert len(payload) >= nbytes
         checksum = xxhash.xxh3_64_intdigest(payload[:nbytes]) or 1
-        self._guarded(lambda: _write_all(self._claim.fd, payload, self._geometry.offset(record)))
+        self._guarded(lambda: _write_all(self._claim.fd, payload, offset))
         self._checksums[record] = checksum
         self._unsynced_bytes += len(payload)
         if self._unsynced_bytes >= _SYNC_EVERY_BYTES:

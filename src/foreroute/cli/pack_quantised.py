@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from foreroute.checkpoint.codecs import EARLIER, codecs_that_fit
+from foreroute.checkpoint.codecs import EARLIER, STORED, codecs_that_fit
 from foreroute.cli import figures, options
 from foreroute.errors import EvaluationError, StoreError
 
@@ -21,7 +21,7 @@ RENAMED = tuple(name for name in EARLIER if name != "mixed")
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the flags of --quant: the text, and how it is cut."""
-    group = parser.add_argument_group("quality of --quant")
+    group = parser.add_argument_group("quality of --quant and --dense")
     group.add_argument(
         "--text",
         type=Path,
@@ -68,8 +68,10 @@ def choose_codec(args: argparse.Namespace, sketch: "Outline") -> None:
 
 def refuse_misfits(args: argparse.Namespace) -> None:
     """Raise StoreError for flags that do not go together."""
-    if args.text and args.quant is None:
-        raise StoreError("Without --quant the weights stay the same to the bit: --text has nothing to price.")
+    if args.text and args.quant is None and args.dense is None:
+        raise StoreError(
+            "Without --quant or --dense the weights stay the same to the bit: --text has nothing to price."
+        )
 
 
 @dataclass
@@ -82,12 +84,14 @@ class Quality:
 
     def price(self, store: Path) -> dict[str, Any] | None:
         """Measure the store's loss on the text; None where there is no text."""
+        from foreroute.checkpoint.records import packed_as
         from foreroute.evals.quantised import compared
 
         if not self.windows:
             return None
         stored = self._read("auto", "reading as stored")
-        return compared(stored, self._read(str(store), f"reading in {self.args.quant}"))
+        name = packed_as(self.args.quant or STORED, self.args.dense)
+        return compared(stored, self._read(str(store), f"reading in {name}"))
 
     def _read(self, packed: str, what: str) -> "Reading":
         from foreroute.evals.quantised import read
@@ -116,12 +120,12 @@ def quality_of(args: argparse.Namespace, folder: Path, sketch: "Outline") -> Qua
     return Quality(args, folder, cut_windows(texts, shares, load_tokenizer(folder), context, args.windows))
 
 
-def tell_quality(found: Mapping[str, Any], codec: str) -> None:
-    """Print the figures `found` on the text: the store with this codec beside the model as stored."""
+def tell_quality(found: Mapping[str, Any], packed: str) -> None:
+    """Print the figures `found` on the text: the store of this name beside the model as stored."""
     console = figures.stdout_console()
     rows = [
         [name, f"{one['perplexity']:.4g}", f"{one['bits_per_char']:.4f}"]
-        for name, one in (("as stored", found["stored"]), (codec, found["packed"]))
+        for name, one in (("as stored", found["stored"]), (packed, found["packed"]))
     ]
     rows.append(
         ["difference", f"{100 * found['perplexity_delta']:+.2f} %", f"{100 * found['bits_per_char_delta']:+.2f} %"]

@@ -11,13 +11,15 @@ from transformers import PreTrainedModel
 from foreroute.checkpoint.assembly import GGUF_PREFIX, MXFP4_IN_BLOCKS
 from foreroute.checkpoint.codecs import INT4_CODINGS, INT4_TYPES, STORED, codecs_that_fit, misfit_for_types
 from foreroute.checkpoint.gguf_file import GgufIndex
+from foreroute.checkpoint.quantised_formats import QuantisedFormat
 from foreroute.checkpoint.quantised_layout import in_blocks
+from foreroute.checkpoint.records import PackedStore
 from foreroute.config import EngineConfig
 from foreroute.errors import UnsupportedModelError
 from foreroute.kernels.ggml.graph import Runner, shared_runner
 from foreroute.kernels.ggml.known_answers import check_types
 from foreroute.kernels.ggml.layer import GgmlLayer
-from foreroute.kernels.ggml.library import GgmlError, open_library
+from foreroute.kernels.ggml.library import GgmlError, Library, open_library
 from foreroute.kernels.ggml.linear import BlockProducts, keep_router_alike
 from foreroute.kernels.ggml.types import BlockType
 from foreroute.loading.checkpoint import Checkpoint
@@ -33,6 +35,7 @@ from foreroute.model.build.dense_blocks import (
     int4_saving,
     quantised_nbytes,
 )
+from foreroute.model.build.packed_dense import PackedMatrices
 from foreroute.model.build.skeleton import Outline
 from foreroute.model.decode.attention import group_heads
 from foreroute.model.decode.layers import fuse_layers, fuse_routers
@@ -48,13 +51,14 @@ class BlockKernels:
     """ggml's kernels, opened and tested for the types of one checkpoint.
 
     has_expert_blocks: experts are stored in blocks. dense: the type that dense weights of safetensors are to have; None
-    as they are stored.
+    as they are stored. packed: the store that holds them in it; None where they are quantised when they are loaded.
     """
 
     runner: Runner
     products: BlockProducts
     has_expert_blocks: bool
     dense: BlockType | None = None
+    packed: PackedStore | None = None
 
     def dense_nbytes(self, sketch: Outline) -> int:
         """Bytes of the dense weights of the model in memory."""
@@ -78,8 +82,10 @@ class BlockKernels:
         source: MatrixSource
         if isinstance(index, GgufIndex):
             source = GgufMatrices(index, self.products)
+        elif self.dense is not None and self.packed is not None:
+            source = PackedMatrices(sketch.linear, self.packed, self.dense)
         elif self.dense is not None:
-            source = QuantisedMatrices(sketch.linear, self.dense, self.products, self.runner.num_threads)
+            source = QuantisedMatrices(sketch.linear, self.dense, self.products.library, self.runner.num_threads)
         elif self.has_expert_blocks:
             # torch has one thread while a token is decoded.
             source = StoredMatrices(sketch.linear, index, sketch.matrices, self.products)
@@ -127,12 +133,12 @@ def open_block_kernels(
     Raises:
         GgmlError, UnsupportedModelError: --math ggml or --dense was asked for and cannot be had.
     """
-    dense = "" if asked.dense == "stored" else asked.dense.upper()
+    dense = _asked_dense(asked, checkpoint)
     if asked.math == "torch" and not dense:
         return None, ""
     must = bool(dense) or asked.math == "ggml"
     where, kinds = _why_not_here(asked, target), _kinds(checkpoint)
-    reason = where or ("" if dense else _why_no_blocks(checkpoint, kinds))
+    reason = where or ("" if dense or checkpoint.packed_dense else _why_no_blocks(checkpoint, kinds))
     if reason and must:
         raise UnsupportedModelError(f"{_asked_for(asked)}: {reason}.")
     if reason:
@@ -146,6 +152,19 @@ def open_block_kernels(
         return None, str(error).rstrip(".")
 
 
+def _asked_dense(asked: EngineConfig, checkpoint: Checkpoint) -> str:
+    """The type of --dense, "" where dense weights are kept as they are stored. Raises: see `open_block_kernels`."""
+    packed = checkpoint.packed_dense
+    if asked.dense == "stored":
+        return ""
+    if packed:
+        raise UnsupportedModelError(
+            f"--dense {asked.dense}: the packed store's dense weights are in {packed.lower()} already. Leave --dense "
+            "out, or take a store without them (--packed)."
+        )
+    return asked.dense.upper()
+
+
 def _opened(checkpoint: Checkpoint, kinds: set[str], dense: str) -> BlockKernels:
     """ggml's kernels, tested for these `kinds`. Raises: see `open_block_kernels`."""
     library = open_library()
@@ -153,28 +172,46 @@ def _opened(checkpoint: Checkpoint, kinds: set[str], dense: str) -> BlockKernels
     others = {"BF16", "F16"} if kinds else set()
     if kinds and checkpoint.outline.form is not None and checkpoint.outline.form.coding.kind in INT4_CODINGS:
         others |= {*INT4_TYPES}
-    check_types(library, sorted(kinds | others | ({dense} if dense else set())))
+    packed = checkpoint.packed_dense
+    check_types(library, sorted(kinds | others | {one for one in (dense, packed) if one}))
     runner = shared_runner(torch.get_num_threads())
-    return _with_dense(BlockKernels(runner, BlockProducts(runner), bool(kinds)), dense, checkpoint.outline)
+    kernels = BlockKernels(runner, BlockProducts(runner), bool(kinds))
+    if packed:
+        return replace(kernels, dense=_type_of(packed, library), packed=checkpoint.store)
+    return replace(kernels, dense=dense_type(dense, checkpoint.outline, library)) if dense else kernels
 
 
 def _asked_for(asked: EngineConfig) -> str:
     return "--math ggml" if asked.math == "ggml" else f"--dense {asked.dense}, which ggml's kernels compute"
 
 
-def _with_dense(kernels: BlockKernels, dense: str, sketch: Outline) -> BlockKernels:
-    """The kernels for dense weights in the type `dense`, if there is one. Raises: see `open_block_kernels`."""
-    if not dense:
-        return kernels
+def dense_type(dense: str, sketch: Outline, library: Library) -> BlockType:
+    """The type of blocks `dense` (Q8_0) for the dense weights of `sketch`, once they can have it.
+
+    Raises:
+        UnsupportedModelError: they are in few bits already, or their rows are no whole blocks. GgmlError: no such type.
+    """
+    already = ""
     if isinstance(sketch.table.index, GgufIndex):
-        raise UnsupportedModelError(
-            f"--dense {dense.lower()}: the dense weights of a GGUF file stay in its own blocks. Leave it out."
-        )
-    kind = kernels.runner.library.types.get(dense)
-    if kind is None:
-        raise GgmlError(f"ggml {kernels.runner.library.version} has no {dense}. Take another --dense.")
-    check_rows(sketch.linear, kind, kernels.products)
-    return replace(kernels, dense=kind)
+        already = "a GGUF file stay in its own blocks"
+    elif (form := format_of_dense(sketch)) is not None and form.coding.kind in INT4_CODINGS:
+        already = f"this checkpoint are four-bit integers ({form.name}) already, which blocks hold"
+    if already:
+        raise UnsupportedModelError(f"--dense {dense.lower()}: the dense weights of {already}. Leave it out.")
+    kind = _type_of(dense, library)
+    check_rows(sketch.linear, kind, library.types)
+    return kind
+
+
+def _type_of(name: str, library: Library) -> BlockType:
+    if name not in library.types:
+        raise GgmlError(f"ggml {library.version} has no {name}. Take another --dense.")
+    return library.types[name]
+
+
+def format_of_dense(sketch: Outline) -> QuantisedFormat | None:
+    """The published format of the dense matrices that --dense would quantise; None where all are floats."""
+    return None if sketch.matrices.keys().isdisjoint(sketch.linear.stored.values()) else sketch.form
 
 
 def note_of(asked: EngineConfig, reason: str) -> str:

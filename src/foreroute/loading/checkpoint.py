@@ -17,6 +17,7 @@ from foreroute.kernels.ggml.interleaved import check_orders
 from foreroute.kernels.ggml.library import Library
 from foreroute.loading.expert_math import forms_of_layers, math_of_layers
 from foreroute.model.blocks import probe
+from foreroute.model.build.packed_dense import check_packed
 from foreroute.model.build.skeleton import Outline, offloaded_modules, outline
 from foreroute.model.expert_set import ExpertSet
 
@@ -40,6 +41,11 @@ class Checkpoint:
         """The experts as they will be read."""
         table = self.table if self.store is None else self.store.table
         return replace(table, has_one_slot_length=self.has_one_slot_length)
+
+    @property
+    def packed_dense(self) -> str:
+        """The type of blocks in which the packed store holds dense weights; "" where it holds none."""
+        return "" if self.store is None else self.store.dense.kind
 
     def in_blocks(self) -> "Checkpoint":
         """The same with experts laid out as ggml's kernels multiply them, where that moves bytes only."""
@@ -69,6 +75,7 @@ def open_checkpoint(
     sketch = outline(folder, index)
     store = open_store(folder, packed, sketch.table)
     if store is not None:
+        check_packed(store, sketch.linear)
         check_orders(store.table, store.path)
     return Checkpoint(folder, index, sketch, store, sketch.table)
 

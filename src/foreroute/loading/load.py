@@ -90,7 +90,7 @@ def load(
     before = check_before(asked, target, checkpoint.kept, checkpoint.store, sketch.config, dense_before)
     sidecar = _sidecar(asked, target, checkpoint)
     dtype, blocks = (call.dtype, None) if kernels is None else kernels.dense_blocks(sketch, call.dtype)
-    model = load_skeleton(checkpoint.folder, sketch, dtype, blocks, **call.model_kwargs)
+    model = load_skeleton(checkpoint.folder, sketch, dtype, blocks, checkpoint.store, **call.model_kwargs)
     complete_generation_config(model, checkpoint.folder, checkpoint.index)
     experts = find_experts(model, checkpoint, None if kernels is None else kernels.runner.library)
     math_note = note_of(asked, why_torch or experts.no_form)
@@ -169,4 +169,5 @@ def _plan(
         threads=torch.get_num_threads(),
         usable_cpus=usable_cpus(),
         layout="interleaved" if orders_of(table) else "plain",
+        dense=checkpoint.packed_dense.lower() or asked.dense,
     )

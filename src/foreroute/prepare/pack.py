@@ -11,10 +11,11 @@ import torch
 
 from foreroute.checkpoint.codecs import STORED, interleaved
 from foreroute.checkpoint.layouts import ExpertTable, Part
+from foreroute.checkpoint.records import NO_DENSE
 from foreroute.checkpoint.store_writer import StoreWriter
 from foreroute.errors import ChangedFileError
 from foreroute.kernels.ggml.interleaved import interleaver
-from foreroute.prepare.quantise import Int4Blocks, Quantiser
+from foreroute.prepare.quantise import DenseQuantiser, Int4Blocks, Quantiser
 from foreroute.transfer.disk import DiskTransfer
 from foreroute.transfer.memory import allocate_slots
 from foreroute.types import Progress
@@ -36,26 +37,41 @@ def pack(
     keep_partial: bool = False,
     quantiser: Quantiser | Int4Blocks | None = None,
     orders: Mapping[str, str] = _NO_ORDERS,
+    dense: DenseQuantiser | None = None,
     claim: Claim | None = None,
 ) -> int:
     """Write the experts of `table` to a store at `path`, as `quantiser` has them if given; return its size in bytes.
+
+    Behind them go the dense weights, if `dense` is given, which quantises them.
 
     A partial file left by a crash is continued if `resume`; an interrupt removes it unless `keep_partial`.
 
     Args:
         orders: by type of blocks, this machine's order of eight rows side by side, for matrices that are to have it.
-        progress: called with (experts done, all). claim: of `claim_store`, if the caller has one; released at the end.
+        progress: called with (records done, all): experts, then dense matrices.
+        claim: of `claim_store`, if the caller has one; released at the end.
     Raises:
         StoreError: the disk is full or cannot be written, or another process is writing this store.
-        ReadError: an expert could not be read; named.
+        ReadError: an expert or a dense weight could not be read; named.
+        CorruptCheckpointError: a dense weight is no number, or too large.
         ChangedFileError: the checkpoint was replaced or written to meanwhile; the partial file is removed.
     """
     keys = table.keys.all()
     codec = STORED if quantiser is None else quantiser.codec.name
     maker = RecordMaker(table, quantiser, orders)
-    with StoreWriter(path, maker.table, codec=codec, resume=resume, claim=claim) as writer:
+    records = NO_DENSE if dense is None else dense.records
+    total = len(keys) + len(records.shapes)
+    with StoreWriter(path, maker.table, codec=codec, dense=records, resume=resume, claim=claim) as writer:
         try:
-            _read_and_write(table, keys, writer, progress, maker)
+            progress(writer.next_record, total)
+            _read_and_write(table, keys, writer, lambda done, _: progress(done, total), maker)
+            for at, name in enumerate(records.shapes, start=len(keys)):
+                if at >= writer.next_record:
+                    assert dense is not None, "it has records"
+                    blocks = dense.blocks(name)
+                    writer.write(at, blocks, len(blocks))
+                    progress(at + 1, total)
+            writer.finish()
         except (KeyboardInterrupt, ChangedFileError) as error:
             # Keep nothing of a checkpoint that changed: continuing would mix two models.
             if isinstance(error, ChangedFileError) or not keep_partial:
@@ -118,8 +134,6 @@ def _read_and_write(
     try:
         with _encoder(maker) as encode:
             _copy_all(maker.table, keys, writer, transfer, slots, progress, encode)
-        transfer.close()
-        writer.finish()
     finally:
         transfer.close()
         slots.clear()
@@ -160,7 +174,6 @@ def _copy_all(
 ) -> None:
     """Read, encode and write all experts; records are written in the order of keys. stored: as the store has them."""
     done = requested = writer.next_record
-    progress(done, len(keys))
     encoded: dict[int, tuple[int, Future[memoryview]]] = {}
     free = list(range(len(slots)))
     while done < len(keys):

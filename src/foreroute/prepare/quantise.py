@@ -18,9 +18,13 @@ from foreroute.checkpoint.layouts import ExpertTable, LayerExperts, Part, layer_
 from foreroute.errors import StoreError
 from foreroute.kernels.ggml.library import Library
 from foreroute.kernels.ggml.quantiser import UnfitWeightError, dequantise, quantise
+from foreroute.kernels.ggml.types import BlockType
 from foreroute.kernels.slot_views import TORCH_DTYPES
 from foreroute.kernels.torch.dequantise import Workspaces, decode_part
 from foreroute.kernels.torch.int4_blocks import into_blocks, types_that_hold
+from foreroute.model.build.dense_blocks import QuantisedMatrices
+from foreroute.model.build.packed_dense import dense_records
+from foreroute.model.build.skeleton import Outline, stored_weights
 from foreroute.transfer.disk import DiskTransfer
 from foreroute.transfer.memory import allocate_slots
 from foreroute.types import Progress
@@ -155,6 +159,30 @@ class Quantiser:
             if error is not None:
                 error.lost += float((dequantise(self.library, kind, into, columns) - floats).square().sum())
                 error.whole += float(floats.square().sum())
+
+
+class DenseQuantiser:
+    """Quantises the dense matrices of a model, to the blocks that `--dense` makes of them at load.
+
+    Args:
+        sketch: the model's. kind: see `dense_type`. num_threads: of the quantiser.
+    Attributes:
+        records: the matrices, as a store has them.
+    """
+
+    def __init__(self, sketch: Outline, kind: BlockType, library: Library, num_threads: int = 1) -> None:
+        self._source = QuantisedMatrices(sketch.linear, kind, library, num_threads)
+        self._state, _ = stored_weights(sketch, torch.float32)
+        self._ours = {stored: ours for ours, stored in sketch.linear.stored.items()}
+        self.records = dense_records(sketch.linear, kind.name)
+
+    def blocks(self, name: str) -> memoryview:
+        """The blocks, as bytes, of the matrix with the stored name `name`.
+
+        Raises:
+            CorruptCheckpointError: a weight is no number, or too large. ReadError: it cannot be read.
+        """
+        return self._source.read(self._ours[name], self._state).blocks.view(-1).numpy().data
 
 
 def _upright(numbers: torch.Tensor, is_transposed: bool) -> torch.Tensor:

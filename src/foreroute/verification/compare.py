@@ -14,8 +14,9 @@ from foreroute.verification.reference import Reference, dense_digests
 from foreroute.verification.slot_watch import SlotUse, SlotWatch
 from foreroute.verification.transcript import Exercise, ForwardPass, LayerPass, steps
 
-# The part where a step first differs: a MoE layer's input, its routing, its experts' output, or the logits.
-DENSE, ROUTER, EXPERTS, HEAD = "dense", "router", "experts", "head"
+# The part where a step first differs: a MoE layer's input, its routing, its experts' output, or the logits. Or, before
+# all steps, a packed store's dense weights, where they are not what packing the checkpoint again makes.
+DENSE, ROUTER, EXPERTS, HEAD, PACKED_DENSE = "dense", "router", "experts", "head", "packed dense"
 # Number of dense tensors that are named; the rest is counted.
 _MOST_NAMED = 3
 
@@ -26,8 +27,8 @@ class FirstDifference:
 
     prompt, step: counted from 1; step 1 is the prompt's prefill, each later one feeds one new token.
     position: of the step's last token, from 0.
-    part: DENSE, ROUTER, EXPERTS or HEAD.
-    moe_layer, module: the MoE layer whose input, routing or output differs; None for HEAD.
+    part: DENSE, ROUTER, EXPERTS, HEAD or PACKED_DENSE.
+    moe_layer, module: the MoE layer whose input, routing or output differs; None for HEAD and PACKED_DENSE.
     experts: experts of that layer that were computed with other bytes than the checkpoint's.
     tensors: dense parameters and buffers with other values.
     reasons: sentences that explain the difference.
@@ -74,6 +75,8 @@ def verify(model: OffloadedModel, exercises: Sequence[Exercise], reference: Refe
     names = [layer.name for layer in table.layers]
     first: FirstDifference | None = None
     done = same_tokens = layers_compared = 0
+    if reference.is_of_store and _other_tensors(model, reference):
+        first = _describe(model, reference, table, None, (PACKED_DENSE, 0), 1, 1, exercises[0].prompt_ids.shape[1] - 1)
     for number, (exercise, transcript) in enumerate(zip(exercises, reference.transcripts, strict=True), start=1):
         fed = [step.token for step in transcript]
         ours = steps(model, names, exercise, fed=fed, watch=watch)
@@ -117,7 +120,7 @@ def _describe(
     model: OffloadedModel,
     reference: Reference,
     table: ExpertTable,
-    step: ForwardPass,
+    step: ForwardPass | None,
     place: tuple[str, int],
     prompt: int,
     number: int,
@@ -127,17 +130,23 @@ def _describe(
     experts: tuple[int, ...] = ()
     tensors: tuple[str, ...] = ()
     if part == EXPERTS:
+        assert step is not None, "a step's experts differ"
         faults = expert_faults(step.layers[layer], layer, table, reference)
         experts = tuple(sorted(faults))
         reasons = tuple(faults[expert] for expert in experts) or (_NO_FAULT,)
     else:
-        ours = dense_digests(model)
-        tensors = tuple(name for name, bits in ours.items() if reference.dense.get(name, bits) != bits)
+        tensors = _other_tensors(model, reference)
         reasons = (_tensors_sentence(tensors),)
-    is_head = part == HEAD
-    module = None if is_head else table.layers[layer].name
-    moe_layer = None if is_head else layer
+    is_of_no_layer = part in (HEAD, PACKED_DENSE)
+    module = None if is_of_no_layer else table.layers[layer].name
+    moe_layer = None if is_of_no_layer else layer
     return FirstDifference(prompt, number, position, part, moe_layer, module, experts, tensors, reasons)
+
+
+def _other_tensors(model: OffloadedModel, reference: Reference) -> tuple[str, ...]:
+    """Names of the dense weights and buffers with other values than the reference's."""
+    ours = dense_digests(model)
+    return tuple(name for name, bits in ours.items() if reference.dense.get(name, bits) != bits)
 
 
 _NO_FAULT = (

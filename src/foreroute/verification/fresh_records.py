@@ -1,6 +1,8 @@
-"""Compare a packed store's records with what packing the checkpoint anew would write, byte for byte."""
+"""Compare a packed store's experts and dense weights with what packing the checkpoint anew makes, byte for byte."""
 
 from collections.abc import Callable, Collection
+
+import torch
 
 from foreroute.checkpoint.codecs import CODECS, STORED, orders_of, types_in
 from foreroute.checkpoint.layouts import ExpertTable
@@ -8,8 +10,10 @@ from foreroute.checkpoint.quantised_layout import in_blocks
 from foreroute.checkpoint.records import PackedStore
 from foreroute.kernels.ggml.form import is_in_blocks
 from foreroute.kernels.ggml.library import open_library
+from foreroute.loading.block_kernels import dense_type
+from foreroute.model.build.skeleton import Outline
 from foreroute.prepare.pack import RecordMaker
-from foreroute.prepare.quantise import Int4Blocks, Quantiser
+from foreroute.prepare.quantise import DenseQuantiser, Int4Blocks, Quantiser
 from foreroute.transfer.disk import DiskTransfer
 from foreroute.transfer.memory import allocate_slots
 from foreroute.types import ExpertReads
@@ -31,7 +35,9 @@ def other_records(store: PackedStore, source: ExpertTable, keys: Collection[int]
     """
     codec = CODECS[store.codec]
     if codec.name == STORED:
-        encoder: Int4Blocks | Quantiser = Int4Blocks(source, types_in(store.table))
+        types = types_in(store.table)
+        source = source if types else in_blocks(source)
+        encoder: Int4Blocks | Quantiser = Int4Blocks(source, types)
     else:
         encoder = Quantiser(source, codec, open_library(), measured=0)
     maker = RecordMaker(source, encoder, orders_of(store.table))
@@ -45,6 +51,30 @@ def other_records(store: PackedStore, source: ExpertTable, keys: Collection[int]
             nbytes = store.table.layers[layer].layout.record_bytes
             if maker.make(key, of_source.read(key))[:nbytes] != of_store.read(key)[:nbytes]:
                 found.add(key)
+    return found
+
+
+def other_dense(store: PackedStore, sketch: Outline) -> set[str]:
+    """Find dense weights, by their names in the model, of which `store` holds other blocks than packing would write.
+
+    Args:
+        sketch: the model's outline.
+    Raises:
+        ReadError, ChecksumError: one cannot be read.
+    Cost: all of them are read twice, and quantised.
+    """
+    if not store.dense.kind:
+        return set()
+    library = open_library()
+    kind = dense_type(store.dense.kind, sketch, library)
+    quantiser = DenseQuantiser(sketch, kind, library, torch.get_num_threads())
+    found = set()
+    for ours, stored in sketch.linear.stored.items():
+        fresh = quantiser.blocks(stored)
+        packed = bytearray(len(fresh))
+        store.read_dense(stored, memoryview(packed))
+        if packed != fresh:
+            found.add(ours)
     return found
 
 

@@ -34,7 +34,7 @@ from foreroute.model.build.dense_blocks import dense_weights
 from foreroute.model.build.skeleton import Outline, auto_class
 from foreroute.types import Progress
 from foreroute.units import format_memory
-from foreroute.verification.fresh_records import is_made_by_pack, other_records
+from foreroute.verification.fresh_records import is_made_by_pack, other_dense, other_records
 from foreroute.verification.slot_watch import SlotWatch, digest, expert_digest
 from foreroute.verification.transcript import Exercise, ForwardPass, steps
 
@@ -42,10 +42,10 @@ RESIDENT, ON_DEMAND = "resident", "on-demand"
 # RAM left free beside a resident model: activations, KV cache, overhead of loading, other programs.
 _RESERVE_BYTES = 2 * 2**30
 _PLAIN_LOADING = EngineConfig(prefetch="none", predictor="no", packed="no", math="torch")
-# The hash of an expert that nothing in a slot can equal.
+# The hash of an expert or a dense weight that no bytes can equal.
 _NO_DIGEST = b""
-# As in Plan.math.
-GGML = "ggml"
+# As in Plan.math, and in Plan.dense.
+GGML, AS_STORED = "ggml", "stored"
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ class Reference:
     kind: RESIDENT or ON_DEMAND. dtype: the compute dtype.
     transcripts: per prompt its steps, prefill first.
     experts: (experts module, expert) -> hash of its parts; only of those that were used unless has_all_experts.
-    dense: weight or buffer -> hash. is_of_store: the transcripts are of a packed store's experts, which have yet to be
-        compared with `experts`.
+    dense: weight or buffer -> hash. is_of_store: the transcripts are of a packed store's weights, which have yet to be
+        compared with `experts` and `dense`.
     """
 
     kind: str
@@ -88,7 +88,7 @@ def choose_reference(asked: str, index: CheckpointIndex, sketch: Outline, dtype:
         BudgetError: RESIDENT was asked for and cannot fit.
         UnsupportedModelError: RESIDENT was asked for, and transformers cannot dequantise the checkpoint here.
     """
-    if plan.math == GGML:
+    if plan.math == GGML or plan.dense != AS_STORED:
         return _by_room(asked, plan.dense_bytes + plan.total_expert_bytes)
     if index.kind == "gguf" and asked == RESIDENT:
         raise ForerouteError("transformers has no resident model of a GGUF file's bits. Take --reference on-demand.")
@@ -153,7 +153,7 @@ def record_reference(
     plan: Plan,
     exercises: Sequence[Exercise],
     progress: Progress,
-    packed: str = "no",
+    config: EngineConfig = _PLAIN_LOADING,
 ) -> Reference:
     """Load the reference from `folder`, let it continue each of `exercises` greedily, and free it.
 
@@ -163,57 +163,60 @@ def record_reference(
 
     Products of rows that lie side by side have other last bits than those of the checkpoint's rows. Where a store has
     such rows, the steps are those of a second model, which reads that store; the experts' hashes stay the checkpoint's.
-    Where the checkpoint has no blocks and `pack` made the store's, there is that second model alone, and each record
-    that it used is compared with what packing the checkpoint anew makes.
+    Where the checkpoint has no blocks and `pack` made the store's, of experts or of dense weights, there is that second
+    model alone, and each record that it used is compared with what packing the checkpoint anew makes.
 
     Args:
         sketch: the model's outline. dtype: compute dtype. progress: (done, all).
         plan: of the model that is verified: its budget is that of on-demand loading, its kernels are the reference's.
-        packed: as in that model's configuration.
+        config: of that model.
     Raises:
         ForerouteError: its logits are NaN, so that a comparison would mean nothing.
     """
     try:
         if is_of_made_blocks(sketch, plan):
-            stored = _recorded_of_store(kind, folder, sketch, dtype, plan, exercises, progress, packed)
-            return replace(stored, experts=_as_packed_anew(stored.experts, folder, sketch, packed), is_of_store=True)
+            stored = _recorded_of_store(kind, folder, sketch, dtype, plan, exercises, progress, config)
+            return _as_packed_anew(stored, folder, sketch, config.packed)
         with _reference_model(kind, folder, sketch, dtype, plan) as model:
             reference = _recorded(kind, model, sketch, exercises, progress)
         if plan.math != GGML or plan.layout == "plain":
             return reference
         gc.collect()
-        stored = _recorded_of_store(kind, folder, sketch, dtype, plan, exercises, progress, packed)
+        stored = _recorded_of_store(kind, folder, sketch, dtype, plan, exercises, progress, config)
         return replace(stored, experts=reference.experts, is_of_store=True)
     finally:
         gc.collect()
 
 
 def is_of_made_blocks(sketch: Outline, plan: Plan) -> bool:
-    """Whether ggml multiplies blocks that `pack` made, of a checkpoint that has none."""
-    return plan.math == GGML and plan.source == "packed" and is_made_by_pack(sketch.table)
+    """Whether a packed store's blocks are computed that `pack` made, of a checkpoint that has none."""
+    of_experts = plan.math == GGML and is_made_by_pack(sketch.table)
+    return plan.source == "packed" and (of_experts or plan.dense != AS_STORED)
 
 
 def _recorded_of_store(
     kind: str, folder: Path, sketch: Outline, dtype: str, plan: Plan, exercises: Sequence[Exercise],
-    progress: Progress, packed: str,
+    progress: Progress, config: EngineConfig,
 ) -> Reference:  # fmt: skip
-    model = load(folder, *_asked(kind, plan, dtype), config=_config(kind, plan, packed))
+    chosen = replace(_config(kind, plan), packed=config.packed)
+    if plan.math != GGML:  # of dense blocks alone
+        chosen = replace(chosen, math=config.math)
+    model = load(folder, *_asked(kind, plan, dtype), config=chosen)
     try:
         return _recorded(kind, model, sketch, exercises, progress)
     finally:
         model.foreroute.close()
 
 
-def _as_packed_anew(
-    experts: Mapping[tuple[str, int], bytes], folder: Path, sketch: Outline, packed: str
-) -> dict[tuple[str, int], bytes]:
-    """The hashes of a store's `experts`, of those alone whose records are what packing the checkpoint makes."""
+def _as_packed_anew(stored: Reference, folder: Path, sketch: Outline, packed: str) -> Reference:
+    """The run of a store, with the hashes of those weights alone that are what packing the checkpoint makes."""
     table, store = sketch.table, open_store(folder, packed, sketch.table)
     assert store is not None, "its experts were read"
     at = {layer.name: place for place, layer in enumerate(table.layers)}
-    keys = {table.keys.key(at[name], expert): (name, expert) for name, expert in experts}
-    others = {keys[key] for key in other_records(store, table, keys)}
-    return {name: _NO_DIGEST if name in others else bits for name, bits in experts.items()}
+    keys = {table.keys.key(at[name], expert): (name, expert) for name, expert in stored.experts}
+    others = dict.fromkeys((keys[key] for key in other_records(store, table, keys)), _NO_DIGEST)
+    dense = dict.fromkeys(other_dense(store, sketch), _NO_DIGEST)
+    return replace(stored, experts={**stored.experts, **others}, dense={**stored.dense, **dense}, is_of_store=True)
 
 
 def _asked(kind: str, plan: Plan, dtype: str) -> tuple[int | str, str]:
@@ -221,9 +224,8 @@ def _asked(kind: str, plan: Plan, dtype: str) -> tuple[int | str, str]:
     return "100%" if kind == RESIDENT else plan.memory_bytes, dtype
 
 
-def _config(kind: str, plan: Plan, packed: str) -> EngineConfig:
-    math_asked = GGML if plan.math == GGML else "torch"
-    return replace(_PLAIN_LOADING, cache=kind == RESIDENT, math=math_asked, packed=packed)
+def _config(kind: str, plan: Plan) -> EngineConfig:
+    return replace(_PLAIN_LOADING, cache=kind == RESIDENT, math=GGML if plan.math == GGML else "torch")
 
 
 @contextlib.contextmanager
@@ -231,7 +233,7 @@ def _reference_model(kind: str, folder: Path, sketch: Outline, dtype: str, plan:
     if kind == RESIDENT and plan.math != GGML:
         yield _load_resident(folder, sketch, dtype)
         return
-    with _opened(folder, sketch, *_asked(kind, plan, dtype), _config(kind, plan, "no")) as model:
+    with _opened(folder, sketch, *_asked(kind, plan, dtype), _config(kind, plan)) as model:
         yield model
 
 
@@ -244,7 +246,7 @@ def torch_model(folder: Path, sketch: Outline, plan: Plan, packed: str = "no") -
             that hold a checkpoint's own numbers exactly are compared with these.
     """
     store = open_store(folder, packed, sketch.table) if is_of_made_blocks(sketch, plan) else None
-    if store is not None and store.codec != STORED:
+    if store is not None and (store.codec != STORED or store.dense.kind):
         model = load(folder, plan.memory_bytes, plan.compute_dtype, config=replace(_PLAIN_LOADING, packed=packed))
         try:
             yield model

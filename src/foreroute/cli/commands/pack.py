@@ -1,20 +1,21 @@
 """`foreroute pack`: write every expert as one aligned record, so that later runs read it straight into a slot."""
 
 import argparse
+import itertools
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from foreroute.checkpoint.codecs import CODECS, QUANTS, STORED, encoded_table, interleaved, orders_of
-from foreroute.cli import figures, options, pack_quantised
+from foreroute.cli import figures, options, pack_dense, pack_quantised
 from foreroute.errors import StoreError
 from foreroute.units import format_memory
 
 if TYPE_CHECKING:
     from foreroute.checkpoint.layouts import ExpertTable
-    from foreroute.checkpoint.records import PackedStore
+    from foreroute.checkpoint.records import DenseRecords, PackedStore
     from foreroute.model.build.skeleton import Outline
-    from foreroute.prepare.quantise import Int4Blocks, Quantiser
+    from foreroute.prepare.quantise import DenseQuantiser, Int4Blocks, Quantiser
     from foreroute.whole_files import Claim
 
 # What `--layout auto` is: "interleaved" where it can be, or "plain".
@@ -26,13 +27,15 @@ examples:
   foreroute pack MODEL --out /fast/disk   use: generate ... --packed /fast/disk
   foreroute pack MODEL --quant q4_k       use: generate ... --packed q4_k
   foreroute pack MODEL --quant q4_k --text book.txt   and what it costs
+  foreroute pack MODEL --quant q4_k --dense q8_0
+                                    use: generate ... --packed q4_k-dense-q8_0
 
 In a checkpoint an expert is several tensors at unaligned offsets. In the store
 it is one aligned read, straight into the slot where it is computed.
-The checkpoint is not changed, and is still needed: tokenizer, config and dense
-weights are read from it. The store takes as much disk as all experts; the free
-space is checked first. It gets its name when it is complete, and every record
-has a checksum.
+The checkpoint is not changed, and is still needed: tokenizer, config and
+weights that are not in the store are read from it. The store takes as much
+disk as all experts; the free space is checked first. It gets its name when it
+is complete, and every record has a checksum.
 --quant makes the store smaller, and every read as much faster: q8_0 by half
 beside bfloat16, q4_k to 28 %. These are llama.cpp's types, quantised by ggml
 and computed by its kernels, the same numbers on every machine. q4_k_m has
@@ -49,6 +52,12 @@ quicker kernels for that here (on most x86: q4_0, q4_k, iq4_nl, mxfp4). Such a
 store is for this kind of CPU and this ggml, and not for a GPU; another machine
 refuses it. --layout plain writes one for every machine. The numbers are the
 same, and plain rows can be made of it again.
+--dense quantises the weights that every token uses, into the same store:
+linear layers, embedding and output, which q8_0 makes half as large as bfloat16
+does, in RAM and in what is read of it for each token. Norms, biases and routers
+stay floats. The output changes as with --quant. generate --dense makes the same
+of the checkpoint at every load. A GGUF file's dense weights stay in its own
+blocks, four-bit integers in those that hold them: --dense refuses both.
 A run that crashed or was killed is continued. Ctrl-C removes what was written,
 unless --keep-partial: then the next `pack` continues there."""
 
@@ -69,6 +78,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--quant", type=_quant, metavar="TYPE", help=f"quantise the experts: {', '.join(QUANTS)} (default: no)"
     )
+    pack_dense.add_option(parser)
     parser.add_argument(
         "--layout", choices=("auto", "plain", "interleaved"), default="auto",
         help="of matrices in blocks: rows one after the other, or eight side by side (default: "
@@ -97,44 +107,61 @@ def run(args: argparse.Namespace) -> int:
     with figures.busy("Reading the checkpoint's headers", args.json):
         from foreroute.checkpoint.codecs import check_shapes
         from foreroute.checkpoint.locate import read_index
-        from foreroute.checkpoint.quantised_layout import in_blocks
-        from foreroute.checkpoint.records import PackedStore, store_name
-        from foreroute.checkpoint.store_writer import claim_store
+        from foreroute.checkpoint.records import PackedStore, packed_as, store_name
         from foreroute.model.build.skeleton import outline
         from foreroute.model.build.stored_names import tell
 
         sketch = outline(folder, read_index(folder))
         tell(sketch.notes, folder)
         pack_quantised.choose_codec(args, sketch)
-        check_shapes(sketch.table, CODECS[args.quant or STORED])
+        codec = args.quant or STORED
+        check_shapes(sketch.table, CODECS[codec])
+        dense = pack_dense.quantiser_of(args, sketch)
         quality = pack_quantised.quality_of(args, folder, sketch)
-    table, name = sketch.table, store_name(args.quant or STORED)
+    packed, name = packed_as(codec, args.dense), store_name(codec, args.dense)
     path = options.place_beside(folder, name, args.out, StoreError)
-    held = _held(args, path, table)
-    # Where that moves bytes only, records lie as ggml's kernels multiply them.
-    exact = in_blocks(table) if held is None else held.table
-    orders = _orders(args, exact if args.quant is None else encoded_table(table, CODECS[args.quant]))
-    existed, quantiser = _exists_already(args, path, table, orders), None
-    if not existed:
-        with claim_store(path) as claim:
-            # Another `pack` may have finished just now.
-            existed = _exists_already(args, path, table, orders)
-            if not existed:
-                quantiser = _quantiser(args, sketch, path, exact)
-                source = table if quantiser or held else exact
-                _pack(args, source, path, quantiser or held, orders, claim)
+    existed, quantiser = _write(args, sketch, path, dense)
     measured = quantiser if quantiser is not None and quantiser.is_measured else None
-    store = PackedStore(path, table)
+    store = PackedStore(path, sketch.table)
     if not args.json:
-        _tell(args, store, existed=existed, is_beside=path == folder / name)
+        _tell(store, packed, existed=existed, is_beside=path == folder / name)
         if measured is not None:
             _tell_errors(measured)
     found = quality.price(path)
     if args.json:
-        _tell_json(args, store, measured, found, existed=existed, is_beside=path == folder / name)
+        _tell_json(store, packed, measured, found, existed=existed, is_beside=path == folder / name)
     elif found is not None:
-        pack_quantised.tell_quality(found, args.quant)
+        pack_quantised.tell_quality(found, packed)
     return 0
+
+
+def _write(
+    args: argparse.Namespace, sketch: "Outline", path: Path, dense: "DenseQuantiser | None"
+) -> "tuple[bool, Quantiser | None]":
+    """Write the store, unless it exists already: whether it did, and what quantised its experts.
+
+    Raises: as `_orders`, `_is_ours`, `_check_room` and `pack`.
+    """
+    from foreroute.checkpoint.quantised_layout import in_blocks
+    from foreroute.checkpoint.records import NO_DENSE
+    from foreroute.checkpoint.store_writer import claim_store
+
+    table, records = sketch.table, NO_DENSE if dense is None else dense.records
+    held = _held(args, path, table)
+    # Where that moves bytes only, records lie as ggml's kernels multiply them.
+    exact = in_blocks(table) if held is None else held.table
+    orders = _orders(args, exact if args.quant is None else encoded_table(table, CODECS[args.quant]))
+    existed, quantiser = _exists_already(args, path, table, orders, records), None
+    if not existed:
+        with claim_store(path) as claim:
+            # Another `pack` may have finished just now.
+            existed = _exists_already(args, path, table, orders, records)
+            if not existed:
+                quantiser = _quantiser(args, sketch)
+                _check_room(path, exact if quantiser is None else quantiser.table, records)
+                source = table if quantiser or held else exact
+                _pack(args, source, path, quantiser or held, orders, dense, claim)
+    return existed, quantiser
 
 
 def _held(args: argparse.Namespace, path: Path, table: "ExpertTable") -> "Int4Blocks | None":
@@ -176,21 +203,16 @@ def _orders(args: argparse.Namespace, table: "ExpertTable") -> dict[str, str]:
     return found
 
 
-def _exists_already(args: argparse.Namespace, path: Path, table: "ExpertTable", orders: dict[str, str]) -> bool:
+def _exists_already(
+    args: argparse.Namespace, path: Path, table: "ExpertTable", orders: dict[str, str], dense: "DenseRecords"
+) -> bool:
     """Whether the requested store exists already. Raises: as `_is_ours`."""
-    return not args.force and _is_ours(args, path, table, orders)
+    return not args.force and _is_ours(args, path, table, orders, dense)
 
 
-def _quantiser(args: argparse.Namespace, sketch: "Outline", path: Path, exact: "ExpertTable") -> "Quantiser | None":
-    """Build the quantiser, if one is needed.
-
-    Args:
-        exact: the experts as they are stored without one.
-    Raises:
-        StoreError: the disk has too little room for the store.
-    """
+def _quantiser(args: argparse.Namespace, sketch: "Outline") -> "Quantiser | None":
+    """Build the experts' quantiser, if one is needed."""
     if args.quant is None:
-        _check_room(path, exact)
         return None
     import torch
 
@@ -201,9 +223,7 @@ def _quantiser(args: argparse.Namespace, sketch: "Outline", path: Path, exact: "
     options.apply_threads(args)
     codec, library = CODECS[args.quant], open_library()
     check_types(library, codec.kinds)
-    quantiser = Quantiser(sketch.table, codec, library, num_threads=torch.get_num_threads())
-    _check_room(path, quantiser.table)
-    return quantiser
+    return Quantiser(sketch.table, codec, library, num_threads=torch.get_num_threads())
 
 
 def _tell_errors(quantiser: "Quantiser") -> None:
@@ -217,7 +237,9 @@ def _tell_errors(quantiser: "Quantiser") -> None:
     )
 
 
-def _is_ours(args: argparse.Namespace, path: Path, table: "ExpertTable", orders: dict[str, str]) -> bool:
+def _is_ours(
+    args: argparse.Namespace, path: Path, table: "ExpertTable", orders: dict[str, str], dense: "DenseRecords"
+) -> bool:
     """Whether `path` is a complete store of this very model, codec and layout; for "auto", one that this machine reads.
 
     Raises:
@@ -232,6 +254,9 @@ def _is_ours(args: argparse.Namespace, path: Path, table: "ExpertTable", orders:
         found, codec = PackedStore(path, table), args.quant or STORED
         if found.codec != codec:
             raise StoreError(f"{path} holds {found.codec} experts, not {codec}.")
+        if found.dense != dense:
+            ours, theirs = (one.kind.lower() or "none" for one in (dense, found.dense))
+            raise StoreError(f"{path} holds other dense weights than --dense asks for: {theirs}, not {ours}.")
         if args.layout != "auto" and orders_of(found.table) != orders:
             raise StoreError(f"{path} has experts in another layout than --layout {args.layout} has on this machine.")
     except StoreError as error:
@@ -241,11 +266,11 @@ def _is_ours(args: argparse.Namespace, path: Path, table: "ExpertTable", orders:
     return True
 
 
-def _check_room(path: Path, table: "ExpertTable") -> None:
+def _check_room(path: Path, table: "ExpertTable", dense: "DenseRecords") -> None:
     """Raise StoreError when the disk has no room for the store; the bytes of a partial file count as free."""
     from foreroute.checkpoint.records import partial_path
 
-    needed = table.total_slots * table.slot_bytes
+    needed = table.total_slots * table.slot_bytes + sum(dense.nbytes)
     try:
         free = shutil.disk_usage(path.parent).free
     except OSError as error:
@@ -265,6 +290,7 @@ def _pack(
     path: Path,
     quantiser: "Quantiser | Int4Blocks | None",
     orders: dict[str, str],
+    dense: "DenseQuantiser | None",
     claim: "Claim",
 ) -> None:
     from rich import progress
@@ -280,21 +306,25 @@ def _pack(
         progress.TimeRemainingColumn(),
     )
     console = figures.stderr_console()
+    # Bytes by the number of records that are done.
+    nbytes = [table.slot_bytes] * table.total_slots + ([] if dense is None else dense.records.nbytes)
+    done_bytes = [0, *itertools.accumulate(nbytes)]
     with progress.Progress(*columns, console=console, disable=args.json) as bar:
-        task = bar.add_task("packing", total=table.total_slots * table.slot_bytes)
+        task = bar.add_task("packing", total=done_bytes[-1])
         is_first = True
 
         def show(done: int, total: int) -> None:
             nonlocal is_first
             if is_first and done and not args.json:
-                console.print(f"Continuing a partial file: {done} of {total} experts are done.")
+                what = "experts" if dense is None else "experts and dense matrices"
+                console.print(f"Continuing a partial file: {done} of {total} {what} are done.")
             is_first = False
-            bar.update(task, completed=done * table.slot_bytes)
+            bar.update(task, completed=done_bytes[done])
 
         try:
             pack(
                 table, path, progress=show, resume=args.resume, keep_partial=args.keep_partial, quantiser=quantiser,
-                orders=orders, claim=claim,
+                orders=orders, dense=dense, claim=claim,
             )  # fmt: skip
         except KeyboardInterrupt:
             # Also when Ctrl-C came before `pack` had begun, or twice.
@@ -306,24 +336,26 @@ def _pack(
             raise
 
 
-def _tell(args: argparse.Namespace, store: "PackedStore", *, existed: bool, is_beside: bool) -> None:
+def _tell(store: "PackedStore", packed: str, *, existed: bool, is_beside: bool) -> None:
+    """Say what was written. packed: the store's name for --packed beside the checkpoint; "" where it needs none."""
     path = store.path
     size = f"{store.table.total_slots} experts, {format_memory(path.stat().st_size)}"
     if orders := orders_of(store.table):
         size += f", eight rows of {' and '.join(sorted(orders))} side by side"
+    size += pack_dense.described(store.dense)
     if existed:
         print(f"{path} is complete and belongs to this model ({size}): nothing to do. --force packs it again.")
     else:
         print(f"Wrote {path}: {size}.")
-    if args.quant is not None:
-        print(f"Use it with --packed {args.quant if is_beside else path}")
+    if packed:
+        print(f"Use it with --packed {packed if is_beside else path}")
         return
     print("It is used automatically, as it is beside the checkpoint." if is_beside else f"Use it with --packed {path}")
 
 
 def _tell_json(
-    args: argparse.Namespace,
     store: "PackedStore",
+    packed: str,
     quantiser: "Quantiser | None",
     quality: "dict[str, Any] | None",
     *,
@@ -337,7 +369,8 @@ def _tell_json(
         codec=store.codec,
         layout="interleaved" if orders_of(store.table) else "plain",
         existed=existed,
-        found_automatically=is_beside and args.quant is None,
+        dense=pack_dense.as_json(store.dense),
+        found_automatically=is_beside and not packed,
         layer_errors=None if quantiser is None else [error.relative for error in quantiser.errors],
         quality=quality,
     )

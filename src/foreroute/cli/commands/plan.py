@@ -289,7 +289,8 @@ def _model_rows(found: Findings) -> list[figures.Row]:
          + (" (converted at every use)" if is_converted else "")),
         ("all experts", format_memory(plan.total_expert_bytes), f"on disk, {_source(plan)}"),
         ("dense weights", format_memory(plan.dense_bytes),
-         f"always {'in RAM' if plan.device == 'cpu' else 'on the GPU'}, beside --memory"),
+         ("" if plan.dense == "stored" else f"{plan.dense}, ")
+         + f"always {'in RAM' if plan.device == 'cpu' else 'on the GPU'}, beside --memory"),
         ("KV cache", cache, "per 1,000 tokens, beside --memory"),
     ]  # fmt: skip
 

@@ -62,8 +62,9 @@ its bits differ, as ggml rounds activations inside a product, but the
 distributions of the next token must be near (--beside-torch). Of a packed
 store with eight rows side by side, whose products have other last bits, the
 reference is a model of that store, and every expert's bytes are compared with
-the checkpoint's; of one in blocks that the checkpoint does not have, with what
-packing it again makes.
+the checkpoint's; of one in blocks that the checkpoint does not have (pack
+--quant, --dense), its experts that were used and all its dense weights with
+what packing the checkpoint again makes.
 A difference is named: prompt, step, MoE layer; then the expert whose slot held
 other bytes than the checkpoint, or the dense tensor that has other values.
 
@@ -172,7 +173,7 @@ def _verify(args: argparse.Namespace, config: EngineConfig, folder: Path, texts:
         from foreroute.model.text import encode_prompt, load_tokenizer
         from foreroute.verification.compare import verify
         from foreroute.verification.distance import distance, logits_of, shortened
-        from foreroute.verification.reference import GGML, RESIDENT, choose_reference, record_reference, torch_model
+        from foreroute.verification.reference import RESIDENT, choose_reference, record_reference, torch_model
 
         options.apply_threads(args)
         # Errors are reported before the reference runs, which can take long.
@@ -185,14 +186,14 @@ def _verify(args: argparse.Namespace, config: EngineConfig, folder: Path, texts:
         kind = choose_reference(args.reference, index, sketch, args.dtype, plan)
     what = "the resident model" if kind == RESIDENT else "on-demand loading"
     with figures.counting_bar(what, sum(exercise.num_steps for exercise in exercises), "tokens", args.json) as show:
-        reference = record_reference(kind, folder, sketch, args.dtype, plan, exercises, show, config.packed)
+        reference = record_reference(kind, folder, sketch, args.dtype, plan, exercises, show, config)
     with figures.busy("Loading the model", args.json):
         model = foreroute.load(folder, plan.memory_bytes, args.dtype, config=config)
     try:
         with figures.counting_bar("from disk", reference.num_steps, "tokens", args.json) as show:
             verdict = verify(model, exercises, reference, show)
         outcome = _Outcome(reference, verdict, model.foreroute.plan, model.foreroute.stats())
-        if plan.math != GGML or not args.beside_torch:
+        if not _computes_blocks(plan, config) or not args.beside_torch:
             return outcome
         short, fed = shortened(exercises, args.beside_torch), reference.tokens
         names = [layer.name for layer in model.foreroute.table.layers]
@@ -205,6 +206,11 @@ def _verify(args: argparse.Namespace, config: EngineConfig, folder: Path, texts:
     ):
         theirs = logits_of(model, names, short, fed, show)
     return replace(outcome, beside_torch=distance(ours, theirs))
+
+
+def _computes_blocks(plan: Plan, config: EngineConfig) -> bool:
+    """Whether ggml multiplies: experts, or a packed store's dense weights."""
+    return plan.math == "ggml" or (plan.dense != "stored" and config.math != "torch")
 
 
 def within_context(prompts: "list[torch.Tensor]", num_tokens: int, config: Any) -> "list[Exercise]":
@@ -270,7 +276,7 @@ def _show(outcome: _Outcome, texts: list[str], complaints: list[str]) -> None:
         console.print(where(first, texts[first.prompt - 1]), markup=False)
         figures.print_list(console, [*first.reasons, *_remedies(first, outcome.plan)])
     else:
-        console.print(_proof(outcome.reference.kind, outcome.plan.math), markup=False)
+        console.print(_proof(outcome.reference.kind, outcome.plan), markup=False)
     if outcome.beside_torch is not None and not outcome.beside_torch.agrees:
         console.print(_far(outcome.beside_torch), markup=False)
     for complaint in complaints:
@@ -281,7 +287,7 @@ def _account(outcome: _Outcome, num_prompts: int) -> list[figures.Row]:
     plan, stats, verdict = outcome.plan, outcome.stats, outcome.verdict
     sources = {"safetensors": "the checkpoint", "gguf": "the GGUF file", "packed": "the packed store"}
     kinds = {"resident": "plain transformers, eager", "on-demand": "each expert read when needed"}
-    if plan.math == "ggml":
+    if plan.math == "ggml" or plan.dense != "stored":
         kinds["resident"] = "the same kernels, all experts in memory"
     rows: list[figures.Row] = [
         ("reference", outcome.reference.kind, f"{kinds[outcome.reference.kind]}, {plan.compute_dtype}"),
@@ -304,8 +310,10 @@ def _account(outcome: _Outcome, num_prompts: int) -> list[figures.Row]:
 
 def where(first: "FirstDifference", text: str) -> str:
     """Describe the place of the difference `first` in one sentence; `text` is the prompt."""
-    from foreroute.verification.compare import DENSE, EXPERTS, ROUTER
+    from foreroute.verification.compare import DENSE, EXPERTS, PACKED_DENSE, ROUTER
 
+    if first.part == PACKED_DENSE:
+        return "First difference: the packed store's dense weights are not what packing the checkpoint again makes."
     shown = text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…"
     step = "in its prefill" if first.step == 1 else f"at new token {first.step - 1} (position {first.position})"
     layer = f"MoE layer {first.moe_layer} ({first.module})"
@@ -318,9 +326,12 @@ def where(first: "FirstDifference", text: str) -> str:
 
 
 def _remedies(first: "FirstDifference", plan: Plan) -> list[str]:
-    if not first.experts or plan.source != "packed":
+    from foreroute.verification.compare import PACKED_DENSE
+
+    if plan.source != "packed" or not (first.experts or first.part == PACKED_DENSE):
         return []
-    return ["Experts came from a packed store: pack again (foreroute pack MODEL --force), or verify with --packed no."]
+    what = "Experts" if first.experts else "They"
+    return [f"{what} came from a packed store: pack again (foreroute pack MODEL --force), or verify with --packed no."]
 
 
 def _far(apart: "Distance") -> str:
@@ -332,8 +343,14 @@ def _far(apart: "Distance") -> str:
     )
 
 
-def _proof(kind: str, math: str) -> str:
-    if math == "ggml":
+def _proof(kind: str, plan: Plan) -> str:
+    if plan.dense != "stored":
+        how = "with every expert in memory" if kind == "resident" else "where each expert is read when it is needed"
+        return (
+            f"Exact mode gives what the same store gives {how}; its dense weights, and its experts that were used, are "
+            "what packing the checkpoint again makes."
+        )
+    if plan.math == "ggml":
         what = "" if kind == "resident" else "; --reference resident would prove it of every byte, in enough RAM"
         return f"Exact mode gives what the same kernels give with every expert in memory{what}."
     if kind == "resident":

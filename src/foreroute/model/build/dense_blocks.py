@@ -23,6 +23,7 @@ from foreroute.checkpoint.index import CheckpointIndex
 from foreroute.checkpoint.quantised_formats import QuantisedFormat
 from foreroute.checkpoint.source_files import SourceFile
 from foreroute.errors import CorruptCheckpointError, UnsupportedModelError
+from foreroute.kernels.ggml.library import Library
 from foreroute.kernels.ggml.linear import BlockEmbedding, BlockLinear, BlockMatrix, BlockProducts, compute_together
 from foreroute.kernels.ggml.quantiser import BlockMemory, UnfitWeightError, quantise_in_threads
 from foreroute.kernels.ggml.types import BlockType, has_bad_scale
@@ -125,10 +126,10 @@ class QuantisedMatrices:
         kind: the type that they get. num_threads: of the quantiser.
     """
 
-    def __init__(self, matrices: DenseMatrices, kind: BlockType, products: BlockProducts, num_threads: int) -> None:
+    def __init__(self, matrices: DenseMatrices, kind: BlockType, library: Library, num_threads: int) -> None:
         self.embedding = matrices.embedding
         self._stored, self._kind, self._num_threads = matrices.stored, kind, num_threads
-        self._library, self._memory = products.library, BlockMemory()
+        self._library, self._memory = library, BlockMemory()
 
     @property
     def names(self) -> Collection[str]:
@@ -141,11 +142,13 @@ class QuantisedMatrices:
         Raises:
             CorruptCheckpointError: a weight is no number, or too large.
         """
-        numbers = state[self._stored[name]][...]
+        stored = state[self._stored[name]]
+        # In full: what a store gets must not depend on the compute dtype.
+        numbers = stored.numbers(torch.float32) if isinstance(stored, LazyMatrix) else stored[...]
         try:
             blocks = quantise_in_threads(self._library, self._kind, numbers, self._num_threads, self._memory)
         except UnfitWeightError as error:
-            raise CorruptCheckpointError(f"{self._stored[name]}: {error}. Load without --dense.") from None
+            raise CorruptCheckpointError(f"{self._stored[name]}: {error}. Load or pack without --dense.") from None
         return BlockMatrix(self._kind, numbers.shape[1], blocks)
 
 
@@ -219,11 +222,6 @@ class DenseBlocks:
         """Whether the input's embedding stays in blocks, which a tied head then shares."""
         return self._source.embedding in self._source.names
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the matrices that are in memory."""
-        return sum(matrix.blocks.nbytes for matrix in self._matrices.values())
-
     def build(self, model_class: type[Any], state: Mapping[str, Any], *, is_tied: bool) -> type[Any]:
         """A subclass of transformers' `model_class` that passes for it, whose constructor replaces those layers.
 
@@ -247,7 +245,8 @@ class DenseBlocks:
             for name, module in [*model.named_modules()]:
                 if type(module) not in (nn.Linear, nn.Embedding):
                     continue
-                matrix = self._matrix(self._source.embedding if module is head else f"{name}.weight", state)
+                weight = f"{name}.weight"
+                matrix = self._tied(weight, state) if module is head else self._matrix(weight, state)
                 if matrix is not None:
                     parent, _, child = name.rpartition(".")
                     setattr(model.get_submodule(parent), child, self._module(module, matrix))
@@ -262,6 +261,12 @@ class DenseBlocks:
                 linear = [layer for layer in layers if isinstance(layer, BlockLinear)]
                 if len(linear) == len(names) and len({layer.in_features for layer in linear}) == 1:
                     compute_together(linear)
+
+    def _tied(self, name: str, state: Mapping[str, Any]) -> BlockMatrix | None:
+        """The blocks of a tied head: the embedding's, unless others are stored for it, which transformers takes."""
+        embedding, own = self._matrix(self._source.embedding, state), self._matrix(name, state)
+        is_another = own is not None and embedding is not None and not torch.equal(own.blocks, embedding.blocks)
+        return own if is_another else embedding
 
     def _matrix(self, name: str, state: Mapping[str, Any]) -> BlockMatrix | None:
         """The blocks of a weight, read once; None where it does not stay in blocks."""
@@ -300,15 +305,14 @@ def dense_block_nbytes(index: GgufIndex, products: BlockProducts) -> int:
     )
 
 
-def check_rows(matrices: DenseMatrices, kind: BlockType, products: BlockProducts) -> None:
-    """Check that rows of all matrices are whole blocks of `kind`.
+def check_rows(matrices: DenseMatrices, kind: BlockType, types: Mapping[str, BlockType]) -> None:
+    """Check that rows of all matrices are whole blocks of `kind`; `types`: all of ggml's.
 
     Raises:
         UnsupportedModelError: one whose rows are not; named, with the types that can take all of them.
     """
     for name, (_, columns) in matrices.shapes.items():
         if columns % kind.weights:
-            types = products.library.types
             others = [
                 one.lower()
                 for one in QUANTISED_TYPES

@@ -48,11 +48,15 @@ class LazyMatrix:
         return [LazyTensor(self._index, entry.name)[...].reshape(entry.shape) for entry in self._entries]
 
     def __getitem__(self, at: Any) -> torch.Tensor:
+        return self.numbers(self._dtype)[at]
+
+    def numbers(self, dtype: torch.dtype) -> torch.Tensor:
+        """All of it, dequantised: [out, in]."""
         rows, cols = self.shape
         stored = self.components()
-        out = torch.empty(rows, cols, dtype=self._dtype)
+        out = torch.empty(rows, cols, dtype=dtype)
         decode_matrix(StoredMatrix(self.coding, tuple(range(len(stored))), rows, cols), stored, out)
-        return out[at]
+        return out
 
 
 def dense_state(

@@ -23,10 +23,12 @@ from foreroute.checkpoint.index import CheckpointIndex
 from foreroute.checkpoint.layouts import ExpertTable, LayerExperts, PartSource
 from foreroute.checkpoint.quantised_formats import QuantisedFormat
 from foreroute.checkpoint.quantised_layout import quantised_layer
+from foreroute.checkpoint.records import PackedStore
 from foreroute.errors import CheckpointError, CorruptCheckpointError, UnsupportedModelError, named
 from foreroute.model.build.dense_blocks import DenseBlocks, DenseMatrices, dense_matrices
 from foreroute.model.build.dense_state import dense_growth, dense_state, idle_biases, quantised_matrices
 from foreroute.model.build.from_state import from_state, gguf_dense_nbytes, gguf_state, stored_state
+from foreroute.model.build.packed_dense import packed_state
 from foreroute.model.build.stored_names import Ignored, expert_parameters, map_sources, num_experts, sort_unplaced, tell
 from foreroute.model.config_file import check_against, check_choice, check_number, gguf_config, read_config
 from foreroute.model.experts import ExpertParameter, OffloadedExperts, family_form, is_experts_class, offloaded_class
@@ -160,13 +162,15 @@ def _outline_gguf(index: GgufIndex) -> Outline:
 
 
 def load_skeleton(
-    folder: Path, sketch: Outline, dtype: torch.dtype | str, blocks: DenseBlocks | None = None, **kwargs: Any
-) -> PreTrainedModel:
+    folder: Path, sketch: Outline, dtype: torch.dtype | str, blocks: DenseBlocks | None = None,
+    store: PackedStore | None = None, **kwargs: Any,
+) -> PreTrainedModel:  # fmt: skip
     """Load everything but the experts of `sketch` with transformers' `from_pretrained`, from its files in `folder`.
 
     Args:
         dtype: compute dtype of the dense weights, or "auto" for the checkpoint's.
-        blocks: the dense weights that stay in blocks, or None.
+        blocks: the dense weights that stay in blocks, or None. store: a packed store whose dense weights, if it has
+            any, replace the checkpoint's.
         kwargs: for `from_pretrained` (attn_implementation, ...).
     Raises:
         CheckpointError: transformers cannot load it.
@@ -176,7 +180,10 @@ def load_skeleton(
     """
     check_generation_settings(folder)
     model_class, config = _model_class(folder, sketch.config)
-    state, compute = _dense_state(sketch, dtype)
+    state, compute = stored_weights(sketch, dtype)
+    if store is not None:
+        numbers = next((one for one in (compute, sketch.config.dtype) if isinstance(one, torch.dtype)), None)
+        state = packed_state(store, state, numbers)
     wrong = f"{folder} cannot be loaded by transformers"
     with named(wrong, CheckpointError), swapped_experts(sketch.experts_classes), _quiet_loading():
         if blocks is None:
@@ -208,8 +215,8 @@ def _with_blocks(
     return made, info
 
 
-def _dense_state(sketch: Outline, dtype: torch.dtype | str) -> tuple[Mapping[str, Any], torch.dtype | str]:
-    """The weights by name, and their compute dtype, to which quantised ones are dequantised."""
+def stored_weights(sketch: Outline, dtype: torch.dtype | str) -> tuple[Mapping[str, Any], torch.dtype | str]:
+    """The weights by name, read when they are indexed, and their compute dtype, to which quantised ones are turned."""
     index = sketch.table.index
     if sketch.form is None and not isinstance(index, GgufIndex):
         return stored_state(index), dtype
