@@ -7,8 +7,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from foreroute.transfer.disk import DiskTransfer
-from foreroute.transfer.memory import allocate_slots
+from foreroute.transfer.disk import own_reader
 from foreroute.types import ExpertReads
 
 # Requests kept in flight per reader, so that none is idle: as in a layer with several misses.
@@ -56,12 +55,11 @@ def measure_bandwidth(
     # Read a key again only after all others: it is in flight once at a time, and caches in the disk help little.
     waiting = deque(random.Random(seed).sample(list(keys), len(keys)))
     num_queued = min(_QUEUED_PER_READER * num_threads, len(waiting))
-    memory, slots = allocate_slots(num_queued, slot_bytes)
-    transfer = DiskTransfer(reads_of, slots.__getitem__, num_threads=num_threads, direct=direct, label=label)
     arrivals_s: list[float] = []
     nbytes = 0
     free = list(range(num_queued))
-    try:
+    options = {"num_threads": num_threads, "direct": direct, "label": label}
+    with own_reader(reads_of, num_queued, slot_bytes, **options) as (transfer, _):
         started_s = now_s = time.perf_counter()
         while now_s - started_s < seconds or transfer.num_in_flight:
             while free and now_s - started_s < seconds:
@@ -75,10 +73,6 @@ def measure_bandwidth(
                 arrivals_s.append(time.perf_counter())
             now_s = time.perf_counter()
         is_direct = not transfer.buffered_paths
-    finally:
-        transfer.close()
-        slots.clear()
-        del memory
     elapsed_s = arrivals_s[-1] - started_s
     gaps_s = [later - earlier for earlier, later in zip([started_s, *arrivals_s], arrivals_s, strict=False)]
     return Bandwidth(

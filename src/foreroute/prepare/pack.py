@@ -16,8 +16,7 @@ from foreroute.checkpoint.store_writer import StoreWriter
 from foreroute.errors import ChangedFileError
 from foreroute.kernels.ggml.interleaved import interleaver
 from foreroute.prepare.quantise import DenseQuantiser, Int4Blocks, Quantiser
-from foreroute.transfer.disk import DiskTransfer
-from foreroute.transfer.memory import allocate_slots
+from foreroute.transfer.disk import DiskTransfer, own_reader
 from foreroute.types import Progress
 from foreroute.whole_files import Claim
 
@@ -128,16 +127,10 @@ def _bytes(record: Any, part: Part) -> np.ndarray:
 def _read_and_write(
     table: ExpertTable, keys: list[int], writer: StoreWriter, progress: Progress, maker: RecordMaker
 ) -> None:
+    options = {"label": table.label, "stamps": table.index.files}
     num_slots = _RING_SLOTS + maker.num_threads
-    memory, slots = allocate_slots(num_slots, table.slot_bytes)
-    transfer = DiskTransfer(table.reads, slots.__getitem__, label=table.label, stamps=table.index.files)
-    try:
-        with _encoder(maker) as encode:
-            _copy_all(maker.table, keys, writer, transfer, slots, progress, encode)
-    finally:
-        transfer.close()
-        slots.clear()
-        del memory
+    with own_reader(table.reads, num_slots, table.slot_bytes, **options) as reader, _encoder(maker) as encode:
+        _copy_all(maker.table, keys, writer, *reader, progress, encode)
 
 
 @contextmanager

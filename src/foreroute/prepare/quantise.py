@@ -25,8 +25,7 @@ from foreroute.kernels.torch.int4_blocks import into_blocks, types_that_hold
 from foreroute.model.build.dense_blocks import QuantisedMatrices
 from foreroute.model.build.packed_dense import dense_records
 from foreroute.model.build.skeleton import Outline, stored_weights
-from foreroute.transfer.disk import DiskTransfer
-from foreroute.transfer.memory import allocate_slots
+from foreroute.transfer.disk import own_reader
 from foreroute.types import Progress
 
 # Weights that are turned into float32 at a time, so that they stay in the cache.
@@ -276,11 +275,10 @@ def _scales_and_zeros(layer: LayerExperts, table: ExpertTable) -> LayerExperts:
 
 def _each(table: ExpertTable) -> Iterator[tuple[int, list[torch.Tensor]]]:
     """Every expert's key and stored tensors, in any order; the tensors are valid until the next one."""
-    memory, slots = allocate_slots(_RING_SLOTS, table.slot_bytes)
-    transfer = DiskTransfer(table.reads, slots.__getitem__, label=table.label, stamps=table.index.files)
     waiting, done = deque(table.keys.all()), 0
-    free = list(range(len(slots)))
-    try:
+    free = list(range(_RING_SLOTS))
+    options = {"label": table.label, "stamps": table.index.files}
+    with own_reader(table.reads, _RING_SLOTS, table.slot_bytes, **options) as (transfer, slots):
         while done < table.total_slots:
             while waiting and free:
                 transfer.demand(waiting.popleft(), free.pop())
@@ -292,10 +290,6 @@ def _each(table: ExpertTable) -> Iterator[tuple[int, list[torch.Tensor]]]:
                 yield completion.key, [stored_tensor(slots[completion.slot], part) for part in parts]
                 free.append(completion.slot)
                 done += 1
-    finally:
-        transfer.close()
-        slots.clear()
-        del memory
 
 
 @dataclass

@@ -5,10 +5,16 @@ experts evict each other, and each length keeps the share of the memory that it 
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 from foreroute.residency.eviction import Eviction
 from foreroute.residency.slots import Residency
 from foreroute.types import SlotClass
+
+
+def _total(name: str) -> Any:
+    """A property: the sum of this count of `Residency` over the slots of every length."""
+    return property(lambda self: sum(getattr(part, name) for part in self.parts))
 
 
 class SizedResidency:
@@ -100,30 +106,15 @@ class SizedResidency:
         """Expert keys."""
         return self.parts[0].num_keys
 
-    @property
-    def num_slots(self) -> int:
-        """Slots of all lengths; and so below."""
-        return sum(part.num_slots for part in self.parts)
-
-    @property
-    def staging_slots(self) -> int:
-        """The most slots that prefetched, not yet demanded keys may take."""
-        return sum(part.staging_slots for part in self.parts)
-
-    @property
-    def num_free(self) -> int:
-        """Number of FREE slots."""
-        return sum(part.num_free for part in self.parts)
-
-    @property
-    def num_resident(self) -> int:
-        """Number of keys that have a slot, loaded or loading."""
-        return sum(part.num_resident for part in self.parts)
-
-    @property
-    def num_prefetched(self) -> int:
-        """Number of prefetched keys not demanded yet."""
-        return sum(part.num_prefetched for part in self.parts)
+    # Of the slots of all lengths together.
+    num_slots = _total("num_slots")
+    staging_slots = _total("staging_slots")
+    num_free = _total("num_free")
+    num_resident = _total("num_resident")
+    num_prefetched = _total("num_prefetched")
+    evictions = _total("evictions")
+    prefetch_used = _total("prefetch_used")
+    prefetch_wasted = _total("prefetch_wasted")
 
     @property
     def prefetched_ready(self) -> Iterable[int]:
@@ -135,21 +126,6 @@ class SizedResidency:
     def deferred(self) -> set[int]:
         """Keys that `defer` has loading."""
         return {key for part in self.parts for key in part.deferred}
-
-    @property
-    def evictions(self) -> int:
-        """Keys evicted so far."""
-        return sum(part.evictions for part in self.parts)
-
-    @property
-    def prefetch_used(self) -> int:
-        """Prefetched keys that were demanded."""
-        return sum(part.prefetch_used for part in self.parts)
-
-    @property
-    def prefetch_wasted(self) -> int:
-        """Prefetched keys that were loaded, and evicted before any demand."""
-        return sum(part.prefetch_wasted for part in self.parts)
 
     def __repr__(self) -> str:
         return f"SizedResidency({'; '.join(map(repr, self.parts))})"

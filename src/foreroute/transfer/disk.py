@@ -10,11 +10,13 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from queue import Empty, SimpleQueue
+from typing import Any
 
 from foreroute.checkpoint.source_files import FileStamp
 from foreroute.transfer.base import Completion, TransferQueue
 from foreroute.transfer.files import BlockFiles
 from foreroute.transfer.load import Load, Source
+from foreroute.transfer.memory import allocate_slots
 from foreroute.types import ExpertReads
 
 _LOCK_PATIENCE_S = 2.0
@@ -225,3 +227,22 @@ class DiskTransfer:
             self._queue.finished(completion.key)
             # Inside the lock: `reset` relies on every request that no longer runs having been put.
             self._done.put(completion)
+
+
+@contextlib.contextmanager
+def own_reader(
+    reads_of: Callable[[int], ExpertReads], num_slots: int, slot_bytes: int, **options: Any
+) -> Iterator[tuple[DiskTransfer, list[memoryview]]]:
+    """Inside, readers with slots of their own, beside any pool; afterwards both are freed.
+
+    Args:
+        num_slots, slot_bytes: how many slots, and the length of one. reads_of, options: of the `DiskTransfer`.
+    """
+    memory, slots = allocate_slots(num_slots, slot_bytes)
+    transfer = DiskTransfer(reads_of, slots.__getitem__, **options)
+    try:
+        yield transfer, slots
+    finally:
+        transfer.close()
+        slots.clear()
+        del memory

@@ -4,6 +4,7 @@ import mmap
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 
@@ -131,7 +132,7 @@ def open_disk(
 
 def _dressed(transfer: Transfer, asked: EngineConfig, table: ExpertTable, trace: Trace | None) -> Transfer:
     if asked.deterministic:
-        transfer = LogicalTransfer(transfer)
+        transfer = cast(Transfer, LogicalTransfer(transfer))
     if trace is not None:
-        transfer = TracedTransfer(transfer, trace, table.expert_id, time.perf_counter)
+        transfer = cast(Transfer, TracedTransfer(transfer, trace, table.expert_id, time.perf_counter))
     return transfer

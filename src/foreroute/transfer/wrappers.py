@@ -1,6 +1,7 @@
 """Transfers around another one: reads in logical time, and a trace of every load."""
 
 from collections.abc import Callable
+from typing import Any
 
 from foreroute.trace import Trace
 from foreroute.transfer.base import Completion, Transfer
@@ -9,75 +10,17 @@ from foreroute.types import ExpertId
 DEMAND, PREFETCH, DEFERRED = "demand", "prefetch", "deferred"
 
 
-class TransferProxy:
-    """A `Transfer` that forwards every call to another one: base class of those that change or record some calls."""
+class _Forwarding:
+    """Passes on all calls of a `Transfer` that a subclass does not change or record."""
 
     def __init__(self, inner: Transfer) -> None:
         self._inner = inner
 
-    @property
-    def bytes_read(self) -> int:
-        """See `Transfer`."""
-        return self._inner.bytes_read
-
-    @property
-    def reads(self) -> int:
-        """See `Transfer`."""
-        return self._inner.reads
-
-    @property
-    def busy_s(self) -> float:
-        """See `Transfer`."""
-        return self._inner.busy_s
-
-    @property
-    def retries(self) -> int:
-        """See `Transfer`."""
-        return self._inner.retries
-
-    @property
-    def num_in_flight(self) -> int:
-        """See `Transfer`."""
-        return self._inner.num_in_flight
-
-    def demand(self, key: int, slot: int) -> None:
-        """See `Transfer`."""
-        self._inner.demand(key, slot)
-
-    def prefetch(self, key: int, slot: int) -> None:
-        """See `Transfer`."""
-        self._inner.prefetch(key, slot)
-
-    def defer(self, key: int, slot: int) -> None:
-        """See `Transfer`."""
-        self._inner.defer(key, slot)
-
-    def promote(self, key: int) -> None:
-        """See `Transfer`."""
-        self._inner.promote(key)
-
-    def cancel(self, key: int) -> bool:
-        """See `Transfer`."""
-        return self._inner.cancel(key)
-
-    def completed(self) -> list[Completion]:
-        """See `Transfer`."""
-        return self._inner.completed()
-
-    def wait(self) -> list[Completion]:
-        """See `Transfer`."""
-        return self._inner.wait()
-
-    def reset(self) -> None:
-        """See `Transfer`."""
-        self._inner.reset()
-
-    def close(self) -> None:
-        """See `Transfer`."""
-        self._inner.close()
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
 
 
-class LogicalTransfer(TransferProxy):
+class LogicalTransfer(_Forwarding):
     """A `Transfer` whose completions depend only on the requests, not on how long they take.
 
     `completed` waits for everything in flight and returns it. `wait` waits for and returns the demand loads alone, or
@@ -136,7 +79,7 @@ class LogicalTransfer(TransferProxy):
         return sorted(over, key=lambda one: one.key)
 
 
-class TracedTransfer(TransferProxy):
+class TracedTransfer(_Forwarding):
     """Wraps a `Transfer` and writes loads, cancelled loads and evictions to the trace.
 
     Args:

@@ -1,6 +1,6 @@
 """Compare a packed store's experts and dense weights with what packing the checkpoint anew makes, byte for byte."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 
 import torch
 
@@ -14,9 +14,7 @@ from foreroute.loading.block_kernels import dense_type
 from foreroute.model.build.skeleton import Outline
 from foreroute.prepare.pack import RecordMaker
 from foreroute.prepare.quantise import DenseQuantiser, Int4Blocks, Quantiser
-from foreroute.transfer.disk import DiskTransfer
-from foreroute.transfer.memory import allocate_slots
-from foreroute.types import ExpertReads
+from foreroute.transfer.disk import DiskTransfer, own_reader
 
 
 def is_made_by_pack(table: ExpertTable) -> bool:
@@ -43,13 +41,13 @@ def other_records(store: PackedStore, source: ExpertTable, keys: Collection[int]
     maker = RecordMaker(source, encoder, orders_of(store.table))
     found = set()
     with (
-        _OneAtATime(source, source.reads) as of_source,
-        _OneAtATime(store.table, store.reads_of(store.table)) as of_store,
+        own_reader(source.reads, 1, source.slot_bytes, label=source.label) as of_source,
+        own_reader(store.reads_of(store.table), 1, store.table.slot_bytes, label=store.table.label) as of_store,
     ):
         for key in sorted(keys):
             layer, _ = source.expert_id(key)
             nbytes = store.table.layers[layer].layout.record_bytes
-            if maker.make(key, of_source.read(key))[:nbytes] != of_store.read(key)[:nbytes]:
+            if maker.make(key, _read(key, *of_source))[:nbytes] != _read(key, *of_store)[:nbytes]:
                 found.add(key)
     return found
 
@@ -78,25 +76,10 @@ def other_dense(store: PackedStore, sketch: Outline) -> set[str]:
     return found
 
 
-class _OneAtATime:
-    """Reads one expert after the other into a slot of its own."""
-
-    def __init__(self, table: ExpertTable, reads_of: Callable[[int], ExpertReads]) -> None:
-        self._memory, self._slots = allocate_slots(1, table.slot_bytes)
-        self._transfer = DiskTransfer(reads_of, self._slots.__getitem__, label=table.label)
-
-    def __enter__(self) -> "_OneAtATime":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._transfer.close()
-        self._slots.clear()
-        del self._memory
-
-    def read(self, key: int) -> memoryview:
-        """The bytes of expert `key`, valid until the next one is read."""
-        self._transfer.demand(key, 0)
-        (completion,) = self._transfer.wait()
-        if completion.error is not None:
-            raise completion.error
-        return self._slots[0]
+def _read(key: int, transfer: DiskTransfer, slots: list[memoryview]) -> memoryview:
+    """The bytes of expert `key`, in the only slot."""
+    transfer.demand(key, 0)
+    (completion,) = transfer.wait()
+    if completion.error is not None:
+        raise completion.error
+    return slots[0]
