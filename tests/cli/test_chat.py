@@ -158,7 +158,7 @@ def test_lines_of_an_answer_stay_lines_and_code_stays_code() -> None:
 
 def test_a_setting_reads_what_it_takes() -> None:
     assert (read_setting("top_p", "0.5"), read_setting("seed", "7"), read_setting("top_k", "default")) == (0.5, 7, None)
-    with pytest.raises(PromptError, match="from 0 to 1"):
+    with pytest.raises(PromptError, match="min_p: 2 must be at least 0, at most 1"):
         read_setting("min_p", "2")
 
 

@@ -83,7 +83,7 @@ def test_a_wrong_flag_is_named_by_argparse(flags: list[str], capsys: pytest.Capt
     assert flags[0] in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.__name__.split(".")[-1])
+@pytest.mark.parametrize("command", COMMANDS.values(), ids=lambda command: command.__name__.split(".")[-1])
 def test_help_fits_a_terminal_and_teaches(command, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     name = command.__name__.split(".")[-1].replace("evaluate", "eval")

@@ -1,6 +1,7 @@
 """Run the measurement: load the rungs, run them in turn, compare their tokens, and record the results."""
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 
 import torch
@@ -171,7 +172,7 @@ class Session:
         budgets = self._settled.budgets
         memory = "100%" if self._settled.can_be_resident else max(budgets, key=lambda name: budgets[name])
         model = load(self._settled.folder, memory, self._asked.dtype, config=plain_config(self._asked.config))
-        try:
+        with closing(model.foreroute):
             for case in self._settled.cases:
                 for repeat, window in enumerate(self._ids[case]):
                     self._tell("looking at the routes")
@@ -180,8 +181,6 @@ class Session:
                     timed = run_once(model, window, case)
                     self.seen.routes[case, repeat] = recorder.routes
                     self._compare(f"the first look at {memory}", case, repeat, timed.choices)
-        finally:
-            model.foreroute.close()
 
     def _sittings(self, memory: str) -> list[Sequence[Rung]]:
         """Group a budget's rungs: all at once where they fit the free RAM, so that they take turns; else one by one."""

@@ -1,11 +1,13 @@
 """A chat so far: its turns and settings, how it becomes a prompt, and the file it is saved in."""
 
 import json
+from argparse import ArgumentTypeError
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from foreroute.cli.options import at_least, between
 from foreroute.errors import PromptError
 from foreroute.whole_files import atomic_write, check_no_pointer
 
@@ -18,35 +20,15 @@ _ROLES = ("user", "assistant")
 Setting = str | int | float | None
 
 
-def _whole(least: int) -> Callable[[str], int]:
-    def read(text: str) -> int:
-        value = int(text)
-        if value < least:
-            raise ValueError(f"at least {least}")
-        return value
-
-    return read
-
-
-def _within(low: float, high: float) -> Callable[[str], float]:
-    def read(text: str) -> float:
-        value = float(text)
-        if not low <= value <= high:
-            raise ValueError(f"from {low:g} to {high:g}")
-        return value
-
-    return read
-
-
 # Settings of `/set`: how a value is parsed, and what the setting does.
 SETTINGS: dict[str, tuple[Callable[[str], Setting], str]] = {
-    "temperature": (_within(0, 100), "higher is more random; 0 takes the likeliest token"),
-    "top_k": (_whole(1), "sample from the N likeliest tokens"),
-    "top_p": (_within(1e-6, 1), "sample from the likeliest tokens that have this probability together"),
-    "min_p": (_within(0, 1), "leave out tokens below X times the likeliest one's probability"),
-    "repetition_penalty": (_within(1e-3, 100), "above 1: tokens seen before become less likely"),
-    "max_new_tokens": (_whole(1), "longest answer, in tokens"),
-    "seed": (_whole(0), "the same seed samples the same tokens, from the next answer on"),
+    "temperature": (between(0, 100), "higher is more random; 0 takes the likeliest token"),
+    "top_k": (at_least(1), "sample from the N likeliest tokens"),
+    "top_p": (between(0, 1, open_below=True), "sample from the likeliest tokens that have this probability together"),
+    "min_p": (between(0, 1), "leave out tokens below X times the likeliest one's probability"),
+    "repetition_penalty": (between(1e-3, 100), "above 1: tokens seen before become less likely"),
+    "max_new_tokens": (at_least(1), "longest answer, in tokens"),
+    "seed": (at_least(0), "the same seed samples the same tokens, from the next answer on"),
     "policy": (str, "how misses are treated: exact, tolerance:0.1, speculative, paper"),
 }
 
@@ -63,9 +45,10 @@ def read_setting(name: str, text: str) -> Setting:
         return None
     try:
         return SETTINGS[name][0](text)
-    except ValueError as error:
-        expected = "a number" if "convert" in str(error) or "invalid" in str(error) else str(error)
-        raise PromptError(f"{name} is to be {expected}, not {text!r}.") from None
+    except ValueError:
+        raise PromptError(f"{name} is to be a number, not {text!r}.") from None
+    except ArgumentTypeError as error:
+        raise PromptError(f"{name}: {error}.") from None
 
 
 @dataclass

@@ -1,10 +1,12 @@
 """Show a chat's answers while they are generated: rendered as markdown, or as plain text."""
 
 import sys
-from types import TracebackType
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from foreroute.cli import figures
+from foreroute.config import Plan
 from foreroute.units import format_memory
 
 if TYPE_CHECKING:
@@ -15,24 +17,12 @@ if TYPE_CHECKING:
 _FENCES = ("```", "~~~")
 
 
-class PlainAnswer:
-    """Shows one answer while it is generated: writes the pieces unchanged, and a newline at the end."""
-
-    def __init__(self) -> None:
-        self._write = figures.writer(sys.stdout)
-
-    def __enter__(self) -> "PlainAnswer":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is None:
-            self._write("\n")
-
-    def write(self, piece: str) -> None:
-        """Show the next piece of text; it ends with a whole character."""
-        self._write(piece)
+@contextmanager
+def plain_answer() -> Iterator[Callable[[str], None]]:
+    """While inside, a function that writes pieces of an answer unchanged; at the end a newline."""
+    write = figures.writer(sys.stdout)
+    yield write
+    write("\n")
 
 
 class MarkdownAnswer:
@@ -50,17 +40,15 @@ class MarkdownAnswer:
             console=figures.stdout_console(), refresh_per_second=8, transient=True, vertical_overflow="crop"
         )
 
-    def __enter__(self) -> "MarkdownAnswer":
-        self._live.__enter__()
-        return self
+    def __enter__(self) -> Callable[[str], None]:
+        self._live.start()
+        return self.write
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         from rich.text import Text
 
         self._live.update(Text(""))
-        self._live.__exit__(kind, error, trace)
+        self._live.stop()
         if self._text[self._shown_at :].strip():
             self._live.console.print(_markdown(self._text[self._shown_at :]))
 
@@ -123,11 +111,8 @@ def finished_blocks(text: str, start: int = 0) -> int:
     return end
 
 
-def stats_rows(report: "GenerationReport", plan: object, num_turns: int) -> list[figures.Row]:
+def stats_rows(report: "GenerationReport", plan: Plan, num_turns: int) -> list[figures.Row]:
     """Rows of the last answer's `report` under `plan`, the turns so far (num_turns), and the prompt tokens reused."""
-    from foreroute.config import Plan
-
-    assert isinstance(plan, Plan), "a loaded model has its plan"
     reused = f"of the prompt's {report.prompt_tokens:,}; the chat keeps {format_memory(report.prompt_cache_bytes)}"
     return [
         ("answer", f"{num_turns}", "of this chat, the last one:"),

@@ -180,6 +180,17 @@ def _governor_rows(report: "GenerationReport") -> list[Row]:
     return [("prefetching", "trying" if report.prefetch_why == "trying" else now, f"off in {off} of {steps} steps")]
 
 
+def inert_features(plan: Plan, evictions: int, prefetch_used: int) -> list[str]:
+    """List what should have happened in a run under `plan` and did not: without it a comparison proves little."""
+    complaints = []
+    if plan.num_slots < plan.total_slots and not evictions:
+        complaints.append("But no expert was evicted: this run proves little. Take less --memory or more tokens.")
+    if plan.staging_slots and not prefetch_used:
+        remedy = "Take more tokens." if plan.math != "family" else "Take --dtype float32."
+        complaints.append(f"But no prefetch was used: this run proves little. {remedy}")
+    return complaints
+
+
 def dtype_name(stored: str) -> str:
     """Translate a safetensors dtype to torch's name."""
     return {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}.get(stored, stored)

@@ -11,12 +11,16 @@ import threading
 import traceback
 import types
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import foreroute
 from foreroute.cli.commands import bench, chat, demo, evaluate, fit, generate, pack, plan, replay, score, serve, verify
 from foreroute.errors import ForerouteError
 
-COMMANDS = (generate, chat, serve, plan, pack, fit, score, evaluate, verify, bench, replay, demo)
+COMMANDS = {
+    "generate": generate, "chat": chat, "serve": serve, "plan": plan, "pack": pack, "fit": fit, "score": score,
+    "eval": evaluate, "verify": verify, "bench": bench, "replay": replay, "demo": demo,
+}  # fmt: skip
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 EXIT_TERMINATED = 143  # 128 + SIGTERM
@@ -39,17 +43,19 @@ Exit codes: 0 done; 1 verify, bench or demo found a difference;
 2 an error, explained in one line; 130 stopped by Ctrl-C, 143 by SIGTERM."""
 
 
+class _Parser(argparse.ArgumentParser):
+    """Of the command or of one of its commands: shows descriptions with their line breaks."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Build the parser of all commands. Cheap: neither torch nor transformers is imported."""
-    parser = argparse.ArgumentParser(
-        prog="foreroute",
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = _Parser(prog="foreroute", description=_DESCRIPTION, epilog=_EPILOG)
     parser.add_argument("--version", action="version", version=f"foreroute {foreroute.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for command in COMMANDS:
+    for command in COMMANDS.values():
         command.add_parser(commands)
     return parser
 
@@ -65,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     try:
-        code: int = args.run(args)
+        code: int = COMMANDS[args.command].run(args)
         # Flush here, so that a reader that has closed the pipe is noticed.
         sys.stdout.flush()
     except ForerouteError as error:

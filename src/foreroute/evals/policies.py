@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -153,20 +154,16 @@ def _check(load: Callable[[str], Any], sidecar: Sidecar | None, rows: Rows) -> N
     memories = ["100%" if memory == NO_CACHE else memory for memory in rows.memories]
     for memory in dict.fromkeys(memories):
         model = load(memory)
-        try:
+        with closing(model.foreroute):
             for policy in rows.policies:
                 model.foreroute.check_policy(policy)
-        finally:
-            model.foreroute.close()
 
 
 def _keep_reference(model: OffloadedModel, texts: Texts, scratch: Path, progress: NamedProgress) -> None:
     """Record the exact logits that all rows with a cache are compared with."""
-    try:
+    with closing(model.foreroute):
         texts.keep_exact(scratch, model.config.get_text_config().vocab_size)
         price_decoding(model, Policy(), texts, _named(progress, "decoding exactly"), is_reference=True)
-    finally:
-        model.foreroute.close()
 
 
 @dataclass
@@ -187,7 +184,7 @@ class _Row:
         """Evaluate without a cache: only the experts guessed for a layer are resident."""
         assert self.sidecar is not None, "checked before"
         model, found = self.load("100%"), self._head()
-        try:
+        with closing(model.foreroute):
             ids = self.material.windows
             if len(ids):
                 difference, cost = price_fetched_only(
@@ -201,14 +198,12 @@ class _Row:
                     found["accuracy"] |= self.material.others(model)
             if not len(ids):
                 found |= Cost.of_tally(tally, model.foreroute.plan.expert_bytes).figures()
-        finally:
-            model.foreroute.close()
         return found
 
     def with_cache(self, texts: Texts | None) -> dict[str, Any]:
         """Evaluate with a pool of this budget, decoding one token at a time."""
         model, found = self.load(self.memory), self._head()
-        try:
+        with closing(model.foreroute):
             if texts is not None:
                 difference, cost = price_decoding(model, self.policy, texts, self._named("text"))
                 found |= _figures(difference, cost, timed=not self.deterministic)
@@ -220,8 +215,6 @@ class _Row:
                 found["accuracy"] |= self.material.others(model)
             if texts is None:
                 found |= Cost.of_stats(model.foreroute.stats().minus(before).decode, None).figures()
-        finally:
-            model.foreroute.close()
         return found
 
     def _head(self) -> dict[str, Any]:

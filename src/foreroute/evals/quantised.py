@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,10 +49,8 @@ def read(folder: Path, packed: str, windows: list[TextWindows], memory: str | No
     """
     config = EngineConfig(packed=packed, prefetch="none", predictor="no")
     model = load(folder, memory, config=config)
-    try:
+    with closing(model.foreroute):
         by_source = bits_per_char(model, windows, progress)
-    finally:
-        model.foreroute.close()
     nats = sum(by_source[one.source] * one.chars for one in windows) * math.log(2)
     num_tokens = sum(one.ids[:, 1:].numel() for one in windows)
     del by_source["all"]

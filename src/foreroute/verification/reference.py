@@ -202,10 +202,8 @@ def _recorded_of_store(
     if plan.math != GGML:  # of dense blocks alone
         chosen = replace(chosen, math=config.math)
     model = load(folder, *_asked(kind, plan, dtype), config=chosen)
-    try:
+    with contextlib.closing(model.foreroute):
         return _recorded(kind, model, sketch, exercises, progress)
-    finally:
-        model.foreroute.close()
 
 
 def _as_packed_anew(stored: Reference, folder: Path, sketch: Outline, packed: str) -> Reference:
@@ -248,10 +246,8 @@ def torch_model(folder: Path, sketch: Outline, plan: Plan, packed: str = "no") -
     store = open_store(folder, packed, sketch.table) if is_of_made_blocks(sketch, plan) else None
     if store is not None and (store.codec != STORED or store.dense.kind):
         model = load(folder, plan.memory_bytes, plan.compute_dtype, config=replace(_PLAIN_LOADING, packed=packed))
-        try:
+        with contextlib.closing(model.foreroute):
             yield model
-        finally:
-            model.foreroute.close()
         return
     with _opened(folder, sketch, plan.memory_bytes, plan.compute_dtype, _PLAIN_LOADING) as model:
         yield model
@@ -264,10 +260,8 @@ def _opened(
     """Yield a model of the files that transformers chooses in `folder`; close it afterwards."""
     with chosen_by_transformers(folder, sketch) as only:
         model = load(only, memory, dtype, config=config)
-        try:
+        with contextlib.closing(model.foreroute):
             yield model
-        finally:
-            model.foreroute.close()
 
 
 def _recorded(

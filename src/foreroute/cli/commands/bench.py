@@ -82,9 +82,7 @@ def add_parser(commands: Any) -> None:
         usage="foreroute bench MODEL [flags]",
         description="Measure a model here, from on-demand loading to all experts in memory.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.set_defaults(run=run)
     options.add_model(parser)
     count = options.at_least(1)
     parser.add_argument("--memory", nargs="+", metavar="M", help=_help("budgets for experts, as in generate", "memory"))

@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,9 +54,7 @@ def add_parser(commands: Any) -> None:
         usage="foreroute chat MODEL [flags]",
         description="Chat with a model; earlier turns are not computed again.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.set_defaults(run=run)
     parser.add_argument("model", metavar="MODEL", help="folder of a checkpoint, a .gguf file, or a hub id")
     parser.add_argument("--system", metavar="TEXT", help="system message of the chat")
     parser.add_argument("--load", type=Path, metavar="FILE", help="continue a chat that /save wrote")
@@ -82,14 +81,12 @@ def run(args: argparse.Namespace) -> int:
         options.apply_threads(args)
         tokenizer = load_tokenizer(folder)
         model = foreroute.load(folder, dtype=args.dtype, config=config)
-    try:
+    with closing(model.foreroute):
         chat = Chat(model, tokenizer, args.model, conversation, is_markdown=sys.stdout.isatty() and not args.plain)
         chat.greet()
         for line in _lines():
             if not chat.take(line):
                 break
-    finally:
-        model.foreroute.close()
     return 0
 
 
@@ -180,10 +177,9 @@ class Chat:
         report = None
         try:
             prompt_ids = talk.prompt_ids(self._tokenizer, is_plain=self._is_plain_text)
-            view = chat_view.MarkdownAnswer() if self._is_markdown else chat_view.PlainAnswer()
-            with view:
+            with chat_view.MarkdownAnswer() if self._is_markdown else chat_view.plain_answer() as write:
                 report = generate(
-                    self._model, self._tokenizer, prompt_ids, on_text=view.write, reuse=self._cache, **self._sampling()
+                    self._model, self._tokenizer, prompt_ids, on_text=write, reuse=self._cache, **self._sampling()
                 )
         except PromptError as error:
             if "context" in str(error):

@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,9 +50,7 @@ def add_parser(commands: Any) -> None:
         usage="foreroute demo [PROMPT] [flags]",
         description="Run the shipped model with a quarter of its experts in memory; check it.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.set_defaults(run=run)
     parser.add_argument("prompt", metavar="PROMPT", nargs="?", default=_PROMPT, help=f'default: "{_PROMPT}"')
     parser.add_argument("--model", metavar="FOLDER", help="another model in place of the one that ships")
     parser.add_argument(
@@ -97,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
         prompt_ids = encode_prompt(tokenizer, prompt, chat=is_chat)
         model = foreroute.load(folder, dtype=args.dtype, config=config)
     plan = model.foreroute.plan
-    try:
+    with closing(model.foreroute):
         console.print(_introduction(plan) + (" It is asked:\n" if is_chat else " It continues this text:\n"))
         write = figures.writer(sys.stdout, is_quiet=args.json)
         write(prompt + ("\n" if is_chat else ""))
@@ -105,8 +104,6 @@ def run(args: argparse.Namespace) -> int:
             model, tokenizer, prompt_ids, on_text=write, max_new_tokens=args.max_new_tokens, do_sample=False
         )
         write("\n")
-    finally:
-        model.foreroute.close()
     if report.finish_reason == "interrupted":
         return 130
     console.print()
@@ -114,7 +111,8 @@ def run(args: argparse.Namespace) -> int:
     console.print()
     with figures.busy("Now the same with every expert in memory, by plain transformers", args.json):
         expected = resident_tokens(plan, prompt_ids, args.max_new_tokens)
-    verdict, inert = compare(report.token_ids, expected, tokenizer), _inert_features(report, plan)
+    verdict, stats = compare(report.token_ids, expected, tokenizer), report.stats
+    inert = figures.inert_features(plan, stats.evictions, stats.decode.prefetch_used)
     console.print(f"same tokens as the resident model: {verdict}", style="bold", markup=False)
     for complaint in inert:
         console.print(complaint)
@@ -188,14 +186,3 @@ def _account(report: "GenerationReport") -> list[figures.Row]:
         ("prefetches used", f"{report.stats.decode.prefetch_used:,}",
          f"of {decode.prefetch_loads:,} experts prefetched"),
     ]  # fmt: skip
-
-
-def _inert_features(report: "GenerationReport", plan: Plan) -> list[str]:
-    """List features that should have been active and were not; without them the comparison proves nothing."""
-    complaints = []
-    if plan.num_slots < plan.total_slots and not report.stats.evictions:
-        complaints.append("But no expert was evicted: this run proves little. Take less --memory or more tokens.")
-    if plan.staging_slots and not report.stats.decode.prefetch_used:
-        remedy = "Take more tokens." if plan.math != "family" else "Take --dtype float32."
-        complaints.append(f"But no prefetch was used: this run proves little. {remedy}")
-    return complaints

@@ -1,11 +1,11 @@
 """`foreroute eval`: how good a model's output is, by tasks with one right answer and by held-out text."""
 
 import argparse
-import contextlib
 import dataclasses
 import hashlib
 import os
 from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -82,9 +82,7 @@ def add_parser(commands: Any) -> None:
         usage="foreroute eval MODEL (--suite builtin | --text FILE... | ...) [flags]",
         description="Measure a model's answers and its perplexity on text, and what policies cost.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.set_defaults(run=run)
     options.add_model(parser)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--suite", choices=("builtin",), help="tasks with one right answer, and held-out text")
@@ -260,7 +258,7 @@ def _plain(
     from foreroute.evals.builtin import run_suite, run_text
 
     model = foreroute.load(folder, dtype=args.dtype, config=config)
-    try:
+    with closing(model.foreroute):
         if others is not None:
             found: dict[str, Any] = {"tasks": others(tokenizer, model)}
         elif held_out is None:
@@ -268,8 +266,6 @@ def _plain(
         else:
             found = run_suite(model, tokenizer, held_out, settings, show)
         return {"memory_bytes": model.foreroute.plan.memory_bytes, **found}
-    finally:
-        model.foreroute.close()
 
 
 def _name(path: Path) -> str:
@@ -277,7 +273,7 @@ def _name(path: Path) -> str:
     return "./all" if str(path) == "all" else str(path)
 
 
-@contextlib.contextmanager
+@contextmanager
 def _bars(is_quiet: bool) -> Iterator["NamedProgress"]:
     """Show one progress bar per activity on standard error."""
     from rich import progress

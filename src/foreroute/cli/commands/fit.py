@@ -1,6 +1,7 @@
 """`foreroute fit`: learn from text which experts come next, and write the predictors beside the checkpoint."""
 
 import argparse
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,9 +36,7 @@ def add_parser(commands: Any) -> None:
         usage="foreroute fit MODEL --text FILE... [flags]",
         description="Fit predictors of the next layer's experts to a model.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.set_defaults(run=run)
     add_text_options(parser, tokens=65536)
     parser.add_argument("--out", type=Path, metavar="PATH", help="file or folder (default: beside the checkpoint)")
     parser.add_argument("--force", action="store_true", help="fit again, even where a fit exists")
@@ -127,13 +126,11 @@ def run(args: argparse.Namespace) -> int:
         index = read_index(folder)
         tokenizer = load_tokenizer(folder)
         model = foreroute.load(folder, dtype=args.dtype, config=config)
-    try:
+    with closing(model.foreroute):
         # Raises where files changed in between: the fingerprint is that of the loaded model, or none.
         fingerprint = index.fingerprint()
         corpus = read_corpus(tokenizer, args.text, args.tokens, context_of(model.config, args.context))
         sidecar = _fit(args, model, fingerprint, corpus, path)
-    finally:
-        model.foreroute.close()
     _tell(args, sidecar, path, is_beside=path == folder / SIDECAR_NAME)
     return 0
 

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +42,7 @@ def add_parser(commands: Any) -> None:
         usage="foreroute generate MODEL [PROMPT] [flags]",
         description="Continue or answer a prompt: print the text as it comes, then figures.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.set_defaults(run=run)
     options.add_model(parser)
     parser.add_argument("prompt", metavar="PROMPT", nargs="?", help='the prompt; "-" reads it from standard input')
     parser.add_argument("--file", type=Path, metavar="FILE", help="read the prompt from a file")
@@ -141,7 +140,7 @@ def run(args: argparse.Namespace) -> int:
         prompt_ids = encode_prompt(tokenizer, prompt, chat=args.chat, system=system)
     with figures.loading(config, is_quiet) as progress:
         model = foreroute.load(folder, dtype=args.dtype, config=config, progress=progress)
-    try:
+    with closing(model.foreroute):
         if args.seed is not None:
             torch.manual_seed(args.seed)
         report = generate(
@@ -152,8 +151,6 @@ def run(args: argparse.Namespace) -> int:
             max_new_tokens=args.max_new_tokens,
             **sampled,
         )
-    finally:
-        model.foreroute.close()
     if args.json:
         figures.print_json(
             model=args.model,

@@ -70,9 +70,7 @@ def add_parser(commands: Any) -> None:
         usage="foreroute pack MODEL [flags]",
         description="Write a packed store: one page-aligned record per expert.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.set_defaults(run=run)
     options.add_model(parser)
     parser.add_argument("--out", type=Path, metavar="PATH", help="file or folder (default: beside the checkpoint)")
     parser.add_argument(
@@ -151,11 +149,11 @@ def _write(
     # Where that moves bytes only, records lie as ggml's kernels multiply them.
     exact = in_blocks(table) if held is None else held.table
     orders = _orders(args, exact if args.quant is None else encoded_table(table, CODECS[args.quant]))
-    existed, quantiser = _exists_already(args, path, table, orders, records), None
+    existed, quantiser = _is_ours(args, path, table, orders, records), None
     if not existed:
         with claim_store(path) as claim:
             # Another `pack` may have finished just now.
-            existed = _exists_already(args, path, table, orders, records)
+            existed = _is_ours(args, path, table, orders, records)
             if not existed:
                 quantiser = _quantiser(args, sketch)
                 _check_room(path, exact if quantiser is None else quantiser.table, records)
@@ -203,13 +201,6 @@ def _orders(args: argparse.Namespace, table: "ExpertTable") -> dict[str, str]:
     return found
 
 
-def _exists_already(
-    args: argparse.Namespace, path: Path, table: "ExpertTable", orders: dict[str, str], dense: "DenseRecords"
-) -> bool:
-    """Whether the requested store exists already. Raises: as `_is_ours`."""
-    return not args.force and _is_ours(args, path, table, orders, dense)
-
-
 def _quantiser(args: argparse.Namespace, sketch: "Outline") -> "Quantiser | None":
     """Build the experts' quantiser, if one is needed."""
     if args.quant is None:
@@ -248,7 +239,7 @@ def _is_ours(
     from foreroute.checkpoint.records import PackedStore
     from foreroute.kernels.ggml.interleaved import check_orders
 
-    if not path.exists():
+    if args.force or not path.exists():
         return False
     try:
         found, codec = PackedStore(path, table), args.quant or STORED

@@ -1,6 +1,7 @@
 """`foreroute plan`: what fits into which memory, how fast it may run, and what would improve that."""
 
 import argparse
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,9 +72,7 @@ def add_parser(commands: Any) -> None:
         usage="foreroute plan MODEL [flags]",
         description="Show what fits, measure disk and CPU, forecast the time per token.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.set_defaults(run=run)
     options.add_model(parser)
     options.add_common_options(parser)
     options.add_model_options(parser)
@@ -114,7 +113,7 @@ def find(folder: Path, args: argparse.Namespace, config: EngineConfig) -> Findin
     checkpoint = open_checkpoint(folder, None, config.packed)
     store = checkpoint.store
     model = foreroute.load(folder, dtype=args.dtype, config=config)
-    try:
+    with closing(model.foreroute):
         plan, table = model.foreroute.plan, model.foreroute.table
         compute, kv_bytes = (
             probes.measure_compute(model),
@@ -122,8 +121,6 @@ def find(folder: Path, args: argparse.Namespace, config: EngineConfig) -> Findin
         )
         # Last: what it measures grows with what has been computed.
         serving = None if context is None else requests.needs_of(model, context)
-    finally:
-        model.foreroute.close()
     if plan.device != "cpu":
         from foreroute.bench.link import measure_link
 

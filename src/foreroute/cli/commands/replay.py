@@ -1,8 +1,6 @@
 """`foreroute replay`: analyse a recorded run, and replay it under other evictions and budgets."""
 
 import argparse
-import contextlib
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,9 +54,7 @@ def add_parser(commands: Any) -> None:
         usage="foreroute replay TRACE [flags]",
         description="Replay a trace without its model: tables, plots and a page.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.set_defaults(run=run)
     parser.add_argument("trace", type=Path, metavar="TRACE", help="a .jsonl file that --trace wrote")
     parser.add_argument(
         "--memory",
@@ -107,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
         from foreroute.report.chrome import check_chrome
 
         check_chrome(args.chrome, args.trace)
-    with _bar("reading", args.json) as show:
+    with figures.counting_bar("reading", 1, "bytes", args.json) as show:
         recording = read_recording(args.trace, is_partial=args.partial, progress=show)
     if args.model is not None:
         _check_model(recording, args.model)
@@ -115,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
         raise TraceError(
             f"--token {args.token}: the trace has {len(recording.decode_steps)} decode steps, counted from 0."
         )
-    with _bar("replaying", args.json) as show:
+    with figures.counting_bar("replaying", 1, "replays", args.json) as show:
         report = make_report(
             recording,
             memories=args.memory,
@@ -164,17 +160,6 @@ def _check_model(recording: "Recording", model: str) -> None:
         )
 
 
-@contextlib.contextmanager
-def _bar(what: str, is_quiet: bool) -> Iterator[Callable[[int, int], None]]:
-    """Show a progress bar on standard error; call the result with (done, total)."""
-    from rich import progress
-
-    columns = (progress.TextColumn("{task.description}"), progress.BarColumn(), progress.TimeRemainingColumn())
-    with progress.Progress(*columns, console=figures.stderr_console(), transient=True, disable=is_quiet) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
 def _print(report: "Report", written: list[Path]) -> None:
     console = figures.stdout_console()
     _print_run(console, report)
@@ -193,7 +178,6 @@ def _print(report: "Report", written: list[Path]) -> None:
 
 
 def _print_run(console: "Console", report: "Report") -> None:
-
     header, timing, fates = report.recording.header, report.timing, report.fates
     read = "not known" if timing.bytes_per_s is None else format_speed(timing.bytes_per_s)
     rows: list[figures.Row] = [

@@ -1,6 +1,7 @@
 """`foreroute score`: measure how many of the next experts are predicted, beside controls."""
 
 import argparse
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,9 +45,7 @@ def add_parser(commands: Any) -> None:
         usage="foreroute score MODEL --text FILE... [flags]",
         description="Score a model's predictors, and controls, on text.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.set_defaults(run=run)
     add_text_options(parser, tokens=16384)
     parser.add_argument("--predictor", default="auto", metavar="PATH", help='fitted predictors: "auto", "no" or a path')
     parser.add_argument(
@@ -86,13 +85,11 @@ def run(args: argparse.Namespace) -> int:
         tokenizer = load_tokenizer(folder)
         sidecar = open_sidecar(folder, read_index(folder), config)
         model = foreroute.load(folder, dtype=args.dtype, config=config)
-    try:
+    with closing(model.foreroute):
         corpus = read_corpus(tokenizer, args.text, args.tokens, context_of(model.config, args.context))
         with figures.counting_bar("scoring", corpus.num_tokens, "tokens", args.json) as show:
             scores = score(model, corpus.windows, sidecar, rows=args.rows, progress=show)
         timely = _decode(model, corpus.windows, args.decode, args.json) if args.decode else None
-    finally:
-        model.foreroute.close()
     if args.png is not None:
         plot.draw(scores, args.png, title=folder.name)
     if args.json:

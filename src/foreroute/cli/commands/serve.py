@@ -48,9 +48,7 @@ def add_parser(commands: Any) -> None:
         usage="foreroute serve MODEL [flags]",
         description="Serve a model over OpenAI's API.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.set_defaults(run=run)
     parser.add_argument("model", metavar="MODEL", nargs="?", help="folder of a checkpoint, a .gguf file, or a hub id")
     parser.add_argument("-m", "--model", dest="model_flag", metavar="MODEL", help="the same, as a flag")
     options.add_common_options(parser)
