@@ -11,7 +11,7 @@ import time
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, TextIO
 
 from foreroute.errors import TraceError
 
@@ -22,26 +22,10 @@ _JSON_LINES, _CHROME = ".jsonl", ".json"
 _FIRST_BYTES = (b'{"event":"header"', b'[{"name":"foreroute"')
 
 
-class Sink(Protocol):
-    """Writes events in one file format."""
-
-    def begin(self) -> None:
-        """Prepare for the first event."""
-        ...
-
-    def write(self, event: dict[str, Any]) -> None:
-        """Write one event, as in docs/trace.md."""
-        ...
-
-    def close(self) -> None:
-        """Finish the file."""
-        ...
-
-
 class Trace:
     """Writes the events of one loaded model to `sink`, timed by the engine's clock in seconds since the trace began."""
 
-    def __init__(self, sink: Sink) -> None:
+    def __init__(self, sink: "JsonLines") -> None:
         self._sink = sink
         self._began_s = time.perf_counter()
         self._failure: OSError | None = None
@@ -129,43 +113,37 @@ def as_line(event: dict[str, Any]) -> str:
 
 
 class JsonLines:
-    """A `Sink` that writes one event a line."""
+    """Writes the events of docs/trace.md to `file`, one a line."""
 
     def __init__(self, file: TextIO) -> None:
         self._file = file
 
     def begin(self) -> None:
-        """See `Sink`."""
+        """Prepare for the first event."""
         self._file.truncate(0)
 
     def write(self, event: dict[str, Any]) -> None:
-        """See `Sink`."""
+        """Write one event."""
         self._file.write(as_line(event) + "\n")
 
     def close(self) -> None:
-        """See `Sink`."""
+        """Finish the file."""
         self._file.close()
 
 
-class ChromeTrace:
-    """A `Sink` that writes a JSON array of Chrome's trace events."""
+class ChromeTrace(JsonLines):
+    """Writes them as one JSON array of Chrome's trace events."""
 
-    def __init__(self, file: TextIO) -> None:
-        self._file = file
-        self._separator = "["
-
-    def begin(self) -> None:
-        """See `Sink`."""
-        self._file.truncate(0)
+    _separator = "["
 
     def write(self, event: dict[str, Any]) -> None:
-        """See `Sink`."""
+        """Write one event."""
         for converted in chrome_events(event):
             self._file.write(self._separator + as_line(converted))
             self._separator = ",\n"
 
     def close(self) -> None:
-        """See `Sink`."""
+        """Finish the array, and the file."""
         if not self._file.closed:
             self._file.write("]\n")
             self._file.close()

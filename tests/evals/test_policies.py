@@ -201,8 +201,7 @@ def test_the_difference_of_two_distributions() -> None:
 
 
 def test_what_nothing_beats() -> None:
-    rows = [{"c": 3, "l": 0.0}, {"c": 1, "l": 5.0}, {"c": 2, "l": 6.0}, {"c": 2, "l": 1.0}]
-    assert pareto(rows, "c", "l") == [1, 3, 0]
+    assert pareto([(3, 0.0), (1, 5.0), (2, 6.0), (2, 1.0)]) == [(1, 5.0), (2, 1.0), (3, 0.0)]
 
 
 def test_the_mean_over_tasks() -> None:

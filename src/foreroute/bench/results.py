@@ -2,7 +2,7 @@
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from typing import Any
 
 from foreroute.bench.asked import Settled
@@ -11,7 +11,7 @@ from foreroute.bench.repeats import machine, software, summary
 from foreroute.bench.run import Case
 from foreroute.bench.rungs import BELADY, LADDER, RESIDENT
 from foreroute.bench.session import Measurements, Run
-from foreroute.engine.interfaces import PhaseStats
+from foreroute.engine.interfaces import summed
 
 # One test's figures on one rung, by name; as in --json.
 Figures = dict[str, Any]
@@ -118,7 +118,7 @@ def _tests(settled: Settled, seen: Measurements, memory: str, case: Case) -> lis
 
 
 def _prompt_figures(runs: Sequence[Run], expert_bytes: int) -> Figures:
-    phase = _summed([run.timed.prefill for run in runs])
+    phase = summed([run.timed.prefill for run in runs])
     return {
         "tokens_per_s": summary([_tokens_per_s(run, PROMPT) for run in runs]),
         "ttft_ms": summary([1e3 * run.timed.ttft_s for run in runs]),
@@ -131,7 +131,7 @@ def _prompt_figures(runs: Sequence[Run], expert_bytes: int) -> Figures:
 
 def _token_figures(runs: Sequence[Run], expert_bytes: int) -> Figures:
     """Figures of new tokens. Megabytes per token; stalls and TPOT per step, which gives several tokens in a batch."""
-    phase = _summed([run.timed.decode for run in runs])
+    phase = summed([run.timed.decode for run in runs])
     demanded = phase.hits + phase.late_hits + phase.misses
     return {
         "tokens_per_s": summary([_tokens_per_s(run, TOKENS) for run in runs]),
@@ -219,10 +219,6 @@ def _tokens_per_s(run: Run, kind: str) -> float:
         return run.case.batch * run.case.prompt_tokens / run.timed.ttft_s
     assert run.timed.tpot_s, "a case without new tokens has no such test"
     return run.case.batch / run.timed.tpot_s
-
-
-def _summed(phases: Sequence[PhaseStats]) -> PhaseStats:
-    return PhaseStats(*(sum(getattr(phase, one.name) for phase in phases) for one in fields(PhaseStats)))
 
 
 def _raw(run: Run, expert_bytes: int) -> dict[str, Any]:

@@ -11,22 +11,21 @@ ORACLE, BELADY, RESIDENT = "oracle", "belady", "resident"
 
 @dataclass(frozen=True)
 class Rung:
-    """name: as in flags and --json. label: as in tables. meaning: one line of help. is_measured: else computed."""
+    """name: as in flags and --json. label: as in tables. is_measured: else computed."""
 
     name: str
     label: str
-    meaning: str
     is_measured: bool = True
 
 
 LADDER = (
-    Rung(ON_DEMAND, "on-demand", "every expert is read when a token needs it, and not kept"),
-    Rung(CACHE, "+ cache", "experts stay until others need their place"),
-    Rung(HITS_FIRST, "+ hits first", "resident experts are computed while others are read"),
-    Rung(PREFETCH, "+ prefetch", "the next layer's are guessed and prefetched: foreroute as it is"),
-    Rung(ORACLE, "oracle prefetch", "the next layer's are known and read ahead, always"),
-    Rung(BELADY, "Belady bound", "arithmetic: nothing reads less, nor faster than the disk", is_measured=False),
-    Rung(RESIDENT, "fully resident", "every expert in memory from the start"),
+    Rung(ON_DEMAND, "on-demand"),
+    Rung(CACHE, "+ cache"),
+    Rung(HITS_FIRST, "+ hits first"),
+    Rung(PREFETCH, "+ prefetch"),
+    Rung(ORACLE, "oracle prefetch"),
+    Rung(BELADY, "Belady bound", is_measured=False),
+    Rung(RESIDENT, "fully resident"),
 )
 RUNG_NAMES = tuple(rung.name for rung in LADDER)
 

@@ -94,6 +94,11 @@ class EngineStats:
         )
 
 
+def summed(phases: Sequence[PhaseStats]) -> PhaseStats:
+    """The counts of several runs together."""
+    return PhaseStats(*(sum(getattr(phase, f.name) for phase in phases) for f in fields(PhaseStats)))
+
+
 def _difference(now: PhaseStats, earlier: PhaseStats) -> PhaseStats:
     return PhaseStats(*(getattr(now, f.name) - getattr(earlier, f.name) for f in fields(now)))
 

@@ -62,20 +62,19 @@ def _points(rows: Sequence[Mapping[str, Any]]) -> tuple[str, list[float]] | None
 
 def _panel(panel: Any, rows: Sequence[Mapping[str, Any]], losses: Sequence[float], cost: str, scale: float) -> None:
     memories = list(dict.fromkeys(row["memory"] for row in rows))
-    names = list(dict.fromkeys(f"{row['policy']} {row['tau']:g}" if row["tau"] else row["policy"] for row in rows))
+    of_row = [f"{row['policy']} {row['tau']:g}" if row["tau"] else row["policy"] for row in rows]
+    names = list(dict.fromkeys(of_row))
     seen: set[str] = set()
-    for row, loss in zip(rows, losses, strict=True):
-        name = f"{row['policy']} {row['tau']:g}" if row["tau"] else row["policy"]
+    for row, name, loss in zip(rows, of_row, losses, strict=True):
         label = f"{name}, memory {row['memory']}"
         panel.scatter(
             row[cost] * scale, loss, s=55, color=f"C{names.index(name)}", zorder=3,
             marker=_MARKERS[memories.index(row["memory"]) % len(_MARKERS)], label=None if label in seen else label,
         )  # fmt: skip
         seen.add(label)
-    points = [{"cost": row[cost] * scale, "loss": loss} for row, loss in zip(rows, losses, strict=True)]
-    front = pareto(points, "cost", "loss")
+    front = pareto([(row[cost] * scale, loss) for row, loss in zip(rows, losses, strict=True)])
     panel.step(
-        [points[at]["cost"] for at in front], [points[at]["loss"] for at in front],
+        *zip(*front, strict=True),
         where="post", color="grey", linewidth=1, linestyle="--", label="nothing is better in both",
     )  # fmt: skip
     panel.grid(alpha=0.3)

@@ -15,8 +15,9 @@ import torch
 from foreroute.errors import EvaluationError
 from foreroute.evals.answers import answer, wilson
 from foreroute.evals.fetched_only import fetched_only
-from foreroute.evals.pricing import Cost, Divergence, Texts, price_decoding, price_fetched_only, windows_with_chars
+from foreroute.evals.pricing import Cost, Divergence, Texts, price_decoding, price_fetched_only
 from foreroute.evals.tasks import Item, accuracy_by_kind
+from foreroute.evals.text import num_chars
 from foreroute.loading.offloaded_model import OffloadedModel
 from foreroute.policy import Policy
 from foreroute.predict.sidecar import Sidecar
@@ -127,7 +128,8 @@ def run_policies(
     _check(load, sidecar, rows)
     texts: Texts | None = None
     if len(material.windows):
-        texts = windows_with_chars(tokenizer, material.windows, material.given)
+        ids, given = material.windows, material.given
+        texts = Texts(ids, given, num_chars(tokenizer, ids, given + 1))
     made: list[dict[str, Any]] = []
     has_reference = False
     for policy, memory in rows.pairs():
@@ -188,7 +190,7 @@ class _Row:
             ids = self.material.windows
             if len(ids):
                 difference, cost = price_fetched_only(
-                    model, self.sidecar, self.policy, ids, _chars(self.tokenizer, ids), self._named("text")
+                    model, self.sidecar, self.policy, ids, num_chars(self.tokenizer, ids), self._named("text")
                 )
                 found |= _figures(difference, cost, timed=False)
             in_prompts = self.material.others is not None and self.material.others_in_prompts
@@ -247,10 +249,6 @@ def _figures(difference: Divergence, cost: Cost, *, timed: bool) -> dict[str, An
 
 def _named(progress: NamedProgress, what: str) -> Callable[[int, int], None]:
     return lambda done, total: progress(what, done, total)
-
-
-def _chars(tokenizer: Any, ids: torch.Tensor) -> int:
-    return sum(len(tokenizer.decode(row[1:], skip_special_tokens=False)) for row in ids)
 
 
 def mean_accuracy(row: Mapping[str, Any]) -> float | None:

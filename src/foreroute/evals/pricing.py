@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from foreroute.engine.interfaces import summed
 from foreroute.errors import EvaluationError
 from foreroute.evals.fetched_only import FetchCounts, fetched_only
 from foreroute.loading.offloaded_model import OffloadedModel
@@ -150,12 +151,6 @@ class Texts:
         return part
 
 
-def windows_with_chars(tokenizer: Any, ids: torch.Tensor, given: int) -> Texts:
-    """Make `Texts` of `ids` [windows, context + 1], the first `given` of each a prompt; tokenizer counts characters."""
-    chars = sum(len(tokenizer.decode(row[given + 1 :], skip_special_tokens=False)) for row in ids)
-    return Texts(ids, given, chars)
-
-
 @torch.no_grad()
 def price_fetched_only(
     model: OffloadedModel, sidecar: Sidecar, policy: Policy, ids: torch.Tensor, chars: int, progress: Progress
@@ -214,18 +209,14 @@ def price_decoding(
             progress(number + 1, len(texts.ids))
     finally:
         model.foreroute.set_policy(Policy())
-    total = costs[0]
-    for cost in costs[1:]:
-        for name in cost.__slots__:
-            setattr(total, name, getattr(total, name) + getattr(cost, name))
-    return difference, Cost.of_stats(total, spent)
+    return difference, Cost.of_stats(summed(costs), spent)
 
 
-def pareto(rows: Sequence[dict[str, Any]], cost: str, loss: str) -> list[int]:
-    """Indices of the rows that no other beats in both `cost` and `loss` (lower is better), cheapest first."""
+def pareto(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The (cost, loss) that no other of `points` beats in both (lower is better), cheapest first."""
     best, front = math.inf, []
-    for at in sorted(range(len(rows)), key=lambda n: (rows[n][cost], rows[n][loss])):
-        if rows[at][loss] < best:
-            best = rows[at][loss]
-            front.append(at)
+    for cost, loss in sorted(points):
+        if loss < best:
+            best = loss
+            front.append((cost, loss))
     return front

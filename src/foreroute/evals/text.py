@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -95,9 +95,13 @@ def cut_windows(
             )
         stride = (len(ids) - 1) // count
         rows = [ids[n * stride : n * stride + context + 1] for n in range(count)]
-        chars = sum(len(tokenizer.decode(row[1:], skip_special_tokens=False)) for row in rows)
-        cut.append(TextWindows(source, shares[source], torch.tensor(rows), chars))
+        cut.append(TextWindows(source, shares[source], torch.tensor(rows), num_chars(tokenizer, rows)))
     return cut
+
+
+def num_chars(tokenizer: Any, rows: Iterable[Any], given: int = 1) -> int:
+    """Characters of all `rows` of token ids, without the first `given` of each."""
+    return sum(len(tokenizer.decode(row[given:], skip_special_tokens=False)) for row in rows)
 
 
 @torch.no_grad()

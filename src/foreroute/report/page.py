@@ -11,7 +11,7 @@ from foreroute.report.curves import draw_layers, draw_residency
 from foreroute.report.replay import Budget, Report
 from foreroute.report.style import POLICIES, check_matplotlib
 from foreroute.report.timeline import TokenPicture, draw_timeline, token_picture, typical_token
-from foreroute.units import format_speed, megabytes, number, percent
+from foreroute.units import format_speed, megabytes, percent
 from foreroute.whole_files import atomic_write
 
 _CSS = """
@@ -157,19 +157,12 @@ def _memory(report: Report, path: Path) -> str:
 
 
 def _budget_table(report: Report, budget: Budget) -> str:
-    rows = []
-    for name, outcome in budget.outcomes.items():
-        span = report.timing.tpot_ms(outcome)
-        cells = [POLICIES[name][2].split(":")[0], percent(outcome.hit_rate), f"{outcome.misses_per_token:.2f}",
-                 megabytes(outcome.bytes_per_token), number(budget.over_belady(outcome.bytes_per_token), decimals=2),
-                 "–" if span is None else f"{span[0]:.1f} to {span[1]:.1f}"]  # fmt: skip
-        rows.append(("bound" if name == "belady" else "", cells))
+    rows = [
+        ("bound" if name == "belady" else "", [POLICIES[name][2].split(":")[0], *row.cells])
+        for name, row in report.policies(budget).items()
+    ]
     if budget.is_recorded:
-        did = report.recorded
-        cells = ["the recorded run", percent(did.hits / max(did.demanded, 1)), f"{did.misses / did.tokens:.2f}",
-                 megabytes(did.bytes_per_token), number(budget.over_belady(did.bytes_per_token), decimals=2),
-                 f"{report.timing.step_ms:.1f}"]  # fmt: skip
-        rows.append(("did", cells))
+        rows.append(("did", ["the recorded run", *report.recorded_row.cells]))
     return _table(("policy", "hits", "misses", "MB per token", "x bound", "ms per token"), rows)
 
 

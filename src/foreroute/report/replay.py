@@ -10,6 +10,7 @@ from foreroute.report.guesses import Fates, LayerUse, fates_of, layers_of, recal
 from foreroute.report.offline import BELADY, Outcome, replays, sum_of
 from foreroute.report.route import RecordedRoute, pool_of, route_of, smallest_pool, too_few
 from foreroute.report.timing import Recorded, Timing, recorded_of, timing_of
+from foreroute.units import NO_VALUE, megabytes, number, percent, span
 
 DEFAULT_SHARES = ("12.5%", "25%", "37.5%", "50%", "75%", "100%")
 
@@ -28,6 +29,28 @@ class Budget:
         """Bytes as a multiple of the bound's; None where the bound reads nothing."""
         bound = self.outcomes[BELADY].bytes_per_token
         return bytes_per_token / bound if bound else None
+
+
+@dataclass(frozen=True)
+class ReplayRow:
+    """The figures of one policy, or of the recorded run. tpot_ms: with full overlap and without; None: not known."""
+
+    hit_rate: float
+    misses_per_token: float
+    bytes_per_token: float
+    over_belady: float | None
+    tpot_ms: tuple[float, float] | None
+
+    @property
+    def cells(self) -> list[str]:
+        """The figures for people."""
+        return [
+            percent(self.hit_rate),
+            number(self.misses_per_token),
+            megabytes(self.bytes_per_token),
+            number(self.over_belady, decimals=2),
+            NO_VALUE if self.tpot_ms is None else span(*self.tpot_ms, "").rstrip(),
+        ]
 
 
 @dataclass(frozen=True)
@@ -85,18 +108,37 @@ class Report:
             "prefetches": asdict(self.fates),
         }
 
+    def policies(self, budget: Budget) -> dict[str, ReplayRow]:
+        """The figures of every policy at one budget, by name."""
+        return {
+            name: ReplayRow(
+                outcome.hit_rate,
+                outcome.misses_per_token,
+                outcome.bytes_per_token,
+                budget.over_belady(outcome.bytes_per_token),
+                self.timing.tpot_ms(outcome),
+            )
+            for name, outcome in budget.outcomes.items()
+        }
+
+    @property
+    def recorded_row(self) -> ReplayRow:
+        """The figures of the recorded run; its TPOT is measured."""
+        did, per_token = self.recorded, self.recorded.bytes_per_token
+        return ReplayRow(
+            did.hits / max(did.demanded, 1),
+            did.misses / did.tokens,
+            per_token,
+            self.recorded_budget.over_belady(per_token),
+            (self.timing.step_ms, self.timing.step_ms),
+        )
+
     def _budget_dict(self, budget: Budget) -> dict[str, Any]:
         policies = {}
-        for name, outcome in budget.outcomes.items():
-            low, high = self.timing.tpot_ms(outcome) or (None, None)
-            policies[name] = {
-                "hit_rate": outcome.hit_rate,
-                "misses_per_token": outcome.misses_per_token,
-                "bytes_per_token": outcome.bytes_per_token,
-                "over_belady": budget.over_belady(outcome.bytes_per_token),
-                "tpot_ms_full_overlap": low,
-                "tpot_ms_no_overlap": high,
-            }
+        for name, row in self.policies(budget).items():
+            figures = asdict(row)
+            low, high = figures.pop("tpot_ms") or (None, None)
+            policies[name] = {**figures, "tpot_ms_full_overlap": low, "tpot_ms_no_overlap": high}
         return {
             "num_slots": budget.num_slots,
             "pool_bytes": budget.pool_bytes,

@@ -12,7 +12,7 @@ from foreroute.server.api import problems
 from foreroute.server.api.answers import check_model
 from foreroute.server.api.chat import complete_chat
 from foreroute.server.api.completions import complete
-from foreroute.server.api.problems import ApiError
+from foreroute.server.api.problems import RETRY_SOON, ApiError
 from foreroute.server.api.schema import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from foreroute.server.backend import Backend, Serving
 from foreroute.server.guard import Guard
@@ -72,32 +72,30 @@ def _add_openai(app: FastAPI, backend: Backend, settings: ServerSettings, metric
     @app.get("/v1/models")
     @app.get("/models", include_in_schema=False)
     async def models() -> dict[str, Any]:
-        serving = backend.serving(settings.retry_after_s)
+        serving = backend.serving()
         return {"object": "list", "data": [_model_card(name, serving) for name in settings.served_names]}
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
-        serving = backend.serving(settings.retry_after_s)
+        serving = backend.serving()
         if name not in settings.served_names:
             raise ApiError(404, "There is no such model here.", param="model", code="model_not_found")
         return _model_card(name, serving)
 
     @app.post("/v1/chat/completions", response_model=None, responses=_ALSO_STREAMED)
     async def chat_completions(asked: ChatRequest, http: Request) -> Any:
-        serving = backend.serving(settings.retry_after_s)
-        return _answer(await complete_chat(asked, http, serving, metrics, settings))
+        return _answer(await complete_chat(asked, http, backend.serving(), metrics, settings))
 
     @app.post("/v1/completions", response_model=None, responses=_ALSO_STREAMED)
     async def completions(asked: CompletionRequest, http: Request) -> Any:
-        serving = backend.serving(settings.retry_after_s)
-        return _answer(await complete(asked, http, serving, metrics, settings))
+        return _answer(await complete(asked, http, backend.serving(), metrics, settings))
 
 
 def _add_tokens(app: FastAPI, backend: Backend, settings: ServerSettings) -> None:
     @app.post("/tokenize")
     async def tokenize(asked: TokenizeRequest) -> dict[str, Any]:
         check_model(asked.model, settings)
-        serving = backend.serving(settings.retry_after_s)
+        serving = backend.serving()
         if asked.messages is not None:
             messages = [{"role": message.role, "content": message.text} for message in asked.messages]
             ids = await serving.prompts.chat(messages)
@@ -109,13 +107,13 @@ def _add_tokens(app: FastAPI, backend: Backend, settings: ServerSettings) -> Non
     @app.post("/detokenize")
     async def detokenize(asked: DetokenizeRequest) -> dict[str, Any]:
         check_model(asked.model, settings)
-        serving = backend.serving(settings.retry_after_s)
+        serving = backend.serving()
         serving.prompts.check_ids(asked.tokens, "tokens")
         return {"prompt": await serving.prompts.decode(asked.tokens)}
 
     @app.get("/tokenizer_info")
     async def tokenizer_info() -> dict[str, Any]:
-        return backend.serving(settings.retry_after_s).info
+        return backend.serving().info
 
 
 def _add_state(app: FastAPI, backend: Backend, settings: ServerSettings, metrics: ServerMetrics) -> None:
@@ -127,7 +125,7 @@ def _add_state(app: FastAPI, backend: Backend, settings: ServerSettings, metrics
         state_now = {**state, "step": backend.step, "progress": backend.progress}
         if backend.phase == "ready":
             return JSONResponse(state_now)
-        return JSONResponse(state_now, 503, {"Retry-After": str(settings.retry_after_s)})
+        return JSONResponse(state_now, 503, RETRY_SOON)
 
     @app.get("/version")
     async def version() -> dict[str, str]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from foreroute.batching.requests import Engine
-from foreroute.server.api.problems import ApiError, not_possible
+from foreroute.server.api.problems import RETRY_SOON, ApiError, not_possible
 from foreroute.server.api.templates import TemplateRenderer
 from foreroute.server.api.token_text import TokenTexts
 from foreroute.server.settings import Limits
@@ -167,13 +167,13 @@ class Backend:
         """The model, also while stopping; None before it is ready."""
         return self._serving
 
-    def serving(self, retry_after_s: int = 1) -> Serving:
-        """Return the model for a request, or ask to come back after retry_after_s.
+    def serving(self) -> Serving:
+        """Return the model for a request, or ask to come back.
 
         Raises:
             ApiError: 503 with Retry-After: not ready yet, or stopping.
         """
         if self.phase != "ready" or self._serving is None:
             message = f"The model is not ready: {self.phase} ({self.step}). GET /health says when."
-            raise ApiError(503, message, code=self.phase, headers={"Retry-After": str(retry_after_s)})
+            raise ApiError(503, message, code=self.phase, headers=RETRY_SOON)
         return self._serving

@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 from urllib.parse import urlsplit
 
-from foreroute.server.api.problems import ApiError, internal
+from foreroute.server.api.problems import RETRY_SOON, ApiError, internal
 from foreroute.server.settings import ServerSettings
 
 Message = MutableMapping[str, Any]
@@ -42,7 +42,6 @@ class Guard:
         self._hosts, self._named = settings.hosts, settings.allowed_hosts
         self._keys = [key.encode() for key in settings.api_keys]
         self._limits = settings.limits
-        self._retry_after_s = settings.retry_after_s
         self._in_flight = 0
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
@@ -68,8 +67,8 @@ class Guard:
             self._check_host(headers)
             self._check_key(scope, headers)
             if self._in_flight > self._limits.in_flight and scope["path"] != _OPEN_PATH:
-                wait = {"Retry-After": str(self._retry_after_s)}
-                raise ApiError(503, "Too many requests are being served.", code="too_many_requests", headers=wait)
+                why = "Too many requests are being served."
+                raise ApiError(503, why, code="too_many_requests", headers=RETRY_SOON)
             if scope["method"] in ("POST", "PUT", "PATCH", "DELETE"):
                 body = await self._read_body(headers, receive)
                 if body is None:

@@ -50,7 +50,6 @@ class ServerSettings:
         allowed_hosts: further names of this server, perhaps with a port; see `hosts` and `host_name`.
         temperature, seed: defaults of requests; None: the model's own settings, and a random seed.
         keep_alive_s: a stream sends a comment after this long without an event.
-        retry_after_s: the Retry-After of 429 and 503.
         allow_pages: whether the page at / may be served.
     """
 
@@ -62,7 +61,6 @@ class ServerSettings:
     temperature: float | None = None
     seed: int | None = None
     keep_alive_s: float = 15.0
-    retry_after_s: int = 1
     allow_pages: bool = True
     limits: Limits = Limits()
 

@@ -275,7 +275,7 @@ def test_it_is_busy_while_a_long_step_goes_and_not_after_one_that_broke_off(
 
     model = load(folder, "50%")
     engine = BatchEngine(model, make_tokenizer(), 128)
-    serving = Serving(engine, serve().backend.serving(1).prompts, 128, model=model)
+    serving = Serving(engine, serve().backend.serving().prompts, 128, model=model)
     feed = _feed_of(Backend(serving), ServerSettings())
     # A step that goes now has gone for a minute.
     feed._clock = lambda: time.perf_counter() + 60

@@ -199,28 +199,8 @@ def _print_run(console: "Console", report: "Report") -> None:
 
 
 def _rows(report: "Report", budget: "Budget") -> list[list[str]]:
-    rows = []
-    for name, outcome in budget.outcomes.items():
-        tpot = report.timing.tpot_ms(outcome)
-        rows.append([
-            name,
-            figures.percent(outcome.hit_rate),
-            figures.number(outcome.misses_per_token),
-            megabytes(outcome.bytes_per_token),
-            figures.number(budget.over_belady(outcome.bytes_per_token), decimals=2),
-            "–" if tpot is None else figures.span(*tpot, "").rstrip(),
-        ])  # fmt: skip
-    if budget.is_recorded:
-        did = report.recorded
-        rows.append([
-            "recorded",
-            figures.percent(did.hits / max(did.demanded, 1)),
-            figures.number(did.misses / did.tokens),
-            megabytes(did.bytes_per_token),
-            figures.number(budget.over_belady(did.bytes_per_token), decimals=2),
-            figures.number(report.timing.step_ms),
-        ])  # fmt: skip
-    return rows
+    rows = [[name, *row.cells] for name, row in report.policies(budget).items()]
+    return [*rows, ["recorded", *report.recorded_row.cells]] if budget.is_recorded else rows
 
 
 def _remarks(report: "Report") -> list[str]:

@@ -4,14 +4,13 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Sequence
 from functools import partial
-from types import TracebackType
 from typing import Any
 
 from starlette.requests import Request as HttpRequest
 
 from foreroute.batching.requests import AnswerEvent, Engine, Finished, NewToken, PromptScored, Request, Sampling
 from foreroute.errors import ContextLengthError, ForerouteError, QueueFullError
-from foreroute.server.api.problems import ApiError, not_possible
+from foreroute.server.api.problems import RETRY_SOON, ApiError, not_possible
 from foreroute.server.api.schema import ChatRequest, CompletionRequest
 from foreroute.server.api.sse import until_gone
 from foreroute.server.settings import ServerSettings
@@ -25,7 +24,7 @@ class Answers:
 
     Args:
         engine: computes the answers. requests: one for each choice, in the order of their indices.
-        metrics: called when tokens arrive. settings: limits, and the Retry-After of 429.
+        metrics: called when tokens arrive. settings: limits.
         param: the field of the prompts, for errors.
     """
 
@@ -57,8 +56,7 @@ class Answers:
                 self._open[index] = (handle, clock)
         except QueueFullError as error:
             self.close()
-            wait = {"Retry-After": str(self._settings.retry_after_s)}
-            raise ApiError(429, str(error), code="queue_full", headers=wait) from error
+            raise ApiError(429, str(error), code="queue_full", headers=RETRY_SOON) from error
         except ContextLengthError as error:
             self.close()
             raise ApiError(400, str(error), param=self._param, code="context_length_exceeded") from error
@@ -76,7 +74,7 @@ class Answers:
     def __enter__(self) -> "Answers":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, AnswerEvent]]:

@@ -19,6 +19,8 @@ _TYPES = {
     500: "server_error",
     503: "service_unavailable_error",
 }
+# Headers of an error that is over soon: the queue is full, or the model is not ready.
+RETRY_SOON = {"Retry-After": "1"}
 _MOST_CHARS, _MOST_PARAM_CHARS = 1000, 100
 # pydantic's names of a union's alternatives, which are no places in a request.
 _WAY = re.compile(r"str|(list|function-\w+|constrained-\w+|nullable)\[.*")

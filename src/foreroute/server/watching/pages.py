@@ -105,7 +105,7 @@ class _Watching(UntilGone):
 
 def _feed_of(backend: Backend, settings: ServerSettings) -> LiveFeed:
     """Return the loaded model's feed, made on first use and kept beside the model."""
-    serving = backend.serving(settings.retry_after_s)
+    serving = backend.serving()
     if serving.model is None:
         raise ApiError(404, "There is no engine here to watch.")
     handle = serving.model.foreroute
