@@ -117,8 +117,8 @@ def test_the_bits_are_the_same_at_every_budget_and_in_a_batch(
 def test_copies_put_blocks_beside_their_exponents(folder: Path) -> None:
     table = in_blocks(expert_table(folder))
     part = table.layers[0].layout.parts[0]
-    spreads = [one for one in table.layers[0].spreads if one.dst_offset < part.nbytes]
-    assert {one.itemsize for one in spreads} == {1, 16}
+    spreads = [one for one in table.layers[0].spreads if one.copy.dst_offset < part.nbytes]
+    assert {one.copy.itemsize for one in spreads} == {1, 16}
     slot = bytearray(table.slot_bytes)
     for read in table.reads(3):
         with open(read.path, "rb") as file:

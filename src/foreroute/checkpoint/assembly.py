@@ -9,6 +9,7 @@ Of one that was published quantised, a slot holds what the checkpoint stores (bl
 when an expert is computed. A `Coding` says how; kernels/torch/dequantise.py does it.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -27,7 +28,7 @@ MXFP4_BLOCK_BYTES = 17
 # order that is not known, which then stays one matrix.
 Gates = Literal["", "halves", "alternating"]
 
-_KNOWN = frozenset({"MergeModulelist", "Concatenate", "Transpose", "Interleave", "Chunk"})
+_KNOWN = frozenset({"MergeModulelist", "Concatenate", "Transpose", "Interleave"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +101,6 @@ class Operation:
     other_dim: int = 0
     inverse: bool = False
     check_dims: bool = False
-    chunk_index: int = 0
-    num_chunks: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,17 +123,19 @@ class Assembled:
     pieces: tuple[Piece, ...]
 
 
+def row_major_strides(shape: Sequence[int], dtype: str) -> tuple[int, ...]:
+    """Bytes from an item to the next one along each dimension of `shape`, where items of `dtype` have no gaps."""
+    return tuple(ITEMSIZE[dtype] * math.prod(shape[at + 1 :]) for at in range(len(shape)))
+
+
 def whole(entry: TensorEntry, expert: int | None = None) -> Assembled:
     """Take the stored tensor `entry` as one piece: all of it (one per expert), or row `expert` of a fused one."""
     shape = entry.shape if expert is None else entry.shape[1:]
-    strides, stride = [], ITEMSIZE[entry.dtype]
-    for extent in reversed(shape):
-        strides.append(stride)
-        stride *= extent
-    src_offset = entry.offset + (0 if expert is None else expert * stride)
     extents = (1, *shape)
+    strides = row_major_strides(extents, entry.dtype)
+    src_offset = entry.offset + (0 if expert is None else expert * strides[0])
     origin = (0,) * len(extents)
-    piece = Piece(entry, src_offset, (stride, *reversed(strides)), extents, origin, (1,) * len(extents))
+    piece = Piece(entry, src_offset, strides, extents, origin, (1,) * len(extents))
     return Assembled(extents, (piece,))
 
 
@@ -175,7 +176,7 @@ def check_known(operations: Sequence[Operation]) -> None:
 def _apply(operation: Operation, tensors: list[Assembled], expected: tuple[int, ...]) -> list[Assembled]:
     if operation.kind == "MergeModulelist":
         return tensors  # the inputs already have the expert dimension that it adds
-    if operation.dim == 0 and operation.kind in ("Concatenate", "Interleave", "Chunk", "Transpose"):
+    if operation.dim == 0 and operation.kind in ("Concatenate", "Interleave", "Transpose"):
         raise UnsupportedModelError(
             f"The checkpoint's experts need {operation.kind} across experts, which is not known."
         )
@@ -185,10 +186,8 @@ def _apply(operation: Operation, tensors: list[Assembled], expected: tuple[int, 
         if operation.check_dims and tensors[0].shape == expected:
             return tensors
         return [_transpose(tensor, operation.dim, operation.other_dim) for tensor in tensors]
-    if operation.kind == "Interleave":
-        return [_interleave(tensor, operation.dim, operation.inverse) for tensor in tensors]
-    assert operation.kind == "Chunk", "the operations are known"
-    return [_chunk(tensor, operation.dim, operation.chunk_index, operation.num_chunks) for tensor in tensors]
+    assert operation.kind == "Interleave", "the operations are known"
+    return [_interleave(tensor, operation.dim, operation.inverse) for tensor in tensors]
 
 
 def _at(values: tuple[int, ...], dim: int, value: int) -> tuple[int, ...]:
@@ -241,26 +240,3 @@ def _interleave(tensor: Assembled, dim: int, inverse: bool) -> Assembled:
                 )
             )
     return Assembled(tensor.shape, tuple(pieces))
-
-
-def _chunk(tensor: Assembled, dim: int, index: int, num_chunks: int) -> Assembled:
-    extent = tensor.shape[dim]
-    chunk = -(-extent // num_chunks)
-    low, high = index * chunk, min(extent, (index + 1) * chunk)
-    pieces: list[Piece] = []
-    for piece in tensor.pieces:
-        if piece.step[dim] != 1:
-            raise UnsupportedModelError("The checkpoint's experts chunk an interleaved tensor: not known.")
-        first = max(low, piece.start[dim])
-        last = min(high, piece.start[dim] + piece.extents[dim])
-        if first < last:
-            skipped = first - piece.start[dim]
-            pieces.append(
-                replace(
-                    piece,
-                    src_offset=piece.src_offset + skipped * piece.src_strides[dim],
-                    extents=_at(piece.extents, dim, last - first),
-                    start=_at(piece.start, dim, first - low),
-                )
-            )
-    return Assembled(_at(tensor.shape, dim, high - low), tuple(pieces))

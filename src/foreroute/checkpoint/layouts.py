@@ -5,7 +5,7 @@ Names and operations come from transformers (model/build/skeleton.py asks for th
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from foreroute.checkpoint.assembly import (
@@ -16,6 +16,7 @@ from foreroute.checkpoint.assembly import (
     StoredPart,
     assemble,
     check_known,
+    row_major_strides,
     whole,
 )
 from foreroute.checkpoint.index import ITEMSIZE, CheckpointIndex, TensorEntry, merged
@@ -84,15 +85,10 @@ class PartSource:
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """How a source's items, contiguous in the file, are spread in a slot: as in `Copy`; rows times cols are all."""
+    """How a source's items, contiguous in the file, are spread in a slot: `copy` is of all of them, from the first."""
 
     source: PartSource
-    dst_offset: int
-    rows: int
-    cols: int
-    itemsize: int
-    dst_row_stride: int
-    dst_col_stride: int
+    copy: Copy
 
 
 @dataclass(frozen=True)
@@ -311,18 +307,9 @@ def expert_reads(layer: LayerExperts, expert: int, index: CheckpointIndex) -> Ex
     moves: list[tuple[str, int, int, Copy]] = []
     for spread in layer.spreads:
         (piece,) = _assembled(spread.source, expert, index).pieces
-        copy = Copy(
-            0,
-            spread.dst_offset,
-            spread.rows,
-            spread.cols,
-            spread.itemsize,
-            spread.dst_row_stride,
-            spread.dst_col_stride,
-        )
-        moves.append((piece.entry.path, piece.src_offset, copy.nbytes, copy))
+        moves.append((piece.entry.path, piece.src_offset, spread.copy.nbytes, spread.copy))
     for source, part in zip(layer.sources, layer.layout.parts, strict=True) if not layer.spreads else ():
-        strides = _row_major_strides(part)
+        strides = row_major_strides((1, *part.shape), part.dtype)
         for piece in _assembled(source, expert, index).pieces:
             for src_offset, copy in _copies(piece, part, strides):
                 moves.append((piece.entry.path, src_offset, copy.nbytes, copy))
@@ -344,19 +331,8 @@ def _end(moves: Sequence[tuple[str, int, int, Copy]]) -> int:
 
 def _joined(moves: Sequence[tuple[str, int, int, Copy]]) -> Read:
     start = moves[0][1]
-    copies = tuple(
-        Copy(offset - start, c.dst_offset, c.rows, c.cols, c.itemsize, c.dst_row_stride, c.dst_col_stride)
-        for _, offset, _, c in moves
-    )
+    copies = tuple(replace(copy, src_offset=offset - start) for _, offset, _, copy in moves)
     return Read(moves[0][0], start, _end(moves) - start, copies)
-
-
-def _row_major_strides(part: Part) -> tuple[int, ...]:
-    strides, stride = [], ITEMSIZE[part.dtype]
-    for extent in reversed(part.shape):
-        strides.append(stride)
-        stride *= extent
-    return (stride, *reversed(strides))
 
 
 def _copies(piece: Piece, part: Part, dst_strides: Sequence[int]) -> list[tuple[int, Copy]]:

@@ -35,7 +35,7 @@ from foreroute.checkpoint.quantised_formats import (
     QuantisedFormat,
 )
 from foreroute.errors import CorruptCheckpointError, UnsupportedModelError
-from foreroute.types import round_up
+from foreroute.types import Copy, round_up
 
 _FLOATS = ("F32", "F16", "BF16")
 # Per coding, the dtypes that each component may have.
@@ -299,7 +299,7 @@ def _add_blocks(made: _Made, layer: LayerExperts, part: StoredPart) -> None:
         matrices.append(replace(matrix, coding=Coding(MXFP4_IN_BLOCKS), at=(len(made.stored),)))
         start = made.add(blocks.part, (matrix.rows, per_row * MXFP4_BLOCK_BYTES))
         for source, offset, nbytes in ((blocks, 1, data_bytes), (exponents, 0, 1)):
-            made.spreads.append(Spread(source, start + offset, 1, num_blocks, nbytes, 0, MXFP4_BLOCK_BYTES))
+            made.spreads.append(Spread(source, Copy(0, start + offset, 1, num_blocks, nbytes, 0, MXFP4_BLOCK_BYTES)))
     made.parts.append(replace(part, matrices=tuple(matrices)))
 
 
@@ -316,5 +316,5 @@ def _add_bias(made: _Made, layer: LayerExperts, part: StoredPart) -> None:
         starts.append(made.add(f"{part.name}.{which}", (rows, itemsize)))
         matrices.append(StoredMatrix(Coding(GGUF_PREFIX + dtype), (at,), rows, 1))
     step = starts[-1] - starts[0] or itemsize
-    made.spreads.append(Spread(source, starts[0], rows, num_matrices, itemsize, itemsize, step))
+    made.spreads.append(Spread(source, Copy(0, starts[0], rows, num_matrices, itemsize, itemsize, step)))
     made.parts.append(replace(part, at=-1, matrices=tuple(matrices), is_interleaved=num_matrices > 1))

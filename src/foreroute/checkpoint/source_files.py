@@ -13,7 +13,6 @@ import resource
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
 from typing import NamedTuple
 
 from foreroute.errors import ChangedFileError, ReadError
@@ -209,5 +208,5 @@ class SourceFile:
     def __enter__(self) -> "SourceFile":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()

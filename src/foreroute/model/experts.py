@@ -33,6 +33,22 @@ class ExpertParameter:
     shape: tuple[int, ...]
 
 
+def num_experts(module: nn.Module) -> int:
+    """Number of experts in an experts module."""
+    # By nn.Module's own table: attributes of families' classes may shadow names.
+    return int(next(p for p in module._parameters.values() if p is not None and p.ndim >= 2).shape[0])
+
+
+def expert_parameters(module: nn.Module) -> tuple[ExpertParameter, ...]:
+    """The module's parameters that hold a part of every expert."""
+    count = num_experts(module)
+    return tuple(
+        ExpertParameter(name, tuple(p.shape[1:]))
+        for name, p in module._parameters.items()
+        if p is not None and p.ndim >= 2 and p.shape[0] == count
+    )
+
+
 def is_experts_class(cls: type) -> bool:
     """Whether transformers' `use_experts_implementation` decorated the class's forward."""
     forward = getattr(cls, "forward", None)
@@ -94,12 +110,7 @@ class OffloadedExperts(nn.Module):
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         with torch.device("meta"):
             super().__init__(config, *args, **kwargs)
-        # Use nn.Module's own tables: attributes of families' classes may shadow names.
-        fused = {name: p for name, p in self._parameters.items() if p is not None and p.ndim >= 2}
-        self.num_offloaded = int(next(iter(fused.values())).shape[0])
-        self.expert_parameters = tuple(
-            ExpertParameter(name, tuple(p.shape[1:])) for name, p in fused.items() if p.shape[0] == self.num_offloaded
-        )
+        self.num_offloaded, self.expert_parameters = num_experts(self), expert_parameters(self)
         for parameter in self.expert_parameters:
             del self._parameters[parameter.name]
         # Otherwise transformers would initialise "missing" weights through the family's own initialiser.

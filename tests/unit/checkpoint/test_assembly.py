@@ -144,27 +144,6 @@ def test_a_transposition_that_is_not_needed(tmp_path):
     assert torch.equal(as_foreroute([[stored]], [Transpose(1, 2, check_dims=True)], stored.shape, tmp_path), stored)
 
 
-@pytest.mark.parametrize("num_chunks", [1, 2, 3])
-@pytest.mark.parametrize("transposed", [False, True])
-def test_chunks(num_chunks, transposed, tmp_path):
-    """One stored tensor that makes several: each is a window of it."""
-    (stored,) = tensors((2, 6, 4))
-    save_file({"fused": stored}, tmp_path / "model.safetensors")
-    index = read_index(tmp_path)
-    targets = [f"target{at}" for at in range(num_chunks)]
-    source = stored.transpose(1, 2).contiguous() if transposed else stored
-    dim = 2 if transposed else 1
-    expected = Chunk(dim).convert({"fused": source}, ["fused"], targets)
-    first = [Operation("Transpose", 1, 2)] if transposed else []
-    for at, target in enumerate(targets):
-        shape = tuple(expected[target].shape)
-        operations = (*first, Operation("Chunk", dim, chunk_index=at, num_chunks=num_chunks))
-        part = PartSource(target, shape[1:], (("fused",),), operations)
-        table = ExpertTable((layer_experts("experts", 2, [part], index),), index)
-        made = torch.stack([one_expert(table, expert, torch.float32) for expert in range(2)])
-        assert torch.equal(made, expected[target])
-
-
 ENTRY = TensorEntry("stored.experts", "file", 0, 96, "F32", (6, 4))
 
 
@@ -181,7 +160,7 @@ def test_an_unknown_operation_is_named_before_what_else_is_absent(tmp_path):
         layer_experts("experts", 2, [part], read_index(tmp_path))
 
 
-@pytest.mark.parametrize("kind", ["Concatenate", "Interleave", "Chunk", "Transpose"])
+@pytest.mark.parametrize("kind", ["Concatenate", "Interleave", "Transpose"])
 def test_operations_across_experts_are_refused(kind):
     with pytest.raises(UnsupportedModelError, match=f"{kind} across experts"):
         assemble([whole(ENTRY)], [Operation(kind, 0)], (6, 4))

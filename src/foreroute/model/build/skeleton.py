@@ -29,9 +29,17 @@ from foreroute.model.build.dense_blocks import DenseBlocks, DenseMatrices, dense
 from foreroute.model.build.dense_state import dense_growth, dense_state, idle_biases, quantised_matrices
 from foreroute.model.build.from_state import from_state, gguf_dense_nbytes, gguf_state, stored_state
 from foreroute.model.build.packed_dense import packed_state
-from foreroute.model.build.stored_names import Ignored, expert_parameters, map_sources, num_experts, sort_unplaced, tell
+from foreroute.model.build.stored_names import Ignored, map_sources, sort_unplaced, tell
 from foreroute.model.config_file import check_against, check_choice, check_number, gguf_config, read_config
-from foreroute.model.experts import ExpertParameter, OffloadedExperts, family_form, is_experts_class, offloaded_class
+from foreroute.model.experts import (
+    ExpertParameter,
+    OffloadedExperts,
+    expert_parameters,
+    family_form,
+    is_experts_class,
+    num_experts,
+    offloaded_class,
+)
 from foreroute.model.generation_settings import check_generation_settings
 
 # The swap replaces a name in a module shared by all threads: one load at a time.

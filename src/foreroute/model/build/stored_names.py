@@ -21,7 +21,7 @@ from foreroute.checkpoint.assembly import Operation
 from foreroute.checkpoint.declared import is_whole
 from foreroute.checkpoint.layouts import PartSource
 from foreroute.errors import CheckpointError, CorruptCheckpointError, UnsupportedModelError
-from foreroute.model.experts import ExpertParameter
+from foreroute.model.experts import expert_parameters
 from foreroute.whole_files import read_object
 
 _LOG = logging.getLogger(__name__)
@@ -39,21 +39,6 @@ _CACHE_SCALE = re.compile(
 )
 # A pattern of transformers that selects one layer by its number.
 _NUMBERED_LAYER = re.compile(r"layers\\?\.\d")
-
-
-def num_experts(module: nn.Module) -> int:
-    """Number of experts in an experts module."""
-    return int(next(p for p in module._parameters.values() if p is not None and p.ndim >= 2).shape[0])
-
-
-def expert_parameters(module: nn.Module) -> tuple[ExpertParameter, ...]:
-    """The module's parameters that hold a part of every expert."""
-    count = num_experts(module)
-    return tuple(
-        ExpertParameter(name, tuple(p.shape[1:]))
-        for name, p in module._parameters.items()
-        if p is not None and p.ndim >= 2 and p.shape[0] == count
-    )
 
 
 def map_sources(
