@@ -1,23 +1,4 @@
-"""Every error that foreroute raises on purpose, and what each one means.
-
-    ForerouteError
-    ├── CheckpointError          the folder cannot be run as it is
-    │   ├── UnsupportedModelError    it is a model, but not one of ours (dense, off the seam, pickled)
-    │   └── CorruptCheckpointError   bytes are missing, overlap, or have the wrong dtype or shape
-    ├── StoreError               a packed store cannot be used or written
-    │   └── ChecksumError            a record's bytes are not the bytes that were packed
-    ├── EvaluationError          an evaluation cannot be run (no held-out text, unknown task)
-    ├── PredictorError           fitted predictors cannot be used with this model, made or written
-    ├── BudgetError              the memory asked for cannot work; says what would
-    ├── DeviceError              the GPU, its driver or pinned memory cannot do what was asked; says what would
-    ├── ReadError                a file of weights could not be read
-    │   └── ChangedFileError         it is not what it was when the model was loaded
-    ├── TraceError               a trace cannot be written, or read for a report
-    ├── PromptError              the prompt cannot be run (empty, longer than the context)
-    ├── ServerError              the server cannot be started like this (address, keys)
-    ├── QueueFullError           the queue of requests is full
-    ├── ContextLengthError       prompt and answer do not fit the context
-    └── RefusedError             an operation that an offloaded model cannot do
+"""Every error that foreroute raises on purpose.
 
 A message names what is wrong and what to do about it. Our own bugs are assertions, never these. What parsers of other
 people raise on a damaged file is turned into one of these where they are called (`named`).

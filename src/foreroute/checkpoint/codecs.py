@@ -11,10 +11,10 @@ from typing import Any
 
 from foreroute.checkpoint.assembly import GGUF_PREFIX, Coding, FamilyForm, StoredMatrix, StoredPart
 from foreroute.checkpoint.gguf_file import EXPERT_BLOCKS
-from foreroute.checkpoint.layouts import PART_ALIGNMENT, ExpertLayout, ExpertTable, LayerExperts, Part
+from foreroute.checkpoint.layouts import ExpertTable, LayerExperts, Part, Placing
 from foreroute.checkpoint.quantised_formats import AWQ_INT4, GPTQ_INT4, GPTQ_REORDERED, PACKED_INT4
 from foreroute.errors import StoreError
-from foreroute.types import QUANTISED_TYPES, round_up
+from foreroute.types import QUANTISED_TYPES
 
 STORED = "stored"
 # What llama.cpp takes for rows that are no whole blocks of 256; here it is advice.
@@ -110,10 +110,8 @@ def describe(layer: LayerExperts) -> dict[str, Any]:
 
 
 def _encoded(layer: LayerExperts, codec: Codec, at: int, num_layers: int) -> LayerExperts:
-    form = layer.form
-    stored: list[Part] = []
+    form, placing = layer.form, Placing()
     parts: list[StoredPart] = []
-    offset = 0
     for part in layer.family_layout.parts:
         is_bias = len(part.shape) == 1
         rows, columns = (part.shape[0], 1) if is_bias else _rows_and_columns(part, form)
@@ -123,9 +121,8 @@ def _encoded(layer: LayerExperts, codec: Codec, at: int, num_layers: int) -> Lay
         shape = (rows // count, columns // weights * nbytes)
         matrices = []
         for which in range(count):
-            matrices.append(StoredMatrix(Coding(GGUF_PREFIX + kind), (len(stored),), shape[0], columns))
-            stored.append(Part(f"{part.name}.{which}", offset, shape[0] * shape[1], shape, "U8"))
-            offset = round_up(offset + stored[-1].nbytes, PART_ALIGNMENT)
+            place = placing.add(f"{part.name}.{which}", shape, "U8")
+            matrices.append(StoredMatrix(Coding(GGUF_PREFIX + kind), (place,), shape[0], columns))
         parts.append(
             StoredPart(
                 part.name,
@@ -135,9 +132,7 @@ def _encoded(layer: LayerExperts, codec: Codec, at: int, num_layers: int) -> Lay
                 is_interleaved=count == 2 and form.gates == "alternating",
             )
         )
-    return LayerExperts(
-        layer.name, layer.num_experts, ExpertLayout(tuple(stored)), (), tuple(parts), codec.name, form=form
-    )
+    return LayerExperts(layer.name, layer.num_experts, placing.layout, (), tuple(parts), codec.name, form=form)
 
 
 def in_types(table: ExpertTable, types: Mapping[str, Mapping[str, str]]) -> ExpertTable:
@@ -177,27 +172,20 @@ def int4_misfit(coding: Coding, columns: int) -> str:
 def _in_types(layer: LayerExperts, types: Mapping[str, str]) -> LayerExperts:
     if misfit_for_types(layer) or {part.name for part in layer.parts if part.matrices} != types.keys():
         return layer
-    stored: list[Part] = []
+    placing = Placing()
     parts: list[StoredPart] = []
-
-    def place(name: str, shape: tuple[int, ...], dtype: str, nbytes: int) -> int:
-        offset = round_up(stored[-1].offset + stored[-1].nbytes, PART_ALIGNMENT) if stored else 0
-        stored.append(Part(name, offset, nbytes, shape, dtype))
-        return len(stored) - 1
-
     for part in layer.parts:
         matrices = []
         for which, matrix in enumerate(part.matrices):
             weights, nbytes = EXPERT_BLOCKS[types[part.name]]
-            row_bytes = matrix.cols // weights * nbytes
-            at = place(f"{part.name}.{which}", (matrix.rows, row_bytes), "U8", matrix.rows * row_bytes)
+            at = placing.add(f"{part.name}.{which}", (matrix.rows, matrix.cols // weights * nbytes), "U8")
             scales = layer.layout.parts[matrix.at[1]].dtype
             coding = Coding(GGUF_PREFIX + types[part.name], rounded_to="" if scales == "F32" else scales)
             matrices.append(replace(matrix, coding=coding, at=(at,)))
         plain = None if part.matrices else layer.layout.parts[part.at]
-        at_itself = -1 if plain is None else place(plain.name, plain.shape, plain.dtype, plain.nbytes)
+        at_itself = -1 if plain is None else placing.add(plain.name, plain.shape, plain.dtype)
         parts.append(replace(part, at=at_itself, matrices=tuple(matrices)))
-    return replace(layer, layout=ExpertLayout(tuple(stored)), sources=(), parts=tuple(parts))
+    return replace(layer, layout=placing.layout, sources=(), parts=tuple(parts))
 
 
 def retype(table: ExpertTable, layers: Any) -> ExpertTable:
@@ -239,13 +227,10 @@ def interleaved(table: ExpertTable, orders: Mapping[str, str]) -> ExpertTable:
 
 
 def _interleaved(layer: LayerExperts, orders: Mapping[str, str]) -> LayerExperts:
-    stored: list[Part] = []
+    placing = Placing()
 
     def place(part: Part, suffix: str = "", count: int = 1) -> int:
-        offset = round_up(stored[-1].offset + stored[-1].nbytes, PART_ALIGNMENT) if stored else 0
-        shape = (part.shape[0] // count, *part.shape[1:])
-        stored.append(Part(part.name + suffix, offset, part.nbytes // count, shape, part.dtype))
-        return len(stored) - 1
+        return placing.add(part.name + suffix, (part.shape[0] // count, *part.shape[1:]), part.dtype)
 
     parts = []
     for part in layer.parts:
@@ -261,7 +246,7 @@ def _interleaved(layer: LayerExperts, orders: Mapping[str, str]) -> LayerExperts
         at_itself = -1 if part.matrices else place(layer.layout.parts[part.at])
         is_interleaved = part.is_interleaved or len(matrices) > len(part.matrices)
         parts.append(replace(part, at=at_itself, matrices=tuple(matrices), is_interleaved=is_interleaved))
-    return replace(layer, layout=ExpertLayout(tuple(stored)), parts=tuple(parts)) if layer.parts else layer
+    return replace(layer, layout=placing.layout, parts=tuple(parts)) if layer.parts else layer
 
 
 def _pieces(part: StoredPart, matrix: StoredMatrix, form: FamilyForm) -> int:

@@ -65,6 +65,24 @@ class ExpertLayout:
         return round_up(self.record_bytes)
 
 
+class Placing:
+    """The parts of a slot that have been placed so far, one behind the other."""
+
+    def __init__(self) -> None:
+        self.parts: list[Part] = []
+
+    def add(self, name: str, shape: tuple[int, ...], dtype: str) -> int:
+        """Place the next part; return its position."""
+        offset = round_up(self.parts[-1].offset + self.parts[-1].nbytes, PART_ALIGNMENT) if self.parts else 0
+        self.parts.append(Part(name, offset, math.prod(shape) * ITEMSIZE[dtype], shape, dtype))
+        return len(self.parts) - 1
+
+    @property
+    def layout(self) -> ExpertLayout:
+        """The layout of all of them."""
+        return ExpertLayout(tuple(self.parts))
+
+
 @dataclass(frozen=True, slots=True)
 class PartSource:
     """Where one part of every expert of a layer comes from.
@@ -136,16 +154,12 @@ def layer_experts(name: str, num_experts: int, sources: Sequence[PartSource], in
         CorruptCheckpointError: a tensor is absent, or has another shape or dtype than its peers or the model.
         UnsupportedModelError: unknown stored dtype, or unknown operation on the way to the model's tensors.
     """
-    parts: list[Part] = []
-    offset = 0
+    placing = Placing()
     for source in sources:
         check_known(source.operations)  # first: a checkpoint with unknown operations has other tensors too
-        dtype = _check_source(name, num_experts, source, index)
-        nbytes = math.prod(source.shape) * ITEMSIZE[dtype]
-        parts.append(Part(source.part, offset, nbytes, source.shape, dtype))
-        offset = round_up(offset + nbytes, PART_ALIGNMENT)
+        placing.add(source.part, source.shape, _check_source(name, num_experts, source, index))
         _assembled(source, 0, index)
-    return LayerExperts(name, num_experts, ExpertLayout(tuple(parts)), tuple(sources))
+    return LayerExperts(name, num_experts, placing.layout, tuple(sources))
 
 
 def _check_source(layer_name: str, num_experts: int, source: PartSource, index: CheckpointIndex) -> str:

@@ -14,16 +14,7 @@ from foreroute.checkpoint.assembly import (
     StoredPart,
 )
 from foreroute.checkpoint.index import ITEMSIZE, CheckpointIndex
-from foreroute.checkpoint.layouts import (
-    PART_ALIGNMENT,
-    ExpertLayout,
-    ExpertTable,
-    LayerExperts,
-    Part,
-    PartSource,
-    Spread,
-    layer_experts,
-)
+from foreroute.checkpoint.layouts import ExpertTable, LayerExperts, PartSource, Placing, Spread, layer_experts
 from foreroute.checkpoint.quantised_formats import (
     AWQ_INT4,
     FP8,
@@ -35,7 +26,7 @@ from foreroute.checkpoint.quantised_formats import (
     QuantisedFormat,
 )
 from foreroute.errors import CorruptCheckpointError, UnsupportedModelError
-from foreroute.types import Copy, round_up
+from foreroute.types import Copy
 
 _FLOATS = ("F32", "F16", "BF16")
 # Per coding, the dtypes that each component may have.
@@ -270,23 +261,21 @@ def _layer_in_blocks(layer: LayerExperts) -> LayerExperts:
             _add_blocks(made, layer, part)
         else:
             _add_bias(made, layer, part)
-    layout = ExpertLayout(tuple(made.stored))
-    return replace(layer, layout=layout, parts=tuple(made.parts), spreads=tuple(made.spreads))
+    return replace(layer, layout=made.placing.layout, parts=tuple(made.family), spreads=tuple(made.spreads))
 
 
 class _Made:
     """What has been laid out so far: parts of the slot, the family's tensors, and where bytes go."""
 
     def __init__(self) -> None:
-        self.stored: list[Part] = []
-        self.parts: list[StoredPart] = []
+        self.placing = Placing()
+        self.family: list[StoredPart] = []
         self.spreads: list[Spread] = []
 
-    def add(self, name: str, shape: tuple[int, ...]) -> int:
-        """Lay out the next stored part, of bytes; return where it begins."""
-        offset = round_up(self.stored[-1].offset + self.stored[-1].nbytes, PART_ALIGNMENT) if self.stored else 0
-        self.stored.append(Part(name, offset, math.prod(shape), shape, "U8"))
-        return offset
+    def add(self, name: str, shape: tuple[int, ...]) -> tuple[int, int]:
+        """Lay out the next stored part, of bytes; return its position, and where it begins."""
+        at = self.placing.add(name, shape, "U8")
+        return at, self.placing.parts[at].offset
 
 
 def _add_blocks(made: _Made, layer: LayerExperts, part: StoredPart) -> None:
@@ -296,11 +285,11 @@ def _add_blocks(made: _Made, layer: LayerExperts, part: StoredPart) -> None:
         blocks, exponents = (layer.sources[at] for at in matrix.at)
         per_row = matrix.cols // _MXFP4_GROUP
         num_blocks, data_bytes = matrix.rows * per_row, MXFP4_BLOCK_BYTES - 1
-        matrices.append(replace(matrix, coding=Coding(MXFP4_IN_BLOCKS), at=(len(made.stored),)))
-        start = made.add(blocks.part, (matrix.rows, per_row * MXFP4_BLOCK_BYTES))
+        at, start = made.add(blocks.part, (matrix.rows, per_row * MXFP4_BLOCK_BYTES))
+        matrices.append(replace(matrix, coding=Coding(MXFP4_IN_BLOCKS), at=(at,)))
         for source, offset, nbytes in ((blocks, 1, data_bytes), (exponents, 0, 1)):
             made.spreads.append(Spread(source, Copy(0, start + offset, 1, num_blocks, nbytes, 0, MXFP4_BLOCK_BYTES)))
-    made.parts.append(replace(part, matrices=tuple(matrices)))
+    made.family.append(replace(part, matrices=tuple(matrices)))
 
 
 def _add_bias(made: _Made, layer: LayerExperts, part: StoredPart) -> None:
@@ -312,9 +301,9 @@ def _add_bias(made: _Made, layer: LayerExperts, part: StoredPart) -> None:
     starts = []
     matrices = []
     for which in range(num_matrices):
-        at = len(made.stored)
-        starts.append(made.add(f"{part.name}.{which}", (rows, itemsize)))
+        at, start = made.add(f"{part.name}.{which}", (rows, itemsize))
+        starts.append(start)
         matrices.append(StoredMatrix(Coding(GGUF_PREFIX + dtype), (at,), rows, 1))
     step = starts[-1] - starts[0] or itemsize
     made.spreads.append(Spread(source, Copy(0, starts[0], rows, num_matrices, itemsize, itemsize, step)))
-    made.parts.append(replace(part, at=-1, matrices=tuple(matrices), is_interleaved=num_matrices > 1))
+    made.family.append(replace(part, at=-1, matrices=tuple(matrices), is_interleaved=num_matrices > 1))

@@ -15,11 +15,9 @@ class Tap(Protocol):
 
     def __call__(self, layer: int) -> torch.Tensor | None:
         """Return the residual [tokens, hidden] after attention of MoE layer `layer`, if it is the latest captured."""
-        ...
 
     def remove(self) -> None:
         """Stop capturing."""
-        ...
 
 
 class WideningGuesses(Protocol):

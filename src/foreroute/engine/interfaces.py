@@ -156,7 +156,6 @@ class MoeEngine(Protocol):
     @property
     def is_prefill(self) -> bool:
         """Whether the current (or last) step computes a prompt."""
-        ...
 
     def begin_step(self, info: StepInfo) -> None:
         """Begin a forward pass.
@@ -164,7 +163,6 @@ class MoeEngine(Protocol):
         Raises:
             PolicyError: policies were set for another number of rows.
         """
-        ...
 
     def compute(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Compute the weighted sum [tokens, hidden] of the routed experts of MoE layer `layer`.
@@ -173,15 +171,12 @@ class MoeEngine(Protocol):
             hidden: [tokens, hidden]. weights: [tokens, k].
             ids: [tokens, k] int64; those out of the layer's range are ignored.
         """
-        ...
 
     def snapshot(self) -> EngineStats:
         """Return a copy of all counts since the model was loaded."""
-        ...
 
     def close(self) -> None:
         """Stop the readers and free the pool; experts cannot be computed afterwards."""
-        ...
 
 
 class PrefetchSource(Protocol):
@@ -192,15 +187,12 @@ class PrefetchSource(Protocol):
 
         hidden: [tokens, hidden], the router's input. ids, weights: [tokens, k], its routing.
         """
-        ...
 
     def guess_first(self, token_ids: torch.Tensor) -> Sequence[int]:
         """Return expert ids of MoE layer 0 for the step's `token_ids` [tokens], as above."""
-        ...
 
     def see_first(self, hidden: torch.Tensor, num_rows: int) -> None:
         """Take the router input `hidden` [num_rows x positions, hidden] of MoE layer 0, in every step."""
-        ...
 
 
 class StepObserver:

@@ -50,11 +50,6 @@ def read_text(path: Path) -> str | None:
         return None
 
 
-def machine_bytes(name: str, root: Path = ROOT) -> int | None:
-    """The field `name` of /proc/meminfo below `root` (MemTotal, MemAvailable), in bytes."""
-    return _kib_field(root / "proc/meminfo", name)
-
-
 def process_bytes(name: str, root: Path = ROOT) -> int | None:
     """The field `name` of this process's /proc/self/status below `root` (VmRSS, VmHWM, VmSize), in bytes."""
     return _kib_field(root / "proc/self/status", name)
@@ -250,7 +245,7 @@ def ram(root: Path = ROOT) -> Ram:
     Raises:
         BudgetError: the system does not report it.
     """
-    total, free = machine_bytes("MemTotal", root), machine_bytes("MemAvailable", root)
+    total, free = (_kib_field(root / "proc/meminfo", name) for name in ("MemTotal", "MemAvailable"))
     if total is None or free is None:
         raise BudgetError("This system does not say how much RAM is free (/proc/meminfo).")
     limits = [*memory_limits(root), *_process_limits(root)]

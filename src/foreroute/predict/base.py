@@ -47,7 +47,6 @@ class Predictor(Protocol):
 
     def guess(self, layer: int, seen: RouterSample, width: int) -> TokenGuess | None:
         """Guess MoE layer `layer + 1` from `seen` at `layer`: at most `width` experts per token, or None."""
-        ...
 
 
 def guess_from_scores(scores: torch.Tensor, width: int) -> TokenGuess:

@@ -39,11 +39,6 @@ class FitSettings:
     on_policy: bool = False
 
 
-def exact_path(path: Path) -> Path:
-    """Path where a fit in two rounds keeps the result of its first."""
-    return path.with_name(path.name + ".exact")
-
-
 def partial_path(path: Path) -> Path:
     """Path where an unfinished fit keeps its sums."""
     return path.with_name(path.name + ".partial")
@@ -84,7 +79,8 @@ def fit(
     }
     num_rounds = 2 if settings.on_policy else 1
     total = num_rounds * corpus.num_tokens
-    first_path = exact_path(path)
+    # Where a fit in two rounds keeps the result of its first.
+    first_path = path.with_name(path.name + ".exact")
 
     def round_of(number: int, substitutes: Substitutes | None) -> Sidecar:
         keeper_of = partial(

@@ -8,16 +8,6 @@ from foreroute.report.older import modernised
 from foreroute.trace import open_trace
 
 
-def check_chrome(path: Path, source: Path) -> None:
-    """Check before any work that the trace `source` can be converted to `path`.
-
-    Raises:
-        TraceError: `path` does not end in .json, or is the trace itself.
-    """
-    if path.suffix != ".json" or path.absolute() == source.absolute():
-        raise TraceError(f"--chrome {path}: choose another name, one that ends in .json.")
-
-
 def write_chrome(source: Path, path: Path) -> None:
     """Convert `source`, which was read as a trace before; an incomplete last line is left out.
 

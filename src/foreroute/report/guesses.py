@@ -87,12 +87,6 @@ def layers_of(recording: Recording) -> list[LayerUse]:
     ]
 
 
-def recall_of(layers: list[LayerUse]) -> float | None:
-    """Mean recall over the layers that have guesses."""
-    recalls = [layer.recall for layer in layers if layer.recall is not None]
-    return sum(recalls) / len(recalls) if recalls else None
-
-
 IN_TIME, LATE_HIT, LATER, WASTED, OPEN = "in_time", "late_hit", "later", "wasted", "open"
 
 

@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from statistics import fmean
 from typing import Any
 
 from foreroute.errors import BudgetError, TraceError
 from foreroute.report.events import Recording
-from foreroute.report.guesses import Fates, LayerUse, fates_of, layers_of, recall_of
+from foreroute.report.guesses import Fates, LayerUse, fates_of, layers_of
 from foreroute.report.offline import BELADY, Outcome, replays, sum_of
 from foreroute.report.route import RecordedRoute, pool_of, route_of, smallest_pool, too_few
 from foreroute.report.timing import Recorded, Timing, recorded_of, timing_of
@@ -74,7 +75,8 @@ class Report:
     @property
     def recall(self) -> float | None:
         """Mean recall over the layers that have guesses."""
-        return recall_of(list(self.layers))
+        recalls = [layer.recall for layer in self.layers if layer.recall is not None]
+        return fmean(recalls) if recalls else None
 
     def as_dict(self) -> dict[str, Any]:
         """Convert to plain values, for --json."""

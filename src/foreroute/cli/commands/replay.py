@@ -99,10 +99,8 @@ def run(args: argparse.Namespace) -> int:
         from foreroute.report import page
 
         page.check(args.out)
-    if args.chrome is not None:
-        from foreroute.report.chrome import check_chrome
-
-        check_chrome(args.chrome, args.trace)
+    if args.chrome is not None and (args.chrome.suffix != ".json" or args.chrome.absolute() == args.trace.absolute()):
+        raise TraceError(f"--chrome {args.chrome}: choose another name, one that ends in .json.")
     with figures.counting_bar("reading", 1, "bytes", args.json) as show:
         recording = read_recording(args.trace, is_partial=args.partial, progress=show)
     if args.model is not None:
