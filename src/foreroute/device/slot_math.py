@@ -12,7 +12,7 @@ from foreroute.checkpoint.layouts import ExpertLayout
 from foreroute.kernels.slot_views import TORCH_DTYPES, SlotViews
 from foreroute.kernels.torch.experts import ExpertMath
 from foreroute.kernels.torch.layer import RowsSum
-from foreroute.kernels.triton.expert_form import CLAMPED, FLOAT, SILU, ExpertForm, MatrixForm
+from foreroute.kernels.triton.expert_form import CLAMPED, SILU, ExpertForm, MatrixForm
 
 _ROWS, _WIDTH = 5, 64
 
@@ -159,9 +159,7 @@ def _matrix(layout: ExpertLayout, at: int, bias_at: int, is_transposed: bool) ->
     dtype = TORCH_DTYPES[part.dtype]
     bias = -1 if bias_at < 0 else layout.parts[bias_at].offset
     bias_dtype = dtype if bias_at < 0 else TORCH_DTYPES[layout.parts[bias_at].dtype]
-    return MatrixForm(
-        FLOAT, rows, cols, part.offset, bias_at=bias, dtype=dtype, bias_dtype=bias_dtype, is_transposed=is_transposed
-    )
+    return MatrixForm(rows, cols, part.offset, bias, dtype, bias_dtype, is_transposed)
 
 
 def _gates_alike(form: ExpertForm, math: ExpertMath) -> bool:

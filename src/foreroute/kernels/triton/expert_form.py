@@ -8,28 +8,19 @@ from dataclasses import dataclass
 
 import torch
 
-FLOAT, MXFP4 = range(2)
 SILU, CLAMPED = range(2)
-# Columns that share a scale in MXFP4.
-MXFP4_GROUP = 32
-_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 
 
 @dataclass(frozen=True)
 class MatrixForm:
-    """One matrix [out, in] in a slot; offsets in bytes, whole 16s.
+    """One matrix [out, in] of `dtype` in a slot, row-major, or [in, out] where `is_transposed`.
 
-    kind: FLOAT: `dtype`, row-major, or [in, out] where `is_transposed`.
-        MXFP4: as gpt-oss stores it: blocks uint8 [out, in / 32, 16], the even column in the low nibble, and scales
-        uint8 [out, in / 32], exponents biased by 127.
-    bias_at: -1 without a bias.
+    at, bias_at: offsets in bytes, whole 16s; -1 without a bias.
     """
 
-    kind: int
     rows: int
     cols: int
     at: int
-    scales_at: int = -1
     bias_at: int = -1
     dtype: torch.dtype = torch.bfloat16
     bias_dtype: torch.dtype = torch.bfloat16
@@ -95,17 +86,10 @@ def _times(form: MatrixForm, row: torch.Tensor, slot: torch.Tensor) -> torch.Ten
 
 
 def decoded(form: MatrixForm, slot: torch.Tensor) -> torch.Tensor:
-    """Decode the matrix [out, in] of this `form` from `slot`, uint8 [slot_bytes], to float32."""
-    rows, cols = form.rows, form.cols
-    if form.kind == FLOAT:
-        shape = (cols, rows) if form.is_transposed else (rows, cols)
-        stored = _part(slot, form.at, shape, form.dtype).float()
-        return stored.t() if form.is_transposed else stored
-    packed = _part(slot, form.at, (rows, cols // 2), torch.uint8)
-    nibbles = torch.stack([packed & 15, packed >> 4], -1).view(rows, cols)
-    exponents = _part(slot, form.scales_at, (rows, cols // MXFP4_GROUP), torch.uint8).int() - 127
-    values = torch.tensor(_E2M1)[nibbles.long()]
-    return torch.ldexp(values, exponents.repeat_interleave(MXFP4_GROUP, 1))
+    """The matrix [out, in] of this `form` in `slot`, uint8 [slot_bytes], in float32."""
+    shape = (form.cols, form.rows) if form.is_transposed else (form.rows, form.cols)
+    stored = _part(slot, form.at, shape, form.dtype).float()
+    return stored.t() if form.is_transposed else stored
 
 
 def _part(slot: torch.Tensor, at: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

@@ -5,9 +5,8 @@ programs write the same address, so that a CUDA graph can capture it and every r
 
 Memory-bound for the few tokens of a decode step: a program reads some rows of one expert once for all tokens routed to
 it: the first (token, choice) pair of a slot does the work of the others. One token is multiplied on plain lanes; more
-go through the tensor cores, 16 at a time, whose other columns are idle. 4-bit records also cost arithmetic, about eight
-operations a weight: free on a GPU that is otherwise idle, but perhaps the bound where every expert is resident. A whole
-prompt is better computed layer by layer elsewhere: here each block of 16 tokens reads its experts again.
+go through the tensor cores, 16 at a time, whose other columns are idle. A whole prompt is better computed layer by
+layer elsewhere: here each block of 16 tokens reads its experts again.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -20,8 +19,7 @@ import triton.language as tl
 from foreroute.kernels.triton import expert_form
 from foreroute.kernels.triton.expert_form import ExpertForm, MatrixForm
 
-_FLOAT, _SILU = tl.constexpr(expert_form.FLOAT), tl.constexpr(expert_form.SILU)
-_GROUP = tl.constexpr(expert_form.MXFP4_GROUP)
+_SILU = tl.constexpr(expert_form.SILU)
 _DOT_TOKENS = 16
 _ROWS, _SUM_COLUMNS = 16, 256
 
@@ -40,49 +38,23 @@ def _sum_of_products(matrix, columns, DOT: tl.constexpr):
 
 
 @triton.jit
-def _e2m1(nibble):
-    """Decode a 4-bit float: sign, two bits of exponent, one of mantissa."""
-    code = nibble & 7
-    twice = tl.where(code < 4, code, (2 | (code & 1)) << (tl.maximum(code >> 1, 1) - 1))
-    return tl.where(nibble > 7, -0.5, 0.5) * twice.to(tl.float32)
-
-
-@triton.jit
 def _times(
-    x, x_at, is_token, values, scales, biases, row, rows, cols,
-    KIND: tl.constexpr, TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr,
+    x, x_at, is_token, values, biases, row, rows, cols,
+    TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr,
     DTYPE: tl.constexpr, COLS: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """Multiply rows `row` of one matrix by the inputs at x + x_at [tokens]: [rows, tokens]; round, add bias, round."""
     is_row = row < rows
     acc = tl.zeros([row.shape[0], x_at.shape[0]], tl.float32)
-    if KIND == _FLOAT:
-        for start in range(0, cols, COLS):
-            col = start + tl.arange(0, COLS)
-            if TRANSPOSED:
-                at = col[None, :] * rows + row[:, None]
-            else:
-                at = row[:, None] * cols + col[None, :]
-            matrix = tl.load(values + at, is_row[:, None] & (col < cols)[None, :], 0)
-            columns = tl.load(x + x_at[None, :] + col[:, None], is_token[None, :] & (col < cols)[:, None], 0.0)
-            acc += _sum_of_products(matrix, columns, DOT)
-    else:
-        for start in range(0, cols // 2, COLS):
-            pair = start + tl.arange(0, COLS)
-            is_pair = pair < cols // 2
-            mask = is_row[:, None] & is_pair[None, :]
-            packed = tl.load(values + row[:, None] * (cols // 2) + pair[None, :], mask, 0).to(tl.int32)
-            low, high = packed & 15, packed >> 4
-            at = row[:, None] * (cols // _GROUP) + (pair * 2 // _GROUP)[None, :]
-            exponent = tl.load(scales + at, mask, 127).to(tl.int32)
-            # A float's exponent is biased by 127 too; but its least one, 0, encodes no power of two.
-            bits = tl.where(exponent > 0, exponent << 23, 1 << 22)
-            scale = bits.to(tl.float32, bitcast=True)
-            even, odd = _e2m1(low) * scale, _e2m1(high) * scale
-            at = x_at[None, :] + pair[:, None] * 2
-            mask = is_token[None, :] & is_pair[:, None]
-            acc += _sum_of_products(even, tl.load(x + at, mask, 0.0), DOT)
-            acc += _sum_of_products(odd, tl.load(x + at + 1, mask, 0.0), DOT)
+    for start in range(0, cols, COLS):
+        col = start + tl.arange(0, COLS)
+        if TRANSPOSED:
+            at = col[None, :] * rows + row[:, None]
+        else:
+            at = row[:, None] * cols + col[None, :]
+        matrix = tl.load(values + at, is_row[:, None] & (col < cols)[None, :], 0)
+        columns = tl.load(x + x_at[None, :] + col[:, None], is_token[None, :] & (col < cols)[:, None], 0.0)
+        acc += _sum_of_products(matrix, columns, DOT)
     acc = _rounded(acc, DTYPE)
     if HAS_BIAS:
         acc = _rounded(acc + _rounded(tl.load(biases + row, is_row, 0.0), DTYPE)[:, None], DTYPE)
@@ -104,9 +76,9 @@ def _work_of(slots, pair, slot, num_tokens, top_k, TOKENS: tl.constexpr, CHOICES
 
 @triton.jit
 def up_kernel(
-    x, slots, out, values, scales, biases, values_stride, scales_stride, biases_stride,
+    x, slots, out, values, biases, values_stride, biases_stride,
     num_tokens, top_k, rows, cols, alpha, limit,
-    KIND: tl.constexpr, TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr,
+    TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr,
     INTERLEAVED: tl.constexpr, GATE: tl.constexpr,
     TOKENS: tl.constexpr, CHOICES: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
@@ -116,11 +88,7 @@ def up_kernel(
     token, out_pair, is_token, is_first = _work_of(slots, pair, slot, num_tokens, top_k, TOKENS, CHOICES)
     if (slot >= 0) & is_first:
         DTYPE: tl.constexpr = x.dtype.element_ty
-        values, scales, biases = (
-            values + slot * values_stride,
-            scales + slot * scales_stride,
-            biases + slot * biases_stride,
-        )
+        values, biases = values + slot * values_stride, biases + slot * biases_stride
         half = rows // 2
         row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
         gate_row, up_row = row, row + half
@@ -128,10 +96,10 @@ def up_kernel(
             gate_row, up_row = row * 2, row * 2 + 1
         # A gate's row past the half would be another row's up.
         gate_row, up_row = tl.where(row < half, gate_row, rows), tl.where(row < half, up_row, rows)
-        gate = _times(x, token * cols, is_token, values, scales, biases, gate_row, rows, cols,
-                      KIND, TRANSPOSED, HAS_BIAS, DTYPE, COLS, DOT)  # fmt: skip
-        up = _times(x, token * cols, is_token, values, scales, biases, up_row, rows, cols,
-                    KIND, TRANSPOSED, HAS_BIAS, DTYPE, COLS, DOT)  # fmt: skip
+        gate = _times(x, token * cols, is_token, values, biases, gate_row, rows, cols,
+                      TRANSPOSED, HAS_BIAS, DTYPE, COLS, DOT)  # fmt: skip
+        up = _times(x, token * cols, is_token, values, biases, up_row, rows, cols,
+                    TRANSPOSED, HAS_BIAS, DTYPE, COLS, DOT)  # fmt: skip
         if GATE == _SILU:
             inner = _rounded(gate / (1.0 + tl.exp(-gate)), DTYPE) * up
         else:
@@ -146,9 +114,9 @@ def up_kernel(
 
 @triton.jit
 def down_kernel(
-    x, slots, out, values, scales, biases, values_stride, scales_stride, biases_stride,
+    x, slots, out, values, biases, values_stride, biases_stride,
     num_tokens, top_k, rows, cols,
-    KIND: tl.constexpr, TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr,
+    TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr,
     TOKENS: tl.constexpr, CHOICES: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """Compute the experts' outputs [pairs, rows] from the intermediate [pairs, cols]."""
@@ -157,14 +125,10 @@ def down_kernel(
     _, at_pair, is_token, is_first = _work_of(slots, pair, slot, num_tokens, top_k, TOKENS, CHOICES)
     if (slot >= 0) & is_first:
         DTYPE: tl.constexpr = x.dtype.element_ty
-        values, scales, biases = (
-            values + slot * values_stride,
-            scales + slot * scales_stride,
-            biases + slot * biases_stride,
-        )
+        values, biases = values + slot * values_stride, biases + slot * biases_stride
         row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-        result = _times(x, at_pair * cols, is_token, values, scales, biases, row, rows, cols,
-                        KIND, TRANSPOSED, HAS_BIAS, DTYPE, COLS, DOT)  # fmt: skip
+        result = _times(x, at_pair * cols, is_token, values, biases, row, rows, cols,
+                        TRANSPOSED, HAS_BIAS, DTYPE, COLS, DOT)  # fmt: skip
         at = at_pair[None, :] * rows + row[:, None]
         tl.store(out + at, result.to(DTYPE), is_token[None, :] & (row < rows)[:, None])
 
@@ -229,24 +193,19 @@ def experts(
 
 
 def _parts(form: MatrixForm, pool: torch.Tensor) -> tuple[torch.Tensor | int, ...]:
-    """Return values, scales and biases of slot 0, and the stride of each to the next slot, in items."""
-    is_float = form.kind == expert_form.FLOAT
+    """Return values and biases of slot 0, and the stride of each to the next slot, in items."""
     views = [
         pool.view(dtype)[:, max(at, 0) // dtype.itemsize :]
-        for at, dtype in (
-            (form.at, form.dtype if is_float else torch.uint8),
-            (form.scales_at, torch.uint8),
-            (form.bias_at, form.bias_dtype),
-        )
+        for at, dtype in ((form.at, form.dtype), (form.bias_at, form.bias_dtype))
     ]
     return (*views, *(view.stride(0) for view in views))
 
 
-def _kind(form: MatrixForm) -> dict[str, int | bool]:
-    return {"KIND": form.kind, "TRANSPOSED": form.is_transposed, "HAS_BIAS": form.bias_at >= 0}
+def _kind(form: MatrixForm) -> dict[str, bool]:
+    return {"TRANSPOSED": form.is_transposed, "HAS_BIAS": form.bias_at >= 0}
 
 
 def _columns(form: MatrixForm, is_dot: bool) -> int:
-    """Number of columns (or pairs of them) multiplied at a time: 16 bytes a lane for whole rows."""
+    """Number of columns multiplied at a time: 16 bytes a lane for whole rows."""
     most = 64 if is_dot else 256
     return max(min(triton.next_power_of_2(form.cols), most), 16)
