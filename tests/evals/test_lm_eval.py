@@ -96,15 +96,16 @@ def test_a_model_that_is_loaded(module: Any, tasks: Path, load: Any) -> None:
     from foreroute.model.text import load_tokenizer
 
     model, tokenizer = load(demo.find_model(), "50%"), load_tokenizer(demo.find_model())
-    scores = module.run_lm_eval(model, tokenizer, TASKS, tasks, limit=2, batch=2)
+    scores = module.run_lm_eval(model, tokenizer, TASKS, module.check_tasks(TASKS, tasks), limit=2, batch=2)
     assert scores.primary == {"local_choice": 1.0, "local_sums": 1.0}
     assert scores.metrics["local_choice"].keys() >= {"acc,none", "acc_norm,none", "acc_stderr,none"}
     assert scores.metrics["local_choice"]["acc,none"] == 1.0
     with pytest.raises(EvaluationError, match="no task called local_chess"):
-        module.run_lm_eval(model, tokenizer, ["local_chess"], tasks)
+        module.check_tasks(["local_chess"], tasks)
+    manager = module.check_tasks(["local_sums"], tasks)
     (tasks / "local_sums.jsonl").unlink()
     with pytest.raises(EvaluationError, match="local_sums cannot be loaded"):
-        module.run_lm_eval(model, tokenizer, ["local_sums"], tasks)
+        module.run_lm_eval(model, tokenizer, ["local_sums"], manager)
 
 
 @pytest.fixture
@@ -130,7 +131,7 @@ def code_tasks(tasks: Path, module: Any, monkeypatch: pytest.MonkeyPatch) -> Pat
 def test_a_models_code_is_run_only_when_that_is_confirmed(module: Any, code_tasks: Path) -> None:
     for asked in ("local_code", "local_group", "local_tag", "humaneval"):
         with pytest.raises(EvaluationError, match=f"{asked} runs code .* without a sandbox.*--confirm-run-unsafe-code"):
-            module.run_lm_eval(None, None, ["local_sums", asked], code_tasks)
+            module.check_tasks(["local_sums", asked], code_tasks)
         module.check_tasks([asked], code_tasks, allow_code=True)
     module.check_tasks(["local_sums", "safe_group"], code_tasks)
 
@@ -141,16 +142,16 @@ def test_lm_eval_is_told_what_was_confirmed(
     from foreroute.model.text import load_tokenizer
 
     model, tokenizer = load(demo.find_model(), "50%"), load_tokenizer(demo.find_model())
-    scores = module.run_lm_eval(model, tokenizer, ["local_code"], code_tasks, limit=1, allow_code=True)
+    manager = module.check_tasks(["local_code"], code_tasks, allow_code=True)
+    scores = module.run_lm_eval(model, tokenizer, ["local_code"], manager, limit=1, allow_code=True)
     assert scores.primary == {"local_code": 1.0}
-    # Where a task hides what it does from us, lm-eval itself refuses it.
-    monkeypatch.setattr(module, "_runs_code", lambda manager, name: False)
+    # Where a task hid what it does from `check_tasks`, lm-eval itself refuses it.
     with pytest.raises(ValueError, match="unsafe"):
-        module.run_lm_eval(model, tokenizer, ["local_code"], code_tasks, limit=1)
+        module.run_lm_eval(model, tokenizer, ["local_code"], manager, limit=1)
     warning = "set HF_ALLOW_CODE_EVAL to 1"
     monkeypatch.setattr(module, "simple_evaluate", lambda *args, **options: (_ for _ in ()).throw(ValueError(warning)))
     with pytest.raises(EvaluationError, match="HF_ALLOW_CODE_EVAL=1 in the environment"):
-        module.run_lm_eval(model, tokenizer, ["local_code"], code_tasks, allow_code=True)
+        module.run_lm_eval(model, tokenizer, ["local_code"], manager, allow_code=True)
 
 
 @pytest.mark.parametrize(

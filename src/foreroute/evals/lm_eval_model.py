@@ -173,25 +173,22 @@ def run_lm_eval(
     model: OffloadedModel,
     tokenizer: Any,
     tasks: Sequence[str],
-    include_path: Path | None = None,
+    manager: TaskManager,
     limit: int | None = None,
     batch: int = 1,
     *,
     allow_code: bool = False,
-    manager: TaskManager | None = None,
 ) -> LmEvalScores:
     """Run lm-eval's tasks on a loaded model.
 
     Args:
         model: from `foreroute.load`. tokenizer: of transformers.
         tasks: names of tasks and groups, as `lm_eval ls tasks` lists them.
-        include_path: folder with more tasks (YAML).
+        manager: the result of `check_tasks` for these tasks. allow_code: as it was told.
         limit: first documents of each task; all when None. batch: requests computed together.
-        allow_code: see `check_tasks`. manager: the result of `check_tasks` for these tasks; called here when None.
     Raises:
-        EvaluationError: an unknown task, its data cannot be loaded, or it runs code and that is not allowed.
+        EvaluationError: a task's data cannot be loaded, or it runs code and the environment does not allow it.
     """
-    manager = manager or check_tasks(tasks, include_path, allow_code=allow_code)
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch)
     try:
         found = simple_evaluate(

@@ -238,7 +238,7 @@ def _other_tasks(args: argparse.Namespace) -> "OtherTasks | None":
     allow_code = args.confirm_run_unsafe_code
     manager = check_tasks(args.lm_eval, args.include_path, allow_code=allow_code)
     return lambda tokenizer, model: (
-        run_lm_eval(model, tokenizer, args.lm_eval, limit=args.limit, allow_code=allow_code, manager=manager).primary
+        run_lm_eval(model, tokenizer, args.lm_eval, manager, args.limit, allow_code=allow_code).primary
     )
 
 
