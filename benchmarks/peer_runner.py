@@ -272,7 +272,7 @@ def run_llama_cpp(job: Job, meter: Meter) -> dict[str, Any]:
     llama_cpp.llama_cpp.llama_model_default_params = with_repack_said  # Llama() has no argument for it
     model = Llama(
         job.model,
-        n_ctx=1024,
+        n_ctx=max(1024, len(job.prompt) + job.new_tokens + 64),
         n_threads=job.threads,
         n_threads_batch=job.threads,
         use_mmap=job.options.get("mmap", True),

@@ -185,7 +185,8 @@ def test_what_gives_a_row_other_bits_in_company(written: Any, load: Any, monkeyp
         )
         assert first_difference(decoded_together(model), alone)
     with monkeypatch.context() as patch:  # torch's attention, over padded keys
-        patch.setattr(TokenAttention, "MOST_TOKENS", 0)
+        patch.setattr(TokenAttention, "takes", lambda *_: False)
+        patch.setattr("foreroute.model.decode.layers.sees_all", lambda *_: False)
         alone = decoded_alone(model)
         assert first_difference(decoded_together(model), alone) == ""
         patch.setattr("foreroute.batching.rows.attends_by_interface", lambda model: False)

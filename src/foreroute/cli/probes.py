@@ -18,7 +18,7 @@ _WARM_UP_PASSES = 2
 _TIMED_PASSES = 7
 _TOKEN = 1
 # After so long no layer is begun: `plan` answers within seconds, whatever the model.
-_LIMIT_S = 3.0
+_LIMIT_S = 2.0
 
 
 @dataclass(frozen=True)

@@ -253,7 +253,11 @@ class FormGraphs:
         # Of each lane: graphs of its own.
         self._own = threading.local()
         matrices = (*form.first, form.down)
-        may_convert = INTERLEAVED_IN_BF16 or not any(matrix.is_interleaved for matrix in matrices)
+        may_convert = all(
+            (INTERLEAVED_IN_BF16 or not matrix.is_interleaved)
+            and matrix.row_stride == matrix.kind.row_bytes(matrix.columns)
+            for matrix in matrices
+        )
         weights = [(matrix.kind, matrix.rows * matrix.columns) for matrix in matrices]
         self._bf16_from = rows_in_bf16(weights, runner.library) if may_convert else inf
         self._graphs: OrderedDict[tuple[int, int, bool], ExpertGraph] = OrderedDict()
@@ -330,7 +334,6 @@ class FormGraphs:
         form, start = self.form, self._slots.address + slot * self._slots.slot_bytes
 
         def product(x: torch.Tensor, matrix: SlotMatrix) -> torch.Tensor:
-            assert matrix.row_stride == matrix.kind.row_bytes(matrix.columns), "rows lie one after the other"
             x = in_order(x) if form.is_paired else x
             shape, is_interleaved = (matrix.rows, matrix.columns), matrix.is_interleaved
             return self._bf16.alone(x.to(torch.bfloat16), matrix.kind, start + matrix.offset, shape, is_interleaved)

@@ -1,8 +1,7 @@
-"""Attention of one new token in fewer passes over the KV cache, where a model's bits need not be transformers'.
+"""Attention of one new token in one pass over the KV cache, where a model's bits need not be transformers'.
 
-Short contexts are one operation of ggml's. In longer ones, heads that share keys and values are queries of one product
-of torch's: transformers' own functions copy the shared keys for each head (eager), or walk them once per head (sdpa on
-a CPU). With 4,096 tokens held that took 2.4 times as long.
+One operation of ggml's: transformers' own functions copy keys and values that heads share for each head (eager), or
+walk them once per head (sdpa on a CPU), as torch operations with two threads that have to be woken in every layer.
 """
 
 import sys
@@ -21,8 +20,6 @@ from foreroute.kernels.ggml.graph import Runner
 # transformers' names of the functions that this replaces -> ours.
 _NAMES = {"sdpa": "foreroute_sdpa", "eager": "foreroute_eager"}
 _OF_TOKEN = "_foreroute_of_token"
-# Numbers of a layer's keys from which a second thread is worth being woken for: 1,024 tokens of 4 heads of 128.
-_PARALLEL_FROM = 2**19
 
 AttentionFunction = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 
@@ -33,13 +30,13 @@ def group_heads(model: PreTrainedModel, runner: Runner) -> None:
     A model whose attentions do not ask transformers' interface by one config keeps what it has.
 
     Args:
-        runner: computes short contexts. torch has as many threads for long ones.
+        runner: computes it.
     """
     config = model.config.get_text_config(decoder=True)
     own = config._attn_implementation
     if own not in _NAMES or not attends_by_interface(model):
         return
-    grouped, of_token = _grouped_sdpa if own == "sdpa" else _grouped_sinks, TokenAttention(runner)
+    of_token = TokenAttention(runner)
     for module in _attentions(model):
         # transformers' interface has one function of a name for all models: what is this model's is at its modules.
         module.__dict__[_OF_TOKEN] = of_token
@@ -49,20 +46,12 @@ def group_heads(model: PreTrainedModel, runner: Runner) -> None:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if not _can_group(module, query, key, mask, kwargs, own):
             return function_of(module, own)(module, query, key, value, mask, **kwargs)
-        scaling, of_token = kwargs["scaling"], module.__dict__[_OF_TOKEN]
+        of_token = module.__dict__[_OF_TOKEN]
         if module.layer_idx == 0:
             of_token.begin_step()
-        if of_token.takes(query, key, value, mask):
-            sinks = None if own == "sdpa" else module.sinks
-            return of_token(query, key, value, mask, scaling, sinks), None
-        threads, most = torch.get_num_threads(), of_token.num_threads
-        if key.numel() < _PARALLEL_FROM or threads >= most:
-            return grouped(module, query, key, value, mask, scaling), None
-        torch.set_num_threads(most)
-        try:
-            return grouped(module, query, key, value, mask, scaling), None
-        finally:
-            torch.set_num_threads(threads)
+        if not of_token.takes(query, key, value, mask):
+            return function_of(module, own)(module, query, key, value, mask, **kwargs)
+        return of_token(query, key, value, mask, kwargs["scaling"], None if own == "sdpa" else module.sinks), None
 
     AttentionInterface.register(_NAMES[own], attend)
     AttentionMaskInterface.register(_NAMES[own], partial(_mask, sdpa_mask if own == "sdpa" else eager_mask))
@@ -129,10 +118,10 @@ def function_of(module: Any, name: str) -> AttentionFunction:
     return own
 
 
-def sees_all(module: Any, mask: Any, tokens: int) -> bool:
-    """Whether one row's new token sees all `tokens` before it, and ggml's operation computes that here."""
+def sees_all(module: Any, mask: Any) -> bool:
+    """Whether one row's new token sees all before it, and ggml's operation computes that here."""
     of_token: TokenAttention | None = module.__dict__.get(_OF_TOKEN)
-    if of_token is None or tokens + 1 >= of_token.MOST_TOKENS:
+    if of_token is None:
         return False
     # Otherwise the model asks for another function than `attend`, or `attend` for the family's.
     if module.config._attn_implementation != _NAMES["eager" if hasattr(module, "sinks") else "sdpa"]:
@@ -148,33 +137,8 @@ def _asks(module: Any) -> bool:
 
 
 def _can_group(module: Any, query: torch.Tensor, key: torch.Tensor, mask: Any, kwargs: Any, own: str) -> bool:
-    """Whether this is one token without what the grouped functions do not know."""
+    """Whether this is one token whose heads share keys, without what ggml's operation does not know."""
     is_plain = kwargs.get("softcap") is None and kwargs.get("position_bias") is None and "scaling" in kwargs
     is_one = query.shape[2] == 1 and query.shape[1] > key.shape[1]
     has_known_mask = mask is None or mask.shape[1] == 1
     return is_one and is_plain and has_known_mask and (own == "sdpa" or hasattr(module, "sinks"))
-
-
-def _grouped_sdpa(
-    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, scaling: float
-) -> torch.Tensor:
-    """Query [rows, heads, 1, size], key and value [rows, shared heads, tokens, size]: [rows, 1, heads, size]."""
-    rows, heads, _, size = query.shape
-    queries = query.reshape(rows, key.shape[1], -1, size)
-    found = torch.nn.functional.scaled_dot_product_attention(queries, key, value, attn_mask=mask, scale=scaling)
-    return found.reshape(rows, 1, heads, value.shape[-1])
-
-
-def _grouped_sinks(
-    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, scaling: float
-) -> torch.Tensor:
-    """The same for gpt-oss, where each head has a sink that takes a share of its attention."""
-    rows, heads, _, size = query.shape
-    shared, tokens = key.shape[1:3]
-    keys, queries = key.flatten(0, 1).transpose(1, 2), query.reshape(rows * shared, -1, size)
-    added = key.new_zeros(()) if mask is None else mask.expand(rows, shared, -1, -1).flatten(0, 1)
-    scores = torch.baddbmm(added, queries, keys, alpha=scaling)
-    sinks = module.sinks.to(scores.dtype).view(1, shared, -1, 1).expand(rows, -1, -1, -1).flatten(0, 1)
-    shares = torch.softmax(torch.cat((scores, sinks), dim=-1), dim=-1)[..., :tokens]
-    found = torch.bmm(shares.to(value.dtype), value.flatten(0, 1))
-    return found.view(rows, 1, heads, value.shape[-1])

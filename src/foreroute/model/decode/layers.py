@@ -188,7 +188,7 @@ class _FusedLayer:
         attention = self._attention
         queries, shared, _ = self._before.heads
         found = room_of(cache, attention.layer_idx, 1) if len(x) == 1 and queries > shared else None
-        if found is None or not sees_all(attention, mask, found[1].count):
+        if found is None or not sees_all(attention, mask):
             return None
         layer, room = found
         cosines = cosine.shape[1]

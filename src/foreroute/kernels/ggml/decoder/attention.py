@@ -1,4 +1,4 @@
-"""Attention of one new token over a short context, as one operation of ggml's."""
+"""Attention of one new token, as one operation of ggml's."""
 
 import torch
 
@@ -11,16 +11,10 @@ _Form = tuple[int, int, int, int, float, bool, bool]
 
 
 class TokenAttention:
-    """Attention of one token per row, over fewer tokens than `MOST_TOKENS`. Not thread-safe.
-
-    A head is computed by one thread: from that many tokens on ggml adds parts of several threads, in an order that
-    depends on their number. torch is quicker by then.
-    """
-
-    MOST_TOKENS = 512
+    """Attention of one token per row. Not thread-safe."""
 
     def __init__(self, runner: Runner) -> None:
-        self._runner, self.num_threads = runner, runner.num_threads
+        self._runner = runner
         self._graphs: dict[_Form, _AttentionGraph] = {}
         # The step's masks, and what is added to each row's scores: layers are given one of two.
         self._seen: list[tuple[torch.Tensor, list[torch.Tensor | None] | None]] = []
@@ -32,11 +26,10 @@ class TokenAttention:
     def takes(
         self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None = None
     ) -> bool:
-        """Whether these are f32, with few enough tokens and the numbers of a head one after the other; and the mask
-        shows or hides tokens, at least one to each row, and weighs none."""
+        """Whether these are f32, with the numbers of a head one after the other; and the mask shows or hides tokens, at
+        least one to each row, and weighs none."""
         return (
             query.dtype == keys.dtype == values.dtype == torch.float32
-            and keys.shape[2] < self.MOST_TOKENS
             and keys.stride(-1) == values.stride(-1) == 1
             and (mask is None or self._masks(mask, len(query)) is not None)
         )
@@ -89,6 +82,14 @@ class TokenAttention:
         return found
 
 
+def compute_heads_whole(graph: Graph) -> None:
+    """Let one thread compute each head in the attention of `graph`, which is finished.
+
+    Otherwise, from 512 tokens on, ggml adds parts of several threads, in an order that depends on their number.
+    """
+    graph.plan.use_ref = True
+
+
 class _AttentionGraph:
     """One row's attention."""
 
@@ -104,6 +105,7 @@ class _AttentionGraph:
         if sinks is not None:
             library.ggml_flash_attn_ext_add_sinks(out, sinks)
         graph.finish(out)
+        compute_heads_whole(graph)
         self._query, self._keys, self._values, self._out = (one.contents for one in (query, keys, values, out))
         self._mask, self._sinks = (None if one is None else one.contents for one in (mask, sinks))
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from foreroute.kernels.ggml.decoder.attention import compute_heads_whole
 from foreroute.kernels.ggml.decoder.parts import (
     FLOAT,
     AfterAttention,
@@ -290,6 +291,7 @@ class LayerGraph:
         self._attended = buffers.address("attended", queries * size)
         place(attended, self._attended)
         graph.finish(*self._before.steps, *copies, attended, *self._after.steps)
+        compute_heads_whole(graph)
         self._copies, self._states = ([one.contents for one in group] for group in (copies, (keys, values)))
         self._token_bytes = FLOAT * size
         self._kept = (before, attention, after, buffers)
