@@ -17,7 +17,6 @@ import pytest
 import torch
 from gguf.quants import dequantize, quantize
 
-from foreroute.checkpoint.gguf_families import settings_of
 from foreroute.checkpoint.gguf_file import EXPERT_BLOCKS, read_gguf
 from foreroute.checkpoint.layouts import ExpertTable
 from foreroute.checkpoint.locate import read_index
@@ -34,6 +33,7 @@ from foreroute.kernels.slot_views import TORCH_DTYPES
 from foreroute.kernels.torch.dequantise import Workspaces, decode_part
 from foreroute.kernels.torch.gguf_blocks import dequantise_gguf
 from foreroute.model.build.skeleton import outline
+from foreroute.model.gguf.settings import settings_of
 from foreroute.model.text import load_tokenizer
 from foreroute.transfer.disk import DiskTransfer
 from foreroute.transfer.memory import allocate_slots
@@ -324,16 +324,16 @@ def test_what_is_not_read_is_refused_by_name_before_any_work(tmp_path: Path) -> 
         UnsupportedModelError, match=r"type 99, which the gguf package .* does not know.*pip install -U"
     ):
         read_gguf(_retyped(_minimal(tmp_path / "newer.gguf", kind=Kind.Q5_1), Kind.Q5_1, 99))
-    with pytest.raises(UnsupportedModelError, match="architecture deepseek2 are not read; qwen3moe and gpt-oss are"):
-        read_gguf(_minimal(tmp_path / "family.gguf", "deepseek2"))
+    with pytest.raises(UnsupportedModelError, match="of architecture mamba2 are not read; those of llama, qwen2moe, "):
+        settings_of(read_gguf(_minimal(tmp_path / "family.gguf", "mamba2")))
     with pytest.raises(UnsupportedModelError, match="llama-gguf-split --merge"):
         read_gguf(_minimal(tmp_path / "model-00001-of-00003.gguf"))
     for name, error, said, options in (
         ("none", CorruptCheckpointError, "does not say qwen3moe.context_length", {}),
         ("scaled", UnsupportedModelError, "positions scaled as longrope",
          {"settings": {"qwen3moe.rope.scaling.type": "longrope"}}),
-        ("strange", UnsupportedModelError, "attn_strange.weight is not known in a model of architecture qwen3moe",
-         {"settings": {}, "tensors": ("blk.0.attn_strange.weight",)}),
+        ("strange", UnsupportedModelError, "qwen3moe.attention.strange is 'very', a setting that is not known here",
+         {"settings": {"qwen3moe.attention.strange": "very"}}),
         ("absent", CorruptCheckpointError, "lacks blk.0.ffn_gate_exps.weight", {"settings": {}}),
         ("shaped", CorruptCheckpointError, r"exps.weight gives an expert \[64, 256\], the metadata \[512, 256\]",
          {"settings": {}, "parts": ("gate", "up", "down")}),

@@ -30,7 +30,8 @@ EXPERT_BLOCKS: Mapping[str, tuple[int, int]] = {
     "IQ2_S": (256, 82), "IQ3_XXS": (256, 98), "IQ3_S": (256, 110), "IQ4_NL": (32, 18), "IQ4_XS": (256, 136),
     "TQ1_0": (256, 54), "TQ2_0": (256, 66), "MXFP4": (32, 17), "NVFP4": (64, 36),
 }  # fmt: skip
-ARCHITECTURES = ("qwen3moe", "gpt-oss")
+# Of arrays that say something of every layer.
+_LONGEST = 1024
 _NEWER_TYPE = re.compile(r"(\d+)\)? is not a valid GGMLQuantizationType")
 _SPLIT_NAME = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
 
@@ -39,8 +40,8 @@ _SPLIT_NAME = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
 class GgufIndex(CheckpointIndex):
     """The tensors of one GGUF file; `folder` is the file.
 
-    settings: the metadata, without arrays. kinds: each tensor's quantisation, by name.
-    shapes: each tensor's shape in weights, row-major.
+    settings: the metadata; of arrays those of numbers that are no vocabulary's. kinds: each tensor's quantisation, by
+    name. shapes: each tensor's shape in weights, row-major.
     """
 
     settings: Mapping[str, Any]
@@ -55,7 +56,7 @@ class GgufIndex(CheckpointIndex):
     @property
     def architecture(self) -> str:
         """llama.cpp's name of the architecture."""
-        return str(self.settings["general.architecture"])
+        return str(self.settings.get("general.architecture"))
 
 
 def is_gguf(path: Path) -> bool:
@@ -95,19 +96,13 @@ def read_gguf(path: Path) -> GgufIndex:
         settings = {
             name: _exact(field.contents())
             for name, field in reader.fields.items()
-            if field.types and field.types[0] != gguf.GGUFValueType.ARRAY
+            if field.types and (field.types[0] != gguf.GGUFValueType.ARRAY or field.types[1:] in _plain_lists(gguf))
         }
         is_split = int(settings.get("split.count", 1)) > 1
     # The reader opened the file by name: check that it was the same file.
     SourceFile(path, file.stamp).close()
     if is_split:
         raise _split(path)
-    architecture = settings.get("general.architecture")
-    if architecture not in ARCHITECTURES:
-        raise UnsupportedModelError(
-            f"{path}: GGUF files of architecture {architecture} are not read; {' and '.join(ARCHITECTURES)} are. "
-            "Take the model's safetensors."
-        )
     tensors: dict[str, TensorEntry] = {}
     kinds: dict[str, str] = {}
     shapes: dict[str, tuple[int, ...]] = {}
@@ -144,6 +139,11 @@ def _naming_newer_types(path: Path) -> Iterator[None]:
         ) from error
 
 
+def _plain_lists(gguf: Any) -> list[list[Any]]:
+    """The package's types of the items of arrays that are read."""
+    return [[kind] for kind in gguf.GGUFReader.gguf_scalar_to_np]
+
+
 def _reader(gguf: Any, path: Path) -> Any:
     """The package's reader, which passes over arrays: it would make two objects of each of a vocabulary's 300,000
     strings, for seconds, and none is needed here.
@@ -162,6 +162,8 @@ def _reader(gguf: Any, path: Path) -> Any:
                 return super()._get_field_parts(orig_offs, raw_type)
             item, count = kinds(int(self._get(orig_offs, "u4")[0])), int(self._get(orig_offs + 4, "u8")[0])
             start = orig_offs + 12
+            if item in plain and count <= _LONGEST:
+                return super()._get_field_parts(orig_offs, raw_type)
             if item == kinds.STRING:
                 end = _end_of_strings(memoryview(self.data), start, count)
             elif item in plain:
@@ -190,6 +192,8 @@ def _exact(value: Any) -> Any:
     """Restore a float32 as it was written: 1e-05, not 9.99999974e-06."""
     import numpy
 
+    if isinstance(value, list):
+        return [_exact(one) for one in value]
     return float(str(numpy.float32(value))) if isinstance(value, float) else value
 
 

@@ -26,12 +26,10 @@ from foreroute.loading.checkpoint import Checkpoint
 from foreroute.model.blocks import MoeLayer
 from foreroute.model.build.dense_blocks import (
     DenseBlocks,
-    GgufMatrices,
     MatrixSource,
     QuantisedMatrices,
     StoredMatrices,
     check_rows,
-    dense_block_nbytes,
     int4_saving,
     quantised_nbytes,
 )
@@ -40,6 +38,7 @@ from foreroute.model.build.skeleton import Outline
 from foreroute.model.decode.attention import group_heads
 from foreroute.model.decode.layers import fuse_layers, fuse_routers
 from foreroute.model.decode.norms import fuse_norms
+from foreroute.model.gguf.blocks import GgufMatrices, dense_block_nbytes
 
 # torch's threads while a token is decoded: its products are ggml's then, whose threads poll for the next graph, and two
 # pools that spin on the same cores stop each other (docs/LOG.md).
@@ -63,8 +62,8 @@ class BlockKernels:
     def dense_nbytes(self, sketch: Outline) -> int:
         """Bytes of the dense weights of the model in memory."""
         index = sketch.table.index
-        if isinstance(index, GgufIndex):
-            return dense_block_nbytes(index, self.products)
+        if isinstance(index, GgufIndex) and sketch.gguf is not None:
+            return dense_block_nbytes(index, sketch.gguf, self.products)
         kind = self.dense or (self.runner.library.types["BF16"] if self.has_expert_blocks else None)
         if kind is None:
             return sketch.dense_nbytes
@@ -80,8 +79,8 @@ class BlockKernels:
         """
         index = sketch.table.index
         source: MatrixSource
-        if isinstance(index, GgufIndex):
-            source = GgufMatrices(index, self.products)
+        if isinstance(index, GgufIndex) and sketch.gguf is not None:
+            source = GgufMatrices(index, sketch.gguf, self.products)
         elif self.dense is not None and self.packed is not None:
             source = PackedMatrices(sketch.linear, self.packed, self.dense)
         elif self.dense is not None:

@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from foreroute.checkpoint.gguf_families import settings_of
 from foreroute.checkpoint.gguf_file import GgufIndex, is_gguf, read_gguf
 from foreroute.checkpoint.index import CheckpointIndex
 from foreroute.errors import CheckpointError, CorruptCheckpointError, UnsupportedModelError, named
 from foreroute.model.generation_settings import check_token_ids
+from foreroute.model.gguf.settings import settings_of
 from foreroute.whole_files import read_object
 
 # Ten times the largest known models; the exact check against the weights follows once their names are known.

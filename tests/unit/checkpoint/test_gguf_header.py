@@ -22,6 +22,7 @@ def _write(path: Path, endian: gguf.GGUFEndian = gguf.GGUFEndian.LITTLE) -> Path
     writer.add_token_list([f"token {at}" for at in range(TOKENS)])
     writer.add_token_scores([float(at) for at in range(TOKENS)])
     writer.add_array("foreroute.nested", [[1, 2], [3, 4]])
+    writer.add_array("foreroute.by_layer", [0, 2, 0])
     writer.add_string("general.name", "after the vocabulary")
     writer.add_tensor("token_embd.weight", np.arange(64, dtype=np.float32).reshape(2, 32))
     writer.write_header_to_file()
@@ -35,8 +36,9 @@ def test_settings_and_tensors_are_those_of_the_packages_reader(tmp_path: Path) -
     path = _write(tmp_path / "model.gguf")
     theirs, ours = gguf.GGUFReader(path), read_gguf(path)
     arrays = {name for name, field in theirs.fields.items() if field.types[0] == gguf.GGUFValueType.ARRAY}
-    assert len(arrays) == 3
-    assert set(ours.settings) == set(theirs.fields) - arrays
+    assert len(arrays) == 4
+    assert set(ours.settings) == set(theirs.fields) - arrays | {"foreroute.by_layer"}
+    assert ours.settings["foreroute.by_layer"] == [0, 2, 0]
     assert ours.settings["general.name"] == "after the vocabulary"
     (tensor,) = theirs.tensors
     entry = ours.tensors["token_embd.weight"]

@@ -5,9 +5,7 @@ constructor; what that made for a matrix in blocks is replaced before weights ar
 once. The blocks are those of a GGUF file, or are made of the floats that safetensors hold (--dense).
 """
 
-import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -17,16 +15,13 @@ from transformers import PreTrainedModel
 
 from foreroute.checkpoint.assembly import Coding
 from foreroute.checkpoint.codecs import INT4_CODINGS, INT4_TYPES, int4_misfit
-from foreroute.checkpoint.gguf_families import dense_names
-from foreroute.checkpoint.gguf_file import GgufIndex
 from foreroute.checkpoint.index import CheckpointIndex
 from foreroute.checkpoint.quantised_formats import QuantisedFormat
-from foreroute.checkpoint.source_files import SourceFile
 from foreroute.errors import CorruptCheckpointError, UnsupportedModelError
 from foreroute.kernels.ggml.library import Library
 from foreroute.kernels.ggml.linear import BlockEmbedding, BlockLinear, BlockMatrix, BlockProducts, compute_together
 from foreroute.kernels.ggml.quantiser import BlockMemory, UnfitWeightError, quantise_in_threads
-from foreroute.kernels.ggml.types import BlockType, has_bad_scale
+from foreroute.kernels.ggml.types import BlockType
 from foreroute.kernels.torch.int4_blocks import into_blocks, types_that_hold
 from foreroute.model.build.dense_state import LazyMatrix
 from foreroute.types import QUANTISED_TYPES
@@ -38,11 +33,6 @@ _LEAST_BLOCK = 32
 
 # Layers of one parent that are given the same input, in the order in which families call them.
 _TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-_EMBEDDING = "model.embed_tokens.weight"
-# Floats of torch's own: norms, biases, routers.
-_PLAIN = "F32"
-# Of a matrix, what a thread of its own reads.
-_LEAST_SHARE_BYTES = 2**20
 _HALVES = {torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
@@ -93,30 +83,6 @@ class MatrixSource(Protocol):
 
     def read(self, name: str, state: Mapping[str, Any]) -> BlockMatrix:
         """The matrix `name`. state: the stored weights by name, read by indexing."""
-
-
-class GgufMatrices:
-    """The matrices of a GGUF file, as they are stored: see `MatrixSource`."""
-
-    embedding = _EMBEDDING
-
-    def __init__(self, index: GgufIndex, products: BlockProducts) -> None:
-        self._index, self._types, self._memory = index, products.library.types, BlockMemory()
-        self._stored = {ours: name for name, ours in dense_names(index).items() if is_kept(index, name, products)}
-
-    @property
-    def names(self) -> Collection[str]:
-        """See `MatrixSource`."""
-        return self._stored
-
-    def read(self, name: str, state: Mapping[str, Any]) -> BlockMatrix:
-        """See `MatrixSource`."""
-        stored = self._stored[name]
-        kind = self._types[self._index.kinds[stored]]
-        rows, columns = self._index.shapes[stored]
-        return BlockMatrix(
-            kind, columns, _read(self._index, stored, kind, self._memory.take(rows, kind.row_bytes(columns)))
-        )
 
 
 class QuantisedMatrices:
@@ -290,21 +256,6 @@ def _held_in(coding: Coding, columns: int, components: Sequence[torch.Tensor]) -
     return next(iter(types_that_hold(coding, scales, zeros[0] if zeros else None)), "")
 
 
-def is_kept(index: GgufIndex, name: str, products: BlockProducts) -> bool:
-    """Whether a dense tensor is a matrix whose type ggml multiplies, and not one of plain floats."""
-    kind = products.library.types.get(index.kinds[name])
-    shape = index.shapes[name]
-    return len(shape) == 2 and kind is not None and kind.name != _PLAIN and shape[1] % kind.weights == 0
-
-
-def dense_block_nbytes(index: GgufIndex, products: BlockProducts) -> int:
-    """Bytes of the dense weights when matrices stay in blocks and all else is in f32."""
-    return sum(
-        index.tensors[name].nbytes if is_kept(index, name, products) else 4 * math.prod(index.shapes[name])
-        for name in dense_names(index)
-    )
-
-
 def check_rows(matrices: DenseMatrices, kind: BlockType, types: Mapping[str, BlockType]) -> None:
     """Check that rows of all matrices are whole blocks of `kind`; `types`: all of ggml's.
 
@@ -355,34 +306,6 @@ def int4_saving(
         if not int4_misfit(form.coding_of(name), matrices.shapes[ours][1])
     ]
     return sum(rows * (2 * columns - largest.row_bytes(columns)) for rows, columns in shapes)
-
-
-def _read(index: GgufIndex, name: str, kind: BlockType, blocks: torch.Tensor) -> torch.Tensor:
-    """Read the stored bytes into `blocks` [rows, bytes of a row], which are returned."""
-    entry, row_bytes = index.tensors[name], blocks.shape[1]
-    assert blocks.nbytes == entry.nbytes, f"{name} has {entry.nbytes} bytes in place of {blocks.nbytes}"
-
-    def read(first: int, last: int) -> bool:
-        """Read these rows; whether they have a bad scale."""
-        span = blocks[first:last].view(-1).numpy()
-        with SourceFile(entry.path, index.files.get(entry.path)) as file:
-            file.read_into(entry.offset + first * row_bytes, span.data)
-        return has_bad_scale(kind, span)
-
-    # Copies from the page cache, and memory that is touched for the first time, take a core each.
-    threads = max(1, min(torch.get_num_threads(), blocks.nbytes // _LEAST_SHARE_BYTES))
-    bounds = [len(blocks) * at // threads for at in range(threads + 1)]
-    if threads == 1:
-        is_bad = read(0, len(blocks))
-    else:
-        with ThreadPoolExecutor(threads) as pool:
-            is_bad = any([*pool.map(read, bounds[:-1], bounds[1:])])
-    if is_bad:
-        raise CorruptCheckpointError(
-            f"{entry.path}: {name} has a scale that is no number (NaN or infinite). The file is damaged, or its "
-            "quantiser was at fault: download it again, or take another."
-        )
-    return blocks
 
 
 def dense_weights(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:

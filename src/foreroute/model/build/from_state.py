@@ -1,8 +1,7 @@
 """Read stored weights by name on demand, and pass them to transformers' `from_pretrained` in place of a folder.
 
 They are read here and not by transformers, so that they come from the very files whose headers were read, and so that
-no file stays mapped: truncating a mapped file kills the process. transformers' renaming and checks still apply. Dense
-tensors of a GGUF file are dequantised.
+no file stays mapped: truncating a mapped file kills the process. transformers' renaming and checks still apply.
 """
 
 import math
@@ -13,12 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from foreroute.checkpoint.gguf_families import dense_names
-from foreroute.checkpoint.gguf_file import GgufIndex
 from foreroute.checkpoint.index import CheckpointIndex, TensorEntry
 from foreroute.checkpoint.source_files import SourceFile
 from foreroute.errors import CorruptCheckpointError, UnsupportedModelError
-from foreroute.kernels.torch.gguf_blocks import dequantise_gguf
 
 # Dtypes that safetensors and torch share.
 _TORCH_DTYPES: Mapping[str, torch.dtype] = {
@@ -121,38 +117,3 @@ def _read(index: CheckpointIndex, name: str) -> torch.Tensor:
     entry = index.tensors[name]
     with SourceFile(entry.path, index.files.get(entry.path)) as file:
         return read_tensor(file, entry)
-
-
-def gguf_dense_nbytes(index: GgufIndex) -> int:
-    """Bytes of the dense weights when dequantised to 16 bit."""
-    return sum(2 * math.prod(index.shapes[name]) for name in dense_names(index))
-
-
-class LazyGgufTensor:
-    """A dense tensor of the file, read and dequantised when it is indexed."""
-
-    def __init__(self, index: GgufIndex, name: str, dtype: torch.dtype) -> None:
-        self._index, self._name, self.dtype = index, name, dtype
-
-    def is_floating_point(self) -> bool:
-        """As in torch's tensors."""
-        return True
-
-    def __getitem__(self, at: Any) -> torch.Tensor:
-        index, name = self._index, self._name
-        entry, shape = index.tensors[name], index.shapes[name]
-        raw = torch.empty(math.prod(shape[:-1]), entry.nbytes // math.prod(shape[:-1]), dtype=torch.uint8)
-        with SourceFile(entry.path, index.files.get(entry.path)) as file:
-            file.read_into(entry.offset, raw.view(-1).numpy().data)
-        return dequantise_gguf(index.kinds[name], raw).view(shape).to(self.dtype)[at]
-
-
-def gguf_state(index: GgufIndex, dtype: torch.dtype) -> dict[str, LazyGgufTensor]:
-    """Every dense tensor of `index` by transformers' name, in `dtype` and the model's shape; no experts.
-
-    Each is read when transformers loads it, which costs one in fp32 beside the result.
-
-    Raises:
-        ReadError: when read: the file changed since its header was read, ends too early, or the disk failed.
-    """
-    return {ours: LazyGgufTensor(index, name, dtype) for name, ours in dense_names(index).items()}

@@ -17,7 +17,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from foreroute.checkpoint.gguf_families import dense_names, gguf_layer
 from foreroute.checkpoint.gguf_file import GgufIndex, is_gguf
 from foreroute.checkpoint.index import CheckpointIndex
 from foreroute.checkpoint.layouts import ExpertTable, LayerExperts, PartSource
@@ -27,7 +26,7 @@ from foreroute.checkpoint.records import PackedStore
 from foreroute.errors import CheckpointError, CorruptCheckpointError, UnsupportedModelError, named
 from foreroute.model.build.dense_blocks import DenseBlocks, DenseMatrices, dense_matrices
 from foreroute.model.build.dense_state import dense_growth, dense_state, idle_biases, quantised_matrices
-from foreroute.model.build.from_state import from_state, gguf_dense_nbytes, gguf_state, stored_state
+from foreroute.model.build.from_state import from_state, stored_state
 from foreroute.model.build.packed_dense import packed_state
 from foreroute.model.build.stored_names import Ignored, map_sources, sort_unplaced, tell
 from foreroute.model.config_file import check_against, check_choice, check_number, gguf_config, read_config
@@ -41,6 +40,7 @@ from foreroute.model.experts import (
     offloaded_class,
 )
 from foreroute.model.generation_settings import check_generation_settings
+from foreroute.model.gguf.tensors import GgufNames, gguf_dense_nbytes, gguf_layer, gguf_state, name_tensors
 
 # The swap replaces a name in a module shared by all threads: one load at a time.
 _SWAP_LOCK = threading.RLock()
@@ -57,6 +57,7 @@ class Outline:
     form: the format of quantised weights, or None. matrices, components: stored names of its quantised matrices, as
         in QuantisedFormat.split.
     ignored: stored tensors that are not read. linear: the dense matrices of safetensors that can be kept in blocks.
+    gguf: the dense tensors of a GGUF file.
     """
 
     config: Any
@@ -69,18 +70,20 @@ class Outline:
     components: frozenset[str] = frozenset()
     ignored: Ignored = field(default_factory=Ignored)
     linear: DenseMatrices = field(default_factory=DenseMatrices)
+    gguf: GgufNames | None = None
 
     @property
     def notes(self) -> tuple[str, ...]:
         """Declared settings of the checkpoint that are ignored here, a line each."""
-        return (*(() if self.form is None else self.form.notes), *self.ignored.notes)
+        gguf = () if self.gguf is None else self.gguf.notes
+        return (*(() if self.form is None else self.form.notes), *self.ignored.notes, *gguf)
 
     @property
     def dense_nbytes(self) -> int:
         """Bytes that the non-expert weights will take: as stored, or dequantised."""
         index = self.table.index
-        if isinstance(index, GgufIndex):
-            return gguf_dense_nbytes(index)
+        if isinstance(index, GgufIndex) and self.gguf is not None:
+            return gguf_dense_nbytes(index, self.gguf)
         growth = dense_growth(index, self.form, self.matrices, self.components, self.table, self.ignored.names)
         return index.nbytes - self.table.expert_nbytes + growth
 
@@ -152,21 +155,16 @@ def _formed(layers: Sequence[LayerExperts], modules: Collection[nn.Module]) -> t
 
 def _outline_gguf(index: GgufIndex) -> Outline:
     config = gguf_config(index)
-    named_dense = dense_names(index)  # what has no name in the model is refused here
     meta_model = _meta_model(index.folder, config, index)
     modules = _experts_modules(index.folder, config, meta_model)
     layers = [
-        gguf_layer(name, num_experts(module), [(p.name, p.shape) for p in expert_parameters(module)], index)
+        gguf_layer(name, num_experts(module), expert_parameters(module), family_form(module), index)
         for name, module in modules.items()
     ]
-    state = meta_model.state_dict()
-    dense = {stored: state[target] for stored, target in named_dense.items() if target in state}
-    _check_shapes(index.folder, dense, index.shapes)
+    names = name_tensors(index, meta_model, config, modules)
     targets = {f"{name}.{p.name}" for name, module in modules.items() for p in expert_parameters(module)}
     classes = frozenset(type(module) for module in modules.values())
-    return Outline(
-        config, tuple(modules), ExpertTable(_formed(layers, modules.values()), index), frozenset(targets), classes
-    )
+    return Outline(config, tuple(modules), ExpertTable(tuple(layers), index), frozenset(targets), classes, gguf=names)
 
 
 def load_skeleton(
@@ -231,7 +229,8 @@ def stored_weights(sketch: Outline, dtype: torch.dtype | str) -> tuple[Mapping[s
     compute = dtype if isinstance(dtype, torch.dtype) else sketch.config.dtype
     compute = compute if isinstance(compute, torch.dtype) else torch.bfloat16
     if isinstance(index, GgufIndex):
-        return gguf_state(index, compute), compute
+        assert sketch.gguf is not None, "its tensors have names"
+        return gguf_state(index, sketch.gguf, compute), compute
     assert sketch.form is not None, "it is dequantised"
     state = dense_state(index, sketch.form, sketch.matrices, sketch.components, compute, sketch.ignored.names)
     return state, compute

@@ -1,0 +1,256 @@
+"""What differs between llama.cpp's architectures and transformers' families, beyond names: a declaration for each.
+
+Names come from the gguf package's own map (tensors.py), settings that all say alike from metadata.py. The facts here
+are those of llama.cpp: what its converter does to a model's tensors and settings (conversion/), and what the graph of
+an architecture does that no setting says (src/models/). tests/converted/test_architectures.py holds every one of them
+against a model that llama.cpp's converter wrote.
+"""
+
+import math
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from foreroute.checkpoint.source_files import SourceFile
+from foreroute.model.gguf import changes
+from foreroute.model.gguf.changes import TensorChange
+from foreroute.model.gguf.metadata import SIGMOID, SOFTMAX, GgufMetadata
+
+
+@dataclass(frozen=True)
+class GgufFamily:
+    """One architecture.
+
+    model_type: transformers'. fixed: settings that its graph implies. more: settings that have to be worked out.
+    always: what transformers' model does in any case, by the metadata's name.
+    spellings: parts of parameters' names, as the gguf package's map spells them. changes: by the end of a parameter's
+        name; the first one is taken, None is none.
+    scores: kinds of router scores that the metadata may say. turns_in_part: positions may turn a part of a head.
+    yarn: what transformers has with YaRN beside what is said. has_mscale: see `rope_parameters`.
+    """
+
+    model_type: str
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    more: Callable[[GgufMetadata], Mapping[str, Any]] = lambda metadata: {}
+    spellings: Mapping[str, str] = field(default_factory=dict)
+    changes: Mapping[str, TensorChange | None] = field(default_factory=dict)
+    always: Mapping[str, Any] = field(default_factory=dict)
+    scores: tuple[int, ...] = (SOFTMAX,)
+    turns_in_part: bool = False
+    yarn: Mapping[str, Any] = field(default_factory=dict)
+    has_mscale: bool = False
+
+
+_PERMUTED = {"q_proj.weight": changes.QUERIES, "k_proj.weight": changes.KEYS, "q_proj.bias": changes.QUERIES,
+             "k_proj.bias": changes.KEYS}  # fmt: skip
+_NO_WINDOW: Mapping[str, Any] = {"sliding_window": None, "use_sliding_window": False}
+_QWEN: Mapping[str, Any] = {"decoder_sparse_step": 1, "mlp_only_layers": [], **_NO_WINDOW}
+
+
+def _windows(metadata: GgufMetadata, every: int) -> dict[str, Any]:
+    """Which layers have a window: as the pattern says, else all but each `every`-th."""
+    pattern = metadata.get("attention.sliding_window_pattern", every)
+    if not isinstance(pattern, list):
+        pattern = [bool((layer + 1) % pattern) for layer in range(metadata.num_layers)]
+    kinds = ("full_attention", "sliding_attention")
+    return {"layer_types": [kinds[bool(is_window)] for is_window in pattern[: metadata.num_layers]]}
+
+
+def _granite(metadata: GgufMetadata) -> Mapping[str, Any]:
+    shared = metadata.get("expert_shared_feed_forward_length", 0)
+    return {"model_type": "granitemoeshared", "shared_intermediate_size": shared} if shared else {}
+
+
+def _granite_hybrid(metadata: GgufMetadata) -> Mapping[str, Any]:
+    heads = metadata.must("ssm.time_step_rank")
+    inner = metadata.must("ssm.inner_size")
+    return {
+        "layer_types": ["attention" if kv else "mamba" for kv in metadata.by_layer("attention.head_count_kv")],
+        "position_embedding_type": "rope" if metadata.get("rope.scaling.finetuned", True) else None,
+        "shared_intermediate_size": metadata.get("expert_shared_feed_forward_length", 0),
+        "mamba_n_heads": heads,
+        "mamba_d_head": inner // heads,
+        "mamba_expand": inner // metadata.must("embedding_length"),
+        "mamba_n_groups": metadata.must("ssm.group_count"),
+        "mamba_d_state": metadata.must("ssm.state_size"),
+        "mamba_d_conv": metadata.must("ssm.conv_kernel"),
+        "mamba_conv_bias": metadata.has("ssm_conv1d.bias"),
+        "mamba_proj_bias": metadata.has("ssm_in.bias"),
+    }
+
+
+def _deepseek(metadata: GgufMetadata) -> Mapping[str, Any]:
+    turned = metadata.must("rope.dimension_count")
+    groups = metadata.get("expert_group_count", 1)
+    found: dict[str, Any] = {
+        "qk_rope_head_dim": turned,
+        "qk_nope_head_dim": metadata.must("attention.key_length_mla") - turned,
+        "num_key_value_heads": metadata.must("attention.head_count"),
+        "q_lora_rank": metadata.get("attention.q_lora_rank"),
+        "head_dim": turned,
+    }
+    if metadata.get("expert_gating_func", SOFTMAX) == SIGMOID:
+        return {**found, "model_type": "deepseek_v3"}
+    if metadata.get("expert_weights_norm", False):
+        raise metadata.refused("expert_weights_norm", "which transformers' DeepSeek-V2 does not do")
+    return {**found, "topk_method": "group_limited_greedy" if groups > 1 else "greedy"}
+
+
+def _glm(metadata: GgufMetadata) -> Mapping[str, Any]:
+    return {"use_qk_norm": metadata.has("attn_q_norm.weight"), "attention_bias": metadata.has("attn_q.bias")}
+
+
+def _ernie(metadata: GgufMetadata) -> Mapping[str, Any]:
+    moe = [int(name.split(".")[1]) for name in metadata.index.tensors if name.endswith("ffn_gate_inp.weight")]
+    return {"moe_layer_end_index": max(moe, default=0), "use_bias": metadata.has("attn_q.bias")}
+
+
+def _lfm2(metadata: GgufMetadata) -> Mapping[str, Any]:
+    kv_heads = metadata.by_layer("attention.head_count_kv")
+    return {
+        "layer_types": ["full_attention" if heads else "conv" for heads in kv_heads],
+        "conv_bias": metadata.has("shortconv.conv.bias"),
+        "use_expert_bias": metadata.has("exp_probs_b.bias"),
+    }
+
+
+def _phimoe(metadata: GgufMetadata) -> Mapping[str, Any]:
+    found: dict[str, Any] = {
+        "attention_bias": metadata.has("attn_q.bias"),
+        "lm_head_bias": "output.bias" in metadata.index.tensors,
+    }
+    if "rope_factors_long.weight" not in metadata.index.tensors:
+        return found
+    # Both the converter's, which works it out of the two contexts; the published short_mscale and long_mscale differ.
+    scale = float(metadata.get("rope.scaling.attn_factor", 1.0))
+    positions = {
+        "rope_type": "longrope",
+        "rope_theta": float(metadata.get("rope.freq_base", 10000.0)),
+        "original_max_position_embeddings": metadata.must("rope.scaling.original_context_length"),
+        "long_factor": _floats(metadata, "rope_factors_long.weight"),
+        "short_factor": _floats(metadata, "rope_factors_short.weight"),
+        "long_mscale": scale,
+        "short_mscale": scale,
+    }
+    return {**found, "rope_parameters": positions}
+
+
+def _floats(metadata: GgufMetadata, name: str) -> list[float]:
+    """The numbers of a small tensor of F32."""
+    entry = metadata.index.tensors[name]
+    content = bytearray(entry.nbytes)
+    with SourceFile(entry.path, metadata.index.files.get(entry.path)) as file:
+        file.read_into(entry.offset, memoryview(content))
+    return [*struct.unpack(f"<{entry.nbytes // 4}f", content)]
+
+
+def _linear_attention(metadata: GgufMetadata) -> Mapping[str, Any]:
+    recurrent = metadata.get("attention.recurrent_layers")
+    if recurrent is None:
+        every = metadata.get("full_attention_interval", 4)
+        recurrent = [bool((layer + 1) % every) for layer in range(metadata.num_layers)]
+    kinds = ("full_attention", "linear_attention")
+    value_heads = metadata.must("ssm.time_step_rank")
+    return {
+        "layer_types": [kinds[bool(is_recurrent)] for is_recurrent in recurrent[: metadata.num_layers]],
+        "linear_conv_kernel_dim": metadata.must("ssm.conv_kernel"),
+        "linear_key_head_dim": metadata.must("ssm.state_size"),
+        "linear_num_key_heads": metadata.must("ssm.group_count"),
+        "linear_num_value_heads": value_heads,
+        "linear_value_head_dim": metadata.must("ssm.inner_size") // value_heads,
+        "attention_bias": metadata.has("attn_k.bias"),
+    }
+
+
+_GRANITE_CHANGES = {**_PERMUTED, "shared_mlp.input_linear.weight": changes.SHARED_GATE_UP}
+_GRANITE_NAMES = {"block_sparse_moe.router": "block_sparse_moe.router.layer"}
+_DELTA_NORMS = {"linear_attn.norm.weight": None, "norm.weight": changes.NORM_PLUS_ONE}
+
+FAMILIES: Mapping[str, GgufFamily] = {
+    # conversion/llama.py: q and k are permuted. src/models/llama.cpp: weights of the chosen are normalised.
+    "llama": GgufFamily("mixtral", changes=_PERMUTED, fixed=_NO_WINDOW),
+    # src/models/qwen2moe.cpp: they are not.
+    "qwen2moe": GgufFamily(
+        "qwen2_moe",
+        {**_QWEN, "norm_topk_prob": False},
+        lambda metadata: {"qkv_bias": metadata.has("attn_q.bias")},
+    ),
+    "qwen3moe": GgufFamily("qwen3_moe", {**_QWEN, "norm_topk_prob": True, "attention_bias": False}),
+    # Of text alone Qwen3-VL's positions are those of Qwen3.
+    "qwen3vlmoe": GgufFamily("qwen3_moe", {**_QWEN, "norm_topk_prob": True, "attention_bias": False}),
+    # src/models/openai-moe.cpp: every other layer has a window, first of all the first; src/llama-graph.cpp: the gate.
+    "gpt-oss": GgufFamily(
+        "gpt_oss",
+        {"attention_bias": True, "swiglu_alpha": 1.702, "swiglu_limit": 7.0},
+        lambda metadata: _windows(metadata, 2),
+        yarn={"truncate": False},
+    ),
+    "olmoe": GgufFamily("olmoe", {"norm_topk_prob": False, "attention_bias": False}),
+    # conversion/deepseek.py: kv_b in two, keys' half transposed. src/models/deepseek2.cpp: which scores none means.
+    "deepseek2": GgufFamily(
+        "deepseek_v2",
+        {"attention_bias": False, "rope_interleave": True, "mlp_bias": False},
+        _deepseek,
+        changes={"kv_b_proj.weight": changes.SPLIT_KV_B},
+        scores=(SOFTMAX, SIGMOID),
+        has_mscale=True,
+    ),
+    "glm4moe": GgufFamily("glm4_moe", {}, _glm, scores=(SIGMOID,), turns_in_part=True),
+    "granitemoe": GgufFamily(
+        "granitemoe", {"attention_bias": False}, _granite, _GRANITE_NAMES, _GRANITE_CHANGES
+    ),
+    # conversion/mamba.py: A is stored in place of its logarithm.
+    "granitehybrid": GgufFamily(
+        "granitemoehybrid",
+        {"attention_bias": False, "time_step_limit": [0.0, math.inf]},
+        _granite_hybrid,
+        _GRANITE_NAMES,
+        {**_GRANITE_CHANGES, "A_log": changes.LOG_DECAY},
+    ),
+    "phimoe": GgufFamily("phimoe", _NO_WINDOW, _phimoe),
+    "minimax-m2": GgufFamily(
+        "minimax_m2",
+        spellings={"mlp.e_score_correction": "block_sparse_moe.e_score_correction"},
+        scores=(SIGMOID,),
+        turns_in_part=True,
+    ),
+    "ernie4_5-moe": GgufFamily(
+        "ernie4_5_moe", {"moe_norm_min": 1e-12}, _ernie, {"mlp.gate.moe_statics": "mlp.moe_statics"}
+    ),
+    "hunyuan-moe": GgufFamily("hunyuan_v1_moe", {"attention_bias": False}),
+    "dots1": GgufFamily("dots1", {"attention_bias": False, **_NO_WINDOW}, scores=(SIGMOID,)),
+    # src/models/lfm2.cpp: a layer without heads of keys and values is a convolution.
+    "lfm2moe": GgufFamily("lfm2_moe", {"norm_topk_prob": True, "routed_scaling_factor": 1.0}, _lfm2, scores=(SIGMOID,)),
+    # conversion/qwen.py: norms are stored plus one, A in place of its logarithm, queries, keys and values apart from
+    # gates; and Qwen3.5's heads of values so that those of one key head lie apart.
+    "qwen3next": GgufFamily(
+        "qwen3_next",
+        {**_QWEN, "norm_topk_prob": True},
+        _linear_attention,
+        changes={**_DELTA_NORMS, "in_proj_qkvz.weight": changes.QKVZ, "A_log": changes.LOG_DECAY},
+        turns_in_part=True,
+    ),
+    "qwen35moe": GgufFamily(
+        "qwen3_5_moe_text",
+        {},
+        _linear_attention,
+        changes={
+            **_DELTA_NORMS,
+            "in_proj_qkv.weight": changes.VALUES_OF_QKV,
+            "conv1d.weight": changes.VALUES_OF_QKV,
+            "in_proj_z.weight": changes.VALUE_ROWS,
+            "in_proj_a.weight": changes.VALUE_HEADS,
+            "in_proj_b.weight": changes.VALUE_HEADS,
+            "dt_bias": changes.VALUE_HEADS,
+            "A_log": changes.VALUE_LOG_DECAY,
+            "linear_attn.out_proj.weight": changes.VALUE_COLUMNS,
+        },
+        turns_in_part=True,
+    ),
+    "exaone-moe": GgufFamily("exaone_moe", {}, lambda metadata: _windows(metadata, 4), scores=(SIGMOID,)),
+    "afmoe": GgufFamily(
+        "afmoe", {"attention_bias": False, "mup_enabled": True}, lambda metadata: _windows(metadata, 4),
+        always={"expert_weights_norm": True}, scores=(SIGMOID,),
+    ),
+}  # fmt: skip

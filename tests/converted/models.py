@@ -1,0 +1,169 @@
+"""Tiny models of the families that GGUF files are read of, with weights that every machine makes alike.
+
+No setting has its class's default where it bears on the numbers, so that one that is not read shows. Weights take few
+values, so that a file of them compresses.
+"""
+
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from tests.support.families import PAD_ID, VOCAB_SIZE
+
+_LEVELS = np.array([-4, -1, 0, 2, 3], dtype=np.float32)
+# Of 64 and 32, which whole blocks of Q8_0 divide.
+_COMMON: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 96, "rms_norm_eps": 3e-6, "pad_token_id": PAD_ID,
+    "bos_token_id": 257, "eos_token_id": 258, "tie_word_embeddings": False,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0},
+}  # fmt: skip
+_YARN = {
+    "rope_type": "yarn", "rope_theta": 5000.0, "factor": 4.0, "original_max_position_embeddings": 24, "beta_fast": 16.0,
+    "beta_slow": 2.0,
+}  # fmt: skip
+# Widths of attention by low ranks, and of the experts beside it.
+_MLA: dict[str, Any] = {
+    "num_key_value_heads": 4, "kv_lora_rank": 32, "q_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8,
+    "v_head_dim": 32, "first_k_dense_replace": 1, "n_routed_experts": 8, "n_shared_experts": 2,
+    "num_experts_per_tok": 2, "intermediate_size": 96, "moe_intermediate_size": 32,
+}  # fmt: skip
+_LINEAR: dict[str, Any] = {
+    "num_hidden_layers": 4, "head_dim": 16, "linear_conv_kernel_dim": 3, "linear_key_head_dim": 16,
+    "linear_value_head_dim": 32, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+    "moe_intermediate_size": 32, "shared_expert_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0, "partial_rotary_factor": 0.5},
+}  # fmt: skip
+# What llama.cpp's converter makes of contexts of 96 and 48 tokens.
+_LONGER = 1.0858417157905849
+_EYE = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 64,
+        "num_position_embeddings": 4, "deepstack_visual_indexes": []}  # fmt: skip
+_SCALES = {
+    "embedding_multiplier": 1.5, "logits_scaling": 2.0, "residual_multiplier": 0.75, "attention_multiplier": 0.3,
+}  # fmt: skip
+
+# By name: transformers' model type, and its settings beside the common ones.
+TINY: Mapping[str, tuple[str, dict[str, Any]]] = {
+    "mixtral": ("mixtral", {
+        "head_dim": 32, "intermediate_size": 32, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen2moe": ("qwen2_moe", {
+        "intermediate_size": 96, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 64, "num_experts": 6,
+        "num_experts_per_tok": 3}),
+    "qwen3moe": ("qwen3_moe", {
+        "head_dim": 32, "intermediate_size": 96, "moe_intermediate_size": 32, "num_experts": 6,
+        "num_experts_per_tok": 3, "norm_topk_prob": True}),
+    "qwen3moe-yarn": ("qwen3_moe", {
+        "head_dim": 32, "intermediate_size": 96, "moe_intermediate_size": 32, "num_experts": 6,
+        "num_experts_per_tok": 3, "norm_topk_prob": True, "rope_parameters": _YARN}),
+    # With an eye, which the converter leaves out.
+    "qwen3vlmoe": ("qwen3_vl_moe", {
+        "head_dim": 32, "intermediate_size": 96, "moe_intermediate_size": 32, "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0, "mrope_section": [6, 5, 5]}}),
+    "gpt-oss": ("gpt_oss", {
+        "head_dim": 32, "intermediate_size": 32, "num_local_experts": 4, "num_experts_per_tok": 2,
+        "sliding_window": 8, "rope_parameters": {**_YARN, "truncate": False}}),
+    "olmoe": ("olmoe", {
+        "num_key_value_heads": 4, "intermediate_size": 32, "num_experts": 6, "num_experts_per_tok": 3,
+        "rms_norm_eps": 1e-5}),
+    "deepseek2": ("deepseek_v2", {
+        **_MLA, "q_lora_rank": None, "routed_scaling_factor": 1.5}),
+    "deepseek2-groups": ("deepseek_v2", {
+        **_MLA, "routed_scaling_factor": 1.5, "topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2,
+        "rope_parameters": {**_YARN, "mscale": 0.707, "mscale_all_dim": 0.707}}),
+    "deepseek3": ("deepseek_v3", {
+        **_MLA, "routed_scaling_factor": 1.5, "n_group": 4, "topk_group": 2, "norm_topk_prob": True,
+        "num_nextn_predict_layers": 0, "scoring_func": "sigmoid",
+        "rope_parameters": {**_YARN, "mscale": 1.0, "mscale_all_dim": 1.0}}),
+    "glm4moe": ("glm4_moe", {
+        "head_dim": 32, "intermediate_size": 96, "moe_intermediate_size": 32, "n_routed_experts": 6,
+        "num_experts_per_tok": 2, "n_shared_experts": 2, "first_k_dense_replace": 1, "use_qk_norm": True,
+        "attention_bias": True, "routed_scaling_factor": 1.5, "num_nextn_predict_layers": 0,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0, "partial_rotary_factor": 0.5}}),
+    "granitemoe": ("granitemoe", {
+        **_SCALES, "intermediate_size": 32, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "granitemoeshared": ("granitemoeshared", {
+        **_SCALES, "intermediate_size": 32, "num_local_experts": 4, "num_experts_per_tok": 2,
+        "shared_intermediate_size": 64, "tie_word_embeddings": True}),
+    "granitehybrid": ("granitemoehybrid", {
+        **_SCALES, "num_hidden_layers": 3, "intermediate_size": 32, "num_local_experts": 4, "num_experts_per_tok": 2,
+        "shared_intermediate_size": 64, "layer_types": ["mamba", "attention", "mamba"], "mamba_n_heads": 4,
+        "mamba_d_head": 32, "mamba_n_groups": 1, "mamba_d_state": 16, "mamba_expand": 2, "mamba_d_conv": 3,
+        "mamba_chunk_size": 8}),
+    "phimoe": ("phimoe", {
+        "intermediate_size": 32, "num_local_experts": 4, "num_experts_per_tok": 2, "attention_bias": True,
+        "lm_head_bias": True,
+        "rope_parameters": {
+            "rope_type": "longrope", "rope_theta": 5000.0, "original_max_position_embeddings": 48,
+            "long_factor": [1.0 + 0.25 * at for at in range(8)], "short_factor": [1.0 + 0.125 * at for at in range(8)],
+            "short_mscale": _LONGER, "long_mscale": _LONGER}}),
+    "minimax-m2": ("minimax_m2", {
+        "head_dim": 32, "intermediate_size": 32, "num_local_experts": 4, "num_experts_per_tok": 2,
+        "rotary_dim": 16,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0, "partial_rotary_factor": 0.5}}),
+    "ernie4_5-moe": ("ernie4_5_moe", {
+        "intermediate_size": 96, "moe_intermediate_size": 32, "moe_num_experts": 6, "moe_k": 2,
+        "moe_num_shared_experts": 2, "moe_layer_start_index": 1, "moe_layer_end_index": 1, "moe_layer_interval": 1}),
+    "hunyuan-moe": ("hunyuan_v1_moe", {
+        "head_dim": 16, "intermediate_size": 32, "num_experts": 4, "moe_topk": [2, 2],
+        "moe_intermediate_size": [32, 32], "num_shared_expert": [1, 1]}),
+    "dots1": ("dots1", {
+        "head_dim": 32, "intermediate_size": 96, "moe_intermediate_size": 32, "n_routed_experts": 6,
+        "n_shared_experts": 2, "num_experts_per_tok": 2, "first_k_dense_replace": 1, "norm_topk_prob": True,
+        "routed_scaling_factor": 1.5}),
+    "lfm2moe": ("lfm2_moe", {
+        "num_hidden_layers": 3, "intermediate_size": 96, "moe_intermediate_size": 32, "num_experts": 6,
+        "num_experts_per_tok": 2, "num_dense_layers": 1, "norm_eps": 3e-6, "conv_L_cache": 3,
+        "layer_types": ["conv", "full_attention", "conv"], "tie_word_embeddings": True}),
+    "qwen3next": ("qwen3_next", {**_LINEAR, "intermediate_size": 96, "norm_topk_prob": True}),
+    "qwen35moe": ("qwen3_5_moe_text", {
+        **_LINEAR, "rope_parameters": {**_LINEAR["rope_parameters"], "mrope_section": [2, 1, 1]}}),
+    "exaone-moe": ("exaone_moe", {
+        "num_hidden_layers": 4, "head_dim": 16, "intermediate_size": 96, "moe_intermediate_size": 32, "num_experts": 4,
+        "num_experts_per_tok": 2, "num_shared_experts": 2, "first_k_dense_replace": 1, "sliding_window": 8,
+        "routed_scaling_factor": 1.5}),
+    "afmoe": ("afmoe", {
+        "num_hidden_layers": 4, "head_dim": 16, "intermediate_size": 96, "moe_intermediate_size": 32, "num_experts": 4,
+        "num_experts_per_tok": 2, "num_shared_experts": 1, "num_dense_layers": 1, "sliding_window": 8,
+        "route_scale": 1.5, "route_norm": True, "score_func": "sigmoid", "mup_enabled": True}),
+}  # fmt: skip
+
+
+def tiny_config(name: str) -> Any:
+    """transformers' config of the tiny model `name`."""
+    from transformers import AutoConfig
+
+    model_type, own = TINY[name]
+    settings = {**_COMMON, **own}
+    if model_type == "qwen3_vl_moe":
+        settings = {"text_config": settings, "vision_config": _EYE, "tie_word_embeddings": False}
+    config = AutoConfig.for_model(model_type, **settings)
+    config._experts_implementation = "eager"
+    return config
+
+
+def tiny_model(name: str) -> Any:
+    """The tiny model `name` in fp32."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    config = tiny_config(name)
+    auto_class = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
+    model = auto_class.from_config(config).float()
+    with torch.no_grad():
+        for tensor_name, tensor in model.state_dict().items():
+            if tensor.is_floating_point():
+                tensor.copy_(torch.from_numpy(_weights(tensor_name, tuple(tensor.shape))))
+    return model.eval()
+
+
+def _weights(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    # RandomState: its numbers are the same for all time.
+    steps = _LEVELS[np.random.RandomState(zlib.crc32(name.encode())).randint(0, len(_LEVELS), shape)]
+    if "norm" in name and len(shape) == 1:
+        return 1 + steps / 16
+    if len(shape) == 1:
+        return steps / 16
+    return steps / (8 if "embed" in name else 16)
