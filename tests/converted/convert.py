@@ -1,19 +1,28 @@
-"""Make tests/converted/files/*.gguf.xz: tiny models as llama.cpp's own converter writes them.
+"""Make tests/converted/files: tiny models as llama.cpp's own converter writes them, and what llama.cpp says of them.
 
-    python -m tests.converted.convert LLAMA_CPP [NAME ...]
+    python -m tests.converted.convert LLAMA_CPP PYTHON [NAME ...]
 
 LLAMA_CPP is a folder with llama.cpp's convert_hf_to_gguf.py, `conversion` and `gguf-py`: in the source distribution of
-llama-cpp-python, vendor/llama.cpp (the files here: 0.3.36). Nothing of it is part of this repository. Two things are
-told to it, as the vocabulary is made up: that the tokenizer is a BPE one, and its pre-tokenizer's name.
+llama-cpp-python, vendor/llama.cpp (the files here: 0.3.36). PYTHON is an interpreter that has llama-cpp-python. Nothing
+of either is part of this repository. Two things are told to the converter, as the vocabulary is made up: that the
+tokenizer is a BPE one, and its pre-tokenizer's name.
+
+Of a model NAME there are then NAME.gguf.xz, in F32, and in NAME.npz: the likeliest token after each of 2,000, by
+llama.cpp from that file (`f32`, prompts of 80 tokens at once) and from the converter's Q8_0 file (`q8_0`, token by
+token); names and types of the tensors that are quantised there (`quantised`), and the hash of all tensors (`sha256`).
 """
 
 import json
 import lzma
+import subprocess
 import sys
 import tempfile
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
 from safetensors.torch import load_file, save_file
 
 from tests.converted.models import TINY, tiny_model
@@ -21,14 +30,25 @@ from tests.support.checkpoints import save_tokenizer
 
 # Where a model's published class has another name than transformers' own.
 _PUBLISHED = {"PhimoeForCausalLM": "PhiMoEForCausalLM"}
+# llama.cpp loads no BPE vocabulary without some.
+MERGES = (("t", "h"), ("Ġ", "th"), ("Ġth", "e"), ("i", "n"))
+# Models of which llama.cpp computes something else than transformers, from the same file.
+DIFFERS = {
+    "deepseek2": "it refuses a model without a low rank of queries, unless it has 26, 27 or 48 layers",
+    "deepseek2-groups": "groups of experts are chosen by the sum of their two best, as in V3, not by the best",
+    "gpt-oss": "YaRN's bounds are rounded, whatever `truncate` says",
+    "phimoe": "norms have no mean, and the experts are not those of the sparse mixer",
+}
 CONVERTED = Path(__file__).parent / "files"
 
 
 def convert(name: str, llama_cpp: Path, out: Path, outtype: str = "ALL_F32", **options: Any) -> None:
     """Write the tiny model `name` to `out` as the converter does. options: the converter's."""
-    for folder in (llama_cpp, llama_cpp / "gguf-py"):
-        if str(folder) not in sys.path:
-            sys.path.insert(0, str(folder))
+    if str(llama_cpp) not in sys.path:
+        sys.path[:0] = [str(llama_cpp / "gguf-py"), str(llama_cpp)]
+        # Its own, newer than the package here.
+        for module in [name for name in sys.modules if name.partition(".")[0] == "gguf"]:
+            del sys.modules[module]
     import gguf
     from conversion import ModelType, get_model_architecture, get_model_class  # type: ignore[import-not-found]
     from conversion.base import ModelBase, TextModel  # type: ignore[import-not-found]
@@ -38,7 +58,7 @@ def convert(name: str, llama_cpp: Path, out: Path, outtype: str = "ALL_F32", **o
         model = tiny_model(name)
         model.save_pretrained(source)
         _write_as_published(source, name, type(model).__name__)
-        save_tokenizer(source)
+        save_tokenizer(source, MERGES)
         architecture = get_model_architecture(ModelBase.load_hparams(source, False), ModelType.TEXT)
         converter = get_model_class(architecture)
         own = type(converter.__name__, (converter,), {
@@ -68,12 +88,66 @@ def _write_as_published(folder: Path, name: str, class_name: str) -> None:
     path.write_text(json.dumps(settings))
 
 
+def prompts() -> np.ndarray:
+    """25 prompts of 80 tokens."""
+    return np.random.RandomState(5).randint(0, 256, (25, 80))
+
+
+def tensors_hash(path: Path) -> str:
+    """The hash of all tensors of the file, by name."""
+    found = sha256()
+    for tensor in sorted(gguf.GGUFReader(path).tensors, key=lambda one: one.name):
+        found.update(tensor.name.encode() + tensor.data.tobytes())
+    return found.hexdigest()
+
+
+# Runs in the other interpreter: the likeliest token after each, of prompts [number, length] given `step` at a time.
+_LLAMA = """
+import sys, numpy as np, llama_cpp
+path, prompts, out, step = sys.argv[1], np.load(sys.argv[2]), sys.argv[3], int(sys.argv[4])
+kind = llama_cpp.GGML_TYPE_F32
+model = llama_cpp.Llama(path, n_ctx=96, n_batch=step, n_ubatch=step, n_threads=1, n_threads_batch=1, type_k=kind,
+    type_v=kind, verbose=False, logits_all=True, flash_attn=False, yarn_beta_fast=16.0, yarn_beta_slow=2.0)
+found = []
+for prompt in prompts.tolist():
+    model.reset()
+    for at in range(0, len(prompt), step):
+        model.eval(prompt[at:at + step])
+    found.append(np.array(model.scores[:len(prompt)]).argmax(1))
+np.save(out, np.array(found, dtype=np.uint16))
+"""
+
+
+def likeliest(python: str, path: Path, step: int) -> np.ndarray:
+    """llama.cpp's likeliest token after each token of `prompts`, which it is given `step` at a time."""
+    with tempfile.TemporaryDirectory() as folder:
+        given, out = Path(folder) / "given.npy", Path(folder) / "out.npy"
+        np.save(given, prompts())
+        subprocess.run(
+            [python, "-c", _LLAMA, str(path), str(given), str(out), str(step)], check=True, capture_output=True
+        )
+        return np.asarray(np.load(out))
+
+
+def make(name: str, llama_cpp: Path, python: str) -> None:
+    """Write the files of the tiny model `name`."""
+    with tempfile.TemporaryDirectory() as folder:
+        plain, quantised = Path(folder) / "f32.gguf", Path(folder) / "q8_0.gguf"
+        convert(name, llama_cpp, plain)
+        convert(name, llama_cpp, quantised, "MOSTLY_Q8_0")
+        content = plain.read_bytes()
+        (CONVERTED / f"{name}.gguf.xz").write_bytes(lzma.compress(content, preset=9 | lzma.PRESET_EXTREME))
+        kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(quantised).tensors}
+        said = {
+            "quantised": np.array([(tensor, kind) for tensor, kind in kinds.items() if kind != "F32"]),
+            "sha256": np.array(tensors_hash(quantised)),
+        }
+        if name not in DIFFERS:
+            said.update(f32=likeliest(python, plain, 80), q8_0=likeliest(python, quantised, 1))
+        np.savez_compressed(CONVERTED / f"{name}.npz", **said)
+
+
 if __name__ == "__main__":
     CONVERTED.mkdir(exist_ok=True)
-    for one in sys.argv[2:] or TINY:
-        with tempfile.TemporaryDirectory() as made:
-            convert(one, Path(sys.argv[1]).resolve(), Path(made) / "model.gguf")
-            content = (Path(made) / "model.gguf").read_bytes()
-        packed = lzma.compress(content, preset=9 | lzma.PRESET_EXTREME)
-        (CONVERTED / f"{one}.gguf.xz").write_bytes(packed)
-        print(f"{one}: {len(content)} bytes, {len(packed)} compressed")
+    for one in sys.argv[3:] or TINY:
+        make(one, Path(sys.argv[1]).resolve(), sys.argv[2])

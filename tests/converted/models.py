@@ -32,7 +32,7 @@ _MLA: dict[str, Any] = {
     "num_experts_per_tok": 2, "intermediate_size": 96, "moe_intermediate_size": 32,
 }  # fmt: skip
 _LINEAR: dict[str, Any] = {
-    "num_hidden_layers": 4, "head_dim": 16, "linear_conv_kernel_dim": 3, "linear_key_head_dim": 16,
+    "num_hidden_layers": 4, "head_dim": 16, "linear_conv_kernel_dim": 3, "linear_key_head_dim": 32,
     "linear_value_head_dim": 32, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
     "moe_intermediate_size": 32, "shared_expert_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2,
     "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0, "partial_rotary_factor": 0.5},
@@ -66,6 +66,10 @@ TINY: Mapping[str, tuple[str, dict[str, Any]]] = {
     "gpt-oss": ("gpt_oss", {
         "head_dim": 32, "intermediate_size": 32, "num_local_experts": 4, "num_experts_per_tok": 2,
         "sliding_window": 8, "rope_parameters": {**_YARN, "truncate": False}}),
+    # What llama.cpp rounds in YaRN, and transformers does not, left out.
+    "gpt-oss-plain": ("gpt_oss", {
+        "head_dim": 32, "intermediate_size": 32, "num_local_experts": 4, "num_experts_per_tok": 2,
+        "sliding_window": 8}),
     "olmoe": ("olmoe", {
         "num_key_value_heads": 4, "intermediate_size": 32, "num_experts": 6, "num_experts_per_tok": 3,
         "rms_norm_eps": 1e-5}),
@@ -102,18 +106,18 @@ TINY: Mapping[str, tuple[str, dict[str, Any]]] = {
             "short_mscale": _LONGER, "long_mscale": _LONGER}}),
     "minimax-m2": ("minimax_m2", {
         "head_dim": 32, "intermediate_size": 32, "num_local_experts": 4, "num_experts_per_tok": 2,
-        "rotary_dim": 16,
+        "rotary_dim": 16, "scoring_func": "sigmoid",
         "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0, "partial_rotary_factor": 0.5}}),
     "ernie4_5-moe": ("ernie4_5_moe", {
-        "intermediate_size": 96, "moe_intermediate_size": 32, "moe_num_experts": 6, "moe_k": 2,
+        "intermediate_size": 128, "moe_intermediate_size": 32, "moe_num_experts": 6, "moe_k": 2,
         "moe_num_shared_experts": 2, "moe_layer_start_index": 1, "moe_layer_end_index": 1, "moe_layer_interval": 1}),
     "hunyuan-moe": ("hunyuan_v1_moe", {
         "head_dim": 16, "intermediate_size": 32, "num_experts": 4, "moe_topk": [2, 2],
         "moe_intermediate_size": [32, 32], "num_shared_expert": [1, 1]}),
     "dots1": ("dots1", {
-        "head_dim": 32, "intermediate_size": 96, "moe_intermediate_size": 32, "n_routed_experts": 6,
+        "num_key_value_heads": 4, "intermediate_size": 96, "moe_intermediate_size": 32, "n_routed_experts": 6,
         "n_shared_experts": 2, "num_experts_per_tok": 2, "first_k_dense_replace": 1, "norm_topk_prob": True,
-        "routed_scaling_factor": 1.5}),
+        "routed_scaling_factor": 1.5, "scoring_func": "sigmoid"}),
     "lfm2moe": ("lfm2_moe", {
         "num_hidden_layers": 3, "intermediate_size": 96, "moe_intermediate_size": 32, "num_experts": 6,
         "num_experts_per_tok": 2, "num_dense_layers": 1, "norm_eps": 3e-6, "conv_L_cache": 3,
@@ -124,7 +128,7 @@ TINY: Mapping[str, tuple[str, dict[str, Any]]] = {
     "exaone-moe": ("exaone_moe", {
         "num_hidden_layers": 4, "head_dim": 16, "intermediate_size": 96, "moe_intermediate_size": 32, "num_experts": 4,
         "num_experts_per_tok": 2, "num_shared_experts": 2, "first_k_dense_replace": 1, "sliding_window": 8,
-        "routed_scaling_factor": 1.5}),
+        "routed_scaling_factor": 1.5, "scoring_func": "sigmoid"}),
     "afmoe": ("afmoe", {
         "num_hidden_layers": 4, "head_dim": 16, "intermediate_size": 96, "moe_intermediate_size": 32, "num_experts": 4,
         "num_experts_per_tok": 2, "num_shared_experts": 1, "num_dense_layers": 1, "sliding_window": 8,

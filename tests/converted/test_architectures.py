@@ -37,21 +37,6 @@ IDLE = frozenset({
 FOLLOWING = frozenset({"mlp_layer_types", "sliding_window_pattern", "global_attn_every_n_layers", "clip_qkv"})
 
 
-@pytest.fixture(scope="module")
-def converted(_torch_setup: None, tmp_path_factory: pytest.TempPathFactory) -> Converted:
-    """The file of a name, unpacked once, a tokenizer beside it."""
-    root = tmp_path_factory.mktemp("converted")
-    save_tokenizer(root)
-
-    def get(name: str) -> Path:
-        path = root / f"{name}.gguf"
-        if not path.is_file():
-            path.write_bytes(lzma.decompress((CONVERTED / f"{name}.gguf.xz").read_bytes()))
-        return path
-
-    return get
-
-
 def _tokens(length: int) -> torch.Tensor:
     return torch.from_numpy(np.random.RandomState(0).randint(0, 256, (1, length)))
 

@@ -3,6 +3,7 @@
 import json
 import math
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +42,15 @@ def save_checkpoint(model: Any, folder: Path, dtype: str = "fp32", *, sharded: b
     return folder
 
 
-def save_tokenizer(folder: Path) -> None:
-    """A tokenizer of single bytes, with padding, start and end tokens."""
+def save_tokenizer(folder: Path, merges: Sequence[tuple[str, str]] = ()) -> None:
+    """A tokenizer of single bytes, with padding, start and end tokens; behind them what `merges` makes."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     symbols = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<pad>", "<bos>", "<eos>"]
+    symbols += ["".join(pair) for pair in merges]
     vocab = {symbol: position for position, symbol in enumerate(symbols)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[*merges]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     wrapped = PreTrainedTokenizerFast(

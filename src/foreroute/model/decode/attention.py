@@ -42,8 +42,9 @@ def group_heads(model: PreTrainedModel, runner: Runner) -> None:
         module.__dict__[_OF_TOKEN] = of_token
 
     def attend(
-        module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **kwargs: Any
+        module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        mask = attention_mask  # some families (afmoe) name it when they call
         if not _can_group(module, query, key, mask, kwargs, own):
             return function_of(module, own)(module, query, key, value, mask, **kwargs)
         of_token = module.__dict__[_OF_TOKEN]

@@ -30,7 +30,9 @@ class GgufMatrices:
     def __init__(self, index: GgufIndex, names: GgufNames, products: BlockProducts) -> None:
         self._index, self._types, self._memory = index, products.library.types, BlockMemory()
         self._config = names.config
-        self._stored = {ours: tensor for ours, tensor in names.dense.items() if is_kept(index, tensor, products)}
+        self._stored = {
+            ours: tensor for ours, tensor in names.dense.items() if is_kept(index, tensor, names.config, products)
+        }
 
     @property
     def names(self) -> Collection[str]:
@@ -53,21 +55,26 @@ class GgufMatrices:
         return _read(self._index, stored, kind, memory.take(rows, kind.row_bytes(columns)))
 
 
-def is_kept(index: GgufIndex, tensor: GgufTensor, products: BlockProducts) -> bool:
+def is_kept(index: GgufIndex, tensor: GgufTensor, config: Any, products: BlockProducts) -> bool:
     """Whether a dense parameter is a matrix whose rows are stored, in a type that ggml multiplies, not plain floats."""
     first, *others = tensor.stored
     kind = products.library.types.get(index.kinds[first])
     has_rows = len(tensor.shape) == 2 and all(len(index.shapes[name]) == 2 for name in tensor.stored)
     if not has_rows or kind is None or kind.name == _PLAIN or any(index.kinds[name] != kind.name for name in others):
         return False
-    return tensor.shape[1] % kind.weights == 0 and (tensor.change is None or tensor.change.of_rows)
+    change, columns = tensor.change, tensor.shape[1]
+    if change is not None and change.of_columns:
+        columns //= getattr(config, change.of_columns)
+    elif change is not None and not change.of_rows:
+        return False
+    return columns % kind.weights == 0
 
 
 def dense_block_nbytes(index: GgufIndex, names: GgufNames, products: BlockProducts) -> int:
     """Bytes of the dense weights when matrices stay in blocks and all else is in f32."""
     return sum(
         sum(index.tensors[name].nbytes for name in tensor.stored)
-        if is_kept(index, tensor, products)
+        if is_kept(index, tensor, names.config, products)
         else 4 * math.prod(tensor.shape)
         for tensor in names.dense.values()
     )

@@ -208,7 +208,8 @@ FAMILIES: Mapping[str, GgufFamily] = {
         _GRANITE_NAMES,
         {**_GRANITE_CHANGES, "A_log": changes.LOG_DECAY},
     ),
-    "phimoe": GgufFamily("phimoe", _NO_WINDOW, _phimoe),
+    # The noise bounds which experts count as equals, also where none is made; 0.01 in all published models.
+    "phimoe": GgufFamily("phimoe", {**_NO_WINDOW, "router_jitter_noise": 0.01}, _phimoe),
     "minimax-m2": GgufFamily(
         "minimax_m2",
         spellings={"mlp.e_score_correction": "block_sparse_moe.e_score_correction"},
@@ -240,9 +241,9 @@ FAMILIES: Mapping[str, GgufFamily] = {
             "in_proj_qkv.weight": changes.VALUES_OF_QKV,
             "conv1d.weight": changes.VALUES_OF_QKV,
             "in_proj_z.weight": changes.VALUE_ROWS,
-            "in_proj_a.weight": changes.VALUE_HEADS,
-            "in_proj_b.weight": changes.VALUE_HEADS,
-            "dt_bias": changes.VALUE_HEADS,
+            "in_proj_a.weight": changes.VALUE_ROWS,
+            "in_proj_b.weight": changes.VALUE_ROWS,
+            "dt_bias": changes.VALUE_ROWS,
             "A_log": changes.VALUE_LOG_DECAY,
             "linear_attn.out_proj.weight": changes.VALUE_COLUMNS,
         },
