@@ -326,8 +326,6 @@ def test_what_is_not_read_is_refused_by_name_before_any_work(tmp_path: Path) -> 
         read_gguf(_retyped(_minimal(tmp_path / "newer.gguf", kind=Kind.Q5_1), Kind.Q5_1, 99))
     with pytest.raises(UnsupportedModelError, match="of architecture mamba2 are not read; those of llama, qwen2moe, "):
         settings_of(read_gguf(_minimal(tmp_path / "family.gguf", "mamba2")))
-    with pytest.raises(UnsupportedModelError, match="llama-gguf-split --merge"):
-        read_gguf(_minimal(tmp_path / "model-00001-of-00003.gguf"))
     for name, error, said, options in (
         ("none", CorruptCheckpointError, "does not say qwen3moe.context_length", {}),
         ("scaled", UnsupportedModelError, "positions scaled as longrope",

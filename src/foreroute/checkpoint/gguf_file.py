@@ -9,8 +9,8 @@ import math
 import re
 import struct
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -22,6 +22,7 @@ from foreroute.errors import CheckpointError, CorruptCheckpointError, Unsupporte
 from foreroute.whole_files import check_no_pointer
 
 SUFFIX = ".gguf"
+_MAGIC = b"GGUF"
 # Quantisations of experts, facts of the format: (weights, bytes) of a block. kernels/torch/gguf_blocks.py dequantises.
 EXPERT_BLOCKS: Mapping[str, tuple[int, int]] = {
     "F32": (1, 4), "F16": (1, 2), "BF16": (1, 2), "Q4_0": (32, 18), "Q4_1": (32, 20), "Q5_0": (32, 22),
@@ -33,7 +34,8 @@ EXPERT_BLOCKS: Mapping[str, tuple[int, int]] = {
 # Of arrays that say something of every layer.
 _LONGEST = 1024
 _NEWER_TYPE = re.compile(r"(\d+)\)? is not a valid GGMLQuantizationType")
-_SPLIT_NAME = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
+_OTHER_VERSION = re.compile(r"version (\d+) which we")
+_PART = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 
 
 @dataclass(frozen=True)
@@ -60,8 +62,34 @@ class GgufIndex(CheckpointIndex):
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether the file's name ends in .gguf."""
-    return path.suffix == SUFFIX and path.is_file()
+    """Whether the file's name ends in .gguf, or its content begins as such a file's (ollama's have no ending)."""
+    if not path.is_file():
+        return False
+    if path.suffix == SUFFIX:
+        return True
+    with suppress(OSError), path.open("rb") as file:
+        return file.read(len(_MAGIC)) == _MAGIC
+    return False
+
+
+def only_gguf(folder: Path) -> Path | None:
+    """The GGUF file of a folder that has one, and no checkpoint of another kind; None where there is none.
+
+    Raises:
+        CheckpointError: there are several.
+    """
+    if (folder / "config.json").is_file():
+        return None
+    # Projectors of images lie beside a model.
+    files = (path for path in folder.glob(f"*{SUFFIX}") if "mmproj" not in path.name.lower())
+    # Of parts the first.
+    found = sorted(path for path in files if (name := _PART.fullmatch(path.name)) is None or int(name["number"]) == 1)
+    if len(found) > 1:
+        raise CheckpointError(
+            f"{folder} holds {len(found)} GGUF files ({', '.join(path.name for path in found[:3])}"
+            f"{' ...' if len(found) > 3 else ''}). Give the path of one of them."
+        )
+    return found[0] if found else None
 
 
 def gguf_package() -> Any:
@@ -78,16 +106,64 @@ def gguf_package() -> Any:
 
 
 def read_gguf(path: Path) -> GgufIndex:
-    """Read the header of the GGUF file at `path`.
+    """Read the header of the GGUF file at `path`, and of its other parts if it is one of several.
 
     Raises:
-        UnsupportedModelError: one of several files, another architecture, or an unsupported quantisation; named.
-        CorruptCheckpointError: not a GGUF file, or truncated.
+        UnsupportedModelError: an unsupported quantisation, or version of the format; named.
+        CorruptCheckpointError: not a GGUF file, or truncated; a part is absent, or of another model.
         ReadError: it cannot be read, or was replaced or written to meanwhile.
     """
+    first = _read_one(first_part(path))
+    count = first.settings.get("split.count", 1)
+    if count <= 1:
+        return first
+    name = _PART.fullmatch(first.folder.name)
+    if name is None or int(name["count"]) != count:
+        raise CorruptCheckpointError(
+            f"{first.folder} is one of {count} parts of a model, and not named so. Give all their names back: "
+            f"NAME-00001-of-{count:05d}.gguf and so on."
+        )
+    parts = [first]
+    for number in range(2, count + 1):
+        part = first.folder.with_name(f"{name['stem']}-{number:05d}-of-{name['count']}.gguf")
+        if not part.is_file():
+            raise CorruptCheckpointError(f"{part} is absent: the model has {count} parts. Download it, too.")
+        parts.append(_read_one(part))
+        if (parts[-1].settings.get("split.no"), parts[-1].settings.get("split.count")) != (number - 1, count):
+            raise CorruptCheckpointError(f"{part} is not part {number} of {first.folder}. Download it again.")
+    return _joined(parts)
+
+
+def first_part(path: Path) -> Path:
+    """The first part of a model in several files, which has the settings, for any of them; else `path`."""
+    name = _PART.fullmatch(path.name)
+    first = path if name is None else path.with_name(f"{name['stem']}-00001-of-{name['count']}.gguf")
+    if not first.is_file():
+        raise CorruptCheckpointError(
+            f"{first} is absent, the first part of the model of {path.name}. Download it, too."
+        )
+    return first
+
+
+def _joined(parts: Sequence[GgufIndex]) -> GgufIndex:
+    """All parts as one. Raises CorruptCheckpointError: not as many tensors as the first one says, or one twice."""
+    first = parts[0]
+    tensors = {name: entry for part in parts for name, entry in part.tensors.items()}
+    told = first.settings.get("split.tensors.count", len(tensors))
+    if len(tensors) != told or len(tensors) != sum(len(part.tensors) for part in parts):
+        raise CorruptCheckpointError(
+            f"The parts of {first.folder} hold {len(tensors)} tensors in place of {told}: one of them is another "
+            "model's. Download them again."
+        )
+    kinds = {name: kind for part in parts for name, kind in part.kinds.items()}
+    shapes = {name: shape for part in parts for name, shape in part.shapes.items()}
+    files = {path: stamp for part in parts for path, stamp in part.files.items()}
+    return GgufIndex(first.folder, tensors, first.settings, kinds, shapes, files=files)
+
+
+def _read_one(path: Path) -> GgufIndex:
+    """Read the header of one file. Raises: see `read_gguf`."""
     gguf = gguf_package()
-    if _SPLIT_NAME.search(path.name):
-        raise _split(path)
     check_no_pointer(path)
     wrong = named(f"{path} is not a complete GGUF file", advice="Download it again.")
     with SourceFile(path) as file, wrong, _naming_newer_types(path):
@@ -98,11 +174,8 @@ def read_gguf(path: Path) -> GgufIndex:
             for name, field in reader.fields.items()
             if field.types and (field.types[0] != gguf.GGUFValueType.ARRAY or field.types[1:] in _plain_lists(gguf))
         }
-        is_split = int(settings.get("split.count", 1)) > 1
     # The reader opened the file by name: check that it was the same file.
     SourceFile(path, file.stamp).close()
-    if is_split:
-        raise _split(path)
     tensors: dict[str, TensorEntry] = {}
     kinds: dict[str, str] = {}
     shapes: dict[str, tuple[int, ...]] = {}
@@ -130,6 +203,12 @@ def _naming_newer_types(path: Path) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
+        version_said = _OTHER_VERSION.search(str(error))
+        if version_said is not None:
+            raise UnsupportedModelError(
+                f"{path} is of version {version_said[1]} of the format, which the gguf package {version('gguf')} does "
+                "not read. Take a newer file, or a newer package: pip install -U gguf."
+            ) from error
         newer = _NEWER_TYPE.search(str(error))
         if newer is None:
             raise
@@ -217,10 +296,3 @@ def _check_kinds(path: Path, gguf: Any, kinds: Mapping[str, str]) -> None:
             raise UnsupportedModelError(
                 f"{path}: {name} is stored as {kind}, which the gguf package cannot dequantise."
             ) from None
-
-
-def _split(path: Path) -> UnsupportedModelError:
-    return UnsupportedModelError(
-        f"{path} is one of several files of a model, which are not read. Join them with llama.cpp's "
-        f"`llama-gguf-split --merge`, and give the one file."
-    )

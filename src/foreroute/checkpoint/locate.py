@@ -5,7 +5,7 @@ import re
 from functools import cache
 from pathlib import Path
 
-from foreroute.checkpoint.gguf_file import is_gguf, read_gguf
+from foreroute.checkpoint.gguf_file import first_part, is_gguf, only_gguf, read_gguf
 from foreroute.checkpoint.hub import HubAccess, fetch
 from foreroute.checkpoint.index import INDEX, SINGLE, CheckpointIndex, named_weights, read_sharded, read_single
 from foreroute.errors import CheckpointError, UnsupportedModelError
@@ -23,7 +23,9 @@ def locate(
     quiet: bool = False,
     access: HubAccess | None = None,
 ) -> Path:
-    """Find the local folder (or .gguf file) of `path_or_hub_id`; download a hub id (`org/name`) that is not cached.
+    """Find the local folder (or GGUF file) of `path_or_hub_id`; download a hub id (`org/name`) that is not cached.
+
+    Of a folder that holds one GGUF file and no other checkpoint it is that file.
 
     Args:
         revision: branch, tag or commit of a hub id. quiet: no progress bars. access: see HubAccess.
@@ -53,7 +55,7 @@ def locate(
             raise CheckpointError(
                 f"{text} is a file, and no .gguf. Give the folder that holds config.json and *.safetensors."
             )
-        return path
+        return (only_gguf(path) or path) if path.is_dir() else first_part(path)
     if not _HUB_ID.fullmatch(text):
         raise CheckpointError(f"{text} is not a folder here, and no hub id (organisation/name) either.")
     return fetch(text, revision, quiet=quiet, access=access or HubAccess())
@@ -83,7 +85,7 @@ def read_index(folder: str | Path) -> CheckpointIndex:
         ReadError: a file cannot be read.
     """
     folder = Path(folder)
-    if folder.suffix == ".gguf" and folder.is_file():
+    if is_gguf(folder):
         return read_gguf(folder)
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder. Give the folder that holds config.json and *.safetensors.")
