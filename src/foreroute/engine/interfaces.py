@@ -82,7 +82,7 @@ class EngineStats:
         return self.prefill.prefetch_wasted + self.decode.prefetch_wasted
 
     def as_dict(self) -> dict[str, Any]:
-        """All counters as a nested dict, for --json."""
+        """All counters as a nested dict, for traces."""
         return asdict(self)
 
     def minus(self, earlier: "EngineStats") -> "EngineStats":

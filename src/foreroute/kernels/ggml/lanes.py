@@ -1,9 +1,10 @@
 """Lanes: threads that compute alone, each with torch on one thread and a runner of its own.
 
 The work of many rows is dealt in large pieces, an expert or a share of a matrix's rows, so that cores meet once per
-piece instead of several times per product. On two cores torch's own two threads took longer for an expert's product of
-64 rows than one thread did, as waking the other costs as much as half the product; two lanes took half (docs/LOG.md).
-Lanes wait without polling: they take no core from what is computed beside them.
+piece instead of several times per product. An expert's products alternate between ggml's threads, torch's and those
+that convert; each pool waits by spinning or has to be woken while another one has the cores. In a prompt of 512 tokens
+that cost more than the products (docs/LOG.md). Lanes wait without polling: they take no core from what is computed
+beside them.
 """
 
 import os

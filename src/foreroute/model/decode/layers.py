@@ -2,8 +2,8 @@
 
 The form: h = x + attention(norm(x)); h + experts(norm(h)), where attention makes q, k and v by a product each, turns q
 and k by their positions, and asks transformers' interface for its function. Whether a family has it is seen by numbers.
-One token over a short context is one graph up to its experts; several rows, and long contexts, are two graphs and
-attention in between.
+One row's token that sees all before it is one graph up to its experts; several rows, and masks that hide tokens, are two
+graphs and attention in between.
 """
 
 import weakref
@@ -184,7 +184,8 @@ class _FusedLayer:
     def _compute_whole(
         self, x: torch.Tensor, mask: Any, cache: Any, cosine: torch.Tensor, sine: torch.Tensor
     ) -> Chosen | None:
-        """The same up to its experts, as one graph; None where there are several rows, or a long context."""
+        """The same up to its experts, as one graph; None where there are several rows, or a mask that hides
+        tokens."""
         attention = self._attention
         queries, shared, _ = self._before.heads
         found = room_of(cache, attention.layer_idx, 1) if len(x) == 1 and queries > shared else None
