@@ -2,8 +2,8 @@
 
 The form: h = x + attention(norm(x)); h + experts(norm(h)), where attention makes q, k and v by a product each, turns q
 and k by their positions, and asks transformers' interface for its function. Whether a family has it is seen by numbers.
-One row's token that sees all before it is one graph up to its experts; several rows, and masks that hide tokens, are two
-graphs and attention in between.
+One row's token that sees all before it is one graph up to its experts; several rows, and masks that hide tokens, are
+two graphs and attention in between.
 """
 
 import weakref
