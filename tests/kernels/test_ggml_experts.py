@@ -222,6 +222,16 @@ def test_the_number_of_lanes_and_of_slots_that_are_held_changes_no_bit(
     assert error(found[0], layer.expected(hidden, routed, gates)) < MOST_ERROR
 
 
+def test_waits_beside_lanes_are_not_those_of_the_next_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rule of busy cores would decode on one thread after each prompt."""
+    monkeypatch.setattr("foreroute.kernels.ggml.layer._MOST_AT_ONCE_BYTES", 0)
+    layer, (hidden, routed, gates) = layer_of.__wrapped__("Q8_0"), step(40)
+    begun = list[int]()
+    monkeypatch.setattr(shared_runner(2).threads, "begin", lambda: begun.append(1))
+    layer.kernels.stream(_Streamed(layer), [*range(EXPERTS)], hidden, torch.tensor(routed), gates)
+    assert begun == [1]
+
+
 def test_lanes_are_done_with_their_slots_when_a_read_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("foreroute.kernels.ggml.layer._MOST_AT_ONCE_BYTES", 0)
     layer, (hidden, routed, gates) = layer_of.__wrapped__("Q8_0"), step(40)

@@ -264,6 +264,10 @@ class FormGraphs:
         self.outputs = np.empty((1, form.hidden), dtype=np.float32)
         self.address = int(self.outputs.ctypes.data)
 
+    def count_waits_anew(self) -> None:
+        """After lanes had the cores: what this thread waited for one beside them is none of its own graphs' waits."""
+        self._runner.threads.begin()
+
     def reserve(self, top_k: int) -> None:
         """Have room for the outputs of a token's experts."""
         if len(self.outputs) < top_k:

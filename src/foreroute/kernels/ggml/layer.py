@@ -114,6 +114,7 @@ class GgmlLayer:
         finally:
             # After an error too: what a lane reads may not be freed under it.
             wait([computed for _, _, computed in under_way])
+            graphs.count_waits_anew()
         return total.to(hidden.dtype)
 
     def _all_in_blocks(self, experts: ExpertSlots, keys: Sequence[int], ids: torch.Tensor) -> dict[int, int]:
