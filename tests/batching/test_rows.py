@@ -1,5 +1,6 @@
 """Rows of different lengths in one cache: each row's keys are its own, in order, whoever comes and goes."""
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import foreroute
+from foreroute.batching import row_attention
 from foreroute.batching.row_layers import RowLayer, RowLengths
 from foreroute.batching.rows import RowsCache
 from foreroute.config import EngineConfig
@@ -242,3 +245,9 @@ def test_padding_has_no_vote_and_is_not_counted(tiny: Any, monkeypatch: pytest.M
     assert told == guessed
     assert len(told) > 3
     assert tiny.foreroute.stats().prefill.tokens - before == sum(map(len, prompts))
+
+
+def test_the_attention_of_rows_takes_its_arguments_by_the_names_of_transformers() -> None:
+    """afmoe gives its mask by name."""
+    theirs = list(inspect.signature(sdpa_attention_forward).parameters)[:5]
+    assert list(inspect.signature(row_attention._attend).parameters)[:5] == theirs

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from foreroute.kernels.ggml import bf16
 from foreroute.kernels.ggml.experts import ExpertGraphs
 from foreroute.kernels.ggml.form import BlockForm, Gating, SlotMatrix
 from foreroute.kernels.ggml.graph import shared_runner
@@ -95,9 +96,11 @@ def test_a_row_has_the_same_bits_alone() -> None:
 
 @pytest.mark.parametrize("paired", [True, False])
 def test_prompts_in_bf16(paired: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bf16, "has_bf16", lambda: True)
     layer, (hidden, routed, gates) = _as_published("swiglu_oai", paired=paired), step(40)
     graphs = layer.kernels._graphs
     assert graphs is not None
+    assert graphs.converts(40, may_convert=True), "gate and up in turns lie in rows of one matrix"
     monkeypatch.setattr(graphs, "_bf16_from", 8)
     streamed = layer.kernels.stream(_Streamed(layer), [*range(EXPERTS)], hidden, torch.tensor(routed), gates)
     assert error(streamed, layer.expected(hidden, routed, gates)) < MOST_ERROR

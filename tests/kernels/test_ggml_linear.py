@@ -1,6 +1,8 @@
 """Dense layers over blocks, in graphs and in bf16; matrices with rows side by side; the library itself."""
 
 import os
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -111,6 +113,24 @@ def test_bf16_products(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     found = make(*given)
     assert error(found, expected(blocks, x)) < 0.01
     assert torch.equal(make.alone(*given), found)
+
+
+def test_all_lanes_are_done_with_a_matrix_when_one_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks, make = random_blocks("Q8_0", OUT, IN), bf16.Bf16Products(shared_lanes(2))
+    begun, ended, both = list[int](), list[int](), threading.Barrier(2)
+
+    def into(out: torch.Tensor, *given: Any) -> None:
+        begun.append(out.data_ptr())
+        both.wait(10)
+        if out.data_ptr() == min(begun):
+            raise OSError("gone")  # the first share, which is waited for first
+        time.sleep(0.2)
+        ended.append(1)
+
+    monkeypatch.setattr(make, "_into", into)
+    with pytest.raises(OSError, match="gone"):
+        make(random_rows(9, IN).bfloat16(), blocks.kind, blocks.blocks.ctypes.data, (OUT, IN))
+    assert ended == [1]
 
 
 @pytest.mark.parametrize("name", ["Q4_K", "Q8_0", "BF16"])

@@ -59,12 +59,15 @@ class _Step:
 
 
 def _attend(
-    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **kwargs: Any
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **kwargs: Any
 ) -> tuple[torch.Tensor, None]:
-    """As transformers' attention functions: query [rows, heads, 1, size]; keys, values [rows, heads, columns, size]."""
+    """As transformers' attention functions: query [rows, heads, 1, size]; keys, values [rows, heads, columns, size].
+
+    The names of arguments are theirs: some families give the mask by name.
+    """
     step: _Step = _running.step
     step.calls += 1
-    assert mask is None, "all that a row holds is seen"
+    assert attention_mask is None, "all that a row holds is seen"
     assert query.shape[2] == 1, "one token per row"
     own, layer, outputs = function_of(module, step.own), step.layers[module.layer_idx], []
     for at in range(len(query)):

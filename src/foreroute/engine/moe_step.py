@@ -17,8 +17,8 @@ from foreroute.engine.prefetcher import Prefetcher
 from foreroute.kernels.layer import ExpertListener, LayerKernels, LayerSum
 from foreroute.predict.governor import Governor
 
-# Reads kept in flight ahead of compute: more would hide no more time, and only take slots.
-_RING_SLOTS = 4
+# Slots of a stream beside those that compute holds: more reads ahead would hide no more time, and only take slots.
+_AHEAD_SLOTS = 3
 
 
 class MoeStep:
@@ -205,7 +205,7 @@ class MoeStep:
         self, layer: int, keys: list[int], hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
         """Stream the experts in ascending order, reading each at most once."""
-        stream = ExpertStream(self.pool, layer, keys)
+        stream = ExpertStream(self.pool, layer, keys, self.kernels[layer].num_held)
         width = self.pool.keys.widths[layer]
         if self.is_prefill and int((ids < width).sum()) >= self._prefill_prefetch_from * width:
             # Queued behind this layer's reads: it delays those that the ring asks for later by one read at most.
@@ -252,9 +252,9 @@ class ExpertStream:
     beginning, read ones a few at a time: asking for the next one releases the previous one, or the first of `hold`.
     """
 
-    def __init__(self, pool: ExpertPool, layer: int, keys: Sequence[int]) -> None:
+    def __init__(self, pool: ExpertPool, layer: int, keys: Sequence[int], num_held: int = 1) -> None:
         self._pool = pool
-        ready, self._waiting, self._queue, ring = pool.admit(layer, keys, _RING_SLOTS)
+        ready, self._waiting, self._queue, ring = pool.admit(layer, keys, _AHEAD_SLOTS + num_held)
         self._ready = dict(ready)  # key -> slot: pinned ones, and those in the ring
         self._ring = frozenset(ring)
         self._free = ring

@@ -56,10 +56,14 @@ class LayerKernels(Protocol):
 
     Attributes:
         streams_only: `begin` is not supported, as the family's own forward computes this layer.
+        num_held: experts whose slots `stream` holds together.
     """
 
     @property
     def streams_only(self) -> bool: ...
+
+    @property
+    def num_held(self) -> int: ...
 
     def begin(self, hidden: torch.Tensor, routed: Sequence[Sequence[int]], weights: torch.Tensor) -> LayerSum:
         """Begin the sum of a step of few tokens, whose experts are pinned together.

@@ -8,14 +8,15 @@ clock: two loads of one model give the same bits.
 import ctypes
 import threading
 from collections.abc import Callable, Iterable
-from functools import cache
+from concurrent.futures import wait
+from functools import cache, lru_cache
 from math import inf
 
 import numpy as np
 import torch
 
 from foreroute.kernels.ggml.interleaved import ROWS, interleaver
-from foreroute.kernels.ggml.lanes import Lanes
+from foreroute.kernels.ggml.lanes import Lanes, shared_lanes
 from foreroute.kernels.ggml.library import Library
 from foreroute.kernels.ggml.types import BlockType
 from foreroute.types import round_up
@@ -93,8 +94,12 @@ class Bf16Products:
             count = min(share, rows - first)
             part = out[:, first : first + count]
             shares.append(self.lanes.submit(self._into, part, x, kind, address + first * row_bytes, (count, columns)))
-        for one in shares:
-            one.result()
+        try:
+            for one in shares:
+                one.result()
+        finally:
+            # After Ctrl-C too: what a lane reads may not be freed under it.
+            wait(shares)
         return out
 
     def alone(
@@ -156,6 +161,12 @@ class Bf16Products:
                 memory = torch.empty(count, dtype=dtype, device="cpu")
             setattr(self._own, name, memory)
         return memory[:count].view(shape)
+
+
+@lru_cache(maxsize=8)
+def shared_products(num_threads: int) -> Bf16Products:
+    """The process's, on as many lanes: models open together share the memory of panels."""
+    return Bf16Products(shared_lanes(num_threads))
 
 
 def _eights(rows: int) -> int:

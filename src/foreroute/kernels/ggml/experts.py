@@ -14,11 +14,10 @@ from math import inf
 import numpy as np
 import torch
 
-from foreroute.kernels.ggml.bf16 import INTERLEAVED_IN_BF16, Bf16Products, rows_in_bf16
+from foreroute.kernels.ggml.bf16 import INTERLEAVED_IN_BF16, Bf16Products, rows_in_bf16, shared_products
 from foreroute.kernels.ggml.form import OAI_ALPHA, OAI_LIMIT, BlockForm, SlotMatrix, in_order, join
 from foreroute.kernels.ggml.graph import Graph, Runner, TensorRef, place
 from foreroute.kernels.ggml.interleaved import interleaver, plain_rows
-from foreroute.kernels.ggml.lanes import shared_lanes
 from foreroute.kernels.ggml.slots import FLOATS, HostSlots, Scratch
 from foreroute.kernels.ggml.types import F32, I32
 
@@ -253,10 +252,12 @@ class FormGraphs:
         # Of each lane: graphs of its own.
         self._own = threading.local()
         matrices = (*form.first, form.down)
+        # As `in_bf16` reads them.
+        read = (*(form.first if form.in_turns is None else (form.in_turns,)), form.down)
         may_convert = all(
             (INTERLEAVED_IN_BF16 or not matrix.is_interleaved)
             and matrix.row_stride == matrix.kind.row_bytes(matrix.columns)
-            for matrix in matrices
+            for matrix in read
         )
         weights = [(matrix.kind, matrix.rows * matrix.columns) for matrix in matrices]
         self._bf16_from = rows_in_bf16(weights, runner.library) if may_convert else inf
@@ -266,7 +267,7 @@ class FormGraphs:
 
     def count_waits_anew(self) -> None:
         """After lanes had the cores: what this thread waited for one beside them is none of its own graphs' waits."""
-        self._runner.threads.begin()
+        self._runner.count_waits_anew()
 
     def reserve(self, top_k: int) -> None:
         """Have room for the outputs of a token's experts."""
@@ -361,7 +362,7 @@ class ExpertGraphs:
 
     def __init__(self, runner: Runner, slots: HostSlots) -> None:
         self._runner, self._slots = runner, slots
-        self._scratch, self._bf16 = Scratch(), Bf16Products(shared_lanes(runner.num_threads))
+        self._scratch, self._bf16 = Scratch(), shared_products(runner.num_threads)
         self._by_form: dict[BlockForm, FormGraphs] = {}
 
     def of(self, form: BlockForm) -> FormGraphs:

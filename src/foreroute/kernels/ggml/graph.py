@@ -86,6 +86,12 @@ class Runner:
         if status:
             raise GgmlError(f"ggml could not compute a graph (status {status}).")
 
+    def count_waits_anew(self) -> None:
+        """From now on this thread calls, and what it waited for a core before is none of a graph's wait."""
+        with self._lock:
+            self._caller = threading.get_native_id()
+            self.threads.begin()
+
     def _prepare(self, graph: "Graph") -> None:
         """Give a graph's plan the threads of now and the memory that all graphs share."""
         plan, active = graph.plan, self.threads.active

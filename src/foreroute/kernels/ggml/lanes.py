@@ -33,13 +33,14 @@ class Lanes:
 
     def __init__(self, library: Library, count: int) -> None:
         self.library, self.count = library, count
-        self._own = threading.local()
+        self._own, self._lock = threading.local(), threading.Lock()
         self._workers: ThreadPoolExecutor | None = None
 
     def submit(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> "Future[T]":
         """Call `work` on a lane, without gradients. What it reads must stay as it is until the future is done."""
-        if self._workers is None:
-            self._workers = self._started()
+        with self._lock:
+            if self._workers is None:
+                self._workers = self._started()
         is_inference = torch.is_inference_mode_enabled()
 
         def run() -> T:

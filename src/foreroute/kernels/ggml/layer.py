@@ -43,6 +43,8 @@ class GgmlLayer:
     def __init__(self, layer: int, base: int, graphs: FormGraphs) -> None:
         self._layer, self._base = layer, base
         self._graphs: FormGraphs | None = graphs
+        # One more than are computed: a lane that ends has the next at once.
+        self.num_held = graphs.lanes.count + 1
         self.decodes: Callable[[], bool] = lambda: False
 
     def begin(self, hidden: torch.Tensor, routed: Sequence[Sequence[int]], weights: torch.Tensor) -> LayerSum:
@@ -85,13 +87,13 @@ class GgmlLayer:
         """The same sum, one expert per lane at a time; see `stream`."""
         floats, gates, may_convert = hidden.float(), weights.float(), not self.decodes()
         total = torch.zeros_like(floats)
-        # One more than are computed: a lane that ends has the next at once.
-        most = experts.hold(graphs.lanes.count + 1)
+        most = experts.hold(self.num_held)
         under_way = deque[tuple[int, torch.Tensor, Future[_Computed]]]()
 
         def add_first() -> None:
-            key, tokens, computed = under_way.popleft()
+            key, tokens, computed = under_way[0]
             rows, outputs, weighted, is_finite = computed.result()
+            under_way.popleft()
             if not is_finite:
                 self._check(key, rows, outputs)
             if listener is not None:

@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from foreroute.kernels.ggml.bf16 import Bf16Products, rows_in_bf16
+from foreroute.kernels.ggml.bf16 import rows_in_bf16, shared_products
 from foreroute.kernels.ggml.graph import Graph, Runner
-from foreroute.kernels.ggml.lanes import shared_lanes
 from foreroute.kernels.ggml.library import Library
 from foreroute.kernels.ggml.types import F32, BlockType
 
@@ -79,7 +78,7 @@ class BlockProducts:
         self.runner = runner
         # Whether a step of single tokens runs: its rows keep blocks, so that their bits are the same in any company.
         self.decodes: Callable[[], bool] = lambda: False
-        self._in_bf16 = Bf16Products(shared_lanes(runner.num_threads))
+        self._in_bf16 = shared_products(runner.num_threads)
         self._graphs: OrderedDict[tuple[object, ...], _LinearGraph] = OrderedDict()
 
     def __call__(self, x: torch.Tensor, group: BlockGroup) -> list[torch.Tensor]:

@@ -55,6 +55,8 @@ class TorchLayer:
         streams_only: the family's own forward computes this layer.
     """
 
+    num_held = 1
+
     def __init__(
         self,
         layer: int,
