@@ -1,7 +1,8 @@
 """What ggml's products cost at the shapes of published models: experts of one token, and of a prompt's rows.
 
     python -m benchmarks.block_products            # one token: blocks as GGUF has them, and eight rows side by side
-    python -m benchmarks.block_products --rows     # a prompt: from how many rows on bf16 is quicker
+    python -m benchmarks.block_products --rows     # a prompt: from how many rows on bf16 is quicker, on one core
+    python -m benchmarks.block_products --costs    # of each type, on one core: the constants of kernels/ggml/bf16.py
 
 Experts are taken from more memory than the caches hold. Forms take turns; medians.
 """
@@ -20,12 +21,15 @@ import foreroute  # noqa: F401  before torch spins
 from benchmarks._harness import record, rounded
 from benchmarks.published import memory_rate
 from benchmarks.published_files import stock
+from foreroute.kernels.ggml.bf16 import Bf16Products
 from foreroute.kernels.ggml.experts import ExpertGraphs
 from foreroute.kernels.ggml.form import BlockForm, Gating, SlotMatrix
-from foreroute.kernels.ggml.graph import Runner
+from foreroute.kernels.ggml.graph import Graph, Runner, place
 from foreroute.kernels.ggml.interleaved import interleaver
+from foreroute.kernels.ggml.lanes import Lanes
 from foreroute.kernels.ggml.library import open_library
 from foreroute.kernels.ggml.slots import HostSlots
+from foreroute.kernels.ggml.types import F32
 from foreroute.memory.host import usable_cpus
 from foreroute.types import SlotClass
 
@@ -150,17 +154,57 @@ def prompt_rows(threads: int) -> list[dict[str, Any]]:
     return rows
 
 
+def costs() -> list[dict[str, Any]]:
+    """Of each type, on one core: nanoseconds for a weight to become bf16, and for a weight and row in blocks."""
+    rows, columns, count = 768, 2048, 16
+    library, products = open_library(), Bf16Products(Lanes(open_library(), 1))
+    runner, x, found = Runner(library, 1), torch.randn(count, columns), list[dict[str, Any]]()
+    out, panel = torch.empty(count, rows), torch.empty(rows, columns, dtype=torch.bfloat16)
+    for kind in library.types.values():
+        if kind.name in ("I32", "F32"):
+            continue
+        blocks = np.random.default_rng(0).integers(0, 60, rows * kind.row_bytes(columns), dtype=np.uint8)
+        graph = Graph(runner, 4)
+        matrix, inputs = graph.tensor(kind.number, (columns, rows)), graph.tensor(F32, (columns, count))
+        product = library.ggml_mul_mat(graph.context, matrix, inputs)
+        for tensor, address in (
+            (matrix, blocks.ctypes.data), (inputs, x.data_ptr()), (product, out.data_ptr())
+        ):  # fmt: skip
+            place(tensor, address)
+        graph.finish(product)
+        took = measured({
+            "convert": _seconds(products._convert, kind, blocks.ctypes.data, panel), "blocks": _seconds(graph.run)
+        }, 12)  # fmt: skip
+        row = {"type": kind.name, "convert_ns": 1e9 * took["convert"] / (rows * columns)}
+        row["blocks_ns"] = 1e9 * took["blocks"] / (rows * columns * count)
+        print(rounded(row), flush=True)
+        found.append(row)
+    return found
+
+
+def _seconds(work: Callable[..., object], *given: object) -> Callable[[], float]:
+    def run() -> float:
+        started = time.perf_counter()
+        work(*given)
+        return time.perf_counter() - started
+
+    return run
+
+
 def main() -> None:
     """Measure and record."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--rows", action="store_true", help="a prompt's rows in place of a token")
+    parser.add_argument("--costs", action="store_true", help="of each type, on one core")
     parser.add_argument("--threads", type=int, default=usable_cpus())
     parser.add_argument("--trial", action="store_true", help="keep nothing under results/")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    # A lane computes an expert of a prompt alone.
+    threads = 1 if args.rows or args.costs else args.threads
+    torch.set_num_threads(threads)
     with torch.inference_mode():
-        rows = prompt_rows(args.threads) if args.rows else tokens(args.threads)
-    name = "block-products-rows" if args.rows else "block-products"
+        rows = costs() if args.costs else prompt_rows(threads) if args.rows else tokens(threads)
+    name = "block-products" + ("-costs" if args.costs else "-rows" if args.rows else "")
     record(name, rounded({"memory_bytes_per_s": memory_rate(), "rows": rows}), keep=not args.trial)
 
 

@@ -12,6 +12,7 @@ llama.cpp from that file (`f32`, prompts of 80 tokens at once) and from the conv
 token); names and types of the tensors that are quantised there (`quantised`), and the hash of all tensors (`sha256`).
 """
 
+import importlib
 import json
 import lzma
 import subprocess
@@ -50,8 +51,8 @@ def convert(name: str, llama_cpp: Path, out: Path, outtype: str = "ALL_F32", **o
         for module in [name for name in sys.modules if name.partition(".")[0] == "gguf"]:
             del sys.modules[module]
     import gguf
-    from conversion import ModelType, get_model_architecture, get_model_class  # type: ignore[import-not-found]
-    from conversion.base import ModelBase, TextModel  # type: ignore[import-not-found]
+
+    conversion, base = (importlib.import_module(one) for one in ("conversion", "conversion.base"))
 
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder)
@@ -59,11 +60,13 @@ def convert(name: str, llama_cpp: Path, out: Path, outtype: str = "ALL_F32", **o
         model.save_pretrained(source)
         _write_as_published(source, name, type(model).__name__)
         save_tokenizer(source, MERGES)
-        architecture = get_model_architecture(ModelBase.load_hparams(source, False), ModelType.TEXT)
-        converter = get_model_class(architecture)
+        architecture = conversion.get_model_architecture(
+            base.ModelBase.load_hparams(source, False), conversion.ModelType.TEXT
+        )
+        converter = conversion.get_model_class(architecture)
         own = type(converter.__name__, (converter,), {
             "model_arch": converter.model_arch,
-            "set_vocab": TextModel.set_vocab,
+            "set_vocab": base.TextModel.set_vocab,
             "get_vocab_base_pre": lambda self, tokenizer: "qwen2",
             "no_mtp": True,
         })  # fmt: skip

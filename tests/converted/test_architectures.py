@@ -202,7 +202,7 @@ def test_a_change_that_is_not_undone_shows(
     architecture = read_gguf_architecture(name)
     family = FAMILIES[architecture]
     fewer = {one: change for one, change in family.changes.items() if one != end}
-    monkeypatch.setitem(FAMILIES, architecture, replace(family, changes=fewer))  # type: ignore[arg-type]
+    monkeypatch.setitem(FAMILIES, architecture, replace(family, changes=fewer))
     try:
         ours = _logits(load(converted(name), "60%", dtype="float32", math="torch"))
     except CheckpointError:

@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import gguf
-import numpy as np
 import pytest
 
 from foreroute.checkpoint.gguf_file import read_gguf
 from foreroute.checkpoint.locate import locate, read_index
 from foreroute.errors import CheckpointError, CorruptCheckpointError, UnsupportedModelError
 from foreroute.model.text import load_tokenizer
-from tests.formats.gguf_writer import Kind, Written, write_gguf
+from tests.formats.gguf_writer import Kind, Written, write_copy, write_gguf
 from tests.support.checkpoints import save_tokenizer
 from tests.support.runs import assert_same_bits, generate
 
@@ -65,15 +64,7 @@ def _in_parts(path: Path, folder: Path, per_part: int) -> list[Path]:
     """The file in parts of as many tensors, as the package's writer makes them."""
     reader = gguf.GGUFReader(path)
     writer = gguf.GGUFWriter(folder / "model.gguf", "gpt-oss", split_max_tensors=per_part)
-    for name, field in reader.fields.items():
-        if name != "general.architecture" and not name.startswith("GGUF."):
-            writer.add_key_value(name, field.contents(), field.types[0])
-    for tensor in reader.tensors:
-        writer.add_tensor(tensor.name, np.array(tensor.data), raw_dtype=tensor.tensor_type)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_copy(reader, writer)
     save_tokenizer(folder)
     return sorted(folder.glob("*.gguf"))
 

@@ -1,6 +1,6 @@
 """Tiny GGUF files with random weights, and the resident models of the same numbers."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -225,3 +225,16 @@ def _add_experts(
         raw = part.contiguous().numpy()
         writer.add_tensor(f"blk.{layer}.ffn_{name}_exps.bias", raw)
         experts[f"blk.{layer}.ffn_{name}_exps.bias"] = (raw, Kind.F32)
+
+
+def write_copy(reader: gguf.GGUFReader, writer: gguf.GGUFWriter, without: Container[str] = ()) -> None:
+    """Write what `reader` has, but for the settings `without`, behind what `writer` was given; close it."""
+    for name, field in reader.fields.items():
+        if name != "general.architecture" and not name.startswith("GGUF.") and name not in without:
+            writer.add_key_value(name, field.contents(), field.types[0])
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, np.array(tensor.data), raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()

@@ -37,7 +37,15 @@ from foreroute.model.gguf.settings import settings_of
 from foreroute.model.text import load_tokenizer
 from foreroute.transfer.disk import DiskTransfer
 from foreroute.transfer.memory import allocate_slots
-from tests.formats.gguf_writer import Kind, Written, add_settings, gpt_oss_config, qwen3_moe_config, write_gguf
+from tests.formats.gguf_writer import (
+    Kind,
+    Written,
+    add_settings,
+    gpt_oss_config,
+    qwen3_moe_config,
+    write_copy,
+    write_gguf,
+)
 from tests.support.broken import overwrite, replace
 from tests.support.checkpoints import save_tokenizer
 from tests.support.runs import assert_same_bits, generate
@@ -177,18 +185,10 @@ def _rewritten(path: Path, folder: Path, **settings: Any) -> Path:
     reader = gguf.GGUFReader(path)
     folder.mkdir(parents=True)
     writer = gguf.GGUFWriter(folder / path.name, "gpt-oss")
-    for name, field in reader.fields.items():
-        if name != "general.architecture" and not name.startswith("GGUF.") and name not in settings:
-            writer.add_key_value(name, field.contents(), field.types[0])
     for name, value in settings.items():
         kind = gguf.GGUFValueType.STRING if isinstance(value, str) else gguf.GGUFValueType.FLOAT32
         writer.add_key_value(name, value, kind)
-    for tensor in reader.tensors:
-        writer.add_tensor(tensor.name, np.array(tensor.data), raw_dtype=tensor.tensor_type)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_copy(reader, writer, without=settings)
     save_tokenizer(folder)
     return folder / path.name
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from foreroute.kernels.ggml.graph import Runner
 from foreroute.kernels.ggml.lanes import Lanes, one_thread
 from foreroute.kernels.ggml.library import open_library
 
@@ -40,13 +41,13 @@ def test_lanes_work_at_once_and_have_a_runner_each() -> None:
     lanes = Lanes(open_library(), 2)
     both = threading.Barrier(2)
 
-    def runner() -> object:
+    def runner() -> Runner:
         both.wait(10)
         return lanes.runner
 
     first, second = (lanes.submit(runner) for _ in range(2))
     assert first.result() is not second.result()
-    assert first.result().num_threads == second.result().num_threads == 1  # type: ignore[attr-defined]
+    assert first.result().num_threads == second.result().num_threads == 1
 
 
 def test_no_gradients_and_errors_reach_the_caller() -> None:

@@ -21,9 +21,9 @@ from foreroute.kernels.ggml.library import Library
 from foreroute.kernels.ggml.types import BlockType
 from foreroute.types import round_up
 
-# Nanoseconds of one core (AMD EPYC with AVX-512; benchmarks/block_products.py) for each weight to become bf16, and for
-# each weight and row of a product in blocks, by ggml with AVX2. Only their proportions matter: other CPUs have others,
-# and choose a little early or late.
+# Nanoseconds of one core (AMD EPYC with AVX-512; python -m benchmarks.block_products --costs) for each weight to become
+# bf16, and for each weight and row of a product in blocks, by ggml with AVX2. Only their proportions matter: other CPUs
+# have others, and choose a little early or late.
 _COSTS = {
     "Q4_0": (0.21, 0.034), "Q4_1": (0.21, 0.032), "Q5_0": (0.64, 0.039), "Q5_1": (0.65, 0.038), "Q8_0": (0.18, 0.026),
     "Q2_K": (0.50, 0.019), "Q3_K": (0.52, 0.030), "Q4_K": (0.19, 0.021), "Q5_K": (0.25, 0.032), "Q6_K": (0.79, 0.024),
