@@ -195,10 +195,7 @@ class _Streamed:
     """Gives slots one after the other, or those of `resident` at once."""
 
     def __init__(self, layer: Layer, resident: Sequence[int] = (), held: int = 9) -> None:
-        self.slot_of, self._resident, self._layer, self._held = layer.slot, resident, layer, held
-
-    def hold(self, count: int) -> int:
-        return min(count, self._held)
+        self.slot_of, self._resident, self._layer, self.most_held = layer.slot, resident, layer, held
 
     def resident(self, keys: Sequence[int]) -> dict[int, int]:
         return {key: self._layer.slot(key) for key in keys if key in self._resident}

@@ -249,7 +249,12 @@ class ExpertStream:
 
     Resident experts are used in place. Missing ones are read into free slots, and then through a small ring of borrowed
     slots, so that a long prompt does not evict the experts that decoding needs. Resident experts are held from the
-    beginning, read ones a few at a time: asking for the next one releases the previous one, or the first of `hold`.
+    beginning, read ones a few at a time: asking for the next one releases the first of `most_held`.
+
+    Args:
+        num_held: experts whose slots are to be valid together.
+    Attributes:
+        most_held: as many, or fewer, so that one slot is left to read into.
     """
 
     def __init__(self, pool: ExpertPool, layer: int, keys: Sequence[int], num_held: int = 1) -> None:
@@ -258,14 +263,9 @@ class ExpertStream:
         self._ready = dict(ready)  # key -> slot: pinned ones, and those in the ring
         self._ring = frozenset(ring)
         self._free = ring
-        self._held, self._most_held = list[int](), 1
+        self._held = list[int]()
+        self.most_held = num_held if not ring else max(1, min(num_held, len(ring) - 1))
         self._top_up()
-
-    def hold(self, count: int) -> int:
-        """Keep the slots of the last `count` experts valid together, or of fewer, so that one slot is left to read
-        into: returned."""
-        self._most_held = count if not self._ring else max(1, min(count, len(self._ring) - 1))
-        return self._most_held
 
     def slot_of(self, key: int) -> int:
         """Return the slot of expert `key`; blocks until it is loaded.
@@ -274,7 +274,7 @@ class ExpertStream:
             ReadError, ChecksumError: it could not be read.
         """
         if key not in self._held:
-            if len(self._held) == self._most_held:
+            if len(self._held) == self.most_held:
                 self._release_first()
             self._held.append(key)
             self._top_up()

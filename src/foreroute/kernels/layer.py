@@ -33,16 +33,17 @@ class LayerSum(Protocol):
 
 
 class ExpertSlots(Protocol):
-    """Slots of experts streamed in ascending key, each once: engine/moe_step.py."""
+    """Slots of experts streamed in ascending key, each once: engine/moe_step.py.
+
+    Attributes:
+        most_held: experts whose slots are valid together: the `num_held` of the layer's kernels, or as many as fit.
+    """
+
+    @property
+    def most_held(self) -> int: ...
 
     def slot_of(self, key: int) -> int:
-        """Return the slot of this expert; blocks until it is loaded. Valid until another one is asked for, or as many
-        as `hold` returned."""
-        ...
-
-    def hold(self, count: int) -> int:
-        """From now on keep the slots of the last `count` experts valid together, or of as many as there are slots for:
-        returned, at least 1."""
+        """Return the slot of this expert; blocks until it is loaded. Valid until `most_held` others are asked for."""
         ...
 
     def resident(self, keys: Sequence[int]) -> dict[int, int]:

@@ -87,7 +87,6 @@ class GgmlLayer:
         """The same sum, one expert per lane at a time; see `stream`."""
         floats, gates, may_convert = hidden.float(), weights.float(), not self.decodes()
         total = torch.zeros_like(floats)
-        most = experts.hold(self.num_held)
         under_way = deque[tuple[int, torch.Tensor, Future[_Computed]]]()
 
         def add_first() -> None:
@@ -107,7 +106,7 @@ class GgmlLayer:
 
         try:
             for key, tokens, positions in group_by_expert(ids, keys, self._base):
-                if len(under_way) == most:
+                if len(under_way) == experts.most_held:
                     add_first()
                 slot = experts.slot_of(key)
                 under_way.append((key, tokens, graphs.lanes.submit(compute, slot, tokens, positions)))
