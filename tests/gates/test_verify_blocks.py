@@ -117,8 +117,8 @@ def test_a_fault_of_all_models_is_far_from_torch(verified: Any, monkeypatch: pyt
 
 def test_a_swapped_slot_is_named(verified: Any, made: Written, monkeypatch: pytest.MonkeyPatch) -> None:
     """The pool hands out, once, another expert's slot."""
-    compute, swapped = MoeStep._compute_pinned, list[int]()
-    base = LAYER * expert_table(made.path).num_experts
+    compute, swapped, width = MoeStep._compute_pinned, list[int](), expert_table(made.path).num_experts
+    base = LAYER * width
 
     def swapping(step: MoeStep, layer: int, *args: Any) -> Any:
         begin = step.kernels[layer].begin
@@ -128,9 +128,11 @@ def test_a_swapped_slot_is_named(verified: Any, made: Written, monkeypatch: pyte
             add = total.add
 
             def other_add(experts: Any) -> None:
-                if len(experts) > 1 and not swapped:
+                ready = [key for key in step.pool.by_layer[layer].ready_keys() if base <= key < base + width]
+                others = [step.pool.residency.slot_of(key) for key in ready] + [slot for _, slot in experts[1:]]
+                if others and not swapped:
                     swapped.append(experts[0][0] - base)
-                    experts = [(experts[0][0], experts[1][1]), (experts[1][0], experts[0][1]), *experts[2:]]
+                    experts = [(experts[0][0], others[0]), *experts[1:]]
                 add(experts)
 
             total.add = other_add

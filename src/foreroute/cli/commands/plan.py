@@ -33,7 +33,7 @@ the figures:
   prefetches   the most slots that prefetched experts take before they are used
   disk         measured for one second on this model's own experts, in random
                order, read as the engine reads them
-  compute      measured: one token with its experts in memory, for three seconds
+  compute      measured: one token with its experts in memory, for two seconds
                at most; where a token takes longer, from some of its layers
   long prompt  prefill uses nearly every expert: time to read them all once
   TPOT         time per output token: forecast, not measured, from disk, compute
