@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import foreroute
-from foreroute.checkpoint.hub import HubAccess
+from foreroute.checkpoint.hub.fetch import HubAccess
 from foreroute.errors import ForerouteError
 from foreroute.loading.arguments import read_arguments
 

@@ -15,13 +15,17 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 LATER_COMMIT = "89abcdef0123456789abcdef0123456789abcdef"
 
 
+# The folder or file that was found, or None; and what was said on standard error.
+Found = tuple[Path | None, str]
+
+
 @dataclass
 class FakeHub:
     """A hub with one repository, `org/tiny`, at branch `main` and tag `v1`; everybody may ask what it was asked.
 
     cut_at: bytes after which the first answer with a file of at least twice as many breaks off; 0 for none.
     token: what a request must bring; "" for nothing. gated: as the hub says that terms are to be accepted.
-    down: answers 503 to all.
+    down: answers 503 to all. claimed_bytes: how large it says that the file `claimed` is; 0 for the truth.
     moves_to: what `main` is once it has been asked for: another folder, at LATER_COMMIT. None: it stays.
     """
 
@@ -31,6 +35,7 @@ class FakeHub:
     gated: bool = False
     down: bool = False
     claimed_bytes: int = 0
+    claimed: str = "model.safetensors"
     moves_to: Path | None = None
     has_moved: bool = False
     endpoint: str = ""
@@ -91,7 +96,7 @@ class _Handler(BaseHTTPRequestHandler):
             str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()
         }
         if hub.claimed_bytes:
-            sizes["model.safetensors"] = hub.claimed_bytes
+            sizes[hub.claimed] = hub.claimed_bytes
         if kind == "tree":
             return self._json(
                 [
@@ -143,6 +148,12 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header("X-Error-Code", code)
         self.send_header("Content-Length", "0")
         self.end_headers()
+
+
+def names(folder: Path | None) -> set[str]:
+    """The files in a folder, by their paths there."""
+    assert folder is not None
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
 def _etag(path: Path) -> str:

@@ -1,38 +1,14 @@
-"""Hub ids: which files are fetched, what is not fetched twice, and errors when they cannot be downloaded.
-
-Each look-up runs in a process of its own, as huggingface_hub reads its settings when it is imported.
-"""
+"""Hub ids: which files are fetched, what is not fetched twice, and errors when they cannot be downloaded."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any
 
 import pytest
 
-from tests.hub.fake_hub import COMMIT, LATER_COMMIT, FakeHub, serving
+from tests.hub.fake_hub import COMMIT, LATER_COMMIT, Found, names, serving
 
-Found = tuple[Path | None, str]
-
-_SCRIPT = """
-import json, sys
-from pathlib import Path
-from foreroute.checkpoint.hub import HubAccess
-from foreroute.checkpoint.locate import locate
-from foreroute.errors import ForerouteError
-given = json.loads(sys.argv[4])
-if "cache_dir" in given:
-    given["cache_dir"] = Path(given["cache_dir"])
-try:
-    print(locate(sys.argv[1], revision=sys.argv[2] or None, quiet=sys.argv[3] == "quiet", access=HubAccess(**given)))
-except ForerouteError as error:
-    sys.exit(f"{type(error).__name__}: {error}")
-"""
 _WANTED = {
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
     "model.safetensors.index.json", "shard-a.safetensors", "shard-b.safetensors",
@@ -57,45 +33,11 @@ def repository(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.fixture
-def look_up(tmp_path: Path) -> Callable[..., Found]:
-    """(hub, id, revision) -> the folder, or None; and what was said on standard error. `access`: see HubAccess."""
-
-    def run(
-        hub: FakeHub | str,
-        hub_id: str = "org/tiny",
-        revision: str = "",
-        bars: str = "quiet",
-        access: Mapping[str, Any] = MappingProxyType({}),
-        **env: str,
-    ) -> Found:
-        settings = {
-            **{name: value for name, value in os.environ.items() if not name.startswith("HF_")},
-            "HF_ENDPOINT": hub if isinstance(hub, str) else hub.endpoint,
-            "HF_HOME": str(tmp_path / "home"),
-            "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-            **env,
-        }
-        done = subprocess.run(
-            [sys.executable, "-c", _SCRIPT, hub_id, revision, bars, json.dumps(dict(access))],
-            env=settings, capture_output=True, text=True, timeout=120, check=False,
-        )  # fmt: skip
-        assert "Traceback" not in done.stderr, done.stderr
-        return (Path(done.stdout.strip()) if done.returncode == 0 else None), done.stderr
-
-    return run
-
-
-def _names(folder: Path | None) -> set[str]:
-    assert folder is not None
-    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-
-
 def test_what_is_needed_is_fetched_once_and_nothing_else(repository: Path, look_up: Callable[..., Found]) -> None:
     with serving(repository) as hub:
         folder, said = look_up(hub)
         assert folder is not None, said
-        assert _names(folder) == _WANTED
+        assert names(folder) == _WANTED
         assert said == "", "quiet"
         assert (folder / "shard-b.safetensors").read_bytes() == (repository / "shard-b.safetensors").read_bytes()
         sent = dict(hub.sent)
@@ -128,7 +70,7 @@ def test_of_several_sets_of_weights_that_of_transformers(
     with serving(repository) as hub:
         folder, said = look_up(hub)
         assert folder is not None, said
-        assert {name for name in _names(folder) if name.endswith(".safetensors")} == fetched
+        assert {name for name in names(folder) if name.endswith(".safetensors")} == fetched
 
 
 def test_a_branch_that_moves_on_meanwhile(repository: Path, tmp_path: Path, look_up: Callable[..., Found]) -> None:
@@ -143,14 +85,14 @@ def test_a_branch_that_moves_on_meanwhile(repository: Path, tmp_path: Path, look
         assert folder is not None, said
         assert hub.has_moved
         assert folder.name == COMMIT
-        assert _names(folder) == _WANTED
+        assert names(folder) == _WANTED
         for name in _WANTED:
             assert (folder / name).read_bytes() == (repository / name).read_bytes(), name
         assert look_up(hub, HF_HUB_OFFLINE="1")[0] == folder, "without a network the branch is what was fetched"
         after, said = look_up(hub)
         assert after is not None, said
         assert after.name == LATER_COMMIT
-        assert _names(after) == _WANTED - {"shard-b.safetensors"} | {"shard-c.safetensors"}
+        assert names(after) == _WANTED - {"shard-b.safetensors"} | {"shard-c.safetensors"}
         assert (after / "shard-a.safetensors").read_text() == "trained for longer"
         assert look_up(hub, HF_HUB_OFFLINE="1")[0] == after
         by_commit, said = look_up(hub, revision=COMMIT)
@@ -214,7 +156,7 @@ def test_a_token_and_a_cache_of_the_call_itself(
         folder, said = look_up(hub, access={"token": "hf_secret", "cache_dir": str(cache)})
         assert folder is not None, said
         assert cache in folder.parents
-        assert _names(folder) == _WANTED
+        assert names(folder) == _WANTED
         assert not list(tmp_path.glob("home/hub/models--*")), "nothing lies in the usual cache"
         num_asked = len(hub.asked)
         kept, said = look_up(hub, access={"local_files_only": True, "cache_dir": str(cache)})
@@ -242,7 +184,7 @@ def test_what_cannot_be_had_is_said(repository: Path, look_up: Callable[..., Fou
 @pytest.mark.parametrize(
     ("kept", "said"),
     [
-        (("model-q4.gguf", "pytorch_model.bin"), "GGUF files: download one (model-q4.gguf)"),
+        (("model-q4.gguf", "pytorch_model.bin"), "GGUF files beside other weights: q4. Name one: org/tiny:q4."),
         (("pytorch_model.bin",), "pickled weights (pytorch_model.bin)"),
         (("consolidated.safetensors",), "consolidated.safetensors, which no index names"),
         ((), "no weights at all"),
@@ -278,6 +220,6 @@ def test_a_commit_is_a_revision_and_a_folder_has_none(repository: Path, look_up:
     with serving(repository) as hub:
         folder, said = look_up(hub, revision=COMMIT)
         assert folder is not None, said
-        assert _names(folder) == _WANTED
+        assert names(folder) == _WANTED
         said = look_up(hub, str(folder), revision="main")[1]
         assert "is for hub ids" in said

@@ -16,12 +16,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from foreroute.checkpoint.gguf_names import SUFFIX, first_part, part_of
 from foreroute.checkpoint.index import CheckpointIndex, TensorEntry
 from foreroute.checkpoint.source_files import SourceFile
 from foreroute.errors import CheckpointError, CorruptCheckpointError, UnsupportedModelError, named
 from foreroute.whole_files import check_no_pointer
 
-SUFFIX = ".gguf"
 _MAGIC = b"GGUF"
 # Quantisations of experts, facts of the format: (weights, bytes) of a block. kernels/torch/gguf_blocks.py dequantises.
 EXPERT_BLOCKS: Mapping[str, tuple[int, int]] = {
@@ -35,7 +35,6 @@ EXPERT_BLOCKS: Mapping[str, tuple[int, int]] = {
 _LONGEST = 1024
 _NEWER_TYPE = re.compile(r"(\d+)\)? is not a valid GGMLQuantizationType")
 _OTHER_VERSION = re.compile(r"version (\d+) which we")
-_PART = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 
 
 @dataclass(frozen=True)
@@ -72,26 +71,6 @@ def is_gguf(path: Path) -> bool:
     return False
 
 
-def only_gguf(folder: Path) -> Path | None:
-    """The GGUF file of a folder that has one, and no checkpoint of another kind; None where there is none.
-
-    Raises:
-        CheckpointError: there are several.
-    """
-    if (folder / "config.json").is_file():
-        return None
-    # Projectors of images lie beside a model.
-    files = (path for path in folder.glob(f"*{SUFFIX}") if "mmproj" not in path.name.lower())
-    # Of parts the first.
-    found = sorted(path for path in files if (name := _PART.fullmatch(path.name)) is None or int(name["number"]) == 1)
-    if len(found) > 1:
-        raise CheckpointError(
-            f"{folder} holds {len(found)} GGUF files ({', '.join(path.name for path in found[:3])}"
-            f"{' ...' if len(found) > 3 else ''}). Give the path of one of them."
-        )
-    return found[0] if found else None
-
-
 def gguf_package() -> Any:
     """Import the `gguf` package.
 
@@ -117,32 +96,21 @@ def read_gguf(path: Path) -> GgufIndex:
     count = first.settings.get("split.count", 1)
     if count <= 1:
         return first
-    name = _PART.fullmatch(first.folder.name)
-    if name is None or int(name["count"]) != count:
+    named_as = part_of(first.folder.name)
+    if named_as is None or named_as.count != count:
         raise CorruptCheckpointError(
             f"{first.folder} is one of {count} parts of a model, and not named so. Give all their names back: "
             f"NAME-00001-of-{count:05d}.gguf and so on."
         )
     parts = [first]
-    for number in range(2, count + 1):
-        part = first.folder.with_name(f"{name['stem']}-{number:05d}-of-{name['count']}.gguf")
+    for number, name in enumerate(named_as.siblings[1:], 2):
+        part = first.folder.with_name(name)
         if not part.is_file():
             raise CorruptCheckpointError(f"{part} is absent: the model has {count} parts. Download it, too.")
         parts.append(_read_one(part))
         if (parts[-1].settings.get("split.no"), parts[-1].settings.get("split.count")) != (number - 1, count):
             raise CorruptCheckpointError(f"{part} is not part {number} of {first.folder}. Download it again.")
     return _joined(parts)
-
-
-def first_part(path: Path) -> Path:
-    """The first part of a model in several files, which has the settings, for any of them; else `path`."""
-    name = _PART.fullmatch(path.name)
-    first = path if name is None else path.with_name(f"{name['stem']}-00001-of-{name['count']}.gguf")
-    if not first.is_file():
-        raise CorruptCheckpointError(
-            f"{first} is absent, the first part of the model of {path.name}. Download it, too."
-        )
-    return first
 
 
 def _joined(parts: Sequence[GgufIndex]) -> GgufIndex:

@@ -5,13 +5,15 @@ import re
 from functools import cache
 from pathlib import Path
 
-from foreroute.checkpoint.gguf_file import first_part, is_gguf, only_gguf, read_gguf
-from foreroute.checkpoint.hub import HubAccess, fetch
+from foreroute.checkpoint.gguf_file import is_gguf, read_gguf
+from foreroute.checkpoint.gguf_names import first_part, only_gguf
+from foreroute.checkpoint.hub.fetch import HubAccess, fetch
 from foreroute.checkpoint.index import INDEX, SINGLE, CheckpointIndex, named_weights, read_sharded, read_single
 from foreroute.errors import CheckpointError, UnsupportedModelError
 
 _LOG = logging.getLogger(__name__)
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+# With the name of a quantisation, or of a file, behind a colon.
+_HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w.-]+|[\w./-]+\.gguf))?")
 # Written by transformers' distributed training, and preferred by transformers over every other file.
 _DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 
@@ -25,7 +27,8 @@ def locate(
 ) -> Path:
     """Find the local folder (or GGUF file) of `path_or_hub_id`; download a hub id (`org/name`) that is not cached.
 
-    Of a folder that holds one GGUF file and no other checkpoint it is that file.
+    Of a folder that holds one GGUF file and no other checkpoint it is that file. `org/name:Q4_K_M` is the GGUF model of
+    that name in a repository of the hub, unless it is a path here.
 
     Args:
         revision: branch, tag or commit of a hub id. quiet: no progress bars. access: see HubAccess.
@@ -56,9 +59,12 @@ def locate(
                 f"{text} is a file, and no .gguf. Give the folder that holds config.json and *.safetensors."
             )
         return (only_gguf(path) or path) if path.is_dir() else first_part(path)
-    if not _HUB_ID.fullmatch(text):
-        raise CheckpointError(f"{text} is not a folder here, and no hub id (organisation/name) either.")
-    return fetch(text, revision, quiet=quiet, access=access or HubAccess())
+    hub_id = _HUB_ID.fullmatch(text)
+    if hub_id is None:
+        raise CheckpointError(
+            f"{text} is not a folder here, and no hub id (organisation/name, or organisation/name:Q4_K_M) either."
+        )
+    return fetch(hub_id[1], revision, tag=hub_id[2], quiet=quiet, access=access or HubAccess())
 
 
 def _is_text(path: str) -> bool:

@@ -30,7 +30,8 @@ _DESCRIPTION = """\
 Runs Mixture-of-Experts models whose experts do not fit in memory. Experts stay
 on disk; a pool of the size that you set keeps those in use, and those that the
 next layer will probably need are prefetched. MODEL is the folder of a Hugging
-Face checkpoint (safetensors), a .gguf file, or a hub id."""
+Face checkpoint (safetensors), a .gguf file, or a hub id: org/name, or
+org/name:Q4_K_M for one of a repository's GGUF files."""
 
 _EPILOG = """\
 Start with these:

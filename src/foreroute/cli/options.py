@@ -67,9 +67,12 @@ def engine_config(args: argparse.Namespace, without: Sequence[str] = ()) -> Engi
     return EngineConfig(**{field.name: given[field.name] for field in fields(EngineConfig) if field.name in given})
 
 
+MODEL_HELP = "folder of a checkpoint, a .gguf file, or a hub id: org/name, or org/name:Q4_K_M of GGUF files"
+
+
 def add_model(parser: argparse.ArgumentParser) -> None:
     """Add MODEL and --revision, which `find_model` reads."""
-    parser.add_argument("model", metavar="MODEL", help="folder of a checkpoint, a .gguf file, or a hub id")
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a hub id (default: main)")
 
 

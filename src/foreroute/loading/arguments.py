@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from foreroute.checkpoint.hub import HubAccess
+from foreroute.checkpoint.hub.fetch import HubAccess
 from foreroute.config import EngineConfig
 from foreroute.errors import DeviceError, ForerouteError
 from foreroute.policy import Policy
@@ -108,7 +108,9 @@ def read_arguments(
         ForerouteError: an argument of the wrong type, an unknown one, or one that cannot be honoured.
     """
     if not isinstance(path_or_hub_id, str | os.PathLike) or not os.fspath(path_or_hub_id):
-        raise ForerouteError(f"load({path_or_hub_id!r:.60}): give the folder of a checkpoint, or a hub id (org/name).")
+        raise ForerouteError(
+            f"load({path_or_hub_id!r:.60}): give the folder of a checkpoint, a GGUF file, or a hub id (org/name)."
+        )
     if not isinstance(config, EngineConfig | None):
         raise ForerouteError(
             f"config is a {type(config).__name__}: give foreroute.EngineConfig(...). The model's own is config.json."

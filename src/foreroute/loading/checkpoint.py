@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from foreroute.checkpoint.codecs import STORED
-from foreroute.checkpoint.hub import HubAccess
+from foreroute.checkpoint.hub.fetch import HubAccess
 from foreroute.checkpoint.index import CheckpointIndex
 from foreroute.checkpoint.layouts import ExpertTable
 from foreroute.checkpoint.locate import locate, read_index

@@ -59,7 +59,8 @@ def load(
     With device "cuda" they stay in host memory, those that do not fit on disk, and are loaded into the GPU's memory.
 
     Args:
-        path_or_hub_id: folder of a Hugging Face checkpoint (safetensors), or `org/name`. revision: of the latter.
+        path_or_hub_id: folder of a Hugging Face checkpoint (safetensors), a GGUF file, or a hub id: `org/name`, or
+            `org/name:Q4_K_M` of GGUF files. revision: of a hub id.
         memory: budget for experts: bytes, "8GiB", or "25%" of the expert bytes; chosen from free RAM, or from the
             GPU's free memory, when None.
         dtype: compute dtype; "auto" is the checkpoint's. Experts are kept as stored and converted when computed.

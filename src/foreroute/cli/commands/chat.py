@@ -55,7 +55,7 @@ def add_parser(commands: Any) -> None:
         description="Chat with a model; earlier turns are not computed again.",
         epilog=_EPILOG,
     )
-    parser.add_argument("model", metavar="MODEL", help="folder of a checkpoint, a .gguf file, or a hub id")
+    parser.add_argument("model", metavar="MODEL", help=options.MODEL_HELP)
     parser.add_argument("--system", metavar="TEXT", help="system message of the chat")
     parser.add_argument("--load", type=Path, metavar="FILE", help="continue a chat that /save wrote")
     parser.add_argument(

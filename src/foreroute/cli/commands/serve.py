@@ -49,7 +49,7 @@ def add_parser(commands: Any) -> None:
         description="Serve a model over OpenAI's API.",
         epilog=_EPILOG,
     )
-    parser.add_argument("model", metavar="MODEL", nargs="?", help="folder of a checkpoint, a .gguf file, or a hub id")
+    parser.add_argument("model", metavar="MODEL", nargs="?", help=options.MODEL_HELP)
     parser.add_argument("-m", "--model", dest="model_flag", metavar="MODEL", help="the same, as a flag")
     options.add_common_options(parser)
     _add_server_options(parser)

@@ -2,26 +2,25 @@
 
 Its cache, resumed downloads, progress bars, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE work as everywhere. This module
 chooses the files: the one file (or those that the index names), config, tokenizer and chat template, from the top
-folder only. Pickles, other formats and second copies ("original/", "consolidated") are not downloaded.
+folder only; or one GGUF model, whole (choice.py). Pickles, other formats and second copies ("original/",
+"consolidated") are not downloaded.
 """
 
 import contextlib
 import glob
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+from foreroute.checkpoint.hub.choice import choose_gguf, has_only_gguf, no_weights, settings_beside, tokenizer_beside
 from foreroute.checkpoint.index import INDEX, SINGLE, named_weights, shards_of
-from foreroute.errors import CheckpointError, UnsupportedModelError
+from foreroute.errors import CheckpointError
 from foreroute.units import format_memory
 from foreroute.whole_files import read_object
 
-# Files beside the weights, except those that match _NOT_SETTINGS (an index of pickles, for example).
-_SETTINGS = ("*.json", "*.jinja", "*.model", "*.txt")
-_NOT_SETTINGS = ("*/*", "*.bin.index.json", "*.msgpack.index.json", "*.h5.index.json", "consolidated*")
 _FREE_BESIDE_BYTES = 64 * 2**20
 
 
@@ -47,21 +46,31 @@ class HubAccess:
 _AS_SET = HubAccess()
 
 
-def fetch(hub_id: str, revision: str | None = None, *, quiet: bool = False, access: HubAccess = _AS_SET) -> Path:
+def fetch(
+    hub_id: str,
+    revision: str | None = None,
+    *,
+    tag: str | None = None,
+    quiet: bool = False,
+    access: HubAccess = _AS_SET,
+) -> Path:
     """Download `hub_id` at `revision` (branch, tag or commit; None for the main branch) and return its local folder.
 
-    Cached files are not downloaded again; partial ones are resumed. Without a network, or with HF_HUB_OFFLINE, the
-    cache is used as it is.
+    With a `tag` it is the GGUF model that `tag` names (see `choose_gguf`), and what is returned is its (first) file. So
+    it is without one where the repository has GGUF files alone. Cached files are not downloaded again; partial ones are
+    resumed. Without a network, or with HF_HUB_OFFLINE, the cache is used as it is.
 
     Args:
-        quiet: no progress bars. access: token and cache; those of the environment by default.
+        tag: name of a quantisation, or of a file. quiet: no progress bars. access: token and cache; those of the
+            environment by default.
     Raises:
-        UnsupportedModelError: it has no safetensors.
-        CheckpointError: no such repository or revision, no access, no network, or too little disk; says which.
+        UnsupportedModelError: it has neither safetensors nor GGUF files.
+        CheckpointError: no such repository, revision or tag, or several models fit; no access, no network, or too
+            little disk; says which.
     """
     from huggingface_hub import constants, resolve_revision, snapshot_download
 
-    label = hub_id if revision is None else f"{hub_id} at revision {revision}"
+    label = (hub_id if tag is None else f"{hub_id}:{tag}") + ("" if revision is None else f" at revision {revision}")
     is_offline = constants.HF_HUB_OFFLINE or access.local_files_only
     told: dict[str, Any] = {"token": access.token, "cache_dir": access.cache}
     with _bars(quiet), _explained(label, access):
@@ -69,15 +78,11 @@ def fetch(hub_id: str, revision: str | None = None, *, quiet: bool = False, acce
         commit = resolve_revision(hub_id, revision=revision, local_files_only=is_offline, **told).resolved
         sizes = None if is_offline else _sizes(hub_id, commit, access)
         if sizes is None:
-            # read_index finds out whether all shards are present.
-            wanted, is_online = ["config.json", INDEX], False
-        else:
-            wanted, is_online = _wanted(hub_id, commit, label, sizes, access), True
-            _check_room(hub_id, commit, label, {name: sizes[name] for name in wanted}, access.cache)
+            return _cached(hub_id, commit, tag, label, access)
+        wanted, opened = _wanted(hub_id, commit, tag, label, sizes, access)
+        _check_room(hub_id, commit, label, {name: sizes[name] for name in wanted}, access.cache)
         patterns = [glob.escape(name) for name in wanted]
-        return Path(
-            snapshot_download(hub_id, revision=commit, allow_patterns=patterns, local_files_only=not is_online, **told)
-        )
+        return Path(snapshot_download(hub_id, revision=commit, allow_patterns=patterns, **told)) / opened
 
 
 def _sizes(hub_id: str, commit: str, access: HubAccess) -> dict[str, int] | None:
@@ -93,14 +98,47 @@ def _sizes(hub_id: str, commit: str, access: HubAccess) -> dict[str, int] | None
     return {entry.rfilename: int(entry.size or 0) for entry in info.siblings or ()}
 
 
-def _wanted(hub_id: str, commit: str, label: str, there: Mapping[str, int], access: HubAccess) -> list[str]:
-    """The repository's files to download."""
-    wanted = [name for name in there if _is_like(name, _SETTINGS) and not _is_like(name, _NOT_SETTINGS)]
-    weights = _weights(hub_id, commit, label, there, access)
+def _cached(hub_id: str, commit: str, tag: str | None, label: str, access: HubAccess) -> Path:
+    """What `fetch` returns, from the cache alone; chosen from all files of the repository, as the cache notes them."""
+    from huggingface_hub import get_cached_repo_tree, snapshot_download
+    from huggingface_hub.errors import CachedRepoTreeNotFoundError, LocalEntryNotFoundError
+
+    find = partial(snapshot_download, hub_id, revision=commit, cache_dir=access.cache, local_files_only=True)
+    folder = Path(find(allow_patterns=[]))
+    try:
+        names = [file.path for file in get_cached_repo_tree(hub_id, revision=commit, cache_dir=access.cache)]
+    except CachedRepoTreeNotFoundError:
+        # Other programs fill the cache without a list.
+        names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+        label = f"{label} in the cache"
+        if tag is None and has_only_gguf(names):
+            raise CheckpointError(
+                f"{label} has a GGUF model, and what else the repository has is not known there. Name the model: "
+                f"{hub_id}:Q4_K_M, if that is its quantisation."
+            ) from None
+    if tag is None and not has_only_gguf(names):
+        # read_index finds out whether all shards are present.
+        return Path(find(allow_patterns=["config.json", INDEX]))
+    files = choose_gguf(names, hub_id, tag, label).files
+    absent = [name for name in files if not (folder / name).is_file()]
+    if absent:
+        raise LocalEntryNotFoundError(f"no answer, and {absent[0]} is not in the cache")
+    return folder / files[0]
+
+
+def _wanted(
+    hub_id: str, commit: str, tag: str | None, label: str, there: Mapping[str, int], access: HubAccess
+) -> tuple[list[str], str]:
+    """The repository's files to download, and which of them is opened: a GGUF file, or "" for the folder."""
+    if tag is not None or has_only_gguf(there):
+        model = choose_gguf(there, hub_id, tag, label)
+        weights, beside, opened = list(model.files), tokenizer_beside(there, model), model.files[0]
+    else:
+        weights, beside, opened = _weights(hub_id, commit, label, there, access), settings_beside(there), ""
     absent = [name for name in weights if name not in there]
     if absent:
         raise CheckpointError(f"{label} names {absent[0]}, which is not in the repository.")
-    return [*wanted, *weights]
+    return [*beside, *weights], opened
 
 
 def _weights(hub_id: str, commit: str, label: str, there: Mapping[str, int], access: HubAccess) -> list[str]:
@@ -114,31 +152,12 @@ def _weights(hub_id: str, commit: str, label: str, there: Mapping[str, int], acc
         config_file = hf_hub_download(hub_id, "config.json", **told)
         candidates = [name for name in (named_weights(Path(config_file).parent), *candidates) if name is not None]
     if not candidates:
-        raise UnsupportedModelError(_no_weights(label, sorted(there)))
+        raise no_weights(hub_id, label, sorted(there))
     first = candidates[0]
     if first not in there or not first.endswith(".index.json"):
         return [first]
     index = read_object(Path(hf_hub_download(hub_id, first, **told)), CheckpointError, "a safetensors index")
     return sorted(set(shards_of(index, f"{label}: its {first}", CheckpointError).values()))
-
-
-def _is_like(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def _no_weights(label: str, names: list[str]) -> str:
-    of_kind = {
-        end: [name for name in names if name.endswith(end)] for end in (".gguf", ".safetensors", ".bin", ".pt", ".pth")
-    }
-    said = f"{label} has no {SINGLE} and no {INDEX}."
-    if of_kind[".gguf"]:
-        return f"{said} It has GGUF files: download one ({of_kind['.gguf'][0]}) and give its path."
-    if of_kind[".safetensors"]:
-        return f"{said} It has {of_kind['.safetensors'][0]}, which no index names: not a checkpoint of transformers."
-    pickles = of_kind[".bin"] + of_kind[".pt"] + of_kind[".pth"]
-    if pickles:
-        return f"{said} It has pickled weights ({pickles[0]}), which are not read, as a pickle runs code."
-    return f"{said} It holds no weights at all."
 
 
 def _check_room(hub_id: str, commit: str, label: str, files: Mapping[str, int], cache: Path) -> None:

@@ -1,0 +1,169 @@
+"""Repositories of GGUF files: which of them a tag behind a hub id means, and that nothing else is downloaded."""
+
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from foreroute.checkpoint.hub.choice import choose_gguf
+from foreroute.errors import CheckpointError, UnsupportedModelError
+from tests.hub.fake_hub import COMMIT, Found, names, serving
+
+# As such repositories are: files at the top and in folders, in parts, of two kinds of recipe, and what is no model.
+LISTING = (
+    "Tiny-Q8_0.gguf",
+    "Tiny-IQ4_XS.gguf",
+    "Tiny-Q4_K_M.gguf",
+    "Tiny-UD-Q4_K_M.gguf",
+    "Tiny-UD-Q4_K_XL.gguf",
+    "tiny.mxfp4_moe.gguf",
+    "Tiny-F16.gguf",
+    "BF16/Tiny-BF16-00001-of-00002.gguf",
+    "BF16/Tiny-BF16-00002-of-00002.gguf",
+    "Q6_K/weights-00001-of-00002.gguf",
+    "Q6_K/weights-00002-of-00002.gguf",
+    "mmproj-Tiny-Q5_0.gguf",
+    "mtp-Tiny-Q5_1.gguf",
+    "Tiny-imatrix-Q2_K.gguf",
+    "config.json",
+    "tokenizer_config.json",
+    "README.md",
+)
+TAGS = "BF16, F16, IQ4_XS, Q4_K_M, Q6_K, Q8_0, UD-Q4_K_M, UD-Q4_K_XL, mxfp4_moe"
+
+
+@pytest.mark.parametrize(
+    ("tag", "files"),
+    [
+        ("Q8_0", ["Tiny-Q8_0.gguf"]),
+        ("q8_0", ["Tiny-Q8_0.gguf"]),
+        ("Q4_K_M", ["Tiny-Q4_K_M.gguf"]),
+        ("UD-Q4_K_M", ["Tiny-UD-Q4_K_M.gguf"]),
+        ("Q4_K_XL", ["Tiny-UD-Q4_K_XL.gguf"]),
+        ("MXFP4_MOE", ["tiny.mxfp4_moe.gguf"]),
+        ("F16", ["Tiny-F16.gguf"]),
+        ("BF16", ["BF16/Tiny-BF16-00001-of-00002.gguf", "BF16/Tiny-BF16-00002-of-00002.gguf"]),
+        ("q6_k", ["Q6_K/weights-00001-of-00002.gguf", "Q6_K/weights-00002-of-00002.gguf"]),
+        ("Tiny-F16.gguf", ["Tiny-F16.gguf"]),
+        ("weights-00002-of-00002.gguf", ["Q6_K/weights-00001-of-00002.gguf", "Q6_K/weights-00002-of-00002.gguf"]),
+    ],
+)
+def test_a_tag_is_a_quantisation_or_a_file(tag: str, files: list[str]) -> None:
+    assert list(choose_gguf(LISTING, "org/tiny", tag, "org/tiny").files) == files
+
+
+@pytest.mark.parametrize("tag", ["Q4_K", "Q4", "Q4_XS", "Q5_0", "Q5_1", "Q2_K", "mmproj", "8_0"])
+def test_a_tag_that_no_model_has_is_answered_with_those_that_there_are(tag: str) -> None:
+    """Not even where a longer name begins or ends with it, or a projector, draft or importance matrix has it."""
+    with pytest.raises(CheckpointError, match=re.escape(f"none is {tag}. It has {TAGS}.")):
+        choose_gguf(LISTING, "org/tiny", tag, "org/tiny")
+
+
+def test_of_several_models_none_is_taken() -> None:
+    with pytest.raises(CheckpointError, match=re.escape(f"has 9 GGUF models: {TAGS}. Name one: org/tiny:")):
+        choose_gguf(LISTING, "org/tiny", None, "org/tiny")
+    both = ("a/Tiny-Q8_0.gguf", "b/Tiny-Q8_0.gguf", "a/Tiny-Q4_0.gguf")
+    said = "any of a/Tiny-Q8_0.gguf, b/Tiny-Q8_0.gguf. Name one of these files: org/tiny:a/Tiny-Q8_0.gguf."
+    with pytest.raises(CheckpointError, match=re.escape(said)):
+        choose_gguf(both, "org/tiny", "Q8_0", "org/tiny")
+    assert choose_gguf(both, "org/tiny", "b/Tiny-Q8_0.gguf", "").files == ("b/Tiny-Q8_0.gguf",)
+    assert choose_gguf(["mmproj-F16.gguf", "Tiny.gguf"], "org/tiny", None, "").files == ("Tiny.gguf",)
+
+
+def test_a_tag_where_there_are_safetensors_alone() -> None:
+    with pytest.raises(UnsupportedModelError, match=r"Q8_0 is no quantisation there.*Leave :Q8_0 out for its safet"):
+        choose_gguf(["config.json", "model.safetensors"], "org/tiny", "Q8_0", "org/tiny:Q8_0")
+    with pytest.raises(UnsupportedModelError, match="no weights at all"):
+        choose_gguf(["config.json", "mmproj-F16.gguf"], "org/tiny", "Q8_0", "org/tiny:Q8_0")
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    folder = tmp_path / "repository"
+    for name in LISTING:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("{}" if name.endswith(".json") else name)
+    return folder
+
+
+PARTS = {"BF16/Tiny-BF16-00001-of-00002.gguf", "BF16/Tiny-BF16-00002-of-00002.gguf"}
+
+
+def test_all_parts_are_fetched_once_and_nothing_else(
+    repository: Path, tmp_path: Path, look_up: Callable[..., Found]
+) -> None:
+    with serving(repository, claimed="Tiny-Q8_0.gguf", claimed_bytes=10**18) as hub:
+        found, said = look_up(hub, "org/tiny:bf16")
+        assert found is not None, said
+        folder = found.parents[1]
+        assert found == folder / "BF16" / "Tiny-BF16-00001-of-00002.gguf"
+        assert set(hub.sent) == PARTS == names(folder)
+        sent = dict(hub.sent)
+        assert look_up(hub, "org/tiny:BF16", revision="v1")[0] == found
+        assert hub.sent == sent, "a later look-up fetches nothing"
+        assert "no such revision" in look_up(hub, "org/tiny:BF16", revision="v9")[1]
+        assert "TiB more in" in look_up(hub, "org/tiny:Q8_0")[1], "the disk has to have room for that one"
+        assert "has 9 GGUF models" in look_up(hub)[1]
+        num_asked = len(hub.asked)
+        offline, said = look_up(hub, "org/tiny:BF16", HF_HUB_OFFLINE="1")
+        assert offline == found, said
+        assert "has 9 GGUF models" in look_up(hub, HF_HUB_OFFLINE="1")[1], "as with a network"
+        assert "HF_HUB_OFFLINE is set" in look_up(hub, "org/tiny:Q6_K", HF_HUB_OFFLINE="1")[1]
+        assert "none is Q3_K" in look_up(hub, "org/tiny:Q3_K", HF_HUB_OFFLINE="1")[1]
+        assert len(hub.asked) == num_asked, "offline asks no server"
+        hub.down = True
+        assert look_up(hub, "org/tiny:BF16")[0] == found, "the cache does where the hub is down"
+        said = look_up(hub, "org/tiny:Q6_K")[1]
+        assert "the hub cannot be reached (no answer, and Q6_K/weights-00001-of-00002.gguf is not in the cache)" in said
+    shutil.rmtree(folder.parents[1] / "trees")
+    offline, said = look_up(hub, "org/tiny:BF16", HF_HUB_OFFLINE="1")
+    assert offline == found, "as other programs fill the cache"
+    said = look_up(hub, HF_HUB_OFFLINE="1")[1]
+    assert "what else the repository has is not known there" in said
+    (folder / sorted(PARTS)[1]).unlink()
+    assert "the cache does not have it" in look_up(hub, "org/tiny:BF16", HF_HUB_OFFLINE="1")[1]
+
+
+def test_a_repository_of_one_model_needs_no_tag(repository: Path, look_up: Callable[..., Found]) -> None:
+    """Projectors do not count. With a tokenizer beside the file, as a copy of the folder would have it."""
+    for path in repository.rglob("*.gguf"):
+        if path.name.startswith("Tiny-") and path.name not in ("Tiny-F16.gguf", "Tiny-imatrix-Q2_K.gguf"):
+            path.unlink()
+    shutil.rmtree(repository / "Q6_K")
+    (repository / "tiny.mxfp4_moe.gguf").unlink()
+    (repository / "tokenizer.json").write_text("{}")
+    with serving(repository) as hub:
+        found, said = look_up(hub)
+        assert found is not None, said
+        assert found.name == "Tiny-F16.gguf"
+        assert names(found.parent) == {"Tiny-F16.gguf", "config.json", "tokenizer.json", "tokenizer_config.json"}
+        assert look_up(hub, HF_HUB_OFFLINE="1")[0] == found
+        (repository / "model.safetensors").write_text("the original")
+    with serving(repository) as hub:
+        folder, said = look_up(hub, access={"cache_dir": str(repository.parent / "another")})
+        assert folder is not None, said
+        assert names(folder) == {"model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"}
+        found, said = look_up(hub, "org/tiny:F16", access={"cache_dir": str(repository.parent / "another")})
+        assert found == folder / "Tiny-F16.gguf", said
+
+
+def test_what_a_tag_cannot_have_is_said(repository: Path, look_up: Callable[..., Found]) -> None:
+    (repository / "BF16" / "Tiny-BF16-00002-of-00002.gguf").unlink()
+    with serving(repository) as hub:
+        said = look_up(hub, "org/tiny:BF16", revision=COMMIT)[1]
+        assert "BF16 at revision" in said
+        assert "names BF16/Tiny-BF16-00002-of-00002.gguf, which is not in the repository" in said
+        assert "none is Q3_K" in look_up(hub, "org/tiny:Q3_K")[1]
+        assert "no such model, or a private one" in look_up(hub, "org/absent:Q3_K")[1]
+        assert "no hub id" in look_up(hub, "org/tiny:")[1]
+        assert not hub.sent
+
+
+def test_a_path_with_a_colon_is_a_path(tmp_path: Path, look_up: Callable[..., Found]) -> None:
+    folder = tmp_path / "name:Q4_K_M"
+    folder.mkdir()
+    (folder / "Tiny-Q8_0.gguf").touch()
+    (folder / "imatrix.gguf").touch()
+    assert look_up("http://127.0.0.1:9", str(folder))[0] == folder / "Tiny-Q8_0.gguf"
