@@ -6,18 +6,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import pytest
 import torch
-from gguf.quants import quantize
 
 import foreroute
 from foreroute import EngineConfig
 from foreroute.model.caches import cache_argument, cache_of
-from tests.converted.convert import CONVERTED, DIFFERS, prompts, tensors_hash
+from tests.converted.convert import CONVERTED, DIFFERS, prompts
+from tests.converted.copies import recorded, write_q8_0
 from tests.converted.models import TINY
-from tests.support.checkpoints import save_tokenizer
 
 ALIKE = [name for name in TINY if name not in DIFFERS]
 # llama.cpp multiplies keys' and values' halves of kv_b one after the other, each rounded to 8 bits; here it is one
@@ -28,10 +26,6 @@ ROUNDED_OTHERWISE = {"deepseek3": 0.9}
 NUM_DECODED = 5
 
 
-def _recorded(name: str) -> Any:
-    return np.load(CONVERTED / f"{name}.npz")
-
-
 @pytest.mark.parametrize("name", ALIKE)
 def test_prompts_in_f32_end_in_llama_cpps_likeliest_tokens(
     name: str, converted: Callable[[str], Path], load: Callable[..., Any]
@@ -39,26 +33,7 @@ def test_prompts_in_f32_end_in_llama_cpps_likeliest_tokens(
     model = load(converted(name), "60%", dtype="float32", math="torch")
     with torch.no_grad():
         found = [model(input_ids=torch.from_numpy(prompt)[None]).logits[0].argmax(-1) for prompt in prompts()[:8]]
-    assert (torch.stack(found).numpy() == _recorded(name)["f32"][:8]).mean() > 0.998
-
-
-def _write_q8_0(name: str, plain: Path, out: Path) -> None:
-    """The converter's file in Q8_0, from the one in F32: the same tensors, as their hash says."""
-    reader, quantised = gguf.GGUFReader(plain), dict(_recorded(name)["quantised"].tolist())
-    architecture = reader.fields["general.architecture"].contents()
-    writer = gguf.GGUFWriter(out, architecture)
-    for key, field in reader.fields.items():
-        if key != "general.architecture" and not key.startswith(("GGUF.", "tokenizer.")):
-            writer.add_key_value(key, field.contents(), field.types[0], field.types[-1])
-    for tensor in reader.tensors:
-        kind = gguf.GGMLQuantizationType[quantised.get(tensor.name, "F32")]
-        writer.add_tensor(tensor.name, quantize(np.array(tensor.data), kind), raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    save_tokenizer(out.parent)
-    assert tensors_hash(out) == str(_recorded(name)["sha256"])
+    assert (torch.stack(found).numpy() == recorded(name)["f32"][:8]).mean() > 0.998
 
 
 def _agreement(name: str, path: Path, load: Callable[..., Any], num_prompts: int) -> float:
@@ -73,7 +48,7 @@ def _agreement(name: str, path: Path, load: Callable[..., Any], num_prompts: int
             past = cache_of(out)
             row.append(int(out.logits[0, -1].argmax()))
         found.append(row)
-    return float((np.array(found) == _recorded(name)["q8_0"][:num_prompts]).mean())
+    return float((np.array(found) == recorded(name)["q8_0"][:num_prompts]).mean())
 
 
 @pytest.mark.parametrize("name", ALIKE)
@@ -81,7 +56,7 @@ def test_q8_0_decodes_to_llama_cpps_likeliest_tokens(
     name: str, converted: Callable[[str], Path], tmp_path: Path
 ) -> None:
     """Most logits are the same to the last bit: a route that is as good as another makes what differs."""
-    _write_q8_0(name, converted(name), tmp_path / "q8_0.gguf")
+    write_q8_0(name, converted(name), tmp_path / "q8_0.gguf")
     same = _agreement(name, tmp_path / "q8_0.gguf", foreroute.load, NUM_DECODED)
     assert same > ROUNDED_OTHERWISE.get(name, 0.985)
 
@@ -92,7 +67,7 @@ def test_what_llama_cpp_computes_otherwise_is_read_all_the_same(
 ) -> None:
     """In Q8_0, by both kinds of math, near to what F32 gives; its own test holds that to transformers' model."""
     path = tmp_path / "q8_0.gguf"
-    _write_q8_0(name, converted(name), path)
+    write_q8_0(name, converted(name), path)
     tokens = torch.from_numpy(prompts()[0])[None]
     with torch.no_grad():
         expected = load(converted(name), "60%", dtype="float32", math="torch")(input_ids=tokens).logits[0]
@@ -106,5 +81,5 @@ if __name__ == "__main__":  # of all 2,000 tokens, which takes minutes
         with tempfile.TemporaryDirectory() as folder:
             plain, quantised = Path(folder) / "f32.gguf", Path(folder) / "q8_0.gguf"
             plain.write_bytes(lzma.decompress((CONVERTED / f"{one}.gguf.xz").read_bytes()))
-            _write_q8_0(one, plain, quantised)
+            write_q8_0(one, plain, quantised)
             print(f"{one}: {_agreement(one, quantised, foreroute.load, 25):.4f}", flush=True)
