@@ -10,6 +10,7 @@ generation_config.json is checked before, as transformers ignores one that it ca
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -18,6 +19,7 @@ from transformers import PreTrainedModel
 
 from foreroute.checkpoint.gguf_file import GgufIndex
 from foreroute.errors import CheckpointError, named
+from foreroute.model.gguf.vocabulary import Vocabulary
 from foreroute.whole_files import read_object
 
 _QUESTION, _ANSWER = "QUESTION", "ANSWER"
@@ -94,10 +96,21 @@ def _ends_of_files(config: Any, folder: Path, index: Any, *, with_turns: bool) -
     if isinstance(index, GgufIndex):
         for name in _GGUF_ENDS:
             named += _ids(index.settings.get(f"tokenizer.ggml.{name}"))
-    special = SpecialTokens.read(folder.parent if folder.is_file() else folder)
+    special = _special_tokens(folder, index)
     named += special.ends(with_turns=with_turns)
     # A tokenizer may have tokens that the model lacks.
     return (token for token in named if 0 <= token < text_config.vocab_size)
+
+
+def _special_tokens(folder: Path, index: Any) -> "SpecialTokens":
+    """Those of the tokenizer that `load_tokenizer` takes, to which what cannot be read is left."""
+    beside = folder.parent if folder.is_file() else folder
+    if isinstance(index, GgufIndex) and not (beside / "tokenizer.json").is_file():
+        with suppress(CheckpointError):
+            vocabulary = Vocabulary.read(index)
+            ids = {token: number for token, number, _ in vocabulary.added()}
+            return SpecialTokens(ids, vocabulary.roles, vocabulary.templates().get("default"))
+    return SpecialTokens.read(beside)
 
 
 def _ids(said: Any) -> list[int]:

@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
-from foreroute.checkpoint.gguf_file import is_gguf
+from foreroute.checkpoint.gguf_file import is_gguf, read_gguf
 from foreroute.errors import CheckpointError, PromptError, named
 from foreroute.model.config_file import read_config
+from foreroute.model.gguf.tokenizer import gguf_tokenizer
 from foreroute.model.tokenizer_files import check_tokenizer_files, check_vocabulary, default_template, has_tokenizer
 
 _FILES = "tokenizer.json, tokenizer_config.json"
@@ -63,21 +64,15 @@ def _from_pretrained(folder: str, **settings: Any) -> Any:
 
 
 def _gguf_tokenizer(path: Path) -> Any:
-    """Load the tokenizer in the file's folder, or else from the file's metadata, by transformers."""
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = read_config(path).vocab_size
+    """Load the tokenizer in the file's folder, or else make it of the file's metadata."""
+    index = read_gguf(path)
     if (path.parent / "tokenizer.json").is_file():
-        tokenizer = _tokenizer_in(path.parent)
+        tokenizer, whose = _tokenizer_in(path.parent), f"tokenizer.json in {path.parent} is another model's."
     else:
-        # Not the Auto class: it makes a config first, which fails for YaRN positions (5.23).
-        with named(f"{path} has no tokenizer that transformers can read"):
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(path.parent, gguf_file=path.name)
+        tokenizer, whose = gguf_tokenizer(index), "Download it again."
+    vocabulary = read_config(path).vocab_size
     if not 0 < max(tokenizer.get_vocab().values(), default=-1) < vocabulary:
-        raise CheckpointError(
-            f"{path}: the tokenizer has {len(tokenizer)} tokens, the model {vocabulary}. tokenizer.json in "
-            f"{path.parent} is another model's."
-        )
+        raise CheckpointError(f"{path}: the tokenizer has {len(tokenizer)} tokens, the model {vocabulary}. {whose}")
     return tokenizer
 
 
