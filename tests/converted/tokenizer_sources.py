@@ -5,9 +5,11 @@ taken from what is tested. Of the converter the gguf package has a part (Special
 templates); the rest, tokens and their kinds, is a few lines (get_vocab_base of convert_hf_to_gguf.py).
 """
 
+import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,8 @@ _WORDS = (
     "f(x):\n    return x ** 2  # comment\n\tif a[0] != {'k': 1}:\r\n\r\n        pass; // "
     "path/to/file.py?x=1&y=2 </s> <div/> 0 7 42 365 1024 31415 271828 1000000 12345678901 3.14 1,000 ½ ² ٣٤٥ "
     "४२ Ⅷ 😀 👍🏽 🇺🇸 ❤️ 👩\u200d👩\u200d👧 ✅ [PAD3] \u200d \u00a0 \u3000 _under_score __init__ ALLCAPS "
-    "MiXeD 'tis 'LL '' ''' !!! ???\n /// \\n -> <= >= && || :: ... --- ___ %d %s"
+    "MiXeD 'tis 'LL '' ''' !!! ???\n /// \\n -> <= >= && || :: ... --- ___ %d %s "
+    "he'Sgone we'REhere I'LLama you'Dare !\n//x ?\r\n/ )\n/y 文章abc汉字测试です中文カナ漢字한국 it'Mhere 'Tis"
 )
 
 
@@ -196,18 +199,30 @@ def texts(count: int = 1000) -> list[str]:
     return made
 
 
+@cache
+def _learnt() -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Tokens and merges of a text that nothing splits, so that every split shows.
+
+    Some merges are left out: the tokens they make are found by `ignore_merges` alone.
+    """
+    learner = Tokenizer(models.BPE())
+    learner.pre_tokenizer = pre.ByteLevel(add_prefix_space=False, use_regex=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=2500, show_progress=False, initial_alphabet=pre.ByteLevel.alphabet(), max_token_length=12
+    )
+    learner.train_from_iterator([text for text in texts(2000)[1000:] if len(text) < 400], trainer)
+    learnt = json.loads(learner.to_str())["model"]
+    return learnt["vocab"], [tuple(merge) for at, merge in enumerate(learnt["merges"]) if at < 500 or at % 9]
+
+
 def byte_level_source(published: Published) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer, trained on a little text that is split as published."""
-    tokenizer = Tokenizer(models.BPE(ignore_merges=published.ignore_merges))
+    """A byte-level BPE tokenizer that splits as published."""
+    tokenizer = Tokenizer(models.BPE(*_learnt(), ignore_merges=published.ignore_merges))
     if published.composes:
         tokenizer.normalizer = normalizers.NFC()
     in_bytes = pre.ByteLevel(add_prefix_space=False, use_regex=published.has_gpt2)
     tokenizer.pre_tokenizer = pre.Sequence([*published.splits, in_bytes])
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=900, show_progress=False, initial_alphabet=pre.ByteLevel.alphabet(), min_frequency=1
-    )  # fmt: skip
-    tokenizer.train_from_iterator([_WORDS, _WORDS.replace(" ", ""), *_WORDS.split(" ")], trainer)
     _add(tokenizer)
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     if published.starts:
@@ -229,9 +244,9 @@ def sentencepiece_source(
     learner.pre_tokenizer = pre.Metaspace(SPACE, prepend_scheme="always")
     trainer = trainers.BpeTrainer(vocab_size=700, show_progress=False, min_frequency=1)
     learner.train_from_iterator([_WORDS[:800], _WORDS.replace("\n", " ")[:800]], trainer)
-    learnt = sorted(learner.get_vocab(), key=learner.token_to_id)
+    learnt = sorted((one for one in learner.get_vocab() if not {*"\r\n"} & {*one}), key=learner.token_to_id)
     # As sentencepiece orders them: by merges, then characters.
-    pieces = [one for one in learnt if len(one) > 1] + [one for one in learnt if len(one) == 1 and one != "\n"]
+    pieces = [one for one in learnt if len(one) > 1] + [one for one in learnt if len(one) == 1]
     pieces += [one for one in (SPACE * 2, SPACE * 4) if one not in pieces]
     given = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
     vocabulary = {token: number for number, token in enumerate(given)}
