@@ -104,6 +104,15 @@ def test_what_is_put_around_a_text_is_what_the_file_says(
     assert ours.encode("the fox", add_special_tokens=False) == inside
 
 
+@pytest.mark.parametrize(("name", "starts"), [("qwen2", False), ("llama-bpe", True), ("tekken", True)])
+def test_without_a_word_on_the_start_token_its_kind_says(
+    name: str, starts: bool, source: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    said = {"tokenizer.ggml.add_bos_token": None}
+    ours = gguf_tokenizer(read_gguf(write_vocabulary(source, tmp_path / "m.gguf", "gpt2", name, said=said)))
+    assert (ours.encode("the fox")[0] == source.bos_token_id) == starts
+
+
 def test_a_model_without_a_tokenizer_beside_it_has_its_own(converted: Callable[[str], Path], tmp_path: Path) -> None:
     alone = tmp_path / "sha256-17"
     shutil.copyfile(converted("qwen3moe"), alone)
@@ -170,6 +179,8 @@ def test_an_answer_ends_at_all_that_the_file_says(source: PreTrainedTokenizerFas
         ("gpt2", "qwen2", {"tokenizer.ggml.merges": "a b"}, CorruptCheckpointError, "merges is 'a b', not a list"),
         ("gpt2", "qwen2", {"tokenizer.ggml.tokens": ["a", "a"]}, CorruptCheckpointError, "a token is listed twice"),
         ("gpt2", "qwen2", {"tokenizer.ggml.tokens": [1, 2]}, CorruptCheckpointError, "a token .* is no text"),
+        ("llama", "", {"tokenizer.ggml.tokens": ["a", "b" * 2000], "tokenizer.ggml.token_type": [1, 1],
+                       "tokenizer.ggml.scores": [0.5, -1.5]}, CorruptCheckpointError, "a token has 2,000 characters"),
         ("gpt2", "qwen2", {"tokenizer.ggml.tokens": ["a"]}, CorruptCheckpointError, "token_type has .* for 1 tokens"),
     ],
 )  # fmt: skip

@@ -114,7 +114,7 @@ PUBLISHED = (
     # These are published as the pieces that a pattern finds, the rest left out.
     Published(("dbrx", "smaug-bpe", "chatglm-bpe"), (pre.Split(Regex(_LLAMA3), "removed", invert=True),)),
     Published(("glm4", "glm5"), _split(_LLAMA3), ignore_merges=True),
-    Published(("qwen2", "deepseek-r1-qwen"), _split(_QWEN2), composes=True),
+    Published(("qwen2",), _split(_QWEN2), composes=True),
     Published(("hunyuan", "solar-open", "grok-2"), _split(_QWEN2)),
     Published(
         ("qwen35",),
@@ -307,7 +307,8 @@ def write_vocabulary(
 ) -> Path:  # fmt: skip
     """Write a GGUF file of the tokenizer alone.
 
-    flags, said: metadata, more or others; flags without the tokenizer's prefix. more: ids behind the last one.
+    flags, said: metadata, more or others, None for none; of flags the name behind the tokenizer's prefix. more: ids
+    behind the last one.
     """
     source.save_pretrained(path.parent / "source")
     writer = gguf.GGUFWriter(path, architecture)
@@ -325,6 +326,8 @@ def write_vocabulary(
         **(said or {}),
     }.items():
         writer.kv_data[0].pop(name, None)
+        if value is None:
+            continue
         {bool: writer.add_bool, str: writer.add_string, int: writer.add_uint32, list: writer.add_array}[type(value)](
             name, value
         )

@@ -80,7 +80,6 @@ _AFMOE_SCRIPTS = (
 _LLAMA3 = PreTokenizer((_CL100K,), ignore_merges=True, adds_bos=True)
 _GPT2_RULE = PreTokenizer((_GPT2,))
 _DIGITS = PreTokenizer((r"\p{N}", _GPT2))
-_QWEN2_RULE = PreTokenizer((_QWEN2,), nfc=True)
 _DEEPSEEK3 = PreTokenizer((r"\p{N}{1,3}", _HAN_AND_KANA, _DEEPSEEK_WORDS))
 _GLM4 = PreTokenizer((_CL100K,), ignore_merges=True)
 _BAILING = PreTokenizer((
@@ -119,8 +118,7 @@ PRE_TOKENIZERS: Mapping[str, PreTokenizer] = {
     "glm4": _GLM4,
     "glm5": _GLM4,
     # Qwen/Qwen1.5 to Qwen3, dots1; Qwen/Qwen3.5; tencent/Hunyuan-A13B; upstage/Solar-Open; Grok 2.
-    "qwen2": _QWEN2_RULE,
-    "deepseek-r1-qwen": _QWEN2_RULE,
+    "qwen2": PreTokenizer((_QWEN2,), nfc=True),
     "qwen35": PreTokenizer((_QWEN35,), nfc=True),
     "hunyuan": PreTokenizer((_QWEN2,)),
     "solar-open": PreTokenizer((_QWEN2,)),

@@ -10,6 +10,8 @@ from foreroute.model.gguf.vocabulary import ADVICE, CONTROL, UNKNOWN, USER_DEFIN
 
 # A word's first piece begins with it, in place of a space.
 _SPACE = "\u2581"
+# Sentencepiece's have 16 characters, if nothing else is said when it learns.
+_LONGEST_PIECE = 1024
 # Architectures whose added tokens take the spaces behind them, but for these: microsoft/Phi-3.5-MoE-instruct.
 _TAKE_SPACES: Mapping[str, frozenset[str]] = {"phimoe": frozenset({"<unk>", "<s>", "<|endoftext|>"})}
 
@@ -72,11 +74,10 @@ def _rule(vocabulary: Vocabulary) -> PreTokenizer:
 
 
 def _pair(merge: str) -> tuple[str, str]:
-    """The two parts of a merge; a space may be the first character of the first one."""
-    at = merge.find(" ", 1)
-    if at < 0:
+    first, space, second = merge.partition(" ")
+    if not space:
         raise ValueError(f"{merge!r:.40} is no merge")
-    return merge[:at], merge[at + 1 :]
+    return first, second
 
 
 def _sentencepiece(vocabulary: Vocabulary) -> Any:
@@ -107,6 +108,9 @@ def _merges_of(vocabulary: Vocabulary) -> list[tuple[str, str]]:
     scores = vocabulary.scores()
     apart = {CONTROL, UNKNOWN, USER_DEFINED}
     ids = {token: at for token, at in vocabulary.ids().items() if vocabulary.types[at] not in apart}
+    longest = max(ids, key=len, default="")
+    if len(longest) > _LONGEST_PIECE:
+        raise ValueError(f"a token has {len(longest):,} characters ({longest:.20}...)")
     found = [
         (-scores[at], at, -cut, token)
         for token, at in ids.items()
