@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import gguf
 import pytest
 from transformers import PreTrainedTokenizerFast
 
@@ -29,6 +30,7 @@ from tests.converted.tokenizer_sources import (
     word_piece_source,
     write_vocabulary,
 )
+from tests.formats.gguf_writer import write_copy
 from tests.support.checkpoints import save_tokenizer
 
 _TEXTS = texts()
@@ -113,9 +115,18 @@ def test_without_a_word_on_the_start_token_its_kind_says(
     assert (ours.encode("the fox")[0] == source.bos_token_id) == starts
 
 
-def test_a_model_without_a_tokenizer_beside_it_has_its_own(converted: Callable[[str], Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("in_parts", [False, True])
+def test_a_model_without_a_tokenizer_beside_it_has_its_own(
+    in_parts: bool, converted: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Of a model in parts the first one has it."""
     alone = tmp_path / "sha256-17"
-    shutil.copyfile(converted("qwen3moe"), alone)
+    if in_parts:
+        writer = gguf.GGUFWriter(tmp_path / "model.gguf", "qwen3moe", split_max_tensors=20)
+        write_copy(gguf.GGUFReader(converted("qwen3moe")), writer)
+        alone = max(tmp_path.glob("*.gguf"))
+    else:
+        shutil.copyfile(converted("qwen3moe"), alone)
     (tmp_path / "source").mkdir()
     save_tokenizer(tmp_path / "source", MERGES)
     ours, beside = load_tokenizer(alone), load_tokenizer(tmp_path / "source")
@@ -147,7 +158,8 @@ def _ends(path: Path) -> set[str]:
     config = SimpleNamespace(eos_token_id=None, vocab_size=10**6)
     config.get_text_config = lambda: config
     settings = SimpleNamespace(eos_token_id=None, pad_token_id=None, use_cache=None)
-    complete_generation_config(SimpleNamespace(config=config, generation_config=settings), path, index)  # type: ignore[arg-type]
+    model: Any = SimpleNamespace(config=config, generation_config=settings)
+    complete_generation_config(model, path, index)
     found = settings.eos_token_id
     return set(gguf_tokenizer(index).convert_ids_to_tokens(found if isinstance(found, list) else [found]))
 
