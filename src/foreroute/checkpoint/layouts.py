@@ -178,7 +178,7 @@ def _check_source(layer_name: str, num_experts: int, source: PartSource, index: 
         if stored_experts != num_experts:
             raise CorruptCheckpointError(
                 f"{layer_name}.{source.part}: the checkpoint stores {stored_experts} experts, "
-                f"config.json says {num_experts}."
+                f"{'its metadata say' if index.kind == 'gguf' else 'config.json says'} {num_experts}."
             )
         dtypes.update(index.tensors[name].dtype for name in group)
     unread = sorted(dtypes - set(source.dtypes))

@@ -29,8 +29,8 @@ def settings_of(index: GgufIndex) -> tuple[str, dict[str, Any]]:
     """Convert the metadata to the model type and arguments of transformers' config.
 
     Raises:
-        CorruptCheckpointError: a setting is absent. UnsupportedModelError: another architecture, a setting that is not
-            known, or one that transformers has no place for.
+        CorruptCheckpointError: a setting is absent, or NaN. UnsupportedModelError: another architecture, a setting that
+            is not known, or one that transformers has no place for.
     """
     family, metadata = family_of(index), GgufMetadata(index)
     for name in ("context_length", "block_count", "embedding_length", "attention.head_count"):
@@ -41,6 +41,7 @@ def settings_of(index: GgufIndex) -> tuple[str, dict[str, Any]]:
             "llama.cpp."
         )
     metadata.check_known()
+    metadata.check_numbers()
     more = dict(family.more(metadata))
     model_type = str(more.pop("model_type", family.model_type))
     names = _names(model_type)
