@@ -32,10 +32,10 @@ from tests.support.runs import THREE_PROMPTS, assert_same_bits, expert_table, ge
 EXPERTS, TOP_K = 16, 2
 # By layer the types of gate, up and down.
 MIXTURE = [
-    {"gate": Kind.Q4_K, "up": Kind.Q4_K, "down": Kind.IQ4_NL},
+    {"gate": Kind.Q4_K, "up": Kind.Q4_K, "down": Kind.Q6_K},
     {"gate": Kind.Q5_K, "up": Kind.Q8_0, "down": Kind.IQ4_NL},
     {"gate": Kind.IQ4_NL, "up": Kind.Q6_K, "down": Kind.F32},
-    {"gate": Kind.Q8_0, "up": Kind.Q8_0, "down": Kind.Q6_K},
+    {"gate": Kind.Q6_K, "up": Kind.Q5_K, "down": Kind.Q8_0},
 ]
 LAYERS = len(MIXTURE)
 WAYS = {"ggml": {"math": "ggml"}, "torch": {"math": "torch", "dtype": "float32"}}
