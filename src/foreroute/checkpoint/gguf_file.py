@@ -1,8 +1,8 @@
 """Read a GGUF file's settings and the location of its tensors. No tensor is read.
 
 What the header says becomes the index that safetensors have too, so that all later code is the same. Blocks are bytes
-there: a tensor of [experts, rows, columns] in Q4_K has the dtype U8 and as its last dimension the bytes of a row; `kinds`
-names the quantisation.
+in it: a tensor of [experts, rows, columns] in Q4_K has the dtype U8 and as its last dimension the bytes of a row;
+`kinds` names the quantisation.
 """
 
 import math
