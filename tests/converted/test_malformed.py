@@ -190,6 +190,16 @@ def _info(whole: Document, name: str) -> int:
             id="a number of parts that is a text",
         ),
         pytest.param(
+            lambda whole: replace(whole, fields=whole.fields[1:]),
+            CorruptCheckpointError, "general.architecture is not said. Download it again",
+            id="no architecture",
+        ),
+        pytest.param(
+            lambda whole: whole.with_field(number("general.architecture", 5)),
+            CorruptCheckpointError, "general.architecture is 5, no name",
+            id="an architecture that is a number",
+        ),
+        pytest.param(
             lambda whole: whole.with_field(Field(b"qwen3moe.rope.freq_base", FLOAT, struct.pack("<f", math.nan))),
             CorruptCheckpointError, "qwen3moe.rope.freq_base is nan",
             id="a setting that is no number",

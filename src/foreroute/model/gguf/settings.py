@@ -15,8 +15,14 @@ def family_of(index: GgufIndex) -> GgufFamily:
     """The declaration of the file's architecture.
 
     Raises:
-        UnsupportedModelError: there is none.
+        UnsupportedModelError: there is none. CorruptCheckpointError: the file does not say which.
     """
+    said = index.settings.get("general.architecture")
+    if not isinstance(said, str):
+        raise CorruptCheckpointError(
+            f"{index.folder}: general.architecture is {'not said' if said is None else f'{said!r:.60}, no name'}. "
+            "Download it again; if that does not help, its converter is not llama.cpp's."
+        )
     if index.architecture not in FAMILIES:
         raise UnsupportedModelError(
             f"{index.folder}: GGUF files of architecture {index.architecture} are not read; those of "
