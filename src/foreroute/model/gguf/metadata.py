@@ -1,6 +1,5 @@
 """The metadata of one GGUF file by llama.cpp's names, and the settings that every architecture says alike."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -120,16 +119,3 @@ class GgufMetadata:
         for name in self.said:
             if not (name in SETTINGS or name in SCALES or name in _OTHERS or name.startswith("rope.")):
                 raise self.refused(name, "a setting that is not known here")
-
-    def check_numbers(self) -> None:
-        """Check that no setting is NaN or infinite.
-
-        Raises:
-            CorruptCheckpointError: one is.
-        """
-        for name, value in self.said.items():
-            values = value if isinstance(value, list) else [value]
-            if any(isinstance(one, float) and not math.isfinite(one) for one in values):
-                raise CorruptCheckpointError(
-                    f"{self.index.folder}: {self.index.architecture}.{name} is {value!r:.60}. Download it again."
-                )

@@ -1,6 +1,7 @@
 """Make transformers' settings of a model from a GGUF file's metadata."""
 
 import inspect
+import math
 from collections.abc import Collection
 from typing import Any
 
@@ -47,7 +48,7 @@ def settings_of(index: GgufIndex) -> tuple[str, dict[str, Any]]:
             "llama.cpp."
         )
     metadata.check_known()
-    metadata.check_numbers()
+    _check_numbers(metadata)
     more = dict(family.more(metadata))
     model_type = str(more.pop("model_type", family.model_type))
     names = _names(model_type)
@@ -67,6 +68,16 @@ def settings_of(index: GgufIndex) -> tuple[str, dict[str, Any]]:
         _add_heads(metadata, family, found, names)
     # Some configs take the width of a head, and do not name it.
     return model_type, {name: value for name, value in {**found, **more}.items() if name in names or name == "head_dim"}
+
+
+def _check_numbers(metadata: GgufMetadata) -> None:
+    """Check that no setting is NaN or infinite. Raises CorruptCheckpointError: one is."""
+    for name, value in metadata.said.items():
+        numbers = value if isinstance(value, list) else [value]
+        if any(isinstance(one, float) and not math.isfinite(one) for one in numbers):
+            raise CorruptCheckpointError(
+                f"{metadata.index.folder}: {metadata.index.architecture}.{name} is {value!r:.60}. Download it again."
+            )
 
 
 def _names(model_type: str) -> Collection[str]:
