@@ -171,7 +171,7 @@ def _info(whole: Document, name: str) -> int:
         ),
         pytest.param(
             lambda whole: whole.with_info(_info(whole, "blk.0.ffn_up_exps.weight"), dims=(2**32, 2**32, 4)),
-            CorruptCheckpointError, r"is truncated: blk.0.ffn_up_exps.weight ends at byte \d{20}",
+            CorruptCheckpointError, r"not a complete GGUF file: blk.0.ffn_up_exps.weight ends at byte \d{20}",
             id="as many weights as 64 bits do not hold",
         ),
         pytest.param(
@@ -238,7 +238,10 @@ def test_lies_that_were_believed(
             "table",
             r"model.gguf is not a complete GGUF file: \d+ bytes are to follow byte \d+, and the file ends at byte",
         ),
-        ("data", r"model.gguf is truncated: blk.1.ffn_down_exps.weight ends at byte \d+, the file at \d+"),
+        (
+            "data",
+            r"model.gguf is not a complete GGUF file: blk.1.ffn_down_exps.weight ends at byte \d+, the file at \d+",
+        ),
     ],
 )
 def test_where_a_file_was_cut_off_is_said(where: str, said: str, whole: Document, tmp_path: Path) -> None:

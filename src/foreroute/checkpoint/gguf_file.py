@@ -201,7 +201,8 @@ def _check_ranges(path: Path, tensors: Iterable[TensorEntry], header: GgufHeader
         end = entry.offset + entry.nbytes
         if end > file_nbytes:
             raise CorruptCheckpointError(
-                f"{path} is truncated: {entry.name} ends at byte {end}, the file at {file_nbytes}. Download it again."
+                f"{path} is not a complete GGUF file: {entry.name} ends at byte {end}, the file at {file_nbytes}. "
+                "Download it again."
             )
         due = round_up(end, header.alignment)
 
