@@ -5,10 +5,8 @@ An *expert key* is the int that the hot path uses instead of a (layer, expert) p
 `key = layer * num_experts + expert`, with `num_experts` the widest layer's; see `ExpertKeys`.
 """
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import NamedTuple
 
 # ggml's types that floats can be quantised to without a matrix of importances, as GGUF names them.
@@ -161,36 +159,3 @@ class SlotClass:
     def offset(self, slot: int) -> int:
         """The byte of the pool at which `slot` begins."""
         return self.start + slot * self.slot_bytes
-
-
-# Of the bytes of all experts, the most that may be unused in slots that are longer than their experts.
-_MOST_UNUSED = 0.03
-
-
-def choose_slot_lengths(lengths: Sequence[int], num_experts: Sequence[int]) -> tuple[int, ...]:
-    """Choose each layer's slot length: that of its experts, or a larger layer's where this leaves few bytes unused.
-
-    Experts of one slot length evict each other only, and each length has a fixed share of the pool: the fewer lengths
-    there are, the better hot layers share with cold ones.
-
-    Args:
-        lengths: bytes of a slot that holds an expert, by layer. num_experts: by layer.
-    """
-    held = Counter[int]()
-    for length, count in zip(lengths, num_experts, strict=True):
-        held[length] += count
-    most_unused = _MOST_UNUSED * sum(length * count for length, count in held.items())
-    chosen = {length: length for length in held}
-    unused = 0
-    while len(held) > 1:
-        ordered = sorted(held)
-        # The length whose experts leave the fewest bytes unused in slots of the next larger length.
-        more, length, larger = min(
-            ((larger - length) * held[length], length, larger) for length, larger in pairwise(ordered)
-        )
-        unused += more
-        if unused > most_unused:
-            break
-        held[larger] += held.pop(length)
-        chosen = {own: larger if now == length else now for own, now in chosen.items()}
-    return tuple(chosen[length] for length in lengths)

@@ -49,6 +49,14 @@ def test_the_wheel_carries_the_demos_model(site: Path) -> None:
         assert (model / file).read_bytes() == (ROOT / "models" / "foreroute-tiny" / file).read_bytes()
 
 
+def test_the_wheel_is_the_package_alone(site: Path) -> None:
+    """No test, nor a file of theirs: these are for the source distribution."""
+    assert {path.name.partition("-")[0] for path in site.iterdir()} == {"bin", "foreroute"}
+    files = [path for path in site.rglob("*") if path.is_file() and "models" not in path.parts]
+    assert {path.suffix for path in files} & {".gguf", ".xz", ".npz", ".safetensors"} == set()
+    assert not [path for path in files if path.name.startswith(("test_", "conftest"))]
+
+
 def test_its_demo_finds_the_model_and_the_same_tokens(site: Path, tmp_path: Path) -> None:
     assert "same tokens as the resident model: yes" in run(site, tmp_path, "demo")
     script = "from foreroute.cli.commands import demo; print(demo.find_model())"

@@ -98,10 +98,10 @@ def random_q6_k(rows: int, columns: int, generator: np.random.Generator) -> np.n
 
 def write_gguf(
     folder: Path, architecture: str, kind: Kind, *, dense: Kind = Kind.F32, down: Kind | Sequence[Kind] | None = None,
-    seed: int = 0, tokenizer: bool = True, **settings: Any,
+    layers: Sequence[Mapping[str, Kind]] | None = None, seed: int = 0, tokenizer: bool = True, **settings: Any,
 ) -> Written:  # fmt: skip
-    """Write `folder`/model.gguf: experts in `kind` (their down matrices in `down`, one for all layers or one for each),
-    other matrices in `dense`. `settings` are the config's.
+    """Write `folder`/model.gguf: experts in `kind` (their down matrices in `down`, one for all layers or one for each;
+    or in `layers`, by layer the kinds of gate, up and down), other matrices in `dense`. `settings` are the config's.
     """
     folder.mkdir(parents=True, exist_ok=True)
     config = (qwen3_moe_config if architecture == "qwen3moe" else gpt_oss_config)(**settings)
@@ -116,7 +116,8 @@ def write_gguf(
     generator = np.random.default_rng(seed)
     downs = down if isinstance(down, Sequence) else [down or kind] * config.num_hidden_layers
     for layer in range(config.num_hidden_layers):
-        _add_experts(writer, layer, architecture, state, {"down": downs[layer]}, kind, generator, experts)
+        others = {"down": downs[layer]} if layers is None else layers[layer]
+        _add_experts(writer, layer, architecture, state, others, kind, generator, experts)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -227,12 +228,17 @@ def _add_experts(
         experts[f"blk.{layer}.ffn_{name}_exps.bias"] = (raw, Kind.F32)
 
 
-def write_copy(reader: gguf.GGUFReader, writer: gguf.GGUFWriter, without: Container[str] = ()) -> None:
-    """Write what `reader` has, but for the settings `without`, behind what `writer` was given; close it."""
+def write_copy(
+    reader: gguf.GGUFReader, writer: gguf.GGUFWriter, without: Container[str] = (), *, stride: int = 1
+) -> None:
+    """Write what `reader` has, but for the settings `without`, behind what `writer` was given; close it.
+
+    Of the tensors every `stride`-th comes first, then every one behind these, and so on.
+    """
     for name, field in reader.fields.items():
         if name != "general.architecture" and not name.startswith("GGUF.") and name not in without:
             writer.add_key_value(name, field.contents(), field.types[0])
-    for tensor in reader.tensors:
+    for tensor in (tensor for first in range(stride) for tensor in reader.tensors[first::stride]):
         writer.add_tensor(tensor.name, np.array(tensor.data), raw_dtype=tensor.tensor_type)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

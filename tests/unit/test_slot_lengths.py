@@ -1,4 +1,4 @@
-"""How many lengths slots have, how a budget is shared among them, and where they lie in the pool."""
+"""Slots of several lengths: how a budget is shared among them, and where they lie in the pool."""
 
 import re
 
@@ -9,40 +9,9 @@ from hypothesis import strategies as st
 from foreroute.errors import BudgetError
 from foreroute.memory.budget import plan_pool
 from foreroute.transfer.memory import allocate_pool
-from foreroute.types import choose_slot_lengths
 from foreroute.units import parse_memory
 
 PAGE = 4096
-
-
-def test_one_length_stays_one() -> None:
-    assert choose_slot_lengths([8192] * 5, [4] * 5) == (8192,) * 5
-
-
-def test_layers_of_another_length_have_slots_of_their_own() -> None:
-    assert choose_slot_lengths([30, 26] * 4, [128] * 8) == (30, 26) * 4
-
-
-def test_lengths_that_differ_by_little_become_the_larger_one() -> None:
-    """Of 100 and 98 half the slots leave 2 % unused; 80 would leave ten times as much."""
-    assert choose_slot_lengths([100, 98, 80, 98], [8] * 4) == (100, 100, 80, 100)
-
-
-def test_few_layers_join_a_larger_length() -> None:
-    """One layer of 40 leaves a fifth of its slots unused, and half a percent of all."""
-    assert choose_slot_lengths([50] * 30 + [40] + [50], [8] * 32) == (50,) * 32
-
-
-@given(
-    lengths=st.lists(st.integers(1, 10**7), min_size=1, max_size=60), data=st.data(),
-)  # fmt: skip
-def test_an_expert_fits_and_little_is_unused(lengths: list[int], data: st.DataObject) -> None:
-    counts = data.draw(st.lists(st.integers(1, 256), min_size=len(lengths), max_size=len(lengths)))
-    chosen = choose_slot_lengths(lengths, counts)
-    assert all(slot >= length for slot, length in zip(chosen, lengths, strict=True))
-    assert set(chosen) <= set(lengths)
-    stored = sum(length * count for length, count in zip(lengths, counts, strict=True))
-    assert sum(slot * count for slot, count in zip(chosen, counts, strict=True)) <= 1.03 * stored
 
 
 def test_a_budget_holds_the_same_share_of_each_length() -> None:

@@ -21,7 +21,7 @@ from foreroute.checkpoint.assembly import (
 )
 from foreroute.checkpoint.index import ITEMSIZE, CheckpointIndex, TensorEntry, merged
 from foreroute.errors import CorruptCheckpointError, UnsupportedModelError
-from foreroute.types import Copy, ExpertId, ExpertKeys, ExpertReads, Read, choose_slot_lengths, round_up
+from foreroute.types import Copy, ExpertId, ExpertKeys, ExpertReads, Read, round_up
 
 # Alignment of a part inside a slot: matrix kernels give different bits off 16 bytes, and 64 is a cache line.
 PART_ALIGNMENT = 64
@@ -178,7 +178,7 @@ def _check_source(layer_name: str, num_experts: int, source: PartSource, index: 
         if stored_experts != num_experts:
             raise CorruptCheckpointError(
                 f"{layer_name}.{source.part}: the checkpoint stores {stored_experts} experts, "
-                f"config.json says {num_experts}."
+                f"{'its metadata say' if index.kind == 'gguf' else 'config.json says'} {num_experts}."
             )
         dtypes.update(index.tensors[name].dtype for name in group)
     unread = sorted(dtypes - set(source.dtypes))
@@ -257,12 +257,10 @@ class ExpertTable:
 
     @cached_property
     def slot_lengths(self) -> tuple[int, ...]:
-        """Bytes of a slot, by layer."""
+        """Bytes of a slot, by layer: what its experts take in whole blocks."""
         if self.has_one_slot_length:
             return (self.slot_bytes,) * len(self.layers)
-        return choose_slot_lengths(
-            [layer.layout.slot_bytes for layer in self.layers], [layer.num_experts for layer in self.layers]
-        )
+        return tuple(layer.layout.slot_bytes for layer in self.layers)
 
     @property
     def whole_bytes(self) -> int:

@@ -1,4 +1,4 @@
-"""Measure for `plan`, on the loaded model, the compute time of one token."""
+"""For `plan`: measure the compute time of one token on the loaded model; count what reading an expert takes."""
 
 import statistics
 import time
@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from foreroute.checkpoint.layouts import ExpertTable
 from foreroute.engine.interfaces import StepInfo
 from foreroute.model.experts import ExpertsForward
+from foreroute.types import ExpertReads, round_down, round_up
 
 if TYPE_CHECKING:
     from foreroute.loading.offloaded_model import OffloadedModel
@@ -32,6 +34,29 @@ class ComputeTime:
     ms: float
     num_passes: int
     num_layers: int
+
+
+@dataclass(frozen=True)
+class ReadCost:
+    """What it takes to read an expert: of the first layer the reads, on average over layers the bytes in whole pages.
+
+    packed_nbytes: the same bytes if it is, or were, a record of a packed store, which is one read.
+    """
+
+    reads: int
+    nbytes: int
+    packed_nbytes: int
+
+
+def read_cost(table: ExpertTable, reads_of: Callable[[int], ExpertReads]) -> ReadCost:
+    """Count it by the experts of `table` and their reads."""
+    now = packed = 0
+    for at, layer in enumerate(table.layers):
+        reads = reads_of(table.keys.key(at, 0))
+        pages = sum(round_up(read.offset + read.nbytes) - round_down(read.offset) for read in reads)
+        now += layer.num_experts * pages
+        packed += layer.num_experts * layer.layout.slot_bytes
+    return ReadCost(len(reads_of(table.keys.key(0, 0))), now // table.total_slots, packed // table.total_slots)
 
 
 class _OutOfTime(Exception):

@@ -167,7 +167,8 @@ def check_choice(config: Any, num_experts: int, source: Path) -> None:
 
 
 def _of_different_models(index: CheckpointIndex, said: str, held: str) -> str:
-    return f"{_source(index)}: {said}, and the files hold {held}. config.json and the weights are of different models."
+    which = "Metadata" if index.kind == "gguf" else "config.json"
+    return f"{_source(index)}: {said}, and the files hold {held}. {which} and weights are of different models."
 
 
 def _source(index: CheckpointIndex) -> Path:

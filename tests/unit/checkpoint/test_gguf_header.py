@@ -7,7 +7,8 @@ import gguf
 import numpy as np
 import pytest
 
-from foreroute.checkpoint.gguf_file import read_gguf
+from foreroute.checkpoint import gguf_header
+from foreroute.checkpoint.gguf_file import read_array, read_gguf
 from foreroute.errors import CorruptCheckpointError, UnsupportedModelError
 from tests.formats.gguf_writer import add_settings, qwen3_moe_config
 
@@ -37,9 +38,21 @@ def test_settings_and_tensors_are_those_of_the_packages_reader(tmp_path: Path) -
     theirs, ours = gguf.GGUFReader(path), read_gguf(path)
     arrays = {name for name, field in theirs.fields.items() if field.types[0] == gguf.GGUFValueType.ARRAY}
     assert len(arrays) == 4
-    assert set(ours.settings) == set(theirs.fields) - arrays | {"foreroute.by_layer"}
+    counts = {"GGUF.version", "GGUF.tensor_count", "GGUF.kv_count"}
+    assert set(ours.settings) == set(theirs.fields) - counts - arrays | {"foreroute.by_layer"}
+    plain = set(ours.settings) - {"foreroute.by_layer"}
+    assert {name: ours.settings[name] for name in plain} == pytest.approx(
+        {name: theirs.fields[name].contents() for name in plain}
+    )
+    assert ours.settings["qwen3moe.attention.layer_norm_rms_epsilon"] == 1e-6, "as it was written"
     assert ours.settings["foreroute.by_layer"] == [0, 2, 0]
     assert ours.settings["general.name"] == "after the vocabulary"
+    assert read_array(ours, "tokenizer.ggml.tokens") == [f"token {at}" for at in range(TOKENS)]
+    assert read_array(ours, "tokenizer.ggml.scores") == [float(at) for at in range(TOKENS)]
+    assert read_array(ours, "foreroute.by_layer") == [0, 2, 0]
+    assert read_array(ours, "tokenizer.ggml.merges") is None
+    with pytest.raises(CorruptCheckpointError, match=r"general\.name is 'after the vocabulary', not a list"):
+        read_array(ours, "general.name")
     (tensor,) = theirs.tensors
     entry = ours.tensors["token_embd.weight"]
     assert (entry.offset, entry.nbytes) == (tensor.data_offset, tensor.n_bytes)
@@ -56,14 +69,14 @@ def test_no_object_is_made_of_a_token(tmp_path: Path, monkeypatch: pytest.Monkey
     """A vocabulary of 150,000 tokens and their merges took seconds."""
     path = _write(tmp_path / "model.gguf")
     calls = 0
-    get = gguf.GGUFReader._get
+    take = gguf_header._Header.take
 
-    def counted(*args: Any, **kwargs: Any) -> Any:
+    def counted(*args: Any) -> bytes:
         nonlocal calls
         calls += 1
-        return get(*args, **kwargs)
+        return take(*args)
 
-    monkeypatch.setattr(gguf.GGUFReader, "_get", counted)
+    monkeypatch.setattr(gguf_header._Header, "take", counted)
     read_gguf(path)
     assert 0 < calls < TOKENS / 3
 

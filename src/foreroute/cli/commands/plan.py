@@ -14,7 +14,7 @@ from foreroute.units import format_memory, format_speed
 
 if TYPE_CHECKING:
     from foreroute.bench.bandwidth import Bandwidth
-    from foreroute.cli.probes import ComputeTime
+    from foreroute.cli.probes import ComputeTime, ReadCost
 
 _EPILOG = """\
 examples:
@@ -54,7 +54,7 @@ class Findings:
 
     plan: Plan
     eviction: str
-    reads_per_expert: int
+    reading: "ReadCost"
     kv_bytes_per_token: int
     chosen_memory_bytes: int
     bandwidth: "Bandwidth"
@@ -125,7 +125,8 @@ def find(folder: Path, args: argparse.Namespace, config: EngineConfig) -> Findin
         from foreroute.bench.link import measure_link
 
         bandwidth = measure_link(plan.slot_bytes)
-        found = _found(plan, config, kv_bytes, plan.memory_bytes, bandwidth, compute, reads_per_expert=1)
+        reading = probes.ReadCost(1, plan.slot_bytes, plan.slot_bytes)
+        found = _found(plan, config, kv_bytes, plan.memory_bytes, bandwidth, compute, reading)
         return replace(found, context=context)
     beside = 0 if serving is None else serving.tokens_bytes
     dense_bytes = dense_nbytes_at_load(config, checkpoint, open_device(config))
@@ -140,7 +141,7 @@ def find(folder: Path, args: argparse.Namespace, config: EngineConfig) -> Findin
         direct=config.direct_io,
         label=table.label,
     )
-    found = _found(plan, config, kv_bytes, chosen, bandwidth, compute, len(reads_of(keys[0])))
+    found = _found(plan, config, kv_bytes, chosen, bandwidth, compute, probes.read_cost(table, reads_of))
     return replace(found, serving=serving, context=context)
 
 
@@ -158,7 +159,7 @@ def _found(
     chosen_memory_bytes: int,
     bandwidth: "Bandwidth",
     compute: "ComputeTime",
-    reads_per_expert: int,
+    reading: "ReadCost",
 ) -> Findings:
     cases = forecast(
         plan.resident_share if config.cache else 0.0,
@@ -168,7 +169,7 @@ def _found(
         compute.ms,
         "lru" if config.control == "device" else config.eviction,
     )
-    return Findings(plan, config.eviction, reads_per_expert, kv_bytes, chosen_memory_bytes, bandwidth, compute, cases)
+    return Findings(plan, config.eviction, reading, kv_bytes, chosen_memory_bytes, bandwidth, compute, cases)
 
 
 def advice(found: Findings, model: str) -> list[str]:
@@ -196,12 +197,8 @@ def advice(found: Findings, model: str) -> list[str]:
             f"--memory {_flag(whole)} would hold every expert"
             + (": nothing is read twice." if fits else f"; the free RAM has room for {chosen}.")
         )
-    if plan.source == "safetensors" and plan.num_slots < plan.total_slots:
-        now = "one read and a copy" if found.reads_per_expert == 1 else f"{found.reads_per_expert} reads and copies"
-        hints.append(
-            f"foreroute pack {model}: an expert becomes one aligned read without a copy (now {now}). "
-            f"It takes {format_memory(whole, round_up=True)} of disk."
-        )
+    if plan.source != "packed" and plan.num_slots < plan.total_slots:
+        hints.append(_what_packing_gains(found.reading, model, whole))
     if not found.bandwidth.is_direct:
         hints.append(
             "Experts are read through the page cache, not with O_DIRECT: the disk's figure above may be that of RAM. "
@@ -220,6 +217,18 @@ def advice(found: Findings, model: str) -> list[str]:
             f"each other. Use --threads {plan.usable_cpus} (in Python: torch.set_num_threads)."
         )
     return hints
+
+
+def _what_packing_gains(reading: "ReadCost", model: str, whole_bytes: int) -> str:
+    now = "one read and a copy" if reading.reads == 1 else f"{reading.reads} reads and copies"
+    pages = ""
+    if reading.packed_nbytes < reading.nbytes:
+        before, after = format_memory(reading.nbytes), format_memory(reading.packed_nbytes)
+        pages = f", and {after} in whole pages in place of {before}"
+    return (
+        f"foreroute pack {model}: an expert becomes one aligned read without a copy (now {now}){pages}. "
+        f"It takes {format_memory(whole_bytes, round_up=True)} of disk."
+    )
 
 
 def _gpu_advice(plan: Plan) -> list[str]:
@@ -247,7 +256,9 @@ def as_json(found: Findings) -> dict[str, Any]:
             **asdict(plan),
             "resident_share": plan.resident_share,
             "token_demand_bytes": plan.token_demand_bytes,
-            "reads_per_expert": found.reads_per_expert,
+            "reads_per_expert": found.reading.reads,
+            "read_bytes_per_expert": found.reading.nbytes,
+            "packed_bytes_per_expert": found.reading.packed_nbytes,
             "kv_bytes_per_1k_tokens": found.kv_bytes_per_token * 1000,
             "chosen_memory_bytes": found.chosen_memory_bytes,
         },

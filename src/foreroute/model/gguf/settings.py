@@ -1,6 +1,7 @@
 """Make transformers' settings of a model from a GGUF file's metadata."""
 
 import inspect
+import math
 from collections.abc import Collection
 from typing import Any
 
@@ -15,8 +16,14 @@ def family_of(index: GgufIndex) -> GgufFamily:
     """The declaration of the file's architecture.
 
     Raises:
-        UnsupportedModelError: there is none.
+        UnsupportedModelError: there is none. CorruptCheckpointError: the file does not say which.
     """
+    said = index.settings.get("general.architecture")
+    if not isinstance(said, str):
+        raise CorruptCheckpointError(
+            f"{index.folder}: general.architecture is {'not said' if said is None else f'{said!r:.60}, no name'}. "
+            "Download it again; if that does not help, its converter is not llama.cpp's."
+        )
     if index.architecture not in FAMILIES:
         raise UnsupportedModelError(
             f"{index.folder}: GGUF files of architecture {index.architecture} are not read; those of "
@@ -29,8 +36,8 @@ def settings_of(index: GgufIndex) -> tuple[str, dict[str, Any]]:
     """Convert the metadata to the model type and arguments of transformers' config.
 
     Raises:
-        CorruptCheckpointError: a setting is absent. UnsupportedModelError: another architecture, a setting that is not
-            known, or one that transformers has no place for.
+        CorruptCheckpointError: a setting is absent, or NaN. UnsupportedModelError: another architecture, a setting that
+            is not known, or one that transformers has no place for.
     """
     family, metadata = family_of(index), GgufMetadata(index)
     for name in ("context_length", "block_count", "embedding_length", "attention.head_count"):
@@ -41,6 +48,7 @@ def settings_of(index: GgufIndex) -> tuple[str, dict[str, Any]]:
             "llama.cpp."
         )
     metadata.check_known()
+    _check_numbers(metadata)
     more = dict(family.more(metadata))
     model_type = str(more.pop("model_type", family.model_type))
     names = _names(model_type)
@@ -60,6 +68,16 @@ def settings_of(index: GgufIndex) -> tuple[str, dict[str, Any]]:
         _add_heads(metadata, family, found, names)
     # Some configs take the width of a head, and do not name it.
     return model_type, {name: value for name, value in {**found, **more}.items() if name in names or name == "head_dim"}
+
+
+def _check_numbers(metadata: GgufMetadata) -> None:
+    """Check that no setting is NaN or infinite. Raises CorruptCheckpointError: one is."""
+    for name, value in metadata.said.items():
+        numbers = value if isinstance(value, list) else [value]
+        if any(isinstance(one, float) and not math.isfinite(one) for one in numbers):
+            raise CorruptCheckpointError(
+                f"{metadata.index.folder}: {metadata.index.architecture}.{name} is {value!r:.60}. Download it again."
+            )
 
 
 def _names(model_type: str) -> Collection[str]:
