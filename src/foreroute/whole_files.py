@@ -13,6 +13,7 @@ import os
 import re
 import secrets
 import stat
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -145,6 +146,24 @@ def _why_no_json(raw: bytes, failure: ValueError) -> str:
 def _kind(value: Any) -> str:
     names = {list: "a list", str: "a text", bool: "true or false", int: "a number", float: "a number"}
     return names.get(type(value), "null")
+
+
+def beside(model: Path, name: str) -> Path:
+    """The path of a model's own file `name`: in its folder; next to a model that is a file, with that file's name."""
+    return model.with_name(f"{model.name}.{name}") if model.is_file() else model / name
+
+
+def check_writable(path: Path, error: type[ForerouteError], advice: str) -> None:
+    """Check that a file can be made in the folder of `path`, which leaves nothing there.
+
+    Raises:
+        error: it cannot.
+    """
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as failure:
+        raise error(f"{path} cannot be written: {failure.strerror}. {advice}") from failure
 
 
 @contextlib.contextmanager

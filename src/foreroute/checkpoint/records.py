@@ -35,7 +35,7 @@ from foreroute.checkpoint.quantised_layout import in_blocks
 from foreroute.checkpoint.source_files import FileStamp, SourceFile
 from foreroute.errors import ChecksumError, StoreError
 from foreroute.types import BLOCK_BYTES, QUANTISED_TYPES, Copy, ExpertReads, Read, round_up
-from foreroute.whole_files import parse_object, refuse_pointer
+from foreroute.whole_files import beside, parse_object, refuse_pointer
 
 STORE_NAME = "experts.foreroute"
 # In the names of stores that hold dense weights: q4_k-dense-q8_0.
@@ -237,12 +237,12 @@ def _path_of(folder: Path, asked: str) -> Path:
     """The file that `asked` means: a codec's beside the checkpoint, or the one at a path."""
     if asked in EARLIER:
         # By the names of earlier versions: what `pack` makes of them now, before a store that is not read any more.
-        found = [folder / store_name(name) for name in EARLIER[asked]]
-        old = folder / store_name(asked)
+        found = [beside(folder, store_name(name)) for name in EARLIER[asked]]
+        old = beside(folder, store_name(asked))
         return next((path for path in (*found, old) if path.is_file()), found[0])
     if any(_parsed(asked)):
-        return folder / _file_name(asked)
-    path = folder / STORE_NAME if asked in ("auto", STORED) else Path(asked)
+        return beside(folder, _file_name(asked))
+    path = beside(folder, STORE_NAME) if asked in ("auto", STORED) else Path(asked)
     return path / STORE_NAME if path.is_dir() else path
 
 

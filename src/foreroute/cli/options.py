@@ -12,8 +12,8 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from foreroute.checkpoint.locate import locate
 from foreroute.config import EngineConfig
-from foreroute.errors import ForerouteError, PromptError
-from foreroute.whole_files import read_bytes
+from foreroute.errors import PromptError
+from foreroute.whole_files import beside, read_bytes
 
 # Fields of EngineConfig for experts on a GPU, or for a server; commands whose inputs stay on the CPU omit them.
 GPU_FIELDS = ("device", "control", "host_memory", "kv_tokens")
@@ -85,15 +85,11 @@ def find_model(args: argparse.Namespace) -> Path:
     return locate(args.model, revision=args.revision, quiet=args.json or getattr(args, "quiet", False))
 
 
-def place_beside(model: Path, name: str, out: Path | None, error: type[ForerouteError]) -> Path:
-    """Choose the path of a model's file: `out`, or `name` in the model's folder; only the last part may exist already.
-
-    Raises:
-        error: the model is a single file, which has no folder, and there is no --out.
-    """
-    if out is None and not model.is_dir():
-        raise error(f"{model} is a single file: say with --out where {name} shall go, and name it when you use it.")
-    path = model / name if out is None else out.expanduser()
+def place_beside(model: Path, name: str, out: Path | None) -> Path:
+    """Choose the path of a model's file: `out` (a file or folder), or where `name` is found without being asked for."""
+    if out is None:
+        return beside(model, name)
+    path = out.expanduser()
     return path / name if path.is_dir() else path
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from foreroute.errors import PredictorError, named
 from foreroute.predict.fitted import RidgeLayer, TokenTable
-from foreroute.whole_files import atomic_write, check_no_pointer, parse_object
+from foreroute.whole_files import atomic_write, beside, check_no_pointer, parse_object
 
 SIDECAR_NAME = "predictor.foreroute.safetensors"
 FORMAT = 3
@@ -117,7 +117,9 @@ class Sidecar:
 
 
 def find_sidecar(folder: Path, asked: str) -> Path | None:
-    """Find the sidecar: `asked` is "auto" (the one in `folder`, if any), "no" (none), or a file or folder.
+    """Find the sidecar: `asked` is "auto" (the one of the model in `folder`, if any), "no" (none), or a file or folder.
+
+    Of a GGUF file, `folder` is that file, and its sidecar next to it.
 
     Raises:
         PredictorError: `asked` names a file that does not exist.
@@ -125,7 +127,7 @@ def find_sidecar(folder: Path, asked: str) -> Path | None:
     if asked == "no":
         return None
     if asked == "auto":
-        path = folder / SIDECAR_NAME
+        path = beside(folder, SIDECAR_NAME)
         return path if path.exists() else None
     path = Path(asked).expanduser()
     if path.is_dir():
@@ -142,8 +144,8 @@ def write_whole(path: Path, tensors: Mapping[str, torch.Tensor], about: Mapping[
         PredictorError: it cannot be written.
     """
     try:
-        with atomic_write(path) as beside:
-            save_file(dict(tensors), beside, metadata={_KEY: json.dumps(about, sort_keys=True)})
+        with atomic_write(path) as temporary:
+            save_file(dict(tensors), temporary, metadata={_KEY: json.dumps(about, sort_keys=True)})
     except (OSError, SafetensorError) as error:
         raise PredictorError(f"{path} cannot be written: {error}. Choose another --out.") from error
 

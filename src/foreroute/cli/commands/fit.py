@@ -9,6 +9,7 @@ from foreroute.cli import figures, options
 from foreroute.config import EngineConfig
 from foreroute.errors import PredictorError
 from foreroute.units import format_memory
+from foreroute.whole_files import beside, check_writable
 
 if TYPE_CHECKING:
     from foreroute.loading.offloaded_model import OffloadedModel
@@ -121,7 +122,7 @@ def run(args: argparse.Namespace) -> int:
         from foreroute.prepare.corpus import read_corpus
 
         options.apply_threads(args)
-        path = options.place_beside(folder, SIDECAR_NAME, args.out, PredictorError)
+        path = options.place_beside(folder, SIDECAR_NAME, args.out)
         _check_place(path, force=args.force)
         index = read_index(folder)
         tokenizer = load_tokenizer(folder)
@@ -131,7 +132,7 @@ def run(args: argparse.Namespace) -> int:
         fingerprint = index.fingerprint()
         corpus = read_corpus(tokenizer, args.text, args.tokens, context_of(model.config, args.context))
         sidecar = _fit(args, model, fingerprint, corpus, path)
-    _tell(args, sidecar, path, is_beside=path == folder / SIDECAR_NAME)
+    _tell(args, sidecar, path, is_beside=path == beside(folder, SIDECAR_NAME))
     return 0
 
 
@@ -140,6 +141,7 @@ def _check_place(path: Path, *, force: bool) -> None:
         raise PredictorError(f"{path} exists already. --force fits again and replaces it.")
     if not path.parent.is_dir():
         raise PredictorError(f"{path.parent} is not a folder. Choose another --out.")
+    check_writable(path, PredictorError, "Choose another --out, and give that to --predictor.")
 
 
 def _fit(args: argparse.Namespace, model: "OffloadedModel", fingerprint: str, corpus: Any, path: Path) -> "Sidecar":

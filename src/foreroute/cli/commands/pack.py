@@ -10,6 +10,7 @@ from foreroute.checkpoint.codecs import CODECS, QUANTS, STORED, encoded_table, i
 from foreroute.cli import figures, options, pack_dense, pack_quantised
 from foreroute.errors import StoreError
 from foreroute.units import format_memory
+from foreroute.whole_files import beside
 
 if TYPE_CHECKING:
     from foreroute.checkpoint.layouts import ExpertTable
@@ -117,17 +118,17 @@ def run(args: argparse.Namespace) -> int:
         dense = pack_dense.quantiser_of(args, sketch)
         quality = pack_quantised.quality_of(args, folder, sketch)
     packed, name = packed_as(codec, args.dense), store_name(codec, args.dense)
-    path = options.place_beside(folder, name, args.out, StoreError)
+    path = options.place_beside(folder, name, args.out)
     existed, quantiser = _write(args, sketch, path, dense)
     measured = quantiser if quantiser is not None and quantiser.is_measured else None
     store = PackedStore(path, sketch.table)
     if not args.json:
-        _tell(store, packed, existed=existed, is_beside=path == folder / name)
+        _tell(store, packed, existed=existed, is_beside=path == beside(folder, name))
         if measured is not None:
             _tell_errors(measured)
     found = quality.price(path)
     if args.json:
-        _tell_json(store, packed, measured, found, existed=existed, is_beside=path == folder / name)
+        _tell_json(store, packed, measured, found, existed=existed, is_beside=path == beside(folder, name))
     elif found is not None:
         pack_quantised.tell_quality(found, packed)
     return 0
