@@ -21,6 +21,10 @@ _COMMON: dict[str, Any] = {
     "bos_token_id": 257, "eos_token_id": 258, "tie_word_embeddings": False,
     "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0},
 }  # fmt: skip
+_LLAMA_3 = {
+    "rope_type": "llama3", "rope_theta": 5000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}  # fmt: skip
 _YARN = {
     "rope_type": "yarn", "rope_theta": 5000.0, "factor": 4.0, "original_max_position_embeddings": 24, "beta_fast": 16.0,
     "beta_slow": 2.0,
@@ -49,6 +53,10 @@ _SCALES = {
 TINY: Mapping[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("mixtral", {
         "head_dim": 32, "intermediate_size": 32, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    # Experts on a Llama 3: its frequencies are a tensor.
+    "mixtral-llama3": ("mixtral", {
+        "head_dim": 32, "intermediate_size": 32, "num_local_experts": 4, "num_experts_per_tok": 2,
+        "rope_parameters": _LLAMA_3}),
     "qwen2moe": ("qwen2_moe", {
         "intermediate_size": 96, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 64, "num_experts": 6,
         "num_experts_per_tok": 3}),

@@ -226,7 +226,15 @@ def test_what_the_model_has_no_place_for_is_refused(converted: Converted, tmp_pa
     def same(name: str, numbers: np.ndarray) -> dict[str, np.ndarray]:
         return {name: numbers}
 
+    def divided_by(divisors: list[float]) -> Callable[[str, np.ndarray], dict[str, np.ndarray]]:
+        more = {"rope_freqs.weight": np.array(divisors, dtype=np.float32)}
+        return lambda name, numbers: {name: numbers, **(more if name == "output.weight" else {})}
+
+    yarn = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 24}
     for at, (change, more, error, said) in enumerate((
+        (divided_by([1.0] * 7), {}, CorruptCheckpointError, r"rope_freqs.weight has 7 numbers, .* of the 32 dim"),
+        (divided_by([1.0] * 15 + [0.0]), {}, CorruptCheckpointError, "16 numbers, not all positive"),
+        (divided_by([1.0] * 16), yarn, UnsupportedModelError, r"scaled twice, by rope_freqs.weight and by rope.scal"),
         (with_one_more, {}, UnsupportedModelError, "attn_strange.weight is not known in a model of"),
         (without_norm, {}, CorruptCheckpointError, r"lacks blk.1.ffn_norm.weight \(model.layers.1.post_"),
         (with_a_long_norm, {}, CorruptCheckpointError, r"has another shape than the metadata say: \[128"),

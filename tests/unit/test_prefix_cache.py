@@ -130,6 +130,15 @@ def test_positions_that_depend_on_the_length_are_not_continued(rope_type: str) -
     assert not can_be_continued(model, new_cache(model))
 
 
+def test_longrope_that_divides_alike_at_every_length_is_continued() -> None:
+    model = Model()
+    factors = {"short_factor": [1.0, 2.0], "long_factor": [1.0, 2.0]}
+    model.config.rope_parameters = {"rope_type": "longrope", **factors}
+    assert can_be_continued(model, new_cache(model))
+    model.config.rope_parameters["long_factor"] = [1.0, 2.5]
+    assert not can_be_continued(model, new_cache(model))
+
+
 def test_states_of_linear_attention_are_not_continued() -> None:
     model = Model()
     model.config = Qwen3NextConfig(num_hidden_layers=4)

@@ -66,9 +66,8 @@ def new_cache(model: PreTrainedModel) -> DynamicCache | None:
 def can_be_continued(model: PreTrainedModel, cache: DynamicCache) -> bool:
     """Whether several tokens may follow those in `cache`: fixed positions in `model`, all cache layers known."""
     config = model.config.get_text_config(decoder=True)
-    ropes = _rope_types(getattr(config, "rope_parameters", None))
     is_known = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
-    return is_known and bool(cache.layers) and not ropes & _LENGTH_DEPENDENT_ROPES
+    return is_known and bool(cache.layers) and not _turn_by_length(getattr(config, "rope_parameters", None))
 
 
 def can_be_cut(cache: DynamicCache) -> bool:
@@ -80,9 +79,11 @@ def can_be_cut(cache: DynamicCache) -> bool:
     )
 
 
-def _rope_types(parameters: Any) -> set[str]:
-    """Every `rope_type` in the parameters, which some families nest by kind of layer."""
+def _turn_by_length(parameters: Any) -> bool:
+    """Whether positions depend on how long the text is; some families nest the parameters by kind of layer."""
     if not isinstance(parameters, dict):
-        return set()
-    found = {str(parameters["rope_type"])} if "rope_type" in parameters else set()
-    return found.union(*(_rope_types(value) for value in parameters.values()))
+        return False
+    if parameters.get("rope_type") in _LENGTH_DEPENDENT_ROPES:
+        short = parameters.get("short_factor")
+        return short is None or short != parameters.get("long_factor")
+    return any(_turn_by_length(value) for value in parameters.values())

@@ -7,12 +7,10 @@ against a model that llama.cpp's converter wrote.
 """
 
 import math
-import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from foreroute.checkpoint.source_files import SourceFile
 from foreroute.model.gguf import changes
 from foreroute.model.gguf.changes import TensorChange
 from foreroute.model.gguf.metadata import SIGMOID, SOFTMAX, GgufMetadata
@@ -128,21 +126,12 @@ def _phimoe(metadata: GgufMetadata) -> Mapping[str, Any]:
         "rope_type": "longrope",
         "rope_theta": float(metadata.get("rope.freq_base", 10000.0)),
         "original_max_position_embeddings": metadata.must("rope.scaling.original_context_length"),
-        "long_factor": _floats(metadata, "rope_factors_long.weight"),
-        "short_factor": _floats(metadata, "rope_factors_short.weight"),
+        "long_factor": metadata.floats("rope_factors_long.weight"),
+        "short_factor": metadata.floats("rope_factors_short.weight"),
         "long_mscale": scale,
         "short_mscale": scale,
     }
     return {**found, "rope_parameters": positions}
-
-
-def _floats(metadata: GgufMetadata, name: str) -> list[float]:
-    """The numbers of a small tensor of F32."""
-    entry = metadata.index.tensors[name]
-    content = bytearray(entry.nbytes)
-    with SourceFile(entry.path, metadata.index.files.get(entry.path)) as file:
-        file.read_into(entry.offset, memoryview(content))
-    return [*struct.unpack(f"<{entry.nbytes // 4}f", content)]
 
 
 def _linear_attention(metadata: GgufMetadata) -> Mapping[str, Any]:

@@ -1,10 +1,12 @@
 """The metadata of one GGUF file by llama.cpp's names, and the settings that every architecture says alike."""
 
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from foreroute.checkpoint.gguf_file import GgufIndex
+from foreroute.checkpoint.source_files import SourceFile
 from foreroute.errors import CorruptCheckpointError, UnsupportedModelError
 
 # Kinds of a router's scores, by their number in the metadata.
@@ -92,6 +94,20 @@ class GgufMetadata:
     def has(self, tensor: str) -> bool:
         """Whether some layer has the tensor `tensor`, a name without its block."""
         return any(name.partition(".")[2].partition(".")[2] == tensor for name in self.index.tensors)
+
+    def floats(self, tensor: str) -> list[float]:
+        """The numbers of a small tensor [numbers] of F32.
+
+        Raises:
+            CorruptCheckpointError: it has another type. ReadError: it cannot be read.
+        """
+        entry, kind = self.index.tensors[tensor], self.index.kinds[tensor]
+        if kind != "F32":
+            raise CorruptCheckpointError(f"{self.index.folder}: {tensor} is {kind} in place of F32. Download it again.")
+        content = bytearray(entry.nbytes)
+        with SourceFile(entry.path, self.index.files.get(entry.path)) as file:
+            file.read_into(entry.offset, memoryview(content))
+        return [*struct.unpack(f"<{entry.nbytes // 4}f", content)]
 
     @property
     def num_layers(self) -> int:

@@ -18,12 +18,13 @@ from foreroute.kernels.torch.gguf_blocks import dequantise_gguf
 from foreroute.model.experts import ExpertParameter
 from foreroute.model.gguf.changes import TensorChange
 from foreroute.model.gguf.metadata import GgufMetadata
+from foreroute.model.gguf.positions import DIVISORS
 from foreroute.model.gguf.settings import family_of
 
 _BLOCK = re.compile(r"blk\.(\d+)\.")
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
 # Tensors of positions, which the settings have.
-_OF_SETTINGS = frozenset({"rope_factors_long.weight", "rope_factors_short.weight"})
+_OF_SETTINGS = frozenset({"rope_factors_long.weight", "rope_factors_short.weight", DIVISORS})
 
 
 @dataclass(frozen=True)
