@@ -77,8 +77,8 @@ def _divided(metadata: GgufMetadata, theta: float, *, is_plain: bool) -> dict[st
     turned = metadata.get("rope.dimension_count", metadata.get("attention.key_length", heads))
     if not is_plain:
         raise UnsupportedModelError(
-            f"{metadata.index.folder}: positions are scaled twice, by {DIVISORS} and by rope.scaling, which is not read. "
-            "Take the model's safetensors."
+            f"{metadata.index.folder}: positions are scaled twice, by {DIVISORS} and by rope.scaling, which is not "
+            "read. Take the model's safetensors."
         )
     if 2 * len(divisors) != turned or not all(0 < divisor < math.inf for divisor in divisors):
         raise CorruptCheckpointError(
