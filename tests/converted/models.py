@@ -90,6 +90,15 @@ TINY: Mapping[str, tuple[str, dict[str, Any]]] = {
         **_MLA, "routed_scaling_factor": 1.5, "n_group": 4, "topk_group": 2, "norm_topk_prob": True,
         "num_nextn_predict_layers": 0, "scoring_func": "sigmoid",
         "rope_parameters": {**_YARN, "mscale": 1.0, "mscale_all_dim": 1.0}}),
+    # GLM 4.7 Flash, which the converter calls deepseek2.
+    "glm4moelite": ("glm4_moe_lite", {
+        **_MLA, "routed_scaling_factor": 1.5, "n_group": 1, "topk_group": 1, "norm_topk_prob": True,
+        "num_nextn_predict_layers": 0, "mlp_layer_types": ["dense", "sparse"],
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}}),
+    "solar-open": ("solar_open", {
+        "head_dim": 32, "moe_intermediate_size": 32, "n_routed_experts": 6, "intermediate_size": 96,
+        "num_experts_per_tok": 2, "n_shared_experts": 1, "routed_scaling_factor": 1.5, "norm_topk_prob": True,
+        "rope_parameters": {**_YARN, "partial_rotary_factor": 1.0}}),
     "glm4moe": ("glm4_moe", {
         "head_dim": 32, "intermediate_size": 96, "moe_intermediate_size": 32, "n_routed_experts": 6,
         "num_experts_per_tok": 2, "n_shared_experts": 2, "first_k_dense_replace": 1, "use_qk_norm": True,

@@ -25,7 +25,8 @@ from tests.converted.convert import CONVERTED
 from tests.converted.models import TINY, tiny_config, tiny_model
 from tests.support.checkpoints import save_tokenizer
 
-ROOT = Path(__file__).parents[2]
+DOCUMENTATION = Path(__file__).parents[2] / "docs" / "formats.md"
+TABLE_HEAD = "| architecture | transformers' model type | tensors that are changed back |\n|---|---|---|\n"
 Converted = Callable[[str], Path]
 # Settings that no number of an answer depends on.
 IDLE = frozenset({
@@ -35,6 +36,9 @@ IDLE = frozenset({
 })  # fmt: skip
 # Those that follow from others in the config's class; and one that is none unless the metadata say otherwise.
 FOLLOWING = frozenset({"mlp_layer_types", "sliding_window_pattern", "global_attn_every_n_layers", "clip_qkv"})
+
+# Models that another of transformers' families computes alike.
+READ_AS = {"qwen3_vl_moe_text": "qwen3_moe", "glm4_moe_lite": "deepseek_v3", "solar_open": "glm4_moe"}
 
 
 def _tokens(length: int) -> torch.Tensor:
@@ -66,8 +70,15 @@ def test_every_architecture_is_held_so() -> None:
 
 
 def test_the_table_of_the_documentation_is_this() -> None:
-    said = (ROOT / "docs" / "formats.md").read_text()
-    assert architecture_table() in said, "python -m tests.converted.test_architectures prints it"
+    _, table, _ = _said()
+    assert table == architecture_table(), "python -m tests.converted.test_architectures writes it"
+
+
+def _said() -> tuple[str, str, str]:
+    """The documentation before its table, the table, and the rest."""
+    before, head, rest = DOCUMENTATION.read_text().partition(TABLE_HEAD)
+    table, end, after = rest.partition("\n\n")
+    return before + head, f"{table}\n", end[1:] + after
 
 
 def architecture_table() -> str:
@@ -105,7 +116,7 @@ def test_no_setting_is_left_to_its_class(name: str, converted: Converted) -> Non
     said = {config.attribute_map.get(name, name) for name in settings}
     derived = FOLLOWING | ({"layer_types"} if settings.get("sliding_window", 0) is None else set())
     assert own - said - IDLE - derived == set()
-    assert model_type == {"qwen3_vl_moe_text": "qwen3_moe"}.get(config.model_type, config.model_type)
+    assert model_type == READ_AS.get(config.model_type, config.model_type)
 
 
 def _rewritten(path: Path, out: Path, change: Callable[[str, np.ndarray], dict[str, np.ndarray]], **more: Any) -> Path:
@@ -249,4 +260,5 @@ def test_what_the_model_has_no_place_for_is_refused(converted: Converted, tmp_pa
 
 
 if __name__ == "__main__":
-    print(architecture_table())
+    before, _, after = _said()
+    DOCUMENTATION.write_text(before + architecture_table() + after)

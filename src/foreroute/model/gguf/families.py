@@ -88,7 +88,9 @@ def _deepseek(metadata: GgufMetadata) -> Mapping[str, Any]:
         "q_lora_rank": metadata.get("attention.q_lora_rank"),
         "head_dim": turned,
     }
-    if metadata.get("expert_gating_func", SOFTMAX) == SIGMOID:
+    # GLM 4.7 Flash does not say it; llama.cpp knows that model by its sizes. A bias of choice goes with no other.
+    usual = SIGMOID if metadata.has("exp_probs_b.bias") else SOFTMAX
+    if metadata.get("expert_gating_func", usual) == SIGMOID:
         return {**found, "model_type": "deepseek_v3"}
     if metadata.get("expert_weights_norm", False):
         raise metadata.refused("expert_weights_norm", "which transformers' DeepSeek-V2 does not do")

@@ -23,7 +23,6 @@ SETTINGS: Mapping[str, tuple[str, ...]] = {
     "expert_count": ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"),
     "expert_used_count": ("num_experts_per_tok", "moe_k", "moe_topk"),
     "expert_shared_count": ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts"),
-    "leading_dense_block_count": ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index"),
     "attention.sliding_window": ("sliding_window",),
     "attention.q_lora_rank": ("q_lora_rank",),
     "attention.kv_lora_rank": ("kv_lora_rank",),
@@ -33,6 +32,7 @@ SETTINGS: Mapping[str, tuple[str, ...]] = {
 # The same for those that change numbers without a shape that shows it; with the value that an absent one has, and None
 # where that is the family's own.
 SCALES: Mapping[str, tuple[tuple[str, ...], Any]] = {
+    "leading_dense_block_count": (("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index"), 0),
     "expert_weights_scale": (("routed_scaling_factor", "route_scale"), 1.0),
     "expert_weights_norm": (("norm_topk_prob", "route_norm"), False),
     "expert_group_count": (("n_group",), 1),
