@@ -142,6 +142,14 @@ TINY: Mapping[str, tuple[str, dict[str, Any]]] = {
     "qwen3next": ("qwen3_next", {**_LINEAR, "intermediate_size": 96, "norm_topk_prob": True}),
     "qwen35moe": ("qwen3_5_moe_text", {
         **_LINEAR, "rope_parameters": {**_LINEAR["rope_parameters"], "mrope_section": [2, 1, 1]}}),
+    # Each layer is one mixer; experts have no gate.
+    "nemotron_h_moe": ("nemotron_h", {
+        "num_hidden_layers": None, "head_dim": 32,
+        "layers_block_type": ["linear_attention", "moe", "full_attention", "moe", "linear_attention"],
+        "intermediate_size": 96, "ssm_state_size": 16, "mamba_num_heads": 4, "mamba_head_dim": 32, "n_groups": 2,
+        "conv_kernel": 3, "chunk_size": 8, "n_routed_experts": 4, "n_shared_experts": 1, "moe_intermediate_size": 32,
+        "moe_shared_expert_intermediate_size": 64, "num_experts_per_tok": 2, "routed_scaling_factor": 1.5,
+        "layer_norm_epsilon": 3e-6, "moe_latent_size": 32}),
     "exaone-moe": ("exaone_moe", {
         "num_hidden_layers": 4, "head_dim": 16, "intermediate_size": 96, "moe_intermediate_size": 32, "num_experts": 4,
         "num_experts_per_tok": 2, "num_shared_experts": 2, "first_k_dense_replace": 1, "sliding_window": 8,

@@ -78,6 +78,25 @@ def _granite_hybrid(metadata: GgufMetadata) -> Mapping[str, Any]:
     }
 
 
+def _nemotron(metadata: GgufMetadata) -> Mapping[str, Any]:
+    heads = metadata.must("ssm.time_step_rank")
+    widths, kv_heads = metadata.by_layer("feed_forward_length"), metadata.by_layer("attention.head_count_kv")
+    kinds = {(True, False): "moe", (False, True): "full_attention", (False, False): "linear_attention"}
+    return {
+        "layers_block_type": [kinds[bool(w), bool(kv)] for w, kv in zip(widths, kv_heads, strict=True)],
+        "intermediate_size": max(widths),
+        "mamba_num_heads": heads,
+        "mamba_head_dim": metadata.must("ssm.inner_size") // heads,
+        "n_groups": metadata.must("ssm.group_count"),
+        "ssm_state_size": metadata.must("ssm.state_size"),
+        "conv_kernel": metadata.must("ssm.conv_kernel"),
+        "use_conv_bias": metadata.has("ssm_conv1d.bias"),
+        "use_bias": metadata.has("ssm_in.bias"),
+        "mlp_bias": metadata.has("ffn_up_shexp.bias"),
+        "attention_bias": metadata.has("attn_q.bias"),
+    }
+
+
 def _deepseek(metadata: GgufMetadata) -> Mapping[str, Any]:
     turned = metadata.must("rope.dimension_count")
     groups = metadata.get("expert_group_count", 1)
@@ -198,6 +217,16 @@ FAMILIES: Mapping[str, GgufFamily] = {
         _granite_hybrid,
         _GRANITE_NAMES,
         {**_GRANITE_CHANGES, "A_log": changes.LOG_DECAY},
+    ),
+    # src/models/nemotron-h.cpp: a layer without heads of keys and values, or width, is a state space. Its steps are no
+    # shorter than 0.001 in transformers, by all published configs; llama.cpp has no such bound.
+    "nemotron_h_moe": GgufFamily(
+        "nemotron_h",
+        {"mlp_hidden_act": "relu2", "mamba_hidden_act": "silu", "time_step_min": 0.001, "sliding_window": None},
+        _nemotron,
+        {"model.": "backbone."},
+        {"A_log": changes.LOG_DECAY},
+        scores=(SIGMOID,),
     ),
     # The noise bounds which experts count as equals, also where none is made; 0.01 in all published models.
     "phimoe": GgufFamily("phimoe", {**_NO_WINDOW, "router_jitter_noise": 0.01}, _phimoe),

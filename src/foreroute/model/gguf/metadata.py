@@ -16,10 +16,15 @@ SETTINGS: Mapping[str, tuple[str, ...]] = {
     "context_length": ("max_position_embeddings",),
     "embedding_length": ("hidden_size",),
     "attention.head_count": ("num_attention_heads",),
-    "attention.layer_norm_rms_epsilon": ("rms_norm_eps", "norm_eps"),
+    "attention.layer_norm_rms_epsilon": ("rms_norm_eps", "norm_eps", "layer_norm_epsilon"),
     "feed_forward_length": ("intermediate_size",),
     "expert_feed_forward_length": ("moe_intermediate_size", "intermediate_size"),
-    "expert_shared_feed_forward_length": ("shared_expert_intermediate_size", "shared_intermediate_size"),
+    "expert_shared_feed_forward_length": (
+        "shared_expert_intermediate_size",
+        "shared_intermediate_size",
+        "moe_shared_expert_intermediate_size",
+    ),
+    "moe_latent_size": ("moe_latent_size",),
     "expert_count": ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"),
     "expert_used_count": ("num_experts_per_tok", "moe_k", "moe_topk"),
     "expert_shared_count": ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts"),
@@ -59,6 +64,7 @@ _OTHERS = frozenset({
     "attention.value_length", "attention.key_length_mla", "expert_gating_func", "attention.sliding_window_pattern",
     "attention.recurrent_layers", "full_attention_interval", "ssm.conv_kernel", "ssm.inner_size", "ssm.state_size",
     "ssm.time_step_rank", "ssm.group_count", "tensor_data_layout", "pooling_type", "use_parallel_residual",
+    "attention.layer_norm_epsilon",
 })  # fmt: skip
 
 

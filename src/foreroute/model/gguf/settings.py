@@ -121,7 +121,7 @@ def _add_heads(metadata: GgufMetadata, family: GgufFamily, found: dict[str, Any]
     turned = metadata.get("rope.dimension_count", width)
     if family.turns_in_part:
         found["rope_parameters"] = {**found["rope_parameters"], "partial_rotary_factor": turned / width}
-    elif turned != width:
+    elif turned != width and "rope_parameters" in names:
         raise UnsupportedModelError(
             f"{metadata.index.folder}: positions turn {turned} of a head's {width} dimensions "
             f"({metadata.index.architecture}.rope.dimension_count), which is not read."

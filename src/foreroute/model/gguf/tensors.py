@@ -23,6 +23,10 @@ from foreroute.model.gguf.settings import family_of
 
 _BLOCK = re.compile(r"blk\.(\d+)\.")
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
+# What an expert's parameters are made of.
+_WHICH: Mapping[str, tuple[str, ...]] = {
+    "gate_up_proj": ("gate", "up"), "up_proj": ("up",), "down_proj": ("down",),
+}  # fmt: skip
 # Tensors of positions, which the settings have.
 _OF_SETTINGS = frozenset({"rope_factors_long.weight", "rope_factors_short.weight", DIVISORS})
 
@@ -130,7 +134,8 @@ def _check_present(index: GgufIndex, name: str, tensor: GgufTensor) -> None:
             "llama.cpp's."
         )
     stored, shape = index.shapes[tensor.stored[0]], tensor.shape
-    if len(tensor.stored) > 1:
+    # A vector may be stored by groups of its numbers.
+    if len(tensor.stored) > 1 or len(shape) == 1:
         is_alike = sum(math.prod(index.shapes[one]) for one in tensor.stored) == math.prod(shape)
     else:
         is_alike = [extent for extent in stored if extent != 1] == [extent for extent in shape if extent != 1]
@@ -175,10 +180,9 @@ def gguf_layer(
     sources: list[PartSource] = []
     parts: list[StoredPart] = []
     for parameter in parameters:
-        is_up = parameter.name.startswith("gate_up_proj")
-        ending = "bias" if parameter.name.endswith("_bias") else "weight"
-        block = f"blk.{found[1]}.ffn_"
-        which = ("gate", "up") if is_up else ("down",)
+        stem = parameter.name.removesuffix("_bias")
+        is_up, ending = stem == "gate_up_proj", "weight" if stem == parameter.name else "bias"
+        block, which = f"blk.{found[1]}.ffn_", _WHICH[stem]
         # One tensor of both, as a switch of the converter makes it.
         if is_up and form.gates == "halves" and f"{block}gate_up_exps.{ending}" in index.tensors:
             which = ("gate_up",)
