@@ -142,6 +142,10 @@ TINY: Mapping[str, tuple[str, dict[str, Any]]] = {
     "qwen3next": ("qwen3_next", {**_LINEAR, "intermediate_size": 96, "norm_topk_prob": True}),
     "qwen35moe": ("qwen3_5_moe_text", {
         **_LINEAR, "rope_parameters": {**_LINEAR["rope_parameters"], "mrope_section": [2, 1, 1]}}),
+    "jamba": ("jamba", {
+        "num_hidden_layers": 4, "intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2,
+        "attn_layer_period": 3, "attn_layer_offset": 2, "expert_layer_period": 2, "expert_layer_offset": 1,
+        "mamba_d_state": 8, "mamba_d_conv": 3, "mamba_expand": 2, "mamba_dt_rank": 8, "use_mamba_kernels": False}),
     # Each layer is one mixer; experts have no gate.
     "nemotron_h_moe": ("nemotron_h", {
         "num_hidden_layers": None, "head_dim": 32,

@@ -35,7 +35,7 @@ IDLE = frozenset({
     "mamba_chunk_size", "eod_token_id", "sep_token_id", "hidden_act", "chunk_size", "expand", "hidden_dropout",
     "mamba_proj_bias", "mamba_ssm_cache_dtype", "moe_shared_expert_overlap", "mtp_layers_block_type",
     "num_logits_to_keep", "rescale_prenorm_residual", "residual_in_fp32", "time_step_floor", "time_step_limit",
-    "time_step_max", "use_mamba_kernels",
+    "time_step_max", "use_associative_scan", "use_mamba_kernels", "use_mambapy",
 })  # fmt: skip
 # Those that follow from others in the config's class; and one that is none unless the metadata say otherwise.
 FOLLOWING = frozenset({"mlp_layer_types", "sliding_window_pattern", "global_attn_every_n_layers", "clip_qkv"})

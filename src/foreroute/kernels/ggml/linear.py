@@ -158,6 +158,11 @@ class BlockLinear(nn.Module):
         product = product.view(*x.shape[:-1], self.out_features)
         return product if x.dtype == torch.float32 else product.to(x.dtype)
 
+    @property
+    def weight(self) -> "BlockWeight":
+        """For the few families whose code takes the matrix in place of calling the layer (Jamba's steps)."""
+        return BlockWeight(self)
+
     def _compute(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, self.in_features)
         if rows.dtype != torch.float32 or not rows.is_contiguous():
@@ -172,6 +177,21 @@ class BlockLinear(nn.Module):
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
         return f"{self.in_features}, {self.out_features}, {self.matrix.kind.name}, bias={self.bias is not None}"
+
+
+class BlockWeight:
+    """The matrix [out, in] of a layer over blocks, as far as code of families uses one: multiplied, asked for a dtype."""
+
+    dtype = torch.float32
+
+    def __init__(self, layer: BlockLinear) -> None:
+        self._layer = layer
+
+    def __matmul__(self, columns: torch.Tensor) -> torch.Tensor:
+        """Multiply columns [batch, in, number]: [batch, out, number]."""
+        rows = columns.transpose(-1, -2).contiguous()
+        product = self._layer._compute(rows).view(*rows.shape[:-1], self._layer.out_features)
+        return product.to(columns.dtype).transpose(-1, -2)
 
 
 class BlockEmbedding(nn.Module):

@@ -78,6 +78,27 @@ def _granite_hybrid(metadata: GgufMetadata) -> Mapping[str, Any]:
     }
 
 
+def _jamba(metadata: GgufMetadata) -> Mapping[str, Any]:
+    layers = range(metadata.num_layers)
+    attention = [bool(heads) for heads in metadata.by_layer("attention.head_count_kv")]
+    routed = [f"blk.{layer}.ffn_gate_inp.weight" in metadata.index.tensors for layer in layers]
+    found: dict[str, Any] = {
+        "mamba_d_state": metadata.must("ssm.state_size"),
+        "mamba_d_conv": metadata.must("ssm.conv_kernel"),
+        "mamba_expand": metadata.must("ssm.inner_size") // metadata.must("embedding_length"),
+        "mamba_dt_rank": metadata.must("ssm.time_step_rank"),
+        "mamba_conv_bias": metadata.has("ssm_conv1d.bias"),
+        "mamba_proj_bias": metadata.has("ssm_in.bias"),
+    }
+    for name, chosen in (("attn", attention), ("expert", routed)):
+        at = [layer for layer in layers if chosen[layer]]
+        period = at[1] - at[0] if len(at) > 1 else len(layers)
+        if not at or at != [*layers[at[0] :: period]] or at[0] >= period:
+            raise metadata.refused("attention.head_count_kv", f"where {name} layers do not lie at equal distances")
+        found |= {f"{name}_layer_period": period, f"{name}_layer_offset": at[0]}
+    return found
+
+
 def _nemotron(metadata: GgufMetadata) -> Mapping[str, Any]:
     heads = metadata.must("ssm.time_step_rank")
     widths, kv_heads = metadata.by_layer("feed_forward_length"), metadata.by_layer("attention.head_count_kv")
@@ -218,6 +239,8 @@ FAMILIES: Mapping[str, GgufFamily] = {
         _GRANITE_NAMES,
         {**_GRANITE_CHANGES, "A_log": changes.LOG_DECAY},
     ),
+    # conversion/jamba.py: A is stored in place of its logarithm; attention's layers have heads of keys and values.
+    "jamba": GgufFamily("jamba", {}, _jamba, changes={"A_log": changes.LOG_DECAY}),
     # src/models/nemotron-h.cpp: a layer without heads of keys and values, or width, is a state space. Its steps are no
     # shorter than 0.001 in transformers, by all published configs; llama.cpp has no such bound.
     "nemotron_h_moe": GgufFamily(
