@@ -142,6 +142,15 @@ TINY: Mapping[str, tuple[str, dict[str, Any]]] = {
     "qwen3next": ("qwen3_next", {**_LINEAR, "intermediate_size": 96, "norm_topk_prob": True}),
     "qwen35moe": ("qwen3_5_moe_text", {
         **_LINEAR, "rope_parameters": {**_LINEAR["rope_parameters"], "mrope_section": [2, 1, 1]}}),
+    # Heads of two widths, and no values of their own where they are wide.
+    "gemma4": ("gemma4_text", {
+        "num_hidden_layers": 3, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+        "head_dim": 16, "global_head_dim": 32, "num_global_key_value_heads": 1, "attention_k_eq_v": True,
+        "sliding_window": 8, "intermediate_size": 96, "moe_intermediate_size": 32, "num_experts": 4,
+        "top_k_experts": 2, "enable_moe_block": True, "final_logit_softcapping": 20.0, "hidden_size_per_layer_input": 0,
+        "tie_word_embeddings": True, "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 5000.0},
+            "full_attention": {"rope_type": "proportional", "rope_theta": 70000.0, "partial_rotary_factor": 0.25}}}),
     "jamba": ("jamba", {
         "num_hidden_layers": 4, "intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2,
         "attn_layer_period": 3, "attn_layer_offset": 2, "expert_layer_period": 2, "expert_layer_offset": 1,
@@ -188,14 +197,17 @@ def tiny_model(name: str) -> Any:
     with torch.no_grad():
         for tensor_name, tensor in model.state_dict().items():
             if tensor.is_floating_point():
-                tensor.copy_(torch.from_numpy(_weights(tensor_name, tuple(tensor.shape))))
+                tensor.copy_(torch.from_numpy(_weights(tensor_name, tuple(tensor.shape), TINY[name][0])))
     return model.eval()
 
 
-def _weights(name: str, shape: tuple[int, ...]) -> np.ndarray:
+def _weights(name: str, shape: tuple[int, ...], model_type: str) -> np.ndarray:
     # RandomState: its numbers are the same for all time.
     steps = _LEVELS[np.random.RandomState(zlib.crc32(name.encode())).randint(0, len(_LEVELS), shape)]
-    if "norm" in name and len(shape) == 1:
+    if name.endswith("self_attn.q_norm.weight") and model_type == "gemma4_text":
+        # Attention is not divided by its width there: as sharp, what is rounded would make another token.
+        return (1 + steps / 16) / 4
+    if ("norm" in name or name.endswith(("scale", "scalar"))) and len(shape) == 1:
         return 1 + steps / 16
     if len(shape) == 1:
         return steps / 16

@@ -19,8 +19,9 @@ from tests.converted.models import TINY
 
 ALIKE = [name for name in TINY if name not in DIFFERS]
 # llama.cpp multiplies keys' and values' halves of kv_b one after the other, each rounded to 8 bits; here it is one
-# matrix of floats. Both are as far from the numbers of F32.
-ROUNDED_OTHERWISE = {"deepseek3": 0.9}
+# matrix of floats. Both are as far from the numbers of F32. It looks up GELU in a table of float16: of Gemma's dense
+# layers, which the family's code computes here, all tokens are the same if that is rounded so, too.
+ROUNDED_OTHERWISE = {"deepseek3": 0.9, "gemma4": 0.97}
 # Of the 25 prompts, those that are decoded here token by token. Of all 2,000 tokens 99.7 % or more were the same:
 # python -m tests.converted.test_beside_llama_cpp.
 NUM_DECODED = 5

@@ -180,7 +180,7 @@ class BlockLinear(nn.Module):
 
 
 class BlockWeight:
-    """The matrix [out, in] of a layer over blocks, as far as code of families uses one: multiplied, asked for a dtype."""
+    """The matrix [out, in] of a layer over blocks, as far as families use one: it multiplies, and has a dtype."""
 
     dtype = torch.float32
 
@@ -199,24 +199,31 @@ class BlockEmbedding(nn.Module):
 
     Args:
         matrix: [vocabulary, width]. products: has ggml's functions.
-        padding_idx: as in nn.Embedding, which others read. dtype: of the rows.
+        padding_idx: as in nn.Embedding, which others read. dtype: of the rows. scale: they are multiplied by it.
     """
 
     def __init__(
-        self, matrix: BlockMatrix, products: BlockProducts, padding_idx: int | None, dtype: torch.dtype
+        self,
+        matrix: BlockMatrix,
+        products: BlockProducts,
+        padding_idx: int | None,
+        dtype: torch.dtype,
+        scale: float = 1.0,
     ) -> None:
         super().__init__()
         self.num_embeddings, self.embedding_dim, self.padding_idx = matrix.rows, matrix.columns, padding_idx
         self.matrix = matrix
         self._to_float = products.library.to_float(matrix.kind.name)
-        self._dtype = dtype
+        self._dtype, self._scale = dtype, scale
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Look up token ids [...]: [..., width]."""
         blocks = self.matrix.blocks.index_select(0, ids.reshape(-1))
         rows = torch.empty(len(blocks), self.embedding_dim, dtype=torch.float32, device="cpu")
         self._to_float(blocks.data_ptr(), rows.data_ptr(), rows.numel())
-        return rows.view(*ids.shape, self.embedding_dim).to(self._dtype)
+        rows = rows.view(*ids.shape, self.embedding_dim).to(self._dtype)
+        # By a number of that dtype, as Gemma does it.
+        return rows if self._scale == 1 else rows * torch.tensor(self._scale, dtype=self._dtype, device="cpu")
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""

@@ -209,7 +209,7 @@ class DenseBlocks:
         replaced: list[str] = []
         with torch.device("cpu"), torch.inference_mode(False), torch.no_grad():
             for name, module in [*model.named_modules()]:
-                if type(module) not in (nn.Linear, nn.Embedding):
+                if type(module) is not nn.Linear and _scale_of(module) is None:
                     continue
                 weight = f"{name}.weight"
                 matrix = self._tied(weight, state) if module is head else self._matrix(weight, state)
@@ -242,10 +242,19 @@ class DenseBlocks:
 
     def _module(self, module: nn.Module, matrix: BlockMatrix) -> nn.Module:
         if isinstance(module, nn.Embedding):
-            return BlockEmbedding(matrix, self._products, module.padding_idx, self._dtype)
+            scale = _scale_of(module)
+            assert scale is not None, "others are not replaced"
+            return BlockEmbedding(matrix, self._products, module.padding_idx, self._dtype, scale)
         assert isinstance(module, nn.Linear)
         with torch.device("meta"):
             return BlockLinear(matrix, self._products, module.bias is not None, self._dtype)
+
+
+def _scale_of(module: nn.Module) -> float | None:
+    """What an embedding multiplies its rows by: 1, but for Gemma's class. None for other modules."""
+    if type(module) is nn.Embedding:
+        return 1.0
+    return getattr(module, "scalar_embed_scale", None) if isinstance(module, nn.Embedding) else None
 
 
 def _held_in(coding: Coding, columns: int, components: Sequence[torch.Tensor]) -> str:

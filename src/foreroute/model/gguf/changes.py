@@ -72,3 +72,5 @@ VALUE_LOG_DECAY = TensorChange(lambda t, config: _grouped(torch.log(-t[0]), conf
 VALUE_ROWS = TensorChange(lambda t, config: _grouped(t[0], config), of_rows=True)
 VALUES_OF_QKV = TensorChange(lambda t, config: _grouped_values(t[0], config), of_rows=True)
 VALUE_COLUMNS = TensorChange(lambda t, config: _grouped(t[0].t(), config).t(), of_columns="linear_num_value_heads")
+ROUTER_SCALE = TensorChange(lambda t, _: t[0], ("ffn_gate_inp.scale",))
+EXPERT_SCALES = TensorChange(lambda t, _: t[0], ("ffn_down_exps.scale",))

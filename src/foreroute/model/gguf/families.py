@@ -78,6 +78,36 @@ def _granite_hybrid(metadata: GgufMetadata) -> Mapping[str, Any]:
     }
 
 
+def _gemma4(metadata: GgufMetadata) -> Mapping[str, Any]:
+    found = _windows(metadata, 6)
+    is_full = [kind == "full_attention" for kind in found["layer_types"]]
+    if not any(is_full) or all(is_full) or isinstance(metadata.must("feed_forward_length"), list):
+        raise metadata.refused("feed_forward_length", "or attention.sliding_window_pattern, which the family lacks")
+    kv_heads = metadata.by_layer("attention.head_count_kv")
+    width = metadata.must("attention.key_length")
+    divisors = metadata.floats("rope_freqs.weight")
+    # Dimensions that full attention does not turn are divided by 1e30.
+    turned = sum(divisor == 1 for divisor in divisors)
+    wide, narrow = is_full.index(True), is_full.index(False)
+    return {
+        **found,
+        "head_dim": metadata.must("attention.key_length_swa"),
+        "global_head_dim": width,
+        "num_key_value_heads": kv_heads[narrow],
+        "num_global_key_value_heads": kv_heads[wide],
+        "attention_k_eq_v": f"blk.{wide}.attn_v.weight" not in metadata.index.tensors,
+        "vocab_size_per_layer_input": metadata.index.shapes["token_embd.weight"][0],
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": float(metadata.must("rope.freq_base_swa"))},
+            "full_attention": {
+                "rope_type": "proportional",
+                "rope_theta": float(metadata.must("rope.freq_base")),
+                "partial_rotary_factor": turned / len(divisors),
+            },
+        },
+    }
+
+
 def _jamba(metadata: GgufMetadata) -> Mapping[str, Any]:
     layers = range(metadata.num_layers)
     attention = [bool(heads) for heads in metadata.by_layer("attention.head_count_kv")]
@@ -238,6 +268,14 @@ FAMILIES: Mapping[str, GgufFamily] = {
         _granite_hybrid,
         _GRANITE_NAMES,
         {**_GRANITE_CHANGES, "A_log": changes.LOG_DECAY},
+    ),
+    # conversion/gemma.py: scales of the router and of experts are of no name in the map.
+    "gemma4": GgufFamily(
+        "gemma4_text",
+        {"attention_bias": False, "enable_moe_block": True, "hidden_activation": "gelu_pytorch_tanh",
+         "use_bidirectional_attention": None, "use_double_wide_mlp": False},
+        _gemma4,
+        changes={"router.scale": changes.ROUTER_SCALE, "router.per_expert_scale": changes.EXPERT_SCALES},
     ),
     # conversion/jamba.py: A is stored in place of its logarithm; attention's layers have heads of keys and values.
     "jamba": GgufFamily("jamba", {}, _jamba, changes={"A_log": changes.LOG_DECAY}),

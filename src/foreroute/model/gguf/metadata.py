@@ -25,8 +25,9 @@ SETTINGS: Mapping[str, tuple[str, ...]] = {
         "moe_shared_expert_intermediate_size",
     ),
     "moe_latent_size": ("moe_latent_size",),
+    "embedding_length_per_layer_input": ("hidden_size_per_layer_input",),
     "expert_count": ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"),
-    "expert_used_count": ("num_experts_per_tok", "moe_k", "moe_topk"),
+    "expert_used_count": ("num_experts_per_tok", "moe_k", "moe_topk", "top_k_experts"),
     "expert_shared_count": ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts"),
     "attention.sliding_window": ("sliding_window",),
     "attention.q_lora_rank": ("q_lora_rank",),
@@ -48,7 +49,8 @@ SCALES: Mapping[str, tuple[tuple[str, ...], Any]] = {
     "logit_scale": (("logits_scaling",), 1.0),
     "attn_logit_softcapping": ((), None),
     "router_logit_softcapping": ((), None),
-    "final_logit_softcapping": ((), None),
+    "final_logit_softcapping": (("final_logit_softcapping",), None),
+    "attention.shared_kv_layers": (("num_kv_shared_layers",), 0),
     "attention.clamp_kqv": (("clip_qkv",), None),
     "attention.max_alibi_bias": ((), None),
     "attention.causal": ((), True),
@@ -64,7 +66,7 @@ _OTHERS = frozenset({
     "attention.value_length", "attention.key_length_mla", "expert_gating_func", "attention.sliding_window_pattern",
     "attention.recurrent_layers", "full_attention_interval", "ssm.conv_kernel", "ssm.inner_size", "ssm.state_size",
     "ssm.time_step_rank", "ssm.group_count", "tensor_data_layout", "pooling_type", "use_parallel_residual",
-    "attention.layer_norm_epsilon",
+    "attention.layer_norm_epsilon", "attention.key_length_swa", "attention.value_length_swa",
 })  # fmt: skip
 
 

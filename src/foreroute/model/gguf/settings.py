@@ -11,6 +11,9 @@ from foreroute.model.gguf.families import FAMILIES, GgufFamily
 from foreroute.model.gguf.metadata import SCALES, SETTINGS, GgufMetadata
 from foreroute.model.gguf.positions import rope_parameters
 
+# What some configs take, and do not name.
+_UNNAMED = frozenset({"head_dim", "global_head_dim", "num_global_key_value_heads"})
+
 
 def family_of(index: GgufIndex) -> GgufFamily:
     """The declaration of the file's architecture.
@@ -66,8 +69,7 @@ def settings_of(index: GgufIndex) -> tuple[str, dict[str, Any]]:
     found["pad_token_id"] = index.settings.get("tokenizer.ggml.padding_token_id")
     if "head_dim" not in more:
         _add_heads(metadata, family, found, names)
-    # Some configs take the width of a head, and do not name it.
-    return model_type, {name: value for name, value in {**found, **more}.items() if name in names or name == "head_dim"}
+    return model_type, {name: value for name, value in {**found, **more}.items() if name in names or name in _UNNAMED}
 
 
 def _check_numbers(metadata: GgufMetadata) -> None:
