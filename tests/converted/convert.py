@@ -31,6 +31,15 @@ from tests.support.checkpoints import save_tokenizer
 
 # Where a model's published class has another name than transformers' own.
 _PUBLISHED = {"PhimoeForCausalLM": "PhiMoEForCausalLM"}
+# Settings that published models have beside transformers' own, or in place of them.
+_PUBLISHED_SETTINGS: dict[str, dict[str, Any]] = {
+    "mimo2": {
+        "swa_head_dim": 32, "swa_num_attention_heads": 4, "swa_v_head_dim": 16, "swa_num_key_value_heads": 2,
+        "topk_method": "noaux_tc", "scoring_func": "sigmoid", "hybrid_layer_pattern": [0, 1, 1],
+        "layernorm_epsilon": 3e-6, "sliding_window": 7, "swa_rope_theta": 5000.0,
+        "rope_parameters": {"rope_theta": 70000.0, "partial_rotary_factor": 0.5, "rope_type": "default"},
+    },
+}  # fmt: skip
 # llama.cpp loads no BPE vocabulary without some.
 MERGES = (("t", "h"), ("Ġ", "th"), ("Ġth", "e"), ("i", "n"))
 # Models of which llama.cpp computes something else than transformers, from the same file.
@@ -39,6 +48,7 @@ DIFFERS = {
     "deepseek2-groups": "groups of experts are chosen by the sum of their two best, as in V3, not by the best",
     "glm4moelite": "that its scores are sigmoids is known by 47 layers and 154,880 tokens",
     "gpt-oss": "YaRN's bounds are rounded, whatever `truncate` says",
+    "mimo2": "a window holds one token less",
     "phimoe": "norms have no mean, and the experts are not those of the sparse mixer",
 }
 CONVERTED = Path(__file__).parent / "files"
@@ -88,6 +98,7 @@ def _write_as_published(folder: Path, name: str, class_name: str) -> None:
         )
     saved = json.loads(path.read_text())
     own = {} if "text_config" in saved else TINY[name][1]
+    own = {**own, **_PUBLISHED_SETTINGS.get(name, {})}
     settings = {**saved, **own, "architectures": [_PUBLISHED.get(class_name, class_name)]}
     path.write_text(json.dumps(settings))
 

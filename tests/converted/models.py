@@ -142,6 +142,14 @@ TINY: Mapping[str, tuple[str, dict[str, Any]]] = {
     "qwen3next": ("qwen3_next", {**_LINEAR, "intermediate_size": 96, "norm_topk_prob": True}),
     "qwen35moe": ("qwen3_5_moe_text", {
         **_LINEAR, "rope_parameters": {**_LINEAR["rope_parameters"], "mrope_section": [2, 1, 1]}}),
+    # Values are narrower than keys; layers with a window have sinks, and twice as many heads of keys.
+    "mimo2": ("mimo_v2_flash", {
+        "num_hidden_layers": 3, "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+        "mlp_layer_types": ["dense", "sparse", "sparse"], "num_key_value_heads": 1, "head_dim": 32, "v_head_dim": 16,
+        "sliding_window": 8, "intermediate_size": 96, "moe_intermediate_size": 32, "n_routed_experts": 4,
+        "num_experts_per_tok": 2, "routed_scaling_factor": 1.0, "attention_value_scale": 0.6, "rope_parameters": {
+            "full_attention": {"rope_type": "default", "rope_theta": 70000.0, "partial_rotary_factor": 0.5},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 5000.0, "partial_rotary_factor": 0.5}}}),
     # Heads of two widths, and no values of their own where they are wide.
     "gemma4": ("gemma4_text", {
         "num_hidden_layers": 3, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],

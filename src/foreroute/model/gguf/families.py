@@ -108,6 +108,32 @@ def _gemma4(metadata: GgufMetadata) -> Mapping[str, Any]:
     }
 
 
+def _mimo2(metadata: GgufMetadata) -> Mapping[str, Any]:
+    found = _windows(metadata, 6)
+    kv_heads, width = metadata.by_layer("attention.head_count_kv"), metadata.must("attention.key_length")
+    fewest = min(kv_heads)
+    if any(heads != fewest * (1 + (kind != "full_attention")) for heads, kind in zip(kv_heads, found["layer_types"])):
+        raise metadata.refused("attention.head_count_kv", "where layers with a window have twice as many")
+    part = {"rope_type": "default", "partial_rotary_factor": metadata.must("rope.dimension_count") / width}
+    theta = metadata.must("rope.freq_base")
+    routed = [f"blk.{at}.ffn_gate_inp.weight" in metadata.index.tensors for at in range(metadata.num_layers)]
+    return {
+        **found,
+        "head_dim": width,
+        "v_head_dim": metadata.must("attention.value_length"),
+        "num_key_value_heads": fewest,
+        # Of tokens before this one; transformers counts this one.
+        "sliding_window": metadata.must("attention.sliding_window") + 1,
+        "mlp_layer_types": [("dense", "sparse")[is_routed] for is_routed in routed],
+        "attention_value_scale": metadata.get("attention.value_scale", 1.0),
+        "attention_bias": metadata.has("attn_q.bias"),
+        "rope_parameters": {
+            "full_attention": {**part, "rope_theta": theta},
+            "sliding_attention": {**part, "rope_theta": metadata.get("rope.freq_base_swa", theta)},
+        },
+    }
+
+
 def _jamba(metadata: GgufMetadata) -> Mapping[str, Any]:
     layers = range(metadata.num_layers)
     attention = [bool(heads) for heads in metadata.by_layer("attention.head_count_kv")]
@@ -277,6 +303,8 @@ FAMILIES: Mapping[str, GgufFamily] = {
         _gemma4,
         changes={"router.scale": changes.ROUTER_SCALE, "router.per_expert_scale": changes.EXPERT_SCALES},
     ),
+    # src/models/mimo2.cpp: weights of the chosen are normalised.
+    "mimo2": GgufFamily("mimo_v2_flash", {"norm_topk_prob": True}, _mimo2, scores=(SIGMOID,)),
     # conversion/jamba.py: A is stored in place of its logarithm; attention's layers have heads of keys and values.
     "jamba": GgufFamily("jamba", {}, _jamba, changes={"A_log": changes.LOG_DECAY}),
     # src/models/nemotron-h.cpp: a layer without heads of keys and values, or width, is a state space. Its steps are no

@@ -67,6 +67,7 @@ _OTHERS = frozenset({
     "attention.recurrent_layers", "full_attention_interval", "ssm.conv_kernel", "ssm.inner_size", "ssm.state_size",
     "ssm.time_step_rank", "ssm.group_count", "tensor_data_layout", "pooling_type", "use_parallel_residual",
     "attention.layer_norm_epsilon", "attention.key_length_swa", "attention.value_length_swa",
+    "attention.value_scale",
 })  # fmt: skip
 
 
