@@ -112,7 +112,10 @@ def _mimo2(metadata: GgufMetadata) -> Mapping[str, Any]:
     found = _windows(metadata, 6)
     kv_heads, width = metadata.by_layer("attention.head_count_kv"), metadata.must("attention.key_length")
     fewest = min(kv_heads)
-    if any(heads != fewest * (1 + (kind != "full_attention")) for heads, kind in zip(kv_heads, found["layer_types"])):
+    if any(
+        heads != fewest * (1 + (kind != "full_attention"))
+        for heads, kind in zip(kv_heads, found["layer_types"], strict=True)
+    ):
         raise metadata.refused("attention.head_count_kv", "where layers with a window have twice as many")
     part = {"rope_type": "default", "partial_rotary_factor": metadata.must("rope.dimension_count") / width}
     theta = metadata.must("rope.freq_base")
