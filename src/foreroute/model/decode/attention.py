@@ -4,9 +4,11 @@ One operation of ggml's: transformers' own functions copy keys and values that h
 walk them once per head (sdpa on a CPU), as torch operations with two threads that have to be woken in every layer.
 """
 
+import inspect
 import sys
 from collections.abc import Callable
 from functools import partial
+from types import CodeType
 from typing import Any
 
 import torch
@@ -101,7 +103,7 @@ def attends_by_interface(model: PreTrainedModel) -> bool:
     attentions = _attentions(model)
     is_one = len(attentions) == config.num_hidden_layers and all(one.config is config for one in attentions)
     is_known = config._attn_implementation in (*_NAMES, *_NAMES.values())
-    return is_one and is_known and all(_asks(one) for one in attentions)
+    return is_one and is_known and all(_asks(one) for one in attentions) and not _depends_on_names(model)
 
 
 def _attentions(model: PreTrainedModel) -> list[Any]:
@@ -135,6 +137,27 @@ def sees_all(module: Any, mask: Any) -> bool:
 def _asks(module: Any) -> bool:
     home = sys.modules[type(module).__module__]
     return hasattr(home, "eager_attention_forward") and hasattr(home, "ALL_ATTENTION_FUNCTIONS")
+
+
+def _depends_on_names(model: PreTrainedModel) -> bool:
+    """Whether code of the model's family does one thing or another by the name of the attention function.
+
+    That of sparse attention does (DeepSeek-V3.2): under a name that it does not know, it would attend to all tokens.
+    """
+    home = type(model).__module__
+    classes = {type(module) for module in model.modules() if type(module).__module__ == home}
+    functions = [inspect.unwrap(one) for kind in classes for one in vars(kind).values() if inspect.isroutine(one)]
+    return any(_has_names(one.__code__) for one in functions if inspect.isfunction(one))
+
+
+def _has_names(code: CodeType) -> bool:
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType) and _has_names(constant):
+            return True
+        names = constant if isinstance(constant, tuple | frozenset) else (constant,)
+        if any(name in _NAMES for name in names if isinstance(name, str)):
+            return True
+    return False
 
 
 def _can_group(module: Any, query: torch.Tensor, key: torch.Tensor, mask: Any, kwargs: Any, own: str) -> bool:
