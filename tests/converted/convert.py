@@ -46,6 +46,7 @@ MERGES = (("t", "h"), ("Ġ", "th"), ("Ġth", "e"), ("i", "n"))
 DIFFERS = {
     "deepseek2": "it refuses a model without a low rank of queries, unless it has 26, 27 or 48 layers",
     "deepseek2-groups": "groups of experts are chosen by the sum of their two best, as in V3, not by the best",
+    "glm-dsa": "it ends the process with heads of the indexer as small",
     "glm4moelite": "that its scores are sigmoids is known by 47 layers and 154,880 tokens",
     "gpt-oss": "YaRN's bounds are rounded, whatever `truncate` says",
     "mimo2": "a window holds one token less",

@@ -95,6 +95,11 @@ TINY: Mapping[str, tuple[str, dict[str, Any]]] = {
         **_MLA, "routed_scaling_factor": 1.5, "n_group": 1, "topk_group": 1, "norm_topk_prob": True,
         "num_nextn_predict_layers": 0, "mlp_layer_types": ["dense", "sparse"],
         "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}}),
+    # Attends to 32 tokens at most, which an indexer chooses.
+    "glm-dsa": ("glm_moe_dsa", {
+        **_MLA, "routed_scaling_factor": 1.5, "norm_topk_prob": True, "index_topk": 32, "index_n_heads": 2,
+        "index_head_dim": 32, "num_hidden_layers": 3, "indexer_types": ["full", "full", "shared"],
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}}),
     "solar-open": ("solar_open", {
         "head_dim": 32, "moe_intermediate_size": 32, "n_routed_experts": 6, "intermediate_size": 96,
         "num_experts_per_tok": 2, "n_shared_experts": 1, "routed_scaling_factor": 1.5, "norm_topk_prob": True,

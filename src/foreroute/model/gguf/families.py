@@ -196,6 +196,22 @@ def _deepseek(metadata: GgufMetadata) -> Mapping[str, Any]:
     return {**found, "topk_method": "group_limited_greedy" if groups > 1 else "greedy"}
 
 
+def _glm_dsa(metadata: GgufMetadata) -> Mapping[str, Any]:
+    turned, layers = metadata.must("rope.dimension_count"), range(metadata.num_layers)
+    # Older files do not say which layers choose tokens anew; those have what that takes.
+    full = metadata.get("attention.indexer.types") or [
+        f"blk.{layer}.indexer.attn_k.weight" in metadata.index.tensors for layer in layers
+    ]
+    return {
+        "qk_rope_head_dim": turned,
+        "qk_nope_head_dim": metadata.must("attention.key_length_mla") - turned,
+        "num_key_value_heads": metadata.must("attention.head_count"),
+        "head_dim": turned,
+        "layer_types": ["indexed_attention" for _ in layers],
+        "indexer_types": [("shared", "full")[bool(full[layer])] for layer in layers],
+    }
+
+
 def _glm(metadata: GgufMetadata) -> Mapping[str, Any]:
     return {"use_qk_norm": metadata.has("attn_q_norm.weight"), "attention_bias": metadata.has("attn_q.bias")}
 
@@ -285,6 +301,13 @@ FAMILIES: Mapping[str, GgufFamily] = {
         changes={"kv_b_proj.weight": changes.SPLIT_KV_B},
         scores=(SOFTMAX, SIGMOID),
         has_mscale=True,
+    ),
+    "glm-dsa": GgufFamily(
+        "glm_moe_dsa",
+        {"attention_bias": False, "mlp_bias": False},
+        _glm_dsa,
+        changes={"kv_b_proj.weight": changes.SPLIT_KV_B},
+        scores=(SIGMOID,),
     ),
     "glm4moe": GgufFamily("glm4_moe", {}, _glm, scores=(SIGMOID,), turns_in_part=True),
     "granitemoe": GgufFamily(

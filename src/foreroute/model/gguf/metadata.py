@@ -33,6 +33,9 @@ SETTINGS: Mapping[str, tuple[str, ...]] = {
     "attention.q_lora_rank": ("q_lora_rank",),
     "attention.kv_lora_rank": ("kv_lora_rank",),
     "attention.value_length_mla": ("v_head_dim",),
+    "attention.indexer.head_count": ("index_n_heads",),
+    "attention.indexer.key_length": ("index_head_dim",),
+    "attention.indexer.top_k": ("index_topk",),
     "shortconv.l_cache": ("conv_L_cache",),
 }
 # The same for those that change numbers without a shape that shows it; with the value that an absent one has, and None
@@ -67,7 +70,7 @@ _OTHERS = frozenset({
     "attention.recurrent_layers", "full_attention_interval", "ssm.conv_kernel", "ssm.inner_size", "ssm.state_size",
     "ssm.time_step_rank", "ssm.group_count", "tensor_data_layout", "pooling_type", "use_parallel_residual",
     "attention.layer_norm_epsilon", "attention.key_length_swa", "attention.value_length_swa",
-    "attention.value_scale",
+    "attention.value_scale", "attention.indexer.types",
 })  # fmt: skip
 
 
