@@ -333,8 +333,8 @@ FAMILIES: Mapping[str, GgufFamily] = {
     "mimo2": GgufFamily("mimo_v2_flash", {"norm_topk_prob": True}, _mimo2, scores=(SIGMOID,)),
     # conversion/jamba.py: A is stored in place of its logarithm; attention's layers have heads of keys and values.
     "jamba": GgufFamily("jamba", {}, _jamba, changes={"A_log": changes.LOG_DECAY}),
-    # src/models/nemotron-h.cpp: a layer without heads of keys and values, or width, is a state space. In transformers its
-    # steps have a least length, which llama.cpp does not know and a file does not say: its default, 0.001.
+    # src/models/nemotron-h.cpp: a layer without heads of keys and values, or width, is a state space. Transformers
+    # has a least length of its steps, which llama.cpp has not and a file does not say: its default, 0.001.
     "nemotron_h_moe": GgufFamily(
         "nemotron_h",
         {"mlp_hidden_act": "relu2", "mamba_hidden_act": "silu", "time_step_min": 0.001, "sliding_window": None},
