@@ -215,6 +215,10 @@ def test_plan_says_what_packing_gains(mixture: Mixture, store: Path) -> None:
     now, then = format_memory(found.reading.nbytes), format_memory(found.reading.packed_nbytes)
     assert "an expert becomes one aligned read without a copy (now 3 reads and copies)" in hint
     assert f"{then} in whole pages in place of {now}" in hint
+    # Beside the records: a header and checksums.
+    records = found.plan.total_slots * found.plan.slot_bytes
+    assert f"It takes {format_memory(records, round_up=True)} of disk" in hint
+    assert records < store.stat().st_size < records + 2**16
     assert not [hint for hint in plan_command.advice(packed, "MODEL") if "foreroute pack" in hint]
     told = plan_command.as_json(found)["plan"]
     assert (told["reads_per_expert"], told["read_bytes_per_expert"]) == (3, found.reading.nbytes)

@@ -1,5 +1,6 @@
 """Tokenizers of GGUF files: 1,000 strings of every kind against the tokenizer that the file was made of."""
 
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ import gguf
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from foreroute.checkpoint.gguf_file import read_gguf
+from foreroute.checkpoint.gguf_file import read_array, read_gguf
 from foreroute.errors import CheckpointError, CorruptCheckpointError, UnsupportedModelError
 from foreroute.model.generation_settings import complete_generation_config
 from foreroute.model.gguf.pre_tokenizers import PRE_TOKENIZERS
@@ -115,6 +116,27 @@ def test_without_a_word_on_the_start_token_its_kind_says(
     assert (ours.encode("the fox")[0] == source.bos_token_id) == starts
 
 
+@pytest.mark.parametrize("role", ["padding", "unknown", "bos"])
+def test_an_ordinary_token_with_a_role_stays_text(role: str, source: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """Converters copy pad_token_id 0 of a config, which is "!" in many vocabularies."""
+    number = source.convert_tokens_to_ids("!")
+    said = {f"tokenizer.ggml.{role}_token_id": number, "tokenizer.ggml.add_bos_token": role == "bos"}
+    ours = gguf_tokenizer(read_gguf(write_vocabulary(source, tmp_path / "m.gguf", "gpt2", "qwen2", said=said)))
+    text = "wait! what!! !"
+    ids = ours.encode(text, add_special_tokens=False)
+    assert ids == source.encode(text, add_special_tokens=False)
+    assert ours.decode(ids, skip_special_tokens=True) == text
+    assert (ours.encode(text)[0] == number) == (role == "bos")
+
+
+def test_of_a_merge_that_is_listed_twice_the_first_counts(source: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    path = write_vocabulary(source, tmp_path / "m.gguf", "gpt2", "qwen2")
+    merges = read_array(read_gguf(path), "tokenizer.ggml.merges")
+    said = {"tokenizer.ggml.merges": [*merges, *merges[:40]]}
+    ours = gguf_tokenizer(read_gguf(write_vocabulary(source, tmp_path / "twice.gguf", "gpt2", "qwen2", said=said)))
+    assert_same(ours, source)
+
+
 @pytest.mark.parametrize("in_parts", [False, True])
 def test_a_model_without_a_tokenizer_beside_it_has_its_own(
     in_parts: bool, converted: Callable[[str], Path], tmp_path: Path
@@ -193,7 +215,10 @@ def test_an_answer_ends_at_all_that_the_file_says(source: PreTrainedTokenizerFas
         ("gpt2", "qwen2", {"tokenizer.ggml.tokens": [1, 2]}, CorruptCheckpointError, "a token .* is no text"),
         ("llama", "", {"tokenizer.ggml.tokens": ["a", "b" * 2000], "tokenizer.ggml.token_type": [1, 1],
                        "tokenizer.ggml.scores": [0.5, -1.5]}, CorruptCheckpointError, "a token has 2,000 characters"),
-        ("gpt2", "qwen2", {"tokenizer.ggml.tokens": ["a"]}, CorruptCheckpointError, "token_type has .* for 1 tokens"),
+        ("gpt2", "qwen2", {"tokenizer.ggml.token_type": [1]}, CorruptCheckpointError, "token_type has 1 numbers"),
+        ("gpt2", "", {"tokenizer.ggml.pre": [1, 2]}, UnsupportedModelError, r"splits texts as \[1, 2\] does"),
+        ("llama", "", {"tokenizer.ggml.tokens": ["a", "b"], "tokenizer.ggml.token_type": [1, 1],
+                       "tokenizer.ggml.scores": [0.5, math.nan]}, CorruptCheckpointError, "or one that is no number"),
     ],
 )  # fmt: skip
 def test_what_makes_no_tokenizer_is_named(

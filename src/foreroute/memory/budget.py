@@ -24,7 +24,7 @@ _HOST_RESERVE_BYTES = 4 * 2**30
 class SlotPlan:
     """The slot pool that a budget buys.
 
-    classes: its slots by length, the longest first; one where all layers' experts are of about one length.
+    classes: its slots by length, the longest first; one where all layers' experts take as many pages.
     token_demand_slots: distinct experts that one token uses, over all layers.
     token_bytes: bytes of the slots that hold these.
     """

@@ -198,7 +198,7 @@ def advice(found: Findings, model: str) -> list[str]:
             + (": nothing is read twice." if fits else f"; the free RAM has room for {chosen}.")
         )
     if plan.source != "packed" and plan.num_slots < plan.total_slots:
-        hints.append(_what_packing_gains(found.reading, model, whole))
+        hints.append(_what_packing_gains(found.reading, model, plan.total_slots * plan.slot_bytes))
     if not found.bandwidth.is_direct:
         hints.append(
             "Experts are read through the page cache, not with O_DIRECT: the disk's figure above may be that of RAM. "
@@ -219,7 +219,7 @@ def advice(found: Findings, model: str) -> list[str]:
     return hints
 
 
-def _what_packing_gains(reading: "ReadCost", model: str, whole_bytes: int) -> str:
+def _what_packing_gains(reading: "ReadCost", model: str, store_bytes: int) -> str:
     now = "one read and a copy" if reading.reads == 1 else f"{reading.reads} reads and copies"
     pages = ""
     if reading.packed_nbytes < reading.nbytes:
@@ -227,7 +227,7 @@ def _what_packing_gains(reading: "ReadCost", model: str, whole_bytes: int) -> st
         pages = f", and {after} in whole pages in place of {before}"
     return (
         f"foreroute pack {model}: an expert becomes one aligned read without a copy (now {now}){pages}. "
-        f"It takes {format_memory(whole_bytes, round_up=True)} of disk."
+        f"It takes {format_memory(store_bytes, round_up=True)} of disk."
     )
 
 

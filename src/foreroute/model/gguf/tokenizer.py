@@ -50,7 +50,8 @@ def _byte_level(vocabulary: Vocabulary) -> Any:
     from tokenizers import Tokenizer, decoders, models, normalizers
 
     rule = _rule(vocabulary)
-    merges = [_pair(merge) for merge in vocabulary.array("merges") or []]
+    # Of one that is listed twice the first counts, as in llama.cpp.
+    merges = [_pair(merge) for merge in dict.fromkeys(vocabulary.array("merges") or [])]
     tokenizer = Tokenizer(models.BPE(vocabulary.ids(), merges, ignore_merges=rule.ignore_merges))
     if rule.nfc:
         tokenizer.normalizer = normalizers.NFC()
@@ -65,7 +66,7 @@ def _rule(vocabulary: Vocabulary) -> PreTokenizer:
         raise vocabulary.refused(
             "it does not say how a text is split (tokenizer.ggml.pre), as files of before May 2024"
         )
-    if name not in PRE_TOKENIZERS:
+    if not isinstance(name, str) or name not in PRE_TOKENIZERS:
         raise vocabulary.refused(
             f"it splits texts as {name!r:.40} does (tokenizer.ggml.pre), which is not known here; "
             f"{', '.join(PRE_TOKENIZERS)} are"
@@ -145,8 +146,8 @@ def _frame(tokenizer: Any, vocabulary: Vocabulary, *, starts: bool) -> None:
 
     is_words = vocabulary.kind == "bert"
     ends = is_words or vocabulary.adds("add_eos_token", default=False)
-    first = vocabulary.roles.get("bos_token") if starts else None
-    last = vocabulary.roles.get("sep_token" if is_words else "eos_token") if ends else None
+    first = vocabulary.marks.get("bos_token") if starts else None
+    last = vocabulary.marks.get("sep_token" if is_words else "eos_token") if ends else None
     before, behind = ([token] if token else [] for token in (first, last))
     second = [] if is_words else [f"{token}:1" for token in before]
     tokenizer.post_processor = processors.TemplateProcessing(

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any, TypeGuard
 
 from foreroute.checkpoint.gguf_file import GgufIndex, read_array
@@ -33,13 +34,15 @@ class Vocabulary:
     """The vocabulary of one GGUF file.
 
     index: the file. kind: llama.cpp's name of the algorithm ("gpt2", "llama", "bert" ...). tokens: the texts, by id.
-    types: their kinds, by id. roles: tokens that have one, by transformers' name of it ("eos_token" ...).
+    types: their kinds, by id. marks: tokens that the file gives a role, by transformers' name of it ("eos_token" ...).
+    roles: those of `marks` that are no text: some converters say id 0 where there is none, and that may be "!".
     """
 
     index: GgufIndex
     kind: str
     tokens: list[str]
     types: list[int]
+    marks: Mapping[str, str]
     roles: Mapping[str, str]
 
     @classmethod
@@ -57,18 +60,23 @@ class Vocabulary:
         tokens = [token or f"[EMPTY_{number}]" for number, token in enumerate(tokens)]
         if not all(isinstance(token, str) for token in tokens) or len(set(tokens)) != len(tokens):
             raise CorruptCheckpointError(f"{index.folder}: a token is listed twice, or is no text. Download it again.")
-        types = list(_as_many(index, "token_type", len(tokens)) or [1] * len(tokens))
-        vocabulary = cls(index, kind, tokens, types, {})
-        roles = {}
+        given = _as_many(index, "token_type", len(tokens))
+        types = [1] * len(tokens) if given is None else list(given)
+        file = cls(index, kind, tokens, types, {}, {})
+        marks, roles = dict[str, str](), dict[str, str]()
         for role, name in _ROLES.items():
-            said, usual = vocabulary.get(name), _USUAL.get(kind, {}).get(role)
+            said, usual = file.get(name), _USUAL.get(kind, {}).get(role)
+            if said is None and _is_id(usual, tokens) and types[usual] in _ADDED:
+                said = usual
             # An id out of range is an old converter's way to say that there is none.
-            if _is_id(said, tokens):
-                types[said] = types[said] if types[said] in _ADDED else CONTROL
+            if not _is_id(said, tokens):
+                continue
+            marks[role] = tokens[said]
+            if given is None:
+                types[said] = CONTROL
+            if types[said] in _ADDED:
                 roles[role] = tokens[said]
-            elif said is None and _is_id(usual, tokens) and types[usual] in _ADDED:
-                roles[role] = tokens[usual]
-        return cls(index, kind, tokens, types, roles)
+        return cls(index, kind, tokens, types, marks, roles)
 
     def get(self, name: str, default: Any = None) -> Any:
         """What the metadata say of `name` of the tokenizer."""
@@ -82,11 +90,13 @@ class Vocabulary:
         """A number for each token: of two pairs the one that makes the token with the greater one is merged first.
 
         Raises:
-            CorruptCheckpointError: there are none, or not as many as tokens.
+            CorruptCheckpointError: there are none, or not as many as tokens, or one is no number.
         """
         scores = _as_many(self.index, "scores", len(self.tokens))
-        if scores is None:
-            raise CorruptCheckpointError(f"{self.index.folder} has no {_PREFIX}scores. {ADVICE}")
+        if scores is None or not all(map(isfinite, scores)):
+            raise CorruptCheckpointError(
+                f"{self.index.folder} has no {_PREFIX}scores, or one that is no number. {ADVICE}"
+            )
         return scores
 
     def adds(self, name: str, default: bool) -> bool:
@@ -134,9 +144,10 @@ def _is_id(number: Any, tokens: list[str]) -> TypeGuard[int]:
 
 def _as_many(index: GgufIndex, name: str, count: int) -> list[Any] | None:
     found = read_array(index, f"{_PREFIX}{name}")
-    if found is not None and (len(found) != count or not all(isinstance(one, int | float) for one in found)):
+    # llama.cpp accepts more, and does not look at them.
+    if found is not None and (len(found) < count or not all(isinstance(one, int | float) for one in found)):
         raise CorruptCheckpointError(
             f"{index.folder}: {_PREFIX}{name} has {len(found)} numbers, or not only such, for {count} tokens. "
             "Download it again."
         )
-    return found
+    return found and found[:count]
