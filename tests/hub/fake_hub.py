@@ -26,6 +26,7 @@ class FakeHub:
     cut_at: bytes after which the first answer with a file of at least twice as many breaks off; 0 for none.
     token: what a request must bring; "" for nothing. gated: as the hub says that terms are to be accepted.
     down: answers 503 to all. claimed_bytes: how large it says that the file `claimed` is; 0 for the truth.
+    lost: a file that it lists and does not have.
     moves_to: what `main` is once it has been asked for: another folder, at LATER_COMMIT. None: it stays.
     """
 
@@ -36,6 +37,7 @@ class FakeHub:
     down: bool = False
     claimed_bytes: int = 0
     claimed: str = "model.safetensors"
+    lost: str = ""
     moves_to: Path | None = None
     has_moved: bool = False
     endpoint: str = ""
@@ -82,7 +84,7 @@ class _Handler(BaseHTTPRequestHandler):
         if path.startswith("/org/tiny/resolve/"):
             revision, _, name = path.removeprefix("/org/tiny/resolve/").partition("/")
             commit = hub.commit_of(revision)
-            if not (hub.at(commit) / name).is_file():
+            if name == hub.lost or not (hub.at(commit) / name).is_file():
                 return self._error(404, "EntryNotFound", body)
             return self._file(name, commit, body)
         rest = path.removeprefix("/api/models/org/tiny").strip("/")
@@ -104,7 +106,7 @@ class _Handler(BaseHTTPRequestHandler):
                     for name, size in sizes.items()
                 ]
             )
-        siblings = [{"rfilename": name, "size": size} for name, size in sizes.items()]
+        siblings = [_sibling(name, size, folder / name) for name, size in sizes.items()]
         return self._json({"id": "org/tiny", "modelId": "org/tiny", "sha": commit, "siblings": siblings, "tags": []})
 
     def _file(self, name: str, commit: str, body: bool) -> None:
@@ -156,8 +158,24 @@ def names(folder: Path | None) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
+def _is_large(path: Path) -> bool:
+    """Whether it is kept as git-lfs does."""
+    return path.suffix in (".safetensors", ".gguf", ".bin")
+
+
 def _etag(path: Path) -> str:
-    return hashlib.sha1(path.read_bytes(), usedforsecurity=False).hexdigest()
+    """The hash of its content, which names it in the cache: git's, or git-lfs's."""
+    raw = path.read_bytes()
+    if _is_large(path):
+        return hashlib.sha256(raw).hexdigest()
+    return hashlib.sha1(b"blob %d\0" % len(raw) + raw, usedforsecurity=False).hexdigest()
+
+
+def _sibling(name: str, size: int, path: Path) -> dict[str, Any]:
+    if not _is_large(path):
+        return {"rfilename": name, "size": size, "blobId": _etag(path)}
+    lfs = {"sha256": _etag(path), "size": size, "pointerSize": 135}
+    return {"rfilename": name, "size": size, "blobId": "0" * 40, "lfs": lfs}
 
 
 @contextmanager

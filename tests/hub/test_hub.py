@@ -1,5 +1,6 @@
 """Hub ids: which files are fetched, what is not fetched twice, and errors when they cannot be downloaded."""
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -7,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from foreroute.errors import ForerouteError
+from foreroute.loading.arguments import read_arguments
 from tests.hub.fake_hub import COMMIT, LATER_COMMIT, Found, names, serving
 
 _WANTED = {
@@ -214,6 +217,67 @@ def test_too_little_disk_is_said_before_a_download(repository: Path, look_up: Ca
         assert "TiB more in" in error
         assert "HF_HOME" in error
         assert "model.safetensors" not in hub.sent
+
+
+def test_a_leftover_of_another_download_makes_no_room(
+    repository: Path, tmp_path: Path, look_up: Callable[..., Found]
+) -> None:
+    (repository / "model.safetensors.index.json").unlink()
+    (repository / "model.safetensors").write_bytes(b"some")
+    leftover = tmp_path / "home/hub/models--org--tiny/blobs/0f5e.1234abcd.incomplete"
+    leftover.parent.mkdir(parents=True)
+    with leftover.open("wb") as file:
+        file.truncate(8 * 2**30)  # a sparse file
+    with serving(repository, claimed_bytes=shutil.disk_usage(tmp_path).free + 4 * 2**30) as hub:
+        folder, error = look_up(hub)
+        assert folder is None, "a partial file is not continued"
+        assert "more in" in error
+        assert "model.safetensors" not in hub.sent
+
+
+def test_files_of_another_commit_need_no_room(repository: Path, tmp_path: Path, look_up: Callable[..., Found]) -> None:
+    """As where the README alone was edited: the weights are linked, not downloaded."""
+    later = shutil.copytree(repository, tmp_path / "later")
+    (later / "README.md").write_text("more is said")
+    with serving(repository, claimed="shard-b.safetensors", moves_to=later) as hub:
+        folder, said = look_up(hub, revision=COMMIT)
+        assert folder is not None, said
+        sent = dict(hub.sent)
+        hub.claimed_bytes = 10**18
+        after, said = look_up(hub, revision=LATER_COMMIT)
+        assert after is not None, said
+        assert after.name == LATER_COMMIT
+        assert names(after) == _WANTED
+        assert hub.sent == sent
+        hub.claimed = "shard-a.safetensors"
+        (later / hub.claimed).write_text("trained for longer")
+        shutil.rmtree(after)
+        assert "TiB more in" in look_up(hub, revision=LATER_COMMIT)[1], "another content of the same name does"
+
+
+def test_what_is_kept_of_a_download_that_failed(repository: Path, look_up: Callable[..., Found]) -> None:
+    with serving(repository, lost="shard-a.safetensors") as hub:
+        folder, said = look_up(hub)
+        assert folder is None
+        assert "Files that were fetched whole are kept; one that was cut off begins anew." in said
+        assert "What was fetched is kept" not in said
+        hub.lost = ""
+        assert look_up(hub)[0] is not None
+
+
+def test_a_partial_file_is_not_continued(repository: Path, tmp_path: Path, look_up: Callable[..., Found]) -> None:
+    """As the texts say; a process that was killed leaves one."""
+    content = (repository / "shard-b.safetensors").read_bytes()
+    blob = tmp_path / "home/hub/models--org--tiny/blobs" / hashlib.sha256(content).hexdigest()
+    blob.parent.mkdir(parents=True)
+    for name in (f"{blob.name}.incomplete", f"{blob.name}.1234abcd.incomplete"):
+        blob.with_name(name).write_bytes(content[:12_000_000])
+    with serving(repository) as hub:
+        folder, said = look_up(hub)
+        assert folder is not None, said
+        assert hub.sent["shard-b.safetensors"] == len(content)
+    with pytest.raises(ForerouteError, match="one that was cut off begins anew"):
+        read_arguments("org/tiny", None, "auto", None, None, None, print, {"resume_download": "always"})
 
 
 def test_a_commit_is_a_revision_and_a_folder_has_none(repository: Path, look_up: Callable[..., Found]) -> None:

@@ -65,7 +65,10 @@ _REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "adapter_kwargs": ((None,), "merge an adapter into the weights (peft's merge_and_unload)"),
     "generation_config": ((None,), "set model.generation_config on what load returns"),
     "force_download": ((None, False), "remove the model from the hub's cache, and it is fetched again"),
-    "resume_download": ((None, False, True), "downloads are always resumed"),
+    "resume_download": (
+        (None, False, True),
+        "files that are whole in the cache are kept, and one that was cut off begins anew",
+    ),
     "proxies": ((None,), _ENVIRONMENT),
     "mirror": ((None,), _ENVIRONMENT),
     "use_auth_token": ((None,), "it is called token now"),

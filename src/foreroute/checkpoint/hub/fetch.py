@@ -1,15 +1,14 @@
 """Download a checkpoint from the hub: only the files that are read here, by huggingface_hub into its own cache.
 
-Its cache, resumed downloads, progress bars, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE work as everywhere. This module
-chooses the files: the one file (or those that the index names), config, tokenizer and chat template, from the top
-folder only; or one GGUF model, whole (choice.py). Pickles, other formats and second copies ("original/",
-"consolidated") are not downloaded.
+Its cache, progress bars, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE work as everywhere. This module chooses the files:
+the one file (or those that the index names), config, tokenizer and chat template, from the top folder only; or one GGUF
+model, whole (choice.py). Pickles, other formats and second copies ("original/", "consolidated") are not downloaded.
 """
 
 import contextlib
 import glob
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,6 +21,7 @@ from foreroute.units import format_memory
 from foreroute.whole_files import read_object
 
 _FREE_BESIDE_BYTES = 64 * 2**20
+_KEPT = "Files that were fetched whole are kept; one that was cut off begins anew"
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,14 @@ class HubAccess:
 _AS_SET = HubAccess()
 
 
+@dataclass(frozen=True)
+class _HubFile:
+    """A file of a repository. blob: the hash of its content, its name in the cache at every commit; "" if unknown."""
+
+    nbytes: int
+    blob: str
+
+
 def fetch(
     hub_id: str,
     revision: str | None = None,
@@ -57,8 +65,8 @@ def fetch(
     """Download `hub_id` at `revision` (branch, tag or commit; None for the main branch) and return its local folder.
 
     With a `tag` it is the GGUF model that `tag` names (see `choose_gguf`), and what is returned is its (first) file. So
-    it is without one where the repository has GGUF files alone. Cached files are not downloaded again; partial ones are
-    resumed. Without a network, or with HF_HUB_OFFLINE, the cache is used as it is.
+    it is without one where the repository has GGUF files alone. Files in the cache are not downloaded again; one whose
+    download was cut off begins anew. Without a network, or with HF_HUB_OFFLINE, the cache is used as it is.
 
     Args:
         tag: name of a quantisation, or of a file. quiet: no progress bars. access: token and cache; those of the
@@ -76,17 +84,17 @@ def fetch(
     with _bars(quiet), _explained(label, access):
         # Resolve once and use the commit from here on: a branch may move after its files were listed.
         commit = resolve_revision(hub_id, revision=revision, local_files_only=is_offline, **told).resolved
-        sizes = None if is_offline else _sizes(hub_id, commit, access)
-        if sizes is None:
+        files = None if is_offline else _files(hub_id, commit, access)
+        if files is None:
             return _cached(hub_id, commit, tag, label, access)
-        wanted, opened = _wanted(hub_id, commit, tag, label, sizes, access)
-        _check_room(hub_id, commit, label, {name: sizes[name] for name in wanted}, access.cache)
+        wanted, opened = _wanted(hub_id, commit, tag, label, files, access)
+        _check_room(hub_id, commit, label, {name: files[name] for name in wanted}, access.cache)
         patterns = [glob.escape(name) for name in wanted]
         return Path(snapshot_download(hub_id, revision=commit, allow_patterns=patterns, **told)) / opened
 
 
-def _sizes(hub_id: str, commit: str, access: HubAccess) -> dict[str, int] | None:
-    """Bytes of every file in the repository; None if the hub cannot be reached."""
+def _files(hub_id: str, commit: str, access: HubAccess) -> dict[str, _HubFile] | None:
+    """Every file in the repository by its path; None if the hub cannot be reached."""
     from huggingface_hub import HfApi
 
     try:
@@ -95,7 +103,10 @@ def _sizes(hub_id: str, commit: str, access: HubAccess) -> dict[str, int] | None
         if _is_away(error):
             return None
         raise
-    return {entry.rfilename: int(entry.size or 0) for entry in info.siblings or ()}
+    return {
+        entry.rfilename: _HubFile(int(entry.size or 0), str((entry.lfs.sha256 if entry.lfs else entry.blob_id) or ""))
+        for entry in info.siblings or ()
+    }
 
 
 def _cached(hub_id: str, commit: str, tag: str | None, label: str, access: HubAccess) -> Path:
@@ -127,53 +138,60 @@ def _cached(hub_id: str, commit: str, tag: str | None, label: str, access: HubAc
 
 
 def _wanted(
-    hub_id: str, commit: str, tag: str | None, label: str, there: Mapping[str, int], access: HubAccess
+    hub_id: str, commit: str, tag: str | None, label: str, names: Collection[str], access: HubAccess
 ) -> tuple[list[str], str]:
     """The repository's files to download, and which of them is opened: a GGUF file, or "" for the folder."""
-    if tag is not None or has_only_gguf(there):
-        model = choose_gguf(there, hub_id, tag, label)
-        weights, beside, opened = list(model.files), tokenizer_beside(there, model), model.files[0]
+    if tag is not None or has_only_gguf(names):
+        model = choose_gguf(names, hub_id, tag, label)
+        weights, beside, opened = list(model.files), tokenizer_beside(names, model), model.files[0]
     else:
-        weights, beside, opened = _weights(hub_id, commit, label, there, access), settings_beside(there), ""
-    absent = [name for name in weights if name not in there]
+        weights, beside, opened = _weights(hub_id, commit, label, names, access), settings_beside(names), ""
+    absent = [name for name in weights if name not in names]
     if absent:
         raise CheckpointError(f"{label} names {absent[0]}, which is not in the repository.")
     return [*beside, *weights], opened
 
 
-def _weights(hub_id: str, commit: str, label: str, there: Mapping[str, int], access: HubAccess) -> list[str]:
+def _weights(hub_id: str, commit: str, label: str, names: Collection[str], access: HubAccess) -> list[str]:
     """Choose the weight files as transformers and locate.py do: the one that the config names, else the single file,
     else those of the index. Where there are several choices, the other files may be out of date."""
     from huggingface_hub import hf_hub_download
 
-    candidates = [name for name in (SINGLE, INDEX) if name in there]
+    candidates = [name for name in (SINGLE, INDEX) if name in names]
     told: dict[str, Any] = {"revision": commit, "token": access.token, "cache_dir": access.cache}
-    if "config.json" in there and any(name.endswith((".safetensors", ".safetensors.index.json")) for name in there):
+    if "config.json" in names and any(name.endswith((".safetensors", ".safetensors.index.json")) for name in names):
         config_file = hf_hub_download(hub_id, "config.json", **told)
         candidates = [name for name in (named_weights(Path(config_file).parent), *candidates) if name is not None]
     if not candidates:
-        raise no_weights(hub_id, label, sorted(there))
+        raise no_weights(hub_id, label, sorted(names))
     first = candidates[0]
-    if first not in there or not first.endswith(".index.json"):
+    if first not in names or not first.endswith(".index.json"):
         return [first]
     index = read_object(Path(hf_hub_download(hub_id, first, **told)), CheckpointError, "a safetensors index")
     return sorted(set(shards_of(index, f"{label}: its {first}", CheckpointError).values()))
 
 
-def _check_room(hub_id: str, commit: str, label: str, files: Mapping[str, int], cache: Path) -> None:
-    """Check the disk before a download: huggingface_hub finds out only when it is full. Raises CheckpointError."""
+def _check_room(hub_id: str, commit: str, label: str, files: Mapping[str, _HubFile], cache: Path) -> None:
+    """Check the disk before a download: huggingface_hub finds out only when it is full. Raises CheckpointError.
+
+    Partial files in the cache (*.incomplete) are left out of it: huggingface_hub does not continue them.
+    """
     from huggingface_hub import try_to_load_from_cache
 
-    is_cached = {name: isinstance(try_to_load_from_cache(hub_id, name, cache, commit), str) for name in files}
-    begun = cache.glob(f"models--{hub_id.replace('/', '--')}/blobs/*.incomplete")
-    missing = sum(nbytes for name, nbytes in files.items() if not is_cached[name])
-    needed = missing - sum(path.stat().st_size for path in begun)
+    blobs = cache / f"models--{hub_id.replace('/', '--')}" / "blobs"
+    # What the cache has of another commit is linked, not downloaded.
+    missing = sum(
+        file.nbytes
+        for name, file in files.items()
+        if not (blobs / file.blob).is_file()
+        and not isinstance(try_to_load_from_cache(hub_id, name, cache, commit), str)
+    )
     there = next(folder for folder in (cache, *cache.absolute().parents) if folder.is_dir())
     free = shutil.disk_usage(there).free
-    if missing and needed + _FREE_BESIDE_BYTES > free:
+    if missing and missing + _FREE_BESIDE_BYTES > free:
         raise CheckpointError(
-            f"{label} needs {format_memory(needed, round_up=True)} more in {cache}, and {format_memory(free)} are free "
-            "there. Free some, or set HF_HOME to a folder on a larger disk."
+            f"{label} needs {format_memory(missing, round_up=True)} more in {cache}, and {format_memory(free)} are "
+            "free there. Free some, or set HF_HOME to a folder on a larger disk."
         )
 
 
@@ -233,8 +251,8 @@ def _advice(error: Exception, label: str) -> str:
     if isinstance(error, HFValidationError):
         return f"{label} is not a folder here, and no hub id (organisation/name) either: {_first_line(error)}"
     if getattr(error, "errno", None) == 28:
-        return f"{label}: the disk is full. What was fetched is kept; free some, or set HF_HOME, and try again."
-    return f"{label} could not be fetched from the hub: {_first_line(error)}. What was fetched is kept; try again."
+        return f"{label}: the disk is full. Free some, or set HF_HOME, and try again. {_KEPT}."
+    return f"{label} could not be fetched from the hub: {_first_line(error)}. Try again. {_KEPT}."
 
 
 def _first_line(error: BaseException) -> str:
