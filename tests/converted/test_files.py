@@ -51,6 +51,29 @@ def test_a_folder_that_holds_one_file_is_that_file(written: Written, tmp_path: P
     assert locate(tmp_path) == tmp_path
 
 
+def test_a_folder_whose_files_are_passed_over_says_why(written: Written, tmp_path: Path) -> None:
+    path = tmp_path / "mixtral-imatrix-Q4_K_M.gguf"
+    shutil.copyfile(written.path, path)
+    with pytest.raises(CheckpointError) as caught:
+        read_index(locate(tmp_path))
+    assert str(caught.value).endswith(
+        f"{path.name} is an importance matrix by its name; if it is a model, give {path}."
+    )
+    assert read_index(locate(path)).kind == "gguf"
+    path.rename(tmp_path / "model.gguf.part1of2")
+    with pytest.raises(
+        CheckpointError, match=r"model.gguf.part1of2 is a piece of a file.* with cat, in order, into mod"
+    ):
+        read_index(locate(tmp_path))
+
+
+def test_an_ending_in_capitals_is_one(written: Written, tmp_path: Path) -> None:
+    path = tmp_path / "MODEL-Q8_0.GGUF"
+    shutil.copyfile(written.path, path)
+    assert locate(tmp_path) == path
+    assert read_index(path).kind == "gguf"
+
+
 def test_other_versions_of_the_format_are_named(written: Written, tmp_path: Path) -> None:
     content = written.path.read_bytes()
     (tmp_path / "model.gguf").write_bytes(content[:4] + (7).to_bytes(4, "little") + content[8:])

@@ -61,6 +61,71 @@ def test_a_tag_that_no_model_has_is_answered_with_those_that_there_are(tag: str)
         choose_gguf(LISTING, "org/tiny", tag, "org/tiny")
 
 
+@pytest.mark.parametrize(
+    ("tag", "file"),
+    [("F16", None), ("Q4_0", "Model-F16-Q4_0.gguf"), ("Q8_0", None), ("Q2_K", "Kimi-Q8_0-MLA-Q2_K.gguf"),
+     ("Q4_K_XL", "Model-UD-Q4_K_XL.gguf"), ("q4_k_xl", "Model-UD-Q4_K_XL.gguf"), ("K_XL", "Model-UD-Q4_K_XL.gguf"),
+     ("i1-Q3_K_S", "Model.i1-Q3_K_S.gguf"), ("Kimi", "Kimi-Q8_0-MLA-Q2_K.gguf"), ("Q6_K", "Q6_K/all/weights.gguf")],
+)  # fmt: skip
+def test_of_several_quantisations_in_a_name_the_last_one_counts(tag: str, file: str | None) -> None:
+    """The others are of single tensors, or of what the file was made from."""
+    listing = (
+        "Model-F16-Q4_0.gguf", "Kimi-Q8_0-MLA-Q2_K.gguf", "Model-UD-Q4_K_XL.gguf", "Model.i1-Q3_K_S.gguf",
+        "Q6_K/all/weights.gguf",
+    )  # fmt: skip
+    if file is None:
+        with pytest.raises(CheckpointError, match=f"of its GGUF files none is {tag}. It has "):
+            choose_gguf(listing, "org/tiny", tag, "org/tiny")
+    else:
+        assert choose_gguf(listing, "org/tiny", tag, "org/tiny").files == (file,)
+
+
+def test_a_whole_file_name_is_taken_whatever_it_says() -> None:
+    for name in ("mixtral-imatrix-Q4_K_M.gguf", "mmproj-Tiny-Q5_0.gguf"):
+        assert choose_gguf([name, "Tiny-Q8_0.gguf"], "org/tiny", name, "").files == (name,)
+    parts = ("a/x-imatrix-00001-of-00002.gguf", "a/x-imatrix-00002-of-00002.gguf")
+    assert choose_gguf(parts, "org/tiny", "x-imatrix-00002-of-00002.gguf", "").files == parts
+
+
+def test_an_ending_in_capitals_is_one() -> None:
+    assert choose_gguf(["Tiny-Q8_0.GGUF", "Tiny-F16.gguf"], "org/tiny", "q8_0", "").files == ("Tiny-Q8_0.GGUF",)
+    parts = ("Tiny-Q8_0-00001-of-00002.GGUF", "Tiny-Q8_0-00002-of-00002.GGUF")
+    assert choose_gguf(parts, "org/tiny", None, "").files == parts
+
+
+IMATRIX = (
+    "mixtral-imatrix-Q4_K_M.gguf is an importance matrix by its name; if it is a model, give "
+    "org/tiny:mixtral-imatrix-Q4_K_M.gguf."
+)
+PIECE = (
+    "X.Q8_0.gguf.part1of2 is a piece of a file: download all pieces and join them with cat, in order, into X.Q8_0.gguf."
+)
+
+
+@pytest.mark.parametrize("tag", ["Q4_K_M", "Q8_0", None])
+def test_files_that_are_passed_over_are_named(tag: str | None) -> None:
+    listing = ["X.Q8_0.gguf.part1of2", "X.Q8_0.gguf.part2of2", "mixtral-imatrix-Q4_K_M.gguf", "mtp-tiny.gguf"]
+    with pytest.raises(UnsupportedModelError) as caught:
+        choose_gguf(listing, "org/tiny", tag, "org/tiny")
+    assert "no weights at all" not in str(caught.value)
+    assert f"{PIECE} {IMATRIX} mtp-tiny.gguf is a draft head by its name" in str(caught.value)
+    old = ["x.q6_K.gguf-split-a", "x.q6_K.gguf-split-b"]
+    with pytest.raises(UnsupportedModelError, match=r"x.q6_K.gguf-split-a is a piece of a file: .* into x.q6_K.gguf\."):
+        choose_gguf(old, "org/tiny", tag, "org/tiny")
+
+
+@pytest.mark.parametrize(("tag", "hint"), [("Q4_K_M", IMATRIX), ("q8_0", PIECE), ("Q3_K", "")])
+def test_beside_models_those_that_have_the_tag_are_named(tag: str, hint: str) -> None:
+    listing = ["X.Q8_0.gguf.part1of2", "mixtral-imatrix-Q4_K_M.gguf", "X.Q2_K.gguf"]
+    with pytest.raises(CheckpointError) as caught:
+        choose_gguf(listing, "org/tiny", tag, "org/tiny")
+    assert str(caught.value) == f"org/tiny: of its GGUF files none is {tag}. It has Q2_K. {hint}".rstrip()
+    with pytest.raises(UnsupportedModelError) as caught:
+        choose_gguf([*listing[:2], "model.safetensors"], "org/tiny", tag, "org/tiny")
+    assert hint in str(caught.value)
+    assert f"Leave :{tag} out for its safetensors." in str(caught.value)
+
+
 def test_of_several_models_none_is_taken() -> None:
     with pytest.raises(CheckpointError, match=re.escape(f"has 9 GGUF models: {TAGS}. Name one: org/tiny:")):
         choose_gguf(LISTING, "org/tiny", None, "org/tiny")
@@ -76,6 +141,8 @@ def test_a_tag_where_there_are_safetensors_alone() -> None:
     with pytest.raises(UnsupportedModelError, match=r"Q8_0 is no quantisation there.*Leave :Q8_0 out for its safet"):
         choose_gguf(["config.json", "model.safetensors"], "org/tiny", "Q8_0", "org/tiny:Q8_0")
     with pytest.raises(UnsupportedModelError, match="no weights at all"):
+        choose_gguf(["config.json"], "org/tiny", "Q8_0", "org/tiny:Q8_0")
+    with pytest.raises(UnsupportedModelError, match=r"mmproj-F16.gguf is a projector by its name"):
         choose_gguf(["config.json", "mmproj-F16.gguf"], "org/tiny", "Q8_0", "org/tiny:Q8_0")
 
 
@@ -102,6 +169,8 @@ def test_all_parts_are_fetched_once_and_nothing_else(
         assert set(hub.sent) == PARTS == names(folder)
         sent = dict(hub.sent)
         assert look_up(hub, "org/tiny:BF16", revision="v1")[0] == found
+        assert look_up(hub, "hf.co/org/tiny:BF16")[0] == found
+        assert look_up(hub, "https://huggingface.co/org/tiny:BF16/Tiny-BF16-00001-of-00002.GGUF")[0] == found
         assert hub.sent == sent, "a later look-up fetches nothing"
         assert "no such revision" in look_up(hub, "org/tiny:BF16", revision="v9")[1]
         assert "TiB more in" in look_up(hub, "org/tiny:Q8_0")[1], "the disk has to have room for that one"

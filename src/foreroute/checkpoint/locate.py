@@ -6,14 +6,16 @@ from functools import cache
 from pathlib import Path
 
 from foreroute.checkpoint.gguf_file import is_gguf, read_gguf
-from foreroute.checkpoint.gguf_names import first_part, only_gguf
+from foreroute.checkpoint.gguf_names import first_part, only_gguf, passed_over
 from foreroute.checkpoint.hub.fetch import HubAccess, fetch
 from foreroute.checkpoint.index import INDEX, SINGLE, CheckpointIndex, named_weights, read_sharded, read_single
 from foreroute.errors import CheckpointError, UnsupportedModelError
 
 _LOG = logging.getLogger(__name__)
 # With the name of a quantisation, or of a file, behind a colon.
-_HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w.-]+|[\w./-]+\.gguf))?")
+_HUB_ID = re.compile(
+    r"(?:(?:https://)?(?:hf\.co|huggingface\.co)/)?([\w.-]+/[\w.-]+)(?::([\w.-]+|[\w./-]+\.(?i:gguf)))?"
+)
 # Written by transformers' distributed training, and preferred by transformers over every other file.
 _DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 
@@ -28,7 +30,8 @@ def locate(
     """Find the local folder (or GGUF file) of `path_or_hub_id`; download a hub id (`org/name`) that is not cached.
 
     Of a folder that holds one GGUF file and no other checkpoint it is that file. `org/name:Q4_K_M` is the GGUF model of
-    that name in a repository of the hub, unless it is a path here.
+    that name in a repository of the hub, unless it is a path here. The hub's address may stand before a hub id
+    (hf.co/org/name), as for other programs.
 
     Args:
         revision: branch, tag or commit of a hub id. quiet: no progress bars. access: see HubAccess.
@@ -122,6 +125,7 @@ def _no_weights(folder: Path) -> CheckpointError:
         )
     loose = sorted(path.name for path in folder.glob("*.safetensors"))
     hint = f" It has {loose[0]}, but no model.safetensors.index.json that names it." if loose else ""
+    hint += passed_over((path.name for path in folder.glob("*")), f"{folder}/")
     return CheckpointError(f"{folder} has no model.safetensors and no model.safetensors.index.json.{hint}")
 
 

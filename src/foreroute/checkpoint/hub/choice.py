@@ -1,4 +1,4 @@
-"""Choose among a repository's files by their names: its GGUF models, what lies beside the weights, what is absent.
+"""Choose which files of a repository to read, by their names: a GGUF model, and the settings beside the weights.
 
 A tag behind a hub id (`org/name:Q4_K_M`) means the model whose file or folder name has it, in any case, as for
 llama.cpp's `-hf`. Unlike there (Q4_K_M, or the first file), nothing is chosen where several models fit, or without a
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import PurePosixPath
 
-from foreroute.checkpoint.gguf_names import SUFFIX, is_model_name, part_of
+from foreroute.checkpoint.gguf_names import SUFFIX, is_gguf_name, is_model_name, part_of, passed_over
 from foreroute.checkpoint.index import INDEX, SINGLE
 from foreroute.errors import CheckpointError, UnsupportedModelError
 
@@ -45,11 +45,16 @@ class GgufModel:
 
 def gguf_models(names: Iterable[str]) -> list[GgufModel]:
     """The models among files; projectors, importance matrices and draft heads are none."""
+    return _joined(name for name in names if is_model_name(name))
+
+
+def _joined(names: Iterable[str]) -> list[GgufModel]:
+    """GGUF files as models: the parts of one together."""
     found: dict[tuple[str, int], GgufModel] = {}
-    for name in sorted(name for name in names if name.endswith(SUFFIX) and is_model_name(name)):
+    for name in sorted(names):
         part = part_of(name)
         if part is None:
-            found[name, 1] = GgufModel(name.removesuffix(SUFFIX), (name,))
+            found[name, 1] = GgufModel(name[: -len(SUFFIX)], (name,))
         else:
             found[part.stem, part.count] = GgufModel(part.stem, part.siblings)
     return list(found.values())
@@ -58,26 +63,20 @@ def gguf_models(names: Iterable[str]) -> list[GgufModel]:
 def choose_gguf(names: Collection[str], hub_id: str, tag: str | None, label: str) -> GgufModel:
     """Choose the GGUF model of a repository whose name carries `tag`; without a tag its only one.
 
-    In order: the model one of whose files is named `tag`, or whose quantisation is `tag`, or else whose path has `tag`
-    between separators, which finds UD-Q4_K_XL for Q4_K_XL, and not Q4_K_M for Q4_K.
+    In order: the GGUF file that is named `tag`, whatever its name says that it is; the model whose quantisation is
+    `tag`, or ends in it behind a separator: UD-Q4_K_XL for Q4_K_XL, and not Q4_K_M for Q4_K. A tag that is no
+    quantisation, or a model whose names have none: the model that has `tag` in its path, between separators.
 
     Raises:
         UnsupportedModelError: there is no GGUF model.
         CheckpointError: several fit, or none does; names those that there are.
     """
     models = gguf_models(names)
-    if not models and any(name.endswith(".safetensors") for name in names):
-        raise UnsupportedModelError(
-            f"{label}: {tag} is no quantisation there, as the repository has no GGUF files. Leave :{tag} out for its "
-            "safetensors."
-        )
-    if not models:
-        raise no_weights(hub_id, label, sorted(names))
-    found = models if tag is None else _that_fit(models, tag)
+    found = models if tag is None else _named(names, tag) or _that_fit(models, tag)
     if len(found) == 1:
         return found[0]
     if not found:
-        raise CheckpointError(f"{label}: of its GGUF files none is {tag}. It has {_tags(models)}.")
+        raise _none_fits(names, models, hub_id, tag, label)
     if tag is None:
         raise CheckpointError(
             f"{label} has {len(found)} GGUF models: {_tags(models)}. Name one: {hub_id}:{_tag(found[0], models)}."
@@ -88,14 +87,52 @@ def choose_gguf(names: Collection[str], hub_id: str, tag: str | None, label: str
     )
 
 
+def _none_fits(
+    names: Collection[str], models: Sequence[GgufModel], hub_id: str, tag: str | None, label: str
+) -> CheckpointError:
+    """Say what there is in place of a GGUF model that `tag` means."""
+    if tag is None or not (models or any(name.endswith(".safetensors") for name in names)):
+        return no_weights(hub_id, label, sorted(names))
+    has_tag = _between(tag)
+    hint = passed_over((name for name in names if has_tag.search(name.casefold())), f"{hub_id}:")
+    if models:
+        return CheckpointError(f"{label}: of its GGUF files none is {tag}. It has {_tags(models)}.{hint}")
+    return UnsupportedModelError(
+        f"{label}: {tag} is no quantisation there, as the repository has no GGUF model.{hint} Leave :{tag} out for its "
+        "safetensors."
+    )
+
+
+def _named(names: Iterable[str], tag: str) -> list[GgufModel]:
+    """The GGUF files whose name or path is `tag`; of a part the whole model."""
+    wanted = tag.casefold()
+    models = _joined(name for name in names if is_gguf_name(name))
+    return [
+        model for model in models if any(wanted in (file.casefold(), _base(file).casefold()) for file in model.files)
+    ]
+
+
+def _between(tag: str) -> re.Pattern[str]:
+    """Finds `tag` between separators, in names in lower case."""
+    return re.compile(rf"(?<![a-z0-9]){re.escape(tag.casefold())}(?![a-z0-9_])")
+
+
 def _that_fit(models: Sequence[GgufModel], tag: str) -> list[GgufModel]:
     """The models that `tag` may mean, by the strictest rule that finds any."""
-    wanted = tag.casefold()
-    between = re.compile(rf"(?<![a-z0-9]){re.escape(wanted)}(?![a-z0-9_])")
+    wanted, has_tag = tag.casefold(), _between(tag)
+    at_end = re.compile(rf"(?:.*[^a-z0-9])?{re.escape(wanted)}")
+    is_quantisation = _QUANTISATION.fullmatch(tag) is not None
+
+    def has_in_name(model: GgufModel) -> bool:
+        kind = model.quantisation.casefold()
+        if is_quantisation and kind:
+            # Elsewhere in a name, a quantisation is that of other tensors, or of what the file was made from.
+            return at_end.fullmatch(kind) is not None
+        return has_tag.search(model.name.casefold()) is not None
+
     rules: tuple[Callable[[GgufModel], bool], ...] = (
-        lambda model: any(wanted in (file.casefold(), _base(file).casefold()) for file in model.files),
         lambda model: model.quantisation.casefold() == wanted,
-        lambda model: between.search(model.name.casefold()) is not None,
+        has_in_name,
     )
     by_rule = ([model for model in models if fits(model)] for fits in rules)
     return next((found for found in by_rule if found), [])
@@ -141,6 +178,7 @@ def no_weights(hub_id: str, label: str, names: Sequence[str]) -> UnsupportedMode
     models = gguf_models(names)
     safetensors = [name for name in names if name.endswith(".safetensors")]
     pickles = sorted(name for name in names if name.endswith(_PICKLES))
+    others = passed_over(names, f"{hub_id}:")
     if models:
         said += (
             f" It has GGUF files beside other weights: {_tags(models)}. Name one: {hub_id}:{_tag(models[0], models)}."
@@ -148,9 +186,9 @@ def no_weights(hub_id: str, label: str, names: Sequence[str]) -> UnsupportedMode
     elif safetensors:
         said += f" It has {safetensors[0]}, which no index names: not a checkpoint of transformers."
     elif pickles:
-        said += f" It has pickled weights ({pickles[0]}), which are not read, as a pickle runs code."
+        said += f" It has pickled weights ({pickles[0]}), which are not read, as a pickle runs code.{others}"
     else:
-        said += " It holds no weights at all."
+        said += others or " It holds no weights at all."
     return UnsupportedModelError(said)
 
 
