@@ -87,6 +87,16 @@ def test_a_whole_file_name_is_taken_whatever_it_says() -> None:
     assert choose_gguf(parts, "org/tiny", "x-imatrix-00002-of-00002.gguf", "").files == parts
 
 
+def test_a_path_goes_before_a_name_in_a_folder() -> None:
+    """The error for several tells to give one's path: it has to mean that one."""
+    listing = ("Tiny.gguf", "old/Tiny.gguf", "tiny.gguf", "old/Other.gguf")
+    for name in listing:
+        assert choose_gguf(listing, "org/tiny", name, "").files == (name,)
+    assert choose_gguf(listing, "org/tiny", "other.gguf", "").files == ("old/Other.gguf",)
+    with pytest.raises(CheckpointError, match=r"is any of Tiny.gguf, tiny.gguf. Name one"):
+        choose_gguf(listing, "org/tiny", "TINY.gguf", "")
+
+
 def test_an_ending_in_capitals_is_one() -> None:
     assert choose_gguf(["Tiny-Q8_0.GGUF", "Tiny-F16.gguf"], "org/tiny", "q8_0", "").files == ("Tiny-Q8_0.GGUF",)
     parts = ("Tiny-Q8_0-00001-of-00002.GGUF", "Tiny-Q8_0-00002-of-00002.GGUF")

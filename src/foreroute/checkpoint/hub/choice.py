@@ -104,12 +104,16 @@ def _none_fits(
 
 
 def _named(names: Iterable[str], tag: str) -> list[GgufModel]:
-    """The GGUF files whose name or path is `tag`; of a part the whole model."""
+    """The GGUF files whose path is `tag`, or else their name in a folder; of a part the whole model."""
     wanted = tag.casefold()
     models = _joined(name for name in names if is_gguf_name(name))
-    return [
-        model for model in models if any(wanted in (file.casefold(), _base(file).casefold()) for file in model.files)
-    ]
+    rules: tuple[Callable[[str], bool], ...] = (
+        lambda file: file == tag,
+        lambda file: file.casefold() == wanted,
+        lambda file: _base(file).casefold() == wanted,
+    )
+    by_rule = ([model for model in models if any(map(is_it, model.files))] for is_it in rules)
+    return next((found for found in by_rule if found), [])
 
 
 def _between(tag: str) -> re.Pattern[str]:
