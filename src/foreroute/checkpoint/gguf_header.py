@@ -25,6 +25,8 @@ _USUAL_ALIGNMENT = 32
 _MOST_NAME_BYTES = 2**16 - 1
 # Of what is kept: arrays that say something of every layer, and templates; longer ones are passed over.
 _LONGEST_ARRAY, _LONGEST_TEXT_BYTES = 1024, 2**20
+# Passing one over would make a model without a chat of it.
+_TEMPLATE = "tokenizer.chat_template"
 # Vocabularies and their merges have a tenth of that.
 _MOST_TEXTS = 2**22
 _MOST_ARRAYS = 2**16
@@ -137,7 +139,7 @@ def _setting(header: "_Header", name: str) -> Any:
     """The value of a setting, or where the array is that it is; None for one that is passed over."""
     kind = header.number("I")
     if kind == _TEXT:
-        return header.text()
+        return header.text(name)
     if kind != _ARRAY:
         return _number(header, kind, name)
     kind, count = header.number("I"), header.number("Q")
@@ -230,11 +232,13 @@ class _Header:
             raise ValueError(f"at byte {self.at} the name of {of} is to have {nbytes} bytes")
         return str(self.take(nbytes), "utf-8")
 
-    def text(self) -> str | None:
-        """Read a text; None for one that is too long to be kept."""
+    def text(self, of: str) -> str | None:
+        """Read the text of a setting; None for one that is too long to be kept. A chat template never is."""
         nbytes = self.number("Q")
         if nbytes > _LONGEST_TEXT_BYTES:
             self.skip(nbytes)
+            if of.startswith(_TEMPLATE):
+                raise ValueError(f"{of} has {nbytes:,} bytes; no chat template is as long")
             return None
         return str(self.take(nbytes), "utf-8")
 
