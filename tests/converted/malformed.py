@@ -1,6 +1,7 @@
 """GGUF files taken apart, and put together wrongly: headers, tables and data that lie, for the reader to refuse."""
 
 import itertools
+import math
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,6 +12,7 @@ import gguf
 from hypothesis import strategies as st
 
 from foreroute.model.gguf.families import FAMILIES
+from tests.converted.tokenizer_sources import PUBLISHED, byte_level_source, write_vocabulary
 
 Draw = Callable[[st.SearchStrategy[Any]], Any]
 U8, U32, FLOAT, BOOL, TEXT, ARRAY, U64 = 0, 4, 6, 7, 8, 9, 10
@@ -19,12 +21,17 @@ NUMBERS = st.one_of(
     st.integers(0, 2**64 - 1),
     st.integers(0, 2000),
 )
+TOKENS, TYPES, SCORES, MERGES = (f"tokenizer.ggml.{one}" for one in ("tokens", "token_type", "scores", "merges"))
 # Written in the first of several parts, and in the others.
 SPLIT = ("split.no", "split.count", "split.tensors.count")
 
 
 def _text(value: bytes) -> bytes:
     return struct.pack("<Q", len(value)) + value
+
+
+# Without a second part, or of parts that are no tokens.
+NO_MERGES = [_text(one) for one in (b"", b"a", b"a b c", b"a ", b" a", b"no such", b"a no-such")]
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,11 @@ class Content:
     lengths: tuple[int, ...]
     table: int
     data: int
+
+    def bounds(self, where: str) -> tuple[int, int]:
+        """The first and last byte of the header's metadata, the table or the data."""
+        ends = {"header": (0, self.table), "table": (self.table, self.data), "data": (self.data, len(self.bytes))}
+        return ends[where][0], ends[where][1] - 1
 
 
 @dataclass(frozen=True)
@@ -102,6 +114,16 @@ class Document:
         made += bytes(-len(made) % 32)
         return Content(bytes(made) + self.data, tuple(lengths), table, len(made))
 
+    def items(self, name: str) -> tuple[int, list[bytes]]:
+        """The items of an array as they are written, behind the number of their type: of texts, or of four bytes."""
+        value = next(one.value for one in self.fields if one.name == name.encode())
+        (kind, count), items, at = struct.unpack_from("<IQ", value), [], 12
+        for _ in range(count):
+            end = at + (8 + struct.unpack_from("<Q", value, at)[0] if kind == TEXT else 4)
+            items.append(value[at:end])
+            at = end
+        return kind, items
+
     def with_field(self, new: Field) -> "Document":
         """With this one in place of that of its name, or behind the others."""
         others = [one for one in self.fields if one.name != new.name]
@@ -111,6 +133,9 @@ class Document:
     def with_info(self, at: int, **changes: Any) -> "Document":
         """With one line of the table changed."""
         return replace(self, infos=(*self.infos[:at], replace(self.infos[at], **changes), *self.infos[at + 1 :]))
+
+
+Mutation = Callable[[Draw, Document], bytes]
 
 
 def number(name: str, value: int, kind: int = U32) -> Field:
@@ -129,15 +154,15 @@ def array(name: str, kind: int, items: Sequence[bytes], count: int | None = None
     return Field(name.encode(), ARRAY, head + b"".join(items))
 
 
-def with_vocabulary(whole: Document) -> Document:
-    """With arrays of texts, floats and numbers, some of them too long to be read as settings."""
-    tokens = [_text(f"token {at}".encode()) for at in range(1200)]
-    return (
-        whole.with_field(text("general.name", "a tiny model"))
-        .with_field(array("tokenizer.ggml.tokens", TEXT, tokens))
-        .with_field(array("tokenizer.ggml.scores", FLOAT, [struct.pack("<f", -at) for at in range(1200)]))
-        .with_field(array("tokenizer.ggml.token_type", 5, [struct.pack("<i", 1)] * 264))
-    )
+def with_vocabulary(whole: Document, folder: Path) -> Document:
+    """With a vocabulary that makes a tokenizer; its arrays are too long to be read as settings."""
+    source = byte_level_source(next(one for one in PUBLISHED if "qwen2" in one.names), num_tokens=1100)
+    scores = [-float(at) for at in range(len(source))]
+    path = write_vocabulary(source, folder / "vocabulary.gguf", "gpt2", "qwen2", scores=scores)
+    for one in Document.of(path).fields:
+        whole = whole.with_field(one) if one.name.startswith(b"tokenizer.") else whole
+    padding = number("tokenizer.ggml.padding_token_id", source.eos_token_id)
+    return whole.with_field(padding).with_field(text("general.name", "a tiny model"))
 
 
 def in_parts(whole: Document, count: int) -> list[Document]:
@@ -161,21 +186,12 @@ def in_parts(whole: Document, count: int) -> list[Document]:
 
 def _cut(draw: Draw, whole: Document, where: str) -> bytes:
     content = whole.content()
-    first, last = {
-        "header": (0, content.table - 1),
-        "table": (content.table, content.data - 1),
-        "data": (content.data, len(content.bytes) - 1),
-    }[where]
-    return content.bytes[: draw(st.integers(first, last))]
+    return content.bytes[: draw(st.integers(*content.bounds(where)))]
 
 
 def _flip(draw: Draw, whole: Document, where: str) -> bytes:
     content = whole.content()
-    first, last = {
-        "header": (0, content.table - 1),
-        "table": (content.table, content.data - 1),
-        "data": (content.data, len(content.bytes) - 1),
-    }[where]
+    first, last = content.bounds(where)
     made = bytearray(content.bytes)
     for at in draw(st.lists(st.integers(8 * first, 8 * last + 7), min_size=1, max_size=6)):
         made[at // 8] ^= 1 << at % 8
@@ -185,10 +201,8 @@ def _flip(draw: Draw, whole: Document, where: str) -> bytes:
 def _counts(draw: Draw, whole: Document) -> bytes:
     tensors, fields = len(whole.infos), len(whole.fields)
     near = st.integers(0, 3 * tensors)
-    return replace(
-        whole,
-        counts=(draw(st.one_of(NUMBERS, near)), draw(st.one_of(st.just(fields), NUMBERS, near))),
-    ).content().bytes  # fmt: skip
+    counts = draw(st.tuples(NUMBERS | near, st.just(fields) | NUMBERS | near))
+    return replace(whole, counts=counts).content().bytes
 
 
 def _lengths(draw: Draw, whole: Document) -> bytes:
@@ -200,7 +214,7 @@ def _lengths(draw: Draw, whole: Document) -> bytes:
 def _offsets(draw: Draw, whole: Document) -> bytes:
     at = draw(st.integers(0, len(whole.infos) - 1))
     others = st.sampled_from([info.offset for info in whole.infos])
-    offset = draw(st.one_of(NUMBERS, others, others.map(lambda one: one + 1), st.integers(0, len(whole.data) + 64)))
+    offset = draw(NUMBERS | others | others.map(lambda one: one + 1) | st.integers(0, len(whole.data) + 64))
     return whole.with_info(at, offset=offset).content().bytes
 
 
@@ -296,13 +310,47 @@ def _architecture(draw: Draw, whole: Document) -> bytes:
 
 
 def _versions(draw: Draw, whole: Document) -> bytes:
-    content = whole.content().bytes
-    version = draw(st.one_of(st.sampled_from([0, 1, 2, 4, 2**24, 2 * 2**24, 3 * 2**24]), st.integers(0, 2**32 - 1)))
+    version = draw(st.sampled_from([0, 1, 2, 4, 2**24, 2 * 2**24, 3 * 2**24]) | st.integers(0, 2**32 - 1))
     magic = draw(st.sampled_from([b"GGUF", b"GGUF", b"GGML", b"FUGG", b"\0\0\0\0"]))
-    return magic + struct.pack("<I", version) + content[8:]
+    return magic + struct.pack("<I", version) + whole.content().bytes[8:]
 
 
-MUTATIONS: Mapping[str, Callable[[Draw, Document], bytes]] = {
+def _items(name: str, change: Callable[[Draw, list[bytes]], list[bytes]], kind: str = "gpt2") -> Mutation:
+    """Of the vocabulary, said to be of this kind: other items in one of its arrays."""
+
+    def spoil(draw: Draw, whole: Document) -> bytes:
+        item, items = whole.items(name)
+        made = whole.with_field(array(name, item, change(draw, items)))
+        return made.with_field(text("tokenizer.ggml.model", kind)).content().bytes
+
+    return spoil
+
+
+def _put(draw: Draw, items: list[bytes], others: list[bytes]) -> list[bytes]:
+    at = draw(st.integers(0, len(items) - 1))
+    return [*items[:at], draw(st.sampled_from(others)), *items[at + 1 :]]
+
+
+def _ids(draw: Draw, whole: Document) -> bytes:
+    """Tokens with a role that are ordinary ones, none at all, or no numbers."""
+    value = draw(NUMBERS.map(lambda value: (U64, struct.pack("<Q", value))) | _VALUES)
+    role = draw(st.sampled_from(["bos", "eos", "eot", "eom", "unknown", "padding", "seperator", "cls", "mask"]))
+    return whole.with_field(Field(f"tokenizer.ggml.{role}_token_id".encode(), *value)).content().bytes
+
+
+def _pre(draw: Draw, whole: Document) -> bytes:
+    lists = st.lists(st.sampled_from([b"qwen2", b"gpt-2"]).map(_text), max_size=3)
+    made = lists.map(lambda items: (ARRAY, array("", TEXT, items).value))
+    return whole.with_field(Field(b"tokenizer.ggml.pre", *draw(made | _VALUES))).content().bytes
+
+
+def _template(draw: Draw, whole: Document) -> bytes:
+    wrong = st.sampled_from(["{% if", "{{ a", "{% endfor %}", "{% for a in b %}", "{{ 1 + }}", "{% no_such %}"])
+    value, name = draw(st.text(alphabet="abc \n", max_size=9)) + draw(wrong), draw(st.sampled_from(["", ".rag"]))
+    return whole.with_field(text(f"tokenizer.chat_template{name}", value)).content().bytes
+
+
+MUTATIONS: Mapping[str, Mutation] = {
     "cut-in-header": lambda draw, whole: _cut(draw, whole, "header"),
     "cut-in-table": lambda draw, whole: _cut(draw, whole, "table"),
     "cut-in-data": lambda draw, whole: _cut(draw, whole, "data"),
@@ -321,6 +369,14 @@ MUTATIONS: Mapping[str, Callable[[Draw, Document], bytes]] = {
     "absent-or-twice": _absent,
     "architecture": _architecture,
     "versions": _versions,
+    "tokens-twice": _items(TOKENS, lambda draw, items: [*(made := items[:-1]), draw(st.sampled_from(made))]),
+    "types-too-few": _items(TYPES, lambda draw, items: items[: draw(st.integers(1, len(items) - 1))]),
+    "scores-too-few": _items(SCORES, lambda draw, items: items[: draw(st.integers(1, len(items) - 1))], "llama"),
+    "scores": _items(SCORES, lambda draw, items: _put(draw, items, [struct.pack("<f", math.nan)]), "llama"),
+    "merges": _items(MERGES, lambda draw, items: _put(draw, items, NO_MERGES)),
+    "ids": _ids,
+    "pre": _pre,
+    "template": _template,
 }
 
 

@@ -200,7 +200,7 @@ def texts(count: int = 1000) -> list[str]:
 
 
 @cache
-def _learnt() -> tuple[dict[str, int], list[tuple[str, str]]]:
+def _learnt(num_tokens: int) -> tuple[dict[str, int], list[tuple[str, str]]]:
     """Tokens and merges of a text that nothing splits, so that every split shows.
 
     Some merges are left out: the tokens they make are found by `ignore_merges` alone.
@@ -208,16 +208,16 @@ def _learnt() -> tuple[dict[str, int], list[tuple[str, str]]]:
     learner = Tokenizer(models.BPE())
     learner.pre_tokenizer = pre.ByteLevel(add_prefix_space=False, use_regex=False)
     trainer = trainers.BpeTrainer(
-        vocab_size=2500, show_progress=False, initial_alphabet=pre.ByteLevel.alphabet(), max_token_length=12
+        vocab_size=num_tokens, show_progress=False, initial_alphabet=pre.ByteLevel.alphabet(), max_token_length=12
     )
     learner.train_from_iterator([text for text in texts(2000)[1000:] if len(text) < 400], trainer)
     learnt = json.loads(learner.to_str())["model"]
     return learnt["vocab"], [tuple(merge) for at, merge in enumerate(learnt["merges"]) if at < 500 or at % 9]
 
 
-def byte_level_source(published: Published) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer that splits as published."""
-    tokenizer = Tokenizer(models.BPE(*_learnt(), ignore_merges=published.ignore_merges))
+def byte_level_source(published: Published, num_tokens: int = 2500) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer that splits as published, of as many tokens, and those that are added."""
+    tokenizer = Tokenizer(models.BPE(*_learnt(num_tokens), ignore_merges=published.ignore_merges))
     if published.composes:
         tokenizer.normalizer = normalizers.NFC()
     in_bytes = pre.ByteLevel(add_prefix_space=False, use_regex=published.has_gpt2)
