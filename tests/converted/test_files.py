@@ -11,7 +11,9 @@ import pytest
 from foreroute.checkpoint.gguf_file import read_gguf
 from foreroute.checkpoint.locate import locate, read_index
 from foreroute.errors import CheckpointError, CorruptCheckpointError, UnsupportedModelError
+from foreroute.loading.checkpoint import open_checkpoint
 from foreroute.model.text import load_tokenizer
+from tests.converted.malformed import Document, number
 from tests.formats.gguf_writer import Kind, Written, write_copy, write_gguf
 from tests.support.checkpoints import save_tokenizer
 from tests.support.runs import assert_same_bits, generate
@@ -90,6 +92,14 @@ def _in_parts(path: Path, folder: Path, per_part: int) -> list[Path]:
     write_copy(reader, writer)
     save_tokenizer(folder)
     return sorted(folder.glob("*.gguf"))
+
+
+@pytest.mark.parametrize("role", ["padding", "bos", "eos"])
+def test_an_id_out_of_range_means_that_there_is_none(role: str, written: Written, tmp_path: Path) -> None:
+    document = Document.of(written.path).with_field(number(f"tokenizer.ggml.{role}_token_id", 2**32 - 1))
+    (tmp_path / "model.gguf").write_bytes(document.content().bytes)
+    config = open_checkpoint(tmp_path / "model.gguf", None, "no").outline.config
+    assert getattr(config, f"{role.removesuffix('ding')}_token_id") is None
 
 
 def test_a_model_in_parts_is_read_from_any_of_them(written: Written, tmp_path: Path, load: Callable[..., Any]) -> None:

@@ -14,6 +14,7 @@ from foreroute.checkpoint.gguf_file import GgufIndex, is_gguf, read_gguf
 from foreroute.checkpoint.index import CheckpointIndex
 from foreroute.errors import CheckpointError, CorruptCheckpointError, UnsupportedModelError, named
 from foreroute.model.generation_settings import check_token_ids
+from foreroute.model.gguf.metadata import GgufMetadata
 from foreroute.model.gguf.settings import settings_of
 from foreroute.whole_files import read_object
 
@@ -77,6 +78,8 @@ def gguf_config(index: GgufIndex) -> Any:
     from transformers import AutoConfig
 
     with named(f"{index.folder}: its metadata describe no {index.architecture}", CheckpointError):
+        # First, as some settings become a list with an item for each layer.
+        check_sizes(GgufMetadata(index).said, index.folder)
         model_type, settings = settings_of(index)
         check_sizes(settings, index.folder)
         return AutoConfig.for_model(model_type, **settings)

@@ -64,9 +64,11 @@ def settings_of(index: GgufIndex) -> tuple[str, dict[str, Any]]:
     found["vocab_size"] = index.shapes["token_embd.weight"][0]
     found["tie_word_embeddings"] = "output.weight" not in index.tensors
     found["rope_parameters"] = rope_parameters(metadata, family.yarn, has_mscale=family.has_mscale)
-    for name in ("bos", "eos"):
-        found[f"{name}_token_id"] = index.settings.get(f"tokenizer.ggml.{name}_token_id")
-    found["pad_token_id"] = index.settings.get("tokenizer.ggml.padding_token_id")
+    for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
+        number = index.settings.get(f"tokenizer.ggml.{theirs}_token_id")
+        # An id out of range is an old converter's way to say that there is none.
+        is_out = type(number) is int and not 0 <= number < found["vocab_size"]
+        found[f"{ours}_token_id"] = None if is_out else number
     if "head_dim" not in more:
         _add_heads(metadata, family, found, names)
     return model_type, {name: value for name, value in {**found, **more}.items() if name in names or name in _UNNAMED}

@@ -220,6 +220,10 @@ def _matrix(part: str, tensor: str, at: int, index: GgufIndex) -> tuple[PartSour
     if tensor not in index.tensors:
         raise CorruptCheckpointError(f"{index.folder} lacks {tensor}. Its converter is too old, or not llama.cpp's.")
     kind = index.kinds[tensor]
+    if len(index.tensors[tensor].shape) != 3:
+        raise CorruptCheckpointError(
+            f"{index.folder}: {tensor} is {list(index.shapes[tensor])}, not a matrix of each expert. Download it again."
+        )
     rows, row_bytes = index.tensors[tensor].shape[1:]
     weights, nbytes = EXPERT_BLOCKS[kind]
     source = PartSource(f"{part}.{at}", (rows, row_bytes), ((tensor,),), dtypes=("U8",))
