@@ -42,7 +42,7 @@ def test_the_recorded_row_is_what_the_engine_counted(traced, run) -> None:
     assert recorded["demand_bytes"] == pytest.approx(1e6 * figures["demand_mb_per_token"])
     assert recorded["prefetch_bytes"] == pytest.approx(1e6 * figures["prefetch_mb_per_token"], rel=0.02)
     # From a step's begin to the next one's: all of a token's time but what lies after the last step's layers.
-    assert 0.5 * figures["tpot_ms"] < ran.json["timing"]["tpot_ms"] <= 1.001 * figures["tpot_ms"]
+    assert 0.75 * figures["tpot_ms"] < ran.json["timing"]["tpot_ms"] <= 1.001 * figures["tpot_ms"]
     assert ran.json["timing"]["stall_ms"] == pytest.approx(figures["stall_ms_per_token"], rel=0.01, abs=0.01)
     assert recorded["num_slots"] == int(0.4 * NUM_LAYERS * NUM_EXPERTS)
     budgets = {round(budget["share"], 2): budget for budget in ran.json["budgets"]}
