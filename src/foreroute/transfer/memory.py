@@ -13,10 +13,10 @@ import torch
 
 from foreroute.errors import DeviceError
 from foreroute.transfer.base import Transfer
+from foreroute.transfer.huge_pages import HUGE_PAGE_BYTES
 from foreroute.types import BLOCK_BYTES, Progress, SlotClass, round_up
 from foreroute.units import format_memory
 
-_HUGE_PAGE_BYTES = 2 * 2**20
 # cudaHostRegisterPortable | cudaHostRegisterMapped: valid in every context, and readable by kernels.
 _REGISTER_FLAGS = 0x1 | 0x2
 # Reads queued at once while the arena is loaded: enough that no reader waits for this thread.
@@ -30,9 +30,9 @@ def map_memory(num_bytes: int) -> mmap.mmap:
     fast disk (1.1 against 2.3 GB/s, benchmarks/disk.py). The system gives them to private mappings only (Python's
     default is shared), and throughout only to one whose length is a whole number of them.
     """
-    if num_bytes < _HUGE_PAGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
+    if num_bytes < HUGE_PAGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
         return mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    num_bytes = round_up(num_bytes, _HUGE_PAGE_BYTES)
+    num_bytes = round_up(num_bytes, HUGE_PAGE_BYTES)
     memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_HUGEPAGE)
     return memory

@@ -14,6 +14,7 @@ from foreroute.config import EngineConfig
 from foreroute.trace import Trace
 from foreroute.transfer.base import Transfer
 from foreroute.transfer.disk import DiskTransfer
+from foreroute.transfer.huge_pages import HugePages
 from foreroute.transfer.memory import Arena, allocate_pool, load_records, out_of_memory_named
 from foreroute.transfer.tiered import CudaCopier, MemoryCopier, TieredTransfer
 from foreroute.transfer.wrappers import LogicalTransfer, TracedTransfer
@@ -45,7 +46,14 @@ def place(
     asked: the config. table: the experts as stored. trace: records the loads; None: no trace.
     """
     memory, slots = allocate_pool(classes)
-    disk = open_disk(asked, table, store, slots.__getitem__, asked.readers(table.slot_bytes))
+    pages = HugePages(memory)
+    starts = [one.offset(slot) for one in classes for slot in range(one.first, one.first + one.num_slots)]
+
+    def slot_memory(slot: int) -> memoryview:
+        pages.prepare(starts[slot], len(slots[slot]))
+        return slots[slot]
+
+    disk = open_disk(asked, table, store, slot_memory, asked.readers(table.slot_bytes))
     return SlotMemory(memory, _dressed(disk, asked, table, trace), slots.clear)
 
 

@@ -10,6 +10,7 @@ import torch
 from foreroute.errors import ForerouteError
 from foreroute.kernels.ggml.library import Library
 from foreroute.kernels.ggml.types import BlockType
+from foreroute.transfer.huge_pages import HugePages
 from foreroute.transfer.memory import map_memory
 from foreroute.types import round_up
 
@@ -62,13 +63,18 @@ class BlockMemory:
 
     def __init__(self) -> None:
         self._chunk = torch.empty(0, dtype=torch.uint8)
+        self._taken = 0
+        self._pages: HugePages | None = None
 
     def take(self, rows: int, row_bytes: int) -> torch.Tensor:
         """Memory for blocks [rows, row_bytes], aligned to a cache line; kept as long as any taken beside it."""
         nbytes = rows * row_bytes
-        if nbytes > len(self._chunk):
-            self._chunk = torch.frombuffer(map_memory(max(nbytes, _CHUNK_BYTES)), dtype=torch.uint8)
-        taken, self._chunk = self._chunk[:nbytes], self._chunk[round_up(nbytes, _ALIGNMENT) :]
+        if self._pages is None or nbytes > len(self._chunk) - self._taken:
+            memory = map_memory(max(nbytes, _CHUNK_BYTES))
+            self._chunk, self._taken, self._pages = torch.frombuffer(memory, dtype=torch.uint8), 0, HugePages(memory)
+        self._pages.prepare(self._taken, nbytes)
+        taken = self._chunk[self._taken : self._taken + nbytes]
+        self._taken += round_up(nbytes, _ALIGNMENT)
         return taken.view(rows, row_bytes)
 
 
