@@ -13,12 +13,15 @@ if TYPE_CHECKING:
 
     from foreroute.report.events import Recording
     from foreroute.report.replay import Budget, Report
+    from foreroute.report.tier.forecast import TierForecast
+    from foreroute.report.tier.simulation import Tier
 
 _EPILOG = """\
 examples:
   foreroute generate MODEL "Once upon a time" --memory 25% --trace run.jsonl
   foreroute replay run.jsonl
   foreroute replay run.jsonl --memory 25% 50% --bandwidth 3.5GB/s
+  foreroute replay run.jsonl --tier 25.7,768       forecast: a GPU behind PCIe 4
   foreroute replay run.jsonl --out report          plots, and report/index.html
 
 what is replayed:
@@ -72,6 +75,13 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--bandwidth", metavar="RATE", help='reading speed, "1.5GB/s" (default: that of the recorded run)'
     )
+    parser.add_argument(
+        "--tier",
+        metavar="LINK,HBM",
+        help="forecast decoding on another machine: GB/s of the link that copies experts, GB/s of the memory that "
+        "computes, then, if wanted, GB of dense weights and keys and values per token, and microseconds per layer "
+        "beside bytes. LINK alone: compute as recorded",
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the random eviction (default: 0)")
     parser.add_argument("--partial", action="store_true", help="use a trace that was cut off, as far as it goes")
     parser.add_argument("--model", metavar="MODEL", help="check that the trace is of this model")
@@ -92,6 +102,7 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the command; return its exit code."""
     from foreroute.report.replay import make_report
+    from foreroute.report.tier.forecast import as_dicts, parse_tier
     from foreroute.report.trace_file import read_recording
 
     bytes_per_s = None if args.bandwidth is None else _rate(args.bandwidth)
@@ -109,6 +120,7 @@ def run(args: argparse.Namespace) -> int:
         raise TraceError(
             f"--token {args.token}: the trace has {len(recording.decode_steps)} decode steps, counted from 0."
         )
+    tier = None if args.tier is None else parse_tier(args.tier, recording)
     with figures.counting_bar("replaying", 1, "replays", args.json) as show:
         report = make_report(
             recording,
@@ -118,6 +130,7 @@ def run(args: argparse.Namespace) -> int:
             seed=args.seed,
             progress=show,
         )
+    forecast = [] if tier is None else _forecast(args, recording, report, tier)
     written: list[Path] = []
     if args.out is not None:
         with figures.busy("Drawing", args.json):
@@ -128,10 +141,18 @@ def run(args: argparse.Namespace) -> int:
         write_chrome(args.trace, args.chrome)
         written.append(args.chrome)
     if args.json:
-        figures.print_json(**report.as_dict(), written=[str(path) for path in written])
+        figures.print_json(**report.as_dict(), tier=as_dicts(forecast), written=[str(path) for path in written])
     else:
-        _print(report, written)
+        _print(report, forecast, written)
     return 0
+
+
+def _forecast(args: argparse.Namespace, recording: "Recording", report: "Report", tier: "Tier") -> "list[TierForecast]":
+    from foreroute.report.tier.forecast import forecasts
+
+    memories = args.memory or [f"{100 * budget.share:.4g}%" for budget in report.budgets]
+    with figures.busy("Simulating", args.json):
+        return forecasts(recording, report.route, tier, memories)
 
 
 def _rate(text: str) -> float:
@@ -158,7 +179,7 @@ def _check_model(recording: "Recording", model: str) -> None:
         )
 
 
-def _print(report: "Report", written: list[Path]) -> None:
+def _print(report: "Report", forecast: "list[TierForecast]", written: list[Path]) -> None:
     console = figures.stdout_console()
     _print_run(console, report)
     for budget in report.budgets:
@@ -169,6 +190,8 @@ def _print(report: "Report", written: list[Path]) -> None:
             f"{report.route.num_experts}, {format_memory(budget.pool_bytes)}{mark}"
         )
         figures.print_grid(console, ("", "hits", "misses", "MB/token", "x belady", "TPOT (ms)"), _rows(report, budget))
+    if forecast:
+        _print_forecast(console, forecast)
     console.print()
     figures.print_list(console, _remarks(report), style="dim")
     for path in written:
@@ -194,6 +217,21 @@ def _print_run(console: "Console", report: "Report") -> None:
          "in the queue"),
     ]  # fmt: skip
     figures.print_rows(console, rows)
+
+
+def _print_forecast(console: "Console", forecast: "list[TierForecast]") -> None:
+    """The simulation of --tier: ms per step."""
+    console.print()
+    console.print("[bold]Forecast[/bold] on the tier of --tier: simulated, not measured (ms per step)")
+    rows = []
+    for one in forecast:
+        cells = [one.memory, str(one.num_slots), figures.number(1e3 * one.on_demand.step_s)]
+        for run in (one.prefetched,):
+            cells += (
+                ["-", "-"] if run is None else [figures.number(1e3 * run.step_s), figures.number(1e3 * run.stall_s)]
+            )
+        rows.append([*cells, figures.number(1e3 * one.resident_s)])
+    figures.print_grid(console, ("memory", "slots", "on demand", "prefetched", "of it waiting", "all resident"), rows)
 
 
 def _rows(report: "Report", budget: "Budget") -> list[list[str]]:
