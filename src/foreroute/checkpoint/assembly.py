@@ -33,10 +33,15 @@ _KNOWN = frozenset({"MergeModulelist", "Concatenate", "Transpose", "Interleave"}
 
 @dataclass(frozen=True, slots=True)
 class FamilyForm:
-    """How a family keeps an expert's matrices. is_transposed: as [in, out]. gates: how gate and up are joined."""
+    """How a family keeps an expert's matrices.
+
+    is_transposed: as [in, out]. gates: how gate and up are joined. is_down_transposed: the second matrix alone is
+    [in, out].
+    """
 
     is_transposed: bool = False
     gates: Gates = ""
+    is_down_transposed: bool = False
 
 
 @dataclass(frozen=True, slots=True)

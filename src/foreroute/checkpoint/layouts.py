@@ -92,6 +92,7 @@ class PartSource:
     groups: per source pattern, the stored tensors' names: one per expert in expert order, or a single fused one.
     operations: what transformers does to them, in order.
     dtypes: those that the stored tensors may have.
+    rows_of_each: an expert's rows in a tensor that has those of all experts one above the other; 0 for other tensors.
     """
 
     part: str
@@ -99,6 +100,7 @@ class PartSource:
     groups: tuple[tuple[str, ...], ...]
     operations: tuple[Operation, ...] = ()
     dtypes: tuple[str, ...] = _FLOAT_DTYPES
+    rows_of_each: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,14 +207,25 @@ def _check_alike(entries: Sequence[TensorEntry]) -> None:
 
 def _is_fused(source: PartSource, group: Sequence[str], index: CheckpointIndex) -> bool:
     """Whether one tensor holds all experts."""
-    return len(group) == 1 and len(index.tensors[group[0]].shape) > len(source.shape)
+    return len(group) == 1 and (bool(source.rows_of_each) or len(index.tensors[group[0]].shape) > len(source.shape))
 
 
 def _entry(source: PartSource, group: Sequence[str], expert: int, index: CheckpointIndex) -> TensorEntry:
     """The tensor that holds this expert, its last dimensions merged where it has more than the source."""
     if _is_fused(source, group, index):
-        return merged(index.tensors[group[0]], len(source.shape) + 1)
+        entry = index.tensors[group[0]]
+        return merged(_by_expert(entry, source.rows_of_each) if source.rows_of_each else entry, len(source.shape) + 1)
     return merged(index.tensors[group[expert]], len(source.shape))
+
+
+def _by_expert(entry: TensorEntry, rows: int) -> TensorEntry:
+    """The tensor as [experts, rows, ...], of [experts * rows, ...]."""
+    if not entry.shape or entry.shape[0] % rows:
+        raise CorruptCheckpointError(
+            f"{entry.name} is {list(entry.shape)}; config.json says {rows} rows for each expert. config.json and the "
+            "weights are of different models."
+        )
+    return replace(entry, shape=(entry.shape[0] // rows, rows, *entry.shape[1:]))
 
 
 def _assembled(source: PartSource, expert: int, index: CheckpointIndex) -> Assembled:

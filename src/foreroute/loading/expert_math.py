@@ -20,6 +20,7 @@ from foreroute.kernels.ggml.library import Library
 from foreroute.kernels.torch.dequantise import Workspaces, dequantising
 from foreroute.kernels.torch.experts import ExpertMath, OneToken, Operands, compute_several
 from foreroute.kernels.torch.layer import FamilyForward
+from foreroute.model.adapters.block import AdaptedExperts
 from foreroute.model.blocks import MoeLayer
 from foreroute.model.experts import OffloadedExperts, family_forward
 
@@ -138,6 +139,8 @@ def run_family_forward(
     Args:
         parts_of: expert index -> its parts in layout order; called for experts in ascending order.
     """
+    if isinstance(module, AdaptedExperts):
+        return module.eager_sum(parts_of, hidden, ids, weights)
     for at, parameter in enumerate(module.expert_parameters):
         # In the instance's own table: nn.Module looks there first, and would refuse it as a parameter.
         module.__dict__[parameter.name] = _Lent(parts_of, at)
@@ -149,7 +152,9 @@ def run_family_forward(
 
 
 def describe_math(module: OffloadedExperts) -> ExpertMath | None:
-    """Describe the family's maths by the flags of transformers' decorator on the module; None without them."""
+    """Describe the family's maths: by its adapter, or the flags of transformers' decorator; None where neither can."""
+    if isinstance(module, AdaptedExperts):
+        return module.held.math
     at = {parameter.name: position for position, parameter in enumerate(module.expert_parameters)}
     flags: Any = module  # set by transformers' decorator
     has_gate = bool(flags.has_gate)

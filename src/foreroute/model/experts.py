@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from foreroute.checkpoint.assembly import FamilyForm, Gates
+from foreroute.checkpoint.assembly import FamilyForm, Gates, Operation
 from foreroute.errors import RefusedError
 
 # Numbers of gate and up that are tried, and how far one is moved: within every family's clamps.
@@ -27,10 +27,19 @@ CLOSED = "This model's experts have been closed; load the model again."
 
 @dataclass(frozen=True, slots=True)
 class ExpertParameter:
-    """A parameter that the family's experts module would have: its name and one expert's shape."""
+    """A tensor of every expert.
+
+    name: of the parameter that holds it, or the usual one (adapters/matrices.py). shape: one expert's.
+    held_in: of a family off transformers' interface, the tensors of its MoE block that make it, as names there: per
+        matrix one tensor of all experts ([experts, ...], or their rows one above the other), or one per expert in
+        order. Empty: the parameter of that name.
+    operations: on the matrices, to make the one of `shape`.
+    """
 
     name: str
     shape: tuple[int, ...]
+    held_in: tuple[tuple[str, ...], ...] = ()
+    operations: tuple[Operation, ...] = ()
 
 
 def num_experts(module: nn.Module) -> int:

@@ -5,7 +5,7 @@ that follow are the family's. Slots keep the stored form: one matrix at a time i
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import lru_cache
 
 import torch
@@ -259,9 +259,9 @@ class DequantisingMath(ExpertMath):
         return tuple(parts)
 
     @property
-    def operand_kind(self) -> tuple[int, int, bool]:
+    def operand_kind(self) -> tuple[int, int, bool, bool]:
         """Maths of equal kind share their operands' views."""
-        return (self.up_at, self.down_at, False)
+        return (self.up_at, self.down_at, False, False)
 
     @property
     def takes_stored(self) -> bool:
@@ -290,7 +290,8 @@ class DequantisingMath(ExpertMath):
 
     def _matrix(self, operands: Operands, part_at: int) -> torch.Tensor:
         made = decode_part(self.parts[part_at], operands, self.dtype, self.workspaces)
-        return made if self.is_transposed else made.t()
+        is_transposed = self.is_transposed or (self.is_down_transposed and part_at == self.down_at)
+        return made if is_transposed else made.t()
 
 
 def dequantising(
@@ -300,8 +301,8 @@ def dequantising(
     if math is None:
         return DequantisingMath(_no_gate, -1, -1, parts=parts, dtype=dtype, workspaces=workspaces)
     return DequantisingMath(
-        math.gate, math.up_at, math.down_at, math.up_bias_at, math.down_bias_at, math.is_transposed,
-        parts, dtype, workspaces,
+        **{field.name: getattr(math, field.name) for field in fields(ExpertMath)},
+        parts=parts, dtype=dtype, workspaces=workspaces,
     )  # fmt: skip
 
 

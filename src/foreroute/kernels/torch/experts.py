@@ -30,6 +30,9 @@ class ExpertMath:
     gate: [rows, gate_up] -> [rows, intermediate]; the family's own activation and gating.
     up_at, down_at, up_bias_at, down_bias_at: positions of the tensors among an expert's parts; -1 if absent.
     is_transposed: weights are stored as [in, out] instead of [out, in].
+    is_down_transposed: the second matrix alone is.
+    computes_all_rows: the family multiplies each expert with all rows, zeros in place of those that are not its own: the
+        number of rows in a product can change its bits.
     """
 
     gate: Callable[[torch.Tensor], torch.Tensor]
@@ -38,23 +41,25 @@ class ExpertMath:
     up_bias_at: int = -1
     down_bias_at: int = -1
     is_transposed: bool = False
+    is_down_transposed: bool = False
+    computes_all_rows: bool = False
 
     def operands(self, parts: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """Return an expert's parts in the form for products: weights as [in, out] views, biases unchanged. No copy."""
         if self.is_transposed:
             return tuple(parts)
-        weights = (self.up_at, self.down_at)
+        weights = (self.up_at,) if self.is_down_transposed else (self.up_at, self.down_at)
         return tuple(part.t() if at in weights else part for at, part in enumerate(parts))
 
     @property
-    def operand_kind(self) -> tuple[int, int, bool]:
+    def operand_kind(self) -> tuple[int, int, bool, bool]:
         """Maths of equal kind share their operands' views."""
-        return (self.up_at, self.down_at, self.is_transposed)
+        return (self.up_at, self.down_at, self.is_transposed, self.is_down_transposed)
 
     def widths(self, shapes: Sequence[Sequence[int]]) -> tuple[int, int]:
         """Return the columns of the first and the second product, for parts of these shapes."""
-        out_dim = 1 if self.is_transposed else 0
-        return shapes[self.up_at][out_dim], shapes[self.down_at][out_dim]
+        up_dim, down_dim = int(self.is_transposed), int(self.is_transposed or self.is_down_transposed)
+        return shapes[self.up_at][up_dim], shapes[self.down_at][down_dim]
 
     @property
     def takes_stored(self) -> bool:

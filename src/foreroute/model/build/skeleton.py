@@ -24,21 +24,14 @@ from foreroute.checkpoint.quantised_formats import QuantisedFormat
 from foreroute.checkpoint.quantised_layout import quantised_layer
 from foreroute.checkpoint.records import PackedStore
 from foreroute.errors import CheckpointError, CorruptCheckpointError, UnsupportedModelError, named
+from foreroute.model.adapters.registry import FoundExperts, find_experts, without_experts
 from foreroute.model.build.dense_blocks import DenseBlocks, DenseMatrices, dense_matrices
 from foreroute.model.build.dense_state import dense_growth, dense_state, idle_biases, quantised_matrices
 from foreroute.model.build.from_state import from_state, stored_state
 from foreroute.model.build.packed_dense import packed_state
 from foreroute.model.build.stored_names import Ignored, map_sources, sort_unplaced, tell
 from foreroute.model.config_file import check_against, check_choice, check_number, gguf_config, read_config
-from foreroute.model.experts import (
-    ExpertParameter,
-    OffloadedExperts,
-    expert_parameters,
-    family_form,
-    is_experts_class,
-    num_experts,
-    offloaded_class,
-)
+from foreroute.model.experts import ExpertParameter, OffloadedExperts
 from foreroute.model.generation_settings import check_generation_settings
 from foreroute.model.gguf.tensors import GgufNames, gguf_dense_nbytes, gguf_layer, gguf_state, name_tensors
 
@@ -103,30 +96,28 @@ def outline(folder: Path, index: CheckpointIndex) -> Outline:
     is_quantised = form is not None or getattr(config, "quantization_config", None) is not None
     _forget_quantisation(config)
     meta_model = _meta_model(folder, config, index)
-    modules = _experts_modules(folder, config, meta_model)
-    of_experts = sum(num_experts(module) * len(expert_parameters(module)) for module in modules.values())
+    found = _find_experts(folder, config, meta_model)
+    of_experts = sum(one.num_experts * len(one.parameters) for one in found)
     check_number(index, len(meta_model.state_dict()) + of_experts)
     components |= idle_biases(index, matrices, meta_model.state_dict().keys())
-    sources, unplaced, placed = map_sources(meta_model, modules, {*(set(index.tensors) - components), *matrices})
+    sources, unplaced, placed = map_sources(meta_model, found, {*(set(index.tensors) - components), *matrices})
     layers: list[LayerExperts] = []
     targets: set[str] = set()
-    for name, module in modules.items():
-        parameters = expert_parameters(module)
-        layer_sources = [sources.get(f"{name}.{p.name}") or _absent(folder, name, p) for p in parameters]
-        targets.update(f"{name}.{p.name}" for p in parameters)
-        layers.append(quantised_layer(name, num_experts(module), layer_sources, index, form, matrices))
+    for one in found:
+        layer_sources = [sources.get((one.name, p.name)) or _absent(folder, one.name, p) for p in one.parameters]
+        targets.update(name for p in one.parameters for group in one.tensors(p) for name in group)
+        layer = quantised_layer(one.name, one.num_experts, layer_sources, index, form, matrices)
+        layers.append(replace(layer, form=one.form))
     ignored = sort_unplaced(folder, meta_model, unplaced, is_quantised=is_quantised)
     state = meta_model.state_dict()
     dense = {name: state[target] for name, target in placed.items()}
     _check_shapes(folder, dense, {name: index.tensors[name].shape for name in dense.keys() & index.tensors.keys()})
-    classes = frozenset(type(module) for module in modules.values())
-    table = ExpertTable(_formed(layers, modules.values()), index)
     return Outline(
         config,
-        tuple(modules),
-        table,
+        tuple(one.name for one in found),
+        ExpertTable(tuple(layers), index),
         frozenset(targets),
-        classes,
+        frozenset(one.holder_class for one in found),
         form,
         matrices,
         components,
@@ -135,36 +126,28 @@ def outline(folder: Path, index: CheckpointIndex) -> Outline:
     )
 
 
-def _experts_modules(folder: Path, config: Any, meta_model: nn.Module) -> dict[str, nn.Module]:
-    modules = {name: module for name, module in meta_model.named_modules() if is_experts_class(type(module))}
-    if not modules:
-        raise UnsupportedModelError(_why_no_experts(folder, config, meta_model))
+def _find_experts(folder: Path, config: Any, meta_model: nn.Module) -> list[FoundExperts]:
     with named(f"{_source(folder)} describes no experts that can be computed", CheckpointError):
-        most = max(num_experts(module) for module in modules.values())
+        found = find_experts(meta_model)
+    if not found:
+        raise UnsupportedModelError(_why_no_experts(folder, config, meta_model))
+    most = max(one.num_experts for one in found)
     if most < 1:
         raise CheckpointError(f"{_source(folder)} gives the model no experts.")
     check_choice(config, most, _source(folder))
-    return modules
-
-
-def _formed(layers: Sequence[LayerExperts], modules: Collection[nn.Module]) -> tuple[LayerExperts, ...]:
-    """The layers with how the family of their modules keeps matrices."""
-    forms = {type(module): family_form(module) for module in modules}
-    return tuple(replace(layer, form=forms[type(module)]) for layer, module in zip(layers, modules, strict=True))
+    return found
 
 
 def _outline_gguf(index: GgufIndex) -> Outline:
     config = gguf_config(index)
     meta_model = _meta_model(index.folder, config, index)
-    modules = _experts_modules(index.folder, config, meta_model)
-    layers = [
-        gguf_layer(name, num_experts(module), expert_parameters(module), family_form(module), index)
-        for name, module in modules.items()
-    ]
+    found = _find_experts(index.folder, config, meta_model)
+    layers = [gguf_layer(one.name, one.num_experts, one.parameters, one.form, index) for one in found]
+    modules = {one.name: meta_model.get_submodule(one.name) for one in found}
     names = name_tensors(index, meta_model, config, modules)
-    targets = {f"{name}.{p.name}" for name, module in modules.items() for p in expert_parameters(module)}
-    classes = frozenset(type(module) for module in modules.values())
-    return Outline(config, tuple(modules), ExpertTable(tuple(layers), index), frozenset(targets), classes, gguf=names)
+    targets = frozenset(f"{one.name}.{p.name}" for one in found for p in one.parameters)
+    classes = frozenset(one.holder_class for one in found)
+    return Outline(config, tuple(modules), ExpertTable(tuple(layers), index), targets, classes, gguf=names)
 
 
 def load_skeleton(
@@ -253,7 +236,7 @@ def swapped_experts(classes: frozenset[type[nn.Module]]) -> Iterator[None]:
                 module = sys.modules[cls.__module__]
                 for attribute in [name for name, value in vars(module).items() if value is cls]:
                     replaced.append((module, attribute, cls))
-                    setattr(module, attribute, offloaded_class(cls))
+                    setattr(module, attribute, without_experts(cls))
             yield
         finally:
             for module, attribute, cls in replaced:

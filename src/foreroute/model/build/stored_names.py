@@ -9,19 +9,21 @@ depth decides. All other tensors are errors.
 
 import logging
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from foreroute.checkpoint.assembly import Operation
 from foreroute.checkpoint.declared import is_whole
 from foreroute.checkpoint.layouts import PartSource
 from foreroute.errors import CheckpointError, CorruptCheckpointError, UnsupportedModelError
-from foreroute.model.experts import expert_parameters
+from foreroute.model.adapters.registry import FoundExperts
+from foreroute.model.experts import ExpertParameter
 from foreroute.whole_files import read_object
 
 _LOG = logging.getLogger(__name__)
@@ -42,9 +44,9 @@ _NUMBERED_LAYER = re.compile(r"layers\\?\.\d")
 
 
 def map_sources(
-    meta_model: nn.Module, modules: Mapping[str, nn.Module], stored_names: Collection[str]
-) -> tuple[dict[str, PartSource], dict[str, tuple[str, ...]], dict[str, str]]:
-    """Find the stored tensors of every expert parameter of `modules`, by its full name, as transformers collects them.
+    meta_model: nn.Module, found: Sequence[FoundExperts], stored_names: Collection[str]
+) -> tuple[dict[tuple[str, str], PartSource], dict[str, tuple[str, ...]], dict[str, str]]:
+    """Find the stored tensors of every expert parameter, by (module, parameter), as transformers collects them.
 
     Returns also the `stored_names` without a place in `meta_model`, with transformers' names for each; and the stored
     names that become a tensor of the model unchanged, with its name there.
@@ -57,7 +59,7 @@ def map_sources(
     converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     state, prefix = meta_model.state_dict(), meta_model.base_model_prefix
-    shapes = {f"{name}.{p.name}": (p.name, p.shape) for name, m in modules.items() for p in expert_parameters(m)}
+    targets = {name for one in found for p in one.parameters for group in one.tensors(p) for name in group}
     groups: dict[str, dict[str | None, list[str]]] = {}
     unplaced: dict[str, tuple[str, ...]] = {}
     placed: dict[str, str] = {}
@@ -68,15 +70,49 @@ def map_sources(
         if target not in state:
             converted = [target] if pattern is None else by_pattern[pattern].target_patterns
             unplaced[stored_name] = tuple(target.replace(converted[0], one) for one in converted)
-        elif target in shapes:
+        elif target in targets:
             groups.setdefault(target, {}).setdefault(pattern, []).append(stored_name)
         elif pattern is None:
             placed[stored_name] = target
+    collected = {target: (by_source, by_pattern.get(next(iter(by_source)))) for target, by_source in groups.items()}
     sources = {
-        target: _source(*shapes[target], by_source, by_pattern.get(next(iter(by_source))))
-        for target, by_source in groups.items()
+        (one.name, parameter.name): source
+        for one in found
+        for parameter in one.parameters
+        if (source := _source_of(one, parameter, collected, state)) is not None
     }
     return sources, unplaced, placed
+
+
+def _source_of(
+    found: FoundExperts,
+    parameter: ExpertParameter,
+    collected: Mapping[str, tuple[Mapping[str | None, list[str]], Any]],
+    state: Mapping[str, torch.Tensor],
+) -> PartSource | None:
+    """The source of `parameter`; None where the checkpoint has none of it.
+
+    Args:
+        collected: by the model's tensor, its stored names by matched pattern, and transformers' converter.
+        state: the model's tensors, on the meta device.
+    """
+    held_in = found.tensors(parameter)
+    if not all(name in collected for group in held_in for name in group):
+        return None
+    first = state[held_in[0][0]]
+    is_fused = len(held_in[0]) == 1 and first.ndim > len(parameter.shape)
+    if is_fused and len(held_in) == 1:
+        return _source(parameter.name, parameter.shape, *collected[held_in[0][0]])
+    stored: list[tuple[str, ...]] = []
+    for group in held_in:
+        for name in group:
+            by_source, converter = collected[name]
+            if converter is not None or [len(names) for names in by_source.values()] != [1]:
+                raise UnsupportedModelError(f"{name} is stored in several tensors: not known. Please report the model.")
+        stored.append(tuple(one for name in group for names in collected[name][0].values() for one in names))
+    has_all_rows = len(held_in[0]) == 1 and not is_fused
+    rows_of_each = first.shape[0] // found.num_experts if has_all_rows else 0
+    return PartSource(parameter.name, parameter.shape, tuple(stored), parameter.operations, rows_of_each=rows_of_each)
 
 
 def _source(

@@ -1,0 +1,43 @@
+"""LongCat-Flash: some of the experts that its router chooses from have no weights and give their input back."""
+
+from typing import Any
+
+import torch
+
+from foreroute.checkpoint.assembly import FamilyForm
+from foreroute.errors import UnsupportedModelError
+from foreroute.kernels.torch.experts import ExpertMath
+from foreroute.model.adapters.block import AdaptedBlock, HeldExperts
+from foreroute.model.adapters.matrices import DOWN, GATE_UP, gated_by, linear_expert, shape_of
+from foreroute.model.experts import ExpertParameter
+
+
+class LongcatBlock(AdaptedBlock):
+    """LongCat-Flash's block: experts that compute nothing come behind those with weights."""
+
+    MODULE, BLOCK = "longcat_flash", "LongcatFlashMoE"
+
+    @staticmethod
+    def held(block: Any) -> HeldExperts:
+        """See `AdaptedBlock`."""
+        count = block.experts.num_routed_experts
+        if count < 1:
+            raise UnsupportedModelError("This LongCat-Flash has no experts with weights: there is nothing to offload.")
+        gate = gated_by(block.experts.act_fn)
+        parameters = tuple(
+            ExpertParameter(name, shape_of(block, f"experts.{name}")[1:], ((f"experts.{name}",),))
+            for name in (GATE_UP, DOWN)
+        )
+        return HeldExperts(count, parameters, FamilyForm(gates="halves"), ExpertMath(gate, 0, 1), linear_expert(gate))
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """As the family's: [rows, positions, hidden] of the same shape."""
+        block: Any = self
+        _, weights, ids = block.router(hidden_states)
+        hidden = hidden_states.view(-1, hidden_states.shape[-1])
+        total = self.experts(hidden, ids, weights)
+        for expert in sorted(set(ids[ids >= self.experts.num_offloaded].tolist())):
+            positions, tokens = torch.where((ids == expert).t())
+            rows = hidden[tokens] * weights[tokens, positions, None]
+            total.index_add_(0, tokens, rows.to(total.dtype))
+        return total.view(hidden_states.shape)
