@@ -1,8 +1,10 @@
-"""Which model types of the installed transformers keep their experts behind the seam, found by asking transformers."""
+"""Which model types of the installed transformers have experts that can be found: behind the seam, or by an adapter."""
 
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+
+from foreroute.model.adapters.registry import ADAPTERS
 
 _SEAM = "@use_experts_implementation"
 
@@ -32,8 +34,17 @@ def seam_modules() -> tuple[str, ...]:
 
 
 @cache
+def adapted_modules() -> tuple[str, ...]:
+    """Modeling modules with an adapter, of those that this transformers has."""
+    import transformers
+
+    models = Path(transformers.__file__).parent / "models"
+    return tuple(sorted({one.MODULE for one in ADAPTERS if (models / one.MODULE).is_dir()}))
+
+
+@cache
 def families() -> tuple[Family, ...]:
-    """Every model type of those modules that is a checkpoint's own, in order of name."""
+    """Every model type of these modules that is a checkpoint's own, in order of name."""
     from transformers.models.auto import modeling_auto
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES, model_type_to_module_name
 
@@ -42,7 +53,7 @@ def families() -> tuple[Family, ...]:
     found = [
         Family(model_type, model_type_to_module_name(model_type), model_type in causal, model_type in multimodal)
         for model_type in CONFIG_MAPPING_NAMES
-        if model_type_to_module_name(model_type) in seam_modules()
+        if model_type_to_module_name(model_type) in {*seam_modules(), *adapted_modules()}
     ]
     usable = {family.module for family in found if family.can_generate_text}
     return tuple(f for f in found if f.can_generate_text or (f.module not in usable and f.model_type == f.module))

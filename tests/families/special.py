@@ -7,6 +7,14 @@ _ONE_DENSE = ["dense", "sparse", "sparse", "sparse"]
 
 SPECIAL: dict[str, dict[str, Any]] = {
     "beam": {"mlp_layer_types": _ONE_DENSE},
+    "dbrx": {
+        "d_model": 64,
+        "n_heads": 4,
+        "n_layers": 4,
+        "max_seq_len": 256,
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8},
+        "ffn_config": {"hidden_size": 64, "ffn_hidden_size": 48, "moe_num_experts": 8, "moe_top_k": 2},
+    },
     "deepseek_ocr2_text": {"mlp_layer_types": _ONE_DENSE},
     "ernie4_5_vl_moe_text": {
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 2, 4]},
@@ -27,6 +35,16 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "loop_gate_rank": 8,
     },
     "kimi_linear": {"layer_types": _HYBRID},
+    "llama4_text": {"num_experts_per_tok": 1, "intermediate_size_mlp": 48, "interleave_moe_layer_step": 1},
+    # Of 12 experts that a token chooses 4 from, 4 have no weights.
+    "longcat_flash": {
+        "num_layers": 4,
+        "ffn_hidden_size": 48,
+        "expert_ffn_hidden_size": 48,
+        "zero_expert_num": 4,
+        "moe_topk": 4,
+        "head_dim": 16,
+    },
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "nemotron_h": {"layers_block_type": ["linear_attention", "moe", "full_attention", "moe"]},
     "qwen4_exp_text": {
@@ -35,6 +53,12 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "indexer_head_dim": 16,
         "indexer_budget": 32,
         "indexer_compress_ratio": 4,
+    },
+    "step3p5": {
+        "share_expert_dim": 48,
+        "sliding_window": 8,
+        "mlp_layer_types": _ONE_DENSE,
+        "swiglu_limits": [None, None, 0.5, 0.5],
     },
     "zaya": {"num_experts_per_tok": 1},
 }
@@ -76,11 +100,11 @@ ROUTE_THEMSELVES: dict[str, str] = {"jamba": "with transformers 5.17, whose bloc
 # The server computes one request at a time: attention of other kinds (linear, indexed, convolutions), positions that
 # depend on what is computed at once, or caches of a class of their own.
 ONE_ROW = frozenset({
-    "axk2", "bailing_hybrid", "deepseek_v32", "deepseek_v4", "dots3_note_text", "gemma4", "glm4v_moe",
-    "glm5_next", "glm_moe_dsa", "granitemoehybrid", "hy_v4", "hy_v4_vl", "inkling2", "inkling2_text", "inkling_text",
-    "jamba", "kimi_linear", "lara_mini", "lfm2_moe", "minimax", "mistral_large4", "nemotron_h", "phimoe", "qwen3_5_moe",
-    "qwen3_5_moe_text", "qwen3_next", "qwen3_vl_moe", "qwen4_exp", "qwen4_exp_text", "unlimited_ocr",
-    "zaya",
+    "axk2", "bailing_hybrid", "deepseek_v32", "deepseek_v4", "dots3_note_text", "gemma4", "glm4v_moe", "glm5_next",
+    "glm_moe_dsa", "granitemoehybrid", "hy_v4", "hy_v4_vl", "inkling2", "inkling2_text", "inkling_text", "jamba",
+    "kimi_linear", "lara_mini", "lfm2_moe", "llama4", "llama4_text", "minimax", "mistral_large4", "nemotron_h",
+    "phimoe", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_next", "qwen3_vl_moe", "qwen4_exp", "qwen4_exp_text",
+    "unlimited_ocr", "zaya",
 })  # fmt: skip
 
 # It computes one prompt at a time, though several answers: the experts of these are computed by the family's own

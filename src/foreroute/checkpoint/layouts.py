@@ -93,6 +93,7 @@ class PartSource:
     operations: what transformers does to them, in order.
     dtypes: those that the stored tensors may have.
     rows_of_each: an expert's rows in a tensor that has those of all experts one above the other; 0 for other tensors.
+    most_stored: experts that may be stored, those without a use behind the layer's; 0: just the layer's.
     """
 
     part: str
@@ -101,6 +102,7 @@ class PartSource:
     operations: tuple[Operation, ...] = ()
     dtypes: tuple[str, ...] = _FLOAT_DTYPES
     rows_of_each: int = 0
+    most_stored: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +179,7 @@ def _check_source(layer_name: str, num_experts: int, source: PartSource, index: 
         else:
             stored_experts = len(group)
             _check_alike([index.tensors[name] for name in group])
-        if stored_experts != num_experts:
+        if stored_experts not in (num_experts, source.most_stored or num_experts):
             raise CorruptCheckpointError(
                 f"{layer_name}.{source.part}: the checkpoint stores {stored_experts} experts, "
                 f"{'its metadata say' if index.kind == 'gguf' else 'config.json says'} {num_experts}."

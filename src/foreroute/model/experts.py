@@ -33,13 +33,14 @@ class ExpertParameter:
     held_in: of a family off transformers' interface, the tensors of its MoE block that make it, as names there: per
         matrix one tensor of all experts ([experts, ...], or their rows one above the other), or one per expert in
         order. Empty: the parameter of that name.
-    operations: on the matrices, to make the one of `shape`.
+    operations: on the matrices, to make the one of `shape`. most_stored: as in PartSource.
     """
 
     name: str
     shape: tuple[int, ...]
     held_in: tuple[tuple[str, ...], ...] = ()
     operations: tuple[Operation, ...] = ()
+    most_stored: int = 0
 
 
 def num_experts(module: nn.Module) -> int:

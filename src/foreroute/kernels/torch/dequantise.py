@@ -274,11 +274,11 @@ class DequantisingMath(ExpertMath):
 
     def multiply(self, rows: torch.Tensor, operands: Operands, part_at: int) -> torch.Tensor:
         """Multiply `rows` [n, in] by matrix `part_at` of the expert's `operands`: [n, out]."""
-        return torch.mm(rows, self._matrix(operands, part_at))
+        return self._product(rows, self._matrix(operands, part_at), part_at)
 
     def multiply_into(self, out: torch.Tensor, rows: torch.Tensor, operands: Operands, part_at: int) -> None:
         """Write the product of `rows` [n, in] and matrix `part_at` of `operands` to `out` [n, out]."""
-        torch.mm(rows, self._matrix(operands, part_at), out=out)
+        self._product(rows, self._matrix(operands, part_at), part_at, out)
 
     def bias(self, operands: Operands, part_at: int) -> torch.Tensor:
         """Return bias `part_at` [out] of the expert's `operands`."""

@@ -31,8 +31,9 @@ class ExpertMath:
     up_at, down_at, up_bias_at, down_bias_at: positions of the tensors among an expert's parts; -1 if absent.
     is_transposed: weights are stored as [in, out] instead of [out, in].
     is_down_transposed: the second matrix alone is.
-    computes_all_rows: the family multiplies each expert with all rows, zeros in place of those that are not its own: the
-        number of rows in a product can change its bits.
+    multiplies_halves: gate and up, halves of the first matrix, are a product each: its width can change its bits.
+    computes_all_rows: the family multiplies each expert with all rows of a step, zeros in place of those that it does
+        not compute; so does this, as the number of rows in a product can change its bits.
     """
 
     gate: Callable[[torch.Tensor], torch.Tensor]
@@ -42,6 +43,7 @@ class ExpertMath:
     down_bias_at: int = -1
     is_transposed: bool = False
     is_down_transposed: bool = False
+    multiplies_halves: bool = False
     computes_all_rows: bool = False
 
     def operands(self, parts: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
@@ -68,15 +70,28 @@ class ExpertMath:
 
     def multiply(self, rows: torch.Tensor, operands: Operands, part_at: int) -> torch.Tensor:
         """Multiply `rows` [n, in] by matrix `part_at` of the expert's `operands`: [n, out]."""
-        return torch.mm(rows, operands[part_at])
+        return self._product(rows, operands[part_at], part_at)
 
     def multiply_into(self, out: torch.Tensor, rows: torch.Tensor, operands: Operands, part_at: int) -> None:
         """Write the product of `rows` [n, in] and matrix `part_at` of `operands` to `out` [n, out]."""
-        torch.mm(rows, operands[part_at], out=out)
+        self._product(rows, operands[part_at], part_at, out)
 
     def bias(self, operands: Operands, part_at: int) -> torch.Tensor:
         """Return bias `part_at` [out] of the expert's `operands`."""
         return operands[part_at]
+
+    def _product(
+        self, rows: torch.Tensor, matrix: torch.Tensor, part_at: int, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Multiply `rows` [n, in] by `matrix` [in, out], which is part `part_at` of an expert; into `out`, if given."""
+        if not self.multiplies_halves or part_at != self.up_at:
+            return torch.mm(rows, matrix) if out is None else torch.mm(rows, matrix, out=out)
+        halves = [torch.mm(rows, half) for half in matrix.chunk(2, dim=1)]
+        return torch.cat(halves, dim=1) if out is None else out.copy_(torch.cat(halves, dim=1))
+
+    def all_rows(self, hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """Return `hidden` [rows, hidden] with zeros in the rows that are not of `tokens`."""
+        return torch.zeros_like(hidden).index_copy_(0, tokens, hidden.index_select(0, tokens))
 
     def __call__(self, rows: torch.Tensor, operands: Operands) -> torch.Tensor:
         """Compute the expert (`operands`) for `rows` [rows, hidden]: outputs [rows, hidden] before gate weights."""

@@ -100,7 +100,11 @@ class TorchLayer:
             return self._family_forward(lambda key: self._operands(experts.slot_of(key)), hidden, ids, weights)
         total = torch.zeros_like(hidden)
         for key, tokens, positions in group_by_expert(ids, keys, self._base):
-            outputs = self._math(hidden[tokens], self._operands(experts.slot_of(key)))
+            operands = self._operands(experts.slot_of(key))
+            if self._math.computes_all_rows:
+                outputs = self._math(self._math.all_rows(hidden, tokens), operands)[tokens]
+            else:
+                outputs = self._math(hidden[tokens], operands)
             if listener is not None:
                 listener(self._layer, key - self._base, outputs)
             rows = outputs * weights[tokens, positions, None]
@@ -208,6 +212,8 @@ class RowsSum:
             keys = [key for key, _ in some]
             rows, operands = [self._rows[key] for key in keys], [self._operands_of(slot) for _, slot in some]
             self._outputs.update(zip(keys, compute_several(self._math, rows, operands), strict=True))
+            if self._math.computes_all_rows:
+                self._outputs.update({key: self._outputs[key].index_select(0, self._tokens_of(key)) for key in keys})
 
     def substitute(self, keys: Sequence[int], vectors: torch.Tensor) -> None:
         """Use `vectors` [keys, hidden] as the outputs of experts `keys`, for every token routed to them."""
@@ -237,6 +243,8 @@ class RowsSum:
     def _gathered(self) -> dict[int, torch.Tensor]:
         """Gather for each expert the rows of `hidden` routed to it."""
         hidden, of_experts = self._hidden, self._assignments.values()
+        if self._math.computes_all_rows:
+            return {key: self._math.all_rows(hidden, self._tokens_of(key)) for key in self._assignments}
         tokens = [one // self._top_k for assignments in of_experts for one in assignments]
         index = torch.tensor(tokens, dtype=torch.int64, device=hidden.device)
         sizes = [len(assignments) for assignments in of_experts]
@@ -245,6 +253,10 @@ class RowsSum:
         else:
             rows = [hidden.index_select(0, some) for some in index.split(sizes)]
         return dict(zip(self._assignments, rows, strict=True))
+
+    def _tokens_of(self, key: int) -> torch.Tensor:
+        """The tokens routed to expert `key`."""
+        return torch.tensor([one // self._top_k for one in self._assignments[key]], device=self._hidden.device)
 
     def _passes(self, keys: Sequence[int]) -> list[list[tuple[int, int]]]:
         """Split the sum into accumulation passes, one addition each, of (row of the outputs of `keys`, assignment).

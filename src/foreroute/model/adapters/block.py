@@ -1,7 +1,7 @@
 """The protocol of adapters: a family's MoE block with its experts taken out.
 
-An adapter is a subclass of `AdaptedBlock`. While a model is built, the family's block class is replaced by a subclass of
-both: it runs the family's constructor, asks the adapter which tensors make an expert (`held`), drops them, and puts
+An adapter is a subclass of `AdaptedBlock`. While a model is built, the family's block class is replaced by a subclass
+of both: it runs the family's constructor, asks the adapter which tensors make an expert (`held`), drops them, and puts
 `AdaptedExperts` in their place, as the child `experts`. The adapter's `forward` is the family's, but that it calls
 `self.experts(hidden, ids, weights)`, through which the engine computes the weighted sum of the routed experts.
 """
@@ -20,7 +20,7 @@ from foreroute.errors import UnsupportedModelError
 from foreroute.kernels.torch.experts import ExpertMath
 from foreroute.model.experts import ExpertParameter, OffloadedExperts
 
-# (rows [n, hidden], an expert's tensors in the order of its parameters) -> its outputs [n, hidden], before gate weights.
+# (rows [n, hidden], an expert's tensors in the order of its parameters) -> outputs [n, hidden] before gate weights.
 OneExpert = Callable[[torch.Tensor, Sequence[torch.Tensor]], torch.Tensor]
 # The child of an adapted block that stands for its experts.
 EXPERTS = "experts"

@@ -37,7 +37,7 @@ class DbrxBlock(AdaptedBlock):
             experts.num_experts,
             parameters,
             FamilyForm(gates="halves", is_down_transposed=True),
-            ExpertMath(gated_by(activation), 0, 1, is_down_transposed=True),
+            ExpertMath(gated_by(activation, is_apart=True), 0, 1, is_down_transposed=True, multiplies_halves=True),
             expert,
         )
 

@@ -20,12 +20,19 @@ class LongcatBlock(AdaptedBlock):
     @staticmethod
     def held(block: Any) -> HeldExperts:
         """See `AdaptedBlock`."""
+        most = block.experts.total_experts
         count = block.experts.num_routed_experts
         if count < 1:
             raise UnsupportedModelError("This LongCat-Flash has no experts with weights: there is nothing to offload.")
         gate = gated_by(block.experts.act_fn)
         parameters = tuple(
-            ExpertParameter(name, shape_of(block, f"experts.{name}")[1:], ((f"experts.{name}",),))
+            ExpertParameter(
+                # transformers allocates, and so saves, the first matrix of experts that it never multiplies.
+                name,
+                shape_of(block, f"experts.{name}")[1:],
+                ((f"experts.{name}",),),
+                most_stored=most,
+            )
             for name in (GATE_UP, DOWN)
         )
         return HeldExperts(count, parameters, FamilyForm(gates="halves"), ExpertMath(gate, 0, 1), linear_expert(gate))

@@ -17,11 +17,17 @@ Activation = Callable[[torch.Tensor], torch.Tensor]
 STACKED = Operation("Concatenate", 1)
 
 
-def gated_by(activation: Activation) -> Activation:
-    """`activation` of the first half of each row, times the second half."""
+def gated_by(activation: Activation, *, is_apart: bool = False) -> Activation:
+    """`activation` of the first half of each row, times the second half.
+
+    Args:
+        is_apart: the halves are tensors of their own in the family: torch rounds otherwise across the ends of rows.
+    """
 
     def gate(rows: torch.Tensor) -> torch.Tensor:
         first, second = rows.chunk(2, dim=-1)
+        if is_apart:
+            first, second = first.contiguous(), second.contiguous()
         return activation(first) * second
 
     return gate

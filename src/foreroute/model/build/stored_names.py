@@ -10,7 +10,7 @@ depth decides. All other tensors are errors.
 import logging
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -102,7 +102,8 @@ def _source_of(
     first = state[held_in[0][0]]
     is_fused = len(held_in[0]) == 1 and first.ndim > len(parameter.shape)
     if is_fused and len(held_in) == 1:
-        return _source(parameter.name, parameter.shape, *collected[held_in[0][0]])
+        source = _source(parameter.name, parameter.shape, *collected[held_in[0][0]])
+        return replace(source, most_stored=parameter.most_stored)
     stored: list[tuple[str, ...]] = []
     for group in held_in:
         for name in group:
