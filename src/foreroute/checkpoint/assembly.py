@@ -43,6 +43,10 @@ class FamilyForm:
     gates: Gates = ""
     is_down_transposed: bool = False
 
+    def transposes(self, part: str) -> bool:
+        """Whether the family keeps its matrix `part` as [in, out]."""
+        return self.is_transposed or (self.is_down_transposed and part == "down_proj")
+
 
 @dataclass(frozen=True, slots=True)
 class Coding:

@@ -128,7 +128,7 @@ def _encoded(layer: LayerExperts, codec: Codec, at: int, num_layers: int) -> Lay
                 part.name,
                 part.shape,
                 tuple(matrices),
-                is_transposed=form.is_transposed and not is_bias,
+                is_transposed=form.transposes(part.name) and not is_bias,
                 is_interleaved=count == 2 and form.gates == "alternating",
             )
         )
@@ -264,7 +264,7 @@ def _stored_matrices(layer: LayerExperts) -> list[StoredMatrix]:
 
 
 def _rows_and_columns(part: Part, form: FamilyForm) -> tuple[int, int]:
-    rows, columns = reversed(part.shape) if form.is_transposed else part.shape
+    rows, columns = reversed(part.shape) if form.transposes(part.name) else part.shape
     return rows, columns
 
 

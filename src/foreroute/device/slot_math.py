@@ -84,7 +84,7 @@ class GatheredSlotMath:
         parts = [part.index_select(0, at).to(self._dtype) for part in self._parts[layer]]
 
         def product(rows: torch.Tensor, part_at: int, bias_at: int) -> torch.Tensor:
-            matrix = parts[part_at] if math.is_transposed else parts[part_at].transpose(1, 2)
+            matrix = parts[part_at] if math.transposes(part_at) else parts[part_at].transpose(1, 2)
             out = torch.bmm(rows[:, None], matrix)[:, 0]
             return out if bias_at < 0 else out + parts[bias_at]
 
@@ -141,7 +141,7 @@ def form_of(module: Any, layout: ExpertLayout, math: ExpertMath, dtype: torch.dt
     if any(TORCH_DTYPES[part.dtype] != dtype for part in layout.parts):
         return None
     matrices = [
-        _matrix(layout, at, bias_at, math.is_transposed)
+        _matrix(layout, at, bias_at, math.transposes(at))
         for at, bias_at in ((math.up_at, math.up_bias_at), (math.down_at, math.down_bias_at))
     ]
     alpha, limit = float(getattr(module, "alpha", 1.702)), float(getattr(module, "limit", 7.0))

@@ -132,12 +132,13 @@ class Quantiser:
     def _rows(self, described: LayerExperts, at: int, stored: Sequence[torch.Tensor]) -> torch.Tensor:
         """The family's part `at` as rows [out, in], any float dtype; of a bias [out, 1]."""
         part = described.parts[at] if described.parts else None
+        is_transposed = described.form.transposes(described.family_layout.parts[at].name)
         if part is None or not part.matrices:
-            return _upright(stored[at if part is None else part.at], described.form.is_transposed)
+            return _upright(stored[at if part is None else part.at], is_transposed)
         # As the matrices lie, without turning them to the family's order and back.
         shape = part.shape[::-1] if part.is_transposed and len(part.shape) > 1 else part.shape
         numbers = decode_part(replace(part, shape=shape, is_transposed=False), stored, torch.float32, self._workspaces)
-        return _upright(numbers, part.is_transposed != described.form.is_transposed)
+        return _upright(numbers, part.is_transposed != is_transposed)
 
     @property
     def _workspaces(self) -> Workspaces:

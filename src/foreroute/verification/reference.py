@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from foreroute.checkpoint.codecs import STORED
 from foreroute.checkpoint.index import CheckpointIndex
-from foreroute.checkpoint.layouts import ExpertTable
+from foreroute.checkpoint.layouts import PART_ALIGNMENT, ExpertTable
 from foreroute.checkpoint.quantised_formats import FP8, MXFP4
 from foreroute.checkpoint.records import open_store
 from foreroute.checkpoint.source_files import room_for_files
@@ -30,6 +30,7 @@ from foreroute.errors import BudgetError, CheckpointError, ForerouteError, Unsup
 from foreroute.loading.load import load
 from foreroute.loading.offloaded_model import OffloadedModel
 from foreroute.memory.host import available_ram
+from foreroute.model.adapters.resident import ResidentBlock
 from foreroute.model.build.dense_blocks import dense_weights
 from foreroute.model.build.skeleton import Outline, auto_class
 from foreroute.types import Progress
@@ -347,17 +348,25 @@ def _load_resident(folder: Path, sketch: Outline, dtype: str) -> Any:
     compute = dtype if dtype == "auto" else getattr(torch, dtype)
     # Where only the KV cache is quantised, transformers must see an unquantised model, as `load` does.
     config = None if sketch.form is not None else copy.deepcopy(sketch.config)
-    return (
-        auto_class(folder, sketch.config)
-        .from_pretrained(folder, config=config, dtype=compute, experts_implementation="eager", use_safetensors=True)
-        .eval()
+    model = auto_class(folder, sketch.config).from_pretrained(
+        folder, config=config, dtype=compute, experts_implementation="eager", use_safetensors=True
     )
+    for name, parameter in model.named_parameters():
+        # Experts stored as one tensor lie in the mapped file, where products may round otherwise than aligned ones.
+        if name in sketch.expert_targets and parameter.data_ptr() % PART_ALIGNMENT:
+            parameter.data = parameter.data.clone()
+    return model.eval()
 
 
 def _resident_experts(model: PreTrainedModel, table: ExpertTable) -> dict[tuple[str, int], bytes]:
     """Hash every expert as transformers has assembled it."""
     digests = {}
     for layer in table.layers:
+        block = ResidentBlock.of(model, layer.name)
+        if block is not None:
+            for expert in range(layer.num_experts):
+                digests[layer.name, expert] = expert_digest(block.parts(expert))
+            continue
         module = model.get_submodule(layer.name)
         parts = [getattr(module, part.name).detach() for part in layer.family_layout.parts]
         for expert in range(layer.num_experts):

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from foreroute.engine.interfaces import StepInfo
 from foreroute.loading.offloaded_model import OffloadedModel
+from foreroute.model.adapters.resident import ResidentBlock
 from foreroute.model.caches import cache_argument, cache_of, last_logits_only
 from foreroute.model.experts import ExpertsForward
 from foreroute.verification.slot_watch import SlotUse, SlotWatch, digest
@@ -89,6 +90,19 @@ def _announced(model: PreTrainedModel, info: StepInfo) -> AbstractContextManager
     return model.foreroute.step(info) if isinstance(model, OffloadedModel) else nullcontext()
 
 
+def _noting(name: str, block: ResidentBlock, passes: list[LayerPass]) -> Any:
+    """A hook on a resident block with an adapter that adds the call of its experts to `passes`."""
+
+    def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        seen = block.replay(args, kwargs, output)
+        # Where the adapter does not give the family's bits, no output of its experts can be right.
+        total = digest([seen.total]) if seen.is_same else b""
+        routed = tuple(seen.ids.unique().tolist())
+        passes.append(LayerPass(name, digest([seen.hidden]), digest([seen.ids, seen.weights]), total, routed, ()))
+
+    return hook
+
+
 @contextmanager
 def _tapped(model: PreTrainedModel, modules: Sequence[str], watch: SlotWatch | None) -> Iterator[list[LayerPass]]:
     """While inside, record every call of an experts module in the list.
@@ -138,6 +152,10 @@ def _tapped(model: PreTrainedModel, modules: Sequence[str], watch: SlotWatch | N
     handles = []
     try:
         for name in modules:
+            block = ResidentBlock.of(model, name)
+            if block is not None:
+                handles.append(block.block.register_forward_hook(_noting(name, block, passes), with_kwargs=True))
+                continue
             module = model.get_submodule(name)
             handles.append(module.register_forward_pre_hook(before(name), with_kwargs=True))
             handles.append(module.register_forward_hook(after(name), with_kwargs=True))

@@ -290,8 +290,7 @@ class DequantisingMath(ExpertMath):
 
     def _matrix(self, operands: Operands, part_at: int) -> torch.Tensor:
         made = decode_part(self.parts[part_at], operands, self.dtype, self.workspaces)
-        is_transposed = self.is_transposed or (self.is_down_transposed and part_at == self.down_at)
-        return made if is_transposed else made.t()
+        return made if self.transposes(part_at) else made.t()
 
 
 def dequantising(

@@ -50,8 +50,12 @@ class ExpertMath:
         """Return an expert's parts in the form for products: weights as [in, out] views, biases unchanged. No copy."""
         if self.is_transposed:
             return tuple(parts)
-        weights = (self.up_at,) if self.is_down_transposed else (self.up_at, self.down_at)
+        weights = [at for at in (self.up_at, self.down_at) if not self.transposes(at)]
         return tuple(part.t() if at in weights else part for at, part in enumerate(parts))
+
+    def transposes(self, part_at: int) -> bool:
+        """Whether matrix `part_at` is stored as [in, out]."""
+        return self.is_transposed or (self.is_down_transposed and part_at == self.down_at)
 
     @property
     def operand_kind(self) -> tuple[int, int, bool, bool]:
@@ -60,8 +64,8 @@ class ExpertMath:
 
     def widths(self, shapes: Sequence[Sequence[int]]) -> tuple[int, int]:
         """Return the columns of the first and the second product, for parts of these shapes."""
-        up_dim, down_dim = int(self.is_transposed), int(self.is_transposed or self.is_down_transposed)
-        return shapes[self.up_at][up_dim], shapes[self.down_at][down_dim]
+        up_width, down_width = (shapes[at][int(self.transposes(at))] for at in (self.up_at, self.down_at))
+        return up_width, down_width
 
     @property
     def takes_stored(self) -> bool:

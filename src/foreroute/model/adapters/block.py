@@ -76,7 +76,11 @@ class AdaptedExperts(OffloadedExperts):
             if not 0 <= expert < self.num_offloaded:
                 continue
             positions, tokens = torch.where((ids == expert).t())
-            outputs = self.held.expert(hidden[tokens], parts_of(expert)) * weights[tokens, positions, None]
+            if self.held.math.computes_all_rows:
+                outputs = self.held.expert(self.held.math.all_rows(hidden, tokens), parts_of(expert))[tokens]
+            else:
+                outputs = self.held.expert(hidden[tokens], parts_of(expert))
+            outputs = outputs * weights[tokens, positions, None]
             rows_of_all.append(outputs.to(total.dtype))
             tokens_of_all.append(tokens)
         if self.held.sums_at_once and rows_of_all:

@@ -52,9 +52,11 @@ class Llama4Block(AdaptedBlock):
     def route(self, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """See `AdaptedBlock`; last the scale [tokens, 1] of each token's input."""
         block: Any = self
-        _, logits = block.router(hidden)
-        values, ids = torch.topk(logits, 1, dim=1)
-        return logits, torch.ones_like(values), ids, torch.sigmoid(values.float()).to(values.dtype)
+        scores, logits = block.router(hidden)
+        ids = torch.topk(logits, 1, dim=1).indices
+        # Of the router's own scores: a sigmoid of the chosen alone can round otherwise.
+        scale = scores.gather(1, ids)
+        return logits, torch.ones_like(scale), ids, scale
 
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """As the family's: the block's output [tokens, hidden], and the gate logits."""

@@ -43,8 +43,9 @@ class LongcatBlock(AdaptedBlock):
         _, weights, ids = block.router(hidden_states)
         hidden = hidden_states.view(-1, hidden_states.shape[-1])
         total = self.experts(hidden, ids, weights)
-        for expert in sorted(set(ids[ids >= self.experts.num_offloaded].tolist())):
-            positions, tokens = torch.where((ids == expert).t())
-            rows = hidden[tokens] * weights[tokens, positions, None]
-            total.index_add_(0, tokens, rows.to(total.dtype))
+        ids, order = ids.sort(dim=-1)
+        weights = weights.gather(-1, order).masked_fill(ids < self.experts.num_offloaded, 0)
+        # Behind the others, in ascending order: each sum is rounded.
+        for position in range(ids.shape[-1]):
+            total.add_((hidden * weights[:, position, None]).to(total.dtype))
         return total.view(hidden_states.shape)
