@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from foreroute.errors import CheckpointError, CorruptCheckpointError, UnsupportedModelError
+from foreroute.model.adapters import registry
 from tests.support.broken import change_header, closed_up, copied, read_parts, without, write_parts
 from tests.support.checkpoints import edit_json
 from tests.support.families import VOCAB_SIZE
@@ -113,32 +114,24 @@ class TestTheModel:
         folder = saved(LlamaConfig(vocab_size=VOCAB_SIZE, **sizes))
         refused(folder, UnsupportedModelError, "dense model", "llama", "with transformers itself")
 
-    def test_experts_off_the_seam_llama4(self, refused, saved):
-        from transformers import Llama4TextConfig
+    def test_experts_that_are_not_offloaded(self, refused, saved):
+        from transformers import DogeConfig
 
-        config = Llama4TextConfig(
-            vocab_size=VOCAB_SIZE,
-            hidden_size=32,
-            intermediate_size=32,
-            intermediate_size_mlp=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            head_dim=16,
-            num_local_experts=4,
-        )
-        refused(saved(config), UnsupportedModelError, "llama4", "use_experts_implementation", "transformers itself")
+        sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+        config = DogeConfig(vocab_size=VOCAB_SIZE, is_moe=True, num_experts=16, num_experts_per_tok=4, **sizes)
+        refused(saved(config), UnsupportedModelError, "doge", "not offloaded", "two vectors", "transformers itself")
 
-    def test_experts_off_the_seam_dbrx(self, refused, saved):
+    def test_experts_off_the_seam_without_an_adapter(self, refused, saved, monkeypatch):
         from transformers import DbrxConfig
 
+        monkeypatch.setattr(registry, "adapter_of", lambda cls: None)
         attention, experts = (
             {"kv_n_heads": 2, "rope_theta": 1e4},
             {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
         )
         sizes = {"d_model": 32, "n_heads": 2, "n_layers": 2, "max_seq_len": 64, "vocab_size": VOCAB_SIZE}
         folder = saved(DbrxConfig(attn_config=attention, ffn_config=experts, **sizes))
-        refused(folder, UnsupportedModelError, "dbrx", "use_experts_implementation", "transformers itself")
+        refused(folder, UnsupportedModelError, "dbrx", "no adapter", "transformers itself")
 
     def test_no_language_model(self, refused, saved):
         from transformers import ViTConfig

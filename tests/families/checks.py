@@ -30,10 +30,15 @@ def auto_class(family: Family) -> Any:
     return AutoModelForCausalLM if family.is_causal else AutoModelForImageTextToText
 
 
-def save_tiny(family: Family, folder: Path) -> Path:
-    """A checkpoint of random weights: large enough that routes vary, small enough that logits stay finite."""
+def save_tiny(family: Family, folder: Path, config: Any = None) -> Path:
+    """A checkpoint of random weights: large enough that routes vary, small enough that logits stay finite.
+
+    Args:
+        config: of the model; the family's tiny one if None.
+    """
     torch.manual_seed(0)
-    model = auto_class(family).from_config(tiny_config(family.model_type), dtype=torch.float32).eval()
+    config = tiny_config(family.model_type) if config is None else config
+    model = auto_class(family).from_config(config, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(0)
     biases = ((name, b) for name, b in model.named_buffers() if "bias" in name and b.is_floating_point())
     with torch.no_grad():

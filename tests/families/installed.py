@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from foreroute.model.adapters.registry import ADAPTERS
+from foreroute.model.adapters.registry import ADAPTERS, REFUSED
 
 _SEAM = "@use_experts_implementation"
 
@@ -36,10 +36,20 @@ def seam_modules() -> tuple[str, ...]:
 @cache
 def adapted_modules() -> tuple[str, ...]:
     """Modeling modules with an adapter, of those that this transformers has."""
+    return _present({one.MODULE for one in ADAPTERS})
+
+
+@cache
+def refused_modules() -> tuple[str, ...]:
+    """Modeling modules whose experts are named as those that no adapter can serve."""
+    return _present(set(REFUSED))
+
+
+def _present(modules: set[str]) -> tuple[str, ...]:
     import transformers
 
     models = Path(transformers.__file__).parent / "models"
-    return tuple(sorted({one.MODULE for one in ADAPTERS if (models / one.MODULE).is_dir()}))
+    return tuple(sorted(one for one in modules if (models / one).is_dir()))
 
 
 @cache
@@ -53,7 +63,7 @@ def families() -> tuple[Family, ...]:
     found = [
         Family(model_type, model_type_to_module_name(model_type), model_type in causal, model_type in multimodal)
         for model_type in CONFIG_MAPPING_NAMES
-        if model_type_to_module_name(model_type) in {*seam_modules(), *adapted_modules()}
+        if model_type_to_module_name(model_type) in {*seam_modules(), *adapted_modules(), *refused_modules()}
     ]
     usable = {family.module for family in found if family.can_generate_text}
     return tuple(f for f in found if f.can_generate_text or (f.module not in usable and f.model_type == f.module))

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from foreroute.model.adapters.registry import REFUSED
+
 _HYBRID = ["linear_attention", "full_attention"] * 2
 _ONE_DENSE = ["dense", "sparse", "sparse", "sparse"]
 
@@ -21,6 +23,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": [48, 48],
     },
     "glm4v_moe_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}},
+    "doge": {"is_moe": True, "num_experts": 64, "num_experts_per_tok": 4},
     "dots1": {"n_shared_experts": 1},
     "gemma4_text": {"enable_moe_block": True, "num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 48},
     "glm5_next_text": {"index_kpool": 4, "mlp_layer_types": _ONE_DENSE},
@@ -70,6 +73,7 @@ _INKLING2_LOOP = (
 
 # Why a model type cannot work, each of them refused before work starts (test_families.py).
 CANNOT: dict[str, str] = {
+    **REFUSED,
     "diffusion_gemma": "it writes by diffusion, many tokens at a time: not a causal language model",
     "ernie4_5_vl_moe": "its text and vision experts are stored as one and split while loading",
     "inkling2_loop": _INKLING2_LOOP,

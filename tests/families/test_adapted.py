@@ -13,8 +13,12 @@ import foreroute
 from foreroute.checkpoint.layouts import ExpertTable
 from foreroute.cli.main import main
 from foreroute.errors import UnsupportedModelError
-from tests.families.checks import answer, assert_same, load_tight, resident_answer, save_tiny
+from foreroute.model.adapters.registry import adapter_of
+from foreroute.model.adapters.resident import ResidentBlock
+from foreroute.model.caches import cache_argument, cache_of
+from tests.families.checks import answer, assert_same, auto_class, load_tight, resident_answer, save_tiny
 from tests.families.installed import Family, adapted_modules, families
+from tests.families.shrink import tiny_config
 from tests.support.checkpoints import save_tokenizer
 
 ADAPTED = [one for one in families() if one.module in adapted_modules()]
@@ -68,3 +72,134 @@ def test_planned_packed_and_verified(folders, prompts, capsys, opened, family: F
     assert [plain.foreroute.plan.source, packed.foreroute.plan.source] == ["safetensors", "packed"]
     assert_same(answer(packed), expected)
     assert main(verify) == 0, capsys.readouterr().out
+
+
+def test_a_misread_expert_is_found(folders, prompts, monkeypatch, capsys) -> None:
+    """`verify` names the expert that another's bytes were read for."""
+    reads = ExpertTable.reads
+    monkeypatch.setattr(ExpertTable, "reads", lambda table, key: reads(table, 3 if key == 2 else key))
+    folder = folders[named("jetmoe").model_type]
+    assert main(["verify", str(folder), "--prompts", str(prompts), "--threads", "1", "--packed", "no"]) == 1
+    assert "those of expert 3 of MoE layer 0" in re.sub(r"\s+", " ", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("family", ADAPTED, ids=lambda one: one.model_type)
+def test_the_adapter_computes_the_familys_block(folders, family: Family, dtype: torch.dtype) -> None:
+    """With the block's own weights, for one row and for many: its bits, though experts sum only what is routed."""
+    model = auto_class(family).from_pretrained(folders[family.model_type], experts_implementation="eager", dtype=dtype)
+    names = [f"{name}.experts" for name, one in model.named_modules() if adapter_of(type(one)) is not None]
+    assert names
+    same: list[bool] = []
+
+    def compare(name: str) -> Any:
+        block = ResidentBlock.of(model, name)
+        assert block is not None
+        for parameter in block.block.parameters():
+            parameter.data = parameter.data.clone()
+        return block.block.register_forward_hook(
+            lambda _, args, kwargs, output: same.append(block.replay(args, kwargs, output).is_same), with_kwargs=True
+        )
+
+    handles = [compare(name) for name in names]
+    with torch.no_grad():
+        for num_tokens in (1, 2, 5, 16, 23):
+            for num_rows in (1, 2):
+                model(input_ids=torch.arange(num_rows * num_tokens).view(num_rows, -1) * 7 % 256)
+    for handle in handles:
+        handle.remove()
+    assert len(same) == 10 * len(names)
+    assert all(same), f"{same.count(False)} of {len(same)} blocks differ"
+
+
+def test_llama4_reads_what_it_routes_and_no_more(folders, opened) -> None:
+    """Each decoded token reads one expert of each layer, though transformers multiplies all of them with it."""
+    folder = folders[named("llama4_text").model_type]
+    config = foreroute.EngineConfig(prefetch="none", predictor="no", cache=False, packed="no")
+    model = foreroute.load(folder, "20%", config=config)
+    opened.append(model)
+    routed: list[tuple[int, set[int]]] = []
+    model.foreroute.engine.routing_listener = lambda layer, _, ids, weights: routed.append(
+        (layer, set(ids.flatten().tolist()))
+    )
+    layers = model.foreroute.table.layers
+    ids, cache, stats = torch.arange(1, 13)[None] * 7, None, model.foreroute.stats()
+    for num_tokens in (12, 1, 1, 1, 1, 1):
+        out = model(input_ids=ids[:, -num_tokens:], **cache_argument(cache), use_cache=True)
+        cache, ids = cache_of(out), torch.cat([ids, out.logits[:, -1:].argmax(-1)], 1)
+        now = model.foreroute.stats()
+        assert [layer for layer, _ in routed] == list(range(len(layers)))
+        assert num_tokens > 1 or all(len(experts) == 1 for _, experts in routed)
+        of_routed = sum(len(experts) * layers[layer].expert_nbytes for layer, experts in routed)
+        since = now.minus(stats)
+        assert since.prefill.demand_bytes + since.decode.demand_bytes == of_routed
+        # Whole blocks of the file, at both ends of an expert's two matrices.
+        most_around = 4 * 4096 * sum(len(experts) for _, experts in routed)
+        assert of_routed <= since.read_bytes <= of_routed + most_around
+        stats = now
+        routed.clear()
+
+
+def test_llama4_with_its_vision_tower_runs_on_text(folders, tmp_path, opened) -> None:
+    """A published checkpoint is of the multimodal model, whose text part generates."""
+    from transformers import Llama4Config, Llama4ForConditionalGeneration
+
+    text = tiny_config(named("llama4_text").model_type)
+    vision = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32,
+              "image_size": 28, "patch_size": 14, "vision_output_dim": 32, "projector_input_dim": 32,
+              "projector_output_dim": 32}  # fmt: skip
+    config = Llama4Config(text_config=text.to_dict(), vision_config=vision)
+    torch.manual_seed(0)
+    whole = Llama4ForConditionalGeneration(config).eval()
+    whole.save_pretrained(tmp_path)
+    model = load_tight(tmp_path)
+    opened.append(model)
+    for parameter in whole.parameters():
+        parameter.data = parameter.data.clone()
+    assert answer(model).tokens.tolist() == answer(whole.language_model).tokens.tolist()
+
+
+def test_llama4_of_several_experts_is_refused(tmp_path) -> None:
+    """Their inputs are scaled each by its own gate weight, so that no weighted sum of outputs gives the block's."""
+    config = tiny_config(named("llama4_text").model_type)
+    config.num_experts_per_tok = 2
+    family = named("llama4_text")
+    auto_class(family).from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModelError, match=r"num_experts_per_tok 2.*transformers itself"):
+        load_tight(tmp_path)
+
+
+def test_longcat_as_published_stores_no_experts_that_compute_nothing(folders, tmp_path, opened) -> None:
+    """transformers saves the first matrix of those too; without it the model is the same."""
+    family = named("longcat_flash")
+    folder = folders[family.model_type]
+    expected = resident_answer(family, folder)
+    for path in folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    state = load_file(tmp_path / "model.safetensors")
+    kept = {name: one for name, one in state.items() if not re.search(r"\.experts\.(8|9|10|11)\.", name)}
+    assert len(kept) < len(state)
+    save_file(kept, tmp_path / "model.safetensors", {"format": "pt"})
+    opened.append(load_tight(tmp_path))
+    made = answer(opened[-1])
+    assert made.tokens.tolist() == expected.tokens.tolist()
+    # Not in bits: dense weights lie at other offsets of the file.
+    torch.testing.assert_close(torch.stack(made.logits), torch.stack(expected.logits), atol=1e-5, rtol=0)
+
+
+def test_dbrx_quantises_each_matrix_along_its_rows(folders, tmp_path, opened) -> None:
+    """The second matrix is stored the other way round; a store of eight bits stays close to the model."""
+    family, folder = named("dbrx"), tmp_path / "model"
+    config = tiny_config(family.model_type)
+    config.ffn_config.ffn_hidden_size = 96
+    save_tiny(family, folder, config)
+    plain = load_tight(folder)
+    opened.append(plain)
+    assert main(["pack", str(folder), "--quant", "q8_0"]) == 0
+    packed = foreroute.load(folder, "50%", config=foreroute.EngineConfig(math="torch", packed="q8_0"))
+    opened.append(packed)
+    assert packed.foreroute.plan.source == "packed"
+    ids = torch.arange(1, 13)[None] * 7
+    ours, theirs = packed(input_ids=ids).logits, plain(input_ids=ids).logits
+    # Not of all: where two gates are near, a token takes another expert.
+    assert float((ours - theirs).abs().median()) < 0.1 * float(theirs.abs().median())

@@ -113,6 +113,7 @@ class AdaptedBlock(nn.Module):
 
     Attributes:
         MODULE: the family's folder in transformers.models. BLOCK: the name of its block class.
+        UNREAD: patterns of stored tensors that the family's class for text has no place for, which are left unread.
         HELD_IN: the block's children that hold the weights of its experts, and nothing else: they are dropped.
         experts: stands for them. routing: `route` as a module, for `forward` to call.
     """
@@ -120,6 +121,7 @@ class AdaptedBlock(nn.Module):
     MODULE: ClassVar[str]
     BLOCK: ClassVar[str]
     HELD_IN: ClassVar[tuple[str, ...]] = (EXPERTS,)
+    UNREAD: ClassVar[tuple[str, ...]] = ()
 
     experts: AdaptedExperts
     routing: Routing

@@ -22,6 +22,8 @@ class Llama4Block(AdaptedBlock):
     """The block of Llama 4's text model: `router`, `shared_expert`, and experts as two 3-D parameters [E, in, out]."""
 
     MODULE, BLOCK = "llama4", "Llama4TextMoe"
+    # Published models have a vision tower; the class that generates from text has none.
+    UNREAD = (r"(^|\.)vision_model\.", r"(^|\.)multi_modal_projector\.")
 
     @staticmethod
     def held(block: Any) -> HeldExperts:

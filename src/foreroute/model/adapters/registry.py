@@ -1,7 +1,6 @@
 """Which adapter a class of transformers has, and the experts of a model, whichever way its family keeps them."""
 
 from dataclasses import dataclass
-from functools import cache
 
 from torch import nn
 
@@ -23,8 +22,16 @@ from foreroute.model.experts import (
 
 ADAPTERS: tuple[type[AdaptedBlock], ...] = (DbrxBlock, JetMoeBlock, Llama4Block, LongcatBlock, Step3p7Block)
 
-# By model type: experts that cannot be offloaded, and why.
-REFUSED: dict[str, str] = {}
+_BY_CLASS = {
+    (f"transformers.models.{adapter.MODULE}.modeling_{adapter.MODULE}", adapter.BLOCK): adapter for adapter in ADAPTERS
+}
+
+# By model type: experts that are not offloaded, and why.
+REFUSED: dict[str, str] = {
+    "doge": "its experts are two vectors each, thousands in a layer and 64 for a token, which one product sums: read "
+    "one by one they cost more than they hold; and a prompt's tokens share their gate logits, so that a token's "
+    "experts depend on what is computed at once",
+}
 
 
 @dataclass(frozen=True)
@@ -62,14 +69,10 @@ def find_experts(model: nn.Module) -> list[FoundExperts]:
     return found
 
 
-@cache
 def adapter_of(cls: type[nn.Module]) -> type[AdaptedBlock] | None:
     """The adapter of one of transformers' classes; None where it has none."""
-    for adapter in ADAPTERS:
-        module = f"transformers.models.{adapter.MODULE}.modeling_{adapter.MODULE}"
-        if (cls.__module__, cls.__name__) == (module, adapter.BLOCK) and not issubclass(cls, AdaptedBlock):
-            return adapter
-    return None
+    # A class without its experts has the name of the family's.
+    return None if issubclass(cls, AdaptedBlock) else _BY_CLASS.get((cls.__module__, cls.__name__))
 
 
 def without_experts(cls: type[nn.Module]) -> type[nn.Module]:

@@ -24,7 +24,7 @@ from foreroute.checkpoint.quantised_formats import QuantisedFormat
 from foreroute.checkpoint.quantised_layout import quantised_layer
 from foreroute.checkpoint.records import PackedStore
 from foreroute.errors import CheckpointError, CorruptCheckpointError, UnsupportedModelError, named
-from foreroute.model.adapters.registry import FoundExperts, find_experts, without_experts
+from foreroute.model.adapters.registry import REFUSED, FoundExperts, find_experts, without_experts
 from foreroute.model.build.dense_blocks import DenseBlocks, DenseMatrices, dense_matrices
 from foreroute.model.build.dense_state import dense_growth, dense_state, idle_biases, quantised_matrices
 from foreroute.model.build.from_state import from_state, stored_state
@@ -180,7 +180,11 @@ def load_skeleton(
         else:
             model, info = _with_blocks(blocks, model_class, folder, state, config=config, dtype=compute, **kwargs)
     kept = frozenset() if blocks is None else blocks.kept
-    _check_loading_info(folder, info, sketch.expert_targets | sketch.ignored.targets | kept)
+    # transformers names what it finds no place for as it is stored, where the model's class lacks a prefix.
+    stored = {
+        one for layer in sketch.table.layers for source in layer.sources for group in source.groups for one in group
+    }
+    _check_loading_info(folder, info, sketch.expert_targets | sketch.ignored.targets | kept | stored)
     tell(sketch.notes, folder)
     return model.eval()
 
@@ -305,11 +309,17 @@ def _source(folder: Path) -> Path:
 
 
 def _why_no_experts(folder: Path, config: Any, model: nn.Module) -> str:
+    if config.model_type in REFUSED and getattr(config, "is_moe", True):
+        return (
+            f"{folder}: the experts of {config.model_type} are not offloaded: {REFUSED[config.model_type]}. "
+            "Run it with transformers itself."
+        )
     has_experts = any("expert" in name for name, _ in model.named_modules())
     if has_experts:
         return (
             f"{folder}: the experts of {config.model_type} do not go through transformers' shared experts interface "
-            "(use_experts_implementation), the seam that foreroute works on. Run it with transformers itself."
+            "(use_experts_implementation), and foreroute has no adapter for them (docs/families.md). Run it with "
+            "transformers itself."
         )
     return (
         f"{folder} is a dense model ({config.model_type}): it has no experts to offload. "

@@ -22,7 +22,7 @@ from foreroute.checkpoint.assembly import Operation
 from foreroute.checkpoint.declared import is_whole
 from foreroute.checkpoint.layouts import PartSource
 from foreroute.errors import CheckpointError, CorruptCheckpointError, UnsupportedModelError
-from foreroute.model.adapters.registry import FoundExperts
+from foreroute.model.adapters.registry import FoundExperts, adapter_of
 from foreroute.model.experts import ExpertParameter
 from foreroute.whole_files import read_object
 
@@ -252,6 +252,9 @@ def _count(names: list[str]) -> str:
 def _family_patterns(model: nn.Module) -> Iterator[str]:
     """Patterns that transformers leaves unread: the family's, and those of buffers that earlier versions stored."""
     yield from getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    for cls in {type(module) for module in model.modules()}:
+        adapter = adapter_of(cls)
+        yield from () if adapter is None else adapter.UNREAD
     buffers = [name for name, _ in model.named_buffers()]
     if any(name.endswith("rotary_emb.inv_freq") for name in buffers):
         yield r"rotary_emb\.inv_freq"
