@@ -54,6 +54,11 @@ class FoundExperts:
         held_in = parameter.held_in or ((parameter.name,),)
         return tuple(tuple(f"{self.holder}.{name}" for name in group) for group in held_in)
 
+    @property
+    def all_tensors(self) -> frozenset[str]:
+        """The names in the model of all tensors that hold its experts."""
+        return frozenset(name for one in self.parameters for group in self.tensors(one) for name in group)
+
 
 def find_experts(model: nn.Module) -> list[FoundExperts]:
     """Every MoE block's experts in `model`, which is whole and on the meta device, in module order."""

@@ -105,7 +105,7 @@ def outline(folder: Path, index: CheckpointIndex) -> Outline:
     targets: set[str] = set()
     for one in found:
         layer_sources = [sources.get((one.name, p.name)) or _absent(folder, one.name, p) for p in one.parameters]
-        targets.update(name for p in one.parameters for group in one.tensors(p) for name in group)
+        targets |= one.all_tensors
         layer = quantised_layer(one.name, one.num_experts, layer_sources, index, form, matrices)
         layers.append(replace(layer, form=one.form))
     ignored = sort_unplaced(folder, meta_model, unplaced, is_quantised=is_quantised)

@@ -10,20 +10,17 @@ depth decides. All other tensors are errors.
 import logging
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import nn
 
-from foreroute.checkpoint.assembly import Operation
 from foreroute.checkpoint.declared import is_whole
 from foreroute.checkpoint.layouts import PartSource
-from foreroute.errors import CheckpointError, CorruptCheckpointError, UnsupportedModelError
+from foreroute.errors import CheckpointError, CorruptCheckpointError
 from foreroute.model.adapters.registry import FoundExperts, adapter_of
-from foreroute.model.experts import ExpertParameter
+from foreroute.model.build.expert_sources import Collected, expert_sources
 from foreroute.whole_files import read_object
 
 _LOG = logging.getLogger(__name__)
@@ -59,7 +56,7 @@ def map_sources(
     converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     state, prefix = meta_model.state_dict(), meta_model.base_model_prefix
-    targets = {name for one in found for p in one.parameters for group in one.tensors(p) for name in group}
+    targets = {name for one in found for name in one.all_tensors}
     groups: dict[str, dict[str | None, list[str]]] = {}
     unplaced: dict[str, tuple[str, ...]] = {}
     placed: dict[str, str] = {}
@@ -74,70 +71,8 @@ def map_sources(
             groups.setdefault(target, {}).setdefault(pattern, []).append(stored_name)
         elif pattern is None:
             placed[stored_name] = target
-    collected = {target: (by_source, by_pattern.get(next(iter(by_source)))) for target, by_source in groups.items()}
-    sources = {
-        (one.name, parameter.name): source
-        for one in found
-        for parameter in one.parameters
-        if (source := _source_of(one, parameter, collected, state)) is not None
-    }
-    return sources, unplaced, placed
-
-
-def _source_of(
-    found: FoundExperts,
-    parameter: ExpertParameter,
-    collected: Mapping[str, tuple[Mapping[str | None, list[str]], Any]],
-    state: Mapping[str, torch.Tensor],
-) -> PartSource | None:
-    """The source of `parameter`; None where the checkpoint has none of it.
-
-    Args:
-        collected: by the model's tensor, its stored names by matched pattern, and transformers' converter.
-        state: the model's tensors, on the meta device.
-    """
-    held_in = found.tensors(parameter)
-    if not all(name in collected for group in held_in for name in group):
-        return None
-    first = state[held_in[0][0]]
-    is_fused = len(held_in[0]) == 1 and first.ndim > len(parameter.shape)
-    if is_fused and len(held_in) == 1:
-        source = _source(parameter.name, parameter.shape, *collected[held_in[0][0]])
-        return replace(source, most_stored=parameter.most_stored)
-    stored: list[tuple[str, ...]] = []
-    for group in held_in:
-        for name in group:
-            by_source, converter = collected[name]
-            if converter is not None or [len(names) for names in by_source.values()] != [1]:
-                raise UnsupportedModelError(f"{name} is stored in several tensors: not known. Please report the model.")
-        stored.append(tuple(one for name in group for names in collected[name][0].values() for one in names))
-    has_all_rows = len(held_in[0]) == 1 and not is_fused
-    rows_of_each = first.shape[0] // found.num_experts if has_all_rows else 0
-    return PartSource(parameter.name, parameter.shape, tuple(stored), parameter.operations, rows_of_each=rows_of_each)
-
-
-def _source(
-    part: str, shape: tuple[int, ...], by_pattern: Mapping[str | None, list[str]], converter: Any
-) -> PartSource:
-    """The source of an expert parameter, from stored names by matched pattern and transformers' converter."""
-    if converter is None:
-        ordered, steps = list(by_pattern.values()), []
-    else:
-        ordered = [by_pattern.get(pattern, []) for pattern in converter.source_patterns]
-        steps = [_operation(op, converter) for op in converter.operations]
-    return PartSource(part, shape, tuple(tuple(names) for names in ordered), tuple(steps))
-
-
-def _operation(op: Any, converter: Any) -> Operation:
-    kind = type(op).__name__
-    if len(converter.target_patterns) != 1:
-        raise UnsupportedModelError(
-            f"The checkpoint's experts are split over several parameters by transformers' {kind}: not known. "
-            "Please report the model."
-        )
-    if kind == "Transpose":
-        return Operation(kind, op.dim0, op.dim1, check_dims=getattr(op, "check_dims", False))
-    return Operation(kind, getattr(op, "dim", 0), inverse=getattr(op, "inverse", False))
+    collected = {name: Collected(stored, by_pattern.get(next(iter(stored)))) for name, stored in groups.items()}
+    return expert_sources(found, collected, state), unplaced, placed
 
 
 @dataclass(frozen=True)
