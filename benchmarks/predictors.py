@@ -19,7 +19,9 @@ from benchmarks import _harness
 from foreroute import EngineConfig
 from foreroute.checkpoint.locate import read_index
 from foreroute.cli.commands.evaluate import default_held_out
+from foreroute.cli.commands.fit import context_of
 from foreroute.evals.text import read_held_out
+from foreroute.model.generation_settings import decoder_start
 from foreroute.model.text import load_tokenizer
 from foreroute.prepare import plot
 from foreroute.prepare.corpus import read_corpus
@@ -48,11 +50,11 @@ def measure(folder: Path, files: tuple[list[Path], list[Path]], tokens: int, scr
     """Fit everything to the model in `folder` and score it; with the choice per layer."""
     model = foreroute.load(folder, "100%", dtype="float32", config=EngineConfig(prefetch="none"))
     tokenizer = load_tokenizer(folder)
-    context = min(512, model.config.get_text_config().max_position_embeddings)
-    corpus = read_corpus(tokenizer, files[0], tokens, context)
+    context, start = context_of(model.config, None), decoder_start(model)
+    corpus = read_corpus(tokenizer, files[0], tokens, context, start)
     settings = FitSettings(estimator=EstimatorSettings())
     sidecar = fit(model, read_index(folder).fingerprint(), corpus, scratch, settings=settings)
-    windows = read_corpus(tokenizer, files[1], tokens // 4, context).windows
+    windows = read_corpus(tokenizer, files[1], tokens // 4, context, start).windows
     scores = score(model, windows, sidecar, rows=8)
     model.foreroute.close()
     scratch.unlink()

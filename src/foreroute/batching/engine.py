@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from foreroute.batching.answer import Answer
+from foreroute.batching.encoded_row import EncodedRow
 from foreroute.batching.requests import AnswerEvent, EngineState, Finished, Request
 from foreroute.batching.rows import UNREADABLE, OneRow, RowsCache, can_be_padded, why_not_batched
 from foreroute.engine.interfaces import Phase
@@ -87,6 +88,8 @@ class BatchEngine:
         num_prompt, most_new = len(request.prompt_ids), request.max_new_tokens
         if not num_prompt:
             raise PromptError("The prompt is empty: there is no token to start from.")
+        if request.wants_prompt_scores and self._model.config.is_encoder_decoder:
+            raise PromptError("An encoder-decoder reads its prompt at once and predicts none of it: it has no scores.")
         if request.wants_prompt_scores and not self._can_continue and num_prompt > MOST_SCORED_WHOLE:
             raise ContextLengthError(
                 f"This model computes a prompt at once, and scores {MOST_SCORED_WHOLE} tokens of it at most; "
@@ -342,6 +345,8 @@ class BatchEngine:
             self._end(answer, _failed(answer, error))
 
     def _no_rows(self) -> RowsCache | OneRow:
+        if self._model.config.is_encoder_decoder:
+            return EncodedRow(self._model)
         return OneRow(self._model) if self.why_one_row else RowsCache(self._model)
 
 

@@ -24,6 +24,8 @@ UNREADABLE = (ReadError, ChecksumError)
 
 def why_not_batched(model: OffloadedModel) -> str:
     """Why requests cannot share steps of this model; "" where they can."""
+    if model.config.is_encoder_decoder:
+        return "an encoder-decoder: each request is encoded first"
     cache = new_cache(model)
     if cache is None or not is_ordinary(model):
         return "the family does not keep its state in an ordinary cache"

@@ -5,9 +5,11 @@ from typing import Any
 
 import torch
 from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
+from transformers.modeling_outputs import BaseModelOutput
 
 from foreroute.batching.requests import Sampling, Top
 from foreroute.loading.offloaded_model import OffloadedModel
+from foreroute.model.generation_settings import decoder_start
 
 # Below it, a difference of two logits in float32 (1e-7 and more) makes one of the tokens impossible.
 _COLD = 1e-9
@@ -36,7 +38,7 @@ class Sampler:
 
     Args:
         model: its generation_config has the defaults; its generate() makes the processors.
-        prompt_ids: a repetition penalty applies to them too.
+        prompt_ids: a repetition penalty applies to them too; not to those of an encoder-decoder.
         most_new: most tokens of the answer.
 
     Attributes:
@@ -44,6 +46,9 @@ class Sampler:
     """
 
     def __init__(self, model: OffloadedModel, asked: Sampling, prompt_ids: Sequence[int], most_new: int) -> None:
+        start = decoder_start(model)
+        if start is not None:
+            prompt_ids = [start]
         self._length = len(prompt_ids)
         self._ids = torch.empty((1, self._length + most_new), dtype=torch.int64)
         self._ids[0, : self._length] = torch.tensor(prompt_ids)
@@ -80,7 +85,13 @@ def processors_of(model: OffloadedModel, ids: torch.Tensor, options: Mapping[str
         return input_ids
 
     fixed: dict[str, Any] = {"custom_generate": take, "num_beams": 1, "disable_compile": True, "stop_strings": None}
-    model.generate(ids, attention_mask=torch.ones_like(ids), **fixed, **options)
+    if model.config.is_encoder_decoder:
+        # In place of an encoded prompt, so that none is computed.
+        encoded = BaseModelOutput(last_hidden_state=torch.zeros(1, 1, model.config.hidden_size, dtype=model.dtype))
+        given: dict[str, Any] = {"decoder_input_ids": ids, "encoder_outputs": encoded}
+    else:
+        given = {"inputs": ids}
+    model.generate(**given, attention_mask=torch.ones_like(ids), **fixed, **options)
     return found[0]
 
 

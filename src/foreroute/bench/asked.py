@@ -14,6 +14,7 @@ from foreroute.loading.block_kernels import dense_nbytes_at_load
 from foreroute.loading.checkpoint import open_checkpoint
 from foreroute.loading.load import load
 from foreroute.memory.plan import choose_memory
+from foreroute.model.config_file import refuse_encoder_decoder
 from foreroute.types import ExpertReads
 from foreroute.units import format_memory
 
@@ -89,6 +90,9 @@ def settle(folder: Path, asked: Asked) -> Settled:
     """
     checkpoint = open_checkpoint(folder, None, asked.config.packed)
     text_config = checkpoint.outline.config.get_text_config()
+    refuse_encoder_decoder(
+        text_config, folder, "bench feeds texts to decoders; `foreroute generate` shows its figures."
+    )
     remarks: list[str] = []
     cases = _cases(asked, getattr(text_config, "max_position_embeddings", None), remarks)
     kept = checkpoint.kept

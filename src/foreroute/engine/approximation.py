@@ -36,6 +36,7 @@ class Approximation:
         make_tap: begins to capture the residual stream, which only `paper` reads.
         why_not: policy name -> why this model cannot use it; empty when it can use all.
         guesses: the prefetch source; its `without_waiting` is set when some misses are not waited for.
+        first_layer: the first MoE layer of a decode step, which waits: nothing guesses it from a layer before.
 
     Attributes:
         policies: the current ones. is_exact: they all wait for every miss; read in every layer.
@@ -48,6 +49,7 @@ class Approximation:
         make_tap: Callable[[], Tap],
         why_not: dict[str, str],
         guesses: WideningGuesses | None,
+        first_layer: int = 0,
     ) -> None:
         self._make_vectors, self._make_paper, self._make_tap = make_vectors, make_paper, make_tap
         self._vectors: list[torch.Tensor | None] = []
@@ -55,6 +57,7 @@ class Approximation:
         self._tap: Tap | None = None
         self._why_not = why_not
         self._guesses = guesses
+        self._first_layer = first_layer
         self._guess: tuple[int, TokenGuess] | None = None
         self.policies: tuple[Policy, ...] = (Policy(),)
         self.is_exact = True
@@ -119,11 +122,12 @@ class Approximation:
     ) -> list[int]:
         """Return those of `layer`'s `keys`, in order, that are missing and not waited for; else as `waited_for`.
 
-        Layer 0, and layers without default vectors, wait. Cost: a copy of the gate weights to the host on a miss.
+        The first layer, and layers without default vectors, wait. Cost: on a miss, a copy of the gate weights.
         routed: per token its expert keys. weights: [tokens, k]. is_resident: whether a key is resident.
         """
         policies = self.of_rows(len(routed))
-        if layer == 0 or not any(policy.substitutes for policy in policies) or self._vectors[layer] is None:
+        waits = layer == self._first_layer or self._vectors[layer] is None
+        if waits or not any(policy.substitutes for policy in policies):
             return []
         missing = [key for key in keys if not is_resident(key)]
         if not missing:

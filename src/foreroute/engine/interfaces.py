@@ -22,7 +22,7 @@ class PhaseStats:
     hits / late_hits / misses: demanded experts that were resident / in flight / absent.
     demand_loads: experts read because a router asked. prefetch_loads: experts read because of a guess.
     layers / stalled_layers: MoE layers computed / those that waited for an expert. Decode alone.
-    first_waited: late hits and misses of layer 0. Decode alone.
+    first_waited: late hits and misses of a decode step's first MoE layer. Decode alone.
     substituted: demanded experts that were substituted; not among hits, late hits and misses.
     deferred_loads: reads of substituted experts, for later tokens.
     steps_without_prefetch: decode steps in which the governor had switched prefetch off.
@@ -189,10 +189,10 @@ class PrefetchSource(Protocol):
         """
 
     def guess_first(self, token_ids: torch.Tensor) -> Sequence[int]:
-        """Return expert ids of MoE layer 0 for the step's `token_ids` [tokens], as above."""
+        """Return expert ids of a decode step's first MoE layer for its `token_ids` [tokens], as above."""
 
     def see_first(self, hidden: torch.Tensor, num_rows: int) -> None:
-        """Take the router input `hidden` [num_rows x positions, hidden] of MoE layer 0, in every step."""
+        """Take the router input `hidden` [num_rows x positions, hidden] of that layer, in every step."""
 
 
 class StepObserver:

@@ -131,7 +131,7 @@ class MoeStep:
         """Pass the layer's routing to the listener and the predictor."""
         if self.routing_listener is not None:
             self.routing_listener(layer, hidden, ids, weights)
-        if layer == 0 and self._info.padding is None:
+        if layer == self.prefetcher.first_layer and self._info.padding is None:
             self.prefetcher.see_first(hidden, self._info.num_rows)
 
     def _compute(

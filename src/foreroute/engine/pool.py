@@ -26,7 +26,8 @@ class ExpertPool:
     Args:
         keys: of the model's experts. key_nbytes: stored bytes of each expert, by its key.
         residency, transfer: owned by the pool from now on.
-        keeps_across_tokens: False evicts every expert after its layer (on-demand loading). clock: seconds, monotonic.
+        keeps_across_tokens: False evicts every expert after its layer (on-demand loading).
+        first_layer: the first MoE layer of a decode step. clock: seconds, monotonic.
 
     Attributes:
         by_layer: each MoE layer's residency. stats: all counts. phase: those of the current phase, prefill or decode.
@@ -41,6 +42,7 @@ class ExpertPool:
         transfer: Transfer,
         *,
         keeps_across_tokens: bool = True,
+        first_layer: int = 0,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.keys = keys
@@ -53,6 +55,7 @@ class ExpertPool:
         self.observers: tuple[StepObserver, ...] = ()
         self._key_nbytes = key_nbytes
         self._keeps_across_tokens = keeps_across_tokens
+        self._first_layer = first_layer
         # add_observer and remove_observer change this list alone; `observers` becomes it when the next step begins.
         self._next_observers: tuple[StepObserver, ...] = ()
         self._observers_lock = Lock()
@@ -336,7 +339,7 @@ class ExpertPool:
             phase.misses += len(misses)
             if phase is self.stats.decode:
                 phase.stalled_layers += 1
-                phase.first_waited += len(in_flight) + len(misses) if layer == 0 else 0
+                phase.first_waited += len(in_flight) + len(misses) if layer == self._first_layer else 0
         if self.observers:
             kinds = [[key for key, _ in placed] for placed in (hits, in_flight, misses)]
             for observer in self.observers:

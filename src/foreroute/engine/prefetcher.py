@@ -19,9 +19,11 @@ class Prefetcher:
         predictor: None prefetches nothing.
         policies: only exact is governed: under others prefetches decide what is resident, and so the output.
         governor: None always prefetches the whole guess.
+        first_layer: the first MoE layer of a decode step; those before it are an encoder's, whose hidden states say
+            nothing about it.
 
     Attributes:
-        share: current share of the full width that is prefetched, 0 to 1.
+        share: current share of the full width that is prefetched, 0 to 1. first_layer: as above.
     """
 
     def __init__(
@@ -31,7 +33,9 @@ class Prefetcher:
         policies: Approximation,
         *,
         governor: Governor | None = None,
+        first_layer: int = 0,
     ) -> None:
+        self.first_layer = first_layer
         self.predictor = predictor
         self.governor = governor
         self.share = 1.0 if governor is None else governor.share
@@ -44,7 +48,7 @@ class Prefetcher:
         self._began_s = self._stalled_before_s = 0.0
 
     def begin_step(self, info: StepInfo) -> None:
-        """Choose the step's share, and in decode prefetch for layer 0 from its tokens."""
+        """Choose the step's share, and in decode prefetch for the first layer from its tokens."""
         self._is_governed = self.governor is not None and not info.is_prefill and self._policies.is_exact
         self.share = 1.0
         if self.governor is not None:
@@ -52,8 +56,8 @@ class Prefetcher:
         predictor = self.predictor
         if info.is_prefill or info.token_ids is None or predictor is None or not self.share:
             return
-        if self._pool.can_prefetch(0):
-            self.prefetch(0, predictor.guess_first(info.token_ids.flatten()))
+        if self.first_layer < self._num_layers and self._pool.can_prefetch(self.first_layer):
+            self.prefetch(self.first_layer, predictor.guess_first(info.token_ids.flatten()))
 
     def _begin_governed(self, governor: Governor, info: StepInfo) -> None:
         if info.num_rows not in self._governors:
@@ -68,14 +72,14 @@ class Prefetcher:
             self._pool.count_step_without_prefetch()
 
     def see_first(self, hidden: torch.Tensor, num_rows: int) -> None:
-        """Pass the predictor layer 0's router input `hidden` [num_rows x positions, hidden], for its next guess."""
+        """Pass the predictor the first layer's router input `hidden` [num_rows x positions, hidden], a context."""
         if self.predictor is not None:
             self.predictor.see_first(hidden, num_rows)
 
     def guess_next(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> None:
         """Prefetch for `layer + 1` from this layer's routing: hidden [tokens, hidden], ids, weights [tokens, k]."""
         predictor, following = self.predictor, layer + 1
-        if predictor is None or following >= self._num_layers or not self.share:
+        if predictor is None or following in (self._num_layers, self.first_layer) or not self.share:
             return
         if self._pool.can_prefetch(following):
             self.prefetch(following, predictor.guess(layer, hidden, ids, weights))

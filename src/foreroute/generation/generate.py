@@ -320,13 +320,16 @@ def stream(
 
 
 def _room_in_context(model: OffloadedModel, prompt_tokens: int) -> int | None:
-    """Number of tokens that still fit the model's context; None if its length is not known."""
+    """Number of tokens that still fit the model's context; None if its length is not known.
+
+    An encoder-decoder's answer does not follow its prompt: each has the context for itself, and starts with one token.
+    """
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if not context:
         return None
     if prompt_tokens >= context:
         raise PromptError(f"The prompt has {prompt_tokens} tokens; the model's context holds {context}. Shorten it.")
-    return int(context) - prompt_tokens
+    return int(context) - (1 if model.config.is_encoder_decoder else prompt_tokens)
 
 
 def _stop_strings(model: OffloadedModel, options: dict[str, Any]) -> tuple[str, ...]:

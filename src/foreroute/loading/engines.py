@@ -29,7 +29,7 @@ from foreroute.kernels.torch.experts import OneToken
 from foreroute.kernels.torch.layer import TorchLayer
 from foreroute.loading.expert_math import family_forward_over, stored_operands
 from foreroute.memory.plan import MemoryPlan
-from foreroute.model.blocks import MoeLayer
+from foreroute.model.blocks import MoeLayer, first_decoded
 from foreroute.model.expert_set import ExpertSet
 from foreroute.model.hooks import ResidualTap
 from foreroute.policy import EXACT, PAPER, SPECULATIVE, TOLERANCE, Policy
@@ -91,6 +91,7 @@ def _approximation(
         guesses: the source of prefetches; may widen when some misses are not waited for.
         own_math: our kernels compute all experts, one by one, so that some of them can be left out.
     """
+    first = first_decoded(layers)
     if sidecar is None:
         reason = "it needs default vectors, and none are fitted. Run `foreroute fit MODEL --text FILES...` first."
         if asked.prefetch == "none" and asked.policy == EXACT and asked.predictor != "no":
@@ -100,12 +101,17 @@ def _approximation(
             )
         why_not = dict.fromkeys((TOLERANCE, SPECULATIVE, PAPER), reason)
         return Approximation(
-            list, lambda: RouterLookahead([]), lambda: ResidualTap([layer.norm for layer in layers]), why_not, guesses
+            list,
+            lambda: RouterLookahead([]),
+            lambda: ResidualTap([layer.norm for layer in layers]),
+            why_not,
+            guesses,
+            first,
         )
     # A layer without a predictor waits: few of its experts would be resident.
     waits = [asked.prefetch != "none" and not choice for choice in [None, *sidecar.choice[:-1]]]
     vectors = [None if wait else rows for rows, wait in zip(sidecar.default_vectors, waits, strict=True)]
-    has_substitutes = any(rows is not None for rows in vectors[1:])
+    has_substitutes = any(rows is not None for rows in vectors[first + 1 :])
     why_not = _why_no_substitutes(asked, can_leave_out=own_math and has_substitutes) | _why_no_paper(layers, sidecar)
     return Approximation(
         lambda: [None if rows is None else rows.to(dtype) for rows in vectors],
@@ -113,6 +119,7 @@ def _approximation(
         lambda: ResidualTap([layer.norm for layer in layers]),
         why_not,
         guesses,
+        first,
     )
 
 
@@ -129,7 +136,8 @@ def _why_no_substitutes(asked: EngineConfig, *, can_leave_out: bool) -> dict[str
 
 def _why_no_paper(layers: Sequence[MoeLayer], sidecar: Sidecar) -> dict[str, str]:
     """Why routes cannot be replaced by guesses; empty where they can."""
-    blind = [layer for layer in range(len(layers) - 1) if not _has_paper_guess(layers, layer, sidecar)]
+    decoded = range(first_decoded(layers), len(layers) - 1)
+    blind = [layer for layer in decoded if not _has_paper_guess(layers, layer, sidecar)]
     if not blind:
         return {}
     reason = (
@@ -200,12 +208,15 @@ def _step_over(
             min(max(experts.top_k[layer] for layer in one.layers), one.num_slots // _DEFERRED_SHARE) for one in classes
         ],
     )
-    pool = ExpertPool(table.keys, table.key_nbytes, residency, placed.transfer, keeps_across_tokens=asked.cache)
+    first = first_decoded(experts.layers)
+    pool = ExpertPool(
+        table.keys, table.key_nbytes, residency, placed.transfer, keeps_across_tokens=asked.cache, first_layer=first
+    )
     governor = _governor(asked, experts) if guidance.predictor is not None else None
     return MoeStep(
         pool,
         _layers(experts, placed, classes),
-        Prefetcher(pool, guidance.predictor, guidance.policies, governor=governor),
+        Prefetcher(pool, guidance.predictor, guidance.policies, governor=governor, first_layer=first),
         guidance.policies,
         free_slots=placed.free,
         hits_first=asked.hits_first,

@@ -209,8 +209,11 @@ class StepEntry:
         tokens, thread = arguments.get("input_ids"), threading.get_ident()
         tokens = arguments.get("inputs_embeds") if tokens is None else tokens
         if tokens is None:
+            # Of an encoder-decoder whose prompt is encoded: the call of its decoder begins the step.
             return _NO_THREAD
-        cache = given_cache(arguments)
+        # A call that encodes a prompt computes one, whatever its decoder has in its cache.
+        encodes = arguments.get("encoder_outputs") is None and "decoder_input_ids" in arguments
+        cache = None if encodes else given_cache(arguments)
         if tokens.shape[1] != 1:
             self._bounds.check(tokens, cache)
         self._lone_layer = self._num_layers

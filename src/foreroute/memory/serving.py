@@ -7,9 +7,11 @@ own head width, linear attention keeps a state that does not grow. No formula ov
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
+from transformers.cache_utils import EncoderDecoderCache
 
 from foreroute.config import EngineConfig, Plan
 from foreroute.memory.host import mappings
@@ -40,16 +42,29 @@ _COLUMNS_AHEAD = 1024
 def kv_bytes_per_token(model: PreTrainedModel) -> int:
     """Bytes by which `model`'s cache grows per token and row, while no sliding window is full; 0 without growth.
 
-    Two tokens' less one's: constant state does not count. Experts must be computable. Cost: two forward passes.
+    Two tokens' less one's: constant state does not count. Of an encoder-decoder, by a prompt's token or by an answer's,
+    whichever takes more. Experts must be computable. Cost: two forward passes.
     """
     sizes = []
     with torch.no_grad():
         for num_tokens in (1, 2):
-            output = model(input_ids=torch.full((1, num_tokens), _TOKEN, device=model.device), use_cache=True)
-            layers = getattr(getattr(output, CACHE_NAME, None), "layers", [])
-            held = [value for layer in layers for value in vars(layer).values() if isinstance(value, torch.Tensor)]
-            sizes.append(sum(tensor.nbytes for tensor in held))
-    return sizes[1] - sizes[0]
+            ids = torch.full((1, num_tokens), _TOKEN, device=model.device)
+            decoder = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+            cache = getattr(model(input_ids=ids, use_cache=True, **decoder), CACHE_NAME, None)
+            sizes.append([_held_bytes(one) for one in _parts(cache)])
+    return max((two - one for one, two in zip(*sizes, strict=True)), default=0)
+
+
+def _parts(cache: Any) -> Sequence[Any]:
+    """The caches in one: an encoder-decoder has one for its own tokens and one for its prompt's."""
+    if isinstance(cache, EncoderDecoderCache):
+        return (cache.self_attention_cache, cache.cross_attention_cache)
+    return (cache,)
+
+
+def _held_bytes(cache: Any) -> int:
+    held = [value for layer in getattr(cache, "layers", []) for value in vars(layer).values()]
+    return sum(value.nbytes for value in held if isinstance(value, torch.Tensor))
 
 
 def kv_bytes_without_experts(model: PreTrainedModel, layers: Sequence[MoeLayer]) -> int:

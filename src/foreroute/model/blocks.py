@@ -5,7 +5,7 @@ router, and its other outputs are identified in the same call. What cannot be fo
 only: the engine starts at the experts' call in any case.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -52,6 +52,7 @@ class MoeLayer:
     router: None when the block computes its routing inline.
     norm_weight: [hidden] scale of the norm in front of the router, when that is a plain RMS norm.
     norm: that norm, of any kind, when it reads the residual stream that the block's output is added to.
+    in_encoder: it belongs to the encoder of an encoder-decoder, which runs with the prompt and in no later step.
     """
 
     index: int
@@ -61,6 +62,12 @@ class MoeLayer:
     router: Router | None
     norm_weight: torch.Tensor | None
     norm: nn.Module | None = None
+    in_encoder: bool = False
+
+
+def first_decoded(layers: Sequence[MoeLayer]) -> int:
+    """Index of the first of `layers` that a decoded token passes; their number where only the encoder has experts."""
+    return sum(layer.in_encoder for layer in layers)
 
 
 @dataclass
@@ -121,7 +128,9 @@ def probe(model: nn.Module, offloaded: dict[str, OffloadedExperts]) -> list[MoeL
             named(f"{source}: a model as config.json describes it computes no token", CheckpointError),
         ):
             device = next(model.parameters()).device
-            logits = model(input_ids=_probe_ids().to(device).unsqueeze(0), use_cache=False).logits
+            ids = _probe_ids().to(device).unsqueeze(0)
+            decoder = {"decoder_input_ids": ids} if is_encoder_decoder(model) else {}
+            logits = model(input_ids=ids, use_cache=False, **decoder).logits
             _check_numbers(logits, source)
         if layers:
             layers[-1] = _with_norm(layers[-1], calls)
@@ -136,7 +145,20 @@ def probe(model: nn.Module, offloaded: dict[str, OffloadedExperts]) -> list[MoeL
             f"{silent[0]} is not called by a forward over text: its experts cannot be offloaded."
         )
     _check_choice(layers, source)
-    return _with_last_calls(layers, model)
+    return _with_last_calls(_with_encoder(layers, model), model)
+
+
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether an encoder reads the prompt and a decoder of its own writes the answer."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def _with_encoder(layers: list[MoeLayer], model: nn.Module) -> list[MoeLayer]:
+    if not is_encoder_decoder(model):
+        return layers
+    encoder = model.get_encoder()  # type: ignore[operator]
+    inside = {id(module) for module in encoder.modules()}
+    return [replace(layer, in_encoder=id(layer.experts) in inside) for layer in layers]
 
 
 def _check_numbers(logits: torch.Tensor, source: str) -> None:

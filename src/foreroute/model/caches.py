@@ -57,7 +57,12 @@ def given_cache(arguments: Mapping[str, Any]) -> Any:
 
 
 def new_cache(model: PreTrainedModel) -> DynamicCache | None:
-    """An empty cache of the class that generate() would make; None where the family uses its own class."""
+    """An empty cache of the class that generate() would make; None where the family uses its own class.
+
+    None for encoder-decoders too: theirs holds the decoder's own keys and values, and those of the prompt.
+    """
+    if model.config.is_encoder_decoder:
+        return None
     if "mamba" in type(model).__name__.lower() or not model._supports_default_dynamic_cache():
         return None
     return DynamicCache(config=model.config.get_text_config(decoder=True))

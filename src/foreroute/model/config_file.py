@@ -69,6 +69,18 @@ def read_config(folder: Path) -> Any:
     return config
 
 
+def refuse_encoder_decoder(config: Any, folder: Path, what: str) -> None:
+    """Refuse a model whose encoder reads the prompt and whose decoder writes the answer.
+
+    Args:
+        config: of the model in `folder`. what: which is not possible, and what is instead.
+    Raises:
+        UnsupportedModelError: it is such a model.
+    """
+    if config.is_encoder_decoder:
+        raise UnsupportedModelError(f"{folder}: {config.model_type} is an encoder-decoder. {what}")
+
+
 def gguf_config(index: GgufIndex) -> Any:
     """Make transformers' config of the model in the file.
 

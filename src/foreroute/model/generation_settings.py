@@ -65,6 +65,8 @@ def complete_generation_config(model: PreTrainedModel, folder: Path, index: Any)
 
     Args:
         folder, index: the checkpoint, from `locate` and `read_index`.
+    Raises:
+        CheckpointError: an id is none, or an encoder-decoder has no start token.
     """
     settings = model.generation_config
     said = _ids(settings.eos_token_id)
@@ -77,11 +79,31 @@ def complete_generation_config(model: PreTrainedModel, folder: Path, index: Any)
         settings.eos_token_id = ends[0] if len(ends) == 1 else ends
     if settings.use_cache is False:
         settings.use_cache = True
+    decoder_start(model)
 
 
 def end_tokens(settings: Any) -> frozenset[int]:
     """Return the end tokens in these settings (a GenerationConfig)."""
     return frozenset(_ids(settings.eos_token_id))
+
+
+def decoder_start(model: Any) -> int | None:
+    """Return the token that the decoder of `model` begins with; None where it is no encoder-decoder.
+
+    Raises:
+        CheckpointError: its settings name none.
+    """
+    if not model.config.is_encoder_decoder:
+        return None
+    settings = model.generation_config
+    named = (settings.decoder_start_token_id, getattr(model.config, "decoder_start_token_id", None))
+    found = next((one for one in (*named, settings.bos_token_id) if one is not None), None)
+    if not _is_id(found):
+        raise CheckpointError(
+            f"{model.config.model_type}: decoder_start_token_id is {found!r:.60}: nothing says which token the decoder "
+            "begins with. Set it in generation_config.json (T5 and Switch Transformers: pad_token_id)."
+        )
+    return found
 
 
 def stop_strings(settings: Any) -> tuple[str, ...]:

@@ -76,6 +76,15 @@ def _gguf_tokenizer(path: Path) -> Any:
     return tokenizer
 
 
+def sentinels(tokenizer: Any) -> tuple[int, ...]:
+    """The ids of `<extra_id_0>`, `<extra_id_1>` ..., which stand for gaps in a text; empty without any."""
+    found: list[int] = []
+    vocabulary = tokenizer.get_vocab()
+    while (name := f"<extra_id_{len(found)}>") in vocabulary:
+        found.append(vocabulary[name])
+    return tuple(found)
+
+
 def encode_prompt(tokenizer: Any, prompt: str, *, chat: bool | None = None, system: str | None = None) -> torch.Tensor:
     """Encode a prompt to tokens [1, tokens].
 
@@ -133,7 +142,8 @@ def chat_ids(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> torch.Ten
 class TextPieces:
     """Decodes tokens piece by piece; a character that spans several tokens is held back until it is complete.
 
-    The pieces together equal all tokens decoded at once, without an incomplete character at the end.
+    The pieces together equal all tokens decoded at once, without an incomplete character at the end. Special tokens are
+    left out, but for sentinels, which are part of what an encoder-decoder says.
 
     Args:
         tokenizer: a transformers tokenizer.
@@ -141,6 +151,9 @@ class TextPieces:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
+        shown = sentinels(tokenizer)
+        # None: the tokenizer leaves out its special tokens itself.
+        self._hidden = frozenset(tokenizer.all_special_ids) - frozenset(shown) if shown else None
         self._ids: list[int] = []
         # Decoded again with each token, as spaces and characters depend on the token before: [context | pending].
         self._context_at = self._pending_at = 0
@@ -165,7 +178,10 @@ class TextPieces:
         return self._decode(self._ids[self._context_at :])[len(context) :]
 
     def _decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        if self._hidden is not None:
+            ids = [one for one in ids if one not in self._hidden]
+        skips = self._hidden is None
+        return self._tokenizer.decode(ids, skip_special_tokens=skips, clean_up_tokenization_spaces=False)
 
 
 class StopText:

@@ -9,7 +9,7 @@ import torch
 from foreroute.checkpoint.index import CheckpointIndex
 from foreroute.config import EngineConfig
 from foreroute.errors import PredictorError
-from foreroute.model.blocks import MoeLayer, Router
+from foreroute.model.blocks import MoeLayer, Router, first_decoded
 from foreroute.model.hooks import ResidualTap
 from foreroute.policy import EXACT
 from foreroute.predict.base import Predictor, RouterSample, Select, guess_from_scores
@@ -68,7 +68,7 @@ def check_layout(sidecar: Sidecar | None, layers: Sequence[MoeLayer], hidden: in
             f"The fitted predictors choose {min(map(str, unknown))!r:.40}, which is unknown. {_FIT_AGAIN}"
         )
     stored = {name: tuple(tensor.shape) for name, tensor in sidecar.tensors().items()}
-    wanted = _shapes(here, hidden, vocabulary, stored)
+    wanted = _shapes(here, hidden, vocabulary, stored, min(first_decoded(layers), len(here) - 1))
     for name, shape in stored.items():
         if wanted.get(name, shape) != shape:
             raise PredictorError(
@@ -77,12 +77,15 @@ def check_layout(sidecar: Sidecar | None, layers: Sequence[MoeLayer], hidden: in
 
 
 def _shapes(
-    experts: Sequence[int], hidden: int, vocabulary: int, stored: Mapping[str, tuple[int, ...]]
+    experts: Sequence[int], hidden: int, vocabulary: int, stored: Mapping[str, tuple[int, ...]], first: int
 ) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor that a sidecar of this model may have. The estimator sets its inner widths itself."""
+    """The shape of every tensor that a sidecar of this model may have; the estimator sets its inner widths itself.
+
+    first: the layer that the token table predicts.
+    """
     wanted: dict[str, tuple[int, ...]] = {
-        "token_table.scores": (vocabulary, experts[0]),
-        "token_table.from_context": (hidden, experts[0]),
+        "token_table.scores": (vocabulary, experts[first]),
+        "token_table.from_context": (hidden, experts[first]),
         "token_table.mean_context": (hidden,),
     }
     for layer, here in enumerate(experts):
@@ -116,14 +119,17 @@ def prefetch_guesses(
     predictor: Predictor = lookahead(layers, dtype)
     table: TokenTable | None = None
     select: Select = guess_from_scores
+    first = min(first_decoded(layers), len(layers) - 1)
     residual_of: Callable[[int], torch.Tensor | None] = no_residual
     if sidecar is not None:
         predictor = hybrid(layers, dtype, sidecar)
-        table, select = sidecar.token_table, selections(layers[:1], dtype)[0]
+        table, select = sidecar.token_table, selections(layers[first : first + 1], dtype)[0]
         if not {DEFAULT_VECTORS, ESTIMATOR}.isdisjoint(sidecar.choice):
             residual_of = ResidualTap([layer.norm for layer in layers])
     widths = [asked.prefetch_width or layer.top_k for layer in layers]
-    without_waiting = None if sidecar is None or asked.prefetch_width else _widths_without_waiting(sidecar, widths)
+    without_waiting = (
+        None if sidecar is None or asked.prefetch_width else _widths_without_waiting(sidecar, widths, first)
+    )
     return PrefetchGuesses(
         predictor,
         [layer.experts.num_offloaded for layer in layers],
@@ -132,7 +138,8 @@ def prefetch_guesses(
         residual_of,
         select,
         without_waiting,
-        _choice_by_tokens(layers[0].router),
+        _choice_by_tokens(layers[first].router),
+        first,
     )
 
 
@@ -149,16 +156,16 @@ def _choice_by_tokens(router: Router | None) -> Callable[[torch.Tensor], torch.T
     return choice
 
 
-def _widths_without_waiting(sidecar: Sidecar, widths: Sequence[int]) -> list[int]:
-    """Two more than `widths` where the held-out text says that guesses miss much: of layer 0, which always waits, in
-    experts; of the others in gate mass."""
+def _widths_without_waiting(sidecar: Sidecar, widths: Sequence[int], first: int) -> list[int]:
+    """Two more than `widths` where the held-out text says that guesses miss much: of layer `first`, which always waits,
+    in experts; of the others in gate mass."""
     held_out = sidecar.about.get("held_out", {})
     wider = []
     for layer, width in enumerate(widths):
-        name = TOKEN_TABLE if layer == 0 else sidecar.choice[layer - 1]
+        name = TOKEN_TABLE if layer == first else sidecar.choice[layer - 1]
         scores = held_out.get(name, {})
         recall, missed = (scores.get(figure, [None] * len(widths))[layer] for figure in ("recall_k", "missed_mass"))
-        is_poor = (recall or 1.0) < _GOOD_RECALL if layer == 0 else (missed or 0.0) > _MUCH_MISSED
+        is_poor = (recall or 1.0) < _GOOD_RECALL if layer == first else (missed or 0.0) > _MUCH_MISSED
         wider.append(width + 2 if is_poor else width)
     return wider
 
@@ -187,9 +194,10 @@ def lookahead(layers: Sequence[MoeLayer], dtype: torch.dtype) -> RouterLookahead
     following: list[NextRouter | None] = []
     inputs: dict[int, Callable[[], torch.Tensor | None]] = {}
     for layer, after in itertools.pairwise(layers):
-        if layer.router is None or after.router is None or layer.router.input_width != after.router.input_width:
+        if layer.in_encoder != after.in_encoder or not _same_width(layer.router, after.router):
             following.append(None)
             continue
+        assert layer.router is not None, "its input has a width"
         if not layer.router.reads_experts_input:
             inputs[layer.index] = _last_input(layer.router)
         scale = None
@@ -198,6 +206,10 @@ def lookahead(layers: Sequence[MoeLayer], dtype: torch.dtype) -> RouterLookahead
             scale = (after.norm_weight / layer.norm_weight).to(dtype)
         following.append(own_router(after, scale) or _router_as_last_called(after, scale))
     return RouterLookahead(following, inputs)
+
+
+def _same_width(router: Router | None, after: Router | None) -> bool:
+    return router is not None and after is not None and router.input_width == after.input_width
 
 
 def _last_input(router: Router) -> Callable[[], torch.Tensor | None]:
@@ -253,7 +265,7 @@ def default_vectors(layers: Sequence[MoeLayer], sidecar: Sidecar) -> DefaultVect
 
 
 def quasi_hidden(layers: Sequence[MoeLayer], layer: int, vectors: torch.Tensor | None) -> QuasiHiddenLayer | None:
-    """Build the quasi-hidden state of `layers[layer + 1]`; None after the last, or without a norm or `vectors`.
+    """Build the quasi-hidden state of `layers[layer + 1]`; None after a stack's last, or without a norm or `vectors`.
 
     Args:
         vectors: [experts, hidden] default vectors of `layer`.
@@ -261,7 +273,7 @@ def quasi_hidden(layers: Sequence[MoeLayer], layer: int, vectors: torch.Tensor |
     if vectors is None or layer + 1 >= len(layers) or layers[layer].norm is None:
         return None
     after = layers[layer + 1].norm
-    if after is None:
+    if after is None or layers[layer].in_encoder != layers[layer + 1].in_encoder:
         return None
     # `forward` itself, without hooks: the tap on the norm must not take this call for the residual.
     return QuasiHiddenLayer(with_no_expert(vectors), after.forward)

@@ -21,10 +21,11 @@ class PrefetchGuesses:
 
     Args:
         num_experts: per MoE layer. widths: per MoE layer, experts guessed per token.
-        first: predicts layer 0 from the tokens, where given; select: reads its scores.
+        first: predicts `first_layer` from the tokens, where given; select: reads its scores.
         residual_of: MoE layer -> residual stream of the step after its attention; None where no predictor reads it.
-        first_by_tokens: layer 0's choice for token ids [tokens], where they alone decide it, or None just now; asked
+        first_by_tokens: that layer's choice for token ids [tokens], where they alone decide it, or None just now; asked
             before `first`.
+        first_layer: the first MoE layer of a decode step.
         widths_without_waiting: used in place of `widths` while `without_waiting` is True.
 
     Attributes:
@@ -42,6 +43,7 @@ class PrefetchGuesses:
         select: Select = guess_from_scores,
         widths_without_waiting: Sequence[int] | None = None,
         first_by_tokens: Callable[[torch.Tensor], torch.Tensor | None] | None = None,
+        first_layer: int = 0,
     ) -> None:
         self._predictor = predictor
         self._num_experts = list(num_experts)
@@ -50,6 +52,7 @@ class PrefetchGuesses:
         self.without_waiting = False
         self._first = first
         self._first_by_tokens = first_by_tokens
+        self._first_layer = first_layer
         self._select = select
         self._context = RunningContext()
         self._residual_of = residual_of
@@ -77,18 +80,19 @@ class PrefetchGuesses:
         return most_wanted(likely, num_experts)
 
     def guess_first(self, token_ids: torch.Tensor) -> Sequence[int]:
-        """Predict MoE layer 0 for the step's `token_ids` [tokens]: distinct experts, best first."""
+        """Predict a decode step's first MoE layer for its `token_ids` [tokens]: distinct experts, best first."""
+        first = self._first_layer
         if self._first_by_tokens is not None:
             ids = self._first_by_tokens(token_ids)
-            return () if ids is None else most_wanted(ids, self._num_experts[0])
+            return () if ids is None else most_wanted(ids, self._num_experts[first])
         if self._first is None:
             return ()
         context = self._context.of_rows(len(token_ids))
         widths = self._widths_without_waiting if self.without_waiting else self._widths
-        guess = self._first.guess(token_ids, context, widths[0], self._select)
-        return most_wanted(guess.ids, self._num_experts[0])
+        guess = self._first.guess(token_ids, context, widths[first], self._select)
+        return most_wanted(guess.ids, self._num_experts[first])
 
     def see_first(self, hidden: torch.Tensor, num_rows: int) -> None:
-        """Note a step's input of layer 0's router, [num_rows x positions, hidden]: context of its next guess."""
+        """Note a step's input of that layer's router, [num_rows x positions, hidden]: context of its next guess."""
         if self._first is not None:
             self._context.see(hidden, num_rows)

@@ -18,8 +18,8 @@ class Moment(NamedTuple):
     """One MoE layer on the tokens of one forward pass, with its routing known, to be compared with a guess.
 
     layer: the predicted layer. num_experts: its experts. now: its input and choice: the truth.
-    before: the sample of the MoE layer before it; None for layer 0. token_ids: [tokens]. context: positions per row;
-    tokens are rows of the batch, one after the other. pass_index: counts forward passes.
+    before: the sample of the MoE layer before it; None for the first of a decoder or an encoder. token_ids: [tokens].
+    context: positions per row; tokens are rows of the batch, one after the other. pass_index: counts forward passes.
     """
 
     layer: int
@@ -36,7 +36,7 @@ Guesser = Callable[[Moment, int], TokenGuess | None]
 
 
 def of_predictor(predictor: Predictor, first: Guesser | None = None) -> Guesser:
-    """Wrap `predictor` as a guesser; `first` predicts layer 0."""
+    """Wrap `predictor` as a guesser; `first` predicts a decode step's first layer."""
 
     def guess(moment: Moment, width: int) -> TokenGuess | None:
         if moment.before is None:
@@ -46,11 +46,11 @@ def of_predictor(predictor: Predictor, first: Guesser | None = None) -> Guesser:
     return guess
 
 
-def first_only(table: TokenTable, select: Select) -> Guesser:
-    """Predict layer 0 from the token `table`, with `select` reading its scores; None for the other layers."""
+def first_only(table: TokenTable, select: Select, first: int = 0) -> Guesser:
+    """Predict layer `first` from the token `table`, with `select` reading its scores; None for the other layers."""
 
     def guess(moment: Moment, width: int) -> TokenGuess | None:
-        return table.guess(moment.token_ids, context_of(moment), width, select) if moment.layer == 0 else None
+        return table.guess(moment.token_ids, context_of(moment), width, select) if moment.layer == first else None
 
     return guess
 

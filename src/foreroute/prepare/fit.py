@@ -11,6 +11,7 @@ import torch
 
 from foreroute.errors import PredictorError
 from foreroute.loading.offloaded_model import OffloadedModel, handle_of
+from foreroute.model.blocks import first_decoded
 from foreroute.predict import build as known
 from foreroute.predict.sidecar import Sidecar, read_whole, write_whole
 from foreroute.prepare.corpus import Corpus
@@ -168,9 +169,11 @@ def _solved(sums: Sums, fingerprint: str, settings: FitSettings) -> Sidecar:
         sums.estimator.train()
     return Sidecar(
         fingerprint,
-        ridge=[*(fit_of_layer.solve(settings.penalty) for fit_of_layer in sums.ridge), None],
+        ridge=[*(one.solve(settings.penalty) if one.equations.num_rows else None for one in sums.ridge), None],
         default_vectors=[outputs.means() if int(outputs.counts.sum()) else None for outputs in sums.outputs],
-        token_table=sums.table.solve(sums.all_embeddings(), settings.penalty),
+        token_table=sums.table.solve(sums.all_embeddings(), settings.penalty)
+        if sums.table.equations.num_rows
+        else None,
         popularity=sums.popularity,
         choice=[None] * len(sums.outputs),
         estimator={} if sums.estimator is None else sums.estimator.weights,
@@ -187,9 +190,8 @@ def _scored(
 ) -> Scorer:
     """Score every predictor of the sidecar on the held-out windows."""
     candidates = known.fitted(model.foreroute.layers, model.dtype, sidecar)
-    scorer = Scorer(
-        guessers_of(candidates, sidecar, known.selections(model.foreroute.layers, model.dtype)), len(sidecar.choice)
-    )
+    first = first_decoded(model.foreroute.layers)
+    scorer = Scorer(guessers_of(candidates, sidecar, model), len(sidecar.choice), first)
     with watching(model, scorer.on_moment, substitutes=substitutes) as watch:
         run_passes(watch.run, held_out, rows, progress)
     return scorer

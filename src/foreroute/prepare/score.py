@@ -1,7 +1,7 @@
 """Score each predictor of a model on a text, beside the controls, and measure what a guess costs."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from foreroute.loading.offloaded_model import OffloadedModel, handle_of
+from foreroute.model.blocks import first_decoded
 from foreroute.predict import build as known
-from foreroute.predict.base import Predictor, RouterSample, Select
+from foreroute.predict.base import Predictor, RouterSample
 from foreroute.predict.sidecar import Sidecar
 from foreroute.prepare.controls import (
     Guesser,
@@ -56,9 +57,9 @@ class Scores:
 class Scorer:
     """Runs guessers at every moment and tallies their scores."""
 
-    def __init__(self, guessers: Mapping[str, Guesser], num_layers: int) -> None:
+    def __init__(self, guessers: Mapping[str, Guesser], num_layers: int, first: int = 0) -> None:
         self._guessers = guessers
-        self.tallies = {name: LayerTallies.of(num_layers) for name in guessers}
+        self.tallies = {name: LayerTallies.of(num_layers, first) for name in guessers}
 
     def on_moment(self, moment: Moment, logits: torch.Tensor | None) -> None:
         """Score every guesser on `moment`'s tokens; the gate `logits` [tokens, experts] are not used."""
@@ -92,7 +93,7 @@ def score(
         else sidecar.popularity
     )
     candidates = candidates_of(model, sidecar)
-    guessers = guessers_of(candidates, sidecar, known.selections(layers, model.dtype))
+    guessers = guessers_of(candidates, sidecar, model)
     # The predictor that the engine would use.
     main = guessers[list(candidates)[-1]]
     guessers |= {
@@ -102,7 +103,7 @@ def score(
         "popularity": popularity,
         "random": uniform(),
     }
-    scorer = Scorer(guessers, len(layers))
+    scorer = Scorer(guessers, len(layers), first_decoded(layers))
     last: dict[int, RouterSample] = {}
 
     def on_moment(moment: Moment, logits: torch.Tensor | None) -> None:
@@ -126,13 +127,17 @@ def candidates_of(model: OffloadedModel, sidecar: Sidecar | None) -> dict[str, P
 
 
 def guessers_of(
-    candidates: Mapping[str, Predictor], sidecar: Sidecar | None, selections: Sequence[Select]
+    candidates: Mapping[str, Predictor], sidecar: Sidecar | None, model: OffloadedModel
 ) -> dict[str, Guesser]:
-    """Wrap `candidates` as guessers by name. `sidecar`'s token table, read by `selections`, is one too, and predicts
-    layer 0 for the hybrid, as in the engine."""
+    """Wrap `candidates` as guessers by name. `sidecar`'s token table, read as `model`'s router chooses, is one too, and
+    predicts a decode step's first layer for the hybrid, as in the engine."""
+    layers = model.foreroute.layers
+    at = min(first_decoded(layers), len(layers) - 1)
     guessers = {name: of_predictor(predictor) for name, predictor in candidates.items()}
     if sidecar is not None and sidecar.token_table is not None:
-        first = guessers[known.TOKEN_TABLE] = first_only(sidecar.token_table, selections[0])
+        first = guessers[known.TOKEN_TABLE] = first_only(
+            sidecar.token_table, known.selections(layers[at : at + 1], model.dtype)[0], at
+        )
         if known.HYBRID in candidates:
             guessers[known.HYBRID] = of_predictor(candidates[known.HYBRID], first)
     return guessers
@@ -148,7 +153,7 @@ def run_passes(run: Callable[[torch.Tensor, int], None], windows: torch.Tensor, 
 def cost_us(predictor: Predictor, last: Mapping[int, RouterSample], layers: Any) -> float:
     """Microseconds of `predictor`'s guesses for one token over all `layers`, on the samples `last`: sum of medians."""
     total = 0.0
-    for layer in range(len(layers) - 1):
+    for layer in range(first_decoded(layers), len(layers) - 1):
         seen, width = last[layer], layers[layer + 1].top_k
         times = []
         for _ in range(_COST_REPEATS):

@@ -58,24 +58,25 @@ class LayerTally:
 
 @dataclass
 class LayerTallies:
-    """One predictor's scores over all MoE layers."""
+    """One predictor's scores over all MoE layers. first: the first of a decode step."""
 
     layers: list[LayerTally]
+    first: int = 0
 
     @classmethod
-    def of(cls, num_layers: int) -> "LayerTallies":
-        """Empty tallies for `num_layers` layers."""
-        return cls([LayerTally() for _ in range(num_layers)])
+    def of(cls, num_layers: int, first: int = 0) -> "LayerTallies":
+        """Empty tallies for `num_layers` layers, of which `first` is a decode step's first."""
+        return cls([LayerTally() for _ in range(num_layers)], first)
 
     def as_dict(self) -> dict[str, Any]:
-        """Per figure one number per layer (None where there was no guess), and its "mean" over layers >= 1."""
+        """Per figure one number per layer (None where there was no guess), and its "mean" over those past `first`."""
         figures: dict[str, list[float | None]] = {}
         for at, width in enumerate(WIDTHS):
             figures[f"recall_{width}"] = [t.recall(at) if t.slots else None for t in self.layers]
             figures[f"exact_set_{width}"] = [t.exact_set(at) if t.tokens else None for t in self.layers]
             mass_name = "missed_mass" if at == 0 else f"missed_mass_{width}"
             figures[mass_name] = [t.missed_mass(at) if t.slots else None for t in self.layers]
-        return {**figures, "mean": {name: mean_past_first(layers) for name, layers in figures.items()}}
+        return {**figures, "mean": {name: mean_past_first(layers[self.first :]) for name, layers in figures.items()}}
 
 
 def mean_past_first(layers: Sequence[float | None]) -> float | None:

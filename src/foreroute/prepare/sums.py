@@ -6,6 +6,7 @@ import torch
 
 from foreroute.errors import PredictorError
 from foreroute.loading.offloaded_model import OffloadedModel
+from foreroute.model.blocks import first_decoded
 from foreroute.predict.base import RouterSample
 from foreroute.predict.build import quasi_hidden, selections
 from foreroute.predict.fitted import chosen_experts
@@ -36,7 +37,8 @@ class Sums:
         widths = [layer.experts.num_offloaded for layer in model.foreroute.layers]
         hidden = model.config.get_text_config().hidden_size
         self.ridge = [RidgeFit(hidden, here, after) for here, after in itertools.pairwise(widths)]
-        self.table = TokenTableFit(vocabulary, embedding_width, hidden, widths[0])
+        self._first = min(first_decoded(model.foreroute.layers), len(widths) - 1)
+        self.table = TokenTableFit(vocabulary, embedding_width, hidden, widths[self._first])
         self.outputs = [DefaultVectorSums(width, hidden) for width in widths]
         self.popularity = [torch.zeros(width, dtype=torch.int64) for width in widths]
         self._layers = model.foreroute.layers
@@ -62,7 +64,7 @@ class Sums:
             self.ridge[moment.layer - 1].add(moment.before, targets)
             if self.estimator is not None:
                 self._show_estimator(moment.layer - 1, moment.before, targets, moment.now.ids)
-        else:
+        elif moment.layer == self._first:
             with torch.no_grad():
                 embeddings = self._embed(moment.token_ids)
             self.table.add(moment.token_ids, embeddings, context_of(moment), targets)

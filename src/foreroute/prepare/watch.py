@@ -9,11 +9,13 @@ import torch
 from torch import nn
 
 from foreroute.loading.offloaded_model import OffloadedModel
+from foreroute.model.blocks import first_decoded
 from foreroute.model.caches import last_logits_only
 from foreroute.model.experts import ExpertsForward
 from foreroute.model.hooks import ResidualTap
 from foreroute.predict.base import RouterSample
 from foreroute.prepare.controls import Moment
+from foreroute.prepare.corpus import calls_of
 from foreroute.prepare.on_policy import Substitutes
 
 # (moment, gate logits [tokens, experts] or None where the router returns none).
@@ -30,7 +32,9 @@ class Watch:
         self._layers = model.foreroute.layers
         self._logits: dict[int, torch.Tensor] = {}
         self._before: RouterSample | None = None
-        self._windows = torch.empty(0, 0, dtype=torch.int64)
+        # Of each MoE layer's side: [rows, positions].
+        self._read = self._written = torch.empty(0, 0, dtype=torch.int64)
+        self._first = first_decoded(self._layers)
         self._pass_index = -1
         self.tap = ResidualTap([layer.norm for layer in self._layers])
         # The vocabulary's logits are the largest tensor of all, and not needed.
@@ -38,22 +42,27 @@ class Watch:
 
     def run(self, windows: torch.Tensor, pass_index: int) -> None:
         """Run one forward pass over `windows` [rows, context]; `pass_index` seeds the controls."""
-        self._windows, self._pass_index, self._before = windows, pass_index, None
+        self._pass_index, self._before = pass_index, None
+        arguments, self._written = calls_of(self._model, windows)
+        self._read = arguments["input_ids"]
         with torch.no_grad():
-            self._model(input_ids=windows, use_cache=False, **self._options)
+            self._model(**arguments, use_cache=False, **self._options)
         self._before = None
 
     def observe(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> None:
         """Observe MoE `layer`: its input `hidden` [tokens, hidden], and `ids` and gate `weights` [tokens, k]."""
         seen = RouterSample(hidden, ids, weights, self.tap(layer))
         width = self._layers[layer].experts.num_offloaded
+        if layer == self._first:
+            self._before = None
+        ids_of_side = self._read if layer < self._first else self._written
         moment = Moment(
             layer,
             width,
             seen,
             self._before,
-            self._windows.flatten(),
-            self._windows.shape[1],
+            ids_of_side.flatten(),
+            ids_of_side.shape[1],
             self._pass_index,
         )
         logits = self._logits.pop(layer, None)

@@ -24,9 +24,11 @@ class Prompts:
     Args:
         tokenizer: of transformers. vocab_size: ids of a prompt must be below it.
         limits: of the chat template, which runs in a separate process.
+        why_no_chat: why chats are refused, whatever the tokenizer has; "" where they are not.
     """
 
-    def __init__(self, tokenizer: Any, vocab_size: int, limits: Limits) -> None:
+    def __init__(self, tokenizer: Any, vocab_size: int, limits: Limits, why_no_chat: str = "") -> None:
+        self._why_no_chat = why_no_chat
         self._tokenizer, self._vocab_size = tokenizer, vocab_size
         # A tokenizer changes its state while it encodes.
         self._lock = threading.Lock()
@@ -66,8 +68,10 @@ class Prompts:
         A developer's message becomes a system message for templates that would drop that role.
 
         Raises:
-            ApiError: there is no chat template, or it refuses the messages.
+            ApiError: chats are refused, there is no chat template, or it refuses the messages.
         """
+        if self._why_no_chat:
+            raise not_possible("messages", self._why_no_chat)
         if self._renderer is None:
             raise not_possible("messages", "This model has no chat template. Use /v1/completions.")
         if "developer" not in (self.template or ""):

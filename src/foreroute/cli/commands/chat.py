@@ -76,9 +76,11 @@ def run(args: argparse.Namespace) -> int:
     options.quiet_libraries(args)
     with figures.busy("Loading the model", is_quiet=False):
         import foreroute
+        from foreroute.model.config_file import read_config, refuse_encoder_decoder
         from foreroute.model.text import load_tokenizer
 
         options.apply_threads(args)
+        refuse_encoder_decoder(read_config(folder), folder, "It answers one text, and no chat: foreroute generate.")
         tokenizer = load_tokenizer(folder)
         model = foreroute.load(folder, dtype=args.dtype, config=config)
     with closing(model.foreroute):

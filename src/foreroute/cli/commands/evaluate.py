@@ -161,7 +161,7 @@ def run(args: argparse.Namespace) -> int:
     with figures.busy("Loading", args.json):
         from foreroute.evals.builtin import SuiteSettings, check_kinds
         from foreroute.evals.text import read_held_out
-        from foreroute.model.config_file import read_config
+        from foreroute.model.config_file import read_config, refuse_encoder_decoder
         from foreroute.model.text import load_tokenizer
         from foreroute.whole_files import read_text
 
@@ -171,10 +171,12 @@ def run(args: argparse.Namespace) -> int:
             check_kinds(held_out, args.kinds)
         texts = {_name(path): read_text(path, EvaluationError) for path in args.text or ()}
         others = _other_tasks(args)
+        told = read_config(folder)
+        refuse_encoder_decoder(told, folder, "eval scores texts that a model continues; `foreroute score` works on it.")
         tokenizer = load_tokenizer(folder)
     settings = SuiteSettings(
         100 if args.per_kind is None else args.per_kind, tuple(args.kinds), args.windows,
-        context_of(read_config(folder), args.context), args.batch, args.seed,
+        context_of(told, args.context), args.batch, args.seed,
     )  # fmt: skip
     with _bars(args.json) as show:
         if args.policies:

@@ -117,6 +117,7 @@ def run(args: argparse.Namespace) -> int:
     with figures.busy("Loading the model", args.json):
         import foreroute
         from foreroute.checkpoint.locate import read_index
+        from foreroute.model.generation_settings import decoder_start
         from foreroute.model.text import load_tokenizer
         from foreroute.predict.sidecar import SIDECAR_NAME
         from foreroute.prepare.corpus import read_corpus
@@ -130,7 +131,9 @@ def run(args: argparse.Namespace) -> int:
     with closing(model.foreroute):
         # Raises where files changed in between: the fingerprint is that of the loaded model, or none.
         fingerprint = index.fingerprint()
-        corpus = read_corpus(tokenizer, args.text, args.tokens, context_of(model.config, args.context))
+        corpus = read_corpus(
+            tokenizer, args.text, args.tokens, context_of(model.config, args.context), decoder_start(model)
+        )
         sidecar = _fit(args, model, fingerprint, corpus, path)
     _tell(args, sidecar, path, is_beside=path == beside(folder, SIDECAR_NAME))
     return 0

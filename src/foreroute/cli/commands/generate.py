@@ -133,11 +133,17 @@ def run(args: argparse.Namespace) -> int:
 
         import foreroute
         from foreroute.generation.generate import generate
+        from foreroute.model.config_file import read_config, refuse_encoder_decoder
         from foreroute.model.text import encode_prompt, load_tokenizer
 
         options.apply_threads(args)
+        told, chat = read_config(folder), args.chat
+        if chat or system is not None:
+            refuse_encoder_decoder(told, folder, "It answers one text, and no chat: leave --chat and --system out.")
         tokenizer = load_tokenizer(folder)
-        prompt_ids = encode_prompt(tokenizer, prompt, chat=args.chat, system=system)
+        # An encoder-decoder may have the template of the tokenizer that it shares with a chat model.
+        chat = False if told.is_encoder_decoder else chat
+        prompt_ids = encode_prompt(tokenizer, prompt, chat=chat, system=system)
     with figures.loading(config, is_quiet) as progress:
         model = foreroute.load(folder, dtype=args.dtype, config=config, progress=progress)
     with closing(model.foreroute):

@@ -73,6 +73,7 @@ def run(args: argparse.Namespace) -> int:
     with figures.busy("Loading the model", args.json):
         import foreroute
         from foreroute.checkpoint.locate import read_index
+        from foreroute.model.generation_settings import decoder_start
         from foreroute.model.text import load_tokenizer
         from foreroute.predict.build import open_sidecar
         from foreroute.prepare import plot
@@ -86,7 +87,8 @@ def run(args: argparse.Namespace) -> int:
         sidecar = open_sidecar(folder, read_index(folder), config)
         model = foreroute.load(folder, dtype=args.dtype, config=config)
     with closing(model.foreroute):
-        corpus = read_corpus(tokenizer, args.text, args.tokens, context_of(model.config, args.context))
+        context = context_of(model.config, args.context)
+        corpus = read_corpus(tokenizer, args.text, args.tokens, context, decoder_start(model))
         with figures.counting_bar("scoring", corpus.num_tokens, "tokens", args.json) as show:
             scores = score(model, corpus.windows, sidecar, rows=args.rows, progress=show)
         timely = _decode(model, corpus.windows, args.decode, args.json) if args.decode else None
@@ -103,9 +105,13 @@ def run(args: argparse.Namespace) -> int:
 
 def _decode(model: "OffloadedModel", windows: "torch.Tensor", num_tokens: int, is_quiet: bool) -> "Timeliness":
     """Continue the beginnings of some windows, by `num_tokens` in all."""
+    from foreroute.prepare.corpus import calls_of
     from foreroute.prepare.timeliness import timeliness
 
-    prompts = windows[: max(1, num_tokens // _DECODE_TOKENS), : windows.shape[1] // 2]
+    read, _ = calls_of(model, windows[: max(1, num_tokens // _DECODE_TOKENS)])
+    prompts = read["input_ids"]
+    if not model.config.is_encoder_decoder:
+        prompts = prompts[:, : windows.shape[1] // 2]
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or windows.shape[1]
     # At least two: the first token is prefill's. Never past the model's context; the decoded count is shown.
     each = max(2, min(num_tokens // len(prompts), context - prompts.shape[1]))

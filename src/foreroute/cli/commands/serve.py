@@ -182,7 +182,10 @@ def _load(
     model = foreroute.load(folder, dtype=args.dtype, config=config)
     plan, text_config = model.foreroute.plan, model.config.get_text_config()
     backend.report("starting the engine", 0.9)
-    prompts = Prompts(tokenizer, text_config.vocab_size, settings.limits)
+    why_no_chat = ""
+    if text_config.is_encoder_decoder:
+        why_no_chat = f"{plan.model_type} is an encoder-decoder: it answers one text, and no chat. Use /v1/completions."
+    prompts = Prompts(tokenizer, text_config.vocab_size, settings.limits, why_no_chat)
     prompts.start()
     needs = requests.needs_of(model, context)
     kv_tokens = plan.kv_tokens if needs is None else needs.kv_tokens

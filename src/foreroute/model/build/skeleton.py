@@ -264,10 +264,15 @@ def _quiet_loading() -> Iterator[None]:
 
 
 def auto_class(folder: Path, config: Any) -> Any:
-    """Choose transformers' Auto class for text generation: multimodal models generate too, given text alone."""
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, GenerationMixin
+    """Choose transformers' Auto class for text generation; multimodal models and encoder-decoders have their own."""
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+        AutoModelForSeq2SeqLM,
+        GenerationMixin,
+    )
 
-    for found in (AutoModelForCausalLM, AutoModelForImageTextToText):
+    for found in (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM):
         # Not `can_generate`: it is also true of models that do not generate token by token.
         if type(config) in found._model_mapping and issubclass(_candidate(found, config), GenerationMixin):
             return found
