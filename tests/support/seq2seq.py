@@ -74,6 +74,7 @@ def nllb_config(**changes: Any) -> Any:
         "eos_token_id": END,
         "bos_token_id": 257,
         "decoder_start_token_id": END,
+        "tie_word_embeddings": False,
     }
     return NllbMoeConfig(**{**told, **changes})
 
@@ -94,7 +95,7 @@ def save_seq2seq(config: Any, folder: Path, dtype: torch.dtype = torch.float32, 
             if tensor.ndim == 1:
                 tensor.copy_(1 + 0.1 * noise if "weight" in name else 0.1 * noise)
             else:
-                tensor.copy_(noise * (1.0 if "shared" in name or "embed" in name else 0.2))
+                tensor.copy_(noise * (1.0 if "shared" in name or "embed" in name or "lm_head" in name else 0.2))
     model.to(dtype).save_pretrained(folder)
     save_sentinel_tokenizer(folder)
     return folder
@@ -160,21 +161,28 @@ def routed_nllb(block: Any, hidden_states: torch.Tensor, padding_mask: torch.Ten
     _, gates, _ = block.router(hidden, padding_mask)
     weights, ids = gates.topk(2)
     total = torch.zeros_like(hidden)
-    for number, expert in enumerate(block.experts.values()):
+    for number in range(block.num_experts):
         at, tokens = torch.where(((ids == number) & (weights != 0)).t())
         if len(tokens):
-            outputs = expert(hidden[tokens]) * weights[tokens, at, None]
+            outputs = block.experts[f"expert_{number}"](hidden[tokens]) * weights[tokens, at, None]
             outputs *= 1 - block.experts.moe_token_dropout
             total.index_add_(0, tokens, outputs)
     return total.view(rows, positions, width)
 
 
 def resident(folder: Path) -> Any:
-    """transformers' own model with every expert in memory; NLLB-MoE's with its blocks mended."""
+    """transformers' own model with every expert in memory; NLLB-MoE's with its blocks mended.
+
+    Experts are copied to memory of their own, aligned as ours are: as loaded they may be views into a file, and products
+    on unaligned memory may round otherwise.
+    """
     from transformers import AutoModelForSeq2SeqLM
     from transformers.models.nllb_moe.modeling_nllb_moe import NllbMoeSparseMLP
 
     model = AutoModelForSeq2SeqLM.from_pretrained(folder, dtype="auto").eval()
+    for name, parameter in model.named_parameters():
+        if ".experts." in name:
+            parameter.data = parameter.data.clone()
     for module in model.modules():
         if isinstance(module, NllbMoeSparseMLP):
             module.forward = routed_nllb.__get__(module)

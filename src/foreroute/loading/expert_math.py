@@ -65,7 +65,7 @@ def forms_of_layers(
     if library is None:
         return [None] * len(layers), ""
     found = [
-        form_of(stored, describe_math(layer.experts), library)
+        form_of(stored, _apart(describe_math(layer.experts)), library)
         for layer, stored in zip(layers, table.layers, strict=True)
     ]
     refused = (
@@ -75,6 +75,10 @@ def forms_of_layers(
     )
     reason = next(refused, "")
     return [None if isinstance(form, str) else form for form in found], reason
+
+
+def _apart(math: ExpertMath | None) -> ExpertMath | None:
+    return None if math is None else math.with_own_biases
 
 
 def stored_operands(
@@ -201,7 +205,7 @@ def prove_math(module: OffloadedExperts, layout: ExpertLayout, compute_dtype: to
 
     with torch.no_grad():
         rows, row_weights = random(3, hidden_width), random(3, 1)
-        out = (math(rows, operands) * row_weights).to(compute_dtype)
+        out = math.weigh(math(rows, operands), row_weights).to(compute_dtype)
         if not torch.equal(
             theirs(rows, torch.zeros(3, 1, dtype=torch.int64), row_weights), torch.zeros_like(out) + out
         ):

@@ -101,6 +101,8 @@ def form_of(layer: LayerExperts, math: ExpertMath | None, library: Library) -> B
         return "how the family computes an expert is not known"
     if not layer.parts:
         return "its weights are not stored in blocks"
+    if math.output_scale != 1.0:
+        return "its outputs are scaled after their gate weights"
     up, down = layer.parts[math.up_at], layer.parts[math.down_at]
     stored = [*up.matrices, *down.matrices]
     found = [_slot_matrix(matrix, layer.layout, library) for matrix in stored]

@@ -300,7 +300,7 @@ def dequantising(
     if math is None:
         return DequantisingMath(_no_gate, -1, -1, parts=parts, dtype=dtype, workspaces=workspaces)
     return DequantisingMath(
-        **{field.name: getattr(math, field.name) for field in fields(ExpertMath)},
+        **{field.name: getattr(math.with_own_biases, field.name) for field in fields(ExpertMath)},
         parts=parts, dtype=dtype, workspaces=workspaces,
     )  # fmt: skip
 

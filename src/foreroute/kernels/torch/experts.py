@@ -6,7 +6,7 @@ in small ways all the same, this code is checked at load, by comparing bits with
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 
 import torch
@@ -34,6 +34,9 @@ class ExpertMath:
     multiplies_halves: gate and up, halves of the first matrix, are a product each: its width can change its bits.
     computes_all_rows: the family multiplies each expert with all rows of a step, zeros in place of those that it does
         not compute; so does this, as the number of rows in a product can change its bits.
+    joined_biases: positions of the biases of the first and the second product, where the family adds each within its
+        product, which rounds once; up_bias_at and down_bias_at are -1 then.
+    output_scale: what the family multiplies an output by, after its gate weight.
     """
 
     gate: Callable[[torch.Tensor], torch.Tensor]
@@ -45,6 +48,21 @@ class ExpertMath:
     is_down_transposed: bool = False
     multiplies_halves: bool = False
     computes_all_rows: bool = False
+    joined_biases: tuple[int, int] | None = None
+    output_scale: float = 1.0
+
+    @property
+    def with_own_biases(self) -> "ExpertMath":
+        """The same with the biases added after their products, for kernels that have no such product."""
+        if self.joined_biases is None:
+            return self
+        up, down = self.joined_biases
+        return replace(self, up_bias_at=up, down_bias_at=down, joined_biases=None)
+
+    def weigh(self, outputs: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Multiply `outputs` [rows, hidden] by the gate `weights` [rows, 1], and by the family's own scale."""
+        weighted = outputs * weights
+        return weighted if self.output_scale == 1.0 else weighted.mul_(self.output_scale)
 
     def operands(self, parts: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """Return an expert's parts in the form for products: weights as [in, out] views, biases unchanged. No copy."""
@@ -74,11 +92,16 @@ class ExpertMath:
 
     def multiply(self, rows: torch.Tensor, operands: Operands, part_at: int) -> torch.Tensor:
         """Multiply `rows` [n, in] by matrix `part_at` of the expert's `operands`: [n, out]."""
+        if self.joined_biases is not None:
+            return torch.addmm(operands[self.joined_biases[part_at != self.up_at]], rows, operands[part_at])
         return self._product(rows, operands[part_at], part_at)
 
     def multiply_into(self, out: torch.Tensor, rows: torch.Tensor, operands: Operands, part_at: int) -> None:
         """Write the product of `rows` [n, in] and matrix `part_at` of `operands` to `out` [n, out]."""
-        self._product(rows, operands[part_at], part_at, out)
+        if self.joined_biases is not None:
+            torch.addmm(operands[self.joined_biases[part_at != self.up_at]], rows, operands[part_at], out=out)
+        else:
+            self._product(rows, operands[part_at], part_at, out)
 
     def bias(self, operands: Operands, part_at: int) -> torch.Tensor:
         """Return bias `part_at` [out] of the expert's `operands`."""
@@ -179,6 +202,7 @@ class OneToken:
         self._out_rows = self._out.split(1)
         self._keys: list[int] = []
         self._routed: Sequence[int] = ()
+        self._scale = 1.0
 
     def begin(self, routed: Sequence[int]) -> None:
         """Begin a new token, with the key at each position of its top-k."""
@@ -187,7 +211,7 @@ class OneToken:
 
     def run(self, math: ExpertMath, hidden: torch.Tensor, keys: Sequence[int], operands: Sequence[Operands]) -> None:
         """Compute the experts `keys` with `operands` by `math`, for `hidden` [1, hidden]."""
-        multiply_into = math.multiply_into
+        multiply_into, self._scale = math.multiply_into, math.output_scale
         first = len(self._keys)
         last = first + len(keys)
         self._keys.extend(keys)
@@ -226,6 +250,8 @@ class OneToken:
             out = out.index_select(0, torch.tensor(order, device=out.device))
         columns = torch.tensor([routed.index(key) for key in keys], device=out.device)
         weighted = out * weights.view(-1).index_select(0, columns).unsqueeze(1)
+        if self._scale != 1.0:
+            weighted.mul_(self._scale)
         # As eager does: from zero, rounded to the activation dtype after each expert, in ascending order. One
         # index_add_ for all rows would keep bf16 sums in fp32 in between, and give other bits.
         total = torch.zeros_like(self._out_rows[0])

@@ -107,7 +107,7 @@ class TorchLayer:
                 outputs = self._math(hidden[tokens], operands)
             if listener is not None:
                 listener(self._layer, key - self._base, outputs)
-            rows = outputs * weights[tokens, positions, None]
+            rows = self._math.weigh(outputs, weights[tokens, positions, None])
             total.index_add_(0, tokens, rows.to(total.dtype))
         return total
 
@@ -229,7 +229,8 @@ class RowsSum:
         passes = self._passes(keys)
         rows, assignments = torch.tensor([add for adds in passes for add in adds], device=hidden.device).unbind(1)
         outputs = torch.cat([self._outputs[key] for key in keys]).index_select(0, rows)
-        weighted = (outputs * self._weights.reshape(-1, 1).index_select(0, assignments)).to(hidden.dtype)
+        weights = self._weights.reshape(-1, 1).index_select(0, assignments)
+        weighted = self._math.weigh(outputs, weights).to(hidden.dtype)
         total = torch.zeros_like(hidden)
         num_tokens = len(hidden)
         for adds, some in zip(passes, weighted.split([len(adds) for adds in passes]), strict=True):

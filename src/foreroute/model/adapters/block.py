@@ -80,8 +80,8 @@ class AdaptedExperts(OffloadedExperts):
                 outputs = self.held.expert(self.held.math.all_rows(hidden, tokens), parts_of(expert))[tokens]
             else:
                 outputs = self.held.expert(hidden[tokens], parts_of(expert))
-            outputs = outputs * weights[tokens, positions, None]
-            rows_of_all.append(outputs.to(total.dtype))
+            weighted = self.held.math.weigh(outputs, weights[tokens, positions, None])
+            rows_of_all.append(weighted.to(total.dtype))
             tokens_of_all.append(tokens)
         if self.held.sums_at_once and rows_of_all:
             return total.index_add_(0, torch.cat(tokens_of_all), torch.cat(rows_of_all))
@@ -132,6 +132,8 @@ class AdaptedBlock(nn.Module):
         held = self.held(self)
         for name in self.HELD_IN:
             delattr(self, name)
+        # Otherwise the family's initialiser would look for the experts' weights; what is missing is an error in any case.
+        self._is_hf_initialized = True
         self.experts = AdaptedExperts(held)
         self.routing = Routing(self)
 

@@ -1,12 +1,13 @@
 """Experts of the usual form: a first matrix, gate and up or up alone, an activation, and a second matrix."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from foreroute.checkpoint.assembly import Operation
+from foreroute.model.experts import ExpertParameter
 
 # The usual names of an expert's matrices, by which they are packed: of gate and up in one, up alone, and down.
 GATE_UP, UP, DOWN = "gate_up_proj", "up_proj", "down_proj"
@@ -46,3 +47,20 @@ def linear_expert(gate: Activation) -> Callable[[torch.Tensor, Sequence[torch.Te
 def shape_of(block: nn.Module, name: str) -> tuple[int, ...]:
     """The shape of a parameter of `block` by its name, which may lead through children."""
     return tuple(block.get_parameter(name).shape)
+
+
+def of_children(block: nn.Module, child: str, count: int, parts: Mapping[str, str]) -> tuple[ExpertParameter, ...]:
+    """The parameters of experts that are a child module each.
+
+    Args:
+        child: the name of an expert's module in `block`, with {} for its number. count: experts.
+        parts: by the parameter's name, that of its tensor in an expert's module.
+    """
+    return tuple(
+        ExpertParameter(
+            name,
+            shape_of(block, f"{child.format(0)}.{tensor}"),
+            (tuple(f"{child.format(at)}.{tensor}" for at in range(count)),),
+        )
+        for name, tensor in parts.items()
+    )

@@ -37,9 +37,9 @@ class NllbBlock(CapacityBlock):
             up, up_bias, down, down_bias = parts
             return F.linear(act(F.linear(rows, up, up_bias)), down, down_bias)
 
-        parameters = of_children(block, "experts.expert_{}", len(block.experts), _PARTS)
-        math = ExpertMath(act, 0, 2, 1, 3, joins_biases=True, output_scale=scale)
-        return HeldExperts(len(block.experts), parameters, FamilyForm(), math, expert)
+        parameters = of_children(block, "experts.expert_{}", block.experts.num_experts, _PARTS)
+        math = ExpertMath(act, 0, 2, joined_biases=(1, 3), output_scale=scale)
+        return HeldExperts(block.experts.num_experts, parameters, FamilyForm(), math, expert)
 
     def ahead(self, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """See `CapacityBlock`. Draws nothing, also where the family draws whether a token goes to its second expert."""

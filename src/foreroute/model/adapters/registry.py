@@ -10,7 +10,9 @@ from foreroute.model.adapters.dbrx import DbrxBlock
 from foreroute.model.adapters.jetmoe import JetMoeBlock
 from foreroute.model.adapters.llama4 import Llama4Block
 from foreroute.model.adapters.longcat import LongcatBlock
+from foreroute.model.adapters.nllb import NllbBlock
 from foreroute.model.adapters.step3p7 import Step3p7Block
+from foreroute.model.adapters.switch import SwitchBlock
 from foreroute.model.experts import (
     ExpertParameter,
     expert_parameters,
@@ -20,7 +22,15 @@ from foreroute.model.experts import (
     offloaded_class,
 )
 
-ADAPTERS: tuple[type[AdaptedBlock], ...] = (DbrxBlock, JetMoeBlock, Llama4Block, LongcatBlock, Step3p7Block)
+ADAPTERS: tuple[type[AdaptedBlock], ...] = (
+    DbrxBlock,
+    JetMoeBlock,
+    Llama4Block,
+    LongcatBlock,
+    NllbBlock,
+    Step3p7Block,
+    SwitchBlock,
+)
 
 _BY_CLASS = {
     (f"transformers.models.{adapter.MODULE}.modeling_{adapter.MODULE}", adapter.BLOCK): adapter for adapter in ADAPTERS

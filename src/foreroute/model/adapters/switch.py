@@ -27,8 +27,10 @@ class SwitchBlock(CapacityBlock):
     def held(block: Any) -> HeldExperts:
         """See `AdaptedBlock`."""
         act = block.experts["expert_0"].act
-        parameters = of_children(block, "experts.expert_{}", len(block.experts), _PARTS)
-        return HeldExperts(len(block.experts), parameters, FamilyForm(), ExpertMath(act, 0, 1), linear_expert(act))
+        parameters = of_children(block, "experts.expert_{}", block.experts.num_experts, _PARTS)
+        return HeldExperts(
+            block.experts.num_experts, parameters, FamilyForm(), ExpertMath(act, 0, 1), linear_expert(act)
+        )
 
     def ahead(self, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """See `CapacityBlock`."""
