@@ -4,12 +4,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers.modeling_outputs import BaseModelOutput
 
 from foreroute.batching.rows import OneRow
 from foreroute.engine.interfaces import Phase, StepInfo
 from foreroute.loading.offloaded_model import OffloadedModel
-from foreroute.model.caches import cache_argument, cache_of
+from foreroute.model.caches import cache_argument, cache_of, decoder_call, encode
 from foreroute.model.generation_settings import decoder_start
 
 
@@ -37,20 +36,15 @@ class EncodedRow(OneRow):
 
     def step(self, tokens: Sequence[Sequence[int]], phase: Phase, *, all_logits: bool = False) -> torch.Tensor:
         """Encode the prompt and compute the decoder's start token, or compute the next token: [1, 1, vocabulary]."""
-        model = self._model
-        given = torch.tensor([list(tokens[0])], device=model.device)
-        if self._encoded is None:
-            ids = torch.full((1, 1), self._start, device=model.device)
-            asked = {"input_ids": given, "decoder_input_ids": ids}
-            info = StepInfo.of("prefill", given, is_start=True)
-        else:
-            asked = {"encoder_outputs": self._encoded, "decoder_input_ids": given}
-            info = StepInfo.of(phase, given)
-        with model.foreroute.step(info):
-            out = model(**asked, **cache_argument(self._cache), use_cache=True, return_dict=True)
+        ids = torch.tensor([list(tokens[0])], device=self._model.device)
+        is_start = self._encoded is None
+        if is_start:
+            self._encoded = encode(self._model, ids)
+            ids = torch.full((1, 1), self._start, device=ids.device)
+        with self._model.foreroute.step(StepInfo.of("prefill" if is_start else phase, ids, is_start=is_start)):
+            asked = decoder_call(ids, self._encoded)
+            out = self._model(**asked, **cache_argument(self._cache), use_cache=True, return_dict=True)
         self._cache = cache_of(out)
-        if self._encoded is None:
-            self._encoded = BaseModelOutput(last_hidden_state=out.encoder_last_hidden_state)
         self.lengths = [self.lengths[0] + len(tokens[0])]
         logits: torch.Tensor = out.logits
         return logits

@@ -10,6 +10,8 @@ import torch
 
 from foreroute.checkpoint.layouts import ExpertTable
 from foreroute.engine.interfaces import StepInfo
+from foreroute.model.blocks import first_decoded
+from foreroute.model.caches import one_decoded
 from foreroute.model.experts import ExpertsForward
 from foreroute.types import ExpertReads, round_down, round_up
 
@@ -94,7 +96,8 @@ def measure_compute(
         limit_s: no layer is begun after it; one layer at least is computed. clock: seconds, monotonic.
     """
     layers = model.foreroute.layers
-    watch = _Watch(len(layers), limit_s, clock)
+    num_layers = len(layers) - first_decoded(layers)
+    watch = _Watch(num_layers, limit_s, clock)
     passes_ms: list[float] = []
 
     def wrapped(_: int, compute: ExpertsForward) -> ExpertsForward:
@@ -109,14 +112,14 @@ def measure_compute(
     with model.foreroute.computing(wrapped):
         while len(passes_ms) < _WARM_UP_PASSES + _TIMED_PASSES and not (passes_ms and watch.is_over):
             elapsed_ms = _pass_ms(model, watch, clock)
-            if watch.num_done < len(layers):
+            if watch.num_done < num_layers:
                 if not passes_ms:
-                    return ComputeTime(elapsed_ms * len(layers) / watch.num_done, 0, watch.num_done)
+                    return ComputeTime(elapsed_ms * num_layers / watch.num_done, 0, watch.num_done)
                 break
             passes_ms.append(elapsed_ms)
     # Where few passes were made, the last of them is the warmest.
     timed = passes_ms[_WARM_UP_PASSES:] or passes_ms[-1:]
-    return ComputeTime(statistics.median(timed), len(timed), len(layers))
+    return ComputeTime(statistics.median(timed), len(timed), num_layers)
 
 
 def _pass_ms(model: "OffloadedModel", watch: _Watch, clock: Callable[[], float]) -> float:
@@ -127,7 +130,7 @@ def _pass_ms(model: "OffloadedModel", watch: _Watch, clock: Callable[[], float])
     started_s = clock()
     try:
         with torch.inference_mode(), model.foreroute.step(StepInfo("decode", 1, 1)):
-            model(input_ids=token, use_cache=False)
+            model(**one_decoded(model, token), use_cache=False)
     except _OutOfTime:
         pass
     if model.device.type == "cuda":

@@ -26,6 +26,7 @@ from foreroute.loading.step_entry import Bounds, StepEntry
 from foreroute.memory.host import usable_cpus
 from foreroute.memory.plan import MemoryPlan, check_before, move_dense, plan_memory
 from foreroute.model import torch_modes
+from foreroute.model.blocks import first_decoded
 from foreroute.model.build.dense_blocks import dense_nbytes
 from foreroute.model.build.skeleton import load_skeleton
 from foreroute.model.build.stored_names import tell
@@ -155,7 +156,7 @@ def _plan(
         token_slot_bytes=memory.slots.token_bytes,
         all_slot_bytes=table.whole_bytes,
         total_slots=table.total_slots,
-        token_demand_slots=memory.slots.token_demand_slots,
+        token_demand_slots=sum(experts.top_k[first_decoded(experts.layers) :]) or memory.slots.token_demand_slots,
         staging_slots=memory.staging_slots,
         source=checkpoint.index.kind if checkpoint.store is None else "packed",
         stored_dtype=checkpoint.stored_dtype,

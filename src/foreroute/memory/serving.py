@@ -28,7 +28,7 @@ from foreroute.memory.serving_budget import (
 )
 from foreroute.model.blocks import MoeLayer
 from foreroute.model.build.dense_blocks import dense_nbytes, dense_weights
-from foreroute.model.caches import CACHE_NAME, can_be_continued, is_ordinary, new_cache
+from foreroute.model.caches import CACHE_NAME, can_be_continued, decoder_call, encode, is_ordinary, new_cache
 from foreroute.model.expert_set import ExpertSet
 from foreroute.residency.sized import SizedResidency, parts_of
 from foreroute.residency.slots import Residency
@@ -49,8 +49,9 @@ def kv_bytes_per_token(model: PreTrainedModel) -> int:
     with torch.no_grad():
         for num_tokens in (1, 2):
             ids = torch.full((1, num_tokens), _TOKEN, device=model.device)
-            decoder = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
-            cache = getattr(model(input_ids=ids, use_cache=True, **decoder), CACHE_NAME, None)
+            is_of_two = model.config.is_encoder_decoder
+            given = decoder_call(ids, encode(model, ids)) if is_of_two else {"input_ids": ids}
+            cache = getattr(model(**given, use_cache=True), CACHE_NAME, None)
             sizes.append([_held_bytes(one) for one in _parts(cache)])
     return max((two - one for one, two in zip(*sizes, strict=True)), default=0)
 

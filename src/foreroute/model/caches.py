@@ -5,9 +5,10 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
+import torch
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import CausalLMOutputWithPast, MoEModelOutput
 
 # Name of the cache as an argument of generate() and of models, and in their output: transformers renamed it in 5.24,
 # whose models take the old name too.
@@ -40,6 +41,24 @@ def cache_argument(cache: Any) -> dict[str, Any]:
 def cache_of(output: Any) -> Any:
     """The cache in a model's output; None where the model keeps none."""
     return getattr(output, CACHE_NAME)
+
+
+def encode(model: Any, ids: torch.Tensor) -> Any:
+    """Run the encoder of `model` on a prompt `ids` [rows, tokens]; its output, as `decoder_call` takes it."""
+    return model.get_encoder()(input_ids=ids, return_dict=True)
+
+
+def decoder_call(ids: torch.Tensor, encoded: Any) -> dict[str, Any]:
+    """How an encoder-decoder is called for its decoder's tokens `ids` [rows, positions], the prompt being `encoded`."""
+    return {"encoder_outputs": encoded, "decoder_input_ids": ids}
+
+
+def one_decoded(model: Any, token: torch.Tensor) -> dict[str, Any]:
+    """How `model` is called to decode `token` [1, 1] alone; an encoder-decoder with a prompt of one zero vector."""
+    if not model.config.is_encoder_decoder:
+        return {"input_ids": token}
+    prompt = torch.zeros(1, 1, model.config.hidden_size, dtype=model.dtype, device=token.device)
+    return decoder_call(token, MoEModelOutput(last_hidden_state=prompt))
 
 
 def last_logits_only(model: PreTrainedModel) -> dict[str, Any]:

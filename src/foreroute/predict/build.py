@@ -113,9 +113,12 @@ def prefetch_guesses(
     Args:
         asked: the configuration. layers: the MoE layers. dtype: of compute.
         sidecar: its choice per layer is used; without one, the lookahead.
+    Raises:
+        PredictorError: a guess is to be wider than a router without logits can rank.
     """
     if asked.prefetch == "none":
         return None
+    _check_width(asked.prefetch_width, layers)
     predictor: Predictor = lookahead(layers, dtype)
     table: TokenTable | None = None
     select: Select = guess_from_scores
@@ -141,6 +144,15 @@ def prefetch_guesses(
         _choice_by_tokens(layers[first].router),
         first,
     )
+
+
+def _check_width(width: int | None, layers: Sequence[MoeLayer]) -> None:
+    for layer in layers:
+        if width is not None and layer.router is not None and layer.router.logits_at < 0 and width > layer.top_k:
+            raise PredictorError(
+                f"--prefetch-width {width}: the router of {layer.name} gives no logits, so that its guesses hold the "
+                f"{layer.top_k} that it chooses, and no further expert can be ranked. Choose {layer.top_k} at most."
+            )
 
 
 def _choice_by_tokens(router: Router | None) -> Callable[[torch.Tensor], torch.Tensor | None] | None:

@@ -30,6 +30,7 @@ from foreroute.errors import BudgetError, CheckpointError, ForerouteError, Unsup
 from foreroute.loading.load import load
 from foreroute.loading.offloaded_model import OffloadedModel
 from foreroute.memory.host import available_ram
+from foreroute.model.adapters.registry import adapter_of
 from foreroute.model.adapters.resident import ResidentBlock
 from foreroute.model.build.dense_blocks import dense_weights
 from foreroute.model.build.skeleton import Outline, auto_class
@@ -87,7 +88,7 @@ def choose_reference(asked: str, index: CheckpointIndex, sketch: Outline, dtype:
         dtype: the compute dtype's name, or "auto". plan: of the model that is verified.
     Raises:
         BudgetError: RESIDENT was asked for and cannot fit.
-        UnsupportedModelError: RESIDENT was asked for, and transformers cannot dequantise the checkpoint here.
+        UnsupportedModelError: RESIDENT was asked for, and transformers' own model cannot be compared here.
     """
     if plan.math == GGML or plan.dense != AS_STORED:
         return _by_room(asked, plan.dense_bytes + plan.total_expert_bytes)
@@ -132,7 +133,11 @@ def resident_bytes(index: CheckpointIndex, sketch: Outline, dtype: str) -> int:
 
 
 def _not_resident(index: CheckpointIndex, sketch: Outline) -> str:
-    """Why transformers cannot dequantise the checkpoint on this machine; "" where it can."""
+    """Why transformers' resident model cannot be the reference on this machine; "" where it can."""
+    if any(adapter_of(cls) is not None for cls in sketch.experts_classes):
+        return (
+            "its experts are no module that is called with expert ids, so that nothing can be compared layer by layer"
+        )
     if sketch.form is None or sketch.form.coding.kind == MXFP4:
         return ""
     if sketch.form.coding.kind != FP8:

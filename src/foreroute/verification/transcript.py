@@ -13,8 +13,9 @@ from transformers import PreTrainedModel
 from foreroute.engine.interfaces import StepInfo
 from foreroute.loading.offloaded_model import OffloadedModel
 from foreroute.model.adapters.resident import ResidentBlock
-from foreroute.model.caches import cache_argument, cache_of, last_logits_only
+from foreroute.model.caches import cache_argument, cache_of, decoder_call, encode, last_logits_only
 from foreroute.model.experts import ExpertsForward
+from foreroute.model.generation_settings import decoder_start
 from foreroute.verification.slot_watch import SlotUse, SlotWatch, digest
 
 
@@ -65,17 +66,23 @@ def steps(
 ) -> Iterator[ForwardPass]:
     """Prefill the prompt of `exercise` with `model`, then continue token by token with the KV cache.
 
+    An encoder-decoder encodes the prompt and computes its decoder's start token in the first step.
+
     Args:
         modules: names of the experts modules.
         fed: the tokens to continue with, one per step but the last; the likeliest ones when None.
         watch: records the slots used. on_logits: called with each step's logits [vocabulary].
     """
     options = last_logits_only(model)
-    ids, cache = exercise.prompt_ids, None
+    ids, cache, start = exercise.prompt_ids, None, decoder_start(model)
+    encoded: Any = None
     with _tapped(model, modules, watch) as passes:
         for at in range(exercise.num_steps):
+            if start is not None and encoded is None:
+                encoded, ids = encode(model, ids), torch.full((1, 1), start)
             with _announced(model, StepInfo.of("decode" if at else "prefill", ids, is_start=not at)):
-                out = model(input_ids=ids, **cache_argument(cache), use_cache=True, **options)
+                given = {"input_ids": ids} if start is None else decoder_call(ids, encoded)
+                out = model(**given, **cache_argument(cache), use_cache=True, **options)
             cache, logits = cache_of(out), out.logits[0, -1]
             token = int(logits.argmax())
             if on_logits is not None:

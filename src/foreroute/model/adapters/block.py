@@ -132,7 +132,7 @@ class AdaptedBlock(nn.Module):
         held = self.held(self)
         for name in self.HELD_IN:
             delattr(self, name)
-        # Otherwise the family's initialiser would look for the experts' weights; what is missing is an error in any case.
+        # Else the family's initialiser looks for the experts' weights; what is missing is an error in any case.
         self._is_hf_initialized = True
         self.experts = AdaptedExperts(held)
         self.routing = Routing(self)
