@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from foreroute.errors import DeviceError
 from tests.support.seq2seq import (
     CONFIGS,
     MASK,
@@ -136,3 +137,21 @@ def test_nllb_is_mended_in_the_blocks_alone(folder_of: Of, resident_of: Of) -> N
         torch.testing.assert_close(block(hidden), expected)
         own = AutoModelForSeq2SeqLM.from_pretrained(folder_of("nllb-moe")).eval().get_encoder().layers[1].ffn
         assert not torch.allclose(own(hidden), expected, atol=1e-3), "transformers computes the routed experts now"
+
+
+def test_what_differs_from_transformers_is_said(folder_of: Of, load: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """In a line, when the model is loaded: its output is not that transformers' own."""
+    from foreroute.model.build.stored_names import _say
+
+    _say.cache_clear()
+    load(folder_of("nllb-moe"))
+    assert "passes them all through experts 0 and 1" in caplog.text
+    caplog.clear()
+    load(folder_of("switch_transformers"))
+    assert caplog.text == ""
+
+
+def test_the_device_cannot_page_an_encoder(folder_of: Of, load: Any) -> None:
+    """Named, and nothing is computed."""
+    with pytest.raises(DeviceError, match="an encoder's are not a token's"):
+        load(folder_of("switch_transformers"), "100%", control="device")

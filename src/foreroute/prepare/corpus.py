@@ -63,6 +63,8 @@ def read_corpus(
     for piece in pieces:
         ids = tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
         windows += [ids[at : at + context] for at in range(0, len(ids) - context + 1, context)]
+    # Where it is in a text, the token would be taken for the beginning of the decoder's side.
+    windows = [window for window in windows if start not in window]
     if len(windows) < 2:
         raise PredictorError(
             f"The text has {len(windows)} windows of {context} tokens; at least 2 are needed, one to fit and one to "

@@ -114,6 +114,7 @@ class AdaptedBlock(nn.Module):
     Attributes:
         MODULE: the family's folder in transformers.models. BLOCK: the name of its block class.
         UNREAD: patterns of stored tensors that the family's class for text has no place for, which are left unread.
+        NOTE: a line for users on what differs from transformers' own model; "" for nothing.
         HELD_IN: the block's children that hold the weights of its experts, and nothing else: they are dropped.
         experts: stands for them. routing: `route` as a module, for `forward` to call.
     """
@@ -122,6 +123,7 @@ class AdaptedBlock(nn.Module):
     BLOCK: ClassVar[str]
     HELD_IN: ClassVar[tuple[str, ...]] = (EXPERTS,)
     UNREAD: ClassVar[tuple[str, ...]] = ()
+    NOTE: ClassVar[str] = ""
 
     experts: AdaptedExperts
     routing: Routing

@@ -26,7 +26,10 @@ class NllbBlock(CapacityBlock):
     """NLLB-MoE's block: `experts` has a child for each expert, of two linear layers with biases."""
 
     MODULE, BLOCK = "nllb_moe", "NllbMoeSparseMLP"
-    WHY_NOT_RESIDENT = "transformers passes tokens through experts 0 and 1, whatever its router chose"
+    NOTE = (
+        "Tokens go through the experts that the router chose; transformers (seen in 5.24) passes them all through experts "
+        "0 and 1, and so writes something else."
+    )
 
     @staticmethod
     def held(block: Any) -> HeldExperts:

@@ -24,7 +24,7 @@ from foreroute.checkpoint.quantised_formats import QuantisedFormat
 from foreroute.checkpoint.quantised_layout import quantised_layer
 from foreroute.checkpoint.records import PackedStore
 from foreroute.errors import CheckpointError, CorruptCheckpointError, UnsupportedModelError, named
-from foreroute.model.adapters.registry import REFUSED, FoundExperts, find_experts, without_experts
+from foreroute.model.adapters.registry import REFUSED, FoundExperts, adapter_of, find_experts, without_experts
 from foreroute.model.build.dense_blocks import DenseBlocks, DenseMatrices, dense_matrices
 from foreroute.model.build.dense_state import dense_growth, dense_state, idle_biases, quantised_matrices
 from foreroute.model.build.from_state import from_state, stored_state
@@ -69,7 +69,9 @@ class Outline:
     def notes(self) -> tuple[str, ...]:
         """Declared settings of the checkpoint that are ignored here, a line each."""
         gguf = () if self.gguf is None else self.gguf.notes
-        return (*(() if self.form is None else self.form.notes), *self.ignored.notes, *gguf)
+        adapters = {adapter for cls in self.experts_classes if (adapter := adapter_of(cls)) is not None}
+        of_adapters = sorted(adapter.NOTE for adapter in adapters if adapter.NOTE)
+        return (*(() if self.form is None else self.form.notes), *self.ignored.notes, *gguf, *of_adapters)
 
     @property
     def dense_nbytes(self) -> int:
