@@ -85,7 +85,7 @@ def test_both_sides_in_one_call(family: str, tight: Of, resident_of: Of) -> None
 
 
 def test_tokens_beyond_the_capacity_go_through_no_expert(load: Any, folder_of: Of) -> None:
-    """As transformers drops them: the engine is told of fewer tokens than there are, and of no expert for the others."""
+    """As transformers drops them: for those the engine is told of no expert."""
     model = load(folder_of("switch_transformers"), "100%")
     dropped: list[int] = []
 

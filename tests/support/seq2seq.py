@@ -155,7 +155,7 @@ def assert_same_tensor(left: torch.Tensor, right: torch.Tensor, what: str) -> No
 
 
 def routed_nllb(block: Any, hidden_states: torch.Tensor, padding_mask: torch.Tensor | None = None) -> torch.Tensor:
-    """NLLB-MoE's block as its router chooses: transformers' eager loop over the ids, which 5.24 gives a mask instead."""
+    """NLLB-MoE's block as its router chooses: transformers' eager loop over ids, where 5.24 gives a mask."""
     rows, positions, width = hidden_states.shape
     hidden = hidden_states.view(-1, width)
     _, gates, _ = block.router(hidden, padding_mask)
@@ -173,8 +173,8 @@ def routed_nllb(block: Any, hidden_states: torch.Tensor, padding_mask: torch.Ten
 def resident(folder: Path) -> Any:
     """transformers' own model with every expert in memory; NLLB-MoE's with its blocks mended.
 
-    Experts are copied to memory of their own, aligned as ours are: as loaded they may be views into a file, and products
-    on unaligned memory may round otherwise.
+    Experts are copied to memory of their own, aligned as ours are: as loaded they may be views into a file, and
+    products on unaligned memory may round otherwise.
     """
     from transformers import AutoModelForSeq2SeqLM
     from transformers.models.nllb_moe.modeling_nllb_moe import NllbMoeSparseMLP

@@ -39,8 +39,8 @@ def build_tier(
     layers, table, dtype, device = experts.layers, experts.table, experts.dtype, experts.device
     if any(layer.in_encoder for layer in layers):
         raise DeviceError(
-            "--control device computes a token through all MoE layers, and an encoder's are not a token's. Use --control "
-            "host."
+            "--control device computes a token through all MoE layers, and an encoder's are not a token's. "
+            "Use --control host."
         )
     own_math = [entry for entry in experts.math if entry is not None]
     if len(own_math) < len(layers):

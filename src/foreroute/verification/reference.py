@@ -134,10 +134,10 @@ def resident_bytes(index: CheckpointIndex, sketch: Outline, dtype: str) -> int:
 
 def _not_resident(index: CheckpointIndex, sketch: Outline) -> str:
     """Why transformers' resident model cannot be the reference on this machine; "" where it can."""
-    if any(adapter_of(cls) is not None for cls in sketch.experts_classes):
-        return (
-            "its experts are no module that is called with expert ids, so that nothing can be compared layer by layer"
-        )
+    for cls in sketch.experts_classes:
+        adapter = adapter_of(cls)
+        if adapter is not None and adapter.NOTE:
+            return adapter.NOTE.rstrip(".")
     if sketch.form is None or sketch.form.coding.kind == MXFP4:
         return ""
     if sketch.form.coding.kind != FP8:

@@ -27,8 +27,8 @@ class NllbBlock(CapacityBlock):
 
     MODULE, BLOCK = "nllb_moe", "NllbMoeSparseMLP"
     NOTE = (
-        "Tokens go through the experts that the router chose; transformers (seen in 5.24) passes them all through experts "
-        "0 and 1, and so writes something else."
+        "Tokens go through the experts that the router chose; transformers (seen in 5.24) passes them all through "
+        "experts 0 and 1, and so writes something else."
     )
 
     @staticmethod

@@ -83,6 +83,10 @@ class _Seen:
         self._adapter, self._block, self.experts = adapter, block, experts
 
     def __getattr__(self, name: str) -> Any:
+        for cls in self._adapter.__mro__[: self._adapter.__mro__.index(AdaptedBlock)]:
+            if name in vars(cls):
+                found = vars(cls)[name]
+                return found.__get__(self) if hasattr(found, "__get__") else found
         return getattr(self._block, name)
 
     def routing(self, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
