@@ -43,7 +43,7 @@ def cache_of(output: Any) -> Any:
     return getattr(output, CACHE_NAME)
 
 
-def encode(model: Any, ids: torch.Tensor) -> Any:
+def encode(model: PreTrainedModel, ids: torch.Tensor) -> Any:
     """Run the encoder of `model` on a prompt `ids` [rows, tokens]; its output, as `decoder_call` takes it."""
     return model.get_encoder()(input_ids=ids, return_dict=True)
 
@@ -53,7 +53,7 @@ def decoder_call(ids: torch.Tensor, encoded: Any) -> dict[str, Any]:
     return {"encoder_outputs": encoded, "decoder_input_ids": ids}
 
 
-def one_decoded(model: Any, token: torch.Tensor) -> dict[str, Any]:
+def one_decoded(model: PreTrainedModel, token: torch.Tensor) -> dict[str, Any]:
     """How `model` is called to decode `token` [1, 1] alone; an encoder-decoder with a prompt of one zero vector."""
     if not model.config.is_encoder_decoder:
         return {"input_ids": token}

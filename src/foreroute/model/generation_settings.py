@@ -87,7 +87,7 @@ def end_tokens(settings: Any) -> frozenset[int]:
     return frozenset(_ids(settings.eos_token_id))
 
 
-def decoder_start(model: Any) -> int | None:
+def decoder_start(model: PreTrainedModel) -> int | None:
     """Return the token that the decoder of `model` begins with; None where it is no encoder-decoder.
 
     Raises:

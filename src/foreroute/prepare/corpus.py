@@ -14,6 +14,7 @@ import torch
 import xxhash
 
 from foreroute.errors import PredictorError
+from foreroute.loading.offloaded_model import OffloadedModel
 from foreroute.model.generation_settings import decoder_start
 from foreroute.model.text import sentinels
 from foreroute.whole_files import read_text
@@ -141,7 +142,7 @@ def sides(windows: torch.Tensor, start: int) -> tuple[torch.Tensor, torch.Tensor
     return windows, torch.cat([torch.full((len(windows), 1), start), windows[:, :-1]], 1)
 
 
-def calls_of(model: Any, windows: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+def calls_of(model: OffloadedModel, windows: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """How `model` is called with `windows` [rows, context]: its arguments, and the ids that decoded steps would have.
 
     Returns:

@@ -101,8 +101,6 @@ def form_of(layer: LayerExperts, math: ExpertMath | None, library: Library) -> B
         return "how the family computes an expert is not known"
     if not layer.parts:
         return "its weights are not stored in blocks"
-    if math.output_scale != 1.0:
-        return "its outputs are scaled after their gate weights"
     up, down = layer.parts[math.up_at], layer.parts[math.down_at]
     stored = [*up.matrices, *down.matrices]
     found = [_slot_matrix(matrix, layer.layout, library) for matrix in stored]
@@ -154,6 +152,8 @@ def _biases(
     layer: LayerExperts, math: ExpertMath, num_matrices: int, gating: Gating
 ) -> tuple[tuple[int, ...], int, int] | str:
     """Offsets of the biases before the gating, that of the one after the second product, and their type."""
+    if math.output_scale != 1.0:
+        return "its outputs are scaled after their gate weights"
     used = [layer.parts[at] for at in (math.up_bias_at, math.down_bias_at) if at >= 0]
     kinds = {_bias_kind(layer, part) for part in used}
     if not kinds:
