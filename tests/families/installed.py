@@ -65,5 +65,16 @@ def families() -> tuple[Family, ...]:
         for model_type in CONFIG_MAPPING_NAMES
         if model_type_to_module_name(model_type) in {*seam_modules(), *adapted_modules(), *refused_modules()}
     ]
+    found = [family for family in found if family.model_type not in encoder_decoders()]
     usable = {family.module for family in found if family.can_generate_text}
     return tuple(f for f in found if f.can_generate_text or (f.module not in usable and f.model_type == f.module))
+
+
+@cache
+def encoder_decoders() -> dict[str, str]:
+    """Those of the adapted modules that encode a prompt, and write in a decoder: module by model type (tests/seq2seq)."""
+    from transformers.models.auto import modeling_auto
+    from transformers.models.auto.configuration_auto import model_type_to_module_name
+
+    found = {one: model_type_to_module_name(one) for one in modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES}
+    return {one: module for one, module in sorted(found.items()) if module in adapted_modules()}

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from foreroute.errors import DeviceError
+from tests.families.installed import encoder_decoders
 from tests.support.seq2seq import (
     CONFIGS,
     MASK,
@@ -28,6 +29,11 @@ Of = Callable[[str], Any]
 def tight(load: Any, folder_of: Of) -> Of:
     """The model in a budget of a quarter of its experts, with all guesses prefetched."""
     return lambda family, **options: load(folder_of(family), **{"memory": "25%", "governor": False, **options})
+
+
+def test_every_encoder_decoder_with_an_adapter_is_here() -> None:
+    """As docs/families.md says."""
+    assert set(encoder_decoders()) == set(FAMILIES)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
