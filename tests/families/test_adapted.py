@@ -22,6 +22,7 @@ from tests.families.shrink import tiny_config
 from tests.support.broken import copied
 from tests.support.checkpoints import save_tokenizer
 
+UNGOVERNED = foreroute.EngineConfig(governor=False, packed="no")
 ADAPTED = [one for one in families() if one.module in adapted_modules()]
 
 
@@ -111,6 +112,27 @@ def test_the_adapter_computes_the_familys_block(folders, family: Family, dtype: 
         handle.remove()
     assert len(same) == 10 * len(names)
     assert all(same), f"{same.count(False)} of {len(same)} blocks differ"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("family", ADAPTED, ids=lambda one: one.model_type)
+def test_two_rows_have_transformers_bits(folders, opened, family: Family, dtype: torch.dtype) -> None:
+    """Computed by our kernels, several rows at once, also where sums are rounded to bfloat16."""
+    folder, ids = folders[family.model_type], torch.stack([torch.arange(1, 9) * 7, torch.arange(3, 11) * 11 % 256])
+    theirs = auto_class(family).from_pretrained(folder, experts_implementation="eager", dtype=dtype).eval()
+    for parameter in theirs.parameters():
+        parameter.data = parameter.data.clone()
+    ours = foreroute.load(folder, "90%", dtype=str(dtype).removeprefix("torch."), config=UNGOVERNED)
+    opened.append(ours)
+    assert ours.foreroute.plan.math == "own"
+    settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "output_logits": True}
+    made, expected = (
+        one.generate(ids, attention_mask=torch.ones_like(ids), return_dict_in_generate=True, **settings)
+        for one in (ours, theirs)
+    )
+    assert made.sequences.tolist() == expected.sequences.tolist()
+    assert all(torch.equal(left, right) for left, right in zip(made.logits, expected.logits, strict=True))
+    assert ours.foreroute.stats().decode.prefetch_loads > 0
 
 
 def test_llama4_reads_what_it_routes_and_no_more(folders, opened) -> None:

@@ -17,7 +17,7 @@ from foreroute.checkpoint.index import TensorEntry
 from foreroute.checkpoint.layouts import ExpertTable, PartSource, layer_experts
 from foreroute.checkpoint.locate import read_index
 from foreroute.errors import CorruptCheckpointError, UnsupportedModelError
-from foreroute.model.build.stored_names import _operation
+from foreroute.model.build.expert_sources import _operation
 from foreroute.transfer.load import apply_copies
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

@@ -37,6 +37,7 @@ class ExpertMath:
     joined_biases: positions of the biases of the first and the second product, where the family adds each within its
         product, which rounds once; up_bias_at and down_bias_at are -1 then.
     output_scale: what the family multiplies an output by, after its gate weight.
+    sums_at_once: the family adds the outputs of all experts in one call, which rounds sums in bfloat16 once.
     """
 
     gate: Callable[[torch.Tensor], torch.Tensor]
@@ -48,6 +49,7 @@ class ExpertMath:
     is_down_transposed: bool = False
     multiplies_halves: bool = False
     computes_all_rows: bool = False
+    sums_at_once: bool = False
     joined_biases: tuple[int, int] | None = None
     output_scale: float = 1.0
 
@@ -198,6 +200,7 @@ class OneToken:
     ) -> None:
         self._up = _aligned_rows(max_experts, up_width, dtype, device)
         self._out = _aligned_rows(max_experts, hidden_width, dtype, device)
+        self._sums_at_once = False
         self._up_rows = self._up.split(1)
         self._out_rows = self._out.split(1)
         self._keys: list[int] = []
@@ -215,6 +218,7 @@ class OneToken:
         first = len(self._keys)
         last = first + len(keys)
         self._keys.extend(keys)
+        self._sums_at_once = math.sums_at_once
         up_at, down_at = math.up_at, math.down_at
         for row, expert in zip(self._up_rows[first:last], operands, strict=True):
             multiply_into(row, hidden, expert, up_at)
@@ -255,6 +259,8 @@ class OneToken:
         # As eager does: from zero, rounded to the activation dtype after each expert, in ascending order. One
         # index_add_ for all rows would keep bf16 sums in fp32 in between, and give other bits.
         total = torch.zeros_like(self._out_rows[0])
+        if self._sums_at_once:
+            return total.index_add_(0, torch.zeros_like(columns), weighted.to(total.dtype))
         for row in weighted.to(total.dtype).split(1):
             total.add_(row)
         return total

@@ -98,7 +98,7 @@ class TorchLayer:
         """See `LayerKernels`. hidden: [tokens, hidden]. ids, weights: [tokens, k]."""
         if self._math is None:
             return self._family_forward(lambda key: self._operands(experts.slot_of(key)), hidden, ids, weights)
-        total = torch.zeros_like(hidden)
+        total, sums = torch.zeros_like(hidden), list[tuple[torch.Tensor, torch.Tensor]]()
         for key, tokens, positions in group_by_expert(ids, keys, self._base):
             operands = self._operands(experts.slot_of(key))
             if self._math.computes_all_rows:
@@ -108,8 +108,10 @@ class TorchLayer:
             if listener is not None:
                 listener(self._layer, key - self._base, outputs)
             rows = self._math.weigh(outputs, weights[tokens, positions, None])
-            total.index_add_(0, tokens, rows.to(total.dtype))
-        return total
+            sums.append((tokens, rows.to(total.dtype)))
+            if not self._math.sums_at_once:
+                total.index_add_(0, *sums.pop())
+        return total.index_add_(0, *map(torch.cat, zip(*sums, strict=True))) if sums else total
 
     def close(self) -> None:
         """See `LayerKernels`."""
@@ -264,13 +266,16 @@ class RowsSum:
 
         As eager does, sums are rounded to the activation dtype after each expert, in ascending order. A token's bits
         depend on its own experts only, so the first experts of all tokens are one pass, then the second ones, and so
-        on. Eager adds a repeated expert's rows in one call, which rounds once: then each expert is a pass.
+        on. Eager adds a repeated expert's rows in one call, which rounds once: then each expert is a pass. Where it
+        adds all experts in one call there is one pass.
         """
         of_experts: list[list[tuple[int, int]]] = []
         row = 0
         for key in keys:
             of_experts.append(list(enumerate(self._assignments[key], row)))
             row += len(of_experts[-1])
+        if self._math.sums_at_once:
+            return [[add for adds in of_experts for add in adds]]
         if not all(is_distinct(row) for row in self._routed):
             return of_experts
         of_tokens: list[list[tuple[int, int]]] = [[] for _ in self._routed]

@@ -36,7 +36,6 @@ class HeldExperts:
     math: one expert, by our kernels; positions are those of `parameters`.
     expert: the same by the family's own operations, against which `math` is proven at load, and which computes where
         it is not equal.
-    sums_at_once: the family adds the outputs of all experts in one call, which rounds bfloat16 sums once.
     """
 
     num_experts: int
@@ -44,7 +43,6 @@ class HeldExperts:
     form: FamilyForm
     math: ExpertMath
     expert: OneExpert
-    sums_at_once: bool = False
 
 
 class AdaptedExperts(OffloadedExperts):
@@ -83,7 +81,7 @@ class AdaptedExperts(OffloadedExperts):
             weighted = self.held.math.weigh(outputs, weights[tokens, positions, None])
             rows_of_all.append(weighted.to(total.dtype))
             tokens_of_all.append(tokens)
-        if self.held.sums_at_once and rows_of_all:
+        if self.held.math.sums_at_once and rows_of_all:
             return total.index_add_(0, torch.cat(tokens_of_all), torch.cat(rows_of_all))
         for tokens, rows in zip(tokens_of_all, rows_of_all, strict=True):
             total.index_add_(0, tokens, rows)

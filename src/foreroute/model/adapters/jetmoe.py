@@ -33,9 +33,8 @@ class JetMoeBlock(AdaptedBlock):
             block.input_linear.num_experts,
             parameters,
             FamilyForm(gates="halves"),
-            ExpertMath(gate, 0, 1),
+            ExpertMath(gate, 0, 1, sums_at_once=True),
             linear_expert(gate),
-            sums_at_once=True,
         )
 
     def route(self, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
