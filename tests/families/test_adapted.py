@@ -56,7 +56,9 @@ def prompts(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("family", ADAPTED, ids=lambda one: one.model_type)
+@pytest.mark.parametrize(
+    "family", [one for one in ADAPTED if one.model_type != "llama4"], ids=lambda one: one.model_type
+)
 def test_planned_packed_and_verified(folders, prompts, capsys, opened, tmp_path, family: Family) -> None:
     """From a packed store the same bits; and `verify` compares each layer with transformers' own."""
     folder = copied(folders[family.model_type], tmp_path / "model")

@@ -32,12 +32,12 @@ class ExpertMath:
     is_transposed: weights are stored as [in, out] instead of [out, in].
     is_down_transposed: the second matrix alone is.
     multiplies_halves: gate and up, halves of the first matrix, are a product each: its width can change its bits.
+    sums_at_once: the family adds the outputs of all experts in one call, which rounds sums in bfloat16 once.
     computes_all_rows: the family multiplies each expert with all rows of a step, zeros in place of those that it does
         not compute; so does this, as the number of rows in a product can change its bits.
     joined_biases: positions of the biases of the first and the second product, where the family adds each within its
         product, which rounds once; up_bias_at and down_bias_at are -1 then.
     output_scale: what the family multiplies an output by, after its gate weight.
-    sums_at_once: the family adds the outputs of all experts in one call, which rounds sums in bfloat16 once.
     """
 
     gate: Callable[[torch.Tensor], torch.Tensor]
@@ -48,7 +48,6 @@ class ExpertMath:
     is_transposed: bool = False
     is_down_transposed: bool = False
     multiplies_halves: bool = False
-    computes_all_rows: bool = False
     sums_at_once: bool = False
     joined_biases: tuple[int, int] | None = None
     output_scale: float = 1.0
@@ -65,6 +64,7 @@ class ExpertMath:
         """Multiply `outputs` [rows, hidden] by the gate `weights` [rows, 1], and by the family's own scale."""
         weighted = outputs * weights
         return weighted if self.output_scale == 1.0 else weighted.mul_(self.output_scale)
+    computes_all_rows: bool = False
 
     def operands(self, parts: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """Return an expert's parts in the form for products: weights as [in, out] views, biases unchanged. No copy."""
