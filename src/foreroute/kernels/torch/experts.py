@@ -49,6 +49,7 @@ class ExpertMath:
     is_down_transposed: bool = False
     multiplies_halves: bool = False
     sums_at_once: bool = False
+    computes_all_rows: bool = False
     joined_biases: tuple[int, int] | None = None
     output_scale: float = 1.0
 
@@ -64,7 +65,6 @@ class ExpertMath:
         """Multiply `outputs` [rows, hidden] by the gate `weights` [rows, 1], and by the family's own scale."""
         weighted = outputs * weights
         return weighted if self.output_scale == 1.0 else weighted.mul_(self.output_scale)
-    computes_all_rows: bool = False
 
     def operands(self, parts: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """Return an expert's parts in the form for products: weights as [in, out] views, biases unchanged. No copy."""
