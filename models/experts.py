@@ -163,15 +163,20 @@ class RouterTap:
         self.logits, self.ids = [], []
 
     def counts(self) -> Tensor:
-        """How many (token, choice) pairs each expert got: [layers, experts]."""
+        """How many (token, choice) pairs each expert got: [layers, experts]; [0, 0] of a dense model."""
+        if not self.logits:
+            return torch.zeros(0, 0)
         width = self.logits[0].shape[-1]
         return torch.stack([torch.bincount(ids.reshape(-1), minlength=width) for ids in self.ids])
 
     def balance_loss(self, sigmoid: bool) -> Tensor:
-        """Mean over layers of `experts * sum(load share * mean score)`: 1 when a layer is balanced, more when not."""
+        """Mean over layers of `experts * sum(load share * mean score)`: 1 when a layer is balanced, more when not.
+
+        0 of a dense model.
+        """
         losses = []
         for logits, counts in zip(self.logits, self.counts(), strict=True):
             scores = logits.float().sigmoid() if sigmoid else logits.float().softmax(-1)
             scores = scores / scores.sum(-1, keepdim=True)
             losses.append(len(counts) * (counts / counts.sum() * scores.mean(0)).sum())
-        return torch.stack(losses).mean()
+        return torch.stack(losses).mean() if losses else torch.zeros(())

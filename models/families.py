@@ -11,14 +11,18 @@ from transformers import (
     DeepseekV3ForCausalLM,
     GptOssConfig,
     GptOssForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
+    SwitchTransformersConfig,
+    SwitchTransformersForConditionalGeneration,
 )
 
 from models.data import KIND_WEIGHTS
-from models.tokenizer import VOCAB_SIZE
+from models.tokenizer import NUM_SENTINELS, VOCAB_SIZE
 
 COMMON: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
@@ -57,9 +61,30 @@ def _deepseek() -> PreTrainedConfig:
     )  # fmt: skip
 
 
+def _draft() -> PreTrainedConfig:
+    # Few wide layers: at this size a step's time is Python's, and that goes with the number of layers.
+    return LlamaConfig(
+        **COMMON, hidden_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=64,
+        intermediate_size=768, rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    )  # fmt: skip
+
+
+def _switch() -> PreTrainedConfig:
+    return SwitchTransformersConfig(
+        vocab_size=VOCAB_SIZE + NUM_SENTINELS, d_model=128, d_kv=32, num_heads=4, d_ff=144, num_layers=6,
+        num_sparse_encoder_layers=3, num_decoder_layers=6, num_sparse_decoder_layers=3, num_experts=16,
+        expert_capacity=512, router_jitter_noise=0.0, dropout_rate=0.0, pad_token_id=0, decoder_start_token_id=0,
+        bos_token_id=0, eos_token_id=4,
+    )  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Recipe:
-    """How one shipped model is made. Steps count optimiser steps of `parts * rows * seq_len` tokens."""
+    """How one shipped model is made. Steps count optimiser steps of `parts * rows * seq_len` tokens.
+
+    `teacher` is the shipped model whose distribution it learns instead of the tokens that came. Of an encoder-decoder,
+    `seq_len` counts both sides, and `tail_share` is the share of the text's parts whose hidden span is their end.
+    """
 
     name: str
     config: Callable[[], PreTrainedConfig]
@@ -77,6 +102,8 @@ class Recipe:
     text_share: float = 0.6
     kind_weights: Mapping[str, float] = field(default_factory=lambda: KIND_WEIGHTS)
     seed: int = 0
+    teacher: str = ""
+    tail_share: float = 0.0
 
 
 # The smaller models have few minutes: they learn five kinds well and the others a little.
@@ -94,6 +121,14 @@ RECIPES: dict[str, Recipe] = {
             "foreroute-tiny-dsv3", _deepseek, DeepseekV3ForCausalLM,
             "sigmoid scores, correction bias, 2 of 4 groups, top-4 of 16 experts, one shared", 2000, 500,
             parts=2, text_share=0.25, warmup_steps=60, kind_weights=FEW_KINDS, balance=0.01, bias_rate=0.002,
+        ),
+        Recipe(
+            "foreroute-tiny-switch", _switch, SwitchTransformersForConditionalGeneration,
+            "softmax over 16 experts, then top-1, in every other layer of encoder and decoder", 1500, 400,
+            seq_len=359, text_share=0.6, tail_share=0.25, kind_weights=FEW_KINDS,
+        ),
+        Recipe(
+            "foreroute-tiny-draft", _draft, LlamaForCausalLM, "dense", 2600, 600, parts=2, teacher="foreroute-tiny",
         ),
     )
 }  # fmt: skip

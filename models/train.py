@@ -71,7 +71,7 @@ def smoke() -> None:
         python = [source for source in sources.SOURCES if source.package is None]
         data.prepare(work, python, max_chars=2_000_000, vocab_size=SMOKE.config().vocab_size)
         final = train(SMOKE, work, SMOKE.stable_steps, SMOKE.decay_steps, num_ranks=1)
-        windows = loop.held_out_windows(work, SMOKE, 20)
+        windows = data.held_out_windows(work, SMOKE.seq_len, 20)
         before = bits_per_char(untrained(SMOKE), windows)["all"]
         after = bits_per_char(load_trained(SMOKE, final)[0], windows)["all"]
     print(f"held-out bits/char {before:.2f} -> {after:.2f} in {time.perf_counter() - began:.0f} s")
