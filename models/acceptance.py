@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from foreroute.evals.tasks import Item
 from foreroute.evals.text import TextWindows
+from models import attention, experts
 from models.tokenizer import ASSISTANT, END, USER
 
+MODELS = Path(__file__).resolve().parent
 BATCH = 8
+
+
+def load(folder: Path) -> PreTrainedModel:
+    """A shipped decoder in bf16, with the fast training forward."""
+    experts.register()
+    attention.register()
+    return AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=torch.bfloat16,
+        experts_implementation=experts.IMPLEMENTATION,
+        attn_implementation=attention.IMPLEMENTATION,
+    ).eval()
 
 
 @torch.no_grad()

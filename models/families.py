@@ -69,21 +69,25 @@ def _draft() -> PreTrainedConfig:
     )  # fmt: skip
 
 
+# A capacity that no row of training reaches: every token meets its expert.
+_SWITCH: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE + NUM_SENTINELS, "d_model": 128, "d_kv": 32, "num_heads": 4, "d_ff": 144, "num_layers": 6,
+    "num_sparse_encoder_layers": 3, "num_decoder_layers": 6, "num_sparse_decoder_layers": 3, "num_experts": 16,
+    "expert_capacity": 512, "router_jitter_noise": 0.0, "dropout_rate": 0.0, "pad_token_id": 0,
+    "decoder_start_token_id": 0, "bos_token_id": 0, "eos_token_id": 4,
+}  # fmt: skip
+
+
 def _switch() -> PreTrainedConfig:
-    return SwitchTransformersConfig(
-        vocab_size=VOCAB_SIZE + NUM_SENTINELS, d_model=128, d_kv=32, num_heads=4, d_ff=144, num_layers=6,
-        num_sparse_encoder_layers=3, num_decoder_layers=6, num_sparse_decoder_layers=3, num_experts=16,
-        expert_capacity=512, router_jitter_noise=0.0, dropout_rate=0.0, pad_token_id=0, decoder_start_token_id=0,
-        bos_token_id=0, eos_token_id=4,
-    )  # fmt: skip
+    return SwitchTransformersConfig(**_SWITCH)
 
 
 @dataclass(frozen=True)
 class Recipe:
     """How one shipped model is made. Steps count optimiser steps of `parts * rows * seq_len` tokens.
 
-    `teacher` is the shipped model whose distribution it learns instead of the tokens that came. Of an encoder-decoder,
-    `seq_len` counts both sides, and `tail_share` is the share of the text's parts whose hidden span is their end.
+    `drafts_for` names the model that verifies what this one drafts. Of an encoder-decoder, `seq_len` counts both sides,
+    and `tail_share` is the share of the text's parts whose hidden span is their end.
     """
 
     name: str
@@ -102,7 +106,7 @@ class Recipe:
     text_share: float = 0.6
     kind_weights: Mapping[str, float] = field(default_factory=lambda: KIND_WEIGHTS)
     seed: int = 0
-    teacher: str = ""
+    drafts_for: str = ""
     tail_share: float = 0.0
 
 
@@ -125,10 +129,10 @@ RECIPES: dict[str, Recipe] = {
         Recipe(
             "foreroute-tiny-switch", _switch, SwitchTransformersForConditionalGeneration,
             "softmax over 16 experts, then top-1, in every other layer of encoder and decoder", 1500, 400,
-            seq_len=359, text_share=0.6, tail_share=0.25, kind_weights=FEW_KINDS,
+            seq_len=359, text_share=0.6, tail_share=0.25, kind_weights=FEW_KINDS, balance=0.3,
         ),
         Recipe(
-            "foreroute-tiny-draft", _draft, LlamaForCausalLM, "dense", 2600, 600, parts=2, teacher="foreroute-tiny",
+            "foreroute-tiny-draft", _draft, LlamaForCausalLM, "dense", 2600, 600, parts=2, drafts_for="foreroute-tiny",
         ),
     )
 }  # fmt: skip
@@ -148,15 +152,23 @@ def _smoke() -> PreTrainedConfig:
     )  # fmt: skip
 
 
-SMOKE = Recipe(
-    "smoke",
-    _smoke,
-    Qwen3MoeForCausalLM,
-    "softmax over 8 experts, then top-2",
-    140,
-    60,
-    warmup_steps=10,
-    parts=1,
-    rows=2,
-    seq_len=256,
+def _smoke_draft() -> PreTrainedConfig:
+    return LlamaConfig(
+        **{**COMMON, "vocab_size": 1024}, hidden_size=64, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=32, intermediate_size=128,
+    )  # fmt: skip
+
+
+def _smoke_switch() -> PreTrainedConfig:
+    small = {"d_model": 64, "d_ff": 32, "num_heads": 2, "num_experts": 4, "num_layers": 2, "num_decoder_layers": 2}
+    return SwitchTransformersConfig(
+        **{**_SWITCH, **small, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1}
+    )
+
+
+_SMOKE: dict[str, Any] = {"warmup_steps": 10, "parts": 1, "rows": 2, "seq_len": 256}
+SMOKE = Recipe("smoke", _smoke, Qwen3MoeForCausalLM, "softmax over 8 experts, then top-2", 140, 60, **_SMOKE)
+SMOKE_DRAFT = Recipe("smoke-draft", _smoke_draft, LlamaForCausalLM, "dense", 50, 25, **_SMOKE)
+SMOKE_SWITCH = Recipe(
+    "smoke-switch", _smoke_switch, SwitchTransformersForConditionalGeneration, "top-1 of 4 experts", 40, 20, **_SMOKE
 )

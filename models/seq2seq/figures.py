@@ -85,6 +85,12 @@ def item_rows(tokenizer: PreTrainedTokenizerBase, items: Sequence[Item]) -> list
     return [(tokenizer(item.prompt).input_ids, tokenizer(item.answer).input_ids) for item in items]
 
 
+def item_batches(tokenizer: PreTrainedTokenizerBase, items: Sequence[Item]) -> list[Batch]:
+    """Items with their right answers, those of like length together."""
+    rows = sorted(item_rows(tokenizer, items), key=lambda row: len(row[0]))
+    return [padded(rows[start : start + ITEMS]) for start in range(0, len(rows), ITEMS)]
+
+
 @torch.no_grad()
 def answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, items: Sequence[Item]) -> list[str]:
     """Greedy answers to `items`, in their order."""
@@ -131,5 +137,3 @@ def router_stats(model: PreTrainedModel, batches: Sequence[Batch]) -> list[Layer
     for hook in hooks:
         hook.remove()
     return layer_stats(counts, same / pairs)
-
-

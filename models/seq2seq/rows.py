@@ -37,7 +37,7 @@ def sentinel(number: int) -> int:
 
 
 def with_sentinels(folder: Path) -> PreTrainedTokenizerFast:
-    """The shared tokenizer of `folder` with the sentinels behind its vocabulary; it ends what it encodes, as T5's do."""
+    """The shared tokenizer of `folder` with sentinels behind its vocabulary; it ends what it encodes, as T5's do."""
     backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
     names = [f"<extra_id_{number}>" for number in range(NUM_SENTINELS)]
     backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
@@ -106,9 +106,11 @@ def padded(rows: Sequence[tuple[list[int], list[int]]]) -> Batch:
 
 
 class Rows:
-    """Draws the rows of a part of a step, all of one sort: hidden spans, a hidden tail, or task items of like length."""
+    """Draws the rows of a part of a step, all of a sort: hidden spans, a hidden tail, or task items of like length."""
 
-    def __init__(self, work: Path, seed: int, text_share: float, tail_share: float, weights: Mapping[str, float]) -> None:
+    def __init__(
+        self, work: Path, seed: int, text_share: float, tail_share: float, weights: Mapping[str, float]
+    ) -> None:
         self.seed, self.text_share, self.tail_share = seed, text_share, tail_share
         self.tokenizer = with_sentinels(work).backend_tokenizer
         shares: dict[str, float] = json.loads((work / "sources.json").read_text(encoding="utf-8"))
@@ -138,7 +140,9 @@ class Rows:
         items = [tasks.draw(self.kinds[name], rng, held_out=False) for name in names]
         prompts = self.tokenizer.encode_batch([item.prompt for item in items])
         answers = self.tokenizer.encode_batch([item.answer for item in items])
-        pool = sorted(((one.ids, two.ids) for one, two in zip(prompts, answers, strict=True)), key=lambda row: len(row[0]))
+        pool = sorted(
+            ((one.ids, two.ids) for one, two in zip(prompts, answers, strict=True)), key=lambda row: len(row[0])
+        )
         start = rng.randrange(POOL)
         chosen: list[tuple[list[int], list[int]]] = []
         for row in pool[start:]:

@@ -1,4 +1,4 @@
-"""The training form of a Switch Transformer: experts stacked, one forward in bf16, and the way to and from transformers.
+"""The training form of a Switch Transformer: experts stacked, one forward in bf16, and the way to transformers.
 
 transformers' own forward loops over experts that are modules of their own, and adds masks and position biases in every
 layer. Here the experts of a layer are two tensors, which the sorted product and the optimiser take at once, and the
@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, rms_norm
 from transformers import PreTrainedConfig, SwitchTransformersForConditionalGeneration
 
-from models.experts import _Collect, _Dispatch, _GroupedMatmul, _Places
+from models.experts import Collect, Dispatch, GroupedMatmul, Places
 from models.seq2seq.rows import Batch
 
 INITIAL_STD = 0.02
+# A router starts with logits of about 1: near-uniform shares of one expert teach it nothing, and hide its collapse.
+ROUTER_STD = 0.1
 
 
 class StackedTop1TopKRouter(nn.Module):
@@ -47,10 +49,10 @@ class StackedExperts(nn.Module):
 
     def forward(self, hidden: Tensor, ids: Tensor) -> Tensor:
         """Every token of [tokens, width] through its expert of `ids` [tokens]."""
-        places = _Places.of(ids, len(self.wi))
-        x = _Dispatch.apply(hidden, places, 1)
-        up = _GroupedMatmul.apply(x, self.wi.transpose(1, 2), places.bounds).relu()
-        return _Collect.apply(_GroupedMatmul.apply(up, self.wo.transpose(1, 2), places.bounds), places)
+        places = Places.of(ids, len(self.wi))
+        x = Dispatch.apply(hidden, places, 1)
+        up = GroupedMatmul.apply(x, self.wi.transpose(1, 2), places.bounds).relu()
+        return Collect.apply(GroupedMatmul.apply(up, self.wo.transpose(1, 2), places.bounds), places)
 
 
 def query_scale(config: PreTrainedConfig) -> float:
@@ -66,9 +68,9 @@ def build(config: PreTrainedConfig) -> SwitchTransformersForConditionalGeneratio
             if block.is_sparse:
                 block.layer[-1].mlp.router = StackedTop1TopKRouter(config)
                 block.layer[-1].mlp.experts = StackedExperts(config)
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         if parameter.ndim > 1:
-            nn.init.normal_(parameter, std=INITIAL_STD)
+            nn.init.normal_(parameter, std=ROUTER_STD if "router" in name else INITIAL_STD)
     # transformers divides the states by sqrt(width) before tied embeddings project them; this undoes it.
     nn.init.constant_(model.decoder.final_layer_norm.weight, config.d_model**0.5)
     return model

@@ -31,7 +31,7 @@ def gradients(recipe: Recipe, fast: bool) -> tuple[float, dict[str, torch.Tensor
     return loss.item(), {name: one.grad for name, one in model.named_parameters() if one.grad is not None}
 
 
-@pytest.mark.parametrize("name", sorted(RECIPES))
+@pytest.mark.parametrize("name", sorted(set(RECIPES) - {"foreroute-tiny-switch"}))  # its own: test_seq2seq.py
 def test_fast_experts_and_attention_have_the_gradients_of_transformers_own(name: str) -> None:
     fast_loss, fast = gradients(RECIPES[name], fast=True)
     loss, plain = gradients(RECIPES[name], fast=False)
@@ -138,6 +138,6 @@ def test_the_smoke_run_learns() -> None:
         [sys.executable, "models/train.py", "--smoke"], cwd=root, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    told = re.search(r"held-out bits/char ([\d.]+) -> ([\d.]+)", done.stdout)
-    assert told is not None
-    assert float(told[1]) - float(told[2]) >= SMOKE_BITS
+    told = re.findall(r"(\S+): held-out bits/char ([\d.]+) -> ([\d.]+)", done.stdout)
+    assert [name for name, _, _ in told] == ["smoke", "smoke-draft", "smoke-switch"]
+    assert all(float(before) - float(after) >= SMOKE_BITS for _, before, after in told)
