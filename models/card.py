@@ -78,7 +78,8 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def _accuracy_table(figures: dict[str, Any]) -> str:
-    about = kinds({"word": "gloss"})
+    # `define` is a kind only with a glossary of some words.
+    about = kinds({str(number): "gloss" for number in range(9)})
     rows = [
         [kind, about[kind].about, "yes" if about[kind].multi_step else "", f"{share:.0%}"]
         for kind, share in figures["accuracy"].items()

@@ -1,4 +1,4 @@
-"""The three models that ship: their configurations and how each is trained."""
+"""The models that ship: their configurations and how each is trained."""
 
 from __future__ import annotations
 
