@@ -169,14 +169,16 @@ class RouterTap:
         width = self.logits[0].shape[-1]
         return torch.stack([torch.bincount(ids.reshape(-1), minlength=width) for ids in self.ids])
 
-    def balance_loss(self, sigmoid: bool) -> Tensor:
+    def balance_loss(self, sigmoid: bool, unit_logits: bool = False) -> Tensor:
         """Mean over layers of `experts * sum(load share * mean score)`: 1 when a layer is balanced, more when not.
 
-        0 of a dense model.
+        0 of a dense model. With `unit_logits`, of logits brought to a standard deviation of 1: a top-1 router then
+        cannot please it by making all scores alike, which leaves the load of the best one as it was.
         """
         losses = []
         for logits, counts in zip(self.logits, self.counts(), strict=True):
-            scores = logits.float().sigmoid() if sigmoid else logits.float().softmax(-1)
+            wide = logits.float() / (logits.float().std() + 1e-6) if unit_logits else logits.float()
+            scores = wide.sigmoid() if sigmoid else wide.softmax(-1)
             scores = scores / scores.sum(-1, keepdim=True)
             losses.append(len(counts) * (counts / counts.sum() * scores.mean(0)).sum())
         return torch.stack(losses).mean() if losses else torch.zeros(())

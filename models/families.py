@@ -99,6 +99,7 @@ class Recipe:
     lr: float = 4e-3
     warmup_steps: int = 100
     balance: float = 0.05
+    unit_logits: bool = False
     bias_rate: float = 0.0
     parts: int = 4
     rows: int = 4
@@ -129,10 +130,10 @@ RECIPES: dict[str, Recipe] = {
         Recipe(
             "foreroute-tiny-switch", _switch, SwitchTransformersForConditionalGeneration,
             "softmax over 16 experts, then top-1, in every other layer of encoder and decoder", 1500, 400,
-            seq_len=359, text_share=0.6, tail_share=0.25, kind_weights=FEW_KINDS, balance=0.3,
+            seq_len=359, text_share=0.6, tail_share=0.25, kind_weights=FEW_KINDS, balance=0.1, unit_logits=True,
         ),
         Recipe(
-            "foreroute-tiny-draft", _draft, LlamaForCausalLM, "dense", 2600, 600, parts=2, drafts_for="foreroute-tiny",
+            "foreroute-tiny-draft", _draft, LlamaForCausalLM, "dense", 2300, 500, parts=2, drafts_for="foreroute-tiny",
         ),
     )
 }  # fmt: skip

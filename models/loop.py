@@ -176,7 +176,7 @@ class Trainer:
     def _gradients(self, step: int, part: int) -> None:
         self.tap.clear()
         loss = self.objective.loss(step, part)
-        balance = self.tap.balance_loss(sigmoid=self.recipe.bias_rate > 0)
+        balance = self.tap.balance_loss(self.recipe.bias_rate > 0, self.recipe.unit_logits)
         (loss + self.recipe.balance * balance).backward()
         self.shared.counts[self.rank] += self.tap.counts()
         self.shared.losses[part] = torch.tensor([loss.item(), balance.item()])

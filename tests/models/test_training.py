@@ -70,6 +70,15 @@ def test_balance_loss_sees_one_collapsed_layer_that_sums_over_layers_would_hide(
     assert loss((first, collapsed), (second, other)) > 2.0
 
 
+def test_balance_loss_of_unit_logits_sees_a_collapse_that_small_logits_hide() -> None:
+    tap = experts.RouterTap(torch.nn.Identity())
+    logits = torch.randn(64, 8, generator=torch.Generator().manual_seed(0)) + torch.eye(8)[0]
+    for scale in (1.0, 1e-3):
+        tap.logits, tap.ids = [scale * logits], [(scale * logits).argmax(-1, keepdim=True)]
+        assert tap.balance_loss(sigmoid=False, unit_logits=True).item() > 1.2
+    assert tap.balance_loss(sigmoid=False).item() == pytest.approx(1.0, abs=0.01)
+
+
 def test_orthogonalise_brings_singular_values_near_one_and_keeps_the_direction() -> None:
     matrices = torch.randn(3, 64, 24)
     found = optim.orthogonalise(matrices).float()
