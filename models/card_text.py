@@ -94,8 +94,9 @@ SWITCH_LAYERS = "\nThe encoder's layers first, then the decoder's."
 ACCEPTANCE = """
 ## Acceptance
 
-Share of tokens whose greedy choice is the same, every token given what really came before it; both models in bf16. On
-text: held-out windows of {window} tokens. On exercises: the tokens of right answers, all kinds alike.
+Share of tokens whose greedy choice is the same, every token given what really came before it; both models in bf16.
+On text: eight held-out windows of {window} tokens of each source, the sources weighted as in training. On exercises:
+the tokens of right answers, all kinds alike.
 
 {table}
 """

@@ -11,6 +11,7 @@ import argparse
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,8 @@ from models.router_stats import as_records, router_stats
 from models.seq2seq import figures as seq2seq
 from models.tokenizer import ASSISTANT, END, USER
 
-DRAFTED_ITEMS = 325  # items at most that acceptance and an encoder-decoder's routers are measured on
+# What acceptance is measured on: windows of each source, and items; an encoder-decoder's routers meet the items too.
+DRAFTED_WINDOWS, DRAFTED_ITEMS = 8, 325
 
 
 def evaluate(folder: Path, work: Path, per_kind: int, windows_per_source: int, seed: int = 0) -> dict[str, Any]:
@@ -83,12 +85,13 @@ def _acceptance(
 ) -> dict[str, Any]:
     """How often the greedy tokens of the models that share the tokenizer are the draft's; all of them in bf16."""
     draft = acceptance.load(folder)
+    few = [replace(one, ids=one.ids[:DRAFTED_WINDOWS]) for one in windows]
     decoders = [one.name for one in RECIPES.values() if not one.drafts_for and not one.config().is_encoder_decoder]
     found = {}
     for name in decoders:
         target = acceptance.load(acceptance.MODELS / name)
         found[name] = {
-            "text": acceptance.on_text(draft, target, windows),
+            "text": acceptance.on_text(draft, target, few),
             "tasks": acceptance.on_tasks(draft, target, tokenizer, items),
         }
     return found

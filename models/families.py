@@ -129,7 +129,7 @@ RECIPES: dict[str, Recipe] = {
         ),
         Recipe(
             "foreroute-tiny-switch", _switch, SwitchTransformersForConditionalGeneration,
-            "softmax over 16 experts, then top-1, in every other layer of encoder and decoder", 1500, 400,
+            "softmax over 16 experts, then top-1, in every other layer of encoder and decoder", 500, 200,
             seq_len=359, text_share=0.6, tail_share=0.25, kind_weights=FEW_KINDS, balance=0.1, unit_logits=True,
         ),
         Recipe(
