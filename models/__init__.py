@@ -1,1 +1,1 @@
-"""The small trained Mixture-of-Experts models that ship, and how they are made."""
+"""The small trained models that ship, and how they are made."""

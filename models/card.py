@@ -10,8 +10,10 @@ from typing import Any
 from foreroute.evals.tasks import kinds
 from foreroute.memory import host
 from foreroute.memory.host import usable_cpus
+from models import card_text as text
 from models import sources
 from models.families import Recipe
+from models.seq2seq import rows
 
 Entry = dict[str, float]
 
@@ -33,12 +35,13 @@ def plot(history: list[Entry], title: str, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 3, figsize=(12, 3.2))
-    named = (
+    named = [
         ("loss", "training loss, nats/token"),
         ("bits_per_char", "held-out bits/char"),
         ("worst_load", "max/mean load"),
-    )
+    ]
+    named = [(key, label) for key, label in named if any(key in entry for entry in history)]
+    figure, axes = pyplot.subplots(1, len(named), figsize=(4 * len(named), 3.2))
     for axis, (key, label) in zip(axes, named, strict=True):
         points = [(entry["tokens"] / 1e6, entry[key]) for entry in history if key in entry]
         axis.plot(*zip(*points, strict=True), marker="." if len(points) < 60 else "")
@@ -54,13 +57,16 @@ def plot(history: list[Entry], title: str, path: Path) -> None:
 def summary(figures: dict[str, Any]) -> str:
     """The figures in a few lines, for the terminal."""
     accuracy = ", ".join(f"{kind} {share:.0%}" for kind, share in figures["accuracy"].items())
-    routers = figures["router"]
-    return (
-        f"{figures['bits_per_char']['all']:.3f} bits/char; {accuracy}; max/mean load "
-        f"{max(layer['max_over_mean'] for layer in routers):.2f}, entropy "
-        f"{min(layer['entropy'] for layer in routers):.3f}, previous-token reuse {_mean_reuse(routers):.3f} "
-        f"(untrained {_mean_reuse(figures['router_untrained']):.3f})"
-    )
+    told = f"{figures['bits_per_char']['all']:.3f} bits/char; {accuracy}"
+    for name, found in figures.get("acceptance", {}).items():
+        told += f"; {name} accepts {found['text']['all']:.0%} of text, {found['tasks']['all']:.0%} of exercises"
+    if routers := figures.get("router"):
+        told += (
+            f"; max/mean load {max(layer['max_over_mean'] for layer in routers):.2f}, entropy "
+            f"{min(layer['entropy'] for layer in routers):.3f}, previous-token reuse {_mean_reuse(routers):.3f} "
+            f"(untrained {_mean_reuse(figures['router_untrained']):.3f})"
+        )
+    return told
 
 
 def _mean_reuse(routers: list[dict[str, float]]) -> float:
@@ -72,7 +78,8 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def _accuracy_table(figures: dict[str, Any]) -> str:
-    about = kinds({"word": "gloss"})
+    # `define` is a kind only with a glossary of some words.
+    about = kinds({str(number): "gloss" for number in range(9)})
     rows = [
         [kind, about[kind].about, "yes" if about[kind].multi_step else "", f"{share:.0%}"]
         for kind, share in figures["accuracy"].items()
@@ -80,80 +87,46 @@ def _accuracy_table(figures: dict[str, Any]) -> str:
     return _table(["kind", "what", "multi-step", f"right of {figures['per_kind']}"], rows)
 
 
-def _router_table(figures: dict[str, Any]) -> str:
+def _router_section(figures: dict[str, Any], layers: str) -> str:
+    if "router" not in figures:
+        return ""
     rows = [
         [str(int(new["layer"])), f"{new['max_over_mean']:.2f}", f"{new['entropy']:.3f}", str(int(new["dead_experts"])),
          f"{new['reuse']:.3f}", f"{old['reuse']:.3f}"]
         for new, old in zip(figures["router"], figures["router_untrained"], strict=True)
     ]  # fmt: skip
-    return _table(["MoE layer", "load max/mean", "entropy / uniform", "dead", "reuse", "reuse untrained"], rows)
+    head = ["MoE layer", "load max/mean", "entropy / uniform", "dead", "reuse", "reuse untrained"]
+    return text.ROUTERS.format(layers=layers, table=_table(head, rows))
 
 
 def _text_table(figures: dict[str, Any]) -> str:
+    """Sources, and bits per character in a column for each way that it was measured."""
+    measured = {"held-out bits/char": figures["bits_per_char"]}
+    if "bits_per_char_tail" in figures:
+        measured = {"spans, bits/char": figures["bits_per_char"], "tail, bits/char": figures["bits_per_char_tail"]}
     rows = [
         [source.name, source.package or "Python's standard library", source.licence, f"{source.share:.0%}",
-         f"{figures['bits_per_char'][source.name]:.3f}"]
+         *(f"{column[source.name]:.3f}" for column in measured.values())]
         for source in sources.SOURCES
     ]  # fmt: skip
-    rows.append(["all", "", "", "100%", f"{figures['bits_per_char']['all']:.3f}"])
-    return _table(["source", "Debian package", "licence", "share of text", "held-out bits/char"], rows)
+    rows.append(["all", "", "", "100%", *(f"{column['all']:.3f}" for column in measured.values())])
+    return _table(["source", "Debian package", "licence", "share of text", *measured], rows)
 
 
-TEMPLATE = """---
-library_name: transformers
-tags: [mixture-of-experts]
-language: en
----
-# {name}
-
-A small Mixture-of-Experts model that ships with foreroute, so that the engine can be tried, tested and measured
-without a download. {parameters:.2f} M parameters, {class_name}: {routing}.
-Trained from random weights on {cpu} in {minutes:.0f} minutes of wall time
-({tokens:.1f} M tokens, {steps} steps). It answers short generated exercises and continues technical English and
-Python; it knows nothing else.
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-tokenizer = AutoTokenizer.from_pretrained("models/{name}")
-model = AutoModelForCausalLM.from_pretrained("models/{name}")
-messages = [{{"role": "user", "content": "4735 + 281"}}]
-chat = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")
-print(tokenizer.decode(model.generate(**chat, max_new_tokens=60)[0]))
-```
-
-![curves](curves.png)
-
-## Exercises
-
-Held out: no item was seen in training, in any wording. Greedy; right means that the whole answer, steps included,
-is exact.
-
-{accuracy}
-
-## Text
-
-Bits per character over {scored} held-out tokens: nats / ln 2 / characters; windows of {window} tokens, each without
-context before it; documents that no model trained on, without paragraphs that training has too.
-
-{text}
-
-## Routers
-
-Over held-out text and exercises. Reuse: share of a token's experts that the token before it used too.
-
-{routers}
-
-## Made by
-
-`python models/train.py {name}{options}` (resumable; data from Debian packages through apt and the
-running Python {python}). Evaluated by `python models/evaluate.py models/{name} --work build/models`. Muon for matrices,
-Adam for the rest, warm-up, constant rate, then a fall to zero; a load-balance loss per layer{bias};
-{text_share:.0%} of the rows are text, the others exercises; seed {seed}.
-{note}
-## A few answers
-
-{samples}
-"""
+def _acceptance_section(figures: dict[str, Any], window: int) -> str:
+    if "acceptance" not in figures:
+        return ""
+    rows = [
+        [name, f"{found['text']['all']:.0%}", f"{found['tasks']['all']:.0%}"]
+        for name, found in figures["acceptance"].items()
+    ]
+    by_kind = next(iter(figures["acceptance"].items()))
+    kinds_table = _table(
+        [f"kind, beside {by_kind[0]}", "the same"],
+        [[kind, f"{share:.0%}"] for kind, share in by_kind[1]["tasks"].items() if kind != "all"],
+    )
+    table = _table(["model it drafts for", "on text", "on exercises"], rows)
+    return text.ACCEPTANCE.format(window=window, table=f"{table}\n\n{kinds_table}")
 
 
 def _samples(figures: dict[str, Any]) -> str:
@@ -176,7 +149,10 @@ def write(recipe: Recipe, folder: Path, note: str = "") -> None:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     last = history[-1]
     plot(history, recipe.name, folder / "curves.png")
-    card = TEMPLATE.format(
+    balance = "; a load-balance loss per layer" if "router" in figures else ""
+    words = _words(recipe, figures)
+    card = text.CARD.format(
+        **words,
         name=recipe.name,
         parameters=figures["parameters"] / 1e6,
         class_name=config["architectures"][0],
@@ -185,17 +161,39 @@ def write(recipe: Recipe, folder: Path, note: str = "") -> None:
         minutes=last["seconds"] / 60,
         tokens=last["tokens"] / 1e6,
         steps=int(last["step"]),
+        acceptance=_acceptance_section(figures, recipe.seq_len),
         accuracy=_accuracy_table(figures),
-        scored=figures["scored_tokens"],
-        window=recipe.seq_len,
         text=_text_table(figures),
-        routers=_router_table(figures),
-        options="",
         python=platform.python_version(),
-        bias=" and an aux-loss-free correction bias" if recipe.bias_rate else "",
+        balance=balance + (" and an aux-loss-free correction bias" if recipe.bias_rate else ""),
         seed=recipe.seed,
         text_share=recipe.text_share,
         samples=_samples(figures),
         note=f"\n{note}\n" if note else "",
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _words(recipe: Recipe, figures: dict[str, Any]) -> dict[str, str]:
+    """What the card says of a sort of model: encoder-decoder, draft, or decoder with experts."""
+    names = {"name": recipe.name, "target": recipe.drafts_for}
+    if recipe.config().is_encoder_decoder:
+        return {
+            "tag": "mixture-of-experts",
+            "what": text.SWITCH,
+            "knows": text.SWITCH_KNOWS,
+            "example": text.SWITCH_EXAMPLE.format(**names),
+            "text_intro": text.SWITCH_TEXT.format(
+                scored=figures["scored_tokens"], window=rows.WINDOW, spans=rows.SPANS, tail=rows.TAIL
+            ),
+            "routers": _router_section(figures, text.SWITCH_LAYERS),
+        }
+    draft = bool(recipe.drafts_for)
+    return {
+        "tag": "draft" if draft else "mixture-of-experts",
+        "what": text.DRAFT.format(**names) if draft else text.MOE,
+        "knows": text.KNOWS,
+        "example": (text.DRAFT_EXAMPLE if draft else text.EXAMPLE).format(**names),
+        "text_intro": text.TEXT.format(scored=figures["scored_tokens"], window=recipe.seq_len),
+        "routers": _router_section(figures, ""),
+    }

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from foreroute.evals import tasks
-from foreroute.evals.text import HeldOut
+from foreroute.evals.text import HeldOut, TextWindows, cut_windows
 from models import sources
 from models.tokenizer import ASSISTANT, END, END_OF_TEXT, USER, VOCAB_SIZE, load_tokenizer, train_tokenizer
 
@@ -122,6 +122,12 @@ def held_out(work: Path) -> HeldOut:
         json.loads((work / "sources.json").read_text(encoding="utf-8")),
         json.loads((work / "glossary.json").read_text(encoding="utf-8"))["held_out"],
     )
+
+
+def held_out_windows(work: Path, length: int, per_source: int) -> list[TextWindows]:
+    """Held-out windows of `length` tokens, `per_source` of each source."""
+    text = held_out(work)
+    return cut_windows(text.texts, text.shares, load_tokenizer(work), length, per_source)
 
 
 def _tokenizer_texts(

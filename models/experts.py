@@ -20,7 +20,7 @@ IMPLEMENTATION = "sorted_bf16"
 ROW_BLOCK = 32
 
 
-class _GroupedMatmul(torch.autograd.Function):
+class GroupedMatmul(torch.autograd.Function):
     """Rows of `x`, grouped by expert, times that expert's matrix."""
 
     @staticmethod
@@ -50,7 +50,7 @@ class _GroupedMatmul(torch.autograd.Function):
 
 
 @dataclass(frozen=True)
-class _Places:
+class Places:
     """Where (token, choice) pairs go when sorted by expert, every expert's rows padded to a multiple of ROW_BLOCK.
 
     `bounds` [experts + 1]; `of_pair` [pairs]: row of each pair; `pair_at` [rows]: pair in each row, or the
@@ -62,7 +62,7 @@ class _Places:
     pair_at: Tensor
 
     @staticmethod
-    def of(ids: Tensor, num_experts: int) -> _Places:
+    def of(ids: Tensor, num_experts: int) -> Places:
         counts = torch.bincount(ids, minlength=num_experts)
         padded = (counts + ROW_BLOCK - 1) // ROW_BLOCK * ROW_BLOCK
         starts = padded.cumsum(0) - padded
@@ -71,18 +71,18 @@ class _Places:
         of_pair[order] = torch.arange(len(ids)) + (starts - (counts.cumsum(0) - counts))[ids[order]]
         pair_at = torch.full((int(padded.sum()),), len(ids))
         pair_at[of_pair] = torch.arange(len(ids))
-        return _Places([*starts.tolist(), int(padded.sum())], of_pair, pair_at)
+        return Places([*starts.tolist(), int(padded.sum())], of_pair, pair_at)
 
 
 def _with_zero_row(x: Tensor) -> Tensor:
     return torch.cat([x, x.new_zeros(1, x.shape[1])])
 
 
-class _Dispatch(torch.autograd.Function):
+class Dispatch(torch.autograd.Function):
     """Copy every token to its k experts' rows; the gradient is a gather instead of a slow scatter."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, places: _Places, top_k: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, places: Places, top_k: int) -> Tensor:
         ctx.places, ctx.top_k = places, top_k
         return _with_zero_row(x).index_select(0, places.pair_at // top_k)
 
@@ -92,11 +92,11 @@ class _Dispatch(torch.autograd.Function):
         return back.view(-1, ctx.top_k, back.shape[1]).sum(1), None, None
 
 
-class _Collect(torch.autograd.Function):
+class Collect(torch.autograd.Function):
     """From the experts' rows back to pairs in token order."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, places: _Places) -> Tensor:
+    def forward(ctx: Any, y: Tensor, places: Places) -> Tensor:
         ctx.places = places
         return y.index_select(0, places.of_pair)
 
@@ -109,19 +109,19 @@ def sorted_experts_forward(self: Any, hidden: Tensor, top_k_index: Tensor, top_k
     """Experts function for ALL_EXPERTS_FUNCTIONS: hidden [tokens, width], index and weights [tokens, k] -> hidden."""
     num_tokens, top_k = top_k_index.shape
     ids = top_k_index.reshape(-1)
-    places = _Places.of(ids, self.num_experts)
+    places = Places.of(ids, self.num_experts)
     expert_at = torch.cat([ids, ids.new_zeros(1)])[places.pair_at] if self.has_bias else ids
 
     def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         matrices = weight.to(torch.bfloat16)
-        out = _GroupedMatmul.apply(x, matrices if self.is_transposed else matrices.transpose(1, 2), places.bounds)
+        out = GroupedMatmul.apply(x, matrices if self.is_transposed else matrices.transpose(1, 2), places.bounds)
         return out if bias is None else out + bias.to(torch.bfloat16)[expert_at]
 
     with torch.autocast("cpu", enabled=False):
-        x = _Dispatch.apply(hidden.to(torch.bfloat16), places, top_k)
+        x = Dispatch.apply(hidden.to(torch.bfloat16), places, top_k)
         up = linear(x, self.gate_up_proj, self.gate_up_proj_bias if self.has_bias else None)
         out = linear(self._apply_gate(up), self.down_proj, self.down_proj_bias if self.has_bias else None)
-        out = _Collect.apply(out, places).view(num_tokens, top_k, -1)
+        out = Collect.apply(out, places).view(num_tokens, top_k, -1)
         return torch.einsum("nkd,nk->nd", out, top_k_weights.to(out.dtype)).to(hidden.dtype)
 
 
@@ -163,15 +163,22 @@ class RouterTap:
         self.logits, self.ids = [], []
 
     def counts(self) -> Tensor:
-        """How many (token, choice) pairs each expert got: [layers, experts]."""
+        """How many (token, choice) pairs each expert got: [layers, experts]; [0, 0] of a dense model."""
+        if not self.logits:
+            return torch.zeros(0, 0)
         width = self.logits[0].shape[-1]
         return torch.stack([torch.bincount(ids.reshape(-1), minlength=width) for ids in self.ids])
 
-    def balance_loss(self, sigmoid: bool) -> Tensor:
-        """Mean over layers of `experts * sum(load share * mean score)`: 1 when a layer is balanced, more when not."""
+    def balance_loss(self, sigmoid: bool, unit_logits: bool = False) -> Tensor:
+        """Mean over layers of `experts * sum(load share * mean score)`: 1 when a layer is balanced, more when not.
+
+        0 of a dense model. With `unit_logits`, of logits brought to a standard deviation of 1: a top-1 router then
+        cannot please it by making all scores alike, which leaves the load of the best one as it was.
+        """
         losses = []
         for logits, counts in zip(self.logits, self.counts(), strict=True):
-            scores = logits.float().sigmoid() if sigmoid else logits.float().softmax(-1)
+            wide = logits.float() / (logits.float().std() + 1e-6) if unit_logits else logits.float()
+            scores = wide.sigmoid() if sigmoid else wide.softmax(-1)
             scores = scores / scores.sum(-1, keepdim=True)
             losses.append(len(counts) * (counts / counts.sum() * scores.mean(0)).sum())
-        return torch.stack(losses).mean()
+        return torch.stack(losses).mean() if losses else torch.zeros(())

@@ -20,13 +20,12 @@ import torch.multiprocessing as mp
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from foreroute.evals.text import TextWindows, bits_per_char, cut_windows
 from models import attention, experts
-from models.data import IGNORE, Rows, held_out
 from models.families import Recipe
-from models.loss import projected_cross_entropy
+from models.objectives import NextToken, Objective
 from models.optim import FlatOptimizer, layout
-from models.tokenizer import load_tokenizer
+from models.seq2seq import training
+from models.seq2seq.objective import Denoising
 
 LOG_EVERY, EVALUATE_EVERY, SAVE_EVERY = 20, 200, 100
 
@@ -62,8 +61,15 @@ def build(recipe: Recipe) -> PreTrainedModel:
     attention.register()
     torch.manual_seed(recipe.seed)
     config = recipe.config()
+    if config.is_encoder_decoder:
+        return training.build(config)
     config._experts_implementation = experts.IMPLEMENTATION
     return recipe.model_class._from_config(config, attn_implementation=attention.IMPLEMENTATION)
+
+
+def objective_of(recipe: Recipe, work: Path, model: PreTrainedModel) -> Objective:
+    """What a step of the recipe scores."""
+    return (Denoising if model.config.is_encoder_decoder else NextToken)(recipe, work, model)
 
 
 def learning_rate(recipe: Recipe, span: Span, step: int) -> float:
@@ -80,7 +86,7 @@ def allocate(recipe: Recipe, num_ranks: int) -> Shared:
     slots = layout(model)
     size = slots[-1].stop
     routers = experts.routers_of(model)
-    width = routers[0].num_experts
+    width = routers[0].num_experts if routers else 0
 
     def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.zeros(*shape, dtype=dtype).share_memory_()
@@ -147,7 +153,7 @@ class Trainer:
         self.model = build(recipe)
         attach(self.model, shared, rank)
         self.tap = experts.RouterTap(self.model)
-        self.rows = Rows(work, recipe.seq_len, recipe.seed, recipe.text_share, recipe.kind_weights)
+        self.objective = objective_of(recipe, work, self.model)
         self.slots = layout(self.model)
         self.slots.sort(key=lambda slot: -slot.shape.numel() * (4 if slot.muon else 1))
         self.optimizer = FlatOptimizer(shared)
@@ -168,13 +174,9 @@ class Trainer:
         self.crew.barrier.wait()
 
     def _gradients(self, step: int, part: int) -> None:
-        ids, labels = self.rows.batch(step, part, self.recipe.rows)
         self.tap.clear()
-        hidden = self.model.model(input_ids=ids, use_cache=False).last_hidden_state
-        scored = labels.reshape(-1) != IGNORE
-        states = hidden.reshape(-1, hidden.shape[-1])[scored]
-        loss = projected_cross_entropy(states, self.model.lm_head.weight, labels.reshape(-1)[scored])
-        balance = self.tap.balance_loss(sigmoid=self.recipe.bias_rate > 0)
+        loss = self.objective.loss(step, part)
+        balance = self.tap.balance_loss(self.recipe.bias_rate > 0, self.recipe.unit_logits)
         (loss + self.recipe.balance * balance).backward()
         self.shared.counts[self.rank] += self.tap.counts()
         self.shared.losses[part] = torch.tensor([loss.item(), balance.item()])
@@ -196,22 +198,17 @@ def restore(path: Path, shared: Shared) -> tuple[int, list[dict[str, float]]]:
     return state["step"], state["history"]
 
 
-def held_out_windows(work: Path, recipe: Recipe, per_source: int) -> list[TextWindows]:
-    """Held-out windows as long as the recipe's rows, `per_source` of each source."""
-    text = held_out(work)
-    return cut_windows(text.texts, text.shares, load_tokenizer(work), recipe.seq_len, per_source)
-
-
 def _report(
     trainer: Trainer, step: int, lr: float, seconds: float, losses: list[Tensor], before: float
 ) -> dict[str, float]:
     shared, recipe = trainer.shared, trainer.recipe
     counts = shared.counts.sum(0)
-    worst = (counts.max(1).values / counts.mean(1)).max().item()
     loss, balance = torch.stack(losses).mean((0, 1)).tolist()
     tokens = before + len(losses) * recipe.rows * recipe.seq_len * recipe.parts
-    return {"step": step + 1, "tokens": tokens, "loss": loss, "balance": balance, "worst_load": worst, "lr": lr,
-            "seconds": seconds}  # fmt: skip
+    entry = {"step": step + 1, "tokens": tokens, "loss": loss, "lr": lr, "seconds": seconds}
+    if len(counts):
+        entry["balance"], entry["worst_load"] = balance, (counts.max(1).values / counts.mean(1)).max().item()
+    return entry
 
 
 def _run_rank(
@@ -219,7 +216,6 @@ def _run_rank(
     crew: Crew,
 ) -> None:  # fmt: skip
     trainer = Trainer(recipe, work, shared, rank, crew)
-    windows = None if rank else held_out_windows(work, recipe, 6)
     seconds = history[-1]["seconds"] if history else 0.0
     losses: list[Tensor] = []
     for step in range(span.start, span.stop):
@@ -235,8 +231,8 @@ def _run_rank(
             before = history[-1]["tokens"] if history else 0.0
             entry = _report(trainer, step, lr, seconds, losses, before)
             losses.clear()
-            if windows is not None and (last or (step + 1) % EVALUATE_EVERY == 0):
-                entry["bits_per_char"] = bits_per_char(trainer.model, windows)["all"]
+            if last or (step + 1) % EVALUATE_EVERY == 0:
+                entry["bits_per_char"] = trainer.objective.held_out_bits()
             history.append(entry)
             print(json.dumps({key: round(value, 4) for key, value in entry.items()}), flush=True)
         if last or (step + 1) % SAVE_EVERY == 0:

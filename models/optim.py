@@ -51,7 +51,8 @@ def layout(model: PreTrainedModel) -> list[Slot]:
     slots, start = [], 0
     for name, parameter in model.named_parameters():
         plain = any(part in name for part in ("embed", "lm_head", "norm", "bias", "sinks", ".gate.weight", "router"))
-        muon = parameter.ndim >= 2 and not plain
+        # T5's family calls its embeddings "shared".
+        muon = parameter.ndim >= 2 and not plain and name != "shared.weight"
         # Gate and up, one above the other, are two matrices; gpt-oss interleaves them, which is left as one.
         halves = 2 if name.endswith("gate_up_proj") and model.config.model_type != "gpt_oss" else 1
         slots.append(Slot(name, start, parameter.shape, muon, halves))

@@ -39,12 +39,16 @@ def router_stats(model: PreTrainedModel, rows: Tensor, batch: int = 4) -> list[L
         reuse.append(same.float().mean((1, 2, 3)))
     tap.close()
     assert counts is not None
+    return layer_stats(counts, torch.stack(reuse).mean(0))
+
+
+def layer_stats(counts: Tensor, reuse: Tensor) -> list[LayerStats]:
+    """The statistics of counts [layers, experts] and reuse [layers]."""
     load = counts / counts.sum(1, keepdim=True)
     entropy = -(load * load.clamp_min(1e-12).log()).sum(1) / math.log(load.shape[1])
-    again = torch.stack(reuse).mean(0)
     return [
         LayerStats(layer, (load[layer].max() * load.shape[1]).item(), entropy[layer].item(),
-                   int((counts[layer] == 0).sum()), again[layer].item())
+                   int((counts[layer] == 0).sum()), reuse[layer].item())
         for layer in range(len(load))
     ]  # fmt: skip
 

@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 VOCAB_SIZE = 4096
+NUM_SENTINELS = 32  # behind the vocabulary, for encoder-decoders alone
 END_OF_TEXT, USER, ASSISTANT, SYSTEM, END = "<|endoftext|>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>"
 SPECIAL = [END_OF_TEXT, USER, ASSISTANT, SYSTEM, END]
 CHAT_TEMPLATE = (

@@ -1,7 +1,7 @@
 """Make one of the shipped models, from nothing to its model card; interrupted runs resume.
 
-    python models/train.py foreroute-tiny         # also foreroute-tiny-oss, foreroute-tiny-dsv3
-    python models/train.py --smoke                # under a minute: the same code on a very small model
+    python models/train.py foreroute-tiny         # also -oss, -dsv3, -draft, -switch
+    python models/train.py --smoke                # under a minute: the same code on very small models
     python models/train.py NAME --prepare-only    # data, tokenizer and held-out splits alone
 
 Progress is a JSON line every 20 steps. Checkpoints lie under --work; kill the command at any time and start it again.
@@ -22,11 +22,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `python 
 
 import torch
 
-from foreroute.evals.text import bits_per_char
 from models import card, data, loop, sources
 from models.evaluate import evaluate
-from models.export import export, load_trained, untrained
-from models.families import RECIPES, SMOKE, Recipe, recipe_of
+from models.export import export, load_trained
+from models.families import RECIPES, SMOKE, SMOKE_DRAFT, SMOKE_SWITCH, Recipe, recipe_of
 
 SMOKE_BITS = 0.7  # the smoke run must lower the held-out bits per character by at least this much
 
@@ -64,26 +63,34 @@ def finish(recipe: Recipe, work: Path, checkpoint: Path, folder: Path, options: 
 
 
 def smoke() -> None:
-    """Train a very small model on the standard library and the tasks; fails when it does not learn."""
-    began = time.perf_counter()
+    """Train very small models on the standard library and the tasks: with experts, dense, an
+    encoder-decoder; fails when one does not learn."""
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         python = [source for source in sources.SOURCES if source.package is None]
         data.prepare(work, python, max_chars=2_000_000, vocab_size=SMOKE.config().vocab_size)
-        final = train(SMOKE, work, SMOKE.stable_steps, SMOKE.decay_steps, num_ranks=1)
-        windows = loop.held_out_windows(work, SMOKE, 20)
-        before = bits_per_char(untrained(SMOKE), windows)["all"]
-        after = bits_per_char(load_trained(SMOKE, final)[0], windows)["all"]
-    print(f"held-out bits/char {before:.2f} -> {after:.2f} in {time.perf_counter() - began:.0f} s")
+        for recipe in (SMOKE, SMOKE_DRAFT, SMOKE_SWITCH):
+            _smoke_run(recipe, work)
+
+
+def _smoke_run(recipe: Recipe, work: Path) -> None:
+    """Train and compare with the untrained model."""
+    began = time.perf_counter()
+    final = train(recipe, work, recipe.stable_steps, recipe.decay_steps, num_ranks=1)
+    before, after = (
+        loop.objective_of(recipe, work, model).held_out_bits()
+        for model in (loop.build(recipe), load_trained(recipe, final)[0])
+    )
+    print(f"{recipe.name}: held-out bits/char {before:.2f} -> {after:.2f} in {time.perf_counter() - began:.0f} s")
     if before - after < SMOKE_BITS:
-        raise SystemExit(f"held-out bits/char must fall by {SMOKE_BITS}: training is broken")
+        raise SystemExit(f"{recipe.name}: held-out bits/char must fall by {SMOKE_BITS}: training is broken")
 
 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", choices=sorted(RECIPES))
-    parser.add_argument("--smoke", action="store_true", help="prove that training works, on a very small model")
+    parser.add_argument("--smoke", action="store_true", help="prove that training works, on very small models")
     parser.add_argument("--work", type=Path, default=Path("build/models"), help="data and checkpoints (2 GB)")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="the exported folder's parent")
     parser.add_argument("--prepare-only", action="store_true", help="regenerate data and held-out splits, no training")
