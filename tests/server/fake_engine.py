@@ -70,7 +70,7 @@ class FakeEngine:
         reason = self.reason
         if request.max_new_tokens is not None and len(ids) > request.max_new_tokens:
             ids, reason = ids[: request.max_new_tokens], "length"
-        pieces = TextPieces(self._tokenizer)
+        pieces = TextPieces(self._tokenizer, request.shown_special)
         for at, token in enumerate(ids):
             while not self.gate.wait(0.02):
                 if stop.is_set():

@@ -26,7 +26,7 @@ def test_help_is_quick_and_narrow(capsys: pytest.CaptureFixture[str], monkeypatc
     for flag in (
         "--model", "--ctx-size", "--max-model-len", "--host", "--port", "--api-key", "--served-model-name", "--seed",
         "--temperature", "--max-num-seqs", "--memory", "--no-ui", "--insecure",
-        "--allowed-host",
+        "--allowed-host", "--tool-parser",
     ):  # fmt: skip
         assert flag in shown
     script = (
@@ -43,6 +43,7 @@ def test_help_is_quick_and_narrow(capsys: pytest.CaptureFixture[str], monkeypatc
         (["--api-key", "has space"], "printable"),
         (["--host", "256.1.1.1", "--insecure"], "cannot be listened on"),
         (["-m", "MODEL"], "two models"),
+        (["--tool-parser", "none such"], "hermes"),
         (["--allowed-host", "box", "--allowed-host", "https://box"], "not a host name"),
     ],
 )
@@ -95,6 +96,7 @@ def test_flags_hold_and_ctrl_c_ends_what_runs(monkeypatch: pytest.MonkeyPatch) -
         assert served.started["served"] == ["a", "b"]
         assert served.started["decided"]["context"].startswith("300 ")
         assert "500 tokens" in served.started["decided"]["requests"]
+        assert served.started["decided"]["tools"].startswith("no: ")
         memory = served.started["memory"]
         assert memory["kv_bytes"] == 500 * memory["kv_bytes_per_token"]
         assert memory["total_bytes"] > sum(memory[name] for name in ("dense_bytes", "expert_bytes", "kv_bytes"))

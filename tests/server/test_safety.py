@@ -12,8 +12,8 @@ import pytest
 
 from foreroute.errors import ServerError
 from foreroute.server.api.problems import ApiError
-from foreroute.server.api.templates import TemplateRenderer
 from foreroute.server.backend import Prompts
+from foreroute.server.dialogue.templates import TemplateRenderer
 from foreroute.server.settings import Limits, ServerSettings, check_exposure, host_name
 from tests.server.conftest import Served
 

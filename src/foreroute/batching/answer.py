@@ -50,7 +50,10 @@ class Answer:
         if not self.wants_none:
             self._sampler = Sampler(model, self.request.sampling, self.ids, self._most_new)
         own = () if self.request.ignore_eos else stop_strings(model.generation_config)
-        self._pieces, self._text = TextPieces(tokenizer), StopText((*self.request.stop, *own))
+        self._pieces, self._text = (
+            TextPieces(tokenizer, self.request.shown_special),
+            StopText((*self.request.stop, *own)),
+        )
 
     def next_chunk(self, most: int) -> list[int]:
         """Return the prompt's next tokens to compute, at most `most`."""
@@ -96,7 +99,7 @@ class Answer:
         token = likeliest if self._sampler.is_greedy else self._sampler.draw(logits)
         self.ids.append(token)
         is_end = token in ends and not self.request.ignore_eos
-        piece = "" if is_end else self._text.push(self._pieces.push(token))
+        piece = "" if is_end else self._text.push(self._pieces.push(token), self._pieces.hidden(token))
         self.tell(NewToken(token, piece, *score(logits, token, self.request.num_top_logprobs)))
         if is_end or self._text.is_over:
             return self.finished("stop")

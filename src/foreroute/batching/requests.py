@@ -34,6 +34,7 @@ class Request:
     num_top_logprobs: None: no logprobs; else how many of the likeliest tokens come with each.
     wants_prompt_scores: a PromptScored event comes before the first step.
     ignore_eos: the model's own ends, tokens and texts, do not end the answer.
+    shown_special: special tokens whose text is part of the answer's, as they mark its parts; others are left out.
     """
 
     prompt_ids: Sequence[int]
@@ -43,6 +44,7 @@ class Request:
     num_top_logprobs: int | None = None
     wants_prompt_scores: bool = False
     ignore_eos: bool = False
+    shown_special: Sequence[str] = ()
 
 
 # Likeliest first: (token id, logprob).

@@ -43,20 +43,17 @@ class TokenRecorder(BaseStreamer):
         """Take a new token."""
         self.times_s.append(self._clock())
         self.ids.append(token_id)
-        self._write(self._pieces.push(token_id))
+        self._say(self._stop.push(self._pieces.push(token_id), self._pieces.hidden(token_id)))
 
     def end(self) -> None:
         """Pass on the text that was held back, after the last token."""
-        self._write(self._pieces.finish())
+        self._say(self._stop.push(self._pieces.finish()))
         self._say(self._stop.rest())
 
     @property
     def is_over(self) -> bool:
         """Whether a stop string has come."""
         return self._stop.is_over
-
-    def _write(self, piece: str) -> None:
-        self._say(self._stop.push(piece))
 
     def _say(self, text: str) -> None:
         if text:

@@ -1,8 +1,10 @@
 """Convert between text and tokens: a model's tokenizer, prompts, whole characters from tokens, stop strings."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from itertools import compress
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -147,25 +149,34 @@ class TextPieces:
 
     Args:
         tokenizer: a transformers tokenizer.
+        shown: special tokens whose text is part of the pieces; others are left out.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, shown: Collection[str] = ()) -> None:
         self._tokenizer = tokenizer
-        shown = sentinels(tokenizer)
-        # None: the tokenizer leaves out its special tokens itself.
-        self._hidden = frozenset(tokenizer.all_special_ids) - frozenset(shown) if shown else None
+        special, always = special_tokens(tokenizer), sentinels(tokenizer)
+        self._hidden = {
+            token_id: text for token_id, text in special.items() if text not in shown and token_id not in always
+        }
+        self._skips_special = len(self._hidden) == len(special)
         self._ids: list[int] = []
         # Decoded again with each token, as spaces and characters depend on the token before: [context | pending].
         self._context_at = self._pending_at = 0
 
     def push(self, token_id: int) -> str:
         """Return the text that this token completes; "" within a character."""
+        if token_id in self._hidden:
+            return ""
         self._ids.append(token_id)
         text = self._pending()
         if not text or text.endswith(_REPLACEMENT):
             return ""
         self._context_at, self._pending_at = self._pending_at, len(self._ids)
         return text
+
+    def hidden(self, token_id: int) -> str:
+        """Return the text of a special token that is left out; "" of any other token."""
+        return self._hidden.get(token_id, "")
 
     def finish(self) -> str:
         """Return the text that was held back, without an incomplete character."""
@@ -178,10 +189,22 @@ class TextPieces:
         return self._decode(self._ids[self._context_at :])[len(context) :]
 
     def _decode(self, ids: list[int]) -> str:
-        if self._hidden is not None:
-            ids = [one for one in ids if one not in self._hidden]
-        skips = self._hidden is None
-        return self._tokenizer.decode(ids, skip_special_tokens=skips, clean_up_tokenization_spaces=False)
+        return self._tokenizer.decode(ids, skip_special_tokens=self._skips_special, clean_up_tokenization_spaces=False)
+
+
+# Building the table takes milliseconds, and every answer needs it.
+_SPECIAL: "WeakKeyDictionary[Any, dict[int, str]]" = WeakKeyDictionary()
+
+
+def special_tokens(tokenizer: Any) -> Mapping[int, str]:
+    """Return the texts of a tokenizer's special tokens, by id: those that decoding may leave out."""
+    if tokenizer not in _SPECIAL:
+        added = getattr(tokenizer, "added_tokens_decoder", {})
+        found = {token_id: token.content for token_id, token in added.items() if token.special}
+        named_ids = getattr(tokenizer, "all_special_ids", [])
+        found.update(zip(named_ids, getattr(tokenizer, "all_special_tokens", []), strict=False))
+        _SPECIAL[tokenizer] = found
+    return _SPECIAL[tokenizer]
 
 
 class StopText:
@@ -193,24 +216,39 @@ class StopText:
 
     def __init__(self, stop: Sequence[str]) -> None:
         self._stop, self._held, self.is_over = stop, "", False
+        # For each character held back, whether it is shown.
+        self._shown: list[bool] = []
 
-    def push(self, piece: str) -> str:
-        """Return the text that may be shown now that `piece` has come."""
+    def push(self, piece: str, hidden: str = "") -> str:
+        """Return the text that may be shown now that `piece` has come.
+
+        Args:
+            hidden: what has come before it and is not shown (a special token); a stop string may have such text.
+        """
         if self.is_over:
             return ""
+        if hidden and self._stop:
+            self._held += hidden
+            self._shown += [False] * len(hidden)
         self._held += piece
+        self._shown += [True] * len(piece)
         found = [at for at in (self._held.find(one) for one in self._stop) if at >= 0]
         if found:
-            self.is_over, said, self._held = True, self._held[: min(found)], ""
+            self.is_over = True
+            said = self._release(min(found))
+            self._held, self._shown = "", []
             return said
-        end = len(self._held) - max((self._beginning_of(one) for one in self._stop), default=0)
-        said, self._held = self._held[:end], self._held[end:]
-        return said
+        return self._release(len(self._held) - max((self._beginning_of(one) for one in self._stop), default=0))
 
     def rest(self) -> str:
         """Return the text that was held back, at the answer's end."""
-        held, self._held = self._held, ""
-        return held
+        return self._release(len(self._held))
+
+    def _release(self, num_chars: int) -> str:
+        """Return the first characters that are held back, as far as they are shown."""
+        said = "".join(compress(self._held[:num_chars], self._shown))
+        self._held, self._shown = self._held[num_chars:], self._shown[num_chars:]
+        return said
 
     def _beginning_of(self, stop: str) -> int:
         """Return how many of the last characters are a beginning of `stop`."""

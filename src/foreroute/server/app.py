@@ -11,10 +11,12 @@ import foreroute
 from foreroute.server.api import problems
 from foreroute.server.api.answers import check_model
 from foreroute.server.api.chat import complete_chat
+from foreroute.server.api.chat_messages import messages_of, tools_of
 from foreroute.server.api.completions import complete
 from foreroute.server.api.problems import RETRY_SOON, ApiError
 from foreroute.server.api.schema import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from foreroute.server.backend import Backend, Serving
+from foreroute.server.dialogue.messages import Dialogue
 from foreroute.server.guard import Guard
 from foreroute.server.settings import ServerSettings
 from foreroute.server.watching.metrics import ServerMetrics
@@ -97,8 +99,8 @@ def _add_tokens(app: FastAPI, backend: Backend, settings: ServerSettings) -> Non
         check_model(asked.model, settings)
         serving = backend.serving()
         if asked.messages is not None:
-            messages = [{"role": message.role, "content": message.text} for message in asked.messages]
-            ids = await serving.prompts.chat(messages)
+            dialogue = Dialogue(messages_of(asked.messages), tools_of(asked.tools or []))
+            ids = list((await serving.prompts.chat(dialogue)).prompt_ids)
         else:
             ids = await serving.prompts.encode(asked.prompt or "", add_special_tokens=asked.add_special_tokens)
         strings = [serving.prompts.texts.text(one) for one in ids] if asked.return_token_strs else None

@@ -1,6 +1,7 @@
 """The model behind the routes: loading, ready, failed or stopping."""
 
 import asyncio
+import contextlib
 import threading
 import time
 from collections.abc import Sequence
@@ -8,9 +9,15 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from foreroute.batching.requests import Engine
-from foreroute.server.api.problems import RETRY_SOON, ApiError, not_possible
-from foreroute.server.api.templates import TemplateRenderer
+from foreroute.server.api.problems import RETRY_SOON, ApiError, not_possible, not_supported
 from foreroute.server.api.token_text import TokenTexts
+from foreroute.server.dialogue.described import with_described_tools
+from foreroute.server.dialogue.messages import Dialogue
+from foreroute.server.dialogue.parsing.formats import Format, format_of
+from foreroute.server.dialogue.parsing.thinking import tags_of
+from foreroute.server.dialogue.rendering import TemplateError, template_input
+from foreroute.server.dialogue.templates import TemplateRenderer
+from foreroute.server.dialogue.turn import Turn, turn_of
 from foreroute.server.settings import Limits
 
 if TYPE_CHECKING:
@@ -25,9 +32,12 @@ class Prompts:
         tokenizer: of transformers. vocab_size: ids of a prompt must be below it.
         limits: of the chat template, which runs in a separate process.
         why_no_chat: why chats are refused, whatever the tokenizer has; "" where they are not.
+        calls: the format of tool calls; None: the one that the template describes.
     """
 
-    def __init__(self, tokenizer: Any, vocab_size: int, limits: Limits, why_no_chat: str = "") -> None:
+    def __init__(
+        self, tokenizer: Any, vocab_size: int, limits: Limits, why_no_chat: str = "", calls: Format | None = None
+    ) -> None:
         self._why_no_chat = why_no_chat
         self._tokenizer, self._vocab_size = tokenizer, vocab_size
         # A tokenizer changes its state while it encodes.
@@ -37,6 +47,10 @@ class Prompts:
         if isinstance(template, dict):
             template = template.get("default")
         self.template: str | None = template
+        self._calls = calls or (None if template is None else format_of(template))
+        # Where this format was chosen, a template without a place for tools is no obstacle.
+        self._describes_tools = calls is not None and calls.name == "hermes"
+        self._thinks = None if template is None else tags_of(template)
         special = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
         self._renderer = None if template is None else TemplateRenderer(template, special, limits)
 
@@ -44,6 +58,23 @@ class Prompts:
         """Start the process that renders templates; started later, it would delay the first request by a second."""
         if self._renderer is not None:
             self._renderer.start()
+            # A template that cannot be used is told of by the requests that need it.
+            with contextlib.suppress(ApiError):
+                self._renderer.reading()
+
+    def calls_in_words(self) -> str:
+        """Whether tools can be called, and the format of the calls, for people. Blocks, as rendering does."""
+        if self._renderer is None:
+            return "no: there is no chat template"
+        try:
+            has_tools = self._renderer.reading().has_tools
+        except ApiError as error:
+            return f"no: {error.message}"
+        if not has_tools and self._describes_tools:
+            return "hermes, described in the system's message"
+        if not has_tools:
+            return "no: the chat template has no place for them"
+        return "their format is not known: say --tool-parser NAME" if self._calls is None else self._calls.name
 
     def close(self) -> None:
         """End the template process."""
@@ -62,22 +93,37 @@ class Prompts:
         self.check_ids(token_ids, param)
         return token_ids
 
-    async def chat(self, messages: list[dict[str, Any]]) -> list[int]:
-        """Return the tokens of a conversation, up to where the answer begins.
-
-        A developer's message becomes a system message for templates that would drop that role.
+    async def chat(self, dialogue: Dialogue) -> Turn:
+        """Return the turn that follows a conversation: its tokens up to where the answer begins, and how it is read.
 
         Raises:
-            ApiError: chats are refused, there is no chat template, or it refuses the messages.
+            ApiError: chats are refused, there is no chat template, it refuses the messages, or has no place for what is
+                asked.
         """
         if self._why_no_chat:
             raise not_possible("messages", self._why_no_chat)
         if self._renderer is None:
             raise not_possible("messages", "This model has no chat template. Use /v1/completions.")
-        if "developer" not in (self.template or ""):
-            messages = [{**one, "role": "system" if one["role"] == "developer" else one["role"]} for one in messages]
-        rendered = await asyncio.to_thread(self._renderer.render, messages)
-        return await self.encode(rendered, add_special_tokens=False, param="messages")
+        rendered = await asyncio.to_thread(self._render, self._renderer, dialogue)
+        ids = await self.encode(rendered, add_special_tokens=False, param="messages")
+        turn = turn_of(dialogue, rendered, ids, self._calls, self._thinks)
+        if dialogue.thinking.wants_none and (turn.is_open or (turn.format is not None and turn.format.has_channels)):
+            raise not_supported("reasoning_effort", "This model always reasons: its template has no switch for it.")
+        return turn
+
+    def _render(self, renderer: TemplateRenderer, dialogue: Dialogue) -> str:
+        reading = renderer.reading()
+        if self._describes_tools and not reading.has_tools:
+            dialogue = with_described_tools(dialogue)
+        try:
+            given = template_input(dialogue, self.template or "", reading)
+        except TemplateError as error:
+            raise not_supported(error.field, str(error)) from error
+        if given.tools and self._calls is None:
+            raise not_supported(
+                "tools", "The format of this model's tool calls is not known. Serve it with --tool-parser NAME."
+            )
+        return renderer.render(given.messages, given.tools, given.variables)
 
     async def decode(self, token_ids: Sequence[int]) -> str:
         """Decode tokens to text, special ones included."""

@@ -10,6 +10,8 @@ import pytest
 from foreroute.cli.commands import demo
 from foreroute.model.text import load_tokenizer
 from foreroute.server.backend import Prompts
+from foreroute.server.dialogue.messages import Dialogue, DialogueMessage
+from foreroute.server.dialogue.turn import Turn
 from foreroute.server.settings import Limits
 from tests.server.conftest import Served
 
@@ -40,8 +42,8 @@ def test_streamed_is_unstreamed(serve: Serve, tokenizer: Any) -> None:
     served = serve(own_prompts=prompts, tokenizer=tokenizer, context=4096)
     ids = [5, 6, 7]
 
-    async def same_prompt(messages: Any) -> list[int]:
-        return ids
+    async def same_prompt(conversation: Any) -> Turn:
+        return Turn(ids)
 
     # The template is not what is tested.
     prompts.chat = same_prompt
@@ -74,5 +76,6 @@ def test_the_prompt_is_what_the_command_line_makes(tokenizer: Any) -> None:
          {"role": "user", "content": "<|end|> {{ 1 }}"}],
     ):  # fmt: skip
         expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
-        assert asyncio.run(prompts.chat(messages)) == list(expected)
+        conversation = Dialogue(tuple(DialogueMessage(one["role"], one["content"]) for one in messages))
+        assert asyncio.run(prompts.chat(conversation)).prompt_ids == list(expected)
     prompts.close()

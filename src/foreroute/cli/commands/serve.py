@@ -15,6 +15,7 @@ from foreroute.units import format_memory
 if TYPE_CHECKING:
     from foreroute.config import EngineConfig
     from foreroute.server.backend import Backend
+    from foreroute.server.dialogue.parsing.formats import Format
     from foreroute.server.settings import Limits, ServerSettings
 
 # The only environment variable that the server reads.
@@ -85,6 +86,9 @@ def _add_server_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--seed", type=options.at_least(0), metavar="N", help="for requests without one (default: random)"
     )
+    group.add_argument(
+        "--tool-parser", metavar="NAME", help="format of the model's tool calls (default: its chat template says)"
+    )
 
 
 def _port(text: str) -> int:
@@ -101,6 +105,7 @@ def run(args: argparse.Namespace) -> int:
     folder = locate(model)
     options.quiet_libraries(args)
     try:
+        from foreroute.server.dialogue.parsing.formats import format_named
         from foreroute.server.run import address_of, listen, serve
         from foreroute.server.settings import ServerSettings, check_exposure, host_name
         from foreroute.server.watching.pages import add_page
@@ -108,6 +113,8 @@ def run(args: argparse.Namespace) -> int:
         raise ForerouteError(f"{error}. Install the server: pip install 'foreroute[serve]'") from error
     from foreroute.server.backend import Backend
 
+    # Checked before anything is loaded.
+    calls = None if args.tool_parser is None else format_named(args.tool_parser)
     keys = tuple(args.api_key or filter(None, [os.environ.get(KEY_VARIABLE)]))
     check_exposure(args.host, keys, is_insecure=args.insecure)
     settings = ServerSettings(
@@ -127,7 +134,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"foreroute serve  {model}\n  address   {url}/v1 (loading; GET /health)", file=sys.stderr, flush=True)
 
     def load(backend: Backend) -> None:
-        lines, memory = _load(backend, folder, args, config, settings)
+        lines, memory = _load(backend, folder, args, config, settings, calls)
         ready_s = time.perf_counter() - began
         if args.json:
             names = settings.served_names
@@ -165,7 +172,12 @@ def _model(args: argparse.Namespace) -> str:
 
 
 def _load(
-    backend: "Backend", folder: Path, args: argparse.Namespace, config: "EngineConfig", settings: "ServerSettings"
+    backend: "Backend",
+    folder: Path,
+    args: argparse.Namespace,
+    config: "EngineConfig",
+    settings: "ServerSettings",
+    calls: "Format | None",
 ) -> tuple[dict[str, str], dict[str, Any] | None]:
     """Load the model and start answering. Returns the memory decisions, as text and as figures."""
     backend.report("importing torch and transformers", 0.0)
@@ -185,7 +197,7 @@ def _load(
     why_no_chat = ""
     if text_config.is_encoder_decoder:
         why_no_chat = f"{plan.model_type} is an encoder-decoder: it answers one text, and no chat. Use /v1/completions."
-    prompts = Prompts(tokenizer, text_config.vocab_size, settings.limits, why_no_chat)
+    prompts = Prompts(tokenizer, text_config.vocab_size, settings.limits, why_no_chat, calls)
     prompts.start()
     needs = requests.needs_of(model, context)
     kv_tokens = plan.kv_tokens if needs is None else needs.kv_tokens
@@ -215,6 +227,7 @@ def _load(
         "context": f"{context} tokens",
         "requests": f"{at_once}, {args.max_waiting} may wait; together at most {engine.kv_tokens} tokens "
         f"({format_memory(engine.kv_bytes)})",
+        "tools": prompts.calls_in_words(),
         "policy": config.policy,
         "key": "needed" if settings.api_keys else "none",
         "page": "/" if settings.allow_pages else "off",

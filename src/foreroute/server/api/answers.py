@@ -2,9 +2,9 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.requests import Request as HttpRequest
 
@@ -124,15 +124,21 @@ class Choice:
             self.end = event
 
 
-async def gather(http: HttpRequest, answers: Answers) -> list[Choice] | None:
+_ChoiceT = TypeVar("_ChoiceT", bound=Choice)
+
+
+async def gather(http: HttpRequest, answers: Answers, new_choice: Callable[[], _ChoiceT]) -> list[_ChoiceT] | None:
     """Collect all choices of `answers` in full; None when the client of `http` has left, which cancels them.
+
+    Args:
+        new_choice: makes an empty one.
 
     Raises:
         ApiError: a request failed.
     """
 
-    async def collect() -> list[Choice]:
-        choices = [Choice() for _ in answers._requests]
+    async def collect() -> list[_ChoiceT]:
+        choices = [new_choice() for _ in answers._requests]
         async for index, event in answers:
             choices[index].add(event)
         return choices

@@ -8,10 +8,9 @@ from typing import Any
 
 from starlette.requests import Request as HttpRequest
 
-from foreroute.batching.requests import Finished, NewToken, Request
+from foreroute.batching.requests import Finished, NewToken
 from foreroute.server.api.answers import (
     Answers,
-    Choice,
     biased_ids,
     check_counts,
     check_model,
@@ -19,11 +18,20 @@ from foreroute.server.api.answers import (
     sampling_of,
     usage,
 )
-from foreroute.server.api.problems import ApiError, not_possible
+from foreroute.server.api.problems import ApiError
 from foreroute.server.api.schema import ChatRequest
 from foreroute.server.api.sse import EventStream
 from foreroute.server.api.token_text import TokenTexts
+from foreroute.server.api.turns import TurnChoice, TurnRequest, begin_turn
 from foreroute.server.backend import Serving
+from foreroute.server.dialogue.parsing.events import (
+    CallArguments,
+    CallBegan,
+    Content,
+    Event,
+    ParsedAnswer,
+    Reasoning,
+)
 from foreroute.server.settings import ServerSettings
 from foreroute.server.watching.metrics import ServerMetrics
 
@@ -37,31 +45,22 @@ async def complete_chat(
         ApiError: the request cannot be served; nothing has been queued.
     """
     name, stop = check_model(asked.model, settings), check_counts(asked, settings)
-    if len(asked.messages) > settings.limits.messages:
-        raise not_possible("messages", f"There are {len(asked.messages)} messages; at most {settings.limits.messages}.")
     serving.prompts.check_ids(biased_ids(asked, settings), "logit_bias")
-    messages = [{"role": message.role, "content": message.text} for message in asked.messages]
-    prompt_ids = await serving.prompts.chat(messages)
-    if not prompt_ids:
-        raise not_possible("messages", "The conversation comes to no token at all.")
-    requests = [
-        Request(
-            prompt_ids=prompt_ids,
-            max_new_tokens=asked.most_new,
-            sampling=sampling_of(asked, settings, index),
-            stop=stop,
-            num_top_logprobs=(asked.top_logprobs or 0) if asked.logprobs else None,
-            ignore_eos=bool(asked.ignore_eos),
-        )
-        for index in range(asked.n or 1)
-    ]
-    answers = Answers(serving.engine, requests, metrics, settings, "messages")
-    answers.submit()
+    turn = TurnRequest(
+        asked.dialogue(),
+        [sampling_of(asked, settings, index) for index in range(asked.n or 1)],
+        asked.most_new,
+        stop,
+        (asked.top_logprobs or 0) if asked.logprobs else None,
+        bool(asked.ignore_eos),
+    )
+    answers, new_choice = await begin_turn(turn, serving, metrics, settings)
     head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": name}
     if asked.stream:
-        return EventStream(_chunks(answers, asked, head, serving.prompts.texts), settings, answers.close)
-    choices = await gather(http, answers)
-    if choices is None:
+        choices = [new_choice() for _ in turn.samplings]
+        return EventStream(_chunks(answers, choices, asked, head, serving.prompts.texts), settings, answers.close)
+    found = await gather(http, answers, new_choice)
+    if found is None:
         return None
     return {
         **head,
@@ -69,18 +68,31 @@ async def complete_chat(
         "choices": [
             {
                 "index": index,
-                "message": {"role": "assistant", "content": choice.text, "refusal": None},
+                "message": _message(choice.parsed),
                 "logprobs": _logprobs(choice.steps, serving.prompts.texts) if asked.logprobs else None,
-                "finish_reason": _reason(choice),
+                "finish_reason": _reason(choice, streamed=False),
             }
-            for index, choice in enumerate(choices)
+            for index, choice in enumerate(found)
         ],
-        "usage": usage(choices, len(choices)),
+        "usage": usage(found, len(found)),
     }
 
 
+def _message(parsed: ParsedAnswer) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": "assistant", "content": parsed.content, "refusal": None}
+    if parsed.reasoning:
+        message["reasoning_content"] = parsed.reasoning
+    if parsed.calls:
+        message["content"] = parsed.content or None
+        message["tool_calls"] = [
+            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+            for call in parsed.calls
+        ]
+    return message
+
+
 async def _chunks(
-    answers: Answers, asked: ChatRequest, head: dict[str, Any], texts: TokenTexts
+    answers: Answers, choices: list[TurnChoice], asked: ChatRequest, head: dict[str, Any], texts: TokenTexts
 ) -> AsyncIterator[dict[str, Any]]:
     head = {**head, "object": "chat.completion.chunk"}
     if asked.wants_usage:
@@ -91,32 +103,43 @@ async def _chunks(
         return {**head, "choices": [{"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}]}
 
     with answers:
-        choices = [Choice() for _ in range(asked.n or 1)]
-        # Tokens whose text is held back: part of a character, or what may become a stop text.
+        # Tokens whose text is held back: part of a character, or what may become a stop text or a tool call.
         held: list[list[NewToken]] = [[] for _ in choices]
         for index in range(len(choices)):
             yield chunk(index, {"role": "assistant", "content": ""}, [])
         async for index, event in answers:
-            choices[index].add(event)
-            text = ""
             if isinstance(event, NewToken):
                 held[index].append(event)
-                text = event.text
-            elif isinstance(event, Finished):
-                text = event.text
+            deltas = [delta for part in choices[index].take(event) if (delta := _delta(part)) is not None]
             is_last = isinstance(event, Finished)
-            if text or (is_last and held[index] and asked.logprobs):
-                yield chunk(index, {"content": text}, held[index])
+            if is_last and not deltas and held[index] and asked.logprobs:
+                deltas = [{"content": ""}]
+            for delta in deltas:
+                yield chunk(index, delta, held[index])
                 held[index] = []
             if is_last:
-                yield chunk(index, {}, [], _reason(choices[index]))
+                yield chunk(index, {}, [], _reason(choices[index], streamed=True))
         if asked.wants_usage:
             yield {**head, "choices": [], "usage": usage(choices, len(choices))}
 
 
-def _reason(choice: Choice) -> str:
+def _delta(part: Event) -> dict[str, Any] | None:
+    """A part of an answer as the delta of a chunk; None: nothing is sent for it."""
+    if isinstance(part, Content):
+        return {"content": part.text}
+    if isinstance(part, Reasoning):
+        return {"reasoning_content": part.text}
+    if isinstance(part, CallBegan):
+        function = {"name": part.name, "arguments": ""}
+        return {"tool_calls": [{"index": part.index, "id": part.id, "type": "function", "function": function}]}
+    if isinstance(part, CallArguments):
+        return {"tool_calls": [{"index": part.index, "function": {"arguments": part.text}}]}
+    return None
+
+
+def _reason(choice: TurnChoice, *, streamed: bool) -> str:
     assert choice.end is not None
-    return choice.end.reason
+    return "tool_calls" if choice.is_for_tools(streamed=streamed) else choice.end.reason
 
 
 def _logprobs(steps: list[NewToken], texts: TokenTexts) -> dict[str, Any]:

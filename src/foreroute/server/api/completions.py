@@ -49,7 +49,7 @@ async def complete(
     requests = [
         Request(
             prompt_ids=prompt_ids,
-            max_new_tokens=_MOST_NEW if asked.max_tokens is None else asked.max_tokens,
+            max_new_tokens=_MOST_NEW if asked.max_tokens is None else asked.most_new,
             sampling=sampling_of(asked, settings, index),
             stop=stop,
             num_top_logprobs=asked.logprobs,
@@ -67,7 +67,7 @@ async def complete(
     shown = [_Shown(asked, text, prompt_ids, serving.prompts.texts) for prompt_ids, text in prompts for _ in range(n)]
     if asked.stream:
         return EventStream(_chunks(answers, asked, head, shown), settings, answers.close)
-    choices = await gather(http, answers)
+    choices = await gather(http, answers, Choice)
     if choices is None:
         return None
     return {

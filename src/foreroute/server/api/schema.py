@@ -1,10 +1,13 @@
 """The fields of requests. Unknown fields, and those that would change the output, are refused by name."""
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
+from foreroute.server.api.chat_messages import ChatMessage, messages_of, tools_of
 from foreroute.server.api.problems import not_possible, not_supported
+from foreroute.server.api.strict import SHORT, Strict, Whole
+from foreroute.server.dialogue.messages import Dialogue, Thinking, Tool, ToolChoice
 
 # Accepted and ignored, as they change no answer: accounting, caching and routing hints of OpenAI's own service.
 HARMLESS = frozenset(
@@ -58,15 +61,19 @@ REFUSED: dict[str, tuple[Any, ...]] = {
 }
 
 Probability = Annotated[float, Field(gt=0, le=1)]
-Seed = Annotated[int, Field(ge=-(2**63), lt=2**64)]
+Seed = Annotated[Whole, Field(ge=-(2**63), lt=2**64)]
 # Above any vocabulary or context, so that numbers with thousands of digits are never computed with or printed.
-TokenId = Annotated[int, Field(ge=0, lt=2**31)]
-NumTokens = Annotated[int, Field(ge=1, lt=2**31)]
+TokenId = Annotated[Whole, Field(ge=0, lt=2**31)]
 
 
-# Validation of a list stops at its first wrong element: reporting a million would take seconds and gigabytes.
-_SHORT = Field(fail_fast=True)
-Tokens = Annotated[list[TokenId], _SHORT]
+def _no_limit(given: Any) -> Any:
+    # Two popular servers' way to say that there is none.
+    return None if not isinstance(given, bool) and given == -1 else given
+
+
+NumTokens = Annotated[Annotated[Whole, Field(ge=1, lt=2**31)] | None, BeforeValidator(_no_limit)]
+
+Tokens = Annotated[list[TokenId], SHORT]
 _MOST_BIASES = 2**14
 
 
@@ -77,30 +84,14 @@ def _few_biases(given: Any) -> Any:
     return given
 
 
-class _Strict(BaseModel):
-    """Accepts only JSON's own types, without conversion ("5" is no number), and no further fields."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _one_unknown(cls, given: Any) -> Any:
-        """Keep only the first unknown field: the answer names just that one, and there may be a million."""
-        if not isinstance(given, dict) or len(given) <= len(cls.model_fields):
-            return given
-        kept = {name: value for name, value in given.items() if name in cls.model_fields}
-        first = next((name for name in given if name not in cls.model_fields), None)
-        return kept if first is None else {**kept, first: given[first]}
-
-
-class StreamOptions(_Strict):
+class StreamOptions(Strict):
     """`stream_options`: a last chunk with the usage; obfuscation is accepted and has no effect."""
 
     include_usage: bool | None = None
     include_obfuscation: Literal[False] | None = None
 
 
-class ResponseFormat(_Strict):
+class ResponseFormat(Strict):
     """`response_format`: only text is supported."""
 
     type: Literal["text"]
@@ -114,13 +105,13 @@ class ResponseFormat(_Strict):
         return given
 
 
-class _Request(_Strict):
+class _Request(Strict):
     """Fields of both kinds of completion."""
 
     model: str | None = Field(None, max_length=512)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: Probability | None = None
-    top_k: int | None = Field(None, ge=-1, lt=2**31)
+    top_k: Whole | None = Field(None, ge=-1, lt=2**31)
     min_p: float | None = Field(None, ge=0, le=1)
     # Logits are divided by it: a smaller one would overflow float32.
     repetition_penalty: float | None = Field(None, ge=0.01, le=10)
@@ -128,14 +119,14 @@ class _Request(_Strict):
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     logit_bias: Annotated[dict[str, float] | None, BeforeValidator(_few_biases)] = None
     seed: Seed | None = None
-    n: int | None = Field(None, ge=1)
-    stop: str | Annotated[list[str], _SHORT] | None = None
+    n: Whole | None = Field(None, ge=1)
+    stop: str | Annotated[list[str], SHORT] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
     # As in vLLM: the model's own end token does not end the answer, or not yet. For benchmarks with fixed lengths.
     ignore_eos: bool | None = None
-    min_tokens: int | None = Field(None, ge=0, lt=2**31)
+    min_tokens: Whole | None = Field(None, ge=0, lt=2**31)
 
     @model_validator(mode="before")
     @classmethod
@@ -166,58 +157,41 @@ class _Request(_Strict):
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
 
-class TextPart(_Strict):
-    """A part of a message's content."""
-
-    type: Literal["text"]
-    text: str
-
-    @model_validator(mode="before")
-    @classmethod
-    def _name_the_others(cls, given: Any) -> Any:
-        kind = given.get("type") if isinstance(given, dict) else None
-        if isinstance(kind, str) and kind != "text":
-            raise not_supported("messages", f"Content of type {kind[:40]!r} is not supported: text alone, no URLs.")
-        return given
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 
-class ChatMessage(_Strict):
-    """One message of a conversation."""
+class WireReasoning(Strict):
+    """`reasoning`, as routers of several models have it."""
 
-    # Fields that clients send back, empty, with an assistant's message.
-    EMPTY: ClassVar = ("refusal", "audio", "annotations", "function_call", "tool_calls", "reasoning_content", "name")
+    effort: Effort | None = None
+    enabled: bool | None = None
+    summary: str | None = None
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], _SHORT] | None = None
 
-    @model_validator(mode="before")
-    @classmethod
-    def _screen(cls, given: Any) -> Any:
-        if not isinstance(given, dict):
-            return given
-        for name in cls.EMPTY:
-            if given.get(name) not in (None, [], {}, ""):
-                raise not_supported("messages", f"{name} in a message is not supported here. Leave it out.")
-        if given.get("role") in ("tool", "function"):
-            raise not_supported("messages", f"Messages of the role {given['role']} are not supported: no tools here.")
-        return {name: value for name, value in given.items() if name not in cls.EMPTY}
+class WireThinking(Strict):
+    """`thinking`, as several models' own services have it. What it may cost at most is a hint."""
 
-    @property
-    def text(self) -> str:
-        """The whole content as text."""
-        if self.content is None or isinstance(self.content, str):
-            return self.content or ""
-        return "".join(part.text for part in self.content)
+    type: Literal["enabled", "disabled", "adaptive", "auto"]
+    budget_tokens: Whole | None = None
+    clear_thinking: bool | None = None
 
 
 class ChatRequest(_Request):
     """POST /v1/chat/completions."""
 
     messages: list[ChatMessage] = Field(min_length=1, fail_fast=True)
-    max_tokens: NumTokens | None = None
-    max_completion_tokens: NumTokens | None = None
+    max_tokens: NumTokens = None
+    max_completion_tokens: NumTokens = None
+    tools: list[Any] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: Effort | None = None
+    reasoning: WireReasoning | None = None
+    enable_thinking: bool | None = None
+    thinking: WireThinking | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
     logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=20)
+    top_logprobs: Whole | None = Field(None, ge=0, le=20)
 
     @model_validator(mode="after")
     def _agree(self) -> "ChatRequest":
@@ -232,20 +206,70 @@ class ChatRequest(_Request):
         """Most tokens to generate; None: as many as the context holds."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
+    def dialogue(self) -> Dialogue:
+        """What is asked for, in no API's wire format.
+
+        Raises:
+            ApiError: messages or tools are not valid, or a tool is chosen that is not there.
+        """
+        tools = tools_of(self.tools or [])
+        return Dialogue(
+            messages_of(self.messages),
+            tools,
+            _choice(self.tool_choice, tools),
+            one_call=self.parallel_tool_calls is False,
+            thinking=self._asked_thinking(),
+            variables=self.chat_template_kwargs or {},
+        )
+
+    def _asked_thinking(self) -> Thinking:
+        effort = self.reasoning_effort or (self.reasoning.effort if self.reasoning is not None else None)
+        is_on = self.enable_thinking
+        if is_on is None and self.reasoning is not None:
+            is_on = self.reasoning.enabled
+        if is_on is None and self.thinking is not None:
+            is_on = {"enabled": True, "disabled": False}.get(self.thinking.type)
+        return Thinking(is_on, effort)
+
+
+def _choice(given: Any, tools: tuple[Tool, ...]) -> ToolChoice | Tool:
+    """The choice of tools that a request names, in several servers' spellings.
+
+    Raises:
+        ApiError: it is none, or names a tool that is not there.
+    """
+    if isinstance(given, dict):
+        kind = given.get("type")
+        if kind == "function":
+            function = given.get("function") if isinstance(given.get("function"), dict) else given
+            name = function.get("name") if isinstance(function, dict) else None
+            found = next((tool for tool in tools if tool.name == name), None)
+            if found is None:
+                raise not_possible("tool_choice", f"tool_choice names {str(name)[:80]!r}, which is not in tools.")
+            return found
+        given = kind if kind in ("none", "auto", "any", "required") else "?"
+    names: dict[Any, ToolChoice] = {None: "auto", "auto": "auto", "none": "none", "required": "required"}
+    choice = names.get("required" if given == "any" else given)
+    if choice is None:
+        raise not_possible("tool_choice", "tool_choice is none, auto, required, or names a function.")
+    if choice == "required" and not tools:
+        raise not_possible("tool_choice", "tool_choice required needs tools.")
+    return choice
+
 
 class CompletionRequest(_Request):
     """POST /v1/completions: a prompt, or several, as text or as token ids."""
 
-    prompt: str | Annotated[list[str], _SHORT] | Tokens | Annotated[list[Tokens], _SHORT]
-    max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
-    logprobs: int | None = Field(None, ge=0, le=5)
+    prompt: str | Annotated[list[str], SHORT] | Tokens | Annotated[list[Tokens], SHORT]
+    max_tokens: Annotated[Whole, Field(ge=-1, lt=2**31)] | None = None
+    logprobs: Whole | None = Field(None, ge=0, le=5)
     echo: bool | None = None
-    best_of: int | None = Field(None, ge=1)
+    best_of: Whole | None = Field(None, ge=1)
 
     @property
     def most_new(self) -> int | None:
-        """Most tokens to generate; None: the default of a completion."""
-        return self.max_tokens
+        """Most tokens to generate; None: the default of a completion, or with max_tokens -1 what the context holds."""
+        return None if self.max_tokens == -1 else self.max_tokens
 
     @model_validator(mode="after")
     def _agree(self) -> "CompletionRequest":
@@ -256,12 +280,13 @@ class CompletionRequest(_Request):
         return self
 
 
-class TokenizeRequest(_Strict):
+class TokenizeRequest(Strict):
     """POST /tokenize: a text, or messages put into the chat template."""
 
     model: str | None = None
     prompt: str | None = None
     messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)] | None = None
+    tools: list[Any] | None = None
     add_special_tokens: bool = True
     return_token_strs: bool | None = None
 
@@ -272,7 +297,7 @@ class TokenizeRequest(_Strict):
         return self
 
 
-class DetokenizeRequest(_Strict):
+class DetokenizeRequest(Strict):
     """POST /detokenize."""
 
     model: str | None = None

@@ -63,6 +63,17 @@ export class Chat {
     return turn;
   }
 
+  // What the model thinks before it answers, folded.
+  think(turn, thought) {
+    let folded = turn.querySelector("details");
+    if (!folded) {
+      folded = document.createElement("details");
+      folded.append(Object.assign(document.createElement("summary"), { textContent: "Reasoning" }), "");
+      turn.prepend(folded);
+    }
+    folded.lastChild.appendData(thought);
+  }
+
   async send() {
     if (this.going) { this.going.abort(); return; }
     const text = this.text.value.trim();
@@ -81,13 +92,15 @@ export class Chat {
     let first = 0, last = 0, usage = null, said = "", reason = "";
     try {
       for await (const chunk of this.answer(turns, this.going.signal)) {
-        const choice = chunk.choices?.[0], piece = choice?.delta?.content ?? choice?.text ?? "";
+        const choice = chunk.choices?.[0], delta = choice?.delta;
+        const piece = delta?.content ?? choice?.text ?? "", thought = delta?.reasoning_content ?? "";
         if (chunk.error) throw new Error(chunk.error.message);
         usage = chunk.usage ?? usage;
         reason = choice?.finish_reason ?? reason;
-        if (!piece) continue;
+        if (!piece && !thought) continue;
         last = performance.now();
         first ||= last;
+        if (thought) this.think(turn, thought);
         said += piece;
         words.append(piece);
         this.follow();

@@ -8,32 +8,35 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from foreroute.server.api.problems import ApiError
+from foreroute.server.dialogue.reading import TemplateReading
 from foreroute.server.settings import Limits
 
 # Without this, Python would look for modules in the working folder first (-P needs 3.11): with `cd MODEL; foreroute
 # serve .` that folder is untrusted, and a jinja2.py in it would run.
 _START_WORKER = (
     "import sys; sys.path[:] = [folder for folder in sys.path if folder]; "
-    "from foreroute.server.api.template_worker import main; main()"
+    "from foreroute.server.dialogue.template_worker import main; main()"
 )
 
 
 class TemplateRenderer:
     """Renders a chat template in a separate process, which is kept for the next request.
 
-    Only the messages and the tokenizer's special tokens reach the template.
+    Only what `render` is given and the tokenizer's special tokens reach the template.
 
     Args:
         template: the model's chat template (Jinja).
-        variables: the names of special tokens, as the tokenizer gives them to templates.
+        special: the names of special tokens, as the tokenizer gives them to templates.
         limits: template_s, template_bytes and template_chars apply to every rendering.
     """
 
-    def __init__(self, template: str, variables: dict[str, str], limits: Limits) -> None:
-        self._template, self._variables, self._limits = template, variables, limits
+    def __init__(self, template: str, special: dict[str, str], limits: Limits) -> None:
+        self._template, self._special, self._limits = template, special, limits
+        self._reading: TemplateReading | None = None
         self._lock = threading.Lock()
         self._worker: subprocess.Popen[bytes] | None = None
         self._is_closed = False
@@ -43,15 +46,40 @@ class TemplateRenderer:
         with self._lock:
             self._ready_worker()
 
-    def render(self, messages: list[dict[str, Any]]) -> str:
+    def reading(self) -> TemplateReading:
+        """What the template reads; found once. Blocks, like `render`.
+
+        Raises:
+            ApiError: as `render`: the template cannot be used at all.
+        """
+        if self._reading is None:
+            self._reading = TemplateReading.from_json(self._ask({"variables": self._special})["reading"])
+        return self._reading
+
+    def render(
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
         """Render these messages to a prompt that ends where the answer begins. Blocks; one at a time.
 
+        Args:
+            tools: as OpenAI has them; None: none. variables: further ones; those of special tokens stay as they are.
         Raises:
             ApiError: the template refuses the messages, or exceeds its limits of time, memory or text.
         """
-        asked = {"template": self._template, "messages": messages, "variables": self._variables}
+        given = {**(variables or {}), **self._special}
+        return str(self._ask({"messages": messages, "tools": tools, "variables": given})["text"])
+
+    def _ask(self, asked: dict[str, Any]) -> dict[str, Any]:
+        """Exchange a line with the process.
+
+        Raises:
+            ApiError: see `render`.
+        """
         limits = {"most_chars": self._limits.template_chars, "most_s": self._limits.template_s}
-        line = json.dumps({**asked, **limits}).encode() + b"\n"
+        line = json.dumps({"template": self._template, **asked, **limits}).encode() + b"\n"
         with self._lock:
             worker = self._ready_worker()
             answer = self._exchange(worker, line, self._limits.template_s)
@@ -59,11 +87,11 @@ class TemplateRenderer:
                 was_killed = worker.poll() is None
                 self._stop_worker()
                 why = f"takes more than {self._limits.template_s:g} s" if was_killed else "takes too much memory"
-                raise _refused(f"it {why}")
-        found = json.loads(answer)
+                raise refused(f"it {why}")
+        found: dict[str, Any] = json.loads(answer)
         if "error" in found:
-            raise _refused(found["error"])
-        return found["text"]
+            raise refused(found["error"])
+        return found
 
     def close(self) -> None:
         """End the process."""
@@ -137,7 +165,8 @@ class TemplateRenderer:
         self._worker = None
 
 
-def _refused(why: str) -> ApiError:
+def refused(why: str) -> ApiError:
+    """Make a 400: the template refuses the messages, because of `why`."""
     return ApiError(
         400, f"The model's chat template refuses these messages: {why}", param="messages", code="template_error"
     )

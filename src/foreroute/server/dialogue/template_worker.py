@@ -1,11 +1,13 @@
-"""The process that renders chat templates, one after another: `python -m foreroute.server.api.template_worker BYTES`.
+"""The process that renders chat templates, one after another: `python -m ...dialogue.template_worker BYTES`.
 
 A template comes with a model, and may loop or grow without end. Here it can allocate at most BYTES beyond what the
 process starts with, and the parent kills the process at a timeout. JSON lines come in on standard input and go out on
 standard output:
 
-    {"template": ..., "messages": [...], "variables": {...}, "most_chars": ..., "most_s": ...}
+    {"template": ..., "messages": [...], "tools": [...], "variables": {...}, "most_chars": ..., "most_s": ...}
     {"text": ...} or {"error": ...}
+
+Without messages, the template is read, and the answer is {"reading": ...}, as dialogue/reading.py has it.
 """
 
 import json
@@ -16,6 +18,23 @@ import sys
 from typing import Any
 
 from foreroute.memory.host import process_bytes
+from foreroute.server.dialogue.reading import read_template
+
+
+def read(asked: dict[str, Any]) -> dict[str, Any]:
+    """Find out what the template reads."""
+    from jinja2 import nodes
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    def rendered(messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> str | None:
+        return render({**asked, "messages": messages, "tools": tools}).get("text")
+
+    try:
+        parsed = _compile_jinja_template(asked["template"]).environment.parse(asked["template"])
+        names = {node.name for node in parsed.find_all(nodes.Name) if node.ctx == "load"}
+    except Exception as error:  # noqa: BLE001 - whatever a template's source makes the parser raise
+        return {"error": f"{type(error).__name__}: {str(error)[:500]}"}
+    return {"reading": read_template(rendered, sorted(names)).as_json()}
 
 
 def render(asked: dict[str, Any]) -> dict[str, str]:
@@ -26,6 +45,7 @@ def render(asked: dict[str, Any]) -> dict[str, str]:
     try:
         rendered, _ = render_jinja_template(
             conversations=[asked["messages"]],
+            tools=asked["tools"],
             chat_template=asked["template"],
             add_generation_prompt=True,
             **asked["variables"],
@@ -59,7 +79,7 @@ def main() -> None:
     for line in sys.stdin.buffer:
         asked = json.loads(line)
         signal.setitimer(signal.ITIMER_REAL, 2 * asked["most_s"])  # SIGALRM ends a process without a handler for it
-        print(json.dumps(render(asked)), file=answers, flush=True)
+        print(json.dumps(render(asked) if "messages" in asked else read(asked)), file=answers, flush=True)
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 

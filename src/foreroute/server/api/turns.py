@@ -1,0 +1,102 @@
+"""The one path of a conversation to the engine and back, whatever API it came by: the prompt, requests, parts."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from foreroute.batching.requests import AnswerEvent, Finished, NewToken, Request, Sampling
+from foreroute.server.api.answers import Answers, Choice
+from foreroute.server.api.problems import not_possible, not_supported
+from foreroute.server.backend import Serving
+from foreroute.server.dialogue.messages import Dialogue, Tool
+from foreroute.server.dialogue.parsing.events import CallBegan, Event, ParsedAnswer
+from foreroute.server.dialogue.turn import Turn
+from foreroute.server.settings import ServerSettings
+from foreroute.server.watching.metrics import ServerMetrics
+
+
+@dataclass(frozen=True)
+class TurnRequest:
+    """What is asked of the next message, in no API's wire format.
+
+    samplings: one for each of the answers. max_new_tokens, stop, num_top_logprobs, ignore_eos: see
+    `batching.requests.Request`.
+    """
+
+    dialogue: Dialogue
+    samplings: Sequence[Sampling] = (Sampling(),)
+    max_new_tokens: int | None = None
+    stop: Sequence[str] = ()
+    num_top_logprobs: int | None = None
+    ignore_eos: bool = False
+
+
+class TurnChoice(Choice):
+    """An answer so far, and its parts.
+
+    Attributes:
+        parsed: content, reasoning and calls. has_begun_calls: it has begun one.
+    """
+
+    def __init__(self, turn: Turn) -> None:
+        super().__init__()
+        self.parsed, self.has_begun_calls = ParsedAnswer(), False
+        self._parser = turn.parser()
+
+    def take(self, event: AnswerEvent) -> list[Event]:
+        """Add an event of the engine; returns the parts that it brings."""
+        super().add(event)
+        parts: list[Event] = []
+        if isinstance(event, (NewToken, Finished)) and event.text:
+            parts = self._parser.push(event.text)
+        if isinstance(event, Finished):
+            parts += self._parser.finish()
+        self.parsed.add(parts)
+        self.has_begun_calls |= any(isinstance(part, CallBegan) for part in parts)
+        return parts
+
+    def add(self, event: AnswerEvent) -> None:
+        """Add an event of the engine."""
+        self.take(event)
+
+    def is_for_tools(self, *, streamed: bool) -> bool:
+        """Whether the answer, which has ended, wants tools called.
+
+        Args:
+            streamed: its parts were sent as they came: a call that proved to be invalid was, too.
+        """
+        assert self.end is not None
+        return self.end.reason == "stop" and bool(self.has_begun_calls if streamed else self.parsed.calls)
+
+
+async def begin_turn(
+    asked: TurnRequest, serving: Serving, metrics: ServerMetrics, settings: ServerSettings
+) -> tuple[Answers, Callable[[], TurnChoice]]:
+    """Queue what is asked; returns the answers to come, and what makes a choice for each of them.
+
+    Raises:
+        ApiError: it cannot be served; nothing has been queued.
+    """
+    if len(asked.dialogue.messages) > settings.limits.messages:
+        count = len(asked.dialogue.messages)
+        raise not_possible("messages", f"There are {count} messages; at most {settings.limits.messages}.")
+    choice = asked.dialogue.choice
+    if choice == "required" or isinstance(choice, Tool):
+        raise not_supported("tool_choice", "tool_choice can be none or auto: a call cannot be enforced here.")
+    turn = await serving.prompts.chat(asked.dialogue)
+    if not turn.prompt_ids:
+        raise not_possible("messages", "The conversation comes to no token at all.")
+    requests = [
+        Request(
+            prompt_ids=turn.prompt_ids,
+            max_new_tokens=asked.max_new_tokens,
+            sampling=sampling,
+            stop=[*asked.stop, *turn.stops],
+            num_top_logprobs=asked.num_top_logprobs,
+            ignore_eos=asked.ignore_eos,
+            shown_special=turn.shown_special,
+        )
+        for sampling in asked.samplings
+    ]
+    answers = Answers(serving.engine, requests, metrics, settings, "messages")
+    answers.submit()
+    return answers, lambda: TurnChoice(turn)
