@@ -64,6 +64,7 @@ class ExpertMath:
         """Multiply `outputs` [rows, hidden] by the gate `weights` [rows, 1], and by the family's own scale."""
         weighted = outputs * weights
         return weighted if self.output_scale == 1.0 else weighted.mul_(self.output_scale)
+
     computes_all_rows: bool = False
 
     def operands(self, parts: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
