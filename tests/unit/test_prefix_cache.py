@@ -40,7 +40,7 @@ def tokens_in(cache: DynamicCache) -> list[list[float]]:
 
 
 def kept_of(*conversations: list[int], max_bytes: int = 10**6) -> tuple[Model, PromptCache]:
-    model, kept = Model(), PromptCache(max_bytes)
+    model, kept = Model(), PromptCache(max_bytes, least_hit=1)
     for ids in conversations:
         assert kept.keep(model, ids, filled(model, ids))
     return model, kept
@@ -79,9 +79,9 @@ def test_the_oldest_is_dropped() -> None:
     assert (len(kept), kept.nbytes) == (0, 0)
 
 
-def test_a_longer_conversation_replaces_its_beginning() -> None:
+def test_what_conversations_begin_with_is_kept_once() -> None:
     model, kept = kept_of([1, 2], [1, 2, 3, 4], [1, 2, 3, 5])
-    assert (len(kept), kept.nbytes) == (2, 8 * TOKEN_BYTES)
+    assert (len(kept), kept.nbytes) == (2, 5 * TOKEN_BYTES)
     assert kept.take(model, [1, 2, 9], 2)[1] == 2
 
 
@@ -98,7 +98,7 @@ def test_of_a_broken_off_step_the_certain_part_is_kept() -> None:
 
 
 def test_a_window_is_cut_only_while_it_holds_everything() -> None:
-    model, kept = Model(sliding_window=4), PromptCache()
+    model, kept = Model(sliding_window=4), PromptCache(least_hit=1)
     assert can_be_continued(model, filled(model, [1, 2]))
     for ids in ([1, 2, 3], [5, 6, 7, 8, 9]):
         assert can_be_cut(filled(model, ids)) == (len(ids) < 4)

@@ -10,10 +10,11 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 from foreroute.batching.row_attention import RowAttention
-from foreroute.batching.row_layers import RowLayer, RowLengths
+from foreroute.batching.row_layers import BEFORE_WINDOW, RowLayer, RowLengths
 from foreroute.engine.interfaces import Phase, StepInfo
 from foreroute.engine.moe_step import MoeStep
 from foreroute.errors import ChecksumError, ForerouteError, ReadError
+from foreroute.generation.prefix_cache import Beginning
 from foreroute.loading.offloaded_model import OffloadedModel
 from foreroute.model.caches import cache_argument, cache_of, can_be_continued, is_ordinary, last_logits_only, new_cache
 from foreroute.model.decode.attention import attends_by_interface
@@ -72,7 +73,7 @@ class RowsCache:
         """Tokens of each row."""
         return list(self._rows.had)
 
-    def arrange(self, kept: Sequence[int], new: Sequence[tuple[DynamicCache | None, int]]) -> None:
+    def arrange(self, kept: Sequence[int], new: Sequence[tuple[DynamicCache | Beginning | None, int]]) -> None:
         """Keep the rows `kept` (their places, ascending), and append new ones.
 
         Args:
@@ -103,17 +104,22 @@ class RowsCache:
         layers: list[Any] = self._cache.layers
         for layer, given, like in zip(layers, other._cache.layers, self._template.layers, strict=True):
             source: Any = given
-            layer.join([(source.row(at, like, is_copy=False), other._rows.had[at]) for at in places])
+            rows = [source.row(at, like, is_copy=False, more=BEFORE_WINDOW) for at in places]
+            layer.join([(row, other._rows.had[at]) for row, at in zip(rows, places, strict=True)])
             if is_all:
                 source.keep([])
         self._rows.set([*self._rows.had, *(other._rows.had[at] for at in places)])
 
-    def row(self, at: int, *, is_copy: bool = True) -> DynamicCache:
-        """Return a cache of the row at `at` alone: a copy, or a view that is valid until the next step."""
+    def row(self, at: int, *, is_copy: bool = True, more: int = 0) -> DynamicCache:
+        """Return a cache of the row at `at` alone: a copy, or a view that is valid until the next step.
+
+        more: tokens before a window that come with it, as far as they are still there.
+        """
         alone = copy.copy(self._template)
         layers: list[Any] = self._cache.layers
         alone.layers = [
-            layer.row(at, like, is_copy=is_copy) for layer, like in zip(layers, self._template.layers, strict=True)
+            layer.row(at, like, is_copy=is_copy, more=more)
+            for layer, like in zip(layers, self._template.layers, strict=True)
         ]
         return alone
 
@@ -209,15 +215,16 @@ class OneRow:
             self._cache, self.lengths = None, []
         for cache, length in new:
             assert not self.lengths, "there is one row"
-            self._cache, self.lengths = cache, [length]
+            self._cache = cache.cache() if isinstance(cache, Beginning) else cache
+            self.lengths = [length]
 
     def append_from(self, other: "OneRow", places: Sequence[int]) -> None:
         """Take the other's row."""
         assert not self.lengths, "there is one row"
         self._cache, self.lengths = other._cache, other.lengths
 
-    def row(self, at: int, *, is_copy: bool = True) -> Any:
-        """Return the row's cache; never a copy."""
+    def row(self, at: int, *, is_copy: bool = True, more: int = 0) -> Any:
+        """Return the row's cache; never a copy, and with nothing `more`."""
         return self._cache
 
     def trim(self) -> None:

@@ -37,6 +37,7 @@ from foreroute.predict.build import open_sidecar
 from foreroute.predict.sidecar import Sidecar
 from foreroute.trace import open_trace
 from foreroute.types import Progress
+from foreroute.units import kept_bytes
 
 # Kernels that oneDNN keeps compiled, one for each shape. Prompts give an expert another number of rows each time: its
 # own 1024 come to 400 MB in bf16, for 4 % of a prompt's time. Decoding has some dozens of shapes.
@@ -168,6 +169,7 @@ def _plan(
         host_records=memory.host_records,
         kv_tokens=memory.kv_tokens,
         kv_bytes_per_token=memory.kv_bytes_per_token,
+        prefix_cache=kept_bytes(asked.prefix_cache),
         threads=torch.get_num_threads(),
         usable_cpus=usable_cpus(),
         layout="interleaved" if orders_of(table) else "plain",

@@ -32,6 +32,7 @@ from foreroute.model.caches import CACHE_NAME, can_be_continued, decoder_call, e
 from foreroute.model.expert_set import ExpertSet
 from foreroute.residency.sized import SizedResidency, parts_of
 from foreroute.residency.slots import Residency
+from foreroute.units import kept_bytes
 
 _TOKEN = 1
 
@@ -121,7 +122,8 @@ def fit_serving(
     if asked.memory is None:
         working = max(working, CHOSEN_RESERVE_BYTES)
     expert_bytes = min(budget_bytes, whole) + host_bytes
-    needs = _needs(model, expert_bytes, asked.kv_tokens, kv_bytes_per_token, working, dense_nbytes(model))
+    kept = kept_bytes(asked.prefix_cache)
+    needs = _needs(model, expert_bytes, asked.kv_tokens, kv_bytes_per_token, working, dense_nbytes(model), kept)
     if asked.memory is None:
         budget_bytes = min(whole, max(0, free_ram_bytes - host_bytes - (needs.total_bytes - expert_bytes)))
         needs = replace(needs, expert_bytes=max(least, budget_bytes) + host_bytes)
@@ -146,11 +148,17 @@ def serving_needs(
     requests = _request_bytes(model, plan.prefill_chunk, kv_tokens, per_token)
     working = _program_bytes(model, plan, residency) + requests
     experts = plan.pool_bytes + plan.host_records * plan.slot_bytes
-    return _needs(model, experts, kv_tokens, per_token, working, plan.dense_bytes)
+    return _needs(model, experts, kv_tokens, per_token, working, plan.dense_bytes, plan.prefix_cache)
 
 
 def _needs(
-    model: PreTrainedModel, experts: int, kv_tokens: int, kv_bytes_per_token: int, working: int, dense: int
+    model: PreTrainedModel,
+    experts: int,
+    kv_tokens: int,
+    kv_bytes_per_token: int,
+    working: int,
+    dense: int,
+    kept: int | None,
 ) -> ServingNeeds:
     """The same, with the memory of computing per token."""
     text, keeps = model.config.get_text_config(), keeps_prompts(model)
@@ -158,7 +166,7 @@ def _needs(
     if not keeps:
         # The whole prompt is computed in one step.
         each += activation_bytes(1, text.hidden_size, model.dtype.itemsize)
-    return ServingNeeds(dense, experts, kv_tokens, kv_bytes_per_token, working, keeps, each)
+    return ServingNeeds(dense, experts, kv_tokens, kv_bytes_per_token, working, keeps, each, kept)
 
 
 def _request_bytes(model: PreTrainedModel, chunk: int, kv_tokens: int, kv_bytes_per_token: int) -> int:

@@ -90,8 +90,37 @@ def new_cache(model: PreTrainedModel) -> DynamicCache | None:
 def can_be_continued(model: PreTrainedModel, cache: DynamicCache) -> bool:
     """Whether several tokens may follow those in `cache`: fixed positions in `model`, all cache layers known."""
     config = model.config.get_text_config(decoder=True)
-    is_known = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
-    return is_known and bool(cache.layers) and not _turn_by_length(getattr(config, "rope_parameters", None))
+    are_known = bool(cache.layers) and all(map(is_known, cache.layers))
+    return are_known and not _turn_by_length(getattr(config, "rope_parameters", None))
+
+
+def is_known(layer: Any) -> bool:
+    """Whether a cache layer is of a kind whose tensors are known, so that it can be kept and continued."""
+    return type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
+
+
+def grown_tensors(layer: Any) -> dict[str, int]:
+    """The names of a cache layer's tensors that get longer by each token, and the axis of the tokens in each."""
+    if not isinstance(layer, DynamicLayer) or isinstance(layer, DynamicSlidingWindowLayer):
+        return {}
+    return {"keys": -2, "values": -2}
+
+
+def has_state(layer: Any) -> bool:
+    """Whether a layer has a state that does not grow with the tokens: the latest of a window, or of all of them."""
+    return isinstance(layer, DynamicSlidingWindowLayer) or hasattr(layer, "conv_states")
+
+
+def needs_state(model: PreTrainedModel) -> bool:
+    """Whether a model's cache can be continued only where its state was kept (see `has_state`)."""
+    cache = new_cache(model)
+    return cache is not None and any(map(has_state, cache.layers))
+
+
+def only_windows(model: PreTrainedModel) -> bool:
+    """Whether all states of a model's cache are sliding windows, which can be cut while they hold more than is seen."""
+    cache = new_cache(model)
+    return cache is not None and not any(hasattr(layer, "conv_states") for layer in cache.layers)
 
 
 def can_be_cut(cache: DynamicCache) -> bool:
