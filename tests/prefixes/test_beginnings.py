@@ -9,13 +9,16 @@ import torch
 from foreroute.batching.engine import BatchEngine
 from foreroute.batching.requests import PromptProgress, Request
 from foreroute.engine.interfaces import StepInfo
+from foreroute.memory.serving import serving_needs
 from foreroute.model.caches import cache_argument, cache_of, new_cache
 from foreroute.model.text import load_tokenizer
-from tests.batching.test_engine import GREEDY, Heard, ask
+from tests.batching.test_engine import GREEDY, Heard, ask, assert_same_answers
+from tests.families.checks import save_tiny
+from tests.families.test_families import WORKING
 
 TINY = Path(__file__).parents[2] / "models" / "foreroute-tiny"
-# Plain attention, and windows that a chunk slides out of.
-FAMILIES = ("qwen3_moe", "gpt_oss")
+# Plain attention, windows that a chunk slides out of, and states of linear attention.
+FAMILIES = ("qwen3_moe", "gpt_oss", "qwen3_next")
 SYSTEM = 80
 
 
@@ -24,9 +27,15 @@ def tokenizer():
     return load_tokenizer(TINY)
 
 
+@pytest.fixture(scope="module")
+def hybrid(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    family = next(one for one in WORKING if one.model_type == "qwen3_next")
+    return save_tiny(family, tmp_path_factory.mktemp("hybrid") / "qwen3_next")
+
+
 @pytest.fixture(params=FAMILIES)
-def model(request, checkpoints, load):
-    return load(checkpoints.get(request.param), "50%")
+def model(request, checkpoints, load, hybrid):
+    return load(hybrid if request.param == "qwen3_next" else checkpoints.get(request.param), "50%")
 
 
 @pytest.fixture
@@ -40,6 +49,10 @@ def engine_of(tokenizer):
     yield make
     for engine in engines:
         engine.close()
+
+
+def kind(model: Any) -> str:
+    return str(model.config.model_type)
 
 
 def ids_of(model: Any, num: int, seed: int) -> list[int]:
@@ -70,7 +83,7 @@ def test_conversations_in_turn_compute_nothing_twice(model, engine_of) -> None:
     """Each prompt is what was said, and more; what was said before it is not computed again."""
     engine, system = engine_of(model, max_num_seqs=2), ids_of(model, SYSTEM, 1)
     texts = [[*system, *ids_of(model, 7, 10 + at)] for at in range(2)]
-    lengths = [0, SYSTEM]
+    lengths = [0, 0 if kind(model) == "qwen3_next" else SYSTEM]
     for turn in range(3):
         for at, ids in enumerate(texts):
             heard, num_computed = computed(model, lambda ids=ids: ask(engine, ids, 4).wait())
@@ -138,8 +151,7 @@ def test_another_end_reuses_what_is_before_it(model, engine_of) -> None:
     for at in range(3):
         ids = [*system, *ids_of(model, 30, 40 + at)]
         reused.append(ask(engine, ids, 4).wait().end.cached_tokens)
-    is_plain = model.config.model_type == "qwen3_moe"
-    assert reused == [0, SYSTEM if is_plain else 0, SYSTEM]
+    assert reused == [0, SYSTEM if kind(model) == "qwen3_moe" else 0, SYSTEM]
 
 
 def test_a_template_that_ends_otherwise_next_time_loses_little(model, engine_of) -> None:
@@ -147,7 +159,7 @@ def test_a_template_that_ends_otherwise_next_time_loses_little(model, engine_of)
     engine, system = engine_of(model, max_num_seqs=1), ids_of(model, SYSTEM, 1)
     ask(engine, [*system, 7, 8, 9], 4).wait()
     again = ask(engine, [*system, 7, *ids_of(model, 12, 2)], 4).wait()
-    assert again.end.cached_tokens == SYSTEM + 1
+    assert again.end.cached_tokens == (0 if kind(model) == "qwen3_next" else SYSTEM + 1)
 
 
 def test_memory_of_what_is_kept_is_as_asked(checkpoints, load, engine_of) -> None:
@@ -168,4 +180,33 @@ def test_what_was_of_use_is_counted(model, engine_of) -> None:
     for _ in range(3):
         ask(engine, ids, 2).wait()
     state = engine.state()
-    assert (state.prefix_lookups, state.prefix_hits, state.prefix_tokens) == (3, 2, 2 * (SYSTEM - 1))
+    # Where a state is needed, the second prompt leaves it before its last token.
+    hits = 1 if kind(model) == "qwen3_next" else 2
+    assert (state.prefix_lookups, state.prefix_hits, state.prefix_tokens) == (3, hits, hits * (SYSTEM - 1))
+
+
+def test_rows_of_a_hybrid_share_steps_and_say_what_each_says_alone(hybrid, load, engine_of) -> None:
+    model = load(hybrid, "50%")
+    engine = engine_of(model, max_num_seqs=4)
+    assert (engine.rows, engine.why_one_row) == (4, "")
+    texts = [ids_of(model, num, num) for num in (9, 40, 3, 25)]
+    alone = [ask(engine_of(model, max_num_seqs=1), ids, 12).wait() for ids in texts]
+    before = model.foreroute.stats()
+    together = [one.wait() for one in [ask(engine, ids, 12) for ids in texts]]
+    done = model.foreroute.stats().minus(before)
+    assert done.decode.steps < done.decode.tokens, "steps were not shared"
+    for one, other in zip(alone, together, strict=True):
+        assert_same_answers(one, other)
+
+
+def test_states_are_in_the_plan(hybrid, load) -> None:
+    """As transformers holds them, for the rows that run and for some that are kept."""
+    model = load(hybrid, "100%", kv_tokens=64)
+    handle = model.foreroute
+    with torch.no_grad():
+        layers = cache_of(model(input_ids=torch.tensor([[5, 6, 7]]), use_cache=True)).layers
+    held = [*(one.conv_states[0] for one in layers if hasattr(one, "conv_states")),
+            *(one.recurrent_states[0] for one in layers if hasattr(one, "conv_states"))]  # fmt: skip
+    needs = serving_needs(model, handle.plan, handle.layers, handle.host_engine.pool.residency, 64)
+    assert needs.state_bytes == sum(one.nbytes for one in held) > 0
+    assert needs.kept_bytes == needs.kv_bytes + 16 * needs.state_bytes

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import MixtralConfig, Qwen3NextConfig
+from transformers import JambaConfig, MixtralConfig, Qwen3NextConfig
 from transformers.cache_utils import DynamicCache
 
 from foreroute.engine.chunks import split_prompt
@@ -139,12 +139,15 @@ def test_longrope_that_divides_alike_at_every_length_is_continued() -> None:
     assert not can_be_continued(model, new_cache(model))
 
 
-def test_states_of_linear_attention_are_not_continued() -> None:
+def test_states_of_linear_attention_are_continued_by_families_that_are_known_to() -> None:
     model = Model()
+    model.config = JambaConfig(num_hidden_layers=4, attn_layer_offset=1, attn_layer_period=2)
+    cache = new_cache(model)
+    assert not can_be_continued(model, cache), "its code begins anew where several tokens follow"
     model.config = Qwen3NextConfig(num_hidden_layers=4)
     cache = new_cache(model)
-    assert not can_be_continued(model, cache)
-    assert not PromptCache().keep(model, [1], cache)
+    assert can_be_continued(model, cache)
+    assert not PromptCache().keep(model, [1], cache), "nothing is in it"
 
 
 def test_a_family_with_a_cache_of_its_own_gets_none() -> None:

@@ -26,6 +26,7 @@ class Answer:
         num_computed: tokens with keys and values in the cache.
         num_cached: those of them that came from an earlier request. num_prompt: tokens of the prompt.
         stops: numbers of tokens at which a chunk of the prompt shall end, so that others can continue there.
+        shared: with how many tokens other prompts begin like this one, as far as that was looked at.
     """
 
     def __init__(self, request: Request, on_event: Callable[[AnswerEvent], None], most_new: int) -> None:
@@ -37,6 +38,7 @@ class Answer:
         self._on_event = on_event
         self.num_prompt, self._most_new = len(self.ids), most_new
         self.stops: set[int] = set()
+        self.shared: dict[Answer, int] = {}
         self._logprobs: list[float | None] = [None]
         self._tops: list[Top | None] = [None]
 

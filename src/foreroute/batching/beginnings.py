@@ -67,10 +67,13 @@ class Beginnings:
         if answer.request.wants_prompt_scores:
             return False
         at_most = len(answer.ids) - 1
-        kept = self._cache.reusable(self._model, answer.ids, at_most)
         for other in others:
-            shared = min(common_length(other.ids, answer.ids), at_most, other.num_prompt)
-            if other.request.wants_prompt_scores or shared - kept < _WORTH or shared > self._most_tokens:
+            shared = answer.shared.get(other)
+            if shared is None:
+                shared = answer.shared[other] = min(common_length(other.ids, answer.ids), at_most)
+            if other.request.wants_prompt_scores or not _WORTH <= shared <= self._most_tokens:
+                continue
+            if shared - self._cache.reusable(self._model, answer.ids, at_most) < _WORTH:
                 continue
             # The state at the end of a prompt can be cut a little; at another place there is one if a chunk ends there.
             if self._needs_state and other.num_prompt - shared > self._reach:

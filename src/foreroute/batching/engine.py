@@ -20,7 +20,7 @@ from foreroute.engine.interfaces import Phase
 from foreroute.errors import ContextLengthError, ForerouteError, PromptError, QueueFullError
 from foreroute.generation.prefix_cache import PrefixCounts
 from foreroute.loading.offloaded_model import OffloadedModel, handle_of
-from foreroute.memory.serving import keeps_prompts, planned_kv_bytes_per_token
+from foreroute.memory.serving import keeps_prompts, planned_kv_bytes_per_token, state_bytes_without_experts
 from foreroute.memory.serving_budget import MOST_SCORED_WHOLE, SCORED_AT_ONCE, choose_kv_tokens, kept_prompt_bytes
 from foreroute.model.generation_settings import end_tokens
 
@@ -65,7 +65,8 @@ class BatchEngine:
         self._ends = end_tokens(model.generation_config)
         self._can_continue = keeps_prompts(model)
         self._can_pad = not self.why_one_row and can_be_padded(model)
-        most_kept = kept_prompt_bytes(self.kv_bytes, handle.plan.prefix_cache)
+        states = state_bytes_without_experts(model, handle.layers)
+        most_kept = kept_prompt_bytes(self.kv_bytes, handle.plan.prefix_cache, states)
         per_token = self.kv_bytes // self.kv_tokens
         is_kept = self._can_continue and most_kept > 0
         self._kept = Beginnings(model, most_kept, per_token) if is_kept else None
@@ -193,13 +194,15 @@ class BatchEngine:
         most_prompts = self.rows if self._can_pad else 1
         with self._changed:
             waiting = list(self._waiting)
+        is_full = False
         for answer in waiting:
-            if len(self._joining) >= most_prompts or len(self._joining) + len(self._running) >= self.rows:
-                return
-            if self._held(answer) > self.kv_tokens:
+            if len(self._joining) + len(self._running) >= self.rows:
                 return
             if self._kept is not None and self._kept.is_computed_by(self._joining, answer):
                 # It joins when the beginning that it shares with another prompt has been computed.
+                continue
+            is_full = is_full or len(self._joining) >= most_prompts or self._held(answer) > self.kv_tokens
+            if is_full:
                 continue
             with self._changed:
                 self._waiting.remove(answer)

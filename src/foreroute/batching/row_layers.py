@@ -116,6 +116,9 @@ class RowLayer(DynamicLayer):
 
     # Called by `RowsCache`.
 
+    def begin_step(self) -> None:
+        """Do nothing: what a step adds is behind what was held."""
+
     def num_seen(self, at: int) -> int:
         """Columns that the row's last new token sees, in a step: all that it has, or a window of them."""
         held = self._rows.had[at] + self._rows.new[at]

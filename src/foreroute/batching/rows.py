@@ -11,14 +11,27 @@ from transformers.cache_utils import DynamicCache
 
 from foreroute.batching.row_attention import RowAttention
 from foreroute.batching.row_layers import BEFORE_WINDOW, RowLayer, RowLengths
+from foreroute.batching.row_states import rows_layer
 from foreroute.engine.interfaces import Phase, StepInfo
 from foreroute.engine.moe_step import MoeStep
 from foreroute.errors import ChecksumError, ForerouteError, ReadError
 from foreroute.generation.prefix_cache import Beginning
 from foreroute.loading.offloaded_model import OffloadedModel
-from foreroute.model.caches import cache_argument, cache_of, can_be_continued, is_ordinary, last_logits_only, new_cache
+from foreroute.model.caches import (
+    cache_argument,
+    cache_of,
+    has_fixed_rows,
+    has_linear_states,
+    is_ordinary_on_text,
+    last_logits_only,
+    new_cache,
+)
 from foreroute.model.decode.attention import attends_by_interface
 
+# Kinds of layers whose rows are independent of each other, by their names in transformers' configs.
+_KINDS = frozenset({
+    "full_attention", "sliding_attention", "linear_attention", "conv", "hybrid", "hybrid_sliding", "moe", "mlp",
+})  # fmt: skip
 # An expert cannot be read: errors of the rows that demand it alone.
 UNREADABLE = (ReadError, ChecksumError)
 
@@ -28,12 +41,12 @@ def why_not_batched(model: OffloadedModel) -> str:
     if model.config.is_encoder_decoder:
         return "an encoder-decoder: each request is encoded first"
     cache = new_cache(model)
-    if cache is None or not is_ordinary(model):
+    if cache is None or not is_ordinary_on_text(model):
         return "the family does not keep its state in an ordinary cache"
-    if not can_be_continued(model, cache):
-        return "not all its layers are plain or sliding-window attention with fixed positions"
+    if not has_fixed_rows(model, cache):
+        return "not all its layers are of known kinds with fixed positions"
     kinds = set(getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ())
-    if kinds - {"full_attention", "sliding_attention"}:
+    if kinds - _KINDS:
         return f"its attention is of an unsupported kind ({', '.join(sorted(kinds))})"
     if "position_ids" not in inspect.signature(model.forward).parameters:
         return "its forward takes no positions"
@@ -41,8 +54,9 @@ def why_not_batched(model: OffloadedModel) -> str:
 
 
 def can_be_padded(model: OffloadedModel) -> bool:
-    """Whether padding can be kept from the experts, so that prompts of different lengths may share a step."""
-    return isinstance(model.foreroute.engine, MoeStep) and bool(model.foreroute.plan.math != "family")
+    """Whether padding can be kept from experts and states, so that prompts of different lengths may share a step."""
+    handle = model.foreroute
+    return isinstance(handle.engine, MoeStep) and handle.plan.math != "family" and not has_linear_states(model)
 
 
 class RowsCache:
@@ -62,10 +76,11 @@ class RowsCache:
         self._template = template
         self._rows = RowLengths()
         self._cache = copy.copy(template)
-        self._cache.layers = [RowLayer(self._rows, getattr(layer, "sliding_window", None)) for layer in template.layers]
+        self._cache.layers = [rows_layer(self._rows, layer) for layer in template.layers]
         self._last_only = last_logits_only(model)
         # Other kernels round a row differently in a batch than alone: attention by row would gain nothing there.
         is_alike = model.foreroute.plan.math == "ggml" and attends_by_interface(model)
+        is_alike = is_alike and all(type(layer) is RowLayer for layer in self._cache.layers)
         self._attention = RowAttention(model) if is_alike else None
 
     @property
@@ -161,8 +176,10 @@ class RowsCache:
             assert can_be_padded(model), "rows of one length, or an engine that leaves padding out"
             padding = (from_end >= real).flatten()
         info = StepInfo.of(phase, ids, padding, is_start=self._cache.get_seq_length() == 0)
+        layers: list[Any] = self._cache.layers
+        for layer in layers:
+            layer.begin_step()
         try:
-            layers: list[Any] = self._cache.layers
             with model.foreroute.step(info), nullcontext() if by_row is None else by_row.over(layers):
                 out = model(input_ids=ids, **cache_argument(self._cache), use_cache=True, return_dict=True, **kwargs)
         except UNREADABLE:

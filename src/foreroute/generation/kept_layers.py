@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
 from foreroute.model.caches import grown_tensors, has_state, is_known
 
@@ -78,7 +78,13 @@ def least_of(cache: DynamicCache, end: int) -> int:
 
 def is_whole(cache: DynamicCache, length: int) -> bool:
     """Whether every layer holds `length` tokens, and more only where they can be cut off."""
-    return bool(cache.layers) and all(is_known(layer) and _is_whole(layer, length) for layer in cache.layers)
+    layers = cache.layers
+    if not layers or not all(is_known(layer) and _is_whole(layer, length) for layer in layers):
+        return False
+    # A state does not say how many tokens it has seen: the layers beside it do.
+    is_exact = not any(isinstance(layer, LinearAttentionLayer) for layer in layers)
+    lengths = {layer.get_seq_length() for layer in layers if isinstance(layer, DynamicLayer)}
+    return is_exact or lengths == {length}
 
 
 def continued_layer(empty: Any, at: int, segments: Sequence[Segment], length: int, states: LayerStates | None) -> Any:
@@ -114,12 +120,17 @@ def _joined(parts: Sequence[torch.Tensor], axis: int, length: int) -> torch.Tens
 
 
 def _is_whole(layer: Any, length: int) -> bool:
+    if isinstance(layer, LinearAttentionLayer) and not all(layer.has_previous_state.values()):
+        return False
+    if not isinstance(layer, DynamicLayer):
+        return True
+    if not layer.is_initialized:
+        return False
     if isinstance(layer, DynamicSlidingWindowLayer):
-        return layer.is_initialized and _is_whole_window(layer, length)
+        return _is_whole_window(layer, length)
     # Ctrl-C may fall between the line that adds keys and the one that adds values.
-    held = {getattr(layer, name).shape[axis] for name, axis in grown_tensors(layer).items() if layer.is_initialized}
-    is_filled = layer.is_initialized if isinstance(layer, DynamicLayer) else True
-    return is_filled and len(held) <= 1 and min(held, default=length) >= length
+    held = {getattr(layer, name).shape[axis] for name, axis in grown_tensors(layer).items()}
+    return len(held) == 1 and min(held) >= length
 
 
 def _is_whole_window(layer: Any, length: int) -> bool:
@@ -132,14 +143,10 @@ def _is_whole_window(layer: Any, length: int) -> bool:
 
 
 def _least(layer: Any, end: int) -> int:
-    if not isinstance(layer, DynamicSlidingWindowLayer) or _has_linear_state(layer):
+    if not isinstance(layer, DynamicSlidingWindowLayer) or isinstance(layer, LinearAttentionLayer):
         return end
     added, columns = layer.cumulative_length, layer.keys.shape[-2]
     return 0 if columns == added else added - columns + layer.sliding_window - 1
-
-
-def _has_linear_state(layer: Any) -> bool:
-    return hasattr(layer, "conv_states")
 
 
 def _attributes(layer: Any) -> dict[str, Any]:

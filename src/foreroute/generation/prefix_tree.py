@@ -1,8 +1,8 @@
 """Which beginnings of conversations are kept, and which are evicted: a radix tree over token ids, of bounded memory.
 
-What is kept of the tokens (`KeptPart`) is opaque here, so that every decision can be tested without a tensor. Conversations
-that begin alike share one node for their beginning. Some models can continue anywhere; others (a sliding window, linear
-attention) only where their state was kept, at the end of a node (`State`).
+What is kept of the tokens (`KeptPart`) is opaque here, so that every decision can be tested without a tensor.
+Conversations that begin alike share one node for their beginning. Some models can continue anywhere; others (a sliding
+window, linear attention) only where their state was kept, at the end of a node (`State`).
 """
 
 from collections.abc import Callable, Hashable, Iterator, Sequence

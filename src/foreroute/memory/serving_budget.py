@@ -17,6 +17,10 @@ MOST_SCORED_WHOLE = 2048
 _USUAL_TOKENS = 4096
 # Of earlier prompts, where nothing else is asked for: 20,000 tokens of a model of 30 billion parameters.
 _MOST_KEPT_BYTES = 2 * 2**30
+# Rows whose states of linear attention memory is left for: as many as serve computes at once unless told otherwise.
+ROWS_WITH_STATES = 8
+# States kept of earlier prompts, where nothing else is asked for.
+_KEPT_STATES = 16
 # Allocated after the model is loaded: the tokenizer, oneDNN's kernels, request buffers. An estimate: 100 MiB on a
 # small model.
 _LATER_BYTES = 256 * 2**20
@@ -33,7 +37,8 @@ class ServingNeeds:
     dense_bytes: the dense part. expert_bytes: all slots. kv_tokens: of all rows together.
     working_bytes: the rest that does not grow with kv_tokens. keeps_prompts: whether the KV caches of earlier prompts
     are kept. working_bytes_per_token: computing per token of kv_tokens, beside its KV cache. prefix_cache: bytes for
-    earlier prompts as asked (--prefix-cache); None: chosen by the KV cache.
+    earlier prompts as asked (--prefix-cache); None: chosen by the KV cache. state_bytes: of a row's states that do not
+    grow, 0 without linear attention, convolutions and Mamba.
     """
 
     dense_bytes: int
@@ -44,6 +49,7 @@ class ServingNeeds:
     keeps_prompts: bool = True
     working_bytes_per_token: int = 0
     prefix_cache: int | None = None
+    state_bytes: int = 0
 
     @property
     def kv_bytes(self) -> int:
@@ -53,7 +59,7 @@ class ServingNeeds:
     @property
     def kept_bytes(self) -> int:
         """KV cache of earlier prompts."""
-        return kept_prompt_bytes(self.kv_bytes, self.prefix_cache) if self.keeps_prompts else 0
+        return kept_prompt_bytes(self.kv_bytes, self.prefix_cache, self.state_bytes) if self.keeps_prompts else 0
 
     @property
     def all_working_bytes(self) -> int:
@@ -89,9 +95,12 @@ def choose_kv_tokens(asked: int | None, context: int, rows: int) -> int:
     return asked
 
 
-def kept_prompt_bytes(kv_bytes: int, asked: int | None = None) -> int:
-    """The most bytes kept of earlier prompts: as `asked`, or as running requests have (`kv_bytes`), 2 GiB at most."""
-    return min(_MOST_KEPT_BYTES, kv_bytes) if asked is None else asked
+def kept_prompt_bytes(kv_bytes: int, asked: int | None = None, state_bytes: int = 0) -> int:
+    """The most bytes kept of earlier prompts: as `asked`, or as running requests have (`kv_bytes`), 2 GiB at most.
+
+    state_bytes: of the states after some token, several of which are kept beside that.
+    """
+    return min(_MOST_KEPT_BYTES, kv_bytes + _KEPT_STATES * state_bytes) if asked is None else asked
 
 
 def activation_bytes(tokens: int, hidden: int, itemsize: int) -> int:
@@ -161,5 +170,6 @@ def _tokens_within(room_bytes: int, needs: ServingNeeds) -> int:
     each = needs.kv_bytes_per_token + needs.working_bytes_per_token
     tokens = room_bytes // each
     if needs.keeps_prompts:
-        tokens = max(room_bytes // (each + needs.kv_bytes_per_token), (room_bytes - _MOST_KEPT_BYTES) // each)
+        beside = room_bytes - _KEPT_STATES * needs.state_bytes
+        tokens = max(beside // (each + needs.kv_bytes_per_token), (room_bytes - _MOST_KEPT_BYTES) // each)
     return min(tokens, needs.kv_tokens)

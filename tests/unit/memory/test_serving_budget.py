@@ -30,6 +30,7 @@ def test_everything_is_counted_once() -> None:
     assert replace(NEEDS, keeps_prompts=False).total_bytes == 14 * GIB
     assert kept_prompt_bytes(5 * MIB) == 5 * MIB
     assert kept_prompt_bytes(5 * MIB, 7 * GIB) == 7 * GIB, "what was asked for"
+    assert kept_prompt_bytes(5 * MIB, None, MIB) == 21 * MIB, "and some states"
     assert replace(NEEDS, prefix_cache=3 * MIB).total_bytes == 14 * GIB + 3 * MIB
     assert activation_bytes(2048, 100, 2) + logit_bytes(512, 1000, 2) == 2 * (2048 * 1600 + 512 * 1000)
     each = replace(NEEDS, working_bytes_per_token=1024)
@@ -80,10 +81,13 @@ def test_a_step_that_is_not_enough_is_not_advised() -> None:
     experts=st.integers(GIB, 32 * GIB),
     working=st.integers(0, 2**18),
     prefix=st.none() | st.integers(0, 8 * GIB),
+    states=st.sampled_from([0, 0, MIB, GIB]),
 )
-def test_advice_that_is_followed_is_enough(available, kv_tokens, per_token, keeps, experts, working, prefix) -> None:
+def test_advice_that_is_followed_is_enough(
+    available, kv_tokens, per_token, keeps, experts, working, prefix, states
+) -> None:
     """And one token more is not, where tokens alone would do."""
-    needs = ServingNeeds(GIB, experts, kv_tokens, per_token, GIB, keeps, working, prefix)
+    needs = ServingNeeds(GIB, experts, kv_tokens, per_token, GIB, keeps, working, prefix, states)
     try:
         check_serving(needs, available, GIB)
         return
