@@ -14,7 +14,7 @@ from foreroute.units import kept_bytes
 # Reads up to this size take mostly latency, so that two at once take little longer than one.
 _SMALL_EXPERT_BYTES = 2**19
 # Fields whose text may be a path.
-_PATHS = ("predictor", "packed", "trace")
+_PATHS = ("predictor", "packed", "trace", "prefix_cache_dir")
 
 
 def _option(default: Any, help_text: str, choices: tuple[str, ...] = (), *, is_ablation: bool = False) -> Any:
@@ -147,6 +147,11 @@ class EngineConfig:
         'memory for the beginnings of earlier prompts, which are not computed again: "4GiB" or bytes, 0 for none; if '
         "omitted, serve takes as much as its KV cache has, 2 GiB at most",
     )
+    prefix_cache_dir: str | None = _option(
+        None,
+        "with serve, a folder where these beginnings are kept when it stops, for its next start; bounded as "
+        "--prefix-cache is",
+    )
     packed: str = _option(
         "auto",
         'the packed store: "auto" uses the one beside the checkpoint, "no" ignores it; "q8_0", "q4_k" and so on use a '
@@ -190,12 +195,12 @@ class Plan:
     token_demand_slots is what one token uses, in token_slot_bytes. expert_bytes are stored of an expert that a token
     uses, on average. staging_slots: the most that prefetched experts take before they are used. source: where experts
     are read from. host_records: experts in host memory behind the slots; 0: only the disk is behind them. Memory is
-    reserved for kv_tokens of KV cache; kv_bytes_per_token is None where it was not measured. prefix_cache is None where
-    the memory for earlier prompts was not asked for. math is "ggml", torch's
-    ("own"), or the "family"'s own forward; math_note: why not ggml's, where it might be. threads are torch's, of which
-    usable_cpus can run at once (a container may limit them). layout: "interleaved" where a packed store has eight rows
-    of its matrices side by side. dense: the type to which dense weights were quantised, by `pack` or at load; else
-    "stored".
+    reserved for kv_tokens of KV cache; kv_bytes_per_token is None where it was not measured. prefix_cache is None
+    where the memory for earlier prompts was not asked for; identity is what their files are held to, "" without
+    such files. math is "ggml", torch's ("own"), or the "family"'s own forward; math_note: why not ggml's, where it
+    might be. threads are torch's, of which usable_cpus can run at once (a container may limit them). layout:
+    "interleaved" where a packed store has eight rows of its matrices side by side. dense: the type to which dense
+    weights were quantised, by `pack` or at load; else "stored".
     """
 
     folder: str
@@ -227,6 +232,7 @@ class Plan:
     kv_tokens: int = 0
     kv_bytes_per_token: int | None = None
     prefix_cache: int | None = None
+    identity: str = ""
     threads: int = 1
     usable_cpus: int = 1
     math_note: str = ""

@@ -2,12 +2,14 @@
 
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from foreroute.batching.answer import Answer
 from foreroute.batching.row_layers import BEFORE_WINDOW
 from foreroute.batching.rows import OneRow, RowsCache
 from foreroute.generation.prefix_cache import Beginning, PrefixCounts, PromptCache
+from foreroute.generation.prefix_files import PrefixFiles
 from foreroute.generation.prefix_tree import common_length
 from foreroute.loading.offloaded_model import OffloadedModel
 from foreroute.model.caches import needs_state, only_windows
@@ -22,14 +24,21 @@ class Beginnings:
 
     Args:
         max_bytes: most bytes to keep. bytes_per_token: of the model's KV cache.
+        folder: where they are kept for a later process; None: nowhere.
+    Raises:
+        ForerouteError: the folder cannot be written, or is in use.
     """
 
-    def __init__(self, model: OffloadedModel, max_bytes: int, bytes_per_token: int) -> None:
+    def __init__(self, model: OffloadedModel, max_bytes: int, bytes_per_token: int, folder: Path | None = None) -> None:
         self._model = model
         self._needs_state, is_cuttable = needs_state(model), only_windows(model)
         self._reach = BEFORE_WINDOW if is_cuttable else 0
         self._most_tokens = max_bytes // max(bytes_per_token, 1)
         self._cache = PromptCache(max_bytes)
+        self._files: PrefixFiles | None = None
+        if folder is not None:
+            self._files = PrefixFiles(folder, model.foreroute.plan.identity, max_bytes)
+            self._cache.read(model, self._files)
 
     @property
     def counts(self) -> PrefixCounts:
@@ -40,6 +49,13 @@ class Beginnings:
     def nbytes(self) -> int:
         """Bytes kept."""
         return self._cache.nbytes
+
+    def close(self) -> None:
+        """Write what is kept to the folder, if there is one."""
+        files, self._files = self._files, None
+        if files is not None:
+            self._cache.write(self._model, files)
+            files.close()
 
     def clear(self) -> None:
         """Drop everything."""

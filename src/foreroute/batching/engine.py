@@ -7,6 +7,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,6 +40,9 @@ class BatchEngine:
         max_num_seqs: most requests computed at once. max_waiting: most further ones that may wait.
         kv_tokens: capacity of the KV cache: rows times the longest of them, padding included. None: the context or
             4096 tokens for each row, and at least one whole context.
+        prefix_folder: where beginnings of prompts are kept for a later process; None: nowhere.
+    Raises:
+        ForerouteError: that folder cannot be written, or is in use by another process with this model.
 
     Attributes:
         rows: most requests computed at once: 1 where the model cannot be batched. why_one_row: the reason, or "".
@@ -53,6 +57,7 @@ class BatchEngine:
         max_num_seqs: int = 8,
         max_waiting: int = 64,
         kv_tokens: int | None = None,
+        prefix_folder: Path | None = None,
     ) -> None:
         self._model, self._tokenizer = model, tokenizer
         self.why_one_row = why_not_batched(model)
@@ -69,7 +74,12 @@ class BatchEngine:
         most_kept = kept_prompt_bytes(self.kv_bytes, handle.plan.prefix_cache, states)
         per_token = self.kv_bytes // self.kv_tokens
         is_kept = self._can_continue and most_kept > 0
-        self._kept = Beginnings(model, most_kept, per_token) if is_kept else None
+        if prefix_folder is not None and not is_kept:
+            raise ForerouteError(
+                "Prompts of this model are not kept (docs/limitations.md says of which), or --prefix-cache is 0. "
+                "Leave --prefix-cache-dir out."
+            )
+        self._kept = Beginnings(model, most_kept, per_token, prefix_folder) if is_kept else None
         # The lock guards these; computing needs none, as only one thread computes.
         self._changed = threading.Condition()
         self._waiting: deque[Answer] = deque()
@@ -148,6 +158,8 @@ class BatchEngine:
                 answer.cancel("The server is shutting down.")
             self._changed.notify()
         self._thread.join()
+        if self._kept is not None:
+            self._kept.close()
 
     def _held(self, *more: Answer) -> int:
         """Most tokens that the admitted rows, and these, can come to hold, padding included."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
-from foreroute.model.caches import grown_tensors, has_state, is_known
+from foreroute.model.caches import TOKEN_AXIS, grown_tensors, has_state, is_known
 
 _CONTIGUOUS = torch.contiguous_format
 
@@ -20,29 +20,27 @@ _CONTIGUOUS = torch.contiguous_format
 class Segment:
     """Keys and values of consecutive tokens: per layer the tensors that grow, by name."""
 
-    def __init__(self, layers: Sequence[Mapping[str, torch.Tensor]], axes: Sequence[Mapping[str, int]]) -> None:
-        self.layers, self._axes = list(layers), axes
+    def __init__(self, layers: Sequence[Mapping[str, torch.Tensor]]) -> None:
+        self.layers = list(layers)
         self.nbytes = sum(tensor.nbytes for layer in layers for tensor in layer.values())
 
     @classmethod
     def of(cls, cache: DynamicCache, start: int, end: int) -> "Segment":
         """Copy the tokens [start, end) of a cache."""
-        axes = [grown_tensors(layer) for layer in cache.layers]
-        layers = [
-            {name: _slice(getattr(layer, name), axis, start, end) for name, axis in names.items()}
-            for layer, names in zip(cache.layers, axes, strict=True)
-        ]
-        return cls(layers, axes)
+        return cls([
+            {name: _slice(getattr(layer, name), TOKEN_AXIS, start, end) for name in grown_tensors(layer)}
+            for layer in cache.layers
+        ])  # fmt: skip
 
     def split(self, at: int) -> tuple["Segment", "Segment"]:
         """See prefix_tree.KeptPart. This one is empty afterwards, so that only one layer is there twice."""
         first: list[dict[str, torch.Tensor]] = []
         second: list[dict[str, torch.Tensor]] = []
-        for axes in self._axes:
+        while self.layers:
             layer = self.layers.pop(0)
-            first.append({name: _slice(one, axes[name], 0, at) for name, one in layer.items()})
-            second.append({name: _slice(one, axes[name], at, one.shape[axes[name]]) for name, one in layer.items()})
-        return Segment(first, self._axes), Segment(second, self._axes)
+            first.append({name: _slice(one, TOKEN_AXIS, 0, at) for name, one in layer.items()})
+            second.append({name: _slice(one, TOKEN_AXIS, at, one.shape[TOKEN_AXIS]) for name, one in layer.items()})
+        return Segment(first), Segment(second)
 
 
 def _slice(tensor: torch.Tensor, axis: int, start: int, end: int) -> torch.Tensor:
@@ -62,8 +60,30 @@ class LayerStates:
     def of(cls, cache: DynamicCache, end: int) -> "LayerStates":
         """Copy the states of a cache that `is_whole`."""
         layers = tuple(_state_of(layer, end) if has_state(layer) else {} for layer in cache.layers)
-        nbytes = sum(_bytes_of(layer) for layer in layers)
-        return cls(end, least_of(cache, end), layers, nbytes)
+        return cls(end, least_of(cache, end), layers, sum(map(_bytes_of, layers)))
+
+    def packed(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """The tensors by names, and the rest as JSON has it."""
+        flat = [(f"{at}.{name}", value) for at, layer in enumerate(self.layers) for name, value in layer.items()]
+        by_state = [
+            (f"{name}.{at}", one) for name, value in flat if isinstance(value, dict) for at, one in value.items()
+        ]
+        values = [(name, value) for name, value in [*flat, *by_state] if not isinstance(value, dict)]
+        tensors = {name: value for name, value in values if isinstance(value, torch.Tensor)}
+        others = {name: value for name, value in values if isinstance(value, int | None)}
+        return tensors, {"end": self.end, "least": self.least, "layers": len(self.layers), "others": others}
+
+    @classmethod
+    def unpacked(cls, tensors: Mapping[str, torch.Tensor], about: Mapping[str, Any]) -> "LayerStates":
+        """What `packed` took apart."""
+        layers: list[dict[str, Any]] = [{} for _ in range(about["layers"])]
+        for path, value in (*tensors.items(), *about["others"].items()):
+            at, name, *of_state = path.split(".")
+            if of_state:
+                layers[int(at)].setdefault(name, {})[int(of_state[0])] = value
+            else:
+                layers[int(at)][name] = value
+        return cls(about["end"], about["least"], tuple(layers), sum(map(_bytes_of, layers)))
 
 
 def state_bytes(cache: DynamicCache) -> int:
@@ -93,10 +113,7 @@ def continued_layer(empty: Any, at: int, segments: Sequence[Segment], length: in
     Tensors are those of a segment itself where one is enough: layers replace such tensors and do not change them.
     """
     layer = copy.copy(empty)
-    grown = {
-        name: _joined([one.layers[at][name] for one in segments], axis, length)
-        for name, axis in grown_tensors(layer).items()
-    }
+    grown = {name: _joined([one.layers[at][name] for one in segments], length) for name in grown_tensors(layer)}
     if grown:
         DynamicLayer.lazy_initialization(layer, grown["keys"], grown["values"])
         vars(layer).update(grown)
@@ -107,16 +124,13 @@ def continued_layer(empty: Any, at: int, segments: Sequence[Segment], length: in
 
 def token_bytes(cache: DynamicCache) -> int:
     """Bytes of the tensors that grow, for each token."""
-    return sum(
-        getattr(layer, name).nbytes // getattr(layer, name).shape[axis]
-        for layer in cache.layers
-        for name, axis in grown_tensors(layer).items()
-    )
+    grown = [getattr(layer, name) for layer in cache.layers for name in grown_tensors(layer)]
+    return sum(tensor.nbytes // tensor.shape[TOKEN_AXIS] for tensor in grown)
 
 
-def _joined(parts: Sequence[torch.Tensor], axis: int, length: int) -> torch.Tensor:
-    whole = parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=axis)
-    return whole.narrow(axis, 0, length)
+def _joined(parts: Sequence[torch.Tensor], length: int) -> torch.Tensor:
+    whole = parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=TOKEN_AXIS)
+    return whole.narrow(TOKEN_AXIS, 0, length)
 
 
 def _is_whole(layer: Any, length: int) -> bool:
@@ -129,7 +143,7 @@ def _is_whole(layer: Any, length: int) -> bool:
     if isinstance(layer, DynamicSlidingWindowLayer):
         return _is_whole_window(layer, length)
     # Ctrl-C may fall between the line that adds keys and the one that adds values.
-    held = {getattr(layer, name).shape[axis] for name, axis in grown_tensors(layer).items()}
+    held = {getattr(layer, name).shape[TOKEN_AXIS] for name in grown_tensors(layer)}
     return len(held) == 1 and min(held) >= length
 
 
@@ -174,6 +188,9 @@ def _restore(layer: Any, state: Mapping[str, Any], too_many: int, length: int) -
         layer.cumulative_length = length
         state = {name: value for name, value in state.items() if name not in ("keys", "values", "cumulative_length")}
     vars(layer).update({name: _clone(value) for name, value in state.items()})
+    for states in state.get("conv_states", {}).values():
+        if states is not None:
+            layer.device, layer.dtype = states.device, states.dtype
 
 
 def _clone(value: Any) -> Any:

@@ -22,6 +22,7 @@ from foreroute.generation.kept_layers import (
     state_bytes,
     token_bytes,
 )
+from foreroute.generation.prefix_files import PrefixFiles, StoredNode
 from foreroute.generation.prefix_tree import Found, NewState, PrefixTree
 from foreroute.loading.offloaded_model import OffloadedModel
 from foreroute.model.caches import has_state, new_cache
@@ -162,6 +163,24 @@ class PromptCache:
                 # Out of memory, or Ctrl-C, in the middle of a copy: what is kept may lack a layer.
                 self._tree.clear()
                 raise
+
+    def read(self, model: OffloadedModel, files: PrefixFiles) -> int:
+        """Take what an earlier process has kept of `model`; return its bytes."""
+        owner = weakref.ref(model)
+        nodes = list(files.read(model.device))
+        with self._lock:
+            before = self._tree.nbytes
+            # What was used last comes last, but nothing before what it follows.
+            for node in sorted(nodes, key=lambda one: (len(one.ids), one.used)):
+                self._tree.restore(owner, node.ids, node.start, node.segment, node.states)
+            self._tree.prune(owner)
+            return self._tree.nbytes - before
+
+    def write(self, model: OffloadedModel, files: PrefixFiles) -> None:
+        """Write what is kept of `model`, for a later process."""
+        with self._lock:
+            nodes = self._tree.nodes(weakref.ref(model))
+        files.write([StoredNode(ids, node.start, node.part, node.state, node.used) for ids, node in nodes])
 
     def _forget_the_dead(self) -> None:
         for owner in list(self._dead()):

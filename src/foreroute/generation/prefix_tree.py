@@ -191,6 +191,43 @@ class PrefixTree:
             self.nbytes += last.state.nbytes
         return True
 
+    def nodes(self, owner: Hashable) -> list[tuple[tuple[int, ...], Node]]:
+        """All nodes of an owner, each after the one that it follows, with the tokens from the beginning to its end."""
+        root = self._roots.get(owner)
+        found: list[tuple[tuple[int, ...], Node]] = []
+        stack: list[tuple[tuple[int, ...], Node]] = [] if root is None else [((), root)]
+        while stack:
+            ids, node = stack.pop()
+            found += [(ids, node)] if node is not root else []
+            stack += [((*ids, *child.ids), child) for child in node.children.values()]
+        return found
+
+    def restore(self, owner: Hashable, ids: Sequence[int], start: int, part: KeptPart, state: State | None) -> bool:
+        """Keep a node as `nodes` had it: `ids`, those from `start` on its own. False if it does not fit, or not follow.
+
+        Nothing is evicted for it.
+        """
+        root = self._roots.setdefault(owner, Node())
+        path, known = _walk(root, ids)
+        parent = path[-1] if path else root
+        nbytes = part.nbytes + (0 if state is None else state.nbytes)
+        if known != start or parent.end != start or start == len(ids) or self.nbytes + nbytes > self.max_bytes:
+            return False
+        self._now += 1
+        if state is not None:
+            self._needs_state.add(owner)
+        parent.children[ids[start]] = Node(
+            tuple(ids[start:]), start, part, parent, state, used=self._now, state_used=self._now
+        )
+        self.nbytes += nbytes
+        return True
+
+    def prune(self, owner: Hashable) -> None:
+        """Drop the ends that nothing can continue from, where an owner needs a state."""
+        for _, node in reversed(self.nodes(owner)):
+            if owner in self._needs_state and node.state is None and not node.children:
+                self._drop(node, ())
+
     def _nodes(self) -> Iterator[Node]:
         for root in self._roots.values():
             yield from (node for node in root.below() if node is not root)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
+from transformers import __version__ as _TRANSFORMERS
 
 from foreroute.checkpoint.codecs import orders_of
 from foreroute.config import EngineConfig, Plan
@@ -107,7 +108,8 @@ def load(
     guidance = guidance_for(asked, model, experts, sidecar)
     engine = start_engine(asked, experts, division, guidance, trace, progress)
     plan = _plan(asked, target, model, checkpoint, experts, division, is_fitted=sidecar is not None)
-    plan = replace(plan, math_note=math_note)
+    identity = "" if asked.prefix_cache_dir is None else _identity(checkpoint, plan)
+    plan = replace(plan, math_note=math_note, identity=identity)
     if trace is not None:
         trace.begin(**header_of(plan, asked, experts.table, checkpoint.index.fingerprint()))
         assert isinstance(engine, MoeStep), "no trace is written where the device pages for itself: see open_device"
@@ -119,6 +121,13 @@ def load(
     for layer in experts.layers:
         layer.experts.engine_forward = partial(entry.compute, layer.index)
     return make_offloaded(model, ForerouteHandle(plan, engine, list(experts.layers), experts.table, entry))
+
+
+def _identity(checkpoint: Checkpoint, plan: Plan) -> str:
+    """What keys and values depend on: weights as they are computed, and by what."""
+    store = "" if checkpoint.store is None else checkpoint.store.digest
+    numbers = (plan.compute_dtype, plan.math, plan.dense, plan.layout, plan.device, plan.threads)
+    return "|".join(map(str, (checkpoint.index.fingerprint(), store, *numbers, torch.__version__, _TRANSFORMERS)))
 
 
 def _sidecar(asked: EngineConfig, target: torch.device, checkpoint: Checkpoint) -> Sidecar | None:

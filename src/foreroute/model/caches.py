@@ -41,6 +41,8 @@ _CONTINUE_STATES = frozenset({
 })  # fmt: skip
 # A layer that keeps nothing; older transformers have none.
 NoLayer: type = getattr(cache_utils, "DummyLayer", type("NoLayer", (), {}))
+# Of the tokens in `grown_tensors`.
+TOKEN_AXIS = -2
 _ATTENTIONS = (DynamicLayer, DynamicSlidingWindowLayer)
 _WITH_STATES = (
     LinearAttentionLayer,
@@ -136,11 +138,10 @@ def is_known(layer: Any) -> bool:
     return type(layer) in (*_ATTENTIONS, *_WITH_STATES, NoLayer)
 
 
-def grown_tensors(layer: Any) -> dict[str, int]:
-    """The names of a cache layer's tensors that get longer by each token, and the axis of the tokens in each."""
-    if not isinstance(layer, DynamicLayer) or isinstance(layer, DynamicSlidingWindowLayer):
-        return {}
-    return {"keys": -2, "values": -2}
+def grown_tensors(layer: Any) -> tuple[str, ...]:
+    """The names of a cache layer's tensors [rows, heads, tokens, size] that get longer by each token."""
+    is_growing = isinstance(layer, DynamicLayer) and not isinstance(layer, DynamicSlidingWindowLayer)
+    return ("keys", "values") if is_growing else ()
 
 
 def has_state(layer: Any) -> bool:
