@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import JambaConfig, MixtralConfig, Qwen3NextConfig
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import DynamicCache, LinearAttentionLayer
 
 from foreroute.engine.chunks import split_prompt
 from foreroute.generation.prefix_cache import PromptCache
@@ -148,6 +148,30 @@ def test_states_of_linear_attention_are_continued_by_families_that_are_known_to(
     cache = new_cache(model)
     assert can_be_continued(model, cache)
     assert not PromptCache().keep(model, [1], cache), "nothing is in it"
+
+
+def test_states_that_may_have_seen_more_tokens_are_not_kept() -> None:
+    """Those of a broken-off step, whose attention has one token more, and of an answer after its prompt."""
+    model, kept = Model(), PromptCache(least_hit=1)
+    model.config = Qwen3NextConfig(num_hidden_layers=4)
+    cache = new_cache(model)
+    states = torch.ones(1, 1, 3, 1)
+    for at, layer in enumerate(cache.layers):
+        if isinstance(layer, LinearAttentionLayer):
+            cache.update_conv_state(torch.ones(1, 2, 4), at)
+            cache.update_recurrent_state(torch.ones(1, 2, 2), at)
+        else:
+            cache.update(states, -states, at)
+    assert not kept.keep(model, [1, 2], cache)
+    assert kept.keep(model, [1, 2, 3], cache)
+    assert kept.take(model, [1, 2, 9], 2) == (None, 0)
+    taken, known = kept.take(model, [1, 2, 3, 4], 3)
+    assert known == 3
+    assert taken is not None
+    taken.update_recurrent_state(torch.zeros(1, 2, 2), 0)
+    again, _ = kept.take(model, [1, 2, 3, 4], 3)
+    assert again is not None
+    assert again.get_recurrent_state(0).sum() == 4, "what was taken is a copy"
 
 
 def test_a_family_with_a_cache_of_its_own_gets_none() -> None:
