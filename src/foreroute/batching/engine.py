@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from foreroute.batching.answer import Answer
-from foreroute.batching.encoded_row import EncodedRow
 from foreroute.batching.beginnings import Beginnings
+from foreroute.batching.encoded_row import EncodedRow
 from foreroute.batching.requests import AnswerEvent, EngineState, Finished, Request
 from foreroute.batching.rows import UNREADABLE, OneRow, RowsCache, can_be_padded, why_not_batched
 from foreroute.engine.interfaces import Phase
