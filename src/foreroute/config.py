@@ -9,11 +9,12 @@ from typing import Any, get_args, get_type_hints
 
 from foreroute.errors import ForerouteError
 from foreroute.types import QUANTISED_TYPES
+from foreroute.units import kept_bytes
 
 # Reads up to this size take mostly latency, so that two at once take little longer than one.
 _SMALL_EXPERT_BYTES = 2**19
 # Fields whose text may be a path.
-_PATHS = ("predictor", "packed", "trace")
+_PATHS = ("predictor", "packed", "trace", "prefix_cache_dir")
 
 
 def _option(default: Any, help_text: str, choices: tuple[str, ...] = (), *, is_ablation: bool = False) -> Any:
@@ -141,6 +142,16 @@ class EngineConfig:
         "tokens of KV cache, over all requests, to reserve memory for beside the experts; if omitted: serve reserves "
         "the context or 4096 for each request, and at least one whole context; elsewhere --device cuda reserves 4096",
     )
+    prefix_cache: int | str | None = _option(
+        None,
+        'memory for the beginnings of earlier prompts, which are not computed again: "4GiB" or bytes, 0 for none; if '
+        "omitted, serve takes as much as its KV cache has, 2 GiB at most",
+    )
+    prefix_cache_dir: str | None = _option(
+        None,
+        "with serve, a folder where these beginnings are kept when it stops, for its next start; bounded as "
+        "--prefix-cache is",
+    )
     packed: str = _option(
         "auto",
         'the packed store: "auto" uses the one beside the checkpoint, "no" ignores it; "q8_0", "q4_k" and so on use a '
@@ -166,6 +177,7 @@ class EngineConfig:
             )
         if self.kv_tokens is not None and self.kv_tokens < 16:
             raise ForerouteError(f"kv_tokens is {self.kv_tokens}; choose 16 tokens or more.")
+        kept_bytes(self.prefix_cache)
         if self.reader_threads is not None and not 1 <= self.reader_threads <= 16:
             raise ForerouteError(f"reader_threads is {self.reader_threads}; choose 1 to 16 (1 or 2 are enough).")
 
@@ -183,11 +195,12 @@ class Plan:
     token_demand_slots is what one token uses, in token_slot_bytes. expert_bytes are stored of an expert that a token
     uses, on average. staging_slots: the most that prefetched experts take before they are used. source: where experts
     are read from. host_records: experts in host memory behind the slots; 0: only the disk is behind them. Memory is
-    reserved for kv_tokens of KV cache; kv_bytes_per_token is None where it was not measured. math is "ggml", torch's
-    ("own"), or the "family"'s own forward; math_note: why not ggml's, where it might be. threads are torch's, of which
-    usable_cpus can run at once (a container may limit them). layout: "interleaved" where a packed store has eight rows
-    of its matrices side by side. dense: the type to which dense weights were quantised, by `pack` or at load; else
-    "stored".
+    reserved for kv_tokens of KV cache; kv_bytes_per_token is None where it was not measured. prefix_cache is None
+    where the memory for earlier prompts was not asked for; identity is what their files are held to, "" without
+    such files. math is "ggml", torch's ("own"), or the "family"'s own forward; math_note: why not ggml's, where it
+    might be. threads are torch's, of which usable_cpus can run at once (a container may limit them). layout:
+    "interleaved" where a packed store has eight rows of its matrices side by side. dense: the type to which dense
+    weights were quantised, by `pack` or at load; else "stored".
     """
 
     folder: str
@@ -218,6 +231,8 @@ class Plan:
     host_records: int = 0
     kv_tokens: int = 0
     kv_bytes_per_token: int | None = None
+    prefix_cache: int | None = None
+    identity: str = ""
     threads: int = 1
     usable_cpus: int = 1
     math_note: str = ""

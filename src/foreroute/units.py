@@ -73,6 +73,15 @@ def format_speed(bytes_per_s: float) -> str:
     return number(bytes_per_s / 1e9, "GB/s") if bytes_per_s >= 1e9 else number(bytes_per_s / 1e6, "MB/s")
 
 
+def kept_bytes(asked: int | str | None) -> int | None:
+    """Parse an amount of memory that may be none at all, and no share: bytes; None for None.
+
+    Raises:
+        BudgetError: it is no amount.
+    """
+    return None if asked is None else 0 if str(asked).strip() == "0" else parse_memory(asked, 0)
+
+
 def parse_memory(memory: str | int, total_expert_bytes: int) -> int:
     """Parse an amount of memory to bytes, rounded down.
 

@@ -251,3 +251,13 @@ def test_the_attention_of_rows_takes_its_arguments_by_the_names_of_transformers(
     """afmoe gives its mask by name."""
     theirs = list(inspect.signature(sdpa_attention_forward).parameters)[:5]
     assert list(inspect.signature(row_attention._attend).parameters)[:5] == theirs
+
+
+def test_what_a_row_did_not_bring_is_not_given_back():
+    """Tokens before its window, which a row keeps a few of: one that came without them has none."""
+    tape = Tape(6)
+    tape.join(40)
+    tape.step([3])
+    assert tape.layer.row(0, DynamicSlidingWindowLayer(6), more=16).keys[0, 1, :, 2].tolist() == tape.rows[0][-8:]
+    tape.step([20])
+    assert tape.layer.row(0, DynamicSlidingWindowLayer(6), more=16).keys[0, 1, :, 2].tolist() == tape.rows[0][-21:]

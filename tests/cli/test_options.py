@@ -36,6 +36,8 @@ ASKED = {
     "control": (["--control", "device"], "device"),
     "host_memory": (["--host-memory", "48GiB"], "48GiB"),
     "kv_tokens": (["--kv-tokens", "8192"], 8192),
+    "prefix_cache": (["--prefix-cache", "4GiB"], "4GiB"),
+    "prefix_cache_dir": (["--prefix-cache-dir", "kept"], "kept"),
     "policy": (["--policy", "tolerance:0.1"], "tolerance:0.1"),
     "trace": (["--trace", "run.jsonl"], "run.jsonl"),
     "deterministic": (["--deterministic"], True),
@@ -274,6 +276,6 @@ def test_every_flag_that_was_documented_is_still_accepted() -> None:
         if name in ("bench", "chat", "demo", "eval", "generate", "plan", "serve", "verify"):
             flags |= set(ENGINE.split()) - (NOT_ON_BENCH if name == "bench" else set())
         if name in ("chat", "generate", "plan", "serve"):
-            flags |= {"device", "control", "host-memory", "kv-tokens"}
+            flags |= {"device", "control", "host-memory", "kv-tokens", "prefix-cache", "prefix-cache-dir"}
         known = {option for action in parser._actions for option in action.option_strings}
         assert {f"--{flag}" for flag in flags} <= known, name

@@ -101,16 +101,19 @@ UNGUESSED: dict[str, str] = {
 # Blocks that route in themselves, in some transformers: no router's outputs cross, so that nothing is guessed.
 ROUTE_THEMSELVES: dict[str, str] = {"jamba": "with transformers 5.17, whose block takes the top k itself"}
 
-# The server computes one request at a time: attention of other kinds (linear, indexed, convolutions), positions that
-# depend on what is computed at once, or caches of a class of their own.
+# The server computes one request at a time: attention of other kinds (indexed, compressed), positions that depend on
+# what is computed at once, or caches of a class of their own.
 ONE_ROW = frozenset({
-    "axk2", "bailing_hybrid", "deepseek_v32", "deepseek_v4", "dots3_note_text", "gemma4", "glm4v_moe", "glm5_next",
-    "glm_moe_dsa", "granitemoehybrid", "hy_v4", "hy_v4_vl", "inkling2", "inkling2_text", "inkling_text", "jamba",
-    "kimi_linear", "lara_mini", "lfm2_moe", "llama4", "llama4_text", "minimax", "mistral_large4", "nemotron_h",
-    "phimoe", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_next", "qwen3_vl_moe", "qwen4_exp", "qwen4_exp_text",
-    "unlimited_ocr", "zaya",
+    "axk2", "deepseek_v32", "deepseek_v4", "dots3_note_text", "glm5_next", "glm_moe_dsa", "hy_v4", "hy_v4_vl",
+    "llama4", "llama4_text", "minimax", "mistral_large4", "qwen4_exp", "qwen4_exp_text", "unlimited_ocr",
 })  # fmt: skip
 
-# It computes one prompt at a time, though several answers: the experts of these are computed by the family's own
-# code, which takes padding for tokens.
-NOT_PADDED = frozenset({"muse_spark"})
+# It computes one prompt at a time, though several answers. Of muse_spark the experts are computed by the family's own
+# code, which takes padding for tokens; the others have states, which padding would change.
+NOT_PADDED = frozenset({
+    "bailing_hybrid", "granitemoehybrid", "inkling2", "inkling2_text", "inkling_text", "jamba", "kimi_linear",
+    "lara_mini", "lfm2_moe", "muse_spark", "nemotron_h", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_next", "zaya",
+})  # fmt: skip
+
+# Of these, those whose code drops a state when several tokens follow: a prompt is computed at once.
+AT_ONCE = frozenset({"jamba"})

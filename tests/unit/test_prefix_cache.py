@@ -6,8 +6,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import MixtralConfig, Qwen3NextConfig
-from transformers.cache_utils import DynamicCache
+from transformers import JambaConfig, MixtralConfig, Qwen3NextConfig
+from transformers.cache_utils import DynamicCache, LinearAttentionLayer
 
 from foreroute.engine.chunks import split_prompt
 from foreroute.generation.prefix_cache import PromptCache
@@ -40,7 +40,7 @@ def tokens_in(cache: DynamicCache) -> list[list[float]]:
 
 
 def kept_of(*conversations: list[int], max_bytes: int = 10**6) -> tuple[Model, PromptCache]:
-    model, kept = Model(), PromptCache(max_bytes)
+    model, kept = Model(), PromptCache(max_bytes, least_hit=1)
     for ids in conversations:
         assert kept.keep(model, ids, filled(model, ids))
     return model, kept
@@ -79,9 +79,9 @@ def test_the_oldest_is_dropped() -> None:
     assert (len(kept), kept.nbytes) == (0, 0)
 
 
-def test_a_longer_conversation_replaces_its_beginning() -> None:
+def test_what_conversations_begin_with_is_kept_once() -> None:
     model, kept = kept_of([1, 2], [1, 2, 3, 4], [1, 2, 3, 5])
-    assert (len(kept), kept.nbytes) == (2, 8 * TOKEN_BYTES)
+    assert (len(kept), kept.nbytes) == (2, 5 * TOKEN_BYTES)
     assert kept.take(model, [1, 2, 9], 2)[1] == 2
 
 
@@ -98,7 +98,7 @@ def test_of_a_broken_off_step_the_certain_part_is_kept() -> None:
 
 
 def test_a_window_is_cut_only_while_it_holds_everything() -> None:
-    model, kept = Model(sliding_window=4), PromptCache()
+    model, kept = Model(sliding_window=4), PromptCache(least_hit=1)
     assert can_be_continued(model, filled(model, [1, 2]))
     for ids in ([1, 2, 3], [5, 6, 7, 8, 9]):
         assert can_be_cut(filled(model, ids)) == (len(ids) < 4)
@@ -139,12 +139,39 @@ def test_longrope_that_divides_alike_at_every_length_is_continued() -> None:
     assert not can_be_continued(model, new_cache(model))
 
 
-def test_states_of_linear_attention_are_not_continued() -> None:
+def test_states_of_linear_attention_are_continued_by_families_that_are_known_to() -> None:
     model = Model()
+    model.config = JambaConfig(num_hidden_layers=4, attn_layer_offset=1, attn_layer_period=2)
+    cache = new_cache(model)
+    assert not can_be_continued(model, cache), "its code begins anew where several tokens follow"
     model.config = Qwen3NextConfig(num_hidden_layers=4)
     cache = new_cache(model)
-    assert not can_be_continued(model, cache)
-    assert not PromptCache().keep(model, [1], cache)
+    assert can_be_continued(model, cache)
+    assert not PromptCache().keep(model, [1], cache), "nothing is in it"
+
+
+def test_states_that_may_have_seen_more_tokens_are_not_kept() -> None:
+    """Those of a broken-off step, whose attention has one token more, and of an answer after its prompt."""
+    model, kept = Model(), PromptCache(least_hit=1)
+    model.config = Qwen3NextConfig(num_hidden_layers=4)
+    cache = new_cache(model)
+    states = torch.ones(1, 1, 3, 1)
+    for at, layer in enumerate(cache.layers):
+        if isinstance(layer, LinearAttentionLayer):
+            cache.update_conv_state(torch.ones(1, 2, 4), at)
+            cache.update_recurrent_state(torch.ones(1, 2, 2), at)
+        else:
+            cache.update(states, -states, at)
+    assert not kept.keep(model, [1, 2], cache)
+    assert kept.keep(model, [1, 2, 3], cache)
+    assert kept.take(model, [1, 2, 9], 2) == (None, 0)
+    taken, known = kept.take(model, [1, 2, 3, 4], 3)
+    assert known == 3
+    assert taken is not None
+    taken.update_recurrent_state(torch.zeros(1, 2, 2), 0)
+    again, _ = kept.take(model, [1, 2, 3, 4], 3)
+    assert again is not None
+    assert again.get_recurrent_state(0).sum() == 4, "what was taken is a copy"
 
 
 def test_a_family_with_a_cache_of_its_own_gets_none() -> None:

@@ -24,7 +24,9 @@ class Answer:
     Attributes:
         ids: the prompt and the answer so far. reserved: most tokens that its row can come to hold.
         num_computed: tokens with keys and values in the cache.
-        num_cached: those of them that came from an earlier request.
+        num_cached: those of them that came from an earlier request. num_prompt: tokens of the prompt.
+        stops: numbers of tokens at which a chunk of the prompt shall end, so that others can continue there.
+        shared: with how many tokens other prompts begin like this one, as far as that was looked at.
     """
 
     def __init__(self, request: Request, on_event: Callable[[AnswerEvent], None], most_new: int) -> None:
@@ -34,7 +36,9 @@ class Answer:
         self.reserved = len(self.ids) + most_new
         self.num_computed = self.num_cached = 0
         self._on_event = on_event
-        self._num_prompt, self._most_new = len(self.ids), most_new
+        self.num_prompt, self._most_new = len(self.ids), most_new
+        self.stops: set[int] = set()
+        self.shared: dict[Answer, int] = {}
         self._logprobs: list[float | None] = [None]
         self._tops: list[Top | None] = [None]
 
@@ -56,8 +60,14 @@ class Answer:
         )
 
     def next_chunk(self, most: int) -> list[int]:
-        """Return the prompt's next tokens to compute, at most `most`."""
-        return self.ids[self.num_computed : min(self.num_computed + most, self._num_prompt)]
+        """Return the prompt's next tokens to compute, at most `most`, and none behind the next stop."""
+        ahead = (stop for stop in self.stops if stop > self.num_computed)
+        return self.ids[self.num_computed : min(self.num_computed + most, self.num_prompt, *ahead)]
+
+    @property
+    def is_prompt_computed(self) -> bool:
+        """Whether every token of the prompt is."""
+        return self.num_computed >= self.num_prompt
 
     def took(self, num_tokens: int, logits: torch.Tensor) -> bool:
         """Count `num_tokens` computed tokens of the prompt; return whether it is complete.
@@ -68,8 +78,8 @@ class Answer:
         if self.request.wants_prompt_scores:
             self._score(logits[-num_tokens:])
         self.num_computed += num_tokens
-        self.tell(PromptProgress(self.num_computed, self._num_prompt))
-        if self.num_computed < self._num_prompt:
+        self.tell(PromptProgress(self.num_computed, self.num_prompt))
+        if not self.is_prompt_computed:
             return False
         if self.request.wants_prompt_scores:
             self.tell(PromptScored(self._logprobs, self._tops))
@@ -103,7 +113,7 @@ class Answer:
         self.tell(NewToken(token, piece, *score(logits, token, self.request.num_top_logprobs)))
         if is_end or self._text.is_over:
             return self.finished("stop")
-        return self.finished("length") if len(self.ids) - self._num_prompt >= self._most_new else None
+        return self.finished("length") if len(self.ids) - self.num_prompt >= self._most_new else None
 
     def finished(self, reason: str, error: str | None = None) -> Finished:
         """The last event, with the text that was still held back."""
@@ -111,7 +121,7 @@ class Answer:
         if reason in ("stop", "length") and not self.wants_none:
             tail = self._text.push(self._pieces.finish())
             tail += "" if self._text.is_over else self._text.rest()
-        return Finished(reason, self._num_prompt, len(self.ids) - self._num_prompt, self.num_cached, tail, error)
+        return Finished(reason, self.num_prompt, len(self.ids) - self.num_prompt, self.num_cached, tail, error)
 
     def tell(self, event: AnswerEvent) -> None:
         """Send an event; a receiver that fails cancels the request."""

@@ -7,19 +7,21 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from foreroute.batching.answer import Answer
+from foreroute.batching.beginnings import Beginnings
 from foreroute.batching.encoded_row import EncodedRow
 from foreroute.batching.requests import AnswerEvent, EngineState, Finished, Request
 from foreroute.batching.rows import UNREADABLE, OneRow, RowsCache, can_be_padded, why_not_batched
 from foreroute.engine.interfaces import Phase
 from foreroute.errors import ContextLengthError, ForerouteError, PromptError, QueueFullError
-from foreroute.generation.prefix_cache import PromptCache
+from foreroute.generation.prefix_cache import PrefixCounts
 from foreroute.loading.offloaded_model import OffloadedModel, handle_of
-from foreroute.memory.serving import keeps_prompts, planned_kv_bytes_per_token
+from foreroute.memory.serving import keeps_prompts, planned_kv_bytes_per_token, state_bytes_without_experts
 from foreroute.memory.serving_budget import MOST_SCORED_WHOLE, SCORED_AT_ONCE, choose_kv_tokens, kept_prompt_bytes
 from foreroute.model.generation_settings import end_tokens
 
@@ -38,6 +40,9 @@ class BatchEngine:
         max_num_seqs: most requests computed at once. max_waiting: most further ones that may wait.
         kv_tokens: capacity of the KV cache: rows times the longest of them, padding included. None: the context or
             4096 tokens for each row, and at least one whole context.
+        prefix_folder: where beginnings of prompts are kept for a later process; None: nowhere.
+    Raises:
+        ForerouteError: that folder cannot be written, or is in use by another process with this model.
 
     Attributes:
         rows: most requests computed at once: 1 where the model cannot be batched. why_one_row: the reason, or "".
@@ -52,6 +57,7 @@ class BatchEngine:
         max_num_seqs: int = 8,
         max_waiting: int = 64,
         kv_tokens: int | None = None,
+        prefix_folder: Path | None = None,
     ) -> None:
         self._model, self._tokenizer = model, tokenizer
         self.why_one_row = why_not_batched(model)
@@ -64,7 +70,16 @@ class BatchEngine:
         self._ends = end_tokens(model.generation_config)
         self._can_continue = keeps_prompts(model)
         self._can_pad = not self.why_one_row and can_be_padded(model)
-        self._kept = PromptCache(kept_prompt_bytes(self.kv_bytes)) if self._can_continue else None
+        states = state_bytes_without_experts(model, handle.layers)
+        most_kept = kept_prompt_bytes(self.kv_bytes, handle.plan.prefix_cache, states)
+        per_token = self.kv_bytes // self.kv_tokens
+        is_kept = self._can_continue and most_kept > 0
+        if prefix_folder is not None and not is_kept:
+            raise ForerouteError(
+                "Prompts of this model are not kept (docs/limitations.md says of which), or --prefix-cache is 0. "
+                "Leave --prefix-cache-dir out."
+            )
+        self._kept = Beginnings(model, most_kept, per_token, prefix_folder) if is_kept else None
         # The lock guards these; computing needs none, as only one thread computes.
         self._changed = threading.Condition()
         self._waiting: deque[Answer] = deque()
@@ -120,12 +135,17 @@ class BatchEngine:
 
     def state(self) -> EngineState:
         """See requests.Engine."""
+        counts = PrefixCounts() if self._kept is None else self._kept.counts
         with self._changed:
             return EngineState(
                 running=len(self._joining) + len(self._running),
                 waiting=len(self._waiting),
                 kv_blocks_used=self._held(),
                 kv_blocks=self.kv_tokens,
+                prefix_bytes=0 if self._kept is None else self._kept.nbytes,
+                prefix_lookups=counts.lookups,
+                prefix_hits=counts.hits,
+                prefix_tokens=counts.tokens_saved,
             )
 
     def close(self) -> None:
@@ -138,6 +158,8 @@ class BatchEngine:
                 answer.cancel("The server is shutting down.")
             self._changed.notify()
         self._thread.join()
+        if self._kept is not None:
+            self._kept.close()
 
     def _held(self, *more: Answer) -> int:
         """Most tokens that the admitted rows, and these, can come to hold, padding included."""
@@ -182,14 +204,20 @@ class BatchEngine:
     def _admit(self) -> None:
         """Admit waiting requests in order, while rows and KV cache are free."""
         most_prompts = self.rows if self._can_pad else 1
-        while self._waiting and len(self._joining) + len(self._running) < self.rows:
-            if len(self._joining) >= most_prompts:
+        with self._changed:
+            waiting = list(self._waiting)
+        is_full = False
+        for answer in waiting:
+            if len(self._joining) + len(self._running) >= self.rows:
                 return
-            answer = self._waiting[0]
-            if self._held(answer) > self.kv_tokens:
-                return
+            if self._kept is not None and self._kept.is_computed_by(self._joining, answer):
+                # It joins when the beginning that it shares with another prompt has been computed.
+                continue
+            is_full = is_full or len(self._joining) >= most_prompts or self._held(answer) > self.kv_tokens
+            if is_full:
+                continue
             with self._changed:
-                self._waiting.popleft()
+                self._waiting.remove(answer)
                 self._joining.append(answer)
             # Memory of rows that have left is not counted any more; it is freed only now.
             self._prompts.trim()
@@ -200,12 +228,10 @@ class BatchEngine:
                 self._end(answer, _failed(answer, error))
 
     def _begin(self, answer: Answer) -> None:
-        cache, num_cached = None, 0
-        if self._kept is not None and not answer.request.wants_prompt_scores:
-            # The last token is computed in any case: its logits choose the next one.
-            cache, num_cached = self._kept.take(self._model, answer.ids, len(answer.ids) - 1)
+        beginning = None if self._kept is None else self._kept.begin(answer)
+        num_cached = 0 if beginning is None else beginning.length
         answer.begin(self._tokenizer, self._model, num_cached)
-        self._prompts.arrange(range(len(self._joining) - 1), [(cache, num_cached)])
+        self._prompts.arrange(range(len(self._joining) - 1), [(beginning, num_cached)])
 
     def _prefill(self) -> None:
         """Compute the next chunk of every prompt in prefill."""
@@ -228,6 +254,7 @@ class BatchEngine:
                     done[answer] = self._first_token(answer, logits[-1].float().cpu())
             except Exception as error:  # noqa: BLE001  reported to its request
                 done[answer] = _failed(answer, error)
+        self._keep_prompts(answers, outcomes)
         going = [at for at, answer in enumerate(answers) if answer in done and done[answer] is None]
         try:
             if going:
@@ -235,6 +262,12 @@ class BatchEngine:
         except Exception as error:  # noqa: BLE001  reported to these requests: the rows that decode go on
             done.update({answers[at]: _failed(answers[at], error) for at in going})
         self._leave_prompts(done)
+
+    def _keep_prompts(self, answers: Sequence[Answer], outcomes: Sequence[torch.Tensor | ForerouteError]) -> None:
+        """Keep what the step has added to prompts in prefill."""
+        for at, (answer, outcome) in enumerate(zip(answers, outcomes, strict=True)):
+            if self._kept is not None and not isinstance(outcome, Exception):
+                self._kept.keep_prompt(answer, self._prompts, at)
 
     def _most_at_once(self, answers: Sequence[Answer]) -> int:
         """Most tokens of each prompt in the next step."""
@@ -318,20 +351,8 @@ class BatchEngine:
 
     def _keep(self, answer: Answer, rows: RowsCache | OneRow, at: int, end: Finished) -> None:
         """Keep the row's keys and values for later prompts with the same beginning."""
-        nothing = self._kept is None or end.reason == "error" or not answer.num_computed
-        if self._kept is None or nothing or answer.request.wants_prompt_scores:
-            return
-        ids = answer.ids[: answer.num_computed]
-        # A substitute changes all later keys and values; the prompt's are always exact.
-        if any(policy.substitutes or policy.replaces_route for policy in self._model.foreroute.policies):
-            ids = ids[: len(answer.request.prompt_ids)]
-        # Make room before the copy, which with sliding windows is larger than what is kept.
-        if self._kept.make_room(len(ids) * self.kv_bytes // self.kv_tokens):
-            try:
-                self._kept.keep(self._model, ids, rows.row(at))
-            except (RuntimeError, MemoryError):
-                # Only a copy for later requests: without memory for it, running ones go on.
-                _LOG.warning("A prompt was not kept for the next request", exc_info=True)
+        if self._kept is not None and end.reason != "error":
+            self._kept.keep_all(answer, rows, at)
 
     def _end(self, answer: Answer, end: Finished) -> None:
         with self._changed:

@@ -94,12 +94,20 @@ AnswerEvent = PromptProgress | PromptScored | NewToken | Finished
 
 @dataclass(frozen=True)
 class EngineState:
-    """Right now: requests computed and waiting, and KV blocks (of one token, where the engine has no larger ones)."""
+    """Right now: requests computed and waiting, and KV blocks (of one token, where the engine has no larger ones).
+
+    prefix_bytes: kept of earlier prompts. So far: prompts that were looked up there, hits, and tokens that were not
+    computed again.
+    """
 
     running: int
     waiting: int
     kv_blocks_used: int
     kv_blocks: int
+    prefix_bytes: int = 0
+    prefix_lookups: int = 0
+    prefix_hits: int = 0
+    prefix_tokens: int = 0
 
 
 class Engine(Protocol):

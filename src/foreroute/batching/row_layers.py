@@ -12,6 +12,8 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 # Columns that are added at a time: tokens are copied once per this many new ones.
 _MORE_COLUMNS = 64
+# Tokens that a row keeps before its window, so that a prompt that differs in its last ones can continue.
+BEFORE_WINDOW = 16
 # Memory beyond this multiple of what is needed is freed.
 _LOOSE = 1.1
 _CONTIGUOUS = torch.contiguous_format
@@ -63,7 +65,7 @@ class RowLayer(DynamicLayer):
 
     Args:
         rows: lengths, shared by all layers of a cache.
-        window: of sliding attention; older tokens are not kept.
+        window: of sliding attention; older tokens are not kept, but for a few (BEFORE_WINDOW).
     """
 
     def __init__(self, rows: RowLengths, window: int | None = None) -> None:
@@ -71,6 +73,8 @@ class RowLayer(DynamicLayer):
         self._rows, self._window = rows, window
         self.is_sliding = window is not None
         self._end = 0
+        # The first token that a row brought, where it came with the latest alone.
+        self._first: dict[int, int] = {}
         # The step that added columns last, and the column that they begin at.
         self._last_step, self._began = 0, 0
 
@@ -112,6 +116,9 @@ class RowLayer(DynamicLayer):
 
     # Called by `RowsCache`.
 
+    def begin_step(self) -> None:
+        """Do nothing: what a step adds is behind what was held."""
+
     def num_seen(self, at: int) -> int:
         """Columns that the row's last new token sees, in a step: all that it has, or a window of them."""
         held = self._rows.had[at] + self._rows.new[at]
@@ -127,8 +134,9 @@ class RowLayer(DynamicLayer):
             if not filled:
                 return
             self._make(filled[0].keys, filled[0].values)
-        held = [self._kept(had) for _, had in new]
+        held = [_held(layer, self._kept(had)) for layer, had in new]
         self._reserve(max(held), 0, first + len(new))
+        self._first |= {at: had - num for at, ((_, had), num) in enumerate(zip(new, held, strict=True), first)}
         for at, ((layer, _), num) in enumerate(zip(new, held, strict=True), first):
             for name in ("keys", "values"):
                 place = getattr(self, name)[at]
@@ -139,6 +147,7 @@ class RowLayer(DynamicLayer):
 
     def keep(self, places: Sequence[int]) -> None:
         """Keep the rows at these places (ascending) alone, moved together."""
+        self._first = {at: self._first[place] for at, place in enumerate(places) if place in self._first}
         if not self.is_initialized:
             return
         if not places:
@@ -167,16 +176,22 @@ class RowLayer(DynamicLayer):
     def trim(self) -> None:
         """Free memory of rows that have left, where that is worth a copy of the others."""
         if self.is_initialized:
-            needed = len(self._rows.had) * (self._longest + _MORE_COLUMNS)
+            needed = len(self._rows.had) * (self._longest + self._ahead)
             if len(self.keys) * self.keys.shape[-2] > _LOOSE * needed:
-                self._resize(self._longest, self._longest + _MORE_COLUMNS, len(self._rows.had))
+                self._resize(self._longest, self._longest + self._ahead, len(self._rows.had))
 
-    def row(self, at: int, like: DynamicLayer, *, is_copy: bool = True) -> DynamicLayer:
-        """Return a layer of the row at `at` alone, of the class of `like`: a copy, or a view until the next step."""
+    def row(self, at: int, like: DynamicLayer, *, is_copy: bool = True, more: int = 0) -> DynamicLayer:
+        """Return a layer of the row at `at` alone, of the class of `like`: a copy, or a view until the next step.
+
+        more: tokens before the window, if they are here.
+        """
         alone: Any = copy.copy(like)
         if not self.is_initialized or self._rows.had[at] == 0:
             return alone
-        held = slice(self._end - self._kept(self._rows.had[at]), self._end)
+        had, num = self._rows.had[at], self._kept(self._rows.had[at])
+        if self._window is not None:
+            num = min(num, self._window - 1 + more, had - self._first.get(at, 0))
+        held = slice(self._end - num, self._end)
         alone.lazy_initialization(self.keys, self.values)
         alone.keys, alone.values = (states[at : at + 1, :, held] for states in (self.keys, self.values))
         if is_copy:
@@ -186,7 +201,11 @@ class RowLayer(DynamicLayer):
         return alone
 
     def _kept(self, had: int) -> int:
-        return had if self._window is None else min(had, self._window - 1)
+        return had if self._window is None else min(had, self._window - 1 + BEFORE_WINDOW)
+
+    @property
+    def _ahead(self) -> int:
+        return _MORE_COLUMNS if self._window is None else _MORE_COLUMNS - BEFORE_WINDOW
 
     @property
     def _longest(self) -> int:
@@ -203,7 +222,7 @@ class RowLayer(DynamicLayer):
         if held > self._end or self._end + more > self.keys.shape[-2] or num_rows > len(self.keys):
             # Columns out of the window, or of longer rows that have left, are dropped.
             end = max(held, self._longest)
-            self._resize(end, end + more + _MORE_COLUMNS, num_rows)
+            self._resize(end, end + more + self._ahead, num_rows)
 
     def _resize(self, end: int, columns: int, places: int) -> None:
         """Copy the rows to buffers of this many columns and places, their tokens right before `end`."""
@@ -216,3 +235,8 @@ class RowLayer(DynamicLayer):
             made.append(new)
         # Both or neither: if memory runs out, the buffers stay as they were.
         self.keys, self.values, self._end = *made, end
+
+
+def _held(layer: DynamicLayer | None, most: int) -> int:
+    """Tokens of `most` that a layer of one row brings."""
+    return min(most, layer.keys.shape[-2]) if most and layer is not None and layer.is_initialized else 0

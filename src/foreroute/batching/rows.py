@@ -10,14 +10,28 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 from foreroute.batching.row_attention import RowAttention
-from foreroute.batching.row_layers import RowLayer, RowLengths
+from foreroute.batching.row_layers import BEFORE_WINDOW, RowLayer, RowLengths
+from foreroute.batching.row_states import rows_layer
 from foreroute.engine.interfaces import Phase, StepInfo
 from foreroute.engine.moe_step import MoeStep
 from foreroute.errors import ChecksumError, ForerouteError, ReadError
+from foreroute.generation.prefix_cache import Beginning
 from foreroute.loading.offloaded_model import OffloadedModel
-from foreroute.model.caches import cache_argument, cache_of, can_be_continued, is_ordinary, last_logits_only, new_cache
+from foreroute.model.caches import (
+    cache_argument,
+    cache_of,
+    has_fixed_rows,
+    has_linear_states,
+    is_ordinary_on_text,
+    last_logits_only,
+    new_cache,
+)
 from foreroute.model.decode.attention import attends_by_interface
 
+# Kinds of layers whose rows are independent of each other, by their names in transformers' configs.
+_KINDS = frozenset({
+    "full_attention", "sliding_attention", "linear_attention", "conv", "hybrid", "hybrid_sliding", "moe", "mlp",
+})  # fmt: skip
 # An expert cannot be read: errors of the rows that demand it alone.
 UNREADABLE = (ReadError, ChecksumError)
 
@@ -27,12 +41,12 @@ def why_not_batched(model: OffloadedModel) -> str:
     if model.config.is_encoder_decoder:
         return "an encoder-decoder: each request is encoded first"
     cache = new_cache(model)
-    if cache is None or not is_ordinary(model):
+    if cache is None or not is_ordinary_on_text(model):
         return "the family does not keep its state in an ordinary cache"
-    if not can_be_continued(model, cache):
-        return "not all its layers are plain or sliding-window attention with fixed positions"
+    if not has_fixed_rows(model, cache):
+        return "not all its layers are of known kinds with fixed positions"
     kinds = set(getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ())
-    if kinds - {"full_attention", "sliding_attention"}:
+    if kinds - _KINDS:
         return f"its attention is of an unsupported kind ({', '.join(sorted(kinds))})"
     if "position_ids" not in inspect.signature(model.forward).parameters:
         return "its forward takes no positions"
@@ -40,8 +54,9 @@ def why_not_batched(model: OffloadedModel) -> str:
 
 
 def can_be_padded(model: OffloadedModel) -> bool:
-    """Whether padding can be kept from the experts, so that prompts of different lengths may share a step."""
-    return isinstance(model.foreroute.engine, MoeStep) and bool(model.foreroute.plan.math != "family")
+    """Whether padding can be kept from experts and states, so that prompts of different lengths may share a step."""
+    handle = model.foreroute
+    return isinstance(handle.engine, MoeStep) and handle.plan.math != "family" and not has_linear_states(model)
 
 
 class RowsCache:
@@ -61,10 +76,11 @@ class RowsCache:
         self._template = template
         self._rows = RowLengths()
         self._cache = copy.copy(template)
-        self._cache.layers = [RowLayer(self._rows, getattr(layer, "sliding_window", None)) for layer in template.layers]
+        self._cache.layers = [rows_layer(self._rows, layer) for layer in template.layers]
         self._last_only = last_logits_only(model)
         # Other kernels round a row differently in a batch than alone: attention by row would gain nothing there.
         is_alike = model.foreroute.plan.math == "ggml" and attends_by_interface(model)
+        is_alike = is_alike and all(type(layer) is RowLayer for layer in self._cache.layers)
         self._attention = RowAttention(model) if is_alike else None
 
     @property
@@ -72,7 +88,7 @@ class RowsCache:
         """Tokens of each row."""
         return list(self._rows.had)
 
-    def arrange(self, kept: Sequence[int], new: Sequence[tuple[DynamicCache | None, int]]) -> None:
+    def arrange(self, kept: Sequence[int], new: Sequence[tuple[DynamicCache | Beginning | None, int]]) -> None:
         """Keep the rows `kept` (their places, ascending), and append new ones.
 
         Args:
@@ -103,17 +119,22 @@ class RowsCache:
         layers: list[Any] = self._cache.layers
         for layer, given, like in zip(layers, other._cache.layers, self._template.layers, strict=True):
             source: Any = given
-            layer.join([(source.row(at, like, is_copy=False), other._rows.had[at]) for at in places])
+            rows = [source.row(at, like, is_copy=False, more=BEFORE_WINDOW) for at in places]
+            layer.join([(row, other._rows.had[at]) for row, at in zip(rows, places, strict=True)])
             if is_all:
                 source.keep([])
         self._rows.set([*self._rows.had, *(other._rows.had[at] for at in places)])
 
-    def row(self, at: int, *, is_copy: bool = True) -> DynamicCache:
-        """Return a cache of the row at `at` alone: a copy, or a view that is valid until the next step."""
+    def row(self, at: int, *, is_copy: bool = True, more: int = 0) -> DynamicCache:
+        """Return a cache of the row at `at` alone: a copy, or a view that is valid until the next step.
+
+        more: tokens before a window that come with it, as far as they are still there.
+        """
         alone = copy.copy(self._template)
         layers: list[Any] = self._cache.layers
         alone.layers = [
-            layer.row(at, like, is_copy=is_copy) for layer, like in zip(layers, self._template.layers, strict=True)
+            layer.row(at, like, is_copy=is_copy, more=more)
+            for layer, like in zip(layers, self._template.layers, strict=True)
         ]
         return alone
 
@@ -155,8 +176,10 @@ class RowsCache:
             assert can_be_padded(model), "rows of one length, or an engine that leaves padding out"
             padding = (from_end >= real).flatten()
         info = StepInfo.of(phase, ids, padding, is_start=self._cache.get_seq_length() == 0)
+        layers: list[Any] = self._cache.layers
+        for layer in layers:
+            layer.begin_step()
         try:
-            layers: list[Any] = self._cache.layers
             with model.foreroute.step(info), nullcontext() if by_row is None else by_row.over(layers):
                 out = model(input_ids=ids, **cache_argument(self._cache), use_cache=True, return_dict=True, **kwargs)
         except UNREADABLE:
@@ -209,15 +232,16 @@ class OneRow:
             self._cache, self.lengths = None, []
         for cache, length in new:
             assert not self.lengths, "there is one row"
-            self._cache, self.lengths = cache, [length]
+            self._cache = cache.cache() if isinstance(cache, Beginning) else cache
+            self.lengths = [length]
 
     def append_from(self, other: "OneRow", places: Sequence[int]) -> None:
         """Take the other's row."""
         assert not self.lengths, "there is one row"
         self._cache, self.lengths = other._cache, other.lengths
 
-    def row(self, at: int, *, is_copy: bool = True) -> Any:
-        """Return the row's cache; never a copy."""
+    def row(self, at: int, *, is_copy: bool = True, more: int = 0) -> Any:
+        """Return the row's cache; never a copy, and with nothing `more`."""
         return self._cache
 
     def trim(self) -> None:

@@ -156,6 +156,11 @@ class PackedStore:
         if unwritten:
             raise StoreError(f"{path} is half written: {unwritten} of {num_records} records are missing. {_PACK_AGAIN}")
 
+    @property
+    def digest(self) -> str:
+        """A short hash of the checksums of all records."""
+        return xxhash.xxh3_128(repr(self._checksums).encode()).hexdigest()
+
     def _take_header(self, stored: bytes, table: ExpertTable) -> None:
         described = _described(self.path, stored)
         self.codec: str = described["codec"]

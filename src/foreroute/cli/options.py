@@ -16,7 +16,7 @@ from foreroute.errors import PromptError
 from foreroute.whole_files import beside, read_bytes
 
 # Fields of EngineConfig for experts on a GPU, or for a server; commands whose inputs stay on the CPU omit them.
-GPU_FIELDS = ("device", "control", "host_memory", "kv_tokens")
+GPU_FIELDS = ("device", "control", "host_memory", "kv_tokens", "prefix_cache", "prefix_cache_dir")
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 # Characters of choices that are shown behind a flag, within 80 columns.
 _WIDEST_CHOICES = 60

@@ -87,6 +87,7 @@ class LeanLoop:
 
     Attributes:
         num_computed: tokens, from the start of the prompt, whose steps have ended, so that the cache holds them.
+        is_in_step: a step has begun and not ended: states in the cache may have seen more tokens than these.
     """
 
     def __init__(
@@ -101,6 +102,7 @@ class LeanLoop:
         self._chunk = chunk
         self._decoder = decoder
         self.num_computed = 0
+        self.is_in_step = False
 
     def __call__(
         self,
@@ -129,10 +131,11 @@ class LeanLoop:
             done = self.num_computed + tokens.shape[1]
             if positions is not None:
                 kwargs["position_ids"] = positions[:, self.num_computed : done]
+            self.is_in_step = True
             with model.foreroute.step(StepInfo.of(phase, tokens, is_start=self.num_computed == 0)):
                 output = model(input_ids=tokens, **cache_argument(cache), return_dict=True, **kwargs)
             logits: torch.Tensor = output.logits
-            self.num_computed = done
+            self.num_computed, self.is_in_step = done, False
             return logits[:, -1]
 
         decoder = self._decoder

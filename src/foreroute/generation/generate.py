@@ -24,7 +24,7 @@ from foreroute.generation.graph_decoder import decoder_of, is_paged
 from foreroute.generation.prefix_cache import PromptCache
 from foreroute.generation.recorder import StopWhen, TokenRecorder
 from foreroute.loading.offloaded_model import OffloadedModel, handle_of
-from foreroute.model.caches import cache_argument, can_be_continued, is_ordinary, new_cache
+from foreroute.model.caches import cache_argument, can_be_continued, has_linear_states, is_ordinary, new_cache
 from foreroute.model.generation_settings import stop_strings
 
 
@@ -263,6 +263,8 @@ class _Answer:
         """Keep the KV cache for later prompts; after an error or Ctrl-C, only what finished steps have added."""
         has_reuse = self.reuse is not None and self._keeps and self._can_continue
         if not has_reuse or self.reuse is None or self.loop is None or self._cache is None:
+            return
+        if self.loop.is_in_step and has_linear_states(self.model):
             return
         ids = self.prompt_ids[0].tolist()
         if self._is_exact and _is_exact(self.model):

@@ -1,173 +1,192 @@
 """Reuse of shared prefixes: keys and values of earlier prompts are kept, and given to prompts that begin alike.
 
-Only caches whose layers are all of a known kind are kept or continued: plain attention, which can be cut anywhere, and
-a sliding window, which can be cut until a token has left the window. States of linear attention are neither: most
-families drop them when several tokens follow, so that continuing them would be wrong, not just other bits.
+Which prompts are kept is decided by a tree over their tokens (prefix_tree.py); kept_layers.py has the tensors. Plain
+attention continues after any token. A model with a sliding window, or with states of linear attention, a convolution
+or Mamba, continues where its states were kept: after a chunk of a prompt, or where an answer ended.
 """
 
-import copy
 import weakref
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from threading import Lock
 from typing import Any
 
-import torch
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicCache
 
+from foreroute.generation.kept_layers import (
+    LayerStates,
+    Segment,
+    continued_layer,
+    is_whole,
+    least_of,
+    state_bytes,
+    token_bytes,
+)
+from foreroute.generation.prefix_files import PrefixFiles, StoredNode
+from foreroute.generation.prefix_tree import Found, NewState, PrefixTree
 from foreroute.loading.offloaded_model import OffloadedModel
-from foreroute.model.caches import can_be_cut
+from foreroute.model.caches import has_state, new_cache
+
+# Fewest tokens of a hit: a common token or two (of a role, of a text's beginning) are none.
+_LEAST_HIT = 3
 
 
-@dataclass(frozen=True, eq=False)
-class _Kept:
-    """Tokens, and the cache of exactly these; never changed, only replaced."""
+@dataclass(frozen=True)
+class PrefixCounts:
+    """Since the cache was made: prompts looked up, those of them that found a beginning, and its tokens in all."""
 
-    model: weakref.ref[Any]
-    ids: tuple[int, ...]
-    cache: DynamicCache
-    nbytes: int
+    lookups: int = 0
+    hits: int = 0
+    tokens_saved: int = 0
+
+
+class Beginning(Sequence[Any]):
+    """A kept beginning of a prompt: its layers, each made when it is asked for, so that only one is there twice.
+
+    Attributes:
+        length: its tokens.
+    """
+
+    def __init__(self, model: OffloadedModel, found: Found) -> None:
+        empty = new_cache(model)
+        assert empty is not None, "the model's caches are kept"
+        self.length = found.length
+        self._empty = empty
+        self._segments: list[Segment] = [node.part for node in found.nodes]
+        self._states: LayerStates | None = None if found.state is None else found.state.state
+
+    def __len__(self) -> int:
+        return len(self._empty.layers)
+
+    def __getitem__(self, at: Any) -> Any:
+        return continued_layer(self._empty.layers[at], at, self._segments, self.length, self._states)
+
+    @property
+    def layers(self) -> Sequence[Any]:
+        """The layers, as of a cache."""
+        return self
+
+    def cache(self) -> DynamicCache:
+        """A cache of all layers. It shares memory with what is kept, but does not change it."""
+        self._empty.layers = list(self)
+        return self._empty
 
 
 class PromptCache:
-    """Keeps the keys and values of recent conversations, the latest first; made for `generate(..., reuse=...)`.
+    """Keeps keys and values of conversations; made for `generate(..., reuse=...)` and the server.
 
-    It serves any number of conversations, in any order, and may be shared by threads. `take` returns copies that share
-    memory with what is kept but do not change it, so that an interrupted answer does no harm.
+    It serves any number of conversations, in any order, and may be shared by threads. What several of them begin with
+    is kept once. An interrupted answer does no harm to what is kept.
 
     Args:
-        max_bytes: most bytes of keys and values; the least recently used conversations are dropped first, and one that
-            is larger is not kept. This memory comes on top of the experts' budget.
+        max_bytes: most bytes of keys, values and states; what was least recently used is dropped first, from the ends
+            of conversations, and a conversation that is larger is not kept. This memory comes on top of the experts'
+            budget.
+        least_hit: fewest tokens that are worth to be found.
     """
 
-    def __init__(self, max_bytes: int = 2**30) -> None:
+    def __init__(self, max_bytes: int = 2**30, least_hit: int = _LEAST_HIT) -> None:
         assert max_bytes >= 0, "no memory is the least there is"
         self.max_bytes = max_bytes
-        self._kept: list[_Kept] = []  # the latest last
+        self._tree = PrefixTree(max_bytes, least_hit)
+        self._counts = PrefixCounts()
         self._lock = Lock()
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys and values kept."""
-        with self._lock:
-            return sum(kept.nbytes for kept in self._kept)
+        """Bytes kept."""
+        return self._tree.nbytes
+
+    @property
+    def counts(self) -> PrefixCounts:
+        """How often it was of use."""
+        return self._counts
 
     def __len__(self) -> int:
         with self._lock:
-            return len(self._kept)
+            return len(self._tree)
 
     def clear(self) -> None:
         """Drop everything."""
         with self._lock:
-            self._kept.clear()
+            self._tree.clear()
 
-    def take(self, model: OffloadedModel, ids: list[int], at_most: int) -> tuple[DynamicCache | None, int]:
-        """Return a cache of the longest kept prefix of `ids` for this model, and its number of tokens.
+    def known(self, model: OffloadedModel, ids: Sequence[int]) -> int:
+        """Number of tokens with which something that is kept begins like `ids`."""
+        with self._lock:
+            return self._tree.known(weakref.ref(model), ids)
+
+    def reusable(self, model: OffloadedModel, ids: Sequence[int], at_most: int) -> int:
+        """Number of tokens that `find` would find; nothing counts as used."""
+        with self._lock:
+            return self._tree.reusable(weakref.ref(model), ids, at_most)
+
+    def find(self, model: OffloadedModel, ids: Sequence[int], at_most: int) -> Beginning | None:
+        """Find the longest kept beginning of `ids` that `model` can continue; it counts as used.
 
         Args:
             at_most: most tokens; the rest shall be computed in any case.
-        Returns:
-            (None, 0) if nothing is kept.
         """
         with self._lock:
-            self._kept = [kept for kept in self._kept if kept.model() is not None]
-            best, most = None, 0
-            for kept in self._kept:
-                if kept.model() is model:
-                    known = min(_common_length(kept.ids, ids), at_most)
-                    if known > most and (known == len(kept.ids) or can_be_cut(kept.cache)):
-                        best, most = kept, known
-            if best is None:
-                return None, 0
-            self._kept.remove(best)
-            self._kept.append(best)
-        return _branch(best.cache, len(best.ids) - most), most
+            self._forget_the_dead()
+            found = self._tree.find(weakref.ref(model), ids, at_most)
+            counts, length = self._counts, 0 if found is None else found.length
+            self._counts = PrefixCounts(counts.lookups + 1, counts.hits + bool(length), counts.tokens_saved + length)
+            return None if found is None else Beginning(model, found)
 
-    def make_room(self, nbytes: int) -> bool:
-        """Drop what was used least recently until `nbytes` more fit; False, and nothing is dropped, if they never do.
+    def take(self, model: OffloadedModel, ids: list[int], at_most: int) -> tuple[DynamicCache | None, int]:
+        """As `find`: a cache, and its number of tokens; (None, 0) if nothing is kept."""
+        found = self.find(model, ids, at_most)
+        return (None, 0) if found is None else (found.cache(), found.length)
 
-        For a caller that copies keys and values before `keep`.
-        """
-        if nbytes > self.max_bytes:
-            return False
-        with self._lock:
-            held = sum(kept.nbytes for kept in self._kept)
-            while held + nbytes > self.max_bytes:
-                held -= self._kept.pop(0).nbytes
-        return True
+    def keep(self, model: OffloadedModel, ids: Sequence[int], cache: DynamicCache) -> bool:
+        """Keep a cache that holds at least the tokens `ids`; more, of an interrupted step, is not kept.
 
-    def keep(self, model: OffloadedModel, ids: list[int], cache: DynamicCache) -> bool:
-        """Keep a cache that holds at least the tokens `ids`; more, of an interrupted step, is cut off.
+        Only what is not kept yet is copied.
 
         Returns:
-            False, and nothing is kept, if it cannot be cut safely.
+            False, and nothing is kept, if it cannot be cut safely, or does not fit.
         """
-        whole = _cut_to(cache, len(ids)) if ids else None
-        if whole is None:
+        if not ids or not is_whole(cache, len(ids)):
             return False
-        for layer in whole.layers:
-            # Decoding leaves room for tokens to come (model/decode/kept_tokens.py), which is not kept.
-            layer.keys, layer.values = (_without_room(part) for part in (layer.keys, layer.values))
-        nbytes = sum(part.nbytes for layer in whole.layers for part in (layer.keys, layer.values))
-        new = _Kept(weakref.ref(model), tuple(ids), whole, nbytes)
-        if nbytes > self.max_bytes:
-            return False
-        can_replace = can_be_cut(whole)
+        state = None
+        if any(map(has_state, cache.layers)):
+            end = len(ids)
+            state = NewState(state_bytes(cache), least_of(cache, end), lambda: LayerStates.of(cache, end))
         with self._lock:
-            room = self.max_bytes - nbytes
-            kept = [new]
-            for old in reversed(self._kept):
-                is_part = old.model() is model and old.ids == new.ids[: len(old.ids)]
-                # The new one contains its prefix, unless that one can no longer be cut.
-                if is_part and (can_replace or len(old.ids) == len(new.ids)):
-                    continue
-                room -= old.nbytes
-                if room < 0:
-                    break
-                kept.append(old)
-            self._kept = kept[::-1]
-        return True
+            self._forget_the_dead()
+            try:
+                return self._tree.insert(
+                    weakref.ref(model), ids, token_bytes(cache), lambda start, end: Segment.of(cache, start, end), state
+                )
+            except BaseException:
+                # Out of memory, or Ctrl-C, in the middle of a copy: what is kept may lack a layer.
+                self._tree.clear()
+                raise
 
+    def read(self, model: OffloadedModel, files: PrefixFiles) -> int:
+        """Take what an earlier process has kept of `model`; return its bytes."""
+        owner = weakref.ref(model)
+        nodes = list(files.read(model.device))
+        with self._lock:
+            before = self._tree.nbytes
+            # What was used last comes last, but nothing before what it follows.
+            for node in sorted(nodes, key=lambda one: (len(one.ids), one.used)):
+                self._tree.restore(owner, node.ids, node.start, node.segment, node.states)
+            self._tree.prune(owner)
+            return self._tree.nbytes - before
 
-def _cut_to(cache: DynamicCache, length: int) -> DynamicCache | None:
-    """Return a cache of exactly `length` tokens in every layer; None if some layer cannot be cut safely."""
-    excess = []
-    for layer in cache.layers:
-        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or not layer.is_initialized:
-            return None
-        held = layer.get_seq_length()
-        expected = held
-        if type(layer) is DynamicSlidingWindowLayer:
-            expected = min(held, layer.sliding_window - 1)
-        # Ctrl-C may fall between the line that adds keys and the one that adds values.
-        if held < length or layer.keys.shape[-2] != expected or layer.values.shape[-2] != expected:
-            return None
-        if held > length and type(layer) is DynamicSlidingWindowLayer and held >= layer.sliding_window:
-            return None
-        excess.append(held - length)
-    branch = _branch(cache, 0)
-    for layer, too_many in zip(branch.layers, excess, strict=True):
-        if too_many:
-            layer.crop(-too_many)
-    return branch
+    def write(self, model: OffloadedModel, files: PrefixFiles) -> None:
+        """Write what is kept of `model`, for a later process."""
+        with self._lock:
+            nodes = self._tree.nodes(weakref.ref(model))
+        files.write([StoredNode(ids, node.start, node.part, node.state, node.used) for ids, node in nodes])
 
+    def _forget_the_dead(self) -> None:
+        for owner in list(self._dead()):
+            self._tree.forget(owner)
 
-def _without_room(states: torch.Tensor) -> torch.Tensor:
-    """The same in a tensor of its own, if they are part of a larger one."""
-    is_part = states.untyped_storage().nbytes() > states.nbytes
-    return states.clone(memory_format=torch.contiguous_format) if is_part else states
-
-
-def _branch(cache: DynamicCache, too_many: int) -> DynamicCache:
-    """Return an independent cache without the last tokens: its layers replace tensors instead of changing them."""
-    branch = copy.copy(cache)
-    branch.layers = [copy.copy(layer) for layer in cache.layers]
-    if too_many:
-        branch.crop(-too_many)
-    return branch
-
-
-def _common_length(left: tuple[int, ...], right: list[int]) -> int:
-    return next(
-        (at for at, (one, other) in enumerate(zip(left, right, strict=False)) if one != other),
-        min(len(left), len(right)),
-    )
+    def _dead(self) -> Iterator[Any]:
+        for owner in self._tree.owners():
+            if isinstance(owner, weakref.ref) and owner() is None:
+                yield owner

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
+from transformers import __version__ as _TRANSFORMERS
 
 from foreroute.checkpoint.codecs import orders_of
 from foreroute.config import EngineConfig, Plan
@@ -37,6 +38,7 @@ from foreroute.predict.build import open_sidecar
 from foreroute.predict.sidecar import Sidecar
 from foreroute.trace import open_trace
 from foreroute.types import Progress
+from foreroute.units import kept_bytes
 
 # Kernels that oneDNN keeps compiled, one for each shape. Prompts give an expert another number of rows each time: its
 # own 1024 come to 400 MB in bf16, for 4 % of a prompt's time. Decoding has some dozens of shapes.
@@ -106,7 +108,8 @@ def load(
     guidance = guidance_for(asked, model, experts, sidecar)
     engine = start_engine(asked, experts, division, guidance, trace, progress)
     plan = _plan(asked, target, model, checkpoint, experts, division, is_fitted=sidecar is not None)
-    plan = replace(plan, math_note=math_note)
+    identity = "" if asked.prefix_cache_dir is None else _identity(checkpoint, plan)
+    plan = replace(plan, math_note=math_note, identity=identity)
     if trace is not None:
         trace.begin(**header_of(plan, asked, experts.table, checkpoint.index.fingerprint()))
         assert isinstance(engine, MoeStep), "no trace is written where the device pages for itself: see open_device"
@@ -118,6 +121,13 @@ def load(
     for layer in experts.layers:
         layer.experts.engine_forward = partial(entry.compute, layer.index)
     return make_offloaded(model, ForerouteHandle(plan, engine, list(experts.layers), experts.table, entry))
+
+
+def _identity(checkpoint: Checkpoint, plan: Plan) -> str:
+    """What keys and values depend on: weights as they are computed, and by what."""
+    store = "" if checkpoint.store is None else checkpoint.store.digest
+    numbers = (plan.compute_dtype, plan.math, plan.dense, plan.layout, plan.device, plan.threads)
+    return "|".join(map(str, (checkpoint.index.fingerprint(), store, *numbers, torch.__version__, _TRANSFORMERS)))
 
 
 def _sidecar(asked: EngineConfig, target: torch.device, checkpoint: Checkpoint) -> Sidecar | None:
@@ -168,6 +178,7 @@ def _plan(
         host_records=memory.host_records,
         kv_tokens=memory.kv_tokens,
         kv_bytes_per_token=memory.kv_bytes_per_token,
+        prefix_cache=kept_bytes(asked.prefix_cache),
         threads=torch.get_num_threads(),
         usable_cpus=usable_cpus(),
         layout="interleaved" if orders_of(table) else "plain",

@@ -4,7 +4,7 @@ Families store keys and values in many ways: latent attention keeps one narrow v
 own head width, linear attention keeps a state that does not grow. No formula over a config was right for all families.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from foreroute.memory.host import mappings
 from foreroute.memory.serving_budget import (
     CHOSEN_RESERVE_BYTES,
     MOST_SCORED_WHOLE,
+    ROWS_WITH_STATES,
     SCORED_AT_ONCE,
     ServingNeeds,
     activation_bytes,
@@ -28,10 +29,21 @@ from foreroute.memory.serving_budget import (
 )
 from foreroute.model.blocks import MoeLayer
 from foreroute.model.build.dense_blocks import dense_nbytes, dense_weights
-from foreroute.model.caches import CACHE_NAME, can_be_continued, decoder_call, encode, is_ordinary, new_cache
+from foreroute.model.caches import (
+    CACHE_NAME,
+    cache_of,
+    can_be_continued,
+    decoder_call,
+    encode,
+    has_linear_states,
+    is_ordinary_on_text,
+    linear_state_bytes,
+    new_cache,
+)
 from foreroute.model.expert_set import ExpertSet
 from foreroute.residency.sized import SizedResidency, parts_of
 from foreroute.residency.slots import Residency
+from foreroute.units import kept_bytes
 
 _TOKEN = 1
 
@@ -68,8 +80,29 @@ def _held_bytes(cache: Any) -> int:
     return sum(value.nbytes for value in held if isinstance(value, torch.Tensor))
 
 
+def state_bytes(model: PreTrainedModel) -> int:
+    """Bytes of a row's states that do not grow, of linear attention, convolutions and Mamba. Cost: one forward pass."""
+    if not has_linear_states(model):
+        return 0
+    with torch.no_grad():
+        output = model(input_ids=torch.full((1, 1), _TOKEN, device=model.device), use_cache=True)
+    return sum(map(linear_state_bytes, cache_of(output).layers))
+
+
 def kv_bytes_without_experts(model: PreTrainedModel, layers: Sequence[MoeLayer]) -> int:
-    """The same while `layers` of `model` return zeros in place of their experts, which changes no cache size."""
+    """`kv_bytes_per_token` while `layers` of `model` compute no experts, which changes no cache size."""
+    return _without_experts(model, layers, kv_bytes_per_token)
+
+
+def state_bytes_without_experts(model: PreTrainedModel, layers: Sequence[MoeLayer]) -> int:
+    """`state_bytes` while `layers` of `model` compute no experts, which changes no state's size."""
+    return _without_experts(model, layers, state_bytes)
+
+
+def _without_experts(
+    model: PreTrainedModel, layers: Sequence[MoeLayer], measure: Callable[[PreTrainedModel], int]
+) -> int:
+    """Measure `model` while `layers` return zeros in place of their experts."""
 
     def nothing(hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         return torch.zeros_like(hidden)
@@ -78,7 +111,7 @@ def kv_bytes_without_experts(model: PreTrainedModel, layers: Sequence[MoeLayer])
     for layer in layers:
         layer.experts.engine_forward = nothing
     try:
-        return kv_bytes_per_token(model)
+        return measure(model)
     finally:
         for layer, forward in zip(layers, forwards, strict=True):
             layer.experts.engine_forward = forward
@@ -93,7 +126,7 @@ def planned_kv_bytes_per_token(model: PreTrainedModel, plan: Plan, layers: Seque
 def keeps_prompts(model: PreTrainedModel) -> bool:
     """Whether `model`'s KV cache can be kept for later prompts, and its prompts be computed in chunks."""
     cache = new_cache(model)
-    return cache is not None and is_ordinary(model) and can_be_continued(model, cache)
+    return cache is not None and is_ordinary_on_text(model) and can_be_continued(model, cache)
 
 
 def fit_serving(
@@ -121,7 +154,9 @@ def fit_serving(
     if asked.memory is None:
         working = max(working, CHOSEN_RESERVE_BYTES)
     expert_bytes = min(budget_bytes, whole) + host_bytes
-    needs = _needs(model, expert_bytes, asked.kv_tokens, kv_bytes_per_token, working, dense_nbytes(model))
+    kept = kept_bytes(asked.prefix_cache)
+    states = state_bytes_without_experts(model, experts.layers)
+    needs = _needs(model, expert_bytes, asked.kv_tokens, kv_bytes_per_token, working, dense_nbytes(model), kept, states)
     if asked.memory is None:
         budget_bytes = min(whole, max(0, free_ram_bytes - host_bytes - (needs.total_bytes - expert_bytes)))
         needs = replace(needs, expert_bytes=max(least, budget_bytes) + host_bytes)
@@ -145,12 +180,20 @@ def serving_needs(
     per_token = planned_kv_bytes_per_token(model, plan, layers)
     requests = _request_bytes(model, plan.prefill_chunk, kv_tokens, per_token)
     working = _program_bytes(model, plan, residency) + requests
+    states = state_bytes_without_experts(model, layers)
     experts = plan.pool_bytes + plan.host_records * plan.slot_bytes
-    return _needs(model, experts, kv_tokens, per_token, working, plan.dense_bytes)
+    return _needs(model, experts, kv_tokens, per_token, working, plan.dense_bytes, plan.prefix_cache, states)
 
 
 def _needs(
-    model: PreTrainedModel, experts: int, kv_tokens: int, kv_bytes_per_token: int, working: int, dense: int
+    model: PreTrainedModel,
+    experts: int,
+    kv_tokens: int,
+    kv_bytes_per_token: int,
+    working: int,
+    dense: int,
+    kept: int | None,
+    states: int,
 ) -> ServingNeeds:
     """The same, with the memory of computing per token."""
     text, keeps = model.config.get_text_config(), keeps_prompts(model)
@@ -158,7 +201,8 @@ def _needs(
     if not keeps:
         # The whole prompt is computed in one step.
         each += activation_bytes(1, text.hidden_size, model.dtype.itemsize)
-    return ServingNeeds(dense, experts, kv_tokens, kv_bytes_per_token, working, keeps, each)
+    working += ROWS_WITH_STATES * states
+    return ServingNeeds(dense, experts, kv_tokens, kv_bytes_per_token, working, keeps, each, kept, states)
 
 
 def _request_bytes(model: PreTrainedModel, chunk: int, kv_tokens: int, kv_bytes_per_token: int) -> int:

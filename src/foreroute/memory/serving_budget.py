@@ -3,7 +3,7 @@
 The KV cache is counted in tokens of all rows together; `kv_bytes_per_token` turns them into bytes.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 
 from foreroute.errors import BudgetError
@@ -15,7 +15,12 @@ SCORED_AT_ONCE = 512
 MOST_SCORED_WHOLE = 2048
 # Tokens per row when several rows share the cache and the context is longer.
 _USUAL_TOKENS = 4096
-_MOST_KEPT_BYTES = 2**30
+# Of earlier prompts, where nothing else is asked for: 20,000 tokens of a model of 30 billion parameters.
+_MOST_KEPT_BYTES = 2 * 2**30
+# Rows whose states of linear attention memory is left for: as many as serve computes at once unless told otherwise.
+ROWS_WITH_STATES = 8
+# States kept of earlier prompts, where nothing else is asked for.
+_KEPT_STATES = 16
 # Allocated after the model is loaded: the tokenizer, oneDNN's kernels, request buffers. An estimate: 100 MiB on a
 # small model.
 _LATER_BYTES = 256 * 2**20
@@ -31,7 +36,9 @@ class ServingNeeds:
 
     dense_bytes: the dense part. expert_bytes: all slots. kv_tokens: of all rows together.
     working_bytes: the rest that does not grow with kv_tokens. keeps_prompts: whether the KV caches of earlier prompts
-    are kept. working_bytes_per_token: computing per token of kv_tokens, beside its KV cache.
+    are kept. working_bytes_per_token: computing per token of kv_tokens, beside its KV cache. prefix_cache: bytes for
+    earlier prompts as asked (--prefix-cache); None: chosen by the KV cache. state_bytes: of a row's states that do not
+    grow, 0 without linear attention, convolutions and Mamba.
     """
 
     dense_bytes: int
@@ -41,6 +48,8 @@ class ServingNeeds:
     working_bytes: int
     keeps_prompts: bool = True
     working_bytes_per_token: int = 0
+    prefix_cache: int | None = None
+    state_bytes: int = 0
 
     @property
     def kv_bytes(self) -> int:
@@ -50,7 +59,7 @@ class ServingNeeds:
     @property
     def kept_bytes(self) -> int:
         """KV cache of earlier prompts."""
-        return kept_prompt_bytes(self.kv_bytes) if self.keeps_prompts else 0
+        return kept_prompt_bytes(self.kv_bytes, self.prefix_cache, self.state_bytes) if self.keeps_prompts else 0
 
     @property
     def all_working_bytes(self) -> int:
@@ -86,9 +95,12 @@ def choose_kv_tokens(asked: int | None, context: int, rows: int) -> int:
     return asked
 
 
-def kept_prompt_bytes(kv_bytes: int) -> int:
-    """The most bytes of KV cache kept for earlier prompts, where running requests have `kv_bytes`."""
-    return min(_MOST_KEPT_BYTES, kv_bytes)
+def kept_prompt_bytes(kv_bytes: int, asked: int | None = None, state_bytes: int = 0) -> int:
+    """The most bytes kept of earlier prompts: as `asked`, or as running requests have (`kv_bytes`), 2 GiB at most.
+
+    state_bytes: of the states after some token, several of which are kept beside that.
+    """
+    return min(_MOST_KEPT_BYTES, kv_bytes + _KEPT_STATES * state_bytes) if asked is None else asked
 
 
 def activation_bytes(tokens: int, hidden: int, itemsize: int) -> int:
@@ -136,22 +148,28 @@ def _advice(needs: ServingNeeds, available_bytes: int, least_expert_bytes: int) 
     left = available_bytes - needs.dense_bytes - needs.working_bytes
     tokens_fit = _tokens_within(left - needs.expert_bytes, needs)
     least_fit = _tokens_within(left - least_expert_bytes, needs)
+    prefix_fit = available_bytes - (needs.total_bytes - needs.kept_bytes)
     ways = []
     if experts_fit >= least_expert_bytes:
         ways.append(f"--memory to {experts_fit // 2**20}MiB")
     if tokens_fit >= _LEAST_TOKENS:
         ways.append(f"--kv-tokens to {tokens_fit} (with --ctx-size; --max-num-seqs lowers it too)")
+    if needs.kept_bytes and prefix_fit >= 0:
+        ways.append(f"--prefix-cache to {prefix_fit // 2**20}MiB" if prefix_fit >= 2**20 else "--prefix-cache to 0")
     if not ways and least_fit >= _LEAST_TOKENS:
         ways.append(f"--memory, and --kv-tokens below {least_fit} (with --ctx-size)")
     return f"Lower {', or '.join(ways)}." if ways else "This model needs more RAM: close other programs."
 
 
 def _tokens_within(room_bytes: int, needs: ServingNeeds) -> int:
-    """Tokens whose KV cache, as much again for earlier prompts, and working memory fit in `room_bytes`."""
+    """Tokens whose KV cache, what is kept of earlier prompts, and working memory fit in `room_bytes`."""
+    if needs.keeps_prompts and needs.prefix_cache is not None:
+        return _tokens_within(room_bytes - needs.prefix_cache, replace(needs, keeps_prompts=False))
     if room_bytes <= 0 or needs.kv_bytes_per_token == 0:
         return 0
     each = needs.kv_bytes_per_token + needs.working_bytes_per_token
     tokens = room_bytes // each
     if needs.keeps_prompts:
-        tokens = max(room_bytes // (each + needs.kv_bytes_per_token), (room_bytes - _MOST_KEPT_BYTES) // each)
+        beside = room_bytes - _KEPT_STATES * needs.state_bytes
+        tokens = max(beside // (each + needs.kv_bytes_per_token), (room_bytes - _MOST_KEPT_BYTES) // each)
     return min(tokens, needs.kv_tokens)

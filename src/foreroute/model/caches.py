@@ -6,8 +6,15 @@ from dataclasses import fields
 from typing import Any
 
 import torch
-from transformers import GenerationMixin, PreTrainedModel
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers import GenerationMixin, PreTrainedModel, cache_utils
+from transformers.cache_utils import (
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+    LinearAttentionLayer,
+)
 from transformers.modeling_outputs import CausalLMOutputWithPast, MoEModelOutput
 
 # Name of the cache as an argument of generate() and of models, and in their output: transformers renamed it in 5.24,
@@ -23,6 +30,25 @@ _NOT_OVERRIDDEN = (
     "_prepare_cache_for_generation",
     "_sample",
 )
+# These override one for images, or for what is no matter where a call gets positions and asks for its logits: on text
+# that is given so they are as the others (tests/families/test_rows.py).
+_ORDINARY_ON_TEXT = frozenset({"gemma4", "glm4v_moe", "nemotron_h", "phimoe", "qwen3_vl_moe"})
+# Families with states whose code continues them by several tokens at once (tests/families/test_rows.py); others begin
+# anew, and would be wrong without a word. Of older transformers none is known to.
+_CONTINUE_STATES = frozenset({
+    "bailing_hybrid", "granitemoehybrid", "inkling2_text", "inkling_text", "kimi_linear", "lara_mini", "lfm2_moe",
+    "nemotron_h", "qwen3_5_moe_text", "qwen3_next", "zaya",
+})  # fmt: skip
+# A layer that keeps nothing; older transformers have none.
+NoLayer: type = getattr(cache_utils, "DummyLayer", type("NoLayer", (), {}))
+# Of the tokens in `grown_tensors`.
+TOKEN_AXIS = -2
+_ATTENTIONS = (DynamicLayer, DynamicSlidingWindowLayer)
+_WITH_STATES = (
+    LinearAttentionLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+)
 # Rotary embeddings whose frequencies depend on the length of the step's input.
 _LENGTH_DEPENDENT_ROPES = frozenset({"dynamic", "longrope"})
 
@@ -31,6 +57,11 @@ def is_ordinary(model: PreTrainedModel) -> bool:
     """Whether the family prepares its forward's inputs in the standard way: token ids, positions and a cache."""
     cls = type(model)
     return all(getattr(cls, name, None) is getattr(GenerationMixin, name, None) for name in _NOT_OVERRIDDEN)
+
+
+def is_ordinary_on_text(model: PreTrainedModel) -> bool:
+    """Whether forwards that are given token ids, positions and a cache are all that the family needs for text."""
+    return is_ordinary(model) or model.config.model_type in _ORDINARY_ON_TEXT
 
 
 def cache_argument(cache: Any) -> dict[str, Any]:
@@ -90,8 +121,59 @@ def new_cache(model: PreTrainedModel) -> DynamicCache | None:
 def can_be_continued(model: PreTrainedModel, cache: DynamicCache) -> bool:
     """Whether several tokens may follow those in `cache`: fixed positions in `model`, all cache layers known."""
     config = model.config.get_text_config(decoder=True)
-    is_known = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
-    return is_known and bool(cache.layers) and not _turn_by_length(getattr(config, "rope_parameters", None))
+    if _has_linear_states(cache) and (config.model_type not in _CONTINUE_STATES or CACHE_NAME == _OLD_NAME):
+        return False
+    return has_fixed_rows(model, cache)
+
+
+def has_fixed_rows(model: PreTrainedModel, cache: DynamicCache) -> bool:
+    """Whether what a row of `cache` holds does not depend on other rows: fixed positions, all cache layers known."""
+    config = model.config.get_text_config(decoder=True)
+    are_known = bool(cache.layers) and all(map(is_known, cache.layers))
+    return are_known and not _turn_by_length(getattr(config, "rope_parameters", None))
+
+
+def is_known(layer: Any) -> bool:
+    """Whether a cache layer is of a kind whose tensors are known, so that it can be kept and continued."""
+    return type(layer) in (*_ATTENTIONS, *_WITH_STATES, NoLayer)
+
+
+def grown_tensors(layer: Any) -> tuple[str, ...]:
+    """The names of a cache layer's tensors [rows, heads, tokens, size] that get longer by each token."""
+    is_growing = isinstance(layer, DynamicLayer) and not isinstance(layer, DynamicSlidingWindowLayer)
+    return ("keys", "values") if is_growing else ()
+
+
+def has_state(layer: Any) -> bool:
+    """Whether a layer has a state that does not grow with the tokens: the latest of a window, or of all of them."""
+    return isinstance(layer, (DynamicSlidingWindowLayer, LinearAttentionLayer))
+
+
+def linear_state_bytes(layer: Any) -> int:
+    """Bytes of a layer's states of linear attention, a convolution or Mamba."""
+    states = [*vars(layer).get("conv_states", {}).values(), *vars(layer).get("recurrent_states", {}).values()]
+    return sum(one.nbytes for one in states if one is not None)
+
+
+def has_linear_states(model: PreTrainedModel) -> bool:
+    """Whether a model's cache has states of linear attention, convolutions or Mamba, which padding must not reach."""
+    cache = new_cache(model)
+    return cache is not None and _has_linear_states(cache)
+
+
+def _has_linear_states(cache: DynamicCache) -> bool:
+    return any(isinstance(layer, LinearAttentionLayer) for layer in cache.layers)
+
+
+def needs_state(model: PreTrainedModel) -> bool:
+    """Whether a model's cache can be continued only where its state was kept (see `has_state`)."""
+    cache = new_cache(model)
+    return cache is not None and any(map(has_state, cache.layers))
+
+
+def only_windows(model: PreTrainedModel) -> bool:
+    """Whether all states of a model's cache are sliding windows, which can be cut while they hold more than is seen."""
+    return not has_linear_states(model)
 
 
 def can_be_cut(cache: DynamicCache) -> bool:

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,15 @@ def test_requests(serve: Serve) -> None:
     assert found["foreroute_num_requests_running"] == 0
     assert found["foreroute_num_requests_waiting"] == 0
     assert found["foreroute_kv_cache_usage_perc"] == 0
+
+
+def test_beginnings_of_earlier_prompts(serve: Serve) -> None:
+    engine = serve().engine
+    state = replace(engine.state(), prefix_bytes=5000, prefix_lookups=4, prefix_hits=3, prefix_tokens=900)
+    engine.state = lambda: state
+    found = values(ServerMetrics(Backend(Serving(engine, None, 64))).expose().decode())
+    names = ("bytes", "lookups_total", "hits_total", "saved_tokens_total")
+    assert [found[f"foreroute_prefix_cache_{name}"] for name in names] == [5000, 4, 3, 900]
 
 
 def test_times(serve: Serve) -> None:

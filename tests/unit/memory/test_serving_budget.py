@@ -25,14 +25,17 @@ NEEDS = ServingNeeds(
 
 def test_everything_is_counted_once() -> None:
     assert NEEDS.kv_bytes == 3 * GIB
-    assert NEEDS.kept_bytes == GIB
-    assert NEEDS.total_bytes == 15 * GIB
+    assert NEEDS.kept_bytes == 2 * GIB
+    assert NEEDS.total_bytes == 16 * GIB
     assert replace(NEEDS, keeps_prompts=False).total_bytes == 14 * GIB
     assert kept_prompt_bytes(5 * MIB) == 5 * MIB
+    assert kept_prompt_bytes(5 * MIB, 7 * GIB) == 7 * GIB, "what was asked for"
+    assert kept_prompt_bytes(5 * MIB, None, MIB) == 21 * MIB, "and some states"
+    assert replace(NEEDS, prefix_cache=3 * MIB).total_bytes == 14 * GIB + 3 * MIB
     assert activation_bytes(2048, 100, 2) + logit_bytes(512, 1000, 2) == 2 * (2048 * 1600 + 512 * 1000)
     each = replace(NEEDS, working_bytes_per_token=1024)
-    assert each.all_working_bytes == each.total_bytes - 14 * GIB == GIB + 32 * MIB
-    assert each.tokens_bytes == 4 * GIB + 32 * MIB
+    assert each.all_working_bytes == each.total_bytes - 15 * GIB == GIB + 32 * MIB
+    assert each.tokens_bytes == 5 * GIB + 32 * MIB
 
 
 def test_tokens_of_keys_and_values() -> None:
@@ -45,12 +48,13 @@ def test_tokens_of_keys_and_values() -> None:
 
 
 def test_what_does_not_fit_is_said_part_by_part() -> None:
-    check_serving(NEEDS, 15 * GIB, GIB)
+    check_serving(NEEDS, 16 * GIB, GIB)
     with pytest.raises(BudgetError) as refused:
-        check_serving(NEEDS, 15 * GIB - 1, GIB)
+        check_serving(NEEDS, 16 * GIB - 1, GIB)
     said = str(refused.value)
-    for part in ("15.0 GiB of RAM", "experts 8.0 GiB", "dense weights 2.0 GiB", "3.0 GiB (32768 tokens)",
-                 "earlier prompts 1.0 GiB", "rest 1.0 GiB", "--memory to 8191MiB", "--kv-tokens to 32767"):  # fmt: skip
+    for part in ("16.0 GiB of RAM", "experts 8.0 GiB", "dense weights 2.0 GiB", "3.0 GiB (32768 tokens)",
+                 "earlier prompts 2.0 GiB", "rest 1.0 GiB", "--memory to 8191MiB", "--kv-tokens to 32767",
+                 "--prefix-cache to 2047MiB"):  # fmt: skip
         assert part in said
 
 
@@ -62,10 +66,10 @@ def test_a_step_that_is_not_enough_is_not_advised() -> None:
 
     assert "--memory to" not in said(6 * GIB)
     assert "Lower --memory, and --kv-tokens below" in said(6 * GIB)
-    assert "Lower --memory to 4096MiB." in said(11 * GIB)
+    assert "Lower --memory to 3072MiB." in said(11 * GIB)
     assert "close other programs" in said(3 * GIB)
     chosen = replace(NEEDS, expert_bytes=GIB)
-    assert "Lower --kv-tokens to 21845" in said(7 * GIB, chosen)
+    assert "Lower --kv-tokens to 16384" in said(7 * GIB, chosen)
     assert "--memory" not in said(7 * GIB, chosen)
 
 
@@ -76,10 +80,14 @@ def test_a_step_that_is_not_enough_is_not_advised() -> None:
     keeps=st.booleans(),
     experts=st.integers(GIB, 32 * GIB),
     working=st.integers(0, 2**18),
+    prefix=st.none() | st.integers(0, 8 * GIB),
+    states=st.sampled_from([0, 0, MIB, GIB]),
 )
-def test_advice_that_is_followed_is_enough(available, kv_tokens, per_token, keeps, experts, working) -> None:
+def test_advice_that_is_followed_is_enough(
+    available, kv_tokens, per_token, keeps, experts, working, prefix, states
+) -> None:
     """And one token more is not, where tokens alone would do."""
-    needs = ServingNeeds(GIB, experts, kv_tokens, per_token, GIB, keeps, working)
+    needs = ServingNeeds(GIB, experts, kv_tokens, per_token, GIB, keeps, working, prefix, states)
     try:
         check_serving(needs, available, GIB)
         return
@@ -87,6 +95,8 @@ def test_advice_that_is_followed_is_enough(available, kv_tokens, per_token, keep
         advice = str(error)
     if memory := re.search(r"--memory to (\d+)MiB", advice):
         check_serving(replace(needs, expert_bytes=int(memory[1]) * MIB), available, GIB)
+    if kept := re.search(r"--prefix-cache to (\d+)(MiB)?", advice):
+        check_serving(replace(needs, prefix_cache=int(kept[1]) * MIB), available, GIB)
     if tokens := re.search(r"--kv-tokens to (\d+)", advice):
         check_serving(replace(needs, kv_tokens=int(tokens[1])), available, GIB)
         assert replace(needs, kv_tokens=int(tokens[1]) + 1).total_bytes > available

@@ -128,7 +128,8 @@ class Chat:
         self._conversation = Conversation(list(conversation.messages), None, {})
         self._is_markdown = is_markdown
         self._is_plain_text = not getattr(tokenizer, "chat_template", None)
-        self._cache = PromptCache()
+        asked = model.foreroute.plan.prefix_cache
+        self._cache = PromptCache() if asked is None else PromptCache(asked)
         self._last: GenerationReport | None = None
         self._num_answers = 0
         self._console = figures.stderr_console()

@@ -201,7 +201,8 @@ def _load(
     prompts.start()
     needs = requests.needs_of(model, context)
     kv_tokens = plan.kv_tokens if needs is None else needs.kv_tokens
-    engine = BatchEngine(model, tokenizer, context, args.max_num_seqs, args.max_waiting, kv_tokens)
+    kept_in = None if config.prefix_cache_dir is None else Path(config.prefix_cache_dir)
+    engine = BatchEngine(model, tokenizer, context, args.max_num_seqs, args.max_waiting, kv_tokens, kept_in)
     info = {
         "tokenizer_class": type(tokenizer).__name__,
         "eos_token": tokenizer.eos_token,

@@ -7,6 +7,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from foreroute.batching.requests import EngineState
 from foreroute.engine.pool import ExpertPool
 from foreroute.server.backend import Backend
 
@@ -112,12 +113,25 @@ class _EngineCollector(Collector):
         yield GaugeMetricFamily("foreroute_num_requests_waiting", "Requests that wait their turn.", state.waiting)
         share = state.kv_blocks_used / state.kv_blocks if state.kv_blocks else 0.0
         yield GaugeMetricFamily("foreroute_kv_cache_usage_perc", "KV cache in use, 0 to 1.", share)
+        yield from _prefix_metrics(state)
         if loaded.model is not None:
             yield from expert_metrics(loaded.model.foreroute.host_engine.pool)
 
     def describe(self) -> list[Metric]:
         """Return nothing: the registry must not read the engine just to learn the names."""
         return []
+
+
+def _prefix_metrics(state: EngineState) -> Iterator[Metric]:
+    """Metrics of beginnings of earlier prompts, which are not computed again."""
+    yield GaugeMetricFamily("foreroute_prefix_cache_bytes", "Kept of earlier prompts.", state.prefix_bytes)
+    counts = {
+        "lookups": ("Prompts that were looked up among earlier ones.", state.prefix_lookups),
+        "hits": ("Those of them whose beginning was kept.", state.prefix_hits),
+        "saved_tokens": ("Prompt tokens that were not computed again.", state.prefix_tokens),
+    }
+    for name, (meaning, value) in counts.items():
+        yield CounterMetricFamily(f"foreroute_prefix_cache_{name}", meaning, value)
 
 
 def expert_metrics(pool: ExpertPool) -> Iterator[Metric]:

@@ -1,0 +1,123 @@
+"""Which beginning of a prompt is not computed again, what is kept of a row, and who waits for whose prompt."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from foreroute.batching.answer import Answer
+from foreroute.batching.row_layers import BEFORE_WINDOW
+from foreroute.batching.rows import OneRow, RowsCache
+from foreroute.generation.prefix_cache import Beginning, PrefixCounts, PromptCache
+from foreroute.generation.prefix_files import PrefixFiles
+from foreroute.generation.prefix_tree import common_length
+from foreroute.loading.offloaded_model import OffloadedModel
+from foreroute.model.caches import needs_state, only_windows
+
+_LOG = logging.getLogger(__name__)
+# Tokens that are worth waiting for, or another step: fewer are computed sooner than they are found.
+_WORTH = 32
+
+
+class Beginnings:
+    """Keeps beginnings of prompts and answers for later requests. Only the engine's thread uses it, except `counts`.
+
+    Args:
+        max_bytes: most bytes to keep. bytes_per_token: of the model's KV cache.
+        folder: where they are kept for a later process; None: nowhere.
+    Raises:
+        ForerouteError: the folder cannot be written, or is in use.
+    """
+
+    def __init__(self, model: OffloadedModel, max_bytes: int, bytes_per_token: int, folder: Path | None = None) -> None:
+        self._model = model
+        self._needs_state, is_cuttable = needs_state(model), only_windows(model)
+        self._reach = BEFORE_WINDOW if is_cuttable else 0
+        self._most_tokens = max_bytes // max(bytes_per_token, 1)
+        self._cache = PromptCache(max_bytes)
+        self._files: PrefixFiles | None = None
+        if folder is not None:
+            self._files = PrefixFiles(folder, model.foreroute.plan.identity, max_bytes)
+            self._cache.read(model, self._files)
+
+    @property
+    def counts(self) -> PrefixCounts:
+        """How often a beginning was found."""
+        return self._cache.counts
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes kept."""
+        return self._cache.nbytes
+
+    def close(self) -> None:
+        """Write what is kept to the folder, if there is one."""
+        files, self._files = self._files, None
+        if files is not None:
+            self._cache.write(self._model, files)
+            files.close()
+
+    def clear(self) -> None:
+        """Drop everything."""
+        self._cache.clear()
+
+    def begin(self, answer: Answer) -> Beginning | None:
+        """Find the longest kept beginning of the answer's prompt.
+
+        Where a model needs a state, and the prompt parts from a kept one later than there is one, a chunk shall end
+        there: the next prompt that does so can continue.
+        """
+        if answer.request.wants_prompt_scores:
+            return None
+        # The last token is computed in any case: its logits choose the next one.
+        ids, at_most = answer.ids, len(answer.ids) - 1
+        found = self._cache.find(self._model, ids, at_most)
+        if self._needs_state:
+            known, length = self._cache.known(self._model, ids[:at_most]), 0 if found is None else found.length
+            if known - length >= _WORTH:
+                answer.stops.add(known)
+        return found
+
+    def is_computed_by(self, others: Sequence[Answer], answer: Answer) -> bool:
+        """Whether one of `others`, prompts in prefill, leaves a beginning that the answer's prompt should wait for."""
+        if answer.request.wants_prompt_scores:
+            return False
+        at_most = len(answer.ids) - 1
+        for other in others:
+            shared = answer.shared.get(other)
+            if shared is None:
+                shared = answer.shared[other] = min(common_length(other.ids, answer.ids), at_most)
+            if other.request.wants_prompt_scores or not _WORTH <= shared <= self._most_tokens:
+                continue
+            if shared - self._cache.reusable(self._model, answer.ids, at_most) < _WORTH:
+                continue
+            # The state at the end of a prompt can be cut a little; at another place there is one if a chunk ends there.
+            if self._needs_state and other.num_prompt - shared > self._reach:
+                if shared <= other.num_computed:
+                    continue
+                other.stops.add(shared)
+            return True
+        return False
+
+    def keep_prompt(self, answer: Answer, rows: RowsCache | OneRow, at: int) -> None:
+        """Keep what a prompt's chunk has added, where that is worth a copy: all of a prompt, or a state."""
+        if self._needs_state or answer.is_prompt_computed:
+            self._keep(answer, answer.ids[: min(answer.num_computed, answer.num_prompt)], rows, at)
+
+    def keep_all(self, answer: Answer, rows: RowsCache | OneRow, at: int) -> None:
+        """Keep the row of an answer that ends."""
+        ids = answer.ids[: answer.num_computed]
+        # A substitute changes all later keys and values; the prompt's are always exact.
+        if any(policy.substitutes or policy.replaces_route for policy in self._model.foreroute.policies):
+            ids = ids[: answer.num_prompt]
+        self._keep(answer, ids, rows, at)
+
+    def _keep(self, answer: Answer, ids: Sequence[int], rows: RowsCache | OneRow, at: int) -> None:
+        if not ids or answer.request.wants_prompt_scores:
+            return
+        try:
+            row: Any = rows.row(at, is_copy=False, more=BEFORE_WINDOW)
+            self._cache.keep(self._model, ids, row)
+        except (RuntimeError, MemoryError):
+            # Only a copy for later requests: without memory for it, running ones go on.
+            _LOG.warning("A prompt was not kept for the next request", exc_info=True)
