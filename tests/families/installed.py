@@ -72,7 +72,7 @@ def families() -> tuple[Family, ...]:
 
 @cache
 def encoder_decoders() -> dict[str, str]:
-    """Those of the adapted modules that encode a prompt, and write in a decoder: module by model type (tests/seq2seq)."""
+    """Those of the adapted modules that encode a prompt, and write in a decoder, by model type (tests/seq2seq)."""
     from transformers.models.auto import modeling_auto
     from transformers.models.auto.configuration_auto import model_type_to_module_name
 

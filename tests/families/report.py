@@ -13,8 +13,8 @@ what it is alone (fp32). This file is made by `python -m tests.families.report >
 """
 
 _MENDED = (
-    "its tokens go through the experts that its router chose, which they do not in transformers 5.24: compared with that, "
-    "its blocks mended"
+    "its tokens go through the experts that its router chose, which they do not in transformers 5.24: compared with "
+    "that, its blocks mended"
 )
 
 

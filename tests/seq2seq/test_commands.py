@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from foreroute.cli.main import main
-from tests.support.seq2seq import FIRST_SENTINEL, PROMPT, write
+from foreroute.verification.compare import differing
+from foreroute.verification.transcript import ForwardPass, LayerPass
+from tests.support.seq2seq import FIRST_SENTINEL, PROMPT, nllb_config, save_seq2seq, switch_config, write
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -140,3 +142,34 @@ def test_policies_after_a_fit(run: Run, switch: Path, tmp_path: Path, text: Path
     assert substituted
     assert substituted <= {4, 5}
     assert model.foreroute.stats().prefill.substituted == 0
+
+
+def test_quantised_experts(run: Run, tmp_path: Path) -> None:
+    """Packed to blocks, which ggml multiplies: verified, also in the steps that pass the decoder's layers alone."""
+    folder = save_seq2seq(switch_config(d_ff=64), tmp_path / "model")
+    code, _, errors = run("pack", folder, "--quant", "q8_0", "--json")
+    assert code == 0, errors
+    code, out, errors = run("verify", folder, "--tokens", "4", "--json", "--memory", "100%", "--packed", "q8_0")
+    assert code == 0, out + errors
+    found = json.loads(out)
+    assert found["same"] is True
+    assert found["plan"]["math"] == "ggml"
+
+
+def test_scaled_outputs_are_dequantised_by_torch(run: Run, tmp_path: Path, load: Any) -> None:
+    """NLLB-MoE's blocks are not for ggml, which has no such scale; and the answer stays near that of the numbers."""
+    folder = save_seq2seq(nllb_config(encoder_ffn_dim=64, decoder_ffn_dim=64), tmp_path / "model")
+    assert run("pack", folder, "--quant", "q8_0", "--json")[0] == 0
+    model = load(folder, "100%", packed="q8_0")
+    assert model.foreroute.plan.math == "own"
+    assert "its outputs are scaled" in model.foreroute.plan.math_note
+    exact = write(load(folder, "100%"))
+    torch.testing.assert_close(write(model).logits[0], exact.logits[0], atol=0.5, rtol=0)
+
+
+def test_a_decoder_step_s_difference_is_that_of_its_layer() -> None:
+    """Such a step passes some of the model's MoE layers: the layer's number is that of its module."""
+    passes = [LayerPass("decoder", b"in", b"ids", output, (0,), ()) for output in (b"out", b"else")]
+    left, right = (ForwardPass((one,), b"logits", 0, False) for one in passes)
+    assert differing(left, right, ["encoder", "decoder"]) == ("experts", 1)
+    assert differing(left, left._replace(logits=b"others"), ["encoder", "decoder"]) == ("head", 2)

@@ -81,7 +81,9 @@ def verify(model: OffloadedModel, exercises: Sequence[Exercise], reference: Refe
         fed = [step.token for step in transcript]
         ours = steps(model, names, exercise, fed=fed, watch=watch)
         for at, (left, right) in enumerate(zip(transcript, ours, strict=True)):
-            place = None if first is not None else differing(left, right) or _misread(right, table, reference)
+            place = (
+                None if first is not None else differing(left, right, names) or _misread(right, names, table, reference)
+            )
             if place is not None:
                 position = exercise.prompt_ids.shape[1] - 1 + at
                 first = _describe(model, reference, table, right, place, number, at + 1, position)
@@ -92,27 +94,30 @@ def verify(model: OffloadedModel, exercises: Sequence[Exercise], reference: Refe
     return Verdict(done, same_tokens, layers_compared, first)
 
 
-def differing(reference: ForwardPass, ours: ForwardPass) -> tuple[str, int] | None:
+def differing(reference: ForwardPass, ours: ForwardPass, names: Sequence[str]) -> tuple[str, int] | None:
     """Return (part, MoE layer) where `ours` first differs from `reference`, in compute order; None for equal bits.
 
-    The layer of HEAD is the number of MoE layers.
+    The layer of HEAD is the number of MoE layers. names: of all MoE layers; a step of a decoder passes some of them.
     """
-    for layer, (left, right) in enumerate(zip(reference.layers, ours.layers, strict=True)):
+    for left, right in zip(reference.layers, ours.layers, strict=True):
         assert left.module == right.module, f"{right.module} was called where {left.module} should be"
+        layer = names.index(left.module)
         if left.hidden != right.hidden:
             return DENSE, layer
         if left.routing != right.routing:
             return ROUTER, layer
         if left.output != right.output:
             return EXPERTS, layer
-    return None if reference.logits == ours.logits else (HEAD, len(ours.layers))
+    return None if reference.logits == ours.logits else (HEAD, len(names))
 
 
-def _misread(step: ForwardPass, table: ExpertTable, reference: Reference) -> tuple[str, int] | None:
+def _misread(
+    step: ForwardPass, names: Sequence[str], table: ExpertTable, reference: Reference
+) -> tuple[str, int] | None:
     """As `differing`: the first MoE layer with experts of other bytes, where equal outputs do not show it."""
     if not reference.is_of_store:
         return None
-    faulty = (at for at, one in enumerate(step.layers) if expert_faults(one, at, table, reference))
+    faulty = (at for one in step.layers if expert_faults(one, at := names.index(one.module), table, reference))
     return next(((EXPERTS, at) for at in faulty), None)
 
 
@@ -131,7 +136,8 @@ def _describe(
     tensors: tuple[str, ...] = ()
     if part == EXPERTS:
         assert step is not None, "a step's experts differ"
-        faults = expert_faults(step.layers[layer], layer, table, reference)
+        at = [one.module for one in step.layers].index(table.layers[layer].name)
+        faults = expert_faults(step.layers[at], layer, table, reference)
         experts = tuple(sorted(faults))
         reasons = tuple(faults[expert] for expert in experts) or (_NO_FAULT,)
     else:
