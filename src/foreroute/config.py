@@ -42,7 +42,9 @@ class EngineConfig:
     """
 
     memory: int | str | None = _option(
-        None, 'memory budget for experts: "8GiB", bytes, or "25%%" of the expert bytes; chosen from free RAM if omitted'
+        None,
+        'memory budget for experts: "8GiB" (or "8G": 2**30 bytes a G; "8GB": 10**9), or "25%%" of the expert bytes; '
+        "chosen from free RAM if omitted",
     )
     eviction: str = _option(
         "lfu",

@@ -46,7 +46,7 @@ def test_the_number_that_is_enough_is_rounded_up(load, tmp_path):
     refused(load, folder, "2.0 MiB")
 
 
-@pytest.mark.parametrize("memory", ["4096", "10KB", "2%", 1])
+@pytest.mark.parametrize("memory", ["4096", "10KB", "2%", "1B"])
 def test_less_than_that(load, folder, memory):
     assert "one token needs 10" in refused(load, folder, memory)
 

@@ -98,6 +98,8 @@ def test_advice_for_other_machines(found) -> None:
     assert "holds only 1.5 tokens' demand: expect few hits. --memory 768.0KiB holds two." in "\n".join(
         plan_command.advice(small, "MODEL")
     )
+    much = replace(found.plan, memory_bytes=8 * 2**30, num_slots=found.plan.total_slots)
+    assert plan_command.advice(replace(found, plan=much), "MODEL") == [], "more than all experts is never allocated"
     poor = replace(found, chosen_memory_bytes=500_000)
     assert "may swap" in plan_command.advice(poor, "MODEL")[0]
     assert "has room for" in plan_command.advice(poor, "MODEL")[1]

@@ -179,7 +179,8 @@ def advice(found: Findings, model: str) -> list[str]:
         return _gpu_advice(plan)
     whole, demand = plan.all_slot_bytes, plan.token_slot_bytes
     chosen = format_memory(found.chosen_memory_bytes)
-    if plan.memory_bytes > found.chosen_memory_bytes and not plan.memory_was_chosen:
+    # What is beyond all experts is never allocated.
+    if min(plan.memory_bytes, whole) > found.chosen_memory_bytes and not plan.memory_was_chosen:
         hints.append(
             f"This memory, the dense weights and 2 GiB for the rest exceed the free RAM: the system may swap. "
             f"--memory {_flag(found.chosen_memory_bytes)} fits, as does leaving it out."
