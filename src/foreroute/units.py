@@ -84,7 +84,7 @@ def parse_memory(memory: str | int, total_expert_bytes: int) -> int:
     """Parse an amount of memory to bytes, rounded down.
 
     Args:
-        memory: bytes, or text: "8GiB" and "8G" (2**30), "8GB" (10**9), "1.5 GiB", "512MiB", "25%"; case does not matter.
+        memory: bytes, or text: "8GiB", "8G" (both 2**30), "8GB" (10**9), "1.5 GiB", "512MiB", "25%"; in any case.
         total_expert_bytes: 100 %.
     Raises:
         BudgetError: it is none of these, below one byte, above 100 %, or a small number without a unit.

@@ -239,6 +239,10 @@ DOCUMENTED = {
     "policies revision seed suite text threads windows",
     "fit": "context debug dtype estimator estimator-epochs estimator-shrink estimator-widen force json memory "
     "no-resume on-policy out packed resume revision rows text threads tokens",
+    "help": "",
+    "list": "debug json",
+    "pull": "debug json revision",
+    "show": "debug json revision",
     "generate": "chat debug do-sample dtype file json max-new-tokens min-p no-chat no-do-sample quiet "
     "repetition-penalty revision seed system temperature threads top-k top-p trace",
     "pack": "context debug force json keep-partial memory no-resume out quant resume revision text threads windows",

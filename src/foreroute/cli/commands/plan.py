@@ -77,7 +77,7 @@ def add_parser(commands: Any) -> None:
     options.add_common_options(parser)
     options.add_model_options(parser)
     requests.add_request_options(parser.add_argument_group("requests"), max_num_seqs=None)
-    options.add_engine_options(parser, without=("trace",))
+    options.add_engine_options(parser, without=("trace",), shown=("kv_tokens",))
 
 
 def run(args: argparse.Namespace) -> int:
