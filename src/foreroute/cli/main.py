@@ -33,6 +33,7 @@ from foreroute.cli.hints import command_hint, flag_hint
 from foreroute.cli.models import list as list_models
 from foreroute.cli.models import pull, show
 from foreroute.errors import ForerouteError
+from foreroute.loading.wording import as_flags
 
 COMMANDS = {
     "generate": generate, "chat": chat, "serve": serve, "plan": plan, "pack": pack, "fit": fit, "score": score,
@@ -109,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _write_utf8()
     given = sys.argv[1:] if argv is None else argv
     args = build_parser().parse_args(given or ["help"])
-    with _termination_interrupts() as terminated:
+    with _termination_interrupts() as terminated, as_flags():
         code = _run(args)
     return EXIT_TERMINATED if terminated and code == EXIT_INTERRUPTED else code
 
