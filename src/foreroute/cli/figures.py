@@ -55,9 +55,17 @@ def loading(config: EngineConfig, is_quiet: bool) -> Iterator[Callable[[int, int
     if config.device == "cpu" and config.control == "host" and config.host_memory is None:
         with busy("Loading the model", is_quiet):
             yield lambda done, total: None
-    else:
-        with counting_bar("Loading experts into host memory", 1, "experts", is_quiet) as progress:
-            yield progress
+        return
+    with contextlib.ExitStack() as stack:
+        shown: list[Callable[[int, int], None]] = []
+
+        def progress(done: int, total: int) -> None:
+            if not shown:  # from here on: a load that is refused has drawn nothing
+                bar = counting_bar("Loading experts into host memory", total, "experts", is_quiet)
+                shown.append(stack.enter_context(bar))
+            shown[0](done, total)
+
+        yield progress
 
 
 @contextlib.contextmanager
