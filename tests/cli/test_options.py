@@ -232,8 +232,8 @@ def test_torch_gets_the_threads_that_can_run(monkeypatch, asked, environment, us
 # with it is not among them: --before-attention (fit, score), --int8-share and --predictor (pack).
 DOCUMENTED = {
     "bench": "batch debug dtype json new-tokens png prompt quick repeats revision rungs text threads",
-    "chat": "debug do-sample dtype load max-new-tokens min-p no-do-sample plain repetition-penalty seed system "
-    "temperature threads top-k top-p",
+    "chat": "debug do-sample dtype load max-new-tokens min-p no-history no-do-sample plain repetition-penalty seed "
+    "system temperature threads top-k top-p",
     "demo": "debug dtype json max-new-tokens model threads",
     "eval": "batch context debug dtype held-out human-eval include-path json kinds limit lm-eval memory per-kind png "
     "policies revision seed suite text threads windows",
