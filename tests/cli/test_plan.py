@@ -14,6 +14,7 @@ from foreroute.cli.commands import plan as plan_command
 from foreroute.cli.forecast import forecast
 from foreroute.cli.probes import ComputeTime, measure_compute
 from foreroute.errors import BudgetError, ReadError
+from foreroute.loading.wording import as_flags
 from foreroute.memory import host
 from foreroute.memory.host import Ram
 from foreroute.memory.serving import kv_bytes_per_token, planned_kv_bytes_per_token
@@ -142,7 +143,8 @@ def test_a_plan_for_requests_counts_their_memory(tiny: Path, monkeypatch, capsys
 
     def planned(*flags: str) -> plan_command.Findings:
         args = build_parser().parse_args(["plan", str(tiny), "--max-num-seqs", "2", "--ctx-size", "512", *flags])
-        return plan_command.find(tiny, args, options.engine_config(args))
+        with as_flags():  # as the command line runs it
+            return plan_command.find(tiny, args, options.engine_config(args))
 
     found = planned()
     needs = found.serving
