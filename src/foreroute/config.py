@@ -43,7 +43,9 @@ class EngineConfig:
     """
 
     memory: int | str | None = _option(
-        None, 'memory budget for experts: "8GiB", bytes, or "25%%" of the expert bytes; chosen from free RAM if omitted'
+        None,
+        'memory budget for experts: "8GiB" (or "8G": 2**30 bytes a G; "8GB": 10**9), or "25%%" of the expert bytes; '
+        "chosen from free RAM if omitted",
     )
     eviction: str = _option(
         "lfu",
@@ -159,6 +161,9 @@ class EngineConfig:
     )
 
     def __post_init__(self) -> None:
+        # A torch.device, known by its text, as this module imports no torch.
+        if str(self.device) in ("cpu", "cpu:0", "cuda"):
+            object.__setattr__(self, "device", str(self.device).partition(":")[0])
         hints = get_type_hints(type(self))
         for option in fields(self):
             _check_type(option.name, getattr(self, option.name), hints[option.name])
@@ -200,7 +205,8 @@ class Plan:
     such files. math is "ggml", torch's ("own"), or the "family"'s own forward; math_note: why not ggml's, where it
     might be. threads are torch's, of which usable_cpus can run at once (a container may limit them). layout:
     "interleaved" where a packed store has eight rows of its matrices side by side. dense: the type to which dense
-    weights were quantised, by `pack` or at load; else "stored".
+    weights were quantised, by `pack` or at load; else "stored". num_parameters: numbers in all weights, experts
+    too, of which num_embeddings are in embedding tables.
     """
 
     folder: str
@@ -238,6 +244,8 @@ class Plan:
     math_note: str = ""
     layout: str = "plain"
     dense: str = "stored"
+    num_parameters: int = 0
+    num_embeddings: int = 0
 
     @property
     def token_demand_bytes(self) -> int:

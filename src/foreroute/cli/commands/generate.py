@@ -25,6 +25,7 @@ the figures (on standard error, after the text):
   misses       experts that were read while the token waited
   read         MB per token: demand loads, and prefetches. A prefetch is used
                when its expert is demanded, wasted when it is evicted before
+  from         where experts are read, if a packed store is used
   stall        ms per token in which nothing was computed, waiting for the disk
   evictions    experts that lost their place in memory to others
   prefetching  how much is prefetched now: the governor tries full width, half
@@ -57,6 +58,7 @@ def add_parser(commands: Any) -> None:
     add_sampling(parser)
     options.add_model_options(parser)
     options.add_engine_options(parser)
+    options.shorten_help(parser)
 
 
 def add_sampling(parser: argparse.ArgumentParser, max_new_tokens: int = 128) -> None:

@@ -55,7 +55,7 @@ def add_parser(commands: Any) -> None:
     options.add_common_options(parser)
     _add_server_options(parser)
     options.add_model_options(parser)
-    options.add_engine_options(parser)
+    options.add_engine_options(parser, shown=("kv_tokens", "policy"))
 
 
 def _add_server_options(parser: argparse.ArgumentParser) -> None:
