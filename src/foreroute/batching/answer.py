@@ -52,7 +52,9 @@ class Answer:
         """Prepare to compute the prompt after its first `num_cached` tokens, whose keys and values are cached."""
         self.num_cached = self.num_computed = num_cached
         if not self.wants_none:
-            self._sampler = Sampler(model, self.request.sampling, self.ids, self._most_new)
+            grammar = self.request.grammar
+            mask = None if grammar is None else grammar.start()
+            self._sampler = Sampler(model, self.request.sampling, self.ids, self._most_new, mask)
         own = () if self.request.ignore_eos else stop_strings(model.generation_config)
         self._pieces, self._text = (
             TextPieces(tokenizer, self.request.shown_special),
@@ -111,17 +113,19 @@ class Answer:
         is_end = token in ends and not self.request.ignore_eos
         piece = "" if is_end else self._text.push(self._pieces.push(token), self._pieces.hidden(token))
         self.tell(NewToken(token, piece, *score(logits, token, self.request.num_top_logprobs)))
-        if is_end or self._text.is_over:
+        if is_end or self._text.is_over or self._sampler.is_complete:
             return self.finished("stop")
         return self.finished("length") if len(self.ids) - self.num_prompt >= self._most_new else None
 
-    def finished(self, reason: str, error: str | None = None) -> Finished:
+    def finished(self, reason: str, error: str | None = None, *, is_refusal: bool = False) -> Finished:
         """The last event, with the text that was still held back."""
         tail = ""
         if reason in ("stop", "length") and not self.wants_none:
             tail = self._text.push(self._pieces.finish())
             tail += "" if self._text.is_over else self._text.rest()
-        return Finished(reason, self.num_prompt, len(self.ids) - self.num_prompt, self.num_cached, tail, error)
+        return Finished(
+            reason, self.num_prompt, len(self.ids) - self.num_prompt, self.num_cached, tail, error, is_refusal
+        )
 
     def tell(self, event: AnswerEvent) -> None:
         """Send an event; a receiver that fails cancels the request."""

@@ -18,7 +18,7 @@ from foreroute.batching.encoded_row import EncodedRow
 from foreroute.batching.requests import AnswerEvent, EngineState, Finished, Request
 from foreroute.batching.rows import UNREADABLE, OneRow, RowsCache, can_be_padded, why_not_batched
 from foreroute.engine.interfaces import Phase
-from foreroute.errors import ContextLengthError, ForerouteError, PromptError, QueueFullError
+from foreroute.errors import ContextLengthError, ForerouteError, GrammarError, PromptError, QueueFullError
 from foreroute.generation.prefix_cache import PrefixCounts
 from foreroute.loading.offloaded_model import OffloadedModel, handle_of
 from foreroute.memory.serving import keeps_prompts, planned_kv_bytes_per_token, state_bytes_without_experts
@@ -373,4 +373,4 @@ class BatchEngine:
 
 def _failed(answer: Answer, error: Exception) -> Finished:
     text = str(error) if isinstance(error, ForerouteError) else f"The engine failed ({type(error).__name__})."
-    return answer.finished("error", text)
+    return answer.finished("error", text, is_refusal=isinstance(error, GrammarError))

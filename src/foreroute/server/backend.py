@@ -23,6 +23,7 @@ from foreroute.server.settings import Limits
 if TYPE_CHECKING:
     from foreroute.loading.offloaded_model import OffloadedModel
     from foreroute.server.watching.live import LiveFeed
+    from foreroute.structured.compiler import GrammarCompiler
 
 
 class Prompts:
@@ -158,7 +159,7 @@ class Serving:
 
     context: tokens of prompt and answer together. info: the answer of /tokenizer_info. model: as loaded, or None
     (tests); expert metrics and the live page read its `foreroute`. live_feed: the live page's, from its first viewer
-    on. created: when it was loaded.
+    on. grammars: compiles those of structured output. created: when it was loaded.
     """
 
     engine: Engine
@@ -167,6 +168,7 @@ class Serving:
     info: dict[str, Any] = field(default_factory=dict)
     model: "OffloadedModel | None" = None
     live_feed: "LiveFeed | None" = None
+    grammars: "GrammarCompiler | None" = None
     created: int = field(default_factory=lambda: int(time.time()))
 
 

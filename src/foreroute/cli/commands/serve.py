@@ -185,6 +185,7 @@ def _load(
     from foreroute.batching.engine import BatchEngine
     from foreroute.model.text import load_tokenizer
     from foreroute.server.backend import Prompts, Serving
+    from foreroute.structured.compiler import GrammarCompiler
 
     options.apply_threads(args)
     config, context = requests.with_room(folder, config, args)
@@ -212,7 +213,8 @@ def _load(
         "model_max_length": context,
         "vocab_size": text_config.vocab_size,
     }
-    backend.ready(Serving(engine, prompts, context, info, model))
+    grammars = GrammarCompiler.of(model, tokenizer)
+    backend.ready(Serving(engine, prompts, context, info, model, grammars=grammars))
     names = ", ".join(settings.served_names)
     at_once = f"{engine.rows} at a time" if engine.rows > 1 else "one at a time"
     if engine.why_one_row and args.max_num_seqs > 1:

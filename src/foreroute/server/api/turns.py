@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from foreroute.batching.requests import AnswerEvent, Finished, NewToken, Request, Sampling
 from foreroute.server.api.answers import Answers, Choice
@@ -13,12 +14,15 @@ from foreroute.server.dialogue.turn import Turn
 from foreroute.server.settings import ServerSettings
 from foreroute.server.watching.metrics import ServerMetrics
 
+if TYPE_CHECKING:
+    from foreroute.structured.compiler import CompiledGrammar
+
 
 @dataclass(frozen=True)
 class TurnRequest:
     """What is asked of the next message, in no API's wire format.
 
-    samplings: one for each of the answers. max_new_tokens, stop, num_top_logprobs, ignore_eos: see
+    samplings: one for each of the answers. max_new_tokens, stop, num_top_logprobs, ignore_eos, grammar: see
     `batching.requests.Request`.
     """
 
@@ -28,6 +32,7 @@ class TurnRequest:
     stop: Sequence[str] = ()
     num_top_logprobs: int | None = None
     ignore_eos: bool = False
+    grammar: "CompiledGrammar | None" = None
 
 
 class TurnChoice(Choice):
@@ -93,6 +98,7 @@ async def begin_turn(
             stop=[*asked.stop, *turn.stops],
             num_top_logprobs=asked.num_top_logprobs,
             ignore_eos=asked.ignore_eos,
+            grammar=asked.grammar,
             shown_special=turn.shown_special,
         )
         for sampling in asked.samplings
