@@ -29,6 +29,8 @@ _LOG = logging.getLogger(__name__)
 _LEAST_CHUNK = 8
 # Tokens of prompts in one step while others wait for their next token. A longer step would read experts less often.
 _CHUNK_BESIDE_OTHERS = 512
+# Tokens of the KV cache that an answer without a limit gets when its room is used up.
+_ROOM_AT_ONCE = 64
 
 
 class BatchEngine:
@@ -116,11 +118,7 @@ class BatchEngine:
                 f"The context holds {self._context} tokens; {wanted} are asked for ({num_prompt} of the prompt). "
                 "Shorten the prompt or ask for fewer."
             )
-        if most_new is None:
-            # A fair share, so that a request without a limit does not keep all others waiting.
-            share = self.kv_tokens // self.rows
-            most_new = min(self._context - num_prompt, max(share - num_prompt, share // 4, 1))
-        answer = Answer(request, on_event, most_new)
+        answer = Answer(request, on_event, *self._lengths(num_prompt, most_new))
         with self._changed:
             num_open = len(self._waiting) + len(self._joining) + len(self._running)
             if self._is_closed or num_open >= self._most_open:
@@ -128,6 +126,16 @@ class BatchEngine:
             self._waiting.append(answer)
             self._changed.notify()
         return answer
+
+    def _lengths(self, num_prompt: int, asked: int | None) -> tuple[int, int]:
+        """Return the new tokens that an answer gets room for at first, and the most that it can have."""
+        if asked is not None:
+            return asked, asked
+        own = self._model.generation_config.max_new_tokens
+        most = min(self._context - num_prompt, own or self._context)
+        # At first a fair share, so that others find room too; then what is free.
+        share = self.kv_tokens // self.rows
+        return min(most, max(share - num_prompt, share // 4, 1)), most
 
     def cancel(self, handle: Answer) -> None:
         """See requests.Engine. Its memory is free before the next step."""
@@ -320,6 +328,9 @@ class BatchEngine:
 
     def _next_token(self, answer: Answer, logits: torch.Tensor) -> Finished | None:
         answer.num_computed += 1
+        if answer.is_short_of_room:
+            rows = len(self._joining) + len(self._running)
+            answer.extend(min(answer.reserved + _ROOM_AT_ONCE, self.kv_tokens // rows))
         try:
             row = logits.float().cpu()
             return answer.advance(row, int(row.argmax()), self._ends)
