@@ -45,7 +45,12 @@ class Prompts:
         self._lock = threading.Lock()
         self.texts = TokenTexts(tokenizer)
         template = getattr(tokenizer, "chat_template", None)
+        self._no_template = "This model has no chat template. Use /v1/completions."
         if isinstance(template, dict):
+            self._no_template = (
+                f"This model has the chat templates {', '.join(sorted(map(str, template)))} and no default. Rename the "
+                'one to be used to "default" in tokenizer_config.json; until then, use /v1/completions.'
+            )
             template = template.get("default")
         self.template: str | None = template
         self._calls = calls or (None if template is None else format_of(template))
@@ -104,7 +109,7 @@ class Prompts:
         if self._why_no_chat:
             raise not_possible("messages", self._why_no_chat)
         if self._renderer is None:
-            raise not_possible("messages", "This model has no chat template. Use /v1/completions.")
+            raise not_possible("messages", self._no_template)
         rendered = await asyncio.to_thread(self._render, self._renderer, dialogue)
         ids = await self.encode(rendered, add_special_tokens=False, param="messages")
         turn = turn_of(dialogue, rendered, ids, self._calls, self._thinks)

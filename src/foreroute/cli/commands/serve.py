@@ -106,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
     options.quiet_libraries(args)
     try:
         from foreroute.server.dialogue.parsing.formats import format_named
-        from foreroute.server.run import address_of, listen, serve
+        from foreroute.server.run import address_of, listen_all, serve
         from foreroute.server.settings import ServerSettings, check_exposure, host_name
         from foreroute.server.watching.pages import add_page
     except ImportError as error:
@@ -128,8 +128,8 @@ def run(args: argparse.Namespace) -> int:
         allow_pages=not args.no_ui,
         limits=_limits(args),
     )
-    listening = listen(args.host, args.port)
-    url = address_of(listening)
+    listening = listen_all(args.host, args.port)
+    url = address_of(listening[0])
     if not args.json:
         print(f"foreroute serve  {model}\n  address   {url}/v1 (loading; GET /health)", file=sys.stderr, flush=True)
 

@@ -108,7 +108,7 @@ class _Request(Strict):
     structured_outputs: dict[str, Any] | None = None
     guided_json: dict[str, Any] | bool | str | None = None
     guided_regex: str | None = None
-    guided_choice: Annotated[list[str], _SHORT] | None = None
+    guided_choice: Annotated[list[str], SHORT] | None = None
     guided_grammar: str | None = None
     json_schema: dict[str, Any] | bool | str | None = None
     regex: str | None = None
