@@ -63,7 +63,8 @@ class _Patient(H11Protocol):
         self._timer = self.loop.call_later(within_s or self.limits.head_s, self._end_patience)
 
     def _end_patience(self) -> None:
-        is_answering = self.cycle is not None and not self.cycle.response_complete
+        cycle: Any = self.cycle  # None before the first request
+        is_answering = cycle is not None and not cycle.response_complete
         if is_answering and not self.transport.is_closing():
             # The answer is still running: check again later.
             self._restart()

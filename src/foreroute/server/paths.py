@@ -1,16 +1,16 @@
 """Paths as clients write them: with /v1 or without it, or with it twice where a client adds its own."""
 
 import re
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import MutableMapping
 from typing import Any
+
+from foreroute.server.guard import App
 
 _VERSION = "/v1"
 # What lies under /v1; the other paths (/health, /metrics, the page) lie beside it.
 _UNDER = re.compile(r"/(chat/completions|completions|models(/.*)?|responses(/.*)?|messages(/count_tokens)?|embeddings)")
 # vLLM has these beside it, and some clients look for them below.
 _BESIDE = re.compile(r"/(tokenize|detokenize|tokenizer_info)")
-
-App = Callable[[MutableMapping[str, Any], Any, Any], Awaitable[None]]
 
 
 def usual(path: str) -> str:

@@ -11,6 +11,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from foreroute.errors import GrammarError
 from foreroute.model.generation_settings import end_tokens
 from foreroute.structured.grammar import Grammar
@@ -64,7 +66,7 @@ class GrammarCompiler:
         self._lock = threading.Lock()
 
     @classmethod
-    def of(cls, model: Any, tokenizer: Any) -> "GrammarCompiler":
+    def of(cls, model: PreTrainedModel, tokenizer: Any) -> "GrammarCompiler":
         """Return the compiler for `model` (of `foreroute.load`, or any causal one of transformers)."""
         return cls(tokenizer, model.config.get_text_config().vocab_size, end_tokens(model.generation_config))
 

@@ -11,6 +11,7 @@ from foreroute.errors import GrammarError, PromptError
 from foreroute.whole_files import read_text
 
 if TYPE_CHECKING:
+    from foreroute.loading.offloaded_model import OffloadedModel
     from foreroute.structured.grammar import Grammar
 
 _EPILOG = """\
@@ -99,7 +100,9 @@ def _named(args: argparse.Namespace) -> str:
     return str(args.json_schema or args.grammar or "--regex")
 
 
-def _processors(args: argparse.Namespace, grammar: "Grammar | None", model: Any, tokenizer: Any) -> dict[str, Any]:
+def _processors(
+    args: argparse.Namespace, grammar: "Grammar | None", model: "OffloadedModel", tokenizer: Any
+) -> dict[str, Any]:
     if grammar is None:
         return {}
     from foreroute.structured.compiler import GrammarCompiler
