@@ -14,7 +14,7 @@ _MOST_DEEP = 96
 # Between the parts of JSON: a space, or a new line with its indentation. Without a bound, a small model goes on with
 # spaces until its last token.
 _JSON_OPTIONS = {"whitespace_pattern": r" |\r?\n {0,20}|\r?\n\t{0,6}"}
-Kind = Literal["json_schema", "regex", "lark"]
+GrammarKind = Literal["json_schema", "regex", "lark"]
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Grammar:
     start: Lark rules before it, whose `start` refers to it as @answer; "" without any (`after`).
     """
 
-    kind: Kind
+    kind: GrammarKind
     source: str
     start: str = ""
 
