@@ -10,9 +10,9 @@ from foreroute.cli.commands import demo
 from foreroute.errors import GrammarError
 from foreroute.model.text import load_tokenizer
 from foreroute.structured.compiler import GrammarCompiler
-from foreroute.structured.tools import JsonCall, TaggedCall, Tool, tool_calls
+from foreroute.structured.tools import CallableTool, JsonCall, TaggedCall, tool_calls
 
-WEATHER = Tool(
+WEATHER = CallableTool(
     "weather",
     {
         "type": "object",
@@ -25,7 +25,7 @@ WEATHER = Tool(
         "additionalProperties": False,
     },
 )
-NOW, QUOTED = Tool("now"), Tool('say"so')
+NOW, QUOTED = CallableTool("now"), CallableTool('say"so')
 HERMES = JsonCall('<tool_call>\n{"name": "', '", "arguments": ', "}\n</tool_call>")
 MISTRAL = JsonCall('{"name": "', '", "arguments": ', "}")
 # With special tokens of the small model in the places of gpt-oss's.
@@ -119,10 +119,10 @@ def test_forms(compiler: Any, tokenizer: Any, form: Any, options: Any, good: lis
     [
         ([], "no tool"),
         ([NOW, NOW], "'now' occurs twice"),
-        ([Tool("x", {"type": "string"})], "no object's schema"),
-        ([Tool("x", {"type": "object", "required": ["y"]})], "requires an argument"),
+        ([CallableTool("x", {"type": "string"})], "no object's schema"),
+        ([CallableTool("x", {"type": "object", "required": ["y"]})], "requires an argument"),
     ],
 )
-def test_tools_that_cannot_be_called(tools: list[Tool], message: str) -> None:
+def test_tools_that_cannot_be_called(tools: list[CallableTool], message: str) -> None:
     with pytest.raises(GrammarError, match=message):
         tool_calls(tools, CODER)

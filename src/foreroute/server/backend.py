@@ -131,6 +131,12 @@ class Prompts:
             )
         return renderer.render(given.messages, given.tools, given.variables)
 
+    def special_id(self, text: str) -> int | None:
+        """Return the id of the special token with this text; None where it is no special token."""
+        with self._lock:
+            token = self._tokenizer.convert_tokens_to_ids(text)
+            return token if token in self._tokenizer.all_special_ids else None
+
     async def decode(self, token_ids: Sequence[int]) -> str:
         """Decode tokens to text, special ones included."""
         return await asyncio.to_thread(self._decode, token_ids)

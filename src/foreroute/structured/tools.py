@@ -12,7 +12,7 @@ _ANY = r"/(.|\n)*/"
 
 
 @dataclass(frozen=True)
-class Tool:
+class CallableTool:
     """A tool's name, and the JSON schema of its arguments (an object's)."""
 
     name: str
@@ -48,7 +48,7 @@ class TaggedCall:
 
 
 def tool_calls(
-    tools: Sequence[Tool],
+    tools: Sequence[CallableTool],
     form: JsonCall | TaggedCall,
     *,
     special: Mapping[str, int] | None = None,
@@ -122,13 +122,13 @@ class _Writer:
         return [f"{name}{rule}" for rule, name in self._raw.items()]
 
 
-def _json_rules(at: int, tool: Tool, form: JsonCall, lark: _Writer) -> list[str]:
+def _json_rules(at: int, tool: CallableTool, form: JsonCall, lark: _Writer) -> list[str]:
     head = lark.text(form.begin + json.dumps(tool.name, ensure_ascii=False)[1:-1] + form.between)
     schema = json.dumps(_arguments(tool), ensure_ascii=False)
     return [f"call_{at}: {head} args_{at} {lark.text(form.end)}", f"args_{at}: %json {schema}"]
 
 
-def _tagged(at: int, tool: Tool, form: TaggedCall, lark: _Writer) -> list[str]:
+def _tagged(at: int, tool: CallableTool, form: TaggedCall, lark: _Writer) -> list[str]:
     schema = _arguments(tool)
     properties, required = schema.get("properties", {}), schema.get("required", [])
     if not isinstance(properties, Mapping) or any(name not in properties for name in required):
@@ -156,7 +156,7 @@ def _value(value: Any, schema: Mapping[str, Any]) -> str:
     return "%json " + json.dumps(checked_schema({**definitions, **value} if isinstance(value, Mapping) else value))
 
 
-def _arguments(tool: Tool) -> dict[str, Any]:
+def _arguments(tool: CallableTool) -> dict[str, Any]:
     schema = checked_schema(tool.parameters or {"type": "object", "properties": {}})
     if schema.get("type", "object") != "object":
         raise GrammarError(f"The parameters of the tool {tool.name!r} are no object's schema.")

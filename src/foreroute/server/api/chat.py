@@ -21,7 +21,7 @@ from foreroute.server.api.answers import (
 from foreroute.server.api.problems import ApiError
 from foreroute.server.api.schema import ChatRequest
 from foreroute.server.api.sse import EventStream
-from foreroute.server.api.structure import grammar_for
+from foreroute.server.api.structure import grammar_asked
 from foreroute.server.api.token_text import TokenTexts
 from foreroute.server.api.turns import TurnChoice, TurnRequest, begin_turn
 from foreroute.server.backend import Serving
@@ -47,7 +47,7 @@ async def complete_chat(
     """
     name, stop = check_model(asked.model, settings), check_counts(asked, settings)
     serving.prompts.check_ids(biased_ids(asked, settings), "logit_bias")
-    grammar = await grammar_for(asked, serving)
+    grammar = await grammar_asked(asked)
     turn = TurnRequest(
         asked.dialogue(),
         [sampling_of(asked, settings, index) for index in range(asked.n or 1)],

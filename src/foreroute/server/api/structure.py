@@ -25,19 +25,26 @@ _HINTS = frozenset({
 })  # fmt: skip
 
 
+async def grammar_asked(asked: "ChatRequest | CompletionRequest") -> "tuple[str, Grammar] | None":
+    """Return the field that asks for structure, and its grammar; None where answers are free text.
+
+    Raises:
+        ApiError: 400: it is none, or there are two.
+    """
+    found = await asyncio.to_thread(_found, asked)
+    if found is not None and asked.ignore_eos:
+        raise not_possible("ignore_eos", f"{found[0]} says where an answer ends: leave ignore_eos out.")
+    return found
+
+
 async def grammar_for(asked: "ChatRequest | CompletionRequest", serving: "Serving") -> "CompiledGrammar | None":
     """Return the compiled grammar that was `asked` for; None where answers are free text.
 
     Raises:
         ApiError: 400, where it cannot be enforced: the field, and the keyword or the place in it, are named.
     """
-    found = await asyncio.to_thread(_found, asked)
-    if found is None:
-        return None
-    name, grammar = found
-    if asked.ignore_eos:
-        raise not_possible("ignore_eos", f"{name} says where an answer ends: leave ignore_eos out.")
-    return await compiled(name, grammar, serving)
+    found = await grammar_asked(asked)
+    return None if found is None else await compiled(*found, serving)
 
 
 async def compiled(name: str, grammar: "Grammar", serving: "Serving") -> "CompiledGrammar":
