@@ -84,6 +84,14 @@ class MoeStep:
         self.prefetcher.begin_step(info)
         self._is_mid_step = False
 
+    def expect(self, token_ids: torch.Tensor, num_rows: int) -> None:
+        """Prefetch the first layer's experts of tokens [rows x positions] that the next step is going to compute.
+
+        For a draft, between two steps: reads then overlap the drafting of later tokens.
+        """
+        if not self._is_mid_step:
+            self.prefetcher.guess_first(token_ids, num_rows)
+
     def compute(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Compute the weighted sum of the routed experts of MoE layer `layer`.
 
@@ -132,12 +140,13 @@ class MoeStep:
         if self.routing_listener is not None:
             self.routing_listener(layer, hidden, ids, weights)
         if layer == self.prefetcher.first_layer and self._info.padding is None:
-            self.prefetcher.see_first(hidden, self._info.num_rows)
+            self.prefetcher.see_first(hidden, self._info.num_rows, goes_on=self._info.phase == "verify")
 
     def _compute(
         self, layer: int, routed: list[list[int]], hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
-        policies = None if self.is_prefill or self.policies.is_exact else self.policies
+        # A verify step is exact too: under a policy, what it accepts would depend on the drafted tokens beside it.
+        policies = None if self._info.phase != "decode" or self.policies.is_exact else self.policies
         if policies is not None:
             chosen = ids
             ids, weights = policies.route(layer, ids, weights)

@@ -14,6 +14,8 @@ from transformers.cache_utils import DynamicCache
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StoppingCriteriaList
 
+from foreroute.drafting.draft import Draft
+from foreroute.drafting.steps import DraftedSteps
 from foreroute.engine.chunks import split_prompt
 from foreroute.engine.interfaces import Phase, StepInfo
 from foreroute.errors import CheckpointError
@@ -84,8 +86,10 @@ class LeanLoop:
         should_stop: called after every token; True ends the answer.
         chunk: most prompt tokens computed at once; None computes them all.
         decoder: computes instead of the model, whose cache then stays empty; None calls the model.
+        draft: drafts tokens that the model verifies; None: no token is drafted.
 
     Attributes:
+        steps: those of an answer with a draft, once they began; None without one.
         num_computed: tokens, from the start of the prompt, whose steps have ended, so that the cache holds them.
     """
 
@@ -95,11 +99,14 @@ class LeanLoop:
         should_stop: Callable[[], bool] | None,
         chunk: int | None,
         decoder: GraphDecoder | None = None,
+        draft: Draft | None = None,
     ) -> None:
         self._on_token = on_token
         self._should_stop = should_stop
         self._chunk = chunk
         self._decoder = decoder
+        self._draft = draft
+        self.steps: DraftedSteps | None = None
         self.num_computed = 0
 
     def __call__(
@@ -125,15 +132,18 @@ class LeanLoop:
         ids[:, :length] = input_ids
         self.num_computed = cache.get_seq_length()
 
-        def compute(tokens: torch.Tensor, phase: Phase) -> torch.Tensor:
-            done = self.num_computed + tokens.shape[1]
+        def compute(tokens: torch.Tensor, phase: Phase, *, num_dropped: int = 0) -> torch.Tensor:
+            before, count = self.num_computed, tokens.shape[1]
             if positions is not None:
-                kwargs["position_ids"] = positions[:, self.num_computed : done]
-            with model.foreroute.step(StepInfo.of(phase, tokens, is_start=self.num_computed == 0)):
-                output = model(input_ids=tokens, **cache_argument(cache), return_dict=True, **kwargs)
+                kwargs["position_ids"] = positions[:, before : before + count]
+            info = StepInfo.of(phase, tokens, is_start=before == 0, num_dropped=num_dropped)
+            several = {"logits_to_keep": count} if phase == "verify" and "logits_to_keep" in kwargs else {}
+            with model.foreroute.step(info):
+                output = model(input_ids=tokens, **cache_argument(cache), return_dict=True, **{**kwargs, **several})
             logits: torch.Tensor = output.logits
-            self.num_computed = done
-            return logits[:, -1]
+            # Of the tokens that are verified, one is chosen; the loop counts the others when it has chosen them.
+            self.num_computed = before + (1 if phase == "verify" else count)
+            return logits[0] if phase == "verify" else logits[:, -1]
 
         decoder = self._decoder
         if decoder is not None:
@@ -141,6 +151,8 @@ class LeanLoop:
         else:
             for chunk in split_prompt(input_ids[:, self.num_computed :], self._chunk):
                 logits = compute(chunk, "prefill")
+        if self._draft is not None:
+            self.steps = DraftedSteps(model, self._draft, cache, compute, input_ids[0].tolist(), end)
         while True:
             # In fp32 and a copy, as generate() does it: processors may write to it.
             scores = logits_processor(ids[:, :length], logits.to(copy=True, dtype=torch.float32))
@@ -153,7 +165,13 @@ class LeanLoop:
                 break
             if others and bool(others(ids[:, :length], None).all()):
                 break
-            logits = compute(token, "decode") if decoder is None else decoder.step(token)
+            if self.steps is not None:
+                logits = self.steps.after(value)
+                self.num_computed = length
+            else:
+                logits = compute(token, "decode") if decoder is None else decoder.step(token)
+        if self.steps is not None:
+            self.steps.close()
         return ids[:, :length]
 
 

@@ -125,7 +125,7 @@ def expert_metrics(pool: ExpertPool) -> Iterator[Metric]:
 
     Reads counts that the engine's thread writes, each atomically; `snapshot` would write, and is for that thread only.
     """
-    phases = (pool.stats.prefill, pool.stats.decode)
+    phases = pool.stats.phases
     residency = pool.residency
 
     def total(name: str) -> float:

@@ -1,0 +1,89 @@
+"""What drafts for a model: a drafter, and the governor that measures what it gains."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from foreroute.checkpoint.locate import read_index
+from foreroute.drafting.drafters import Drafter, ModelDrafter, PromptLookup
+from foreroute.drafting.governor import DraftGovernor
+from foreroute.errors import PolicyError, RefusedError
+from foreroute.loading.offloaded_model import OffloadedModel
+from foreroute.model.caches import can_be_continued, is_ordinary, new_cache
+from foreroute.model.decode.positions import PositionAttention, can_attend_by_position
+from foreroute.model.draft_model import PROMPT_LOOKUP, DraftModel, find_draft
+from foreroute.model.rewind import most_rewound
+
+
+@dataclass
+class Draft:
+    """A drafter with its governor, both kept from answer to answer.
+
+    attention: computes a verify step's tokens one by one; None: the model's own does. most: tokens that can be taken
+    back of a step; None: any number.
+    """
+
+    drafter: Drafter
+    attention: PositionAttention | None
+    most: int | None
+    governor: DraftGovernor = field(default_factory=DraftGovernor)
+
+
+def draft_for(model: OffloadedModel, asked: str | Path | None) -> Draft | None:
+    """Return what drafts for `model`, made on first use.
+
+    Args:
+        asked: PROMPT_LOOKUP, the path or hub id of a draft, or None for what EngineConfig.draft says.
+    Returns:
+        None if nothing drafts.
+    Raises:
+        RefusedError: the model's tokens cannot be taken back, or another loop computes them. PolicyError: the model's
+        policy is not exact. CheckpointError: see `find_draft`.
+    """
+    handle = model.foreroute
+    source = handle.draft if asked is None else str(asked)
+    if source is None:
+        return None
+    _check(model)
+    name = str(source.folder) if isinstance(source, DraftModel) else source
+    if name not in handle.drafts:
+        handle.drafts[name] = _made(model, source)
+    made: Draft = handle.drafts[name]
+    return made
+
+
+def _made(model: OffloadedModel, source: DraftModel | str) -> Draft:
+    drafter: Drafter
+    if source == PROMPT_LOOKUP:
+        drafter = PromptLookup()
+    else:
+        vocabulary = model.get_input_embeddings().num_embeddings
+        if not isinstance(source, DraftModel):
+            folder = Path(model.foreroute.plan.folder)
+            source = find_draft(source, folder, read_index(folder)).load()
+        drafter = ModelDrafter(source, vocabulary)
+    cache = new_cache(model)
+    assert cache is not None, "a model that can be drafted for"
+    attention = PositionAttention(model) if can_attend_by_position(model) else None
+    return Draft(drafter, attention, most_rewound(cache))
+
+
+def _check(model: OffloadedModel) -> None:
+    plan, cache = model.foreroute.plan, new_cache(model)
+    refusals: tuple[tuple[Callable[[], bool], str], ...] = (
+        (lambda: plan.device != "cpu", "drafts are verified on the CPU alone so far. Leave --device or --draft out."),
+        (
+            lambda: cache is None or not is_ordinary(model) or not can_be_continued(model, cache),
+            "the family's state is not an ordinary KV cache, and what is not chosen could not be taken back. Leave "
+            "--draft out.",
+        ),
+        (lambda: cache is not None and most_rewound(cache) == 0, "its window has room for one token. Leave it out."),
+    )
+    for is_so, why in refusals:
+        if is_so():
+            raise RefusedError(f"No draft for a {model.config.model_type} model here: {why}")
+    if any(policy.substitutes or policy.replaces_route for policy in model.foreroute.policies):
+        raise PolicyError(
+            "A draft needs the policy exact: under another one, drafted tokens would decide which experts are resident, and "
+            "so the output. Set the policy to exact, or leave the draft out."
+        )
