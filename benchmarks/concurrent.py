@@ -116,6 +116,9 @@ class TrainedRoutes:
     def see_first(self, hidden: torch.Tensor, num_rows: int, *, goes_on: bool = False) -> None:
         """The routes are known."""
 
+    def drop_last(self, count: int) -> None:
+        """No token is drafted here."""
+
     def _most_wanted(self, layer: int) -> list[int]:
         votes: dict[int, int] = {}
         for _, guessed in self._rows(layer):

@@ -142,6 +142,9 @@ class Replay:
     def see_first(self, hidden: torch.Tensor, num_rows: int, *, goes_on: bool = False) -> None:
         """The routes are known."""
 
+    def drop_last(self, count: int) -> None:
+        """No token is drafted here."""
+
 
 class Rung:
     """One configuration, loaded, under the replayed routes."""

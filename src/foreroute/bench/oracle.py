@@ -55,5 +55,8 @@ class Oracle:
         """Count a pass that has reached layer 0; hidden [tokens, hidden] and num_rows are ignored."""
         self._pass += 1
 
+    def drop_last(self, count: int) -> None:
+        """No token is drafted here."""
+
     def _of(self, at: int, layer: int) -> Sequence[int]:
         return self._routes[at][layer] if 0 <= at < len(self._routes) else ()
