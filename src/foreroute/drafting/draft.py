@@ -10,7 +10,7 @@ from foreroute.drafting.governor import DraftGovernor
 from foreroute.errors import PolicyError, RefusedError
 from foreroute.loading.offloaded_model import OffloadedModel
 from foreroute.model.caches import can_be_continued, is_ordinary, new_cache
-from foreroute.model.decode.positions import PositionAttention, can_attend_by_position
+from foreroute.model.decode.positions import PositionsAlike, can_attend_by_position
 from foreroute.model.draft_model import PROMPT_LOOKUP, DraftModel, find_draft
 from foreroute.model.rewind import most_rewound
 
@@ -19,12 +19,12 @@ from foreroute.model.rewind import most_rewound
 class Draft:
     """A drafter with its governor, both kept from answer to answer.
 
-    attention: computes a verify step's tokens one by one; None: the model's own does. most: tokens that can be taken
+    alike: gives a verify step's tokens the bits that they have alone; None: the family's attention does not allow it. most: tokens that can be taken
     back of a step; None: any number.
     """
 
     drafter: Drafter
-    attention: PositionAttention | None
+    alike: PositionsAlike | None
     most: int | None
     governor: DraftGovernor = field(default_factory=DraftGovernor)
 
@@ -64,8 +64,11 @@ def _made(model: OffloadedModel, source: DraftModel | str) -> Draft:
         drafter = ModelDrafter(source, vocabulary)
     cache = new_cache(model)
     assert cache is not None, "a model that can be drafted for"
-    attention = PositionAttention(model) if can_attend_by_position(model) else None
-    return Draft(drafter, attention, most_rewound(cache))
+    # With ggml's kernels all rows are alike.
+    layers = () if model.foreroute.plan.math == "ggml" else model.foreroute.layers
+    routers = [layer.router.module for layer in layers if layer.router is not None]
+    alike = PositionsAlike(model, routers) if can_attend_by_position(model) else None
+    return Draft(drafter, alike, most_rewound(cache))
 
 
 def _check(model: OffloadedModel) -> None:

@@ -108,10 +108,10 @@ class DraftedSteps:
         self._rewind = Rewind(self._cache)
         self.drafted += len(self._drafted)
         self.verify_steps += 1
-        attention: AbstractContextManager[None] = nullcontext()
-        if draft.attention is not None:
-            attention = draft.attention.running()
-        with attention:
+        alike: AbstractContextManager[None] = nullcontext()
+        if draft.alike is not None:
+            alike = draft.alike.running()
+        with alike:
             self._rows = self._compute(tokens, "verify", num_dropped=self._num_dropped)
 
     def _think(self) -> None:

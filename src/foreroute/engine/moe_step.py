@@ -11,7 +11,7 @@ from math import inf
 import torch
 
 from foreroute.engine.approximation import Approximation
-from foreroute.engine.interfaces import EngineStats, RoutingListener, StepInfo
+from foreroute.engine.interfaces import EngineStats, Phase, RoutingListener, StepInfo
 from foreroute.engine.pool import ExpertPool
 from foreroute.engine.prefetcher import Prefetcher
 from foreroute.kernels.layer import ExpertListener, LayerKernels, LayerSum
@@ -63,6 +63,11 @@ class MoeStep:
         self._is_mid_step = False
         # A step's whole demand must fit beside the prefetches in flight.
         self._most_pinned = [part.num_slots - part.staging_slots for part in pool.by_layer]
+
+    @property
+    def phase(self) -> Phase:
+        """Of the current (or last) step."""
+        return self._info.phase
 
     @property
     def governor(self) -> Governor | None:

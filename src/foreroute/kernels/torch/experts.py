@@ -166,6 +166,23 @@ def compute_several(
     return outs
 
 
+def compute_rows_apart(
+    math: ExpertMath, rows: Sequence[torch.Tensor], operands: Sequence[Operands]
+) -> Sequence[torch.Tensor]:
+    """The same, with the bits of one call of `math` for each row.
+
+    Args:
+        rows: per expert [n, hidden], of any alignment.
+    """
+    sizes = [len(some) for some in rows]
+    if rows_are_aligned(rows[0]):
+        apart = [row for some in rows for row in some.split(1)]
+    else:
+        apart = [row.clone() for some in rows for row in some.split(1)]
+    of_rows = [expert for expert, size in zip(operands, sizes, strict=True) for _ in range(size)]
+    return torch.cat(list(compute_several(math, apart, of_rows))).split(sizes)
+
+
 def rows_are_aligned(rows: torch.Tensor) -> bool:
     """Whether each row of `rows` [n, width] is aligned like a new tensor: else products may round differently."""
     return rows.shape[1] * rows.element_size() % _ALIGNED_BYTES == 0

@@ -1,15 +1,21 @@
-"""Attention of several new tokens of one row, token by token: the bits of each are those that it has as the only one.
+"""Several new tokens of one row, each with the bits that it has as the only one, as far as torch's products allow it.
 
-Over the keys of all of them, with a mask, they are not: sums are split by columns, and a later token's are columns too.
-A call per token and layer takes some 20 us; there is no mask to make.
+Attention is computed token by token. Over the keys of all of them, with a mask, bits differ: sums are split by columns,
+and a later token's are columns too. A call per token and layer takes some 20 us; there is no mask to make.
+
+Routers that compute in float32 multiply token by token as well. torch's product of several rows in bfloat16 has mostly the
+bits of one row, but not in float32; what a bfloat16 model rounds after its router can then differ in all its last bit.
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface, PreTrainedModel
 
 from foreroute.model.decode.attention import attends_by_interface, function_of
@@ -20,26 +26,58 @@ _KNOWN_KINDS = frozenset({"full_attention", "sliding_attention"})
 _running = threading.local()
 
 
-class PositionAttention:
-    """Replaces a model's own attention while several tokens of one row are computed.
+class PositionsAlike:
+    """Replaces a model's own attention, and products of its routers, while several tokens of one row are computed.
 
     Args:
-        model: one that `can_attend_by_position`.
+        model: one that `can_attend_by_position`. routers: those whose products torch computes.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, routers: Sequence[nn.Module] = ()) -> None:
         self._config = model.config.get_text_config(decoder=True)
+        self._routers = [(router.__dict__, _row_by_row(router)) for router in routers]
         AttentionInterface.register(NAME, attend)
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Inside, the model's attention is computed token by token; no mask may be given. The caller has its lock."""
+        """Inside, attention is computed token by token; no mask may be given. The caller has the model's lock."""
         own = _running.own = self._config._attn_implementation
+        before = [table.get("forward") for table, _ in self._routers]
         self._config._attn_implementation = NAME
         try:
+            for table, forward in self._routers:
+                table["forward"] = forward
             yield
         finally:
             self._config._attn_implementation = own
+            for (table, _), forward in zip(self._routers, before, strict=True):
+                if forward is None:
+                    table.pop("forward", None)
+                else:
+                    table["forward"] = forward
+
+
+class _RowByRow(TorchFunctionMode):
+    """While active, F.linear multiplies the rows of a float32 input one by one."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func is F.linear and args[0].dtype == torch.float32:
+            x = args[0]
+            rows = [F.linear(row, *args[1:], **(kwargs or {})) for row in x.reshape(-1, x.shape[-1]).split(1)]
+            return torch.cat(rows).view(*x.shape[:-1], -1)
+        return func(*args, **(kwargs or {}))
+
+
+def _row_by_row(router: nn.Module) -> Callable[..., Any]:
+    own, mode = router.forward, _RowByRow()
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        with mode:
+            return own(*args, **kwargs)
+
+    return forward
 
 
 def can_attend_by_position(model: PreTrainedModel) -> bool:
