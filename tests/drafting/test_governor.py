@@ -94,5 +94,18 @@ def test_a_drafter_without_a_proposal_makes_plain_steps() -> None:
     governor = DraftGovernor()
     for _ in range(200):
         governor.step(0, 0, PLAIN_S)
+    assert governor.length > 0
     assert governor.drafted == governor.drafted_steps == 0
     assert governor.seconds_per_token(3) == pytest.approx(PLAIN_S, rel=0.01)
+
+
+def test_asking_for_drafts_that_are_not_made_is_counted() -> None:
+    """A small model that is never sure takes time all the same: it is asked rarely."""
+    governor, seconds = DraftGovernor(), 0.0
+    governor.begin()
+    for _ in range(2000):
+        took = 1.4 * PLAIN_S if governor.length else PLAIN_S
+        governor.step(0, 0, took)
+        seconds += took
+    assert governor.plain_s == pytest.approx(PLAIN_S)
+    assert seconds < 1.02 * 2000 * PLAIN_S

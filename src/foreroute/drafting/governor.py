@@ -53,6 +53,8 @@ class DraftGovernor:
         self.drafted = self.accepted = self.drafted_steps = 0
         self._num_plain = 0
         self._plain = _Mean()
+        # Steps before which a draft was asked for, and none was made.
+        self._asked = _Mean()
         self._since_plain = 0
         self._line = _Line()
         self._accepted, self._tried = _ACCEPTED_BEFORE * _BEFORE_WEIGHT, _BEFORE_WEIGHT
@@ -85,10 +87,12 @@ class DraftGovernor:
         could = self.length if limit is None else limit
         if drafted:
             self._record_draft(drafted, accepted, seconds)
+        elif could:
+            self._record_asked(seconds)
         elif not self._is_first:
             self._num_plain += 1
             self._since_plain = 0
-            self._plain.add(min(seconds, _MOST_UNUSUAL * self._plain.value) if self._plain.weight > 1 else seconds)
+            self._plain.add(seconds)
             self._spent_s += self._plain.value
         self._is_first = False
         for at in range(min(could, self.most)):
@@ -101,18 +105,27 @@ class DraftGovernor:
         seconds, tokens = self._expected(length)
         return seconds / tokens
 
+    def _record_asked(self, seconds: float) -> None:
+        """A step before which nothing was likely enough to be drafted."""
+        self._asked.add(seconds)
+        self._count(min(seconds, _MOST_UNUSUAL * self._asked.value), 1)
+
     def _record_draft(self, drafted: int, accepted: int, seconds: float) -> None:
         self.drafted_steps += 1
         self.drafted += drafted
         self.accepted += accepted
-        self._since_plain += 1
         usual = self._line.at(drafted, self._plain.value)
         seconds = min(seconds, _MOST_UNUSUAL * usual)
         self._line.add(drafted, seconds)
         # Positions behind the first that was not accepted say nothing.
         self._accepted = _ACCEPTANCE_KEPT * self._accepted + accepted
         self._tried = _ACCEPTANCE_KEPT * self._tried + accepted + (accepted < drafted)
-        alone_s = self._plain.value * (accepted + 1)
+        self._count(seconds, accepted + 1)
+
+    def _count(self, seconds: float, tokens: int) -> None:
+        """Count what a step has lost, or gained, beside plain steps for as many tokens."""
+        alone_s = self._plain.value * tokens
+        self._since_plain += 1
         self._spent_s += alone_s
         self._debt_s = max(self._debt_s + seconds - alone_s, -_MOST_GAINED_STEPS * self._plain.value)
 
@@ -128,7 +141,7 @@ class DraftGovernor:
             tokens += share * in_a_row
         drafts = shares[0]
         mean = sum(shares) / drafts if drafts else 0.0
-        return drafts * self._line.at(mean, plain_s) + (1 - drafts) * plain_s, tokens
+        return drafts * self._line.at(mean, plain_s) + (1 - drafts) * (self._asked.value or plain_s), tokens
 
     def _decide(self) -> None:
         plain_s = self._plain.value
@@ -152,12 +165,14 @@ class DraftGovernor:
 
 
 class _Mean:
-    """A mean in which earlier values count less and less."""
+    """A mean in which earlier values count less and less, and unusual ones no more than others."""
 
     def __init__(self) -> None:
         self.value, self.weight = 0.0, 0.0
 
     def add(self, value: float) -> None:
+        if self.weight > 1:
+            value = min(value, _MOST_UNUSUAL * self.value)
         self.weight = _TIMES_KEPT * self.weight + 1
         self.value += (value - self.value) / self.weight
 
