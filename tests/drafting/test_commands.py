@@ -25,7 +25,8 @@ def save_draft(folder: Path, vocabulary: int = len(SPECIAL) + 256) -> Path:
     torch.manual_seed(1)
     config = LlamaConfig(
         vocab_size=vocabulary, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=256, initializer_range=1.0, bos_token_id=None, eos_token_id=None, pad_token_id=0,
+        num_key_value_heads=1, max_position_embeddings=256, initializer_range=1.0,
+        bos_token_id=None, eos_token_id=None, pad_token_id=0,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)

@@ -95,7 +95,7 @@ def test_a_wrong_position_is_seen(checkpoints, compared: Callable[..., Compared]
 
 
 def test_a_verify_step_is_a_phase_of_its_own(checkpoints, compared: Callable[..., Compared]) -> None:
-    """Neither a prompt nor a decoded token to statistics and observers; an expert that several tokens use is read once."""
+    """Neither a prompt nor a decoded token to counts and observers; an expert of several tokens is read once."""
 
     class Watch(StepObserver):
         def __init__(self) -> None:
@@ -139,7 +139,7 @@ def test_an_answer_ends_where_it_would(checkpoints, compared: Callable[..., Comp
 def test_what_was_drafted_is_no_part_of_what_is_kept(checkpoints, compared: Callable[..., Compared], family) -> None:
     """The next prompt continues the text, not what the model did not choose."""
     made = compared(checkpoints.get(family), dtype="bfloat16")
-    without, _ = made.both(PROMPT)
+    made.both(PROMPT)
     texts = []
     for draft in (None, "prompt-lookup"):
         kept = PromptCache()

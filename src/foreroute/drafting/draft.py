@@ -19,8 +19,8 @@ from foreroute.model.rewind import most_rewound
 class Draft:
     """A drafter with its governor, both kept from answer to answer.
 
-    alike: gives a verify step's tokens the bits that they have alone; None: the family's attention does not allow it. most: tokens that can be taken
-    back of a step; None: any number.
+    alike: gives a verify step's tokens the bits that they have alone; None: the family's attention does not allow it.
+    most: tokens that can be taken back of a step; None: any number.
     """
 
     drafter: Drafter
@@ -87,6 +87,6 @@ def _check(model: OffloadedModel) -> None:
             raise RefusedError(f"No draft for a {model.config.model_type} model here: {why}")
     if any(policy.substitutes or policy.replaces_route for policy in model.foreroute.policies):
         raise PolicyError(
-            "A draft needs the policy exact: under another one, drafted tokens would decide which experts are resident, and "
-            "so the output. Set the policy to exact, or leave the draft out."
+            "A draft needs the policy exact: under another one, drafted tokens would decide which experts are "
+            "resident, and so the output. Set the policy to exact, or leave the draft out."
         )

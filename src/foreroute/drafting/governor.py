@@ -10,7 +10,7 @@ over an answer of some length, drafting is never slower than not drafting by mor
 """
 
 # Of the time, the most that drafting may have lost; and the plain steps' time that it may lose before.
-_MOST_LOST, _FIRST_LOST_STEPS = 0.012, 1.5
+_MOST_LOST, _FIRST_LOST_STEPS = 0.012, 4.0
 # Time gained before counts for as many plain steps at most: a text that turns bad is noticed soon.
 _MOST_GAINED_STEPS = 8.0
 # A draft must be this much quicker than none; among lengths that are near the best, the shortest reads least.

@@ -21,8 +21,8 @@ MOST_VERIFIED = 16
 class PhaseStats:
     """Counts of one phase (prefill, decode or verify).
 
-    steps: forward passes. tokens: positions computed, with a batch's padding but not that of a server's prompts, and with
-    drafted tokens that were not accepted.
+    steps: forward passes. tokens: positions computed, with a batch's padding but not that of a server's prompts, and
+    with drafted tokens that were not accepted.
     prefetch_used / prefetch_wasted: prefetched experts that this phase demanded / evicted before any demand.
     hits / late_hits / misses: demanded experts that were resident / in flight / absent.
     demand_loads: experts read because a router asked. prefetch_loads: experts read because of a guess.
@@ -108,7 +108,9 @@ class EngineStats:
     def minus(self, earlier: "EngineStats") -> "EngineStats":
         """Return the counts between `earlier` and now."""
         return EngineStats(
-            *(_difference(now, before) for now, before in zip(self.phases, earlier.phases, strict=True)),
+            _difference(self.prefill, earlier.prefill),
+            _difference(self.decode, earlier.decode),
+            _difference(self.verify, earlier.verify),
             *(getattr(self, f.name) - getattr(earlier, f.name) for f in fields(self)[len(PHASES) :]),
         )
 

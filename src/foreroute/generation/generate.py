@@ -44,8 +44,8 @@ class GenerationReport:
     prefetch_share: of the full width of guesses, the share that the governor prefetches now (0: off); prefetch_why: its
         reason, or "trying". None and "" without a governor.
     prompt_tokens_reused: prompt tokens that were not computed again. prompt_cache_bytes: kept for later prompts.
-    verify_steps: steps that verified drafted tokens, of which `accepted` were the answer's. draft_length: tokens that the
-        governor lets draft now; None without a draft.
+    verify_steps: steps that verified drafted tokens, of which `accepted` were the answer's. draft_length: tokens that
+        the governor lets draft now; None without a draft.
     """
 
     text: str
@@ -71,9 +71,9 @@ class GenerationReport:
     def figures(self) -> dict[str, float | int | None]:
         """Every figure by a name with its unit; rates are 0 to 1, and None where nothing was measured.
 
-        Hits, loads, bytes and stalls are those of the tokens after the first: a forward pass each, or for several of them
-        where some were drafted; what was drafted and not accepted is in them. Prefetched bytes are used (demanded), wasted
-        (evicted before), or, for the rest, resident and unused so far.
+        Hits, loads, bytes and stalls are those of the tokens after the first: a forward pass each, or for several of
+        them where some were drafted; what was drafted and not accepted is in them. Prefetched bytes are used
+        (demanded), wasted (evicted before), or, for the rest, resident and unused so far.
         """
         decode, prefill, mb = self.stats.answers, self.stats.prefill, self.expert_bytes / 1e6
         tokens = self.stats.decode.tokens + self.verify_steps + self.accepted
@@ -150,16 +150,16 @@ def generate(
         reuse: KV caches of earlier prompts; the longest shared beginning is not computed again, and this answer's
             cache is kept there. Bits are those of the same tokens computed in the same chunks.
         prefill_chunk: most prompt tokens computed at once; the model's own (EngineConfig) when None.
-        draft: drafts tokens that the model verifies, so that the answer is the same and comes sooner: "prompt-lookup", or
-            the path or hub id of a small model with the same tokenizer, which is loaded once. None: EngineConfig's.
+        draft: drafts tokens that the model verifies, so that the answer is the same and comes sooner: "prompt-lookup",
+            or the path or hub id of a small model with the same tokenizer, which is loaded once. None: EngineConfig's.
         options: transformers' own (do_sample, temperature, top_p, top_k, repetition_penalty, ...). Stop strings
             (stop_strings, or else the model's own) are not part of the text.
     Returns:
         The report. Ctrl-C ends the answer too, at once: finish_reason is then "interrupted", the model stays usable.
         Waits while another thread uses the model; that time does not count as the answer's.
     Raises:
-        PromptError: the prompt is empty or leaves no room in the context. RefusedError: not a model of `load`; or a draft
-        for what only transformers' own loop does. PolicyError, CheckpointError: no draft, see drafting/draft.py.
+        PromptError: the prompt is empty or leaves no room in the context. RefusedError: not a model of `load`; or a
+        draft for what only transformers' own loop does. PolicyError, CheckpointError: no draft, see drafting/draft.py.
         ReadError, ChecksumError: an expert could not be read.
     """
     handle = handle_of(model)
@@ -255,9 +255,9 @@ class _Answer:
         self._draft = draft
         if draft is not None and (not self._is_lean or len(prompt_ids) != 1):
             raise RefusedError(
-                "A draft is for one row whose tokens are sampled or the likeliest: not beside beams, several prompts or "
-                "settings of transformers' own loop. Leave the draft out, or these (model.generate(assistant_model=...) is "
-                "transformers' own)."
+                "A draft is for one row whose tokens are sampled or the likeliest: not beside beams, several prompts "
+                "or settings of transformers' own loop. Leave the draft out, or these "
+                "(model.generate(assistant_model=...) is transformers' own)."
             )
 
     @property

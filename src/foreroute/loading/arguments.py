@@ -263,8 +263,8 @@ def _check_asked(asked: EngineConfig) -> None:
         )
     if asked.draft is not None and not is_exact:
         raise PolicyError(
-            f"--draft needs the policy exact: under {asked.policy}, drafted tokens would decide which experts are resident, "
-            "and so the output. Leave one of them out."
+            f"--draft needs the policy exact: under {asked.policy}, drafted tokens would decide which experts are "
+            "resident, and so the output. Leave one of them out."
         )
     if on_device and not is_exact:
         raise DeviceError(

@@ -247,8 +247,8 @@ class StepEntry:
 def infer_step(tokens: torch.Tensor, cache: Any) -> StepInfo:
     """Infer an undeclared call's step from its shape.
 
-    A text's first positions are a prompt, as are many that follow others. A few that follow others are taken for drafted
-    tokens (transformers' assisted generation): exact as well, and their experts stay for the tokens to come.
+    A text's first positions are a prompt, as are many that follow others. A few that follow others are taken for
+    drafted tokens (transformers' assisted generation): exact as well, and their experts stay for the tokens to come.
 
     Args:
         tokens: ids [rows, positions], or embeddings [rows, positions, hidden].

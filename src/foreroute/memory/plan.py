@@ -39,7 +39,8 @@ MAX_GRAPH_ROWS = 8
 class RoomBefore:
     """Host memory figures from before any weight was read; both in bytes.
 
-    free_bytes: RAM that was free, without what a draft takes. budget_bytes: its part for experts, as asked or as chosen without a KV cache.
+    free_bytes: RAM that was free, without what a draft takes. budget_bytes: its part for experts, as asked or as chosen
+    without a KV cache.
     """
 
     free_bytes: int

@@ -59,7 +59,8 @@ class DraftFiles:
         Raises:
             CheckpointError: transformers cannot build the model.
         """
-        with named(f"The draft {self.folder} cannot be loaded", "It has to be a dense causal language model."):
+        what = f"The draft {self.folder} cannot be loaded"
+        with named(what, CheckpointError, "It has to be a causal language model."):
             model = AutoModelForCausalLM.from_pretrained(
                 self.folder, config=self.config, dtype=self.dtype, use_safetensors=True, trust_remote_code=False
             )
@@ -72,23 +73,26 @@ def find_draft(path_or_hub_id: str | Path, folder: Path, index: CheckpointIndex)
     """Find the checkpoint of a draft for the model in `folder`, whose headers are `index`, and check its headers.
 
     Raises:
-        CheckpointError: it cannot draft for this model: another tokenizer, more weights, or no causal language model; or
+        CheckpointError: it cannot draft for this model: another tokenizer, more weights, or no causal language model;
+        or
             there is none.
     """
     found = locate(path_or_hub_id)
     if is_gguf(found):
         raise UnsupportedModelError(
-            f"The draft {found} is a GGUF file; drafts are read from safetensors. Give the folder of such a checkpoint, or "
-            f"take --draft {PROMPT_LOOKUP}."
+            f"The draft {found} is a GGUF file; drafts are read from safetensors. Give the folder of such a "
+            f"checkpoint, or take --draft {PROMPT_LOOKUP}."
         )
     files = read_index(found)
     config = read_config(found)
     if getattr(config, "is_encoder_decoder", False):
-        raise UnsupportedModelError(f"The draft {found} is an encoder-decoder, which continues no text. Take a decoder.")
+        raise UnsupportedModelError(
+            f"The draft {found} is an encoder-decoder, which continues no text. Take a decoder."
+        )
     if files.nbytes > index.nbytes:
         raise CheckpointError(
-            f"The draft {found} has {format_memory(files.nbytes)} of weights, the model {format_memory(index.nbytes)}: its "
-            "tokens would take longer than the model's own. Take a smaller draft."
+            f"The draft {found} has {format_memory(files.nbytes)} of weights, the model "
+            f"{format_memory(index.nbytes)}: its tokens would take longer than the model's own. Take a smaller draft."
         )
     _check_vocabulary(found, folder)
     return DraftFiles(found, config, sum(_numel(entry.shape) for entry in files.tensors.values()))
@@ -112,5 +116,6 @@ def _check_vocabulary(draft: Path, folder: Path) -> None:
     shown = ", ".join(repr(token) for token in differing[:_MOST_SHOWN])
     raise CheckpointError(
         f"The draft {draft} has another tokenizer than {folder}: {len(theirs)} tokens and {len(ours)}, of which "
-        f"{len(differing)} differ ({shown}). Its tokens would mean something else: take a draft with the model's tokenizer."
+        f"{len(differing)} differ ({shown}). Its tokens would mean something else: take a draft with the model's "
+        "tokenizer."
     )

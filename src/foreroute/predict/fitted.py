@@ -241,7 +241,8 @@ class RunningContext:
     def see(self, hidden: torch.Tensor, num_rows: int, *, goes_on: bool = False) -> None:
         """Add layer 0's router input `hidden` [num_rows x positions, width] of a step.
 
-        Several positions start a text, unless it `goes_on`: then the last of them may be dropped. If the tokens are not a whole number of positions per row, the call is another one and the context is unknown.
+        Several positions start a text, unless it `goes_on`: then the last of them may be dropped. If the tokens are not
+        a whole number of positions per row, the call is another one and the context is unknown.
         """
         self._before = []
         if len(hidden) % num_rows:

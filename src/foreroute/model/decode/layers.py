@@ -2,8 +2,8 @@
 
 The form: h = x + attention(norm(x)); h + experts(norm(h)), where attention makes q, k and v by a product each, turns q
 and k by their positions, and asks transformers' interface for its function. Whether a family has it is seen by numbers.
-One row's token that sees all before it is one graph up to its experts; several rows, masks that hide tokens, and several
-tokens of one row that are verified are two graphs and attention in between.
+One row's token that sees all before it is one graph up to its experts; several rows, masks that hide tokens, and
+several tokens of one row that are verified are two graphs and attention in between.
 """
 
 import weakref
@@ -224,11 +224,10 @@ class _FusedLayer:
         """The same as two graphs, with attention's own function in between; x: [rows x positions, 1, width]."""
         attention = self._attention
         before, after = self._graphs_of(len(x), cosine.shape[1])
-        states = before.run(x, cosine, sine)
+        query, keys, values = before.run(x, cosine, sine)
         if num_positions > 1:
             # The row's positions, as attention takes them.
-            states = tuple(one.permute(2, 1, 0, 3) for one in states)
-        query, keys, values = states
+            query, keys, values = (one.permute(2, 1, 0, 3) for one in (query, keys, values))
         found = room_of(cache, attention.layer_idx, len(keys), num_positions)
         if found is not None:
             keys, values = found[1].append(found[0], keys, values)

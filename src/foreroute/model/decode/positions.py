@@ -3,8 +3,9 @@
 Attention is computed token by token. Over the keys of all of them, with a mask, bits differ: sums are split by columns,
 and a later token's are columns too. A call per token and layer takes some 20 us; there is no mask to make.
 
-Routers that compute in float32 multiply token by token as well. torch's product of several rows in bfloat16 has mostly the
-bits of one row, but not in float32; what a bfloat16 model rounds after its router can then differ in all its last bit.
+Routers that compute in float32 multiply token by token as well. torch's product of several rows in bfloat16 has mostly
+the bits of one row, but not in float32; what a bfloat16 model rounds after its router can then differ in all its last
+bit.
 """
 
 import threading
@@ -42,7 +43,7 @@ class PositionsAlike:
     def running(self) -> Iterator[None]:
         """Inside, attention is computed token by token; no mask may be given. The caller has the model's lock."""
         own = _running.own = self._config._attn_implementation
-        before = [table.get("forward") for table, _ in self._routers]
+        before: list[Any] = [table.get("forward") for table, _ in self._routers]
         self._config._attn_implementation = NAME
         try:
             for table, forward in self._routers:
@@ -50,11 +51,11 @@ class PositionsAlike:
             yield
         finally:
             self._config._attn_implementation = own
-            for (table, _), forward in zip(self._routers, before, strict=True):
-                if forward is None:
+            for (table, _), own_forward in zip(self._routers, before, strict=True):
+                if own_forward is None:
                     table.pop("forward", None)
                 else:
-                    table["forward"] = forward
+                    table["forward"] = own_forward
 
 
 class _RowByRow(TorchFunctionMode):
