@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from foreroute.batching.answer import Answer
+from foreroute.batching.drafts import drafts_of
 from foreroute.batching.encoded_row import EncodedRow
 from foreroute.batching.requests import AnswerEvent, EngineState, Finished, Request
 from foreroute.batching.rows import UNREADABLE, OneRow, RowsCache, can_be_padded, why_not_batched
@@ -64,6 +65,7 @@ class BatchEngine:
         self._ends = end_tokens(model.generation_config)
         self._can_continue = keeps_prompts(model)
         self._can_pad = not self.why_one_row and can_be_padded(model)
+        self._drafts = drafts_of(model, self.why_one_row, can_pad=self._can_pad)
         self._kept = PromptCache(kept_prompt_bytes(self.kv_bytes)) if self._can_continue else None
         # The lock guards these; computing needs none, as only one thread computes.
         self._changed = threading.Condition()
@@ -120,12 +122,11 @@ class BatchEngine:
 
     def state(self) -> EngineState:
         """See requests.Engine."""
+        drafts = self._drafts
+        counts = () if drafts is None else (drafts.drafted, drafts.accepted, drafts.verify_steps)
         with self._changed:
             return EngineState(
-                running=len(self._joining) + len(self._running),
-                waiting=len(self._waiting),
-                kv_blocks_used=self._held(),
-                kv_blocks=self.kv_tokens,
+                len(self._joining) + len(self._running), len(self._waiting), self._held(), self.kv_tokens, *counts
             )
 
     def close(self) -> None:
@@ -271,27 +272,54 @@ class BatchEngine:
                 self._end(answer, end)
 
     def _decode(self) -> None:
-        """Compute one token for every row."""
+        """Compute one token for every row, or some where others were drafted."""
+        answers, drafts = list(self._running), self._drafts
+        drafted = [list[int]()] * len(answers) if drafts is None else drafts.think(answers)
+        tokens = [[answer.ids[-1], *some] for answer, some in zip(answers, drafted, strict=True)]
         try:
-            outcomes = self._step(self._batch, [answer.ids[-1:] for answer in self._running], "decode")
+            if drafts is not None and any(drafted):
+                with drafts.alike(len(answers)):
+                    outcomes = self._step(self._batch, tokens, "verify", all_logits=True)
+            else:
+                outcomes = self._step(self._batch, tokens, "decode")
         except Exception as error:  # noqa: BLE001  reported to the requests that decode
             self._fail(self._running, error)
             self._batch = self._no_rows()
             return
         ended: dict[Answer, Finished] = {}
-        for answer, outcome in zip(self._running, outcomes, strict=True):
-            end = _failed(answer, outcome) if isinstance(outcome, Exception) else self._next_token(answer, outcome[-1])
+        dropped: list[int] = []
+        for answer, some, outcome in zip(answers, drafted, outcomes, strict=True):
+            if isinstance(outcome, Exception):
+                end, num_kept = _failed(answer, outcome), len(some)
+            else:
+                end, num_kept = self._next_tokens(answer, some, outcome[-len(some) - 1 :])
+            dropped.append(len(some) - num_kept)
             if end is not None:
                 ended[answer] = end
+        if drafts is not None:
+            counts = [len(some) for some in drafted]
+            drafts.ended(counts, [count - lost for count, lost in zip(counts, dropped, strict=True)])
+        self._batch.drop(dropped)
         self._take_out(ended)
 
-    def _next_token(self, answer: Answer, logits: torch.Tensor) -> Finished | None:
-        answer.num_computed += 1
-        try:
-            row = logits.float().cpu()
-            return answer.advance(row, int(row.argmax()), self._ends)
-        except Exception as error:  # noqa: BLE001  reported to its request
-            return _failed(answer, error)
+    def _next_tokens(
+        self, answer: Answer, drafted: Sequence[int], logits: torch.Tensor
+    ) -> tuple[Finished | None, int]:
+        """Choose tokens by `logits` [positions, vocabulary], while they are those that were drafted, and one more.
+
+        Returns:
+            The last event, if the answer has ended; and how many of the drafted tokens it keeps.
+        """
+        for at, row_logits in enumerate(logits):
+            answer.num_computed += 1
+            try:
+                row = row_logits.float().cpu()
+                end = answer.advance(row, int(row.argmax()), self._ends)
+            except Exception as error:  # noqa: BLE001  reported to its request
+                return _failed(answer, error), at
+            if end is not None or at == len(drafted) or answer.ids[-1] != drafted[at]:
+                return end, at
+        raise AssertionError("there are logits behind the last drafted token")
 
     def _step(
         self, rows: RowsCache | OneRow, tokens: Sequence[Sequence[int]], phase: Phase, *, all_logits: bool = False

@@ -92,12 +92,19 @@ AnswerEvent = PromptProgress | PromptScored | NewToken | Finished
 
 @dataclass(frozen=True)
 class EngineState:
-    """Right now: requests computed and waiting, and KV blocks (of one token, where the engine has no larger ones)."""
+    """Right now: requests computed and waiting, and KV blocks (of one token, where the engine has no larger ones).
+
+    drafted, accepted, verify_steps: tokens that were drafted, those that answers kept, and the steps that verified them,
+    so far; None where nothing drafts.
+    """
 
     running: int
     waiting: int
     kv_blocks_used: int
     kv_blocks: int
+    drafted: int | None = None
+    accepted: int | None = None
+    verify_steps: int | None = None
 
 
 class Engine(Protocol):

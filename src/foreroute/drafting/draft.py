@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from foreroute.checkpoint.locate import read_index
@@ -19,14 +20,18 @@ from foreroute.model.rewind import most_rewound
 class Draft:
     """A drafter with its governor, both kept from answer to answer.
 
+    make: makes a drafter of the same kind, for a text beside others.
     alike: gives a verify step's tokens the bits that they have alone; None: the family's attention does not allow it.
     most: tokens that can be taken back of a step; None: any number.
     """
 
-    drafter: Drafter
+    make: Callable[[], Drafter]
     alike: PositionsAlike | None
     most: int | None
     governor: DraftGovernor = field(default_factory=DraftGovernor)
+
+    def __post_init__(self) -> None:
+        self.drafter = self.make()
 
 
 def draft_for(model: OffloadedModel, asked: str | Path | None) -> Draft | None:
@@ -53,22 +58,22 @@ def draft_for(model: OffloadedModel, asked: str | Path | None) -> Draft | None:
 
 
 def _made(model: OffloadedModel, source: DraftModel | str) -> Draft:
-    drafter: Drafter
+    make: Callable[[], Drafter]
     if source == PROMPT_LOOKUP:
-        drafter = PromptLookup()
+        make = PromptLookup
     else:
         vocabulary = model.get_input_embeddings().num_embeddings
         if not isinstance(source, DraftModel):
             folder = Path(model.foreroute.plan.folder)
             source = find_draft(source, folder, read_index(folder)).load()
-        drafter = ModelDrafter(source, vocabulary)
+        make = partial(ModelDrafter, source, vocabulary)
     cache = new_cache(model)
     assert cache is not None, "a model that can be drafted for"
     # With ggml's kernels all rows are alike.
     layers = () if model.foreroute.plan.math == "ggml" else model.foreroute.layers
     routers = [layer.router.module for layer in layers if layer.router is not None]
     alike = PositionsAlike(model, routers) if can_attend_by_position(model) else None
-    return Draft(drafter, alike, most_rewound(cache))
+    return Draft(make, alike, most_rewound(cache))
 
 
 def _check(model: OffloadedModel) -> None:

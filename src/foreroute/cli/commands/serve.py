@@ -216,6 +216,7 @@ def _load(
         "requests": f"{at_once}, {args.max_waiting} may wait; together at most {engine.kv_tokens} tokens "
         f"({format_memory(engine.kv_bytes)})",
         "policy": config.policy,
+        **({"draft": config.draft} if config.draft else {}),
         "key": "needed" if settings.api_keys else "none",
         "page": "/" if settings.allow_pages else "off",
     }

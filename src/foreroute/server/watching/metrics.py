@@ -112,6 +112,14 @@ class _EngineCollector(Collector):
         yield GaugeMetricFamily("foreroute_num_requests_waiting", "Requests that wait their turn.", state.waiting)
         share = state.kv_blocks_used / state.kv_blocks if state.kv_blocks else 0.0
         yield GaugeMetricFamily("foreroute_kv_cache_usage_perc", "KV cache in use, 0 to 1.", share)
+        counts = {
+            "draft_tokens": ("Tokens that were drafted.", state.drafted),
+            "draft_tokens_accepted": ("Drafted tokens that answers kept.", state.accepted),
+            "verify_steps": ("Steps that verified drafted tokens.", state.verify_steps),
+        }
+        for name, (meaning, value) in counts.items():
+            if value is not None:
+                yield CounterMetricFamily(f"foreroute_{name}", meaning, value)
         if loaded.model is not None:
             yield from expert_metrics(loaded.model.foreroute.host_engine.pool)
 
