@@ -89,7 +89,7 @@ def test_one_token_too_many_is_seen(tiny, monkeypatch) -> None:
 def test_a_model_whose_rows_cannot_be_verified_is_refused_by_name(tiny, monkeypatch) -> None:
     monkeypatch.setattr("foreroute.batching.engine.why_not_batched", lambda model: "its state is its own")
     tiny.foreroute.draft = "prompt-lookup"
-    with pytest.raises(RefusedError, match="--draft: .* as its state is its own"):
+    with pytest.raises(RefusedError, match=r"--draft: .* as its state is its own"):
         BatchEngine(tiny, load_tokenizer(TINY), 256, 2)
 
 

@@ -94,8 +94,8 @@ AnswerEvent = PromptProgress | PromptScored | NewToken | Finished
 class EngineState:
     """Right now: requests computed and waiting, and KV blocks (of one token, where the engine has no larger ones).
 
-    drafted, accepted, verify_steps: tokens that were drafted, those that answers kept, and the steps that verified them,
-    so far; None where nothing drafts.
+    drafted, accepted, verify_steps: tokens that were drafted, those that answers kept, and the steps that verified
+    them, so far; None where nothing drafts.
     """
 
     running: int
