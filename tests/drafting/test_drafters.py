@@ -69,3 +69,31 @@ def test_a_draft_ends_where_it_is_not_likely_and_at_the_drafts_context() -> None
 
 def test_tokens_that_the_model_does_not_have_are_not_drafted() -> None:
     assert all(token < 3 for token in ModelDrafter(small(), 3).draft([1, 2], 6, 0.0))
+
+
+def test_a_small_llama_has_a_lean_forward_and_drafts_the_same() -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=400, initializer_range=0.3,
+    )  # fmt: skip
+    draft = DraftModel(LlamaForCausalLM(config).eval(), None, 0, 400)  # type: ignore[arg-type]
+    drafter = ModelDrafter(draft, 64)
+    assert drafter._lean is not None
+    text = [at % 60 for at in range(270)]
+    for ids in (text[:9], [*text[:9], 20], text, [*text[:200], 30, 31], [5, 6, 7]):
+        assert list(drafter.draft(ids, 4, 0.0)) == likeliest(draft, ids, 4)
+
+
+def test_a_llama_of_another_form_is_left_to_transformers() -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, attention_bias=True, initializer_range=0.3,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    torch.nn.init.normal_(model.model.layers[0].self_attn.o_proj.bias)
+    assert ModelDrafter(DraftModel(model, None, 0, None), 64)._lean is None  # type: ignore[arg-type]

@@ -302,9 +302,7 @@ class BatchEngine:
         self._batch.drop(dropped)
         self._take_out(ended)
 
-    def _next_tokens(
-        self, answer: Answer, drafted: Sequence[int], logits: torch.Tensor
-    ) -> tuple[Finished | None, int]:
+    def _next_tokens(self, answer: Answer, drafted: Sequence[int], logits: torch.Tensor) -> tuple[Finished | None, int]:
         """Choose tokens by `logits` [positions, vocabulary], while they are those that were drafted, and one more.
 
         Returns:

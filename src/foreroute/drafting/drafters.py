@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from transformers.cache_utils import DynamicCache
 
+from foreroute.drafting.lean_llama import lean_llama
 from foreroute.model.caches import cache_argument
 from foreroute.model.draft_model import DraftModel
 
@@ -79,6 +80,7 @@ class ModelDrafter:
         self._context, self._vocabulary = draft.context, vocabulary
         self._ids: list[int] = []  # of the tokens in the cache
         self._cache = DynamicCache(config=draft.model.config)
+        self._lean = lean_llama(draft.model)
 
     @torch.no_grad()
     def draft(self, ids: Sequence[int], most: int, least_confidence: float) -> Iterator[int]:
@@ -113,6 +115,10 @@ class ModelDrafter:
 
     def _cut(self, count: int) -> None:
         """Remove the last `count` tokens from the cache; all of them where a window's first have left it."""
+        if self._lean is not None:
+            self._lean.length -= count
+            del self._ids[len(self._ids) - count :]
+            return
         try:
             self._cache.crop(-count)
             del self._ids[len(self._ids) - count :]
@@ -122,6 +128,9 @@ class ModelDrafter:
 
     def _compute(self, tokens: list[int]) -> torch.Tensor:
         """Add `tokens` to the cache; scores [vocabulary] of the next one, in f32."""
+        if self._lean is not None:
+            self._ids += tokens
+            return self._lean(tokens)[: self._vocabulary]
         while True:
             chunk, tokens = tokens[:_CHUNK], tokens[_CHUNK:]
             out = self._model(
