@@ -289,6 +289,7 @@ class BatchEngine:
         ended: dict[Answer, Finished] = {}
         dropped: list[int] = []
         for answer, some, outcome in zip(answers, drafted, outcomes, strict=True):
+            end: Finished | None
             if isinstance(outcome, Exception):
                 end, num_kept = _failed(answer, outcome), len(some)
             else:

@@ -79,6 +79,10 @@ def _made(model: OffloadedModel, source: DraftModel | str) -> Draft:
 def _check(model: OffloadedModel) -> None:
     plan, cache = model.foreroute.plan, new_cache(model)
     refusals: tuple[tuple[Callable[[], bool], str], ...] = (
+        (
+            lambda: bool(getattr(model.config, "is_encoder_decoder", False)),
+            "nothing is drafted for encoder-decoders yet. Leave --draft out.",
+        ),
         (lambda: plan.device != "cpu", "drafts are verified on the CPU alone so far. Leave --device or --draft out."),
         (
             lambda: cache is None or not is_ordinary(model) or not can_be_continued(model, cache),

@@ -4,6 +4,8 @@ transformers' forward of two layers takes 1.3 ms a token, most of it Python's; t
 of this form is seen by numbers.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
@@ -17,7 +19,7 @@ _MORE_TOKENS = 256
 class _Layer:
     """One layer's weights, with those of one input in one matrix."""
 
-    def __init__(self, layer: torch.nn.Module) -> None:
+    def __init__(self, layer: Any) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         self.projections = torch.cat([attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight])
         self.out, self.down = attention.o_proj.weight, mlp.down_proj.weight
@@ -35,7 +37,7 @@ class LeanLlama:
         length: tokens held; to lower it takes the last ones back.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: Any) -> None:
         config = model.config
         self._rotary = model.model.rotary_emb
         self._layers = [_Layer(layer) for layer in model.model.layers]

@@ -82,7 +82,7 @@ class Prefetcher:
             self.prefetch(first, self.predictor.guess_first(token_ids, num_rows))
 
     def see_first(self, hidden: torch.Tensor, num_rows: int, *, goes_on: bool = False) -> None:
-        """Pass the predictor the first layer's router input `hidden` [num_rows x positions, hidden]; see `PrefetchSource`."""
+        """Pass the predictor the first layer's router input `hidden` [num_rows x positions, hidden], a context."""
         if self.predictor is not None:
             self.predictor.see_first(hidden, num_rows, goes_on=goes_on)
 

@@ -17,6 +17,7 @@ from foreroute.checkpoint.codecs import orders_of
 from foreroute.config import EngineConfig, Plan
 from foreroute.engine.moe_step import MoeStep
 from foreroute.engine.step_trace import StepTrace, header_of
+from foreroute.errors import UnsupportedModelError
 from foreroute.loading.arguments import open_device, read_arguments
 from foreroute.loading.block_kernels import DECODE_THREADS, note_of, open_block_kernels
 from foreroute.loading.checkpoint import Checkpoint, find_experts, open_checkpoint
@@ -127,7 +128,15 @@ def load(
 
 
 def _draft_files(asked: EngineConfig, checkpoint: Checkpoint) -> DraftFiles | None:
-    """The checked checkpoint of a draft; None where none is asked for, or none is needed."""
+    """The checked checkpoint of a draft; None where none is asked for, or none is needed.
+
+    Raises:
+        UnsupportedModelError, CheckpointError: nothing can be drafted for this model, or not by that one.
+    """
+    if asked.draft is not None and getattr(checkpoint.outline.config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"--draft: {checkpoint.folder} is an encoder-decoder, for which nothing is drafted yet. Leave it out."
+        )
     if asked.draft is None or asked.draft == PROMPT_LOOKUP:
         return None
     return find_draft(asked.draft, checkpoint.folder, checkpoint.index)

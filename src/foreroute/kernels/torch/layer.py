@@ -94,7 +94,8 @@ class TorchLayer:
         if len(routed) == 1 and self._token is not None and is_distinct(routed[0]):
             return self._token.begin(hidden, routed[0], weights)
         most = self.views.most_at_once(self._layer)
-        return RowsSum(self._math, self._operands, hidden, routed, weights, most, rows_apart=self.rows_apart() and not self._math.computes_all_rows)
+        rows_apart = self.rows_apart() and not self._math.computes_all_rows
+        return RowsSum(self._math, self._operands, hidden, routed, weights, most, rows_apart=rows_apart)
 
     def stream(
         self,
