@@ -37,12 +37,13 @@ class LeanLlama:
         length: tokens held; to lower it takes the last ones back.
     """
 
-    def __init__(self, model: Any) -> None:
-        config = model.config
-        self._rotary = model.model.rotary_emb
-        self._layers = [_Layer(layer) for layer in model.model.layers]
-        self._embedding, self._head = model.model.embed_tokens.weight, model.lm_head.weight
-        self._norm, self._epsilon = model.model.norm.weight, config.rms_norm_eps
+    def __init__(self, model: PreTrainedModel) -> None:
+        config: Any = model.config
+        inner: Any = model.get_decoder()
+        self._rotary = inner.rotary_emb
+        self._layers = [_Layer(layer) for layer in inner.layers]
+        self._embedding, self._head = inner.embed_tokens.weight, model.get_output_embeddings().weight
+        self._norm, self._epsilon = inner.norm.weight, config.rms_norm_eps
         self._size = config.head_dim
         self._heads, self._shared = config.num_attention_heads, config.num_key_value_heads
         self._scale = self._size**-0.5

@@ -63,6 +63,11 @@ class DraftedSteps:
         self.drafted = self.accepted = self.verify_steps = 0
         draft.governor.begin()
 
+    @property
+    def num_chosen(self) -> int:
+        """Tokens of prompt and answer so far."""
+        return len(self._ids)
+
     def after(self, token: int) -> torch.Tensor:
         """Return the logits [1, vocabulary] after `token`, which was chosen from those before."""
         self._ids.append(token)

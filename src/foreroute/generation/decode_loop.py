@@ -132,19 +132,7 @@ class LeanLoop:
         ids[:, :length] = input_ids
         self.num_computed = cache.get_seq_length()
 
-        def compute(tokens: torch.Tensor, phase: Phase, *, num_dropped: int = 0) -> torch.Tensor:
-            before, count = self.num_computed, tokens.shape[1]
-            if positions is not None:
-                kwargs["position_ids"] = positions[:, before : before + count]
-            info = StepInfo.of(phase, tokens, is_start=before == 0, num_dropped=num_dropped)
-            several = {"logits_to_keep": count} if phase == "verify" and "logits_to_keep" in kwargs else {}
-            with model.foreroute.step(info):
-                output = model(input_ids=tokens, **cache_argument(cache), return_dict=True, **{**kwargs, **several})
-            logits: torch.Tensor = output.logits
-            # Of the tokens that are verified, one is chosen; the loop counts the others when it has chosen them.
-            self.num_computed = before + (1 if phase == "verify" else count)
-            return logits[0] if phase == "verify" else logits[:, -1]
-
+        compute = _ModelStep(self, model, cache, positions, kwargs)
         decoder = self._decoder
         if decoder is not None:
             logits = decoder.prefill(input_ids, self._chunk)
@@ -165,14 +153,52 @@ class LeanLoop:
                 break
             if others and bool(others(ids[:, :length], None).all()):
                 break
-            if self.steps is not None:
-                logits = self.steps.after(value)
-                self.num_computed = length
-            else:
-                logits = compute(token, "decode") if decoder is None else decoder.step(token)
+            logits = self._logits_after(token, value, compute)
         if self.steps is not None:
             self.steps.close()
         return ids[:, :length]
+
+    def _logits_after(self, token: torch.Tensor, value: int, compute: "_ModelStep") -> torch.Tensor:
+        """Logits [1, vocabulary] after `token` [1, 1], of this value."""
+        if self.steps is not None:
+            logits = self.steps.after(value)
+            self.num_computed = self.steps.num_chosen
+            return logits
+        return compute(token, "decode") if self._decoder is None else self._decoder.step(token)
+
+
+class _ModelStep:
+    """A step of the model for one answer's `loop`, whose tokens it counts; see `Compute` of drafting/steps.py.
+
+    Args:
+        positions: [1, tokens] of the whole answer; None where the model takes none. kwargs: others of the model.
+    """
+
+    def __init__(
+        self,
+        loop: LeanLoop,
+        model: OffloadedModel,
+        cache: DynamicCache,
+        positions: torch.Tensor | None,
+        kwargs: dict[str, Any],
+    ) -> None:
+        self._loop, self._model, self._cache, self._positions, self._kwargs = loop, model, cache, positions, kwargs
+
+    def __call__(self, tokens: torch.Tensor, phase: Phase, *, num_dropped: int = 0) -> torch.Tensor:
+        """Compute `tokens` [1, positions]: logits of the last [1, vocabulary], or of all that are verified."""
+        before, count, kwargs = self._loop.num_computed, tokens.shape[1], self._kwargs
+        is_verified = phase == "verify"
+        if self._positions is not None:
+            kwargs["position_ids"] = self._positions[:, before : before + count]
+        if is_verified and "logits_to_keep" in kwargs:
+            kwargs = {**kwargs, "logits_to_keep": count}
+        info = StepInfo.of(phase, tokens, is_start=before == 0, num_dropped=num_dropped)
+        with self._model.foreroute.step(info):
+            output = self._model(input_ids=tokens, **cache_argument(self._cache), return_dict=True, **kwargs)
+        logits: torch.Tensor = output.logits
+        # Of the tokens that are verified one is chosen; the loop counts the others when it has chosen them.
+        self._loop.num_computed = before + (1 if is_verified else count)
+        return logits[0] if is_verified else logits[:, -1]
 
 
 def _chosen(scores: torch.Tensor, *, do_sample: bool) -> torch.Tensor:

@@ -31,7 +31,7 @@ from foreroute.model.blocks import first_decoded
 from foreroute.model.build.dense_blocks import dense_nbytes
 from foreroute.model.build.skeleton import load_skeleton
 from foreroute.model.build.stored_names import tell
-from foreroute.model.draft_model import PROMPT_LOOKUP, DraftFiles, find_draft
+from foreroute.model.draft_model import PROMPT_LOOKUP, DraftFiles, DraftModel, find_draft
 from foreroute.model.expert_set import ExpertSet
 from foreroute.model.generation_settings import complete_generation_config
 from foreroute.policy import Policy
@@ -92,8 +92,9 @@ def load(
         checkpoint = checkpoint.in_blocks()
     dense_before = sketch.dense_nbytes if kernels is None else kernels.dense_nbytes(sketch)
     draft_files = _draft_files(asked, checkpoint)
-    draft_bytes = 0 if draft_files is None else draft_files.nbytes
-    before = check_before(asked, target, checkpoint.kept, checkpoint.store, sketch.config, dense_before, draft_bytes)
+    before = check_before(
+        asked, target, checkpoint.kept, checkpoint.store, sketch.config, dense_before, _nbytes(draft_files)
+    )
     sidecar = _sidecar(asked, target, checkpoint)
     dtype, blocks = (call.dtype, None) if kernels is None else kernels.dense_blocks(sketch, call.dtype)
     model = load_skeleton(checkpoint.folder, sketch, dtype, blocks, checkpoint.store, **call.model_kwargs)
@@ -107,11 +108,11 @@ def load(
     if target.type == "cuda":
         move_dense(model, target)
         experts = experts.on(target)
-    draft = asked.draft if draft_files is None else draft_files.load()
+    draft = _draft(asked, draft_files)
     guidance = guidance_for(asked, model, experts, sidecar)
     engine = start_engine(asked, experts, division, guidance, trace, progress)
     plan = _plan(asked, target, model, checkpoint, experts, division, is_fitted=sidecar is not None)
-    plan = replace(plan, math_note=math_note, draft=str(asked.draft or ""), draft_bytes=draft_bytes)
+    plan = replace(plan, math_note=math_note, draft=str(asked.draft or ""), draft_bytes=_nbytes(draft_files))
     if trace is not None:
         trace.begin(**header_of(plan, asked, experts.table, checkpoint.index.fingerprint()))
         assert isinstance(engine, MoeStep), "no trace is written where the device pages for itself: see open_device"
@@ -140,6 +141,15 @@ def _draft_files(asked: EngineConfig, checkpoint: Checkpoint) -> DraftFiles | No
     if asked.draft is None or asked.draft == PROMPT_LOOKUP:
         return None
     return find_draft(asked.draft, checkpoint.folder, checkpoint.index)
+
+
+def _nbytes(draft_files: DraftFiles | None) -> int:
+    return 0 if draft_files is None else draft_files.nbytes
+
+
+def _draft(asked: EngineConfig, draft_files: DraftFiles | None) -> DraftModel | str | None:
+    """What drafts tokens: a loaded model, PROMPT_LOOKUP, or nothing."""
+    return asked.draft if draft_files is None else draft_files.load()
 
 
 def _sidecar(asked: EngineConfig, target: torch.device, checkpoint: Checkpoint) -> Sidecar | None:
