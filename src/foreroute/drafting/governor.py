@@ -102,8 +102,7 @@ class DraftGovernor:
 
     def seconds_per_token(self, length: int) -> float:
         """Expected seconds of a token where `length` are drafted at most; 0: none."""
-        seconds, tokens = self._expected(length)
-        return seconds / tokens
+        return self._times()[length]
 
     def _record_asked(self, seconds: float) -> None:
         """A step before which nothing was likely enough to be drafted."""
@@ -129,26 +128,28 @@ class DraftGovernor:
         self._spent_s += alone_s
         self._debt_s = max(self._debt_s + seconds - alone_s, -_MOST_GAINED_STEPS * self._plain.value)
 
-    def _expected(self, length: int) -> tuple[float, float]:
-        """Seconds and tokens of a step where `length` are drafted at most."""
+    def _times(self) -> list[float]:
+        """Expected seconds of a token by the most that are drafted, from none on. Runs in every step: one pass."""
         plain_s = self._plain.value
-        if not length:
-            return plain_s, 1.0
-        shares = [reached / could for reached, could in zip(self._reached, self._could, strict=True)][:length]
-        tokens, in_a_row = 1.0, 1.0
-        for share in shares:
-            in_a_row *= self.acceptance
+        slope, mean_tokens, mean_s = self._line.fitted(plain_s)
+        asked_s, acceptance = self._asked.value or plain_s, self.acceptance
+        drafts = self._reached[0] / self._could[0]
+        times, tokens, in_a_row, reached = [plain_s], 1.0, 1.0, 0.0
+        for at in range(self.most):
+            share = self._reached[at] / self._could[at]
+            in_a_row *= acceptance
             tokens += share * in_a_row
-        drafts = shares[0]
-        mean = sum(shares) / drafts if drafts else 0.0
-        return drafts * self._line.at(mean, plain_s) + (1 - drafts) * (self._asked.value or plain_s), tokens
+            reached += share
+            draft_s = mean_s + slope * (reached / drafts - mean_tokens) if drafts else 0.0
+            times.append((drafts * draft_s + (1 - drafts) * asked_s) / tokens)
+        return times
 
     def _decide(self) -> None:
         plain_s = self._plain.value
         if self._num_plain < _FIRST_PLAIN:
             self.length = self.chosen = 0
             return
-        times = [self.seconds_per_token(length) for length in range(self.most + 1)]
+        times = self._times()
         least = min(times[1:])
         best = next(length for length in range(1, self.most + 1) if times[length] <= _NEAR * least)
         self.chosen = best if _CLEARLY * times[best] < plain_s else 0
@@ -191,14 +192,15 @@ class _Line:
 
     def at(self, tokens: float, plain_s: float) -> float:
         """Seconds for so many drafted tokens, where a plain step takes `plain_s`."""
-        slope, mean_tokens, mean_s = self._fitted(plain_s)
+        slope, mean_tokens, mean_s = self.fitted(plain_s)
         return mean_s + slope * (tokens - mean_tokens)
 
     def slope(self, plain_s: float) -> float:
         """Seconds of one more drafted token."""
-        return self._fitted(plain_s)[0]
+        return self.fitted(plain_s)[0]
 
-    def _fitted(self, plain_s: float) -> tuple[float, float, float]:
+    def fitted(self, plain_s: float) -> tuple[float, float, float]:
+        """The slope, and the means of tokens and seconds, through which the line goes."""
         weight, tokens, squares, seconds, products = self._sums
         for usual in (1, 7):
             time_s = plain_s * (_STEP_BEFORE + _TOKEN_BEFORE * usual)
