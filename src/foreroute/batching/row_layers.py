@@ -119,9 +119,14 @@ class RowLayer(DynamicLayer):
     def begin_step(self) -> None:
         """Do nothing: what a step adds is behind what was held."""
 
-    def num_seen(self, at: int) -> int:
-        """Columns that the row's last new token sees, in a step: all that it has, or a window of them."""
-        held = self._rows.had[at] + self._rows.new[at]
+    def num_seen(self, at: int, behind: int = 0) -> int:
+        """Columns that a new token of the row sees, in a step: all that it has, or a window of them.
+
+        behind: new tokens behind that one; it sees nothing, and is padding, where there are not as many.
+        """
+        held = self._rows.had[at] + self._rows.new[at] - behind
+        if behind >= self._rows.new[at]:
+            return 0
         return held if self._window is None else min(held, self._window)
 
     def join(self, new: Sequence[tuple[DynamicLayer | None, int]]) -> None:
@@ -172,6 +177,19 @@ class RowLayer(DynamicLayer):
                 for states in (self.keys, self.values):
                     states[at, :, begin - held : begin] = states[at, :, begin - held + shift : begin + shift].clone()
         self._end, self._last_step = begin, 0
+
+    def drop(self, counts: Sequence[int]) -> None:
+        """Take back the last tokens of each row, of those that the last step has added."""
+        if not self.is_initialized:
+            return
+        least = min(counts)
+        end = self._end - least
+        for at, count in enumerate(counts):
+            held, shift = self._kept(self._rows.had[at] - count), count - least
+            if held and shift:
+                for states in (self.keys, self.values):
+                    states[at, :, end - held : end] = states[at, :, end - held - shift : end - shift].clone()
+        self._end = end
 
     def trim(self) -> None:
         """Free memory of rows that have left, where that is worth a copy of the others."""

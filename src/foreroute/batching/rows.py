@@ -78,6 +78,7 @@ class RowsCache:
         self._cache = copy.copy(template)
         self._cache.layers = [rows_layer(self._rows, layer) for layer in template.layers]
         self._last_only = last_logits_only(model)
+        self._num_dropped = 0
         # Other kernels round a row differently in a batch than alone: attention by row would gain nothing there.
         is_alike = model.foreroute.plan.math == "ggml" and attends_by_interface(model)
         is_alike = is_alike and all(type(layer) is RowLayer for layer in self._cache.layers)
@@ -149,7 +150,8 @@ class RowsCache:
 
         Args:
             tokens: per row, at least one.
-            phase: "prefill" for chunks of prompts, "decode" for one chosen token each.
+            phase: "prefill" for chunks of prompts, "decode" for one chosen token each, "verify" for these and
+                drafted ones, which `drop` takes back.
             all_logits: return those of every position.
         Returns:
             logits [rows, positions, vocabulary], aligned at their ends: of all positions if all_logits or if the
@@ -164,7 +166,7 @@ class RowsCache:
         total = torch.tensor([had + new for had, new in zip(rows.had, rows.new, strict=True)], device=device)[:, None]
         from_end = torch.arange(most - 1, -1, -1, device=device)[None]
         kwargs: dict[str, Any] = {"position_ids": (total - 1 - from_end).clamp(min=0)}
-        by_row = self._attention if phase == "decode" and most == 1 and len(tokens) > 1 else None
+        by_row = self._attention if phase != "prefill" and len(tokens) > 1 else None
         is_padded = min(rows.had[at] + rows.new[at] for at in range(len(tokens))) < width
         if is_padded and by_row is None:
             kwargs["attention_mask"] = (torch.arange(width, device=device)[None] >= width - total).long()
@@ -175,7 +177,9 @@ class RowsCache:
         if min(rows.new) < most:
             assert can_be_padded(model), "rows of one length, or an engine that leaves padding out"
             padding = (from_end >= real).flatten()
-        info = StepInfo.of(phase, ids, padding, is_start=self._cache.get_seq_length() == 0)
+        is_start = self._cache.get_seq_length() == 0
+        info = StepInfo.of(phase, ids, padding, is_start=is_start, num_dropped=self._num_dropped)
+        self._num_dropped = 0
         layers: list[Any] = self._cache.layers
         for layer in layers:
             layer.begin_step()
@@ -188,6 +192,17 @@ class RowsCache:
         rows.end()
         logits: torch.Tensor = out.logits
         return logits
+
+    def drop(self, counts: Sequence[int]) -> None:
+        """Take back the last tokens of each row, of those that the last step has added."""
+        if not any(counts):
+            return
+        layers: list[Any] = self._cache.layers
+        for layer in layers:
+            layer.drop(counts)
+        self._rows.set([had - count for had, count in zip(self._rows.had, counts, strict=True)])
+        # Where rows differ, guesses of some are made of an earlier place.
+        self._num_dropped = max(counts)
 
     def step_apart(
         self, tokens: Sequence[Sequence[int]], phase: Phase, *, all_logits: bool = False
@@ -243,6 +258,9 @@ class OneRow:
     def row(self, at: int, *, is_copy: bool = True, more: int = 0) -> Any:
         """Return the row's cache; never a copy, and with nothing `more`."""
         return self._cache
+
+    def drop(self, counts: Sequence[int]) -> None:
+        """Do nothing: nothing is drafted."""
 
     def trim(self) -> None:
         """Do nothing: there is no other row's memory to free."""
