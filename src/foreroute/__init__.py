@@ -1,6 +1,7 @@
 """foreroute runs Mixture-of-Experts models whose experts do not fit the fast memory.
 
-model = foreroute.load("path/or/hub-id", memory="8GiB")   # an ordinary transformers model, experts offloaded
+with foreroute.load("path/or/hub-id", memory="8GiB") as model:   # an ordinary transformers model, experts offloaded
+    tokenizer = model.foreroute.tokenizer()
 """
 
 import os
@@ -30,3 +31,8 @@ def __getattr__(name: str) -> Any:
 
         return load
     raise AttributeError(f"module 'foreroute' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """Names for completion, `load` among them, which is imported when it is used."""
+    return sorted({*globals(), *__all__})

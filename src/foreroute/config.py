@@ -43,7 +43,9 @@ class EngineConfig:
     """
 
     memory: int | str | None = _option(
-        None, 'memory budget for experts: "8GiB", bytes, or "25%%" of the expert bytes; chosen from free RAM if omitted'
+        None,
+        'memory budget for experts: "8GiB" (or "8G": 2**30 bytes a G; "8GB": 10**9), or "25%%" of the expert bytes; '
+        "chosen from free RAM if omitted",
     )
     eviction: str = _option(
         "lfu",
@@ -165,6 +167,9 @@ class EngineConfig:
     )
 
     def __post_init__(self) -> None:
+        # A torch.device, known by its text, as this module imports no torch.
+        if str(self.device) in ("cpu", "cpu:0", "cuda"):
+            object.__setattr__(self, "device", str(self.device).partition(":")[0])
         hints = get_type_hints(type(self))
         for option in fields(self):
             _check_type(option.name, getattr(self, option.name), hints[option.name])
@@ -207,7 +212,8 @@ class Plan:
     might be. threads are torch's, of which usable_cpus can run at once (a container may limit them). layout:
     "interleaved" where a packed store has eight rows of its matrices side by side. dense: the type to which dense
     weights were quantised, by `pack` or at load; else "stored". draft: what drafts tokens, "" for nothing; draft_bytes:
-    its weights in memory.
+    its weights in memory. num_parameters: numbers in all weights, experts too, of which num_embeddings are in
+    embedding tables.
     """
 
     folder: str
@@ -247,6 +253,8 @@ class Plan:
     dense: str = "stored"
     draft: str = ""
     draft_bytes: int = 0
+    num_parameters: int = 0
+    num_embeddings: int = 0
 
     @property
     def token_demand_bytes(self) -> int:

@@ -81,6 +81,10 @@ class ContextLengthError(ForerouteError):
     """Prompt and answer do not fit the context; the message names both numbers."""
 
 
+class GrammarError(ForerouteError):
+    """A JSON schema, regex or grammar cannot be enforced; the message names what of it."""
+
+
 class RefusedError(ForerouteError, RuntimeError):
     """The operation is not defined for a model whose experts are offloaded."""
 

@@ -16,10 +16,17 @@ _UNIT_BYTES = {
     "mib": 2**20,
     "gib": 2**30,
     "tib": 2**40,
+    # As memory is counted by most tools: 8G is 8GiB.
+    "k": 2**10,
+    "m": 2**20,
+    "g": 2**30,
+    "t": 2**40,
 }
+# Numbers below it without a unit are meant in GiB or MiB, not in bytes, which hold no expert.
+_LEAST_BARE = 4096
 _FORM = re.compile(r"(?P<number>[0-9]+(?:\.[0-9]+)?)\s*(?P<unit>%|[a-z]*)", re.IGNORECASE | re.ASCII)
 _ACCEPTED = (
-    'Write bytes (8589934592), a number with a unit ("8GiB", "1.5 GiB", "512MiB", "8GB"), '
+    'Write bytes (8589934592), a number with a unit ("8GiB", "1.5 GiB", "512MiB", "8GB"; "8G" is 8GiB), '
     'or a share of the experts ("25%").'
 )
 
@@ -86,10 +93,10 @@ def parse_memory(memory: str | int, total_expert_bytes: int) -> int:
     """Parse an amount of memory to bytes, rounded down.
 
     Args:
-        memory: bytes, or text: "8GiB" (2**30), "8GB" (10**9), "1.5 GiB", "512MiB", "25%"; case does not matter.
+        memory: bytes, or text: "8GiB", "8G" (both 2**30), "8GB" (10**9), "1.5 GiB", "512MiB", "25%"; in any case.
         total_expert_bytes: 100 %.
     Raises:
-        BudgetError: it is none of these, below one byte, or above 100 %.
+        BudgetError: it is none of these, below one byte, above 100 %, or a small number without a unit.
     """
     if not isinstance(memory, str | int):
         raise BudgetError(f"{memory!r} is not an amount of memory. {_ACCEPTED}")
@@ -106,4 +113,12 @@ def parse_memory(memory: str | int, total_expert_bytes: int) -> int:
         wanted = number * _UNIT_BYTES[unit]
     if wanted < 1:
         raise BudgetError(f"{memory!r} is not an amount of memory. {_ACCEPTED}")
+    if not form["unit"] and wanted < _LEAST_BARE:
+        raise _without_unit(memory, form["number"])
     return int(wanted)
+
+
+def _without_unit(memory: str | int, number: str) -> BudgetError:
+    """Refuse a bare number that is too small for bytes: nearly always GiB were meant, or MiB where it is large."""
+    meant = f"{number}GiB" if Fraction(number) < 1000 else f"{number}MiB"
+    return BudgetError(f"{memory!r} has no unit, and that many bytes hold no expert. Did you mean {meant}? {_ACCEPTED}")

@@ -181,7 +181,13 @@ class Screen:
 def test_ctrl_c_stops_the_answer_and_ctrl_d_the_chat(tiny: Path, tmp_path: Path) -> None:
     ours, theirs = pty.openpty()
     script = "import sys\nfrom foreroute.cli.main import main\nsys.exit(main())"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "TERM": "xterm", "COLUMNS": "80"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT / "src"),
+        "TERM": "xterm",
+        "COLUMNS": "80",
+        "XDG_STATE_HOME": str(tmp_path / "state"),
+    }
     flags = ("--memory", "25%", "--threads", "1", "--max-new-tokens", "900")
     file = tmp_path / "kept.json"
     child = subprocess.Popen(

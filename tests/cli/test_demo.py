@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from foreroute import shipped
 from foreroute.cli.commands import demo
 
 FAST = ("--threads", "1", "--max-new-tokens", "24")
@@ -58,7 +59,7 @@ def test_everything_in_memory_has_nothing_to_evict(run, tiny: Path) -> None:
 
 
 def test_without_the_model_the_error_says_where_it_was_looked_for(run, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(demo.foreroute, "__file__", str(tmp_path / "src" / "foreroute" / "__init__.py"))
+    monkeypatch.setattr(shipped, "PACKAGE", tmp_path / "src" / "foreroute")
     ran = run("demo")
     assert ran.code == 2
     assert str(tmp_path / "models" / "foreroute-tiny") in ran.err
@@ -66,7 +67,7 @@ def test_without_the_model_the_error_says_where_it_was_looked_for(run, tmp_path:
 
 
 def test_the_model_is_found_in_the_package_first(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(demo.foreroute, "__file__", str(tmp_path / "src" / "foreroute" / "__init__.py"))
+    monkeypatch.setattr(shipped, "PACKAGE", tmp_path / "src" / "foreroute")
     in_repository = tmp_path / "models" / demo.MODEL_NAME
     in_package = tmp_path / "src" / "foreroute" / "models" / demo.MODEL_NAME
     for folder in (in_repository, in_package):

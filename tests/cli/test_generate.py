@@ -1,6 +1,8 @@
 """`foreroute generate` in this process: what goes where, what --json holds, and how errors look."""
 
 import io
+import json
+import re
 import sys
 from pathlib import Path
 
@@ -135,3 +137,30 @@ def test_a_model_cannot_steer_the_terminal() -> None:
 )  # fmt: skip
 def test_numbers_have_three_digits(value, unit: str, text: str) -> None:
     assert figures.number(value, unit) == text
+
+
+def test_an_answer_fits_its_schema_regex_or_grammar(run, tiny: Path, tmp_path: Path) -> None:
+    pytest.importorskip("llguidance", reason="needs llguidance: pip install foreroute[structured]")
+    (tmp_path / "schema.json").write_text(
+        '{"type": "array", "items": {"type": "boolean"}, "maxItems": 2}', encoding="utf-8"
+    )
+    (tmp_path / "digits.lark").write_text("start: /[0-9]{3}/", encoding="utf-8")
+    drawn = ["--temperature", "1", "--seed", "1", "--no-chat", "--json", "--max-new-tokens", "60"]
+    told = run("generate", tiny, "x", "--json-schema", tmp_path / "schema.json", *drawn).json
+    assert told["finish_reason"] == "stop"
+    assert all(isinstance(one, bool) for one in json.loads(told["text"]))
+    assert re.fullmatch("[a-c]{2,4}", run("generate", tiny, "x", "--regex", "[a-c]{2,4}", *drawn).json["text"])
+    assert re.fullmatch(
+        "[0-9]{3}", run("generate", tiny, "x", "--grammar", tmp_path / "digits.lark", *drawn).json["text"]
+    )
+
+
+def test_what_cannot_be_enforced_is_named_with_its_file(run, tiny: Path, tmp_path: Path) -> None:
+    pytest.importorskip("llguidance", reason="needs llguidance: pip install foreroute[structured]")
+    path = tmp_path / "schema.json"
+    path.write_text('{"not": {}}', encoding="utf-8")
+    ran = run("generate", tiny, "x", "--json-schema", path)
+    assert f'{path}: The schema has "not", which cannot be enforced' in ran.err
+    assert "regex is not accepted: unclosed group" in run("generate", tiny, "x", "--regex", "((").err
+    path.write_text("{", encoding="utf-8")
+    assert f"{path}: The schema is not valid JSON" in run("generate", tiny, "x", "--json-schema", path).err

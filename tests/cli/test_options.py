@@ -235,13 +235,17 @@ def test_torch_gets_the_threads_that_can_run(monkeypatch, asked, environment, us
 # with it is not among them: --before-attention (fit, score), --int8-share and --predictor (pack).
 DOCUMENTED = {
     "bench": "batch debug dtype json new-tokens png prompt quick repeats revision rungs text threads",
-    "chat": "debug do-sample dtype load max-new-tokens min-p no-do-sample plain repetition-penalty seed system "
-    "temperature threads top-k top-p",
+    "chat": "debug do-sample dtype load max-new-tokens min-p no-history no-do-sample plain repetition-penalty seed "
+    "system temperature threads top-k top-p",
     "demo": "debug dtype json max-new-tokens model threads",
     "eval": "batch context debug dtype held-out human-eval include-path json kinds limit lm-eval memory per-kind png "
     "policies revision seed suite text threads windows",
     "fit": "context debug dtype estimator estimator-epochs estimator-shrink estimator-widen force json memory "
     "no-resume on-policy out packed resume revision rows text threads tokens",
+    "help": "",
+    "list": "debug json",
+    "pull": "debug json revision",
+    "show": "debug json revision",
     "generate": "chat debug do-sample dtype file json max-new-tokens min-p no-chat no-do-sample quiet "
     "repetition-penalty revision seed system temperature threads top-k top-p trace",
     "pack": "context debug force json keep-partial memory no-resume out quant resume revision text threads windows",

@@ -14,6 +14,7 @@ from foreroute.cli.commands import plan as plan_command
 from foreroute.cli.forecast import forecast
 from foreroute.cli.probes import ComputeTime, measure_compute
 from foreroute.errors import BudgetError, ReadError
+from foreroute.loading.wording import as_flags
 from foreroute.memory import host
 from foreroute.memory.host import Ram
 from foreroute.memory.serving import kv_bytes_per_token, planned_kv_bytes_per_token
@@ -98,6 +99,8 @@ def test_advice_for_other_machines(found) -> None:
     assert "holds only 1.5 tokens' demand: expect few hits. --memory 768.0KiB holds two." in "\n".join(
         plan_command.advice(small, "MODEL")
     )
+    much = replace(found.plan, memory_bytes=8 * 2**30, num_slots=found.plan.total_slots)
+    assert plan_command.advice(replace(found, plan=much), "MODEL") == [], "more than all experts is never allocated"
     poor = replace(found, chosen_memory_bytes=500_000)
     assert "may swap" in plan_command.advice(poor, "MODEL")[0]
     assert "has room for" in plan_command.advice(poor, "MODEL")[1]
@@ -140,7 +143,8 @@ def test_a_plan_for_requests_counts_their_memory(tiny: Path, monkeypatch, capsys
 
     def planned(*flags: str) -> plan_command.Findings:
         args = build_parser().parse_args(["plan", str(tiny), "--max-num-seqs", "2", "--ctx-size", "512", *flags])
-        return plan_command.find(tiny, args, options.engine_config(args))
+        with as_flags():  # as the command line runs it
+            return plan_command.find(tiny, args, options.engine_config(args))
 
     found = planned()
     needs = found.serving

@@ -50,7 +50,7 @@ def test_the_wheel_carries_the_demos_model(site: Path) -> None:
 
 
 def test_the_wheel_is_the_package_alone(site: Path) -> None:
-    """No test, nor a file of theirs: these are for the source distribution."""
+    """No test, nor a file of theirs: these are in the repository."""
     assert {path.name.partition("-")[0] for path in site.iterdir()} == {"bin", "foreroute"}
     files = [path for path in site.rglob("*") if path.is_file() and "models" not in path.parts]
     assert {path.suffix for path in files} & {".gguf", ".xz", ".npz", ".safetensors"} == set()

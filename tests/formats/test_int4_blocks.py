@@ -220,7 +220,7 @@ def test_a_note_names_the_command_that_makes_it_fast(published, load, tmp_path, 
     assert load(folder, "50%", math="torch").foreroute.plan.math_note == ""
     assert main(["plan", str(folder), "--threads", "1"]) == 0
     assert "it has no products of" in " ".join(capsys.readouterr().out.split())
-    with pytest.raises(UnsupportedModelError, match=f"--math ggml: it has no products of {name.split()[0]}"):
+    with pytest.raises(UnsupportedModelError, match=f'math="ggml": it has no products of {name.split()[0]}'):
         load(folder, "50%", math="ggml")
     assert main(["pack", str(folder), *([] if is_held else ["--quant", "q8_0"])]) == 0
     model = load(folder, "50%", packed="auto" if is_held else "q8_0")

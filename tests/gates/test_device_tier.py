@@ -215,7 +215,7 @@ def test_what_a_graph_cannot_do_is_said(checkpoints, load):
 
 def test_maths_that_is_not_known_is_refused(checkpoints, load, monkeypatch):
     monkeypatch.setattr("foreroute.loading.expert_math.prove_math", lambda *_: False)
-    with pytest.raises(DeviceError, match="Use --control host"):
+    with pytest.raises(DeviceError, match='Use control="host"'):
         load(checkpoints.get("qwen3_moe"), "25%", control="device")
 
 

@@ -121,10 +121,14 @@ def test_a_mixture_has_more_bits_where_llama_cpp_has(wide):
     assert kinds == [["gguf:Q4_K", "gguf:Q4_K"], ["gguf:Q4_K", "gguf:Q4_K"], ["gguf:Q4_K", "gguf:Q6_K"]]
 
 
-def test_it_is_used_only_where_it_is_asked_for(stores, checkpoints, load, tmp_path):
+def test_it_is_used_only_where_it_is_asked_for(stores, checkpoints, load, tmp_path, caplog):
     folder = shutil.copytree(checkpoints.get("qwen3_moe", "bf16"), tmp_path / "model")
     shutil.copy(stores("qwen3_moe", "q4_0"), folder / store_name("q4_0"))
+    shutil.copy(stores("deepseek_v3", "q4_0"), folder / store_name("q8_0"))
     assert load(folder, "50%").foreroute.plan.source == "safetensors"
+    assert caplog.text.count("a quantised packed store is beside it and is not used") == 1
+    assert "--packed q4_0 uses it" in caplog.text, "that of other weights is not named"
+    (folder / store_name("q8_0")).unlink()
     asked = load(folder, "50%", packed="q4_0").foreroute.plan
     assert (asked.source, asked.stored_dtype) == ("packed", "q4_0")
     shutil.copy(stores("qwen3_moe", "q4_1"), folder / store_name("q4_1"))

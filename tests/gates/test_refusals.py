@@ -88,13 +88,15 @@ def test_to_where_it_is_changes_nothing(model):
 
 def test_what_is_in_it_can_be_looked_at(model, references, checkpoints):
     """Its parameters are those of the resident model, experts left out."""
-    theirs = references.model(checkpoints.get("olmoe")).state_dict()
+    resident = references.model(checkpoints.get("olmoe"))
+    theirs = resident.state_dict()
     ours = model.state_dict()
     assert set(theirs) - set(ours) == {name for name in theirs if ".experts." in name}
     assert set(ours) <= set(theirs)
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
     assert {name for name, _ in model.named_parameters()} == set(ours)
-    assert model.num_parameters() == sum(tensor.numel() for tensor in ours.values())
+    assert sum(p.numel() for p in model.parameters()) == sum(tensor.numel() for tensor in ours.values())
+    assert model.num_parameters() == resident.num_parameters(), "experts are counted too"
     assert "OlmoeExperts" in repr(model)
     assert type(model).__name__ == "OlmoeForCausalLM"
 

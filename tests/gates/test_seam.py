@@ -43,7 +43,10 @@ def test_g30_no_expert_is_a_parameter(checkpoints, references, load, family):
     resident = references.model(folder)
     expert_params = [p for name, p in resident.named_parameters() if ".experts." in name]
     assert expert_params
-    assert model.num_parameters() + sum(p.numel() for p in expert_params) == resident.num_parameters()
+    of_experts = sum(p.numel() for p in expert_params)
+    assert sum(p.numel() for p in model.parameters()) + of_experts == resident.num_parameters()
+    for without in (False, True):
+        assert model.num_parameters(exclude_embeddings=without) == resident.num_parameters(exclude_embeddings=without)
     assert sum(p.nbytes for p in expert_params) == table.expert_nbytes
 
 

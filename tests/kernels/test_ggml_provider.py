@@ -143,7 +143,9 @@ def test_a_type_that_the_library_lacks_is_said(
     assert "ggml 0.20.2 has no Q8_0" in model.foreroute.plan.math_note
     ours, theirs = (generate(one).logits for one in (model, load(path, "40%", dtype="float32", math="torch")))
     assert all(torch.allclose(left, right, atol=1e-4) for left, right in zip(ours, theirs, strict=True))
-    with pytest.raises(ForerouteError, match=r"--math ggml: model\.layers\.0\.mlp\.experts: ggml 0\.20\.2 has no Q8_0"):
+    with pytest.raises(
+        ForerouteError, match=r"math=\"ggml\": model\.layers\.0\.mlp\.experts: ggml 0\.20\.2 has no Q8_0"
+    ):
         load(path, "40%", math="ggml")
 
 

@@ -105,14 +105,14 @@ def test_what_cannot_be(checkpoints, load, tmp_path):
     folder = checkpoints.get("qwen3_moe", "bf16")
     with pytest.raises(ForerouteError, match="dense='q9' is not known"):
         load(folder, dense="q9")
-    with pytest.raises(UnsupportedModelError, match=r"--dense q8_0, which ggml.* compute: torch was asked for"):
+    with pytest.raises(UnsupportedModelError, match=r"dense=\"q8_0\", which ggml.* compute: torch was asked for"):
         load(folder, dense="q8_0", math="torch")
     with pytest.raises(
-        UnsupportedModelError, match=r"--dense q6_k cannot take .*64 weights.*256. --dense q4_0, .*mxfp4 can"
+        UnsupportedModelError, match=r"dense=\"q6_k\" cannot take .*64 weights.*256. dense=\"q4_0\", .*mxfp4 can"
     ):
         load(folder, dense="q6_k")
     written = write_gguf(tmp_path / "gguf", "gpt-oss", Kind.Q8_0)
-    with pytest.raises(UnsupportedModelError, match=r"--dense q8_0: .*GGUF file stay in its own blocks"):
+    with pytest.raises(UnsupportedModelError, match=r"dense=\"q8_0\": .*GGUF file stay in its own blocks"):
         load(written.path, dense="q8_0")
 
 
@@ -122,7 +122,7 @@ def test_a_weight_that_is_no_number(checkpoints, load, tmp_path):
     state["model.layers.1.self_attn.q_proj.weight"][3, 5] = float("nan")
     save_file(state, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(
-        CorruptCheckpointError, match=r"layers.1.self_attn.q_proj.weight: a weight is nan.*without --dense"
+        CorruptCheckpointError, match=r"layers.1.self_attn.q_proj.weight: a weight is nan.*without dense="
     ):
         load(folder, dense="q8_0")
 

@@ -155,13 +155,14 @@ class TestRefused:
         folder = write_gptq_around(8)(checkpoints.get("qwen3_moe", "bf16"), tmp_path / "gptq")
         for asking in (lambda: dense_quantiser_of(folder, "q8_0"), lambda: load(folder, dense="q8_0")):
             with pytest.raises(
-                UnsupportedModelError, match=r"--dense q8_0: .* four-bit integers .*gptq.* Leave it out"
+                UnsupportedModelError,
+                match=r"(--dense q8_0|dense=\"q8_0\"): .* four-bit integers .*gptq.* Leave it out",
             ):
                 asking()
 
     def test_dense_beside_a_store_that_has_it(self, folder, load):
         pack_dense(folder, "q8_0")
-        with pytest.raises(UnsupportedModelError, match=r"--dense q4_0: .*store's dense weights are in q8_0 already"):
+        with pytest.raises(UnsupportedModelError, match=r"dense=\"q4_0\": .*store's dense weights are in q8_0 already"):
             load(folder, packed="dense-q8_0", dense="q4_0")
 
     def test_a_store_that_is_not_there(self, folder, load):

@@ -1,6 +1,8 @@
 """The state of one request, from its admission to its last event: prompt chunks, tokens, text."""
 
 import logging
+import math
+import time
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -20,7 +22,7 @@ class Answer:
     """The engine's state of one request. Only the engine's thread uses it, except `cancel`.
 
     Args:
-        most_new: most tokens of the answer.
+        most_new: new tokens that there is room for at first. limit: most tokens of the answer; None: most_new.
 
     Attributes:
         ids: the prompt and the answer so far. reserved: most tokens that its row can come to hold.
@@ -31,7 +33,13 @@ class Answer:
         drafter: of its next tokens, once something was drafted.
     """
 
-    def __init__(self, request: Request, on_event: Callable[[AnswerEvent], None], most_new: int) -> None:
+    def __init__(
+        self,
+        request: Request,
+        on_event: Callable[[AnswerEvent], None],
+        most_new: int,
+        limit: int | None = None,
+    ) -> None:
         self.request = request
         self.is_cancelled, self.why_cancelled = False, ""
         self.ids = list(request.prompt_ids)
@@ -42,6 +50,8 @@ class Answer:
         self.num_prompt, self._most_new = len(self.ids), most_new
         self.stops: set[int] = set()
         self.shared: dict[Answer, int] = {}
+        self._limit = most_new if limit is None else limit
+        self._until_s = math.inf
         self._logprobs: list[float | None] = [None]
         self._tops: list[Top | None] = [None]
 
@@ -55,7 +65,11 @@ class Answer:
         """Prepare to compute the prompt after its first `num_cached` tokens, whose keys and values are cached."""
         self.num_cached = self.num_computed = num_cached
         if not self.wants_none:
-            self._sampler = Sampler(model, self.request.sampling, self.ids, self._most_new)
+            grammar = self.request.grammar
+            mask = None if grammar is None else grammar.start()
+            self._sampler = Sampler(model, self.request.sampling, self.ids, self._limit, mask)
+        if model.generation_config.max_time is not None:
+            self._until_s = time.monotonic() + model.generation_config.max_time
         own = () if self.request.ignore_eos else stop_strings(model.generation_config)
         self._pieces, self._text = (
             TextPieces(tokenizer, self.request.shown_special),
@@ -119,17 +133,32 @@ class Answer:
         is_end = token in ends and not self.request.ignore_eos
         piece = "" if is_end else self._text.push(self._pieces.push(token), self._pieces.hidden(token))
         self.tell(NewToken(token, piece, *score(logits, token, self.request.num_top_logprobs)))
-        if is_end or self._text.is_over:
+        if is_end or self._text.is_over or self._sampler.is_complete:
             return self.finished("stop")
-        return self.finished("length") if len(self.ids) - self.num_prompt >= self._most_new else None
+        is_over = len(self.ids) >= self.reserved or time.monotonic() > self._until_s
+        return self.finished("length") if is_over else None
 
-    def finished(self, reason: str, error: str | None = None) -> Finished:
+    @property
+    def is_short_of_room(self) -> bool:
+        """Whether its next token would be the last for want of room, and not as it was asked."""
+        return self._most_new < self._limit and len(self.ids) + 1 >= self.reserved
+
+    def extend(self, most_tokens: int) -> None:
+        """Give its row room for `most_tokens`, prompt and answer, where that is more than it has."""
+        more = min(most_tokens - self.reserved, self._limit - self._most_new)
+        if more > 0:
+            self._most_new += more
+            self.reserved += more
+
+    def finished(self, reason: str, error: str | None = None, *, is_refusal: bool = False) -> Finished:
         """The last event, with the text that was still held back."""
         tail = ""
         if reason in ("stop", "length") and not self.wants_none:
             tail = self._text.push(self._pieces.finish())
             tail += "" if self._text.is_over else self._text.rest()
-        return Finished(reason, self.num_prompt, len(self.ids) - self.num_prompt, self.num_cached, tail, error)
+        return Finished(
+            reason, self.num_prompt, len(self.ids) - self.num_prompt, self.num_cached, tail, error, is_refusal
+        )
 
     def tell(self, event: AnswerEvent) -> None:
         """Send an event; a receiver that fails cancels the request."""

@@ -17,9 +17,8 @@ from foreroute.batching.beginnings import beginnings_of
 from foreroute.batching.drafts import drafts_of
 from foreroute.batching.encoded_row import EncodedRow
 from foreroute.batching.requests import AnswerEvent, EngineState, Finished, Request
-from foreroute.batching.rows import UNREADABLE, OneRow, RowsCache, can_be_padded, why_not_batched
-from foreroute.engine.interfaces import Phase
-from foreroute.errors import ContextLengthError, ForerouteError, PromptError, QueueFullError
+from foreroute.batching.rows import OneRow, RowsCache, can_be_padded, step_rows, why_not_batched
+from foreroute.errors import ContextLengthError, ForerouteError, GrammarError, PromptError, QueueFullError
 from foreroute.generation.prefix_cache import PrefixCounts
 from foreroute.loading.offloaded_model import OffloadedModel, handle_of
 from foreroute.memory.serving import keeps_prompts, planned_kv_bytes_per_token
@@ -30,6 +29,8 @@ _LOG = logging.getLogger(__name__)
 _LEAST_CHUNK = 8
 # Tokens of prompts in one step while others wait for their next token. A longer step would read experts less often.
 _CHUNK_BESIDE_OTHERS = 512
+# Tokens of the KV cache that an answer without a limit gets when its room is used up.
+_ROOM_AT_ONCE = 64
 
 
 class BatchEngine:
@@ -110,11 +111,7 @@ class BatchEngine:
                 f"The context holds {self._context} tokens; {wanted} are asked for ({num_prompt} of the prompt). "
                 "Shorten the prompt or ask for fewer."
             )
-        if most_new is None:
-            # A fair share, so that a request without a limit does not keep all others waiting.
-            share = self.kv_tokens // self.rows
-            most_new = min(self._context - num_prompt, max(share - num_prompt, share // 4, 1))
-        answer = Answer(request, on_event, most_new)
+        answer = Answer(request, on_event, *self._lengths(num_prompt, most_new))
         with self._changed:
             num_open = len(self._waiting) + len(self._joining) + len(self._running)
             if self._is_closed or num_open >= self._most_open:
@@ -122,6 +119,16 @@ class BatchEngine:
             self._waiting.append(answer)
             self._changed.notify()
         return answer
+
+    def _lengths(self, num_prompt: int, asked: int | None) -> tuple[int, int]:
+        """Return the new tokens that an answer gets room for at first, and the most that it can have."""
+        if asked is not None:
+            return asked, asked
+        own = self._model.generation_config.max_new_tokens
+        most = min(self._context - num_prompt, own or self._context)
+        # At first a fair share, so that others find room too; then what is free.
+        share = self.kv_tokens // self.rows
+        return min(most, max(share - num_prompt, share // 4, 1)), most
 
     def cancel(self, handle: Answer) -> None:
         """See requests.Engine. Its memory is free before the next step."""
@@ -237,7 +244,7 @@ class BatchEngine:
         chunks = [answer.next_chunk(self._most_at_once(answers)) for answer in answers]
         wants_scores = any(answer.request.wants_prompt_scores for answer in answers)
         try:
-            outcomes = self._step(self._prompts, chunks, "prefill", all_logits=wants_scores)
+            outcomes = step_rows(self._prompts, chunks, "prefill", all_logits=wants_scores)
         except Exception as error:  # noqa: BLE001  reported to the requests in prefill
             self._fail(self._joining, error)
             self._prompts = self._no_rows()
@@ -309,9 +316,9 @@ class BatchEngine:
         try:
             if drafts is not None and any(drafted):
                 with drafts.alike(len(answers)):
-                    outcomes = self._step(self._batch, tokens, "verify", all_logits=True)
+                    outcomes = step_rows(self._batch, tokens, "verify", all_logits=True)
             else:
-                outcomes = self._step(self._batch, tokens, "decode")
+                outcomes = step_rows(self._batch, tokens, "decode")
         except Exception as error:  # noqa: BLE001  reported to the requests that decode
             self._fail(self._running, error)
             self._batch = self._no_rows()
@@ -340,6 +347,9 @@ class BatchEngine:
         """
         for at, row_logits in enumerate(logits):
             answer.num_computed += 1
+            if answer.is_short_of_room:
+                rows = len(self._joining) + len(self._running)
+                answer.extend(min(answer.reserved + _ROOM_AT_ONCE, self.kv_tokens // rows))
             try:
                 row = row_logits.float().cpu()
                 end = answer.advance(row, int(row.argmax()), self._ends)
@@ -348,18 +358,6 @@ class BatchEngine:
             if end is not None or at == len(drafted) or answer.ids[-1] != drafted[at]:
                 return end, at
         raise AssertionError("there are logits behind the last drafted token")
-
-    def _step(
-        self, rows: RowsCache | OneRow, tokens: Sequence[Sequence[int]], phase: Phase, *, all_logits: bool = False
-    ) -> Sequence[torch.Tensor | ForerouteError]:
-        """Return per row its logits [positions, vocabulary], or the error where one of its experts cannot be read."""
-        try:
-            return list(rows.step(tokens, phase, all_logits=all_logits))
-        except UNREADABLE:
-            if not isinstance(rows, RowsCache) or len(tokens) == 1:
-                raise
-            _LOG.warning("an expert could not be read: the rows of this step are computed one by one")
-            return rows.step_apart(tokens, phase, all_logits=all_logits)
 
     def _take_out(self, ended: dict[Answer, Finished]) -> None:
         """Remove ended rows from decoding."""
@@ -396,4 +394,4 @@ class BatchEngine:
 
 def _failed(answer: Answer, error: Exception) -> Finished:
     text = str(error) if isinstance(error, ForerouteError) else f"The engine failed ({type(error).__name__})."
-    return answer.finished("error", text)
+    return answer.finished("error", text, is_refusal=isinstance(error, GrammarError))

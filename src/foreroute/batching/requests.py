@@ -2,7 +2,10 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from foreroute.structured.compiler import CompiledGrammar
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,7 @@ class Request:
     wants_prompt_scores: a PromptScored event comes before the first step.
     ignore_eos: the model's own ends, tokens and texts, do not end the answer.
     shown_special: special tokens whose text is part of the answer's, as they mark its parts; others are left out.
+    grammar: what the answer has to look like; it ends where that allows nothing more.
     """
 
     prompt_ids: Sequence[int]
@@ -45,6 +49,7 @@ class Request:
     wants_prompt_scores: bool = False
     ignore_eos: bool = False
     shown_special: Sequence[str] = ()
+    grammar: "CompiledGrammar | None" = None
 
 
 # Likeliest first: (token id, logprob).
@@ -79,7 +84,10 @@ class NewToken:
 
 @dataclass(frozen=True)
 class Finished:
-    """The last event. reason: stop, length, cancelled or error (then `error` says what). text: what was still held."""
+    """The last event. reason: stop, length, cancelled or error (then `error` says what). text: what was still held.
+
+    is_refusal: of an error: the request asked for what cannot be done.
+    """
 
     reason: str
     prompt_tokens: int = 0
@@ -87,6 +95,7 @@ class Finished:
     cached_tokens: int = 0
     text: str = ""
     error: str | None = None
+    is_refusal: bool = False
 
 
 AnswerEvent = PromptProgress | PromptScored | NewToken | Finished

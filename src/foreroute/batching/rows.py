@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -28,6 +29,7 @@ from foreroute.model.caches import (
 )
 from foreroute.model.decode.attention import attends_by_interface
 
+_LOG = logging.getLogger(__name__)
 # Kinds of layers whose rows are independent of each other, by their names in transformers' configs.
 _KINDS = frozenset({
     "full_attention", "sliding_attention", "linear_attention", "conv", "hybrid", "hybrid_sliding", "moe", "mlp",
@@ -278,3 +280,22 @@ class OneRow:
         self.lengths = [self.lengths[0] + len(tokens[0])]
         logits: torch.Tensor = out.logits
         return logits
+
+
+def step_rows(
+    rows: RowsCache | OneRow, tokens: Sequence[Sequence[int]], phase: Phase, *, all_logits: bool = False
+) -> Sequence[torch.Tensor | ForerouteError]:
+    """Compute a step, as `RowsCache.step`, and where an expert cannot be read the rows one by one.
+
+    Returns:
+        Per row its logits [positions, vocabulary], or the error where one of its experts cannot be read.
+    Raises:
+        ReadError, ChecksumError: an expert of the only row cannot be read.
+    """
+    try:
+        return list(rows.step(tokens, phase, all_logits=all_logits))
+    except UNREADABLE:
+        if not isinstance(rows, RowsCache) or len(tokens) == 1:
+            raise
+        _LOG.warning("an expert could not be read: the rows of this step are computed one by one")
+        return rows.step_apart(tokens, phase, all_logits=all_logits)

@@ -10,6 +10,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from foreroute.batching.requests import Sampling, Top
 from foreroute.loading.offloaded_model import OffloadedModel
 from foreroute.model.generation_settings import decoder_start
+from foreroute.structured.mask import GrammarMask
 
 # Below it, a difference of two logits in float32 (1e-7 and more) makes one of the tokens impossible.
 _COLD = 1e-9
@@ -40,19 +41,28 @@ class Sampler:
         model: its generation_config has the defaults; its generate() makes the processors.
         prompt_ids: a repetition penalty applies to them too; not to those of an encoder-decoder.
         most_new: most tokens of the answer.
+        grammar: of the answer; it masks tokens before temperature, top-k, top-p and min-p.
 
     Attributes:
         is_greedy: the next token is the argmax of the model's logits, without `draw`.
     """
 
-    def __init__(self, model: OffloadedModel, asked: Sampling, prompt_ids: Sequence[int], most_new: int) -> None:
+    def __init__(
+        self,
+        model: OffloadedModel,
+        asked: Sampling,
+        prompt_ids: Sequence[int],
+        most_new: int,
+        grammar: GrammarMask | None = None,
+    ) -> None:
+        self._grammar = grammar
         start = decoder_start(model)
         if start is not None:
             prompt_ids = [start]
         self._length = len(prompt_ids)
         self._ids = torch.empty((1, self._length + most_new), dtype=torch.int64)
         self._ids[0, : self._length] = torch.tensor(prompt_ids)
-        options = _options(asked, model.generation_config)
+        options = _options(asked, model.generation_config, grammar)
         self._draws = bool(options["do_sample"])
         self._processors = processors_of(model, self._ids[:, : self._length], options | {"max_new_tokens": most_new})
         self.is_greedy = not self._draws and not self._processors
@@ -71,7 +81,14 @@ class Sampler:
             token = int(scores.argmax())
         self._ids[0, self._length] = token
         self._length += 1
+        if self._grammar is not None:
+            self._grammar.accept(token)
         return token
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether there is a grammar, and it allows nothing more."""
+        return self._grammar is not None and self._grammar.is_complete
 
 
 def processors_of(model: OffloadedModel, ids: torch.Tensor, options: Mapping[str, Any]) -> LogitsProcessorList:
@@ -95,13 +112,14 @@ def processors_of(model: OffloadedModel, ids: torch.Tensor, options: Mapping[str
     return found[0]
 
 
-def _options(asked: Sampling, own: Any) -> dict[str, Any]:
+def _options(asked: Sampling, own: Any, grammar: GrammarMask | None) -> dict[str, Any]:
     """Return options for generate(); `own` is the model's generation_config."""
+    masks = [] if grammar is None else [_Masked(grammar)]
     options: dict[str, Any] = {
         "do_sample": bool(own.do_sample) if asked.temperature is None else asked.temperature > 0,
         "repetition_penalty": asked.repetition_penalty,
         "min_new_tokens": asked.min_tokens or None,
-        "logits_processor": LogitsProcessorList(_penalties(asked)),
+        "logits_processor": LogitsProcessorList([*_penalties(asked), *masks]),
     }
     if options["do_sample"]:
         options |= {
@@ -125,6 +143,16 @@ def _penalties(asked: Sampling) -> Iterator[LogitsProcessor]:
         yield CountPenalty(asked.presence_penalty, asked.frequency_penalty)
     if asked.logit_bias:
         yield TokenBias(asked.logit_bias)
+
+
+class _Masked(LogitsProcessor):
+    """One answer's grammar, whose tokens `Sampler` accepts."""
+
+    def __init__(self, grammar: GrammarMask) -> None:
+        self._grammar = grammar
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return self._grammar.apply(scores[0])[None]
 
 
 class CountPenalty(LogitsProcessor):

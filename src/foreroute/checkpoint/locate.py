@@ -1,5 +1,6 @@
 """Find a checkpoint's local path: a folder or GGUF file as given, or a hub id through the hub's cache."""
 
+import difflib
 import logging
 import re
 from functools import cache
@@ -10,6 +11,7 @@ from foreroute.checkpoint.gguf_names import first_part, only_gguf, passed_over
 from foreroute.checkpoint.hub.fetch import HubAccess, fetch
 from foreroute.checkpoint.index import INDEX, SINGLE, CheckpointIndex, named_weights, read_sharded, read_single
 from foreroute.errors import CheckpointError, UnsupportedModelError
+from foreroute.shipped import shipped_models
 
 _LOG = logging.getLogger(__name__)
 # With the name of a quantisation, or of a file, behind a colon.
@@ -31,7 +33,7 @@ def locate(
 
     Of a folder that holds one GGUF file and no other checkpoint it is that file. `org/name:Q4_K_M` is the GGUF model of
     that name in a repository of the hub, unless it is a path here. The hub's address may stand before a hub id
-    (hf.co/org/name), as for other programs.
+    (hf.co/org/name), as for other programs. A model that ships is found by its name alone.
 
     Args:
         revision: branch, tag or commit of a hub id. quiet: no progress bars. access: see HubAccess.
@@ -62,10 +64,17 @@ def locate(
                 f"{text} is a file, and no .gguf. Give the folder that holds config.json and *.safetensors."
             )
         return (only_gguf(path) or path) if path.is_dir() else first_part(path)
+    ships = shipped_models()
+    if text in ships:
+        if revision is not None:
+            raise CheckpointError(f"{text} ships with foreroute: a revision (--revision) is for hub ids.")
+        return ships[text]
     hub_id = _HUB_ID.fullmatch(text)
     if hub_id is None:
+        near = difflib.get_close_matches(text, ships, 1)
         raise CheckpointError(
             f"{text} is not a folder here, and no hub id (organisation/name, or organisation/name:Q4_K_M) either."
+            + (f" Did you mean {near[0]}, which ships?" if near else "")
         )
     return fetch(hub_id[1], revision, tag=hub_id[2], quiet=quiet, access=access or HubAccess())
 

@@ -8,7 +8,9 @@
 A file with the final name is complete: it is written under another one (store_writer.py).
 """
 
+import contextlib
 import dataclasses
+import glob
 import itertools
 import json
 import struct
@@ -236,6 +238,20 @@ def open_store(folder: Path, asked: str, table: ExpertTable) -> PackedStore | No
         begun = " That continues the one that was begun." if partial_path(path).is_file() else ""
         raise StoreError(f"{path} does not exist. Make it with `foreroute pack {folder} {how}`.{begun}")
     return PackedStore(path, table)
+
+
+def quantised_beside(folder: Path, table: ExpertTable) -> list[str]:
+    """The names, for `open_store`, of quantised stores of `table`'s experts beside the checkpoint in `folder`."""
+    first, suffix = beside(folder, STORE_NAME).name.removesuffix(".foreroute"), ".foreroute"
+    found = []
+    for path in sorted(beside(folder, STORE_NAME).parent.glob(f"{glob.escape(first)}.*{suffix}")):
+        name = path.name[len(first) + 1 : -len(suffix)]
+        if any(_parsed(name)):
+            # One of other weights, or half written, is none.
+            with contextlib.suppress(StoreError):
+                PackedStore(path, table)
+                found.append(name)
+    return found
 
 
 def _path_of(folder: Path, asked: str) -> Path:

@@ -59,11 +59,13 @@ class Conversation:
         messages: {"role": "user" or "assistant", "content": text}, the oldest first.
         system: the chat's system message, where there is one.
         settings: those of SETTINGS that differ from the model's own.
+        first: messages before it are left out of prompts, as the context has no room for them; not saved.
     """
 
     messages: list[dict[str, str]] = field(default_factory=list)
     system: str | None = None
     settings: dict[str, Setting] = field(default_factory=dict)
+    first: int = 0
 
     def set(self, name: str, value: Setting) -> None:
         """Set the setting `name` to `value`; None restores the model's own."""
@@ -76,6 +78,24 @@ class Conversation:
         """Add a turn of `role` ("user" or "assistant") with this content."""
         self.messages.append({"role": role, "content": content})
 
+    def drop_oldest(self) -> bool:
+        """Leave the oldest question and its answer out of prompts; False where only the last question is left."""
+        questions = [at for at, turn in enumerate(self.messages) if turn["role"] == "user" and at > self.first]
+        if not questions:
+            return False
+        self.first = questions[0]
+        return True
+
+    def take_back(self) -> str | None:
+        """Remove the last question and what was said after it; return the question, None where there is none."""
+        questions = [at for at, turn in enumerate(self.messages) if turn["role"] == "user"]
+        if not questions:
+            return None
+        question = self.messages[questions[-1]]["content"]
+        del self.messages[questions[-1] :]
+        self.first = min(self.first, len(self.messages))
+        return question
+
     def prompt_ids(self, tokenizer: Any, *, is_plain: bool) -> "torch.Tensor":
         """Turn the whole chat into tokens [1, tokens] with `tokenizer`, ready for the next answer.
 
@@ -85,13 +105,14 @@ class Conversation:
             PromptError: the model's template refuses these messages.
         """
         if is_plain:
-            text = "".join(turn["content"] + ("\n" if turn["role"] == "user" else "") for turn in self.messages)
+            kept = self.messages[self.first :]
+            text = "".join(turn["content"] + ("\n" if turn["role"] == "user" else "") for turn in kept)
             ids: torch.Tensor = tokenizer(text, return_tensors="pt")["input_ids"]
             return ids.long()
         from foreroute.model.text import chat_ids
 
         first = [] if self.system is None else [{"role": "system", "content": self.system}]
-        return chat_ids(tokenizer, first + self.messages)
+        return chat_ids(tokenizer, first + self.messages[self.first :])
 
     # Saving and loading.
 

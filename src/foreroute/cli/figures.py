@@ -55,9 +55,17 @@ def loading(config: EngineConfig, is_quiet: bool) -> Iterator[Callable[[int, int
     if config.device == "cpu" and config.control == "host" and config.host_memory is None:
         with busy("Loading the model", is_quiet):
             yield lambda done, total: None
-    else:
-        with counting_bar("Loading experts into host memory", 1, "experts", is_quiet) as progress:
-            yield progress
+        return
+    with contextlib.ExitStack() as stack:
+        shown: list[Callable[[int, int], None]] = []
+
+        def progress(done: int, total: int) -> None:
+            if not shown:  # from here on: a load that is refused has drawn nothing
+                bar = counting_bar("Loading experts into host memory", total, "experts", is_quiet)
+                shown.append(stack.enter_context(bar))
+            shown[0](done, total)
+
+        yield progress
 
 
 @contextlib.contextmanager
@@ -163,6 +171,7 @@ def report_rows(report: "GenerationReport", plan: Plan) -> list[Row]:
          f"{number(f['prefetch_wasted_mb_per_token'])} wasted)"),
         ("stall", number(f["stall_ms_per_token"], "ms/token"),
          f"waiting for the disk, in {percent(f['stalled_layer_rate'])} of the MoE layers"),
+        *_source_rows(plan),
         ("evictions", f"{f['evictions']:,}",
          f"{plan.num_slots} of {plan.total_slots} experts fit {format_memory(plan.memory_bytes)}"),
         ("prefetches", f"{f['prefetch_used']:,} used", f"of {f['prefetch_loads']:,} experts prefetched"),
@@ -170,6 +179,13 @@ def report_rows(report: "GenerationReport", plan: Plan) -> list[Row]:
         *_draft_rows(report),
         ("peak RSS", format_memory(report.peak_rss_bytes), ""),
     ]  # fmt: skip
+
+
+def _source_rows(plan: Plan) -> list[Row]:
+    """A row on the packed store, where experts are read from one."""
+    if plan.source != "packed":
+        return []
+    return [("from", "packed store", f"beside the model or as asked, {plan.stored_dtype}")]
 
 
 def _governor_rows(report: "GenerationReport") -> list[Row]:

@@ -11,15 +11,34 @@ import threading
 import traceback
 import types
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import foreroute
-from foreroute.cli.commands import bench, chat, demo, evaluate, fit, generate, pack, plan, replay, score, serve, verify
+from foreroute.cli.commands import (
+    bench,
+    chat,
+    demo,
+    evaluate,
+    fit,
+    generate,
+    help,
+    pack,
+    plan,
+    replay,
+    score,
+    serve,
+    verify,
+)
+from foreroute.cli.hints import command_hint, flag_hint
+from foreroute.cli.models import list as list_models
+from foreroute.cli.models import pull, show
 from foreroute.errors import ForerouteError
+from foreroute.loading.wording import as_flags
 
 COMMANDS = {
     "generate": generate, "chat": chat, "serve": serve, "plan": plan, "pack": pack, "fit": fit, "score": score,
     "eval": evaluate, "verify": verify, "bench": bench, "replay": replay, "demo": demo,
+    "list": list_models, "pull": pull, "show": show, "help": help,
 }  # fmt: skip
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
@@ -30,8 +49,8 @@ _DESCRIPTION = """\
 Runs Mixture-of-Experts models whose experts do not fit in memory. Experts stay
 on disk; a pool of the size that you set keeps those in use, and those that the
 next layer will probably need are prefetched. MODEL is the folder of a Hugging
-Face checkpoint (safetensors), a .gguf file, or a hub id: org/name, or
-org/name:Q4_K_M for one of a repository's GGUF files."""
+Face checkpoint (safetensors), a .gguf file, a name that `foreroute list` shows,
+or a hub id: org/name, or org/name:Q4_K_M for one of its GGUF files."""
 
 _EPILOG = """\
 Start with these:
@@ -39,7 +58,8 @@ Start with these:
   foreroute plan MODEL --memory 8GiB                    what would fit, how fast
   foreroute generate MODEL "Once upon a time"           text, and what it took
 
-`foreroute COMMAND --help` explains a command, its flags and its figures.
+`foreroute COMMAND --help` explains a command, and its figures; where it has many
+flags, --help-all lists them all.
 Exit codes: 0 done; 1 verify, bench or demo found a difference;
 2 an error, explained in one line; 130 stopped by Ctrl-C, 143 by SIGTERM."""
 
@@ -51,21 +71,46 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
 
+class _MainParser(_Parser):
+    """Names what was meant where a command or a flag is not known, with the usage of the command."""
+
+    commands: Any = None
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's; none of its own flags begins with a command."""
+        given = [*(sys.argv[1:] if args is None else args)]
+        known = self.commands.choices
+        if given and not given[0].startswith("-") and given[0] not in known:
+            hint = command_hint(given[0], known)
+            self.error(f"there is no command {given[0]!r}. {hint or 'There are: ' + ', '.join(known) + '.'}")
+        parsed, unknown = self.parse_known_args(given, namespace)
+        if unknown:
+            self._refuse(unknown, known.get(getattr(parsed, "command", None), self))
+        return parsed
+
+    @staticmethod
+    def _refuse(unknown: Sequence[str], parser: argparse.ArgumentParser) -> NoReturn:
+        hint = flag_hint(unknown, parser)
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}" + (f"\n{hint}" if hint else ""))
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Build the parser of all commands. Cheap: neither torch nor transformers is imported."""
-    parser = _Parser(prog="foreroute", description=_DESCRIPTION, epilog=_EPILOG)
+    parser = _MainParser(prog="foreroute", description=_DESCRIPTION, epilog=_EPILOG)
     parser.add_argument("--version", action="version", version=f"foreroute {foreroute.__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
     for command in COMMANDS.values():
         command.add_parser(commands)
+    parser.commands = commands
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; argparse's own errors exit with 2."""
     _write_utf8()
-    args = build_parser().parse_args(argv)
-    with _termination_interrupts() as terminated:
+    given = sys.argv[1:] if argv is None else argv
+    args = build_parser().parse_args(given or ["help"])
+    with _termination_interrupts() as terminated, as_flags():
         code = _run(args)
     return EXIT_TERMINATED if terminated and code == EXIT_INTERRUPTED else code
 

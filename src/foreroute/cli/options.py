@@ -17,26 +17,33 @@ from foreroute.whole_files import beside, read_bytes
 
 # Fields of EngineConfig for experts on a GPU, or for a server; commands whose inputs stay on the CPU omit them.
 GPU_FIELDS = ("device", "control", "host_memory", "kv_tokens", "prefix_cache", "prefix_cache_dir")
+# Fields whose flags every --help shows.
+_COMMON_FIELDS = ("memory", "packed", "device", "host_memory")
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 # Characters of choices that are shown behind a flag, within 80 columns.
 _WIDEST_CHOICES = 60
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-def add_engine_options(parser: argparse.ArgumentParser, without: Sequence[str] = (), **defaults: Any) -> None:
+def add_engine_options(
+    parser: argparse.ArgumentParser, without: Sequence[str] = (), shown: Sequence[str] = (), **defaults: Any
+) -> None:
     """Add a flag to `parser` for every field of EngineConfig, with its help, choices and default; see `engine_config`.
 
-    Flags that switch off one part, to measure its gain, are shown by --help-all and not by --help.
+    Flags that few need, and those that switch off one part to measure its gain, are shown by --help-all and not by
+    --help.
 
     Args:
         without: fields for which the command has its own flags.
+        shown: fields whose flags --help shows here, though few need them elsewhere.
         defaults: other defaults for some fields, by name.
     """
     group = parser.add_argument_group("engine")
+    more = parser.add_argument_group("more of the engine")
     ablations = parser.add_argument_group(
         "ablation switches", "each fixes or switches off one part, to measure what that part is worth"
     )
-    parser.add_argument("--help-all", action=_HelpAll, help="show ablation switches too, and exit")
+    parser.add_argument("--help-all", action=_HelpAll, help="show all flags and the figures, and exit")
     hints = get_type_hints(EngineConfig)
     for field in fields(EngineConfig):
         if field.name in without:
@@ -52,9 +59,17 @@ def add_engine_options(parser: argparse.ArgumentParser, without: Sequence[str] =
                 settings["metavar"] = "TYPE"
         else:
             settings.update(type=kind, metavar="N" if kind is int else field.name.upper())
-        (ablations if field.metadata["is_ablation"] else group).add_argument(_flag(field.name), **settings)
+        is_common = field.name in _COMMON_FIELDS or field.name in shown
+        place = ablations if field.metadata["is_ablation"] else group if is_common else more
+        place.add_argument(_flag(field.name), **settings)
     group.add_argument("--learn", "--no-learn", action=_Removed, help="the online learner was removed")
-    _HelpAll.hide(ablations)
+    for hidden in (more, ablations):
+        _HelpAll.hide(hidden)
+
+
+def shorten_help(parser: argparse.ArgumentParser) -> None:
+    """Leave what the epilog of `parser` says after its examples to --help-all; call it after `add_engine_options`."""
+    _HelpAll.hide_figures(parser)
 
 
 def engine_config(args: argparse.Namespace, without: Sequence[str] = ()) -> EngineConfig:
@@ -67,7 +82,10 @@ def engine_config(args: argparse.Namespace, without: Sequence[str] = ()) -> Engi
     return EngineConfig(**{field.name: given[field.name] for field in fields(EngineConfig) if field.name in given})
 
 
-MODEL_HELP = "folder of a checkpoint, a .gguf file, or a hub id: org/name, or org/name:Q4_K_M of GGUF files"
+MODEL_HELP = (
+    "folder of a checkpoint, a .gguf file, a name that `foreroute list` shows, or a hub id: org/name, or "
+    "org/name:Q4_K_M of GGUF files"
+)
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -225,10 +243,17 @@ class _Removed(argparse.Action):
 class _HelpAll(argparse.Action):
     """--help-all: show the help with the hidden groups."""
 
-    _HIDDEN = "hidden_help"
+    _HIDDEN, _FIGURES = "hidden_help", "whole_epilog"
 
     def __init__(self, option_strings: Sequence[str], dest: str, help: str | None = None) -> None:
         super().__init__(option_strings, argparse.SUPPRESS, nargs=0, default=argparse.SUPPRESS, help=help)
+
+    @classmethod
+    def hide_figures(cls, parser: argparse.ArgumentParser) -> None:
+        """Leave what the epilog says after its examples out of --help."""
+        whole = str(parser.epilog)
+        setattr(parser, cls._FIGURES, whole)
+        parser.epilog = whole.partition("\n\n")[0] + "\n\n--help-all lists every flag, and says what the figures mean."
 
     @classmethod
     def hide(cls, group: argparse._ArgumentGroup) -> None:
@@ -245,6 +270,7 @@ class _HelpAll(argparse.Action):
                 group.title, group.description = getattr(group, self._HIDDEN)
         for action in parser._actions:
             action.help = getattr(action, self._HIDDEN, action.help)
+        parser.epilog = getattr(parser, self._FIGURES, parser.epilog)
         parser.print_help()
         parser.exit()
 

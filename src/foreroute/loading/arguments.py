@@ -116,7 +116,8 @@ def read_arguments(
         )
     if not isinstance(config, EngineConfig | None):
         raise ForerouteError(
-            f"config is a {type(config).__name__}: give foreroute.EngineConfig(...). The model's own is config.json."
+            f"config is a {type(config).__name__}: give foreroute.EngineConfig({_as_fields(config)}). The model's own "
+            "is config.json."
         )
     if not isinstance(revision, str | None):
         raise ForerouteError(f"revision is {revision!r:.60}: give a branch, a tag or a commit of a hub id.")
@@ -156,14 +157,25 @@ def _check_other(name: str, value: Any) -> None:
             shown = "" if name in ("use_auth_token", "proxies") else f"={value!r:.60}"
             raise ForerouteError(f"load takes no {name}{shown}: {advice}.")
         return
-    switches = [option.name for option in fields(EngineConfig)]
+    switches = {option.name: option.metadata["choices"] for option in fields(EngineConfig)}
     if name in switches:
+        allowed = f" ({', '.join(switches[name])})" if switches[name] else ""
         raise ForerouteError(
-            f"{name} is a field of EngineConfig: load(..., config=EngineConfig({name}={value!r:.60}))."
+            f"{name} is a field of EngineConfig{allowed}: "
+            f"load(..., config=foreroute.EngineConfig({name}={value!r:.60}))."
         )
     near = difflib.get_close_matches(name, [*_OWN, *_HUB, "attn_implementation", *switches], 1)
-    hint = f" Is {near[0]} meant?" if near else ""
+    place = ", a field of EngineConfig," if near and near[0] in {*switches} - {*_OWN} else ""
+    hint = f" Is {near[0]}{place} meant?" if near else ""
     raise ForerouteError(f"load has no argument {name}.{hint} Its own are {', '.join(_OWN[:-1])}; see help(load).")
+
+
+def _as_fields(config: Any) -> str:
+    """The arguments of an EngineConfig in place of a mapping of its fields; "..." for anything else."""
+    known = {option.name for option in fields(EngineConfig)}
+    if not isinstance(config, Mapping) or not config or not known.issuperset(config):
+        return "..."
+    return f"{', '.join(f'{name}={value!r}' for name, value in config.items()):.200}"
 
 
 def _dtype(dtype: Any, torch_dtype: Any) -> torch.dtype | str:

@@ -12,13 +12,14 @@ from foreroute.checkpoint.index import CheckpointIndex
 from foreroute.checkpoint.layouts import ExpertTable
 from foreroute.checkpoint.locate import locate, read_index
 from foreroute.checkpoint.quantised_layout import in_blocks
-from foreroute.checkpoint.records import PackedStore, open_store
+from foreroute.checkpoint.records import PackedStore, open_store, quantised_beside
 from foreroute.kernels.ggml.interleaved import check_orders
 from foreroute.kernels.ggml.library import Library
 from foreroute.loading.expert_math import forms_of_layers, math_of_layers
 from foreroute.model.blocks import probe
 from foreroute.model.build.packed_dense import check_packed
 from foreroute.model.build.skeleton import Outline, offloaded_modules, outline
+from foreroute.model.build.stored_names import tell
 from foreroute.model.expert_set import ExpertSet
 
 
@@ -74,10 +75,20 @@ def open_checkpoint(
     index = read_index(folder)
     sketch = outline(folder, index)
     store = open_store(folder, packed, sketch.table)
+    if store is None and packed == "auto":
+        tell(_unused(quantised_beside(folder, sketch.table)), folder)
     if store is not None:
         check_packed(store, sketch.linear)
         check_orders(store.table, store.path)
     return Checkpoint(folder, index, sketch, store, sketch.table)
+
+
+def _unused(stores: list[str]) -> list[str]:
+    """Say that quantised stores are beside the checkpoint, which only their names make use of."""
+    if not stores:
+        return []
+    own = " or ".join(f"--packed {name}" for name in stores)
+    return [f"a quantised packed store is beside it and is not used, as it changes the output; {own} uses it"]
 
 
 def find_experts(model: PreTrainedModel, checkpoint: Checkpoint, library: Library | None = None) -> ExpertSet:

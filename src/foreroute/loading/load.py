@@ -25,6 +25,7 @@ from foreroute.loading.checkpoint import Checkpoint, find_experts, open_checkpoi
 from foreroute.loading.engines import guidance_for, has_one_slot_length, start_engine
 from foreroute.loading.offloaded_model import ForerouteHandle, OffloadedModel, make_offloaded
 from foreroute.loading.step_entry import Bounds, StepEntry
+from foreroute.loading.wording import in_callers_words
 from foreroute.memory.host import usable_cpus
 from foreroute.memory.plan import MemoryPlan, check_before, move_dense, plan_memory
 from foreroute.model import torch_modes
@@ -47,6 +48,7 @@ from foreroute.units import kept_bytes
 _KERNELS_KEPT = "128"
 
 
+@in_callers_words
 @torch_modes.as_if_alone()
 def load(
     path_or_hub_id: str | Path,
@@ -75,7 +77,8 @@ def load(
         model_kwargs: attn_implementation, for transformers; token, local_files_only and cache_dir, for a hub id;
             torch_dtype, which is dtype. Others are refused by name (loading/arguments.py).
     Returns:
-        An ordinary transformers model, ready for `generate`, with `model.foreroute` (plan, stats, close) added.
+        An ordinary transformers model, ready for `generate`, with `model.foreroute` (plan, stats, tokenizer, close)
+        added. `with load(...) as model:` closes it at the end.
     Raises:
         ForerouteError: see errors.py; each names what is wrong and what to do.
     """
@@ -215,5 +218,7 @@ def _plan(
         threads=torch.get_num_threads(),
         usable_cpus=usable_cpus(),
         layout="interleaved" if orders_of(table) else "plain",
+        num_parameters=checkpoint.outline.num_parameters,
+        num_embeddings=checkpoint.outline.num_embeddings,
         dense=checkpoint.packed_dense.lower() or asked.dense,
     )

@@ -5,7 +5,7 @@ import os
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import nn
@@ -20,12 +20,15 @@ from foreroute.loading.step_entry import StepEntry, entered
 from foreroute.model.blocks import MoeLayer
 from foreroute.model.draft_model import DraftModel
 from foreroute.model.experts import CLOSED, ExpertsForward
+from foreroute.model.text import load_tokenizer
 from foreroute.policy import Policy
 from foreroute.predict.governor import Governor
 
+_Self = TypeVar("_Self", bound="OffloadedModel")
+
 
 class ForerouteHandle:
-    """`model.foreroute`: the plan, the counts, the policies, and `close`.
+    """`model.foreroute`: the plan, the counts, the policies, the tokenizer, and `close`; in a `with` block it closes.
 
     Attributes:
         plan: what `load` decided.
@@ -136,6 +139,20 @@ class ForerouteHandle:
         """
         self.engine.policies.check(policy)
 
+    def tokenizer(self) -> Any:
+        """Load transformers' tokenizer of this model, also of a GGUF file.
+
+        Raises:
+            CheckpointError: it has none, or one that cannot be read.
+        """
+        return load_tokenizer(self.plan.folder)
+
+    def __enter__(self) -> "ForerouteHandle":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
     def close(self) -> None:
         """Stop the readers and free the pool. The model's experts cannot be computed afterwards.
 
@@ -197,6 +214,12 @@ class OffloadedModel:
     __deepcopy__ = _refuse("deepcopy", "two models cannot share one pool. Load it again.")
     __reduce_ex__ = _refuse("pickling", "its experts are on disk. Load it again where it is needed.")
 
+    def __enter__(self: _Self) -> _Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.foreroute.close()
+
     def to(self, *args: Any, **kwargs: Any) -> Any:
         """Accepted when nothing changes (the device and dtype it has); refused otherwise."""
         parsed: Any = torch._C._nn._parse_to(*args, **kwargs)
@@ -250,12 +273,25 @@ def make_offloaded(model: PreTrainedModel, handle: ForerouteHandle) -> Offloaded
         # left out by `entered`, not by freezing parameters: torch's matmul reads their requires_grad, and gives other
         # bits.
         own: dict[str, Any] = {"__module__": cls.__module__, "forward": entered(cls.forward)}
+        if module is model:
+            own["num_parameters"] = _num_parameters
         if hasattr(cls, "generate"):
             own["generate"] = _one_at_a_time(cls.generate)
         module.__class__ = type(cls.__name__, (OffloadedModel, cls), own)
         object.__setattr__(module, "foreroute", handle)
     weakref.finalize(handle, _close_unless_forked, handle.engine, os.getpid())
     return cast(OffloadedModel, model)
+
+
+def _num_parameters(self: Any, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+    """Numbers in all weights, as transformers counts them for the resident model: experts too, and what is in blocks.
+
+    Args:
+        only_trainable: none is, as a model with offloaded experts cannot be trained. exclude_embeddings: count none of
+            embedding tables.
+    """
+    plan = self.foreroute.plan
+    return 0 if only_trainable else plan.num_parameters - exclude_embeddings * plan.num_embeddings
 
 
 def _is_within(name: str, outer: str) -> bool:

@@ -18,6 +18,7 @@ from foreroute.server.api.schema import ChatRequest, CompletionRequest, Detokeni
 from foreroute.server.backend import Backend, Serving
 from foreroute.server.dialogue.messages import Dialogue
 from foreroute.server.guard import Guard
+from foreroute.server.paths import UsualPaths
 from foreroute.server.settings import ServerSettings
 from foreroute.server.watching.metrics import ServerMetrics
 
@@ -67,12 +68,11 @@ def create_app(backend: Backend, settings: ServerSettings, more: Sequence[AddRou
     _add_state(app, backend, settings, metrics)
     for add in more:
         add(app, backend, settings)
-    return Guard(app, settings)
+    return Guard(UsualPaths(app), settings)
 
 
 def _add_openai(app: FastAPI, backend: Backend, settings: ServerSettings, metrics: ServerMetrics) -> None:
     @app.get("/v1/models")
-    @app.get("/models", include_in_schema=False)
     async def models() -> dict[str, Any]:
         serving = backend.serving()
         return {"object": "list", "data": [_model_card(name, serving) for name in settings.served_names]}

@@ -23,6 +23,7 @@ from foreroute.server.settings import Limits
 if TYPE_CHECKING:
     from foreroute.loading.offloaded_model import OffloadedModel
     from foreroute.server.watching.live import LiveFeed
+    from foreroute.structured.compiler import GrammarCompiler
 
 
 class Prompts:
@@ -44,7 +45,12 @@ class Prompts:
         self._lock = threading.Lock()
         self.texts = TokenTexts(tokenizer)
         template = getattr(tokenizer, "chat_template", None)
+        self._no_template = "This model has no chat template. Use /v1/completions."
         if isinstance(template, dict):
+            self._no_template = (
+                f"This model has the chat templates {', '.join(sorted(map(str, template)))} and no default. Rename the "
+                'one to be used to "default" in tokenizer_config.json; until then, use /v1/completions.'
+            )
             template = template.get("default")
         self.template: str | None = template
         self._calls = calls or (None if template is None else format_of(template))
@@ -103,7 +109,7 @@ class Prompts:
         if self._why_no_chat:
             raise not_possible("messages", self._why_no_chat)
         if self._renderer is None:
-            raise not_possible("messages", "This model has no chat template. Use /v1/completions.")
+            raise not_possible("messages", self._no_template)
         rendered = await asyncio.to_thread(self._render, self._renderer, dialogue)
         ids = await self.encode(rendered, add_special_tokens=False, param="messages")
         turn = turn_of(dialogue, rendered, ids, self._calls, self._thinks)
@@ -124,6 +130,12 @@ class Prompts:
                 "tools", "The format of this model's tool calls is not known. Serve it with --tool-parser NAME."
             )
         return renderer.render(given.messages, given.tools, given.variables)
+
+    def special_id(self, text: str) -> int | None:
+        """Return the id of the special token with this text; None where it is no special token."""
+        with self._lock:
+            token = self._tokenizer.convert_tokens_to_ids(text)
+            return token if token in self._tokenizer.all_special_ids else None
 
     async def decode(self, token_ids: Sequence[int]) -> str:
         """Decode tokens to text, special ones included."""
@@ -158,7 +170,7 @@ class Serving:
 
     context: tokens of prompt and answer together. info: the answer of /tokenizer_info. model: as loaded, or None
     (tests); expert metrics and the live page read its `foreroute`. live_feed: the live page's, from its first viewer
-    on. created: when it was loaded.
+    on. grammars: compiles those of structured output. created: when it was loaded.
     """
 
     engine: Engine
@@ -167,6 +179,7 @@ class Serving:
     info: dict[str, Any] = field(default_factory=dict)
     model: "OffloadedModel | None" = None
     live_feed: "LiveFeed | None" = None
+    grammars: "GrammarCompiler | None" = None
     created: int = field(default_factory=lambda: int(time.time()))
 
 

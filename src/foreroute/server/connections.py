@@ -7,7 +7,7 @@ is limited here: a request whose head never ends, bytes that trickle in after an
 import asyncio
 from typing import Any
 
-from uvicorn.protocols.http.auto import AutoHTTPProtocol
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from foreroute.server.settings import Limits
 
@@ -15,8 +15,12 @@ from foreroute.server.settings import Limits
 _LEAST_BYTES = 2**14
 
 
-class _Patient(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
-    """An HTTP protocol with a timeout for the next request's head, and one for a client that does not read."""
+class _Patient(H11Protocol):
+    """An HTTP protocol with a timeout for the next request's head, and one for a client that does not read.
+
+    Of h11, always: httptools, which uvicorn prefers where it is installed, takes the body of a request with `Upgrade:
+    h2c` (Java's clients send it with the first one) for the other protocol's.
+    """
 
     limits: Limits
     _reader_timer: asyncio.TimerHandle | None = None
@@ -32,7 +36,7 @@ class _Patient(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        # A kept connection may be idle nearly as long: the request that ends this gets the full time.
+        # A kept connection may be idle for longer; the request that ends this has its own time.
         if self._is_idle:
             self._is_idle = False
             self._restart()
@@ -40,7 +44,7 @@ class _Patient(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
 
     def on_response_complete(self) -> None:
         # First of all: the next call may begin a request that has already arrived.
-        self._restart()
+        self._restart(self.limits.idle_s)
         self._is_idle = True
         super().on_response_complete()
 
@@ -54,12 +58,13 @@ class _Patient(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
             self._forget_reader()
         super().resume_writing()
 
-    def _restart(self) -> None:
+    def _restart(self, within_s: float | None = None) -> None:
         self._timer.cancel()
-        self._timer = self.loop.call_later(self.limits.head_s, self._end_patience)
+        self._timer = self.loop.call_later(within_s or self.limits.head_s, self._end_patience)
 
     def _end_patience(self) -> None:
-        is_answering = self.cycle is not None and not self.cycle.response_complete
+        cycle: Any = self.cycle  # None before the first request
+        is_answering = cycle is not None and not cycle.response_complete
         if is_answering and not self.transport.is_closing():
             # The answer is still running: check again later.
             self._restart()

@@ -15,6 +15,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from foreroute.server.api.problems import RETRY_SOON, ApiError, internal
+from foreroute.server.bodies import plain_body
 from foreroute.server.settings import ServerSettings
 
 Message = MutableMapping[str, Any]
@@ -145,6 +146,8 @@ class Guard:
             more = message.get("more_body", False)
         body = bytes(parts)
         if body:
+            coding = headers.get(b"content-encoding", b"")
+            body = await asyncio.to_thread(plain_body, body, coding, most) if coding else plain_body(body, b"", most)
             # CSRF: a form of another site can send text/plain without a preflight, but not JSON.
             kind = headers.get(b"content-type", b"").split(b";")[0].strip().lower()
             if kind != b"application/json":

@@ -1,11 +1,14 @@
 """Run the server process: listen at once, load in the meantime, and end requests in progress when stopped."""
 
 import asyncio
+import errno
+import math
 import signal
 import socket
 import threading
 import types
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import uvicorn
 
@@ -18,29 +21,69 @@ from foreroute.server.settings import ServerSettings
 # When the server stops, requests in progress are ended; clients that do not read are dropped after this time.
 _GRACE_S = 5
 _BACKLOG = 256
+_ABSENT = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Open a listening socket on `host`; port 0 lets the system choose one.
+    """Open a listening socket on the first address of `host`; see `listen_all`."""
+    first, *others = listen_all(host, port)
+    for one in others:
+        one.close()
+    return first
+
+
+def listen_all(host: str, port: int) -> list[socket.socket]:
+    """Open a listening socket on each address of `host`, as localhost has two; port 0 lets the system choose one.
 
     Raises:
-        ServerError: the address is not available.
+        ServerError: the host is not known, or an address not available; the message says what to change.
     """
-    name = host.strip("[]")
+    opened: list[socket.socket] = []
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)[0]
-        listening = socket.socket(family, kind, protocol)
-        try:
-            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listening.bind(address)
-            listening.listen(_BACKLOG)
-        except OSError:
-            listening.close()
-            raise
+        found = dict.fromkeys(socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM))
+        for family, kind, protocol, _, address in found:
+            if opened:
+                # All on one port, where the system chose it.
+                address = (address[0], opened[0].getsockname()[1], *address[2:])
+            try:
+                opened.append(_bound(family, kind, protocol, address, is_alone=len(found) == 1))
+            except OSError as error:
+                # A name may have an address of a protocol that this machine does not have.
+                if len(found) == 1 or error.errno not in _ABSENT:
+                    raise
+        if not opened:
+            raise OSError(errno.EADDRNOTAVAIL, "none of its addresses is this machine's")
     except (OSError, OverflowError) as error:
+        for one in opened:
+            one.close()
         reason = getattr(error, "strerror", None) or str(error)
-        raise ServerError(f"{host} port {port} cannot be listened on: {reason}. Choose another --port.") from error
+        raise ServerError(f"{host} port {port} cannot be listened on: {reason}. {_advice(error)}") from error
+    return opened
+
+
+def _bound(family: int, kind: int, protocol: int, address: Any, *, is_alone: bool) -> socket.socket:
+    listening = socket.socket(family, kind, protocol)
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6 and not is_alone:
+            listening.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        listening.bind(address)
+        listening.listen(_BACKLOG)
+    except OSError:
+        listening.close()
+        raise
     return listening
+
+
+def _advice(error: Exception) -> str:
+    """What to change, where an address cannot be listened on."""
+    if isinstance(error, socket.gaierror):
+        return "Check the name after --host."
+    if isinstance(error, OSError) and error.errno in _ABSENT:
+        return "Give an address of this machine to --host, or 0.0.0.0 for all of them."
+    if isinstance(error, PermissionError):
+        return "Ports below 1024 need rights: choose a higher --port."
+    return "Choose another --port."
 
 
 def address_of(listening: socket.socket) -> str:
@@ -77,7 +120,9 @@ def make_server(backend: Backend, settings: ServerSettings, more: Sequence[AddRo
         proxy_headers=False,
         ws="none",
         timeout_graceful_shutdown=_GRACE_S,
-        timeout_keep_alive=30,
+        timeout_keep_alive=math.ceil(settings.limits.idle_s),
+        # A second less than it is kept, for the way.
+        headers=[("Keep-Alive", f"timeout={max(math.ceil(settings.limits.idle_s) - 1, 1)}")],
     )
     return Server(config, backend)
 
@@ -85,7 +130,7 @@ def make_server(backend: Backend, settings: ServerSettings, more: Sequence[AddRo
 def serve(
     backend: Backend,
     settings: ServerSettings,
-    listening: socket.socket,
+    listening: Sequence[socket.socket],
     load: Callable[[Backend], None],
     more: Sequence[AddRoutes] = (),
 ) -> None:
@@ -93,7 +138,7 @@ def serve(
 
     Args:
         backend: made ready by `load`, which is called in a new thread once the server listens. settings: see there.
-        listening: from `listen`; closed at the end. more: further routes.
+        listening: from `listen_all`; closed at the end. more: further routes.
     Raises:
         ForerouteError: raised by `load`.
     """
@@ -116,12 +161,13 @@ def serve(
     thread = threading.Thread(target=loading, name="foreroute-load", daemon=True)
     thread.start()
     try:
-        server.run(sockets=[listening])
+        server.run(sockets=list(listening))
     except KeyboardInterrupt:
         pass
     finally:
         signal.signal(signal.SIGTERM, before)
-        listening.close()
+        for one in listening:
+            one.close()
         loaded = backend.loaded
         if loaded is not None:
             loaded.engine.close()

@@ -19,7 +19,8 @@ class Limits:
 
     in_flight: requests at once, each of which may hold a body of body_bytes.
     template_s and template_chars bound the rendering of a chat template; head_s the arrival of a request's head, body_s
-    that of its body, send_s how long sent data may stay unread.
+    that of its body, send_s how long sent data may stay unread, idle_s how long a connection is kept between requests
+    (longer than clients' pools keep theirs: a request on one that is just being closed fails).
     """
 
     in_flight: int = 256
@@ -27,6 +28,7 @@ class Limits:
     head_s: float = 30.0
     body_s: float = 30.0
     send_s: float = 60.0
+    idle_s: float = 360.0
     json_depth: int = 32
     messages: int = 4096
     prompts: int = 128

@@ -1,5 +1,6 @@
 """The page in a browser, against a real server: it answers, shows the engine, and asks no other server."""
 
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -151,4 +152,67 @@ def test_the_page_asks_for_a_key_when_the_server_does(open_page) -> None:
         page.wait_for_timeout(200)
     expect(page.locator(".took")).to_contain_text("tokens", timeout=30_000)
     assert given[:3] == [None, "Bearer wrong", "Bearer right"]
-    assert page.evaluate("[localStorage.length, sessionStorage.length, document.cookie]") == [0, 0, ""]
+    assert page.evaluate("[localStorage.length, document.cookie]") == [0, ""]
+    assert "right" not in page.evaluate("JSON.stringify({...sessionStorage})"), "the chat is kept, and never the key"
+
+
+def stream_of(*deltas: dict[str, object]) -> str:
+    chunks = [{"choices": [{"delta": delta}]} for delta in deltas]
+    return "".join(f"data: {json.dumps(one)}\n\n" for one in chunks) + "data: [DONE]\n\n"
+
+
+class Answering:
+    """Answers for the server: in turn, and the last one again. asked: the bodies of requests."""
+
+    def __init__(self, *answers: tuple[int, str]) -> None:
+        self.answers, self.asked = list(answers), list[dict[str, Any]]()
+
+    def __call__(self, page: Page) -> None:
+        def fulfil(route: Route) -> None:
+            self.asked.append(route.request.post_data_json)
+            status, body = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+            kind = "text/event-stream" if status == 200 else "application/json"
+            route.fulfill(status=status, body=body, content_type=kind)
+
+        page.route("**/v1/chat/completions", fulfil)
+
+
+def test_an_answer_is_markdown_and_what_was_thought_is_folded(open_page) -> None:
+    text = "**Two** ways:\n\n```py\nprint(1)\n```"
+    opened = open_page(before=Answering((200, stream_of({"reasoning_content": "so"}, {"content": text}))))
+    page = opened.page
+    say(page, "hello")
+    expect(page.locator(".words strong")).to_have_text("Two")
+    expect(page.locator(".code code")).to_have_text("print(1)")
+    expect(page.locator("details summary")).to_have_text("Reasoning")
+    assert opened.complaints == []
+
+
+def test_a_refused_message_returns_to_the_box(open_page) -> None:
+    page = open_page(before=Answering((400, '{"error": {"message": "too long"}}'))).page
+    say(page, "a long one")
+    expect(page.locator(".turn.error")).to_have_text("too long")
+    expect(page.locator("#text")).to_have_value("a long one")
+    assert page.locator(".turn.user").count() == 0
+
+
+def test_the_chat_can_be_steered_and_outlives_a_reload(open_page) -> None:
+    answering = Answering((200, stream_of({"content": "One"})), (200, stream_of({"content": "Two"})))
+    page = open_page(before=answering).page
+    page.click("#show-settings")
+    page.fill("[name=system]", "Be brief.")
+    page.fill("[name=temperature]", "0.5")
+    say(page, "hello")
+    expect(page.locator(".turn.assistant .words")).to_have_text("One")
+    assert "max_tokens" not in answering.asked[0]
+    page.click("text=Regenerate")
+    expect(page.locator(".turn.assistant .words")).to_have_text("Two")
+    wanted = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hello"}]
+    assert [one["messages"] for one in answering.asked] == [wanted, wanted]
+    assert answering.asked[0]["temperature"] == 0.5
+    page.reload()
+    expect(page.locator(".turn.assistant .words")).to_have_text("Two")
+    assert page.input_value("[name=system]") == "Be brief."
+    page.click("text=Edit")
+    expect(page.locator("#text")).to_have_value("hello")
+    assert page.locator(".turn").count() == 0

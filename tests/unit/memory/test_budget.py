@@ -31,6 +31,15 @@ def plan_slots(budget_bytes: int, slot_bytes: int, num_experts: int, top_k: list
         ("0.1GiB", GIB // 10),
         ("64 KiB", 65536),
         ("2TB", 2 * 10**12),
+        ("8G", 8 * GIB),
+        ("8 g", 8 * GIB),
+        ("8000M", 8000 * 2**20),
+        ("1.5T", 3 * 2**39),
+        ("512k", 2**19),
+        ("8 GiB", 8 * GIB),
+        ("4096B", 4096),
+        ("8B", 8),
+        ("4096", 4096),
         ("25%", 250),
         ("12.5 %", 125),
         ("100%", 1000),
@@ -51,7 +60,7 @@ def test_memory_is_read(memory, num_bytes):
         "-1GiB",
         "8GiB!",
         "1e9",
-        "8 G",
+        "8 X",
         "1,5GiB",
         "101%",
         "100.1%",
@@ -71,6 +80,15 @@ def test_nonsense_is_refused_with_the_forms_that_are_read(memory):
         parse_memory(memory, 1000)
     for form in ("8589934592", '"8GiB"', '"1.5 GiB"', '"512MiB"', '"8GB"', '"25%"'):
         assert form in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("memory", "meant"),
+    [("8", "8GiB"), (8, "8GiB"), (" 1.5 ", "1.5GiB"), ("512", "512GiB"), ("2048", "2048MiB"), (4095, "4095MiB")],
+)
+def test_a_small_number_without_a_unit_is_not_taken_for_bytes(memory, meant):
+    with pytest.raises(BudgetError, match=f"{memory!r} has no unit.* Did you mean {meant}\\?"):
+        parse_memory(memory, 1000)
 
 
 @given(num_bytes=st.integers(1, 2**50))

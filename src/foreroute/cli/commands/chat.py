@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,9 +11,12 @@ from foreroute.checkpoint.locate import locate
 from foreroute.cli import chat_view, figures, options
 from foreroute.cli.chat_session import SETTINGS, Conversation, read_setting
 from foreroute.cli.commands.generate import add_sampling
+from foreroute.cli.terminal.lines import history_file, messages
 from foreroute.errors import ForerouteError, PromptError
 
 if TYPE_CHECKING:
+    import torch
+
     from foreroute.generation.generate import GenerationReport
     from foreroute.loading.offloaded_model import OffloadedModel
 
@@ -26,13 +29,17 @@ _COMMANDS = {
     "/save": "FILE  write the chat as JSON",
     "/load": "FILE  continue a saved chat",
     "/stats": "what the last answer took: hits, MB per token, stall, TPOT",
+    "/undo": "take back the last question and its answer",
+    "/retry": "answer the last question again, in place of that answer",
     "/clear": "begin anew; settings and system message stay",
-    "/exit": "leave, as Ctrl-D does",
+    "/exit": "leave, as /quit, /bye and Ctrl-D do",
 }
+_LEAVE = ("/exit", "/quit", "/bye")
 
 _EPILOG = """\
 in the chat:
-  /help lists the commands; a line that ends in \\ continues on the next one.
+  /help lists the commands; a line that ends in \\ continues on the next one,
+  \"\"\" begins and ends a block of lines, and pasted lines are one message.
   Ctrl-C stops an answer, and keeps what was written of it; Ctrl-D leaves.
   Keys and values of the chat so far are kept, so that a turn computes only its
   new tokens; /stats shows how many.
@@ -43,7 +50,10 @@ examples:
   printf 'Hello\\n/stats\\n' | foreroute chat MODEL --plain
 
 Answers go to standard output, all else to standard error. A model without a
-chat template continues the text of the chat; it may not answer."""
+chat template continues the text of the chat; it may not answer. When the
+context is full, the oldest turns are left out, and a line says so. Lines that
+you type are kept for the arrow keys, in foreroute/chat_history of
+$XDG_STATE_HOME or ~/.local/state; --no-history keeps none."""
 
 
 def add_parser(commands: Any) -> None:
@@ -61,6 +71,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--plain", action="store_true", help="answers as they are, not as markdown (default: off a terminal)"
     )
+    parser.add_argument("--no-history", action="store_true", help="keep none of the lines that are typed")
     parser.add_argument("--debug", action="store_true", help="show tracebacks and the warnings of libraries")
     add_sampling(parser, max_new_tokens=_MAX_NEW_TOKENS)
     # None marks a flag that was not given: a saved chat then keeps its own value.
@@ -86,8 +97,8 @@ def run(args: argparse.Namespace) -> int:
     with closing(model.foreroute):
         chat = Chat(model, tokenizer, args.model, conversation, is_markdown=sys.stdout.isatty() and not args.plain)
         chat.greet()
-        for line in _lines():
-            if not chat.take(line):
+        for said in messages([*_COMMANDS, *_LEAVE[1:]], None if args.no_history else history_file()):
+            if not chat.take(said):
                 break
     return 0
 
@@ -132,6 +143,7 @@ class Chat:
         self._cache = PromptCache() if asked is None else PromptCache(asked)
         self._last: GenerationReport | None = None
         self._num_answers = 0
+        self._hinted = False
         self._console = figures.stderr_console()
         self._adopt(conversation)
 
@@ -139,24 +151,31 @@ class Chat:
         """Print the greeting."""
         plan = self._model.foreroute.plan
         self._tell(f"{self._name}: {plan.num_slots} of {plan.total_slots} experts in memory. /help lists commands.")
+        if self._conversation.messages:
+            self._recall()
         if self._is_plain_text:
             self._tell(
                 "This model has no chat template: it was not trained to answer. It continues your text, line by line."
             )
 
-    def take(self, line: str) -> bool:
-        """Handle one line from the user; return False when the chat is over. Errors are printed; the chat goes on."""
-        text = line.strip()
+    def take(self, said: str) -> bool:
+        """Handle one message from the user; return False when the chat is over. Errors are printed and end nothing."""
+        text = said.strip()
         if not text:
             return True
+        name, _, rest = text.partition(" ")
+        hinted, self._hinted = self._hinted, False
         try:
-            if text.startswith("/"):
-                name, _, rest = text.partition(" ")
-                if name == "/exit":
+            # Of several lines only a command that is known: a paste may begin with a path.
+            if text.startswith("/") and ("\n" not in text or name in _COMMANDS):
+                if name in _LEAVE:
                     return False
                 self._do(name, rest.strip())
+            elif f"/{text.lower()}" in _LEAVE and not hinted:
+                self._hinted = True
+                self._tell(f"/exit or Ctrl-D leaves; {text!r} once more says it to the model.")
             else:
-                self._answer(line)
+                self._answer(said)
         except ForerouteError as error:
             self._tell(f"error: {error}", "red")
         return True
@@ -164,7 +183,8 @@ class Chat:
     def _do(self, name: str, rest: str) -> None:
         doing: dict[str, Callable[[str], None]] = {
             "/help": self._help, "/system": self._system, "/set": self._set, "/save": self._save,
-            "/load": self._load, "/stats": self._stats, "/clear": self._clear,
+            "/load": self._load, "/stats": self._stats, "/clear": self._clear, "/undo": self._undo,
+            "/retry": self._retry,
         }  # fmt: skip
         if name not in doing:
             raise PromptError(f"There is no command {name}. There are: {', '.join(_COMMANDS)}.")
@@ -176,10 +196,11 @@ class Chat:
         from foreroute.generation.generate import generate
 
         talk = self._conversation
+        first = talk.first
         talk.say("user", text)
         report = None
         try:
-            prompt_ids = talk.prompt_ids(self._tokenizer, is_plain=self._is_plain_text)
+            prompt_ids = self._prompt_ids()
             with chat_view.MarkdownAnswer() if self._is_markdown else chat_view.plain_answer() as write:
                 report = generate(
                     self._model, self._tokenizer, prompt_ids, on_text=write, reuse=self._cache, **self._sampling()
@@ -195,6 +216,7 @@ class Chat:
             if report is None:
                 # Drop the question: two user turns in a row confuse a model, and some templates.
                 talk.messages.pop()
+                talk.first = first
         if report is None:
             self._tell("stopped before an answer began")
             return
@@ -209,6 +231,25 @@ class Chat:
             self._tell(ends[report.finish_reason])
         elif not report.text:
             self._tell("the model said nothing")
+
+    def _prompt_ids(self) -> "torch.Tensor":
+        """Tokens of the chat [1, tokens]; leaves out its oldest turns where they leave an answer no room."""
+        talk, is_plain = self._conversation, self._is_plain_text
+        prompt_ids = talk.prompt_ids(self._tokenizer, is_plain=is_plain)
+        context = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
+        if not context:
+            return prompt_ids
+        wanted = talk.settings.get("max_new_tokens")
+        room = min(int(wanted or _MAX_NEW_TOKENS), int(context) // 4)
+        before = talk.first
+        # By a quarter more than needed, so that the next turns find their beginning kept.
+        most = int(context) - room if prompt_ids.shape[1] <= context - room else (int(context) - room) * 3 // 4
+        while prompt_ids.shape[1] > most and talk.drop_oldest():
+            prompt_ids = talk.prompt_ids(self._tokenizer, is_plain=is_plain)
+        if talk.first > before and prompt_ids.shape[1] < context:
+            left_out = f"the oldest {talk.first} messages are left out from here on"
+            self._tell(f"the context of {context:,} tokens is full: {left_out}; /save keeps them")
+        return prompt_ids
 
     def _sampling(self) -> dict[str, Any]:
         """Sampling arguments for generate; as in `foreroute generate`, a temperature turns sampling on."""
@@ -263,7 +304,8 @@ class Chat:
 
     def _load(self, rest: str) -> None:
         self._adopt(Conversation.load(_path(rest, "/load")))
-        self._tell(f"{len(self._conversation.messages)} messages from {rest}")
+        self._tell(f"loaded {rest}")
+        self._recall()
 
     def _adopt(self, conversation: Conversation) -> None:
         """Continue this chat; change nothing where the model cannot."""
@@ -279,13 +321,47 @@ class Chat:
         plan = self._model.foreroute.plan
         figures.print_rows(self._console, chat_view.stats_rows(self._last, plan, self._num_answers))
 
+    def _undo(self, rest: str) -> None:
+        question = self._conversation.take_back()
+        if question is None:
+            raise PromptError("Nothing was asked yet.")
+        self._tell(f"taken back: {_short(question)}")
+
+    def _retry(self, rest: str) -> None:
+        talk = self._conversation
+        kept = list(talk.messages)
+        question = talk.take_back()
+        if question is None:
+            raise PromptError("Nothing was asked yet.")
+        old = kept[len(talk.messages) :]
+        before = len(self._conversation.messages)
+        answered = self._last
+        try:
+            self._answer(question)
+        finally:
+            if self._last is answered and len(self._conversation.messages) == before:
+                # Stopped before an answer began: what was there stays.
+                self._conversation.messages += old
+
+    def _recall(self) -> None:
+        """Show where a chat that was loaded had come to."""
+        talk = self._conversation
+        self._tell(f"{len(talk.messages)} messages so far; the last ones:")
+        for turn in talk.messages[-2:]:
+            self._tell(f"{'> ' if turn['role'] == 'user' else ''}{_short(figures.printable(turn['content']), 400)}")
+
     def _clear(self, rest: str) -> None:
         self._conversation.messages.clear()
+        self._conversation.first = 0
         self._cache.clear()
         self._tell("a new chat")
 
     def _tell(self, text: str, style: str = "dim") -> None:
         self._console.print(text, style=style, markup=False, soft_wrap=True)
+
+
+def _short(text: str, most: int = 60) -> str:
+    return text if len(text) <= most else f"{text[:most].rstrip()} ..."
 
 
 def _usage(name: str) -> tuple[str, str]:
@@ -299,46 +375,3 @@ def _path(text: str, command: str) -> Path:
     if not text:
         raise PromptError(f"{command} needs a FILE.")
     return Path(text).expanduser()
-
-
-def _lines() -> Iterator[str]:
-    """Yield the user's lines until Ctrl-D or the end of input; a backslash at a line's end joins the next line."""
-    read = _typed() if sys.stdin.isatty() else _piped()
-    begun: list[str] = []
-    for line in read:
-        if line.endswith("\\"):
-            begun.append(line[:-1])
-            continue
-        yield "\n".join([*begun, line])
-        begun.clear()
-    if begun:
-        yield "\n".join(begun)
-
-
-def _piped() -> Iterator[str]:
-    for number, raw in enumerate(sys.stdin.buffer, start=1):
-        try:
-            yield raw.decode("utf-8").rstrip("\r\n")
-        except UnicodeDecodeError as error:
-            raise PromptError(f"Line {number} of standard input is not UTF-8 text (byte {error.start}).") from None
-
-
-def _typed() -> Iterator[str]:
-    import readline
-
-    def complete(text: str, state: int) -> str | None:
-        fitting = [name for name in _COMMANDS if name.startswith(text)] if text.startswith("/") else []
-        return fitting[state] if state < len(fitting) else None
-
-    # Lines can be recalled with the arrow keys, and are saved nowhere.
-    readline.set_completer_delims(" ")
-    readline.set_completer(complete)
-    readline.parse_and_bind("tab: complete")
-    while True:
-        try:
-            yield options.argument_text(input("\n> "), "The line")
-        except EOFError:
-            print(file=sys.stderr)
-            return
-        except KeyboardInterrupt:
-            print("\n(Ctrl-D or /exit leaves)", file=sys.stderr)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import foreroute
+from foreroute import shipped
 from foreroute.checkpoint.locate import locate
 from foreroute.cli import figures, options
 from foreroute.config import Plan
@@ -68,11 +69,10 @@ def find_model() -> Path:
     Raises:
         CheckpointError: it is in neither.
     """
-    package = Path(foreroute.__file__).parent
-    places = [package / "models" / MODEL_NAME, package.parents[1] / "models" / MODEL_NAME]
-    for place in places:
-        if (place / "config.json").is_file():
-            return place
+    found = shipped.shipped_models().get(MODEL_NAME)
+    if found is not None:
+        return found
+    places = [place / MODEL_NAME for place in shipped.places()]
     raise CheckpointError(
         f"The demo's model is missing: neither {places[0]} nor {places[1]} holds it. "
         "Run the demo from the repository, or name a Mixture-of-Experts model with --model."

@@ -4,15 +4,21 @@ import argparse
 import sys
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from foreroute.cli import figures, options
-from foreroute.errors import PromptError
+from foreroute.errors import GrammarError, PromptError
+from foreroute.whole_files import read_text
+
+if TYPE_CHECKING:
+    from foreroute.loading.offloaded_model import OffloadedModel
+    from foreroute.structured.grammar import Grammar
 
 _EPILOG = """\
 examples:
   foreroute generate MODEL "The capital of France is" --memory 8GiB
   foreroute generate MODEL --file question.txt --memory 25% --max-new-tokens 400
+  foreroute generate MODEL "A city, as JSON." --json-schema city.json
   git diff | foreroute generate MODEL - --system "Review this change." --json
 
 the figures (on standard error, after the text):
@@ -25,6 +31,7 @@ the figures (on standard error, after the text):
   misses       experts that were read while the token waited
   read         MB per token: demand loads, and prefetches. A prefetch is used
                when its expert is demanded, wasted when it is evicted before
+  from         where experts are read, if a packed store is used
   stall        ms per token in which nothing was computed, waiting for the disk
   evictions    experts that lost their place in memory to others
   prefetching  how much is prefetched now: the governor tries full width, half
@@ -57,8 +64,55 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--quiet", action="store_true", help="print the text alone, without figures")
     options.add_common_options(parser)
     add_sampling(parser)
+    _add_structure(parser)
     options.add_model_options(parser)
     options.add_engine_options(parser)
+    options.shorten_help(parser)
+
+
+def _add_structure(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("structured output", "the answer fits it, or is cut off (--max-new-tokens)")
+    one = group.add_mutually_exclusive_group()
+    one.add_argument("--json-schema", type=Path, metavar="FILE", help="JSON that is valid by this JSON schema")
+    one.add_argument(
+        "--regex", metavar="PATTERN", help="text that matches all of this regular expression (Rust's syntax)"
+    )
+    one.add_argument("--grammar", type=Path, metavar="FILE", help="text of this grammar (Lark, or llama.cpp's GBNF)")
+
+
+def _grammar(args: argparse.Namespace) -> "Grammar | None":
+    """The grammar of the answer, not compiled yet.
+
+    Raises:
+        GrammarError: it cannot be one; its flag or file is named.
+    """
+    if args.json_schema is None and args.regex is None and args.grammar is None:
+        return None
+    from foreroute.structured.grammar import Grammar
+
+    try:
+        if args.json_schema is not None:
+            return Grammar.json_schema(read_text(args.json_schema))
+        return Grammar.regex(args.regex) if args.regex is not None else Grammar.grammar(read_text(args.grammar))
+    except GrammarError as error:
+        raise GrammarError(f"{_named(args)}: {error}") from error
+
+
+def _named(args: argparse.Namespace) -> str:
+    return str(args.json_schema or args.grammar or "--regex")
+
+
+def _processors(
+    args: argparse.Namespace, grammar: "Grammar | None", model: "OffloadedModel", tokenizer: Any
+) -> dict[str, Any]:
+    if grammar is None:
+        return {}
+    from foreroute.structured.compiler import GrammarCompiler
+
+    try:
+        return {"logits_processor": [GrammarCompiler.of(model, tokenizer).compile(grammar).processor()]}
+    except GrammarError as error:
+        raise GrammarError(f"{_named(args)}: {error}") from error
 
 
 def add_sampling(parser: argparse.ArgumentParser, max_new_tokens: int = 128) -> None:
@@ -126,6 +180,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the command; return its exit code."""
     # Wrong flags or paths are reported before seconds of imports.
     prompt, config, sampled = options.read_prompt(args.prompt, args.file), options.engine_config(args), sampling(args)
+    grammar = _grammar(args)
     system = None if args.system is None else options.argument_text(args.system, "--system")
     folder = options.find_model(args)
     options.quiet_libraries(args)
@@ -157,6 +212,7 @@ def run(args: argparse.Namespace) -> int:
             prompt_ids,
             on_text=figures.writer(sys.stdout, is_quiet=args.json),
             max_new_tokens=args.max_new_tokens,
+            **_processors(args, grammar, model, tokenizer),
             **sampled,
         )
     if args.json:

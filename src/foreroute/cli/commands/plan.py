@@ -77,7 +77,7 @@ def add_parser(commands: Any) -> None:
     options.add_common_options(parser)
     options.add_model_options(parser)
     requests.add_request_options(parser.add_argument_group("requests"), max_num_seqs=None)
-    options.add_engine_options(parser, without=("trace",))
+    options.add_engine_options(parser, without=("trace",), shown=("kv_tokens",))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -179,7 +179,8 @@ def advice(found: Findings, model: str) -> list[str]:
         return _gpu_advice(plan)
     whole, demand = plan.all_slot_bytes, plan.token_slot_bytes
     chosen = format_memory(found.chosen_memory_bytes)
-    if plan.memory_bytes > found.chosen_memory_bytes and not plan.memory_was_chosen:
+    # What is beyond all experts is never allocated.
+    if min(plan.memory_bytes, whole) > found.chosen_memory_bytes and not plan.memory_was_chosen:
         hints.append(
             f"This memory, the dense weights and 2 GiB for the rest exceed the free RAM: the system may swap. "
             f"--memory {_flag(found.chosen_memory_bytes)} fits, as does leaving it out."

@@ -55,7 +55,7 @@ def add_parser(commands: Any) -> None:
     options.add_common_options(parser)
     _add_server_options(parser)
     options.add_model_options(parser)
-    options.add_engine_options(parser)
+    options.add_engine_options(parser, shown=("kv_tokens", "policy"))
 
 
 def _add_server_options(parser: argparse.ArgumentParser) -> None:
@@ -106,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
     options.quiet_libraries(args)
     try:
         from foreroute.server.dialogue.parsing.formats import format_named
-        from foreroute.server.run import address_of, listen, serve
+        from foreroute.server.run import address_of, listen_all, serve
         from foreroute.server.settings import ServerSettings, check_exposure, host_name
         from foreroute.server.watching.pages import add_page
     except ImportError as error:
@@ -128,8 +128,8 @@ def run(args: argparse.Namespace) -> int:
         allow_pages=not args.no_ui,
         limits=_limits(args),
     )
-    listening = listen(args.host, args.port)
-    url = address_of(listening)
+    listening = listen_all(args.host, args.port)
+    url = address_of(listening[0])
     if not args.json:
         print(f"foreroute serve  {model}\n  address   {url}/v1 (loading; GET /health)", file=sys.stderr, flush=True)
 
@@ -185,6 +185,7 @@ def _load(
     from foreroute.batching.engine import BatchEngine
     from foreroute.model.text import load_tokenizer
     from foreroute.server.backend import Prompts, Serving
+    from foreroute.structured.compiler import GrammarCompiler
 
     options.apply_threads(args)
     config, context = requests.with_room(folder, config, args)
@@ -212,7 +213,8 @@ def _load(
         "model_max_length": context,
         "vocab_size": text_config.vocab_size,
     }
-    backend.ready(Serving(engine, prompts, context, info, model))
+    grammars = GrammarCompiler.of(model, tokenizer)
+    backend.ready(Serving(engine, prompts, context, info, model, grammars=grammars))
     names = ", ".join(settings.served_names)
     at_once = f"{engine.rows} at a time" if engine.rows > 1 else "one at a time"
     if engine.why_one_row and args.max_num_seqs > 1:

@@ -51,6 +51,7 @@ class Outline:
         in QuantisedFormat.split.
     ignored: stored tensors that are not read. linear: the dense matrices of safetensors that can be kept in blocks.
     gguf: the dense tensors of a GGUF file.
+    num_parameters: numbers in all weights, experts too. num_embeddings: of them, those of embedding tables.
     """
 
     config: Any
@@ -64,6 +65,8 @@ class Outline:
     ignored: Ignored = field(default_factory=Ignored)
     linear: DenseMatrices = field(default_factory=DenseMatrices)
     gguf: GgufNames | None = None
+    num_parameters: int = 0
+    num_embeddings: int = 0
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -114,6 +117,7 @@ def outline(folder: Path, index: CheckpointIndex) -> Outline:
     state = meta_model.state_dict()
     dense = {name: state[target] for name, target in placed.items()}
     _check_shapes(folder, dense, {name: index.tensors[name].shape for name in dense.keys() & index.tensors.keys()})
+    num_parameters, num_embeddings = _counts(meta_model)
     return Outline(
         config,
         tuple(one.name for one in found),
@@ -125,6 +129,8 @@ def outline(folder: Path, index: CheckpointIndex) -> Outline:
         components,
         ignored,
         dense_matrices(meta_model, placed, max(layer.num_experts for layer in layers)),
+        num_parameters=num_parameters,
+        num_embeddings=num_embeddings,
     )
 
 
@@ -149,7 +155,25 @@ def _outline_gguf(index: GgufIndex) -> Outline:
     names = name_tensors(index, meta_model, config, modules)
     targets = frozenset(f"{one.name}.{p.name}" for one in found for p in one.parameters)
     classes = frozenset(one.holder_class for one in found)
-    return Outline(config, tuple(modules), ExpertTable(tuple(layers), index), targets, classes, gguf=names)
+    table = ExpertTable(tuple(layers), index)
+    num_parameters, num_embeddings = _counts(meta_model)
+    return Outline(
+        config,
+        tuple(modules),
+        table,
+        targets,
+        classes,
+        gguf=names,
+        num_parameters=num_parameters,
+        num_embeddings=num_embeddings,
+    )
+
+
+def _counts(meta_model: nn.Module) -> tuple[int, int]:
+    """Numbers in the weights of a whole model, tied ones once: all of them, and those of embedding tables."""
+    tables = [module.weight for module in meta_model.modules() if isinstance(module, nn.Embedding)]
+    in_tables = sum(weight.numel() for weight in {id(table): table for table in tables}.values())
+    return sum(parameter.numel() for parameter in meta_model.parameters()), in_tables
 
 
 def load_skeleton(

@@ -90,6 +90,8 @@ class Answers:
                 clock.finished(event.reason, event.prompt_tokens)
                 if event.reason not in ("stop", "length"):
                     what = event.error or f"The answer was ended: {event.reason}."
+                    if event.is_refusal:
+                        raise ApiError(400, what, code="invalid_grammar")
                     status = 503 if event.reason == "cancelled" else 500
                     raise ApiError(status, what, code="engine_error")
             yield index, event

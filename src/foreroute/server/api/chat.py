@@ -21,6 +21,7 @@ from foreroute.server.api.answers import (
 from foreroute.server.api.problems import ApiError
 from foreroute.server.api.schema import ChatRequest
 from foreroute.server.api.sse import EventStream
+from foreroute.server.api.structure import grammar_asked
 from foreroute.server.api.token_text import TokenTexts
 from foreroute.server.api.turns import TurnChoice, TurnRequest, begin_turn
 from foreroute.server.backend import Serving
@@ -46,6 +47,7 @@ async def complete_chat(
     """
     name, stop = check_model(asked.model, settings), check_counts(asked, settings)
     serving.prompts.check_ids(biased_ids(asked, settings), "logit_bias")
+    grammar = await grammar_asked(asked)
     turn = TurnRequest(
         asked.dialogue(),
         [sampling_of(asked, settings, index) for index in range(asked.n or 1)],
@@ -53,6 +55,7 @@ async def complete_chat(
         stop,
         (asked.top_logprobs or 0) if asked.logprobs else None,
         bool(asked.ignore_eos),
+        grammar,
     )
     answers, new_choice = await begin_turn(turn, serving, metrics, settings)
     head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": name}

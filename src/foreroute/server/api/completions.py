@@ -22,6 +22,7 @@ from foreroute.server.api.chat import finite
 from foreroute.server.api.problems import not_possible
 from foreroute.server.api.schema import CompletionRequest
 from foreroute.server.api.sse import EventStream
+from foreroute.server.api.structure import grammar_for
 from foreroute.server.api.token_text import TokenTexts
 from foreroute.server.backend import Serving
 from foreroute.server.settings import ServerSettings
@@ -46,6 +47,7 @@ async def complete(
     n = asked.n or 1
     if n * len(prompts) > settings.limits.prompts:
         raise not_possible("n", f"{len(prompts)} prompts x n {n} is more than {settings.limits.prompts} answers.")
+    grammar = await grammar_for(asked, serving)
     requests = [
         Request(
             prompt_ids=prompt_ids,
@@ -55,6 +57,7 @@ async def complete(
             num_top_logprobs=asked.logprobs,
             wants_prompt_scores=bool(asked.echo) and asked.logprobs is not None,
             ignore_eos=bool(asked.ignore_eos),
+            grammar=grammar,
         )
         for prompt_ids, _ in prompts
         for index in range(n)

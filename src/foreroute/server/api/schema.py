@@ -40,11 +40,6 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "spaces_between_special_tokens": (True,),
     "truncate_prompt_tokens": (),
     "prompt_logprobs": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "structured_outputs": (),
     "add_generation_prompt": (True,),
     "continue_final_message": (False,),
     "chat_template": (),
@@ -53,7 +48,6 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "add_special_tokens": (),
     "typical_p": (1, 1.0),
     "mirostat": (0,),
-    "grammar": (),
     "logits_processors": (),
     "thinking": (),
     "return_token_ids": (False,),
@@ -91,20 +85,6 @@ class StreamOptions(Strict):
     include_obfuscation: Literal[False] | None = None
 
 
-class ResponseFormat(Strict):
-    """`response_format`: only text is supported."""
-
-    type: Literal["text"]
-
-    @model_validator(mode="before")
-    @classmethod
-    def _name_the_others(cls, given: Any) -> Any:
-        kind = given.get("type") if isinstance(given, dict) else None
-        if kind in ("json_object", "json_schema"):
-            raise not_supported("response_format", f"response_format {kind} is not supported: answers are free text.")
-        return given
-
-
 class _Request(Strict):
     """Fields of both kinds of completion."""
 
@@ -123,7 +103,17 @@ class _Request(Strict):
     stop: str | Annotated[list[str], SHORT] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    response_format: ResponseFormat | None = None
+    # Structured output, by all its names: server/api/structure.py.
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: dict[str, Any] | bool | str | None = None
+    guided_regex: str | None = None
+    guided_choice: Annotated[list[str], SHORT] | None = None
+    guided_grammar: str | None = None
+    json_schema: dict[str, Any] | bool | str | None = None
+    regex: str | None = None
+    ebnf: str | None = None
+    grammar: str | None = None
     # As in vLLM: the model's own end token does not end the answer, or not yet. For benchmarks with fixed lengths.
     ignore_eos: bool | None = None
     min_tokens: Whole | None = Field(None, ge=0, lt=2**31)

@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from foreroute.batching.requests import AnswerEvent, Finished, NewToken, Request, Sampling
 from foreroute.server.api.answers import Answers, Choice
 from foreroute.server.api.problems import not_possible, not_supported
+from foreroute.server.api.structure import compiled
 from foreroute.server.backend import Serving
 from foreroute.server.dialogue.messages import Dialogue, Tool
 from foreroute.server.dialogue.parsing.events import CallBegan, Event, ParsedAnswer
@@ -13,13 +15,16 @@ from foreroute.server.dialogue.turn import Turn
 from foreroute.server.settings import ServerSettings
 from foreroute.server.watching.metrics import ServerMetrics
 
+if TYPE_CHECKING:
+    from foreroute.structured.grammar import Grammar
+
 
 @dataclass(frozen=True)
 class TurnRequest:
     """What is asked of the next message, in no API's wire format.
 
     samplings: one for each of the answers. max_new_tokens, stop, num_top_logprobs, ignore_eos: see
-    `batching.requests.Request`.
+    `batching.requests.Request`. grammar: of the answer behind its reasoning, and the field that asked for it.
     """
 
     dialogue: Dialogue
@@ -28,6 +33,7 @@ class TurnRequest:
     stop: Sequence[str] = ()
     num_top_logprobs: int | None = None
     ignore_eos: bool = False
+    grammar: "tuple[str, Grammar] | None" = None
 
 
 class TurnChoice(Choice):
@@ -85,6 +91,13 @@ async def begin_turn(
     turn = await serving.prompts.chat(asked.dialogue)
     if not turn.prompt_ids:
         raise not_possible("messages", "The conversation comes to no token at all.")
+    grammar = None
+    if asked.grammar is not None:
+        name, told = asked.grammar
+        if turn.is_open and turn.thinks is not None:
+            end = turn.thinks[1]
+            told = told.after(serving.prompts.special_id(end) or end)
+        grammar = await compiled(name, told, serving)
     requests = [
         Request(
             prompt_ids=turn.prompt_ids,
@@ -93,6 +106,7 @@ async def begin_turn(
             stop=[*asked.stop, *turn.stops],
             num_top_logprobs=asked.num_top_logprobs,
             ignore_eos=asked.ignore_eos,
+            grammar=grammar,
             shown_special=turn.shown_special,
         )
         for sampling in asked.samplings

@@ -1,0 +1,1 @@
+"""How do lines that a person types become messages?"""
