@@ -109,12 +109,15 @@ class TrainedRoutes:
         """Of the layer after `layer`, the most wanted first."""
         return self._most_wanted(layer + 1)
 
-    def guess_first(self, token_ids: torch.Tensor) -> Sequence[int]:
+    def guess_first(self, token_ids: torch.Tensor, num_rows: int | None = None) -> Sequence[int]:
         """Of layer 0."""
         return self._most_wanted(0)
 
-    def see_first(self, hidden: torch.Tensor, num_rows: int) -> None:
+    def see_first(self, hidden: torch.Tensor, num_rows: int, *, goes_on: bool = False) -> None:
         """The routes are known."""
+
+    def drop_last(self, count: int) -> None:
+        """No token is drafted here."""
 
     def _most_wanted(self, layer: int) -> list[int]:
         votes: dict[int, int] = {}

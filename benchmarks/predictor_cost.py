@@ -12,6 +12,7 @@ import statistics
 import tempfile
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +42,17 @@ class Clocked:
         """The predictor's own, timed."""
         return self._timed(self._predictor.guess, *seen)
 
-    def guess_first(self, token_ids: Any) -> Any:
+    def guess_first(self, *seen: Any) -> Any:
         """The predictor's own, timed."""
-        return self._timed(self._predictor.guess_first, token_ids)
+        return self._timed(self._predictor.guess_first, *seen)
 
-    def see_first(self, *seen: Any) -> Any:
+    def see_first(self, *seen: Any, **how: Any) -> Any:
         """The predictor's own, timed."""
-        return self._timed(self._predictor.see_first, *seen)
+        return self._timed(partial(self._predictor.see_first, **how), *seen)
+
+    def drop_last(self, count: int) -> None:
+        """The predictor's own: no token is drafted here."""
+        self._predictor.drop_last(count)
 
     def reset(self) -> None:
         """Decoding begins."""

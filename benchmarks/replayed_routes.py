@@ -135,12 +135,15 @@ class Replay:
         """Of the layer after `layer`."""
         return self.now[layer + 1][1]
 
-    def guess_first(self, token_ids: torch.Tensor) -> Sequence[int]:
+    def guess_first(self, token_ids: torch.Tensor, num_rows: int | None = None) -> Sequence[int]:
         """Of layer 0."""
         return self.now[0][1]
 
-    def see_first(self, hidden: torch.Tensor, num_rows: int) -> None:
+    def see_first(self, hidden: torch.Tensor, num_rows: int, *, goes_on: bool = False) -> None:
         """The routes are known."""
+
+    def drop_last(self, count: int) -> None:
+        """No token is drafted here."""
 
 
 class Rung:

@@ -14,7 +14,7 @@ from foreroute.units import kept_bytes
 # Reads up to this size take mostly latency, so that two at once take little longer than one.
 _SMALL_EXPERT_BYTES = 2**19
 # Fields whose text may be a path.
-_PATHS = ("predictor", "packed", "trace", "prefix_cache_dir")
+_PATHS = ("predictor", "packed", "trace", "prefix_cache_dir", "draft")
 
 
 def _option(default: Any, help_text: str, choices: tuple[str, ...] = (), *, is_ablation: bool = False) -> Any:
@@ -160,6 +160,12 @@ class EngineConfig:
         'quantised one there, "q4_k-dense-q8_0" or "dense-q8_0" one with quantised dense weights; or give a path',
     )
 
+    draft: str | None = _option(
+        None,
+        'draft tokens that the model verifies several at once, for the same text sooner: "prompt-lookup" finds them in '
+        "the text itself; or the folder or hub id of a small model with the same tokenizer. How many is measured",
+    )
+
     def __post_init__(self) -> None:
         # A torch.device, known by its text, as this module imports no torch.
         if str(self.device) in ("cpu", "cpu:0", "cuda"):
@@ -205,8 +211,9 @@ class Plan:
     such files. math is "ggml", torch's ("own"), or the "family"'s own forward; math_note: why not ggml's, where it
     might be. threads are torch's, of which usable_cpus can run at once (a container may limit them). layout:
     "interleaved" where a packed store has eight rows of its matrices side by side. dense: the type to which dense
-    weights were quantised, by `pack` or at load; else "stored". num_parameters: numbers in all weights, experts
-    too, of which num_embeddings are in embedding tables.
+    weights were quantised, by `pack` or at load; else "stored". draft: what drafts tokens, "" for nothing; draft_bytes:
+    its weights in memory. num_parameters: numbers in all weights, experts too, of which num_embeddings are in
+    embedding tables.
     """
 
     folder: str
@@ -244,6 +251,8 @@ class Plan:
     math_note: str = ""
     layout: str = "plain"
     dense: str = "stored"
+    draft: str = ""
+    draft_bytes: int = 0
     num_parameters: int = 0
     num_embeddings: int = 0
 

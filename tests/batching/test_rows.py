@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -97,6 +97,9 @@ class Tape:
 @pytest.mark.parametrize("window", [None, 6])
 @settings(max_examples=120, deadline=None)
 @given(events=st.lists(_EVENTS, min_size=1, max_size=14))
+# Rows of more tokens than they brought, moved where there are no columns before them, or another row's.
+@example(events=[("join", 7), ("join", 12), ("step", [2, 1, 1, 1])])
+@example(events=[("join", 12), ("step", [4] * 4), ("leave", 0), ("join", 3), ("join", 12), ("step", [2, 1, 1, 1])])
 def test_every_row_keeps_its_own(window, events):
     tape = Tape(window)
     for what, arg in events:

@@ -18,6 +18,7 @@ from foreroute.errors import ForerouteError, PromptError
 # For every field: the flags, and what they ask for. A new field fails the test below until it stands here.
 ASKED = {
     "memory": (["--memory", "8GiB"], "8GiB"),
+    "draft": (["--draft", "prompt-lookup"], "prompt-lookup"),
     "eviction": (["--eviction", "lru"], "lru"),
     "prefetch": (["--prefetch", "none"], "none"),
     "predictor": (["--predictor", "no"], "no"),

@@ -28,7 +28,7 @@ class Guesses:
         self.asked += 1
         return [1, 2, 3, 4]
 
-    def guess_first(self, token_ids: Any) -> list[int]:
+    def guess_first(self, token_ids: Any, num_rows: Any = None) -> list[int]:
         self.asked += 1
         return [5, 6]
 

@@ -10,6 +10,7 @@ import torch
 
 from foreroute.batching.requests import AnswerEvent, Finished, NewToken, PromptProgress, PromptScored, Request, Top
 from foreroute.batching.sampler import Sampler, score
+from foreroute.drafting.drafters import Drafter
 from foreroute.loading.offloaded_model import OffloadedModel
 from foreroute.model.generation_settings import stop_strings
 from foreroute.model.text import StopText, TextPieces
@@ -29,6 +30,7 @@ class Answer:
         num_cached: those of them that came from an earlier request. num_prompt: tokens of the prompt.
         stops: numbers of tokens at which a chunk of the prompt shall end, so that others can continue there.
         shared: with how many tokens other prompts begin like this one, as far as that was looked at.
+        drafter: of its next tokens, once something was drafted.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class Answer:
         self.ids = list(request.prompt_ids)
         self.reserved = len(self.ids) + most_new
         self.num_computed = self.num_cached = 0
+        self.drafter: Drafter | None = None
         self._on_event = on_event
         self.num_prompt, self._most_new = len(self.ids), most_new
         self.stops: set[int] = set()
@@ -106,6 +109,11 @@ class Answer:
             logprob, top = score(row.float(), token, self.request.num_top_logprobs or 0)
             self._logprobs.append(logprob)
             self._tops.append(top)
+
+    @property
+    def num_left(self) -> int:
+        """Tokens that the answer may still get."""
+        return self.reserved - len(self.ids)
 
     @property
     def wants_none(self) -> bool:

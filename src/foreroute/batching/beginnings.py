@@ -8,10 +8,13 @@ from typing import Any
 from foreroute.batching.answer import Answer
 from foreroute.batching.row_layers import BEFORE_WINDOW
 from foreroute.batching.rows import OneRow, RowsCache
+from foreroute.errors import ForerouteError
 from foreroute.generation.prefix_cache import Beginning, PrefixCounts, PromptCache
 from foreroute.generation.prefix_files import PrefixFiles
 from foreroute.generation.prefix_tree import common_length
 from foreroute.loading.offloaded_model import OffloadedModel
+from foreroute.memory.serving import keeps_prompts, state_bytes_without_experts
+from foreroute.memory.serving_budget import kept_prompt_bytes
 from foreroute.model.caches import needs_state, only_windows
 
 _LOG = logging.getLogger(__name__)
@@ -121,3 +124,24 @@ class Beginnings:
         except (RuntimeError, MemoryError):
             # Only a copy for later requests: without memory for it, running ones go on.
             _LOG.warning("A prompt was not kept for the next request", exc_info=True)
+
+
+def beginnings_of(model: OffloadedModel, kv_bytes: int, kv_tokens: int, folder: Path | None) -> Beginnings | None:
+    """What keeps beginnings of the prompts to `model`; None where they are not kept.
+
+    Args:
+        kv_bytes, kv_tokens: of the full KV cache. folder: see `Beginnings`.
+    Raises:
+        ForerouteError: a folder is given, and nothing would be kept in it, or it cannot be used.
+    """
+    handle = model.foreroute
+    states = state_bytes_without_experts(model, handle.layers)
+    max_bytes = kept_prompt_bytes(kv_bytes, handle.plan.prefix_cache, states)
+    if keeps_prompts(model) and max_bytes > 0:
+        return Beginnings(model, max_bytes, kv_bytes // kv_tokens, folder)
+    if folder is not None:
+        raise ForerouteError(
+            "Prompts of this model are not kept (docs/limitations.md says of which), or --prefix-cache is 0. "
+            "Leave --prefix-cache-dir out."
+        )
+    return None

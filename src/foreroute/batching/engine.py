@@ -13,16 +13,16 @@ from typing import Any
 import torch
 
 from foreroute.batching.answer import Answer
-from foreroute.batching.beginnings import Beginnings
+from foreroute.batching.beginnings import beginnings_of
+from foreroute.batching.drafts import drafts_of
 from foreroute.batching.encoded_row import EncodedRow
 from foreroute.batching.requests import AnswerEvent, EngineState, Finished, Request
-from foreroute.batching.rows import UNREADABLE, OneRow, RowsCache, can_be_padded, why_not_batched
-from foreroute.engine.interfaces import Phase
+from foreroute.batching.rows import OneRow, RowsCache, can_be_padded, step_rows, why_not_batched
 from foreroute.errors import ContextLengthError, ForerouteError, GrammarError, PromptError, QueueFullError
 from foreroute.generation.prefix_cache import PrefixCounts
 from foreroute.loading.offloaded_model import OffloadedModel, handle_of
-from foreroute.memory.serving import keeps_prompts, planned_kv_bytes_per_token, state_bytes_without_experts
-from foreroute.memory.serving_budget import MOST_SCORED_WHOLE, SCORED_AT_ONCE, choose_kv_tokens, kept_prompt_bytes
+from foreroute.memory.serving import keeps_prompts, planned_kv_bytes_per_token
+from foreroute.memory.serving_budget import MOST_SCORED_WHOLE, SCORED_AT_ONCE, choose_kv_tokens
 from foreroute.model.generation_settings import end_tokens
 
 _LOG = logging.getLogger(__name__)
@@ -45,6 +45,7 @@ class BatchEngine:
         prefix_folder: where beginnings of prompts are kept for a later process; None: nowhere.
     Raises:
         ForerouteError: that folder cannot be written, or is in use by another process with this model.
+        RefusedError: a draft was asked for, and what is not chosen could not be taken back.
 
     Attributes:
         rows: most requests computed at once: 1 where the model cannot be batched. why_one_row: the reason, or "".
@@ -72,16 +73,8 @@ class BatchEngine:
         self._ends = end_tokens(model.generation_config)
         self._can_continue = keeps_prompts(model)
         self._can_pad = not self.why_one_row and can_be_padded(model)
-        states = state_bytes_without_experts(model, handle.layers)
-        most_kept = kept_prompt_bytes(self.kv_bytes, handle.plan.prefix_cache, states)
-        per_token = self.kv_bytes // self.kv_tokens
-        is_kept = self._can_continue and most_kept > 0
-        if prefix_folder is not None and not is_kept:
-            raise ForerouteError(
-                "Prompts of this model are not kept (docs/limitations.md says of which), or --prefix-cache is 0. "
-                "Leave --prefix-cache-dir out."
-            )
-        self._kept = Beginnings(model, most_kept, per_token, prefix_folder) if is_kept else None
+        self._drafts = drafts_of(model, self.why_one_row, can_pad=self._can_pad)
+        self._kept = beginnings_of(model, self.kv_bytes, self.kv_tokens, prefix_folder)
         # The lock guards these; computing needs none, as only one thread computes.
         self._changed = threading.Condition()
         self._waiting: deque[Answer] = deque()
@@ -144,6 +137,7 @@ class BatchEngine:
     def state(self) -> EngineState:
         """See requests.Engine."""
         counts = PrefixCounts() if self._kept is None else self._kept.counts
+        drafts = self._drafts
         with self._changed:
             return EngineState(
                 running=len(self._joining) + len(self._running),
@@ -154,6 +148,9 @@ class BatchEngine:
                 prefix_lookups=counts.lookups,
                 prefix_hits=counts.hits,
                 prefix_tokens=counts.tokens_saved,
+                drafted=None if drafts is None else drafts.drafted,
+                accepted=None if drafts is None else drafts.accepted,
+                verify_steps=None if drafts is None else drafts.verify_steps,
             )
 
     def close(self) -> None:
@@ -247,7 +244,7 @@ class BatchEngine:
         chunks = [answer.next_chunk(self._most_at_once(answers)) for answer in answers]
         wants_scores = any(answer.request.wants_prompt_scores for answer in answers)
         try:
-            outcomes = self._step(self._prompts, chunks, "prefill", all_logits=wants_scores)
+            outcomes = step_rows(self._prompts, chunks, "prefill", all_logits=wants_scores)
         except Exception as error:  # noqa: BLE001  reported to the requests in prefill
             self._fail(self._joining, error)
             self._prompts = self._no_rows()
@@ -312,42 +309,55 @@ class BatchEngine:
                 self._end(answer, end)
 
     def _decode(self) -> None:
-        """Compute one token for every row."""
+        """Compute one token for every row, or some where others were drafted."""
+        answers, drafts = list(self._running), self._drafts
+        drafted = [list[int]()] * len(answers) if drafts is None else drafts.think(answers)
+        tokens = [[answer.ids[-1], *some] for answer, some in zip(answers, drafted, strict=True)]
         try:
-            outcomes = self._step(self._batch, [answer.ids[-1:] for answer in self._running], "decode")
+            if drafts is not None and any(drafted):
+                with drafts.alike(len(answers)):
+                    outcomes = step_rows(self._batch, tokens, "verify", all_logits=True)
+            else:
+                outcomes = step_rows(self._batch, tokens, "decode")
         except Exception as error:  # noqa: BLE001  reported to the requests that decode
             self._fail(self._running, error)
             self._batch = self._no_rows()
             return
         ended: dict[Answer, Finished] = {}
-        for answer, outcome in zip(self._running, outcomes, strict=True):
-            end = _failed(answer, outcome) if isinstance(outcome, Exception) else self._next_token(answer, outcome[-1])
+        dropped: list[int] = []
+        for answer, some, outcome in zip(answers, drafted, outcomes, strict=True):
+            end: Finished | None
+            if isinstance(outcome, Exception):
+                end, num_kept = _failed(answer, outcome), len(some)
+            else:
+                end, num_kept = self._next_tokens(answer, some, outcome[-len(some) - 1 :])
+            dropped.append(len(some) - num_kept)
             if end is not None:
                 ended[answer] = end
+        if drafts is not None:
+            drafts.ended(drafted, dropped)
+        self._batch.drop(dropped)
         self._take_out(ended)
 
-    def _next_token(self, answer: Answer, logits: torch.Tensor) -> Finished | None:
-        answer.num_computed += 1
-        if answer.is_short_of_room:
-            rows = len(self._joining) + len(self._running)
-            answer.extend(min(answer.reserved + _ROOM_AT_ONCE, self.kv_tokens // rows))
-        try:
-            row = logits.float().cpu()
-            return answer.advance(row, int(row.argmax()), self._ends)
-        except Exception as error:  # noqa: BLE001  reported to its request
-            return _failed(answer, error)
+    def _next_tokens(self, answer: Answer, drafted: Sequence[int], logits: torch.Tensor) -> tuple[Finished | None, int]:
+        """Choose tokens by `logits` [positions, vocabulary], while they are those that were drafted, and one more.
 
-    def _step(
-        self, rows: RowsCache | OneRow, tokens: Sequence[Sequence[int]], phase: Phase, *, all_logits: bool = False
-    ) -> Sequence[torch.Tensor | ForerouteError]:
-        """Return per row its logits [positions, vocabulary], or the error where one of its experts cannot be read."""
-        try:
-            return list(rows.step(tokens, phase, all_logits=all_logits))
-        except UNREADABLE:
-            if not isinstance(rows, RowsCache) or len(tokens) == 1:
-                raise
-            _LOG.warning("an expert could not be read: the rows of this step are computed one by one")
-            return rows.step_apart(tokens, phase, all_logits=all_logits)
+        Returns:
+            The last event, if the answer has ended; and how many of the drafted tokens it keeps.
+        """
+        for at, row_logits in enumerate(logits):
+            answer.num_computed += 1
+            if answer.is_short_of_room:
+                rows = len(self._joining) + len(self._running)
+                answer.extend(min(answer.reserved + _ROOM_AT_ONCE, self.kv_tokens // rows))
+            try:
+                row = row_logits.float().cpu()
+                end = answer.advance(row, int(row.argmax()), self._ends)
+            except Exception as error:  # noqa: BLE001  reported to its request
+                return _failed(answer, error), at
+            if end is not None or at == len(drafted) or answer.ids[-1] != drafted[at]:
+                return end, at
+        raise AssertionError("there are logits behind the last drafted token")
 
     def _take_out(self, ended: dict[Answer, Finished]) -> None:
         """Remove ended rows from decoding."""

@@ -107,6 +107,8 @@ class EngineState:
 
     prefix_bytes: kept of earlier prompts. So far: prompts that were looked up there, hits, and tokens that were not
     computed again.
+    drafted, accepted, verify_steps: tokens that were drafted, those that answers kept, and the steps that verified
+    them, so far; None where nothing drafts.
     """
 
     running: int
@@ -117,6 +119,9 @@ class EngineState:
     prefix_lookups: int = 0
     prefix_hits: int = 0
     prefix_tokens: int = 0
+    drafted: int | None = None
+    accepted: int | None = None
+    verify_steps: int | None = None
 
 
 class Engine(Protocol):

@@ -1,4 +1,4 @@
-"""Attention of one new token per row, row by row over its own keys: its bits are those that it has alone.
+"""Attention of each row's new tokens, one by one over its own keys: their bits are those that they have alone.
 
 Over the padded keys of all rows they are not: sums are split by columns, and padding moves a row's. A call per row and
 layer costs some 20 us.
@@ -22,7 +22,7 @@ _running = threading.local()
 
 
 class RowAttention:
-    """Replaces a model's own attention while several rows get one token each.
+    """Replaces a model's own attention while several rows get one token each, or some that are verified.
 
     Args:
         model: `attends_by_interface` of it is true.
@@ -61,16 +61,25 @@ class _Step:
 def _attend(
     module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **kwargs: Any
 ) -> tuple[torch.Tensor, None]:
-    """As transformers' attention functions: query [rows, heads, 1, size]; keys, values [rows, heads, columns, size].
+    """As transformers' attention functions: query [rows, heads, positions, size]; keys, values [rows, heads, columns,
+    size]. Rows' positions and columns end together.
 
     The names of arguments are theirs: some families give the mask by name.
     """
     step: _Step = _running.step
     step.calls += 1
     assert attention_mask is None, "all that a row holds is seen"
-    assert query.shape[2] == 1, "one token per row"
     own, layer, outputs = function_of(module, step.own), step.layers[module.layer_idx], []
-    for at in range(len(query)):
-        one, seen = slice(at, at + 1), slice(key.shape[2] - layer.num_seen(at), None)
-        outputs.append(own(module, query[one], key[one, :, seen], value[one, :, seen], None, **kwargs)[0])
+    num_rows, heads, positions, _ = query.shape
+    for at in range(num_rows):
+        row, of_row = slice(at, at + 1), []
+        for behind in reversed(range(positions)):
+            num_seen, end = layer.num_seen(at, behind), key.shape[2] - behind
+            if not num_seen:
+                of_row.append(query.new_zeros(1, 1, heads, value.shape[-1]))
+                continue
+            one, seen = slice(positions - 1 - behind, positions - behind), slice(end - num_seen, end)
+            one_query = query[row, :, one]
+            of_row.append(own(module, one_query, key[row, :, seen], value[row, :, seen], None, **kwargs)[0])
+        outputs.append(of_row[0] if positions == 1 else torch.cat(of_row, 1))
     return torch.cat(outputs), None

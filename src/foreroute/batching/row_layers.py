@@ -94,7 +94,7 @@ class RowLayer(DynamicLayer):
                 states[:num_rows, :, begin:end] = added
                 continue
             for at, (had, new) in enumerate(zip(rows.had, rows.new, strict=True)):
-                held, shift = self._kept(had), positions - new
+                held, shift = self._held_of(at, had), positions - new
                 if held and shift:
                     states[at, :, begin - held + shift : begin + shift] = states[at, :, begin - held : begin].clone()
                 # Padding is not copied: its keys may be NaN, which a weight of zero does not cancel.
@@ -119,9 +119,14 @@ class RowLayer(DynamicLayer):
     def begin_step(self) -> None:
         """Do nothing: what a step adds is behind what was held."""
 
-    def num_seen(self, at: int) -> int:
-        """Columns that the row's last new token sees, in a step: all that it has, or a window of them."""
-        held = self._rows.had[at] + self._rows.new[at]
+    def num_seen(self, at: int, behind: int = 0) -> int:
+        """Columns that a new token of the row sees, in a step: all that it has, or a window of them.
+
+        behind: new tokens behind that one; it sees nothing, and is padding, where there are not as many.
+        """
+        held = self._rows.had[at] + self._rows.new[at] - behind
+        if behind >= self._rows.new[at]:
+            return 0
         return held if self._window is None else min(held, self._window)
 
     def join(self, new: Sequence[tuple[DynamicLayer | None, int]]) -> None:
@@ -167,11 +172,24 @@ class RowLayer(DynamicLayer):
             return
         begin, positions = self._began, self._end - self._began
         for at, (had, new) in enumerate(zip(self._rows.had, self._rows.new, strict=True)):
-            held, shift = self._kept(had), positions - new
+            held, shift = self._held_of(at, had), positions - new
             if held and shift:
                 for states in (self.keys, self.values):
                     states[at, :, begin - held : begin] = states[at, :, begin - held + shift : begin + shift].clone()
         self._end, self._last_step = begin, 0
+
+    def drop(self, counts: Sequence[int]) -> None:
+        """Take back the last tokens of each row, of those that the last step has added."""
+        if not self.is_initialized:
+            return
+        least = min(counts)
+        end = self._end - least
+        for at, count in enumerate(counts):
+            held, shift = self._held_of(at, self._rows.had[at] - count), count - least
+            if held and shift:
+                for states in (self.keys, self.values):
+                    states[at, :, end - held : end] = states[at, :, end - held - shift : end - shift].clone()
+        self._end = end
 
     def trim(self) -> None:
         """Free memory of rows that have left, where that is worth a copy of the others."""
@@ -188,9 +206,9 @@ class RowLayer(DynamicLayer):
         alone: Any = copy.copy(like)
         if not self.is_initialized or self._rows.had[at] == 0:
             return alone
-        had, num = self._rows.had[at], self._kept(self._rows.had[at])
+        num = self._held_of(at, self._rows.had[at])
         if self._window is not None:
-            num = min(num, self._window - 1 + more, had - self._first.get(at, 0))
+            num = min(num, self._window - 1 + more)
         held = slice(self._end - num, self._end)
         alone.lazy_initialization(self.keys, self.values)
         alone.keys, alone.values = (states[at : at + 1, :, held] for states in (self.keys, self.values))
@@ -199,6 +217,10 @@ class RowLayer(DynamicLayer):
         if isinstance(alone, DynamicSlidingWindowLayer):
             alone.cumulative_length = self._rows.had[at]
         return alone
+
+    def _held_of(self, at: int, had: int) -> int:
+        """Columns of the row at `at`, of `had` tokens: what is kept of them, but for what it did not bring."""
+        return min(self._kept(had), had - self._first.get(at, 0))
 
     def _kept(self, had: int) -> int:
         return had if self._window is None else min(had, self._window - 1 + BEFORE_WINDOW)

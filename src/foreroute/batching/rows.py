@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -28,6 +29,7 @@ from foreroute.model.caches import (
 )
 from foreroute.model.decode.attention import attends_by_interface
 
+_LOG = logging.getLogger(__name__)
 # Kinds of layers whose rows are independent of each other, by their names in transformers' configs.
 _KINDS = frozenset({
     "full_attention", "sliding_attention", "linear_attention", "conv", "hybrid", "hybrid_sliding", "moe", "mlp",
@@ -78,6 +80,7 @@ class RowsCache:
         self._cache = copy.copy(template)
         self._cache.layers = [rows_layer(self._rows, layer) for layer in template.layers]
         self._last_only = last_logits_only(model)
+        self._num_dropped = 0
         # Other kernels round a row differently in a batch than alone: attention by row would gain nothing there.
         is_alike = model.foreroute.plan.math == "ggml" and attends_by_interface(model)
         is_alike = is_alike and all(type(layer) is RowLayer for layer in self._cache.layers)
@@ -149,7 +152,8 @@ class RowsCache:
 
         Args:
             tokens: per row, at least one.
-            phase: "prefill" for chunks of prompts, "decode" for one chosen token each.
+            phase: "prefill" for chunks of prompts, "decode" for one chosen token each, "verify" for these and
+                drafted ones, which `drop` takes back.
             all_logits: return those of every position.
         Returns:
             logits [rows, positions, vocabulary], aligned at their ends: of all positions if all_logits or if the
@@ -164,7 +168,7 @@ class RowsCache:
         total = torch.tensor([had + new for had, new in zip(rows.had, rows.new, strict=True)], device=device)[:, None]
         from_end = torch.arange(most - 1, -1, -1, device=device)[None]
         kwargs: dict[str, Any] = {"position_ids": (total - 1 - from_end).clamp(min=0)}
-        by_row = self._attention if phase == "decode" and most == 1 and len(tokens) > 1 else None
+        by_row = self._attention if phase != "prefill" and len(tokens) > 1 else None
         is_padded = min(rows.had[at] + rows.new[at] for at in range(len(tokens))) < width
         if is_padded and by_row is None:
             kwargs["attention_mask"] = (torch.arange(width, device=device)[None] >= width - total).long()
@@ -175,7 +179,9 @@ class RowsCache:
         if min(rows.new) < most:
             assert can_be_padded(model), "rows of one length, or an engine that leaves padding out"
             padding = (from_end >= real).flatten()
-        info = StepInfo.of(phase, ids, padding, is_start=self._cache.get_seq_length() == 0)
+        is_start = self._cache.get_seq_length() == 0
+        info = StepInfo.of(phase, ids, padding, is_start=is_start, num_dropped=self._num_dropped)
+        self._num_dropped = 0
         layers: list[Any] = self._cache.layers
         for layer in layers:
             layer.begin_step()
@@ -188,6 +194,17 @@ class RowsCache:
         rows.end()
         logits: torch.Tensor = out.logits
         return logits
+
+    def drop(self, counts: Sequence[int]) -> None:
+        """Take back the last tokens of each row, of those that the last step has added."""
+        if not any(counts):
+            return
+        layers: list[Any] = self._cache.layers
+        for layer in layers:
+            layer.drop(counts)
+        self._rows.set([had - count for had, count in zip(self._rows.had, counts, strict=True)])
+        # Where rows differ, guesses of some are made of an earlier place.
+        self._num_dropped = max(counts)
 
     def step_apart(
         self, tokens: Sequence[Sequence[int]], phase: Phase, *, all_logits: bool = False
@@ -244,6 +261,9 @@ class OneRow:
         """Return the row's cache; never a copy, and with nothing `more`."""
         return self._cache
 
+    def drop(self, counts: Sequence[int]) -> None:
+        """Do nothing: nothing is drafted."""
+
     def trim(self) -> None:
         """Do nothing: there is no other row's memory to free."""
 
@@ -260,3 +280,22 @@ class OneRow:
         self.lengths = [self.lengths[0] + len(tokens[0])]
         logits: torch.Tensor = out.logits
         return logits
+
+
+def step_rows(
+    rows: RowsCache | OneRow, tokens: Sequence[Sequence[int]], phase: Phase, *, all_logits: bool = False
+) -> Sequence[torch.Tensor | ForerouteError]:
+    """Compute a step, as `RowsCache.step`, and where an expert cannot be read the rows one by one.
+
+    Returns:
+        Per row its logits [positions, vocabulary], or the error where one of its experts cannot be read.
+    Raises:
+        ReadError, ChecksumError: an expert of the only row cannot be read.
+    """
+    try:
+        return list(rows.step(tokens, phase, all_logits=all_logits))
+    except UNREADABLE:
+        if not isinstance(rows, RowsCache) or len(tokens) == 1:
+            raise
+        _LOG.warning("an expert could not be read: the rows of this step are computed one by one")
+        return rows.step_apart(tokens, phase, all_logits=all_logits)

@@ -47,13 +47,16 @@ class Oracle:
         """Experts of MoE layer `layer + 1`; hidden [tokens, hidden], ids and weights [tokens, k] are ignored."""
         return self._of(self._pass, layer + 1)
 
-    def guess_first(self, token_ids: torch.Tensor) -> Sequence[int]:
+    def guess_first(self, token_ids: torch.Tensor, num_rows: int | None = None) -> Sequence[int]:
         """Experts of MoE layer 0 in the pass that begins; token_ids [tokens] are ignored."""
         return self._of(self._pass + 1, 0)
 
-    def see_first(self, hidden: torch.Tensor, num_rows: int) -> None:
+    def see_first(self, hidden: torch.Tensor, num_rows: int, *, goes_on: bool = False) -> None:
         """Count a pass that has reached layer 0; hidden [tokens, hidden] and num_rows are ignored."""
         self._pass += 1
+
+    def drop_last(self, count: int) -> None:
+        """No token is drafted here."""
 
     def _of(self, at: int, layer: int) -> Sequence[int]:
         return self._routes[at][layer] if 0 <= at < len(self._routes) else ()

@@ -176,6 +176,7 @@ def report_rows(report: "GenerationReport", plan: Plan) -> list[Row]:
          f"{plan.num_slots} of {plan.total_slots} experts fit {format_memory(plan.memory_bytes)}"),
         ("prefetches", f"{f['prefetch_used']:,} used", f"of {f['prefetch_loads']:,} experts prefetched"),
         *_governor_rows(report),
+        *_draft_rows(report),
         ("peak RSS", format_memory(report.peak_rss_bytes), ""),
     ]  # fmt: skip
 
@@ -194,6 +195,18 @@ def _governor_rows(report: "GenerationReport") -> list[Row]:
     now = {0.0: "off", 1.0: "full"}.get(report.prefetch_share, f"{report.prefetch_share:.0%}")
     off, steps = report.stats.decode.steps_without_prefetch, report.stats.decode.steps
     return [("prefetching", "trying" if report.prefetch_why == "trying" else now, f"off in {off} of {steps} steps")]
+
+
+def _draft_rows(report: "GenerationReport") -> list[Row]:
+    """Rows on drafted tokens, where some could be."""
+    if report.draft_length is None:
+        return []
+    f = report.figures()
+    now = f"{report.draft_length} at a time now" if report.draft_length else "off now: without is faster"
+    return [
+        ("drafted", f"{_count(report.accepted, f['acceptance_rate'])}", f"accepted of {report.drafted:,}; {now}"),
+        ("tokens a step", number(f["tokens_per_step"], ""), f"{report.verify_steps:,} steps verified a draft"),
+    ]
 
 
 def inert_features(plan: Plan, evictions: int, prefetch_used: int) -> list[str]:

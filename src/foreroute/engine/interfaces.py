@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 
@@ -10,19 +10,24 @@ from foreroute.engine.approximation import Approximation
 from foreroute.predict.governor import Governor
 from foreroute.transfer.base import Completion
 
-Phase = Literal["prefill", "decode"]
+# The order of their counts in `EngineStats`.
+Phase = Literal["prefill", "decode", "verify"]
+PHASES: tuple[Phase, ...] = get_args(Phase)
+# Positions of a row that a verify step has at most: its experts are pinned together, as a decoded token's are.
+MOST_VERIFIED = 16
 
 
 @dataclass(slots=True)
 class PhaseStats:
-    """Counts of one phase (prefill or decode).
+    """Counts of one phase (prefill, decode or verify).
 
-    steps: forward passes. tokens: positions computed, with a batch's padding but not that of a server's prompts.
+    steps: forward passes. tokens: positions computed, with a batch's padding but not that of a server's prompts, and
+    with drafted tokens that were not accepted.
     prefetch_used / prefetch_wasted: prefetched experts that this phase demanded / evicted before any demand.
     hits / late_hits / misses: demanded experts that were resident / in flight / absent.
     demand_loads: experts read because a router asked. prefetch_loads: experts read because of a guess.
-    layers / stalled_layers: MoE layers computed / those that waited for an expert. Decode alone.
-    first_waited: late hits and misses of a decode step's first MoE layer. Decode alone.
+    layers / stalled_layers: MoE layers computed / those that waited for an expert. Not of prompts.
+    first_waited: late hits and misses of a decode step's first MoE layer. Not of prompts.
     substituted: demanded experts that were substituted; not among hits, late hits and misses.
     deferred_loads: reads of substituted experts, for later tokens.
     steps_without_prefetch: decode steps in which the governor had switched prefetch off.
@@ -59,27 +64,42 @@ class PhaseStats:
 
 @dataclass(slots=True)
 class EngineStats:
-    """Counters of both phases, and of the pool since the last reset.
+    """Counters of each phase, and of the pool since the last reset.
 
     read_retries: reads that failed transiently (an I/O error, a stale handle), and were retried.
     """
 
     prefill: PhaseStats = field(default_factory=PhaseStats)
     decode: PhaseStats = field(default_factory=PhaseStats)
+    verify: PhaseStats = field(default_factory=PhaseStats)
     evictions: int = 0
     read_bytes: int = 0
     read_s: float = 0.0
     read_retries: int = 0
 
     @property
+    def phases(self) -> tuple[PhaseStats, ...]:
+        """The counts of each phase, in the order of `PHASES`."""
+        return (self.prefill, self.decode, self.verify)
+
+    def of(self, phase: Phase) -> PhaseStats:
+        """The counts of `phase`."""
+        return self.phases[PHASES.index(phase)]
+
+    @property
+    def answers(self) -> PhaseStats:
+        """The counts of answers: of decode and verify steps together."""
+        return summed((self.decode, self.verify))
+
+    @property
     def prefetch_used(self) -> int:
-        """Prefetched experts that were demanded, in both phases."""
-        return self.prefill.prefetch_used + self.decode.prefetch_used
+        """Prefetched experts that were demanded, in all phases."""
+        return sum(phase.prefetch_used for phase in self.phases)
 
     @property
     def prefetch_wasted(self) -> int:
-        """Prefetched experts that were evicted before any demand, in both phases."""
-        return self.prefill.prefetch_wasted + self.decode.prefetch_wasted
+        """Prefetched experts that were evicted before any demand, in all phases."""
+        return sum(phase.prefetch_wasted for phase in self.phases)
 
     def as_dict(self) -> dict[str, Any]:
         """All counters as a nested dict, for traces."""
@@ -90,7 +110,8 @@ class EngineStats:
         return EngineStats(
             _difference(self.prefill, earlier.prefill),
             _difference(self.decode, earlier.decode),
-            *(getattr(self, f.name) - getattr(earlier, f.name) for f in fields(self)[2:]),
+            _difference(self.verify, earlier.verify),
+            *(getattr(self, f.name) - getattr(earlier, f.name) for f in fields(self)[len(PHASES) :]),
         )
 
 
@@ -107,10 +128,12 @@ def _difference(now: PhaseStats, earlier: PhaseStats) -> PhaseStats:
 class StepInfo:
     """One forward pass of [num_rows, num_positions] tokens, as described by the loop that runs it.
 
-    phase: "prefill" computes a prompt or a chunk of one, even of one token; "decode" one new token per row.
+    phase: "prefill" computes a prompt or a chunk of one, even of one token; "decode" one new token per row; "verify" a
+        new token and those drafted after it, at most MOST_VERIFIED per row, of which some may be dropped afterwards.
     token_ids: [num_rows, num_positions] int64; None when embeddings are given instead.
     padding: [num_rows x num_positions] bool, True at padding, which experts skip; None: no padding.
     is_start: no step precedes it in its sequence.
+    num_dropped: positions at the end of the step before that were dropped after it, as the model did not choose them.
     """
 
     phase: Phase
@@ -119,14 +142,21 @@ class StepInfo:
     token_ids: torch.Tensor | None = None
     padding: torch.Tensor | None = None
     is_start: bool = False
+    num_dropped: int = 0
 
     @classmethod
     def of(
-        cls, phase: Phase, token_ids: torch.Tensor, padding: torch.Tensor | None = None, *, is_start: bool = False
+        cls,
+        phase: Phase,
+        token_ids: torch.Tensor,
+        padding: torch.Tensor | None = None,
+        *,
+        is_start: bool = False,
+        num_dropped: int = 0,
     ) -> "StepInfo":
-        """Make the `phase` step of `token_ids` [rows, positions]; padding [rows x positions], is_start as above."""
+        """Make the `phase` step of `token_ids` [rows, positions]; the others as above."""
         num_rows, num_positions = token_ids.shape
-        return cls(phase, num_rows, num_positions, token_ids, padding, is_start)
+        return cls(phase, num_rows, num_positions, token_ids, padding, is_start, num_dropped)
 
     @property
     def is_prefill(self) -> bool:
@@ -188,11 +218,20 @@ class PrefetchSource(Protocol):
         hidden: [tokens, hidden], the router's input. ids, weights: [tokens, k], its routing.
         """
 
-    def guess_first(self, token_ids: torch.Tensor) -> Sequence[int]:
-        """Return expert ids of a decode step's first MoE layer for its `token_ids` [tokens], as above."""
+    def guess_first(self, token_ids: torch.Tensor, num_rows: int | None = None) -> Sequence[int]:
+        """Return expert ids of a decode step's first MoE layer for its `token_ids` [rows x positions], as above.
 
-    def see_first(self, hidden: torch.Tensor, num_rows: int) -> None:
-        """Take the router input `hidden` [num_rows x positions, hidden] of that layer, in every step."""
+        num_rows: as many as tokens, if None.
+        """
+
+    def see_first(self, hidden: torch.Tensor, num_rows: int, *, goes_on: bool = False) -> None:
+        """Take the router input `hidden` [num_rows x positions, hidden] of that layer, in every step.
+
+        goes_on: several positions follow those before; else they begin a text.
+        """
+
+    def drop_last(self, count: int) -> None:
+        """Forget the last `count` positions of each row, which `see_first` was given: the text goes on without them."""
 
 
 class StepObserver:

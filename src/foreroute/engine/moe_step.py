@@ -11,7 +11,7 @@ from math import inf
 import torch
 
 from foreroute.engine.approximation import Approximation
-from foreroute.engine.interfaces import EngineStats, RoutingListener, StepInfo
+from foreroute.engine.interfaces import EngineStats, Phase, RoutingListener, StepInfo
 from foreroute.engine.pool import ExpertPool
 from foreroute.engine.prefetcher import Prefetcher
 from foreroute.kernels.layer import ExpertListener, LayerKernels, LayerSum
@@ -65,6 +65,11 @@ class MoeStep:
         self._most_pinned = [part.num_slots - part.staging_slots for part in pool.by_layer]
 
     @property
+    def phase(self) -> Phase:
+        """Of the current (or last) step."""
+        return self._info.phase
+
+    @property
     def governor(self) -> Governor | None:
         """The current governor of prefetch; None when prefetch is not governed."""
         return self.prefetcher.governor
@@ -83,6 +88,14 @@ class MoeStep:
         self.pool.begin_step(info)
         self.prefetcher.begin_step(info)
         self._is_mid_step = False
+
+    def expect(self, token_ids: torch.Tensor, num_rows: int) -> None:
+        """Prefetch the first layer's experts of tokens [rows x positions] that the next step is going to compute.
+
+        For a draft, between two steps: reads then overlap the drafting of later tokens.
+        """
+        if not self._is_mid_step:
+            self.prefetcher.guess_first(token_ids, num_rows)
 
     def compute(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Compute the weighted sum of the routed experts of MoE layer `layer`.
@@ -132,12 +145,13 @@ class MoeStep:
         if self.routing_listener is not None:
             self.routing_listener(layer, hidden, ids, weights)
         if layer == self.prefetcher.first_layer and self._info.padding is None:
-            self.prefetcher.see_first(hidden, self._info.num_rows)
+            self.prefetcher.see_first(hidden, self._info.num_rows, goes_on=self._info.phase == "verify")
 
     def _compute(
         self, layer: int, routed: list[list[int]], hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
-        policies = None if self.is_prefill or self.policies.is_exact else self.policies
+        # A verify step is exact too: under a policy, what it accepts would depend on the drafted tokens beside it.
+        policies = None if self._info.phase != "decode" or self.policies.is_exact else self.policies
         if policies is not None:
             chosen = ids
             ids, weights = policies.route(layer, ids, weights)

@@ -30,7 +30,7 @@ class ExpertPool:
         first_layer: the first MoE layer of a decode step. clock: seconds, monotonic.
 
     Attributes:
-        by_layer: each MoE layer's residency. stats: all counts. phase: those of the current phase, prefill or decode.
+        by_layer: each MoE layer's residency. stats: all counts. phase: those of the current phase.
         observers: called on each event of the current step; empty, and without cost, until one is added.
     """
 
@@ -74,7 +74,7 @@ class ExpertPool:
         """Begin a forward pass: update the observers, decay frequencies and process finished reads."""
         self.observers = self._next_observers
         self.record_outcomes()
-        self.phase = phase = self.stats.prefill if info.is_prefill else self.stats.decode
+        self.phase = phase = self.stats.of(info.phase)
         phase.steps += 1
         phase.tokens += info.num_tokens
         for observer in self.observers:
@@ -302,7 +302,8 @@ class ExpertPool:
         """Return a copy of all counts since the model was loaded. Thread-safe, as it changes nothing."""
         stats = copy.deepcopy(self.stats)
         now = self.residency.prefetch_used, self.residency.prefetch_wasted
-        _add_outcomes(stats.prefill if self.phase is self.stats.prefill else stats.decode, self._recorded, now)
+        running = next(at for at, phase in enumerate(self.stats.phases) if phase is self.phase)
+        _add_outcomes(stats.phases[running], self._recorded, now)
         stats.read_bytes, stats.read_s = self.transfer.bytes_read, self.transfer.busy_s
         stats.evictions, stats.read_retries = self.residency.evictions, self.transfer.retries
         return stats
@@ -332,12 +333,13 @@ class ExpertPool:
     ) -> None:
         phase = self.phase
         phase.hits += len(hits)
-        if phase is self.stats.decode:
+        is_prefill = phase is self.stats.prefill
+        if not is_prefill:
             phase.layers += 1
         if in_flight or misses:
             phase.late_hits += len(in_flight)
             phase.misses += len(misses)
-            if phase is self.stats.decode:
+            if not is_prefill:
                 phase.stalled_layers += 1
                 phase.first_waited += len(in_flight) + len(misses) if layer == self._first_layer else 0
         if self.observers:

@@ -49,15 +49,14 @@ class Prefetcher:
 
     def begin_step(self, info: StepInfo) -> None:
         """Choose the step's share, and in decode prefetch for the first layer from its tokens."""
-        self._is_governed = self.governor is not None and not info.is_prefill and self._policies.is_exact
+        self._is_governed = self.governor is not None and info.phase == "decode" and self._policies.is_exact
         self.share = 1.0
         if self.governor is not None:
             self._begin_governed(self.governor, info)
-        predictor = self.predictor
-        if info.is_prefill or info.token_ids is None or predictor is None or not self.share:
-            return
-        if self.first_layer < self._num_layers and self._pool.can_prefetch(self.first_layer):
-            self.prefetch(self.first_layer, predictor.guess_first(info.token_ids.flatten()))
+        if info.num_dropped and self.predictor is not None:
+            self.predictor.drop_last(info.num_dropped)
+        if not info.is_prefill and info.token_ids is not None:
+            self.guess_first(info.token_ids.flatten(), info.num_rows)
 
     def _begin_governed(self, governor: Governor, info: StepInfo) -> None:
         if info.num_rows not in self._governors:
@@ -65,16 +64,27 @@ class Prefetcher:
         self.governor = governor = self._governors[info.num_rows]
         if self._is_governed:
             self.share = governor.share
-        if info.is_prefill:
+        elif info.phase == "verify" and self._policies.is_exact:
+            # Its time depends on how many tokens were drafted: what decode steps have decided holds.
+            self.share = governor.chosen
+        if not self._is_governed:
             governor.pause()
         self._began_s, self._stalled_before_s = self._pool.clock(), self._pool.phase.stall_s
         if not self.share:
             self._pool.count_step_without_prefetch()
 
-    def see_first(self, hidden: torch.Tensor, num_rows: int) -> None:
+    def guess_first(self, token_ids: torch.Tensor, num_rows: int) -> None:
+        """Prefetch for the first layer from the tokens [num_rows x positions] of a step."""
+        first = self.first_layer
+        if self.predictor is None or not self.share or first >= self._num_layers:
+            return
+        if self._pool.can_prefetch(first):
+            self.prefetch(first, self.predictor.guess_first(token_ids, num_rows))
+
+    def see_first(self, hidden: torch.Tensor, num_rows: int, *, goes_on: bool = False) -> None:
         """Pass the predictor the first layer's router input `hidden` [num_rows x positions, hidden], a context."""
         if self.predictor is not None:
-            self.predictor.see_first(hidden, num_rows)
+            self.predictor.see_first(hidden, num_rows, goes_on=goes_on)
 
     def guess_next(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> None:
         """Prefetch for `layer + 1` from this layer's routing: hidden [tokens, hidden], ids, weights [tokens, k]."""

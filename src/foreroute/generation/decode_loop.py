@@ -14,6 +14,8 @@ from transformers.cache_utils import DynamicCache
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StoppingCriteriaList
 
+from foreroute.drafting.draft import Draft
+from foreroute.drafting.steps import DraftedSteps
 from foreroute.engine.chunks import split_prompt
 from foreroute.engine.interfaces import Phase, StepInfo
 from foreroute.errors import CheckpointError
@@ -84,8 +86,10 @@ class LeanLoop:
         should_stop: called after every token; True ends the answer.
         chunk: most prompt tokens computed at once; None computes them all.
         decoder: computes instead of the model, whose cache then stays empty; None calls the model.
+        draft: drafts tokens that the model verifies; None: no token is drafted.
 
     Attributes:
+        steps: those of an answer with a draft, once they began; None without one.
         num_computed: tokens, from the start of the prompt, whose steps have ended, so that the cache holds them.
         is_in_step: a step has begun and not ended: states in the cache may have seen more tokens than these.
     """
@@ -96,11 +100,14 @@ class LeanLoop:
         should_stop: Callable[[], bool] | None,
         chunk: int | None,
         decoder: GraphDecoder | None = None,
+        draft: Draft | None = None,
     ) -> None:
         self._on_token = on_token
         self._should_stop = should_stop
         self._chunk = chunk
         self._decoder = decoder
+        self._draft = draft
+        self.steps: DraftedSteps | None = None
         self.num_computed = 0
         self.is_in_step = False
 
@@ -127,23 +134,15 @@ class LeanLoop:
         ids[:, :length] = input_ids
         self.num_computed = cache.get_seq_length()
 
-        def compute(tokens: torch.Tensor, phase: Phase) -> torch.Tensor:
-            done = self.num_computed + tokens.shape[1]
-            if positions is not None:
-                kwargs["position_ids"] = positions[:, self.num_computed : done]
-            self.is_in_step = True
-            with model.foreroute.step(StepInfo.of(phase, tokens, is_start=self.num_computed == 0)):
-                output = model(input_ids=tokens, **cache_argument(cache), return_dict=True, **kwargs)
-            logits: torch.Tensor = output.logits
-            self.num_computed, self.is_in_step = done, False
-            return logits[:, -1]
-
+        compute = _ModelStep(self, model, cache, positions, kwargs)
         decoder = self._decoder
         if decoder is not None:
             logits = decoder.prefill(input_ids, self._chunk)
         else:
             for chunk in split_prompt(input_ids[:, self.num_computed :], self._chunk):
                 logits = compute(chunk, "prefill")
+        if self._draft is not None:
+            self.steps = DraftedSteps(model, self._draft, cache, compute, input_ids[0].tolist(), end)
         while True:
             # In fp32 and a copy, as generate() does it: processors may write to it.
             scores = logits_processor(ids[:, :length], logits.to(copy=True, dtype=torch.float32))
@@ -156,8 +155,54 @@ class LeanLoop:
                 break
             if others and bool(others(ids[:, :length], None).all()):
                 break
-            logits = compute(token, "decode") if decoder is None else decoder.step(token)
+            logits = self._logits_after(token, value, compute)
+        if self.steps is not None:
+            self.steps.close()
         return ids[:, :length]
+
+    def _logits_after(self, token: torch.Tensor, value: int, compute: "_ModelStep") -> torch.Tensor:
+        """Logits [1, vocabulary] after `token` [1, 1], of this value."""
+        if self.steps is not None:
+            logits = self.steps.after(value)
+            self.num_computed = self.steps.num_chosen
+            return logits
+        return compute(token, "decode") if self._decoder is None else self._decoder.step(token)
+
+
+class _ModelStep:
+    """A step of the model for one answer's `loop`, whose tokens it counts; see `Compute` of drafting/steps.py.
+
+    Args:
+        positions: [1, tokens] of the whole answer; None where the model takes none. kwargs: others of the model.
+    """
+
+    def __init__(
+        self,
+        loop: LeanLoop,
+        model: OffloadedModel,
+        cache: DynamicCache,
+        positions: torch.Tensor | None,
+        kwargs: dict[str, Any],
+    ) -> None:
+        self._loop, self._model, self._cache, self._positions, self._kwargs = loop, model, cache, positions, kwargs
+
+    def __call__(self, tokens: torch.Tensor, phase: Phase, *, num_dropped: int = 0) -> torch.Tensor:
+        """Compute `tokens` [1, positions]: logits of the last [1, vocabulary], or of all that are verified."""
+        before, count, kwargs = self._loop.num_computed, tokens.shape[1], self._kwargs
+        is_verified = phase == "verify"
+        if self._positions is not None:
+            kwargs["position_ids"] = self._positions[:, before : before + count]
+        if is_verified and "logits_to_keep" in kwargs:
+            kwargs = {**kwargs, "logits_to_keep": count}
+        info = StepInfo.of(phase, tokens, is_start=before == 0, num_dropped=num_dropped)
+        self._loop.is_in_step = True
+        with self._model.foreroute.step(info):
+            output = self._model(input_ids=tokens, **cache_argument(self._cache), return_dict=True, **kwargs)
+        logits: torch.Tensor = output.logits
+        # Of the tokens that are verified one is chosen; the loop counts the others when it has chosen them.
+        self._loop.num_computed = before + (1 if is_verified else count)
+        self._loop.is_in_step = False
+        return logits[0] if is_verified else logits[:, -1]
 
 
 def _chosen(scores: torch.Tensor, *, do_sample: bool) -> torch.Tensor:

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
+from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
@@ -17,8 +18,9 @@ import torch
 from transformers.cache_utils import DynamicCache
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 
+from foreroute.drafting.draft import Draft, draft_for
 from foreroute.engine.interfaces import EngineStats
-from foreroute.errors import PromptError
+from foreroute.errors import PromptError, RefusedError
 from foreroute.generation.decode_loop import LeanLoop, serves
 from foreroute.generation.graph_decoder import decoder_of, is_paged
 from foreroute.generation.prefix_cache import PromptCache
@@ -42,6 +44,8 @@ class GenerationReport:
     prefetch_share: of the full width of guesses, the share that the governor prefetches now (0: off); prefetch_why: its
         reason, or "trying". None and "" without a governor.
     prompt_tokens_reused: prompt tokens that were not computed again. prompt_cache_bytes: kept for later prompts.
+    verify_steps: steps that verified drafted tokens, of which `accepted` were the answer's. draft_length: tokens that
+        the governor lets draft now; None without a draft.
     """
 
     text: str
@@ -59,14 +63,20 @@ class GenerationReport:
     prompt_cache_bytes: int
     prefetch_share: float | None
     prefetch_why: str
+    drafted: int = 0
+    accepted: int = 0
+    verify_steps: int = 0
+    draft_length: int | None = None
 
     def figures(self) -> dict[str, float | int | None]:
         """Every figure by a name with its unit; rates are 0 to 1, and None where nothing was measured.
 
-        Hits, loads, bytes and stalls per token are those of decode: one forward pass per token after the first.
-        Prefetched bytes are used (demanded), wasted (evicted before), or, for the rest, resident and unused so far.
+        Hits, loads, bytes and stalls are those of the tokens after the first: a forward pass each, or for several of
+        them where some were drafted; what was drafted and not accepted is in them. Prefetched bytes are used
+        (demanded), wasted (evicted before), or, for the rest, resident and unused so far.
         """
-        decode, prefill, mb = self.stats.decode, self.stats.prefill, self.expert_bytes / 1e6
+        decode, prefill, mb = self.stats.answers, self.stats.prefill, self.expert_bytes / 1e6
+        tokens = self.stats.decode.tokens + self.verify_steps + self.accepted
         demanded = decode.hits + decode.late_hits + decode.misses + decode.substituted
         return {
             "prompt_tokens": self.prompt_tokens,
@@ -88,12 +98,12 @@ class GenerationReport:
             "substituted": decode.substituted,
             "substituted_rate": _ratio(decode.substituted, demanded),
             "stalled_layer_rate": _ratio(decode.stalled_layers, decode.layers),
-            "deferred_mb_per_token": _ratio(decode.deferred_bytes / 1e6, decode.tokens),
-            "demand_mb_per_token": _ratio(decode.demand_bytes / 1e6, decode.tokens),
-            "prefetch_mb_per_token": _ratio(decode.prefetch_bytes / 1e6, decode.tokens),
-            "prefetch_used_mb_per_token": _ratio(decode.prefetch_used * mb, decode.tokens),
-            "prefetch_wasted_mb_per_token": _ratio(decode.prefetch_wasted * mb, decode.tokens),
-            "stall_ms_per_token": _ratio(decode.stall_s * 1e3, decode.tokens),
+            "deferred_mb_per_token": _ratio(decode.deferred_bytes / 1e6, tokens),
+            "demand_mb_per_token": _ratio(decode.demand_bytes / 1e6, tokens),
+            "prefetch_mb_per_token": _ratio(decode.prefetch_bytes / 1e6, tokens),
+            "prefetch_used_mb_per_token": _ratio(decode.prefetch_used * mb, tokens),
+            "prefetch_wasted_mb_per_token": _ratio(decode.prefetch_wasted * mb, tokens),
+            "stall_ms_per_token": _ratio(decode.stall_s * 1e3, tokens),
             "prefill_stall_s": prefill.stall_s,
             "prefill_prefetch_mb": prefill.prefetch_bytes / 1e6,
             "evictions": self.stats.evictions,
@@ -102,6 +112,12 @@ class GenerationReport:
             "prefetch_wasted": decode.prefetch_wasted,
             "prefetch_share": self.prefetch_share,
             "steps_without_prefetch": decode.steps_without_prefetch,
+            "drafted": self.drafted,
+            "accepted": self.accepted,
+            "verify_steps": self.verify_steps,
+            "acceptance_rate": _ratio(self.accepted, self.drafted),
+            "tokens_per_step": _ratio(tokens, decode.steps),
+            "draft_length": self.draft_length,
             "peak_rss_bytes": self.peak_rss_bytes,
         }
 
@@ -120,6 +136,7 @@ def generate(
     max_new_tokens: int = 128,
     reuse: PromptCache | None = None,
     prefill_chunk: int | None = None,
+    draft: str | Path | None = None,
     clock: Callable[[], float] = time.perf_counter,
     **options: Any,
 ) -> GenerationReport:
@@ -133,13 +150,16 @@ def generate(
         reuse: KV caches of earlier prompts; the longest shared beginning is not computed again, and this answer's
             cache is kept there. Bits are those of the same tokens computed in the same chunks.
         prefill_chunk: most prompt tokens computed at once; the model's own (EngineConfig) when None.
+        draft: drafts tokens that the model verifies, so that the answer is the same and comes sooner: "prompt-lookup",
+            or the path or hub id of a small model with the same tokenizer, which is loaded once. None: EngineConfig's.
         options: transformers' own (do_sample, temperature, top_p, top_k, repetition_penalty, ...). Stop strings
             (stop_strings, or else the model's own) are not part of the text.
     Returns:
         The report. Ctrl-C ends the answer too, at once: finish_reason is then "interrupted", the model stays usable.
         Waits while another thread uses the model; that time does not count as the answer's.
     Raises:
-        PromptError: the prompt is empty or leaves no room in the context. RefusedError: not a model of `load`.
+        PromptError: the prompt is empty or leaves no room in the context. RefusedError: not a model of `load`; or a
+        draft for what only transformers' own loop does. PolicyError, CheckpointError: no draft, see drafting/draft.py.
         ReadError, ChecksumError: an expert could not be read.
     """
     handle = handle_of(model)
@@ -151,7 +171,7 @@ def generate(
     stop = _stop_strings(model, options)
     with handle.lock:
         chunk = prefill_chunk or handle.plan.prefill_chunk
-        answer = _Answer(model, prompt_ids, options, reuse, chunk)
+        answer = _Answer(model, prompt_ids, options, reuse, chunk, draft_for(model, draft))
         return _timed(answer, TokenRecorder(tokenizer, on_text, clock, stop), clock, should_stop, most_new)
 
 
@@ -176,6 +196,7 @@ def _timed(
     # Ctrl-C may fall between the two.
     times_s = recorder.times_s[: len(recorder.ids)]
     governor = handle.governor if _is_exact(model) else None
+    steps = None if answer.loop is None else answer.loop.steps
     return GenerationReport(
         text="".join(recorder.written),
         token_ids=tuple(recorder.ids),
@@ -192,6 +213,10 @@ def _timed(
         prompt_cache_bytes=0 if reuse is None else reuse.nbytes,
         prefetch_share=None if governor is None else governor.chosen,
         prefetch_why="" if governor is None else "trying" if governor.is_trying else governor.why,
+        drafted=0 if steps is None else steps.drafted,
+        accepted=0 if steps is None else steps.accepted,
+        verify_steps=0 if steps is None else steps.verify_steps,
+        draft_length=answer.draft_length,
     )
 
 
@@ -210,6 +235,7 @@ class _Answer:
         options: dict[str, Any],
         reuse: PromptCache | None,
         chunk: int,
+        draft: Draft | None = None,
     ) -> None:
         self.model = model
         self.prompt_ids = prompt_ids
@@ -226,6 +252,18 @@ class _Answer:
         self._is_exact = _is_exact(model)
         # A decoder has its own cache, which is not kept.
         self._keeps = not is_paged(model)
+        self._draft = draft
+        if draft is not None and (not self._is_lean or len(prompt_ids) != 1):
+            raise RefusedError(
+                "A draft is for one row whose tokens are sampled or the likeliest: not beside beams, several prompts "
+                "or settings of transformers' own loop. Leave the draft out, or these "
+                "(model.generate(assistant_model=...) is transformers' own)."
+            )
+
+    @property
+    def draft_length(self) -> int | None:
+        """Tokens that are drafted from now on; None without a draft."""
+        return None if self._draft is None else self._draft.governor.chosen
 
     def run(self, recorder: TokenRecorder, should_stop: Callable[[], bool] | None, max_new_tokens: int) -> None:
         """Generate, and pass tokens to the recorder."""
@@ -255,7 +293,7 @@ class _Answer:
             cache, self.num_reused = self.reuse.take(self.model, self.prompt_ids[0].tolist(), at_most)
             self._cache = cache or self._cache
         decoder = decoder_of(self.model, self.prompt_ids.shape[1] + max_new_tokens)
-        self.loop = LeanLoop(recorder.add, is_over, self._chunk, decoder)
+        self.loop = LeanLoop(recorder.add, is_over, self._chunk, decoder, self._draft)
         self.model.generate(self.prompt_ids, **cache_argument(self._cache), custom_generate=self.loop, **told)
         recorder.end()
 

@@ -17,7 +17,7 @@ import torch
 
 from foreroute.checkpoint.hub.fetch import HubAccess
 from foreroute.config import EngineConfig
-from foreroute.errors import DeviceError, ForerouteError
+from foreroute.errors import DeviceError, ForerouteError, PolicyError
 from foreroute.policy import Policy
 from foreroute.units import parse_memory
 
@@ -268,7 +268,17 @@ def open_device(asked: EngineConfig) -> torch.device:
 def _check_asked(asked: EngineConfig) -> None:
     """Refuse what no device supports."""
     on_device = asked.device == "cuda" or asked.control == "device"
-    if on_device and Policy.parse(asked.policy) != Policy.parse("exact"):
+    is_exact = Policy.parse(asked.policy) == Policy.parse("exact")
+    if asked.draft is not None and on_device:
+        raise DeviceError(
+            "--draft: drafts are verified on the CPU alone so far. Leave --draft out, or --device and --control."
+        )
+    if asked.draft is not None and not is_exact:
+        raise PolicyError(
+            f"--draft needs the policy exact: under {asked.policy}, drafted tokens would decide which experts are "
+            "resident, and so the output. Leave one of them out."
+        )
+    if on_device and not is_exact:
         raise DeviceError(
             f"--policy {asked.policy} is not supported yet with experts on a GPU: use exact, or leave --device out."
         )

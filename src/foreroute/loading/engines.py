@@ -4,6 +4,7 @@ What guides it is a predictor of the next layer's experts, and the policies that
 on disk, behind a host tier, or paged by the GPU itself.
 """
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -213,15 +214,26 @@ def _step_over(
         table.keys, table.key_nbytes, residency, placed.transfer, keeps_across_tokens=asked.cache, first_layer=first
     )
     governor = _governor(asked, experts) if guidance.predictor is not None else None
-    return MoeStep(
+    layers = _layers(experts, placed, classes)
+    step = MoeStep(
         pool,
-        _layers(experts, placed, classes),
+        layers,
         Prefetcher(pool, guidance.predictor, guidance.policies, governor=governor, first_layer=first),
         guidance.policies,
         free_slots=placed.free,
         hits_first=asked.hits_first,
         prefill_prefetch_from=inf if asked.deterministic else _PREFILL_PREFETCH_FROM[asked.prefetch_prefill],
     )
+    alive = weakref.ref(step)
+
+    def verifies() -> bool:
+        running = alive()
+        return running is not None and running.phase == "verify"
+
+    for layer in layers:
+        if isinstance(layer, TorchLayer):
+            layer.rows_apart = verifies
+    return step
 
 
 def _layers(experts: ExpertSet, placed: SlotMemory, classes: Sequence[SlotClass]) -> list[LayerKernels]:

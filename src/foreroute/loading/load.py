@@ -18,6 +18,7 @@ from foreroute.checkpoint.codecs import orders_of
 from foreroute.config import EngineConfig, Plan
 from foreroute.engine.moe_step import MoeStep
 from foreroute.engine.step_trace import StepTrace, header_of
+from foreroute.errors import UnsupportedModelError
 from foreroute.loading.arguments import open_device, read_arguments
 from foreroute.loading.block_kernels import DECODE_THREADS, note_of, open_block_kernels
 from foreroute.loading.checkpoint import Checkpoint, find_experts, open_checkpoint
@@ -32,6 +33,7 @@ from foreroute.model.blocks import first_decoded
 from foreroute.model.build.dense_blocks import dense_nbytes
 from foreroute.model.build.skeleton import load_skeleton
 from foreroute.model.build.stored_names import tell
+from foreroute.model.draft_model import PROMPT_LOOKUP, DraftFiles, DraftModel, find_draft
 from foreroute.model.expert_set import ExpertSet
 from foreroute.model.generation_settings import complete_generation_config
 from foreroute.policy import Policy
@@ -94,7 +96,10 @@ def load(
     if kernels is not None:
         checkpoint = checkpoint.in_blocks()
     dense_before = sketch.dense_nbytes if kernels is None else kernels.dense_nbytes(sketch)
-    before = check_before(asked, target, checkpoint.kept, checkpoint.store, sketch.config, dense_before)
+    draft_files = _draft_files(asked, checkpoint)
+    before = check_before(
+        asked, target, checkpoint.kept, checkpoint.store, sketch.config, dense_before, _nbytes(draft_files)
+    )
     sidecar = _sidecar(asked, target, checkpoint)
     dtype, blocks = (call.dtype, None) if kernels is None else kernels.dense_blocks(sketch, call.dtype)
     model = load_skeleton(checkpoint.folder, sketch, dtype, blocks, checkpoint.store, **call.model_kwargs)
@@ -108,11 +113,13 @@ def load(
     if target.type == "cuda":
         move_dense(model, target)
         experts = experts.on(target)
+    draft = _draft(asked, draft_files)
     guidance = guidance_for(asked, model, experts, sidecar)
     engine = start_engine(asked, experts, division, guidance, trace, progress)
     plan = _plan(asked, target, model, checkpoint, experts, division, is_fitted=sidecar is not None)
     identity = "" if asked.prefix_cache_dir is None else _identity(checkpoint, plan)
     plan = replace(plan, math_note=math_note, identity=identity)
+    plan = replace(plan, draft=str(asked.draft or ""), draft_bytes=_nbytes(draft_files))
     if trace is not None:
         trace.begin(**header_of(plan, asked, experts.table, checkpoint.index.fingerprint()))
         assert isinstance(engine, MoeStep), "no trace is written where the device pages for itself: see open_device"
@@ -123,7 +130,33 @@ def load(
     entry = StepEntry(engine, len(experts.layers), Bounds.of(model), target, decode_threads)
     for layer in experts.layers:
         layer.experts.engine_forward = partial(entry.compute, layer.index)
-    return make_offloaded(model, ForerouteHandle(plan, engine, list(experts.layers), experts.table, entry))
+    handle = ForerouteHandle(plan, engine, list(experts.layers), experts.table, entry)
+    handle.draft = draft
+    return make_offloaded(model, handle)
+
+
+def _draft_files(asked: EngineConfig, checkpoint: Checkpoint) -> DraftFiles | None:
+    """The checked checkpoint of a draft; None where none is asked for, or none is needed.
+
+    Raises:
+        UnsupportedModelError, CheckpointError: nothing can be drafted for this model, or not by that one.
+    """
+    if asked.draft is not None and getattr(checkpoint.outline.config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"--draft: {checkpoint.folder} is an encoder-decoder, for which nothing is drafted yet. Leave it out."
+        )
+    if asked.draft is None or asked.draft == PROMPT_LOOKUP:
+        return None
+    return find_draft(asked.draft, checkpoint.folder, checkpoint.index)
+
+
+def _nbytes(draft_files: DraftFiles | None) -> int:
+    return 0 if draft_files is None else draft_files.nbytes
+
+
+def _draft(asked: EngineConfig, draft_files: DraftFiles | None) -> DraftModel | str | None:
+    """What drafts tokens: a loaded model, PROMPT_LOOKUP, or nothing."""
+    return asked.draft if draft_files is None else draft_files.load()
 
 
 def _identity(checkpoint: Checkpoint, plan: Plan) -> str:

@@ -18,6 +18,7 @@ from foreroute.engine.moe_step import MoeStep
 from foreroute.errors import RefusedError
 from foreroute.loading.step_entry import StepEntry, entered
 from foreroute.model.blocks import MoeLayer
+from foreroute.model.draft_model import DraftModel
 from foreroute.model.experts import CLOSED, ExpertsForward
 from foreroute.model.text import load_tokenizer
 from foreroute.policy import Policy
@@ -35,6 +36,8 @@ class ForerouteHandle:
         layers: the MoE layers that the probe found. table: their experts, by key.
         entry: the model's lock; begins its steps.
         decoder: of answers, if the device pages experts (generation/graph_decoder.py); made with the first answer.
+        draft: what drafts tokens (a `DraftModel`, or PROMPT_LOOKUP), as EngineConfig.draft asked; None: nothing.
+        drafts: each drafter that was used, with its governor, by what it was made of (drafting/draft.py).
     """
 
     def __init__(
@@ -45,8 +48,10 @@ class ForerouteHandle:
         self.layers = layers
         self.table = table
         self.entry = entry
-        # A GraphDecoder, of a folder above this one.
+        self.draft: DraftModel | str | None = None
+        # Of folders above this one.
         self.decoder: Any = None
+        self.drafts: dict[Any, Any] = {}
 
     def step(self, info: StepInfo) -> AbstractContextManager[None]:
         """Within the context, declare the step of this thread's next model call; else it is guessed from the shape.
@@ -160,7 +165,8 @@ class ForerouteHandle:
             self.entry.close()
             for layer in self.layers:
                 layer.experts.engine_forward = None
-            self.decoder = None
+            self.decoder, self.draft = None, None
+            self.drafts.clear()
             self.engine.close()
 
 

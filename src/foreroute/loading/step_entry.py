@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from foreroute.engine.interfaces import MoeEngine, StepInfo
+from foreroute.engine.interfaces import MOST_VERIFIED, MoeEngine, Phase, StepInfo
 from foreroute.errors import PromptError, RefusedError
 from foreroute.model import torch_modes
 from foreroute.model.caches import given_cache
@@ -221,7 +221,7 @@ class StepEntry:
         info = self._announced.pop(thread, None) or infer_step(tokens, cache)
         with torch_modes.kept():
             self._living_engine().begin_step(info)
-        if self._decode_threads is not None and info.phase == "decode":
+        if self._decode_threads is not None and not info.is_prefill:
             torch.set_num_threads(self._decode_threads)
         return thread
 
@@ -245,7 +245,10 @@ class StepEntry:
 
 
 def infer_step(tokens: torch.Tensor, cache: Any) -> StepInfo:
-    """Infer an undeclared call's step from its shape: several positions, or a text's first one, are a prompt.
+    """Infer an undeclared call's step from its shape.
+
+    A text's first positions are a prompt, as are many that follow others. A few that follow others are taken for
+    drafted tokens (transformers' assisted generation): exact as well, and their experts stay for the tokens to come.
 
     Args:
         tokens: ids [rows, positions], or embeddings [rows, positions, hidden].
@@ -253,10 +256,11 @@ def infer_step(tokens: torch.Tensor, cache: Any) -> StepInfo:
     is_start = cache is None or int(cache.get_seq_length()) == 0
     # Embeddings in place of ids tell nothing about layer 0.
     token_ids = None if tokens.is_floating_point() else tokens
-    is_prefill = is_start or tokens.shape[1] > 1
-    return StepInfo(
-        "prefill" if is_prefill else "decode", tokens.shape[0], tokens.shape[1], token_ids, is_start=is_start
-    )
+    num_rows, num_positions = tokens.shape[:2]
+    phase: Phase = "decode" if num_positions == 1 else "verify"
+    if is_start or num_positions > MOST_VERIFIED:
+        phase = "prefill"
+    return StepInfo(phase, num_rows, num_positions, token_ids, is_start=is_start)
 
 
 def entered(forward: Callable[..., T]) -> Callable[..., T]:

@@ -39,7 +39,8 @@ MAX_GRAPH_ROWS = 8
 class RoomBefore:
     """Host memory figures from before any weight was read; both in bytes.
 
-    free_bytes: RAM that was free. budget_bytes: its part for experts, as asked or as chosen without a KV cache.
+    free_bytes: RAM that was free, without what a draft takes. budget_bytes: its part for experts, as asked or as chosen
+    without a KV cache.
     """
 
     free_bytes: int
@@ -64,13 +65,19 @@ class MemoryPlan:
 
 
 def check_before(
-    asked: EngineConfig, target: torch.device, kept: ExpertTable, store: PackedStore | None, config: Any, dense: int
+    asked: EngineConfig,
+    target: torch.device,
+    kept: ExpertTable,
+    store: PackedStore | None,
+    config: Any,
+    dense: int,
+    draft_bytes: int = 0,
 ) -> RoomBefore | None:
     """Check early that the model can fit, and on the host measure free RAM. None where a GPU (`target`) holds the pool.
 
     Args:
         asked: the configuration. kept: the experts as they will be read, from `store` if given. config: of the model.
-        dense: bytes of the dense part.
+        dense: bytes of the dense part. draft_bytes: of a model that drafts for this one, in RAM beside it.
     Raises:
         BudgetError, DeviceError: it cannot fit; or the store cannot be computed on the device.
     """
@@ -78,7 +85,7 @@ def check_before(
         check_store(store, STORED)
         check_room(target, asked, config, dense)
         return None
-    free = host.available_ram()
+    free = max(0, host.available_ram() - draft_bytes)
     budget = choose_memory(asked.memory, kept, dense, free_ram_bytes=free)
     if asked.kv_tokens is not None and asked.memory is not None:
         # The KV cache is not known yet.

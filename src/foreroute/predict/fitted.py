@@ -235,16 +235,25 @@ class RunningContext:
 
     def __init__(self) -> None:
         self._rows: torch.Tensor | None = None
+        # The contexts before each position of the last step, where some of these may be dropped.
+        self._before: list[torch.Tensor] = []
 
-    def see(self, hidden: torch.Tensor, num_rows: int) -> None:
-        """Add layer 0's router input `hidden` [num_rows x positions, width] of a step; several positions start a text.
+    def see(self, hidden: torch.Tensor, num_rows: int, *, goes_on: bool = False) -> None:
+        """Add layer 0's router input `hidden` [num_rows x positions, width] of a step.
 
-        If the tokens are not a whole number of positions per row, the call is another one and the context is unknown.
+        Several positions start a text, unless it `goes_on`: then the last of them may be dropped. If the tokens are not
+        a whole number of positions per row, the call is another one and the context is unknown.
         """
+        self._before = []
         if len(hidden) % num_rows:
             self._rows = None
             return
         rows = hidden.detach().view(num_rows, -1, hidden.shape[-1]).float()
+        if goes_on and self._rows is not None and len(self._rows) == num_rows:
+            for position in rows.unbind(1):
+                self._before.append(self._rows)
+                self._rows = torch.lerp(position, self._rows, _DECAY)
+            return
         if rows.shape[1] > 1 or self._rows is None or len(self._rows) != num_rows:
             self._rows = (
                 torch.zeros_like(rows[:, 0])
@@ -252,6 +261,11 @@ class RunningContext:
                 else context_before(rows[:, -_MOST_POSITIONS:])[:, -1]
             )
         self._rows = torch.lerp(rows[:, -1], self._rows, _DECAY)
+
+    def drop_last(self, count: int) -> None:
+        """Forget the last `count` positions of the last step; the context is unknown where they began the text."""
+        self._rows = self._before[-count] if 0 < count <= len(self._before) else None
+        self._before = []
 
     def of_rows(self, num_rows: int) -> torch.Tensor | None:
         """The context [rows, width]; None unless the last step had `num_rows` rows."""

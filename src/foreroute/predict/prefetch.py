@@ -79,20 +79,30 @@ class PrefetchGuesses:
             likely = likely[(ids < self._num_experts[layer]).any(-1)]
         return most_wanted(likely, num_experts)
 
-    def guess_first(self, token_ids: torch.Tensor) -> Sequence[int]:
-        """Predict a decode step's first MoE layer for its `token_ids` [tokens]: distinct experts, best first."""
+    def guess_first(self, token_ids: torch.Tensor, num_rows: int | None = None) -> Sequence[int]:
+        """Predict a decode step's first MoE layer for its `token_ids` [rows x positions]: distinct experts, best first.
+
+        A row's positions have the context of the first, as that of the others is not computed yet.
+        """
         first = self._first_layer
         if self._first_by_tokens is not None:
             ids = self._first_by_tokens(token_ids)
             return () if ids is None else most_wanted(ids, self._num_experts[first])
         if self._first is None:
             return ()
-        context = self._context.of_rows(len(token_ids))
+        num_rows = len(token_ids) if num_rows is None else num_rows
+        context = self._context.of_rows(num_rows)
+        if context is not None and num_rows < len(token_ids):
+            context = context.repeat_interleave(len(token_ids) // num_rows, 0)
         widths = self._widths_without_waiting if self.without_waiting else self._widths
         guess = self._first.guess(token_ids, context, widths[first], self._select)
         return most_wanted(guess.ids, self._num_experts[first])
 
-    def see_first(self, hidden: torch.Tensor, num_rows: int) -> None:
+    def see_first(self, hidden: torch.Tensor, num_rows: int, *, goes_on: bool = False) -> None:
         """Note a step's input of that layer's router, [num_rows x positions, hidden]: context of its next guess."""
         if self._first is not None:
-            self._context.see(hidden, num_rows)
+            self._context.see(hidden, num_rows, goes_on=goes_on)
+
+    def drop_last(self, count: int) -> None:
+        """See `PrefetchSource`."""
+        self._context.drop_last(count)

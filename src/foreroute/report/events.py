@@ -143,7 +143,8 @@ class Governed:
 
 @dataclass(slots=True)
 class RecordedStep:
-    """One forward pass: a prompt's chunk ("prefill"), or a token for each of `rows` texts ("decode").
+    """One forward pass: a prompt's chunk ("prefill"), a token for each of `rows` texts ("decode"), or a token and those
+    drafted after it ("verify").
 
     is_start: the first pass of a text. layers, guesses, stalls: in the order of the events.
     """

@@ -22,7 +22,7 @@ from foreroute.report.events import (
 from foreroute.report.older import READ_VERSIONS, modernised
 from foreroute.whole_files import check_no_pointer
 
-_PHASES = ("prefill", "decode")
+_PHASES = ("prefill", "decode", "verify")
 _HOW = "`foreroute generate MODEL --trace FILE.jsonl` makes one."
 
 

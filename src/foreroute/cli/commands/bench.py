@@ -113,7 +113,17 @@ def add_parser(commands: Any) -> None:
     options.add_model_options(parser)
     options.add_engine_options(
         parser,
-        without=("memory", "cache", "hits_first", "prefetch", "policy", "deterministic", "trace", *options.GPU_FIELDS),
+        without=(
+            "memory",
+            "cache",
+            "hits_first",
+            "prefetch",
+            "policy",
+            "deterministic",
+            "trace",
+            "draft",
+            *options.GPU_FIELDS,
+        ),
     )
 
 

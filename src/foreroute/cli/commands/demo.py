@@ -60,7 +60,7 @@ def add_parser(commands: Any) -> None:
     options.add_common_options(parser)
     # In float32, where bits are promised to be equal for every family.
     options.add_model_options(parser, dtype="float32")
-    options.add_engine_options(parser, without=options.GPU_FIELDS, memory="25%")
+    options.add_engine_options(parser, without=("draft", *options.GPU_FIELDS), memory="25%")
 
 
 def find_model() -> Path:

@@ -103,7 +103,7 @@ def add_parser(commands: Any) -> None:
     harness.add_argument("--allow-code-execution", action=_NoSandbox, nargs=0, help=argparse.SUPPRESS)
     options.add_common_options(parser)
     options.add_model_options(parser)
-    options.add_engine_options(parser, without=("memory", "trace", *options.GPU_FIELDS))
+    options.add_engine_options(parser, without=("memory", "trace", "draft", *options.GPU_FIELDS))
 
 
 def _add_policy_options(parser: argparse.ArgumentParser) -> None:

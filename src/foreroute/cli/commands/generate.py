@@ -36,6 +36,8 @@ the figures (on standard error, after the text):
   evictions    experts that lost their place in memory to others
   prefetching  how much is prefetched now: the governor tries full width, half
                and none, and keeps the fastest (--no-governor: full always)
+  drafted      with --draft: tokens that the model would have chosen itself, of
+               those drafted; several steps' worth are verified in one
   peak RSS     the most memory this process had, loading included
 Only the text goes to standard output. Ctrl-C ends the answer, and shows the
 figures too."""

@@ -130,7 +130,7 @@ def find(folder: Path, args: argparse.Namespace, config: EngineConfig) -> Findin
         return replace(found, context=context)
     beside = 0 if serving is None else serving.tokens_bytes
     dense_bytes = dense_nbytes_at_load(config, checkpoint, open_device(config))
-    chosen = choose_memory(None, checkpoint.kept, dense_bytes, beside, free_ram)
+    chosen = choose_memory(None, checkpoint.kept, dense_bytes + plan.draft_bytes, beside, free_ram)
     reads_of = table.reads if store is None else store.reads_of(table)
     keys = table.keys.all()
     bandwidth = measure_bandwidth(
@@ -300,8 +300,17 @@ def _model_rows(found: Findings) -> list[figures.Row]:
         ("dense weights", format_memory(plan.dense_bytes),
          ("" if plan.dense == "stored" else f"{plan.dense}, ")
          + f"always {'in RAM' if plan.device == 'cpu' else 'on the GPU'}, beside --memory"),
+        *_draft_row(plan),
         ("KV cache", cache, "per 1,000 tokens, beside --memory"),
     ]  # fmt: skip
+
+
+def _draft_row(plan: Plan) -> list[figures.Row]:
+    """What drafts tokens, if anything."""
+    if not plan.draft:
+        return []
+    where = "in RAM, beside --memory" if plan.draft_bytes else "found in the text itself"
+    return [("draft", format_memory(plan.draft_bytes) if plan.draft_bytes else plan.draft, where)]
 
 
 def _sizes(plan: Plan) -> str:

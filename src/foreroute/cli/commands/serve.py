@@ -232,6 +232,7 @@ def _load(
         f"({format_memory(engine.kv_bytes)})",
         "tools": prompts.calls_in_words(),
         "policy": config.policy,
+        **({"draft": config.draft} if config.draft else {}),
         "key": "needed" if settings.api_keys else "none",
         "page": "/" if settings.allow_pages else "off",
     }

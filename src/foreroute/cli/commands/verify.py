@@ -104,7 +104,7 @@ def add_parser(commands: Any) -> None:
     )
     options.add_common_options(parser)
     options.add_model_options(parser)
-    options.add_engine_options(parser, without=("trace", "dense", *options.GPU_FIELDS), memory=DEFAULT_MEMORY)
+    options.add_engine_options(parser, without=("trace", "dense", "draft", *options.GPU_FIELDS), memory=DEFAULT_MEMORY)
 
 
 @dataclass(frozen=True)

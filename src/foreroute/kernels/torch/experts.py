@@ -8,6 +8,7 @@ in small ways all the same, this code is checked at load, by comparing bits with
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
+from typing import Any
 
 import torch
 
@@ -19,6 +20,9 @@ Operands = Sequence[torch.Tensor]
 _WHOLE_VECTORS = 64
 # Alignment of newly allocated tensors.
 _ALIGNED_BYTES = 64
+# Rows that are tried together, and what was found, by shapes.
+_MOST_TRIED = 16
+_ALIKE: dict[Any, bool] = {}
 # Torch runs elementwise calls of up to this many numbers on one thread (its grain size).
 _UNDIVIDED_NUMBERS = 32768
 
@@ -166,6 +170,46 @@ def compute_several(
     if math.down_bias_at >= 0:
         outs = [out + math.bias(expert, math.down_bias_at) for out, expert in zip(outs, operands, strict=True)]
     return outs
+
+
+def compute_rows_apart(
+    math: ExpertMath, rows: Sequence[torch.Tensor], operands: Sequence[Operands]
+) -> Sequence[torch.Tensor]:
+    """The same, with the bits of one call of `math` for each row.
+
+    Args:
+        rows: per expert [n, hidden], of any alignment.
+    """
+    sizes = [len(some) for some in rows]
+    if max(sizes) == 1 or (rows_are_aligned(rows[0]) and _are_alike(math, rows[0], operands[0])):
+        return compute_several(math, rows, operands)
+    if rows_are_aligned(rows[0]):
+        apart = [row for some in rows for row in some.split(1)]
+    else:
+        apart = [row.clone() for some in rows for row in some.split(1)]
+    of_rows = [expert for expert, size in zip(operands, sizes, strict=True) for _ in range(size)]
+    return torch.cat(list(compute_several(math, apart, of_rows))).split(sizes)
+
+
+def _are_alike(math: ExpertMath, like: torch.Tensor, operands: Operands) -> bool:
+    """Whether rows like `like` [n, hidden] have the same bits together as alone, for operands of these shapes.
+
+    Tried once for each: which of its kernels a library takes depends on shapes alone.
+    """
+    shapes = (
+        type(math),
+        math.operand_kind,
+        *((one.dtype, one.shape, one.stride()) for one in operands),
+        torch.get_num_threads(),
+    )
+    if shapes not in _ALIKE:
+        generator = torch.Generator().manual_seed(0)
+        rows = torch.randn(_MOST_TRIED, like.shape[1], generator=generator, dtype=torch.float32).to(like)
+        alone = torch.cat([math(row.clone(), operands) for row in rows.split(1)])
+        _ALIKE[shapes] = all(
+            torch.equal(math(rows[:count].clone(), operands), alone[:count]) for count in range(2, _MOST_TRIED + 1)
+        )
+    return _ALIKE[shapes]
 
 
 def rows_are_aligned(rows: torch.Tensor) -> bool:

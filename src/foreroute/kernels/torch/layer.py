@@ -9,7 +9,14 @@ import torch
 
 from foreroute.kernels.layer import ExpertListener, ExpertSlots, LayerSum, Placed
 from foreroute.kernels.slot_views import SlotViews
-from foreroute.kernels.torch.experts import ExpertMath, OneToken, Operands, compute_several, rows_are_aligned
+from foreroute.kernels.torch.experts import (
+    ExpertMath,
+    OneToken,
+    Operands,
+    compute_rows_apart,
+    compute_several,
+    rows_are_aligned,
+)
 
 # The family's own forward: (expert key -> operands, called in ascending order; hidden, ids, weights) -> the sum.
 FamilyForward = Callable[[Callable[[int], Operands], torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -53,6 +60,7 @@ class TorchLayer:
 
     Attributes:
         streams_only: the family's own forward computes this layer.
+        rows_apart: whether the current step's rows are computed one by one, for the bits that each has alone.
     """
 
     num_held = 1
@@ -67,6 +75,7 @@ class TorchLayer:
         family_forward: FamilyForward,
     ) -> None:
         self.views = views
+        self.rows_apart: Callable[[], bool] = lambda: False
         self.streams_only = math is None
         self._layer = layer
         self._base = base
@@ -84,7 +93,9 @@ class TorchLayer:
         assert self._math is not None, "a layer without maths of ours is streamed"
         if len(routed) == 1 and self._token is not None and is_distinct(routed[0]):
             return self._token.begin(hidden, routed[0], weights)
-        return RowsSum(self._math, self._operands, hidden, routed, weights, self.views.most_at_once(self._layer))
+        most = self.views.most_at_once(self._layer)
+        rows_apart = self.rows_apart() and not self._math.computes_all_rows
+        return RowsSum(self._math, self._operands, hidden, routed, weights, most, rows_apart=rows_apart)
 
     def stream(
         self,
@@ -99,10 +110,13 @@ class TorchLayer:
         if self._math is None:
             return self._family_forward(lambda key: self._operands(experts.slot_of(key)), hidden, ids, weights)
         total, sums = torch.zeros_like(hidden), list[tuple[torch.Tensor, torch.Tensor]]()
+        rows_apart = self.rows_apart()
         for key, tokens, positions in group_by_expert(ids, keys, self._base):
             operands = self._operands(experts.slot_of(key))
             if self._math.computes_all_rows:
                 outputs = self._math(self._math.all_rows(hidden, tokens), operands)[tokens]
+            elif rows_apart:
+                outputs = torch.cat([self._math(hidden.index_select(0, one), operands) for one in tokens.split(1)])
             else:
                 outputs = self._math(hidden[tokens], operands)
             if listener is not None:
@@ -173,6 +187,7 @@ class RowsSum:
     Args:
         hidden: [tokens, hidden]. weights: [tokens, k]. routed: per token its keys; negative ones are no expert.
         most_at_once: experts whose operands are held together; None: all of an `add`.
+        rows_apart: compute an expert's rows one by one, for the bits that each has alone.
     """
 
     def __init__(
@@ -183,12 +198,15 @@ class RowsSum:
         routed: Sequence[Sequence[int]],
         weights: torch.Tensor,
         most_at_once: int | None = None,
+        *,
+        rows_apart: bool = False,
     ) -> None:
         self._math = math
         self._operands_of = operands_of
         self._routed = routed
         self._weights = weights
         self._most_at_once = most_at_once
+        self._rows_apart = rows_apart
         self._outputs: dict[int, torch.Tensor] = {}
         # Per expert its assignments: token * top_k + position in the token's top-k.
         self._top_k = top_k = len(routed[0])
@@ -213,7 +231,11 @@ class RowsSum:
             some = experts[first : first + at_once]
             keys = [key for key, _ in some]
             rows, operands = [self._rows[key] for key in keys], [self._operands_of(slot) for _, slot in some]
-            self._outputs.update(zip(keys, compute_several(self._math, rows, operands), strict=True))
+            if self._rows_apart:
+                outputs = compute_rows_apart(self._math, rows, operands)
+            else:
+                outputs = compute_several(self._math, rows, operands)
+            self._outputs.update(zip(keys, outputs, strict=True))
             if self._math.computes_all_rows:
                 self._outputs.update({key: self._outputs[key].index_select(0, self._tokens_of(key)) for key in keys})
 
@@ -251,7 +273,7 @@ class RowsSum:
         tokens = [one // self._top_k for assignments in of_experts for one in assignments]
         index = torch.tensor(tokens, dtype=torch.int64, device=hidden.device)
         sizes = [len(assignments) for assignments in of_experts]
-        if rows_are_aligned(hidden):
+        if rows_are_aligned(hidden) or self._rows_apart:
             rows: Sequence[torch.Tensor] = hidden.index_select(0, index).split(sizes)
         else:
             rows = [hidden.index_select(0, some) for some in index.split(sizes)]

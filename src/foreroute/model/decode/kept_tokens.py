@@ -33,10 +33,13 @@ class Room:
         # A copied or saved cache takes new tensors when it is continued.
         return (type(None), ())
 
-    def is_of(self, layer: Any) -> bool:
-        """Whether these are the layer's tensors now, and one more token of each row fits."""
-        is_shown = layer.keys is self.keys and layer.values is self.values
-        return is_shown and self._layer() is layer and self._end < self._keys.shape[-2]
+    def is_shown(self, layer: Any) -> bool:
+        """Whether these are the layer's tensors now."""
+        return layer.keys is self.keys and layer.values is self.values and self._layer() is layer
+
+    def is_of(self, layer: Any, count: int = 1) -> bool:
+        """Whether these are the layer's tensors now, and `count` more tokens of each row fit."""
+        return self.is_shown(layer) and self._end + count <= self._keys.shape[-2]
 
     @property
     def count(self) -> int:
@@ -52,20 +55,28 @@ class Room:
         )
 
     def append(self, layer: Any, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Add a token [rows, heads, 1, size]; return all that it sees, itself included."""
-        start, end = self._start, self._end
+        """Add tokens [rows, heads, tokens, size]; return all that the first sees, and these."""
+        start, end, count = self._start, self._end, keys.shape[-2]
         with torch.no_grad():
             for states, added in ((self._keys, keys), (self._values, values)):
-                states[:, :, end : end + 1] = added
-        self.written(layer)
-        return self._keys[:, :, start : end + 1], self._values[:, :, start : end + 1]
+                states[:, :, end : end + count] = added
+        self.written(layer, count)
+        return self._keys[:, :, start : end + count], self._values[:, :, start : end + count]
 
-    def written(self, layer: Any) -> None:
-        """Note that a token has been written behind the last."""
-        self._end += 1
+    def written(self, layer: Any, count: int = 1) -> None:
+        """Note that `count` tokens have been written behind the last."""
+        self._end += count
         if self._window:
-            layer.cumulative_length += 1
+            layer.cumulative_length += count
             self._start = max(self._start, self._end - self._window + 1)
+        self._show(layer)
+
+    def drop(self, layer: Any, count: int) -> None:
+        """Take back the last `count` tokens, which nobody else was shown; those before them are in the window again."""
+        self._end -= count
+        if self._window:
+            layer.cumulative_length -= count
+            self._start = max(0, self._end - self._window + 1)
         self._show(layer)
 
     def _show(self, layer: Any) -> None:
@@ -75,8 +86,15 @@ class Room:
         )  # fmt: skip
 
 
-def room_of(cache: Any, index: int, num_rows: int) -> tuple[Any, Room] | None:
-    """A cache's layer and its tensors with room for a token of `num_rows` rows; None where transformers has to add it.
+def own_room(layer: Any) -> Room | None:
+    """The larger tensors whose parts the layer's keys and values are now; None where they are not."""
+    room: Room | None = layer.__dict__.get(_ATTRIBUTE)
+    return room if room is not None and room.is_shown(layer) else None
+
+
+def room_of(cache: Any, index: int, num_rows: int, count: int = 1) -> tuple[Any, Room] | None:
+    """A cache's layer and its tensors with room for `count` tokens of `num_rows` rows; None where transformers has to
+    add them.
 
     That is so for other classes of caches and tensors, and where it would refuse: other rows, values of other tokens.
     """
@@ -92,7 +110,7 @@ def room_of(cache: Any, index: int, num_rows: int) -> tuple[Any, Room] | None:
     if len(keys) != num_rows:
         return None
     room = layer.__dict__.get(_ATTRIBUTE)
-    if room is not None and room.is_of(layer):
+    if room is not None and room.is_of(layer, count):
         return layer, room
     if not all(one.device.type == "cpu" and one.dtype == torch.float32 for one in (keys, values)):
         return None

@@ -2,8 +2,8 @@
 
 The form: h = x + attention(norm(x)); h + experts(norm(h)), where attention makes q, k and v by a product each, turns q
 and k by their positions, and asks transformers' interface for its function. Whether a family has it is seen by numbers.
-One row's token that sees all before it is one graph up to its experts; several rows, and masks that hide tokens, are
-two graphs and attention in between.
+One row's token that sees all before it is one graph up to its experts; several rows, masks that hide tokens, and
+several tokens of one row that are verified are two graphs and attention in between.
 """
 
 import weakref
@@ -25,6 +25,8 @@ from foreroute.model.decode.as_made import AsMade
 from foreroute.model.decode.attention import attends_by_interface, function_of, sees_all
 from foreroute.model.decode.kept_tokens import room_of
 from foreroute.model.decode.norms import fused_norm
+from foreroute.model.decode.positions import NAME as BY_POSITION
+from foreroute.model.decode.positions import attend as attend_by_position
 from foreroute.model.decode.routes import RoutedExperts, routed_experts
 from foreroute.model.hooks import ResidualHook
 
@@ -93,10 +95,11 @@ class _Shared:
         self._given: Any = None
         self._angles: tuple[torch.Tensor, torch.Tensor] | None = None
 
-    def angles(self, given: Any, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines [rows or 1, 1, width] as [rows, width] each; layers are given the same."""
-        if self._angles is None or given is not self._given or len(self._angles[0]) != num_rows:
-            cosine, sine = (one.expand(num_rows, -1, -1)[:, 0].float().contiguous() for one in given)
+    def angles(self, given: Any, num_rows: int, num_positions: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines [rows or 1, positions, width] as [rows x positions, width] each; layers are given the
+        same."""
+        if self._angles is None or given is not self._given or len(self._angles[0]) != num_rows * num_positions:
+            cosine, sine = (one.expand(num_rows, -1, -1).flatten(0, 1).float().contiguous() for one in given)
             self._given, self._angles = given, (cosine, sine)
         return self._angles
 
@@ -137,7 +140,10 @@ class _FusedLayer:
 
     def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """As the layer's own `forward`."""
-        is_decoded = hidden_states.shape[1] == 1 and not args and self._shared.products.decodes()
+        is_decoded = not args and self._shared.products.decodes()
+        if hidden_states.shape[1] > 1:
+            # The one way that computes several tokens of one row, which are verified.
+            is_decoded = is_decoded and self._attention.config._attn_implementation == BY_POSITION
         if not is_decoded or hidden_states.dtype != torch.float32 or self._is_changed():
             layer: Any = self._layer()
             return type(layer).forward(layer, hidden_states, *args, **kwargs)
@@ -165,13 +171,16 @@ class _FusedLayer:
         position_embeddings: Any = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """Compute [rows, 1, width] by graphs. Arguments: of transformers' decoder layers."""
-        residual = hidden_states.contiguous()
-        cosine, sine = self._shared.angles(position_embeddings, len(residual))
+        """Compute [rows, 1, width], or [1, positions, width], by graphs. Arguments: of transformers' decoder layers."""
+        num_rows, num_positions, width = hidden_states.shape
+        residual = hidden_states.contiguous().view(-1, 1, width)
+        cosine, sine = self._shared.angles(position_embeddings, num_rows, num_positions)
         cache = past_key_values if cache is None else cache
         chosen = self._compute_whole(residual, attention_mask, cache, cosine, sine)
         if chosen is None:
-            chosen = self._compute_parts(residual, attention_mask, cache, cosine, sine, kwargs)
+            chosen = self._compute_parts(residual, attention_mask, cache, cosine, sine, kwargs, num_positions)
+        if num_positions > 1:
+            chosen = chosen.of_positions()
         for hook in self._norm._forward_pre_hooks.values():
             hook(self._norm, (chosen.stream,))
         if self._routed is not None and self._routed.is_plain():
@@ -203,19 +212,32 @@ class _FusedLayer:
         return chosen
 
     def _compute_parts(
-        self, x: torch.Tensor, mask: Any, cache: Any, cosine: torch.Tensor, sine: torch.Tensor, given: Any
+        self,
+        x: torch.Tensor,
+        mask: Any,
+        cache: Any,
+        cosine: torch.Tensor,
+        sine: torch.Tensor,
+        given: Any,
+        num_positions: int,
     ) -> Chosen:
-        """The same as two graphs, with attention's own function in between."""
+        """The same as two graphs, with attention's own function in between; x: [rows x positions, 1, width]."""
         attention = self._attention
         before, after = self._graphs_of(len(x), cosine.shape[1])
         query, keys, values = before.run(x, cosine, sine)
-        found = room_of(cache, attention.layer_idx, len(x))
+        if num_positions > 1:
+            # The row's positions, as attention takes them.
+            query, keys, values = (one.permute(2, 1, 0, 3) for one in (query, keys, values))
+        found = room_of(cache, attention.layer_idx, len(keys), num_positions)
         if found is not None:
             keys, values = found[1].append(found[0], keys, values)
         elif cache is not None:
             keys, values = cache.update(keys, values, attention.layer_idx)
         name = attention.config._attn_implementation
-        attend = function_of(attention, name) if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
+        if num_positions > 1:
+            attend: Any = attend_by_position
+        else:
+            attend = function_of(attention, name) if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
         attended, _ = attend(attention, query, keys, values, mask, **self._usual, **given)
         return after.run(attended.contiguous(), x)
 

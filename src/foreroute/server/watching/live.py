@@ -142,12 +142,13 @@ class LiveFeed:
         Times are milliseconds from the step's begin.
         """
         pool, recorder, prefetcher = self._pool, self._recorder, self._prefetcher
-        stats = pool.stats
+        stats, answers = pool.stats, pool.stats.answers
         picture: dict[str, Any] = {
             "is_busy": is_busy,
             "pool": self._pool_codes(),
             "counts": {
-                "decode": {name: getattr(stats.decode, name) for name in _COUNTS},
+                # Of all tokens of answers: those of verify steps too.
+                "decode": {name: getattr(answers, name) for name in _COUNTS},
                 "prefill_tokens": stats.prefill.tokens,
                 "timed_steps": recorder.timed_steps,
                 "timed_s": round(recorder.timed_s, 6),

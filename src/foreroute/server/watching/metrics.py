@@ -114,6 +114,7 @@ class _EngineCollector(Collector):
         share = state.kv_blocks_used / state.kv_blocks if state.kv_blocks else 0.0
         yield GaugeMetricFamily("foreroute_kv_cache_usage_perc", "KV cache in use, 0 to 1.", share)
         yield from _prefix_metrics(state)
+        yield from _draft_metrics(state)
         if loaded.model is not None:
             yield from expert_metrics(loaded.model.foreroute.host_engine.pool)
 
@@ -134,12 +135,24 @@ def _prefix_metrics(state: EngineState) -> Iterator[Metric]:
         yield CounterMetricFamily(f"foreroute_prefix_cache_{name}", meaning, value)
 
 
+def _draft_metrics(state: EngineState) -> Iterator[Metric]:
+    """Metrics of drafted tokens; none where nothing drafts."""
+    counts = {
+        "draft_tokens": ("Tokens that were drafted.", state.drafted),
+        "draft_tokens_accepted": ("Drafted tokens that answers kept.", state.accepted),
+        "verify_steps": ("Steps that verified drafted tokens.", state.verify_steps),
+    }
+    for name, (meaning, value) in counts.items():
+        if value is not None:
+            yield CounterMetricFamily(f"foreroute_{name}", meaning, value)
+
+
 def expert_metrics(pool: ExpertPool) -> Iterator[Metric]:
     """Metrics of experts: hits, late hits and misses; outcomes of prefetches; bytes and stalls.
 
     Reads counts that the engine's thread writes, each atomically; `snapshot` would write, and is for that thread only.
     """
-    phases = (pool.stats.prefill, pool.stats.decode)
+    phases = pool.stats.phases
     residency = pool.residency
 
     def total(name: str) -> float:

@@ -42,7 +42,7 @@ class StepRecord:
     """One forward pass as observed, during and after it.
 
     Attributes:
-        number: counted from when the recorder was attached. phase: "prefill" or "decode".
+        number: counted from when the recorder was attached. phase: "prefill", "decode" or "verify".
         ended_s: when its last MoE layer was computed; 0 until then.
         prefetched, prefetched_after: keys with an unused prefetch that were resident at its begin and its end.
         guesses: (layer, its experts guessed in this step, best first).

@@ -45,6 +45,10 @@ class Chosen(NamedTuple):
     ids: torch.Tensor
     weights: torch.Tensor
 
+    def of_positions(self) -> "Chosen":
+        """The same with rows as the positions of one row: stream and normed [1, rows, width]."""
+        return self._replace(stream=self.stream.transpose(0, 1), normed=self.normed.transpose(0, 1))
+
 
 @dataclass(slots=True)
 class KeptTokens:

@@ -1,0 +1,81 @@
+"""Drafts for requests that share steps: each row has its own, of any length, and a step verifies all of them."""
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+from foreroute.batching.answer import Answer
+from foreroute.drafting.draft import Draft, draft_for
+from foreroute.drafting.governor import DraftGovernor
+from foreroute.engine.interfaces import MOST_VERIFIED
+from foreroute.errors import RefusedError
+from foreroute.loading.offloaded_model import OffloadedModel
+
+
+class BatchDrafts:
+    """Drafts for the rows of each step, and measures what that gains, by number of rows.
+
+    Attributes:
+        drafted, accepted, verify_steps: since the engine was made.
+    """
+
+    def __init__(self, model: OffloadedModel, draft: Draft, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._model, self._draft, self._clock = model, draft, clock
+        self._governors: dict[int, DraftGovernor] = {}
+        self._limit = 0
+        self._began_s = 0.0
+        self.drafted = self.accepted = self.verify_steps = 0
+
+    def think(self, answers: Sequence[Answer]) -> list[list[int]]:
+        """Begin a step: draft for each of `answers`, whose order is that of the rows."""
+        self._began_s = self._clock()
+        governor = self._governor(len(answers))
+        policies = self._model.foreroute.policies
+        is_exact = not any(policy.substitutes or policy.replaces_route for policy in policies)
+        longest = MOST_VERIFIED if self._draft.most is None else min(MOST_VERIFIED, self._draft.most)
+        self._limit = min(governor.length, longest - 1) if is_exact else 0
+        return [self._of(answer, governor) for answer in answers]
+
+    def alike(self, num_rows: int) -> AbstractContextManager[None]:
+        """What gives the tokens of a row that is verified alone the bits that they have one by one."""
+        return self._draft.alike.running() if num_rows == 1 and self._draft.alike is not None else nullcontext()
+
+    def ended(self, drafted: Sequence[Sequence[int]], dropped: Sequence[int]) -> None:
+        """Count a step of as many rows: the tokens drafted for each, and how many of them were not accepted."""
+        num_rows, most = len(drafted), max(map(len, drafted))
+        num_drafted = sum(map(len, drafted))
+        num_accepted = num_drafted - sum(dropped)
+        self.drafted += num_drafted
+        self.accepted += num_accepted
+        self.verify_steps += most > 0
+        # A row's mean: the step takes its time for all rows.
+        mean = round(num_accepted / num_rows)
+        self._governor(num_rows).step(most, min(mean, most), self._clock() - self._began_s, self._limit)
+
+    def _governor(self, num_rows: int) -> DraftGovernor:
+        return self._governors.setdefault(num_rows, DraftGovernor())
+
+    def _of(self, answer: Answer, governor: DraftGovernor) -> list[int]:
+        most = min(self._limit, answer.num_left - 1)
+        if most <= 0:
+            return []
+        if answer.drafter is None:
+            answer.drafter = self._draft.make()
+        return list(answer.drafter.draft(answer.ids, most, governor.least_confidence))
+
+
+def drafts_of(model: OffloadedModel, why_one_row: str, *, can_pad: bool) -> BatchDrafts | None:
+    """What drafts for the requests to `model`; None where EngineConfig asks for nothing.
+
+    Raises:
+        RefusedError: one was asked for, and what is not chosen could not be taken back.
+    """
+    if model.foreroute.draft is None:
+        return None
+    draft = draft_for(model, None)
+    if why_one_row or not can_pad:
+        raise RefusedError(
+            "--draft: requests of this model cannot be verified several tokens at a time, as "
+            f"{why_one_row or 'padding cannot be kept from its experts'}. Leave it out."
+        )
+    return None if draft is None else BatchDrafts(model, draft)
