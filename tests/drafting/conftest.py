@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from foreroute.drafting.draft import Draft, draft_for
+from foreroute.drafting.draft import GovernedDraft, draft_for
 from foreroute.generation.generate import GenerationReport, generate
 from foreroute.model.draft_model import PROMPT_LOOKUP
 from tests.cli.harness import make_tokenizer
@@ -49,7 +49,7 @@ class Compared:
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        self.draft: Draft = draft_for(model, PROMPT_LOOKUP)
+        self.draft: GovernedDraft = draft_for(model, PROMPT_LOOKUP)
         self.knowing = Knowing()
         self.draft.drafter = self.knowing
         self.draft.governor = Fixed(1, 3, 7, 2, 15)

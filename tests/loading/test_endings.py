@@ -187,7 +187,7 @@ def test_a_gguf_file_names_up_to_three(named, expected, tmp_path):
     path = tmp_path / "model.gguf"
     path.touch()
     settings = {f"tokenizer.ggml.{name}_token_id": token for name, token in named.items()}
-    config = SimpleNamespace(eos_token_id=None, vocab_size=100)
+    config = SimpleNamespace(eos_token_id=None, vocab_size=100, is_encoder_decoder=False)
     config.get_text_config = lambda: config
     model = SimpleNamespace(
         config=config, generation_config=SimpleNamespace(eos_token_id=None, pad_token_id=None, use_cache=None)
@@ -313,7 +313,7 @@ def test_a_list_of_ends_is_not_added_to_by_the_template(tmp_path, said, ends):
     }
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
     (tmp_path / "added_tokens.json").write_text(json.dumps({"<end>": 7, "<turn>": 8}), encoding="utf-8")
-    config = SimpleNamespace(eos_token_id=None, vocab_size=10)
+    config = SimpleNamespace(eos_token_id=None, vocab_size=10, is_encoder_decoder=False)
     config.get_text_config = lambda: config
     generation = SimpleNamespace(eos_token_id=said, pad_token_id=None, use_cache=True)
     complete_generation_config(SimpleNamespace(config=config, generation_config=generation), tmp_path, None)

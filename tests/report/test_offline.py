@@ -128,7 +128,7 @@ def test_budgets_below_the_demand_are_refused_with_what_would_do() -> None:
     route = route_of([((0, 1), (3, 4))] * 3)
     assert smallest_pool(route) == 4
     assert pool_of(route, "67%").num_slots == 4
-    assert pool_of(route, "64").num_slots == 4
+    assert pool_of(route, "64B").num_slots == 4
     with pytest.raises(BudgetError, match=r"48 B holds 3 slots; one token needs 4. Raise --memory to 64 B"):
         pool_of(route, "50%")
     # Several rows demand more at once than a token does.

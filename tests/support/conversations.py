@@ -22,6 +22,9 @@ class Words:
     def decode(self, ids: list[int], **options: Any) -> str:
         return "".join(chr(0x4E00 + token) for token in ids)
 
+    def get_vocab(self) -> dict[str, int]:
+        return {}
+
 
 @dataclass
 class Scores(LogitsProcessor):

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 from foreroute.batching.answer import Answer
-from foreroute.drafting.draft import Draft, draft_for
+from foreroute.drafting.draft import GovernedDraft, draft_for
 from foreroute.drafting.governor import DraftGovernor
 from foreroute.engine.interfaces import MOST_VERIFIED
 from foreroute.errors import RefusedError
@@ -19,7 +19,9 @@ class BatchDrafts:
         drafted, accepted, verify_steps: since the engine was made.
     """
 
-    def __init__(self, model: OffloadedModel, draft: Draft, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self, model: OffloadedModel, draft: GovernedDraft, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
         self._model, self._draft, self._clock = model, draft, clock
         self._governors: dict[int, DraftGovernor] = {}
         self._limit = 0

@@ -17,7 +17,7 @@ from foreroute.model.rewind import most_rewound
 
 
 @dataclass
-class Draft:
+class GovernedDraft:
     """A drafter with its governor, both kept from answer to answer.
 
     make: makes a drafter of the same kind, for a text beside others.
@@ -34,7 +34,7 @@ class Draft:
         self.drafter = self.make()
 
 
-def draft_for(model: OffloadedModel, asked: str | Path | None) -> Draft | None:
+def draft_for(model: OffloadedModel, asked: str | Path | None) -> GovernedDraft | None:
     """Return what drafts for `model`, made on first use.
 
     Args:
@@ -53,11 +53,11 @@ def draft_for(model: OffloadedModel, asked: str | Path | None) -> Draft | None:
     name = str(source.folder) if isinstance(source, DraftModel) else source
     if name not in handle.drafts:
         handle.drafts[name] = _made(model, source)
-    made: Draft = handle.drafts[name]
+    made: GovernedDraft = handle.drafts[name]
     return made
 
 
-def _made(model: OffloadedModel, source: DraftModel | str) -> Draft:
+def _made(model: OffloadedModel, source: DraftModel | str) -> GovernedDraft:
     make: Callable[[], Drafter]
     if source == PROMPT_LOOKUP:
         make = PromptLookup
@@ -73,7 +73,7 @@ def _made(model: OffloadedModel, source: DraftModel | str) -> Draft:
     layers = () if model.foreroute.plan.math == "ggml" else model.foreroute.layers
     routers = [layer.router.module for layer in layers if layer.router is not None]
     alike = PositionsAlike(model, routers) if can_attend_by_position(model) else None
-    return Draft(make, alike, most_rewound(cache))
+    return GovernedDraft(make, alike, most_rewound(cache))
 
 
 def _check(model: OffloadedModel) -> None:

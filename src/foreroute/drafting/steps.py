@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from transformers.cache_utils import DynamicCache
 
-from foreroute.drafting.draft import Draft
+from foreroute.drafting.draft import GovernedDraft
 from foreroute.engine.interfaces import MOST_VERIFIED, Phase
 from foreroute.engine.moe_step import MoeStep
 from foreroute.loading.offloaded_model import OffloadedModel
@@ -39,7 +39,7 @@ class DraftedSteps:
     def __init__(
         self,
         model: OffloadedModel,
-        draft: Draft,
+        draft: GovernedDraft,
         cache: DynamicCache,
         compute: Compute,
         prompt_ids: list[int],

@@ -126,8 +126,8 @@ class Approximation:
         routed: per token its expert keys. weights: [tokens, k]. is_resident: whether a key is resident.
         """
         policies = self.of_rows(len(routed))
-        waits = layer == self._first_layer or self._vectors[layer] is None
-        if waits or not any(policy.substitutes for policy in policies):
+        substitutes = any(policy.substitutes for policy in policies)
+        if layer == self._first_layer or not substitutes or self._vectors[layer] is None:
             return []
         missing = [key for key in keys if not is_resident(key)]
         if not missing:

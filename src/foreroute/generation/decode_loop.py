@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StoppingCriteriaList
 
-from foreroute.drafting.draft import Draft
+from foreroute.drafting.draft import GovernedDraft
 from foreroute.drafting.steps import DraftedSteps
 from foreroute.engine.chunks import split_prompt
 from foreroute.engine.interfaces import Phase, StepInfo
@@ -100,7 +100,7 @@ class LeanLoop:
         should_stop: Callable[[], bool] | None,
         chunk: int | None,
         decoder: GraphDecoder | None = None,
-        draft: Draft | None = None,
+        draft: GovernedDraft | None = None,
     ) -> None:
         self._on_token = on_token
         self._should_stop = should_stop

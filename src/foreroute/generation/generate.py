@@ -18,7 +18,7 @@ import torch
 from transformers.cache_utils import DynamicCache
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 
-from foreroute.drafting.draft import Draft, draft_for
+from foreroute.drafting.draft import GovernedDraft, draft_for
 from foreroute.engine.interfaces import EngineStats
 from foreroute.errors import PromptError, RefusedError
 from foreroute.generation.decode_loop import LeanLoop, serves
@@ -235,7 +235,7 @@ class _Answer:
         options: dict[str, Any],
         reuse: PromptCache | None,
         chunk: int,
-        draft: Draft | None = None,
+        draft: GovernedDraft | None = None,
     ) -> None:
         self.model = model
         self.prompt_ids = prompt_ids

@@ -16,6 +16,7 @@ import torch
 
 pytest.importorskip("fastapi", reason="needs fastapi: pip install foreroute[serve]")
 
+from foreroute.batching.requests import EngineState
 from foreroute.generation.generate import generate
 from foreroute.residency.slots import FREE, LOADING
 from foreroute.server.settings import ServerSettings
@@ -140,7 +141,7 @@ def test_without_a_viewer_and_a_scrape_nothing_is_called(
         @property
         def loaded(self) -> Any:
             calls.append("scrape")
-            state = SimpleNamespace(running=1, waiting=0, kv_blocks=0, kv_blocks_used=0)
+            state = EngineState(running=1, waiting=0, kv_blocks_used=0, kv_blocks=0)
             return SimpleNamespace(engine=SimpleNamespace(state=lambda: state), model=model)
 
     model = load(folder, "50%")
