@@ -205,7 +205,8 @@ def _serving_nobody() -> Iterator[None]:
         try:
             load(backend)
         finally:
-            listening.close()
+            for one in listening:
+                one.close()
             if backend.loaded is not None:
                 backend.loaded.engine.close()
                 backend.loaded.prompts.close()

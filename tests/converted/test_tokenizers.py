@@ -177,7 +177,7 @@ def test_chat_templates_have_their_names(source: PreTrainedTokenizerFast, tmp_pa
 def _ends(path: Path) -> set[str]:
     """The tokens that end an answer, by what a model's file says."""
     index = read_gguf(path)
-    config = SimpleNamespace(eos_token_id=None, vocab_size=10**6)
+    config = SimpleNamespace(eos_token_id=None, vocab_size=10**6, is_encoder_decoder=False)
     config.get_text_config = lambda: config
     settings = SimpleNamespace(eos_token_id=None, pad_token_id=None, use_cache=None)
     model: Any = SimpleNamespace(config=config, generation_config=settings)

@@ -67,7 +67,7 @@ def test_an_error_of_the_disk_reaches_the_caller_and_the_model_lives_on(checkpoi
 
 def test_too_little_host_memory_is_said_before_experts_are_read(checkpoints, load):
     with watch_reads() as reads, pytest.raises(DeviceError, match="hold no expert"):
-        load(checkpoints.get("qwen3_moe"), "25%", host_memory="100")
+        load(checkpoints.get("qwen3_moe"), "25%", host_memory="100B")
     assert not reads.paths
 
 

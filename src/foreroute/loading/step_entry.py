@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from foreroute.engine.interfaces import MOST_VERIFIED, MoeEngine, Phase, StepInfo
+from foreroute.engine.interfaces import MoeEngine, Phase, StepInfo
 from foreroute.errors import PromptError, RefusedError
 from foreroute.model import torch_modes
 from foreroute.model.caches import given_cache
@@ -247,8 +247,8 @@ class StepEntry:
 def infer_step(tokens: torch.Tensor, cache: Any) -> StepInfo:
     """Infer an undeclared call's step from its shape.
 
-    A text's first positions are a prompt, as are many that follow others. A few that follow others are taken for
-    drafted tokens (transformers' assisted generation): exact as well, and their experts stay for the tokens to come.
+    Several positions are a prompt, or a part of one: they get the bits that transformers gives them. So do drafted
+    tokens of transformers' own assisted generation; our loops declare theirs.
 
     Args:
         tokens: ids [rows, positions], or embeddings [rows, positions, hidden].
@@ -257,9 +257,7 @@ def infer_step(tokens: torch.Tensor, cache: Any) -> StepInfo:
     # Embeddings in place of ids tell nothing about layer 0.
     token_ids = None if tokens.is_floating_point() else tokens
     num_rows, num_positions = tokens.shape[:2]
-    phase: Phase = "decode" if num_positions == 1 else "verify"
-    if is_start or num_positions > MOST_VERIFIED:
-        phase = "prefill"
+    phase: Phase = "prefill" if is_start or num_positions > 1 else "decode"
     return StepInfo(phase, num_rows, num_positions, token_ids, is_start=is_start)
 
 

@@ -18,7 +18,6 @@ _EPILOG = """\
 examples:
   foreroute generate MODEL "The capital of France is" --memory 8GiB
   foreroute generate MODEL --file question.txt --memory 25% --max-new-tokens 400
-  foreroute generate MODEL "A city, as JSON." --json-schema city.json
   git diff | foreroute generate MODEL - --system "Review this change." --json
 
 the figures (on standard error, after the text):
@@ -71,13 +70,11 @@ def add_parser(commands: Any) -> None:
 
 
 def _add_structure(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("structured output", "the answer fits it, or is cut off (--max-new-tokens)")
+    group = parser.add_argument_group("structured output")
     one = group.add_mutually_exclusive_group()
     one.add_argument("--json-schema", type=Path, metavar="FILE", help="JSON that is valid by this JSON schema")
-    one.add_argument(
-        "--regex", metavar="PATTERN", help="text that matches all of this regular expression (Rust's syntax)"
-    )
-    one.add_argument("--grammar", type=Path, metavar="FILE", help="text of this grammar (Lark, or llama.cpp's GBNF)")
+    one.add_argument("--regex", metavar="PATTERN", help="text that matches all of this (Rust's syntax)")
+    one.add_argument("--grammar", type=Path, metavar="FILE", help="text of this grammar (Lark or GBNF)")
 
 
 def _grammar(args: argparse.Namespace) -> "Grammar | None":
@@ -142,7 +139,7 @@ def add_sampling(parser: argparse.ArgumentParser, max_new_tokens: int = 128) -> 
         "--min-p",
         type=options.between(0, 1),
         metavar="X",
-        help="leave out tokens below X times the likeliest one's probability",
+        help="drop tokens below X times the likeliest's probability",
     )
     group.add_argument(
         "--repetition-penalty",

@@ -50,7 +50,12 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         figures.print_json(model=args.model, **found)
     else:
-        figures.print_rows(figures.stdout_console(), _rows(args.model, found))
+        console = figures.stdout_console()
+        # A path may be longer than a line, and is no cell of the table: it would take the other columns' room.
+        console.print(
+            found["path"] if args.model == found["path"] else f"{args.model}: {found['path']}", soft_wrap=True
+        )
+        figures.print_rows(console, _rows(found))
     return 0
 
 
@@ -113,7 +118,7 @@ def _has_template(folder: Path) -> bool | None:
         return None
 
 
-def _rows(name: str, found: dict[str, Any]) -> list[figures.Row]:
+def _rows(found: dict[str, Any]) -> list[figures.Row]:
     widths = "/".join(map(str, found["experts_per_layer"]))
     top_k = "" if found["experts_per_token_and_layer"] is None else f", top-{found['experts_per_token_and_layer']}"
     types = ", ".join(f"{kind}: {count}" for kind, count in found["matrix_types"].items())
@@ -121,7 +126,6 @@ def _rows(name: str, found: dict[str, Any]) -> list[figures.Row]:
     said = {True: "", False: "it continues text; it may not answer", None: "text cannot be generated"}
     context = found["context_tokens"]
     rows: list[figures.Row] = [
-        ("model", name, found["path"]),
         ("family", found["family"], f"{found['moe_layers']} MoE layers x {widths} experts{top_k}"),
         ("format", found["format"], f"experts stored as {found['stored_as']}"),
         ("all experts", format_memory(found["expert_bytes"]), f"{found['experts']:,} experts, on disk"),
@@ -131,7 +135,7 @@ def _rows(name: str, found: dict[str, Any]) -> list[figures.Row]:
         ("chat template", template, said[found["chat_template"]]),
     ]
     if len(found["matrix_types"]) > 1:
-        rows.insert(3, ("", "", f"matrices by type: {types}"))
+        rows.insert(2, ("", "", f"matrices by type: {types}"))
     if found["packed_store"]:
         rows.append(("packed store", "yes", found["packed_store"]))
     return [*rows, *(("note", "", note) for note in found["notes"])]
