@@ -40,12 +40,13 @@ class TurnChoice(Choice):
     """An answer so far, and its parts.
 
     Attributes:
-        parsed: content, reasoning and calls. has_begun_calls: it has begun one.
+        parsed: content, reasoning and calls. parts: all of them, as they came. has_begun_calls: it has begun one.
     """
 
     def __init__(self, turn: Turn) -> None:
         super().__init__()
         self.parsed, self.has_begun_calls = ParsedAnswer(), False
+        self.parts: list[Event] = []
         self._parser = turn.parser()
 
     def take(self, event: AnswerEvent) -> list[Event]:
@@ -57,6 +58,7 @@ class TurnChoice(Choice):
         if isinstance(event, Finished):
             parts += self._parser.finish()
         self.parsed.add(parts)
+        self.parts += parts
         self.has_begun_calls |= any(isinstance(part, CallBegan) for part in parts)
         return parts
 
