@@ -16,6 +16,8 @@ from foreroute.server.api.completions import complete
 from foreroute.server.api.messages.answer import answer_messages, count_tokens
 from foreroute.server.api.messages.schema import CountRequest, MessagesRequest
 from foreroute.server.api.problems import RETRY_SOON, ApiError
+from foreroute.server.api.responses.answer import answer_responses
+from foreroute.server.api.responses.schema import ResponsesRequest
 from foreroute.server.api.schema import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from foreroute.server.backend import Backend, Serving
 from foreroute.server.dialogue.messages import Dialogue
@@ -94,6 +96,10 @@ def _add_openai(app: FastAPI, backend: Backend, settings: ServerSettings, metric
     @app.post("/v1/completions", response_model=None, responses=_ALSO_STREAMED)
     async def completions(asked: CompletionRequest, http: Request) -> Any:
         return _answer(await complete(asked, http, backend.serving(), metrics, settings))
+
+    @app.post("/v1/responses", response_model=None, responses=_ALSO_STREAMED)
+    async def responses(asked: ResponsesRequest, http: Request) -> Any:
+        return _answer(await answer_responses(asked, http, backend.serving(), metrics, settings))
 
 
 def _add_anthropic(app: FastAPI, backend: Backend, settings: ServerSettings, metrics: ServerMetrics) -> None:

@@ -42,11 +42,12 @@ def test_a_conversation_with_a_tool(speak: Speak) -> None:
         assert message.stop_reason == "tool_use"
         assert message.usage.output_tokens == len(FIRST)
         result = {"type": "tool_result", "tool_use_id": call.id, "content": "1"}
-        more = [{"role": "assistant", "content": message.content}, {"role": "user", "content": [result]}]
-        last = client.messages.create(messages=[*talk, *more], **asked)
-        assert [block.text for block in last.content] == ["It is 1."]
-        assert "<think>Hm.</think>I look.<tool_call>" in model.prompt
-        assert "<tool_response>1</tool_response>" in model.prompt
+        for back in (message.content, [block.model_dump() for block in message.content]):
+            more = [{"role": "assistant", "content": back}, {"role": "user", "content": [result]}]
+            last = client.messages.create(messages=[*talk, *more], **asked)
+            assert [block.text for block in last.content] == ["It is 1."]
+            assert "<think>Hm.</think>I look.<tool_call>" in model.prompt
+            assert "<tool_response>1</tool_response>" in model.prompt
         count = client.messages.count_tokens(messages=[*talk, *more], **counted)
         assert count.input_tokens == last.usage.input_tokens
 

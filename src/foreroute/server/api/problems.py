@@ -1,4 +1,4 @@
-"""Format all errors as OpenAI does: {"error": {"message", "type", "param", "code"}}; below /v1/messages as Anthropic."""
+"""Format all errors as OpenAI does: {"error": {"message", "type", "param", "code"}}; at /v1/messages as Anthropic."""
 
 import logging
 import re

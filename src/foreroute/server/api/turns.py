@@ -10,7 +10,7 @@ from foreroute.server.api.problems import not_possible, not_supported
 from foreroute.server.api.structure import compiled
 from foreroute.server.backend import Serving
 from foreroute.server.dialogue.messages import Dialogue, Tool
-from foreroute.server.dialogue.parsing.events import CallBegan, Event, ParsedAnswer
+from foreroute.server.dialogue.parsing.events import CallBegan, Event, ParsedAnswer, Reasoning
 from foreroute.server.dialogue.turn import Turn
 from foreroute.server.settings import ServerSettings
 from foreroute.server.watching.metrics import ServerMetrics
@@ -41,12 +41,14 @@ class TurnChoice(Choice):
 
     Attributes:
         parsed: content, reasoning and calls. parts: all of them, as they came. has_begun_calls: it has begun one.
+        reasoning_tokens: tokens up to the end of its reasoning.
     """
 
     def __init__(self, turn: Turn) -> None:
         super().__init__()
         self.parsed, self.has_begun_calls = ParsedAnswer(), False
         self.parts: list[Event] = []
+        self.reasoning_tokens = 0
         self._parser = turn.parser()
 
     def take(self, event: AnswerEvent) -> list[Event]:
@@ -59,6 +61,8 @@ class TurnChoice(Choice):
             parts += self._parser.finish()
         self.parsed.add(parts)
         self.parts += parts
+        if any(isinstance(part, Reasoning) for part in parts):
+            self.reasoning_tokens = len(self.steps)
         self.has_begun_calls |= any(isinstance(part, CallBegan) for part in parts)
         return parts
 

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import model_validator
@@ -16,7 +15,10 @@ _NOTES = frozenset({"cache_control", "citations", "signature", "caller"})
 
 
 def _without_notes(given: Any) -> Any:
-    return {name: one for name, one in given.items() if name not in _NOTES} if isinstance(given, dict) else given
+    if not isinstance(given, dict):
+        return given
+    # Clients write out the fields that a block lacks.
+    return {name: one for name, one in given.items() if name not in _NOTES and one is not None}
 
 
 class WireText(Strict):
@@ -107,21 +109,10 @@ def conversation(system: str, given: Sequence[WireMessage]) -> tuple[DialogueMes
     for at, one in enumerate(given):
         for message in [_of_assistant(one, at)] if one.role == "assistant" else _of_others(one, at):
             if found and found[-1].role == message.role != "tool":
-                found[-1] = _joined(found[-1], message)
+                found[-1] = found[-1].joined(message)
             else:
                 found.append(message)
     return tuple(found)
-
-
-def _joined(first: DialogueMessage, second: DialogueMessage) -> DialogueMessage:
-    texts, thoughts = ([one for one in pair if one] for pair in zip(*_said(first, second), strict=True))
-    return replace(
-        first, text="\n".join(texts) or None, reasoning="\n".join(thoughts), calls=first.calls + second.calls
-    )
-
-
-def _said(*messages: DialogueMessage) -> Iterator[tuple[str | None, str]]:
-    return ((one.text, one.reasoning) for one in messages)
 
 
 def _of_others(given: WireMessage, at: int) -> Iterator[DialogueMessage]:
