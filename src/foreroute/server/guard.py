@@ -112,7 +112,8 @@ class Guard:
         if not self._keys or (scope["path"] == _OPEN_PATH and scope["method"] in ("GET", "HEAD")):
             return
         # OpenAI's clients send the one, Anthropic's the other.
-        given = _key_in(headers.get(b"authorization", b"")), headers.get(b"x-api-key", b"")
+        given = [_key_in(headers.get(b"authorization", b""))]
+        given += [headers[b"x-api-key"]] if b"x-api-key" in headers else []
         # Compare with all keys, always: timing must show neither their number nor a near match.
         if not any([hmac.compare_digest(one, key) for one in given for key in self._keys]):  # noqa: C419
             wants_page = b"text/html" in headers.get(b"accept", b"")
