@@ -67,6 +67,7 @@ def test_stop_texts_with_a_special_token_in_them() -> None:
         stopping, pieces = StopText([stop]), TextPieces(BYTES)
         said = "".join(stopping.push(pieces.push(one), pieces.hidden(one)) for one in ids_of(text))
         assert stopping.is_over == (expected is not None), stop
+        assert stopping.found == (None if expected is None else stop)
         assert said + stopping.rest() == (expected if expected is not None else "onetwo")
 
 

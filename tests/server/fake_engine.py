@@ -14,7 +14,8 @@ class FakeEngine:
     """Answers every request with the same text.
 
     Attributes:
-        answer: the text. reason: why it ends. error: what goes wrong after `fail_after` tokens.
+        answer: the text. reason: why it ends. stop_text: the stop string that ends it.
+        error: what goes wrong after `fail_after` tokens.
         gate: tokens come while it is set. requests: all that were submitted. cancelled: handles that were cancelled.
     """
 
@@ -22,6 +23,7 @@ class FakeEngine:
         self._tokenizer, self.context, self.most_open = tokenizer, context, most_open
         self.answer, self.reason = answer, "stop"
         self.error: str | None = None
+        self.stop_text: str | None = None
         self.fail_after = 2
         self.gate = threading.Event()
         self.gate.set()
@@ -83,7 +85,9 @@ class FakeEngine:
             has_logprobs = request.num_top_logprobs is not None
             logprob = self._logprob(token) if has_logprobs else None
             on_event(NewToken(token, pieces.push(token), logprob, self._top(token, request) if has_logprobs else ()))
-        self._end(handle, on_event, Finished(reason, num_prompt, len(ids), 0, pieces.finish()))
+        self._end(
+            handle, on_event, Finished(reason, num_prompt, len(ids), 0, pieces.finish(), stop_text=self.stop_text)
+        )
 
     def _end(self, handle: int, on_event: Callable[[Any], None], event: Finished) -> None:
         with self._lock:

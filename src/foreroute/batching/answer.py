@@ -152,13 +152,13 @@ class Answer:
 
     def finished(self, reason: str, error: str | None = None, *, is_refusal: bool = False) -> Finished:
         """The last event, with the text that was still held back."""
-        tail = ""
+        tail, found = "", None
         if reason in ("stop", "length") and not self.wants_none:
             tail = self._text.push(self._pieces.finish())
             tail += "" if self._text.is_over else self._text.rest()
-        return Finished(
-            reason, self.num_prompt, len(self.ids) - self.num_prompt, self.num_cached, tail, error, is_refusal
-        )
+            found = self._text.found
+        num_new = len(self.ids) - self.num_prompt
+        return Finished(reason, self.num_prompt, num_new, self.num_cached, tail, error, is_refusal, found)
 
     def tell(self, event: AnswerEvent) -> None:
         """Send an event; a receiver that fails cancels the request."""

@@ -86,7 +86,8 @@ class NewToken:
 class Finished:
     """The last event. reason: stop, length, cancelled or error (then `error` says what). text: what was still held.
 
-    is_refusal: of an error: the request asked for what cannot be done.
+    is_refusal: of an error: the request asked for what cannot be done. stop_text: the stop string that ended it, if one
+    did.
     """
 
     reason: str
@@ -96,6 +97,7 @@ class Finished:
     text: str = ""
     error: str | None = None
     is_refusal: bool = False
+    stop_text: str | None = None
 
 
 AnswerEvent = PromptProgress | PromptScored | NewToken | Finished

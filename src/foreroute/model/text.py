@@ -211,11 +211,12 @@ class StopText:
     """Holds text back while it may become a stop string.
 
     Attributes:
-        is_over: a stop string has come.
+        is_over: a stop string has come. found: which; None: none has.
     """
 
     def __init__(self, stop: Sequence[str]) -> None:
         self._stop, self._held, self.is_over = stop, "", False
+        self.found: str | None = None
         # For each character held back, whether it is shown.
         self._shown: list[bool] = []
 
@@ -232,10 +233,11 @@ class StopText:
             self._shown += [False] * len(hidden)
         self._held += piece
         self._shown += [True] * len(piece)
-        found = [at for at in (self._held.find(one) for one in self._stop) if at >= 0]
+        found = [(at, one) for one in self._stop if (at := self._held.find(one)) >= 0]
         if found:
             self.is_over = True
-            said = self._release(min(found))
+            begin, self.found = min(found)
+            said = self._release(begin)
             self._held, self._shown = "", []
             return said
         return self._release(len(self._held) - max((self._beginning_of(one) for one in self._stop), default=0))

@@ -13,7 +13,11 @@ from foreroute.server.api.answers import check_model
 from foreroute.server.api.chat import complete_chat
 from foreroute.server.api.chat_messages import messages_of, tools_of
 from foreroute.server.api.completions import complete
+from foreroute.server.api.messages.answer import answer_messages, count_tokens
+from foreroute.server.api.messages.schema import CountRequest, MessagesRequest
 from foreroute.server.api.problems import RETRY_SOON, ApiError
+from foreroute.server.api.responses.answer import answer_responses
+from foreroute.server.api.responses.schema import ResponsesRequest
 from foreroute.server.api.schema import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from foreroute.server.backend import Backend, Serving
 from foreroute.server.dialogue.messages import Dialogue
@@ -25,7 +29,7 @@ from foreroute.server.watching.metrics import ServerMetrics
 # nginx's "client closed request"; the client never sees it.
 _CLIENT_LEFT = 499
 _METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-_PROBLEM = {"description": "What is wrong, in OpenAI's shape", "content": {"application/json": {}}}
+_PROBLEM = {"description": "What is wrong, in the API's shape", "content": {"application/json": {}}}
 _PROBLEMS: dict[int | str, dict[str, Any]] = dict.fromkeys(
     (400, 401, 403, 404, 405, 408, 413, 415, 429, 500, 503), _PROBLEM
 )
@@ -53,7 +57,7 @@ def create_app(backend: Backend, settings: ServerSettings, more: Sequence[AddRou
     app = FastAPI(
         title="foreroute",
         version=foreroute.__version__,
-        description="OpenAI's API for a model whose experts do not fit the memory.",
+        description="OpenAI's and Anthropic's APIs for a model whose experts do not fit the memory.",
         lifespan=lifespan,
         # Their pages load scripts from other hosts.
         docs_url=None,
@@ -64,6 +68,7 @@ def create_app(backend: Backend, settings: ServerSettings, more: Sequence[AddRou
     metrics = ServerMetrics(backend)
     problems.add_handlers(app)
     _add_openai(app, backend, settings, metrics)
+    _add_anthropic(app, backend, settings, metrics)
     _add_tokens(app, backend, settings)
     _add_state(app, backend, settings, metrics)
     for add in more:
@@ -91,6 +96,20 @@ def _add_openai(app: FastAPI, backend: Backend, settings: ServerSettings, metric
     @app.post("/v1/completions", response_model=None, responses=_ALSO_STREAMED)
     async def completions(asked: CompletionRequest, http: Request) -> Any:
         return _answer(await complete(asked, http, backend.serving(), metrics, settings))
+
+    @app.post("/v1/responses", response_model=None, responses=_ALSO_STREAMED)
+    async def responses(asked: ResponsesRequest, http: Request) -> Any:
+        return _answer(await answer_responses(asked, http, backend.serving(), metrics, settings))
+
+
+def _add_anthropic(app: FastAPI, backend: Backend, settings: ServerSettings, metrics: ServerMetrics) -> None:
+    @app.post("/v1/messages", response_model=None, responses=_ALSO_STREAMED)
+    async def messages(asked: MessagesRequest, http: Request) -> Any:
+        return _answer(await answer_messages(asked, http, backend.serving(), metrics, settings))
+
+    @app.post("/v1/messages/count_tokens")
+    async def message_tokens(asked: CountRequest) -> dict[str, int]:
+        return await count_tokens(asked, backend.serving(), settings)
 
 
 def _add_tokens(app: FastAPI, backend: Backend, settings: ServerSettings) -> None:

@@ -27,6 +27,7 @@ App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 _HOST = re.compile(r":[0-9]*\Z")
 # Health checks need no key; everything else does.
 _OPEN_PATH = "/health"
+_ONCE = (b"host", b"authorization", b"x-api-key", b"content-type", b"content-length", b"origin")
 # A larger body is parsed in a thread, so that the event loop keeps serving others.
 _SMALL_BYTES = 2**18
 
@@ -76,7 +77,7 @@ class Guard:
                     return
                 receive = _replay(body, receive)
         except ApiError as error:
-            await error.response()(scope, receive, send)
+            await error.response(scope["path"])(scope, receive, send)
             return
         await self._answer(scope, receive, send)
 
@@ -93,7 +94,7 @@ class Guard:
         except Exception as error:  # noqa: BLE001 - the last handler: the server itself must log nothing
             # Once an answer has begun, the app has logged the error, and still raises it.
             if not has_started:
-                await internal(error).response()(scope, receive, send)
+                await internal(error).response(scope["path"])(scope, receive, send)
 
     def _check_host(self, headers: dict[bytes, bytes]) -> None:
         host = headers.get(b"host", b"").decode("latin-1").lower()
@@ -110,14 +111,18 @@ class Guard:
     def _check_key(self, scope: MutableMapping[str, Any], headers: dict[bytes, bytes]) -> None:
         if not self._keys or (scope["path"] == _OPEN_PATH and scope["method"] in ("GET", "HEAD")):
             return
-        given = _key_in(headers.get(b"authorization", b""))
+        # OpenAI's clients send the one, Anthropic's the other.
+        given = [_key_in(headers.get(b"authorization", b""))]
+        given += [headers[b"x-api-key"]] if b"x-api-key" in headers else []
         # Compare with all keys, always: timing must show neither their number nor a near match.
-        if not any([hmac.compare_digest(given, key) for key in self._keys]):  # noqa: C419
+        if not any([hmac.compare_digest(one, key) for one in given for key in self._keys]):  # noqa: C419
             wants_page = b"text/html" in headers.get(b"accept", b"")
             # A browser asks the user for the key (as a password); programs send it as a bearer token.
             challenge = 'Basic realm="foreroute", charset="UTF-8"' if wants_page else "Bearer"
             raise ApiError(
-                401, "A valid API key is needed: Authorization: Bearer KEY.", headers={"WWW-Authenticate": challenge}
+                401,
+                "A valid API key is needed: Authorization: Bearer KEY, or x-api-key: KEY.",
+                headers={"WWW-Authenticate": challenge},
             )
 
     async def _read_body(self, headers: dict[bytes, bytes], receive: Receive) -> bytes | None:
@@ -211,7 +216,7 @@ def _single_headers(scope: MutableMapping[str, Any]) -> dict[bytes, bytes]:
     """Return the headers by name; those that matter for security may occur only once."""
     headers: dict[bytes, bytes] = {}
     for name, value in scope["headers"]:
-        if name in headers and name in (b"host", b"authorization", b"content-type", b"content-length", b"origin"):
+        if name in headers and name in _ONCE:
             raise ApiError(400, f"The header {name.decode('latin-1')} occurs more than once.", code="invalid_header")
         headers[name] = value
     return headers

@@ -83,6 +83,11 @@ def tool_calls(
     return Grammar("lark", "\n".join([*rules, *lark.terminals()]))
 
 
+def written(text: str, special: Mapping[str, int]) -> str:
+    """Return a text in Lark's syntax; where it spells a special token, that token is meant."""
+    return _Writer(special).text(text)
+
+
 class _Writer:
     """Writes texts in Lark's syntax; special tokens, which no text matches, by their ids."""
 

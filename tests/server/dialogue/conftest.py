@@ -21,12 +21,14 @@ from tests.server.fake_engine import FakeEngine
 
 
 class Scripted(NamedTuple):
-    """client: speaks to the server. engine: what answers. prompt: the last one as text. app: the whole server."""
+    """client: speaks to the server. engine: what answers. prompt: the last one as text. app: the whole server.
+    backend: what is behind it."""
 
     client: TestClient
     engine: FakeEngine
     tokenizer: Any
     app: Any
+    backend: Backend
 
     def ask(self, *messages: Any, **more: Any) -> Any:
         body = {"messages": list(messages) or [{"role": "user", "content": "Hi"}], **more}
@@ -69,11 +71,12 @@ def speak(byte_tokenizer: Any) -> Iterator[Callable[..., Scripted]]:
         prompts = Prompts(tokenizer, len(tokenizer), Limits(), calls=calls)
         prompts._renderer = RenderedHere(template, {})
         engine = FakeEngine(tokenizer, answer, context=16384)
-        app = create_app(Backend(Serving(engine, prompts, engine.context)), ServerSettings())
+        backend = Backend(Serving(engine, prompts, engine.context))
+        app = create_app(backend, ServerSettings())
         client = TestClient(app, base_url="http://127.0.0.1:8000", raise_server_exceptions=False)
         client.__enter__()
         opened.append(client)
-        return Scripted(client, engine, tokenizer, app)
+        return Scripted(client, engine, tokenizer, app, backend)
 
     yield speaking
     for client in opened:

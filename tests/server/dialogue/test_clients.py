@@ -54,7 +54,11 @@ def test_openai_with_a_tool_from_a_model_of_pydantic(speak: Speak) -> None:
     class Look(BaseModel):
         count: int
 
+    pytest.importorskip("llguidance", reason="strict needs llguidance: pip install foreroute[structured]")
+    from foreroute.structured.compiler import GrammarCompiler
+
     model = speak(templates.HERMES, FIRST.replace('"look"', '"Look"'))
+    model.backend.serving().grammars = GrammarCompiler(model.tokenizer, len(model.tokenizer), [0])
     client = openai.OpenAI(base_url=URL, api_key="none", max_retries=0, http_client=model.client)
     asked: dict[str, Any] = {"model": "model", "tools": [openai.pydantic_function_tool(Look)]}
     talk: list[Any] = [{"role": "user", "content": "Hi"}]

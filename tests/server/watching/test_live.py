@@ -337,7 +337,7 @@ def live_client(feed: LiveFeed, send_s: float = 60.0) -> Any:
     from foreroute.server.watching.pages import page_routes
 
     async def refused(request: Any, error: Any) -> Any:
-        return error.response()
+        return error.response("")
 
     return TestClient(Starlette(routes=page_routes(lambda: feed, send_s), exception_handlers={ApiError: refused}))
 

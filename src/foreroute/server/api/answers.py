@@ -13,7 +13,7 @@ from foreroute.errors import ContextLengthError, ForerouteError, QueueFullError
 from foreroute.server.api.problems import RETRY_SOON, ApiError, not_possible
 from foreroute.server.api.schema import ChatRequest, CompletionRequest
 from foreroute.server.api.sse import until_gone
-from foreroute.server.settings import ServerSettings
+from foreroute.server.settings import Limits, ServerSettings
 from foreroute.server.watching.metrics import RequestClock, ServerMetrics
 
 
@@ -63,6 +63,11 @@ class Answers:
         except ForerouteError as error:
             self.close()
             raise ApiError(400, str(error), param=self._param, code="invalid_value") from error
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of the first request's prompt."""
+        return len(self._requests[0].prompt_ids)
 
     def close(self) -> None:
         """Cancel all requests that have not ended."""
@@ -203,12 +208,21 @@ def check_counts(asked: ChatRequest | CompletionRequest, settings: ServerSetting
     if (asked.n or 1) > limits.choices:
         raise not_possible("n", f"n is {asked.n}; at most {limits.choices} answers are given.")
     stop = [asked.stop] if isinstance(asked.stop, str) else asked.stop or []
-    if len(stop) > limits.stop:
-        raise not_possible("stop", f"stop has {len(stop)} texts; at most {limits.stop} are watched for.")
-    if any(len(text) > limits.stop_chars for text in stop):
-        raise not_possible("stop", f"A stop text is longer than {limits.stop_chars} characters.")
     if asked.most_new is not None and (asked.min_tokens or 0) > asked.most_new:
         raise not_possible("min_tokens", f"min_tokens is {asked.min_tokens}, and at most {asked.most_new} are given.")
+    return check_stops("stop", stop, limits)
+
+
+def check_stops(name: str, stop: Sequence[str], limits: Limits) -> list[str]:
+    """Return the stop texts of the field `name`, each of them once.
+
+    Raises:
+        ApiError: they are too many, or too long.
+    """
+    if len(stop) > limits.stop:
+        raise not_possible(name, f"{name} has {len(stop)} texts; at most {limits.stop} are watched for.")
+    if any(len(text) > limits.stop_chars for text in stop):
+        raise not_possible(name, f"A stop text is longer than {limits.stop_chars} characters.")
     # lm-eval sends an empty stop text for models without an end token; obeying it would end every answer at once.
     return [text for text in dict.fromkeys(stop) if text]
 

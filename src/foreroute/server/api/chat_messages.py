@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -174,15 +174,22 @@ def _tool(given: Any, place: str) -> Tool:
     function = given.get("function")
     if not isinstance(function, dict):
         raise not_possible(f"{place}.function", f"{place}.function must be an object.")
+    return function_tool(function, f"{place}.function")
+
+
+def function_tool(function: Mapping[str, Any], place: str) -> Tool:
+    """The tool of a function: name, description, parameters and strict. place: of the function in the request.
+
+    Raises:
+        ApiError: it has no valid name, description or parameters.
+    """
     name, parameters = function.get("name"), function.get("parameters")
     if not isinstance(name, str) or not _TOOL_NAME.fullmatch(name):
-        raise not_possible(
-            f"{place}.function.name", f"{place}.function.name must be letters, digits, and any of _.:/-."
-        )
+        raise not_possible(f"{place}.name", f"{place}.name must be letters, digits, and any of _.:/-.")
     if parameters is not None and not isinstance(parameters, dict):
-        raise not_possible(f"{place}.function.parameters", f"{place}.function.parameters must be a JSON schema.")
+        raise not_possible(f"{place}.parameters", f"{place}.parameters must be a JSON schema.")
     if not isinstance(function.get("description", ""), (str, type(None))):
-        raise not_possible(f"{place}.function.description", f"{place}.function.description must be text.")
+        raise not_possible(f"{place}.description", f"{place}.description must be text.")
     kept = {
         key: value for key, value in function.items() if key not in ("strict", "cache_control") and value is not None
     }

@@ -1,4 +1,4 @@
-"""Format all errors as OpenAI does: {"error": {"message", "type", "param", "code"}}."""
+"""Format all errors as OpenAI does: {"error": {"message", "type", "param", "code"}}; at /v1/messages as Anthropic."""
 
 import logging
 import re
@@ -19,6 +19,19 @@ _TYPES = {
     500: "server_error",
     503: "service_unavailable_error",
 }
+_ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    500: "api_error",
+    503: "overloaded_error",
+}
+# Codes by which Anthropic's client decides how it goes on.
+_DETAILS = frozenset({"thread_unsupported_request"})
+_ANTHROPIC_PATH = re.compile(r"(/v1)*/messages(/.*)?")
 # Headers of an error that is over soon: the queue is full, or the model is not ready.
 RETRY_SOON = {"Retry-After": "1"}
 _MOST_CHARS, _MOST_PARAM_CHARS = 1000, 100
@@ -64,9 +77,17 @@ class ApiError(Exception):
             }
         }
 
-    def response(self) -> JSONResponse:
-        """The HTTP response."""
-        return JSONResponse(self.body, self.status, self.headers)
+    @property
+    def anthropic_body(self) -> dict[str, Any]:
+        """The same for Anthropic's clients."""
+        kind = _ANTHROPIC_TYPES.get(self.status, "invalid_request_error")
+        details = {"details": {"error_code": self.code}} if self.code in _DETAILS else {}
+        return {"type": "error", "error": {"type": kind, "message": self.message, **details}}
+
+    def response(self, path: str) -> JSONResponse:
+        """The HTTP response to a request for `path`."""
+        is_anthropic = _ANTHROPIC_PATH.fullmatch(path) is not None
+        return JSONResponse(self.anthropic_body if is_anthropic else self.body, self.status, self.headers)
 
 
 def not_possible(param: str, message: str) -> ApiError:
@@ -92,7 +113,7 @@ def add_handlers(app: FastAPI) -> None:
 
     async def api_error(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, ApiError)
-        return error.response()
+        return error.response(request.url.path)
 
     async def http_error(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
@@ -102,14 +123,14 @@ def add_handlers(app: FastAPI) -> None:
         }
         message = messages.get(error.status_code, str(error.detail))
         headers = dict(error.headers) if error.headers else None
-        return ApiError(error.status_code, message, headers=headers).response()
+        return ApiError(error.status_code, message, headers=headers).response(request.url.path)
 
     async def invalid(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
-        return from_validation(error.errors()).response()
+        return from_validation(error.errors()).response(request.url.path)
 
     async def failed(request: Request, error: Exception) -> JSONResponse:
-        return internal(error).response()
+        return internal(error).response(request.url.path)
 
     app.add_exception_handler(Exception, failed)
     app.add_exception_handler(ApiError, api_error)

@@ -206,7 +206,7 @@ class ChatRequest(_Request):
         return Dialogue(
             messages_of(self.messages),
             tools,
-            _choice(self.tool_choice, tools),
+            tool_choice_of(self.tool_choice, tools),
             one_call=self.parallel_tool_calls is False,
             thinking=self._asked_thinking(),
             variables=self.chat_template_kwargs or {},
@@ -222,7 +222,7 @@ class ChatRequest(_Request):
         return Thinking(is_on, effort)
 
 
-def _choice(given: Any, tools: tuple[Tool, ...]) -> ToolChoice | Tool:
+def tool_choice_of(given: Any, tools: tuple[Tool, ...]) -> ToolChoice | Tool:
     """The choice of tools that a request names, in several servers' spellings.
 
     Raises:

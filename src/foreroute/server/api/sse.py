@@ -4,6 +4,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 from starlette.responses import Response
@@ -12,7 +13,6 @@ from foreroute.server.api.problems import ApiError, internal
 from foreroute.server.settings import ServerSettings
 
 DONE = b"data: [DONE]\n\n"
-_KEEP_ALIVE = b": keep-alive\n\n"
 _HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -20,14 +20,29 @@ _HEADERS = [
 ]
 
 
-def event(body: dict[str, Any]) -> bytes:
+@dataclass(frozen=True)
+class StreamForm:
+    """How an API writes its streams.
+
+    idle: sent while nothing comes. last: sent at the end. problem: the event of an error. is_named: events have their
+    `type` as their name, too.
+    """
+
+    idle: bytes = b": keep-alive\n\n"
+    last: bytes = DONE
+    problem: Callable[[ApiError], dict[str, Any]] = lambda error: error.body
+    is_named: bool = False
+
+
+def event(body: dict[str, Any], *, is_named: bool = False) -> bytes:
     """Format one event with a JSON object.
 
     Raises:
         ValueError: it has a number that JSON lacks.
     """
     text = json.dumps(body, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return b"data: " + text.encode() + b"\n\n"
+    name = f"event: {body['type']}\n" if is_named else ""
+    return f"{name}data: {text}\n\n".encode()
 
 
 class UntilGone(Response):
@@ -71,16 +86,21 @@ class EventStream(UntilGone):
     """An answer made of events.
 
     Args:
-        events: what to send. Any error that it raises is sent as an event too; [DONE] follows in any case.
+        events: what to send. Any error that it raises is sent as an event too; the form's end follows in any case.
         settings: keep_alive_s, and how long sent data may stay unread.
         on_end: called at the end, also when the client left before the first event was requested.
+        form: the API's.
     """
 
     def __init__(
-        self, events: AsyncIterator[dict[str, Any]], settings: ServerSettings, on_end: Callable[[], None]
+        self,
+        events: AsyncIterator[dict[str, Any]],
+        settings: ServerSettings,
+        on_end: Callable[[], None],
+        form: StreamForm | None = None,
     ) -> None:
         super().__init__()
-        self._events, self._settings, self._on_end = events, settings, on_end
+        self._events, self._settings, self._on_end, self._form = events, settings, on_end, form or StreamForm()
 
     def end(self) -> None:
         """See `UntilGone`."""
@@ -101,17 +121,17 @@ class EventStream(UntilGone):
                 following = asyncio.ensure_future(_next(coming))
                 # Keep waiting on the same future: a comment must not lose an event.
                 while not (await asyncio.wait({following}, timeout=self._settings.keep_alive_s))[0]:
-                    await push(_KEEP_ALIVE)
+                    await push(self._form.idle)
                 try:
-                    await push(event(following.result()))
+                    await push(event(following.result(), is_named=self._form.is_named))
                 except StopAsyncIteration:
                     break
         except ApiError as error:
-            await push(event(error.body))
+            await push(event(self._form.problem(error), is_named=self._form.is_named))
         except (asyncio.TimeoutError, OSError):
             raise
         except Exception as error:  # noqa: BLE001 - the stream has begun: the error goes into it
-            await push(event(internal(error).body))
+            await push(event(self._form.problem(internal(error)), is_named=self._form.is_named))
         finally:
             if following is not None and not following.done():
                 following.cancel()
@@ -120,7 +140,7 @@ class EventStream(UntilGone):
             close = getattr(coming, "aclose", None)
             if close is not None:
                 await close()
-        await push(DONE, more=False)
+        await push(self._form.last, more=False)
 
 
 async def _next(coming: AsyncIterator[dict[str, Any]]) -> dict[str, Any]:

@@ -47,6 +47,18 @@ async def grammar_for(asked: "ChatRequest | CompletionRequest", serving: "Servin
     return None if found is None else await compiled(*found, serving)
 
 
+async def schema_grammar(name: str, schema: Any) -> "tuple[str, Grammar]":
+    """Return the field `name`, which has a JSON schema, and its grammar.
+
+    Raises:
+        ApiError: 400: it is no schema, or is nested too deep.
+    """
+    try:
+        return name, await asyncio.to_thread(_of, "json", schema, name)
+    except GrammarError as error:
+        raise refused(name, error) from error
+
+
 async def compiled(name: str, grammar: "Grammar", serving: "Serving") -> "CompiledGrammar":
     """Return the `grammar` of the field `name`, compiled for the model.
 

@@ -1,16 +1,19 @@
 """The one path of a conversation to the engine and back, whatever API it came by: the prompt, requests, parts."""
 
+import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from foreroute.batching.requests import AnswerEvent, Finished, NewToken, Request, Sampling
+from foreroute.errors import GrammarError
 from foreroute.server.api.answers import Answers, Choice
 from foreroute.server.api.problems import not_possible, not_supported
-from foreroute.server.api.structure import compiled
+from foreroute.server.api.structure import compiled, refused
 from foreroute.server.backend import Serving
+from foreroute.server.dialogue.enforced import Enforcement
 from foreroute.server.dialogue.messages import Dialogue, Tool
-from foreroute.server.dialogue.parsing.events import CallBegan, Event, ParsedAnswer
+from foreroute.server.dialogue.parsing.events import CallBegan, Event, ParsedAnswer, Reasoning
 from foreroute.server.dialogue.turn import Turn
 from foreroute.server.settings import ServerSettings
 from foreroute.server.watching.metrics import ServerMetrics
@@ -40,12 +43,15 @@ class TurnChoice(Choice):
     """An answer so far, and its parts.
 
     Attributes:
-        parsed: content, reasoning and calls. has_begun_calls: it has begun one.
+        parsed: content, reasoning and calls. parts: all of them, as they came. has_begun_calls: it has begun one.
+        reasoning_tokens: tokens up to the end of its reasoning.
     """
 
     def __init__(self, turn: Turn) -> None:
         super().__init__()
         self.parsed, self.has_begun_calls = ParsedAnswer(), False
+        self.parts: list[Event] = []
+        self.reasoning_tokens = 0
         self._parser = turn.parser()
 
     def take(self, event: AnswerEvent) -> list[Event]:
@@ -57,6 +63,9 @@ class TurnChoice(Choice):
         if isinstance(event, Finished):
             parts += self._parser.finish()
         self.parsed.add(parts)
+        self.parts += parts
+        if any(isinstance(part, Reasoning) for part in parts):
+            self.reasoning_tokens = len(self.steps)
         self.has_begun_calls |= any(isinstance(part, CallBegan) for part in parts)
         return parts
 
@@ -85,19 +94,11 @@ async def begin_turn(
     if len(asked.dialogue.messages) > settings.limits.messages:
         count = len(asked.dialogue.messages)
         raise not_possible("messages", f"There are {count} messages; at most {settings.limits.messages}.")
-    choice = asked.dialogue.choice
-    if choice == "required" or isinstance(choice, Tool):
-        raise not_supported("tool_choice", "tool_choice can be none or auto: a call cannot be enforced here.")
     turn = await serving.prompts.chat(asked.dialogue)
     if not turn.prompt_ids:
         raise not_possible("messages", "The conversation comes to no token at all.")
-    grammar = None
-    if asked.grammar is not None:
-        name, told = asked.grammar
-        if turn.is_open and turn.thinks is not None:
-            end = turn.thinks[1]
-            told = told.after(serving.prompts.special_id(end) or end)
-        grammar = await compiled(name, told, serving)
+    told = await asyncio.to_thread(_enforced, asked, turn, serving)
+    grammar = None if told is None else await compiled(*told, serving)
     requests = [
         Request(
             prompt_ids=turn.prompt_ids,
@@ -114,3 +115,31 @@ async def begin_turn(
     answers = Answers(serving.engine, requests, metrics, settings, "messages")
     answers.submit()
     return answers, lambda: TurnChoice(turn)
+
+
+def _enforced(asked: TurnRequest, turn: Turn, serving: Serving) -> "tuple[str, Grammar] | None":
+    """The field by which something is enforced in the answer, and the grammar of the whole answer; None: nothing is.
+
+    Raises:
+        ApiError: it cannot be enforced, or two fields ask for what no answer can be.
+    """
+    choice, tools = asked.dialogue.choice, asked.dialogue.callable_tools
+    is_required = choice == "required" or isinstance(choice, Tool)
+    enforcement = Enforcement(turn, serving.prompts.special_id)
+    name = "tool_choice" if is_required else "tools.strict"
+    is_one = asked.dialogue.one_call or isinstance(choice, Tool)
+    try:
+        if asked.grammar is not None:
+            name, told = asked.grammar
+            if is_required:
+                raise not_possible("tool_choice", f"tool_choice asks for a call, and {name} for something else.")
+            return name, enforcement.content(told)
+        if not is_required and not any(tool.is_strict for tool in tools):
+            return None
+        if serving.grammars is None:
+            raise not_supported(name, f"{name}: a call cannot be enforced here: pip install 'foreroute[structured]'.")
+        if asked.ignore_eos:
+            raise not_possible("ignore_eos", f"{name} says where an answer ends: leave ignore_eos out.")
+        return name, enforcement.calls(tools, is_required=is_required, most=1 if is_one else None)
+    except GrammarError as error:
+        raise refused(name, error) from error

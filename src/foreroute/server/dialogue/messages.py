@@ -1,7 +1,7 @@
 """A conversation, its tools and what is asked of the answer: plain data, the same for every API."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 ToolChoice = Literal["auto", "none", "required"]
@@ -31,6 +31,17 @@ class DialogueMessage:
     calls: tuple[ToolCall, ...] = ()
     call_id: str | None = None
     name: str | None = None
+
+    def joined(self, other: "DialogueMessage") -> "DialogueMessage":
+        """This and the `other`, which follows it, as one: texts on lines of their own, and all calls."""
+        texts = [one for one in (self.text, other.text) if one]
+        thoughts = [one for one in (self.reasoning, other.reasoning) if one]
+        return replace(
+            self,
+            text="\n".join(texts) or None,
+            reasoning="\n".join(thoughts),
+            calls=self.calls + other.calls,
+        )
 
 
 @dataclass(frozen=True)

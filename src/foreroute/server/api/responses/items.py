@@ -1,0 +1,103 @@
+"""The items of an input, and as a conversation."""
+
+import json
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import model_validator
+
+from foreroute.server.api.chat_messages import ContentPart
+from foreroute.server.api.problems import not_possible, not_supported
+from foreroute.server.api.strict import SHORT, Strict
+from foreroute.server.dialogue.messages import DialogueMessage, ToolCall
+
+# What the items of an answer have beside their content.
+_NOTES = frozenset({"id", "status", "phase", "caller", "created_by", "encrypted_content", "async"})
+# What each type must have.
+_FIELDS: dict[str, tuple[str, ...]] = {
+    "message": ("role", "content"),
+    "function_call": ("call_id", "name", "arguments"),
+    "function_call_output": ("call_id", "output"),
+    "custom_tool_call": ("call_id", "name", "input"),
+    "custom_tool_call_output": ("call_id", "output"),
+    "reasoning": (),
+}
+_Text = str | Annotated[list[ContentPart], SHORT]
+
+
+class WireItem(Strict):
+    """An item of any type that is supported; without a type it is a message."""
+
+    type: Literal[
+        "message", "function_call", "function_call_output", "custom_tool_call", "custom_tool_call_output", "reasoning"
+    ] = "message"
+    role: Literal["system", "developer", "user", "assistant"] | None = None
+    content: _Text | None = None
+    name: str | None = None
+    call_id: str | None = None
+    arguments: str | None = None
+    input: str | None = None
+    output: _Text | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _screen(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        kind = given.get("type")
+        if kind == "item_reference":
+            raise not_supported("input", "item_reference is not supported here: nothing is stored. Send whole items.")
+        if isinstance(kind, str) and kind not in _FIELDS:
+            raise not_supported("input", f"Items of the type {kind[:40]!r} are not supported here.")
+        kept = {name: one for name, one in given.items() if name not in _NOTES and one is not None}
+        if kind == "reasoning":
+            return {"type": kind, "content": _thought(kept.pop("content", None)) or _thought(kept.get("summary"))}
+        return kept if kind is not None else {name: one for name, one in kept.items() if name != "type"}
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> "WireItem":
+        missing = [name for name in _FIELDS[self.type] if getattr(self, name) is None]
+        if missing:
+            raise not_possible("input", f"An item of the type {self.type} has no {missing[0]}.")
+        return self
+
+    def message(self) -> DialogueMessage:
+        """The item as a message of its own."""
+        if self.type == "reasoning":
+            return DialogueMessage("assistant", reasoning=_text(self.content))
+        if self.type == "message":
+            return DialogueMessage(self.role or "user", _text(self.content))
+        if self.type in ("function_call_output", "custom_tool_call_output"):
+            return DialogueMessage("tool", _text(self.output), call_id=self.call_id)
+        # A custom tool is a function of one text here.
+        arguments = self.arguments if self.type == "function_call" else json.dumps({"input": self.input})
+        return DialogueMessage("assistant", calls=(ToolCall(self.call_id or "", self.name or "", arguments or "{}"),))
+
+
+def conversation(instructions: str, given: Sequence[WireItem]) -> tuple[DialogueMessage, ...]:
+    """The messages of a conversation. Items that an assistant made one after another are one message.
+
+    Many templates know one system's message, at the beginning: the instructions, and those of the input's beginning.
+    """
+    found = [DialogueMessage("system", instructions)] if instructions else []
+    for item in given:
+        message = item.message()
+        last = found[-1] if found else None
+        is_more = last is not None and last.role == message.role == "assistant"
+        if last is not None and message.role in ("system", "developer") and len(found) == 1:
+            is_more = last.role in ("system", "developer")
+        if is_more and last is not None:
+            found[-1] = last.joined(message)
+        else:
+            found.append(message)
+    return tuple(found)
+
+
+def _text(given: str | list[ContentPart] | None) -> str:
+    return given if isinstance(given, str) else "\n".join(part.text for part in given or [])
+
+
+def _thought(parts: Any) -> str:
+    """The text of the parts of reasoning, or of its summary."""
+    texts = [part.get("text") for part in parts if isinstance(part, dict)] if isinstance(parts, list) else []
+    return "\n".join(text for text in texts if isinstance(text, str))
