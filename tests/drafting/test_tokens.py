@@ -150,12 +150,14 @@ def test_what_was_drafted_is_no_part_of_what_is_kept(checkpoints, compared: Call
     assert texts[0] == texts[1]
 
 
-def test_transformers_own_assisted_loop_is_verified_too(checkpoints, load) -> None:
-    """Its steps are not declared: a few tokens behind others are taken for drafted ones."""
+def test_transformers_own_assisted_loop_says_the_same(checkpoints, load) -> None:
+    """Its steps are not declared: several tokens behind others are a part of a prompt, with the bits of one."""
     model = load(checkpoints.get("qwen3_moe"))
     ids = torch.tensor([PROMPT * 3])
     plain = model.generate(ids, max_new_tokens=24, do_sample=False)
     before = model.foreroute.stats()
     assisted = model.generate(ids, max_new_tokens=24, do_sample=False, prompt_lookup_num_tokens=3)
     assert assisted.tolist() == plain.tolist()
-    assert model.foreroute.stats().minus(before).prefill.steps == 1
+    steps = model.foreroute.stats().minus(before)
+    assert steps.verify.steps == 0
+    assert steps.prefill.steps > 1
