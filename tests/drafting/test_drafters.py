@@ -97,3 +97,24 @@ def test_a_llama_of_another_form_is_left_to_transformers() -> None:
     model = LlamaForCausalLM(config).eval()
     torch.nn.init.normal_(model.model.layers[0].self_attn.o_proj.bias)
     assert ModelDrafter(DraftModel(model, None, 0, None), 64)._lean is None  # type: ignore[arg-type]
+
+
+def test_a_pass_that_breaks_off_leaves_nothing_in_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C in the middle of a pass: some layers hold its tokens then, and others do not."""
+    draft = small()
+    drafter = ModelDrafter(draft, 64)
+    text = [1, 2, 3, 4, 5, 6, 7, 8, 9]
+    assert list(drafter.draft(text, 2, 0.0)) == likeliest(draft, text, 2)
+    last = draft.model.model.layers[1]  # type: ignore[index, union-attr]
+    own = last.forward
+
+    def interrupted(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    longer = [*text, 20, 21]
+    monkeypatch.setattr(last, "forward", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        list(drafter.draft(longer, 2, 0.0))
+    monkeypatch.setattr(last, "forward", own)
+    for ids in (longer, [5, 6, 7], text):
+        assert list(drafter.draft(ids, 4, 0.0)) == likeliest(draft, ids, 4)

@@ -10,12 +10,15 @@ import torch
 from foreroute.batching.rows import OneRow, RowsCache, can_be_padded, why_not_batched
 from foreroute.errors import ReadError
 from foreroute.memory.serving import keeps_prompts
+from foreroute.model.caches import CACHE_NAME
 from tests.families.checks import load_tight, save_tiny
 from tests.families.installed import Family
 from tests.families.special import AT_ONCE, NOT_PADDED, ONE_ROW, UNGUESSED
 from tests.families.test_families import WORKING, by_name
 
 ATOL = 1e-4
+# Of transformers' code before a cache was called so: states of linear attention are not continued with it.
+IS_OLDER = CACHE_NAME == "past_key_values"
 PROMPTS = ([5, 9, 13], list(range(6, 25)), [17, 4, 21, 8, 30, 11, 3])
 MOST_AT_ONCE, NUM_STEPS = 8, 6
 
@@ -134,13 +137,13 @@ def test_one_row_is_what_the_family_computes(model_of: Any, family: Family) -> N
 def test_padding_is_refused_where_experts_or_states_would_get_it(model_of: Any, family: Family) -> None:
     model = model_of(family)
     assert not can_be_padded(model)
-    assert keeps_prompts(model) == (family.model_type not in AT_ONCE)
+    assert keeps_prompts(model) == (family.model_type not in AT_ONCE and not IS_OLDER)
     cache = RowsCache(model)
     cache.arrange([], [(None, 0)] * 2)
     with pytest.raises(AssertionError, match="leaves padding out"):
         cache.step([[5, 6, 7], [8, 9]], "prefill")
 
 
-@pytest.mark.skipif(len(WORKING) < 60, reason="an older transformers has fewer families")
+@pytest.mark.skipif(IS_OLDER, reason="an older transformers has fewer families")
 def test_most_families_share_steps() -> None:
     assert len([one for one in WORKING if one.model_type not in ONE_ROW]) >= 55

@@ -4,6 +4,8 @@ from typing import Any
 
 import torch
 
+from foreroute.batching.answer import Answer
+from foreroute.batching.beginnings import Beginnings
 from foreroute.batching.requests import PromptProgress, Request
 from foreroute.engine.interfaces import StepInfo
 from foreroute.memory.serving import serving_needs
@@ -172,3 +174,22 @@ def test_states_are_in_the_plan(hybrid, load) -> None:
     needs = serving_needs(model, handle.plan, handle.layers, handle.host_engine.pool.residency, 64)
     assert needs.state_bytes == sum(one.nbytes for one in held) > 0
     assert needs.kept_bytes == needs.kv_bytes + 16 * needs.state_bytes
+
+
+def test_answers_that_ended_refer_to_no_other(model, engine_of, monkeypatch) -> None:
+    """One waits while another is in prefill, again and again: a chain of references would hold all of them."""
+    waited: list[Answer] = []
+    own = Beginnings.is_computed_by
+
+    def noted(self: Beginnings, others: Any, answer: Answer) -> bool:
+        found = own(self, others, answer)
+        if answer.shared:
+            waited.append(answer)
+        return found
+
+    monkeypatch.setattr(Beginnings, "is_computed_by", noted)
+    engine, ids = engine_of(model, max_num_seqs=4), ids_of(model, SYSTEM, 1)
+    for one in [ask(engine, [*ids, 5 + at], 4) for at in range(4)]:
+        one.wait()
+    assert waited
+    assert [answer for answer in waited if answer.shared] == []

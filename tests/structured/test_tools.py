@@ -121,8 +121,17 @@ def test_forms(compiler: Any, tokenizer: Any, form: Any, options: Any, good: lis
         ([NOW, NOW], "'now' occurs twice"),
         ([CallableTool("x", {"type": "string"})], "no object's schema"),
         ([CallableTool("x", {"type": "object", "required": ["y"]})], "requires an argument"),
+        ([CallableTool("x", {"type": "object", "required": True})], "requires an argument"),
+        ([CallableTool("x", {"type": "object", "required": [["y"]]})], "requires an argument"),
     ],
 )
 def test_tools_that_cannot_be_called(tools: list[CallableTool], message: str) -> None:
     with pytest.raises(GrammarError, match=message):
         tool_calls(tools, CODER)
+
+
+def test_required_may_be_null() -> None:
+    """As programs write an empty list that was never made."""
+    told = CallableTool("x", {"type": "object", "properties": {"y": {"type": "string"}}, "required": None})
+    bare = CallableTool("x", {"type": "object", "properties": {"y": {"type": "string"}}})
+    assert tool_calls([told], CODER) == tool_calls([bare], CODER)

@@ -64,6 +64,7 @@ class Answer:
     def begin(self, tokenizer: Any, model: OffloadedModel, num_cached: int) -> None:
         """Prepare to compute the prompt after its first `num_cached` tokens, whose keys and values are cached."""
         self.num_cached = self.num_computed = num_cached
+        self.shared.clear()  # it has waited: references would keep each answer before it alive
         if not self.wants_none:
             grammar = self.request.grammar
             mask = None if grammar is None else grammar.start()
@@ -162,6 +163,9 @@ class Answer:
 
     def tell(self, event: AnswerEvent) -> None:
         """Send an event; a receiver that fails cancels the request."""
+        if isinstance(event, Finished):
+            self.shared.clear()
+            self.drafter = None
         try:
             self._on_event(event)
         except Exception:  # noqa: BLE001  the others' answers go on

@@ -92,7 +92,12 @@ class ModelDrafter:
         new = self._rest(ids)
         confidence = 1.0
         for _ in range(most):
-            scores = self._compute(new)
+            try:
+                scores = self._compute(new)
+            except BaseException:
+                # An error or Ctrl-C in the middle of a pass: layers may hold more tokens than are counted.
+                self._forget()
+                raise
             token = int(scores.argmax())
             confidence *= float(torch.exp(scores[token] - scores.logsumexp(-1)))
             if confidence < least_confidence:
@@ -123,14 +128,21 @@ class ModelDrafter:
             self._cache.crop(-count)
             del self._ids[len(self._ids) - count :]
         except RuntimeError:
-            self._cache = DynamicCache(config=self._model.config)
-            self._ids = []
+            self._forget()
+
+    def _forget(self) -> None:
+        """Empty the cache."""
+        self._cache = DynamicCache(config=self._model.config)
+        self._ids = []
+        if self._lean is not None:
+            self._lean.length = 0
 
     def _compute(self, tokens: list[int]) -> torch.Tensor:
         """Add `tokens` to the cache; scores [vocabulary] of the next one, in f32."""
         if self._lean is not None:
+            scores = self._lean(tokens)
             self._ids += tokens
-            return self._lean(tokens)[: self._vocabulary]
+            return scores[: self._vocabulary]
         while True:
             chunk, tokens = tokens[:_CHUNK], tokens[_CHUNK:]
             out = self._model(
@@ -142,5 +154,5 @@ class ModelDrafter:
             )
             self._ids += chunk
             if not tokens:
-                scores: torch.Tensor = out.logits[0, -1, : self._vocabulary].float()
-                return scores
+                last: torch.Tensor = out.logits[0, -1, : self._vocabulary].float()
+                return last

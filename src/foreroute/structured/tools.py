@@ -135,8 +135,9 @@ def _json_rules(at: int, tool: CallableTool, form: JsonCall, lark: _Writer) -> l
 
 def _tagged(at: int, tool: CallableTool, form: TaggedCall, lark: _Writer) -> list[str]:
     schema = _arguments(tool)
-    properties, required = schema.get("properties", {}), schema.get("required", [])
-    if not isinstance(properties, Mapping) or any(name not in properties for name in required):
+    properties, required = schema.get("properties", {}), schema.get("required") or []
+    is_list = isinstance(required, list) and all(isinstance(name, str) for name in required)
+    if not is_list or not isinstance(properties, Mapping) or any(name not in properties for name in required):
         raise GrammarError(f"The tool {tool.name!r} requires an argument that its properties do not have.")
     parts, rules = [], []
     for number, (name, value) in enumerate(properties.items()):

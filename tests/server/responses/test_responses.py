@@ -241,6 +241,13 @@ def test_an_error_in_a_stream(speak: Speak) -> None:
         ({"tools": [{"type": "custom"}]}, "tools.0.name"),
         ({"tools": WIRE_TOOLS, "tool_choice": {"type": "function", "name": "other"}}, "tool_choice"),
         ({"tool_choice": "required"}, "tool_choice"),
+        (
+            {
+                "tools": WIRE_TOOLS,
+                "tool_choice": {"type": "allowed_tools", "mode": [], "tools": [{"type": "function", "name": "look"}]},
+            },
+            "tool_choice",
+        ),
         ({"text": {"format": {"type": "xml"}}}, "text.format"),
         ({"text": {"verbosity": "low"}}, "text"),
         ({"include": ["message.output_text.logprobs"]}, "include"),

@@ -40,7 +40,7 @@ class LongcatBlock(AdaptedBlock):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """As the family's: [rows, positions, hidden] of the same shape."""
         block: Any = self
-        _, weights, ids = block.router(hidden_states)
+        *_, weights, ids = block.router(hidden_states)  # older code returns no logits before them
         hidden = hidden_states.view(-1, hidden_states.shape[-1])
         total = self.experts(hidden, ids, weights)
         ids, order = ids.sort(dim=-1)

@@ -36,21 +36,22 @@ class PositionsAlike:
 
     def __init__(self, model: PreTrainedModel, routers: Sequence[nn.Module] = ()) -> None:
         self._config = model.config.get_text_config(decoder=True)
+        self._own = self._config._attn_implementation
         self._routers = [(router.__dict__, _row_by_row(router)) for router in routers]
         AttentionInterface.register(NAME, attend)
 
     @contextmanager
     def running(self) -> Iterator[None]:
         """Inside, attention is computed token by token; no mask may be given. The caller has the model's lock."""
-        own = _running.own = self._config._attn_implementation
+        _running.own = self._own
         before: list[Any] = [table.get("forward") for table, _ in self._routers]
-        self._config._attn_implementation = NAME
         try:
+            self._config._attn_implementation = NAME
             for table, forward in self._routers:
                 table["forward"] = forward
             yield
         finally:
-            self._config._attn_implementation = own
+            self._config._attn_implementation = self._own
             for (table, _), own_forward in zip(self._routers, before, strict=True):
                 if own_forward is None:
                     table.pop("forward", None)

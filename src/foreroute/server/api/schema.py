@@ -239,7 +239,8 @@ def tool_choice_of(given: Any, tools: tuple[Tool, ...]) -> ToolChoice | Tool:
             return found
         given = kind if kind in ("none", "auto", "any", "required") else "?"
     names: dict[Any, ToolChoice] = {None: "auto", "auto": "auto", "none": "none", "required": "required"}
-    choice = names.get("required" if given == "any" else given)
+    is_name = given is None or isinstance(given, str)
+    choice = names.get("required" if given == "any" else given) if is_name else None
     if choice is None:
         raise not_possible("tool_choice", "tool_choice is none, auto, required, or names a function.")
     if choice == "required" and not tools:
