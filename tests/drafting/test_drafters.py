@@ -118,3 +118,22 @@ def test_a_pass_that_breaks_off_leaves_nothing_in_the_cache(monkeypatch: pytest.
     monkeypatch.setattr(last, "forward", own)
     for ids in (longer, [5, 6, 7], text):
         assert list(drafter.draft(ids, 4, 0.0)) == likeliest(draft, ids, 4)
+
+
+def test_texts_share_a_lean_models_weights_and_nothing_else() -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=400, initializer_range=0.3,
+    )  # fmt: skip
+    draft = DraftModel(LlamaForCausalLM(config).eval(), None, 0, 400)  # type: ignore[arg-type]
+    first, second = ModelDrafter(draft, 64), ModelDrafter(draft, 64)
+    assert first._lean is not None
+    assert second._lean is not None
+    assert first._lean._layers is second._lean._layers
+    for ids in ([1, 2, 3, 4], [1, 2, 3, 4, 9]):
+        assert list(first.draft(ids, 4, 0.0)) == likeliest(draft, ids, 4)
+        other = [50, *ids]
+        assert list(second.draft(other, 4, 0.0)) == likeliest(draft, other, 4)

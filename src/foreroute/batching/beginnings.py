@@ -111,7 +111,7 @@ class Beginnings:
         """Keep the row of an answer that ends."""
         ids = answer.ids[: answer.num_computed]
         # A substitute changes all later keys and values; the prompt's are always exact.
-        if any(policy.substitutes or policy.replaces_route for policy in self._model.foreroute.policies):
+        if not self._model.foreroute.is_exact:
             ids = ids[: answer.num_prompt]
         self._keep(answer, ids, rows, at)
 

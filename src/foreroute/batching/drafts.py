@@ -32,10 +32,8 @@ class BatchDrafts:
         """Begin a step: draft for each of `answers`, whose order is that of the rows."""
         self._began_s = self._clock()
         governor = self._governor(len(answers))
-        policies = self._model.foreroute.policies
-        is_exact = not any(policy.substitutes or policy.replaces_route for policy in policies)
         longest = MOST_VERIFIED if self._draft.most is None else min(MOST_VERIFIED, self._draft.most)
-        self._limit = min(governor.length, longest - 1) if is_exact else 0
+        self._limit = min(governor.length, longest - 1) if self._model.foreroute.is_exact else 0
         return [self._of(answer, governor) for answer in answers]
 
     def alike(self, num_rows: int) -> AbstractContextManager[None]:

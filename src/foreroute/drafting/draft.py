@@ -102,7 +102,7 @@ def _check(model: OffloadedModel) -> None:
     for is_so, why in refusals:
         if is_so():
             raise RefusedError(f"No draft for a {model.config.model_type} model here: {why}")
-    if any(policy.substitutes or policy.replaces_route for policy in model.foreroute.policies):
+    if not model.foreroute.is_exact:
         raise PolicyError(
             "A draft needs the policy exact: under another one, drafted tokens would decide which experts are "
             "resident, and so the output. Set the policy to exact, or leave the draft out."

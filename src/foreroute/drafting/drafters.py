@@ -140,8 +140,10 @@ class ModelDrafter:
     def _compute(self, tokens: list[int]) -> torch.Tensor:
         """Add `tokens` to the cache; scores [vocabulary] of the next one, in f32."""
         if self._lean is not None:
-            scores = self._lean(tokens)
-            self._ids += tokens
+            for at in range(0, len(tokens), _CHUNK):
+                chunk = tokens[at : at + _CHUNK]
+                scores = self._lean(chunk)
+                self._ids += chunk
             return scores[: self._vocabulary]
         while True:
             chunk, tokens = tokens[:_CHUNK], tokens[_CHUNK:]

@@ -23,7 +23,8 @@ _PLAIN_EVERY = 96
 _TIMES_KEPT, _ACCEPTANCE_KEPT = 0.97, 0.96
 # One slow step says more about the machine than about drafts: it counts as no more than this multiple of what is usual.
 _MOST_UNUSUAL = 3.0
-# Before any measurement: acceptance, and a drafted step's time in plain steps, with the weight of so many measurements.
+# Assumed before any measurement: acceptance, and a drafted step's time in plain steps; and how many measurements that
+# counts as.
 _ACCEPTED_BEFORE, _BEFORE_WEIGHT = 0.7, 2.0
 _STEP_BEFORE, _TOKEN_BEFORE, _TIME_WEIGHT = 1.3, 0.2, 0.5
 # A trial is as long as this.
@@ -194,7 +195,7 @@ class _Line:
         self._sums = [_TIMES_KEPT * held + one for held, one in zip(self._sums, new, strict=True)]
 
     def at(self, tokens: float, plain_s: float) -> float:
-        """Seconds for so many drafted tokens, where a plain step takes `plain_s`."""
+        """Seconds for a step of `tokens` drafted tokens, where a plain step takes `plain_s`."""
         slope, mean_tokens, mean_s = self.fitted(plain_s)
         return mean_s + slope * (tokens - mean_tokens)
 

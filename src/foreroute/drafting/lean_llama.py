@@ -4,7 +4,9 @@ transformers' forward of two layers takes 1.3 ms a token, most of it Python's; t
 of this form is seen by numbers.
 """
 
+import copy
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -48,9 +50,9 @@ class LeanLlama:
         self._heads, self._shared = config.num_attention_heads, config.num_key_value_heads
         self._scale = self._size**-0.5
         self.length = 0
-        shape = (len(self._layers), 2, self._shared, 0, self._size)
-        self._kept = torch.empty(shape, dtype=torch.float32)
-        self._angles = self._angles_of(0)
+        self._kept: torch.Tensor
+        self._angles: tuple[torch.Tensor, torch.Tensor]
+        self._begin()
 
     def __call__(self, tokens: list[int]) -> torch.Tensor:
         """Add `tokens`; return the scores [vocabulary] after the last."""
@@ -80,6 +82,18 @@ class LeanLlama:
         self.length = end
         return F.linear(self._normed(x[-1], self._norm), self._head)
 
+    def another(self) -> "LeanLlama":
+        """The same weights, for another text."""
+        other = copy.copy(self)
+        other._begin()
+        return other
+
+    def _begin(self) -> None:
+        self.length = 0
+        shape = (len(self._layers), 2, self._shared, 0, self._size)
+        self._kept = torch.empty(shape, dtype=torch.float32)
+        self._angles = self._angles_of(0)
+
     def _normed(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return F.rms_norm(x, weight.shape, weight, self._epsilon)
 
@@ -94,9 +108,20 @@ class LeanLlama:
         return cosine[0], sine[0]
 
 
-@torch.no_grad()
+# A model's weights are put together and compared once, however many texts it drafts.
+_MADE: "WeakKeyDictionary[PreTrainedModel, LeanLlama | None]" = WeakKeyDictionary()
+
+
 def lean_llama(model: PreTrainedModel) -> LeanLlama | None:
-    """The lean forward of `model`; None where it is of another form, or gives other scores."""
+    """A lean forward of `model` for one text; None where it is of another form, or gives other scores."""
+    if model not in _MADE:
+        _MADE[model] = _compared(model)
+    made = _MADE[model]
+    return None if made is None else made.another()
+
+
+@torch.no_grad()
+def _compared(model: PreTrainedModel) -> LeanLlama | None:
     if model.config.model_type != "llama" or model.dtype != torch.float32:
         return None
     try:
@@ -108,6 +133,5 @@ def lean_llama(model: PreTrainedModel) -> LeanLlama | None:
         ours = lean(tokens[-1:].tolist())
     except (AttributeError, RuntimeError, TypeError, ValueError):
         return None
-    lean.length = 0
     is_near = float((ours - theirs).norm()) < _MOST_DIFFERENCE * float(theirs.norm())
     return lean if is_near else None

@@ -195,7 +195,7 @@ def _timed(
     ended_s = clock()
     # Ctrl-C may fall between the two.
     times_s = recorder.times_s[: len(recorder.ids)]
-    governor = handle.governor if _is_exact(model) else None
+    governor = handle.governor if model.foreroute.is_exact else None
     steps = None if answer.loop is None else answer.loop.steps
     return GenerationReport(
         text="".join(recorder.written),
@@ -249,7 +249,7 @@ class _Answer:
         self._chunk = chunk if self._can_continue else None
         self._cache: DynamicCache | None = cache if self._is_lean else None
         # A substitute changes all later keys and values: after one, the answer's are not those of an exact prompt.
-        self._is_exact = _is_exact(model)
+        self._is_exact = model.foreroute.is_exact
         # A decoder has its own cache, which is not kept.
         self._keeps = not is_paged(model)
         self._draft = draft
@@ -305,13 +305,9 @@ class _Answer:
         if self.loop.is_in_step and has_linear_states(self.model):
             return
         ids = self.prompt_ids[0].tolist()
-        if self._is_exact and _is_exact(self.model):
+        if self._is_exact and self.model.foreroute.is_exact:
             ids += new_ids
         self.reuse.keep(self.model, ids[: self.loop.num_computed], self._cache)
-
-
-def _is_exact(model: OffloadedModel) -> bool:
-    return not any(policy.substitutes or policy.replaces_route for policy in model.foreroute.policies)
 
 
 def _without_a_single_one(num_tokens: int, chunk: int) -> int:

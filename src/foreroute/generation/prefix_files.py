@@ -69,7 +69,7 @@ class PrefixFiles:
             ) from error
 
     def read(self, device: torch.device) -> Iterator[StoredNode]:
-        """Read what is there, shorter beginnings first; a damaged file is left out, with a warning."""
+        """Read the stored beginnings, shorter beginnings first; a damaged file is left out, with a warning."""
         # By the number of tokens, which a name begins with.
         for path in sorted(self._folder.glob(f"*{_SUFFIX}"), key=_num_tokens):
             try:

@@ -13,7 +13,7 @@ import numpy as np
 
 HUGE_PAGE_BYTES = 2 * 2**20
 _MADV_COLLAPSE = 25
-# So many refusals, and no more is asked: an older system, or one that has no memory to move things to.
+# After this many refusals no more is asked: an older system, or one without memory to move pages to.
 _PATIENCE = 8
 
 

@@ -208,6 +208,8 @@ TEXT = [
     ("hermes", '<tool_call>{"name": "look", "arguments": {"text": }}\n</tool_call> and on'),
     ("hermes", '<tool_call>{"name": "look", "arguments": {"text": "cut of'),
     ("hermes", '<tool_call>{"name": "look", "arguments": {"count": NaN}}</tool_call>'),
+    ("hermes", '<tool_call>{"name": "look", "arguments": {"count": 1e999}}</tool_call>'),
+    ("hermes", '<tool_call>{"name": "look", "arguments": {"place": "\\ud83d"}}</tool_call>'),
     ("hermes", "<tool_call>[[[[" + "{" * 50),
     ("qwen3_coder", "<tool_call>\n<function=unknown>\n</function>\n</tool_call>"),
     ("qwen3_coder", "<tool_call>\n<function=look>\n<parameter=text>\ncut of"),

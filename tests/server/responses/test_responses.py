@@ -265,3 +265,18 @@ def test_effort_reaches_the_template(speak: Speak) -> None:
     model = speak("{% for m in messages %}{{ m.content }}{% endfor %}[{{ reasoning_effort }}]{# <think> #}", "Hello")
     both(model, reasoning={"effort": "low", "summary": "auto"})
     assert model.prompt.endswith("[low]")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("metadata", '{"x": 1e999}'),
+        ("tools", '[{"type": "function", "name": "look", "parameters": {"type": "object", "maximum": 1e999}}]'),
+    ],
+)
+def test_numbers_that_json_cannot_say_again_are_refused(speak: Speak, name: str, value: str) -> None:
+    response = speak(templates.HERMES, "Hello").client.post(
+        "/v1/responses", content=f'{{"input": "Hi", "{name}": {value}}}', headers={"content-type": "application/json"}
+    )
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == name

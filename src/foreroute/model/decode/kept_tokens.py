@@ -72,7 +72,7 @@ class Room:
         self._show(layer)
 
     def drop(self, layer: Any, count: int) -> None:
-        """Take back the last `count` tokens, which nobody else was shown; those before them are in the window again."""
+        """Take back the last `count` tokens, which no caller has seen; those before them are in the window again."""
         self._end -= count
         if self._window:
             layer.cumulative_length -= count

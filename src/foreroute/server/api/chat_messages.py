@@ -154,14 +154,23 @@ def _calls_of(given: ChatMessage, at: int) -> tuple[ToolCall, ...]:
     )
 
 
+def check_tool_count(tools: Sequence[Any]) -> None:
+    """Check that a request has no more tools than a template can be given.
+
+    Raises:
+        ApiError: it has.
+    """
+    if len(tools) > _MOST_TOOLS:
+        raise not_possible("tools", f"There are {len(tools)} tools; at most {_MOST_TOOLS} are taken.")
+
+
 def tools_of(given: Sequence[Any]) -> tuple[Tool, ...]:
     """The tools of a request.
 
     Raises:
         ApiError: one of them is no function, or has no valid name or parameters.
     """
-    if len(given) > _MOST_TOOLS:
-        raise not_possible("tools", f"There are {len(given)} tools; at most {_MOST_TOOLS} are taken.")
+    check_tool_count(given)
     return tuple(_tool(one, f"tools.{at}") for at, one in enumerate(given))
 
 

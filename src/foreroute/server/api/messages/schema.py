@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from foreroute.server.api.chat_messages import function_tool
+from foreroute.server.api.chat_messages import check_tool_count, function_tool
 from foreroute.server.api.messages.blocks import WireMessage, WireText, conversation
 from foreroute.server.api.problems import ApiError, not_possible, not_supported
 from foreroute.server.api.schema import Probability
@@ -25,9 +25,10 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
 }  # fmt: skip
 _TOOL_HINTS = frozenset({"cache_control", "eager_input_streaming"})
 _TOOL_REFUSED: dict[str, tuple[Any, ...]] = {
-    "defer_loading": (False,), "allowed_callers": (["direct"], []), "input_examples": ([],),
-}  # fmt: skip
-_MOST_TOOLS = 1024
+    "defer_loading": (False,),
+    "allowed_callers": (["direct"], []),
+    "input_examples": ([],),
+}
 
 
 class _Thinking(Strict):
@@ -96,8 +97,7 @@ class CountRequest(Strict):
         Raises:
             ApiError: messages or tools are not valid, or a tool is chosen that is not there.
         """
-        if len(self.tools or []) > _MOST_TOOLS:
-            raise not_possible("tools", f"There are {len(self.tools or [])} tools; at most {_MOST_TOOLS} are taken.")
+        check_tool_count(self.tools or [])
         tools = tuple(_tool(one, f"tools.{at}") for at, one in enumerate(self.tools or []))
         system = self.system if isinstance(self.system, str) else "\n".join(one.text for one in self.system or [])
         is_on = {"enabled": True, "disabled": False}.get(self.thinking.type) if self.thinking is not None else None

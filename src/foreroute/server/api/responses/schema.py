@@ -4,12 +4,13 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
-from foreroute.server.api.chat_messages import function_tool
+from foreroute.server.api.chat_messages import check_tool_count, function_tool
 from foreroute.server.api.problems import not_possible, not_supported
 from foreroute.server.api.responses.items import WireItem, conversation
 from foreroute.server.api.schema import NumTokens, Probability, WireReasoning, tool_choice_of
 from foreroute.server.api.strict import SHORT, Strict
 from foreroute.server.dialogue.messages import Dialogue, Thinking, Tool
+from foreroute.server.dialogue.parsing.json_text import as_json
 
 # Accepted and ignored, as they change no answer.
 _HARMLESS = frozenset(
@@ -31,7 +32,6 @@ _WHY = {
 }
 # What `include` may ask for: it is there anyway, or is none here.
 _INCLUDABLE = frozenset({"reasoning.encrypted_content"})
-_MOST_TOOLS = 1024
 
 
 class _Reasoning(WireReasoning):
@@ -79,6 +79,16 @@ class ResponsesRequest(Strict):
                 raise not_supported("text", f"text.{name[:40]} is not supported here. Leave it out.")
         return self
 
+    @model_validator(mode="after")
+    def _can_be_told_again(self) -> "ResponsesRequest":
+        # An answer repeats these. 1e999 is read as infinity, which JSON cannot say.
+        for name in ("metadata", "tools"):
+            try:
+                as_json(getattr(self, name))
+            except ValueError:
+                raise not_possible(name, f"{name} has a number that is not finite.") from None
+        return self
+
     @property
     def custom_tools(self) -> frozenset[str]:
         """The names of tools whose calls are text and no JSON."""
@@ -108,8 +118,7 @@ class ResponsesRequest(Strict):
         Raises:
             ApiError: the input or tools are not valid, or a tool is chosen that is not there.
         """
-        if len(self.tools or []) > _MOST_TOOLS:
-            raise not_possible("tools", f"There are {len(self.tools or [])} tools; at most {_MOST_TOOLS} are taken.")
+        check_tool_count(self.tools or [])
         tools = tuple(_tool(one, f"tools.{at}") for at, one in enumerate(self.tools or []))
         choice = self.tool_choice
         if isinstance(choice, dict) and choice.get("type") == "allowed_tools":

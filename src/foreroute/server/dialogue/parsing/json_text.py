@@ -1,6 +1,7 @@
 """JSON text as it arrives: where a value ends, and control characters in strings, which models write and JSON lacks."""
 
 import json
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -93,14 +94,30 @@ def take_json(
 def object_of(text: str) -> dict[str, Any] | None:
     """The JSON object that `text` is; None: it is none."""
     try:
-        found = json.loads(text, parse_constant=_no_constant)
+        found = strict_json(text)
     except (ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
 
 
-def _no_constant(name: str) -> None:
-    raise ValueError(name)
+def strict_json(text: str) -> Any:
+    """The value that JSON text stands for.
+
+    Raises:
+        ValueError: it is no JSON, or has a number that is not finite or half a character, which could not be sent on.
+        RecursionError: it is nested too deep.
+    """
+    found = json.loads(text, parse_constant=_finite, parse_float=_finite)
+    if "\\u" in text:
+        as_json(found).encode("utf-8")  # an escape may stand for half of a pair
+    return found
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(text)
+    return number
 
 
 def as_json(value: Any) -> str:

@@ -1,7 +1,8 @@
 """Values that a model wrote as text, by the JSON schema of their parameter."""
 
-import json
 from typing import Any
+
+from foreroute.server.dialogue.parsing.json_text import strict_json
 
 _WORDS = {"True": True, "False": False, "None": None}
 _DEEPEST = 8
@@ -37,7 +38,7 @@ def value_of(text: str, schema: Any) -> Any:
     """The value that `text` stands for: JSON where the schema allows its type, else the text as it is."""
     allowed = types_of(schema)
     try:
-        value = _WORDS[text.strip()] if text.strip() in _WORDS else json.loads(text, parse_constant=_no_constant)
+        value = _WORDS[text.strip()] if text.strip() in _WORDS else strict_json(text)
     except (ValueError, RecursionError):
         return text
     kind = _type_of(value)
@@ -56,7 +57,3 @@ def _type_of(value: Any) -> str:
         if isinstance(value, kind):
             return name
     return "object"
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(name)
