@@ -324,19 +324,20 @@ class BatchEngine:
             self._batch = self._no_rows()
             return
         ended: dict[Answer, Finished] = {}
-        dropped: list[int] = []
+        counts: list[tuple[int, int] | None] = []
         for answer, some, outcome in zip(answers, drafted, outcomes, strict=True):
             end: Finished | None
             if isinstance(outcome, Exception):
-                end, num_kept = _failed(answer, outcome), len(some)
+                end = _failed(answer, outcome)
+                counts.append(None)
             else:
                 end, num_kept = self._next_tokens(answer, some, outcome[-len(some) - 1 :])
-            dropped.append(len(some) - num_kept)
+                counts.append((len(some), num_kept))
             if end is not None:
                 ended[answer] = end
         if drafts is not None:
-            drafts.ended(drafted, dropped)
-        self._batch.drop(dropped)
+            drafts.ended(counts)
+        self._batch.drop([0 if count is None else count[0] - count[1] for count in counts])
         self._take_out(ended)
 
     def _next_tokens(self, answer: Answer, drafted: Sequence[int], logits: torch.Tensor) -> tuple[Finished | None, int]:
