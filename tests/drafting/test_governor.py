@@ -122,7 +122,9 @@ def test_rows_that_share_a_step_are_measured_as_rows() -> None:
     # Behind a token that was not accepted nothing was tried.
     assert shared.acceptance == pytest.approx(5 / 7, abs=0.01)
     # 2.25 tokens of each row in 5 times a plain step's time for one of each is no gain of 4 / 5.
-    assert shared.seconds_per_token(3) == pytest.approx(5 * PLAIN_S / (1 + 5 / 7 + (5 / 7) ** 2 + 0.5 * (5 / 7) ** 3), rel=0.05)
+    assert shared.seconds_per_token(3) == pytest.approx(
+        5 * PLAIN_S / (1 + 5 / 7 + (5 / 7) ** 2 + 0.5 * (5 / 7) ** 3), rel=0.05
+    )
 
 
 def test_one_row_of_a_batch_is_as_a_row_alone() -> None:

@@ -205,3 +205,18 @@ def test_a_tokenizer_whose_bytes_are_not_known_is_refused() -> None:
     tokenizer.backend_tokenizer.decoder = decoders.WordPiece()
     with pytest.raises(GrammarError, match="not known"):
         vocabulary_of(tokenizer, len(tokenizer), [1])
+
+
+def test_labels_of_a_host_name_are_as_long_as_the_standard_allows(compiler, tokenizer) -> None:
+    named = Grammar.json_schema(
+        {
+            "type": "object",
+            "properties": {"format": {"type": "string", "format": "hostname"}},
+            "required": ["format"],
+            "additionalProperties": False,
+        }
+    )
+    for name, is_taken in (("a" * 63 + ".example-1.org", True), ("a" * 64, False), ("a.-b", False), ("a-.b", False)):
+        assert takes(compiler, tokenizer, named, json.dumps({"format": name}), ENDS[0]) is is_taken
+    data = Grammar.json_schema({"const": {"format": "hostname"}})
+    assert takes(compiler, tokenizer, data, '{"format": "hostname"}', ENDS[0])
