@@ -147,10 +147,10 @@ def test_a_policy_that_is_set_later_is_refused_beside_a_draft(folders, load, mon
         draft_for(model, None)
 
 
-def test_attention_whose_tokens_would_get_other_bits_is_refused(folders, load, monkeypatch) -> None:
+def test_attention_whose_tokens_would_get_other_bits_is_refused(folders, load) -> None:
     """Attention in chunks, as Llama 4 has it: its tokens cannot be computed one by one within a step."""
     model = load(folders[0], draft="prompt-lookup")
-    monkeypatch.setattr(model.config, "layer_types", ["chunked_attention"], raising=False)
+    model.config.layer_types = ["chunked_attention"]
     with pytest.raises(RefusedError, match="the bits that it has alone"):
         draft_for(model, None)
 
