@@ -200,7 +200,7 @@ def test_a_long_prompt_does_not_starve_the_others(tokenizer, engine_of):
 
 
 def test_a_prompt_is_computed_in_shorter_pieces_while_others_wait(tiny, tokenizer, engine_of, monkeypatch):
-    monkeypatch.setattr("foreroute.batching.engine._CHUNK_BESIDE_OTHERS", 16)
+    monkeypatch.setattr("foreroute.batching.steps._CHUNK_BESIDE_OTHERS", 16)
     engine, begun = engine_of(tiny, max_num_seqs=2), threading.Event()
     other = Heard()
 
@@ -272,17 +272,17 @@ def test_the_models_own_end_may_be_ignored(tiny, tokenizer, engine_of, ignored, 
 def test_an_error_ends_the_step_and_not_the_engine(tiny, tokenizer, engine_of, monkeypatch):
     engine = engine_of(tiny, max_num_seqs=4)
     expected = ask(engine, [5] * 8, 8).wait().tokens
-    whole = engine._batch.step
+    whole = engine._steps._batch.step
 
     def fails(*args):
         raise RuntimeError("planted")
 
-    monkeypatch.setattr(engine._batch, "step", fails)
+    monkeypatch.setattr(engine._steps._batch, "step", fails)
     ended = [ask(engine, [5] * 8, 8), ask(engine, [6] * 8, 8)]
     assert ended[0].wait().end.reason == "error"
     assert "planted" not in (ended[0].end.error or "")
     ended[1].wait()
-    assert whole is not engine._batch.step
+    assert whole is not engine._steps._batch.step
     assert ask(engine, [5] * 8, 8).wait().tokens == expected
     assert engine.state().kv_blocks_used == 0
 
@@ -295,7 +295,7 @@ def test_an_error_between_steps_leaves_no_request_waiting(tiny, tokenizer, engin
         raise MemoryError("planted")
 
     with monkeypatch.context() as patched:
-        patched.setattr(engine, "_keep", fails)
+        patched.setattr(engine._steps, "_keep", fails)
         assert ask(engine, [9] * 8, 4).wait().end.reason == "error"
     assert ask(engine, [5] * 8, 8).wait().tokens == expected
     assert (engine.state().running, engine.state().kv_blocks_used) == (0, 0)
@@ -312,7 +312,7 @@ def test_a_row_that_cannot_join_leaves_the_others_as_they_are(tiny, tokenizer, e
 
     def fails(layer, new):
         join(layer, new)
-        if layer is engine._batch._cache.layers[5] and engine._batch.lengths:
+        if layer is engine._steps._batch._cache.layers[5] and engine._steps._batch.lengths:
             raise MemoryError("planted")
 
     monkeypatch.setattr(RowLayer, "join", fails)
