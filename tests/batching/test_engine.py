@@ -357,8 +357,8 @@ def test_an_empty_prompt_is_refused_and_ends_no_other_request(tiny, tokenizer, e
 
 def test_full_and_too_long(tiny, tokenizer, engine_of):
     engine = engine_of(tiny, max_num_seqs=1, max_waiting=1, context=256)
-    with pytest.raises(ContextLengthError, match="256 tokens; 300 are asked for"):
-        engine.submit(Request([5] * 100, 200, GREEDY), Heard())
+    with pytest.raises(ContextLengthError, match="256 tokens, and the prompt has 256"):
+        engine.submit(Request([5] * 256, 200, GREEDY), Heard())
     first, second = ask(engine, [5] * 8, 100), ask(engine, [6] * 8, 4)
     with pytest.raises(QueueFullError):
         ask(engine, [7] * 8)
@@ -371,8 +371,8 @@ def test_keys_and_values_stay_within_their_bound(tiny, tokenizer, engine_of):
     while not all(one.is_over.wait(0.005) for one in heard):
         most.append(engine.state())
     assert max(state.kv_blocks_used for state in most) <= 200
-    assert max(state.running for state in most) == 3
-    assert all(one.end.reason == "length" for one in heard)
+    assert max(state.running for state in most) <= 7
+    assert [(one.end.reason, len(one.tokens)) for one in heard] == [("length", 40)] * 8
 
 
 def test_a_beginning_is_not_computed_twice(tiny, tokenizer, engine_of):

@@ -3,9 +3,9 @@
 What is computed of them, one forward pass of several rows after another, is in steps.py.
 """
 
+import itertools
 import logging
 import threading
-from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from foreroute.batching.answer import Answer
 from foreroute.batching.beginnings import beginnings_of
 from foreroute.batching.drafts import drafts_of
 from foreroute.batching.requests import AnswerEvent, EngineState, Request
+from foreroute.batching.room import Room
 from foreroute.batching.rows import can_be_padded, why_not_batched
 from foreroute.batching.steps import Steps, cancelled
 from foreroute.errors import ContextLengthError, PromptError, QueueFullError
@@ -63,6 +64,7 @@ class BatchEngine:
         handle = handle_of(model)
         self.kv_bytes = self.kv_tokens * planned_kv_bytes_per_token(model, handle.plan, handle.layers)
         self._context = min(context, self.kv_tokens)
+        self._room = Room(self.kv_tokens, self.rows, self._context)
         self._most_open = max_num_seqs + max_waiting
         self._can_continue = keeps_prompts(model)
         self._can_pad = not self.why_one_row and can_be_padded(model)
@@ -70,13 +72,15 @@ class BatchEngine:
         self._kept = beginnings_of(model, self.kv_bytes, self.kv_tokens, prefix_folder)
         # The lock guards these, and which answers are computed; computing needs none, as only one thread computes.
         self._changed = threading.Condition()
-        self._waiting: deque[Answer] = deque()
+        self._waiting: list[Answer] = []  # by their turns
+        self._turns = itertools.count()
         self._is_closed = False
+        # The first that waits for rows or KV cache.
+        self._blocked: Answer | None = None
         self._steps = Steps(
             model,
             tokenizer,
             self._context,
-            self.kv_tokens,
             self._kept,
             self._drafts,
             self._changed,
@@ -103,30 +107,22 @@ class BatchEngine:
                 f"This model computes a prompt at once, and scores {MOST_SCORED_WHOLE} tokens of it at most; "
                 f"{num_prompt} are asked for. Shorten the prompt, or ask for no scores."
             )
-        wanted = num_prompt + (1 if most_new is None else most_new)
-        if wanted > self._context:
+        # What is asked for beyond the context is no reason to refuse: the answer ends there.
+        if num_prompt + (most_new != 0) > self._context:
             raise ContextLengthError(
-                f"The context holds {self._context} tokens; {wanted} are asked for ({num_prompt} of the prompt). "
-                "Shorten the prompt or ask for fewer."
+                f"The context holds {self._context} tokens, and the prompt has {num_prompt}. Shorten the prompt."
             )
-        answer = Answer(request, on_event, *self._lengths(num_prompt, most_new))
+        limit = self._room.most_new(num_prompt, most_new, self._model.generation_config.max_new_tokens)
+        answer = Answer(request, on_event, limit)
+        answer.reserved = self._room.first(num_prompt, answer.most)
         with self._changed:
             num_open = len(self._waiting) + len(self._steps.answers)
             if self._is_closed or num_open >= self._most_open:
                 raise QueueFullError(f"{num_open} requests are computed or wait already. Try again later.")
+            answer.turn = next(self._turns)
             self._waiting.append(answer)
             self._changed.notify()
         return answer
-
-    def _lengths(self, num_prompt: int, asked: int | None) -> tuple[int, int]:
-        """Return the new tokens that an answer gets room for at first, and the most that it can have."""
-        if asked is not None:
-            return asked, asked
-        own = self._model.generation_config.max_new_tokens
-        most = min(self._context - num_prompt, own or self._context)
-        # At first a fair share, so that others find room too; then what is free.
-        share = self.kv_tokens // self.rows
-        return min(most, max(share - num_prompt, share // 4, 1)), most
 
     def cancel(self, handle: Answer) -> None:
         """See requests.Engine. Its memory is free before the next step."""
@@ -140,7 +136,7 @@ class BatchEngine:
             return EngineState(
                 running=len(self._steps.answers),
                 waiting=len(self._waiting),
-                kv_blocks_used=self._held(),
+                kv_blocks_used=self._room.held(self._steps.answers),
                 kv_blocks=self.kv_tokens,
                 prefix_bytes=0 if self._kept is None else self._kept.nbytes,
                 prefix_lookups=counts.lookups,
@@ -164,17 +160,13 @@ class BatchEngine:
         if self._kept is not None:
             self._kept.close()
 
-    def _held(self, *more: Answer) -> int:
-        """Most tokens that the admitted rows, and these, can come to hold, padding included."""
-        lengths = [answer.reserved for answer in (*self._steps.answers, *more)]
-        return len(lengths) * max(lengths, default=0)
-
     @torch.no_grad()
     def _work(self) -> None:
         while self._await_work():
             try:
                 self._drop_cancelled()
                 self._admit()
+                self._make_room()
                 self._steps.compute()
             except Exception as error:  # noqa: BLE001  without the thread, all requests would wait for ever
                 _LOG.exception("the engine failed between steps; its requests are ended")
@@ -203,17 +195,55 @@ class BatchEngine:
         most_prompts = self.rows if self._can_pad else 1
         with self._changed:
             waiting = list(self._waiting)
-        is_full = False
+        self._blocked, is_full = None, False
         for answer in waiting:
-            if len(self._steps.answers) >= self.rows:
+            admitted = self._steps.answers
+            if len(admitted) >= self.rows:
+                self._blocked = self._blocked or answer
                 return
             if self._kept is not None and self._kept.is_computed_by(self._steps.joining, answer):
                 # It joins when the beginning that it shares with another prompt has been computed.
                 continue
-            is_full = is_full or len(self._steps.joining) >= most_prompts or self._held(answer) > self.kv_tokens
+            has_room = self._room.fits([*admitted, answer])
+            if not is_full and not has_room:
+                self._blocked = answer
+            is_full = is_full or not has_room or len(self._steps.joining) >= most_prompts
             if is_full:
                 continue
             with self._changed:
                 self._waiting.remove(answer)
                 self._steps.joining.append(answer)
             self._steps.begin(answer)
+
+    def _make_room(self) -> None:
+        """Give more room to answers that have used theirs up; where there is none, the last that came gives way."""
+        for answer in sorted(self._steps.running, key=_turn):
+            while answer in self._steps.running and answer.num_left < 1:
+                if self._gives_its_turn(answer):
+                    with self._changed:
+                        answer.turn = next(self._turns)
+                    self._set_aside(answer)
+                    # Before others take the room.
+                    self._admit()
+                elif not self._room.extend(answer, self._steps.answers):
+                    last = max(self._steps.answers, key=_turn)
+                    self._set_aside(last)
+                    self._blocked = min(last, self._blocked or last, key=_turn)
+
+    def _gives_its_turn(self, answer: Answer) -> bool:
+        """Whether an answer that has had its fair share waits now, so that one that has not begun yet can begin."""
+        if self._blocked is None or len(answer.ids) < self._room.share:
+            return False
+        with self._changed:
+            if all(one.has_begun for one in self._waiting):
+                return False
+        others = [one for one in self._steps.answers if one is not answer]
+        return self._room.fits([*others, self._blocked])
+
+    def _set_aside(self, answer: Answer) -> None:
+        self._steps.set_aside(answer, self._waiting)
+        answer.reserved = self._room.first(len(answer.ids), answer.most)
+
+
+def _turn(answer: Answer) -> int:
+    return answer.turn

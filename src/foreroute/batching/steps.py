@@ -3,6 +3,7 @@
 Each step is one forward pass of several rows, so that an expert that several of them demand is read once for all.
 """
 
+import bisect
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -24,15 +25,13 @@ from foreroute.model.generation_settings import end_tokens
 _LEAST_CHUNK = 8
 # Tokens of prompts in one step while others wait for their next token. A longer step would read experts less often.
 _CHUNK_BESIDE_OTHERS = 512
-# Tokens of the KV cache that an answer without a limit gets when its room is used up.
-_ROOM_AT_ONCE = 64
 
 
 class Steps:
     """Computes the admitted requests, step by step. Only the engine's thread uses it.
 
     Args:
-        is_one_row: the model cannot be batched. context, kv_tokens: see engine.BatchEngine.
+        is_one_row: the model cannot be batched. context: see engine.BatchEngine.
         kept: beginnings of earlier prompts; None: none are kept. drafts: None: nothing is drafted.
         lock: held while the lists change, as others count them.
 
@@ -45,7 +44,6 @@ class Steps:
         model: OffloadedModel,
         tokenizer: Any,
         context: int,
-        kv_tokens: int,
         kept: Beginnings | None,
         drafts: BatchDrafts | None,
         lock: threading.Condition,
@@ -53,7 +51,7 @@ class Steps:
         is_one_row: bool,
     ) -> None:
         self._model, self._tokenizer, self._is_one_row = model, tokenizer, is_one_row
-        self._context, self._kv_tokens = context, kv_tokens
+        self._context = context
         self._kept, self._drafts, self._lock = kept, drafts, lock
         self._ends = end_tokens(model.generation_config)
         self._can_continue = keeps_prompts(model)
@@ -81,6 +79,24 @@ class Steps:
         except Exception as error:  # noqa: BLE001  reported to its request
             self._end(answer, _failed(answer, error))
 
+    def set_aside(self, answer: Answer, waiting: list[Answer]) -> None:
+        """Move an answer to those that are `waiting`; later it goes on from its tokens.
+
+        Its memory is free afterwards. What the cache has of it is kept as that of an answer that ends.
+        """
+        for admitted, rows in ((self.joining, self._prompts), (self.running, self._batch)):
+            if answer not in admitted:
+                continue
+            at = admitted.index(answer)
+            if self._kept is not None:
+                self._kept.keep_all(answer, rows, at)
+            rows.arrange([other for other in range(len(admitted)) if other != at], [])
+            rows.trim()
+            with self._lock:
+                admitted.remove(answer)
+                bisect.insort(waiting, answer, key=lambda one: one.turn)
+            return
+
     def drop_cancelled(self) -> None:
         """End the cancelled ones; their memory is free afterwards."""
         self._leave_prompts(cancelled(self.joining))
@@ -102,7 +118,7 @@ class Steps:
         """Compute the next chunk of every prompt in prefill."""
         answers = list(self.joining)
         chunks = [answer.next_chunk(self._most_at_once(answers)) for answer in answers]
-        wants_scores = any(answer.request.wants_prompt_scores for answer in answers)
+        wants_scores = any(answer.wants_scores for answer in answers)
         try:
             outcomes = step_rows(self._prompts, chunks, "prefill", all_logits=wants_scores)
         except Exception as error:  # noqa: BLE001  reported to the requests in prefill
@@ -141,7 +157,7 @@ class Steps:
         most: int = self._model.foreroute.plan.prefill_chunk
         if self.running:
             most = min(most, _CHUNK_BESIDE_OTHERS)
-        if any(answer.request.wants_prompt_scores for answer in answers):
+        if any(answer.wants_scores for answer in answers):
             most = min(most, SCORED_AT_ONCE)
         return max(most // len(answers), _LEAST_CHUNK)
 
@@ -207,9 +223,6 @@ class Steps:
         """
         for at, row_logits in enumerate(logits):
             answer.num_computed += 1
-            if answer.is_short_of_room:
-                rows = len(self.joining) + len(self.running)
-                answer.extend(min(answer.reserved + _ROOM_AT_ONCE, self._kv_tokens // rows))
             try:
                 row = row_logits.float().cpu()
                 end = answer.advance(row, int(row.argmax()), self._ends)

@@ -83,11 +83,14 @@ class PromptCache:
             of conversations, and a conversation that is larger is not kept. This memory comes on top of the experts'
             budget.
         least_hit: fewest tokens that are worth to be found.
+
+    Attributes:
+        version: another number after each change of what is kept.
     """
 
     def __init__(self, max_bytes: int = 2**30, least_hit: int = _LEAST_HIT) -> None:
         assert max_bytes >= 0, "no memory is the least there is"
-        self.max_bytes = max_bytes
+        self.max_bytes, self.version = max_bytes, 0
         self._tree = PrefixTree(max_bytes, least_hit)
         self._counts = PrefixCounts()
         self._lock = Lock()
@@ -109,6 +112,7 @@ class PromptCache:
     def clear(self) -> None:
         """Drop everything."""
         with self._lock:
+            self.version += 1
             self._tree.clear()
 
     def known(self, model: OffloadedModel, ids: Sequence[int]) -> int:
@@ -154,6 +158,7 @@ class PromptCache:
             end = len(ids)
             state = NewState(state_bytes(cache), least_of(cache, end), lambda: LayerStates.of(cache, end))
         with self._lock:
+            self.version += 1
             self._forget_the_dead()
             try:
                 return self._tree.insert(

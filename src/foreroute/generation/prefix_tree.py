@@ -140,7 +140,7 @@ class PrefixTree:
         root = self._roots.get(owner)
         if root is None:
             return None
-        path, length = _walk(root, ids[:at_most])
+        path, length = _walk(root, ids, at_most)
         state = None
         if owner in self._needs_state:
             length, state = _best_state(root, path, length)
@@ -287,16 +287,19 @@ def _nbytes(node: Node) -> int:
     return sum(held.nbytes for held in (node.part, node.state) if held is not None)
 
 
-def _walk(root: Node, ids: Sequence[int]) -> tuple[list[Node], int]:
-    """The nodes that `ids` go through, and how many tokens of them; the last node may go on otherwise."""
-    ids = tuple(ids)
+def _walk(root: Node, ids: Sequence[int], at_most: int | None = None) -> tuple[list[Node], int]:
+    """The nodes that `ids` go through, and how many tokens of them; the last node may go on otherwise.
+
+    at_most: of `ids`; None: all. They are compared node by node, and not copied whole.
+    """
+    end = len(ids) if at_most is None else min(len(ids), at_most)
     path: list[Node] = []
     node, known = root, 0
-    while known < len(ids):
+    while known < end:
         following = node.children.get(ids[known])
         if following is None:
             break
-        shared = common_length(following.ids, ids[known : known + len(following.ids)])
+        shared = common_length(following.ids, tuple(ids[known : min(known + len(following.ids), end)]))
         path.append(following)
         known += shared
         if shared < len(following.ids):
