@@ -8,7 +8,7 @@ import pytest
 import foreroute
 from foreroute.batching.engine import BatchEngine
 from foreroute.batching.requests import NewToken, PromptProgress, PromptScored, Request, Sampling
-from foreroute.batching.steps import Steps
+from foreroute.batching.steps import RowSteps
 from foreroute.config import EngineConfig
 from foreroute.model.text import load_tokenizer
 from tests.batching.test_engine import GREEDY, TINY, Heard, assert_same_answers, prompts_of
@@ -46,13 +46,13 @@ def engine_of(tiny: Any, tokenizer: Any) -> Iterator[Callable[..., BatchEngine]]
 def aside(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many tokens each answer had that was set aside, in order."""
     lengths: list[int] = []
-    own = Steps.set_aside
+    own = RowSteps.set_aside
 
-    def noted(self: Steps, answer: Any, waiting: Any) -> None:
+    def noted(self: RowSteps, answer: Any, waiting: Any) -> None:
         lengths.append(len(answer.ids))
         own(self, answer, waiting)
 
-    monkeypatch.setattr(Steps, "set_aside", noted)
+    monkeypatch.setattr(RowSteps, "set_aside", noted)
     return lengths
 
 
@@ -105,14 +105,14 @@ def test_many_that_may_have_all_end_as_they_do_alone(engine_of: Any, tokenizer: 
 
 def test_the_oldest_always_goes_on(engine_of: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     gave_way: list[int] = []
-    own = Steps.set_aside
+    own = RowSteps.set_aside
 
-    def noted(self: Steps, answer: Any, waiting: Any) -> None:
+    def noted(self: RowSteps, answer: Any, waiting: Any) -> None:
         assert answer.turn > min(one.turn for one in self.answers)
         gave_way.append(answer.turn)
         own(self, answer, waiting)
 
-    monkeypatch.setattr(Steps, "set_aside", noted)
+    monkeypatch.setattr(RowSteps, "set_aside", noted)
     engine = engine_of(max_num_seqs=3, kv_tokens=CONTEXT)
     heard = at_once(engine, [[5 + at] * 8 for at in range(3)])
     assert [one.end.reason for one in heard] == ["length"] * 3
@@ -172,15 +172,15 @@ def test_what_was_set_aside_draws_on(engine_of: Any, tokenizer: Any, aside: list
 def test_one_that_is_set_aside_can_be_cancelled(
     engine_of: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own = Steps.set_aside
+    own = RowSteps.set_aside
 
-    def and_cancel(self: Steps, answer: Any, waiting: Any) -> None:
+    def and_cancel(self: RowSteps, answer: Any, waiting: Any) -> None:
         own(self, answer, waiting)
         answer.cancel("The client has left.")
 
     engine = engine_of(max_num_seqs=2, kv_tokens=CONTEXT)
     with monkeypatch.context() as patched:
-        patched.setattr(Steps, "set_aside", and_cancel)
+        patched.setattr(RowSteps, "set_aside", and_cancel)
         heard = at_once(engine, [[5] * 8, [6] * 8])
     assert [one.end.reason for one in heard] == ["length", "cancelled"]
     assert heard[1].end.completion_tokens == len(heard[1].tokens) > 0

@@ -16,9 +16,9 @@ from foreroute.batching.answer import Answer
 from foreroute.batching.beginnings import beginnings_of
 from foreroute.batching.drafts import drafts_of
 from foreroute.batching.requests import AnswerEvent, EngineState, Request
-from foreroute.batching.room import Room
+from foreroute.batching.room import CacheRoom
 from foreroute.batching.rows import can_be_padded, why_not_batched
-from foreroute.batching.steps import Steps, cancelled
+from foreroute.batching.steps import RowSteps, cancelled
 from foreroute.errors import ContextLengthError, PromptError, QueueFullError
 from foreroute.generation.prefix_cache import PrefixCounts
 from foreroute.loading.offloaded_model import OffloadedModel, handle_of
@@ -64,7 +64,7 @@ class BatchEngine:
         handle = handle_of(model)
         self.kv_bytes = self.kv_tokens * planned_kv_bytes_per_token(model, handle.plan, handle.layers)
         self._context = min(context, self.kv_tokens)
-        self._room = Room(self.kv_tokens, self.rows, self._context)
+        self._room = CacheRoom(self.kv_tokens, self.rows, self._context)
         self._most_open = max_num_seqs + max_waiting
         self._can_continue = keeps_prompts(model)
         self._can_pad = not self.why_one_row and can_be_padded(model)
@@ -77,7 +77,7 @@ class BatchEngine:
         self._is_closed = False
         # The first that waits for rows or KV cache.
         self._blocked: Answer | None = None
-        self._steps = Steps(
+        self._steps = RowSteps(
             model,
             tokenizer,
             self._context,

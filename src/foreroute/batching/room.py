@@ -15,7 +15,7 @@ _MORE_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
-class Room:
+class CacheRoom:
     """The room of the KV cache: `kv_tokens` in all, for `rows` answers at most, each within `context`."""
 
     kv_tokens: int

@@ -27,7 +27,7 @@ _LEAST_CHUNK = 8
 _CHUNK_BESIDE_OTHERS = 512
 
 
-class Steps:
+class RowSteps:
     """Computes the admitted requests, step by step. Only the engine's thread uses it.
 
     Args:
