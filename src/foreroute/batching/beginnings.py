@@ -1,7 +1,7 @@
 """Which beginning of a prompt is not computed again, what is kept of a row, and who waits for whose prompt."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,7 @@ class Beginnings:
         if folder is not None:
             self._files = PrefixFiles(folder, model.foreroute.plan.identity, max_bytes)
             self._cache.read(model, self._files)
+        self._version_saved = self._cache.version
 
     @property
     def counts(self) -> PrefixCounts:
@@ -60,6 +61,18 @@ class Beginnings:
     def nbytes(self) -> int:
         """Bytes kept."""
         return self._cache.nbytes
+
+    @property
+    def is_unsaved(self) -> bool:
+        """Whether there is a folder that lacks something of what is kept."""
+        return self._files is not None and self._cache.version != self._version_saved
+
+    def save(self, goes_on: Callable[[], bool]) -> None:
+        """Write what is kept to the folder, while `goes_on`, which is asked before each part."""
+        assert self._files is not None, "there is something to be saved"
+        version = self._cache.version
+        if self._cache.write(self._model, self._files, goes_on):
+            self._version_saved = version
 
     def close(self) -> None:
         """Write what is kept to the folder, if there is one."""

@@ -26,6 +26,8 @@ from foreroute.memory.serving import keeps_prompts, planned_kv_bytes_per_token
 from foreroute.memory.serving_budget import MOST_SCORED_WHOLE, choose_kv_tokens
 
 _LOG = logging.getLogger(__name__)
+# Without requests, after which what is kept of prompts is written to its folder, if there is one.
+_IDLE_S = 30.0
 
 
 class BatchEngine:
@@ -173,13 +175,19 @@ class BatchEngine:
                 self._steps.fail_all(error)
 
     def _await_work(self) -> bool:
-        """Wait for requests; False when the engine is closed and all have ended."""
-        with self._changed:
-            while not (self._waiting or self._steps.answers):
-                if self._is_closed:
-                    return False
-                self._changed.wait()
-        return True
+        """Wait for requests; False when the engine is closed and all have ended. Meanwhile beginnings are saved."""
+        while True:
+            is_idle = False
+            with self._changed:
+                while not (self._waiting or self._steps.answers or is_idle):
+                    if self._is_closed:
+                        return False
+                    is_unsaved = self._kept is not None and self._kept.is_unsaved
+                    is_idle = not self._changed.wait(_IDLE_S if is_unsaved else None)
+            if not is_idle:
+                return True
+            assert self._kept is not None, "something is kept"
+            self._kept.save(lambda: not (self._waiting or self._is_closed))
 
     def _drop_cancelled(self) -> None:
         with self._changed:

@@ -202,10 +202,12 @@ class PrefixTree:
             stack += [((*ids, *child.ids), child) for child in node.children.values()]
         return found
 
-    def restore(self, owner: Hashable, ids: Sequence[int], start: int, part: KeptPart, state: State | None) -> bool:
+    def restore(
+        self, owner: Hashable, ids: Sequence[int], start: int, part: KeptPart, state: State | None, used: int = 0
+    ) -> bool:
         """Keep a node as `nodes` had it: `ids`, those from `start` on its own. False if it does not fit, or not follow.
 
-        Nothing is evicted for it.
+        Nothing is evicted for it. used: when it was last used, by the tree that had it; new uses are later.
         """
         root = self._roots.setdefault(owner, Node())
         path, known = _walk(root, ids)
@@ -213,12 +215,10 @@ class PrefixTree:
         nbytes = part.nbytes + (0 if state is None else state.nbytes)
         if known != start or parent.end != start or start == len(ids) or self.nbytes + nbytes > self.max_bytes:
             return False
-        self._now += 1
+        self._now = max(self._now, used)
         if state is not None:
             self._needs_state.add(owner)
-        parent.children[ids[start]] = Node(
-            tuple(ids[start:]), start, part, parent, state, used=self._now, state_used=self._now
-        )
+        parent.children[ids[start]] = Node(tuple(ids[start:]), start, part, parent, state, used=used, state_used=used)
         self.nbytes += nbytes
         return True
 
