@@ -246,6 +246,7 @@ DOCUMENTED = {
     "list": "debug json",
     "pull": "debug json revision",
     "show": "debug json revision",
+    "rm": "debug json packed revision yes",
     "generate": "chat debug do-sample dtype file json max-new-tokens min-p no-chat no-do-sample quiet "
     "repetition-penalty revision seed system temperature threads top-k top-p trace",
     "pack": "context debug force json keep-partial memory no-resume out quant resume revision text threads windows",

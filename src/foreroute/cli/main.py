@@ -31,7 +31,7 @@ from foreroute.cli.commands import (
 )
 from foreroute.cli.hints import command_hint, flag_hint
 from foreroute.cli.models import list as list_models
-from foreroute.cli.models import pull, show
+from foreroute.cli.models import pull, rm, show
 from foreroute.cli.settings.shown import print_settings
 from foreroute.cli.settings.sources import parse_command
 from foreroute.errors import ForerouteError
@@ -40,7 +40,7 @@ from foreroute.loading.wording import as_flags
 COMMANDS = {
     "generate": generate, "chat": chat, "serve": serve, "plan": plan, "pack": pack, "fit": fit, "score": score,
     "eval": evaluate, "verify": verify, "bench": bench, "replay": replay, "demo": demo,
-    "list": list_models, "pull": pull, "show": show, "help": help,
+    "list": list_models, "pull": pull, "show": show, "rm": rm, "help": help,
 }  # fmt: skip
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
