@@ -246,6 +246,7 @@ DOCUMENTED = {
     "list": "debug json",
     "pull": "debug json revision",
     "show": "debug json revision",
+    "doctor": "debug json",
     "rm": "debug json packed revision yes",
     "generate": "chat debug do-sample dtype file json max-new-tokens min-p no-chat no-do-sample quiet "
     "repetition-penalty revision seed system temperature threads top-k top-p trace",

@@ -30,6 +30,7 @@ from foreroute.cli.commands import (
     verify,
 )
 from foreroute.cli.hints import command_hint, flag_hint
+from foreroute.cli.machine import doctor
 from foreroute.cli.models import list as list_models
 from foreroute.cli.models import pull, rm, show
 from foreroute.cli.settings.shown import print_settings
@@ -40,7 +41,8 @@ from foreroute.loading.wording import as_flags
 COMMANDS = {
     "generate": generate, "chat": chat, "serve": serve, "plan": plan, "pack": pack, "fit": fit, "score": score,
     "eval": evaluate, "verify": verify, "bench": bench, "replay": replay, "demo": demo,
-    "list": list_models, "pull": pull, "show": show, "rm": rm, "help": help,
+    "list": list_models, "pull": pull, "show": show, "rm": rm, "doctor": doctor,
+    "help": help,
 }  # fmt: skip
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
@@ -64,7 +66,8 @@ Start with these:
 flags, --help-all lists them all. Flags can be set in foreroute/config.toml of
 $XDG_CONFIG_HOME or ~/.config, and by FOREROUTE_ variables: COMMAND --print-config
 says where each value came from.
-Exit codes: 0 done; 1 verify, bench or demo found a difference;
+Exit codes: 0 done; 1 verify, bench or demo found a difference,
+or doctor a problem;
 2 an error, explained in one line; 130 stopped by Ctrl-C, 143 by SIGTERM."""
 
 
