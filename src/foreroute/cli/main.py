@@ -25,6 +25,7 @@ from foreroute.cli.commands import (
     pack,
     plan,
     replay,
+    run,
     score,
     serve,
     verify,
@@ -35,14 +36,15 @@ from foreroute.cli.models import list as list_models
 from foreroute.cli.models import pull, rm, show
 from foreroute.cli.settings.shown import print_settings
 from foreroute.cli.settings.sources import parse_command
+from foreroute.cli.terminal import completion
 from foreroute.errors import ForerouteError
 from foreroute.loading.wording import as_flags
 
 COMMANDS = {
-    "generate": generate, "chat": chat, "serve": serve, "plan": plan, "pack": pack, "fit": fit, "score": score,
-    "eval": evaluate, "verify": verify, "bench": bench, "replay": replay, "demo": demo,
+    "run": run, "generate": generate, "chat": chat, "serve": serve, "plan": plan, "pack": pack, "fit": fit,
+    "score": score, "eval": evaluate, "verify": verify, "bench": bench, "replay": replay, "demo": demo,
     "list": list_models, "pull": pull, "show": show, "rm": rm, "doctor": doctor,
-    "help": help,
+    "completion": completion, "help": help,
 }  # fmt: skip
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
@@ -104,7 +106,7 @@ class _MainParser(_Parser):
         parser.error(f"unrecognized arguments: {' '.join(unknown)}" + (f"\n{hint}" if hint else ""))
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> _MainParser:
     """Build the parser of all commands. Cheap: neither torch nor transformers is imported."""
     parser = _MainParser(prog="foreroute", description=_DESCRIPTION, epilog=_EPILOG)
     parser.add_argument("--version", action="version", version=f"foreroute {foreroute.__version__}")
@@ -120,7 +122,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     _write_utf8()
     given = sys.argv[1:] if argv is None else argv
     try:
-        args = build_parser().parse_args(given or ["help"])
+        parser = build_parser()
+        completion.answer_shell(parser, parser.commands)
+        args = parser.parse_args(given or ["help"])
     except ForerouteError as error:  # of a setting
         print(f"foreroute: error: {error}", file=sys.stderr)
         return EXIT_ERROR
@@ -131,8 +135,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     try:
-        run = print_settings if getattr(args, "print_config", False) else COMMANDS[args.command].run
-        code: int = run(args)
+        is_shown = getattr(args, "print_config", False)
+        code: int = print_settings(args) if is_shown else COMMANDS[args.command].run(args)
         # Flush here, so that a reader that has closed the pipe is noticed.
         sys.stdout.flush()
     except ForerouteError as error:

@@ -17,10 +17,10 @@ examples:
   foreroute doctor
   foreroute doctor MODEL --json      read this model's files for the disk's speed
 
-It reads for 2 s at most of the largest model's files, past the page cache where
+It reads the largest model's files for 2 s at most, past the page cache where
 that can be, and looks at memory, processors, packages, ggml's kernels and CUDA.
 `foreroute plan MODEL` says how fast a model would be. Exit code 1: there is a
-problem, without whose end nothing runs; a warning is about speed or room."""
+problem, with which nothing runs; a warning is about speed or room."""
 
 
 def add_parser(commands: Any) -> None:

@@ -46,7 +46,7 @@ def of_cache(model: str, revision: str | None, cache: Path) -> Removal:
         one for repo in repos for one in repo.revisions if revision is None or revision in {*one.refs, one.commit_hash}
     ]
     what = model if revision is None else f"{model} at revision {revision}"
-    if not revisions:
+    if found is None or not revisions:
         raise CheckpointError(f"{what} is not in the hub's cache ({cache}). `foreroute list` shows what is.")
     # It finds revisions by their commits alone, which copies of a repository have in common.
     found = replace(found, repos=frozenset(repos))
@@ -93,7 +93,8 @@ def _removal(what: str, files: Iterable[Any], plan: Any) -> Removal:
 
 def _refuse_downloads(cache: Path, folder: str, what: str) -> None:
     """Refuse what a download, of any program that uses the cache, is writing."""
-    from huggingface_hub.utils import WeakFileLock
+    # Re-exported without being declared so.
+    from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
 
     for lock in sorted((cache / ".locks" / folder).glob("*.lock")):
         try:
