@@ -15,7 +15,7 @@ _MARKS = {OK: "ok", WARNING: "!", PROBLEM: "X"}
 _EPILOG = """\
 examples:
   foreroute doctor
-  foreroute doctor MODEL --json      read this model's files for the disk's speed
+  foreroute doctor MODEL --json     read this model's files for the disk's speed
 
 It reads the largest model's files for 2 s at most, past the page cache where
 that can be, and looks at memory, processors, packages, ggml's kernels and CUDA.

@@ -1,10 +1,10 @@
 """What `foreroute rm` removes of the hub's cache, or of the packed stores beside a model; and who has it in use."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from foreroute.checkpoint.hub.choice import choose_gguf, gguf_models
 from foreroute.checkpoint.locate import split_hub_id
@@ -12,6 +12,9 @@ from foreroute.checkpoint.records import STORE_NAME, partial_path
 from foreroute.errors import CheckpointError, StoreError
 from foreroute.shipped import shipped_models
 from foreroute.whole_files import Claim, ClaimedError, beside
+
+if TYPE_CHECKING:
+    from huggingface_hub import HFCacheInfo
 
 # A download holds its locks for as long as it writes: it is asked for once, and not waited for.
 _LOCK_S = 0.05
@@ -37,35 +40,51 @@ def of_cache(model: str, revision: str | None, cache: Path) -> Removal:
     Raises:
         CheckpointError: the cache has no such model, it is being downloaded, or `model` is none of the cache.
     """
-    from huggingface_hub import scan_cache_dir
-
     hub_id, tag = _hub_id(model)
-    found = scan_cache_dir(cache) if cache.is_dir() else None
-    repos = [] if found is None else [one for one in found.repos if (one.repo_type, one.repo_id) == ("model", hub_id)]
+    found = _scan(hub_id, cache)
     revisions = [
-        one for repo in repos for one in repo.revisions if revision is None or revision in {*one.refs, one.commit_hash}
+        one for repo in found.repos for one in repo.revisions if revision in {None, *one.refs, one.commit_hash}
     ]
     what = model if revision is None else f"{model} at revision {revision}"
-    if found is None or not revisions:
+    if not revisions:
         raise CheckpointError(f"{what} is not in the hub's cache ({cache}). `foreroute list` shows what is.")
-    # It finds revisions by their commits alone, which copies of a repository have in common.
-    found = replace(found, repos=frozenset(repos))
-    _refuse_downloads(cache, repos[0].repo_path.name, what)
-    by_name = {(one.commit_hash, _name_in(file, one)): file for one in revisions for file in one.files}
-    names = {name for _, name in by_name}
-    if tag is None:
-        plan = found.delete_revisions(*(one.commit_hash for one in revisions))
-        return _removal(what, by_name.values(), plan)
+    _refuse_downloads(cache, f"models--{hub_id.replace('/', '--')}", what)
+    files = [(_name_in(file, one), file) for one in revisions for file in one.files]
+    if tag is not None:
+        chosen = _files_of_model({name for name, _ in files}, hub_id, tag, model)
+        if chosen is not None:
+            own = [file for name, file in files if name in chosen or name.startswith(f"{chosen[0]}.")]
+            return _removal(what, own, _delete_files(found, own, hub_id))
+    plan = found.delete_revisions(*(one.commit_hash for one in revisions))
+    return _removal(what, (file for _, file in files), plan)
+
+
+def _scan(hub_id: str, cache: Path) -> "HFCacheInfo":
+    """What the cache has of one repository. It finds revisions by their commits alone, which copies of a repository
+    have in common."""
+    from huggingface_hub import scan_cache_dir
+
+    if not cache.is_dir():
+        raise CheckpointError(f"{hub_id} is not in the hub's cache: there is no {cache}.")
+    found = scan_cache_dir(cache)
+    ours = [repo for repo in found.repos if (repo.repo_type, repo.repo_id) == ("model", hub_id)]
+    return replace(found, repos=frozenset(ours))
+
+
+def _files_of_model(names: set[str], hub_id: str, tag: str, model: str) -> Sequence[str] | None:
+    """The files of the GGUF model that `tag` means; None where the repository has no other weights."""
     chosen = choose_gguf(names, hub_id, tag, f"{model} in the cache").files
-    if len(gguf_models(names)) == 1 and not any(name.endswith(".safetensors") for name in names):
-        return of_cache(hub_id, revision, cache)
-    own = [file for (_, name), file in by_name.items() if name in chosen or name.startswith(f"{chosen[0]}.")]
+    has_others = len(gguf_models(names)) > 1 or any(name.endswith(".safetensors") for name in names)
+    return chosen if has_others else None
+
+
+def _delete_files(found: "HFCacheInfo", files: Iterable[Any], hub_id: str) -> Any:
     if not hasattr(found, "delete_files"):
         raise CheckpointError(
             f"This huggingface_hub cannot remove single files. Remove all of {hub_id}, or update it: "
             "pip install -U huggingface_hub."
         )
-    return _removal(what, own, found.delete_files(*own))
+    return found.delete_files(*files)
 
 
 def _hub_id(model: str) -> tuple[str, str | None]:
