@@ -2,10 +2,11 @@
 
     python -m benchmarks.server_soak models/foreroute-tiny [--seconds 300] [--clients 64]
 
-Each client asks again and again: streamed or whole, short or long, a fifth of the time leaving in the middle, a tenth
-of the time reading slowly: long after its answer is made, though buffers hold so short a one (who reads nothing of a
-longer one: tests/server/test_connections.py). Any other answer than 200, 429 or 503 fails, and so does a hang, or that
-hardly any are 200.
+Each client asks again and again: completions, and as agents do in all three APIs: tools behind a beginning that some of
+them share, forced calls, answers by a JSON schema. Streamed or whole, short or long, a fifth of the time leaving in the
+middle, a tenth of the time reading slowly: long after its answer is made, though buffers hold so short a one (who reads
+nothing of a longer one: tests/server/test_connections.py). Any other answer than 200, 429 or 503 fails, and so does a
+hang, or that hardly any are 200.
 
 Memory: the most that the server's process has in RAM during the soak (VmHWM, reset when it begins) may not exceed by
 more than 5 % what the server itself said when it was ready, before any request: the total of its plan (the `memory` of
@@ -36,6 +37,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import _harness
+from tests.server.dialogue.templates import HERMES
 
 _PROMISED = (429, 503)
 _LEAVE, _SLOW = 0.2, 0.1
@@ -109,28 +111,83 @@ BatchEngine.submit = forgetting
 }
 
 
+_SCHEMA = {
+    "type": "object", "properties": {"at": {"type": "integer"}, "is_new": {"type": "boolean"}},
+    "required": ["at", "is_new"], "additionalProperties": False,
+}  # fmt: skip
+# What ends a stream that was not broken off.
+_ENDS = {
+    "/v1/completions": b"data: [DONE]", "/v1/chat/completions": b"data: [DONE]", "/v1/messages": b"event: message_stop",
+    "/v1/responses": b"event: response.",
+}  # fmt: skip
+
+
+def asked_for(draw: random.Random) -> tuple[str, dict[str, Any]]:
+    """A path, and what is asked there."""
+    most, is_stream = draw.choice((4, 16, 48)), draw.random() < 0.6
+    common = {"stream": is_stream, "temperature": draw.choice((0, 1)), "model": "foreroute-tiny"}
+    kind = draw.random()
+    if kind < 0.4:
+        text = "import " * draw.choice((1, 10, 100))
+        return "/v1/completions", {**common, "prompt": text, "max_tokens": most, "n": draw.choice((1, 1, 2))}
+    system = f"You are agent {draw.randrange(3)}. " + "Call a tool, or answer. " * 8
+    messages = [{"role": "user", "content": "import " * draw.choice((1, 10, 40))}]
+    is_forced, name = draw.random() < 0.3, "look_up"
+    if kind < 0.5:
+        form = {"type": "json_schema", "json_schema": {"name": "found", "schema": _SCHEMA}}
+        messages.insert(0, {"role": "system", "content": system})
+        return "/v1/chat/completions", {**common, "messages": messages, "max_tokens": most, "response_format": form}
+    if kind < 0.7:
+        tool = {"type": "function", "function": {"name": name, "parameters": _SCHEMA}}
+        messages.insert(0, {"role": "system", "content": system})
+        return "/v1/chat/completions", {
+            **common, "messages": messages, "max_tokens": most, "tools": [tool],
+            "tool_choice": "required" if is_forced else "auto",
+        }  # fmt: skip
+    if kind < 0.85:
+        return "/v1/responses", {
+            **common, "instructions": system, "input": messages, "max_output_tokens": max(most, 16), "store": False,
+            "tools": [{"type": "function", "name": name, "parameters": _SCHEMA}],
+            "tool_choice": "required" if is_forced else "auto",
+        }  # fmt: skip
+    return "/v1/messages", {
+        **common, "system": system, "messages": messages, "max_tokens": most,
+        "tools": [{"name": name, "input_schema": _SCHEMA}], "tool_choice": {"type": "any" if is_forced else "auto"},
+    }  # fmt: skip
+
+
+def agent_model(model: Path, folder: Path) -> Path:
+    """`model` in `folder`, by links, with a chat template that knows tools."""
+    made = folder / model.name
+    made.mkdir()
+    for file in model.iterdir():
+        (made / file.name).symlink_to(file.resolve())
+    settings = json.loads((model / "tokenizer_config.json").read_text(encoding="utf-8"))
+    (made / "tokenizer_config.json").unlink()
+    (made / "chat_template.jinja").unlink(missing_ok=True)
+    text = json.dumps({**settings, "chat_template": HERMES})
+    (made / "tokenizer_config.json").write_text(text, encoding="utf-8")
+    return made
+
+
 async def client(draw: random.Random, host: str, port: int, until_s: float, seen: Counter[str]) -> None:
     """Ask until time is up; count what came."""
     while time.monotonic() < until_s:
         kind = draw.random()
         manner = "leaves" if kind < _LEAVE else "slow" if kind < _LEAVE + _SLOW else "reads"
-        is_stream = draw.random() < 0.6
-        text = "import " * draw.choice((1, 10, 100))
-        asked = {
-            "prompt": text, "max_tokens": draw.choice((4, 16, 48)), "stream": is_stream,
-            "temperature": draw.choice((0, 1)), "n": draw.choice((1, 1, 2)),
-        }  # fmt: skip
-        status = await asyncio.wait_for(_ask(draw, host, port, asked, manner), _WITHIN_S)
+        path, asked = asked_for(draw)
+        status = await asyncio.wait_for(_ask(draw, host, port, path, asked, manner), _WITHIN_S)
         seen[f"{manner} {status}"] += 1
+        seen[f"{path} {status}"] += 1
         if status in _PROMISED:
             await asyncio.sleep(draw.uniform(0.2, 1.0))
 
 
-async def _ask(draw: random.Random, host: str, port: int, asked: dict[str, Any], manner: str) -> int:
+async def _ask(draw: random.Random, host: str, port: int, path: str, asked: dict[str, Any], manner: str) -> int:
     reader, writer = await asyncio.open_connection(host, port)
     try:
         body = json.dumps(asked).encode()
-        head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Type: application/json\r\n"
+        head = f"POST {path} HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Type: application/json\r\n"
         writer.write(f"{head}Connection: close\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
         await writer.drain()
         if manner == "leaves" and draw.random() < 0.5:
@@ -146,7 +203,7 @@ async def _ask(draw: random.Random, host: str, port: int, asked: dict[str, Any],
                 await asyncio.sleep(0.05)
         if status == 200:
             assert b'{"error":' not in got, got[-500:]
-            assert not asked["stream"] or b"data: [DONE]" in got, got[-500:]
+            assert not asked["stream"] or _ENDS[path] in got[-4000:], got[-500:]
         return status
     finally:
         writer.close()
@@ -178,7 +235,7 @@ async def soak(host: str, port: int, process_id: int, clients: int, seconds: flo
     await asyncio.gather(*tasks)
     metrics = await scraped(host, port)
     return {
-        "answers": dict(seen), "requests": sum(seen.values()), "most_running": running, "most_waiting": waiting,
+        "answers": dict(seen), "requests": sum(seen.values()) // 2, "most_running": running, "most_waiting": waiting,
         "most_kv_usage": usage, "tokens": metrics["foreroute_generation_tokens_total"],
         "grown": None if seconds < 2 * _FIRST_S else max(memory) / max(memory[: int(_FIRST_S)]),
     }  # fmt: skip
@@ -206,15 +263,21 @@ def inside(process_id: int, signalled: Any, path: Path) -> dict[str, Any]:
 async def first_answers(host: str, port: int) -> None:
     """Every kind of request once, and several at a time, so that what is made once is there."""
     draw = random.Random(0)
-    for stream in (False, True):
-        asked = {"prompt": "import " * 10, "max_tokens": 8, "stream": stream, "n": 2}
-        assert {await _ask(draw, host, port, asked, "reads") for _ in range(2)} == {200}
+    done: set[tuple[str, bool, bool]] = set()
+    for _ in range(200):
+        path, asked = asked_for(draw)
+        kind = (path, asked["stream"], "tools" in asked)
+        if kind not in done:
+            assert {await _ask(draw, host, port, path, asked, "reads") for _ in range(2)} == {200}, (path, asked)
+        done.add(kind)
+    assert len(done) == 10, done
 
 
 def faults(found: dict[str, Any]) -> list[str]:
     """What is not as it should be; none is what is wanted."""
     wrong = []
     statuses = {int(name.split()[1]) for name in found["answers"]}
+    wrong += [f"nothing was served at {path}" for path in _ENDS if not found["answers"].get(f"{path} 200")]
     if not statuses <= {0, 200, *_PROMISED}:
         wrong.append(f"answers were {sorted(statuses)}")
     for manner in _MANNERS:
@@ -245,7 +308,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "held.json"
         before = f"PATH = {str(path)!r}\n{_INSIDE}{_PLANTED.get(asked.plant, '')}"
-        with serving(*_FLAGS, model=asked.model, before=before) as served:
+        with serving(*_FLAGS, model=agent_model(asked.model, Path(folder)), before=before) as served:
             host, port = served.url.removeprefix("http://").split(":")
             child = served.child
             plan = served.started["memory"]
