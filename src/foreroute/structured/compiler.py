@@ -22,7 +22,7 @@ from foreroute.structured.vocabulary import vocabulary_of
 
 # Seconds of the processor; of the clock, on a machine that is busy, many more.
 _TRIAL_BYTES, _TRIAL_S, _TRIAL_WAIT_S = 160 * 2**20, 5, 60
-# This package, and not the working folder, which may be a model's: see server/api/templates.py.
+# This package, and not the working folder, which may be a model's: see server/dialogue/templates.py.
 _START_TRIAL = (
     f"import sys; sys.path[:] = [{str(Path(__file__).parents[2])!r}, *(folder for folder in sys.path if folder)]; "
     "from foreroute.structured.trial import main; main()"

@@ -133,7 +133,9 @@ def _enforced(asked: TurnRequest, turn: Turn, serving: Serving) -> "tuple[str, G
             name, told = asked.grammar
             if is_required:
                 raise not_possible("tool_choice", f"tool_choice asks for a call, and {name} for something else.")
-            return name, enforcement.content(told)
+            if not tools:
+                return name, enforcement.content(told)
+            return name, enforcement.calls_or(told, tools, most=1 if is_one else None)
         if not is_required and not any(tool.is_strict for tool in tools):
             return None
         if serving.grammars is None:
