@@ -30,10 +30,10 @@ class Limits:
     send_s: float = 60.0
     idle_s: float = 360.0
     json_depth: int = 32
-    messages: int = 4096
     prompts: int = 128
     choices: int = 16
     stop: int = 4
+    stop_sequences: int = 64
     stop_chars: int = 256
     logit_bias: int = 1024
     template_s: float = 5.0

@@ -91,9 +91,6 @@ async def begin_turn(
     Raises:
         ApiError: it cannot be served; nothing has been queued.
     """
-    if len(asked.dialogue.messages) > settings.limits.messages:
-        count = len(asked.dialogue.messages)
-        raise not_possible("messages", f"There are {count} messages; at most {settings.limits.messages}.")
     turn = await serving.prompts.chat(asked.dialogue)
     if not turn.prompt_ids:
         raise not_possible("messages", "The conversation comes to no token at all.")
