@@ -97,7 +97,7 @@ class TrainedRoutes:
         """(routed, guessed) of every row that decodes."""
         assert self._engine is not None, "it was attached"
         found = []
-        for answer in self._engine._running:
+        for answer in self._engine._steps.running:
             turn = self._turns.setdefault(id(answer.request), len(self._turns))
             at = (len(answer.ids) - len(answer.request.prompt_ids)) % self._length
             found.append(layer_of(self._passages, self._num_experts, layer, turn, at))

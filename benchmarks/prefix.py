@@ -41,6 +41,9 @@ class _Words:
     def decode(self, ids: list[int], **options: Any) -> str:
         return "".join(chr(0x4E00 + token % 20000) for token in ids)
 
+    def get_vocab(self) -> dict[str, int]:
+        return {}
+
 
 def ask(engine: BatchEngine, ids: list[int], new: int) -> tuple[float, list[int], Finished]:
     """Return a request's time to its first token in seconds, its tokens, and its end."""

@@ -1,5 +1,6 @@
 """Requests of one batch keep their tokens where some, or all, are drafted and verified."""
 
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -84,6 +85,61 @@ def test_one_token_too_many_is_seen(tiny, monkeypatch) -> None:
     without = answers(tiny, [GREEDY] * 3)
     monkeypatch.setattr(RowsCache, "drop", lambda self, counts: None)
     assert answers(tiny, [GREEDY] * 3, dict(enumerate(without))) != without
+
+
+def test_the_governor_of_a_batch_measures_it_and_changes_no_token(tiny) -> None:
+    """Text that repeats itself, looked up in it, with the governor that a server has."""
+    prompts = [[300, 301, 302, 303] * 8, [*range(900, 908)] * 5]
+    tokens = {}
+    for draft in (None, "prompt-lookup"):
+        tiny.foreroute.draft = draft
+        engine = BatchEngine(tiny, load_tokenizer(TINY), 512, 4)
+        heard: list[list[Any]] = [[], []]
+        for prompt, events in zip(prompts, heard, strict=True):
+            engine.submit(Request(prompt, 60, GREEDY, ignore_eos=True), events.append)
+        while not all(events and isinstance(events[-1], Finished) for events in heard):
+            time.sleep(0.01)
+        state = engine.state()
+        engine.close()
+        tokens[draft] = [[event.token_id for event in events if isinstance(event, NewToken)] for events in heard]
+    assert tokens["prompt-lookup"] == tokens[None]
+    assert state.verify_steps > 0
+    assert state.drafted >= state.accepted
+    governors = engine._drafts._governors
+    assert sum(one.drafted for one in governors.values()) == state.drafted
+    assert sum(one.accepted for one in governors.values()) == state.accepted
+
+
+def test_a_row_whose_draft_fails_keeps_its_tokens(tiny, caplog) -> None:
+    class Failing(Knowing):
+        def draft(self, ids: Any, most: int, least_confidence: float) -> Any:
+            raise ZeroDivisionError
+
+    without = answers(tiny, [GREEDY] * 3)
+    own, made = Knowing.__init__, []
+
+    def second_fails(self: Any, *args: Any) -> None:
+        own(self, *args)
+        made.append(self)
+        if len(made) == 2:
+            self.draft = Failing.draft.__get__(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Knowing, "__init__", second_fails)
+        assert answers(tiny, [GREEDY] * 3, dict(enumerate(without))) == without
+    assert "drafting failed" in caplog.text
+
+
+def test_other_threads_wait_while_attention_is_replaced(tiny) -> None:
+    tiny.foreroute.draft = "prompt-lookup"
+    engine = BatchEngine(tiny, load_tokenizer(TINY), 512, 4)
+    drafts, taken = engine._drafts, []
+    with drafts.alike(1):
+        thread = threading.Thread(target=lambda: taken.append(tiny.foreroute.lock.acquire(blocking=False)))
+        thread.start()
+        thread.join()
+    engine.close()
+    assert taken == [False]
 
 
 def test_a_model_whose_rows_cannot_be_verified_is_refused_by_name(tiny, monkeypatch) -> None:

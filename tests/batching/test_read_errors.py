@@ -145,7 +145,8 @@ def test_a_transient_error_ends_no_request(asked, engine_of, every):
         # Until a step fails by it: a guess that cannot be read ends no step.
         is_failing = is_failing or reads % every == 0
         # Not while rows are apart, or where there is one: then nothing is left to try.
-        return is_failing and not is_apart and min(len(one.lengths) != 1 for one in (engine._prompts, engine._batch))
+        rows = (engine._steps._prompts, engine._steps._batch)
+        return is_failing and not is_apart and min(len(one.lengths) != 1 for one in rows)
 
     with pytest.MonkeyPatch.context() as patch, unreadable(model, fails):
         patch.setattr(RowsCache, "step_apart", noting)

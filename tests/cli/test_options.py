@@ -246,6 +246,11 @@ DOCUMENTED = {
     "list": "debug json",
     "pull": "debug json revision",
     "show": "debug json revision",
+    "doctor": "debug json",
+    "completion": "",
+    "run": "debug do-sample dtype json max-new-tokens min-p no-do-sample quiet repetition-penalty revision seed system "
+    "temperature threads top-k top-p",
+    "rm": "debug json packed revision yes",
     "generate": "chat debug do-sample dtype file json max-new-tokens min-p no-chat no-do-sample quiet "
     "repetition-penalty revision seed system temperature threads top-k top-p trace",
     "pack": "context debug force json keep-partial memory no-resume out quant resume revision text threads windows",
@@ -278,9 +283,9 @@ def test_every_flag_that_was_documented_is_still_accepted() -> None:
     assert set(commands) == set(DOCUMENTED)
     for name, parser in commands.items():
         flags = set(DOCUMENTED[name].split())
-        if name in ("bench", "chat", "demo", "eval", "generate", "plan", "serve", "verify"):
+        if name in ("bench", "chat", "demo", "eval", "generate", "plan", "run", "serve", "verify"):
             flags |= set(ENGINE.split()) - (NOT_ON_BENCH if name == "bench" else set())
-        if name in ("chat", "generate", "plan", "serve"):
+        if name in ("chat", "generate", "plan", "run", "serve"):
             flags |= {"device", "control", "host-memory", "kv-tokens", "prefix-cache", "prefix-cache-dir"}
         known = {option for action in parser._actions for option in action.option_strings}
         assert {f"--{flag}" for flag in flags} <= known, name

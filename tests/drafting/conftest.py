@@ -30,6 +30,9 @@ class Fixed:
     def step(self, drafted: int, accepted: int, seconds: float, limit: int | None = None) -> None:
         self.steps.append((drafted, accepted))
 
+    def step_rows(self, rows: Sequence[tuple[int, int]], seconds: float, limit: int | None = None) -> None:
+        self.steps.append((sum(drafted for drafted, _ in rows), sum(accepted for _, accepted in rows)))
+
 
 class Knowing:
     """Drafts an answer that is known, with every `wrong_every`-th token of the text changed."""

@@ -147,6 +147,16 @@ def test_a_policy_that_is_set_later_is_refused_beside_a_draft(folders, load, mon
         draft_for(model, None)
 
 
+def test_attention_whose_tokens_would_get_other_bits_is_refused(folders, load, monkeypatch) -> None:
+    """Attention in chunks, as Llama 4 has it: its tokens cannot be computed one by one within a step."""
+    model = load(folders[0], draft="prompt-lookup")
+    layers = ["chunked_attention"] * model.config.num_hidden_layers
+    for name, value in (("layer_types", layers), ("attention_chunk_size", 16)):
+        monkeypatch.setattr(type(model.config), name, value, raising=False)
+    with pytest.raises(RefusedError, match="the bits that it has alone"):
+        draft_for(model, None)
+
+
 def test_memory_is_chosen_beside_the_draft(folders, load, monkeypatch) -> None:
     """Without --memory, what the draft takes is not the experts'."""
     from foreroute.memory import host, plan

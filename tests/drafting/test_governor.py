@@ -109,3 +109,32 @@ def test_asking_for_drafts_that_are_not_made_is_counted() -> None:
         seconds += took
     assert governor.plain_s == pytest.approx(PLAIN_S)
     assert seconds < 1.02 * 2000 * PLAIN_S
+
+
+def test_rows_that_share_a_step_are_measured_as_rows() -> None:
+    """Four rows, of which each draft is accepted whole or not at all: half of what is tried, and tokens of each row."""
+    shared, rows = DraftGovernor(), [(3, 3), (3, 0), (2, 2), (2, 0)]
+    for _ in range(4):
+        shared.step_rows([(0, 0)] * 4, 4 * PLAIN_S)
+    for _ in range(200):
+        shared.step_rows(rows, 5 * PLAIN_S, limit=3)
+    assert (shared.drafted, shared.accepted) == (200 * 10, 200 * 5)
+    # Behind a token that was not accepted nothing was tried.
+    assert shared.acceptance == pytest.approx(5 / 7, abs=0.01)
+    # 2.25 tokens of each row in 5 times a plain step's time for one of each is no gain of 4 / 5.
+    assert shared.seconds_per_token(3) == pytest.approx(
+        5 * PLAIN_S / (1 + 5 / 7 + (5 / 7) ** 2 + 0.5 * (5 / 7) ** 3), rel=0.05
+    )
+
+
+def test_one_row_of_a_batch_is_as_a_row_alone() -> None:
+    alone, shared = DraftGovernor(), DraftGovernor()
+    chance = random.Random(3)
+    for _ in range(300):
+        assert shared.length == alone.length
+        accepted = chance.randint(0, alone.length)
+        took = PLAIN_S * (1 + 0.1 * alone.length)
+        shared.step_rows([(alone.length, accepted)] * 3, took)
+        alone.step(alone.length, accepted, took)
+    assert shared.chosen == alone.chosen > 0
+    assert shared.acceptance == pytest.approx(alone.acceptance)

@@ -2,10 +2,13 @@
 
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+import foreroute
 from foreroute import shipped
 from foreroute.checkpoint.locate import locate
 from foreroute.errors import CheckpointError
@@ -119,3 +122,8 @@ def test_pull_says_where_it_is_and_what_is_next(run, hub_cache: Path) -> None:
     assert "foreroute chat org/tiny" in ran.out
     assert run("pull", "org/tiny", "--json").json["bytes"] > 3 * 2**20
     assert "HF_HUB_OFFLINE is set" in run("pull", "org/absent").err
+
+
+def test_python_m_foreroute_is_the_command() -> None:
+    told = subprocess.run([sys.executable, "-m", "foreroute", "--version"], capture_output=True, text=True, check=True)
+    assert told.stdout == f"foreroute {foreroute.__version__}\n"

@@ -8,6 +8,7 @@ from foreroute.batching.answer import Answer
 from foreroute.batching.beginnings import Beginnings
 from foreroute.batching.requests import PromptProgress, Request
 from foreroute.engine.interfaces import StepInfo
+from foreroute.generation.prefix_cache import PromptCache
 from foreroute.memory.serving import serving_needs
 from foreroute.model.caches import cache_argument, cache_of, new_cache
 from tests.batching.test_engine import GREEDY, Heard, ask, assert_same_answers
@@ -193,3 +194,24 @@ def test_answers_that_ended_refer_to_no_other(model, engine_of, monkeypatch) -> 
         one.wait()
     assert waited
     assert [answer for answer in waited if answer.shared] == []
+
+
+def test_nobody_waits_for_a_prompt_that_is_too_long_to_be_kept(checkpoints, load) -> None:
+    model = load(checkpoints.get("qwen3_moe"), "50%")
+    kept, ids = Beginnings(model, max_bytes=60 * 512, bytes_per_token=512), ids_of(model, 61, 1)
+    waiting = Answer(Request([*ids[:40], 5], 4), print, 4)
+    assert kept.is_computed_by([Answer(Request(ids[:40], 4), print, 4)], waiting)
+    assert not kept.is_computed_by([Answer(Request(ids, 4), print, 4)], waiting), "all of it would be kept, or nothing"
+
+
+def test_what_is_kept_of_a_prompt_that_waits_is_looked_up_once(checkpoints, load, engine_of, monkeypatch) -> None:
+    model, lookups = load(checkpoints.get("qwen3_moe"), "50%"), []
+    engine, ids = engine_of(model, max_num_seqs=2), ids_of(model, 60, 1)
+    own = PromptCache.reusable
+    monkeypatch.setattr(PromptCache, "reusable", lambda *args: lookups.append(1) or own(*args))
+    others, waiting = [Answer(Request(ids[: 50 + at], 4), print, 4) for at in range(4)], Answer(Request(ids), print, 4)
+    for _ in range(5):
+        assert engine._kept.is_computed_by(others, waiting)
+    assert len(lookups) == 1
+    ask(engine, ids[:55], 1).wait()
+    assert not engine._kept.is_computed_by(others, waiting), "what is kept has changed"

@@ -1,11 +1,13 @@
 """generation/prefix_files.py: a server that starts again has what the last one kept, and nothing of another model."""
 
 import logging
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 
+from foreroute.batching.beginnings import Beginnings
 from foreroute.errors import ForerouteError
 from foreroute.generation.kept_layers import Segment
 from foreroute.generation.prefix_files import PrefixFiles, StoredNode
@@ -99,6 +101,7 @@ def test_the_folder_is_bounded_over_all_models(tmp_path: Path) -> None:
     new = PrefixFiles(tmp_path, "new", 3000)
     new.write([node([1, 2])])
     assert len(read(old)) == 8, "another process has them"
+    assert read(new) == [], "and there is no room beside them"
     old.close()
     new.write([node([1, 2])])
     assert sum(path.stat().st_size for path in stored(tmp_path)) <= 3000
@@ -123,3 +126,74 @@ def test_the_identity_is_of_weights_and_numbers(checkpoints, load, tmp_path: Pat
     others = [load(checkpoints.get("qwen3_moe", **other), "50%", **asked) for other in ({"seed": 1}, {"dtype": "bf16"})]
     assert one.foreroute.plan.identity == same.foreroute.plan.identity != ""
     assert len({model.foreroute.plan.identity for model in (one, *others)}) == 3
+
+
+def test_what_bits_depend_on_is_in_the_identity(checkpoints, load, tmp_path: Path, monkeypatch) -> None:
+    def identity(**more) -> str:
+        return load(checkpoints.get("qwen3_moe"), "50%", prefix_cache_dir=str(tmp_path), **more).foreroute.plan.identity
+
+    found = [identity(), identity(attn_implementation="eager"), identity(prefill_chunk=32)]
+    monkeypatch.setattr("foreroute.__version__", "0.0.9")
+    found.append(identity())
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "of another machine")
+    found.append(identity())
+    assert len(set(found)) == 5
+
+
+def test_reading_ends_at_its_bound(tmp_path: Path, monkeypatch) -> None:
+    files, opened = PrefixFiles(tmp_path, "model", MOST), []
+    files.write([node([at] * (at * 10)) for at in range(1, 9)])
+    own = PrefixFiles._read
+    monkeypatch.setattr(PrefixFiles, "_read", lambda self, path, device: opened.append(path) or own(self, path, device))
+    # Four bytes for a token: 10 + 20 + 30 tokens fit.
+    assert [len(one.ids) for one in files.read(torch.device("cpu"), 4 * 65)] == [10, 20, 30]
+    assert len(opened) == 3
+
+
+def test_room_is_made_before_anything_is_written(tmp_path: Path, monkeypatch) -> None:
+    old = PrefixFiles(tmp_path, "old", MOST)
+    old.write([node([at] * 1000) for at in range(1, 9)])
+    old.close()
+    most, sizes = sum(path.stat().st_size for path in stored(tmp_path)), []
+    new = PrefixFiles(tmp_path, "new", most)
+    packed = PrefixFiles._packed
+
+    def noted(self: PrefixFiles, one: StoredNode):
+        sizes.append(sum(path.stat().st_size for path in stored(tmp_path)))
+        return packed(self, one)
+
+    monkeypatch.setattr(PrefixFiles, "_packed", noted)
+    new.write([node([at] * 1000) for at in range(1, 4)])
+    assert len(read(new)) == len(sizes) == 3
+    assert max(sizes) + max(path.stat().st_size for path in stored(tmp_path)) <= most
+
+
+def test_what_was_used_last_stays_longest_after_a_restart(model, engine_of, tmp_path: Path) -> None:
+    engine = engine_of(model, max_num_seqs=1, prefix_folder=tmp_path)
+    texts = [ids_of(model, 40, at) for at in range(3)]
+    for ids in (*texts, texts[0]):
+        ask(engine, ids, 2).wait()
+    uses = [one.used for _, one in engine._kept._cache._tree.nodes(*engine._kept._cache._tree.owners())]
+    engine.close()
+    again = engine_of(model, max_num_seqs=1, prefix_folder=tmp_path)
+    tree = again._kept._cache._tree
+    assert sorted(one.used for _, one in tree.nodes(*tree.owners())) == sorted(uses)
+
+
+def test_an_idle_server_writes_what_it_keeps(checkpoints, load, engine_of, tmp_path: Path, monkeypatch) -> None:
+    """So that one that is killed has lost little."""
+    model, written = load(checkpoints.get("qwen3_moe"), "50%"), threading.Event()
+    monkeypatch.setattr("foreroute.batching.engine._IDLE_S", 0.01)
+    own = Beginnings.save
+
+    def noted(self: Beginnings, goes_on) -> None:
+        own(self, goes_on)
+        if not self.is_unsaved:
+            written.set()
+
+    monkeypatch.setattr(Beginnings, "save", noted)
+    engine = engine_of(model, max_num_seqs=1, prefix_folder=tmp_path)
+    ask(engine, ids_of(model, SYSTEM, 1), 2).wait()
+    assert written.wait(60)
+    assert stored(tmp_path)
+    assert engine._kept.is_unsaved is False

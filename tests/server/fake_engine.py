@@ -34,9 +34,9 @@ class FakeEngine:
         self._lock = threading.Lock()
 
     def submit(self, request: Request, on_event: Callable[[Any], None]) -> int:
-        wanted = len(request.prompt_ids) + (request.max_new_tokens or 1)
-        if wanted > self.context:
-            raise ContextLengthError(f"{wanted} tokens are asked for, the context holds {self.context}.")
+        num_prompt = len(request.prompt_ids)
+        if num_prompt + (request.max_new_tokens != 0) > self.context:
+            raise ContextLengthError(f"The context holds {self.context} tokens, and the prompt has {num_prompt}.")
         with self._lock:
             if len(self._open) >= self.most_open:
                 raise QueueFullError(f"{self.most_open} requests wait already.")

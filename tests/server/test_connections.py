@@ -237,3 +237,35 @@ def test_no_more_at_once_than_the_limit(engine: FakeEngine, prompts: Prompts) ->
         wait_until(lambda: engine.state().running == 1)
         engine.gate.set()
         assert b"Hello" in read_until(post(url, CHAT, {"messages": HI}), b"usage")
+
+
+def test_of_too_many_idle_connections_the_longest_idle_is_closed(engine: FakeEngine, prompts: Prompts) -> None:
+    """Never one that has a request; half a head is none."""
+    backend = Backend(Serving(engine, prompts, engine.context))
+    with running(backend, ServerSettings(limits=Limits(idle_connections=3))) as url:
+        engine.gate.clear()
+        busy = post(url, CHAT, {"messages": HI, "stream": True})
+        wait_until(lambda: engine.state().running == 1)
+        health = b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
+        idle = []
+        for at in range(3):
+            idle.append(connect(url))
+            idle[at].settimeout(20)
+            if at:
+                idle[at].sendall(health)
+                read_until(idle[at], b"ready")
+            else:
+                idle[at].sendall(health[:20])
+        idle.append(connect(url))
+        assert idle[0].recv(100) == b"", "it was the first"
+        idle[1].sendall(health)
+        read_until(idle[1], b"ready")
+        idle.append(connect(url))
+        assert idle[2].recv(100) == b"", "the other had a request later"
+        for one in (idle[1], idle[3], idle[4]):
+            one.sendall(health)
+            read_until(one, b"ready")
+        engine.gate.set()
+        read_until(busy, b"[DONE]")
+        for one in (busy, *idle):
+            one.close()

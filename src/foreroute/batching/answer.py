@@ -22,14 +22,18 @@ class Answer:
     """The engine's state of one request. Only the engine's thread uses it, except `cancel`.
 
     Args:
-        most_new: new tokens that there is room for at first. limit: most tokens of the answer; None: most_new.
+        limit: most tokens of the answer. turn: its place among those that wait, the lowest first.
 
     Attributes:
-        ids: the prompt and the answer so far. reserved: most tokens that its row can come to hold.
+        ids: the prompt and the answer so far. most: their number at its end, at most.
+        reserved: most tokens that its row can come to hold as yet; see batching/room.py.
         num_computed: tokens with keys and values in the cache.
         num_cached: those of them that came from an earlier request. num_prompt: tokens of the prompt.
+        num_prefill: tokens to be computed in prefill: the prompt, and after a pause the answer so far.
+        has_begun: whether something of it was computed, perhaps before it was set aside.
         stops: numbers of tokens at which a chunk of the prompt shall end, so that others can continue there.
         shared: with how many tokens other prompts begin like this one, as far as that was looked at.
+        reusable: a version of what is kept of prompts, and how many of its tokens are kept there.
         drafter: of its next tokens, once something was drafted.
     """
 
@@ -37,20 +41,22 @@ class Answer:
         self,
         request: Request,
         on_event: Callable[[AnswerEvent], None],
-        most_new: int,
-        limit: int | None = None,
+        limit: int,
+        turn: int = 0,
     ) -> None:
         self.request = request
         self.is_cancelled, self.why_cancelled = False, ""
         self.ids = list(request.prompt_ids)
-        self.reserved = len(self.ids) + most_new
         self.num_computed = self.num_cached = 0
         self.drafter: Drafter | None = None
         self._on_event = on_event
-        self.num_prompt, self._most_new = len(self.ids), most_new
+        self.num_prompt, self.turn, self.has_begun = len(self.ids), turn, False
+        self.most = self.reserved = self.num_prompt + limit
         self.stops: set[int] = set()
         self.shared: dict[Answer, int] = {}
-        self._limit = most_new if limit is None else limit
+        self.num_prefill, self._num_told = self.num_prompt, 0
+        self.reusable: tuple[int, int] | None = None
+        self._limit, self._is_scored = limit, False
         self._until_s = math.inf
         self._logprobs: list[float | None] = [None]
         self._tops: list[Top | None] = [None]
@@ -62,9 +68,17 @@ class Answer:
             self.is_cancelled = True
 
     def begin(self, tokenizer: Any, model: OffloadedModel, num_cached: int) -> None:
-        """Prepare to compute the prompt after its first `num_cached` tokens, whose keys and values are cached."""
-        self.num_cached = self.num_computed = num_cached
+        """Prepare to compute its tokens after the first `num_cached`, whose keys and values are cached.
+
+        One that was set aside goes on where it was: its tokens so far are computed as its prompt is.
+        """
+        self.num_computed, self.num_prefill = num_cached, len(self.ids)
         self.shared.clear()  # it has waited: references would keep each answer before it alive
+        self.reusable = None
+        self._logprobs, self._tops = [None], [None]
+        if self.has_begun:
+            return
+        self.has_begun, self.num_cached = True, num_cached
         if not self.wants_none:
             grammar = self.request.grammar
             mask = None if grammar is None else grammar.start()
@@ -78,28 +92,37 @@ class Answer:
         )
 
     def next_chunk(self, most: int) -> list[int]:
-        """Return the prompt's next tokens to compute, at most `most`, and none behind the next stop."""
+        """Return the next tokens to compute in prefill, at most `most`, and none behind the next stop."""
         ahead = (stop for stop in self.stops if stop > self.num_computed)
-        return self.ids[self.num_computed : min(self.num_computed + most, self.num_prompt, *ahead)]
+        return self.ids[self.num_computed : min(self.num_computed + most, self.num_prefill, *ahead)]
 
     @property
     def is_prompt_computed(self) -> bool:
-        """Whether every token of the prompt is."""
-        return self.num_computed >= self.num_prompt
+        """Whether every token is that is computed in prefill."""
+        return self.num_computed >= self.num_prefill
+
+    @property
+    def wants_scores(self) -> bool:
+        """Whether the prompt is still to be scored."""
+        return self.request.wants_prompt_scores and not self._is_scored
 
     def took(self, num_tokens: int, logits: torch.Tensor) -> bool:
-        """Count `num_tokens` computed tokens of the prompt; return whether it is complete.
+        """Count `num_tokens` tokens computed in prefill; return whether that is complete.
 
         Args:
             logits: [positions, vocabulary]; of every one of these tokens if the request wants scores.
         """
-        if self.request.wants_prompt_scores:
+        if self.wants_scores:
             self._score(logits[-num_tokens:])
         self.num_computed += num_tokens
-        self.tell(PromptProgress(self.num_computed, self.num_prompt))
+        done = min(self.num_computed, self.num_prompt)
+        if done > self._num_told:
+            self._num_told = done
+            self.tell(PromptProgress(done, self.num_prompt))
         if not self.is_prompt_computed:
             return False
-        if self.request.wants_prompt_scores:
+        if self.wants_scores:
+            self._is_scored = True
             self.tell(PromptScored(self._logprobs, self._tops))
         return True
 
@@ -113,13 +136,13 @@ class Answer:
 
     @property
     def num_left(self) -> int:
-        """Tokens that the answer may still get."""
+        """Tokens that the answer may still get before it needs more room."""
         return self.reserved - len(self.ids)
 
     @property
     def wants_none(self) -> bool:
         """Whether only the prompt's scores are asked for."""
-        return self._most_new == 0
+        return self._limit == 0
 
     def advance(self, logits: torch.Tensor, likeliest: int, ends: Collection[int]) -> Finished | None:
         """Choose the next token, and send its event.
@@ -136,20 +159,8 @@ class Answer:
         self.tell(NewToken(token, piece, *score(logits, token, self.request.num_top_logprobs)))
         if is_end or self._text.is_over or self._sampler.is_complete:
             return self.finished("stop")
-        is_over = len(self.ids) >= self.reserved or time.monotonic() > self._until_s
+        is_over = len(self.ids) >= self.most or time.monotonic() > self._until_s
         return self.finished("length") if is_over else None
-
-    @property
-    def is_short_of_room(self) -> bool:
-        """Whether its next token would be the last for want of room, and not as it was asked."""
-        return self._most_new < self._limit and len(self.ids) + 1 >= self.reserved
-
-    def extend(self, most_tokens: int) -> None:
-        """Give its row room for `most_tokens`, prompt and answer, where that is more than it has."""
-        more = min(most_tokens - self.reserved, self._limit - self._most_new)
-        if more > 0:
-            self._most_new += more
-            self.reserved += more
 
     def finished(self, reason: str, error: str | None = None, *, is_refusal: bool = False) -> Finished:
         """The last event, with the text that was still held back."""

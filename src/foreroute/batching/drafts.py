@@ -1,8 +1,9 @@
 """Drafts for requests that share steps: each row has its own, of any length, and a step verifies all of them."""
 
+import logging
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from foreroute.batching.answer import Answer
 from foreroute.drafting.draft import GovernedDraft, draft_for
@@ -10,6 +11,8 @@ from foreroute.drafting.governor import DraftGovernor
 from foreroute.engine.interfaces import MOST_VERIFIED
 from foreroute.errors import RefusedError
 from foreroute.loading.offloaded_model import OffloadedModel
+
+_LOG = logging.getLogger(__name__)
 
 
 class BatchDrafts:
@@ -36,21 +39,30 @@ class BatchDrafts:
         self._limit = min(governor.length, longest - 1) if self._model.foreroute.is_exact else 0
         return [self._of(answer, governor) for answer in answers]
 
-    def alike(self, num_rows: int) -> AbstractContextManager[None]:
-        """What gives the tokens of a row that is verified alone the bits that they have one by one."""
-        return self._draft.alike.running() if num_rows == 1 and self._draft.alike is not None else nullcontext()
+    @contextmanager
+    def alike(self, num_rows: int) -> Iterator[None]:
+        """What gives the tokens of a row that is verified alone the bits that they have one by one.
 
-    def ended(self, drafted: Sequence[Sequence[int]], dropped: Sequence[int]) -> None:
-        """Count a step of as many rows: the tokens drafted for each, and how many of them were not accepted."""
-        num_rows, most = len(drafted), max(map(len, drafted))
-        num_drafted = sum(map(len, drafted))
-        num_accepted = num_drafted - sum(dropped)
+        Other threads may call the model between steps: inside, they wait, as its attention is replaced.
+        """
+        if num_rows > 1:
+            yield
+            return
+        with self._model.foreroute.lock, self._draft.alike.running():
+            yield
+
+    def ended(self, rows: Sequence[tuple[int, int] | None]) -> None:
+        """Count a step: for each row the tokens that were drafted and those that were accepted; None: it failed."""
+        counted = [row for row in rows if row is not None]
+        if not counted:
+            return
+        num_drafted, num_accepted = (sum(counts) for counts in zip(*counted, strict=True))
         self.drafted += num_drafted
         self.accepted += num_accepted
-        self.verify_steps += most > 0
-        # A row's mean: the step takes its time for all rows.
-        mean = round(num_accepted / num_rows)
-        self._governor(num_rows).step(most, min(mean, most), self._clock() - self._began_s, self._limit)
+        self.verify_steps += num_drafted > 0
+        if len(counted) == len(rows):
+            # A step with a row that failed says nothing of the time of one without.
+            self._governor(len(rows)).step_rows(counted, self._clock() - self._began_s, self._limit)
 
     def _governor(self, num_rows: int) -> DraftGovernor:
         return self._governors.setdefault(num_rows, DraftGovernor())
@@ -61,7 +73,13 @@ class BatchDrafts:
             return []
         if answer.drafter is None:
             answer.drafter = self._draft.make()
-        return list(answer.drafter.draft(answer.ids, most, governor.least_confidence))
+        try:
+            return list(answer.drafter.draft(answer.ids, most, governor.least_confidence))
+        except Exception:  # noqa: BLE001  reported in the log; its tokens are the same without
+            # Its tokens are the same without a draft; the other rows have theirs.
+            _LOG.exception("drafting failed for a request, which goes on without a draft in this step")
+            answer.drafter = None
+            return []
 
 
 def drafts_of(model: OffloadedModel, why_one_row: str, *, can_pad: bool) -> BatchDrafts | None:

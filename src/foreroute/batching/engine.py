@@ -1,12 +1,12 @@
-"""Several requests at once on one model: a chunk of the prompts, then one token for all rows, and again.
+"""Several requests at once on one model: their queue, and which of them are computed, by rows and KV cache.
 
-Each step is one forward pass of several rows, so that an expert that several of them demand is read once for all.
+What is computed of them, one forward pass of several rows after another, is in steps.py.
 """
 
+import itertools
 import logging
 import threading
-from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +15,19 @@ import torch
 from foreroute.batching.answer import Answer
 from foreroute.batching.beginnings import beginnings_of
 from foreroute.batching.drafts import drafts_of
-from foreroute.batching.encoded_row import EncodedRow
-from foreroute.batching.requests import AnswerEvent, EngineState, Finished, Request
-from foreroute.batching.rows import OneRow, RowsCache, can_be_padded, step_rows, why_not_batched
-from foreroute.errors import ContextLengthError, ForerouteError, GrammarError, PromptError, QueueFullError
+from foreroute.batching.requests import AnswerEvent, EngineState, Request
+from foreroute.batching.room import CacheRoom
+from foreroute.batching.rows import can_be_padded, why_not_batched
+from foreroute.batching.steps import RowSteps, cancelled
+from foreroute.errors import ContextLengthError, PromptError, QueueFullError
 from foreroute.generation.prefix_cache import PrefixCounts
 from foreroute.loading.offloaded_model import OffloadedModel, handle_of
 from foreroute.memory.serving import keeps_prompts, planned_kv_bytes_per_token
-from foreroute.memory.serving_budget import MOST_SCORED_WHOLE, SCORED_AT_ONCE, choose_kv_tokens
-from foreroute.model.generation_settings import end_tokens
+from foreroute.memory.serving_budget import MOST_SCORED_WHOLE, choose_kv_tokens
 
 _LOG = logging.getLogger(__name__)
-_LEAST_CHUNK = 8
-# Tokens of prompts in one step while others wait for their next token. A longer step would read experts less often.
-_CHUNK_BESIDE_OTHERS = 512
-# Tokens of the KV cache that an answer without a limit gets when its room is used up.
-_ROOM_AT_ONCE = 64
+# Without requests, after which what is kept of prompts is written to its folder, if there is one.
+_IDLE_S = 30.0
 
 
 class BatchEngine:
@@ -69,21 +66,28 @@ class BatchEngine:
         handle = handle_of(model)
         self.kv_bytes = self.kv_tokens * planned_kv_bytes_per_token(model, handle.plan, handle.layers)
         self._context = min(context, self.kv_tokens)
+        self._room = CacheRoom(self.kv_tokens, self.rows, self._context)
         self._most_open = max_num_seqs + max_waiting
-        self._ends = end_tokens(model.generation_config)
         self._can_continue = keeps_prompts(model)
         self._can_pad = not self.why_one_row and can_be_padded(model)
         self._drafts = drafts_of(model, self.why_one_row, can_pad=self._can_pad)
         self._kept = beginnings_of(model, self.kv_bytes, self.kv_tokens, prefix_folder)
-        # The lock guards these; computing needs none, as only one thread computes.
+        # The lock guards these, and which answers are computed; computing needs none, as only one thread computes.
         self._changed = threading.Condition()
-        self._waiting: deque[Answer] = deque()
-        self._joining: list[Answer] = []
-        self._running: list[Answer] = []
+        self._waiting: list[Answer] = []  # by their turns
+        self._turns = itertools.count()
         self._is_closed = False
-        # Rows in prefill and rows that decode; places as in _joining and in _running.
-        self._prompts: Any = self._no_rows()
-        self._batch: Any = self._no_rows()
+        # The first that waits for rows or KV cache.
+        self._blocked: Answer | None = None
+        self._steps = RowSteps(
+            model,
+            tokenizer,
+            self._context,
+            self._kept,
+            self._drafts,
+            self._changed,
+            is_one_row=bool(self.why_one_row),
+        )
         self._thread = threading.Thread(target=self._work, name="foreroute-engine", daemon=True)
         self._thread.start()
 
@@ -105,30 +109,22 @@ class BatchEngine:
                 f"This model computes a prompt at once, and scores {MOST_SCORED_WHOLE} tokens of it at most; "
                 f"{num_prompt} are asked for. Shorten the prompt, or ask for no scores."
             )
-        wanted = num_prompt + (1 if most_new is None else most_new)
-        if wanted > self._context:
+        # What is asked for beyond the context is no reason to refuse: the answer ends there.
+        if num_prompt + (most_new != 0) > self._context:
             raise ContextLengthError(
-                f"The context holds {self._context} tokens; {wanted} are asked for ({num_prompt} of the prompt). "
-                "Shorten the prompt or ask for fewer."
+                f"The context holds {self._context} tokens, and the prompt has {num_prompt}. Shorten the prompt."
             )
-        answer = Answer(request, on_event, *self._lengths(num_prompt, most_new))
+        limit = self._room.most_new(num_prompt, most_new, self._model.generation_config.max_new_tokens)
+        answer = Answer(request, on_event, limit)
+        answer.reserved = self._room.first(num_prompt, answer.most)
         with self._changed:
-            num_open = len(self._waiting) + len(self._joining) + len(self._running)
+            num_open = len(self._waiting) + len(self._steps.answers)
             if self._is_closed or num_open >= self._most_open:
                 raise QueueFullError(f"{num_open} requests are computed or wait already. Try again later.")
+            answer.turn = next(self._turns)
             self._waiting.append(answer)
             self._changed.notify()
         return answer
-
-    def _lengths(self, num_prompt: int, asked: int | None) -> tuple[int, int]:
-        """Return the new tokens that an answer gets room for at first, and the most that it can have."""
-        if asked is not None:
-            return asked, asked
-        own = self._model.generation_config.max_new_tokens
-        most = min(self._context - num_prompt, own or self._context)
-        # At first a fair share, so that others find room too; then what is free.
-        share = self.kv_tokens // self.rows
-        return min(most, max(share - num_prompt, share // 4, 1)), most
 
     def cancel(self, handle: Answer) -> None:
         """See requests.Engine. Its memory is free before the next step."""
@@ -140,9 +136,9 @@ class BatchEngine:
         drafts = self._drafts
         with self._changed:
             return EngineState(
-                running=len(self._joining) + len(self._running),
+                running=len(self._steps.answers),
                 waiting=len(self._waiting),
-                kv_blocks_used=self._held(),
+                kv_blocks_used=self._room.held(self._steps.answers),
                 kv_blocks=self.kv_tokens,
                 prefix_bytes=0 if self._kept is None else self._kept.nbytes,
                 prefix_lookups=counts.lookups,
@@ -159,17 +155,12 @@ class BatchEngine:
             return
         with self._changed:
             self._is_closed = True
-            for answer in (*self._waiting, *self._joining, *self._running):
+            for answer in (*self._waiting, *self._steps.answers):
                 answer.cancel("The server is shutting down.")
             self._changed.notify()
         self._thread.join()
         if self._kept is not None:
             self._kept.close()
-
-    def _held(self, *more: Answer) -> int:
-        """Most tokens that the admitted rows, and these, can come to hold, padding included."""
-        lengths = [answer.reserved for answer in (*self._joining, *self._running, *more)]
-        return len(lengths) * max(lengths, default=0)
 
     @torch.no_grad()
     def _work(self) -> None:
@@ -177,221 +168,90 @@ class BatchEngine:
             try:
                 self._drop_cancelled()
                 self._admit()
-                if self._joining:
-                    self._prefill()
-                if self._running:
-                    self._decode()
+                self._make_room()
+                self._steps.compute()
             except Exception as error:  # noqa: BLE001  without the thread, all requests would wait for ever
                 _LOG.exception("the engine failed between steps; its requests are ended")
-                self._fail([*self._joining, *self._running], error)
-                self._prompts, self._batch = self._no_rows(), self._no_rows()
+                self._steps.fail_all(error)
 
     def _await_work(self) -> bool:
-        """Wait for requests; False when the engine is closed and all have ended."""
-        with self._changed:
-            while not (self._waiting or self._joining or self._running):
-                if self._is_closed:
-                    return False
-                self._changed.wait()
-        return True
+        """Wait for requests; False when the engine is closed and all have ended. Meanwhile beginnings are saved."""
+        while True:
+            is_idle = False
+            with self._changed:
+                while not (self._waiting or self._steps.answers or is_idle):
+                    if self._is_closed:
+                        return False
+                    is_unsaved = self._kept is not None and self._kept.is_unsaved
+                    is_idle = not self._changed.wait(_IDLE_S if is_unsaved else None)
+            if not is_idle:
+                return True
+            assert self._kept is not None, "something is kept"
+            self._kept.save(lambda: not (self._waiting or self._is_closed))
 
     def _drop_cancelled(self) -> None:
-        def of(answers: Iterable[Answer]) -> dict[Answer, Finished]:
-            return {one: one.finished("cancelled", one.why_cancelled) for one in answers if one.is_cancelled}
-
         with self._changed:
-            waiting = list(self._waiting)
-        for answer, end in of(waiting).items():
-            self._end(answer, end)
-        self._leave_prompts(of(self._joining))
-        self._take_out(of(self._running))
+            ended = cancelled(self._waiting)
+            for answer in ended:
+                self._waiting.remove(answer)
+        for answer, end in ended.items():
+            answer.tell(end)
+        self._steps.drop_cancelled()
 
     def _admit(self) -> None:
         """Admit waiting requests in order, while rows and KV cache are free."""
         most_prompts = self.rows if self._can_pad else 1
         with self._changed:
             waiting = list(self._waiting)
-        is_full = False
+        self._blocked, is_full = None, False
         for answer in waiting:
-            if len(self._joining) + len(self._running) >= self.rows:
+            admitted = self._steps.answers
+            if len(admitted) >= self.rows:
+                self._blocked = self._blocked or answer
                 return
-            if self._kept is not None and self._kept.is_computed_by(self._joining, answer):
+            if self._kept is not None and self._kept.is_computed_by(self._steps.joining, answer):
                 # It joins when the beginning that it shares with another prompt has been computed.
                 continue
-            is_full = is_full or len(self._joining) >= most_prompts or self._held(answer) > self.kv_tokens
+            has_room = self._room.fits([*admitted, answer])
+            if not is_full and not has_room:
+                self._blocked = answer
+            is_full = is_full or not has_room or len(self._steps.joining) >= most_prompts
             if is_full:
                 continue
             with self._changed:
                 self._waiting.remove(answer)
-                self._joining.append(answer)
-            # Memory of rows that have left is not counted any more; it is freed only now.
-            self._prompts.trim()
-            self._batch.trim()
-            try:
-                self._begin(answer)
-            except Exception as error:  # noqa: BLE001  reported to its request
-                self._end(answer, _failed(answer, error))
+                self._steps.joining.append(answer)
+            self._steps.begin(answer)
 
-    def _begin(self, answer: Answer) -> None:
-        beginning = None if self._kept is None else self._kept.begin(answer)
-        num_cached = 0 if beginning is None else beginning.length
-        answer.begin(self._tokenizer, self._model, num_cached)
-        self._prompts.arrange(range(len(self._joining) - 1), [(beginning, num_cached)])
+    def _make_room(self) -> None:
+        """Give more room to answers that have used theirs up; where there is none, the last that came gives way."""
+        for answer in sorted(self._steps.running, key=_turn):
+            while answer in self._steps.running and answer.num_left < 1:
+                if self._gives_its_turn(answer):
+                    with self._changed:
+                        answer.turn = next(self._turns)
+                    self._set_aside(answer)
+                    # Before others take the room.
+                    self._admit()
+                elif not self._room.extend(answer, self._steps.answers):
+                    last = max(self._steps.answers, key=_turn)
+                    self._set_aside(last)
+                    self._blocked = min(last, self._blocked or last, key=_turn)
 
-    def _prefill(self) -> None:
-        """Compute the next chunk of every prompt in prefill."""
-        answers = list(self._joining)
-        chunks = [answer.next_chunk(self._most_at_once(answers)) for answer in answers]
-        wants_scores = any(answer.request.wants_prompt_scores for answer in answers)
-        try:
-            outcomes = step_rows(self._prompts, chunks, "prefill", all_logits=wants_scores)
-        except Exception as error:  # noqa: BLE001  reported to the requests in prefill
-            self._fail(self._joining, error)
-            self._prompts = self._no_rows()
-            return
-        done: dict[Answer, Finished | None] = {}
-        for answer, chunk, logits in zip(answers, chunks, outcomes, strict=True):
-            if isinstance(logits, Exception):
-                done[answer] = _failed(answer, logits)
-                continue
-            try:
-                if answer.took(len(chunk), logits):
-                    done[answer] = self._first_token(answer, logits[-1].float().cpu())
-            except Exception as error:  # noqa: BLE001  reported to its request
-                done[answer] = _failed(answer, error)
-        self._keep_prompts(answers, outcomes)
-        going = [at for at, answer in enumerate(answers) if answer in done and done[answer] is None]
-        try:
-            if going:
-                self._batch.append_from(self._prompts, going)
-        except Exception as error:  # noqa: BLE001  reported to these requests: the rows that decode go on
-            done.update({answers[at]: _failed(answers[at], error) for at in going})
-        self._leave_prompts(done)
-
-    def _keep_prompts(self, answers: Sequence[Answer], outcomes: Sequence[torch.Tensor | ForerouteError]) -> None:
-        """Keep what the step has added to prompts in prefill."""
-        for at, (answer, outcome) in enumerate(zip(answers, outcomes, strict=True)):
-            if self._kept is not None and not isinstance(outcome, Exception):
-                self._kept.keep_prompt(answer, self._prompts, at)
-
-    def _most_at_once(self, answers: Sequence[Answer]) -> int:
-        """Most tokens of each prompt in the next step."""
-        if not self._can_continue:
-            return self._context
-        most: int = self._model.foreroute.plan.prefill_chunk
-        if self._running:
-            most = min(most, _CHUNK_BESIDE_OTHERS)
-        if any(answer.request.wants_prompt_scores for answer in answers):
-            most = min(most, SCORED_AT_ONCE)
-        return max(most // len(answers), _LEAST_CHUNK)
-
-    def _first_token(self, answer: Answer, logits: torch.Tensor) -> Finished | None:
-        if answer.wants_none:
-            return answer.finished("length")
-        return answer.advance(logits, int(logits.argmax()), self._ends)
-
-    def _leave_prompts(self, left: Mapping[Answer, Finished | None]) -> None:
-        """Remove these from prefill; those with None decode from now on, the others end."""
-        if not left:
-            return
-        for at, answer in enumerate(self._joining):
-            end = left.get(answer)
-            if end is not None:
-                self._keep(answer, self._prompts, at, end)
-        self._prompts.arrange([at for at, answer in enumerate(self._joining) if answer not in left], [])
+    def _gives_its_turn(self, answer: Answer) -> bool:
+        """Whether an answer that has had its fair share waits now, so that one that has not begun yet can begin."""
+        if self._blocked is None or len(answer.ids) < self._room.share:
+            return False
         with self._changed:
-            for answer, end in left.items():
-                self._joining.remove(answer)
-                if end is None:
-                    self._running.append(answer)
-        for answer, end in left.items():
-            if end is not None:
-                self._end(answer, end)
+            if all(one.has_begun for one in self._waiting):
+                return False
+        others = [one for one in self._steps.answers if one is not answer]
+        return self._room.fits([*others, self._blocked])
 
-    def _decode(self) -> None:
-        """Compute one token for every row, or some where others were drafted."""
-        answers, drafts = list(self._running), self._drafts
-        drafted = [list[int]()] * len(answers) if drafts is None else drafts.think(answers)
-        tokens = [[answer.ids[-1], *some] for answer, some in zip(answers, drafted, strict=True)]
-        try:
-            if drafts is not None and any(drafted):
-                with drafts.alike(len(answers)):
-                    outcomes = step_rows(self._batch, tokens, "verify", all_logits=True)
-            else:
-                outcomes = step_rows(self._batch, tokens, "decode")
-        except Exception as error:  # noqa: BLE001  reported to the requests that decode
-            self._fail(self._running, error)
-            self._batch = self._no_rows()
-            return
-        ended: dict[Answer, Finished] = {}
-        dropped: list[int] = []
-        for answer, some, outcome in zip(answers, drafted, outcomes, strict=True):
-            end: Finished | None
-            if isinstance(outcome, Exception):
-                end, num_kept = _failed(answer, outcome), len(some)
-            else:
-                end, num_kept = self._next_tokens(answer, some, outcome[-len(some) - 1 :])
-            dropped.append(len(some) - num_kept)
-            if end is not None:
-                ended[answer] = end
-        if drafts is not None:
-            drafts.ended(drafted, dropped)
-        self._batch.drop(dropped)
-        self._take_out(ended)
-
-    def _next_tokens(self, answer: Answer, drafted: Sequence[int], logits: torch.Tensor) -> tuple[Finished | None, int]:
-        """Choose tokens by `logits` [positions, vocabulary], while they are those that were drafted, and one more.
-
-        Returns:
-            The last event, if the answer has ended; and how many of the drafted tokens it keeps.
-        """
-        for at, row_logits in enumerate(logits):
-            answer.num_computed += 1
-            if answer.is_short_of_room:
-                rows = len(self._joining) + len(self._running)
-                answer.extend(min(answer.reserved + _ROOM_AT_ONCE, self.kv_tokens // rows))
-            try:
-                row = row_logits.float().cpu()
-                end = answer.advance(row, int(row.argmax()), self._ends)
-            except Exception as error:  # noqa: BLE001  reported to its request
-                return _failed(answer, error), at
-            if end is not None or at == len(drafted) or answer.ids[-1] != drafted[at]:
-                return end, at
-        raise AssertionError("there are logits behind the last drafted token")
-
-    def _take_out(self, ended: dict[Answer, Finished]) -> None:
-        """Remove ended rows from decoding."""
-        if not ended:
-            return
-        for at, answer in enumerate(self._running):
-            if answer in ended:
-                self._keep(answer, self._batch, at, ended[answer])
-        self._batch.arrange([at for at, answer in enumerate(self._running) if answer not in ended], [])
-        for answer, end in ended.items():
-            self._end(answer, end)
-
-    def _keep(self, answer: Answer, rows: RowsCache | OneRow, at: int, end: Finished) -> None:
-        """Keep the row's keys and values for later prompts with the same beginning."""
-        if self._kept is not None and end.reason != "error":
-            self._kept.keep_all(answer, rows, at)
-
-    def _end(self, answer: Answer, end: Finished) -> None:
-        with self._changed:
-            for place in (self._waiting, self._joining, self._running):
-                if answer in place:
-                    place.remove(answer)
-        answer.tell(end)
-
-    def _fail(self, answers: Sequence[Answer], error: Exception) -> None:
-        for answer in list(answers):
-            self._end(answer, _failed(answer, error))
-
-    def _no_rows(self) -> RowsCache | OneRow:
-        if self._model.config.is_encoder_decoder:
-            return EncodedRow(self._model)
-        return OneRow(self._model) if self.why_one_row else RowsCache(self._model)
+    def _set_aside(self, answer: Answer) -> None:
+        self._steps.set_aside(answer, self._waiting)
+        answer.reserved = self._room.first(len(answer.ids), answer.most)
 
 
-def _failed(answer: Answer, error: Exception) -> Finished:
-    text = str(error) if isinstance(error, ForerouteError) else f"The engine failed ({type(error).__name__})."
-    return answer.finished("error", text, is_refusal=isinstance(error, GrammarError))
+def _turn(answer: Answer) -> int:
+    return answer.turn

@@ -69,14 +69,20 @@ def locate(
         if revision is not None:
             raise CheckpointError(f"{text} ships with foreroute: a revision (--revision) is for hub ids.")
         return ships[text]
-    hub_id = _HUB_ID.fullmatch(text)
+    hub_id = split_hub_id(text)
     if hub_id is None:
         near = difflib.get_close_matches(text, ships, 1)
         raise CheckpointError(
             f"{text} is not a folder here, and no hub id (organisation/name, or organisation/name:Q4_K_M) either."
             + (f" Did you mean {near[0]}, which ships?" if near else "")
         )
-    return fetch(hub_id[1], revision, tag=hub_id[2], quiet=quiet, access=access or HubAccess())
+    return fetch(hub_id[0], revision, tag=hub_id[1], quiet=quiet, access=access or HubAccess())
+
+
+def split_hub_id(text: str) -> tuple[str, str | None] | None:
+    """The hub id in `text` (organisation/name), and the name behind its colon; None where it is no hub id."""
+    found = _HUB_ID.fullmatch(text)
+    return None if found is None else (found[1], found[2])
 
 
 def _is_text(path: str) -> bool:

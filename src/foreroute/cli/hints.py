@@ -48,10 +48,11 @@ _SAID = {
 }  # fmt: skip
 # Commands of other tools, by what does it here.
 _COMMANDS = {
-    "run": "generate MODEL PROMPT (one answer) or chat MODEL", "cli": "generate or chat", "complete": "generate",
+    "cli": "generate or chat", "complete": "generate",
     "server": "serve", "start": "serve", "api": "serve", "ls": "list", "models": "list", "ps": "list",
     "download": "pull", "get": "pull", "info": "show", "inspect": "show", "convert": "pack", "quantize": "pack",
-    "quantise": "pack", "benchmark": "bench", "evaluate": "eval", "train": "fit", "check": "verify", "test": "verify",
+    "quantise": "pack", "benchmark": "bench", "evaluate": "eval", "train": "fit", "check": "verify",
+    "test": "verify", "remove": "rm", "delete": "rm", "uninstall": "rm",
 }  # fmt: skip
 
 

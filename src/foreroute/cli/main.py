@@ -25,20 +25,26 @@ from foreroute.cli.commands import (
     pack,
     plan,
     replay,
+    run,
     score,
     serve,
     verify,
 )
 from foreroute.cli.hints import command_hint, flag_hint
+from foreroute.cli.machine import doctor
 from foreroute.cli.models import list as list_models
-from foreroute.cli.models import pull, show
+from foreroute.cli.models import pull, rm, show
+from foreroute.cli.settings.shown import print_settings
+from foreroute.cli.settings.sources import parse_command
+from foreroute.cli.terminal import completion
 from foreroute.errors import ForerouteError
 from foreroute.loading.wording import as_flags
 
 COMMANDS = {
-    "generate": generate, "chat": chat, "serve": serve, "plan": plan, "pack": pack, "fit": fit, "score": score,
-    "eval": evaluate, "verify": verify, "bench": bench, "replay": replay, "demo": demo,
-    "list": list_models, "pull": pull, "show": show, "help": help,
+    "run": run, "generate": generate, "chat": chat, "serve": serve, "plan": plan, "pack": pack, "fit": fit,
+    "score": score, "eval": evaluate, "verify": verify, "bench": bench, "replay": replay, "demo": demo,
+    "list": list_models, "pull": pull, "show": show, "rm": rm, "doctor": doctor,
+    "completion": completion, "help": help,
 }  # fmt: skip
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
@@ -59,8 +65,11 @@ Start with these:
   foreroute generate MODEL "Once upon a time"           text, and what it took
 
 `foreroute COMMAND --help` explains a command, and its figures; where it has many
-flags, --help-all lists them all.
-Exit codes: 0 done; 1 verify, bench or demo found a difference;
+flags, --help-all lists them all. Flags can be set in foreroute/config.toml of
+$XDG_CONFIG_HOME or ~/.config, and by FOREROUTE_ variables: COMMAND --print-config
+says where each value came from.
+Exit codes: 0 done; 1 verify, bench or demo found a difference,
+or doctor a problem;
 2 an error, explained in one line; 130 stopped by Ctrl-C, 143 by SIGTERM."""
 
 
@@ -83,7 +92,10 @@ class _MainParser(_Parser):
         if given and not given[0].startswith("-") and given[0] not in known:
             hint = command_hint(given[0], known)
             self.error(f"there is no command {given[0]!r}. {hint or 'There are: ' + ', '.join(known) + '.'}")
-        parsed, unknown = self.parse_known_args(given, namespace)
+        if given and given[0] in known:
+            parsed, unknown = parse_command(given[0], given[1:], known)
+        else:
+            parsed, unknown = self.parse_known_args(given, namespace)
         if unknown:
             self._refuse(unknown, known.get(getattr(parsed, "command", None), self))
         return parsed
@@ -94,7 +106,7 @@ class _MainParser(_Parser):
         parser.error(f"unrecognized arguments: {' '.join(unknown)}" + (f"\n{hint}" if hint else ""))
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> _MainParser:
     """Build the parser of all commands. Cheap: neither torch nor transformers is imported."""
     parser = _MainParser(prog="foreroute", description=_DESCRIPTION, epilog=_EPILOG)
     parser.add_argument("--version", action="version", version=f"foreroute {foreroute.__version__}")
@@ -109,7 +121,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; argparse's own errors exit with 2."""
     _write_utf8()
     given = sys.argv[1:] if argv is None else argv
-    args = build_parser().parse_args(given or ["help"])
+    try:
+        parser = build_parser()
+        completion.answer_shell(parser, parser.commands)
+        args = parser.parse_args(given or ["help"])
+    except ForerouteError as error:  # of a setting
+        print(f"foreroute: error: {error}", file=sys.stderr)
+        return EXIT_ERROR
     with _termination_interrupts() as terminated, as_flags():
         code = _run(args)
     return EXIT_TERMINATED if terminated and code == EXIT_INTERRUPTED else code
@@ -117,7 +135,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     try:
-        code: int = COMMANDS[args.command].run(args)
+        is_shown = getattr(args, "print_config", False)
+        code: int = print_settings(args) if is_shown else COMMANDS[args.command].run(args)
         # Flush here, so that a reader that has closed the pipe is noticed.
         sys.stdout.flush()
     except ForerouteError as error:

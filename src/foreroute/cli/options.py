@@ -22,6 +22,8 @@ _COMMON_FIELDS = ("memory", "packed", "device", "host_memory")
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 # Characters of choices that are shown behind a flag, within 80 columns.
 _WIDEST_CHOICES = 60
+# Title of the group that --help leaves to --help-all, where there is one.
+_SETTINGS = "settings"
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -63,7 +65,7 @@ def add_engine_options(
         place = ablations if field.metadata["is_ablation"] else group if is_common else more
         place.add_argument(_flag(field.name), **settings)
     group.add_argument("--learn", "--no-learn", action=_Removed, help="the online learner was removed")
-    for hidden in (more, ablations):
+    for hidden in (more, ablations, *(one for one in parser._action_groups if one.title == _SETTINGS)):
         _HelpAll.hide(hidden)
 
 
@@ -79,6 +81,8 @@ def engine_config(args: argparse.Namespace, without: Sequence[str] = ()) -> Engi
         args: parsed flags. without: fields whose flag is the command's own and means something else.
     """
     given = {name: value for name, value in vars(args).items() if name not in without}
+    if isinstance(given.get("draft"), str):
+        given["draft"] = alias_target(args, given["draft"])
     return EngineConfig(**{field.name: given[field.name] for field in fields(EngineConfig) if field.name in given})
 
 
@@ -100,7 +104,14 @@ def find_model(args: argparse.Namespace) -> Path:
     Raises:
         CheckpointError: there is no such model, or it cannot be downloaded.
     """
-    return locate(args.model, revision=args.revision, quiet=args.json or getattr(args, "quiet", False))
+    model = alias_target(args, args.model)
+    return locate(model, revision=args.revision, quiet=args.json or getattr(args, "quiet", False))
+
+
+def alias_target(args: argparse.Namespace, model: str) -> str:
+    """What `model` stands for in the config file's [aliases]; itself where it is none, or a path here."""
+    aliases: dict[str, str] = getattr(args, "aliases", {})
+    return aliases[model] if model in aliases and not Path(model).expanduser().exists() else model
 
 
 def place_beside(model: Path, name: str, out: Path | None) -> Path:
@@ -123,7 +134,15 @@ def add_model_options(parser: argparse.ArgumentParser, dtype: str = "auto") -> N
 def add_common_options(parser: argparse.ArgumentParser) -> None:
     """Add the flags of every command."""
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout, for programs")
+    add_debug_options(parser)
+
+
+def add_debug_options(parser: argparse.ArgumentParser) -> None:
+    """Add --debug and --print-config, of commands that print no JSON too."""
     parser.add_argument("--debug", action="store_true", help="show tracebacks and the warnings of libraries")
+    parser.add_argument_group(_SETTINGS).add_argument(
+        "--print-config", action="store_true", help="show each flag's value and where it is set, and exit"
+    )
 
 
 def at_least(least: int) -> Callable[[str], int]:

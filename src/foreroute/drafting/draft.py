@@ -10,6 +10,8 @@ from foreroute.drafting.drafters import Drafter, ModelDrafter, PromptLookup
 from foreroute.drafting.governor import DraftGovernor
 from foreroute.errors import PolicyError, RefusedError
 from foreroute.loading.offloaded_model import OffloadedModel
+from foreroute.model.adapters.block import AdaptedExperts
+from foreroute.model.blocks import MoeLayer
 from foreroute.model.caches import can_be_continued, has_linear_states, is_ordinary, new_cache
 from foreroute.model.decode.positions import PositionsAlike, can_attend_by_position
 from foreroute.model.draft_model import PROMPT_LOOKUP, DraftModel, find_draft
@@ -21,12 +23,12 @@ class GovernedDraft:
     """A drafter with its governor, both kept from answer to answer.
 
     make: makes a drafter of the same kind, for a text beside others.
-    alike: gives a verify step's tokens the bits that they have alone; None: the family's attention does not allow it.
+    alike: gives a verify step's tokens the bits that they have alone.
     most: tokens that can be taken back of a step; None: any number.
     """
 
     make: Callable[[], Drafter]
-    alike: PositionsAlike | None
+    alike: PositionsAlike
     most: int | None
     governor: DraftGovernor = field(default_factory=DraftGovernor)
 
@@ -72,8 +74,13 @@ def _made(model: OffloadedModel, source: DraftModel | str) -> GovernedDraft:
     # With ggml's kernels all rows are alike.
     layers = () if model.foreroute.plan.math == "ggml" else model.foreroute.layers
     routers = [layer.router.module for layer in layers if layer.router is not None]
-    alike = PositionsAlike(model, routers) if can_attend_by_position(model) else None
-    return GovernedDraft(make, alike, most_rewound(cache))
+    return GovernedDraft(make, PositionsAlike(model, routers), most_rewound(cache))
+
+
+def _computes_all_rows(layer: MoeLayer) -> bool:
+    """Whether each expert multiplies all rows of a step: what a row gets depends on how many there are."""
+    experts = layer.experts
+    return isinstance(experts, AdaptedExperts) and experts.held.math.computes_all_rows
 
 
 def _check(model: OffloadedModel) -> None:
@@ -93,6 +100,11 @@ def _check(model: OffloadedModel) -> None:
             lambda: cache is None or not is_ordinary(model) or not can_be_continued(model, cache),
             "the family's state is not an ordinary KV cache, and what is not chosen could not be taken back. Leave "
             "--draft out.",
+        ),
+        (
+            lambda: not can_attend_by_position(model) or any(map(_computes_all_rows, model.foreroute.layers)),
+            "a token that is verified with others would not have the bits that it has alone (attention in chunks or of "
+            "its own, or experts computed for all tokens of a step). Leave --draft out.",
         ),
         (
             lambda: cache is not None and most_rewound(cache) == 0,

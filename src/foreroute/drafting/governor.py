@@ -7,7 +7,11 @@ the least time per token, or none.
 
 What a draft has cost beyond plain steps is kept as a debt, and trials wait while it is above a small share of the time:
 over an answer of some length, drafting is never slower than not drafting by more than that share.
+
+Rows that share a step share its time: tokens, drafted and accepted, are then those of a row on average.
 """
+
+from collections.abc import Sequence
 
 # Of the time, the most that drafting may have lost; and the plain steps' time that it may lose before.
 _MOST_LOST, _FIRST_LOST_STEPS = 0.012, 4.0
@@ -17,6 +21,8 @@ _MOST_GAINED_STEPS = 8.0
 _CLEARLY, _NEAR = 1.03, 1.01
 # Plain steps that are measured before the first draft; the first after a prompt does not count.
 _FIRST_PLAIN = 3
+# While nothing is drafted, plain steps between two decisions: each takes 1 to 2 % of a quick step.
+_DECIDED_EVERY = 8
 # A plain step is measured at least once in as many steps.
 _PLAIN_EVERY = 96
 # Weights of earlier measurements at each new one: of times, and of acceptance, which changes with the text.
@@ -85,9 +91,18 @@ class DraftGovernor:
         Args:
             drafted: tokens that were drafted; 0: a plain step. limit: tokens that could have been; `length` if None.
         """
+        self.step_rows([(drafted, accepted)], seconds, limit)
+
+    def step_rows(self, rows: Sequence[tuple[int, int]], seconds: float, limit: int | None = None) -> None:
+        """Record a step that several rows shared, always as many: all of its times are of the whole step.
+
+        Args:
+            rows: for each row the tokens that were drafted and those of them that were accepted. seconds, limit: see
+                `step`; the limit is that of each row.
+        """
         could = self.length if limit is None else limit
-        if drafted:
-            self._record_draft(drafted, accepted, seconds)
+        if any(drafted for drafted, _ in rows):
+            self._record_draft(rows, seconds)
         elif could:
             self._record_asked(seconds)
         elif not self._is_first:
@@ -97,9 +112,11 @@ class DraftGovernor:
             self._spent_s += self._plain.value
         self._is_first = False
         for at in range(min(could, self.most)):
+            reached = sum(drafted > at for drafted, _ in rows) / len(rows)
             self._could[at] = _ACCEPTANCE_KEPT * self._could[at] + 1
-            self._reached[at] = _ACCEPTANCE_KEPT * self._reached[at] + (drafted > at)
-        self._decide()
+            self._reached[at] = _ACCEPTANCE_KEPT * self._reached[at] + reached
+        if could or self.chosen or self._num_plain <= _FIRST_PLAIN or not self._num_plain % _DECIDED_EVERY:
+            self._decide()
 
     def seconds_per_token(self, length: int) -> float:
         """Expected seconds of a token where `length` are drafted at most; 0: none."""
@@ -110,20 +127,23 @@ class DraftGovernor:
         self._asked.add(seconds)
         self._count(min(seconds, _MOST_UNUSUAL * self._asked.value), 1)
 
-    def _record_draft(self, drafted: int, accepted: int, seconds: float) -> None:
+    def _record_draft(self, rows: Sequence[tuple[int, int]], seconds: float) -> None:
+        drafted, accepted = (sum(counts) for counts in zip(*rows, strict=True))
         self.drafted_steps += 1
         self.drafted += drafted
         self.accepted += accepted
-        usual = self._line.at(drafted, self._plain.value)
+        each = drafted / len(rows)
+        usual = self._line.at(each, self._plain.value)
         seconds = min(seconds, _MOST_UNUSUAL * usual)
-        self._line.add(drafted, seconds)
+        self._line.add(each, seconds)
         # Positions behind the first that was not accepted say nothing.
-        self._accepted = _ACCEPTANCE_KEPT * self._accepted + accepted
-        self._tried = _ACCEPTANCE_KEPT * self._tried + accepted + (accepted < drafted)
-        self._count(seconds, accepted + 1)
+        tried = accepted + sum(chosen < most for most, chosen in rows)
+        self._accepted = _ACCEPTANCE_KEPT * self._accepted + accepted / len(rows)
+        self._tried = _ACCEPTANCE_KEPT * self._tried + tried / len(rows)
+        self._count(seconds, 1 + accepted / len(rows))
 
-    def _count(self, seconds: float, tokens: int) -> None:
-        """Count what a step has lost, or gained, beside plain steps for as many tokens."""
+    def _count(self, seconds: float, tokens: float) -> None:
+        """Count what a step has lost, or gained, beside plain steps for as many tokens of each row."""
         alone_s = self._plain.value * tokens
         self._since_plain += 1
         self._spent_s += alone_s
@@ -189,7 +209,7 @@ class _Line:
         # Weights, and weighted sums of tokens, their squares, seconds, and tokens x seconds.
         self._sums = [0.0] * 5
 
-    def add(self, tokens: int, seconds: float) -> None:
+    def add(self, tokens: float, seconds: float) -> None:
         """Add a measurement."""
         new = (1.0, tokens, tokens * tokens, seconds, tokens * seconds)
         self._sums = [_TIMES_KEPT * held + one for held, one in zip(self._sums, new, strict=True)]

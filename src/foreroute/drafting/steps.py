@@ -6,7 +6,6 @@ logits are there already; from the first other one on, what was computed is take
 
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import torch
@@ -113,10 +112,7 @@ class DraftedSteps:
         self._rewind = Rewind(self._cache)
         self.drafted += len(self._drafted)
         self.verify_steps += 1
-        alike: AbstractContextManager[None] = nullcontext()
-        if draft.alike is not None:
-            alike = draft.alike.running()
-        with alike:
+        with draft.alike.running():
             self._rows = self._compute(tokens, "verify", num_dropped=self._num_dropped)
 
     def _think(self) -> None:

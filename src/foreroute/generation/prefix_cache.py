@@ -6,7 +6,7 @@ or Mamba, continues where its states were kept: after a chunk of a prompt, or wh
 """
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from threading import Lock
 from typing import Any
@@ -83,11 +83,14 @@ class PromptCache:
             of conversations, and a conversation that is larger is not kept. This memory comes on top of the experts'
             budget.
         least_hit: fewest tokens that are worth to be found.
+
+    Attributes:
+        version: another number after each change of what is kept.
     """
 
     def __init__(self, max_bytes: int = 2**30, least_hit: int = _LEAST_HIT) -> None:
         assert max_bytes >= 0, "no memory is the least there is"
-        self.max_bytes = max_bytes
+        self.max_bytes, self.version = max_bytes, 0
         self._tree = PrefixTree(max_bytes, least_hit)
         self._counts = PrefixCounts()
         self._lock = Lock()
@@ -109,6 +112,7 @@ class PromptCache:
     def clear(self) -> None:
         """Drop everything."""
         with self._lock:
+            self.version += 1
             self._tree.clear()
 
     def known(self, model: OffloadedModel, ids: Sequence[int]) -> int:
@@ -154,6 +158,7 @@ class PromptCache:
             end = len(ids)
             state = NewState(state_bytes(cache), least_of(cache, end), lambda: LayerStates.of(cache, end))
         with self._lock:
+            self.version += 1
             self._forget_the_dead()
             try:
                 return self._tree.insert(
@@ -167,20 +172,24 @@ class PromptCache:
     def read(self, model: OffloadedModel, files: PrefixFiles) -> int:
         """Take what an earlier process has kept of `model`; return its bytes."""
         owner = weakref.ref(model)
-        nodes = list(files.read(model.device))
         with self._lock:
+            self.version += 1
             before = self._tree.nbytes
-            # What was used last comes last, but nothing before what it follows.
-            for node in sorted(nodes, key=lambda one: (len(one.ids), one.used)):
-                self._tree.restore(owner, node.ids, node.start, node.segment, node.states)
+            for node in files.read(model.device, self.max_bytes - before):
+                self._tree.restore(owner, node.ids, node.start, node.segment, node.states, node.used)
             self._tree.prune(owner)
             return self._tree.nbytes - before
 
-    def write(self, model: OffloadedModel, files: PrefixFiles) -> None:
-        """Write what is kept of `model`, for a later process."""
+    def write(self, model: OffloadedModel, files: PrefixFiles, goes_on: Callable[[], bool] = lambda: True) -> bool:
+        """Write what is kept of `model`, for a later process.
+
+        Args:
+            goes_on: asked before each file. Returns: False where it has ended the writing.
+        """
         with self._lock:
             nodes = self._tree.nodes(weakref.ref(model))
-        files.write([StoredNode(ids, node.start, node.part, node.state, node.used) for ids, node in nodes])
+        stored = [StoredNode(ids, node.start, node.part, node.state, node.used) for ids, node in nodes]
+        return files.write(stored, goes_on)
 
     def _forget_the_dead(self) -> None:
         for owner in list(self._dead()):

@@ -7,7 +7,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ _LOG = logging.getLogger(__name__)
 _VERSION = 1
 _SUFFIX = ".safetensors"
 _LOCK = "lock"
+# A million tokens, of eight digits each.
+_MOST_HEADER = 2**24
 
 
 @dataclass(frozen=True)
@@ -68,33 +70,53 @@ class PrefixFiles:
                 f"{folder} cannot be written: {error.strerror}. Give another --prefix-cache-dir, or leave it out."
             ) from error
 
-    def read(self, device: torch.device) -> Iterator[StoredNode]:
-        """Read the stored beginnings, shorter beginnings first; a damaged file is left out, with a warning."""
+    def read(self, device: torch.device, most_bytes: int | None = None) -> Iterator[StoredNode]:
+        """Read the stored beginnings, shorter beginnings first; a damaged file is left out, with a warning.
+
+        Args:
+            most_bytes: of all tensors; a file that would exceed it is not opened. None: the folder's bound.
+        """
+        left = self._max_bytes if most_bytes is None else most_bytes
         # By the number of tokens, which a name begins with.
         for path in sorted(self._folder.glob(f"*{_SUFFIX}"), key=_num_tokens):
             try:
+                tensor_nbytes = _tensor_nbytes(path)
+                if tensor_nbytes > left:
+                    continue
+                left -= tensor_nbytes
                 yield self._read(path, device)
-            except (PredictorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            except (PredictorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
                 _LOG.warning("%s is damaged and was not read: %s", path, error)
 
-    def write(self, nodes: Sequence[StoredNode]) -> None:
-        """Make the files those of these nodes; of other models the oldest are removed where the folder is full.
+    def write(self, nodes: Sequence[StoredNode], goes_on: Callable[[], bool] = lambda: True) -> bool:
+        """Make the files those of these nodes; of other models the oldest are removed first where there is no room.
 
-        A file that cannot be written is left out, with a warning.
+        What cannot be written, or has no room, is left out with a warning, and what comes after it too.
+
+        Args:
+            goes_on: asked before each file.
+        Returns:
+            False where `goes_on` has ended it.
         """
         names = {node.name for node in nodes}
         for path in self._folder.glob(f"*{_SUFFIX}"):
             if path.name not in names:
                 path.unlink(missing_ok=True)
-        self._make_room()
-        for node in nodes:
-            path = self._folder / node.name
-            if not path.exists():
-                try:
-                    write_whole(path, *self._packed(node))
-                except PredictorError as error:
-                    _LOG.warning("A prompt was not kept on disk: %s", error)
-                    return
+        new = [node for node in nodes if not (self._folder / node.name).exists()]
+        own = sum(map(_nbytes_of, nodes)) - sum(map(_nbytes_of, new))
+        left = self._make_room(sum(map(_file_nbytes, new))) - own
+        for node in new:
+            if not goes_on():
+                return False
+            left -= _nbytes_of(node)
+            try:
+                if left < 0:
+                    raise PredictorError(f"other servers have filled {self._shared}")
+                write_whole(self._folder / node.name, *self._packed(node))
+            except PredictorError as error:
+                _LOG.warning("A prompt was not kept on disk: %s", error)
+                break
+        return True
 
     def close(self) -> None:
         """Let other processes have the files."""
@@ -129,20 +151,22 @@ class PrefixFiles:
         states = None if about["states"] is None else LayerStates.unpacked(held, about["states"])
         return StoredNode(tuple(about["ids"]), about["start"], Segment(parts), states, about["used"])
 
-    def _make_room(self) -> None:
-        """Remove the oldest files of other models until the folder, this model's files included, is within bounds."""
+    def _make_room(self, nbytes: int) -> int:
+        """Remove the oldest files of other models until `nbytes` more fit; return what the others leave."""
         own = sum(_nbytes(path) for path in self._folder.glob(f"*{_SUFFIX}"))
         others = [path for path in self._shared.glob(f"*/*{_SUFFIX}") if path.parent != self._folder]
-        total = own + sum(map(_nbytes, others))
+        left = self._max_bytes - sum(map(_nbytes, others))
         for path in sorted(others, key=_changed_at):
-            if total <= self._max_bytes:
-                return
+            if left >= own + nbytes:
+                break
             try:
                 with Claim(path.parent / _LOCK):
-                    total -= _nbytes(path)
+                    size = _nbytes(path)
                     path.unlink(missing_ok=True)
+                    left += size
             except (ClaimedError, OSError):
                 continue
+        return left
 
 
 def digest_of(tensors: Mapping[str, torch.Tensor], about: Mapping[str, Any]) -> str:
@@ -157,6 +181,29 @@ def digest_of(tensors: Mapping[str, torch.Tensor], about: Mapping[str, Any]) -> 
 def _num_tokens(path: Path) -> tuple[int, str]:
     first = path.name.partition("-")[0]
     return int(first) if first.isdecimal() else 0, path.name
+
+
+def _nbytes_of(node: StoredNode) -> int:
+    return node.segment.nbytes + (0 if node.states is None else node.states.nbytes)
+
+
+def _file_nbytes(node: StoredNode) -> int:
+    """At most what its file takes: the header has its tokens, and names of tensors."""
+    tensors = sum(map(len, node.segment.layers))
+    return _nbytes_of(node) + 12 * len(node.ids) + 200 * tensors + 4096
+
+
+def _tensor_nbytes(path: Path) -> int:
+    """Bytes of a file's tensors, by its length.
+
+    Raises:
+        ValueError: it is none of ours. OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        header = int.from_bytes(file.read(8), "little")
+    if header > _MOST_HEADER:
+        raise ValueError("its header is too long")
+    return max(path.stat().st_size - header - 8, 0)
 
 
 def _nbytes(path: Path) -> int:

@@ -140,7 +140,7 @@ class PrefixTree:
         root = self._roots.get(owner)
         if root is None:
             return None
-        path, length = _walk(root, ids[:at_most])
+        path, length = _walk(root, ids, at_most)
         state = None
         if owner in self._needs_state:
             length, state = _best_state(root, path, length)
@@ -202,10 +202,12 @@ class PrefixTree:
             stack += [((*ids, *child.ids), child) for child in node.children.values()]
         return found
 
-    def restore(self, owner: Hashable, ids: Sequence[int], start: int, part: KeptPart, state: State | None) -> bool:
+    def restore(
+        self, owner: Hashable, ids: Sequence[int], start: int, part: KeptPart, state: State | None, used: int = 0
+    ) -> bool:
         """Keep a node as `nodes` had it: `ids`, those from `start` on its own. False if it does not fit, or not follow.
 
-        Nothing is evicted for it.
+        Nothing is evicted for it. used: when it was last used, by the tree that had it; new uses are later.
         """
         root = self._roots.setdefault(owner, Node())
         path, known = _walk(root, ids)
@@ -213,12 +215,10 @@ class PrefixTree:
         nbytes = part.nbytes + (0 if state is None else state.nbytes)
         if known != start or parent.end != start or start == len(ids) or self.nbytes + nbytes > self.max_bytes:
             return False
-        self._now += 1
+        self._now = max(self._now, used)
         if state is not None:
             self._needs_state.add(owner)
-        parent.children[ids[start]] = Node(
-            tuple(ids[start:]), start, part, parent, state, used=self._now, state_used=self._now
-        )
+        parent.children[ids[start]] = Node(tuple(ids[start:]), start, part, parent, state, used=used, state_used=used)
         self.nbytes += nbytes
         return True
 
@@ -287,16 +287,19 @@ def _nbytes(node: Node) -> int:
     return sum(held.nbytes for held in (node.part, node.state) if held is not None)
 
 
-def _walk(root: Node, ids: Sequence[int]) -> tuple[list[Node], int]:
-    """The nodes that `ids` go through, and how many tokens of them; the last node may go on otherwise."""
-    ids = tuple(ids)
+def _walk(root: Node, ids: Sequence[int], at_most: int | None = None) -> tuple[list[Node], int]:
+    """The nodes that `ids` go through, and how many tokens of them; the last node may go on otherwise.
+
+    at_most: of `ids`; None: all. They are compared node by node, and not copied whole.
+    """
+    end = len(ids) if at_most is None else min(len(ids), at_most)
     path: list[Node] = []
     node, known = root, 0
-    while known < len(ids):
+    while known < end:
         following = node.children.get(ids[known])
         if following is None:
             break
-        shared = common_length(following.ids, ids[known : known + len(following.ids)])
+        shared = common_length(following.ids, tuple(ids[known : min(known + len(following.ids), end)]))
         path.append(following)
         known += shared
         if shared < len(following.ids):

@@ -7,6 +7,7 @@ it, the model, the division of memory.
 import os
 from dataclasses import replace
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from foreroute.loading.engines import guidance_for, has_one_slot_length, start_e
 from foreroute.loading.offloaded_model import ForerouteHandle, OffloadedModel, make_offloaded
 from foreroute.loading.step_entry import Bounds, StepEntry
 from foreroute.loading.wording import in_callers_words
-from foreroute.memory.host import usable_cpus
+from foreroute.memory.host import cpu_name, usable_cpus
 from foreroute.memory.plan import MemoryPlan, check_before, move_dense, plan_memory
 from foreroute.model import torch_modes
 from foreroute.model.blocks import first_decoded
@@ -117,7 +118,7 @@ def load(
     guidance = guidance_for(asked, model, experts, sidecar)
     engine = start_engine(asked, experts, division, guidance, trace, progress)
     plan = _plan(asked, target, model, checkpoint, experts, division, is_fitted=sidecar is not None)
-    identity = "" if asked.prefix_cache_dir is None else _identity(checkpoint, plan)
+    identity = "" if asked.prefix_cache_dir is None else _identity(checkpoint, plan, model)
     plan = replace(plan, math_note=math_note, identity=identity)
     plan = replace(plan, draft=str(asked.draft or ""), draft_bytes=_nbytes(draft_files))
     if trace is not None:
@@ -159,11 +160,15 @@ def _draft(asked: EngineConfig, draft_files: DraftFiles | None) -> DraftModel | 
     return asked.draft if draft_files is None else draft_files.load()
 
 
-def _identity(checkpoint: Checkpoint, plan: Plan) -> str:
-    """What keys and values depend on: weights as they are computed, and by what."""
+def _identity(checkpoint: Checkpoint, plan: Plan, model: PreTrainedModel) -> str:
+    """What the bits of keys and values depend on: weights as they are computed, in which chunks, and by what."""
     store = "" if checkpoint.store is None else checkpoint.store.digest
-    numbers = (plan.compute_dtype, plan.math, plan.dense, plan.layout, plan.device, plan.threads)
-    return "|".join(map(str, (checkpoint.index.fingerprint(), store, *numbers, torch.__version__, _TRANSFORMERS)))
+    numbers = (plan.compute_dtype, plan.math, plan.dense, plan.layout, plan.device, plan.threads, plan.prefill_chunk)
+    attention = model.config.get_text_config()._attn_implementation
+    # torch and our kernels choose their code by what the processor has.
+    processor = (torch.backends.cpu.get_cpu_capability(), cpu_name())
+    versions = (import_module("foreroute").__version__, torch.__version__, _TRANSFORMERS)
+    return "|".join(map(str, (checkpoint.index.fingerprint(), store, *numbers, attention, *processor, *versions)))
 
 
 def _sidecar(asked: EngineConfig, target: torch.device, checkpoint: Checkpoint) -> Sidecar | None:

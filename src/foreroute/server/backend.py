@@ -182,6 +182,17 @@ class Serving:
     grammars: "GrammarCompiler | None" = None
     created: int = field(default_factory=lambda: int(time.time()))
 
+    def end_requests(self) -> None:
+        """End all requests, those whose grammars are compiled too."""
+        if self.grammars is not None:
+            self.grammars.close()
+        self.engine.close()
+
+    def close(self) -> None:
+        """End all requests and the processes that prepare them. A second call does nothing."""
+        self.end_requests()
+        self.prompts.close()
+
 
 class Backend:
     """The model behind the routes, which exist before it is loaded.
@@ -211,8 +222,7 @@ class Backend:
             if not is_late:
                 self._serving, self.phase, self.step, self.progress = serving, "ready", "ready", 1.0
         if is_late:
-            serving.engine.close()
-            serving.prompts.close()
+            serving.close()
 
     def fail(self, why: str) -> None:
         """Record that loading failed."""

@@ -1,7 +1,8 @@
 """Close connections of clients that send nothing, or send or read very slowly (slowloris).
 
 uvicorn closes a connection that is idle after an answer, and the guard limits the time of a body. What they leave open
-is limited here: a request whose head never ends, bytes that trickle in after an answer, an answer that is not read.
+is limited here: a request whose head never ends, bytes that trickle in after an answer, an answer that is not read,
+and how many connections wait for a request, as each takes a descriptor.
 """
 
 import asyncio
@@ -23,15 +24,19 @@ class _Patient(H11Protocol):
     """
 
     limits: Limits
+    # Connections without a request, the one that has waited longest first; of all of one server.
+    waiting: dict["_Patient", None]
     _reader_timer: asyncio.TimerHandle | None = None
     _is_idle = False
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         self._timer = self.loop.call_later(self.limits.head_s, self._end_patience)
+        self._wait()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._timer.cancel()
+        self.waiting.pop(self, None)
         self._forget_reader()
         super().connection_lost(exc)
 
@@ -41,12 +46,17 @@ class _Patient(H11Protocol):
             self._is_idle = False
             self._restart()
         super().data_received(data)
+        if self._is_answering:
+            self.waiting.pop(self, None)
 
     def on_response_complete(self) -> None:
         # First of all: the next call may begin a request that has already arrived.
         self._restart(self.limits.idle_s)
         self._is_idle = True
+        self._wait()
         super().on_response_complete()
+        if self._is_answering:
+            self.waiting.pop(self, None)
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -63,12 +73,27 @@ class _Patient(H11Protocol):
         self._timer = self.loop.call_later(within_s or self.limits.head_s, self._end_patience)
 
     def _end_patience(self) -> None:
-        cycle: Any = self.cycle  # None before the first request
-        is_answering = cycle is not None and not cycle.response_complete
-        if is_answering and not self.transport.is_closing():
+        if self._is_answering and not self.transport.is_closing():
             # The answer is still running: check again later.
             self._restart()
             return
+        self._close()
+
+    @property
+    def _is_answering(self) -> bool:
+        cycle: Any = self.cycle  # None before the first request
+        return cycle is not None and not cycle.response_complete
+
+    def _wait(self) -> None:
+        """Count it as the last of those that wait for a request, and close the first where they are too many."""
+        self.waiting.pop(self, None)
+        self.waiting[self] = None
+        if len(self.waiting) > self.limits.idle_connections:
+            first = next(iter(self.waiting))
+            del self.waiting[first]
+            first._close()
+
+    def _close(self) -> None:
         self.transport.close()
         self._await_reader()
 
@@ -96,6 +121,7 @@ def patient(limits: Limits) -> type[asyncio.Protocol]:
     """Make uvicorn's HTTP protocol with timeouts.
 
     Args:
-        limits: head_s bounds the arrival of a request's head, send_s how long sent data may stay unread.
+        limits: head_s bounds the arrival of a request's head, send_s how long sent data may stay unread,
+            idle_connections how many wait for a request.
     """
-    return type("Patient", (_Patient,), {"limits": limits})
+    return type("Patient", (_Patient,), {"limits": limits, "waiting": {}})

@@ -105,7 +105,7 @@ class Server(uvicorn.Server):
         self._backend.stop()
         loaded = self._backend.loaded
         if loaded is not None:
-            await asyncio.to_thread(loaded.engine.close)
+            await asyncio.to_thread(loaded.end_requests)
         await super().shutdown(sockets)
 
 
@@ -170,7 +170,6 @@ def serve(
             one.close()
         loaded = backend.loaded
         if loaded is not None:
-            loaded.engine.close()
-            loaded.prompts.close()
+            loaded.close()
     if failure:
         raise failure[0]

@@ -20,7 +20,9 @@ class Limits:
     in_flight: requests at once, each of which may hold a body of body_bytes.
     template_s and template_chars bound the rendering of a chat template; head_s the arrival of a request's head, body_s
     that of its body, send_s how long sent data may stay unread, idle_s how long a connection is kept between requests
-    (longer than clients' pools keep theirs: a request on one that is just being closed fails).
+    (longer than clients' pools keep theirs: a request on one that is just being closed fails), and idle_connections how
+    many are kept so: beyond that, the one that has been idle longest is closed. With those in flight they stay below
+    the 1,024 descriptors that many systems give a process.
     """
 
     in_flight: int = 256
@@ -29,6 +31,7 @@ class Limits:
     body_s: float = 30.0
     send_s: float = 60.0
     idle_s: float = 360.0
+    idle_connections: int = 512
     json_depth: int = 32
     prompts: int = 128
     choices: int = 16

@@ -1,32 +1,26 @@
 """Compile grammars for one model: tried in another process first, and kept for the next request that asks the same."""
 
-import json
-import os
+import hashlib
 import re
-import subprocess
-import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Collection
-from pathlib import Path
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from transformers import PreTrainedModel
 
-from foreroute.errors import GrammarError
+from foreroute.errors import GrammarError, QueueFullError
 from foreroute.model.generation_settings import end_tokens
 from foreroute.structured.grammar import Grammar
 from foreroute.structured.limits import limits
 from foreroute.structured.mask import GrammarMask, GrammarProcessor
+from foreroute.structured.trials import Trials
 from foreroute.structured.vocabulary import vocabulary_of
 
-# Seconds of the processor; of the clock, on a machine that is busy, many more.
-_TRIAL_BYTES, _TRIAL_S, _TRIAL_WAIT_S = 160 * 2**20, 5, 60
-# This package, and not the working folder, which may be a model's: see server/dialogue/templates.py.
-_START_TRIAL = (
-    f"import sys; sys.path[:] = [{str(Path(__file__).parents[2])!r}, *(folder for folder in sys.path if folder)]; "
-    "from foreroute.structured.trial import main; main()"
-)
+# Trials at once: each takes a processor, and more memory than an answer. Further ones wait, and no more than some.
+_WORKERS, _MOST_WAITING = 2, 16
+_MOST_REFUSED = 256
 _MOST_KEPT = 32
 _UNKNOWN = re.compile(r"Unimplemented keys: \[(.*)\]")
 _ADVICE = "Leave it out, and check the answer yourself."
@@ -62,8 +56,13 @@ class GrammarCompiler:
     def __init__(self, tokenizer: Any, vocab_size: int, ends: Collection[int]) -> None:
         self._tokenizer, self._vocab_size, self._ends = tokenizer, vocab_size, frozenset(ends)
         self._vocabulary: Any = None
-        self._kept: OrderedDict[str, CompiledGrammar] = OrderedDict()
-        self._lock = threading.Lock()
+        # By what the grammar says: compiled ones, what is wrong with refused ones, and those that are worked on.
+        self._kept: OrderedDict[bytes, CompiledGrammar] = OrderedDict()
+        self._refused: OrderedDict[bytes, str] = OrderedDict()
+        self._jobs: dict[bytes, Future[CompiledGrammar]] = {}
+        self._lock, self._vocabulary_lock = threading.Lock(), threading.Lock()
+        self._trials = Trials()
+        self._workers = ThreadPoolExecutor(_WORKERS, "foreroute-grammar")
 
     @classmethod
     def of(cls, model: PreTrainedModel, tokenizer: Any) -> "GrammarCompiler":
@@ -75,52 +74,80 @@ class GrammarCompiler:
 
         Raises:
             GrammarError: it cannot be enforced, or takes too much; the keyword or the place is named.
+            QueueFullError, ForerouteError: see `submit`.
+        """
+        return self.submit(grammar).result()
+
+    def submit(self, grammar: Grammar) -> "Future[CompiledGrammar]":
+        """Return what will be the compiled grammar, or its error as `compile` raises it; the work is done elsewhere.
+
+        A grammar that is kept, was refused, or is being compiled for another request is not tried again.
+
+        Raises:
+            QueueFullError: too many others are compiled or wait for that, or the compiler is closed.
         """
         text = grammar.text
+        key = hashlib.sha256(text.encode()).digest()
         with self._lock:
-            if text in self._kept:
-                self._kept.move_to_end(text)
-                return self._kept[text]
-            if self._vocabulary is None:
-                self._vocabulary = vocabulary_of(self._tokenizer, self._vocab_size, self._ends)
-        _try(text)
-        from llguidance import LLMatcher
+            done: Future[CompiledGrammar] = Future()
+            if key in self._kept:
+                self._kept.move_to_end(key)
+                done.set_result(self._kept[key])
+                return done
+            if key in self._refused:
+                self._refused.move_to_end(key)
+                done.set_exception(GrammarError(self._refused[key]))
+                return done
+            if key in self._jobs:
+                return self._jobs[key]
+            if len(self._jobs) >= _WORKERS + _MOST_WAITING:
+                raise QueueFullError(f"{len(self._jobs)} grammars are compiled or wait already. Try again later.")
+            try:
+                job = self._jobs[key] = self._workers.submit(self._compile, text, key)
+            except RuntimeError:
+                raise QueueFullError("The server is shutting down.") from None
+            return job
 
-        matcher = LLMatcher(self._vocabulary, text, log_level=0, limits=limits())
-        if matcher.is_error():
-            raise GrammarError(_in_words(matcher.get_error()))
-        compiled = CompiledGrammar(matcher, self._vocab_size, self._ends)
-        with self._lock:
-            self._kept[text] = compiled
-            while len(self._kept) > _MOST_KEPT:
-                self._kept.popitem(last=False)
+    def close(self) -> None:
+        """End trials in progress, and take no more."""
+        # Those that wait find the trials closed, and tell whoever waits for them.
+        self._trials.close()
+        self._workers.shutdown(wait=False)
+
+    def _compile(self, text: str, key: bytes) -> CompiledGrammar:
+        """Try and compile a grammar, and keep it; or what is wrong with it. Runs in a thread of the workers."""
+        compiled, refused = None, ""
+        try:
+            compiled = self._tried(text)
+        except GrammarError as error:
+            refused = str(error)
+            raise
+        finally:
+            with self._lock:
+                del self._jobs[key]
+                if compiled is not None:
+                    self._kept[key] = compiled
+                if refused:
+                    self._refused[key] = refused
+                while len(self._kept) > _MOST_KEPT:
+                    self._kept.popitem(last=False)
+                while len(self._refused) > _MOST_REFUSED:
+                    self._refused.popitem(last=False)
         return compiled
 
+    def _tried(self, text: str) -> CompiledGrammar:
+        from llguidance import LLMatcher
 
-def _try(text: str) -> None:
-    """Try the grammar in another process.
-
-    Raises:
-        GrammarError: it is refused there, or takes too much.
-    """
-    try:
-        ended = subprocess.run(
-            [sys.executable, "-c", _START_TRIAL, str(_TRIAL_BYTES), str(_TRIAL_S)],
-            input=text.encode(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            timeout=_TRIAL_WAIT_S,
-            env={name: value for name, value in os.environ.items() if "KEY" not in name and "TOKEN" not in name},
-            start_new_session=True,
-            check=False,
-        )
-        said = json.loads(ended.stdout) if ended.returncode == 0 else None
-    except subprocess.TimeoutExpired:
-        said = None
-    if said is None:
-        raise GrammarError("It takes too much time or memory to be compiled. Make it smaller.")
-    if "error" in said:
-        raise GrammarError(_in_words(said["error"]))
+        wrong = self._trials.attempt(text)
+        if not wrong:
+            with self._vocabulary_lock:
+                if self._vocabulary is None:
+                    self._vocabulary = vocabulary_of(self._tokenizer, self._vocab_size, self._ends)
+            matcher = LLMatcher(self._vocabulary, text, log_level=0, limits=limits())
+            if not matcher.is_error():
+                return CompiledGrammar(matcher, self._vocab_size, self._ends)
+            wrong = matcher.get_error()
+        raise GrammarError(_in_words(wrong))
 
 
 def _in_words(error: str) -> str:

@@ -128,7 +128,27 @@ def checked_schema(schema: Any) -> dict[str, Any]:
         raise GrammarError("A JSON schema is an object.")
     if _depth(schema) > _MOST_DEEP:
         raise GrammarError(f"The schema is nested deeper than {_MOST_DEEP} levels.")
-    return {**schema, "x-guidance": _JSON_OPTIONS}
+    return {**_with_bounded_names(schema), "x-guidance": _JSON_OPTIONS}
+
+
+# Labels of 63 characters at most (RFC 1123), which llguidance's own grammar of the format does not hold to.
+_LABEL = "[a-zA-Z0-9]([a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?"
+_HOST_NAME = {"pattern": rf"^{_LABEL}(\.{_LABEL})*$", "maxLength": 253}
+# Keywords whose values are data.
+_DATA = frozenset({"const", "enum", "default", "examples"})
+
+
+def _with_bounded_names(schema: Any) -> Any:
+    """Return `schema` with the format "hostname" as a pattern, where there is no pattern beside it."""
+    if isinstance(schema, (list, tuple)):
+        return [_with_bounded_names(one) for one in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    inner = {key: one if key in _DATA else _with_bounded_names(one) for key, one in schema.items()}
+    if inner.get("format") != "hostname" or not {"pattern", "maxLength"}.isdisjoint(inner):
+        return inner
+    del inner["format"]
+    return {**inner, **_HOST_NAME}
 
 
 def _depth(schema: Any) -> int:

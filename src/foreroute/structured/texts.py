@@ -44,8 +44,9 @@ def text_form(schema: Any, place: str) -> str | None:
     if schema.get("type") in ("string", ["string"]):
         return _string(schema, place)
     for name in ("anyOf", "oneOf") if "type" not in schema else ():
-        several = schema.get(name)
-        forms = [text_form(one, place) for one in several] if isinstance(several, list) else []
+        found = schema.get(name)
+        several: list[Any] = found if isinstance(found, list) else []
+        forms = [text_form(one, place) for one in several]
         if forms and all(one is not None for one in forms):
             if name == "oneOf" and not all("enum" in one or "const" in one for one in several):
                 raise GrammarError(f'{place} has "oneOf", which cannot be enforced in a text. Use "anyOf".')

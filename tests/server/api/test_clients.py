@@ -63,8 +63,12 @@ def test_openai(served: Process) -> None:
     with pytest.raises(openai.BadRequestError) as refused:
         client.chat.completions.create(model=NAME, messages=[], max_tokens=60)
     assert refused.value.param == "messages"
+    # As agents send it: more than the context has left.
+    agents = client.chat.completions.create(model=NAME, messages=MESSAGES, max_tokens=32_000)
+    assert agents.choices[0].message.content == ANSWER
+    long = [{"role": "user", "content": "a b " * 3000}]
     with pytest.raises(openai.BadRequestError, match="2048"):
-        client.chat.completions.create(model=NAME, messages=MESSAGES, max_tokens=5000)
+        client.chat.completions.create(model=NAME, messages=long, max_tokens=32_000)
     with pytest.raises(openai.NotFoundError):
         client.chat.completions.create(model="gpt-4o", messages=MESSAGES)
 

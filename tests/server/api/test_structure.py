@@ -8,6 +8,7 @@ import pytest
 
 pytest.importorskip("llguidance", reason="needs llguidance: pip install foreroute[structured]")
 
+from foreroute.errors import ForerouteError, QueueFullError
 from foreroute.server.api.structure import FIELDS
 from foreroute.structured.compiler import GrammarCompiler
 from tests.cli.harness import SPECIAL
@@ -125,3 +126,20 @@ def test_every_field_is_one_of_both_kinds_of_request() -> None:
 def test_a_server_without_it_says_so(serve: Callable[..., Served]) -> None:
     answer = serve().chat(guided_regex="a")
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, "unsupported_parameter")
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "code"),
+    [(QueueFullError("18 grammars wait."), 429, "queue_full"), (ForerouteError("No process."), 500, "internal_error")],
+)
+def test_what_is_no_fault_of_the_grammar_is_no_400(served: Served, error: Any, status: int, code: str) -> None:
+    class Busy:
+        def submit(self, grammar: Any) -> Any:
+            raise error
+
+        def close(self) -> None: ...
+
+    served.backend.serving().grammars = Busy()  # type: ignore[assignment]
+    response = served.chat(response_format={"type": "json_object"})
+    assert (response.status_code, response.json()["error"]["code"]) == (status, code)
+    assert ("retry-after" in response.headers) == (status == 429)

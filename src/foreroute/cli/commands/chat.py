@@ -72,7 +72,7 @@ def add_parser(commands: Any) -> None:
         "--plain", action="store_true", help="answers as they are, not as markdown (default: off a terminal)"
     )
     parser.add_argument("--no-history", action="store_true", help="keep none of the lines that are typed")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks and the warnings of libraries")
+    options.add_debug_options(parser)
     add_sampling(parser, max_new_tokens=_MAX_NEW_TOKENS)
     # None marks a flag that was not given: a saved chat then keeps its own value.
     parser.set_defaults(max_new_tokens=None)
@@ -83,7 +83,7 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the command; return its exit code."""
     conversation, config = _begin(args), options.engine_config(args)
-    folder = locate(args.model)
+    folder = locate(options.alias_target(args, args.model))
     options.quiet_libraries(args)
     with figures.busy("Loading the model", is_quiet=False):
         import foreroute

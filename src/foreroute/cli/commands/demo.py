@@ -82,7 +82,7 @@ def find_model() -> Path:
 def run(args: argparse.Namespace) -> int:
     """Run the command; return its exit code."""
     config, prompt = options.engine_config(args), options.argument_text(args.prompt, "The prompt")
-    folder = find_model() if args.model is None else locate(args.model)
+    folder = find_model() if args.model is None else locate(options.alias_target(args, args.model))
     options.quiet_libraries(args)
     console = figures.stdout_console(is_quiet=args.json)
     with figures.busy("Loading the model", args.json):

@@ -56,6 +56,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _overview(commands: Any) -> str:
-    lines = [f"  {one.dest:<10}{one.help}" for one in commands._choices_actions]
+    lines = [f"  {one.dest:<12}{one.help}" for one in commands._choices_actions]
     begin = _BEGIN.format(version=foreroute.__version__)
     return f"{begin}\nAll commands (foreroute help COMMAND explains one):\n" + "\n".join(lines) + "\n"

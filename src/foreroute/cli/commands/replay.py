@@ -115,7 +115,7 @@ def run(args: argparse.Namespace) -> int:
     with figures.counting_bar("reading", 1, "bytes", args.json) as show:
         recording = read_recording(args.trace, is_partial=args.partial, progress=show)
     if args.model is not None:
-        _check_model(recording, args.model)
+        _check_model(recording, options.alias_target(args, args.model))
     if args.token is not None and args.token >= len(recording.decode_steps):
         raise TraceError(
             f"--token {args.token}: the trace has {len(recording.decode_steps)} decode steps, counted from 0."

@@ -103,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the command until it is stopped; return its exit code."""
     began = time.perf_counter()
     model, config = _model(args), options.engine_config(args)
-    folder = locate(model)
+    folder = locate(options.alias_target(args, model))
     options.quiet_libraries(args)
     try:
         from foreroute.server.dialogue.parsing.formats import format_named

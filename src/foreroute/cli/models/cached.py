@@ -1,12 +1,14 @@
 """Find the models on this machine that have a name: those that ship, and those of the hub's cache. No torch."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from foreroute.checkpoint.gguf_names import part_of
 from foreroute.checkpoint.hub.choice import gguf_models
 from foreroute.checkpoint.hub.fetch import HubAccess
+from foreroute.checkpoint.locate import locate
 from foreroute.errors import CheckpointError
 from foreroute.shipped import shipped_models
 from foreroute.whole_files import beside, read_object
@@ -17,8 +19,8 @@ class NamedModel:
     """A model that commands find by `name`.
 
     path: of its folder, or of the (first) GGUF file. nbytes: of its weight files. kind: "safetensors" or "GGUF".
-    family: transformers' model type; "" for a GGUF file, whose header is not read. where: "ships" or "hub cache".
-    is_whole: whether all files are there. beside: names of packed stores and fitted predictors beside it.
+    family: transformers' model type; "" for a GGUF file, whose header is not read. where: "ships", "hub cache"
+    or "alias of ...". is_whole: whether all files are there. beside: names of packed stores and fitted predictors.
     """
 
     name: str
@@ -35,6 +37,25 @@ def named_models(access: HubAccess | None = None) -> list[NamedModel]:
     """All of them, those that ship first; repositories of the cache without weights that are read here are left out."""
     ships = [_folder(name, path, "ships") for name, path in shipped_models().items()]
     return [*ships, *_of_cache((access or HubAccess()).cache)]
+
+
+def aliased_models(aliases: Mapping[str, str]) -> list[NamedModel]:
+    """The models that the `aliases` of the config file stand for; not whole where they are not on this machine."""
+    return [_aliased(name, target) for name, target in aliases.items()]
+
+
+def _aliased(name: str, target: str) -> NamedModel:
+    where = f"alias of {target}"
+    try:
+        path = locate(target, quiet=True, access=HubAccess(local_files_only=True))
+    except CheckpointError:
+        return NamedModel(name, Path(target).expanduser(), 0, "", "", where, False, ())
+    if path.is_dir():
+        return _folder(name, path, where)
+    part = part_of(path.name)
+    files = [path] if part is None else [path.with_name(name) for name in part.siblings]
+    nbytes = sum(file.stat().st_size for file in files if file.is_file())
+    return NamedModel(name, path, nbytes, "GGUF", "", where, all(file.is_file() for file in files), _beside(path))
 
 
 def _of_cache(cache: Path) -> Iterator[NamedModel]:

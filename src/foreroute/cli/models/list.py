@@ -5,7 +5,7 @@ from typing import Any
 
 from foreroute.checkpoint.hub.fetch import HubAccess
 from foreroute.cli import figures, options
-from foreroute.cli.models.cached import NamedModel, named_models
+from foreroute.cli.models.cached import NamedModel, aliased_models, named_models
 from foreroute.units import format_memory
 
 _EPILOG = """\
@@ -16,7 +16,8 @@ examples:
 The names stand for MODEL in every command; so do paths of folders and of .gguf
 files, which are not listed. Whether a model is a Mixture-of-Experts model that
 can be run is said by `foreroute show MODEL`. The hub's cache is that of
-huggingface_hub (HF_HOME); `hf cache rm` removes models from it."""
+huggingface_hub (HF_HOME); `foreroute rm` removes models from it. A path gets a
+name in the section [aliases] of the config file: big = "/data/big.gguf"."""
 
 
 def add_parser(commands: Any) -> None:
@@ -25,7 +26,7 @@ def add_parser(commands: Any) -> None:
         "list",
         help="list the models on this machine that have a name",
         usage="foreroute list [flags]",
-        description="List the models that ship, and those in the hub's cache.",
+        description="List the config file's aliases, the models that ship, and the hub's cache.",
         epilog=_EPILOG,
     )
     options.add_common_options(parser)
@@ -33,12 +34,12 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; return its exit code."""
-    found = named_models()
+    found = [*aliased_models(args.aliases), *named_models()]
     cache = HubAccess().cache
     if args.json:
         figures.print_json(
             models=[
-                {"name": one.name, "path": str(one.path), "bytes": one.nbytes, "format": one.kind,
+                {"name": one.name, "path": str(one.path), "bytes": one.nbytes, "format": one.kind or None,
                  "family": one.family or None, "where": one.where, "whole": one.is_whole, "beside": one.beside}
                 for one in found
             ],
@@ -53,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _remark(one: NamedModel) -> str:
-    parts = [one.kind, *([one.family] if one.family else []), one.where]
+    parts = [part for part in (one.kind, one.family, one.where) if part]
     if not one.is_whole:
-        parts.append("not whole: pull it again")
+        parts.append("not on this machine" if not one.kind else "not whole: pull it again")
     return ", ".join([*parts, *one.beside])

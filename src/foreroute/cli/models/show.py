@@ -62,7 +62,8 @@ def run(args: argparse.Namespace) -> int:
 def _on_this_machine(args: argparse.Namespace) -> Path:
     """The model's path; a hub id is looked for in the cache alone."""
     try:
-        return locate(args.model, revision=args.revision, quiet=True, access=HubAccess(local_files_only=True))
+        model = options.alias_target(args, args.model)
+        return locate(model, revision=args.revision, quiet=True, access=HubAccess(local_files_only=True))
     except CheckpointError as error:
         if "the cache does not have it" not in str(error):
             raise

@@ -4,8 +4,8 @@ import asyncio
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from foreroute.errors import GrammarError
-from foreroute.server.api.problems import ApiError, not_possible, not_supported
+from foreroute.errors import ForerouteError, GrammarError, QueueFullError
+from foreroute.server.api.problems import RETRY_SOON, ApiError, not_possible, not_supported
 
 if TYPE_CHECKING:
     from foreroute.server.api.schema import ChatRequest, CompletionRequest
@@ -63,14 +63,20 @@ async def compiled(name: str, grammar: "Grammar", serving: "Serving") -> "Compil
     """Return the `grammar` of the field `name`, compiled for the model.
 
     Raises:
-        ApiError: 400: it cannot be enforced.
+        ApiError: 400: it cannot be enforced. 429: too many others are being compiled. 500: it cannot be tried here.
     """
     if serving.grammars is None:
         raise not_supported(name, f"{name} is not supported here.")
     try:
-        return await asyncio.to_thread(serving.grammars.compile, grammar)
+        compiling = await asyncio.to_thread(serving.grammars.submit, grammar)
+        # Others may wait for the same: a client that leaves must not end it for them.
+        return await asyncio.shield(asyncio.wrap_future(compiling))
     except GrammarError as error:
         raise refused(name, error) from error
+    except QueueFullError as error:
+        raise ApiError(429, str(error), code="queue_full", headers=RETRY_SOON) from error
+    except ForerouteError as error:
+        raise ApiError(500, str(error), param=name, code="internal_error") from error
 
 
 def refused(name: str, error: GrammarError) -> ApiError:

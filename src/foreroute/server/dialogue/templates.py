@@ -5,22 +5,17 @@ import json
 import os
 import selectors
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Mapping
 from typing import Any
 
+from foreroute.children import child_command, child_environment
 from foreroute.server.api.problems import ApiError
 from foreroute.server.dialogue.reading import TemplateReading
 from foreroute.server.settings import Limits
 
-# Without this, Python would look for modules in the working folder first (-P needs 3.11): with `cd MODEL; foreroute
-# serve .` that folder is untrusted, and a jinja2.py in it would run.
-_START_WORKER = (
-    "import sys; sys.path[:] = [folder for folder in sys.path if folder]; "
-    "from foreroute.server.dialogue.template_worker import main; main()"
-)
+_WORKER = "foreroute.server.dialogue.template_worker"
 
 
 class TemplateRenderer:
@@ -105,11 +100,11 @@ class TemplateRenderer:
         if self._worker is None or self._worker.poll() is not None:
             self._stop_worker()
             self._worker = subprocess.Popen(
-                [sys.executable, "-c", _START_WORKER, str(self._limits.template_bytes)],
+                child_command(_WORKER, self._limits.template_bytes),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
-                env={name: value for name, value in os.environ.items() if "KEY" not in name and "TOKEN" not in name},
+                env=child_environment(),
                 start_new_session=True,  # Ctrl-C is for the server alone
             )
             if self._exchange(self._worker, b"", 60.0) is None:

@@ -1,0 +1,1 @@
+"""Is this machine ready? What `foreroute doctor` looks at, without torch."""
