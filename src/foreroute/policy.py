@@ -68,6 +68,11 @@ class Policy:
         """Whether the guess is executed instead of the router's choice."""
         return self.name == PAPER
 
+    @property
+    def is_exact(self) -> bool:
+        """Whether it changes nothing of what is computed."""
+        return not (self.substitutes or self.replaces_route)
+
 
 def misses_to_substitute(policy: Policy, weights: Sequence[float], misses: Sequence[int]) -> list[int]:
     """Return which of a token's misses its policy substitutes.

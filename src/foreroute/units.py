@@ -86,6 +86,8 @@ def kept_bytes(asked: int | str | None) -> int | None:
     Raises:
         BudgetError: it is no amount.
     """
+    if asked is not None and str(asked).strip().endswith("%"):
+        raise BudgetError(f'prefix_cache is {str(asked).strip()!r}, a share. Give an amount, such as "1GiB", or 0.')
     return None if asked is None else 0 if str(asked).strip() == "0" else parse_memory(asked, 0)
 
 

@@ -155,6 +155,18 @@ def test_an_answer_fits_its_schema_regex_or_grammar(run, tiny: Path, tmp_path: P
     )
 
 
+def test_reasoning_that_the_prompt_opens_is_free(run, copied: Path) -> None:
+    pytest.importorskip("llguidance", reason="needs llguidance: pip install foreroute[structured]")
+    template = copied / "chat_template.jinja"
+    text = template.read_text(encoding="utf-8")
+    template.unlink()
+    template.write_text(f"{text}<think>{{# </think> #}}", encoding="utf-8")
+    drawn = ["--json", "--regex", "[0-9]+", *FAST]
+    # It never says </think>.
+    assert not run("generate", copied, "x", *drawn).json["text"].isdigit()
+    assert run("generate", copied, "x", "--no-chat", *drawn).json["text"].isdigit()
+
+
 def test_what_cannot_be_enforced_is_named_with_its_file(run, tiny: Path, tmp_path: Path) -> None:
     pytest.importorskip("llguidance", reason="needs llguidance: pip install foreroute[structured]")
     path = tmp_path / "schema.json"

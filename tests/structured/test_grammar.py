@@ -75,14 +75,6 @@ def test_a_grammar_takes_what_it_says(
     assert [text for text in bad if takes(compiler, tokenizer, grammar, text)] == []
 
 
-def test_it_begins_behind_free_text(compiler: GrammarCompiler, tokenizer: Any) -> None:
-    number = Grammar.json_schema({"type": "integer"})
-    assert takes(compiler, tokenizer, number.after("</think>"), "1 or 2? </think>\n\n12")
-    assert not takes(compiler, tokenizer, number.after("</think>"), "12")
-    assert takes(compiler, tokenizer, number.after(SPECIAL), "1 or 2?", SPECIAL, "12")
-    assert not takes(compiler, tokenizer, number.after(SPECIAL), "1 or 2?", SPECIAL, "twelve")
-
-
 def test_where_settings_leave_no_token_the_grammar_holds(compiler: GrammarCompiler, tokenizer: Any) -> None:
     mask = compiler.compile(Grammar.choice(["ab"])).start()
     scores = torch.full((VOCABULARY,), -torch.inf)

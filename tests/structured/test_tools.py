@@ -10,7 +10,8 @@ from foreroute.cli.commands import demo
 from foreroute.errors import GrammarError
 from foreroute.model.text import load_tokenizer
 from foreroute.structured.compiler import GrammarCompiler
-from foreroute.structured.tools import CallableTool, JsonCall, TaggedCall, tool_calls
+from foreroute.structured.tagged import TaggedCall
+from foreroute.structured.tools import CallableTool, JsonCall, tool_calls
 
 WEATHER = CallableTool(
     "weather",

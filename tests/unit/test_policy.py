@@ -19,6 +19,7 @@ def tolerance(tau):
 @pytest.mark.parametrize("text", ["exact", "tolerance:0.1", "tolerance:0", "tolerance:1", "speculative", "paper"])
 def test_a_policy_is_written_as_it_is_read(text):
     assert str(Policy.parse(text)) == text
+    assert Policy.parse(text).is_exact == (text == "exact")
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,7 @@ class Approximation:
         substitutes = any(policy.substitutes for policy in policies)
         replaces_route = any(policy.replaces_route for policy in policies)
         self.policies = tuple(policies)
-        self.is_exact = not (substitutes or replaces_route)
+        self.is_exact = all(policy.is_exact for policy in policies)
         self._guess = None
         if not self._vectors and substitutes:
             self._vectors = list(self._make_vectors())

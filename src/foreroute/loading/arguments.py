@@ -268,7 +268,7 @@ def open_device(asked: EngineConfig) -> torch.device:
 def _check_asked(asked: EngineConfig) -> None:
     """Refuse what no device supports."""
     on_device = asked.device == "cuda" or asked.control == "device"
-    is_exact = Policy.parse(asked.policy) == Policy.parse("exact")
+    is_exact = Policy.parse(asked.policy).is_exact
     if asked.draft is not None and on_device:
         raise DeviceError(
             "--draft: drafts are verified on the CPU alone so far. Leave --draft out, or --device and --control."

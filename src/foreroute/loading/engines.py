@@ -272,8 +272,7 @@ def _governor(asked: EngineConfig, experts: ExpertSet) -> Governor | None:
 
     Under other policies, prefetches decide what is resident, and so the output, which must not depend on the clock.
     """
-    policy = Policy.parse(asked.policy)
-    is_exact = not policy.substitutes and not policy.replaces_route
+    is_exact = Policy.parse(asked.policy).is_exact
     if not asked.governor or asked.prefetch_width is not None or not is_exact or asked.deterministic:
         return None
     is_large = max(layer.layout.nbytes for layer in experts.table.layers) >= _LARGE_EXPERT_BYTES

@@ -123,7 +123,7 @@ class ForerouteHandle:
     @property
     def is_exact(self) -> bool:
         """Whether no current policy changes what is computed."""
-        return not any(policy.substitutes or policy.replaces_route for policy in self.policies)
+        return all(policy.is_exact for policy in self.policies)
 
     def set_policy(self, *policies: str | Policy) -> None:
         """Decode under these policies from the next step on: one for every row, or one per row of the batch.

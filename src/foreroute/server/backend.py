@@ -14,11 +14,11 @@ from foreroute.server.api.token_text import TokenTexts
 from foreroute.server.dialogue.described import with_described_tools
 from foreroute.server.dialogue.messages import Dialogue
 from foreroute.server.dialogue.parsing.formats import Format, format_of
-from foreroute.server.dialogue.parsing.thinking import tags_of
 from foreroute.server.dialogue.rendering import TemplateError, template_input
 from foreroute.server.dialogue.templates import TemplateRenderer
 from foreroute.server.dialogue.turn import Turn, turn_of
 from foreroute.server.settings import Limits
+from foreroute.structured.reasoning import tags_of
 
 if TYPE_CHECKING:
     from foreroute.loading.offloaded_model import OffloadedModel

@@ -33,10 +33,10 @@ class Limits:
     idle_s: float = 360.0
     idle_connections: int = 512
     json_depth: int = 32
-    messages: int = 4096
     prompts: int = 128
     choices: int = 16
     stop: int = 4
+    stop_sequences: int = 64
     stop_chars: int = 256
     logit_bias: int = 1024
     template_s: float = 5.0

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from foreroute.errors import GrammarError
+from foreroute.structured.lark import quoted, regex
 
 # Longer sources take seconds to compile.
 MOST_CHARS = 2**18
@@ -22,7 +23,7 @@ class Grammar:
     """What an answer has to look like; see the class methods. Not compiled yet, so it may still be refused.
 
     kind, source: a JSON schema as JSON text, a regular expression, or a grammar in llguidance's Lark syntax.
-    start: Lark rules before it, whose `start` refers to it as @answer; "" without any (`after`).
+    start: Lark rules before it, whose `start` refers to it as @answer; "" without any (structured/reasoning.py).
     """
 
     kind: GrammarKind
@@ -30,8 +31,9 @@ class Grammar:
     start: str = ""
 
     def __post_init__(self) -> None:
-        if len(self.source) > MOST_CHARS:
-            raise GrammarError(f"It has {len(self.source)} characters; at most {MOST_CHARS} are compiled.")
+        if len(self.source) + len(self.start) > MOST_CHARS:
+            length = len(self.source) + len(self.start)
+            raise GrammarError(f"It has {length} characters; at most {MOST_CHARS} are compiled.")
 
     @classmethod
     def json_schema(cls, schema: Mapping[str, Any] | bool | str) -> "Grammar":
@@ -96,14 +98,6 @@ class Grammar:
             raise GrammarError("There is no choice.")
         return cls("lark", "start: " + " | ".join(map(quoted, texts)))
 
-    def after(self, end: str | int) -> "Grammar":
-        """The same behind free text that ends with `end`: a text, or the id of a special token (`</think>`)."""
-        if isinstance(end, int):
-            rules = f"start: FREE <[{end}]> SPACE? @answer\nFREE: /(.|\\n)*/"
-        else:
-            rules = f"start: free SPACE? @answer\nfree[lazy]: /(.|\\n)*/ {quoted(end)}"
-        return Grammar(self.kind, self.source, f"{rules}\nSPACE: /[ \\n\\r\\t]{{1,8}}/")
-
     @property
     def text(self) -> str:
         """As llguidance reads it."""
@@ -113,7 +107,7 @@ class Grammar:
             source = json.loads(source)
         elif self.kind == "regex":
             # As JSON: what a pattern may hold, "/" among it, need not be escaped.
-            source = f"start: TEXT\nTEXT: {_terminal(self.source)}"
+            source = f"start: TEXT\nTEXT: {regex(self.source)}"
         parts = [{"name": "answer", named: source}]
         if self.start:
             parts.insert(0, {"name": "whole", "lark_grammar": self.start})
@@ -155,22 +149,6 @@ def _with_bounded_names(schema: Any) -> Any:
         return inner
     del inner["format"]
     return {**inner, **_HOST_NAME}
-
-
-def quoted(text: str) -> str:
-    """Return `text` as a string of Lark's syntax, or as a regex where that has no name for one of its characters."""
-    if all(char >= " " or char in "\n\r\t" for char in text):
-        return json.dumps(text, ensure_ascii=False)
-    return "/" + "".join(f"\\x{{{ord(char):x}}}" for char in text) + "/"
-
-
-def _terminal(pattern: str) -> str:
-    escaped, at = [], 0
-    while at < len(pattern):
-        one = pattern[at : at + 2] if pattern[at] == "\\" else pattern[at]
-        escaped.append({"/": "\\/", "\n": "\\n", "\\\n": "\\n"}.get(one, one))
-        at += len(one)
-    return f"/{''.join(escaped)}/"
 
 
 def _depth(schema: Any) -> int:

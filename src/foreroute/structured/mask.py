@@ -20,6 +20,10 @@ class GrammarMask:
     def __init__(self, matcher: Any, vocab_size: int, ends: Collection[int]) -> None:
         self._matcher, self._vocab_size, self._ends = matcher, vocab_size, ends
 
+    def is_end(self, token: int) -> bool:
+        """Whether `token` ends an answer."""
+        return token in self._ends
+
     @property
     def is_complete(self) -> bool:
         """Whether the grammar allows nothing more than an end."""
@@ -80,10 +84,13 @@ class GrammarProcessor(LogitsProcessor):
     def __init__(self, start: Callable[[], GrammarMask]) -> None:
         self._start = start
         self._num_prompt: int | None = None
-        self._rows: list[tuple[list[int], GrammarMask]] = []
+        # Of each row: its tokens, its mask, and whether it has ended: what follows is padding.
+        self._rows: list[tuple[list[int], GrammarMask, bool]] = []
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Mask scores [rows, vocabulary] by ids [rows, tokens]; the first call has the prompts alone.
+
+        The scores of a row that has ended stay as they are: what it is given then is padding.
 
         Raises:
             GrammarError: see `GrammarMask.apply`.
@@ -94,10 +101,13 @@ class GrammarProcessor(LogitsProcessor):
         masked = scores.clone()
         for at, new in enumerate(input_ids[:, self._num_prompt :].tolist()):
             # A beam may go on from what was another row.
-            seen, mask = before[at] if at < len(before) and new[: len(before[at][0])] == before[at][0] else ([], None)
-            mask = mask or self._start()
+            is_same = at < len(before) and new[: len(before[at][0])] == before[at][0]
+            seen, mask, has_ended = before[at] if is_same else ([], self._start(), False)
             for token in new[len(seen) :]:
-                mask.accept(token)
-            self._rows.append((new, mask))
-            masked[at] = mask.apply(scores[at])
+                if not has_ended:
+                    mask.accept(token)
+                    has_ended = mask.is_end(token)
+            self._rows.append((new, mask, has_ended))
+            if not has_ended:
+                masked[at] = mask.apply(scores[at])
         return masked

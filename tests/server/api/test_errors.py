@@ -9,6 +9,7 @@ from pydantic import BaseModel, ValidationError
 
 from foreroute.server.api.problems import ApiError
 from foreroute.server.api.schema import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from foreroute.server.api.strict import MOST_MESSAGES, MOST_PARTS
 from foreroute.server.backend import Backend
 from foreroute.server.settings import Limits, ServerSettings
 from tests.server.conftest import Served
@@ -344,9 +345,9 @@ MANY = 20_000
         (CompletionRequest, {"prompt": [[1.5] * MANY] * 2}),
         (CompletionRequest, {"prompt": "a", "stop": [5] * MANY}),
         (CompletionRequest, {"prompt": "a", **{f"x{at}": 1 for at in range(MANY)}}),
-        (ChatRequest, {"messages": [5] * MANY}),
-        (ChatRequest, {"messages": [{"role": "user", "content": [5] * MANY}] * 2}),
-        (TokenizeRequest, {"messages": [{"role": "user", "content": "a", f"x{MANY}": 1}] * MANY}),
+        (ChatRequest, {"messages": [5] * MOST_MESSAGES}),
+        (ChatRequest, {"messages": [{"role": "user", "content": [5] * MOST_PARTS}] * 2}),
+        (TokenizeRequest, {"messages": [{"role": "user", "content": "a", f"x{MANY}": 1}] * MOST_MESSAGES}),
         (DetokenizeRequest, {"tokens": [-1] * MANY}),
     ],
 )

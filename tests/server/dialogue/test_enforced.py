@@ -161,12 +161,80 @@ def test_structure_in_the_last_channel(speak: Speak) -> None:
     assert served(speak, "harmony", is_special=False).ask(guided_json=SCHEMA).status_code == 400
 
 
+@pytest.mark.parametrize("is_special", [True, False], ids=["special", "text"])
+@pytest.mark.parametrize("name", CALLS)
+def test_structure_beside_tools_leaves_them_callable(speak: Speak, name: str, is_special: bool) -> None:
+    if name == "harmony" and not is_special:
+        return
+    model = served(speak, name, is_special)
+    # It begins as a call of llama's does.
+    told = {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]}
+    assert model.ask(tools=STRICT, guided_json=told).status_code == 200
+    before = "<|channel|>final<|message|>" if name == "harmony" else ""
+    good, bad = (CALLS[name].replace("VALUE", value) for value in ("1", '"x"'))
+    thought = THOUGHT.get(name, "<think>Hm.</think>\n")
+    for one in (good, thought + good, before + '{"name": "Bob"}', thought + before + '{"name":"lo", "more": [1]}'):
+        assert taken(model, one), one
+    for one in ("Hello", before + "Hello", before + "{}", f"I look.\n{good}"):
+        assert not taken(model, one), one
+    # As JSON, any call of llama's is an answer by this schema too.
+    for one in (bad, good.replace("look", "other")):
+        assert taken(model, one) == (name == "llama"), one
+    assert model.ask(tools=TOOLS, guided_regex="[0-9]+", parallel_tool_calls=False).status_code == 200
+    for one in (good, bad, before + "12"):
+        assert taken(model, one), one
+    assert not taken(model, before + '{"name": "Bob"}')
+    assert model.ask(tools=TOOLS, tool_choice="none", guided_json=SCHEMA).status_code == 200
+    assert not taken(model, good)
+
+
+def test_structure_beside_tools_over_every_api(speak: Speak) -> None:
+    model = served(speak, "hermes")
+    good = CALLS["hermes"].replace("VALUE", "1")
+    items = [{"type": "function", **tool["function"]} for tool in TOOLS]  # type: ignore[dict-item]
+    blocks = [{"name": name, "input_schema": SCHEMA} for name in ("look", "write")]
+    told = {"type": "json_schema", "name": "x", "schema": SCHEMA}
+    user = [{"role": "user", "content": "Hi"}]
+    for path, body in (
+        ("/v1/chat/completions", {"messages": user, "tools": TOOLS, "response_format": {"type": "json_object"}}),
+        ("/v1/responses", {"input": "Hi", "tools": items, "text": {"format": told}}),
+        (
+            "/v1/messages",
+            {
+                "max_tokens": 99,
+                "messages": user,
+                "tools": blocks,
+                "output_config": {"format": {"type": "json_schema", "schema": SCHEMA}},
+            },
+        ),
+    ):
+        response = model.client.post(path, json=body)
+        assert response.status_code == 200, response.text
+        assert taken(model, good)
+        assert taken(model, '{"count": 1}')
+        assert not taken(model, "Hello")
+
+
+def test_an_answer_in_a_form_may_be_reasoned_about_first(speak: Speak) -> None:
+    """Where the model opens its reasoning itself; where the prompt says that there is none, it comes at once."""
+    for is_special in (True, False):
+        model = served(speak, "hermes", is_special)
+        model.ask(guided_json=SCHEMA)
+        assert taken(model, '<think>Hm.</think>\n{"count": 1}')
+        assert taken(model, '{"count": 1}')
+        assert not taken(model, ' {"count": 1}')
+        model.ask(guided_json=SCHEMA, enable_thinking=False)
+        assert not taken(model, '<think>Hm.</think>\n{"count": 1}')
+        assert taken(model, '{"count": 1}')
+
+
 @pytest.mark.parametrize("name", [one.name for one in FORMATS if one.name not in CALLS])
 def test_formats_without_a_grammar(speak: Speak, name: str) -> None:
     model = served(speak, name)
     for more, param in (
         ({"tools": TOOLS, "tool_choice": "required"}, "tool_choice"),
         ({"tools": STRICT}, "tools.strict"),
+        ({"tools": TOOLS, "guided_json": SCHEMA}, "guided_json"),
     ):
         response = model.ask(**more)
         assert response.status_code == 400

@@ -8,10 +8,10 @@ from collections.abc import Iterable
 import pytest
 
 from foreroute.errors import ServerError
-from foreroute.server.dialogue.parsing import thinking
 from foreroute.server.dialogue.parsing.events import CallArguments, CallBegan, CallEnded, Event, ParsedAnswer
 from foreroute.server.dialogue.parsing.formats import FORMATS, AnswerParser, format_named, format_of
 from foreroute.server.dialogue.parsing.values import value_of
+from foreroute.structured.reasoning import is_open
 from tests.server.dialogue import templates
 from tests.server.dialogue.answers import TEXT, TOOLS, VALID, Written
 
@@ -123,8 +123,8 @@ def test_reasoning_that_the_prompt_opened() -> None:
     ):
         assert said(events_of("hermes", [text], is_open=True)) == expected
         assert said(events_of("hermes", text, is_open=True)) == expected
-    assert thinking.is_open("<|assistant|><think>\n", THINK)
-    assert not thinking.is_open("<|assistant|><think>\n\n</think>\n\n", THINK)
+    assert is_open("<|assistant|><think>\n", THINK)
+    assert not is_open("<|assistant|><think>\n\n</think>\n\n", THINK)
     # Within an answer, or without an end, tags are text and reasoning.
     assert said(events_of("hermes", ["I say <think> here."])) == ("I say <think> here.", "", ())
     assert said(events_of("hermes", ["<think>And on"])) == ("", "And on", ())

@@ -164,6 +164,9 @@ def test_stop_reasons(speak: Speak) -> None:
     found = both(model, stop_sequences=["\n\nHuman:", "x"])
     assert (found["stop_reason"], found["stop_sequence"]) == ("stop_sequence", "\n\nHuman:")
     assert list(model.engine.requests[-1].stop) == ["\n\nHuman:", "x"]
+    many = [str(at) for at in range(64)]
+    both(model, stop_sequences=many)
+    assert list(model.engine.requests[-1].stop) == many
     # One of the model's own settings is no stop sequence of the client.
     assert both(model)["stop_reason"] == "end_turn"
 
@@ -199,7 +202,7 @@ def test_what_is_no_call_is_text(speak: Speak) -> None:
         ({"tools": [{"name": "a", "input_schema": {}, "x": 1}]}, "tools.0.x"),
         ({"tools": WIRE_TOOLS, "tool_choice": {"type": "tool", "name": "other"}}, "other"),
         ({"tool_choice": {"type": "any"}}, "tools"),
-        ({"stop_sequences": ["a"] * 5}, "stop_sequences"),
+        ({"stop_sequences": ["a"] * 65}, "stop_sequences"),
         ({"output_config": {"format": {"type": "xml"}}}, "output_config.format"),
         ({"context_management": {"edits": [{"type": "clear_tool_uses_20250919"}]}}, "context_management"),
     ],

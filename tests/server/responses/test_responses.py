@@ -172,6 +172,18 @@ def test_the_history_reaches_the_prompt(speak: Speak) -> None:
     assert "<tool_response>Done.</tool_response><|assistant|><think>So.</think>1.<|user|>And?<|assistant|>" in prompt
 
 
+def test_reasoning_in_a_message_is_no_text(speak: Speak) -> None:
+    model = speak(templates.HERMES, "Hello")
+    parts = [{"type": "thinking", "thinking": "Hm."}, {"type": "output_text", "text": "One."}]
+    given = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": parts},
+        {"role": "user", "content": "?"},
+    ]
+    both(model, given, tools=[{**WIRE_TOOLS[0], "defer_loading": False, "output_schema": {}}])
+    assert "<|assistant|><think>Hm.</think>One.<|user|>?" in model.prompt
+
+
 def test_custom_tools(speak: Speak) -> None:
     model = speak(templates.HERMES, PATCH)
     (item,) = both(model, tools=[CUSTOM])["output"]
@@ -202,14 +214,18 @@ def test_an_answer_that_is_cut_off(speak: Speak) -> None:
             assert (streamed(response) if stream else response.json())["status"] == "incomplete"
 
 
-def test_a_call_that_is_wrong(speak: Speak) -> None:
+def test_what_is_no_call_is_text(speak: Speak) -> None:
+    """In a stream too: clients run a call that is done."""
     text = 'So: <tool_call>{"name": "look", "arguments": {"count": oh}}</tool_call>'
     model = speak(templates.HERMES, text)
-    (item,) = ask(model, tools=WIRE_TOOLS).json()["output"]
-    assert item["content"][0]["text"] == text
-    # A stream has told of the call before it went wrong.
-    item = streamed(ask(model, tools=WIRE_TOOLS, stream=True))["output"][1]
-    assert (item["type"], item["arguments"], item["status"]) == ("function_call", '{"count": oh}', "incomplete")
+    (item,) = both(model, tools=WIRE_TOOLS)["output"]
+    assert (item["content"][0]["text"], item["status"]) == (text, "completed")
+    model.engine.answer = "So: " + LOOK
+    # Up to where the call is whole.
+    for most in range(1, len("So: " + LOOK) - len("}\n</tool_call>")):
+        found = both(model, tools=WIRE_TOOLS, max_output_tokens=most)
+        assert [(item["type"], item["status"]) for item in found["output"]] == [("message", "incomplete")]
+        assert found["output"][0]["content"][0]["text"].rstrip() == ("So: " + LOOK)[:most].rstrip()
 
 
 def test_an_error_in_a_stream(speak: Speak) -> None:
@@ -239,6 +255,10 @@ def test_an_error_in_a_stream(speak: Speak) -> None:
         ({"tools": [{"type": "web_search"}]}, "tools.0"),
         ({"tools": [{"type": "function", "name": "a b"}]}, "tools.0.name"),
         ({"tools": [{"type": "custom"}]}, "tools.0.name"),
+        ({"tools": [{**CUSTOM, "defer_loading": True}]}, "tools.0.defer_loading"),
+        ({"tools": [{**WIRE_TOOLS[0], "defer_loading": True}]}, "tools.0.defer_loading"),
+        ({"tools": [{**WIRE_TOOLS[0], "allowed_callers": ["code"]}]}, "tools.0.allowed_callers"),
+        ({"input": [{"role": "user", "content": [{"type": "thinking", "thinking": "Hm."}]}]}, "input"),
         ({"tools": WIRE_TOOLS, "tool_choice": {"type": "function", "name": "other"}}, "tool_choice"),
         ({"tool_choice": "required"}, "tool_choice"),
         (

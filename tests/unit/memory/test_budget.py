@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from foreroute.errors import BudgetError
 from foreroute.memory.budget import SlotPlan, plan_pool
-from foreroute.units import format_memory, parse_memory
+from foreroute.units import format_memory, kept_bytes, parse_memory
 
 GIB = 2**30
 
@@ -166,3 +166,9 @@ def test_staging_leaves_room_for_one_layer():
 def test_one_slot_is_singular():
     with pytest.raises(BudgetError, match=r"^4\.0 KiB holds 1 slot; one token needs 2\. Raise --memory to 8\.0 KiB\.$"):
         plan_slots(4096, 4096, 8, [2])
+
+
+def test_what_is_kept_is_no_share() -> None:
+    assert [kept_bytes(asked) for asked in (None, 0, "0", "1KiB", 2**33)] == [None, 0, 0, 1024, 2**33]
+    with pytest.raises(BudgetError, match=r"prefix_cache is '25%', a share\. Give an amount"):
+        kept_bytes("25%")

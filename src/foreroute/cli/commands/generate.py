@@ -100,13 +100,16 @@ def _named(args: argparse.Namespace) -> str:
 
 
 def _processors(
-    args: argparse.Namespace, grammar: "Grammar | None", model: "OffloadedModel", tokenizer: Any
+    args: argparse.Namespace, grammar: "Grammar | None", model: "OffloadedModel", tokenizer: Any, chat: str | None
 ) -> dict[str, Any]:
+    """What holds the answer to its grammar. chat: the prompt, where it came through the chat template."""
     if grammar is None:
         return {}
     from foreroute.structured.compiler import GrammarCompiler
+    from foreroute.structured.reasoning import behind_reasoning
 
     try:
+        grammar = grammar if chat is None else behind_reasoning(grammar, tokenizer, chat)
         return {"logits_processor": [GrammarCompiler.of(model, tokenizer).compile(grammar).processor()]}
     except GrammarError as error:
         raise GrammarError(f"{_named(args)}: {error}") from error
@@ -189,6 +192,7 @@ def run(args: argparse.Namespace) -> int:
         from foreroute.generation.generate import generate
         from foreroute.model.config_file import read_config, refuse_encoder_decoder
         from foreroute.model.text import encode_prompt, load_tokenizer
+        from foreroute.model.tokenizer_files import default_template
 
         options.apply_threads(args)
         told, chat = read_config(folder), args.chat
@@ -198,6 +202,8 @@ def run(args: argparse.Namespace) -> int:
         # An encoder-decoder may have the template of the tokenizer that it shares with a chat model.
         chat = False if told.is_encoder_decoder else chat
         prompt_ids = encode_prompt(tokenizer, prompt, chat=chat, system=system)
+        is_chat = chat is not False and default_template(tokenizer) is not None
+        as_chat = tokenizer.decode(prompt_ids[0], skip_special_tokens=False) if is_chat else None
     with figures.loading(config, is_quiet) as progress:
         model = foreroute.load(folder, dtype=args.dtype, config=config, progress=progress)
     with closing(model.foreroute):
@@ -209,7 +215,7 @@ def run(args: argparse.Namespace) -> int:
             prompt_ids,
             on_text=figures.writer(sys.stdout, is_quiet=args.json),
             max_new_tokens=args.max_new_tokens,
-            **_processors(args, grammar, model, tokenizer),
+            **_processors(args, grammar, model, tokenizer, as_chat),
             **sampled,
         )
     if args.json:

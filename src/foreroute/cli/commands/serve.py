@@ -1,4 +1,4 @@
-"""`foreroute serve`: a model behind OpenAI's API, for existing clients."""
+"""`foreroute serve`: a model behind OpenAI's and Anthropic's APIs, for existing clients."""
 
 import argparse
 import os
@@ -30,8 +30,9 @@ examples:
   client = openai.OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none")
 
 It listens at once; GET /health says when the model is ready. Then:
-  /v1/chat/completions  /v1/completions  /v1/models      OpenAI's API
-  /tokenize  /detokenize  /tokenizer_info                 lm-eval's, vLLM's
+  /v1/chat/completions  /v1/responses  /v1/completions  /v1/models  OpenAI's
+  /v1/messages  /v1/messages/count_tokens                           Anthropic's
+  /tokenize  /detokenize  /tokenizer_info                           lm-eval's
   /metrics (Prometheus)  /version  /openapi.json  / (the page)
 A parameter that would change an answer and is not supported is refused by name.
 Ctrl-C ends running answers and stops.
@@ -45,9 +46,9 @@ def add_parser(commands: Any) -> None:
     """Add `serve` to the commands."""
     parser = commands.add_parser(
         "serve",
-        help="serve OpenAI's API, and a page that shows the engine at work",
+        help="serve OpenAI's and Anthropic's APIs, and a page that shows the engine at work",
         usage="foreroute serve MODEL [flags]",
-        description="Serve a model over OpenAI's API.",
+        description="Serve a model over OpenAI's APIs (chat completions, responses) and Anthropic's (messages).",
         epilog=_EPILOG,
     )
     parser.add_argument("model", metavar="MODEL", nargs="?", help=options.MODEL_HELP)

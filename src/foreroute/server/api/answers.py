@@ -210,17 +210,17 @@ def check_counts(asked: ChatRequest | CompletionRequest, settings: ServerSetting
     stop = [asked.stop] if isinstance(asked.stop, str) else asked.stop or []
     if asked.most_new is not None and (asked.min_tokens or 0) > asked.most_new:
         raise not_possible("min_tokens", f"min_tokens is {asked.min_tokens}, and at most {asked.most_new} are given.")
-    return check_stops("stop", stop, limits)
+    return check_stops("stop", stop, limits.stop, limits)
 
 
-def check_stops(name: str, stop: Sequence[str], limits: Limits) -> list[str]:
-    """Return the stop texts of the field `name`, each of them once.
+def check_stops(name: str, stop: Sequence[str], most: int, limits: Limits) -> list[str]:
+    """Return the stop texts of the field `name`, each of them once; `most` may be given.
 
     Raises:
         ApiError: they are too many, or too long.
     """
-    if len(stop) > limits.stop:
-        raise not_possible(name, f"{name} has {len(stop)} texts; at most {limits.stop} are watched for.")
+    if len(stop) > most:
+        raise not_possible(name, f"{name} has {len(stop)} texts; at most {most} are watched for.")
     if any(len(text) > limits.stop_chars for text in stop):
         raise not_possible(name, f"A stop text is longer than {limits.stop_chars} characters.")
     # lm-eval sends an empty stop text for models without an end token; obeying it would end every answer at once.

@@ -2,13 +2,14 @@
 
 import json
 import re
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from foreroute.server.api.problems import not_possible, not_supported
-from foreroute.server.api.strict import SHORT, Strict
+from foreroute.server.api.strict import MOST_CALLS, MOST_PARTS, MOST_TOOLS, SHORT, Strict, at_most
 from foreroute.server.dialogue.messages import DialogueMessage, Tool, ToolCall
 
 # What servers put into messages and parts, and clients send back with the history: it is not for the model.
@@ -23,7 +24,8 @@ _NOTES = frozenset(
 # What would be for the model, and is not supported: nothing may be in it.
 _EMPTY = ("audio", "function_call", "images", "videos", "prefix", "partial", "tool_plan")
 _TOOL_NAME = re.compile(r"[A-Za-z0-9_.:/-]{1,256}")
-_MOST_TOOLS = 1024
+_PARTS = at_most(MOST_PARTS, "messages", "parts in a message")
+Tools = Annotated[list[Any], at_most(MOST_TOOLS, "tools", "tools")]
 
 
 class ContentPart(Strict):
@@ -50,6 +52,9 @@ class ContentPart(Strict):
         if isinstance(kind, str):
             raise not_supported("messages", f"Content of type {kind[:40]!r} is not supported: text alone, no URLs.")
         return given
+
+
+Parts = Annotated[list[ContentPart], SHORT, _PARTS]
 
 
 class CalledFunction(Strict):
@@ -85,15 +90,15 @@ class ChatMessage(Strict):
     """One message of a chat."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | Annotated[list[ContentPart], SHORT] | None = None
+    content: str | Parts | None = None
     name: str | None = Field(None, max_length=512)
-    tool_calls: Annotated[list[WireCall], SHORT] | None = None
+    tool_calls: Annotated[list[WireCall], SHORT, at_most(MOST_CALLS, "messages", "calls in a message")] | None = None
     tool_call_id: str | None = Field(None, max_length=512)
     # Four names of the same, by which servers answer and templates read.
     reasoning_content: str | None = None
     reasoning: str | None = None
     thinking: str | None = None
-    thinking_blocks: list[dict[str, Any]] | None = None
+    thinking_blocks: Annotated[list[dict[str, Any]], SHORT, _PARTS] | None = None
     refusal: str | None = None
 
     @model_validator(mode="before")
@@ -131,7 +136,7 @@ def messages_of(given: Sequence[ChatMessage]) -> tuple[DialogueMessage, ...]:
         ApiError: a message has what only an assistant's can have.
     """
     found: list[DialogueMessage] = []
-    unanswered: list[str] = []
+    unanswered: OrderedDict[str, None] = OrderedDict()
     for at, one in enumerate(given):
         if one.role != "assistant" and (one.tool_calls or one.thought):
             raise not_possible("messages", f"Message {at} is not an assistant's: it has no calls and no reasoning.")
@@ -139,9 +144,9 @@ def messages_of(given: Sequence[ChatMessage]) -> tuple[DialogueMessage, ...]:
         call_id = one.tool_call_id or None
         if one.role == "tool":
             call_id = call_id or next(iter(unanswered), None)
-            unanswered = [known for known in unanswered if known != call_id]
+            unanswered.pop(call_id or "", None)
         elif calls:
-            unanswered = [call.id for call in calls]
+            unanswered = OrderedDict.fromkeys(call.id for call in calls)
         found.append(DialogueMessage(one.role, one.text, one.thought, calls, call_id, one.name or None))
     return tuple(found)
 
@@ -154,23 +159,12 @@ def _calls_of(given: ChatMessage, at: int) -> tuple[ToolCall, ...]:
     )
 
 
-def check_tool_count(tools: Sequence[Any]) -> None:
-    """Check that a request has no more tools than a template can be given.
-
-    Raises:
-        ApiError: it has.
-    """
-    if len(tools) > _MOST_TOOLS:
-        raise not_possible("tools", f"There are {len(tools)} tools; at most {_MOST_TOOLS} are taken.")
-
-
 def tools_of(given: Sequence[Any]) -> tuple[Tool, ...]:
     """The tools of a request.
 
     Raises:
         ApiError: one of them is no function, or has no valid name or parameters.
     """
-    check_tool_count(given)
     return tuple(_tool(one, f"tools.{at}") for at, one in enumerate(given))
 
 

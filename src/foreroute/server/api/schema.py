@@ -4,9 +4,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from foreroute.server.api.chat_messages import ChatMessage, messages_of, tools_of
+from foreroute.server.api.chat_messages import ChatMessage, Tools, messages_of, tools_of
 from foreroute.server.api.problems import not_possible, not_supported
-from foreroute.server.api.strict import SHORT, Strict, Whole
+from foreroute.server.api.strict import MOST_MESSAGES, SHORT, Strict, Whole, at_most, screened
 from foreroute.server.dialogue.messages import Dialogue, Thinking, Tool, ToolChoice
 
 # Accepted and ignored, as they change no answer: accounting, caching and routing hints of OpenAI's own service.
@@ -124,16 +124,8 @@ class _Request(Strict):
         """Drop harmless fields, and refuse by name those that would be ignored."""
         if not isinstance(given, dict):
             return given
-        kept = {}
-        for name, value in given.items():
-            if name in HARMLESS:
-                continue
-            if name in REFUSED and name not in cls.model_fields:
-                if value is not None and not any(value is one or value == one for one in REFUSED[name]):
-                    raise not_supported(name, f"{name} is not supported here. Leave it out.")
-                continue
-            kept[name] = value
-        return kept
+        refused = {name: values for name, values in REFUSED.items() if name not in cls.model_fields}
+        return screened(given, HARMLESS, refused)
 
     @model_validator(mode="after")
     def _options_need_a_stream(self) -> "_Request":
@@ -147,6 +139,9 @@ class _Request(Strict):
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
 
+Messages = Annotated[
+    list[ChatMessage], Field(min_length=1, fail_fast=True), at_most(MOST_MESSAGES, "messages", "messages")
+]
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 
@@ -169,10 +164,10 @@ class WireThinking(Strict):
 class ChatRequest(_Request):
     """POST /v1/chat/completions."""
 
-    messages: list[ChatMessage] = Field(min_length=1, fail_fast=True)
+    messages: Messages
     max_tokens: NumTokens = None
     max_completion_tokens: NumTokens = None
-    tools: list[Any] | None = None
+    tools: Tools | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: Effort | None = None
@@ -276,8 +271,8 @@ class TokenizeRequest(Strict):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)] | None = None
-    tools: list[Any] | None = None
+    messages: Messages | None = None
+    tools: Tools | None = None
     add_special_tokens: bool = True
     return_token_strs: bool | None = None
 

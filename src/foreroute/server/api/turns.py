@@ -91,9 +91,6 @@ async def begin_turn(
     Raises:
         ApiError: it cannot be served; nothing has been queued.
     """
-    if len(asked.dialogue.messages) > settings.limits.messages:
-        count = len(asked.dialogue.messages)
-        raise not_possible("messages", f"There are {count} messages; at most {settings.limits.messages}.")
     turn = await serving.prompts.chat(asked.dialogue)
     if not turn.prompt_ids:
         raise not_possible("messages", "The conversation comes to no token at all.")
@@ -133,7 +130,9 @@ def _enforced(asked: TurnRequest, turn: Turn, serving: Serving) -> "tuple[str, G
             name, told = asked.grammar
             if is_required:
                 raise not_possible("tool_choice", f"tool_choice asks for a call, and {name} for something else.")
-            return name, enforcement.content(told)
+            if not tools:
+                return name, enforcement.content(told)
+            return name, enforcement.calls_or(told, tools, most=1 if is_one else None)
         if not is_required and not any(tool.is_strict for tool in tools):
             return None
         if serving.grammars is None:

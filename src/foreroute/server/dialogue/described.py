@@ -41,21 +41,23 @@ def with_described_tools(dialogue: Dialogue) -> Dialogue:
 def _plain(messages: Sequence[DialogueMessage]) -> Sequence[DialogueMessage]:
     """The messages with calls as text, and answers to them as a user's; those that follow each other as one."""
     found: list[DialogueMessage] = []
-    was_tool = False
+    answers: list[str] = []
     for message in messages:
-        is_tool = message.role == "tool"
-        if is_tool:
-            text = f"<tool_response>\n{message.text or ''}\n</tool_response>"
-            if was_tool:
-                text = f"{found.pop().text}\n{text}"
-            found.append(DialogueMessage("user", text))
-        elif message.calls:
+        if message.role == "tool":
+            answers.append(f"<tool_response>\n{message.text or ''}\n</tool_response>")
+            continue
+        found += _answered(answers)
+        answers = []
+        if message.calls:
             said = [message.text] if message.text else []
             found.append(replace(message, text="\n".join([*said, *map(_written, message.calls)]), calls=()))
         else:
             found.append(message)
-        was_tool = is_tool
-    return found
+    return [*found, *_answered(answers)]
+
+
+def _answered(answers: Sequence[str]) -> list[DialogueMessage]:
+    return [DialogueMessage("user", "\n".join(answers))] if answers else []
 
 
 def _written(call: ToolCall) -> str:

@@ -1,6 +1,5 @@
 """Grammars of tool calls, by the format in which a model writes them, and what may stand before what is enforced."""
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -12,10 +11,10 @@ from foreroute.server.dialogue.turn import Turn
 
 if TYPE_CHECKING:
     from foreroute.structured.grammar import Grammar
-    from foreroute.structured.tools import JsonCall, TaggedCall
+    from foreroute.structured.tagged import TaggedCall
+    from foreroute.structured.tools import JsonCall
 
 _MOST_CALLS = 16
-_ANY_OBJECT = {"type": "object"}
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,8 @@ class CallForm:
 
 def form_of(name: str) -> CallForm | None:
     """The form of the format with this name; None: it has none that a grammar could hold."""
-    from foreroute.structured.tools import JsonCall, TaggedCall
+    from foreroute.structured.tagged import TaggedCall
+    from foreroute.structured.tools import JsonCall
 
     glm, minimax = xml_calls.GLM, xml_calls.MINIMAX
     seek, kimi = named_calls.DEEPSEEK, named_calls.KIMI
@@ -97,10 +97,15 @@ class Enforcement:
     """
 
     def __init__(self, turn: Turn, special_id: Callable[[str], int | None]) -> None:
+        from foreroute.structured.reasoning import BeforeAnswer
+
         self._turn = turn
         texts = dict.fromkeys((*turn.shown_special, *(turn.format.markers if turn.format is not None else ())))
         found = {text: special_id(text) for text in texts if text}
         self._special = {text: one for text, one in found.items() if one is not None}
+        self._has_channels = turn.format is not None and turn.format.has_channels
+        thinks = None if turn.has_thought else turn.thinks
+        self._before = BeforeAnswer(thinks, turn.is_open, self._has_channels, self._special)
 
     def calls(self, tools: Sequence[Tool], *, is_required: bool, most: int | None = None) -> "Grammar":
         """The grammar of an answer that calls `tools`, or may call them.
@@ -111,106 +116,84 @@ class Enforcement:
         Raises:
             GrammarError: the format has no grammar, or a tool's schema cannot be enforced.
         """
-        from foreroute.structured.tools import CallableTool, JsonCall, tool_calls
+        from foreroute.structured.grammar import Grammar
+        from foreroute.structured.reasoning import free_rules, with_rules
 
-        name = self._turn.format.name if self._turn.format is not None else ""
-        form = form_of(name)
-        if form is None:
-            raise GrammarError(f"Calls in the format {name or 'of this model'} cannot be enforced.")
-        is_json = isinstance(form.call, JsonCall)
-        told = [
-            CallableTool(
-                tool.name, _ANY_OBJECT if is_json and not (is_required or tool.is_strict) else _parameters(tool)
-            )
-            for tool in tools
-        ]
+        form = self._form()
         # Its first mark, which is text, is part of what is free before it.
         is_cut = not is_required and bool(form.begins) and form.begins not in self._special
         form = form.without_mark() if is_cut else form
-        grammar = tool_calls(
-            told, form.call, special=self._special, opening=form.opening, separator=form.separator,
-            closing=form.closing, most=min(form.most, most or form.most),
-        )  # fmt: skip
-        return self._behind(grammar, "@answer" if is_required else self._optional(form), form)
+        answer = "answer" if is_required else self._optional(form)
+        rules = {**free_rules(), **_rules_beside(form.begins)}
+        # Free text has its spaces, and tags that are text, itself.
+        is_free = "until_mark" in answer or answer.startswith("TEXT")
+        start = with_rules(f"start: {self._before.rule(rules, is_free=is_free)} ({answer})", rules)
+        # In one grammar: what begins alike in two of them is read as the first one's.
+        return Grammar("lark", f"{start}\n{self._calls(tools, form, 'answer', is_required=is_required, most=most)}")
 
     def content(self, grammar: "Grammar") -> "Grammar":
         """The same for an answer's content: behind its reasoning, and in gpt-oss's last channel.
 
         Raises:
-            GrammarError: the model has no such channel.
+            GrammarError: the model's channels have no tokens of their own.
         """
-        if self._turn.format is not None and self._turn.format.has_channels:
-            return self._behind(grammar, f"{self._marks('<|channel|>final<|message|>')} @answer")
-        if self._turn.is_open and self._turn.thinks is not None:
-            end = self._turn.thinks[1]
-            return grammar.after(self._special.get(end, end))
-        return grammar
+        return self._before.behind(grammar)
+
+    def calls_or(self, content: "Grammar", tools: Sequence[Tool], most: int | None = None) -> "Grammar":
+        """The grammar of an answer that calls `tools` (strict ones by their schemas), or else has this `content`.
+
+        Args:
+            most: see `calls`.
+        Raises:
+            GrammarError: as `calls`.
+        """
+        from foreroute.structured.grammar import Grammar
+        from foreroute.structured.reasoning import free_rules, with_rules
+
+        rules = free_rules()
+        said = f"{self._before.final} @answer" if self._has_channels else "@answer"
+        start = with_rules(f"start: {self._before.rule(rules)} (calls | {said})", rules)
+        form = self._form("Beside tools, leave this out, or say tool_choice none.")
+        calls = self._calls(tools, form, "calls", is_required=False, most=most)
+        return Grammar(content.kind, content.source, f"{start}\n{calls}")
+
+    def _form(self, advice: str = "") -> CallForm:
+        name = self._turn.format.name if self._turn.format is not None else ""
+        form = form_of(name)
+        if form is None:
+            raise GrammarError(f"Calls in the format {name or 'of this model'} cannot be enforced. {advice}".rstrip())
+        return form
+
+    def _calls(self, tools: Sequence[Tool], form: CallForm, name: str, *, is_required: bool, most: int | None) -> str:
+        """The rule `name` of one call or several, and those that it refers to."""
+        from foreroute.structured.tools import CallableTool, tool_calls
+
+        told = [CallableTool(tool.name, _parameters(tool) if is_required or tool.is_strict else None) for tool in tools]
+        grammar = tool_calls(
+            told, form.call, special=self._special, opening=form.opening, separator=form.separator,
+            closing=form.closing, most=min(form.most, most or form.most),
+        )  # fmt: skip
+        return grammar.source.replace("start:", f"{name}:", 1)
 
     def _optional(self, form: CallForm) -> str:
         """Free text, and calls behind it or none."""
-        if self._turn.format is not None and self._turn.format.has_channels:
-            return f'@answer | {self._marks("<|channel|>")} ("final" | "commentary") {self._marks("<|message|>")} TEXT'
+        marks = self._before.marks
+        if self._has_channels:
+            return f'answer | {marks("<|channel|>")} ("final" | "commentary") {marks("<|message|>")} TEXT'
         if not form.begins:
-            return "@answer | OTHER"
-        return "TEXT? @answer?" if form.begins in self._special else "(until_mark @answer | OTHER?)"
-
-    def _behind(self, grammar: "Grammar", answer: str, form: CallForm | None = None) -> "Grammar":
-        """The grammar whose answer is as the rule `answer` says, behind reasoning. form: of calls."""
-        from foreroute.structured.grammar import Grammar, quoted
-
-        mark = form.begins if form is not None else ""
-        other = f"/(.|\\n)*/ {quoted(mark)} /(.|\\n)*/" if mark else "/[ \\n\\r\\t]*\\{(.|\\n)*/"
-        rules = {
-            "TEXT": "TEXT: /(.|\\n)+/",
-            "OTHER": f"OTHER: /(.|\\n)+/ & ~({other})",
-            "SPACE": "SPACE: /[ \\n\\r\\t]{1,8}/",
-            "until_mark": f"until_mark[lazy]: /(.|\\n)*/ {quoted(mark or ' ')}",
-        }
-        # Free text has its spaces, and tags that are text, itself.
-        is_free = "until_mark" in answer or answer.startswith("TEXT")
-        before = self._reasoning(rules, is_free=is_free)
-        start = f"start: {before} ({answer})"
-        used = [rule for name, rule in rules.items() if re.search(rf"\b{name}\b", start)]
-        if grammar.kind != "lark" or not form:
-            return Grammar(grammar.kind, grammar.source, "\n".join([start, *used]))
-        # In one grammar: what begins alike in two of them is read as the first one's.
-        source = grammar.source.replace("start:", "answer:", 1)
-        return Grammar("lark", "\n".join([start.replace("@answer", "answer"), *used, source]))
-
-    def _reasoning(self, rules: dict[str, str], *, is_free: bool) -> str:
-        """What may stand before an answer; its rules are added to `rules`. is_free: text may be there anyway."""
-        turn, marks = self._turn, self._marks
-        if turn.format is not None and turn.format.has_channels:
-            if "<|channel|>" not in self._special:
-                raise GrammarError("The marks of this model's channels are no tokens of their own.")
-            thought = f'{marks("<|channel|>")} "analysis" {marks("<|message|>")} {self._until("<|end|>", rules)}'
-            return f"({thought} {marks('<|start|>assistant')})*"
-        if turn.thinks is None:
-            return ""
-        begin, end = turn.thinks
-        thought = self._until(end, rules) + ("" if is_free else " SPACE?")
-        if turn.is_open:
-            return thought
-        return "" if is_free and begin not in self._special else f"(SPACE? {marks(begin)} {thought})?"
-
-    def _until(self, end: str, rules: dict[str, str]) -> str:
-        """Free text up to and with `end`, which may be a special token."""
-        from foreroute.structured.grammar import quoted
-
-        if end in self._special:
-            return f"TEXT? {self._marks(end)}"
-        rules["until_end"] = f"until_end[lazy]: /(.|\\n)*/ {quoted(end)}"
-        return "until_end"
-
-    def _marks(self, text: str) -> str:
-        return marks_of(text, self._special)
+            return "answer | OTHER"
+        return "TEXT? answer?" if form.begins in self._special else "(until_mark answer | OTHER?)"
 
 
-def marks_of(text: str, special: dict[str, int]) -> str:
-    """A text in Lark's syntax, in which special tokens are meant by their ids."""
-    from foreroute.structured.tools import written
+def _rules_beside(mark: str) -> dict[str, str]:
+    """The rules of free text beside calls that begin with `mark`; "": that are JSON."""
+    from foreroute.structured.lark import ANY, quoted
 
-    return written(text, special)
+    other = f"{ANY} {quoted(mark)} {ANY}" if mark else "/[ \\n\\r\\t]*\\{(.|\\n)*/"
+    return {
+        "OTHER": f"OTHER: /(.|\\n)+/ & ~({other})",
+        "until_mark": f"until_mark[lazy]: {ANY} {quoted(mark or ' ')}",
+    }
 
 
 def _parameters(tool: Tool) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """A conversation, its tools and what is asked of the answer: plain data, the same for every API."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -32,16 +32,17 @@ class DialogueMessage:
     call_id: str | None = None
     name: str | None = None
 
-    def joined(self, other: "DialogueMessage") -> "DialogueMessage":
-        """This and the `other`, which follows it, as one: texts on lines of their own, and all calls."""
-        texts = [one for one in (self.text, other.text) if one]
-        thoughts = [one for one in (self.reasoning, other.reasoning) if one]
-        return replace(
-            self,
-            text="\n".join(texts) or None,
-            reasoning="\n".join(thoughts),
-            calls=self.calls + other.calls,
-        )
+
+def joined(messages: Sequence[DialogueMessage]) -> DialogueMessage:
+    """Messages that follow each other as one, with the first one's role: texts on lines of their own, and all calls."""
+    if len(messages) == 1:
+        return messages[0]
+    return replace(
+        messages[0],
+        text="\n".join(one.text for one in messages if one.text) or None,
+        reasoning="\n".join(one.reasoning for one in messages if one.reasoning),
+        calls=tuple(call for one in messages for call in one.calls),
+    )
 
 
 @dataclass(frozen=True)

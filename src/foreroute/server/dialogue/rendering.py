@@ -82,12 +82,16 @@ def _one_call_each(messages: Sequence[DialogueMessage], reading: TemplateReading
         while at < len(messages) and messages[at].role == "tool":
             answers.append(messages[at])
             at += 1
+        of_call: dict[str, list[DialogueMessage]] = {call.id: [] for call in message.calls}
+        others: list[DialogueMessage] = []
+        for answer in answers:
+            of_call.get(answer.call_id or "", others).append(answer)
         for number, call in enumerate(message.calls):
             first = message if number == 0 else DialogueMessage(message.role, name=message.name)
             found.append(replace(first, calls=(call,)))
-            found += [answer for answer in answers if answer.call_id == call.id]
-        known = {call.id for call in message.calls}
-        found += [answer for answer in answers if answer.call_id not in known]
+            # Of two calls with one id, the first has the answers.
+            found += of_call.pop(call.id, [])
+        found += others
     return found
 
 

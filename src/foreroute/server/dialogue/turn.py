@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from foreroute.server.dialogue.messages import Dialogue, Tool
 from foreroute.server.dialogue.parsing.formats import AnswerParser, Format
-from foreroute.server.dialogue.parsing.thinking import ThinkTags, is_open
+from foreroute.structured.reasoning import ThinkTags, is_open, is_over
 
 
 @dataclass(frozen=True)
@@ -13,8 +13,8 @@ class Turn:
     """What the engine is asked for one answer of a conversation, and how its text is read.
 
     prompt_ids: up to where the answer begins. format: of calls; None: calls are text. tools: those that may be called,
-    by name. thinks: tags of reasoning; None: none is told apart. is_open: the prompt ends within reasoning. one_call:
-    at most one call.
+    by name. thinks: tags of reasoning; None: none is told apart. is_open: the prompt ends within reasoning.
+    has_thought: it ends with reasoning that is over. one_call: at most one call.
     """
 
     prompt_ids: Sequence[int]
@@ -23,6 +23,7 @@ class Turn:
     thinks: ThinkTags | None = None
     is_open: bool = False
     one_call: bool = False
+    has_thought: bool = False
 
     def parser(self) -> AnswerParser:
         """A parser of one answer."""
@@ -56,4 +57,5 @@ def turn_of(
         None if has_channels else thinks,
         thinks is not None and is_open(prompt, thinks),
         dialogue.one_call,
+        thinks is not None and is_over(prompt, thinks),
     )

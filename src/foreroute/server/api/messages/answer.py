@@ -44,7 +44,8 @@ async def answer_messages(
         ApiError: the request cannot be served; nothing has been queued.
     """
     name = check_model(asked.model, settings)
-    stop = check_stops("stop_sequences", asked.stop_sequences or [], settings.limits)
+    limits = settings.limits
+    stop = check_stops("stop_sequences", asked.stop_sequences or [], limits.stop_sequences, limits)
     if asked.messages[-1].role == "assistant":
         raise not_supported("messages", "The last message must be a user's: an answer cannot be begun for the model.")
     sampling = Sampling(

@@ -7,11 +7,12 @@ from typing import Annotated, Any, Literal
 from pydantic import model_validator
 
 from foreroute.server.api.problems import not_possible, not_supported
-from foreroute.server.api.strict import SHORT, Strict
-from foreroute.server.dialogue.messages import DialogueMessage, ToolCall
+from foreroute.server.api.strict import MOST_PARTS, SHORT, Strict, at_most
+from foreroute.server.dialogue.messages import DialogueMessage, ToolCall, joined
 
 # What blocks have beside their content: hints, and notes of the service.
 _NOTES = frozenset({"cache_control", "citations", "signature", "caller"})
+_BLOCKS = at_most(MOST_PARTS, "messages", "blocks in a message")
 
 
 def _without_notes(given: Any) -> Any:
@@ -44,7 +45,7 @@ class WireBlock(Strict):
     name: str | None = None
     input: dict[str, Any] | None = None
     tool_use_id: str | None = None
-    content: str | Annotated[list[WireText], SHORT] | None = None
+    content: str | Annotated[list[WireText], SHORT, _BLOCKS] | None = None
     is_error: bool | None = None
 
     @model_validator(mode="before")
@@ -91,7 +92,7 @@ class WireMessage(Strict):
     """A message."""
 
     role: Literal["user", "assistant", "system"]
-    content: str | Annotated[list[WireBlock], SHORT]
+    content: str | Annotated[list[WireBlock], SHORT, _BLOCKS]
 
     @property
     def blocks(self) -> Sequence[WireBlock]:
@@ -105,14 +106,14 @@ def conversation(system: str, given: Sequence[WireMessage]) -> tuple[DialogueMes
     Raises:
         ApiError: a message has blocks that its role cannot have.
     """
-    found = [DialogueMessage("system", system)] if system else []
+    found = [[DialogueMessage("system", system)]] if system else []
     for at, one in enumerate(given):
         for message in [_of_assistant(one, at)] if one.role == "assistant" else _of_others(one, at):
-            if found and found[-1].role == message.role != "tool":
-                found[-1] = found[-1].joined(message)
+            if found and found[-1][0].role == message.role != "tool":
+                found[-1].append(message)
             else:
-                found.append(message)
-    return tuple(found)
+                found.append([message])
+    return tuple(map(joined, found))
 
 
 def _of_others(given: WireMessage, at: int) -> Iterator[DialogueMessage]:

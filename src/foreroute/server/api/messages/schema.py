@@ -4,11 +4,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from foreroute.server.api.chat_messages import check_tool_count, function_tool
+from foreroute.server.api.chat_messages import Tools, function_tool
 from foreroute.server.api.messages.blocks import WireMessage, WireText, conversation
 from foreroute.server.api.problems import ApiError, not_possible, not_supported
 from foreroute.server.api.schema import Probability
-from foreroute.server.api.strict import SHORT, Strict, Whole
+from foreroute.server.api.strict import MOST_MESSAGES, MOST_PARTS, SHORT, Strict, Whole, at_most, screened
 from foreroute.server.dialogue.messages import Dialogue, Thinking, Tool, ToolChoice
 
 # Accepted and ignored, as they change no answer: hints for caches, accounting and routing.
@@ -58,9 +58,11 @@ class CountRequest(Strict):
     """POST /v1/messages/count_tokens."""
 
     model: str | None = Field(None, max_length=512)
-    messages: list[WireMessage] = Field(min_length=1, fail_fast=True)
-    system: str | Annotated[list[WireText], SHORT] | None = None
-    tools: list[Any] | None = None
+    messages: Annotated[
+        list[WireMessage], Field(min_length=1, fail_fast=True), at_most(MOST_MESSAGES, "messages", "messages")
+    ]
+    system: str | Annotated[list[WireText], SHORT, at_most(MOST_PARTS, "system", "blocks in system")] | None = None
+    tools: Tools | None = None
     tool_choice: _Choice | None = None
     thinking: _Thinking | None = None
     output_config: _OutputConfig | None = None
@@ -78,11 +80,7 @@ class CountRequest(Strict):
             # By this code Anthropic's client knows that it is to send whole conversations.
             why = "thread is not supported here: nothing is kept. Send the whole conversation."
             raise ApiError(400, why, param="thread", code="thread_unsupported_request")
-        for name in _REFUSED:
-            if given.get(name) is not None and given[name] not in _REFUSED[name]:
-                raise not_supported(name, f"{name} is not supported here. Leave it out.")
-        dropped = {*_HARMLESS, *_REFUSED, "thread"}
-        return {name: value for name, value in given.items() if name not in dropped}
+        return screened(given, {*_HARMLESS, "thread"}, _REFUSED)
 
     @model_validator(mode="after")
     def _keeps_the_context(self) -> "CountRequest":
@@ -97,7 +95,6 @@ class CountRequest(Strict):
         Raises:
             ApiError: messages or tools are not valid, or a tool is chosen that is not there.
         """
-        check_tool_count(self.tools or [])
         tools = tuple(_tool(one, f"tools.{at}") for at, one in enumerate(self.tools or []))
         system = self.system if isinstance(self.system, str) else "\n".join(one.text for one in self.system or [])
         is_on = {"enabled": True, "disabled": False}.get(self.thinking.type) if self.thinking is not None else None
@@ -143,14 +140,12 @@ def _tool(given: Any, place: str) -> Tool:
     if given.get("type") not in (None, "custom"):
         kind = str(given["type"])[:40]
         raise not_supported(place, f"Tools of the type {kind!r} are not supported here: those with an input_schema.")
-    for name in _TOOL_REFUSED:
-        if given.get(name) is not None and given[name] not in _TOOL_REFUSED[name]:
-            raise not_supported(f"{place}.{name}", f"{place}.{name} is not supported here. Leave it out.")
+    given = screened(given, _TOOL_HINTS, _TOOL_REFUSED, place=f"{place}.")
     schema = given.get("input_schema")
     if not isinstance(schema, dict):
         raise not_possible(f"{place}.input_schema", f"{place}.input_schema must be a JSON schema.")
     known = ("name", "description", "strict")
-    others = given.keys() - {*known, "type", "input_schema", *_TOOL_HINTS, *_TOOL_REFUSED}
+    others = given.keys() - {*known, "type", "input_schema"}
     if others:
         name = f"{place}.{min(others)[:40]}"
         raise not_supported(name, f"There is no field {name!r}. Leave it out.")

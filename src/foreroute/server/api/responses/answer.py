@@ -2,7 +2,7 @@
 
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from typing import Any
 
 from starlette.requests import Request as HttpRequest
@@ -16,7 +16,6 @@ from foreroute.server.api.sse import EventStream, StreamForm
 from foreroute.server.api.structure import schema_grammar
 from foreroute.server.api.turns import TurnChoice, TurnRequest, begin_turn
 from foreroute.server.backend import Serving
-from foreroute.server.dialogue.parsing.events import CallArguments, CallBegan, CallEnded, Content, Event
 from foreroute.server.settings import ServerSettings
 from foreroute.server.watching.metrics import ServerMetrics
 
@@ -48,7 +47,7 @@ async def answer_responses(
     found = await gather(http, answers, new_choice)
     if found is None:
         return None
-    for part in _settled(found[0].parts):
+    for part in found[0].parts:
         for _ in writer.write(part):
             pass
     for _ in writer.close(is_whole=not _is_cut(found[0])):
@@ -84,21 +83,6 @@ async def _events(
             yield written
         last = "incomplete" if _is_cut(choice) else "completed"
         yield {"type": f"response.{last}", "response": _finished(head, choice, writer)}
-
-
-def _settled(parts: Sequence[Event]) -> list[Event]:
-    """The parts of a whole answer: a call that proved to be none is text."""
-    found: list[Event] = []
-    begun = 0
-    for part in parts:
-        if isinstance(part, CallBegan):
-            begun = len(found)
-        if isinstance(part, CallEnded) and not part.is_valid:
-            found[begun:] = [one for one in found[begun:] if not isinstance(one, (CallBegan, CallArguments))]
-            found.append(Content(part.raw))
-        else:
-            found.append(part)
-    return found
 
 
 def _is_cut(choice: TurnChoice) -> bool:

@@ -2,14 +2,14 @@
 
 import json
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import model_validator
 
-from foreroute.server.api.chat_messages import ContentPart
+from foreroute.server.api.chat_messages import Parts
 from foreroute.server.api.problems import not_possible, not_supported
-from foreroute.server.api.strict import SHORT, Strict
-from foreroute.server.dialogue.messages import DialogueMessage, ToolCall
+from foreroute.server.api.strict import Strict
+from foreroute.server.dialogue.messages import DialogueMessage, ToolCall, joined
 
 # What the items of an answer have beside their content.
 _NOTES = frozenset({"id", "status", "phase", "caller", "created_by", "encrypted_content", "async"})
@@ -22,7 +22,7 @@ _FIELDS: dict[str, tuple[str, ...]] = {
     "custom_tool_call_output": ("call_id", "output"),
     "reasoning": (),
 }
-_Text = str | Annotated[list[ContentPart], SHORT]
+_Text = str | Parts
 
 
 class WireItem(Strict):
@@ -62,39 +62,53 @@ class WireItem(Strict):
         return self
 
     def message(self) -> DialogueMessage:
-        """The item as a message of its own."""
+        """The item as a message of its own.
+
+        Raises:
+            ApiError: it has what only an assistant's can have.
+        """
         if self.type == "reasoning":
             return DialogueMessage("assistant", reasoning=_text(self.content))
         if self.type == "message":
-            return DialogueMessage(self.role or "user", _text(self.content))
+            return DialogueMessage(self.role or "user", _text(self.content), self._thought(self.content))
         if self.type in ("function_call_output", "custom_tool_call_output"):
-            return DialogueMessage("tool", _text(self.output), call_id=self.call_id)
+            return DialogueMessage("tool", _text(self.output), self._thought(self.output), call_id=self.call_id)
         # A custom tool is a function of one text here.
         arguments = self.arguments if self.type == "function_call" else json.dumps({"input": self.input})
         return DialogueMessage("assistant", calls=(ToolCall(self.call_id or "", self.name or "", arguments or "{}"),))
+
+    def _thought(self, content: _Text | None) -> str:
+        found = _text(content, "thinking") if isinstance(content, list) else ""
+        if found and self.role != "assistant":
+            raise not_possible("input", "An item that is not an assistant's message has no reasoning in its content.")
+        return found
 
 
 def conversation(instructions: str, given: Sequence[WireItem]) -> tuple[DialogueMessage, ...]:
     """The messages of a conversation. Items that an assistant made one after another are one message.
 
     Many templates know one system's message, at the beginning: the instructions, and those of the input's beginning.
+
+    Raises:
+        ApiError: see `WireItem.message`.
     """
-    found = [DialogueMessage("system", instructions)] if instructions else []
+    found = [[DialogueMessage("system", instructions)]] if instructions else []
     for item in given:
         message = item.message()
-        last = found[-1] if found else None
+        last = found[-1][0] if found else None
         is_more = last is not None and last.role == message.role == "assistant"
         if last is not None and message.role in ("system", "developer") and len(found) == 1:
             is_more = last.role in ("system", "developer")
-        if is_more and last is not None:
-            found[-1] = last.joined(message)
+        if is_more:
+            found[-1].append(message)
         else:
-            found.append(message)
-    return tuple(found)
+            found.append([message])
+    return tuple(map(joined, found))
 
 
-def _text(given: str | list[ContentPart] | None) -> str:
-    return given if isinstance(given, str) else "\n".join(part.text for part in given or [])
+def _text(given: _Text | None, kind: str = "text") -> str:
+    """A text, or the texts of the parts of this kind."""
+    return given if isinstance(given, str) else "\n".join(part.text for part in given or [] if part.type == kind)
 
 
 def _thought(parts: Any) -> str:

@@ -4,11 +4,11 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
-from foreroute.server.api.chat_messages import check_tool_count, function_tool
+from foreroute.server.api.chat_messages import Tools, function_tool
 from foreroute.server.api.problems import not_possible, not_supported
 from foreroute.server.api.responses.items import WireItem, conversation
 from foreroute.server.api.schema import NumTokens, Probability, WireReasoning, tool_choice_of
-from foreroute.server.api.strict import SHORT, Strict
+from foreroute.server.api.strict import MOST_MESSAGES, SHORT, Strict, at_most, screened
 from foreroute.server.dialogue.messages import Dialogue, Thinking, Tool
 from foreroute.server.dialogue.parsing.json_text import as_json
 
@@ -32,6 +32,10 @@ _WHY = {
 }
 # What `include` may ask for: it is there anyway, or is none here.
 _INCLUDABLE = frozenset({"reasoning.encrypted_content"})
+_TOOL_HINTS = ("output_schema",)
+_TOOL_REFUSED: dict[str, tuple[Any, ...]] = {"defer_loading": (False,), "allowed_callers": (["direct"], [])}
+# Reasoning, texts and calls of one message are items of their own.
+_MOST_ITEMS = 4 * MOST_MESSAGES
 
 
 class _Reasoning(WireReasoning):
@@ -44,9 +48,9 @@ class ResponsesRequest(Strict):
     """POST /v1/responses."""
 
     model: str | None = Field(None, max_length=512)
-    input: str | Annotated[list[WireItem], Field(min_length=1, fail_fast=True)]
+    input: str | Annotated[list[WireItem], Field(min_length=1, fail_fast=True), at_most(_MOST_ITEMS, "input", "items")]
     instructions: str | None = None
-    tools: list[Any] | None = None
+    tools: Tools | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     text: dict[str, Any] | None = None
@@ -64,10 +68,7 @@ class ResponsesRequest(Strict):
         """Drop harmless fields, and refuse by name those that would be ignored."""
         if not isinstance(given, dict):
             return given
-        for name in _REFUSED:
-            if given.get(name) is not None and given[name] not in _REFUSED[name]:
-                raise not_supported(name, f"{name} is not supported here: {_WHY.get(name, 'leave it out')}.")
-        return {name: value for name, value in given.items() if name not in _HARMLESS and name not in _REFUSED}
+        return screened(given, _HARMLESS, _REFUSED, _WHY)
 
     @model_validator(mode="after")
     def _includes_nothing(self) -> "ResponsesRequest":
@@ -118,7 +119,6 @@ class ResponsesRequest(Strict):
         Raises:
             ApiError: the input or tools are not valid, or a tool is chosen that is not there.
         """
-        check_tool_count(self.tools or [])
         tools = tuple(_tool(one, f"tools.{at}") for at, one in enumerate(self.tools or []))
         choice = self.tool_choice
         if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
@@ -141,10 +141,11 @@ def _tool(given: Any, place: str) -> Tool:
         raise not_possible(place, f"{place} must be an object.")
     kind = given.get("type")
     if kind == "function":
-        return function_tool({name: one for name, one in given.items() if name not in ("type", *_HINTS)}, place)
+        return function_tool(screened(given, ("type", *_TOOL_HINTS), _TOOL_REFUSED, place=f"{place}."), place)
     if kind != "custom":
         shown = str(kind)[:40]
         raise not_supported(place, f"Tools of the type {shown!r} are not supported here: function and custom alone.")
+    given = screened(given, _TOOL_HINTS, _TOOL_REFUSED, place=f"{place}.")
     described = given.get("description")
     told = [described] if isinstance(described, str) and described else []
     form = given.get("format")
@@ -154,12 +155,9 @@ def _tool(given: Any, place: str) -> Tool:
     return function_tool({"name": given.get("name"), "description": "\n\n".join(told), "parameters": text}, place)
 
 
-_HINTS = ("defer_loading", "allowed_callers", "output_schema")
-
-
 def _allowed(given: dict[str, Any], tools: tuple[Tool, ...]) -> tuple[Tool, ...]:
     listed = given.get("tools")
-    named = [one.get("name") for one in listed if isinstance(one, dict)] if isinstance(listed, list) else []
+    named = {str(one.get("name")) for one in listed if isinstance(one, dict)} if isinstance(listed, list) else set()
     found = tuple(tool for tool in tools if tool.name in named)
     if not found or len(found) < len(named):
         raise not_possible("tool_choice", "tool_choice allows tools that are not in tools.")

@@ -1,11 +1,14 @@
-"""An answer's parts as the events of output items, in OpenAI's order."""
+"""An answer's parts as the events of output items, in OpenAI's order.
+
+A call is held back until it is whole: clients run one that is done, and what proves to be no call is text.
+"""
 
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from foreroute.server.dialogue.parsing.events import CallArguments, CallBegan, CallEnded, Content, Event, Reasoning
+from foreroute.server.dialogue.parsing.events import CallArguments, CallBegan, Content, Event, Reasoning
 from foreroute.server.dialogue.parsing.json_text import object_of
 
 
@@ -41,6 +44,8 @@ class ItemWriter:
     def __init__(self, custom: frozenset[str]) -> None:
         self._custom = custom
         self._open: _Open | None = None
+        self._begun: CallBegan | None = None
+        self._written: list[str] = []
         self.output: list[dict[str, Any]] = []
 
     def write(self, part: Event) -> Iterator[dict[str, Any]]:
@@ -49,12 +54,14 @@ class ItemWriter:
             if part.text:
                 yield from self._said("message" if isinstance(part, Content) else "reasoning", part.text)
         elif isinstance(part, CallBegan):
-            yield from self._call(part)
+            self._begun, self._written = part, []
         elif isinstance(part, CallArguments):
-            yield from self._arguments(part.text)
-        elif isinstance(part, CallEnded):
-            # One that is broken was told of already, and cannot be taken back.
-            yield from self.close(is_whole=part.is_valid)
+            self._written.append(part.text)
+        elif part.is_valid:
+            assert self._begun is not None
+            yield from self._call(self._begun, "".join(self._written))
+        elif part.raw:
+            yield from self._said("message", part.raw)
 
     def close(self, *, is_whole: bool = True) -> Iterator[dict[str, Any]]:
         """End the item that is open, if one is. is_whole: it was not cut off."""
@@ -83,19 +90,18 @@ class ItemWriter:
         self._open.parts.append(text)
         yield self._at(self._open, {"type": f"{event}.delta", "content_index": 0, "delta": text, **beside})
 
-    def _call(self, part: CallBegan) -> Iterator[dict[str, Any]]:
+    def _call(self, part: CallBegan, arguments: str) -> Iterator[dict[str, Any]]:
         if part.name in self._custom:
             item = {"id": _id("ctc"), "type": "custom_tool_call", "call_id": part.id, "name": part.name, "input": ""}
             yield from self._begin("custom", item)
         else:
             item = {"id": _id("fc"), "type": "function_call", "call_id": part.id, "name": part.name, "arguments": ""}
             yield from self._begin("call", {**item, "status": "in_progress"})
-
-    def _arguments(self, text: str) -> Iterator[dict[str, Any]]:
         assert self._open is not None
-        self._open.parts.append(text)
+        self._open.parts.append(arguments)
         if self._open.kind == "call":
-            yield self._at(self._open, {"type": "response.function_call_arguments.delta", "delta": text})
+            yield self._at(self._open, {"type": "response.function_call_arguments.delta", "delta": arguments})
+        yield from self.close()
 
     def _begin(self, kind: str, item: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield from self.close()

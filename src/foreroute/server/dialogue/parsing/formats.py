@@ -10,7 +10,8 @@ from foreroute.server.dialogue.parsing.draft import Draft, long_id, short_id
 from foreroute.server.dialogue.parsing.events import CallEnded, Event
 from foreroute.server.dialogue.parsing.json_calls import json_calls
 from foreroute.server.dialogue.parsing.reader import Steps
-from foreroute.server.dialogue.parsing.thinking import ThinkTags, reasoning
+from foreroute.server.dialogue.parsing.thinking import reasoning
+from foreroute.structured.reasoning import ThinkTags
 
 
 @dataclass(frozen=True)

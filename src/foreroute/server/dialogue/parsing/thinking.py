@@ -2,29 +2,7 @@
 
 from foreroute.server.dialogue.parsing.draft import Draft
 from foreroute.server.dialogue.parsing.reader import Steps
-
-ThinkTags = tuple[str, str]
-# In the order in which a template is searched for them.
-KNOWN: tuple[ThinkTags, ...] = (
-    ("<think>", "</think>"),
-    ("[THINK]", "[/THINK]"),
-    ("<seed:think>", "</seed:think>"),
-    ("<longcat_think>", "</longcat_think>"),
-    ("<|START_THINKING|>", "<|END_THINKING|>"),
-    ("<thought>", "</thought>"),
-    # Gemma 4: a channel's token and its name.
-    ("<|channel>thought", "<channel|>"),
-)
-
-
-def tags_of(template: str) -> ThinkTags | None:
-    """The tags that a chat template knows; None: it knows none."""
-    return next((tags for tags in KNOWN if tags[0] in template or tags[1] in template), None)
-
-
-def is_open(prompt: str, tags: ThinkTags) -> bool:
-    """Whether a prompt ends within reasoning: its template opened it, and the model goes on."""
-    return prompt.rstrip().endswith(tags[0])
+from foreroute.structured.reasoning import ThinkTags
 
 
 def reasoning(draft: Draft, tags: ThinkTags, *, is_open: bool) -> Steps[None]:

@@ -27,6 +27,8 @@ def types_of(schema: Any, depth: int = 0) -> set[str]:
         found = {kind for one in several for kind in types_of(one, depth + 1)}
     elif isinstance(schema.get("enum"), list) and schema["enum"]:
         found = {_type_of(one) for one in schema["enum"]}
+    elif "const" in schema:
+        found = {_type_of(schema["const"])}
     elif "$ref" in schema:
         found = {"any", "object", "array", "number", "boolean"}
     if schema.get("nullable") is True:
