@@ -43,14 +43,20 @@ def text_form(schema: Any, place: str) -> str | None:
         return " | ".join(map(quoted, told))
     if schema.get("type") in ("string", ["string"]):
         return _string(schema, place)
-    for name in ("anyOf", "oneOf") if "type" not in schema else ():
+    return None if "type" in schema else _one_of_several(schema, place)
+
+
+def _one_of_several(schema: Mapping[str, Any], place: str) -> str | None:
+    """The same for a schema of several, by "anyOf" or "oneOf"."""
+    for name in ("anyOf", "oneOf"):
         found = schema.get(name)
         several: list[Any] = found if isinstance(found, list) else []
         forms = [text_form(one, place) for one in several]
-        if forms and all(one is not None for one in forms):
-            if name == "oneOf" and not all("enum" in one or "const" in one for one in several):
-                raise GrammarError(f'{place} has "oneOf", which cannot be enforced in a text. Use "anyOf".')
-            return " | ".join(f"({one})" for one in forms)
+        if not forms or None in forms:
+            continue
+        if name == "oneOf" and not all("enum" in one or "const" in one for one in several):
+            raise GrammarError(f'{place} has "oneOf", which cannot be enforced in a text. Use "anyOf".')
+        return " | ".join(f"({one})" for one in forms)
     return None
 
 

@@ -17,23 +17,23 @@ def types_of(schema: Any, depth: int = 0) -> set[str]:
     """The types that a schema allows; "any" where it does not say."""
     if not isinstance(schema, dict) or depth > _DEEPEST:
         return {"any"}
-    several = schema.get("anyOf") or schema.get("oneOf")
-    found: set[str] = set()
-    if isinstance(schema.get("type"), str):
-        found = {schema["type"]}
-    elif isinstance(schema.get("type"), list):
-        found = {one for one in schema["type"] if isinstance(one, str)}
-    elif isinstance(several, list):
-        found = {kind for one in several for kind in types_of(one, depth + 1)}
-    elif isinstance(schema.get("enum"), list) and schema["enum"]:
-        found = {_type_of(one) for one in schema["enum"]}
-    elif "const" in schema:
-        found = {_type_of(schema["const"])}
-    elif "$ref" in schema:
-        found = {"any", "object", "array", "number", "boolean"}
+    found = _told_by(schema, depth)
     if schema.get("nullable") is True:
         found.add("null")
     return found or {"any"}
+
+
+def _told_by(schema: dict[str, Any], depth: int) -> set[str]:
+    """The types by the first keyword that says any."""
+    told, several = schema.get("type"), schema.get("anyOf") or schema.get("oneOf")
+    if told is not None:
+        return {one for one in (told if isinstance(told, list) else [told]) if isinstance(one, str)}
+    if isinstance(several, list):
+        return {kind for one in several for kind in types_of(one, depth + 1)}
+    values = schema.get("enum") or ([schema["const"]] if "const" in schema else [])
+    if isinstance(values, list) and values:
+        return {_type_of(one) for one in values}
+    return {"any", "object", "array", "number", "boolean"} if "$ref" in schema else set()
 
 
 def value_of(text: str, schema: Any) -> Any:
