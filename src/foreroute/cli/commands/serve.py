@@ -46,9 +46,9 @@ def add_parser(commands: Any) -> None:
     """Add `serve` to the commands."""
     parser = commands.add_parser(
         "serve",
-        help="serve OpenAI's and Anthropic's APIs, and a page that shows the engine at work",
+        help="serve OpenAI's and Anthropic's APIs, and a page of what it does",
         usage="foreroute serve MODEL [flags]",
-        description="Serve a model over OpenAI's APIs (chat completions, responses) and Anthropic's (messages).",
+        description="Serve a model over OpenAI's API (chat, responses) and Anthropic's (messages).",
         epilog=_EPILOG,
     )
     parser.add_argument("model", metavar="MODEL", nargs="?", help=options.MODEL_HELP)
