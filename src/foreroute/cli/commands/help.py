@@ -19,7 +19,7 @@ With a model of yours or of the hub:
   foreroute pull ORG/NAME                      download one
   foreroute plan MODEL                         does it fit, and how fast?
   foreroute generate MODEL "Once upon a time" --memory 8GiB
-  foreroute serve MODEL                        OpenAI's and Anthropic's APIs, a page
+  foreroute serve MODEL                        OpenAI's and Anthropic's APIs
 """
 
 _EPILOG = """\
