@@ -173,12 +173,12 @@ def test_close_leaves_no_thread_and_no_descriptor(gate, tmp_path):
     path, _ = write_file(tmp_path / "store", 8192)
     gate.open()
     slots = make_slots(2, 4096)
-    before = set(os.listdir("/proc/self/fd"))
+    before, others = set(os.listdir("/proc/self/fd")), set(threading.enumerate())
     transfer = DiskTransfer(lambda key: (whole(path, key * 4096, 4096),), slots.__getitem__, num_threads=2)
     transfer.demand(0, 0)
     transfer.demand(1, 1)
     drain(transfer)
-    threads = [thread for thread in threading.enumerate() if thread.name.startswith("foreroute-")]
+    threads = [one for one in threading.enumerate() if one.name.startswith("foreroute-") and one not in others]
     assert sorted(thread.name for thread in threads) == ["foreroute-finish", "foreroute-read-0", "foreroute-read-1"]
     assert all(thread.daemon for thread in threads)
     transfer.close()
