@@ -10,24 +10,13 @@ pytest.importorskip("llguidance", reason="needs llguidance: pip install forerout
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from foreroute.cli.commands import demo
 from foreroute.errors import GrammarError
-from foreroute.model.text import load_tokenizer
 from foreroute.structured.compiler import GrammarCompiler
 from foreroute.structured.grammar import Grammar
 from foreroute.structured.vocabulary import vocabulary_of
+from tests.structured.conftest import ENDS, VOCABULARY
 
-VOCABULARY, ENDS, SPECIAL = 4096, (0, 4), 2
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return load_tokenizer(demo.find_model())
-
-
-@pytest.fixture(scope="module")
-def compiler(tokenizer: Any) -> GrammarCompiler:
-    return GrammarCompiler(tokenizer, VOCABULARY, ENDS)
+SPECIAL = 2
 
 
 def takes(compiler: GrammarCompiler, tokenizer: Any, grammar: Grammar, *parts: str | int) -> bool:
@@ -210,5 +199,11 @@ def test_labels_of_a_host_name_are_as_long_as_the_standard_allows(compiler, toke
     )
     for name, is_taken in (("a" * 63 + ".example-1.org", True), ("a" * 64, False), ("a.-b", False), ("a-.b", False)):
         assert takes(compiler, tokenizer, named, json.dumps({"format": name}), ENDS[0]) is is_taken
+    # A property may have a keyword's name.
+    default = Grammar.json_schema(
+        {"type": "object", "properties": {"default": {"type": "string", "format": "hostname"}}, "required": ["default"]}
+    )
+    assert takes(compiler, tokenizer, default, json.dumps({"default": "a.b"}), ENDS[0])
+    assert not takes(compiler, tokenizer, default, json.dumps({"default": "a" * 64}), ENDS[0])
     data = Grammar.json_schema({"const": {"format": "hostname"}})
     assert takes(compiler, tokenizer, data, '{"format": "hostname"}', ENDS[0])

@@ -6,25 +6,13 @@ import pytest
 
 pytest.importorskip("llguidance", reason="needs llguidance: pip install foreroute[structured]")
 
-from foreroute.cli.commands import demo
 from foreroute.errors import GrammarError
-from foreroute.model.text import load_tokenizer
 from foreroute.server.dialogue.enforced import form_of
 from foreroute.structured.compiler import GrammarCompiler
 from foreroute.structured.tools import CallableTool, tool_calls
 
 TEXT = {"type": "string"}
 CITY = {"properties": {"city": TEXT}, "required": ["city"], "additionalProperties": False}
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return load_tokenizer(demo.find_model())
-
-
-@pytest.fixture(scope="module")
-def compiler(tokenizer: Any) -> GrammarCompiler:
-    return GrammarCompiler(tokenizer, 4096, (0, 4))
 
 
 def grammar(parameters: Any, name: str = "qwen3_coder", **more: Any) -> Any:

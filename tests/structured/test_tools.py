@@ -6,10 +6,7 @@ import pytest
 
 pytest.importorskip("llguidance", reason="needs llguidance: pip install foreroute[structured]")
 
-from foreroute.cli.commands import demo
 from foreroute.errors import GrammarError
-from foreroute.model.text import load_tokenizer
-from foreroute.structured.compiler import GrammarCompiler
 from foreroute.structured.tagged import TaggedCall
 from foreroute.structured.tools import CallableTool, JsonCall, tool_calls
 
@@ -35,16 +32,6 @@ SPECIAL = {"<|user|>": 1, "<|assistant|>": 2, "<|system|>": 3}
 CODER = TaggedCall(
     "<tool_call>\n<function=", ">\n", "<parameter=", ">\n", "\n</parameter>\n", "</function>\n</tool_call>"
 )
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return load_tokenizer(demo.find_model())
-
-
-@pytest.fixture(scope="module")
-def compiler(tokenizer: Any) -> GrammarCompiler:
-    return GrammarCompiler(tokenizer, 4096, (0, 4))
 
 
 @pytest.mark.parametrize(

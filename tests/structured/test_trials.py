@@ -10,19 +10,12 @@ import pytest
 pytest.importorskip("llguidance", reason="needs llguidance: pip install foreroute[structured]")
 
 from foreroute.children import child_command, child_environment
-from foreroute.cli.commands import demo
 from foreroute.errors import ForerouteError, GrammarError, QueueFullError
-from foreroute.model.text import load_tokenizer
 from foreroute.structured import trials
 from foreroute.structured.compiler import GrammarCompiler
 from foreroute.structured.grammar import Grammar
 
 WAIT_S = 60
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return load_tokenizer(demo.find_model())
 
 
 @pytest.fixture

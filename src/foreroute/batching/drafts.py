@@ -76,10 +76,17 @@ class BatchDrafts:
         try:
             return list(answer.drafter.draft(answer.ids, most, governor.least_confidence))
         except Exception:  # noqa: BLE001  reported in the log; its tokens are the same without
-            # Its tokens are the same without a draft; the other rows have theirs.
-            _LOG.exception("drafting failed for a request, which goes on without a draft in this step")
-            answer.drafter = None
+            _LOG.exception("drafting failed for a request, which goes on without a draft")
+            answer.drafter = _NothingDrafted()
             return []
+
+
+class _NothingDrafted:
+    """In place of a drafter that failed, which would fail at each token."""
+
+    def draft(self, ids: Sequence[int], most: int, least_confidence: float) -> Iterator[int]:
+        """See `Drafter`."""
+        return iter(())
 
 
 def drafts_of(model: OffloadedModel, why_one_row: str, *, can_pad: bool) -> BatchDrafts | None:

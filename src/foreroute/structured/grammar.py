@@ -132,23 +132,32 @@ def checked_schema(schema: Any) -> dict[str, Any]:
 
 
 # Labels of 63 characters at most (RFC 1123), which llguidance's own grammar of the format does not hold to.
-_LABEL = "[a-zA-Z0-9]([a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?"
-_HOST_NAME = {"pattern": rf"^{_LABEL}(\.{_LABEL})*$", "maxLength": 253}
-# Keywords whose values are data.
+LABEL = "[a-zA-Z0-9]([a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?"
+HOST_NAME = rf"{LABEL}(\.{LABEL})*"
+_MOST_OF_HOST_NAME = 253
+# Keywords whose values are data, and those whose keys are names of other schemas.
 _DATA = frozenset({"const", "enum", "default", "examples"})
+_NAMED = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})
 
 
-def _with_bounded_names(schema: Any) -> Any:
-    """Return `schema` with the format "hostname" as a pattern, where there is no pattern beside it."""
+def _with_bounded_names(schema: Any, *, are_names: bool = False) -> Any:
+    """Return `schema` with the format "hostname" as a pattern, where there is no pattern beside it.
+
+    are_names: its keys are names of schemas, and no keywords.
+    """
     if isinstance(schema, (list, tuple)):
         return [_with_bounded_names(one) for one in schema]
     if not isinstance(schema, Mapping):
         return schema
-    inner = {key: one if key in _DATA else _with_bounded_names(one) for key, one in schema.items()}
+    if are_names:
+        return {name: _with_bounded_names(one) for name, one in schema.items()}
+    inner = {
+        key: one if key in _DATA else _with_bounded_names(one, are_names=key in _NAMED) for key, one in schema.items()
+    }
     if inner.get("format") != "hostname" or not {"pattern", "maxLength"}.isdisjoint(inner):
         return inner
     del inner["format"]
-    return {**inner, **_HOST_NAME}
+    return {**inner, "pattern": f"^{HOST_NAME}$", "maxLength": _MOST_OF_HOST_NAME}
 
 
 def _depth(schema: Any) -> int:

@@ -202,7 +202,7 @@ def run(args: argparse.Namespace) -> int:
         # An encoder-decoder may have the template of the tokenizer that it shares with a chat model.
         chat = False if told.is_encoder_decoder else chat
         prompt_ids = encode_prompt(tokenizer, prompt, chat=chat, system=system)
-        is_chat = chat is not False and default_template(tokenizer) is not None
+        is_chat = grammar is not None and chat is not False and default_template(tokenizer) is not None
         as_chat = tokenizer.decode(prompt_ids[0], skip_special_tokens=False) if is_chat else None
     with figures.loading(config, is_quiet) as progress:
         model = foreroute.load(folder, dtype=args.dtype, config=config, progress=progress)

@@ -70,7 +70,7 @@ def _open(path: Path) -> tuple[int, bool]:
 
 
 def disk_findings(candidates: Sequence[Path]) -> list[Finding]:
-    """The speed of the disk under the largest of `candidates`, weight files that are there, and O_DIRECT on it."""
+    """The speed of the disk that holds the largest of `candidates` (existing weight files), and O_DIRECT on it."""
     path = max(candidates, key=lambda one: one.stat().st_size, default=None)
     if path is None:
         return [Finding("disk", WARNING, "there is no model to read", "Name one: foreroute doctor MODEL.")]

@@ -1,4 +1,4 @@
-"""`foreroute doctor`: is this machine ready, and if not, what is there to do? No model is loaded."""
+"""`foreroute doctor`: is this machine ready, and what to do where it is not? No model is loaded."""
 
 import argparse
 from pathlib import Path
