@@ -131,9 +131,7 @@ def checked_schema(schema: Any) -> dict[str, Any]:
     return {**_with_bounded_names(schema), "x-guidance": _JSON_OPTIONS}
 
 
-# Labels of 63 characters at most (RFC 1123), which llguidance's own grammar of the format does not hold to.
-LABEL = "[a-zA-Z0-9]([a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?"
-HOST_NAME = rf"{LABEL}(\.{LABEL})*"
+# A host name's length (RFC 1123), which llguidance's grammar of the format does not hold to.
 _MOST_OF_HOST_NAME = 253
 # Keywords whose values are data, and those whose keys are names of other schemas.
 _DATA = frozenset({"const", "enum", "default", "examples"})
@@ -141,7 +139,7 @@ _NAMED = frozenset({"properties", "patternProperties", "$defs", "definitions", "
 
 
 def _with_bounded_names(schema: Any, *, are_names: bool = False) -> Any:
-    """Return `schema` with the format "hostname" as a pattern, where there is no pattern beside it.
+    """Return `schema` with a longest length for each text of the format "hostname" that has none.
 
     are_names: its keys are names of schemas, and no keywords.
     """
@@ -154,10 +152,7 @@ def _with_bounded_names(schema: Any, *, are_names: bool = False) -> Any:
     inner = {
         key: one if key in _DATA else _with_bounded_names(one, are_names=key in _NAMED) for key, one in schema.items()
     }
-    if inner.get("format") != "hostname" or not {"pattern", "maxLength"}.isdisjoint(inner):
-        return inner
-    del inner["format"]
-    return {**inner, "pattern": f"^{HOST_NAME}$", "maxLength": _MOST_OF_HOST_NAME}
+    return {"maxLength": _MOST_OF_HOST_NAME, **inner} if inner.get("format") == "hostname" else inner
 
 
 def _depth(schema: Any) -> int:

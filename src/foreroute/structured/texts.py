@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from foreroute.errors import GrammarError
-from foreroute.structured.grammar import HOST_NAME, LABEL
 from foreroute.structured.lark import ANY, quoted, regex
 
 # What combines schemas: a text by two of them is not one terminal.
@@ -14,13 +13,14 @@ _DATE = (
     r"[0-9]{4}-((0[13578]|1[02])-(0[1-9]|[12][0-9]|3[01])|(0[469]|11)-(0[1-9]|[12][0-9]|30)|"
     r"02-(0[1-9]|1[0-9]|2[0-8]))"
 )
+_LABEL = r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
 _BYTE = r"(25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])"
 _FORMATS = {
     "date": _DATE,
     "time": _TIME,
     "date-time": f"{_DATE}T{_TIME}",
-    "email": rf"[A-Za-z0-9_%+-]+(\.[A-Za-z0-9_%+-]+)*@{LABEL}(\.{LABEL})+",
-    "hostname": HOST_NAME,
+    "email": rf"[A-Za-z0-9_%+-]+(\.[A-Za-z0-9_%+-]+)*@{_LABEL}(\.{_LABEL})+",
+    "hostname": rf"{_LABEL}(\.{_LABEL})*",
     "ipv4": rf"{_BYTE}(\.{_BYTE}){{3}}",
     "uri": r"[A-Za-z][A-Za-z0-9+.-]*:[A-Za-z0-9._~:/?#@!$&'()*+,;=%-]+",
     "uuid": r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}",
