@@ -1,11 +1,11 @@
 """What each policy costs an encoder-decoder: hidden text and tasks, with caches of a share of the experts.
 
-    python -m benchmarks.policies_seq2seq models/foreroute-tiny-switch [--memory 25% 50%] [--windows 28] [--per-kind 50]
+    python -m benchmarks.policies_seq2seq models/foreroute-tiny-switch [--memory none 25% 50%] [--windows 28]
 
 As benchmarks.policies does for decoders: predictors are fitted to the first half of the held-out text, and policies are
 priced on the second; by logical time, in fp32. The encoder reads a window with gaps, which is exact under every policy;
 the decoder is fed what was in the gaps token by token. What exact decoding moves under LRU without guesses stands
-beside the rows.
+beside the rows. Memory "none" is the paper's case: only what was guessed for a layer is there.
 """
 
 import argparse
@@ -28,6 +28,7 @@ from foreroute.checkpoint.locate import read_index
 from foreroute.cli.commands.evaluate import default_held_out
 from foreroute.cli.commands.fit import context_of
 from foreroute.engine.interfaces import summed
+from foreroute.evals.fetched_only import fetched_only
 from foreroute.evals.pricing import Cost, Divergence
 from foreroute.evals.tasks import Item, accuracy_by_kind, held_out_suite
 from foreroute.evals.text import read_held_out
@@ -35,6 +36,7 @@ from foreroute.model.caches import cache_argument, cache_of
 from foreroute.model.generation_settings import decoder_start
 from foreroute.model.text import load_tokenizer
 from foreroute.policy import Policy
+from foreroute.predict.sidecar import Sidecar
 from foreroute.prepare.corpus import read_corpus
 from foreroute.prepare.fit import fit
 from models.seq2seq import figures
@@ -76,9 +78,30 @@ def price(model: Any, policy: Policy, windows: list[Window], exact: list[torch.T
     return {**difference.figures(), **cost.figures(), "scored_tokens": difference.tokens}
 
 
-def answers(model: Any, tokenizer: Any, items: list[Item]) -> dict[str, float]:
-    """Accuracy by kind, one item at a time: a batch would share its experts, a different case."""
-    return accuracy_by_kind(items, [figures.answer(model, tokenizer, [item])[0] for item in items])
+def without_cache(
+    model: Any, policy: Policy, fitted: Sidecar, windows: list[Window], exact: list[torch.Tensor]
+) -> dict[str, Any]:
+    """The same where only the experts that were guessed for a layer are there. model: decodes exactly, all resident."""
+    start, difference = decoder_start(model), Divergence()
+    with fetched_only(model, fitted, policy, in_prompts=False) as tally:
+        for window, theirs in zip(windows, exact, strict=True):
+            difference.add(decoded(model, window, start), theirs, window[1])
+    cost = Cost.of_tally(tally, model.foreroute.plan.expert_bytes)
+    return {**difference.figures(), **cost.figures(), "scored_tokens": difference.tokens}
+
+
+def named(policy: Policy, memory: str) -> dict[str, Any]:
+    """What a row is of."""
+    return {"policy": policy.name, "tau": policy.tau, "memory": memory}
+
+
+def with_answers(row: dict[str, Any], model: Any, tokenizer: Any, items: list[Item]) -> dict[str, Any]:
+    """A row with accuracy by kind, one item at a time: a batch would share its experts, a different case."""
+    accuracy = accuracy_by_kind(items, [figures.answer(model, tokenizer, [item])[0] for item in items])
+    shares = accuracy.values()
+    row |= {"accuracy": accuracy, "accuracy_mean": sum(shares) / len(shares) if shares else None}
+    print({key: row.get(key) for key in SHOWN}, flush=True)
+    return row
 
 
 def main() -> None:
@@ -86,7 +109,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--policies", nargs="+", default=POLICIES)
-    parser.add_argument("--memory", nargs="+", default=["25%", "50%"])
+    parser.add_argument("--memory", nargs="+", default=["none", "25%", "50%"])
     parser.add_argument("--windows", type=int, default=28, help="per source")
     parser.add_argument("--per-kind", type=int, default=50)
     parser.add_argument("--tokens", type=int, default=65536, help="fitted to")
@@ -102,14 +125,21 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         first, second = halves(asked.held_out, Path(folder))
         windows = windows_of(second, tokenizer, asked.windows)
-        sidecar = Path(folder) / "sidecar.safetensors"
+        sidecar, fingerprint = Path(folder) / "sidecar.safetensors", read_index(asked.model).fingerprint()
         resident = load("100%", config=EngineConfig(prefetch="none"))
         with closing(resident.foreroute):
             start = decoder_start(resident)
             corpus = read_corpus(tokenizer, first, asked.tokens, context_of(resident.config, None), start)
-            fit(resident, read_index(asked.model).fingerprint(), corpus, sidecar)
+            fit(resident, fingerprint, corpus, sidecar)
             exact = [decoded(resident, window, start) for window in windows]
-        for memory in asked.memory:
+        if "none" in asked.memory:
+            fitted, whole = Sidecar.load(sidecar, fingerprint), load("100%", config=EngineConfig(prefetch="none"))
+            with closing(whole.foreroute):
+                for policy in map(Policy.parse, asked.policies):
+                    row = without_cache(whole, policy, fitted, windows, exact)
+                    with fetched_only(whole, fitted, policy, in_prompts=False):
+                        rows.append(with_answers({**named(policy, "none"), **row}, whole, tokenizer, items))
+        for memory in (one for one in asked.memory if one != "none"):
             alone = load(memory, config=EngineConfig(prefetch="none", eviction="lru", deterministic=True))
             with closing(alone.foreroute):
                 plain.append({"memory": memory, **price(alone, Policy(), windows, exact)})
@@ -117,14 +147,9 @@ def main() -> None:
                 model = load(memory, config=EngineConfig(predictor=str(sidecar), deterministic=True))
                 with closing(model.foreroute):
                     policy = Policy.parse(name)
-                    row = {"policy": policy.name, "tau": policy.tau, "memory": memory}
-                    row |= price(model, policy, windows, exact)
+                    row = {**named(policy, memory), **price(model, policy, windows, exact)}
                     row["bytes_beside_lru"] = row["bytes_per_token"] / plain[-1]["bytes_per_token"]
-                    row["accuracy"] = answers(model, tokenizer, items)
-                    shares = row["accuracy"].values()
-                    row["accuracy_mean"] = sum(shares) / len(shares) if shares else None
-                    rows.append(row)
-                    print({key: row.get(key) for key in SHOWN}, flush=True)
+                    rows.append(with_answers(row, model, tokenizer, items))
     result = {"model": asked.model.name, "fitted_to": asked.tokens, "rows": rows, "lru_without_prefetch": plain}
     name = f"policies-{asked.model.name}-{'-'.join(memory.strip('%') for memory in asked.memory)}"
     _harness.record(name, _harness.rounded(result, 6), {})

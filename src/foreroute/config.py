@@ -212,8 +212,8 @@ class Plan:
     might be. threads are torch's, of which usable_cpus can run at once (a container may limit them). layout:
     "interleaved" where a packed store has eight rows of its matrices side by side. dense: the type to which dense
     weights were quantised, by `pack` or at load; else "stored". draft: what drafts tokens, "" for nothing; draft_bytes:
-    its weights in memory. num_parameters: numbers in all weights, experts too, of which num_embeddings are in
-    embedding tables.
+    its weights in memory; draft_bytes_per_token: of each token in its own cache. num_parameters: numbers in all
+    weights, experts too, of which num_embeddings are in embedding tables.
     """
 
     folder: str
@@ -253,6 +253,7 @@ class Plan:
     dense: str = "stored"
     draft: str = ""
     draft_bytes: int = 0
+    draft_bytes_per_token: int = 0
     num_parameters: int = 0
     num_embeddings: int = 0
 

@@ -168,3 +168,46 @@ def test_memory_is_chosen_beside_the_draft(folders, load, monkeypatch) -> None:
     beside = load(folders[0], None, draft=str(folders[1])).foreroute.plan
     assert beside.draft_bytes > 0
     assert without.memory_bytes - beside.memory_bytes == pytest.approx(beside.draft_bytes, abs=4096)
+
+
+@pytest.mark.parametrize("is_lean", [True, False])
+def test_a_drafts_own_cache_is_in_the_plan(folders, load, monkeypatch, is_lean: bool) -> None:
+    """As many bytes a token as it takes, for all tokens that are reserved; the rest is the experts'."""
+    from foreroute.drafting import drafters
+    from foreroute.memory import host, serving
+
+    if not is_lean:
+        monkeypatch.setattr(drafters, "lean_llama", lambda model: None)
+    monkeypatch.setattr(serving, "CHOSEN_RESERVE_BYTES", 0)
+    free = 265 * 2**20  # beside 262 of libraries, KV cache and prompts: two thirds of the experts
+    monkeypatch.setattr(host, "available_ram", lambda: free)
+    without = load(folders[0], None, kv_tokens=512).foreroute.plan
+    model = load(folders[0], None, kv_tokens=512, draft=str(folders[1]))
+    plan = model.foreroute.plan
+    assert without.draft_bytes_per_token == 0
+    assert without.memory_bytes < without.total_expert_bytes, "all experts fit: the test shows nothing"
+    taken = plan.draft_bytes + 512 * plan.draft_bytes_per_token
+    assert without.memory_bytes - plan.memory_bytes == taken
+
+    drafter = draft_for(model, None).drafter
+    list(drafter.draft([*range(10, 200)], 1, 0.0))
+    of_layers = [one for layer in drafter._cache.layers for one in (layer.keys, layer.values)]
+    kept = drafter._lean._kept if is_lean else of_layers
+    a_layer = sum(one.nbytes for one in kept) // kept[0].shape[2]
+    # The draft has one layer, which exists twice while it grows.
+    assert plan.draft_bytes_per_token == 2 * a_layer
+
+
+def test_a_lean_draft_has_its_weights_once(folders) -> None:
+    """What stands in one matrix there is what transformers' layers have."""
+    from foreroute.checkpoint.locate import read_index
+    from foreroute.drafting.lean_llama import lean_llama
+    from foreroute.model.draft_model import find_draft
+
+    draft = find_draft(folders[1], folders[0], read_index(folders[0])).load()
+    lean = lean_llama(draft.model)
+    assert lean is not None
+    joined = lean._layers[0].gate_up
+    own = draft.model.model.layers[0].mlp
+    assert own.gate_proj.weight.untyped_storage().data_ptr() == joined.untyped_storage().data_ptr()
+    assert own.up_proj.weight.untyped_storage().data_ptr() == joined.untyped_storage().data_ptr()

@@ -11,6 +11,7 @@ import torch
 from foreroute.drafting import steps
 from foreroute.drafting.steps import DraftedSteps
 from foreroute.engine.interfaces import StepInfo, StepObserver
+from foreroute.errors import ReadError
 from foreroute.generation.prefix_cache import PromptCache
 from foreroute.model.caches import cache_argument, new_cache
 from foreroute.model.decode.positions import PositionsAlike, can_attend_by_position
@@ -133,6 +134,36 @@ def test_an_answer_ends_where_it_would(checkpoints, compared: Callable[..., Comp
         plain = made.answer(PROMPT, None, **options)
         drafted = made.answer(PROMPT, "prompt-lookup", **options)
         assert (drafted.token_ids, drafted.finish_reason) == (plain.token_ids, plain.finish_reason)
+
+
+@pytest.mark.parametrize("what", [KeyboardInterrupt, ReadError])
+def test_a_verify_step_that_breaks_off_leaves_the_model_whole(
+    checkpoints, compared: Callable[..., Compared], what: type[BaseException]
+) -> None:
+    """Ctrl-C, or a failing disk, amid the experts of several tokens: the next answers are as before."""
+    made = compared(checkpoints.get("qwen3_moe"))
+    without, _ = made.both(PROMPT)
+    engine, attention = made.model.foreroute.engine, made.model.config._attn_implementation
+    broken: list[int] = []
+
+    def breaks(layer: int, hidden: torch.Tensor, *rest: Any) -> None:
+        if len(hidden) > 1 and not engine.is_prefill and layer == 1 and not broken:
+            broken.append(len(hidden))
+            raise what("planted")
+
+    engine.routing_listener = breaks
+    if what is KeyboardInterrupt:
+        report = made.answer(PROMPT, "prompt-lookup")
+        assert report.finish_reason == "interrupted"
+        assert report.token_ids == without.token_ids[: len(report.token_ids)]
+    else:
+        with pytest.raises(what, match="planted"):
+            made.answer(PROMPT, "prompt-lookup")
+    engine.routing_listener = None
+    assert broken
+    assert made.model.config._attn_implementation == attention
+    assert made.answer(PROMPT, None).token_ids == without.token_ids
+    assert made.answer(PROMPT, "prompt-lookup").token_ids == without.token_ids
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])

@@ -12,10 +12,12 @@ from safetensors.torch import load_file, save_file
 import foreroute
 from foreroute.checkpoint.layouts import ExpertTable
 from foreroute.cli.main import main
-from foreroute.errors import UnsupportedModelError
+from foreroute.drafting.draft import draft_for
+from foreroute.errors import RefusedError, UnsupportedModelError
 from foreroute.model.adapters.registry import adapter_of
 from foreroute.model.adapters.resident import ResidentBlock
 from foreroute.model.caches import cache_argument, cache_of
+from foreroute.model.draft_model import PROMPT_LOOKUP
 from tests.families.checks import answer, assert_same, auto_class, load_tight, resident_answer, save_tiny
 from tests.families.installed import Family, adapted_modules, families
 from tests.families.shrink import tiny_config
@@ -228,3 +230,11 @@ def test_dbrx_quantises_each_matrix_along_its_rows(folders, tmp_path, opened) ->
     ours, theirs = packed(input_ids=ids).logits, plain(input_ids=ids).logits
     # Not of all: where two gates are near, a token takes another expert.
     assert float((ours - theirs).abs().median()) < 0.1 * float(theirs.abs().median())
+
+
+def test_llama4_is_not_drafted_for(folders, opened) -> None:
+    """Its attention in chunks would give verified tokens other bits; refused by name, in Python and by a server."""
+    model = foreroute.load(folders[named("llama4_text").model_type], "50%", config=foreroute.EngineConfig(packed="no"))
+    opened.append(model)
+    with pytest.raises(RefusedError, match=r"No draft for a llama4_text model here: .*attention in chunks"):
+        draft_for(model, PROMPT_LOOKUP)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from foreroute.kernels.torch.experts import ExpertMath, OneToken, compute_several, gate_rows
+from foreroute.kernels.torch.experts import ExpertMath, OneToken, compute_rows_apart, compute_several, gate_rows
 from foreroute.kernels.torch.layer import RowsSum, TokenSum, is_distinct
 
 HIDDEN, INNER = 6, 10
@@ -161,3 +161,25 @@ def test_experts_gated_together_have_the_bits_of_experts_gated_alone(gate, width
             assert all(torch.equal(out, gate(some)) for out, some in zip(together, rows, strict=True))
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("are_alike", [True, False])
+def test_no_more_rows_are_computed_together_than_were_tried(monkeypatch, are_alike: bool) -> None:
+    """A batch that is verified may route more rows to an expert than the 16 whose bits were compared."""
+    math, generator = ExpertMath(torch.relu, 0, 1, is_transposed=True), torch.Generator().manual_seed(2)
+    experts = [[torch.randn(64, 64, generator=generator) for _ in range(2)] for _ in range(3)]
+    sizes = (1, 40, 16)
+    rows = [torch.randn(size, 64, generator=generator) for size in sizes]
+    monkeypatch.setattr("foreroute.kernels.torch.experts._are_alike", lambda *_: are_alike)
+    own, widths = ExpertMath.multiply, []
+
+    def multiply(self, x, operands, at):
+        widths.append(len(x))
+        return own(self, x, operands, at)
+
+    monkeypatch.setattr(ExpertMath, "multiply", multiply)
+    outs = compute_rows_apart(math, rows, experts)
+    assert max(widths) == (16 if are_alike else 1)
+    assert [len(out) for out in outs] == list(sizes)
+    for some, out, operands in zip(rows, outs, experts, strict=True):
+        torch.testing.assert_close(out, math(some, operands), rtol=1e-3, atol=1e-3)

@@ -212,20 +212,29 @@ class RowsCache:
         """Compute each row in a separate step, so that only rows that demand an unreadable expert fail.
 
         Returns:
-            Per row logits [positions, vocabulary], or the error; such a row is as before.
+            Per row logits [positions, vocabulary], or the error; such a row is as before. Of a row where only drafted
+            tokens demand such an expert, those of its first position: the others were not computed.
         """
         outcomes: list[torch.Tensor | ForerouteError] = []
         together = RowsCache(self._model)
         for at, own in enumerate(tokens):
             alone = RowsCache(self._model)
             alone.arrange([], [(self.row(at, is_copy=False), self._rows.had[at])])
-            try:
-                outcomes.append(alone.step([own], phase, all_logits=all_logits)[0])
-            except UNREADABLE as error:
-                outcomes.append(error)
+            outcomes.append(alone._only_row(own, phase, all_logits=all_logits))
             together.append_from(alone, [0])
         self._rows, self._cache = together._rows, together._cache
         return outcomes
+
+    def _only_row(self, tokens: Sequence[int], phase: Phase, *, all_logits: bool) -> torch.Tensor | ForerouteError:
+        """See `step_apart`."""
+        error: ForerouteError | None = None
+        for some in [tokens, tokens[:1]] if phase == "verify" and len(tokens) > 1 else [tokens]:
+            try:
+                return self.step([some], phase, all_logits=all_logits)[0]
+            except UNREADABLE as unreadable:
+                error = unreadable
+        assert error is not None, "something was tried"
+        return error
 
     def _undo_step(self) -> None:
         layers: list[Any] = self._cache.layers
@@ -288,14 +297,15 @@ def step_rows(
     """Compute a step, as `RowsCache.step`, and where an expert cannot be read the rows one by one.
 
     Returns:
-        Per row its logits [positions, vocabulary], or the error where one of its experts cannot be read.
+        Per row its logits [positions, vocabulary], or the error where one of its experts cannot be read; see
+        `RowsCache.step_apart`.
     Raises:
         ReadError, ChecksumError: an expert of the only row cannot be read.
     """
     try:
         return list(rows.step(tokens, phase, all_logits=all_logits))
     except UNREADABLE:
-        if not isinstance(rows, RowsCache) or len(tokens) == 1:
+        if not isinstance(rows, RowsCache) or (len(tokens) == 1 and (phase != "verify" or len(tokens[0]) == 1)):
             raise
         _LOG.warning("an expert could not be read: the rows of this step are computed one by one")
         return rows.step_apart(tokens, phase, all_logits=all_logits)

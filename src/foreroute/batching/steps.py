@@ -94,6 +94,7 @@ class RowSteps:
             rows.trim()
             with self._lock:
                 admitted.remove(answer)
+                answer.drafter = None  # with its cache, which is a row's as well
                 bisect.insort(waiting, answer, key=lambda one: one.turn)
             return
 
@@ -207,8 +208,10 @@ class RowSteps:
                 end = _failed(answer, outcome)
                 counts.append(None)
             else:
-                end, num_kept = self._next_tokens(answer, some, outcome[-len(some) - 1 :])
-                counts.append((len(some), num_kept))
+                # Fewer positions than tokens: only the first was computed.
+                verified = some[: len(outcome) - 1]
+                end, num_kept = self._next_tokens(answer, verified, outcome[-len(verified) - 1 :])
+                counts.append((len(verified), num_kept))
             if end is not None:
                 ended[answer] = end
         if drafts is not None:

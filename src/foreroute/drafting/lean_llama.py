@@ -23,10 +23,19 @@ class _Layer:
 
     def __init__(self, layer: Any) -> None:
         attention, mlp = layer.self_attn, layer.mlp
-        self.projections = torch.cat([attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight])
+        self.projections = _joined(attention.q_proj, attention.k_proj, attention.v_proj)
         self.out, self.down = attention.o_proj.weight, mlp.down_proj.weight
-        self.gate_up = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight])
+        self.gate_up = _joined(mlp.gate_proj, mlp.up_proj)
         self.norms = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
+
+
+def _joined(*projections: Any) -> torch.Tensor:
+    """The weights of layers with one input, in one matrix. Theirs are parts of it from now on: memory has them once."""
+    joined = torch.cat([one.weight.data for one in projections])
+    parts = joined.split([len(one.weight) for one in projections])
+    for one, part in zip(projections, parts, strict=True):
+        one.weight.data = part
+    return joined
 
 
 class LeanLlama:
@@ -50,7 +59,7 @@ class LeanLlama:
         self._heads, self._shared = config.num_attention_heads, config.num_key_value_heads
         self._scale = self._size**-0.5
         self.length = 0
-        self._kept: torch.Tensor
+        self._kept: list[torch.Tensor]  # of each layer: keys and values [2, heads, tokens, numbers of a head]
         self._angles: tuple[torch.Tensor, torch.Tensor]
         self._begin()
 
@@ -58,7 +67,7 @@ class LeanLlama:
         """Add `tokens`; return the scores [vocabulary] after the last."""
         count, start = len(tokens), self.length
         end = start + count
-        if end > self._kept.shape[3]:
+        if end > self._kept[0].shape[2]:
             self._grow(end + _MORE_TOKENS)
         cosine, sine = (one[start:end, None] for one in self._angles)
         x = F.embedding(torch.tensor(tokens), self._embedding)
@@ -90,18 +99,18 @@ class LeanLlama:
 
     def _begin(self) -> None:
         self.length = 0
-        shape = (len(self._layers), 2, self._shared, 0, self._size)
-        self._kept = torch.empty(shape, dtype=torch.float32)
+        self._kept = [torch.empty(2, self._shared, 0, self._size) for _ in self._layers]
         self._angles = self._angles_of(0)
 
     def _normed(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return F.rms_norm(x, weight.shape, weight, self._epsilon)
 
     def _grow(self, tokens: int) -> None:
-        shape = (*self._kept.shape[:3], tokens, self._size)
-        kept = torch.empty(shape, dtype=torch.float32)
-        kept[:, :, :, : self.length] = self._kept[:, :, :, : self.length]
-        self._kept, self._angles = kept, self._angles_of(tokens)
+        for at, old in enumerate(self._kept):
+            # One layer after the other: what exists twice is a layer's.
+            self._kept[at] = torch.empty(2, self._shared, tokens, self._size)
+            self._kept[at][:, :, : self.length] = old[:, :, : self.length]
+        self._angles = self._angles_of(tokens)
 
     def _angles_of(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         cosine, sine = self._rotary(self._embedding, torch.arange(tokens)[None])

@@ -63,12 +63,14 @@ class FetchedOnly:
     def __init__(self, model: OffloadedModel, sidecar: Sidecar, policy: Policy, *, in_prompts: bool) -> None:
         layers, dtype = model.foreroute.layers, model.dtype
         self._engine = model.foreroute.host_engine
+        # Layers before it are an encoder's: it reads a prompt, which is exact.
+        self._first = first = self._engine.prefetcher.first_layer
         self._policy = policy
         self._in_prompts = in_prompts
         self._widths = [layer.experts.num_offloaded for layer in layers]
         self._predictor = known.hybrid(layers, dtype, sidecar)
         self._paper = known.default_vectors(layers, sidecar)
-        self._table, self._select = sidecar.token_table, known.selections(layers[:1], dtype)[0]
+        self._table, self._select = sidecar.token_table, known.selections(layers[first : first + 1], dtype)[0]
         self._rows = [None if vectors is None else with_no_expert(vectors) for vectors in sidecar.default_vectors]
         self._before: RouterSample | None = None
         self._context = RunningContext()
@@ -84,7 +86,9 @@ class FetchedOnly:
         """Wrap a layer's experts, given `compute`, which computes them all."""
 
         def forward(hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-            if layer == 0:
+            if layer < self._first:
+                return compute(hidden, ids, weights)
+            if layer == self._first:
                 self._count_first(hidden, ids)
             elif not (self._engine.is_prefill and not self._in_prompts):
                 guess = self._guess(layer - 1, ids.shape[1])
@@ -97,7 +101,7 @@ class FetchedOnly:
         return forward
 
     def _guess(self, layer: int, width: int) -> TokenGuess | None:
-        assert self._before is not None, "layer 0 comes first"
+        assert self._before is not None, "the first layer comes first"
         predictor = self._paper if self._policy.replaces_route else self._predictor
         return predictor.guess(layer, self._before, width)
 
@@ -135,7 +139,7 @@ class FetchedOnly:
         self.tally.stalled += len(ids)
 
     def _count_first(self, hidden: torch.Tensor, ids: torch.Tensor) -> None:
-        """Count layer 0's waits for experts that its table did not guess. Prompts are exact and not counted."""
+        """Count the first layer's waits for experts that its table did not guess. Prompts are exact and not counted."""
         rows, positions = self._token_ids.shape
         if not self._engine.is_prefill or self._in_prompts:
             found = torch.zeros_like(ids, dtype=torch.bool)
@@ -173,7 +177,8 @@ def fetched_only(model: OffloadedModel, sidecar: Sidecar, policy: Policy, *, in_
     only = FetchedOnly(model, sidecar, policy, in_prompts=in_prompts)
 
     def begin(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        only.begin(kwargs["input_ids"] if "input_ids" in kwargs else args[0])
+        named = [kwargs[name] for name in ("decoder_input_ids", "input_ids") if kwargs.get(name) is not None]
+        only.begin(named[0] if named else args[0])
 
     hook = model.register_forward_pre_hook(begin, with_kwargs=True)
     try:

@@ -29,6 +29,7 @@ from foreroute.loading.step_entry import Bounds, StepEntry
 from foreroute.loading.wording import in_callers_words
 from foreroute.memory.host import cpu_name, usable_cpus
 from foreroute.memory.plan import MemoryPlan, check_before, move_dense, plan_memory
+from foreroute.memory.serving import draft_bytes_per_token
 from foreroute.model import torch_modes
 from foreroute.model.blocks import first_decoded
 from foreroute.model.build.dense_blocks import dense_nbytes
@@ -110,7 +111,8 @@ def load(
     tell((math_note,) if math_note else (), checkpoint.folder)
     if kernels is not None:
         kernels.quicken(model)
-    division = plan_memory(asked, target, model, experts, before)
+    draft_bytes = 0 if draft_files is None else draft_bytes_per_token(draft_files.sketch())
+    division = plan_memory(asked, target, model, experts, before, draft_bytes)
     if target.type == "cuda":
         move_dense(model, target)
         experts = experts.on(target)
@@ -120,7 +122,9 @@ def load(
     plan = _plan(asked, target, model, checkpoint, experts, division, is_fitted=sidecar is not None)
     identity = "" if asked.prefix_cache_dir is None else _identity(checkpoint, plan, model)
     plan = replace(plan, math_note=math_note, identity=identity)
-    plan = replace(plan, draft=str(asked.draft or ""), draft_bytes=_nbytes(draft_files))
+    plan = replace(
+        plan, draft=str(asked.draft or ""), draft_bytes=_nbytes(draft_files), draft_bytes_per_token=draft_bytes
+    )
     if trace is not None:
         trace.begin(**header_of(plan, asked, experts.table, checkpoint.index.fingerprint()))
         assert isinstance(engine, MoeStep), "no trace is written where the device pages for itself: see open_device"

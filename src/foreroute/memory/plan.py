@@ -94,12 +94,18 @@ def check_before(
 
 
 def plan_memory(
-    asked: EngineConfig, target: torch.device, model: PreTrainedModel, experts: ExpertSet, before: RoomBefore | None
+    asked: EngineConfig,
+    target: torch.device,
+    model: PreTrainedModel,
+    experts: ExpertSet,
+    before: RoomBefore | None,
+    draft_bytes_per_token: int = 0,
 ) -> MemoryPlan:
     """Divide memory once the dense part is in host memory; on a GPU it is counted, and moves there next.
 
     Args:
         asked: the configuration. target: the device of the slots. model, experts: as built. before: of `check_before`.
+        draft_bytes_per_token: of the cache that a draft has of its own.
 
     Raises:
         BudgetError, DeviceError: it does not fit; names what to lower.
@@ -112,7 +118,7 @@ def plan_memory(
         budget = before.budget_bytes
         if asked.kv_tokens is not None and not pages_itself:
             kv_bytes = kv_bytes_without_experts(model, experts.layers)
-            budget = _beside_kv_cache(asked, model, experts, before, kv_bytes)
+            budget = _beside_kv_cache(asked, model, experts, before, kv_bytes, draft_bytes_per_token)
     table = experts.table
     slots = plan_pool(budget, table.slot_lengths, table.keys.widths, experts.top_k)
     has_host_tier = target.type == "cuda" or pages_itself or asked.host_memory is not None
@@ -127,13 +133,14 @@ def plan_memory(
 
 
 def _beside_kv_cache(
-    asked: EngineConfig, model: PreTrainedModel, experts: ExpertSet, before: RoomBefore, kv_bytes_per_token: int
+    asked: EngineConfig, model: PreTrainedModel, experts: ExpertSet, before: RoomBefore, kv_bytes: int, draft_bytes: int
 ) -> int:
-    """The budget in bytes that leaves room for the reserved KV cache."""
+    """The budget in bytes that leaves room for the reserved KV cache and a draft's, both given in bytes per token."""
     behind = 0
     if asked.host_memory is not None:
         behind = host_records(asked, before.free_bytes, experts.table) * experts.table.slot_bytes
-    return fit_serving(asked, model, experts, before.budget_bytes, before.free_bytes, kv_bytes_per_token, behind)
+    free = before.free_bytes
+    return fit_serving(asked, model, experts, before.budget_bytes, free, kv_bytes, behind, draft_bytes)
 
 
 def choose_memory(

@@ -123,6 +123,15 @@ def planned_kv_bytes_per_token(model: PreTrainedModel, plan: Plan, layers: Seque
     return kv_bytes_without_experts(model, layers) if known is None else known
 
 
+def draft_bytes_per_token(draft: PreTrainedModel) -> int:
+    """Bytes per token and row of the cache that a model which drafts has of its own, also while a layer's share grows.
+
+    `draft` may be on the meta device. Cost: two of its forward passes.
+    """
+    each = kv_bytes_per_token(draft)
+    return each + moving_bytes(each, draft.config.get_text_config().num_hidden_layers)
+
+
 def keeps_prompts(model: PreTrainedModel) -> bool:
     """Whether `model`'s KV cache can be kept for later prompts, and its prompts be computed in chunks."""
     cache = new_cache(model)
@@ -137,12 +146,14 @@ def fit_serving(
     free_ram_bytes: int,
     kv_bytes_per_token: int,
     host_bytes: int = 0,
+    draft_bytes_per_token: int = 0,
 ) -> int:
     """The budget for `experts` of `model`, once the size of a KV cache of asked.kv_tokens tokens is known.
 
     Args:
         budget_bytes: as asked, or as chosen without a KV cache. kv_bytes_per_token: measured on the model.
         free_ram_bytes: before the dense part was read. host_bytes: experts in RAM behind the budget.
+        draft_bytes_per_token: of a draft's own cache (see below).
     Returns:
         `budget_bytes` where it was asked for; else what is left.
     Raises:
@@ -156,7 +167,8 @@ def fit_serving(
     expert_bytes = min(budget_bytes, whole) + host_bytes
     kept = kept_bytes(asked.prefix_cache)
     states = state_bytes_without_experts(model, experts.layers)
-    needs = _needs(model, expert_bytes, asked.kv_tokens, kv_bytes_per_token, working, dense_nbytes(model), kept, states)
+    tokens = (asked.kv_tokens, kv_bytes_per_token, draft_bytes_per_token)
+    needs = _needs(model, expert_bytes, tokens, working, dense_nbytes(model), kept, states)
     if asked.memory is None:
         budget_bytes = min(whole, max(0, free_ram_bytes - host_bytes - (needs.total_bytes - expert_bytes)))
         needs = replace(needs, expert_bytes=max(least, budget_bytes) + host_bytes)
@@ -182,22 +194,26 @@ def serving_needs(
     working = _program_bytes(model, plan, residency) + requests
     states = state_bytes_without_experts(model, layers)
     experts = plan.pool_bytes + plan.host_records * plan.slot_bytes
-    return _needs(model, experts, kv_tokens, per_token, working, plan.dense_bytes, plan.prefix_cache, states)
+    tokens = (kv_tokens, per_token, plan.draft_bytes_per_token)
+    return _needs(model, experts, tokens, working, plan.dense_bytes, plan.prefix_cache, states)
 
 
 def _needs(
     model: PreTrainedModel,
     experts: int,
-    kv_tokens: int,
-    kv_bytes_per_token: int,
+    tokens: tuple[int, int, int],
     working: int,
     dense: int,
     kept: int | None,
     states: int,
 ) -> ServingNeeds:
-    """The same, with the memory of computing per token."""
+    """The same, with the memory of computing per token.
+
+    tokens: how many, and the bytes of each in the KV cache and in that of a draft.
+    """
+    kv_tokens, kv_bytes_per_token, draft_bytes_per_token = tokens
     text, keeps = model.config.get_text_config(), keeps_prompts(model)
-    each = moving_bytes(kv_bytes_per_token, text.num_hidden_layers)
+    each = moving_bytes(kv_bytes_per_token, text.num_hidden_layers) + draft_bytes_per_token
     if not keeps:
         # The whole prompt is computed in one step.
         each += activation_bytes(1, text.hidden_size, model.dtype.itemsize)

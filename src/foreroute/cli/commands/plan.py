@@ -309,8 +309,10 @@ def _draft_row(plan: Plan) -> list[figures.Row]:
     """What drafts tokens, if anything."""
     if not plan.draft:
         return []
-    where = "in RAM, beside --memory" if plan.draft_bytes else "found in the text itself"
-    return [("draft", format_memory(plan.draft_bytes) if plan.draft_bytes else plan.draft, where)]
+    if not plan.draft_bytes:
+        return [("draft", plan.draft, "found in the text itself")]
+    cache = format_memory(plan.draft_bytes_per_token * 1000)
+    return [("draft", format_memory(plan.draft_bytes), f"in RAM, beside --memory, and {cache} per 1,000 tokens")]
 
 
 def _sizes(plan: Plan) -> str:

@@ -181,14 +181,17 @@ def compute_rows_apart(
         rows: per expert [n, hidden], of any alignment.
     """
     sizes = [len(some) for some in rows]
-    if max(sizes) == 1 or (rows_are_aligned(rows[0]) and _are_alike(math, rows[0], operands[0])):
+    if max(sizes) == 1:
         return compute_several(math, rows, operands)
-    if rows_are_aligned(rows[0]):
-        apart = [row for some in rows for row in some.split(1)]
-    else:
-        apart = [row.clone() for some in rows for row in some.split(1)]
-    of_rows = [expert for expert, size in zip(operands, sizes, strict=True) for _ in range(size)]
-    return torch.cat(list(compute_several(math, apart, of_rows))).split(sizes)
+    is_aligned = rows_are_aligned(rows[0])
+    together = _MOST_TRIED if is_aligned and _are_alike(math, rows[0], operands[0]) else 1
+    if max(sizes) <= together:
+        return compute_several(math, rows, operands)
+    pieces = [piece for some in rows for piece in some.split(together)]
+    if not is_aligned:
+        pieces = [piece.clone() for piece in pieces]
+    of_pieces = [expert for expert, size in zip(operands, sizes, strict=True) for _ in range(ceil(size / together))]
+    return torch.cat(list(compute_several(math, pieces, of_pieces))).split(sizes)
 
 
 def _are_alike(math: ExpertMath, like: torch.Tensor, operands: Operands) -> bool:
