@@ -133,7 +133,8 @@ def main() -> None:
             fit(resident, fingerprint, corpus, sidecar)
             exact = [decoded(resident, window, start) for window in windows]
         if "none" in asked.memory:
-            fitted, whole = Sidecar.load(sidecar, fingerprint), load("100%", config=EngineConfig(prefetch="none"))
+            fitted = Sidecar.load(sidecar, fingerprint)
+            whole = load("100%", config=EngineConfig(predictor=str(sidecar), deterministic=True))
             with closing(whole.foreroute):
                 for policy in map(Policy.parse, asked.policies):
                     row = without_cache(whole, policy, fitted, windows, exact)
