@@ -1,6 +1,5 @@
 """Memory as the system gives it, and what it says about it where there is no /proc: by the package psutil."""
 
-import ctypes
 import mmap
 import os
 import sys
@@ -23,13 +22,16 @@ def map_private(num_bytes: int) -> mmap.mmap:
 def advise_huge(memory: mmap.mmap) -> None:
     """Ask for huge pages under a mapping, where they can be asked for (Linux)."""
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
+        advised: Any = memory
+        advised.madvise(mmap.MADV_HUGEPAGE)
 
 
 def give_back_freed() -> None:
     """Return what the allocator keeps of freed memory to the system, where it can be asked (glibc)."""
     if os.name != "posix":
         return
+    import ctypes
+
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

@@ -1,6 +1,5 @@
 """The one call of Windows that Python has no name for: opening a file past its cache."""
 
-import ctypes
 import errno
 import os
 from typing import Any
@@ -11,14 +10,13 @@ _GENERIC_READ = 0x80000000
 _SHARE_READ_WRITE_DELETE = 0x1 | 0x2 | 0x4
 _OPEN_EXISTING = 3
 _FILE_FLAG_NO_BUFFERING = 0x20000000
-_NO_HANDLE = ctypes.c_void_p(-1).value
 # ERROR_INVALID_FUNCTION, ERROR_NOT_SUPPORTED, ERROR_INVALID_PARAMETER: of file systems that cannot.
 _REFUSALS = (1, 50, 87)
 
 
 def is_here() -> bool:
     """Whether this is Windows."""
-    return hasattr(ctypes, "WinDLL")
+    return os.name == "nt"
 
 
 def open_unbuffered(path: str) -> int:
@@ -27,6 +25,9 @@ def open_unbuffered(path: str) -> int:
     Raises:
         OSError: it cannot be opened; with EINVAL, its file system has no such reads.
     """
+    # Some milliseconds that every other system is spared.
+    import ctypes
+
     native: Any = ctypes
     create = native.WinDLL("kernel32", use_last_error=True).CreateFileW
     create.restype = ctypes.c_void_p
@@ -38,7 +39,7 @@ def open_unbuffered(path: str) -> int:
         ctypes.c_void_p,
     ]
     handle = create(path, _GENERIC_READ, _SHARE_READ_WRITE_DELETE, None, _OPEN_EXISTING, _FILE_FLAG_NO_BUFFERING, None)
-    if handle == _NO_HANDLE:
+    if handle == ctypes.c_void_p(-1).value:
         code = native.get_last_error()
         if code in _REFUSALS:
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), path)
