@@ -1,6 +1,7 @@
 """How far a load is: a plain function gets bytes, and a terminal a bar once it takes long."""
 
-import sys
+import contextlib
+import io
 from collections.abc import Callable
 from typing import Any
 
@@ -21,12 +22,16 @@ class Clock:
         return self.now_s
 
 
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
 @pytest.fixture
-def terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Standard error is one, of a kind that is written to as it comes."""
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.delenv("NO_COLOR", raising=False)
+    return Terminal()
 
 
 @pytest.mark.parametrize("options", [{}, {"math": "torch"}, {"dense": "stored"}], ids=str)
@@ -55,20 +60,18 @@ def test_tied_weights_are_not_counted_twice_and_the_rest_ends_it() -> None:
     assert told == [(60, 100), (100, 100), (100, 100), (110, 130)]
 
 
-@pytest.mark.usefixtures("terminal")
-def test_a_terminal_has_a_bar_after_two_seconds(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_terminal_has_a_bar_after_two_seconds(terminal: Terminal) -> None:
     clock = Clock()
-    with figures.loading(is_quiet=False, clock=clock) as progress:
+    with contextlib.redirect_stderr(terminal), figures.loading(is_quiet=False, clock=clock) as progress:
         progress(1 * MIB, 8 * MIB)
         clock.now_s += 1.9
         progress(2 * MIB, 8 * MIB)
-        assert "MiB" not in capsys.readouterr().err
+        assert "MiB" not in terminal.getvalue()
         clock.now_s += 0.2
         progress(3 * MIB, 8 * MIB)
         progress(9 * MIB, 12 * MIB)
-    shown = capsys.readouterr().err
-    assert "3.0/8.0 MiB" in shown
-    assert "9.0/12.0 MiB" in shown
+    assert "3.0/8.0 MiB" in terminal.getvalue()
+    assert "9.0/12.0 MiB" in terminal.getvalue()
 
 
 def test_elsewhere_there_is_none(capsys: pytest.CaptureFixture[str]) -> None:
@@ -79,10 +82,9 @@ def test_elsewhere_there_is_none(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.usefixtures("terminal")
-def test_nor_where_it_was_asked_to_be_quiet(capsys: pytest.CaptureFixture[str]) -> None:
+def test_nor_where_it_was_asked_to_be_quiet(terminal: Terminal) -> None:
     clock = Clock()
-    with figures.loading(is_quiet=True, clock=clock) as progress:
+    with contextlib.redirect_stderr(terminal), figures.loading(is_quiet=True, clock=clock) as progress:
         clock.now_s += 10
         progress(3, 8)
-    assert capsys.readouterr().err == ""
+    assert terminal.getvalue() == ""
