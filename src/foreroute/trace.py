@@ -4,16 +4,17 @@ Costs nothing without `--trace`. FILE.jsonl has one event a line, for `foreroute
 for Perfetto.
 """
 
-import fcntl
 import json
 import os
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
 from foreroute.errors import TraceError
+from foreroute.system.limits import after_fork
+from foreroute.system.locks import hold
 
 # 2: `late_hits`, `substituted` and loads that are "deferred" were `late`, `stood_in` and "fill" before.
 VERSION = 2
@@ -83,13 +84,13 @@ def open_trace(path: str | Path) -> Trace:
                     raise TraceError(f"--trace {path}: that file exists and is not a trace. Choose another name.")
         # A path may hold bytes that are no text: written as an escape, which JSON has too.
         file = path.open("a", encoding="utf-8", errors="backslashreplace")
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        release = hold(file.fileno(), path)
     except BlockingIOError:
         raise TraceError(f"--trace {path}: another model is writing it. Choose another name.") from None
     except OSError as error:
         raise TraceError(f"--trace {path} cannot be written: {os.strerror(error.errno or 0)}.") from error
     _OPENED.add(file)
-    return Trace(JsonLines(file) if path.suffix == _JSON_LINES else ChromeTrace(file))
+    return Trace(JsonLines(file, release) if path.suffix == _JSON_LINES else ChromeTrace(file, release))
 
 
 # A forked process has the file too, the lock on it, and a copy of what is not written yet: all that goes nowhere.
@@ -104,7 +105,7 @@ def _after_fork() -> None:
     os.close(nowhere)
 
 
-os.register_at_fork(after_in_child=_after_fork)
+after_fork(_after_fork)
 
 
 def as_line(event: dict[str, Any]) -> str:
@@ -113,10 +114,11 @@ def as_line(event: dict[str, Any]) -> str:
 
 
 class JsonLines:
-    """Writes the events of docs/trace.md to `file`, one a line."""
+    """Writes the events of docs/trace.md to `file`, one a line. release: called after the file is closed."""
 
-    def __init__(self, file: TextIO) -> None:
+    def __init__(self, file: TextIO, release: Callable[[], None] = lambda: None) -> None:
         self._file = file
+        self._release = release
 
     def begin(self) -> None:
         """Prepare for the first event."""
@@ -128,7 +130,10 @@ class JsonLines:
 
     def close(self) -> None:
         """Finish the file."""
-        self._file.close()
+        try:
+            self._file.close()
+        finally:
+            self._release()
 
 
 class ChromeTrace(JsonLines):
@@ -146,7 +151,7 @@ class ChromeTrace(JsonLines):
         """Finish the array, and the file."""
         if not self._file.closed:
             self._file.write("]\n")
-            self._file.close()
+            super().close()
 
 
 # Rows of the timeline, from the top.

@@ -7,18 +7,19 @@ complete or not there, even after a crash; and files that one process may write 
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import re
 import secrets
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from foreroute.errors import CorruptCheckpointError, ForerouteError
+from foreroute.system import locks
+from foreroute.system.writing import SYNC_FLAGS, WRITE_FLAGS, moves_open_files
 
 # No config, vocabulary or index is as large; reading a larger file would only fill the memory.
 _MOST_BYTES = 2**29
@@ -218,8 +219,9 @@ class ClaimedError(Exception):
 class Claim:
     """The exclusive right to write a file (made if missing), held by one process, or one object, at a time.
 
-    It is a lock on the file itself, so that it ends with its process. A lock is on an open file, not on a name: if the
-    file was renamed or removed before the lock was acquired, the name is opened again.
+    It is a lock on the file itself (elsewhere beside it: system/locks.py), so that it ends with its process. A lock is
+    on an open file, not on a name: if the file was renamed or removed before the lock was acquired, the name is opened
+    again.
 
     Attributes:
         path, fd: of the file; fd is -1 after the claim was released.
@@ -230,28 +232,32 @@ class Claim:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.fd = -1
+        self._release: Callable[[], None] = lambda: None
         while not self._take():
             pass
 
     def rename(self, path: Path) -> None:
         """Sync the file, rename it to `path` and release the claim."""
         os.fsync(self.fd)
+        self._make_movable()
         os.replace(self.path, path)
         _sync(path.parent)
-        self.close()
+        self._forget()
 
     def discard(self) -> None:
         """Remove the file and release the claim."""
         # After a rename, the name may belong to another file.
         if self.fd >= 0 and self._is_at_its_name():
+            self._make_movable()
             self.path.unlink()
-        self.close()
+        self._forget()
 
     def close(self) -> None:
         """Release the claim; the file stays, unless it is empty."""
         if self.fd < 0:
             return
         if os.fstat(self.fd).st_size == 0 and self._is_at_its_name():
+            self._make_movable()
             self.path.unlink()
         self._forget()
 
@@ -263,11 +269,11 @@ class Claim:
 
     def _take(self) -> bool:
         """Try to lock the file; False if it was renamed or removed meanwhile, to try again."""
-        self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+        self.fd = os.open(self.path, WRITE_FLAGS, 0o644)
         try:
-            fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._release = locks.hold(self.fd, self.path)
         except BlockingIOError:
-            process_id = _holder(self.fd)
+            process_id = locks.holder(self.fd)
             self._forget()
             raise ClaimedError(process_id) from None
         except BaseException:
@@ -278,8 +284,18 @@ class Claim:
         self._forget()
         return False
 
+    def _make_movable(self) -> None:
+        """Close the file where an open one is neither renamed nor removed; the lock stays."""
+        if not moves_open_files():
+            self._close_file()
+
     def _forget(self) -> None:
-        os.close(self.fd)
+        self._close_file()
+        self._release()
+
+    def _close_file(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
         self.fd = -1
 
     def _is_at_its_name(self) -> bool:
@@ -289,23 +305,10 @@ class Claim:
             return False
 
 
-def _holder(fd: int) -> int | None:
-    """Return the id of the process that has a file locked, by /proc/locks; None if unknown."""
-    status = os.fstat(fd)
-    file = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
-    try:
-        lines = Path("/proc/locks").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return None
-    fields = [line.split() for line in lines]
-    pids = [int(line[4]) for line in fields if len(line) > 5 and line[1] == "FLOCK" and line[5] == file]
-    return next((pid for pid in pids if pid > 0), None)
-
-
 def _sync(path: Path) -> None:
     """Flush a file, or a folder's entries, to disk."""
     try:
-        fd = os.open(path, os.O_RDONLY)
+        fd = os.open(path, SYNC_FLAGS)
     except PermissionError:
         if path.is_dir():
             return  # it may be written to and not read: what is in it has its name all the same

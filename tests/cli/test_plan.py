@@ -191,18 +191,6 @@ def test_a_plan_for_a_gpu_speaks_of_its_memory_and_the_link(found, capsys) -> No
     assert "less than two tokens' demand" in text
 
 
-def test_experts_read_into_host_memory_have_a_bar(capsys) -> None:
-    from foreroute.cli import figures
-    from foreroute.config import EngineConfig
-
-    with figures.loading(EngineConfig(host_memory="1GiB"), is_quiet=False) as progress:
-        progress(3, 7)
-    assert "3 of 7 experts" in capsys.readouterr().err
-    with figures.loading(EngineConfig(), is_quiet=False) as progress:
-        progress(3, 7)
-    assert capsys.readouterr().err == ""
-
-
 def test_threads_that_have_no_processor_are_told_of(found) -> None:
     """In Python they stay as they are, and so they do where the user has said how many."""
     plan = replace(found.plan, threads=8, usable_cpus=2)

@@ -81,11 +81,10 @@ def test_where_o_direct_is_refused_the_page_cache_is_named(weights: Path, monkey
     opened = os.open
 
     def refusing(path: Any, flags: int, *more: Any) -> int:
-        if flags & disk._DIRECT:
+        if flags & os.O_DIRECT:
             raise OSError(22, "Invalid argument")
         return opened(path, flags, *more)
 
-    monkeypatch.setattr(disk, "_DIRECT", 0o40000)
     monkeypatch.setattr(os, "open", refusing)
     speed, direct = disk.disk_findings([weights])
     assert (speed.status, direct.status) == (WARNING, WARNING)

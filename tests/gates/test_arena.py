@@ -19,7 +19,10 @@ def test_all_experts_in_host_memory(checkpoints, references, load, family):
     folder, told = checkpoints.get(family), []
     model = load(folder, "25%", host_memory="100%", progress=lambda done, total: told.append((done, total)))
     plan = model.foreroute.plan
-    assert told[-1] == (plan.total_slots, plan.total_slots)
+    experts = plan.total_slots * plan.slot_bytes
+    assert told[-1][0] == told[-1][1] > experts, "dense weights were counted too"
+    assert {total for _, total in told} == {told[-1][1], told[-1][1] - experts}
+    assert [done for done, _ in told] == sorted(done for done, _ in told)
     assert plan.host_records == plan.total_slots
     with watch_reads() as reads:
         for batch in (ONE_PROMPT, THREE_PROMPTS):

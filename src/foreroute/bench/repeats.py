@@ -1,7 +1,6 @@
 """Fair repeats: contenders take turns; medians with spread; and the machine they ran on."""
 
 import datetime
-import os
 import platform
 import statistics
 from collections.abc import Iterator, Sequence
@@ -9,6 +8,7 @@ from importlib import metadata
 from typing import Any, TypeVar
 
 from foreroute.memory.host import cpu_name, ram, usable_cpus
+from foreroute.system.limits import load_of_a_minute
 
 _T = TypeVar("_T")
 
@@ -35,13 +35,16 @@ def summary(figures: Sequence[float]) -> dict[str, float]:
 
 def machine() -> dict[str, Any]:
     """Describe the machine, without its name or paths; in a container, the part of it that may be used."""
+    load = load_of_a_minute()
     return {
         "cpu": cpu_name() or platform.machine(),
         "cpus": usable_cpus(),
         "memory_gib": round(ram().total_bytes / 2**30, 1),
         "kernel": platform.release().split("-")[0],
         "python": platform.python_version(),
-        "load_1_minute": round(os.getloadavg()[0], 1),  # above the benchmark's own threads: other programs run
+        "load_1_minute": None
+        if load is None
+        else round(load, 1),  # above the benchmark's own threads: other programs run
     }
 
 

@@ -5,24 +5,24 @@ silently mix the weights of two models, so that every open and every read is che
 header was read: device, inode, size, and modification time.
 """
 
-import contextlib
 import errno
 import logging
 import os
-import resource
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 from foreroute.errors import ChangedFileError, ReadError
+from foreroute.system.limits import most_open_files, num_open_files, raise_open_files
+from foreroute.system.reading import FILES, READ_FLAGS, open_direct
 
 _LOG = logging.getLogger(__name__)
 
 # Errors that a retry may pass: a disk that resets, a network file system whose server comes back.
-PASSING_ERRORS = frozenset(
-    {errno.EIO, errno.EREMOTEIO, errno.EAGAIN, errno.EINTR, errno.ETIMEDOUT, errno.ESTALE, errno.ENOBUFS}
-)
+# macOS and Windows have no EREMOTEIO.
+_PASSING = ("EIO", "EREMOTEIO", "EAGAIN", "EINTR", "ETIMEDOUT", "ESTALE", "ENOBUFS")
+PASSING_ERRORS = frozenset(getattr(errno, name) for name in _PASSING if hasattr(errno, name))
 # Before the second, third and fourth attempt: a bus reset takes some hundred milliseconds, and a token waits for this.
 RETRY_PAUSES_S = (0.01, 0.05, 0.25)
 TOO_MANY_OPEN = (errno.EMFILE, errno.ENFILE)
@@ -46,13 +46,16 @@ class FileStamp(NamedTuple):
         return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
 
 
-def open_as(path: str, stamp: FileStamp | None, flags: int = 0) -> tuple[int, FileStamp]:
-    """Open the file `path` for reading (with extra `flags`): its descriptor and stamp, which must be `stamp` if given.
+def open_as(path: str, stamp: FileStamp | None, *, direct: bool = False) -> tuple[int, FileStamp]:
+    """Open the file `path` for reading: its descriptor and stamp, which must be `stamp` if given.
+
+    Args:
+        direct: past the page cache; OSError with EINVAL where that is refused.
 
     Raises:
         ChangedFileError: another file than the stamp's. OSError: it cannot be opened.
     """
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | flags)
+    fd = open_direct(path) if direct else os.open(path, READ_FLAGS)
     try:
         return fd, check_stamp(fd, path, stamp)
     except BaseException:
@@ -109,7 +112,7 @@ def retried(read: Callable[[], int], path: str, noted: Callable[[], None] = lamb
 def explained(error: OSError) -> str:
     """Describe an error of opening or reading a file, and what to do about it."""
     if error.errno in TOO_MANY_OPEN:
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        soft, hard = most_open_files()
         return (
             f"{error.strerror}; the limit is {soft} (at most {hard}). Raise it (ulimit -n), or close other models and "
             "connections."
@@ -120,26 +123,17 @@ def explained(error: OSError) -> str:
 
 def room_for_files(wanted: int) -> int:
     """How many of `wanted` files can stay open at once; raises the process's soft limit if that is too low."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == resource.RLIM_INFINITY:
+    soft, hard = most_open_files()
+    if soft is None:
         return wanted
-    used = _num_descriptors(soft)
+    found = num_open_files()
+    used = soft if found is None else found
     needed = used + wanted + _LEFT_TO_OTHERS
-    raised = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
-    if raised > soft:
-        with contextlib.suppress(OSError, ValueError):  # forbidden in some sandboxes
-            resource.setrlimit(resource.RLIMIT_NOFILE, (raised, hard))
-            soft = raised
+    raised = needed if hard is None else min(needed, hard)
+    if raised > soft and raise_open_files(raised):
+        soft = raised
     # Even the hard limit is too low: take half of what is free, and leave the rest for sockets and other models.
     return wanted if soft >= needed else max(_LEAST_OPEN, (soft - used) // 2)
-
-
-def _num_descriptors(limit: int) -> int:
-    """Descriptors that this process has open; `limit` if none is free to look."""
-    try:
-        return len(os.listdir("/proc/self/fd"))
-    except OSError:
-        return limit
 
 
 class SourceFile:
@@ -171,7 +165,7 @@ class SourceFile:
 
             def read(begin: int = begin) -> int:
                 os.lseek(self._fd, offset + begin, os.SEEK_SET)
-                return os.readv(self._fd, [buffer[begin:]])
+                return FILES.readv(self._fd, [buffer[begin:]])
 
             try:
                 count = retried(read, self.path)

@@ -24,6 +24,8 @@ from foreroute.checkpoint.records import (
 )
 from foreroute.checkpoint.source_files import FileStamp
 from foreroute.errors import StoreError
+from foreroute.system.reading import FILES
+from foreroute.system.writing import reserve, sync_bytes
 from foreroute.units import format_memory
 from foreroute.whole_files import Claim, ClaimedError
 
@@ -129,7 +131,7 @@ class StoreWriter:
         os.ftruncate(self._claim.fd, 0)
         try:
             # Reserve all space at once: a disk that is too full fails now, not after an hour.
-            os.posix_fallocate(self._claim.fd, 0, self.nbytes)
+            reserve(self._claim.fd, self.nbytes, self.path.parent)
         except KeyboardInterrupt:
             self._claim.discard()
             raise
@@ -137,7 +139,7 @@ class StoreWriter:
         _write_all(self._claim.fd, memoryview(preamble + self._header), 0)
 
     def _sync(self) -> None:
-        os.fdatasync(self._claim.fd)
+        sync_bytes(self._claim.fd)
         table = struct.pack(f"<{self._num_records}Q", *self._checksums)
         _write_all(self._claim.fd, memoryview(table), self._geometry.table_start)
         self._unsynced_bytes = 0
@@ -171,5 +173,5 @@ class StoreWriter:
 
 def _write_all(fd: int, payload: memoryview, offset: int) -> None:
     while payload:
-        written = os.pwrite(fd, payload, offset)
+        written = FILES.pwrite(fd, payload, offset)
         payload, offset = payload[written:], offset + written

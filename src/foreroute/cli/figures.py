@@ -4,10 +4,11 @@ import contextlib
 import dataclasses
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
-from foreroute.config import EngineConfig, Plan
+from foreroute.config import Plan
 from foreroute.units import format_memory
 from foreroute.units import number as number  # also as figures.number, beside the other formatting
 from foreroute.units import percent as percent
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 
 # (name, value, remark); a row of None is a gap.
 Row = tuple[str, str, str] | None
+
+# A load that ends before has no bar.
+_BAR_AFTER_S = 2.0
 
 # Control characters, except newline and tab: what a model writes must not steer the terminal.
 _UNPRINTABLE = {code: "\ufffd" for code in (*range(0x20), 0x7F, *range(0x80, 0xA0)) if chr(code) not in "\n\t"}
@@ -50,22 +54,36 @@ def busy(what: str, is_quiet: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def loading(config: EngineConfig, is_quiet: bool) -> Iterator[Callable[[int, int], None]]:
-    """While a model is loaded: a bar of (done, total) if `config` fills host memory, else `busy`; none if is_quiet."""
-    if config.device == "cpu" and config.control == "host" and config.host_memory is None:
-        with busy("Loading the model", is_quiet):
-            yield lambda done, total: None
+def loading(is_quiet: bool, clock: Callable[[], float] = time.monotonic) -> Iterator[Callable[[int, int], None]]:
+    """While a model is loaded: `busy`, and a bar of its bytes once that takes long; on a terminal alone, as `busy` is.
+
+    Args:
+        clock: seconds.
+    """
+    if is_quiet or not sys.stderr.isatty():
+        yield lambda done, total: None
         return
-    with contextlib.ExitStack() as stack:
-        shown: list[Callable[[int, int], None]] = []
+    from rich import progress
 
-        def progress(done: int, total: int) -> None:
-            if not shown:  # from here on: a load that is refused has drawn nothing
-                bar = counting_bar("Loading experts into host memory", total, "experts", is_quiet)
-                shown.append(stack.enter_context(bar))
-            shown[0](done, total)
+    columns = (
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.DownloadColumn(binary_units=True),
+        progress.TimeRemainingColumn(),
+    )
+    began_s = clock()
+    bar = progress.Progress(*columns, console=stderr_console(), transient=True)
+    task = bar.add_task("Loading the model", total=None)
+    with contextlib.ExitStack() as drawn:
+        drawn.enter_context(busy("Loading the model", is_quiet))
 
-        yield progress
+        def show(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+            if not bar.live.is_started and clock() - began_s >= _BAR_AFTER_S:
+                drawn.close()
+                drawn.enter_context(bar)
+
+        yield show
 
 
 @contextlib.contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import tempfile
 import time
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from foreroute.loading.offloaded_model import OffloadedModel
 from foreroute.model.caches import cache_argument, cache_of
 from foreroute.policy import Policy
 from foreroute.predict.sidecar import Sidecar
+from foreroute.system.writing import reserve
 from foreroute.types import Progress
 from foreroute.units import format_memory
 
@@ -137,7 +137,7 @@ class Texts:
         try:
             file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  the array owns it
             # Allocated at once: writing to a page without room kills the process.
-            os.posix_fallocate(file.fileno(), 0, nbytes)
+            reserve(file.fileno(), nbytes, folder)
             self._exact = np.memmap(file, np.float32, "w+", shape=(self.scored, vocabulary))
         except OSError as error:
             raise EvaluationError(

@@ -5,7 +5,6 @@ iterator over the pieces and runs in a separate thread. transformers' generate()
 loop is ours (decode_loop.py) where it does the same, else transformers' own. The report says which.
 """
 
-import resource
 import threading
 import time
 from collections.abc import Callable, Generator
@@ -28,6 +27,7 @@ from foreroute.generation.recorder import StopWhen, TokenRecorder
 from foreroute.loading.offloaded_model import OffloadedModel, handle_of
 from foreroute.model.caches import cache_argument, can_be_continued, has_linear_states, is_ordinary, new_cache
 from foreroute.model.generation_settings import stop_strings
+from foreroute.system.memory import peak_resident_bytes
 
 
 @dataclass(frozen=True)
@@ -207,7 +207,7 @@ def _timed(
         total_s=ended_s - started_s,
         stats=handle.stats().minus(before),
         expert_bytes=handle.plan.expert_bytes,
-        peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        peak_rss_bytes=peak_resident_bytes(),
         loop="generate" if answer.loop is None else "lean",
         prompt_tokens_reused=answer.num_reused,
         prompt_cache_bytes=0 if reuse is None else reuse.nbytes,

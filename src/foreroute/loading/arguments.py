@@ -122,7 +122,7 @@ def read_arguments(
     if not isinstance(revision, str | None):
         raise ForerouteError(f"revision is {revision!r:.60}: give a branch, a tag or a commit of a hub id.")
     if not callable(progress):
-        raise ForerouteError(f"progress is {progress!r:.60}: give a function of (experts done, all experts).")
+        raise ForerouteError(f"progress is {progress!r:.60}: give a function of (bytes read, bytes to read).")
     for name, value in others.items():
         _check_other(name, value)
     asked = config or EngineConfig()

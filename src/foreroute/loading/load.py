@@ -25,6 +25,7 @@ from foreroute.loading.block_kernels import DECODE_THREADS, note_of, open_block_
 from foreroute.loading.checkpoint import Checkpoint, find_experts, open_checkpoint
 from foreroute.loading.engines import guidance_for, has_one_slot_length, start_engine
 from foreroute.loading.offloaded_model import ForerouteHandle, OffloadedModel, make_offloaded
+from foreroute.loading.progress import LoadedBytes
 from foreroute.loading.step_entry import Bounds, StepEntry
 from foreroute.loading.wording import in_callers_words
 from foreroute.memory.host import cpu_name, usable_cpus
@@ -75,7 +76,8 @@ def load(
         dtype: compute dtype; "auto" is the checkpoint's. Experts are kept as stored and converted when computed.
         config: the other switches; `memory` above and `device` win over its own.
         device: "cpu" or "cuda", or a torch.device of that kind.
-        progress: called with (experts in host memory, all of them) while it is filled.
+        progress: called with (bytes read, bytes to read): of dense weights, then of the experts that host memory is
+            filled with, which join the second figure then. By any thread, one at a time.
         model_kwargs: attn_implementation, for transformers; token, local_files_only and cache_dir, for a hub id;
             torch_dtype, which is dtype. Others are refused by name (loading/arguments.py).
     Returns:
@@ -104,7 +106,13 @@ def load(
     )
     sidecar = _sidecar(asked, target, checkpoint)
     dtype, blocks = (call.dtype, None) if kernels is None else kernels.dense_blocks(sketch, call.dtype)
-    model = load_skeleton(checkpoint.folder, sketch, dtype, blocks, checkpoint.store, **call.model_kwargs)
+    counted = LoadedBytes(progress, dense_before)
+    if blocks is not None:
+        blocks.noted = counted.dense
+    model = load_skeleton(
+        checkpoint.folder, sketch, dtype, blocks, checkpoint.store, noted=counted.dense, **call.model_kwargs
+    )
+    counted.end_dense()
     complete_generation_config(model, checkpoint.folder, checkpoint.index)
     experts = find_experts(model, checkpoint, None if kernels is None else kernels.runner.library)
     math_note = note_of(asked, why_torch or experts.no_form)
@@ -118,7 +126,7 @@ def load(
         experts = experts.on(target)
     draft = _draft(asked, draft_files)
     guidance = guidance_for(asked, model, experts, sidecar)
-    engine = start_engine(asked, experts, division, guidance, trace, progress)
+    engine = start_engine(asked, experts, division, guidance, trace, counted.experts(experts.table.slot_bytes))
     plan = _plan(asked, target, model, checkpoint, experts, division, is_fitted=sidecar is not None)
     identity = "" if asked.prefix_cache_dir is None else _identity(checkpoint, plan, model)
     plan = replace(plan, math_note=math_note, identity=identity)

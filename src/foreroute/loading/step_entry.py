@@ -7,7 +7,6 @@ step, and one without known tokens is taken for a prompt, which every policy com
 
 import functools
 import inspect
-import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -24,6 +23,7 @@ from foreroute.errors import PromptError, RefusedError
 from foreroute.model import torch_modes
 from foreroute.model.caches import given_cache
 from foreroute.model.experts import CLOSED, refuse_compiled
+from foreroute.system.limits import after_fork
 
 T = TypeVar("T")
 
@@ -281,4 +281,4 @@ def _after_fork() -> None:
         entry.forked()
 
 
-os.register_at_fork(after_in_child=_after_fork)
+after_fork(_after_fork)

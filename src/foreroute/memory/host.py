@@ -1,7 +1,7 @@
 """The host's RAM and CPUs: how much of them this process may use.
 
-Reads the machine's figures (/proc) and every limit on this process: control groups (of a container, for example),
-`ulimit`, and CPU affinity. The tightest holds. Other modules ask here.
+Reads the machine's figures (/proc; by psutil on a system without) and every limit on this process: control groups (of
+a container, for example), `ulimit`, and CPU affinity. The tightest holds. Other modules ask here.
 
 A process is in one group of each hierarchy: one of version 2, and up to one per controller of version 1; systems have
 either, or both. Each group above it up to the root may have a limit as well. Inside a container the tree may begin at
@@ -9,13 +9,14 @@ the container's own group: groups above it are not visible.
 """
 
 import math
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from foreroute.errors import BudgetError
+from foreroute.system.limits import usable_processors
+from foreroute.system.memory import machine_memory
 from foreroute.units import format_memory
 
 # Root of /proc and /sys; tests replace it.
@@ -247,7 +248,11 @@ def ram(root: Path = ROOT) -> Ram:
     """
     total, free = (_kib_field(root / "proc/meminfo", name) for name in ("MemTotal", "MemAvailable"))
     if total is None or free is None:
-        raise BudgetError("This system does not say how much RAM is free (/proc/meminfo).")
+        # Of a made-up machine only its own files tell.
+        told = machine_memory() if root == ROOT else None
+        if told is None:
+            raise BudgetError("This system does not say how much RAM is free (/proc/meminfo, or the package psutil).")
+        total, free = told
     limits = [*memory_limits(root), *_process_limits(root)]
     tightest = min(limits, key=lambda limit: limit.limit_bytes, default=None)
     free = min([free, *(limit.left_bytes for limit in limits)])
@@ -288,4 +293,4 @@ def _process_limits(root: Path) -> list[MemoryLimit]:
 
 def _runs_on() -> int:
     """CPUs that this process may run on: by cpuset or taskset, or all."""
-    return len(os.sched_getaffinity(0))
+    return usable_processors()

@@ -9,10 +9,11 @@ stack, and some steps of it are taken. The grammar comes in on standard input; a
 
 import json
 import random
-import resource
 import sys
 import threading
 from typing import Any
+
+from foreroute.system.limits import limit_memory, limit_processor_time
 
 _END, _STEPS = 256, 96
 # Less than any thread has that uses the grammar after it.
@@ -64,9 +65,8 @@ def main() -> None:
     most_bytes, most_s = int(sys.argv[1]), int(sys.argv[2])
     import llguidance  # noqa: F401 - imported before memory is limited
 
-    resource.setrlimit(resource.RLIMIT_CPU, (most_s, most_s))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_AS, (_held() + most_bytes,) * 2)
+    limit_processor_time(most_s)
+    limit_memory(most_bytes)
     grammar = sys.stdin.buffer.read().decode()
     found: list[dict[str, str]] = []
     threading.stack_size(_STACK_BYTES)
@@ -74,12 +74,6 @@ def main() -> None:
     thread.start()
     thread.join()
     print(json.dumps(found[0]))
-
-
-def _held() -> int:
-    """Bytes of address space that this process has now."""
-    with open("/proc/self/statm", encoding="ascii") as file:
-        return int(file.read().split()[0]) * resource.getpagesize()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Read whole blocks of files, with O_DIRECT where a file allows it."""
+"""Read whole blocks of files, past the page cache (O_DIRECT on Linux) where a file allows it."""
 
 import errno
 import os
@@ -15,6 +15,7 @@ from foreroute.checkpoint.source_files import (
     room_for_files,
 )
 from foreroute.errors import ReadError
+from foreroute.system.reading import FILES
 from foreroute.types import round_down
 
 
@@ -41,7 +42,7 @@ class _OpenFile:
         fd = -1
         if direct:
             try:
-                fd, self.stamp = open_as(self.path, self.stamp, os.O_DIRECT)
+                fd, self.stamp = open_as(self.path, self.stamp, direct=True)
             except OSError as error:
                 if error.errno != errno.EINVAL:
                     raise
@@ -150,11 +151,11 @@ class BlockFiles:
         def read() -> int:
             is_direct, fd = file.is_direct, file.fd
             try:
-                return os.preadv(fd, [block], offset)
+                return FILES.preadv(fd, [block], offset)
             except OSError as error:
                 if error.errno == errno.EINVAL and is_direct:
                     self._open_again(file, fd, direct=False)
-                    return os.preadv(file.fd, [block], offset)
+                    return FILES.preadv(file.fd, [block], offset)
                 if error.errno == errno.ESTALE:
                     self._open_again(file, fd, direct=is_direct)
                 raise

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 
 from foreroute.errors import DeviceError
+from foreroute.system.memory import advise_huge, map_private
 from foreroute.transfer.base import Transfer
 from foreroute.transfer.huge_pages import HUGE_PAGE_BYTES
 from foreroute.types import BLOCK_BYTES, Progress, SlotClass, round_up
@@ -31,10 +32,10 @@ def map_memory(num_bytes: int) -> mmap.mmap:
     default is shared), and throughout only to one whose length is a whole number of them.
     """
     if num_bytes < HUGE_PAGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        return map_private(num_bytes)
     num_bytes = round_up(num_bytes, HUGE_PAGE_BYTES)
-    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)
+    memory = map_private(num_bytes)
+    advise_huge(memory)
     return memory
 
 

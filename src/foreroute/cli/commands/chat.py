@@ -93,7 +93,8 @@ def run(args: argparse.Namespace) -> int:
         options.apply_threads(args)
         refuse_encoder_decoder(read_config(folder), folder, "It answers one text, and no chat: foreroute generate.")
         tokenizer = load_tokenizer(folder)
-        model = foreroute.load(folder, dtype=args.dtype, config=config)
+    with figures.loading(is_quiet=False) as progress:
+        model = foreroute.load(folder, dtype=args.dtype, config=config, progress=progress)
     with closing(model.foreroute):
         chat = Chat(model, tokenizer, args.model, conversation, is_markdown=sys.stdout.isatty() and not args.plain)
         chat.greet()

@@ -94,7 +94,8 @@ def run(args: argparse.Namespace) -> int:
         # The shipped model answers questions; another one continues the text.
         is_chat = args.model is None
         prompt_ids = encode_prompt(tokenizer, prompt, chat=is_chat)
-        model = foreroute.load(folder, dtype=args.dtype, config=config)
+    with figures.loading(args.json) as progress:
+        model = foreroute.load(folder, dtype=args.dtype, config=config, progress=progress)
     plan = model.foreroute.plan
     with closing(model.foreroute):
         console.print(_introduction(plan) + (" It is asked:\n" if is_chat else " It continues this text:\n"))

@@ -127,7 +127,8 @@ def run(args: argparse.Namespace) -> int:
         _check_place(path, force=args.force)
         index = read_index(folder)
         tokenizer = load_tokenizer(folder)
-        model = foreroute.load(folder, dtype=args.dtype, config=config)
+    with figures.loading(args.json) as progress:
+        model = foreroute.load(folder, dtype=args.dtype, config=config, progress=progress)
     with closing(model.foreroute):
         # Raises where files changed in between: the fingerprint is that of the loaded model, or none.
         fingerprint = index.fingerprint()

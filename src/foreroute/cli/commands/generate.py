@@ -204,7 +204,7 @@ def run(args: argparse.Namespace) -> int:
         prompt_ids = encode_prompt(tokenizer, prompt, chat=chat, system=system)
         is_chat = grammar is not None and chat is not False and default_template(tokenizer) is not None
         as_chat = tokenizer.decode(prompt_ids[0], skip_special_tokens=False) if is_chat else None
-    with figures.loading(config, is_quiet) as progress:
+    with figures.loading(is_quiet) as progress:
         model = foreroute.load(folder, dtype=args.dtype, config=config, progress=progress)
     with closing(model.foreroute):
         if args.seed is not None:

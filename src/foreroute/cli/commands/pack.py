@@ -261,6 +261,7 @@ def _is_ours(
 def _check_room(path: Path, table: "ExpertTable", dense: "DenseRecords") -> None:
     """Raise StoreError when the disk has no room for the store; the bytes of a partial file count as free."""
     from foreroute.checkpoint.records import partial_path
+    from foreroute.system.writing import allocated_bytes
 
     needed = table.total_slots * table.slot_bytes + sum(dense.nbytes)
     try:
@@ -268,7 +269,7 @@ def _check_room(path: Path, table: "ExpertTable", dense: "DenseRecords") -> None
     except OSError as error:
         raise StoreError(f"{path.parent} cannot be written to: {error.strerror}. Choose another --out.") from error
     if partial_path(path).exists():
-        free += partial_path(path).stat().st_blocks * 512
+        free += allocated_bytes(partial_path(path))
     if needed > free:
         raise StoreError(
             f"{path} needs {format_memory(needed, round_up=True)}; its disk has {format_memory(free)} free. "

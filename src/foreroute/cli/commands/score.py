@@ -85,7 +85,8 @@ def run(args: argparse.Namespace) -> int:
         options.apply_threads(args)
         tokenizer = load_tokenizer(folder)
         sidecar = open_sidecar(folder, read_index(folder), config)
-        model = foreroute.load(folder, dtype=args.dtype, config=config)
+    with figures.loading(args.json) as progress:
+        model = foreroute.load(folder, dtype=args.dtype, config=config, progress=progress)
     with closing(model.foreroute):
         context = context_of(model.config, args.context)
         corpus = read_corpus(tokenizer, args.text, args.tokens, context, decoder_start(model))

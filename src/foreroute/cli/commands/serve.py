@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -172,6 +173,11 @@ def _model(args: argparse.Namespace) -> str:
     return args.model or args.model_flag
 
 
+def _report_reading(backend: "Backend", done: int, total: int) -> None:
+    """Of the share of a start between the tokenizer and the engine."""
+    backend.report("reading what stays in memory", 0.4 + 0.5 * done / max(total, 1))
+
+
 def _load(
     backend: "Backend",
     folder: Path,
@@ -193,7 +199,7 @@ def _load(
     backend.report("reading the tokenizer", 0.3)
     tokenizer = load_tokenizer(folder)
     backend.report("reading what stays in memory", 0.4)
-    model = foreroute.load(folder, dtype=args.dtype, config=config)
+    model = foreroute.load(folder, dtype=args.dtype, config=config, progress=partial(_report_reading, backend))
     plan, text_config = model.foreroute.plan, model.config.get_text_config()
     backend.report("starting the engine", 0.9)
     why_no_chat = ""

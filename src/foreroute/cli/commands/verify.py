@@ -190,8 +190,8 @@ def _verify(args: argparse.Namespace, config: EngineConfig, folder: Path, texts:
     what = "the resident model" if kind == RESIDENT else "on-demand loading"
     with figures.counting_bar(what, sum(exercise.num_steps for exercise in exercises), "tokens", args.json) as show:
         reference = record_reference(kind, folder, sketch, args.dtype, plan, exercises, show, config)
-    with figures.busy("Loading the model", args.json):
-        model = foreroute.load(folder, plan.memory_bytes, args.dtype, config=config)
+    with figures.loading(args.json) as progress:
+        model = foreroute.load(folder, plan.memory_bytes, args.dtype, config=config, progress=progress)
     with closing(model.foreroute):
         with figures.counting_bar("from disk", reference.num_steps, "tokens", args.json) as show:
             verdict = verify(model, exercises, reference, show)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from foreroute.cli.machine.findings import OK, PROBLEM, WARNING, Finding
+from foreroute.system.reading import FILES, READ_FLAGS, direct_way, open_direct
 from foreroute.types import round_down
 from foreroute.units import format_memory, format_speed
 
@@ -22,8 +23,8 @@ _MOST_BYTES = 2 * 2**30
 _LEAST_BYTES = 16 * 2**20
 _SLOW_BYTES_PER_S = 500e6
 _LITTLE_FREE_BYTES = 20 * 2**30
-# Not in every system's `os`.
-_DIRECT: int = getattr(os, "O_DIRECT", 0)
+# Of the finding, as documents of this system have it.
+_NAME = direct_way() or "direct reads"
 
 
 @dataclass(frozen=True)
@@ -47,10 +48,10 @@ def measure(path: Path, *, limit_s: float = _LIMIT_S, block_bytes: int = _BLOCK_
         blocks = list(range(round_down(os.fstat(fd).st_size) // block_bytes))
         random.Random(0).shuffle(blocks)
         nbytes, began_s = 0, time.perf_counter()
-        # A mapping begins at a page, as O_DIRECT wants it.
-        with mmap.mmap(-1, block_bytes) as buffer:
+        # A mapping begins at a page, as direct reads want it.
+        with mmap.mmap(-1, block_bytes) as mapped, memoryview(mapped) as buffer:
             for block in blocks[: _MOST_BYTES // block_bytes]:
-                nbytes += os.preadv(fd, [buffer], block * block_bytes)
+                nbytes += FILES.preadv(fd, [buffer], block * block_bytes)
                 if time.perf_counter() - began_s >= limit_s:
                     break
         return DiskSpeed(path, nbytes, time.perf_counter() - began_s, is_direct)
@@ -60,17 +61,16 @@ def measure(path: Path, *, limit_s: float = _LIMIT_S, block_bytes: int = _BLOCK_
 
 def _open(path: Path) -> tuple[int, bool]:
     """The open file, and whether its reads pass the page cache by."""
-    if _DIRECT:
-        try:
-            return os.open(path, os.O_RDONLY | _DIRECT), True
-        except OSError as error:
-            if error.errno != errno.EINVAL:
-                raise
-    return os.open(path, os.O_RDONLY), False
+    try:
+        return open_direct(path), True
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+    return os.open(path, READ_FLAGS), False
 
 
 def disk_findings(candidates: Sequence[Path]) -> list[Finding]:
-    """The speed of the disk that holds the largest of `candidates` (existing weight files), and O_DIRECT on it."""
+    """The speed of the disk that holds the largest of `candidates` (existing weight files), and direct reads on it."""
     path = max(candidates, key=lambda one: one.stat().st_size, default=None)
     if path is None:
         return [Finding("disk", WARNING, "there is no model to read", "Name one: foreroute doctor MODEL.")]
@@ -92,7 +92,7 @@ def _speed_finding(speed: DiskSpeed) -> Finding:
     rate = speed.nbytes / speed.elapsed_s
     found = f"{format_speed(rate)}, {where}"
     if not speed.is_direct:
-        return Finding("disk", WARNING, f"{found}; perhaps RAM's speed, not the disk's", "See O_DIRECT below.")
+        return Finding("disk", WARNING, f"{found}; perhaps RAM's speed, not the disk's", f"See {_NAME} below.")
     if rate >= _SLOW_BYTES_PER_S:
         return Finding("disk", OK, found)
     return Finding(
@@ -103,11 +103,12 @@ def _speed_finding(speed: DiskSpeed) -> Finding:
 
 def _direct_finding(speed: DiskSpeed) -> Finding:
     if speed.is_direct:
-        return Finding("O_DIRECT", OK, f"works on {speed.path.parent}")
-    return Finding(
-        "O_DIRECT", WARNING, f"{speed.path.parent} does not allow it",
-        "Experts go through the page cache, which takes RAM from them. Use ext4 or xfs on a disk of this machine.",
-    )  # fmt: skip
+        return Finding(_NAME, OK, f"works on {speed.path.parent}")
+    where = f"{speed.path.parent} does not allow it" if direct_way() else "this system has none"
+    advice = "Experts go through the page cache, which takes RAM from them."
+    if direct_way() == "O_DIRECT":
+        advice += " Use ext4 or xfs on a disk of this machine."
+    return Finding(_NAME, WARNING, where, advice)
 
 
 def free_finding(cache: Path) -> Finding:

@@ -1,6 +1,7 @@
 """Read what a person types, pastes or pipes, as messages: one line, a block in triple quotes, or a paste of several.
 
-On a terminal GNU readline edits lines and recalls earlier ones; a paste of several lines is one (bracketed paste).
+On a terminal GNU readline edits lines and recalls earlier ones; a paste of several lines is one (bracketed paste). A
+Python without it (on Windows) leaves editing to the console, and keeps no history.
 """
 
 import contextlib
@@ -8,9 +9,11 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from foreroute.cli.options import argument_text
 from foreroute.errors import PromptError
+from foreroute.system.modules import optional
 
 _QUOTES = '"""'
 _KEPT_LINES = 1000
@@ -58,17 +61,10 @@ def _piped() -> Iterator[str]:
 
 
 def _typed(commands: Sequence[str], history: Path | None) -> Iterator[str]:
-    import readline
-
-    def complete(text: str, state: int) -> str | None:
-        fitting = [name for name in commands if name.startswith(text)] if text.startswith("/") else []
-        return fitting[state] if state < len(fitting) else None
-
-    readline.set_completer_delims(" ")
-    readline.set_completer(complete)
-    readline.parse_and_bind("tab: complete")
-    readline.parse_and_bind("set enable-bracketed-paste on")
-    with _remembered(history):
+    readline = optional("readline")
+    if readline is not None:
+        _complete(readline, commands)
+    with _remembered(readline, history):
         while True:
             try:
                 yield argument_text(input("\n> "), "The line")
@@ -79,12 +75,24 @@ def _typed(commands: Sequence[str], history: Path | None) -> Iterator[str]:
                 print("\n(Ctrl-D or /exit leaves)", file=sys.stderr)
 
 
-@contextlib.contextmanager
-def _remembered(history: Path | None) -> Iterator[None]:
-    """Recall the lines of earlier chats, and add those of this one; a file that cannot be used is left alone."""
-    import readline
+def _complete(readline: Any, commands: Sequence[str]) -> None:
+    def complete(text: str, state: int) -> str | None:
+        fitting = [name for name in commands if name.startswith(text)] if text.startswith("/") else []
+        return fitting[state] if state < len(fitting) else None
 
-    if history is None:
+    readline.set_completer_delims(" ")
+    readline.set_completer(complete)
+    # macOS's Python may have libedit under that name, which binds keys in its own words.
+    is_libedit = "libedit" in (readline.__doc__ or "")
+    readline.parse_and_bind("bind ^I rl_complete" if is_libedit else "tab: complete")
+    if not is_libedit:
+        readline.parse_and_bind("set enable-bracketed-paste on")
+
+
+@contextlib.contextmanager
+def _remembered(readline: Any, history: Path | None) -> Iterator[None]:
+    """Recall the lines of earlier chats, and add those of this one; a file that cannot be used is left alone."""
+    if readline is None or history is None:
         yield
         return
     with contextlib.suppress(OSError, UnicodeError):

@@ -32,6 +32,8 @@ TensorRef = Any
 _POLL = 1
 
 _TASKS = Path("/proc/self/task")
+# Of /proc/stat, which other systems have neither of.
+_TICKS_PER_S = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
 # A run this much slower than the quickest of its graph is looked into: factor, and seconds.
 _SLOW_FACTOR, _SLOW_S = 3.0, 0.002
 # Of a run's time, what its threads may have waited for cores before there are fewer of them.
@@ -273,4 +275,4 @@ def idle_s() -> float:
         first = Path("/proc/stat").read_bytes().split(b"\n", 1)[0].split()
     except OSError:
         return 0.0
-    return int(first[4]) / os.sysconf("SC_CLK_TCK")
+    return int(first[4]) / _TICKS_PER_S

@@ -5,7 +5,7 @@ constructor; what that made for a matrix in blocks is replaced before weights ar
 once. The blocks are those of a GGUF file, or are made of the floats that safetensors hold (--dense).
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -176,12 +176,14 @@ class DenseBlocks:
         products: computes with them. dtype: of biases and of an embedding's rows.
     Attributes:
         kept: names of the parameters that blocks replace, once the model was made.
+        noted: called with the bytes of each matrix as it is read.
     """
 
     def __init__(self, source: MatrixSource, products: BlockProducts, dtype: torch.dtype) -> None:
         self._source, self._products, self._dtype = source, products, dtype
         self._matrices: dict[str, BlockMatrix] = {}
         self.kept: frozenset[str] = frozenset()
+        self.noted: Callable[[int], None] = lambda nbytes: None
 
     @property
     def holds_embedding(self) -> bool:
@@ -237,7 +239,8 @@ class DenseBlocks:
     def _matrix(self, name: str, state: Mapping[str, Any]) -> BlockMatrix | None:
         """The blocks of a weight, read once; None where it does not stay in blocks."""
         if name not in self._matrices and name in self._source.names:
-            self._matrices[name] = self._source.read(name, state)
+            matrix = self._matrices[name] = self._source.read(name, state)
+            self.noted(matrix.blocks.nbytes)
         return self._matrices.get(name)
 
     def _module(self, module: nn.Module, matrix: BlockMatrix) -> nn.Module:

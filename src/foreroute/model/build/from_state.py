@@ -5,7 +5,7 @@ no file stays mapped: truncating a mapped file kills the process. transformers' 
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,16 +57,33 @@ def stored_state(index: CheckpointIndex) -> dict[str, LazyTensor]:
     return {name: LazyTensor(index, name) for name in names}
 
 
+class CountedTensor:
+    """A tensor of a state that tells `noted` its bytes when it is read, and is that tensor in all else."""
+
+    def __init__(self, tensor: Any, noted: Callable[[int], None]) -> None:
+        self._tensor, self._noted = tensor, noted
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tensor, name)
+
+    def __getitem__(self, at: Any) -> torch.Tensor:
+        found: torch.Tensor = self._tensor[at]
+        self._noted(found.nbytes)
+        return found
+
+
 def from_state(
-    model_class: Any, folder: Path, state: Mapping[str, Any], *, dtype: torch.dtype | str, **kwargs: Any
-) -> tuple[nn.Module, dict[str, Any]]:
+    model_class: Any, folder: Path, state: Mapping[str, Any], *, dtype: torch.dtype | str,
+    noted: Callable[[int], None] | None = None, **kwargs: Any,
+) -> tuple[nn.Module, dict[str, Any]]:  # fmt: skip
     """Make a model with the weights of `state`, and transformers' report of missing, unexpected and mismatched keys.
 
     Name and generation settings are those of a model loaded from `folder`.
 
     Args:
         model_class: transformers'. state: by stored name, tensors or objects that threads read by indexing with `...`.
-        dtype: see load_skeleton. kwargs: for `from_pretrained`, `config` among them.
+        dtype: see load_skeleton. noted: called with the bytes of each tensor as it is read, by any thread.
+        kwargs: for `from_pretrained`, `config` among them.
     """
     common: dict[str, Any] = {
         "experts_implementation": "eager",
@@ -74,6 +91,11 @@ def from_state(
         "ignore_mismatched_sizes": True,  # the caller refuses those reported
         **kwargs,
     }
+    if noted is not None:
+        state = {
+            name: tensor if isinstance(tensor, torch.Tensor) else CountedTensor(tensor, noted)
+            for name, tensor in state.items()
+        }
     model, info = model_class.from_pretrained(None, state_dict=state, dtype=dtype, **common)
     model.name_or_path = model.config._name_or_path = str(folder)
     if folder.is_dir() and kwargs.get("generation_config") is None and model.can_generate():

@@ -186,7 +186,7 @@ def load_skeleton(
         dtype: compute dtype of the dense weights, or "auto" for the checkpoint's.
         blocks: the dense weights that stay in blocks, or None. store: a packed store whose dense weights, if it has
             any, replace the checkpoint's.
-        kwargs: for `from_pretrained` (attn_implementation, ...).
+        kwargs: for `from_pretrained` (attn_implementation, ...); `noted` for `from_state`.
     Raises:
         CheckpointError: transformers cannot load it.
         CorruptCheckpointError: keys other than the experts' are missing, unexpected or of another shape; or

@@ -12,13 +12,11 @@ Without messages, the template is read, and the answer is {"reading": ...}, as d
 
 import json
 import os
-import resource
-import signal
 import sys
 from typing import Any
 
-from foreroute.memory.host import process_bytes
 from foreroute.server.dialogue.reading import read_template
+from foreroute.system.limits import end_after, limit_memory
 
 
 def read(asked: dict[str, Any]) -> dict[str, Any]:
@@ -67,20 +65,16 @@ def main() -> None:
     """Serve until standard input ends."""
     import transformers.utils.chat_template_utils  # noqa: F401 - imported before memory is limited
 
-    most_bytes = int(sys.argv[1])
-    held = process_bytes("VmSize")
-    assert held is not None, "without it no limit can be set"
-    resource.setrlimit(resource.RLIMIT_AS, (held + most_bytes, held + most_bytes))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    limit_memory(int(sys.argv[1]))
     # Keep the real standard output for answers; prints of a library must not mix with them.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     print("{}", file=answers, flush=True)
     for line in sys.stdin.buffer:
         asked = json.loads(line)
-        signal.setitimer(signal.ITIMER_REAL, 2 * asked["most_s"])  # SIGALRM ends a process without a handler for it
+        stop = end_after(2 * asked["most_s"])
         print(json.dumps(render(asked) if "messages" in asked else read(asked)), file=answers, flush=True)
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        stop()
 
 
 if __name__ == "__main__":

@@ -2,11 +2,8 @@
 
 import contextlib
 import json
-import os
-import selectors
 import subprocess
 import threading
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +11,7 @@ from foreroute.children import child_command, child_environment
 from foreroute.server.api.problems import ApiError
 from foreroute.server.dialogue.reading import TemplateReading
 from foreroute.server.settings import Limits
+from foreroute.system.pipes import exchange
 
 _WORKER = "foreroute.server.dialogue.template_worker"
 
@@ -77,7 +75,7 @@ class TemplateRenderer:
         line = json.dumps({"template": self._template, **asked, **limits}).encode() + b"\n"
         with self._lock:
             worker = self._ready_worker()
-            answer = self._exchange(worker, line, self._limits.template_s)
+            answer = exchange(worker, line, self._limits.template_s)
             if answer is None:
                 was_killed = worker.poll() is None
                 self._stop_worker()
@@ -107,46 +105,10 @@ class TemplateRenderer:
                 env=child_environment(),
                 start_new_session=True,  # Ctrl-C is for the server alone
             )
-            if self._exchange(self._worker, b"", 60.0) is None:
+            if exchange(self._worker, b"", 60.0) is None:
                 self._stop_worker()
                 raise ApiError(500, "The process that renders chat templates does not start.", code="internal_error")
         return self._worker
-
-    def _exchange(self, worker: subprocess.Popen[bytes], line: bytes, within_s: float) -> bytes | None:
-        """Send a line and wait for one in reply; None at a timeout or when the process has ended."""
-        assert worker.stdin is not None
-        assert worker.stdout is not None
-        until = time.monotonic() + within_s
-        sending, reading = worker.stdin.fileno(), worker.stdout.fileno()
-        os.set_blocking(sending, False)
-        got = bytearray()
-        # Not `select`, which cannot handle descriptors above 1023; a server with many connections has them.
-        with selectors.PollSelector() as ready:
-            ready.register(reading, selectors.EVENT_READ)
-            if line:
-                ready.register(sending, selectors.EVENT_WRITE)
-            while not got.endswith(b"\n"):
-                left = until - time.monotonic()
-                if left <= 0:
-                    return None
-                able = [key.fd for key, _ in ready.select(left)]
-                if sending in able:
-                    try:
-                        line = line[os.write(sending, line[:65536]) :]
-                    except BrokenPipeError:
-                        return None
-                    if not line:
-                        ready.unregister(sending)
-                if reading not in able:
-                    continue
-                part = os.read(reading, 2**20)
-                if not part:
-                    # It has ended: let `poll` notice.
-                    with contextlib.suppress(subprocess.TimeoutExpired):
-                        worker.wait(1)
-                    return None
-                got += part
-        return bytes(got)
 
     def _stop_worker(self) -> None:
         if self._worker is None:
