@@ -123,6 +123,28 @@ def test_a_model_in_use_or_being_downloaded_stays(run, cache: Path) -> None:
     assert run("rm", "org/many-GGUF", "--yes").code == 0
 
 
+def test_where_the_system_tells_no_users(run, copied: Path, tmp_path: Path, monkeypatch) -> None:
+    from foreroute.cli.models import remove
+
+    store = copied / "experts.foreroute"
+    store.write_bytes(b"S")
+    assert "does not say" not in run("rm", copied, "--packed", "auto", "--yes").err
+    monkeypatch.setattr(remove, "_PROCESSES", tmp_path / "absent")
+    store.write_bytes(b"S")
+
+    def held(path: Path, missing_ok: bool = False) -> None:
+        raise PermissionError(13, "The process cannot access the file", str(path))
+
+    with monkeypatch.context() as windows:
+        windows.setattr(Path, "unlink", held)
+        ran = run("rm", copied, "--packed", "auto", "--yes")
+    assert ran.code == 2
+    assert "cannot access the file. End the programs that use it." in ran.err
+    ran = run("rm", copied, "--packed", "auto", "--yes")
+    assert (ran.code, store.exists()) == (0, False)
+    assert "This system does not say which programs use it" in ran.err
+
+
 def test_packed_stores_are_removed_and_the_model_stays(run, copied: Path) -> None:
     files = {path.name for path in copied.iterdir()}
     for name in ("experts.foreroute", "experts.q4_k.foreroute", "experts.q8_0.foreroute", "experts.fit.safetensors"):

@@ -69,6 +69,17 @@ def test_the_same_tokens(system: str, here: dict[str, Any], tmp_path: Path) -> N
     assert found["figures"]["peak_rss_bytes"] > 50e6
 
 
+def test_doctor_says_what_it_cannot_know(tmp_path: Path) -> None:
+    done = run(other_system.WINDOWS, "from foreroute.cli.main import main; raise SystemExit(main())", tmp_path,
+               "doctor", str(ROOT / "models" / "foreroute-tiny"), "--json", first=LIBRARIES)  # fmt: skip
+    assert done.returncode in (0, 1), done.stderr
+    found = {one["name"]: one for one in json.loads(done.stdout)["findings"]}
+    assert found["direct reads"]["found"] == "this system has none"
+    assert "GiB free of this machine's RAM" in found["memory"]["found"]
+    assert "does not say" in found["huge pages"]["found"]
+    assert "usable of" in found["processors"]["found"]
+
+
 def test_hiding_hides(tmp_path: Path) -> None:
     """Else all of the above would be about this system."""
     then = (

@@ -164,6 +164,11 @@ def of_stores(model: Path, name: str, asked: str) -> Removal:
     return Removal(", ".join(map(str, paths)), tuple(paths), nbytes, execute)
 
 
+def tells_users() -> bool:
+    """Whether this system says which files a process has open: Linux, by /proc."""
+    return (_PROCESSES / "self" / "fd").is_dir()
+
+
 def processes_using(files: Iterable[Path]) -> list[int]:
     """Ids of other processes of this user that have one of `files` open or mapped, where the system says so."""
     wanted = {(status.st_dev, status.st_ino) for path in files if (status := _status(path)) is not None}

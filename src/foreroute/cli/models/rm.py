@@ -49,17 +49,23 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the command; return its exit code."""
     removal = _removal(args)
-    from foreroute.cli.models.remove import processes_using
+    from foreroute.cli.models.remove import processes_using, tells_users
 
     users = processes_using(removal.files)
     if users:
         raise ForerouteError(
             f"{removal.what} is in use by process {', '.join(map(str, users))}. End it first, and then remove it."
         )
+    if not tells_users():
+        print("This system does not say which programs use it: end those that do, first.", file=sys.stderr)
     if not args.yes and not _may_remove(args, removal):
         print("Nothing was removed.", file=sys.stderr)
         return 0
-    removal.execute()
+    try:
+        removal.execute()
+    except OSError as error:
+        what = error.filename or removal.what
+        raise ForerouteError(f"{what} could not be removed: {error.strerror}. End the programs that use it.") from error
     left = [path for path in removal.files if path.exists()]
     if left:
         raise ForerouteError(f"{left[0]} could not be removed. Look at the permissions of its folder.")
