@@ -1,0 +1,61 @@
+"""What a client is asked to do, and how it tells what came of it: jobs as JSON come in, results as JSON go out."""
+
+import json
+import sys
+from collections.abc import Callable
+from enum import Enum
+from typing import Any, NamedTuple
+
+from pydantic import BaseModel
+
+
+class Job(NamedTuple):
+    """url: of the server, without /v1. question, again: a chat's first and second turn.
+
+    call: a question that is answered with calls of `tools` (name, description, parameters). choice: of them, `auto` or
+    `required`. result: what each call came to. person: a question that is answered with a `Person`.
+    forced: whether a call may be enforced.
+    """
+
+    url: str
+    model: str
+    question: str
+    again: str
+    call: str
+    tools: list[dict[str, Any]]
+    choice: str
+    result: str
+    person: str
+    forced: bool
+
+    @property
+    def base(self) -> str:
+        return f"{self.url}/v1"
+
+    @property
+    def functions(self) -> list[dict[str, Any]]:
+        """The tools as chat completions have them."""
+        return [{"type": "function", "function": tool} for tool in self.tools]
+
+
+class Name(str, Enum):
+    ADA = "Ada"
+    GRACE = "Grace"
+
+
+class Person(BaseModel):
+    name: Name
+    is_old: bool
+
+    def plain(self) -> dict[str, Any]:
+        return self.model_dump(mode="json")
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def run(client: Callable[[Job], dict[str, Any]]) -> None:
+    """Do every job that standard input names, and write the results to standard output."""
+    jobs = [Job(**one) for one in json.load(sys.stdin)]
+    json.dump([client(job) for job in jobs], sys.stdout)
