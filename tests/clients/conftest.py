@@ -1,6 +1,7 @@
 """Clients in environments of their own (`make clients`): each is a script that does jobs and says what came of them."""
 
 import json
+import os
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -17,6 +18,23 @@ from tests.server.conftest import byte_tokenizer
 
 __all__ = ["byte_tokenizer"]
 
+Do = Callable[[str, list[dict[str, Any]]], list[dict[str, Any]]]
+
+CLIENTS = (
+    "with_openai_chat.py",
+    "with_openai_responses.py",
+    "with_anthropic.py",
+    "with_langchain.py",
+    "with_litellm.py",
+    "with_instructor.py",
+    "with_agents.py chat",
+    "with_agents.py responses",
+    "with_openai_chat.mjs",
+    "with_openai_responses.mjs",
+    "with_ai_sdk.mjs compatible",
+    "with_ai_sdk.mjs chat",
+    "with_ai_sdk.mjs responses",
+)
 HERE = Path(__file__).parent
 PYTHON = ROOT / ".venv-clients/bin/python"
 MODULES = HERE / "node/node_modules"
@@ -38,11 +56,15 @@ def command(script: str) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def do() -> Callable[[str, list[dict[str, Any]]], list[dict[str, Any]]]:
+def do() -> Do:
     """`do(script, jobs)`: what a client answers to each job."""
 
     def doing(script: str, jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        done = subprocess.run(command(script), input=json.dumps(jobs), capture_output=True, text=True, check=False)
+        # litellm asks for its table of prices at every start, and says so where it does not get it.
+        done = subprocess.run(
+            command(script), input=json.dumps(jobs), capture_output=True, text=True, check=False,
+            env={**os.environ, "LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_LOG": "ERROR"},
+        )  # fmt: skip
         assert done.returncode == 0, done.stderr[-6000:]
         results: list[dict[str, Any]] = json.loads(done.stdout)
         assert len(results) == len(jobs)

@@ -20,7 +20,7 @@ function modelOf(job) {
 const callsOf = (calls) => calls.map((call) => [call.toolName, call.input]);
 
 await run(async (job) => {
-  const common = { model: modelOf(job), maxRetries: 0, providerOptions };
+  const common = { model: modelOf(job), maxRetries: 0, maxOutputTokens: job.limit, providerOptions };
   const first = await generateText({ ...common, messages: [user(job.question)] });
   const stream = streamText({ ...common, messages: [user(job.question)] });
   let streamed = "";
@@ -35,7 +35,7 @@ await run(async (job) => {
       one.name, tool({ description: one.description, inputSchema: jsonSchema(one.parameters) }),
     ]),
   );
-  const asked = { ...common, messages: [user(job.call)], tools, toolChoice: job.choice };
+  const asked = { ...common, messages: [user(job.call)], tools, toolChoice: job.choice ? { type: "tool", toolName: job.choice } : "auto" };
   const called = await generateText(asked);
   const streamedCall = streamText(asked);
   for await (const _ of streamedCall.fullStream);

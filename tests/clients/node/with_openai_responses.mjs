@@ -7,15 +7,16 @@ const plain = (calls) => calls.map((call) => [call.name, JSON.parse(call.argumen
 
 await run(async (job) => {
   const responses = new OpenAI({ baseURL: job.base, apiKey: "none", maxRetries: 0 }).responses;
-  const model = job.model;
-  const first = await responses.create({ model, input: [user(job.question)] });
+  const common = { model: job.model, max_output_tokens: job.limit };
+  const first = await responses.create({ ...common, input: [user(job.question)] });
   let streamed = "";
-  for await (const event of await responses.create({ model, input: [user(job.question)], stream: true }))
+  for await (const event of await responses.create({ ...common, input: [user(job.question)], stream: true }))
     if (event.type === "response.output_text.delta") streamed += event.delta;
-  const again = await responses.create({ model, input: [user(job.question), ...first.output, user(job.again)] });
+  const again = await responses.create({ ...common, input: [user(job.question), ...first.output, user(job.again)] });
 
   const tools = job.tools.map((tool) => ({ type: "function", strict: false, ...tool }));
-  const asked = { model, input: [user(job.call)], tools, tool_choice: job.choice };
+  const choice = job.choice ? { type: "function", name: job.choice } : "auto";
+  const asked = { ...common, input: [user(job.call)], tools, tool_choice: choice };
   const called = await responses.create(asked);
   const streamedCall = await responses.stream(asked).finalResponse();
   const results = callsOf(called).map((call) => ({
@@ -23,9 +24,9 @@ await run(async (job) => {
     call_id: call.call_id,
     output: job.result,
   }));
-  const last = await responses.create({ model, input: [user(job.call), ...called.output, ...results], tools });
+  const last = await responses.create({ ...common, input: [user(job.call), ...called.output, ...results], tools });
   const format = { type: "json_schema", name: "person", strict: true, schema: PERSON };
-  const person = await responses.parse({ model, input: [user(job.person)], text: { format } });
+  const person = await responses.parse({ ...common, input: [user(job.person)], text: { format } });
   const thoughts = first.output.filter((item) => item.type === "reasoning").flatMap((item) => item.content);
   return {
     text: first.output_text,

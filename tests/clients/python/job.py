@@ -3,8 +3,7 @@
 import json
 import sys
 from collections.abc import Callable
-from enum import Enum
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel
 
@@ -12,9 +11,9 @@ from pydantic import BaseModel
 class Job(NamedTuple):
     """url: of the server, without /v1. question, again: a chat's first and second turn.
 
-    call: a question that is answered with calls of `tools` (name, description, parameters). choice: of them, `auto` or
-    `required`. result: what each call came to. person: a question that is answered with a `Person`.
-    forced: whether a call may be enforced.
+    call: a question that is answered with calls of `tools` (name, description, parameters). choice: the name of
+    one that must be called, or "". result: what each call came to. person: a question that is answered with a `Person`.
+    limit: of an answer's tokens.
     """
 
     url: str
@@ -26,7 +25,7 @@ class Job(NamedTuple):
     choice: str
     result: str
     person: str
-    forced: bool
+    limit: int
 
     @property
     def base(self) -> str:
@@ -38,13 +37,8 @@ class Job(NamedTuple):
         return [{"type": "function", "function": tool} for tool in self.tools]
 
 
-class Name(str, Enum):
-    ADA = "Ada"
-    GRACE = "Grace"
-
-
 class Person(BaseModel):
-    name: Name
+    name: Literal["Ada", "Grace"]
     is_old: bool
 
     def plain(self) -> dict[str, Any]:

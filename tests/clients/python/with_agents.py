@@ -15,7 +15,8 @@ async def talk(job: Job) -> dict[str, Any]:
     own = openai.AsyncOpenAI(base_url=job.base, api_key="none", max_retries=0)
     kind = agents.OpenAIChatCompletionsModel if sys.argv[1] == "chat" else agents.OpenAIResponsesModel
     model = kind(model=job.model, openai_client=own)
-    plain = agents.Agent(name="Plain", model=model)
+    settings = agents.ModelSettings(max_tokens=job.limit)
+    plain = agents.Agent(name="Plain", model=model, model_settings=settings)
     first = await agents.Runner.run(plain, job.question)
     stream = agents.Runner.run_streamed(plain, job.question)
     streamed = [
@@ -40,14 +41,14 @@ async def talk(job: Job) -> dict[str, Any]:
         name="Acting",
         model=model,
         tools=[tool(one) for one in job.tools],
-        model_settings=agents.ModelSettings(tool_choice=job.choice),
+        model_settings=agents.ModelSettings(max_tokens=job.limit, tool_choice=job.choice or "auto"),
     )
     last = await agents.Runner.run(acting, job.call, max_turns=3)
     calls, made = made, []
     stream = agents.Runner.run_streamed(acting, job.call, max_turns=3)
     async for _ in stream.stream_events():
         pass
-    asked = agents.Agent(name="Asked", model=model, output_type=Person)
+    asked = agents.Agent(name="Asked", model=model, output_type=Person, model_settings=settings)
     person = await agents.Runner.run(asked, job.person)
     await own.close()
     return {

@@ -16,7 +16,7 @@ def calls_of(message: Any) -> list[Any]:
 
 def client(job: Job) -> dict[str, Any]:
     messages = anthropic.Anthropic(base_url=job.url, api_key="none", max_retries=0).messages
-    asked: dict[str, Any] = {"model": job.model, "max_tokens": 1000}
+    asked: dict[str, Any] = {"model": job.model, "max_tokens": job.limit}
     first = messages.create(messages=[user(job.question)], **asked)
     with messages.stream(messages=[user(job.question)], **asked) as stream:
         streamed = "".join(stream.text_stream)
@@ -29,7 +29,7 @@ def client(job: Job) -> dict[str, Any]:
         {"name": tool["name"], "description": tool["description"], "input_schema": tool["parameters"]}
         for tool in job.tools
     ]
-    choice = {"type": "any" if job.choice == "required" else "auto"}
+    choice = {"type": "tool", "name": job.choice} if job.choice else {"type": "auto"}
     called = messages.create(messages=[user(job.call)], tools=tools, tool_choice=choice, **asked)
     with messages.stream(messages=[user(job.call)], tools=tools, tool_choice=choice, **asked) as stream:
         streamed_call = stream.get_final_message()

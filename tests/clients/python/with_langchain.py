@@ -10,12 +10,12 @@ from langchain_openai import ChatOpenAI
 
 
 def client(job: Job) -> dict[str, Any]:
-    chat = ChatOpenAI(base_url=job.base, api_key="none", model=job.model, max_retries=0)
+    chat = ChatOpenAI(base_url=job.base, api_key="none", model=job.model, max_retries=0, max_tokens=job.limit)
     first = chat.invoke(job.question)
     streamed = "".join(str(piece.content) for piece in chat.stream(job.question))
     again = chat.invoke([HumanMessage(job.question), first, HumanMessage(job.again)])
 
-    bound = chat.bind_tools(job.functions, tool_choice=job.choice)
+    bound = chat.bind_tools(job.functions, tool_choice=job.choice or "auto")
     called = bound.invoke(job.call)
     streamed_call = reduce(add, bound.stream(job.call))
     results = [ToolMessage(job.result, tool_call_id=call["id"]) for call in called.tool_calls]

@@ -17,15 +17,17 @@ def client(job: Job) -> dict[str, Any]:
         "api_base": job.base,
         "api_key": "none",
         "num_retries": 0,
+        "max_tokens": job.limit,
     }
+    choice = {"type": "function", "function": {"name": job.choice}} if job.choice else "auto"
     first = litellm.completion(messages=[user(job.question)], **asked).choices[0].message
     pieces = litellm.completion(messages=[user(job.question)], stream=True, **asked)
     streamed = "".join(piece.choices[0].delta.content or "" for piece in pieces)
     again = litellm.completion(messages=[user(job.question), first, user(job.again)], **asked).choices[0].message
 
     with_tools = {**asked, "tools": job.functions}
-    called = litellm.completion(messages=[user(job.call)], tool_choice=job.choice, **with_tools).choices[0].message
-    pieces = litellm.completion(messages=[user(job.call)], tool_choice=job.choice, stream=True, **with_tools)
+    called = litellm.completion(messages=[user(job.call)], tool_choice=choice, **with_tools).choices[0].message
+    pieces = litellm.completion(messages=[user(job.call)], tool_choice=choice, stream=True, **with_tools)
     streamed_call = litellm.stream_chunk_builder(list(pieces)).choices[0].message
     results = [{"role": "tool", "tool_call_id": call.id, "content": job.result} for call in called.tool_calls]
     last = litellm.completion(messages=[user(job.call), called, *results], **with_tools).choices[0].message

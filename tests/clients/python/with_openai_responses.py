@@ -13,15 +13,16 @@ def calls_of(response: Any) -> list[Any]:
 
 def client(job: Job) -> dict[str, Any]:
     responses = openai.OpenAI(base_url=job.base, api_key="none", max_retries=0).responses
-    asked: dict[str, Any] = {"model": job.model}
+    asked: dict[str, Any] = {"model": job.model, "max_output_tokens": job.limit}
+    choice = {"type": "function", "name": job.choice} if job.choice else "auto"
     first = responses.create(input=[user(job.question)], **asked)
     with responses.stream(input=[user(job.question)], **asked) as stream:
         streamed = "".join(event.delta for event in stream if event.type == "response.output_text.delta")
     again = responses.create(input=[user(job.question), *first.output, user(job.again)], **asked)
 
     tools = [{"type": "function", "strict": False, **tool} for tool in job.tools]
-    called = responses.create(input=[user(job.call)], tools=tools, tool_choice=job.choice, **asked)
-    with responses.stream(input=[user(job.call)], tools=tools, tool_choice=job.choice, **asked) as stream:
+    called = responses.create(input=[user(job.call)], tools=tools, tool_choice=choice, **asked)
+    with responses.stream(input=[user(job.call)], tools=tools, tool_choice=choice, **asked) as stream:
         for _ in stream:
             pass
         streamed_call = stream.get_final_response()
