@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from foreroute.server.backend import Backend, Prompts, Serving
-from foreroute.server.dialogue.parsing.formats import format_named
+from foreroute.server.dialogue.parsing.formats import Format, format_named
 from foreroute.server.settings import Limits, ServerSettings
 from foreroute.structured.compiler import GrammarCompiler
 from tests.server.dialogue import templates
@@ -55,21 +55,31 @@ class ScriptedEngine(FakeEngine):
         return f"{analysis}<|channel|>final<|message|>{text}<|return|>"
 
 
+def with_markers(byte_tokenizer: Any, own: Format) -> Any:
+    """The tokenizer with a format's special tokens and a template for it."""
+    tokenizer = copy.deepcopy(byte_tokenizer)
+    tokenizer.chat_template = templates.HARMONY if own.has_channels else templates.HERMES
+    tokenizer.add_special_tokens({"additional_special_tokens": list(own.markers)})
+    return tokenizer
+
+
 @contextlib.contextmanager
-def scripted(byte_tokenizer: Any, written: Written) -> Iterator[str]:
+def compiler(byte_tokenizer: Any) -> Iterator[GrammarCompiler]:
+    """One for all models, as each tries a grammar in a new process: the engine draws no token by it."""
+    tokenizer = with_markers(byte_tokenizer, format_named("harmony"))
+    made = GrammarCompiler(tokenizer, len(tokenizer), [0])
+    yield made
+    made.close()
+
+
+@contextlib.contextmanager
+def scripted(byte_tokenizer: Any, written: Written, grammars: GrammarCompiler) -> Iterator[str]:
     """While inside, a model that calls tools as `written` does is served at the URL that this gives."""
     own = format_named(written.format)
-    template = templates.HARMONY if own.has_channels else templates.HERMES
-    tokenizer = copy.deepcopy(byte_tokenizer)
-    tokenizer.chat_template = template
-    tokenizer.add_special_tokens({"additional_special_tokens": list(own.markers)})
+    tokenizer = with_markers(byte_tokenizer, own)
     prompts = Prompts(tokenizer, len(tokenizer), Limits(), calls=own)
-    prompts._renderer = RenderedHere(template, {})
+    prompts._renderer = RenderedHere(tokenizer.chat_template, {})
     engine = ScriptedEngine(tokenizer, own.has_channels, written.text)
-    serving = Serving(engine, prompts, engine.context)
-    serving.grammars = GrammarCompiler(tokenizer, len(tokenizer), [0])
-    try:
-        with running(Backend(serving), ServerSettings(served_names=("scripted",))) as url:
-            yield url
-    finally:
-        serving.grammars.close()
+    serving = Serving(engine, prompts, engine.context, grammars=grammars)
+    with running(Backend(serving), ServerSettings(served_names=("scripted",))) as url:
+        yield url

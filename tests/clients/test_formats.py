@@ -18,7 +18,8 @@ CALLING = [one for one in VALID if one.calls]
 def urls(byte_tokenizer: Any) -> Iterator[list[str]]:
     """A server for each way of calling."""
     with contextlib.ExitStack() as stack:
-        yield [stack.enter_context(scripted.scripted(byte_tokenizer, one)) for one in CALLING]
+        grammars = stack.enter_context(scripted.compiler(byte_tokenizer))
+        yield [stack.enter_context(scripted.scripted(byte_tokenizer, one, grammars)) for one in CALLING]
 
 
 def job_for(url: str) -> dict[str, Any]:
