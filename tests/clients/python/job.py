@@ -1,5 +1,6 @@
 """What a client is asked to do, and how it tells what came of it: jobs as JSON come in, results as JSON go out."""
 
+import contextlib
 import json
 import sys
 from collections.abc import Callable
@@ -52,4 +53,7 @@ def user(text: str) -> dict[str, str]:
 def run(client: Callable[[Job], dict[str, Any]]) -> None:
     """Do every job that standard input names, and write the results to standard output."""
     jobs = [Job(**one) for one in json.load(sys.stdin)]
-    json.dump([client(job) for job in jobs], sys.stdout)
+    # Some print advice there.
+    with contextlib.redirect_stdout(sys.stderr):
+        results = [client(job) for job in jobs]
+    json.dump(results, sys.stdout)
