@@ -10,6 +10,9 @@ export const PERSON = {
 
 export const user = (text) => ({ role: "user", content: text });
 
+// Some print advice there.
+console.info = console.log = console.error;
+
 export async function run(client) {
   const results = [];
   for (const job of JSON.parse(readFileSync(0, "utf8"))) results.push(await client({ ...job, base: `${job.url}/v1` }));

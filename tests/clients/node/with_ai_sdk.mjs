@@ -59,7 +59,8 @@ await run(async (job) => {
   return {
     text: first.text,
     streamed,
-    ...(kind === "chat" ? {} : { reasoning: first.reasoningText ?? "" }),
+    // @ai-sdk/openai reads no reasoning of a chat, and of Responses summaries alone.
+    ...(kind === "compatible" ? { reasoning: first.reasoningText ?? "" } : {}),
     again: again.text,
     again_after_stream: afterStream.text,
     calls: callsOf(called.toolCalls),
