@@ -11,6 +11,11 @@ from tests.clients import scripted
 from tests.clients.conftest import CLIENTS, Do
 from tests.server.dialogue.answers import TOOLS, VALID, Written
 
+# To a client that takes its items for stored.
+REFUSED = (
+    "item_reference is not supported here: nothing is stored. Send whole items: clients do with `store: false` in "
+)
+REFUSED += "their settings."
 CALLING = [one for one in VALID if one.calls]
 
 
@@ -37,7 +42,7 @@ def expected(written: Written, found: dict[str, Any]) -> dict[str, Any]:
         "text": scripted.TEXT, "streamed": scripted.TEXT, "reasoning": scripted.THOUGHT,
         "again": scripted.AGAIN, "again_after_stream": scripted.AGAIN, "calls": calls, "streamed_calls": calls,
         "after": scripted.AFTER, "streamed_after": scripted.AFTER, "looped": scripted.AFTER,
-        "person": scripted.PERSON, "streamed_person": scripted.PERSON,
+        "refused": REFUSED, "person": scripted.PERSON, "streamed_person": scripted.PERSON,
     }  # fmt: skip
     return {name: everything[name] for name in found}
 

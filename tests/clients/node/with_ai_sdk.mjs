@@ -29,6 +29,8 @@ await run(async (job) => {
   const talk = (response) => [user(job.question), ...response.messages, user(job.again)];
   const again = await generateText({ ...common, messages: talk(first.response) });
   const afterStream = await generateText({ ...common, messages: talk(await stream.response) });
+  const asStored = { ...common, providerOptions: {}, messages: talk(first.response) };
+  const refused = kind === "responses" ? { refused: await generateText(asStored).catch((error) => error.message) } : {};
 
   const tools = Object.fromEntries(
     job.tools.map((one) => [
@@ -67,6 +69,7 @@ await run(async (job) => {
     streamed_calls: callsOf(await streamedCall.toolCalls),
     after: last.text,
     looped: looped.text,
+    ...refused,
     person: person.output,
   };
 });
