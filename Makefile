@@ -10,10 +10,16 @@ OLD_PY    := $(OLD_VENV)/bin/python
 OLD_STAMP := $(OLD_VENV)/.installed
 OLD_PIP   := $(OLD_PY) -m pip install --disable-pip-version-check --quiet -c $(OLD_VENV)/constraints.txt
 
+# Clients that the server is tried with, in versions of their own: Python's, and npm's where there is a node.
+CLIENTS       := tests/clients
+CLIENTS_VENV  := .venv-clients
+CLIENTS_STAMP := $(CLIENTS_VENV)/.installed
+NPM_STAMP     := $(CLIENTS)/node/node_modules/.installed
+
 JOBS := 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest check-oldest check resolve format held-out bench clean
+.PHONY: help demo test test-oldest check-oldest clients check resolve format held-out bench clean
 
 help:            ## this list
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 20
@@ -31,6 +37,9 @@ test-oldest: $(OLD_STAMP) ## the same with the oldest transformers that is meant
 check-oldest: $(OLD_STAMP) ## what CI runs with it: the installed wheel, every model family, the gates of generation
 	OMP_NUM_THREADS=1 $(OLD_PY) -m pytest -p no:cacheprovider -n $(JOBS) --dist loadfile \
 	  tests/families tests/cli/test_wheel.py tests/gates/test_generation.py tests/gates/test_seam.py $(ARGS)
+
+clients: $(STAMP) $(CLIENTS_STAMP) $(if $(shell command -v npm),$(NPM_STAMP)) ## the server with unmodified clients, in an environment of their own
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile $(CLIENTS) $(ARGS)
 
 check: $(STAMP)  ## format, lint, types (as on other systems too), and who may import whom
 	$(PY) -m ruff format --check .
@@ -67,6 +76,18 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -x $(PY) || $(PYTHON) -m venv .venv
 	$(PIP) -c constraints.txt pip torch
 	$(PIP) -c constraints.txt -e '.[dev]'
+	@touch $@
+
+$(CLIENTS_STAMP): $(CLIENTS)/requirements.txt $(CLIENTS)/constraints.txt
+	@echo "Setting up $(CLIENTS_VENV) (once, a minute) ..."
+	@test -x $(CLIENTS_VENV)/bin/python || $(PYTHON) -m venv $(CLIENTS_VENV)
+	$(CLIENTS_VENV)/bin/python -m pip install --disable-pip-version-check --quiet \
+	  -c $(CLIENTS)/constraints.txt -r $(CLIENTS)/requirements.txt
+	@touch $@
+
+# From the lock file alone. npm is not asked where there is none; the tests then say so.
+$(NPM_STAMP): $(CLIENTS)/node/package.json $(CLIENTS)/node/package-lock.json
+	cd $(CLIENTS)/node && npm ci --silent
 	@touch $@
 
 # All else as pinned, but for what the oldest transformers itself holds to older versions.

@@ -2,8 +2,8 @@
 
 pip plans an installation of the wheel from the package index alone, without this machine's settings, wheel folders and
 constraints: all extras for each Python that development supports, then the oldest transformers, then what a plain
-`pip install` takes. Whatever it would install must be what is pinned. Nothing is installed, and of wheels only their
-metadata is read.
+`pip install` takes, and the clients that tests/clients has in an environment of its own. Whatever it would install must
+be what is pinned. Nothing is installed, and of wheels only their metadata is read.
 """
 
 import json
@@ -27,6 +27,7 @@ HERE = f"{sys.version_info.major}.{sys.version_info.minor}"
 EXTRAS = ("serve", "structured", "gguf", "gpu", "completion", "dev", "eval", "plots", "bench")
 # For a Python that is not on this machine pip plans with wheels alone; others need packages that come as sources.
 WHEELS_ONLY = ("serve", "structured", "gguf", "gpu", "completion", "plots")
+CLIENTS = ROOT / "tests/clients"
 NOT_RESOLVED, NOT_REACHED = 1, 2
 _TIMEOUT_S = 900
 # Of pip's settings in the environment: how the index is reached, not what is taken from where.
@@ -46,12 +47,16 @@ class ResolveError(Exception):
 
 @dataclass(frozen=True)
 class Case:
-    """One installation to plan: extras of the wheel for a Python, with these pins; a plain one has none."""
+    """One installation to plan: extras of the wheel for a Python, with these pins; a plain one has none.
+
+    wanted: what is installed in the wheel's place.
+    """
 
     label: str
     python: str
     extras: tuple[str, ...]
     pins: Mapping[str, str]
+    wanted: tuple[str, ...] = ()
 
 
 def canonical(name: str) -> str:
@@ -68,6 +73,8 @@ def read_pins(path: Path) -> dict[str, str]:
 
 def cases(pins: Mapping[str, str], oldest: Mapping[str, str]) -> Iterator[Case]:
     """Every installation that must work."""
+    clients = tuple((CLIENTS / "requirements.txt").read_text().split())
+    yield Case(f"Python {HERE}, clients", HERE, (), read_pins(CLIENTS / "constraints.txt"), clients)
     for python in PYTHONS:
         yield Case(f"Python {python}", python, EXTRAS, pins)
     yield Case(f"Python {HERE}, oldest transformers", HERE, ("dev",), {**pins, **oldest})
@@ -110,12 +117,8 @@ def plan(case: Case, wheel: Path, folder: Path) -> tuple[list[dict[str, Any]], s
     constraints.write_text("".join(f"{name}=={version}\n" for name, version in case.pins.items()))
     command += ["install", "--dry-run", "--ignore-installed", "--progress-bar=off", "--report", str(report)]
     # Where the index has no separate metadata, a wheel's is read out of its middle.
-    command += [
-        "--use-feature=fast-deps",
-        "-c",
-        str(constraints),
-        f"{wheel}[{','.join(extras)}]" if extras else str(wheel),
-    ]
+    ours = f"{wheel}[{','.join(extras)}]" if extras else str(wheel)
+    command += ["--use-feature=fast-deps", "-c", str(constraints), *(case.wanted or [ours])]
     if python is None:
         command += ["--python-version", case.python, "--only-binary=:all:", "--target", str(folder / "target")]
     try:
@@ -193,7 +196,7 @@ def main() -> int:
             return f"{case.label}: {len(installs)} packages, {held}{note} ({time.monotonic() - started:.0f} s)", 0
 
         # All at once: most of the time they wait for the index.
-        with ThreadPoolExecutor(max_workers=len(PYTHONS) + 2) as pool:
+        with ThreadPoolExecutor(max_workers=len(PYTHONS) + 3) as pool:
             for line, failed in pool.map(check, cases(pins, oldest)):
                 print(line, file=sys.stderr if failed else sys.stdout, flush=True)
                 code = code or failed

@@ -1,5 +1,6 @@
 """What `make resolve` makes of pip's plans; the plans themselves need the package index, and are CI's own step."""
 
+import json
 import re
 import subprocess
 import sys
@@ -94,3 +95,16 @@ def test_pins_are_the_ends_of_what_the_package_allows() -> None:
 def test_every_extra_is_resolved() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert sorted(resolve.EXTRAS) == sorted(project["optional-dependencies"])
+
+
+def test_the_clients_environment_is_resolved_and_its_npm_part_pinned_to_the_digit() -> None:
+    """The lock file names no host: npm asks the registry that it is told of."""
+    (clients,) = (case for case in resolve.cases({}, {}) if case.wanted)
+    assert {resolve.canonical(one) for one in clients.wanted} <= clients.pins.keys()
+    assert len(clients.pins) > len(clients.wanted)
+    folder = resolve.CLIENTS / "node"
+    wanted = json.loads((folder / "package.json").read_text())["dependencies"]
+    locked = json.loads((folder / "package-lock.json").read_text())["packages"]
+    assert all(re.fullmatch(r"[\d.]+", version) for version in wanted.values())
+    assert locked[""]["dependencies"] == wanted
+    assert all(one["integrity"] and "resolved" not in one for path, one in locked.items() if path)

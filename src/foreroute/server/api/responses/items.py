@@ -46,7 +46,8 @@ class WireItem(Strict):
             return given
         kind = given.get("type")
         if kind == "item_reference":
-            raise not_supported("input", "item_reference is not supported here: nothing is stored. Send whole items.")
+            how = "Send whole items: clients do with `store: false` in their settings."
+            raise not_supported("input", f"item_reference is not supported here: nothing is stored. {how}")
         if isinstance(kind, str) and kind not in _FIELDS:
             raise not_supported("input", f"Items of the type {kind[:40]!r} are not supported here.")
         kept = {name: one for name, one in given.items() if name not in _NOTES and one is not None}
