@@ -1,7 +1,8 @@
-"""Attention of each row's new tokens, one by one over its own keys: their bits are those that they have alone.
+"""Attention of each row's new tokens over its own keys, without padding and without a mask.
 
-Over the padded keys of all rows they are not: sums are split by columns, and padding moves a row's. A call per row and
-layer costs some 20 us.
+In decoding one by one: their bits are those that they have alone. Over the padded keys of all rows they are not: sums
+are split by columns, and padding moves a row's. A call per row and layer costs some 20 us. Of prompts by chunks
+(kernels/torch/chunk_attention.py): a mask of chunk x context takes memory and time in every layer.
 """
 
 import threading
@@ -13,10 +14,13 @@ import torch
 from transformers import AttentionInterface
 
 from foreroute.batching.row_layers import RowLayer
+from foreroute.kernels.torch.chunk_attention import attend_chunk, takes
 from foreroute.loading.offloaded_model import OffloadedModel
-from foreroute.model.decode.attention import function_of
+from foreroute.model.decode.attention import attends_by_interface, function_of
 
 _NAME = "foreroute_rows"
+# Names of attention functions that are torch's scaled_dot_product_attention where several tokens attend.
+_SCALED_DOT_PRODUCT = ("sdpa", "foreroute_sdpa")
 # Per thread the step that runs in it: transformers' interface has one function of a name for all models.
 _running = threading.local()
 
@@ -25,37 +29,53 @@ class RowAttention:
     """Replaces a model's own attention while several rows get one token each, or some that are verified.
 
     Args:
-        model: `attends_by_interface` of it is true.
+        model: `attends_by_interface` of it is true. of_chunks: of prompts' tokens, in place of those.
     """
 
-    def __init__(self, model: OffloadedModel) -> None:
-        self._model = model
+    def __init__(self, model: OffloadedModel, *, of_chunks: bool = False) -> None:
+        self._model, self._of_chunks = model, of_chunks
         self._config = model.config.get_text_config(decoder=True)
         self._own = self._config._attn_implementation
         AttentionInterface.register(_NAME, _attend)
 
     @contextmanager
-    def over(self, layers: Sequence[RowLayer]) -> Iterator[None]:
+    def over(self, layers: Sequence[Any]) -> Iterator[None]:
         """Inside, the model's attention is computed by row, over what `layers` hold; no mask may be given.
+
+        layers: of the cache; those that hold keys are attended to.
 
         Other threads wait for the model meanwhile, as its config names this attention.
         """
         with self._model.foreroute.lock:
-            step = _running.step = _Step(self._own, layers)
+            step = _running.step = _Step(self._own, layers, of_chunks=self._of_chunks)
             self._config._attn_implementation = _NAME
             try:
                 yield
             finally:
                 self._config._attn_implementation = self._own
                 _running.step = None
-        assert step.calls == len(layers), "a layer's attention was not computed by row: it saw padding"
+        num_attentions = sum(isinstance(layer, RowLayer) for layer in layers)
+        assert step.calls == num_attentions, "a layer's attention was not computed by row: it saw what it may not"
+
+
+def chunk_attention(model: OffloadedModel, layers: Sequence[Any]) -> RowAttention | None:
+    """What computes the attention of prompts' chunks to `model`, with a cache of these layers; None: its own does.
+
+    Windows have masks of their own width, and functions that are not torch's something to add to a mask.
+    """
+    held = [layer for layer in layers if isinstance(layer, RowLayer)]
+    config = model.config.get_text_config(decoder=True)
+    is_plain = bool(held) and not any(layer.is_sliding for layer in held)
+    is_known = config._attn_implementation in _SCALED_DOT_PRODUCT and model.device.type == "cpu"
+    is_asked = is_plain and is_known and attends_by_interface(model, len(held))
+    return RowAttention(model, of_chunks=True) if is_asked else None
 
 
 class _Step:
     """The model's own attention by name, its layers, and how many of them were computed."""
 
-    def __init__(self, own: str, layers: Sequence[RowLayer]) -> None:
-        self.own, self.layers, self.calls = own, layers, 0
+    def __init__(self, own: str, layers: Sequence[Any], *, of_chunks: bool) -> None:
+        self.own, self.layers, self.calls, self.of_chunks = own, layers, 0, of_chunks
 
 
 def _attend(
@@ -73,6 +93,9 @@ def _attend(
     num_rows, heads, positions, _ = query.shape
     for at in range(num_rows):
         row, of_row = slice(at, at + 1), []
+        if step.of_chunks:
+            outputs.append(_of_chunk(own, module, query[row], key[row], value[row], layer.num_new(at), kwargs))
+            continue
         for behind in reversed(range(positions)):
             num_seen, end = layer.num_seen(at, behind), key.shape[2] - behind
             if not num_seen:
@@ -82,4 +105,23 @@ def _attend(
             one_query = query[row, :, one]
             of_row.append(own(module, one_query, key[row, :, seen], value[row, :, seen], None, **kwargs)[0])
         outputs.append(of_row[0] if positions == 1 else torch.cat(of_row, 1))
-    return torch.cat(outputs), None
+    return outputs[0] if num_rows == 1 else torch.cat(outputs), None
+
+
+def _of_chunk(
+    own: Any, module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, counts: tuple[int, int], kwargs: Any
+) -> torch.Tensor:
+    """The same of one row, of whose positions and columns the last are its own: new tokens, and all it holds."""
+    (num_new, held), (_, heads, positions, _) = counts, query.shape
+    query, key, value = query[:, :, positions - num_new :], key[:, :, key.shape[2] - held :], value[:, :, -held:]
+    is_plain = kwargs.get("position_bias") is None and kwargs.get("softcap") is None
+    if held > num_new and is_plain and takes(query, key, value):
+        output = attend_chunk(query, key, value, kwargs.get("scaling"))
+    else:
+        mask = None
+        if held > num_new > 1:
+            columns = torch.arange(held, device=query.device)
+            mask = (columns <= columns[held - num_new :, None])[None, None]
+        output = own(module, query, key, value, mask, **kwargs)[0]
+    padding = query.new_zeros(1, positions - num_new, heads, value.shape[-1])
+    return torch.cat([padding, output], 1) if num_new < positions else output

@@ -129,6 +129,10 @@ class RowLayer(DynamicLayer):
             return 0
         return held if self._window is None else min(held, self._window)
 
+    def num_new(self, at: int) -> tuple[int, int]:
+        """The row's new tokens in a step, and all that it holds with them."""
+        return self._rows.new[at], self._rows.had[at] + self._rows.new[at]
+
     def join(self, new: Sequence[tuple[DynamicLayer | None, int]]) -> None:
         """Append rows. new: for each a layer that holds it alone, and its number of tokens."""
         if not new:

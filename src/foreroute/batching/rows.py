@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicCache
 
-from foreroute.batching.row_attention import RowAttention
+from foreroute.batching.row_attention import RowAttention, chunk_attention
 from foreroute.batching.row_layers import BEFORE_WINDOW, RowLayer, RowLengths
 from foreroute.batching.row_states import rows_layer
 from foreroute.engine.interfaces import Phase, StepInfo
@@ -85,6 +85,7 @@ class RowsCache:
         is_alike = model.foreroute.plan.math == "ggml" and attends_by_interface(model)
         is_alike = is_alike and all(type(layer) is RowLayer for layer in self._cache.layers)
         self._attention = RowAttention(model) if is_alike else None
+        self._chunks = chunk_attention(model, self._cache.layers)
 
     @property
     def lengths(self) -> list[int]:
@@ -168,7 +169,11 @@ class RowsCache:
         total = torch.tensor([had + new for had, new in zip(rows.had, rows.new, strict=True)], device=device)[:, None]
         from_end = torch.arange(most - 1, -1, -1, device=device)[None]
         kwargs: dict[str, Any] = {"position_ids": (total - 1 - from_end).clamp(min=0)}
-        by_row = self._attention if phase != "prefill" and len(tokens) > 1 else None
+        if phase == "prefill":
+            # A step of prompts' beginnings alone, of one length, needs neither a mask nor rows that are apart.
+            by_row = self._chunks if most > 1 and (any(rows.had) or min(rows.new) < most) else None
+        else:
+            by_row = self._attention if len(tokens) > 1 else None
         is_padded = min(rows.had[at] + rows.new[at] for at in range(len(tokens))) < width
         if is_padded and by_row is None:
             kwargs["attention_mask"] = (torch.arange(width, device=device)[None] >= width - total).long()

@@ -97,11 +97,15 @@ def _mask(
     )
 
 
-def attends_by_interface(model: PreTrainedModel) -> bool:
-    """Whether every attention of `model` asks transformers' interface for its function, by one config."""
+def attends_by_interface(model: PreTrainedModel, num_attentions: int | None = None) -> bool:
+    """Whether every attention of `model` asks transformers' interface for its function, by one config.
+
+    num_attentions: layers with one; None: all of them.
+    """
     config = model.config.get_text_config(decoder=True)
     attentions = _attentions(model)
-    is_one = len(attentions) == config.num_hidden_layers and all(one.config is config for one in attentions)
+    wanted = config.num_hidden_layers if num_attentions is None else num_attentions
+    is_one = len(attentions) == wanted and all(one.config is config for one in attentions)
     is_known = config._attn_implementation in (*_NAMES, *_NAMES.values())
     return is_one and is_known and all(_asks(one) for one in attentions) and not _depends_on_names(model)
 
