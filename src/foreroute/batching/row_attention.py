@@ -16,11 +16,9 @@ from transformers import AttentionInterface
 from foreroute.batching.row_layers import RowLayer
 from foreroute.kernels.torch.chunk_attention import attend_chunk, takes
 from foreroute.loading.offloaded_model import OffloadedModel
-from foreroute.model.decode.attention import attends_by_interface, function_of
+from foreroute.model.decode.attention import PRODUCTS, attends_in_chunks, function_of, tokens_of_block
 
 _NAME = "foreroute_rows"
-# Names of attention functions that are torch's scaled_dot_product_attention where several tokens attend.
-_SCALED_DOT_PRODUCT = ("sdpa", "foreroute_sdpa")
 # Per thread the step that runs in it: transformers' interface has one function of a name for all models.
 _running = threading.local()
 
@@ -58,17 +56,9 @@ class RowAttention:
         assert step.calls == num_attentions, "a layer's attention was not computed by row: it saw what it may not"
 
 
-def chunk_attention(model: OffloadedModel, layers: Sequence[Any]) -> RowAttention | None:
-    """What computes the attention of prompts' chunks to `model`, with a cache of these layers; None: its own does.
-
-    Windows have masks of their own width, and functions that are not torch's something to add to a mask.
-    """
-    held = [layer for layer in layers if isinstance(layer, RowLayer)]
-    config = model.config.get_text_config(decoder=True)
-    is_plain = bool(held) and not any(layer.is_sliding for layer in held)
-    is_known = config._attn_implementation in _SCALED_DOT_PRODUCT and model.device.type == "cpu"
-    is_asked = is_plain and is_known and attends_by_interface(model, len(held))
-    return RowAttention(model, of_chunks=True) if is_asked else None
+def chunk_attention(model: OffloadedModel) -> RowAttention | None:
+    """What computes the attention of prompts' chunks to `model`; None: its own function does, with masks."""
+    return RowAttention(model, of_chunks=True) if attends_in_chunks(model) else None
 
 
 class _Step:
@@ -76,6 +66,8 @@ class _Step:
 
     def __init__(self, own: str, layers: Sequence[Any], *, of_chunks: bool) -> None:
         self.own, self.layers, self.calls, self.of_chunks = own, layers, 0, of_chunks
+        # Torch's scaled_dot_product_attention, where several tokens attend: masks are of booleans.
+        self.is_product = own in PRODUCTS
 
 
 def _attend(
@@ -94,7 +86,7 @@ def _attend(
     for at in range(num_rows):
         row, of_row = slice(at, at + 1), []
         if step.of_chunks:
-            outputs.append(_of_chunk(own, module, query[row], key[row], value[row], layer.num_new(at), kwargs))
+            outputs.append(_of_chunk(step, module, query[row], key[row], value[row], at, kwargs))
             continue
         for behind in reversed(range(positions)):
             num_seen, end = layer.num_seen(at, behind), key.shape[2] - behind
@@ -109,19 +101,42 @@ def _attend(
 
 
 def _of_chunk(
-    own: Any, module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, counts: tuple[int, int], kwargs: Any
+    step: _Step, module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, at: int, kwargs: Any
 ) -> torch.Tensor:
-    """The same of one row, of whose positions and columns the last are its own: new tokens, and all it holds."""
-    (num_new, held), (_, heads, positions, _) = counts, query.shape
-    query, key, value = query[:, :, positions - num_new :], key[:, :, key.shape[2] - held :], value[:, :, -held:]
+    """The same of the row at `at` alone, of whose positions and columns the last are its own."""
+    layer: RowLayer = step.layers[module.layer_idx]
+    (num_new, held), (_, heads, positions, _) = layer.num_new(at), query.shape
+    query, key, value = query[:, :, positions - num_new :], key[:, :, -held:], value[:, :, -held:]
     is_plain = kwargs.get("position_bias") is None and kwargs.get("softcap") is None
-    if held > num_new and is_plain and takes(query, key, value):
+    if step.is_product and is_plain and not layer.is_sliding and takes(query, key, value):
         output = attend_chunk(query, key, value, kwargs.get("scaling"))
     else:
-        mask = None
-        if held > num_new > 1:
-            columns = torch.arange(held, device=query.device)
-            mask = (columns <= columns[held - num_new :, None])[None, None]
-        output = own(module, query, key, value, mask, **kwargs)[0]
+        output = _in_blocks(step, module, query, key, value, layer.window, kwargs)
     padding = query.new_zeros(1, positions - num_new, heads, value.shape[-1])
     return torch.cat([padding, output], 1) if num_new < positions else output
+
+
+def _in_blocks(
+    step: _Step,
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    window: int | None,
+    kwargs: Any,
+) -> torch.Tensor:
+    """The same by the model's own function, for as many tokens at a time as keep its numbers within `BLOCK_BYTES`."""
+    own, outputs = function_of(module, step.own), []
+    num_new, held = query.shape[2], key.shape[2]
+    for first in range(0, num_new, size := tokens_of_block(query.shape[1], held)):
+        last = min(first + size, num_new)
+        begin = 0 if window is None else max(0, held - num_new + first - window + 1)
+        end = held - num_new + last
+        columns, tokens = torch.arange(begin, end), torch.arange(end - (last - first), end)[:, None]
+        is_seen = columns <= tokens if window is None else (columns <= tokens) & (columns > tokens - window)
+        mask = None if is_seen.all() else is_seen[None, None].to(query.device)
+        if mask is not None and not step.is_product:
+            mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, torch.finfo(query.dtype).min)
+        block = query[:, :, first:last], key[:, :, begin:end], value[:, :, begin:end]
+        outputs.append(own(module, *block, mask, **kwargs)[0])
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)

@@ -66,11 +66,14 @@ class RowLayer(DynamicLayer):
     Args:
         rows: lengths, shared by all layers of a cache.
         window: of sliding attention; older tokens are not kept, but for a few (BEFORE_WINDOW).
+
+    Attributes:
+        window: as given.
     """
 
     def __init__(self, rows: RowLengths, window: int | None = None) -> None:
         super().__init__()
-        self._rows, self._window = rows, window
+        self._rows, self.window = rows, window
         self.is_sliding = window is not None
         self._end = 0
         # The first token that a row brought, where it came with the latest alone.
@@ -111,7 +114,7 @@ class RowLayer(DynamicLayer):
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return how many positions attention sees, and the first of them."""
         before = self.get_seq_length()
-        first = 0 if self._window is None else max(before - self._window + 1, 0)
+        first = 0 if self.window is None else max(before - self.window + 1, 0)
         return before + query_length - first, first
 
     # Called by `RowsCache`.
@@ -127,11 +130,12 @@ class RowLayer(DynamicLayer):
         held = self._rows.had[at] + self._rows.new[at] - behind
         if behind >= self._rows.new[at]:
             return 0
-        return held if self._window is None else min(held, self._window)
+        return held if self.window is None else min(held, self.window)
 
     def num_new(self, at: int) -> tuple[int, int]:
-        """The row's new tokens in a step, and all that it holds with them."""
-        return self._rows.new[at], self._rows.had[at] + self._rows.new[at]
+        """The row's new tokens in a step, and how many they see with themselves: all, or what is in a window."""
+        new, had = self._rows.new[at], self._rows.had[at]
+        return new, new + (had if self.window is None else min(had, self.window - 1))
 
     def join(self, new: Sequence[tuple[DynamicLayer | None, int]]) -> None:
         """Append rows. new: for each a layer that holds it alone, and its number of tokens."""
@@ -211,8 +215,8 @@ class RowLayer(DynamicLayer):
         if not self.is_initialized or self._rows.had[at] == 0:
             return alone
         num = self._held_of(at, self._rows.had[at])
-        if self._window is not None:
-            num = min(num, self._window - 1 + more)
+        if self.window is not None:
+            num = min(num, self.window - 1 + more)
         held = slice(self._end - num, self._end)
         alone.lazy_initialization(self.keys, self.values)
         alone.keys, alone.values = (states[at : at + 1, :, held] for states in (self.keys, self.values))
@@ -227,11 +231,11 @@ class RowLayer(DynamicLayer):
         return min(self._kept(had), had - self._first.get(at, 0))
 
     def _kept(self, had: int) -> int:
-        return had if self._window is None else min(had, self._window - 1 + BEFORE_WINDOW)
+        return had if self.window is None else min(had, self.window - 1 + BEFORE_WINDOW)
 
     @property
     def _ahead(self) -> int:
-        return _MORE_COLUMNS if self._window is None else _MORE_COLUMNS - BEFORE_WINDOW
+        return _MORE_COLUMNS if self.window is None else _MORE_COLUMNS - BEFORE_WINDOW
 
     @property
     def _longest(self) -> int:

@@ -85,7 +85,7 @@ class RowsCache:
         is_alike = model.foreroute.plan.math == "ggml" and attends_by_interface(model)
         is_alike = is_alike and all(type(layer) is RowLayer for layer in self._cache.layers)
         self._attention = RowAttention(model) if is_alike else None
-        self._chunks = chunk_attention(model, self._cache.layers)
+        self._chunks = chunk_attention(model)
 
     @property
     def lengths(self) -> list[int]:
@@ -170,8 +170,7 @@ class RowsCache:
         from_end = torch.arange(most - 1, -1, -1, device=device)[None]
         kwargs: dict[str, Any] = {"position_ids": (total - 1 - from_end).clamp(min=0)}
         if phase == "prefill":
-            # A step of prompts' beginnings alone, of one length, needs neither a mask nor rows that are apart.
-            by_row = self._chunks if most > 1 and (any(rows.had) or min(rows.new) < most) else None
+            by_row = self._chunks if most > 1 else None
         else:
             by_row = self._attention if len(tokens) > 1 else None
         is_padded = min(rows.had[at] + rows.new[at] for at in range(len(tokens))) < width

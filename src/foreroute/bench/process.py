@@ -1,11 +1,11 @@
 """Measure the memory that models take of this process, one after another, and memory bandwidth."""
 
-import ctypes
 import gc
 import time
 
 import torch
 
+from foreroute.memory.freed import trim
 from foreroute.memory.host import process_bytes, reset_peak
 
 # Larger than any cache, so that memory itself is measured.
@@ -28,9 +28,7 @@ def memory_bytes_per_s() -> float:
 def give_back_freed_memory() -> None:
     """Collect garbage and return freed memory to the system: else the next model's memory would not show."""
     gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
+    trim()
 
 
 class PeakRss:

@@ -22,6 +22,7 @@ from foreroute.memory.serving_budget import (
     SCORED_AT_ONCE,
     ServingNeeds,
     activation_bytes,
+    attention_bytes,
     check_serving,
     logit_bytes,
     moving_bytes,
@@ -40,6 +41,7 @@ from foreroute.model.caches import (
     linear_state_bytes,
     new_cache,
 )
+from foreroute.model.decode.attention import BLOCK_BYTES, heads_of, prompt_attention
 from foreroute.model.expert_set import ExpertSet
 from foreroute.residency.sized import SizedResidency, parts_of
 from foreroute.residency.slots import Residency
@@ -47,6 +49,9 @@ from foreroute.units import kept_bytes
 
 _TOKEN = 1
 
+# Loaded and made at first use, after a server is ready: one request of each kind of each API adds 35 MB (code, kernels,
+# the pages of libraries), compiled grammars of agents' tools 13.
+_FIRST_USE_BYTES = 48 * 2**20
 # Tokens of KV cache allocated ahead of their use.
 _COLUMNS_AHEAD = 1024
 
@@ -175,11 +180,11 @@ def serving_needs(
 
     plan: what loading it decided. layers: its MoE layers. residency: which of its experts are in slots now.
     Beside dense part, experts and KV cache that is what this process takes so far (Python, torch, other libraries),
-    measured now; and, calculated, the most that one chunk of a prompt takes.
+    measured now, and what it will load at first use; and, calculated, the most that one chunk of a prompt takes.
     """
     per_token = planned_kv_bytes_per_token(model, plan, layers)
     requests = _request_bytes(model, plan.prefill_chunk, kv_tokens, per_token)
-    working = _program_bytes(model, plan, residency) + requests
+    working = _program_bytes(model, plan, residency) + _FIRST_USE_BYTES + requests
     states = state_bytes_without_experts(model, layers)
     experts = plan.pool_bytes + plan.host_records * plan.slot_bytes
     return _needs(model, experts, kv_tokens, per_token, working, plan.dense_bytes, plan.prefix_cache, states)
@@ -213,7 +218,19 @@ def _request_bytes(model: PreTrainedModel, chunk: int, kv_tokens: int, kv_bytes_
         return ahead + logit_bytes(min(kv_tokens, MOST_SCORED_WHOLE), text.vocab_size, itemsize)
     chunk = min(chunk, getattr(text, "max_position_embeddings", None) or chunk)
     scored = logit_bytes(min(chunk, SCORED_AT_ONCE), text.vocab_size, itemsize)
-    return ahead + activation_bytes(chunk, text.hidden_size, itemsize) + scored
+    return (
+        ahead
+        + max(activation_bytes(chunk, text.hidden_size, itemsize), _attention_bytes(model, chunk, kv_tokens))
+        + scored
+    )
+
+
+def _attention_bytes(model: PreTrainedModel, chunk: int, kv_tokens: int) -> int:
+    """Bytes of attention, which is computed at another time than the experts that `activation_bytes` is of."""
+    text, itemsize = model.config.get_text_config(), model.dtype.itemsize
+    heads, head_size = heads_of(text)
+    context = min(kv_tokens, getattr(text, "max_position_embeddings", None) or kv_tokens)
+    return attention_bytes(prompt_attention(model), chunk, context, heads, head_size, itemsize, BLOCK_BYTES)
 
 
 def _program_bytes(model: PreTrainedModel, plan: Plan, residency: Residency | SizedResidency) -> int:

@@ -108,6 +108,26 @@ def activation_bytes(tokens: int, hidden: int, itemsize: int) -> int:
     return 16 * hidden * tokens * itemsize
 
 
+def attention_bytes(
+    kind: str, tokens: int, context: int, heads: int, head_size: int, itemsize: int, block_bytes: int
+) -> int:
+    """Attention of `tokens` prompt tokens, in one step, to `context` ones: beside keys and values. An estimate.
+
+    Args:
+        kind: as model.decode.attention.PromptAttention. block_bytes: products of a block at most.
+    """
+    whole = heads * head_size * itemsize
+    # Queries, outputs, and copies of both; keys and values for each head.
+    own, repeated = 8 * tokens * whole, 2 * context * whole
+    if kind == "joined":
+        return own
+    if kind == "blocks":
+        return own + repeated + block_bytes
+    mask = tokens * context * (1 + itemsize)
+    products = 3 * heads * tokens * context * itemsize if kind == "written" else 0
+    return own + repeated + mask + products
+
+
 def logit_bytes(tokens: int, vocabulary: int, itemsize: int) -> int:
     """Logits of `tokens` prompt tokens scored at once: `vocabulary` numbers of `itemsize` bytes each."""
     return vocabulary * tokens * itemsize

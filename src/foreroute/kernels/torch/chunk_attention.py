@@ -26,7 +26,7 @@ def attend_chunk(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sc
 
     Args:
         query: [rows, heads, tokens, size], the last of those that keys are of. key, value: [rows, key heads, columns,
-            size], with at least one column before the tokens'. scale: of the products; None: one over the root of size.
+            size]. scale: of the products; None: one over the root of size.
     Returns:
         [rows, tokens, heads, size].
     Cost: no copy of keys or values but the chunk's own.
@@ -34,17 +34,18 @@ def attend_chunk(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sc
     heads, num_tokens = query.shape[1], query.shape[2]
     key_heads, num_before = key.shape[1], key.shape[2] - num_tokens
     group = heads // key_heads
-    assert num_before > 0, "a chunk without a context is a triangle"
-    # [rows, key heads, group, tokens, size] as [rows, key heads, group x tokens, size].
-    grouped = query.unflatten(1, (key_heads, group)).flatten(2, 3)
-    before, log_before = _FLASH(grouped, key[:, :, :num_before], value[:, :, :num_before], 0.0, False, scale=scale)
     own_key, own_value = (
         states[:, :, num_before:].repeat_interleave(group, dim=1) if group > 1 else states[:, :, num_before:]
         for states in (key, value)
     )
     own, log_own = _FLASH(query, own_key, own_value, 0.0, True, scale=scale)
+    if num_before == 0:
+        return own.transpose(1, 2).contiguous()
+    # [rows, key heads, group, tokens, size] as [rows, key heads, group x tokens, size].
+    grouped = query.unflatten(1, (key_heads, group)).flatten(2, 3)
+    before, log_before = _FLASH(grouped, key[:, :, :num_before], value[:, :, :num_before], 0.0, False, scale=scale)
     before, log_before = before.unflatten(2, (group, num_tokens)), log_before.unflatten(2, (group, num_tokens))
     own, log_own = own.unflatten(1, (key_heads, group)), log_own.unflatten(1, (key_heads, group))
     share = torch.sigmoid(log_before - log_own)[..., None]
-    joined = torch.lerp(own.float(), before.float(), share).to(query.dtype)
+    joined = own.float().lerp_(before.float(), share).to(query.dtype)
     return joined.flatten(1, 2).transpose(1, 2).contiguous()
