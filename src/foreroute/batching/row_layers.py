@@ -4,11 +4,13 @@ transformers' own cache copies all tokens to append a new one; here it is writte
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from foreroute.generation.kept_layers import LayerParts
 
 # Columns that are added at a time: tokens are copied once per this many new ones.
 _MORE_COLUMNS = 64
@@ -137,24 +139,28 @@ class RowLayer(DynamicLayer):
         new, had = self._rows.new[at], self._rows.had[at]
         return new, new + (had if self.window is None else min(had, self.window - 1))
 
-    def join(self, new: Sequence[tuple[DynamicLayer | None, int]]) -> None:
-        """Append rows. new: for each a layer that holds it alone, and its number of tokens."""
+    def join(self, new: Sequence[tuple[DynamicLayer | LayerParts | None, int]]) -> None:
+        """Append rows. new: for each a layer that holds it alone, perhaps in parts, and its number of tokens."""
         if not new:
             return
         first = len(self._rows.had)
-        filled = [layer for layer, had in new if had and layer is not None and layer.is_initialized]
+        sources = [_parts_of(layer) if had else _NOTHING for layer, had in new]
+        filled = [source for source in sources if source["keys"]]
         if not self.is_initialized:
             if not filled:
                 return
-            self._make(filled[0].keys, filled[0].values)
-        held = [_held(layer, self._kept(had)) for layer, had in new]
+            self._make(filled[0]["keys"][0], filled[0]["values"][0])
+        brought = [sum(part.shape[-2] for part in source["keys"]) for source in sources]
+        held = [min(self._kept(had), num) for (_, had), num in zip(new, brought, strict=True)]
         self._reserve(max(held), 0, first + len(new))
         self._first |= {at: had - num for at, ((_, had), num) in enumerate(zip(new, held, strict=True), first)}
-        for at, ((layer, _), num) in enumerate(zip(new, held, strict=True), first):
+        for at, (source, num) in enumerate(zip(sources, held, strict=True), first):
             for name in ("keys", "values"):
-                place = getattr(self, name)[at]
-                if num and layer is not None:
-                    place[:, self._end - num : self._end] = getattr(layer, name)[0, :, -num:]
+                place, end = getattr(self, name)[at], self._end
+                for part in reversed(source[name]):
+                    taken = min(part.shape[-2], num - (self._end - end))
+                    place[:, end - taken : end] = part[0, :, part.shape[-2] - taken :]
+                    end -= taken
                 # Left by an earlier row: masked, but still multiplied.
                 place[:, : self._end - num] = 0
 
@@ -257,16 +263,27 @@ class RowLayer(DynamicLayer):
     def _resize(self, end: int, columns: int, places: int) -> None:
         """Copy the rows to buffers of this many columns and places, their tokens right before `end`."""
         kept, num_rows = min(end, self._end), min(len(self._rows.had), len(self.keys))
-        # Zeros, as padding is masked, but still multiplied.
         made = []
         for old in (self.keys, self.values):
-            new = old.new_zeros(places, old.shape[1], columns, old.shape[-1])
+            new = old.new_empty(places, old.shape[1], columns, old.shape[-1])
             new[:num_rows, :, end - kept : end] = old[:num_rows, :, self._end - kept : self._end]
+            # Zeros, as padding is masked, but still multiplied. Up to the end, new rows are for `join` to fill.
+            new[:num_rows, :, : end - kept] = 0
+            new[:, :, end:] = 0
             made.append(new)
         # Both or neither: if memory runs out, the buffers stay as they were.
         self.keys, self.values, self._end = *made, end
 
 
-def _held(layer: DynamicLayer | None, most: int) -> int:
-    """Tokens of `most` that a layer of one row brings."""
-    return min(most, layer.keys.shape[-2]) if most and layer is not None and layer.is_initialized else 0
+_NOTHING: dict[str, Sequence[torch.Tensor]] = {"keys": (), "values": ()}
+
+
+def _parts_of(source: DynamicLayer | LayerParts | None) -> Mapping[str, Sequence[torch.Tensor]]:
+    """The keys and values of one row, in one part or several."""
+    if isinstance(source, LayerParts):
+        if source.parts:
+            return source.parts
+        source = source.layer
+    if source is None or not source.is_initialized:
+        return _NOTHING
+    return {"keys": (source.keys,), "values": (source.values,)}

@@ -103,7 +103,7 @@ class RowsCache:
         # New rows are appended first: if memory runs out, the others stay as they were.
         first = len(self._rows.had)
         for at, layer in enumerate(layers):
-            layer.join([(None if cache is None else cache.layers[at], length) for cache, length in new])
+            layer.join([(_layer_of(cache, at), length) for cache, length in new])
         places = [*kept, *range(first, first + len(new))]
         lengths = [*self._rows.had, *(length for _, length in new)]
         for layer in layers:
@@ -236,6 +236,13 @@ class RowsCache:
         for layer in layers:
             layer.undo_step()
         self._rows.set(self._rows.had)
+
+
+def _layer_of(cache: DynamicCache | Beginning | None, at: int) -> Any:
+    """A new row's layer at `at`; None without one."""
+    if cache is None:
+        return None
+    return cache.parts(at) if isinstance(cache, Beginning) else cache.layers[at]
 
 
 class OneRow:
