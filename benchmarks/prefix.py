@@ -141,7 +141,7 @@ def main() -> None:
     config = EngineConfig(kv_tokens=2 * context, prefix_cache=asked.prefix_cache, packed="no")
     model = foreroute.load(asked.model, asked.memory, config=config)
     handle = model.foreroute
-    needs = serving_needs(model, handle.plan, handle.layers, handle.host_engine.pool.residency, 2 * context)
+    needs = serving_needs(model, handle.plan, handle.layers, handle.host_engine.pool.residency, 2 * context, context)
     engine = BatchEngine(model, _Words(), context, kv_tokens=2 * context)
     draw, vocabulary = torch.Generator().manual_seed(0), model.config.get_text_config().vocab_size
 

@@ -280,10 +280,9 @@ _NOTHING: dict[str, Sequence[torch.Tensor]] = {"keys": (), "values": ()}
 
 def _parts_of(source: DynamicLayer | LayerParts | None) -> Mapping[str, Sequence[torch.Tensor]]:
     """The keys and values of one row, in one part or several."""
-    if isinstance(source, LayerParts):
-        if source.parts:
-            return source.parts
-        source = source.layer
-    if source is None or not source.is_initialized:
+    if isinstance(source, LayerParts) and source.parts:
+        return source.parts
+    layer: Any = source.layer if isinstance(source, LayerParts) else source
+    if layer is None or not layer.is_initialized:
         return _NOTHING
-    return {"keys": (source.keys,), "values": (source.values,)}
+    return {"keys": (layer.keys,), "values": (layer.values,)}
