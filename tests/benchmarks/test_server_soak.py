@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.server_soak import faults
+from benchmarks.server_soak import faults, grown
 
 HELD = {"requests": 0, "slots_pinned": 0, "tasks": 2, "threads": 4, "files": 11}
 PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages")
@@ -40,6 +40,14 @@ def test_what_is_as_promised_has_no_faults() -> None:
 def test_what_is_not_is_named(wrong: dict[str, object], what: str) -> None:
     (fault,) = faults({**GOOD, **wrong})
     assert what in fault
+
+
+def test_what_stays_is_growth_and_what_comes_and_goes_is_none() -> None:
+    """Samples of a second each."""
+    assert grown([100, 140] * 60 + [100] * 60, 180.0) == 100 / 120
+    assert grown([100] * 60 + [190] * 29 + [100] * 31, 120.0) == 1.0
+    assert grown([100] * 60 + [110] * 60, 120.0) == 1.1
+    assert grown([100] * 119, 119.0) is None
 
 
 def test_a_server_that_refuses_everybody_is_faulty() -> None:

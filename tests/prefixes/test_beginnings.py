@@ -7,6 +7,7 @@ import torch
 from foreroute.batching.answer import Answer
 from foreroute.batching.beginnings import Beginnings
 from foreroute.batching.requests import PromptProgress, Request
+from foreroute.batching.rows import RowsCache
 from foreroute.engine.interfaces import StepInfo
 from foreroute.generation.prefix_cache import PromptCache
 from foreroute.memory.serving import serving_needs
@@ -34,7 +35,17 @@ def computed(model: Any, do: Any) -> tuple[Any, int]:
 
 @torch.no_grad()
 def logprobs_of_pieces(model: Any, pieces: list[list[int]]) -> torch.Tensor:
-    """[vocabulary]: what follows these tokens, computed piece by piece in a cache of transformers' own."""
+    """[vocabulary]: what follows these tokens, computed piece by piece with nothing reused."""
+    rows = RowsCache(model)
+    rows.arrange([], [(None, 0)])
+    for piece in pieces:
+        logits = rows.step([piece], "decode" if len(piece) == 1 else "prefill")
+    return torch.log_softmax(logits[0, -1].float(), dim=-1)
+
+
+@torch.no_grad()
+def transformers_logprobs(model: Any, pieces: list[list[int]]) -> torch.Tensor:
+    """The same in a cache of transformers' own, with its attention."""
     cache = new_cache(model)
     for at, piece in enumerate(pieces):
         ids = torch.tensor([piece])
@@ -69,6 +80,7 @@ def test_bits_are_those_of_the_same_chunks_without_reuse(model, engine_of) -> No
     expected = logprobs_of_pieces(model, pieces)
     step = again.steps[0]
     assert step.logprob == expected[step.token_id].item()
+    torch.testing.assert_close(expected, transformers_logprobs(model, pieces), atol=1e-4, rtol=0)
 
 
 def test_a_cold_beginning_that_several_have_is_computed_once(model, engine_of) -> None:

@@ -22,6 +22,7 @@ from foreroute.batching.steps import RowSteps, cancelled
 from foreroute.errors import ContextLengthError, PromptError, QueueFullError
 from foreroute.generation.prefix_cache import PrefixCounts
 from foreroute.loading.offloaded_model import OffloadedModel, handle_of
+from foreroute.memory.freed import FreedMemory
 from foreroute.memory.serving import keeps_prompts, planned_kv_bytes_per_token
 from foreroute.memory.serving_budget import MOST_SCORED_WHOLE, choose_kv_tokens
 
@@ -164,6 +165,7 @@ class BatchEngine:
 
     @torch.no_grad()
     def _work(self) -> None:
+        freed = FreedMemory()
         while self._await_work():
             try:
                 self._drop_cancelled()
@@ -173,6 +175,7 @@ class BatchEngine:
             except Exception as error:  # noqa: BLE001  without the thread, all requests would wait for ever
                 _LOG.exception("the engine failed between steps; its requests are ended")
                 self._steps.fail_all(error)
+            freed.give_back()
 
     def _await_work(self) -> bool:
         """Wait for requests; False when the engine is closed and all have ended. Meanwhile beginnings are saved."""

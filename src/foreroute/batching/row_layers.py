@@ -4,11 +4,13 @@ transformers' own cache copies all tokens to append a new one; here it is writte
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from foreroute.generation.kept_layers import LayerParts
 
 # Columns that are added at a time: tokens are copied once per this many new ones.
 _MORE_COLUMNS = 64
@@ -66,11 +68,14 @@ class RowLayer(DynamicLayer):
     Args:
         rows: lengths, shared by all layers of a cache.
         window: of sliding attention; older tokens are not kept, but for a few (BEFORE_WINDOW).
+
+    Attributes:
+        window: as given.
     """
 
     def __init__(self, rows: RowLengths, window: int | None = None) -> None:
         super().__init__()
-        self._rows, self._window = rows, window
+        self._rows, self.window = rows, window
         self.is_sliding = window is not None
         self._end = 0
         # The first token that a row brought, where it came with the latest alone.
@@ -111,7 +116,7 @@ class RowLayer(DynamicLayer):
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return how many positions attention sees, and the first of them."""
         before = self.get_seq_length()
-        first = 0 if self._window is None else max(before - self._window + 1, 0)
+        first = 0 if self.window is None else max(before - self.window + 1, 0)
         return before + query_length - first, first
 
     # Called by `RowsCache`.
@@ -127,26 +132,35 @@ class RowLayer(DynamicLayer):
         held = self._rows.had[at] + self._rows.new[at] - behind
         if behind >= self._rows.new[at]:
             return 0
-        return held if self._window is None else min(held, self._window)
+        return held if self.window is None else min(held, self.window)
 
-    def join(self, new: Sequence[tuple[DynamicLayer | None, int]]) -> None:
-        """Append rows. new: for each a layer that holds it alone, and its number of tokens."""
+    def num_new(self, at: int) -> tuple[int, int]:
+        """The row's new tokens in a step, and how many they see with themselves: all, or what is in a window."""
+        new, had = self._rows.new[at], self._rows.had[at]
+        return new, new + (had if self.window is None else min(had, self.window - 1))
+
+    def join(self, new: Sequence[tuple[DynamicLayer | LayerParts | None, int]]) -> None:
+        """Append rows. new: for each a layer that holds it alone, perhaps in parts, and its number of tokens."""
         if not new:
             return
         first = len(self._rows.had)
-        filled = [layer for layer, had in new if had and layer is not None and layer.is_initialized]
+        sources = [_parts_of(layer) if had else _NOTHING for layer, had in new]
+        filled = [source for source in sources if source["keys"]]
         if not self.is_initialized:
             if not filled:
                 return
-            self._make(filled[0].keys, filled[0].values)
-        held = [_held(layer, self._kept(had)) for layer, had in new]
+            self._make(filled[0]["keys"][0], filled[0]["values"][0])
+        brought = [sum(part.shape[-2] for part in source["keys"]) for source in sources]
+        held = [min(self._kept(had), num) for (_, had), num in zip(new, brought, strict=True)]
         self._reserve(max(held), 0, first + len(new))
         self._first |= {at: had - num for at, ((_, had), num) in enumerate(zip(new, held, strict=True), first)}
-        for at, ((layer, _), num) in enumerate(zip(new, held, strict=True), first):
+        for at, (source, num) in enumerate(zip(sources, held, strict=True), first):
             for name in ("keys", "values"):
-                place = getattr(self, name)[at]
-                if num and layer is not None:
-                    place[:, self._end - num : self._end] = getattr(layer, name)[0, :, -num:]
+                place, end = getattr(self, name)[at], self._end
+                for part in reversed(source[name]):
+                    taken = min(part.shape[-2], num - (self._end - end))
+                    place[:, end - taken : end] = part[0, :, part.shape[-2] - taken :]
+                    end -= taken
                 # Left by an earlier row: masked, but still multiplied.
                 place[:, : self._end - num] = 0
 
@@ -207,8 +221,8 @@ class RowLayer(DynamicLayer):
         if not self.is_initialized or self._rows.had[at] == 0:
             return alone
         num = self._held_of(at, self._rows.had[at])
-        if self._window is not None:
-            num = min(num, self._window - 1 + more)
+        if self.window is not None:
+            num = min(num, self.window - 1 + more)
         held = slice(self._end - num, self._end)
         alone.lazy_initialization(self.keys, self.values)
         alone.keys, alone.values = (states[at : at + 1, :, held] for states in (self.keys, self.values))
@@ -223,11 +237,11 @@ class RowLayer(DynamicLayer):
         return min(self._kept(had), had - self._first.get(at, 0))
 
     def _kept(self, had: int) -> int:
-        return had if self._window is None else min(had, self._window - 1 + BEFORE_WINDOW)
+        return had if self.window is None else min(had, self.window - 1 + BEFORE_WINDOW)
 
     @property
     def _ahead(self) -> int:
-        return _MORE_COLUMNS if self._window is None else _MORE_COLUMNS - BEFORE_WINDOW
+        return _MORE_COLUMNS if self.window is None else _MORE_COLUMNS - BEFORE_WINDOW
 
     @property
     def _longest(self) -> int:
@@ -249,16 +263,26 @@ class RowLayer(DynamicLayer):
     def _resize(self, end: int, columns: int, places: int) -> None:
         """Copy the rows to buffers of this many columns and places, their tokens right before `end`."""
         kept, num_rows = min(end, self._end), min(len(self._rows.had), len(self.keys))
-        # Zeros, as padding is masked, but still multiplied.
         made = []
         for old in (self.keys, self.values):
-            new = old.new_zeros(places, old.shape[1], columns, old.shape[-1])
+            new = old.new_empty(places, old.shape[1], columns, old.shape[-1])
             new[:num_rows, :, end - kept : end] = old[:num_rows, :, self._end - kept : self._end]
+            # Zeros, as padding is masked, but still multiplied. Up to the end, new rows are for `join` to fill.
+            new[:num_rows, :, : end - kept] = 0
+            new[:, :, end:] = 0
             made.append(new)
         # Both or neither: if memory runs out, the buffers stay as they were.
         self.keys, self.values, self._end = *made, end
 
 
-def _held(layer: DynamicLayer | None, most: int) -> int:
-    """Tokens of `most` that a layer of one row brings."""
-    return min(most, layer.keys.shape[-2]) if most and layer is not None and layer.is_initialized else 0
+_NOTHING: dict[str, Sequence[torch.Tensor]] = {"keys": (), "values": ()}
+
+
+def _parts_of(source: DynamicLayer | LayerParts | None) -> Mapping[str, Sequence[torch.Tensor]]:
+    """The keys and values of one row, in one part or several."""
+    if isinstance(source, LayerParts) and source.parts:
+        return source.parts
+    layer: Any = source.layer if isinstance(source, LayerParts) else source
+    if layer is None or not layer.is_initialized:
+        return _NOTHING
+    return {"keys": (layer.keys,), "values": (layer.values,)}

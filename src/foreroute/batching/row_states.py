@@ -11,6 +11,7 @@ import torch
 from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 
 from foreroute.batching.row_layers import RowLayer, RowLengths
+from foreroute.generation.kept_layers import LayerParts
 from foreroute.model.caches import NoLayer
 
 # What a layer holds by the number of a state; the first two are tensors [rows, ...].
@@ -64,8 +65,8 @@ class RowStates(LinearAttentionLayer):
         self._began_with = None
 
     def join(self, new: Sequence[tuple[Any, int]]) -> None:
-        """Append rows. new: for each a layer that holds it alone, and its number of tokens."""
-        filled = [layer for layer, had in new if had]
+        """Append rows. new: for each a layer that holds it alone, perhaps in parts, and its number of tokens."""
+        filled = [layer.layer if isinstance(layer, LayerParts) else layer for layer, had in new if had]
         if not filled:
             assert not new or not self._rows.had, "a prompt of its own"
             return

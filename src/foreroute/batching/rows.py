@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicCache
 
-from foreroute.batching.row_attention import RowAttention
+from foreroute.batching.row_attention import RowAttention, chunk_attention
 from foreroute.batching.row_layers import BEFORE_WINDOW, RowLayer, RowLengths
 from foreroute.batching.row_states import rows_layer
 from foreroute.engine.interfaces import Phase, StepInfo
@@ -85,6 +85,7 @@ class RowsCache:
         is_alike = model.foreroute.plan.math == "ggml" and attends_by_interface(model)
         is_alike = is_alike and all(type(layer) is RowLayer for layer in self._cache.layers)
         self._attention = RowAttention(model) if is_alike else None
+        self._chunks = chunk_attention(model)
 
     @property
     def lengths(self) -> list[int]:
@@ -102,7 +103,7 @@ class RowsCache:
         # New rows are appended first: if memory runs out, the others stay as they were.
         first = len(self._rows.had)
         for at, layer in enumerate(layers):
-            layer.join([(None if cache is None else cache.layers[at], length) for cache, length in new])
+            layer.join([(_layer_of(cache, at), length) for cache, length in new])
         places = [*kept, *range(first, first + len(new))]
         lengths = [*self._rows.had, *(length for _, length in new)]
         for layer in layers:
@@ -168,7 +169,10 @@ class RowsCache:
         total = torch.tensor([had + new for had, new in zip(rows.had, rows.new, strict=True)], device=device)[:, None]
         from_end = torch.arange(most - 1, -1, -1, device=device)[None]
         kwargs: dict[str, Any] = {"position_ids": (total - 1 - from_end).clamp(min=0)}
-        by_row = self._attention if phase != "prefill" and len(tokens) > 1 else None
+        if phase == "prefill":
+            by_row = self._chunks if most > 1 else None
+        else:
+            by_row = self._attention if len(tokens) > 1 else None
         is_padded = min(rows.had[at] + rows.new[at] for at in range(len(tokens))) < width
         if is_padded and by_row is None:
             kwargs["attention_mask"] = (torch.arange(width, device=device)[None] >= width - total).long()
@@ -241,6 +245,13 @@ class RowsCache:
         for layer in layers:
             layer.undo_step()
         self._rows.set(self._rows.had)
+
+
+def _layer_of(cache: DynamicCache | Beginning | None, at: int) -> Any:
+    """A new row's layer at `at`; None without one."""
+    if cache is None:
+        return None
+    return cache.parts(at) if isinstance(cache, Beginning) else cache.layers[at]
 
 
 class OneRow:

@@ -56,7 +56,7 @@ def needs_of(model: "OffloadedModel", context: int) -> ServingNeeds | None:
         return None
     kv_tokens = min(plan.kv_tokens, context) if why_not_batched(model) else plan.kv_tokens
     residency = model.foreroute.host_engine.pool.residency
-    return serving_needs(model, plan, model.foreroute.layers, residency, kv_tokens)
+    return serving_needs(model, plan, model.foreroute.layers, residency, kv_tokens, context)
 
 
 def in_words(needs: ServingNeeds) -> str:

@@ -107,19 +107,41 @@ def is_whole(cache: DynamicCache, length: int) -> bool:
     return is_exact or lengths == {length}
 
 
+class LayerParts:
+    """A layer of a kept beginning whose tokens lie in several tensors, for one who copies them to a place of its own.
+
+    Attributes:
+        layer: like that of a cache, with all that does not grow, and the tokens of the first part.
+        parts: by name [1, heads, tokens, size], one after the other.
+    """
+
+    def __init__(self, layer: Any, parts: Mapping[str, Sequence[torch.Tensor]]) -> None:
+        self.layer, self.parts = layer, parts
+
+
 def continued_layer(empty: Any, at: int, segments: Sequence[Segment], length: int, states: LayerStates | None) -> Any:
     """A layer like `empty`, the one at `at`, with the first `length` tokens of segments, and states that serve them.
 
     Tensors are those of a segment itself where one is enough: layers replace such tensors and do not change them.
     """
+    found = continued_parts(empty, at, segments, length, states)
+    for name, parts in found.parts.items():
+        setattr(found.layer, name, parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=TOKEN_AXIS))
+    return found.layer
+
+
+def continued_parts(
+    empty: Any, at: int, segments: Sequence[Segment], length: int, states: LayerStates | None
+) -> LayerParts:
+    """The same, where nothing is copied that grows with the tokens."""
     layer = copy.copy(empty)
-    grown = {name: _joined([one.layers[at][name] for one in segments], length) for name in grown_tensors(layer)}
+    grown = {name: _cut([one.layers[at][name] for one in segments], length) for name in grown_tensors(layer)}
     if grown:
-        DynamicLayer.lazy_initialization(layer, grown["keys"], grown["values"])
-        vars(layer).update(grown)
+        DynamicLayer.lazy_initialization(layer, grown["keys"][0], grown["values"][0])
+        layer.keys, layer.values = grown["keys"][0], grown["values"][0]
     if states is not None and states.layers[at]:
         _restore(layer, states.layers[at], states.end - length, length)
-    return layer
+    return LayerParts(layer, grown)
 
 
 def token_bytes(cache: DynamicCache) -> int:
@@ -128,9 +150,13 @@ def token_bytes(cache: DynamicCache) -> int:
     return sum(tensor.nbytes // tensor.shape[TOKEN_AXIS] for tensor in grown)
 
 
-def _joined(parts: Sequence[torch.Tensor], length: int) -> torch.Tensor:
-    whole = parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=TOKEN_AXIS)
-    return whole.narrow(TOKEN_AXIS, 0, length)
+def _cut(parts: Sequence[torch.Tensor], length: int) -> list[torch.Tensor]:
+    """The first `length` tokens of all."""
+    cut, left = [], length
+    for part in parts:
+        cut.append(part.narrow(TOKEN_AXIS, 0, min(left, part.shape[TOKEN_AXIS])))
+        left -= cut[-1].shape[TOKEN_AXIS]
+    return cut
 
 
 def _is_whole(layer: Any, length: int) -> bool:

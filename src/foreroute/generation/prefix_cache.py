@@ -14,9 +14,11 @@ from typing import Any
 from transformers.cache_utils import DynamicCache
 
 from foreroute.generation.kept_layers import (
+    LayerParts,
     LayerStates,
     Segment,
     continued_layer,
+    continued_parts,
     is_whole,
     least_of,
     state_bytes,
@@ -60,6 +62,10 @@ class Beginning(Sequence[Any]):
 
     def __getitem__(self, at: Any) -> Any:
         return continued_layer(self._empty.layers[at], at, self._segments, self.length, self._states)
+
+    def parts(self, at: int) -> LayerParts:
+        """The layer at `at`, for one who copies its tokens."""
+        return continued_parts(self._empty.layers[at], at, self._segments, self.length, self._states)
 
     @property
     def layers(self) -> Sequence[Any]:

@@ -20,8 +20,10 @@ from foreroute.memory.serving_budget import (
     MOST_SCORED_WHOLE,
     ROWS_WITH_STATES,
     SCORED_AT_ONCE,
+    USUAL_TOKENS,
     ServingNeeds,
     activation_bytes,
+    attention_bytes,
     check_serving,
     logit_bytes,
     moving_bytes,
@@ -40,6 +42,7 @@ from foreroute.model.caches import (
     linear_state_bytes,
     new_cache,
 )
+from foreroute.model.decode.attention import BLOCK_BYTES, heads_of, prompt_attention
 from foreroute.model.expert_set import ExpertSet
 from foreroute.residency.sized import SizedResidency, parts_of
 from foreroute.residency.slots import Residency
@@ -47,6 +50,9 @@ from foreroute.units import kept_bytes
 
 _TOKEN = 1
 
+# Loaded and made at first use, after a server is ready: one request of each kind of each API adds 35 MB (code, kernels,
+# the pages of libraries), compiled grammars of agents' tools 13.
+_FIRST_USE_BYTES = 48 * 2**20
 # Tokens of KV cache allocated ahead of their use.
 _COLUMNS_AHEAD = 1024
 
@@ -161,7 +167,9 @@ def fit_serving(
     """
     assert asked.kv_tokens is not None, "memory is to be kept"
     whole, least = experts.total_bytes, experts.token_demand_bytes
-    working = working_bytes(_request_bytes(model, asked.prefill_chunk, asked.kv_tokens, kv_bytes_per_token))
+    # How long a request may be is not known yet: as several that share the cache.
+    context = max(asked.kv_tokens // ROWS_WITH_STATES, min(asked.kv_tokens, USUAL_TOKENS))
+    working = working_bytes(_request_bytes(model, asked.prefill_chunk, asked.kv_tokens, context, kv_bytes_per_token))
     if asked.memory is None:
         working = max(working, CHOSEN_RESERVE_BYTES)
     expert_bytes = min(budget_bytes, whole) + host_bytes
@@ -182,16 +190,19 @@ def serving_needs(
     layers: Sequence[MoeLayer],
     residency: Residency | SizedResidency,
     kv_tokens: int,
+    context: int | None = None,
 ) -> ServingNeeds:
     """RAM that serving `model` with a KV cache of `kv_tokens` tokens needs, most of which is allocated later.
 
+    context: tokens of one request, at most; None: as many.
+
     plan: what loading it decided. layers: its MoE layers. residency: which of its experts are in slots now.
     Beside dense part, experts and KV cache that is what this process takes so far (Python, torch, other libraries),
-    measured now; and, calculated, the most that one chunk of a prompt takes.
+    measured now, and what it will load at first use; and, calculated, the most that one chunk of a prompt takes.
     """
     per_token = planned_kv_bytes_per_token(model, plan, layers)
-    requests = _request_bytes(model, plan.prefill_chunk, kv_tokens, per_token)
-    working = _program_bytes(model, plan, residency) + requests
+    requests = _request_bytes(model, plan.prefill_chunk, kv_tokens, min(context or kv_tokens, kv_tokens), per_token)
+    working = _program_bytes(model, plan, residency) + _FIRST_USE_BYTES + requests
     states = state_bytes_without_experts(model, layers)
     experts = plan.pool_bytes + plan.host_records * plan.slot_bytes
     tokens = (kv_tokens, per_token, plan.draft_bytes_per_token)
@@ -221,7 +232,7 @@ def _needs(
     return ServingNeeds(dense, experts, kv_tokens, kv_bytes_per_token, working, keeps, each, kept, states)
 
 
-def _request_bytes(model: PreTrainedModel, chunk: int, kv_tokens: int, kv_bytes_per_token: int) -> int:
+def _request_bytes(model: PreTrainedModel, chunk: int, kv_tokens: int, context: int, kv_bytes_per_token: int) -> int:
     """Bytes of computing requests, beside their KV cache and what is counted per token (see _needs)."""
     text, itemsize = model.config.get_text_config(), model.dtype.itemsize
     ahead = _COLUMNS_AHEAD * kv_bytes_per_token
@@ -229,7 +240,19 @@ def _request_bytes(model: PreTrainedModel, chunk: int, kv_tokens: int, kv_bytes_
         return ahead + logit_bytes(min(kv_tokens, MOST_SCORED_WHOLE), text.vocab_size, itemsize)
     chunk = min(chunk, getattr(text, "max_position_embeddings", None) or chunk)
     scored = logit_bytes(min(chunk, SCORED_AT_ONCE), text.vocab_size, itemsize)
-    return ahead + activation_bytes(chunk, text.hidden_size, itemsize) + scored
+    return (
+        ahead
+        + max(activation_bytes(chunk, text.hidden_size, itemsize), _attention_bytes(model, chunk, context))
+        + scored
+    )
+
+
+def _attention_bytes(model: PreTrainedModel, chunk: int, context: int) -> int:
+    """Bytes of attention, which is computed at another time than the experts that `activation_bytes` is of."""
+    text, itemsize = model.config.get_text_config(), model.dtype.itemsize
+    heads, head_size = heads_of(text)
+    context = min(context, getattr(text, "max_position_embeddings", None) or context)
+    return attention_bytes(prompt_attention(model), chunk, context, heads, head_size, itemsize, BLOCK_BYTES)
 
 
 def _program_bytes(model: PreTrainedModel, plan: Plan, residency: Residency | SizedResidency) -> int:

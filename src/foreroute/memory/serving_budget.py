@@ -14,7 +14,7 @@ SCORED_AT_ONCE = 512
 # The longest prompt that is scored where a model computes prompts in one step.
 MOST_SCORED_WHOLE = 2048
 # Tokens per row when several rows share the cache and the context is longer.
-_USUAL_TOKENS = 4096
+USUAL_TOKENS = 4096
 # Of earlier prompts, where nothing else is asked for: 20,000 tokens of a model of 30 billion parameters.
 _MOST_KEPT_BYTES = 2 * 2**30
 # Rows whose states of linear attention memory is left for: as many as serve computes at once unless told otherwise.
@@ -86,7 +86,7 @@ def choose_kv_tokens(asked: int | None, context: int, rows: int) -> int:
         BudgetError: it cannot hold the context of one request.
     """
     if asked is None:
-        return max(context, rows * min(context, _USUAL_TOKENS))
+        return max(context, rows * min(context, USUAL_TOKENS))
     if context > asked:
         raise BudgetError(
             f"A request may have {context} tokens (--ctx-size, or the model's own context), and --kv-tokens {asked} "
@@ -106,6 +106,26 @@ def kept_prompt_bytes(kv_bytes: int, asked: int | None = None, state_bytes: int 
 def activation_bytes(tokens: int, hidden: int, itemsize: int) -> int:
     """Activations of `tokens` prompt tokens in one step, `hidden` wide, `itemsize` bytes each number. An estimate."""
     return 16 * hidden * tokens * itemsize
+
+
+def attention_bytes(
+    kind: str, tokens: int, context: int, heads: int, head_size: int, itemsize: int, block_bytes: int
+) -> int:
+    """Attention of `tokens` prompt tokens, in one step, to `context` ones: beside keys and values. An estimate.
+
+    Args:
+        kind: as model.decode.attention.PromptAttention. block_bytes: products of a block at most.
+    """
+    whole = heads * head_size * itemsize
+    # Queries, outputs, and copies of both; keys and values for each head.
+    own, repeated = 8 * tokens * whole, 2 * context * whole
+    if kind == "joined":
+        return own
+    if kind == "blocks":
+        return own + repeated + block_bytes
+    mask = tokens * context * (1 + itemsize)
+    products = 3 * heads * tokens * context * itemsize if kind == "written" else 0
+    return own + repeated + mask + products
 
 
 def logit_bytes(tokens: int, vocabulary: int, itemsize: int) -> int:

@@ -9,19 +9,32 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from types import CodeType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
 from foreroute.kernels.ggml.decoder.attention import TokenAttention
 from foreroute.kernels.ggml.graph import Runner
+from foreroute.model.caches import new_cache
 
 # transformers' names of the functions that this replaces -> ours.
 _NAMES = {"sdpa": "foreroute_sdpa", "eager": "foreroute_eager"}
 _OF_TOKEN = "_foreroute_of_token"
+
+# How a prompt's attention is computed: its context and itself apart; some tokens at a time; or by the family's own
+# function, with a mask, and with all products of all heads written.
+PromptAttention = Literal["joined", "blocks", "masked", "written"]
+# Names of attention functions that are torch's scaled_dot_product_attention where several tokens attend.
+PRODUCTS = ("sdpa", "foreroute_sdpa")
+# What attention of a prompt takes at most where the products of all heads are written, in copies of float32.
+BLOCK_BYTES = 64 * 2**20
+_COPIES, _LEAST_BLOCK = 4, 16
+# Attention to other tokens than all before, or a window of them.
+_OTHER_KINDS = frozenset({"chunked_attention"})
 
 AttentionFunction = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 
@@ -97,13 +110,58 @@ def _mask(
     )
 
 
-def attends_by_interface(model: PreTrainedModel) -> bool:
-    """Whether every attention of `model` asks transformers' interface for its function, by one config."""
+def attends_by_interface(model: PreTrainedModel, num_attentions: int | None = None) -> bool:
+    """Whether every attention of `model` asks transformers' interface for its function, by one config.
+
+    num_attentions: layers with one; None: all of them.
+    """
     config = model.config.get_text_config(decoder=True)
     attentions = _attentions(model)
-    is_one = len(attentions) == config.num_hidden_layers and all(one.config is config for one in attentions)
+    wanted = config.num_hidden_layers if num_attentions is None else num_attentions
+    is_one = len(attentions) == wanted and all(one.config is config for one in attentions)
     is_known = config._attn_implementation in (*_NAMES, *_NAMES.values())
     return is_one and is_known and all(_asks(one) for one in attentions) and not _depends_on_names(model)
+
+
+def attends_in_chunks(model: PreTrainedModel) -> bool:
+    """Whether a prompt's attention can be computed by chunks on a CPU, without the family's own masks.
+
+    Then every layer sees all that is before a token, or a window of it, as its cache says.
+    """
+    cache = new_cache(model)
+    if cache is None or model.device.type != "cpu":
+        return False
+    kinds = set(getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ())
+    held = sum(isinstance(layer, DynamicLayer) for layer in cache.layers)
+    is_known = held > 0 and not kinds & _OTHER_KINDS and attends_by_interface(model, held)
+    # Some attend to other things than tokens too (inkling2, to its layers' outputs).
+    return is_known and sum(map(_calls_interface, model.modules())) == held
+
+
+def prompt_attention(model: PreTrainedModel) -> PromptAttention:
+    """How a prompt's attention is computed in the rows of a server."""
+    config = model.config.get_text_config(decoder=True)
+    is_product = config._attn_implementation in PRODUCTS
+    if not attends_in_chunks(model):
+        return "masked" if is_product else "written"
+    layers: list[Any] = getattr(new_cache(model), "layers", [])
+    sizes = getattr(config, "qk_head_dim", None), getattr(config, "v_head_dim", None)
+    is_sliding = any(isinstance(layer, DynamicSlidingWindowLayer) for layer in layers)
+    return "joined" if is_product and sizes[0] == sizes[1] and not is_sliding else "blocks"
+
+
+def heads_of(config: Any) -> tuple[int, int]:
+    """The number of a text model's query heads, and the size of one."""
+    heads = config.num_attention_heads
+    if not isinstance(heads, int):  # of each layer
+        heads = max(heads)
+    sizes = (getattr(config, name, None) for name in ("qk_head_dim", "head_dim"))
+    return heads, next((size for size in sizes if isinstance(size, int)), config.hidden_size // heads)
+
+
+def tokens_of_block(heads: int, columns: int) -> int:
+    """Tokens whose attention to `columns` others is computed at once, where all products of all heads are written."""
+    return max(_LEAST_BLOCK, BLOCK_BYTES // (_COPIES * 4 * heads * columns))
 
 
 def _attentions(model: PreTrainedModel) -> list[Any]:
@@ -137,6 +195,11 @@ def sees_all(module: Any, mask: Any) -> bool:
 def _asks(module: Any) -> bool:
     home = sys.modules[type(module).__module__]
     return hasattr(home, "eager_attention_forward") and hasattr(home, "ALL_ATTENTION_FUNCTIONS")
+
+
+def _calls_interface(module: Any) -> bool:
+    forward = inspect.unwrap(type(module).forward)
+    return inspect.isfunction(forward) and "ALL_ATTENTION_FUNCTIONS" in forward.__code__.co_names
 
 
 def _depends_on_names(model: PreTrainedModel) -> bool:
