@@ -99,6 +99,7 @@ def test_many_that_may_have_all_end_as_they_do_alone(engine_of: Any, tokenizer: 
         assert (other.end.reason, len(ids) + len(other.tokens)) == ("length", CONTEXT)
         assert_same_answers(one, other)
     assert aside, "nothing was short"
+    assert engine.state().set_aside == len(aside)
     assert max(most) <= 2 * CONTEXT
     assert (engine.state().running, engine.state().waiting, engine.state().kv_blocks_used) == (0, 0, 0)
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from foreroute.server.backend import Backend, Prompts, Serving
-from foreroute.server.settings import Limits, ServerSettings
+from foreroute.server.settings import Limits, ServerSettings, idle_connections_of
 from tests.server.fake_engine import FakeEngine
 from tests.server.sockets import connect, post, read_until, running, running_server, wait_until
 
@@ -237,6 +237,10 @@ def test_no_more_at_once_than_the_limit(engine: FakeEngine, prompts: Prompts) ->
         wait_until(lambda: engine.state().running == 1)
         engine.gate.set()
         assert b"Hello" in read_until(post(url, CHAT, {"messages": HI}), b"usage")
+
+
+def test_how_many_wait_is_what_descriptors_allow() -> None:
+    assert [idle_connections_of(many) for many in (1024, 4096, 10**6, -1, 600, 64)] == [512, 3584, 4096, 4096, 88, 16]
 
 
 def test_of_too_many_idle_connections_the_longest_idle_is_closed(engine: FakeEngine, prompts: Prompts) -> None:

@@ -1,5 +1,7 @@
 """Calls whose arguments have tags: what their schemas say of texts and of references holds, or is refused by name."""
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,6 +10,7 @@ pytest.importorskip("llguidance", reason="needs llguidance: pip install forerout
 
 from foreroute.errors import GrammarError
 from foreroute.server.dialogue.enforced import form_of
+from foreroute.structured import tagged
 from foreroute.structured.compiler import GrammarCompiler
 from foreroute.structured.tools import CallableTool, tool_calls
 
@@ -51,6 +54,16 @@ def is_taken(compiler: GrammarCompiler, tokenizer: Any, told: Any, text: str) ->
         ({"const": "5"}, ["5"], ["6", '"5"']),
         ({"$ref": "#/$defs/size"}, ["3"], ["12", "x"]),
         ({"type": ["string", "null"]}, ['"a"', "null"], ["a"]),
+        ({"type": "integer", "exclusiveMinimum": 1, "exclusiveMaximum": 4}, ["2", "3"], ["1", "4", "2.5"]),
+        ({"type": "integer", "multipleOf": 5}, ["0", "10"], ["7"]),
+        ({"type": "boolean"}, ["true"], ["yes"]),
+        ({"enum": [1, "a"]}, ["1", '"a"'], ["2", "a"]),
+        ({"type": "array", "items": {"type": "integer"}, "minItems": 1, "maxItems": 2}, ["[1]"], ["[]", "[1, 2, 3]"]),
+        ({"type": "array", "prefixItems": [{"const": 1}], "items": False, "minItems": 1}, ["[1]"], ["[2]", "[1, 1]"]),
+        (
+            {"type": "object", "properties": {"a": {"type": "null"}}, "required": ["a"], "additionalProperties": False},
+            ['{"a": null}'], ["{}", '{"a": 1}', '{"a": null, "b": 1}'],
+        ),
     ],
     ids=str,
 )  # fmt: skip
@@ -121,3 +134,31 @@ def test_special_tokens_end_a_text(compiler: Any, name: str) -> None:
 def test_what_cannot_be_enforced_is_named(compiler: Any, parameters: Any, named: str) -> None:
     with pytest.raises(GrammarError, match=named):
         compiler.compile(grammar({"type": "object", **parameters}))
+
+
+_TOGETHER: dict[str, Any] = {
+    "anyOf": [{}], "oneOf": [{}], "not": {}, "if": {"required": ["a"]}, "enum": [{}], "const": {},
+    "patternProperties": {"^a": {}}, "propertyNames": {"maxLength": 3}, "minProperties": 1, "maxProperties": 2,
+    "dependentRequired": {"a": ["b"]}, "dependentSchemas": {"a": {"required": ["b"]}}, "dependencies": {"a": ["b"]},
+    "$dynamicRef": "#a", "$recursiveRef": "#",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("keyword", _TOGETHER)
+@pytest.mark.parametrize("name", ["qwen3_coder", "glm", "minimax"])
+def test_what_would_hold_for_all_arguments_together_is_refused_by_name(name: str, keyword: str) -> None:
+    with pytest.raises(GrammarError, match=f'"{re.escape(keyword)}", which cannot be enforced where each argument'):
+        grammar({"type": "object", **CITY, keyword: _TOGETHER[keyword]}, name)
+
+
+@pytest.mark.parametrize("keyword", ["$ref", "allOf", "anyOf", "oneOf", "not", "if"])
+def test_what_combines_is_refused_beside_the_type_of_a_text(keyword: str) -> None:
+    value = {**TEXT, keyword: "#/$defs/a" if keyword == "$ref" else [{"minLength": 1}]}
+    with pytest.raises(GrammarError, match=f'"{re.escape(keyword)}", which cannot be enforced in a text'):
+        grammar({"type": "object", "properties": {"value": value}})
+
+
+def test_the_list_in_the_documentation_is_whole() -> None:
+    told = (Path(__file__).parents[2] / "docs" / "api.md").read_text().partition("### In tagged calls")[2]
+    assert [one for one in tagged._TOGETHER if f"`{one}`" not in told] == []
+    assert set(tagged._TOGETHER) == set(_TOGETHER)

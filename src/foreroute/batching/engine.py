@@ -80,6 +80,7 @@ class BatchEngine:
         self._is_closed = False
         # The first that waits for rows or KV cache.
         self._blocked: Answer | None = None
+        self._num_set_aside = 0
         self._steps = RowSteps(
             model,
             tokenizer,
@@ -148,6 +149,7 @@ class BatchEngine:
                 drafted=None if drafts is None else drafts.drafted,
                 accepted=None if drafts is None else drafts.accepted,
                 verify_steps=None if drafts is None else drafts.verify_steps,
+                set_aside=self._num_set_aside,
             )
 
     def close(self) -> None:
@@ -252,6 +254,7 @@ class BatchEngine:
         return self._room.fits([*others, self._blocked])
 
     def _set_aside(self, answer: Answer) -> None:
+        self._num_set_aside += 1
         self._steps.set_aside(answer, self._waiting)
         answer.reserved = self._room.first(len(answer.ids), answer.most)
 

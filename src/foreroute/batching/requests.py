@@ -110,7 +110,8 @@ class EngineState:
     prefix_bytes: kept of earlier prompts. So far: prompts that were looked up there, hits, and tokens that were not
     computed again.
     drafted, accepted, verify_steps: tokens that were drafted, those that answers kept, and the steps that verified
-    them, so far; None where nothing drafts.
+    them, so far; None where nothing drafts. set_aside: times that an answer was set aside so far, for want of room or
+    to let another begin.
     """
 
     running: int
@@ -124,6 +125,7 @@ class EngineState:
     drafted: int | None = None
     accepted: int | None = None
     verify_steps: int | None = None
+    set_aside: int = 0
 
 
 class Engine(Protocol):

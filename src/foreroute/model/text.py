@@ -210,6 +210,11 @@ def special_tokens(tokenizer: Any) -> Mapping[int, str]:
     return _SPECIAL[tokenizer]
 
 
+def special_ids(tokenizer: Any) -> dict[str, int]:
+    """Return the ids of a tokenizer's special tokens, by their texts: see `special_tokens`."""
+    return {text: token_id for token_id, text in special_tokens(tokenizer).items()}
+
+
 class StopText:
     """Holds text back while it may become a stop string.
 

@@ -133,9 +133,10 @@ class Prompts:
 
     def special_id(self, text: str) -> int | None:
         """Return the id of the special token with this text; None where it is no special token."""
+        from foreroute.model.text import special_ids  # not before the server listens: torch comes with it
+
         with self._lock:
-            token = self._tokenizer.convert_tokens_to_ids(text)
-            return token if token in self._tokenizer.all_special_ids else None
+            return special_ids(self._tokenizer).get(text)
 
     async def decode(self, token_ids: Sequence[int]) -> str:
         """Decode tokens to text, special ones included."""

@@ -21,8 +21,7 @@ class Limits:
     template_s and template_chars bound the rendering of a chat template; head_s the arrival of a request's head, body_s
     that of its body, send_s how long sent data may stay unread, idle_s how long a connection is kept between requests
     (longer than clients' pools keep theirs: a request on one that is just being closed fails), and idle_connections how
-    many are kept so: beyond that, the one that has been idle longest is closed. With those in flight they stay below
-    the 1,024 descriptors that many systems give a process.
+    many are kept so: beyond that, the one that has been idle longest is closed (`idle_connections_of`).
     """
 
     in_flight: int = 256
@@ -77,6 +76,18 @@ class ServerSettings:
         own = self.host.strip("[]").lower()
         named = {_PORT.sub("", name) for name in self.allowed_hosts}
         return LOCAL_NAMES | {f"[{own}]" if ":" in own else own} | named
+
+
+# Descriptors for requests in flight, and as many for files of the model, pipes and listening sockets.
+_OTHER_DESCRIPTORS = 2 * Limits.in_flight
+_LEAST_IDLE, _MOST_IDLE = 16, 4096
+
+
+def idle_connections_of(descriptors: int) -> int:
+    """How many connections without a request a process keeps that may have so many descriptors; -1: any number."""
+    if descriptors < 0:
+        return _MOST_IDLE
+    return min(max(descriptors - _OTHER_DESCRIPTORS, _LEAST_IDLE), _MOST_IDLE)
 
 
 def host_name(text: str) -> str:

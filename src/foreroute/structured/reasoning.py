@@ -126,13 +126,15 @@ def behind_reasoning(grammar: Grammar, tokenizer: Any, prompt: str) -> Grammar:
     Raises:
         GrammarError: the model has channels (gpt-oss's), and their marks are no tokens of their own.
     """
-    from foreroute.model.tokenizer_files import default_template  # not before the server listens: torch comes with it
+    # Not before the server listens: torch comes with them.
+    from foreroute.model.text import special_ids
+    from foreroute.model.tokenizer_files import default_template
 
     template = default_template(tokenizer)
     if template is None:
         return grammar
     thinks, has_channels = tags_of(template), _CHANNEL in template
-    known = {str(token): one for one, token in tokenizer.added_tokens_decoder.items() if token.special}
+    known = special_ids(tokenizer)
     wanted = (*(thinks or ()), *_CHANNEL_MARKS)
     special = {text: known[text] for text in wanted if text in known}
     if has_channels or thinks is None or is_over(prompt, thinks):

@@ -4,6 +4,7 @@ from collections.abc import Collection
 from typing import Any
 
 from foreroute.errors import GrammarError
+from foreroute.model.text import special_tokens
 
 _SAMPLE = '{"key": [1, -2.5, true]}\n  some text'
 _REPLACEMENT = "\ufffd"
@@ -55,7 +56,7 @@ class _Decoded:
     def __init__(self, tokenizer: Any, size: int, ends: list[int]) -> None:
         self._tokenizer = tokenizer
         self.eos_token_id = ends[0]
-        special = {int(one) for one in tokenizer.all_special_ids} | set(ends)
+        special = set(special_tokens(tokenizer)) | set(ends)
         self.special_token_ids = sorted(special)
         before = tokenizer("a", add_special_tokens=False)["input_ids"][-1:]
         known = min(size, len(tokenizer))

@@ -190,6 +190,28 @@ def test_custom_tools(speak: Speak) -> None:
     assert item == {"type": "custom_tool_call", "name": "patch", "input": '*** "a"\n+b'}
 
 
+def test_tools_in_a_namespace_and_hosted_ones(speak: Speak) -> None:
+    """As Codex offers them. A call comes back with its namespace, and goes into the history with it."""
+    call = '<tool_call>\n{"name": "agents__look", "arguments": {"count": 1}}\n</tool_call>'
+    model = speak(templates.HERMES, call)
+    tools = [{"type": "namespace", "name": "agents", "description": "x", "tools": [*WIRE_TOOLS, CUSTOM]}]
+    (item,) = both(model, tools=[*tools, {"type": "web_search", "external_web_access": False}])["output"]
+    assert (item["type"], item["name"], item["namespace"]) == ("function_call", "look", "agents")
+    assert item["arguments"] == '{"count": 1}'
+    assert "agents__patch" in model.prompt
+    assert "web_search" not in model.prompt
+    told = [
+        {"role": "user", "content": "Hi"},
+        {**item, "call_id": "a"},
+        {"type": "function_call_output", "call_id": "a", "output": "5"},
+    ]
+    both(model, told, tools=tools)
+    assert '"name": "agents__look", "arguments": {"count": 1}' in model.prompt
+    model.engine.answer = PATCH.replace('"patch"', '"agents__patch"')
+    (item,) = both(model, tools=tools)["output"]
+    assert (item["type"], item["name"], item["namespace"]) == ("custom_tool_call", "patch", "agents")
+
+
 def test_choices_of_tools(speak: Speak) -> None:
     model = speak(templates.HERMES, LOOK * 2)
     assert len(both(model, tools=WIRE_TOOLS)["output"]) == 2
@@ -252,7 +274,11 @@ def test_an_error_in_a_stream(speak: Speak) -> None:
         ({"input": [{"type": "computer_call"}]}, "input"),
         ({"input": [{"type": "function_call", "name": "a"}]}, "input"),
         ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, "messages"),
-        ({"tools": [{"type": "web_search"}]}, "tools.0"),
+        ({"tools": [{"type": "file_search"}]}, "tools.0"),
+        ({"tools": [{"type": ["function"]}]}, "tools.0"),
+        ({"tools": [{"type": "namespace", "name": "a"}]}, "tools.0"),
+        ({"tools": [{"type": "namespace", "name": "a", "tools": [{"type": "web_search"}]}]}, "tools.0.tools.0"),
+        ({"tools": [{"type": "web_search"}], "tool_choice": "required"}, "tool_choice"),
         ({"tools": [{"type": "function", "name": "a b"}]}, "tools.0.name"),
         ({"tools": [{"type": "custom"}]}, "tools.0.name"),
         ({"tools": [{**CUSTOM, "defer_loading": True}]}, "tools.0.defer_loading"),

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from foreroute.batching.requests import EngineState
 from foreroute.cli.commands import demo
 from foreroute.server.backend import Backend, Serving
 from foreroute.server.watching.metrics import ServerMetrics, expert_metrics
@@ -117,15 +118,18 @@ def test_a_demand_is_a_hit_or_a_late_hit_or_a_miss(load: Any) -> None:
     assert total["stall_seconds"] > 0
 
 
-def test_the_dashboard_asks_for_existing_metrics(serve: Serve, load: Any) -> None:
+def test_the_dashboard_asks_for_existing_metrics(serve: Serve, load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model = load(demo.find_model(), "30%", predictor="no")
     served = serve()
     assert served.backend.loaded is not None
     served.backend.loaded.model = model
     served.chat()
+    state = EngineState(0, 0, 0, 1, drafted=6, accepted=4, verify_steps=2, set_aside=3)
+    monkeypatch.setattr(served.engine, "state", lambda: state)
+    assert "foreroute_answers_set_aside_total 3.0" in served.client.get("/metrics").text
     there = {re.split(r"[{ ]", line)[0] for line in served.client.get("/metrics").text.splitlines()}
     dashboard = (Path(__file__).parents[3] / "docs" / "grafana.json").read_text()
     asked = set(re.findall(r"foreroute_\w+", dashboard))
     assert len(asked) > 15
     assert asked <= there
-    assert len(json.loads(dashboard)["panels"]) == 12
+    assert len(json.loads(dashboard)["panels"]) == 14

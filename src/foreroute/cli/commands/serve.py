@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import resource
 import sys
 import time
 from functools import partial
@@ -160,10 +161,11 @@ def _names(args: argparse.Namespace, folder: Path, model: str) -> tuple[str, ...
 
 def _limits(args: argparse.Namespace) -> "Limits":
     """Limits of requests: none may ask for more answers than can be queued together, as it would wait for ever."""
-    from foreroute.server.settings import Limits
+    from foreroute.server.settings import Limits, idle_connections_of
 
+    idle = idle_connections_of(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
     most = args.max_waiting + args.max_num_seqs
-    return Limits(prompts=min(Limits.prompts, most), choices=min(Limits.choices, most))
+    return Limits(prompts=min(Limits.prompts, most), choices=min(Limits.choices, most), idle_connections=idle)
 
 
 def _model(args: argparse.Namespace) -> str:

@@ -73,7 +73,7 @@ async def complete_chat(
                 "index": index,
                 "message": _message(choice.parsed),
                 "logprobs": _logprobs(choice.steps, serving.prompts.texts) if asked.logprobs else None,
-                "finish_reason": _reason(choice, streamed=False),
+                "finish_reason": _reason(choice),
             }
             for index, choice in enumerate(found)
         ],
@@ -85,11 +85,12 @@ def _message(parsed: ParsedAnswer) -> dict[str, Any]:
     message: dict[str, Any] = {"role": "assistant", "content": parsed.content, "refusal": None}
     if parsed.reasoning:
         message["reasoning_content"] = parsed.reasoning
-    if parsed.calls:
+    calls = parsed.calls if parsed.cut is None else [*parsed.calls, parsed.cut]
+    if calls:
         message["content"] = parsed.content or None
         message["tool_calls"] = [
             {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
-            for call in parsed.calls
+            for call in calls
         ]
     return message
 
@@ -121,7 +122,7 @@ async def _chunks(
                 yield chunk(index, delta, held[index])
                 held[index] = []
             if is_last:
-                yield chunk(index, {}, [], _reason(choices[index], streamed=True))
+                yield chunk(index, {}, [], _reason(choices[index]))
         if asked.wants_usage:
             yield {**head, "choices": [], "usage": usage(choices, len(choices))}
 
@@ -140,9 +141,9 @@ def _delta(part: Event) -> dict[str, Any] | None:
     return None
 
 
-def _reason(choice: TurnChoice, *, streamed: bool) -> str:
+def _reason(choice: TurnChoice) -> str:
     assert choice.end is not None
-    return "tool_calls" if choice.is_for_tools(streamed=streamed) else choice.end.reason
+    return "tool_calls" if choice.is_for_tools else choice.end.reason
 
 
 def _logprobs(steps: list[NewToken], texts: TokenTexts) -> dict[str, Any]:

@@ -13,7 +13,8 @@ from foreroute.server.api.structure import compiled, refused
 from foreroute.server.backend import Serving
 from foreroute.server.dialogue.enforced import Enforcement
 from foreroute.server.dialogue.messages import Dialogue, Tool
-from foreroute.server.dialogue.parsing.events import CallBegan, Event, ParsedAnswer, Reasoning
+from foreroute.server.dialogue.parsing.events import Event, ParsedAnswer, Reasoning
+from foreroute.server.dialogue.parsing.held import HeldCalls
 from foreroute.server.dialogue.turn import Turn
 from foreroute.server.settings import ServerSettings
 from foreroute.server.watching.metrics import ServerMetrics
@@ -43,44 +44,42 @@ class TurnChoice(Choice):
     """An answer so far, and its parts.
 
     Attributes:
-        parsed: content, reasoning and calls. parts: all of them, as they came. has_begun_calls: it has begun one.
+        parsed: content, reasoning and calls. parts: all of them, as they came.
         reasoning_tokens: tokens up to the end of its reasoning.
     """
 
-    def __init__(self, turn: Turn) -> None:
+    def __init__(self, turn: Turn, *, are_calls_certain: bool = False) -> None:
+        """are_calls_certain: a grammar makes it nothing but calls; see `HeldCalls`."""
         super().__init__()
-        self.parsed, self.has_begun_calls = ParsedAnswer(), False
+        self.parsed = ParsedAnswer(keeps_cut=are_calls_certain)
         self.parts: list[Event] = []
         self.reasoning_tokens = 0
-        self._parser = turn.parser()
+        self._parser, self._held = turn.parser(), HeldCalls(are_certain=are_calls_certain)
 
     def take(self, event: AnswerEvent) -> list[Event]:
         """Add an event of the engine; returns the parts that it brings."""
         super().add(event)
-        parts: list[Event] = []
+        found: list[Event] = []
         if isinstance(event, (NewToken, Finished)) and event.text:
-            parts = self._parser.push(event.text)
+            found = self._parser.push(event.text)
         if isinstance(event, Finished):
-            parts += self._parser.finish()
+            found += self._parser.finish()
+        parts = list(self._held.pass_on(found))
         self.parsed.add(parts)
         self.parts += parts
         if any(isinstance(part, Reasoning) for part in parts):
             self.reasoning_tokens = len(self.steps)
-        self.has_begun_calls |= any(isinstance(part, CallBegan) for part in parts)
         return parts
 
     def add(self, event: AnswerEvent) -> None:
         """Add an event of the engine."""
         self.take(event)
 
-    def is_for_tools(self, *, streamed: bool) -> bool:
-        """Whether the answer, which has ended, wants tools called.
-
-        Args:
-            streamed: its parts were sent as they came: a call that proved to be invalid was, too.
-        """
+    @property
+    def is_for_tools(self) -> bool:
+        """Whether the answer, which has ended, wants tools called."""
         assert self.end is not None
-        return self.end.reason == "stop" and bool(self.has_begun_calls if streamed else self.parsed.calls)
+        return self.end.reason == "stop" and bool(self.parsed.calls)
 
 
 async def begin_turn(
@@ -111,7 +110,7 @@ async def begin_turn(
     ]
     answers = Answers(serving.engine, requests, metrics, settings, "messages")
     answers.submit()
-    return answers, lambda: TurnChoice(turn)
+    return answers, lambda: TurnChoice(turn, are_calls_certain=asked.dialogue.must_call)
 
 
 def _enforced(asked: TurnRequest, turn: Turn, serving: Serving) -> "tuple[str, Grammar] | None":
@@ -121,7 +120,7 @@ def _enforced(asked: TurnRequest, turn: Turn, serving: Serving) -> "tuple[str, G
         ApiError: it cannot be enforced, or two fields ask for what no answer can be.
     """
     choice, tools = asked.dialogue.choice, asked.dialogue.callable_tools
-    is_required = choice == "required" or isinstance(choice, Tool)
+    is_required = asked.dialogue.must_call
     enforcement = Enforcement(turn, serving.prompts.special_id)
     name = "tool_choice" if is_required else "tools.strict"
     is_one = asked.dialogue.one_call or isinstance(choice, Tool)

@@ -93,6 +93,11 @@ class Dialogue:
     variables: Mapping[str, Any] = field(default_factory=dict)
 
     @property
+    def must_call(self) -> bool:
+        """Whether the answer must be a call: `choice` is required or a tool."""
+        return self.choice == "required" or isinstance(self.choice, Tool)
+
+    @property
     def callable_tools(self) -> tuple[Tool, ...]:
         """The tools that the answer may call."""
         if self.choice == "none":

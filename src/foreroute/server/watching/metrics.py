@@ -113,6 +113,8 @@ class _EngineCollector(Collector):
         yield GaugeMetricFamily("foreroute_num_requests_waiting", "Requests that wait their turn.", state.waiting)
         share = state.kv_blocks_used / state.kv_blocks if state.kv_blocks else 0.0
         yield GaugeMetricFamily("foreroute_kv_cache_usage_perc", "KV cache in use, 0 to 1.", share)
+        aside = "Times that an answer was set aside, for want of room or to let another begin."
+        yield CounterMetricFamily("foreroute_answers_set_aside", aside, state.set_aside)
         yield from _prefix_metrics(state)
         yield from _draft_metrics(state)
         if loaded.model is not None:

@@ -162,7 +162,7 @@ def _blocks(parts: Sequence[Event]) -> list[dict[str, Any]]:
 def _end(choice: TurnChoice, stop: Sequence[str]) -> dict[str, Any]:
     """Why the answer has ended."""
     assert choice.end is not None
-    if choice.is_for_tools(streamed=False):
+    if choice.is_for_tools:
         return {"stop_reason": "tool_use", "stop_sequence": None}
     if choice.end.reason == "length":
         return {"stop_reason": "max_tokens", "stop_sequence": None}

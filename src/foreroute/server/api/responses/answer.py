@@ -41,7 +41,7 @@ async def answer_responses(
         grammar=grammar,
     )
     answers, new_choice = await begin_turn(turn, serving, metrics, settings)
-    head, writer = _head(asked, name), ItemWriter(asked.custom_tools)
+    head, writer = _head(asked, name), ItemWriter(asked.told_tools())
     if asked.stream:
         return EventStream(_numbered(_events(answers, new_choice(), head, writer)), settings, answers.close, _FORM)
     found = await gather(http, answers, new_choice)

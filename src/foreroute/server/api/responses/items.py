@@ -8,6 +8,7 @@ from pydantic import model_validator
 
 from foreroute.server.api.chat_messages import Parts
 from foreroute.server.api.problems import not_possible, not_supported
+from foreroute.server.api.responses.tools import known_name
 from foreroute.server.api.strict import Strict
 from foreroute.server.dialogue.messages import DialogueMessage, ToolCall, joined
 
@@ -34,6 +35,7 @@ class WireItem(Strict):
     role: Literal["system", "developer", "user", "assistant"] | None = None
     content: _Text | None = None
     name: str | None = None
+    namespace: str | None = None
     call_id: str | None = None
     arguments: str | None = None
     input: str | None = None
@@ -76,7 +78,8 @@ class WireItem(Strict):
             return DialogueMessage("tool", _text(self.output), self._thought(self.output), call_id=self.call_id)
         # A custom tool is a function of one text here.
         arguments = self.arguments if self.type == "function_call" else json.dumps({"input": self.input})
-        return DialogueMessage("assistant", calls=(ToolCall(self.call_id or "", self.name or "", arguments or "{}"),))
+        name = known_name(self.namespace, self.name or "")
+        return DialogueMessage("assistant", calls=(ToolCall(self.call_id or "", name, arguments or "{}"),))
 
     def _thought(self, content: _Text | None) -> str:
         found = _text(content, "thinking") if isinstance(content, list) else ""

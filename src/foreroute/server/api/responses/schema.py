@@ -4,9 +4,10 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
-from foreroute.server.api.chat_messages import Tools, function_tool
+from foreroute.server.api.chat_messages import Tools
 from foreroute.server.api.problems import not_possible, not_supported
 from foreroute.server.api.responses.items import WireItem, conversation
+from foreroute.server.api.responses.tools import NamedTool, named_tools
 from foreroute.server.api.schema import NumTokens, Probability, WireReasoning, tool_choice_of
 from foreroute.server.api.strict import MOST_MESSAGES, SHORT, Strict, at_most, screened
 from foreroute.server.dialogue.messages import Dialogue, Thinking, Tool
@@ -32,8 +33,6 @@ _WHY = {
 }
 # What `include` may ask for: it is there anyway, or is none here.
 _INCLUDABLE = frozenset({"reasoning.encrypted_content"})
-_TOOL_HINTS = ("output_schema",)
-_TOOL_REFUSED: dict[str, tuple[Any, ...]] = {"defer_loading": (False,), "allowed_callers": (["direct"], [])}
 # Reasoning, texts and calls of one message are items of their own.
 _MOST_ITEMS = 4 * MOST_MESSAGES
 
@@ -90,11 +89,13 @@ class ResponsesRequest(Strict):
                 raise not_possible(name, f"{name} has a number that is not finite.") from None
         return self
 
-    @property
-    def custom_tools(self) -> frozenset[str]:
-        """The names of tools whose calls are text and no JSON."""
-        tools = [tool for tool in self.tools or [] if isinstance(tool, dict)]
-        return frozenset(str(tool.get("name")) for tool in tools if tool.get("type") == "custom")
+    def told_tools(self) -> dict[str, NamedTool]:
+        """The tools that the model is told of, by the names by which it knows them.
+
+        Raises:
+            ApiError: a tool is not valid.
+        """
+        return {one.tool.name: one for one in named_tools(self.tools or [])}
 
     @property
     def format_asked(self) -> tuple[str, Any] | None:
@@ -119,7 +120,7 @@ class ResponsesRequest(Strict):
         Raises:
             ApiError: the input or tools are not valid, or a tool is chosen that is not there.
         """
-        tools = tuple(_tool(one, f"tools.{at}") for at, one in enumerate(self.tools or []))
+        tools = tuple(one.tool for one in named_tools(self.tools or []))
         choice = self.tool_choice
         if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
             tools, choice = _allowed(choice, tools), choice.get("mode")
@@ -134,25 +135,6 @@ class ResponsesRequest(Strict):
             one_call=self.parallel_tool_calls is False,
             thinking=Thinking(asked.enabled, asked.effort),
         )
-
-
-def _tool(given: Any, place: str) -> Tool:
-    if not isinstance(given, dict):
-        raise not_possible(place, f"{place} must be an object.")
-    kind = given.get("type")
-    if kind == "function":
-        return function_tool(screened(given, ("type", *_TOOL_HINTS), _TOOL_REFUSED, place=f"{place}."), place)
-    if kind != "custom":
-        shown = str(kind)[:40]
-        raise not_supported(place, f"Tools of the type {shown!r} are not supported here: function and custom alone.")
-    given = screened(given, _TOOL_HINTS, _TOOL_REFUSED, place=f"{place}.")
-    described = given.get("description")
-    told = [described] if isinstance(described, str) and described else []
-    form = given.get("format")
-    if isinstance(form, dict) and form.get("type") == "grammar":
-        told.append(f"The input is text of this {form.get('syntax')} grammar:\n{form.get('definition')}")
-    text = {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}
-    return function_tool({"name": given.get("name"), "description": "\n\n".join(told), "parameters": text}, place)
 
 
 def _allowed(given: dict[str, Any], tools: tuple[Tool, ...]) -> tuple[Tool, ...]:

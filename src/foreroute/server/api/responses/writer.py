@@ -4,10 +4,11 @@ A call is held back until it is whole: clients run one that is done, and what pr
 """
 
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from foreroute.server.api.responses.tools import NamedTool
 from foreroute.server.dialogue.parsing.events import CallArguments, CallBegan, Content, Event, Reasoning
 from foreroute.server.dialogue.parsing.json_text import object_of
 
@@ -36,13 +37,14 @@ class ItemWriter:
     """Writes events without their sequence_number.
 
     Args:
-        custom: names of tools whose calls are text: the value `input` of their arguments.
+        tools: by the names by which the model knows them. Calls of custom ones are text: the value `input` of their
+            arguments.
     Attributes:
         output: the items that are complete.
     """
 
-    def __init__(self, custom: frozenset[str]) -> None:
-        self._custom = custom
+    def __init__(self, tools: Mapping[str, NamedTool]) -> None:
+        self._tools = tools
         self._open: _Open | None = None
         self._begun: CallBegan | None = None
         self._written: list[str] = []
@@ -91,11 +93,12 @@ class ItemWriter:
         yield self._at(self._open, {"type": f"{event}.delta", "content_index": 0, "delta": text, **beside})
 
     def _call(self, part: CallBegan, arguments: str) -> Iterator[dict[str, Any]]:
-        if part.name in self._custom:
-            item = {"id": _id("ctc"), "type": "custom_tool_call", "call_id": part.id, "name": part.name, "input": ""}
-            yield from self._begin("custom", item)
+        tool = self._tools[part.name]
+        named = {"call_id": part.id, "name": tool.name, **({"namespace": tool.namespace} if tool.namespace else {})}
+        if tool.is_custom:
+            yield from self._begin("custom", {"id": _id("ctc"), "type": "custom_tool_call", **named, "input": ""})
         else:
-            item = {"id": _id("fc"), "type": "function_call", "call_id": part.id, "name": part.name, "arguments": ""}
+            item = {"id": _id("fc"), "type": "function_call", **named, "arguments": ""}
             yield from self._begin("call", {**item, "status": "in_progress"})
         assert self._open is not None
         self._open.parts.append(arguments)

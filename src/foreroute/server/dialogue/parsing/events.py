@@ -53,11 +53,14 @@ Event = Content | Reasoning | CallBegan | CallArguments | CallEnded
 class ParsedAnswer:
     """An answer's parts so far, collected from its events.
 
-    A call that proves to be invalid becomes content again, in its place: what is no valid call is text.
+    A call that proves to be invalid becomes content again, in its place: what is no valid call is text. Where
+    `keeps_cut`, it is the call that was `cut` off by the end of the answer.
     """
 
     reasoning: str = ""
     calls: list[ToolCall] = field(default_factory=list)
+    keeps_cut: bool = False
+    cut: ToolCall | None = None
     _content: list[str] = field(default_factory=list)
     _begun: tuple[str, str] = ("", "")
     _arguments: list[str] = field(default_factory=list)
@@ -80,5 +83,7 @@ class ParsedAnswer:
                 self._arguments.append(event.text)
             elif event.is_valid:
                 self.calls.append(ToolCall(*self._begun, "".join(self._arguments)))
+            elif self.keeps_cut:
+                self.cut = ToolCall(*self._begun, "".join(self._arguments))
             else:
                 self._content.append(event.raw)
