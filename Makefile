@@ -13,7 +13,7 @@ OLD_PIP   := $(OLD_PY) -m pip install --disable-pip-version-check --quiet -c $(O
 JOBS := 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest check-oldest check resolve format held-out bench clean
+.PHONY: help demo test test-oldest check-oldest check resolve format docs held-out bench clean
 
 help:            ## this list
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 20
@@ -44,6 +44,9 @@ resolve: $(STAMP) ## whether the pins install from the package index alone, for 
 format: $(STAMP) ## rewrite the sources as `check` wants them
 	$(PY) -m ruff check --fix-only .
 	$(PY) -m ruff format .
+
+docs: $(STAMP)   ## the documentation's site, into build/site; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
 
 held-out: $(STAMP) ## the text that `foreroute eval --suite builtin` reads (fetches Debian packages through apt)
 	$(PY) models/held_out.py
