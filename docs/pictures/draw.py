@@ -1,4 +1,4 @@
-"""Draw the pictures of the docs: `python docs/pictures/draw.py`. On a light ground, so that they read in both schemes."""
+"""Draw the pictures of the docs: `python docs/pictures/draw.py`. On a light ground, for both schemes."""
 
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,9 @@ def data_path() -> Any:
     say(axes, 12.42, 5.95, "hits first", color=COMPUTE, fontsize=9.5)
     axes.plot([15.5, 15.5, 5.55, 5.55], [1.25, 0.65, 0.65, 1.55], color=GUESS, linewidth=2, linestyle="--")
     arrow(axes, (5.55, 1.5), (5.55, 2.5), GUESS, linewidth=2)
-    say(axes, 10.5, 0.28, "while layer l computes: a guess which experts layer l+1 will use", color=GUESS, fontsize=10.5)
+    say(
+        axes, 10.5, 0.28, "while layer l computes: a guess which experts layer l+1 will use", color=GUESS, fontsize=10.5
+    )
     return figure
 
 
@@ -99,7 +101,11 @@ def timeline() -> Any:
         at += compute
     rows = [("compute", 5.4, on_compute), ("disk", 4.4, on_disk)]
     start, end_on_demand = 2.6, at
-    ahead = [(start, read, READ, "read 0"), (start + read, read, READ, "read 1"), (start + 2 * read, read, READ, "read 2")]
+    ahead = [
+        (start, read, READ, "read 0"),
+        (start + read, read, READ, "read 1"),
+        (start + 2 * read, read, READ, "read 2"),
+    ]
     computed, at = [(start, read, WAIT, "waits")], start + read
     for layer in range(3):
         computed.append((at, compute, COMPUTE, f"layer {layer}"))

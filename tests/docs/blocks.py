@@ -1,7 +1,7 @@
 """Blocks of a Markdown page, and how each is run: as it is written, in the page's order, in one empty folder.
 
-A comment before a block, which no reader sees, says where it cannot be run here: `<!-- run: no (downloads) -->`; or that
-it is a server, which runs until the page ends: `<!-- run: server -->`. A `text` block is what the block before it prints.
+A comment before a block, which no reader sees, says why it is not run: `<!-- run: no (downloads) -->`; or that it is a
+server, which runs until the page ends: `<!-- run: server -->`. A `text` block is what the block before it prints.
 """
 
 import contextlib
