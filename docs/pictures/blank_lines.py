@@ -1,4 +1,4 @@
-"""An extension of griffe for the site: our docstrings have no blank lines between their sections (Args, Returns, Cost)."""
+"""An extension of griffe for the site: our docstrings have no blank lines between sections (Args, Returns, Cost)."""
 
 import re
 from typing import Any
