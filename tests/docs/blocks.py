@@ -1,7 +1,8 @@
 """Blocks of a Markdown page, and how each is run: as it is written, in the page's order, in one empty folder.
 
 A comment before a block, which no reader sees, says why it is not run: `<!-- run: no (downloads) -->`; or that it is a
-server, which runs until the page ends: `<!-- run: server -->`. A `text` block is what the block before it prints.
+server, which runs until the page ends: `<!-- run: server -->`; or that its exit code depends on the machine: `<!-- run: any
+exit code -->`. A `text` block is what the block before it prints.
 """
 
 import contextlib
@@ -33,7 +34,7 @@ REASONS = frozenset(
         "waits for the keyboard",
     }
 )
-RUN, SERVER = "run", "server"
+RUN, SERVER, ANY_CODE = "run", "server", "any exit code"
 RUNNABLE, SHOWN = frozenset({"sh", "python"}), frozenset({"toml", "json", "yaml"})
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _MARK = re.compile(r"<!-- *run: *(.*?) *-->\s*\Z")
@@ -47,7 +48,7 @@ class MarkError(Exception):
 
 @dataclass(frozen=True)
 class Block:
-    """how: RUN, SERVER, or the reason why it is not run. told: what it must print, as lines; `...` is any text."""
+    """how: RUN, SERVER, ANY_CODE, or the reason why it is not run. told: what it must print, as lines; `...` is any text."""
 
     language: str
     text: str
@@ -70,9 +71,9 @@ def blocks_of(page: str) -> list[Block]:
         if language in RUNNABLE:
             found.append(Block(language, text, RUN if mark is None else _how(mark[1])))
         elif language == "text":
-            if not found or follows_output or found[-1].how != RUN:
+            if not found or follows_output or found[-1].how not in (RUN, ANY_CODE):
                 raise MarkError(f"no block that is run stands before this output:\n{text}")
-            found[-1] = Block(found[-1].language, found[-1].text, RUN, tuple(text.splitlines()))
+            found[-1] = Block(found[-1].language, found[-1].text, found[-1].how, tuple(text.splitlines()))
         elif language not in SHOWN:
             raise MarkError(f"{language or 'no language'}: name one of {sorted(RUNNABLE | SHOWN | {'text'})}:\n{text}")
         follows_output = language == "text"
@@ -82,11 +83,13 @@ def blocks_of(page: str) -> list[Block]:
 
 
 def _how(mark: str) -> str:
-    if mark == SERVER:
-        return SERVER
+    if mark in (SERVER, ANY_CODE):
+        return mark
     reason = re.fullmatch(r"no \((.*)\)", mark)
     if reason is None or reason[1] not in REASONS:
-        raise MarkError(f"run: {mark} is not known: write server, or no (REASON) with one of {sorted(REASONS)}")
+        raise MarkError(
+            f"run: {mark} is not known: write server, any exit code, or no (REASON) with one of {sorted(REASONS)}"
+        )
     return reason[1]
 
 
@@ -140,7 +143,7 @@ class Reader:
                 ["bash", "-euo", "pipefail", "-c", text], cwd=self.folder / "work", env=self.environment,
                 capture_output=True, text=True, timeout=250, check=False,
             )  # fmt: skip
-            assert ran.returncode == 0, f"{text}\n{ran.stdout}\n{ran.stderr}"
+            assert ran.returncode == 0 or block.how == ANY_CODE, f"{text}\n{ran.stdout}\n{ran.stderr}"
             return ran.stdout + ran.stderr
         printed = StringIO()
         with contextlib.redirect_stdout(printed), contextlib.chdir(self.folder / "work"):

@@ -88,6 +88,7 @@ echo one
 def test_marks_that_are_known() -> None:
     assert [block.how for block in blocks_of(PAGE.format(mark="no (downloads)", language="sh"))] == ["downloads"]
     assert [block.how for block in blocks_of(PAGE.format(mark="server", language="sh"))] == ["server"]
+    assert [block.how for block in blocks_of(PAGE.format(mark="any exit code", language="sh"))] == ["any exit code"]
     assert [block.how for block in blocks_of("```sh\necho one\n```\n")] == [RUN]
     assert blocks_of("```sh\necho one\n```\n\n```text\none\n```\n")[0].told == ("one",)
 
