@@ -1,8 +1,8 @@
 """Blocks of a Markdown page, and how each is run: as it is written, in the page's order, in one empty folder.
 
 A comment before a block, which no reader sees, says why it is not run: `<!-- run: no (downloads) -->`; or that it is a
-server, which runs until the page ends: `<!-- run: server -->`; or that its exit code depends on the machine: `<!-- run: any
-exit code -->`. A `text` block is what the block before it prints.
+server, which runs until the page ends: `<!-- run: server -->`; or that what it ends with depends on the machine:
+`<!-- run: any exit code -->`. A `text` block is what the block before it prints.
 """
 
 import contextlib
@@ -48,7 +48,7 @@ class MarkError(Exception):
 
 @dataclass(frozen=True)
 class Block:
-    """how: RUN, SERVER, ANY_CODE, or the reason why it is not run. told: what it must print, as lines; `...` is any text."""
+    """how: RUN, SERVER, ANY_CODE, or why it is not run. told: lines that it must print; `...` is any text."""
 
     language: str
     text: str
