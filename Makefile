@@ -46,7 +46,8 @@ format: $(STAMP) ## rewrite the sources as `check` wants them
 	$(PY) -m ruff format .
 
 docs: $(STAMP)   ## the documentation's site, into build/site; a broken link is an error
-	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+	@# Not --quiet: with it strict sees no warnings.
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 held-out: $(STAMP) ## the text that `foreroute eval --suite builtin` reads (fetches Debian packages through apt)
 	$(PY) models/held_out.py

@@ -70,6 +70,9 @@ def test_the_site_has_every_page() -> None:
     there = sorted(str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md"))
     assert sorted(pages(site["nav"])) == there
     assert site["strict"] == "true"
+    # With --quiet there are no warnings for it to see.
+    assert "mkdocs build --strict\n" in (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert "make docs\n" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     assert set(site["validation"]["links"].values()) == {"warn"}
     # Either would load something from elsewhere.
     assert site["theme"]["font"] == "false"
