@@ -19,7 +19,7 @@ NPM_STAMP     := $(CLIENTS)/node/node_modules/.installed
 JOBS := 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest check-oldest clients check resolve format held-out bench clean
+.PHONY: help demo test test-oldest check-oldest clients check resolve format docs held-out bench clean
 
 help:            ## this list
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 20
@@ -55,6 +55,10 @@ resolve: $(STAMP) ## whether the pins install from the package index alone, for 
 format: $(STAMP) ## rewrite the sources as `check` wants them
 	$(PY) -m ruff check --fix-only .
 	$(PY) -m ruff format .
+
+docs: $(STAMP)   ## the documentation's site, into build/site; a broken link is an error
+	@# Not --quiet: with it strict sees no warnings.
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 held-out: $(STAMP) ## the text that `foreroute eval --suite builtin` reads (fetches Debian packages through apt)
 	$(PY) models/held_out.py

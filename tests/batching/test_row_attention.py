@@ -158,7 +158,7 @@ def test_a_servers_plan_counts_attention_to_the_longest_context(
 def test_freed_memory_is_given_back_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
     now, trimmed = [100.0], []
     monkeypatch.setattr("foreroute.memory.freed.time.monotonic", lambda: now[0])
-    monkeypatch.setattr("foreroute.memory.freed.trim", lambda: trimmed.append(now[0]))
+    monkeypatch.setattr("foreroute.memory.freed.give_back_freed", lambda: trimmed.append(now[0]))
     freed = FreedMemory()
     for now[0] in (100.5, 102.5, 103.0, 104.4, 104.6):
         freed.give_back()

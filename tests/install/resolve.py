@@ -24,9 +24,9 @@ from tests.support.wheel import ROOT, build_wheel
 
 PYTHONS = ("3.11", "3.12", "3.13")
 HERE = f"{sys.version_info.major}.{sys.version_info.minor}"
-EXTRAS = ("serve", "structured", "gguf", "gpu", "completion", "dev", "eval", "plots", "bench")
+EXTRAS = ("serve", "structured", "gguf", "gpu", "completion", "docs", "dev", "eval", "plots", "bench")
 # For a Python that is not on this machine pip plans with wheels alone; others need packages that come as sources.
-WHEELS_ONLY = ("serve", "structured", "gguf", "gpu", "completion", "plots")
+WHEELS_ONLY = ("serve", "structured", "gguf", "gpu", "completion", "docs", "plots")
 CLIENTS = ROOT / "tests/clients"
 NOT_RESOLVED, NOT_REACHED = 1, 2
 _TIMEOUT_S = 900
