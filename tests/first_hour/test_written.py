@@ -106,7 +106,7 @@ def test_the_client_example_runs(monkeypatch, capsys: pytest.CaptureFixture[str]
 
 def test_the_tools_example_runs(monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
     """The call is one that the tool takes, and what it says is what was called with."""
-    with serving() as server:
+    with serving("--tool-parser", "hermes") as server:
         monkeypatch.setattr(sys, "argv", ["tools.py", f"{server.url}/v1"])
         runpy.run_path(str(ROOT / "examples" / "tools.py"), run_name="__main__")
     said = re.fullmatch(r"add\((-?\d+), (-?\d+)\) = (-?\d+)\n", capsys.readouterr().out)
