@@ -1,5 +1,6 @@
 """What docs/python.md and examples/ show runs, and README's other commands exist; tests/docs runs its blocks."""
 
+import json
 import re
 import runpy
 import shlex
@@ -56,7 +57,9 @@ def test_the_python_page(tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixt
 
 
 def test_the_examples_run(monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert {path.name for path in (ROOT / "examples").glob("*.py")} == {"chat.py", "batch.py", "serve_client.py"}
+    assert {path.name for path in (ROOT / "examples").glob("*.py")} == {
+        "chat.py", "batch.py", "serve_client.py", "tools.py", "langchain_client.py",
+    }  # fmt: skip
     for name, told in {"chat.py": (ANSWER, "= 42", "were kept)"), "batch.py": ("12 + 30: = 42", "2 Wed 5 Jul")}.items():
         monkeypatch.setattr(sys, "argv", [name])
         runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
@@ -69,6 +72,39 @@ def test_the_client_example_runs(monkeypatch, capsys: pytest.CaptureFixture[str]
         monkeypatch.setattr(sys, "argv", ["serve_client.py", f"{server.url}/v1"])
         runpy.run_path(str(ROOT / "examples" / "serve_client.py"), run_name="__main__")
     assert capsys.readouterr().out == f"{ANSWER}\n"
+
+
+def test_the_tools_example_runs(monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The call is one that the tool takes, and what it says is what was called with."""
+    with serving("--tool-parser", "hermes") as server:
+        monkeypatch.setattr(sys, "argv", ["tools.py", f"{server.url}/v1"])
+        runpy.run_path(str(ROOT / "examples" / "tools.py"), run_name="__main__")
+    said = re.fullmatch(r"add\((-?\d+), (-?\d+)\) = (-?\d+)\n", capsys.readouterr().out)
+    assert said is not None
+    assert int(said[1]) + int(said[2]) == int(said[3])
+
+
+def test_the_langchain_example_runs(monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
+    with serving() as server:
+        monkeypatch.setattr(sys, "argv", ["langchain_client.py", f"{server.url}/v1"])
+        runpy.run_path(str(ROOT / "examples" / "langchain_client.py"), run_name="__main__")
+    assert capsys.readouterr().out.splitlines() == [*ANSWER.splitlines(), "42"]
+
+
+def test_the_notebook_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its cells, in their order, as one program; it is kept without outputs."""
+    notebook = json.loads((ROOT / "examples" / "notebook.ipynb").read_text(encoding="utf-8"))
+    assert notebook["nbformat"] == 4
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in cells)
+    names: dict[str, Any] = {}
+    said = []
+    for cell in cells:
+        exec(compile("".join(cell["source"]), "examples/notebook.ipynb", "exec"), names)
+        said.append(capsys.readouterr().out)
+    assert "64 of 256 experts fit" in said[0]
+    assert said[1].strip().splitlines()[-2:] == ANSWER.splitlines()
+    assert re.search(r"\d+ hits, \d+ late hits, \d+ misses", said[2])
 
 
 def test_exit_code_1_is_said_alike(run: Callable[..., Any]) -> None:

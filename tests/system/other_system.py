@@ -28,7 +28,7 @@ OLDER_MACOS = (*MACOS, "os.preadv", "os.pwritev")
 WINDOWS = (
     *OLDER_MACOS, "fcntl", "resource", "termios", "tty", "readline", "pwd", "grp", "os.readv", "os.pread", "os.pwrite",
     "os.O_CLOEXEC", "os.register_at_fork", "os.getloadavg", "os.sysconf", "os.major", "os.minor", "os.set_blocking",
-    "os.geteuid", "os.statvfs", "mmap.MAP_PRIVATE", "mmap.MAP_ANONYMOUS", "selectors.PollSelector", "signal.setitimer",
+    "os.geteuid", "mmap.MAP_PRIVATE", "mmap.MAP_ANONYMOUS", "selectors.PollSelector", "signal.setitimer",
 )  # fmt: skip
 _MODULES = {"os": os, "errno": errno, "mmap": mmap, "selectors": selectors, "signal": signal}
 

@@ -107,8 +107,7 @@ def load(
     sidecar = _sidecar(asked, target, checkpoint)
     dtype, blocks = (call.dtype, None) if kernels is None else kernels.dense_blocks(sketch, call.dtype)
     counted = LoadedBytes(progress, dense_before)
-    if blocks is not None:
-        blocks.noted = counted.dense
+    counted.watch(blocks)
     model = load_skeleton(
         checkpoint.folder, sketch, dtype, blocks, checkpoint.store, noted=counted.dense, **call.model_kwargs
     )

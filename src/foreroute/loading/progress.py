@@ -2,6 +2,7 @@
 
 import threading
 
+from foreroute.model.build.dense_blocks import DenseBlocks
 from foreroute.types import Progress
 
 
@@ -23,6 +24,11 @@ class LoadedBytes:
         with self._lock:
             self._done = min(self._done + nbytes, self._dense_nbytes)
             self._progress(self._done, self._dense_nbytes)
+
+    def watch(self, blocks: DenseBlocks | None) -> None:
+        """Count what stays in blocks too, where something does."""
+        if blocks is not None:
+            blocks.noted = self.dense
 
     def end_dense(self) -> None:
         """All dense weights are there, also those that nobody counted, such as buffers."""
