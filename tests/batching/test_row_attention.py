@@ -10,7 +10,6 @@ from foreroute.batching.engine import BatchEngine
 from foreroute.batching.rows import RowsCache
 from foreroute.kernels.torch.chunk_attention import attend_chunk, takes
 from foreroute.memory.freed import FreedMemory
-from foreroute.memory.serving import serving_needs
 from foreroute.model.decode import attention
 from foreroute.model.decode.attention import attends_in_chunks, prompt_attention
 from foreroute.model.text import load_tokenizer
@@ -133,24 +132,6 @@ def test_attention_of_other_kinds_stays_the_familys(
     assert not attends_in_chunks(model), "something else attends too"
     assert prompt_attention(model) == "masked"
     assert RowsCache(model)._chunks is None
-
-
-def test_a_servers_plan_counts_attention_to_the_longest_context(
-    checkpoints: Any, load: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Where keys are copied for each head, by its tokens: of one request, not of all together."""
-    model = load(checkpoints.get("gpt_oss"), "100%", kv_tokens=512)
-    handle, config = model.foreroute, model.config
-    # What the process takes is measured, each time anew.
-    monkeypatch.setattr("foreroute.memory.serving._program_bytes", lambda *_: 0)
-
-    def working(context: int | None) -> int:
-        residency = handle.host_engine.pool.residency
-        return serving_needs(model, handle.plan, handle.layers, residency, 512, context).working_bytes
-
-    each = 2 * config.num_attention_heads * config.head_dim * model.dtype.itemsize
-    assert working(128) - working(16) > 112 * each, "the model itself has room for more"
-    assert working(None) == working(9999)
 
 
 def test_freed_memory_is_given_back_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
