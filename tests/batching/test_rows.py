@@ -16,6 +16,7 @@ from foreroute.batching import row_attention
 from foreroute.batching.row_layers import RowLayer, RowLengths
 from foreroute.batching.rows import RowsCache
 from foreroute.config import EngineConfig
+from foreroute.generation.kept_layers import LayerParts
 from foreroute.predict.base import most_wanted
 
 TINY = Path(__file__).parents[2] / "models" / "foreroute-tiny"
@@ -124,6 +125,21 @@ def test_memory_is_freed():
     assert tape.layer.keys.shape[2] < 200
     tape.leave(0)
     assert tape.layer.keys is None
+
+
+def test_a_row_comes_in_parts() -> None:
+    """They lie one after the other, before a window's last alone where there is one."""
+    for window, held in ((None, 70), (6, 21)):
+        lengths = RowLengths()
+        layer, like = RowLayer(lengths, window), DynamicLayer()
+        tokens = torch.arange(70.0)[None, None, :, None].expand(1, HEADS, -1, 3)
+        parts = {"keys": tokens.split([50, 1, 19], 2), "values": (-tokens).split([50, 1, 19], 2)}
+        like.lazy_initialization(parts["keys"][0], parts["values"][0])
+        layer.join([(LayerParts(like, parts), 70)])
+        lengths.set([70])
+        found = layer.row(0, like, more=99)
+        assert found.keys[0, 1, :, 0].tolist() == list(range(70 - held, 70))
+        assert torch.equal(found.values, -found.keys)
 
 
 def test_a_row_comes_where_a_longer_one_has_left():

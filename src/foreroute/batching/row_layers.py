@@ -267,8 +267,9 @@ class RowLayer(DynamicLayer):
         for old in (self.keys, self.values):
             new = old.new_empty(places, old.shape[1], columns, old.shape[-1])
             new[:num_rows, :, end - kept : end] = old[:num_rows, :, self._end - kept : self._end]
-            # Zeros, as padding is masked, but still multiplied. Up to the end, new rows are for `join` to fill.
+            # Zeros, as padding is masked, but still multiplied.
             new[:num_rows, :, : end - kept] = 0
+            new[num_rows:, :, :end] = 0
             new[:, :, end:] = 0
             made.append(new)
         # Both or neither: if memory runs out, the buffers stay as they were.

@@ -123,9 +123,7 @@ def attention_bytes(
         return own
     if kind == "blocks":
         return own + repeated + block_bytes
-    mask = tokens * context * (1 + itemsize)
-    products = 3 * heads * tokens * context * itemsize if kind == "written" else 0
-    return own + repeated + mask + products
+    return own + repeated + tokens * context * (1 + itemsize)
 
 
 def logit_bytes(tokens: int, vocabulary: int, itemsize: int) -> int:
