@@ -240,7 +240,7 @@ def test_no_more_at_once_than_the_limit(engine: FakeEngine, prompts: Prompts) ->
 
 
 def test_how_many_wait_is_what_descriptors_allow() -> None:
-    assert [idle_connections_of(many) for many in (1024, 4096, 10**6, -1, 600, 64)] == [512, 3584, 4096, 4096, 88, 16]
+    assert [idle_connections_of(many) for many in (1024, 4096, 10**6, None, 600, 64)] == [512, 3584, 4096, 4096, 88, 16]
 
 
 def test_of_too_many_idle_connections_the_longest_idle_is_closed(engine: FakeEngine, prompts: Prompts) -> None:

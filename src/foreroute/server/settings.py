@@ -83,9 +83,9 @@ _OTHER_DESCRIPTORS = 2 * Limits.in_flight
 _LEAST_IDLE, _MOST_IDLE = 16, 4096
 
 
-def idle_connections_of(descriptors: int) -> int:
-    """How many connections without a request a process keeps that may have so many descriptors; -1: any number."""
-    if descriptors < 0:
+def idle_connections_of(descriptors: int | None) -> int:
+    """How many connections without a request a process keeps that may have so many descriptors; None: any number."""
+    if descriptors is None:
         return _MOST_IDLE
     return min(max(descriptors - _OTHER_DESCRIPTORS, _LEAST_IDLE), _MOST_IDLE)
 

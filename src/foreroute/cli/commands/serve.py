@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import resource
 import sys
 import time
 from functools import partial
@@ -162,8 +161,9 @@ def _names(args: argparse.Namespace, folder: Path, model: str) -> tuple[str, ...
 def _limits(args: argparse.Namespace) -> "Limits":
     """Limits of requests: none may ask for more answers than can be queued together, as it would wait for ever."""
     from foreroute.server.settings import Limits, idle_connections_of
+    from foreroute.system.limits import most_open_files
 
-    idle = idle_connections_of(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+    idle = idle_connections_of(most_open_files()[0])
     most = args.max_waiting + args.max_num_seqs
     return Limits(prompts=min(Limits.prompts, most), choices=min(Limits.choices, most), idle_connections=idle)
 
