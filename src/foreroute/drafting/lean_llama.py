@@ -99,7 +99,7 @@ class LeanLlama:
 
     def _begin(self) -> None:
         self.length = 0
-        self._kept = [torch.empty(2, self._shared, 0, self._size) for _ in self._layers]
+        self._kept = [torch.empty(2, self._shared, 0, self._size, dtype=torch.float32) for _ in self._layers]
         self._angles = self._angles_of(0)
 
     def _normed(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -108,7 +108,7 @@ class LeanLlama:
     def _grow(self, tokens: int) -> None:
         for at, old in enumerate(self._kept):
             # One layer after the other: what exists twice is a layer's.
-            self._kept[at] = torch.empty(2, self._shared, tokens, self._size)
+            self._kept[at] = torch.empty(2, self._shared, tokens, self._size, dtype=torch.float32)
             self._kept[at][:, :, : self.length] = old[:, :, : self.length]
         self._angles = self._angles_of(tokens)
 

@@ -118,7 +118,7 @@ def load(
     tell((math_note,) if math_note else (), checkpoint.folder)
     if kernels is not None:
         kernels.quicken(model)
-    draft_bytes = 0 if draft_files is None else draft_bytes_per_token(draft_files.sketch())
+    draft_bytes = _bytes_per_token(draft_files)
     division = plan_memory(asked, target, model, experts, before, draft_bytes)
     if target.type == "cuda":
         move_dense(model, target)
@@ -164,6 +164,10 @@ def _draft_files(asked: EngineConfig, checkpoint: Checkpoint) -> DraftFiles | No
 
 def _nbytes(draft_files: DraftFiles | None) -> int:
     return 0 if draft_files is None else draft_files.nbytes
+
+
+def _bytes_per_token(draft_files: DraftFiles | None) -> int:
+    return 0 if draft_files is None else draft_bytes_per_token(draft_files.sketch())
 
 
 def _draft(asked: EngineConfig, draft_files: DraftFiles | None) -> DraftModel | str | None:
