@@ -11,7 +11,7 @@ from foreroute.batching.rows import RowsCache
 from foreroute.kernels.torch.chunk_attention import attend_chunk, takes
 from foreroute.memory.freed import FreedMemory
 from foreroute.model.decode import attention
-from foreroute.model.decode.attention import attends_in_chunks, prompt_attention
+from foreroute.model.decode.attention import attends_in_chunks, block_bytes, prompt_attention, tokens_of_block
 from foreroute.model.text import load_tokenizer
 from tests.batching.test_engine import ask
 from tests.prefixes.conftest import TINY
@@ -81,7 +81,9 @@ def computed_in_chunks(model: Any, most: int) -> list[torch.Tensor]:
     return [found[at] for at in range(len(PROMPTS))]
 
 
-@pytest.mark.parametrize(("family", "kind"), [("qwen3_moe", "joined"), ("deepseek_v3", "blocks")])
+@pytest.mark.parametrize(
+    ("family", "kind"), [("qwen3_moe", "joined"), ("deepseek_v3", "blocks"), ("gpt_oss", "blocks")]
+)
 def test_chunks_say_what_a_prompt_says_at_once(
     checkpoints: Any, load: Any, monkeypatch: pytest.MonkeyPatch, family: str, kind: str
 ) -> None:
@@ -121,6 +123,11 @@ def test_blocks_keep_products_within_their_bytes(checkpoints: Any, load: Any, mo
     monkeypatch.setattr(row_attention, "function_of", noting)
     computed_in_chunks(model, 40)
     assert 0 < max(sizes) <= heads * 40 * 6
+    # What the plan counts, also where the context is so long that the fewest tokens of a block take more.
+    monkeypatch.setattr(attention, "_LEAST_BLOCK", 16)
+    assert block_bytes(heads, 40) == 4 * 4 * heads * 40 * 16
+    assert tokens_of_block(heads, 40) == 16
+    assert block_bytes(heads, 4) == 4 * 4 * heads * 40 * 6
 
 
 def test_attention_of_other_kinds_stays_the_familys(
@@ -132,6 +139,8 @@ def test_attention_of_other_kinds_stays_the_familys(
     assert not attends_in_chunks(model), "something else attends too"
     assert prompt_attention(model) == "masked"
     assert RowsCache(model)._chunks is None
+    monkeypatch.setattr(model.config, "_attn_implementation", "eager")
+    assert prompt_attention(model) == "written"
 
 
 def test_freed_memory_is_given_back_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,13 +149,14 @@ def test_freed_memory_is_given_back_now_and_then(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("foreroute.memory.freed.give_back_freed", lambda: trimmed.append(now[0]))
     freed = FreedMemory()
     for now[0] in (100.5, 102.5, 103.0, 104.4, 104.6):
-        freed.give_back()
-    assert trimmed == [102.5, 104.6]
+        freed.give_back(is_idle=False)
+    freed.give_back(is_idle=True)
+    assert trimmed == [102.5, 104.6, 104.6]
 
 
 def test_the_engine_gives_freed_memory_back(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    given: list[FreedMemory] = []
-    monkeypatch.setattr(FreedMemory, "give_back", lambda self: given.append(self))
+    given: list[tuple[FreedMemory, bool]] = []
+    monkeypatch.setattr(FreedMemory, "give_back", lambda self, *, is_idle: given.append((self, is_idle)))
     model = load(TINY, "50%")
     engine = BatchEngine(model, load_tokenizer(TINY), 128)
     try:
@@ -155,4 +165,6 @@ def test_the_engine_gives_freed_memory_back(load: Any, monkeypatch: pytest.Monke
         engine.close()
     # The step of the prompt and those of two tokens; one more, after which it ends, may not be waited for.
     assert len(given) >= 2
-    assert len({id(one) for one in given}) == 1
+    assert len({id(one) for one, _ in given}) == 1
+    assert [is_idle for _, is_idle in given][-1], "nothing is left to do"
+    assert not given[0][1]

@@ -1,6 +1,7 @@
 """--draft on the command line, and what cannot be drafted for is named before work."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -211,3 +212,20 @@ def test_a_lean_draft_has_its_weights_once(folders) -> None:
     own = draft.model.model.layers[0].mlp
     assert own.gate_proj.weight.untyped_storage().data_ptr() == joined.untyped_storage().data_ptr()
     assert own.up_proj.weight.untyped_storage().data_ptr() == joined.untyped_storage().data_ptr()
+
+
+def test_a_draft_that_reads_its_values_is_measured_too(folders, load, tmp_path: Path) -> None:
+    """A rotary embedding that grows with the text asks how long it is."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    draft = tmp_path / "draft"
+    shutil.copytree(folders[1], draft)
+    config = AutoConfig.from_pretrained(draft)
+    config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    AutoModelForCausalLM.from_config(config).save_pretrained(draft)
+    plan = load(folders[0], "50%", draft=str(draft)).foreroute.plan
+    assert (
+        plan.draft_bytes_per_token
+        == load(folders[0], "50%", draft=str(folders[1])).foreroute.plan.draft_bytes_per_token
+    )
+    assert plan.draft_bytes_per_token > 0

@@ -177,7 +177,7 @@ class BatchEngine:
             except Exception as error:  # noqa: BLE001  without the thread, all requests would wait for ever
                 _LOG.exception("the engine failed between steps; its requests are ended")
                 self._steps.fail_all(error)
-            freed.give_back()
+            freed.give_back(is_idle=not (self._waiting or self._steps.answers))
 
     def _await_work(self) -> bool:
         """Wait for requests; False when the engine is closed and all have ended. Meanwhile beginnings are saved."""

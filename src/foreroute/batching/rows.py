@@ -216,15 +216,18 @@ class RowsCache:
         """Compute each row in a separate step, so that only rows that demand an unreadable expert fail.
 
         Returns:
-            Per row logits [positions, vocabulary], or the error; such a row is as before. Of a row where only drafted
-            tokens demand such an expert, those of its first position: the others were not computed.
+            Per row logits [positions, vocabulary], or the error; such a row is as before. In a verify step of several
+            rows, or where only drafted tokens demand such an expert, they are those of the first position: the others
+            were not computed.
         """
         outcomes: list[torch.Tensor | ForerouteError] = []
         together = RowsCache(self._model)
         for at, own in enumerate(tokens):
             alone = RowsCache(self._model)
             alone.arrange([], [(self.row(at, is_copy=False), self._rows.had[at])])
-            outcomes.append(alone._only_row(own, phase, all_logits=all_logits))
+            # Beside others nothing keeps the bits of a row's several tokens as those of one by one.
+            some = own[:1] if phase == "verify" and len(tokens) > 1 else own
+            outcomes.append(alone._only_row(some, phase, all_logits=all_logits))
             together.append_from(alone, [0])
         self._rows, self._cache = together._rows, together._cache
         return outcomes

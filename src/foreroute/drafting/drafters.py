@@ -135,7 +135,7 @@ class ModelDrafter:
         self._cache = DynamicCache(config=self._model.config)
         self._ids = []
         if self._lean is not None:
-            self._lean.length = 0
+            self._lean.begin()
 
     def _compute(self, tokens: list[int]) -> torch.Tensor:
         """Add `tokens` to the cache; scores [vocabulary] of the next one, in f32."""

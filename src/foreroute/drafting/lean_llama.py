@@ -61,7 +61,7 @@ class LeanLlama:
         self.length = 0
         self._kept: list[torch.Tensor]  # of each layer: keys and values [2, heads, tokens, numbers of a head]
         self._angles: tuple[torch.Tensor, torch.Tensor]
-        self._begin()
+        self.begin()
 
     def __call__(self, tokens: list[int]) -> torch.Tensor:
         """Add `tokens`; return the scores [vocabulary] after the last."""
@@ -94,10 +94,11 @@ class LeanLlama:
     def another(self) -> "LeanLlama":
         """The same weights, for another text."""
         other = copy.copy(self)
-        other._begin()
+        other.begin()
         return other
 
-    def _begin(self) -> None:
+    def begin(self) -> None:
+        """Empty the cache."""
         self.length = 0
         self._kept = [torch.empty(2, self._shared, 0, self._size, dtype=torch.float32) for _ in self._layers]
         self._angles = self._angles_of(0)

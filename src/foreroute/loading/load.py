@@ -118,12 +118,12 @@ def load(
     tell((math_note,) if math_note else (), checkpoint.folder)
     if kernels is not None:
         kernels.quicken(model)
-    draft_bytes = _bytes_per_token(draft_files)
+    draft = _draft(asked, draft_files)
+    draft_bytes = draft_bytes_per_token(draft.model) if isinstance(draft, DraftModel) else 0
     division = plan_memory(asked, target, model, experts, before, draft_bytes)
     if target.type == "cuda":
         move_dense(model, target)
         experts = experts.on(target)
-    draft = _draft(asked, draft_files)
     guidance = guidance_for(asked, model, experts, sidecar)
     engine = start_engine(asked, experts, division, guidance, trace, counted.experts(experts.table.slot_bytes))
     plan = _plan(asked, target, model, checkpoint, experts, division, is_fitted=sidecar is not None)
@@ -164,10 +164,6 @@ def _draft_files(asked: EngineConfig, checkpoint: Checkpoint) -> DraftFiles | No
 
 def _nbytes(draft_files: DraftFiles | None) -> int:
     return 0 if draft_files is None else draft_files.nbytes
-
-
-def _bytes_per_token(draft_files: DraftFiles | None) -> int:
-    return 0 if draft_files is None else draft_bytes_per_token(draft_files.sketch())
 
 
 def _draft(asked: EngineConfig, draft_files: DraftFiles | None) -> DraftModel | str | None:

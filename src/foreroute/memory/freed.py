@@ -14,9 +14,9 @@ class FreedMemory:
     def __init__(self) -> None:
         self._last_s = time.monotonic()
 
-    def give_back(self) -> None:
-        """Give it back, if that was not done a moment ago."""
+    def give_back(self, *, is_idle: bool) -> None:
+        """Give it back, if that was not done a moment ago, or if nothing is left to do."""
         now_s = time.monotonic()
-        if now_s - self._last_s >= _EVERY_S:
+        if is_idle or now_s - self._last_s >= _EVERY_S:
             give_back_freed()
             self._last_s = time.monotonic()

@@ -20,7 +20,6 @@ from foreroute.memory.serving_budget import (
     MOST_SCORED_WHOLE,
     ROWS_WITH_STATES,
     SCORED_AT_ONCE,
-    USUAL_TOKENS,
     ServingNeeds,
     activation_bytes,
     attention_bytes,
@@ -42,7 +41,7 @@ from foreroute.model.caches import (
     linear_state_bytes,
     new_cache,
 )
-from foreroute.model.decode.attention import BLOCK_BYTES, heads_of, prompt_attention
+from foreroute.model.decode.attention import block_bytes, heads_of, prompt_attention
 from foreroute.model.expert_set import ExpertSet
 from foreroute.residency.sized import SizedResidency, parts_of
 from foreroute.residency.slots import Residency
@@ -132,7 +131,7 @@ def planned_kv_bytes_per_token(model: PreTrainedModel, plan: Plan, layers: Seque
 def draft_bytes_per_token(draft: PreTrainedModel) -> int:
     """Bytes per token and row of the cache that a model which drafts has of its own, also while a layer's share grows.
 
-    `draft` may be on the meta device. Cost: two of its forward passes.
+    Cost: two forward passes of `draft`.
     """
     each = kv_bytes_per_token(draft)
     return each + moving_bytes(each, draft.config.get_text_config().num_hidden_layers)
@@ -167,15 +166,14 @@ def fit_serving(
     """
     assert asked.kv_tokens is not None, "memory is to be kept"
     whole, least = experts.total_bytes, experts.token_demand_bytes
-    # How long a request may be is not known yet: as several that share the cache.
-    context = max(asked.kv_tokens // ROWS_WITH_STATES, min(asked.kv_tokens, USUAL_TOKENS))
-    working = working_bytes(_request_bytes(model, asked.prefill_chunk, asked.kv_tokens, context, kv_bytes_per_token))
+    # How long a request may be is not known here: as long as all of the cache.
+    tokens = (asked.kv_tokens, kv_bytes_per_token, draft_bytes_per_token)
+    working = working_bytes(_request_bytes(model, asked.prefill_chunk, *tokens[:2], asked.kv_tokens))
     if asked.memory is None:
         working = max(working, CHOSEN_RESERVE_BYTES)
     expert_bytes = min(budget_bytes, whole) + host_bytes
     kept = kept_bytes(asked.prefix_cache)
     states = state_bytes_without_experts(model, experts.layers)
-    tokens = (asked.kv_tokens, kv_bytes_per_token, draft_bytes_per_token)
     needs = _needs(model, expert_bytes, tokens, working, dense_nbytes(model), kept, states)
     if asked.memory is None:
         budget_bytes = min(whole, max(0, free_ram_bytes - host_bytes - (needs.total_bytes - expert_bytes)))
@@ -201,7 +199,7 @@ def serving_needs(
     measured now, and what it will load at first use; and, calculated, the most that one chunk of a prompt takes.
     """
     per_token = planned_kv_bytes_per_token(model, plan, layers)
-    requests = _request_bytes(model, plan.prefill_chunk, kv_tokens, min(context or kv_tokens, kv_tokens), per_token)
+    requests = _request_bytes(model, plan.prefill_chunk, kv_tokens, per_token, min(context or kv_tokens, kv_tokens))
     working = _program_bytes(model, plan, residency) + _FIRST_USE_BYTES + requests
     states = state_bytes_without_experts(model, layers)
     experts = plan.pool_bytes + plan.host_records * plan.slot_bytes
@@ -232,7 +230,7 @@ def _needs(
     return ServingNeeds(dense, experts, kv_tokens, kv_bytes_per_token, working, keeps, each, kept, states)
 
 
-def _request_bytes(model: PreTrainedModel, chunk: int, kv_tokens: int, context: int, kv_bytes_per_token: int) -> int:
+def _request_bytes(model: PreTrainedModel, chunk: int, kv_tokens: int, kv_bytes_per_token: int, context: int) -> int:
     """Bytes of computing requests, beside their KV cache and what is counted per token (see _needs)."""
     text, itemsize = model.config.get_text_config(), model.dtype.itemsize
     ahead = _COLUMNS_AHEAD * kv_bytes_per_token
@@ -252,7 +250,8 @@ def _attention_bytes(model: PreTrainedModel, chunk: int, context: int) -> int:
     text, itemsize = model.config.get_text_config(), model.dtype.itemsize
     heads, head_size = heads_of(text)
     context = min(context, getattr(text, "max_position_embeddings", None) or context)
-    return attention_bytes(prompt_attention(model), chunk, context, heads, head_size, itemsize, BLOCK_BYTES)
+    block = block_bytes(heads, context)
+    return attention_bytes(prompt_attention(model), chunk, context, heads, head_size, itemsize, block)
 
 
 def _program_bytes(model: PreTrainedModel, plan: Plan, residency: Residency | SizedResidency) -> int:

@@ -123,6 +123,8 @@ def attention_bytes(
         return own
     if kind == "blocks":
         return own + repeated + block_bytes
+    if kind == "written":
+        return own + repeated + 3 * heads * tokens * context * itemsize
     return own + repeated + tokens * context * (1 + itemsize)
 
 

@@ -53,17 +53,6 @@ class DraftFiles:
         """Bytes that its weights will take in memory."""
         return self.num_parameters * self.dtype.itemsize
 
-    def sketch(self) -> PreTrainedModel:
-        """The model without memory for its weights.
-
-        Raises:
-            CheckpointError: transformers cannot build the model.
-        """
-        what = f"The draft {self.folder} cannot be built"
-        with named(what, CheckpointError, "It has to be a causal language model."), torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(self.config, dtype=self.dtype)
-        return model.eval()
-
     def load(self) -> DraftModel:
         """Read the weights.
 

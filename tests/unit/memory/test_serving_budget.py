@@ -41,12 +41,13 @@ def test_everything_is_counted_once() -> None:
 
 def test_attention_counts_what_its_kind_writes() -> None:
     """Of a chunk of 100 tokens that sees 1,000, with 4 heads of 16 numbers in float32: a token's are 256 bytes."""
-    of = {kind: attention_bytes(kind, 100, 1000, 4, 16, 4, 5000) for kind in ("joined", "blocks", "masked")}
+    of = {kind: attention_bytes(kind, 100, 1000, 4, 16, 4, 5000) for kind in ("joined", "blocks", "masked", "written")}
     own, repeated, mask = 8 * 100 * 256, 2 * 1000 * 256, 100 * 1000 * 5
     assert of == {
         "joined": own,
         "blocks": own + repeated + 5000,
         "masked": own + repeated + mask,
+        "written": own + repeated + 3 * 4 * 100 * 1000 * 4,
     }
     assert attention_bytes("joined", 100, 9000, 4, 16, 4, 5000) == own, "no mask of chunk x context"
 

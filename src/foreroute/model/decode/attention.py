@@ -26,8 +26,8 @@ _NAMES = {"sdpa": "foreroute_sdpa", "eager": "foreroute_eager"}
 _OF_TOKEN = "_foreroute_of_token"
 
 # How a prompt's attention is computed: its context and itself apart; some tokens at a time; or by the family's own
-# function, with a mask.
-PromptAttention = Literal["joined", "blocks", "masked"]
+# function, with a mask, and with all products of all heads written where that function is no `PRODUCTS`.
+PromptAttention = Literal["joined", "blocks", "masked", "written"]
 # Names of attention functions that are torch's scaled_dot_product_attention where several tokens attend.
 PRODUCTS = ("sdpa", "foreroute_sdpa")
 # What attention of a prompt takes at most where the products of all heads are written, in copies of float32.
@@ -126,15 +126,12 @@ def attends_by_interface(model: PreTrainedModel, num_attentions: int | None = No
 def attends_in_chunks(model: PreTrainedModel) -> bool:
     """Whether a prompt's attention can be computed by chunks on a CPU, without the family's own masks.
 
-    Then every layer sees all that is before a token.
+    Then every layer sees all that is before a token, or a window of it, as its cache says.
     """
     cache = new_cache(model)
     if cache is None or model.device.type != "cpu":
         return False
     kinds = set(getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ())
-    # Windows keep the family's masks, which are as wide as a window and a chunk.
-    if any(isinstance(layer, DynamicSlidingWindowLayer) for layer in cache.layers):
-        return False
     held = sum(isinstance(layer, DynamicLayer) for layer in cache.layers)
     is_known = held > 0 and not kinds & _OTHER_KINDS and attends_by_interface(model, held)
     # Some attend to other things than tokens too (inkling2, to its layers' outputs).
@@ -146,9 +143,11 @@ def prompt_attention(model: PreTrainedModel) -> PromptAttention:
     config = model.config.get_text_config(decoder=True)
     is_product = config._attn_implementation in PRODUCTS
     if not attends_in_chunks(model):
-        return "masked"
+        return "masked" if is_product else "written"
     sizes = getattr(config, "qk_head_dim", None), getattr(config, "v_head_dim", None)
-    return "joined" if is_product and sizes[0] == sizes[1] else "blocks"
+    layers: list[Any] = getattr(new_cache(model), "layers", [])
+    is_sliding = any(isinstance(layer, DynamicSlidingWindowLayer) for layer in layers)
+    return "joined" if is_product and sizes[0] == sizes[1] and not is_sliding else "blocks"
 
 
 def heads_of(config: Any) -> tuple[int, int]:
@@ -163,6 +162,11 @@ def heads_of(config: Any) -> tuple[int, int]:
 def tokens_of_block(heads: int, columns: int) -> int:
     """Tokens whose attention to `columns` others is computed at once, where all products of all heads are written."""
     return max(_LEAST_BLOCK, BLOCK_BYTES // (_COPIES * 4 * heads * columns))
+
+
+def block_bytes(heads: int, columns: int) -> int:
+    """Bytes of such a block at most."""
+    return max(BLOCK_BYTES, _LEAST_BLOCK * _COPIES * 4 * heads * columns)
 
 
 def _attentions(model: PreTrainedModel) -> list[Any]:
