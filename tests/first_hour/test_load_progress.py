@@ -3,7 +3,6 @@
 import contextlib
 import io
 from collections.abc import Callable
-from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -69,8 +68,10 @@ def test_a_start_of_the_server_never_goes_back() -> None:
     backend: Any = SimpleNamespace(report=lambda step, progress: shares.append(progress))
     counted = LoadedBytes(serve.reading_of(backend), 100)
     fill = counted.experts(100)
-    for step in (partial(counted.dense, 60), counted.end_dense, *(partial(fill, done, 9) for done in range(1, 10))):
-        step()
+    counted.dense(60)
+    counted.end_dense()
+    for done in range(1, 10):
+        fill(done, 9)
     assert shares == sorted(set(shares)), "each step moves it, and forwards"
     assert shares[-1] == pytest.approx(0.9)
 

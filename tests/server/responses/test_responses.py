@@ -239,7 +239,7 @@ def test_a_tool_in_a_namespace_is_chosen_or_allowed(speak: Speak, kind: str, nam
     model = speak(templates.HERMES, call)
     named = {"type": kind, "name": name, "namespace": "agents"}
     tools = [NAMESPACE, *WIRE_TOOLS]
-    chosen = ResponsesRequest(input="Hi", tools=tools, tool_choice=named).dialogue().choice
+    chosen = ResponsesRequest.model_validate({"input": "Hi", "tools": tools, "tool_choice": named}).dialogue().choice
     assert isinstance(chosen, Tool)
     assert chosen.name == f"agents__{name}"
     allowed = {"type": "allowed_tools", "mode": "auto", "tools": [named]}
