@@ -237,7 +237,7 @@ class Claim:
             pass
 
     def rename(self, path: Path) -> None:
-        """Sync the file, rename it to `path` and release the claim."""
+        """Sync the file, rename it to `path` and release the claim. If it cannot be renamed, `close` releases it."""
         os.fsync(self.fd)
         self._make_movable()
         os.replace(self.path, path)
@@ -247,19 +247,11 @@ class Claim:
     def discard(self) -> None:
         """Remove the file and release the claim."""
         # After a rename, the name may belong to another file.
-        if self.fd >= 0 and self._is_at_its_name():
-            self._make_movable()
-            self.path.unlink()
-        self._forget()
+        self._end(removes=self.fd >= 0)
 
     def close(self) -> None:
         """Release the claim; the file stays, unless it is empty."""
-        if self.fd < 0:
-            return
-        if os.fstat(self.fd).st_size == 0 and self._is_at_its_name():
-            self._make_movable()
-            self.path.unlink()
-        self._forget()
+        self._end(removes=self.fd >= 0 and os.fstat(self.fd).st_size == 0)
 
     def __enter__(self) -> "Claim":
         return self
@@ -289,14 +281,26 @@ class Claim:
         if not moves_open_files():
             self._close_file()
 
+    def _end(self, removes: bool) -> None:
+        """Release the claim, also where the file was closed and then not moved; `removes` the file, if it can be."""
+        try:
+            if removes and self._is_at_its_name():
+                self._make_movable()
+                self.path.unlink()
+        finally:
+            self._forget()
+
     def _forget(self) -> None:
-        self._close_file()
-        self._release()
+        release, self._release = self._release, lambda: None
+        try:
+            self._close_file()
+        finally:
+            release()
 
     def _close_file(self) -> None:
-        if self.fd >= 0:
-            os.close(self.fd)
-        self.fd = -1
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
 
     def _is_at_its_name(self) -> bool:
         try:

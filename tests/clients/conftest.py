@@ -20,21 +20,6 @@ __all__ = ["byte_tokenizer"]
 
 Do = Callable[[str, list[dict[str, Any]]], list[dict[str, Any]]]
 
-CLIENTS = (
-    "with_openai_chat.py",
-    "with_openai_responses.py",
-    "with_anthropic.py",
-    "with_langchain.py",
-    "with_litellm.py",
-    "with_instructor.py",
-    "with_agents.py chat",
-    "with_agents.py responses",
-    "with_openai_chat.mjs",
-    "with_openai_responses.mjs",
-    "with_ai_sdk.mjs compatible",
-    "with_ai_sdk.mjs chat",
-    "with_ai_sdk.mjs responses",
-)
 HERE = Path(__file__).parent
 PYTHON = ROOT / ".venv-clients/bin/python"
 MODULES = HERE / "node/node_modules"

@@ -8,14 +8,10 @@ from typing import Any
 import pytest
 
 from tests.clients import scripted
-from tests.clients.conftest import CLIENTS, Do
+from tests.clients.conftest import Do
+from tests.clients.told import CLIENTS, REFUSED, wanted_of
 from tests.server.dialogue.answers import TOOLS, VALID, Written
 
-# To a client that takes its items for stored.
-REFUSED = (
-    "item_reference is not supported here: nothing is stored. Send whole items: clients do with `store: false` in "
-)
-REFUSED += "their settings."
 # Of each format the answer that says most.
 CALLING = list({one.format: one for one in sorted(VALID, key=lambda one: len(one.calls)) if one.calls}.values())
 
@@ -36,8 +32,8 @@ def job_for(url: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def expected(written: Written, found: dict[str, Any]) -> dict[str, Any]:
-    """What a client should have got, of the things that it tells."""
+def expected(client: str, written: Written) -> dict[str, Any]:
+    """What a client should have got, of the things that it is to tell."""
     calls = [[name, json.loads(arguments)] for name, arguments in written.calls]
     everything = {
         "text": scripted.TEXT, "streamed": scripted.TEXT, "reasoning": scripted.THOUGHT,
@@ -45,11 +41,11 @@ def expected(written: Written, found: dict[str, Any]) -> dict[str, Any]:
         "after": scripted.AFTER, "streamed_after": scripted.AFTER, "looped": scripted.AFTER,
         "refused": REFUSED, "person": scripted.PERSON, "streamed_person": scripted.PERSON,
     }  # fmt: skip
-    return {name: everything[name] for name in found}
+    return {name: everything[name] for name in wanted_of(client)}
 
 
 @pytest.mark.parametrize("client", CLIENTS)
 def test_every_format_of_calls(client: str, urls: list[str], do: Do) -> None:
     jobs = [job_for(url) for url in urls]
     for written, found in zip(CALLING, do(client, jobs), strict=True):
-        assert found == expected(written, found), written
+        assert found == expected(client, written), written

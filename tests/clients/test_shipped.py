@@ -1,10 +1,12 @@
 """Unmodified clients and the model that ships: chats, streams, an enforced call and its result, objects by a schema."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
-from tests.clients.conftest import CLIENTS, Do
+from tests.clients.conftest import Do
+from tests.clients.told import CLIENTS, REFUSED, wanted_of
 from tests.server.process import NAME, serving
 
 
@@ -16,6 +18,7 @@ def tiny() -> Iterator[str]:
 
 
 QUESTION, ANSWER = "12 + 34", "2+4+0=6 c0\n1+3+0=4 c0\n= 46"
+RESULT = "1"
 AGAIN, ANSWER_AGAIN = "50 + 49", "0+9+0=9 c0\n5+4+0=9 c0\n= 99"
 LOOK = {
     "name": "look",
@@ -33,11 +36,17 @@ LOOK = {
 def test_the_model_that_ships(client: str, tiny: str, do: Do) -> None:
     job = {
         "url": tiny, "model": NAME, "question": QUESTION, "again": AGAIN, "call": QUESTION, "tools": [LOOK],
-        "choice": "look", "result": "1", "person": "Who?", "limit": 100,
+        "choice": "look", "result": RESULT, "person": "Who?", "limit": 100,
     }  # fmt: skip
     (found,) = do(client, [job])
+    check(client, found)
+
+
+def check(client: str, found: dict[str, Any]) -> None:
+    """Check that a client told all that it is to tell of this job, and got what this model says."""
+    assert found.keys() == wanted_of(client, is_enforced=True)
     for name, value in found.items():
-        if name in ("text", "streamed"):
+        if name in ("text", "streamed", "looped"):
             assert value == ANSWER
         elif name in ("again", "again_after_stream"):
             assert value.startswith(ANSWER_AGAIN)
@@ -49,5 +58,7 @@ def test_the_model_that_ships(client: str, tiny: str, do: Do) -> None:
             assert value.keys() == {"name", "is_old"}
             assert value["name"] in ("Ada", "Grace")
             assert isinstance(value["is_old"], bool)
+        elif name.endswith("after"):
+            assert value.startswith(RESULT), "it has seen what the call came to, and says it again"
         else:
-            assert isinstance(value, str), name
+            assert (name, value) == ("refused", REFUSED)

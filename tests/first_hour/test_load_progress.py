@@ -3,12 +3,14 @@
 import contextlib
 import io
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from foreroute.checkpoint.locate import read_index
 from foreroute.cli import figures
+from foreroute.cli.commands import serve
 from foreroute.loading.progress import LoadedBytes
 from foreroute.model.build.skeleton import outline
 
@@ -58,6 +60,20 @@ def test_tied_weights_are_not_counted_twice_and_the_rest_ends_it() -> None:
     counted.end_dense()
     counted.experts(10)(1, 3)
     assert told == [(60, 100), (100, 100), (100, 100), (110, 130)]
+
+
+def test_a_start_of_the_server_never_goes_back() -> None:
+    """The total grows when the dense weights are there and host memory is still to be filled."""
+    shares: list[float] = []
+    backend: Any = SimpleNamespace(report=lambda step, progress: shares.append(progress))
+    counted = LoadedBytes(serve.reading_of(backend), 100)
+    fill = counted.experts(100)
+    counted.dense(60)
+    counted.end_dense()
+    for done in range(1, 10):
+        fill(done, 9)
+    assert shares == sorted(set(shares)), "each step moves it, and forwards"
+    assert shares[-1] == pytest.approx(0.9)
 
 
 def test_a_terminal_has_a_bar_after_two_seconds(terminal: Terminal) -> None:

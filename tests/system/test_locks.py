@@ -74,6 +74,27 @@ class TestWithoutFlock:
         Claim(path).close()
         assert not path.exists(), "an empty one is removed"
 
+    @pytest.mark.parametrize("way", ["rename", "discard", "close"])
+    def test_it_is_free_after_what_the_system_refused(
+        self, way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As where a virus scanner has the file open: it can be claimed again all the same."""
+        path = tmp_path / "file"
+
+        def refused(*paths: object) -> None:
+            raise PermissionError(13, "in use")
+
+        claim = Claim(path)
+        end = {"rename": lambda: claim.rename(tmp_path / "final"), "discard": claim.discard, "close": claim.close}[way]
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "replace", refused)
+            patched.setattr(Path, "unlink", lambda one, missing_ok=False: refused())
+            with pytest.raises(PermissionError):
+                end()
+        assert claim.fd == -1
+        claim.close()
+        Claim(path).close()
+
     def test_another_process_has_it_until_it_ends(self, tmp_path: Path) -> None:
         path = tmp_path / "file"
         environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}

@@ -161,6 +161,16 @@ def test_a_template_without_a_place_for_tools(speak: Speak) -> None:
     assert model.ask(tools=WIRE_TOOLS, tool_choice="none").status_code == 200
 
 
+def test_tools_of_one_name_that_differ(speak: Speak) -> None:
+    """Their calls would all go to one of them, without a word."""
+    model = speak(templates.HERMES, LOOK)
+    other = {"type": "function", "function": {**WIRE_TOOLS[0]["function"], "description": "Another."}}
+    error = model.ask(tools=[*WIRE_TOOLS, other]).json()["error"]
+    assert error["param"] == "tools"
+    assert f"{other['function']['name']!r} differ" in error["message"]
+    assert model.ask(tools=WIRE_TOOLS * 2).status_code == 200
+
+
 def test_a_template_whose_format_is_not_known(speak: Speak) -> None:
     template = (
         "{% for t in tools or [] %}{{ t.function.name }}{% endfor %}{% for m in messages %}{{ m.content }}{% endfor %}"

@@ -200,6 +200,7 @@ def test_what_is_no_call_is_text(speak: Speak) -> None:
         ({"tools": [{"name": "a b", "input_schema": {}}]}, "tools.0.name"),
         ({"tools": [{"name": "a"}]}, "input_schema"),
         ({"tools": [{"name": "a", "input_schema": {}, "x": 1}]}, "tools.0.x"),
+        ({"tools": [{"name": "a", "input_schema": {"type": kind}} for kind in ("object", "array")]}, "'a' and 'a'"),
         ({"tools": WIRE_TOOLS, "tool_choice": {"type": "tool", "name": "other"}}, "other"),
         ({"tool_choice": {"type": "any"}}, "tools"),
         ({"stop_sequences": ["a"] * 65}, "stop_sequences"),

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from foreroute.server.api.responses.schema import ResponsesRequest
+from foreroute.server.dialogue.messages import Tool
 from foreroute.server.dialogue.parsing.formats import format_named
 from tests.server.dialogue import templates
 from tests.server.dialogue.answers import TOOLS, VALID, Written
@@ -222,6 +224,55 @@ def test_choices_of_tools(speak: Speak) -> None:
     (item,) = both(model, tools=WIRE_TOOLS, tool_choice=allowed)["output"]
     assert item["type"] == "message"
     assert "Does look." not in model.prompt
+
+
+NAMESPACE = {"type": "namespace", "name": "agents", "tools": [*WIRE_TOOLS, CUSTOM]}
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "call"),
+    [("function", "look", LOOK.replace('"look"', '"agents__look"')),
+     ("custom", "patch", PATCH.replace('"patch"', '"agents__patch"'))],
+    ids=("function", "custom"),
+)  # fmt: skip
+def test_a_tool_in_a_namespace_is_chosen_or_allowed(speak: Speak, kind: str, name: str, call: str) -> None:
+    model = speak(templates.HERMES, call)
+    named = {"type": kind, "name": name, "namespace": "agents"}
+    tools = [NAMESPACE, *WIRE_TOOLS]
+    chosen = ResponsesRequest.model_validate({"input": "Hi", "tools": tools, "tool_choice": named}).dialogue().choice
+    assert isinstance(chosen, Tool)
+    assert chosen.name == f"agents__{name}"
+    allowed = {"type": "allowed_tools", "mode": "auto", "tools": [named]}
+    (item,) = both(model, tools=tools, tool_choice=allowed)["output"]
+    assert (item["name"], item["namespace"]) == (name, "agents")
+    assert "agents__write" not in model.prompt, "it was not among those that are allowed"
+    for namespace in ("agent", 5):
+        choice = {**named, "namespace": namespace}
+        response = ask(model, tools=tools, tool_choice=choice)
+        assert response.status_code == 400, "the namespace has no such tool, though there is one of that name"
+        assert f"{namespace}__{name}" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("tools", "said"),
+    [
+        ([NAMESPACE, {**CUSTOM, "name": "agents__look"}], ("'look' of the namespace 'agents' and custom 'agents__",)),
+        ([CUSTOM, {"type": "function", "name": "patch"}], ("custom 'patch'", " and 'patch'")),
+        ([WIRE_TOOLS[0], {**WIRE_TOOLS[0], "description": "Another."}], ("'write' and 'write'",)),
+    ],
+    ids=("joined", "custom", "twice"),
+)  # fmt: skip
+def test_tools_that_the_model_could_not_tell_apart(speak: Speak, tools: list[Any], said: tuple[str, ...]) -> None:
+    response = ask(speak(templates.HERMES, "Hello"), tools=tools)
+    assert response.status_code == 400, response.text
+    assert response.json()["error"]["param"] == "tools"
+    for words in said:
+        assert words in response.json()["error"]["message"]
+
+
+def test_the_same_tool_twice_is_one(speak: Speak) -> None:
+    (item,) = both(speak(templates.HERMES, LOOK), tools=WIRE_TOOLS * 2)["output"]
+    assert item["name"] == "look"
 
 
 def test_an_answer_that_is_cut_off(speak: Speak) -> None:

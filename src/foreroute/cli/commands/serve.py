@@ -4,7 +4,6 @@ import argparse
 import os
 import sys
 import time
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +17,12 @@ if TYPE_CHECKING:
     from foreroute.server.backend import Backend
     from foreroute.server.dialogue.parsing.formats import Format
     from foreroute.server.settings import Limits, ServerSettings
+    from foreroute.types import Progress
 
 # The only environment variable that the server reads.
 KEY_VARIABLE = "FOREROUTE_API_KEY"
+# Of what is reported of reading: the dense weights, whether host memory is filled after them or not.
+_DENSE_SHARE = 0.6
 
 _EPILOG = """\
 examples:
@@ -175,9 +177,25 @@ def _model(args: argparse.Namespace) -> str:
     return args.model or args.model_flag
 
 
-def _report_reading(backend: "Backend", done: int, total: int) -> None:
-    """Of the share of a start between the tokenizer and the engine."""
-    backend.report("reading what stays in memory", 0.4 + 0.5 * done / max(total, 1))
+def reading_of(backend: "Backend") -> "Progress":
+    """What reports to `backend` how far the reading is, a share of a start between the tokenizer and the engine.
+
+    The total grows when the dense weights are there and host memory is still to be filled: a part is left for that, so
+    that it never goes back.
+    """
+    dense_bytes, reached = 0, 0.0
+
+    def report(done: int, total: int) -> None:
+        nonlocal dense_bytes, reached
+        dense_bytes = dense_bytes or total
+        if total == dense_bytes:
+            share = _DENSE_SHARE * done / max(total, 1)
+        else:
+            share = _DENSE_SHARE + (1 - _DENSE_SHARE) * (done - dense_bytes) / (total - dense_bytes)
+        reached = max(reached, share)
+        backend.report("reading what stays in memory", 0.4 + 0.5 * reached)
+
+    return report
 
 
 def _load(
@@ -201,7 +219,7 @@ def _load(
     backend.report("reading the tokenizer", 0.3)
     tokenizer = load_tokenizer(folder)
     backend.report("reading what stays in memory", 0.4)
-    model = foreroute.load(folder, dtype=args.dtype, config=config, progress=partial(_report_reading, backend))
+    model = foreroute.load(folder, dtype=args.dtype, config=config, progress=reading_of(backend))
     plan, text_config = model.foreroute.plan, model.config.get_text_config()
     backend.report("starting the engine", 0.9)
     why_no_chat = ""

@@ -3,7 +3,7 @@
 import json
 import re
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -163,9 +163,27 @@ def tools_of(given: Sequence[Any]) -> tuple[Tool, ...]:
     """The tools of a request.
 
     Raises:
-        ApiError: one of them is no function, or has no valid name or parameters.
+        ApiError: one of them is no function, has no valid name or parameters, or has another one's name.
     """
-    return tuple(_tool(one, f"tools.{at}") for at, one in enumerate(given))
+    tools = tuple(_tool(one, f"tools.{at}") for at, one in enumerate(given))
+    refuse_namesakes((tool, repr(tool.name)) for tool in tools)
+    return tools
+
+
+def refuse_namesakes(told: Iterable[tuple[Tool, str]]) -> None:
+    """Check that no tools that differ have one name for the model: their calls could not be told apart.
+
+    Args:
+        told: each tool, and what the message calls it, in the request's words.
+    Raises:
+        ApiError: two have.
+    """
+    first: dict[str, tuple[Tool, str]] = {}
+    for one in told:
+        tool, said = one
+        if first.setdefault(tool.name, one) != one:
+            both = f"{first[tool.name][1]} and {said}"
+            raise not_possible("tools", f"The tools {both} differ, and have one name for the model. Rename one.")
 
 
 def _tool(given: Any, place: str) -> Tool:

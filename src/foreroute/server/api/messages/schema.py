@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from foreroute.server.api.chat_messages import Tools, function_tool
+from foreroute.server.api.chat_messages import Tools, function_tool, refuse_namesakes
 from foreroute.server.api.messages.blocks import WireMessage, WireText, conversation
 from foreroute.server.api.problems import ApiError, not_possible, not_supported
 from foreroute.server.api.schema import Probability
@@ -96,6 +96,7 @@ class CountRequest(Strict):
             ApiError: messages or tools are not valid, or a tool is chosen that is not there.
         """
         tools = tuple(_tool(one, f"tools.{at}") for at, one in enumerate(self.tools or []))
+        refuse_namesakes((tool, repr(tool.name)) for tool in tools)
         system = self.system if isinstance(self.system, str) else "\n".join(one.text for one in self.system or [])
         is_on = {"enabled": True, "disabled": False}.get(self.thinking.type) if self.thinking is not None else None
         return Dialogue(

@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 from foreroute.server.api.chat_messages import Tools
 from foreroute.server.api.problems import not_possible, not_supported
 from foreroute.server.api.responses.items import WireItem, conversation
-from foreroute.server.api.responses.tools import NamedTool, named_tools
+from foreroute.server.api.responses.tools import NamedTool, chosen_name, named_tools
 from foreroute.server.api.schema import NumTokens, Probability, WireReasoning, tool_choice_of
 from foreroute.server.api.strict import MOST_MESSAGES, SHORT, Strict, at_most, screened
 from foreroute.server.dialogue.messages import Dialogue, Thinking, Tool
@@ -124,8 +124,10 @@ class ResponsesRequest(Strict):
         choice = self.tool_choice
         if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
             tools, choice = _allowed(choice, tools), choice.get("mode")
-        if isinstance(choice, dict) and choice.get("type") == "custom":
-            choice = {**choice, "type": "function"}
+        if isinstance(choice, dict) and choice.get("type") in ("function", "custom"):
+            function = choice.get("function")  # as chat completions nest it
+            named = function if isinstance(function, dict) else choice
+            choice = {"type": "function", "name": chosen_name(named)}
         items = [WireItem(role="user", content=self.input)] if isinstance(self.input, str) else self.input
         asked = self.reasoning or _Reasoning()
         return Dialogue(
@@ -139,8 +141,8 @@ class ResponsesRequest(Strict):
 
 def _allowed(given: dict[str, Any], tools: tuple[Tool, ...]) -> tuple[Tool, ...]:
     listed = given.get("tools")
-    named = {str(one.get("name")) for one in listed if isinstance(one, dict)} if isinstance(listed, list) else set()
+    named = {chosen_name(one) for one in listed if isinstance(one, dict)} if isinstance(listed, list) else set()
     found = tuple(tool for tool in tools if tool.name in named)
-    if not found or len(found) < len(named):
+    if not found or not named <= {tool.name for tool in found}:
         raise not_possible("tool_choice", "tool_choice allows tools that are not in tools.")
     return found

@@ -1,9 +1,9 @@
 """The tools of a request: functions, custom ones, and namespaces of either; hosted ones are left out."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from foreroute.server.api.chat_messages import function_tool
+from foreroute.server.api.chat_messages import function_tool, refuse_namesakes
 from foreroute.server.api.problems import not_possible, not_supported
 from foreroute.server.api.strict import MOST_TOOLS, screened
 from foreroute.server.dialogue.messages import Tool
@@ -23,25 +23,37 @@ class NamedTool(NamedTuple):
     is_custom: bool
     tool: Tool
 
+    @property
+    def said(self) -> str:
+        """What an error calls it."""
+        custom = "custom " if self.is_custom else ""
+        return f"{custom}{self.name!r}" + (f" of the namespace {self.namespace!r}" if self.namespace else "")
+
 
 def known_name(namespace: str | None, name: str) -> str:
     """The name by which the model knows a tool."""
     return f"{namespace}__{name}" if namespace else name
 
 
-def named_tools(given: list[Any]) -> Iterator[NamedTool]:
+def chosen_name(choice: Mapping[str, Any]) -> str:
+    """The name by which the model knows the tool that a choice of tools names."""
+    return known_name(choice.get("namespace"), str(choice.get("name")))
+
+
+def named_tools(given: list[Any]) -> tuple[NamedTool, ...]:
     """The tools that the model is told of.
 
     Raises:
-        ApiError: a tool is not valid, or of a type that is not supported.
+        ApiError: a tool is not valid, or of a type that is not supported; or the model knows two by one name.
     """
-    num_found = 0
+    found: list[NamedTool] = []
     for at, one in enumerate(given):
-        for found in _of(one, f"tools.{at}"):
-            num_found += 1
-            if num_found > MOST_TOOLS:
+        for tool in _of(one, f"tools.{at}"):
+            if len(found) == MOST_TOOLS:
                 raise not_possible("tools", f"There are more than {MOST_TOOLS} tools, those of namespaces counted.")
-            yield found
+            found.append(tool)
+    refuse_namesakes((one.tool, one.said) for one in found)
+    return tuple(found)
 
 
 def _of(given: Any, place: str) -> Iterator[NamedTool]:
