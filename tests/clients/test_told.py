@@ -5,13 +5,13 @@ from typing import Any
 import pytest
 
 from tests.clients import test_formats, test_shipped
-from tests.clients.told import CLIENTS, wanted_of
+from tests.clients.told import CLIENTS, REFUSED, wanted_of
 
 SHIPPED: dict[str, Any] = {
     "text": test_shipped.ANSWER, "streamed": test_shipped.ANSWER, "reasoning": "",
     "again": test_shipped.ANSWER_AGAIN, "again_after_stream": test_shipped.ANSWER_AGAIN,
     "calls": [["look", {"count": 1}]], "streamed_calls": [["look", {"count": 2}]],
-    "after": "1", "streamed_after": "1\n1", "looped": test_shipped.ANSWER, "refused": test_shipped.REFUSED,
+    "after": "1", "streamed_after": "1\n1", "looped": test_shipped.ANSWER, "refused": REFUSED,
     "person": {"name": "Ada", "is_old": True}, "streamed_person": {"name": "Grace", "is_old": False},
     "called_person": {"name": "Ada", "is_old": False},
 }  # fmt: skip
