@@ -118,8 +118,7 @@ def load(
     tell((math_note,) if math_note else (), checkpoint.folder)
     if kernels is not None:
         kernels.quicken(model)
-    draft = _draft(asked, draft_files)
-    draft_bytes = draft_bytes_per_token(draft.model) if isinstance(draft, DraftModel) else 0
+    draft, draft_bytes = _draft(asked, draft_files)
     division = plan_memory(asked, target, model, experts, before, draft_bytes)
     if target.type == "cuda":
         move_dense(model, target)
@@ -166,9 +165,12 @@ def _nbytes(draft_files: DraftFiles | None) -> int:
     return 0 if draft_files is None else draft_files.nbytes
 
 
-def _draft(asked: EngineConfig, draft_files: DraftFiles | None) -> DraftModel | str | None:
-    """What drafts tokens: a loaded model, PROMPT_LOOKUP, or nothing."""
-    return asked.draft if draft_files is None else draft_files.load()
+def _draft(asked: EngineConfig, draft_files: DraftFiles | None) -> tuple[DraftModel | str | None, int]:
+    """What drafts tokens: a loaded model, PROMPT_LOOKUP, or nothing; and the bytes of a token in its own cache."""
+    if draft_files is None:
+        return asked.draft, 0
+    draft = draft_files.load()
+    return draft, draft_bytes_per_token(draft.model)
 
 
 def _identity(checkpoint: Checkpoint, plan: Plan, model: PreTrainedModel) -> str:
