@@ -168,7 +168,7 @@ def written(text: str, results: Mapping[str, Result]) -> str:
         if len(place.findall(text)) != 1:
             raise ValueError(f"README needs one <!-- table: {name} --> with an <!-- end --> below it")
         made = table(results)
-        text = place.sub(lambda found, made=made: f"{found[1]}{made}\n{found[2]}", text)  # type: ignore[misc]
+        text = place.sub(lambda found, made=made: f"{found[1]}{made}\n{found[2]}", text)
     return text
 
 

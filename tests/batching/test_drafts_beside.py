@@ -56,8 +56,8 @@ def engine_of(tiny: Any, tokenizer: Any) -> Iterator[Callable[..., BatchEngine]]
                 answer.drafter.text = next(begins, [])
             return own(answer, governor)
 
-        drafts._of = of  # type: ignore[method-assign]
-        drafts._governors = {rows: Fixed(3, 1, 6) for rows in range(1, 5)}  # type: ignore[misc]
+        drafts._of = of
+        drafts._governors = {rows: Fixed(3, 1, 6) for rows in range(1, 5)}
         return engine
 
     yield make
@@ -80,7 +80,7 @@ def tokens_of(heard: list[Heard]) -> list[list[int]]:
 
 def forget(model: Any, engine: BatchEngine) -> None:
     with model.foreroute.lock:
-        engine._kept.clear()  # type: ignore[union-attr]
+        engine._kept.clear()
         model.foreroute.engine.pool.reset()
 
 
@@ -304,7 +304,7 @@ def test_a_row_that_gives_way_leaves_its_drafts_cache(tiny: Any, tokenizer: Any,
             engine._waiting.extend(waiting)
         own()
 
-    steps.compute = compute  # type: ignore[method-assign]
+    steps.compute = compute
     with engine._changed:
         for at, ids in enumerate(prompts):
             engine.submit(Request(ids, NEW, GREEDY, ignore_eos=True), first if at == 0 else heard[at])

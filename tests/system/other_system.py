@@ -4,6 +4,7 @@ Python's own modules for this system are imported first, and before a model is r
 system do not ask for what it lacks.
 """
 
+# F401: imported for what they ask of this system at import, as the docstring says.
 import builtins
 import errno
 import io
@@ -42,7 +43,7 @@ def hide(names: Iterable[str]) -> None:
         elif attribute:
             delattr(_MODULES[module], attribute)
         else:
-            sys.modules[name] = None  # type: ignore[assignment]  # import then fails, as Python documents it
+            sys.modules[name] = None  # import then fails, as Python documents it
 
 
 def _hide_proc() -> None:

@@ -9,7 +9,7 @@ from foreroute.types import Progress
 class LoadedBytes:
     """Counts what a load reads, and calls `progress` with (bytes read, bytes to read), from one thread at a time.
 
-    How many experts host memory holds is known when the dense weights are there: the total grows then.
+    How many experts host memory holds is known once the dense weights are in memory: the total grows then.
 
     Args:
         dense_nbytes: of the dense weights, as they will be in memory.
@@ -31,7 +31,7 @@ class LoadedBytes:
             blocks.noted = self.dense
 
     def end_dense(self) -> None:
-        """All dense weights are there, also those that nobody counted, such as buffers."""
+        """All dense weights are in memory, also what was not counted, such as buffers."""
         self.dense(self._dense_nbytes)
 
     def experts(self, expert_nbytes: int) -> Progress:

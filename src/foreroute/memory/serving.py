@@ -167,13 +167,14 @@ def fit_serving(
     assert asked.kv_tokens is not None, "memory is to be kept"
     whole, least = experts.total_bytes, experts.token_demand_bytes
     # How long a request may be is not known here: as long as all of the cache.
-    tokens = (asked.kv_tokens, kv_bytes_per_token, draft_bytes_per_token)
-    working = working_bytes(_request_bytes(model, asked.prefill_chunk, *tokens[:2], asked.kv_tokens))
+    requests = _request_bytes(model, asked.prefill_chunk, asked.kv_tokens, kv_bytes_per_token, asked.kv_tokens)
+    working = working_bytes(requests)
     if asked.memory is None:
         working = max(working, CHOSEN_RESERVE_BYTES)
     expert_bytes = min(budget_bytes, whole) + host_bytes
     kept = kept_bytes(asked.prefix_cache)
     states = state_bytes_without_experts(model, experts.layers)
+    tokens = (asked.kv_tokens, kv_bytes_per_token, draft_bytes_per_token)
     needs = _needs(model, expert_bytes, tokens, working, dense_nbytes(model), kept, states)
     if asked.memory is None:
         budget_bytes = min(whole, max(0, free_ram_bytes - host_bytes - (needs.total_bytes - expert_bytes)))
@@ -192,9 +193,8 @@ def serving_needs(
 ) -> ServingNeeds:
     """RAM that serving `model` with a KV cache of `kv_tokens` tokens needs, most of which is allocated later.
 
-    context: tokens of one request, at most; None: as many.
-
     plan: what loading it decided. layers: its MoE layers. residency: which of its experts are in slots now.
+    context: tokens of one request, at most; None: `kv_tokens`.
     Beside dense part, experts and KV cache that is what this process takes so far (Python, torch, other libraries),
     measured now, and what it will load at first use; and, calculated, the most that one chunk of a prompt takes.
     """

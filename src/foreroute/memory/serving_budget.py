@@ -14,7 +14,7 @@ SCORED_AT_ONCE = 512
 # The longest prompt that is scored where a model computes prompts in one step.
 MOST_SCORED_WHOLE = 2048
 # Tokens per row when several rows share the cache and the context is longer.
-USUAL_TOKENS = 4096
+_USUAL_TOKENS = 4096
 # Of earlier prompts, where nothing else is asked for: 20,000 tokens of a model of 30 billion parameters.
 _MOST_KEPT_BYTES = 2 * 2**30
 # Rows whose states of linear attention memory is left for: as many as serve computes at once unless told otherwise.
@@ -86,7 +86,7 @@ def choose_kv_tokens(asked: int | None, context: int, rows: int) -> int:
         BudgetError: it cannot hold the context of one request.
     """
     if asked is None:
-        return max(context, rows * min(context, USUAL_TOKENS))
+        return max(context, rows * min(context, _USUAL_TOKENS))
     if context > asked:
         raise BudgetError(
             f"A request may have {context} tokens (--ctx-size, or the model's own context), and --kv-tokens {asked} "

@@ -84,7 +84,7 @@ _LEAST_IDLE, _MOST_IDLE = 16, 4096
 
 
 def idle_connections_of(descriptors: int | None) -> int:
-    """How many connections without a request a process keeps that may have so many descriptors; None: any number."""
+    """How many idle connections a process keeps that may open so many descriptors; None: any number."""
     if descriptors is None:
         return _MOST_IDLE
     return min(max(descriptors - _OTHER_DESCRIPTORS, _LEAST_IDLE), _MOST_IDLE)

@@ -1,7 +1,7 @@
 """Locks on files that end with their process.
 
-Where there is `flock` the lock is on the open file itself. Windows locks bytes, which nobody else can read then: there
-it is on a file beside, NAME.lock, by the package filelock.
+Where there is `flock` the lock is on the open file itself. Windows locks bytes, which no other process can
+read then: there it is on a file beside, NAME.lock, by the package filelock.
 """
 
 import errno
